@@ -1,0 +1,85 @@
+// The extension module pfgm._native: raw addresses and sizes in, a status out. Only
+// pfgm/backends/native.py calls it, after checking every shape, type and device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "devices.h"
+#include "posterior_mean.h"
+
+namespace py = pybind11;
+
+namespace pfgm {
+namespace {
+
+using Address = std::uintptr_t;
+using Result = std::pair<int, std::int64_t>;  // failure code, first query that failed
+
+template <class T>
+T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+
+Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
+                std::int64_t features, Address x, std::int64_t x_stride, Address y,
+                std::int64_t y_stride, Address radius, double dimensions, int threads) {
+  return {static_cast<Type>(type), static_cast<Type>(reference_type), queries, references, features,
+          pointer<const void>(x), x_stride, pointer<const void>(y), y_stride,
+          pointer<const double>(radius), dimensions, threads};
+}
+
+Result posterior_mean(const Problem& problem, Address mean, Address logsumexp) {
+  const Kernels& kernels = cpu_kernels();
+  const py::gil_scoped_release release;
+  const Status status =
+      kernels.posterior_mean(problem, {pointer<void>(mean), pointer<double>(logsumexp)});
+  return {static_cast<int>(status.failure), status.row};
+}
+
+Result posterior_mean_backward(const Problem& problem, Address grad_mean, Address grad_logsumexp,
+                               Address mean, Address logsumexp, Address grad_x,
+                               Address grad_radius, Address grad_references) {
+  const Kernels& kernels = cpu_kernels();
+  const py::gil_scoped_release release;
+  const Status status = kernels.posterior_mean_backward(
+      problem, {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
+                pointer<const void>(mean), pointer<const double>(logsumexp), pointer<void>(grad_x),
+                pointer<double>(grad_radius), pointer<void>(grad_references)});
+  return {static_cast<int>(status.failure), status.row};
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["source_digest"] = PFGM_SOURCE_DIGEST;
+  info["compiler"] = PFGM_COMPILER;
+#ifdef PFGM_HAS_CUDA
+  info["cuda_architectures"] = PFGM_CUDA_ARCHITECTURES;
+#else
+  info["cuda_architectures"] = py::none();
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace pfgm
+
+PYBIND11_MODULE(_native, module) {
+  using namespace pfgm;
+  py::class_<Problem>(module, "Problem")
+      .def(py::init(&problem), py::kw_only(), py::arg("type"), py::arg("reference_type"),
+           py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
+           py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
+           py::arg("dimensions"), py::arg("threads"));
+  module.def("posterior_mean", &posterior_mean, py::arg("problem"), py::arg("mean"),
+             py::arg("logsumexp"));
+  module.def("posterior_mean_backward", &posterior_mean_backward, py::arg("problem"), py::kw_only(),
+             py::arg("grad_mean"), py::arg("grad_logsumexp"), py::arg("mean"), py::arg("logsumexp"),
+             py::arg("grad_x"), py::arg("grad_radius"), py::arg("grad_references"));
+  module.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
+  module.def("cuda_devices", [] {
+    const CudaDevices found = cuda_devices();
+    return py::make_tuple(found.names, found.error);
+  });
+  module.def("build_info", &build_info);
+}

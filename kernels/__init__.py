@@ -1,0 +1,1 @@
+"""Triton kernels of pfgm, one file an operation; installed as ``pfgm.kernels``."""

@@ -1,0 +1,84 @@
+"""Builds csrc/ into pfgm._native with CMake and Ninja; everything else stands in pyproject.toml.
+
+Environment:
+    PFGM_NATIVE=0     install pure Python, without the extension
+    PFGM_CUDA=auto    compile the CUDA sources where nvcc is found (1: always, 0: never)
+    CXX, CMAKE_ARGS, CMAKE_CUDA_ARCHITECTURES are handed to CMake
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def source_digest() -> str:
+    """Digest of what the extension is built from; tests/conftest.py compares it with csrc/."""
+    digest = hashlib.sha256()
+    sources = (p for p in (ROOT / "csrc").glob("*") if p.is_file())
+    for path in [ROOT / "CMakeLists.txt", *sorted(sources)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def require_compiler() -> None:
+    """Stops with a sentence that helps, where CMake would print a page."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = named[:1] or ["c++", "g++", "clang++"]
+    if not any(shutil.which(candidate) for candidate in candidates):
+        sys.exit(
+            f"pfgm: no C++ compiler found (looked for {', '.join(candidates)}). Install one "
+            "(for example g++ or clang++) or name it in CXX; PFGM_NATIVE=0 installs pfgm as "
+            "pure Python, without its native kernels."
+        )
+
+
+def environment_choice(name: str, allowed: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(name, default)
+    if value not in allowed:
+        sys.exit(f"pfgm: {name} is {value!r}; allowed are {', '.join(allowed)}.")
+    return value
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake for the one extension; where its output goes is setuptools' business."""
+
+    def build_extension(self, ext: Extension) -> None:
+        require_compiler()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "native"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPFGM_CUDA={environment_choice('PFGM_CUDA', ('auto', '0', '1'), 'auto')}",
+            f"-DPFGM_SOURCE_DIGEST={source_digest()}",
+        ]
+        if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        # --fresh: the tools of an isolated build environment have another path every time.
+        subprocess.run(
+            ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure],
+            check=True,
+        )
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+native = environment_choice("PFGM_NATIVE", ("0", "1"), "1") == "1"
+setup(
+    packages=[*find_packages(include=["pfgm", "pfgm.*"]), "pfgm.kernels"],
+    package_dir={"pfgm.kernels": "kernels"},
+    ext_modules=[Extension("pfgm._native", sources=[])] if native else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
