@@ -1,0 +1,158 @@
+"""The operations in plain torch on any device: ground truth and fallback.
+
+Squared distances are sums of exact differences, weights are relative to the nearest reference and
+everything is merged in float64, so that float64 input gives the oracle of the tests and float32
+input an answer whose only rounding is that of its output. Workspace is bounded by chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..checks import check_radius, checks_values, non_finite_message
+
+_PAIRS = 1 << 20  # (query, reference) pairs a chunk: 8 MiB for each (B, chunk) matrix
+_VALUES = 1 << 22  # reference values a chunk: 32 MiB in float64
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64, not {dtype}"
+    return None
+
+
+def describe() -> str:
+    return f"exact differences in plain torch {torch.__version__}, chunked"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, except on devices that have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
+    """References as floating point: uint8 means u/127.5 − 1."""
+    values = references.to(dtype)
+    return values / 127.5 - 1 if references.dtype == torch.uint8 else values
+
+
+def _chunks(x: Tensor, references: Tensor) -> Iterator[slice]:
+    rows = min(_PAIRS // max(len(x), 1), _VALUES // max(x.shape[1], 1))
+    for start in range(0, len(references), max(rows, 1)):
+        yield slice(start, start + max(rows, 1))
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    # Without mm: |x|² + |y|² − 2x·y cancels (spec: off by 4e-4 in the mean near ties).
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def _log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+    """log of the weight at squared distance nearest + excess, relative to that at nearest."""
+    if math.isinf(D):
+        scores = -excess / radius / radius / 2
+    else:
+        scores = torch.log1p(excess / (nearest + radius.square())) * (-(N + D) / 2)
+    return torch.where(excess == 0, 0.0, scores)
+
+
+def posterior_mean(
+    x: Tensor, references: Tensor, radius: Tensor, D: float
+) -> tuple[Tensor, Tensor]:
+    N = x.shape[1]
+    check = checks_values(x.device)
+    if check:
+        check_radius(radius)
+    wide = x.to(wide_dtype(x.device))
+    r = radius.to(wide.dtype)[:, None]
+    nearest = torch.full_like(r, math.inf)
+    total = torch.zeros_like(r)
+    weighted = torch.zeros_like(wide)
+    for chunk in _chunks(x, references):
+        y = dequantise(references[chunk], wide.dtype)
+        squared = _squared_distances(wide, y)
+        if check and not bool(torch.isfinite(squared).all()):
+            raise ValueError(non_finite_message(x, references, "x"))
+        merged = torch.minimum(nearest, squared.amin(1, keepdim=True))
+        # The first chunk has nothing to rescale: inf − inf below, times a total of 0.
+        kept = torch.where(total == 0, 0.0, _log_weight(nearest - merged, merged, r, D, N).exp())
+        weights = _log_weight(squared - merged, merged, r, D, N).exp()
+        total = kept * total + weights.sum(1, keepdim=True)
+        weighted = kept * weighted + weights @ y
+        nearest = merged
+    mean = (weighted / total).to(x.dtype)
+    return mean, _logsumexp(nearest, total, r, D, N).squeeze(1)
+
+
+def _logsumexp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+    if math.isinf(D):
+        score = torch.where(nearest == 0, 0.0, -nearest / radius / radius / 2)
+    else:
+        score = (nearest + radius.square()).log() * (-(N + D) / 2)  # +inf at s = 0
+    return torch.where(score.isposinf(), score, score + total.log())
+
+
+def posterior_mean_backward(
+    grad_mean: Tensor,
+    grad_logsumexp: Tensor,
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    logsumexp: Tensor,
+    D: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    N = x.shape[1]
+    wide = x.to(wide_dtype(x.device))
+    r = radius.to(wide.dtype)[:, None]
+    upstream = grad_mean.to(wide.dtype)
+    g = grad_logsumexp.to(wide.dtype)[:, None]
+    lse = logsumexp.to(wide.dtype)[:, None]
+    # At a limit (r = 0 on a reference, sigma = 0) the mean is locally constant.
+    regular = lse.isfinite() & ((r > 0) | (not math.isinf(D)))
+    if checks_values(x.device) and bool((~regular & (g != 0)).any()):
+        raise ValueError(singular_message(int((~regular & (g != 0)).flatten().nonzero()[0])))
+    offset = g - (upstream * mean.to(wide.dtype)).sum(1, keepdim=True)
+    grad_x = torch.zeros_like(wide) if needs[0] else None
+    grad_references = (
+        torch.empty_like(references, memory_format=torch.contiguous_format) if needs[1] else None
+    )
+    grad_radius = torch.zeros_like(r) if needs[2] else None
+    for chunk in _chunks(x, references):
+        y = dequantise(references[chunk], wide.dtype)
+        squared = _squared_distances(wide, y)
+        t = upstream @ y.T + offset
+        if math.isinf(D):
+            p = torch.where(regular, (-squared / r / r / 2 - lse).exp(), 0.0)
+            c = torch.where(p == 0, 0.0, -p * t / r / r)
+        else:
+            s = squared + r.square()
+            p = torch.where(regular, (s.log() * (-(N + D) / 2) - lse).exp(), 0.0)
+            c = torch.where(p == 0, 0.0, -(N + D) * p * t / s)
+        if grad_x is not None:
+            grad_x += c.sum(1, keepdim=True) * wide - c @ y
+        if grad_radius is not None:
+            grad_radius += (
+                torch.where(p == 0, 0.0, -c * squared / r) if math.isinf(D) else r * c
+            ).sum(1, keepdim=True)
+        if grad_references is not None:
+            grad_references[chunk] = (p.T @ upstream - c.T @ wide + c.sum(0)[:, None] * y).to(
+                references.dtype
+            )
+    return (
+        None if grad_x is None else grad_x.to(x.dtype),
+        grad_references,
+        None if grad_radius is None else grad_radius.squeeze(1).to(radius.dtype),
+    )
+
+
+def singular_message(row: int) -> str:
+    return (
+        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite (r or sigma is 0, or so "
+        "small that it underflows), where it has no gradient; use a positive r or sigma."
+    )
