@@ -1,0 +1,113 @@
+"""Files that are whole or not there, and output folders that are known to work before the work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+StrPath = str | os.PathLike[str]
+
+# What platforms and file systems say that cannot open or synchronise a folder.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+
+
+def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file so that ``path`` holds the old content or all of the new, never a part of it.
+
+    The content goes to a temporary file in the same folder (``.pfgm-*.tmp``, which only a killed
+    process leaves behind), is flushed to the disk and renamed over ``path``. A symbolic link is
+    followed. The mode is what ``open(path, "wb")`` would give: that of the file replaced, or else
+    what the umask leaves of 0o666.
+
+    Args:
+        path: the file to write; its folder must exist.
+        write: called once with an open binary file, which it leaves open. What it raises is raised
+            here, with ``path`` left as it was; only an OSError is reworded to name ``path``.
+
+    Raises:
+        OSError: the folder is missing or not writable, the disk is full, or ``path`` is a folder
+            or another thing that is not a regular file.
+
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name) / "greeting.txt"
+    >>> write_atomic(path, lambda file: file.write(b"hello"))
+    >>> path.read_text()
+    'hello'
+    >>> folder.cleanup()
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise OSError(f"{path} cannot be written: {target.parent} is not an existing folder.")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path} cannot be written: it exists and is not a regular file.")
+    try:
+        _write_and_rename(target, write)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def check_folder(path: StrPath) -> Path:
+    """Makes sure of an output folder before long work starts: creates it and tries it out.
+
+    A file is created in it and removed, because permission bits alone tell little: not to root,
+    nor on a read-only or a network file system.
+
+    Args:
+        path: the folder; it and its parents are created where missing.
+
+    Returns:
+        The folder as a Path.
+
+    Raises:
+        OSError: it can be neither found nor created, or no file can be created in it.
+
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     check_folder(Path(parent) / "runs" / "first").is_dir()
+    True
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".pfgm-", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be used as the output folder ({error.strerror or error}); allowed is "
+            "a folder that exists or can be created, and in which files can be created."
+        ) from error
+    return folder
+
+
+def _write_and_rename(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    temporary = target.parent / f".pfgm-{secrets.token_hex(8)}.tmp"
+    try:
+        # Not by the tempfile module, whose files are private whatever the umask.
+        with open(temporary, "xb") as file:
+            if target.exists():
+                os.chmod(temporary, target.stat().st_mode & 0o777)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut, where folders can be opened and synchronised."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

@@ -1,0 +1,214 @@
+"""Pictures of samples and of the way they came; no pyplot and no global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import to_unit
+from .files import StrPath, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# All lengths are in pixels of the saved picture.
+_DPI = 100
+_PANEL = 72  # the size that the default scale comes near to
+_GAP = 4
+_MARGIN = 10
+_TITLE = 15
+_HEADER = 12
+_INK = "#333333"
+
+
+def image_grid(
+    images: Tensor,
+    path: StrPath | None = None,
+    *,
+    columns: int | None = None,
+    scale: int | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Images side by side on white, in reading order, enlarged without smoothing.
+
+    Args:
+        images: (n, C, H, W) with C = 1 (grey) or 3 (RGB), or (n, H, W) grey; floating values in
+            [-1, 1], clipped for display, or uint8.
+        path: where to save the picture, a name ending in .png; None saves nothing.
+        columns: images in a row; by default the grid is about square.
+        scale: picture pixels to an image pixel; by default an image comes out about 72 wide.
+        title: a line above the grid.
+
+    Returns:
+        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: a dtype that is neither floating nor uint8.
+        ValueError: another shape, NaN or infinity, columns or scale below 1, another suffix.
+        OSError: the picture cannot be written.
+
+    >>> figure = image_grid(torch.rand(10, 1, 8, 8) * 2 - 1, columns=5, title="noise")
+    >>> (figure.get_size_inches() * figure.dpi).round()
+    array([396., 191.])
+    """
+    images = _checked(images, "(n, C, H, W) or (n, H, W)", (3, 4))
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns is {columns}; allowed are whole numbers from 1.")
+    columns = min(columns, len(images))
+    figure, _ = _draw(_tile(images, columns, _scale(images, scale)), title, header=0)
+    _save(figure, path)
+    return figure
+
+
+def trajectory_grid(
+    images: Tensor,
+    z: Iterable[float] | Tensor,
+    path: StrPath | None = None,
+    *,
+    scale: int | None = None,
+    title: str | None = None,
+    symbol: str = "z",
+) -> Figure:
+    """The way of samples from noise to data: a row for each sample, a column for each z.
+
+    Far from the data values are in the hundreds. So each panel whose largest absolute value
+    exceeds 1 is divided by that value: its structure shows and its magnitude does not. Grey is 0
+    everywhere; panels within [-1, 1] are shown as they are.
+
+    Args:
+        images: (steps, n, C, H, W) with C = 1 (grey) or 3 (RGB), or (steps, n, H, W) grey; floating
+            or uint8. A picture is at its best with about ten steps.
+        z: (steps,), the value written above each column.
+        path: where to save the picture, a name ending in .png; None saves nothing.
+        scale: picture pixels to an image pixel; by default an image comes out about 72 wide. The
+            letters of the header shrink to fit narrow columns.
+        title: a line above the grid.
+        symbol: what z is called, such as "σ".
+
+    Returns:
+        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: a dtype that is neither floating nor uint8.
+        ValueError: another shape, NaN or infinity, as many z as there are not steps, scale below 1,
+            another suffix.
+        OSError: the picture cannot be written.
+
+    >>> z = torch.tensor([40.0, 6.0, 1.0, 0.001])
+    >>> steps = z.view(4, 1, 1, 1, 1) * torch.randn(4, 2, 1, 8, 8)
+    >>> [text.get_text() for text in trajectory_grid(steps, z).axes[0].texts]
+    ['z = 40', 'z = 6', 'z = 1', 'z = 0.001']
+    """
+    images = _checked(images, "(steps, n, C, H, W) or (steps, n, H, W)", (4, 5))
+    labels = [f"{symbol} = {float(value):.3g}" for value in z]
+    if len(labels) != len(images):
+        raise ValueError(f"z has {len(labels)} values; allowed are {len(images)}, one for a step.")
+    largest = images.abs().flatten(2).amax(2).clamp(min=1)
+    panels = (images / largest[..., None, None, None]).transpose(0, 1).flatten(0, 1)
+    scale = _scale(panels, scale)
+    figure, axes = _draw(_tile(panels, len(labels), scale), title, header=_HEADER + _GAP)
+    _write_header(axes, labels, width=panels.shape[-1] * scale)
+    _save(figure, path)
+    return figure
+
+
+def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
+    """Images as float32 on the CPU with a dimension for the channels."""
+    given = tuple(images.shape)
+    images = to_unit(images.detach()).cpu()
+    if images.ndim == ndims[0]:
+        images = images.unsqueeze(-3)
+    if images.ndim != ndims[1] or images.shape[-3] not in (1, 3) or images.numel() == 0:
+        raise ValueError(
+            f"images has shape {given}; allowed is {allowed}, not empty, with C = 1 or 3."
+        )
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError("images holds NaN or infinity; only finite values are allowed.")
+    return images
+
+
+def _scale(images: Tensor, scale: int | None) -> int:
+    if scale is None:
+        return max(1, round(_PANEL / max(images.shape[-2:])))
+    if scale < 1:
+        raise ValueError(f"scale is {scale}; allowed are whole numbers from 1.")
+    return scale
+
+
+def _tile(images: Tensor, columns: int, scale: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """One RGB picture (height, width, 3) of images (n, C, H, W), with white gaps between them."""
+    panels = images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    panels = panels.expand(-1, 3, -1, -1)
+    panels = panels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    missing = -len(panels) % columns
+    panels = F.pad(panels, (0, _GAP, 0, _GAP, 0, 0, 0, missing), value=255)
+    n, channels, height, width = panels.shape
+    grid = panels.view(n // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    picture = grid.reshape(n // columns * height, columns * width, channels)
+    return picture[:-_GAP, :-_GAP].numpy()
+
+
+def _draw(picture: np.ndarray[Any, Any], title: str | None, header: int) -> tuple[Figure, Any]:
+    """A figure that shows every pixel of the picture as one of its own, and its axes.
+
+    The axes count in pixels of the picture, from its upper left corner; header is the room left
+    above it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "plotting needs matplotlib; install it with: pip install 'pfgm[demo]'"
+        ) from error
+    height, width = picture.shape[:2]
+    above = _MARGIN + header + (_TITLE + 2 * _GAP if title else 0)
+    full_width = max(width, _text_width(title or "", _TITLE)) + 2 * _MARGIN
+    full_height = height + above + _MARGIN
+    left = (full_width - width) // 2
+    figure = Figure(figsize=(full_width / _DPI, full_height / _DPI), dpi=_DPI, facecolor="white")
+    axes = figure.add_axes(
+        (left / full_width, _MARGIN / full_height, width / full_width, height / full_height)
+    )
+    axes.imshow(picture, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
+    axes.set_axis_off()
+    if title:
+        figure.text(0.5, 1 - _MARGIN / full_height, title, va="top", **_style(_TITLE))
+    return figure, axes
+
+
+def _write_header(axes: Any, labels: list[str], width: int) -> None:
+    longest = max(labels, key=len)
+    size = _HEADER * min(1.0, width / _text_width(longest, _HEADER))
+    for i, label in enumerate(labels):
+        centre = i * (width + _GAP) + width / 2
+        axes.text(centre, -_GAP, label, va="bottom", **_style(size))
+
+
+def _style(size: float) -> dict[str, Any]:
+    return {"fontsize": size * 72 / _DPI, "color": _INK, "ha": "center"}
+
+
+def _text_width(text: str, size: float) -> int:
+    """About the width of a line of text; measuring it would need a renderer."""
+    return math.ceil(0.62 * size * len(text))
+
+
+def _save(figure: Figure, path: StrPath | None) -> None:
+    if path is None:
+        return
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"path is {path}; allowed is a name ending in .png.")
+    write_atomic(
+        path,
+        lambda file: figure.savefig(file, format="png", dpi=_DPI, facecolor="white"),
+    )
