@@ -143,6 +143,7 @@ class PoissonFlow:
         """
         if data.ndim < 1 or len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
+        _check_dtype("data", data)
         norms = [
             dequantise(rows, wide_dtype(data.device)).flatten(1).norm(dim=1)
             for rows in data.reshape(len(data), -1).split(1024)
@@ -182,6 +183,12 @@ class PoissonFlow:
     def __repr__(self) -> str:
         named = (f"{name}={value!r}" for name, value in self.config.items() if name != "shape")
         return f"PoissonFlow({self.shape}, {', '.join(named)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PoissonFlow) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(str, self.config.items())))
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Moves data off the plane z = 0 (Algorithm 2).
@@ -293,7 +300,8 @@ class PoissonFlow:
         radius = self.z_max * norm / scale.clamp(min=torch.finfo(scale.dtype).tiny ** 0.5)
         if clip:
             radius = radius.clamp(1.0, self.upper_norm)
-        return (radius * (direction / norm)).view(n, *self.shape)
+        x: Tensor = radius * (direction / norm)
+        return x.view(n, *self.shape)
 
     def denoise(self, net: Network, x: Tensor, z: float) -> Tensor:
         """The posterior mean (B, *S) that the network's field implies at points x of level z.
@@ -457,11 +465,13 @@ class PoissonFlow:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."
             )
-        if x.dtype == torch.uint8:
-            return dequantise(x, torch.float32)
-        if not x.is_floating_point():
-            raise TypeError(f"x has dtype {x.dtype}; allowed are uint8 and floating point.")
-        return x
+        _check_dtype("x", x)
+        return dequantise(x, torch.float32) if x.dtype == torch.uint8 else x
+
+
+def _check_dtype(name: str, values: Tensor) -> None:
+    if values.dtype != torch.uint8 and not values.is_floating_point():
+        raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
 
 
 def _positive(name: str, value: float) -> float:

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from . import native, reference
 
-__all__ = ["Availability", "Backend", "available", "choose", "requested", "use_backend"]
+__all__ = [
+    "Availability",
+    "Backend",
+    "Unavailable",
+    "available",
+    "choose",
+    "requested",
+    "use_backend",
+]
 
 
 class Backend(Protocol):
@@ -55,6 +63,10 @@ _BACKENDS: dict[str, Backend] = {
     "reference": cast(Backend, reference),
 }
 _requested: str | None = None
+
+
+class Unavailable(RuntimeError):
+    """A backend that was asked for cannot run; the message says why."""
 
 
 class Availability(NamedTuple):
@@ -115,7 +127,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the one that was asked for cannot run; the message says why.
+        Unavailable: the one that was asked for cannot run; the message says why.
     """
     source = "backend"
     if not name and (name := os.environ.get("PFGM_BACKEND")):
@@ -123,7 +135,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
     if name:
         backend = _named(name, source)
         if reason := backend.supports(device, dtype):
-            raise RuntimeError(f"{source}={name!r} cannot run here: {reason}.")
+            raise Unavailable(f"{source}={name!r} cannot run here: {reason}.")
         return backend
     for backend in _BACKENDS.values():
         if backend.supports(device, dtype) is None:

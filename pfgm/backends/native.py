@@ -57,6 +57,19 @@ def describe() -> str:
     return f"C++ on the CPU, {extension().cpu_isa()}, {torch.get_num_threads()} threads"
 
 
+def build_lines() -> list[str]:
+    """How the extension was built and what its CUDA runtime sees, for ``pfgm info``."""
+    if _native is None:
+        return ["extension  not built (PFGM_NATIVE=0)"]
+    info = _native.build_info()
+    names, error = _native.cuda_devices()
+    architectures = info["cuda_architectures"] or "none"
+    return [
+        f"extension  {info['compiler']}, CUDA architectures: {architectures}",
+        f"CUDA       {', '.join(names) or error}",
+    ]
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with contiguous features; rows may lie anywhere, also on one another."""
     return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()

@@ -1,0 +1,406 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pfgm
+from pfgm import PoissonFlow
+from pfgm.data import digits
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def digit_images():
+    return digits().train
+
+
+class Recorder(nn.Module):
+    """A network that notes how it is called."""
+
+    def __init__(self, flow, references):
+        super().__init__()
+        self.exact = flow.empirical(references)
+        self.dropout = nn.Dropout(0.5)
+        self.modes, self.gradients, self.levels = [], [], []
+
+    def forward(self, x, z):
+        self.modes.append(self.training)
+        self.gradients.append(torch.is_grad_enabled())
+        self.levels.append(z.clone())
+        return self.exact(x, z)
+
+
+# ---- hyper-parameters ------------------------------------------------------------------------
+
+
+def test_published_hyper_parameters_follow_from_the_data_norm():
+    flow = PoissonFlow((3, 32, 32), data_norm=30.0)
+    assert flow.M == 287
+    assert flow.z_max == pytest.approx(38.57, abs=0.005)
+    assert flow.upper_norm == pytest.approx(2679, abs=0.5)
+
+
+def test_cifar10_values():
+    flow = PoissonFlow.cifar10()
+    assert (flow.M, flow.z_max, flow.upper_norm) == (291, 40, 3000)
+    assert (flow.sigma, flow.tau, flow.gamma, flow.z_min) == (0.01, 0.03, 5.0, 1e-3)
+    assert PoissonFlow.cifar10(z_min=1e-2).z_min == 1e-2
+
+
+def test_from_data_measures_the_norm():
+    data = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    assert PoissonFlow.from_data(data) == PoissonFlow((2,), data_norm=3.0)
+    assert PoissonFlow.from_data(data, M=200).M == 200
+    pixels = torch.tensor([[255, 255], [0, 0]], dtype=torch.uint8)
+    assert PoissonFlow.from_data(pixels) == PoissonFlow((2,), data_norm=math.sqrt(2))
+
+
+def test_config_is_the_whole_flow():
+    flow = PoissonFlow((2, 3), data_norm=2.0, restrict_M=False, substitution="published")
+    assert PoissonFlow(**flow.config) == flow
+    assert flow != PoissonFlow((2, 3), data_norm=2.0)
+    assert "restrict_M=False" in repr(flow)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "neither M nor data_norm"),
+        ({"data_norm": 0.0}, "data_norm is 0.0"),
+        ({"data_norm": math.nan}, "data_norm is nan"),
+        ({"data_norm": 1e-3}, "too small"),
+        ({"M": -1}, "M is -1"),
+        ({"M": 200, "sigma": 0.0}, "sigma is 0.0"),
+        ({"M": 200, "tau": -0.1}, "tau is -0.1"),
+        ({"M": 200, "gamma": -1.0}, "gamma is -1.0"),
+        ({"M": 200, "z_min": 1e6}, "z_min is 1000000.0"),
+        ({"M": 200, "z_max": math.inf}, "z_max is inf"),
+        ({"M": 200, "upper_norm": 0.0}, "upper_norm is 0.0"),
+        ({"M": 200, "substitution": "none"}, "substitution is 'none'"),
+    ],
+)
+def test_bad_hyper_parameters(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PoissonFlow((2,), **arguments)
+
+
+def test_bad_shapes_and_data():
+    with pytest.raises(ValueError, match="shape is"):
+        PoissonFlow((0, 2), M=200)
+    with pytest.raises(ValueError, match="data has shape"):
+        PoissonFlow.from_data(torch.empty(0, 2))
+    with pytest.raises(ValueError, match="data holds NaN or infinity"):
+        PoissonFlow.from_data(torch.tensor([[1.0, math.nan]]))
+    with pytest.raises(TypeError, match="data has dtype"):
+        PoissonFlow.from_data(torch.ones(3, 2, dtype=torch.int64))
+
+
+# ---- perturbation ----------------------------------------------------------------------------
+
+
+def paper_perturbation(flow, n, generator):
+    """Norm of the displacement and z by Algorithm 2 as the paper writes it."""
+    m = torch.rand(n, generator=generator, dtype=torch.float64) * flow.M
+    noise_z = flow.sigma * torch.randn(n, generator=generator, dtype=torch.float64)
+    noise_x = flow.sigma * torch.randn(n, flow.N, generator=generator, dtype=torch.float64)
+    if flow.restrict_M:
+        short = noise_z.abs() < 0.005
+        m[short] = (torch.rand(n, generator=generator, dtype=torch.float64) * 0.7 * flow.M)[short]
+    growth = (1 + flow.tau) ** m
+    return noise_x.norm(dim=1) * growth, noise_z.abs() * growth
+
+
+@pytest.mark.parametrize("restrict_M", [True, False])
+def test_perturbation_is_that_of_the_paper(restrict_M):
+    flow = PoissonFlow((5,), data_norm=3.0, restrict_M=restrict_M)
+    n = 40_000
+    x_perturbed, z = flow.perturb(torch.ones(n, 5, dtype=torch.float64), seeded(0))
+    norm, expected_z = paper_perturbation(flow, n, seeded(1))
+    quantiles = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    for found, expected in [
+        ((x_perturbed - 1).norm(dim=1), norm),
+        (z, expected_z),
+        (z / (x_perturbed - 1).norm(dim=1), expected_z / norm),
+    ]:
+        difference = found.log().quantile(quantiles) - expected.log().quantile(quantiles)
+        assert difference.abs().max() < 0.08  # four standard errors at this n
+    assert ((x_perturbed - 1) / (x_perturbed - 1).norm(dim=1, keepdim=True)).mean(0).norm() < 0.02
+
+
+def test_perturbation_is_reproducible_and_typed():
+    flow = PoissonFlow((2, 3), data_norm=3.0)
+    x = torch.zeros(4, 2, 3)
+    a, b = flow.perturb(x, seeded(3)), flow.perturb(x, seeded(3))
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+    assert a[0].dtype == a[1].dtype == torch.float32
+    pixels = torch.full((4, 2, 3), 255, dtype=torch.uint8)
+    torch.testing.assert_close(flow.perturb(pixels, seeded(3))[0], a[0] + 1)
+    assert [t.shape for t in flow.perturb(x[:0])] == [(0, 2, 3), (0,)]
+    with pytest.raises(ValueError, match="x has shape"):
+        flow.perturb(torch.zeros(4, 3, 2))
+    with pytest.raises(TypeError, match="x has dtype"):
+        flow.perturb(x.long())
+
+
+# ---- loss ------------------------------------------------------------------------------------
+
+
+def test_loss_is_half_the_squared_error_summed_over_the_field():
+    flow = PoissonFlow((2, 3), data_norm=2.0)
+    data = torch.randn(50, 2, 3, generator=seeded(0))
+    batch = data[:8]
+
+    def constant(x, z):
+        return torch.full_like(x, 0.25), torch.full_like(z, -0.5)
+
+    loss = flow.loss(constant, batch, data, seeded(7))
+    x_perturbed, z = flow.perturb(batch, seeded(7))
+    x, y = x_perturbed.double().flatten(1), data.double().flatten(1)
+    s = (x[:, None] - y).square().sum(2) + z.double()[:, None] ** 2
+    mean = torch.softmax(-(6 + 1) / 2 * s.log(), 1) @ y
+    E = torch.cat([x - mean, z.double()[:, None]], 1)
+    v = -math.sqrt(6) * E / (E.norm(dim=1, keepdim=True) + 5)
+    prediction = torch.tensor([0.25] * 6 + [-0.5], dtype=torch.float64)
+    expected = 0.5 * (prediction - v).square().sum(1).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_loss_is_zero_for_the_exact_field_and_only_for_it():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    data = torch.randn(50, 2, generator=seeded(0))
+    assert float(flow.loss(flow.empirical(data), data[:8], data, seeded(1))) == 0
+    assert float(flow.loss(flow.empirical(data), data[:8], None, seeded(1))) > 0
+
+
+def test_loss_reaches_the_parameters_only():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    data = torch.randn(50, 2, generator=seeded(0)).requires_grad_()
+    net = pfgm.networks.MLP((2,), width=16)
+    flow.loss(net, data[:8].detach(), data, seeded(1)).backward()
+    assert data.grad is None
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_wrong_network_shapes_are_named():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    with pytest.raises(ValueError, match="net returned shapes"):
+        flow.loss(lambda x, z: (x, z[:, None]), torch.zeros(4, 2))
+
+
+# ---- prior -----------------------------------------------------------------------------------
+
+
+def test_prior_is_the_projected_hemisphere():
+    flow = PoissonFlow((3,), M=300, z_max=7.0, upper_norm=900.0)
+    x = flow.prior(40_000, generator=seeded(0), clip=False).double()
+    # The angle of a uniform point of the hemisphere in R^4: ‖x‖/z_max = tan θ, density ∝ sin²θ.
+    theta = torch.atan(x.norm(dim=1) / 7.0).sort().values
+    distribution = (theta - theta.sin() * theta.cos()) / (math.pi / 2)
+    uniform = (torch.arange(len(theta), dtype=torch.float64) + 0.5) / len(theta)
+    assert (distribution - uniform).abs().max() < 1.63 / math.sqrt(len(theta))  # Kolmogorov, 1 %
+    assert (x / x.norm(dim=1, keepdim=True)).mean(0).norm() < 0.02
+
+
+def test_prior_clips_the_norm_and_keeps_the_direction():
+    flow = PoissonFlow.cifar10()
+    free = flow.prior(400, generator=seeded(0), clip=False).flatten(1)
+    clipped = flow.prior(400, generator=seeded(0)).flatten(1)
+    norms = clipped.norm(dim=1)
+    assert norms.max() <= 3000.01
+    assert norms.min() >= 1
+    assert 0.3 < float((norms > 2999.9).float().mean()) < 0.7
+    assert nn.functional.cosine_similarity(free, clipped).min() > 0.9999
+
+
+def test_prior_arguments():
+    flow = PoissonFlow((2,), M=300)
+    assert flow.prior(0).shape == (0, 2)
+    with pytest.raises(ValueError, match="n is -1"):
+        flow.prior(-1)
+    with pytest.raises(ValueError, match="generator is on cpu and device is meta"):
+        flow.prior(2, generator=seeded(), device="meta")
+
+
+# ---- the mean behind a field -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("z", [1e-3, 0.1, 2.0, 4.99, 5.01, 17.0])
+def test_denoise_inverts_the_normalisation(z):
+    flow = PoissonFlow((2, 3), data_norm=2.0)
+    data = torch.randn(50, 2, 3, generator=seeded(0), dtype=torch.float64)
+    spread = torch.randn(20, 2, 3, generator=seeded(1), dtype=torch.float64)
+    x = data[:20] + z * spread
+    expected = pfgm.posterior_mean(x, data, r=z)
+    torch.testing.assert_close(
+        flow.denoise(flow.empirical(data), x, z), expected, rtol=0, atol=1e-9
+    )
+
+
+def test_published_substitution_is_close_for_small_z_only():
+    data = torch.randn(50, 2, generator=seeded(0), dtype=torch.float64)
+    flow = PoissonFlow((2,), data_norm=2.0, substitution="published")
+    errors = []
+    for z in (1e-3, 4.0):
+        x = data[:20] + z
+        exact = pfgm.posterior_mean(x, data, r=z)
+        found = flow.denoise(flow.empirical(data), x, z)
+        errors.append(float(((found - exact).norm(dim=1) / (x - exact).norm(dim=1)).max()))
+    assert errors[0] < 1e-3
+    assert 0.01 < errors[1] < 0.2
+
+
+def test_an_unphysical_field_gives_a_finite_mean_and_never_reverses_the_flow():
+    flow = PoissonFlow((4,), data_norm=2.0)
+    x = torch.ones(2, 4)
+    for z in (1e-3, 4.0, 10.0):
+        mean = flow.denoise(lambda x, z: (10 * x, 0.1 * torch.ones_like(z)), x, z)
+        assert torch.isfinite(mean).all()
+        assert (mean >= x).all()  # along the field, not against it
+
+
+# ---- sampling --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["log", "rho"])
+def test_empirical_sampling_gives_the_references(digit_images, schedule):
+    """The figure promised for 20 Euler steps on digits: 99 % within 0.02 of a reference."""
+    flow = PoissonFlow.from_data(digit_images)
+    samples = flow.sample(
+        flow.empirical(digit_images),
+        500,
+        solver="euler",
+        steps=20,
+        schedule=schedule,
+        generator=seeded(0),
+    )
+    distance = pfgm.metrics.nearest_distance(samples, digit_images)
+    assert (distance < 0.02).double().mean() >= 0.99
+    nearest = torch.cdist(samples.flatten(1), digit_images.flatten(1)).argmin(1)
+    assert len(nearest.unique()) > 300  # not a few of them
+
+
+@pytest.mark.parametrize(
+    ("solver", "evaluations"), [("euler", 6), ("heun", 11), ("multistep", 6), ("rk45", None)]
+)
+def test_solvers_and_their_evaluations(solver, evaluations):
+    flow = PoissonFlow((2,), data_norm=2.0)
+    net = Recorder(flow, torch.randn(30, 2, generator=seeded(0)))
+    x, nfe = flow.sample(net, 5, solver=solver, steps=6, generator=seeded(1), return_nfe=True)
+    assert x.shape == (5, 2)
+    assert nfe == len(net.levels)
+    assert evaluations in (nfe, None)
+    assert not any(net.modes)
+    assert not any(net.gradients)
+    assert net.training
+    assert net.dropout.training
+    assert net.levels[0].shape == (5,)
+    assert float(net.levels[0][0]) == pytest.approx(flow.z_max)
+
+
+def test_module_modes_are_restored_one_by_one_even_after_an_error():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    net = Recorder(flow, torch.ones(1, 2))
+    net.dropout.eval()
+
+    def fail(info):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        flow.sample(net, 2, callback=fail)
+    assert net.training
+    assert not net.dropout.training
+
+
+def test_samples_are_a_function_of_the_generator():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    net = flow.empirical(torch.randn(30, 2, generator=seeded(0)))
+    a, b = (flow.sample(net, 5, generator=seeded(4)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, flow.sample(net, 5, generator=seeded(5)))
+    prior = flow.prior(5, generator=seeded(4))
+    assert torch.equal(a, flow.sample(net, 5, x_init=prior))
+
+
+def test_x_init_is_left_alone_and_its_dtype_kept():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    net = flow.empirical(torch.randn(30, 2, generator=seeded(0)).double())
+    start = flow.prior(5, generator=seeded(4)).double()
+    kept = start.clone()
+    assert flow.sample(net, 5, x_init=start).dtype == torch.float64
+    assert torch.equal(start, kept)
+
+
+def test_device_rule():
+    """x_init, else generator, else parameters or buffers, else the CPU."""
+    flow = PoissonFlow((2,), data_norm=2.0)
+    on_meta = nn.Linear(2, 2, device="meta")
+    devices = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = on_meta
+
+        def forward(self, x, z):
+            devices.append(x.device.type)
+            return torch.zeros_like(x), -torch.ones_like(z)
+
+    flow.sample(Net(), 2, steps=1)
+    flow.sample(Net(), 2, steps=1, generator=seeded())
+    flow.sample(Net(), 2, steps=1, x_init=torch.zeros(2, 2))
+    flow.sample(Net(), 2, steps=1, x_init=torch.zeros(2, 2), device="meta")
+    flow.sample(lambda x, z: (x, z - 1), 2, steps=1)
+    assert devices == ["meta", "cpu", "cpu", "meta"]
+
+
+def test_callback_stops_and_progress_shows(capsys):
+    flow = PoissonFlow((2,), data_norm=2.0)
+    net = flow.empirical(torch.randn(30, 2, generator=seeded(0)))
+    seen = []
+
+    def stop(info):
+        seen.append(info)
+        return info["step"] == 3
+
+    x = flow.sample(net, 5, generator=seeded(1), callback=stop, progress=True)
+    assert len(seen) == 4
+    assert torch.equal(x, seen[-1]["x"])
+    assert set(seen[0]) == {"step", "z", "x", "mean", "nfe"}
+    assert "sampling" in capsys.readouterr().err
+
+
+def test_no_samples():
+    flow = PoissonFlow((2, 3), data_norm=2.0)
+    x, nfe = flow.sample(flow.empirical(torch.ones(1, 2, 3)), 0, return_nfe=True)
+    assert x.shape == (0, 2, 3)
+    assert nfe == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "rk4"}, "solver is 'rk4'; allowed are euler, heun, multistep, rk45"),
+        ({"schedule": "cosine"}, "schedule is 'cosine'; allowed are log, rho"),
+        ({"steps": 0}, "steps is 0"),
+        ({"n": -2}, "n is -2"),
+        ({"x_init": torch.zeros(3, 2)}, "x_init has shape"),
+        ({"x_init": torch.zeros(4, 2, dtype=torch.int32)}, "x_init has shape"),
+    ],
+)
+def test_bad_sampling_arguments(arguments, message):
+    flow = PoissonFlow((2,), data_norm=2.0)
+    net = flow.empirical(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=message):
+        flow.sample(net, **{"n": 4, **arguments})
+
+
+def test_bad_references():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    for references in (torch.ones(3, 3), torch.ones(0, 2)):
+        with pytest.raises(ValueError, match="references has shape"):
+            flow.empirical(references)
