@@ -1,0 +1,191 @@
+"""Checkpoints: weights with all that sampling needs, the training state beside them.
+
+A weights file is safetensors; its metadata hold the flow's hyper-parameters and the network's
+configuration, so that it can be used alone. A run's folder holds ``step-XXXXXXXX.safetensors`` (the
+averaged weights), ``step-XXXXXXXX.state.pt`` (what resuming needs beside them) and ``latest.json``,
+which names the newest complete pair and is written last. Nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .files import StrPath, write_atomic
+from .flow import PoissonFlow
+from .networks import NETWORKS, build
+
+__all__ = ["load", "load_run", "save", "save_run"]
+
+_FORMAT = 1
+_KEPT = 2  # newest checkpoints of a run that stay
+
+
+class Loaded(NamedTuple):
+    """What a weights file holds."""
+
+    flow: PoissonFlow
+    network: nn.Module
+
+
+def save(path: StrPath, flow: PoissonFlow, network: nn.Module, *, step: int = 0) -> None:
+    """Writes the network's weights and all that :func:`load` needs to use them.
+
+    A network that is not one of :mod:`pfgm.networks` is saved too, but must be given to
+    :func:`load`.
+
+    Raises:
+        OSError: the file cannot be written; an existing one is left as it was.
+    """
+    description = {
+        "format": _FORMAT,
+        "step": step,
+        "flow": flow.config,
+        "network": _describe(network),
+    }
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    content = safetensors.torch.save(tensors, metadata={"pfgm": json.dumps(description)})
+    write_atomic(path, lambda file: file.write(content))
+
+
+def load(
+    path: StrPath,
+    network: nn.Module | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Loaded:
+    """The flow and the network (in evaluation mode) of a weights file, or of a run's newest one.
+
+    Args:
+        path: a ``.safetensors`` file, or the folder of a run.
+        network: takes the weights; None builds the network that the file describes.
+        device: where the network goes.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no checkpoint in the folder.
+        ValueError: the file is truncated, not from this library, or does not fit the network.
+
+    >>> import pfgm, tempfile
+    >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/net.safetensors", flow, pfgm.networks.MLP((2,)))
+    ...     flow, net = load(f"{folder}/net.safetensors")
+    >>> flow.sample(net, 5).shape
+    torch.Size([5, 2])
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / _latest(path)["weights"]
+    tensors, description = _read(path)
+    try:
+        flow = PoissonFlow(**description["flow"])
+        if network is None:
+            network = _rebuild(description["network"], tensors)
+        network.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+    return Loaded(flow, network.to(device).eval())
+
+
+def _describe(network: nn.Module) -> dict[str, Any] | None:
+    for name, kind in NETWORKS.items():
+        if type(network) is kind:
+            return {"name": name, "config": network.config}
+    return None
+
+
+def _rebuild(described: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+    if described is None:
+        raise ValueError(
+            "it holds the weights of a network that is not one of pfgm.networks; give the network "
+            "to load them into."
+        )
+    # First without memory, so that a configuration that does not belong to the tensors in the
+    # file allocates nothing.
+    with torch.device("meta"):
+        expected = build(described["name"], described["config"]).state_dict()
+    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise ValueError("it holds other tensors than the network it describes.")
+    return build(described["name"], described["config"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}).") from error
+    try:
+        description = json.loads(metadata.get("pfgm", ""))
+        version = description["format"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} was not written by pfgm: it describes no flow.") from error
+    if version != _FORMAT:
+        raise ValueError(f"{path} has format {version}; this version reads format {_FORMAT}.")
+    return tensors, description
+
+
+def save_run(
+    folder: Path, flow: PoissonFlow, averaged: nn.Module, state: dict[str, Any], step: int
+) -> None:
+    """Writes a checkpoint of a run: weights, state, then latest.json; removes the oldest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights_name, state_name = f"step-{step:08d}.safetensors", f"step-{step:08d}.state.pt"
+    save(folder / weights_name, flow, averaged, step=step)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomic(folder / state_name, lambda file: file.write(content.getbuffer()))
+    latest = {"step": step, "weights": weights_name, "state": state_name}
+    write_atomic(folder / "latest.json", lambda file: file.write(json.dumps(latest).encode()))
+    for pattern in ("step-*.safetensors", "step-*.state.pt"):
+        for old in sorted(folder.glob(pattern))[:-_KEPT]:
+            old.unlink()
+
+
+def load_run(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Averaged weights, their description and the training state of a run's newest checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    latest = _latest(folder)
+    tensors, description = _read(folder / latest["weights"])
+    path = folder / latest["state"]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no training state at {path}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a file that it cannot read
+        raise ValueError(f"{path} is not a complete training state.") from error
+    if not isinstance(state, dict) or state.get("step") != description["step"]:
+        raise ValueError(f"{path} is not the training state that belongs to its weights.")
+    return tensors, description, state
+
+
+def _latest(folder: Path) -> dict[str, str]:
+    path = folder / "latest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint in {folder}: it has no latest.json.")
+    try:
+        latest = json.loads(path.read_text())
+        names = {key: latest[key] for key in ("weights", "state")}
+        if any(Path(name).name != name for name in names.values()):
+            raise ValueError("it names a file outside its folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not name a checkpoint ({error}).") from error
+    return names

@@ -1,0 +1,363 @@
+"""Training: a loop that can be stopped, resumed and reproduced."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from .checkpoint import load_run, save_run
+from .flow import PoissonFlow
+
+__all__ = ["Diverged", "Terminated", "TrainConfig", "Trainer"]
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived during training; the checkpoint has been written."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are those published for CIFAR-10 (PFGM, appendix B.1)."""
+
+    steps: int = 100_000
+    """Optimiser steps."""
+    batch_size: int = 128
+    """Samples that are perturbed in a step."""
+    references: int = 4096
+    """Samples whose field is the target, those of the batch among them; at most the whole data."""
+    learning_rate: float = 2e-4
+    """Adam's, after the warm-up."""
+    warmup: int = 5000
+    """Steps over which the learning rate rises."""
+    decay: Literal["none", "cosine"] = "none"
+    """How the learning rate falls from the end of the warm-up to the last step."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.9999
+    """Decay of the averaged weights; min(ema, (1 + t)/(10 + t)) at step t."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps between reports of the loss."""
+    seed: int = 0
+    """Of batches, perturbation and dropout."""
+
+    def __post_init__(self) -> None:
+        smallest = {"steps": 1, "batch_size": 1, "references": 1, "warmup": 0}
+        smallest |= {"checkpoint_every": 1, "log_every": 1}
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; allowed is an integer of at least {least}.")
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} is {value!r}; allowed is any number above 0.")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema!r}; allowed is 0 to below 1.")
+        if self.decay not in ("none", "cosine"):
+            raise ValueError(f"decay is {self.decay!r}; allowed are 'none' and 'cosine'.")
+        if self.references < self.batch_size:
+            raise ValueError(
+                f"references is {self.references}; allowed is at least batch_size, "
+                f"{self.batch_size}, as the references contain the batch."
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then constant or half a cosine down to 0 after the last step.
+
+        >>> TrainConfig(steps=100, warmup=10, learning_rate=1.0, decay="cosine").learning_rate_at(4)
+        0.5
+        """
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.decay == "none":
+            return self.learning_rate
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+# What a resumed run may have otherwise than the run it continues.
+_MAY_DIFFER = ("steps", "checkpoint_every", "log_every")
+
+
+class Trainer:
+    """Trains a network on a Poisson flow's loss.
+
+    All randomness is a function of the seed and the step, so a resumed run continues exactly as if
+    it had not stopped (on the CPU to the bit). SIGINT and SIGTERM end the run after the step at
+    hand, with a checkpoint written.
+
+    Args:
+        flow: gives the loss.
+        network: what is trained; its parameters stay where they are.
+        data: (n, *S) floating point or uint8 (u/127.5 − 1), on any device.
+        config: how to train.
+        folder: of checkpoints and TensorBoard logs (where that is installed); None writes nothing.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: data do not fit the flow, are fewer than a batch, or not finite.
+
+    >>> import pfgm, torch
+    >>> data = torch.randn(256, 2)
+    >>> flow = pfgm.PoissonFlow.from_data(data)
+    >>> config = TrainConfig(steps=20, batch_size=32, warmup=5)
+    >>> trainer = Trainer(flow, pfgm.networks.MLP((2,)), data, config, progress=False)
+    >>> flow.sample(trainer.train(), 4).shape
+    torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        flow: PoissonFlow,
+        network: nn.Module,
+        data: Tensor,
+        config: TrainConfig | None = None,
+        *,
+        folder: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.flow, self.network, self.data = flow, network, data
+        self.config = config = config or TrainConfig()
+        self.folder = None if folder is None else Path(folder)
+        self.progress = progress
+        self.step = 0
+        if data.ndim == 0 or data.shape[1:] != flow.shape:
+            raise ValueError(
+                f"data has shape {tuple(data.shape)}; allowed is (n, *S) with S = {flow.shape}."
+            )
+        if len(data) < config.batch_size:
+            raise ValueError(
+                f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
+            )
+        self._device = next(network.parameters()).device
+        self._optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+        self._averaged = AveragedModel(network, multi_avg_fn=_average(config.ema), use_buffers=True)
+        self._epoch: tuple[int, Tensor] | None = None
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network with the moving average of its weights: the one to sample with."""
+        module: nn.Module = self._averaged.module
+        return module
+
+    def train(self) -> nn.Module:
+        """Runs up to the configured number of steps.
+
+        Returns:
+            The network with averaged weights.
+
+        Raises:
+            Diverged: the loss is not finite; no checkpoint is written after the last good one.
+            ValueError: data hold values that are not finite.
+            OSError: a checkpoint cannot be written.
+            KeyboardInterrupt, Terminated: a signal ended the run, after its checkpoint.
+        """
+        self.network.train()
+        config = self.config
+        with _signals() as received, self._log() as log, self._bar() as bar:
+            total, since = torch.zeros((), device=self._device), self.step
+            while self.step < config.steps and not received:
+                total += self._train_step()
+                self.step += 1
+                bar.update()
+                due = self.step % config.checkpoint_every == 0
+                last = self.step == config.steps or bool(received)
+                if due or last or self.step % config.log_every == 0:
+                    loss = self._checked(float(total) / (self.step - since), since)
+                    bar.set_postfix(loss=f"{loss:.4g}")
+                    log(self.step, {"loss": loss, "lr": config.learning_rate_at(self.step - 1)})
+                    total, since = torch.zeros_like(total), self.step
+                if due or last:
+                    self.save()
+        if received:
+            raise KeyboardInterrupt if received[0] == signal.SIGINT else Terminated
+        return self.averaged
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step into the folder, if there is one."""
+        if self.folder is None:
+            return
+        state = {
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "rows": len(self.data),
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        save_run(self.folder, self.flow, self.averaged, state, self.step)
+
+    def resume(self) -> int:
+        """Takes up the newest checkpoint in the folder, and returns its step.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or from a run with other settings, data or network.
+        """
+        if self.folder is None:
+            raise ValueError("folder is None; resuming needs the folder of a run.")
+        weights, description, state = load_run(self.folder)
+        if PoissonFlow(**description["flow"]).config != self.flow.config:
+            raise ValueError(f"{self.folder} holds a run with another flow: {description['flow']}.")
+        if state["rows"] != len(self.data):
+            raise ValueError(
+                f"data has {len(self.data)} rows; the run in {self.folder} has {state['rows']}."
+            )
+        for name, value in dataclasses.asdict(self.config).items():
+            if name not in _MAY_DIFFER and state["config"].get(name) != value:
+                raise ValueError(
+                    f"{name} is {value!r}; the run in {self.folder} has "
+                    f"{state['config'].get(name)!r}."
+                )
+        try:
+            self.network.load_state_dict(state["network"])
+            self.averaged.load_state_dict(weights)
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
+        self.step = state["step"]
+        self._averaged.n_averaged.fill_(self.step)
+        return self.step
+
+    def _train_step(self) -> Tensor:
+        config, step = self.config, self.step
+        x, references = self._batch(step)
+        generator = torch.Generator(self._device).manual_seed(_seed(config.seed, step, 0))
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        devices = [] if self._device.type == "cpu" else [self._device]
+        with torch.random.fork_rng(devices, device_type=_rng_type(self._device)):
+            torch.manual_seed(_seed(config.seed, step, 1))  # dropout has no generator argument
+            loss = self.flow.loss(self.network, x, references, generator)
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._averaged.update_parameters(self.network)
+        return loss.detach()
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Rows of this step and the references around them, from a new permutation an epoch."""
+        rows, size = len(self.data), self.config.batch_size
+        epoch, position = divmod(step, rows // size)
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 2))
+            self._epoch = epoch, torch.randperm(rows, generator=generator).to(self.data.device)
+        order, start = self._epoch[1], position * size
+        x = self.data[order[start : start + size]].to(self._device)
+        if self.config.references >= rows:
+            return x, self._all_references()
+        around = torch.arange(start, start + self.config.references, device=order.device) % rows
+        return x, self.data[order[around]].to(self._device)
+
+    def _all_references(self) -> Tensor:
+        if self.data.device != self._device:
+            self.data = self.data.to(self._device)
+        return self.data
+
+    def _checked(self, loss: float, since: int) -> float:
+        if math.isfinite(loss):
+            return loss
+        raise Diverged(
+            f"the loss is {loss} between steps {since + 1} and {self.step}: lower the learning "
+            "rate; the last checkpoint is unharmed."
+        )
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not self.progress,
+        )
+
+    @contextmanager
+    def _log(self) -> Iterator[Callable[[int, dict[str, float]], None]]:
+        """A function that writes figures to TensorBoard, where that is installed."""
+        if self.folder is None or importlib.util.find_spec("tensorboard") is None:
+            yield lambda step, figures: None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.folder)) as writer:
+
+            def write(step: int, figures: dict[str, float]) -> None:
+                for name, value in figures.items():
+                    writer.add_scalar(name, value, step)
+
+            yield write
+
+
+def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """Moving average with warm-up: the decay at step t is min(decay, (1 + t)/(10 + t))."""
+
+    @torch.no_grad()
+    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        t = int(count)
+        weight = 1 - min(decay, (1 + t) / (10 + t))
+        for mean, value in zip(averaged, current, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), weight)
+            else:
+                mean.copy_(value)
+
+    return average
+
+
+def _seed(*parts: int) -> int:
+    """A 63-bit seed for one purpose (seed, step, purpose), unrelated to that of any other."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _rng_type(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM is put into the list; a second one acts as it did before."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread is sent signals
+        return
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()

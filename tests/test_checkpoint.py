@@ -1,0 +1,236 @@
+import json
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+import pfgm
+from pfgm import checkpoint
+from pfgm.checkpoint import load_run, save_run
+
+
+@pytest.fixture
+def flow():
+    return pfgm.PoissonFlow((3,), data_norm=2.0, z_min=0.01)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return pfgm.networks.MLP((3,), width=16, depth=2)
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Own(nn.Module):
+    """A network that pfgm does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, z):
+        return self.layer(x), -z
+
+
+def test_the_file_alone_gives_flow_and_network(tmp_path, flow, network):
+    network.train()
+    pfgm.save(tmp_path / "net.safetensors", flow, network, step=7)
+    loaded = pfgm.load(tmp_path / "net.safetensors")
+    assert loaded.flow == flow
+    assert same_weights(loaded.network, network)
+    assert not loaded.network.training
+    x, z = torch.randn(4, 3), torch.rand(4)
+    assert torch.equal(loaded.network(x, z)[0], network.eval()(x, z)[0])
+
+
+def test_unet_round_trip(tmp_path):
+    flow = pfgm.PoissonFlow((1, 5, 6), data_norm=2.0)
+    network = pfgm.networks.UNet((1, 5, 6), width=16)
+    pfgm.save(tmp_path / "net.safetensors", flow, network)
+    assert same_weights(pfgm.load(tmp_path / "net.safetensors").network, network)
+
+
+def test_metadata_are_readable_without_pfgm(tmp_path, flow, network):
+    pfgm.save(tmp_path / "net.safetensors", flow, network, step=7)
+    with safetensors.safe_open(tmp_path / "net.safetensors", framework="np") as file:
+        description = json.loads(file.metadata()["pfgm"])
+    assert description["step"] == 7
+    assert description["flow"]["z_min"] == 0.01
+    assert description["network"]["name"] == "mlp"
+
+
+def test_loading_does_not_follow_later_changes_of_the_file(tmp_path, flow, network):
+    path = tmp_path / "net.safetensors"
+    pfgm.save(path, flow, network)
+    loaded = pfgm.load(path).network
+    content = bytearray(path.read_bytes())
+    content[-64:] = bytes(64)
+    path.write_bytes(content)
+    assert same_weights(loaded, network)
+
+
+def test_own_networks_are_saved_and_given_back(tmp_path, flow):
+    network, path = Own(), tmp_path / "net.safetensors"
+    pfgm.save(path, flow, network)
+    with pytest.raises(ValueError, match=r"not one of pfgm\.networks"):
+        pfgm.load(path)
+    other = Own()
+    assert pfgm.load(path, other).network is other
+    assert same_weights(other, network)
+    with pytest.raises(ValueError, match=r"net\.safetensors cannot be loaded"):
+        pfgm.load(path, nn.Linear(4, 4))
+
+
+def test_shared_and_strided_weights(tmp_path, flow):
+    class Tied(Own):
+        def __init__(self):
+            super().__init__()
+            self.twin = nn.Linear(3, 3)
+            self.twin.weight = self.layer.weight
+            self.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
+
+    network, other = Tied(), Tied()
+    pfgm.save(tmp_path / "net.safetensors", flow, network)
+    assert same_weights(pfgm.load(tmp_path / "net.safetensors", other).network, network)
+
+
+def test_missing_truncated_and_foreign_files(tmp_path, flow, network):
+    path = tmp_path / "net.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*net\.safetensors"):
+        pfgm.load(path)
+    with pytest.raises(FileNotFoundError, match=r"has no latest\.json"):
+        pfgm.load(tmp_path)
+    pfgm.save(path, flow, network)
+    content = path.read_bytes()
+    for length in (0, 5, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="is not a complete safetensors file"):
+            pfgm.load(path)
+    path.write_bytes(b"\x80\x04 a pickle, perhaps" * 10)
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        pfgm.load(path)
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="was not written by pfgm"):
+        pfgm.load(path)
+    for metadata in ("[]", "3", '{"format": 99}', "{"):
+        safetensors.torch.save_file({"weight": torch.ones(2)}, path, metadata={"pfgm": metadata})
+        with pytest.raises(ValueError, match=r"was not written by pfgm|has format 99"):
+            pfgm.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flow": {"shape": [3], "M": -5}},
+        {"flow": {"shape": [3]}},
+        {"flow": 7},
+        {"flow": {"shape": "abc", "M": 200}},
+        {"network": {"name": "os.system", "config": {}}},
+        {"network": {"name": "mlp", "config": {"shape": [3], "width": 1 << 20, "depth": 2}}},
+        {"network": {"name": "mlp", "config": {"command": "x"}}},
+        {"network": {"name": "mlp"}},
+        {"network": []},
+    ],
+)
+def test_a_description_that_does_not_fit(tmp_path, flow, network, change):
+    description = {
+        "format": 1,
+        "step": 0,
+        "flow": flow.config,
+        "network": {"name": "mlp", "config": network.config},
+    }
+    path = tmp_path / "net.safetensors"
+    metadata = {"pfgm": json.dumps({**description, **change})}
+    safetensors.torch.save_file(network.state_dict(), path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"net\.safetensors cannot be loaded"):
+        pfgm.load(path)
+
+
+def test_an_existing_file_survives_a_failed_save(tmp_path, flow, network, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    pfgm.save(path, flow, network)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="cannot be written"):
+        pfgm.save(path, flow, network)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def run_checkpoint(folder, flow, network, step):
+    save_run(folder, flow, network, {"step": step, "network": network.state_dict()}, step)
+
+
+def test_a_run_keeps_its_newest_two_checkpoints(tmp_path, flow, network):
+    for step in (5, 10, 15):
+        run_checkpoint(tmp_path / "run", flow, network, step)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "latest.json",
+        "step-00000010.safetensors",
+        "step-00000010.state.pt",
+        "step-00000015.safetensors",
+        "step-00000015.state.pt",
+    ]
+    assert same_weights(pfgm.load(tmp_path / "run").network, network)
+    weights, description, state = load_run(tmp_path / "run")
+    assert description["step"] == state["step"] == 15
+    assert weights.keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("broken", ["safetensors", "state.pt", "latest.json"])
+def test_an_interrupted_checkpoint_leaves_the_one_before(
+    tmp_path, flow, network, monkeypatch, broken
+):
+    run_checkpoint(tmp_path, flow, network, 5)
+    write = checkpoint.write_atomic
+
+    def fails(path, content):
+        if str(path).endswith(broken):
+            raise OSError(f"{path} cannot be written: no space.")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomic", fails)
+    with pytest.raises(OSError, match="no space"):
+        run_checkpoint(tmp_path, flow, network, 10)
+    monkeypatch.undo()
+    assert load_run(tmp_path)[2]["step"] == 5
+    run_checkpoint(tmp_path, flow, network, 10)
+    assert load_run(tmp_path)[2]["step"] == 10
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_the_state_is_never_unpickled_freely(tmp_path, flow, network, capsys):
+    run_checkpoint(tmp_path, flow, network, 5)
+    torch.save({"step": 5, "network": Payload()}, tmp_path / "step-00000005.state.pt")
+    with pytest.raises(ValueError, match="is not a complete training state"):
+        load_run(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_runs(tmp_path, flow, network):
+    run_checkpoint(tmp_path, flow, network, 5)
+    state = tmp_path / "step-00000005.state.pt"
+    content = state.read_bytes()
+    state.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="is not a complete training state"):
+        load_run(tmp_path)
+    torch.save({"step": 6}, state)
+    with pytest.raises(ValueError, match="is not the training state that belongs"):
+        load_run(tmp_path)
+    state.unlink()
+    with pytest.raises(FileNotFoundError, match="no training state"):
+        load_run(tmp_path)
+    for latest in ("", "[]", '{"weights": "../net.safetensors", "state": "x"}', '{"weights": 3}'):
+        (tmp_path / "latest.json").write_text(latest)
+        with pytest.raises(ValueError, match="does not name a checkpoint"):
+            load_run(tmp_path)

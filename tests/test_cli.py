@@ -1,0 +1,230 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from pfgm import cli
+
+TRAIN = ["--steps", "12", "--batch-size", "16", "--references", "32", "--warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short training run on digits."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = ["train", "--data", "digits", "--out", str(folder), "--width", "16", *TRAIN]
+    assert cli.main(arguments) == 0
+    return folder
+
+
+def fails(capsys, *arguments):
+    """Runs a command that must fail with exit code 2 and one sentence; returns the sentence."""
+    capsys.readouterr()
+    assert cli.main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not [line for line in lines[:-1] if "training:" not in line]  # a bar at most
+    assert lines[-1].startswith("pfgm: error: ")
+    return lines[-1]
+
+
+def command(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys, pfgm.cli; sys.exit(pfgm.cli.main())", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_training_leaves_a_checkpoint_that_samples(run):
+    flow, network = pfgm.load(run)
+    assert flow == pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
+    assert type(network).__name__ == "UNet"
+    assert (run / "step-00000012.safetensors").is_file()
+
+
+def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
+    weights = run / "step-00000012.safetensors"
+    for out in ("a.npy", "b.npy", "c.png"):
+        arguments = ["sample", "--checkpoint", str(weights), "--n", "5", "--steps", "3"]
+        assert cli.main([*arguments, "--out", str(tmp_path / "new" / out)]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "new" / out)
+    a, b = (np.load(tmp_path / "new" / name) for name in ("a.npy", "b.npy"))
+    assert a.shape == (5, 1, 8, 8)
+    assert a.dtype == np.float32
+    assert np.array_equal(a, b)
+    assert (tmp_path / "new" / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
+    def sample(name, *options):
+        out = tmp_path / name
+        arguments = ["sample", "--checkpoint", str(run), "--n", "6", "--steps", "2"]
+        assert cli.main([*arguments, "--out", str(out), *options]) == 0
+        return np.load(out)
+
+    whole = sample("whole.npy")
+    np.testing.assert_allclose(sample("parts.npy", "--batch-size", "4"), whole, atol=1e-4)
+    assert not np.allclose(sample("other.npy", "--seed", "1"), whole, atol=1e-2)
+    for solver in ("euler", "heun", "rk45"):
+        assert np.isfinite(sample(f"{solver}.npy", "--solver", solver, "--schedule", "log")).all()
+
+
+@pytest.mark.parametrize("kind", ["vectors.npy", "grey.npz", "colour.safetensors"])
+def test_training_on_files(kind, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shape = {"vectors.npy": (3,), "grey.npz": (5, 6), "colour.safetensors": (6, 5, 3)}[kind]
+    data = torch.randint(0, 256, (40, *shape), generator=generator, dtype=torch.uint8)
+    path = tmp_path / kind
+    if kind.endswith("npy"):
+        np.save(path, (data.float() / 127.5 - 1).numpy())
+    elif kind.endswith("npz"):
+        np.savez(path, data.numpy())
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"images": data}, path)
+    arguments = ["train", "--data", str(path), "--out", str(tmp_path / "run"), "--width", "16"]
+    assert cli.main([*arguments, *TRAIN]) == 0
+    flow, network = pfgm.load(tmp_path / "run")
+    expected = {"vectors.npy": (3,), "grey.npz": (1, 5, 6), "colour.safetensors": (3, 6, 5)}[kind]
+    assert flow.shape == expected
+    assert type(network).__name__ == ("MLP" if kind == "vectors.npy" else "UNet")
+
+
+def test_resuming(run, tmp_path, capsys):
+    arguments = ["train", "--data", "digits", "--out", str(tmp_path), "--width", "16", *TRAIN]
+    assert cli.main(arguments) == 0
+    assert "--resume" in fails(capsys, *arguments)
+    arguments[arguments.index("--steps") + 1] = "20"
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "resuming at step 12" in capsys.readouterr().out
+    assert (tmp_path / "step-00000020.safetensors").is_file()
+    assert "seed is 5" in fails(capsys, *arguments, "--resume", "--seed", 5)
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU", "threads"):
+        assert part in shown
+    assert "reference: exact differences" in shown
+    assert cli.main(["--version"]) == 0
+
+
+def test_one_sentence_for_bad_input(run, tmp_path, capsys):
+    weights = run / "step-00000012.safetensors"
+    blocked = tmp_path / "file"
+    blocked.write_text("a file, not a folder")
+    sample = ["sample", "--checkpoint", weights, "--out"]
+    assert "end in .npy or .png" in fails(capsys, *sample, tmp_path / "x.jpg")
+    assert "output folder" in fails(capsys, *sample, blocked / "x.npy")
+    assert "n is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--n", 0)
+    assert "steps is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--steps", 0)
+    assert "device is 'abacus'" in fails(capsys, *sample, tmp_path / "x.npy", "--device", "abacus")
+    missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
+    assert "no checkpoint at" in fails(capsys, *missing)
+    foreign = ["sample", "--checkpoint", blocked, "--out", tmp_path / "x.npy"]
+    assert "not a complete safetensors file" in fails(capsys, *foreign)
+    train = ["train", "--out", tmp_path / "run", "--data"]
+    assert "no.npy" in fails(capsys, *train, tmp_path / "no.npy")
+    assert "steps is 0" in fails(capsys, *train, "digits", "--steps", 0)
+    assert "output folder" in fails(
+        capsys, "train", "--data", "digits", "--out", blocked / "run", *TRAIN
+    )
+    assert "output folder" in fails(capsys, "demo", "--out", blocked / "demo")
+    assert sorted(p.name for p in tmp_path.iterdir()) in (["file"], ["file", "run"])
+
+
+def test_a_picture_needs_images(tmp_path, capsys):
+    flow = pfgm.PoissonFlow((3,), data_norm=2.0)
+    pfgm.save(tmp_path / "net.safetensors", flow, pfgm.networks.MLP((3,), width=16))
+    arguments = [
+        "sample",
+        "--checkpoint",
+        tmp_path / "net.safetensors",
+        "--out",
+        tmp_path / "x.png",
+    ]
+    assert "are no images" in fails(capsys, *arguments)
+
+
+def test_usage_errors_have_exit_code_2(capsys):
+    for arguments in (["paint"], ["sample"], ["train", "--data", "digits", "--steps", "many"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_a_forced_backend_that_cannot_run_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PFGM_BACKEND", "abacus")
+    arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN]
+    assert "PFGM_BACKEND is 'abacus'" in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code):
+    arguments = ["train", "--data", "digits", "--out", str(tmp_path / "run"), "--width", "16"]
+    options = ["--batch-size", "16", "--references", "32", "--checkpoint-every", "2"]
+    process = command(*arguments, *options)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "latest.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in shown
+    flow, network = pfgm.load(tmp_path / "run")
+    assert flow.sample(network, 2, steps=2).shape == (2, 1, 8, 8)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_demo(tmp_path, capsys):
+    out = tmp_path / "demo"
+    figures = []
+    for _ in range(2):
+        assert cli.main(["demo", "--out", str(out), "--steps", "6", "--seed", "3"]) == 0
+        figures.append(json.loads((out / "metrics.json").read_text()))
+        figures[-1].pop("seconds")
+        samples = np.load(out / "samples.npy")
+    assert figures[0] == figures[1]  # the same seed, the same result
+    assert samples.shape == (1000, 8, 8)
+    assert samples.dtype == np.float32
+    assert np.abs(samples).max() <= 1
+    assert figures[0]["evaluations"] <= 10
+    assert sum(figures[0]["samples_per_digit"]) == 1000
+    for name in ("frechet_distance", "precision", "recall"):
+        assert set(figures[0][name]) == {"samples", "train"}
+    assert set(figures[0]["median_distance_to_train"]) == {"samples", "held_out"}
+    for picture in ("samples.png", "trajectory.png"):
+        assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    loaded = pfgm.load(out / "model.safetensors")
+    again = loaded.flow.sample(
+        loaded.network, 1000, generator=torch.Generator().manual_seed(3)
+    ).clamp(-1, 1)
+    np.testing.assert_allclose(again[:, 0].numpy(), samples, atol=1e-5)
+    assert "frechet distance" in capsys.readouterr().out
+
+
+def test_an_interrupted_demo_leaves_its_model(tmp_path):
+    process = command("demo", "--out", str(tmp_path), env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    shown = ""
+    while "step/s" not in shown:  # the progress bar moves
+        assert process.poll() is None, process.communicate()[1]
+        shown += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    flow, _ = pfgm.load(tmp_path / "model.safetensors")
+    assert flow.shape == (1, 8, 8)

@@ -1,0 +1,334 @@
+import dataclasses
+import importlib.util
+import math
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import pfgm
+from pfgm.checkpoint import load_run
+from pfgm.training import Diverged, Terminated, TrainConfig, Trainer
+
+SMALL = TrainConfig(
+    steps=24, batch_size=8, references=16, learning_rate=1e-3, warmup=4, decay="cosine", log_every=5
+)
+
+
+def config(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+@pytest.fixture
+def data():
+    return torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def flow(data):
+    return pfgm.PoissonFlow.from_data(data)
+
+
+def new_network(seed=0):
+    torch.manual_seed(seed)
+    return Dropping(pfgm.networks.MLP((2,), width=16, depth=1))
+
+
+class Dropping(nn.Module):
+    """With dropout, whose random numbers come from torch's global generator."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.dropout = inner, nn.Dropout(0.2)
+        self.calls = 0
+        self.before = lambda call: None
+
+    def forward(self, x, z):
+        self.calls += 1
+        self.before(self.calls)
+        return self.inner(self.dropout(x), z)
+
+
+def weights(network):
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    constant = TrainConfig(steps=100, warmup=10, learning_rate=2.0)
+    assert [constant.learning_rate_at(t) for t in (0, 4, 9, 10, 99)] == [0.2, 1.0, 2.0, 2.0, 2.0]
+    cosine = TrainConfig(steps=110, warmup=10, learning_rate=2.0, decay="cosine")
+    assert cosine.learning_rate_at(60) == pytest.approx(1.0)
+    assert cosine.learning_rate_at(110) == pytest.approx(0.0)
+    assert TrainConfig(warmup=0).learning_rate_at(0) == 2e-4
+
+
+def test_published_settings_are_the_defaults():
+    c = TrainConfig()
+    assert (c.batch_size, c.references, c.learning_rate) == (128, 4096, 2e-4)
+    assert (c.warmup, c.clip, c.ema) == (5000, 1.0, 0.9999)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"references": 64}, "references is 64; allowed is at least batch_size, 128"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"decay": "linear"}, "decay is 'linear'"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**arguments)
+
+
+def test_bad_data(flow, data):
+    with pytest.raises(ValueError, match="data has shape"):
+        Trainer(flow, new_network(), torch.zeros(50, 3), SMALL)
+    with pytest.raises(ValueError, match="data has 5 rows; at least batch_size, 8"):
+        Trainer(flow, new_network(), data[:5], SMALL)
+    data[17, 1] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Trainer(flow, new_network(), data, config(references=50), progress=False).train()
+
+
+# ---- steps -----------------------------------------------------------------------------------
+
+
+def test_training_learns(data, flow):
+    # Four points, whose field a small network can learn.
+    corners = data[:4].repeat(16, 1)
+    network = pfgm.networks.MLP((2,), width=32, depth=2)
+    trainer = Trainer(
+        flow,
+        network,
+        corners,
+        config(steps=300, batch_size=64, references=64, learning_rate=5e-3, ema=0.9),
+        progress=False,
+    )
+
+    def loss(net):
+        generator = torch.Generator().manual_seed(9)
+        return float(flow.loss(net, corners.repeat(20, 1), corners, generator).detach())
+
+    before = loss(network)
+    averaged = trainer.train()
+    assert loss(averaged) < 0.3 * before
+
+
+def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL)
+    seen = []
+    for step in range(6):  # 50 // 8
+        x, references = trainer._batch(step)
+        assert references.shape == (16, 2)
+        assert len(references.unique(dim=0)) == 16
+        assert all((references == row).all(1).any() for row in x)
+        seen.append(x)
+    assert len(torch.cat(seen).unique(dim=0)) == 48
+    first, second = trainer._batch(0)[0], trainer._batch(6)[0]
+    assert not torch.equal(first, second)  # another epoch, another order
+    whole = Trainer(flow, new_network(), data, config(references=4096))
+    assert torch.equal(whole._batch(3)[1], data)
+
+
+def test_averaged_weights_follow_the_warm_up(data, flow):
+    network = new_network()
+    trainer = Trainer(flow, network, data, config(ema=0.5), progress=False)
+    expected = None
+    for step in range(20):
+        trainer._train_step()
+        trainer.step += 1
+        current = weights(network)
+        if expected is None:
+            expected = current
+        else:
+            decay = min(0.5, (1 + step) / (10 + step))
+            expected = [decay * a + (1 - decay) * b for a, b in zip(expected, current, strict=True)]
+    for a, b in zip(weights(trainer.averaged), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_clipped_and_adam_takes_the_step(data, flow):
+    network = new_network()
+    trainer = Trainer(flow, network, data, config(clip=1e-3, warmup=0, decay="none"))
+    trainer._train_step()
+    moments = [s["exp_avg"] for s in trainer._optimizer.state.values()]
+    norm = torch.cat([m.flatten() for m in moments]).norm()
+    assert float(norm) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 − β₁) of a clipped gradient
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_global_generator(data, flow):
+    def train(seed, noise):
+        network = new_network()
+        torch.manual_seed(noise)
+        Trainer(flow, network, data, config(seed=seed), progress=False).train()
+        return weights(network)
+
+    first = train(3, noise=1)
+    assert equal(first, train(3, noise=2))
+    assert not equal(first, train(4, noise=1))
+
+
+def test_training_leaves_the_global_generator_alone(data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL, progress=False)
+    before = torch.random.get_rng_state()
+    trainer.train()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_pixels_are_data_too(flow):
+    pixels = torch.randint(0, 256, (50, 2), dtype=torch.uint8)
+    trainer = Trainer(
+        pfgm.PoissonFlow.from_data(pixels), new_network(), pixels, SMALL, progress=False
+    )
+    assert trainer.train() is trainer.averaged
+
+
+def test_progress_shows_the_loss(data, flow, capsys):
+    Trainer(flow, new_network(), data, SMALL).train()
+    shown = capsys.readouterr().err
+    assert "training" in shown
+    assert "loss=" in shown
+    assert "step/s" in shown
+
+
+# ---- stopping and resuming -------------------------------------------------------------------
+
+
+def test_resuming_continues_to_the_same_weights(tmp_path, data, flow):
+    whole = new_network()
+    trainer = Trainer(flow, whole, data, SMALL, folder=tmp_path / "whole", progress=False)
+    whole_averaged = weights(trainer.train())
+
+    first = new_network()
+    stop_after(first, 11)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(flow, first, data, SMALL, folder=tmp_path / "parts", progress=False).train()
+
+    second = new_network(seed=99)  # its weights are overwritten
+    trainer = Trainer(flow, second, data, SMALL, folder=tmp_path / "parts", progress=False)
+    assert trainer.resume() == 11
+    averaged = weights(trainer.train())
+    assert equal(weights(second), weights(whole))
+    assert equal(averaged, whole_averaged)
+    found, expected = (load_run(tmp_path / run)[0] for run in ("parts", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def stop_after(network, step, number=signal.SIGINT):
+    network.before = lambda call: signal.raise_signal(number) if call == step else None
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_signals_leave_a_checkpoint(tmp_path, data, flow, number, error):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    network = new_network()
+    stop_after(network, 7, number)
+    with pytest.raises(error) as caught:
+        Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
+    if error is Terminated:
+        assert caught.value.code == 143
+    assert load_run(tmp_path)[2]["step"] == 7
+    restored, trained = pfgm.load(tmp_path, new_network())
+    assert restored == flow
+    assert flow.sample(trained, 3).shape == (3, 2)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_training_in_another_thread(data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL, progress=False)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.step == SMALL.steps
+
+
+def test_checkpoints_come_when_due_and_at_the_end(tmp_path, data, flow):
+    Trainer(
+        flow, new_network(), data, config(checkpoint_every=10), folder=tmp_path, progress=False
+    ).train()
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
+        "step-00000020.safetensors",
+        "step-00000024.safetensors",
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_path, data, flow):
+    network = new_network()
+
+    def break_it(call):
+        if call == 13:
+            with torch.no_grad():
+                next(network.parameters()).fill_(math.nan)
+
+    network.before = break_it
+    trainer = Trainer(
+        flow, network, data, config(checkpoint_every=6), folder=tmp_path, progress=False
+    )
+    with pytest.raises(Diverged, match="loss is nan between steps 13 and 15"):
+        trainer.train()
+    found, _, state = load_run(tmp_path)
+    assert state["step"] == 12
+    assert all(torch.isfinite(t).all() for t in found.values())
+
+
+def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data, flow):
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+
+    def resume(settings=SMALL, rows=50, network=None, other_flow=None, folder=tmp_path):
+        return Trainer(
+            other_flow or flow,
+            network or new_network(),
+            data[:rows],
+            settings,
+            folder=folder,
+            progress=False,
+        ).resume()
+
+    assert resume(config(steps=100)) == 24
+    with pytest.raises(ValueError, match=r"learning_rate is 0\.5; the run in .* has 0\.001"):
+        resume(config(learning_rate=0.5))
+    with pytest.raises(ValueError, match="data has 49 rows"):
+        resume(rows=49)
+    with pytest.raises(ValueError, match="another network"):
+        resume(network=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="another flow"):
+        resume(other_flow=pfgm.PoissonFlow((2,), M=200))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        resume(folder=tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="folder is None"):
+        resume(folder=None)
+
+
+def test_tensorboard_gets_the_figures(tmp_path, data, flow):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [5, 10, 15, 20, 24]
+    rates = [event.value for event in events.Scalars("lr")]
+    assert rates[0] == pytest.approx(SMALL.learning_rate_at(4))
+
+
+def test_without_tensorboard_training_goes_on(tmp_path, data, flow, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+    assert not list(tmp_path.glob("events*"))
