@@ -4,7 +4,8 @@
 //
 // Blocks of queries and chunks of references keep the workspace bounded. For each pair:
 //   1. squared distances by exact differences (|x|² + |y|² − 2x·y loses the digits that the exponent
-//      (N + D)/2 multiplies), tiled in registers, merged in float64;
+//      (N + D)/2 multiplies), tiled in registers, merged in float64; in float32 those that decide
+//      the answer are computed again in float64;
 //   2. weights relative to the nearest reference seen so far, which is where float64 state is merged;
 //   3. the weighted sum, which touches only references whose weight can be seen.
 #include <cmath>
@@ -31,8 +32,11 @@ constexpr Index kSumPanel = 1024;    // features of one weighted sum
 constexpr Index kStateBytes = 24 << 20;
 // A weight below e^-60 of the largest cannot be seen in float64, not even in a sum over 1e9 of them.
 constexpr double kVisible = 60.0;
-// Squared distances below this lose float32 digits to underflow.
-constexpr double kTiny = 1e-30;
+// What float32 distances cannot decide is computed again in float64 (Distances::refine):
+constexpr double kTiny = 1e-30;      // squared distances below this lose digits to underflow
+constexpr double kRounding = 2e-5;   // bound of the relative error of the others
+constexpr double kNear = 20.0;       // a weight below e^-20 of the largest needs no more digits
+constexpr Index kFew = 16;           // so many near references are worth their digits in any case
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kTileQueries = 6, kTileReferences = 4;
@@ -133,16 +137,16 @@ struct Law {
     return -exponent * std::log(squared + radius * radius);
   }
 
-  // The excess from which a weight is invisible beside that of the nearest reference.
-  double visible_excess(double nearest, double radius) const {
-    if (gaussian) return 2 * kVisible * radius * radius;
-    return std::expm1(kVisible / exponent) * (nearest + radius * radius);
+  // The excess at which a weight is e^-fall of that of the nearest reference.
+  double excess(double fall, double nearest, double radius) const {
+    if (gaussian) return 2 * fall * radius * radius;
+    return std::expm1(fall / exponent) * (nearest + radius * radius);
   }
 
-  // The squared distance from which p = exp(absolute − logsumexp) is invisible.
-  double visible_squared(double logsumexp, double radius) const {
-    if (gaussian) return 2 * (kVisible - logsumexp) * radius * radius;
-    return std::exp((kVisible - logsumexp) / exponent) - radius * radius;
+  // How many times a relative error of the nearest squared distance is one of its log weight.
+  double sensitivity(double nearest, double radius) const {
+    if (gaussian) return nearest / radius / radius / 2;
+    return exponent * nearest / (nearest + radius * radius);
   }
 };
 
@@ -204,15 +208,26 @@ class Distances {
   }
 
   // The nearest squared distance of query b within the chunk; NaN if a distance is not finite.
-  // Where float32 overflowed or lost its digits, the row is computed again in float64.
-  double refine(Index b, double radius) {
+  // float32 distances are computed again in float64 where one overflowed, and for references near
+  // the minimum where few compete or their error would show: a point drawn from the references has
+  // a sensitivity of features/2, and the error of many averages out.
+  double refine(const Law& law, Index b, double radius) {
+    double* squared = row(b);
     double nearest = scan(b);
-    if (sizeof(T) == sizeof(float) &&
-        !(std::isfinite(nearest) && nearest + radius * radius >= kTiny)) {
-      for (Index j = 0; j < count_; ++j) row(b)[j] = exact(query(b), reference(j));
-      nearest = scan(b);
+    if (sizeof(T) != sizeof(float)) return nearest;
+    double limit = kInfinity;
+    if (std::isfinite(nearest)) {
+      const double near =
+          nearest * (1 + 2 * kRounding) + law.excess(kNear, nearest, radius) + kTiny;
+      Index candidates = 0;
+      for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
+      const double tolerated = larger(problem_.features * 3 / 4, 256);
+      const bool decisive = candidates <= kFew || law.sensitivity(nearest, radius) > tolerated;
+      limit = decisive ? near : kTiny;
     }
-    return nearest;
+    for (Index j = 0; j < count_; ++j)
+      if (!(squared[j] > limit)) squared[j] = exact(query(b), reference(j));
+    return scan(b);
   }
 
   double* row(Index b) const { return squared_.at(b * kChunk); }
@@ -259,12 +274,21 @@ class Distances {
   }
 
   double exact(const T* x, const R* y) const {
-    double sum = 0;
-    for (Index k = 0; k < problem_.features; ++k) {
-      const double difference = static_cast<double>(x[k]) - static_cast<double>(load<T>(y[k]));
-      sum += difference * difference;
+    constexpr Index lanes = 16;
+    double sum[lanes] = {};
+    Index k = 0;
+    for (; k + lanes <= problem_.features; k += lanes)
+      for (Index lane = 0; lane < lanes; ++lane) {
+        const double difference = static_cast<double>(x[k + lane]) - load<double>(y[k + lane]);
+        sum[lane] += difference * difference;
+      }
+    for (; k < problem_.features; ++k) {
+      const double difference = static_cast<double>(x[k]) - load<double>(y[k]);
+      sum[0] += difference * difference;
     }
-    return sum;
+    double total = 0;
+    for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
+    return total;
   }
 
   const Problem& problem_;
@@ -292,18 +316,22 @@ Status check_radius(const Problem& problem) {
 
 // ---- pass 2: weighted sums ------------------------------------------------------------------
 
-// The references of one tile that count for one row.
+// The references of one tile that count for one row. Weights are relative to `scale`, the sum of
+// their magnitudes: coefficients of the backward pass may lie outside the range of float32, and a
+// sum of many large references would overflow.
 template <class T>
 struct Live {
   Index index[kTile];
   T weight[kTile];
+  double scale = 0;
   int count = 0;
 
   Live(const double* weights, Index begin, Index end) {
+    for (Index j = begin; j < end; ++j) scale += std::fabs(weights[j]);
     for (Index j = begin; j < end; ++j)
       if (weights[j] != 0) {
         index[count] = j;
-        weight[count++] = static_cast<T>(weights[j]);
+        weight[count++] = static_cast<T>(weights[j] / scale);
       }
   }
 };
@@ -334,10 +362,11 @@ void add_weighted(T* __restrict sum, const T* __restrict origin, const Distances
   }
 }
 
-// state[b, :] = scale[b] · state[b, :] + Σ_j weights[b, j] (y_j − origin_b) over the chunk.
+// state[b, :] = scale[b] · state[b, :] + Σ_j weights[b, j] (y_j − origin[b, :]) over the chunk;
+// scale may be null, and so may origin without kOrigin.
 template <class T, class R, bool kOrigin, class Weights>
 void weighted_sums(const Problem& problem, const Distances<T, R>& distances, Index rows,
-                   const Weights& weights, const double* scale, double* state) {
+                   const Weights& weights, const double* scale, const T* origin, double* state) {
   const Index features = problem.features;
   const Index panels = (features + kSumPanel - 1) / kSumPanel;
   parallel((rows + kRows - 1) / kRows * panels, problem.threads, [&](Index task, int) {
@@ -353,9 +382,10 @@ void weighted_sums(const Problem& problem, const Distances<T, R>& distances, Ind
         const Live<T> live(weights(b), begin, smaller(begin + kTile, distances.count()));
         if (live.count == 0) continue;
         for (Index k = 0; k < n; ++k) sum[k] = 0;
-        add_weighted<T, R, kOrigin>(sum, distances.query(b) + k0, distances, live, k0, n);
+        const T* from = kOrigin ? origin + b * features + k0 : nullptr;
+        add_weighted<T, R, kOrigin>(sum, from, distances, live, k0, n);
         double* out = state + b * features + k0;
-        for (Index k = 0; k < n; ++k) out[k] += sum[k];
+        for (Index k = 0; k < n; ++k) out[k] += live.scale * sum[k];
       }
   });
 }
@@ -367,10 +397,10 @@ struct Row {
   double nearest, total, scale;
 };
 
-// Takes a chunk into the row: squared distances become weights in place; row.scale is what the
-// earlier sums must be multiplied by.
-void merge(const Law& law, Row& row, double radius, double chunk_nearest, double* squared,
-           Index count) {
+// Takes a chunk into the row: writes its weights (which may replace the distances); row.scale is
+// what the earlier sums must be multiplied by.
+void merge(const Law& law, Row& row, double radius, double chunk_nearest, const double* squared,
+           double* weights, Index count) {
   row.scale = 1;
   if (chunk_nearest < row.nearest) {
     row.scale = row.total == 0 ? 0
@@ -379,11 +409,11 @@ void merge(const Law& law, Row& row, double radius, double chunk_nearest, double
     row.total *= row.scale;
     row.nearest = chunk_nearest;
   }
-  const double visible = law.visible_excess(row.nearest, radius);
+  const double visible = law.excess(kVisible, row.nearest, radius);
   for (Index j = 0; j < count; ++j) {
     const double excess = squared[j] - row.nearest;
-    squared[j] = excess > visible ? 0 : std::exp(law.relative(excess, row.nearest, radius));
-    row.total += squared[j];
+    weights[j] = excess > visible ? 0 : std::exp(law.relative(excess, row.nearest, radius));
+    row.total += weights[j];
   }
 }
 
@@ -413,19 +443,20 @@ Status forward(const Problem& problem, const Forward& out) {
       distances.set_chunk(begin, smaller(kChunk, problem.references - begin));
       parallel(count, problem.threads, [&](Index b, int) {
         const double radius = problem.radius[first + b];
-        const double nearest = distances.refine(b, radius);
+        const double nearest = distances.refine(law, b, radius);
         if (std::isnan(nearest)) {
           rows[b].nearest = nearest;
           return;
         }
-        merge(law, rows[b], radius, nearest, distances.row(b), distances.count());
+        double* row = distances.row(b);
+        merge(law, rows[b], radius, nearest, row, row, distances.count());
         scale[b] = rows[b].scale;
       });
       for (Index b = 0; b < count; ++b)
         if (std::isnan(rows[b].nearest)) return {Failure::value, first + b};
       weighted_sums<T, R, false>(
           problem, distances, count, [&](Index b) { return distances.row(b); }, scale.data(),
-          sums.data());
+          nullptr, sums.data());
     }
 
     parallel(count, problem.threads, [&](Index b, int) {
@@ -444,7 +475,13 @@ Status forward(const Problem& problem, const Forward& out) {
 //     t_j = G·(y_j − mean) + g,   c_j = −(N + D) p_j t_j / s_j   (D = ∞: −p_j t_j / σ²)
 //     ∂L/∂x = Σ_j c_j (x − y_j),  ∂L/∂r = r Σ_j c_j              (D = ∞: Σ_j p_j t_j d_j² / σ³)
 //     ∂L/∂y_j = Σ_b [p_bj G_b − c_bj (x_b − y_j)]
-// The differences are taken before they are summed: Σ c_j x − Σ c_j y_j would cancel.
+// Σ p_j t_j = g, so that the t_j nearly cancel in Σ c_j. With s and e_j = d_j² − d² of the nearest
+// reference and moment = Σ p_j t_j e_j / s_j (D = ∞: Σ p_j t_j e_j / σ²) nothing is lost:
+//     C = Σ c_j = −(N + D)(g − moment)/s                         (D = ∞: −g/σ²)
+//     ∂L/∂x = C (x − mean) − Σ_j c_j (y_j − mean)
+//     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
+// p_j is found relative to the nearest reference, as in the forward pass: logsumexp, of the size of
+// d²/σ², has no digits left for it where σ is small.
 
 // g·(y − m), at most 256 additions into one lane.
 template <class T, class R>
@@ -464,37 +501,54 @@ double dot_difference(const T* g, const R* y, const T* m, Index n) {
   return total;
 }
 
+// At a limit (r = 0 on a reference, σ = 0) the mean is locally constant.
+bool at_limit(const Law& law, double logsumexp, double radius) {
+  return !std::isfinite(logsumexp) || (law.gaussian && radius == 0);
+}
+
 // One query against a chunk: squared distances become p in place, c goes to its own row. Returns
-// the chunk's part of ∂L/∂radius.
+// the chunk's part of the moment.
 template <class T, class R>
-double coefficients(const Problem& problem, const Backward& io, const Law& law,
+double coefficients(const Problem& problem, const Backward& io, const Law& law, const Row& row,
                     const Distances<T, R>& distances, Index b, Index query, double* c) {
   const Index features = problem.features;
-  const double radius = problem.radius[query], logsumexp = io.logsumexp[query];
+  const double radius = problem.radius[query];
   const double g = io.grad_logsumexp == nullptr ? 0 : io.grad_logsumexp[query];
   const T* grad = static_cast<const T*>(io.grad_mean) + query * features;
   const T* mean = static_cast<const T*>(io.mean) + query * features;
   double* p = distances.row(b);
-  // At a limit (r = 0 on a reference, σ = 0) the mean is locally constant.
-  const double visible =
-      std::isfinite(logsumexp) ? law.visible_squared(logsumexp, radius) : -kInfinity;
-  const bool limit = !std::isfinite(logsumexp) || (law.gaussian && radius == 0);
-  double grad_radius = 0;
+  const bool limit = at_limit(law, io.logsumexp[query], radius);
+  const double visible = law.excess(kVisible, row.nearest, radius);
+  double moment = 0;
   for (Index j = 0; j < distances.count(); ++j) {
-    const double squared = p[j];
+    const double squared = p[j], excess = squared - row.nearest;
     p[j] = c[j] = 0;
-    if (limit || squared > visible) continue;
-    p[j] = std::exp(law.absolute(squared, radius) - logsumexp);
+    if (limit || excess > visible) continue;
+    p[j] = std::exp(law.relative(excess, row.nearest, radius)) / row.total;
     const double t = dot_difference(grad, distances.reference(j), mean, features) + g;
     if (law.gaussian) {
       c[j] = -p[j] * t / radius / radius;
-      grad_radius += p[j] * t * (squared / radius / radius) / radius;
+      moment -= c[j] * excess;
     } else {
       c[j] = -2 * law.exponent * p[j] * t / (squared + radius * radius);
-      grad_radius += radius * c[j];
+      moment += p[j] * t * (excess / (squared + radius * radius));
     }
   }
-  return grad_radius;
+  return moment;
+}
+
+// What a query needs beside its sum over references: C and ∂L/∂radius.
+struct Totals {
+  double c, grad_radius;
+};
+
+Totals totals(const Law& law, const Row& row, double moment, double g, double logsumexp,
+              double radius) {
+  if (at_limit(law, logsumexp, radius)) return {0, 0};
+  if (law.gaussian)
+    return {-g / radius / radius, (g * (row.nearest / radius / radius) + moment) / radius};
+  const double c = -2 * law.exponent * (g - moment) / (row.nearest + radius * radius);
+  return {c, radius * c};
 }
 
 // grad_y[j, :] += Σ_b [p_bj G_b − c_bj (x_b − y_j)] for the references of the chunk.
@@ -541,41 +595,65 @@ Status backward(const Problem& problem, const Backward& io) {
   const Index block = block_size(problem, sizeof(double) + sizeof(T));
   const Law law(problem.dimensions, features);
   Distances<T, R> distances(problem, block);
-  Buffer<double> sums(io.grad_x ? block * features : 0), c(block * kChunk), grad_radius(block);
-  Buffer<char> failed(block);
-  if (!distances || !sums || !c || !grad_radius || !failed) return {Failure::memory, 0};
+  Buffer<double> sums(io.grad_x ? block * features : 0), c(block * kChunk), moments(block);
+  Buffer<Row> rows(block);
+  if (!distances || !sums || !c || !moments || !rows) return {Failure::memory, 0};
+  const bool one_chunk = problem.references <= kChunk;
   if (io.grad_y) std::memset(io.grad_y, 0, problem.references * features * sizeof(T));
 
   for (Index first = 0; first < problem.queries; first += block) {
     const Index count = smaller(block, problem.queries - first);
+    const T* mean = static_cast<const T*>(io.mean) + first * features;
     distances.set_queries(first, count);
     if (io.grad_x) std::memset(sums.data(), 0, count * features * sizeof(double));
-    for (Index b = 0; b < count; ++b) grad_radius[b] = failed[b] = 0;
+    for (Index b = 0; b < count; ++b) {
+      moments[b] = 0;
+      rows[b] = {kInfinity, 0, 1};
+    }
 
     for (Index begin = 0; begin < problem.references; begin += kChunk) {
       distances.set_chunk(begin, smaller(kChunk, problem.references - begin));
       parallel(count, problem.threads, [&](Index b, int) {
-        failed[b] = std::isnan(distances.refine(b, problem.radius[first + b]));
-        if (!failed[b])
-          grad_radius[b] += coefficients(problem, io, law, distances, b, first + b,
-                                         c.at(b * kChunk));
+        const double radius = problem.radius[first + b];
+        const double nearest = distances.refine(law, b, radius);
+        if (std::isnan(nearest))
+          rows[b].nearest = nearest;
+        else
+          merge(law, rows[b], radius, nearest, distances.row(b), c.at(b * kChunk),
+                distances.count());
       });
       for (Index b = 0; b < count; ++b)
-        if (failed[b]) return {Failure::value, first + b};
-      // Σ c_j (x − y_j) is minus the sum of the weighted y_j − x.
+        if (std::isnan(rows[b].nearest)) return {Failure::value, first + b};
+    }
+
+    for (Index begin = 0; begin < problem.references; begin += kChunk) {
+      if (!one_chunk) distances.set_chunk(begin, smaller(kChunk, problem.references - begin));
+      parallel(count, problem.threads, [&](Index b, int) {
+        if (!one_chunk) distances.refine(law, b, problem.radius[first + b]);
+        moments[b] += coefficients(problem, io, law, rows[b], distances, b, first + b,
+                                   c.at(b * kChunk));
+      });
       if (io.grad_x)
         weighted_sums<T, R, true>(
-            problem, distances, count, [&](Index b) { return c.at(b * kChunk); }, nullptr,
+            problem, distances, count, [&](Index b) { return c.at(b * kChunk); }, nullptr, mean,
             sums.data());
       if (io.grad_y)
         reference_gradients(problem, io, distances, first, count, begin, c);
     }
 
     for (Index b = 0; b < count; ++b) {
-      if (io.grad_radius) io.grad_radius[first + b] = grad_radius[b];
+      const Index query = first + b;
+      const double g = io.grad_logsumexp == nullptr ? 0 : io.grad_logsumexp[query];
+      const Totals total =
+          totals(law, rows[b], moments[b], g, io.logsumexp[query], problem.radius[query]);
+      if (io.grad_radius) io.grad_radius[query] = total.grad_radius;
       if (!io.grad_x) continue;
-      T* out = static_cast<T*>(io.grad_x) + (first + b) * features;
-      for (Index k = 0; k < features; ++k) out[k] = static_cast<T>(-sums[b * features + k]);
+      const T* x = distances.query(b);
+      T* out = static_cast<T*>(io.grad_x) + query * features;
+      for (Index k = 0; k < features; ++k) {
+        const double offset = static_cast<double>(x[k]) - static_cast<double>(mean[b * features + k]);
+        out[k] = static_cast<T>(total.c * offset - sums[b * features + k]);
+      }
     }
   }
   return {};

@@ -223,11 +223,11 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     dtype = wide_dtype(x.device)
     difference = x.to(dtype) - mean.to(dtype)
     squared = difference.square().sum(1) + z.to(dtype).square()
-    # At E = 0 the norm has no gradient and v is 0: the root is taken elsewhere, of 1.
+    # The root has no gradient at E = 0. There v = −√N E/gamma, and 0 where gamma is 0 too.
     at_zero = squared == 0
-    norm = torch.where(at_zero, 1.0, squared).sqrt()
+    root = torch.where(at_zero, 1.0, squared).sqrt()
+    norm = torch.where(at_zero, 0.0 if gamma > 0 else math.inf, root)
     scale = -math.sqrt(x.shape[1]) / (norm + gamma)
-    scale = torch.where(at_zero, 0.0, scale)
     return (scale[:, None] * difference).to(x.dtype), (scale * z).to(x.dtype)
 
 

@@ -8,7 +8,7 @@ input an answer whose only rounding is that of its output. Workspace is bounded 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,32 +60,43 @@ def _log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: in
     return torch.where(excess == 0, 0.0, scores)
 
 
-def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float
-) -> tuple[Tensor, Tensor]:
-    N = x.shape[1]
-    check = checks_values(x.device)
-    if check:
-        check_radius(radius)
-    wide = x.to(wide_dtype(x.device))
-    r = radius.to(wide.dtype)[:, None]
-    nearest = torch.full_like(r, math.inf)
-    total = torch.zeros_like(r)
-    weighted = torch.zeros_like(wide)
+def _averaged(
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    weigh: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distance of the nearest reference and total weight relative to it, both (B, 1), and
+    the weighted average of what ``weigh(weights, y)`` sums over a chunk of references y."""
+    nearest = torch.full_like(radius, math.inf)
+    total = torch.zeros_like(radius)
+    weighted: Tensor | float = 0.0
     for chunk in _chunks(x, references):
-        y = dequantise(references[chunk], wide.dtype)
-        squared = _squared_distances(wide, y)
-        if check and not bool(torch.isfinite(squared).all()):
+        y = dequantise(references[chunk], x.dtype)
+        squared = _squared_distances(x, y)
+        if checks_values(x.device) and not bool(torch.isfinite(squared).all()):
             raise ValueError(non_finite_message(x, references, "x"))
         merged = torch.minimum(nearest, squared.amin(1, keepdim=True))
         # The first chunk has nothing to rescale: inf − inf below, times a total of 0.
-        kept = torch.where(total == 0, 0.0, _log_weight(nearest - merged, merged, r, D, N).exp())
-        weights = _log_weight(squared - merged, merged, r, D, N).exp()
+        relative = _log_weight(nearest - merged, merged, radius, D, x.shape[1])
+        kept = torch.where(total == 0, 0.0, relative.exp())
+        weights = _log_weight(squared - merged, merged, radius, D, x.shape[1]).exp()
         total = kept * total + weights.sum(1, keepdim=True)
-        weighted = kept * weighted + weights @ y
+        weighted = kept * weighted + weigh(weights, y)
         nearest = merged
-    mean = (weighted / total).to(x.dtype)
-    return mean, _logsumexp(nearest, total, r, D, N).squeeze(1)
+    return nearest, total, weighted / total
+
+
+def posterior_mean(
+    x: Tensor, references: Tensor, radius: Tensor, D: float
+) -> tuple[Tensor, Tensor]:
+    if checks_values(x.device):
+        check_radius(radius)
+    wide = x.to(wide_dtype(x.device))
+    r = radius.to(wide.dtype)[:, None]
+    nearest, total, mean = _averaged(wide, references, r, D, torch.matmul)
+    return mean.to(x.dtype), _logsumexp(nearest, total, r, D, x.shape[1]).squeeze(1)
 
 
 def _logsumexp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
@@ -110,44 +121,54 @@ def posterior_mean_backward(
     N = x.shape[1]
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
+    center = mean.to(wide.dtype)
     upstream = grad_mean.to(wide.dtype)
     g = grad_logsumexp.to(wide.dtype)[:, None]
-    lse = logsumexp.to(wide.dtype)[:, None]
     # At a limit (r = 0 on a reference, sigma = 0) the mean is locally constant.
-    regular = lse.isfinite() & ((r > 0) | (not math.isinf(D)))
+    regular = logsumexp.isfinite()[:, None] & ((r > 0) | (not math.isinf(D)))
     if checks_values(x.device) and bool((~regular & (g != 0)).any()):
         raise ValueError(singular_message(int((~regular & (g != 0)).flatten().nonzero()[0])))
-    offset = g - (upstream * mean.to(wide.dtype)).sum(1, keepdim=True)
+    # p is found again: the log-sum-exp, of the size of d²/σ², has no digits for it at a small σ.
+    nearest, total, pull = _averaged(
+        wide, references, r, D, lambda w, y: (w * (upstream @ y.T)).sum(1, keepdim=True)
+    )
+    moment = torch.zeros_like(r)  # Σ p t (s − s_min) / s, or Σ p t (d² − d_min²) / σ²
     grad_x = torch.zeros_like(wide) if needs[0] else None
     grad_references = (
         torch.empty_like(references, memory_format=torch.contiguous_format) if needs[1] else None
     )
-    grad_radius = torch.zeros_like(r) if needs[2] else None
     for chunk in _chunks(x, references):
         y = dequantise(references[chunk], wide.dtype)
         squared = _squared_distances(wide, y)
-        t = upstream @ y.T + offset
+        excess = squared - nearest
+        p = torch.where(regular, _log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
+        t = upstream @ y.T - pull + g
         if math.isinf(D):
-            p = torch.where(regular, (-squared / r / r / 2 - lse).exp(), 0.0)
             c = torch.where(p == 0, 0.0, -p * t / r / r)
+            moment -= torch.where(p == 0, 0.0, c * excess).sum(1, keepdim=True)
         else:
             s = squared + r.square()
-            p = torch.where(regular, (s.log() * (-(N + D) / 2) - lse).exp(), 0.0)
             c = torch.where(p == 0, 0.0, -(N + D) * p * t / s)
+            moment += torch.where(p == 0, 0.0, p * t * (excess / s)).sum(1, keepdim=True)
         if grad_x is not None:
-            grad_x += c.sum(1, keepdim=True) * wide - c @ y
-        if grad_radius is not None:
-            grad_radius += (
-                torch.where(p == 0, 0.0, -c * squared / r) if math.isinf(D) else r * c
-            ).sum(1, keepdim=True)
+            grad_x -= c @ y - c.sum(1, keepdim=True) * center
         if grad_references is not None:
             grad_references[chunk] = (p.T @ upstream - c.T @ wide + c.sum(0)[:, None] * y).to(
                 references.dtype
             )
+    # Σ p t = g, so that Σ c, where the t nearly cancel, is found without summing them.
+    if math.isinf(D):
+        sum_c = torch.where(regular, -g / r / r, 0.0)
+        grad_radius = torch.where(regular, (g * (nearest / r / r) + moment) / r, 0.0)
+    else:
+        sum_c = torch.where(regular, -(N + D) * (g - moment) / (nearest + r.square()), 0.0)
+        grad_radius = r * sum_c
+    if grad_x is not None:
+        grad_x += sum_c * (wide - center)
     return (
         None if grad_x is None else grad_x.to(x.dtype),
         grad_references,
-        None if grad_radius is None else grad_radius.squeeze(1).to(radius.dtype),
+        grad_radius.squeeze(1).to(radius.dtype) if needs[2] else None,
     )
 
 

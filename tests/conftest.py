@@ -1,0 +1,112 @@
+"""Refuses to test another build than this tree's; the oracle of the operations."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE = os.environ.get("PFGM_NATIVE") != "0"
+
+
+def source_digest() -> str:
+    """As in setup.py, which cannot be imported without running it."""
+    digest = hashlib.sha256()
+    sources = (p for p in (ROOT / "csrc").glob("*") if p.is_file())
+    for path in [ROOT / "CMakeLists.txt", *sorted(sources)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def installation_problem() -> str | None:
+    if importlib.util.find_spec("pfgm.kernels") is None:
+        return f"pfgm ({pfgm.__file__}) is a bare source tree without pfgm.kernels"
+    if not NATIVE:
+        return None
+    if importlib.util.find_spec("pfgm._native") is None:
+        return f"pfgm ({pfgm.__file__}) has no native extension (PFGM_NATIVE=0 tests without it)"
+    if importlib.import_module("pfgm._native").build_info()["source_digest"] != source_digest():
+        return "pfgm._native was not built from the present csrc/ and CMakeLists.txt"
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if problem := installation_problem():
+        raise pytest.UsageError(f"{problem}; run pip install -e '.[test]'.")
+
+
+@pytest.fixture(params=["native", "reference"] if NATIVE else ["reference"])
+def backend(request):
+    return request.param
+
+
+def _wide(values):
+    """Samples as (count, N) in long double: its 64 bits leave the plain formulas their digits."""
+    if values.dtype == torch.uint8:
+        return values.flatten(1).numpy().astype(np.longdouble) / 127.5 - 1
+    return values.detach().double().flatten(1).numpy().astype(np.longdouble)
+
+
+def _posterior(x, y, r, D):
+    """For one point: squared distances, probabilities, log-sum-exp."""
+    squared = np.square(x - y).sum(1)
+    if math.isinf(D):
+        scores = -squared / (2 * r * r)
+    else:
+        scores = -(len(x) + np.longdouble(D)) / 2 * np.log(squared + r * r)
+    weights = np.exp(scores - scores.max())
+    return squared, weights / weights.sum(), scores.max() + np.log(weights.sum())
+
+
+def _tensor(values):
+    return torch.from_numpy(np.asarray(values, dtype=np.float64))
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """oracle(x, references, radius, D) → flat mean (B, N) and lse (B,): spec section 2 as written.
+
+    ``radius`` is r, and sigma at D = ∞: a number or (B,).
+    """
+
+    def evaluate(x, references, radius, D):
+        x, y = _wide(x.reshape(len(x), -1)), _wide(references.reshape(len(references), -1))
+        radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
+        rows = [_posterior(point, y, r, D) for point, r in zip(x, radius, strict=True)]
+        return _tensor([p @ y for _, p, _ in rows]), _tensor([lse for _, _, lse in rows])
+
+    return evaluate
+
+
+@pytest.fixture(scope="session")
+def oracle_gradients():
+    """Flat gradients of Σ G·mean + Σ g lse in x, references and radius: spec section 10."""
+
+    def evaluate(x, references, radius, D, G, g):
+        x, y, G = (_wide(v.reshape(len(v), -1)) for v in (x, references, G))
+        radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
+        grad_x, grad_y, grad_r = np.zeros_like(x), np.zeros_like(y), np.zeros(len(x))
+        for b, r in enumerate(radius):
+            squared, p, _ = _posterior(x[b], y, r, D)
+            t = y @ G[b]
+            t += np.longdouble(g[b]) - p @ t
+            if math.isinf(D):
+                c = -p * t / r**2
+                grad_r[b] = (p * t * squared).sum() / r**3
+            else:
+                c = -(x.shape[1] + np.longdouble(D)) * p * t / (squared + r**2)
+                grad_r[b] = r * c.sum()
+            grad_x[b] = c @ (x[b] - y)
+            grad_y += np.outer(p, G[b]) - c[:, None] * (x[b] - y)
+        return _tensor(grad_x), _tensor(grad_y), _tensor(grad_r)
+
+    return evaluate

@@ -1,0 +1,491 @@
+"""The C++ kernels against the oracle: tile edges, accuracy, threads, memory, range of values."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from pfgm import field_fn, posterior_mean
+from pfgm.backends import native, reference
+
+if os.environ.get("PFGM_NATIVE") == "0":
+    pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
+
+NARROW = [torch.bfloat16, torch.float16, torch.uint8]
+# At tile edges: queries 4, 6, 504 (block); references 2, 4, 64 (tile), 2048 (chunk); features the
+# lanes 4 to 16, 768 and 384 (panel), 1024 (sum).
+EDGES = [
+    (1, 1, 1),
+    (3, 2, 5),
+    (5, 63, 16),
+    (6, 64, 17),
+    (7, 65, 767),
+    (6, 3, 768),
+    (13, 9, 769),
+    (2, 67, 1023),
+    (4, 66, 1025),
+    (5, 2047, 3),
+    (5, 2048, 31),
+    (5, 2049, 33),
+    (3, 4100, 15),
+    (503, 5, 4),
+    (504, 6, 8),
+    (511, 70, 2),
+    (1009, 2050, 1),
+]
+
+
+def usable_isas():
+    previous = os.environ.get("PFGM_CPU_ISA")
+    usable = []
+    for isa in ("avx512", "avx2", "portable"):
+        os.environ["PFGM_CPU_ISA"] = isa
+        try:
+            usable.append(native.extension().cpu_isa())
+        except ValueError:
+            continue
+    os.environ.pop("PFGM_CPU_ISA")
+    if previous is not None:
+        os.environ["PFGM_CPU_ISA"] = previous
+    return usable
+
+
+@pytest.fixture(params=usable_isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("PFGM_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def problem(B, M, N, dtype=torch.float32, reference_dtype=None, seed=0):
+    """Points between their own reference and another: some rows have one weight, some many."""
+    generator = torch.Generator().manual_seed(seed)
+    references = torch.rand(M, N, generator=generator, dtype=torch.float64) * 2 - 1
+    if reference_dtype == torch.uint8:
+        references = ((references + 1) * 127.5).round()
+    references = references.to(reference_dtype or dtype)
+    y = reference.dequantise(references, torch.float64)
+    index, other = (torch.randint(0, M, (B,), generator=generator) for _ in range(2))
+    fraction = 0.5 * torch.rand(B, 1, generator=generator, dtype=torch.float64)
+    x = y[index] + fraction * (y[other] - y[index])
+    x = x + 0.2 * torch.randn(B, N, generator=generator, dtype=torch.float64)
+    sigma = 10 ** (3 * torch.rand(B, generator=generator, dtype=torch.float64) - 2)
+    return x.to(dtype), references, sigma
+
+
+def radius_of(sigma, D):
+    return sigma if math.isinf(D) else sigma * math.sqrt(D)
+
+
+def forward(x, references, radius, D, module=native):
+    return module.posterior_mean(x, references, radius, D)
+
+
+def backward(x, references, radius, D, G, g, needs=(True, True, True), module=native):
+    mean, lse = forward(x, references, radius, D, module)
+    return module.posterior_mean_backward(G, g, x, references, radius, mean, lse, D, needs)
+
+
+def row_error(actual, expected, scale):
+    return ((actual.double() - expected).norm(dim=1) / scale).max().item()
+
+
+def assert_accurate(result, expected, references, tolerance):
+    """The accuracy contract: per row, relative to the largest reference and to lse."""
+    (mean, lse), (wanted_mean, wanted_lse) = result, expected
+    scale = reference.dequantise(references, torch.float64).norm(dim=1).max()
+    assert row_error(mean, wanted_mean, scale) <= tolerance
+    error = (lse - wanted_lse).abs() / wanted_lse.abs().clamp(min=1)
+    assert error.max() <= tolerance
+
+
+def assert_gradient(actual, expected, tolerance):
+    """Every row, the direction and the length: an error of one row must not hide in the norm.
+
+    In a row much smaller than the others large terms cancel, and the rounding of float32 that they
+    carry stays: it is measured against the typical row, and in float64 against a thousandth of it.
+    """
+    floor = 1.0 if tolerance > 1e-8 else 1e-3
+    actual, expected = (t.double().reshape(len(t), -1) for t in (actual, expected))
+    rows, norm = expected.norm(dim=1), expected.norm()
+    assert norm > 0
+    allowed = tolerance * torch.maximum(rows, floor * norm / len(rows) ** 0.5)
+    assert ((actual - expected).norm(dim=1) <= allowed).all()
+    cosine = (actual * expected).sum() / (actual.norm() * norm)
+    assert 1 - cosine <= max(tolerance**2, 1e-13)
+    assert abs(actual.norm() / norm - 1) <= tolerance
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("sizes", EDGES)
+def test_forward_at_tile_edges(isa, sizes, D):
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-12)):
+        x, references, sigma = problem(*sizes, dtype=dtype)
+        radius = radius_of(sigma, D)
+        expected = forward(x.double(), references.double(), radius, D, reference)
+        assert_accurate(forward(x, references, radius, D), expected, references, tolerance)
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("sizes", EDGES)
+def test_backward_at_tile_edges(isa, sizes, D):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
+        x, references, sigma = problem(*sizes, dtype=dtype)
+        # The backward pass is given the mean rounded to float32, which shows beside a small sigma.
+        sigma = sigma.clamp(min=0.05)
+        radius = radius_of(sigma, D)
+        generator = torch.Generator().manual_seed(1)
+        G = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+        # With sigma² the score weighs as much as the gradient of the mean.
+        g = sigma**2 * torch.randn(len(x), generator=generator, dtype=torch.float64)
+        expected = backward(
+            x.double(), references.double(), radius, D, G.double(), g, module=reference
+        )
+        for actual, wanted in zip(backward(x, references, radius, D, G, g), expected, strict=True):
+            assert_gradient(actual, wanted, tolerance)
+
+
+def test_randomised_shapes(oracle, oracle_gradients):
+    generator = torch.Generator().manual_seed(7)
+    dtypes = [torch.float32, torch.float64, *NARROW]
+    for trial in range(40):
+        B, M, N = (int(torch.randint(1, n, (), generator=generator)) for n in (14, 140, 50))
+        D = (0.5, 1.0, 64.0, 1e6, math.inf)[trial % 5]
+        x, references, sigma = problem(B, M, N, reference_dtype=dtypes[trial // 5 % 5], seed=trial)
+        radius = radius_of(sigma, D)
+        expected = oracle(x, references, radius, D)
+        assert_accurate(forward(x, references, radius, D), expected, references, 5e-6)
+        G = torch.randn(B, N, generator=generator)
+        g = sigma**2 * torch.randn(B, generator=generator, dtype=torch.float64)
+        wanted = oracle_gradients(x, references, radius, D, G, g)
+        actual = backward(x, references, radius, D, G, g)
+        assert_gradient(actual[0], wanted[0], 1e-5)
+        assert_gradient(actual[2], wanted[2], 1e-5)
+        if not references.dtype.is_floating_point or references.dtype.itemsize < 4:
+            continue
+        assert_gradient(actual[1], wanted[1], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("sizes", [(5, 2049, 33), (7, 65, 769)])
+def test_narrow_references_at_tile_edges(isa, oracle, sizes, dtype):
+    x, references, sigma = problem(*sizes, reference_dtype=dtype)
+    assert_accurate(
+        forward(x, references, sigma, 1.0), oracle(x, references, sigma, 1.0), references, 5e-6
+    )
+
+
+def test_every_float16_is_read_right(isa):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.float16)
+    values = values[values.isfinite()]
+    mean, _ = forward(values.float()[None], values[None], torch.ones(1).double(), 1.0)
+    assert torch.equal(mean[0], values.float())  # one reference is the mean
+    values = torch.arange(256).to(torch.uint8)
+    mean, _ = forward(values.double()[None], values[None], torch.ones(1).double(), 1.0)
+    assert torch.equal(mean[0], values.double() / 127.5 - 1)
+
+
+# ---- the accuracy contract ----
+
+
+@pytest.fixture(scope="module")
+def stress():
+    """Digits, enlarged and made distinct, and points at and between them: (x, references, name)."""
+    from sklearn.datasets import load_digits
+
+    digits = torch.from_numpy(load_digits().data[:160]).float() / 8 - 1
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    cases = []
+    for N in (64, 784, 3072):
+        references = digits.repeat(1, -(-N // 64))[:, :N]
+        references = references + (0.05 * noise(160, N) if N > 64 else 0)
+        first, second = references[:6], references[60:66]
+        perturbed = first + noise(6, N) * torch.logspace(-2, 1, 6)[:, None]
+        twins = torch.cat([references, references + 1e-5 * noise(160, N)])
+        cases += [
+            (first + 1e-3 * noise(6, N), references, f"{N} near"),
+            (perturbed, references, f"{N} perturbed"),
+            ((first + second) / 2, references, f"{N} tie"),
+            ((first + second) / 2 + 1e-4 * noise(6, N), references, f"{N} near tie"),
+            (first + 1e3 * noise(6, N), references, f"{N} far"),
+            (first + 0.1 * noise(6, N), twins, f"{N} twins"),
+        ]
+    return cases
+
+
+@pytest.mark.parametrize("D", [1.0, 2048.0, 1e6, math.inf])
+def test_accuracy_contract(stress, oracle, D):
+    for x, references, name in stress:
+        for sigma in (1e-10, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e3):
+            radius = torch.full((len(x),), radius_of(sigma, D), dtype=torch.float64)
+            expected = oracle(x, references, radius, D)
+            try:
+                assert_accurate(forward(x, references, radius, D), expected, references, 2e-5)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, sigma {sigma}") from error
+            if D != 1.0:
+                continue
+            E = torch.cat([x.double() - expected[0], radius[:, None]], 1)
+            v = -math.sqrt(x.shape[1]) * E / (E.norm(dim=1, keepdim=True) + 5)
+            field = field_fn(x, radius, references, backend="native")
+            actual = torch.cat([field[0], field[1][:, None]], 1)
+            assert row_error(actual, v, math.sqrt(x.shape[1])) <= 2e-5, (name, sigma)
+
+
+@pytest.mark.parametrize("sigma", [1e-8, 1e-5, 1e-3])
+@pytest.mark.parametrize("M", [6, 2100])
+def test_gradients_at_small_sigma(backend, M, sigma):
+    # lse is -d²/(2 sigma²), so large that it says nothing about the weights: two nearest references
+    # at the same distance, the rest far away.
+    references = torch.full((M, 2), 9.0, dtype=torch.float64)
+    references[0], references[M - 1] = torch.tensor([[0.0, 3.0], [0.0, -3.0]])
+    references.requires_grad_()
+    x = torch.tensor([[4.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    mean = posterior_mean(x, references, sigma=sigma, D=math.inf, backend=backend)
+    grad_x, grad_y = torch.autograd.grad(mean[0, 0], (x, references))
+    # Along the first axis the weights do not change.
+    assert grad_x.abs().max() <= 1e-12 / sigma
+    assert torch.equal(grad_y[1 : M - 1], torch.zeros(M - 2, 2, dtype=torch.float64))
+    torch.testing.assert_close(grad_y[[0, M - 1], 0], torch.full((2,), 0.5).double())
+    # Along the second: ∂mean/∂x = Var/σ² = 9/σ².
+    mean = posterior_mean(x, references, sigma=sigma, D=math.inf, backend=backend)
+    (grad_x,) = torch.autograd.grad(mean[0, 1], x)
+    assert grad_x[0, 1].item() == pytest.approx(9 / sigma**2, rel=1e-12)
+
+
+def test_gradients_far_away_and_close_by(oracle_gradients):
+    # Where Σ c_j (x − y_j) cancels, and where c_j leaves the range of float32.
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.randn(12, 8, generator=generator)
+    for scale, offset, sigma, D in (
+        (1.0, 1e3, 30.0, math.inf),
+        (1.0, 1e3, 30.0, 1e6),
+        (1e25, 1e25, 1e25, 1.0),
+        (1e-22, 1e-22, 1e-22, 1.0),
+        (1e-22, 1e-22, 1e-22, math.inf),
+    ):
+        references = scale * unit
+        x = scale * unit[:3] + offset * torch.randn(3, 8, generator=generator)
+        radius = torch.full((3,), radius_of(sigma, D), dtype=torch.float64)
+        G, none = torch.randn(3, 8, generator=generator), torch.zeros(3, 8)
+        g = torch.ones(3, dtype=torch.float64)
+        for upstream in ((G, 0 * g), (none, g)):
+            expected = oracle_gradients(x, references, radius, D, *upstream)
+            actual = backward(x, references, radius, D, *upstream)
+            for one, wanted in zip(actual, expected, strict=True):
+                assert_gradient(one, wanted, 1e-5)
+
+
+# ---- parts of the gradient ----
+
+
+@pytest.mark.parametrize("needs", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+def test_gradients_that_are_not_needed(needs):
+    needs = tuple(map(bool, needs))
+    x, references, sigma = problem(9, 70, 20)
+    G, g = torch.ones_like(x), torch.ones(9, dtype=torch.float64)
+    everything = backward(x, references, sigma, 1.0, G, g)
+    for part, whole, needed in zip(
+        backward(x, references, sigma, 1.0, G, g, needs), everything, needs, strict=True
+    ):
+        assert (part is not None) == needed
+        assert part is None or torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_gradient_of_references_has_their_dtype(dtype):
+    x, references, sigma = problem(9, 70, 20, reference_dtype=dtype)
+    result = backward(
+        x, references, sigma, 1.0, torch.ones_like(x), torch.zeros(9, dtype=torch.float64)
+    )
+    assert result[1].dtype == dtype
+
+
+# ---- memory and threads ----
+
+
+def everything(B, M, N, D=1.0, seed=0):
+    """All results of one problem."""
+    x, references, sigma = problem(B, M, N, seed=seed)
+    radius = radius_of(sigma, D)
+    G, g = x.cos(), sigma.cos()
+    return *forward(x, references, radius, D), *backward(x, references, radius, D, G, g)
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_outputs_are_written_whole(isa, monkeypatch):
+    expected = everything(511, 70, 33)
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        return empty(*args, **kwargs).fill_(math.nan)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert_same(everything(511, 70, 33), expected)
+
+
+SCRIPT = """
+import hashlib, math, resource, sys, torch
+from pfgm.backends import native
+torch.set_num_threads(2)
+B, M, N = map(int, sys.argv[1:])
+generator = torch.Generator().manual_seed(0)
+x = torch.rand(B, N, generator=generator)
+references = torch.rand(M, N, generator=generator)
+radius = torch.full((B,), 0.5, dtype=torch.float64)
+native.posterior_mean(x[:1], references[:1], radius[:1], 1.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mean, lse = native.posterior_mean(x, references, radius, 1.0)
+result = native.posterior_mean_backward(
+    x, radius, x, references, radius, mean, lse, 1.0, (True, False, True))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bits = b"".join(t.numpy().tobytes() for t in (mean, lse, result[0], result[2]))
+print((peak - before) / 1024, hashlib.sha256(bits).hexdigest())
+"""
+
+
+def run_script(*sizes, **environment):
+    command = [sys.executable, "-c", SCRIPT, *map(str, sizes)]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    megabytes, digest = done.stdout.split()
+    return float(megabytes), digest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss and MALLOC_PERTURB_ are Linux's")
+def test_results_do_not_depend_on_uninitialised_memory():
+    # glibc fills what it hands out with the complement of this byte, and what is freed with it.
+    digests = {run_script(37, 2100, 21, MALLOC_PERTURB_=str(byte))[1] for byte in (1, 128)}
+    assert len(digests) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_is_bounded_whatever_the_number_of_references():
+    # A (B, M) matrix alone would be 122 MB, a (B, M, N) tensor 245 MB in float32.
+    megabytes, _ = run_script(256, 60_000, 4)
+    assert megabytes < 64
+
+
+@pytest.mark.parametrize("sizes", [(7, 2100, 1100), (511, 300, 20)])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_threads_do_not_change_a_bit(threads, sizes, D):
+    threads(1)
+    expected = everything(*sizes, D)
+    assert_same(everything(*sizes, D), expected)
+    for count in (2, 3, 8):
+        threads(count)
+        assert_same(everything(*sizes, D), expected)
+
+
+def test_calls_from_several_threads_at_once():
+    sizes = [(9 + i, 300 + i, 40 + i) for i in range(8)]
+    expected = [everything(*size) for size in sizes]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for actual, wanted in zip(
+                pool.map(lambda size: everything(*size), sizes), expected, strict=True
+            ):
+                assert_same(actual, wanted)
+
+
+# ---- instruction sets ----
+
+
+def test_the_instruction_set_can_be_chosen(isa):
+    assert native.extension().cpu_isa() == isa
+    assert isa in native.describe()
+
+
+def test_an_unknown_instruction_set_raises(monkeypatch):
+    best = native.extension().cpu_isa()
+    monkeypatch.setenv("PFGM_CPU_ISA", "")
+    assert native.extension().cpu_isa() == best
+    monkeypatch.setenv("PFGM_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"PFGM_CPU_ISA is 'sse9'; .* can run .*portable"):
+        forward(*problem(2, 3, 4), 1.0)
+
+
+# ---- values that are not finite, or out of range ----
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (2, 19), (510, 7)])
+def test_points_that_are_not_finite(row, column, bad, D):
+    x, references, sigma = problem(511, 70, 20)
+    x[row, column] = bad
+    with pytest.raises(ValueError, match=rf"x holds NaN or infinity \(first in row {row}\)"):
+        forward(x, references, sigma, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 2047, 2048, 4200])
+def test_references_that_are_not_finite(row, bad, dtype):
+    x, references, sigma = problem(5, 4201, 9, reference_dtype=dtype)
+    references[row, 8] = bad
+    with pytest.raises(ValueError, match=rf"references holds .* \(first in row {row}\)"):
+        forward(x, references, sigma, 1.0)
+
+
+def test_the_backward_pass_notices_values_too():
+    x, references, sigma = problem(5, 70, 9)
+    mean, lse = forward(x, references, sigma, 1.0)
+    references[69, 8] = math.nan
+    with pytest.raises(ValueError, match="references holds NaN"):
+        native.posterior_mean_backward(
+            mean, lse, x, references, sigma, mean, lse, 1.0, (True, True, True)
+        )
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e38, 1e-20, 1e-22, 1e-25, 1e-38])
+@pytest.mark.parametrize("fraction", [0.3, 10.0])  # few references compete, and all of them
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_squares_out_of_the_range_of_float32(oracle, scale, fraction, D):
+    x, references, _ = problem(5, 70, 9)
+    x, references = scale * x, scale * references
+    radius = torch.full((5,), fraction * scale, dtype=torch.float64)
+    expected = oracle(x, references, radius, D)
+    mean, lse = forward(x, references, radius, D)
+    assert row_error(mean / scale, expected[0] / scale, 1.0) <= 2e-6
+    torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)
+
+
+def test_one_reference_out_of_range(oracle):
+    x, references, sigma = problem(5, 70, 9)
+    references[69] = 1e30
+    expected = oracle(x, references, sigma, 1.0)
+    mean, _ = forward(x, references, sigma, 1.0)
+    assert row_error(mean, expected[0], 1.0) <= 1e-5
+
+
+def test_squares_out_of_the_range_of_float64():
+    x = torch.full((1, 2), 1e200, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"so far apart .* overflows torch\.float64"):
+        forward(x, -x, torch.ones(1, dtype=torch.float64), 1.0)

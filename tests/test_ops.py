@@ -1,0 +1,227 @@
+"""What torch expects of the operations: registration, gradients, tracing and compiling."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+import pfgm
+from pfgm import field_fn, log_density, posterior_mean
+
+OP = torch.ops.pfgm.posterior_mean
+BACKWARD = torch.ops.pfgm.posterior_mean_backward
+native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
+
+
+def problem(B=3, M=5, shape=(4,), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randn(M, *shape, generator=generator, dtype=torch.float64)
+    x = references[:B] + 0.5 * torch.randn(B, *shape, generator=generator, dtype=torch.float64)
+    radius = torch.linspace(0.4, 1.5, B, dtype=torch.float64)
+    return x.to(dtype), references.to(dtype), radius
+
+
+def noise_level(radius, D):
+    return {"sigma": radius} if math.isinf(D) else {"r": radius}
+
+
+# ---- registration ----
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("wanted", [(), (0,), (1,), (2,), (0, 1, 2)])
+def test_opcheck(backend, D, wanted):
+    arguments = list(problem(dtype=torch.float32))
+    for index in wanted:
+        arguments[index].requires_grad_()
+    torch.library.opcheck(OP, (*arguments, D, backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_opcheck_with_narrow_references(backend, dtype):
+    x, references, radius = problem(dtype=torch.float32)
+    references = (references * 9).abs().to(dtype)
+    torch.library.opcheck(OP, (x.requires_grad_(), references, radius, 4.5, backend))
+
+
+@pytest.mark.parametrize("needs", [[True] * 3, [False, True, False], [True, False, True]])
+def test_opcheck_of_the_backward_pass(backend, needs):
+    x, references, radius = problem(dtype=torch.float32)
+    mean, lse = OP(x, references, radius, 1.0, backend)
+    saved = (x, references, radius, mean, lse)
+    torch.library.opcheck(
+        BACKWARD, (torch.ones_like(mean), torch.ones_like(lse), *saved, 1.0, needs, backend)
+    )
+
+
+def test_opcheck_without_points(backend):
+    x, references, radius = problem(dtype=torch.float32)
+    torch.library.opcheck(OP, (x[:0].requires_grad_(), references, radius[:0], 1.0, backend))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "allowed are .B, N. and .M, N.", {"x": torch.zeros(3, 2, 2)}),
+        (TypeError, "x has dtype torch.bfloat16", {"x": torch.zeros(3, 4).bfloat16()}),
+        (ValueError, "radius has shape .2,.", {"radius": torch.ones(2).double()}),
+        (ValueError, "radius has .*torch.float32", {"radius": torch.ones(3)}),
+        (ValueError, "D is 0", {"D": 0.0}),
+        (ValueError, "references on meta", {"references": torch.zeros(5, 4, device="meta")}),
+    ],
+)
+def test_the_op_checks_its_own_arguments(error, message, change):
+    arguments = dict(zip(("x", "references", "radius"), problem(), strict=True)) | {"D": 1.0}
+    with pytest.raises(error, match=message):
+        OP(**arguments | change)
+
+
+# ---- gradients ----
+
+
+def results(x, references, radius, D, backend, function):
+    if function == "field_fn":
+        return field_fn(x, radius, references, backend=backend)
+    weigh = noise_level(radius, D)
+    if function == "log_density":
+        return log_density(x, references, D=D, backend=backend, **weigh)
+    return posterior_mean(x, references, D=D, return_logsumexp=True, backend=backend, **weigh)
+
+
+@pytest.mark.parametrize(
+    ("function", "D"),
+    [
+        *(("posterior_mean", D) for D in (0.5, 1.0, 128.0, math.inf)),
+        *(("log_density", D) for D in (1.0, 4.5, math.inf)),
+        ("field_fn", 1.0),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+def test_gradients_of_everything(backend, shape, function, D):
+    arguments = [t.requires_grad_() for t in problem(shape=shape)]
+    assert torch.autograd.gradcheck(
+        lambda x, references, radius: results(x, references, radius, D, backend, function),
+        arguments,
+        rtol=1e-6,
+        atol=1e-8,
+    )
+
+
+@pytest.mark.parametrize("function", ["posterior_mean", "log_density", "field_fn"])
+def test_gradient_of_one_noise_level_for_all(backend, function):
+    x, references, _ = problem()
+    radius = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda radius: results(x, references, radius, 1.0, backend, function), [radius]
+    )
+
+
+@pytest.mark.parametrize("function", ["posterior_mean", "log_density", "field_fn"])
+def test_a_second_derivative_raises(backend, function):
+    x, references, radius = problem()
+    x.requires_grad_()
+    result = results(x, references, radius, 1.0, backend, function)
+    result = result if torch.is_tensor(result) else result[0]
+    (gradient,) = torch.autograd.grad(result.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"pfgm\.posterior_mean .* differentiated once"):
+        gradient.sum().backward()
+
+
+def test_backward_uses_the_backend_of_the_forward_pass(monkeypatch):
+    used = []
+    for name in ("native", "reference"):
+        module = getattr(pfgm.backends, name)
+        original = module.posterior_mean_backward
+
+        def spy(*args, name=name, original=original):
+            used.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, "posterior_mean_backward", spy)
+    x, references, radius = problem()
+    x.requires_grad_()
+    with pfgm.use_backend("reference"):
+        within = posterior_mean(x, references, r=radius)
+    explicit = posterior_mean(x, references, r=radius, backend="reference")
+    within.sum().backward()
+    explicit.sum().backward()
+    with pfgm.use_backend("reference"):
+        outside = posterior_mean(x, references, r=radius, backend=None)
+    assert used == ["reference", "reference"]
+    monkeypatch.setenv("PFGM_BACKEND", "native")
+    outside.sum().backward()
+    assert used[2:] == ["reference"]
+
+
+# ---- compiling ----
+
+
+@pytest.fixture
+def compiled():
+    """Compiles in one graph for torch.compile's autograd, without generating code."""
+    torch._dynamo.reset()
+    yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+def with_gradients(function, *arguments):
+    arguments = [t.detach().clone().requires_grad_() for t in arguments]
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((o.double() * (i + 1)).sin().sum() for i, o in enumerate(outputs))
+    return *outputs, *torch.autograd.grad(loss, arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "D"),
+    [("field_fn", 1.0), ("posterior_mean", math.inf), ("log_density", 4.5)],
+)
+def test_compiled_is_the_same(backend, compiled, function, D):
+    def call(x, references, radius):
+        return results(x, references, radius, D, backend, function)
+
+    fast = compiled(call)
+    for B in (3, 2, 4):  # the second and third go through dynamic shapes
+        arguments = problem(B=B, shape=(2, 2), dtype=torch.float32)
+        for actual, expected in zip(
+            with_gradients(fast, *arguments), with_gradients(call, *arguments), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@native_only
+def test_compiled_code_follows_use_backend(compiled, monkeypatch):
+    used = []
+    original = pfgm.backends.reference.posterior_mean
+
+    def spy(*args):
+        used.append("reference")
+        return original(*args)
+
+    monkeypatch.setattr(pfgm.backends.reference, "posterior_mean", spy)
+    x, references, _ = problem()
+    fast = compiled(lambda x: posterior_mean(x, references, r=0.5))
+    fast(x)
+    assert not used
+    with pfgm.use_backend("reference"):
+        fast(x)
+    assert used == ["reference"]
+    fast(x)
+    assert used == ["reference"]
+
+
+def test_inductor_generates_the_same():
+    torch._dynamo.reset()
+    arguments = problem(dtype=torch.float32)
+
+    def call(x, references, z):
+        return field_fn(x, z, references)
+
+    fast = torch.compile(call, fullgraph=True)
+    for actual, expected in zip(
+        with_gradients(fast, *arguments), with_gradients(call, *arguments), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
