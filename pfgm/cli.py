@@ -67,21 +67,25 @@ class Train:
                 "choose another folder."
             )
         flow = PoissonFlow.from_data(samples)
-        network = self._network(flow.shape).to(_device(self.device))
+        network = self._network(samples).to(_device(self.device))
         trainer = Trainer(flow, network, samples, self.training, folder=self.out)
         if self.resume:
             print(f"resuming at step {trainer.resume()}")
         trainer.train()
         print(f"checkpoint: {self.out}")
 
-    def _network(self, shape: tuple[int, ...]) -> networks.FieldNetwork:
+    def _network(self, samples: Tensor) -> networks.FieldNetwork:
+        shape = tuple(samples.shape[1:])
         name = self.network
         if name == "auto":
             name = "unet" if len(shape) == 3 and min(shape[1:]) >= 4 else "mlp"
-        width = {} if self.width is None else {"width": self.width}
+        some = data.to_unit(samples[:10_000])
+        config = {"shape": shape, "data_std": max(float(some.square().mean().sqrt()), 1e-6)}
+        if self.width is not None:
+            config["width"] = self.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
-            return networks.build(name, {"shape": shape, **width})
+            return networks.build(name, config)
 
 
 @dataclass

@@ -26,15 +26,15 @@ SOLVER_STEPS = 10
 _SHOWN_SAMPLES, _SHOWN_PATHS, _SHOWN_LEVELS = 100, 8, 8
 
 TRAINING = TrainConfig(
-    steps=1500,
-    batch_size=256,
+    steps=4000,
+    batch_size=64,
     references=1398,
     learning_rate=2e-3,
+    beta2=0.99,
     warmup=100,
     decay="cosine",
-    ema=0.995,
+    ema=0.99,
 )
-NETWORK: dict[str, Any] = {}
 
 
 def run(
@@ -73,7 +73,7 @@ def run(
     flow = PoissonFlow.from_data(digits.train)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = UNet(flow.shape, **NETWORK)
+        network = UNet(flow.shape, data_std=float(digits.train.square().mean().sqrt()))
     warmup = min(TRAINING.warmup, steps // 10)
     config = dataclasses.replace(TRAINING, steps=steps, warmup=warmup, seed=seed)
     trainer = Trainer(flow, network, digits.train, config, progress=progress)

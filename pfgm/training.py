@@ -48,6 +48,8 @@ class TrainConfig:
     """Samples whose field is the target, those of the batch among them; at most the whole data."""
     learning_rate: float = 2e-4
     """Adam's, after the warm-up."""
+    beta2: float = 0.999
+    """Adam's decay of the squared gradient; lower for short runs."""
     warmup: int = 5000
     """Steps over which the learning rate rises."""
     decay: Literal["none", "cosine"] = "none"
@@ -74,8 +76,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} is {value!r}; allowed is any number above 0.")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema!r}; allowed is 0 to below 1.")
+        for name in ("ema", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value!r}; allowed is 0 to below 1.")
         if self.decay not in ("none", "cosine"):
             raise ValueError(f"decay is {self.decay!r}; allowed are 'none' and 'cosine'.")
         if self.references < self.batch_size:
@@ -153,7 +157,9 @@ class Trainer:
                 f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
             )
         self._device = next(network.parameters()).device
-        self._optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+        self._optimizer = torch.optim.Adam(
+            network.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2)
+        )
         self._averaged = AveragedModel(network, multi_avg_fn=_average(config.ema), use_buffers=True)
         self._epoch: tuple[int, Tensor] | None = None
 

@@ -1,0 +1,35 @@
+"""Networks that predict the Poisson field, callables (x, z) -> (field_x, field_z)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .embedding import FieldNetwork, NoiseEmbedding, field_from_mean
+from .mlp import MLP
+from .unet import UNet
+
+NETWORKS: dict[str, type[FieldNetwork]] = {"mlp": MLP, "unet": UNet}
+
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "FieldNetwork",
+    "NoiseEmbedding",
+    "UNet",
+    "build",
+    "field_from_mean",
+]
+
+
+def build(name: str, config: Mapping[str, Any]) -> FieldNetwork:
+    """The network called `name`, built from keyword arguments such as another's `config`.
+
+    >>> net = build("mlp", {"shape": [2], "width": 16, "depth": 1})
+    >>> build("mlp", net.config).config == net.config
+    True
+    """
+    if name not in NETWORKS:
+        allowed = ", ".join(sorted(NETWORKS))
+        raise ValueError(f"name is {name!r}; only one of {allowed} is allowed.")
+    return NETWORKS[name](**config)

@@ -1,0 +1,170 @@
+"""What the networks share: scaled inputs, the noise embedding, the field built from a mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FLOOR = 1e-3  # below z_min of the flow nothing is left to tell apart, so logarithms stop there
+_TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws only
+_PERIODS = (2.0, 32.0)  # of the sines, in units of the logarithm: fine enough for one noise level
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value`, an integer of at least 1, as an int, else a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} is {value!r}; only an integer of at least 1 is allowed.")
+    return int(value)
+
+
+def positive_float(name: str, value: Any) -> float:
+    """`value`, positive and finite, as a float, else a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
+    return float(value)
+
+
+def int_tuple(name: str, values: Any) -> tuple[int, ...]:
+    """`values`, a non-empty list or tuple of positive integers, as a tuple."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
+        raise ValueError(f"{name} is {values!r}; only a non-empty list or tuple is allowed.")
+    return tuple(positive_int(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def field_from_mean(
+    x: Tensor, z: Tensor, mean: Tensor, *, gamma: float = 5.0
+) -> tuple[Tensor, Tensor]:
+    """The normalised Poisson field that a posterior mean implies.
+
+    With E = (x − mean, z) the field is v = −√N E / (‖E‖ + γ), and 0 where E = 0. Source: PFGM, Xu
+    et al. 2022, arXiv 2209.11178.
+
+    Args:
+        x: points, (B, *S).
+        z: augmented coordinate, (B,).
+        mean: posterior mean, (B, *S).
+        gamma: γ ≥ 0.
+
+    Returns:
+        (field_x, field_z) of shapes (B, *S) and (B,).
+
+    >>> x, z = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    >>> field_x, field_z = field_from_mean(x, z, torch.zeros(1, 2), gamma=0.0)
+    >>> [round(v, 4) for v in (*field_x[0].tolist(), field_z.item())]
+    [-0.8485, -0.0, -1.1314]
+    """
+    e_x = (x - mean).flatten(1)
+    norm = torch.linalg.vector_norm(torch.cat([e_x, z[:, None]], 1), dim=1)
+    scale = -math.sqrt(e_x.shape[1]) / (norm + gamma).clamp_min(torch.finfo(norm.dtype).tiny)
+    return (e_x * scale[:, None]).view_as(x), z * scale
+
+
+class NoiseEmbedding(nn.Module):
+    """Embeds log z and log(‖x‖/√N) as sines, cosines and a two-layer perceptron.
+
+    Both are needed: at D = 1 the noise is heavy-tailed, so z alone does not tell the distance to
+    the data. Both logarithms are smooth and level off at 1e-3.
+
+    >>> NoiseEmbedding(32)(torch.rand(5), torch.rand(5)).shape
+    torch.Size([5, 32])
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, *, sines: int = 8) -> None:
+        super().__init__()
+        low, high = (math.log(2 * math.pi / period) for period in reversed(_PERIODS))
+        frequencies = torch.linspace(low, high, sines).exp()
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.first = nn.Linear(4 * sines, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, rms: Tensor, z: Tensor) -> Tensor:
+        """(B,) root mean square of x and (B,) z to (B, width)."""
+        logs = torch.stack([rms, z], 1).square().add(_FLOOR**2).log() / 2
+        angles = (logs[:, :, None] * self.frequencies).flatten(1)
+        features = torch.cat([angles.sin(), angles.cos()], 1)
+        return nn.functional.silu(self.second(nn.functional.silu(self.first(features))))
+
+
+class FieldNetwork(nn.Module):
+    """Base of the networks: (x, z) to the normalised Poisson field, through a posterior mean.
+
+    The backbone sees x scaled to order one and says how much of each value of x to keep (the gate)
+    and what to add (the output). Both fade as z → 0, where the mean is x itself. The field follows
+    analytically (`field_from_mean`): v_x and v_z are always consistent, v_z is never positive, and
+    far from the data the direction is right before any training. In the manner of EDM's
+    preconditioning (Karras et al. 2022, arXiv 2206.00364), made safe for heavy-tailed noise.
+
+    Subclasses set `config` (keyword arguments that rebuild the architecture, JSON-able) and
+    implement `backbone`.
+
+    >>> class Untrained(FieldNetwork):
+    ...     def backbone(self, x, rms, z):
+    ...         return torch.zeros_like(x), torch.zeros_like(x)
+    >>> net = Untrained((2,), data_std=1.0, gamma=5.0)
+    >>> net.mean(torch.tensor([[1.0, 2.0]]), torch.tensor([1e-10]))
+    tensor([[1., 2.]])
+    >>> field_x, field_z = net(torch.randn(3, 2), torch.rand(3))
+    >>> field_x.shape, field_z.shape
+    (torch.Size([3, 2]), torch.Size([3]))
+    """
+
+    config: dict[str, Any]
+
+    def __init__(self, shape: Sequence[int], *, data_std: float, gamma: float) -> None:
+        super().__init__()
+        self.shape = int_tuple("shape", shape)
+        self.data_std = positive_float("data_std", data_std)
+        self.gamma = positive_float("gamma", gamma)
+
+    def backbone(self, x: Tensor, rms: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled x (B, *S), ‖x‖/√N (B,) and z (B,) to output and gate logits, each (B, *S)."""
+        raise NotImplementedError
+
+    def mean(self, x: Tensor, z: Tensor) -> Tensor:
+        """The predicted posterior mean, (B, *S), at x (B, *S) and z (B,)."""
+        self._check(x, z)
+        rms = torch.linalg.vector_norm(x.flatten(1), dim=1) / math.sqrt(math.prod(self.shape))
+        output, gate = self.backbone(x * self._rows(self._c_in(rms)), rms, z)
+        change = self._rows(self._c_change(z))
+        kept = x * self._rows(self._c_skip(rms, z)) * (1 - change * gate.sigmoid())
+        return kept + self.data_std * change * output
+
+    def _c_in(self, rms: Tensor) -> Tensor:
+        return (rms.square() + self.data_std**2).rsqrt()
+
+    def _c_skip(self, rms: Tensor, z: Tensor) -> Tensor:
+        # EDM's weight of x at noise level z, and less where ‖x‖ itself shows more noise than z.
+        excess = (rms.square() - (2 * self.data_std) ** 2).clamp_min(0)
+        return self.data_std**2 / (self.data_std**2 + z.square() + excess)
+
+    def _c_change(self, z: Tensor) -> Tensor:
+        noise = _TAIL * z
+        return noise * (noise.square() + self.data_std**2).rsqrt()
+
+    def _rows(self, values: Tensor) -> Tensor:
+        return values.view(-1, *([1] * len(self.shape)))
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,)."""
+        return field_from_mean(x, z, self.mean(x, z), gamma=self.gamma)
+
+    def _check(self, x: Tensor, z: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
+            allowed = ", ".join(["B", *map(str, self.shape)])
+            raise ValueError(f"x has shape {tuple(x.shape)}; only ({allowed}) is allowed.")
+        if z.shape != x.shape[:1]:
+            raise ValueError(
+                f"z has shape {tuple(z.shape)}; only ({len(x)},), one value a row of x, is allowed."
+            )
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with tuples as lists, so that it equals what JSON gives back."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}

@@ -1,0 +1,91 @@
+"""A residual perceptron for data without spatial structure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .embedding import FieldNetwork, NoiseEmbedding, plain, positive_int
+
+
+class MLPBlock(nn.Module):
+    """Residual block: norm, shift and scale by the embedding, two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """(B, width) and (B, width) to (B, width)."""
+        scale, shift = self.modulation(embedding).chunk(2, 1)
+        inner = F.silu(self.first(self.norm(h) * (1 + scale) + shift))
+        outputs: Tensor = h + self.second(inner)
+        return outputs
+
+
+class MLP(FieldNetwork):
+    """Residual MLP that predicts the normalised Poisson field of samples of any shape.
+
+    The samples are flattened. The field is built from a predicted posterior mean, see
+    `FieldNetwork`; v = −√N E / (‖E‖ + γ) with E = (x − mean, z). Source: PFGM, Xu et al. 2022,
+    arXiv 2209.11178.
+
+    Args:
+        shape: sample shape S, any number of dimensions.
+        width: hidden features.
+        depth: residual blocks.
+        data_std: root mean square of the data's values.
+        gamma: γ of the field.
+
+    >>> import torch
+    >>> net = MLP((2,), width=32, depth=2)
+    >>> field_x, field_z = net(torch.randn(5, 2), torch.rand(5))
+    >>> field_x.shape, field_z.shape
+    (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        width: int = 128,
+        depth: int = 4,
+        data_std: float = 1.0,
+        gamma: float = 5.0,
+    ) -> None:
+        super().__init__(shape, data_std=data_std, gamma=gamma)
+        n = math.prod(self.shape)
+        width, depth = positive_int("width", width), positive_int("depth", depth)
+        self.config = plain(
+            {
+                "shape": self.shape,
+                "width": width,
+                "depth": depth,
+                "data_std": self.data_std,
+                "gamma": self.gamma,
+            }
+        )
+        self.embedding = NoiseEmbedding(width)
+        self.stem = nn.Linear(n, width)
+        self.blocks = nn.ModuleList(MLPBlock(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 2 * n)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def backbone(self, x: Tensor, rms: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled x (B, *S), ‖x‖/√N (B,) and z (B,) to output and gate logits, each (B, *S)."""
+        embedding = self.embedding(rms, z)
+        h = self.stem(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        output, gate = self.head(F.silu(self.norm(h))).chunk(2, 1)
+        return output.view_as(x), gate.view_as(x)

@@ -1,0 +1,195 @@
+"""A small U-Net for images."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .embedding import FieldNetwork, NoiseEmbedding, int_tuple, plain, positive_int
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    # Four channels a group at least: a group of one would be wiped out on a level of one pixel.
+    groups = next((g for g in (8, 4, 2) if channels % g == 0 and channels >= 4 * g), 1)
+    return nn.GroupNorm(groups, channels)
+
+
+def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _checked_heads(heads: int, channels: int) -> int:
+    if heads == 0:
+        return 0
+    heads = positive_int("heads", heads)
+    if channels % heads:
+        raise ValueError(
+            f"heads is {heads}; only 0 or a divisor of the {channels} coarsest channels is allowed."
+        )
+    return heads
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3×3 convolutions, modulated by the embedding between them."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm2 = _norm(outputs)
+        self.conv2 = _zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """(B, inputs, H, W) and (B, embedding) to (B, outputs, H, W)."""
+        inner = self.conv1(F.silu(self.norm1(h)))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, 1)
+        inner = F.silu(self.norm2(inner) * (1 + scale) + shift)
+        outputs: Tensor = self.skip(h) + self.conv2(inner)
+        return outputs
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the pixels."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.projection = _zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        b, c, height, width = h.shape
+        qkv = self.qkv(self.norm(h)).view(b, 3, self.heads, c // self.heads, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+        projected: Tensor = self.projection(mixed.reshape(b, c, height, width))
+        return h + projected
+
+
+class Stage(nn.Module):
+    """The blocks of one level, the first of which may change the number of channels."""
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, *, blocks: int, heads: int
+    ) -> None:
+        super().__init__()
+        sizes = [inputs] + [outputs] * blocks
+        self.blocks = nn.ModuleList(
+            ConvBlock(a, b, embedding) for a, b in itertools.pairwise(sizes)
+        )
+        self.attention = Attention(outputs, heads) if heads else nn.Identity()
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """(B, inputs, H, W) and (B, embedding) to (B, outputs, H, W)."""
+        for block in self.blocks:
+            h = block(h, embedding)
+        attended: Tensor = self.attention(h)
+        return attended
+
+
+class UNet(FieldNetwork):
+    """U-Net that predicts the normalised Poisson field of images of any size from 4×4.
+
+    One level a multiplier; each level halves height and width, rounding up, so odd sizes work.
+    The coarsest level has self-attention. The field is built from a predicted posterior mean, see
+    `FieldNetwork`; v = −√N E / (‖E‖ + γ) with E = (x − mean, z). Source: PFGM, Xu et al. 2022,
+    arXiv 2209.11178.
+
+    Args:
+        shape: sample shape (C, H, W), H and W at least 4.
+        width: channels of the finest level.
+        multipliers: channels of each level, finest first, in units of `width`; (1, 2) suits 8×8,
+            (1, 2, 2) suits 28×28 and 32×32.
+        blocks: residual blocks a level, on the way down and again on the way up.
+        heads: attention heads on the coarsest level, 0 for none.
+        data_std: root mean square of the data's values.
+        gamma: γ of the field.
+
+    >>> import torch
+    >>> net = UNet((1, 8, 8), width=16)
+    >>> field_x, field_z = net(torch.randn(5, 1, 8, 8), torch.rand(5))
+    >>> field_x.shape, field_z.shape
+    (torch.Size([5, 1, 8, 8]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        width: int = 32,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        heads: int = 2,
+        data_std: float = 1.0,
+        gamma: float = 5.0,
+    ) -> None:
+        super().__init__(shape, data_std=data_std, gamma=gamma)
+        self._check_image_shape()
+        width, blocks = positive_int("width", width), positive_int("blocks", blocks)
+        levels = [width * m for m in int_tuple("multipliers", multipliers)]
+        heads = _checked_heads(heads, levels[-1])
+        self.config = plain(
+            {
+                "shape": self.shape,
+                "width": width,
+                "multipliers": int_tuple("multipliers", multipliers),
+                "blocks": blocks,
+                "heads": heads,
+                "data_std": self.data_std,
+                "gamma": self.gamma,
+            }
+        )
+        self._build(width, levels, blocks, heads)
+
+    def _check_image_shape(self) -> None:
+        if len(self.shape) != 3 or min(self.shape[1:]) < 4:
+            raise ValueError(
+                f"shape is {self.shape}; only (C, H, W) with H and W of at least 4 is allowed."
+            )
+
+    def _build(self, width: int, levels: list[int], blocks: int, heads: int) -> None:
+        embedding = 4 * width
+        self.embedding = NoiseEmbedding(embedding)
+        self.stem = nn.Conv2d(self.shape[0] + 1, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        above = width
+        for i, channels in enumerate(levels):
+            attends = heads if i == len(levels) - 1 else 0
+            self.down.append(Stage(above, channels, embedding, blocks=blocks, heads=attends))
+            above = channels
+        self.middle = ConvBlock(above, above, embedding)
+        self.up = nn.ModuleList()
+        for channels in reversed(levels):
+            self.up.append(Stage(above + channels, channels, embedding, blocks=blocks, heads=0))
+            above = channels
+        self.norm = _norm(above)
+        self.head = _zeroed(nn.Conv2d(above, 2 * self.shape[0], 3, padding=1))
+
+    def backbone(self, x: Tensor, rms: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled x (B, C, H, W), ‖x‖/√N (B,), z (B,) to output and gate logits, as x."""
+        embedding = self.embedding(rms, z)
+        # A channel of ones lets the convolutions see the border through the zero padding.
+        h = self.stem(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))
+        skips = []
+        for i, stage in enumerate(self.down):
+            h = stage(F.avg_pool2d(h, 2, ceil_mode=True) if i else h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for stage in self.up:
+            skip = skips.pop()
+            if h.shape[-2:] != skip.shape[-2:]:
+                h = F.interpolate(h, size=skip.shape[-2:], mode="nearest")
+            h = stage(torch.cat([h, skip], 1), embedding)
+        output, gate = self.head(F.silu(self.norm(h))).chunk(2, 1)
+        return output, gate

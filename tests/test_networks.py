@@ -1,0 +1,304 @@
+"""The networks: conditioning, configuration, sizes, messages, and that they learn."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pfgm.networks import MLP, NETWORKS, UNet, build, field_from_mean
+
+MLP_OPTIONS: dict[str, Any] = {"width": 24, "depth": 2}
+UNET_OPTIONS: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "heads": 2}
+EXTREME_Z = [1e-10, 1e-6, 1e-3, 0.1, 1.0, 40.0, 500.0]
+EXTREME_NORM = [0.0, 1e-6, 1.0, 30.0, 3000.0, 1e5]
+
+
+def make(name: str, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8), **options: Any) -> Any:
+    torch.manual_seed(seed)
+    defaults = MLP_OPTIONS if name == "mlp" else UNET_OPTIONS
+    return build(name, {"shape": shape, **defaults, **options})
+
+
+def scramble(net: torch.nn.Module, scale: float = 0.1) -> None:
+    """Gives the layers that start at zero a value, so that a test sees the whole network."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape))
+
+
+def grid(n: int) -> tuple[Tensor, Tensor]:
+    """Points at every pair of extreme ‖x‖ and extreme z."""
+    directions = torch.randn(len(EXTREME_NORM) * len(EXTREME_Z), n)
+    directions /= directions.norm(dim=1, keepdim=True)
+    norms = torch.tensor(EXTREME_NORM).repeat_interleave(len(EXTREME_Z))
+    return directions * norms[:, None], torch.tensor(EXTREME_Z).repeat(len(EXTREME_NORM))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_and_gradients_are_finite_at_the_extremes(name: str) -> None:
+    net = make(name)
+    scramble(net)
+    x, z = grid(64)
+    x = x.view(-1, 1, 8, 8).requires_grad_()
+    z.requires_grad_()
+    field_x, field_z = net(x, z)
+    assert field_x.shape == x.shape
+    assert field_z.shape == z.shape
+    assert field_x.dtype == field_z.dtype == torch.float32
+    for row in range(len(x)):  # a sum over rows would let one row hide another's overflow
+        assert torch.isfinite(field_x[row]).all()
+        assert torch.isfinite(field_z[row])
+        gradients = torch.autograd.grad(
+            field_x[row].square().sum() + field_z[row].square(),
+            [x, z, *net.parameters()],
+            retain_graph=True,
+        )
+        assert all(torch.isfinite(g).all() for g in gradients)
+    assert (field_z < 0).all()
+    norms = torch.cat([field_x.flatten(1), field_z[:, None]], 1).norm(dim=1)
+    assert (norms <= 8 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_backbone_inputs_are_of_order_one(name: str) -> None:
+    net = make(name)
+    seen: list[Tensor] = []
+    net.stem.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    x, z = grid(64)
+    net(x.view(-1, 1, 8, 8), z)
+    assert seen[0].flatten(1).square().mean(1).max() <= 1.0 + 1e-5
+    embedding = net.embedding(x.norm(dim=1) / 8, z)
+    assert embedding.abs().max() < 10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_embedding_is_flat_below_its_floor_and_varies_above(name: str) -> None:
+    embedding = make(name).embedding
+    rms = torch.full((4,), 0.85)
+    values = embedding(rms, torch.tensor([1e-10, 1e-6, 0.1, 0.2]))
+    torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
+    assert (values[2] - values[3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_field_gives_back_the_mean(name: str) -> None:
+    """mean = x − z v_x/v_z, as the solvers recover it, loses nothing that matters in float32."""
+    net = make(name)
+    scramble(net)
+    z = torch.logspace(-3, math.log10(18.0), 60)
+    noise = torch.randn(60, 64) * z[:, None]
+    for tail in (1.0, 10.0):  # Student-t noise: up to many times z
+        x = (torch.randn(60, 64).clamp(-1, 1) + tail * noise).view(-1, 1, 8, 8)
+        with torch.no_grad():
+            field_x, field_z = net(x, z)
+            mean = net.mean(x, z)
+        recovered = x - (z / field_z).view(-1, 1, 1, 1) * field_x
+        scale = x.abs().flatten(1).amax(1).clamp_min(1.0)
+        error = (recovered - mean).abs().flatten(1).amax(1)
+        assert (error <= 2e-6 * scale).all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_exact_substitution_of_v_z_changes_nothing(name: str) -> None:
+    """Spec section 7: what v_x implies for v_z is what the network says, below z_exp and above."""
+    net = make(name, gamma=5.0)
+    scramble(net)
+    z = torch.logspace(-3, math.log10(18.0), 60)
+    x = (torch.randn(60, 64) * (1 + 3 * z[:, None])).view(-1, 1, 8, 8)
+    with torch.no_grad():
+        field_x, field_z = net(x, z)
+    n = field_x.flatten(1).norm(dim=1) / 8
+    e_x = n * (5 + (25 * n**2 + (1 - n**2) * z**2).sqrt()) / (1 - n**2)
+    torch.testing.assert_close(-8 * z / ((e_x**2 + z**2).sqrt() + 5), field_z, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_mean_is_x_where_z_vanishes(name: str) -> None:
+    net = make(name)
+    scramble(net)
+    x = torch.randn(5, 1, 8, 8).clamp(-1, 1)
+    torch.testing.assert_close(net.mean(x, torch.full((5,), 1e-10)), x)
+    assert (net.mean(x, torch.ones(5)) - x).abs().max() > 0.1
+
+
+def test_field_from_mean_matches_the_formula_in_float64() -> None:
+    torch.manual_seed(1)
+    x, mean, z = (
+        torch.randn(7, 3, 2).double(),
+        torch.randn(7, 3, 2).double(),
+        torch.rand(7).double(),
+    )
+    field_x, field_z = field_from_mean(x, z, mean, gamma=5.0)
+    for row in range(7):
+        e = [*(x[row] - mean[row]).flatten().tolist(), z[row].item()]
+        norm = math.sqrt(sum(value**2 for value in e))
+        v = [-math.sqrt(6) * value / (norm + 5.0) for value in e]
+        assert [*field_x[row].flatten().tolist(), field_z[row].item()] == pytest.approx(v)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_field_is_zero_with_finite_gradient_where_e_is_zero(gamma: float) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    field_x, field_z = field_from_mean(x, torch.zeros(2), torch.ones(2, 3), gamma=gamma)
+    assert not field_x.any()
+    assert not field_z.any()
+    if gamma > 0:
+        field_x.sum().backward()
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_config_round_trip_through_json(name: str) -> None:
+    options = {"data_std": 0.7, "gamma": 3.0}
+    net = make(name, **options)
+    scramble(net)
+    assert json.loads(json.dumps(net.config)) == net.config
+    torch.manual_seed(5)
+    copy = type(net)(**json.loads(json.dumps(net.config)))
+    assert copy.config == net.config
+    copy.load_state_dict(net.state_dict())
+    x, z = torch.randn(3, 1, 8, 8), torch.rand(3)
+    for ours, theirs in zip(net(x, z), copy(x, z), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(net.config[key] == value for key, value in options.items())
+
+
+def test_tuples_and_lists_are_the_same() -> None:
+    assert UNet([1, 8, 8], multipliers=[1, 2]).config == UNet((1, 8, 8), multipliers=(1, 2)).config
+    assert MLP([4]).config == MLP((4,)).config
+
+
+def test_numpy_numbers_are_stored_as_python_numbers() -> None:
+    net = MLP(np.array([4]).tolist(), width=np.int64(8), depth=1, data_std=np.float32(0.5))
+    assert json.loads(json.dumps(net.config)) == net.config
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_state_dict_holds_parameters_only(name: str) -> None:
+    net = make(name)
+    assert set(net.state_dict()) == {key for key, _ in net.named_parameters()}
+    assert {key.split(".")[0] for key in net.state_dict()} >= {"embedding", "stem", "norm", "head"}
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (9, 4), (13, 6), (28, 28)])
+@pytest.mark.parametrize("multipliers", [(1,), (2, 3), (1, 2, 2, 2)])
+def test_unet_takes_any_size(size: tuple[int, int], multipliers: tuple[int, ...]) -> None:
+    net = make("unet", shape=(3, *size), multipliers=multipliers)
+    scramble(net)
+    field_x, field_z = net(torch.randn(2, 3, *size), torch.rand(2))
+    assert field_x.shape == (2, 3, *size)
+    assert field_z.shape == (2,)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (2, 3), (1, 5, 4)])
+def test_mlp_takes_any_shape(shape: tuple[int, ...]) -> None:
+    field_x, field_z = make("mlp", shape=shape)(torch.randn(3, *shape), torch.rand(3))
+    assert field_x.shape == (3, *shape)
+    assert field_z.shape == (3,)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_do_not_depend_on_each_other(name: str) -> None:
+    net = make(name)
+    scramble(net)
+    x, z = torch.randn(6, 1, 8, 8), torch.rand(6)
+    together = net(x, z)
+    alone = net(x[2:3], z[2:3])
+    torch.testing.assert_close(together[0][2:3], alone[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[1][2:3], alone[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_empty_batch_gives_an_empty_field(name: str) -> None:
+    field_x, field_z = make(name)(torch.zeros(0, 1, 8, 8), torch.zeros(0))
+    assert field_x.shape == (0, 1, 8, 8)
+    assert field_z.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (MLP, {"shape": ()}, r"^shape is \(\); only a non-empty"),
+        (MLP, {"shape": (3, 0)}, r"^shape\[1\] is 0; only an integer of at least 1"),
+        (MLP, {"shape": (3,), "width": -1}, r"^width is -1; only an integer"),
+        (MLP, {"shape": (3,), "depth": 1.5}, r"^depth is 1.5; only an integer"),
+        (MLP, {"shape": (3,), "data_std": 0}, r"^data_std is 0; only a positive"),
+        (MLP, {"shape": (3,), "gamma": math.nan}, r"^gamma is nan; only a positive"),
+        (UNet, {"shape": (8, 8)}, r"^shape is \(8, 8\); only \(C, H, W\)"),
+        (UNet, {"shape": (1, 8, 3)}, r"^shape is \(1, 8, 3\); only \(C, H, W\)"),
+        (UNet, {"shape": (1, 8, 8), "width": 0}, r"^width is 0; only an integer"),
+        (UNet, {"shape": (1, 8, 8), "blocks": 0}, r"^blocks is 0; only an integer"),
+        (UNet, {"shape": (1, 8, 8), "multipliers": ()}, r"^multipliers is \(\); only a non-empty"),
+        (UNet, {"shape": (1, 8, 8), "multipliers": 2}, r"^multipliers is 2; only a non-empty"),
+        (UNet, {"shape": (1, 8, 8), "heads": -1}, r"^heads is -1; only an integer"),
+        (UNet, {"shape": (1, 8, 8), "heads": 5}, r"^heads is 5; only 0 or a divisor of the \d+"),
+    ],
+)
+def test_construction_errors(
+    network: type[MLP] | type[UNet], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        network(**options)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward_errors(name: str) -> None:
+    net = make(name)
+    with pytest.raises(ValueError, match=r"^x has shape \(2, 64\); only \(B, 1, 8, 8\) is"):
+        net(torch.zeros(2, 64), torch.ones(2))
+    with pytest.raises(ValueError, match=r"^x has shape \(1, 8, 8\); only \(B, 1, 8, 8\) is"):
+        net(torch.zeros(1, 8, 8), torch.ones(1))
+    with pytest.raises(ValueError, match=r"^z has shape \(3,\); only \(2,\)"):
+        net(torch.zeros(2, 1, 8, 8), torch.ones(3))
+    with pytest.raises(ValueError, match=r"^z has shape \(2, 1\); only \(2,\)"):
+        net(torch.zeros(2, 1, 8, 8), torch.ones(2, 1))
+
+
+def test_unknown_network() -> None:
+    with pytest.raises(ValueError, match=r"^name is 'resnet'; only one of mlp, unet is allowed\.$"):
+        build("resnet", {})
+
+
+def _train(name: str, steps: int = 60) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss before and after training on four images, and the weights."""
+    net = make(name, seed=3, data_std=0.8)
+    generator = torch.Generator().manual_seed(4)
+    references = torch.rand(4, 1, 8, 8, generator=generator).round() * 2 - 1
+
+    def loss(batch: int) -> Tensor:
+        index = torch.randint(4, (batch,), generator=generator)
+        z = 10 ** (2 * torch.rand(batch, generator=generator) - 2)
+        heavy = torch.randn(batch, generator=generator).abs().clamp_min(0.1)
+        noise = torch.randn(batch, 1, 8, 8, generator=generator)
+        x = references[index] + noise * (z / heavy).view(-1, 1, 1, 1)
+        squares = (x[:, None] - references).flatten(2).square().sum(2) + z[:, None] ** 2
+        weights = torch.softmax(-65 / 2 * squares.log(), 1)
+        target_x, target_z = field_from_mean(x, z, (weights @ references.flatten(1)).view_as(x))
+        field_x, field_z = net(x, z)
+        return ((field_x - target_x).square().sum() + (field_z - target_z).square().sum()) / batch
+
+    with torch.no_grad():
+        before = loss(256).item()
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(32).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return before, loss(256).item(), net.state_dict()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_reduces_the_loss_and_repeats(name: str) -> None:
+    before, after, weights = _train(name)
+    assert after < before / 4
+    again_before, again_after, again_weights = _train(name)
+    assert (again_before, again_after) == (before, after)
+    assert all(torch.equal(weights[key], again_weights[key]) for key in weights)
