@@ -21,7 +21,7 @@ namespace {
 
 using Index = std::int64_t;
 
-constexpr Index kTask = 1 << 15;    // values a task: some 10 µs, beside which handing it out is free
+constexpr Index kTask = 1 << 15;    // least values a task: a few µs, beside which a thread is worth it
 constexpr Index kMaxPanels = 64;    // of one row
 constexpr double kTiny = 1e-5;      // a field's v_z is kept below −kTiny
 constexpr double kLargest = 1 - 1e-6;  // |v_x|/√N is below 1 for a field; a network may be off
@@ -190,7 +190,9 @@ const T* slope_row(const OdeStep& step, Index row) {
 
 template <class T>
 void step_rows(const OdeStep& step) {
-  const Index group = larger(1, kTask / step.features);
+  // One stretch of rows a thread, as torch's own operators cut them: the rows of a step are in the
+  // cache of the core that had them last.
+  const Index group = larger(divide_up(step.rows, step.threads), larger(1, kTask / step.features));
   parallel(divide_up(step.rows, group), step.threads, [&](Index task) {
     const Index end = smaller((task + 1) * group, step.rows);
     for (Index row = task * group; row < end; ++row) {

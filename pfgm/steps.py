@@ -235,17 +235,11 @@ def _take(
     _check(x, slope)
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     field = slope if isinstance(slope, Field) else None
-    shape = (x.shape[0], math.prod(x.shape[1:]))
-
-    def flat(values: Tensor) -> Tensor:
-        values = values if values.dtype == dtype else values.to(dtype)
-        return values if values.ndim == 2 else values.reshape(shape)
-
     step = OdeStep(
-        x=flat(x),
-        slope=flat(slope.x if isinstance(slope, Field) else slope),
-        field_z=None if field is None else field.z.to(dtype),
-        history=None if history is None else flat(history),
+        x=_flat(x, dtype),
+        slope=_flat(slope.x if isinstance(slope, Field) else slope, dtype),
+        field_z=None if field is None else _typed(field.z, dtype),
+        history=None if history is None else _flat(history, dtype),
         levels=_stacked(x, levels),
         gamma=5.0 if field is None else float(field.gamma),
         z_exp=0.0 if field is None else float(field.z_exp),
@@ -277,6 +271,16 @@ def _stacked(x: Tensor, levels: tuple[Any, Any, Any]) -> tuple[float, float, flo
     if not any(isinstance(level, Tensor) for level in levels):
         return levels
     return torch.stack([per_query("level", level, x) for level in levels])
+
+
+def _typed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values if values.dtype == dtype else values.to(dtype)
+
+
+def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if values.ndim != 2:
+        values = values[:, None] if values.ndim == 1 else values.flatten(1)
+    return _typed(values, dtype)
 
 
 def _is_flat(out: Tensor, dtype: torch.dtype) -> bool:
