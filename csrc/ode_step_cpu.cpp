@@ -21,9 +21,9 @@ namespace {
 
 using Index = std::int64_t;
 
-constexpr Index kTask = 1 << 15;    // least values a task: a few µs, beside which a thread is worth it
-constexpr Index kMaxPanels = 64;    // of one row
-constexpr double kTiny = 1e-5;      // a field's v_z is kept below −kTiny
+constexpr Index kTask = 1 << 15;       // least values a task: below, a thread is not worth its start
+constexpr Index kMaxPanels = 64;       // of one row
+constexpr double kTiny = 1e-5;         // a field's v_z is kept below −kTiny
 constexpr double kLargest = 1 - 1e-6;  // |v_x|/√N is below 1 for a field; a network may be off
 
 #if defined(__AVX512F__)
