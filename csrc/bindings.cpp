@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "devices.h"
+#include "ode_step.h"
 #include "posterior_mean.h"
 
 namespace py = pybind11;
@@ -49,6 +50,24 @@ Result posterior_mean_backward(const Problem& problem, Address grad_mean, Addres
   return {static_cast<int>(status.failure), status.row};
 }
 
+// A tensor of rows: address and distance between rows.
+using Rows = std::pair<Address, std::int64_t>;
+
+void run_ode_step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
+                  Address field_z, Rows history, Address levels, std::int64_t level_stride,
+                  double gamma, double z_exp, bool exact, Rows next, Rows mean, int threads) {
+  const OdeStep step = {static_cast<Type>(type), rows, features,
+                        pointer<const void>(x.first), x.second,
+                        pointer<const void>(slope.first), slope.second,
+                        pointer<const void>(field_z),
+                        pointer<const void>(history.first), history.second,
+                        pointer<const double>(levels), level_stride, gamma, z_exp, exact,
+                        pointer<void>(next.first), next.second,
+                        pointer<void>(mean.first), mean.second, threads};
+  const py::gil_scoped_release release;
+  ode_step(step);
+}
+
 py::dict build_info() {
   py::dict info;
   info["source_digest"] = PFGM_SOURCE_DIGEST;
@@ -76,6 +95,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("posterior_mean_backward", &posterior_mean_backward, py::arg("problem"), py::kw_only(),
              py::arg("grad_mean"), py::arg("grad_logsumexp"), py::arg("mean"), py::arg("logsumexp"),
              py::arg("grad_x"), py::arg("grad_radius"), py::arg("grad_references"));
+  module.def("ode_step", &run_ode_step, py::kw_only(), py::arg("type"), py::arg("rows"),
+             py::arg("features"), py::arg("x"), py::arg("slope"), py::arg("field_z"),
+             py::arg("history"), py::arg("levels"), py::arg("level_stride"), py::arg("gamma"),
+             py::arg("z_exp"), py::arg("exact"), py::arg("next"), py::arg("mean"),
+             py::arg("threads"));
   module.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   module.def("cuda_devices", [] {
     const CudaDevices found = cuda_devices();

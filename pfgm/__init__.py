@@ -1,7 +1,8 @@
 """Poisson flow generative models: fast, correct and easy to use.
 
-The operations are :func:`posterior_mean`, :func:`field_fn` and :func:`log_density`; the flow that
-trains and samples is :class:`PoissonFlow`; :func:`load` reads what was trained.
+The operations are :func:`posterior_mean`, :func:`field_fn`, :func:`log_density` and the steps of
+the ODE, :func:`euler_step`, :func:`heun_step` and :func:`multistep_step`; the flow that trains and
+samples is :class:`PoissonFlow`; :func:`load` reads what was trained.
 """
 
 from . import backends, data, metrics, networks, plotting, solvers, training
@@ -10,16 +11,30 @@ from .checkpoint import load, save
 from .checks import debug_checks
 from .flow import PoissonFlow
 from .functional import field_fn, log_density, posterior_mean
+from .steps import (
+    euler_step,
+    euler_step_from_mean,
+    heun_step,
+    heun_step_from_mean,
+    multistep_step,
+    multistep_step_from_mean,
+)
 
 __all__ = [
     "PoissonFlow",
     "backends",
     "data",
     "debug_checks",
+    "euler_step",
+    "euler_step_from_mean",
     "field_fn",
+    "heun_step",
+    "heun_step_from_mean",
     "load",
     "log_density",
     "metrics",
+    "multistep_step",
+    "multistep_step_from_mean",
     "networks",
     "plotting",
     "posterior_mean",

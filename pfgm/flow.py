@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backends.reference import dequantise, wide_dtype
 from .functional import field_fn
 from .solvers import SCHEDULES, SOLVERS, Callback, StepInfo
+from .steps import Field, euler_step
 
 __all__ = ["EmpiricalField", "Network", "PoissonFlow"]
 
@@ -21,10 +22,6 @@ Network = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # |ε_z| below which restrict_M shortens the range of m, and by how much (PFGM, appendix B.1.1).
 _RESTRICT_BELOW, _RESTRICT_TO = 0.005, 0.7
 _SMALLEST_Z = 1e-10
-# A network's field_z is kept below −_TINY: a positive one would reverse the flow.
-_TINY = 1e-5
-# ‖field_x‖/√N is below 1 for every field; a network may be off.
-_LARGEST_NORM = 1 - 1e-6
 
 
 class EmpiricalField(nn.Module):
@@ -314,27 +311,21 @@ class PoissonFlow:
         the exact inverse of the normalisation; ``substitution="published"`` has
         e_x = γ n / (1 − n) (appendix B.2.3).
         """
-        field_x, field_z = _evaluate(net, x, x.new_full((len(x),), z))
-        wide = wide_dtype(x.device)
-        step: Tensor
-        if z < self.z_exp:
-            step = self._implied_step(field_x.flatten(1).to(wide).norm(dim=1), z)
-        else:
-            step = -z / field_z.to(wide).clamp(max=-_TINY)
-        step = step.to(x.dtype).view(-1, *[1] * len(self.shape))
-        return x + step * field_x.to(x.dtype)
+        field = self._field(net, x, z)
+        return euler_step(
+            x,
+            field.x,
+            field.z,
+            z,
+            0.0,
+            gamma=self.gamma,
+            z_exp=self.z_exp,
+            substitution=self.substitution,
+        )
 
-    def _implied_step(self, norm_x: Tensor, z: float) -> Tensor:
-        """−z/v_z with the v_z that ‖v_x‖ implies: (√(e_x² + z²) + γ)/√N, with no z to divide by."""
-        root_N, gamma = math.sqrt(self.N), self.gamma
-        n = (norm_x / root_N).clamp(max=_LARGEST_NORM)
-        if self.substitution == "exact":
-            rest = 1 - n.square()
-            e_x = n * (gamma + (n.square() * gamma**2 + rest * z**2).sqrt()) / rest
-        else:
-            e_x = gamma * n / (1 - n)
-        step: Tensor = ((e_x.square() + z**2).sqrt() + gamma) / root_N
-        return step
+    def _field(self, net: Network, x: Tensor, z: float) -> Field:
+        field_x, field_z = _evaluate(net, x, x.new_full((len(x),), z))
+        return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
     @overload
     def sample(
@@ -423,7 +414,7 @@ class PoissonFlow:
             grid = SCHEDULES[schedule](self.z_max, self.z_min, steps)
             total = None if solver == "rk45" else steps
             with _evaluating(net), _shown(callback, total, progress) as shown:
-                x, nfe = SOLVERS[solver](lambda x, z: self.denoise(net, x, z), x, grid, shown)
+                x, nfe = SOLVERS[solver](lambda x, z: self._field(net, x, z), x, grid, shown)
         return (x, nfe) if return_nfe else x
 
     def _initial(

@@ -43,7 +43,7 @@ def _check_dimensions(D: float, with_r: bool) -> float:
     return float(D)
 
 
-def _per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
+def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """A float or a (B,) tensor as float64 (B,) on the device of x."""
     dtype, count = wide_dtype(x.device), x.shape[0]
     if not isinstance(value, Tensor):
@@ -71,13 +71,13 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
         given = "neither" if r is None else "both"
         raise ValueError(f"{given} of r and sigma given; exactly one of them is needed.")
     if r is not None:
-        return _per_query("r", r, x)
+        return per_query("r", r, x)
     assert sigma is not None
     scale = 1.0 if math.isinf(D) else math.sqrt(D)
-    return _per_query("sigma", sigma, x) * scale
+    return per_query("sigma", sigma, x) * scale
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flatten(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
 
 
@@ -85,10 +85,10 @@ def _flat_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flat queries, at least float32, with their mean and log-sum-exp."""
-    flat = _flat(x)
+    flat = flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
-    return flat, *ops.posterior_mean(flat, _flat(references), radius, D, backend)
+    return flat, *ops.posterior_mean(flat, flatten(references), radius, D, backend)
 
 
 @overload
@@ -212,7 +212,7 @@ def field_fn(
     _check_tensors(x, references)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma is {gamma}; allowed is any finite number of at least 0.")
-    radius = _per_query("z", z, x)
+    radius = per_query("z", z, x)
     flat, mean, _ = _flat_mean(x, references, radius, 1.0, backend)
     field_x, field_z = normalised_field(flat, radius, mean, gamma)
     return field_x.reshape(x.shape), field_z

@@ -6,13 +6,14 @@ float64, references (M, N), radius (B,) float64, D > 0 with radius = σ at D = �
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import choose, requested
-from .backends.reference import wide_dtype
+from .backends.reference import OdeStep, ode_step_formula, wide_dtype
 
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -181,3 +182,183 @@ def posterior_mean(
         x, references, radius, D, backend or requested()
     )
     return mean, logsumexp
+
+
+# ---- the ODE step ----------------------------------------------------------------------------
+#
+# x, slope and history (B, N) and field_z (B,) share one dtype. z, toward and blend hold for every
+# row, unless row_levels (3, B) in float64 gives those of each (backends.reference.OdeStep). Neither
+# op has a gradient: ode_step() below takes the formula where one is wanted.
+
+_STEP = (
+    "Tensor x, Tensor slope, Tensor? field_z, Tensor? history, float z, float toward, float blend,"
+    " Tensor? row_levels, float gamma, float z_exp, bool exact"
+)
+_library.define(f"ode_step({_STEP}, bool with_mean, str? backend) -> (Tensor next, Tensor mean)")
+_library.define(f"ode_step_out({_STEP}, str? backend, Tensor(a!) out, Tensor(b!)? mean_out) -> ()")
+
+
+def _step(
+    x: Tensor,
+    slope: Tensor,
+    field_z: Tensor | None,
+    history: Tensor | None,
+    z: float,
+    toward: float,
+    blend: float,
+    row_levels: Tensor | None,
+    gamma: float,
+    z_exp: float,
+    exact: bool,
+) -> OdeStep:
+    """The first arguments of both ops, checked."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64.")
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (B, N) with N ≥ 1.")
+    _check_like("slope", slope, x, x.shape, x.dtype)
+    if field_z is not None:
+        _check_like("field_z", field_z, x, x.shape[:1], x.dtype)
+    if history is not None:
+        _check_like("history", history, x, x.shape, x.dtype)
+    levels: tuple[float, float, float] | Tensor = (z, toward, blend)
+    if row_levels is not None:
+        _check_like("row_levels", row_levels, x, (3, x.shape[0]), wide_dtype(x.device))
+        levels = row_levels
+    return OdeStep(x, slope, field_z, history, levels, gamma, z_exp, exact)
+
+
+def _check_like(
+    name: str, value: Tensor, x: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; needed are "
+            f"{tuple(shape)} and {dtype}."
+        )
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
+
+
+def _ode_step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, with_mean, backend = arguments
+    step = _step(*given)
+    chosen = choose(backend, step.x.device, step.x.dtype)
+    result, mean = chosen.ode_step(step, with_mean)
+    return result, step.x.new_empty(0) if mean is None else mean
+
+
+def _ode_step_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, with_mean, _ = arguments
+    x = _step(*given).x
+    mean = x.new_empty(x.shape) if with_mean and given[2] is not None else x.new_empty(0)
+    return x.new_empty(x.shape), mean
+
+
+def _ode_step_out(*arguments: Any) -> None:
+    *given, backend, out, mean_out = arguments
+    step = _step(*given)
+    _check_outputs(step, out, mean_out)
+    if step.x.shape[0] == 0:
+        return
+    inputs = [t for t in (step.x, step.slope, step.history) if t is not None]
+    # An output that the kernels cannot write where it lies is copied from one that they can.
+    direct = out if _writable(out, inputs) else None
+    direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None
+    chosen = choose(backend, step.x.device, step.x.dtype)
+    result, mean = chosen.ode_step(step, mean_out is not None, direct, direct_mean)
+    if direct is None:
+        out.copy_(result)
+    if mean_out is not None and direct_mean is None:
+        mean_out.copy_(mean)
+
+
+def _ode_step_out_fake(*arguments: Any) -> None:
+    *given, _, out, mean_out = arguments
+    _check_outputs(_step(*given), out, mean_out, fake=True)
+
+
+def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None, fake: bool = False) -> None:
+    if _wants_gradient(step) or (torch.is_grad_enabled() and out.requires_grad):
+        raise RuntimeError(
+            "out is given, but an input or out requires grad, which an overwritten result cannot "
+            "have; leave out away, or use torch.no_grad()."
+        )
+    _check_like("out", out, step.x, step.x.shape, step.x.dtype)
+    if mean_out is None:
+        return
+    if step.field_z is None:
+        raise ValueError("mean_out is given, but the mean is an input of this form of the step.")
+    _check_like("mean_out", mean_out, step.x, step.x.shape, step.x.dtype)
+    if not (fake or out.is_meta) and out.numel() > 0 and _overlap(out, mean_out):
+        raise ValueError("mean_out overlaps out; both must have memory of their own.")
+
+
+def _writable(out: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Contiguous features, distinct rows, and each input either the same memory or apart."""
+    rows, features = out.shape
+    row_stride, feature_stride = out.stride()
+    if (features > 1 and feature_stride != 1) or (rows > 1 and row_stride < features):
+        return False
+    return all(t is out or _same_layout(out, t) or not _overlap(out, t) for t in inputs)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the addresses from the first to the last value have any in common."""
+    (a_start, a_end), (b_start, b_end) = _addresses(a), _addresses(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _addresses(values: Tensor) -> tuple[int, int]:
+    (rows, features), (row_stride, feature_stride) = values.shape, values.stride()
+    extent = (rows - 1) * row_stride + (features - 1) * feature_stride + 1
+    start = values.data_ptr()
+    return start, start + extent * values.element_size()
+
+
+def _wants_gradient(step: OdeStep) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in step
+    )
+
+
+def _no_step_gradient(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "torch.ops.pfgm.ode_step has no gradient; pfgm.euler_step and its like have one."
+    )
+
+
+_library.impl("ode_step", _ode_step, "CompositeExplicitAutograd")
+_library.impl("ode_step_out", _ode_step_out, "CompositeExplicitAutograd")
+torch.library.register_fake("pfgm::ode_step", _ode_step_fake, lib=_library)
+torch.library.register_fake("pfgm::ode_step_out", _ode_step_out_fake, lib=_library)
+torch.library.register_autograd(
+    "pfgm::ode_step", _no_step_gradient, setup_context=_save_nothing, lib=_library
+)
+
+
+def _unpacked(step: OdeStep) -> tuple[Any, ...]:
+    x, slope, field_z, history, levels, *law = step
+    if isinstance(levels, Tensor):
+        return (x, slope, field_z, history, 0.0, 0.0, 0.0, levels, *law)
+    return (x, slope, field_z, history, *levels, None, *law)
+
+
+def ode_step(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor | None]:
+    """The op or, where a gradient is wanted, the formula in operations that have one."""
+    if _wants_gradient(step):
+        _step(*_unpacked(step))
+        return ode_step_formula(step, with_mean)
+    result, mean = torch.ops.pfgm.ode_step.default(
+        *_unpacked(step), with_mean, backend or requested()
+    )
+    return result, mean if with_mean else None
+
+
+def ode_step_out(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: str | None) -> None:
+    """The op that writes into out (B, N) and mean_out (B, N); out may be any input."""
+    torch.ops.pfgm.ode_step_out.default(*_unpacked(step), backend or requested(), out, mean_out)

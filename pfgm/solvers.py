@@ -1,10 +1,15 @@
 """Solvers of dx/dz = (x − mean(x, z))/z from z_max down to z_min, as plain functions.
 
 All have one signature: ``solver(denoise, x, grid, callback=None) -> (x, nfe)``. ``denoise(x, z)``
-is the posterior mean of points x (B, *S) at the level z, a float; ``grid`` holds decreasing levels;
-``callback`` gets a :class:`StepInfo` before each step and stops the run by returning True; ``nfe``
-counts the evaluations of ``denoise``. The equation is the same for every number of augmented
-dimensions (PFGM++, arXiv 2302.04265, section 3.3), so the same solvers serve sigma in place of z.
+is the posterior mean of points x (B, *S) at the level z, a float, or the
+:class:`pfgm.steps.Field` that implies it; ``grid`` holds decreasing levels; ``callback`` gets a
+:class:`StepInfo` before each step and stops the run by returning True; ``nfe`` counts the
+evaluations of ``denoise``. The equation is the same for every number of augmented dimensions
+(PFGM++, arXiv 2302.04265, section 3.3), so the same solvers serve sigma in place of z.
+
+Where gradients are off and nobody watches, the steps after the first overwrite their points: a
+``denoise`` that keeps the x it is given must clone it. The x that a solver is called with is left
+alone.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
+
+from . import steps
+from .steps import Field
 
 __all__ = [
     "SCHEDULES",
@@ -48,7 +56,7 @@ class StepInfo(TypedDict):
     """Evaluations of the network so far."""
 
 
-Denoiser = Callable[[Tensor, float], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor | Field]
 Callback = Callable[[StepInfo], object]
 Solver = Callable[..., tuple[Tensor, int]]
 
@@ -76,26 +84,39 @@ def rho_grid(start: float, end: float, steps: int, rho: float = 7.0) -> list[flo
 
 
 class _Run:
-    """Counts evaluations and reports steps."""
+    """Evaluates, counts evaluations and reports steps."""
 
     def __init__(self, denoise: Denoiser, callback: Callback | None) -> None:
         self._denoise, self._callback = denoise, callback
         self.nfe = 0
+        self.watched = callback is not None
+        # A callback may keep what it is shown, and a gradient needs every point.
+        self._overwrites = not self.watched and not torch.is_grad_enabled()
 
-    def mean(self, x: Tensor, z: float) -> Tensor:
+    def evaluate(self, x: Tensor, z: float) -> Tensor | Field:
         self.nfe += 1
         return self._denoise(x, z)
 
-    def stops(self, step: int, z: float, x: Tensor, mean: Tensor) -> bool:
+    def mean(self, x: Tensor, z: float) -> Tensor:
+        slope = self.evaluate(x, z)
+        return steps.euler(x, slope, z, 0.0)[0] if isinstance(slope, Field) else slope
+
+    def reusable(self, spare: Tensor | None, *read: Tensor) -> Tensor | None:
+        """spare as the memory of a result, unless it is needed later: by others, or as `read`."""
+        if spare is None or not self._overwrites or any(_share(spare, t) for t in read):
+            return None
+        return spare
+
+    def stops(self, step: int, z: float, x: Tensor, mean: Tensor | None) -> bool:
         """Whether the callback ends the run before this step."""
         if self._callback is None:
             return False
+        assert mean is not None
         return self._callback(StepInfo(step=step, z=z, x=x, mean=mean, nfe=self.nfe)) is True
 
 
-def _toward(x: Tensor, mean: Tensor, z: float, next_z: float) -> Tensor:
-    """x at next_z if the posterior mean stayed where it is: the line from x at z to mean at 0."""
-    return torch.lerp(mean, x, next_z / z)
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def euler(
@@ -103,11 +124,15 @@ def euler(
 ) -> tuple[Tensor, int]:
     """First order, one evaluation a step: the published "forward Euler" on the log grid."""
     run = _Run(denoise, callback)
+    own: Tensor | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
-        mean = run.mean(x, z)
+        slope = run.evaluate(x, z)
+        moved, mean = steps.euler(
+            x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
+        )
         if run.stops(step, z, x, mean):
             break
-        x = _toward(x, mean, z, next_z)
+        x = own = moved
     return x, run.nfe
 
 
@@ -121,16 +146,21 @@ def heun(
     """
     run = _Run(denoise, callback)
     last = len(grid) - 2
+    own: Tensor | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
-        mean = run.mean(x, z)
+        slope = run.evaluate(x, z)
+        # x and the predicted point change places: the next x is written where the latter is.
+        moved, mean = steps.euler(
+            x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
+        )
         if run.stops(step, z, x, mean):
             break
-        predicted = _toward(x, mean, z, next_z)
         if step == last:
-            x = predicted
+            x = moved
         else:
-            end_slope = (predicted - run.mean(predicted, next_z)) / next_z
-            x = x + (next_z - z) / 2 * ((x - mean) / z + end_slope)
+            slope = run.evaluate(moved, next_z)
+            start, x = x, steps.heun(x, moved, slope, z, next_z, out=run.reusable(moved))
+            own = start if step > 0 else None
     return x, run.nfe
 
 
@@ -146,19 +176,35 @@ def multistep(
     """
     run = _Run(denoise, callback)
     last = len(grid) - 2
+    own: Tensor | None = None
     earlier: tuple[Tensor, float] | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
-        mean = run.mean(x, z)
+        slope = run.evaluate(x, z)
+        needed = run.watched or step != last
+        # A denoiser may have returned x itself, which the next step still reads.
+        given = () if isinstance(slope, Field) else (slope,)
+        out = run.reusable(own, *given)
+        if earlier is None or step == last:
+            moved, mean = steps.euler(x, slope, z, next_z, return_mean=needed, out=out)
+        else:
+            earlier_mean, earlier_z = earlier
+            mean_out = run.reusable(earlier_mean) if isinstance(slope, Field) else None
+            moved, mean = steps.multistep(
+                x,
+                slope,
+                z,
+                next_z,
+                earlier_mean,
+                earlier_z,
+                return_mean=needed,
+                out=out,
+                mean_out=mean_out,
+            )
         if run.stops(step, z, x, mean):
             break
-        length = math.log(z / next_z)
-        if earlier is None or step == last:
-            target = mean
-        else:
-            earlier_mean, earlier_length = earlier
-            target = torch.lerp(mean, earlier_mean, -length / (2 * earlier_length))
-        x = _toward(x, target, z, next_z)
-        earlier = mean, length
+        if mean is not None:
+            earlier = mean, z
+        x = own = moved
     return x, run.nfe
 
 

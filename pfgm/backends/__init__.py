@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .reference import OdeStep
 
 __all__ = [
     "Availability",
@@ -56,6 +57,18 @@ class Backend(Protocol):
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, references and radius, None where not needed."""
+
+    def ode_step(
+        self,
+        step: OdeStep,
+        with_mean: bool,
+        out: Tensor | None = None,
+        mean_out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next points (B, N) and, with_mean from a field, the mean (B, N).
+
+        Outputs that are given have contiguous features; each is an input itself or apart from it.
+        """
 
 
 _BACKENDS: dict[str, Backend] = {

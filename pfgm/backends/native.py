@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from array import array
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..checks import non_finite_message, radius_message
-from .reference import singular_message
+from .reference import OdeStep, singular_message
 
 _TYPES = {
     torch.float32: 0,
@@ -148,6 +149,46 @@ def posterior_mean_backward(
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
+
+
+def ode_step(
+    step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    x, slope = _rows(step.x), _rows(step.slope)
+    history = None if step.history is None else _rows(step.history)
+    field_z = None if step.field_z is None else step.field_z.contiguous()
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype)
+    if with_mean and mean_out is None:
+        mean_out = torch.empty(x.shape, dtype=x.dtype)
+    if isinstance(step.levels, Tensor):
+        levels = step.levels.contiguous()
+        address, level_stride = levels.data_ptr(), 1
+    else:
+        shared = array("d", step.levels)
+        address, level_stride = shared.buffer_info()[0], 0
+    extension().ode_step(
+        type=_TYPES[x.dtype],
+        rows=x.shape[0],
+        features=x.shape[1],
+        x=_address_and_stride(x),
+        slope=_address_and_stride(slope),
+        field_z=_address(field_z),
+        history=_address_and_stride(history),
+        levels=address,
+        level_stride=level_stride,
+        gamma=step.gamma,
+        z_exp=step.z_exp,
+        exact=step.exact,
+        next=_address_and_stride(out),
+        mean=_address_and_stride(mean_out if with_mean else None),
+        threads=torch.get_num_threads(),
+    )
+    return out, mean_out if with_mean else None
+
+
+def _address_and_stride(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,3 +178,81 @@ def singular_message(row: int) -> str:
         f"return_logsumexp: the log-sum-exp of row {row} of x is infinite (r or sigma is 0, or so "
         "small that it underflows), where it has no gradient; use a positive r or sigma."
     )
+
+
+# A field's v_z is kept below −_TINY: a positive one from a network would reverse the flow.
+_TINY = 1e-5
+# ‖v_x‖/√N is below 1 for every field; a network may be off.
+_LARGEST_NORM = 1 - 1e-6
+
+
+class OdeStep(NamedTuple):
+    """One step next = x + toward (mean − x) + blend (history − x), as every backend takes it."""
+
+    x: Tensor
+    """(B, N), the points."""
+    slope: Tensor
+    """(B, N), their v_x, or the mean itself where field_z is None."""
+    field_z: Tensor | None
+    """(B,), their v_z."""
+    history: Tensor | None
+    """(B, N), one more point of each row; None where blend is 0."""
+    levels: tuple[float, float, float] | Tensor
+    """z, toward and blend for all rows, or (3, B) in float64 for each."""
+    gamma: float
+    z_exp: float
+    exact: bool
+    """Which substitution of v_z below z_exp."""
+
+
+def ode_step(
+    step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    result, mean = ode_step_formula(step, with_mean)
+    if out is not None:
+        result = out.copy_(result)
+    if mean is not None and mean_out is not None:
+        mean = mean_out.copy_(mean)
+    return result, mean
+
+
+def ode_step_formula(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:
+    """The step in differentiable operations; factors in float64, points in their own dtype."""
+    x, slope, history = step.x, step.slope, step.history
+    z, toward, blend = step.levels
+    mean: Tensor | None = None
+    if step.field_z is None:
+        result = _scale(1 - toward - blend, x) + _scale(toward, slope)
+    else:
+        stretch = _stretch(step, step.field_z, z)
+        result = _scale(1 - blend, x) + _scale(toward * stretch, slope)
+        mean = x + _scale(stretch, slope) if with_mean else None
+    return (result if history is None else result + _scale(blend, history)), mean
+
+
+def _scale(factor: Tensor | float, rows: Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return factor.to(rows.dtype)[:, None] * rows
+    return factor * rows
+
+
+def _stretch(step: OdeStep, field_z: Tensor, z: Tensor | float) -> Tensor:
+    """t = −z/v_z in float64, by which mean = x + t v_x."""
+    given = -z / field_z.to(wide_dtype(field_z.device)).clamp(max=-_TINY)
+    if isinstance(z, Tensor):
+        return torch.where(z < step.z_exp, _implied_stretch(step, z), given)
+    return _implied_stretch(step, z) if z < step.z_exp else given
+
+
+def _implied_stretch(step: OdeStep, z: Tensor | float) -> Tensor:
+    """t with the v_z that ‖v_x‖ implies: (√(e_x² + z²) + γ)/√N, with no z to divide by."""
+    root_N, gamma = math.sqrt(step.slope.shape[1]), step.gamma
+    norm = torch.linalg.vector_norm(step.slope, dim=1, dtype=wide_dtype(step.slope.device))
+    n = (norm / root_N).clamp(max=_LARGEST_NORM)
+    if step.exact:
+        rest = 1 - n.square()
+        e_x = n * (gamma + (n.square() * gamma**2 + rest * z**2).sqrt()) / rest
+    else:
+        e_x = gamma * n / (1 - n)
+    stretch: Tensor = ((e_x.square() + z**2).sqrt() + gamma) / root_N
+    return stretch
