@@ -185,12 +185,14 @@ class Trainer:
         config = self.config
         with _signals() as received, self._log() as log, self._bar() as bar:
             total, since = torch.zeros((), device=self._device), self.step
-            while self.step < config.steps and not received:
+            last = self.step >= config.steps
+            while not last:
                 total += self._train_step()
                 self.step += 1
                 bar.update()
                 due = self.step % config.checkpoint_every == 0
-                last = self.step == config.steps or bool(received)
+                # Decided once a step: a signal from here on ends the next one, checkpoint and all.
+                last = self.step >= config.steps or bool(received)
                 if due or last or self.step % config.log_every == 0:
                     loss = self._checked(float(total) / (self.step - since), since)
                     bar.set_postfix(loss=f"{loss:.4g}")

@@ -251,6 +251,21 @@ def test_signals_leave_a_checkpoint(tmp_path, data, flow, number, error):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
+def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False)
+    checked = trainer._checked
+
+    def interrupted(loss, since):
+        if trainer.step == 10:
+            signal.raise_signal(signal.SIGINT)
+        return checked(loss, since)
+
+    trainer._checked = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert load_run(tmp_path)[2]["step"] == trainer.step == 11
+
+
 def test_training_in_another_thread(data, flow):
     trainer = Trainer(flow, new_network(), data, SMALL, progress=False)
     thread = threading.Thread(target=trainer.train)
