@@ -30,23 +30,26 @@ Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t
           pointer<const double>(radius), dimensions, threads};
 }
 
-Result posterior_mean(const Problem& problem, Address mean, Address logsumexp) {
+Result posterior_mean(const Problem& problem, Address mean, Address logsumexp, Address nearest,
+                      Address total) {
   const Kernels& kernels = cpu_kernels();
   const py::gil_scoped_release release;
   const Status status =
-      kernels.posterior_mean(problem, {pointer<void>(mean), pointer<double>(logsumexp)});
+      kernels.posterior_mean(problem, {pointer<void>(mean), pointer<double>(logsumexp),
+                                       pointer<double>(nearest), pointer<double>(total)});
   return {static_cast<int>(status.failure), status.row};
 }
 
 Result posterior_mean_backward(const Problem& problem, Address grad_mean, Address grad_logsumexp,
-                               Address mean, Address logsumexp, Address grad_x,
+                               Address mean, Address nearest, Address total, Address grad_x,
                                Address grad_radius, Address grad_references) {
   const Kernels& kernels = cpu_kernels();
   const py::gil_scoped_release release;
   const Status status = kernels.posterior_mean_backward(
       problem, {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
-                pointer<const void>(mean), pointer<const double>(logsumexp), pointer<void>(grad_x),
-                pointer<double>(grad_radius), pointer<void>(grad_references)});
+                pointer<const void>(mean), pointer<const double>(nearest),
+                pointer<const double>(total), pointer<void>(grad_x), pointer<double>(grad_radius),
+                pointer<void>(grad_references)});
   return {static_cast<int>(status.failure), status.row};
 }
 
@@ -90,11 +93,11 @@ PYBIND11_MODULE(_native, module) {
            py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
            py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
            py::arg("dimensions"), py::arg("threads"));
-  module.def("posterior_mean", &posterior_mean, py::arg("problem"), py::arg("mean"),
-             py::arg("logsumexp"));
+  module.def("posterior_mean", &posterior_mean, py::arg("problem"), py::kw_only(),
+             py::arg("mean"), py::arg("logsumexp"), py::arg("nearest"), py::arg("total"));
   module.def("posterior_mean_backward", &posterior_mean_backward, py::arg("problem"), py::kw_only(),
-             py::arg("grad_mean"), py::arg("grad_logsumexp"), py::arg("mean"), py::arg("logsumexp"),
-             py::arg("grad_x"), py::arg("grad_radius"), py::arg("grad_references"));
+             py::arg("grad_mean"), py::arg("grad_logsumexp"), py::arg("mean"), py::arg("nearest"),
+             py::arg("total"), py::arg("grad_x"), py::arg("grad_radius"), py::arg("grad_references"));
   module.def("ode_step", &run_ode_step, py::kw_only(), py::arg("type"), py::arg("rows"),
              py::arg("features"), py::arg("x"), py::arg("slope"), py::arg("field_z"),
              py::arg("history"), py::arg("levels"), py::arg("level_stride"), py::arg("gamma"),

@@ -31,14 +31,17 @@ struct Problem {
 struct Forward {
   void* mean;         // (queries, features)
   double* logsumexp;  // (queries)
+  double* nearest;    // (queries): squared distance of the nearest reference
+  double* total;      // (queries): Σ_j exp(l_j − l of the nearest)
 };
 
 // A null gradient is neither read nor written.
 struct Backward {
   const void* grad_mean;         // (queries, features)
-  const double* grad_logsumexp;  // (queries) or null
-  const void* mean;              // (queries, features), from the forward pass
-  const double* logsumexp;       // (queries), from the forward pass
+  const double* grad_logsumexp;  // (queries)
+  const void* mean;              // (queries, features), from the forward pass, and so are
+  const double* nearest;         // (queries)
+  const double* total;           // (queries)
   void* grad_x;                  // (queries, features)
   double* grad_radius;           // (queries)
   void* grad_y;                  // (references, features)

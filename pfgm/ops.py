@@ -20,11 +20,12 @@ _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16
 _library = torch.library.Library("pfgm", "DEF")
 _library.define(
     "posterior_mean(Tensor x, Tensor references, Tensor radius, float D, str? backend=None)"
-    " -> (Tensor mean, Tensor logsumexp)"
+    " -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
 )
 _library.define(
     "posterior_mean_backward(Tensor grad_mean, Tensor grad_logsumexp, Tensor x, Tensor references,"
-    " Tensor radius, Tensor mean, Tensor logsumexp, float D, bool[] needs, str? backend=None)"
+    " Tensor radius, Tensor mean, Tensor nearest, Tensor total, float D, bool[] needs,"
+    " str? backend=None)"
     " -> (Tensor grad_x, Tensor grad_references, Tensor grad_radius)"
 )
 
@@ -62,19 +63,20 @@ def _check(x: Tensor, references: Tensor, radius: Tensor, D: float) -> None:
 
 def _posterior_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, references, radius, D)
     chosen = choose(backend, x.device, x.dtype)
     if x.shape[0] == 0:
-        return torch.empty_like(x), torch.empty_like(radius)
+        return torch.empty_like(x), *(torch.empty_like(radius) for _ in range(3))
     return chosen.posterior_mean(x, references, radius, D)
 
 
 def _posterior_mean_fake(
     x: Tensor, references: Tensor, radius: Tensor, D: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, references, radius, D)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(radius)
+    mean = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return mean, *(torch.empty_like(radius) for _ in range(3))
 
 
 def _posterior_mean_backward(
@@ -84,7 +86,8 @@ def _posterior_mean_backward(
     references: Tensor,
     radius: Tensor,
     mean: Tensor,
-    logsumexp: Tensor,
+    nearest: Tensor,
+    total: Tensor,
     D: float,
     needs: list[bool],
     backend: str | None = None,
@@ -104,7 +107,8 @@ def _posterior_mean_backward(
             references,
             radius,
             mean,
-            logsumexp,
+            nearest,
+            total,
             D,
             (needs[0], needs[1], needs[2]),
         )
@@ -122,7 +126,8 @@ def _posterior_mean_backward_fake(
     references: Tensor,
     radius: Tensor,
     mean: Tensor,
-    logsumexp: Tensor,
+    nearest: Tensor,
+    total: Tensor,
     D: float,
     needs: list[bool],
     backend: str | None = None,
@@ -134,12 +139,16 @@ def _posterior_mean_backward_fake(
     return grad_x, grad_references, grad_radius
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, references, radius, ctx.D, ctx.backend = inputs
-    ctx.save_for_backward(x, references, radius, *output)
+    mean, _, nearest, total = output
+    ctx.save_for_backward(x, references, radius, mean, nearest, total)
+    ctx.mark_non_differentiable(nearest, total)
 
 
-def _gradient(ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(
+    ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.pfgm.posterior_mean_backward(
         grad_mean, grad_logsumexp, *ctx.saved_tensors, ctx.D, needs, ctx.backend
@@ -178,7 +187,7 @@ def posterior_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """The op with the backend settled now, so that its backward pass uses the same one."""
-    mean, logsumexp = torch.ops.pfgm.posterior_mean(
+    mean, logsumexp, _, _ = torch.ops.pfgm.posterior_mean(
         x, references, radius, D, backend or requested()
     )
     return mean, logsumexp

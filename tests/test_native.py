@@ -91,12 +91,15 @@ def radius_of(sigma, D):
 
 
 def forward(x, references, radius, D, module=native):
-    return module.posterior_mean(x, references, radius, D)
+    mean, logsumexp, _, _ = module.posterior_mean(x, references, radius, D)
+    return mean, logsumexp
 
 
 def backward(x, references, radius, D, G, g, needs=(True, True, True), module=native):
-    mean, lse = forward(x, references, radius, D, module)
-    return module.posterior_mean_backward(G, g, x, references, radius, mean, lse, D, needs)
+    mean, _, nearest, total = module.posterior_mean(x, references, radius, D)
+    return module.posterior_mean_backward(
+        G, g, x, references, radius, mean, nearest, total, D, needs
+    )
 
 
 def row_error(actual, expected, scale):
@@ -360,9 +363,9 @@ references = torch.rand(M, N, generator=generator)
 radius = torch.full((B,), 0.5, dtype=torch.float64)
 native.posterior_mean(x[:1], references[:1], radius[:1], 1.0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-mean, lse = native.posterior_mean(x, references, radius, 1.0)
+mean, lse, nearest, total = native.posterior_mean(x, references, radius, 1.0)
 result = native.posterior_mean_backward(
-    x, radius, x, references, radius, mean, lse, 1.0, (True, False, True))
+    x, radius, x, references, radius, mean, nearest, total, 1.0, (True, False, True))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bits = b"".join(t.numpy().tobytes() for t in (mean, lse, result[0], result[2]))
 print((peak - before) / 1024, hashlib.sha256(bits).hexdigest())
@@ -456,11 +459,11 @@ def test_references_that_are_not_finite(row, bad, dtype):
 
 def test_the_backward_pass_notices_values_too():
     x, references, sigma = problem(5, 70, 9)
-    mean, lse = forward(x, references, sigma, 1.0)
+    mean, lse, nearest, total = native.posterior_mean(x, references, sigma, 1.0)
     references[69, 8] = math.nan
     with pytest.raises(ValueError, match="references holds NaN"):
         native.posterior_mean_backward(
-            mean, lse, x, references, sigma, mean, lse, 1.0, (True, True, True)
+            mean, lse, x, references, sigma, mean, nearest, total, 1.0, (True, True, True)
         )
 
 

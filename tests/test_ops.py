@@ -50,8 +50,8 @@ def test_opcheck_with_narrow_references(backend, dtype):
 @pytest.mark.parametrize("needs", [[True] * 3, [False, True, False], [True, False, True]])
 def test_opcheck_of_the_backward_pass(backend, needs):
     x, references, radius = problem(dtype=torch.float32)
-    mean, lse = OP(x, references, radius, 1.0, backend)
-    saved = (x, references, radius, mean, lse)
+    mean, lse, nearest, total = OP(x, references, radius, 1.0, backend)
+    saved = (x, references, radius, mean, nearest, total)
     torch.library.opcheck(
         BACKWARD, (torch.ones_like(mean), torch.ones_like(lse), *saved, 1.0, needs, backend)
     )

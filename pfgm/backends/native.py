@@ -107,15 +107,19 @@ def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tenso
 
 def posterior_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
     mean = torch.empty(x.shape, dtype=x.dtype)
-    logsumexp = torch.empty(len(x), dtype=torch.float64)
+    logsumexp, nearest, total = (torch.empty(len(x), dtype=torch.float64) for _ in range(3))
     status = extension().posterior_mean(
-        _problem(x, references, radius, D), mean.data_ptr(), logsumexp.data_ptr()
+        _problem(x, references, radius, D),
+        mean=mean.data_ptr(),
+        logsumexp=logsumexp.data_ptr(),
+        nearest=nearest.data_ptr(),
+        total=total.data_ptr(),
     )
     _check(status, x, references, radius)
-    return mean, logsumexp
+    return mean, logsumexp, nearest, total
 
 
 def posterior_mean_backward(
@@ -125,13 +129,14 @@ def posterior_mean_backward(
     references: Tensor,
     radius: Tensor,
     mean: Tensor,
-    logsumexp: Tensor,
+    nearest: Tensor,
+    total: Tensor,
     D: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
     grad_mean, grad_logsumexp = grad_mean.contiguous(), grad_logsumexp.contiguous()
-    mean, logsumexp = mean.contiguous(), logsumexp.contiguous()
+    mean, nearest, total = mean.contiguous(), nearest.contiguous(), total.contiguous()
     grad_x = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
     grad_references = torch.empty(references.shape, dtype=x.dtype) if needs[1] else None
     grad_radius = torch.empty(radius.shape, dtype=torch.float64) if needs[2] else None
@@ -140,7 +145,8 @@ def posterior_mean_backward(
         grad_mean=grad_mean.data_ptr(),
         grad_logsumexp=grad_logsumexp.data_ptr(),
         mean=mean.data_ptr(),
-        logsumexp=logsumexp.data_ptr(),
+        nearest=nearest.data_ptr(),
+        total=total.data_ptr(),
         grad_x=_address(grad_x),
         grad_radius=_address(grad_radius),
         grad_references=_address(grad_references),

@@ -91,13 +91,16 @@ def _averaged(
 
 def posterior_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean (B, N), log-sum-exp (B,) and what the backward pass takes up again: the squared distance
+    of the nearest reference and the total weight relative to it, both (B,)."""
     if checks_values(x.device):
         check_radius(radius)
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
     nearest, total, mean = _averaged(wide, references, r, D, torch.matmul)
-    return mean.to(x.dtype), _logsumexp(nearest, total, r, D, x.shape[1]).squeeze(1)
+    logsumexp = _logsumexp(nearest, total, r, D, x.shape[1])
+    return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 
 def _logsumexp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
@@ -115,7 +118,8 @@ def posterior_mean_backward(
     references: Tensor,
     radius: Tensor,
     mean: Tensor,
-    logsumexp: Tensor,
+    nearest: Tensor,
+    total: Tensor,
     D: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -125,12 +129,15 @@ def posterior_mean_backward(
     center = mean.to(wide.dtype)
     upstream = grad_mean.to(wide.dtype)
     g = grad_logsumexp.to(wide.dtype)[:, None]
+    nearest, total = nearest[:, None], total[:, None]
     # At a limit (r = 0 on a reference, sigma = 0) the mean is locally constant.
-    regular = logsumexp.isfinite()[:, None] & ((r > 0) | (not math.isinf(D)))
+    logsumexp = _logsumexp(nearest, total, r, D, N)
+    regular = logsumexp.isfinite() & ((r > 0) | (not math.isinf(D)))
     if checks_values(x.device) and bool((~regular & (g != 0)).any()):
         raise ValueError(singular_message(int((~regular & (g != 0)).flatten().nonzero()[0])))
-    # p is found again: the log-sum-exp, of the size of d²/σ², has no digits for it at a small σ.
-    nearest, total, pull = _averaged(
+    # Σ p G·y, which is G·mean before mean was rounded. p itself is found relative to the nearest:
+    # the log-sum-exp, of the size of d²/σ², has no digits for it at a small σ.
+    _, _, pull = _averaged(
         wide, references, r, D, lambda w, y: (w * (upstream @ y.T)).sum(1, keepdim=True)
     )
     moment = torch.zeros_like(r)  # Σ p t (s − s_min) / s, or Σ p t (d² − d_min²) / σ²

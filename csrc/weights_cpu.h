@@ -1,0 +1,129 @@
+// From squared distances to weights.
+#pragma once
+#include "simd_cpu.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+// A weight below e^-kUnseen / M of their sum is taken for zero: M of them are less than the rounding
+// of the result.
+template <class T> constexpr double kUnseen = sizeof(T) == sizeof(float) ? 17 : 37;
+
+// How a squared distance becomes a weight.
+struct Law {
+  bool gaussian;    // D = ∞
+  double exponent;  // (N + D)/2, D finite
+  double unseen;    // log of the smallest share of the sum of weights that counts
+
+  // log of the weight at squared distance nearest + excess, relative to that at nearest.
+  double relative(double excess, double nearest, double radius) const {
+    if (excess == 0) return 0;
+    if (gaussian) return -excess / radius / radius / 2;
+    return -exponent * std::log1p(excess / (nearest + radius * radius));
+  }
+
+  Doubles relative(Doubles excess, double nearest, double radius) const {
+    const Doubles ratio =
+        gaussian ? -excess / radius / radius / 2.0
+                 : -exponent * log_one_plus(excess / (nearest + radius * radius));
+    return excess == 0.0 ? Doubles{} : ratio;
+  }
+
+  double absolute(double squared, double radius) const {
+    if (gaussian) return squared == 0 ? 0 : -squared / radius / radius / 2;
+    return -exponent * std::log(squared + radius * radius);
+  }
+
+  // The excess at which a weight is e^-fall of that of the nearest reference; grows with nearest.
+  double excess(double fall, double nearest, double radius) const {
+    if (gaussian) return 2 * fall * radius * radius;
+    return std::expm1(fall / exponent) * (nearest + radius * radius);
+  }
+
+  // How many times a relative error of the nearest squared distance is one of its log weight.
+  double sensitivity(double nearest, double radius) const {
+    if (gaussian) return nearest / radius / radius / 2;
+    return exponent * nearest / (nearest + radius * radius);
+  }
+};
+
+template <class T>
+Law law_of(const Problem& problem) {
+  return {std::isinf(problem.dimensions), (problem.features + problem.dimensions) / 2,
+          kUnseen<T> + std::log(static_cast<double>(problem.references))};
+}
+
+// The merge state of one query: everything is relative to the nearest reference so far.
+struct Row {
+  double nearest = kInfinity, total = 0;
+  double scale = 1;   // what sums made before this chunk must be multiplied by
+  Index live = 0;     // references of this chunk that count
+};
+
+// Doubles in a row of weights and squared distances: whole vectors, the last padded.
+inline Index padded_count(Index count) { return round_up(count, kDoubles); }
+
+// weights[j] = weight of squared[j] relative to that of nearest, 0 where it is below e^-fall. Both
+// may be the same array, and both are padded (with distances that are infinite).
+inline void weigh(const Law& law, double nearest, double radius, double fall,
+                  const double* squared, double* weights, Index count) {
+  const double visible = law.excess(fall, nearest, radius);
+  for (Index j = 0; j < padded_count(count); j += kDoubles) {
+    // Rounding may leave the nearest a little nearer than it was in the forward pass.
+    const Doubles difference = vector_at(squared + j) - nearest;
+    const Doubles excess = difference > 0.0 ? difference : Doubles{};
+    const Longs unseen = excess > visible;
+    bool any = false;
+    for (Index lane = 0; lane < kDoubles; ++lane) any |= unseen[lane] == 0;
+    vector_at(weights + j) =
+        any ? (unseen ? Doubles{} : exponential(law.relative(excess, nearest, radius))) : Doubles{};
+  }
+}
+
+// Sets weights below `least` to zero; counts and sums the others.
+inline Index keep_visible(double* weights, Index count, double least, double* sum) {
+  Doubles total = {};
+  Longs live = {};
+  for (Index j = 0; j < padded_count(count); j += kDoubles) {
+    const Doubles w = vector_at(weights + j);
+    const Longs seen = w >= least;
+    vector_at(weights + j) = seen ? w : Doubles{};
+    total += seen ? w : Doubles{};
+    live -= seen;
+  }
+  Index number = 0;
+  *sum = 0;
+  for (Index lane = 0; lane < kDoubles; ++lane) {
+    number += live[lane];
+    *sum += total[lane];
+  }
+  return number;
+}
+
+// Takes a chunk into the row: its distances become weights.
+inline void merge(const Law& law, Row& row, double radius, double chunk_nearest, double* squared,
+                  Index count) {
+  row.scale = 1;
+  if (chunk_nearest < row.nearest) {
+    const double fall = row.nearest - chunk_nearest;
+    row.scale = row.total == 0 ? 0 : std::exp(law.relative(fall, chunk_nearest, radius));
+    row.total *= row.scale;
+    row.nearest = chunk_nearest;
+  }
+  const double before = row.total > 1 ? row.total : 1;
+  weigh(law, row.nearest, radius, law.unseen - std::log(before), squared, squared, count);
+  double sum = 0;
+  keep_visible(squared, count, std::numeric_limits<double>::min(), &sum);
+  row.live = keep_visible(squared, count, std::exp(-law.unseen) * (row.total + sum), &sum);
+  row.total += sum;
+}
+
+inline double logsumexp(const Law& law, const Row& row, double radius) {
+  if (!law.gaussian && row.nearest + radius * radius == 0) return kInfinity;
+  return law.absolute(row.nearest, radius) + std::log(row.total);
+}
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm
