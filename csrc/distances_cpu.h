@@ -1,116 +1,111 @@
-// Squared distances between a block of queries and a chunk of references.
+// Squared distances between a block of queries and a chunk of references, as far as they count.
 //
 // Exact differences, for |x|² + |y|² − 2x·y loses the digits that the exponent (N + D)/2 multiplies.
 // Float32 sums are merged in float64, and those that decide the answer are computed again in it.
 //
-// With many features the work is done in phases. A sum of squares over some of the features is a
-// lower bound of the squared distance, and the distance of any one reference is an upper bound of
-// the nearest; a reference whose lower bound lies beyond the farthest distance whose weight can be
-// seen from the upper bound has a weight that counts for nothing, whatever its other features.
-// Where few references are left, a query leaves the tiles and they are computed one by one.
+// With many features, lower bounds come first (screen_cpu.h). The distance of any one reference is
+// an upper bound of the nearest; a reference whose lower bound lies beyond the farthest distance
+// whose weight can be seen from there has a weight that counts for nothing, whatever its distance.
 #pragma once
-#include "weights_cpu.h"
+#include "screen_cpu.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kChunk = 2048;     // references a chunk, a multiple of every Simd::tile
-constexpr Index kPanel = 256;      // features of a packed tile
-constexpr Index kAdditions = 64;   // into one sum of T before it is merged in float64
-constexpr Index kLine = 16;        // features that stay together when phases pick theirs
-constexpr Index kPhases = 3;
-constexpr Index kPhaseFeatures = 512;  // fewer features are not worth phases
-constexpr Index kFew = 16;         // so many near references are worth their digits in any case
-constexpr Index kManyFold = 32;    // a query leaves the tiles with 1/kManyFold of its references
+constexpr Index kListed = 512;       // with fewer features all pairs are computed at once
+constexpr Index kScreened = 8;       // with fewer queries a screen costs more than it saves
+constexpr Index kChunkBytes = 8 << 20;  // of references, so that a cache holds them for all passes
+constexpr Index kFew = 16;           // so many near references are worth their digits in any case
+constexpr double kDead = std::numeric_limits<double>::max();  // in place of distances not needed
 // What float32 distances cannot decide is computed again in float64 (Distances::refine):
-constexpr double kTiny = 1e-30;    // squared distances below this lose digits to underflow
-constexpr double kNear = 20.0;     // a weight below e^-20 of the largest needs no more digits
-// Bound of the relative error of a squared distance that does not underflow.
-template <class T> constexpr double kRounding = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
+constexpr double kTiny = 1e-30;      // squared distances below this lose digits to underflow
+constexpr double kNear = 20.0;       // a weight below e^-20 of the largest needs no more digits
 
-static_assert(kChunk % Simd<float>::tile == 0, "a chunk is whole tiles");
-static_assert(kPanel % kAdditions == 0 && kPanel % kLine == 0, "a panel is whole lines");
+template <class R>
+Index chunk_size(const Problem& problem) {
+  const Index fitting = kChunkBytes / (problem.features * static_cast<Index>(sizeof(R)));
+  return smaller(kChunk, larger(kBatch / 8, round_up(fitting, kBatch / 8)));
+}
 
-// out[q][r] += |x_q − y_r|² over n features for a tile of references, packed feature by feature.
-template <class T, int kRows>
-void distance_tile(const T* const* x, const T* y, Index n, double* const* out) {
+// out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
+template <class T>
+void distance_pairs(const T* const* x, const T* const* y, Index n, double (*out)[kPairColumns]) {
   using Vector = typename Simd<T>::Vector;
-  constexpr Index lanes = Simd<T>::lanes, tile = Simd<T>::tile;
-  for (Index begin = 0; begin < n; begin += kAdditions) {
-    const Index end = smaller(begin + kAdditions, n);
-    Vector sum[kRows][kTileVectors] = {};
-    for (Index k = begin; k < end; ++k) {
-      Vector reference[kTileVectors];
-      for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
-      for (int q = 0; q < kRows; ++q)
-        for (int v = 0; v < kTileVectors; ++v) {
-          const Vector difference = x[q][k] - reference[v];
-          sum[q][v] += difference * difference;
-        }
+  Vector sum[kTileQueries][kPairColumns];
+  set_zero(sum);
+  for (Index k = 0; k < n; k += Simd<T>::lanes) {
+    Vector reference[kPairColumns];
+    for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
+    for (int q = 0; q < kTileQueries; ++q) {
+      const Vector query = vector_at(x[q] + k);
+      for (int c = 0; c < kPairColumns; ++c) {
+        const Vector difference = query - reference[c];
+        sum[q][c] += difference * difference;
+      }
     }
-    for (int q = 0; q < kRows; ++q)
-      for (int v = 0; v < kTileVectors; ++v)
-        for (Index lane = 0; lane < lanes; ++lane) out[q][v * lanes + lane] += sum[q][v][lane];
   }
+  for (int q = 0; q < kTileQueries; ++q) sum_lanes<T, kPairColumns>(sum[q], out[q]);
 }
 
-template <class T, int kRows>
-void distance_tile(Index rows, const T* const* x, const T* y, Index n, double* const* out) {
-  if constexpr (kRows > 1)
-    if (rows < kRows) return distance_tile<T, kRows - 1>(rows, x, y, n, out);
-  distance_tile<T, kRows>(x, y, n, out);
-}
-
-// A block of queries against chunks of references: squared distances, rows kChunk apart.
+// Rows of squared distances are kStride apart.
 template <class T, class R>
 class Distances {
  public:
+  using Lists = Groups<T, kTileQueries>;
+
   Distances(const Problem& problem, const Law& law, Index max_queries)
       : problem_(problem),
         law_(law),
-        lines_(problem.features / kLine),
-        queries_(max_queries * problem.features),
-        squared_(max_queries * kChunk),
-        packed_(problem.threads * kPanel * Simd<T>::tile),
-        active_(max_queries),
-        left_(max_queries) {
-    if (*this) plan();
-  }
+        listed_(problem.features >= kListed),
+        screened_(listed_ && max_queries >= kScreened),
+        // Rows start a vector apart in every cache set, or those of 2^n features would compete.
+        padded_(round_up(problem.features, 64) + 16),
+        queries_(max_queries * padded_),
+        squared_(max_queries * kStride),
+        alive_(max_queries),
+        dense_(problem.threads),
+        pairs_(problem.threads),
+        screen_(problem, screened_ ? max_queries : 0, screened_ ? chunk_size<R>(problem) : 0) {}
 
   explicit operator bool() const {
-    return lines_ && queries_ && squared_ && packed_ && active_ && left_;
+    return queries_ && squared_ && alive_ && dense_ && pairs_ && screen_;
   }
 
   void set_queries(Index first, Index count) {
     first_query_ = first;
     queries_count_ = count;
     parallel(count, problem_.threads, [&](Index b, int) {
-      for (Index k = 0; k < problem_.features; k += kLine)
-        for (Index i = 0; i < smaller(kLine, problem_.features - k); ++i)
-          queries_[b * problem_.features + k + i] = query(b)[feature(k) + i];
+      T* out = queries_.at(b * padded_);
+      std::memcpy(out, query(b), problem_.features * sizeof(T));
+      std::memset(out + problem_.features, 0, (padded_ - problem_.features) * sizeof(T));
     });
+    if (screened_) screen_.set_queries(count, [&](Index b) { return query(b); });
   }
 
-  // Squared distances of the chunk; infinite for references that count for nothing. rows[b].nearest
-  // bounds that of query b, from other chunks or passes.
-  void set_chunk(Index first, Index count, const Row* rows) {
+  // Squared distances of the chunk, kDead where a reference counts for nothing. rows[b].nearest is
+  // an upper bound from other chunks or passes. `lists` is used up.
+  void set_chunk(Index first, Index count, const Row* rows, Lists& lists) {
     first_reference_ = first;
     count_ = count;
-    Index active = queries_count_;
-    for (Index b = 0; b < active; ++b) {
-      active_[b] = b;
-      left_[b] = 0;
+    const auto y = [&](Index j) { return reference(j); };
+    const auto out = [&](Index b) { return row(b); };
+    if (!listed_) {
+      dense_.distances(queries_count_, count, problem_.features,
+                       [&](Index b) { return queries_.at(b * padded_); }, y, out);
+      return;
     }
-    for (Index phase = 0; phase < phases_ && active > 0; ++phase) {
-      add_features(phase, active);
-      if (phase + 1 == phases_) break;
-      parallel(active, problem_.threads, [&](Index i, int) { decide(active_[i], rows); });
-      Index kept = 0;
-      for (Index i = 0; i < active; ++i)
-        if (!left_[active_[i]]) active_[kept++] = active_[i];
-      active = kept;
-    }
+    if (screened_) screen_.bound(count, y, out);
+    parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, rows[b]); });
+    lists.arrange(queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
+                  [](double squared) { return squared == 0; });
+    pairs_.add(lists, count, problem_.features, y,
+               [&](const Index* b, Index k, Index n, const T* const* y, double (*sums)[kPairColumns]) {
+                 const T* x[kTileQueries];
+                 for (int q = 0; q < kTileQueries; ++q) x[q] = queries_.at(b[q] * padded_ + k);
+                 distance_pairs<T>(x, y, n, sums);
+               },
+               out);
   }
 
   // Makes the chunk's distances of query b as exact as the answer needs, and returns the nearest;
@@ -120,29 +115,29 @@ class Distances {
   // out.
   double refine(Index b, const Row& row) {
     double* squared = this->row(b);
+    if (listed_ && alive_[b] == 0) return kDead;
     pad(squared);
-    const double found = nearest(squared);
-    if (left_[b]) return found;
-    const bool finite = all_finite(squared);
-    if (sizeof(T) != sizeof(float)) return finite ? found : kNaN;
-    const double base = found < row.nearest ? found : row.nearest;
+    const Least found = least(squared);
+    if (sizeof(T) != sizeof(float)) return found.finite ? found.value : kNaN;
     double limit = kInfinity;
-    if (finite) {
+    if (found.finite) {
+      const double base = found.value < row.nearest ? found.value : row.nearest;
       const double near = base * (1 + 2 * kRounding<T>) + law_.excess(kNear, base, radius(b)) + kTiny;
-      if (found > near) return found;
+      if (found.value > near) return found.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
       const double tolerated = larger(problem_.features * 3 / 4, 256);
       const bool decisive = candidates <= kFew || law_.sensitivity(base, radius(b)) > tolerated;
       limit = decisive ? near : kTiny;
-      if (found > limit) return found;
+      if (found.value > limit) return found.value;
     }
     for (Index j = 0; j < count_; ++j)
-      if (!finite || squared[j] <= limit) squared[j] = exact(query(b), reference(j));
-    return all_finite(squared) ? nearest(squared) : kNaN;
+      if (!found.finite || squared[j] <= limit) squared[j] = exact(query(b), reference(j));
+    const Least refined = least(squared);
+    return refined.finite ? refined.value : kNaN;
   }
 
-  double* row(Index b) const { return squared_.at(b * kChunk); }
+  double* row(Index b) const { return squared_.at(b * kStride); }
   const R* reference(Index j) const {
     return static_cast<const R*>(problem_.y) + (first_reference_ + j) * problem_.y_stride;
   }
@@ -155,149 +150,68 @@ class Distances {
  private:
   static constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-  // Phases take features in this order: a sixteenth of the lines, evenly spread, then another three
-  // sixteenths, then the rest.
-  void plan() {
-    const Index lines = problem_.features / kLine;
-    Index at = 0;
-    if (problem_.features < kPhaseFeatures) {
-      phases_ = 1;
-      for (; at < lines; ++at) lines_[at] = at;
-    } else {
-      for (Index phase = 0; phase < kPhases; ++phase) {
-        for (Index line = 0; line < lines; ++line)
-          if (phase_of(line) == phase) lines_[at++] = line;
-        phase_end_[phase] = at * kLine;
-      }
+  // Bounds become 0 where the distance is needed and kDead elsewhere.
+  void choose(Index b, const Row& known) {
+    double* squared = row(b);
+    alive_[b] = count_;
+    if (!screened_) {
+      std::memset(squared, 0, count_ * sizeof(double));
+      return;
     }
-    phase_end_[phases_ - 1] = problem_.features;
-  }
-
-  static Index phase_of(Index line) { return line % 4 != 0 ? 2 : line % 16 != 8 ? 1 : 0; }
-
-  // Where the line of features that comes at position k (a multiple of kLine) lies in memory.
-  Index feature(Index k) const {
-    return k / kLine < problem_.features / kLine ? lines_[k / kLine] * kLine : k;
-  }
-
-  void add_features(Index phase, Index active) {
-    const Index begin = phase == 0 ? 0 : phase_end_[phase - 1], end = phase_end_[phase];
-    const Index tiles = divide_up(count_, Simd<T>::tile);
-    const Index parts = parts_of(tiles, problem_.threads, divide_up(active, kTileQueries));
-    const Index part_rows = round_up(divide_up(active, parts), kTileQueries);
-    parallel(tiles * parts, problem_.threads, [&](Index task, int thread) {
-      const Index first = task % parts * part_rows, last = smaller(first + part_rows, active);
-      T* packed = packed_.at(thread * kPanel * Simd<T>::tile);
-      const Index j = task / parts * Simd<T>::tile;
-      if (phase == 0)
-        for (Index i = first; i < last; ++i)
-          std::memset(row(active_[i]) + j, 0, Simd<T>::tile * sizeof(double));
-      for (Index k = begin; k < end; k += kPanel) {
-        const Index n = smaller(kPanel, end - k);
-        pack(j, k, n, packed);
-        add_tile(first, last, j, k, n, packed);
-      }
-    });
-  }
-
-  void add_tile(Index first, Index last, Index j, Index k, Index n, const T* packed) {
-    for (Index i = first; i < last; i += kTileQueries) {
-      const Index rows = smaller(kTileQueries, last - i);
-      const T* x[kTileQueries];
-      double* out[kTileQueries];
-      for (Index q = 0; q < rows; ++q) {
-        x[q] = queries_.at(active_[i + q] * problem_.features + k);
-        out[q] = row(active_[i + q]) + j;
-      }
-      distance_tile<T, kTileQueries>(rows, x, packed, n, out);
+    pad(squared);
+    const double limit = screen_.limit(b, farthest(b, known));
+    Index alive = 0;
+    for (Index j = 0; j < count_; ++j) {
+      const bool needed = !(squared[j] > limit);
+      alive += needed;
+      squared[j] = needed ? 0 : kDead;
     }
-  }
-
-  // A tile of references from the j-th, n features from position k: packed[feature][reference],
-  // zero where there is no reference.
-  void pack(Index j, Index k, Index n, T* packed) const {
-    constexpr Index tile = Simd<T>::tile;
-    const Index filled = smaller(tile, count_ - j);
-    if (filled < tile) std::memset(packed, 0, n * tile * sizeof(T));
-    for (Index line = 0; line < n; line += kLine) {
-      const Index from = feature(k + line), features = smaller(kLine, n - line);
-      T* out = packed + line * tile;
-      for (Index r = 0; r < filled; ++r) {
-        const R* y = reference(j + r) + from;
-        T values[kLine];
-        if (features == kLine)
-          for (Index i = 0; i < kLine; ++i) values[i] = load<T>(y[i]);
-        else
-          for (Index i = 0; i < features; ++i) values[i] = load<T>(y[i]);
-        for (Index i = 0; i < features; ++i) out[i * tile + r] = values[i];
-      }
-    }
-  }
-
-  // Whether query b can leave the tiles; then the distances of the references that are left become
-  // exact and the others infinite.
-  void decide(Index b, const Row* rows) {
-    double* partial = row(b);
-    pad(partial);
-    const double limit = farthest(b, rows[b]) / (1 - kRounding<T>);
-    Index survivors = 0;
-    for (Index j = 0; j < count_; ++j) survivors += !(partial[j] > limit);
-    if (survivors * kManyFold > count_) return;
-    for (Index j = 0; j < count_; ++j)
-      partial[j] = partial[j] > limit ? kInfinity : exact(query(b), reference(j));
-    left_[b] = 1;
+    alive_[b] = alive;
   }
 
   // The squared distance beyond which no reference counts. `unseen` is relative to the sum of all
   // weights, which is at least that of the nearest and at least what earlier chunks made it.
-  double farthest(Index b, const Row& row) const {
-    const double* partial = this->row(b);
-    const Index candidate = index_of_least(partial);
-    double upper = row.nearest, far = kInfinity;
-    if (row.total > 0) {
-      const double before = row.total > 1 ? row.total : 1;
-      far = upper + law_.excess(law_.unseen - std::log(before), upper, radius(b));
+  double farthest(Index b, const Row& known) const {
+    const double* bounds = row(b);
+    const double lowest = least(bounds).value;
+    double far = kInfinity;
+    if (known.total > 0) {
+      const double before = known.total > 1 ? known.total : 1;
+      far = known.nearest + law_.excess(law_.unseen - std::log(before), known.nearest, radius(b));
     }
-    if (partial[candidate] < upper) {
-      upper = exact(query(b), reference(candidate));
-      const double other = upper + law_.excess(law_.unseen, upper, radius(b));
-      far = other > far ? far : other;
-    }
-    return far;
-  }
-
-  Index index_of_least(const double* squared) const {
-    const double least = nearest(squared);
-    for (Index j = 0; j < count_; ++j)
-      if (squared[j] == least) return j;
-    return 0;
+    if (!(lowest < known.nearest)) return far;
+    Index candidate = 0;
+    while (bounds[candidate] != lowest) ++candidate;
+    const double upper = exact(query(b), reference(candidate));
+    const double other = upper + law_.excess(law_.unseen, upper, radius(b));
+    return other > far ? far : other;
   }
 
   void pad(double* squared) const {
-    for (Index j = count_; j < padded_count(count_); ++j) squared[j] = kInfinity;
+    for (Index j = count_; j < padded_count(count_); ++j) squared[j] = kDead;
   }
 
-  double nearest(const double* squared) const {
-    Doubles least = Doubles{} + kInfinity;
-    Longs nan = {};
+  struct Least {
+    double value;  // NaN if any is
+    bool finite;   // whether all are
+  };
+
+  Least least(const double* squared) const {
+    Doubles low = Doubles{} + kInfinity;
+    Longs odd = {}, nan = {};
     for (Index j = 0; j < padded_count(count_); j += kDoubles) {
       const Doubles s = vector_at(squared + j);
       nan |= s != s;
-      least = s < least ? s : least;
+      odd |= ~(s <= kDead);
+      low = s < low ? s : low;
     }
-    double result = kInfinity;
+    Least result = {kInfinity, true};
     for (Index lane = 0; lane < kDoubles; ++lane) {
-      if (nan[lane]) return kNaN;
-      result = least[lane] < result ? least[lane] : result;
+      if (nan[lane]) return {kNaN, false};
+      if (odd[lane]) result.finite = false;
+      if (low[lane] < result.value) result.value = low[lane];
     }
     return result;
-  }
-
-  bool all_finite(const double* squared) const {
-    Index finite = 0;
-    for (Index j = 0; j < count_; ++j)
-      finite += squared[j] <= std::numeric_limits<double>::max();
-    return finite == count_;
   }
 
   double exact(const T* x, const R* y) const {
@@ -320,13 +234,14 @@ class Distances {
 
   const Problem& problem_;
   const Law law_;
-  Buffer<Index> lines_;
-  Index phases_ = kPhases, phase_end_[kPhases] = {};
-  Buffer<T> queries_;  // features in the order of the phases
+  const bool listed_, screened_;
+  const Index padded_;
+  Buffer<T> queries_;  // padded_ features a row, zeros at the end
   Buffer<double> squared_;
-  Buffer<T> packed_;
-  Buffer<Index> active_;
-  Buffer<std::uint8_t> left_;
+  Buffer<Index> alive_;
+  DenseTiles<T> dense_;
+  PairTiles<T, R, kTileQueries> pairs_;
+  Screen<T, R> screen_;
   Index first_query_ = 0, queries_count_ = 0, first_reference_ = 0, count_ = 0;
 };
 

@@ -6,7 +6,7 @@
 //      (weights_cpu.h);
 //   3. the weighted sum, which touches only references that count (weighted_sums_cpu.h).
 #include "posterior_mean.h"
-#include "projections_cpu.h"
+#include "weighted_sums_cpu.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
@@ -36,6 +36,8 @@ Status check_rows(const Row* rows, Index count, Index first) {
   return {};
 }
 
+constexpr auto counts = [](double weight) { return weight != 0; };
+
 // ---- forward --------------------------------------------------------------------------------
 
 // state[b, :] *= rows[b].scale, which is 1 unless a nearer reference was found.
@@ -51,6 +53,7 @@ template <class T, class R>
 Status forward(const Problem& problem, const Forward& out) {
   if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
   const Index features = problem.features, block = block_size<T>(problem);
+  const Index chunk = chunk_size<R>(problem);
   const Law law = law_of<T>(problem);
   Distances<T, R> distances(problem, law, block);
   Groups<T, kTileQueries> groups(block);
@@ -66,8 +69,8 @@ Status forward(const Problem& problem, const Forward& out) {
     std::memset(sums.data(), 0, count * features * sizeof(double));
     for (Index b = 0; b < count; ++b) rows[b] = Row();
 
-    for (Index begin = 0; begin < problem.references; begin += kChunk) {
-      distances.set_chunk(begin, smaller(kChunk, problem.references - begin), rows.data());
+    for (Index begin = 0; begin < problem.references; begin += chunk) {
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), rows.data(), groups);
       parallel(count, problem.threads, [&](Index b, int) {
         const double nearest = distances.refine(b, rows[b]);
         if (std::isnan(nearest))
@@ -79,8 +82,9 @@ Status forward(const Problem& problem, const Forward& out) {
           status.failure != Failure::none)
         return status;
       rescale(problem, rows.data(), count, sums.data());
-      groups.arrange(rows.data(), count, distances.count(), weights, problem.threads);
-      groups.weigh(weights, problem.threads);
+      groups.arrange(count, distances.count(), problem.threads,
+                     [&](Index b) { return rows[b].live; }, weights, counts);
+      groups.weigh(problem.threads, weights, [&](Index b) { return rows[b].total; });
       weighted.add(distances, groups, nullptr, sums.data());
     }
 
@@ -110,6 +114,34 @@ Status forward(const Problem& problem, const Forward& out) {
 // p_j is found relative to the nearest reference, from the forward pass: logsumexp, of the size of
 // d²/σ², has no digits left for it where σ is small.
 
+constexpr int kGradientRows = 3;  // rows of a register tile that also holds their means
+
+// out[q][c] = g_q · (y_c − m_q) over n features; the y are padded with zeros to whole vectors.
+template <class T>
+void project_pairs(const T* const* g, const T* const* m, const T* const* y, Index n,
+                   double (*out)[kPairColumns]) {
+  using Vector = typename Simd<T>::Vector;
+  typedef Vector Unaligned __attribute__((aligned(sizeof(T))));
+  constexpr Index lanes = Simd<T>::lanes;
+  Vector sum[kGradientRows][kPairColumns];
+  set_zero(sum);
+  Index k = 0;
+  for (; k + lanes <= n; k += lanes) {
+    Vector reference[kPairColumns];
+    for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
+    for (int q = 0; q < kGradientRows; ++q) {
+      const Vector upstream = *reinterpret_cast<const Unaligned*>(g[q] + k);
+      const Vector mean = *reinterpret_cast<const Unaligned*>(m[q] + k);
+      for (int c = 0; c < kPairColumns; ++c) sum[q][c] += upstream * (reference[c] - mean);
+    }
+  }
+  for (int q = 0; q < kGradientRows; ++q) {
+    sum_lanes<T, kPairColumns>(sum[q], out[q]);
+    for (int c = 0; c < kPairColumns; ++c)
+      for (Index i = k; i < n; ++i) out[q][c] += g[q][i] * (y[c][i] - m[q][i]);
+  }
+}
+
 // At a limit (r = 0 on a reference, σ = 0 or too small for a score) the mean is locally constant.
 bool at_limit(const Law& law, double nearest, double radius) {
   if (law.gaussian) return radius == 0 || std::isinf(nearest / radius / radius);
@@ -129,9 +161,11 @@ void probabilities(const Law& law, Row& row, double radius, const double* square
   }
 }
 
-// t_j → c_j in place, for g added to t; returns the chunk's part of the moment.
+// t_j → c_j in place, for g added to t; returns the chunk's part of the moment, and a bound of
+// Σ |c_j| whose inverse is finite.
 double coefficients(const Law& law, const Row& row, double radius, double g, const double* squared,
-                    const double* p, double* t, Index count) {
+                    const double* p, double* t, Index count, double* bound) {
+  *bound = 1e-300;
   if (row.live == 0) return 0;
   double moment = 0;
   for (Index j = 0; j < count; ++j) {
@@ -148,6 +182,7 @@ double coefficients(const Law& law, const Row& row, double radius, double g, con
       t[j] = -2 * law.exponent * weighted / s;
       moment += weighted * (excess / s);
     }
+    *bound += std::fabs(t[j]);
   }
   return moment;
 }
@@ -181,7 +216,7 @@ void reference_gradients(const Problem& problem, const Backward& io,
     const R* y = distances.reference(j) + k0;
     double sum[kGradientPanel] = {};
     for (Index b = 0; b < queries; ++b) {
-      const double p = probabilities[b * kChunk + j], coefficient = coefficients[b * kChunk + j];
+      const double p = probabilities[b * kStride + j], coefficient = coefficients[b * kStride + j];
       if (p == 0) continue;
       const T* grad = static_cast<const T*>(io.grad_mean) + (first_query + b) * features + k0;
       const T* x = distances.query(b) + k0;
@@ -201,30 +236,45 @@ Status check_singular(const Problem& problem, const Law& law, const Backward& io
   return {};
 }
 
+// A gradient weighs p_j by (y_j − mean)²/s, which may be large: its p_j have so many more nats.
+constexpr double kGradientDigits = 12;
+
 template <class T, class R>
 Status backward(const Problem& problem, const Backward& io) {
-  const Law law = law_of<T>(problem);
+  const Law law = law_of<T>(problem, kGradientDigits);
   if (const Status status = check_singular(problem, law, io); status.failure != Failure::none)
     return status;
   const Index features = problem.features, block = block_size<T>(problem);
+  const Index chunk = chunk_size<R>(problem);
   Distances<T, R> distances(problem, law, block);
-  Groups<T, kDotRows> groups(block);
-  Projections<T, R> projections(problem);
-  WeightedSums<T, R, kDotRows, true> weighted(problem);
-  Buffer<double> sums(io.grad_x ? block * features : 0), p(block * kChunk), c(block * kChunk);
-  Buffer<double> moments(block);
+  typename Distances<T, R>::Lists lists(block);
+  Groups<T, kGradientRows> groups(block);
+  PairTiles<T, R, kGradientRows> projections(problem.threads);
+  WeightedSums<T, R, kGradientRows, true> weighted(problem);
+  Buffer<double> sums(io.grad_x ? block * features : 0), p(block * kStride), c(block * kStride);
+  Buffer<double> moments(block), bounds(block);
   Buffer<Row> rows(block);
-  if (!distances || !groups || !projections || !weighted || !sums || !p || !c || !moments || !rows)
+  if (!distances || !lists || !groups || !projections || !weighted || !sums || !p || !c || !moments ||
+      !bounds || !rows)
     return {Failure::memory, 0};
   if (io.grad_y) std::memset(io.grad_y, 0, problem.references * features * sizeof(T));
   const auto row_of = [](const Buffer<double>& values) {
-    return [&values](Index b) { return values.at(b * kChunk); };
+    return [&values](Index b) { return values.at(b * kStride); };
   };
 
   for (Index first = 0; first < problem.queries; first += block) {
     const Index count = smaller(block, problem.queries - first);
     const T* mean = static_cast<const T*>(io.mean) + first * features;
     const T* grad = static_cast<const T*>(io.grad_mean) + first * features;
+    const auto project = [&](const Index* b, Index k, Index n, const T* const* y,
+                             double (*sums)[kPairColumns]) {
+      const T *g[kGradientRows], *m[kGradientRows];
+      for (int q = 0; q < kGradientRows; ++q) {
+        g[q] = grad + b[q] * features + k;
+        m[q] = mean + b[q] * features + k;
+      }
+      project_pairs<T>(g, m, y, n, sums);
+    };
     distances.set_queries(first, count);
     if (io.grad_x) std::memset(sums.data(), 0, count * features * sizeof(double));
     for (Index b = 0; b < count; ++b) {
@@ -234,29 +284,31 @@ Status backward(const Problem& problem, const Backward& io) {
       rows[b].total = io.total[first + b];
     }
 
-    for (Index begin = 0; begin < problem.references; begin += kChunk) {
-      distances.set_chunk(begin, smaller(kChunk, problem.references - begin), rows.data());
+    for (Index begin = 0; begin < problem.references; begin += chunk) {
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), rows.data(), lists);
       parallel(count, problem.threads, [&](Index b, int) {
         if (std::isnan(distances.refine(b, rows[b]))) {
           rows[b].nearest = std::numeric_limits<double>::quiet_NaN();
           return;
         }
-        probabilities(law, rows[b], distances.radius(b), distances.row(b), p.at(b * kChunk),
+        probabilities(law, rows[b], distances.radius(b), distances.row(b), p.at(b * kStride),
                       distances.count());
-        std::memset(c.at(b * kChunk), 0, distances.count() * sizeof(double));
+        std::memset(c.at(b * kStride), 0, distances.count() * sizeof(double));
       });
       if (const Status status = check_rows(rows.data(), count, first);
           status.failure != Failure::none)
         return status;
-      groups.arrange(rows.data(), count, distances.count(), row_of(p), problem.threads);
-      projections.add(distances, groups, grad, mean, row_of(c));
+      groups.arrange(count, distances.count(), problem.threads,
+                     [&](Index b) { return rows[b].live; }, row_of(p), counts);
+      projections.add(groups, distances.count(), features,
+                      [&](Index j) { return distances.reference(j); }, project, row_of(c));
       parallel(count, problem.threads, [&](Index b, int) {
         moments[b] += coefficients(law, rows[b], distances.radius(b), io.grad_logsumexp[first + b],
-                                   distances.row(b), p.at(b * kChunk), c.at(b * kChunk),
-                                   distances.count());
+                                   distances.row(b), p.at(b * kStride), c.at(b * kStride),
+                                   distances.count(), bounds.at(b));
       });
       if (io.grad_x) {
-        groups.weigh(row_of(c), problem.threads);
+        groups.weigh(problem.threads, row_of(c), [&](Index b) { return bounds[b]; });
         weighted.add(distances, groups, mean, sums.data());
       }
       if (io.grad_y)

@@ -1,0 +1,134 @@
+// A lower bound of every squared distance from an eighth of the numbers.
+//
+// A line of L features x_l has the mean m(x_l), and the deviation from it ρ(x_l) = |x_l − m(x_l)|.
+// The part of x_l − y_l along (1, …, 1) has the square L (m(x_l) − m(y_l))², the part across it is
+// the difference of two vectors of lengths ρ(x_l) and ρ(y_l), whose square is at least the square of
+// the difference of their lengths. So with s = √L m
+//     |x − y|² ≥ Σ_l (s(x_l) − s(y_l))² + (ρ(x_l) − ρ(y_l))².
+// On images, where neighbours are alike, little is lost: s holds nearly all of a difference between
+// two images, ρ most of the noise.
+//
+// Rounding: s and ρ are found to within 16 roundings of |x_l| each, so that the vectors of all s and
+// ρ are off by at most kLoss |x| and kLoss |y|, and so is the distance of the two.
+#pragma once
+#include "tiles_cpu.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+constexpr Index kTogether = 16;  // references read in one go
+constexpr Index kLine = 16;  // features of a line; the last may be shorter
+template <class T> constexpr double kLoss = 64 * std::numeric_limits<T>::epsilon();
+// Bound of the relative error of a sum of squares by DenseTiles that does not underflow.
+template <class T> constexpr double kRounding = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
+
+template <class T, class R>
+class Screen {
+ public:
+  Screen(const Problem& problem, Index max_queries, Index max_references)
+      : problem_(problem),
+        lines_(divide_up(problem.features, kLine)),
+        width_(2 * lines_),
+        tiles_(problem.threads),
+        queries_(max_queries * width_),
+        references_(max_references * width_),
+        query_norms_(max_queries),
+        reference_norms_(max_references) {}
+
+  explicit operator bool() const {
+    return tiles_ && queries_ && references_ && query_norms_ && reference_norms_;
+  }
+
+  template <class Queries>
+  void set_queries(Index count, const Queries& x) {
+    queries_count_ = count;
+    parallel(count, problem_.threads,
+             [&](Index b, int) { query_norms_[b] = reduce(x(b), queries_.at(b * width_)); });
+  }
+
+  // out(b)[j] = the lower bound, before rounding is allowed for.
+  template <class References, class Out>
+  void bound(Index count, const References& y, const Out& out) {
+    parallel(divide_up(count, kTogether), problem_.threads, [&](Index task, int) {
+      for (Index j = task * kTogether; j < smaller((task + 1) * kTogether, count); ++j)
+        reference_norms_[j] = reduce(y(j), references_.at(j * width_));
+    });
+    longest_ = 0;
+    for (Index j = 0; j < count; ++j)
+      if (!(reference_norms_[j] <= longest_)) longest_ = reference_norms_[j];  // NaN stays
+    tiles_.distances(
+        queries_count_, count, width_, [&](Index b) { return queries_.at(b * width_); },
+        [&](Index j) { return references_.at(j * width_); }, out);
+  }
+
+  // A reference of query b is farther than the squared distance `far` where its bound is above this.
+  double limit(Index b, double far) const {
+    const double loss = kLoss<T> * (query_norms_[b] + longest_);
+    const double distance = std::sqrt(far) + loss;
+    return distance * distance / (1 - kRounding<T>);
+  }
+
+ private:
+  // s and ρ of every line; returns |v|, which is not finite where v or its square is not.
+  template <class V>
+  double reduce(const V* v, T* out) const {
+    constexpr Index lanes = Simd<T>::lanes;
+    const Index whole = problem_.features / kLine / lanes * lanes;
+    typename Simd<T>::Vector sums = {};
+    for (Index line = 0; line < whole; line += lanes)
+      sums += reduce_lines(v + line * kLine, out + line, out + lines_ + line);
+    double squares;
+    sum_lanes<T, 1>(&sums, &squares);
+    for (Index line = whole; line < lines_; ++line) {
+      const Index n = smaller(kLine, problem_.features - line * kLine);
+      squares += reduce_line(v + line * kLine, n, out + line, out + lines_ + line);
+    }
+    return std::sqrt(squares);
+  }
+
+  // As many lines as there are lanes; returns the square of each.
+  template <class V>
+  static typename Simd<T>::Vector reduce_lines(const V* v, T* s, T* deviation) {
+    using Vector = typename Simd<T>::Vector;
+    constexpr Index lanes = Simd<T>::lanes;
+    Vector features[kLine], sum = {}, square = {};
+    for (Index part = 0; part < kLine; part += lanes) {
+      for (Index line = 0; line < lanes; ++line)
+        features[part + line] = load_vector<T>(v + line * kLine + part);
+      transpose<T>(features + part);
+    }
+    for (const Vector& feature : features) sum += feature;
+    for (const Vector& feature : features)
+      square += (feature - sum / T(kLine)) * (feature - sum / T(kLine));
+    for (Index lane = 0; lane < lanes; ++lane) {
+      s[lane] = sum[lane] / T(4);
+      deviation[lane] = std::sqrt(square[lane]);
+    }
+    static_assert(kLine == 16, "4 is √kLine");
+    return sum * (sum / T(kLine)) + square;
+  }
+
+  template <class V>
+  static double reduce_line(const V* v, Index n, T* s, T* deviation) {
+    T sum = 0, square = 0;
+    for (Index i = 0; i < n; ++i) sum += load<T>(v[i]);
+    const T mean = sum / static_cast<T>(n);
+    for (Index i = 0; i < n; ++i) square += (load<T>(v[i]) - mean) * (load<T>(v[i]) - mean);
+    *s = sum / std::sqrt(static_cast<T>(n));
+    *deviation = std::sqrt(square);
+    return static_cast<double>(sum) * mean + square;
+  }
+
+  const Problem& problem_;
+  const Index lines_, width_;
+  DenseTiles<T> tiles_;
+  Buffer<T> queries_, references_;  // width_ numbers a row: every s, then every ρ
+  Buffer<double> query_norms_, reference_norms_;
+  Index queries_count_ = 0;
+  double longest_ = 0;
+};
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm

@@ -1,0 +1,85 @@
+#include "workspace.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace pfgm {
+namespace {
+
+constexpr std::size_t kKept = 64 << 20;
+constexpr std::size_t kHugePage = 2 << 20;
+
+struct Block {
+  void* memory;
+  std::size_t capacity;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> idle;  // the longest idle first
+  std::size_t total = 0;
+};
+
+// Never destroyed: a thread may still compute while the process exits.
+Pool& pool() {
+  static Pool* const made = new Pool;
+  return *made;
+}
+
+void* allocate(std::size_t capacity) {
+  if (capacity < kHugePage) return std::aligned_alloc(64, capacity);
+  void* memory = std::aligned_alloc(kHugePage, capacity);
+#ifdef __linux__
+  // Rows lie pages apart, more of them than the processor keeps translations of small pages for.
+  if (memory != nullptr) madvise(memory, capacity, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+}  // namespace
+
+void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
+  const std::size_t unit = bytes < kHugePage ? 4096 : kHugePage;
+  *capacity = std::max<std::size_t>(1, (bytes + unit - 1) / unit) * unit;
+#ifndef PFGM_SANITIZE
+  {
+    Pool& kept = pool();
+    const std::lock_guard<std::mutex> lock(kept.mutex);
+    const auto fitting =
+        std::find_if(kept.idle.begin(), kept.idle.end(),
+                     [&](const Block& block) { return block.capacity == *capacity; });
+    if (fitting != kept.idle.end()) {
+      void* memory = fitting->memory;
+      kept.total -= fitting->capacity;
+      kept.idle.erase(fitting);
+      return memory;
+    }
+  }
+#endif
+  return allocate(*capacity);
+}
+
+void release_workspace(void* block, std::size_t capacity) {
+#ifndef PFGM_SANITIZE
+  if (block != nullptr && capacity <= kKept) {
+    Pool& kept = pool();
+    const std::lock_guard<std::mutex> lock(kept.mutex);
+    while (kept.total + capacity > kKept) {
+      std::free(kept.idle.front().memory);
+      kept.total -= kept.idle.front().capacity;
+      kept.idle.erase(kept.idle.begin());
+    }
+    kept.idle.push_back({block, capacity});
+    kept.total += capacity;
+    return;
+  }
+#endif
+  std::free(block);
+}
+
+}  // namespace pfgm
