@@ -10,7 +10,7 @@ namespace PFGM_ISA {
 namespace {
 
 constexpr Index kBatch = 512;    // references that a weighted sum packs at a time
-constexpr Index kSegment = 256;  // references that it sums in T, all of one batch
+constexpr Index kSegment = 128;  // references that it sums in T, all of one batch
 constexpr Index kSegments = kChunk / kBatch * (kBatch / kSegment);  // at most, in a chunk
 
 // The live references of a group of rows: index[i] counts from the chunk's first; weights[i] holds
