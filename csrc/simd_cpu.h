@@ -66,6 +66,8 @@ inline float from_bits(std::uint32_t bits) {
 template <class T> inline T load(float v) { return static_cast<T>(v); }
 template <class T> inline T load(double v) { return static_cast<T>(v); }
 template <class T> inline T load(std::uint8_t v) { return static_cast<T>(v) / T(127.5) - T(1); }
+// 2u − 255 is exact, and a product is many times faster than a quotient.
+template <> inline float load<float>(std::uint8_t v) { return (2.0f * v - 255.0f) * (1 / 255.0f); }
 template <class T> inline T load(BFloat16 v) {
   return static_cast<T>(from_bits(static_cast<std::uint32_t>(v.bits) << 16));
 }
