@@ -1,6 +1,6 @@
 """An Euler step from a network's output on CIFAR-10's shape: time beside torch and a plain copy.
 
-    pytest benchmarks/bench_ode_step.py --benchmark-only
+    pytest benchmarks/bench_ode_step.py --benchmark-only --store
 
 ``native`` is the step as the solvers take it, in place. ``published`` is the sequence of torch
 calls of the published sampler for the same step, ``compiled`` the same under torch.compile. ``add``
@@ -12,25 +12,26 @@ Temporaries are most of the published time where the allocator hands their memor
 system at each step (glibc's habit; ``page faults``). To see it without, set
 MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to 10000000000 in the environment.
 
-``extra_info`` holds the median time of each, the median over the turns of its ratio to native, and
-the worst relative error of a row against the exact step in float64.
+``extra_info`` holds the page faults of each, and the worst relative error of a row of native
+against the exact step in float64.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import os
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from turns import Measured, enter, replay, take_turns
 
 import pfgm
+
+pytestmark = pytest.mark.benchmark(timer=replay)
 
 SHAPE = (3, 32, 32)
 N = math.prod(SHAPE)
@@ -110,27 +111,12 @@ def copy(B: int) -> Callable[[Case], Tensor]:
     return lambda case: target.copy_(source)
 
 
-def take_turns(paths: dict[str, Callable[[Case], Tensor]], case: Case) -> dict[str, list[float]]:
-    """Seconds of each path, turn by turn; every path has points of its own."""
-    own = {name: case._replace(x=case.x.clone()) for name in paths}
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(TURNS):
-        names = list(paths)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            paths[name](own[name])
-            started = time.perf_counter()
-            paths[name](own[name])
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def page_faults(path: Callable[[Case], Tensor], case: Case) -> int:
+def page_faults(path: Callable[[], Tensor]) -> int:
     """Of one call, after the calls that fault once and for all."""
-    case = case._replace(x=case.x.clone())
-    path(case)
-    path(case)
+    path()
+    path()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    path(case)
+    path()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
@@ -143,33 +129,43 @@ def error(case: Case) -> float:
     return float(((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max())
 
 
-@pytest.mark.parametrize("z", [1.0, 20.0], ids=["substituted", "given"])
-@pytest.mark.parametrize("B", [128, 512, 1024])
-def bench_euler_step(B: int, z: float, benchmark: Any) -> None:
-    """z = 1 is one of the 80 steps of 100 that substitute field_z, z = 20 one of the others."""
-    case = build(B, z)
-    paths = {
+def paths(case: Case) -> dict[str, Callable[[], Tensor]]:
+    """Every path with points of its own."""
+    steps = {
         "native": native,
         "published": published,
         "compiled": compiled(),
         "add": add,
-        "copy": copy(B),
+        "copy": copy(len(case.x)),
     }
+    return {
+        name: functools.partial(step, case._replace(x=case.x.clone()))
+        for name, step in steps.items()
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def measure(B: int, z: float) -> Measured:
+    case = build(B, z)
+    torch._dynamo.reset()
     with torch.no_grad():
-        found = error(case)
-        faults = {name: page_faults(path, case) for name, path in paths.items()}
-        seconds = benchmark.pedantic(take_turns, args=(paths, case), rounds=1, warmup_rounds=1)
-    benchmark.group = f"Euler step, z = {z:g}"
-    benchmark.extra_info |= {
-        "B, N": (B, N),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "microseconds": {name: 1e6 * statistics.median(s) for name, s in seconds.items()},
-        "ratios to native": {
-            name: statistics.median(a / b for a, b in zip(s, seconds["native"], strict=True))
-            for name, s in seconds.items()
-        },
-        "page faults": faults,
-        "error": found,
-    }
-    assert found <= 1e-6
+        run = paths(case)
+        faults = {name: page_faults(path) for name, path in run.items()}
+        facts = {"B, N": (B, N), "page faults": faults, "error": error(case)}
+        return take_turns(run, TURNS, facts, warm=True)
+
+
+@pytest.mark.parametrize("path", ["native", "published", "compiled", "add", "copy"])
+@pytest.mark.parametrize("z", [1.0, 20.0], ids=["substituted", "given"])
+@pytest.mark.parametrize("B", [128, 512, 1024])
+def bench_euler_step(B: int, z: float, path: str, benchmark: Any) -> None:
+    """z = 1 is one of the 80 steps of 100 that substitute field_z, z = 20 one of the others."""
+    if benchmark.disabled:
+        case = build(2, z)
+        benchmark(paths(case)[path])
+        assert error(case) <= 1e-6
+        return
+    measured = measure(B, z)
+    substituted = "field_z substituted" if z < Z_EXP else "field_z as given"
+    enter(benchmark, f"Euler step, B = {B}, {substituted}", path, measured)
+    assert measured.facts["error"] <= 1e-6

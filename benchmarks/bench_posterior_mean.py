@@ -1,114 +1,149 @@
-"""The posterior mean on real images: time beside plain torch, error against float64.
+"""The posterior mean on real images: time beside its peers, error against float64.
 
-    pytest benchmarks/bench_posterior_mean.py --benchmark-only
+    pytest benchmarks/bench_posterior_mean.py --benchmark-only --store
 
-Queries are perturbed as in training (spec: PFGM, algorithm 2). ``extra_info`` of each row holds its
-worst errors over the rows of the batch, in the terms of the accuracy contract: the mean relative to
-the largest norm of a reference, the field relative to √N, the log-sum-exp relative to its size.
+Every group is one subject, its rows take turns (turns.py). ``extra_info`` holds the worst errors
+over the batch in the terms of the accuracy contract, and for a gradient relative to its norm.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from posterior_paths import PATHS, errors, native, true_gradient, truth, with_backward
+from subjects import Case, cifar_shape, digits_shape, fashion_shape, patches
+from turns import Measured, enter, replay, take_turns
 
-import pfgm
-from pfgm.functional import normalised_field
-
-GAMMA = 5.0
+pytestmark = pytest.mark.benchmark(timer=replay)
 
 
-class Case(NamedTuple):
-    """Perturbed queries, their z, and references, all flat."""
-
-    x: Tensor
-    z: Tensor
-    references: Tensor
-
-
-def digits_case() -> Case:
-    """The demo's training step: 256 queries, 1398 references, 64 features."""
-    images = pfgm.data.digits().train
-    return _perturbed(images, 256)
+class Subject(NamedTuple):
+    case: Callable[[], Case]
+    small: Callable[[], Case]  # for a run that only sees whether everything works
+    paths: tuple[str, ...]
+    turns: int
+    backward: bool = False
 
 
-def cifar_shape_case() -> Case:
-    """The published step for CIFAR-10: 128 queries, 4096 references, 3072 features.
-
-    Digits enlarged to 3 × 32 × 32, in three positions to make up the number.
-    """
-    images = F.interpolate(pfgm.data.digits().train, size=(32, 32), mode="bilinear")
-    shifted = [images.roll(shift, dims=3) for shift in (0, 2, -2)]
-    return _perturbed(torch.cat(shifted)[:4096].expand(-1, 3, -1, -1).contiguous(), 128)
-
-
-def _perturbed(images: Tensor, queries: int) -> Case:
-    flow = pfgm.PoissonFlow.from_data(images)
-    chosen = torch.linspace(0, len(images) - 1, queries).long()
-    x, z = flow.perturb(images[chosen], torch.Generator().manual_seed(0))
-    return Case(x.flatten(1), z, images.flatten(1))
-
-
-def torch_path(case: Case) -> tuple[Tensor, Tensor]:
-    """GEMM, softmax, GEMM: the fastest way in plain torch, and the baseline to beat."""
-    x, z, y = case
-    squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-    scores = -(x.shape[1] + 1) / 2 * torch.log(squared + z[:, None] ** 2)
-    return scores.softmax(1) @ y, scores.logsumexp(1)
-
-
-def library(backend: str) -> Callable[[Case], tuple[Tensor, Tensor]]:
-    def run(case: Case) -> tuple[Tensor, Tensor]:
-        return pfgm.posterior_mean(
-            case.x, case.references, r=case.z, return_logsumexp=True, backend=backend
-        )
-
-    return run
-
-
-PATHS = {
-    "native": library("native"),
-    "reference": library("reference"),
-    "torch path": torch_path,
+PEERS = ("torch path", "torch path, compiled")
+SUBJECTS = {
+    "forward, CIFAR-10 shape": Subject(
+        cifar_shape,
+        lambda: cifar_shape(8, 64),
+        ("native", "native, 1 thread", "native, uint8", *PEERS),
+        21,
+    ),
+    "forward, CIFAR-10 shape, B = 32": Subject(
+        lambda: cifar_shape(32),
+        lambda: cifar_shape(2, 64),
+        ("native", *PEERS, "published formula", "KeOps"),
+        5,
+    ),
+    "forward, Fashion-MNIST": Subject(
+        fashion_shape,
+        lambda: fashion_shape(8, 256),
+        ("native", "native, 1 thread", "native, uint8", *PEERS),
+        7,
+    ),
+    "forward, digits": Subject(
+        digits_shape,
+        lambda: digits_shape(8, 64),
+        ("native", "native, 1 thread", *PEERS, "KeOps"),
+        101,
+    ),
+    "forward, CIFAR-10 shape, B = 4096": Subject(
+        lambda: cifar_shape(4096), lambda: cifar_shape(16, 64), ("native", *PEERS), 3
+    ),
+    "forward and backward in x, CIFAR-10 shape": Subject(
+        cifar_shape, lambda: cifar_shape(8, 64), ("native", *PEERS), 15, backward=True
+    ),
+    "forward and backward in x, digits": Subject(
+        digits_shape, lambda: digits_shape(8, 64), ("native", *PEERS), 101, backward=True
+    ),
 }
-CASES = {"digits": digits_case, "CIFAR-10 shape": cifar_shape_case}
+ROWS = [
+    pytest.param(subject, path, id=f"{subject}: {path}")
+    for subject, (*_, paths, _, _) in SUBJECTS.items()
+    for path in paths
+    if path in PATHS
+]
 
 
-def errors(case: Case, mean: Tensor, logsumexp: Tensor) -> dict[str, float]:
-    """Worst row against float64, as the accuracy contract counts."""
-    x, z, y = (t.double() for t in case)
-    true_mean, true_lse = pfgm.posterior_mean(x, y, r=z, return_logsumexp=True, backend="reference")
-    field = torch.cat([*_field(x, z, mean.double())], 1)
-    true_field = torch.cat([*_field(x, z, true_mean)], 1)
-    return {
-        "mean": float((mean - true_mean).norm(dim=1).max() / y.norm(dim=1).max()),
-        "field": float((field - true_field).norm(dim=1).max() / math.sqrt(x.shape[1])),
-        "logsumexp": float(((logsumexp - true_lse).abs() / true_lse.abs().clamp(min=1)).max()),
-    }
+def prepared(subject: Subject, case: Case) -> dict[str, Callable[[], Any]]:
+    wrap = with_backward if subject.backward else lambda path: path
+    return {name: wrap(PATHS[name])(case) for name in subject.paths if name in PATHS}
 
 
-def _field(x: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    field_x, field_z = normalised_field(x, z, mean, GAMMA)
-    return field_x, field_z[:, None]
+def error(subject: Subject, case: Case, path: Callable[[], Any], right: Any) -> dict[str, float]:
+    result = path()
+    if subject.backward:
+        return {"gradient": float((result[0] - right).norm() / right.norm())}
+    return errors(case, result, right)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("shape", CASES)
-def bench_posterior_mean(shape: str, path: str, benchmark: Any) -> None:
-    case = CASES[shape]()
-    benchmark.group = f"posterior_mean {shape}"
-    mean, logsumexp = benchmark.pedantic(PATHS[path], args=(case,), rounds=7, warmup_rounds=1)
-    found = errors(case, mean, logsumexp)
-    benchmark.extra_info |= {
-        "B, M, N": (*case.x.shape[:1], *case.references.shape),
-        "threads": torch.get_num_threads(),
-        "errors": found,
-    }
-    if path == "native":
+def right_answer(subject: Subject, case: Case) -> Any:
+    return true_gradient(case) if subject.backward else truth(case)
+
+
+@functools.lru_cache(maxsize=1)
+def measure(name: str) -> Measured:
+    subject = SUBJECTS[name]
+    case = subject.case()
+    torch._dynamo.reset()
+    paths = prepared(subject, case)
+    measured = take_turns(paths, subject.turns, {"B, M, N": shape(case)})
+    right = right_answer(subject, case)
+    found = {name: error(subject, case, path, right) for name, path in paths.items()}
+    return measured._replace(facts={**measured.facts, "errors": found})
+
+
+def shape(case: Case) -> tuple[int, ...]:
+    return (len(case.x), *case.references.shape)
+
+
+def judge(path: str, found: dict[str, float]) -> None:
+    if path.startswith("native"):
         assert max(found.values()) <= 2e-5
+
+
+@pytest.mark.parametrize(("name", "path"), ROWS)
+def bench_posterior_mean(name: str, path: str, benchmark: Any) -> None:
+    if benchmark.disabled:
+        subject = SUBJECTS[name]
+        case = subject.small()
+        run = prepared(subject, case)[path]
+        benchmark(run)
+        judge(path, error(subject, case, run, right_answer(subject, case)))
+        return
+    measured = measure(name)
+    found = measured.facts["errors"][path]
+    enter(benchmark, name, path, measured, errors=found)
+    judge(path, found)
+
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+
+
+@functools.lru_cache(maxsize=1)
+def measure_sizes() -> Measured:
+    images = patches(max(SIZES))
+    cases = {M: images._replace(references=images.references[:M]) for M in SIZES}
+    paths = {f"M = {M}": native(case) for M, case in cases.items()}
+    return take_turns(paths, 7, {"B, N": images.x.shape})
+
+
+@pytest.mark.parametrize("M", SIZES)
+def bench_number_of_references(M: int, benchmark: Any) -> None:
+    """The same queries against more and more patches of photographs, N = 192."""
+    if benchmark.disabled:
+        case = patches(256)
+        judge("native", errors(case, benchmark(native(case)), truth(case)))
+        return
+    measured = measure_sizes()
+    each = {f"M = {m}": min(measured.seconds[f"M = {m}"]) / m for m in SIZES}
+    nanoseconds = {"nanoseconds a reference": 1e9 * each[f"M = {M}"]}
+    enter(benchmark, "number of references", f"M = {M}", measured, **nanoseconds)

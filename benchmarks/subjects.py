@@ -7,7 +7,6 @@ measure something else.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,18 +37,16 @@ def perturbed(images: Tensor, B: int) -> Case:
     return Case(x.flatten(1), z, images.flatten(1))
 
 
-def photograph_crops(count: int) -> Tensor:
-    """Crops (count, 3, 32, 32) in [-1, 1] of scikit-learn's two photographs, flipped at random.
-
-    They have the shape of CIFAR-10, which cannot be had everywhere.
-    """
+def photograph_crops(count: int, size: int = 32) -> Tensor:
+    """Crops (count, 3, size, size) in [-1, 1] of scikit-learn's two photographs, half of them
+    flipped. At 32 they have the shape of CIFAR-10, which cannot be had everywhere."""
     from sklearn.datasets import load_sample_images
 
     photographs = torch.stack([torch.from_numpy(p.copy()) for p in load_sample_images().images])
-    windows = photographs.unfold(1, 32, 1).unfold(2, 32, 1)  # (2, rows, columns, 3, 32, 32)
+    windows = photographs.unfold(1, size, 1).unfold(2, size, 1)  # (2, rows, columns, 3, size, size)
     generator = torch.Generator().manual_seed(0)
     which, row, column = (
-        torch.randint(0, size, (count,), generator=generator) for size in windows.shape[:3]
+        torch.randint(0, choices, (count,), generator=generator) for choices in windows.shape[:3]
     )
     crops = pfgm.data.to_unit(windows[which, row, column])
     flipped = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
@@ -87,9 +84,9 @@ def cifar_shape(B: int = 128, M: int = 4096) -> Case:
     return perturbed(photograph_crops(M), B)
 
 
-def fashion_shape(B: int = 256) -> Case:
-    """All of Fashion-MNIST as references: M = 60000, N = 784."""
-    return perturbed(pfgm.data.to_unit(fashion_mnist()).view(-1, 1, 28, 28), B)
+def fashion_shape(B: int = 256, M: int = 60000) -> Case:
+    """All of Fashion-MNIST as references: N = 784."""
+    return perturbed(pfgm.data.to_unit(fashion_mnist()[:M]).view(-1, 1, 28, 28), B)
 
 
 def digits_shape(B: int = 128, M: int = 1437) -> Case:
@@ -98,8 +95,6 @@ def digits_shape(B: int = 128, M: int = 1437) -> Case:
     return perturbed(torch.cat([digits.train, digits.held_out])[:M], B)
 
 
-SHAPES: dict[str, Callable[..., Case]] = {
-    "CIFAR-10": cifar_shape,
-    "Fashion-MNIST": fashion_shape,
-    "digits": digits_shape,
-}
+def patches(M: int, B: int = 128) -> Case:
+    """Patches of photographs, 8 × 8 in colour: N = 192, as many as one likes."""
+    return perturbed(photograph_crops(M, 8), B)

@@ -1,7 +1,9 @@
 """The operations as torch sees them: schema, shapes, gradients — one place for all backends.
 
 Arguments are flat and complete (:mod:`pfgm.functional` makes them so): x (B, N) in float32 or
-float64, references (M, N), radius (B,) float64, D > 0 with radius = σ at D = ∞.
+float64, references (M, N), radius (B,) float64, D > 0 with radius = σ at D = ∞. Beside the mean and
+the log-sum-exp, the squared distance of the nearest reference and the total weight relative to it
+come out: with them the backward pass finds the weights in one pass.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _posterior_mean(
     _check(x, references, radius, D)
     chosen = choose(backend, x.device, x.dtype)
     if x.shape[0] == 0:
-        return torch.empty_like(x), *(torch.empty_like(radius) for _ in range(3))
+        return _posterior_mean_fake(x, references, radius, D)
     return chosen.posterior_mean(x, references, radius, D)
 
 
@@ -76,7 +78,8 @@ def _posterior_mean_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, references, radius, D)
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return mean, *(torch.empty_like(radius) for _ in range(3))
+    logsumexp, nearest, total = (torch.empty_like(radius) for _ in range(3))
+    return mean, logsumexp, nearest, total
 
 
 def _posterior_mean_backward(

@@ -41,8 +41,9 @@ class Backend(Protocol):
 
     def posterior_mean(
         self, x: Tensor, references: Tensor, radius: Tensor, D: float
-    ) -> tuple[Tensor, Tensor]:
-        """Mean (B, N) and float64 log-sum-exp (B,)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest reference and
+        total weight relative to it, each (B,)."""
 
     def posterior_mean_backward(
         self,
@@ -52,7 +53,8 @@ class Backend(Protocol):
         references: Tensor,
         radius: Tensor,
         mean: Tensor,
-        logsumexp: Tensor,
+        nearest: Tensor,
+        total: Tensor,
         D: float,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,0 +1,80 @@
+"""A whole training step, the target computed by the library or by plain torch.
+
+    pytest benchmarks/bench_training_step.py --benchmark-only --store
+
+Perturbation, target, network, gradients and Adam, for the demo's step (256 digits, 1398 references,
+its U-Net) and for the shape of the published CIFAR-10 step with a small U-Net. ``none`` takes zeros
+for the target: what the rest of the step costs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from posterior_paths import native, torch_path
+from subjects import Case, photograph_crops
+from torch import Tensor
+from turns import Measured, enter, replay, take_turns
+
+import pfgm
+from pfgm.functional import normalised_field
+
+pytestmark = pytest.mark.benchmark(timer=replay)
+
+TARGETS: dict[str, Callable[[Case], Callable[[], Any]] | None] = {
+    "native": native,
+    "torch path": torch_path,
+    "none": None,
+}
+SUBJECTS = {"digits": (256, 32), "CIFAR-10 shape": (128, 8)}  # batch size, width of the network
+
+
+def images_of(subject: str) -> Tensor:
+    return pfgm.data.digits().train if subject == "digits" else photograph_crops(4096)
+
+
+def training_step(target: str, images: Tensor, B: int, width: int) -> Callable[[], Any]:
+    flow = pfgm.PoissonFlow.from_data(images)
+    torch.manual_seed(0)
+    net = pfgm.networks.UNet(flow.shape, width=width)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    references = images.flatten(1)
+    compute = TARGETS[target]
+
+    def run() -> None:
+        chosen = torch.randint(0, len(images), (B,), generator=generator)
+        x, z = flow.perturb(images[chosen], generator)
+        field_x, field_z = torch.zeros_like(x), torch.zeros_like(z)
+        if compute is not None:
+            mean, _ = compute(Case(x.flatten(1), z, references))()
+            field_x, field_z = normalised_field(x.flatten(1), z, mean, flow.gamma)
+            field_x = field_x.view_as(x)
+        predicted_x, predicted_z = net(x, z)
+        loss = (predicted_x - field_x).square().sum() + (predicted_z - field_z).square().sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return run
+
+
+@functools.lru_cache(maxsize=1)
+def measure(subject: str) -> Measured:
+    images = images_of(subject)
+    B, width = SUBJECTS[subject]
+    paths = {target: training_step(target, images, B, width) for target in TARGETS}
+    return take_turns(paths, 9, {"B, M, N": (B, *images.flatten(1).shape)})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def bench_training_step(subject: str, target: str, benchmark: Any) -> None:
+    if benchmark.disabled:
+        benchmark(training_step(target, images_of(subject)[:64], 4, SUBJECTS[subject][1]))
+        return
+    enter(benchmark, f"training step, {subject}", target, measure(subject))
