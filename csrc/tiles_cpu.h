@@ -121,8 +121,10 @@ class DenseTiles {
 
 // ---- listed pairs: a lane takes every so manieth feature ------------------------------------
 
-constexpr Index kPairReferences = 32;                              // packed at a time
-template <class T> constexpr Index kPairPanel = 3072 / sizeof(T);  // of so many features
+constexpr Index kPairReferences = 32;  // packed at a time
+// of so many features: a tile fits L1, and a lane takes no more additions than kAdditions
+template <class T>
+constexpr Index kPairPanel = smaller(3072 / sizeof(T), kAdditions * Simd<T>::lanes);
 constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
 
 template <class T, class R, int kRows>
@@ -135,7 +137,7 @@ class PairTiles {
 
   // out(b)[j] += Σ over the features, for the pairs of each group. kernel(rows, k, n, y, sums) finds
   // sums[kRows][kPairColumns] for n features from k of references y, padded with zeros to whole
-  // vectors; at most 256 additions of T.
+  // vectors.
   template <class References, class Kernel, class Out>
   void add(const Groups<T, kRows>& groups, Index references, Index features, const References& y,
            const Kernel& kernel, const Out& out) {

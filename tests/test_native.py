@@ -18,8 +18,8 @@ if os.environ.get("PFGM_NATIVE") == "0":
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
 
 NARROW = [torch.bfloat16, torch.float16, torch.uint8]
-# At tile edges: queries 4, 6, 504 (block); references 2, 4, 64 (tile), 2048 (chunk); features the
-# lanes 4 to 16, 768 and 384 (panel), 1024 (sum).
+# At tile edges: queries 4, 6, 8 (bounds), 384 (block); references 2, 8 to 64 (tile), 128, 512, 2048
+# (chunk); features the lanes 2 to 16, 64 (additions), 128, 256, 512 (bounds), 768.
 EDGES = [
     (1, 1, 1),
     (3, 2, 5),
@@ -34,9 +34,13 @@ EDGES = [
     (5, 2048, 31),
     (5, 2049, 33),
     (3, 4100, 15),
-    (503, 5, 4),
-    (504, 6, 8),
-    (511, 70, 2),
+    (383, 5, 4),
+    (384, 6, 8),
+    (391, 70, 2),
+    (8, 513, 511),
+    (9, 700, 512),
+    (13, 130, 785),
+    (8, 700, 3073),
     (1009, 2050, 1),
 ]
 
@@ -228,16 +232,16 @@ def stress():
     for N in (64, 784, 3072):
         references = digits.repeat(1, -(-N // 64))[:, :N]
         references = references + (0.05 * noise(160, N) if N > 64 else 0)
-        first, second = references[:6], references[60:66]
-        perturbed = first + noise(6, N) * torch.logspace(-2, 1, 6)[:, None]
+        first, second = references[:9], references[60:69]
+        perturbed = first + noise(9, N) * torch.logspace(-2, 1, 9)[:, None]
         twins = torch.cat([references, references + 1e-5 * noise(160, N)])
         cases += [
-            (first + 1e-3 * noise(6, N), references, f"{N} near"),
+            (first + 1e-3 * noise(9, N), references, f"{N} near"),
             (perturbed, references, f"{N} perturbed"),
             ((first + second) / 2, references, f"{N} tie"),
-            ((first + second) / 2 + 1e-4 * noise(6, N), references, f"{N} near tie"),
-            (first + 1e3 * noise(6, N), references, f"{N} far"),
-            (first + 0.1 * noise(6, N), twins, f"{N} twins"),
+            ((first + second) / 2 + 1e-4 * noise(9, N), references, f"{N} near tie"),
+            (first + 1e3 * noise(9, N), references, f"{N} far"),
+            (first + 0.1 * noise(9, N), twins, f"{N} twins"),
         ]
     return cases
 
@@ -305,6 +309,77 @@ def test_gradients_far_away_and_close_by(oracle_gradients):
                 assert_gradient(one, wanted, 1e-5)
 
 
+# ---- lower bounds that rule references out (csrc/screen_cpu.h) ----
+
+
+def built_to_defeat(name, N, dtype):
+    """(x, references, sigma) where a bound that is a little too high would lose what counts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    base = noise(N).clamp(-1, 1)
+    sigma = torch.logspace(-2, 0, 12, dtype=torch.float64)
+    x = base + sigma[:, None] * noise(12, N)
+    steps = torch.linspace(0, 1, 900, dtype=torch.float64)[:, None]
+    if name == "bound is the distance":  # all differences are alike along a line of features
+        references = base + 0.5 * steps.flip(0) ** 2
+        x = base + 0.02 * torch.arange(12)[:, None]
+    elif name == "far from the origin":  # where rounding of the bound is larger than the distance
+        references = base + 300 + 0.01 * steps * noise(900, N).sign()
+        x = references[::80] + 1e-3 * noise(12, N)
+    elif name == "bound is nothing":  # the same mean and deviation in every line
+        order = torch.rand(900, N // 16, 16, generator=generator).argsort(2)
+        lines = base[: N // 16 * 16].view(1, -1, 16).expand(900, -1, -1)
+        references = base.repeat(900, 1)
+        references[:, : N // 16 * 16] = lines.gather(2, order).flatten(1)
+    elif name == "nearest comes last":
+        references = base + steps.flip(0) * noise(900, N)
+    elif name == "one is enormous":
+        references = base + steps * noise(900, N)
+        references[450] = 1e25
+    elif name == "all count":
+        references = base + 0.05 * noise(900, N)
+        x = base + noise(12, N)
+    return x.to(dtype), references.to(dtype), sigma
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [512, 1023, 3000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bound is the distance",
+        "far from the origin",
+        "bound is nothing",
+        "nearest comes last",
+        "one is enormous",
+        "all count",
+    ],
+)
+def test_inputs_built_to_defeat_the_bounds(isa, name, N, D):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-11)):
+        x, references, sigma = built_to_defeat(name, N, dtype)
+        radius = radius_of(sigma, D)
+        expected = forward(x.double(), references.double(), radius, D, reference)
+        assert_accurate(forward(x, references, radius, D), expected, references[:400], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_few_and_many_queries_give_the_same(D, dtype):
+    # Few queries do without the bounds.
+    x, references, sigma = problem(40, 2100, 784, reference_dtype=dtype)
+    radius = radius_of(sigma, D)
+    mean, lse = forward(x, references, radius, D)
+    for b in range(0, 40, 5):
+        few = slice(b, b + 5)
+        one_mean, one_lse = forward(x[few], references, radius[few], D)
+        torch.testing.assert_close(mean[few], one_mean, rtol=0, atol=2e-6)
+        torch.testing.assert_close(lse[few], one_lse, rtol=1e-7, atol=1e-6)
+
+
 # ---- parts of the gradient ----
 
 
@@ -347,14 +422,14 @@ def assert_same(actual, expected):
 
 
 def test_outputs_are_written_whole(isa, monkeypatch):
-    expected = everything(511, 70, 33)
+    expected = everything(391, 70, 33)
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
         return empty(*args, **kwargs).fill_(math.nan)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    assert_same(everything(511, 70, 33), expected)
+    assert_same(everything(391, 70, 33), expected)
 
 
 SCRIPT = """
@@ -400,7 +475,7 @@ def test_memory_is_bounded_whatever_the_number_of_references():
     assert megabytes < 64
 
 
-@pytest.mark.parametrize("sizes", [(7, 2100, 1100), (511, 300, 20)])
+@pytest.mark.parametrize("sizes", [(7, 2100, 1100), (20, 2100, 784), (391, 300, 20)])
 @pytest.mark.parametrize("D", [1.0, math.inf])
 def test_threads_do_not_change_a_bit(threads, sizes, D):
     threads(1)
