@@ -15,12 +15,17 @@ namespace {
 
 constexpr Index kListed = 512;       // with fewer features all pairs are computed at once
 constexpr Index kScreened = 8;       // with fewer queries a screen costs more than it saves
-constexpr Index kChunkBytes = 8 << 20;  // of references, so that a cache holds them for all passes
+constexpr Index kChunkBytes = 16 << 20;  // of references, so that a cache holds them for all passes
 constexpr Index kFew = 16;           // so many near references are worth their digits in any case
 constexpr double kDead = std::numeric_limits<double>::max();  // in place of distances not needed
 // What float32 distances cannot decide is computed again in float64 (Distances::refine):
 constexpr double kTiny = 1e-30;      // squared distances below this lose digits to underflow
+constexpr double kClose = 0.1;       // distances below this share of |x| show that y is rounded
 constexpr double kNear = 20.0;       // a weight below e^-20 of the largest needs no more digits
+
+// Whether a T holds every R exactly. If not, distances have an error relative to |y| too.
+template <class T, class R>
+constexpr bool kHolds = sizeof(R) <= sizeof(T) && !std::is_same_v<R, std::uint8_t>;
 
 template <class R>
 Index chunk_size(const Problem& problem) {
@@ -122,12 +127,15 @@ class Distances {
     double limit = kInfinity;
     if (found.finite) {
       const double base = found.value < row.nearest ? found.value : row.nearest;
-      const double near = base * (1 + 2 * kRounding<T>) + law_.excess(kNear, base, radius(b)) + kTiny;
+      const double norm = kHolds<T, R> ? 0 : std::sqrt(square(query(b)));
+      const double near = widened(
+          base * (1 + 2 * kRounding<T>) + law_.excess(kNear, base, radius(b)) + kTiny, norm);
       if (found.value > near) return found.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
       const double tolerated = larger(problem_.features * 3 / 4, 256);
-      const bool decisive = candidates <= kFew || law_.sensitivity(base, radius(b)) > tolerated;
+      const bool decisive = candidates <= kFew || law_.sensitivity(base, radius(b)) > tolerated ||
+                            base < kClose * norm * kClose * norm;
       limit = decisive ? near : kTiny;
       if (found.value > limit) return found.value;
     }
@@ -230,6 +238,19 @@ class Distances {
     double total = 0;
     for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
     return total;
+  }
+
+  // The squared distance plus what rounding of a y near an x of this norm may add to it.
+  static double widened(double squared, double norm) {
+    if (kHolds<T, R>) return squared;
+    const double distance = std::sqrt(squared) + 2 * std::numeric_limits<T>::epsilon() * norm;
+    return distance * distance;
+  }
+
+  double square(const T* x) const {
+    double sum = 0;
+    for (Index k = 0; k < problem_.features; ++k) sum += static_cast<double>(x[k]) * x[k];
+    return sum;
   }
 
   const Problem& problem_;

@@ -40,15 +40,6 @@ constexpr auto counts = [](double weight) { return weight != 0; };
 
 // ---- forward --------------------------------------------------------------------------------
 
-// state[b, :] *= rows[b].scale, which is 1 unless a nearer reference was found.
-void rescale(const Problem& problem, const Row* rows, Index count, double* state) {
-  parallel(count, problem.threads, [&](Index b, int) {
-    if (rows[b].scale == 1) return;
-    for (Index k = 0; k < problem.features; ++k)
-      state[b * problem.features + k] *= rows[b].scale;
-  });
-}
-
 template <class T, class R>
 Status forward(const Problem& problem, const Forward& out) {
   if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
@@ -73,15 +64,17 @@ Status forward(const Problem& problem, const Forward& out) {
       distances.set_chunk(begin, smaller(chunk, problem.references - begin), rows.data(), groups);
       parallel(count, problem.threads, [&](Index b, int) {
         const double nearest = distances.refine(b, rows[b]);
-        if (std::isnan(nearest))
+        if (std::isnan(nearest)) {
           rows[b].nearest = nearest;
-        else
-          merge(law, rows[b], distances.radius(b), nearest, distances.row(b), distances.count());
+          return;
+        }
+        merge(law, rows[b], distances.radius(b), nearest, distances.row(b), distances.count());
+        if (rows[b].scale != 1)
+          for (Index k = 0; k < features; ++k) sums[b * features + k] *= rows[b].scale;
       });
       if (const Status status = check_rows(rows.data(), count, first);
           status.failure != Failure::none)
         return status;
-      rescale(problem, rows.data(), count, sums.data());
       groups.arrange(count, distances.count(), problem.threads,
                      [&](Index b) { return rows[b].live; }, weights, counts);
       groups.weigh(problem.threads, weights, [&](Index b) { return rows[b].total; });

@@ -9,6 +9,19 @@
 #endif
 
 namespace pfgm {
+#ifdef PFGM_SANITIZE
+
+// Nothing is kept or rounded up: the sanitizers are to see every byte too far.
+void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
+  *capacity = bytes;
+  void* memory = nullptr;
+  return posix_memalign(&memory, 64, std::max<std::size_t>(bytes, 1)) == 0 ? memory : nullptr;
+}
+
+void release_workspace(void* block, std::size_t) { std::free(block); }
+
+#else
+
 namespace {
 
 constexpr std::size_t kKept = 64 << 20;
@@ -46,7 +59,6 @@ void* allocate(std::size_t capacity) {
 void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
   const std::size_t unit = bytes < kHugePage ? 4096 : kHugePage;
   *capacity = std::max<std::size_t>(1, (bytes + unit - 1) / unit) * unit;
-#ifndef PFGM_SANITIZE
   {
     Pool& kept = pool();
     const std::lock_guard<std::mutex> lock(kept.mutex);
@@ -60,26 +72,25 @@ void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
       return memory;
     }
   }
-#endif
   return allocate(*capacity);
 }
 
 void release_workspace(void* block, std::size_t capacity) {
-#ifndef PFGM_SANITIZE
-  if (block != nullptr && capacity <= kKept) {
-    Pool& kept = pool();
-    const std::lock_guard<std::mutex> lock(kept.mutex);
-    while (kept.total + capacity > kKept) {
-      std::free(kept.idle.front().memory);
-      kept.total -= kept.idle.front().capacity;
-      kept.idle.erase(kept.idle.begin());
-    }
-    kept.idle.push_back({block, capacity});
-    kept.total += capacity;
+  if (block == nullptr || capacity > kKept) {
+    std::free(block);
     return;
   }
-#endif
-  std::free(block);
+  Pool& kept = pool();
+  const std::lock_guard<std::mutex> lock(kept.mutex);
+  while (kept.total + capacity > kKept) {
+    std::free(kept.idle.front().memory);
+    kept.total -= kept.idle.front().capacity;
+    kept.idle.erase(kept.idle.begin());
+  }
+  kept.idle.push_back({block, capacity});
+  kept.total += capacity;
 }
+
+#endif
 
 }  // namespace pfgm

@@ -136,9 +136,12 @@ def posterior_mean(
         lse = log Σ_j exp ℓ_j,   mean = Σ_j exp(ℓ_j − lse) x_j
 
     (PFGM++, arXiv 2302.04265, section 3; Stable Target Field, arXiv 2302.00670, equation 7). A
-    (B, M, N) tensor is never built: extra memory is a constant plus the results. Differentiable
-    once in x, r or sigma, and references. On a reference at r = 0, or at sigma = 0 with D = ∞, the
-    result is the limit: the average of the coincident (nearest) references.
+    (B, M, N) tensor is never built: extra memory is a constant plus the results. On the CPU that is
+    at most 64 MiB, or a few rows of x where N is in the millions, and it is kept for the next call.
+    References whose weights together are below the rounding of the result are left out there, which
+    is where its speed comes from. Differentiable once in x, r or sigma, and references. On a
+    reference at r = 0, or at sigma = 0 with D = ∞, the result is the limit: the average of the
+    coincident (nearest) references.
 
     Args:
         x: (B, *S) points, float32 or float64; half precision is computed, and returned, in float32.

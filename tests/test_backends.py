@@ -1,12 +1,18 @@
-"""Which backend computes: what can run, why the others cannot, and who is asked first."""
+"""Which backend computes: what can run, why the others cannot, and who is asked first; and that it
+does not matter which."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 import pfgm
 from pfgm import posterior_mean
@@ -165,3 +171,164 @@ def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
     monkeypatch.setenv("PFGM_BACKEND", "native")
     with pytest.raises(RuntimeError, match=r"^PFGM_BACKEND='native' cannot run here: .*on cuda"):
         choose(None, CUDA, torch.float32)
+
+
+# ---- that it does not matter which ----
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8]
+# Powers of two: about 1e-40 (subnormal in float32), 1, 1e18 and 1e30.
+SCALES = [2.0**-133, 1.0, 2.0**60, 2.0**100]
+LAYOUTS = ["plain", "transposed", "sliced", "expanded"]
+
+
+class Drawn(NamedTuple):
+    x: Tensor
+    references: Tensor
+    sigma: Tensor
+    D: float
+    generator: torch.Generator
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The values, or the first row for all, in memory of that layout."""
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    if layout == "sliced":
+        whole = values.new_ones(2 * values.shape[0], 3 * values.shape[1])
+        return whole[::2, ::3].copy_(values)
+    return values[:1].expand(values.shape) if layout == "expanded" else values
+
+
+@st.composite
+def drawn(draw, scales, points, levels):
+    """References on a grid, so that ties are exact; some or all of them equal."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    N = draw(st.integers(1, 40) | st.sampled_from([520, 600]))
+    B = draw(st.integers(1 if N <= 40 else 8, 12))
+    M = draw(st.integers(1, 80))
+    dtype, reference_dtype = draw(st.sampled_from(DTYPES[:2])), draw(st.sampled_from(DTYPES))
+    scale = draw(st.sampled_from(scales))
+    distinct = draw(st.sampled_from([1, M // 4 + 1, M]))
+    grid = torch.randint(0, 129, (distinct, N), generator=generator)
+    if reference_dtype == torch.uint8:
+        references = grid.to(torch.uint8)
+    else:
+        references = ((grid.double() / 64 - 1) * scale).to(reference_dtype)
+    references = references[torch.randint(0, distinct, (M,), generator=generator)]
+    references = laid_out(references, draw(st.sampled_from(LAYOUTS)))
+
+    y = reference.dequantise(references, torch.float64)
+    size = 1.0 if reference_dtype == torch.uint8 else scale
+    first, second = y[torch.randint(0, M, (2, B), generator=generator)]
+    noise = 0.2 * size * torch.randn(B, N, generator=generator, dtype=torch.float64)
+    # Bytes are not on a grid of binary numbers: what is nearest in a tie is decided by rounding.
+    if reference_dtype == torch.uint8:
+        points = [name for name in points if name != "tie"]
+    named = {"near": first + noise, "on": first, "tie": (first + second) / 2}
+    chosen = draw(st.lists(st.sampled_from(points), min_size=B, max_size=B))
+    x = torch.stack([named[name][b] for b, name in enumerate(chosen)]).to(dtype)
+    x = laid_out(x, draw(st.sampled_from(LAYOUTS)))
+    level = draw(st.lists(st.sampled_from(levels), min_size=B, max_size=B))
+    D = draw(st.sampled_from([0.5, 1.0, 64.0, 1e6, math.inf]))
+    return Drawn(x, references, size * torch.tensor(level, dtype=torch.float64), D, generator)
+
+
+def names(dtype):
+    return [name for name, answer in available(CPU, dtype).items() if answer.usable]
+
+
+def radius_of(problem):
+    return problem.sigma * (1 if math.isinf(problem.D) else math.sqrt(problem.D))
+
+
+def result_of(problem, name):
+    """Mean and log-sum-exp, or what the ValueError says."""
+    x, references, sigma, D, _ = problem
+    try:
+        return posterior_mean(x, references, sigma=sigma, D=D, return_logsumexp=True, backend=name)
+    except ValueError as error:
+        return str(error)
+
+
+def limit(point, y, D):
+    """The nearest references' average; log-sum-exp at sigma = 0, D = ∞, and at s = 0."""
+    squared = (point - y).square().sum(1)
+    nearest = squared == squared.min()
+    on = squared.min() == 0
+    lse = math.inf if not math.isinf(D) else math.log(nearest.sum()) if on else -math.inf
+    return y[nearest].mean(0), lse
+
+
+def expectation(problem, oracle):
+    """Mean and log-sum-exp, with the limits where the formula has none."""
+    x, references, _, D, _ = problem
+    # Contiguous, or torch may sum equal rows in another order.
+    radius, y = radius_of(problem), reference.dequantise(references, torch.float64).contiguous()
+    mean, lse = torch.empty(x.shape, dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
+    for b, point in enumerate(x.double()):
+        on = bool((point == y).all(1).any())
+        if radius[b] == 0 and (on or math.isinf(D)):
+            mean[b], lse[b] = limit(point, y, D)
+        else:
+            row = slice(b, b + 1)
+            mean[row], lse[row] = oracle(x[row], references, radius[row], D)
+    return mean, lse
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(problem=drawn(SCALES, ["near", "on", "tie"], [0.0, 0.01, 0.1, 1.0, 1000.0]))
+def test_backends_agree_with_the_oracle(oracle, problem):
+    x, references = problem.x, problem.references
+    results = {name: result_of(problem, name) for name in names(x.dtype)}
+    if not (x.isfinite().all() and references.isfinite().all()):
+        messages = set(results.values())
+        assert len(messages) == 1
+        assert "NaN or infinity" in messages.pop()
+        return
+    tolerance = 2e-5 if x.dtype == torch.float32 else 1e-9
+    wanted_mean, wanted_lse = expectation(problem, oracle)
+    largest = reference.dequantise(references, torch.float64).norm(dim=1).max()
+    # Each product of a weight and a subnormal number is rounded to the smallest of them.
+    grain = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
+    allowed = tolerance * largest + grain * len(references) * x.shape[1] ** 0.5
+    for name, (mean, lse) in results.items():
+        assert ((mean.double() - wanted_mean).norm(dim=1) <= allowed).all(), name
+        error = torch.where(lse == wanted_lse, 0.0, (lse - wanted_lse).abs())
+        assert (error <= tolerance * wanted_lse.abs().clamp(min=1)).all(), name
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(problem=drawn([1.0], ["near"], [0.2, 0.5, 1.0, 30.0]))
+def test_gradients_of_backends_agree_with_the_oracle(oracle_gradients, problem):
+    x, references, sigma, D, generator = problem
+    G = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    # With sigma² the score weighs as much as the gradient of the mean.
+    g = sigma.square().clamp(max=1) * torch.randn(len(x), generator=generator, dtype=torch.float64)
+    grad_x, grad_y, grad_radius = oracle_gradients(x, references, radius_of(problem), D, G, g)
+    wanted = [grad_x, grad_radius * radius_of(problem) / sigma]
+    inputs = [x.detach().requires_grad_(), sigma.detach().requires_grad_()]
+    if references.is_floating_point():
+        references = references.detach().requires_grad_()
+        inputs.append(references)
+        wanted.append(grad_y)
+    # float32's mean, which the backward pass is given, shows where many references are equal.
+    tolerance = 1e-4 if x.dtype == torch.float32 else 1e-9
+    for name in names(x.dtype):
+        mean, lse = posterior_mean(
+            inputs[0], references, sigma=inputs[1], D=D, return_logsumexp=True, backend=name
+        )
+        gradients = torch.autograd.grad((mean, lse), inputs, (G, g))
+        for index, (actual, expected) in enumerate(zip(gradients, wanted, strict=True)):
+            # In a reference's gradient parts of many points, of the size of G / M, may cancel.
+            part = G.double().norm().item() / len(references) if index == 2 else 0.0
+            assert_gradient(
+                actual, expected, max(tolerance, 2 * torch.finfo(actual.dtype).eps), part
+            )
+
+
+def assert_gradient(actual, expected, tolerance, part):
+    """Relative to the row, or to the typical row where large terms cancel in it."""
+    actual, expected = (t.double().reshape(len(t), -1) for t in (actual, expected))
+    rows = expected.norm(dim=1)
+    floor = (expected.norm() / len(rows) ** 0.5).clamp(min=part)
+    assert ((actual - expected).norm(dim=1) <= tolerance * torch.maximum(rows, floor)).all()

@@ -214,6 +214,22 @@ def test_every_uint8_is_read_right(isa):
         assert (mean[0] - (values.double() / 127.5 - 1)).abs().max() <= error
 
 
+@pytest.mark.parametrize("copies", [1, 17, 3000])
+@pytest.mark.parametrize("N", [1, 40, 600])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_references_that_float32_does_not_hold(dtype, N, copies):
+    # x is a reference rounded to float32, at a distance that only float64 can tell.
+    one = torch.full((1, N), 3, dtype=torch.uint8)
+    exact = one.double() / 127.5 - 1
+    references = (one if dtype == torch.uint8 else exact).expand(copies, N)
+    x = exact.float().expand(9, N)
+    mean, lse = forward(x, references, torch.zeros(9).double(), 1.0)
+    squared = (x[0].double() - exact[0]).square().sum()
+    expected = math.log(copies) - (N + 1) / 2 * math.log(squared)
+    torch.testing.assert_close(lse, torch.full_like(lse, expected), rtol=1e-9, atol=0)
+    assert (mean - exact).abs().max() <= 2e-7
+
+
 # ---- the accuracy contract ----
 
 

@@ -83,3 +83,10 @@ def test_readme_commands_are_those_that_are_tested():
     install = "    python3 -m venv .venv && .venv/bin/pip install "
     assert f"{install}'.[demo]' && .venv/bin/pfgm demo\n" in text
     assert f"{install}-e '.[test]' && .venv/bin/pytest\n" in text
+
+
+def test_the_readme_shows_the_stored_benchmarks():
+    import report  # benchmarks/ is on the path (pyproject.toml)
+
+    text = report.README.read_text()
+    assert report.with_report(text) == text, "run python benchmarks/report.py --write"

@@ -102,7 +102,7 @@ def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tenso
     if failure == _SINGULAR:
         raise ValueError(singular_message(row))
     if failure == _MEMORY:
-        raise MemoryError("posterior_mean: no memory for its workspace of at most 64 MiB.")
+        raise MemoryError("posterior_mean: no memory for its workspace.")
 
 
 def posterior_mean(
