@@ -14,7 +14,7 @@ namespace PFGM_ISA {
 namespace {
 
 constexpr Index kListed = 512;       // with fewer features all pairs are computed at once
-constexpr Index kScreened = 8;       // with fewer queries a screen costs more than it saves
+constexpr Index kScreened = 48;      // with fewer queries a screen costs more than it saves
 constexpr Index kChunkBytes = 16 << 20;  // of references, so that a cache holds them for all passes
 constexpr Index kFew = 16;           // so many near references are worth their digits in any case
 constexpr double kDead = std::numeric_limits<double>::max();  // in place of distances not needed
