@@ -37,8 +37,12 @@ def native_one_thread(case: Case) -> Forward:
 
 def native_bytes(case: Case) -> Forward:
     """The same images as uint8, a quarter of the memory."""
-    references = ((case.references + 1) * 127.5).round().to(torch.uint8)
+    references = to_bytes(case.references)
     return lambda: _native(case, references)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 def _native(case: Case, references: Tensor) -> Result:

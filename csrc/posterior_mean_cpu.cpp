@@ -230,7 +230,7 @@ Status check_singular(const Problem& problem, const Law& law, const Backward& io
 }
 
 // A gradient weighs p_j by (y_j − mean)²/s, which may be large: its p_j have so many more nats.
-constexpr double kGradientDigits = 12;
+constexpr double kGradientDigits = 8;
 
 template <class T, class R>
 Status backward(const Problem& problem, const Backward& io) {

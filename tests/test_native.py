@@ -350,10 +350,10 @@ def built_to_defeat(name, N, dtype):
         references = base + 300 + 0.01 * steps * noise(900, N).sign()
         x = references[::19] + 1e-3 * noise(48, N)
     elif name == "bound is nothing":  # the same mean and deviation in every line
-        order = torch.rand(900, N // 16, 16, generator=generator).argsort(2)
-        lines = base[: N // 16 * 16].view(1, -1, 16).expand(900, -1, -1)
+        order = torch.rand(900, N // 32, 32, generator=generator).argsort(2)
+        lines = base[: N // 32 * 32].view(1, -1, 32).expand(900, -1, -1)
         references = base.repeat(900, 1)
-        references[:, : N // 16 * 16] = lines.gather(2, order).flatten(1)
+        references[:, : N // 32 * 32] = lines.gather(2, order).flatten(1)
     elif name == "nearest comes last":
         references = base + steps.flip(0) * noise(900, N)
     elif name == "one is enormous":
