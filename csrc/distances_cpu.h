@@ -96,8 +96,8 @@ class Distances {
     const auto y = [&](Index j) { return reference(j); };
     const auto out = [&](Index b) { return row(b); };
     if (!listed_) {
-      dense_.distances(queries_count_, count, problem_.features,
-                       [&](Index b) { return queries_.at(b * padded_); }, y, out);
+      const auto x = [&](Index b) { return queries_.at(b * padded_); };
+      dense_.template sum<Distance>(queries_count_, count, problem_.features, x, x, y, out);
       return;
     }
     if (screened_) screen_.bound(count, y, out);
@@ -152,6 +152,8 @@ class Distances {
   const T* query(Index b) const {
     return static_cast<const T*>(problem_.x) + (first_query_ + b) * problem_.x_stride;
   }
+  // Whether all pairs are computed at once.
+  bool dense() const { return !listed_; }
   double radius(Index b) const { return problem_.radius[first_query_ + b]; }
   Index count() const { return count_; }
 

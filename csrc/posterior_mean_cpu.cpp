@@ -155,29 +155,31 @@ void probabilities(const Law& law, Row& row, double radius, const double* square
 }
 
 // t_j → c_j in place, for g added to t; returns the chunk's part of the moment, and a bound of
-// Σ |c_j| whose inverse is finite.
+// Σ |c_j| whose inverse is finite. All arrays are padded.
 double coefficients(const Law& law, const Row& row, double radius, double g, const double* squared,
                     const double* p, double* t, Index count, double* bound) {
   *bound = 1e-300;
   if (row.live == 0) return 0;
-  double moment = 0;
-  for (Index j = 0; j < count; ++j) {
-    if (p[j] == 0) {
-      t[j] = 0;
-      continue;
-    }
-    const double weighted = p[j] * (t[j] + g), excess = squared[j] - row.nearest;
+  Doubles moment = {}, size = {};
+  for (Index j = 0; j < padded_count(count); j += kDoubles) {
+    const Doubles probability = vector_at(p + j), s = vector_at(squared + j);
+    // Where p = 0, t may be anything.
+    const Doubles weighted = probability == 0.0 ? Doubles{} : probability * (vector_at(t + j) + g);
+    const Doubles excess = s - row.nearest;
+    Doubles c;
     if (law.gaussian) {
-      t[j] = -weighted / radius / radius;
-      moment -= t[j] * excess;
+      c = -weighted / radius / radius;
+      moment -= c * excess;
     } else {
-      const double s = squared[j] + radius * radius;
-      t[j] = -2 * law.exponent * weighted / s;
-      moment += weighted * (excess / s);
+      const Doubles share = weighted / (s + radius * radius);
+      c = -2.0 * law.exponent * share;
+      moment += share * excess;
     }
-    *bound += std::fabs(t[j]);
+    vector_at(t + j) = c;
+    size += c > 0.0 ? c : -c;
   }
-  return moment;
+  *bound += sum_of(size);
+  return sum_of(moment);
 }
 
 // What a query needs beside its sum over references: C and ∂L/∂radius.
@@ -242,13 +244,14 @@ Status backward(const Problem& problem, const Backward& io) {
   Distances<T, R> distances(problem, law, block);
   typename Distances<T, R>::Lists lists(block);
   Groups<T, kGradientRows> groups(block);
+  DenseTiles<T> dense(problem.threads);
   PairTiles<T, R, kGradientRows> projections(problem.threads);
   WeightedSums<T, R, kGradientRows, true> weighted(problem);
   Buffer<double> sums(io.grad_x ? block * features : 0), p(block * kStride), c(block * kStride);
   Buffer<double> moments(block), bounds(block);
   Buffer<Row> rows(block);
-  if (!distances || !lists || !groups || !projections || !weighted || !sums || !p || !c || !moments ||
-      !bounds || !rows)
+  if (!distances || !lists || !groups || !dense || !projections || !weighted || !sums || !p || !c ||
+      !moments || !bounds || !rows)
     return {Failure::memory, 0};
   if (io.grad_y) std::memset(io.grad_y, 0, problem.references * features * sizeof(T));
   const auto row_of = [](const Buffer<double>& values) {
@@ -286,15 +289,20 @@ Status backward(const Problem& problem, const Backward& io) {
         }
         probabilities(law, rows[b], distances.radius(b), distances.row(b), p.at(b * kStride),
                       distances.count());
-        std::memset(c.at(b * kStride), 0, distances.count() * sizeof(double));
+        std::memset(c.at(b * kStride), 0, padded_count(distances.count()) * sizeof(double));
       });
       if (const Status status = check_rows(rows.data(), count, first);
           status.failure != Failure::none)
         return status;
       groups.arrange(count, distances.count(), problem.threads,
                      [&](Index b) { return rows[b].live; }, row_of(p), counts);
-      projections.add(groups, distances.count(), features,
-                      [&](Index j) { return distances.reference(j); }, project, row_of(c));
+      const auto y = [&](Index j) { return distances.reference(j); };
+      if (distances.dense())
+        dense.template sum<Projection>(
+            count, distances.count(), features, [&](Index b) { return mean + b * features; },
+            [&](Index b) { return grad + b * features; }, y, row_of(c));
+      else
+        projections.add(groups, distances.count(), features, y, project, row_of(c));
       parallel(count, problem.threads, [&](Index b, int) {
         moments[b] += coefficients(law, rows[b], distances.radius(b), io.grad_logsumexp[first + b],
                                    distances.row(b), p.at(b * kStride), c.at(b * kStride),

@@ -59,9 +59,9 @@ class Screen {
     longest_ = 0;
     for (Index j = 0; j < count; ++j)
       if (!(reference_norms_[j] <= longest_)) longest_ = reference_norms_[j];  // NaN stays
-    tiles_.distances(
-        queries_count_, count, width_, [&](Index b) { return queries_.at(b * width_); },
-        [&](Index j) { return references_.at(j * width_); }, out);
+    const auto x = [&](Index b) { return queries_.at(b * width_); };
+    tiles_.template sum<Distance>(queries_count_, count, width_, x, x,
+                                  [&](Index j) { return references_.at(j * width_); }, out);
   }
 
   // A reference of query b is farther than the squared distance `far` where its bound is above this.

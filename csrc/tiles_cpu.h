@@ -12,9 +12,25 @@ constexpr Index kPanel = 256;     // features of a packed tile
 constexpr Index kAdditions = 64;  // into one sum of T before it is merged in float64
 constexpr Index kAhead = 64;      // features of a reference fetched ahead of their use
 
-// out[q][r] += |x_q − y_r|² over n features for a tile of references; = where it is `fresh`.
-template <class T, int kRows>
-void distance_tile(const T* const* x, const T* y, Index n, bool fresh, double* const* out) {
+// What a pair adds for one feature: to its squared distance, and to g · (y − x).
+struct Distance {
+  template <class V, class T>
+  static void add(V& sum, T x, T, const V& y) {
+    const V difference = x - y;
+    sum += difference * difference;
+  }
+};
+struct Projection {
+  template <class V, class T>
+  static void add(V& sum, T x, T g, const V& y) {
+    sum += g * (y - x);
+  }
+};
+
+// out[q][r] += the sum over n features for a tile of references; = where it is `fresh`.
+template <class Term, class T, int kRows>
+void sum_features(const T* const* x, const T* const* g, const T* y, Index n, bool fresh,
+                  double* const* out) {
   using Vector = typename Simd<T>::Vector;
   constexpr Index lanes = Simd<T>::lanes, tile = Simd<T>::tile;
   for (Index begin = 0; begin < n; begin += kAdditions) {
@@ -25,10 +41,7 @@ void distance_tile(const T* const* x, const T* y, Index n, bool fresh, double* c
       Vector reference[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
       for (int q = 0; q < kRows; ++q)
-        for (int v = 0; v < kTileVectors; ++v) {
-          const Vector difference = x[q][k] - reference[v];
-          sum[q][v] += difference * difference;
-        }
+        for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
     }
     for (int q = 0; q < kRows; ++q)
       for (int v = 0; v < kTileVectors; ++v)
@@ -40,12 +53,12 @@ void distance_tile(const T* const* x, const T* y, Index n, bool fresh, double* c
   }
 }
 
-template <class T, int kRows>
-void distance_tile(Index rows, const T* const* x, const T* y, Index n, bool fresh,
-                   double* const* out) {
+template <class Term, class T, int kRows>
+void sum_features(Index rows, const T* const* x, const T* const* g, const T* y, Index n, bool fresh,
+                  double* const* out) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return distance_tile<T, kRows - 1>(rows, x, y, n, fresh, out);
-  distance_tile<T, kRows>(x, y, n, fresh, out);
+    if (rows < kRows) return sum_features<Term, T, kRows - 1>(rows, x, g, y, n, fresh, out);
+  sum_features<Term, T, kRows>(x, g, y, n, fresh, out);
 }
 
 template <class T>
@@ -55,10 +68,11 @@ class DenseTiles {
 
   explicit operator bool() const { return static_cast<bool>(packed_); }
 
-  // out(b)[j] = |x(b) − y(j)|², and whatever up to the end of a tile.
-  template <class Queries, class References, class Out>
-  void distances(Index queries, Index references, Index features, const Queries& x,
-                 const References& y, const Out& out) {
+  // out(b)[j] = Σ Term over the features, and whatever up to the end of a tile. g(b) matters to a
+  // Projection only.
+  template <class Term, class Queries, class Factors, class References, class Out>
+  void sum(Index queries, Index references, Index features, const Queries& x, const Factors& g,
+           const References& y, const Out& out) {
     const Index tiles = divide_up(references, Simd<T>::tile);
     const Index parts = parts_of(tiles, threads_, divide_up(queries, kTileQueries));
     const Index part = round_up(divide_up(queries, parts), kTileQueries);
@@ -70,26 +84,27 @@ class DenseTiles {
         const Index n = smaller(kPanel, features - k);
         pack(y, j, smaller(Simd<T>::tile, references - j), k, n, packed);
         for (Index b = first; b < last; b += kTileQueries)
-          add_rows(b, smaller(kTileQueries, last - b), last, j, k, n, packed, x, out);
+          add_rows<Term>(b, smaller(kTileQueries, last - b), last, j, k, n, packed, x, g, out);
       }
     });
   }
 
  private:
-  template <class Queries, class Out>
+  template <class Term, class Queries, class Factors, class Out>
   static void add_rows(Index b, Index rows, Index last, Index j, Index k, Index n, const T* packed,
-                       const Queries& x, const Out& out) {
-    const T* from[kTileQueries];
+                       const Queries& x, const Factors& g, const Out& out) {
+    const T *from[kTileQueries], *factor[kTileQueries];
     double* to[kTileQueries];
     for (Index q = 0; q < rows; ++q) {
       from[q] = x(b + q) + k;
+      factor[q] = g(b + q) + k;
       to[q] = out(b + q) + j;
     }
     for (Index next = b + rows; next < smaller(b + 2 * kTileQueries, last); ++next) {
       prefetch(x(next) + k, n);
       prefetch(out(next) + j, Simd<T>::tile);
     }
-    distance_tile<T, kTileQueries>(rows, from, packed, n, k == 0, to);
+    sum_features<Term, T, kTileQueries>(rows, from, factor, packed, n, k == 0, to);
   }
 
   // packed[feature][reference], zero where there is no reference.
