@@ -16,6 +16,7 @@ _ROWS: pytest.StashKey[Rows] = pytest.StashKey()
 def pytest_configure(config: pytest.Config) -> None:
     rows: Rows = defaultdict(list)
     config.stash[_ROWS] = rows
+    describe()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

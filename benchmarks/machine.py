@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -83,6 +84,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache  # before the results of this run change the tree
 def _commit() -> str:
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
