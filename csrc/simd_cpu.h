@@ -1,7 +1,7 @@
-// Vectors, element types, memory and threads for the CPU kernels. Included inside the anonymous
-// namespace's file of each instruction set: everything here has internal linkage, and no standard
-// template is instantiated, so that the linker cannot share a function compiled for AVX-512 with the
-// portable build.
+// Vectors, element types, memory and threads for the CPU kernels, compiled once per instruction set.
+// Everything in the headers *_cpu.h has internal linkage, and no standard function template is
+// instantiated, so that the linker cannot share a function compiled for AVX-512 with the portable
+// build.
 #pragma once
 #include <cmath>
 #include <cstdint>

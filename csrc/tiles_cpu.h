@@ -134,7 +134,7 @@ class DenseTiles {
   Buffer<T> packed_;
 };
 
-// ---- listed pairs: a lane takes every so manieth feature ------------------------------------
+// ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
 constexpr Index kPairReferences = 32;  // packed at a time
 // of so many features: a tile fits L1, and a lane takes no more additions than kAdditions

@@ -24,7 +24,7 @@ void release_workspace(void* block, std::size_t) { std::free(block); }
 
 namespace {
 
-constexpr std::size_t kKept = 64 << 20;
+constexpr std::size_t kKept = 48 << 20;
 constexpr std::size_t kHugePage = 2 << 20;
 
 struct Block {
@@ -35,7 +35,17 @@ struct Block {
 struct Pool {
   std::mutex mutex;
   std::vector<Block> idle;  // the longest idle first
-  std::size_t total = 0;
+  std::size_t kept = 0;     // bytes that are idle
+  std::size_t used = 0;     // bytes handed out
+
+  // Frees idle blocks until `more` bytes would stay within kKept, or none is left.
+  void make_room(std::size_t more) {
+    while (!idle.empty() && kept + used + more > kKept) {
+      std::free(idle.front().memory);
+      kept -= idle.front().capacity;
+      idle.erase(idle.begin());
+    }
+  }
 };
 
 // Never destroyed: a thread may still compute while the process exits.
@@ -60,35 +70,35 @@ void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
   const std::size_t unit = bytes < kHugePage ? 4096 : kHugePage;
   *capacity = std::max<std::size_t>(1, (bytes + unit - 1) / unit) * unit;
   {
-    Pool& kept = pool();
-    const std::lock_guard<std::mutex> lock(kept.mutex);
+    Pool& shared = pool();
+    const std::lock_guard<std::mutex> lock(shared.mutex);
+    shared.used += *capacity;
     const auto fitting =
-        std::find_if(kept.idle.begin(), kept.idle.end(),
+        std::find_if(shared.idle.begin(), shared.idle.end(),
                      [&](const Block& block) { return block.capacity == *capacity; });
-    if (fitting != kept.idle.end()) {
+    if (fitting != shared.idle.end()) {
       void* memory = fitting->memory;
-      kept.total -= fitting->capacity;
-      kept.idle.erase(fitting);
+      shared.kept -= *capacity;
+      shared.idle.erase(fitting);
       return memory;
     }
+    shared.make_room(0);
   }
   return allocate(*capacity);
 }
 
 void release_workspace(void* block, std::size_t capacity) {
-  if (block == nullptr || capacity > kKept) {
+  Pool& shared = pool();
+  const std::lock_guard<std::mutex> lock(shared.mutex);
+  shared.used -= capacity;
+  if (block == nullptr) return;
+  shared.make_room(capacity);
+  if (shared.kept + shared.used + capacity > kKept) {
     std::free(block);
     return;
   }
-  Pool& kept = pool();
-  const std::lock_guard<std::mutex> lock(kept.mutex);
-  while (kept.total + capacity > kKept) {
-    std::free(kept.idle.front().memory);
-    kept.total -= kept.idle.front().capacity;
-    kept.idle.erase(kept.idle.begin());
-  }
-  kept.idle.push_back({block, capacity});
-  kept.total += capacity;
+  shared.idle.push_back({block, capacity});
+  shared.kept += capacity;
 }
 
 #endif

@@ -496,6 +496,30 @@ def test_memory_is_bounded_whatever_the_number_of_references():
     assert megabytes < 64
 
 
+VARYING = """
+import resource, torch
+from pfgm.backends import native
+torch.set_num_threads(2)
+x, references = torch.rand(384, 2000), torch.rand(1000, 2000)
+radius = torch.full((384,), 0.5, dtype=torch.float64)
+def call(B, N):
+    mean, *_ = native.posterior_mean(x[:B, :N], references[:, :N], radius[:B], 1.0)
+    return mean.nbytes
+call(1, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+largest = max(call(B, N) for N in range(200, 2000, 100) for B in (384, 250, 100))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - largest / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_is_bounded_when_every_call_has_another_shape():
+    done = subprocess.run(
+        [sys.executable, "-c", VARYING], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) <= 64
+
+
 @pytest.mark.parametrize("sizes", [(7, 2100, 1100), (50, 2100, 784), (391, 300, 20)])
 @pytest.mark.parametrize("D", [1.0, math.inf])
 def test_threads_do_not_change_a_bit(threads, sizes, D):
