@@ -8,15 +8,19 @@
 #include "posterior_mean.h"
 #include "weighted_sums_cpu.h"
 
+#include <vector>
+
 namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
 constexpr Index kMaxBlock = 384;  // queries a block, a multiple of every kTileQueries
+constexpr Index kSmallBlock = 64;  // with few features, so that blocks keep all threads busy
 constexpr Index kStateBytes = 24 << 20;
 
 template <class T>
 Index block_size(const Problem& problem) {
+  if (problem.features < kListed) return smaller(problem.queries, kSmallBlock);
   const Index fitting = kStateBytes / (problem.features * (sizeof(double) + sizeof(T)));
   const Index whole = fitting / kTileQueries * kTileQueries;
   return smaller(problem.queries, smaller(kMaxBlock, larger(whole, kTileQueries)));
@@ -353,15 +357,71 @@ Status with_types(const Problem& problem, const F& f) {
                                        : with_reference_type<float>(problem.reference_type, f);
 }
 
+// The index-th of an array of float32 or float64.
+template <class Void>
+Void* at(Void* array, Index index, Type type) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  const Index size = type == Type::float64 ? sizeof(double) : sizeof(float);
+  return static_cast<Byte*>(array) + index * size;
+}
+
+// With few features most steps are too short to share between threads: each takes blocks of queries
+// from the beginning to the end. The blocks are the same either way, and so is every bit.
+constexpr int kAlone = 8;  // threads with a workspace of their own, at most 6 MB each
+
+template <class F>
+Status by_blocks(const Problem& problem, bool independent, const F& run) {
+  const Index blocks = divide_up(problem.queries, kSmallBlock);
+  const bool few = problem.threads > 1 && problem.threads <= kAlone && problem.threads <= blocks;
+  if (!independent || problem.features >= kListed || !few) return run(problem, 0);
+  std::vector<Status> found(blocks);
+  parallel(blocks, problem.threads, [&](Index task, int) {
+    Problem block = problem;
+    const Index first = task * kSmallBlock;
+    block.threads = 1;
+    block.queries = smaller(kSmallBlock, problem.queries - first);
+    block.x = at(problem.x, first * problem.x_stride, problem.type);
+    block.radius += first;
+    found[task] = run(block, first);
+    found[task].row += first;
+  });
+  for (const Status& status : found)
+    if (status.failure != Failure::none) return status;
+  return {};
+}
+
+Forward outputs_from(Index first, const Problem& problem, Forward out) {
+  out.mean = at(out.mean, first * problem.features, problem.type);
+  out.logsumexp += first;
+  out.nearest += first;
+  out.total += first;
+  return out;
+}
+
+Backward outputs_from(Index first, const Problem& problem, Backward io) {
+  io.grad_mean = at(io.grad_mean, first * problem.features, problem.type);
+  io.grad_logsumexp += first;
+  io.mean = at(io.mean, first * problem.features, problem.type);
+  io.nearest += first;
+  io.total += first;
+  if (io.grad_x) io.grad_x = at(io.grad_x, first * problem.features, problem.type);
+  if (io.grad_radius) io.grad_radius += first;
+  return io;
+}
+
 Status run_forward(const Problem& problem, const Forward& out) {
   return with_types(problem, [&](auto t, auto r) {
-    return forward<decltype(t), decltype(r)>(problem, out);
+    return by_blocks(problem, true, [&](const Problem& block, Index first) {
+      return forward<decltype(t), decltype(r)>(block, outputs_from(first, problem, out));
+    });
   });
 }
 
 Status run_backward(const Problem& problem, const Backward& io) {
   return with_types(problem, [&](auto t, auto r) {
-    return backward<decltype(t), decltype(r)>(problem, io);
+    return by_blocks(problem, io.grad_y == nullptr, [&](const Problem& block, Index first) {
+      return backward<decltype(t), decltype(r)>(block, outputs_from(first, problem, io));
+    });
   });
 }
 

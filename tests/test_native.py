@@ -430,11 +430,14 @@ def test_gradient_of_references_has_their_dtype(dtype):
 
 
 def everything(B, M, N, D=1.0, seed=0):
-    """All results of one problem."""
+    """All results of one problem, those of the queries' gradients without the references', too."""
     x, references, sigma = problem(B, M, N, seed=seed)
     radius = radius_of(sigma, D)
     G, g = x.cos(), sigma.cos()
-    return *forward(x, references, radius, D), *backward(x, references, radius, D, G, g)
+    result = forward(x, references, radius, D)
+    every = backward(x, references, radius, D, G, g)
+    without = backward(x, references, radius, D, G, g, needs=(True, True, False))
+    return *result, *every, *without[:2]
 
 
 def assert_same(actual, expected):
@@ -456,8 +459,8 @@ def test_outputs_are_written_whole(isa, monkeypatch):
 SCRIPT = """
 import hashlib, math, resource, sys, torch
 from pfgm.backends import native
-torch.set_num_threads(2)
-B, M, N = map(int, sys.argv[1:])
+threads, B, M, N = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
 generator = torch.Generator().manual_seed(0)
 x = torch.rand(B, N, generator=generator)
 references = torch.rand(M, N, generator=generator)
@@ -485,14 +488,15 @@ def run_script(*sizes, **environment):
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss and MALLOC_PERTURB_ are Linux's")
 def test_results_do_not_depend_on_uninitialised_memory():
     # glibc fills what it hands out with the complement of this byte, and what is freed with it.
-    digests = {run_script(37, 2100, 21, MALLOC_PERTURB_=str(byte))[1] for byte in (1, 128)}
+    digests = {run_script(2, 37, 2100, 21, MALLOC_PERTURB_=str(byte))[1] for byte in (1, 128)}
     assert len(digests) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-def test_memory_is_bounded_whatever_the_number_of_references():
-    # A (B, M) matrix alone would be 122 MB, a (B, M, N) tensor 245 MB in float32.
-    megabytes, _ = run_script(256, 60_000, 4)
+@pytest.mark.parametrize("threads", [2, 8, 9])
+def test_memory_is_bounded_whatever_the_number_of_references(threads):
+    # A (B, M) matrix alone would be 245 MB, a (B, M, N) tensor 492 MB in float32.
+    megabytes, _ = run_script(threads, 576, 60_000, 4)
     assert megabytes < 64
 
 

@@ -296,13 +296,13 @@ void run(const Case& c, const Inputs& in, int threads, unsigned needs) {
 }
 
 std::vector<Case> cases() {
-  // At tile edges (queries 4, 6; references 64, 2048; features 16, 512), at a block's 384 queries,
-  // and above 512 features, where lower bounds are found for 48 queries or more.
+  // At tile edges (queries 4, 6; references 64, 2048; features 16, 512), at a block's 64 and 384
+  // queries, and above 512 features, where lower bounds are found for 48 queries or more.
   constexpr Index shapes[][3] = {
       {1, 1, 1},    {2, 1, 3},    {3, 2, 5},     {5, 63, 16},  {6, 64, 17},   {7, 65, 31},
       {12, 128, 33}, {13, 129, 63}, {4, 5, 511}, {48, 70, 512}, {49, 65, 513}, {48, 33, 527},
       {53, 90, 528}, {7, 66, 1025}, {6, 2047, 3}, {6, 2048, 8}, {7, 2049, 15}, {3, 4100, 2},
-      {385, 6, 4},  {391, 70, 2}, {50, 2050, 514}, {48, 400, 6000}};
+      {385, 6, 4},  {391, 70, 2}, {386, 5, 520}, {50, 2050, 514}, {48, 400, 6000}};
   std::vector<Case> found;
   for (const auto& [B, M, N] : shapes) {
     const bool small = B * M * N < 50000;
