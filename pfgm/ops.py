@@ -16,23 +16,27 @@ from torch import Tensor
 
 from .backends import choose, requested
 from .backends.reference import OdeStep, ode_step_formula, wide_dtype
+from .backends.reference import normalised_field as normalised_field_formula
 
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 _library = torch.library.Library("pfgm", "DEF")
 _library.define(
-    "posterior_mean(Tensor x, Tensor references, Tensor radius, float D, str? backend=None)"
-    " -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
+    "posterior_mean(Tensor x, Tensor references, Tensor radius, float D, str? backend=None,"
+    " str precision='high') -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
 )
 _library.define(
     "posterior_mean_backward(Tensor grad_mean, Tensor grad_logsumexp, Tensor x, Tensor references,"
     " Tensor radius, Tensor mean, Tensor nearest, Tensor total, float D, bool[] needs,"
-    " str? backend=None)"
+    " str? backend=None, str precision='high')"
     " -> (Tensor grad_x, Tensor grad_references, Tensor grad_radius)"
 )
 
 
-def _check(x: Tensor, references: Tensor, radius: Tensor, D: float) -> None:
+PRECISIONS = ("high", "medium")
+
+
+def _check(x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str) -> None:
     if x.ndim != 2 or references.ndim != 2 or x.shape[1] != references.shape[1]:
         raise ValueError(
             f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
@@ -61,22 +65,34 @@ def _check(x: Tensor, references: Tensor, radius: Tensor, D: float) -> None:
         )
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
 
 
 def _posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, backend: str | None = None
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    backend: str | None = None,
+    precision: str = "high",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, references, radius, D)
-    chosen = choose(backend, x.device, x.dtype)
+    _check(x, references, radius, D, precision)
+    chosen = choose(backend, x.device, x.dtype, references.dtype)
     if x.shape[0] == 0:
         return _posterior_mean_fake(x, references, radius, D)
-    return chosen.posterior_mean(x, references, radius, D)
+    return chosen.posterior_mean(x, references, radius, D, precision)
 
 
 def _posterior_mean_fake(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, backend: str | None = None
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    backend: str | None = None,
+    precision: str = "high",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, references, radius, D)
+    _check(x, references, radius, D, precision)
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
     logsumexp, nearest, total = (torch.empty_like(radius) for _ in range(3))
     return mean, logsumexp, nearest, total
@@ -94,6 +110,7 @@ def _posterior_mean_backward(
     D: float,
     needs: list[bool],
     backend: str | None = None,
+    precision: str = "high",
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0:
         gradients: tuple[Tensor | None, ...] = (
@@ -102,7 +119,7 @@ def _posterior_mean_backward(
             torch.zeros_like(radius),
         )
     else:
-        chosen = choose(backend, x.device, x.dtype)
+        chosen = choose(backend, x.device, x.dtype, references.dtype)
         gradients = chosen.posterior_mean_backward(
             grad_mean,
             grad_logsumexp,
@@ -114,6 +131,7 @@ def _posterior_mean_backward(
             total,
             D,
             (needs[0], needs[1], needs[2]),
+            precision,
         )
     grad_x, grad_references, grad_radius = (
         gradient if needed and gradient is not None else x.new_empty(0)
@@ -134,6 +152,7 @@ def _posterior_mean_backward_fake(
     D: float,
     needs: list[bool],
     backend: str | None = None,
+    precision: str = "high",
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_references, grad_radius = (
         torch.empty_like(of, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
@@ -143,7 +162,7 @@ def _posterior_mean_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, references, radius, ctx.D, ctx.backend = inputs
+    x, references, radius, ctx.D, ctx.backend, ctx.precision = inputs
     mean, _, nearest, total = output
     ctx.save_for_backward(x, references, radius, mean, nearest, total)
     ctx.mark_non_differentiable(nearest, total)
@@ -154,10 +173,10 @@ def _gradient(
 ) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.pfgm.posterior_mean_backward(
-        grad_mean, grad_logsumexp, *ctx.saved_tensors, ctx.D, needs, ctx.backend
+        grad_mean, grad_logsumexp, *ctx.saved_tensors, ctx.D, needs, ctx.backend, ctx.precision
     )
     wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, None)
+    return (*wanted, None, None, None)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,13 +206,65 @@ torch.library.register_autograd(
 
 
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, backend: str | None
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    backend: str | None,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """The op with the backend settled now, so that its backward pass uses the same one."""
     mean, logsumexp, _, _ = torch.ops.pfgm.posterior_mean(
-        x, references, radius, D, backend or requested()
+        x, references, radius, D, backend or requested(), precision
     )
     return mean, logsumexp
+
+
+# ---- the normalised field --------------------------------------------------------------------
+#
+# x and mean (B, N) share one dtype, z (B,) is float64. Without a gradient, as the ODE step.
+
+_library.define(
+    "normalised_field(Tensor x, Tensor z, Tensor mean, float gamma, str? backend=None)"
+    " -> (Tensor field_x, Tensor field_z)"
+)
+
+
+def _normalised_field(
+    x: Tensor, z: Tensor, mean: Tensor, gamma: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_like("mean", mean, x, x.shape, x.dtype)
+    _check_like("z", z, x, x.shape[:1], wide_dtype(x.device))
+    if x.shape[0] == 0:
+        return _normalised_field_fake(x, z, mean, gamma)
+    return choose(backend, x.device, x.dtype).normalised_field(x, z, mean, gamma)
+
+
+def _normalised_field_fake(
+    x: Tensor, z: Tensor, mean: Tensor, gamma: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1])
+
+
+def _no_field_gradient(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("torch.ops.pfgm.normalised_field has no gradient; pfgm.field_fn has one.")
+
+
+_library.impl("normalised_field", _normalised_field, "CompositeExplicitAutograd")
+torch.library.register_fake("pfgm::normalised_field", _normalised_field_fake, lib=_library)
+torch.library.register_autograd(
+    "pfgm::normalised_field", _no_field_gradient, setup_context=_save_nothing, lib=_library
+)
+
+
+def normalised_field(
+    x: Tensor, z: Tensor, mean: Tensor, gamma: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """The op or, where a gradient is wanted, the formula in operations that have one."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, z, mean)):
+        return normalised_field_formula(x, z, mean, gamma)
+    field_x, field_z = torch.ops.pfgm.normalised_field(x, z, mean, gamma, backend or requested())
+    return field_x, field_z
 
 
 # ---- the ODE step ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, reference, triton
 from .reference import OdeStep
 
 __all__ = [
@@ -33,17 +33,19 @@ __all__ = [
 class Backend(Protocol):
     """What every backend module provides; shapes as in :mod:`pfgm.ops`."""
 
-    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None, or why tensors of this device and dtype cannot be computed."""
+    def supports(
+        self, device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
+    ) -> str | None:
+        """None, or why tensors of this device and dtype, and references of theirs, cannot be."""
 
     def describe(self) -> str:
         """One line on how it computes, for ``pfgm info``."""
 
     def posterior_mean(
-        self, x: Tensor, references: Tensor, radius: Tensor, D: float
+        self, x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest reference and
-        total weight relative to it, each (B,)."""
+        total weight relative to it, each (B,). Precision is the least that is asked for."""
 
     def posterior_mean_backward(
         self,
@@ -57,8 +59,14 @@ class Backend(Protocol):
         total: Tensor,
         D: float,
         needs: tuple[bool, bool, bool],
+        precision: str = "high",
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, references and radius, None where not needed."""
+
+    def normalised_field(
+        self, x: Tensor, z: Tensor, mean: Tensor, gamma: float
+    ) -> tuple[Tensor, Tensor]:
+        """v_x (B, N) and v_z (B,) from x (B, N), z (B,) in float64 and mean (B, N)."""
 
     def ode_step(
         self,
@@ -75,6 +83,7 @@ class Backend(Protocol):
 
 _BACKENDS: dict[str, Backend] = {
     "native": cast(Backend, native),
+    "triton": cast(Backend, triton),
     "reference": cast(Backend, reference),
 }
 _requested: str | None = None
@@ -137,7 +146,12 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    references: torch.dtype | None = None,
+) -> Backend:
     """The backend called ``name``, else the one in ``PFGM_BACKEND``, else the first that can run.
 
     Raises:
@@ -149,10 +163,10 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
         source = "PFGM_BACKEND"
     if name:
         backend = _named(name, source)
-        if reason := backend.supports(device, dtype):
+        if reason := backend.supports(device, dtype, references):
             raise Unavailable(f"{source}={name!r} cannot run here: {reason}.")
         return backend
     for backend in _BACKENDS.values():
-        if backend.supports(device, dtype) is None:
+        if backend.supports(device, dtype, references) is None:
             return backend
     raise TypeError(f"x has dtype {dtype}; allowed are torch.float32 and torch.float64.")

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from ..checks import non_finite_message, radius_message
-from .reference import OdeStep, singular_message
+from .reference import OdeStep, normalised_field, singular_message
+
+__all__ = [
+    "build_lines",
+    "describe",
+    "extension",
+    "normalised_field",
+    "ode_step",
+    "posterior_mean",
+    "posterior_mean_backward",
+    "supports",
+]
 
 _TYPES = {
     torch.float32: 0,
@@ -44,7 +55,9 @@ def extension() -> ModuleType:
     return _native
 
 
-def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+def supports(
+    device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
+) -> str | None:
     if _native is None:
         return "pfgm was installed without its native extension (PFGM_NATIVE=0)"
     if device.type != "cpu":
@@ -106,7 +119,7 @@ def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tenso
 
 
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float
+    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
     mean = torch.empty(x.shape, dtype=x.dtype)
@@ -133,6 +146,7 @@ def posterior_mean_backward(
     total: Tensor,
     D: float,
     needs: tuple[bool, bool, bool],
+    precision: str = "high",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
     grad_mean, grad_logsumexp = grad_mean.contiguous(), grad_logsumexp.contiguous()

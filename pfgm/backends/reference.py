@@ -20,7 +20,9 @@ _PAIRS = 1 << 20  # (query, reference) pairs a chunk: 8 MiB for each (B, chunk) 
 _VALUES = 1 << 22  # reference values a chunk: 32 MiB in float64
 
 
-def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+def supports(
+    device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
+) -> str | None:
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, not {dtype}"
     return None
@@ -90,7 +92,7 @@ def _averaged(
 
 
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float
+    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean (B, N), log-sum-exp (B,) and what the backward pass takes up again: the squared distance
     of the nearest reference and the total weight relative to it, both (B,)."""
@@ -122,6 +124,7 @@ def posterior_mean_backward(
     total: Tensor,
     D: float,
     needs: tuple[bool, bool, bool],
+    precision: str = "high",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     N = x.shape[1]
     wide = x.to(wide_dtype(x.device))
@@ -130,11 +133,8 @@ def posterior_mean_backward(
     upstream = grad_mean.to(wide.dtype)
     g = grad_logsumexp.to(wide.dtype)[:, None]
     nearest, total = nearest[:, None], total[:, None]
-    # At a limit (r = 0 on a reference, sigma = 0) the mean is locally constant.
-    logsumexp = _logsumexp(nearest, total, r, D, N)
-    regular = logsumexp.isfinite() & ((r > 0) | (not math.isinf(D)))
-    if checks_values(x.device) and bool((~regular & (g != 0)).any()):
-        raise ValueError(singular_message(int((~regular & (g != 0)).flatten().nonzero()[0])))
+    regular = ~at_limit(nearest, r, D)
+    check_singular(~regular, g)
     # Σ p G·y, which is G·mean before mean was rounded. p itself is found relative to the nearest:
     # the log-sum-exp, of the size of d²/σ², has no digits for it at a small σ.
     _, _, pull = _averaged(
@@ -180,11 +180,37 @@ def posterior_mean_backward(
     )
 
 
+def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
+    """Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score."""
+    if math.isinf(D):
+        return (radius == 0) | (nearest / radius / radius).isinf()
+    return nearest + radius.square() == 0
+
+
+def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:
+    """Raises ValueError for the first row at a limit whose log-sum-exp is to be differentiated."""
+    if checks_values(limit.device) and bool((bad := limit & (grad_logsumexp != 0)).any()):
+        raise ValueError(singular_message(int(bad.flatten().nonzero()[0])))
+
+
 def singular_message(row: int) -> str:
     return (
         f"return_logsumexp: the log-sum-exp of row {row} of x is infinite (r or sigma is 0, or so "
         "small that it underflows), where it has no gradient; use a positive r or sigma."
     )
+
+
+def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """v_x (B, N) and v_z (B,) from x (B, N), z (B,) and mean (B, N), differentiable."""
+    dtype = wide_dtype(x.device)
+    difference = x.to(dtype) - mean.to(dtype)
+    squared = difference.square().sum(1) + z.to(dtype).square()
+    # The root has no gradient at E = 0. There v = −√N E/gamma, and 0 where gamma is 0 too.
+    at_zero = squared == 0
+    root = torch.where(at_zero, 1.0, squared).sqrt()
+    norm = torch.where(at_zero, 0.0 if gamma > 0 else math.inf, root)
+    scale = -math.sqrt(x.shape[1]) / (norm + gamma)
+    return (scale[:, None] * difference).to(x.dtype), (scale * z).to(x.dtype)
 
 
 # A field's v_z is kept below −_TINY: a positive one from a network would reverse the flow.

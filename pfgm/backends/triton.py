@@ -1,0 +1,74 @@
+"""The operations as Triton kernels (kernels/, installed as :mod:`pfgm.kernels`): on any GPU that
+Triton supports and, where ``TRITON_INTERPRET=1`` is set, on the CPU in Triton's interpreter.
+
+Triton is imported at the first call, never with pfgm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..checks import check_radius, checks_values, non_finite_message
+from .reference import OdeStep, at_limit, check_singular
+
+_REFERENCES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def supports(
+    device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
+) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"its kernels run on a GPU, not on {device.type} (except under TRITON_INTERPRET=1)"
+    if dtype != torch.float32:
+        return f"it computes in float32, not {dtype}"
+    return None
+
+
+def describe() -> str:
+    return f"Triton kernels, {'in the interpreter' if interpreted() else 'compiled for the GPU'}"
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with contiguous features; rows may lie anywhere, also on one another."""
+    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    from ..kernels import normalised_field as kernels
+
+    x, mean = _rows(x), _rows(mean)
+    field_x, field_z = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(len(x))
+    kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
+    return field_x, field_z
+
+
+def ode_step(
+    step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    from ..kernels import ode_step as kernels
+
+    x, slope = _rows(step.x), _rows(step.slope)
+    history = None if step.history is None else _rows(step.history)
+    field_z = None if step.field_z is None else step.field_z.contiguous()
+    levels = step.levels.contiguous() if isinstance(step.levels, Tensor) else step.levels
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not with_mean:
+        mean_out = None
+    elif mean_out is None:
+        mean_out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    step = OdeStep(x, slope, field_z, history, levels, step.gamma, step.z_exp, step.exact)
+    if len(x) > 0:
+        kernels.launch(step, out, mean_out)
+    return out, mean_out
