@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+
+OPTIONS = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -31,4 +36,58 @@ class Variant:
     """Whether matrix instructions are intended."""
     wide_loads: bool = True
     """Whether 16-byte loads from global memory are intended."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+REFERENCES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+}
+# The types of the arguments of the posterior mean's kernels, by their names.
+_POINTERS = {
+    "fp32": ("x", "upstream", "mean", "lowest", "norms", "projected", "weights", "share", "carry")
+    + ("parts", "coefficients", "probabilities", "grad_x", "grad_references"),
+    "fp64": ("radius", "squared", "nearest", "total", "logsumexp", "grad_logsumexp", "pulled")
+    + ("mass", "moment", "summed", "grad_radius"),
+    "i32": ("live",),
+    "i64": ("order",),
+}
+_NUMBERS = {
+    "i32": ("B", "M", "N", "width", "tiles", "stretch", "stretches")
+    + ("x_stride", "y_stride", "pairs_stride"),
+    "fp64": ("half", "spread", "margin", "noise", "near_nats", "floor"),
+}
+_TYPES = {name: f"*{kind}" for kind, names in _POINTERS.items() for name in names}
+_TYPES |= {name: kind for kind, names in _NUMBERS.items() for name in names}
+_DIVISIBLE = {"y", "N", "width", "stretch", "x_stride", "y_stride", "pairs_stride"}
+_DIVISIBLE |= {name for names in _POINTERS.values() for name in names}
+
+
+def variant(
+    kernel: Any,
+    constants: Mapping[str, Any],
+    references: torch.dtype | None = None,
+    products: bool = False,
+) -> Variant:
+    """A kernel of the posterior mean for this type of references. Constants may hold num_warps and
+    num_stages; N and strides are multiples of 16."""
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    types = dict(_TYPES)
+    said = [kernel.__name__]
+    if references is not None:
+        types["y"] = f"*{REFERENCES[references]}"
+        said.append(REFERENCES[references])
+    present = [name for name in kernel.arg_names if name not in constants]
+    said += [f"{name} {value}" for name, value in {**constants, **options}.items()]
+    return Variant(
+        name=", ".join(said),
+        kernel=kernel,
+        types={name: types[name] for name in present},
+        constants=constants,
+        divisible=frozenset(_DIVISIBLE.intersection(present)),
+        products=products,
+        **options,
+    )

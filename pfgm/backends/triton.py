@@ -44,6 +44,54 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
+def posterior_mean(
+    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels import posterior_mean as kernels
+
+    if checks_values(x.device):
+        check_radius(radius)
+    x, references, radius = _rows(x), _rows(references), radius.contiguous()
+    result = kernels.posterior_mean(x, references, radius, D, precision)
+    if checks_values(x.device) and bool(result[2].isnan().any()):
+        raise ValueError(non_finite_message(x, references, "x"))
+    return result
+
+
+def posterior_mean_backward(
+    grad_mean: Tensor,
+    grad_logsumexp: Tensor,
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    nearest: Tensor,
+    total: Tensor,
+    D: float,
+    needs: tuple[bool, bool, bool],
+    precision: str = "high",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from ..kernels import posterior_mean_backward as kernels
+
+    check_singular(at_limit(nearest, radius, D), grad_logsumexp)
+    grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
+        grad_mean.contiguous(),
+        grad_logsumexp.contiguous(),
+        _rows(x),
+        _rows(references),
+        radius.contiguous(),
+        mean.contiguous(),
+        nearest.contiguous(),
+        total.contiguous(),
+        D,
+        needs,
+        precision,
+    )
+    if grad_references is not None:
+        grad_references = grad_references.to(references.dtype)
+    return grad_x, grad_references, grad_radius
+
+
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     from ..kernels import normalised_field as kernels
 

@@ -1,0 +1,515 @@
+"""Squared distances between a block of queries and a chunk of references, in Triton.
+
+1. ``distances``: |x_b − y_j|² from matrix products, |x|² + |y|² − 2 x·y, or, for few queries or
+   features, from ``differences``; the least of each tile; and G·y where the backward pass asks.
+2. ``refine``: products lose the digits that the exponent (N + D)/2 multiplies. What lies near the
+   minimum is computed again, from differences in float64, where it decides the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tuning import Choice, Config
+from .variant import REFERENCES, Variant, variant
+
+PAIRS = 1 << 21  # of queries and references in a chunk: 12 bytes each, 20 in the backward pass
+PARTS = 1 << 22  # values of a block's sums
+ROWS = 4096  # queries of a block, at most
+FEW = 16  # tiles near the minimum: so few are computed again in any case
+NEAR = 20.0  # nats: what weighs less than e^-20 of the largest needs no more digits
+SEGMENT = 4  # tiles of references that a program of ``refine`` looks at
+SWEEP = 256  # tiles that it reads the minima of at a time
+
+
+@triton.jit
+def load_references(pointers, mask, dtype: tl.constexpr):
+    """References as floating point, zero where masked; bytes mean u/127.5 − 1."""
+    values = tl.load(pointers, mask=mask, other=0)
+    if values.dtype == tl.uint8:
+        floating = tl.where(mask, values.to(dtype) / 127.5 - 1.0, 0.0).to(dtype)
+    else:
+        floating = values.to(dtype)
+    return floating
+
+
+@triton.jit
+def finish_distances(
+    distance, norm, squared, lowest, norms, row, column, B, M, width, pairs_stride, tiles
+):
+    """Stores distances, the least of the tile for each query, and the squares of the queries.
+
+    Infinite distances fill the last 16 references up, so that rows are read in whole accesses.
+    """
+    known = (row < B)[:, None] & (column < M)[None, :]
+    distance = tl.where(distance < 0.0, 0.0, distance)
+    place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
+    filled = tl.where(known, distance, float("inf")).to(tl.float64)
+    tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
+    finite = distance < float("inf")
+    least = tl.min(tl.where(known & finite, distance, float("inf")), 1)
+    # −inf calls for a look at the tile: float32 could not hold one of its distances.
+    odd = tl.max((known & (finite == 0)).to(tl.int32), 1)
+    least = tl.where(odd > 0, float("-inf"), least)
+    tile = tl.program_id(1)
+    tl.store(lowest + row.to(tl.int64) * tiles + tile, least, mask=row < B)
+    tl.store(norms + row, norm, mask=row < tl.where(tile == 0, B, 0))
+
+
+@triton.jit
+def distances(
+    x,
+    upstream,
+    y,
+    squared,
+    lowest,
+    norms,
+    projected,
+    B,
+    M,
+    width,
+    N,
+    x_stride,
+    y_stride,
+    pairs_stride,
+    tiles,
+    PRECISION: tl.constexpr,
+    PROJECT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """|x|² + |y|² − 2 x·y for ROWS queries and TILE references, and G·y of the backward pass.
+
+    Tiles are references × queries, so that a batch of 16 queries fills matrix units that take 64
+    rows. Products are added up outside of them, for they round every addition toward zero: with a
+    factor, a panel's products cannot be taken for the initial value of the next.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    x_rows = x + row.to(tl.int64)[:, None] * x_stride
+    y_rows = y + column.to(tl.int64)[:, None] * y_stride
+    g_rows = upstream + row.to(tl.int64)[:, None] * N
+    distance = tl.zeros([TILE, ROWS], tl.float32)
+    projection = tl.zeros([TILE, ROWS], tl.float32)
+    of_x = tl.zeros([ROWS, PANEL], tl.float32)
+    of_y = tl.zeros([TILE, PANEL], tl.float32)
+    for k in range(0, N, PANEL):
+        feature = (k + tl.arange(0, PANEL))[None, :]
+        a = tl.load(x_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
+        b = load_references(y_rows + feature, (column < M)[:, None] & (feature < N), tl.float32)
+        of_x += a * a
+        of_y += b * b
+        distance -= 2.0 * tl.dot(b, tl.trans(a), input_precision=PRECISION)
+        if PROJECT:
+            g = tl.load(g_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
+            projection += 2.0 * tl.dot(b, tl.trans(g), input_precision=PRECISION)
+    norm = tl.sum(of_x, 1)
+    distance += tl.sum(of_y, 1)[:, None] + norm[None, :]
+    distance = tl.trans(distance)
+    finish_distances(
+        distance, norm, squared, lowest, norms, row, column, B, M, width, pairs_stride, tiles
+    )
+    if PROJECT:
+        place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
+        known = (row < B)[:, None] & (column < M)[None, :]
+        tl.store(projected + place, 0.5 * tl.trans(projection), mask=known)
+
+
+@triton.jit
+def differences(
+    x,
+    upstream,
+    y,
+    squared,
+    lowest,
+    norms,
+    projected,
+    B,
+    M,
+    width,
+    N,
+    x_stride,
+    y_stride,
+    pairs_stride,
+    tiles,
+    PROJECT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """Σ (x − y)² and G·y, as ``distances``. A float32 sum takes 256 additions, then it is merged."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    x_rows = x + row.to(tl.int64)[:, None] * x_stride
+    y_rows = y + column.to(tl.int64)[:, None] * y_stride
+    g_rows = upstream + row.to(tl.int64)[:, None] * N
+    distance = tl.zeros([ROWS, TILE], tl.float64)
+    projection = tl.zeros([ROWS, TILE], tl.float64)
+    norm = tl.zeros([ROWS], tl.float64)
+    for start in range(0, N, 256 * PANEL):
+        of_pairs = tl.zeros([ROWS, TILE, PANEL], tl.float32)
+        of_upstream = tl.zeros([ROWS, TILE, PANEL], tl.float32)
+        of_x = tl.zeros([ROWS, PANEL], tl.float32)
+        for k in range(start, min(start + 256 * PANEL, N), PANEL):
+            feature = (k + tl.arange(0, PANEL))[None, :]
+            a = tl.load(x_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
+            b = load_references(y_rows + feature, (column < M)[:, None] & (feature < N), tl.float32)
+            difference = a[:, None, :] - b[None, :, :]
+            of_pairs += difference * difference
+            of_x += a * a
+            if PROJECT:
+                g = tl.load(g_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
+                of_upstream += g[:, None, :] * b[None, :, :]
+        distance += tl.sum(of_pairs.to(tl.float64), 2)
+        norm += tl.sum(of_x.to(tl.float64), 1)
+        if PROJECT:
+            projection += tl.sum(of_upstream.to(tl.float64), 2)
+    finish_distances(
+        distance,
+        norm.to(tl.float32),
+        squared,
+        lowest,
+        norms,
+        row,
+        column,
+        B,
+        M,
+        width,
+        pairs_stride,
+        tiles,
+    )
+    if PROJECT:
+        place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
+        known = (row < B)[:, None] & (column < M)[None, :]
+        tl.store(projected + place, projection.to(tl.float32), mask=known)
+
+
+@triton.jit
+def refine(
+    x,
+    y,
+    radius,
+    nearest,
+    squared,
+    lowest,
+    norms,
+    M,
+    N,
+    x_stride,
+    y_stride,
+    pairs_stride,
+    tiles,
+    half: "fp64",
+    spread: "fp64",
+    margin: "fp64",
+    noise: "fp64",
+    near_nats: "fp64",
+    FEW: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PANEL: tl.constexpr,
+    SWEEP: tl.constexpr,
+):
+    """Distances of one query that decide its answer, again from differences in float64.
+
+    ``margin``·(|x|² + |y|²) bounds the error of a distance, ``noise`` is its usual size. All
+    references are computed again that may weigh more than e^-near_nats of the largest, if they are
+    few, or if the usual error would show in their weights. What float32 could not hold is computed
+    again in any case.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    low_row = lowest + row * tiles
+    base = tl.load(nearest + row)
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf")).to(tl.float64)
+        base = tl.minimum(base, tl.min(tl.where(low >= 0.0, low, float("inf")), 0))
+
+    r = tl.load(radius + row)
+    norm = tl.load(norms + row).to(tl.float64)
+    error = noise * (norm + base)
+    # |y|² ≤ 2 (d² + |x|²); twice, for the minimum is as uncertain as what is compared with it.
+    near = base + 2.0 * margin * (3.0 * norm + 2.0 * base)
+    if GAUSSIAN:
+        near += 2.0 * near_nats * r * r
+        ill = error > 2e-3 * r * r
+    else:
+        s = base + r * r
+        near += spread * s
+        ill = half * error > 1e-3 * s
+    near = tl.where(near == near, near, float("inf"))
+    competing = 0
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf")).to(tl.float64)
+        competing += tl.sum((low <= near).to(tl.int32), 0)
+    near = tl.where((competing > FEW) & (ill == 0) & (near < float("inf")), -1.0, near)
+
+    first = tl.program_id(1) * SEGMENT
+    for tile in range(first, min(first + SEGMENT, tiles)):
+        if tl.load(low_row + tile).to(tl.float64) <= near:
+            for start in range(0, TILE, GROUP):
+                column = tile * TILE + start + tl.arange(0, GROUP)
+                place = squared + row * pairs_stride + column
+                known = tl.load(place, mask=column < M, other=float("inf"))
+                needed = (column < M) & ((known <= near) | ((known < float("inf")) == 0))
+                if tl.max(needed.to(tl.int32), 0) > 0:
+                    exact = tl.zeros([GROUP], tl.float64)
+                    y_rows = y + column.to(tl.int64)[:, None] * y_stride
+                    for k in range(0, N, PANEL):
+                        feature = k + tl.arange(0, PANEL)
+                        mask = needed[:, None] & (feature < N)[None, :]
+                        a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+                        b = load_references(y_rows + feature[None, :], mask, tl.float64)
+                        difference = tl.where(mask, a.to(tl.float64)[None, :] - b, 0.0)
+                        exact += tl.sum(difference * difference, 1)
+                    # Only input that is not finite makes it so; NaN, unlike infinity, is not lost.
+                    finite = tl.where(exact < float("inf"), exact, float("nan"))
+                    tl.store(place, finite, mask=needed)
+
+
+# ---- launches ---------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """What decides which configuration is fast: sizes as powers of two, types, precision."""
+
+    rows: int
+    features: int
+    references: torch.dtype
+    precision: str
+    project: bool
+
+    @property
+    def few(self) -> bool:
+        """Whether matrix units would be idle for most of their time."""
+        return self.rows < 16 or self.features < 32
+
+
+def distance_configs(shape: Shape) -> list[Config]:
+    """Small tiles where there are few queries, so that every multiprocessor has some; large ones
+    read each value less often. TF32 in three products takes registers for two parts of each value,
+    which keeps panels at 32 features."""
+    if shape.few:
+        panel = 64 if shape.features >= 64 else 16
+        return [Config({"ROWS": 4, "TILE": 16, "PANEL": panel}, num_stages=1)]
+    sixteen = Config({"ROWS": 16, "TILE": 64, "PANEL": 32}, num_stages=4)
+    small = Config({"ROWS": 32, "TILE": 64, "PANEL": 32}, num_stages=4)
+    medium = Config({"ROWS": 64, "TILE": 64, "PANEL": 32}, num_stages=4)
+    large = Config({"ROWS": 64, "TILE": 128, "PANEL": 32}, num_warps=8)
+    if shape.rows <= 32:
+        return [sixteen, small]
+    if shape.project:
+        return [small]
+    return [medium, small] if shape.rows <= 256 else [large, medium]
+
+
+DISTANCES = Choice(distance_configs)
+
+
+def power_of_two(count: int) -> int:
+    """The least that is not below count."""
+    return 1 << (count - 1).bit_length()
+
+
+def padded(references: int) -> int:
+    """Whole accesses of 16 bytes, whatever the type."""
+    return -(-references // 16) * 16
+
+
+def input_precision(precision: str) -> str:
+    """Triton's word for it. AMD's matrix units take float32 as it is."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return {"high": "tf32x3", "medium": "tf32"}[precision]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All queries and references, rows with contiguous features."""
+
+    x: Tensor
+    references: Tensor
+    radius: Tensor
+    D: float
+    precision: str
+    upstream: Tensor | None = None
+    """(B, N), contiguous: G of the backward pass, which wants G·y beside the distances."""
+
+    @property
+    def features(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def half(self) -> float:
+        """The exponent (N + D)/2 of s, and 1/2 at D = ∞, where it is that of d²/σ²."""
+        return 0.5 if math.isinf(self.D) else (self.features + self.D) / 2
+
+    @property
+    def gaussian(self) -> bool:
+        return math.isinf(self.D)
+
+    @property
+    def block(self) -> int:
+        """Queries that are computed together."""
+        fitting = max(16, PARTS // self.features)
+        return min(len(self.x), ROWS, fitting)
+
+    @property
+    def chunk(self) -> int:
+        """References that are computed together."""
+        fitting = max(PAIRS // self.block, 128)
+        return min(len(self.references), -(-fitting // 128) * 128)
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, len(self.references), self.chunk):
+            yield slice(start, min(start + self.chunk, len(self.references)))
+
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self.x), self.block):
+            yield slice(start, min(start + self.block, len(self.x)))
+
+    def shape(self, rows: int) -> Shape:
+        kinds = (self.references.dtype, self.precision, self.upstream is not None)
+        return Shape(power_of_two(rows), power_of_two(self.features), *kinds)
+
+    def errors(self, shape: Shape) -> tuple[float, float]:
+        """Bound of a distance's error, and its usual size, relative to |x|² + |y|²."""
+        long = max(1.0, self.features / 8192)
+        holds = self.references.dtype not in (torch.uint8, torch.float64)
+        if shape.few:
+            return 2.0**-21 * long, 0.0 if holds else 2.0**-22
+        if shape.precision == "high":
+            return 2.0**-18 * long, 2.0**-22
+        return 2.0**-9, 0.0  # TF32: a tie of many is left as it is
+
+
+class Pairs:
+    """A block of queries against a chunk of references at a time, in workspace of its own."""
+
+    def __init__(self, problem: Problem, rows: slice) -> None:
+        self.problem, self.rows = problem, rows
+        self.x, self.radius = problem.x[rows], problem.radius[rows]
+        self.count = len(self.x)
+        self.shape = problem.shape(self.count)
+        self.stride = padded(problem.chunk)
+        empty = self.x.new_empty
+        self.squared = empty((self.count, self.stride), dtype=torch.float64)
+        self.projected = empty((self.count, self.stride) if self.upstream is not None else 0)
+        self.norms = empty(self.count)
+
+    @property
+    def upstream(self) -> Tensor | None:
+        return None if self.problem.upstream is None else self.problem.upstream[self.rows]
+
+    def measure(self, references: Tensor, nearest: Tensor) -> None:
+        """Squared distances (and G·y), exact where it matters; nearest (B,) is what is known."""
+        DISTANCES.launch(self.shape, lambda config: self._distances(config, references))
+        self._refine(references, nearest)
+
+    def _distances(self, config: Config, references: Tensor) -> None:
+        self.tile = config["TILE"]
+        self.lowest = self.x.new_empty(self.count, triton.cdiv(len(references), self.tile))
+        tiles = self.lowest.shape[1]
+        kernel: Any = distances
+        constants: dict[str, Any] = {"PROJECT": self.upstream is not None}
+        if self.shape.few:
+            kernel = differences
+        else:
+            constants["PRECISION"] = input_precision(self.shape.precision)
+        kernel[(triton.cdiv(self.count, config["ROWS"]), tiles)](
+            self.x,
+            self.x if self.upstream is None else self.upstream,
+            references,
+            self.squared,
+            self.lowest,
+            self.norms,
+            self.projected,
+            self.count,
+            len(references),
+            padded(len(references)),
+            self.problem.features,
+            self.x.stride(0),
+            references.stride(0),
+            self.stride,
+            tiles,
+            **constants,
+            **config.options,
+        )
+
+    def _refine(self, references: Tensor, nearest: Tensor) -> None:
+        problem, tiles = self.problem, self.lowest.shape[1]
+        margin, noise = problem.errors(self.shape)
+        spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.half)
+        refine[(self.count, triton.cdiv(tiles, SEGMENT))](
+            self.x,
+            references,
+            self.radius,
+            nearest,
+            self.squared,
+            self.lowest,
+            self.norms,
+            len(references),
+            problem.features,
+            self.x.stride(0),
+            references.stride(0),
+            self.stride,
+            tiles,
+            problem.half,
+            spread,
+            margin,
+            noise,
+            NEAR,
+            FEW=FEW,
+            GAUSSIAN=problem.gaussian,
+            TILE=self.tile,
+            SEGMENT=SEGMENT,
+            SWEEP=SWEEP,
+            **group_of(problem.features),
+        )
+
+
+def group_of(features: int) -> dict[str, int]:
+    """References and features that ``refine`` takes at a time, 2048 values."""
+    panel = min(512, max(16, power_of_two(features)))
+    return {"GROUP": min(16, 2048 // panel), "PANEL": panel}
+
+
+def shapes(references: torch.dtype) -> Iterator[Shape]:
+    """One of each class that has configurations of its own; TF32 for float32 alone, as it changes
+    nothing in how references are read."""
+    precisions = ("high", "medium") if references == torch.float32 else ("high",)
+    for rows in (4, 32, 128, 1024):
+        for precision in precisions:
+            for project in (False, True):
+                yield Shape(rows, 4096, references, precision, project)
+
+
+def variants() -> list[Variant]:
+    """Every type of references and configuration, with and without the backward pass's product."""
+    found = []
+    for dtype in REFERENCES:
+        for shape in shapes(dtype):
+            for config in distance_configs(shape):
+                constants: dict[str, Any] = {"PROJECT": shape.project} | config.options
+                if shape.few:
+                    found.append(variant(differences, constants, dtype))
+                    continue
+                constants["PRECISION"] = input_precision(shape.precision)
+                found.append(variant(distances, constants, dtype, products=True))
+        for gaussian in (False, True):
+            constants = {"FEW": FEW, "TILE": 64, "SEGMENT": SEGMENT, "SWEEP": SWEEP}
+            constants |= group_of(3072) | {"GAUSSIAN": gaussian}
+            found.append(variant(refine, constants, dtype))
+    return list({each.name: each for each in found}.values())

@@ -1,0 +1,338 @@
+"""The posterior mean in Triton: distances, what decides them, weights, the weighted sum.
+
+For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.04265, section 3):
+
+1. ``distances``: |x_b − y_j|² from matrix products, |x|² + |y|² − 2 x·y, or, for few queries or
+   features, from differences (``differences``); and the least of each tile of references.
+2. ``refine``: products lose the digits that the exponent (N + D)/2 multiplies. What lies near the
+   minimum is computed again, from differences in float64, where it decides the answer.
+3. ``weigh``: weights relative to the nearest reference so far, merged in float64 with what earlier
+   chunks gave; those that no float32 result can show become zero.
+4. ``weighted_sum``: Σ_j w_j y_j over a few stretches of the chunk at a time, without the tiles whose
+   weights are all zero.
+5. ``merge``: the stretches and earlier chunks into the running mean.
+
+Launches depend on shapes alone: nothing waits for the device, and CUDA graphs can hold them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .distances import (
+    PARTS,
+    Pairs,
+    Problem,
+    Shape,
+    input_precision,
+    load_references,
+    padded,
+    shapes,
+)
+from .tuning import Choice, Config, multiprocessors
+from .variant import REFERENCES, Variant, variant
+
+UNSEEN = 16.0  # nats: below e^-16 / M of the sum a weight counts for nothing in float32
+SORTED = 256  # queries from which those of alike numbers of live references share a tile
+BLOCK = 1024  # values that a program takes at a time where it has one query
+
+
+@triton.jit
+def log1p(u):
+    """log(1 + u) for u ≥ 0 in float64: what 1 + u rounds away is put back as a factor."""
+    whole = 1.0 + u
+    rounded = tl.where((whole == 1.0) | (whole > 1e15), 2.0, whole)
+    return tl.where(
+        whole == 1.0, u, tl.log(whole) * tl.where(whole > 1e15, 1.0, u / (rounded - 1.0))
+    )
+
+
+@triton.jit
+def relative_score(excess, nearest, radius, half, GAUSSIAN: tl.constexpr):
+    """log of the weight at squared distance nearest + excess, relative to that at nearest."""
+    if GAUSSIAN:
+        value = -excess / radius / radius / 2.0
+    else:
+        value = -half * log1p(excess / (nearest + radius * radius))
+    return tl.where(excess == 0.0, 0.0, value)
+
+
+@triton.jit
+def weigh(
+    radius,
+    squared,
+    nearest,
+    total,
+    logsumexp,
+    weights,
+    share,
+    carry,
+    live,
+    width,
+    pairs_stride,
+    half: "fp64",
+    floor: "fp64",
+    FIRST: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One query's weights of the chunk, merged with the state (nearest, total) of earlier ones.
+
+    share = 1/total is what a weight is multiplied with; carry what the running mean is.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    r = tl.load(radius + row)
+    low = tl.full([BLOCK], float("inf"), tl.float64)
+    odd = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        d = tl.load(squared + row * pairs_stride + column, mask=column < width, other=float("inf"))
+        low = tl.minimum(low, tl.where(d == d, d, float("inf")))
+        odd |= (d != d).to(tl.int32)
+    least = tl.min(low, 0)
+    kept = r * 0.0
+    if not FIRST:
+        before = tl.load(nearest + row)
+        least = tl.where(before == before, tl.minimum(before, least), before)
+        of_before = relative_score(before - least, least, r, half, GAUSSIAN)
+        kept = tl.load(total + row) * tl.exp(of_before)
+    least = tl.where(tl.max(odd, 0) > 0, float("nan"), least)
+
+    smallest = floor * tl.maximum(kept, 1.0)
+    sums = tl.zeros([BLOCK], tl.float64)
+    alive = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        d = tl.load(squared + row * pairs_stride + column, mask=column < width, other=float("inf"))
+        score = relative_score(d - least, least, r, half, GAUSSIAN)
+        w = tl.exp(score.to(tl.float32))
+        sums += w.to(tl.float64)
+        w = tl.where(w < smallest, 0.0, w)
+        alive += (w != 0.0).to(tl.int32)
+        tl.store(weights + row * pairs_stride + column, w, mask=column < width)
+    summed = kept + tl.sum(sums, 0)
+    if GAUSSIAN:
+        of_least = tl.where(least == 0.0, 0.0, -least / r / r / 2.0)
+    else:
+        of_least = -half * tl.log(least + r * r)
+    tl.store(nearest + row, least)
+    tl.store(total + row, summed)
+    tl.store(logsumexp + row, of_least + tl.log(summed))
+    tl.store(share + row, (1.0 / summed).to(tl.float32))
+    tl.store(carry + row, (kept / summed).to(tl.float32))
+    tl.store(live + row, tl.sum(alive, 0))
+
+
+@triton.jit
+def weighted_sum(
+    y,
+    weights,
+    share,
+    order,
+    parts,
+    B,
+    M,
+    width,
+    N,
+    y_stride,
+    pairs_stride,
+    stretch,
+    PRECISION: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """parts[stretch, row] = share · Σ_j w_j y_j over one stretch of references."""
+    feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    present = place < B
+    row = place
+    if ORDERED:
+        row = tl.load(order + place, mask=present, other=0).to(tl.int32)
+    first = tl.program_id(2) * stretch
+    half_share = 0.5 * tl.load(share + row, mask=present, other=0.0)[:, None]
+    w_rows = weights + row.to(tl.int64)[:, None] * pairs_stride
+    total = tl.zeros([ROWS, FEATURES], tl.float32)
+    for start in range(first, min(first + stretch, M), TILE):
+        column = start + tl.arange(0, TILE)
+        w = tl.load(
+            w_rows + column[None, :], mask=present[:, None] & (column < width)[None, :], other=0.0
+        )
+        if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) > 0:
+            known = (column < M)[:, None] & (feature < N)
+            y_rows = y + column.to(tl.int64)[:, None] * y_stride
+            b = load_references(y_rows + feature, known, tl.float32)
+            # The factor as in ``distances``: sums are added up outside the matrix units.
+            total += 2.0 * tl.dot(w * half_share, b, input_precision=PRECISION)
+    out = parts + (tl.program_id(2).to(tl.int64) * B + row.to(tl.int64)[:, None]) * N + feature
+    tl.store(out, total, mask=present[:, None] & (feature < N))
+
+
+@triton.jit
+def merge(
+    mean,
+    parts,
+    carry,
+    B,
+    N,
+    stretches,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The running mean: carry · mean of earlier chunks + the sums of this one's stretches."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.zeros([BLOCK], tl.float32)
+    if not FIRST:
+        before = tl.load(mean + row * N + feature, mask=feature < N, other=0.0)
+        value += tl.load(carry + row) * before
+    source = parts + row * N + feature
+    for _ in range(0, stretches):
+        value += tl.load(source, mask=feature < N, other=0.0)
+        source += B * N
+    tl.store(mean + row * N + feature, value, mask=feature < N)
+
+
+# ---- launches ---------------------------------------------------------------------------------
+
+
+def sum_configs(shape: Shape) -> list[Config]:
+    """Tiles as narrow in references as matrix units allow: fewer have no weight of zero."""
+    if shape.rows <= 32:
+        return [Config({"ROWS": 16, "TILE": 32, "FEATURES": 64})]
+    small = Config({"ROWS": 32, "TILE": 32, "FEATURES": 128})
+    large = Config({"ROWS": 64, "TILE": 32, "FEATURES": 128}, num_warps=8)
+    return [small, large] if shape.rows <= 256 else [large, small]
+
+
+SUMS = Choice(sum_configs)
+
+
+def unseen(references: int) -> float:
+    """Nats below the sum from which a weight counts for nothing in its result."""
+    return UNSEEN + math.log(references)
+
+
+def sum_of_references(
+    pairs: Pairs, references: Tensor, weights: Tensor, share: Tensor, live: Tensor | None
+) -> Tensor:
+    """(stretches, B, N): share (B,) · Σ_j weights_j y_j over stretches of the references. Queries
+    share tiles in the order of live (B,), how many of their weights are not zero."""
+    M, N = len(references), pairs.problem.features
+    order = None
+    if live is not None and pairs.count >= SORTED:
+        order = live.argsort(stable=True)
+    parts = pairs.x.new_empty(stretches_of(pairs, M), pairs.count, N)
+
+    def run(config: Config) -> None:
+        tile = config["TILE"]
+        stretch = triton.cdiv(M, len(parts) * tile) * tile
+        rows = triton.cdiv(pairs.count, config["ROWS"])
+        weighted_sum[(triton.cdiv(N, config["FEATURES"]), rows, len(parts))](
+            references,
+            weights,
+            share,
+            order,
+            parts,
+            pairs.count,
+            M,
+            padded(M),
+            N,
+            references.stride(0),
+            pairs.stride,
+            stretch,
+            PRECISION=input_precision(pairs.shape.precision),
+            ORDERED=order is not None,
+            **config.options,
+        )
+
+    SUMS.launch(pairs.shape, run)
+    return parts
+
+
+def stretches_of(pairs: Pairs, references: int) -> int:
+    """Enough for two programs a multiprocessor, as far as memory and references allow."""
+    N = pairs.problem.features
+    tiles = triton.cdiv(pairs.count, 64) * triton.cdiv(N, 128)
+    wanted = triton.cdiv(2 * multiprocessors(pairs.x.device), tiles)
+    fitting = PARTS // (pairs.count * N)
+    return max(1, min(wanted, fitting, triton.cdiv(references, 128)))
+
+
+def posterior_mean(
+    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest reference and total
+    weight relative to it, each (B,). All on one device; rows have contiguous features."""
+    problem = Problem(x, references, radius, D, precision)
+    mean = torch.empty_like(x, memory_format=torch.contiguous_format)
+    nearest = torch.full_like(radius, math.inf)
+    logsumexp, total = torch.empty_like(radius), torch.empty_like(radius)
+    for rows in problem.blocks():
+        results = (mean[rows], logsumexp[rows], nearest[rows], total[rows])
+        _average(Pairs(problem, rows), *results)
+    return mean, logsumexp, nearest, total
+
+
+def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, total: Tensor) -> None:
+    """The results of one block of queries, chunk by chunk."""
+    problem = pairs.problem
+    weights = torch.empty_like(pairs.squared, dtype=mean.dtype)
+    share, carry = (torch.empty_like(total, dtype=mean.dtype) for _ in range(2))
+    live = torch.empty_like(total, dtype=torch.int32)
+    for chunk in problem.chunks():
+        references, first = problem.references[chunk], chunk.start == 0
+        pairs.measure(references, nearest)
+        weigh[(pairs.count,)](
+            pairs.radius,
+            pairs.squared,
+            nearest,
+            total,
+            logsumexp,
+            weights,
+            share,
+            carry,
+            live,
+            padded(len(references)),
+            pairs.stride,
+            problem.half,
+            math.exp(-unseen(len(problem.references))),
+            FIRST=first,
+            GAUSSIAN=problem.gaussian,
+            BLOCK=BLOCK,
+        )
+        parts = sum_of_references(pairs, references, weights, share, live)
+        merge[(pairs.count, triton.cdiv(problem.features, BLOCK))](
+            mean,
+            parts,
+            carry,
+            pairs.count,
+            problem.features,
+            len(parts),
+            FIRST=first,
+            BLOCK=BLOCK,
+        )
+
+
+def variants() -> list[Variant]:
+    """Every type of references and configuration, the first chunk and later ones."""
+    found = []
+    for dtype in REFERENCES:
+        for shape in shapes(dtype):
+            for config in () if shape.project else sum_configs(shape):
+                constants = {"PRECISION": input_precision(shape.precision)} | config.options
+                constants["ORDERED"] = shape.rows >= SORTED
+                found.append(variant(weighted_sum, constants, dtype, products=True))
+    for first in (False, True):
+        found.append(variant(merge, {"FIRST": first, "BLOCK": BLOCK}))
+        for gaussian in (False, True):
+            constants = {"FIRST": first, "GAUSSIAN": gaussian, "BLOCK": BLOCK}
+            found.append(variant(weigh, constants))
+    return list({each.name: each for each in found}.values())

@@ -1,0 +1,462 @@
+"""Gradients of the posterior mean and its log-sum-exp in Triton.
+
+With upstream G = ∂L/∂mean and g = ∂L/∂logsumexp, probabilities p_j found relative to the nearest
+reference, and s = d² + r² (s₀ that of the nearest):
+
+    t_j = G·y_j − Σ_i p_i G·y_i + g
+    c_j = −p_j t_j s₀/s_j                 D finite, in units F = (N + D)/s₀
+    c_j = −p_j t_j                        D = ∞,    in units F = 1/σ²
+    ∂L/∂y_j = Σ_b [p_bj G_b − F_b c_bj (x_b − y_j)]
+
+The t_j nearly cancel in Σ_j c_j. With e_j = d_j² − d² of the nearest nothing is lost:
+
+    moment = Σ_j p_j t_j e_j / s_j,   C = −(g − moment)                 D finite
+    moment = Σ_j p_j t_j e_j / σ²,    C = −g                            D = ∞
+    ∂L/∂x  = F [C (x − mean) − Σ_j c_j (y_j − mean)]
+    ∂L/∂r  = r F C,   ∂L/∂σ = (g d²/σ² + moment)/σ
+
+``pull`` sums G·y first, since t_j needs it; ``coefficients`` finds the c_j, whose sum over the
+references is the forward pass's (``weighted_sum``); ``merge_gradient`` puts ∂L/∂x together and
+``reference_gradient`` sums over the queries. F is applied last, in float64: it may be huge.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .distances import Pairs, Problem, input_precision, load_references, padded
+from .posterior_mean import BLOCK, relative_score, sum_of_references, unseen
+from .tuning import Config
+from .variant import REFERENCES, Variant, variant
+
+DIGITS = 8.0  # nats more than in the forward pass: p_j is weighed by (y_j − mean)²/s, maybe large
+REFERENCE_GRADIENT = Config({"ROWS": 32, "TILE": 64, "FEATURES": 64})
+
+
+@triton.jit
+def at_limit(nearest, r, GAUSSIAN: tl.constexpr):
+    """Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score."""
+    if GAUSSIAN:
+        limit = (r == 0.0) | (nearest / r / r == float("inf"))
+    else:
+        limit = nearest + r * r == 0.0
+    return limit
+
+
+@triton.jit
+def unit_of(nearest, r, half, GAUSSIAN: tl.constexpr):
+    """F, and zero at a limit."""
+    if GAUSSIAN:
+        unit = 1.0 / r / r
+    else:
+        unit = 2.0 * half / (nearest + r * r)
+    return tl.where(at_limit(nearest, r, GAUSSIAN), 0.0, unit)
+
+
+@triton.jit
+def probability(squared, nearest, total, r, half, floor, GAUSSIAN: tl.constexpr):
+    """p_j, zero where it counts for nothing."""
+    score = relative_score(squared - nearest, nearest, r, half, GAUSSIAN)
+    p = tl.exp(score.to(tl.float32)).to(tl.float64) / total
+    p = tl.where(p < floor, 0.0, p)
+    return tl.where(at_limit(nearest, r, GAUSSIAN), 0.0, p)
+
+
+@triton.jit
+def pull(
+    radius,
+    nearest,
+    total,
+    squared,
+    projected,
+    pulled,
+    mass,
+    width,
+    pairs_stride,
+    half: "fp64",
+    floor: "fp64",
+    FIRST: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the chunk's Σ p_j G·y_j and Σ p_j of one query."""
+    row = tl.program_id(0).to(tl.int64)
+    r, least, summed = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
+    of_pull = tl.zeros([BLOCK], tl.float64)
+    of_mass = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        place = row * pairs_stride + column
+        d = tl.load(squared + place, mask=column < width, other=float("inf"))
+        q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
+        p = probability(d, least, summed, r, half, floor, GAUSSIAN)
+        of_pull += tl.where(p == 0.0, 0.0, p * q)
+        of_mass += p
+    whole_pull, whole_mass = tl.sum(of_pull, 0), tl.sum(of_mass, 0)
+    if not FIRST:
+        whole_pull += tl.load(pulled + row)
+        whole_mass += tl.load(mass + row)
+    tl.store(pulled + row, whole_pull)
+    tl.store(mass + row, whole_mass)
+
+
+@triton.jit
+def coefficients(
+    radius,
+    nearest,
+    total,
+    grad_logsumexp,
+    pulled,
+    mass,
+    squared,
+    projected,
+    coefficients,
+    probabilities,
+    moment,
+    summed,
+    grad_radius,
+    width,
+    pairs_stride,
+    half: "fp64",
+    floor: "fp64",
+    FIRST: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One query's c_j and p_j of the chunk; the moment and Σ c_j so far, and ∂L/∂radius of them."""
+    row = tl.program_id(0).to(tl.int64)
+    r, least, whole = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
+    g = tl.load(grad_logsumexp + row)
+    # Σ p_j is 1 but for rounding, and 0 at a limit.
+    weight = tl.load(mass + row)
+    center = tl.load(pulled + row) / tl.where(weight == 0.0, 1.0, weight)
+    of_moment = tl.zeros([BLOCK], tl.float64)
+    of_sum = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        place = row * pairs_stride + column
+        d = tl.load(squared + place, mask=column < width, other=float("inf"))
+        q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
+        p = probability(d, least, whole, r, half, floor, GAUSSIAN)
+        # Where p = 0, the rest may be anything.
+        pt = tl.where(p == 0.0, 0.0, p * (q - center + g))
+        excess = tl.where(p == 0.0, 0.0, d - least)
+        if GAUSSIAN:
+            c = -pt
+            of_moment += tl.where(p == 0.0, 0.0, pt * (excess / r / r))
+        else:
+            s = tl.where(p == 0.0, 1.0, d + r * r)
+            c = -pt * ((least + r * r) / s)
+            of_moment += pt * (excess / s)
+        rounded = c.to(tl.float32)
+        of_sum += rounded.to(tl.float64)
+        tl.store(coefficients + place, rounded, mask=column < width)
+        tl.store(probabilities + place, p.to(tl.float32), mask=column < width)
+    whole_moment, whole_sum = tl.sum(of_moment, 0), tl.sum(of_sum, 0)
+    if not FIRST:
+        whole_moment += tl.load(moment + row)
+        whole_sum += tl.load(summed + row)
+    tl.store(moment + row, whole_moment)
+    tl.store(summed + row, whole_sum)
+    if GAUSSIAN:
+        of_radius = (g * (least / r / r) + whole_moment) / r
+    else:
+        of_radius = -r * unit_of(least, r, half, GAUSSIAN) * (g - whole_moment)
+    tl.store(grad_radius + row, tl.where(at_limit(least, r, GAUSSIAN), 0.0, of_radius))
+
+
+@triton.jit
+def merge_gradient(
+    x,
+    mean,
+    radius,
+    nearest,
+    grad_logsumexp,
+    moment,
+    summed,
+    parts,
+    grad_x,
+    B,
+    N,
+    x_stride,
+    stretches,
+    half: "fp64",
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the chunk's Σ c_j y_j to grad_x and, with the last, turns it into ∂L/∂x."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.zeros([BLOCK], tl.float32)
+    if not FIRST:
+        value += tl.load(grad_x + row * N + feature, mask=feature < N, other=0.0)
+    source = parts + row * N + feature
+    for _ in range(0, stretches):
+        value += tl.load(source, mask=feature < N, other=0.0)
+        source += B * N
+    if LAST:
+        r, least = tl.load(radius + row), tl.load(nearest + row)
+        whole = -tl.load(grad_logsumexp + row)
+        if not GAUSSIAN:
+            whole += tl.load(moment + row)
+        point = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0).to(tl.float64)
+        center = tl.load(mean + row * N + feature, mask=feature < N, other=0.0).to(tl.float64)
+        apart = value.to(tl.float64) - tl.load(summed + row) * center
+        unit = unit_of(least, r, half, GAUSSIAN)
+        gradient = tl.where(unit == 0.0, 0.0, unit * (whole * (point - center) - apart))
+        value = gradient.to(tl.float32)
+    tl.store(grad_x + row * N + feature, value, mask=feature < N)
+
+
+@triton.jit
+def reference_gradient(
+    x,
+    upstream,
+    y,
+    radius,
+    nearest,
+    coefficients,
+    probabilities,
+    grad_references,
+    B,
+    M,
+    width,
+    N,
+    x_stride,
+    y_stride,
+    pairs_stride,
+    half: "fp64",
+    PRECISION: tl.constexpr,
+    FIRST: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """∂L/∂y of TILE references from all queries of the block, added to that from earlier blocks."""
+    feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    gradient = tl.zeros([TILE, FEATURES], tl.float32)
+    of_c = tl.zeros([TILE, ROWS], tl.float32)
+    for start in range(0, B, ROWS):
+        row = start + tl.arange(0, ROWS)
+        place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
+        inside = (row < B)[:, None] & (column < width)[None, :]
+        p = tl.load(probabilities + place, mask=inside, other=0.0)
+        if tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0) > 0:
+            least = tl.load(nearest + row, mask=row < B, other=1.0)
+            r = tl.load(radius + row, mask=row < B, other=1.0)
+            unit = unit_of(least, r, half, GAUSSIAN).to(tl.float32)[:, None]
+            c = tl.load(coefficients + place, mask=inside, other=0.0)
+            c = tl.where(c == 0.0, 0.0, c * unit)
+            known = (row < B)[:, None] & (feature < N)
+            a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=known, other=0.0)
+            g = tl.load(upstream + row.to(tl.int64)[:, None] * N + feature, mask=known, other=0.0)
+            # The factor as in ``distances``: sums are added up outside the matrix units.
+            gradient += 2.0 * tl.dot(tl.trans(0.5 * p), g, input_precision=PRECISION)
+            gradient -= 2.0 * tl.dot(tl.trans(0.5 * c), a, input_precision=PRECISION)
+            of_c += tl.trans(c)
+    known = (column < M)[:, None] & (feature < N)
+    y_rows = y + column.to(tl.int64)[:, None] * y_stride
+    gradient += tl.sum(of_c, 1)[:, None] * load_references(y_rows + feature, known, tl.float32)
+    out = grad_references + column.to(tl.int64)[:, None] * N + feature
+    if not FIRST:
+        gradient += tl.load(out, mask=known, other=0.0)
+    tl.store(out, gradient, mask=known)
+
+
+# ---- launches ---------------------------------------------------------------------------------
+
+
+class Block:
+    """Gradients of one block of queries."""
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        grad_logsumexp: Tensor,
+        mean: Tensor,
+        nearest: Tensor,
+        total: Tensor,
+        grad_x: Tensor | None,
+        grad_references: Tensor | None,
+        grad_radius: Tensor,
+    ) -> None:
+        self.pairs, self.problem = pairs, pairs.problem
+        self.grad_logsumexp, self.mean = grad_logsumexp, mean
+        self.nearest, self.total = nearest, total
+        self.grad_x, self.grad_references, self.grad_radius = grad_x, grad_references, grad_radius
+        self.pulled, self.mass, self.moment, self.summed = (
+            torch.empty_like(total) for _ in range(4)
+        )
+        self.coefficients, self.probabilities = (
+            torch.empty_like(pairs.squared, dtype=pairs.x.dtype) for _ in range(2)
+        )
+        self.share = torch.ones_like(total, dtype=pairs.x.dtype)
+        self.floor = math.exp(-unseen(len(self.problem.references)) - DIGITS)
+
+    def run(self, first_block: bool) -> None:
+        chunks = list(self.problem.chunks())
+        for chunk in chunks:
+            self.pairs.measure(self.problem.references[chunk], self.nearest)
+            self._pull(chunk)
+        for chunk in chunks:
+            if len(chunks) > 1:  # else the distances are still there
+                self.pairs.measure(self.problem.references[chunk], self.nearest)
+            self._coefficients(chunk)
+            if self.grad_x is not None:
+                self._merge(chunk, self.grad_x)
+            if self.grad_references is not None:
+                self._reference_gradient(chunk, self.grad_references[chunk], first_block)
+
+    def _pull(self, chunk: slice) -> None:
+        pairs = self.pairs
+        pull[(pairs.count,)](
+            pairs.radius,
+            self.nearest,
+            self.total,
+            pairs.squared,
+            pairs.projected,
+            self.pulled,
+            self.mass,
+            padded(chunk.stop - chunk.start),
+            pairs.stride,
+            self.problem.half,
+            self.floor,
+            FIRST=chunk.start == 0,
+            GAUSSIAN=self.problem.gaussian,
+            BLOCK=BLOCK,
+        )
+
+    def _coefficients(self, chunk: slice) -> None:
+        pairs = self.pairs
+        coefficients[(pairs.count,)](
+            pairs.radius,
+            self.nearest,
+            self.total,
+            self.grad_logsumexp,
+            self.pulled,
+            self.mass,
+            pairs.squared,
+            pairs.projected,
+            self.coefficients,
+            self.probabilities,
+            self.moment,
+            self.summed,
+            self.grad_radius,
+            padded(chunk.stop - chunk.start),
+            pairs.stride,
+            self.problem.half,
+            self.floor,
+            FIRST=chunk.start == 0,
+            GAUSSIAN=self.problem.gaussian,
+            BLOCK=BLOCK,
+        )
+
+    def _merge(self, chunk: slice, grad_x: Tensor) -> None:
+        pairs, N = self.pairs, self.problem.features
+        references = self.problem.references[chunk]
+        parts = sum_of_references(pairs, references, self.coefficients, self.share, None)
+        merge_gradient[(pairs.count, triton.cdiv(N, BLOCK))](
+            pairs.x,
+            self.mean,
+            pairs.radius,
+            self.nearest,
+            self.grad_logsumexp,
+            self.moment,
+            self.summed,
+            parts,
+            grad_x,
+            pairs.count,
+            N,
+            pairs.x.stride(0),
+            len(parts),
+            self.problem.half,
+            FIRST=chunk.start == 0,
+            LAST=chunk.stop == len(self.problem.references),
+            GAUSSIAN=self.problem.gaussian,
+            BLOCK=BLOCK,
+        )
+
+    def _reference_gradient(self, chunk: slice, gradient: Tensor, first_block: bool) -> None:
+        pairs, N, config = self.pairs, self.problem.features, REFERENCE_GRADIENT
+        references = self.problem.references[chunk]
+        grid = (triton.cdiv(N, config["FEATURES"]), triton.cdiv(len(references), config["TILE"]))
+        reference_gradient[grid](
+            pairs.x,
+            pairs.upstream,
+            references,
+            pairs.radius,
+            self.nearest,
+            self.coefficients,
+            self.probabilities,
+            gradient,
+            pairs.count,
+            len(references),
+            padded(len(references)),
+            N,
+            pairs.x.stride(0),
+            references.stride(0),
+            pairs.stride,
+            self.problem.half,
+            PRECISION=input_precision(self.problem.precision),
+            FIRST=first_block,
+            GAUSSIAN=self.problem.gaussian,
+            **config.options,
+        )
+
+
+def posterior_mean_backward(
+    grad_mean: Tensor,
+    grad_logsumexp: Tensor,
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    nearest: Tensor,
+    total: Tensor,
+    D: float,
+    needs: tuple[bool, bool, bool],
+    precision: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (B, N), references (M, N, in float32) and radius (B,), None where not needed.
+    Everything is contiguous but the rows of x and references."""
+    problem = Problem(x, references, radius, D, precision, grad_mean)
+    grad_x = torch.empty_like(mean) if needs[0] else None
+    grad_references = x.new_empty(references.shape) if needs[1] else None
+    grad_radius = torch.empty_like(radius)
+    for rows in problem.blocks():
+        Block(
+            Pairs(problem, rows),
+            grad_logsumexp[rows],
+            mean[rows],
+            nearest[rows],
+            total[rows],
+            None if grad_x is None else grad_x[rows],
+            grad_references,
+            grad_radius[rows],
+        ).run(rows.start == 0)
+    return grad_x, grad_references, grad_radius if needs[2] else None
+
+
+def variants() -> list[Variant]:
+    """Every type of references, the first chunk and later ones, both kinds of D."""
+    found = []
+    for gaussian in (False, True):
+        for first in (False, True):
+            constants = {"FIRST": first, "GAUSSIAN": gaussian, "BLOCK": BLOCK}
+            found += [variant(kernel, constants) for kernel in (pull, coefficients)]
+            for last in (False, True):
+                found.append(variant(merge_gradient, constants | {"LAST": last}))
+        for dtype in REFERENCES:
+            constants = {"FIRST": True, "GAUSSIAN": gaussian, "PRECISION": input_precision("high")}
+            constants |= REFERENCE_GRADIENT.options
+            found.append(variant(reference_gradient, constants, dtype, products=True))
+    return found

@@ -1,0 +1,88 @@
+"""Configurations of a kernel, and the choice among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+Measure = Callable[[Callable[[], Any]], float]
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, as Triton saw it when they were defined."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs at least at a time."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a kernel's tiles, and how many warps and pipeline stages it takes."""
+
+    sizes: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __getitem__(self, name: str) -> int:
+        return self.sizes[name]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=5, rep=20, return_mode="median")) * 1e-3
+
+
+def must_not_measure() -> bool:
+    """Where timings may not decide: they would make results depend on the moment (rounding follows
+    the tiles), the interpreter's say nothing, and a stream that is captured cannot be timed."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        or interpreted()
+        or os.environ.get("PFGM_TUNE") == "0"
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+@dataclass
+class Choice:
+    """One of a few configurations: measured once a shape class, or the first where that may not
+    be. A launch must be repeatable: it overwrites its results and reads none of them."""
+
+    configs: Callable[[Any], Sequence[Config]]
+    """Shape class → configurations that make sense, the one most likely best first."""
+    measure: Measure = median_seconds
+    chosen: dict[Hashable, Config] = field(default_factory=dict)
+
+    def launch(self, shape: Hashable, run: Callable[[Config], Any]) -> None:
+        """Runs with the configuration for this shape class (a NamedTuple of what decides)."""
+        candidates = self.configs(shape)
+        if shape in self.chosen:
+            run(self.chosen[shape])
+        elif len(candidates) == 1 or must_not_measure():
+            run(candidates[0])
+        else:
+            self.chosen[shape] = min(candidates, key=lambda config: self.seconds(config, run))
+            run(self.chosen[shape])
+
+    def seconds(self, config: Config, run: Callable[[Config], Any]) -> float:
+        """How long it takes; infinitely long where the device lacks the resources."""
+        try:
+            return self.measure(lambda: run(config))
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
