@@ -21,7 +21,7 @@ from torch import Tensor
 from turns import Measured, enter, replay, take_turns
 
 import pfgm
-from pfgm.functional import normalised_field
+from pfgm.backends.reference import normalised_field
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 

@@ -14,6 +14,7 @@ from subjects import Case
 from torch import Tensor
 
 import pfgm
+from pfgm.backends.reference import normalised_field
 
 Result = tuple[Tensor, Tensor]
 Forward = Callable[[], Result]
@@ -147,7 +148,7 @@ def errors(case: Case, result: Result, truth: Result) -> dict[str, float]:
 
 
 def _field(x: Tensor, z: Tensor, mean: Tensor) -> Tensor:
-    field_x, field_z = pfgm.functional.normalised_field(x, z, mean, 5.0)
+    field_x, field_z = normalised_field(x, z, mean, 5.0)
     return torch.cat([field_x, field_z[:, None]], 1)
 
 

@@ -89,9 +89,9 @@ def distances(
 ):
     """|x|² + |y|² − 2 x·y for ROWS queries and TILE references, and G·y of the backward pass.
 
-    Tiles are references × queries, so that a batch of 16 queries fills matrix units that take 64
-    rows. Products are added up outside of them, for they round every addition toward zero: with a
-    factor, a panel's products cannot be taken for the initial value of the next.
+    Tiles are references × queries, so that few queries fill matrix units that take 64 rows.
+    Products are added up outside of them, for they round every addition toward zero: with a factor,
+    a panel's products cannot be taken for the initial value of the next.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -146,7 +146,7 @@ def differences(
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """Σ (x − y)² and G·y, as ``distances``. A float32 sum takes 256 additions, then it is merged."""
+    """Σ (x − y)² and G·y, as ``distances``. A float32 sum takes 256 additions and is merged then."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
@@ -208,11 +208,11 @@ def refine(
     y_stride,
     pairs_stride,
     tiles,
-    half: "fp64",
-    spread: "fp64",
-    margin: "fp64",
-    noise: "fp64",
-    near_nats: "fp64",
+    half: tl.float64,
+    spread: tl.float64,
+    margin: tl.float64,
+    noise: tl.float64,
+    near_nats: tl.float64,
     FEW: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     TILE: tl.constexpr,
@@ -298,21 +298,15 @@ class Shape(NamedTuple):
 
 
 def distance_configs(shape: Shape) -> list[Config]:
-    """Small tiles where there are few queries, so that every multiprocessor has some; large ones
-    read each value less often. TF32 in three products takes registers for two parts of each value,
-    which keeps panels at 32 features."""
+    """Small tiles where there are few queries, so that every multiprocessor has some; larger ones
+    read each value less often. TF32 in three products takes registers for two parts of each value:
+    with more of them in a tile some would spill (benchmarks/codegen.py)."""
     if shape.few:
         panel = 64 if shape.features >= 64 else 16
         return [Config({"ROWS": 4, "TILE": 16, "PANEL": panel}, num_stages=1)]
-    sixteen = Config({"ROWS": 16, "TILE": 64, "PANEL": 32}, num_stages=4)
-    small = Config({"ROWS": 32, "TILE": 64, "PANEL": 32}, num_stages=4)
-    medium = Config({"ROWS": 64, "TILE": 64, "PANEL": 32}, num_stages=4)
-    large = Config({"ROWS": 64, "TILE": 128, "PANEL": 32}, num_warps=8)
-    if shape.rows <= 32:
-        return [sixteen, small]
-    if shape.project:
-        return [small]
-    return [medium, small] if shape.rows <= 256 else [large, medium]
+    small = Config({"ROWS": 32, "TILE": 64, "PANEL": 32}, num_warps=8)
+    medium = Config({"ROWS": 64, "TILE": 64, "PANEL": 32}, num_warps=8)
+    return [small] if shape.rows <= 32 or shape.project else [medium, small]
 
 
 DISTANCES = Choice(distance_configs)
@@ -387,7 +381,7 @@ class Problem:
     def errors(self, shape: Shape) -> tuple[float, float]:
         """Bound of a distance's error, and its usual size, relative to |x|² + |y|²."""
         long = max(1.0, self.features / 8192)
-        holds = self.references.dtype not in (torch.uint8, torch.float64)
+        holds = self.references.dtype != torch.uint8
         if shape.few:
             return 2.0**-21 * long, 0.0 if holds else 2.0**-22
         if shape.precision == "high":
@@ -481,16 +475,16 @@ class Pairs:
 
 
 def group_of(features: int) -> dict[str, int]:
-    """References and features that ``refine`` takes at a time, 2048 values."""
+    """References and features that ``refine`` takes at a time, 1024 values."""
     panel = min(512, max(16, power_of_two(features)))
-    return {"GROUP": min(16, 2048 // panel), "PANEL": panel}
+    return {"GROUP": min(16, 1024 // panel), "PANEL": panel}
 
 
 def shapes(references: torch.dtype) -> Iterator[Shape]:
     """One of each class that has configurations of its own; TF32 for float32 alone, as it changes
     nothing in how references are read."""
     precisions = ("high", "medium") if references == torch.float32 else ("high",)
-    for rows in (4, 32, 128, 1024):
+    for rows in (4, 32, 128, 512):
         for precision in precisions:
             for project in (False, True):
                 yield Shape(rows, 4096, references, precision, project)
@@ -504,12 +498,13 @@ def variants() -> list[Variant]:
             for config in distance_configs(shape):
                 constants: dict[str, Any] = {"PROJECT": shape.project} | config.options
                 if shape.few:
-                    found.append(variant(differences, constants, dtype))
+                    wide = dtype != torch.uint8  # a thread takes 8 of a tile's 1024 values
+                    found.append(variant(differences, constants, dtype, wide_loads=wide))
                     continue
                 constants["PRECISION"] = input_precision(shape.precision)
                 found.append(variant(distances, constants, dtype, products=True))
-        for gaussian in (False, True):
-            constants = {"FEW": FEW, "TILE": 64, "SEGMENT": SEGMENT, "SWEEP": SWEEP}
+        for gaussian, tile in ((False, 64), (True, 128)):
+            constants = {"FEW": FEW, "TILE": tile, "SEGMENT": SEGMENT, "SWEEP": SWEEP}
             constants |= group_of(3072) | {"GAUSSIAN": gaussian}
             found.append(variant(refine, constants, dtype))
     return list({each.name: each for each in found}.values())

@@ -8,7 +8,7 @@ For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.042
    minimum is computed again, from differences in float64, where it decides the answer.
 3. ``weigh``: weights relative to the nearest reference so far, merged in float64 with what earlier
    chunks gave; those that no float32 result can show become zero.
-4. ``weighted_sum``: Σ_j w_j y_j over a few stretches of the chunk at a time, without the tiles whose
+4. ``weighted_sum``: Σ_j w_j y_j over stretches of the chunk side by side, without the tiles whose
    weights are all zero.
 5. ``merge``: the stretches and earlier chunks into the running mean.
 
@@ -18,7 +18,6 @@ Launches depend on shapes alone: nothing waits for the device, and CUDA graphs c
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -76,8 +75,8 @@ def weigh(
     live,
     width,
     pairs_stride,
-    half: "fp64",
-    floor: "fp64",
+    half: tl.float64,
+    floor: tl.float64,
     FIRST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -149,7 +148,10 @@ def weighted_sum(
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """parts[stretch, row] = share · Σ_j w_j y_j over one stretch of references."""
+    """parts[stretch, row] = share · Σ_j w_j y_j over one stretch of references.
+
+    Tiles are features × queries, so that 16 queries fill matrix units that take 64 rows.
+    """
     feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
     place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     present = place < B
@@ -159,7 +161,7 @@ def weighted_sum(
     first = tl.program_id(2) * stretch
     half_share = 0.5 * tl.load(share + row, mask=present, other=0.0)[:, None]
     w_rows = weights + row.to(tl.int64)[:, None] * pairs_stride
-    total = tl.zeros([ROWS, FEATURES], tl.float32)
+    total = tl.zeros([FEATURES, ROWS], tl.float32)
     for start in range(first, min(first + stretch, M), TILE):
         column = start + tl.arange(0, TILE)
         w = tl.load(
@@ -170,9 +172,10 @@ def weighted_sum(
             y_rows = y + column.to(tl.int64)[:, None] * y_stride
             b = load_references(y_rows + feature, known, tl.float32)
             # The factor as in ``distances``: sums are added up outside the matrix units.
-            total += 2.0 * tl.dot(w * half_share, b, input_precision=PRECISION)
+            weighed = tl.trans(w * half_share)
+            total += 2.0 * tl.dot(tl.trans(b), weighed, input_precision=PRECISION)
     out = parts + (tl.program_id(2).to(tl.int64) * B + row.to(tl.int64)[:, None]) * N + feature
-    tl.store(out, total, mask=present[:, None] & (feature < N))
+    tl.store(out, tl.trans(total), mask=present[:, None] & (feature < N))
 
 
 @triton.jit
@@ -207,7 +210,7 @@ def sum_configs(shape: Shape) -> list[Config]:
     """Tiles as narrow in references as matrix units allow: fewer have no weight of zero."""
     if shape.rows <= 32:
         return [Config({"ROWS": 16, "TILE": 32, "FEATURES": 64})]
-    small = Config({"ROWS": 32, "TILE": 32, "FEATURES": 128})
+    small = Config({"ROWS": 32, "TILE": 32, "FEATURES": 64})
     large = Config({"ROWS": 64, "TILE": 32, "FEATURES": 128}, num_warps=8)
     return [small, large] if shape.rows <= 256 else [large, small]
 
@@ -263,7 +266,7 @@ def stretches_of(pairs: Pairs, references: int) -> int:
     tiles = triton.cdiv(pairs.count, 64) * triton.cdiv(N, 128)
     wanted = triton.cdiv(2 * multiprocessors(pairs.x.device), tiles)
     fitting = PARTS // (pairs.count * N)
-    return max(1, min(wanted, fitting, triton.cdiv(references, 128)))
+    return int(max(1, min(wanted, fitting, triton.cdiv(references, 128))))
 
 
 def posterior_mean(

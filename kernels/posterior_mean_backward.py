@@ -23,6 +23,7 @@ references is the forward pass's (``weighted_sum``); ``merge_gradient`` puts ∂
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +36,8 @@ from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
 DIGITS = 8.0  # nats more than in the forward pass: p_j is weighed by (y_j − mean)²/s, maybe large
-REFERENCE_GRADIENT = Config({"ROWS": 32, "TILE": 64, "FEATURES": 64})
+REFERENCE_GRADIENT = Config({"ROWS": 16, "TILE": 64, "FEATURES": 64}, num_warps=8)
+MERGE_GRADIENT = Config({"BLOCK": 1024})
 
 
 @triton.jit
@@ -46,16 +48,6 @@ def at_limit(nearest, r, GAUSSIAN: tl.constexpr):
     else:
         limit = nearest + r * r == 0.0
     return limit
-
-
-@triton.jit
-def unit_of(nearest, r, half, GAUSSIAN: tl.constexpr):
-    """F, and zero at a limit."""
-    if GAUSSIAN:
-        unit = 1.0 / r / r
-    else:
-        unit = 2.0 * half / (nearest + r * r)
-    return tl.where(at_limit(nearest, r, GAUSSIAN), 0.0, unit)
 
 
 @triton.jit
@@ -78,8 +70,8 @@ def pull(
     mass,
     width,
     pairs_stride,
-    half: "fp64",
-    floor: "fp64",
+    half: tl.float64,
+    floor: tl.float64,
     FIRST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,18 +111,21 @@ def coefficients(
     probabilities,
     moment,
     summed,
+    whole,
+    unit,
     grad_radius,
     width,
     pairs_stride,
-    half: "fp64",
-    floor: "fp64",
+    half: tl.float64,
+    floor: tl.float64,
     FIRST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One query's c_j and p_j of the chunk; the moment and Σ c_j so far, and ∂L/∂radius of them."""
+    """One query's c_j and p_j of the chunk; the moment and Σ c_j so far, and of them C, F and
+    ∂L/∂radius."""
     row = tl.program_id(0).to(tl.int64)
-    r, least, whole = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
+    r, least, weights = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
     g = tl.load(grad_logsumexp + row)
     # Σ p_j is 1 but for rounding, and 0 at a limit.
     weight = tl.load(mass + row)
@@ -142,7 +137,7 @@ def coefficients(
         place = row * pairs_stride + column
         d = tl.load(squared + place, mask=column < width, other=float("inf"))
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
-        p = probability(d, least, whole, r, half, floor, GAUSSIAN)
+        p = probability(d, least, weights, r, half, floor, GAUSSIAN)
         # Where p = 0, the rest may be anything.
         pt = tl.where(p == 0.0, 0.0, p * (q - center + g))
         excess = tl.where(p == 0.0, 0.0, d - least)
@@ -157,27 +152,32 @@ def coefficients(
         of_sum += rounded.to(tl.float64)
         tl.store(coefficients + place, rounded, mask=column < width)
         tl.store(probabilities + place, p.to(tl.float32), mask=column < width)
-    whole_moment, whole_sum = tl.sum(of_moment, 0), tl.sum(of_sum, 0)
+    so_far, of_c = tl.sum(of_moment, 0), tl.sum(of_sum, 0)
     if not FIRST:
-        whole_moment += tl.load(moment + row)
-        whole_sum += tl.load(summed + row)
-    tl.store(moment + row, whole_moment)
-    tl.store(summed + row, whole_sum)
+        so_far += tl.load(moment + row)
+        of_c += tl.load(summed + row)
+    tl.store(moment + row, so_far)
+    tl.store(summed + row, of_c)
+    limit = at_limit(least, r, GAUSSIAN)
     if GAUSSIAN:
-        of_radius = (g * (least / r / r) + whole_moment) / r
+        C = -g
+        F = 1.0 / r / r
+        of_radius = (g * (least / r / r) + so_far) / r
     else:
-        of_radius = -r * unit_of(least, r, half, GAUSSIAN) * (g - whole_moment)
-    tl.store(grad_radius + row, tl.where(at_limit(least, r, GAUSSIAN), 0.0, of_radius))
+        C = so_far - g
+        F = 2.0 * half / (least + r * r)
+        of_radius = r * F * C
+    tl.store(whole + row, C)
+    tl.store(unit + row, tl.where(limit, 0.0, F))
+    tl.store(grad_radius + row, tl.where(limit, 0.0, of_radius))
 
 
 @triton.jit
 def merge_gradient(
     x,
     mean,
-    radius,
-    nearest,
-    grad_logsumexp,
-    moment,
+    whole,
+    unit,
     summed,
     parts,
     grad_x,
@@ -185,10 +185,8 @@ def merge_gradient(
     N,
     x_stride,
     stretches,
-    half: "fp64",
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adds the chunk's Σ c_j y_j to grad_x and, with the last, turns it into ∂L/∂x."""
@@ -202,15 +200,12 @@ def merge_gradient(
         value += tl.load(source, mask=feature < N, other=0.0)
         source += B * N
     if LAST:
-        r, least = tl.load(radius + row), tl.load(nearest + row)
-        whole = -tl.load(grad_logsumexp + row)
-        if not GAUSSIAN:
-            whole += tl.load(moment + row)
         point = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0).to(tl.float64)
         center = tl.load(mean + row * N + feature, mask=feature < N, other=0.0).to(tl.float64)
         apart = value.to(tl.float64) - tl.load(summed + row) * center
-        unit = unit_of(least, r, half, GAUSSIAN)
-        gradient = tl.where(unit == 0.0, 0.0, unit * (whole * (point - center) - apart))
+        F = tl.load(unit + row)
+        gradient = F * (tl.load(whole + row) * (point - center) - apart)
+        gradient = tl.where(F == 0.0, 0.0, gradient)
         value = gradient.to(tl.float32)
     tl.store(grad_x + row * N + feature, value, mask=feature < N)
 
@@ -220,8 +215,7 @@ def reference_gradient(
     x,
     upstream,
     y,
-    radius,
-    nearest,
+    unit,
     coefficients,
     probabilities,
     grad_references,
@@ -232,10 +226,8 @@ def reference_gradient(
     x_stride,
     y_stride,
     pairs_stride,
-    half: "fp64",
     PRECISION: tl.constexpr,
     FIRST: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -251,11 +243,9 @@ def reference_gradient(
         inside = (row < B)[:, None] & (column < width)[None, :]
         p = tl.load(probabilities + place, mask=inside, other=0.0)
         if tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0) > 0:
-            least = tl.load(nearest + row, mask=row < B, other=1.0)
-            r = tl.load(radius + row, mask=row < B, other=1.0)
-            unit = unit_of(least, r, half, GAUSSIAN).to(tl.float32)[:, None]
+            F = tl.load(unit + row, mask=row < B, other=0.0).to(tl.float32)[:, None]
             c = tl.load(coefficients + place, mask=inside, other=0.0)
-            c = tl.where(c == 0.0, 0.0, c * unit)
+            c = tl.where(c == 0.0, 0.0, c * F)
             known = (row < B)[:, None] & (feature < N)
             a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=known, other=0.0)
             g = tl.load(upstream + row.to(tl.int64)[:, None] * N + feature, mask=known, other=0.0)
@@ -293,8 +283,8 @@ class Block:
         self.grad_logsumexp, self.mean = grad_logsumexp, mean
         self.nearest, self.total = nearest, total
         self.grad_x, self.grad_references, self.grad_radius = grad_x, grad_references, grad_radius
-        self.pulled, self.mass, self.moment, self.summed = (
-            torch.empty_like(total) for _ in range(4)
+        self.pulled, self.mass, self.moment, self.summed, self.whole, self.unit = (
+            torch.empty_like(total) for _ in range(6)
         )
         self.coefficients, self.probabilities = (
             torch.empty_like(pairs.squared, dtype=pairs.x.dtype) for _ in range(2)
@@ -350,6 +340,8 @@ class Block:
             self.probabilities,
             self.moment,
             self.summed,
+            self.whole,
+            self.unit,
             self.grad_radius,
             padded(chunk.stop - chunk.start),
             pairs.stride,
@@ -364,13 +356,11 @@ class Block:
         pairs, N = self.pairs, self.problem.features
         references = self.problem.references[chunk]
         parts = sum_of_references(pairs, references, self.coefficients, self.share, None)
-        merge_gradient[(pairs.count, triton.cdiv(N, BLOCK))](
+        merge_gradient[(pairs.count, triton.cdiv(N, MERGE_GRADIENT["BLOCK"]))](
             pairs.x,
             self.mean,
-            pairs.radius,
-            self.nearest,
-            self.grad_logsumexp,
-            self.moment,
+            self.whole,
+            self.unit,
             self.summed,
             parts,
             grad_x,
@@ -378,11 +368,9 @@ class Block:
             N,
             pairs.x.stride(0),
             len(parts),
-            self.problem.half,
             FIRST=chunk.start == 0,
             LAST=chunk.stop == len(self.problem.references),
-            GAUSSIAN=self.problem.gaussian,
-            BLOCK=BLOCK,
+            **MERGE_GRADIENT.options,
         )
 
     def _reference_gradient(self, chunk: slice, gradient: Tensor, first_block: bool) -> None:
@@ -393,8 +381,7 @@ class Block:
             pairs.x,
             pairs.upstream,
             references,
-            pairs.radius,
-            self.nearest,
+            self.unit,
             self.coefficients,
             self.probabilities,
             gradient,
@@ -405,10 +392,8 @@ class Block:
             pairs.x.stride(0),
             references.stride(0),
             pairs.stride,
-            self.problem.half,
             PRECISION=input_precision(self.problem.precision),
             FIRST=first_block,
-            GAUSSIAN=self.problem.gaussian,
             **config.options,
         )
 
@@ -447,16 +432,16 @@ def posterior_mean_backward(
 
 
 def variants() -> list[Variant]:
-    """Every type of references, the first chunk and later ones, both kinds of D."""
+    """Every type of references, both kinds of D, the first chunk and later ones."""
     found = []
-    for gaussian in (False, True):
-        for first in (False, True):
-            constants = {"FIRST": first, "GAUSSIAN": gaussian, "BLOCK": BLOCK}
-            found += [variant(kernel, constants) for kernel in (pull, coefficients)]
-            for last in (False, True):
-                found.append(variant(merge_gradient, constants | {"LAST": last}))
-        for dtype in REFERENCES:
-            constants = {"FIRST": True, "GAUSSIAN": gaussian, "PRECISION": input_precision("high")}
-            constants |= REFERENCE_GRADIENT.options
-            found.append(variant(reference_gradient, constants, dtype, products=True))
+    for first in (False, True):
+        constants: dict[str, Any] = {"FIRST": first, "GAUSSIAN": first, "BLOCK": BLOCK}
+        found += [variant(kernel, constants) for kernel in (pull, coefficients)]
+        for last in (False, True):
+            constants = {"FIRST": first, "LAST": last} | MERGE_GRADIENT.options
+            found.append(variant(merge_gradient, constants))
+    for dtype in REFERENCES:
+        constants = {"FIRST": False, "PRECISION": input_precision("high")}
+        constants |= REFERENCE_GRADIENT.options
+        found.append(variant(reference_gradient, constants, dtype, products=True))
     return found

@@ -48,15 +48,19 @@ def median_seconds(run: Callable[[], Any]) -> float:
     return float(do_bench(run, warmup=5, rep=20, return_mode="median")) * 1e-3
 
 
-def must_not_measure() -> bool:
-    """Where timings may not decide: they would make results depend on the moment (rounding follows
-    the tiles), the interpreter's say nothing, and a stream that is captured cannot be timed."""
+def may_not_measure() -> bool:
+    """Where timings may not decide: results would depend on them, for rounding follows the tiles;
+    and the interpreter's say nothing."""
     return (
         torch.are_deterministic_algorithms_enabled()
         or interpreted()
         or os.environ.get("PFGM_TUNE") == "0"
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being made: nothing can be timed then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -71,16 +75,22 @@ class Choice:
 
     def launch(self, shape: Hashable, run: Callable[[Config], Any]) -> None:
         """Runs with the configuration for this shape class (a NamedTuple of what decides)."""
-        candidates = self.configs(shape)
-        if shape in self.chosen:
-            run(self.chosen[shape])
-        elif len(candidates) == 1 or must_not_measure():
-            run(candidates[0])
+        first, *others = self.configs(shape)
+        unmeasurable = capturing() and shape not in self.chosen
+        if not others or may_not_measure() or unmeasurable:
+            best = first
         else:
-            self.chosen[shape] = min(candidates, key=lambda config: self.seconds(config, run))
-            run(self.chosen[shape])
+            best = self._measured(shape, [first, *others], run)
+        run(best)
 
-    def seconds(self, config: Config, run: Callable[[Config], Any]) -> float:
+    def _measured(
+        self, shape: Hashable, configs: Sequence[Config], run: Callable[[Config], Any]
+    ) -> Config:
+        if shape not in self.chosen:
+            self.chosen[shape] = min(configs, key=lambda config: self._seconds(config, run))
+        return self.chosen[shape]
+
+    def _seconds(self, config: Config, run: Callable[[Config], Any]) -> float:
         """How long it takes; infinitely long where the device lacks the resources."""
         try:
             return self.measure(lambda: run(config))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -40,29 +39,26 @@ class Variant:
 
 REFERENCES = {
     torch.float32: "fp32",
-    torch.float64: "fp64",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.uint8: "u8",
 }
 # The types of the arguments of the posterior mean's kernels, by their names.
 _POINTERS = {
-    "fp32": ("x", "upstream", "mean", "lowest", "norms", "projected", "weights", "share", "carry")
-    + ("parts", "coefficients", "probabilities", "grad_x", "grad_references"),
-    "fp64": ("radius", "squared", "nearest", "total", "logsumexp", "grad_logsumexp", "pulled")
-    + ("mass", "moment", "summed", "grad_radius"),
-    "i32": ("live",),
-    "i64": ("order",),
+    "*fp32": "x upstream mean lowest norms projected weights share carry parts coefficients"
+    " probabilities grad_x grad_references",
+    "*fp64": "radius squared nearest total logsumexp grad_logsumexp pulled mass moment summed whole"
+    " unit grad_radius",
+    "*i32": "live",
+    "*i64": "order",
 }
 _NUMBERS = {
-    "i32": ("B", "M", "N", "width", "tiles", "stretch", "stretches")
-    + ("x_stride", "y_stride", "pairs_stride"),
-    "fp64": ("half", "spread", "margin", "noise", "near_nats", "floor"),
+    "i32": "B M N width tiles stretch stretches x_stride y_stride pairs_stride",
+    "fp64": "half spread margin noise near_nats floor",
 }
-_TYPES = {name: f"*{kind}" for kind, names in _POINTERS.items() for name in names}
-_TYPES |= {name: kind for kind, names in _NUMBERS.items() for name in names}
-_DIVISIBLE = {"y", "N", "width", "stretch", "x_stride", "y_stride", "pairs_stride"}
-_DIVISIBLE |= {name for names in _POINTERS.values() for name in names}
+_TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
+_DIVISIBLE = {name for names in _POINTERS.values() for name in names.split()}
+_DIVISIBLE |= {"y", "width", "N", "stretch", "x_stride", "y_stride", "pairs_stride"}
 
 
 def variant(
@@ -70,6 +66,7 @@ def variant(
     constants: Mapping[str, Any],
     references: torch.dtype | None = None,
     products: bool = False,
+    wide_loads: bool = True,
 ) -> Variant:
     """A kernel of the posterior mean for this type of references. Constants may hold num_warps and
     num_stages; N and strides are multiples of 16."""
@@ -89,5 +86,6 @@ def variant(
         constants=constants,
         divisible=frozenset(_DIVISIBLE.intersection(present)),
         products=products,
+        wide_loads=wide_loads,
         **options,
     )

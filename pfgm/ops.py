@@ -345,6 +345,8 @@ def _ode_step_out(*arguments: Any) -> None:
     if step.x.shape[0] == 0:
         return
     inputs = [t for t in (step.x, step.slope, step.history) if t is not None]
+    factors = (t for t in (step.field_z, step.levels) if isinstance(t, Tensor))
+    inputs += [t if t.ndim == 2 else t[:, None] for t in factors]
     # An output that the kernels cannot write where it lies is copied from one that they can.
     direct = out if _writable(out, inputs) else None
     direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None

@@ -382,7 +382,7 @@ def euler_step(
         return_mean: return the mean too.
         out: (B, *S) in the dtype of x, takes the result; may be x, field_x or any other tensor.
         mean_out: as out, takes the mean; must not be out.
-        backend: "native" or "reference"; None lets :mod:`pfgm.backends` choose.
+        backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
 
     Returns:
         x_next (B, *S), and with ``return_mean`` also the mean (B, *S), in the dtype of x.

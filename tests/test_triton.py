@@ -1,4 +1,4 @@
-"""The Triton kernels: in the interpreter where there is no GPU, and what holds without running."""
+"""The Triton kernels in the interpreter, where there is no GPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,51 @@ import pytest
 import torch
 
 KERNEL_TESTS = Path(__file__).parent / "triton"
+FILES = sorted(path.name for path in KERNEL_TESTS.glob("test_*.py"))
 triton_only = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
 
 
+@pytest.fixture(scope="module")
+def running():
+    """The files of tests/triton, each in a process of its own, all at once."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
+    processes = {
+        file: subprocess.Popen(
+            [*command, KERNEL_TESTS / file],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for file in FILES
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
 @triton_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU itself")
-@pytest.mark.parametrize("file", sorted(p.name for p in KERNEL_TESTS.glob("test_*.py")))
-def test_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", KERNEL_TESTS / file]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(running, file):
+    output, _ = running[file].communicate()
+    assert running[file].returncode == 0, output
+
+
+@triton_only
+def test_the_interpreter_is_not_left_on():
+    code = "import pfgm; print(pfgm.backends.available()['triton'])"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for value, usable in (("1", "True"), ("0", "False")):
+        shown = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"TRITON_INTERPRET": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"usable={usable}" in shown.stdout

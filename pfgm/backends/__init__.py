@@ -107,16 +107,18 @@ def _named(name: str, source: str) -> Backend:
 
 
 def available(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    references: torch.dtype | None = None,
 ) -> dict[str, Availability]:
-    """What each backend says of tensors on ``device`` with ``dtype``.
+    """What each backend says of tensors on ``device`` with ``dtype``, and ``references`` of theirs.
 
     >>> available()["reference"].usable
     True
     """
     found = {}
     for name, backend in _BACKENDS.items():
-        reason = backend.supports(torch.device(device), dtype)
+        reason = backend.supports(torch.device(device), dtype, references)
         found[name] = Availability(reason is None, reason or backend.describe())
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..checks import check_radius, checks_values, non_finite_message
 from .reference import OdeStep, at_limit, check_singular
 
-_REFERENCES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 def interpreted() -> bool:
@@ -32,6 +33,8 @@ def supports(
         return f"its kernels run on a GPU, not on {device.type} (except under TRITON_INTERPRET=1)"
     if dtype != torch.float32:
         return f"it computes in float32, not {dtype}"
+    if references is not None and references not in _REFERENCES:
+        return f"it reads references in {', '.join(map(str, _REFERENCES))}, not {references}"
     return None
 
 
@@ -44,6 +47,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
+def _current(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: makes it the tensor's."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
 def posterior_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,10 +60,13 @@ def posterior_mean(
     if checks_values(x.device):
         check_radius(radius)
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
-    result = kernels.posterior_mean(x, references, radius, D, precision)
-    if checks_values(x.device) and bool(result[2].isnan().any()):
+    with _current(x):
+        mean, logsumexp, nearest, total = kernels.posterior_mean(
+            x, references, radius, D, precision
+        )
+    if checks_values(x.device) and bool(nearest.isnan().any()):
         raise ValueError(non_finite_message(x, references, "x"))
-    return result
+    return mean, logsumexp, nearest, total
 
 
 def posterior_mean_backward(
@@ -74,19 +85,20 @@ def posterior_mean_backward(
     from ..kernels import posterior_mean_backward as kernels
 
     check_singular(at_limit(nearest, radius, D), grad_logsumexp)
-    grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
-        grad_mean.contiguous(),
-        grad_logsumexp.contiguous(),
-        _rows(x),
-        _rows(references),
-        radius.contiguous(),
-        mean.contiguous(),
-        nearest.contiguous(),
-        total.contiguous(),
-        D,
-        needs,
-        precision,
-    )
+    with _current(x):
+        grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
+            grad_mean.contiguous(),
+            grad_logsumexp.contiguous(),
+            _rows(x),
+            _rows(references),
+            radius.contiguous(),
+            mean.contiguous(),
+            nearest.contiguous(),
+            total.contiguous(),
+            D,
+            needs,
+            precision,
+        )
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
@@ -96,8 +108,12 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     from ..kernels import normalised_field as kernels
 
     x, mean = _rows(x), _rows(mean)
-    field_x, field_z = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(len(x))
-    kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
+    field_x, field_z = (
+        x.new_empty(x.shape),
+        x.new_empty(len(x)),
+    )
+    with _current(x):
+        kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
     return field_x, field_z
 
 
@@ -111,12 +127,13 @@ def ode_step(
     field_z = None if step.field_z is None else step.field_z.contiguous()
     levels = step.levels.contiguous() if isinstance(step.levels, Tensor) else step.levels
     if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = x.new_empty(x.shape)
     if not with_mean:
         mean_out = None
     elif mean_out is None:
-        mean_out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        mean_out = x.new_empty(x.shape)
     step = OdeStep(x, slope, field_z, history, levels, step.gamma, step.z_exp, step.exact)
     if len(x) > 0:
-        kernels.launch(step, out, mean_out)
+        with _current(x):
+            kernels.launch(step, out, mean_out)
     return out, mean_out

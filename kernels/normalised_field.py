@@ -1,0 +1,119 @@
+"""PFGM's normalised field from x, z and the posterior mean, in one launch.
+
+    v = −√N E/(‖E‖ + γ),   E = (x − mean, z)
+
+A program takes whole rows, as in :mod:`pfgm.kernels.ode_step`. Differences are exact and, with all
+that follows from them, in float64: ‖E‖² may leave float32 on both sides.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ode_step import at, row_tiles
+from .variant import Variant
+
+
+@triton.jit
+def _difference(x, mean, rows, x_stride, mean_stride, columns, mask):
+    """x − mean of one tile in float64, 0 outside of it."""
+    values = tl.load(at(x, rows, x_stride, columns), mask, other=0.0)
+    center = tl.load(at(mean, rows, mean_stride, columns), mask, other=0.0)
+    return values.to(tl.float64) - center.to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["B"])
+def normalised_field_kernel(
+    x,
+    z,
+    mean,
+    field_x,
+    field_z,
+    x_stride,
+    mean_stride,
+    field_stride,
+    B,
+    N,
+    gamma: tl.float64,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """field_x (B, N) and field_z (B,) of ROWS rows; z (B,) is float64, all else float32."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    within = rows < B
+    level = tl.load(z + rows, within, other=0.0)
+
+    columns = tl.arange(0, BLOCK)
+    mask = within[:, None] & (columns < N)[None, :]
+    if WHOLE:
+        difference = _difference(x, mean, rows, x_stride, mean_stride, columns, mask)
+        squared = tl.sum(difference * difference, axis=1)
+    else:
+        lanes = tl.zeros((ROWS, BLOCK), tl.float64)
+        for start in range(0, N, BLOCK):
+            turn = start + columns
+            mask = within[:, None] & (turn < N)[None, :]
+            difference = _difference(x, mean, rows, x_stride, mean_stride, turn, mask)
+            lanes += difference * difference
+        squared = tl.sum(lanes, axis=1)
+
+    norm = tl.sqrt(squared + level * level) + gamma
+    root_N = tl.sqrt(tl.full((1,), N, tl.float64))
+    # The norm is 0 at E = 0 and γ = 0, where any finite scale gives v = 0.
+    scale = -root_N / tl.where(norm == 0, 1.0, norm)
+
+    if WHOLE:
+        result = (scale[:, None] * difference).to(tl.float32)
+        tl.store(at(field_x, rows, field_stride, columns), result, mask)
+    else:
+        for start in range(0, N, BLOCK):
+            turn = start + columns
+            mask = within[:, None] & (turn < N)[None, :]
+            difference = _difference(x, mean, rows, x_stride, mean_stride, turn, mask)
+            result = (scale[:, None] * difference).to(tl.float32)
+            tl.store(at(field_x, rows, field_stride, turn), result, mask)
+    tl.store(field_z + rows, (scale * level).to(tl.float32), within)
+
+
+def launch(
+    x: Tensor, z: Tensor, mean: Tensor, gamma: float, field_x: Tensor, field_z: Tensor
+) -> None:
+    """Writes field_x (B, N) and field_z (B,) in float32.
+
+    x and mean (B, N) are float32 with contiguous features, z (B,) is contiguous in float64.
+    """
+    B, N = x.shape
+    tiles = row_tiles(N)
+    normalised_field_kernel[(triton.cdiv(B, tiles["ROWS"]),)](
+        x, z, mean, field_x, field_z,
+        x.stride(0), mean.stride(0), field_x.stride(0), B, N, gamma, **tiles,
+    )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """Short rows, rows held whole and rows read twice."""
+    types = {
+        "x": "*fp32",
+        "z": "*fp64",
+        **dict.fromkeys(("mean", "field_x", "field_z"), "*fp32"),
+        **dict.fromkeys(("x_stride", "mean_stride", "field_stride", "B", "N"), "i32"),
+        "gamma": "fp64",
+    }
+    found = []
+    for N in (64, 3072, 20_000):
+        tiles = row_tiles(N)
+        num_warps = tiles.pop("num_warps")
+        found.append(
+            Variant(
+                name=f"normalised_field, N = {N}",
+                kernel=normalised_field_kernel,
+                types=types,
+                constants=tiles,
+                divisible=frozenset(types) - {"B", "gamma"},
+                num_warps=num_warps,
+            )
+        )
+    return found

@@ -1,0 +1,301 @@
+"""The step of the ODE in one launch: next = x + toward (mean − x) + blend (history − x).
+
+A program takes whole rows. Where a row fits in registers its slope is read once, for the norm and
+for the update; a longer one is read twice. Factors are found in float64, one a row, and values are
+combined in float32.
+
+An output may be an input, as long as both have the same strides: a program reads what it overwrites
+before it writes, and no other program reads it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .variant import Variant
+
+if TYPE_CHECKING:
+    from pfgm.backends.reference import OdeStep
+
+_TINY = tl.constexpr(1e-5)  # a field's v_z is kept below −_TINY
+_LARGEST_NORM = tl.constexpr(1 - 1e-6)  # ‖v_x‖/√N is below 1 for a field; a network may be off
+
+_WHOLE = 8192  # features of the longest row held in registers
+_LONG_BLOCK = 4096  # features a turn of longer ones
+_TILE = 1024  # least values a program, so that short rows do not make it tiny
+
+
+@triton.jit
+def at(values, rows, stride, columns):
+    """Addresses (ROWS, BLOCK) of values at rows (ROWS,), in int64, and columns (BLOCK,)."""
+    return values + (rows * stride)[:, None] + columns[None, :]
+
+
+@triton.jit
+def _implied_stretch(squared, z, gamma, N, EXACT: tl.constexpr):
+    """t = −z/v_z (ROWS,) with the v_z that ‖v_x‖² implies, without the z to divide by.
+
+    t = (√(e_x² + z²) + γ)/√N,   n = ‖v_x‖/√N
+    e_x = n (γ + √(n²γ² + (1 − n²) z²))/(1 − n²)  where EXACT, else γ n/(1 − n)
+    """
+    root_N = tl.sqrt(tl.full((1,), N, tl.float64))
+    n = tl.sqrt(squared) / root_N
+    n = tl.where(n > _LARGEST_NORM, _LARGEST_NORM, n)  # NaN stays
+    if EXACT:
+        rest = 1 - n * n
+        e = n * (gamma + tl.sqrt(n * n * gamma * gamma + rest * z * z)) / rest
+    else:
+        e = gamma * n / (1 - n)
+    return (tl.sqrt(e * e + z * z) + gamma) / root_N
+
+
+@triton.jit
+def _squared_norm(slope, rows, slope_stride, within, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """‖slope‖² (ROWS,) of rows longer than BLOCK, in float64: 1 − n² magnifies an error."""
+    lanes = tl.zeros((ROWS, BLOCK), tl.float64)
+    for start in range(0, N, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = within[:, None] & (columns < N)[None, :]
+        v = _load(slope, rows, slope_stride, columns, mask).to(tl.float64)
+        lanes += v * v
+    return tl.sum(lanes, axis=1)
+
+
+@triton.jit
+def _load(values, rows, stride, columns, mask):
+    """A tile of values, 0 outside of mask."""
+    return tl.load(at(values, rows, stride, columns), mask, other=0.0)
+
+
+@triton.jit
+def _write(
+    x,
+    slope,
+    history,
+    out,
+    mean_out,
+    rows,
+    out_stride,
+    mean_stride,
+    columns,
+    mask,
+    of_x,
+    of_slope,
+    of_history,
+    stretch,
+):
+    """out = of_x x + of_slope slope + of_history history and mean_out = x + stretch slope, from
+    tiles and factors (ROWS,)."""
+    result = of_x.to(tl.float32)[:, None] * x + of_slope.to(tl.float32)[:, None] * slope
+    if history is not None:
+        result += of_history.to(tl.float32)[:, None] * history
+    tl.store(at(out, rows, out_stride, columns), result, mask)
+    if mean_out is not None:
+        mean = x + stretch.to(tl.float32)[:, None] * slope
+        tl.store(at(mean_out, rows, mean_stride, columns), mean, mask)
+
+
+@triton.jit(do_not_specialize=["B"])
+def ode_step_kernel(
+    x,
+    slope,
+    field_z,
+    history,
+    levels,
+    out,
+    mean_out,
+    x_stride,
+    slope_stride,
+    history_stride,
+    out_stride,
+    mean_stride,
+    B,
+    N,
+    z: tl.float64,
+    toward: tl.float64,
+    blend: tl.float64,
+    gamma: tl.float64,
+    z_exp: tl.float64,
+    SUBSTITUTES: tl.constexpr,
+    EXACT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A step of ROWS rows: (B, N) float32 with strides a row, field_z (B,), levels (3, B) float64.
+
+    Where levels is None, z, toward and blend hold for every row. Where field_z is None, slope is
+    the mean. SUBSTITUTES says whether any row may lie below z_exp, for which its norm is needed.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    within = rows < B
+    if levels is None:
+        z = tl.full((ROWS,), z, tl.float64)
+        toward = tl.full((ROWS,), toward, tl.float64)
+        blend = tl.full((ROWS,), blend, tl.float64)
+    else:
+        z = tl.load(levels + rows, within, other=1.0)
+        toward = tl.load(levels + B + rows, within, other=0.0)
+        blend = tl.load(levels + B + B + rows, within, other=0.0)
+
+    columns = tl.arange(0, BLOCK)
+    mask = within[:, None] & (columns < N)[None, :]
+    if WHOLE:  # a row is on its way as a whole before its norm is waited for
+        v = _load(slope, rows, slope_stride, columns, mask)
+        values = _load(x, rows, x_stride, columns, mask)
+        past = history
+        if history is not None:
+            past = _load(history, rows, history_stride, columns, mask)
+
+    if field_z is None:
+        stretch = tl.full((ROWS,), 1.0, tl.float64)
+        of_x = 1 - toward - blend
+    else:
+        v_z = tl.load(field_z + rows, within, other=-1.0).to(tl.float64)
+        stretch = -z / tl.where(v_z > -_TINY, -_TINY, v_z)
+        of_x = 1 - blend
+        if SUBSTITUTES:
+            if WHOLE:
+                squared = tl.sum(v.to(tl.float64) * v.to(tl.float64), axis=1)
+            else:
+                squared = _squared_norm(slope, rows, slope_stride, within, N, ROWS, BLOCK)
+            implied = _implied_stretch(squared, z, gamma, N, EXACT)
+            stretch = tl.where(z < z_exp, implied, stretch)
+    of_slope = toward * stretch
+
+    if WHOLE:
+        _write(
+            values, v, past, out, mean_out, rows, out_stride, mean_stride, columns, mask,
+            of_x, of_slope, blend, stretch,
+        )  # fmt: skip
+    else:
+        for start in range(0, N, BLOCK):
+            turn = start + columns
+            mask = within[:, None] & (turn < N)[None, :]
+            v = _load(slope, rows, slope_stride, turn, mask)
+            values = _load(x, rows, x_stride, turn, mask)
+            past = history
+            if history is not None:
+                past = _load(history, rows, history_stride, turn, mask)
+            _write(
+                values, v, past, out, mean_out, rows, out_stride, mean_stride, turn, mask,
+                of_x, of_slope, blend, stretch,
+            )  # fmt: skip
+
+
+def row_tiles(N: int) -> dict[str, Any]:
+    """How rows of N features are cut: whether they are held WHOLE, ROWS and BLOCK, and num_warps.
+
+    A thread has 8 or 16 values, none of which another thread has too.
+    """
+    whole = N <= _WHOLE
+    block = triton.next_power_of_2(N) if whole else _LONG_BLOCK
+    rows = max(1, _TILE // block)
+    return {
+        "WHOLE": whole,
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": max(4, rows * block // 512),
+    }
+
+
+def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
+    """Takes the step into out (B, N) and mean_out (B, N): float32 with contiguous features.
+
+    field_z and levels are contiguous; B is at least 1.
+    """
+    x, slope, field_z, history, levels, gamma, z_exp, exact = step
+    B, N = x.shape
+    by_row = isinstance(levels, Tensor)
+    z, toward, blend = (0.0, 0.0, 0.0) if isinstance(levels, Tensor) else levels
+    substitutes = field_z is not None and (by_row or z < z_exp)
+    tiles = row_tiles(N)
+    ode_step_kernel[(triton.cdiv(B, tiles["ROWS"]),)](
+        x,
+        slope,
+        field_z,
+        history,
+        levels if by_row else None,
+        out,
+        mean_out,
+        x.stride(0),
+        slope.stride(0),
+        0 if history is None else history.stride(0),
+        out.stride(0),
+        0 if mean_out is None else mean_out.stride(0),
+        B,
+        N,
+        z,
+        toward,
+        blend,
+        gamma,
+        z_exp,
+        SUBSTITUTES=substitutes,
+        EXACT=substitutes and exact,
+        **tiles,
+    )
+
+
+_TYPES = {
+    **dict.fromkeys(("x", "slope", "field_z", "history", "out", "mean_out"), "*fp32"),
+    "levels": "*fp64",
+    **dict.fromkeys(
+        ("x_stride", "slope_stride", "history_stride", "out_stride", "mean_stride", "B", "N"), "i32"
+    ),
+    **dict.fromkeys(("z", "toward", "blend", "gamma", "z_exp"), "fp64"),
+}
+
+
+def _variant(
+    N: int, form: str, history: bool, mean: bool, levels: bool, substitutes: bool, exact: bool
+) -> Variant:
+    absent = {
+        "field_z": form == "mean",
+        "history": not history,
+        "levels": not levels,
+        "mean_out": not mean,
+    }
+    tiles = row_tiles(N)
+    num_warps = tiles.pop("num_warps")
+    types = {name: kind for name, kind in _TYPES.items() if not absent.get(name)}
+    words = {
+        "history": history,
+        "mean_out": mean,
+        "levels of each row": levels,
+        "substitution": substitutes,
+        "published": substitutes and not exact,
+    }
+    return Variant(
+        name=", ".join([f"ode_step, {form}, N = {N}", *(word for word, on in words.items() if on)]),
+        kernel=ode_step_kernel,
+        types=types,
+        constants={
+            **{name: None for name, missing in absent.items() if missing},
+            "SUBSTITUTES": substitutes,
+            "EXACT": substitutes and exact,
+            **tiles,
+        },
+        # All but B, which is not looked at, so that batches of any size share their code.
+        divisible=frozenset(name for name, kind in types.items() if kind != "fp64") - {"B"},
+        num_warps=num_warps,
+    )
+
+
+def variants() -> list[Variant]:
+    """Every form for rows held whole, the largest for short rows and for rows read twice."""
+    found = []
+    for history in (False, True):
+        for mean in (False, True):
+            found.append(_variant(3072, "field", history, mean, False, True, True))
+        for levels in (False, True):
+            found.append(_variant(3072, "field", history, history, levels, levels, True))
+            found.append(_variant(3072, "mean", history, False, levels, False, False))
+    found.append(_variant(3072, "field", True, True, False, True, False))
+    for N in (64, 20_000):
+        found.append(_variant(N, "field", True, True, True, True, True))
+        found.append(_variant(N, "mean", True, False, True, False, False))
+    return found

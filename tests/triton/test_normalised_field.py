@@ -1,0 +1,115 @@
+"""The normalised field as a Triton kernel, against the reference backend in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+SHAPES = [
+    (0, 5), (1, 1), (5, 1), (33, 3), (5, 37), (33, 255), (5, 256), (33, 257), (5, 3072),
+    (1, 8192), (2, 8193), (1, 20_000),
+]  # fmt: skip
+
+
+def problem(B, N, device, seed=0):
+    """x (B, N) around mean (B, N) at distances of the size of z (B,), which is float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(B, N, generator=generator)
+    z = torch.logspace(-3, 2, B, dtype=torch.float64)
+    x = mean + z.float()[:, None] * torch.randn(B, N, generator=generator)
+    return x.to(device), z.to(device), mean.to(device)
+
+
+def check(x, z, mean, gamma=5.0):
+    """Each value rounded once, to float32; returns them."""
+    found = torch.ops.pfgm.normalised_field(x, z, mean, gamma, "triton")
+    wide = [values.double().cpu() for values in (x, z, mean)]
+    expected = torch.ops.pfgm.normalised_field(*wide, gamma, "reference")
+    for values, correct in zip(found, expected, strict=True):
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values.double().cpu(), correct, rtol=6e-8, atol=1e-44)
+    return found
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("gamma", [0.0, 1e-9, 5.0])
+@pytest.mark.parametrize(("B", "N"), SHAPES)
+def test_values(device, B, N, gamma):
+    field_x, field_z = check(*problem(B, N, device), gamma)
+    if gamma == 0:  # all of the field's norm is √N
+        norm = (field_x.double().square().sum(1) + field_z.double().square()).sqrt()
+        torch.testing.assert_close(norm, torch.full_like(norm, math.sqrt(N)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("N", [1, 37, 3072, 8193])
+def test_where_nothing_is_left_of_the_field(device, N):
+    """E = 0 in one row of three: v = 0 at every gamma, also at 0."""
+    x, z, mean = problem(3, N, device)
+    x[1], z[1] = mean[1], 0.0
+    for gamma in (0.0, 5.0):
+        field_x, field_z = check(x, z, mean, gamma)
+        assert not field_x[1].any()
+        assert not field_z[1].any()
+        assert field_x[[0, 2]].any(1).all()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("N", [1, 37, 9000])
+def test_sizes_that_float32_cannot_square(device, N):
+    x, _, mean = problem(4, N, device)
+    sizes = torch.tensor([1e30, 3e38, 1e-30, 1e-38], device=device)
+    x, mean = x.sign() * sizes[:, None], -0.5 * x.sign() * sizes[:, None]
+    for gamma in (0.0, 5.0):
+        for z in (torch.zeros(4, dtype=torch.float64, device=device), sizes.double()):
+            field_x, _ = check(x, z, mean, gamma)
+            assert field_x.isfinite().all()
+            assert field_x.all()  # not one underflowed
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_differences_are_exact(device):
+    """Also where x and the mean agree in all but their last digits."""
+    x, z, _ = problem(4, 37, device)
+    mean = x * (1 + 2**-22)
+    check(x, 1e-7 * z, mean, 0.0)
+
+
+def test_non_finite_values_stay_in_their_row(device):
+    x, z, mean = problem(3, 37, device)
+    mean[1, 4] = math.nan
+    field_x, field_z = torch.ops.pfgm.normalised_field(x, z, mean, 5.0, "triton")
+    assert field_x[[0, 2]].isfinite().all()
+    assert field_z[[0, 2]].isfinite().all()
+    assert field_x[1].isnan().all()
+    assert field_z[1].isnan()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("N", [1, 37, 3072, 8193])
+def test_strided_and_expanded_tensors(device, N):
+    x, z, mean = problem(3, N, device)
+    doubled = torch.stack([x, x], 1).flatten(1)
+    unaligned = torch.cat([mean.new_zeros(3), mean.flatten()])[3:].view(mean.shape)
+    check(doubled[:, :N], torch.stack([z, z], 1)[:, 0], unaligned)
+    check(x.t().contiguous().t(), z.flip(0), torch.stack([mean, mean], -1).flatten(1)[:, ::2])
+    field_x, _ = check(x[:1].expand(3, N), z[1:2].expand(3), mean[:1].expand(3, N))
+    assert torch.equal(field_x[0], field_x[2])
+
+
+def test_opcheck(device):
+    arguments = (*problem(5, 37, device), 5.0, "triton")
+    torch.library.opcheck(torch.ops.pfgm.normalised_field.default, arguments)
+
+
+def test_compile(device):
+    x, z, mean = problem(5, 37, device)
+
+    def field(x, z, mean):
+        return torch.ops.pfgm.normalised_field(2 * x, z, mean, 5.0, "triton")
+
+    compiled = torch.compile(field, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(x, z, mean), field(x, z, mean), strict=True):
+        assert torch.equal(found, expected)

@@ -1,0 +1,101 @@
+"""The choice among a kernel's configurations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pfgm.kernels import distances, posterior_mean, tuning
+from pfgm.kernels.tuning import Choice, Config
+from triton.runtime.errors import OutOfResources
+
+CONFIGS = [Config({"TILE": size}) for size in (16, 32, 64)]
+TIMES = {16: 3.0, 32: 1.0, 64: 2.0}
+
+
+class Recorder:
+    """A choice whose timings are given, and the tiles that ran."""
+
+    def __init__(self, too_large=()):
+        self.ran, self.measured, self.too_large = [], [], too_large
+        self.choice = Choice(lambda shape: CONFIGS[: shape[0]], self.measure)
+
+    def run(self, config):
+        if config["TILE"] in self.too_large:
+            raise OutOfResources(300, 200, "shared memory")
+        self.ran.append(config["TILE"])
+
+    def measure(self, run):
+        run()
+        self.measured.append(self.ran.pop())
+        return TIMES[self.measured[-1]]
+
+    def launch(self, *shape):
+        self.choice.launch(shape, self.run)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    monkeypatch.setattr(tuning, "interpreted", lambda: False)
+
+
+@pytest.mark.usefixtures("timed")
+def test_the_fastest_is_measured_once_a_shape_class():
+    recorder = Recorder()
+    recorder.launch(3)
+    recorder.launch(3)
+    assert recorder.measured == [16, 32, 64]
+    assert recorder.ran == [32, 32]
+    recorder.launch(2)
+    assert recorder.measured == [16, 32, 64, 16, 32]
+
+
+@pytest.mark.usefixtures("timed")
+def test_one_configuration_is_not_measured():
+    recorder = Recorder()
+    recorder.launch(1)
+    assert recorder.measured == []
+    assert recorder.ran == [16]
+
+
+@pytest.mark.usefixtures("timed")
+def test_what_does_not_fit_the_device_is_passed_over():
+    recorder = Recorder(too_large=(32,))
+    recorder.launch(3)
+    assert recorder.ran == [64]
+
+
+@pytest.mark.usefixtures("timed")
+def test_deterministic_algorithms_take_the_first():
+    recorder = Recorder()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        recorder.launch(3)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert (recorder.ran, recorder.measured) == ([16], [])
+
+
+@pytest.mark.usefixtures("timed")
+def test_what_was_measured_before_is_not_used_where_it_may_not(monkeypatch):
+    recorder = Recorder()
+    recorder.launch(3)
+    monkeypatch.setenv("PFGM_TUNE", "0")
+    recorder.launch(3)
+    assert recorder.ran == [32, 16]
+
+
+def test_few_shape_classes():
+    """Neighbouring sizes share theirs, so that a last small batch is not tuned for by itself."""
+    x = torch.zeros(100, 50)
+    classes = {distances.Problem(x, x, x[:, 0], 1.0, "high").shape(rows) for rows in range(65, 129)}
+    assert len(classes) == 1
+
+
+@pytest.mark.parametrize("configs", [distances.distance_configs, posterior_mean.sum_configs])
+def test_every_shape_class_has_configurations(configs):
+    for rows in (1, 2, 16, 32, 64, 128, 4096):
+        for features in (1, 32, 4096):
+            for project in (False, True):
+                shape = distances.Shape(rows, features, torch.float32, "high", project)
+                assert 1 <= len(configs(shape)) <= 3
