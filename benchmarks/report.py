@@ -135,6 +135,33 @@ def memory_table() -> str:
     return table(["", "B × M × N", "path", "references", "they take", "extra at the peak"], rows)
 
 
+def codegen_table() -> str:
+    """What the Triton kernels compile to: of each kernel's variants the most, of loads the fewest."""
+    kernels: dict[tuple[str, int], list[Row]] = {}
+    for row in load("codegen")["result"]["rows"]:
+        kernels.setdefault((row["kernel"].split(",")[0], row["capability"]), []).append(
+            row["figures"]
+        )
+    rows = []
+    for (kernel, capability), figures in kernels.items():
+        matrix = [figure["matrix_instructions"] for figure in figures]
+        rows.append(
+            [
+                kernel,
+                f"sm_{capability}",
+                str(len(figures)),
+                *(str(max(figure[key] for figure in figures)) for key in CODEGEN),
+                ", ".join(sorted({name for found in matrix for name in found})),
+                str(min(figure["wide_loads"] for figure in figures)),
+            ]
+        )
+    header = ["kernel", "architecture", "variants", "registers", "spilled bytes", "shared bytes"]
+    return table([*header, "matrix instructions", "16-byte loads"], rows)
+
+
+CODEGEN = ("registers", "spills", "shared")
+
+
 def circumstances(module: str) -> str:
     content = load(module)
     machine = content["machine"]
@@ -159,6 +186,7 @@ def report() -> str:
         "Training step": other_table("training_step"),
         "Sampling": other_table("sampling"),
         "Memory": memory_table(),
+        "Triton kernels as compiled": codegen_table(),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 

@@ -146,7 +146,7 @@ def differences(
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """Σ (x − y)² and G·y, as ``distances``. A float32 sum takes 256 additions and is merged then."""
+    """Σ (x − y)² and G·y, as ``distances``. Float32 sums of 256 additions are merged in float64."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
@@ -503,8 +503,8 @@ def variants() -> list[Variant]:
                     continue
                 constants["PRECISION"] = input_precision(shape.precision)
                 found.append(variant(distances, constants, dtype, products=True))
-        for gaussian, tile in ((False, 64), (True, 128)):
-            constants = {"FEW": FEW, "TILE": tile, "SEGMENT": SEGMENT, "SWEEP": SWEEP}
+        for gaussian in (False, True) if dtype == torch.float32 else (False,):
+            constants = {"FEW": FEW, "TILE": 64, "SEGMENT": SEGMENT, "SWEEP": SWEEP}
             constants |= group_of(3072) | {"GAUSSIAN": gaussian}
             found.append(variant(refine, constants, dtype))
     return list({each.name: each for each in found}.values())

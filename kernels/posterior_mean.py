@@ -331,7 +331,7 @@ def variants() -> list[Variant]:
         for shape in shapes(dtype):
             for config in () if shape.project else sum_configs(shape):
                 constants = {"PRECISION": input_precision(shape.precision)} | config.options
-                constants["ORDERED"] = shape.rows >= SORTED
+                constants["ORDERED"] = shape.rows >= SORTED and dtype == torch.float32
                 found.append(variant(weighted_sum, constants, dtype, products=True))
     for first in (False, True):
         found.append(variant(merge, {"FIRST": first, "BLOCK": BLOCK}))

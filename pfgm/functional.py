@@ -161,9 +161,9 @@ def posterior_mean(
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
         backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
-        precision: what products on a GPU may lose: "high" keeps the digits of float32, "medium"
-            multiplies once in TF32 (mean within about 1e-3 of the references' size). On the CPU
-            both are computed alike.
+        precision: of products on a GPU: "high" keeps the digits of float32; "medium" multiplies
+            once in TF32, whose 10 bits show in the weights of many references about equally far.
+            On the CPU both are computed alike.
 
     Returns:
         mean (B, *S), and with ``return_logsumexp`` also lse (B,) in float64.

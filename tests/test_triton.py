@@ -19,32 +19,32 @@ triton_only = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def running():
-    """The files of tests/triton, each in a process of its own, all at once."""
+def running(tmp_path_factory):
+    """The files of tests/triton, each in a process of its own, all at once; and their output."""
+    folder = tmp_path_factory.mktemp("output")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
-    processes = {
-        file: subprocess.Popen(
-            [*command, KERNEL_TESTS / file],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for file in FILES
-    }
-    yield processes
+    processes = {}
+    for file in FILES:
+        with (folder / file).open("w") as output:
+            processes[file] = subprocess.Popen(
+                [*command, KERNEL_TESTS / file],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+    yield {file: (process, folder / file) for file, process in processes.items()}
     for process in processes.values():
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @triton_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU itself")
 @pytest.mark.parametrize("file", FILES)
 def test_in_the_interpreter(running, file):
-    output, _ = running[file].communicate()
-    assert running[file].returncode == 0, output
+    process, output = running[file]
+    assert process.wait() == 0, output.read_text()
 
 
 @triton_only
