@@ -11,6 +11,7 @@ have. ``--store`` keeps the figures in results/codegen.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -174,7 +175,28 @@ def _intended(matrix_instructions: dict[str, int], capability: int) -> bool:
 @functools.cache
 def _variants(module: str) -> list[Variant]:
     listed: list[Variant] = importlib.import_module(module).variants()
-    return listed
+    kernels = {variant.kernel: variant for variant in reversed(listed)}
+    return [*listed, *map(smallest, kernels.values())]
+
+
+def smallest(variant: Variant) -> Variant:
+    """The same for one query, reference and feature: Triton makes constants of what is 1, and a
+    kernel must compile with them."""
+    padded = ("width", "pairs_stride", "stretch")  # multiples of 16 always
+    unseen = {p.name for p in variant.kernel.params if p.do_not_specialize}
+    ones = {
+        name: 1
+        for name, kind in variant.types.items()
+        if kind == "i32" and name not in padded and name not in unseen
+    }
+    return dataclasses.replace(
+        variant,
+        name=f"{variant.name.split(',')[0]}, sizes of 1",
+        types={name: kind for name, kind in variant.types.items() if name not in ones},
+        constants={**variant.constants, **ones},
+        divisible=variant.divisible - set(ones),
+        wide_loads=False,
+    )
 
 
 def _row(module: str, place: int, capability: int) -> Row:

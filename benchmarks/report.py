@@ -136,7 +136,7 @@ def memory_table() -> str:
 
 
 def codegen_table() -> str:
-    """What the Triton kernels compile to: of each kernel's variants the most, of loads the fewest."""
+    """What the Triton kernels compile to: the most of a kernel's variants, of loads the fewest."""
     kernels: dict[tuple[str, int], list[Row]] = {}
     for row in load("codegen")["result"]["rows"]:
         kernels.setdefault((row["kernel"].split(",")[0], row["capability"]), []).append(

@@ -39,7 +39,8 @@ from .variant import REFERENCES, Variant, variant
 
 UNSEEN = 16.0  # nats: below e^-16 / M of the sum a weight counts for nothing in float32
 SORTED = 256  # queries from which those of alike numbers of live references share a tile
-BLOCK = 1024  # values that a program takes at a time where it has one query
+PER_QUERY = Config({"BLOCK": 2048}, num_warps=8)  # of kernels that take a row of weights
+BLOCK = 1024  # features that a program of ``merge`` takes
 
 
 @triton.jit
@@ -309,7 +310,7 @@ def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, tot
             math.exp(-unseen(len(problem.references))),
             FIRST=first,
             GAUSSIAN=problem.gaussian,
-            BLOCK=BLOCK,
+            **PER_QUERY.options,
         )
         parts = sum_of_references(pairs, references, weights, share, live)
         merge[(pairs.count, triton.cdiv(problem.features, BLOCK))](
@@ -327,6 +328,7 @@ def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, tot
 def variants() -> list[Variant]:
     """Every type of references and configuration, the first chunk and later ones."""
     found = []
+    constants: dict[str, Any]
     for dtype in REFERENCES:
         for shape in shapes(dtype):
             for config in () if shape.project else sum_configs(shape):
@@ -336,6 +338,6 @@ def variants() -> list[Variant]:
     for first in (False, True):
         found.append(variant(merge, {"FIRST": first, "BLOCK": BLOCK}))
         for gaussian in (False, True):
-            constants = {"FIRST": first, "GAUSSIAN": gaussian, "BLOCK": BLOCK}
+            constants = {"FIRST": first, "GAUSSIAN": gaussian} | PER_QUERY.options
             found.append(variant(weigh, constants))
     return list({each.name: each for each in found}.values())

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .distances import Pairs, Problem, input_precision, load_references, padded
-from .posterior_mean import BLOCK, relative_score, sum_of_references, unseen
+from .posterior_mean import PER_QUERY, relative_score, sum_of_references, unseen
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
@@ -322,7 +322,7 @@ class Block:
             self.floor,
             FIRST=chunk.start == 0,
             GAUSSIAN=self.problem.gaussian,
-            BLOCK=BLOCK,
+            **PER_QUERY.options,
         )
 
     def _coefficients(self, chunk: slice) -> None:
@@ -349,7 +349,7 @@ class Block:
             self.floor,
             FIRST=chunk.start == 0,
             GAUSSIAN=self.problem.gaussian,
-            BLOCK=BLOCK,
+            **PER_QUERY.options,
         )
 
     def _merge(self, chunk: slice, grad_x: Tensor) -> None:
@@ -435,7 +435,8 @@ def variants() -> list[Variant]:
     """Every type of references, both kinds of D, the first chunk and later ones."""
     found = []
     for first in (False, True):
-        constants: dict[str, Any] = {"FIRST": first, "GAUSSIAN": first, "BLOCK": BLOCK}
+        constants: dict[str, Any] = {"FIRST": first, "GAUSSIAN": first}
+        constants |= PER_QUERY.options
         found += [variant(kernel, constants) for kernel in (pull, coefficients)]
         for last in (False, True):
             constants = {"FIRST": first, "LAST": last} | MERGE_GRADIENT.options

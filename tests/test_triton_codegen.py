@@ -104,6 +104,13 @@ def flawed(tmp_path_factory):
     return {row["kernel"]: row for row in rows["flawed_kernels", 90]}
 
 
+def test_sizes_of_one_are_compiled_too(all_rows):
+    for module in codegen.MODULES:
+        kernels = {row["kernel"].split(",")[0] for row in all_rows[module, 90]}
+        smallest = {row["kernel"] for row in all_rows[module, 90] if "sizes of 1" in row["kernel"]}
+        assert smallest == {f"{kernel}, sizes of 1" for kernel in kernels}
+
+
 @pytest.mark.parametrize("kernel", ["good", "narrow as intended"])
 def test_what_is_as_intended_passes(flawed, kernel):
     assert flawed[kernel]["problems"] == []
