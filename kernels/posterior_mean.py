@@ -18,6 +18,7 @@ Launches depend on shapes alone: nothing waits for the device, and CUDA graphs c
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
