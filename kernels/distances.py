@@ -24,9 +24,11 @@ from .variant import REFERENCES, Variant, variant
 PAIRS = 1 << 21  # of queries and references in a chunk: 12 bytes each, 20 in the backward pass
 PARTS = 1 << 22  # values of a block's sums
 ROWS = 4096  # queries of a block, at most
+REFERENCES_AT_ONCE = 1 << 16  # in a chunk, at most
 FEW = 16  # tiles near the minimum: so few are computed again in any case
 NEAR = 20.0  # nats: what weighs less than e^-20 of the largest needs no more digits
-SEGMENT = 4  # tiles of references that a program of ``refine`` looks at
+SEGMENTS = 256  # programs of ``refine`` a query, at most: each of them reads all minima
+SEGMENT = 4  # tiles of references that one looks at, at least
 SWEEP = 256  # tiles that it reads the minima of at a time
 
 
@@ -35,7 +37,8 @@ def load_references(pointers, mask, dtype: tl.constexpr):
     """References as floating point, zero where masked; bytes mean u/127.5 − 1."""
     values = tl.load(pointers, mask=mask, other=0)
     if values.dtype == tl.uint8:
-        floating = tl.where(mask, values.to(dtype) / 127.5 - 1.0, 0.0).to(dtype)
+        # The same, without a difference of rounded numbers: it would cancel near the middle.
+        floating = tl.where(mask, (2.0 * values.to(dtype) - 255.0) * (1.0 / 255.0), 0.0).to(dtype)
     else:
         floating = values.to(dtype)
     return floating
@@ -64,7 +67,7 @@ def finish_distances(
     tl.store(norms + row, norm, mask=row < tl.where(tile == 0, B, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M", "tiles"])
 def distances(
     x,
     upstream,
@@ -124,7 +127,7 @@ def distances(
         tl.store(projected + place, 0.5 * tl.trans(projection), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M", "tiles"])
 def differences(
     x,
     upstream,
@@ -193,7 +196,7 @@ def differences(
         tl.store(projected + place, projection.to(tl.float32), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles", "segment"])
 def refine(
     x,
     y,
@@ -208,6 +211,7 @@ def refine(
     y_stride,
     pairs_stride,
     tiles,
+    segment,
     half: tl.float64,
     spread: tl.float64,
     margin: tl.float64,
@@ -216,7 +220,6 @@ def refine(
     FEW: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
     GROUP: tl.constexpr,
     PANEL: tl.constexpr,
     SWEEP: tl.constexpr,
@@ -238,16 +241,17 @@ def refine(
 
     r = tl.load(radius + row)
     norm = tl.load(norms + row).to(tl.float64)
-    error = noise * (norm + base)
+    # Rounding of single differences mostly averages out.
+    error = noise * (norm + base) + 2.0**-26 * base
     # |y|² ≤ 2 (d² + |x|²); twice, for the minimum is as uncertain as what is compared with it.
     near = base + 2.0 * margin * (3.0 * norm + 2.0 * base)
     if GAUSSIAN:
         near += 2.0 * near_nats * r * r
-        ill = error > 2e-3 * r * r
+        ill = error > 6e-4 * r * r
     else:
         s = base + r * r
         near += spread * s
-        ill = half * error > 1e-3 * s
+        ill = half * error > 3e-4 * s
     near = tl.where(near == near, near, float("inf"))
     competing = 0
     for start in range(0, tiles, SWEEP):
@@ -256,8 +260,8 @@ def refine(
         competing += tl.sum((low <= near).to(tl.int32), 0)
     near = tl.where((competing > FEW) & (ill == 0) & (near < float("inf")), -1.0, near)
 
-    first = tl.program_id(1) * SEGMENT
-    for tile in range(first, min(first + SEGMENT, tiles)):
+    first = tl.program_id(1) * segment
+    for tile in range(first, min(first + segment, tiles)):
         if tl.load(low_row + tile).to(tl.float64) <= near:
             for start in range(0, TILE, GROUP):
                 column = tile * TILE + start + tl.arange(0, GROUP)
@@ -363,8 +367,8 @@ class Problem:
     @property
     def chunk(self) -> int:
         """References that are computed together."""
-        fitting = max(PAIRS // self.block, 128)
-        return min(len(self.references), -(-fitting // 128) * 128)
+        fitting = -(-max(PAIRS // self.block, 128) // 128) * 128
+        return min(len(self.references), fitting, REFERENCES_AT_ONCE)
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, len(self.references), self.chunk):
@@ -446,7 +450,8 @@ class Pairs:
         problem, tiles = self.problem, self.lowest.shape[1]
         margin, noise = problem.errors(self.shape)
         spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.half)
-        refine[(self.count, triton.cdiv(tiles, SEGMENT))](
+        segment = max(SEGMENT, triton.cdiv(tiles, SEGMENTS))
+        refine[(self.count, triton.cdiv(tiles, segment))](
             self.x,
             references,
             self.radius,
@@ -460,6 +465,7 @@ class Pairs:
             references.stride(0),
             self.stride,
             tiles,
+            segment,
             problem.half,
             spread,
             margin,
@@ -468,7 +474,6 @@ class Pairs:
             FEW=FEW,
             GAUSSIAN=problem.gaussian,
             TILE=self.tile,
-            SEGMENT=SEGMENT,
             SWEEP=SWEEP,
             **group_of(problem.features),
         )
@@ -504,7 +509,7 @@ def variants() -> list[Variant]:
                 constants["PRECISION"] = input_precision(shape.precision)
                 found.append(variant(distances, constants, dtype, products=True))
         for gaussian in (False, True) if dtype == torch.float32 else (False,):
-            constants = {"FEW": FEW, "TILE": 64, "SEGMENT": SEGMENT, "SWEEP": SWEEP}
+            constants = {"FEW": FEW, "TILE": 64, "SWEEP": SWEEP}
             constants |= group_of(3072) | {"GAUSSIAN": gaussian}
             found.append(variant(refine, constants, dtype))
     return list({each.name: each for each in found}.values())

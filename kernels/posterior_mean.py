@@ -130,7 +130,7 @@ def weigh(
     tl.store(live + row, tl.sum(alive, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M"])
 def weighted_sum(
     y,
     weights,

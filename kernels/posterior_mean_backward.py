@@ -15,7 +15,7 @@ The t_j nearly cancel in Σ_j c_j. With e_j = d_j² − d² of the nearest nothi
     ∂L/∂x  = F [C (x − mean) − Σ_j c_j (y_j − mean)]
     ∂L/∂r  = r F C,   ∂L/∂σ = (g d²/σ² + moment)/σ
 
-``pull`` sums G·y first, since t_j needs it; ``coefficients`` finds the c_j, whose sum over the
+``pull`` sums G·y first, since t_j needs it; ``find_coefficients`` the c_j, whose sum over the
 references is the forward pass's (``weighted_sum``); ``merge_gradient`` puts ∂L/∂x together and
 ``reference_gradient`` sums over the queries. F is applied last, in float64: it may be huge.
 """
@@ -98,7 +98,7 @@ def pull(
 
 
 @triton.jit
-def coefficients(
+def find_coefficients(
     radius,
     nearest,
     total,
@@ -210,7 +210,7 @@ def merge_gradient(
     tl.store(grad_x + row * N + feature, value, mask=feature < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M"])
 def reference_gradient(
     x,
     upstream,
@@ -243,9 +243,9 @@ def reference_gradient(
         inside = (row < B)[:, None] & (column < width)[None, :]
         p = tl.load(probabilities + place, mask=inside, other=0.0)
         if tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0) > 0:
-            F = tl.load(unit + row, mask=row < B, other=0.0).to(tl.float32)[:, None]
+            F = tl.load(unit + row, mask=row < B, other=0.0)[:, None]
             c = tl.load(coefficients + place, mask=inside, other=0.0)
-            c = tl.where(c == 0.0, 0.0, c * F)
+            c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * F).to(tl.float32)
             known = (row < B)[:, None] & (feature < N)
             a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=known, other=0.0)
             g = tl.load(upstream + row.to(tl.int64)[:, None] * N + feature, mask=known, other=0.0)
@@ -327,7 +327,7 @@ class Block:
 
     def _coefficients(self, chunk: slice) -> None:
         pairs = self.pairs
-        coefficients[(pairs.count,)](
+        find_coefficients[(pairs.count,)](
             pairs.radius,
             self.nearest,
             self.total,
@@ -437,7 +437,7 @@ def variants() -> list[Variant]:
     for first in (False, True):
         constants: dict[str, Any] = {"FIRST": first, "GAUSSIAN": first}
         constants |= PER_QUERY.options
-        found += [variant(kernel, constants) for kernel in (pull, coefficients)]
+        found += [variant(kernel, constants) for kernel in (pull, find_coefficients)]
         for last in (False, True):
             constants = {"FIRST": first, "LAST": last} | MERGE_GRADIENT.options
             found.append(variant(merge_gradient, constants))

@@ -53,7 +53,7 @@ _POINTERS = {
     "*i64": "order",
 }
 _NUMBERS = {
-    "i32": "B M N width tiles stretch stretches x_stride y_stride pairs_stride",
+    "i32": "B M N width tiles segment stretch stretches x_stride y_stride pairs_stride",
     "fp64": "half spread margin noise near_nats floor",
 }
 _TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}

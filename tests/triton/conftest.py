@@ -19,12 +19,13 @@ def device() -> torch.device:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.empty and its like hand out is NaN: a result that is not written shows."""
-    for name in ("empty", "empty_like", "empty_strided"):
-        original = getattr(torch, name)
+    """What is handed out uninitialised is NaN: a result that is not written shows."""
+    owners = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    for owner, name in [*owners, (torch.Tensor, "new_empty")]:
+        original = getattr(owner, name)
 
         def filled(*args, original=original, **kwargs):
             tensor = original(*args, **kwargs)
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(77)
 
-        monkeypatch.setattr(torch, name, filled)
+        monkeypatch.setattr(owner, name, filled)

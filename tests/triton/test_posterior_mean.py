@@ -55,6 +55,11 @@ def assert_accurate(result, expected, references, tolerance=1e-5):
     assert ((lse.cpu() - wanted_lse).abs() <= tolerance * wanted_lse.abs().clamp(min=1)).all()
 
 
+def assert_same(mean, references):
+    """A product in three of TF32 may round the last bit off."""
+    torch.testing.assert_close(mean, references, rtol=2.0**-21, atol=0.0)
+
+
 # ---- forward ----
 
 
@@ -141,20 +146,25 @@ def test_twice_the_same_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_workspace_does_not_grow_with_the_references(device):
+@pytest.mark.parametrize("B", [1, 128, 100_000])
+@pytest.mark.parametrize("N", [1, 3072, 200_000])
+def test_workspace_and_launches_are_bounded(B, N):
     few, many = (
         distances.Problem(
-            torch.empty(128, 3072, device="meta"),
-            torch.empty(M, 3072, device="meta"),
-            torch.empty(128, device="meta"),
+            torch.empty(B, N, device="meta"),
+            torch.empty(M, N, device="meta"),
+            torch.empty(B, device="meta"),
             1.0,
             "high",
         )
         for M in (100_000, 10_000_000)
     )
     assert few.chunk == many.chunk
-    assert few.block * few.chunk <= distances.PAIRS
-    assert few.block * few.features <= distances.PARTS
+    assert few.block * few.chunk <= 1.1 * distances.PAIRS
+    assert few.block * N <= max(distances.PARTS, 16 * N)
+    # Blocks of the second and third dimension of a launch are at most 65535.
+    smallest = min(c["TILE"] for c in distances.distance_configs(few.shape(few.block)))
+    assert few.chunk / smallest <= 65535
 
 
 # ---- what products cannot tell ----
@@ -178,7 +188,7 @@ def test_near_ties_far_from_the_origin(oracle, device, offset):
     # Relative to the spread, not to the offset.
     error = (result[0].double().cpu() - expected[0]).norm(dim=1).max()
     spread = 2**-6 * 8
-    assert error <= 1e-5 * spread + 1e-7 * offset * 8
+    assert error <= 1e-5 * spread + 4e-7 * offset * 8
 
 
 def test_without_refinement_they_would_be_wrong(oracle, device, monkeypatch):
@@ -188,6 +198,30 @@ def test_without_refinement_they_would_be_wrong(oracle, device, monkeypatch):
     monkeypatch.setattr(distances.Pairs, "_refine", lambda *_: None)
     mean, _ = compute(x, references, radius, 1.0)
     assert (mean.double().cpu() - expected[0]).norm(dim=1).max() > 1e-3 * 2**-6 * 8
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """As with more tiles near the minimum than are computed again in any case."""
+    monkeypatch.setattr(distances, "FEW", 0)
+
+
+@pytest.mark.usefixtures("many")
+def test_many_that_compete_are_refined_where_they_are_ill_conditioned(oracle, device):
+    test_near_ties_far_from_the_origin(oracle, device, 1.0)
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.usefixtures("many")
+def test_many_that_compete_are_left_as_they_are_elsewhere(oracle, device, monkeypatch, D):
+    x, references, _ = problem(20, 70, 64, device=device)
+    x, sigma = 30 * x, torch.full((20,), 30.0, dtype=torch.float64, device=device)
+    expected = oracle(x.cpu(), references.cpu(), sigma.cpu(), D)
+    result = compute(x, references, sigma, D)
+    assert_accurate(result, expected, references.cpu())
+    monkeypatch.setattr(distances.Pairs, "_refine", lambda *_: None)
+    for refined, plain in zip(result, compute(x, references, sigma, D), strict=True):
+        assert torch.equal(refined, plain)
 
 
 # ---- limits ----
@@ -201,7 +235,7 @@ def test_on_references_at_radius_zero(device, B, D):
     mean, lse = compute(
         references[:B].clone(), references, torch.zeros(B, dtype=torch.float64, device=device), D
     )
-    assert torch.equal(mean, references[:B])
+    assert_same(mean, references[:B])
     assert lse.isposinf().all()
 
 
@@ -212,7 +246,7 @@ def test_diffusion_at_sigma_zero(device, B):
     x = references[:B].clone()
     x[1] += 1e-3
     mean, lse = compute(x, references, torch.zeros(B, dtype=torch.float64, device=device), math.inf)
-    assert torch.equal(mean, references[:B])
+    assert_same(mean, references[:B])
     assert lse[0].item() == pytest.approx(math.log(2))
     assert lse[1].isneginf()
     assert lse[2].item() == 0.0
@@ -222,7 +256,7 @@ def test_diffusion_at_sigma_zero(device, B):
 def test_one_reference_is_its_own_mean(device, D):
     x, references, sigma = problem(20, 1, 40, device=device)
     mean, _ = compute(1e4 * x, references, sigma, D)
-    assert torch.equal(mean, references.expand(20, -1))
+    assert_same(mean, references.expand(20, -1))
 
 
 def test_far_away_the_mean_is_that_of_all(device):
@@ -246,7 +280,7 @@ def test_sigma_whose_square_is_zero_in_float32(device):
     x, references, _ = problem(3, 40, 33, sigma=1e-2, device=device)
     sigma = torch.full((3,), 1e-23, dtype=torch.float64, device=device)
     mean, _ = compute(x, references, sigma, math.inf)
-    assert torch.equal(mean, references[:3])
+    assert_same(mean, references[:3])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -418,6 +452,35 @@ def test_field_fn_in_a_compiled_function(device):
     field_x, field_z = target(x, sigma)
     assert torch.allclose(field_x.double(), 2 * expected_x, atol=1e-5)
     assert torch.allclose(field_z.double(), expected_z, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_field_fn_in_a_cuda_graph(device):
+    x, references, z = problem(40, 150, 97, device=device)
+    expected = pfgm.field_fn(x, z, references, backend="triton")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        pfgm.field_fn(x, z, references, backend="triton")
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = pfgm.field_fn(x, z, references, backend="triton")
+    for result in results:
+        result.fill_(math.nan)
+    graph.replay()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.allclose(result, wanted, atol=1e-6)
+
+
+def test_bytes_near_the_middle(oracle, device):
+    """u/127.5 − 1 of 127 and 128 is a small difference of rounded numbers."""
+    generator = torch.Generator().manual_seed(3)
+    references = torch.randint(127, 129, (70, 33), generator=generator, dtype=torch.uint8)
+    x = 0.01 * torch.randn(20, 33, generator=generator)
+    sigma = torch.full((20,), 0.02, dtype=torch.float64)
+    expected = oracle(x, references, sigma, 1.0)
+    result = compute(x.to(device), references.to(device), sigma.to(device), 1.0)
+    assert_accurate(result, expected, references, tolerance=1e-6)
 
 
 def test_other_types_are_refused_with_the_reason(device):
