@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,11 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _debug = previous
+
+
+def is_number(value: object) -> bool:
+    """Whether value is a real number of Python or NumPy; True and False are none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def checks_values(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .backends.reference import wide_dtype
+from .checks import is_number
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]
 
@@ -34,7 +35,7 @@ def _check_tensors(x: Tensor, references: Tensor) -> None:
 
 
 def _check_dimensions(D: float, with_r: bool) -> float:
-    if isinstance(D, bool) or not isinstance(D, (int, float)):
+    if not is_number(D):
         raise TypeError(f"D is a {type(D).__name__}; allowed is a number.")
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
@@ -47,7 +48,7 @@ def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """A float or a (B,) tensor as float64 (B,) on the device of x."""
     dtype, count = wide_dtype(x.device), x.shape[0]
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(
                 f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
                 f"({count},)."

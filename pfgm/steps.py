@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import ops
 from .backends.reference import OdeStep
-from .checks import checks_values
+from .checks import checks_values, is_number
 from .functional import per_query
 
 __all__ = [
@@ -178,7 +178,7 @@ def _letter(slope: Field | Tensor) -> str:
 
 
 def _check_number(name: str, value: Any, zero: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(
             f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape (B,)."
         )

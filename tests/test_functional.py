@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import (
@@ -15,6 +16,7 @@ from torch.distributions import (
     StudentT,
 )
 
+import pfgm
 from pfgm import debug_checks, field_fn, log_density, posterior_mean
 
 DIMENSIONS = [0.5, 1.0, 4.5, 128.0, 1e6, math.inf]
@@ -490,6 +492,20 @@ TYPE_ERRORS = [
     ("D is a str", {"D": "1"}),
     ("D is a bool", {"D": True}),
 ]
+
+
+@pytest.mark.parametrize("number", [np.float64(2), np.float32(2), np.int64(2)])
+def test_numbers_of_numpy_are_numbers(number):
+    x, references = torch.zeros(2, 3), torch.ones(4, 3)
+    assert torch.equal(
+        log_density(x, references, r=number, D=number), log_density(x, references, r=2.0, D=2.0)
+    )
+    for one, other in zip(
+        field_fn(x, number, references), field_fn(x, 2.0, references), strict=True
+    ):
+        assert torch.equal(one, other)
+    step, expected = (pfgm.euler_step_from_mean(x, x + 1, z, 1.0) for z in (number, 2.0))
+    assert torch.equal(step, expected)
 
 
 @pytest.mark.parametrize("function", [posterior_mean, log_density])
