@@ -494,6 +494,18 @@ TYPE_ERRORS = [
 ]
 
 
+@pytest.mark.parametrize("function", [posterior_mean, log_density])
+def test_precision_changes_nothing_on_the_cpu(backend, function):
+    x, references = torch.randn(3, 5), torch.randn(7, 5)
+    high, medium = (
+        function(x, references, r=1.0, precision=precision, backend=backend)
+        for precision in ("high", "medium")
+    )
+    assert torch.equal(high, medium)
+    with pytest.raises(ValueError, match="precision is 'low'; allowed are high, medium"):
+        function(x, references, r=1.0, precision="low", backend=backend)
+
+
 @pytest.mark.parametrize("number", [np.float64(2), np.float32(2), np.int64(2)])
 def test_numbers_of_numpy_are_numbers(number):
     x, references = torch.zeros(2, 3), torch.ones(4, 3)

@@ -371,6 +371,15 @@ def test_an_overlapping_out_is_right(backend):
     assert torch.equal(shifted, expected)
 
 
+def test_an_out_that_holds_the_field_z_of_other_rows_is_right(backend):
+    x, field_x, field_z = problem(5, (37,), 6.0)  # above z_exp, where field_z counts
+    expected = pfgm.euler_step(x, field_x, field_z, 6.0, 3.0, backend=backend)
+    out = torch.zeros(5, 37)
+    field_z = out.view(-1)[:5].copy_(field_z)
+    pfgm.euler_step(x, field_x, field_z, 6.0, 3.0, out=out, backend=backend)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("form", ["field", "mean"])
 def test_only_the_outputs_are_written(backend, form):
     x, field_x, field_z = problem(5, (37,), 2.0)

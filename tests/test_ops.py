@@ -62,6 +62,22 @@ def test_opcheck_without_points(backend):
     torch.library.opcheck(OP, (x[:0].requires_grad_(), references, radius[:0], 1.0, backend))
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_opcheck_of_the_normalised_field(backend, count):
+    x, references, radius = problem(dtype=torch.float32)
+    arguments = (x[:count], radius[:count], references[:count], 5.0, backend)
+    torch.library.opcheck(torch.ops.pfgm.normalised_field, arguments)
+
+
+def test_the_normalised_field_as_an_op_has_no_gradient_and_says_so(backend):
+    x, references, radius = problem(dtype=torch.float32)
+    field_x, _ = torch.ops.pfgm.normalised_field(
+        x.requires_grad_(), radius, references[:3], 5.0, backend
+    )
+    with pytest.raises(RuntimeError, match=r"pfgm\.field_fn has one"):
+        field_x.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
