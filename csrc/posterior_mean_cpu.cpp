@@ -365,10 +365,10 @@ Void* at(Void* array, Index index, Type type) {
   return static_cast<Byte*>(array) + index * size;
 }
 
-// With few features most steps are too short to share between threads: each takes blocks of queries
-// from the beginning to the end. The blocks are the same either way, and so is every bit.
 constexpr int kAlone = 8;  // threads with a workspace of their own, at most 6 MB each
 
+// With few features most steps are too short to share between threads: each takes blocks of queries
+// from the beginning to the end. The blocks are the same either way, and so is every bit.
 template <class F>
 Status by_blocks(const Problem& problem, bool independent, const F& run) {
   const Index blocks = divide_up(problem.queries, kSmallBlock);

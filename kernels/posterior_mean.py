@@ -327,7 +327,8 @@ def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, tot
 
 
 def variants() -> list[Variant]:
-    """Every type of references and configuration, the first chunk and later ones."""
+    """Every type of references and configuration, the first chunk and later ones; queries in an
+    order of their own for float32 references alone."""
     found = []
     constants: dict[str, Any]
     for dtype in REFERENCES:

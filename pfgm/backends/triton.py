@@ -108,10 +108,7 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     from ..kernels import normalised_field as kernels
 
     x, mean = _rows(x), _rows(mean)
-    field_x, field_z = (
-        x.new_empty(x.shape),
-        x.new_empty(len(x)),
-    )
+    field_x, field_z = x.new_empty(x.shape), x.new_empty(len(x))
     with _current(x):
         kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
     return field_x, field_z
