@@ -48,8 +48,6 @@ CAPABILITIES = (80, 90, 100)
 PROCESSES = 2
 
 _KIB = 1024
-# From Hopper on, ptxas counts what the system keeps in every block as static shared memory.
-_RESERVED = {80: 0, 90: _KIB, 100: _KIB}
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 # HMMA and its like before Hopper, HGMMA on it, UTCHMMA after it; HFMA2.MMA is none of them.
 _MATRIX = re.compile(r"(?:UTC)?[A-Z]*MMA(?:\.|$)")
@@ -132,20 +130,49 @@ def _dump(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+class Usage(NamedTuple):
+    """What one kernel asks for, as cuobjdump prints it."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def read_usage(dump: str, capability: int) -> Usage:
+    usage = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", dump)}
+    # From Hopper on, ptxas counts what the system keeps in every block as static shared memory.
+    reserved = _KIB if capability >= 90 else 0
+    return Usage(
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage["LOCAL"],
+        shared=max(usage["SHARED"] - reserved, 0),
+    )
+
+
+def instructions(dump: str) -> list[str]:
+    """With their modifiers, without predicates and operands."""
+    found: list[str] = _INSTRUCTION.findall(dump)
+    return found
+
+
+def is_matrix_instruction(instruction: str) -> bool:
+    return _MATRIX.match(instruction) is not None
+
+
 def read_figures(dump: str, dynamic_shared: int, capability: int) -> Figures:
     """From what cuobjdump prints of one kernel."""
-    usage = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", dump)}
+    usage = read_usage(dump, capability)
     matrix: dict[str, int] = {}
     wide_loads = 0
-    for instruction in _INSTRUCTION.findall(dump):
-        if _MATRIX.match(instruction):
+    for instruction in instructions(dump):
+        if is_matrix_instruction(instruction):
             base = instruction.split(".")[0]
             matrix[base] = matrix.get(base, 0) + 1
         wide_loads += _WIDE_LOAD.match(instruction) is not None
     return Figures(
-        registers=usage["REG"],
-        spills=usage["STACK"] + usage["LOCAL"],
-        shared=max(usage["SHARED"] - _RESERVED[capability], 0) + dynamic_shared,
+        registers=usage.registers,
+        spills=usage.spills,
+        shared=usage.shared + dynamic_shared,
         matrix_instructions=matrix,
         wide_loads=wide_loads,
     )

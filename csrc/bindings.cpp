@@ -8,8 +8,12 @@
 #include <utility>
 
 #include "devices.h"
+#include "normalised_field.h"
 #include "ode_step.h"
 #include "posterior_mean.h"
+#ifdef PFGM_CUDA_SHIM
+#include "tests/cuda_shim.h"
+#endif
 
 namespace py = pybind11;
 
@@ -30,45 +34,54 @@ Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t
           pointer<const double>(radius), dimensions, threads};
 }
 
-Result posterior_mean(const Problem& problem, Address mean, Address logsumexp, Address nearest,
-                      Address total) {
+Forward forward(Address mean, Address logsumexp, Address nearest, Address total) {
+  return {pointer<void>(mean), pointer<double>(logsumexp), pointer<double>(nearest),
+          pointer<double>(total)};
+}
+
+Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Address nearest,
+                  Address total, Address grad_x, Address grad_radius, Address grad_references) {
+  return {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
+          pointer<const void>(mean), pointer<const double>(nearest), pointer<const double>(total),
+          pointer<void>(grad_x), pointer<double>(grad_radius), pointer<void>(grad_references)};
+}
+
+Result run_posterior_mean(const Problem& problem, const Forward& io) {
   const Kernels& kernels = cpu_kernels();
   const py::gil_scoped_release release;
-  const Status status =
-      kernels.posterior_mean(problem, {pointer<void>(mean), pointer<double>(logsumexp),
-                                       pointer<double>(nearest), pointer<double>(total)});
+  const Status status = kernels.posterior_mean(problem, io);
   return {static_cast<int>(status.failure), status.row};
 }
 
-Result posterior_mean_backward(const Problem& problem, Address grad_mean, Address grad_logsumexp,
-                               Address mean, Address nearest, Address total, Address grad_x,
-                               Address grad_radius, Address grad_references) {
+Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
   const Kernels& kernels = cpu_kernels();
   const py::gil_scoped_release release;
-  const Status status = kernels.posterior_mean_backward(
-      problem, {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
-                pointer<const void>(mean), pointer<const double>(nearest),
-                pointer<const double>(total), pointer<void>(grad_x), pointer<double>(grad_radius),
-                pointer<void>(grad_references)});
+  const Status status = kernels.posterior_mean_backward(problem, io);
   return {static_cast<int>(status.failure), status.row};
 }
 
 // A tensor of rows: address and distance between rows.
 using Rows = std::pair<Address, std::int64_t>;
 
-void run_ode_step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
-                  Address field_z, Rows history, Address levels, std::int64_t level_stride,
-                  double gamma, double z_exp, bool exact, Rows next, Rows mean, int threads) {
-  const OdeStep step = {static_cast<Type>(type), rows, features,
-                        pointer<const void>(x.first), x.second,
-                        pointer<const void>(slope.first), slope.second,
-                        pointer<const void>(field_z),
-                        pointer<const void>(history.first), history.second,
-                        pointer<const double>(levels), level_stride, gamma, z_exp, exact,
-                        pointer<void>(next.first), next.second,
-                        pointer<void>(mean.first), mean.second, threads};
-  const py::gil_scoped_release release;
-  ode_step(step);
+OdeStep step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
+             Address field_z, Rows history, Address levels, std::int64_t level_stride, double gamma,
+             double z_exp, bool exact, Rows next, Rows mean, int threads) {
+  return {static_cast<Type>(type), rows, features,
+          pointer<const void>(x.first), x.second,
+          pointer<const void>(slope.first), slope.second,
+          pointer<const void>(field_z),
+          pointer<const void>(history.first), history.second,
+          pointer<const double>(levels), level_stride, gamma, z_exp, exact,
+          pointer<void>(next.first), next.second,
+          pointer<void>(mean.first), mean.second, threads};
+}
+
+NormalisedField field(std::int64_t rows, std::int64_t features, Rows x, Address z, Rows mean,
+                      double gamma, Rows field_x, Address field_z) {
+  return {rows, features,
+          pointer<const float>(x.first), x.second, pointer<const double>(z),
+          pointer<const float>(mean.first), mean.second, gamma,
+          pointer<float>(field_x.first), field_x.second, pointer<float>(field_z)};
 }
 
 py::dict build_info() {
@@ -88,21 +101,62 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, module) {
   using namespace pfgm;
-  py::class_<Problem>(module, "Problem")
+  const py::call_guard<py::gil_scoped_release> released;
+  py::class_<Problem>(module, "Problem", py::module_local())
       .def(py::init(&problem), py::kw_only(), py::arg("type"), py::arg("reference_type"),
            py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
            py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
            py::arg("dimensions"), py::arg("threads"));
-  module.def("posterior_mean", &posterior_mean, py::arg("problem"), py::kw_only(),
-             py::arg("mean"), py::arg("logsumexp"), py::arg("nearest"), py::arg("total"));
-  module.def("posterior_mean_backward", &posterior_mean_backward, py::arg("problem"), py::kw_only(),
-             py::arg("grad_mean"), py::arg("grad_logsumexp"), py::arg("mean"), py::arg("nearest"),
-             py::arg("total"), py::arg("grad_x"), py::arg("grad_radius"), py::arg("grad_references"));
-  module.def("ode_step", &run_ode_step, py::kw_only(), py::arg("type"), py::arg("rows"),
-             py::arg("features"), py::arg("x"), py::arg("slope"), py::arg("field_z"),
-             py::arg("history"), py::arg("levels"), py::arg("level_stride"), py::arg("gamma"),
-             py::arg("z_exp"), py::arg("exact"), py::arg("next"), py::arg("mean"),
-             py::arg("threads"));
+  py::class_<Forward>(module, "Forward", py::module_local())
+      .def(py::init(&forward), py::kw_only(), py::arg("mean"), py::arg("logsumexp"),
+           py::arg("nearest"), py::arg("total"));
+  py::class_<Backward>(module, "Backward", py::module_local())
+      .def(py::init(&backward), py::kw_only(), py::arg("grad_mean"), py::arg("grad_logsumexp"),
+           py::arg("mean"), py::arg("nearest"), py::arg("total"), py::arg("grad_x"),
+           py::arg("grad_radius"), py::arg("grad_references"));
+  py::class_<OdeStep>(module, "OdeStep", py::module_local())
+      .def(py::init(&step), py::kw_only(), py::arg("type"), py::arg("rows"), py::arg("features"),
+           py::arg("x"), py::arg("slope"), py::arg("field_z"), py::arg("history"),
+           py::arg("levels"), py::arg("level_stride"), py::arg("gamma"), py::arg("z_exp"),
+           py::arg("exact"), py::arg("next"), py::arg("mean"), py::arg("threads"));
+  module.def("posterior_mean", &run_posterior_mean);
+  module.def("posterior_mean_backward", &run_posterior_mean_backward);
+  module.def("ode_step", &ode_step, released);
+#ifdef PFGM_HAS_CUDA
+  py::class_<CudaPlace>(module, "CudaPlace", py::module_local())
+      .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("stream"));
+  py::class_<NormalisedField>(module, "NormalisedField", py::module_local())
+      .def(py::init(&field), py::kw_only(), py::arg("rows"), py::arg("features"), py::arg("x"),
+           py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"),
+           py::arg("field_z"));
+  module.def("posterior_mean_workspace_cuda", &posterior_mean_workspace_cuda, released);
+  py::class_<CudaWorkspace>(module, "CudaWorkspace", py::module_local())
+      .def(py::init([](Address at, std::size_t bytes) {
+             return CudaWorkspace{pointer<void>(at), bytes};
+           }),
+           py::kw_only(), py::arg("at"), py::arg("bytes"));
+  module.def("posterior_mean_cuda", &posterior_mean_cuda, released);
+  module.def("posterior_mean_backward_cuda", &posterior_mean_backward_cuda, released);
+  module.def("cuda_problem", &cuda_problem);
+  module.def("ode_step_cuda", &ode_step_cuda, released);
+  module.def("normalised_field_cuda", &normalised_field_cuda, released);
+#endif
+#ifdef PFGM_CUDA_SHIM
+  module.def("shim_order", &shim::set_order);
+  module.def("shim_device", &shim::set_device);
+  module.def(
+      "shim_limits",
+      [](std::int64_t pairs, std::int64_t parts, std::int64_t queries, std::int64_t references) {
+        limit_cuda({pairs, parts, queries, references});
+      },
+      py::kw_only(), py::arg("pairs") = CudaLimits().pairs, py::arg("parts") = CudaLimits().parts,
+      py::arg("queries") = CudaLimits().queries, py::arg("references") = CudaLimits().references);
+  module.def("shim_launches", [] {
+    const auto launches = shim::launches();
+    shim::clear_launches();
+    return launches;
+  });
+#endif
   module.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   module.def("cuda_devices", [] {
     const CudaDevices found = cuda_devices();

@@ -14,6 +14,7 @@
 #pragma once
 #include <cstdint>
 
+#include "place_cuda.h"
 #include "posterior_mean.h"
 
 namespace pfgm {
@@ -43,5 +44,9 @@ struct OdeStep {
 
 // Runs the kernel that cpu_kernels() would choose.
 void ode_step(const OdeStep& step);
+
+// Enqueues the CUDA kernel, which computes in float32 only. Where level_stride is 0, levels is host
+// memory, read before this returns; elsewhere it is the device's, as all other pointers are.
+void ode_step_cuda(const OdeStep& step, const CudaPlace& place);
 
 }  // namespace pfgm

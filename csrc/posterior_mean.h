@@ -7,7 +7,11 @@
 // (PFGM++, arXiv 2302.04265, equation 4 and section 3). Raw pointers only: the caller, in Python,
 // has checked shapes and types and owns all memory.
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <string>
+
+#include "place_cuda.h"
 
 namespace pfgm {
 
@@ -69,5 +73,32 @@ struct Kernels {
 // The kernels for the best instruction set of this machine, or for the one PFGM_CPU_ISA names;
 // throws std::invalid_argument if that one is unknown or cannot run here.
 const Kernels& cpu_kernels();
+
+// The same on a CUDA device, in float32: x, mean and their gradients are, references are float32,
+// bfloat16, float16 or uint8, and radii are not looked at; what is not finite gives NaN. The
+// workspace has at least as many bytes as the function of its name says. Throws std::runtime_error
+// if the device refuses a launch.
+struct CudaWorkspace {
+  void* at = nullptr;
+  std::size_t bytes = 0;
+};
+std::size_t posterior_mean_workspace_cuda(const Problem&, const CudaPlace&, bool backward);
+void posterior_mean_cuda(const Problem&, const Forward&, const CudaPlace&, const CudaWorkspace&);
+void posterior_mean_backward_cuda(const Problem&, const Backward&, const CudaPlace&,
+                                  const CudaWorkspace&);
+
+// Why a device cannot run the kernels of this build, empty if it can: its driver may be older than
+// the runtime, or there may be no code for it.
+std::string cuda_problem(int device);
+
+// How large the parts may be that a problem is cut into on a CUDA device, which bounds the workspace.
+// Tests make them smaller.
+struct CudaLimits {
+  std::int64_t pairs = 1 << 21;       // of queries and references: 12 to 28 bytes each
+  std::int64_t parts = 1 << 22;       // values of a chunk's partial sums
+  std::int64_t queries = 4096;        // of a block, at most
+  std::int64_t references = 1 << 16;  // of a chunk, at most
+};
+void limit_cuda(const CudaLimits& to);
 
 }  // namespace pfgm

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +21,7 @@ from pfgm.backends import Availability, available, choose, native, reference, re
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
+META = torch.device("meta")
 native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
 
 
@@ -42,6 +44,19 @@ def used(monkeypatch):
     return names
 
 
+def built_for(monkeypatch, architectures):
+    """As if the extension had been."""
+    extension = native._native
+    info = {**extension.build_info(), "cuda_architectures": architectures}
+    stand_in = SimpleNamespace(build_info=lambda: info, cpu_isa=extension.cpu_isa)
+    monkeypatch.setattr(native, "_native", stand_in)
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    built_for(monkeypatch, "90a-real")
+
+
 def compute(**arguments):
     return posterior_mean(torch.zeros(1, 2), torch.ones(3, 2), r=1.0, **arguments)
 
@@ -59,7 +74,7 @@ def test_every_backend_says_what_it_does_on_the_cpu():
 @pytest.mark.parametrize(
     ("device", "dtype", "name", "reason"),
     [
-        ("cuda", torch.float32, "native", "not on cuda"),
+        ("cuda", torch.float64, "native", "in float32 on a GPU, not torch.float64"),
         ("meta", torch.float32, "native", "not on meta"),
         ("cpu", torch.bfloat16, "native", "not torch.bfloat16"),
         ("cpu", torch.bfloat16, "reference", "not torch.bfloat16"),
@@ -68,6 +83,7 @@ def test_every_backend_says_what_it_does_on_the_cpu():
     ],
 )
 @native_only
+@pytest.mark.usefixtures("with_cuda")
 def test_a_backend_that_cannot_run_says_why(device, dtype, name, reason):
     answer = available(device, dtype)[name]
     assert not answer.usable
@@ -80,6 +96,51 @@ def test_reference_runs_on_every_device():
 
 
 @native_only
+@pytest.mark.usefixtures("with_cuda")
+def test_the_extension_on_a_gpu(monkeypatch):
+    assert available("cuda")["native"].usable
+    assert "CUDA kernels for 90a-real" in available("cuda")["native"].detail
+    for references in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
+        assert choose("native", CUDA, torch.float32, references) is native
+    reason = native.supports(CUDA, torch.float32, torch.float64)
+    assert "it reads references in torch.float32" in reason
+    assert "not torch.float64" in reason
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "NVIDIA" in available("cuda")["native"].detail
+
+
+@native_only
+@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.parametrize(
+    ("capability", "problem", "reason"),
+    [
+        ((7, 5), "", "need compute capability 8.0"),
+        ((8, 0), "", None),
+        ((12, 0), "", None),
+        ((9, 0), "driver version is insufficient", "cannot run on cuda:0: driver version is"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_extension_is_said(monkeypatch, capability, problem, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    native._native.cuda_problem = lambda index: problem
+    native._device_problem.cache_clear()
+    found = native.supports(CUDA, torch.float32)
+    native._device_problem.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
+@native_only
+def test_an_extension_without_cuda(monkeypatch):
+    built_for(monkeypatch, None)
+    assert "built without CUDA" in available("cuda")["native"].detail
+    assert "CUDA" not in available("cpu")["native"].detail
+    assert choose(None, CUDA, torch.float32) is triton
+
+
+@native_only
+@pytest.mark.usefixtures("with_cuda")
 def test_order():
     assert choose(None, CPU, torch.float32) is native
     assert choose(None, CPU, torch.float64) is native
@@ -92,10 +153,13 @@ def test_order():
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_without_triton(monkeypatch, device):
+@pytest.mark.parametrize("architectures", ["90a-real", None])
+@native_only
+def test_without_triton(monkeypatch, device, architectures):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    built_for(monkeypatch, architectures)
     assert available(device)["triton"] == Availability(False, "the package triton is not installed")
-    assert choose(None, CUDA, torch.float32) is reference
+    assert choose(None, CUDA, torch.float32) is (native if architectures else reference)
 
 
 def test_without_the_extension(monkeypatch):
@@ -176,13 +240,14 @@ def test_unknown_names_are_refused(monkeypatch):
 @native_only
 def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
-        choose("native", CUDA, torch.float32)
+        choose("native", META, torch.float32)
     assert str(caught.value) == (
-        "backend='native' cannot run here: its kernels run on the CPU, not on cuda."
+        "backend='native' cannot run here: its kernels run on the CPU and on NVIDIA GPUs, not on "
+        "meta."
     )
     monkeypatch.setenv("PFGM_BACKEND", "native")
-    with pytest.raises(RuntimeError, match=r"^PFGM_BACKEND='native' cannot run here: .*on cuda"):
-        choose(None, CUDA, torch.float32)
+    with pytest.raises(RuntimeError, match=r"^PFGM_BACKEND='native' cannot run here: .*on meta"):
+        choose(None, META, torch.float32)
 
 
 # ---- that it does not matter which ----

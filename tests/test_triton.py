@@ -11,36 +11,44 @@ from pathlib import Path
 import pytest
 import torch
 
-KERNEL_TESTS = Path(__file__).parent / "triton"
-FILES = sorted(path.name for path in KERNEL_TESTS.glob("test_*.py"))
+KERNEL_TESTS = Path(__file__).parent / "gpu"
+FILES = sorted(
+    str(path.relative_to(KERNEL_TESTS))
+    for pattern in ("test_*.py", "triton/test_*.py")
+    for path in KERNEL_TESTS.glob(pattern)
+)
 triton_only = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
 
 
+def log(folder: Path, file: str) -> Path:
+    return folder / file.replace(os.sep, "-")
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """The files of tests/triton, each in a process of its own, all at once; and their output."""
+    """Triton's files of tests/gpu, each in a process of its own, all at once; and their output."""
     folder = tmp_path_factory.mktemp("output")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
     processes = {}
     for file in FILES:
-        with (folder / file).open("w") as output:
+        with log(folder, file).open("w") as output:
             processes[file] = subprocess.Popen(
                 [*command, KERNEL_TESTS / file],
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-    yield {file: (process, folder / file) for file, process in processes.items()}
+    yield {file: (process, log(folder, file)) for file, process in processes.items()}
     for process in processes.values():
         process.kill()
         process.wait()
 
 
 @triton_only
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
 @pytest.mark.parametrize("file", FILES)
 def test_in_the_interpreter(running, file):
     process, output = running[file]

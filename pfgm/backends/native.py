@@ -1,11 +1,13 @@
-"""The operations in C++ (csrc/): SIMD kernels on the CPU.
+"""The operations in C++ and CUDA (csrc/): SIMD kernels on the CPU, and kernels for NVIDIA GPUs.
 
 The only caller of ``pfgm._native``, which takes raw addresses: everything is checked, made
-row-contiguous and kept alive here.
+row-contiguous and kept alive here. On a GPU work is enqueued on torch's current stream, in memory
+of torch's allocator.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from array import array
@@ -14,8 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..checks import non_finite_message, radius_message
-from .reference import OdeStep, normalised_field, singular_message
+from ..checks import check_radius, checks_values, non_finite_message, radius_message
+from .reference import OdeStep, at_limit, check_singular, singular_message
+from .reference import normalised_field as normalised_field_formula
 
 __all__ = [
     "build_lines",
@@ -35,6 +38,7 @@ _TYPES = {
     torch.float16: 3,
     torch.uint8: 4,
 }
+_CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _RADIUS, _VALUE, _SINGULAR, _MEMORY = 1, 2, 3, 4
 
 
@@ -60,15 +64,48 @@ def supports(
 ) -> str | None:
     if _native is None:
         return "pfgm was installed without its native extension (PFGM_NATIVE=0)"
+    if _on_cuda(device):
+        return _cuda_supports(device, dtype, references)
     if device.type != "cpu":
-        return f"its kernels run on the CPU, not on {device.type}"
+        return f"its kernels run on the CPU and on NVIDIA GPUs, not on {device.type}"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, not {dtype}"
     return None
 
 
+def _on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _cuda_supports(
+    device: torch.device, dtype: torch.dtype, references: torch.dtype | None
+) -> str | None:
+    if extension().build_info()["cuda_architectures"] is None:
+        return "its extension was built without CUDA (no nvcc was found, or PFGM_CUDA=0)"
+    if torch.version.hip is not None:
+        return "its GPU kernels are for NVIDIA GPUs"
+    if dtype != torch.float32:
+        return f"it computes in float32 on a GPU, not {dtype}"
+    if references is not None and references not in _CUDA_REFERENCES:
+        names = ", ".join(map(str, _CUDA_REFERENCES))
+        return f"on a GPU it reads references in {names}, not {references}"
+    return _device_problem(device.index) if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _device_problem(index: int | None) -> str | None:
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "its GPU kernels need compute capability 8.0 (Ampere) or later"
+    if problem := extension().cuda_problem(device.index):
+        return f"its GPU kernels cannot run on {device}: {problem}"
+    return None
+
+
 def describe() -> str:
-    return f"C++ on the CPU, {extension().cpu_isa()}, {torch.get_num_threads()} threads"
+    architectures = extension().build_info()["cuda_architectures"]
+    cpu = f"C++ on the CPU, {extension().cpu_isa()}, {torch.get_num_threads()} threads"
+    return cpu if architectures is None else f"{cpu}; CUDA kernels for {architectures}"
 
 
 def build_lines() -> list[str]:
@@ -118,20 +155,44 @@ def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tenso
         raise MemoryError("posterior_mean: no memory for its workspace.")
 
 
+def _place(device: torch.device) -> object:
+    """Torch's current stream of a GPU."""
+    stream = torch.cuda.current_stream(device)
+    return extension().CudaPlace(device=stream.device_index, stream=stream.cuda_stream)
+
+
+def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None:
+    place = _place(x.device)
+    size = extension().posterior_mean_workspace_cuda(problem, place, backward)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    name = "posterior_mean_backward_cuda" if backward else "posterior_mean_cuda"
+    given = extension().CudaWorkspace(at=workspace.data_ptr(), bytes=size)
+    getattr(extension(), name)(problem, io, place, given)
+
+
 def posterior_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
-    mean = torch.empty(x.shape, dtype=x.dtype)
-    logsumexp, nearest, total = (torch.empty(len(x), dtype=torch.float64) for _ in range(3))
-    status = extension().posterior_mean(
-        _problem(x, references, radius, D),
+    mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    logsumexp, nearest, total = (
+        torch.empty(len(x), dtype=torch.float64, device=x.device) for _ in range(3)
+    )
+    io = extension().Forward(
         mean=mean.data_ptr(),
         logsumexp=logsumexp.data_ptr(),
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
     )
-    _check(status, x, references, radius)
+    problem = _problem(x, references, radius, D)
+    if not _on_cuda(x.device):
+        _check(extension().posterior_mean(problem, io), x, references, radius)
+        return mean, logsumexp, nearest, total
+    if checks_values(x.device):
+        check_radius(radius)
+    _run_on_cuda(x, problem, io, backward=False)
+    if checks_values(x.device) and bool(nearest.isnan().any()):
+        raise ValueError(non_finite_message(x, references, "x"))
     return mean, logsumexp, nearest, total
 
 
@@ -151,11 +212,13 @@ def posterior_mean_backward(
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
     grad_mean, grad_logsumexp = grad_mean.contiguous(), grad_logsumexp.contiguous()
     mean, nearest, total = mean.contiguous(), nearest.contiguous(), total.contiguous()
-    grad_x = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-    grad_references = torch.empty(references.shape, dtype=x.dtype) if needs[1] else None
-    grad_radius = torch.empty(radius.shape, dtype=torch.float64) if needs[2] else None
-    status = extension().posterior_mean_backward(
-        _problem(x, references, radius, D),
+    grad_x, grad_references, grad_radius = (
+        torch.empty(of.shape, dtype=dtype, device=x.device) if needed else None
+        for of, dtype, needed in zip(
+            (x, references, radius), (x.dtype, x.dtype, torch.float64), needs, strict=True
+        )
+    )
+    io = extension().Backward(
         grad_mean=grad_mean.data_ptr(),
         grad_logsumexp=grad_logsumexp.data_ptr(),
         mean=mean.data_ptr(),
@@ -165,10 +228,35 @@ def posterior_mean_backward(
         grad_radius=_address(grad_radius),
         grad_references=_address(grad_references),
     )
-    _check(status, x, references, radius)
+    problem = _problem(x, references, radius, D)
+    if _on_cuda(x.device):
+        check_singular(at_limit(nearest, radius, D), grad_logsumexp)
+        _run_on_cuda(x, problem, io, backward=True)
+    else:
+        _check(extension().posterior_mean_backward(problem, io), x, references, radius)
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
+
+
+def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    if not _on_cuda(x.device):
+        return normalised_field_formula(x, z, mean, gamma)
+    x, mean, z = _rows(x), _rows(mean), z.contiguous()
+    field_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    field_z = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    field = extension().NormalisedField(
+        rows=x.shape[0],
+        features=x.shape[1],
+        x=_address_and_stride(x),
+        z=z.data_ptr(),
+        mean=_address_and_stride(mean),
+        gamma=gamma,
+        field_x=_address_and_stride(field_x),
+        field_z=field_z.data_ptr(),
+    )
+    extension().normalised_field_cuda(field, _place(x.device))
+    return field_x, field_z
 
 
 def ode_step(
@@ -178,16 +266,16 @@ def ode_step(
     history = None if step.history is None else _rows(step.history)
     field_z = None if step.field_z is None else step.field_z.contiguous()
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if with_mean and mean_out is None:
-        mean_out = torch.empty(x.shape, dtype=x.dtype)
+        mean_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if isinstance(step.levels, Tensor):
         levels = step.levels.contiguous()
         address, level_stride = levels.data_ptr(), 1
     else:
         shared = array("d", step.levels)
         address, level_stride = shared.buffer_info()[0], 0
-    extension().ode_step(
+    native_step = extension().OdeStep(
         type=_TYPES[x.dtype],
         rows=x.shape[0],
         features=x.shape[1],
@@ -204,6 +292,10 @@ def ode_step(
         mean=_address_and_stride(mean_out if with_mean else None),
         threads=torch.get_num_threads(),
     )
+    if _on_cuda(x.device):
+        extension().ode_step_cuda(native_step, _place(x.device))
+    else:
+        extension().ode_step(native_step)
     return out, mean_out if with_mean else None
 
 

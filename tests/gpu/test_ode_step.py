@@ -1,4 +1,4 @@
-"""The steps of the ODE as a Triton kernel, against the reference backend in float64."""
+"""The steps of the ODE on a GPU, against the reference backend in float64."""
 
 from __future__ import annotations
 
@@ -54,30 +54,30 @@ def close(actual, expected, *inputs):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("z", [1e-3, 4.0, 5.0, 17.0])
 @pytest.mark.parametrize(("B", "N"), SHAPES)
-def test_field_steps(device, B, N, z):
+def test_field_steps(device, backend, B, N, z):
     x, field_x, field_z, predicted, previous = problem(B, N, device)
     field, end = (x, field_x, field_z, z), 0.6 * z
-    result, mean = pfgm.euler_step(*field, end, return_mean=True, backend="triton")
+    result, mean = pfgm.euler_step(*field, end, return_mean=True, backend=backend)
     expected, expected_mean = exact(pfgm.euler_step, *field, end, return_mean=True)
     close(mean, expected_mean, x)
     close(result, expected, x, expected_mean)
-    assert torch.equal(pfgm.euler_step(*field, end, backend="triton"), result)
+    assert torch.equal(pfgm.euler_step(*field, end, backend=backend), result)
 
     arguments = (*field, end, previous, 1.7 * z)
-    results = pfgm.multistep_step(*arguments, backend="triton")
+    results = pfgm.multistep_step(*arguments, backend=backend)
     expected = exact(pfgm.multistep_step, *arguments)
     close(results[0], expected[0], x, expected_mean, previous)
     close(results[1], expected_mean, x)
 
     arguments = (x, predicted, field_x, field_z, 1.5 * z, z)
-    result = pfgm.heun_step(*arguments, backend="triton")
+    result = pfgm.heun_step(*arguments, backend=backend)
     _, mean = exact(pfgm.euler_step, predicted, *field[1:], end, return_mean=True)
     close(result, exact(pfgm.heun_step, *arguments), x, predicted, mean)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("B", "N"), SHAPES)
-def test_steps_from_the_mean(device, B, N):
+def test_steps_from_the_mean(device, backend, B, N):
     x, mean, _, predicted, previous = problem(B, N, device)
     for sigma, sigma_next, sigma_previous in [(8.0, 3.0, 11.0), levels_by_row(B, device)]:
         for function, inputs, levels in [
@@ -86,9 +86,9 @@ def test_steps_from_the_mean(device, B, N):
             (pfgm.multistep_step_from_mean, (x, mean), (previous, sigma_previous)),
         ]:
             arguments = (*inputs, sigma, sigma_next, *levels)
-            result = function(*arguments, backend="triton")
+            result = function(*arguments, backend=backend)
             close(result, exact(function, *arguments), x, mean, predicted, previous)
-    assert torch.equal(pfgm.euler_step_from_mean(x, mean, 8.0, 0.0, backend="triton"), mean)
+    assert torch.equal(pfgm.euler_step_from_mean(x, mean, 8.0, 0.0, backend=backend), mean)
 
 
 def levels_by_row(B, device):
@@ -100,17 +100,17 @@ def levels_by_row(B, device):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("substitution", ["exact", "published"])
 @pytest.mark.parametrize(("B", "N"), [(0, 5), (1, 1), (33, 3), (5, 3072), (3, 8193)])
-def test_levels_of_each_row(device, B, N, substitution):
+def test_levels_of_each_row(device, backend, B, N, substitution):
     x, field_x, field_z, predicted, previous = problem(B, N, device)
     z, z_next, z_previous = levels_by_row(B, device)
     law = {"substitution": substitution}
     arguments = (x, field_x, field_z, z, z_next, previous, z_previous)
-    result, mean = pfgm.multistep_step(*arguments, backend="triton", **law)
+    result, mean = pfgm.multistep_step(*arguments, backend=backend, **law)
     expected, expected_mean = exact(pfgm.multistep_step, *arguments, **law)
     close(mean, expected_mean, x)
     close(result, expected, x, expected_mean, previous)
     arguments = (x, predicted, field_x, field_z, z_previous, z)
-    result = pfgm.heun_step(*arguments, backend="triton", **law)
+    result = pfgm.heun_step(*arguments, backend=backend, **law)
     _, mean = exact(
         pfgm.euler_step, predicted, field_x, field_z, z, z_next, return_mean=True, **law
     )
@@ -119,20 +119,20 @@ def test_levels_of_each_row(device, B, N, substitution):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("N", [37, 9000])
-def test_laws(device, N):
+def test_laws(device, backend, N):
     x, field_x, field_z, _, _ = problem(5, N, device)
     for gamma, z_exp, substitution in [
         (0.0, 5.0, "exact"), (2.0, 3.1, "exact"), (5.0, 3.1, "published"), (5.0, 0.0, "exact"),
     ]:  # fmt: skip
         law = {"gamma": gamma, "z_exp": z_exp, "substitution": substitution, "return_mean": True}
         arguments = (x, field_x, field_z, 3.0, 1.0)
-        result, mean = pfgm.euler_step(*arguments, backend="triton", **law)
+        result, mean = pfgm.euler_step(*arguments, backend=backend, **law)
         expected, expected_mean = exact(pfgm.euler_step, *arguments, **law)
         close(mean, expected_mean, x)
         close(result, expected, x, expected_mean)
 
 
-def test_levels_are_told_from_z_exp_in_float64(device):
+def test_levels_are_told_from_z_exp_in_float64(device, backend):
     """Also where float32 would call them equal."""
     x, field_x, field_z, _, _ = problem(2, 37, device)
     law = {"return_mean": True}
@@ -146,14 +146,14 @@ def test_levels_are_told_from_z_exp_in_float64(device):
         (levels[1], above),
         (rows, torch.stack([below[0], above[1]])),
     ]:
-        _, mean = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend="triton", **law)
+        _, mean = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend, **law)
         close(mean, expected, x)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("substitution", ["exact", "published"])
 @pytest.mark.parametrize("N", [1, 37, 9000])
-def test_an_unphysical_field_stays_finite_and_is_not_reversed(device, N, substitution):
+def test_an_unphysical_field_stays_finite_and_is_not_reversed(device, backend, N, substitution):
     """‖v_x‖/√N ≥ 1, where it is clamped, and v_z ≥ 0."""
     x = torch.ones(4, N, device=device)
     field_z = torch.tensor([0.1, 0.0, -1e-7, 1e30], device=device)
@@ -161,22 +161,22 @@ def test_an_unphysical_field_stays_finite_and_is_not_reversed(device, N, substit
         field_x = torch.full_like(x, scale)
         for z in (1e-3, 4.0, 10.0, torch.tensor([1e-3, 4.0, 10.0, 40.0], device=device)):
             law = {"substitution": substitution, "return_mean": True}
-            result, mean = pfgm.euler_step(x, field_x, field_z, z, z / 2, backend="triton", **law)
+            result, mean = pfgm.euler_step(x, field_x, field_z, z, z / 2, backend=backend, **law)
             expected, expected_mean = exact(pfgm.euler_step, x, field_x, field_z, z, z / 2, **law)
             close(mean, expected_mean, x)
             close(result, expected, x, expected_mean)
             assert (result >= x).all()
 
 
-def test_non_finite_fields_stay_in_their_row(device):
+def test_non_finite_fields_stay_in_their_row(device, backend):
     x, field_x, field_z, _, _ = problem(3, 37, device)
     field_x[1, 4] = math.nan
     for z in (2.0, 7.0):
-        result = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend="triton")
+        result = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend)
         assert torch.isfinite(result[[0, 2]]).all()
         assert result[1].isnan().any()
     field_z[0] = math.nan
-    result = pfgm.euler_step(x, field_x, field_z, 7.0, 1.0, backend="triton")
+    result = pfgm.euler_step(x, field_x, field_z, 7.0, 1.0, backend=backend)
     assert result[0].isnan().all()
 
 
@@ -196,13 +196,13 @@ def strided(values, kind):
 
 @pytest.mark.parametrize("kind", ["rows apart", "columns", "every other", "unaligned"])
 @pytest.mark.parametrize("N", [1, 37, 3072, 8193])
-def test_strided_tensors(device, N, kind):
+def test_strided_tensors(device, backend, N, kind):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend="triton")
+    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
     out, mean_out = (strided(torch.full_like(x, math.nan), kind) for _ in range(2))
     results = pfgm.multistep_step(
         strided(x, kind), strided(field_x, kind), torch.stack([field_z, field_z], 1)[:, 0],
-        2.0, 1.0, strided(previous, kind), 3.0, out=out, mean_out=mean_out, backend="triton",
+        2.0, 1.0, strided(previous, kind), 3.0, out=out, mean_out=mean_out, backend=backend,
     )  # fmt: skip
     assert results[0] is out
     assert results[1] is mean_out
@@ -211,9 +211,9 @@ def test_strided_tensors(device, N, kind):
 
 
 @pytest.mark.parametrize("N", [37, 3072, 8193])
-def test_each_tensor_has_its_own_stride(device, N):
+def test_each_tensor_has_its_own_stride(device, backend, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend="triton")
+    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
     outputs = (torch.full_like(x, math.nan), torch.full_like(x, math.nan))
     for k in range(5):
         given = [x, field_x, previous, *(values.clone() for values in outputs)]
@@ -221,18 +221,18 @@ def test_each_tensor_has_its_own_stride(device, N):
         out, mean_out = given[3:]
         pfgm.multistep_step(
             *given[:2], field_z, 2.0, 1.0, given[2], 3.0,
-            out=out, mean_out=mean_out, backend="triton",
+            out=out, mean_out=mean_out, backend=backend,
         )  # fmt: skip
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
 
 
 @pytest.mark.parametrize("N", [37, 3072, 8193])
-def test_expanded_tensors(device, N):
+def test_expanded_tensors(device, backend, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
     inputs = [values[:1].expand_as(values) for values in (x, field_x, field_z, previous)]
     results, expected = (
-        pfgm.multistep_step(*values[:3], 2.0, 1.0, values[3], 3.0, backend="triton")
+        pfgm.multistep_step(*values[:3], 2.0, 1.0, values[3], 3.0, backend=backend)
         for values in (inputs, [values.contiguous() for values in inputs])
     )
     for result, correct in zip(results, expected, strict=True):
@@ -242,36 +242,36 @@ def test_expanded_tensors(device, N):
 
 @pytest.mark.parametrize("N", [1, 37, 3072, 8193])
 @pytest.mark.parametrize("z", [2.0, 7.0])
-def test_outputs_may_be_inputs(device, N, z):
+def test_outputs_may_be_inputs(device, backend, N, z):
     x, field_x, field_z, predicted, previous = problem(5 if N < 8193 else 2, N, device)
-    expected = pfgm.multistep_step(x, field_x, field_z, z, 1.0, previous, 9.0, backend="triton")
+    expected = pfgm.multistep_step(x, field_x, field_z, z, 1.0, previous, 9.0, backend=backend)
     for of_result, of_mean in [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]:
         inputs = [x.clone(), field_x.clone(), previous.clone()]
         out, mean_out = inputs[of_result], inputs[of_mean]
         pfgm.multistep_step(
             inputs[0], inputs[1], field_z, z, 1.0, inputs[2], 9.0,
-            out=out, mean_out=mean_out, backend="triton",
+            out=out, mean_out=mean_out, backend=backend,
         )  # fmt: skip
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
-    expected = pfgm.heun_step_from_mean(x, predicted, field_x, z, 1.0, backend="triton")
+    expected = pfgm.heun_step_from_mean(x, predicted, field_x, z, 1.0, backend=backend)
     for of_result in range(3):
         inputs = [x.clone(), predicted.clone(), field_x.clone()]
-        pfgm.heun_step_from_mean(*inputs, z, 1.0, out=inputs[of_result], backend="triton")
+        pfgm.heun_step_from_mean(*inputs, z, 1.0, out=inputs[of_result], backend=backend)
         assert torch.equal(inputs[of_result], expected)
 
 
 @pytest.mark.parametrize("form", ["field", "mean"])
 @pytest.mark.parametrize("N", [3, 37, 3072, 8193])
-def test_only_the_outputs_are_written(device, N, form):
+def test_only_the_outputs_are_written(device, backend, N, form):
     x, field_x, field_z, _, _ = problem(5 if N < 8193 else 2, N, device)
     kept = [values.clone() for values in (x, field_x, field_z)]
     memory = torch.full((len(x) + 2, N + 13), math.nan, device=device)
     out = memory[1:-1, 2 : N + 2]
     if form == "field":
-        pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, out=out, backend="triton")
+        pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, out=out, backend=backend)
     else:
-        pfgm.euler_step_from_mean(x, field_x, 2.0, 1.0, out=out, backend="triton")
+        pfgm.euler_step_from_mean(x, field_x, 2.0, 1.0, out=out, backend=backend)
     assert torch.isfinite(out).all()
     assert int(memory.isnan().sum()) == memory.numel() - out.numel()
     for before, after in zip(kept, (x, field_x, field_z), strict=True):
@@ -279,11 +279,11 @@ def test_only_the_outputs_are_written(device, N, form):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_half_precision_and_sample_shapes(device):
+def test_half_precision_and_sample_shapes(device, backend):
     x, field_x, field_z, _, previous = problem(4, 24, device)
     x, field_x, previous = (v.half().view(4, 2, 3, 4) for v in (x, field_x, previous))
     result, mean = pfgm.multistep_step(
-        x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend="triton"
+        x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend
     )
     expected = exact(pfgm.multistep_step, x, field_x, field_z, 2.0, 1.0, previous, 3.0)
     for found, correct in zip((result, mean), expected, strict=True):
@@ -297,7 +297,7 @@ def test_half_precision_and_sample_shapes(device):
 
 @pytest.mark.parametrize("mean_form", [False, True])
 @pytest.mark.parametrize("rows", [False, True])
-def test_opcheck(device, rows, mean_form):
+def test_opcheck(device, backend, rows, mean_form):
     x, field_x, field_z, _, previous = problem(5, 37, device)
     levels = torch.stack(levels_by_row(5, device)) if rows else (2.0, 0.5, 0.1)
     step = OdeStep(
@@ -305,25 +305,23 @@ def test_opcheck(device, rows, mean_form):
     )  # fmt: skip
     out, mean_out = torch.empty_like(x), None if mean_form else torch.empty_like(x)
     arguments = _unpacked(step)
-    torch.library.opcheck(torch.ops.pfgm.ode_step.default, (*arguments, not mean_form, "triton"))
-    torch.library.opcheck(
-        torch.ops.pfgm.ode_step_out.default, (*arguments, "triton", out, mean_out)
-    )
+    torch.library.opcheck(torch.ops.pfgm.ode_step.default, (*arguments, not mean_form, backend))
+    torch.library.opcheck(torch.ops.pfgm.ode_step_out.default, (*arguments, backend, out, mean_out))
 
 
-def test_compile(device):
+def test_compile(device, backend):
     x, field_x, field_z, _, previous = problem(5, 6, device)
 
     def steps(x, field_x, field_z, z):
-        law = {"backend": "triton"}
+        law = {"backend": backend}
         x = pfgm.euler_step(x, field_x, field_z, z, z / 2, **law)
         x, mean = pfgm.multistep_step(x, field_x, field_z, z, z / 2, previous, 2 * z, **law)
-        field = torch.ops.pfgm.normalised_field(x, field_z.double(), mean, 5.0, "triton")
+        field = torch.ops.pfgm.normalised_field(x, field_z.double(), mean, 5.0, backend)
         return pfgm.heun_step(x, mean, *field, z, z / 2, **law)
 
     def in_place(x, field_x, field_z, z):
         x, mean = x.clone(), torch.empty_like(x)
-        law = {"out": x, "backend": "triton"}
+        law = {"out": x, "backend": backend}
         pfgm.euler_step(x, field_x, field_z, z, z / 2, return_mean=True, mean_out=mean, **law)
         pfgm.multistep_step(x, field_x, field_z, z, z / 2, mean, 2 * z, mean_out=mean, **law)
         return x + mean
@@ -339,7 +337,7 @@ def test_compile(device):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-def test_sampling(device, solver):
+def test_sampling(device, backend, solver):
     """A run's points and evaluations are those of the reference backend."""
     generator = torch.Generator().manual_seed(3)
     flow = pfgm.PoissonFlow.from_data(torch.randn(16, 2, 3, generator=generator))
@@ -350,16 +348,16 @@ def test_sampling(device, solver):
     net.to(device)
     start = flow.prior(5, generator=generator).to(device)
     samples = {}
-    for backend in ("reference", "triton"):
-        with pfgm.use_backend(backend):
-            samples[backend] = flow.sample(net, 5, solver=solver, steps=6, x_init=start.clone())
-    assert (samples["triton"] - start).abs().min() > 1e-3
+    for name in ("reference", backend):
+        with pfgm.use_backend(name):
+            samples[name] = flow.sample(net, 5, solver=solver, steps=6, x_init=start.clone())
+    assert (samples[backend] - start).abs().min() > 1e-3
     torch.testing.assert_close(
-        samples["triton"], samples["reference"], rtol=0, atol=1e-5 * float(start.abs().max())
+        samples[backend], samples["reference"], rtol=0, atol=1e-5 * float(start.abs().max())
     )
 
 
-def test_graph_capture(device):
+def test_graph_capture(device, backend):
     """A step neither waits for the GPU nor looks at values."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
@@ -372,9 +370,9 @@ def test_graph_capture(device):
         previous,
         levels_by_row(5, device)[2],
     )
-    expected, _ = pfgm.multistep_step(*arguments, backend="triton")
+    expected, _ = pfgm.multistep_step(*arguments, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result, _ = pfgm.multistep_step(*arguments, backend="triton")
+        result, _ = pfgm.multistep_step(*arguments, backend=backend)
     graph.replay()
     assert torch.equal(result, expected)

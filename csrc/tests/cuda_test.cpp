@@ -1,0 +1,290 @@
+// The CUDA kernels on the host, through the shim, against plain formulas, for builds with a
+// sanitizer. In whatever order threads and blocks go on, the bits must be the same.
+#include <algorithm>
+
+#include "../normalised_field.h"
+#include "cuda_shim.h"
+#include "problems.h"
+
+// ThreadSanitizer takes ten times as long for a thread of a kernel.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kFew = true;
+#else
+constexpr bool kFew = false;
+#endif
+
+namespace {
+
+using namespace pfgm;
+
+const CudaPlace kPlace{0, 0};
+
+// ---- what is tested -------------------------------------------------------------------------
+
+Matrix workspace_of(const Problem& problem, bool backward) {
+  const std::size_t bytes = posterior_mean_workspace_cuda(problem, kPlace, backward);
+  return Matrix(Type::uint8, 1, static_cast<Index>(bytes));
+}
+
+Implementation cuda(const std::string& name) {
+  const auto forward = [](const Problem& problem, const Forward& out) {
+    const Matrix workspace = workspace_of(problem, false);
+    posterior_mean_cuda(problem, out, kPlace, {workspace.data(), workspace.bytes()});
+    return Status();
+  };
+  const auto backward = [](const Problem& problem, const Backward& io) {
+    const Matrix workspace = workspace_of(problem, true);
+    posterior_mean_backward_cuda(problem, io, kPlace, {workspace.data(), workspace.bytes()});
+    return Status();
+  };
+  return {name, 1e-5, 1e-5, forward, backward,
+          [](const OdeStep& step) { ode_step_cuda(step, kPlace); }};
+}
+
+using Orders = std::vector<unsigned>;
+const Orders kAllOrders = {0, 1, 7};  // ascending, descending, random
+
+Orders one_of_all(std::size_t turn) { return {kAllOrders[turn % kAllOrders.size()]}; }
+
+template <class Run>
+void run_in(const Orders& orders, const Run& run) {
+  const auto run_in_order = [&](unsigned order) {
+    shim::set_order(order);
+    return run(cuda("order " + std::to_string(order)));
+  };
+  const auto first = run_in_order(orders[0]);
+  for (std::size_t i = 1; i < orders.size(); ++i)
+    if (!run_in_order(orders[i]).same_bits(first))
+      fail("order " + std::to_string(orders[i]) + " changes bits");
+}
+
+// The device and how problems are cut, until the end of a scope.
+struct Setting {
+  Setting(int capability, int multiprocessors, const CudaLimits& limits = {}) {
+    shim::set_device(multiprocessors, capability, (capability < 90 ? 163 : 227) << 10);
+    limit_cuda(limits);
+  }
+  ~Setting() {
+    shim::set_device(4, 90, 227 << 10);
+    limit_cuda({});
+  }
+};
+
+// ---- posterior mean -------------------------------------------------------------------------
+
+struct Shape {
+  Index B, M, N;
+};
+
+int problems = 0;
+
+// Half of all problems have rows off the boundaries of 16 bytes, the first one as well.
+Case next_case(const Shape& shape, Type reference_type) {
+  constexpr double dimensions[] = {1, kInfinity, 128};
+  const int seed = problems++;
+  const Index gap = seed % 4 < 2 ? 0 : seed % 4 - 1;
+  return {shape.B, shape.M, shape.N, Type::float32, reference_type, dimensions[seed % 3], gap,
+          static_cast<std::uint64_t>(seed), gap};
+}
+
+Type reference_type(std::size_t turn) {
+  constexpr Type types[] = {Type::float32, Type::bfloat16, Type::float16, Type::uint8};
+  return types[turn % 4];
+}
+
+void check(const Shape& shape, Type reference_type, const Orders& orders, unsigned needs = 7) {
+  const Case c = next_case(shape, reference_type);
+  const Inputs in(c);
+  run_in(orders, [&](const Implementation& tested) { return run(tested, c, in, needs); });
+}
+
+void check_forward(const Shape& shape, Type reference_type, const Orders& orders) {
+  const Case c = next_case(shape, reference_type);
+  const Inputs in(c);
+  run_in(orders, [&](const Implementation& tested) {
+    const Results out(c);
+    run_forward(tested, c, in, out);
+    return out;
+  });
+}
+
+// At the edges of tiles (queries 8, 32, 64; references 32, 64; features 4, 32, 128), and where
+// products take over from differences: 16 queries and 32 features.
+void check_shapes() {
+  const std::vector<Shape> shapes = {
+      {1, 1, 1},    {8, 31, 32},   {9, 65, 97},   {15, 130, 31}, {16, 63, 33}, {17, 31, 129},
+      {33, 65, 32}, {65, 63, 33},  {1, 65, 33},   {15, 65, 129}, {16, 1, 32},  {16, 65, 1},
+      {33, 31, 97}, {17, 130, 97}, {65, 1, 31},   {65, 130, 129}, {2, 1100, 5}};
+  std::size_t turn = 0;
+  for (std::size_t i = 0; i < (kFew ? 8 : shapes.size()); ++i) {
+    const std::size_t types = kFew ? 1 : shapes[i].B < 65 ? 4 : 2;
+    for (std::size_t t = 0; t < types; ++t, ++turn)
+      check(shapes[i], reference_type(i + t), one_of_all(turn),
+            turn % 2 == 0 ? 7 : static_cast<unsigned>(turn / 2 % 8));
+  }
+}
+
+void check_orders() {
+  for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 130, 33}})
+    check(shape, reference_type(static_cast<std::size_t>(shape.B)), kAllOrders);
+}
+
+bool launched(const std::string& kernel) {
+  const std::vector<std::string> all = shim::launches();
+  return std::find(all.begin(), all.end(), kernel) != all.end();
+}
+
+// In clusters of blocks, which share the features out: 384 of them for 64 queries, 192 for 128.
+// References are shared out by clusters, if the device runs several at once.
+void check_one_pass() {
+  const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577}, {17, 5, 769},
+                                     {64, 33, 515},  {128, 16, 576}, {16, 1, 1025}};
+  for (std::size_t i = 0; i < (kFew ? 2 : shapes.size()); ++i)
+    for (std::size_t t = 0; t < (kFew ? 1 : 2); ++t) {
+      const Setting setting(90, t == 0 ? 40 : 3);
+      shim::clear_launches();
+      check_forward(shapes[i], reference_type(i + 2 * t + 1), one_of_all(i));
+      if (!launched("single_pass")) fail("not in one pass");
+    }
+  const Setting setting(90, 40);
+  if (!kFew) check_forward({17, 130, 520}, Type::float32, kAllOrders);
+  const Setting older(80, 40);
+  shim::clear_launches();
+  check_forward({16, 33, 515}, Type::uint8, one_of_all(1));
+  if (launched("single_pass")) fail("in one pass on a device without clusters");
+}
+
+// Chunks of 128 references and blocks of a few queries, the last of each smaller.
+void check_parts() {
+  const auto limits = [](Index queries) { return CudaLimits{600, 1, queries, 128}; };
+  for (std::size_t i = 0; i < (kFew ? 1 : 4); ++i) {
+    const Setting setting(90, 4, limits(17));
+    check({kFew ? 18 : 36, kFew ? 140 : 300, 40}, reference_type(i), one_of_all(i));
+  }
+  const Setting setting(80, 4, limits(8));
+  check({9, 140, 5}, Type::float16, kFew ? one_of_all(1) : kAllOrders);
+}
+
+// Makes one value, of x or of a reference, NaN or infinite. What it is must not matter to indices.
+void check_not_finite(const Shape& shape, bool in_x, float bad) {
+  const Case c = next_case(shape, Type::float32);
+  Inputs in(c);
+  if (in_x) put(in.x.at(2, c.N - 1), bad);
+  else put(in.y.at(c.M - 1, 0), bad);
+  for (Index b = in_x ? 2 : 0; b < (in_x ? 3 : c.B); ++b) {
+    in.lse[b] = NAN;
+    for (Index k = 0; k < c.N; ++k) in.mean[b * c.N + k] = NAN;
+  }
+  run_in(one_of_all(2), [&](const Implementation& tested) {
+    const Results out(c);
+    run_forward(tested, c, in, out);
+    tested.backward(problem_of(c, in, 0), out.backward(in, 7));
+    return out;
+  });
+}
+
+// ---- steps ----------------------------------------------------------------------------------
+
+// Rows of one thread, of a part of a warp, of a block, of several tiles; panels of 1024 values.
+void check_steps() {
+  constexpr Index shapes[][2] = {{5, 7},   {9, 33},   {130, 8},  {2, 256},
+                                 {2, 260}, {2, 1025}, {1, 6145}, {1, 8196}};
+  std::size_t turn = 0;
+  for (const auto& [rows, features] : shapes)
+    for (unsigned bits = 0; bits < 64; bits += kFew ? 13 : features > 1000 ? 5 : 1, ++turn) {
+      const auto bit = [bits](int i) { return (bits >> i & 1) != 0; };
+      const Step step = {rows, features, Type::float32, bit(0), bit(1), bit(2), bit(3), bit(4),
+                         bits, static_cast<Output>(turn % 4), bit(5)};
+      run_in(turn % 16 == 0 ? kAllOrders : one_of_all(turn),
+             [&](const Implementation& tested) { return run(tested, step); });
+    }
+}
+
+// ---- the field ------------------------------------------------------------------------------
+
+struct FieldCase {
+  Index rows, features;
+  Output output;  // which input field_x overwrites; `slope` is the mean
+  bool aligned;
+  double gamma;
+};
+
+struct FieldResults {
+  Matrix x, z;
+
+  bool same_bits(const FieldResults& other) const {
+    return x.same_bits(other.x) && z.same_bits(other.z);
+  }
+};
+
+FieldResults run(const std::string& name, const FieldCase& c) {
+  Random random(static_cast<std::uint64_t>(c.features));
+  const auto rows = [&c](Index gap) {
+    return Matrix(Type::float32, c.rows, c.features, c.aligned ? 4 * gap : gap);
+  };
+  const Matrix x = rows(1), mean = rows(3), z(Type::float64, c.rows, 1);
+  const Matrix field_z(Type::float32, c.rows, 1);
+  const Matrix field_x = c.output == Output::x       ? x
+                         : c.output == Output::slope ? mean
+                                                     : rows(2);
+  const Values xs = x.fill([&](Index, Index) { return random.normal(); });
+  // The first row is at its mean, where the field is 0.
+  const Values means = mean.fill([&](Index i, Index k) {
+    return i == 0 ? xs[k] : random.normal();
+  });
+  const Values zs = z.fill([&](Index i, Index) { return i == 0 ? 0 : random.uniform(0, 4); });
+  normalised_field_cuda({c.rows, c.features, reinterpret_cast<float*>(x.data()), x.stride,
+                         z.doubles(), reinterpret_cast<float*>(mean.data()), mean.stride, c.gamma,
+                         reinterpret_cast<float*>(field_x.data()), field_x.stride,
+                         reinterpret_cast<float*>(field_z.data())},
+                        kPlace);
+  Values wanted_x, wanted_z;
+  for (Index i = 0; i < c.rows; ++i) {
+    double squared = zs[i] * zs[i];
+    for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
+      squared += (xs[k] - means[k]) * (xs[k] - means[k]);
+    const double length = std::sqrt(squared) + c.gamma;
+    const double scale = length == 0 ? 0 : -std::sqrt(static_cast<double>(c.features)) / length;
+    wanted_z.push_back(scale * zs[i]);
+    for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
+      wanted_x.push_back(scale * (xs[k] - means[k]));
+  }
+  const std::string what = name + ", a field of " + std::to_string(c.rows) + "×" +
+                           std::to_string(c.features);
+  compare(what, field_x, wanted_x, of_gradient(wanted_x, c.features, 1e-6));
+  compare(what + ", z", field_z, wanted_z, of_gradient(wanted_z, 1, 1e-6));
+  return {field_x, field_z};
+}
+
+void check_fields() {
+  constexpr Index shapes[][2] = {{5, 7},   {9, 33},   {130, 8}, {2, 256},
+                                 {3, 260}, {2, 6145}, {1, 8196}};
+  constexpr Output outputs[] = {Output::apart, Output::x, Output::slope};
+  std::size_t turn = 0;
+  for (const auto& [rows, features] : shapes)
+    for (int i = 0; i < (kFew ? 1 : 6); ++i, ++turn) {
+      const double gamma = turn % 4 < 2 ? 0 : 5;
+      const FieldCase c = {rows, features, outputs[turn % 3], turn % 2 == 0, gamma};
+      run_in(turn % 5 == 0 ? kAllOrders : one_of_all(turn),
+             [&](const Implementation& tested) { return run(tested.name, c); });
+    }
+}
+
+}  // namespace
+
+int main() {
+  check_shapes();
+  check_orders();
+  check_one_pass();
+  check_parts();
+  for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}, Shape{16, 17, 512}}) {
+    if (kFew) break;  // the same accesses as of finite values
+    check_not_finite(shape, true, NAN);
+    check_not_finite(shape, true, INFINITY);
+    check_not_finite(shape, false, NAN);
+    check_not_finite(shape, false, -INFINITY);
+  }
+  check_steps();
+  check_fields();
+  std::printf("%d problems agree, and so do steps and fields\n", problems);
+}

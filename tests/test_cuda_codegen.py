@@ -1,0 +1,331 @@
+"""What the CUDA kernels of csrc/ compile to: the machine code that is installed is as intended."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import codegen_cuda
+import pytest
+
+REASON = codegen_cuda.reason_against()
+shipped = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+ARCHITECTURES = codegen_cuda.architectures() or ["without CUDA"]
+STEMS = sorted(codegen_cuda.declared())
+
+
+@pytest.fixture(scope="session")
+def check():
+    return codegen_cuda.check(codegen_cuda.extension(), codegen_cuda.architectures())
+
+
+@shipped
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_kernel(check, stem, architecture):
+    rows = [
+        row
+        for row in check.rows
+        if (codegen_cuda.stem(row.kernel), row.architecture) == (stem, architecture)
+    ]
+    assert rows, f"{stem} is not in the extension for sm_{architecture}."
+    problems = [problem for row in rows for problem in row.problems]
+    assert not problems, "\n" + "\n".join(problems)
+
+
+@shipped
+def test_the_extension_as_a_whole(check):
+    """Options of the compiler among it."""
+    assert not check.problems, "\n" + "\n".join(check.problems)
+    assert codegen_cuda.compiler_version(codegen_cuda.extension()) is not None
+
+
+@shipped
+def test_architectures_have_the_same_kernels(check):
+    kernels = {
+        architecture: {row.kernel for row in check.rows if row.architecture == architecture}
+        for architecture in ARCHITECTURES
+    }
+    assert all(kernels[architecture] == kernels[ARCHITECTURES[0]] for architecture in kernels)
+
+
+def test_every_kernel_has_an_intent():
+    assert {codegen_cuda.stem(kernel) for kernel in codegen_cuda.INTENTS} == set(STEMS)
+
+
+# ---- what there is to read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        ("80-real 90a-real 100-real 120", ["80", "90a", "100", "120"]),
+        ("80-virtual 90a", ["90a"]),
+        ("the host", []),
+        (None, []),
+    ],
+)
+def test_architectures(monkeypatch, built, expected):
+    class Built:
+        @staticmethod
+        def build_info():
+            return {"cuda_architectures": built}
+
+    monkeypatch.setattr(codegen_cuda, "extension", lambda: "_native.so")
+    monkeypatch.setattr(codegen_cuda.importlib, "import_module", lambda name: Built)
+    assert codegen_cuda.architectures() == expected
+
+
+def test_what_is_not_checked_is_said_with_its_cure(monkeypatch):
+    monkeypatch.setattr(codegen_cuda, "architectures", list)
+    assert "NOT CHECKED" in codegen_cuda.reason_against()
+    assert "nvcc" in codegen_cuda.reason_against()
+    monkeypatch.setattr(codegen_cuda, "architectures", lambda: ["80"])
+    monkeypatch.setattr(codegen_cuda, "cuobjdump", lambda: None)
+    assert "cuobjdump was not found" in codegen_cuda.reason_against()
+    with pytest.raises(RuntimeError, match="cuobjdump was not found"):
+        codegen_cuda.dump("_native.so", "80")
+
+
+def test_declared_kernels_are_found(monkeypatch, tmp_path):
+    (tmp_path / "some_cuda.h").write_text(
+        "// __global__ in a comment\n"
+        "template <class R>\n__global__ void __launch_bounds__(threads(R, true), 2)\n"
+        "    first(int n) {}\n__global__ void second(int n) {}\n"
+    )
+    monkeypatch.setattr(codegen_cuda, "CSRC", tmp_path)
+    assert codegen_cuda.declared() == {"first", "second"}
+    (tmp_path / "other_cuda.cu").write_text("__global__ auto third(int n) -> void {}\n")
+    with pytest.raises(ValueError, match=r"other_cuda\.cu"):
+        codegen_cuda.declared()
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+INSIDE = "_ZN4pfgm55_GLOBAL__N__b92e854f_22_posterior_mean_cuda_cu_e5a43346"
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        (f"{INSIDE}5mergeEPfPKfS3_iib", "merge"),
+        (f"{INSIDE}9distancesIhLi64ELb1EEEvNS0_4RowsIfEENS2_IT_EEiNS0_5PairsE", None),
+        (f"{INSIDE}11single_passINS0_8BFloat16ELi128EEEvi", "single_pass<BFloat16, 128>"),
+        (f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE", "weighted_sum<float32>"),
+        ("_Z4loneILb0EEvi", "lone<false>"),
+        ("_Z5plainPf", "plain"),
+    ],
+)
+def test_names(symbol, name):
+    assert codegen_cuda.short_name(symbol) == (name or "distances<uint8, 64, true>")
+
+
+@pytest.mark.parametrize("symbol", ["merge", f"{INSIDE}5mergeIxEEvi"])
+def test_names_that_cannot_be_read(symbol):
+    with pytest.raises(ValueError, match="no"):
+        codegen_cuda.short_name(symbol)
+
+
+def part(symbol, *, architecture="90a", usage="", threads="0x80", code=(), options=""):
+    """What cuobjdump prints of a file with one kernel."""
+    lines = "\n".join(
+        f"        /*{16 * i:04x}*/                   {line} ;          /* 0x0000000000007919 */\n"
+        "                                                        /* 0x000e220000002100 */"
+        for i, line in enumerate(code)
+    )
+    bound = (
+        f"\tAttribute:\tEIATTR_MAX_THREADS\n\tFormat:\tEIFMT_SVAL\n\tValue:\t{threads} 0x1 0x1 \n"
+        if threads
+        else ""
+    )
+    return f"""
+Fatbin elf code:
+================
+arch = sm_{architecture}
+code version = [1,8]
+
+.section .note.nv.tkinfo
+\tTool Name: ptxas
+\tTool Command Line Arguments: -arch sm_{architecture} -m 64 {options}
+
+   8   2a60    144  0  4                    CUDA_INFO       40    3       17 .nv.info.{symbol}
+
+.nv.info.{symbol}
+\t<0x13>
+{bound}\t<0x14>
+\tAttribute:\tEIATTR_CRS_STACK_SIZE
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function {symbol}:
+  REG:124 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:1000 TEXTURE:0 {usage}
+
+\tcode for sm_{architecture}
+\t\tFunction : {symbol}
+\t.headerflags\t@"EF_CUDA_SM90"
+{lines}
+\t\t..........
+"""
+
+
+SUM = f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE"
+PASS = f"{INSIDE}11single_passIhLi64EEEvi"
+STEP = "_ZN4pfgm49_GLOBAL__N__5e7a4c86_16_ode_step_cuda_cu_b1f21c9115ode_step_kernelILi4ELb1EEEvi"
+NARROW = STEP.replace("ILi4ELb1EE", "ILi1ELb1EE")
+MULTIPLY = "HMMA.1688.F32.TF32 R4, R8, R12, R4"
+COPY = "@!P1 LDGSTS.E.BYPASS.128.ZFILL [R3], desc[UR16][R126.64], P0"
+REST = ["MOV R1, c[0x0][0x28]", "FADD R2, R2, R3", "STG.E [R2], R3", "S2R R3, SR_TID.X"]
+REST += ["EXIT", "BRA 0x20", "NOP", "NOP"]
+WIDE = ["@P0 LDG.E.128.CONSTANT R4, desc[UR16][R126.64]", "STG.E.128 desc[UR16][R126.64], R4"]
+CLUSTER = ["UCGABAR_ARV", "UCGABAR_WAIT", "@P0 LD.E R2, desc[UR4][R2.64]"]
+
+
+def only(text, architecture="90a"):
+    (row,) = codegen_cuda.read(text, architecture)
+    return row
+
+
+def test_the_dump_is_read():
+    code = [*WIDE, *CLUSTER, COPY, MULTIPLY, MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]
+    code += ["@!UP0 FADD.FTZ R1, R1, R2", "F2I.FTZ.U32.TRUNC.NTZ R3, R2", "@!PT LDS RZ, [RZ]"]
+    text = part(PASS, code=code, threads="0x100", usage="SHARED:1536")
+    assert only(text) == codegen_cuda.Row(
+        "90a",
+        "single_pass<uint8, 64>",
+        codegen_cuda.Figures(
+            registers=124,
+            spills=0,
+            shared=512,
+            threads=256,
+            instructions=len(code) - 2,
+            matrix_instructions={"HMMA.1688.F32.TF32": 2},
+            copies=1,
+            wide_loads=1,
+            wide_stores=1,
+            cluster_barriers=1,
+            generic_loads=1,
+            flushing=1,
+        ),
+        only(text).problems,
+    )
+
+
+def test_files_for_several_architectures_are_told_apart():
+    text = part(SUM) + part(STEP) + part(PASS, architecture="90")
+    assert [row.kernel for row in codegen_cuda.read(text, "90a")] == [
+        "weighted_sum<float32>",
+        "ode_step_kernel<4, true>",
+    ]
+    assert [row.kernel for row in codegen_cuda.read(text, "90")] == ["single_pass<uint8, 64>"]
+    assert codegen_cuda.read(text, "80") == []
+
+
+# ---- judging -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "text"),
+    [
+        ("90a", part(SUM, code=[COPY, MULTIPLY, *REST])),
+        ("90a", part(PASS, code=[COPY, MULTIPLY, *CLUSTER, *REST], threads="0x100")),
+        ("90a", part(STEP, code=[*WIDE, *REST], threads="0x400", usage="REG:64")),
+        ("90a", part(NARROW, code=REST, threads="0x300", usage="REG:80")),
+        ("80", part(PASS, architecture="80", code=[REST[0], *REST[4:]], threads="0x100")),
+    ],
+)
+def test_what_is_as_intended_passes(architecture, text):
+    assert only(text, architecture).problems == []
+    assert codegen_cuda.unwanted_options(text) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "symbol", "options"),
+    [
+        ("spills 16 bytes", SUM, {"usage": "STACK:16"}),
+        ("spills 8 bytes", SUM, {"usage": "LOCAL:8"}),
+        ("no asynchronous copies of 16", SUM, {"code": [MULTIPLY, *REST]}),
+        ("no asynchronous copies of 16", SUM, {"code": [MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]}),
+        ("it has no matrix instructions", SUM, {"code": [COPY, *REST]}),
+        ("it has HMMA.16816.F32", SUM, {"code": [COPY, "HMMA.16816.F32 R4, R8, R1, R4", *REST]}),
+        ("not meant to multiply", NARROW, {"code": [MULTIPLY, *REST]}),
+        ("no barriers of clusters", PASS, {"code": [COPY, MULTIPLY, CLUSTER[2], *REST]}),
+        ("nothing from other blocks", PASS, {"code": [COPY, MULTIPLY, *CLUSTER[:2], *REST]}),
+        ("no 16-byte loads", STEP, {"code": [WIDE[1], *REST]}),
+        ("no 16-byte stores", STEP, {"code": [WIDE[0], *REST]}),
+        ("no 16-byte loads", STEP, {"code": ["LDG.E.64 R4, [R2]", WIDE[1], *REST]}),
+        ("is empty", NARROW, {"code": REST[4:]}),
+        ("no launch bounds", SUM, {"threads": None}),
+        ("blocks of up to 512 threads, and launched with up to 1024", STEP, {"threads": "0x200"}),
+        ("1 × 1024 threads allow 64", STEP, {"usage": "REG:65"}),
+        ("with --use_fast_math", NARROW, {"code": ["FFMA.FTZ R1, R2, R3, R4", *REST]}),
+    ],
+)
+def test_flaws_are_found(words, symbol, options):
+    good = {
+        SUM: {"code": [COPY, MULTIPLY, *REST]},
+        PASS: {"code": [COPY, MULTIPLY, *CLUSTER, *REST], "threads": "0x100"},
+        STEP: {"code": [*WIDE, *REST], "threads": "0x400", "usage": "REG:60"},
+        NARROW: {"code": REST, "threads": "0x300", "usage": "REG:60"},
+    }
+    row = only(part(symbol, **{**good[symbol], **options}))
+    (problem,) = row.problems
+    assert words in problem
+    assert problem.startswith(f"{row.kernel} on sm_90a")
+
+
+@pytest.mark.parametrize("architecture", ["80", "120"])
+def test_what_needs_large_clusters_is_empty_without_them(architecture):
+    text = part(PASS, architecture=architecture, code=[COPY, MULTIPLY, *REST], threads="0x100")
+    (problem,) = only(text, architecture).problems
+    assert "meant to be empty" in problem
+
+
+def test_a_kernel_nobody_listed_is_a_problem():
+    (problem,) = only(part(SUM.replace("12weighted_sum", "8new_name"), code=REST)).problems
+    assert problem == (
+        "new_name<float32> on sm_90a is not listed in INTENTS of codegen_cuda.py; "
+        "nothing of it is checked."
+    )
+
+
+def test_missing_kernels_and_architectures_are_found(monkeypatch):
+    monkeypatch.setattr(codegen_cuda, "declared", lambda: {"weighted_sum", "merge"})
+    rows = codegen_cuda.read(part(SUM), "90a")
+    assert codegen_cuda.missing(rows, ["90a", "80"]) == [
+        "merge is not in the extension for sm_90a.",
+        "merge is not in the extension for sm_80.",
+        "weighted_sum is not in the extension for sm_80.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "unwanted"),
+    [
+        ("-Werror -O 1", ["-O 1"]),
+        ("-ret-end -g -o k.cubin", ["-g"]),
+        ("-maxrregcount 32", ["-maxrregcount"]),
+        ("-lineinfo -O 3", []),
+    ],
+)
+def test_options_that_make_slow_code_are_found(options, unwanted):
+    assert codegen_cuda.unwanted_options(part(SUM, options=options)) == unwanted
+
+
+@pytest.mark.parametrize(
+    ("threads", "blocks", "limit"),
+    [(1024, 1, 64), (768, 1, 80), (512, 1, 128), (256, 2, 128), (128, 2, 255)],
+)
+def test_registers_have_a_limit(threads, blocks, limit):
+    intent = codegen_cuda.Intent(threads, blocks)
+    assert codegen_cuda.register_limit(intent) == limit
+
+
+def test_the_report_has_a_line_for_each_kernel():
+    row = only(part(SUM, code=[COPY, MULTIPLY, *REST]))
+    unknown = row._replace(kernel="new_name", figures=dataclasses.replace(row.figures, shared=7))
+    lines = codegen_cuda.report([row, unknown]).splitlines()[2:]
+    assert lines == [
+        "| weighted_sum<float32> | sm_90a | 124 | 255 | 0 | 0 | 1 HMMA.1688.F32.TF32 "
+        "| 1 | 0 | 0 | 0 |",
+        "| new_name | sm_90a | 124 |  | 0 | 7 | 1 HMMA.1688.F32.TF32 | 1 | 0 | 0 | 0 |",
+    ]
