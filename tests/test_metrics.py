@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import types
+import urllib.error
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from pfgm import data, metrics
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-METRICS: list[Callable[[Tensor, Tensor], object]] = [
+METRICS: list[Callable[..., object]] = [
     metrics.frechet_distance,
     metrics.precision_recall,
     metrics.nearest_distance,
+    metrics.density_coverage,
+    lambda a, b, **options: metrics.kernel_distance(a, b, subsets=None, **options).mean,
 ]
 
 
@@ -173,9 +179,13 @@ def test_precision_recall_agrees_with_loops(
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     a, b = normal(13, 3), normal(17, 3, seed=1)
     expected = metrics.precision_recall(a, b), metrics.nearest_distance(a, b)
+    density = metrics.density_coverage(a, b)
+    kernel = metrics.kernel_distance(a, b, subsets=None).mean
     monkeypatch.setattr(metrics, "_CHUNK", chunk)
     assert metrics.precision_recall(a, b) == expected[0]
     assert torch.equal(metrics.nearest_distance(a, b), expected[1])
+    assert metrics.density_coverage(a, b) == density
+    assert metrics.kernel_distance(a, b, subsets=None).mean == pytest.approx(kernel, rel=1e-12)
 
 
 def test_the_same_set_has_full_precision_and_recall() -> None:
@@ -244,6 +254,8 @@ def test_results_are_python_floats_and_need_no_gradient() -> None:
     a, b = normal(9, 4).requires_grad_(), normal(8, 4, seed=1)
     assert type(metrics.frechet_distance(a, b)) is float
     assert {type(value) for value in metrics.precision_recall(a, b)} == {float}
+    assert {type(value) for value in metrics.density_coverage(a, b)} == {float}
+    assert {type(value) for value in metrics.kernel_distance(a, b)} == {float}
     assert not metrics.nearest_distance(a, b).requires_grad
 
 
@@ -279,6 +291,346 @@ class TestArguments:
         with pytest.raises(TypeError, match=f"has dtype {dtype}; allowed are floating"):
             metric(torch.zeros(9, 3), torch.zeros(9, 3, dtype=dtype))
 
+    def test_features_of_another_shape(self, metric: Callable[..., object]) -> None:
+        message = r"^features of (a|samples) has shape \(9,\) for 9 samples; allowed is \(9, F\)"
+        with pytest.raises(ValueError, match=message):
+            metric(normal(9, 3), normal(9, 3), features=lambda x: x.sum(1))
+
+    def test_features_that_are_not_floating(self, metric: Callable[..., object]) -> None:
+        with pytest.raises(TypeError, match=r"features of (a|samples) has dtype torch\.int64"):
+            metric(normal(9, 3), normal(9, 3), features=lambda x: x.long())
+
+    def test_features_that_are_not_finite(self, metric: Callable[..., object]) -> None:
+        with pytest.raises(ValueError, match=r"features of (a|samples) holds NaN or infinity"):
+            metric(normal(9, 3), normal(9, 3), features=lambda x: x / 0)
+
     def test_different_devices(self, metric: Callable[..., object]) -> None:
         with pytest.raises(ValueError, match=r"is on cpu and .* on meta; allowed is one"):
             metric(torch.zeros(9, 3), torch.zeros(9, 3, device="meta"))
+
+
+def kernel_distance_by_loops(a: Tensor, b: Tensor, degree: int) -> float:
+    rows_a, rows_b = (x.double().flatten(1).tolist() for x in (a, b))
+
+    def kernel(x: list[float], y: list[float]) -> float:
+        return (math.fsum(p * q for p, q in zip(x, y, strict=True)) / len(x) + 1) ** degree
+
+    def within(rows: list[list[float]]) -> float:
+        pairs = [(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+        return math.fsum(kernel(x, y) for x, y in pairs) / len(pairs)
+
+    across = math.fsum(kernel(x, y) for x in rows_a for y in rows_b) / (len(a) * len(b))
+    return within(rows_a) + within(rows_b) - 2 * across
+
+
+@given(
+    sizes=st.tuples(st.integers(2, 12), st.integers(2, 12)),
+    dimension=st.integers(1, 5),
+    degree=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_kernel_distance_agrees_with_loops(
+    sizes: tuple[int, int], dimension: int, degree: int, seed: int
+) -> None:
+    a = normal(sizes[0], dimension, seed=seed)
+    b = normal(sizes[1], dimension, seed=seed + 1) * 2 + 1
+    expected = kernel_distance_by_loops(a, b, degree)
+    found = metrics.kernel_distance(a, b, degree=degree, subsets=None)
+    assert found.mean == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    assert math.isnan(found.deviation)
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    """Exact over all subsets: their average is that of the whole, which a biased one's is not."""
+    a, b = normal(5, 2), normal(5, 2, seed=1) + 0.5
+    rows = [torch.tensor(r) for r in ([0, 1], [0, 2], [0, 3], [0, 4], [1, 2], [1, 3], [1, 4])]
+    rows += [torch.tensor(r) for r in ([2, 3], [2, 4], [3, 4])]
+    parts = [metrics.kernel_distance(a[i], b[j], subsets=None).mean for i in rows for j in rows]
+    whole = metrics.kernel_distance(a, b, subsets=None).mean
+    assert math.fsum(parts) / len(parts) == pytest.approx(whole, rel=1e-12)
+
+
+def test_the_linear_kernel_compares_means() -> None:
+    """With degree 1 it is ‖μ_a − μ_b‖²/F less what the spread adds: Σ tr Σ_i / (n_i F)."""
+    a, b = normal(30, 4), normal(50, 4, seed=1) + torch.tensor([1.0, 0.0, 2.0, 0.0])
+    expected = (a.mean(0) - b.mean(0)).square().sum() - a.var(0).sum() / 30 - b.var(0).sum() / 50
+    found = metrics.kernel_distance(a, b, degree=1, subsets=None).mean
+    assert found == pytest.approx(float(expected) / 4, rel=1e-12)
+
+
+def test_kernel_distance_of_one_distribution_is_zero_within_its_spread() -> None:
+    draw = torch.Generator().manual_seed(0)
+    found = metrics.kernel_distance(
+        normal(4000, 6), normal(4000, 6, seed=1), subset_size=100, generator=draw
+    )
+    assert abs(found.mean) < 3 * found.deviation
+
+
+def test_kernel_distance_of_shifted_gaussians() -> None:
+    """Of N(0, I) and N(μ, I), F = q = ‖μ‖² = 6: moments of x·y give k_aa, k_bb and k_ab exactly."""
+    within_a = 1 + 3 / 6
+    within_b = 1 + 3 * 6 / 6 + 3 * (6 + 12 + 36) / 36 + (6**3 + 6 * 6**2 + 3 * 6 * 6 + 6 * 6) / 6**3
+    across = 1 + 3 * (6 + 6) / 36
+    expected = within_a + within_b - 2 * across
+    a, b = normal(4000, 6), normal(4000, 6, seed=1) + 1
+    found = metrics.kernel_distance(a, b, subsets=None).mean
+    assert found == pytest.approx(expected, rel=0.03)
+    draw = torch.Generator().manual_seed(0)
+    by_subsets = metrics.kernel_distance(a, b, subset_size=100, generator=draw)
+    assert by_subsets.mean == pytest.approx(expected, abs=by_subsets.deviation / 3)
+
+
+def test_kernel_distance_is_a_function_of_the_generator() -> None:
+    a, b = normal(40, 3), normal(30, 3, seed=1)
+
+    def found(seed: int) -> metrics.KernelDistance:
+        draw = torch.Generator().manual_seed(seed)
+        return metrics.kernel_distance(a, b, subsets=5, generator=draw)
+
+    assert found(0) == found(0) != found(1)
+
+
+def test_subsets_are_drawn_without_replacement() -> None:
+    a, b = normal(12, 3), normal(12, 3, seed=1)
+    whole = metrics.kernel_distance(a, b, subsets=None).mean
+    found = metrics.kernel_distance(a, b, subsets=4, subset_size=12)
+    assert found.mean == pytest.approx(whole, rel=1e-12)
+    assert found.deviation < 1e-12
+    single = metrics.kernel_distance(a, b, subsets=1, subset_size=12)
+    assert single.mean == pytest.approx(whole, rel=1e-12)
+    assert math.isnan(single.deviation)
+
+
+@pytest.mark.parametrize("size", [1, 0, 9])
+def test_subsets_must_fit(size: int) -> None:
+    with pytest.raises(ValueError, match=f"subset_size is {size}; allowed .* from 2 to 8"):
+        metrics.kernel_distance(normal(8, 2), normal(10, 2), subset_size=size)
+
+
+@pytest.mark.parametrize("option", ["degree", "subsets"])
+def test_counts_of_the_kernel_distance(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} is 0; allowed are whole numbers from 1"):
+        metrics.kernel_distance(normal(8, 2), normal(8, 2), **{option: 0})
+
+
+def test_kernel_distance_that_overflows_raises() -> None:
+    with pytest.raises(ValueError, match="kernel distance overflows"):
+        metrics.kernel_distance(normal(8, 2) * 1e100, normal(8, 2))
+
+
+def density_coverage_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[float, float]:
+    a, b = samples.double().flatten(1).numpy(), real.double().flatten(1).numpy()
+
+    def distance(p: Array, q: Array) -> float:
+        return math.sqrt(math.fsum((p - q) ** 2))
+
+    radii = [
+        sorted(distance(p, q) for j, q in enumerate(b) if j != i)[k - 1] for i, p in enumerate(b)
+    ]
+    inside = [[distance(s, p) <= r for p, r in zip(b, radii, strict=True)] for s in a]
+    density = sum(sum(row) for row in inside) / (k * len(a))
+    return density, sum(map(any, zip(*inside, strict=True))) / len(b)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 15), st.integers(6, 15)),
+    k=st.integers(1, 5),
+    levels=st.sampled_from([2, 5, 10**6]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_density_coverage_agrees_with_loops(
+    sizes: tuple[int, int], k: int, levels: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    samples, real = (torch.randint(levels, (n, 1, 2), generator=generator).double() for n in sizes)
+    expected = density_coverage_by_loops(samples, real, k)
+    assert metrics.density_coverage(samples, real, k) == pytest.approx(expected)
+
+
+def test_density_and_coverage_of_one_distribution() -> None:
+    """Their expectations (Naeem et al.): 1, and about 1 − 2^−k for equal sizes."""
+    found = metrics.density_coverage(normal(4000, 2), normal(4000, 2, seed=1), k=3)
+    assert found.density == pytest.approx(1, abs=0.03)
+    assert found.coverage == pytest.approx(1 - 2**-3, abs=0.02)
+
+
+def test_an_outlier_of_the_real_data_adds_little_density() -> None:
+    """What the wide ball of one outlier does to precision, it does not do to density."""
+    real = torch.cat([normal(50, 2) * 0.01, torch.tensor([[10.0, 0.0]])])
+    samples = torch.tensor([[5.0, 0.0]]) + normal(20, 2, seed=1) * 0.01
+    assert metrics.precision_recall(samples, real, k=5).precision == 1
+    assert metrics.density_coverage(samples, real, k=5).density == pytest.approx(1 / 5)
+    assert metrics.density_coverage(samples, real, k=5).coverage == pytest.approx(1 / 51)
+
+
+def test_density_coverage_needs_more_than_k_real_samples_and_one_other() -> None:
+    assert metrics.density_coverage(normal(6, 2)[:1], normal(6, 2), k=5).coverage > 0
+    with pytest.raises(ValueError, match=r"real has shape \(5, 2\).*at least 6"):
+        metrics.density_coverage(normal(9, 2), normal(5, 2), k=5)
+    with pytest.raises(ValueError, match="k is 0; allowed are whole numbers from 1"):
+        metrics.density_coverage(normal(9, 2), normal(9, 2), k=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+class TestFeatures:
+    def test_are_compared_in_place_of_the_samples(self, metric: Callable[..., object]) -> None:
+        a, b, mix = normal(150, 2, 4), normal(140, 2, 4, seed=1), normal(8, 3, seed=2)
+        found = metric(a, b, features=lambda x: x.flatten(1) @ mix)
+        torch.testing.assert_close(found, metric(a.flatten(1) @ mix, b.flatten(1) @ mix))
+
+    def test_are_evaluated_in_batches_without_gradients(
+        self, metric: Callable[..., object]
+    ) -> None:
+        seen = []
+
+        def features(x: Tensor) -> Tensor:
+            seen.append(x)
+            assert not torch.is_grad_enabled()
+            assert not x.requires_grad
+            return x
+
+        a, b = normal(150, 3).requires_grad_(), normal(70, 3, seed=1)
+        metric(a, b, features=features)
+        assert [len(x) for x in seen] == [64, 64, 22, 64, 6]
+        assert torch.equal(torch.cat(seen), torch.cat([a, b]))
+
+    def test_take_any_dtype(self, metric: Callable[..., object]) -> None:
+        draw = torch.Generator().manual_seed(0)
+        a, b = (torch.randint(256, (20, 3), generator=draw).to(torch.uint8) for _ in range(2))
+        found = metric(a, b, features=data.to_unit)
+        torch.testing.assert_close(found, metric(data.to_unit(a), data.to_unit(b)))
+
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_of_a_module_are_those_of_evaluation_mode(
+        self, metric: Callable[..., object], bound: bool
+    ) -> None:
+        module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).double()
+        module[0].eval()
+        features = module.forward if bound else module
+        a, b = normal(20, 3), normal(20, 3, seed=1)
+        found = metric(a, b, features=features)
+        assert [m.training for m in module.modules()] == [True, False, True, True]
+        assert int(module[2].num_batches_tracked) == 0
+        module.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(found, metric(module(a), module(b)))
+
+    def test_that_raise_leave_the_module_as_it_was(self, metric: Callable[..., object]) -> None:
+        module = nn.Linear(7, 2).double()
+        with pytest.raises(RuntimeError, match="shape"):
+            metric(normal(9, 3), normal(9, 3), features=module)
+        assert module.training
+        assert torch.is_grad_enabled()
+
+
+def fake_fidelity(
+    monkeypatch: pytest.MonkeyPatch, calculate: Callable[..., dict[str, float]]
+) -> None:
+    module = types.ModuleType("torch_fidelity")
+    module.__dict__.update(
+        calculate_metrics=calculate,
+        KEY_METRIC_FID="frechet_inception_distance",
+        KEY_METRIC_ISC_MEAN="inception_score_mean",
+        KEY_METRIC_ISC_STD="inception_score_std",
+    )
+    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+
+
+def test_inception_metrics_hands_bytes_to_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def calculate(**options: Any) -> dict[str, float]:
+        seen.update(options)
+        return {
+            "frechet_inception_distance": 3.5,
+            "inception_score_mean": 2.5,
+            "inception_score_std": 0.5,
+        }
+
+    fake_fidelity(monkeypatch, calculate)
+    grey = torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 2, 2).expand(4, 2, 2)
+    colour = torch.arange(48).to(torch.uint8).view(2, 3, 2, 4)
+    found = metrics.inception_metrics(grey, colour, splits=4, batch_size=7, weights=Path("w.pth"))
+    assert found == metrics.InceptionMetrics(fid=3.5, score=2.5, score_deviation=0.5)
+    assert len(seen["input1"]) == 4
+    expected = torch.tensor([[0, 0], [128, 255]], dtype=torch.uint8).expand(3, 2, 2)
+    assert torch.equal(seen["input1"][2], expected)
+    assert torch.equal(torch.stack([seen["input2"][i] for i in range(2)]), colour)
+    assert (seen["fid"], seen["isc"], seen["isc_splits"]) == (True, True, 4)
+    assert (seen["cuda"], seen["batch_size"], seen["cache"]) == (False, 7, False)
+    assert seen["feature_extractor_weights_path"] == "w.pth"
+
+
+def test_inception_metrics_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calculate(**options: Any) -> dict[str, float]:
+        raise urllib.error.URLError("no network")
+
+    fake_fidelity(monkeypatch, calculate)
+    with pytest.raises(OSError, match=r"cannot be had \(.*no network.*give its name as weights"):
+        metrics.inception_metrics(torch.zeros(10, 8, 8), torch.zeros(10, 8, 8))
+
+
+def test_inception_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r"torch-fidelity.*pip install 'pfgm\[fid\]'"):
+        metrics.inception_metrics(torch.zeros(10, 8, 8), torch.zeros(10, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        (torch.zeros(10, 2, 8, 8), {}, r"samples has shape \(10, 2, 8, 8\); allowed is \(n, C"),
+        (torch.zeros(10, 64), {}, r"samples has shape \(10, 64\); allowed"),
+        (torch.zeros(1, 8, 8), {}, r"samples has shape \(1, 8, 8\).*n at least 2"),
+        (torch.full((10, 8, 8), math.nan), {}, "samples holds NaN"),
+        (torch.zeros(9, 8, 8), {}, "splits is 10; allowed are at most 9"),
+        (torch.zeros(10, 8, 8), {"splits": 0}, "splits is 0; allowed are whole numbers from 1"),
+        (torch.zeros(10, 8, 8), {"batch_size": 0}, "batch_size is 0; allowed are whole numbers"),
+        (torch.zeros(10, 8, 8, device="meta", dtype=torch.uint8), {}, "is on meta and real on cpu"),
+    ],
+)
+def test_inception_metrics_checks_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, samples: Tensor, options: dict[str, int], message: str
+) -> None:
+    fake_fidelity(monkeypatch, lambda **_: {})
+    with pytest.raises(ValueError, match=message):
+        metrics.inception_metrics(samples, torch.zeros(10, 8, 8), **options)
+
+
+def test_inception_metrics_refuses_other_dtypes() -> None:
+    with pytest.raises(TypeError, match=r"real has dtype torch\.int64"):
+        metrics.inception_metrics(torch.zeros(10, 8, 8), torch.zeros(10, 8, 8, dtype=torch.int64))
+
+
+def test_torch_fidelity_itself_agrees_with_our_distance(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through the real package, on random weights: the real ones would need a network."""
+    inception = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        reason="torch-fidelity is not installed: inception_metrics() was only run against a fake",
+    )
+    extractor = inception.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(extractor, "load_state_dict", lambda *_: None)
+        network = extractor("random", ["2048", "logits_unbiased"])
+        torch.manual_seed(0)
+        for layer in network.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    weights = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), weights)
+    draw = torch.Generator().manual_seed(0)
+    samples, real = torch.randint(256, (2, 12, 3, 16, 16), generator=draw).to(torch.uint8)
+    real = real // 2
+    found = metrics.inception_metrics(samples, real, splits=1, weights=weights)
+    ours = metrics.frechet_distance(samples, real, features=lambda x: network(x)[0])
+    assert found.fid == pytest.approx(ours, rel=1e-3)
+    with torch.no_grad():
+        p = network(samples)[1].double().softmax(1)
+    divergence = (p * (p.log() - p.mean(0).log())).sum(1).mean()
+    assert found.score == pytest.approx(float(divergence.exp()), rel=1e-5)
+    assert found.score_deviation == 0

@@ -1,10 +1,9 @@
-"""Pictures of samples and of the way they came; no pyplot and no global state."""
+"""Grids of images, every pixel as it is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,20 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import to_unit
-from .files import StrPath, write_atomic
+from ..data import to_unit
+from ..files import StrPath
+from .figures import MARGIN, TITLE, add_axes, add_title, new_figure, save, style, text_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# All lengths are in pixels of the saved picture.
-_DPI = 100
+# In pixels of the saved picture.
 _PANEL = 72  # the size that the default scale comes near to
 _GAP = 4
-_MARGIN = 10
-_TITLE = 15
 _HEADER = 12
-_INK = "#333333"
 
 
 def image_grid(
@@ -65,7 +61,7 @@ def image_grid(
         raise ValueError(f"columns is {columns}; allowed are whole numbers from 1.")
     columns = min(columns, len(images))
     figure, _ = _draw(_tile(images, columns, _scale(images, scale)), title, header=0)
-    _save(figure, path)
+    save(figure, path)
     return figure
 
 
@@ -118,7 +114,7 @@ def trajectory_grid(
     scale = _scale(panels, scale)
     figure, axes = _draw(_tile(panels, len(labels), scale), title, header=_HEADER + _GAP)
     _write_header(axes, labels, width=panels.shape[-1] * scale)
-    _save(figure, path)
+    save(figure, path)
     return figure
 
 
@@ -164,51 +160,20 @@ def _draw(picture: np.ndarray[Any, Any], title: str | None, header: int) -> tupl
     The axes count in pixels of the picture, from its upper left corner; header is the room left
     above it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "plotting needs matplotlib; install it with: pip install 'pfgm[demo]'"
-        ) from error
     height, width = picture.shape[:2]
-    above = _MARGIN + header + (_TITLE + 2 * _GAP if title else 0)
-    full_width = max(width, _text_width(title or "", _TITLE)) + 2 * _MARGIN
-    full_height = height + above + _MARGIN
-    left = (full_width - width) // 2
-    figure = Figure(figsize=(full_width / _DPI, full_height / _DPI), dpi=_DPI, facecolor="white")
-    axes = figure.add_axes(
-        (left / full_width, _MARGIN / full_height, width / full_width, height / full_height)
-    )
+    above = MARGIN + header + (TITLE + 2 * _GAP if title else 0)
+    full_width = max(width, text_width(title or "", TITLE)) + 2 * MARGIN
+    figure = new_figure(full_width, height + above + MARGIN)
+    axes = add_axes(figure, (full_width - width) // 2, MARGIN, width, height)
     axes.imshow(picture, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
     axes.set_axis_off()
-    if title:
-        figure.text(0.5, 1 - _MARGIN / full_height, title, va="top", **_style(_TITLE))
+    add_title(figure, title)
     return figure, axes
 
 
 def _write_header(axes: Any, labels: list[str], width: int) -> None:
     longest = max(labels, key=len)
-    size = _HEADER * min(1.0, width / _text_width(longest, _HEADER))
+    size = _HEADER * min(1.0, width / text_width(longest, _HEADER))
     for i, label in enumerate(labels):
         centre = i * (width + _GAP) + width / 2
-        axes.text(centre, -_GAP, label, va="bottom", **_style(size))
-
-
-def _style(size: float) -> dict[str, Any]:
-    return {"fontsize": size * 72 / _DPI, "color": _INK, "ha": "center"}
-
-
-def _text_width(text: str, size: float) -> int:
-    """About the width of a line of text; measuring it would need a renderer."""
-    return math.ceil(0.62 * size * len(text))
-
-
-def _save(figure: Figure, path: StrPath | None) -> None:
-    if path is None:
-        return
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"path is {path}; allowed is a name ending in .png.")
-    write_atomic(
-        path,
-        lambda file: figure.savefig(file, format="png", dpi=_DPI, facecolor="white"),
-    )
+        axes.text(centre, -_GAP, label, va="bottom", **style(size))

@@ -1,0 +1,177 @@
+"""Quality against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from ..files import StrPath
+from .figures import (
+    DPI,
+    INK,
+    MARGIN,
+    TITLE,
+    add_axes,
+    add_title,
+    new_figure,
+    save,
+    style,
+    text_width,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white drowns.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_MARKERS = "osD^vPX"
+_WIDTH, _HEIGHT = 380, 260  # of the area between the axes, in pixels
+_LEFT, _BELOW = 62, 46
+_LABEL = 12
+
+Curve = (
+    tuple[Sequence[float], Sequence[float]]
+    | tuple[Sequence[float], Sequence[float], Sequence[float]]
+)
+
+
+def quality_curve(
+    curves: Mapping[str, Curve],
+    path: StrPath | None = None,
+    *,
+    xlabel: str = "evaluations",
+    ylabel: str = "quality",
+    title: str | None = None,
+    log_y: bool = False,
+) -> Figure:
+    """Quality against the number of evaluations, which has a logarithmic axis.
+
+    Each curve's name stands beside its last point, in its colour; colours and markers can be told
+    apart by the colour-blind, markers also without any colour.
+
+    Args:
+        curves: at most 7, name to (evaluations, quality) or (evaluations, quality, spread), equally
+            long sequences; spread is drawn as a band from quality − spread to quality + spread.
+        path: where to save the picture, a name ending in .png; None saves nothing.
+        xlabel: what the x axis counts.
+        ylabel: what the y axis measures, and in which direction it is better.
+        title: a line above.
+        log_y: whether the y axis is logarithmic too.
+
+    Returns:
+        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no curves or too many, empty ones, lengths that differ, NaN or infinity, a
+            negative spread, numbers of evaluations not above 0 or, with log_y, qualities neither;
+            another suffix.
+        OSError: the picture cannot be written.
+
+    >>> figure = quality_curve({"euler": ([5, 10, 20], [3.0, 1.4, 1.0]), "heun": ([9, 19], [2, 1])})
+    >>> [line.get_label() for line in figure.axes[0].lines]
+    ['euler', 'heun']
+    """
+    if not 1 <= len(curves) <= len(_COLOURS):
+        raise ValueError(f"curves has {len(curves)} curves; allowed are 1 to {len(_COLOURS)}.")
+    checked = {name: _checked(name, curve, log_y) for name, curve in curves.items()}
+    right = max(text_width(name, _LABEL) for name in curves) + 2 * MARGIN
+    above = MARGIN + (TITLE + MARGIN if title else 0)
+    full_width = max(_LEFT + _WIDTH + right, text_width(title or "", TITLE) + 2 * MARGIN)
+    figure = new_figure(full_width, _BELOW + _HEIGHT + above)
+    axes = add_axes(figure, _LEFT, _BELOW, _WIDTH, _HEIGHT)
+    axes.set_xscale("log")
+    if log_y:
+        axes.set_yscale("log")
+    for (name, (x, y, spread)), colour, marker in zip(
+        checked.items(), _COLOURS, _MARKERS, strict=False
+    ):
+        axes.plot(x, y, label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
+        if spread:
+            # What a logarithmic axis cannot show ends at its lower edge.
+            low = [
+                q - s if q > s or not log_y else q * 1e-3 for q, s in zip(y, spread, strict=True)
+            ]
+            high = [q + s for q, s in zip(y, spread, strict=True)]
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    if log_y:
+        axes.set_ylim(_log_limits([q for _, y, _ in checked.values() for q in y]))
+    _label_axes(axes, xlabel, ylabel, sorted({n for x, _, _ in checked.values() for n in x}))
+    _name_lines(axes)
+    add_title(figure, title)
+    save(figure, path)
+    return figure
+
+
+def _checked(name: str, curve: Curve, log_y: bool) -> tuple[list[float], ...]:
+    columns = [[float(value) for value in column] for column in curve]
+    if len(columns) not in (2, 3) or len(columns[0]) == 0 or len({*map(len, columns)}) > 1:
+        raise ValueError(
+            f"the curve {name!r} has {len(columns)} sequences of lengths "
+            f"{[len(column) for column in columns]}; allowed are 2 or 3 of one length, not empty."
+        )
+    if not all(math.isfinite(value) for column in columns for value in column):
+        raise ValueError(f"the curve {name!r} holds NaN or infinity; allowed are finite values.")
+    x, y, spread = columns if len(columns) == 3 else (*columns, [])
+    if min(x) <= 0 or (log_y and min(y) <= 0):
+        raise ValueError(f"the curve {name!r} has values of at most 0 on a logarithmic axis.")
+    if min(spread, default=0) < 0:
+        raise ValueError(f"the curve {name!r} has a negative spread; allowed is at least 0.")
+    order = sorted(range(len(x)), key=x.__getitem__)
+    return tuple([column[i] for i in order] for column in (x, y, spread) if column) + (
+        () if spread else ([],)
+    )
+
+
+def _log_limits(values: list[float]) -> tuple[float, float]:
+    room = max(1.3, (max(values) / min(values)) ** 0.06)
+    return min(values) / room, max(values) * room
+
+
+def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    small = {"fontsize": _LABEL * 72 / DPI, "color": INK}
+    axes.set_xlabel(xlabel, **small)
+    axes.set_ylabel(ylabel, **small)
+    axes.set_xticks(shown := _apart(ticks), [f"{tick:g}" for tick in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=_LABEL * 72 / DPI * 0.9, color="#999999", labelcolor=INK)
+    axes.grid(True, color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color("#999999")
+
+
+def _apart(ticks: list[float]) -> list[float]:
+    """The ticks that leave room for their labels on a logarithmic axis."""
+    span = math.log(ticks[-1] / ticks[0]) or 1.0
+    shown = ticks[:1]
+    for tick in ticks[1:]:
+        room = text_width(f"{tick:g}", _LABEL) + text_width(f"{shown[-1]:g}", _LABEL)
+        if math.log(tick / shown[-1]) / span * _WIDTH * 0.9 >= room / 2 + 6:
+            shown.append(tick)
+    return shown
+
+
+def _name_lines(axes: Any) -> None:
+    """Each line's name right of the axes, at the height of its last point or next to it."""
+    heights = [
+        axes.transAxes.inverted().transform(axes.transData.transform(line.get_xydata()[-1]))[1]
+        for line in axes.lines
+    ]
+    gap = 1.3 * _LABEL / _HEIGHT
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    for lower, upper in pairwise(order):
+        heights[upper] = max(heights[upper], heights[lower] + gap)
+    limit = 1.0
+    for place in reversed(order):
+        heights[place] = min(heights[place], limit)
+        limit = heights[place] - gap
+    for line, height in zip(axes.lines, heights, strict=True):
+        label = {**style(_LABEL), "color": line.get_color(), "ha": "left", "va": "center"}
+        axes.text(1.02, height, line.get_label(), transform=axes.transAxes, **label)
