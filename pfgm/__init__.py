@@ -1,16 +1,19 @@
 """Poisson flow generative models: fast, correct and easy to use.
 
 The operations are :func:`posterior_mean`, :func:`field_fn`, :func:`log_density` and the steps of
-the ODE, :func:`euler_step`, :func:`heun_step` and :func:`multistep_step`; the flow that trains and
-samples is :class:`PoissonFlow`; :func:`load` reads what was trained.
+the ODE, :func:`euler_step`, :func:`heun_step` and :func:`multistep_step`; the flows that train and
+sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads what was trained.
 """
 
 from . import backends, data, metrics, networks, plotting, solvers, training
 from .backends import use_backend
 from .checkpoint import load, save
 from .checks import debug_checks
+from .editing import interpolate
 from .flow import PoissonFlow
+from .flowpp import PoissonFlowPP
 from .functional import field_fn, log_density, posterior_mean
+from .likelihood import LogLikelihood
 from .steps import (
     euler_step,
     euler_step_from_mean,
@@ -21,7 +24,9 @@ from .steps import (
 )
 
 __all__ = [
+    "LogLikelihood",
     "PoissonFlow",
+    "PoissonFlowPP",
     "backends",
     "data",
     "debug_checks",
@@ -30,6 +35,7 @@ __all__ = [
     "field_fn",
     "heun_step",
     "heun_step_from_mean",
+    "interpolate",
     "load",
     "log_density",
     "metrics",

@@ -19,24 +19,27 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .base import Flow
 from .files import StrPath, write_atomic
 from .flow import PoissonFlow
+from .flowpp import PoissonFlowPP
 from .networks import NETWORKS, build
 
 __all__ = ["load", "load_run", "save", "save_run"]
 
 _FORMAT = 1
+_FLOWS: dict[str, type[Flow]] = {"PoissonFlow": PoissonFlow, "PoissonFlowPP": PoissonFlowPP}
 _KEPT = 2  # newest checkpoints of a run that stay
 
 
 class Loaded(NamedTuple):
     """What a weights file holds."""
 
-    flow: PoissonFlow
+    flow: Flow
     network: nn.Module
 
 
-def save(path: StrPath, flow: PoissonFlow, network: nn.Module, *, step: int = 0) -> None:
+def save(path: StrPath, flow: Flow, network: nn.Module, *, step: int = 0) -> None:
     """Writes the network's weights and all that :func:`load` needs to use them.
 
     A network that is not one of :mod:`pfgm.networks` is saved too, but must be given to
@@ -48,6 +51,7 @@ def save(path: StrPath, flow: PoissonFlow, network: nn.Module, *, step: int = 0)
     description = {
         "format": _FORMAT,
         "step": step,
+        "kind": type(flow).__name__,
         "flow": flow.config,
         "network": _describe(network),
     }
@@ -89,7 +93,7 @@ def load(
         path = path / _latest(path)["weights"]
     tensors, description = _read(path)
     try:
-        flow = PoissonFlow(**description["flow"])
+        flow = flow_of(description)
         if network is None:
             network = _rebuild(description["network"], tensors)
         network.load_state_dict(tensors)
@@ -97,6 +101,18 @@ def load(
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
     return Loaded(flow, network.to(device).eval())
+
+
+def flow_of(description: Mapping[str, Any]) -> Flow:
+    """The flow that a file describes; one without a kind is from before there were two.
+
+    Raises:
+        ValueError, TypeError: there is no such flow.
+    """
+    kind = description.get("kind", "PoissonFlow")
+    if kind not in _FLOWS:
+        raise ValueError(f"it holds a flow {kind!r}; known are {', '.join(_FLOWS)}.")
+    return _FLOWS[kind](**description["flow"])
 
 
 def _describe(network: nn.Module) -> dict[str, Any] | None:
@@ -141,7 +157,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_run(
-    folder: Path, flow: PoissonFlow, averaged: nn.Module, state: dict[str, Any], step: int
+    folder: Path, flow: Flow, averaged: nn.Module, state: dict[str, Any], step: int
 ) -> None:
     """Writes a checkpoint of a run: weights, state, then latest.json; removes the oldest."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,9 +33,11 @@ class Demo:
     """Training steps."""
     seed: int = 0
     """Of training and sampling: the same seed gives the same result."""
+    conditional: bool = False
+    """Say which digit to draw: each row of samples.png is one."""
 
     def run(self) -> None:
-        demo.run(self.out, steps=self.steps, seed=self.seed)
+        demo.run(self.out, steps=self.steps, seed=self.seed, conditional=self.conditional)
 
 
 @dataclass
@@ -104,6 +106,10 @@ class Sample:
     """Steps of the solver (rk45 chooses its own)."""
     schedule: Literal["rho", "log"] = "rho"
     """Spacing of the steps."""
+    label: int | None = None
+    """What to draw, of a network that was trained with labels; anything unless given."""
+    guidance: float | None = None
+    """How much to exaggerate the label; 1 is not at all, and anything else takes twice as long."""
     seed: int = 0
     """Of the prior."""
     batch_size: int = 1000
@@ -135,6 +141,8 @@ class Sample:
                 solver=self.solver,
                 steps=self.steps,
                 schedule=self.schedule,
+                condition=self._condition(len(part)),
+                guidance=self.guidance,
                 x_init=part.to(device),
                 progress=True,
             ).cpu()
@@ -148,6 +156,9 @@ class Sample:
 
             image_grid(samples, self.out)
         print(self.out)
+
+    def _condition(self, count: int) -> dict[str, Tensor]:
+        return {} if self.label is None else {"labels": torch.full((count,), self.label)}
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 All have one signature: ``solver(denoise, x, grid, callback=None) -> (x, nfe)``. ``denoise(x, z)``
 is the posterior mean of points x (B, *S) at the level z, a float, or the
-:class:`pfgm.steps.Field` that implies it; ``grid`` holds decreasing levels; ``callback`` gets a
-:class:`StepInfo` before each step and stops the run by returning True; ``nfe`` counts the
-evaluations of ``denoise``. The equation is the same for every number of augmented dimensions
-(PFGM++, arXiv 2302.04265, section 3.3), so the same solvers serve sigma in place of z.
+:class:`pfgm.steps.Field` that implies it; ``grid`` holds decreasing levels, or rising ones, from
+data to the prior; ``callback`` gets a :class:`StepInfo` before each step and stops the run by
+returning True; ``nfe`` counts the evaluations of ``denoise``. The equation is the same for every
+number of augmented dimensions (PFGM++, arXiv 2302.04265, section 3.3), so the same solvers serve
+sigma in place of z.
 
 Where gradients are off and nobody watches, the steps after the first overwrite their points: a
 ``denoise`` that keeps the x it is given must clone it. The x that a solver is called with is left
@@ -24,6 +25,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from . import steps
+from .checks import checks_values
 from .steps import Field
 
 __all__ = [
@@ -56,9 +58,13 @@ class StepInfo(TypedDict):
     """Evaluations of the network so far."""
 
 
+_BEYOND = math.log(1e3)  # how far past its ends rk45 may evaluate, in log z
+
 Denoiser = Callable[[Tensor, float], Tensor | Field]
 Callback = Callable[[StepInfo], object]
 Solver = Callable[..., tuple[Tensor, int]]
+Churn = Callable[[Tensor, float], tuple[Tensor, float]]
+"""From points and their level to noisier points and theirs, before a step is taken."""
 
 
 def log_grid(start: float, end: float, steps: int) -> list[float]:
@@ -93,12 +99,16 @@ class _Run:
         # A callback may keep what it is shown, and a gradient needs every point.
         self._overwrites = not self.watched and not torch.is_grad_enabled()
 
-    def evaluate(self, x: Tensor, z: float) -> Tensor | Field:
+    def evaluate(self, x: Tensor, z: float, step: int) -> Tensor | Field:
         self.nfe += 1
-        return self._denoise(x, z)
+        slope = self._denoise(x, z)
+        parts = slope[:2] if isinstance(slope, Field) else (slope,)
+        if checks_values(x.device) and not all(bool(p.isfinite().all()) for p in parts):
+            raise ValueError(f"the network returned NaN or infinity in step {step}, at {z:.6g}.")
+        return slope
 
-    def mean(self, x: Tensor, z: float) -> Tensor:
-        slope = self.evaluate(x, z)
+    def mean(self, x: Tensor, z: float, step: int) -> Tensor:
+        slope = self.evaluate(x, z, step)
         return steps.euler(x, slope, z, 0.0)[0] if isinstance(slope, Field) else slope
 
     def reusable(self, spare: Tensor | None, *read: Tensor) -> Tensor | None:
@@ -120,13 +130,20 @@ def _share(a: Tensor, b: Tensor) -> bool:
 
 
 def euler(
-    denoise: Denoiser, x: Tensor, grid: Sequence[float], callback: Callback | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    grid: Sequence[float],
+    callback: Callback | None = None,
+    *,
+    churn: Churn | None = None,
 ) -> tuple[Tensor, int]:
     """First order, one evaluation a step: the published "forward Euler" on the log grid."""
     run = _Run(denoise, callback)
     own: Tensor | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
-        slope = run.evaluate(x, z)
+        if churn is not None:
+            x, z = churn(x, z)
+        slope = run.evaluate(x, z, step)
         moved, mean = steps.euler(
             x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
         )
@@ -137,7 +154,12 @@ def euler(
 
 
 def heun(
-    denoise: Denoiser, x: Tensor, grid: Sequence[float], callback: Callback | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    grid: Sequence[float],
+    callback: Callback | None = None,
+    *,
+    churn: Churn | None = None,
 ) -> tuple[Tensor, int]:
     """Second order: an Euler step, then again with the average of the slopes at both ends.
 
@@ -148,7 +170,9 @@ def heun(
     last = len(grid) - 2
     own: Tensor | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
-        slope = run.evaluate(x, z)
+        if churn is not None:
+            x, z = churn(x, z)
+        slope = run.evaluate(x, z, step)
         # x and the predicted point change places: the next x is written where the latter is.
         moved, mean = steps.euler(
             x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
@@ -158,7 +182,7 @@ def heun(
         if step == last:
             x = moved
         else:
-            slope = run.evaluate(moved, next_z)
+            slope = run.evaluate(moved, next_z, step)
             start, x = x, steps.heun(x, moved, slope, z, next_z, out=run.reusable(moved))
             own = start if step > 0 else None
     return x, run.nfe
@@ -179,7 +203,7 @@ def multistep(
     own: Tensor | None = None
     earlier: tuple[Tensor, float] | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
-        slope = run.evaluate(x, z)
+        slope = run.evaluate(x, z, step)
         needed = run.watched or step != last
         # A denoiser may have returned x itself, which the next step still reads.
         given = () if isinstance(slope, Field) else (slope,)
@@ -216,28 +240,33 @@ class _Stopped(Exception):
 class _Slope:
     """dx/dt = x − mean in t = log z, with the hooks by which torchdiffeq reports its steps."""
 
-    def __init__(self, run: _Run, keep: bool) -> None:
+    def __init__(self, run: _Run, keep: bool, ends: tuple[float, float]) -> None:
         self._run, self._keep = run, keep
+        # Where the slope is nearly 0, as it is on a data point, the trial of a first step goes to
+        # levels that no float holds. On the way from end to end nothing changes.
+        self._lowest, self._highest = min(ends) - _BEYOND, max(ends) + _BEYOND
         self._evaluated: list[tuple[float, Tensor]] = []
-        self._step = 0
+        self.steps = 0
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        mean = self._run.mean(x, math.exp(float(t)))
+        level = math.exp(min(max(float(t), self._lowest), self._highest))
+        mean = self._run.mean(x, level, self.steps)
         if self._keep:
             self._evaluated.append((float(t), mean))
         return x - mean
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         if not self._keep:
+            self.steps += 1
             return
         # Dormand–Prince evaluates the end of a step first thing in the next: no evaluation is
         # made for the callback, the one at y0 is among those kept.
         start = float(t0)
         mean = min(self._evaluated, key=lambda entry: abs(entry[0] - start))[1]
         self._evaluated = self._evaluated[-1:]
-        if self._run.stops(self._step, math.exp(start), y0, mean):
+        if self._run.stops(self.steps, math.exp(start), y0, mean):
             raise _Stopped(y0)
-        self._step += 1
+        self.steps += 1
 
 
 def rk45(
@@ -251,23 +280,30 @@ def rk45(
 ) -> tuple[Tensor, int]:
     """Adaptive Dormand–Prince in log z, on the device of x (torchdiffeq's dopri5).
 
-    Only the ends of the grid count. The tolerances are those of the published sampler, on the root
-    mean square over the whole batch.
+    Only the ends of the grid count; where it ends at 0, which log z does not, the last step is an
+    Euler step from the level before, to the mean. The tolerances are those of the published
+    sampler, on the root mean square over the whole batch.
 
     Raises:
         ValueError: no step is small enough, as where the mean is not finite.
     """
+    if grid[-1] == 0 and len(grid) == 2:
+        return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)
-    ends = torch.tensor([grid[0], grid[-1]], dtype=torch.float64, device=x.device).log()
-    slope = _Slope(run, keep=callback is not None)
+    end = grid[-1] if grid[-1] > 0 else grid[-2]
+    ends = torch.tensor([grid[0], end], dtype=torch.float64, device=x.device).log()
+    slope = _Slope(run, callback is not None, (float(ends[0]), float(ends[1])))
     try:
         x = odeint(slope, x, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
+        if grid[-1] == 0:
+            mean = run.mean(x, end, slope.steps)
+            x = x if run.stops(slope.steps, end, x, mean) else mean
     except _Stopped as stopped:
         x = stopped.x
     except AssertionError as error:
         raise ValueError(
-            f"rk45 found no step small enough ({error}): the network's field is not finite, or "
-            "not smooth."
+            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
+            "or not smooth."
         ) from error
     return x, run.nfe
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from .checkpoint import load_run, save_run
-from .flow import PoissonFlow
+from .base import Flow
+from .checkpoint import flow_of, load_run, save_run
 
 __all__ = ["Diverged", "Terminated", "TrainConfig", "Trainer"]
 
@@ -58,6 +58,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.9999
     """Decay of the averaged weights; min(ema, (1 + t)/(10 + t)) at step t."""
+    label_dropout: float = 0.1
+    """Share of the labels that are left out, so that guidance has an unconditional network."""
     checkpoint_every: int = 5000
     """Steps between checkpoints."""
     log_every: int = 50
@@ -76,7 +78,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} is {value!r}; allowed is any number above 0.")
-        for name in ("ema", "beta2"):
+        for name in ("ema", "beta2", "label_dropout"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed is 0 to below 1.")
@@ -114,15 +116,18 @@ class Trainer:
     hand, with a checkpoint written.
 
     Args:
-        flow: gives the loss.
+        flow: gives the loss, :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`.
         network: what is trained; its parameters stay where they are.
         data: (n, *S) floating point or uint8 (u/127.5 − 1), on any device.
         config: how to train.
         folder: of checkpoints and TensorBoard logs (where that is installed); None writes nothing.
         progress: show a progress bar.
+        labels: (n,) integers from 0, which the network is given as its argument of that name; a
+            point's target is then made of the references of its label.
 
     Raises:
-        ValueError: data do not fit the flow, are fewer than a batch, or not finite.
+        ValueError: data do not fit the flow, are fewer than a batch, or not finite; labels do not
+            fit the data.
 
     >>> import pfgm, torch
     >>> data = torch.randn(256, 2)
@@ -135,15 +140,17 @@ class Trainer:
 
     def __init__(
         self,
-        flow: PoissonFlow,
+        flow: Flow,
         network: nn.Module,
         data: Tensor,
         config: TrainConfig | None = None,
         *,
         folder: str | Path | None = None,
         progress: bool = True,
+        labels: Tensor | None = None,
     ) -> None:
         self.flow, self.network, self.data = flow, network, data
+        self.labels = labels
         self.config = config = config or TrainConfig()
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
@@ -155,6 +162,13 @@ class Trainer:
         if len(data) < config.batch_size:
             raise ValueError(
                 f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
+            )
+        if labels is not None and (
+            labels.shape != data.shape[:1] or labels.is_floating_point() or int(labels.min()) < 0
+        ):
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
+                f"integers of at least 0, of shape ({len(data)},)."
             )
         self._device = next(network.parameters()).device
         self._optimizer = torch.optim.Adam(
@@ -227,7 +241,7 @@ class Trainer:
         if self.folder is None:
             raise ValueError("folder is None; resuming needs the folder of a run.")
         weights, description, state = load_run(self.folder)
-        if PoissonFlow(**description["flow"]).config != self.flow.config:
+        if flow_of(description) != self.flow:
             raise ValueError(f"{self.folder} holds a run with another flow: {description['flow']}.")
         if state["rows"] != len(self.data):
             raise ValueError(
@@ -252,14 +266,25 @@ class Trainer:
 
     def _train_step(self) -> Tensor:
         config, step = self.config, self.step
-        x, references = self._batch(step)
+        x, references, labels, reference_labels = self._batch(step)
         generator = torch.Generator(self._device).manual_seed(_seed(config.seed, step, 0))
+        condition = {}
+        if labels is not None:
+            drawn = torch.rand(len(x), generator=generator, device=self._device)
+            condition["labels"] = torch.where(drawn < config.label_dropout, -1, labels)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         devices = [] if self._device.type == "cpu" else [self._device]
         with torch.random.fork_rng(devices, device_type=_rng_type(self._device)):
             torch.manual_seed(_seed(config.seed, step, 1))  # dropout has no generator argument
-            loss = self.flow.loss(self.network, x, references, generator)
+            loss = self.flow.loss(
+                self.network,
+                x,
+                references,
+                generator,
+                condition=condition,
+                reference_labels=reference_labels,
+            )
             loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         self._optimizer.step()
@@ -267,19 +292,29 @@ class Trainer:
         self._averaged.update_parameters(self.network)
         return loss.detach()
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Rows of this step and the references around them, from a new permutation an epoch."""
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Rows of this step and the references around them, from a new permutation an epoch; and
+        the labels of both."""
         rows, size = len(self.data), self.config.batch_size
         epoch, position = divmod(step, rows // size)
         if self._epoch is None or self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 2))
             self._epoch = epoch, torch.randperm(rows, generator=generator).to(self.data.device)
         order, start = self._epoch[1], position * size
-        x = self.data[order[start : start + size]].to(self._device)
+        chosen = order[start : start + size]
+        x, labels = self.data[chosen].to(self._device), self._labels(chosen)
         if self.config.references >= rows:
-            return x, self._all_references()
+            return x, self._all_references(), labels, self._labels(slice(None))
         around = torch.arange(start, start + self.config.references, device=order.device) % rows
-        return x, self.data[order[around]].to(self._device)
+        seen = order[around]
+        return x, self.data[seen].to(self._device), labels, self._labels(seen)
+
+    def _labels(self, rows: Tensor | slice) -> Tensor | None:
+        if self.labels is None:
+            return None
+        if isinstance(rows, Tensor):
+            rows = rows.to(self.labels.device)
+        return self.labels[rows].to(self._device).long()
 
     def _all_references(self) -> Tensor:
         if self.data.device != self._device:

@@ -217,6 +217,20 @@ def test_demo(tmp_path, capsys):
     assert "frechet distance" in capsys.readouterr().out
 
 
+def test_the_demo_of_each_digit(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--steps", "6", "--conditional"]) == 0
+    agreement = json.loads((out / "metrics.json").read_text())["agreement"]
+    assert 0 <= agreement["samples"] <= 1
+    assert agreement["held_out"] > 0.97
+    assert "a classifier agrees with the label of" in capsys.readouterr().out
+    model = ["sample", "--checkpoint", str(out / "model.safetensors"), "--n", "4"]
+    picture = ["--out", str(out / "threes.png"), "--label", "3", "--guidance", "2"]
+    assert cli.main([*model, *picture]) == 0
+    assert cli.main([*model, "--out", str(out / "none.png"), "--label", "10"]) == 2
+    assert "labels holds 10; allowed is below 10" in capsys.readouterr().err
+
+
 def test_an_interrupted_demo_leaves_its_model(tmp_path):
     process = command("demo", "--out", str(tmp_path), env={**os.environ, "PYTHONUNBUFFERED": "1"})
     shown = ""

@@ -302,3 +302,25 @@ def test_training_reduces_the_loss_and_repeats(name: str) -> None:
     again_before, again_after, again_weights = _train(name)
     assert (again_before, again_after) == (before, after)
     assert all(torch.equal(weights[key], again_weights[key]) for key in weights)
+
+
+# ---- labels ----
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_labels(name: str) -> None:
+    network = make(name, classes=3)
+    assert network.config["classes"] == 3
+    shape = (6, *network.shape)
+    x, z = torch.randn(shape), torch.rand(6)
+    scramble(network)
+    labels = torch.tensor([0, 1, 2, -1, -7, 0])
+    of_labels, of_none = network(x, z, labels=labels)[0], network(x, z)[0]
+    same = torch.isclose(of_labels, of_none).flatten(1).all(1)
+    assert same.tolist() == [False, False, False, True, True, False]
+    with pytest.raises(ValueError, match="labels holds 3; allowed is below 3"):
+        network(x, z, labels=torch.tensor([0, 1, 3, 0, 0, 0]))
+    with pytest.raises(ValueError, match=r"labels has shape \(5,\)"):
+        network(x, z, labels=labels[:5])
+    with pytest.raises(ValueError, match="without classes"):
+        make(name)(x, z, labels=labels)

@@ -159,6 +159,31 @@ def test_grid_formulas():
         )
 
 
-def test_rk45_says_so_where_the_mean_is_not_finite():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rk45_starts_where_the_slope_is_nearly_zero(dtype):
+    """Up from data points, where the first step that it tries has no bounds."""
+    points = torch.tensor([[-1.0, 0.5], [0.3, 0.7]], dtype=dtype)
+    tiny = 4 * torch.finfo(dtype).eps
+
+    def denoise(x, z):
+        return pfgm.posterior_mean(x, points, r=z, backend="reference")
+
+    for offset in (0.0, tiny):
+        up, _ = rk45(denoise, points + offset, [1e-3, 50.0], rtol=1e-5, atol=1e-5)
+        back, _ = rk45(denoise, up, [50.0, 1e-3], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(back, points, rtol=0, atol=1e-3)
+
+
+def test_rk45_says_so_where_the_mean_is_not_smooth():
+    generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="rk45 found no step small enough"):
-        rk45(lambda x, z: x * math.nan, torch.ones(2, 2), [9.0, 0.1])
+        rk45(lambda x, z: 1e15 * torch.randn(2, 2, generator=generator), torch.ones(2, 2), [9.0, 1])
+
+
+@pytest.mark.parametrize("solver", [euler, heun, multistep, rk45])
+def test_a_mean_that_is_not_finite_names_the_step_and_the_level(solver):
+    def denoise(x, z):
+        return 0.5 * x if z > 5 else x * math.nan
+
+    with pytest.raises(ValueError, match=r"NaN or infinity in step [1-9]\d*, at [0-5]\.?\d*\."):
+        solver(denoise, torch.ones(2, 2), [9.0, 6.0, 3.0, 1.0])

@@ -133,7 +133,7 @@ def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flo
     trainer = Trainer(flow, new_network(), data, SMALL)
     seen = []
     for step in range(6):  # 50 // 8
-        x, references = trainer._batch(step)
+        x, references, *_ = trainer._batch(step)
         assert references.shape == (16, 2)
         assert len(references.unique(dim=0)) == 16
         assert all((references == row).all(1).any() for row in x)
@@ -347,3 +347,58 @@ def test_without_tensorboard_training_goes_on(tmp_path, data, flow, monkeypatch)
     )
     Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
     assert not list(tmp_path.glob("events*"))
+
+
+# ---- labels, and the other flow ----
+
+
+def test_labels_reach_the_network_and_some_are_left_out(data, flow):
+    seen = []
+
+    class Recording(pfgm.networks.MLP):
+        def forward(self, x, z, labels=None):
+            seen.append(labels)
+            return super().forward(x, z, labels)
+
+    network = Recording((2,), width=16, depth=1, classes=4)
+    labels = torch.arange(50) % 4
+    trainer = Trainer(flow, network, data, config(label_dropout=0.5), labels=labels)
+    net = trainer.train()
+    given = torch.cat(seen)
+    assert set(given.tolist()) == {-1, 0, 1, 2, 3}
+    assert 0.35 < (given == -1).float().mean() < 0.65
+    samples = flow.sample(net, 5, condition={"labels": torch.arange(5) % 4}, guidance=1.5)
+    assert samples.shape == (5, 2)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3).long(), torch.zeros(50), torch.full((50,), -1)])
+def test_bad_labels(data, flow, labels):
+    with pytest.raises(ValueError, match=r"integers of at least 0, of shape \(50,\)"):
+        Trainer(flow, new_network(), data, SMALL, labels=labels)
+
+
+def test_the_other_flow_trains_and_resumes(tmp_path, data):
+    flow = pfgm.PoissonFlowPP((2,), D=16, sigma_data=1.0)
+
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 2))
+
+        def forward(self, x, noise):
+            return self.layers(torch.cat([x, noise[:, None]], 1))
+
+    def trainer(**changes):
+        torch.manual_seed(0)
+        network = flow.precondition(Backbone())
+        return Trainer(flow, network, data, config(**changes), folder=tmp_path, progress=False)
+
+    whole = trainer(steps=24, checkpoint_every=12).train()
+    half = trainer(steps=30)
+    assert half.resume() == 24
+    assert equal(weights(half.averaged), weights(whole))
+    loaded, network = pfgm.load(tmp_path, flow.precondition(Backbone()))
+    assert loaded == flow
+    assert loaded.sample(network, 4).shape == (4, 2)
+    with pytest.raises(ValueError, match="holds a run with another flow"):
+        Trainer(flow.with_D(8), network, data, SMALL, folder=tmp_path).resume()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import checks_values
+
 _FLOOR = 1e-3  # below z_min of the flow nothing is left to tell apart, so logarithms stop there
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws only
 _PERIODS = (2.0, 32.0)  # of the sines, in units of the logarithm: fine enough for one noise level
@@ -20,6 +22,11 @@ def positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"{name} is {value!r}; only an integer of at least 1 is allowed.")
     return int(value)
+
+
+def natural(name: str, value: Any) -> int:
+    """`value`, an integer of at least 0, as an int, else a ValueError that names the argument."""
+    return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
 
 
 def positive_float(name: str, value: Any) -> float:
@@ -76,20 +83,45 @@ class NoiseEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, width: int, *, sines: int = 8) -> None:
+    def __init__(self, width: int, *, classes: int = 0, sines: int = 8) -> None:
         super().__init__()
+        self.classes = classes
         low, high = (math.log(2 * math.pi / period) for period in reversed(_PERIODS))
         frequencies = torch.linspace(low, high, sines).exp()
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.first = nn.Linear(4 * sines, width)
         self.second = nn.Linear(width, width)
+        if classes:
+            self.labels = nn.Embedding(classes + 1, width)  # the last is that of no label
+            nn.init.zeros_(self.labels.weight)
 
-    def forward(self, rms: Tensor, z: Tensor) -> Tensor:
-        """(B,) root mean square of x and (B,) z to (B, width)."""
+    def forward(self, rms: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B,) root mean square of x, (B,) z and (B,) labels to (B, width)."""
         logs = torch.stack([rms, z], 1).square().add(_FLOOR**2).log() / 2
         angles = (logs[:, :, None] * self.frequencies).flatten(1)
         features = torch.cat([angles.sin(), angles.cos()], 1)
-        return nn.functional.silu(self.second(nn.functional.silu(self.first(features))))
+        hidden = nn.functional.silu(self.first(features))
+        if self.classes:
+            hidden = hidden + self.labels(self._numbered(labels, rms))
+        elif labels is not None:
+            raise ValueError("labels given to a network without classes; build it with classes=….")
+        return nn.functional.silu(self.second(hidden))
+
+    def _numbered(self, labels: Tensor | None, rms: Tensor) -> Tensor:
+        """Labels as rows of the table: what is below 0, or not there, is no label."""
+        if labels is None:
+            return torch.full(rms.shape, self.classes, dtype=torch.long, device=rms.device)
+        if labels.shape != rms.shape or labels.is_floating_point():
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
+                f"integers of shape ({len(rms)},)."
+            )
+        if checks_values(labels.device) and bool((labels >= self.classes).any()):
+            raise ValueError(
+                f"labels holds {int(labels.max())}; allowed is below {self.classes}, and below 0 "
+                "for none."
+            )
+        return torch.where(labels < 0, self.classes, labels)
 
 
 class FieldNetwork(nn.Module):
@@ -123,15 +155,18 @@ class FieldNetwork(nn.Module):
         self.data_std = positive_float("data_std", data_std)
         self.gamma = positive_float("gamma", gamma)
 
-    def backbone(self, x: Tensor, rms: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def backbone(
+        self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scaled x (B, *S), ‖x‖/√N (B,) and z (B,) to output and gate logits, each (B, *S)."""
         raise NotImplementedError
 
-    def mean(self, x: Tensor, z: Tensor) -> Tensor:
-        """The predicted posterior mean, (B, *S), at x (B, *S) and z (B,)."""
+    def mean(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The predicted posterior mean, (B, *S), at x (B, *S) and z (B,), of labels (B,)."""
         self._check(x, z)
         rms = torch.linalg.vector_norm(x.flatten(1), dim=1) / math.sqrt(math.prod(self.shape))
-        output, gate = self.backbone(x * self._rows(self._c_in(rms)), rms, z)
+        condition = {} if labels is None else {"labels": labels}
+        output, gate = self.backbone(x * self._rows(self._c_in(rms)), rms, z, **condition)
         change = self._rows(self._c_change(z))
         kept = x * self._rows(self._c_skip(rms, z)) * (1 - change * gate.sigmoid())
         return kept + self.data_std * change * output
@@ -151,9 +186,12 @@ class FieldNetwork(nn.Module):
     def _rows(self, values: Tensor) -> Tensor:
         return values.view(-1, *([1] * len(self.shape)))
 
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,)."""
-        return field_from_mean(x, z, self.mean(x, z), gamma=self.gamma)
+    def forward(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,).
+
+        A network with classes takes labels (B,), integers; below 0, or None, is no label.
+        """
+        return field_from_mean(x, z, self.mean(x, z, labels), gamma=self.gamma)
 
     def _check(self, x: Tensor, z: Tensor) -> None:
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:

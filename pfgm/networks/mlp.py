@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import FieldNetwork, NoiseEmbedding, plain, positive_int
+from .embedding import FieldNetwork, NoiseEmbedding, natural, plain, positive_int
 
 
 class MLPBlock(nn.Module):
@@ -42,6 +42,7 @@ class MLP(FieldNetwork):
         shape: sample shape S, any number of dimensions.
         width: hidden features.
         depth: residual blocks.
+        classes: labels 0 to classes − 1 that forward takes beside x and z; 0 for none.
         data_std: root mean square of the data's values.
         gamma: γ of the field.
 
@@ -58,6 +59,7 @@ class MLP(FieldNetwork):
         *,
         width: int = 128,
         depth: int = 4,
+        classes: int = 0,
         data_std: float = 1.0,
         gamma: float = 5.0,
     ) -> None:
@@ -69,11 +71,12 @@ class MLP(FieldNetwork):
                 "shape": self.shape,
                 "width": width,
                 "depth": depth,
+                "classes": natural("classes", classes),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
             }
         )
-        self.embedding = NoiseEmbedding(width)
+        self.embedding = NoiseEmbedding(width, classes=self.config["classes"])
         self.stem = nn.Linear(n, width)
         self.blocks = nn.ModuleList(MLPBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -81,9 +84,11 @@ class MLP(FieldNetwork):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def backbone(self, x: Tensor, rms: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def backbone(
+        self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scaled x (B, *S), ‖x‖/√N (B,) and z (B,) to output and gate logits, each (B, *S)."""
-        embedding = self.embedding(rms, z)
+        embedding = self.embedding(rms, z, labels)
         h = self.stem(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

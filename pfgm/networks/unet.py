@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import FieldNetwork, NoiseEmbedding, int_tuple, plain, positive_int
+from .embedding import FieldNetwork, NoiseEmbedding, int_tuple, natural, plain, positive_int
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -113,6 +113,7 @@ class UNet(FieldNetwork):
             (1, 2, 2) suits 28×28 and 32×32.
         blocks: residual blocks a level, on the way down and again on the way up.
         heads: attention heads on the coarsest level, 0 for none.
+        classes: labels 0 to classes − 1 that forward takes beside x and z; 0 for none.
         data_std: root mean square of the data's values.
         gamma: γ of the field.
 
@@ -131,6 +132,7 @@ class UNet(FieldNetwork):
         multipliers: Sequence[int] = (1, 2),
         blocks: int = 1,
         heads: int = 2,
+        classes: int = 0,
         data_std: float = 1.0,
         gamma: float = 5.0,
     ) -> None:
@@ -146,6 +148,7 @@ class UNet(FieldNetwork):
                 "multipliers": int_tuple("multipliers", multipliers),
                 "blocks": blocks,
                 "heads": heads,
+                "classes": natural("classes", classes),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
             }
@@ -160,7 +163,7 @@ class UNet(FieldNetwork):
 
     def _build(self, width: int, levels: list[int], blocks: int, heads: int) -> None:
         embedding = 4 * width
-        self.embedding = NoiseEmbedding(embedding)
+        self.embedding = NoiseEmbedding(embedding, classes=self.config["classes"])
         self.stem = nn.Conv2d(self.shape[0] + 1, width, 3, padding=1)
         self.down = nn.ModuleList()
         above = width
@@ -176,9 +179,11 @@ class UNet(FieldNetwork):
         self.norm = _norm(above)
         self.head = _zeroed(nn.Conv2d(above, 2 * self.shape[0], 3, padding=1))
 
-    def backbone(self, x: Tensor, rms: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def backbone(
+        self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scaled x (B, C, H, W), ‖x‖/√N (B,), z (B,) to output and gate logits, as x."""
-        embedding = self.embedding(rms, z)
+        embedding = self.embedding(rms, z, labels)
         # A channel of ones lets the convolutions see the border through the zero padding.
         h = self.stem(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))
         skips = []

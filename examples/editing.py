@@ -1,0 +1,75 @@
+"""Digits on the way into one another, at other temperatures, and completed from their upper half.
+
+    python examples/editing.py --out editing [--checkpoint runs/demo/model.safetensors]
+
+Without a checkpoint the field is the exact one of the training digits, which knows no others: what
+it makes are those, and the ways between them jump.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import pfgm
+from pfgm.base import Flow, Network
+from pfgm.files import check_folder
+from pfgm.plotting import image_grid
+
+TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
+
+
+def interpolations(flow: Flow, net: Network, path: Path, rows: int, count: int) -> None:
+    """A row for each pair of digits, from the first to the second."""
+    data = pfgm.data.digits().train
+    way = flow.interpolate(net, data[:rows], data[rows : 2 * rows], count=count)
+    title = "between two digits, by way of their latents"
+    image_grid(way.transpose(0, 1).flatten(0, 1), path, columns=count, title=title, scale=4)
+
+
+def temperatures(flow: Flow, net: Network, path: Path, count: int) -> None:
+    """A row for each temperature, a column for each latent."""
+    latents = flow.prior(count, generator=torch.Generator().manual_seed(0))
+    rows = [flow.decode(net, flow.rescale(latents, t)) for t in TEMPERATURES]
+    title = f"temperatures {', '.join(map(str, TEMPERATURES))} from above"
+    image_grid(torch.cat(rows), path, columns=count, title=title, scale=4)
+
+
+def completions(flow: Flow, net: Network, path: Path, rows: int, count: int) -> None:
+    """Digits never trained on, their upper half, and what may lie below it."""
+    images = pfgm.data.digits().held_out[:rows]
+    mask = torch.arange(images.shape[-2])[:, None] < images.shape[-2] // 2  # (8, 1): the upper rows
+    known = images.repeat_interleave(count, 0)
+    found = flow.inpaint(
+        net, known, mask, steps=20, resample=8, generator=torch.Generator().manual_seed(0)
+    )
+    shown = torch.cat(
+        [
+            images[:, None],
+            torch.where(mask, images, 0.0)[:, None],  # grey where it is not known
+            found.unflatten(0, (rows, count)),
+        ],
+        dim=1,
+    )
+    title = "a digit, what is known of it, completions"
+    image_grid(shown.flatten(0, 1), path, columns=count + 2, title=title, scale=4)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder for the pictures")
+    parser.add_argument("--checkpoint", help="a .safetensors file or the folder of a run")
+    parser.add_argument("--quick", action="store_true", help="few digits, a few seconds")
+    options = parser.parse_args()
+    folder = check_folder(options.out)
+    if options.checkpoint:
+        flow, net = pfgm.load(options.checkpoint)
+    else:
+        flow = pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
+        net = flow.empirical(pfgm.data.digits().train)
+    rows, count = (2, 4) if options.quick else (5, 8)
+    interpolations(flow, net, folder / "editing-between.png", rows, count)
+    temperatures(flow, net, folder / "editing-temperature.png", count)
+    completions(flow, net, folder / "editing.png", rows, count)
