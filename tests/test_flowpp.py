@@ -320,3 +320,38 @@ def test_networks_that_return_something_else(data):
         flow.sample(pfgm.PoissonFlow((2,), data_norm=1.0).empirical(data), 3)
     with pytest.raises(ValueError, match=r"NaN or infinity in step 1, at 17\.5"):
         flow.sample(lambda x, sigma: x / (sigma[:, None] > 30), 3, solver="euler", steps=5)
+
+
+# ---- what sampling costs beside the network ----
+
+
+@pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_a_step_is_at_most_three_kernels(monkeypatch, kind, solver):
+    """As where values are not looked at, which on a GPU they are not."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.ones(4, 2)
+    field_x, field_z = 0.1 * x, -torch.ones(4)
+    if kind == "PoissonFlow":
+        flow, result = pfgm.PoissonFlow((2,), data_norm=1.0), (field_x, field_z)
+    else:
+        flow, result = PoissonFlowPP((2,), D=16), field_x
+    monkeypatch.setattr("pfgm.solvers.checks_values", lambda device: False)
+    counts = []
+    for steps in (10, 20):
+        with Counter() as counter:
+            flow.sample(lambda x, level: result, 4, solver=solver, steps=steps, x_init=x)
+        memory = ("empty", "detach", "view", "alias", "_to_copy", "clone")
+        counts.append(sum(not any(word in call for word in memory) for call in counter.calls))
+    evaluations = 2 if solver == "heun" else 1
+    assert (counts[1] - counts[0]) / 10 <= 3 * evaluations

@@ -62,22 +62,6 @@ def test_no_torch_header_in_the_extension():
             assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source
 
 
-def readme_blocks():
-    text = (ROOT / "README.md").read_text()
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("index", range(len(readme_blocks())))
-def test_readme_examples_run(index, tmp_path, monkeypatch):
-    """Each block as printed, with the files that the demo would have made."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
-    flow = pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
-    network = pfgm.networks.UNet(flow.shape, width=16)
-    pfgm.save(tmp_path / "runs/demo/model.safetensors", flow, network)
-    exec(compile(readme_blocks()[index], "README.md", "exec"), {})
-
-
 def test_readme_commands_are_those_that_are_tested():
     text = (ROOT / "README.md").read_text()
     install = "    python3 -m venv .venv && .venv/bin/pip install "
