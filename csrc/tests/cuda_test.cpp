@@ -141,7 +141,7 @@ void check_one_pass() {
                                      {64, 33, 515},  {128, 16, 576}, {16, 1, 1025}};
   for (std::size_t i = 0; i < (kFew ? 2 : shapes.size()); ++i)
     for (std::size_t t = 0; t < (kFew ? 1 : 2); ++t) {
-      const Setting setting(90, t == 0 ? 40 : 3);
+      const Setting setting(90, t == 0 ? 40 : 2);
       shim::clear_launches();
       check_forward(shapes[i], reference_type(i + 2 * t + 1), one_of_all(i));
       if (!launched("single_pass")) fail("not in one pass");
