@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import pfgm
 
@@ -30,6 +31,7 @@ BLOCKS = [
 def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     """Each as printed, with the file that the demo would have made."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     if "runs/demo" in code:
         (tmp_path / "runs" / "demo").mkdir(parents=True)
         flow = pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
