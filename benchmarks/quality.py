@@ -79,9 +79,7 @@ def draw(found: list[Point]) -> None:
         # Below some evaluations the distance is off the picture.
         part = [point for point in found if point.run == run and point.distance < 3]
         curves[run] = ([p.nfe for p in part], [p.distance for p in part], [p.spread for p in part])
-    pfgm.plotting.quality_curve(
-        curves, PICTURE, ylabel="Fréchet distance to held-out digits, lower is better"
-    )
+    pfgm.plotting.quality_curve(curves, PICTURE, ylabel="Fréchet distance")
 
 
 def main() -> None:
