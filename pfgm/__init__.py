@@ -14,6 +14,7 @@ from .flow import PoissonFlow
 from .flowpp import PoissonFlowPP
 from .functional import field_fn, log_density, posterior_mean
 from .likelihood import LogLikelihood
+from .references import ReferenceSet
 from .steps import (
     euler_step,
     euler_step_from_mean,
@@ -27,6 +28,7 @@ __all__ = [
     "LogLikelihood",
     "PoissonFlow",
     "PoissonFlowPP",
+    "ReferenceSet",
     "backends",
     "data",
     "debug_checks",

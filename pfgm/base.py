@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import editing, likelihood
 from . import steps as ode_steps
 from .backends.reference import dequantise
+from .references import References, ReferenceSet
 from .solvers import SCHEDULES, SOLVERS, Callback, StepInfo
 from .steps import Field
 
@@ -86,7 +87,7 @@ class Flow(ABC):
         self,
         net: Network,
         x: Tensor,
-        references: Tensor | None = None,
+        references: References | None = None,
         generator: torch.Generator | None = None,
         *,
         condition: Condition | None = None,
@@ -105,7 +106,7 @@ class Flow(ABC):
         """Points (n, *S) at the first level."""
 
     @abstractmethod
-    def empirical(self, references: Tensor) -> nn.Module:
+    def empirical(self, references: References) -> nn.Module:
         """The exact network of references (M, *S)."""
 
     @abstractmethod
@@ -754,7 +755,7 @@ class Flow(ABC):
         """(B,) so that it multiplies samples (B, *S)."""
         return values.view(-1, *[1] * len(self.shape))
 
-    def _check_references(self, references: Tensor) -> None:
+    def _check_references(self, references: References) -> None:
         if references.shape[1:] != self.shape or len(references) == 0:
             raise ValueError(
                 f"references has shape {tuple(references.shape)}; allowed is (M, *S) with M ≥ 1 "
@@ -769,11 +770,15 @@ class Flow(ABC):
 # ---- targets of training ----------------------------------------------------------------------
 
 
+def _selected(references: References, mask: Tensor, x: Tensor) -> Tensor:
+    return references[mask.to(references.device)].to(x.device)
+
+
 def by_label(
-    target: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    target: Callable[[Tensor, Tensor, References], tuple[Tensor, ...]],
     x: Tensor,
     level: Tensor,
-    references: Tensor,
+    references: References,
     labels: Tensor | None,
     reference_labels: Tensor | None,
 ) -> tuple[Tensor, ...]:
@@ -781,6 +786,8 @@ def by_label(
     of that label; a label below 0 is none, and sees all."""
     if labels is None:
         return target(x, level, references)
+    if reference_labels is None and isinstance(references, ReferenceSet):
+        reference_labels = references.labels
     if reference_labels is None or reference_labels.shape != references.shape[:1]:
         given = None if reference_labels is None else tuple(reference_labels.shape)
         raise ValueError(
@@ -790,7 +797,7 @@ def by_label(
     results: tuple[Tensor, ...] | None = None
     for label in labels.unique().tolist():
         rows = labels == label
-        seen = references if label < 0 else references[reference_labels == label]
+        seen = references if label < 0 else _selected(references, reference_labels == label, x)
         if len(seen) == 0:
             raise ValueError(f"reference_labels holds no {label}, which labels does.")
         found = target(x[rows], level[rows], seen)

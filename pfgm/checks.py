@@ -41,7 +41,7 @@ def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or _debug
 
 
-def _first_bad_row(values: Tensor) -> int | None:
+def first_bad_row(values: Tensor) -> int | None:
     if not values.is_floating_point():
         return None
     for start in range(0, len(values), 4096):
@@ -70,7 +70,7 @@ def check_radius(radius: Tensor) -> None:
 def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
     """The sentence for a distance that was not finite: which argument, and which row of it."""
     for argument, values in ((name, x), ("references", references)):
-        row = _first_bad_row(values)
+        row = first_bad_row(values)
         if row is not None:
             return (
                 f"{argument} holds NaN or infinity (first in row {row}); only finite values are "

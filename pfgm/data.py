@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .files import StrPath, write_atomic
 
+__all__ = ["Digits", "digits", "load_array", "save_array", "to_unit"]
+
 _PREFERRED_NAMES = ("images", "data", "x")
 
 
@@ -90,7 +92,7 @@ def load_array(path: StrPath) -> Tensor:
         raise ValueError(f"{path} is not a regular file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, 0 bytes long.")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_numpy
+    read = read_safetensors if path.suffix == ".safetensors" else _read_numpy
     return _checked(read(path), path)
 
 
@@ -132,7 +134,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turns whatever the parsers raise on damaged bytes, of a dozen types, into one sentence."""
     try:
         yield
@@ -147,12 +149,12 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _read_numpy(path: Path) -> Tensor:
     with open(path, "rb") as file:
-        with _reading(path):
+        with reading(path):
             loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return _from_numpy(loaded, path)
-        name = _choose(loaded.files, path)
-        with _reading(path):
+        name = choose(loaded.files, path)
+        with reading(path):
             array = loaded[name]
             if not isinstance(array, np.ndarray):
                 raise ValueError("a member of the archive that is no array comes as bytes")
@@ -164,24 +166,26 @@ def _from_numpy(array: np.ndarray[Any, Any], path: Path) -> Tensor:
         with np.errstate(over="ignore"):  # what float32 cannot hold is reported as infinity
             array = array.astype(np.float32)
     elif array.dtype != np.uint8:
-        raise _dtype_error(array.dtype, path)
+        raise dtype_error(array.dtype, path)
     return torch.from_numpy(array)
 
 
-def _read_safetensors(path: Path) -> Tensor:
-    with _reading(path):
+def read_safetensors(path: Path) -> Tensor:
+    """The samples of a file, copied, uint8 or float32."""
+    with reading(path):
         file: Any = safe_open(path, framework="pt")
     with file:
-        name = _choose(file.keys(), path)
-        with _reading(path):
+        name = choose(file.keys(), path)
+        with reading(path):
             # A copy, since the tensor may be the mapped file, which could change under it.
             tensor: Tensor = file.get_tensor(name).clone()
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-        raise _dtype_error(tensor.dtype, path)
+        raise dtype_error(tensor.dtype, path)
     return tensor if tensor.dtype == torch.uint8 else tensor.float()
 
 
-def _choose(names: Sequence[str], path: Path) -> str:
+def choose(names: Sequence[str], path: Path) -> str:
+    """Which of the arrays in a file is read."""
     if len(names) == 1:
         return names[0]
     for name in _PREFERRED_NAMES:
@@ -207,7 +211,8 @@ def _checked(samples: Tensor, path: Path) -> Tensor:
     return samples.contiguous()
 
 
-def _dtype_error(dtype: object, path: Path) -> TypeError:
+def dtype_error(dtype: object, path: Path) -> TypeError:
+    """For numbers of a type that is not read."""
     return TypeError(
         f"{path} holds numbers of type {dtype}; allowed are uint8 and floating numbers."
     )

@@ -22,6 +22,7 @@ from .base import (
     positive,
 )
 from .functional import field_fn
+from .references import References, ReferenceSet
 from .solvers import SCHEDULES
 from .steps import Field
 
@@ -38,11 +39,14 @@ class EmpiricalField(nn.Module):
     Forward takes x (B, *S) and z (B,) and returns (field_x, field_z) of :func:`pfgm.field_fn`.
     """
 
-    references: Tensor
+    references: References
 
-    def __init__(self, references: Tensor, gamma: float = 5.0) -> None:
+    def __init__(self, references: References, gamma: float = 5.0) -> None:
         super().__init__()
-        self.register_buffer("references", references, persistent=False)
+        if isinstance(references, Tensor):
+            self.register_buffer("references", references, persistent=False)
+        else:
+            self.references = references
         self.gamma = gamma
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,8 +143,10 @@ class PoissonFlow(Flow):
         return exponent
 
     @classmethod
-    def from_data(cls, data: Tensor, **overrides: Any) -> PoissonFlow:
+    def from_data(cls, data: References, **overrides: Any) -> PoissonFlow:
         """The flow for data (n, *S), uint8 (u/127.5 − 1) or floating point; measures their norm.
+
+        Data may be a :class:`pfgm.ReferenceSet`, too.
 
         >>> import torch
         >>> PoissonFlow.from_data(torch.ones(8, 1, 4, 4), tau=0.05).shape
@@ -148,12 +154,7 @@ class PoissonFlow(Flow):
         """
         if data.ndim < 1 or len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
-        check_dtype("data", data)
-        norms = [
-            dequantise(rows, wide_dtype(data.device)).flatten(1).norm(dim=1)
-            for rows in data.reshape(len(data), -1).split(1024)
-        ]
-        data_norm = float(torch.cat(norms).mean())
+        data_norm = data.norm if isinstance(data, ReferenceSet) else _average_norm(data)
         if not math.isfinite(data_norm):
             raise ValueError("data holds NaN or infinity; only finite values are allowed.")
         return cls(data.shape[1:], **{"data_norm": data_norm, **overrides})
@@ -235,7 +236,7 @@ class PoissonFlow(Flow):
         self,
         net: Network,
         x: Tensor,
-        references: Tensor | None = None,
+        references: References | None = None,
         generator: torch.Generator | None = None,
         *,
         condition: Condition | None = None,
@@ -282,7 +283,7 @@ class PoissonFlow(Flow):
         error_z = (field_z.to(target_z.dtype) - target_z).square()
         return 0.5 * (error_x + error_z).mean()
 
-    def _target(self, x: Tensor, z: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    def _target(self, x: Tensor, z: Tensor, references: References) -> tuple[Tensor, Tensor]:
         return field_fn(x, z, references, gamma=self.gamma)
 
     def prior(
@@ -325,7 +326,7 @@ class PoissonFlow(Flow):
     def _grid(self, schedule: str, steps: int) -> list[float]:
         return SCHEDULES[schedule](self.z_max, self.z_min, steps)
 
-    def empirical(self, references: Tensor) -> EmpiricalField:
+    def empirical(self, references: References) -> EmpiricalField:
         """The exact field of references (M, *S) as a network: samples are the references.
 
         >>> import torch
@@ -335,6 +336,15 @@ class PoissonFlow(Flow):
         """
         self._check_references(references)
         return EmpiricalField(references, self.gamma)
+
+
+def _average_norm(data: Tensor) -> float:
+    check_dtype("data", data)
+    norms = [
+        dequantise(rows, wide_dtype(data.device)).flatten(1).norm(dim=1)
+        for rows in data.reshape(len(data), -1).split(1024)
+    ]
+    return float(torch.cat(norms).mean())
 
 
 def _evaluate(net: Network, x: Tensor, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from .base import (
     positive,
 )
 from .functional import posterior_mean
+from .references import References
 from .solvers import SCHEDULES, rho_grid
 
 __all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
@@ -34,11 +35,14 @@ class EmpiricalDenoiser(nn.Module):
     Forward takes x (B, *S) and sigma (B,) and returns :func:`pfgm.posterior_mean` (B, *S).
     """
 
-    references: Tensor
+    references: References
 
-    def __init__(self, references: Tensor, D: float) -> None:
+    def __init__(self, references: References, D: float) -> None:
         super().__init__()
-        self.register_buffer("references", references, persistent=False)
+        if isinstance(references, Tensor):
+            self.register_buffer("references", references, persistent=False)
+        else:
+            self.references = references
         self.D = D
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -224,7 +228,7 @@ class PoissonFlowPP(Flow):
         self,
         net: Network,
         x: Tensor,
-        references: Tensor | None = None,
+        references: References | None = None,
         generator: torch.Generator | None = None,
         *,
         condition: Condition | None = None,
@@ -273,7 +277,7 @@ class PoissonFlowPP(Flow):
         weight = (s.square() + self.sigma_data**2) / (s * self.sigma_data).square()
         return (weight * squared).mean()
 
-    def _target(self, x: Tensor, sigma: Tensor, references: Tensor) -> tuple[Tensor]:
+    def _target(self, x: Tensor, sigma: Tensor, references: References) -> tuple[Tensor]:
         return (posterior_mean(x, references, sigma=sigma, D=self.D),)
 
     # ---- sampling ----
@@ -346,7 +350,7 @@ class PoissonFlowPP(Flow):
         added = scale * math.sqrt(raised**2 - level**2)
         return x + self.noise(x.new_full((len(x),), added), generator), raised
 
-    def empirical(self, references: Tensor) -> EmpiricalDenoiser:
+    def empirical(self, references: References) -> EmpiricalDenoiser:
         """The exact posterior mean of references (M, *S) as a network: samples are the references.
 
         >>> import torch

@@ -8,19 +8,24 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import ops
+from . import merging, ops
 from .backends.reference import wide_dtype
 from .checks import is_number
+from .references import References, ReferenceSet
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]
 
 _QUERY_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _check_tensors(x: Tensor, references: Tensor) -> None:
-    for name, value in (("x", x), ("references", references)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor.")
+def _check_tensors(x: Tensor, references: References) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; allowed is a torch.Tensor.")
+    if not isinstance(references, (Tensor, ReferenceSet)):
+        raise TypeError(
+            f"references is a {type(references).__name__}; allowed are a torch.Tensor and a "
+            "pfgm.ReferenceSet."
+        )
     if x.ndim == 0 or references.ndim == 0 or x.shape[1:] != references.shape[1:]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and references {tuple(references.shape)}; allowed are "
@@ -28,10 +33,15 @@ def _check_tensors(x: Tensor, references: Tensor) -> None:
         )
     if x.dtype not in _QUERY_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, _QUERY_DTYPES))}.")
-    if x.device != references.device:
+    if x.device != references.device and not _streams(references):
         raise ValueError(
             f"x is on {x.device} and references on {references.device}; both must be on one device."
         )
+
+
+def _streams(references: References) -> bool:
+    """Whether references come to the points, wherever those are."""
+    return isinstance(references, ReferenceSet) and references.device.type == "cpu"
 
 
 def _check_dimensions(D: float, with_r: bool) -> float:
@@ -84,7 +94,7 @@ def flatten(tensor: Tensor) -> Tensor:
 
 def _flat_mean(
     x: Tensor,
-    references: Tensor,
+    references: References,
     radius: Tensor,
     D: float,
     backend: str | None,
@@ -94,13 +104,16 @@ def _flat_mean(
     flat = flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
+    if isinstance(references, ReferenceSet):
+        mean, lse = merging.posterior_mean(flat, radius, references.parts, D, backend, precision)
+        return flat, mean, lse
     return flat, *ops.posterior_mean(flat, flatten(references), radius, D, backend, precision)
 
 
 @overload
 def posterior_mean(
     x: Tensor,
-    references: Tensor,
+    references: References,
     *,
     r: Tensor | float | None = ...,
     sigma: Tensor | float | None = ...,
@@ -114,7 +127,7 @@ def posterior_mean(
 @overload
 def posterior_mean(
     x: Tensor,
-    references: Tensor,
+    references: References,
     *,
     r: Tensor | float | None = ...,
     sigma: Tensor | float | None = ...,
@@ -127,7 +140,7 @@ def posterior_mean(
 
 def posterior_mean(
     x: Tensor,
-    references: Tensor,
+    references: References,
     *,
     r: Tensor | float | None = None,
     sigma: Tensor | float | None = None,
@@ -155,7 +168,8 @@ def posterior_mean(
     Args:
         x: (B, *S) points, float32 or float64; half precision is computed, and returned, in float32.
         references: (M, *S), M ≥ 1: float32, float64, bfloat16, float16, or uint8 meaning
-            u/127.5 − 1.
+            u/127.5 − 1; or a :class:`pfgm.ReferenceSet`, which has no gradient and may lie in a
+            file, in CPU memory beside points on a GPU, or in several processes.
         r: length of the augmented vector (z where D = 1), at least 0: a number or (B,), in the
             units of x.
         sigma: noise level, instead of r: r = sigma · √D.
@@ -192,7 +206,7 @@ def posterior_mean(
 def field_fn(
     x: Tensor,
     z: Tensor | float,
-    references: Tensor,
+    references: References,
     *,
     gamma: float = 5.0,
     backend: str | None = None,
@@ -236,7 +250,7 @@ def field_fn(
 
 def log_density(
     x: Tensor,
-    references: Tensor,
+    references: References,
     *,
     r: Tensor | float | None = None,
     sigma: Tensor | float | None = None,

@@ -183,7 +183,7 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     pass
 
 
-def _no_double_backward(ctx: Any, *gradients: Tensor) -> None:
+def no_double_backward(ctx: Any, *gradients: Tensor) -> None:
     # Without this autograd would take the first gradient for a constant: silently wrong.
     raise RuntimeError(
         "pfgm.posterior_mean (and field_fn, log_density) can be differentiated once; its gradient "
@@ -201,7 +201,7 @@ torch.library.register_autograd(
     "pfgm::posterior_mean", _gradient, setup_context=_save, lib=_library
 )
 torch.library.register_autograd(
-    "pfgm::posterior_mean_backward", _no_double_backward, setup_context=_save_nothing, lib=_library
+    "pfgm::posterior_mean_backward", no_double_backward, setup_context=_save_nothing, lib=_library
 )
 
 

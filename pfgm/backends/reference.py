@@ -8,7 +8,7 @@ input an answer whose only rounding is that of its output. Workspace is bounded 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+def log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
     """log of the weight at squared distance nearest + excess, relative to that at nearest."""
     if math.isinf(D):
         scores = -excess / radius / radius / 2
@@ -64,14 +64,10 @@ def _log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: in
 
 
 def _averaged(
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    D: float,
-    weigh: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor, references: Tensor, radius: Tensor, D: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared distance of the nearest reference and total weight relative to it, both (B, 1), and
-    the weighted average of what ``weigh(weights, y)`` sums over a chunk of references y."""
+    the weighted average (B, N) of the references."""
     nearest = torch.full_like(radius, math.inf)
     total = torch.zeros_like(radius)
     weighted: Tensor | float = 0.0
@@ -82,11 +78,11 @@ def _averaged(
             raise ValueError(non_finite_message(x, references, "x"))
         merged = torch.minimum(nearest, squared.amin(1, keepdim=True))
         # The first chunk has nothing to rescale: inf − inf below, times a total of 0.
-        relative = _log_weight(nearest - merged, merged, radius, D, x.shape[1])
+        relative = log_weight(nearest - merged, merged, radius, D, x.shape[1])
         kept = torch.where(total == 0, 0.0, relative.exp())
-        weights = _log_weight(squared - merged, merged, radius, D, x.shape[1]).exp()
+        weights = log_weight(squared - merged, merged, radius, D, x.shape[1]).exp()
         total = kept * total + weights.sum(1, keepdim=True)
-        weighted = kept * weighted + weigh(weights, y)
+        weighted = kept * weighted + weights @ y
         nearest = merged
     return nearest, total, weighted / total
 
@@ -100,12 +96,13 @@ def posterior_mean(
         check_radius(radius)
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
-    nearest, total, mean = _averaged(wide, references, r, D, torch.matmul)
-    logsumexp = _logsumexp(nearest, total, r, D, x.shape[1])
+    nearest, total, mean = _averaged(wide, references, r, D)
+    logsumexp = log_sum_exp(nearest, total, r, D, x.shape[1])
     return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 
-def _logsumexp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+    """lse of the nearest reference's squared distance and the total weight relative to it."""
     if math.isinf(D):
         score = torch.where(nearest == 0, 0.0, -nearest / radius / radius / 2)
     else:
@@ -135,11 +132,9 @@ def posterior_mean_backward(
     nearest, total = nearest[:, None], total[:, None]
     regular = ~at_limit(nearest, r, D)
     check_singular(~regular, g)
-    # Σ p G·y, which is G·mean before mean was rounded. p itself is found relative to the nearest:
-    # the log-sum-exp, of the size of d²/σ², has no digits for it at a small σ.
-    _, _, pull = _averaged(
-        wide, references, r, D, lambda w, y: (w * (upstream @ y.T)).sum(1, keepdim=True)
-    )
+    # p is found relative to the nearest: the log-sum-exp, of the size of d²/σ², has no digits for
+    # it at a small σ.
+    pull = (upstream * center).sum(1, keepdim=True)
     moment = torch.zeros_like(r)  # Σ p t (s − s_min) / s, or Σ p t (d² − d_min²) / σ²
     grad_x = torch.zeros_like(wide) if needs[0] else None
     grad_references = (
@@ -149,7 +144,7 @@ def posterior_mean_backward(
         y = dequantise(references[chunk], wide.dtype)
         squared = _squared_distances(wide, y)
         excess = squared - nearest
-        p = torch.where(regular, _log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
+        p = torch.where(regular, log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
         t = upstream @ y.T - pull + g
         if math.isinf(D):
             c = torch.where(p == 0, 0.0, -p * t / r / r)

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from pfgm import references as module
+from pfgm.references import ReferenceSet
+
+SHAPE = (2, 3, 5)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 8 rows of uint8, so that small sets come in many."""
+    monkeypatch.setattr(module, "_CHUNK", 8 * math.prod(SHAPE))
+
+
+def images(count=50, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=generator)
+
+
+def points(count=7, dtype=torch.float32, spread=0.3):
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
+    return (pfgm.data.to_unit(images())[:count].double() + spread * noise).to(dtype)
+
+
+def on_disk(rows, folder):
+    path = folder / "rows.npy"
+    np.save(path, rows.numpy())
+    return ReferenceSet(path)
+
+
+# ---- results ----
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0, math.inf])
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 20.0])
+def test_the_posterior_mean_in_parts(small_chunks, oracle, D, sigma):
+    x, rows = points(dtype=torch.float64), images()
+    mean, lse = pfgm.posterior_mean(x, ReferenceSet(rows), sigma=sigma, D=D, return_logsumexp=True)
+    radius = sigma * (1 if math.isinf(D) else math.sqrt(D))
+    expected_mean, expected_lse = oracle(x, rows, radius, D)
+    torch.testing.assert_close(mean.flatten(1), expected_mean, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-9, atol=1e-9)
+
+
+def test_every_operation_takes_a_set(small_chunks):
+    x, rows = points(), images()
+    flow = pfgm.PoissonFlow.from_data(rows)
+    net = flow.empirical(rows[:20])
+    start = flow.prior(3, generator=torch.Generator().manual_seed(0))
+    for call in (
+        lambda y: pfgm.posterior_mean(x, y, r=2.0),
+        lambda y: torch.cat([v.flatten() for v in pfgm.field_fn(x, 2.0, y)]),
+        lambda y: pfgm.log_density(x, y, sigma=0.5, D=64),
+        lambda y: torch.tensor(pfgm.PoissonFlow.from_data(y).z_max),
+        lambda y: flow.sample(flow.empirical(y), 3, x_init=start),
+        lambda y: flow.loss(net, x, y, torch.Generator().manual_seed(0)),
+    ):
+        torch.testing.assert_close(call(ReferenceSet(rows)), call(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0, math.inf])
+def test_gradients_in_parts(small_chunks, D):
+    rows = images()
+    generator = torch.Generator().manual_seed(2)
+    G = torch.randn(7, *SHAPE, generator=generator, dtype=torch.float64)
+    g = torch.randn(7, generator=generator, dtype=torch.float64)
+
+    def gradients(references):
+        x = points(dtype=torch.float64).requires_grad_()
+        sigma = torch.linspace(0.2, 2.0, 7, dtype=torch.float64).requires_grad_()
+        mean, lse = pfgm.posterior_mean(x, references, sigma=sigma, D=D, return_logsumexp=True)
+        return torch.autograd.grad((mean * G).sum() + (lse * g).sum(), (x, sigma))
+
+    for found, expected in zip(gradients(ReferenceSet(rows)), gradients(rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_gradcheck_and_no_second_derivative(small_chunks):
+    references = ReferenceSet(images(20))
+    x = points(2, torch.float64).requires_grad_()
+    r = torch.tensor([1.0, 3.0], dtype=torch.float64).requires_grad_()
+
+    def function(x, r):
+        return pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
+
+    torch.autograd.gradcheck(function, (x, r), eps=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(function(x, r)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        gradient.sum().backward()
+
+
+def test_limits_in_parts(small_chunks):
+    rows = pfgm.data.to_unit(images(30))
+    rows[20] = rows[3]  # a copy in another chunk
+    references, x = ReferenceSet(rows), rows[3:4].clone()
+    mean, lse = pfgm.posterior_mean(x, references, r=0.0, return_logsumexp=True)
+    assert torch.equal(mean, x)
+    assert lse.isposinf().all()
+    limits = {"sigma": 0.0, "D": math.inf, "return_logsumexp": True}
+    mean, lse = pfgm.posterior_mean(x, references, **limits)
+    assert torch.equal(mean, x)
+    torch.testing.assert_close(lse, torch.tensor([math.log(2)], dtype=torch.float64))
+    mean, lse = pfgm.posterior_mean(x + 0.01, references, **limits)
+    assert torch.equal(mean, x)
+    assert lse.isneginf().all()
+
+
+def test_gradients_at_a_limit(small_chunks):
+    rows = pfgm.data.to_unit(images(30))
+    x = torch.cat([rows[3:4], rows[4:5] + 0.1]).requires_grad_()
+    references, r = ReferenceSet(rows), torch.tensor([0.0, 1.0])
+    mean, lse = pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
+    (found,) = torch.autograd.grad(mean.sum() + lse[1], x)
+    of_all, lse_of_all = pfgm.posterior_mean(x, rows, r=r, return_logsumexp=True)
+    (expected,) = torch.autograd.grad(of_all.sum() + lse_of_all[1], x)
+    torch.testing.assert_close(found, expected)
+    assert not found[0].any()
+    mean, lse = pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
+    with pytest.raises(ValueError, match="log-sum-exp of row 0"):
+        lse.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_a_file_gives_the_bits_of_memory(small_chunks, tmp_path, dtype):
+    rows = images(45) if dtype == torch.uint8 else pfgm.data.to_unit(images(45)).to(dtype)
+    held, mapped = ReferenceSet(rows), on_disk(rows, tmp_path)
+    x = points().requires_grad_()
+    results = []
+    for references in (held, mapped, mapped.to()):
+        mean, lse = pfgm.posterior_mean(x, references, r=1.0, return_logsumexp=True)
+        (gradient,) = torch.autograd.grad(mean.sum() + lse.sum(), x)
+        results.append((mean, lse, gradient))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert "file" in repr(mapped)
+    assert "cpu" in repr(held)
+
+
+def test_mirror_images_count_as_references(small_chunks, tmp_path):
+    rows = images(20)
+    both = torch.cat([rows, rows.flip(-1)])
+    for references in (ReferenceSet(rows, flips=True), _flipped_file(rows, tmp_path)):
+        assert references.shape == both.shape
+        assert torch.equal(references[torch.arange(40)], both)
+        assert references.norm == pytest.approx(ReferenceSet(both).norm, rel=1e-12)
+        for call in (
+            lambda y: pfgm.posterior_mean(points(), y, r=2.0),
+            lambda y: pfgm.log_density(points(), y, sigma=0.5, D=64),
+        ):
+            torch.testing.assert_close(call(references), call(both), rtol=1e-6, atol=1e-6)
+    assert ReferenceSet(rows, flips=True, labels=torch.arange(20)).labels.tolist() == [
+        *range(20),
+        *range(20),
+    ]
+
+
+def _flipped_file(rows, folder):
+    np.save(folder / "flipped.npy", rows.numpy())
+    return ReferenceSet(folder / "flipped.npy", flips=True)
+
+
+def test_empty_batches_and_half_precision(small_chunks):
+    references = ReferenceSet(images())
+    assert pfgm.posterior_mean(points(0), references, r=1.0).shape == (0, *SHAPE)
+    mean = pfgm.posterior_mean(points(3).bfloat16(), references, r=1.0)
+    assert mean.dtype == torch.float32
+
+
+def test_a_backend_that_is_asked_for_also_goes_backward(small_chunks):
+    x, references = points().requires_grad_(), ReferenceSet(images())
+    with pfgm.use_backend("reference"):
+        mean = pfgm.posterior_mean(x, references, r=1.0)
+    (found,) = torch.autograd.grad(mean.sum(), x)
+    mean = pfgm.posterior_mean(x, references, r=1.0, backend="reference")
+    assert torch.equal(torch.autograd.grad(mean.sum(), x)[0], found)
+
+
+def test_a_compiled_caller(small_chunks):
+    references = ReferenceSet(images())
+    compiled = torch.compile(
+        lambda x: 2 * pfgm.posterior_mean(x + 1, references, r=1.0), backend="eager"
+    )
+    expected = 2 * pfgm.posterior_mean(points() + 1, references, r=1.0)
+    assert torch.equal(compiled(points()), expected)
+
+
+# ---- rows ----
+
+
+def test_rows_by_number_slice_and_mask(tmp_path):
+    rows = images(30)
+    for references in (ReferenceSet(rows), on_disk(rows, tmp_path)):
+        numbers = torch.tensor([7, 0, 7, 29])
+        assert torch.equal(references[numbers], rows[numbers])
+        assert torch.equal(references[5:9], rows[5:9])
+        assert torch.equal(references[torch.arange(30) % 2 == 0], rows[::2])
+        with pytest.raises(IndexError, match="0 to 29"):
+            references[torch.tensor([30])]
+        with pytest.raises(TypeError, match="allowed are a slice"):
+            references[3]
+        with pytest.raises(IndexError, match="30"):
+            references[torch.ones(5, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1000, 64), (1000, 900), (70, 70)])
+@pytest.mark.parametrize("flips", [False, True])
+def test_draws(rows, count, flips):
+    references = ReferenceSet(torch.rand(rows, 2), flips=flips)
+    chosen = torch.tensor([5, 69, 0] + ([rows + 3] if flips else []))
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return references.draw(count, containing=chosen, generator=generator)
+
+    drawn = draw(0)
+    assert drawn[: len(chosen)].tolist() == chosen.tolist()
+    assert len(drawn.unique()) == count
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) < len(references)
+    assert torch.equal(draw(0), drawn)
+    assert count == len(references) or not torch.equal(draw(1), drawn)
+
+
+def test_draws_are_uniform():
+    references, generator = ReferenceSet(torch.rand(40, 1)), torch.Generator().manual_seed(0)
+    for count in (10, 30):
+        drawn = torch.cat([references.draw(count, generator=generator) for _ in range(4000)])
+        seen = torch.bincount(drawn, minlength=40)
+        expected = 4000 * count / 40
+        assert float((seen - expected).square().sum() / expected) < 75  # χ² of 39: 1 in 2500
+
+
+def test_bad_draws():
+    references = ReferenceSet(torch.rand(10, 1))
+    with pytest.raises(ValueError, match="count is 11; allowed is 0"):
+        references.draw(11)
+    with pytest.raises(ValueError, match="allowed is 2"):
+        references.draw(1, containing=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="twice"):
+        references.draw(5, containing=torch.tensor([1, 1]))
+
+
+# ---- storage ----
+
+
+def test_storage_types():
+    rows = images(20)
+    references = ReferenceSet(rows)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        other = references.to(dtype=dtype)
+        assert other.dtype == dtype
+        torch.testing.assert_close(other[:].float(), pfgm.data.to_unit(rows), atol=4e-3, rtol=0)
+    floats = references.to(dtype=torch.float32)
+    assert torch.equal(floats.to(dtype=torch.uint8)[:], rows)
+    with pytest.raises(ValueError, match=r"allowed are values in \[-1, 1\]"):
+        ReferenceSet(2 * floats[:] + 0.5).to(dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"torch\.int32"):
+        references.to(dtype=torch.int32)
+
+
+def test_saved_sets_are_read_again(small_chunks, tmp_path):
+    rows = images(33)
+    for saved in (rows, pfgm.data.to_unit(rows)):
+        ReferenceSet(saved).save(tmp_path / "set.npy")
+        assert np.array_equal(np.load(tmp_path / "set.npy"), saved.numpy())
+        assert torch.equal(ReferenceSet(tmp_path / "set.npy")[:], saved)
+    with pytest.raises(ValueError, match="bfloat16"):
+        ReferenceSet(saved.bfloat16()).save(tmp_path / "set.npy")
+
+
+def test_labels():
+    rows, labels = images(20), torch.arange(20) % 2
+    references = ReferenceSet(rows, labels=labels)
+    flow = pfgm.PoissonFlow.from_data(rows)
+    x = pfgm.data.to_unit(rows[:6])
+
+    def loss(references, **options):
+        generator = torch.Generator().manual_seed(0)
+        net = flow.empirical(rows)
+        return flow.loss(
+            lambda x, z, labels: net(x, z),
+            x,
+            references,
+            generator,
+            condition={"labels": torch.tensor([0, 1, 0, 1, -1, 1])},
+            **options,
+        )
+
+    torch.testing.assert_close(loss(references), loss(rows, reference_labels=labels))
+    with pytest.raises(ValueError, match=r"labels has shape \(3,\)"):
+        ReferenceSet(rows, labels=torch.arange(3))
+
+
+def test_values_that_are_not_finite(small_chunks, tmp_path):
+    rows = pfgm.data.to_unit(images(40))
+    rows[31, 0, 1, 2] = math.nan
+    message = r"references holds NaN or infinity \(first in row 31\)"
+    with pytest.raises(ValueError, match=message):
+        ReferenceSet(rows)
+    references = on_disk(rows, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pfgm.posterior_mean(points(), references, r=1.0)
+
+
+def test_an_interrupted_pass_can_be_repeated(small_chunks, tmp_path):
+    references = on_disk(images(40), tmp_path)
+    for chunk in references.chunks():
+        assert len(chunk) == 8
+        break
+    assert torch.equal(torch.cat([c.clone() for c in references.chunks()]), images(40))
+
+
+def test_what_is_no_set():
+    with pytest.raises(ValueError, match="shape"):
+        pfgm.posterior_mean(torch.zeros(1, 4), ReferenceSet(images()), r=1.0)
+    with pytest.raises(TypeError, match=r"a torch\.Tensor and a pfgm\.ReferenceSet"):
+        pfgm.posterior_mean(torch.zeros(1, 4), [[1.0, 2.0, 3.0, 4.0]], r=1.0)
