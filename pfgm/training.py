@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.util
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from .base import Flow
+from .batches import Batch, Batches, seed_of
 from .checkpoint import flow_of, load_run, save_run
+from .logs import Log
+from .processes import Processes, ProcessLost, lost
+from .references import References, ReferenceSet
 
-__all__ = ["Diverged", "Terminated", "TrainConfig", "Trainer"]
+__all__ = ["Diverged", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
 
 
 class Diverged(RuntimeError):
@@ -43,9 +47,10 @@ class TrainConfig:
     steps: int = 100_000
     """Optimiser steps."""
     batch_size: int = 128
-    """Samples that are perturbed in a step."""
+    """Samples that are perturbed in a step, in all processes together."""
     references: int = 4096
-    """Samples whose field is the target, those of the batch among them; at most the whole data."""
+    """Samples whose field is the target, those of the batch among them; all data where it has no
+    more, or where the data are shared between processes."""
     learning_rate: float = 2e-4
     """Adam's, after the warm-up."""
     beta2: float = 0.999
@@ -58,6 +63,12 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.9999
     """Decay of the averaged weights; min(ema, (1 + t)/(10 + t)) at step t."""
+    accumulate: int = 1
+    """Parts in which a batch goes through the network, to save memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network: bfloat16 under autocast, with weights in float32."""
+    compile: bool = False
+    """Compile the network (torch.compile)."""
     label_dropout: float = 0.1
     """Share of the labels that are left out, so that guidance has an unconditional network."""
     checkpoint_every: int = 5000
@@ -69,7 +80,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         smallest = {"steps": 1, "batch_size": 1, "references": 1, "warmup": 0}
-        smallest |= {"checkpoint_every": 1, "log_every": 1}
+        smallest |= {"checkpoint_every": 1, "log_every": 1, "accumulate": 1}
         for name, least in smallest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -82,8 +93,19 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed is 0 to below 1.")
-        if self.decay not in ("none", "cosine"):
-            raise ValueError(f"decay is {self.decay!r}; allowed are 'none' and 'cosine'.")
+        for name, allowed in (
+            ("decay", ("none", "cosine")),
+            ("precision", ("float32", "bfloat16")),
+        ):
+            if (chosen := getattr(self, name)) not in allowed:
+                raise ValueError(
+                    f"{name} is {chosen!r}; allowed are {' and '.join(map(repr, allowed))}."
+                )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate is {self.accumulate}; allowed are divisors of batch_size, "
+                f"{self.batch_size}."
+            )
         if self.references < self.batch_size:
             raise ValueError(
                 f"references is {self.references}; allowed is at least batch_size, "
@@ -105,7 +127,7 @@ class TrainConfig:
 
 
 # What a resumed run may have otherwise than the run it continues.
-_MAY_DIFFER = ("steps", "checkpoint_every", "log_every")
+_MAY_DIFFER = ("steps", "checkpoint_every", "log_every", "compile")
 
 
 class Trainer:
@@ -115,15 +137,23 @@ class Trainer:
     it had not stopped (on the CPU to the bit). SIGINT and SIGTERM end the run after the step at
     hand, with a checkpoint written.
 
+    Where torch.distributed is initialised (as by :func:`pfgm.processes.joined` under torchrun), its
+    processes train together: each takes its part of every batch, with noise of its own, gradients
+    are averaged, and the first writes checkpoints and logs. A ReferenceSet that is shared between
+    them (:meth:`pfgm.ReferenceSet.shard`) gives each its own rows, and all the field of all.
+
     Args:
         flow: gives the loss, :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`.
         network: what is trained; its parameters stay where they are.
-        data: (n, *S) floating point or uint8 (u/127.5 − 1), on any device.
+        data: (n, *S) floating point or uint8 (u/127.5 − 1), on any device; or a
+            :class:`pfgm.ReferenceSet`.
         config: how to train.
-        folder: of checkpoints and TensorBoard logs (where that is installed); None writes nothing.
+        folder: of checkpoints, ``log.csv`` and TensorBoard logs (where that is installed); None
+            writes nothing.
         progress: show a progress bar.
         labels: (n,) integers from 0, which the network is given as its argument of that name; a
-            point's target is then made of the references of its label.
+            point's target is then made of the references of its label. Those of a ReferenceSet are
+            taken unless others are given.
 
     Raises:
         ValueError: data do not fit the flow, are fewer than a batch, or not finite; labels do not
@@ -142,27 +172,55 @@ class Trainer:
         self,
         flow: Flow,
         network: nn.Module,
-        data: Tensor,
+        data: References,
         config: TrainConfig | None = None,
         *,
         folder: str | Path | None = None,
         progress: bool = True,
         labels: Tensor | None = None,
     ) -> None:
-        self.flow, self.network, self.data = flow, network, data
-        self.labels = labels
+        if labels is None and isinstance(data, ReferenceSet):
+            labels = data.labels
+        self.flow, self.network, self.data, self.labels = flow, network, data, labels
         self.config = config = config or TrainConfig()
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
         self.step = 0
-        if data.ndim == 0 or data.shape[1:] != flow.shape:
+        self._check_data()
+        self._processes = processes = Processes()
+        if config.batch_size % (processes.size * config.accumulate):
             raise ValueError(
-                f"data has shape {tuple(data.shape)}; allowed is (n, *S) with S = {flow.shape}."
+                f"batch_size is {config.batch_size}; allowed are multiples of the number of "
+                f"processes, {processes.size}, times accumulate, {config.accumulate}."
             )
-        if len(data) < config.batch_size:
+        self._device = next(network.parameters()).device
+        self._batches = Batches(
+            data,
+            labels,
+            size=config.batch_size // processes.size,
+            references=config.references,
+            seed=config.seed,
+            device=self._device,
+            place=(processes.rank, processes.size),
+        )
+        self._shared = processes.share(network)
+        self._called = torch.compile(self._shared) if config.compile else self._shared
+        self._optimizer = torch.optim.Adam(
+            network.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2)
+        )
+        self._averaged = AveragedModel(network, multi_avg_fn=_average(config.ema), use_buffers=True)
+        # The first step since the last report whose loss was not finite; 0 is none.
+        self._bad = torch.zeros((), dtype=torch.long, device=self._device)
+
+    def _check_data(self) -> None:
+        data, labels, size = self.data, self.labels, self.config.batch_size
+        if data.ndim == 0 or data.shape[1:] != self.flow.shape:
             raise ValueError(
-                f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
+                f"data has shape {tuple(data.shape)}; allowed is (n, *S) with S = "
+                f"{self.flow.shape}."
             )
+        if len(data) < size:
+            raise ValueError(f"data has {len(data)} rows; at least batch_size, {size}, are needed.")
         if labels is not None and (
             labels.shape != data.shape[:1] or labels.is_floating_point() or int(labels.min()) < 0
         ):
@@ -170,12 +228,6 @@ class Trainer:
                 f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
                 f"integers of at least 0, of shape ({len(data)},)."
             )
-        self._device = next(network.parameters()).device
-        self._optimizer = torch.optim.Adam(
-            network.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2)
-        )
-        self._averaged = AveragedModel(network, multi_avg_fn=_average(config.ema), use_buffers=True)
-        self._epoch: tuple[int, Tensor] | None = None
 
     @property
     def averaged(self) -> nn.Module:
@@ -194,33 +246,43 @@ class Trainer:
             ValueError: data hold values that are not finite.
             OSError: a checkpoint cannot be written.
             KeyboardInterrupt, Terminated: a signal ended the run, after its checkpoint.
+            ProcessLost: another process of the run has ended or does not answer.
         """
         self.network.train()
-        config = self.config
-        with _signals() as received, self._log() as log, self._bar() as bar:
+        config, processes = self.config, self._processes
+        leads = processes.leads
+        with (
+            _signals() as received,
+            lost(processes),
+            closing(Log(self.folder if leads else None, self.step)) as log,
+            self._bar() as bar,
+        ):
             total, since = torch.zeros((), device=self._device), self.step
-            last = self.step >= config.steps
+            started = time.perf_counter()
+            stopped, last = False, self.step >= config.steps
             while not last:
                 total += self._train_step()
                 self.step += 1
                 bar.update()
                 due = self.step % config.checkpoint_every == 0
                 # Decided once a step: a signal from here on ends the next one, checkpoint and all.
-                last = self.step >= config.steps or bool(received)
+                stopped = processes.any(bool(received))
+                last = self.step >= config.steps or stopped
                 if due or last or self.step % config.log_every == 0:
-                    loss = self._checked(float(total) / (self.step - since), since)
+                    loss = self._checked(processes.mean(float(total) / (self.step - since)))
                     bar.set_postfix(loss=f"{loss:.4g}")
-                    log(self.step, {"loss": loss, "lr": config.learning_rate_at(self.step - 1)})
+                    figures = {"loss": loss, "lr": config.learning_rate_at(self.step - 1)}
+                    log.write(self.step, figures | {"seconds": time.perf_counter() - started})
                     total, since = torch.zeros_like(total), self.step
                 if due or last:
                     self.save()
-        if received:
-            raise KeyboardInterrupt if received[0] == signal.SIGINT else Terminated
+        if received or stopped:
+            raise Terminated if received[:1] != [signal.SIGINT] else KeyboardInterrupt
         return self.averaged
 
     def save(self) -> None:
         """Writes a checkpoint of the present step into the folder, if there is one."""
-        if self.folder is None:
+        if self.folder is None or not self._processes.leads:
             return
         state = {
             "step": self.step,
@@ -265,68 +327,74 @@ class Trainer:
         return self.step
 
     def _train_step(self) -> Tensor:
-        config, step = self.config, self.step
-        x, references, labels, reference_labels = self._batch(step)
-        generator = torch.Generator(self._device).manual_seed(_seed(config.seed, step, 0))
-        condition = {}
-        if labels is not None:
-            drawn = torch.rand(len(x), generator=generator, device=self._device)
-            condition["labels"] = torch.where(drawn < config.label_dropout, -1, labels)
+        config, step, rank = self.config, self.step, self._processes.rank
+        batch = self._batches.at(step)
+        seed = self._seed(step)
+        generator = torch.Generator(self._device).manual_seed(seed)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         devices = [] if self._device.type == "cpu" else [self._device]
         with torch.random.fork_rng(devices, device_type=_rng_type(self._device)):
-            torch.manual_seed(_seed(config.seed, step, 1))  # dropout has no generator argument
-            loss = self.flow.loss(
-                self.network,
-                x,
-                references,
-                generator,
-                condition=condition,
-                reference_labels=reference_labels,
-            )
-            loss.backward()
+            # Dropout has no generator argument.
+            torch.manual_seed(seed_of(config.seed, step, 1, *([rank] if rank else [])))
+            loss = self._backward(batch, generator)
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._averaged.update_parameters(self.network)
-        return loss.detach()
+        first_bad = (self._bad == 0) & ~loss.isfinite()
+        self._bad = torch.where(first_bad, step + 1, self._bad)
+        return loss
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Rows of this step and the references around them, from a new permutation an epoch; and
-        the labels of both."""
-        rows, size = len(self.data), self.config.batch_size
-        epoch, position = divmod(step, rows // size)
-        if self._epoch is None or self._epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 2))
-            self._epoch = epoch, torch.randperm(rows, generator=generator).to(self.data.device)
-        order, start = self._epoch[1], position * size
-        chosen = order[start : start + size]
-        x, labels = self.data[chosen].to(self._device), self._labels(chosen)
-        if self.config.references >= rows:
-            return x, self._all_references(), labels, self._labels(slice(None))
-        around = torch.arange(start, start + self.config.references, device=order.device) % rows
-        seen = order[around]
-        return x, self.data[seen].to(self._device), labels, self._labels(seen)
+    def _seed(self, step: int) -> int:
+        """Of the perturbation of this process in a step."""
+        rank = self._processes.rank
+        return seed_of(self.config.seed, step, 0, *([rank] if rank else []))
 
-    def _labels(self, rows: Tensor | slice) -> Tensor | None:
-        if self.labels is None:
-            return None
-        if isinstance(rows, Tensor):
-            rows = rows.to(self.labels.device)
-        return self.labels[rows].to(self._device).long()
+    def _backward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Adds up the gradients of a batch, part by part, and returns its loss."""
+        parts, total = self.config.accumulate, torch.zeros((), device=self._device)
+        size = len(batch.x) // parts
+        for k in range(parts):
+            rows = slice(k * size, (k + 1) * size)
+            # Gradients are averaged over the processes with those of the last part.
+            waits = nullcontext() if k + 1 == parts else self._without_exchange()
+            with waits, self._autocast():
+                labels = None if batch.labels is None else batch.labels[rows]
+                loss = self.flow.loss(
+                    self._called,
+                    batch.x[rows],
+                    batch.references,
+                    generator,
+                    condition=self._condition(labels, generator),
+                    reference_labels=batch.reference_labels,
+                )
+                (loss / parts).backward()
+            total += loss.detach() / parts
+        return total
 
-    def _all_references(self) -> Tensor:
-        if self.data.device != self._device:
-            self.data = self.data.to(self._device)
-        return self.data
+    def _condition(self, labels: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
+        if labels is None:
+            return {}
+        drawn = torch.rand(len(labels), generator=generator, device=self._device)
+        return {"labels": torch.where(drawn < self.config.label_dropout, -1, labels)}
 
-    def _checked(self, loss: float, since: int) -> float:
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        shared = self._shared
+        return shared.no_sync() if isinstance(shared, DistributedDataParallel) else nullcontext()
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _checked(self, loss: float) -> float:
         if math.isfinite(loss):
             return loss
+        own = int(self._bad) or math.inf
+        step = int(self._processes.least(own))
         raise Diverged(
-            f"the loss is {loss} between steps {since + 1} and {self.step}: lower the learning "
-            "rate; the last checkpoint is unharmed."
+            f"the loss is not finite at step {step} (rows and noise of that step have the seed "
+            f"{self._seed(step - 1)}): lower the learning rate; the last checkpoint is unharmed."
         )
 
     def _bar(self) -> tqdm:
@@ -335,24 +403,8 @@ class Trainer:
             initial=self.step,
             desc="training",
             unit="step",
-            disable=not self.progress,
+            disable=not (self.progress and self._processes.leads),
         )
-
-    @contextmanager
-    def _log(self) -> Iterator[Callable[[int, dict[str, float]], None]]:
-        """A function that writes figures to TensorBoard, where that is installed."""
-        if self.folder is None or importlib.util.find_spec("tensorboard") is None:
-            yield lambda step, figures: None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.folder)) as writer:
-
-            def write(step: int, figures: dict[str, float]) -> None:
-                for name, value in figures.items():
-                    writer.add_scalar(name, value, step)
-
-            yield write
 
 
 def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
@@ -369,12 +421,6 @@ def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tens
                 mean.copy_(value)
 
     return average
-
-
-def _seed(*parts: int) -> int:
-    """A 63-bit seed for one purpose (seed, step, purpose), unrelated to that of any other."""
-    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _rng_type(device: torch.device) -> str:

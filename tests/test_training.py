@@ -1,9 +1,12 @@
+import copy
+import csv
 import dataclasses
 import importlib.util
 import math
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -133,16 +136,16 @@ def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flo
     trainer = Trainer(flow, new_network(), data, SMALL)
     seen = []
     for step in range(6):  # 50 // 8
-        x, references, *_ = trainer._batch(step)
+        x, references, *_ = trainer._batches.at(step)
         assert references.shape == (16, 2)
         assert len(references.unique(dim=0)) == 16
         assert all((references == row).all(1).any() for row in x)
         seen.append(x)
     assert len(torch.cat(seen).unique(dim=0)) == 48
-    first, second = trainer._batch(0)[0], trainer._batch(6)[0]
+    first, second = trainer._batches.at(0)[0], trainer._batches.at(6)[0]
     assert not torch.equal(first, second)  # another epoch, another order
     whole = Trainer(flow, new_network(), data, config(references=4096))
-    assert torch.equal(whole._batch(3)[1], data)
+    assert torch.equal(whole._batches.at(3)[1], data)
 
 
 def test_averaged_weights_follow_the_warm_up(data, flow):
@@ -255,10 +258,10 @@ def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow
     trainer = Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False)
     checked = trainer._checked
 
-    def interrupted(loss, since):
+    def interrupted(loss):
         if trainer.step == 10:
             signal.raise_signal(signal.SIGINT)
-        return checked(loss, since)
+        return checked(loss)
 
     trainer._checked = interrupted
     with pytest.raises(KeyboardInterrupt):
@@ -296,7 +299,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_pa
     trainer = Trainer(
         flow, network, data, config(checkpoint_every=6), folder=tmp_path, progress=False
     )
-    with pytest.raises(Diverged, match="loss is nan between steps 13 and 15"):
+    with pytest.raises(Diverged, match="not finite at step 13 "):
         trainer.train()
     found, _, state = load_run(tmp_path)
     assert state["step"] == 12
@@ -347,6 +350,111 @@ def test_without_tensorboard_training_goes_on(tmp_path, data, flow, monkeypatch)
     )
     Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
     assert not list(tmp_path.glob("events*"))
+
+
+def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
+    def rows():
+        with (tmp_path / "log.csv").open() as file:
+            return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
+
+    def trainer(**changes):
+        settings = config(checkpoint_every=10, **changes)
+        return Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False)
+
+    trainer().train()
+    whole = rows()
+    assert [int(step) for step, _ in whole] == [5, 10, 15, 20, 24]
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("25,0.1,0.1,0.1\n26,0.")  # a run that was killed before its checkpoint
+    resumed = trainer(steps=34)
+    resumed.resume()
+    resumed.train()
+    assert rows()[:5] == whole
+    assert [int(step) for step, _ in rows()[5:]] == [25, 30, 34]
+    trainer().train()
+    assert rows() == whole
+
+
+# ---- reference sets ----
+
+
+@pytest.mark.parametrize("references", [16, 4096])
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, references, where):
+    settings = config(references=references)
+    expected = Trainer(flow, new_network(), data, settings, progress=False).train()
+    np.save(tmp_path / "data.npy", data.numpy())
+    source = data if where == "memory" else tmp_path / "data.npy"
+    rows = pfgm.ReferenceSet(source)
+    assert pfgm.PoissonFlow.from_data(rows).M == flow.M
+    found = Trainer(flow, new_network(), rows, settings, progress=False).train()
+    for a, b in zip(weights(found), weights(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_reference_set_brings_its_labels(data, flow):
+    rows = pfgm.ReferenceSet(data, labels=torch.arange(50) % 4)
+    network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4)
+    trainer = Trainer(flow, network, rows, SMALL, progress=False)
+    assert trainer.labels.tolist() == rows.labels.tolist()
+    trainer.train()
+
+
+# ---- how a step goes through the network ----
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 4}, {"precision": "bfloat16"}])
+def test_steps_in_parts_and_in_half_precision_train_alike(data, flow, changes):
+    def distance_to(trained):
+        generator = torch.Generator().manual_seed(3)
+        return float(flow.loss(trained, data, data, generator).detach())
+
+    settings = config(steps=150, batch_size=32, references=50)
+    network = pfgm.networks.MLP((2,), width=16, depth=1)
+    before = distance_to(network)
+    plain = Trainer(flow, copy.deepcopy(network), data, settings, progress=False).train()
+    settings = dataclasses.replace(settings, **changes)
+    other = Trainer(flow, network, data, settings, progress=False).train()
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+    assert not equal(weights(plain), weights(other))
+    assert distance_to(other) < 0.8 * before
+    assert distance_to(other) == pytest.approx(distance_to(plain), rel=0.25)
+
+
+def test_a_step_in_parts_has_the_gradient_of_the_whole(data, flow):
+    """On a loss without noise: the network's mean square."""
+
+    class Quiet(pfgm.PoissonFlow):
+        def perturb(self, x, generator=None):
+            return x, torch.ones(len(x))
+
+    quiet = Quiet(flow.shape, M=flow.M)
+    state = pfgm.networks.MLP((2,), width=16, depth=1).state_dict()
+    gradients = []
+    for accumulate in (1, 4):
+        network = pfgm.networks.MLP((2,), width=16, depth=1)
+        network.load_state_dict(state)
+        trainer = Trainer(quiet, network, data, config(accumulate=accumulate), progress=False)
+        batch = trainer._batches.at(0)
+        trainer._backward(batch, torch.Generator())
+        gradients.append([p.grad for p in network.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_network_is_what_is_called(data, flow, monkeypatch):
+    compiled = []
+
+    def compile_(module):
+        compiled.append(module)
+        return lambda *arguments, **options: module(*arguments, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    network = new_network()
+    expected = Trainer(flow, new_network(), data, SMALL, progress=False).train()
+    found = Trainer(flow, network, data, config(compile=True), progress=False).train()
+    assert compiled == [network]
+    assert equal(weights(found), weights(expected))
 
 
 # ---- labels, and the other flow ----

@@ -1,0 +1,117 @@
+"""What the processes of a training run agree on (torch.distributed); trivial where there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["ProcessLost", "Processes", "joined", "lost"]
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or does not answer."""
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float = 300.0) -> Iterator[torch.device]:
+    """Joins the processes that torchrun has started, and leaves them at the end.
+
+    Without torchrun, and where torch.distributed is initialised already, nothing is done.
+
+    Args:
+        device: what to compute on; "cuda" becomes this process's own GPU.
+        timeout: seconds after which a process that does not answer is given up.
+
+    Yields:
+        This process's device.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+class Processes:
+    """The processes that train together: all of torch.distributed, or this one alone.
+
+    >>> processes = Processes()
+    >>> processes.size, processes.leads, processes.any(False), processes.mean(1.5)
+    (1, True, False, 1.5)
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.size > 1:
+            # Of its own, on the CPU: agreeing must not make anyone wait for a GPU.
+            self._group = dist.new_group(backend="gloo")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and shows things."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any of the processes says so."""
+        return self._reduced(float(flag), dist.ReduceOp.MAX) > 0
+
+    def mean(self, value: float) -> float:
+        """The average over the processes."""
+        return self._reduced(value, dist.ReduceOp.SUM) / self.size
+
+    def least(self, value: float) -> float:
+        """The smallest over the processes."""
+        return self._reduced(value, dist.ReduceOp.MIN)
+
+    def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(shared, operation, group=self._group)
+        return float(shared)
+
+    def share(self, network: nn.Module) -> nn.Module:
+        """The network with gradients averaged over the processes; all start with the first's."""
+        if self.size == 1:
+            return network
+        device = next(network.parameters()).device
+        return DistributedDataParallel(
+            network, device_ids=None if device.type == "cpu" else [device.index]
+        )
+
+
+@contextmanager
+def lost(processes: Processes) -> Iterator[None]:
+    """Says in one sentence that another process is gone, where that made a collective fail."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.size == 1 or not _of_communication(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ProcessLost(
+            f"another process of the run has ended or does not answer ({reason}); the run can be "
+            "resumed from its last checkpoint."
+        ) from error
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    # Gloo raises plain RuntimeErrors that begin with the file in its sources.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
