@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import editing, likelihood
 from . import steps as ode_steps
 from .backends.reference import dequantise
+from .checks import is_number
 from .references import References, ReferenceSet
 from .solvers import SCHEDULES, SOLVERS, Callback, StepInfo
 from .steps import Field
@@ -114,8 +115,8 @@ class Flow(ABC):
         """What the network says of points x: a field, or the posterior mean."""
 
     @abstractmethod
-    def _grid(self, schedule: str, steps: int) -> list[float]:
-        """The levels of so many steps, from the first."""
+    def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
+        """The levels of so many steps, from the first; the last step begins no lower than last."""
 
     # ---- what follows ----
 
@@ -173,6 +174,7 @@ class Flow(ABC):
         solver: str | None = None,
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
+        last: float | None = None,
         condition: Condition | None = None,
         guidance: float | None = None,
         unconditional: Condition | None = None,
@@ -193,6 +195,8 @@ class Flow(ABC):
             steps: solver steps; rk45 chooses its own.
             schedule: spacing of the steps, "log" (published for PFGM) or "rho", or the levels
                 themselves, decreasing.
+            last: level, z or sigma, from which the last step goes to the end at once. Where it is
+                noise that nobody sees, fewer steps do as well.
             condition: keyword arguments of the network, such as {"labels": labels}, labels (n,).
             guidance: weight w of classifier-free guidance (arXiv 2207.12598): the posterior mean is
                 mean_u + w (mean_c − mean_u), twice the evaluations. None or 1 is the condition
@@ -220,7 +224,7 @@ class Flow(ABC):
         (torch.Size([3, 2]), 15)
         """
         solver = self.defaults.solver if solver is None else solver
-        grid = self.grid(steps, schedule)
+        grid = self.grid(steps, schedule, last)
         x, nfe = self._initial(net, n, generator, device, x_init), 0
         _check_choice("solver", solver, SOLVERS)
         if n > 0:
@@ -239,22 +243,37 @@ class Flow(ABC):
         return (x, nfe) if return_nfe else x
 
     def grid(
-        self, steps: int | None = None, schedule: str | Sequence[float] | None = None
+        self,
+        steps: int | None = None,
+        schedule: str | Sequence[float] | None = None,
+        last: float | None = None,
     ) -> list[float]:
         """The levels of a run, from the first: ``steps`` + 1 by name, or those given, checked.
 
         >>> import pfgm
         >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log")]
         [40.0, 1.17, 0.034, 0.001]
+        >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log", last=0.1)]
+        [40.0, 2.0, 0.1, 0.001]
         """
         steps = self.defaults.steps if steps is None else steps
         schedule = self.defaults.schedule if schedule is None else schedule
         if not isinstance(schedule, str):
+            if last is not None:
+                raise ValueError(
+                    f"last is {last}, but schedule holds all levels; give one of them."
+                )
             return _checked_grid(schedule)
         _check_choice("schedule", schedule, SCHEDULES)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps is {steps!r}; allowed is an integer of at least 1.")
-        return self._grid(schedule, steps)
+        if last is None:
+            return self._grid(schedule, steps, self.last_level)
+        if not is_number(last) or not self.last_level <= last < self.first_level:
+            raise ValueError(
+                f"last is {last!r}; allowed is {self.last_level} to below {self.first_level}."
+            )
+        return self._grid(schedule, steps, float(last))
 
     def solve(
         self,

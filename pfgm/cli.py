@@ -106,6 +106,8 @@ class Sample:
     """Steps of the solver (rk45 chooses its own)."""
     schedule: Literal["rho", "log"] = "rho"
     """Spacing of the steps."""
+    last: float | None = None
+    """Level from which the last step goes to the end at once."""
     label: int | None = None
     """What to draw, of a network that was trained with labels; anything unless given."""
     guidance: float | None = None
@@ -141,6 +143,7 @@ class Sample:
                 solver=self.solver,
                 steps=self.steps,
                 schedule=self.schedule,
+                last=self.last,
                 condition=self._condition(len(part)),
                 guidance=self.guidance,
                 x_init=part.to(device),

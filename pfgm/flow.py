@@ -323,8 +323,10 @@ class PoissonFlow(Flow):
         field_x, field_z = _evaluate(net, x, x.new_full((len(x),), level), condition)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
-    def _grid(self, schedule: str, steps: int) -> list[float]:
-        return SCHEDULES[schedule](self.z_max, self.z_min, steps)
+    def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
+        if steps == 1 or last == self.z_min:
+            return SCHEDULES[schedule](self.z_max, self.z_min, steps)
+        return [*SCHEDULES[schedule](self.z_max, last, steps - 1), self.z_min]
 
     def empirical(self, references: References) -> EmpiricalField:
         """The exact field of references (M, *S) as a network: samples are the references.

@@ -364,13 +364,13 @@ class PoissonFlowPP(Flow):
     def _slope(self, net: Network, x: Tensor, level: float, condition: Condition) -> Tensor:
         return _evaluate(net, x, x.new_full((len(x),), level), condition)
 
-    def _grid(self, schedule: str, steps: int) -> list[float]:
-        """So many levels from sigma_max to sigma_min, then 0, which the last step goes to."""
+    def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
+        """So many levels from sigma_max to the last above 0, and 0, to which the last step goes."""
         if steps == 1:
             return [self.sigma_max, 0.0]
         if schedule == "rho":
-            return [*rho_grid(self.sigma_max, self.sigma_min, steps - 1, self.rho), 0.0]
-        return [*SCHEDULES[schedule](self.sigma_max, self.sigma_min, steps - 1), 0.0]
+            return [*rho_grid(self.sigma_max, last, steps - 1, self.rho), 0.0]
+        return [*SCHEDULES[schedule](self.sigma_max, last, steps - 1), 0.0]
 
 
 def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:

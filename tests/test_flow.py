@@ -284,6 +284,23 @@ def test_empirical_sampling_gives_the_references(digit_images, schedule):
     assert len(nearest.unique()) > 300  # not a few of them
 
 
+def test_the_last_step_goes_to_the_end_at_once():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    grid = flow.grid(5, "log", last=0.1)
+    assert grid[:-1] == pytest.approx(pfgm.solvers.log_grid(flow.z_max, 0.1, 4))
+    assert grid[-1] == flow.z_min
+    assert flow.grid(5, "rho", last=flow.z_min) == flow.grid(5, "rho")
+    assert flow.grid(1, last=0.1) == [flow.z_max, flow.z_min]
+    net = Recorder(flow, torch.randn(30, 2, generator=seeded(0)))
+    flow.sample(net, 5, steps=5, schedule="log", last=0.1)
+    assert net.levels == pytest.approx(grid[:-1])
+    for bad in (0.0, flow.z_max, "0.1"):
+        with pytest.raises(ValueError, match=r"last is .*; allowed is 0\.001 to below"):
+            flow.sample(net, 5, last=bad)
+    with pytest.raises(ValueError, match="schedule holds all levels"):
+        flow.sample(net, 5, schedule=[3.0, 1.0], last=0.1)
+
+
 @pytest.mark.parametrize(
     ("solver", "evaluations"), [("euler", 6), ("heun", 11), ("multistep", 6), ("rk45", None)]
 )

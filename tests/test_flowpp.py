@@ -222,6 +222,7 @@ def test_the_grid_is_edms():
     torch.testing.assert_close(torch.tensor(grid[:-1], dtype=torch.float64), expected)
     assert grid[-1] == 0.0
     assert flow.grid(1) == [80.0, 0.0]
+    assert flow.grid(4, "rho", last=0.5) == [*pfgm.solvers.rho_grid(80.0, 0.5, 3), 0.0]
 
 
 def test_evaluations_are_counted(data):
