@@ -18,8 +18,8 @@ class Batch(NamedTuple):
 
     x: Tensor
     """(B, *S) samples."""
-    references: References
-    """(M, *S), those of the batch among them."""
+    references: References | None
+    """(M, *S), those of the batch among them; None where the batch's own rows are the target."""
     labels: Tensor | None
     """(B,), where the data have labels."""
     reference_labels: Tensor | None
@@ -33,7 +33,8 @@ class Batches:
         data: (n, *S); of a set that is shared between processes, each takes its own rows.
         labels: (n,) of the data, or None.
         size: samples in this process's batch.
-        references: how many; all data where they are no more, or lie in several processes.
+        references: how many; all data where they are no more, or lie in several processes; 0 is
+            none.
         seed: of the order.
         device: where batches go.
         place: (rank, size) of this process.
@@ -70,6 +71,8 @@ class Batches:
         start = position * size + self._rank * self._size
         chosen = order[start : start + self._size]
         x, labels = self._rows(chosen), self._labels_of(chosen)
+        if self._references == 0:
+            return Batch(x, None, labels, None)
         if self._apart or self._references >= rows:
             return Batch(x, self._all(), labels, self._labels_of(slice(None)))
         around = order[torch.arange(start, start + self._references) % rows]

@@ -1,22 +1,21 @@
-"""What a training run reports: a CSV file, and TensorBoard where it is installed."""
+"""What a training run reports: CSV files, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .files import write_atomic
 
-__all__ = ["FIELDS", "Log"]
-
-FIELDS = ("step", "loss", "lr", "seconds")
+__all__ = ["Log"]
 
 
 class Log:
-    """Figures of a run by step, kept in ``log.csv`` and for TensorBoard.
+    """Figures of a run by step, in ``log.csv`` and ``evaluations.csv`` and for TensorBoard.
 
     Rows of steps after ``step``, which a run that was killed has left behind, are removed.
 
@@ -25,30 +24,26 @@ class Log:
         step: of the checkpoint that the run continues.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: a file cannot be written.
     """
 
     def __init__(self, folder: Path | None, step: int = 0) -> None:
-        self._path = None if folder is None else folder / "log.csv"
+        self._tables: dict[str, _Table] = {}
         self._writer: Any = None
-        if folder is None or self._path is None:
+        if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        kept = _rows_to(self._path, step) if step and self._path.exists() else []
-        text = "".join(_line(row) for row in (FIELDS, *kept))
-        write_atomic(self._path, lambda file: file.write(text.encode()))
+        names = ("log", "evaluations")
+        self._tables = {name: _Table(folder / f"{name}.csv", step) for name in names}
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Adds what is known at a step; figures that are no fields go to TensorBoard alone."""
-        if self._path is None:
-            return
-        row = [step, *(f"{figures[name]:.6g}" if name in figures else "" for name in FIELDS[1:])]
-        with self._path.open("a", newline="") as file:
-            file.write(_line(row))
+    def write(self, step: int, figures: Mapping[str, float], table: str = "log") -> None:
+        """Adds what is known at a step; the first row of a table decides on its columns."""
+        if table in self._tables:
+            self._tables[table].add({"step": step, **figures})
         if self._writer is not None:
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, step)
@@ -59,16 +54,40 @@ class Log:
             self._writer.close()
 
 
-def _line(row: Any) -> str:
+class _Table:
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self._fields, kept = _read(path) if path.exists() else ([], [])
+        kept = [row for row in kept if int(row[0]) <= step]
+        if not kept:
+            path.unlink(missing_ok=True)
+            self._fields = []
+            return
+        text = _text([self._fields, *kept])
+        write_atomic(path, lambda file: file.write(text.encode()))
+
+    def add(self, row: Mapping[str, float]) -> None:
+        lines: list[Sequence[object]] = []
+        if not self._fields:
+            self._fields = list(row)
+            lines.append(self._fields)
+        lines.append([_shown(row.get(name, "")) for name in self._fields])
+        with self._path.open("a", newline="") as file:
+            file.write(_text(lines))
+
+
+def _shown(value: float | str) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _text(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(row)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
-def _rows_to(path: Path, step: int) -> list[list[str]]:
-    """Rows of the file up to a step; one that a killed process has not ended is left out."""
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows; a row that a killed process has not ended is left out."""
     with path.open(newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return [
-        row for row in rows if len(row) == len(FIELDS) and row[0].isdigit() and int(row[0]) <= step
-    ]
+        fields, *rows = [*csv.reader(file)] or [[]]
+    return fields, [row for row in rows if len(row) == len(fields) and row[0].isdigit()]

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .base import Flow
 from .batches import Batch, Batches, seed_of
 from .checkpoint import flow_of, load_run, save_run
+from .flowpp import PoissonFlowPP
 from .logs import Log
 from .processes import Processes, ProcessLost, lost
 from .references import References, ReferenceSet
@@ -50,7 +51,8 @@ class TrainConfig:
     """Samples that are perturbed in a step, in all processes together."""
     references: int = 4096
     """Samples whose field is the target, those of the batch among them; all data where it has no
-    more, or where the data are shared between processes."""
+    more, or where the data are shared between processes. 0, for PFGM++, is the single-sample
+    target."""
     learning_rate: float = 2e-4
     """Adam's, after the warm-up."""
     beta2: float = 0.999
@@ -73,14 +75,16 @@ class TrainConfig:
     """Share of the labels that are left out, so that guidance has an unconditional network."""
     checkpoint_every: int = 5000
     """Steps between checkpoints."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 is never."""
     log_every: int = 50
     """Steps between reports of the loss."""
     seed: int = 0
     """Of batches, perturbation and dropout."""
 
     def __post_init__(self) -> None:
-        smallest = {"steps": 1, "batch_size": 1, "references": 1, "warmup": 0}
-        smallest |= {"checkpoint_every": 1, "log_every": 1, "accumulate": 1}
+        smallest = {"steps": 1, "batch_size": 1, "references": 0, "warmup": 0, "accumulate": 1}
+        smallest |= {"checkpoint_every": 1, "evaluate_every": 0, "log_every": 1}
         for name, least in smallest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -106,10 +110,10 @@ class TrainConfig:
                 f"accumulate is {self.accumulate}; allowed are divisors of batch_size, "
                 f"{self.batch_size}."
             )
-        if self.references < self.batch_size:
+        if 0 < self.references < self.batch_size:
             raise ValueError(
                 f"references is {self.references}; allowed is at least batch_size, "
-                f"{self.batch_size}, as the references contain the batch."
+                f"{self.batch_size}, as the references contain the batch, or 0 for none."
             )
 
     def learning_rate_at(self, step: int) -> float:
@@ -127,7 +131,7 @@ class TrainConfig:
 
 
 # What a resumed run may have otherwise than the run it continues.
-_MAY_DIFFER = ("steps", "checkpoint_every", "log_every", "compile")
+_MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "compile")
 
 
 class Trainer:
@@ -151,6 +155,9 @@ class Trainer:
         folder: of checkpoints, ``log.csv`` and TensorBoard logs (where that is installed); None
             writes nothing.
         progress: show a progress bar.
+        evaluate: called by the first process with the step and the averaged network each
+            ``evaluate_every`` steps and at the end; the figures it returns go to
+            ``evaluations.csv`` and TensorBoard. It must leave torch's global generator alone.
         labels: (n,) integers from 0, which the network is given as its argument of that name; a
             point's target is then made of the references of its label. Those of a ReferenceSet are
             taken unless others are given.
@@ -178,6 +185,7 @@ class Trainer:
         folder: str | Path | None = None,
         progress: bool = True,
         labels: Tensor | None = None,
+        evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
     ) -> None:
         if labels is None and isinstance(data, ReferenceSet):
             labels = data.labels
@@ -185,6 +193,7 @@ class Trainer:
         self.config = config = config or TrainConfig()
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
+        self.evaluate = evaluate
         self.step = 0
         self._check_data()
         self._processes = processes = Processes()
@@ -214,6 +223,11 @@ class Trainer:
 
     def _check_data(self) -> None:
         data, labels, size = self.data, self.labels, self.config.batch_size
+        if self.config.references == 0 and not isinstance(self.flow, PoissonFlowPP):
+            raise ValueError(
+                "references is 0, which is the single-sample target of PoissonFlowPP alone; a "
+                "PoissonFlow learns the field of references."
+            )
         if data.ndim == 0 or data.shape[1:] != self.flow.shape:
             raise ValueError(
                 f"data has shape {tuple(data.shape)}; allowed is (n, *S) with S = "
@@ -276,9 +290,15 @@ class Trainer:
                     total, since = torch.zeros_like(total), self.step
                 if due or last:
                     self.save()
+                if self._evaluates(last and not stopped) and self.evaluate is not None:
+                    log.write(self.step, self.evaluate(self.step, self.averaged), "evaluations")
         if received or stopped:
             raise Terminated if received[:1] != [signal.SIGINT] else KeyboardInterrupt
         return self.averaged
+
+    def _evaluates(self, last: bool) -> bool:
+        every = self.config.evaluate_every
+        return self._processes.leads and every > 0 and (last or self.step % every == 0)
 
     def save(self) -> None:
         """Writes a checkpoint of the present step into the folder, if there is one."""

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pfgm.networks import MLP, NETWORKS, UNet, build, field_from_mean
+import pfgm
+from pfgm.networks import MLP, Denoiser, UNet, build, field_from_mean
 
+FIELD_NETWORKS = ("mlp", "unet")
 MLP_OPTIONS: dict[str, Any] = {"width": 24, "depth": 2}
 UNET_OPTIONS: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "heads": 2}
 EXTREME_Z = [1e-10, 1e-6, 1e-3, 0.1, 1.0, 40.0, 500.0]
@@ -40,7 +42,7 @@ def grid(n: int) -> tuple[Tensor, Tensor]:
     return directions * norms[:, None], torch.tensor(EXTREME_Z).repeat(len(EXTREME_NORM))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_outputs_and_gradients_are_finite_at_the_extremes(name: str) -> None:
     net = make(name)
     scramble(net)
@@ -65,7 +67,7 @@ def test_outputs_and_gradients_are_finite_at_the_extremes(name: str) -> None:
     assert (norms <= 8 * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_backbone_inputs_are_of_order_one(name: str) -> None:
     net = make(name)
     seen: list[Tensor] = []
@@ -77,7 +79,7 @@ def test_backbone_inputs_are_of_order_one(name: str) -> None:
     assert embedding.abs().max() < 10
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_embedding_is_flat_below_its_floor_and_varies_above(name: str) -> None:
     embedding = make(name).embedding
     rms = torch.full((4,), 0.85)
@@ -86,7 +88,7 @@ def test_embedding_is_flat_below_its_floor_and_varies_above(name: str) -> None:
     assert (values[2] - values[3]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_the_field_gives_back_the_mean(name: str) -> None:
     """mean = x − z v_x/v_z, as the solvers recover it, loses nothing that matters in float32."""
     net = make(name)
@@ -104,7 +106,7 @@ def test_the_field_gives_back_the_mean(name: str) -> None:
         assert (error <= 2e-6 * scale).all()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_the_exact_substitution_of_v_z_changes_nothing(name: str) -> None:
     """Spec section 7: what v_x implies for v_z is what the network says, below z_exp and above."""
     net = make(name, gamma=5.0)
@@ -118,7 +120,7 @@ def test_the_exact_substitution_of_v_z_changes_nothing(name: str) -> None:
     torch.testing.assert_close(-8 * z / ((e_x**2 + z**2).sqrt() + 5), field_z, rtol=3e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_the_mean_is_x_where_z_vanishes(name: str) -> None:
     net = make(name)
     scramble(net)
@@ -154,7 +156,7 @@ def test_field_is_zero_with_finite_gradient_where_e_is_zero(gamma: float) -> Non
         assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_config_round_trip_through_json(name: str) -> None:
     options = {"data_std": 0.7, "gamma": 3.0}
     net = make(name, **options)
@@ -180,7 +182,7 @@ def test_numpy_numbers_are_stored_as_python_numbers() -> None:
     assert json.loads(json.dumps(net.config)) == net.config
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_state_dict_holds_parameters_only(name: str) -> None:
     net = make(name)
     assert set(net.state_dict()) == {key for key, _ in net.named_parameters()}
@@ -204,7 +206,7 @@ def test_mlp_takes_any_shape(shape: tuple[int, ...]) -> None:
     assert field_z.shape == (3,)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_rows_do_not_depend_on_each_other(name: str) -> None:
     net = make(name)
     scramble(net)
@@ -215,7 +217,7 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     torch.testing.assert_close(together[1][2:3], alone[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_an_empty_batch_gives_an_empty_field(name: str) -> None:
     field_x, field_z = make(name)(torch.zeros(0, 1, 8, 8), torch.zeros(0))
     assert field_x.shape == (0, 1, 8, 8)
@@ -248,7 +250,7 @@ def test_construction_errors(
         network(**options)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_forward_errors(name: str) -> None:
     net = make(name)
     with pytest.raises(ValueError, match=r"^x has shape \(2, 64\); only \(B, 1, 8, 8\) is"):
@@ -262,7 +264,7 @@ def test_forward_errors(name: str) -> None:
 
 
 def test_unknown_network() -> None:
-    with pytest.raises(ValueError, match=r"^name is 'resnet'; only one of mlp, unet is allowed\.$"):
+    with pytest.raises(ValueError, match=r"^name is 'resnet'; only one of denoiser, mlp, unet is allowed\.$"):
         build("resnet", {})
 
 
@@ -295,7 +297,7 @@ def _train(name: str, steps: int = 60) -> tuple[float, float, dict[str, Tensor]]
         return before, loss(256).item(), net.state_dict()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_training_reduces_the_loss_and_repeats(name: str) -> None:
     before, after, weights = _train(name)
     assert after < before / 4
@@ -307,7 +309,7 @@ def test_training_reduces_the_loss_and_repeats(name: str) -> None:
 # ---- labels ----
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_labels(name: str) -> None:
     network = make(name, classes=3)
     assert network.config["classes"] == 3
@@ -324,3 +326,36 @@ def test_labels(name: str) -> None:
         network(x, z, labels=labels[:5])
     with pytest.raises(ValueError, match="without classes"):
         make(name)(x, z, labels=labels)
+
+
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
+def test_denoisers(tmp_path: Any, name: str) -> None:
+    options = {"shape": (1, 8, 8), "width": 16, "classes": 3}
+    net = Denoiser(name, options, sigma_data=0.7)
+    x, sigma = torch.randn(6, 1, 8, 8), torch.logspace(-3, 2, 6)
+    # Untrained, the backbone says 0, and what is left is EDM's c_skip.
+    skip = 0.7**2 / (sigma**2 + 0.7**2)
+    torch.testing.assert_close(net(x, sigma), skip.view(-1, 1, 1, 1) * x)
+    scramble(net)
+    labels = torch.tensor([0, 1, 2, -1, 0, 1])
+    with_labels, without = net(x, sigma, labels), net(x, sigma)
+    assert torch.isfinite(with_labels).all()
+    assert torch.equal(with_labels[3], without[3])
+    assert not torch.equal(with_labels[4], without[4])
+
+    flow = pfgm.PoissonFlowPP((1, 8, 8), D=64, sigma_data=0.7)
+    loss = flow.loss(net, x.clamp(-1, 1), condition={"labels": labels})
+    loss.backward()
+    pfgm.save(tmp_path / "net.safetensors", flow, net)
+    same_flow, same = pfgm.load(tmp_path / "net.safetensors")
+    assert same_flow == flow
+    assert isinstance(same, Denoiser)
+    assert same.config == json.loads(json.dumps(net.config))
+    assert torch.equal(same(x, sigma, labels), with_labels)
+
+
+def test_bad_denoisers() -> None:
+    with pytest.raises(ValueError, match="network is 'vit'; allowed are mlp, unet"):
+        Denoiser("vit", {})
+    with pytest.raises(ValueError, match="sigma_data"):
+        Denoiser("mlp", {"shape": (2,)}, sigma_data=0.0)

@@ -1,19 +1,25 @@
-"""Networks that predict the Poisson field, callables (x, z) -> (field_x, field_z)."""
+"""Networks of the field, (x, z) -> (field_x, field_z), and denoisers, (x, sigma) -> mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from .denoiser import Denoiser
 from .embedding import FieldNetwork, NoiseEmbedding, field_from_mean
 from .mlp import MLP
 from .unet import UNet
 
-NETWORKS: dict[str, type[FieldNetwork]] = {"mlp": MLP, "unet": UNet}
+NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser]] = {
+    "denoiser": Denoiser,
+    "mlp": MLP,
+    "unet": UNet,
+}
 
 __all__ = [
     "MLP",
     "NETWORKS",
+    "Denoiser",
     "FieldNetwork",
     "NoiseEmbedding",
     "UNet",
@@ -22,7 +28,7 @@ __all__ = [
 ]
 
 
-def build(name: str, config: Mapping[str, Any]) -> FieldNetwork:
+def build(name: str, config: Mapping[str, Any]) -> FieldNetwork | Denoiser:
     """The network called `name`, built from keyword arguments such as another's `config`.
 
     >>> net = build("mlp", {"shape": [2], "width": 16, "depth": 1})
