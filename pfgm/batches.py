@@ -37,6 +37,7 @@ class Batches:
             none.
         seed: of the order.
         device: where batches go.
+        dtype: of the samples in them, unless these are bytes.
         place: (rank, size) of this process.
     """
 
@@ -49,11 +50,12 @@ class Batches:
         references: int,
         seed: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
         place: tuple[int, int] = (0, 1),
     ) -> None:
         self._data, self._labels = data, labels
         self._size, self._references = size, references
-        self._seed, self._device = seed, device
+        self._seed, self._device, self._dtype = seed, device, dtype
         self._apart = isinstance(data, ReferenceSet) and data.sharded
         # Processes with rows of their own draw from them alone, others share one order.
         self._own = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
@@ -71,6 +73,7 @@ class Batches:
         start = position * size + self._rank * self._size
         chosen = order[start : start + self._size]
         x, labels = self._rows(chosen), self._labels_of(chosen)
+        x = x.to(self._dtype) if x.is_floating_point() else x
         if self._references == 0:
             return Batch(x, None, labels, None)
         if self._apart or self._references >= rows:

@@ -1,11 +1,13 @@
-"""The command line: ``pfgm demo | train | sample | info``."""
+"""The command line: ``pfgm demo | train | sample | evaluate | info``."""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import importlib.metadata
+import operator
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +16,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from . import backends, checkpoint, data, demo, networks
+from . import backends, checkpoint, data, demo, runs
 from .backends import native
+from .evaluate_command import Evaluate
 from .files import check_folder
-from .flow import PoissonFlow
-from .training import Diverged, TrainConfig, Trainer
+from .processes import ProcessLost, joined
+from .runs import RunConfig, Settings
+from .training import Diverged, TrainConfig
 
 _SHOWN_PACKAGES = ("torch", "numpy", "triton", "torchdiffeq", "safetensors", "tqdm", "tyro")
 
@@ -42,52 +46,39 @@ class Demo:
 
 @dataclass
 class Train:
-    """Train a network on the field of your data."""
+    """Train a network on the field of your data. Under torchrun its processes train together."""
 
-    data: str
-    """"digits", or a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point
-    (images in [-1, 1])."""
     out: Path
-    """Folder for checkpoints and TensorBoard logs."""
-    network: Literal["auto", "unet", "mlp"] = "auto"
-    """auto: unet for images of at least 4 x 4, else mlp."""
-    width: int | None = None
-    """Width of the network; its own default unless given."""
+    """Folder for checkpoints, logs and pictures, and for config.json, which says what was done."""
+    config: Path | None = None
+    """A recipe, or the folder of a run: where settings come from that are not given here. Resuming,
+    they come from the folder itself."""
     resume: bool = False
     """Continue the run in the output folder."""
     device: str = "auto"
     """auto: cuda where there is a GPU, else cpu."""
+    timeout: float = 300.0
+    """Seconds after which a process that does not answer is given up."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    """What to train on what."""
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """How to train."""
 
     def run(self) -> None:
-        samples = _load_samples(self.data)
-        check_folder(self.out)
-        if not self.resume and (self.out / "latest.json").exists():
-            raise ValueError(
-                f"out is {self.out}, which holds a run already; add --resume to continue it, or "
-                "choose another folder."
-            )
-        flow = PoissonFlow.from_data(samples)
-        network = self._network(samples).to(_device(self.device))
-        trainer = Trainer(flow, network, samples, self.training, folder=self.out)
-        if self.resume:
-            print(f"resuming at step {trainer.resume()}")
-        trainer.train()
-        print(f"checkpoint: {self.out}")
+        config = RunConfig.of(self.settings, self.training)
+        with joined(_device(self.device), self.timeout) as device:
+            runs.start(config, self.out, device=device, resume=self.resume)
 
-    def _network(self, samples: Tensor) -> networks.FieldNetwork:
-        shape = tuple(samples.shape[1:])
-        name = self.network
-        if name == "auto":
-            name = "unet" if len(shape) == 3 and min(shape[1:]) >= 4 else "mlp"
-        some = data.to_unit(samples[:10_000])
-        config = {"shape": shape, "data_std": max(float(some.square().mean().sqrt()), 1e-6)}
-        if self.width is not None:
-            config["width"] = self.width
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.training.seed)
-            return networks.build(name, config)
+
+def _train_defaults(arguments: list[str]) -> RunConfig:
+    """The settings that a call of train starts from: a recipe's, or those of the run to resume."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    known, _ = parser.parse_known_args(arguments)
+    source = known.config or (known.out if known.resume else None)
+    return RunConfig() if source is None else RunConfig.load(source)
 
 
 @dataclass
@@ -198,39 +189,45 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_samples(source: str) -> Tensor:
-    if source == "digits":
-        return data.digits().train
-    samples = data.load_array(source)
-    if samples.ndim == 3:  # grey images
-        return samples[:, None]
-    if samples.ndim == 4 and samples.shape[3] in (1, 3) and samples.shape[1] not in (1, 3):
-        return samples.permute(0, 3, 1, 2).contiguous()
-    return samples
+_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Info)
 
 
-_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Info)
-
-
-def _parse(arguments: list[str] | None) -> Demo | Train | Sample | Info:
-    commands: dict[str, Callable[..., Any]] = {c.__name__.lower(): c for c in _COMMANDS}
-    command: Demo | Train | Sample | Info = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="pfgm",
-        description="Poisson flow generative models.",
-        args=arguments,
+def _parse(arguments: list[str]) -> Any:
+    commands: list[Any] = []
+    for kind in _COMMANDS:
+        name, default = kind.__name__.lower(), tyro.MISSING_NONPROP
+        if kind is Train and arguments[:1] == [name]:
+            start = _train_defaults(arguments[1:])
+            default = Train(out=tyro.MISSING, settings=start.settings, training=start.training)
+        # By constructor, which leaves it to main() to say what is wrong with a setting.
+        subcommand = tyro.conf.subcommand(name, default=default, constructor=kind)
+        commands.append(Annotated[Any, subcommand])
+    union: Any = functools.reduce(operator.or_, commands)
+    return tyro.cli(
+        union, prog="pfgm", description="Poisson flow generative models.", args=arguments
     )
-    return command
+
+
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    backends.Unavailable,
+    Diverged,
+    ProcessLost,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, or 2 after one sentence on what is wrong with the input."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
         print(f"pfgm {_version('pfgm')}")
         return 0
     try:
         _parse(arguments).run()
-    except (ValueError, TypeError, OSError, ImportError, backends.Unavailable, Diverged) as error:
+    except _EXPECTED as error:
         print(f"pfgm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -83,6 +83,12 @@ def check_folder(path: StrPath) -> Path:
     return folder
 
 
+def remove_leftovers(folder: StrPath) -> None:
+    """Removes temporary files that killed processes have left; nobody else may write there."""
+    for path in Path(folder).glob(".pfgm-*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _write_and_rename(target: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = target.parent / f".pfgm-{secrets.token_hex(8)}.tmp"
     try:

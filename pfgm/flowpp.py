@@ -21,7 +21,7 @@ from .base import (
     positive,
 )
 from .functional import posterior_mean
-from .references import References
+from .references import References, ReferenceSet
 from .solvers import SCHEDULES, rho_grid
 
 __all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
@@ -136,6 +136,28 @@ class PoissonFlowPP(Flow):
         if not math.isfinite(P_mean):
             raise ValueError(f"P_mean is {P_mean}; allowed is any finite number.")
         self.P_mean, self.P_std = P_mean, positive("P_std", P_std)
+
+    @classmethod
+    def from_data(cls, data: References, *, D: float, **overrides: Any) -> PoissonFlowPP:
+        """The flow for data (n, *S), a tensor or a :class:`pfgm.ReferenceSet`.
+
+        EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1);
+        here all levels are scaled with that of the data.
+
+        >>> import torch
+        >>> PoissonFlowPP.from_data(torch.full((8, 1, 4, 4), 2.0), D=128).sigma_max
+        320.0
+        """
+        references = data if isinstance(data, ReferenceSet) else ReferenceSet(data)
+        rms = positive("the root mean square of data", references.rms)
+        scale = rms / 0.5
+        scaled = {
+            "sigma_min": 0.002 * scale,
+            "sigma_max": 80.0 * scale,
+            "sigma_data": rms,
+            "P_mean": -1.2 + math.log(scale),
+        }
+        return cls(references.shape[1:], D=D, **{**scaled, **overrides})
 
     @property
     def config(self) -> dict[str, Any]:

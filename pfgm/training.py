@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from .base import Flow
 from .batches import Batch, Batches, seed_of
 from .checkpoint import flow_of, load_run, save_run
+from .files import remove_leftovers
 from .flowpp import PoissonFlowPP
 from .logs import Log
 from .processes import Processes, ProcessLost, lost
-from .references import References, ReferenceSet
+from .references import References
 
 __all__ = ["Diverged", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
 
@@ -159,8 +160,7 @@ class Trainer:
             ``evaluate_every`` steps and at the end; the figures it returns go to
             ``evaluations.csv`` and TensorBoard. It must leave torch's global generator alone.
         labels: (n,) integers from 0, which the network is given as its argument of that name; a
-            point's target is then made of the references of its label. Those of a ReferenceSet are
-            taken unless others are given.
+            point's target is then made of the references of its label.
 
     Raises:
         ValueError: data do not fit the flow, are fewer than a batch, or not finite; labels do not
@@ -187,8 +187,6 @@ class Trainer:
         labels: Tensor | None = None,
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
     ) -> None:
-        if labels is None and isinstance(data, ReferenceSet):
-            labels = data.labels
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
         self.config = config = config or TrainConfig()
         self.folder = None if folder is None else Path(folder)
@@ -202,7 +200,8 @@ class Trainer:
                 f"batch_size is {config.batch_size}; allowed are multiples of the number of "
                 f"processes, {processes.size}, times accumulate, {config.accumulate}."
             )
-        self._device = next(network.parameters()).device
+        parameter = next(network.parameters())
+        self._device = parameter.device
         self._batches = Batches(
             data,
             labels,
@@ -210,6 +209,7 @@ class Trainer:
             references=config.references,
             seed=config.seed,
             device=self._device,
+            dtype=parameter.dtype,
             place=(processes.rank, processes.size),
         )
         self._shared = processes.share(network)
@@ -265,6 +265,8 @@ class Trainer:
         self.network.train()
         config, processes = self.config, self._processes
         leads = processes.leads
+        if leads and self.folder is not None:
+            remove_leftovers(self.folder)
         with (
             _signals() as received,
             lost(processes),

@@ -113,3 +113,17 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, point
     done = torchrun("training.py", run, points, "whole", 40)
     assert done.returncode == 0, done.stdout + done.stderr
     assert load_run(run)[2]["step"] == 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and SIGXFSZ for a full disk")
+def test_a_run_survives_kills_and_a_full_disk(tmp_path):
+    pytest.importorskip("tensorboard")
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "survival.py", tmp_path, "15"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "killed 15 times" in done.stdout

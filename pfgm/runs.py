@@ -1,0 +1,265 @@
+"""Training runs from one configuration, which is saved beside their checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from . import metrics, networks
+from .base import Flow
+from .data import to_unit
+from .datasets import Data, open_data
+from .files import StrPath, check_folder, write_atomic
+from .flow import PoissonFlow
+from .flowpp import PoissonFlowPP
+from .processes import Processes
+from .references import ReferenceSet
+from .training import TrainConfig, Trainer
+
+__all__ = ["RunConfig", "Settings", "start"]
+
+_NAME = "config.json"
+_COMPARED = 10_000  # rows that samples are compared with, at most
+_SHOWN, _ROW = 100, 10  # samples in a picture, and in a row of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to train on what."""
+
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, folder:PATH of images, or the path of a .npy, .npz or
+    .safetensors file of samples (n, ...): uint8, or floating point (images in [-1, 1])."""
+    method: Literal["pfgm", "pfgm++", "edm"] = "pfgm"
+    """The flow: one augmented dimension, D of them, or infinitely many (diffusion)."""
+    D: float = 128.0
+    """Augmented dimensions of pfgm++."""
+    network: Literal["auto", "unet", "mlp"] = "auto"
+    """auto: unet for images of at least 4 x 4, else mlp."""
+    width: int | None = None
+    """Width of the network; its own default unless given."""
+    labels: bool = False
+    """Tell the network what each sample is, where the data know."""
+    flips: bool = False
+    """Train on mirror images too."""
+    hold: Literal["source", "memory", "device"] = "source"
+    """Where data are held: as they come (files are read piece by piece), in memory, or on the
+    device that trains."""
+    shared: bool = False
+    """Hold a part of the data in each process; the target is the field of all of them."""
+    samples: int = 1000
+    """Samples of an evaluation."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", ("pfgm", "pfgm++", "edm")),
+            ("network", ("auto", "unet", "mlp")),
+            ("hold", ("source", "memory", "device")),
+        ):
+            if (chosen := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {chosen!r}; allowed are {', '.join(allowed)}.")
+        if self.samples < 2:
+            raise ValueError(f"samples is {self.samples}; allowed is at least 2.")
+        if not self.D > 0:
+            raise ValueError(f"D is {self.D}; allowed is any positive number.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Settings):
+    """What to train on what, and how. JSON-able: a recipe is one of these in a file."""
+
+    training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """How to train."""
+
+    @classmethod
+    def of(cls, settings: Settings, training: TrainConfig) -> RunConfig:
+        """Both together."""
+        named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
+        return cls(**named, training=training)
+
+    @property
+    def settings(self) -> Settings:
+        """All but how to train."""
+        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
+
+    def save(self, path: StrPath) -> None:
+        """Writes the configuration as JSON, whole or not at all."""
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        write_atomic(path, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: StrPath) -> RunConfig:
+        """The configuration in a file, or in the folder of a run.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not one, or names settings that do not exist.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / _NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no configuration at {path}.")
+        try:
+            content = json.loads(path.read_text())
+            _check_names(content, cls)
+            training = content.pop("training", {})
+            _check_names(training, TrainConfig)
+            return cls(**content, training=TrainConfig(**training))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _check_names(content: Any, kind: type) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} where settings should be")
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(content.keys() - known):
+        raise ValueError(
+            f"there is no setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
+        )
+
+
+def start(
+    config: RunConfig,
+    folder: StrPath,
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+    report: Callable[[str], None] = print,
+) -> nn.Module:
+    """Trains as configured, with everything that comes of it in a folder.
+
+    config.json; checkpoints; log.csv, evaluations.csv and logs for TensorBoard; and each
+    ``evaluate_every`` steps a picture samples-*.png, where samples are images.
+
+    Args:
+        config: what to do. Resuming, it may differ from that in the folder in what
+            :meth:`pfgm.training.Trainer.resume` allows.
+        folder: created where missing.
+        device: to train on.
+        resume: continue the run that is in the folder.
+        progress: show progress bars.
+        report: takes lines of text on what is done.
+
+    Returns:
+        The network with averaged weights.
+
+    Raises:
+        ValueError: the folder holds a run and resume is False, or the data do not do.
+        OSError: the folder cannot be written, the data cannot be read.
+        Diverged, ProcessLost, KeyboardInterrupt, Terminated: as
+            :meth:`pfgm.training.Trainer.train`.
+    """
+    folder, device = check_folder(folder), torch.device(device)
+    if not resume and (folder / "latest.json").exists():
+        raise ValueError(
+            f"out is {folder}, which holds a run already; add --resume to continue it, or choose "
+            "another folder."
+        )
+    processes = Processes()
+    data = open_data(config.data, progress=progress and processes.leads)
+    if config.labels and data.classes == 0:
+        raise ValueError(f"labels is True, but {config.data} has no labels.")
+    rows = _held(data.train, config, device)
+    flow = _flow(config, rows)
+    network = _network(config, flow, rows, data.classes).to(device)
+    trainer = Trainer(
+        flow,
+        network,
+        rows,
+        config.training,
+        folder=folder,
+        progress=progress,
+        labels=rows.labels if config.labels else None,
+        evaluate=_Evaluation(config, flow, data, folder, device) if processes.leads else None,
+    )
+    if resume:
+        step = trainer.resume()
+        if processes.leads:
+            report(f"resuming at step {step}")
+    if processes.leads:
+        config.save(folder / _NAME)
+    averaged = trainer.train()
+    if processes.leads:
+        report(f"checkpoint: {folder}")
+    return averaged
+
+
+def _held(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:
+    if config.flips:
+        rows = rows.flipped()
+    if config.shared:
+        rows = rows.shard()
+    if config.hold == "source":
+        return rows
+    return rows.to(device if config.hold == "device" else None)
+
+
+def _flow(config: RunConfig, rows: ReferenceSet) -> Flow:
+    if config.method == "pfgm":
+        return PoissonFlow.from_data(rows)
+    D = math.inf if config.method == "edm" else config.D
+    return PoissonFlowPP.from_data(rows, D=D)
+
+
+def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) -> nn.Module:
+    name = config.network
+    if name == "auto":
+        name = "unet" if len(flow.shape) == 3 and min(flow.shape[1:]) >= 4 else "mlp"
+    settings: dict[str, Any] = {"shape": flow.shape}
+    if config.width is not None:
+        settings["width"] = config.width
+    if config.labels:
+        settings["classes"] = classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        if isinstance(flow, PoissonFlowPP):
+            return networks.Denoiser(name, settings, sigma_data=flow.sigma_data)
+        return networks.build(name, settings | {"data_std": max(rows.rms, 1e-6)})
+
+
+class _Evaluation:
+    """Draws samples, measures them against held-out data and shows some."""
+
+    def __init__(
+        self, config: RunConfig, flow: Flow, data: Data, folder: Path, device: torch.device
+    ) -> None:
+        self._flow, self._folder, self._device = flow, folder, device
+        self._count, self._seed = config.samples, config.training.seed
+        self._classes = data.classes if config.labels else 0
+        against = data.held_out or data.train
+        rows = torch.arange(len(against))
+        if len(rows) > _COMPARED:
+            generator = torch.Generator().manual_seed(0)
+            rows = against.draw(_COMPARED, generator=generator)
+        self._rows, self._against = rows, against
+
+    def __call__(self, step: int, network: nn.Module) -> dict[str, float]:
+        condition = {}
+        if self._classes:
+            labels = torch.arange(self._count) // _ROW % self._classes
+            condition["labels"] = labels.to(self._device)
+        generator = torch.Generator().manual_seed(self._seed)
+        prior = self._flow.prior(self._count, generator=generator).to(self._device)
+        samples = self._flow.sample(network, self._count, x_init=prior, condition=condition).cpu()
+        if len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3):
+            from .plotting import image_grid
+
+            image_grid(samples[:_SHOWN], self._folder / f"samples-{step:08d}.png")
+            samples = samples.clamp(-1, 1)
+        against = to_unit(self._against[self._rows].cpu())
+        found = metrics.precision_recall(samples, against)
+        return {
+            "frechet_distance": metrics.frechet_distance(samples, against),
+            "precision": found.precision,
+            "recall": found.recall,
+        }

@@ -1,0 +1,142 @@
+"""Runs from one configuration."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from pfgm import cli
+from pfgm.runs import RunConfig, start
+from pfgm.training import TrainConfig
+
+SMALL = TrainConfig(
+    steps=6, batch_size=16, references=32, warmup=2, learning_rate=1e-3, checkpoint_every=3
+)
+
+
+def run(folder, *, training=SMALL, resume=False, **settings):
+    config = RunConfig(**{"width": 16, "samples": 20, **settings}, training=training)
+    return start(config, folder, progress=False, report=lambda line: None, resume=resume)
+
+
+def changed(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def test_a_configuration_is_what_its_file_says(tmp_path):
+    config = RunConfig(data="x.npy", method="pfgm++", D=64.0, training=changed(steps=7))
+    config.save(tmp_path / "config.json")
+    assert RunConfig.load(tmp_path / "config.json") == RunConfig.load(tmp_path) == config
+    assert RunConfig.of(config.settings, config.training) == config
+    (tmp_path / "part.json").write_text('{"method": "edm", "training": {"steps": 5}}')
+    assert RunConfig.load(tmp_path / "part.json") == RunConfig(
+        method="edm", training=TrainConfig(steps=5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"methd": "edm"}', "no setting 'methd'; known are D, data, flips"),
+        ('{"training": {"stepz": 5}}', "no setting 'stepz'"),
+        ('{"training": {"steps": 0}}', "steps is 0"),
+        ('{"method": "vae"}', "method is 'vae'; allowed are pfgm"),
+        ('{"D": -1}', "D is -1"),
+        ('{"samples": 1}', "samples is 1"),
+        ("[1]", "holds a list where settings"),
+        ("{", "is not the configuration of a run"),
+    ],
+)
+def test_bad_configurations(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no configuration"):
+        RunConfig.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, "UNet"),
+        ({"network": "mlp"}, "MLP"),
+        ({"method": "pfgm++", "D": 64.0}, "Denoiser"),
+        ({"method": "edm", "network": "mlp"}, "Denoiser"),
+    ],
+)
+def test_each_method_trains_and_samples(tmp_path, settings, kind):
+    run(tmp_path, **settings)
+    flow, network = pfgm.load(tmp_path)
+    assert type(network).__name__ == kind
+    expected = {"pfgm++": 64.0, "edm": math.inf}.get(settings.get("method"), 1.0)
+    assert expected == flow.D
+    assert flow.sample(network, 3, steps=3).shape == (3, 1, 8, 8)
+
+
+def test_the_single_sample_target(tmp_path):
+    run(tmp_path, method="edm", training=changed(references=0))
+    with pytest.raises(ValueError, match=r"references is 0.*PoissonFlowPP alone"):
+        run(tmp_path / "other", training=changed(references=0))
+
+
+def test_evaluations_leave_figures_and_pictures(tmp_path):
+    run(tmp_path, labels=True, training=changed(evaluate_every=4))
+    with (tmp_path / "evaluations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["4", "6"]
+    assert all(float(row["frechet_distance"]) > 0 for row in rows)
+    pictures = sorted(path.name for path in tmp_path.glob("samples-*.png"))
+    assert pictures == ["samples-00000004.png", "samples-00000006.png"]
+    assert pfgm.load(tmp_path).network.config["classes"] == 10
+
+
+def test_evaluations_do_not_change_the_training(tmp_path):
+    plain = run(tmp_path / "plain")
+    evaluated = run(tmp_path / "evaluated", training=changed(evaluate_every=2))
+    for a, b in zip(plain.parameters(), evaluated.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("hold", ["source", "memory", "device"])
+def test_data_in_files_with_mirror_images(tmp_path, hold):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    trained = run(tmp_path / hold, data=str(tmp_path / "images.npy"), flips=True, hold=hold)
+    other = run(tmp_path / "other", data=str(tmp_path / "images.npy"), flips=True)
+    for a, b in zip(trained.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_points_in_the_plane(tmp_path):
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    run(tmp_path / "run", data=str(tmp_path / "points.npy"), training=changed(evaluate_every=6))
+    assert not list((tmp_path / "run").glob("*.png"))
+    assert (tmp_path / "run" / "evaluations.csv").exists()
+    with pytest.raises(ValueError, match="has no labels"):
+        run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
+
+
+def test_the_command_starts_from_a_recipe_and_resumes_from_the_folder(tmp_path, capsys):
+    recipe = RunConfig(method="edm", width=16, samples=20, training=SMALL)
+    recipe.save(tmp_path / "recipe.json")
+    out = tmp_path / "run"
+    arguments = ["train", "--out", str(out)]
+    assert cli.main([*arguments, "--config", str(tmp_path / "recipe.json"), "--steps", "4"]) == 0
+    saved = RunConfig.load(out)
+    assert saved == dataclasses.replace(recipe, training=changed(steps=4))
+    assert cli.main([*arguments, "--resume", "--steps", "8"]) == 0
+    assert "resuming at step 4" in capsys.readouterr().out
+    assert json.loads((out / "latest.json").read_text())["step"] == 8
+    assert cli.main([*arguments, "--resume", "--batch-size", "32"]) == 2
+    assert "batch_size is 32; the run in" in capsys.readouterr().err
+    assert cli.main(["train", "--out", str(tmp_path / "new"), "--resume"]) == 2
+    assert "there is no configuration" in capsys.readouterr().err
+    assert cli.main([*arguments, "--config", str(tmp_path / "recipe.json")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
