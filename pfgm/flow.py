@@ -350,7 +350,13 @@ def _average_norm(data: Tensor) -> float:
 
 
 def _evaluate(net: Network, x: Tensor, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    field_x, field_z = net(x, z, **condition)
+    found = net(x, z, **condition)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise ValueError(
+            f"net returned a {type(found).__name__}; needed is (field_x, field_z), the field at the "
+            "points (a denoiser is a network of PoissonFlowPP)."
+        )
+    field_x, field_z = found
     if field_x.shape != x.shape or field_z.shape != z.shape:
         raise ValueError(
             f"net returned shapes {tuple(field_x.shape)} and {tuple(field_z.shape)}; needed are "

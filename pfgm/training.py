@@ -325,8 +325,7 @@ class Trainer:
         if self.folder is None:
             raise ValueError("folder is None; resuming needs the folder of a run.")
         weights, description, state = load_run(self.folder)
-        if flow_of(description) != self.flow:
-            raise ValueError(f"{self.folder} holds a run with another flow: {description['flow']}.")
+        _check_flow(self.flow, flow_of(description), self.folder)
         if state["rows"] != len(self.data):
             raise ValueError(
                 f"data has {len(self.data)} rows; the run in {self.folder} has {state['rows']}."
@@ -427,6 +426,19 @@ class Trainer:
             unit="step",
             disable=not (self.progress and self._processes.leads),
         )
+
+
+def _check_flow(flow: Flow, saved: Flow, folder: Path) -> None:
+    if type(flow) is not type(saved):
+        raise ValueError(
+            f"flow is a {type(flow).__name__}; the run in {folder} has a {type(saved).__name__}."
+        )
+    for name, value in flow.config.items():
+        if saved.config[name] != value:
+            raise ValueError(
+                f"flow has {name} = {value!r}; the run in {folder} has another flow, with "
+                f"{name} = {saved.config[name]!r}."
+            )
 
 
 def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:

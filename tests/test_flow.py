@@ -284,6 +284,12 @@ def test_empirical_sampling_gives_the_references(digit_images, schedule):
     assert len(nearest.unique()) > 300  # not a few of them
 
 
+def test_a_denoiser_is_no_field():
+    flow = PoissonFlow((2,), data_norm=2.0)
+    with pytest.raises(ValueError, match=r"returned a Tensor; needed is \(field_x, field_z\)"):
+        flow.sample(lambda x, z: x, 2)
+
+
 def test_the_last_step_goes_to_the_end_at_once():
     flow = PoissonFlow((2,), data_norm=2.0)
     grid = flow.grid(5, "log", last=0.1)

@@ -326,8 +326,10 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
         resume(rows=49)
     with pytest.raises(ValueError, match="another network"):
         resume(network=nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="another flow"):
+    with pytest.raises(ValueError, match=r"flow has M = 200; .* another flow, with M = "):
         resume(other_flow=pfgm.PoissonFlow((2,), M=200))
+    with pytest.raises(ValueError, match="PoissonFlowPP; the run in .* has a PoissonFlow"):
+        resume(other_flow=pfgm.PoissonFlowPP((2,), D=2))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         resume(folder=tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="folder is None"):
@@ -513,5 +515,5 @@ def test_the_other_flow_trains_and_resumes(tmp_path, data):
     loaded, network = pfgm.load(tmp_path, flow.precondition(Backbone()))
     assert loaded == flow
     assert loaded.sample(network, 4).shape == (4, 2)
-    with pytest.raises(ValueError, match="holds a run with another flow"):
+    with pytest.raises(ValueError, match=r"flow has D = 8\.0; .* with D = 16"):
         Trainer(flow.with_D(8), network, data, SMALL, folder=tmp_path).resume()
