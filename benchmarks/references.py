@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from machine import store
 from report import table
 from subjects import fashion_mnist, perturbed, photograph_crops
-from torch import Tensor
+from torch import Tensor, multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 import pfgm
 
@@ -84,7 +84,11 @@ def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
     np.save(path, images.numpy())
     case = perturbed(pfgm.data.to_unit(images).view(-1, 1, 28, 28), B)
     held, mapped = pfgm.ReferenceSet(images), pfgm.ReferenceSet(np.load(path, mmap_mode="r"))
-    sources = {"tensor": images, "set in memory": held, "memory map": mapped}
+    sources: dict[str, Tensor | pfgm.ReferenceSet] = {
+        "tensor": images,
+        "set in memory": held,
+        "memory map": mapped,
+    }
     found: dict[str, Tensor] = {}
 
     def run(name: str) -> Callable[[], None]:
@@ -218,9 +222,9 @@ def shared(folder: Path, B: int = 256) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
+    results = multiprocessing.get_context("spawn").SimpleQueue()
     path = str(folder / "fashion.npy")
-    mp.spawn(_shared, (path, port, B, results), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(_shared, (path, port, B, results), nprocs=2)  # type: ignore[no-untyped-call]
     found = results.get()
     seconds = {name: found[name] for name in ("one", "two")}
     return {

@@ -5,8 +5,10 @@ reference, t the total weight relative to it and ℓ(n) its score,
 
     n = min(n₁, n₂),  w_i = t_i exp(ℓ(n_i) − ℓ(n)),  t = w₁ + w₂,  mean = (w₁ mean₁ + w₂ mean₂)/t
 
-which holds at the limits too, where scores are infinite. Given mean, n and t of all references,
-the gradients of the parts add up, but for what each counts alone of all (:func:`_counted_once`).
+which holds at the limits too, where scores are infinite. Backward, with the share q_i = w_i/t of a
+part and upstream gradients G of mean and g of lse, a part's own are
+
+    G_i = q_i G,   g_i = q_i (G·(mean_i − mean) + g)
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ import torch
 from torch import Tensor
 
 from .backends import requested
-from .backends.reference import log_sum_exp, log_weight, wide_dtype
+from .backends.reference import (
+    at_limit,
+    check_singular,
+    log_sum_exp,
+    log_weight,
+    wide_dtype,
+)
 from .ops import no_double_backward
 
 __all__ = ["Exchange", "Parts", "posterior_mean"]
@@ -49,10 +57,11 @@ class Parts(NamedTuple):
 
     chunks: Callable[[torch.device], Iterator[Tensor]]
     """Gives the parts (m, *S) of this process, one after the other, on a device."""
-    number: int
-    """How many parts all processes have together."""
     exchange: Callable[[Tensor], Exchange] | None = None
     """Between the processes, for queries (B, N); None where there is one."""
+
+
+_UNSEEN = 1e-18  # the share of a part below which its gradients are not looked at
 
 
 class _Merged(NamedTuple):
@@ -61,18 +70,18 @@ class _Merged(NamedTuple):
     total: Tensor
 
 
-def _merge(x: Tensor, radius: Tensor, D: float, parts: Iterable[tuple[Tensor, ...]]) -> _Merged:
-    """Merges (mean, lse, nearest, total) of parts, in float64."""
+def _merge(x: Tensor, radius: Tensor, D: float, parts: Iterable[_Merged]) -> _Merged:
+    """Merges what parts say, in float64."""
     wide = wide_dtype(x.device)
     mean = torch.zeros(x.shape, dtype=wide, device=x.device)
     nearest, total = torch.full_like(radius, math.inf), torch.zeros_like(radius)
-    for part_mean, _, part_nearest, part_total in parts:
-        least = torch.minimum(nearest, part_nearest)
+    for part in parts:
+        least = torch.minimum(nearest, part.nearest)
         # The first part has nothing to rescale: inf − inf, times a total of 0.
         kept = torch.where(total == 0, 0.0, _weight(nearest, least, radius, D, x.shape[1]) * total)
-        added = _weight(part_nearest, least, radius, D, x.shape[1]) * part_total
+        added = _weight(part.nearest, least, radius, D, x.shape[1]) * part.total
         nearest, total = least, kept + added
-        mean.lerp_(part_mean.to(wide), (added / total)[:, None])
+        mean.lerp_(part.mean.to(wide), (added / total)[:, None])
     return _Merged(mean, nearest, total)
 
 
@@ -92,6 +101,25 @@ def _over_processes(
     return _Merged(*(exchange.own(values) for values in (mean, least, total)))
 
 
+class _Over(NamedTuple):
+    """What the forward pass went over, and the backward pass goes over again."""
+
+    parts: Parts
+    exchange: Exchange | None
+    D: float
+    backend: str | None
+    precision: str
+    alone: list[tuple[Tensor, Tensor]]
+    """(nearest, total) of each part of this process, for all queries."""
+
+    def say(self, x: Tensor, chunk: Tensor, radius: Tensor) -> _Merged:
+        """What one part says."""
+        mean, _, nearest, total = torch.ops.pfgm.posterior_mean(
+            x, chunk.flatten(1), radius, self.D, self.backend, self.precision
+        )
+        return _Merged(mean, nearest, total)
+
+
 class _PosteriorMean(torch.autograd.Function):
     """(x, radius, parts, D, backend, precision) → mean (B, N) and lse (B,)."""
 
@@ -106,15 +134,16 @@ class _PosteriorMean(torch.autograd.Function):
         precision: str,
     ) -> tuple[Tensor, Tensor]:
         exchange = None if parts.exchange is None else parts.exchange(x)
+        over = _Over(parts, exchange, D, backend, precision, [])
         seen_x, seen_radius = x, radius
         if exchange is not None:
             seen_x, seen_radius = exchange.gather(x), exchange.gather(radius)
 
-        def results() -> Iterator[tuple[Tensor, ...]]:
+        def results() -> Iterator[_Merged]:
             for chunk in parts.chunks(x.device):
-                yield torch.ops.pfgm.posterior_mean(
-                    seen_x, chunk.flatten(1), seen_radius, D, backend, precision
-                )
+                said = over.say(seen_x, chunk, seen_radius)
+                over.alone.append((said.nearest, said.total))
+                yield said
 
         merged = _merge(seen_x, seen_radius, D, results())
         if exchange is not None:
@@ -123,7 +152,7 @@ class _PosteriorMean(torch.autograd.Function):
         nearest, total, column = (each[:, None] for each in (*merged[1:], radius))
         logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
         ctx.save_for_backward(x, radius, mean, merged.nearest, merged.total)
-        ctx.over = _Over(parts, exchange, D, backend, precision)
+        ctx.over = over
         return mean, logsumexp
 
     @staticmethod
@@ -134,16 +163,6 @@ class _PosteriorMean(torch.autograd.Function):
         )
         of_x, of_radius = (g if need else None for g, need in zip(found, needs, strict=True))
         return of_x, of_radius, None, None, None, None
-
-
-class _Over(NamedTuple):
-    """What the forward pass went over, and the backward pass goes over again."""
-
-    parts: Parts
-    exchange: Exchange | None
-    D: float
-    backend: str | None
-    precision: str
 
 
 class _Gradient(torch.autograd.Function):
@@ -162,14 +181,14 @@ class _Gradient(torch.autograd.Function):
         over: _Over,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        own = _Saved(grad_mean, grad_logsumexp, x, radius, mean, nearest, total)
+        own = _Saved(x, radius, mean, nearest, total, grad_mean, grad_logsumexp)
+        check_singular(at_limit(nearest, radius, over.D), grad_logsumexp)
         exchange = over.exchange
         seen = own if exchange is None else _Saved(*map(exchange.gather, own))
         of_x, of_radius = _sum_of_gradients(seen, over, needs)
         if exchange is not None:
             of_x, of_radius = (exchange.own(exchange.sum(each)) for each in (of_x, of_radius))
-        twice_x, twice_radius = _counted_once(own, over)
-        return (of_x - twice_x).to(x.dtype), of_radius - twice_radius
+        return of_x.to(x.dtype), of_radius
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
@@ -177,62 +196,60 @@ class _Gradient(torch.autograd.Function):
 
 
 class _Saved(NamedTuple):
-    """Upstream gradients, and the forward pass."""
+    """The forward pass, and upstream gradients."""
 
-    grad_mean: Tensor
-    grad_logsumexp: Tensor
     x: Tensor
     radius: Tensor
     mean: Tensor
     nearest: Tensor
     total: Tensor
+    grad_mean: Tensor
+    grad_logsumexp: Tensor
 
 
 def _sum_of_gradients(seen: _Saved, over: _Over, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     """The gradients in x and radius of every part of this process, added up in float64."""
-    x, radius = seen.x, seen.radius
-    of_x = torch.zeros(x.shape, dtype=wide_dtype(x.device), device=x.device)
-    of_radius = torch.zeros_like(radius)
-    for chunk in over.parts.chunks(x.device):
-        found_x, _, found_radius = torch.ops.pfgm.posterior_mean_backward(
-            seen.grad_mean,
-            seen.grad_logsumexp,
-            x,
-            chunk.flatten(1),
-            radius,
-            seen.mean,
-            seen.nearest,
-            seen.total,
-            over.D,
-            [needs[0], False, needs[1]],
-            over.backend,
-            over.precision,
+    D, N = over.D, seen.x.shape[1]
+    of_x = torch.zeros(seen.x.shape, dtype=wide_dtype(seen.x.device), device=seen.x.device)
+    of_radius = torch.zeros_like(seen.radius)
+    regular = ~at_limit(seen.nearest, seen.radius, D)  # else the mean is locally constant
+    chunks = over.parts.chunks(seen.x.device)
+    for chunk, (nearest, total) in zip(chunks, over.alone, strict=True):
+        share = _weight(nearest, seen.nearest, seen.radius, D, N) * total / seen.total
+        rows = (regular & (share > _UNSEEN)).nonzero().squeeze(1)
+        if len(rows) == 0:
+            continue
+        found_x, found_radius = _part_of_gradient(
+            _Saved(*(each[rows] for each in seen)), share[rows], chunk, over, needs
         )
         if needs[0]:
-            of_x += found_x
+            of_x.index_add_(0, rows, found_x.to(of_x.dtype))
         if needs[1]:
-            of_radius += found_radius
+            of_radius.index_add_(0, rows, found_radius)
     return of_x, of_radius
 
 
-def _counted_once(own: _Saved, over: _Over) -> tuple[Tensor, Tensor]:
-    """What the sum of gradients over parts has too much, in x and in the radius.
-
-    With ∂L/∂x = Σ_j c_j (x − x_j), backends find Σ_j c_j from the upstream gradient g of lse as
-    −(N + D)(g − moment)/s of the nearest reference, or −g/σ². Moments add up over the parts, but
-    each part counts all of g.
-    """
-    g, radius, nearest = own.grad_logsumexp, own.radius, own.nearest
-    if math.isinf(over.D):
-        scaled = g / radius.square()
-        of_x, of_radius = -scaled, scaled * nearest / radius
-    else:
-        of_x = -(own.x.shape[1] + over.D) * g / (nearest + radius.square())
-        of_radius = radius * of_x
-    # At a limit g is 0, or the backward pass has raised; 0/0 is meant to be 0.
-    excess = over.parts.number - 1
-    of_x, of_radius = (torch.where(g == 0, 0.0, excess * each) for each in (of_x, of_radius))
-    return of_x[:, None] * (own.x.to(of_x.dtype) - own.mean.to(of_x.dtype)), of_radius
+def _part_of_gradient(
+    seen: _Saved, share: Tensor, chunk: Tensor, over: _Over, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """One part's gradients in x and radius, for queries of which it has a share."""
+    said = over.say(seen.x, chunk, seen.radius)
+    wide = share.dtype
+    apart = said.mean.to(wide) - seen.mean.to(wide)
+    pull = (seen.grad_mean.to(wide) * apart).sum(1)
+    of_x, _, of_radius = torch.ops.pfgm.posterior_mean_backward(
+        (share[:, None] * seen.grad_mean).to(seen.x.dtype),
+        share * (pull + seen.grad_logsumexp),
+        seen.x,
+        chunk.flatten(1),
+        seen.radius,
+        *said,
+        over.D,
+        [needs[0], False, needs[1]],
+        over.backend,
+        over.precision,
+    )
+    return of_x, of_radius
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

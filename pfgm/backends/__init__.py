@@ -61,10 +61,7 @@ class Backend(Protocol):
         needs: tuple[bool, bool, bool],
         precision: str = "high",
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, references and radius, None where not needed.
-
-        References may be a part of those that mean, nearest and total are of: what the parts give
-        adds up, but for what :mod:`pfgm.merging` knows that each counts."""
+        """Gradients of x, references and radius, None where not needed."""
 
     def normalised_field(
         self, x: Tensor, z: Tensor, mean: Tensor, gamma: float

@@ -8,7 +8,7 @@ input an answer whose only rounding is that of its output. Workspace is bounded 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -64,10 +64,14 @@ def log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int
 
 
 def _averaged(
-    x: Tensor, references: Tensor, radius: Tensor, D: float
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared distance of the nearest reference and total weight relative to it, both (B, 1), and
-    the weighted average (B, N) of the references."""
+    the weighted average of what ``weigh(weights, y)`` sums over a chunk of references y."""
     nearest = torch.full_like(radius, math.inf)
     total = torch.zeros_like(radius)
     weighted: Tensor | float = 0.0
@@ -82,7 +86,7 @@ def _averaged(
         kept = torch.where(total == 0, 0.0, relative.exp())
         weights = log_weight(squared - merged, merged, radius, D, x.shape[1]).exp()
         total = kept * total + weights.sum(1, keepdim=True)
-        weighted = kept * weighted + weights @ y
+        weighted = kept * weighted + weigh(weights, y)
         nearest = merged
     return nearest, total, weighted / total
 
@@ -96,7 +100,7 @@ def posterior_mean(
         check_radius(radius)
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
-    nearest, total, mean = _averaged(wide, references, r, D)
+    nearest, total, mean = _averaged(wide, references, r, D, torch.matmul)
     logsumexp = log_sum_exp(nearest, total, r, D, x.shape[1])
     return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
@@ -132,9 +136,11 @@ def posterior_mean_backward(
     nearest, total = nearest[:, None], total[:, None]
     regular = ~at_limit(nearest, r, D)
     check_singular(~regular, g)
-    # p is found relative to the nearest: the log-sum-exp, of the size of d²/σ², has no digits for
-    # it at a small σ.
-    pull = (upstream * center).sum(1, keepdim=True)
+    # Σ p G·y, which is G·mean before mean was rounded. p itself is found relative to the nearest:
+    # the log-sum-exp, of the size of d²/σ², has no digits for it at a small σ.
+    _, _, pull = _averaged(
+        wide, references, r, D, lambda w, y: (w * (upstream @ y.T)).sum(1, keepdim=True)
+    )
     moment = torch.zeros_like(r)  # Σ p t (s − s_min) / s, or Σ p t (d² − d_min²) / σ²
     grad_x = torch.zeros_like(wide) if needs[0] else None
     grad_references = (
