@@ -224,7 +224,7 @@ def shared(folder: Path, B: int = 256) -> dict[str, Any]:
         port = free.getsockname()[1]
     results = multiprocessing.get_context("spawn").SimpleQueue()
     path = str(folder / "fashion.npy")
-    spawn(_shared, (path, port, B, results), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(_shared, (path, port, B, results), nprocs=2)
     found = results.get()
     seconds = {name: found[name] for name in ("one", "two")}
     return {

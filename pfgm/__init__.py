@@ -5,7 +5,17 @@ the ODE, :func:`euler_step`, :func:`heun_step` and :func:`multistep_step`; the f
 sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads what was trained.
 """
 
-from . import backends, data, metrics, networks, plotting, solvers, training
+from . import (
+    backends,
+    data,
+    datasets,
+    evaluation,
+    metrics,
+    networks,
+    plotting,
+    solvers,
+    training,
+)
 from .backends import use_backend
 from .checkpoint import load, save
 from .checks import debug_checks
@@ -31,9 +41,11 @@ __all__ = [
     "ReferenceSet",
     "backends",
     "data",
+    "datasets",
     "debug_checks",
     "euler_step",
     "euler_step_from_mean",
+    "evaluation",
     "field_fn",
     "heun_step",
     "heun_step_from_mean",

@@ -14,6 +14,7 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 import torch
 from numpy.lib import format as npy
+from safetensors import safe_open
 from torch import Tensor
 
 from .data import choose, dtype_error, read_safetensors, reading
@@ -43,10 +44,13 @@ class Extent(NamedTuple):
     shape: tuple[int, ...]
 
 
-def find_array(path: Path) -> Extent | Tensor:
+def find_array(path: Path, name: str | None = None) -> Extent | Tensor:
     """Reads the header of an array file and no numbers, unless they cannot be used in place.
 
-    Of several arrays in a file the choice is that of :func:`pfgm.data.load_array`.
+    Args:
+        path: the file.
+        name: one of :func:`array_names`; of several arrays in a file the choice is that of
+            :func:`pfgm.data.load_array` unless given.
 
     Returns:
         Where the array lies; or the array, contiguous on the CPU and float32 where it was wider,
@@ -69,7 +73,46 @@ def find_array(path: Path) -> Extent | Tensor:
         raise ValueError(f"{path} is not a regular file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, 0 bytes long.")
-    return _READERS[path.suffix](path)
+    return _READERS[path.suffix](path, name)
+
+
+def array_names(path: Path) -> list[str]:
+    """What the arrays in a .npz or .safetensors file are called; the one in a .npy has no name.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    if path.suffix == ".npz":
+        with reading(path), ZipFile(path) as archive:
+            return [info.filename.removesuffix(".npy") for info in archive.infolist()]
+    if path.suffix == ".safetensors":
+        with reading(path), safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    return []
+
+
+def read_integers(path: Path, name: str) -> Tensor:
+    """An array of integers in a .npz or .safetensors file, as int64.
+
+    Raises:
+        TypeError: numbers of another type.
+        ValueError: a damaged or pickled file.
+    """
+    with reading(path):
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                array: np.ndarray[Any, Any] = archive[name]
+        else:
+            with safe_open(path, framework="np") as file:
+                array = file.get_tensor(name)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("a member of the archive that is no array comes as bytes")
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"{path} holds {name} of type {array.dtype}; allowed are integers, a label for each "
+            "sample."
+        )
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def find_mapped(array: np.memmap[Any, Any]) -> Extent | Tensor:
@@ -137,17 +180,17 @@ def _in_memory(array: np.ndarray[Any, Any], name: str) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
-def _find_npy(path: Path) -> Extent | Tensor:
+def _find_npy(path: Path, name: str | None) -> Extent | Tensor:
     with open(path, "rb") as file:
         return _find_in_stream(file, 0, path.stat().st_size, path)
 
 
-def _find_npz(path: Path) -> Extent | Tensor:
+def _find_npz(path: Path, name: str | None) -> Extent | Tensor:
     with reading(path):
         archive = ZipFile(path)
     with archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        member = members[choose(list(members), path)]
+        member = members[name or choose(list(members), path)]
         with reading(path):
             start = _start_of(member, path)
             stream = archive.open(member)
@@ -197,7 +240,7 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
     return _whole_numbers(shape), fortran, dtype
 
 
-def _find_safetensors(path: Path) -> Extent | Tensor:
+def _find_safetensors(path: Path, name: str | None) -> Extent | Tensor:
     size = path.stat().st_size
     with open(path, "rb") as file, reading(path):
         length = int.from_bytes(file.read(8), "little")
@@ -206,7 +249,7 @@ def _find_safetensors(path: Path) -> Extent | Tensor:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         names = list(header.keys())
-    name = choose(names, path)
+    name = name or choose(names, path)
     with reading(path):
         shape = _whole_numbers(header[name]["shape"])
         begin, end = _whole_numbers(header[name]["data_offsets"])
@@ -216,7 +259,7 @@ def _find_safetensors(path: Path) -> Extent | Tensor:
     check_samples(shape, str(path))
     _check_length(path, end, size - 8 - length)
     if dtype is None:
-        return read_safetensors(path)
+        return read_safetensors(path, name)
     return Extent(path, 8 + length + begin, dtype, shape)
 
 
@@ -234,7 +277,7 @@ def _check_length(path: Path, needed: int, found: int) -> None:
         )
 
 
-_READERS: dict[str, Callable[[Path], Extent | Tensor]] = {
+_READERS: dict[str, Callable[[Path, str | None], Extent | Tensor]] = {
     ".npy": _find_npy,
     ".npz": _find_npz,
     ".safetensors": _find_safetensors,

@@ -36,6 +36,26 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of a name, "auto" being cuda where there is a GPU, else cpu.
+
+    Raises:
+        ValueError: there is no such device, or it cannot be used.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from error
+    return device
+
+
 def checks_values(device: torch.device) -> bool:
     """Whether values on this device are looked at."""
     return device.type == "cpu" or _debug

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import backends, checkpoint, data, demo, runs
 from .backends import native
+from .checks import usable_device
 from .evaluate_command import Evaluate
 from .files import check_folder
 from .processes import ProcessLost, joined
@@ -66,7 +67,7 @@ class Train:
 
     def run(self) -> None:
         config = RunConfig.of(self.settings, self.training)
-        with joined(_device(self.device), self.timeout) as device:
+        with joined(usable_device(self.device), self.timeout) as device:
             runs.start(config, self.out, device=device, resume=self.resume)
 
 
@@ -117,7 +118,7 @@ class Sample:
             raise ValueError(
                 f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1."
             )
-        device = _device(self.device)
+        device = usable_device(self.device)
         flow, network = checkpoint.load(self.checkpoint, device=device)
         if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
             raise ValueError(
@@ -175,18 +176,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from error
-    return device
 
 
 _COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Info)

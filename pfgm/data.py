@@ -170,12 +170,12 @@ def _from_numpy(array: np.ndarray[Any, Any], path: Path) -> Tensor:
     return torch.from_numpy(array)
 
 
-def read_safetensors(path: Path) -> Tensor:
-    """The samples of a file, copied, uint8 or float32."""
+def read_safetensors(path: Path, name: str | None = None) -> Tensor:
+    """The samples of a file, or its array of that name, copied, uint8 or float32."""
     with reading(path):
         file: Any = safe_open(path, framework="pt")
     with file:
-        name = choose(file.keys(), path)
+        name = name or choose(file.keys(), path)
         with reading(path):
             # A copy, since the tensor may be the mapped file, which could change under it.
             tensor: Tensor = file.get_tensor(name).clone()

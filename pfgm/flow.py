@@ -353,8 +353,8 @@ def _evaluate(net: Network, x: Tensor, z: Tensor, condition: Condition) -> tuple
     found = net(x, z, **condition)
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise ValueError(
-            f"net returned a {type(found).__name__}; needed is (field_x, field_z), the field at the "
-            "points (a denoiser is a network of PoissonFlowPP)."
+            f"net returned a {type(found).__name__}; needed is (field_x, field_z), the field at x "
+            "and z (a denoiser is a network of PoissonFlowPP)."
         )
     field_x, field_z = found
     if field_x.shape != x.shape or field_z.shape != z.shape:

@@ -252,7 +252,6 @@ def _part_of_gradient(
     return of_x, of_radius
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def posterior_mean(
     x: Tensor, radius: Tensor, parts: Parts, D: float, backend: str | None, precision: str
 ) -> tuple[Tensor, Tensor]:

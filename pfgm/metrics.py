@@ -163,7 +163,12 @@ def kernel_distance(
 
 
 def precision_recall(
-    samples: Tensor, real: Tensor, k: int = 3, *, features: Features | None = None
+    samples: Tensor,
+    real: Tensor,
+    k: int = 3,
+    *,
+    features: Features | None = None,
+    neighbours: Tensor | None = None,
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
@@ -176,11 +181,13 @@ def precision_recall(
         real: (m, *S), likewise.
         k: the neighbour that sets the radius, k ≥ 1.
         features: compared in place of the samples, (n, *S) to (n, F).
+        neighbours: (m, k or more), :func:`neighbour_distances` of the real data (or of their
+            features), where several sets are compared with them.
 
     Raises:
         TypeError: a dtype that is not floating.
         ValueError: different sample shapes or devices, k < 1, at most k samples, NaN or infinity,
-            features of another shape.
+            features or neighbours of another shape.
 
     >>> real = torch.arange(5.0).view(5, 1)
     >>> precision_recall(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
@@ -188,7 +195,7 @@ def precision_recall(
     """
     _whole("k", k)
     rows, real_rows = _pair("samples", samples, "real", real, features, at_least=(k + 1, k + 1))
-    radii, real_radii = _radii(rows, k), _radii(real_rows, k)
+    radii, real_radii = _radii(rows, k), _radii(real_rows, k, neighbours)
     inside = 0
     covered = torch.zeros_like(real_radii, dtype=torch.bool)
     for part, distances in _distances(rows, real_rows):
@@ -198,7 +205,12 @@ def precision_recall(
 
 
 def density_coverage(
-    samples: Tensor, real: Tensor, k: int = 5, *, features: Features | None = None
+    samples: Tensor,
+    real: Tensor,
+    k: int = 5,
+    *,
+    features: Features | None = None,
+    neighbours: Tensor | None = None,
 ) -> DensityCoverage:
     """Density and coverage (Naeem et al. 2020, arXiv 2002.09797).
 
@@ -215,11 +227,12 @@ def density_coverage(
         real: (m, *S), likewise, m > k.
         k: the neighbour that sets the radius, k ≥ 1.
         features: compared in place of the samples, (n, *S) to (n, F).
+        neighbours: (m, k or more), as in :func:`precision_recall`.
 
     Raises:
         TypeError: a dtype that is not floating.
         ValueError: different sample shapes or devices, k < 1, at most k real samples, NaN or
-            infinity, features of another shape.
+            infinity, features or neighbours of another shape.
 
     >>> real = torch.arange(5.0).view(5, 1)
     >>> density_coverage(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
@@ -227,7 +240,7 @@ def density_coverage(
     """
     _whole("k", k)
     rows, real_rows = _pair("samples", samples, "real", real, features, at_least=(1, k + 1))
-    radii = _radii(real_rows, k)
+    radii = _radii(real_rows, k, neighbours)
     inside = 0
     covered = torch.zeros_like(radii, dtype=torch.bool)
     for _, distances in _distances(rows, real_rows):
@@ -235,6 +248,31 @@ def density_coverage(
         inside += int(within.sum())
         covered |= within.any(0)
     return DensityCoverage(inside / (k * len(rows)), int(covered.sum()) / len(real_rows))
+
+
+def neighbour_distances(x: Tensor, k: int = 5, *, features: Features | None = None) -> Tensor:
+    """The Euclidean distances of each sample to its k nearest others of the same set.
+
+    Args:
+        x: (n, *S), floating, n > k.
+        k: how many, k ≥ 1.
+        features: compared in place of the samples, (n, *S) to (n, F).
+
+    Returns:
+        (n, k), float64, ascending.
+
+    Raises:
+        TypeError: a dtype that is not floating.
+        ValueError: k < 1, at most k samples, NaN or infinity, features of another shape.
+
+    >>> neighbour_distances(torch.tensor([[0.0], [1.0], [3.0]]), k=2)
+    tensor([[1., 3.],
+            [1., 2.],
+            [2., 3.]], dtype=torch.float64)
+    """
+    _whole("k", k)
+    rows, _ = _pair("x", x, "x", x[: k + 1], features, at_least=(k + 1, k + 1))
+    return _neighbours(rows, k)
 
 
 def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) -> Tensor:
@@ -507,8 +545,20 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, torch.cdist(a[part], b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _radii(rows: Tensor, k: int) -> Tensor:
+def _radii(rows: Tensor, k: int, neighbours: Tensor | None = None) -> Tensor:
     """The distance (n,) of each row to its k-th nearest other row."""
+    if neighbours is None:
+        return _neighbours(rows, k)[:, -1]
+    if neighbours.ndim != 2 or len(neighbours) != len(rows) or neighbours.shape[1] < k:
+        raise ValueError(
+            f"neighbours has shape {tuple(neighbours.shape)}; allowed is ({len(rows)}, {k} or "
+            "more), the distances of the real data to their nearest."
+        )
+    return neighbours[:, k - 1].to(rows)
+
+
+def _neighbours(rows: Tensor, k: int) -> Tensor:
+    """The distances (n, k) of each row to its nearest other rows, ascending."""
     # The nearest of all is the row itself, at exactly 0.
     nearest = (part.topk(k + 1, largest=False).values for _, part in _distances(rows, rows))
-    return torch.cat([distances[:, k] for distances in nearest])
+    return torch.cat([distances[:, 1:] for distances in nearest])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +61,7 @@ class ReferenceSet:
 
     def __init__(
         self,
-        source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any],
+        source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | Source,
         *,
         flips: bool = False,
         labels: Tensor | None = None,
@@ -238,6 +237,12 @@ class ReferenceSet:
         moved._spare, moved._known_finite = [], True
         return moved
 
+    def flipped(self) -> ReferenceSet:
+        """The same set with the mirror image of each row (last axis reversed) counted too."""
+        both = copy.copy(self)
+        both._flips, both._spare = True, []
+        return both
+
     def save(self, path: StrPath) -> None:
         """Writes the rows, without mirror images, as a ``.npy`` file, whole or not at all.
 
@@ -340,11 +345,8 @@ class ReferenceSet:
     @property
     def parts(self) -> Parts:
         """What :mod:`pfgm.merging` needs to know."""
-        bounds = [self._rows * k // self._processes for k in range(self._processes + 1)]
-        held = [b - a for a, b in itertools.pairwise(bounds)]
-        count = sum(-(-rows // self._chunk_rows) for rows in held) * (2 if self._flips else 1)
         exchange = functools.partial(Ranks, self._group) if self.sharded else None
-        return Parts(self.chunks, count, exchange)
+        return Parts(self.chunks, exchange)
 
     def _local_chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Chunks of this process's rows where they are held, and the place of their first row."""

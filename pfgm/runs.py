@@ -45,6 +45,11 @@ class Settings:
     """auto: unet for images of at least 4 x 4, else mlp."""
     width: int | None = None
     """Width of the network; its own default unless given."""
+    multipliers: tuple[int, ...] | None = None
+    """Channels of each level of the unet, finest first, in units of the width; 1 2 2 suits 28 x 28
+    and 32 x 32."""
+    blocks: int | None = None
+    """Residual blocks of a level of the unet."""
     labels: bool = False
     """Tell the network what each sample is, where the data know."""
     flips: bool = False
@@ -58,6 +63,8 @@ class Settings:
     """Samples of an evaluation."""
 
     def __post_init__(self) -> None:
+        if self.multipliers is not None:
+            object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON has lists
         for name, allowed in (
             ("method", ("pfgm", "pfgm++", "edm")),
             ("network", ("auto", "unet", "mlp")),
@@ -216,8 +223,12 @@ def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) ->
     if name == "auto":
         name = "unet" if len(flow.shape) == 3 and min(flow.shape[1:]) >= 4 else "mlp"
     settings: dict[str, Any] = {"shape": flow.shape}
-    if config.width is not None:
-        settings["width"] = config.width
+    for option in ("width", "multipliers", "blocks"):
+        if (value := getattr(config, option)) is None:
+            continue
+        if name == "mlp" and option != "width":
+            raise ValueError(f"{option} is {value}, but the network is an mlp, which has none.")
+        settings[option] = value
     if config.labels:
         settings["classes"] = classes
     with torch.random.fork_rng(devices=[]):

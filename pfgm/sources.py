@@ -219,7 +219,7 @@ class OnDisk(Source):
 
 
 def open_source(
-    source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any],
+    source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | Source,
     *,
     in_memory: bool = False,
     progress: bool = False,
@@ -238,7 +238,8 @@ def open_source(
               several arrays the choice is that of :func:`pfgm.data.load_array`;
             - the path of a folder: every PNG, JPEG, BMP and WebP image below it, decoded;
             - a dataset with ``__len__`` and ``__getitem__``, loaded: see
-              :func:`pfgm.loading.load_dataset`.
+              :func:`pfgm.loading.load_dataset`;
+            - a source, as it is.
         in_memory: whether files that could be read in place are loaded as well.
         progress: whether a bar is shown while images or a dataset are loaded.
 
@@ -265,17 +266,19 @@ def open_source(
 
 
 def _open(source: object, progress: bool) -> Source:
+    if isinstance(source, Source):
+        return source
     if isinstance(source, Tensor):
         return InMemory(source)
     if isinstance(source, np.memmap):
-        return _source_of(find_mapped(source))
+        return source_of(find_mapped(source))
     if isinstance(source, np.ndarray):
         return InMemory(from_numpy(source, "source"))
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.is_dir():
             return InMemory(load_images(path, progress=progress))
-        return _source_of(find_array(path))
+        return source_of(find_array(path))
     if hasattr(source, "__getitem__") and not isinstance(source, Mapping):
         return InMemory(*load_dataset(source, progress=progress))
     raise TypeError(
@@ -284,7 +287,8 @@ def _open(source: object, progress: bool) -> Source:
     )
 
 
-def _source_of(found: Extent | Tensor) -> Source:
+def source_of(found: Extent | Tensor) -> Source:
+    """The rows of an array that was found in a file, or of one in memory."""
     if isinstance(found, Tensor):
         return InMemory(found)
     return OnDisk(found.path, found.offset, found.dtype, found.shape[1:], found.shape[0])

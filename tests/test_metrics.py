@@ -465,6 +465,29 @@ def test_an_outlier_of_the_real_data_adds_little_density() -> None:
     assert metrics.density_coverage(samples, real, k=5).coverage == pytest.approx(1 / 51)
 
 
+def test_distances_to_the_nearest_others() -> None:
+    rows = normal(30, 2, 3)
+    distances = torch.cdist(rows.flatten(1), rows.flatten(1)).sort(1).values
+    torch.testing.assert_close(metrics.neighbour_distances(rows, 4), distances[:, 1:5])
+    found = metrics.neighbour_distances(rows, 2, features=lambda x: x[:, 0, :1].long().double())
+    assert bool((found == found.round()).all())
+    twice = torch.zeros(3, 1)
+    assert metrics.neighbour_distances(twice, 2).tolist() == [[0, 0]] * 3
+    with pytest.raises(ValueError, match=r"x has shape \(4, 2\).*at least 5"):
+        metrics.neighbour_distances(normal(4, 2), 4)
+
+
+def test_known_neighbours_change_nothing() -> None:
+    samples, real = normal(20, 3), normal(30, 3, seed=1)
+    for metric, k in ((metrics.precision_recall, 3), (metrics.density_coverage, 5)):
+        for known in (k, 7):
+            neighbours = metrics.neighbour_distances(real, known)
+            assert metric(samples, real, k, neighbours=neighbours) == metric(samples, real, k)
+        for wrong in (neighbours[1:], neighbours[:, : k - 1], neighbours[0]):
+            with pytest.raises(ValueError, match=rf"allowed is \(30, {k} or more\)"):
+                metric(samples, real, k, neighbours=wrong)
+
+
 def test_density_coverage_needs_more_than_k_real_samples_and_one_other() -> None:
     assert metrics.density_coverage(normal(6, 2)[:1], normal(6, 2), k=5).coverage > 0
     with pytest.raises(ValueError, match=r"real has shape \(5, 2\).*at least 6"):

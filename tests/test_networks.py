@@ -264,7 +264,9 @@ def test_forward_errors(name: str) -> None:
 
 
 def test_unknown_network() -> None:
-    with pytest.raises(ValueError, match=r"^name is 'resnet'; only one of denoiser, mlp, unet is allowed\.$"):
+    with pytest.raises(
+        ValueError, match=r"^name is 'resnet'; only one of denoiser, mlp, unet is allowed\.$"
+    ):
         build("resnet", {})
 
 

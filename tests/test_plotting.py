@@ -592,6 +592,18 @@ def test_ticks_of_a_quality_curve_do_not_run_into_each_other() -> None:
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
+def test_numbers_of_a_logarithmic_quality_axis_are_plain_and_leave_room() -> None:
+    for values, expected in (([0.9, 5.0], ["1", "2", "3", "4"]), ([0.002, 300], ["0.01", "100"])):
+        figure = plotting.quality_curve({"a": ([1, 10], values)}, log_y=True, ylabel="distance")
+        renderer: Any = RendererAgg(*(figure.get_size_inches() * figure.dpi), figure.dpi)
+        figure.draw(renderer)
+        axis = figure.axes[0].yaxis
+        shown = [label.get_text() for label in axis.get_ticklabels(which="both")]
+        assert set(expected) <= set(shown)
+        assert not [text for text in shown if "10^" in text]
+        assert axis.label.get_window_extent(renderer).x0 >= 0
+
+
 def test_a_logarithmic_quality_axis_shows_a_band_that_reaches_below_zero() -> None:
     figure = plotting.quality_curve({"a": ([1, 10], [1.0, 0.01], [0.5, 0.02])}, log_y=True)
     (axes,) = figure.axes

@@ -31,7 +31,9 @@ def changed(**changes):
 
 
 def test_a_configuration_is_what_its_file_says(tmp_path):
-    config = RunConfig(data="x.npy", method="pfgm++", D=64.0, training=changed(steps=7))
+    config = RunConfig(
+        data="x.npy", method="pfgm++", D=64.0, multipliers=(1, 2), training=changed(steps=7)
+    )
     config.save(tmp_path / "config.json")
     assert RunConfig.load(tmp_path / "config.json") == RunConfig.load(tmp_path) == config
     assert RunConfig.of(config.settings, config.training) == config
@@ -44,7 +46,7 @@ def test_a_configuration_is_what_its_file_says(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"methd": "edm"}', "no setting 'methd'; known are D, data, flips"),
+        ('{"methd": "edm"}', "no setting 'methd'; known are D, blocks, data"),
         ('{"training": {"stepz": 5}}', "no setting 'stepz'"),
         ('{"training": {"steps": 0}}', "steps is 0"),
         ('{"method": "vae"}', "method is 'vae'; allowed are pfgm"),
@@ -67,6 +69,7 @@ def test_bad_configurations(tmp_path, text, message):
     [
         ({}, "UNet"),
         ({"network": "mlp"}, "MLP"),
+        ({"multipliers": (1, 1), "blocks": 2}, "UNet"),
         ({"method": "pfgm++", "D": 64.0}, "Denoiser"),
         ({"method": "edm", "network": "mlp"}, "Denoiser"),
     ],
@@ -121,6 +124,8 @@ def test_points_in_the_plane(tmp_path):
     assert (tmp_path / "run" / "evaluations.csv").exists()
     with pytest.raises(ValueError, match="has no labels"):
         run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
+    with pytest.raises(ValueError, match="blocks is 2, but the network is an mlp"):
+        run(tmp_path / "blocks", data=str(tmp_path / "points.npy"), blocks=2)
 
 
 def test_the_command_starts_from_a_recipe_and_resumes_from_the_folder(tmp_path, capsys):

@@ -353,9 +353,12 @@ def write_sparse(path: Path, shape: tuple[int, ...]) -> None:
 
 
 IN_ANOTHER_PROCESS = """
-import pickle, resource, sys, torch
+import os, pickle, resource, sys, torch
 
 def peak():
+    # Linux counts in ru_maxrss the process that started this one, before it became this program.
+    if os.path.exists("/proc/self/status"):
+        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

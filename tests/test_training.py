@@ -328,7 +328,7 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
         resume(network=nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"flow has M = 200; .* another flow, with M = "):
         resume(other_flow=pfgm.PoissonFlow((2,), M=200))
-    with pytest.raises(ValueError, match="PoissonFlowPP; the run in .* has a PoissonFlow"):
+    with pytest.raises(ValueError, match=r"PoissonFlowPP; the run in .* has a PoissonFlow"):
         resume(other_flow=pfgm.PoissonFlowPP((2,), D=2))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         resume(folder=tmp_path / "elsewhere")

@@ -131,14 +131,25 @@ def _log_limits(values: list[float]) -> tuple[float, float]:
 
 
 def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None:
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogFormatter, NullLocator
+
+    class Plain(LogFormatter):
+        """0.2 in place of 2 × 10⁻¹, for which there is no room."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     small = {"fontsize": _LABEL * 72 / DPI, "color": INK}
     axes.set_xlabel(xlabel, **small)
     axes.set_ylabel(ylabel, **small)
     axes.set_xticks(shown := _apart(ticks), [f"{tick:g}" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=_LABEL * 72 / DPI * 0.9, color="#999999", labelcolor=INK)
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_formatter(Plain())
+        axes.yaxis.set_minor_formatter(Plain(labelOnlyBase=False))
+    axes.tick_params(
+        which="both", labelsize=_LABEL * 72 / DPI * 0.9, color="#999999", labelcolor=INK
+    )
     axes.grid(True, color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -1,0 +1,417 @@
+"""Data by name and path: what arrives is what was put into the files, or one sentence."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import pfgm
+from pfgm import datasets
+from pfgm.datasets import open_data, open_samples
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+def whole(rows: pfgm.ReferenceSet | None) -> Tensor:
+    assert rows is not None
+    return rows[:]
+
+
+def known(rows: pfgm.ReferenceSet | None) -> list[int]:
+    assert rows is not None
+    assert rows.labels is not None
+    return rows.labels.tolist()
+
+
+def in_file(rows: pfgm.ReferenceSet) -> bool:
+    return "file" in repr(rows)
+
+
+# ---- names ------------------------------------------------------------------------------------
+
+
+def test_digits() -> None:
+    digits, found = pfgm.data.digits(), open_data("digits")
+    assert torch.equal(whole(found.train), digits.train)
+    assert torch.equal(whole(found.held_out), digits.held_out)
+    assert known(found.train) == digits.train_labels.tolist()
+    assert known(found.held_out) == digits.held_out_labels.tolist()
+    assert (found.classes, found.levels) == (10, 17)
+    grey = (digits.train + 1) / 2 * (found.levels - 1)
+    assert torch.equal(grey, grey.round())
+
+
+@pytest.mark.parametrize("name", ["", "mnist", "mnist:/tmp", "digits:", "npz:", "folder:", "cifar"])
+def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="allowed are digits, fashion-mnist") as caught:
+        open_data(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_digits_have_no_folder() -> None:
+    with pytest.raises(ValueError, match="data is digits:/tmp; allowed is digits"):
+        open_data("digits:/tmp")
+
+
+# ---- Fashion-MNIST ----------------------------------------------------------------------------
+
+
+def idx(values: np.ndarray[Any, Any]) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    return bytes([0, 0, 8, values.ndim]) + sizes + values.astype(np.uint8).tobytes()
+
+
+def write(path: Path, content: bytes) -> None:
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    path.write_bytes(content)
+
+
+def fashion(folder: Path, suffix: str = "") -> dict[str, np.ndarray[Any, Any]]:
+    """A small set in the form of Fashion-MNIST: 5 images and 3 held out, of 4 × 6 pixels."""
+    draw = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "train-images-idx3-ubyte": draw.integers(0, 256, (5, 4, 6)),
+        "train-labels-idx1-ubyte": np.array([9, 0, 3, 3, 1]),
+        "t10k-images-idx3-ubyte": draw.integers(0, 256, (3, 4, 6)),
+        "t10k-labels-idx1-ubyte": np.array([2, 7, 2]),
+    }
+    for name, values in arrays.items():
+        write(folder / (name + suffix), idx(values))
+    return arrays
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_fashion_mnist_in_a_folder(tmp_path: Path, suffix: str) -> None:
+    arrays = fashion(tmp_path, suffix)
+    found = open_data(f"fashion-mnist:{tmp_path}")
+    assert found.train.shape == (5, 1, 4, 6)
+    assert found.train.dtype == torch.uint8
+    images = whole(found.train)[:, 0].numpy()
+    np.testing.assert_array_equal(images, arrays["train-images-idx3-ubyte"])
+    held_out = whole(found.held_out)[:, 0].numpy()
+    np.testing.assert_array_equal(held_out, arrays["t10k-images-idx3-ubyte"])
+    assert known(found.train) == [9, 0, 3, 3, 1]
+    assert known(found.held_out) == [2, 7, 2]
+    assert (found.classes, found.levels) == (10, 256)
+
+
+def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path))
+    fashion(tmp_path / "fashion-mnist")
+    assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
+    monkeypatch.setattr(datasets, "_DEBIAN", tmp_path / "debian")
+    fashion(tmp_path / "debian", ".gz")
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path / "elsewhere"))
+    assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
+    monkeypatch.setattr(datasets, "_DEBIAN", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"elsewhere/fashion-mnist nor at .*nowhere"):
+        open_data("fashion-mnist")
+    monkeypatch.delenv("PFGM_DATA")
+    with pytest.raises(FileNotFoundError, match=r"\$PFGM_DATA/fashion-mnist.*fashion-mnist:FOLDER"):
+        open_data("fashion-mnist")
+
+
+IMAGES = idx(np.zeros((5, 4, 6)))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        IMAGES[:3],
+        IMAGES[:14],
+        IMAGES[:-1],
+        IMAGES + b"\0",
+        idx(np.zeros(5)),
+        bytes([0, 0, 9]) + IMAGES[3:],  # signed bytes
+        bytes([0, 0, 8, 3]) + b"\xff" * 12 + IMAGES[16:],  # more than any file holds
+        idx(np.zeros((0, 4, 6))),
+    ],
+)
+def test_damaged_idx_files(tmp_path: Path, suffix: str, content: bytes) -> None:
+    fashion(tmp_path, suffix)
+    path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    write(path, content)
+    with pytest.raises(ValueError, match="damaged or no IDX file of bytes with 3 dimensions") as e:
+        open_data(f"fashion-mnist:{tmp_path}")
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "foreign"])
+def test_damaged_compression(tmp_path: Path, damage: str) -> None:
+    fashion(tmp_path, ".gz")
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:-9], "changed": bytes(content), "foreign": IMAGES}[damage])
+    with pytest.raises(ValueError, match="truncated, damaged or no IDX file"):
+        open_data(f"fashion-mnist:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("train-labels-idx1-ubyte", np.zeros(4), "holds 4 labels; allowed are 5"),
+        ("t10k-labels-idx1-ubyte", np.full(3, 10), "holds the label 10; allowed are 0 to 9"),
+        ("t10k-images-idx3-ubyte", np.zeros((3, 4, 5)), "images of two sizes"),
+    ],
+)
+def test_idx_files_that_do_not_fit_together(
+    tmp_path: Path, name: str, values: np.ndarray[Any, Any], message: str
+) -> None:
+    fashion(tmp_path)
+    write(tmp_path / name, idx(values))
+    with pytest.raises(ValueError, match=message):
+        open_data(f"fashion-mnist:{tmp_path}")
+
+
+def test_a_missing_idx_file(tmp_path: Path) -> None:
+    fashion(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="neither t10k-labels-idx1-ubyte nor t10k-labels"):
+        open_data(f"fashion-mnist:{tmp_path}")
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_the_real_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PFGM_DATA", raising=False)
+    found = open_data("fashion-mnist")
+    assert found.train.shape == (60_000, 1, 28, 28)
+    assert found.held_out is not None
+    assert found.held_out.shape == (10_000, 1, 28, 28)
+    # Its paper: ten classes of equal numbers (Xiao et al., arXiv 1708.07747).
+    for rows in (found.train, found.held_out):
+        assert torch.bincount(rows.labels).tolist() == [len(rows) // 10] * 10
+    assert known(found.train)[:4] == [9, 0, 0, 3]
+    # The mean and deviation that everyone normalises it by.
+    values = [found.train[start : start + 1000].double() / 255 for start in (0, 20_000, 59_000)]
+    assert float(torch.cat(values).mean()) == pytest.approx(0.2860, abs=5e-3)
+    assert float(torch.cat(values).std()) == pytest.approx(0.3530, abs=5e-3)
+
+
+# ---- CIFAR-10 ---------------------------------------------------------------------------------
+
+
+def cifar(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Two records in each of its files; a record is a label and 3 × 32 × 32 bytes."""
+    draw = np.random.default_rng(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    records = {name: draw.integers(0, 256, (2, 3073)).astype(np.uint8) for name in names}
+    for number, (name, values) in enumerate(records.items()):
+        values[:, 0] = number, 9 - number
+        (folder / name).write_bytes(values.tobytes())
+    return records
+
+
+@pytest.mark.parametrize("inner", ["", "cifar-10-batches-bin"])
+def test_cifar10(tmp_path: Path, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = cifar(tmp_path / "cifar10" / inner)
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path))
+    for source in ("cifar10", f"cifar10:{tmp_path / 'cifar10'}"):
+        found = open_data(source)
+        images = whole(found.train).numpy()
+        assert images.shape == (10, 3, 32, 32)
+        assert known(found.train) == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+        third = records["data_batch_3.bin"][1]
+        # "the first 1024 bytes are the red channel values … stored in row-major order"
+        assert images[5, 0, 1, 2] == third[1 + 32 + 2]
+        assert images[5, 2, 31, 31] == third[-1]
+        np.testing.assert_array_equal(
+            whole(found.held_out).numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
+        )
+        assert known(found.held_out) == [5, 4]
+        assert (found.classes, found.levels) == (10, 256)
+
+
+def test_cifar10_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PFGM_DATA", raising=False)
+    archive = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+    with pytest.raises(FileNotFoundError, match=f"download {archive}, unpack it, .*cifar10:FOLDER"):
+        open_data("cifar10")
+    there = f"download {archive} and unpack it in {tmp_path}"
+    with pytest.raises(FileNotFoundError, match=there):
+        open_data(f"cifar10:{tmp_path}")
+    cifar(tmp_path)
+    (tmp_path / "data_batch_4.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=f"no data_batch_4.bin.*{there}"):
+        open_data(f"cifar10:{tmp_path}")
+
+
+@pytest.mark.parametrize("inner", ["", "cifar-10-batches-py"])
+def test_the_python_version_of_cifar10_is_not_read(tmp_path: Path, inner: str) -> None:
+    (tmp_path / inner).mkdir(exist_ok=True)
+    with open(tmp_path / inner / "data_batch_1", "wb") as file:
+        pickle.dump({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}, file)
+    with pytest.raises(
+        FileNotFoundError, match=r"pickled, and not read\); download https:.*binary"
+    ):
+        open_data(f"cifar10:{tmp_path}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "label"])
+def test_damaged_cifar10(tmp_path: Path, damage: str) -> None:
+    cifar(tmp_path)
+    path = tmp_path / "data_batch_2.bin"
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-1], "empty": b"", "label": b"\x0a" + content[1:]}[damage])
+    message = "label 10; allowed are 0 to 9" if damage == "label" else "records of 3073 bytes"
+    with pytest.raises(ValueError, match=f"data_batch_2.bin .*{message}"):
+        open_data(f"cifar10:{tmp_path}")
+
+
+# ---- files and folders ------------------------------------------------------------------------
+
+
+def save(path: Path, **arrays: np.ndarray[Any, Any]) -> Path:
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        save_file({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}, path)
+    return path
+
+
+def ramp(*shape: int, dtype: Any = np.uint8) -> np.ndarray[Any, Any]:
+    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("prefix", ["", "npz:"])
+def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
+    np.save(tmp_path / "a.npy", ramp(4, 3, 2, 2))
+    found = open_data(f"{prefix}{tmp_path / 'a.npy'}")
+    assert in_file(found.train)
+    np.testing.assert_array_equal(whole(found.train).numpy(), ramp(4, 3, 2, 2))
+    assert found[1:] == (None, 0, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_grey_images_get_a_channel_in_place(tmp_path: Path, dtype: torch.dtype) -> None:
+    images = torch.arange(60).view(5, 3, 4).to(dtype)
+    save_file({"images": images}, tmp_path / "grey.safetensors")
+    found = open_data(str(tmp_path / "grey.safetensors"))
+    assert found.train.shape == (5, 1, 3, 4)
+    assert in_file(found.train)
+    assert torch.equal(whole(found.train)[:, 0], images)
+    assert found.levels == (256 if dtype == torch.uint8 else 0)
+    np.savez_compressed(tmp_path / "grey.npz", images.float().numpy())
+    compressed = open_samples(tmp_path / "grey.npz")
+    assert not in_file(compressed)
+    assert torch.equal(whole(compressed)[:, 0], images.float())
+
+
+@pytest.mark.parametrize(
+    ("shape", "becomes"),
+    [
+        ((2000, 4, 5, 3), (2000, 3, 4, 5)),
+        ((7, 4, 5, 1), (7, 1, 4, 5)),
+        ((7, 3, 5, 3), (7, 3, 5, 3)),  # channels are first already
+        ((7, 4, 5, 2), (7, 4, 5, 2)),
+        ((7, 3), (7, 3)),
+    ],
+)
+def test_channels_come_first(
+    tmp_path: Path, shape: tuple[int, ...], becomes: tuple[int, ...]
+) -> None:
+    array = ramp(*shape, dtype=np.float32)
+    np.save(tmp_path / "a.npy", array)
+    rows = open_data(str(tmp_path / "a.npy")).train
+    assert rows.shape == becomes
+    assert in_file(rows) == (shape == becomes)
+    expected = array if shape == becomes else np.moveaxis(array, -1, 1)
+    np.testing.assert_array_equal(whole(rows).numpy(), expected)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("label", ["labels", "label", "y"])
+@pytest.mark.parametrize("held_out", ["held_out", "test"])
+def test_labels_and_held_out_samples(
+    tmp_path: Path, suffix: str, label: str, held_out: str
+) -> None:
+    arrays = {
+        "images": ramp(4, 3, 2),
+        label: np.array([2, 0, 0, 1], dtype=np.int32 if label == "y" else np.int64),
+        held_out: ramp(2, 3, 2)[::-1].copy(),
+        f"{held_out}_labels": np.array([5, 0], dtype=np.uint8),
+    }
+    path = save(tmp_path / f"set{suffix}", **arrays)
+    found = open_data(str(path))
+    np.testing.assert_array_equal(whole(found.train)[:, 0].numpy(), arrays["images"])
+    np.testing.assert_array_equal(whole(found.held_out)[:, 0].numpy(), arrays[held_out])
+    assert known(found.train) == [2, 0, 0, 1]
+    assert known(found.held_out) == [5, 0]
+    assert (found.classes, found.levels) == (6, 256)
+
+
+def test_a_single_array_is_the_samples_whatever_its_name(tmp_path: Path) -> None:
+    found = open_data(str(save(tmp_path / "a.npz", held_out=ramp(4, 3))))
+    assert found.train.shape == (4, 3)
+    assert found.held_out is None
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"labels": ramp(3)}, r"labels of shape \(3,\); allowed is \(4,\), a label for each"),
+        ({"y": ramp(4, dtype=np.float32)}, "y of type float32; allowed are integers"),
+        ({"test": ramp(2, 5)}, r"test, torch.uint8 of shape \(2, 5\); allowed is torch.uint8 with"),
+        ({"test": ramp(2, 3, dtype=np.float32)}, "test, torch.float32 of shape"),
+        ({"test": ramp(2, 3), "test_labels": ramp(3)}, r"test_labels of shape \(3,\); allowed"),
+    ],
+)
+def test_arrays_that_do_not_fit(
+    tmp_path: Path, suffix: str, arrays: dict[str, Any], message: str
+) -> None:
+    path = save(tmp_path / f"set{suffix}", x=ramp(4, 3), **arrays)
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        open_data(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_pickled_labels_are_not_read(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> Any:
+            return pytest.fail, ("a pickle was loaded",)
+
+    np.savez(tmp_path / "a.npz", x=ramp(4, 3), labels=np.array([Malicious()] * 4, dtype=object))
+    with pytest.raises(ValueError, match="pickled"):
+        open_data(str(tmp_path / "a.npz"))
+
+
+def test_a_missing_file_or_folder(tmp_path: Path) -> None:
+    for name in ("no.npy", "npz:no.npz", "npz:no"):
+        with pytest.raises(FileNotFoundError, match=r"no.* does not exist"):
+            open_data(name)
+    with pytest.raises(FileNotFoundError, match="is not an existing folder"):
+        open_data(f"folder:{tmp_path / 'no'}")
+    (tmp_path / "notes.txt").write_text("no array")
+    with pytest.raises(ValueError, match=r"suffix .\.txt."):
+        open_data(str(tmp_path / "notes.txt"))
+
+
+def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "digits"  # a name too, unless written as a path
+    folder.mkdir()
+    for number in range(3):
+        image.fromarray(ramp(4, 5) + number).save(folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (f"folder:{folder}", str(folder), "./digits", "folder:~/digits"):
+        found = open_data(source)
+        assert found.train.shape == (3, 1, 4, 5)
+        np.testing.assert_array_equal(whole(found.train)[2, 0].numpy(), ramp(4, 5) + 2)
+        assert found[1:] == (None, 0, 256)

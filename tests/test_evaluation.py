@@ -1,0 +1,407 @@
+"""Evaluation against closed forms and the metrics themselves; the command against both."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import pfgm
+from pfgm import cli, evaluation, metrics
+from pfgm.evaluation import bits_per_dim, curve, draw_samples, evaluate_samples
+from pfgm.runs import RunConfig
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(found: dict[str, float], samples: Tensor, real: Tensor, of: str) -> None:
+    """The figures of one set are those of the metrics."""
+    inside = metrics.precision_recall(samples, real, k=3)
+    balls = metrics.density_coverage(samples, real, k=5)
+    assert {name: found[name][of] for name in ("precision", "recall")} == inside._asdict()
+    assert {name: found[name][of] for name in ("density", "coverage")} == balls._asdict()
+    assert found["frechet_distance"][of] == metrics.frechet_distance(samples, real)
+    kernel = metrics.kernel_distance(samples, real, subsets=None).mean
+    assert found["kernel_distance"][of] == kernel
+
+
+# ---- samples ----------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_metrics() -> None:
+    samples, held_out, train = normal(20, 3), normal(15, 3, seed=1), normal(50, 3, seed=2)
+    found = evaluate_samples(samples, held_out, train)
+    same(found, samples, held_out, "samples")
+    beside = train[[0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35, 37, 40, 42, 45, 47]]
+    same(found, beside, held_out, "train")
+    assert found["against"] == "held_out"
+    assert found["counts"] == {"samples": 20, "against": 15, "train": 20, "searched": 50}
+    for name, rows in (("samples", samples), ("held_out", held_out)):
+        nearest = torch.cdist(rows.double(), train.double()).amin(1).median()
+        assert found["median_distance_to_train"][name] == pytest.approx(float(nearest))
+
+
+def test_without_held_out_data_every_other_row_takes_their_place() -> None:
+    samples, train = normal(20, 3), normal(31, 3, seed=1)
+    found = evaluate_samples(samples, None, train)
+    same(found, samples, train[::2], "samples")
+    same(found, train[1::2], train[::2], "train")
+    assert found["against"] == "train"
+    assert found["counts"] == {"samples": 20, "against": 16, "train": 15, "searched": 31}
+    # Copies of any row are found, though each row stands on one side only.
+    copies = evaluate_samples(train[:20], None, train)["median_distance_to_train"]
+    assert copies["samples"] == 0
+    assert copies["train"] > 0.3
+
+
+def test_shifted_samples() -> None:
+    """‖shift‖² is the Fréchet distance of a set that is the other, shifted."""
+    data = normal(40, 2)
+    found = evaluate_samples(data + torch.tensor([30.0, 40.0]), data, data)
+    assert found["frechet_distance"]["samples"] == pytest.approx(2500, rel=1e-5)
+    assert found["frechet_distance"]["train"] == pytest.approx(0, abs=1e-9)
+    assert [found[name]["samples"] for name in ("precision", "recall", "density")] == [0, 0, 0]
+    assert [found[name]["train"] for name in ("precision", "recall", "coverage")] == [1, 1, 1]
+
+
+def test_bytes_are_compared_in_the_unit() -> None:
+    sets = [
+        torch.randint(0, 256, (count, 1, 3, 3), generator=torch.Generator().manual_seed(count))
+        for count in (10, 20, 30)
+    ]
+    bytes_, floats = ([s.to(t) for s in sets] for t in (torch.uint8, torch.float32))
+    floats = [values / 127.5 - 1 for values in floats]
+    assert evaluate_samples(*bytes_) == evaluate_samples(*floats)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((5, 6, 6), "samples has 5 rows; the metrics need at least 6"),
+        ((6, 5, 6), "held_out has 5 rows"),
+        ((6, 6, 5), "train has 5 rows"),
+        ((6, None, 11), "half of train has 5 rows"),
+    ],
+)
+def test_too_few_rows(counts: tuple[int, int | None, int], message: str) -> None:
+    sets = [None if count is None else normal(count, 2) for count in counts]
+    with pytest.raises(ValueError, match=message):
+        evaluate_samples(*sets)
+    evaluate_samples(normal(6, 2), normal(6, 2, seed=1), normal(6, 2, seed=2))
+    evaluate_samples(normal(6, 2), None, normal(12, 2))
+
+
+def test_samples_of_another_shape_or_dtype() -> None:
+    with pytest.raises(ValueError, match="they must be the same"):
+        evaluate_samples(normal(6, 2), normal(6, 3), normal(6, 3))
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        evaluate_samples(torch.ones(6, 2, dtype=torch.int64), normal(6, 2), normal(6, 2))
+
+
+def test_drawing_depends_on_the_seed_and_not_on_the_batches() -> None:
+    data = normal(50, 2)
+    flow = pfgm.PoissonFlow.from_data(data)
+    net = flow.empirical(data)
+    whole, nfe = draw_samples(flow, net, 7, seed=3, solver="heun", steps=4)
+    assert nfe == 7  # two evaluations a step, one for the last
+    parts, _ = draw_samples(flow, net, 7, seed=3, solver="heun", steps=4, batch_size=3)
+    torch.testing.assert_close(parts, whole)
+    other, _ = draw_samples(flow, net, 7, seed=4, solver="heun", steps=4)
+    assert not torch.allclose(other, whole)
+    prior = flow.prior(7, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(flow.sample(net, 7, x_init=prior, solver="heun", steps=4), whole)
+    for options in ({"n": 0}, {"n": 7, "batch_size": 0}):
+        with pytest.raises(ValueError, match=f"{list(options)[-1]} is 0; allowed"):
+            draw_samples(flow, net, **options)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "denoiser"])
+def test_labels_are_drawn_evenly(kind: str) -> None:
+    """Also where the network that takes them is inside another."""
+    flow: Any = pfgm.PoissonFlow((2,), data_norm=1.0)
+    net: Any = pfgm.networks.MLP((2,), width=8, classes=3)
+    if kind == "denoiser":
+        flow = pfgm.PoissonFlowPP((2,), D=16)
+        net = pfgm.networks.Denoiser("mlp", {"shape": (2,), "width": 8, "classes": 3})
+    seen: list[Tensor] = []
+    net.register_forward_pre_hook(
+        lambda _, arguments, named: seen.append(named["labels"]), with_kwargs=True
+    )
+    draw_samples(flow, net, 7, solver="euler", steps=1, batch_size=4)
+    assert [labels.tolist() for labels in seen] == [[0, 1, 2, 0], [1, 2, 0]]
+    assert evaluation.label_count(net) == 3
+    assert evaluation.label_count(pfgm.networks.MLP((2,), width=8)) == 0
+    assert evaluation.label_count(lambda x, z: (x, z)) == 0
+
+
+# ---- likelihood -------------------------------------------------------------------------------
+
+
+def gaussian(width: float, N: int) -> tuple[pfgm.PoissonFlowPP, Any]:
+    """A flow whose density is N(0, width²) in each of N dimensions."""
+    flow = pfgm.PoissonFlowPP((N,), D=math.inf, sigma_min=width)
+    return flow, flow.empirical(torch.zeros(1, N))
+
+
+def gaussian_bits(x: Tensor, width: float) -> Tensor:
+    nats = 0.5 * (x.double() / width) ** 2 + math.log(width * math.sqrt(2 * math.pi))
+    return nats.mean(1) / math.log(2)
+
+
+def test_bits_per_dim_of_a_gaussian() -> None:
+    flow, net = gaussian(0.7, 2)
+    x = normal(9, 2)
+    found = bits_per_dim(flow, net, x, levels=0, estimator="exact", batch_size=4)
+    exact = gaussian_bits(x, 0.7)
+    assert found.mean == pytest.approx(float(exact.mean()), abs=1e-4)
+    assert found.standard_error == pytest.approx(float(exact.std()) / 3, abs=1e-4)
+    assert found.samples == 9
+    assert found.nfe > 10
+    assert math.isnan(bits_per_dim(flow, net, x[:1], levels=0).standard_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_bits_per_dim_of_grey_levels(dtype: torch.dtype) -> None:
+    """Averaged over the noise, they are the integral over each level's own interval."""
+    flow, net = gaussian(0.5, 50)
+    levels = 256 if dtype == torch.uint8 else 5
+    draw = torch.Generator().manual_seed(0)
+    k = torch.randint(0, levels, (40, 50), generator=draw)
+    x = k.to(torch.uint8) if dtype == torch.uint8 else 2 * k / (levels - 1) - 1
+    found = bits_per_dim(flow, net, x, levels=levels, seed=1, rtol=1e-3, atol=1e-3)
+    low, high = 2 * k.double() / levels - 1, 2 * (k.double() + 1) / levels - 1
+    squares = (high**3 - low**3) / (3 * (high - low))  # the mean of x² within a level
+    nats = squares / (2 * 0.25) + math.log(0.5 * math.sqrt(2 * math.pi))
+    expected = float(nats.mean()) / math.log(2) + math.log2(levels / 2)
+    assert found.mean == pytest.approx(expected, abs=0.03)
+    again = bits_per_dim(flow, net, x, levels=levels, seed=1, rtol=1e-3, atol=1e-3)
+    assert again == found
+
+
+def test_noise_stays_within_the_level() -> None:
+    k = torch.arange(17).repeat(100, 1)
+    noisy = evaluation.dequantised(k / 8 - 1, 17, torch.Generator().manual_seed(0))
+    assert torch.equal(((noisy + 1) / 2 * 17).floor().long(), k)
+    assert float(((noisy + 1) / 2 * 17 - k).mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_bits_per_dim_of_what_has_none() -> None:
+    flow, net = gaussian(1.0, 2)
+    with pytest.raises(ValueError, match="x has 0 rows"):
+        bits_per_dim(flow, net, torch.zeros(0, 2), levels=0)
+    with pytest.raises(ValueError, match="levels is 1; allowed is at least 2, or 0"):
+        bits_per_dim(flow, net, torch.zeros(1, 2), levels=1)
+    with pytest.raises(ValueError, match=r"x holds 1\.5; allowed are 17 levels in \[-1, 1\]"):
+        bits_per_dim(flow, net, torch.full((1, 2), -1.5), levels=17)
+
+
+# ---- curve ------------------------------------------------------------------------------------
+
+
+def test_curve() -> None:
+    data, held_out = normal(60, 2), normal(40, 2, seed=1)
+    flow = pfgm.PoissonFlow.from_data(data)
+    net = flow.empirical(data)
+    options = {"n": 60, "steps": [2, 5], "tolerances": [1e-2], "seed": 3}
+    points = curve(flow, net, held_out, **options)
+    assert curve(flow, net, held_out, **options) == points
+    assert [(p.run, p.setting, p.nfe) for p in points[:-1]] == [
+        ("euler, log", 2, 2),
+        ("euler, log", 5, 5),
+        ("euler, rho", 2, 2),
+        ("euler, rho", 5, 5),
+        ("heun, rho", 1, 1),
+        ("heun, rho", 3, 5),
+        ("multistep, log", 2, 2),
+        ("multistep, log", 5, 5),
+        ("multistep, rho", 2, 2),
+        ("multistep, rho", 5, 5),
+    ]
+    assert (points[-1].run, points[-1].setting) == ("rk45", 1e-2)
+    prior = flow.prior(60, generator=torch.Generator().manual_seed(3))
+    samples = flow.sample(net, 60, x_init=prior, solver="euler", schedule="log", steps=5)
+    assert points[1].frechet_distance == metrics.frechet_distance(samples, held_out)
+    curves = evaluation.as_curves(points)
+    assert list(curves) == list(dict.fromkeys(p.run for p in points))
+    assert curves["euler, rho"] == ([2, 5], [p.frechet_distance for p in points[2:4]])
+
+
+def test_curve_clamps_images_that_lie_within_the_unit() -> None:
+    def net(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return pfgm.networks.field_from_mean(x, z, torch.full_like(x, 3.0))  # all samples are 3
+
+    flow = pfgm.PoissonFlow((1, 2, 2), data_norm=1.0)
+    for size, expected in ((1.0, 0.0), (2.0, 4.0)):
+        held_out = torch.full((5, 1, 2, 2), size)
+        (point,) = curve(flow, net, held_out, n=4, steps=[], tolerances=[1e-3])
+        assert point.frechet_distance == pytest.approx(expected, abs=0.05)
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network of the digits, hardly trained."""
+    path = tmp_path_factory.mktemp("model") / "net.safetensors"
+    digits = pfgm.data.digits().train
+    flow = pfgm.PoissonFlow.from_data(digits)
+    torch.manual_seed(0)
+    pfgm.save(path, flow, pfgm.networks.MLP(flow.shape, width=16, depth=1))
+    return path
+
+
+def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
+    assert cli.main(["evaluate", "--out", str(out), *map(str, arguments)]) == 0
+    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return found
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert cli.main(["evaluate", "--out", str(tmp_path / "out"), *map(str, arguments)]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("pfgm: error: ")
+        assert not (tmp_path / "out" / "metrics.json").exists()
+        return line
+
+    return run
+
+
+def test_a_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--checkpoint", model, "--n", 30, "--steps", 3, "--likelihood", 2]
+    options += ["--curve", "--curve-steps", 2, 3]
+    found = evaluate(tmp_path / "a", *options)
+    flow, net = pfgm.load(model)
+    digits = pfgm.data.digits()
+    prior = flow.prior(30, generator=torch.Generator().manual_seed(0))
+    samples = flow.sample(net, 30, x_init=prior, steps=3).clamp(-1, 1)
+    inside = metrics.precision_recall(samples, digits.held_out)
+    assert found["precision"]["samples"] == inside.precision
+    distance = metrics.frechet_distance(samples, digits.held_out)
+    assert found["frechet_distance"]["samples"] == pytest.approx(distance)
+    assert found["against"] == "held_out"
+    assert found["counts"] == {"samples": 30, "against": 399, "train": 30, "searched": 1398}
+    assert (found["nfe"], found["seed"], found["data"]) == (3, 0, "digits")
+    assert found["source"] == str(model)
+    assert found["sampling"]["labels"] is None
+    assert found["versions"]["torch"] == torch.__version__
+    bits = found["likelihood"]
+    assert (bits["of"], bits["count"], bits["levels"]) == ("held_out", 2, 17)
+    assert 1 < bits["bits_per_dim"] < 100
+    assert bits["standard_error"] >= 0
+
+    rows = list(csv.DictReader((tmp_path / "a" / "curve.csv").read_text().splitlines()))
+    assert len(rows) == 5 * 2 + 3
+    (row,) = (r for r in rows if (r["run"], r["setting"]) == ("multistep, rho", "3"))
+    assert float(row["frechet_distance"]) == found["frechet_distance"]["samples"]
+    for picture in ("samples.png", "curve.png"):
+        assert (tmp_path / "a" / picture).read_bytes()[:8] == PNG
+    shown = capsys.readouterr().out
+    for part in ("against 399 held-out rows", "frechet distance", "bits per dimension of 2"):
+        assert part in shown
+
+    assert evaluate(tmp_path / "b", *options) == found  # the same seed, the same figures
+    assert (tmp_path / "b" / "curve.csv").read_text() == (tmp_path / "a/curve.csv").read_text()
+    other = evaluate(tmp_path / "c", *options[:6], "--seed", 1)
+    assert other["frechet_distance"] != found["frechet_distance"]
+    assert "likelihood" not in other
+    assert not (tmp_path / "c" / "curve.csv").exists()
+
+
+def test_samples_in_files_and_folders(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    digits = pfgm.data.digits()
+    grey = ((digits.held_out[:20, 0] + 1) * 127.5).round().to(torch.uint8)
+    unit = grey[:, None].float() / 127.5 - 1
+    np.save(tmp_path / "bytes.npy", grey.numpy())
+    np.save(tmp_path / "floats.npy", unit.numpy())
+    (tmp_path / "images").mkdir()
+    for number, each in enumerate(grey):
+        image.fromarray(each.numpy()).save(tmp_path / "images" / f"{number:02}.png")
+    expected = evaluate_samples(unit, digits.held_out, digits.train)
+    for name in ("bytes.npy", "floats.npy", "images"):
+        found = evaluate(tmp_path / "out", "--samples", tmp_path / name)
+        assert found["source"] == str(tmp_path / name)
+        assert found["counts"] == expected["counts"]
+        for figure in ("precision", "recall", "density", "coverage"):
+            assert found[figure]["samples"] == expected[figure]["samples"]
+        distance = expected["frechet_distance"]["samples"]
+        assert found["frechet_distance"]["samples"] == pytest.approx(distance)
+        assert "nfe" not in found
+        assert (tmp_path / "out" / "samples.png").read_bytes()[:8] == PNG
+    found = evaluate(tmp_path / "out", "--samples", tmp_path / "images", "--n", 8, "--against", 50)
+    assert found["counts"] == {"samples": 8, "against": 50, "train": 8, "searched": 50}
+
+
+def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Points of the plane: no held-out rows, no grey levels, no picture."""
+    data = normal(60, 2)
+    np.save(tmp_path / "points.npy", data.numpy())
+    flow = pfgm.PoissonFlow.from_data(data, z_min=0.3)
+    run = tmp_path / "run"
+    run.mkdir()
+    pfgm.save(run / "net.safetensors", flow, pfgm.networks.MLP((2,), width=16, depth=1))
+    (run / "latest.json").write_text('{"weights": "net.safetensors", "state": "none"}')
+    RunConfig(data=str(tmp_path / "points.npy")).save(run / "config.json")
+    found = evaluate(tmp_path / "out", "--checkpoint", run, "--n", 25, "--likelihood", 1)
+    assert found["data"] == str(tmp_path / "points.npy")  # what the run was trained on
+    assert found["against"] == "train"
+    assert found["counts"] == {"samples": 25, "against": 30, "train": 25, "searched": 60}
+    assert set(found["median_distance_to_train"]) == {"samples", "train"}
+    bits = found["likelihood"]
+    assert (bits["of"], bits["levels"], bits["standard_error"]) == ("train", 0, None)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json"]
+    shown = capsys.readouterr().out
+    assert "against 30 train rows" in shown
+    assert "of 1 train rows, no grey levels" in shown
+
+
+def test_a_network_with_labels(tmp_path: Path) -> None:
+    digits = pfgm.data.digits()
+    flow = pfgm.PoissonFlow.from_data(digits.train)
+    torch.manual_seed(0)
+    net = pfgm.networks.MLP(flow.shape, width=16, depth=1, classes=10)
+    pfgm.save(tmp_path / "net.safetensors", flow, net)
+    options = ["--checkpoint", tmp_path / "net.safetensors", "--n", 20, "--likelihood", 2]
+    found = evaluate(tmp_path / "out", *options, "--guidance", 2)
+    assert found["sampling"]["labels"] == "i mod 10"
+    assert found["sampling"]["guidance"] == 2
+    assert found["nfe"] == 20  # with the label and without
+    assert found["likelihood"]["labels"] is True
+
+
+def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    checkpoint = ["--checkpoint", model]
+    np.save(tmp_path / "wide.npy", np.zeros((9, 4, 4), np.float32))
+    np.save(tmp_path / "few.npy", np.zeros((5, 8, 8), np.float32))
+    assert "neither of checkpoint and samples" in fails()
+    assert "both of checkpoint and samples" in fails(*checkpoint, "--samples", tmp_path)
+    assert "n is 0; allowed is at least 1" in fails(*checkpoint, "--n", 0)
+    assert "curve-steps is 0" in fails(*checkpoint, "--curve-steps", 0)
+    assert "steps is 0" in fails(*checkpoint, "--steps", 0)
+    assert "samples alone have no likelihood" in fails("--samples", tmp_path, "--likelihood", 1)
+    assert "likelihood is 400; allowed are at most 399" in fails(*checkpoint, "--likelihood", 400)
+    assert "allowed are digits, fashion-mnist" in fails(*checkpoint, "--data", "letters")
+    assert "device is 'abacus'" in fails(*checkpoint, "--device", "abacus")
+    assert "no checkpoint at" in fails("--checkpoint", tmp_path / "no.safetensors")
+    assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
+    shape = fails("--samples", tmp_path / "wide.npy")
+    assert "samples have shape (1, 4, 4), but those of data digits (1, 8, 8)" in shape
+    assert "samples has 5 rows" in fails("--samples", tmp_path / "few.npy")
+    np.save(tmp_path / "nan.npy", np.full((9, 8, 8), np.nan, np.float32))
+    assert "NaN or infinity" in fails("--samples", tmp_path / "nan.npy")
