@@ -8,6 +8,11 @@ import math
 import os
 from pathlib import Path
 
+# Before torch is imported: pytest-xdist's workers share the processors.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +20,8 @@ import torch
 import pfgm
 
 ROOT = Path(__file__).resolve().parents[1]
+# Files that take longest, which workers had better begin with.
+LONG = ("test_triton_codegen", "test_triton", "test_cuda", "test_native", "test_processes")
 NATIVE = os.environ.get("PFGM_NATIVE") != "0"
 
 
@@ -42,6 +49,19 @@ def installation_problem() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     if problem := installation_problem():
         raise pytest.UsageError(f"{problem}; run pip install -e '.[test]'.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Whole files to workers, in this order: their fixtures compile, and serve all their tests."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(params=["native", "reference"] if NATIVE else ["reference"])

@@ -66,7 +66,7 @@ def test_readme_commands_are_those_that_are_tested():
     text = (ROOT / "README.md").read_text()
     install = "    python3 -m venv .venv && .venv/bin/pip install "
     assert f"{install}'.[demo]' && .venv/bin/pfgm demo\n" in text
-    assert f"{install}-e '.[test]' && .venv/bin/pytest\n" in text
+    assert f"{install}-e '.[test]' && .venv/bin/pytest -n auto\n" in text
 
 
 def test_the_readme_shows_the_stored_benchmarks():
