@@ -5,6 +5,10 @@
 Perturbation, target, network, gradients and Adam, for the demo's step (256 digits, 1398 references,
 its U-Net) and for the shape of the published CIFAR-10 step with a small U-Net. ``none`` takes zeros
 for the target: what the rest of the step costs.
+
+"outside the network" is the step of :class:`pfgm.training.Trainer` with the demo's network, 128 of
+all 1437 digits at a time, beside the same network and optimiser with points and targets given: what
+is left is perturbation, target, loss and moving average.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from turns import Measured, enter, replay, take_turns
 
 import pfgm
 from pfgm.backends.reference import normalised_field
+from pfgm.training import TrainConfig, Trainer
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 
@@ -69,6 +74,55 @@ def measure(subject: str) -> Measured:
     B, width = SUBJECTS[subject]
     paths = {target: training_step(target, images, B, width) for target in TARGETS}
     return take_turns(paths, 9, {"B, M, N": (B, *images.flatten(1).shape)})
+
+
+def whole_step(images: Tensor, B: int) -> Callable[[], Any]:
+    flow = pfgm.PoissonFlow.from_data(images)
+    config = TrainConfig(batch_size=B, references=len(images))
+    trainer = Trainer(flow, pfgm.networks.UNet(flow.shape), images, config, progress=False)
+
+    def run() -> None:
+        trainer._train_step()
+        trainer.step += 1
+
+    return run
+
+
+def network_step(images: Tensor, B: int) -> Callable[[], Any]:
+    flow = pfgm.PoissonFlow.from_data(images)
+    net = pfgm.networks.UNet(flow.shape)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-4)
+    x, z = flow.perturb(images[:B], torch.Generator().manual_seed(0))
+
+    def run() -> None:
+        field_x, field_z = net(x, z)
+        (field_x.square().sum() + field_z.square().sum()).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return run
+
+
+STEPS = {"whole step": whole_step, "network alone": network_step}
+
+
+@functools.lru_cache(maxsize=1)
+def measure_outside() -> Measured:
+    digits = pfgm.data.digits()
+    images = torch.cat([digits.train, digits.held_out])[:1437]
+    paths = {name: step(images, 128) for name, step in STEPS.items()}
+    measured = take_turns(paths, 15, {"B, M, N": (128, 1437, 64)}, warm=True)
+    outside = 1 - 1 / measured.ratio("whole step", "network alone")
+    return measured._replace(facts=measured.facts | {"share outside the network": outside})
+
+
+@pytest.mark.parametrize("path", STEPS)
+def bench_outside_the_network(path: str, benchmark: Any) -> None:
+    if benchmark.disabled:
+        benchmark(STEPS[path](pfgm.data.digits().train[:64], 4))
+        return
+    enter(benchmark, "training step, outside the network", path, measure_outside())
 
 
 @pytest.mark.parametrize("target", TARGETS)
