@@ -805,8 +805,13 @@ def by_label(
     of that label; a label below 0 is none, and sees all."""
     if labels is None:
         return target(x, level, references)
-    if reference_labels is None and isinstance(references, ReferenceSet):
-        reference_labels = references.labels
+    if isinstance(references, ReferenceSet):
+        if references.sharded:
+            raise ValueError(
+                f"references is {references!r}, which has no rows of one label in all processes; "
+                "with labels in the condition allowed are references that each process has."
+            )
+        reference_labels = references.labels if reference_labels is None else reference_labels
     if reference_labels is None or reference_labels.shape != references.shape[:1]:
         given = None if reference_labels is None else tuple(reference_labels.shape)
         raise ValueError(

@@ -169,8 +169,15 @@ def save_run(
     latest = {"step": step, "weights": weights_name, "state": state_name}
     write_atomic(folder / "latest.json", lambda file: file.write(json.dumps(latest).encode()))
     for pattern in ("step-*.safetensors", "step-*.state.pt"):
-        for old in sorted(folder.glob(pattern))[:-_KEPT]:
-            old.unlink()
+        # Those of a later step are of a run that this one has been resumed before the end of.
+        earlier = [path for path in sorted(folder.glob(pattern)) if _step_of(path) <= step]
+        for path in {*folder.glob(pattern)} - {*earlier[-_KEPT:]}:
+            path.unlink()
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix("step-").partition(".")[0]
+    return int(digits) if digits.isdigit() else 0
 
 
 def load_run(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:

@@ -58,8 +58,8 @@ class Train:
     """Continue the run in the output folder."""
     device: str = "auto"
     """auto: cuda where there is a GPU, else cpu."""
-    timeout: float = 300.0
-    """Seconds after which a process that does not answer is given up."""
+    timeout: float = 600.0
+    """Seconds after which a process that does not answer is given up; more than an evaluation."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     """What to train on what."""
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)

@@ -181,10 +181,17 @@ class _Gradient(torch.autograd.Function):
         over: _Over,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        own = _Saved(x, radius, mean, nearest, total, grad_mean, grad_logsumexp)
-        check_singular(at_limit(nearest, radius, over.D), grad_logsumexp)
+        seen = _Saved(x, radius, mean, nearest, total, grad_mean, grad_logsumexp)
         exchange = over.exchange
-        seen = own if exchange is None else _Saved(*map(exchange.gather, own))
+        if exchange is not None:
+            # Others may need what this process does not.
+            seen, needs = _Saved(*map(exchange.gather, seen)), (True, True)
+        # Of all queries, so that no process is left alone in what follows.
+        try:
+            check_singular(at_limit(seen.nearest, seen.radius, over.D), seen.grad_logsumexp)
+        except ValueError as error:
+            rows = "" if exchange is None else " Rows are numbered over all processes."
+            raise ValueError(f"{error}{rows}") from error
         of_x, of_radius = _sum_of_gradients(seen, over, needs)
         if exchange is not None:
             of_x, of_radius = (exchange.own(exchange.sum(each)) for each in (of_x, of_radius))

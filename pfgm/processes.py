@@ -20,14 +20,15 @@ class ProcessLost(RuntimeError):
 
 
 @contextmanager
-def joined(device: torch.device, timeout: float = 300.0) -> Iterator[torch.device]:
+def joined(device: torch.device, timeout: float = 600.0) -> Iterator[torch.device]:
     """Joins the processes that torchrun has started, and leaves them at the end.
 
     Without torchrun, and where torch.distributed is initialised already, nothing is done.
 
     Args:
         device: what to compute on; "cuda" becomes this process's own GPU.
-        timeout: seconds after which a process that does not answer is given up.
+        timeout: seconds after which a process that does not answer is given up; more than an
+            evaluation by the first takes.
 
     Yields:
         This process's device.
@@ -38,7 +39,8 @@ def joined(device: torch.device, timeout: float = 300.0) -> Iterator[torch.devic
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Gloo too, for what the processes agree on: that must not make anyone wait for a GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield device
@@ -59,8 +61,7 @@ class Processes:
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if self.size > 1:
-            # Of its own, on the CPU: agreeing must not make anyone wait for a GPU.
+        if self.size > 1 and "cpu:" not in dist.get_backend_config():
             self._group = dist.new_group(backend="gloo")
 
     @property

@@ -19,13 +19,12 @@ from .backends.reference import dequantise
 from .checks import first_bad_row
 from .files import StrPath, write_atomic
 from .merging import Parts
-from .sharding import Ranks
-from .sources import InMemory, Source, open_source
+from .sharding import Ranks, total
+from .sources import DTYPES, InMemory, Source, open_source
 
 __all__ = ["ReferenceSet", "References"]
 
 _CHUNK = 32 << 20  # bytes of rows that are computed together
-_STORED = (torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class ReferenceSet:
@@ -140,21 +139,25 @@ class ReferenceSet:
         numbers = self._numbers(rows)
         mirrored = (numbers >= self._rows) & self._flips
         local = torch.where(mirrored, numbers - self._rows, numbers) - self._offset
-        if len(local) and not 0 <= int(local.min()) <= int(local.max()) < self._end - self._begin:
-            raise IndexError(
-                f"rows holds numbers that this process has not; it has {self._offset} to "
-                f"{self._offset + self._end - self._begin - 1}"
-                + (f", and as many from {self._rows}." if self._flips else ".")
-            )
+        self._check_held("rows", numbers, local)
         taken = self._source.take(local + self._begin)
         if bool(mirrored.any()):
             mirrored = mirrored.to(taken.device)
             taken[mirrored] = taken[mirrored].flip(-1)
         return taken
 
+    def _check_held(self, name: str, numbers: Tensor, local: Tensor) -> None:
+        outside = (local < 0) | (local >= self._end - self._begin)
+        if bool(outside.any()):
+            raise IndexError(
+                f"{name} holds {int(numbers[outside][0])}, which this process has not; it has "
+                f"{self._offset} to {self._offset + self._end - self._begin - 1}"
+                + (f", and as many from {self._rows}." if self._flips else ".")
+            )
+
     def _numbers(self, rows: Tensor | slice) -> Tensor:
         if isinstance(rows, slice):
-            return torch.arange(*rows.indices(len(self)))
+            return torch.tensor(range(*rows.indices(len(self))), dtype=torch.long)
         if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
             given = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"rows is {given}; allowed are a slice, numbers (k,) or a mask (M,).")
@@ -180,7 +183,8 @@ class ReferenceSet:
             generator: of the draw.
 
         Raises:
-            ValueError: count is out of range.
+            IndexError: containing has a number that is out of range.
+            ValueError: count is out of range, or containing has a number twice.
 
         >>> references = ReferenceSet(torch.rand(1000, 2))
         >>> rows = references.draw(64, containing=torch.tensor([7, 3]))
@@ -195,9 +199,15 @@ class ReferenceSet:
                 f"count is {count}; allowed is {len(chosen)} (the rows in containing) to "
                 f"{held * sides} (the rows held)."
             )
-        if chosen.unique().numel() < len(chosen):
-            raise ValueError("containing holds a number twice; each row is drawn once.")
-        local = torch.where(chosen >= self._rows, chosen - self._rows + held, chosen) - self._offset
+        numbers, times = chosen.unique(return_counts=True)
+        if bool((times > 1).any()):
+            raise ValueError(
+                f"containing holds {int(numbers[times > 1][0])} twice; each row is drawn once."
+            )
+        mirrored = (chosen >= self._rows) & self._flips
+        local = torch.where(mirrored, chosen - self._rows, chosen) - self._offset
+        self._check_held("containing", chosen, local)
+        local = torch.where(mirrored, local + held, local)
         drawn = _without_replacement(local, count, held * sides, generator)
         return torch.where(drawn >= held, drawn - held + self._rows, drawn) + self._offset
 
@@ -225,13 +235,16 @@ class ReferenceSet:
         torch.bfloat16
         """
         dtype = dtype or self.dtype
-        if dtype not in _STORED:
-            raise ValueError(f"dtype is {dtype}; allowed are {', '.join(map(str, _STORED))}.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES))}.")
         count = self._end - self._begin
         shape = (count, *self._source.shape)
         held = torch.empty(shape, dtype=dtype, device=device or self.device, pin_memory=pin_memory)
         for start, chunk in self._local_chunks():
-            held[start : start + len(chunk)] = _converted(chunk, dtype)
+            converted = _converted(chunk, dtype)
+            if converted is not chunk:
+                _check_finite(converted, start)  # what was too large for a narrower type
+            held[start : start + len(chunk)] = converted
         moved = copy.copy(self)
         moved._source, moved._begin, moved._end = InMemory(held), 0, count
         moved._spare, moved._known_finite = [], True
@@ -317,7 +330,7 @@ class ReferenceSet:
                     squared = dequantise(rows, torch.float32).double().square().sum(1)
                     sums += torch.stack([squared.sqrt().sum(), squared.sum()]).cpu()
             if self.sharded:
-                dist.all_reduce(sums, group=self._group)
+                sums = total(sums, self._group)
             values = self._rows * max(math.prod(self._source.shape), 1)
             self._norms = float(sums[0]) / self._rows, math.sqrt(float(sums[1]) / values)
         return self._norms
@@ -366,8 +379,10 @@ class ReferenceSet:
         """Reads into one of two buffers while the caller works on the other."""
         size = (self._chunk_rows, *self._source.shape)
         # Kept for the next time; two threads that go through the set at once have their own.
-        pair = self._spare.pop() if self._spare else None
-        buffers = pair or (torch.empty(size, dtype=self.dtype), torch.empty(size, dtype=self.dtype))
+        try:
+            buffers = self._spare.pop()
+        except IndexError:
+            buffers = torch.empty(size, dtype=self.dtype), torch.empty(size, dtype=self.dtype)
 
         def read(place: int) -> Tensor:
             start = starts[place]
@@ -410,7 +425,7 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.dtype == dtype:
         return rows
     if dtype != torch.uint8:
-        return dequantise(rows, torch.float32).to(dtype) if rows.dtype == torch.uint8 else rows
+        return (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).to(dtype)
     if bool((rows.abs() > 1).any()):
         raise ValueError(
             f"dtype is torch.uint8, but the largest value is {float(rows.abs().max()):.4g}; "

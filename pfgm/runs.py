@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import metrics, networks
 from .base import Flow
@@ -19,14 +19,26 @@ from .datasets import Data, open_data
 from .files import StrPath, check_folder, write_atomic
 from .flow import PoissonFlow
 from .flowpp import PoissonFlowPP
-from .processes import Processes
+from .processes import Processes, lost
 from .references import ReferenceSet
 from .training import TrainConfig, Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
 
 _NAME = "config.json"
+_MAY_DIFFER = ("hold", "samples", "shared")
+# What the settings are called by each network.
+_PUBLISHED = {"width": "nf", "multipliers": "ch_mult", "blocks": "num_res_blocks"}
+_OPTIONS: dict[str, dict[str, str]] = {
+    "unet": {"width": "width", "multipliers": "multipliers", "blocks": "blocks"},
+    "mlp": {"width": "width"},
+    "ddpmpp": _PUBLISHED,
+    "ncsnpp": _PUBLISHED,
+}
+_OF_IMAGES = ("ddpmpp", "ncsnpp")
 _COMPARED = 10_000  # rows that samples are compared with, at most
+_FEWEST = 4  # samples or rows: one more than the neighbours that precision and recall take
+_TOGETHER = 1000  # samples that go through the network at once
 _SHOWN, _ROW = 100, 10  # samples in a picture, and in a row of it
 
 
@@ -41,15 +53,17 @@ class Settings:
     """The flow: one augmented dimension, D of them, or infinitely many (diffusion)."""
     D: float = 128.0
     """Augmented dimensions of pfgm++."""
-    network: Literal["auto", "unet", "mlp"] = "auto"
-    """auto: unet for images of at least 4 x 4, else mlp."""
+    flow: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Hyper-parameters of the flow in place of those that follow from the data, such as M 291."""
+    network: Literal["auto", "unet", "mlp", "ddpmpp", "ncsnpp"] = "auto"
+    """auto: unet for images of at least 4 x 4, else mlp. ddpmpp and ncsnpp are the published ones,
+    for square images."""
     width: int | None = None
     """Width of the network; its own default unless given."""
     multipliers: tuple[int, ...] | None = None
-    """Channels of each level of the unet, finest first, in units of the width; 1 2 2 suits 28 x 28
-    and 32 x 32."""
+    """Channels of each level, finest first, in units of the width; not of the mlp."""
     blocks: int | None = None
-    """Residual blocks of a level of the unet."""
+    """Residual blocks of a level; not of the mlp."""
     labels: bool = False
     """Tell the network what each sample is, where the data know."""
     flips: bool = False
@@ -67,13 +81,13 @@ class Settings:
             object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON has lists
         for name, allowed in (
             ("method", ("pfgm", "pfgm++", "edm")),
-            ("network", ("auto", "unet", "mlp")),
+            ("network", ("auto", *_OPTIONS)),
             ("hold", ("source", "memory", "device")),
         ):
             if (chosen := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {chosen!r}; allowed are {', '.join(allowed)}.")
-        if self.samples < 2:
-            raise ValueError(f"samples is {self.samples}; allowed is at least 2.")
+        if self.samples < _FEWEST:
+            raise ValueError(f"samples is {self.samples}; allowed is at least {_FEWEST}.")
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
 
@@ -161,18 +175,50 @@ def start(
         The network with averaged weights.
 
     Raises:
-        ValueError: the folder holds a run and resume is False, or the data do not do.
+        ValueError: the folder holds a run and resume is False, or resuming, a run with other
+            settings; the data or settings do not do.
         OSError: the folder cannot be written, the data cannot be read.
         Diverged, ProcessLost, KeyboardInterrupt, Terminated: as
             :meth:`pfgm.training.Trainer.train`.
     """
     folder, device = check_folder(folder), torch.device(device)
-    if not resume and (folder / "latest.json").exists():
+    processes = Processes()
+    if resume:
+        _check_settings(config, folder)
+    elif (folder / "latest.json").exists():
         raise ValueError(
             f"out is {folder}, which holds a run already; add --resume to continue it, or choose "
             "another folder."
         )
-    processes = Processes()
+    if config.shared and processes.size == 1:
+        raise ValueError("shared is True, but there is one process; start several with torchrun.")
+    if config.shared and config.labels:
+        raise ValueError(
+            "shared and labels are both True, but the references of one label cannot be shared; "
+            "choose one of them."
+        )
+    with lost(processes):
+        return _run(config, folder, device, resume, processes, progress, report)
+
+
+def _check_settings(config: RunConfig, folder: Path) -> None:
+    """Resuming, only what does not change the training may differ from what the folder says."""
+    saved = RunConfig.load(folder)
+    for field in dataclasses.fields(Settings):
+        value, before = getattr(config, field.name), getattr(saved, field.name)
+        if field.name not in _MAY_DIFFER and value != before:
+            raise ValueError(f"{field.name} is {value!r}; the run in {folder} has {before!r}.")
+
+
+def _run(
+    config: RunConfig,
+    folder: Path,
+    device: torch.device,
+    resume: bool,
+    processes: Processes,
+    progress: bool,
+    report: Callable[[str], None],
+) -> nn.Module:
     data = open_data(config.data, progress=progress and processes.leads)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
@@ -213,29 +259,46 @@ def _held(rows: ReferenceSet, config: RunConfig, device: torch.device) -> Refere
 
 def _flow(config: RunConfig, rows: ReferenceSet) -> Flow:
     if config.method == "pfgm":
-        return PoissonFlow.from_data(rows)
+        return PoissonFlow.from_data(rows, **config.flow)
     D = math.inf if config.method == "edm" else config.D
-    return PoissonFlowPP.from_data(rows, D=D)
+    return PoissonFlowPP.from_data(rows, D=D, **config.flow)
 
 
 def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) -> nn.Module:
     name = config.network
     if name == "auto":
         name = "unet" if len(flow.shape) == 3 and min(flow.shape[1:]) >= 4 else "mlp"
-    settings: dict[str, Any] = {"shape": flow.shape}
-    for option in ("width", "multipliers", "blocks"):
-        if (value := getattr(config, option)) is None:
-            continue
-        if name == "mlp" and option != "width":
-            raise ValueError(f"{option} is {value}, but the network is an mlp, which has none.")
-        settings[option] = value
+    settings = _options(config, name, flow)
     if config.labels:
         settings["classes"] = classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         if isinstance(flow, PoissonFlowPP):
             return networks.Denoiser(name, settings, sigma_data=flow.sigma_data)
-        return networks.build(name, settings | {"data_std": max(rows.rms, 1e-6)})
+        if name not in _OF_IMAGES:
+            settings["data_std"] = max(rows.rms, 1e-6)
+            if isinstance(flow, PoissonFlow):
+                settings["gamma"] = flow.gamma
+        return networks.build(name, settings)
+
+
+def _options(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
+    """The network's keyword arguments that say how large it is."""
+    settings: dict[str, Any] = {"shape": flow.shape}
+    if name in _OF_IMAGES:
+        if len(flow.shape) != 3 or flow.shape[1] != flow.shape[2] or config.labels:
+            raise ValueError(
+                f"network is {name!r}; allowed for it are square images without labels, not "
+                f"{flow.shape}{' with labels' if config.labels else ''}."
+            )
+        settings = {"channels": flow.shape[0], "resolution": flow.shape[1]}
+    for option in ("width", "multipliers", "blocks"):
+        if (value := getattr(config, option)) is None:
+            continue
+        if option not in _OPTIONS[name]:
+            raise ValueError(f"{option} is {value}, but the network is an {name}, which has none.")
+        settings[_OPTIONS[name][option]] = value
+    return settings
 
 
 class _Evaluation:
@@ -249,19 +312,18 @@ class _Evaluation:
         self._classes = data.classes if config.labels else 0
         against = data.held_out or data.train
         rows = torch.arange(len(against))
+        if len(rows) < _FEWEST:
+            raise ValueError(
+                f"{config.data} has {len(rows)} rows to compare samples with; at least {_FEWEST} "
+                "are needed."
+            )
         if len(rows) > _COMPARED:
             generator = torch.Generator().manual_seed(0)
             rows = against.draw(_COMPARED, generator=generator)
         self._rows, self._against = rows, against
 
     def __call__(self, step: int, network: nn.Module) -> dict[str, float]:
-        condition = {}
-        if self._classes:
-            labels = torch.arange(self._count) // _ROW % self._classes
-            condition["labels"] = labels.to(self._device)
-        generator = torch.Generator().manual_seed(self._seed)
-        prior = self._flow.prior(self._count, generator=generator).to(self._device)
-        samples = self._flow.sample(network, self._count, x_init=prior, condition=condition).cpu()
+        samples = self._samples(network)
         if len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3):
             from .plotting import image_grid
 
@@ -274,3 +336,14 @@ class _Evaluation:
             "precision": found.precision,
             "recall": found.recall,
         }
+
+    def _samples(self, network: nn.Module) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed)
+        prior = self._flow.prior(self._count, generator=generator)
+        labels = torch.arange(self._count) // _ROW % max(self._classes, 1)
+        parts = []
+        for x, own in zip(prior.split(_TOGETHER), labels.split(_TOGETHER), strict=True):
+            condition = {"labels": own.to(self._device)} if self._classes else None
+            x = x.to(self._device)
+            parts.append(self._flow.sample(network, len(x), x_init=x, condition=condition).cpu())
+        return torch.cat(parts)

@@ -6,9 +6,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "total"]
 
 _DTYPES = (torch.float32, torch.float64)
+
+
+def total(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the processes of a few values, on the CPU."""
+    # A group of NCCL alone takes no tensors on the CPU.
+    device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
+    shared = values.to(device)
+    dist.all_reduce(shared, group=group)
+    return shared.cpu()
 
 
 class Ranks:

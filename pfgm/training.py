@@ -26,7 +26,7 @@ from .files import remove_leftovers
 from .flowpp import PoissonFlowPP
 from .logs import Log
 from .processes import Processes, ProcessLost, lost
-from .references import References
+from .references import References, ReferenceSet
 
 __all__ = ["Diverged", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
 
@@ -163,8 +163,8 @@ class Trainer:
             point's target is then made of the references of its label.
 
     Raises:
-        ValueError: data do not fit the flow, are fewer than a batch, or not finite; labels do not
-            fit the data.
+        ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
+            or are given with data that are shared between processes.
 
     >>> import pfgm, torch
     >>> data = torch.randn(256, 2)
@@ -235,6 +235,11 @@ class Trainer:
             )
         if len(data) < size:
             raise ValueError(f"data has {len(data)} rows; at least batch_size, {size}, are needed.")
+        if labels is not None and isinstance(data, ReferenceSet) and data.sharded:
+            raise ValueError(
+                f"labels are given, but data is {data!r}: the references of one label lie in "
+                "several processes; allowed are data that each process has."
+            )
         if labels is not None and (
             labels.shape != data.shape[:1] or labels.is_floating_point() or int(labels.min()) < 0
         ):
@@ -257,7 +262,8 @@ class Trainer:
 
         Raises:
             Diverged: the loss is not finite; no checkpoint is written after the last good one.
-            ValueError: data hold values that are not finite.
+            ValueError: data hold values that are not finite (on a GPU the loss shows that), or the
+                folder holds a run that has not been resumed.
             OSError: a checkpoint cannot be written.
             KeyboardInterrupt, Terminated: a signal ended the run, after its checkpoint.
             ProcessLost: another process of the run has ended or does not answer.
@@ -266,6 +272,11 @@ class Trainer:
         config, processes = self.config, self._processes
         leads = processes.leads
         if leads and self.folder is not None:
+            if self.step == 0 and (self.folder / "latest.json").exists():
+                raise ValueError(
+                    f"folder is {self.folder}, which holds a run already; resume() continues it, "
+                    "another folder keeps it."
+                )
             remove_leftovers(self.folder)
         with (
             _signals() as received,
@@ -320,7 +331,8 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, or from a run with other settings, data or network.
+            ValueError: it is damaged, or from a run with another flow, network, settings or
+                number of rows.
         """
         if self.folder is None:
             raise ValueError("folder is None; resuming needs the folder of a run.")
@@ -411,11 +423,12 @@ class Trainer:
     def _checked(self, loss: float) -> float:
         if math.isfinite(loss):
             return loss
-        own = int(self._bad) or math.inf
-        step = int(self._processes.least(own))
+        # Where only the sum of losses has overflowed, no step is to blame but the last.
+        step = int(self._processes.least(int(self._bad) or self.step))
         raise Diverged(
-            f"the loss is not finite at step {step} (rows and noise of that step have the seed "
-            f"{self._seed(step - 1)}): lower the learning rate; the last checkpoint is unharmed."
+            f"the loss is not finite at step {step} (the noise of that step has the seed "
+            f"{self._seed(step - 1)} in process {self._processes.rank}): lower the learning rate; "
+            "the last checkpoint is unharmed."
         )
 
     def _bar(self) -> tqdm:
@@ -434,7 +447,11 @@ def _check_flow(flow: Flow, saved: Flow, folder: Path) -> None:
             f"flow is a {type(flow).__name__}; the run in {folder} has a {type(saved).__name__}."
         )
     for name, value in flow.config.items():
-        if saved.config[name] != value:
+        # Up to rounding: what follows from the data is summed up in an order of its own.
+        same = saved.config[name] == value or (
+            isinstance(value, float) and math.isclose(value, saved.config[name], rel_tol=1e-9)
+        )
+        if not same:
             raise ValueError(
                 f"flow has {name} = {value!r}; the run in {folder} has another flow, with "
                 f"{name} = {saved.config[name]!r}."

@@ -181,6 +181,13 @@ def test_a_run_keeps_its_newest_two_checkpoints(tmp_path, flow, network):
     weights, description, state = load_run(tmp_path / "run")
     assert description["step"] == state["step"] == 15
     assert weights.keys() == network.state_dict().keys()
+    # Taken up at 10 again: what is later belongs to no run any more.
+    run_checkpoint(tmp_path / "run", flow, network, 12)
+    assert load_run(tmp_path / "run")[2]["step"] == 12
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.state.pt")) == [
+        "step-00000010.state.pt",
+        "step-00000012.state.pt",
+    ]
 
 
 @pytest.mark.parametrize("broken", ["safetensors", "state.pt", "latest.json"])

@@ -265,7 +265,8 @@ def test_forward_errors(name: str) -> None:
 
 def test_unknown_network() -> None:
     with pytest.raises(
-        ValueError, match=r"^name is 'resnet'; only one of denoiser, mlp, unet is allowed\.$"
+        ValueError,
+        match=r"^name is 'resnet'; only one of ddpmpp, denoiser, mlp, ncsnpp, unet is allowed\.$",
     ):
         build("resnet", {})
 
@@ -357,7 +358,7 @@ def test_denoisers(tmp_path: Any, name: str) -> None:
 
 
 def test_bad_denoisers() -> None:
-    with pytest.raises(ValueError, match="network is 'vit'; allowed are mlp, unet"):
+    with pytest.raises(ValueError, match="network is 'vit'; allowed are ddpmpp, mlp, ncsnpp, unet"):
         Denoiser("vit", {})
     with pytest.raises(ValueError, match="sigma_data"):
         Denoiser("mlp", {"shape": (2,)}, sigma_data=0.0)

@@ -103,10 +103,10 @@ def test_training_in_two_processes(tmp_path, points, kind):
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, points):
     run, port = tmp_path / "run", free_port()
     both = [start("training.py", rank, port, run, points, "whole", 40, 25) for rank in range(2)]
-    started = time.monotonic()
+    assert both[1].wait(timeout=120) == 9
+    died = time.monotonic()
     output, _ = both[0].communicate(timeout=60)
-    assert both[1].wait() == 9
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - died < 40  # the processes were given 30 s for an answer
     assert both[0].returncode != 0
     assert "ProcessLost: another process of the run has ended or does not answer" in output
     assert load_run(run)[2]["step"] == 20

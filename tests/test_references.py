@@ -201,8 +201,9 @@ def test_rows_by_number_slice_and_mask(tmp_path):
         numbers = torch.tensor([7, 0, 7, 29])
         assert torch.equal(references[numbers], rows[numbers])
         assert torch.equal(references[5:9], rows[5:9])
+        assert references[5:3].shape == (0, *SHAPE)
         assert torch.equal(references[torch.arange(30) % 2 == 0], rows[::2])
-        with pytest.raises(IndexError, match="0 to 29"):
+        with pytest.raises(IndexError, match=r"rows holds 30, .* has 0 to 29"):
             references[torch.tensor([30])]
         with pytest.raises(TypeError, match="allowed are a slice"):
             references[3]
@@ -243,8 +244,10 @@ def test_bad_draws():
         references.draw(11)
     with pytest.raises(ValueError, match="allowed is 2"):
         references.draw(1, containing=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="containing holds 1 twice"):
         references.draw(5, containing=torch.tensor([1, 1]))
+    with pytest.raises(IndexError, match="containing holds 999"):
+        references.draw(5, containing=torch.tensor([999]))
 
 
 # ---- storage ----
@@ -263,6 +266,8 @@ def test_storage_types():
         ReferenceSet(2 * floats[:] + 0.5).to(dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"torch\.int32"):
         references.to(dtype=torch.int32)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ReferenceSet(torch.full((3, 2), 1e6)).to(dtype=torch.float16)
 
 
 def test_saved_sets_are_read_again(small_chunks, tmp_path):

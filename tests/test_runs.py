@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_a_configuration_is_what_its_file_says(tmp_path):
         ('{"training": {"steps": 0}}', "steps is 0"),
         ('{"method": "vae"}', "method is 'vae'; allowed are pfgm"),
         ('{"D": -1}', "D is -1"),
-        ('{"samples": 1}', "samples is 1"),
+        ('{"samples": 3}', "samples is 3; allowed is at least 4"),
         ("[1]", "holds a list where settings"),
         ("{", "is not the configuration of a run"),
     ],
@@ -70,6 +71,8 @@ def test_bad_configurations(tmp_path, text, message):
         ({}, "UNet"),
         ({"network": "mlp"}, "MLP"),
         ({"multipliers": (1, 1), "blocks": 2}, "UNet"),
+        ({"network": "ddpmpp", "width": 8, "multipliers": (1, 2), "blocks": 1}, "DDPMpp"),
+        ({"network": "ncsnpp", "width": 8, "multipliers": (1, 1), "method": "edm"}, "Denoiser"),
         ({"method": "pfgm++", "D": 64.0}, "Denoiser"),
         ({"method": "edm", "network": "mlp"}, "Denoiser"),
     ],
@@ -81,6 +84,23 @@ def test_each_method_trains_and_samples(tmp_path, settings, kind):
     expected = {"pfgm++": 64.0, "edm": math.inf}.get(settings.get("method"), 1.0)
     assert expected == flow.D
     assert flow.sample(network, 3, steps=3).shape == (3, 1, 8, 8)
+
+
+def test_hyper_parameters_of_the_flow(tmp_path):
+    run(tmp_path, flow={"M": 200, "z_max": 30.0, "gamma": 2.0})
+    flow, network = pfgm.load(tmp_path)
+    assert (flow.M, flow.z_max, flow.gamma, network.gamma) == (200, 30.0, 2.0, 2.0)
+    with pytest.raises(TypeError, match="'zmax'"):
+        run(tmp_path / "other", flow={"zmax": 30.0})
+
+
+def test_a_run_is_resumed_with_its_own_settings(tmp_path):
+    run(tmp_path)
+    run(tmp_path, resume=True, hold="memory", samples=30, training=changed(steps=8))
+    with pytest.raises(ValueError, match=r"data is 'other.npy'; the run in .* has 'digits'"):
+        run(tmp_path, resume=True, data="other.npy")
+    with pytest.raises(ValueError, match="start several with torchrun"):
+        run(tmp_path / "shared", shared=True)
 
 
 def test_the_single_sample_target(tmp_path):
@@ -107,7 +127,7 @@ def test_evaluations_do_not_change_the_training(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("hold", ["source", "memory", "device"])
+@pytest.mark.parametrize("hold", ["memory", "device"])
 def test_data_in_files_with_mirror_images(tmp_path, hold):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
@@ -124,6 +144,8 @@ def test_points_in_the_plane(tmp_path):
     assert (tmp_path / "run" / "evaluations.csv").exists()
     with pytest.raises(ValueError, match="has no labels"):
         run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
+    with pytest.raises(ValueError, match=r"allowed for it are square images .* not \(2,\)"):
+        run(tmp_path / "net", data=str(tmp_path / "points.npy"), network="ddpmpp")
     with pytest.raises(ValueError, match="blocks is 2, but the network is an mlp"):
         run(tmp_path / "blocks", data=str(tmp_path / "points.npy"), blocks=2)
 
@@ -145,3 +167,16 @@ def test_the_command_starts_from_a_recipe_and_resumes_from_the_folder(tmp_path, 
     assert "there is no configuration" in capsys.readouterr().err
     assert cli.main([*arguments, "--config", str(tmp_path / "recipe.json")]) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_recipes_are_configurations():
+    recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.json"))
+    assert {recipe.stem for recipe in recipes} == {"cifar10", "cifar10-8gpus", "fashion-mnist"}
+    for recipe in recipes:
+        RunConfig.load(recipe)
+    folder = recipes[0].parent
+    one, eight = (RunConfig.load(folder / f"{name}.json") for name in ("cifar10", "cifar10-8gpus"))
+    assert one.flow == {"M": 291, "z_max": 40.0, "upper_norm": 3000.0}
+    assert (one.network, one.training.batch_size, one.training.references) == ("ddpmpp", 128, 4096)
+    assert eight == dataclasses.replace(one, blocks=8)
+    assert eight.training.batch_size % 8 == 0

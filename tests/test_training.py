@@ -373,8 +373,22 @@ def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
     resumed.train()
     assert rows()[:5] == whole
     assert [int(step) for step, _ in rows()[5:]] == [25, 30, 34]
-    trainer().train()
-    assert rows() == whole
+    with pytest.raises(ValueError, match="holds a run already"):
+        trainer().train()
+    assert len(rows()) == 8
+
+
+def test_figures_that_follow_from_the_data_are_compared_up_to_rounding(tmp_path, data):
+    def trainer(sigma_data):
+        flow = pfgm.PoissonFlowPP((2,), D=16, sigma_data=sigma_data)
+        torch.manual_seed(0)
+        network = pfgm.networks.Denoiser("mlp", {"shape": (2,), "width": 8, "depth": 1})
+        return Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False)
+
+    trainer(0.7).train()
+    assert trainer(math.nextafter(0.7, 1)).resume() == SMALL.steps
+    with pytest.raises(ValueError, match=r"sigma_data = 0\.70001"):
+        trainer(0.70001).resume()
 
 
 # ---- reference sets ----

@@ -5,30 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .checkpoints import load_published
 from .denoiser import Denoiser
 from .embedding import FieldNetwork, NoiseEmbedding, field_from_mean
 from .mlp import MLP
+from .published import DDPMpp, NCSNpp, Published
 from .unet import UNet
 
-NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser]] = {
+NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser] | type[Published]] = {
+    "ddpmpp": DDPMpp,
     "denoiser": Denoiser,
     "mlp": MLP,
+    "ncsnpp": NCSNpp,
     "unet": UNet,
 }
 
 __all__ = [
     "MLP",
     "NETWORKS",
+    "DDPMpp",
     "Denoiser",
     "FieldNetwork",
+    "NCSNpp",
     "NoiseEmbedding",
+    "Published",
     "UNet",
     "build",
     "field_from_mean",
+    "load_published",
 ]
 
 
-def build(name: str, config: Mapping[str, Any]) -> FieldNetwork | Denoiser:
+def build(name: str, config: Mapping[str, Any]) -> FieldNetwork | Denoiser | Published:
     """The network called `name`, built from keyword arguments such as another's `config`.
 
     >>> net = build("mlp", {"shape": [2], "width": 16, "depth": 1})

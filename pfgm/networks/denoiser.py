@@ -12,9 +12,29 @@ from torch import Tensor, nn
 from ..flowpp import Preconditioned
 from .embedding import FieldNetwork, plain
 from .mlp import MLP
+from .published import DDPMpp, NCSNpp, Published
 from .unet import UNet
 
-_INNER: dict[str, type[FieldNetwork]] = {"mlp": MLP, "unet": UNet}
+_INNER: dict[str, type[FieldNetwork] | type[Published]] = {
+    "ddpmpp": DDPMpp,
+    "mlp": MLP,
+    "ncsnpp": NCSNpp,
+    "unet": UNet,
+}
+
+
+class _PublishedBackbone(nn.Module):
+    """F(x, c_noise) of a published network: its field_x, with c_noise embedded as EDM does."""
+
+    def __init__(self, network: Published) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        # Fourier features take the logarithm themselves.
+        z = noise.exp() if self.network.config["embedding"] == "fourier" else noise
+        field_x: Tensor = self.network(x, z)[0]
+        return field_x
 
 
 class _Backbone(nn.Module):
@@ -34,16 +54,16 @@ class _Backbone(nn.Module):
 class Denoiser(Preconditioned):
     """A denoiser net(x, sigma, labels=None) of :class:`pfgm.PoissonFlowPP`, any D.
 
-    The U-Net or the MLP of this package, behind EDM's preconditioning
-    (:class:`pfgm.flowpp.Preconditioned`).
+    A network of this package behind EDM's preconditioning (:class:`pfgm.flowpp.Preconditioned`).
 
     Args:
-        network: "unet" or "mlp".
+        network: "unet", "mlp", "ddpmpp" or "ncsnpp"; the last two take no labels.
         config: keyword arguments of that network, such as shape, width and classes.
         sigma_data: standard deviation of the data's values, that of the flow.
 
     Raises:
-        ValueError: another network, or a configuration that it does not take.
+        ValueError: another network, or a setting of it that is out of range.
+        TypeError: a setting that it has not.
 
     >>> net = Denoiser("unet", {"shape": (1, 8, 8), "width": 16}, sigma_data=0.5)
     >>> net(torch.randn(5, 1, 8, 8), torch.rand(5)).shape
@@ -54,7 +74,8 @@ class Denoiser(Preconditioned):
         if network not in _INNER:
             raise ValueError(f"network is {network!r}; allowed are {', '.join(_INNER)}.")
         inner = _INNER[network](**config)
-        super().__init__(_Backbone(inner), sigma_data)
+        backbone = _PublishedBackbone(inner) if isinstance(inner, Published) else _Backbone(inner)
+        super().__init__(backbone, sigma_data)
         self.shape = inner.shape
         self.config = {
             "network": network,

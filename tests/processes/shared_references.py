@@ -53,12 +53,38 @@ def check(path, rank):
     assert set(part.draw(20).tolist()) <= set(part.rows.tolist())
 
 
+def check_different_needs(path, rank):
+    """One process differentiates in x, the other in sigma."""
+    part, whole = (pfgm.ReferenceSet(path) for _ in range(2))
+    part = part.shard()
+    x, sigma = queries(), torch.linspace(0.2, 3, 7, dtype=torch.float64)
+    own = slice(0, 3) if rank == 0 else slice(3, 7)
+
+    def gradient(x, sigma, held):
+        of = (x if rank == 0 else sigma).requires_grad_()
+        return torch.autograd.grad(pfgm.posterior_mean(x, held, sigma=sigma).square().sum(), of)[0]
+
+    found = gradient(x[own].clone(), sigma[own].clone(), part)
+    expected = gradient(x[own].clone(), sigma[own].clone(), whole)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def check_errors(path, rank):
     part = pfgm.ReferenceSet(path).shard()
+    x = queries().requires_grad_()
+    x.data[0] = pfgm.data.to_unit(pfgm.ReferenceSet(path)[0:1]).double()[0]
+    sigma = torch.full((7,), float(rank), dtype=torch.float64)  # 0 in the first process alone
+    lse = pfgm.posterior_mean(x, part, sigma=sigma, D=math.inf, return_logsumexp=True)[1]
+    with pytest.raises(ValueError, match="log-sum-exp of row"):
+        lse.sum().backward()
     with pytest.raises(ValueError, match="cannot be sharded"):
         part.shard()
     with pytest.raises(ValueError, match="cannot be saved"):
         part.save("part.npy")
+    flow = pfgm.PoissonFlow.from_data(part)
+    data = pfgm.data.to_unit(part[part.rows[:4]])
+    with pytest.raises(ValueError, match="no rows of one label in all processes"):
+        flow.loss(flow.empirical(data), data, part, condition={"labels": torch.zeros(4).long()})
     with pytest.raises(IndexError, match="this process has not"):
         part[0 : len(part)]
     x = queries(torch.float32 if rank == 0 else torch.float64)
@@ -71,5 +97,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with joined(torch.device("cpu"), timeout=60):
         check(sys.argv[1], dist.get_rank())
+        check_different_needs(sys.argv[1], dist.get_rank())
         check_errors(sys.argv[1], dist.get_rank())
         print(f"rank {dist.get_rank()} is content")
