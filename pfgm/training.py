@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,108 +24,14 @@ from .flowpp import PoissonFlowPP
 from .logs import Log
 from .processes import Processes, ProcessLost, lost
 from .references import References, ReferenceSet
+from .signals import Terminated, noticed
+from .train_config import TrainConfig
 
 __all__ = ["Diverged", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
 
 
 class Diverged(RuntimeError):
     """The loss is not finite."""
-
-
-class Terminated(SystemExit):
-    """SIGTERM arrived during training; the checkpoint has been written."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The defaults are those published for CIFAR-10 (PFGM, appendix B.1)."""
-
-    steps: int = 100_000
-    """Optimiser steps."""
-    batch_size: int = 128
-    """Samples that are perturbed in a step, in all processes together."""
-    references: int = 4096
-    """Samples whose field is the target, those of the batch among them; all data where it has no
-    more, or where the data are shared between processes. 0, for PFGM++, is the single-sample
-    target."""
-    learning_rate: float = 2e-4
-    """Adam's, after the warm-up."""
-    beta2: float = 0.999
-    """Adam's decay of the squared gradient; lower for short runs."""
-    warmup: int = 5000
-    """Steps over which the learning rate rises."""
-    decay: Literal["none", "cosine"] = "none"
-    """How the learning rate falls from the end of the warm-up to the last step."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    ema: float = 0.9999
-    """Decay of the averaged weights; min(ema, (1 + t)/(10 + t)) at step t."""
-    accumulate: int = 1
-    """Parts in which a batch goes through the network, to save memory."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network: bfloat16 under autocast, with weights in float32."""
-    compile: bool = False
-    """Compile the network (torch.compile)."""
-    label_dropout: float = 0.1
-    """Share of the labels that are left out, so that guidance has an unconditional network."""
-    checkpoint_every: int = 5000
-    """Steps between checkpoints."""
-    evaluate_every: int = 0
-    """Steps between evaluations; 0 is never."""
-    log_every: int = 50
-    """Steps between reports of the loss."""
-    seed: int = 0
-    """Of batches, perturbation and dropout."""
-
-    def __post_init__(self) -> None:
-        smallest = {"steps": 1, "batch_size": 1, "references": 0, "warmup": 0, "accumulate": 1}
-        smallest |= {"checkpoint_every": 1, "evaluate_every": 0, "log_every": 1}
-        for name, least in smallest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; allowed is an integer of at least {least}.")
-        for name in ("learning_rate", "clip"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} is {value!r}; allowed is any number above 0.")
-        for name in ("ema", "beta2", "label_dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value!r}; allowed is 0 to below 1.")
-        for name, allowed in (
-            ("decay", ("none", "cosine")),
-            ("precision", ("float32", "bfloat16")),
-        ):
-            if (chosen := getattr(self, name)) not in allowed:
-                raise ValueError(
-                    f"{name} is {chosen!r}; allowed are {' and '.join(map(repr, allowed))}."
-                )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate is {self.accumulate}; allowed are divisors of batch_size, "
-                f"{self.batch_size}."
-            )
-        if 0 < self.references < self.batch_size:
-            raise ValueError(
-                f"references is {self.references}; allowed is at least batch_size, "
-                f"{self.batch_size}, as the references contain the batch, or 0 for none."
-            )
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then constant or half a cosine down to 0 after the last step.
-
-        >>> TrainConfig(steps=100, warmup=10, learning_rate=1.0, decay="cosine").learning_rate_at(4)
-        0.5
-        """
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.decay == "none":
-            return self.learning_rate
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 # What a resumed run may have otherwise than the run it continues.
@@ -279,7 +182,7 @@ class Trainer:
                 )
             remove_leftovers(self.folder)
         with (
-            _signals() as received,
+            noticed() as received,
             lost(processes),
             closing(Log(self.folder if leads else None, self.step)) as log,
             self._bar() as bar,
@@ -476,28 +379,3 @@ def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tens
 
 def _rng_type(device: torch.device) -> str:
     return "cuda" if device.type == "cpu" else device.type
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM is put into the list; a second one acts as it did before."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread is sent signals
-        return
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        restore()

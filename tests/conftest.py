@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before torch is imported: pytest-xdist's workers share the processors.
@@ -67,6 +69,35 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(params=["native", "reference"] if NATIVE else ["reference"])
 def backend(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def run_kernel_tests(tmp_path_factory):
+    """run_kernel_tests(files, environment) → for each file of tests/gpu a process of its own, all
+    at once, and where its output goes."""
+    started = []
+
+    def run(files, environment):
+        folder = tmp_path_factory.mktemp("output")
+        command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
+        running = {}
+        for file in files:
+            log = folder / file.replace(os.sep, "-")
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    [*command, ROOT / "tests" / "gpu" / file],
+                    env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            started.append(process)
+            running[file] = process, log
+        return running
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def _wide(values):

@@ -40,29 +40,10 @@ def build() -> Path:
     return extension
 
 
-def log(folder: Path, file: str) -> Path:
-    return folder / file.replace(os.sep, "-")
-
-
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """Their files of tests/gpu, each in a process of its own, all at once; and their output."""
-    folder = tmp_path_factory.mktemp("output")
-    environment = os.environ | {"PFGM_CUDA_SHIM": str(build()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
-    processes = {}
-    for file in FILES:
-        with log(folder, file).open("w") as output:
-            processes[file] = subprocess.Popen(
-                [*command, KERNEL_TESTS / file],
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-    yield {file: (process, log(folder, file)) for file, process in processes.items()}
-    for process in processes.values():
-        process.kill()
-        process.wait()
+def running(run_kernel_tests):
+    """Their files of tests/gpu."""
+    return run_kernel_tests(FILES, {"PFGM_CUDA_SHIM": str(build())})
 
 
 @pytest.mark.parametrize("file", FILES)

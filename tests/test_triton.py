@@ -22,29 +22,10 @@ triton_only = pytest.mark.skipif(
 )
 
 
-def log(folder: Path, file: str) -> Path:
-    return folder / file.replace(os.sep, "-")
-
-
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """Triton's files of tests/gpu, each in a process of its own, all at once; and their output."""
-    folder = tmp_path_factory.mktemp("output")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
-    processes = {}
-    for file in FILES:
-        with log(folder, file).open("w") as output:
-            processes[file] = subprocess.Popen(
-                [*command, KERNEL_TESTS / file],
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-    yield {file: (process, log(folder, file)) for file, process in processes.items()}
-    for process in processes.values():
-        process.kill()
-        process.wait()
+def running(run_kernel_tests):
+    """Triton's files of tests/gpu."""
+    return run_kernel_tests(FILES, {"TRITON_INTERPRET": "1"})
 
 
 @triton_only
