@@ -27,11 +27,7 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "quality.
 STEPS = (3, 5, 8, 10, 20, 40, 100)
 HALF = (2, 3, 4, 5, 10, 20, 50)  # of heun, which takes two evaluations a step
 RUNS: dict[str, dict[str, Any]] = {
-    "euler, log": {"solver": "euler", "schedule": "log"},
-    "euler, rho": {"solver": "euler", "schedule": "rho"},
-    "heun, rho": {"solver": "heun", "schedule": "rho"},
-    "multistep, log": {"solver": "multistep", "schedule": "log"},
-    "multistep, rho": {"solver": "multistep", "schedule": "rho"},
+    **pfgm.evaluation.RUNS,
     # Less noise than lies between two of the digits' 17 shades, 1/8.
     "multistep, log to 0.1": {"solver": "multistep", "schedule": "log", "last": 0.1},
 }

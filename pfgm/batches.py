@@ -68,7 +68,10 @@ class Batches:
         epoch, position = divmod(step, rows // size)
         if self._epoch is None or self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, 2))
-            self._epoch = epoch, self._own[torch.randperm(rows, generator=generator)]
+            order = self._own[torch.randperm(rows, generator=generator)]
+            # A tensor is indexed where it is, without a copy of the numbers each step.
+            place = self._data.device if isinstance(self._data, Tensor) else order.device
+            self._epoch = epoch, order.to(place)
         order = self._epoch[1]
         start = position * size + self._rank * self._size
         chosen = order[start : start + self._size]
@@ -78,11 +81,12 @@ class Batches:
             return Batch(x, None, labels, None)
         if self._apart or self._references >= rows:
             return Batch(x, self._all(), labels, self._labels_of(slice(None)))
-        around = order[torch.arange(start, start + self._references) % rows]
+        places = torch.arange(start, start + self._references, device=order.device)
+        around = order[places % rows]
         return Batch(x, self._rows(around), labels, self._labels_of(around))
 
     def _rows(self, rows: Tensor) -> Tensor:
-        return self._data[rows.to(self._data.device)].to(self._device)
+        return self._data[rows].to(self._device)
 
     def _labels_of(self, rows: Tensor | slice) -> Tensor | None:
         if self._labels is None:

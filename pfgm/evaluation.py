@@ -20,6 +20,7 @@ from .data import to_unit
 from .networks import NoiseEmbedding
 
 __all__ = [
+    "RUNS",
     "BitsPerDim",
     "Point",
     "as_curves",
@@ -32,13 +33,14 @@ __all__ = [
 _AT_LEAST = 6  # rows: for density and coverage one more than the neighbours that they take
 _NEIGHBOURS = 5
 
-_RUNS: dict[str, dict[str, str]] = {
+RUNS: dict[str, dict[str, str]] = {
     "euler, log": {"solver": "euler", "schedule": "log"},
     "euler, rho": {"solver": "euler", "schedule": "rho"},
     "heun, rho": {"solver": "heun", "schedule": "rho"},
     "multistep, log": {"solver": "multistep", "schedule": "log"},
     "multistep, rho": {"solver": "multistep", "schedule": "rho"},
 }
+"""Solvers and schedules that :func:`curve` compares, beside rk45."""
 
 
 class BitsPerDim(NamedTuple):
@@ -368,7 +370,7 @@ def curve(
     """
     held_out = to_unit(held_out)
     runs: list[tuple[str, float, dict[str, Any]]] = []
-    for name, chosen in _RUNS.items():
+    for name, chosen in RUNS.items():
         for count in steps:
             count = (count + 1) // 2 if chosen["solver"] == "heun" else count
             runs.append((name, count, {"steps": count, **chosen}))

@@ -157,7 +157,7 @@ class ReferenceSet:
 
     def _numbers(self, rows: Tensor | slice) -> Tensor:
         if isinstance(rows, slice):
-            return torch.tensor(range(*rows.indices(len(self))), dtype=torch.long)
+            return torch.from_numpy(np.arange(*rows.indices(len(self))))
         if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
             given = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise TypeError(f"rows is {given}; allowed are a slice, numbers (k,) or a mask (M,).")

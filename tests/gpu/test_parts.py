@@ -34,4 +34,4 @@ def test_a_set_in_parts(device, backend, monkeypatch, D):
     for value, correct in zip(found, expected, strict=True):
         value, correct = value.detach().double().cpu(), correct.detach()
         scale = float(correct.abs().max())
-        torch.testing.assert_close(value, correct, rtol=2e-4, atol=2e-5 * scale)
+        torch.testing.assert_close(value, correct, rtol=2e-5, atol=2e-5 * scale)
