@@ -4,6 +4,8 @@
 
 - Fashion-MNIST as bytes, all 60000 images: a tensor, a set in memory and a set in a file take
   turns; the memory that a process takes at most to go through the file, over what it had before.
+- A set in memory, which keeps sums over its rows from call to call, beside the same rows as a
+  tensor, of which nothing is kept: few points and many, near the data and farther away.
 - ``--rows`` references of N = 3072 in a file made of crops of photographs, flipped and shifted:
   going through them, reading the file alone, and computing them from memory alone.
 - Two processes (gloo) of one thread, which share the 60000 images, beside one of one thread.
@@ -15,6 +17,8 @@ results/references.json.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import os
 import socket
 import statistics
@@ -119,6 +123,37 @@ def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
     }
 
 
+# ---- what is kept ------------------------------------------------------------------------------
+
+
+def kept() -> list[dict[str, Any]]:
+    """The field of B points at a level z, from a tensor and from a set that was used before."""
+    images = fashion_mnist()
+    held = pfgm.ReferenceSet(images)
+    clean = pfgm.data.to_unit(images[:256])
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for B, z in itertools.product((1, 16, 64, 256), (0.1, 0.3, 1.0)):
+        x = clean[:B] + z * torch.randn(clean[:B].shape, generator=generator)
+        fields = [pfgm.field_fn(x, z, references)[0] for references in (images, held)]
+        seconds = take_turns(
+            {
+                "tensor": functools.partial(pfgm.field_fn, x, z, images),
+                "set": functools.partial(pfgm.field_fn, x, z, held),
+            }
+        )
+        found.append(
+            {
+                "B, M, N": (B, *images.shape),
+                "z": z,
+                "seconds": seconds,
+                "tensor / set": ratio(seconds, "tensor", "set"),
+                "largest difference": float((fields[0] - fields[1]).abs().max()),
+            }
+        )
+    return found
+
+
 # ---- more references than one would hold ------------------------------------------------------
 
 
@@ -151,7 +186,7 @@ def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:
     os.sync()  # or the disk would still be writing
     case = perturbed(photograph_crops(4096), B)
     references = pfgm.ReferenceSet(path)
-    part = pfgm.ReferenceSet(references[: min(rows, 200_000)])
+    part = references[: min(rows, 200_000)]
 
     def forget() -> None:
         """Makes the next reading come from the disk, where the system allows it."""
@@ -167,18 +202,19 @@ def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:
         return time.perf_counter() - started
 
     def compute(over: pfgm.ReferenceSet) -> float:
+        """From memory over a new set, which has nothing from before either."""
         started = time.perf_counter()
         pfgm.field_fn(case.x, case.z, over)
         return time.perf_counter() - started
 
     found: dict[str, list[float]] = {"read": [], "computed from memory": [], "streamed": []}
-    compute(part)
+    compute(pfgm.ReferenceSet(part))
     for _ in range(5):
         forget()
         found["read"].append(read())
         forget()
         found["streamed"].append(compute(references))
-        found["computed from memory"].append(compute(part) * rows / len(part))
+        found["computed from memory"].append(compute(pfgm.ReferenceSet(part)) * rows / len(part))
     turns = zip(*found.values(), strict=True)
     return {
         "B, M, N": (B, rows, 3072),
@@ -245,6 +281,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = {"from a file": from_a_file(folder), "two processes": shared(folder)}
+        found |= {f"kept, B {f['B, M, N'][0]}, z {f['z']}": f for f in kept()}
         if options.rows:
             found["streamed"] = streamed(folder, options.rows)
     rows = [

@@ -28,10 +28,11 @@ T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 
 Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, Address x, std::int64_t x_stride, Address y,
-                std::int64_t y_stride, Address radius, double dimensions, int threads) {
+                std::int64_t y_stride, Address radius, double dimensions, int threads,
+                Address sketch) {
   return {static_cast<Type>(type), static_cast<Type>(reference_type), queries, references, features,
           pointer<const void>(x), x_stride, pointer<const void>(y), y_stride,
-          pointer<const double>(radius), dimensions, threads};
+          pointer<const double>(radius), dimensions, threads, pointer<const void>(sketch)};
 }
 
 Forward forward(Address mean, Address logsumexp, Address nearest, Address total) {
@@ -62,6 +63,15 @@ Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
 
 // A tensor of rows: address and distance between rows.
 using Rows = std::pair<Address, std::int64_t>;
+
+void run_sketch(int type, int reference_type, std::int64_t references, std::int64_t features,
+                Rows y, Address out, int threads) {
+  const Kernels& kernels = cpu_kernels();
+  const py::gil_scoped_release release;
+  kernels.sketch(problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second, 0,
+                         0, threads, 0),
+                 pointer<void>(out));
+}
 
 OdeStep step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
              Address field_z, Rows history, Address levels, std::int64_t level_stride, double gamma,
@@ -106,7 +116,7 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init(&problem), py::kw_only(), py::arg("type"), py::arg("reference_type"),
            py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
            py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
-           py::arg("dimensions"), py::arg("threads"));
+           py::arg("dimensions"), py::arg("threads"), py::arg("sketch") = 0);
   py::class_<Forward>(module, "Forward", py::module_local())
       .def(py::init(&forward), py::kw_only(), py::arg("mean"), py::arg("logsumexp"),
            py::arg("nearest"), py::arg("total"));
@@ -121,6 +131,12 @@ PYBIND11_MODULE(_native, module) {
            py::arg("exact"), py::arg("next"), py::arg("mean"), py::arg("threads"));
   module.def("posterior_mean", &run_posterior_mean);
   module.def("posterior_mean_backward", &run_posterior_mean_backward);
+  module.def("sketch_width", [](std::int64_t features) {
+    return cpu_kernels().sketch_width(features);
+  });
+  module.def("sketch", &run_sketch, py::kw_only(), py::arg("type"), py::arg("reference_type"),
+             py::arg("references"), py::arg("features"), py::arg("y"), py::arg("out"),
+             py::arg("threads"));
   module.def("ode_step", &ode_step, released);
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())

@@ -14,7 +14,7 @@ namespace PFGM_ISA {
 namespace {
 
 constexpr Index kListed = 512;       // with fewer features all pairs are computed at once
-constexpr Index kScreened = 48;      // with fewer queries a screen costs more than it saves
+constexpr Index kScreened = 48;      // with fewer queries making sketches costs more than it saves
 constexpr Index kChunkBytes = 16 << 20;  // of references, so that a cache holds them for all passes
 constexpr Index kFew = 16;           // so many near references are worth their digits in any case
 constexpr double kDead = std::numeric_limits<double>::max();  // in place of distances not needed
@@ -33,26 +33,6 @@ Index chunk_size(const Problem& problem) {
   return smaller(kChunk, larger(kBatch / 8, round_up(fitting, kBatch / 8)));
 }
 
-// out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
-template <class T>
-void distance_pairs(const T* const* x, const T* const* y, Index n, double (*out)[kPairColumns]) {
-  using Vector = typename Simd<T>::Vector;
-  Vector sum[kTileQueries][kPairColumns];
-  set_zero(sum);
-  for (Index k = 0; k < n; k += Simd<T>::lanes) {
-    Vector reference[kPairColumns];
-    for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
-    for (int q = 0; q < kTileQueries; ++q) {
-      const Vector query = vector_at(x[q] + k);
-      for (int c = 0; c < kPairColumns; ++c) {
-        const Vector difference = query - reference[c];
-        sum[q][c] += difference * difference;
-      }
-    }
-  }
-  for (int q = 0; q < kTileQueries; ++q) sum_lanes<T, kPairColumns>(sum[q], out[q]);
-}
-
 // Rows of squared distances are kStride apart.
 template <class T, class R>
 class Distances {
@@ -63,7 +43,7 @@ class Distances {
       : problem_(problem),
         law_(law),
         listed_(problem.features >= kListed),
-        screened_(listed_ && max_queries >= kScreened),
+        screened_(listed_ && (max_queries >= kScreened || problem.sketch)),
         // Rows start a vector apart in every cache set, or those of 2^n features would compete.
         padded_(round_up(problem.features, 64) + 16),
         queries_(max_queries * padded_),
@@ -100,7 +80,7 @@ class Distances {
       dense_.template sum<Distance>(queries_count_, count, problem_.features, x, x, y, out);
       return;
     }
-    if (screened_) screen_.bound(count, y, out);
+    if (screened_) screen_.bound(first, count, y, out);
     parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, rows[b]); });
     lists.arrange(queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
                   [](double squared) { return squared == 0; });

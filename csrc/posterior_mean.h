@@ -30,6 +30,7 @@ struct Problem {
   const double* radius;  // (queries)
   double dimensions;     // D, infinity for diffusion
   int threads;
+  const void* sketch = nullptr;  // of the references, in the type computed in; or null
 };
 
 struct Forward {
@@ -64,10 +65,15 @@ struct Status {
   std::int64_t row = -1;  // first query that failed
 };
 
+// A sketch is what the kernels can use again of references that stay as they are (screen_cpu.h): so
+// many values for each, 0 where they have no use for one, on a 64-byte boundary. `sketch` writes it,
+// and reads neither queries nor radius of its problem.
 struct Kernels {
   const char* isa;
   Status (*posterior_mean)(const Problem&, const Forward&);
   Status (*posterior_mean_backward)(const Problem&, const Backward&);
+  std::int64_t (*sketch_width)(std::int64_t features);
+  void (*sketch)(const Problem&, void* out);
 };
 
 // The kernels for the best instruction set of this machine, or for the one PFGM_CPU_ISA names;

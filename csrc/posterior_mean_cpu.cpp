@@ -425,12 +425,28 @@ Status run_backward(const Problem& problem, const Backward& io) {
   });
 }
 
+std::int64_t sketch_width(std::int64_t features) {
+  return features < kListed ? 0 : sketch_stride(features) + 1;
+}
+
+void run_sketch(const Problem& problem, void* out) {
+  with_types(problem, [&](auto t, auto r) {
+    using R = decltype(r);
+    const auto y = [&](Index j) { return static_cast<const R*>(problem.y) + j * problem.y_stride; };
+    const Screen<decltype(t), R> screen(problem, 0, 0);
+    auto* rows = static_cast<decltype(t)*>(out);
+    screen.sketch(problem.references, y, rows,
+                  rows + problem.references * sketch_stride(problem.features));
+    return Status();
+  });
+}
+
 }  // namespace
 
 #define PFGM_TEXT_(name) #name
 #define PFGM_TEXT(name) PFGM_TEXT_(name)
 extern const Kernels kernels;
-const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward, run_backward};
+const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward, run_backward, sketch_width, run_sketch};
 
 }  // namespace PFGM_ISA
 }  // namespace pfgm

@@ -142,6 +142,26 @@ template <class T>
 constexpr Index kPairPanel = smaller(3072 / sizeof(T), kAdditions * Simd<T>::lanes);
 constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
 
+// out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
+template <class T>
+void distance_pairs(const T* const* x, const T* const* y, Index n, double (*out)[kPairColumns]) {
+  using Vector = typename Simd<T>::Vector;
+  Vector sum[kTileQueries][kPairColumns];
+  set_zero(sum);
+  for (Index k = 0; k < n; k += Simd<T>::lanes) {
+    Vector reference[kPairColumns];
+    for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
+    for (int q = 0; q < kTileQueries; ++q) {
+      const Vector query = vector_at(x[q] + k);
+      for (int c = 0; c < kPairColumns; ++c) {
+        const Vector difference = query - reference[c];
+        sum[q][c] += difference * difference;
+      }
+    }
+  }
+  for (int q = 0; q < kTileQueries; ++q) sum_lanes<T, kPairColumns>(sum[q], out[q]);
+}
+
 template <class T, class R, int kRows>
 class PairTiles {
  public:

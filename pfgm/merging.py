@@ -52,6 +52,10 @@ class Exchange(Protocol):
         """The minimum over the processes of values that all of them have."""
 
 
+Sketch = Callable[[int, Tensor, Tensor, str | None], Tensor | None]
+"""From the number of a part, the part (m, N), queries and a backend to :func:`pfgm.ops.sketch`."""
+
+
 class Parts(NamedTuple):
     """References that come in parts."""
 
@@ -59,6 +63,8 @@ class Parts(NamedTuple):
     """Gives the parts (m, *S) of this process, one after the other, on a device."""
     exchange: Callable[[Tensor], Exchange] | None = None
     """Between the processes, for queries (B, N); None where there is one."""
+    sketch: Sketch | None = None
+    """What is kept of a part; None where nothing is."""
 
 
 _UNSEEN = 1e-18  # the share of a part below which its gradients are not looked at
@@ -112,10 +118,14 @@ class _Over(NamedTuple):
     alone: list[tuple[Tensor, Tensor]]
     """(nearest, total) of each part of this process, for all queries."""
 
-    def say(self, x: Tensor, chunk: Tensor, radius: Tensor) -> _Merged:
-        """What one part says."""
+    def sketch(self, place: int, chunk: Tensor, x: Tensor) -> Tensor | None:
+        """What is kept of a part (m, N)."""
+        return self.parts.sketch and self.parts.sketch(place, chunk, x, self.backend)
+
+    def say(self, x: Tensor, chunk: Tensor, radius: Tensor, sketch: Tensor | None) -> _Merged:
+        """What one part (m, N) says."""
         mean, _, nearest, total = torch.ops.pfgm.posterior_mean(
-            x, chunk.flatten(1), radius, self.D, self.backend, self.precision
+            x, chunk, radius, self.D, self.backend, self.precision, sketch
         )
         return _Merged(mean, nearest, total)
 
@@ -140,8 +150,10 @@ class _PosteriorMean(torch.autograd.Function):
             seen_x, seen_radius = exchange.gather(x), exchange.gather(radius)
 
         def results() -> Iterator[_Merged]:
-            for chunk in parts.chunks(x.device):
-                said = over.say(seen_x, chunk, seen_radius)
+            for place, chunk in enumerate(parts.chunks(x.device)):
+                chunk = chunk.flatten(1)
+                sketch = over.sketch(place, chunk, x)
+                said = over.say(seen_x, chunk, seen_radius, sketch)
                 over.alone.append((said.nearest, said.total))
                 yield said
 
@@ -220,14 +232,14 @@ def _sum_of_gradients(seen: _Saved, over: _Over, needs: tuple[bool, bool]) -> tu
     of_x = torch.zeros(seen.x.shape, dtype=wide_dtype(seen.x.device), device=seen.x.device)
     of_radius = torch.zeros_like(seen.radius)
     regular = ~at_limit(seen.nearest, seen.radius, D)  # else the mean is locally constant
-    chunks = over.parts.chunks(seen.x.device)
-    for chunk, (nearest, total) in zip(chunks, over.alone, strict=True):
+    chunks = enumerate(over.parts.chunks(seen.x.device))
+    for (place, chunk), (nearest, total) in zip(chunks, over.alone, strict=True):
         share = _weight(nearest, seen.nearest, seen.radius, D, N) * total / seen.total
         rows = (regular & (share > _UNSEEN)).nonzero().squeeze(1)
         if len(rows) == 0:
             continue
         found_x, found_radius = _part_of_gradient(
-            _Saved(*(each[rows] for each in seen)), share[rows], chunk, over, needs
+            _Saved(*(each[rows] for each in seen)), share[rows], place, chunk, over, needs
         )
         if needs[0]:
             of_x.index_add_(0, rows, found_x.to(of_x.dtype))
@@ -237,10 +249,12 @@ def _sum_of_gradients(seen: _Saved, over: _Over, needs: tuple[bool, bool]) -> tu
 
 
 def _part_of_gradient(
-    seen: _Saved, share: Tensor, chunk: Tensor, over: _Over, needs: tuple[bool, bool]
+    seen: _Saved, share: Tensor, place: int, chunk: Tensor, over: _Over, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """One part's gradients in x and radius, for queries of which it has a share."""
-    said = over.say(seen.x, chunk, seen.radius)
+    chunk = chunk.flatten(1)
+    sketch = over.sketch(place, chunk, seen.x)
+    said = over.say(seen.x, chunk, seen.radius, sketch)
     wide = share.dtype
     apart = said.mean.to(wide) - seen.mean.to(wide)
     pull = (seen.grad_mean.to(wide) * apart).sum(1)
@@ -248,13 +262,14 @@ def _part_of_gradient(
         (share[:, None] * seen.grad_mean).to(seen.x.dtype),
         share * (pull + seen.grad_logsumexp),
         seen.x,
-        chunk.flatten(1),
+        chunk,
         seen.radius,
         *said,
         over.D,
         [needs[0], False, needs[1]],
         over.backend,
         over.precision,
+        sketch,
     )
     return of_x, of_radius
 

@@ -23,12 +23,13 @@ _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16
 _library = torch.library.Library("pfgm", "DEF")
 _library.define(
     "posterior_mean(Tensor x, Tensor references, Tensor radius, float D, str? backend=None,"
-    " str precision='high') -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
+    " str precision='high', Tensor? sketch=None)"
+    " -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
 )
 _library.define(
     "posterior_mean_backward(Tensor grad_mean, Tensor grad_logsumexp, Tensor x, Tensor references,"
     " Tensor radius, Tensor mean, Tensor nearest, Tensor total, float D, bool[] needs,"
-    " str? backend=None, str precision='high')"
+    " str? backend=None, str precision='high', Tensor? sketch=None)"
     " -> (Tensor grad_x, Tensor grad_references, Tensor grad_radius)"
 )
 
@@ -76,12 +77,13 @@ def _posterior_mean(
     D: float,
     backend: str | None = None,
     precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, references, radius, D, precision)
     chosen = choose(backend, x.device, x.dtype, references.dtype)
     if x.shape[0] == 0:
         return _posterior_mean_fake(x, references, radius, D)
-    return chosen.posterior_mean(x, references, radius, D, precision)
+    return chosen.posterior_mean(x, references, radius, D, precision, sketch)
 
 
 def _posterior_mean_fake(
@@ -91,6 +93,7 @@ def _posterior_mean_fake(
     D: float,
     backend: str | None = None,
     precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, references, radius, D, precision)
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -111,6 +114,7 @@ def _posterior_mean_backward(
     needs: list[bool],
     backend: str | None = None,
     precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0:
         gradients: tuple[Tensor | None, ...] = (
@@ -132,6 +136,7 @@ def _posterior_mean_backward(
             D,
             (needs[0], needs[1], needs[2]),
             precision,
+            sketch,
         )
     grad_x, grad_references, grad_radius = (
         gradient if needed and gradient is not None else x.new_empty(0)
@@ -153,6 +158,7 @@ def _posterior_mean_backward_fake(
     needs: list[bool],
     backend: str | None = None,
     precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_references, grad_radius = (
         torch.empty_like(of, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
@@ -162,9 +168,9 @@ def _posterior_mean_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, references, radius, ctx.D, ctx.backend, ctx.precision = inputs
+    x, references, radius, ctx.D, ctx.backend, ctx.precision, sketch = inputs
     mean, _, nearest, total = output
-    ctx.save_for_backward(x, references, radius, mean, nearest, total)
+    ctx.save_for_backward(x, references, radius, mean, nearest, total, sketch)
     ctx.mark_non_differentiable(nearest, total)
 
 
@@ -172,11 +178,12 @@ def _gradient(
     ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
+    *saved, sketch = ctx.saved_tensors
     gradients = torch.ops.pfgm.posterior_mean_backward(
-        grad_mean, grad_logsumexp, *ctx.saved_tensors, ctx.D, needs, ctx.backend, ctx.precision
+        grad_mean, grad_logsumexp, *saved, ctx.D, needs, ctx.backend, ctx.precision, sketch
     )
     wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None)
+    return (*wanted, None, None, None, None)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -218,6 +225,12 @@ def posterior_mean(
         x, references, radius, D, backend or requested(), precision
     )
     return mean, logsumexp
+
+
+def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
+    """What the op's backend can use again of references (M, N) that stay as they are, if anything:
+    its argument of that name, for queries of the dtype of x."""
+    return choose(backend, x.device, x.dtype, references.dtype).sketch(references, x.dtype)
 
 
 # ---- the normalised field --------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from . import ops
 from .backends.reference import dequantise
 from .checks import first_bad_row
 from .files import StrPath, write_atomic
@@ -25,6 +26,7 @@ from .sources import DTYPES, InMemory, Source, open_source
 __all__ = ["ReferenceSet", "References"]
 
 _CHUNK = 32 << 20  # bytes of rows that are computed together
+_CPU = torch.device("cpu")
 
 
 class ReferenceSet:
@@ -75,6 +77,7 @@ class ReferenceSet:
         self._flips = bool(flips)
         self._labels = self._checked_labels(self._source.labels if labels is None else labels)
         self._spare: list[tuple[Tensor, Tensor]] = []
+        self._sketches: dict[int, tuple[int, Tensor]] = {}
         self._norms: tuple[float, float] | None = None
         self._known_finite = not self._source.dtype.is_floating_point
         if (held := self._source.tensor) is not None and not self._known_finite:
@@ -247,13 +250,13 @@ class ReferenceSet:
             held[start : start + len(chunk)] = converted
         moved = copy.copy(self)
         moved._source, moved._begin, moved._end = InMemory(held), 0, count
-        moved._spare, moved._known_finite = [], True
+        moved._spare, moved._sketches, moved._known_finite = [], {}, True
         return moved
 
     def flipped(self) -> ReferenceSet:
         """The same set with the mirror image of each row (last axis reversed) counted too."""
         both = copy.copy(self)
-        both._flips, both._spare = True, []
+        both._flips, both._spare, both._sketches = True, [], {}
         return both
 
     def save(self, path: StrPath) -> None:
@@ -305,7 +308,7 @@ class ReferenceSet:
                 "least a row for each, in the processes of the group."
             )
         part = copy.copy(self)
-        part._group, part._processes, part._spare = group, size, []
+        part._group, part._processes, part._spare, part._sketches = group, size, [], {}
         part._begin, part._end = (self._rows * k // size for k in (rank, rank + 1))
         part._offset = part._begin
         return part
@@ -359,7 +362,22 @@ class ReferenceSet:
     def parts(self) -> Parts:
         """What :mod:`pfgm.merging` needs to know."""
         exchange = functools.partial(Ranks, self._group) if self.sharded else None
-        return Parts(self.chunks, exchange)
+        # Of a file nothing is kept: what is, lies in memory.
+        return Parts(self.chunks, exchange, None if self._source.tensor is None else self._sketch)
+
+    def _sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
+        """What the kernels can use again of a chunk, found once for as long as the rows stay."""
+        held = self._source.tensor
+        if held is None or x.dtype != torch.float32 or not held.device == x.device == _CPU:
+            return None
+        if torch.compiler.is_compiling():
+            return None  # a graph holds no dictionary; the result is the same
+        version, kept = self._sketches.get(place, (-1, None))
+        if kept is None or version != held._version:
+            if (kept := ops.sketch(chunk, x, backend)) is None:
+                return None
+            self._sketches[place] = held._version, kept
+        return kept
 
     def _local_chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Chunks of this process's rows where they are held, and the place of their first row."""

@@ -137,6 +137,47 @@ def assert_gradient(actual, expected, tolerance):
     assert abs(actual.norm() / norm - 1) <= tolerance
 
 
+# ---- sketches ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *NARROW])
+@pytest.mark.parametrize("sizes", [(1, 300, 512), (5, 2100, 785), (31, 70, 1025), (50, 2100, 600)])
+def test_a_sketch_changes_no_bit(isa, sizes, dtype):
+    of_points = torch.float64 if dtype == torch.float64 else torch.float32
+    x, references, sigma = problem(*sizes, dtype=of_points, reference_dtype=dtype)
+    sketch = native.sketch(references, of_points)
+    for D in (1.0, math.inf):
+        radius = radius_of(sigma, D)
+        plain = native.posterior_mean(x, references, radius, D)
+        sketched = native.posterior_mean(x, references, radius, D, sketch=sketch)
+        assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
+        mean, _, nearest, total = plain
+        saved = (x, references, radius, mean, nearest, total, D, (True, True, True))
+        upstream = torch.ones_like(mean), torch.zeros_like(total)
+        plain = native.posterior_mean_backward(*upstream, *saved)
+        sketched = native.posterior_mean_backward(*upstream, *saved, sketch=sketch)
+        assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
+
+
+def test_a_sketch_of_strided_rows():
+    _, references, _ = problem(3, 64, 1200)
+    wanted = native.sketch(references[::2, 100:700].contiguous(), torch.float32)
+    assert torch.equal(native.sketch(references[::2, 100:700], torch.float32), wanted)
+    assert torch.equal(native.sketch(references.T[100:700].T[::2], torch.float32), wanted)
+    assert native.sketch(references[:, :511], torch.float32) is None
+
+
+def test_a_sketch_of_other_references():
+    x, references, radius = problem(3, 64, 600)
+    for sketch in (
+        native.sketch(references[:63], torch.float32),
+        native.sketch(references, torch.float64),
+        native.sketch(references, torch.float32)[:-1],
+    ):
+        with pytest.raises(ValueError, match=r"sketch has shape \(\d+,\) and dtype"):
+            native.posterior_mean(x, references, radius, 1.0, sketch=sketch)
+
+
 # ---- values ----
 
 

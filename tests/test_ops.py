@@ -47,6 +47,19 @@ def test_opcheck_with_narrow_references(backend, dtype):
     torch.library.opcheck(OP, (x.requires_grad_(), references, radius, 4.5, backend))
 
 
+@native_only
+def test_opcheck_with_a_sketch():
+    x, references, radius = problem(shape=(513,), dtype=torch.float32)
+    sketch = pfgm.ops.sketch(references, x, "native")
+    torch.library.opcheck(
+        OP, (x.requires_grad_(), references, radius, 1.0, "native", "high", sketch)
+    )
+    mean, lse, nearest, total = OP(x.detach(), references, radius, 1.0, "native", "high", sketch)
+    saved = (x.detach(), references, radius, mean, nearest, total, 1.0, [True] * 3)
+    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved, "native", "high", sketch)
+    torch.library.opcheck(BACKWARD, arguments)
+
+
 @pytest.mark.parametrize("needs", [[True] * 3, [False, True, False], [True, False, True]])
 def test_opcheck_of_the_backward_pass(backend, needs):
     x, references, radius = problem(dtype=torch.float32)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pfgm import references as module
 from pfgm.references import ReferenceSet
 
 SHAPE = (2, 3, 5)
+native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
 
 
 @pytest.fixture
@@ -81,6 +83,88 @@ def test_gradients_in_parts(small_chunks, D):
 
     for found, expected in zip(gradients(ReferenceSet(rows)), gradients(rows), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+# ---- what is kept of rows in memory ----
+
+
+class Counted:
+    """Calls of native.sketch, and what they were asked for."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        original = pfgm.backends.native.sketch
+        monkeypatch.setattr(pfgm.backends.native, "sketch", self)
+        self.original = original
+
+    def __call__(self, references, dtype):
+        self.seen.append((len(references), dtype))
+        return self.original(references, dtype)
+
+
+def wide_images(count=40):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 1, 24, 24), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def wide_chunks(monkeypatch):
+    """Chunks of 16 rows of wide images."""
+    monkeypatch.setattr(module, "_CHUNK", 16 * 24 * 24)
+
+
+@native_only
+def test_sketches_are_made_once_and_change_no_bit(wide_chunks, monkeypatch):
+    rows = wide_images()
+    counted = Counted(monkeypatch)
+    held = ReferenceSet(rows, flips=True)
+    x = pfgm.data.to_unit(rows[:6]) + 0.1 * torch.randn(
+        6, 1, 24, 24, generator=torch.Generator().manual_seed(1)
+    )
+    x.requires_grad_()
+    results = []
+    for sketch in (held._sketch, lambda *_: None, held._sketch):
+        monkeypatch.setattr(held, "_sketch", sketch)
+        mean, lse = pfgm.posterior_mean(x, held, r=2.0, return_logsumexp=True)
+        (gradient,) = torch.autograd.grad(mean.sum() + lse.sum(), x)
+        results.append((mean, lse, gradient))
+    first, *others = results
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    sizes = [16, 16, 16, 16, 8, 8]  # chunks and their mirror images
+    assert counted.seen == [(size, torch.float32) for size in sizes]
+
+
+@native_only
+def test_sketches_follow_their_rows(wide_chunks, monkeypatch):
+    rows = pfgm.data.to_unit(wide_images())
+    counted = Counted(monkeypatch)
+    held, x = ReferenceSet(rows), rows[:3] + 0.01
+    before = pfgm.posterior_mean(x, held, sigma=0.05)
+    made = len(counted.seen)
+    assert made > 0
+    rows.mul_(-1)
+    after = pfgm.posterior_mean(x, held, sigma=0.05)
+    assert torch.equal(after, pfgm.posterior_mean(x, ReferenceSet(rows.clone()), sigma=0.05))
+    assert not torch.equal(before, after)
+    seen = len(counted.seen)
+    for other in (held.flipped(), held.to(dtype=torch.float16)):
+        assert pfgm.posterior_mean(x, other, sigma=0.05).isfinite().all()
+        assert len(counted.seen) > seen
+        seen = len(counted.seen)
+
+
+@native_only
+def test_nothing_is_kept_of_files_few_features_and_wide_points(tmp_path, monkeypatch):
+    np.save(tmp_path / "rows.npy", wide_images().numpy())
+    counted = Counted(monkeypatch)
+    x = torch.zeros(2, 1, 24, 24)
+    pfgm.posterior_mean(x, ReferenceSet(tmp_path / "rows.npy"), r=1.0)
+    pfgm.posterior_mean(x.double(), ReferenceSet(wide_images()), r=1.0)
+    pfgm.posterior_mean(x, ReferenceSet(wide_images()), r=1.0, backend="reference")
+    assert counted.seen == []
+    few = ReferenceSet(images())
+    pfgm.posterior_mean(points(), few, r=1.0)
+    assert few._sketches == {}
 
 
 def test_gradcheck_and_no_second_derivative(small_chunks):

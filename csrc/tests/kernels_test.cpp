@@ -19,6 +19,40 @@ Implementation cpu(int threads) {
           kernels.posterior_mean, kernels.posterior_mean_backward, ode_step, threads};
 }
 
+// The mean that comes out without a sketch.
+std::vector<unsigned char> without_sketch(const Implementation& plain, const Problem& problem) {
+  const auto queries = static_cast<std::size_t>(problem.queries);
+  std::vector<unsigned char> mean(queries * static_cast<std::size_t>(problem.features) *
+                                  kSizes[static_cast<int>(problem.type)]);
+  Values each(3 * queries);
+  double* values = each.data();
+  plain.forward(problem, {mean.data(), values, values + queries, values + 2 * queries});
+  return mean;
+}
+
+// The same with a sketch of the references, which changes no bit.
+Implementation sketched(int threads) {
+  Implementation plain = cpu(threads), result = plain;
+  result.name += ", sketched";
+  result.forward = [plain](const Problem& problem, const Forward& out) {
+    const Kernels& kernels = cpu_kernels();
+    const auto bytes = static_cast<std::size_t>(problem.references *
+                                                kernels.sketch_width(problem.features)) *
+                       kSizes[static_cast<int>(problem.type)];
+    if (bytes == 0) return plain.forward(problem, out);
+    const std::unique_ptr<void, decltype(&std::free)> sketch(
+        std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
+    kernels.sketch(problem, sketch.get());
+    Problem with = problem;
+    with.sketch = sketch.get();
+    const std::vector<unsigned char> before = without_sketch(plain, problem);
+    const Status status = plain.forward(with, out);
+    if (std::memcmp(before.data(), out.mean, before.size()) != 0) fail("a sketch changed the mean");
+    return status;
+  };
+  return result;
+}
+
 std::vector<Case> cases() {
   // At tile edges (queries 4, 6; references 64, 2048; features 16, 512), at a block's 64 and 384
   // queries, and above 512 features, where lower bounds are found for 48 queries or more.
@@ -107,7 +141,10 @@ int main() {
     for (std::size_t half = 0; half < 4; half += 2) {
       const auto threads = [&](std::size_t i) { return kThreads[(i + n + half) % 4]; };
       for (std::size_t i = 0; i < all.size(); ++i)
-        run(cpu(threads(i)), all[i], *inputs[i], half == 0 ? 7 : static_cast<unsigned>(i % 8));
+        if (half == 0)
+          run(cpu(threads(i)), all[i], *inputs[i], 7);
+        else
+          run(sketched(threads(i)), all[i], *inputs[i], static_cast<unsigned>(i % 8));
       for (std::size_t i = 0; i < all_steps.size(); ++i) run(cpu(threads(i)), all_steps[i]);
     }
     run_at_once(all, inputs);

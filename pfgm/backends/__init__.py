@@ -41,11 +41,22 @@ class Backend(Protocol):
     def describe(self) -> str:
         """One line on how it computes, for ``pfgm info``."""
 
+    def sketch(self, references: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What can be used again of references (M, N), for x of a dtype, while they stay as they
+        are; None where nothing can."""
+
     def posterior_mean(
-        self, x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
+        self,
+        x: Tensor,
+        references: Tensor,
+        radius: Tensor,
+        D: float,
+        precision: str = "high",
+        sketch: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest reference and
-        total weight relative to it, each (B,). Precision is the least that is asked for."""
+        total weight relative to it, each (B,). Precision is the least that is asked for, and the
+        sketch that of these references: it changes the time, not the result."""
 
     def posterior_mean_backward(
         self,
@@ -60,6 +71,7 @@ class Backend(Protocol):
         D: float,
         needs: tuple[bool, bool, bool],
         precision: str = "high",
+        sketch: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, references and radius, None where not needed."""
 

@@ -28,6 +28,7 @@ __all__ = [
     "ode_step",
     "posterior_mean",
     "posterior_mean_backward",
+    "sketch",
     "supports",
 ]
 
@@ -126,7 +127,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _problem(x: Tensor, references: Tensor, radius: Tensor, D: float) -> object:
+def _problem(
+    x: Tensor, references: Tensor, radius: Tensor, D: float, sketch: Tensor | None
+) -> object:
+    if sketch is not None:
+        _check_sketch(sketch, x, references)
     return extension().Problem(
         type=_TYPES[x.dtype],
         reference_type=_TYPES[references.dtype],
@@ -140,7 +145,41 @@ def _problem(x: Tensor, references: Tensor, radius: Tensor, D: float) -> object:
         radius=radius.data_ptr(),
         dimensions=D,
         threads=torch.get_num_threads(),
+        sketch=_address(sketch),
     )
+
+
+def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What the CPU kernels can use again of references that stay as they are, for x of a dtype.
+
+    About one value for 16 of a reference: sums over parts of it, from which they see that it is
+    too far away to count (csrc/screen_cpu.h).
+    """
+    width = extension().sketch_width(references.shape[1])
+    if _on_cuda(references.device) or width == 0:
+        return None
+    references = _rows(references)
+    out = torch.empty(len(references) * width, dtype=dtype)
+    extension().sketch(
+        type=_TYPES[dtype],
+        reference_type=_TYPES[references.dtype],
+        references=len(references),
+        features=references.shape[1],
+        y=_address_and_stride(references),
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
+    shape = (len(references) * extension().sketch_width(x.shape[1]),)
+    whole = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
+    if sketch.shape != shape or sketch.dtype != x.dtype or not whole:
+        raise ValueError(
+            f"sketch has shape {tuple(sketch.shape)} and dtype {sketch.dtype}; allowed is what "
+            f"sketch() says of these references, of shape {shape} and dtype {x.dtype}."
+        )
 
 
 def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tensor) -> None:
@@ -171,7 +210,12 @@ def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None
 
 
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
     mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -184,7 +228,7 @@ def posterior_mean(
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
     )
-    problem = _problem(x, references, radius, D)
+    problem = _problem(x, references, radius, D, sketch)
     if not _on_cuda(x.device):
         _check(extension().posterior_mean(problem, io), x, references, radius)
         return mean, logsumexp, nearest, total
@@ -208,6 +252,7 @@ def posterior_mean_backward(
     D: float,
     needs: tuple[bool, bool, bool],
     precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, references, radius = _rows(x), _rows(references), radius.contiguous()
     grad_mean, grad_logsumexp = grad_mean.contiguous(), grad_logsumexp.contiguous()
@@ -228,7 +273,7 @@ def posterior_mean_backward(
         grad_radius=_address(grad_radius),
         grad_references=_address(grad_references),
     )
-    problem = _problem(x, references, radius, D)
+    problem = _problem(x, references, radius, D, sketch)
     if _on_cuda(x.device):
         check_singular(at_limit(nearest, radius, D), grad_logsumexp)
         _run_on_cuda(x, problem, io, backward=True)

@@ -91,8 +91,18 @@ def _averaged(
     return nearest, total, weighted / total
 
 
+def sketch(references: Tensor, dtype: torch.dtype) -> None:
+    """Nothing is kept of references."""
+    return None
+
+
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean (B, N), log-sum-exp (B,) and what the backward pass takes up again: the squared distance
     of the nearest reference and the total weight relative to it, both (B,)."""
@@ -126,6 +136,7 @@ def posterior_mean_backward(
     D: float,
     needs: tuple[bool, bool, bool],
     precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     N = x.shape[1]
     wide = x.to(wide_dtype(x.device))

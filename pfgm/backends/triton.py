@@ -52,8 +52,18 @@ def _current(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
+def sketch(references: Tensor, dtype: torch.dtype) -> None:
+    """The kernels find norms while they load references: nothing is worth keeping."""
+    return None
+
+
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str = "high"
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import posterior_mean as kernels
 
@@ -81,6 +91,7 @@ def posterior_mean_backward(
     D: float,
     needs: tuple[bool, bool, bool],
     precision: str = "high",
+    sketch: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from ..kernels import posterior_mean_backward as kernels
 
