@@ -266,7 +266,7 @@ def test_forward_errors(name: str) -> None:
 def test_unknown_network() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^name is 'resnet'; only one of ddpmpp, denoiser, mlp, ncsnpp, unet is allowed\.$",
+        match=r"^name is 'resnet'; only one of ddpmpp, denoiser, edm, mlp, ncsnpp, unet is allowed",
     ):
         build("resnet", {})
 

@@ -1,75 +1,113 @@
-"""Published PFGM checkpoints: the network that they hold, read without executing anything."""
+"""Published checkpoints: the network that they hold, read without executing anything."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..files import StrPath
+from .edm import EDMDenoiser
+from .pickles import StoredTensor, opened
 from .published import DDPMpp, NCSNpp, Published
+from .training_states import architecture, holds_modules, module_in, trained_with, weights_of
 
 __all__ = ["load_published"]
 
+_Network = TypeVar("_Network", Published, EDMDenoiser)
 _ATTENTION = 16  # width of the feature maps with attention in all published configurations
 
 
-def load_published(path: StrPath, *, ema: bool = True, resolution: int | None = None) -> Published:
-    """The network of a published PFGM checkpoint (``checkpoint_*.pth``), in evaluation mode.
+def load_published(
+    path: StrPath, *, ema: bool = True, resolution: int | None = None
+) -> Published | EDMDenoiser:
+    """The network of a published checkpoint of PFGM or PFGM++, in evaluation mode.
 
-    Its architecture follows from the names and shapes of the parameters: DDPM++ or NCSN++ of any
+    A PFGM checkpoint (``checkpoint_*.pth``) gives :class:`DDPMpp` or :class:`NCSNpp`, networks of
+    :class:`pfgm.PoissonFlow`. What the trainer of PFGM++, or of EDM, writes
+    (``training-state-*.pt`` and ``.pkl``, ``network-snapshot-*.pkl``) gives an
+    :class:`EDMDenoiser` with what the file says of ``D``, ``sigma_data`` and ``classes``:
+
+        net = pfgm.networks.load_published("training-state-100000.pt")
+        flow = pfgm.PoissonFlowPP(net.shape, D=net.D, sigma_data=net.sigma_data)
+        samples = flow.sample(net, 16)
+
+    ``D`` is None where the file does not say it: then take the one that it was published under,
+    infinity for EDM's own.
+
+    The architecture follows from the names and shapes of the parameters: DDPM++ or NCSN++ of any
     width, depth and number of levels.
 
     Args:
         path: the file.
         ema: take the averaged weights, with which samples are drawn.
-        resolution: of the images; unless given, as where attention is at width 16, as published.
+        resolution: of the images. PFGM++ files say it; of PFGM's it is, unless given, such that
+            attention is at width 16, as published.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, pickles more than tensors and plain values, or does not hold
-            such a network; the message names the first difference.
+        ValueError: it is truncated, pickles more than tensors, plain values and the modules of such
+            a network, or does not hold one; the message names the first difference.
+
+    >>> import tempfile
+    >>> net = DDPMpp(1, 32, nf=8, ch_mult=(1, 2), num_res_blocks=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save({"model": net.state_dict()}, f"{folder}/checkpoint_7.pth")
+    ...     load_published(f"{folder}/checkpoint_7.pth", ema=False).config == net.config
+    True
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
-    content = _content(path)
+    with opened(path) as content:
+        try:
+            if holds_modules(content):
+                return _training_state(content, ema, resolution).eval()
+            network = _checkpoint(content, resolution)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no published network: {error}") from error
+        if ema:
+            _take_averages(network, content.get("ema"), path)
+        return network.eval()
+
+
+def _checkpoint(content: Any, resolution: int | None) -> Published:
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not all(isinstance(t, StoredTensor) for t in model.values()):
+        raise ValueError(
+            "it has no 'model' that maps names to tensors, and no 'ema' or 'net' that is a module."
+        )
     weights = {
-        name.removeprefix("module."): tensor
-        for name, tensor in content["model"].items()
+        name.removeprefix("module."): stored.tensor()
+        for name, stored in model.items()
         if name.removeprefix("module.") != "sigmas"
     }
-    try:
-        kind, config = _architecture(weights, resolution)
-        with torch.device("meta"):
-            expected = kind(**config).state_dict()
-        _compare(weights, expected)
-        network = kind(**config)
-    except ValueError as error:
-        raise ValueError(f"{path} holds no published network: {error}") from error
+    kind, config = _architecture(weights, resolution)
+    return _filled(kind, config, weights)
+
+
+def _training_state(content: Mapping[str, Any], ema: bool, resolution: int | None) -> EDMDenoiser:
+    module = module_in(content, ema=ema)
+    weights = weights_of(module)
+    network = _filled(EDMDenoiser, architecture(module, weights, resolution), weights)
+    network.D = trained_with(module)
+    return network
+
+
+def _filled(
+    kind: type[_Network], config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> _Network:
+    """The network of a config, with the weights, whose names and shapes are compared first."""
+    with torch.device("meta"):
+        expected = kind(**config).state_dict()
+    _compare(weights, expected)
+    network = kind(**config)
     network.load_state_dict(weights)
-    if ema:
-        _take_averages(network, content.get("ema"), path)
-    return network.eval()
-
-
-def _content(path: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a file that it will not read
-        raise ValueError(
-            f"{path} is truncated or not a checkpoint, or it pickles more than tensors and plain "
-            "values, which is refused: reading that could execute code."
-        ) from error
-    model = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(model, Mapping) or not all(isinstance(t, Tensor) for t in model.values()):
-        raise ValueError(f"{path} has no 'model' that maps names to tensors.")
-    found: Mapping[str, Any] = content
-    return found
+    return network
 
 
 class _Module(NamedTuple):
@@ -173,7 +211,7 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Non
 
 
 def _take_averages(network: Published, ema: Any, path: Path) -> None:
-    averages = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    averages = ema.get("shadow_params") if isinstance(ema, dict) else None
     trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     if not isinstance(averages, list) or len(averages) != len(trained):
         count = len(averages) if isinstance(averages, list) else "no"
@@ -183,9 +221,9 @@ def _take_averages(network: Published, ema: Any, path: Path) -> None:
         )
     with torch.no_grad():
         for (name, parameter), average in zip(trained, averages, strict=True):
-            if not isinstance(average, Tensor) or average.shape != parameter.shape:
+            if not isinstance(average, StoredTensor) or average.shape != parameter.shape:
                 raise ValueError(
                     f"{path} has another shape for the average of {name}; needed is "
                     f"{tuple(parameter.shape)}."
                 )
-            parameter.copy_(average)
+            parameter.copy_(average.tensor())
