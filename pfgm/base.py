@@ -12,6 +12,7 @@ posterior mean itself. At D = 1, σ is PFGM's z.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -28,8 +29,8 @@ from . import steps as ode_steps
 from .backends.reference import dequantise
 from .checks import is_number
 from .references import References, ReferenceSet
-from .solvers import SCHEDULES, SOLVERS, Callback, StepInfo
-from .steps import Field
+from .solvers import SAMPLERS, SCHEDULES, Callback, StepInfo
+from .steps import Field, Level
 
 __all__ = ["Condition", "Flow", "Network"]
 
@@ -111,7 +112,7 @@ class Flow(ABC):
         """The exact network of references (M, *S)."""
 
     @abstractmethod
-    def _slope(self, net: Network, x: Tensor, level: float, condition: Condition) -> Field | Tensor:
+    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field | Tensor:
         """What the network says of points x: a field, or the posterior mean."""
 
     @abstractmethod
@@ -146,12 +147,15 @@ class Flow(ABC):
             sigma = sigma * spread.clamp(min=smallest).rsqrt().to(sigma.dtype)
         return self._rows(sigma) * g
 
+    def _noisy(self, x: Tensor, level: float, generator: torch.Generator | None) -> Tensor:
+        return x + self.noise(x.new_full((len(x),), level), generator)
+
     def denoise(
-        self, net: Network, x: Tensor, level: float, condition: Condition | None = None
+        self, net: Network, x: Tensor, level: Level, condition: Condition | None = None
     ) -> Tensor:
         """The posterior mean (B, *S) that the network implies at points x of a level, z or sigma.
 
-        Differentiable in x and in the network's parameters.
+        The level is one for all, or (B,). Differentiable in x and in the network's parameters.
         """
         slope = self._slope(net, x, level, condition or {})
         return ode_steps.euler(x, slope, level, 0.0)[0] if isinstance(slope, Field) else slope
@@ -191,7 +195,8 @@ class Flow(ABC):
         Args:
             net: the network; a module is in evaluation mode while it samples.
             n: how many.
-            solver: "euler", "heun", "multistep" or "rk45" (:mod:`pfgm.solvers`).
+            solver: "euler", "heun", "multistep" or "rk45", or "consistency" for a few-step model
+                (:mod:`pfgm.solvers`).
             steps: solver steps; rk45 chooses its own.
             schedule: spacing of the steps, "log" (published for PFGM) or "rho", or the levels
                 themselves, decreasing.
@@ -202,7 +207,7 @@ class Flow(ABC):
                 mean_u + w (mean_c − mean_u), twice the evaluations. None or 1 is the condition
                 alone, above 1 exaggerates it.
             unconditional: the network's keyword arguments for mean_u; none unless given.
-            generator: of the prior.
+            generator: of the prior, and of the noise that "consistency" adds.
             device: None takes that of x_init, else of the generator, else of the network's
                 parameters, else the CPU.
             x_init: (n, *S), points at the first level in place of the prior.
@@ -226,7 +231,9 @@ class Flow(ABC):
         solver = self.defaults.solver if solver is None else solver
         grid = self.grid(steps, schedule, last)
         x, nfe = self._initial(net, n, generator, device, x_init), 0
-        _check_choice("solver", solver, SOLVERS)
+        _check_choice("solver", solver, SAMPLERS)
+        if solver == "consistency":
+            options["noise"] = functools.partial(self._noisy, generator=generator)
         if n > 0:
             x, nfe = self.solve(
                 net,
@@ -301,14 +308,14 @@ class Flow(ABC):
         Returns the points at the last level of the grid and the number of evaluations of the
         network.
         """
-        _check_choice("solver", solver, SOLVERS)
+        _check_choice("solver", solver, SAMPLERS)
         self._check_x(x)
         slope = self._evaluator(net, x, condition, guidance, unconditional)
         if project is not None:
             slope = editing.projected(slope, project)
         total = None if solver == "rk45" else len(grid) - 1
         with _evaluating(net), _shown(callback, total, progress) as shown:
-            x, nfe = SOLVERS[solver](slope, x, grid, shown, **options)
+            x, nfe = SAMPLERS[solver](slope, x, grid, shown, **options)
         return x, nfe if guidance is None else 2 * nfe
 
     def log_likelihood(
@@ -834,6 +841,11 @@ def by_label(
 
 
 # ---- checks -----------------------------------------------------------------------------------
+
+
+def per_row(level: Level, x: Tensor) -> Tensor:
+    """A level as what a network is given beside points x (B, *S): (B,), of their type."""
+    return level.to(x) if isinstance(level, Tensor) else x.new_full((len(x),), level)
 
 
 def check_dtype(name: str, values: Tensor) -> None:

@@ -20,6 +20,7 @@ from . import backends, checkpoint, data, demo, runs
 from .backends import native
 from .checks import usable_device
 from .evaluate_command import Evaluate
+from .evaluation import noise_generator
 from .files import check_folder
 from .processes import ProcessLost, joined
 from .runs import RunConfig, Settings
@@ -92,8 +93,8 @@ class Sample:
     """A .npy file (float32, n first), or a .png picture of images."""
     n: int = 64
     """How many."""
-    solver: Literal["euler", "heun", "multistep", "rk45"] = "multistep"
-    """How the field lines are followed."""
+    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    """How the field lines are followed; consistency is for few-step models."""
     steps: int = 10
     """Steps of the solver (rk45 chooses its own)."""
     schedule: Literal["rho", "log"] = "rho"
@@ -105,7 +106,7 @@ class Sample:
     guidance: float | None = None
     """How much to exaggerate the label; 1 is not at all, and anything else takes twice as long."""
     seed: int = 0
-    """Of the prior."""
+    """Of the prior, and of the noise that some solvers add."""
     batch_size: int = 1000
     """Samples at a time."""
     device: str = "auto"
@@ -128,6 +129,7 @@ class Sample:
         check_folder(self.out.parent)
         # The prior is drawn at once on the CPU, so that n alone decides what is sampled.
         prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
+        generator = noise_generator(self.seed, device)
         parts = [
             flow.sample(
                 network,
@@ -138,6 +140,7 @@ class Sample:
                 last=self.last,
                 condition=self._condition(len(part)),
                 guidance=self.guidance,
+                generator=generator,
                 x_init=part.to(device),
                 progress=True,
             ).cpu()

@@ -60,8 +60,8 @@ class Evaluate:
     checkpoint's run was trained on unless given, or else digits."""
     n: int = 1000
     """How many samples are drawn; of a file or folder, how many are taken at most."""
-    solver: Literal["euler", "heun", "multistep", "rk45"] = "multistep"
-    """How the field lines are followed."""
+    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    """How the field lines are followed; consistency is for few-step models."""
     steps: int = 10
     """Steps of the solver (rk45 chooses its own)."""
     schedule: Literal["rho", "log"] = "rho"

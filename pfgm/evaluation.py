@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from . import metrics
 from .base import Flow, Network, network_device
+from .batches import seed_of
 from .data import to_unit
-from .networks import NoiseEmbedding
+from .networks import NoiseEmbedding, SongUNet
 
 __all__ = [
     "RUNS",
@@ -90,7 +91,7 @@ def draw_samples(
         flow: what the network is of.
         network: as for :meth:`pfgm.base.Flow.sample`.
         n: how many.
-        seed: of the prior.
+        seed: of the prior, and of the noise that some samplers add.
         batch_size: samples at a time.
         device: where; that of the network's parameters unless given.
         progress: show a progress bar for each batch.
@@ -109,7 +110,8 @@ def draw_samples(
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed are whole numbers from 1.")
     prior = flow.prior(n, generator=torch.Generator().manual_seed(seed))
-    prior = prior.to(network_device(network) if device is None else device)
+    device = torch.device(network_device(network) if device is None else device)
+    prior, generator = prior.to(device), noise_generator(seed, device)
     labels = torch.arange(n) % max(label_count(network), 1)
     parts, evaluations = [], 0
     for rows in torch.arange(n).split(batch_size):
@@ -118,6 +120,7 @@ def draw_samples(
             len(rows),
             x_init=prior[rows],
             condition={"labels": labels[rows]} if label_count(network) else None,
+            generator=generator,
             progress=progress,
             return_nfe=True,
             **options,
@@ -127,10 +130,16 @@ def draw_samples(
     return torch.cat(parts), evaluations
 
 
+def noise_generator(seed: int, device: torch.device) -> torch.Generator:
+    """Of what samplers add on a device, unrelated to a prior of the same seed."""
+    return torch.Generator(device).manual_seed(seed_of(seed, 1))
+
+
 def label_count(network: Network) -> int:
     """How many labels a network of this package knows; 0 for one that knows none."""
     parts = network.modules() if isinstance(network, nn.Module) else ()
-    return max((part.classes for part in parts if isinstance(part, NoiseEmbedding)), default=0)
+    known = (part.classes for part in parts if isinstance(part, (NoiseEmbedding, SongUNet)))
+    return max(known, default=0)
 
 
 def clamped(samples: Tensor, real: Tensor) -> Tensor:

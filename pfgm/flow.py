@@ -19,12 +19,13 @@ from .base import (
     check_dtype,
     common_device,
     non_negative,
+    per_row,
     positive,
 )
 from .functional import field_fn
 from .references import References, ReferenceSet
 from .solvers import SCHEDULES
-from .steps import Field
+from .steps import Field, Level
 
 __all__ = ["EmpiricalField", "PoissonFlow"]
 
@@ -319,8 +320,8 @@ class PoissonFlow(Flow):
         x: Tensor = radius * (direction / norm)
         return x.view(n, *self.shape)
 
-    def _slope(self, net: Network, x: Tensor, level: float, condition: Condition) -> Field:
-        field_x, field_z = _evaluate(net, x, x.new_full((len(x),), level), condition)
+    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field:
+        field_x, field_z = _evaluate(net, x, per_row(level, x), condition)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:

@@ -18,11 +18,13 @@ from .base import (
     by_label,
     common_device,
     non_negative,
+    per_row,
     positive,
 )
 from .functional import posterior_mean
 from .references import References, ReferenceSet
 from .solvers import SCHEDULES, rho_grid
+from .steps import Level
 
 __all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
 
@@ -65,17 +67,32 @@ class Preconditioned(nn.Module):
         self.sigma_data = positive("sigma_data", sigma_data)
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
-        rows = sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-        total = rows.square() + self.sigma_data**2
-        predicted = self.backbone(x * total.rsqrt(), sigma.to(x.dtype).log() / 4, **condition)
+        noise = sigma.to(x.dtype).log() / 4
+        predicted = self.backbone(self.scaled(x, sigma), noise, **condition)
         if predicted.shape != x.shape:
             raise ValueError(
                 f"backbone returned shape {tuple(predicted.shape)}; needed is that of x, "
                 f"{tuple(x.shape)}."
             )
+        return self.mean(x, sigma, predicted)
+
+    def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """c_in(σ) x, what the backbone sees of x (B, *S) at sigma (B,)."""
+        return x * self._total(self._rows(x, sigma)).rsqrt()
+
+    def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
+        """c_skip(σ) x + c_out(σ) F, from what the backbone predicted (B, *S)."""
+        rows = self._rows(x, sigma)
+        total = self._total(rows)
         skip = self.sigma_data**2 / total
-        result: Tensor = skip * x + rows * self.sigma_data * total.rsqrt() * predicted
-        return result
+        return skip * x + rows * self.sigma_data * total.rsqrt() * predicted
+
+    def _total(self, sigma: Tensor) -> Tensor:
+        return sigma.square() + self.sigma_data**2
+
+    @staticmethod
+    def _rows(x: Tensor, sigma: Tensor) -> Tensor:
+        return sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 class PoissonFlowPP(Flow):
@@ -383,8 +400,8 @@ class PoissonFlowPP(Flow):
         self._check_references(references)
         return EmpiricalDenoiser(references, self.D)
 
-    def _slope(self, net: Network, x: Tensor, level: float, condition: Condition) -> Tensor:
-        return _evaluate(net, x, x.new_full((len(x),), level), condition)
+    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
+        return _evaluate(net, x, per_row(level, x), condition)
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
         """So many levels from sigma_max to the last above 0, and 0, to which the last step goes."""

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from . import metrics, networks
 from .base import Flow
+from .checkpoint import load
 from .data import to_unit
 from .datasets import Data, open_data
+from .distillation import Consistency
 from .files import StrPath, check_folder, write_atomic
 from .flow import PoissonFlow
 from .flowpp import PoissonFlowPP
@@ -75,6 +77,11 @@ class Settings:
     """Hold a part of the data in each process; the target is the field of all of them."""
     samples: int = 1000
     """Samples of an evaluation."""
+    teacher: str | None = None
+    """A .safetensors file or the folder of a run, of which to make a few-step model, with its flow
+    and network whatever else is said of them; needs about as many steps again."""
+    levels: int = 10
+    """Levels at which the few-step model is to agree with itself."""
 
     def __post_init__(self) -> None:
         if self.multipliers is not None:
@@ -90,6 +97,8 @@ class Settings:
             raise ValueError(f"samples is {self.samples}; allowed is at least {_FEWEST}.")
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
+        if self.levels < 2:
+            raise ValueError(f"levels is {self.levels}; allowed is at least 2.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,17 +232,24 @@ def _run(
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _held(data.train, config, device)
-    flow = _flow(config, rows)
-    network = _network(config, flow, rows, data.classes).to(device)
+    training, loss = config.training, None
+    if config.teacher is None:
+        flow = _flow(config, rows)
+        network = _network(config, flow, rows, data.classes).to(device)
+    else:
+        flow, network = load(config.teacher, device=device)
+        loss = Consistency(flow, network, steps=config.levels).loss
+        training = dataclasses.replace(training, references=0)
     trainer = Trainer(
         flow,
         network,
         rows,
-        config.training,
+        training,
         folder=folder,
         progress=progress,
         labels=rows.labels if config.labels else None,
         evaluate=_Evaluation(config, flow, data, folder, device) if processes.leads else None,
+        loss=loss,
     )
     if resume:
         step = trainer.resume()
@@ -310,6 +326,9 @@ class _Evaluation:
         self._flow, self._folder, self._device = flow, folder, device
         self._count, self._seed = config.samples, config.training.seed
         self._classes = data.classes if config.labels else 0
+        self._sampler: dict[str, Any] = {}
+        if config.teacher is not None:
+            self._sampler = {"solver": "consistency", "steps": 1}
         against = data.held_out or data.train
         rows = torch.arange(len(against))
         if len(rows) < _FEWEST:
@@ -345,5 +364,6 @@ class _Evaluation:
         for x, own in zip(prior.split(_TOGETHER), labels.split(_TOGETHER), strict=True):
             condition = {"labels": own.to(self._device)} if self._classes else None
             x = x.to(self._device)
-            parts.append(self._flow.sample(network, len(x), x_init=x, condition=condition).cpu())
+            options = {"x_init": x, "condition": condition, **self._sampler}
+            parts.append(self._flow.sample(network, len(x), **options).cpu())
         return torch.cat(parts)

@@ -29,11 +29,13 @@ from .checks import checks_values
 from .steps import Field
 
 __all__ = [
+    "SAMPLERS",
     "SCHEDULES",
     "SOLVERS",
     "Callback",
     "Denoiser",
     "StepInfo",
+    "consistency",
     "euler",
     "heun",
     "log_grid",
@@ -65,6 +67,8 @@ Callback = Callable[[StepInfo], object]
 Solver = Callable[..., tuple[Tensor, int]]
 Churn = Callable[[Tensor, float], tuple[Tensor, float]]
 """From points and their level to noisier points and theirs, before a step is taken."""
+Noise = Callable[[Tensor, float], Tensor]
+"""From data to points around them at a level."""
 
 
 def log_grid(start: float, end: float, steps: int) -> list[float]:
@@ -308,7 +312,36 @@ def rk45(
     return x, run.nfe
 
 
+def consistency(
+    denoise: Denoiser,
+    x: Tensor,
+    grid: Sequence[float],
+    callback: Callback | None = None,
+    *,
+    noise: Noise | None = None,
+) -> tuple[Tensor, int]:
+    """For few-step models: each mean is taken for the data, and noise added to it for the next.
+
+    One evaluation a step (consistency models, arXiv 2303.01469, algorithm 1); the end is the last
+    mean. A network that has not been distilled (:mod:`pfgm.distillation`) gives averages of data.
+
+    Raises:
+        ValueError: there is no noise, as on the way up.
+    """
+    if noise is None:
+        raise ValueError("solver is 'consistency', which adds noise; it goes with sample alone.")
+    run = _Run(denoise, callback)
+    for step, (z, next_z) in enumerate(pairwise(grid)):
+        mean = run.mean(x, z, step)
+        if run.stops(step, z, x, mean):
+            break
+        x = mean if step == len(grid) - 2 else noise(mean, next_z)
+    return x, run.nfe
+
+
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "multistep": multistep, "rk45": rk45}
+# Solvers of the ODE, and what draws samples in another way.
+SAMPLERS: dict[str, Solver] = {**SOLVERS, "consistency": consistency}
 SCHEDULES: dict[str, Callable[[float, float, int], list[float]]] = {
     "log": log_grid,
     "rho": rho_grid,

@@ -64,6 +64,8 @@ class Trainer:
             ``evaluations.csv`` and TensorBoard. It must leave torch's global generator alone.
         labels: (n,) integers from 0, which the network is given as its argument of that name; a
             point's target is then made of the references of its label.
+        loss: in place of the flow's, with its arguments, such as
+            :meth:`pfgm.distillation.Consistency.loss`.
 
     Raises:
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
@@ -89,12 +91,14 @@ class Trainer:
         progress: bool = True,
         labels: Tensor | None = None,
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
+        loss: Callable[..., Tensor] | None = None,
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
         self.config = config = config or TrainConfig()
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
         self.evaluate = evaluate
+        self.loss = loss
         self.step = 0
         self._check_data()
         self._processes = processes = Processes()
@@ -126,7 +130,8 @@ class Trainer:
 
     def _check_data(self) -> None:
         data, labels, size = self.data, self.labels, self.config.batch_size
-        if self.config.references == 0 and not isinstance(self.flow, PoissonFlowPP):
+        single_sample = self.config.references == 0 and self.loss is None
+        if single_sample and not isinstance(self.flow, PoissonFlowPP):
             raise ValueError(
                 "references is 0, which is the single-sample target of PoissonFlowPP alone; a "
                 "PoissonFlow learns the field of references."
@@ -297,7 +302,7 @@ class Trainer:
             waits = nullcontext() if k + 1 == parts else self._without_exchange()
             with waits, self._autocast():
                 labels = None if batch.labels is None else batch.labels[rows]
-                loss = self.flow.loss(
+                loss = (self.loss or self.flow.loss)(
                     self._called,
                     batch.x[rows],
                     batch.references,
