@@ -9,6 +9,7 @@ from . import (
     backends,
     data,
     datasets,
+    distillation,
     evaluation,
     metrics,
     networks,
@@ -23,6 +24,7 @@ from .editing import interpolate
 from .flow import PoissonFlow
 from .flowpp import PoissonFlowPP
 from .functional import field_fn, log_density, posterior_mean
+from .integrations.k_diffusion import as_k_diffusion
 from .likelihood import LogLikelihood
 from .references import ReferenceSet
 from .steps import (
@@ -39,10 +41,12 @@ __all__ = [
     "PoissonFlow",
     "PoissonFlowPP",
     "ReferenceSet",
+    "as_k_diffusion",
     "backends",
     "data",
     "datasets",
     "debug_checks",
+    "distillation",
     "euler_step",
     "euler_step_from_mean",
     "evaluation",

@@ -235,8 +235,10 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError("an unknown version of the format")
     # Version 3 is version 2 with names of fields, which no array allowed here has, in UTF-8.
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    old = version == (1, 0)
+    shape, fortran, dtype = (
+        npy.read_array_header_1_0(stream) if old else npy.read_array_header_2_0(stream)
+    )
     return _whole_numbers(shape), fortran, dtype
 
 

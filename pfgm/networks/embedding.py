@@ -176,8 +176,10 @@ class FieldNetwork(nn.Module):
 
     def _c_skip(self, rms: Tensor, z: Tensor) -> Tensor:
         # EDM's weight of x at noise level z, and less where ‖x‖ itself shows more noise than z.
-        excess = (rms.square() - (2 * self.data_std) ** 2).clamp_min(0)
-        return self.data_std**2 / (self.data_std**2 + z.square() + excess)
+        return self.data_std**2 / (self.data_std**2 + z.square() + self._excess(rms))
+
+    def _excess(self, rms: Tensor) -> Tensor:
+        return (rms.square() - (2 * self.data_std) ** 2).clamp_min(0)
 
     def _c_change(self, z: Tensor) -> Tensor:
         noise = _TAIL * z

@@ -1,0 +1,337 @@
+"""The Poisson flow as a flow-matching path, beside torchcfm, flow_matching and scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchdiffeq import odeint
+
+import pfgm
+from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
+
+DS = [1.0, 16.0, 128.0, math.inf]
+POINTS = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.2, 0.1]], dtype=torch.float64)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def kernel(D, dimensions):
+    """The density of the noise, by scipy."""
+    if math.isinf(D):
+        return stats.multivariate_normal(np.zeros(dimensions))
+    return stats.multivariate_t(np.zeros(dimensions), df=D)
+
+
+def marginal(x, t, D, data=POINTS):
+    """Density of x_t = t x1 + (1 − t) n over data x1, and the average of x1 − n at x_t = x."""
+    law, N = kernel(D, data.shape[1]), data.shape[1]
+    n = (x[:, None] - t * data) / (1 - t)  # (B, M, N): the noise that would have led to x
+    p = torch.from_numpy(law.pdf(n.numpy()).reshape(n.shape[:2]))
+    density = p.mean(1) / (1 - t) ** N
+    return density, (p[..., None] * (data - n)).sum(1) / p.sum(1, keepdim=True)
+
+
+def weights_at_the_data(distances, D):
+    """Of references at σ = 0: 1/d^(N + D) in the plane, the nearest one's at D = ∞."""
+    nearest = distances.amin(1, keepdim=True)
+    return (nearest / distances) ** (2 + D) / ((nearest / distances) ** (2 + D)).sum(1, True)
+
+
+def spread_points(count=64, scale=1.0):
+    return scale * torch.randn(count, 2, generator=seeded(1), dtype=torch.float64)
+
+
+# ---- against the packages it stands beside ----
+
+
+def test_diffusion_without_references_is_torchcfms():
+    matching = pytest.importorskip("torchcfm.conditional_flow_matching")
+    x0, x1 = torch.randn(2, 8, 3, 4, 4, generator=seeded())
+    t = torch.rand(8, generator=seeded(1))
+    theirs = matching.ConditionalFlowMatcher(sigma=0.0).sample_location_and_conditional_flow(
+        x0, x1, t
+    )
+    ours = PoissonFlowMatcher().sample_location_and_conditional_flow(x0, x1, t)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_diffusion_without_references_is_flow_matchings():
+    path = pytest.importorskip("flow_matching.path")
+    x0, x1 = torch.randn(2, 8, 3, 4, 4, generator=seeded())
+    t = torch.rand(8, generator=seeded(1))
+    theirs = path.CondOTProbPath().sample(x_0=x0, x_1=x1, t=t)
+    _, xt, ut = PoissonFlowMatcher().sample_location_and_conditional_flow(x0, x1, t)
+    torch.testing.assert_close(xt, theirs.x_t, rtol=0, atol=1e-6)
+    assert torch.equal(ut, theirs.dx_t)
+
+
+@pytest.mark.parametrize("D", DS)
+def test_flow_matchings_solver_takes_the_velocity(D):
+    """Its samples, and its likelihood, which differentiates the velocity in x."""
+    solver = pytest.importorskip("flow_matching.solver")
+    matcher = PoissonFlowMatcher(D, POINTS)
+    noise = matcher.noise((32, 2), generator=seeded(), dtype=torch.float64)
+    found = solver.ODESolver(matcher.velocity).sample(noise, step_size=0.01, method="midpoint")
+    assert torch.cdist(found, POINTS).amin(1).max() < 1e-3 * noise.norm(dim=1).max()
+
+    law, end, x = kernel(D, 2), 0.6, spread_points(8)
+    shortened = solver.ODESolver(lambda x, t: end * matcher.velocity(end * t, x))  # 1 is our 0.6
+    _, log_p = shortened.compute_likelihood(
+        x,
+        lambda noise: torch.from_numpy(law.logpdf(noise.detach().numpy())),
+        step_size=0.02,
+        method="midpoint",
+        exact_divergence=True,
+    )
+    torch.testing.assert_close(log_p, marginal(x, end, D)[0].log(), rtol=0, atol=5e-3)
+
+
+# ---- the velocity ----
+
+
+@pytest.mark.parametrize("D", DS)
+@pytest.mark.parametrize("t", [0.02, 0.5, 0.9])
+def test_velocity_is_the_average_of_the_conditional_ones(D, t):
+    x = spread_points()
+    found = PoissonFlowMatcher(D, POINTS).velocity(t, x)
+    torch.testing.assert_close(found, marginal(x, t, D)[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("D", DS)
+def test_velocity_carries_the_density(D):
+    """∂p/∂t + ∂(p u)/∂x = 0 in one dimension, p by scipy."""
+    data = torch.tensor([[-1.0], [0.3], [0.5]], dtype=torch.float64)
+    matcher = PoissonFlowMatcher(D, data)
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None]
+    t, h = 0.6, 1e-4
+
+    def flux(x):
+        return marginal(x, t, D, data)[0] * matcher.velocity(t, x)[:, 0]
+
+    growth = (marginal(x, t + h, D, data)[0] - marginal(x, t - h, D, data)[0]) / (2 * h)
+    outflow = (flux(x + h) - flux(x - h)) / (2 * h)
+    assert growth.abs().max() > 0.1
+    torch.testing.assert_close(growth, -outflow, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("D", DS)
+def test_the_targets_agree_on_average(D):
+    """Against any function of x_t; and that of the references is their velocity, varying less."""
+    count, t = 100_000, 0.6
+    x1 = POINTS[torch.randint(len(POINTS), (count,), generator=seeded(2))]
+    of_one = PoissonFlowMatcher(D)
+    x0 = of_one.noise(x1.shape, generator=seeded(), dtype=torch.float64)
+    _, xt, single = of_one.sample_location_and_conditional_flow(x0, x1, t)
+    matcher = PoissonFlowMatcher(D, POINTS)
+    times, same_xt, stable = matcher.sample_location_and_conditional_flow(x0, x1, t)
+    assert torch.equal(xt, same_xt)
+    torch.testing.assert_close(stable, matcher.velocity(times, xt), rtol=1e-9, atol=1e-9)
+    difference = single - stable
+    for weight in (torch.ones_like(xt), xt.tanh(), (3 * xt.flip(1)).sin()):
+        product = difference * weight
+        assert (product.mean(0).abs() < 4 * product.std(0) / math.sqrt(count)).all()
+    assert difference.std() > 0.3
+
+
+def test_targets_keep_their_digits_near_the_data():
+    """Where rounded points say nothing of the noise any more, the target still knows it."""
+    data = pfgm.data.digits().train
+    x0, x1 = torch.randn(64, 1, 8, 8, generator=seeded()), data[:64]
+    matcher = PoissonFlowMatcher(math.inf, data)
+    for t in (0.99, 1 - 1e-6, 1.0):
+        _, _, ut = matcher.sample_location_and_conditional_flow(x0, x1, t)
+        torch.testing.assert_close(ut, x1 - x0, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("D", DS)
+def test_both_ends(D):
+    matcher = PoissonFlowMatcher(D, POINTS)
+    x = spread_points(8)
+    torch.testing.assert_close(matcher.velocity(0.0, x), POINTS.mean(0) - x, rtol=0, atol=1e-7)
+    weights = weights_at_the_data(torch.cdist(x, POINTS), D)
+    torch.testing.assert_close(matcher.velocity(1.0, x), 1000 * (weights @ POINTS - x))
+    assert torch.equal(matcher.velocity(1.0, POINTS), torch.zeros_like(POINTS))
+    start = matcher.sample_location_and_conditional_flow(None, x, 0.0, generator=seeded())
+    expected = matcher.noise((8, 2), generator=seeded(), dtype=torch.float64)
+    assert torch.equal(start[1], expected)
+    # in float32 and far out, too
+    far = 1e4 * x.float()
+    found = PoissonFlowMatcher(D, POINTS.float()).velocity(0.0, far)
+    torch.testing.assert_close(found, POINTS.mean(0).float() - far)
+
+
+@pytest.mark.parametrize("D", DS)
+def test_integration_is_sampling_and_ends_on_references(D):
+    """A draw carried by torchdiffeq in t, and the same by this library in σ."""
+    flow = pfgm.PoissonFlowPP((2,), D=D)
+    prior = flow.prior(64, generator=seeded()).double()
+    start, near, tight = 1 / (1 + flow.sigma_max), 0.999, {"rtol": 1e-7, "atol": 1e-7}
+    times = torch.tensor([start, near, 1.0], dtype=torch.float64)
+    velocity = PoissonFlowMatcher(D, POINTS).velocity
+    _, found, end = odeint(velocity, start * prior, times, **tight)
+    levels = [flow.sigma_max, (1 - near) / near]
+    expected, _ = flow.solve(flow.empirical(POINTS), prior, levels, solver="rk45", **tight)
+    torch.testing.assert_close(found, near * expected, rtol=0, atol=1e-4)
+    distances = torch.cdist(found, POINTS).min(1)
+    assert len(distances.indices.unique()) == len(POINTS)
+    left = (end - POINTS[distances.indices]).norm(dim=1)
+    assert (left < 0.4 * distances.values + 1e-5).all()  # 1/e of it, where 1 − t is 0.001
+
+
+# ---- references ----
+
+
+@pytest.mark.parametrize("kind", ["uint8", "set", "float32"])
+def test_references_of_every_kind(kind):
+    stored = torch.randint(0, 256, (50, 1, 4, 4), generator=seeded(), dtype=torch.uint8)
+    values = stored.float() / 127.5 - 1
+    references = {"uint8": stored, "set": pfgm.ReferenceSet(stored), "float32": values}[kind]
+    x1 = stored[:8] if kind == "uint8" else values[:8]
+    x0, t = torch.randn(8, 1, 4, 4, generator=seeded(1)), torch.full((8,), 0.3)
+    found = PoissonFlowMatcher(16, references).sample_location_and_conditional_flow(x0, x1, t)
+    expected = PoissonFlowMatcher(16, values.double()).velocity(t, found[1].double())
+    torch.testing.assert_close(found[2].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_labels_choose_the_references():
+    labels = torch.tensor([0, 1, 0, 1])
+    matcher = PoissonFlowMatcher(16, POINTS, reference_labels=labels)
+    x, asked = spread_points(6), torch.tensor([0, 1, -1, 1, 0, -1])
+    found = matcher.velocity(0.4, x, labels=asked)
+    for label, seen in ((0, POINTS[labels == 0]), (1, POINTS[labels == 1]), (-1, POINTS)):
+        rows = asked == label
+        assert torch.equal(found[rows], PoissonFlowMatcher(16, seen).velocity(0.4, x[rows]))
+    t, xt, ut = matcher.sample_location_and_conditional_flow(
+        None, POINTS, labels=labels, generator=seeded()
+    )
+    torch.testing.assert_close(ut, matcher.velocity(t, xt, labels=labels))
+
+
+# ---- draws ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_are_those_of_the_generator(dtype):
+    x1 = torch.zeros(2000, 3, dtype=dtype)
+    matcher = PoissonFlowMatcher(D=4)
+    t, xt, ut = matcher.sample_location_and_conditional_flow(None, x1, generator=seeded())
+    again = matcher.sample_location_and_conditional_flow(None, x1, generator=seeded())
+    assert all(torch.equal(a, b) for a, b in zip((t, xt, ut), again, strict=True))
+    assert {t.dtype, xt.dtype, ut.dtype} == {dtype}
+    assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-3
+    # −u_t is the noise: its squared norm over N is F-distributed.
+    assert stats.kstest((ut.square().sum(1) / 3).numpy(), stats.f(3, 4).cdf).pvalue > 1e-3
+
+
+def test_half_precision_is_computed_in_float32():
+    data = torch.randn(20, 2, generator=seeded())
+    matcher = PoissonFlowMatcher(16, data)
+    half = data.bfloat16()
+    found = matcher.sample_location_and_conditional_flow(None, half, generator=seeded())
+    same = matcher.sample_location_and_conditional_flow(None, half.float(), generator=seeded())
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+    assert torch.equal(matcher.velocity(0.5, half), matcher.velocity(0.5, half.float()))
+
+
+# ---- velocity networks as denoisers ----
+
+
+class Gaussian(torch.nn.Module):
+    """The velocity of normal data of standard deviation `scale` at D = ∞, known exactly."""
+
+    scale = 0.5
+
+    def forward(self, t, x, shift=None):
+        along = t.view(-1, *[1] * (x.ndim - 1))
+        variance = (along * self.scale) ** 2 + (1 - along) ** 2
+        velocity = x * (along * self.scale**2 - (1 - along)) / variance
+        return velocity if shift is None else velocity + shift[:, None]
+
+
+def test_a_velocity_network_as_a_denoiser():
+    """The mean of normal data, s² x/(s² + σ²), at every level; conditions pass through."""
+    net, sigma = as_denoiser(Gaussian()), torch.tensor([1e-3, 0.1, 0.5, 3.0, 80.0])
+    x = torch.randn(5, 2, generator=seeded(), dtype=torch.float64)
+    expected = x * 0.25 / (0.25 + sigma.double().square()[:, None])
+    torch.testing.assert_close(net(x, sigma), expected, rtol=1e-6, atol=1e-6)
+    moved = net(x, sigma, shift=torch.ones(5)) - net(x, sigma)
+    torch.testing.assert_close(moved, (sigma / (1 + sigma)).double()[:, None].expand(5, 2))
+
+
+def test_multistep_agrees_with_fine_euler_steps_of_the_velocity():
+    flow, velocity = pfgm.PoissonFlowPP((2,), D=math.inf), Gaussian()
+    prior = flow.prior(16, generator=seeded()).double()
+    found = flow.sample(as_denoiser(velocity), 16, solver="multistep", steps=100, x_init=prior)
+    start = 1 / (1 + flow.sigma_max)
+    times = torch.linspace(start, 1, 2001, dtype=torch.float64)
+    euler = odeint(lambda t, x: velocity(t.expand(16), x), start * prior, times, method="euler")
+    exact = prior * 0.5 / math.hypot(0.5, flow.sigma_max)
+    torch.testing.assert_close(found, exact, rtol=2e-3, atol=0)
+    torch.testing.assert_close(found, euler[-1], rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("D", DS)
+def test_the_exact_velocity_as_a_denoiser_is_the_exact_denoiser(D):
+    flow = pfgm.PoissonFlowPP((2,), D=D)
+    net, exact = as_denoiser(PoissonFlowMatcher(D, POINTS).velocity), flow.empirical(POINTS)
+    x, sigma = 5 * spread_points(8), torch.logspace(-2, 2, 8, dtype=torch.float64)
+    torch.testing.assert_close(net(x, sigma), exact(x, sigma), rtol=0, atol=1e-9)
+
+
+# ---- bad inputs ----
+
+
+@pytest.mark.parametrize(
+    ("D", "error", "message"),
+    [
+        (0, ValueError, "D is 0; allowed is any positive number or infinity"),
+        (math.nan, ValueError, "D is nan"),
+        ("inf", TypeError, "D is a str; allowed is a number"),
+    ],
+)
+def test_bad_dimensions(D, error, message):
+    with pytest.raises(error, match=message):
+        PoissonFlowMatcher(D)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(3, 2), torch.zeros(4, 2)), ValueError, r"x0 has shape \(3, 2\); .* \(4, 2\)"),
+        ((None, torch.zeros(4, 2, dtype=torch.int64)), TypeError, "x1 has dtype torch.int64"),
+        ((None, torch.zeros(4, 3)), ValueError, r"x has shape \(4, 3\) and references \(4, 2\)"),
+        ((None, torch.zeros(4, 2), torch.zeros(3)), ValueError, r"t has shape \(3,\)"),
+        ((None, torch.zeros(4, 2), 1.5), ValueError, r"t holds 1.5; allowed is 0 \(noise\) to 1"),
+        ((None, torch.zeros(4, 2), math.nan), ValueError, "t holds nan"),
+    ],
+)
+def test_bad_batches(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PoissonFlowMatcher(16, POINTS.float()).sample_location_and_conditional_flow(*arguments)
+
+
+def test_bad_calls():
+    matcher = PoissonFlowMatcher(16, POINTS)
+    with pytest.raises(ValueError, match="references is None; needed are those whose flow"):
+        PoissonFlowMatcher(16).velocity(0.5, POINTS)
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64; allowed is floating"):
+        matcher.velocity(0.5, POINTS.long())
+    with pytest.raises(ValueError, match=r"t has shape \(3,\)"):
+        matcher.velocity(torch.zeros(3), POINTS)
+    with pytest.raises(ValueError, match="is nan in row 0; only finite values"):
+        matcher.velocity(math.nan, POINTS)
+    with pytest.raises(ValueError, match=r"labels has shape \(3,\); allowed is \(4,\)"):
+        matcher.velocity(0.5, POINTS, labels=torch.zeros(3))
+    with pytest.raises(ValueError, match="reference_labels has shape None"):
+        matcher.velocity(0.5, POINTS, labels=torch.zeros(4))
+    for shape in ((), (-1, 2), (2.0, 2)):
+        with pytest.raises(ValueError, match=r"allowed is \(n, \*S\)"):
+            matcher.noise(shape)
+    with pytest.raises(ValueError, match=r"velocity_net returned shape \(3, 1\)"):
+        as_denoiser(lambda t, x: x[:, :1])(torch.zeros(3, 2), torch.ones(3))
