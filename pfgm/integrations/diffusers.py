@@ -64,8 +64,8 @@ class PoissonFlowSchedulerOutput(BaseOutput):  # type: ignore[misc]
 class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """What both schedulers share.
 
-    The solvers are those of :mod:`pfgm.solvers` with a fixed number of steps. heun calls the network
-    twice a step, and once in the last; multistep keeps the mean of the step before.
+    The solvers are those of :mod:`pfgm.solvers` with a fixed number of steps. heun calls the
+    network twice a step, and once in the last; multistep keeps the mean of the step before.
     """
 
     _flow_type: ClassVar[type[PoissonFlow] | type[PoissonFlowPP]]

@@ -248,7 +248,7 @@ class ForeignMeanField(FieldNetwork):
 class ForeignField(nn.Module):
     """A foreign network of the field itself as a network net(x, z, **condition) of PFGM.
 
-    As published (arXiv 2209.11178, appendix C): one channel more than x, whose mean is field_z.
+    As published (arXiv 2209.11178): one channel more than x, whose mean is field_z.
     """
 
     def __init__(self, net: ForeignModule, told: Telling) -> None:
