@@ -63,7 +63,8 @@ def fashion_mnist() -> Tensor:
     if not file.exists():
         file = _downloaded()
     content = gzip.decompress(file.read_bytes())
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16).view(60000, 784)
+    images = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)
+    return images.view(60000, 784).clone()  # memory of torch's own
 
 
 def _downloaded() -> Path:

@@ -72,7 +72,7 @@ class Screen {
     }
     longest_ = 0;
     for (Index j = 0; j < count; ++j)
-      if (!(lengths[j] <= longest_)) longest_ = static_cast<double>(lengths[j]);  // NaN stays
+      if (!(lengths[j] <= longest_)) longest_ = static_cast<double>(lengths[j]);
     if (queries_count_ < kAlike) return bound_few(count, rows, out);
     const auto x = [&](Index b) { return queries_.at(b * stride_); };
     tiles_.template sum<Distance>(queries_count_, count, 2 * lines_, x, x,
@@ -104,14 +104,17 @@ class Screen {
       for (Index j = task * kTogether; j <= last; j += kPairColumns)
         for (Index b = 0; b < queries_count_; b += kTileQueries) {
           const T *x[kTileQueries], *y[kPairColumns];
-          for (Index q = 0; q < kTileQueries; ++q)
-            x[q] = queries_.at(smaller(b + q, queries_count_ - 1) * stride_);
-          for (Index c = 0; c < kPairColumns; ++c) y[c] = rows + smaller(j + c, last) * stride_;
           double sums[kTileQueries][kPairColumns];
-          distance_pairs<T>(x, y, stride_, sums);
-          for (Index q = 0; q < smaller(kTileQueries, queries_count_ - b); ++q)
-            for (Index c = 0; c <= smaller(kPairColumns - 1, last - j); ++c)
-              out(b + q)[j + c] = sums[q][c];
+          for (Index k = 0; k < stride_; k += kPairPanel<T>) {
+            for (Index q = 0; q < kTileQueries; ++q)
+              x[q] = queries_.at(smaller(b + q, queries_count_ - 1) * stride_) + k;
+            for (Index c = 0; c < kPairColumns; ++c)
+              y[c] = rows + smaller(j + c, last) * stride_ + k;
+            distance_pairs<T>(x, y, smaller(kPairPanel<T>, stride_ - k), sums);
+            for (Index q = 0; q < smaller(kTileQueries, queries_count_ - b); ++q)
+              for (Index c = 0; c <= smaller(kPairColumns - 1, last - j); ++c)
+                out(b + q)[j + c] = (k == 0 ? 0 : out(b + q)[j + c]) + sums[q][c];
+          }
         }
     });
   }

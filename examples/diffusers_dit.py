@@ -55,6 +55,5 @@ if __name__ == "__main__":
     flow = pfgm.PoissonFlow.from_data(data.train)
     net = train(flow, data.train, data.train_labels, steps=20 if options.quick else 3000)
     columns = {"labels": torch.arange(10).repeat(10)}
-    none = {"labels": torch.full((100,), -1)}
-    samples = flow.sample(net, 100, condition=columns, guidance=1.5, unconditional=none)
+    samples = flow.sample(net, 100, condition=columns, guidance=1.5)
     image_grid(samples, check_folder(options.out) / "diffusers_dit.png", columns=10)

@@ -810,7 +810,7 @@ def by_label(
 ) -> tuple[Tensor, ...]:
     """What ``target(x, level, references)`` says where a point of a label sees only the references
     of that label; a label below 0 is none, and sees all."""
-    if labels is None:
+    if labels is None or len(labels) == 0:
         return target(x, level, references)
     if isinstance(references, ReferenceSet):
         if references.sharded:
@@ -845,7 +845,7 @@ def by_label(
 
 def per_row(level: Level, x: Tensor) -> Tensor:
     """A level as what a network is given beside points x (B, *S): (B,), of their type."""
-    return level.to(x) if isinstance(level, Tensor) else x.new_full((len(x),), level)
+    return level.to(x).expand(len(x)) if isinstance(level, Tensor) else x.new_full((len(x),), level)
 
 
 def check_dtype(name: str, values: Tensor) -> None:

@@ -127,7 +127,7 @@ class Sample:
                 "that ends in .npy."
             )
         check_folder(self.out.parent)
-        # The prior is drawn at once on the CPU, so that n alone decides what is sampled.
+        # The prior is drawn at once on the CPU, so that n alone decides where samples begin.
         prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
         generator = noise_generator(self.seed, device)
         parts = [

@@ -75,8 +75,8 @@ class Consistency:
         if isinstance(teacher, nn.Module):
             self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.levels = flow.grid(steps, schedule or "rho", last)
-        if ahead is not None and not 1 <= ahead <= steps:
-            raise ValueError(f"ahead is {ahead}; allowed is 1 to steps, {steps}.")
+        if ahead is not None and (not isinstance(ahead, int) or not 1 <= ahead <= steps):
+            raise ValueError(f"ahead is {ahead}; allowed is an integer from 1 to steps, {steps}.")
         self.ahead = steps if ahead is None else ahead
 
     def loss(

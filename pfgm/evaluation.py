@@ -84,7 +84,8 @@ def draw_samples(
 ) -> tuple[Tensor, int]:
     """Samples (n, *S) and the number of evaluations of the network, the most of any batch.
 
-    The prior is drawn on the CPU, so that it does not depend on the device. A network with labels
+    The prior is drawn on the CPU, so that it does not depend on the device; noise that a sampler
+    adds is drawn batch by batch on the device. A network with labels
     draws each as often as the others: sample i is of the label i mod classes.
 
     Args:

@@ -237,7 +237,7 @@ def test_wrong_results(generator, flow, options, output, message):
         (nn.Identity(), {}, TypeError, "flow is a Identity; allowed are PoissonFlow and"),
         (PLUSPLUS, {"predicts": "field"}, ValueError, "predicts is 'field'; with PoissonFlowPP"),
         (IMAGES, {"predicts": "v"}, ValueError, "predicts is 'v'; with PoissonFlow allowed are"),
-        (IMAGES, {"level": "time"}, ValueError, "level is 'time'; allowed are 'timestep', 'log'"),
+        (IMAGES, {"level": "time"}, ValueError, "level is 'time'; allowed names are 'timestep'"),
         (IMAGES, {"data_std": 0.0}, ValueError, "data_std is 0.0"),
         (IMAGES, {"data_std": math.nan}, ValueError, "data_std is nan"),
         (

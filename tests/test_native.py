@@ -159,6 +159,21 @@ def test_a_sketch_changes_no_bit(isa, sizes, dtype):
         assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
 
 
+def test_the_bounds_of_a_sketch_hold_over_many_features():
+    """With one float32 sum a lane the bound of the nearest reference would exceed the other's."""
+    lanes, additions, ulp = 16, 8000, 2.0**-6
+    choice = torch.rand(additions * lanes, generator=torch.Generator().manual_seed(0)) < 0.556
+    nearest = torch.full((additions * lanes,), 32 + 0.55 * ulp, dtype=torch.float64)
+    other = torch.where(choice, 32 + 1.45 * ulp, 32 - 0.55 * ulp).double()
+    references = torch.stack(
+        [(line / 32).sqrt().float().repeat_interleave(32) for line in (other, nearest)]
+    )
+    x, sigma = torch.zeros(1, references.shape[1]), torch.tensor([0.01], dtype=torch.float64)
+    sketch = native.sketch(references, torch.float32)
+    mean, *_ = native.posterior_mean(x, references, sigma, math.inf, sketch=sketch)
+    assert torch.equal(mean[0], references[1])
+
+
 def test_a_sketch_of_strided_rows():
     _, references, _ = problem(3, 64, 1200)
     wanted = native.sketch(references[::2, 100:700].contiguous(), torch.float32)

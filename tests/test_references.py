@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import os
 
@@ -151,6 +152,32 @@ def test_sketches_follow_their_rows(wide_chunks, monkeypatch):
         assert pfgm.posterior_mean(x, other, sigma=0.05).isfinite().all()
         assert len(counted.seen) > seen
         seen = len(counted.seen)
+
+
+@native_only
+def test_a_copy_makes_its_own_sketches(wide_chunks):
+    rows = pfgm.data.to_unit(wide_images())
+    rows.mul_(1)  # a version other than that of a new tensor
+    held, x = ReferenceSet(rows), rows[:3] + 0.01
+    pfgm.posterior_mean(x, held, sigma=0.05)
+    rows.neg_()
+    copied = copy.deepcopy(held)
+    expected = pfgm.posterior_mean(x, ReferenceSet(rows.clone()), sigma=0.05)
+    assert torch.equal(pfgm.posterior_mean(x, copied, sigma=0.05), expected)
+
+
+@native_only
+def test_nothing_is_kept_of_what_may_change_unnoticed(monkeypatch):
+    counted = Counted(monkeypatch)
+    array = np.random.default_rng(0).random((40, 600), dtype=np.float32)
+    x = torch.from_numpy(array[:2]) + 0.01
+    for rows in (array, torch.from_numpy(array)):
+        pfgm.posterior_mean(x, ReferenceSet(rows), sigma=0.05)
+    with torch.inference_mode():
+        held = ReferenceSet(torch.rand(40, 600))
+        pfgm.posterior_mean(x, held, sigma=0.05)
+    pfgm.posterior_mean(x, held, sigma=0.05)
+    assert counted.seen == []
 
 
 @native_only

@@ -9,6 +9,7 @@ import functools
 import pickle
 import struct
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -577,3 +578,53 @@ def test_tensors_stay_within_their_storage(tmp_path):
         path.write_bytes(pickle.dumps(Stored(*arguments)))
         with pytest.raises(ValueError, match=r"state\.pkl is truncated or not a checkpoint"):
             load_published(path)
+
+
+def test_small_files_take_little_time_and_memory(tmp_path):
+    """What would grow without end if it were taken at its word."""
+    path, rebuild = tmp_path / "state.pkl", named("torch._utils", "_rebuild_tensor_v2")
+    number = b"\x8a\xff" + b"\xff" * 254 + b"\x7f"  # of 255 bytes
+    large_shape = rebuild + b"(N" + b"K\x00(" + number + b"\x94" + b"h\x00" * 20_000 + b"t)tR."
+    twice = b"h\x00h\x01\x85R0"
+    copied = (
+        named("_codecs", "encode") + b"\x94" + text("a" * 50_000) + b"\x94\x85R0" + twice * 2000
+    )
+    colliding = b"}(" + b"".join(
+        b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little", signed=True) + b"N"
+        for k in range(1, 20_000)
+    )
+    embedded = pickle.dumps({})
+    for _ in range(12):
+        load, memoised = named("torch.storage", "_load_from_bytes"), b"\x94"
+        content = b"B" + struct.pack("<I", len(embedded)) + embedded
+        call = b"h\x00h\x01\x85R0"
+        embedded = b"\x80\x04" + load + memoised + content + memoised + b"\x85R0" + call * 8 + b"N."
+    for content in (large_shape, copied + b"N.", colliding + b"u.", embedded[2:]):
+        path.write_bytes(b"\x80\x04" + content)
+        started = time.perf_counter()
+        with pytest.raises(ValueError, match=r"state\.pkl (is truncated|holds)"):
+            load_published(path)
+        assert time.perf_counter() - started < 5
+
+
+def test_tensors_of_one_storage_share_it(tmp_path):
+    whole = torch.arange(1000.0)
+    torch.save({"parts": [whole[k:] for k in range(100)]}, tmp_path / "state.pt")
+    with opened(tmp_path / "state.pt") as content:
+        parts = [stored.tensor() for stored in content["parts"]]
+    assert all(torch.equal(part, whole[k:]) for k, part in enumerate(parts))
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {3: torch.ones(1)},
+        {"all_modules.2.weight": torch.ones(0, 1, 3, 3)},
+        {"all_modules.2.weight": torch.ones(8, 1, 3, 3), "all_modules.3.NIN_0.W": torch.ones(())},
+    ],
+)
+def test_checkpoints_that_make_no_sense(tmp_path, model):
+    torch.save({"model": model}, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match=r"checkpoint\.pth holds no published network"):
+        load_published(tmp_path / "checkpoint.pth")

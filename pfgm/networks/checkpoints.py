@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..files import StrPath
 from .edm import EDMDenoiser
-from .pickles import StoredTensor, opened
+from .pickles import BROKEN, StoredTensor, opened
 from .published import DDPMpp, NCSNpp, Published
 from .training_states import architecture, holds_modules, module_in, trained_with, weights_of
 
@@ -68,10 +68,10 @@ def load_published(
             if holds_modules(content):
                 return _training_state(content, ema, resolution).eval()
             network = _checkpoint(content, resolution)
-        except ValueError as error:
+            if ema:
+                _take_averages(network, content.get("ema"))
+        except BROKEN as error:
             raise ValueError(f"{path} holds no published network: {error}") from error
-        if ema:
-            _take_averages(network, content.get("ema"), path)
         return network.eval()
 
 
@@ -210,20 +210,20 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Non
         raise ValueError(f"it has {surplus[0]}, which such a network has not.")
 
 
-def _take_averages(network: Published, ema: Any, path: Path) -> None:
+def _take_averages(network: Published, ema: Any) -> None:
     averages = ema.get("shadow_params") if isinstance(ema, dict) else None
     trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     if not isinstance(averages, list) or len(averages) != len(trained):
         count = len(averages) if isinstance(averages, list) else "no"
         raise ValueError(
-            f"{path} has {count} averaged weights (ema, shadow_params); needed are {len(trained)}. "
+            f"it has {count} averaged weights (ema, shadow_params); needed are {len(trained)}. "
             "Take the others with ema=False."
         )
     with torch.no_grad():
         for (name, parameter), average in zip(trained, averages, strict=True):
             if not isinstance(average, StoredTensor) or average.shape != parameter.shape:
                 raise ValueError(
-                    f"{path} has another shape for the average of {name}; needed is "
+                    f"it has another shape for the average of {name}; needed is "
                     f"{tuple(parameter.shape)}."
                 )
             parameter.copy_(average.tensor())

@@ -418,9 +418,8 @@ class EDMDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.model = SongUNet(channels, resolution, **settings)
-        # In a list: it is no child, and what it holds keeps the published name.
-        self._preconditioned = [Preconditioned(self.model, sigma_data)]
-        self.sigma_data = self._preconditioned[0].sigma_data
+        self.preconditioning = Preconditioned(nn.Identity(), sigma_data)  # its scalings alone
+        self.sigma_data = self.preconditioning.sigma_data
         self.shape = (channels, resolution, resolution)
         self.classes = self.model.classes
         self.config = {**self.model.config, "sigma_data": self.sigma_data}
@@ -458,5 +457,6 @@ class EDMDenoiser(nn.Module):
                 f"x and sigma have shapes {tuple(x.shape)} and {tuple(sigma.shape)}; allowed are "
                 f"(B, {', '.join(map(str, self.shape))}) and (B,)."
             )
-        mean: Tensor = self._preconditioned[0](x, sigma, labels=labels, augment=augment)
-        return mean
+        scaled, noise = self.preconditioning.scaled(x, sigma), sigma.to(x.dtype).log() / 4
+        predicted = self.model(scaled, noise, labels=labels, augment=augment)
+        return self.preconditioning.mean(x, sigma, predicted)

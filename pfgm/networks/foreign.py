@@ -24,6 +24,7 @@ _PREDICTIONS: dict[type[Flow], tuple[str, ...]] = {
     PoissonFlow: ("residual", "mean", "noise", "score", "field"),
     PoissonFlowPP: ("residual", "mean", "noise", "score"),
 }
+_LARGEST_LOG = 700.0  # of a float64
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -84,9 +85,7 @@ def telling(name: str, flow: Flow) -> Timestep | LogLevel | LevelItself:
         return LogLevel()
     if name == "sigma":
         return LevelItself()
-    raise ValueError(
-        f"level is {name!r}; allowed are 'timestep', 'log', 'sigma' and a function of levels (B,)."
-    )
+    raise ValueError(f"level is {name!r}; allowed names are 'timestep', 'log' and 'sigma'.")
 
 
 # ---- the network, called in its own way -------------------------------------------------------
@@ -110,11 +109,11 @@ class ForeignModule(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor, **condition: Any) -> Tensor:
         """What the network returns for x (B, *S) and what it is told of the level (B,)."""
-        theirs = {}
-        for name, value in condition.items():
-            if name == "labels" and self._no_label is not None:
-                value = torch.where(value < 0, self._no_label, value)
-            theirs[self._names.get(name, name)] = value
+        if self._no_label is not None:
+            labels = condition.get("labels")
+            none = torch.full((len(x),), self._no_label, device=x.device)
+            condition["labels"] = none if labels is None else torch.where(labels < 0, none, labels)
+        theirs = {self._names.get(name, name): value for name, value in condition.items()}
         for name in theirs:
             self._check_name(name, "condition")
         return _tensor(self.net(x, told, **theirs))
@@ -318,7 +317,8 @@ def from_module(
             data.
         conditions: the network's names for conditions, such as {"labels": "class_labels"} for those
             of diffusers; others go by their own.
-        no_label: what the network takes in place of a label below 0, which means none.
+        no_label: what the network takes for no label: in place of one below 0, and where the
+            condition has no "labels".
 
     Returns:
         For PoissonFlowPP a denoiser ``(x, sigma, **condition) -> mean``, for PoissonFlow
@@ -368,4 +368,8 @@ def from_module(
 def _data_std(flow: PoissonFlow) -> float:
     """‖x‖/√N of the data for which M = int(¾ ln(‖x‖²/(2 √N σ²))/ln(1 + τ)) + 1 was chosen."""
     log_ratio = (flow.M - 0.5) / 0.75 * math.log1p(flow.tau)
+    if log_ratio > _LARGEST_LOG:
+        raise ValueError(
+            f"data_std is None, but no data have the norm that M = {flow.M} is for; give it."
+        )
     return flow.sigma * math.sqrt(2 * math.exp(log_ratio) / math.sqrt(flow.N))

@@ -8,6 +8,7 @@ class or function is refused by name.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import mmap
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
-__all__ = ["StandIn", "StoredTensor", "opened"]
+__all__ = ["BROKEN", "StandIn", "StoredTensor", "opened"]
 
 _ZIP = b"PK\x03\x04"
 _MAGIC = 0x1950A86A20F9469CFC6C  # with which torch.save begins where it writes no zip archive
@@ -71,10 +72,15 @@ _MADE: dict[str, Callable[[], Any]] = {
 }
 _FRAMING = {"PROTO", "FRAME", "STOP"}
 # What taking a broken file for a whole one ends in.
-_BROKEN = (
-    *(AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
-    *(struct.error, zipfile.BadZipFile),
+BROKEN = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError),
+    *(ValueError, struct.error, zipfile.BadZipFile),
 )
+_DIMENSIONS = 64  # of a tensor, at most
+_EMBEDDED = "torch.storage._load_from_bytes"
+# What makes as much as it is given; a small file could ask for it again and again.
+_COPIED = 4  # times what a file holds is what it may copy
+_COPIES = {"__builtin__.set", "_codecs.encode", "builtins.set", _EMBEDDED}
 
 
 class _Refused(ValueError):
@@ -91,7 +97,7 @@ class _Storage(NamedTuple):
     key: str
     dtype: torch.dtype
     elements: int
-    read: Callable[[str], bytes]
+    read: Callable[[str], Tensor]
 
 
 class StandIn:
@@ -117,13 +123,11 @@ class StoredTensor(NamedTuple):
         """
         key, dtype, elements, read = self.storage
         try:
-            flat = torch.empty(0, dtype=dtype)
-            if content := bytearray(read(key)):  # torch.frombuffer refuses an empty one
-                flat = torch.frombuffer(content, dtype=dtype)
+            flat = read(key).view(dtype)
             if len(flat) != elements:
                 raise ValueError(f"{len(flat)} elements, where {elements} are needed")
             return flat.as_strided(self.shape, self.strides, self.offset)
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ValueError(f"its storage {key} is truncated ({error}).") from error
 
 
@@ -151,7 +155,7 @@ def opened(path: Path) -> Iterator[Any]:
             raise ValueError(
                 f"{path} holds {error}, which is refused: reading that could execute code."
             ) from error
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ValueError(f"{path} is truncated or not a checkpoint ({error}).") from error
         yield content
 
@@ -162,7 +166,7 @@ def _content(file: BinaryIO) -> Any:
     if not zipped:
         # Mapped, as reading from a file would first allocate whatever length a broken one gives.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _Machine().content(cast(BinaryIO, mapped))
+            return _Machine(len(mapped)).content(cast(BinaryIO, mapped))
     archive = zipfile.ZipFile(file)
     names = {name.rpartition("/")[2]: name for name in archive.namelist()}
     if "data.pkl" not in names or any(entry.compress_type for entry in archive.infolist()):
@@ -170,17 +174,31 @@ def _content(file: BinaryIO) -> Any:
     if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
         raise ValueError("its numbers are big-endian")
     folder = names["data.pkl"].removesuffix("data.pkl") + "data/"
-    machine = _Machine(lambda key: archive.read(folder + key))
-    return machine.load(io.BytesIO(archive.read(names["data.pkl"])))
+    pickled = archive.read(names["data.pkl"])
+    machine = _Machine(len(pickled), lambda key: archive.read(folder + key))
+    return machine.load(io.BytesIO(pickled))
 
 
 class _Machine:
-    """Interprets pickles; read gives the bytes of the storage of a key."""
+    """Interprets pickles of so many bytes; read gives the bytes of the storage of a key.
 
-    def __init__(self, read: Callable[[str], bytes] | None = None) -> None:
+    One that is embedded in another embeds none itself.
+    """
+
+    def __init__(
+        self, size: int, read: Callable[[str], bytes] | None = None, *, embedded: bool = False
+    ) -> None:
         self._records: dict[str, bytes] = {}
-        self._read = read or self._records.__getitem__
+        self._record = read or self._records.__getitem__
+        self._read = functools.cache(self._bytes_of)
         self._storages: dict[str, _Storage] = {}
+        self._left, self._embedded = _COPIED * size, embedded
+
+    def _bytes_of(self, key: str) -> Tensor:
+        content = bytearray(self._record(key))
+        # torch.frombuffer refuses an empty one.
+        empty = torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(content, dtype=torch.uint8) if content else empty
 
     def content(self, file: BinaryIO) -> Any:
         """Of a pickle, or of what torch.save writes without a zip archive.
@@ -268,7 +286,8 @@ class _Machine:
 
     def name(self, shown: str) -> None:
         name = shown.replace(" ", ".")
-        if name not in _CALLS and name not in _INERT and name not in _DTYPES:
+        known = name in _CALLS or name in _INERT or name in _DTYPES
+        if not known or (self._embedded and name == _EMBEDDED):
             raise _Refused(name)
         self._stack.append(_Global(name))
 
@@ -278,6 +297,10 @@ class _Machine:
 
     def call(self, _: None) -> None:
         arguments, (name,) = _as(tuple, self._stack.pop()), _as(_Global, self._stack.pop())
+        if name in _COPIES:
+            self._left -= sum(len(argument) for argument in arguments)
+            if self._left < 0:
+                raise ValueError("it makes more of its values than it holds")
         made = _CALLS[name](*arguments) if name in _CALLS else StandIn(name)
         self._stack.append(made)
 
@@ -307,9 +330,13 @@ def _as(kind: Any, value: Any) -> Any:
     return value
 
 
-def _keys(values: Sequence[Any]) -> list[Any]:
-    # Of tuples within tuples without end the hash would overflow the stack of the interpreter.
-    return [_as((str, int), value) for value in values]
+def _keys(values: Sequence[Any]) -> Sequence[Any]:
+    # Of tuples within tuples without end the hash would overflow the stack of the interpreter, and
+    # large numbers can be chosen to have the same.
+    for value in values:
+        if not isinstance(_as((str, int), value), str) and not abs(value) < 2**60:
+            raise ValueError("a key is a number beyond 2^60")
+    return values
 
 
 # ---- what calls become ----
@@ -326,6 +353,8 @@ def _bytes(text: Any, *_: Any) -> bytes:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
     places = [_as(int, value) for value in (offset, *shape, *strides)]
+    if len(shape) > _DIMENSIONS or max(places) >= 2**63:
+        raise ValueError("a tensor has sizes that no tensor has")
     size = math.prod(shape)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     elements = _as(_Storage, storage).elements
@@ -340,7 +369,8 @@ def _parameter(tensor: Any, *_: Any) -> StoredTensor:
 
 
 def _storage(content: Any) -> _Storage:
-    found: _Storage = _as(_Storage, _Machine().content(io.BytesIO(content)))
+    machine = _Machine(len(content), embedded=True)
+    found: _Storage = _as(_Storage, machine.content(io.BytesIO(content)))
     return found
 
 
@@ -358,7 +388,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch.storage._load_from_bytes": _storage,
+    _EMBEDDED: _storage,
     "torch_utils.persistence._reconstruct_persistent_obj": _object,
 }
 
