@@ -241,6 +241,20 @@ def test_denoise_inverts_the_normalisation(z):
     )
 
 
+@pytest.mark.parametrize("D", [1.0, 16.0])
+def test_denoise_takes_one_level_or_one_a_row(D):
+    data = torch.randn(50, 3, generator=seeded(0), dtype=torch.float64)
+    flow = PoissonFlow.from_data(data) if D == 1 else pfgm.PoissonFlowPP((3,), D=D)
+    net, x = flow.empirical(data), data[:4] + 0.3
+    one = flow.denoise(net, x, 0.7)
+    assert torch.equal(flow.denoise(net, x, torch.tensor(0.7, dtype=torch.float64)), one)
+    levels = torch.tensor([0.7, 0.01, 3.0, 20.0], dtype=torch.float64)
+    rows = flow.denoise(net, x, levels)
+    for row, level in enumerate(levels.tolist()):
+        alone = flow.denoise(net, x[row : row + 1], level)
+        torch.testing.assert_close(rows[row : row + 1], alone, rtol=0, atol=1e-12)
+
+
 def test_published_substitution_is_close_for_small_z_only():
     data = torch.randn(50, 2, generator=seeded(0), dtype=torch.float64)
     flow = PoissonFlow((2,), data_norm=2.0, substitution="published")

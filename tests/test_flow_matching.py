@@ -211,6 +211,7 @@ def test_labels_choose_the_references():
         None, POINTS, labels=labels, generator=seeded()
     )
     torch.testing.assert_close(ut, matcher.velocity(t, xt, labels=labels))
+    assert matcher.velocity(0.4, x[:0], labels=asked[:0]).shape == x[:0].shape
 
 
 # ---- draws ----

@@ -313,14 +313,15 @@ def test_the_trainer_and_guidance_give_labels(flow):
         flow, net, data.train, config, labels=data.train_labels, progress=False
     ).train()
     labels = torch.arange(4)
-    samples = flow.sample(
-        trained,
-        4,
-        steps=2,
-        condition={"labels": labels},
-        guidance=2.0,
-        unconditional={"labels": torch.full_like(labels, -1)},
-    )
+    options = {
+        "steps": 2,
+        "condition": {"labels": labels},
+        "guidance": 2.0,
+        "x_init": flow.prior(4, generator=torch.Generator().manual_seed(0)),
+    }
+    samples = flow.sample(trained, 4, **options)
+    none = {"labels": torch.full_like(labels, -1)}
+    assert torch.equal(samples, flow.sample(trained, 4, unconditional=none, **options))
     assert samples.isfinite().all()
     with pytest.raises(ValueError, match="leads to 'text'"):
         flow.sample(trained, 4, condition={"text": labels})
