@@ -65,6 +65,7 @@ class Distances {
       std::memcpy(out, query(b), problem_.features * sizeof(T));
       std::memset(out + problem_.features, 0, (padded_ - problem_.features) * sizeof(T));
     });
+    screening_ = screened_;
     if (screened_) screen_.set_queries(count, [&](Index b) { return query(b); });
   }
 
@@ -80,8 +81,9 @@ class Distances {
       dense_.template sum<Distance>(queries_count_, count, problem_.features, x, x, y, out);
       return;
     }
-    if (screened_) screen_.bound(first, count, y, out);
+    if (screening_) screen_.bound(first, count, y, out);
     parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, rows[b]); });
+    screening_ = screening_ && pays(count);
     lists.arrange(queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
                   [](double squared) { return squared == 0; });
     pairs_.add(lists, count, problem_.features, y,
@@ -140,11 +142,20 @@ class Distances {
  private:
   static constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
+  // Whether the next chunk had better be screened too, as far as this one tells. Many queries share
+  // what a screen costs.
+  bool pays(Index count) const {
+    if (queries_count_ >= kScreened) return true;
+    Index alive = 0;
+    for (Index b = 0; b < queries_count_; ++b) alive += alive_[b];
+    return 2 * alive < queries_count_ * count;
+  }
+
   // Bounds become 0 where the distance is needed and kDead elsewhere.
   void choose(Index b, const Row& known) {
     double* squared = row(b);
     alive_[b] = count_;
-    if (!screened_) {
+    if (!screening_) {
       std::memset(squared, 0, count_ * sizeof(double));
       return;
     }
@@ -238,6 +249,7 @@ class Distances {
   const Problem& problem_;
   const Law law_;
   const bool listed_, screened_;
+  bool screening_ = false;  // whether the next chunk will be screened
   const Index padded_;
   Buffer<T> queries_;  // padded_ features a row, zeros at the end
   Buffer<double> squared_;

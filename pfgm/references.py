@@ -37,10 +37,10 @@ class ReferenceSet:
     The chunks do not depend on where the rows lie, and neither does any bit of the result. It is
     differentiable in the points, not in the references.
 
-    Of a tensor on the CPU, with 512 values or more in a row, sums over the rows are kept for the
-    next call: for points in float32, in a third of the memory of rows of bytes and a twelfth of
-    that of float32, and as much again for mirror images. Changes of the tensor are noticed, those
-    made through its ``data`` are not.
+    Of a tensor on the CPU, with 512 values or more in a row, sums over the rows are kept from the
+    second call on: for points in float32, in a third of the memory of rows of bytes and a twelfth
+    of that of float32, and as much again for mirror images. Changes of the tensor are noticed,
+    those made through its ``data`` are not.
 
     Args:
         source: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
@@ -82,7 +82,7 @@ class ReferenceSet:
         self._flips = bool(flips)
         self._labels = self._checked_labels(self._source.labels if labels is None else labels)
         self._spare: list[tuple[Tensor, Tensor]] = []
-        self._sketches: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        self._sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = {}
         self._norms: tuple[float, float] | None = None
         self._known_finite = not self._source.dtype.is_floating_point
         if (held := self._source.tensor) is not None and not self._known_finite:
@@ -371,7 +371,10 @@ class ReferenceSet:
         return Parts(self.chunks, exchange, None if self._source.tensor is None else self._sketch)
 
     def _sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
-        """What the kernels can use again of a chunk, found once for as long as the rows stay."""
+        """What the kernels can use again of a chunk, found once for as long as the rows stay.
+
+        The second time they are seen, as it takes longer than a few points.
+        """
         held = self._source.tensor
         if held is None or x.dtype != torch.float32 or not held.device == x.device == _CPU:
             return None
@@ -380,9 +383,8 @@ class ReferenceSet:
             return None
         state = id(held), held._version
         known, kept = self._sketches.get(place, (None, None))
-        if kept is None or known != state:
-            if (kept := ops.sketch(chunk, x, backend)) is None:
-                return None
+        if known != state or kept is None:
+            kept = ops.sketch(chunk, x, backend) if known == state else None
             self._sketches[place] = state, kept
         return kept
 

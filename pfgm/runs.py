@@ -79,7 +79,8 @@ class Settings:
     """Samples of an evaluation."""
     teacher: str | None = None
     """A .safetensors file or the folder of a run, of which to make a few-step model, with its flow
-    and network whatever else is said of them; needs about as many steps again."""
+    and network whatever else is said of them. A third of its steps may do; each takes about four
+    times as long."""
     levels: int = 10
     """Levels at which the few-step model is to agree with itself."""
 
