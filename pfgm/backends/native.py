@@ -128,7 +128,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _problem(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, sketch: Tensor | None
+    x: Tensor, references: Tensor, radius: Tensor, D: float, sketch: Tensor | None = None
 ) -> object:
     if sketch is not None:
         _check_sketch(sketch, x, references)
