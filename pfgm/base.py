@@ -848,6 +848,11 @@ def per_row(level: Level, x: Tensor) -> Tensor:
     return level.to(x).expand(len(x)) if isinstance(level, Tensor) else x.new_full((len(x),), level)
 
 
+def over_samples(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) so that it multiplies samples x (B, *S)."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
 def check_dtype(name: str, values: Tensor) -> None:
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")

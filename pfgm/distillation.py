@@ -129,8 +129,7 @@ class Consistency:
         there = places + self.ahead
         under_way = there < len(levels) - 1
         if bool(under_way.any()):
-            own = {k: v[under_way] if isinstance(v, Tensor) else v for k, v in condition.items()}
-            reached = levels[there[under_way]]
+            own, reached = _of_rows(condition, under_way), levels[there[under_way]]
             x[under_way] = self.flow.denoise(net, x[under_way], reached, own)
         return x
 
@@ -148,12 +147,16 @@ class Consistency:
             if begin == end:
                 continue
             rows = slice(begin, end)
-            own = {k: v[rows] if isinstance(v, Tensor) else v for k, v in condition.items()}
-            mean = self.flow.denoise(self.teacher, x[rows], z, own)
+            mean = self.flow.denoise(self.teacher, x[rows], z, _of_rows(condition, rows))
             moved, _ = ode_steps.euler(x[rows], mean, z, z_next)
             if begin < new and place < count - 1:
                 old, before = slice(begin, new), self.levels[place - 1]
                 moved[: new - begin], _ = ode_steps.multistep(
                     x[old], mean[: new - begin], z, z_next, means[old], before
                 )
-            x[rows], means[rows] = moved, mean
+            means[rows] = mean  # first, as a teacher may return its points themselves
+            x[rows] = moved
+
+
+def _of_rows(condition: Condition, rows: Tensor | slice) -> Condition:
+    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in condition.items()}

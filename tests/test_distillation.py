@@ -102,6 +102,47 @@ def test_the_last_step_goes_where_the_teacher_arrives():
     assert float(loss.detach()) < 1e-12
 
 
+class Labelled(GaussianMean):
+    """Data of label k is N(0, (k + 1)² s² I)."""
+
+    def forward(self, x, sigma, labels):
+        assert labels.shape == sigma.shape
+        s = (labels + 1) * self.s
+        return x * (s**2 / (s**2 + sigma**2))[:, None]
+
+
+class LabelledEnd(Labelled):
+    def forward(self, x, sigma, labels):
+        s = (labels + 1) * self.s
+        return x * (s / (s**2 + sigma**2).sqrt())[:, None]
+
+
+@pytest.mark.parametrize("ahead", [None, 1])
+def test_conditions_go_with_their_rows(ahead):
+    labels = torch.randint(3, (500,), generator=seeded(2))
+    x = torch.randn(500, 3, generator=seeded(), dtype=torch.float64)
+    loss = Consistency(diffusion(), Labelled(), steps=60, ahead=ahead).loss
+    right = loss(LabelledEnd(), x, generator=seeded(1), condition={"labels": labels})
+    wrong = loss(
+        lambda x, sigma, labels: LabelledEnd()(x, sigma, 0 * labels),
+        x,
+        generator=seeded(1),
+        condition={"labels": labels},
+    )
+    assert float(right.detach()) < 2e-3
+    assert float(wrong.detach()) > 3 * float(right.detach())
+
+
+def test_a_teacher_may_return_a_view_of_its_points():
+    flow = pfgm.PoissonFlowPP((2, 2), D=math.inf)
+    x = torch.randn(20, 2, 2, generator=seeded(), dtype=torch.float64)
+    view, copied = (
+        Consistency(flow, teacher).loss(lambda x, sigma: 0 * x, x, generator=seeded(1))
+        for teacher in (lambda x, sigma: x.mT, lambda x, sigma: x.mT.clone())
+    )
+    assert torch.equal(view, copied)
+
+
 CORNERS = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.reference import dequantise, wide_dtype
-from ..base import Flow
+from ..base import Flow, over_samples
 from ..flow import PoissonFlow
 from ..flowpp import PoissonFlowPP
 from ..functional import field_fn, posterior_mean
@@ -281,7 +281,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         The noise is of level 1, ``flow.noise(torch.ones(B))``: standard normal at D = ∞ alone.
         """
         level = self._level(original_samples, timesteps)
-        return original_samples + _rows(level, noise) * noise
+        return original_samples + over_samples(level, noise) * noise
 
     def _level(self, x: Tensor, timestep: Tensor | float) -> Tensor:
         told = torch.as_tensor(timestep).to(x.device, wide_dtype(x.device))
@@ -342,7 +342,7 @@ class PoissonFlowScheduler(FlowScheduler):
         z = self._level(noisy_samples, timesteps)
         charges = original_samples if references is None else references
         field_x, field_z = field_fn(noisy_samples, z, charges, gamma=self._flow.gamma)
-        return torch.cat([field_x, _rows(field_z, field_x).expand_as(field_x[:, :1])], 1)
+        return torch.cat([field_x, over_samples(field_z, field_x).expand_as(field_x[:, :1])], 1)
 
 
 class PoissonFlowPPScheduler(FlowScheduler):
@@ -401,11 +401,6 @@ class PoissonFlowPPScheduler(FlowScheduler):
         zeros = torch.zeros_like(x)
         of_points = self._reader.read(x, sigma, zeros)
         return (mean - of_points) / self._reader.read(zeros, sigma, torch.ones_like(x))
-
-
-def _rows(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) so that it multiplies samples x (B, *S)."""
-    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

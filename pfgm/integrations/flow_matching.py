@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.reference import dequantise
-from ..base import by_label, check_dtype, common_device
+from ..base import by_label, check_dtype, common_device, over_samples
 from ..checks import checks_values, is_number
 from ..flowpp import PoissonFlowPP
 from ..functional import per_query, posterior_mean
@@ -150,7 +150,7 @@ class PoissonFlowMatcher:
         if t is None:
             t = torch.rand(len(x1), generator=generator, dtype=x1.dtype, device=x1.device)
         t = _checked_times(t, x1)
-        along = _rows(t, x1)
+        along = over_samples(t, x1)
         xt = along * x1 + (1 - along) * x0
         ut = x1 - x0
         if self.references is not None:
@@ -200,7 +200,7 @@ class PoissonFlowMatcher:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = per_query("t", t, x).to(x.dtype).clamp(0, 1)
         mean = self._mean(t, x, self.references, labels)
-        return (mean - x) / (1 - _rows(t, x)).clamp(min=_LEAST_LEFT)
+        return (mean - x) / (1 - over_samples(t, x)).clamp(min=_LEAST_LEFT)
 
     def _mean(self, t: Tensor, x: Tensor, references: References, labels: Tensor | None) -> Tensor:
         """The posterior mean of data at points x of times t."""
@@ -208,7 +208,12 @@ class PoissonFlowMatcher:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is ({len(x)},).")
         t = t.clamp(min=_FIRST_T)
         (mean,) = by_label(
-            self._target, x / _rows(t, x), (1 - t) / t, references, labels, self.reference_labels
+            self._target,
+            x / over_samples(t, x),
+            (1 - t) / t,
+            references,
+            labels,
+            self.reference_labels,
         )
         return mean
 
@@ -223,7 +228,7 @@ class _Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         t = 1 / (1 + sigma.to(x.dtype))
-        scaled = _rows(t, x) * x
+        scaled = over_samples(t, x) * x
         velocity = self.velocity_net(t=t, x=scaled, **condition)
         if velocity.shape != x.shape:
             raise ValueError(
@@ -231,7 +236,7 @@ class _Denoiser(nn.Module):
                 f"{tuple(x.shape)}."
             )
         # 1 − t = σ t, without its rounding.
-        return scaled + _rows(sigma.to(x.dtype) * t, x) * velocity
+        return scaled + over_samples(sigma.to(x.dtype) * t, x) * velocity
 
 
 def as_denoiser(velocity_net: Callable[..., Tensor]) -> nn.Module:
@@ -268,8 +273,3 @@ def _checked_times(t: Tensor | float, x: Tensor) -> Tensor:
             f"t holds {float(times[~allowed][0]):.6g}; allowed is 0 (noise) to 1 (data)."
         )
     return times.to(x.dtype)
-
-
-def _rows(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) so that it multiplies x (B, *S)."""
-    return values.view(-1, *[1] * (x.ndim - 1))
