@@ -23,7 +23,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def describe() -> dict[str, Any]:
     """Processor, threads, versions, backends and commit."""
-    packages = ("pfgm", "torch", "numpy", "torchdiffeq", "pykeops")
+    packages = ("pfgm", "torch", "numpy", "torchdiffeq", "pykeops", "diffusers")
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -75,7 +75,7 @@ def published(case: Case) -> Forward:
     def run() -> Result:
         x, z, y = case
         points = torch.cat([x, z[:, None]], 1)
-        charges = torch.cat([y, torch.zeros(len(y), 1)], 1)
+        charges = torch.cat([y, y.new_zeros(len(y), 1)], 1)
         differences = charges - points[:, None]
         distances = differences.norm(dim=2)
         nearest = distances.amin(1, keepdim=True)

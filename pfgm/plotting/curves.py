@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white drowns.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vPX"
 _WIDTH, _HEIGHT = 380, 260  # of the area between the axes, in pixels
 _LEFT, _BELOW = 62, 46
@@ -74,8 +74,8 @@ def quality_curve(
     >>> [line.get_label() for line in figure.axes[0].lines]
     ['euler', 'heun']
     """
-    if not 1 <= len(curves) <= len(_COLOURS):
-        raise ValueError(f"curves has {len(curves)} curves; allowed are 1 to {len(_COLOURS)}.")
+    if not 1 <= len(curves) <= len(COLOURS):
+        raise ValueError(f"curves has {len(curves)} curves; allowed are 1 to {len(COLOURS)}.")
     checked = {name: _checked(name, curve, log_y) for name, curve in curves.items()}
     right = max(text_width(name, _LABEL) for name in curves) + 2 * MARGIN
     above = MARGIN + (TITLE + MARGIN if title else 0)
@@ -86,7 +86,7 @@ def quality_curve(
     if log_y:
         axes.set_yscale("log")
     for (name, (x, y, spread)), colour, marker in zip(
-        checked.items(), _COLOURS, _MARKERS, strict=False
+        checked.items(), COLOURS, _MARKERS, strict=False
     ):
         axes.plot(x, y, label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
         if spread:

@@ -1,0 +1,145 @@
+"""Examines the papers' claims on small data, side by side.
+
+    python -m benchmarks.claims [--only NAME ...] [--preset quick|cpu|gpu] --out DIR
+
+Trains what the claims need, measures it and leaves in DIR for each claim NAME: NAME.csv, tables
+that follow from it, their pictures, and NAME.json with the command, the settings, machine, versions
+and commit. A run that was stopped goes on where it was when the command is given again.
+
+From a checkout with the extra ``test``. In a bare one, as the preset ``gpu`` may have it, the
+package is put together in a temporary folder; it then needs what pfgm depends on, Triton,
+diffusers, matplotlib and pytest. ``--data`` takes the place of the preset's data, such as
+fashion-mnist:FOLDER. ``--store`` copies tables and pictures to docs/claims.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from claims.presets import Preset
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+PUBLISHED = ROOT / "docs" / "claims"
+BUILD_SECONDS = 300
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
+    from claims.jobs import processors
+    from claims.presets import PRESETS
+    from claims.registry import CLAIMS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.claims",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for networks and results")
+    names = ", ".join(CLAIMS)
+    add("--only", nargs="+", choices=CLAIMS, metavar="NAME", help=f"of {names}; all unless given")
+    add("--preset", choices=PRESETS, default="quick", help="how large it is (%(default)s)")
+    add("--data", help="in place of the preset's, such as fashion-mnist:FOLDER")
+    add(
+        "--workers",
+        type=int,
+        default=processors(),
+        help="processes on the CPU, one thread each (%(default)s)",
+    )
+    add("--store", action="store_true", help="copy tables and pictures to docs/claims")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers is {options.workers}; allowed is at least 1.")
+    preset = PRESETS[options.preset]
+    if preset.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--preset is 'gpu', but torch finds no GPU here; allowed are quick and cpu.")
+    return options, dataclasses.replace(preset, data=options.data or preset.data)
+
+
+def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
+    from claims.examine import copy_results, examine, prepare
+    from claims.measures import accuracy
+    from claims.registry import CLAIMS
+
+    if preset.device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    prepare(preset, folder, options.workers)
+    known = 100 * accuracy(preset, folder)
+    print(f"the classifier knows {known:.1f} % of the held-out {preset.data}")
+    data = f" --data {options.data}" if options.data else ""
+    for name in options.only or CLAIMS:
+        command = f"python -m benchmarks.claims --only {name} --preset {options.preset}{data}"
+        examine(
+            name,
+            CLAIMS[name],
+            preset,
+            folder,
+            command=f"{command} --out DIR",
+            workers=options.workers,
+        )
+        print(f"{name}: tables, pictures and {name}.json in {options.out}")
+        if options.store:
+            copy_results(folder, name, PUBLISHED)
+
+
+def assembled(arguments: Sequence[str]) -> int:
+    """The same command in a process that finds the package put together in a temporary folder."""
+    from gpu_build import assemble, assemble_with_cuda, environment_with, found_tool
+
+    from claims.jobs import ended_by_sigterm
+
+    with ended_by_sigterm(), tempfile.TemporaryDirectory() as name:
+        folder, nvcc = Path(name), found_tool("nvcc", "CUDACXX")
+        status = 1
+        if nvcc is not None and torch.cuda.is_available():
+            log = folder / "build.log"
+            package, status = assemble_with_cuda(folder / "cuda", nvcc, log, BUILD_SECONDS)
+        if status != 0:
+            print("The package is used without its extension, which was not built here.")
+            package = assemble(folder / "pure")
+        environment = environment_with(package, dry=False, native=status == 0)
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+        with subprocess.Popen(command, env=environment) as process:
+            try:
+                return process.wait()
+            except BaseException:
+                process.terminate()
+                raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Last: an installed package goes before the tree's, whose parts lie in several folders.
+    sys.path.append(str(ROOT))
+    from claims.examine import keep_preset
+    from claims.measures import data_of
+    from pfgm.files import check_folder
+
+    options, preset = parse(arguments)
+    try:
+        data_of(preset)
+        folder = check_folder(options.out).resolve()
+        keep_preset(preset, folder)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("pfgm.kernels") is None:
+        return assembled(arguments)
+    run(options, preset, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

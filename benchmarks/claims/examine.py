@@ -1,0 +1,113 @@
+"""One claim from beginning to end: networks, figures, tables, pictures, circumstances."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+
+from claims import methods
+from claims.claim import Claim
+from claims.jobs import Job, Row, Tables, carry_out, measured
+from claims.measures import accuracy, classifier_path, train_classifier
+from claims.presets import Preset
+from claims.tables import write_csv
+from pfgm.files import write_atomic
+
+__all__ = ["copy_results", "examine", "keep_preset", "prepare"]
+
+
+def keep_preset(preset: Preset, folder: Path) -> None:
+    """Marks a folder as one of this preset's.
+
+    Raises:
+        ValueError: it holds the figures of another.
+    """
+    path = folder / "preset.json"
+    content = json.dumps(preset.described(), indent=2) + "\n"
+    if path.exists() and path.read_text() != content:
+        raise ValueError(
+            f"out is {folder}, which holds networks and figures of other settings (preset.json); "
+            "allowed is a new folder, or one of the same."
+        )
+    write_atomic(path, lambda file: file.write(content.encode()))
+
+
+def examine(
+    name: str, claim: Claim, preset: Preset, folder: Path, *, command: str, workers: int
+) -> Tables:
+    """Carries a claim out and leaves its tables, pictures and circumstances in the folder."""
+    started = time.perf_counter()
+    train(claim, preset, folder, name, workers)
+    trained = time.perf_counter()
+    tables = measured(claim.jobs(preset), preset, folder, title=name, workers=workers)
+    tables |= claim.derive(tables, preset)
+    for table, rows in tables.items():
+        write_csv(folder / f"{table}.csv", rows)
+    claim.draw(tables, folder)
+    circumstances = {
+        "claim": claim.title,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": _machine(preset, workers),
+        # An earlier one may have left networks and figures.
+        "seconds of the last call": {
+            "training": round(trained - started),
+            "measuring": round(time.perf_counter() - trained),
+        },
+        "accuracy of the classifier": accuracy(preset, folder),
+        "preset": preset.described(),
+    }
+    content = json.dumps(circumstances, indent=2) + "\n"
+    write_atomic(folder / f"{name}.json", lambda file: file.write(content.encode()))
+    return tables
+
+
+def _machine(preset: Preset, workers: int) -> dict[str, Any]:
+    found = machine.describe()
+    if preset.device == "cuda":
+        return {**found, "device": torch.cuda.get_device_name()}
+    return {**found, "workers": workers, "threads of a worker": 1}
+
+
+def prepare(preset: Preset, folder: Path, workers: int) -> None:
+    """Trains the classifier, where it is not there."""
+    jobs = [] if classifier_path(folder).exists() else [Job("classifier", _classifier, ())]
+    for _ in carry_out(jobs, preset, folder, title="classifier", workers=workers):
+        pass
+
+
+def _classifier(preset: Preset, folder: Path) -> list[Row]:
+    train_classifier(preset, folder)
+    return []
+
+
+def train(claim: Claim, preset: Preset, folder: Path, name: str, workers: int) -> None:
+    """Trains those of a claim's networks that are not there yet."""
+    specs = dict.fromkeys(claim.specs(preset))
+    jobs = [
+        Job("networks", _train, (spec,), preset.steps * (1 + spec.width / preset.width))
+        for spec in specs
+        if not methods.is_trained(spec, preset, folder)
+    ]
+    for _ in carry_out(jobs, preset, folder, title=f"{name}: networks", workers=workers):
+        pass
+
+
+def _train(preset: Preset, folder: Path, spec: methods.Spec) -> list[Row]:
+    methods.train(spec, preset, folder)
+    return []
+
+
+def copy_results(folder: Path, name: str, target: Path) -> None:
+    """Copies a claim's tables, pictures and circumstances, without networks."""
+    target.mkdir(parents=True, exist_ok=True)
+    for suffix in ("json", "csv", "png"):
+        for path in folder.glob(f"{name}*.{suffix}"):
+            shutil.copyfile(path, target / path.name)

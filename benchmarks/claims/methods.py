@@ -1,0 +1,255 @@
+"""What is compared: one backbone behind the preconditioning, levels and loss of each method.
+
+"PFGM", "PFGM++ D" for a number D, and "EDM" are the library's flows. "VE" and "VP" are the score
+models of Song et al. (arXiv 2011.13456) as EDM writes them (arXiv 2206.00364, table 1): denoisers
+at D = ∞ with their own preconditioning, levels and weights. PFGM learns the field of references;
+the others, as published, the single-sample target.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import pfgm
+from claims.measures import data_of
+from claims.presets import Preset
+from pfgm.base import Flow
+from pfgm.checkpoint import Loaded
+from pfgm.flowpp import Preconditioned
+from pfgm.networks import Denoiser, UNet
+from pfgm.training import Trainer
+
+__all__ = [
+    "METHODS",
+    "ODE_METHODS",
+    "Score",
+    "Spec",
+    "dequantised",
+    "flow_of",
+    "from_level_of_pfgm",
+    "is_trained",
+    "load",
+    "loss_of",
+    "network_of",
+    "plusplus",
+    "run_of",
+    "spec_of",
+    "train",
+    "trained_level",
+    "vp_sigma",
+]
+
+ODE_METHODS = ("PFGM", "PFGM++ 16", "PFGM++ 128", "PFGM++ 2048", "EDM")
+METHODS = (*ODE_METHODS, "VE", "VP")
+
+_VE_LAST = 0.02  # σ_min, for data in [-1, 1]
+_BETA_MIN, _BETA_RANGE = 0.1, 19.9  # β(t) of VP, t in [0, 1]
+_VP_TRAINED, _VP_SAMPLED = 1e-5, 1e-3  # the least t
+
+
+class Spec(NamedTuple):
+    """A network that is trained."""
+
+    method: str
+    seed: int
+    width: int
+    references: int
+    """Whose field or posterior mean is the target; 0 is the single-sample target."""
+    dequantised: bool = False
+    """Whether its data have uniform noise within a grey level, for likelihoods."""
+
+    @property
+    def key(self) -> str:
+        """A name for its folder."""
+        stem = self.method.lower().replace("++ ", "pp-")
+        noise = "-dequantised" if self.dequantised else ""
+        return f"{stem}-width{self.width}-references{self.references}{noise}-seed{self.seed}"
+
+
+def plusplus(D: float) -> str:
+    """The method of a number of augmented dimensions; that of infinitely many is EDM."""
+    return "EDM" if math.inf == D else f"PFGM++ {D:g}"
+
+
+def spec_of(preset: Preset, method: str, seed: int, **changes: Any) -> Spec:
+    """A method's network as published: of full width, with its usual target."""
+    references = min(preset.references, len(data_of(preset).train)) if method == "PFGM" else 0
+    return Spec(method, seed, preset.width, references)._replace(**changes)
+
+
+# ---- the flows --------------------------------------------------------------------------------
+
+
+@lru_cache
+def flow_of(method: str, preset: Preset) -> Flow:
+    """The flow whose ODE a method's network is sampled with."""
+    train = data_of(preset).train
+    if method == "PFGM":
+        return pfgm.PoissonFlow.from_data(train)
+    if method in ("VE", "VP"):
+        first, last = (_largest_distance(train), _VE_LAST) if method == "VE" else _vp_ends()
+        return pfgm.PoissonFlowPP.from_data(train, D=math.inf, sigma_min=last, sigma_max=first)
+    return pfgm.PoissonFlowPP.from_data(
+        train, D=math.inf if method == "EDM" else float(method.removeprefix("PFGM++ "))
+    )
+
+
+def from_level_of_pfgm(flow: Flow, preset: Preset) -> Flow:
+    """A flow of PFGM++ that starts where PFGM does, at σ = z_max, in place of EDM's far level."""
+    start = flow_of("PFGM", preset).first_level
+    return pfgm.PoissonFlowPP(**{**flow.config, "sigma_max": start})
+
+
+def _largest_distance(train: Tensor) -> float:
+    """Between two of the data: how VE's σ_max is chosen (arXiv 2006.09011, technique 1)."""
+    rows = train[:: max(len(train) // 2000, 1)].flatten(1)
+    return float(torch.cdist(rows, rows).max())
+
+
+def vp_sigma(t: Tensor) -> Tensor:
+    """σ(t) of VP: e^(½ β_d t² + β_min t) = 1 + σ² (EDM, table 1)."""
+    return torch.expm1(_BETA_RANGE / 2 * t.square() + _BETA_MIN * t).sqrt()
+
+
+def _vp_ends() -> tuple[float, float]:
+    first, last = vp_sigma(torch.tensor([1.0, _VP_SAMPLED], dtype=torch.float64)).tolist()
+    return first, last
+
+
+# ---- the networks -----------------------------------------------------------------------------
+
+
+class Score(Preconditioned):
+    """A denoiser whose backbone predicts the noise, up to the sign (EDM, table 1).
+
+    VE: mean = x + σ F(x, c_noise).   VP: mean = x − σ F(x/√(σ² + 1), c_noise).
+    How the level is told, c_noise, belongs to the backbone: ln σ, as for every method.
+    """
+
+    def __init__(self, method: str, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.method = method
+
+    def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.method == "VE":
+            return x
+        return x * (1 + self._rows(x, sigma).square()).rsqrt()
+
+    def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
+        sign = 1 if self.method == "VE" else -1
+        return x + sign * self._rows(x, sigma) * predicted
+
+
+def network_of(spec: Spec, preset: Preset, flow: Flow) -> nn.Module:
+    """The method's network, drawn from the seed; the backbone is the same for all."""
+    data = data_of(preset)
+    config: dict[str, Any] = {
+        "shape": flow.shape,
+        "width": spec.width,
+        "multipliers": preset.multipliers,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        if spec.method == "PFGM":
+            return UNet(**config, data_std=data.rms)
+        denoiser = Denoiser("unet", config, data.rms)
+        if spec.method in ("VE", "VP"):
+            return Score(spec.method, denoiser.backbone)
+        return denoiser
+
+
+def loss_of(method: str, flow: Flow) -> Callable[..., Tensor] | None:
+    """The loss of a score model, E ‖mean − x‖²/σ², at its levels; None for the flow's own."""
+    if method not in ("VE", "VP"):
+        return None
+
+    def loss(
+        net: nn.Module, x: Tensor, references: Any, generator: torch.Generator, **_: Any
+    ) -> Tensor:
+        u = torch.rand(len(x), generator=generator, device=x.device)
+        sigma = trained_level(method, flow, u)
+        mean: Tensor = net(x + flow.noise(sigma, generator), sigma)
+        error = (mean - x).flatten(1) / sigma[:, None]
+        return error.square().sum(1).mean()
+
+    return loss
+
+
+def trained_level(method: str, flow: Flow, u: Tensor) -> Tensor:
+    """σ of a score model's training for u uniform in [0, 1): log-uniform, or that of a uniform t.
+
+    (EDM, table 1.)
+    """
+    if method == "VP":
+        return vp_sigma(_VP_TRAINED + (1 - _VP_TRAINED) * u)
+    return flow.last_level * (flow.first_level / flow.last_level) ** u
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+
+def run_of(folder: Path, spec: Spec) -> Path:
+    """The folder of a network's training run."""
+    return folder / "networks" / spec.key
+
+
+def is_trained(spec: Spec, preset: Preset, folder: Path) -> bool:
+    """Whether all of its steps are done."""
+    path = run_of(folder, spec) / "latest.json"
+    return path.exists() and json.loads(path.read_text())["step"] >= preset.steps
+
+
+def train(spec: Spec, preset: Preset, folder: Path) -> None:
+    """Trains a network, or goes on where an earlier call was stopped; nothing where it is done.
+
+    The averaged weights of a quarter of the steps are kept beside those of all.
+    """
+    if is_trained(spec, preset, folder):
+        return
+    data, run = data_of(preset), run_of(folder, spec)
+    flow = flow_of(spec.method, preset)
+    network = network_of(spec, preset, flow).to(preset.device)
+
+    def keep(step: int, averaged: nn.Module) -> dict[str, float]:
+        if step == preset.early:
+            pfgm.save(run / "early.safetensors", flow, averaged, step=step)
+        return {}
+
+    rows = dequantised(preset) if spec.dequantised else data.train
+    trainer = Trainer(
+        flow,
+        network,
+        rows.to(preset.device),
+        preset.training(spec.references, spec.seed),
+        folder=run,
+        progress=False,
+        evaluate=keep,
+        loss=loss_of(spec.method, flow),
+    )
+    if (run / "latest.json").exists():
+        keep(trainer.resume(), trainer.averaged)
+    trainer.train()
+
+
+@lru_cache
+def dequantised(preset: Preset) -> Tensor:
+    """Copies of the training data, each with noise of its own within a grey level."""
+    data, generator = data_of(preset), torch.Generator().manual_seed(0)
+    copies = data.train.repeat(preset.dequantised_copies, 1, 1, 1)
+    return pfgm.evaluation.dequantised(copies, data.levels, generator)
+
+
+def load(spec: Spec, preset: Preset, folder: Path, *, early: bool = False) -> Loaded:
+    """A trained network with its flow, on the preset's device."""
+    run = run_of(folder, spec)
+    network = network_of(spec, preset, flow_of(spec.method, preset))
+    path = run / "early.safetensors" if early else run
+    return pfgm.load(path, network, device=preset.device)

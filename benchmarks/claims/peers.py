@@ -1,0 +1,142 @@
+"""The samplers of diffusers, for the score models.
+
+A VE network gives the score (mean − x)/σ², a VP network the noise (x − mean)/σ; the samplers are
+those of diffusers with the settings that its pipelines and the papers use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfgm.base import Flow, Network, network_device
+from pfgm.checkpoint import Loaded
+
+__all__ = ["PEERS", "SDE", "Sampler", "draw"]
+
+Sampler = Callable[[Flow, Network, int, int, torch.Generator], tuple[Tensor, int]]
+"""Flow, network, samples, steps and generator to samples (n, *S) and evaluations."""
+
+_TRAINED = 1000  # steps of VP's chain; β from 1e-4 to 0.02, VP's β(t)/1000 at its ends
+
+
+def predictor_corrector(
+    flow: Flow, network: Network, n: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """VE: reverse diffusion and Langevin steps in turn (arXiv 2011.13456, algorithm 2)."""
+    from diffusers import ScoreSdeVeScheduler
+
+    scheduler = ScoreSdeVeScheduler(
+        num_train_timesteps=steps, sigma_min=flow.last_level, sigma_max=flow.first_level
+    )
+    scheduler.set_timesteps(steps)
+    scheduler.set_sigmas(steps)
+    x = _normal(flow, network, n, generator) * scheduler.init_noise_sigma
+    mean = x
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=True):
+        score = (flow.denoise(network, x, sigma) - x) / sigma**2
+        x = scheduler.step_correct(score, x, generator=generator).prev_sample
+        score = (flow.denoise(network, x, sigma) - x) / sigma**2
+        moved = scheduler.step_pred(score, t, x, generator=generator)
+        x, mean = moved.prev_sample, moved.prev_sample_mean
+    return mean, 2 * steps
+
+
+def ddpm(
+    flow: Flow, network: Network, n: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """VP: ancestral sampling (arXiv 2006.11239, algorithm 2)."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(_TRAINED, timestep_spacing="trailing")
+    return _along_chain(scheduler, flow, network, n, steps, generator, {"generator": generator})
+
+
+def ddim(
+    flow: Flow, network: Network, n: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """VP: the deterministic sampler of arXiv 2010.02502.
+
+    Without clipping, which diffusers does by default: of a clipped mean and the noise that was
+    predicted its step makes points off the ODE.
+    """
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(_TRAINED, timestep_spacing="trailing", clip_sample=False)
+    return _along_chain(scheduler, flow, network, n, steps, generator, {})
+
+
+def _along_chain(
+    scheduler: Any,
+    flow: Flow,
+    network: Network,
+    n: int,
+    steps: int,
+    generator: torch.Generator,
+    options: dict[str, Any],
+) -> tuple[Tensor, int]:
+    scheduler.set_timesteps(steps)
+    x = _normal(flow, network, n, generator)
+    for t in scheduler.timesteps:
+        kept = scheduler.alphas_cumprod[t]  # x = √ᾱ (data + σ noise)
+        sigma = float((1 / kept - 1).sqrt())
+        x = scheduler.step(_noise(flow, network, x / kept.sqrt(), sigma), t, x, **options)[0]
+    return x, len(scheduler.timesteps)
+
+
+def euler(
+    flow: Flow, network: Network, n: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """VP: Euler's method on the ODE in σ, over the levels of the chain."""
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(
+        _TRAINED, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(steps)
+    x = _normal(flow, network, n, generator) * scheduler.init_noise_sigma
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
+        scheduler.scale_model_input(x, t)  # which it asks for; the network scales by itself
+        x = scheduler.step(_noise(flow, network, x, sigma), t, x)[0]
+    return x, len(scheduler.timesteps)
+
+
+def _noise(flow: Flow, network: Network, x: Tensor, sigma: float) -> Tensor:
+    return (x - flow.denoise(network, x, sigma)) / sigma
+
+
+def _normal(flow: Flow, network: Network, n: int, generator: torch.Generator) -> Tensor:
+    """Standard normal points (n, *S) on the network's device."""
+    device = network_device(network)
+    return torch.randn(n, *flow.shape, generator=generator).to(device)
+
+
+@torch.no_grad()
+def draw(
+    sampler: Sampler, loaded: Loaded, n: int, steps: int, *, seed: int, batch: int
+) -> tuple[Tensor, int]:
+    """Samples (n, *S) of a peer, on the network's device, and the evaluations of the network.
+
+    All noise is drawn on the CPU: it does not depend on the device, and the corrector of
+    ScoreSdeVeScheduler takes no other generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts, evaluations = [], 0
+    for rows in torch.arange(n).split(batch):
+        part, evaluations = sampler(*loaded, len(rows), steps, generator)
+        parts.append(part)
+    return torch.cat(parts), evaluations
+
+
+PEERS: dict[str, tuple[str, Sampler]] = {
+    "VE, predictor–corrector": ("VE", predictor_corrector),
+    "VP, DDPM": ("VP", ddpm),
+    "VP, DDIM": ("VP", ddim),
+    "VP, Euler": ("VP", euler),
+}
+"""Of each sampler, the method whose network it takes."""
+
+SDE = ("VE, predictor–corrector", "VP, DDPM")

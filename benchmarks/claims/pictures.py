@@ -1,0 +1,125 @@
+"""The pictures: curves by :func:`pfgm.plotting.quality_curve`, bars, a last tick at infinity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from claims.jobs import Row
+from claims.tables import grouped, write_csv
+from pfgm.plotting import quality_curve
+from pfgm.plotting.curves import COLOURS
+from pfgm.plotting.figures import DPI, INK, add_axes, add_title, new_figure, save, style, text_width
+
+__all__ = ["bars", "curves"]
+
+_BAR, _GAP = 16, 22  # widths in pixels
+_HEIGHT, _LEFT, _BELOW, _ABOVE = 240, 62, 34, 34
+_LABEL = 12
+
+
+def curves(
+    rows: Iterable[Row],
+    series: str,
+    x: str,
+    y: str,
+    path: Path,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """A curve for each value of the column ``series``, with the column y_spread as its band.
+
+    The rows that are drawn stand in a CSV file of the same name; where there are none, there is no
+    picture. x = ∞ stands four times as far as the last finite one.
+    """
+    rows = [row for row in rows if math.isfinite(row[y])]
+    write_csv(path.with_suffix(".csv"), rows)
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    finite = [float(row[x]) for row in rows if row[x] != math.inf]
+    beyond = 4 * max(finite)
+    found = {
+        str(name): (
+            [min(float(row[x]), beyond) for row in part],
+            [row[y] for row in part],
+            [row.get(f"{y}_spread", 0.0) for row in part],
+        )
+        for (name,), part in grouped(rows, [series]).items()
+    }
+    figure = quality_curve(found, xlabel=xlabel, ylabel=ylabel, title=title, log_y=True)
+    if any(row[x] == math.inf for row in rows):
+        axes = figure.axes[0]
+        ticks = [tick for tick in axes.get_xticks() if tick < beyond / 2]
+        axes.set_xticks([*ticks, beyond], [*(f"{tick:g}" for tick in ticks), "∞"])
+    save(figure, path)
+
+
+def bars(
+    values: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: Path,
+    *,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Groups of bars, value and spread of each series: {group: {series: (value, spread)}}.
+
+    They stand in a CSV file of the same name.
+    """
+    rows = [
+        {"group": group, "series": name, "value": value, "spread": spread}
+        for group, series in values.items()
+        for name, (value, spread) in series.items()
+    ]
+    write_csv(path.with_suffix(".csv"), rows)
+    names = list(dict.fromkeys(name for group in values.values() for name in group))
+    widths = [
+        max(_BAR * len(group), text_width(name, _LABEL)) + _GAP for name, group in values.items()
+    ]
+    legend = 40 + max(text_width(name, _LABEL) for name in names)
+    inner = max(sum(widths), text_width(title, 15) - legend - _LEFT + 20)
+    figure = new_figure(_LEFT + inner + legend, _BELOW + _HEIGHT + _ABOVE)
+    axes = add_axes(figure, _LEFT, _BELOW, inner, _HEIGHT)
+    start, centres = 0.0, []
+    for width, group in zip(widths, values.values(), strict=True):
+        centre = start + width / 2
+        first = centre - _BAR * (len(group) - 1) / 2
+        for place, (name, (value, spread)) in enumerate(group.items()):
+            axes.bar(
+                first + _BAR * place,
+                value,
+                0.9 * _BAR,
+                yerr=spread or None,
+                color=COLOURS[names.index(name)],
+                error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3},
+            )
+        centres.append(centre)
+        start += width
+    axes.set_xlim(0, inner)
+    _dress(axes, ylabel, centres, list(values))
+    for line, name in enumerate(names):
+        height = _BELOW + _HEIGHT - 8 - 18 * line
+        label = {**style(_LABEL), "color": COLOURS[line], "ha": "left", "va": "center"}
+        figure.text(
+            (_LEFT + inner + 14) / (figure.get_size_inches()[0] * DPI),
+            height / (figure.get_size_inches()[1] * DPI),
+            f"■ {name}",
+            **label,
+        )
+    add_title(figure, title)
+    save(figure, path)
+
+
+def _dress(axes: Any, ylabel: str, centres: list[float], names: list[str]) -> None:
+    small = {"fontsize": _LABEL * 72 / DPI, "color": INK}
+    axes.set_ylabel(ylabel, **small)
+    axes.set_xticks(centres, names)
+    axes.tick_params(labelsize=_LABEL * 72 / DPI * 0.9, color="#999999", labelcolor=INK)
+    axes.grid(True, axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

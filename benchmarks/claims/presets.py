@@ -1,0 +1,143 @@
+"""How large the comparison is: the one configuration object that all claims read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from pfgm.training import TrainConfig
+
+__all__ = ["PRESETS", "Preset"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Data, network, training and what each claim measures. The defaults are those of ``quick``."""
+
+    data: str = "digits"
+    """Of :func:`pfgm.datasets.open_data`; with labels, for the classifier."""
+    device: str = "cpu"
+    width: int = 16
+    """Channels of the U-Net's finest level."""
+    multipliers: tuple[int, ...] = (1, 2)
+    steps: int = 800
+    """Gradient steps of every network."""
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    ema: float = 0.99
+    references: int = 1398
+    """Of the field that PFGM learns."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of networks, training and sampling: one network of each method a seed."""
+    samples: int = 500
+    """Drawn for a figure, and the most held-out data that they are compared with."""
+    sampling_batch: int = 80
+    classifier_epochs: int = 5
+    """Few, so that the classifier does not know its training data by heart."""
+
+    evaluations: tuple[int, ...] = (3, 5, 6, 8, 10, 20, 40)
+    """Quality: of the deterministic solvers; heun takes half as many steps, rounded up."""
+    tolerances: tuple[float, ...] = (1e-3, 1e-4)
+    """Quality: rtol and atol of rk45."""
+    sde_steps: tuple[int, ...] = (10, 20, 40, 50, 100, 125, 200, 250)
+    """Quality: of the SDE samplers; predictor–corrector takes two evaluations a step. Divisors of
+    1000, the number of levels of diffusers' chain, which has no others evenly spaced."""
+    chain_steps: tuple[int, ...] = (5, 8, 10, 20, 40, 100)
+    """Quality: of diffusers' deterministic samplers, likewise."""
+
+    euler_steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
+    """Step size: the last is what the others are compared with."""
+    euler_samples: int = 160
+    """Step size: in place of samples."""
+
+    weak_methods: tuple[str, ...] = ("PFGM", "PFGM++ 128", "EDM", "VE", "VP")
+    weak_evaluations: int = 20
+    """Weak networks: of the multistep solver, for every method."""
+    weak_sde_steps: int = 100
+
+    dimensions: tuple[float, ...] = (1, 4, 16, 64, 128, 2048, math.inf)
+    noises: tuple[float, ...] = (0.2, 0.5, 1.0)
+    """Dimensions: standard deviations α of what is added to the network's output, whose own is
+    about one."""
+    bits: tuple[int, ...] = (8, 4, 3)
+    """Dimensions: of the quantised weights."""
+
+    reference_counts: tuple[int, ...] = (128, 512, 1398)
+    """References: the last may be all data, and is then exact."""
+    probe_rows: int = 256
+    """References: points at which the variance of targets is measured, each level."""
+    timing_turns: int = 15
+
+    dequantised_copies: int = 8
+    """Likelihood: of the training data, each with noise of its own."""
+    likelihood_rows: int = 399
+    likelihood_tolerance: float = 1e-4
+
+    @property
+    def early(self) -> int:
+        """The step at which the weights of a network that is stopped early are taken."""
+        return max(self.steps // 4, 1)
+
+    def training(self, references: int, seed: int) -> TrainConfig:
+        """How every network is trained."""
+        return TrainConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            references=references,
+            learning_rate=self.learning_rate,
+            beta2=0.99,
+            warmup=min(self.warmup, self.steps // 10),
+            decay="cosine",
+            ema=self.ema,
+            checkpoint_every=self.early,
+            evaluate_every=self.early,
+            log_every=max(self.steps // 100, 1),
+            seed=seed,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """All settings, JSON-able."""
+        return {
+            name: [str(v) if v == math.inf else v for v in value]
+            if isinstance(value, tuple)
+            else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+_CPU = Preset(
+    data="fashion-mnist",
+    multipliers=(1, 2, 2),
+    steps=2000,
+    learning_rate=1e-3,
+    ema=0.995,
+    references=4096,
+    samples=1000,
+    classifier_epochs=5,
+    euler_samples=500,
+    weak_methods=("PFGM", "PFGM++ 16", "PFGM++ 128", "PFGM++ 2048", "EDM", "VE", "VP"),
+    bits=(8, 6, 4, 3),
+    reference_counts=(128, 512, 4096, 60_000),
+    dequantised_copies=1,
+    likelihood_rows=500,
+)
+
+PRESETS = {
+    "quick": Preset(),
+    "cpu": _CPU,
+    "gpu": dataclasses.replace(
+        _CPU,
+        device="cuda",
+        width=32,
+        batch_size=128,
+        steps=1000,
+        samples=2000,
+        sampling_batch=1000,
+        evaluations=(5, 10, 20, 40),
+        euler_steps=(10, 30, 100, 500),
+    ),
+}
+"""``quick`` takes at most 45 minutes in all on two cores. ``cpu`` takes hours; ``gpu`` is cut to
+nine minutes a claim on an H100. Neither of these has been run."""

@@ -1,0 +1,251 @@
+"""Claim 1: PFGM needs 10 to 20 times fewer evaluations than SDE samplers at equal quality.
+
+(PFGM, arXiv 2209.11178, abstract and section 4.) Every deterministic solver of the library on its
+flows, and the multistep solver on the score models too; diffusers' samplers on the score models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from claims import methods, peers
+from claims.claim import Claim
+from claims.jobs import Job, Row, Tables
+from claims.measures import FIGURES, data_of, figures_of
+from claims.methods import METHODS, ODE_METHODS, Spec
+from claims.pictures import curves
+from claims.presets import Preset
+from claims.tables import grouped, over_seeds, select
+from pfgm.base import Flow
+from pfgm.evaluation import RUNS, draw_samples
+
+_MULTISTEP = "multistep, log"
+_SOLVERS: dict[str, dict[str, Any]] = {
+    **RUNS,
+    # Noise that lies between two of the digits' 17 shades: see docs/howto/sampling.md.
+    "multistep, log to 0.1": {"solver": "multistep", "schedule": "log", "last": 0.1},
+}
+_LATE = "multistep, log from z_max"
+"""Of PFGM++, from PFGM's first level in place of EDM's: how much the way is that is left out."""
+_WITHIN = 1.1  # times the best
+_BY = ("series", "method", "sampler", "setting", "first_level", "last_level")
+
+
+def specs(preset: Preset) -> list[Spec]:
+    return [methods.spec_of(preset, m, seed) for seed in preset.seeds for m in METHODS]
+
+
+def jobs(preset: Preset) -> list[Job]:
+    found = [Job("quality-seeds", training_data, (seed,)) for seed in preset.seeds]
+    for seed in preset.seeds:
+        for method in METHODS:
+            for sampler in _samplers(method):
+                found += [
+                    Job("quality-seeds", by_ode, (method, seed, sampler, nfe), nfe)
+                    for nfe in preset.evaluations
+                ]
+        for method in ODE_METHODS:
+            found += [
+                Job("quality-seeds", by_rk45, (method, seed, tolerance), 50)
+                for tolerance in preset.tolerances
+            ]
+        for name in peers.PEERS:
+            steps = preset.sde_steps if name in peers.SDE else preset.chain_steps
+            found += [Job("quality-seeds", by_peer, (name, seed, n), 2 * n) for n in steps]
+    return found
+
+
+def _samplers(method: str) -> list[str]:
+    if method not in ODE_METHODS:
+        return [_MULTISTEP]
+    return [*_SOLVERS, *([_LATE] if method != "PFGM" else [])]
+
+
+# ---- measuring --------------------------------------------------------------------------------
+
+
+def training_data(preset: Preset, folder: Path, seed: int) -> list[Row]:
+    """As many training data as there are samples, beside the held-out ones.
+
+    In pixels about what a perfect model would reach; the classifier has seen these data.
+    """
+    train = data_of(preset).train
+    generator = torch.Generator().manual_seed(seed)
+    rows = train[torch.randperm(len(train), generator=generator)[: preset.samples]]
+    figures = figures_of(rows, preset, folder)
+    return [_row("training data", seed, "", 0.0, 0, None, figures)]
+
+
+def by_ode(
+    preset: Preset, folder: Path, method: str, seed: int, sampler: str, evaluations: int
+) -> list[Row]:
+    options = _SOLVERS[_MULTISTEP if sampler == _LATE else sampler]
+    halved = options["solver"] == "heun"
+    steps = (evaluations + 1) // 2 if halved else evaluations
+    return _drawn(preset, folder, method, seed, sampler, evaluations, steps=steps, **options)
+
+
+def by_rk45(preset: Preset, folder: Path, method: str, seed: int, tolerance: float) -> list[Row]:
+    both = {"rtol": tolerance, "atol": tolerance}
+    return _drawn(preset, folder, method, seed, "rk45", tolerance, solver="rk45", **both)
+
+
+def _drawn(
+    preset: Preset,
+    folder: Path,
+    method: str,
+    seed: int,
+    sampler: str,
+    setting: float,
+    **options: Any,
+) -> list[Row]:
+    flow, network = methods.load(methods.spec_of(preset, method, seed), preset, folder)
+    if sampler == _LATE:
+        flow = methods.from_level_of_pfgm(flow, preset)
+    samples, nfe = draw_samples(
+        flow,
+        network,
+        preset.samples,
+        seed=seed,
+        batch_size=preset.sampling_batch,
+        device=preset.device,
+        **options,
+    )
+    figures = figures_of(samples, preset, folder)
+    return [_row(method, seed, sampler, setting, nfe, flow, figures)]
+
+
+def by_peer(preset: Preset, folder: Path, name: str, seed: int, steps: int) -> list[Row]:
+    method, sampler = peers.PEERS[name]
+    loaded = methods.load(methods.spec_of(preset, method, seed), preset, folder)
+    samples, nfe = peers.draw(
+        sampler, loaded, preset.samples, steps, seed=seed, batch=preset.sampling_batch
+    )
+    figures = figures_of(samples, preset, folder)
+    short = name.removeprefix(f"{method}, ")
+    return [_row(method, seed, short, steps, nfe, loaded.flow, figures)]
+
+
+def _row(
+    method: str,
+    seed: int,
+    sampler: str,
+    setting: float,
+    nfe: int,
+    flow: Flow | None,
+    figures: dict[str, float],
+) -> Row:
+    levels = {
+        "first_level": flow.first_level if flow else 0.0,
+        "last_level": flow.last_level if flow else 0.0,
+    }
+    found = {"method": method, "sampler": sampler, "setting": setting, "seed": seed, **levels}
+    series = ", ".join(filter(None, (method, sampler)))
+    return {"series": series, **found, "evaluations": nfe, **figures}
+
+
+# ---- what follows -----------------------------------------------------------------------------
+
+
+def derive(tables: Tables, preset: Preset) -> Tables:
+    """Means over the seeds, and the evaluations that each sampler needs."""
+    rows = tables["quality-seeds"]
+    means = over_seeds(rows, _BY, ["evaluations", *FIGURES])
+    return {"quality-means": means, "quality-needed": needed(rows, means)}
+
+
+def needed(rows: Sequence[Row], means: Sequence[Row]) -> list[Row]:
+    """Evaluations to come within 10 % of a sampler's own best, and of the best SDE sampler's.
+
+    From the means over the seeds; the least and the most of ``times_fewer`` over the seeds beside
+    it, each with the best SDE sampler of that seed. Of evaluations that were measured the fewest
+    that are enough, so that what is enough may be fewer still.
+    """
+    found = []
+    for space in ("pixels", "features"):
+        figure = f"frechet_{space}"
+        by_seed = [_compared(part, figure) for part in grouped(rows, ["seed"]).values()]
+        for series, row in _compared(means, figure).items():
+            times = [part[series]["times_fewer"] for part in by_seed]
+            known = [value for value in times if value is not None]
+            spread = {
+                "least_times_fewer": min(known) if len(known) == len(times) else None,
+                "most_times_fewer": max(known, default=None),
+            }
+            found.append({"space": space, "series": series, **row, **spread})
+    return found
+
+
+def _compared(rows: Sequence[Row], figure: str) -> dict[str, Row]:
+    """Each series beside the best SDE sampler among these rows; None is never."""
+    sde = min(
+        (row for row in rows if row["series"] in peers.SDE and row[figure] == row[figure]),
+        key=lambda row: row[figure],
+    )
+    rival = _fewest(select(rows, series=sde["series"]), figure, sde[figure])
+    assert rival is not None
+    found = {}
+    for (series,), part in grouped([r for r in rows if r["sampler"]], ["series"]).items():
+        best = min((row[figure] for row in part if row[figure] == row[figure]), default=math.nan)
+        enough = _fewest(part, figure, sde[figure])
+        found[series] = {
+            "best": best,
+            "evaluations_to_own_best": _fewest(part, figure, best),
+            "best_sde": sde["series"],
+            "value_of_best_sde": sde[figure],
+            "evaluations_of_best_sde": rival,
+            "evaluations_to_best_sde": enough,
+            "fewest_measured": min(row["evaluations"] for row in part),
+            "times_fewer": None if enough is None else rival / enough,
+        }
+    return found
+
+
+def _fewest(rows: Sequence[Row], figure: str, best: float) -> float | None:
+    """The fewest evaluations measured with at most 10 % more than the best."""
+    enough = [row["evaluations"] for row in rows if row[figure] <= _WITHIN * best]
+    return min(enough, default=None)
+
+
+_SHOWN = {
+    "quality": [
+        f"PFGM, {_MULTISTEP}",
+        f"EDM, {_MULTISTEP}",
+        f"EDM, {_LATE}",
+        *peers.PEERS,
+    ],
+    "quality-multistep": [f"{method}, {_MULTISTEP}" for method in METHODS],
+    **{
+        f"quality-{method.lower().replace('++ ', 'pp-')}": [
+            f"{method}, {sampler}" for sampler in (*_SOLVERS, "rk45")
+        ]
+        for method in ODE_METHODS
+    },
+}
+_FAR = 8  # times the least: what is farther would hide what is not
+
+
+def draw(tables: Tables, folder: Path) -> None:
+    means = [row for row in tables["quality-means"] if row["sampler"]]
+    limit = _FAR * min(row["frechet_pixels"] for row in means)
+    for name, series in _SHOWN.items():
+        rows = [r for r in means if r["series"] in series and r["frechet_pixels"] < limit]
+        rows.sort(key=lambda row: (series.index(row["series"]), row["evaluations"]))
+        curves(
+            rows,
+            "series",
+            "evaluations",
+            "frechet_pixels",
+            folder / f"{name}.png",
+            xlabel="evaluations of the network",
+            ylabel="Fréchet distance, pixels",
+            title="Quality against evaluations",
+        )
+
+
+CLAIM = Claim("quality against evaluations", specs, jobs, derive, draw)

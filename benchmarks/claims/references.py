@@ -1,0 +1,312 @@
+"""Claim 5: targets from many references vary less, and need not cost more.
+
+(PFGM, arXiv 2209.11178, section 3.2; Stable Target Field, arXiv 2302.00670.) Networks of PFGM and
+PFGM++ (D = 128) that learn the field, or the posterior mean, of 128 references up to all data,
+beside the single-sample target of PFGM++: variance of the target, loss, quality, time a step.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from posterior_paths import published
+from subjects import Case
+from torch import Tensor, nn
+from turns import take_turns
+
+import pfgm
+from claims import methods
+from claims.claim import Claim
+from claims.jobs import Job, Row, Tables
+from claims.measures import FIGURES, data_of, figures_of
+from claims.methods import Spec
+from claims.pictures import bars, curves
+from claims.presets import Preset
+from claims.tables import over_seeds, select
+from pfgm.backends.reference import normalised_field
+from pfgm.base import Flow
+from pfgm.batches import Batch, Batches, seed_of
+from pfgm.evaluation import draw_samples
+
+PFGM, PLUSPLUS = "PFGM", "PFGM++ 128"
+_STEPS = 20  # of the multistep solver
+_LEVELS = 9  # at which the variance is measured
+_LOWEST, _HIGHEST = 0.05, 20.0  # in units of the root mean square of the data
+_ROWS = 2048  # at most, at which a network's error is measured
+_FITS = 2**31  # bytes of the published formula's (B, M, N + 1) tensor
+
+
+def _counts(preset: Preset, method: str) -> list[int]:
+    """Numbers of references; 0 is the single-sample target, which PFGM has not."""
+    size = len(data_of(preset).train)
+    counts = sorted({min(count, size) for count in preset.reference_counts})
+    return counts if method == PFGM else [0, *counts]
+
+
+def _name(count: int) -> str:
+    return "single sample" if count == 0 else f"{count} references"
+
+
+def specs(preset: Preset) -> list[Spec]:
+    return [
+        methods.spec_of(preset, method, seed, references=count)
+        for seed in preset.seeds
+        for method in (PFGM, PLUSPLUS)
+        for count in _counts(preset, method)
+    ]
+
+
+def jobs(preset: Preset) -> list[Job]:
+    found = []
+    for method in (PFGM, PLUSPLUS):
+        for count in _counts(preset, method):
+            found += [
+                Job("references-seeds", trained, (method, seed, count), 2 * _STEPS)
+                for seed in preset.seeds
+            ]
+            found += [
+                Job("references-variance-seeds", target_variance, (method, seed, count), 10)
+                for seed in preset.seeds
+            ]
+    return [*found, Job("references-steps", step_times, (), 100, alone=True)]
+
+
+# ---- networks ---------------------------------------------------------------------------------
+
+
+def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) -> list[Row]:
+    """Loss, error and quality of a network that was trained with so many references."""
+    spec = methods.spec_of(preset, method, seed, references=count)
+    flow, network = methods.load(spec, preset, folder)
+    samples, _ = draw_samples(
+        flow,
+        network,
+        preset.samples,
+        seed=seed,
+        batch_size=preset.sampling_batch,
+        device=preset.device,
+        solver="multistep",
+        schedule="log",
+        steps=_STEPS,
+    )
+    train = data_of(preset).train.to(preset.device)
+    rows = train[torch.arange(min(_ROWS, len(train))) * len(train) // min(_ROWS, len(train))]
+    generator = torch.Generator(preset.device).manual_seed(seed)
+    with torch.no_grad():
+        error = float(flow.loss(network, rows, references=train, generator=generator))
+    row = {
+        "method": method,
+        "target": _name(count),
+        "references": count,
+        "seed": seed,
+        "training_loss": _last_loss(methods.run_of(folder, spec)),
+        # The loss against the target of all data at the same points for all: what is not learnt.
+        "error": error,
+    }
+    return [{**row, **figures_of(samples, preset, folder)}]
+
+
+def _last_loss(run: Path) -> float:
+    """The mean training loss of the last fifth of the steps.
+
+    A run that was stopped in between has reported more often; rows weigh as many steps as they are
+    of.
+    """
+    with (run / "log.csv").open() as file:
+        rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    begin = 0.8 * rows[-1][0]
+    weighted = [
+        (step - before, loss)
+        for (before, _), (step, loss) in pairwise([(0, 0.0), *rows])
+        if before >= begin or step == rows[-1][0]
+    ]
+    return sum(n * loss for n, loss in weighted) / sum(n for n, _ in weighted)
+
+
+# ---- targets ----------------------------------------------------------------------------------
+
+
+def _target(flow: Flow, x: Tensor, level: Tensor, references: Tensor) -> Tensor:
+    """What a network learns (B, ·): PFGM's field, or the posterior mean."""
+    if isinstance(flow, pfgm.PoissonFlow):
+        field_x, field_z = pfgm.field_fn(x, level, references, gamma=flow.gamma)
+        return torch.cat([field_x.flatten(1), field_z[:, None]], 1)
+    return pfgm.posterior_mean(x, references, sigma=level, D=flow.D).flatten(1)
+
+
+def target_variance(preset: Preset, folder: Path, method: str, seed: int, count: int) -> list[Row]:
+    """Mean square of a target's deviation from that of all data, a value, by the level of noise.
+
+    Points and references are chosen as in training: a batch, and the references around it. In
+    units of the mean square of the data for PFGM++, and of the field of all data for PFGM, whose γ
+    makes it small near the data.
+    """
+    data = data_of(preset)
+    train = data.train.to(preset.device)
+    flow = methods.flow_of(method, preset)
+    found = []
+    for place in range(_LEVELS):
+        share = place / (_LEVELS - 1)
+        level = data.rms * _LOWEST * (_HIGHEST / _LOWEST) ** share
+        squared, exact = [], []
+        for part in range(math.ceil(preset.probe_rows / preset.batch_size)):
+            generator = torch.Generator().manual_seed(seed_of(seed, place, part))
+            order = torch.randperm(len(train), generator=generator).to(train.device)
+            x = train[order[: preset.batch_size]]
+            levels = torch.full((len(x),), level, device=x.device)
+            draws = torch.Generator(x.device).manual_seed(seed_of(seed, place, part, 1))
+            noisy = x + flow.noise(levels, draws)
+            around = train if count >= len(train) else train[order[:count]]
+            target = _target(flow, noisy, levels, around) if count else x.flatten(1)
+            exact.append(_target(flow, noisy, levels, train))
+            squared.append((target - exact[-1]).square().sum(1) / flow.N)
+        row = {"method": method, "target": _name(count), "references": count, "seed": seed}
+        field = float(torch.cat(exact).square().sum(1).mean()) / flow.N
+        unit = field if method == PFGM else data.rms**2
+        variance = float(torch.cat(squared).mean()) / unit
+        found.append({**row, "level": level, "variance": variance})
+    return found
+
+
+# ---- time -------------------------------------------------------------------------------------
+
+
+def step_times(preset: Preset, folder: Path) -> list[Row]:
+    """Time of a whole training step, the paths taking turns; medians, and ratios within a turn."""
+    paths: dict[tuple[str, int, str], Callable[[], None]] = {}
+    size, N = len(data_of(preset).train), data_of(preset).train[0].numel()
+    for method in (PFGM, PLUSPLUS):
+        for count in _counts(preset, method):
+            paths[method, count, "pfgm"] = _step(preset, method, count)
+            fits = preset.batch_size * min(count, size) * (N + 1) * 4 <= _FITS
+            if method == PFGM and fits:
+                step = _step(preset, method, count, by_formula=True)
+                paths[method, count, "published formula"] = step
+    single = str((PLUSPLUS, 0, "pfgm"))
+    measured = take_turns({str(key): run for key, run in paths.items()}, preset.timing_turns, {})
+    return [
+        {
+            "method": method,
+            "target": _name(count),
+            "references": count,
+            "path": path,
+            "milliseconds": 1e3 * statistics.median(measured.seconds[key]),
+            "times_single_sample": measured.ratio(key, single),
+        }
+        for (method, count, path) in paths
+        if (key := str((method, count, path)))
+    ]
+
+
+def _step(
+    preset: Preset, method: str, count: int, *, by_formula: bool = False
+) -> Callable[[], None]:
+    """Rows as the Trainer takes them, perturbation, target, network, gradients and Adam."""
+    flow = methods.flow_of(method, preset)
+    device = torch.device(preset.device)
+    train = data_of(preset).train.to(device)
+    batches = Batches(train, None, size=preset.batch_size, references=count, seed=0, device=device)
+    network = methods.network_of(methods.spec_of(preset, method, 0), preset, flow)
+    network = network.to(preset.device)
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-4)
+    generator = torch.Generator(device).manual_seed(0)
+    steps = itertools.count()
+
+    def run() -> None:
+        batch = batches.at(next(steps))
+        if by_formula:
+            loss = _published_loss(flow, network, batch, generator)
+        else:
+            loss = flow.loss(network, batch.x, references=batch.references, generator=generator)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if preset.device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _published_loss(
+    flow: Flow, network: nn.Module, batch: Batch, generator: torch.Generator
+) -> Tensor:
+    """PFGM's loss with the target from all differences at once, as published."""
+    assert isinstance(flow, pfgm.PoissonFlow)
+    assert isinstance(batch.references, Tensor)
+    noisy, z = flow.perturb(batch.x, generator)
+    flat = noisy.flatten(1)
+    mean, _ = published(Case(flat, z, batch.references.flatten(1)))()
+    target_x, target_z = normalised_field(flat, z, mean, flow.gamma)
+    field_x, field_z = network(noisy, z)
+    error = (field_x.flatten(1) - target_x).square().sum(1) + (field_z - target_z).square()
+    loss: Tensor = 0.5 * error.mean()
+    return loss
+
+
+# ---- what follows -----------------------------------------------------------------------------
+
+
+def derive(tables: Tables, preset: Preset) -> Tables:
+    by = ["method", "target", "references"]
+    return {
+        "references-means": over_seeds(
+            tables["references-seeds"], by, ["training_loss", "error", *FIGURES]
+        ),
+        "references-variance-means": over_seeds(
+            tables["references-variance-seeds"], [*by, "level"], ["variance"]
+        ),
+    }
+
+
+def draw(tables: Tables, folder: Path) -> None:
+    for method, stem, quantity in (
+        (PFGM, "pfgm", "of the field"),
+        (PLUSPLUS, "pfgmpp", "of the posterior mean"),
+    ):
+        rows = select(tables["references-variance-means"], method=method)
+        curves(
+            # All data have none.
+            [row for row in rows if row["variance"] > 0],
+            "target",
+            "level",
+            "variance",
+            folder / f"references-variance-{stem}.png",
+            xlabel="level σ (z of PFGM)",
+            ylabel="variance a value",
+            title=f"{method}: variance {quantity} that is learnt",
+        )
+    means = tables["references-means"]
+    for figure, ylabel in (
+        ("frechet_pixels", "Fréchet distance, pixels"),
+        ("error", "loss / with all data"),
+    ):
+        values: dict[str, dict[str, tuple[float, float]]] = {}
+        for row in means:
+            unit = 1.0
+            if figure == "error":
+                unit = select(means, method=row["method"])[-1][figure]
+            value = row[figure] / unit, row[f"{figure}_spread"] / unit
+            values.setdefault(row["method"], {})[row["target"]] = value
+        stem = "references" if figure == "frechet_pixels" else "references-error"
+        title = "Quality by references" if figure == "frechet_pixels" else "What is not learnt"
+        bars(values, folder / f"{stem}.png", ylabel=ylabel, title=title)
+    times: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in tables["references-steps"]:
+        group = row["method"] + ("" if row["path"] == "pfgm" else ", published formula")
+        times.setdefault(group, {})[row["target"]] = row["milliseconds"], 0.0
+    bars(
+        times,
+        folder / "references-time.png",
+        ylabel="milliseconds",
+        title="Time of a training step",
+    )
+
+
+CLAIM = Claim("reference batch", specs, jobs, derive, draw)

@@ -1,0 +1,16 @@
+"""The claims, by the names that the command line knows."""
+
+from __future__ import annotations
+
+from claims import dimensions, likelihood, quality, references, step_size, weak
+
+__all__ = ["CLAIMS"]
+
+CLAIMS = {
+    "quality": quality.CLAIM,
+    "step-size": step_size.CLAIM,
+    "weak": weak.CLAIM,
+    "dimensions": dimensions.CLAIM,
+    "references": references.CLAIM,
+    "likelihood": likelihood.CLAIM,
+}

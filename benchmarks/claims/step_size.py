@@ -1,0 +1,112 @@
+"""Claim 2: PFGM is robust to the step size of Euler's method.
+
+(PFGM, arXiv 2209.11178, section 4.3.) Euler's method on the ODE of every method, with
+levels uniform in σ, in log σ and in σ^(1/7), beside its own result with the finest grid.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from claims import methods
+from claims.claim import Claim
+from claims.jobs import Job, Row, Tables
+from claims.measures import FIGURES, figures_of
+from claims.methods import METHODS, Spec
+from claims.pictures import curves
+from claims.presets import Preset
+from claims.tables import over_seeds, relative, select
+from pfgm.base import Flow
+from pfgm.evaluation import draw_samples
+
+GRIDS = ("uniform", "log", "rho")
+LATE = "EDM from z_max"
+"""EDM's network from PFGM's first level: how much the way is that is left out."""
+_SHOWN = ("PFGM", "PFGM++ 16", "PFGM++ 128", "EDM", LATE, "VE", "VP")
+
+
+def specs(preset: Preset) -> list[Spec]:
+    return [methods.spec_of(preset, m, seed) for seed in preset.seeds for m in METHODS]
+
+
+def jobs(preset: Preset) -> list[Job]:
+    return [
+        Job("step-size-seeds", by_euler, (method, seed, grid, steps), steps)
+        for seed in preset.seeds
+        for method in (*METHODS, LATE)
+        for grid in GRIDS
+        for steps in preset.euler_steps
+    ]
+
+
+def levels(flow: Flow, grid: str, steps: int) -> list[float]:
+    """The levels of a grid by name; "uniform" has the ends of the others."""
+    found = flow.grid(steps, "log" if grid == "uniform" else grid)
+    if grid != "uniform":
+        return found
+    # The last step of PFGM++ goes from its last level to 0.
+    end = [0.0] if found[-1] == 0 else []
+    first, *others = found[: len(found) - len(end)]
+    count = len(others)
+    inner = [first + (others[-1] - first) * i / count for i in range(1, count)]
+    return [first, *inner, *others[-1:], *end]
+
+
+def by_euler(
+    preset: Preset, folder: Path, method: str, seed: int, grid: str, steps: int
+) -> list[Row]:
+    trained = method.removesuffix(" from z_max")
+    flow, network = methods.load(methods.spec_of(preset, trained, seed), preset, folder)
+    if method == LATE:
+        flow = methods.from_level_of_pfgm(flow, preset)
+    samples, nfe = draw_samples(
+        flow,
+        network,
+        preset.euler_samples,
+        seed=seed,
+        batch_size=preset.sampling_batch,
+        device=preset.device,
+        solver="euler",
+        schedule=levels(flow, grid, steps),
+    )
+    found = {"method": method, "grid": grid, "steps": steps, "seed": seed, "evaluations": nfe}
+    found |= {"first_level": flow.first_level, "last_level": flow.last_level}
+    return [{**found, **figures_of(samples, preset, folder)}]
+
+
+def derive(tables: Tables, preset: Preset) -> Tables:
+    """Each figure beside that of the finest log grid of the same network."""
+    finest = preset.euler_steps[-1]
+    figures = ["frechet_pixels", "frechet_features"]
+    ratios = relative(
+        tables["step-size-seeds"],
+        figures,
+        ["method", "seed"],
+        lambda row: row["grid"] == "log" and row["steps"] == finest,
+    )
+    by = ["method", "grid", "steps", "first_level", "last_level"]
+    return {
+        "step-size-means": over_seeds(tables["step-size-seeds"], by, FIGURES),
+        "step-size-relative": over_seeds(ratios, by, figures),
+    }
+
+
+def draw(tables: Tables, folder: Path) -> None:
+    for grid in GRIDS:
+        curves(
+            [
+                row
+                for row in select(tables["step-size-relative"], grid=grid)
+                if row["method"] in _SHOWN
+            ],
+            "method",
+            "steps",
+            "frechet_pixels",
+            folder / f"step-size-{grid}.png",
+            xlabel=f"steps of Euler's method, {grid} grid",
+            ylabel="Fréchet distance / the finest's",
+            title=f"Step size, {grid} grid",
+        )
+
+
+CLAIM = Claim("step size", specs, jobs, derive, draw)

@@ -1,0 +1,77 @@
+"""Tables of figures: means over the seeds, and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from claims.jobs import Row
+from pfgm.files import write_atomic
+
+__all__ = ["grouped", "over_seeds", "relative", "select", "write_csv"]
+
+
+def select(rows: Iterable[Row], **values: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows of equal values in the columns ``by``, in the order of their first."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in by), []).append(row)
+    return found
+
+
+def over_seeds(rows: Iterable[Row], by: Sequence[str], figures: Sequence[str]) -> list[Row]:
+    """Mean of each figure over rows of equal ``by``, and its standard deviation as FIGURE_spread.
+
+    >>> over_seeds([{"D": 1, "f": 2.0}, {"D": 1, "f": 4.0}], ["D"], ["f"])
+    [{'D': 1, 'f': 3.0, 'f_spread': 1.4142135623730951}]
+    """
+    found = []
+    for key, part in grouped(rows, by).items():
+        row: Row = dict(zip(by, key, strict=True))
+        for figure in figures:
+            values = [float(member[figure]) for member in part]
+            row[figure] = statistics.mean(values)
+            row[f"{figure}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        found.append(row)
+    return found
+
+
+def relative(
+    rows: Iterable[Row],
+    figures: Sequence[str],
+    same: Sequence[str],
+    is_base: Callable[[Row], bool],
+) -> list[Row]:
+    """Rows with each figure divided by that of the base row of equal ``same``, such as the seed."""
+    rows = list(rows)
+    base = {key: part[0] for key, part in grouped(filter(is_base, rows), same).items()}
+    return [
+        {**row, **{f: row[f] / base[tuple(row[name] for name in same)][f] for f in figures}}
+        for row in rows
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Rows as CSV, six digits of each number, whole or not at all."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_text(row.get(name, "")) for name in columns])
+    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "never"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

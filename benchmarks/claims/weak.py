@@ -1,0 +1,120 @@
+"""Claim 3: PFGM is robust to weaker networks.
+
+(PFGM, arXiv 2209.11178, section 4.2: the ODE of PFGM with the network of NCSNv2.) Half and quarter
+of the width, and the full network after a quarter of its steps, by the same deterministic solver
+for every method, and by the score models' own SDE samplers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from claims import methods, peers
+from claims.claim import Claim
+from claims.jobs import Job, Row, Tables
+from claims.measures import FIGURES, figures_of
+from claims.methods import Spec
+from claims.pictures import bars
+from claims.presets import Preset
+from claims.tables import grouped, over_seeds, relative
+from pfgm.evaluation import draw_samples
+
+NETWORKS = ("full", "half width", "quarter width", "stopped early")
+_SHARE = {"half width": 2, "quarter width": 4}
+_ODE = "multistep, log"
+_BY = ("method", "sampler", "network")
+
+
+def _spec(preset: Preset, method: str, seed: int, network: str) -> Spec:
+    width = preset.width // _SHARE.get(network, 1)
+    return methods.spec_of(preset, method, seed, width=width)
+
+
+def specs(preset: Preset) -> list[Spec]:
+    return [
+        _spec(preset, method, seed, network)
+        for seed in preset.seeds
+        for method in preset.weak_methods
+        for network in NETWORKS
+    ]
+
+
+def jobs(preset: Preset) -> list[Job]:
+    found = []
+    for seed in preset.seeds:
+        for network in NETWORKS:
+            found += [
+                Job("weak-seeds", by_ode, (method, seed, network), preset.weak_evaluations)
+                for method in preset.weak_methods
+            ]
+            found += [
+                Job("weak-seeds", by_sde, (name, seed, network), 2 * preset.weak_sde_steps)
+                for name in peers.SDE
+                if peers.PEERS[name][0] in preset.weak_methods
+            ]
+    return found
+
+
+def by_ode(preset: Preset, folder: Path, method: str, seed: int, network: str) -> list[Row]:
+    early = network == "stopped early"
+    loaded = methods.load(_spec(preset, method, seed, network), preset, folder, early=early)
+    samples, _ = draw_samples(
+        *loaded,
+        preset.samples,
+        seed=seed,
+        batch_size=preset.sampling_batch,
+        device=preset.device,
+        solver="multistep",
+        schedule="log",
+        steps=preset.weak_evaluations,
+    )
+    found = {"method": method, "sampler": _ODE, "network": network, "seed": seed}
+    return [{**found, **figures_of(samples, preset, folder)}]
+
+
+def by_sde(preset: Preset, folder: Path, name: str, seed: int, network: str) -> list[Row]:
+    method, sampler = peers.PEERS[name]
+    early = network == "stopped early"
+    loaded = methods.load(_spec(preset, method, seed, network), preset, folder, early=early)
+    samples, _ = peers.draw(
+        sampler,
+        loaded,
+        preset.samples,
+        preset.weak_sde_steps,
+        seed=seed,
+        batch=preset.sampling_batch,
+    )
+    short = name.removeprefix(f"{method}, ")
+    found = {"method": method, "sampler": short, "network": network, "seed": seed}
+    return [{**found, **figures_of(samples, preset, folder)}]
+
+
+def derive(tables: Tables, preset: Preset) -> Tables:
+    """Means, and each figure beside that of the full network of the same seed."""
+    figures = ["frechet_pixels", "frechet_features"]
+    same = ["method", "sampler", "seed"]
+    ratios = relative(tables["weak-seeds"], figures, same, lambda row: row["network"] == "full")
+    return {
+        "weak-means": over_seeds(tables["weak-seeds"], _BY, FIGURES),
+        "weak-relative": over_seeds(ratios, _BY, figures),
+    }
+
+
+def draw(tables: Tables, folder: Path) -> None:
+    pictures = {
+        "weak": ("weak-means", "Fréchet distance, pixels", "Weaker networks"),
+        "weak-relative": ("weak-relative", "/ the full network's", "Loss by weaker networks"),
+    }
+    for name, (table, ylabel, title) in pictures.items():
+        groups = grouped(tables[table], ["method", "sampler"])
+        values = {
+            method if sampler == _ODE else sampler: {
+                row["network"]: (row["frechet_pixels"], row["frechet_pixels_spread"])
+                for row in rows
+            }
+            for (method, sampler), rows in groups.items()
+        }
+        bars(values, folder / f"{name}.png", ylabel=ylabel, title=title)
+
+
+CLAIM = Claim("weak networks", specs, jobs, derive, draw)
