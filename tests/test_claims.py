@@ -98,6 +98,8 @@ def test_a_claim_in_miniature(name, folder):
         assert len(rows_of(folder / f"{table}.csv")) == len(rows) > 0
     assert list(folder.glob(f"{name}*.png"))
     assert json.loads((folder / f"{name}.json").read_text())["command"] == "the command"
+    # No picture's data take the place of a table.
+    assert not {path.stem for path in folder.glob(f"{name}*.png")} & set(found)
 
 
 # ---- methods ----------------------------------------------------------------------------------
@@ -579,3 +581,22 @@ def test_samples_that_are_not_finite_have_no_figures(folder):
 def test_settings_are_json():
     for preset in claim_presets.PRESETS.values():
         assert json.loads(json.dumps(preset.described(), allow_nan=False))["width"] > 0
+
+
+# ---- what was found ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_published_figures_are_whole(name):
+    folder = ROOT / "docs" / "claims"
+    known = json.loads((folder / f"{name}.json").read_text())
+    assert known["command"] == f"python -m benchmarks.claims --only {name} --preset quick --out DIR"
+    assert known["preset"] == claim_presets.PRESETS["quick"].described()
+    assert not known["machine"]["commit"].endswith("-dirty")
+    page = (ROOT / "docs" / "claims.md").read_text()
+    pictures_of_claim = list(folder.glob(f"{name}*.png"))
+    assert any(f"](claims/{path.name})" in page for path in pictures_of_claim)
+    for path in pictures_of_claim:
+        assert rows_of(path.with_suffix(".csv"))
+    (seeds,) = folder.glob(f"{name}-seeds.csv")
+    assert {row["seed"] for row in rows_of(seeds)} == {"0", "1", "2"}

@@ -103,12 +103,12 @@ def derive(tables: Tables, preset: Preset) -> Tables:
 def draw(tables: Tables, folder: Path) -> None:
     pictures = {
         "weak": ("weak-means", "Fréchet distance, pixels", "Weaker networks"),
-        "weak-relative": ("weak-relative", "/ the full network's", "Loss by weaker networks"),
+        "weak-loss": ("weak-relative", "/ the full network's", "Loss by weaker networks"),
     }
     for name, (table, ylabel, title) in pictures.items():
         groups = grouped(tables[table], ["method", "sampler"])
         values = {
-            method if sampler == _ODE else sampler: {
+            method if sampler == _ODE else f"{method}, {sampler}": {
                 row["network"]: (row["frechet_pixels"], row["frechet_pixels_spread"])
                 for row in rows
             }
