@@ -40,6 +40,7 @@ _STEPS = 20  # of the multistep solver
 _LEVELS = 9  # at which the variance is measured
 _LOWEST, _HIGHEST = 0.05, 20.0  # in units of the root mean square of the data
 _ROWS = 2048  # at most, at which a network's error is measured
+_SEEN = 1e-6  # variances below are not drawn; of all data there are none
 _FITS = 2**31  # bytes of the published formula's (B, M, N + 1) tensor
 
 
@@ -270,10 +271,13 @@ def draw(tables: Tables, folder: Path) -> None:
         (PFGM, "pfgm", "of the field"),
         (PLUSPLUS, "pfgmpp", "of the posterior mean"),
     ):
-        rows = select(tables["references-variance-means"], method=method)
+        rows = [
+            {**row, "level": float(f"{row['level']:.2g}")}
+            for row in select(tables["references-variance-means"], method=method)
+            if row["variance"] > _SEEN
+        ]
         curves(
-            # All data have none.
-            [row for row in rows if row["variance"] > 0],
+            rows,
             "target",
             "level",
             "variance",
