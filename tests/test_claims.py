@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from claims import __main__ as command_line
 from claims import (
     dimensions,
     examine,
@@ -515,6 +517,17 @@ def test_the_command_says_what_it_allows(tmp_path, arguments, status, said):
     assert done.returncode == status
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_missing_is_said_before_the_training(tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name)
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert command_line.main(["--out", str(tmp_path / "out")]) == 2
+    assert "error: diffusers is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_figures_are_the_same_again(folder, tmp_path):

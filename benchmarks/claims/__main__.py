@@ -67,6 +67,16 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     return options, dataclasses.replace(preset, data=options.data or preset.data)
 
 
+def check_packages() -> None:
+    """Before the training, what is needed after it."""
+    for package in ("diffusers", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"{package} is not installed, which the claims need; install it with: "
+                "pip install -e '.[test]'"
+            )
+
+
 def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
     from claims.examine import copy_results, examine, prepare
     from claims.measures import accuracy
@@ -129,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options, preset = parse(arguments)
     try:
+        check_packages()
         data_of(preset)
         folder = check_folder(options.out).resolve()
         keep_preset(preset, folder)

@@ -22,7 +22,7 @@ from claims.methods import Spec, plusplus
 from claims.pictures import curves
 from claims.presets import Preset
 from claims.tables import grouped, over_seeds, relative, select
-from pfgm.evaluation import draw_samples, noise_generator
+from pfgm.evaluation import noise_generator
 
 NONE = "none"
 _BY = ("D", "error", "size")
@@ -86,15 +86,8 @@ def with_error(
         network.backbone = Noisy(network.get_submodule("backbone"), size, generator)
     elif error == "bits":
         quantise(network, int(size))
-    samples, _ = draw_samples(
-        flow,
-        network,
-        preset.samples,
-        seed=seed,
-        batch_size=preset.sampling_batch,
-        device=preset.device,
-    )
-    found = {"D": "inf" if math.inf == D else D, "error": error, "size": size, "seed": seed}
+    samples, _ = methods.draw(flow, network, preset, seed)
+    found = {"D": "inf" if math.isinf(D) else D, "error": error, "size": size, "seed": seed}
     return [{**found, **figures_of(samples, preset, folder)}]
 
 

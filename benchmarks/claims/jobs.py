@@ -68,7 +68,7 @@ def carry_out(
     """
     together = sorted((job for job in jobs if not job.alone), key=lambda job: -job.cost)
     total = sum(job.cost for job in jobs)
-    with tqdm(total=round(total), desc=title, unit="u") as bar:
+    with tqdm(total=round(total), desc=title, unit="step") as bar:
         if preset.device == "cpu" and together:
             for job, rows in _in_processes(together, preset, folder, workers):
                 bar.update(round(job.cost))

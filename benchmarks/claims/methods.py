@@ -23,6 +23,7 @@ from claims.measures import data_of
 from claims.presets import Preset
 from pfgm.base import Flow
 from pfgm.checkpoint import Loaded
+from pfgm.evaluation import draw_samples
 from pfgm.flowpp import Preconditioned
 from pfgm.networks import Denoiser, UNet
 from pfgm.training import Trainer
@@ -33,6 +34,7 @@ __all__ = [
     "Score",
     "Spec",
     "dequantised",
+    "draw",
     "flow_of",
     "from_level_of_pfgm",
     "is_trained",
@@ -76,7 +78,7 @@ class Spec(NamedTuple):
 
 def plusplus(D: float) -> str:
     """The method of a number of augmented dimensions; that of infinitely many is EDM."""
-    return "EDM" if math.inf == D else f"PFGM++ {D:g}"
+    return "EDM" if math.isinf(D) else f"PFGM++ {D:g}"
 
 
 def spec_of(preset: Preset, method: str, seed: int, **changes: Any) -> Spec:
@@ -253,3 +255,24 @@ def load(spec: Spec, preset: Preset, folder: Path, *, early: bool = False) -> Lo
     network = network_of(spec, preset, flow_of(spec.method, preset))
     path = run / "early.safetensors" if early else run
     return pfgm.load(path, network, device=preset.device)
+
+
+def draw(
+    flow: Flow,
+    network: nn.Module,
+    preset: Preset,
+    seed: int,
+    *,
+    samples: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, int]:
+    """Samples (n, *S) by the library, the preset's number unless given, and the evaluations."""
+    return draw_samples(
+        flow,
+        network,
+        preset.samples if samples is None else samples,
+        seed=seed,
+        batch_size=preset.sampling_batch,
+        device=preset.device,
+        **options,
+    )

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from claims.jobs import Row
 from claims.tables import grouped, write_csv
 from pfgm.plotting import quality_curve
 from pfgm.plotting.curves import COLOURS
-from pfgm.plotting.figures import DPI, INK, add_axes, add_title, new_figure, save, style, text_width
+from pfgm.plotting.figures import (
+    DPI,
+    INK,
+    MARGIN,
+    TITLE,
+    add_axes,
+    add_title,
+    new_figure,
+    save,
+    style,
+    text_width,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["bars", "curves"]
 
@@ -70,48 +85,53 @@ def bars(
 
     They stand in a CSV file of the same name.
     """
-    rows = [
+    rows: list[Row] = [
         {"group": group, "series": name, "value": value, "spread": spread}
         for group, series in values.items()
         for name, (value, spread) in series.items()
     ]
     write_csv(path.with_suffix(".csv"), rows)
-    names = list(dict.fromkeys(name for group in values.values() for name in group))
+    names = list(dict.fromkeys(row["series"] for row in rows))
     widths = [
         max(_BAR * len(group), text_width(name, _LABEL)) + _GAP for name, group in values.items()
     ]
     legend = 40 + max(text_width(name, _LABEL) for name in names)
-    inner = max(sum(widths), text_width(title, 15) - legend - _LEFT + 20)
+    inner = max(sum(widths), text_width(title, TITLE) - legend - _LEFT + 2 * MARGIN)
     figure = new_figure(_LEFT + inner + legend, _BELOW + _HEIGHT + _ABOVE)
     axes = add_axes(figure, _LEFT, _BELOW, inner, _HEIGHT)
-    start, centres = 0.0, []
-    for width, group in zip(widths, values.values(), strict=True):
-        centre = start + width / 2
-        first = centre - _BAR * (len(group) - 1) / 2
-        for place, (name, (value, spread)) in enumerate(group.items()):
-            axes.bar(
-                first + _BAR * place,
-                value,
-                0.9 * _BAR,
-                yerr=spread or None,
-                color=COLOURS[names.index(name)],
-                error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3},
-            )
-        centres.append(centre)
-        start += width
     axes.set_xlim(0, inner)
+    ends = list(itertools.accumulate(widths))
+    centres = [end - width / 2 for end, width in zip(ends, widths, strict=True)]
+    for centre, group in zip(centres, values.values(), strict=True):
+        _add_group(axes, centre, group, names)
     _dress(axes, ylabel, centres, list(values))
-    for line, name in enumerate(names):
-        height = _BELOW + _HEIGHT - 8 - 18 * line
-        label = {**style(_LABEL), "color": COLOURS[line], "ha": "left", "va": "center"}
-        figure.text(
-            (_LEFT + inner + 14) / (figure.get_size_inches()[0] * DPI),
-            height / (figure.get_size_inches()[1] * DPI),
-            f"■ {name}",
-            **label,
-        )
+    _add_legend(figure, names, left=_LEFT + inner + 14)
     add_title(figure, title)
     save(figure, path)
+
+
+def _add_group(
+    axes: Any, centre: float, group: Mapping[str, tuple[float, float]], names: list[str]
+) -> None:
+    first = centre - _BAR * (len(group) - 1) / 2
+    for place, (name, (value, spread)) in enumerate(group.items()):
+        axes.bar(
+            first + _BAR * place,
+            value,
+            0.9 * _BAR,
+            yerr=spread or None,
+            color=COLOURS[names.index(name)],
+            error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3},
+        )
+
+
+def _add_legend(figure: Figure, names: list[str], left: float) -> None:
+    """The series in their colours, one below the other, right of the bars."""
+    width, height = figure.get_size_inches() * DPI
+    for line, name in enumerate(names):
+        label = {**style(_LABEL), "color": COLOURS[line], "ha": "left", "va": "center"}
+        top = _BELOW + _HEIGHT - 8 - 18 * line
+        figure.text(left / width, top / height, f"■ {name}", **label)
 
 
 def _dress(axes: Any, ylabel: str, centres: list[float], names: list[str]) -> None:

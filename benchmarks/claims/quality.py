@@ -22,7 +22,7 @@ from claims.pictures import curves
 from claims.presets import Preset
 from claims.tables import grouped, over_seeds, select
 from pfgm.base import Flow
-from pfgm.evaluation import RUNS, draw_samples
+from pfgm.evaluation import RUNS
 
 _MULTISTEP = "multistep, log"
 _SOLVERS: dict[str, dict[str, Any]] = {
@@ -107,15 +107,7 @@ def _drawn(
     flow, network = methods.load(methods.spec_of(preset, method, seed), preset, folder)
     if sampler == _LATE:
         flow = methods.from_level_of_pfgm(flow, preset)
-    samples, nfe = draw_samples(
-        flow,
-        network,
-        preset.samples,
-        seed=seed,
-        batch_size=preset.sampling_batch,
-        device=preset.device,
-        **options,
-    )
+    samples, nfe = methods.draw(flow, network, preset, seed, **options)
     figures = figures_of(samples, preset, folder)
     return [_row(method, seed, sampler, setting, nfe, flow, figures)]
 
@@ -184,14 +176,14 @@ def needed(rows: Sequence[Row], means: Sequence[Row]) -> list[Row]:
 def _compared(rows: Sequence[Row], figure: str) -> dict[str, Row]:
     """Each series beside the best SDE sampler among these rows; None is never."""
     sde = min(
-        (row for row in rows if row["series"] in peers.SDE and row[figure] == row[figure]),
+        (row for row in rows if row["series"] in peers.SDE and math.isfinite(row[figure])),
         key=lambda row: row[figure],
     )
     rival = _fewest(select(rows, series=sde["series"]), figure, sde[figure])
     assert rival is not None
     found = {}
     for (series,), part in grouped([r for r in rows if r["sampler"]], ["series"]).items():
-        best = min((row[figure] for row in part if row[figure] == row[figure]), default=math.nan)
+        best = min((row[figure] for row in part if math.isfinite(row[figure])), default=math.nan)
         enough = _fewest(part, figure, sde[figure])
         found[series] = {
             "best": best,

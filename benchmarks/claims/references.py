@@ -33,7 +33,6 @@ from claims.tables import over_seeds, select
 from pfgm.backends.reference import normalised_field
 from pfgm.base import Flow
 from pfgm.batches import Batch, Batches, seed_of
-from pfgm.evaluation import draw_samples
 
 PFGM, PLUSPLUS = "PFGM", "PFGM++ 128"
 _STEPS = 20  # of the multistep solver
@@ -86,16 +85,8 @@ def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) ->
     """Loss, error and quality of a network that was trained with so many references."""
     spec = methods.spec_of(preset, method, seed, references=count)
     flow, network = methods.load(spec, preset, folder)
-    samples, _ = draw_samples(
-        flow,
-        network,
-        preset.samples,
-        seed=seed,
-        batch_size=preset.sampling_batch,
-        device=preset.device,
-        solver="multistep",
-        schedule="log",
-        steps=_STEPS,
+    samples, _ = methods.draw(
+        flow, network, preset, seed, solver="multistep", schedule="log", steps=_STEPS
     )
     train = data_of(preset).train.to(preset.device)
     rows = train[torch.arange(min(_ROWS, len(train))) * len(train) // min(_ROWS, len(train))]

@@ -17,7 +17,6 @@ from claims.pictures import curves
 from claims.presets import Preset
 from claims.tables import over_seeds, relative, select
 from pfgm.base import Flow
-from pfgm.evaluation import draw_samples
 
 GRIDS = ("uniform", "log", "rho")
 LATE = "EDM from z_max"
@@ -59,13 +58,12 @@ def by_euler(
     flow, network = methods.load(methods.spec_of(preset, trained, seed), preset, folder)
     if method == LATE:
         flow = methods.from_level_of_pfgm(flow, preset)
-    samples, nfe = draw_samples(
+    samples, nfe = methods.draw(
         flow,
         network,
-        preset.euler_samples,
-        seed=seed,
-        batch_size=preset.sampling_batch,
-        device=preset.device,
+        preset,
+        seed,
+        samples=preset.euler_samples,
         solver="euler",
         schedule=levels(flow, grid, steps),
     )

@@ -17,7 +17,6 @@ from claims.methods import Spec
 from claims.pictures import bars
 from claims.presets import Preset
 from claims.tables import grouped, over_seeds, relative
-from pfgm.evaluation import draw_samples
 
 NETWORKS = ("full", "half width", "quarter width", "stopped early")
 _SHARE = {"half width": 2, "quarter width": 4}
@@ -58,15 +57,8 @@ def jobs(preset: Preset) -> list[Job]:
 def by_ode(preset: Preset, folder: Path, method: str, seed: int, network: str) -> list[Row]:
     early = network == "stopped early"
     loaded = methods.load(_spec(preset, method, seed, network), preset, folder, early=early)
-    samples, _ = draw_samples(
-        *loaded,
-        preset.samples,
-        seed=seed,
-        batch_size=preset.sampling_batch,
-        device=preset.device,
-        solver="multistep",
-        schedule="log",
-        steps=preset.weak_evaluations,
+    samples, _ = methods.draw(
+        *loaded, preset, seed, solver="multistep", schedule="log", steps=preset.weak_evaluations
     )
     found = {"method": method, "sampler": _ODE, "network": network, "seed": seed}
     return [{**found, **figures_of(samples, preset, folder)}]
