@@ -44,13 +44,13 @@ MINIATURE = dataclasses.replace(
     steps=4,
     batch_size=32,
     references=64,
-    seeds=(0, 1),
+    seeds=(0,),
     samples=32,
     sampling_batch=32,
     classifier_epochs=1,
-    evaluations=(2, 3),
+    evaluations=(3,),
     tolerances=(1.0,),
-    sde_steps=(2, 4),
+    sde_steps=(2,),
     chain_steps=(2,),
     euler_steps=(2, 3),
     euler_samples=16,
@@ -64,8 +64,8 @@ MINIATURE = dataclasses.replace(
     probe_rows=32,
     timing_turns=1,
     dequantised_copies=1,
-    likelihood_rows=4,
-    likelihood_tolerance=1e-1,
+    likelihood_rows=2,
+    likelihood_tolerance=1.0,
 )
 
 
@@ -473,7 +473,7 @@ import dataclasses
 from pathlib import Path
 from claims import examine, presets, quality
 
-preset = dataclasses.replace(presets.PRESETS["quick"], width=8, seeds=(0,), steps=4000)
+preset = dataclasses.replace(presets.PRESETS["quick"], width=8, seeds=(0,), steps=2000)
 examine.train(quality.CLAIM, preset, Path(FOLDER), "quality", 1)
 """
 
@@ -491,7 +491,7 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
     (latest,) = logs.glob("*/latest.json")
-    assert 0 < json.loads(latest.read_text())["step"] < 1000
+    assert 0 < json.loads(latest.read_text())["step"] < 500
     for _ in range(50):  # the tracker of multiprocessing's resources goes last
         try:
             os.killpg(process.pid, 0)
@@ -511,12 +511,21 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
         (["--data", "no-such.npz"], 2, "error: no-such.npz does not exist."),
     ],
 )
-def test_the_command_says_what_it_allows(tmp_path, arguments, status, said):
-    command = [sys.executable, "-m", "benchmarks.claims", "--out", str(tmp_path), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == status
-    assert said in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_says_what_it_allows(tmp_path, monkeypatch, capsys, arguments, status, said):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        found = command_line.main(["--out", str(tmp_path), *arguments])
+    except SystemExit as ended:  # of argparse
+        found = ended.code
+    assert found == status
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+
+
+def test_the_command_is_found_from_a_checkout():
+    command = [sys.executable, "-m", "benchmarks.claims", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: python -m benchmarks.claims" in done.stdout
 
 
 def test_what_is_missing_is_said_before_the_training(tmp_path, monkeypatch, capsys):
@@ -531,25 +540,18 @@ def test_what_is_missing_is_said_before_the_training(tmp_path, monkeypatch, caps
 
 
 def test_figures_are_the_same_again(folder, tmp_path):
-    """From nothing, and from half of what was measured."""
-    names = ["references", "weak"]
-    half = tmp_path / "half"
-    for name in names:
-        examine.examine(name, CLAIMS[name], MINIATURE, folder, command="", workers=1)
-    for place in ("whole", "half"):
-        (tmp_path / place / "measured").mkdir(parents=True)
-        shutil.copyfile(*(measures.classifier_path(f) for f in (folder, tmp_path / place)))
-    for name in names:
-        known = json.loads((folder / "measured" / f"{name}.json").read_text())
-        kept = dict(list(known.items())[::2])
-        (half / "measured" / f"{name}.json").write_text(json.dumps(kept))
-        for place in (half, tmp_path / "whole"):
-            examine.examine(name, CLAIMS[name], MINIATURE, place, command="", workers=1)
-    for path in folder.glob("*.csv"):
-        timed = path.stem in ("references-steps", "references-time")
-        if path.stem.startswith(tuple(names)) and not timed:
-            for place in (half, tmp_path / "whole"):
-                assert (place / path.name).read_bytes() == path.read_bytes(), path.name
+    """In another folder, where every other figure is there already; networks are trained anew."""
+    examine.examine("weak", CLAIMS["weak"], MINIATURE, folder, command="", workers=1)
+    known = json.loads((folder / "measured" / "weak.json").read_text())
+    kept = dict(list(known.items())[::2])
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "weak.json").write_text(json.dumps(kept))
+    shutil.copyfile(measures.classifier_path(folder), measures.classifier_path(tmp_path))
+    examine.examine("weak", CLAIMS["weak"], MINIATURE, tmp_path, command="", workers=1)
+    paths = list(folder.glob("weak*.csv"))
+    assert len(paths) == 5
+    for path in paths:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_results_are_copied_without_networks(folder, tmp_path):
