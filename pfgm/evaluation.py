@@ -193,7 +193,7 @@ def evaluate_samples(
         against, real, beside = "held_out", to_unit(held_out), train
     _check_counts({"samples": samples, against: real, "train": beside}, halved=held_out is None)
     others = beside  # that none of the real rows is among
-    beside = _spread(beside, len(samples))
+    beside = spread(beside, len(samples))
     with tqdm(total=4, desc="metrics", disable=not progress) as bar:
 
         def done(value: Any) -> Any:
@@ -207,7 +207,7 @@ def evaluate_samples(
         }
         nearest = {
             "samples": metrics.nearest_distance(samples, train),
-            against: done(metrics.nearest_distance(_spread(real, len(samples)), others)),
+            against: done(metrics.nearest_distance(spread(real, len(samples)), others)),
         }
     return {
         "against": against,
@@ -242,7 +242,7 @@ def _figures(rows: Tensor, real: Tensor, neighbours: Tensor) -> dict[str, float]
     }
 
 
-def _spread(rows: Tensor, count: int) -> Tensor:
+def spread(rows: Tensor, count: int) -> Tensor:
     """At most so many rows, evenly spaced."""
     if len(rows) <= count:
         return rows

@@ -1,8 +1,8 @@
 """Claim 6: PFGM's ODE gives likelihoods on a level with those of diffusion.
 
-(PFGM, arXiv 2209.11178, section 4.4.) Bits per dimension of held-out data by the ODE of
-PFGM and of EDM, beside a Gaussian fitted to the training data. The networks
-are trained on data with uniform noise within a grey level, as likelihoods of discrete data need.
+(PFGM, arXiv 2209.11178, section 4.4.) Bits per dimension of held-out data by the ODE of PFGM and of
+EDM, beside a Gaussian fitted to the training data. The networks are trained on data with uniform
+noise within a grey level, as likelihoods of discrete data need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from claims.methods import Spec
 from claims.pictures import bars
 from claims.presets import Preset
 from claims.tables import over_seeds
-from pfgm.evaluation import bits_per_dim, dequantised
+from pfgm.evaluation import bits_per_dim, dequantised, spread
 
 METHODS = ("PFGM", "EDM")
 
@@ -53,9 +53,7 @@ def jobs(preset: Preset) -> list[Job]:
 def _rows(preset: Preset, part: str) -> Tensor:
     """As many evenly spaced images of a part of the data as are measured."""
     data = data_of(preset)
-    rows = data.held_out if part == "held out" else data.train
-    count = min(preset.likelihood_rows, len(rows))
-    return rows[torch.arange(count) * len(rows) // count]
+    return spread(data.held_out if part == "held out" else data.train, preset.likelihood_rows)
 
 
 def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> list[Row]:

@@ -20,6 +20,7 @@ from claims.presets import Preset
 from pfgm import metrics
 from pfgm.data import to_unit
 from pfgm.datasets import open_data
+from pfgm.evaluation import spread
 from pfgm.files import write_atomic
 
 __all__ = [
@@ -148,10 +149,8 @@ class _Real(NamedTuple):
 
 
 @lru_cache
-def _real(preset: Preset, folder: Path, space: str, count: int) -> _Real:
-    held_out = data_of(preset).held_out
-    count = min(count, len(held_out))
-    chosen = held_out[torch.arange(count) * len(held_out) // count]
+def _real(preset: Preset, folder: Path, space: str) -> _Real:
+    chosen = spread(data_of(preset).held_out, preset.samples)
     rows = _in_space(chosen.to(preset.device), preset, folder, space)
     return _Real(rows, metrics.neighbour_distances(rows, 3))
 
@@ -175,7 +174,7 @@ def figures_of(samples: Tensor, preset: Preset, folder: Path) -> dict[str, float
     found = {}
     for space in _SPACES:
         rows = _in_space(samples, preset, folder, space)
-        real = _real(preset, folder, space, preset.samples)
+        real = _real(preset, folder, space)
         inside = metrics.precision_recall(rows, real.rows, k=3, neighbours=real.neighbours)
         found[f"frechet_{space}"] = metrics.frechet_distance(rows, real.rows)
         found[f"precision_{space}"] = inside.precision

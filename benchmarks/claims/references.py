@@ -33,6 +33,7 @@ from claims.tables import over_seeds, select
 from pfgm.backends.reference import normalised_field
 from pfgm.base import Flow
 from pfgm.batches import Batch, Batches, seed_of
+from pfgm.evaluation import spread
 
 PFGM, PLUSPLUS = "PFGM", "PFGM++ 128"
 _STEPS = 20  # of the multistep solver
@@ -89,10 +90,11 @@ def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) ->
         flow, network, preset, seed, solver="multistep", schedule="log", steps=_STEPS
     )
     train = data_of(preset).train.to(preset.device)
-    rows = train[torch.arange(min(_ROWS, len(train))) * len(train) // min(_ROWS, len(train))]
     generator = torch.Generator(preset.device).manual_seed(seed)
     with torch.no_grad():
-        error = float(flow.loss(network, rows, references=train, generator=generator))
+        error = float(
+            flow.loss(network, spread(train, _ROWS), references=train, generator=generator)
+        )
     row = {
         "method": method,
         "target": _name(count),
@@ -278,20 +280,18 @@ def draw(tables: Tables, folder: Path) -> None:
             title=f"{method}: variance {quantity} that is learnt",
         )
     means = tables["references-means"]
-    for figure, ylabel in (
-        ("frechet_pixels", "Fréchet distance, pixels"),
-        ("error", "loss / with all data"),
-    ):
-        values: dict[str, dict[str, tuple[float, float]]] = {}
-        for row in means:
-            unit = 1.0
-            if figure == "error":
-                unit = select(means, method=row["method"])[-1][figure]
-            value = row[figure] / unit, row[f"{figure}_spread"] / unit
-            values.setdefault(row["method"], {})[row["target"]] = value
-        stem = "references" if figure == "frechet_pixels" else "references-error"
-        title = "Quality by references" if figure == "frechet_pixels" else "What is not learnt"
-        bars(values, folder / f"{stem}.png", ylabel=ylabel, title=title)
+    bars(
+        _by_target(means, "frechet_pixels"),
+        folder / "references.png",
+        ylabel="Fréchet distance, pixels",
+        title="Quality by references",
+    )
+    bars(
+        _by_target(means, "error", relative=True),
+        folder / "references-error.png",
+        ylabel="loss / with all data",
+        title="What is not learnt",
+    )
     times: dict[str, dict[str, tuple[float, float]]] = {}
     for row in tables["references-steps"]:
         group = row["method"] + ("" if row["path"] == "pfgm" else ", published formula")
@@ -302,6 +302,18 @@ def draw(tables: Tables, folder: Path) -> None:
         ylabel="milliseconds",
         title="Time of a training step",
     )
+
+
+def _by_target(
+    means: list[Row], figure: str, *, relative: bool = False
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """A figure and its spread by method and target; relative is to the most references."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in means:
+        unit = select(means, method=row["method"])[-1][figure] if relative else 1.0
+        value = row[figure] / unit, row[f"{figure}_spread"] / unit
+        found.setdefault(row["method"], {})[row["target"]] = value
+    return found
 
 
 CLAIM = Claim("reference batch", specs, jobs, derive, draw)

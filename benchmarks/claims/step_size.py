@@ -1,7 +1,7 @@
 """Claim 2: PFGM is robust to the step size of Euler's method.
 
-(PFGM, arXiv 2209.11178, section 4.3.) Euler's method on the ODE of every method, with
-levels uniform in σ, in log σ and in σ^(1/7), beside its own result with the finest grid.
+(PFGM, arXiv 2209.11178, section 4.3.) Euler's method on the ODE of every method, with levels
+uniform in σ, in log σ and in σ^(1/7), beside its own result with the finest grid.
 """
 
 from __future__ import annotations
