@@ -119,6 +119,17 @@ class Flow(ABC):
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
         """The levels of so many steps, from the first; the last step begins no lower than last."""
 
+    # ---- what a flow may say otherwise ----
+
+    @property
+    def largest_norm(self) -> float:
+        """The largest distance of a point of the prior from its center."""
+        return math.inf
+
+    def _center(self, x: Tensor) -> Tensor | float:
+        """Where the prior is centred: 0, or (*S) in the dtype and on the device of x."""
+        return 0.0
+
     # ---- what follows ----
 
     def __repr__(self) -> str:
@@ -408,8 +419,7 @@ class Flow(ABC):
                 slope,
                 x,
                 self._rising(steps),
-                prior_log_prob
-                or (lambda latent: likelihood.centred_prior(latent, self.first_level, self.D)),
+                prior_log_prob or self._prior_log_prob,
                 estimator=estimator,
                 solver=solver,
                 rtol=positive("rtol", rtol),
@@ -419,6 +429,10 @@ class Flow(ABC):
                 differentiable=differentiable,
                 progress=progress,
             )
+
+    def _prior_log_prob(self, latent: Tensor) -> Tensor:
+        away = latent - self._center(latent)
+        return likelihood.centred_prior(away, self.first_level, self.D)
 
     def _rising(self, steps: int) -> list[float]:
         """So many steps from the last level to the first."""

@@ -146,7 +146,8 @@ def between(
     _check_pair(a, b)
     own: dict[str, Any] = {"condition": condition, "unconditional": unconditional}
     start, end = (flow.encode(net, x, return_nfe=False, **own, **options) for x in (a, b))
-    points = interpolate(start, end, weights)
+    center = flow._center(start)
+    points = interpolate(start - center, end - center, weights) + center
     own = {name: _repeated(given, len(points)) for name, given in own.items()}
     data = flow.decode(net, points.flatten(0, 1), return_nfe=False, **own, **options)
     return data.view_as(points)
@@ -175,9 +176,11 @@ def rescale(flow: Flow, latent: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"temperature is {temperature!r}; allowed is any finite number above 0.")
     flow._check_x(latent)
     _check_floating("latent", latent)
-    norm = latent.reshape(len(latent), flow.N).norm(dim=1)
-    longest = norm.clamp(min=getattr(flow, "upper_norm", math.inf))
-    return latent * flow._rows((longest / norm).clamp(max=temperature))
+    center = flow._center(latent)
+    away = latent - center
+    norm = away.reshape(len(latent), flow.N).norm(dim=1)
+    longest = norm.clamp(min=flow.largest_norm)
+    return center + away * flow._rows((longest / norm).clamp(max=temperature))
 
 
 # ---- inpainting ------------------------------------------------------------------------------
@@ -256,7 +259,7 @@ def _rounds(grid: Sequence[float], resample: int, resample_from: float) -> list[
 def _unit_noise(flow: Flow, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Noise (B, *S) of level 1, from the prior: its norm is clipped where the prior's is."""
     points = flow.prior(len(x), generator=generator, device=x.device)
-    return points.to(x.dtype) / flow.first_level
+    return (points - flow._center(points)).to(x.dtype) / flow.first_level
 
 
 def _holding(known: Tensor, noise: Tensor, mask: Tensor) -> Projection:

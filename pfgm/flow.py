@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .backends.reference import dequantise, wide_dtype
+from . import steps as ode_steps
 from .base import (
     Condition,
     Defaults,
@@ -23,15 +23,65 @@ from .base import (
     positive,
 )
 from .functional import field_fn
-from .references import References, ReferenceSet
+from .references import References, measure
 from .solvers import SCHEDULES
 from .steps import Field, Level
 
 __all__ = ["EmpiricalField", "PoissonFlow"]
 
-# |ε_z| below which restrict_M shortens the range of m, and by how much (PFGM, appendix B.1.1).
-_RESTRICT_BELOW, _RESTRICT_TO = 0.005, 0.7
-_SMALLEST_Z = 1e-10
+# |ε_z|/σ below which restrict_M shortens the range of m, and by how much (PFGM, appendix B.1.1).
+_RESTRICT_BELOW, _RESTRICT_TO = 0.5, 0.7
+_SMALLEST_Z = 1e-8  # in units of σ
+_MEAN_NORMAL = math.sqrt(2 / math.pi)  # average of |g|, g ~ N(0, 1)
+_SMALLEST_NORMAL = 1e-6  # |g₁| of a prior that is not clipped
+_IMAGE_VALUES = 64  # from so many values on the published clip of the prior does no harm
+_FEW = 8  # up to so many values a sample, more steps are taken
+
+Center = float | Sequence[Any] | Tensor
+
+
+class _Rules(NamedTuple):
+    """What a flow takes unless told otherwise; None where it follows from M or gamma."""
+
+    sigma: float
+    gamma: float
+    z_max: float | None
+    z_min: float
+    restrict_M: bool
+    z_exp: float | None
+
+
+def _published() -> _Rules:
+    return _Rules(sigma=0.01, gamma=5.0, z_max=None, z_min=1e-3, restrict_M=True, z_exp=5.0)
+
+
+def _of_spread(s: float, N: int) -> _Rules:
+    """The published lengths in units of the spread, which is about 0.5 for images in [−1, 1].
+
+    z_max: a single charge at the center in place of the data at z_max changes the density by a
+    share of at most about N s²/(2 z_max²), which is 1/400 at 14 √N s. From 33 values on z_max is
+    80 s, near the published 71 s for images: the noise of so many values hides their spread.
+    """
+    return _Rules(
+        sigma=0.02 * s,
+        gamma=min(math.sqrt(N) / 4, 10.0) * s,
+        z_max=min(14 * math.sqrt(N), 80.0) * s,
+        z_min=2e-3 * s,
+        restrict_M=False,
+        z_exp=None,
+    )
+
+
+def _checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
+    """center as float64 of shape S."""
+    found = torch.as_tensor(center, dtype=torch.float64).detach().cpu()
+    if found.shape not in (torch.Size([]), torch.Size(shape)):
+        raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
+    if not bool(found.isfinite().all()):
+        raise ValueError("center holds NaN or infinity; only finite values are allowed.")
+    if spread is None and bool((found != 0).any()):
+        raise ValueError("center is given without spread; the published rules centre data at 0.")
+    return found.expand(shape).clone()
 
 
 class EmpiricalField(nn.Module):
@@ -61,34 +111,44 @@ class PoissonFlow(Flow):
     z (B,), whose results have the shapes of x and z. All randomness comes from torch generators, on
     the device of the tensors.
 
+    There are two sets of rules for what is not given. With M or data_norm they are the published
+    ones, for images in [-1, 1]: lengths are absolute, the prior is centred at 0 and its norms are
+    clipped, and sampling ends at z_min. With spread, s below, they hold for any data: each length
+    is a multiple of s, the prior is centred at center and not clipped, and sampling ends with the
+    posterior mean at z_min, which is z = 0. :meth:`from_data` chooses between them.
+
     Args:
         shape: S, the shape of one sample.
-        M: the largest exponent of the perturbation (1 + tau)^m. One of M and data_norm is needed;
-            M goes before data_norm.
+        M: the largest exponent of the perturbation (1 + tau)^m. One of M, data_norm and spread is
+            needed; M overrides the others.
         data_norm: average norm of a sample, from which M follows (appendix B.1.1).
-        sigma: standard deviation of the perturbation at m = 0, in the units of the data.
+        spread: root mean square of the values of a sample minus center.
+        center: average sample, (*S) or one number for all values. Needs spread.
+        sigma: standard deviation of the perturbation at m = 0, in the units of the data; 0.01, or
+            0.02 s.
         tau: growth of the perturbation.
-        gamma: softening in the field's normalisation.
-        z_max: where sampling starts; from M unless given.
-        z_min: where it ends.
-        upper_norm: largest norm of a prior sample; from M unless given.
-        restrict_M: draw m from [0, 0.7 M] where |ε_z| < 0.005 (published for images).
-        z_exp: below this z, field_z is replaced by what field_x implies (appendix B.2.3).
+        gamma: softening in the field's normalisation; 5, or √N s/4 and at most 10 s.
+        z_max: where sampling starts; from M, or 14 √N s and at most 80 s.
+        z_min: level of the last evaluation; 1e-3, or 2e-3 s.
+        upper_norm: largest norm that training covers; from M unless given. Published rules clip the
+            prior to it.
+        restrict_M: draw m from [0, 0.7 M] where |ε_z| < σ/2 (published for images); True, or False.
+        z_exp: below this z, field_z is replaced by what field_x implies (appendix B.2.3); 5, or
+            gamma.
         substitution: "exact" inverts the normalisation; "published" neglects z beside ‖x − mean‖.
 
     Raises:
         ValueError: an argument is out of range.
 
     >>> import torch
-    >>> flow = PoissonFlow((2,), data_norm=1.0)
     >>> circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    >>> flow = PoissonFlow.from_data(circle)
     >>> samples = flow.sample(flow.empirical(circle), 16, generator=torch.Generator())
     >>> bool((samples.norm(dim=1) - 1).abs().max() < 0.01)
     True
     """
 
     D = 1.0
-    defaults = Defaults(solver="multistep", steps=10, schedule="rho")
 
     def __init__(
         self,
@@ -96,44 +156,62 @@ class PoissonFlow(Flow):
         *,
         M: float | None = None,
         data_norm: float | None = None,
-        sigma: float = 0.01,
+        spread: float | None = None,
+        center: Center = 0.0,
+        sigma: float | None = None,
         tau: float = 0.03,
-        gamma: float = 5.0,
+        gamma: float | None = None,
         z_max: float | None = None,
-        z_min: float = 1e-3,
+        z_min: float | None = None,
         upper_norm: float | None = None,
-        restrict_M: bool = True,
-        z_exp: float = 5.0,
+        restrict_M: bool | None = None,
+        z_exp: float | None = None,
         substitution: Literal["exact", "published"] = "exact",
     ) -> None:
         super().__init__(shape)
-        self.sigma = positive("sigma", sigma)
+        if spread is not None and data_norm is not None:
+            raise ValueError("both data_norm and spread given; allowed is one of them.")
+        self.spread = None if spread is None else positive("spread", spread)
+        self.center = _checked_center(center, self.shape, self.spread)
+        self._centers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        rules = _published() if spread is None else _of_spread(spread, self.N)
+        self.sigma = positive("sigma", rules.sigma if sigma is None else sigma)
         self.tau = positive("tau", tau)
-        self.gamma = non_negative("gamma", gamma)
-        if M is None:
+        self.gamma = non_negative("gamma", rules.gamma if gamma is None else gamma)
+        if M is None and rules.z_max is not None:
+            z_max = positive("z_max", rules.z_max if z_max is None else z_max)
+            M = self._exponent_to(z_max)
+        elif M is None:
             M = self._exponent(data_norm)
         self.M = positive("M", M)
-        growth = sigma * (1 + tau) ** self.M
-        self.z_max = positive("z_max", math.sqrt(2 / math.pi) * growth if z_max is None else z_max)
-        self.z_min = positive("z_min", z_min)
+        growth = self.sigma * (1 + tau) ** self.M
+        self.z_max = positive("z_max", _MEAN_NORMAL * growth if z_max is None else z_max)
+        self.z_min = positive("z_min", rules.z_min if z_min is None else z_min)
         if self.z_min >= self.z_max:
             raise ValueError(
-                f"z_min is {z_min}; allowed is less than z_max, which is {self.z_max}."
+                f"z_min is {self.z_min}; allowed is less than z_max, which is {self.z_max}."
             )
         self.upper_norm = positive(
             "upper_norm", math.sqrt(self.N) * growth if upper_norm is None else upper_norm
         )
-        self.restrict_M = bool(restrict_M)
-        self.z_exp = non_negative("z_exp", z_exp)
+        self.restrict_M = rules.restrict_M if restrict_M is None else bool(restrict_M)
+        default = self.gamma if rules.z_exp is None else rules.z_exp
+        self.z_exp = non_negative("z_exp", default if z_exp is None else z_exp)
         if substitution not in ("exact", "published"):
             raise ValueError(
                 f"substitution is {substitution!r}; allowed are 'exact' and 'published'."
             )
         self.substitution = substitution
 
+    @property
+    def defaults(self) -> Defaults:  # type: ignore[override]
+        """Published rules: 10 steps. Few dimensions need more, as their noise has heavier tails."""
+        steps = 10 if self.spread is None else 20 if self.N > _FEW else 40
+        return Defaults(solver="multistep", steps=steps, schedule="rho")
+
     def _exponent(self, data_norm: float | None) -> float:
         if data_norm is None:
-            raise ValueError("neither M nor data_norm given; one of them is needed.")
+            raise ValueError("none of M, data_norm and spread given; one of them is needed.")
         ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(self.N) * self.sigma**2)
         exponent = int(0.75 * math.log(ratio) / math.log1p(self.tau)) + 1
         if exponent < 1:
@@ -143,22 +221,48 @@ class PoissonFlow(Flow):
             )
         return exponent
 
+    def _exponent_to(self, z_max: float) -> float:
+        """M for which the average z at m = M is z_max."""
+        ratio = z_max / (_MEAN_NORMAL * self.sigma)
+        if ratio <= 1:
+            raise ValueError(
+                f"sigma is {self.sigma}; allowed is less than 1.25 z_max, which is {z_max}."
+            )
+        return math.log(ratio) / math.log1p(self.tau)
+
     @classmethod
     def from_data(cls, data: References, **overrides: Any) -> PoissonFlow:
-        """The flow for data (n, *S), uint8 (u/127.5 − 1) or floating point; measures their norm.
+        """The flow for data (n, *S), uint8 (u/127.5 − 1) or floating point, tensor or set.
 
-        Data may be a :class:`pfgm.ReferenceSet`, too.
+        Samples of 64 or more values that fill [-1, 1], as images do, take the published rules with
+        their average norm as data_norm. All other data take their center and spread: shifted or
+        scaled data make a shifted or scaled flow. Rows that are all alike count their own length as
+        spread.
+
+        Raises:
+            TypeError: data are neither uint8 nor floating point.
+            ValueError: data have no rows, or hold NaN or infinity.
 
         >>> import torch
-        >>> PoissonFlow.from_data(torch.ones(8, 1, 4, 4), tau=0.05).shape
+        >>> PoissonFlow.from_data(torch.rand(8, 1, 4, 4), tau=0.05).shape
         (1, 4, 4)
+        >>> y = torch.randn(100, 2)
+        >>> flow, larger = PoissonFlow.from_data(y), PoissonFlow.from_data(10 * y + 3)
+        >>> round(larger.z_max / flow.z_max, 3)
+        10.0
         """
         if data.ndim < 1 or len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
-        data_norm = data.norm if isinstance(data, ReferenceSet) else _average_norm(data)
-        if not math.isfinite(data_norm):
+        if isinstance(data, Tensor):
+            check_dtype("data", data)
+        found = measure(data)
+        if not math.isfinite(found.rms):
             raise ValueError("data holds NaN or infinity; only finite values are allowed.")
-        return cls(data.shape[1:], **{"data_norm": data_norm, **overrides})
+        given: dict[str, Any] = {"data_norm": found.norm}
+        are_images = found.fills_unit and math.prod(data.shape[1:]) >= _IMAGE_VALUES
+        if not are_images and "data_norm" not in overrides:
+            given = {"spread": found.std or found.rms or 1.0, "center": found.mean}
+        return cls(data.shape[1:], **{**given, **overrides})
 
     @classmethod
     def cifar10(cls, **overrides: Any) -> PoissonFlow:
@@ -185,6 +289,33 @@ class PoissonFlow(Flow):
             "restrict_M": self.restrict_M,
             "z_exp": self.z_exp,
             "substitution": self.substitution,
+            **self._place,
+        }
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Center and spread, where the flow has them: files without load with published rules."""
+        if self.spread is None:
+            return {}
+        return {"center": self.center.tolist(), "spread": self.spread}
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """Keyword arguments of the networks of :mod:`pfgm.networks` that fit them to the flow.
+
+        >>> import pfgm, torch
+        >>> flow = PoissonFlow.from_data(100 * torch.randn(50, 2) + 7)
+        >>> net = pfgm.networks.MLP(flow.shape, **flow.scaling)
+        >>> net.gamma == flow.gamma
+        True
+        """
+        if self.spread is None:
+            return {"gamma": self.gamma}
+        return {
+            "gamma": self.gamma,
+            "data_std": self.spread,
+            "center": self.center.tolist(),
+            "scale": self.spread,
         }
 
     @property
@@ -194,6 +325,10 @@ class PoissonFlow(Flow):
     @property
     def last_level(self) -> float:
         return self.z_min
+
+    @property
+    def largest_norm(self) -> float:
+        return self.upper_norm if self.spread is None else math.inf
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Moves data off the plane z = 0 (Algorithm 2).
@@ -209,7 +344,7 @@ class PoissonFlow(Flow):
             generator: on the device of x.
 
         Returns:
-            x̃ (B, *S) and z (B,), at least 1e-10.
+            x̃ (B, *S) and z (B,), at least 1e-8 σ.
 
         Raises:
             ValueError: x has another sample shape.
@@ -228,10 +363,10 @@ class PoissonFlow(Flow):
         noise_x = torch.randn(x.shape, generator=generator, dtype=dtype, device=device)
         noise_x = self.sigma * noise_x
         if self.restrict_M:
-            m = torch.where(noise_z < _RESTRICT_BELOW, _RESTRICT_TO * m, m)
+            m = torch.where(noise_z < _RESTRICT_BELOW * self.sigma, _RESTRICT_TO * m, m)
         growth = (1 + self.tau) ** m
         x_perturbed = x + self._rows(growth) * noise_x
-        return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z)
+        return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z * self.sigma)
 
     def loss(
         self,
@@ -279,7 +414,7 @@ class PoissonFlow(Flow):
             target_x, target_z = by_label(
                 self._target, x_perturbed, z, references, labels, reference_labels
             )
-        field_x, field_z = _evaluate(net, x_perturbed, z, condition)
+        field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
         error_x = (field_x.to(target_x.dtype) - target_x).flatten(1).square().sum(1)
         error_z = (field_z.to(target_z.dtype) - target_z).square()
         return 0.5 * (error_x + error_z).mean()
@@ -293,16 +428,25 @@ class PoissonFlow(Flow):
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
-        clip: bool = True,
+        clip: bool | None = None,
     ) -> Tensor:
         """Points (n, *S) at z = z_max, where the field lines of far-away charges are all alike.
 
-            x = z_max g / |g₁|,  g ~ N(0, I_N),  g₁ ~ N(0, 1)
+            x = center + z_max g / |g₁|,  g ~ N(0, I_N),  g₁ ~ N(0, 1)
 
         a multivariate Cauchy distribution, the projection of the uniform hemisphere onto z = z_max
-        (section 3.3). ``clip`` brings ‖x‖ into [1, upper_norm], keeping the direction: larger norms
-        are never trained on. It binds for about half of all draws; ``clip=False`` is the exact
-        prior.
+        (section 3.3).
+
+        Args:
+            n: how many.
+            generator: on the device.
+            device: of the points; None takes that of the generator, or the CPU.
+            clip: bring ‖x‖ into [1, upper_norm], keeping the direction, as published: larger norms
+                are never trained on. For thousands of values it binds for half of all draws and
+                does no harm; of one value it cuts half of the distribution away. None clips under
+                the published rules alone. A flow with a spread cuts no share of the draws; where it
+                evaluates a network beyond upper_norm, it does so at upper_norm on the line to the
+                center, along which far fields are alike.
 
         >>> import torch
         >>> flow = PoissonFlow.cifar10()
@@ -314,20 +458,60 @@ class PoissonFlow(Flow):
         direction = torch.randn(n, self.N, generator=generator, device=device)
         scale = torch.randn(n, 1, generator=generator, device=device).abs()
         norm = direction.norm(dim=1, keepdim=True)
-        radius = self.z_max * norm / scale.clamp(min=torch.finfo(scale.dtype).tiny ** 0.5)
+        if self.spread is None:
+            radius = self.z_max * norm / scale.clamp(min=torch.finfo(scale.dtype).tiny ** 0.5)
+        else:
+            # Fewer than one draw in a million: beyond, float32 has no digits left for the data.
+            radius = self.z_max * norm / scale.clamp(min=_SMALLEST_NORMAL)
+        if clip is None:
+            clip = self.spread is None
         if clip:
             radius = radius.clamp(1.0, self.upper_norm)
-        x: Tensor = radius * (direction / norm)
-        return x.view(n, *self.shape)
+        x: Tensor = (radius * (direction / norm)).view(n, *self.shape)
+        return x if self.spread is None else x + self._center(x)
 
-    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field:
-        field_x, field_z = _evaluate(net, x, per_row(level, x), condition)
+    def _center(self, x: Tensor) -> Tensor:
+        """center in the dtype and on the device of x, copied there once."""
+        key = (x.dtype, x.device)
+        if key not in self._centers:
+            self._centers[key] = self.center.to(x)
+        return self._centers[key]
+
+    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field | Tensor:
+        if self.spread is not None:
+            return self._far_mean(net, x, level, condition)
+        field_x, field_z = _evaluate(net, x, per_row(level, x), condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
+    def _far_mean(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
+        """The posterior mean at x, the network evaluated no farther out than it was trained.
+
+        Far away, mean − center falls off as 1/‖(x − center, z)‖ along each line to the center. So a
+        point farther than upper_norm is drawn in by a factor t, z with it, and
+        mean(x, z) = center + t (mean(x', z') − center).
+        """
+        center = self._center(x)
+        away = x - center
+        norm = torch.linalg.vector_norm(away.flatten(1), dim=1)
+        # Without a branch, which would wait for a GPU.
+        t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
+        far = self._rows(norm > self.upper_norm)
+        points = torch.where(far, center + self._rows(t) * away, x)
+        z = per_row(level, x) * t
+        field_x, field_z = _evaluate(net, points, z, condition, self.gamma)
+        field = Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
+        mean, _ = ode_steps.euler(points, field, z, 0.0)
+        drawn_in: Tensor = center + self._rows(t) * (mean - center)
+        return torch.where(far, drawn_in, mean)
+
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
+        space = SCHEDULES[schedule]
+        if self.spread is not None:
+            levels = [self.z_max] if steps == 1 else space(self.z_max, last, steps - 1)
+            return [*levels, 0.0]
         if steps == 1 or last == self.z_min:
-            return SCHEDULES[schedule](self.z_max, self.z_min, steps)
-        return [*SCHEDULES[schedule](self.z_max, last, steps - 1), self.z_min]
+            return space(self.z_max, self.z_min, steps)
+        return [*space(self.z_max, last, steps - 1), self.z_min]
 
     def empirical(self, references: References) -> EmpiricalField:
         """The exact field of references (M, *S) as a network: samples are the references.
@@ -341,16 +525,15 @@ class PoissonFlow(Flow):
         return EmpiricalField(references, self.gamma)
 
 
-def _average_norm(data: Tensor) -> float:
-    check_dtype("data", data)
-    norms = [
-        dequantise(rows, wide_dtype(data.device)).flatten(1).norm(dim=1)
-        for rows in data.reshape(len(data), -1).split(1024)
-    ]
-    return float(torch.cat(norms).mean())
-
-
-def _evaluate(net: Network, x: Tensor, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+def _evaluate(
+    net: Network, x: Tensor, z: Tensor, condition: Condition, gamma: float
+) -> tuple[Tensor, Tensor]:
+    own = getattr(net, "gamma", gamma)
+    if isinstance(own, float) and own != gamma:
+        raise ValueError(
+            f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
+            "pfgm.networks takes **flow.scaling)."
+        )
     found = net(x, z, **condition)
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise ValueError(

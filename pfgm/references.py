@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +23,67 @@ from .merging import Parts
 from .sharding import Ranks, total
 from .sources import DTYPES, InMemory, Source, open_source
 
-__all__ = ["ReferenceSet", "References"]
+__all__ = ["Measures", "ReferenceSet", "References", "measure"]
 
 _CHUNK = 32 << 20  # bytes of rows that are computed together
 _CPU = torch.device("cpu")
+
+
+class Measures(NamedTuple):
+    """Averages over the rows of data (M, *S), in float64."""
+
+    norm: float
+    """Average of ‖x‖."""
+    rms: float
+    """Root mean square of the values."""
+    mean: Tensor
+    """Average row, *S."""
+    fills_unit: bool
+    """Whether all values lie in [−1, 1] and come within 0.01 of both ends, as those of images."""
+
+    @property
+    def std(self) -> float:
+        """Root mean square of the values of x − mean."""
+        # The difference of two averages loses what is below the rounding of either.
+        variance = self.rms**2 - float(self.mean.square().mean())
+        return math.sqrt(variance) if variance > 1e-14 * self.rms**2 else 0.0
+
+
+class _Sums:
+    """Sums over rows, from which :class:`Measures` follow; they add up over processes."""
+
+    def __init__(self, features: int) -> None:
+        # Rows, norms, squares, values outside, near −1 and near 1, then each feature.
+        self.values = torch.zeros(6 + features, dtype=torch.float64)
+
+    def add(self, chunk: Tensor) -> None:
+        """Adds rows (m, *S), uint8 meaning u/127.5 − 1."""
+        for rows in chunk.flatten(1).split(1024):
+            wide = (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).double()
+            squared = wide.square().sum(1)
+            counts = [wide.abs() > 1, wide <= -0.99, wide >= 0.99]
+            sums = [squared.sqrt().sum(), squared.sum(), *(each.sum() for each in counts)]
+            found = torch.cat([torch.stack([each.double() for each in sums]), wide.sum(0)])
+            self.values[1:] += found.cpu()
+            self.values[0] += len(rows)
+
+    def averages(self, shape: tuple[int, ...]) -> Measures:
+        count, norms, squares, outside, low, high = self.values[:6].tolist()
+        return Measures(
+            norm=norms / count,
+            rms=math.sqrt(squares / (count * max(math.prod(shape), 1))),
+            mean=(self.values[6:] / count).view(shape),
+            fills_unit=outside == 0 and low > 0 and high > 0,
+        )
+
+
+def measure(data: References) -> Measures:
+    """Averages over the rows of data (M, *S), a tensor on any device or a set."""
+    if isinstance(data, ReferenceSet):
+        return data.measures
+    sums = _Sums(math.prod(data.shape[1:]))
+    sums.add(data)
+    return sums.averages(tuple(data.shape[1:]))
 
 
 class ReferenceSet:
@@ -83,7 +140,7 @@ class ReferenceSet:
         self._labels = self._checked_labels(self._source.labels if labels is None else labels)
         self._spare: list[tuple[Tensor, Tensor]] = []
         self._sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = {}
-        self._norms: tuple[float, float] | None = None
+        self._measures: Measures | None = None
         self._known_finite = not self._source.dtype.is_floating_point
         if (held := self._source.tensor) is not None and not self._known_finite:
             _check_finite(held, 0)
@@ -323,25 +380,27 @@ class ReferenceSet:
     @property
     def norm(self) -> float:
         """Average norm of the rows, found once: the data_norm of :class:`pfgm.PoissonFlow`."""
-        return self._measured()[0]
+        return self.measures.norm
 
     @property
     def rms(self) -> float:
         """Root mean square of the values, found once."""
-        return self._measured()[1]
+        return self.measures.rms
 
-    def _measured(self) -> tuple[float, float]:
-        if self._norms is None:
-            sums = torch.zeros(2, dtype=torch.float64)
+    @property
+    def measures(self) -> Measures:
+        """Averages over all rows, found in one pass and kept."""
+        if self._measures is None:
+            sums = _Sums(math.prod(self._source.shape))
             for _, chunk in self._local_chunks():
-                for rows in chunk.flatten(1).split(1024):
-                    squared = dequantise(rows, torch.float32).double().square().sum(1)
-                    sums += torch.stack([squared.sqrt().sum(), squared.sum()]).cpu()
+                sums.add(chunk)
             if self.sharded:
-                sums = total(sums, self._group)
-            values = self._rows * max(math.prod(self._source.shape), 1)
-            self._norms = float(sums[0]) / self._rows, math.sqrt(float(sums[1]) / values)
-        return self._norms
+                sums.values = total(sums.values, self._group)
+            self._measures = sums.averages(self._source.shape)
+        found = self._measures
+        if self._flips and found.mean.ndim > 0:
+            found = found._replace(mean=(found.mean + found.mean.flip(-1)) / 2)
+        return found
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
         """The rows of this process and their mirror images in chunks (m, *S), on a device.

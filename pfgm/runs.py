@@ -295,7 +295,7 @@ def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) ->
         if name not in _OF_IMAGES:
             settings["data_std"] = max(rows.rms, 1e-6)
             if isinstance(flow, PoissonFlow):
-                settings["gamma"] = flow.gamma
+                settings |= flow.scaling
         return networks.build(name, settings)
 
 

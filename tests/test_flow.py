@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -51,12 +52,37 @@ def test_cifar10_values():
     assert PoissonFlow.cifar10(z_min=1e-2).z_min == 1e-2
 
 
-def test_from_data_measures_the_norm():
-    data = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    assert PoissonFlow.from_data(data) == PoissonFlow((2,), data_norm=3.0)
-    assert PoissonFlow.from_data(data, M=200).M == 200
+def test_images_take_the_published_rules():
+    digits = pfgm.data.digits().train
+    norm = float(digits.double().flatten(1).norm(dim=1).mean())
+    assert PoissonFlow.from_data(digits) == PoissonFlow((1, 8, 8), data_norm=norm)
+    assert PoissonFlow.from_data(digits, M=200).M == 200
+    assert PoissonFlow.from_data(digits, data_norm=3.0) == PoissonFlow((1, 8, 8), data_norm=3.0)
+    pixels = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)
+    assert PoissonFlow.from_data(pixels) == PoissonFlow((64,), data_norm=8.0)
+    # What a file written before there were others holds.
+    assert set(PoissonFlow.from_data(digits).config) == {
+        *("shape", "M", "sigma", "tau", "gamma", "z_max", "z_min", "upper_norm"),
+        *("restrict_M", "z_exp", "substitution"),
+    }
+
+
+@pytest.mark.parametrize("of", [torch.Tensor.clone, pfgm.ReferenceSet])
+def test_from_data_measures_center_and_spread(of):
+    data = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, -2.0]])
+    flow = PoissonFlow.from_data(of(data))
+    torch.testing.assert_close(flow.center, data.double().mean(0))
+    assert flow.spread == pytest.approx(float((data - data.mean(0)).square().mean().sqrt()))
     pixels = torch.tensor([[255, 255], [0, 0]], dtype=torch.uint8)
-    assert PoissonFlow.from_data(pixels) == PoissonFlow((2,), data_norm=math.sqrt(2))
+    assert PoissonFlow.from_data(of(pixels)).spread == pytest.approx(1.0)
+    assert PoissonFlow.from_data(of(torch.full((3, 2), 7.0))).spread == pytest.approx(7.0)
+    assert PoissonFlow.from_data(of(torch.zeros(3, 2))).spread == 1.0
+
+
+def test_mirror_images_move_the_center():
+    rows = pfgm.ReferenceSet(torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+    assert rows.flipped().measures.mean.tolist() == [2.5, 2.5]
+    assert rows.measures.mean.tolist() == [1.5, 3.5]
 
 
 def test_config_is_the_whole_flow():
@@ -64,12 +90,22 @@ def test_config_is_the_whole_flow():
     assert PoissonFlow(**flow.config) == flow
     assert flow != PoissonFlow((2, 3), data_norm=2.0)
     assert "restrict_M=False" in repr(flow)
+    flow = PoissonFlow((2, 3), spread=2.0, center=torch.arange(6.0).view(2, 3), z_min=0.1)
+    assert PoissonFlow(**json.loads(json.dumps(flow.config))) == flow
+    assert flow != PoissonFlow((2, 3), spread=2.0, z_min=0.1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "neither M nor data_norm"),
+        ({}, "none of M, data_norm and spread given"),
+        ({"data_norm": 1.0, "spread": 1.0}, "both data_norm and spread given"),
+        ({"spread": 0.0}, "spread is 0.0"),
+        ({"spread": math.inf}, "spread is inf"),
+        ({"spread": 1.0, "sigma": 100.0}, "sigma is 100.0"),
+        ({"spread": 1.0, "center": [1.0, 2.0, 3.0]}, "center has shape"),
+        ({"spread": 1.0, "center": [1.0, math.nan]}, "center holds NaN"),
+        ({"M": 200, "center": 1.0}, "center is given without spread"),
         ({"data_norm": 0.0}, "data_norm is 0.0"),
         ({"data_norm": math.nan}, "data_norm is nan"),
         ({"data_norm": 1e-3}, "too small"),
@@ -224,6 +260,166 @@ def test_prior_arguments():
         flow.prior(-1)
     with pytest.raises(ValueError, match="generator is on cpu and device is meta"):
         flow.prior(2, generator=seeded(), device="meta")
+
+
+# ---- few dimensions, any center and scale ----------------------------------------------------
+#
+# With a spread nothing is absolute, and no share of the prior is cut.
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 4, 6, 8, 64, 3072])
+@pytest.mark.parametrize(("scale", "offset"), [(0.01, 0.3), (100.0, -3000.0)])
+def test_shifted_and_scaled_data_make_a_shifted_and_scaled_flow(N, scale, offset):
+    data = torch.randn(200, N, generator=seeded(0), dtype=torch.float64)
+    moved = scale * data + offset
+    flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(moved)
+    for name in ("sigma", "gamma", "z_max", "z_min", "upper_norm", "z_exp", "spread"):
+        assert getattr(other, name) == pytest.approx(scale * getattr(flow, name), rel=1e-9), name
+    assert (other.M, other.tau) == pytest.approx((flow.M, flow.tau), rel=1e-9)
+    start = flow.prior(20, generator=seeded(1)).double()
+    torch.testing.assert_close(
+        other.prior(20, generator=seeded(1)).double(), scale * start + offset, rtol=1e-4, atol=scale
+    )
+    x = flow.sample(flow.empirical(data), 20, x_init=start)
+    y = other.sample(other.empirical(moved), 20, x_init=scale * start + offset)
+    torch.testing.assert_close((y - offset) / scale, x, rtol=0, atol=1e-6)
+    clean = data[:10]
+    for own, theirs in zip(
+        flow.perturb(clean, seeded(2)),
+        other.perturb(scale * clean + offset, seeded(2)),
+        strict=True,
+    ):
+        shift = offset if own.ndim == 2 else 0.0
+        torch.testing.assert_close((theirs - shift) / scale, own, rtol=1e-6, atol=1e-6)
+
+
+def test_the_prior_of_one_value_is_the_whole_cauchy_distribution():
+    flow = PoissonFlow((1,), spread=2.0, center=30.0)
+    x = (flow.prior(40_000, generator=seeded(0)).double() - 30).flatten().sort().values
+    expected = 0.5 + torch.atan(x / flow.z_max) / math.pi
+    uniform = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
+    assert (expected - uniform).abs().max() < 1.63 / math.sqrt(len(x))  # Kolmogorov, 1 %
+    assert x.abs().max() > 1000 * flow.z_max  # the share beyond is 0.06 %
+    clipped = flow.prior(100, generator=seeded(0), clip=True)
+    assert clipped.sub(30).abs().max() <= flow.upper_norm * 1.0001
+
+
+def ks_distance(samples, data):
+    """Largest difference of the distribution functions of two sets of numbers."""
+    at = torch.cat([samples, data]).sort().values
+    below = [torch.searchsorted(v.sort().values, at, right=True) / len(v) for v in (samples, data)]
+    return float((below[0] - below[1]).abs().max())
+
+
+def quartile_range(x):
+    lower, upper = x.double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64), dim=0)
+    return (upper - lower).mean()
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0.1, 0.0), (10.0, 5.0)])
+def test_samples_of_one_value_are_distributed_as_the_data(scale, offset):
+    data = scale * torch.randn(1000, 1, generator=seeded(0)) + offset
+    flow = PoissonFlow.from_data(data)
+    # The exact quantiles of the prior, so that only the flow's own error is left.
+    share = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    start = flow.center + flow.z_max * torch.tan(math.pi * (share - 0.5))
+    samples = flow.sample(flow.empirical(data), 1000, x_init=start.float()[:, None])
+    assert ks_distance(samples[:, 0], data[:, 0]) < 0.01  # 0.043 is what 2000 against 5000 sees
+    assert quartile_range(samples) == pytest.approx(float(quartile_range(data)), rel=0.05)
+    assert samples.max() <= data.max() + 1e-3 * scale
+    assert samples.max() > data.quantile(0.995)
+
+
+def test_shares_of_clusters_are_those_of_the_data():
+    centers = torch.tensor([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]])
+    of = torch.arange(300).remainder(10)
+    of = (of >= 6).long() + (of >= 9).long()  # 60, 30 and 10 %
+    data = 20 + centers[of] + 0.15 * torch.randn(300, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    samples = flow.sample(flow.empirical(data), 10_000, generator=seeded(1))
+    counts = torch.cdist(samples, centers + 20).argmin(1).bincount(minlength=3).double()
+    expected = torch.tensor([6000.0, 3000.0, 1000.0], dtype=torch.float64)
+    assert ((counts - expected).square() / expected).sum() < 9.21  # χ², 2 degrees, 1 %
+    assert quartile_range(samples) == pytest.approx(float(quartile_range(data)), rel=0.05)
+
+
+@pytest.mark.parametrize("N", [3, 4, 6, 8, 64, 3072])
+def test_samples_spread_as_the_data(N):
+    data = 0.3 * torch.randn(300, N, generator=seeded(0)) - 7
+    flow = PoissonFlow.from_data(data)
+    samples = flow.sample(flow.empirical(data), 2000 if N < 64 else 200, generator=seeded(1))
+    assert samples.std(0).mean() == pytest.approx(float(data.std(0).mean()), rel=0.03)
+
+
+@pytest.mark.parametrize("N", [1, 2, 64])
+def test_beyond_what_was_trained_the_network_is_asked_on_the_line_to_the_center(N):
+    data = torch.randn(50, N, generator=seeded(0), dtype=torch.float64) + 5
+    flow = PoissonFlow.from_data(data)
+    net, norms = flow.empirical(data), []
+
+    def watched(x, z):
+        norms.append((x - flow.center).norm(dim=1))
+        return net(x, z)
+
+    x = flow.center + torch.randn(20, N, generator=seeded(1), dtype=torch.float64)
+    x = flow.center + (x - flow.center) * 10.0 ** torch.arange(-5, 15)[:, None].double()
+    for z in (flow.z_max, 1.0, flow.z_min):
+        found = flow.denoise(watched, x, z)
+        expected = pfgm.posterior_mean(x, data, r=z)
+        away = (x - flow.center).norm(dim=1)
+        assert norms[-1].max() <= flow.upper_norm * (1 + 1e-9)
+        assert ((found - expected).norm(dim=1) <= 0.02 * away.clamp(min=1e-6)).all()
+        near = away <= flow.upper_norm
+        torch.testing.assert_close(found[near], expected[near], rtol=0, atol=1e-7)
+
+
+def test_a_flow_with_a_spread_ends_at_zero():
+    flow = PoissonFlow((2,), spread=1.0)
+    grid = flow.grid(4)
+    assert (grid[0], grid[-2], grid[-1]) == pytest.approx((flow.z_max, flow.z_min, 0.0))
+    assert len(grid) == 5
+    assert flow.grid(1) == [flow.z_max, 0.0]
+    assert flow.grid(3, last=0.5)[-2:] == pytest.approx([0.5, 0.0])
+
+
+def test_a_network_with_another_gamma_is_refused():
+    data = 3 * torch.randn(40, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    net = pfgm.networks.MLP((2,), width=8)
+    with pytest.raises(ValueError, match=r"net has gamma 5\.0 and the flow .*flow\.scaling"):
+        flow.loss(net, data)
+    with pytest.raises(ValueError, match="net has gamma"):
+        flow.sample(net, 2)
+    assert flow.loss(pfgm.networks.MLP((2,), width=8, **flow.scaling), data).isfinite()
+
+
+def trained_on(data, steps):
+    flow = PoissonFlow.from_data(data)
+    torch.manual_seed(0)
+    net = pfgm.networks.MLP(flow.shape, width=32, depth=2, **flow.scaling)
+    config = pfgm.training.TrainConfig(
+        steps=steps, batch_size=128, references=1000, learning_rate=3e-3, warmup=20, decay="cosine"
+    )
+    return flow, pfgm.training.Trainer(flow, net, data, config, progress=False).train()
+
+
+def test_a_trained_network_draws_one_value():
+    data = torch.cat([torch.randn(500, 1, generator=seeded(0)) * 0.5, torch.full((500, 1), 3.0)])
+    flow, net = trained_on(data, 300)
+    samples = flow.sample(net, 2000, generator=seeded(1))
+    assert ks_distance(samples[:, 0].round(decimals=1), data[:, 0].round(decimals=1)) < 0.06
+
+
+def test_training_follows_the_scale_of_the_data():
+    data = torch.randn(1000, 2, generator=seeded(0))
+    drawn = []
+    for scale, offset in ((1.0, 0.0), (1 / 64, 0.5), (64.0, -512.0)):
+        flow, net = trained_on(scale * data + offset, 30)
+        start = scale * PoissonFlow.from_data(data).prior(50, generator=seeded(1)).double() + offset
+        samples = flow.sample(net.double(), 50, x_init=start)
+        drawn.append((samples - offset) / scale)
+    for other in drawn[1:]:
+        assert (other - drawn[0]).abs().median() < 0.02
 
 
 # ---- the mean behind a field -----------------------------------------------------------------

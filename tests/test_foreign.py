@@ -164,8 +164,15 @@ def test_data_std_is_what_the_flow_was_made_for():
     flow = pfgm.PoissonFlow.from_data(data)
     found = from_module(Probe(), flow).data_std
     assert found == pytest.approx(float(data.square().mean().sqrt()), rel=0.02)
-    scaled = pfgm.PoissonFlow.from_data(10 * data, sigma=0.1, tau=0.05)
+    norm = 10 * float(data.flatten(1).norm(dim=1).mean())
+    scaled = pfgm.PoissonFlow((1, 8, 8), data_norm=norm, sigma=0.1, tau=0.05)
     assert from_module(Probe(), scaled).data_std == pytest.approx(10 * found, rel=0.04)
+    moved = 10 * data + 3
+    flow = pfgm.PoissonFlow.from_data(moved)
+    assert from_module(Probe(), flow).data_std == flow.spread
+    noise = from_module(Probe(), flow, predicts="noise")
+    assert noise.data_std == pytest.approx(float(moved.double().square().mean().sqrt()))
+    assert float(noise.center) == 0
     assert from_module(Probe(), PLUSPLUS).sigma_data == 0.6
     assert from_module(Probe(), PLUSPLUS, data_std=0.9).sigma_data == 0.9
 

@@ -14,6 +14,7 @@ from ..checks import checks_values
 
 _FLOOR = 1e-3  # below z_min of the flow nothing is left to tell apart, so logarithms stop there
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws only
+Center = float | Sequence[Any] | Tensor
 _PERIODS = (2.0, 32.0)  # of the sines, in units of the logarithm: fine enough for one noise level
 
 
@@ -148,12 +149,32 @@ class FieldNetwork(nn.Module):
     """
 
     config: dict[str, Any]
+    center: Tensor
 
-    def __init__(self, shape: Sequence[int], *, data_std: float, gamma: float) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        data_std: float,
+        gamma: float,
+        center: Center = 0.0,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.shape = int_tuple("shape", shape)
         self.data_std = positive_float("data_std", data_std)
         self.gamma = positive_float("gamma", gamma)
+        self.scale = positive_float("scale", scale)
+        found = torch.as_tensor(center, dtype=torch.float32, device="cpu")
+        if found.shape not in (torch.Size([]), torch.Size(self.shape)):
+            allowed = f"{self.shape} and ()"
+            raise ValueError(f"center has shape {tuple(found.shape)}; only {allowed} are allowed.")
+        self._unit_std = self.data_std / self.scale
+        # The part of config that says where the data lie; empty where it says nothing.
+        self._place: dict[str, Any] = {}
+        if self.scale != 1 or bool((found != 0).any()):
+            self._place = {"center": found.tolist(), "scale": self.scale}
+        self.register_buffer("center", found.clone().to(torch.get_default_device()), False)
 
     def backbone(
         self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
@@ -164,26 +185,35 @@ class FieldNetwork(nn.Module):
     def mean(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The predicted posterior mean, (B, *S), at x (B, *S) and z (B,), of labels (B,)."""
         self._check(x, z)
+        x, z = self._to_unit(x, z)
         rms = torch.linalg.vector_norm(x.flatten(1), dim=1) / math.sqrt(math.prod(self.shape))
         condition = {} if labels is None else {"labels": labels}
         output, gate = self.backbone(x * self._rows(self._c_in(rms)), rms, z, **condition)
         change = self._rows(self._c_change(z))
         kept = x * self._rows(self._c_skip(rms, z)) * (1 - change * gate.sigmoid())
-        return kept + self.data_std * change * output
+        return self._from_unit(kept + self._unit_std * change * output)
+
+    # In units of scale around center, where the embedding tells levels apart.
+
+    def _to_unit(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return (x - self.center) / self.scale, z / self.scale
+
+    def _from_unit(self, mean: Tensor) -> Tensor:
+        return self.center + self.scale * mean
 
     def _c_in(self, rms: Tensor) -> Tensor:
-        return (rms.square() + self.data_std**2).rsqrt()
+        return (rms.square() + self._unit_std**2).rsqrt()
 
     def _c_skip(self, rms: Tensor, z: Tensor) -> Tensor:
         # EDM's weight of x at noise level z, and less where ‖x‖ itself shows more noise than z.
-        return self.data_std**2 / (self.data_std**2 + z.square() + self._excess(rms))
+        return self._unit_std**2 / (self._unit_std**2 + z.square() + self._excess(rms))
 
     def _excess(self, rms: Tensor) -> Tensor:
-        return (rms.square() - (2 * self.data_std) ** 2).clamp_min(0)
+        return (rms.square() - (2 * self._unit_std) ** 2).clamp_min(0)
 
     def _c_change(self, z: Tensor) -> Tensor:
         noise = _TAIL * z
-        return noise * (noise.square() + self.data_std**2).rsqrt()
+        return noise * (noise.square() + self._unit_std**2).rsqrt()
 
     def _rows(self, values: Tensor) -> Tensor:
         return values.view(-1, *([1] * len(self.shape)))

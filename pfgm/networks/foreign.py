@@ -208,11 +208,14 @@ class ForeignMeanField(FieldNetwork):
     def __init__(
         self, net: ForeignModule, told: Telling, predicts: str, flow: PoissonFlow, data_std: float
     ) -> None:
-        super().__init__(flow.shape, data_std=data_std, gamma=flow.gamma)
+        # A network that predicts anything else was trained on samples as they are.
+        center = flow.center if predicts == "residual" else 0.0
+        super().__init__(flow.shape, data_std=data_std, gamma=flow.gamma, center=center)
         self.net, self.told, self._predicts = net, told, predicts
 
     def given(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is given at x (B, *S) and z (B,)."""
+        x, z = self._to_unit(x, z)
         apparent = self._apparent(x, z)
         scaled = x * self._rows(self._c_in(apparent)) if self._predicts == "residual" else x
         return scaled, self.told(apparent)
@@ -233,11 +236,13 @@ class ForeignMeanField(FieldNetwork):
         return field_from_mean(x, z, self.mean(x, z, **condition), gamma=self.gamma)
 
     def _read_mean(self, x: Tensor, z: Tensor, output: Tensor) -> Tensor:
-        output, apparent = _like(x, output), self._apparent(x, z)
+        output, (x, z) = _like(x, output), self._to_unit(x, z)
+        apparent = self._apparent(x, z)
         if self._predicts != "residual":
-            return _mean(self._predicts, x, self._rows(apparent), output)
-        skip = (self.data_std * self._c_in(apparent)).square()
-        return self._rows(skip) * x + self.data_std * self._rows(self._c_change(apparent)) * output
+            return self._from_unit(_mean(self._predicts, x, self._rows(apparent), output))
+        skip = (self._unit_std * self._c_in(apparent)).square()
+        added = self._unit_std * self._rows(self._c_change(apparent)) * output
+        return self._from_unit(self._rows(skip) * x + added)
 
     def _apparent(self, x: Tensor, z: Tensor) -> Tensor:
         rms = torch.linalg.vector_norm(x.flatten(1), dim=1) / math.sqrt(math.prod(self.shape))
@@ -312,9 +317,9 @@ def from_module(
             others do; "log": ln(σ)/4, EDM's; "sigma": the level itself; or a function of levels
             (B,).
         data_std: root mean square of the data's values, for "residual" and, with PoissonFlow, the
-            apparent level. None takes sigma_data of PoissonFlowPP, and for PoissonFlow what its M
-            was chosen for: appendix B.1.1 of PFGM, arXiv 2209.11178, gives M from the norm of the
-            data.
+            apparent level. None takes sigma_data of PoissonFlowPP, and of PoissonFlow its spread
+            (with "residual" x is centred) or, without one, what its M was chosen for: appendix
+            B.1.1 of PFGM, arXiv 2209.11178, gives M from the norm of the data.
         conditions: the network's names for conditions, such as {"labels": "class_labels"} for those
             of diffusers; others go by their own.
         no_label: what the network takes for no label: in place of one below 0, and where the
@@ -358,15 +363,22 @@ def from_module(
     if predicts == "field":
         return ForeignField(module, told)
     if data_std is None:
-        data_std = flow.sigma_data if isinstance(flow, PoissonFlowPP) else _data_std(flow)
+        data_std = flow.sigma_data if isinstance(flow, PoissonFlowPP) else _data_std(flow, predicts)
     positive("data_std", data_std)
     if isinstance(flow, PoissonFlowPP):
         return ForeignDenoiser(module, told, predicts, data_std)
     return ForeignMeanField(module, told, predicts, flow, data_std)
 
 
-def _data_std(flow: PoissonFlow) -> float:
-    """‖x‖/√N of the data for which M = int(¾ ln(‖x‖²/(2 √N σ²))/ln(1 + τ)) + 1 was chosen."""
+def _data_std(flow: PoissonFlow, predicts: str) -> float:
+    """Root mean square of the data's values, less their center where the network sees them so.
+
+    By published rules it is ‖x‖/√N of the data for which
+    M = int(¾ ln(‖x‖²/(2 √N σ²))/ln(1 + τ)) + 1 was chosen.
+    """
+    if flow.spread is not None:
+        square = 0.0 if predicts == "residual" else float(flow.center.square().mean())
+        return math.sqrt(flow.spread**2 + square)
     log_ratio = (flow.M - 0.5) / 0.75 * math.log1p(flow.tau)
     if log_ratio > _LARGEST_LOG:
         raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import FieldNetwork, NoiseEmbedding, natural, plain, positive_int
+from .embedding import Center, FieldNetwork, NoiseEmbedding, natural, plain, positive_int
 
 
 class MLPBlock(nn.Module):
@@ -45,6 +45,9 @@ class MLP(FieldNetwork):
         classes: labels 0 to classes − 1 that forward takes beside x and z; 0 for none.
         data_std: root mean square of the data's values.
         gamma: γ of the field.
+        center: average sample, (*S) or one number for all values.
+        scale: length in units of which the network sees x and z: about the spread of the data
+            around center. ``flow.scaling`` holds all four for a flow.
 
     >>> import torch
     >>> net = MLP((2,), width=32, depth=2)
@@ -62,8 +65,10 @@ class MLP(FieldNetwork):
         classes: int = 0,
         data_std: float = 1.0,
         gamma: float = 5.0,
+        center: Center = 0.0,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(shape, data_std=data_std, gamma=gamma)
+        super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
         n = math.prod(self.shape)
         width, depth = positive_int("width", width), positive_int("depth", depth)
         self.config = plain(
@@ -74,6 +79,7 @@ class MLP(FieldNetwork):
                 "classes": natural("classes", classes),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
+                **self._place,
             }
         )
         self.embedding = NoiseEmbedding(width, classes=self.config["classes"])

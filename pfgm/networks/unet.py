@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import FieldNetwork, NoiseEmbedding, int_tuple, natural, plain, positive_int
+from .embedding import Center, FieldNetwork, NoiseEmbedding, int_tuple, natural, plain, positive_int
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -116,6 +116,9 @@ class UNet(FieldNetwork):
         classes: labels 0 to classes − 1 that forward takes beside x and z; 0 for none.
         data_std: root mean square of the data's values.
         gamma: γ of the field.
+        center: average sample, (*S) or one number for all values.
+        scale: length in units of which the network sees x and z: about the spread of the data
+            around center. ``flow.scaling`` holds all four for a flow.
 
     >>> import torch
     >>> net = UNet((1, 8, 8), width=16)
@@ -135,8 +138,10 @@ class UNet(FieldNetwork):
         classes: int = 0,
         data_std: float = 1.0,
         gamma: float = 5.0,
+        center: Center = 0.0,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(shape, data_std=data_std, gamma=gamma)
+        super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
         self._check_image_shape()
         width, blocks = positive_int("width", width), positive_int("blocks", blocks)
         levels = [width * m for m in int_tuple("multipliers", multipliers)]
@@ -151,6 +156,7 @@ class UNet(FieldNetwork):
                 "classes": natural("classes", classes),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
+                **self._place,
             }
         )
         self._build(width, levels, blocks, heads)
