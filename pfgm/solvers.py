@@ -22,7 +22,6 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from . import steps
 from .checks import checks_values
@@ -291,6 +290,8 @@ def rk45(
     Raises:
         ValueError: no step is small enough, as where the mean is not finite.
     """
+    from torchdiffeq import odeint  # here, as it imports SciPy, which takes a third of torch's time
+
     if grid[-1] == 0 and len(grid) == 2:
         return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)
