@@ -155,10 +155,11 @@ class Flow(ABC):
     ) -> Tensor:
         """The posterior mean (B, *S) that the network implies at points x of a level, z or sigma.
 
-        The level is one for all, or (B,). Differentiable in x and in the network's parameters.
+        The level is one for all, or (B,). Differentiable in x and in the network's parameters. The
+        result has memory of its own, whatever the network returns.
         """
         slope = self._slope(net, x, level, condition or {})
-        return ode_steps.euler(x, slope, level, 0.0)[0] if isinstance(slope, Field) else slope
+        return ode_steps.mean_of(x, slope, level)
 
     @overload
     def sample(

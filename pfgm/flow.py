@@ -22,6 +22,7 @@ from .base import (
     per_row,
     positive,
 )
+from .checks import untouched
 from .functional import field_fn
 from .references import References, ReferenceSet
 from .solvers import SCHEDULES
@@ -351,7 +352,7 @@ def _average_norm(data: Tensor) -> float:
 
 
 def _evaluate(net: Network, x: Tensor, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    found = net(x, z, **condition)
+    found = untouched(net, "net", ("x", "z"), x, z, **condition)
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise ValueError(
             f"net returned a {type(found).__name__}; needed is (field_x, field_z), the field at x "

@@ -2,7 +2,6 @@ import doctest
 import importlib
 import pkgutil
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import pfgm
-from pfgm import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
@@ -52,12 +50,8 @@ def test_importing_takes_a_fraction_of_torch():
         "assert torch.ops.pfgm.posterior_mean\n"
         "print((end - middle) / (middle - start))"
     )
-    command = [sys.executable, "-c", code]
-    ratios = [
-        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert statistics.median(ratios) < 0.35
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(shown.stdout) < 0.35
 
 
 def run_command(*arguments):
@@ -75,17 +69,14 @@ def run_command(*arguments):
     return shown.stdout, set(shown.stderr.split())
 
 
-@pytest.mark.parametrize("columns", ["80", "50"])
-@pytest.mark.parametrize("option", ["--help", "-h", "--version"])
-def test_help_and_version_need_no_torch(option, columns, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", columns)
-    shown, modules = run_command(option)
-    assert modules & {"torch", "numpy", "pfgm"} == set()
-    try:
-        assert cli.main([option]) == 0
-    except SystemExit as ended:
-        assert ended.code == 0
-    assert shown == capsys.readouterr().out
+def test_help_and_version_need_no_torch():
+    code = "import sys, pfgm.cli; sys.exit(pfgm.cli.main())"
+    for option in ("--help", "--version"):
+        shown, modules = run_command(option)
+        assert modules & {"torch", "numpy", "pfgm"} == set()
+        whole = [sys.executable, "-c", code, option]
+        assert shown == subprocess.run(whole, capture_output=True, text=True, check=True).stdout
+    assert run_command("-h")[0] == run_command("--help")[0]
 
 
 def test_the_command_hands_over_what_is_not_help():
