@@ -197,7 +197,8 @@ class Flow(ABC):
             net: the network; a module is in evaluation mode while it samples.
             n: how many.
             solver: "euler", "heun", "multistep" or "rk45", or "consistency" for a few-step model
-                (:mod:`pfgm.solvers`).
+                (:mod:`pfgm.solvers`), which no network is checked to be: of another it gives
+                averages of data.
             steps: solver steps; rk45 chooses its own.
             schedule: spacing of the steps, "log" (published for PFGM) or "rho", or the levels
                 themselves, decreasing.
