@@ -79,6 +79,7 @@ native = environment_choice("PFGM_NATIVE", ("0", "1"), "1") == "1"
 setup(
     packages=[*find_packages(include=["pfgm", "pfgm.*"]), "pfgm.kernels"],
     package_dir={"pfgm.kernels": "kernels"},
+    py_modules=["pfgm_command"],
     ext_modules=[Extension("pfgm._native", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild},
 )

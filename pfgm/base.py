@@ -166,10 +166,11 @@ class Flow(ABC):
     ) -> Tensor:
         """The posterior mean (B, *S) that the network implies at points x of a level, z or sigma.
 
-        The level is one for all, or (B,). Differentiable in x and in the network's parameters.
+        The level is one for all, or (B,). Differentiable in x and in the network's parameters. The
+        result has memory of its own, whatever the network returns.
         """
         slope = self._slope(net, x, level, condition or {})
-        return ode_steps.euler(x, slope, level, 0.0)[0] if isinstance(slope, Field) else slope
+        return ode_steps.mean_of(x, slope, level)
 
     @overload
     def sample(
@@ -207,7 +208,8 @@ class Flow(ABC):
             net: the network; a module is in evaluation mode while it samples.
             n: how many.
             solver: "euler", "heun", "multistep" or "rk45", or "consistency" for a few-step model
-                (:mod:`pfgm.solvers`).
+                (:mod:`pfgm.solvers`), which no network is checked to be: of another it gives
+                averages of data.
             steps: solver steps; rk45 chooses its own.
             schedule: spacing of the steps, "log" (published for PFGM) or "rho", or the levels
                 themselves, decreasing.

@@ -39,11 +39,19 @@ class Loaded(NamedTuple):
     network: nn.Module
 
 
-def save(path: StrPath, flow: Flow, network: nn.Module, *, step: int = 0) -> None:
+def save(
+    path: StrPath,
+    flow: Flow,
+    network: nn.Module,
+    *,
+    step: int = 0,
+    distilled: bool | None = None,
+) -> None:
     """Writes the network's weights and all that :func:`load` needs to use them.
 
     A network that is not one of :mod:`pfgm.networks` is saved too, but must be given to
-    :func:`load`.
+    :func:`load`. ``distilled`` notes whether it is a few-step model (:mod:`pfgm.distillation`), for
+    which alone ``pfgm sample`` takes the solver consistency; None leaves that open.
 
     Raises:
         OSError: the file cannot be written; an existing one is left as it was.
@@ -55,6 +63,8 @@ def save(path: StrPath, flow: Flow, network: nn.Module, *, step: int = 0) -> Non
         "flow": flow.config,
         "network": _describe(network),
     }
+    if distilled is not None:
+        description["distilled"] = distilled
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in network.state_dict().items()
@@ -101,6 +111,31 @@ def load(
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
     return Loaded(flow, network.to(device).eval())
+
+
+def check_solver(path: StrPath, solver: str) -> str | None:
+    """A notice where it is not known whether a solver is one for the network of a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`, or the solver is consistency and the network
+            no few-step model.
+    """
+    if solver != "consistency":
+        return None
+    path = Path(path)
+    _, description = _read(path / _latest(path)["weights"] if path.is_dir() else path)
+    distilled = description.get("distilled")
+    if distilled is False:
+        raise ValueError(
+            f"solver is 'consistency', but the network in {path} is no few-step model (pfgm train "
+            "--teacher makes one); allowed are the other solvers."
+        )
+    if distilled is None:
+        return (
+            f"{path} does not say whether its network is a few-step model; of any other the solver "
+            "consistency gives averages of data."
+        )
+    return None
 
 
 def flow_of(description: Mapping[str, Any]) -> Flow:
@@ -157,12 +192,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_run(
-    folder: Path, flow: Flow, averaged: nn.Module, state: dict[str, Any], step: int
+    folder: Path,
+    flow: Flow,
+    averaged: nn.Module,
+    state: dict[str, Any],
+    step: int,
+    distilled: bool | None = None,
 ) -> None:
     """Writes a checkpoint of a run: weights, state, then latest.json; removes the oldest."""
     folder.mkdir(parents=True, exist_ok=True)
     weights_name, state_name = f"step-{step:08d}.safetensors", f"step-{step:08d}.state.pt"
-    save(folder / weights_name, flow, averaged, step=step)
+    save(folder / weights_name, flow, averaged, step=step, distilled=distilled)
     content = io.BytesIO()
     torch.save(state, content)
     write_atomic(folder / state_name, lambda file: file.write(content.getbuffer()))

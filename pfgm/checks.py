@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _debug = False
+R = TypeVar("R")
 
 
 @contextmanager
@@ -34,6 +36,54 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 def is_number(value: object) -> bool:
     """Whether value is a real number of Python or NumPy; True and False are none."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def untouched(
+    function: Callable[..., R], who: str, names: Sequence[str], /, *values: Any, **named: Any
+) -> R:
+    """``function(*values, **named)``, which must leave the tensors among them as they are.
+
+    A change in place is noticed by a tensor's version, without a look at the values. A tensor made
+    in inference mode has none, so that the function is given a copy of it.
+
+    Args:
+        function: a network, or what evaluates one.
+        who: what the function is called in the message.
+        names: those of the values, in their order.
+
+    Raises:
+        ValueError: the function changed one of them; the message names it.
+
+    >>> untouched(torch.relu_, "net", ["x"], torch.ones(2))
+    Traceback (most recent call last):
+    ...
+    ValueError: net changed x in place; allowed are changes of a copy, such as x.clone().
+    """
+    if torch.compiler.is_compiling():  # a compiled graph has no versions
+        return function(*values, **named)
+    values = tuple(_versioned(value) for value in values)
+    named = {name: _versioned(value) for name, value in named.items()}
+    before = [_version(value) for value in (*values, *named.values())]
+    result = function(*values, **named)
+    given = (*zip(names, values, strict=True), *named.items())
+    for (name, value), version in zip(given, before, strict=True):
+        if _version(value) != version:
+            raise ValueError(
+                f"{who} changed {name} in place; allowed are changes of a copy, such as "
+                f"{name}.clone()."
+            )
+    return result
+
+
+def _versioned(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_inference():
+        with torch.inference_mode(False):
+            return value.clone()
+    return value
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
 
 
 def usable_device(name: str) -> torch.device:

@@ -120,6 +120,8 @@ class Sample:
                 f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1."
             )
         device = usable_device(self.device)
+        if notice := checkpoint.check_solver(self.checkpoint, self.solver):
+            print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self.checkpoint, device=device)
         if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
             raise ValueError(

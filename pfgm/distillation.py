@@ -154,8 +154,7 @@ class Consistency:
                 moved[: new - begin], _ = ode_steps.multistep(
                     x[old], mean[: new - begin], z, z_next, means[old], before
                 )
-            means[rows] = mean  # first, as a teacher may return its points themselves
-            x[rows] = moved
+            means[rows], x[rows] = mean, moved
 
 
 def _of_rows(condition: Condition, rows: Tensor | slice) -> Condition:

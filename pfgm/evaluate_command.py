@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import evaluation
-from .checkpoint import Loaded, load
+from .checkpoint import Loaded, check_solver, load
 from .checks import usable_device
 from .data import to_unit
 from .datasets import Data, open_data, open_samples
@@ -137,6 +138,8 @@ class Evaluate:
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.checkpoint is not None:
+            if notice := check_solver(self.checkpoint, self.solver):
+                print(f"pfgm: {notice}", file=sys.stderr)
             return load(self.checkpoint, device=device)
         assert self.samples is not None
         return open_samples(self.samples, progress=True)

@@ -22,6 +22,7 @@ from .base import (
     per_row,
     positive,
 )
+from .checks import untouched
 from .functional import field_fn
 from .references import References, measure
 from .solvers import SCHEDULES
@@ -534,7 +535,7 @@ def _evaluate(
             f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
             "pfgm.networks takes **flow.scaling)."
         )
-    found = net(x, z, **condition)
+    found = untouched(net, "net", ("x", "z"), x, z, **condition)
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise ValueError(
             f"net returned a {type(found).__name__}; needed is (field_x, field_z), the field at x "

@@ -21,6 +21,7 @@ from .base import (
     per_row,
     positive,
 )
+from .checks import untouched
 from .functional import posterior_mean
 from .references import References, ReferenceSet
 from .solvers import SCHEDULES, rho_grid
@@ -413,7 +414,7 @@ class PoissonFlowPP(Flow):
 
 
 def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    mean: Tensor = net(x, sigma, **condition)
+    mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
         raise ValueError(

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from . import steps
 from .backends.reference import wide_dtype
@@ -174,6 +173,8 @@ def _rk45(
     In w tolerances are in units of the noise at every level: on x itself atol would be a hundredth
     of z_min where it starts, and grow with σ from there.
     """
+    from torchdiffeq import odeint  # here, as in pfgm.solvers
+
     ends = torch.tensor([levels[0], levels[-1]], dtype=x.dtype, device=x.device).log()
 
     def slope(t: Tensor, state: Tensor) -> Tensor:

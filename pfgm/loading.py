@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "CMYK": 3}
 _CHANNELS |= {"YCbCr": 3, "HSV": 3}
+
+# What Pillow calls 16 bits a channel where it keeps the upper 8 alone, such as RGB;16B; without a
+# letter behind them, as in BGR;16, they are those of a whole pixel.
+_WIDE = re.compile(r";16[BLNS]")
 
 _DATA_KEYS = ("image", "images", "x", "data")
 _LABEL_KEYS = ("label", "labels")
@@ -76,7 +81,8 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
 
     Raises:
         TypeError: items of other types or dtypes.
-        ValueError: no items, or items of several shapes or dtypes, or labels in some items only.
+        ValueError: no items, or items of several shapes or dtypes, or labels in some items only, or
+            images of more than 8 bits a channel, where the dataset has not decoded them itself.
     """
     count = _length(dataset)
     first, label = _split(dataset[0])
@@ -134,8 +140,9 @@ def _common_form(paths: Sequence[Path]) -> tuple[int, tuple[int, int]]:
     channels, expected = 1, None
     for path in paths:
         with _opened(path) as image:
-            mode, size = image.mode, image.size
+            mode, size, wide = image.mode, image.size, _is_wide(image)
         channels = max(channels, _channels(mode, str(path)))
+        _check_depth(wide, str(path))
         expected = expected or size
         if size != expected:
             raise ValueError(
@@ -144,6 +151,28 @@ def _common_form(paths: Sequence[Path]) -> tuple[int, tuple[int, int]]:
             )
     assert expected is not None  # paths is not empty
     return channels, expected
+
+
+def _is_wide(image: Image) -> bool:
+    """Whether pixels that are not decoded yet have 16 bits a channel, which Pillow would cut to 8.
+
+    Of decoded pixels nobody knows.
+    """
+    for codec, *_, arguments in getattr(image, "tile", ()):
+        given = arguments if isinstance(arguments, tuple) else (arguments,)
+        if codec == "SGI16" or any(isinstance(a, str) and _WIDE.search(a) for a in given):
+            return True
+        # The largest value of a PPM file.
+        if codec.startswith("ppm") and any(isinstance(a, int) and a > 255 for a in given):
+            return True
+    return False
+
+
+def _check_depth(wide: bool, name: str) -> None:
+    if wide:
+        raise ValueError(
+            f"{name} has pixels of 16 bits a channel; allowed are images of 8 bits a channel."
+        )
 
 
 def _channels(mode: str, name: str) -> int:
@@ -195,14 +224,19 @@ def _is_image(value: Any) -> bool:
     return module is not None and isinstance(value, module.Image)
 
 
+def _item(index: int) -> str:
+    return f"Item {index} of the dataset"
+
+
 def _image_channels(value: Any, index: int) -> int:
     """How many channels the images have, by the first; 0 for other items."""
-    return _channels(value.mode, f"Item {index} of the dataset") if _is_image(value) else 0
+    return _channels(value.mode, _item(index)) if _is_image(value) else 0
 
 
 def _row(value: Any, index: int, channels: int) -> Tensor:
-    name = f"Item {index} of the dataset"
+    name = _item(index)
     if _is_image(value):
+        _check_depth(_is_wide(value), name)
         # A grey image among coloured ones gets their channels; the reverse would lose the colours.
         return _pixels(value, max(channels, _channels(value.mode, name)))
     if isinstance(value, np.ndarray):

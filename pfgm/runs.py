@@ -251,6 +251,7 @@ def _run(
         labels=rows.labels if config.labels else None,
         evaluate=_Evaluation(config, flow, data, folder, device) if processes.leads else None,
         loss=loss,
+        distilled=config.teacher is not None,
     )
     if resume:
         step = trainer.resume()

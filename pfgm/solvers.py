@@ -10,7 +10,7 @@ sigma in place of z.
 
 Where gradients are off and nobody watches, the steps after the first overwrite their points: a
 ``denoise`` that keeps the x it is given must clone it. The x that a solver is called with is left
-alone.
+alone. A ``denoise`` may return the same memory at each call, but must not change x in place.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from . import steps
-from .checks import checks_values
+from .checks import checks_values, untouched
 from .steps import Field
 
 __all__ = [
@@ -105,15 +104,28 @@ class _Run:
 
     def evaluate(self, x: Tensor, z: float, step: int) -> Tensor | Field:
         self.nfe += 1
-        slope = self._denoise(x, z)
+        slope = untouched(self._denoise, "denoise", ("x", "z"), x, z)
         parts = slope[:2] if isinstance(slope, Field) else (slope,)
         if checks_values(x.device) and not all(bool(p.isfinite().all()) for p in parts):
             raise ValueError(f"the network returned NaN or infinity in step {step}, at {z:.6g}.")
         return slope
 
     def mean(self, x: Tensor, z: float, step: int) -> Tensor:
-        slope = self.evaluate(x, z, step)
-        return steps.euler(x, slope, z, 0.0)[0] if isinstance(slope, Field) else slope
+        return steps.mean_of(x, self.evaluate(x, z, step), z)
+
+    def kept(
+        self, mean: Tensor | None, slope: Tensor | Field, spare: Tensor | None = None
+    ) -> Tensor | None:
+        """The mean in memory that no later evaluation writes to; spare is such memory.
+
+        A step computes the mean of a field, but hands on what a denoiser returned, which may be
+        the same buffer at each call.
+        """
+        if mean is None or isinstance(slope, Field):
+            return mean
+        if spare is not None and self._overwrites and spare.dtype == mean.dtype:
+            return spare.copy_(mean)
+        return mean.clone()
 
     def reusable(self, spare: Tensor | None, *read: Tensor) -> Tensor | None:
         """spare as the memory of a result, unless it is needed later: by others, or as `read`."""
@@ -151,7 +163,7 @@ def euler(
         moved, mean = steps.euler(
             x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
         )
-        if run.stops(step, z, x, mean):
+        if run.stops(step, z, x, run.kept(mean, slope)):
             break
         x = own = moved
     return x, run.nfe
@@ -181,7 +193,7 @@ def heun(
         moved, mean = steps.euler(
             x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
         )
-        if run.stops(step, z, x, mean):
+        if run.stops(step, z, x, run.kept(mean, slope)):
             break
         if step == last:
             x = moved
@@ -228,6 +240,7 @@ def multistep(
                 out=out,
                 mean_out=mean_out,
             )
+        mean = run.kept(mean, slope, None if earlier is None else earlier[0])
         if run.stops(step, z, x, mean):
             break
         if mean is not None:
@@ -291,6 +304,8 @@ def rk45(
     Raises:
         ValueError: no step is small enough, as where the mean is not finite.
     """
+    from torchdiffeq import odeint  # here, as it imports SciPy, which takes a third of torch's time
+
     if grid[-1] == 0 and len(grid) == 2:
         return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)

@@ -87,6 +87,14 @@ def euler(
     return _take(x, slope, None, levels, return_mean, out, mean_out, backend)
 
 
+def mean_of(x: Tensor, slope: Field | Tensor, z: Level) -> Tensor:
+    """The posterior mean (B, *S) that the slope at points x implies, in memory of its own.
+
+    A network may return the same buffer at each call, as one in a CUDA graph does, or x itself.
+    """
+    return euler(x, slope, z, 0.0)[0] if isinstance(slope, Field) else slope.clone()
+
+
 def heun(
     x: Tensor,
     predicted: Tensor,

@@ -66,6 +66,7 @@ class Trainer:
             point's target is then made of the references of its label.
         loss: in place of the flow's, with its arguments, such as
             :meth:`pfgm.distillation.Consistency.loss`.
+        distilled: whether that loss makes a few-step model, which checkpoints then say.
 
     Raises:
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
@@ -92,13 +93,14 @@ class Trainer:
         labels: Tensor | None = None,
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         loss: Callable[..., Tensor] | None = None,
+        distilled: bool | None = None,
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
         self.config = config = config or TrainConfig()
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
         self.evaluate = evaluate
-        self.loss = loss
+        self.loss, self.distilled = loss, distilled
         self.step = 0
         self._check_data()
         self._processes = processes = Processes()
@@ -232,7 +234,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        save_run(self.folder, self.flow, self.averaged, state, self.step)
+        save_run(self.folder, self.flow, self.averaged, state, self.step, self.distilled)
 
     def resume(self) -> int:
         """Takes up the newest checkpoint in the folder, and returns its step.

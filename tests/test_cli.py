@@ -242,3 +242,21 @@ def test_an_interrupted_demo_leaves_its_model(tmp_path):
     assert process.returncode == 143
     flow, _ = pfgm.load(tmp_path / "model.safetensors")
     assert flow.shape == (1, 8, 8)
+
+
+def test_consistency_needs_a_few_step_model(run, tmp_path, capsys):
+    options = ["--solver", "consistency", "--steps", "1", "--out", str(tmp_path / "x.npy")]
+    sample = ["sample", "--n", "4", *options, "--checkpoint"]
+    for path in (run, run / "step-00000012.safetensors"):
+        assert "is no few-step model" in fails(capsys, *sample, path)
+    evaluate = ["evaluate", "--n", 8, "--solver", "consistency", "--out", tmp_path / "figures"]
+    assert "is no few-step model" in fails(capsys, *evaluate, "--checkpoint", run)
+    student = tmp_path / "student"
+    train = ["train", "--data", "digits", "--teacher", str(run), "--out", str(student), *TRAIN]
+    assert cli.main(train) == 0
+    capsys.readouterr()
+    assert cli.main([*sample, str(student)]) == 0
+    assert "few-step" not in capsys.readouterr().err
+    pfgm.save(tmp_path / "old.safetensors", *pfgm.load(run))  # as files without the note
+    assert cli.main([*sample, str(tmp_path / "old.safetensors")]) == 0
+    assert "does not say whether its network is a few-step model" in capsys.readouterr().err

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
+import struct
 import sys
+import zlib
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -314,3 +317,35 @@ def test_parts_of_datasets() -> None:
     assert source.labels is not None
     assert source.tensor.tolist() == [[8, 9], [2, 3]]
     assert source.labels.tolist() == [4, 1]
+
+
+def png(colour: int, depth: int, channels: int) -> bytes:
+    """A PNG file of 3 × 2 pixels, byte by byte: Pillow writes none of 16 bits a channel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 3, 2, depth, colour, 0, 0, 0)
+    rows = 2 * (b"\0" + bytes(range(3 * channels * depth // 8)))
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bits_a_channel_are_refused(colour: int, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(colour, 8, channels))
+    assert loaded(tmp_path).shape == (1, 1 if channels == 2 else 3, 2, 3)
+    path.write_bytes(png(colour, 16, channels))
+    with pytest.raises(ValueError, match=r"a\.png has pixels of 16 bits a channel; allowed"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [png(2, 16, 3), png(6, 16, 4), b"P6 2 1 65535\n" + bytes(12), b"P3 1 1 300\n1 2 3"]
+)
+def test_16_bits_a_channel_in_a_dataset_are_refused(content: bytes) -> None:
+    image = Image.open(io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"Item 0 of the dataset has pixels of 16 bits a channel"):
+        open_source(Items([image]))

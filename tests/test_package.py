@@ -32,12 +32,69 @@ def test_public_names_exist_and_are_documented():
 
 
 def test_importing_needs_no_optional_package():
-    """Neither Triton nor what the extras bring, and no compiler."""
+    """Neither Triton nor what the extras bring, no compiler, and no SciPy, which takes long."""
     code = "import sys, pfgm, pfgm.kernels; print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     optional = {"triton", "sklearn", "matplotlib", "PIL", "tyro", "pytest"}
     optional |= {"diffusers", "k_diffusion", "torchcfm", "lightning", "accelerate"}
+    optional |= {"scipy", "torchdiffeq"}
     assert optional & set(shown.stdout.split()) == set()
+
+
+def test_importing_takes_a_fraction_of_torch():
+    """0.03 of it with compiled modules, 0.2 where Python compiles them anew; with SciPy 0.5."""
+    code = (
+        "import time; start = time.process_time()\n"
+        "import torch; middle = time.process_time()\n"
+        "import pfgm; end = time.process_time()\n"
+        "assert torch.ops.pfgm.posterior_mean\n"
+        "print((end - middle) / (middle - start))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(shown.stdout) < 0.35
+
+
+def run_command(*arguments):
+    """The command as its script starts it; what it prints, and what it has imported."""
+    code = (
+        "import importlib.metadata, sys\n"
+        "(script,) = importlib.metadata.entry_points(group='console_scripts', name='pfgm')\n"
+        "code = script.load()()\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    return shown.stdout, set(shown.stderr.split())
+
+
+def test_help_and_version_need_no_torch():
+    code = "import sys, pfgm.cli; sys.exit(pfgm.cli.main())"
+    for option in ("--help", "--version"):
+        shown, modules = run_command(option)
+        assert modules & {"torch", "numpy", "pfgm"} == set()
+        whole = [sys.executable, "-c", code, option]
+        assert shown == subprocess.run(whole, capture_output=True, text=True, check=True).stdout
+    assert run_command("-h")[0] == run_command("--help")[0]
+
+
+def test_the_command_hands_over_what_is_not_help():
+    shown, modules = run_command("info")
+    assert "native: C++ on the CPU" in shown or "PFGM_NATIVE=0" in shown
+    assert "torch" in modules
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_ends_quietly_where_nobody_reads_it(option):
+    command = f"{sys.executable} -c 'import sys, pfgm_command; sys.exit(pfgm_command.main())'"
+    for reader in ("| true", "| head -1", ">&-"):
+        shown = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{command} {option} {reader}"],
+            capture_output=True,
+            text=True,
+        )
+        assert (shown.returncode, shown.stderr) == (0, "")
 
 
 def test_one_openmp_runtime():

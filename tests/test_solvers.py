@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import pfgm
+from pfgm.networks.embedding import field_from_mean
 from pfgm.solvers import SOLVERS, euler, heun, log_grid, multistep, rho_grid, rk45
 
 DTYPE = torch.float64
@@ -187,3 +188,141 @@ def test_a_mean_that_is_not_finite_names_the_step_and_the_level(solver):
 
     with pytest.raises(ValueError, match=r"NaN or infinity in step [1-9]\d*, at [0-5]\.?\d*\."):
         solver(denoise, torch.ones(2, 2), [9.0, 6.0, 3.0, 1.0])
+
+
+# ---- networks that return the same memory at each call, or change what they are given --------
+
+
+class Reusing(torch.nn.Module):
+    """A network that returns the same buffers at each call, as one in a CUDA graph does."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.kept = net, None
+
+    def forward(self, *given, **condition):
+        found = self.net(*given, **condition)
+        found = found if isinstance(found, tuple) else (found,)
+        if self.kept is None or self.kept[0].shape != found[0].shape:
+            self.kept = tuple(torch.empty_like(part) for part in found)
+        for buffer, part in zip(self.kept, found, strict=True):
+            buffer.copy_(part)
+        return self.kept if len(self.kept) > 1 else self.kept[0]
+
+
+def flows_of(data):
+    return pfgm.PoissonFlow.from_data(data), pfgm.PoissonFlowPP.from_data(data, D=128)
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """Flows and smooth networks of theirs, which know of two classes."""
+    flow, plus = flows_of(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)))
+
+    def mean(x, level, second=False):
+        return x / (1 + level.square())[:, None] + (0.3 if second else 0.0)
+
+    def field(x, level, second=False):
+        return field_from_mean(x, level, mean(x, level, second), gamma=flow.gamma)
+
+    return [(flow, field), (plus, mean)]
+
+
+def ways(flow):
+    """Whatever evaluates a network more than once, as functions of it."""
+    prior = flow.prior(20, generator=torch.Generator().manual_seed(1))
+    drawn = torch.Generator
+    for solver in (*SOLVERS, "consistency"):
+        options = {"solver": solver, "x_init": prior, "steps": 6}
+        yield lambda net, o=options: flow.sample(net, 20, generator=drawn().manual_seed(2), **o)
+    for solver in ("euler", "heun", "multistep"):
+        options = {"solver": solver, "x_init": prior, "steps": 6, "guidance": 2.0}
+        options["condition"] = {"second": True}
+        yield lambda net, o=options: flow.sample(net, 20, **o)
+        yield lambda net, s=solver: flow.encode(net, torch.ones(4, 3), solver=s, steps=6)
+    mask = torch.tensor([True, False, False])
+    yield lambda net: flow.inpaint(
+        net, torch.ones(4, 3), mask, resample=1, generator=drawn().manual_seed(3)
+    )
+    model = lambda net: pfgm.as_k_diffusion(net, flow)  # noqa: E731
+    level = torch.full((20,), 0.5)
+    yield lambda net: (lambda m: m(prior, 9 * level) - m(prior, level))(model(net))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_network_may_return_the_same_memory_at_each_call(which, labelled):
+    flow, net = labelled[which]
+    for number, way in enumerate(ways(flow)):
+        assert torch.equal(way(Reusing(net)), way(net)), number
+        with torch.inference_mode():
+            assert torch.equal(way(Reusing(net)), way(net)), number
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("solver", [*SOLVERS, "consistency"])
+def test_what_a_callback_keeps_and_what_is_returned_is_not_overwritten(solver, which, labelled):
+    flow, net = labelled[which]
+    x = flow.prior(5, generator=torch.Generator().manual_seed(1))
+
+    def watched(net):
+        seen = []
+        options = {"solver": solver, "steps": 4, "x_init": x, "callback": seen.append}
+        first = flow.sample(net, 5, generator=torch.Generator().manual_seed(2), **options)
+        flow.denoise(net, torch.zeros(5, 3), 0.5)
+        return [first, *(info[key] for info in seen for key in ("x", "mean"))]
+
+    for plain, reusing in zip(watched(net), watched(Reusing(net)), strict=True):
+        assert torch.equal(plain, reusing)
+
+
+def test_samples_of_digits_are_the_same_digits():
+    data = pfgm.data.digits().train
+    flow = pfgm.PoissonFlowPP.from_data(data, D=128)
+    net, x = flow.empirical(data), flow.prior(200, generator=torch.Generator().manual_seed(0))
+    plain, reusing = (
+        flow.sample(n, 200, solver="multistep", steps=18, x_init=x) for n in (net, Reusing(net))
+    )
+    assert torch.equal(plain, reusing)
+
+
+@pytest.mark.parametrize("returned", [lambda x: x, lambda x: x[:1].expand_as(x), lambda x: x[:]])
+@pytest.mark.parametrize("solver", [euler, heun, multistep, rk45])
+def test_a_network_may_return_a_view_of_its_points(solver, returned):
+    x = torch.randn(6, 3, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        views, copies = (
+            solver(lambda x, z, c=c: c(returned(x)), x, [9.0, 5.0, 3.0, 2.0, 1.0])[0]
+            for c in (lambda x: x, torch.clone)
+        )
+    assert torch.equal(views, copies)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_network_that_changes_its_input_is_refused(which, inference, labelled):
+    flow, net = labelled[which]
+    letter = ("z", "sigma")[which]
+
+    def changing(name):
+        def changed(x, level, shift=None):
+            found = net(x, level)
+            {"x": x, letter: level, "shift": shift}[name].mul_(0.5)
+            return found
+
+        return changed
+
+    shift = torch.ones(4)
+    condition = {"shift": shift}
+    with torch.inference_mode(inference):
+        shift = torch.ones(4)
+        for name in ("x", letter, "shift"):
+            sentence = f"net changed {name} in place; allowed are changes of a copy"
+            for solver in (*SOLVERS, "consistency"):
+                with pytest.raises(ValueError, match=sentence):
+                    flow.sample(changing(name), 4, solver=solver, condition={"shift": shift})
+            with pytest.raises(ValueError, match=sentence):
+                flow.denoise(changing(name), torch.ones(4, 3), 1.0, {"shift": shift})
+    with pytest.raises(ValueError, match="net changed x in place"):
+        flow.loss(changing("x"), torch.randn(4, 3), condition=condition)
+    with pytest.raises(ValueError, match="denoise changed x in place"):
+        euler(lambda x, z: x.mul_(0.5), torch.ones(2, 2), [2.0, 1.0])

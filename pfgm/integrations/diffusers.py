@@ -249,7 +249,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _heun(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
         if call % 2 == 0:
-            self._earlier = x, self._levels[call]
+            # A loop may give its points in the same memory at each call.
+            self._earlier = x.clone(), self._levels[call]
             return self._euler(call, x, mean)
         assert self._earlier is not None
         start, level = self._earlier

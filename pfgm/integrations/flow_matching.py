@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..backends.reference import dequantise
 from ..base import by_label, check_dtype, common_device, over_samples
-from ..checks import checks_values, is_number
+from ..checks import checks_values, is_number, untouched
 from ..flowpp import PoissonFlowPP
 from ..functional import per_query, posterior_mean
 from ..references import References
@@ -229,7 +229,7 @@ class _Denoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         t = 1 / (1 + sigma.to(x.dtype))
         scaled = over_samples(t, x) * x
-        velocity = self.velocity_net(t=t, x=scaled, **condition)
+        velocity = untouched(self.velocity_net, "velocity_net", (), t=t, x=scaled, **condition)
         if velocity.shape != x.shape:
             raise ValueError(
                 f"velocity_net returned shape {tuple(velocity.shape)}; needed is that of x, "
