@@ -57,6 +57,8 @@ class Train:
     they come from the folder itself."""
     resume: bool = False
     """Continue the run in the output folder."""
+    resume_from: int | None = None
+    """Continue it from the checkpoint of this step, as where the newest one is damaged."""
     device: str = "auto"
     """auto: cuda where there is a GPU, else cpu."""
     timeout: float = 600.0
@@ -69,7 +71,9 @@ class Train:
     def run(self) -> None:
         config = RunConfig.of(self.settings, self.training)
         with joined(usable_device(self.device), self.timeout) as device:
-            runs.start(config, self.out, device=device, resume=self.resume)
+            runs.start(
+                config, self.out, device=device, resume=self.resume, resume_from=self.resume_from
+            )
 
 
 def _train_defaults(arguments: list[str]) -> RunConfig:
@@ -78,8 +82,9 @@ def _train_defaults(arguments: list[str]) -> RunConfig:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume-from", "--resume_from")
     known, _ = parser.parse_known_args(arguments)
-    source = known.config or (known.out if known.resume else None)
+    source = known.config or (known.out if known.resume or known.resume_from else None)
     return RunConfig() if source is None else RunConfig.load(source)
 
 

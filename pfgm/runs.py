@@ -164,6 +164,7 @@ def start(
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
+    resume_from: int | None = None,
     progress: bool = True,
     report: Callable[[str], None] = print,
 ) -> nn.Module:
@@ -178,6 +179,7 @@ def start(
         folder: created where missing.
         device: to train on.
         resume: continue the run that is in the folder.
+        resume_from: continue it from the checkpoint of this step, not from the newest one.
         progress: show progress bars.
         report: takes lines of text on what is done.
 
@@ -193,6 +195,7 @@ def start(
     """
     folder, device = check_folder(folder), torch.device(device)
     processes = Processes()
+    resume = resume or resume_from is not None
     if resume:
         _check_settings(config, folder)
     elif (folder / "latest.json").exists():
@@ -208,7 +211,7 @@ def start(
             "choose one of them."
         )
     with lost(processes):
-        return _run(config, folder, device, resume, processes, progress, report)
+        return _run(config, folder, device, resume, resume_from, processes, progress, report)
 
 
 def _check_settings(config: RunConfig, folder: Path) -> None:
@@ -225,6 +228,7 @@ def _run(
     folder: Path,
     device: torch.device,
     resume: bool,
+    resume_from: int | None,
     processes: Processes,
     progress: bool,
     report: Callable[[str], None],
@@ -253,7 +257,7 @@ def _run(
         loss=loss,
     )
     if resume:
-        step = trainer.resume()
+        step = trainer.resume(resume_from)
         if processes.leads:
             report(f"resuming at step {step}")
     if processes.leads:
