@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends, checkpoint, data, demo, runs
 from .backends import native
-from .checks import usable_device
+from .checks import allocating, check_seed, out_of_memory, usable_device
 from .evaluate_command import Evaluate
 from .evaluation import noise_generator
 from .files import check_folder
@@ -120,10 +120,14 @@ class Sample:
     def run(self) -> None:
         if self.out.suffix not in (".npy", ".png"):
             raise ValueError(f"out is {self.out}; allowed are names that end in .npy or .png.")
-        if self.n < 1 or self.batch_size < 1:
+        if not (1 <= self.n < 2**63 and 1 <= self.batch_size < 2**63):
             raise ValueError(
-                f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1."
+                f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1, below "
+                "2^63."
             )
+        if self.label is not None and not -(2**63) <= self.label < 2**63:
+            raise ValueError(f"label is {self.label}; allowed are the labels of the network.")
+        check_seed(self.seed)
         device = usable_device(self.device)
         flow, network = checkpoint.load(self.checkpoint, device=device)
         if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
@@ -133,7 +137,8 @@ class Sample:
             )
         check_folder(self.out.parent)
         # The prior is drawn at once on the CPU, so that n alone decides where samples begin.
-        prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
+        with allocating(f"n is {self.n}, and so many samples of shape {flow.shape}"):
+            prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
         generator = noise_generator(self.seed, device)
         parts = [
             flow.sample(
@@ -216,6 +221,16 @@ _EXPECTED = (
 )
 
 
+def _told(error: BaseException) -> str:
+    """What is said where memory was not enough: what was asked for, or what the allocator says."""
+    lines = str(error).splitlines()
+    if isinstance(error, MemoryError) and lines:
+        return lines[0]
+    return (
+        f"the memory is not enough for so much at once: {lines[0] if lines else 'no reason given'}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, or 2 after one sentence on what is wrong with the input."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -226,6 +241,11 @@ def main(arguments: list[str] | None = None) -> int:
         _parse(arguments).run()
     except _EXPECTED as error:
         print(f"pfgm: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"pfgm: error: {_told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pfgm: interrupted", file=sys.stderr)

@@ -113,7 +113,7 @@ class PoissonFlow(Flow):
         if M is None:
             M = self._exponent(data_norm)
         self.M = positive("M", M)
-        growth = sigma * (1 + tau) ** self.M
+        growth = _growth(self.sigma, self.tau, self.M)
         self.z_max = positive("z_max", math.sqrt(2 / math.pi) * growth if z_max is None else z_max)
         self.z_min = positive("z_min", z_min)
         if self.z_min >= self.z_max:
@@ -339,6 +339,17 @@ class PoissonFlow(Flow):
         """
         self._check_references(references)
         return EmpiricalField(references, self.gamma)
+
+
+def _growth(sigma: float, tau: float, M: float) -> float:
+    """sigma (1 + tau)^M, where the numbers of the perturbation are those of float32."""
+    most = math.log(torch.finfo(torch.float32).max)
+    if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
+        raise ValueError(
+            f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
+            "sigma (1 + tau)^M is a number of float32, at most 3.4e38."
+        )
+    return float(sigma * (1 + tau) ** M)
 
 
 def _average_norm(data: Tensor) -> float:

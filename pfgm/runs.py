@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics, networks
-from .base import Flow
+from .base import Flow, check_steps
 from .checkpoint import load
+from .checks import usable_device
 from .data import to_unit
 from .datasets import Data, open_data
 from .distillation import Consistency
@@ -40,6 +41,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
 _OF_IMAGES = ("ddpmpp", "ncsnpp")
 _COMPARED = 10_000  # rows that samples are compared with, at most
 _FEWEST = 4  # samples or rows: one more than the neighbours that precision and recall take
+_MOST = 10_000_000  # samples
 _TOGETHER = 1000  # samples that go through the network at once
 _SHOWN, _ROW = 100, 10  # samples in a picture, and in a row of it
 
@@ -94,10 +96,11 @@ class Settings:
         ):
             if (chosen := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {chosen!r}; allowed are {', '.join(allowed)}.")
-        if self.samples < _FEWEST:
-            raise ValueError(f"samples is {self.samples}; allowed is at least {_FEWEST}.")
+        if not _FEWEST <= self.samples <= _MOST:
+            raise ValueError(f"samples is {self.samples}; allowed are {_FEWEST} to {_MOST}.")
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
+        check_steps("levels", self.levels)
         if self.levels < 2:
             raise ValueError(f"levels is {self.levels}; allowed is at least 2.")
 
@@ -144,7 +147,7 @@ class RunConfig(Settings):
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
             return cls(**content, training=TrainConfig(**training))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
 
@@ -193,7 +196,8 @@ def start(
         Diverged, ProcessLost, KeyboardInterrupt, Terminated: as
             :meth:`pfgm.training.Trainer.train`.
     """
-    folder, device = check_folder(folder), torch.device(device)
+    device = usable_device(str(device))
+    folder = check_folder(folder)
     processes = Processes()
     resume = resume or resume_from is not None
     if resume:
@@ -295,7 +299,8 @@ def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         if isinstance(flow, PoissonFlowPP):
-            return networks.Denoiser(name, settings, sigma_data=flow.sigma_data)
+            inner = {"network": name, "config": settings, "sigma_data": flow.sigma_data}
+            return networks.build("denoiser", inner)
         if name not in _OF_IMAGES:
             settings["data_std"] = max(rows.rms, 1e-6)
             if isinstance(flow, PoissonFlow):

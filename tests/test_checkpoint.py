@@ -285,7 +285,9 @@ def test_every_flipped_bit_is_noticed(run, name):
             with pytest.raises((ValueError, FileNotFoundError)) as caught:
                 load(run)
             assert str(run / name) in str(caught.value)
-            assert re.search(r"step (5|10) is whole|step-000000(05|10)\.\w+ is whole", str(caught.value))
+            assert re.search(
+                r"step (5|10) is whole|step-000000(05|10)\.\w+ is whole", str(caught.value)
+            )
 
 
 @pytest.mark.parametrize("name", NEWEST)

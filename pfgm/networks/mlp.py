@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import FieldNetwork, NoiseEmbedding, natural, plain, positive_int
+from .embedding import (
+    MOST_DEEP,
+    MOST_WIDE,
+    FieldNetwork,
+    NoiseEmbedding,
+    natural,
+    plain,
+    positive_int,
+)
 
 
 class MLPBlock(nn.Module):
@@ -65,7 +73,8 @@ class MLP(FieldNetwork):
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma)
         n = math.prod(self.shape)
-        width, depth = positive_int("width", width), positive_int("depth", depth)
+        width = positive_int("width", width, MOST_WIDE)
+        depth = positive_int("depth", depth, MOST_DEEP)
         self.config = plain(
             {
                 "shape": self.shape,
