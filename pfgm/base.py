@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import editing, likelihood
 from . import steps as ode_steps
 from .backends.reference import dequantise
-from .checks import is_number
+from .checks import allocating, check_dimensions, is_number
 from .references import References, ReferenceSet
 from .solvers import SAMPLERS, SCHEDULES, Callback, StepInfo
 from .steps import Field, Level
@@ -36,6 +36,10 @@ __all__ = ["Condition", "Flow", "Network"]
 
 Network = Callable[..., Any]
 Condition = Mapping[str, Any]
+
+# Levels and scales become numbers of float32, in which points are computed.
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_MOST_STEPS = 1_000_000  # all their levels are held at once; published samplers take up to 1000
 
 
 class Defaults(NamedTuple):
@@ -59,6 +63,7 @@ class Flow(ABC):
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
+        check_dimensions(self.shape)
         if not all(isinstance(n, int) and n > 0 for n in self.shape):
             raise ValueError(f"shape is {self.shape}; allowed are positive integers.")
         self.N = math.prod(self.shape)
@@ -285,8 +290,7 @@ class Flow(ABC):
                 )
             return _checked_grid(schedule)
         _check_choice("schedule", schedule, SCHEDULES)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps is {steps!r}; allowed is an integer of at least 1.")
+        check_steps("steps", steps)
         if last is None:
             return self._grid(schedule, steps, self.last_level)
         if not is_number(last) or not self.last_level <= last < self.first_level:
@@ -774,7 +778,8 @@ class Flow(ABC):
         if x_init is None:
             if device is None and generator is None:
                 device = network_device(net)
-            return self.prior(n, generator=generator, device=device)
+            with allocating(f"n is {n}, and so many samples of shape {self.shape}"):
+                return self.prior(n, generator=generator, device=device)
         if x_init.shape != (n, *self.shape) or not x_init.is_floating_point():
             raise ValueError(
                 f"x_init has shape {tuple(x_init.shape)} and dtype {x_init.dtype}; allowed is "
@@ -875,15 +880,29 @@ def check_dtype(name: str, values: Tensor) -> None:
 
 
 def positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; allowed is any finite number above 0.")
+    if not _LEAST <= value <= _MOST:
+        raise ValueError(
+            f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
+            f"{_LEAST:.2g} to {_MOST:.2g}."
+        )
     return value
 
 
 def non_negative(name: str, value: float) -> float:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
+    if not 0 <= value <= _MOST:
+        raise ValueError(
+            f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
+            f"up to {_MOST:.2g}."
+        )
     return value
+
+
+def check_steps(name: str, steps: object) -> None:
+    """Raises ValueError unless a solver can take so many steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(
+            f"{name} is {steps!r}; allowed is an integer of at least 1 and at most {_MOST_STEPS}."
+        )
 
 
 def _check_choice(name: str, value: str, allowed: Mapping[str, Any]) -> None:

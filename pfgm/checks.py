@@ -12,6 +12,7 @@ from torch import Tensor
 
 _debug = False
 R = TypeVar("R")
+_DIMENSIONS = 64  # of a tensor, at most
 
 
 @contextmanager
@@ -86,6 +87,50 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) else 0
 
 
+def check_dimensions(shape: Sequence[object]) -> None:
+    """Raises ValueError where a shape has more dimensions than a tensor can have."""
+    if len(shape) > _DIMENSIONS:
+        raise ValueError(f"shape has {len(shape)} dimensions; allowed are at most {_DIMENSIONS}.")
+
+
+def check_seed(seed: object) -> None:
+    """Raises ValueError unless torch's generators take this seed."""
+    if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; allowed is an integer from -2^63 to below 2^64.")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, or that no memory could be so large."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The allocator of the CPU has no error of its own.
+    told = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in told)
+
+
+@contextmanager
+def allocating(what: str) -> Iterator[None]:
+    """Says what was asked for where memory for it cannot be had.
+
+    Args:
+        what: begins the sentence, such as "n is 5, and so many samples".
+
+    Raises:
+        MemoryError: in place of whatever the allocator has raised.
+
+    >>> with allocating("n is 10**15, and so many numbers"):
+    ...     torch.empty(10**15)
+    Traceback (most recent call last):
+    MemoryError: n is 10**15, and so many numbers do not fit into the memory of this machine.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(f"{what} do not fit into the memory of this machine.") from error
+
+
 def usable_device(name: str) -> torch.device:
     """The device of a name, "auto" being cuda where there is a GPU, else cpu.
 
@@ -99,9 +144,10 @@ def usable_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        # Written and read, as numbers on "meta" are neither.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from error
     return device
 

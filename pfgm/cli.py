@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends, checkpoint, data, demo, runs
 from .backends import native
-from .checks import usable_device
+from .checks import allocating, check_seed, out_of_memory, usable_device
 from .evaluate_command import Evaluate
 from .evaluation import noise_generator
 from .files import check_folder
@@ -57,6 +57,8 @@ class Train:
     they come from the folder itself."""
     resume: bool = False
     """Continue the run in the output folder."""
+    resume_from: int | None = None
+    """Continue it from the checkpoint of this step, as where the newest one is damaged."""
     device: str = "auto"
     """auto: cuda where there is a GPU, else cpu."""
     timeout: float = 600.0
@@ -69,7 +71,9 @@ class Train:
     def run(self) -> None:
         config = RunConfig.of(self.settings, self.training)
         with joined(usable_device(self.device), self.timeout) as device:
-            runs.start(config, self.out, device=device, resume=self.resume)
+            runs.start(
+                config, self.out, device=device, resume=self.resume, resume_from=self.resume_from
+            )
 
 
 def _train_defaults(arguments: list[str]) -> RunConfig:
@@ -78,8 +82,9 @@ def _train_defaults(arguments: list[str]) -> RunConfig:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume-from", "--resume_from")
     known, _ = parser.parse_known_args(arguments)
-    source = known.config or (known.out if known.resume else None)
+    source = known.config or (known.out if known.resume or known.resume_from else None)
     return RunConfig() if source is None else RunConfig.load(source)
 
 
@@ -115,10 +120,14 @@ class Sample:
     def run(self) -> None:
         if self.out.suffix not in (".npy", ".png"):
             raise ValueError(f"out is {self.out}; allowed are names that end in .npy or .png.")
-        if self.n < 1 or self.batch_size < 1:
+        if not (1 <= self.n < 2**63 and 1 <= self.batch_size < 2**63):
             raise ValueError(
-                f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1."
+                f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1, below "
+                "2^63."
             )
+        if self.label is not None and not -(2**63) <= self.label < 2**63:
+            raise ValueError(f"label is {self.label}; allowed are the labels of the network.")
+        check_seed(self.seed)
         device = usable_device(self.device)
         if notice := checkpoint.check_solver(self.checkpoint, self.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
@@ -130,7 +139,8 @@ class Sample:
             )
         check_folder(self.out.parent)
         # The prior is drawn at once on the CPU, so that n alone decides where samples begin.
-        prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
+        with allocating(f"n is {self.n}, and so many samples of shape {flow.shape}"):
+            prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
         generator = noise_generator(self.seed, device)
         parts = [
             flow.sample(
@@ -213,6 +223,16 @@ _EXPECTED = (
 )
 
 
+def _told(error: BaseException) -> str:
+    """What is said where memory was not enough: what was asked for, or what the allocator says."""
+    lines = str(error).splitlines()
+    if isinstance(error, MemoryError) and lines:
+        return lines[0]
+    return (
+        f"the memory is not enough for so much at once: {lines[0] if lines else 'no reason given'}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, or 2 after one sentence on what is wrong with the input."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -223,6 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
         _parse(arguments).run()
     except _EXPECTED as error:
         print(f"pfgm: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"pfgm: error: {_told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pfgm: interrupted", file=sys.stderr)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, data, metrics
+from .checks import check_seed
 from .files import StrPath, check_folder, write_atomic
 from .flow import PoissonFlow
 from .networks import UNet
@@ -71,6 +72,7 @@ def run(
     """
     from .plotting import image_grid, trajectory_grid
 
+    check_seed(seed)
     started = time.perf_counter()
     folder = check_folder(out)
     digits = data.digits()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import evaluation
+from .base import check_steps
 from .checkpoint import Loaded, check_solver, load
-from .checks import usable_device
+from .checks import check_seed, usable_device
 from .data import to_unit
 from .datasets import Data, open_data, open_samples
 from .evaluation import Point
@@ -133,8 +134,14 @@ class Evaluate:
             ("likelihood", self.likelihood, 0),
             ("curve-steps", min(self.curve_steps, default=0), 1),
         ):
-            if value < smallest:
-                raise ValueError(f"{name} is {value}; allowed is at least {smallest}.")
+            if not smallest <= value < 2**63:
+                raise ValueError(
+                    f"{name} is {value}; allowed is at least {smallest}, and below 2^63."
+                )
+        check_seed(self.seed)
+        for name, counts in (("steps", (self.steps,)), ("curve-steps", self.curve_steps)):
+            for count in counts:
+                check_steps(name, count)
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.checkpoint is not None:

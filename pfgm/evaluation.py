@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from . import metrics
 from .base import Flow, Network, network_device
 from .batches import seed_of
+from .checks import allocating, check_seed
 from .data import to_unit
 from .networks import NoiseEmbedding, SongUNet
 
@@ -108,9 +109,11 @@ def draw_samples(
     (torch.Size([5, 2]), 10)
     """
     for name, value in (("n", n), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed are whole numbers from 1.")
-    prior = flow.prior(n, generator=torch.Generator().manual_seed(seed))
+        if not 1 <= value < 2**63:
+            raise ValueError(f"{name} is {value}; allowed are whole numbers from 1 to below 2^63.")
+    check_seed(seed)
+    with allocating(f"n is {n}, and so many samples of shape {flow.shape}"):
+        prior = flow.prior(n, generator=torch.Generator().manual_seed(seed))
     device = torch.device(network_device(network) if device is None else device)
     prior, generator = prior.to(device), noise_generator(seed, device)
     labels = torch.arange(n) % max(label_count(network), 1)
@@ -294,6 +297,7 @@ def bits_per_dim(
     """
     if len(x) == 0 or batch_size < 1:
         raise ValueError(f"x has {len(x)} rows and batch_size is {batch_size}; allowed are from 1.")
+    check_seed(seed)
     if levels:
         x = dequantised(x, levels, torch.Generator().manual_seed(seed))
     probes = torch.Generator(device=x.device).manual_seed(seed)

@@ -185,7 +185,7 @@ class PoissonFlow(Flow):
         elif M is None:
             M = self._exponent(data_norm)
         self.M = positive("M", M)
-        growth = self.sigma * (1 + tau) ** self.M
+        growth = _growth(self.sigma, self.tau, self.M)
         self.z_max = positive("z_max", _MEAN_NORMAL * growth if z_max is None else z_max)
         self.z_min = positive("z_min", rules.z_min if z_min is None else z_min)
         if self.z_min >= self.z_max:
@@ -524,6 +524,17 @@ class PoissonFlow(Flow):
         """
         self._check_references(references)
         return EmpiricalField(references, self.gamma)
+
+
+def _growth(sigma: float, tau: float, M: float) -> float:
+    """sigma (1 + tau)^M, where the numbers of the perturbation are those of float32."""
+    most = math.log(torch.finfo(torch.float32).max)
+    if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
+        raise ValueError(
+            f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
+            "sigma (1 + tau)^M is a number of float32, at most 3.4e38."
+        )
+    return float(sigma * (1 + tau) ** M)
 
 
 def _evaluate(

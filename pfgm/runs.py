@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics, networks
-from .base import Flow
+from .base import Flow, check_steps
 from .checkpoint import load
+from .checks import usable_device
 from .data import to_unit
 from .datasets import Data, open_data
 from .distillation import Consistency
@@ -40,6 +41,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
 _OF_IMAGES = ("ddpmpp", "ncsnpp")
 _COMPARED = 10_000  # rows that samples are compared with, at most
 _FEWEST = 4  # samples or rows: one more than the neighbours that precision and recall take
+_MOST = 10_000_000  # samples
 _TOGETHER = 1000  # samples that go through the network at once
 _SHOWN, _ROW = 100, 10  # samples in a picture, and in a row of it
 
@@ -94,10 +96,11 @@ class Settings:
         ):
             if (chosen := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {chosen!r}; allowed are {', '.join(allowed)}.")
-        if self.samples < _FEWEST:
-            raise ValueError(f"samples is {self.samples}; allowed is at least {_FEWEST}.")
+        if not _FEWEST <= self.samples <= _MOST:
+            raise ValueError(f"samples is {self.samples}; allowed are {_FEWEST} to {_MOST}.")
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
+        check_steps("levels", self.levels)
         if self.levels < 2:
             raise ValueError(f"levels is {self.levels}; allowed is at least 2.")
 
@@ -144,7 +147,7 @@ class RunConfig(Settings):
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
             return cls(**content, training=TrainConfig(**training))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
 
@@ -164,6 +167,7 @@ def start(
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
+    resume_from: int | None = None,
     progress: bool = True,
     report: Callable[[str], None] = print,
 ) -> nn.Module:
@@ -178,6 +182,7 @@ def start(
         folder: created where missing.
         device: to train on.
         resume: continue the run that is in the folder.
+        resume_from: continue it from the checkpoint of this step, not from the newest one.
         progress: show progress bars.
         report: takes lines of text on what is done.
 
@@ -191,8 +196,10 @@ def start(
         Diverged, ProcessLost, KeyboardInterrupt, Terminated: as
             :meth:`pfgm.training.Trainer.train`.
     """
-    folder, device = check_folder(folder), torch.device(device)
+    device = usable_device(str(device))
+    folder = check_folder(folder)
     processes = Processes()
+    resume = resume or resume_from is not None
     if resume:
         _check_settings(config, folder)
     elif (folder / "latest.json").exists():
@@ -208,7 +215,7 @@ def start(
             "choose one of them."
         )
     with lost(processes):
-        return _run(config, folder, device, resume, processes, progress, report)
+        return _run(config, folder, device, resume, resume_from, processes, progress, report)
 
 
 def _check_settings(config: RunConfig, folder: Path) -> None:
@@ -225,6 +232,7 @@ def _run(
     folder: Path,
     device: torch.device,
     resume: bool,
+    resume_from: int | None,
     processes: Processes,
     progress: bool,
     report: Callable[[str], None],
@@ -254,7 +262,7 @@ def _run(
         distilled=config.teacher is not None,
     )
     if resume:
-        step = trainer.resume()
+        step = trainer.resume(resume_from)
         if processes.leads:
             report(f"resuming at step {step}")
     if processes.leads:
@@ -292,7 +300,8 @@ def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         if isinstance(flow, PoissonFlowPP):
-            return networks.Denoiser(name, settings, sigma_data=flow.sigma_data)
+            inner = {"network": name, "config": settings, "sigma_data": flow.sigma_data}
+            return networks.build("denoiser", inner)
         if name not in _OF_IMAGES:
             settings["data_std"] = max(rows.rms, 1e-6)
             if isinstance(flow, PoissonFlow):

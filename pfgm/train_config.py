@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from .checks import check_seed
+
 __all__ = ["TrainConfig"]
 
 
@@ -55,8 +57,11 @@ class TrainConfig:
         smallest |= {"checkpoint_every": 1, "evaluate_every": 0, "log_every": 1}
         for name, least in smallest.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; allowed is an integer of at least {least}.")
+            if not isinstance(value, int) or not least <= value < 2**63:
+                raise ValueError(
+                    f"{name} is {value!r}; allowed is an integer of at least {least}, below 2^63."
+                )
+        check_seed(self.seed)
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             if not value > 0:

@@ -22,6 +22,7 @@ from .checkpoint import flow_of, load_run, save_run
 from .files import remove_leftovers
 from .flowpp import PoissonFlowPP
 from .logs import Log
+from .networks.pickles import BROKEN
 from .processes import Processes, ProcessLost, lost
 from .references import References, ReferenceSet
 from .signals import Terminated, noticed
@@ -102,6 +103,7 @@ class Trainer:
         self.evaluate = evaluate
         self.loss, self.distilled = loss, distilled
         self.step = 0
+        self._saved: int | None = None  # step of the run's last checkpoint
         self._check_data()
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
@@ -234,38 +236,57 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        save_run(self.folder, self.flow, self.averaged, state, self.step, self.distilled)
+        save_run(
+            self.folder,
+            self.flow,
+            self.averaged,
+            state,
+            self.step,
+            self.distilled,
+            after=self._saved or self.step,
+        )
+        self._saved = self.step
 
-    def resume(self) -> int:
-        """Takes up the newest checkpoint in the folder, and returns its step.
+    def resume(self, step: int | None = None) -> int:
+        """Takes up a checkpoint in the folder, the newest unless a step is given; returns its step.
+
+        Those of later steps are removed when the next one is written.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, or from a run with another flow, network, settings or
-                number of rows.
+            ValueError: it is damaged (an older one that is whole is named), or from a run with
+                another flow, network, settings or number of rows.
+
+        Warns:
+            UserWarning: it is from before there were checksums.
         """
         if self.folder is None:
             raise ValueError("folder is None; resuming needs the folder of a run.")
-        weights, description, state = load_run(self.folder)
-        _check_flow(self.flow, flow_of(description), self.folder)
-        if state["rows"] != len(self.data):
+        weights, description, state = load_run(self.folder, step)
+        try:
+            saved, settings, rows = flow_of(description), dict(state["config"]), state["rows"]
+        except BROKEN as error:
             raise ValueError(
-                f"data has {len(self.data)} rows; the run in {self.folder} has {state['rows']}."
+                f"{self.folder} holds a checkpoint that is damaged or of another program ({error})."
+            ) from error
+        _check_flow(self.flow, saved, self.folder)
+        if rows != len(self.data):
+            raise ValueError(
+                f"data has {len(self.data)} rows; the run in {self.folder} has {rows}."
             )
         for name, value in dataclasses.asdict(self.config).items():
-            if name not in _MAY_DIFFER and state["config"].get(name) != value:
+            if name not in _MAY_DIFFER and settings.get(name) != value:
                 raise ValueError(
-                    f"{name} is {value!r}; the run in {self.folder} has "
-                    f"{state['config'].get(name)!r}."
+                    f"{name} is {value!r}; the run in {self.folder} has {settings.get(name)!r}."
                 )
         try:
             self.network.load_state_dict(state["network"])
             self.averaged.load_state_dict(weights)
             self._optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as error:
+        except BROKEN as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
-        self.step = state["step"]
+        self.step = self._saved = state["step"]
         self._averaged.n_averaged.fill_(self.step)
         return self.step
 

@@ -144,6 +144,103 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) in (["file"], ["file", "run"])
 
 
+def test_one_sentence_for_more_than_there_can_be(run, tmp_path, capsys):
+    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    huge = 10**30
+    for n in (999_999_999_999, huge):
+        assert f"n is {n}" in fails(capsys, *sample, "--n", n)
+    for steps in (10**12, huge):
+        assert f"steps is {steps}" in fails(capsys, *sample, "--steps", steps)
+        evaluate = ["evaluate", "--checkpoint", run, "--out", tmp_path / "e", "--curve"]
+        assert "curve-steps is 1000" in fails(capsys, *evaluate, "--curve-steps", steps)
+    assert f"seed is {huge}" in fails(capsys, *sample, "--seed", huge)
+    assert f"seed is {-huge}" in fails(capsys, *sample, "--seed", -huge)
+    assert "label is 1000" in fails(capsys, *sample, "--label", huge)
+    assert "batch-size 1000" in fails(capsys, *sample, "--batch-size", huge)
+    assert "seed is 1000" in fails(capsys, "demo", "--out", tmp_path / "demo", "--seed", huge)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:-1", "", "hpu", "mkldnn"])
+def test_devices_that_cannot_compute(run, tmp_path, capsys, device):
+    arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy", "--device", device]
+    assert f"device is {device!r}, which cannot be used here" in fails(capsys, *arguments)
+    train = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN, "--device", device]
+    assert f"device is {device!r}, which cannot be used here" in fails(capsys, *train)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--flow", "M", "100000"], "M is 100000"),
+        (["--flow", "M", "1e308"], "M is 1e+308"),
+        (["--flow", "sigma", "1e308"], "sigma is 1e+308"),
+        (["--flow", "sigma", "5e-324"], "sigma is 5e-324"),
+        (["--flow", "tau", "1e-308"], "tau is 1e-308"),
+        (["--flow", "data_norm", "1e308"], "data_norm is 1e+308"),
+        (["--method", "edm", "--flow", "sigma_data", "1e308"], "sigma_data is 1e+308"),
+        (["--method", "edm", "--flow", "rho", "1e-30"], "rho is 1e-30"),
+        (["--width", "100000000"], "width is 100000000"),
+        (["--width", "1000000"], "width 1000000"),
+        (["--network", "mlp", "--width", "1000000"], "width 1000000"),
+        (["--method", "edm", "--width", "1000000"], "'width': 1000000"),
+        (["--network", "ddpmpp", "--width", "1000000"], "nf 1000000"),
+        (["--network", "ncsnpp", "--blocks", "100000000"], "num_res_blocks is 100000000"),
+        (["--blocks", "100000000"], "blocks is 100000000"),
+        (["--multipliers", "100000000"], "multipliers[0] is 100000000"),
+        (["--seed", str(10**30)], "seed is 1000"),
+        (["--samples", str(10**12)], "samples is 1000"),
+        (["--levels", str(10**12)], "levels is 1000"),
+        (["--warmup", str(10**400)], "warmup is 1000"),
+        (["--steps", str(10**400)], "steps is 1000"),
+    ],
+)
+def test_one_sentence_for_settings_beyond_all_bounds(tmp_path, capsys, options, said):
+    arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN, *options]
+    started = time.process_time()
+    assert said in fails(capsys, *arguments)
+    assert time.process_time() - started < 10
+
+
+def test_memory_that_is_not_there(run, tmp_path, capsys, monkeypatch):
+    """Where no argument is to blame alone, what the allocator says is still one sentence."""
+    raised = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+
+    def exhausted(*arguments, **options):
+        raise raised.pop()
+
+    monkeypatch.setattr(pfgm.PoissonFlow, "sample", exhausted)
+    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    while raised:
+        assert "the memory is not enough for so much at once" in fails(capsys, *sample)
+    raised.append(RuntimeError("another one"))
+    with pytest.raises(RuntimeError, match="another one"):
+        cli.main([str(argument) for argument in sample])
+
+
+def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path, capsys):
+    train = ["train", "--data", "digits", "--out", tmp_path / "run", "--width", "16", *TRAIN]
+    assert cli.main([*map(str, train), "--checkpoint-every", "8"]) == 0
+    state, weights = (tmp_path / "run" / f"step-00000012.{s}" for s in ("state.pt", "safetensors"))
+    for path in (state, weights):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+        assert "continue from it with --resume-from 8" in fails(capsys, *train, "--resume")
+    sample = ["sample", "--checkpoint", tmp_path / "run", "--out", tmp_path / "x.npy"]
+    older = weights.with_name("step-00000008.safetensors")
+    assert f"The checkpoint {older} is whole" in fails(capsys, *sample, "--steps", 2)
+    sample[2] = older
+    assert cli.main([str(argument) for argument in [*sample, "--steps", 2]]) == 0
+    train[train.index("--steps") + 1] = "16"
+    assert cli.main([*map(str, train), "--resume-from", "8"]) == 0
+    assert "resuming at step 8" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.state.pt")) == [
+        "step-00000008.state.pt",
+        "step-00000016.state.pt",
+    ]
+
+
 def test_a_picture_needs_images(tmp_path, capsys):
     flow = pfgm.PoissonFlow((3,), data_norm=2.0)
     pfgm.save(tmp_path / "net.safetensors", flow, pfgm.networks.MLP((3,), width=16))

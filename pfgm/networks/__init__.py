@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from ..checks import allocating
 from .checkpoints import load_published
 from .denoiser import Denoiser
 from .edm import EDMDenoiser, SongUNet
@@ -47,6 +52,11 @@ def build(
 ) -> FieldNetwork | Denoiser | EDMDenoiser | Published:
     """The network called `name`, built from keyword arguments such as another's `config`.
 
+    Raises:
+        ValueError: there is none of that name, or a setting is out of range.
+        TypeError: a setting that it has not.
+        MemoryError: its parameters are more than the memory of the machine can hold.
+
     >>> net = build("mlp", {"shape": [2], "width": 16, "depth": 1})
     >>> build("mlp", net.config).config == net.config
     True
@@ -54,4 +64,22 @@ def build(
     if name not in NETWORKS:
         allowed = ", ".join(sorted(NETWORKS))
         raise ValueError(f"name is {name!r}; only one of {allowed} is allowed.")
-    return NETWORKS[name](**config)
+    kind = NETWORKS[name]
+    settings = ", ".join(f"{key} {value}" for key, value in config.items())
+    what = f"the parameters of the network {name!r} with {settings}"
+    with allocating(what):
+        if torch.empty(0).device.type != "meta":
+            # First without memory, as a system may promise more than it has.
+            with torch.device("meta"):
+                parameters = kind(**config).parameters()
+            if sum(each.nbytes for each in parameters) > _memory():
+                raise MemoryError
+        return kind(**config)
+
+
+def _memory() -> float:
+    """Bytes of memory in the machine, infinity where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return math.inf

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..checks import checks_values
 from ..flowpp import Preconditioned
-from .embedding import int_tuple, natural, plain, positive_int
+from .embedding import MOST_DEEP, MOST_WIDE, int_tuple, natural, plain, positive_int
 from .published import positional_features
 
 _ROOT = math.sqrt(0.5)  # sums of two branches keep their variance
@@ -220,7 +220,7 @@ class SongUNet(nn.Module):
                 raise ValueError(
                     f"{name} is {value!r}; allowed are {' and '.join(map(repr, allowed))}."
                 )
-        levels = int_tuple("channel_mult", channel_mult)
+        levels = int_tuple("channel_mult", channel_mult, MOST_WIDE)
         line = int_tuple("resample_filter", resample_filter)
         if len(line) % 2:
             raise ValueError(f"resample_filter is {line}; allowed is an even number of values.")
@@ -236,11 +236,13 @@ class SongUNet(nn.Module):
                 "resolution": resolution,
                 "classes": natural("classes", classes),
                 "augment_dim": natural("augment_dim", augment_dim),
-                "model_channels": positive_int("model_channels", model_channels),
+                "model_channels": positive_int("model_channels", model_channels, MOST_WIDE),
                 "channel_mult": levels,
-                "channel_mult_emb": positive_int("channel_mult_emb", channel_mult_emb),
-                "channel_mult_noise": positive_int("channel_mult_noise", channel_mult_noise),
-                "num_blocks": positive_int("num_blocks", num_blocks),
+                "channel_mult_emb": positive_int("channel_mult_emb", channel_mult_emb, MOST_WIDE),
+                "channel_mult_noise": positive_int(
+                    "channel_mult_noise", channel_mult_noise, MOST_WIDE
+                ),
+                "num_blocks": positive_int("num_blocks", num_blocks, MOST_DEEP),
                 "attn_resolutions": tuple(
                     positive_int("attn_resolutions", width) for width in attn_resolutions
                 ),

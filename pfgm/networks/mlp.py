@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import Center, FieldNetwork, NoiseEmbedding, natural, plain, positive_int
+from .embedding import (
+    MOST_DEEP,
+    MOST_WIDE,
+    Center,
+    FieldNetwork,
+    NoiseEmbedding,
+    natural,
+    plain,
+    positive_int,
+)
 
 
 class MLPBlock(nn.Module):
@@ -70,7 +79,8 @@ class MLP(FieldNetwork):
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
         n = math.prod(self.shape)
-        width, depth = positive_int("width", width), positive_int("depth", depth)
+        width = positive_int("width", width, MOST_WIDE)
+        depth = positive_int("depth", depth, MOST_DEEP)
         self.config = plain(
             {
                 "shape": self.shape,

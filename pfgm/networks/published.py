@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import int_tuple, plain, positive_int
+from .embedding import MOST_DEEP, MOST_WIDE, int_tuple, plain, positive_int
 
 _ROOT = math.sqrt(0.5)  # sums of two branches keep their variance
 _NOTHING = 1e-10  # the scale at which a layer starts that is to start as zero
@@ -226,7 +226,7 @@ class Published(nn.Module):
             positive_int("channels", channels),
             positive_int("resolution", resolution),
         )
-        levels = int_tuple("ch_mult", ch_mult)
+        levels = int_tuple("ch_mult", ch_mult, MOST_WIDE)
         attention = tuple(positive_int("attn_resolutions", width) for width in attn_resolutions)
         for name, value, allowed in (
             ("embedding", embedding, ("positional", "fourier")),
@@ -236,7 +236,7 @@ class Published(nn.Module):
                 raise ValueError(
                     f"{name} is {value!r}; allowed are {' and '.join(map(repr, allowed))}."
                 )
-        if positive_int("nf", nf) % 4:
+        if positive_int("nf", nf, MOST_WIDE) % 4:
             raise ValueError(f"nf is {nf}; allowed are multiples of 4.")
         if resolution % 2 ** (len(levels) - 1):
             raise ValueError(
@@ -250,7 +250,7 @@ class Published(nn.Module):
                 "resolution": resolution,
                 "nf": nf,
                 "ch_mult": levels,
-                "num_res_blocks": positive_int("num_res_blocks", num_res_blocks),
+                "num_res_blocks": positive_int("num_res_blocks", num_res_blocks, MOST_DEEP),
                 "attn_resolutions": attention,
                 "dropout": float(dropout),
                 "embedding": embedding,

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import Center, FieldNetwork, NoiseEmbedding, int_tuple, natural, plain, positive_int
+from .embedding import (
+    MOST_DEEP,
+    MOST_WIDE,
+    Center,
+    FieldNetwork,
+    NoiseEmbedding,
+    int_tuple,
+    natural,
+    plain,
+    positive_int,
+)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -143,8 +153,9 @@ class UNet(FieldNetwork):
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
         self._check_image_shape()
-        width, blocks = positive_int("width", width), positive_int("blocks", blocks)
-        levels = [width * m for m in int_tuple("multipliers", multipliers)]
+        width = positive_int("width", width, MOST_WIDE)
+        blocks = positive_int("blocks", blocks, MOST_DEEP)
+        levels = [width * m for m in int_tuple("multipliers", multipliers, MOST_WIDE)]
         heads = _checked_heads(heads, levels[-1])
         self.config = plain(
             {

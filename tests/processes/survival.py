@@ -73,7 +73,7 @@ def full_disk(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     running = trainer(folder, step + 10)
     running.resume()
-    with pytest.raises(OSError, match=rf"{folder}/step-\d+\.safetensors cannot be written"):
+    with pytest.raises(OSError, match=rf"{folder}/step-\d+\.state\.pt cannot be written"):
         running.train()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert load_run(folder)[2]["step"] == step
