@@ -80,8 +80,7 @@ def locked(folder: StrPath) -> Iterator[Path]:
         yield path
         return
     with unless_it_fails(path):
-        with usable(path):
-            file = _take(path)
+        file = _take(path)
         _owners[key] = threading.get_ident()
         try:
             yield check_folder(path)
@@ -92,23 +91,24 @@ def locked(folder: StrPath) -> Iterator[Path]:
 
 def _take(folder: Path) -> int:
     """An open file that holds the lock."""
-    path, holder = folder / _NAME, None
+    holder = None
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = _open(path)
-        except FileNotFoundError:
-            continue  # a run that failed has just removed its folder
-        try:
-            if _tried(file, path):
-                return file
-            holder = _holder(file)
-        except BaseException:
+        with usable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                file = _open(folder / _NAME)
+            except FileNotFoundError:
+                continue  # a run that failed has just removed its folder
+            try:
+                if _tried(file, folder / _NAME):
+                    return file
+                holder = _holder(file)
+            except BaseException:
+                _close(file)
+                raise
             _close(file)
-            raise
-        _close(file)
         if attempt and holder is not None:
             break
     raise FolderInUse(
