@@ -127,7 +127,7 @@ def unless_it_fails(folder: Path) -> Iterator[None]:
 
     Then those are removed that were not there before and hold nothing.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         yield
     except BaseException:
