@@ -40,8 +40,11 @@ def main() -> int:
     try:
         _show(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+        if not isinstance(error, BrokenPipeError):  # else the reader has seen enough
+            print(f"pfgm: error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -28,6 +28,7 @@ from . import editing, likelihood
 from . import steps as ode_steps
 from .backends.reference import dequantise
 from .checks import allocating, check_dimensions, is_number
+from .messages import progress_bar
 from .references import References, ReferenceSet
 from .solvers import SAMPLERS, SCHEDULES, Callback, StepInfo
 from .steps import Field, Level
@@ -988,9 +989,7 @@ def _shown(
     if not progress:
         yield callback
         return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="sampling", unit="step") as bar:
+    with progress_bar(total=total, desc="sampling", unit="step") as bar:
 
         def show(info: StepInfo) -> object:
             bar.set_postfix(z=f"{info['z']:.3g}", refresh=False)

@@ -9,19 +9,22 @@ import operator
 import platform
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends, checkpoint, data, demo, runs
 from .backends import native
+from .base import Flow
 from .checks import allocating, check_seed, out_of_memory, usable_device
 from .evaluate_command import Evaluate
 from .evaluation import noise_generator
-from .files import check_folder
+from .files import output_folder, reserve_standard_descriptors
+from .messages import show, unfailing_streams
 from .processes import ProcessLost, joined
 from .runs import RunConfig, Settings
 from .training import Diverged, TrainConfig
@@ -137,7 +140,11 @@ class Sample:
                 f"out is {self.out}, but samples of shape {flow.shape} are no images; use a name "
                 "that ends in .npy."
             )
-        check_folder(self.out.parent)
+        with output_folder(self.out.parent):
+            self._draw(flow, network, device)
+        print(self.out)
+
+    def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> None:
         # The prior is drawn at once on the CPU, so that n alone decides where samples begin.
         with allocating(f"n is {self.n}, and so many samples of shape {flow.shape}"):
             prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
@@ -165,7 +172,6 @@ class Sample:
             from .plotting import image_grid
 
             image_grid(samples, self.out)
-        print(self.out)
 
     def _condition(self, count: int) -> dict[str, Tensor]:
         return {} if self.label is None else {"labels": torch.full((count,), self.label)}
@@ -176,14 +182,17 @@ class Info:
     """Show versions, backends and why the others cannot run, build flags and threads."""
 
     def run(self) -> None:
-        print(f"pfgm {_version('pfgm')}, Python {platform.python_version()}, {platform.machine()}")
-        print("packages  ", ", ".join(f"{name} {_version(name)}" for name in _SHOWN_PACKAGES))
-        print(f"threads    {torch.get_num_threads()}")
+        packages = ", ".join(f"{name} {_version(name)}" for name in _SHOWN_PACKAGES)
+        lines = [
+            f"pfgm {_version('pfgm')}, Python {platform.python_version()}, {platform.machine()}",
+            f"packages   {packages}",
+            f"threads    {torch.get_num_threads()}",
+        ]
         for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
             for name, (usable, detail) in backends.available(device).items():
-                print(f"{device:10} {name}: {detail if usable else f'cannot run: {detail}'}")
-        for line in native.build_lines():
-            print(line)
+                state = detail if usable else f"cannot run: {detail}"
+                lines.append(f"{device:10} {name}: {state}")
+        show("\n".join([*lines, *native.build_lines()]))
 
 
 def _version(package: str) -> str:
@@ -212,6 +221,14 @@ def _parse(arguments: list[str]) -> Any:
     )
 
 
+def _check_values(arguments: list[str]) -> None:
+    """No option takes the empty text, of which a path would make the current folder."""
+    for before, argument in pairwise(["", *arguments]):
+        name, _, value = argument.partition("=") if "=" in argument else (before, "", argument)
+        if name.startswith("--") and not value:
+            raise ValueError(f"{name[2:]} is ''; allowed is a text that is not empty.")
+
+
 _EXPECTED = (
     ValueError,
     TypeError,
@@ -234,13 +251,22 @@ def _told(error: BaseException) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; 0, or 2 after one sentence on what is wrong with the input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["--version"]:
-        print(f"pfgm {_version('pfgm')}")
-        return 0
+    """Runs one command; 0, or 2 after one sentence on what is wrong with the input.
+
+    Where stdout or stderr are closed, what would be said there is dropped, and no work with it.
+    """
+    reserve_standard_descriptors()
+    with unfailing_streams():
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> int:
     try:
-        _parse(arguments).run()
+        _check_values(arguments)
+        if arguments == ["--version"]:
+            show(f"pfgm {_version('pfgm')}")
+        else:
+            _parse(arguments).run()
     except _EXPECTED as error:
         print(f"pfgm: error: {error}", file=sys.stderr)
         return 2

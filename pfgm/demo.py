@@ -14,8 +14,10 @@ from torch import Tensor
 
 from . import checkpoint, data, metrics
 from .checks import check_seed
-from .files import StrPath, check_folder, write_atomic
+from .files import StrPath, write_atomic
 from .flow import PoissonFlow
+from .locks import locked
+from .messages import say
 from .networks import UNet
 from .solvers import StepInfo
 from .training import Terminated, TrainConfig, Trainer
@@ -45,7 +47,7 @@ def run(
     steps: int = TRAINING.steps,
     seed: int = 0,
     conditional: bool = False,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains on scikit-learn's digits, samples, and writes what came of it into a folder.
@@ -67,28 +69,39 @@ def run(
         The content of metrics.json.
 
     Raises:
+        FolderInUse: another run is at work in the folder.
         OSError: the folder cannot be written.
         ImportError: scikit-learn or matplotlib is missing.
     """
+    check_seed(seed)
+    warmup = min(TRAINING.warmup, steps // 10)
+    config = dataclasses.replace(TRAINING, steps=steps, warmup=warmup, seed=seed)
+    with locked(out) as folder:
+        return _run(folder, config, conditional, report, progress)
+
+
+def _run(
+    folder: Path,
+    config: TrainConfig,
+    conditional: bool,
+    report: Callable[[str], None],
+    progress: bool,
+) -> dict[str, Any]:
     from .plotting import image_grid, trajectory_grid
 
-    check_seed(seed)
     started = time.perf_counter()
-    folder = check_folder(out)
     digits = data.digits()
     flow = PoissonFlow.from_data(digits.train)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         network = UNet(
             flow.shape,
             classes=10 if conditional else 0,
             data_std=float(digits.train.square().mean().sqrt()),
         )
-    warmup = min(TRAINING.warmup, steps // 10)
-    config = dataclasses.replace(TRAINING, steps=steps, warmup=warmup, seed=seed)
     known = digits.train_labels if conditional else None
     trainer = Trainer(flow, network, digits.train, config, progress=progress, labels=known)
-    report(f"training on {len(digits.train)} digits, {steps} steps")
+    report(f"training on {len(digits.train)} digits, {config.steps} steps")
     try:
         trainer.train()
     except (KeyboardInterrupt, Terminated):
@@ -103,7 +116,7 @@ def run(
         SAMPLES,
         steps=SOLVER_STEPS,
         condition={"labels": labels} if conditional else None,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(config.seed),
         callback=recorder,
         progress=progress,
         return_nfe=True,
@@ -124,8 +137,8 @@ def run(
             "sampling": sampled - trained,
             "total": time.perf_counter() - started,
         },
-        "seed": seed,
-        "steps": steps,
+        "seed": config.seed,
+        "steps": config.steps,
         "threads": torch.get_num_threads(),
     }
     content = json.dumps(figures, indent=2) + "\n"

@@ -22,7 +22,7 @@ from .checks import check_seed, usable_device
 from .data import to_unit
 from .datasets import Data, open_data, open_samples
 from .evaluation import Point
-from .files import check_folder, write_atomic
+from .files import output_folder, write_atomic
 from .references import ReferenceSet
 from .runs import RunConfig
 
@@ -96,7 +96,13 @@ class Evaluate:
         data = open_data(name, progress=True)
         source = self._open(device)
         self._check_data(name, data, source)
-        check_folder(self.out)
+        with output_folder(self.out):
+            self._measure(name, data, source, device)
+        print(self.out)
+
+    def _measure(
+        self, name: str, data: Data, source: Loaded | ReferenceSet, device: torch.device
+    ) -> None:
         real = _Real.of(data, self.against, self.seed, device)
         figures: dict[str, Any] = {"data": name}
         if isinstance(source, Loaded):
@@ -117,7 +123,6 @@ class Evaluate:
             points = self._curve(source, real, device)
             _write_csv(self.out / "curve.csv", points)
         _draw_pictures(self.out, samples, points, figures["frechet_distance"]["train"])
-        print(self.out)
 
     # ---- what is asked for ----
 

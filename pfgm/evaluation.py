@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import metrics
 from .base import Flow, Network, network_device
 from .batches import seed_of
 from .checks import allocating, check_seed
 from .data import to_unit
+from .messages import progress_bar
 from .networks import NoiseEmbedding, SongUNet
 
 __all__ = [
@@ -197,7 +197,7 @@ def evaluate_samples(
     _check_counts({"samples": samples, against: real, "train": beside}, halved=held_out is None)
     others = beside  # that none of the real rows is among
     beside = spread(beside, len(samples))
-    with tqdm(total=4, desc="metrics", disable=not progress) as bar:
+    with progress_bar(total=4, desc="metrics", disable=not progress) as bar:
 
         def done(value: Any) -> Any:
             bar.update()
@@ -392,7 +392,7 @@ def curve(
         chosen = {"solver": "rk45"}
         runs.append(("rk45", tolerance, {"rtol": tolerance, "atol": tolerance, **chosen}))
     points = []
-    for name, setting, chosen in tqdm(runs, "curve", unit="run", disable=not progress):
+    for name, setting, chosen in progress_bar(runs, "curve", unit="run", disable=not progress):
         samples, nfe = draw_samples(flow, network, n, seed=seed, **chosen, **options)
         distance = metrics.frechet_distance(clamped(samples, held_out), held_out)
         points.append(Point(name, setting, nfe, distance))

@@ -6,7 +6,8 @@ import errno
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +46,7 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
         raise OSError(f"{path} cannot be written: {target.parent} is not an existing folder.")
     if target.exists() and not target.is_file():
         raise OSError(f"{path} cannot be written: it exists and is not a regular file.")
+    reserve_standard_descriptors()
     try:
         _write_and_rename(target, write)
     except OSError as error:
@@ -64,23 +66,92 @@ def check_folder(path: StrPath) -> Path:
         The folder as a Path.
 
     Raises:
+        ValueError: the name is empty.
         OSError: it can be neither found nor created, or no file can be created in it.
 
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     check_folder(Path(parent) / "runs" / "first").is_dir()
     True
     """
-    folder = Path(path)
-    try:
+    folder = named_folder(path)
+    with usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".pfgm-", suffix=".tmp"):
             pass
+    return folder
+
+
+def named_folder(path: StrPath) -> Path:
+    """The folder as a Path, which would take the empty name for the current folder.
+
+    Raises:
+        ValueError: the name is empty.
+    """
+    if not os.fspath(path):
+        raise ValueError("the output folder is ''; allowed is a name that is not empty.")
+    return Path(path)
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Says in one sentence that an output folder does not do, where that makes an OSError."""
+    try:
+        yield
     except OSError as error:
         raise OSError(
-            f"{path} cannot be used as the output folder ({error.strerror or error}); allowed is "
+            f"{folder} cannot be used as the output folder ({error.strerror or error}); allowed is "
             "a folder that exists or can be created, and in which files can be created."
         ) from error
-    return folder
+
+
+@contextmanager
+def output_folder(path: StrPath) -> Iterator[Path]:
+    """:func:`check_folder` around some work; where that fails, it leaves no empty new folder.
+
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     folder = Path(parent) / "runs" / "first"
+    ...     try:
+    ...         with output_folder(folder):
+    ...             raise ValueError("steps is 0")
+    ...     except ValueError:
+    ...         folder.parent.exists()
+    False
+    """
+    with unless_it_fails(named_folder(path)):
+        yield check_folder(path)
+
+
+@contextmanager
+def unless_it_fails(folder: Path) -> Iterator[None]:
+    """Keeps the folders that some work creates, this one and its parents, unless the work fails.
+
+    Then those are removed that were not there before and hold nothing.
+    """
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that holds something, or was not made
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def reserve_standard_descriptors() -> None:
+    """Opens /dev/null in the place of stdin, stdout and stderr where they are closed.
+
+    A file that were opened there instead, such as a checkpoint, would be sent the messages of
+    libraries that write to descriptor 2.
+    """
+    for standard in range(3):
+        try:
+            os.fstat(standard)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            if opened == standard:
+                os.set_inheritable(opened, True)
+            else:
+                os.close(opened)  # another thread was faster
 
 
 def remove_leftovers(folder: StrPath) -> None:

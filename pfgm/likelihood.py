@@ -25,6 +25,7 @@ from . import steps
 from .backends.reference import wide_dtype
 from .checks import checks_values
 from .functional import log_density
+from .messages import progress_bar
 from .solvers import Denoiser
 from .steps import Field
 
@@ -309,10 +310,8 @@ def _shown(count: int, solver: str, progress: bool) -> Iterator[Callable[[float]
     if not progress:
         yield lambda level: None
         return
-    from tqdm.auto import tqdm
-
     total = {"euler": count, "heun": 2 * (count - 1)}.get(solver)
-    with tqdm(total=total, desc="likelihood", unit="evaluation") as bar:
+    with progress_bar(total=total, desc="likelihood", unit="evaluation") as bar:
 
         def show(level: float) -> None:
             bar.set_postfix(level=f"{level:.3g}", refresh=False)

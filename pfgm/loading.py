@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from tqdm.auto import tqdm
 
 from .array_files import from_numpy
+from .messages import progress_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +63,8 @@ def load_images(folder: Path, *, progress: bool = False) -> Tensor:
     channels, size = _common_form(paths)
     width, height = size
     images = torch.empty(len(paths), channels, height, width, dtype=torch.uint8)
-    for row, path in enumerate(tqdm(paths, "images", unit="image", disable=not progress)):
+    bar = progress_bar(paths, "images", unit="image", disable=not progress)
+    for row, path in enumerate(bar):
         with _opened(path) as image:
             images[row] = _pixels(image, channels)
     return images
@@ -91,7 +92,9 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
     rows = torch.empty(count, *row.shape, dtype=row.dtype)
     labels = None if label is None else torch.empty(count, dtype=torch.int64)
     rest = (_split(dataset[index]) for index in range(1, count))
-    items = tqdm(chain([(first, label)], rest), "dataset", count, unit="item", disable=not progress)
+    items = progress_bar(
+        chain([(first, label)], rest), "dataset", count, unit="item", disable=not progress
+    )
     for index, (value, label) in enumerate(items):
         row = _row(value, index, channels)
         if (row.shape, row.dtype) != (rows.shape[1:], rows.dtype):

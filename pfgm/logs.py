@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomic
+from .files import reserve_standard_descriptors, write_atomic
 
 __all__ = ["Log"]
 
@@ -32,6 +32,7 @@ class Log:
         self._writer: Any = None
         if folder is None:
             return
+        reserve_standard_descriptors()
         folder.mkdir(parents=True, exist_ok=True)
         names = ("log", "evaluations")
         self._tables = {name: _Table(folder / f"{name}.csv", step) for name in names}

@@ -32,7 +32,14 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[torch.devic
 
     Yields:
         This process's device.
+
+    Raises:
+        ValueError: timeout is not between 0.001 and 1e8.
     """
+    if (
+        not 0.001 <= timeout <= 1e8
+    ):  # beyond, what takes it counts in whole milliseconds, or is full
+        raise ValueError(f"timeout is {timeout!r}; allowed are 0.001 to 1e8 seconds.")
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield device
         return

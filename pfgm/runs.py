@@ -19,9 +19,11 @@ from .checks import usable_device
 from .data import to_unit
 from .datasets import Data, open_data
 from .distillation import Consistency
-from .files import StrPath, check_folder, write_atomic
+from .files import StrPath, named_folder, write_atomic
 from .flow import PoissonFlow
 from .flowpp import PoissonFlowPP
+from .locks import claimed
+from .messages import say
 from .processes import Processes, lost
 from .references import ReferenceSet
 from .training import TrainConfig, Trainer
@@ -169,7 +171,7 @@ def start(
     resume: bool = False,
     resume_from: int | None = None,
     progress: bool = True,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
 ) -> nn.Module:
     """Trains as configured, with everything that comes of it in a folder.
 
@@ -179,7 +181,8 @@ def start(
     Args:
         config: what to do. Resuming, it may differ from that in the folder in what
             :meth:`pfgm.training.Trainer.resume` allows.
-        folder: created where missing.
+        folder: created where missing, and locked: no other run may be at work there. A start that
+            fails leaves no empty new folder.
         device: to train on.
         resume: continue the run that is in the folder.
         resume_from: continue it from the checkpoint of this step, not from the newest one.
@@ -192,21 +195,15 @@ def start(
     Raises:
         ValueError: the folder holds a run and resume is False, or resuming, a run with other
             settings; the data or settings do not do.
+        FolderInUse: another run is at work in the folder; nothing in it has been touched.
         OSError: the folder cannot be written, the data cannot be read.
         Diverged, ProcessLost, KeyboardInterrupt, Terminated: as
             :meth:`pfgm.training.Trainer.train`.
     """
     device = usable_device(str(device))
-    folder = check_folder(folder)
+    folder = named_folder(folder)
     processes = Processes()
     resume = resume or resume_from is not None
-    if resume:
-        _check_settings(config, folder)
-    elif (folder / "latest.json").exists():
-        raise ValueError(
-            f"out is {folder}, which holds a run already; add --resume to continue it, or choose "
-            "another folder."
-        )
     if config.shared and processes.size == 1:
         raise ValueError("shared is True, but there is one process; start several with torchrun.")
     if config.shared and config.labels:
@@ -214,7 +211,14 @@ def start(
             "shared and labels are both True, but the references of one label cannot be shared; "
             "choose one of them."
         )
-    with lost(processes):
+    with lost(processes), claimed(folder, processes):
+        if resume:
+            _check_settings(config, folder)
+        elif (folder / "latest.json").exists():
+            raise ValueError(
+                f"out is {folder}, which holds a run already; add --resume to continue it, or "
+                "choose another folder."
+            )
         return _run(config, folder, device, resume, resume_from, processes, progress, report)
 
 

@@ -13,32 +13,40 @@ __all__ = ["Terminated", "noticed"]
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived during training; the checkpoint has been written."""
+    """SIGTERM or SIGHUP arrived during training; the checkpoint has been written."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)
 
 
 @contextmanager
 def noticed() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM is put into the list; a second one acts as it did before."""
+    """SIGINT, SIGTERM and SIGHUP are put into the list; a second of the first two acts as before.
+
+    SIGHUP may come more than once, and beside SIGTERM, where a terminal or a session closes; all of
+    that is one wish. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread is sent signals
         return
     previous: dict[int, Any] = {}
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def restore(*numbers: int) -> None:
+        for number in numbers:
+            if number in previous:
+                signal.signal(number, previous[number])
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        restore()
+        if number != signal.SIGHUP:
+            restore(signal.SIGINT, signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # None is a handler that is not Python's, which could not be put back.
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            previous[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
-        restore()
+        restore(*previous)

@@ -6,29 +6,31 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
 
 from .base import Flow
 from .batches import Batch, Batches, seed_of
 from .checkpoint import flow_of, load_run, save_run
-from .files import remove_leftovers
+from .files import named_folder, remove_leftovers
 from .flowpp import PoissonFlowPP
+from .locks import FolderInUse, claimed, locked
 from .logs import Log
+from .messages import progress_bar
 from .networks.pickles import BROKEN
 from .processes import Processes, ProcessLost, lost
 from .references import References, ReferenceSet
 from .signals import Terminated, noticed
 from .train_config import TrainConfig
 
-__all__ = ["Diverged", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
+__all__ = ["Diverged", "FolderInUse", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
 
 
 class Diverged(RuntimeError):
@@ -43,8 +45,10 @@ class Trainer:
     """Trains a network on a Poisson flow's loss.
 
     All randomness is a function of the seed and the step, so a resumed run continues exactly as if
-    it had not stopped (on the CPU to the bit). SIGINT and SIGTERM end the run after the step at
-    hand, with a checkpoint written.
+    it had not stopped (on the CPU to the bit). SIGINT, SIGTERM and SIGHUP end the run after the
+    step at hand, with a checkpoint written; one that is ignored, as under nohup, stays ignored.
+    Progress that cannot be shown any more is no reason to end. While it trains, a lock keeps other
+    runs out of the folder.
 
     Where torch.distributed is initialised (as by :func:`pfgm.processes.joined` under torchrun), its
     processes train together: each takes its part of every batch, with noise of its own, gradients
@@ -98,12 +102,13 @@ class Trainer:
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
         self.config = config = config or TrainConfig()
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else named_folder(folder)
         self.progress = progress
         self.evaluate = evaluate
         self.loss, self.distilled = loss, distilled
         self.step = 0
         self._saved: int | None = None  # step of the run's last checkpoint
+        self._known: bytes | None = None  # latest.json as this run has read or written it
         self._check_data()
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
@@ -176,24 +181,38 @@ class Trainer:
             Diverged: the loss is not finite; no checkpoint is written after the last good one.
             ValueError: data hold values that are not finite (on a GPU the loss shows that), or the
                 folder holds a run that has not been resumed.
-            OSError: a checkpoint cannot be written.
+            FolderInUse: another run is at work in the folder.
+            OSError: a checkpoint or a log cannot be written.
             KeyboardInterrupt, Terminated: a signal ended the run, after its checkpoint.
             ProcessLost: another process of the run has ended or does not answer.
         """
+        with lost(self._processes), claimed(self.folder, self._processes):
+            if self.folder is not None and self._processes.leads:
+                self._check_folder(self.folder)
+                remove_leftovers(self.folder)
+            return self._train()
+
+    def _check_folder(self, folder: Path) -> None:
+        """Only the checkpoint that this run has read or written may be in the folder."""
+        if _latest(folder) in (None, self._known):
+            return
+        if self._known is None:
+            raise ValueError(
+                f"folder is {folder}, which holds a run already; resume() continues it, another "
+                "folder keeps it."
+            )
+        raise ValueError(
+            f"folder is {folder}, whose newest checkpoint is not the one that this run has read or "
+            "written last; resume() takes up the newest, another folder keeps it."
+        )
+
+    def _train(self) -> nn.Module:
         self.network.train()
         config, processes = self.config, self._processes
-        leads = processes.leads
-        if leads and self.folder is not None:
-            if self.step == 0 and (self.folder / "latest.json").exists():
-                raise ValueError(
-                    f"folder is {self.folder}, which holds a run already; resume() continues it, "
-                    "another folder keeps it."
-                )
-            remove_leftovers(self.folder)
+        folder = self.folder if processes.leads else None
         with (
             noticed() as received,
-            lost(processes),
-            closing(Log(self.folder if leads else None, self.step)) as log,
+            closing(Log(folder, self.step)) as log,
             self._bar() as bar,
         ):
             total, since = torch.zeros((), device=self._device), self.step
@@ -211,22 +230,40 @@ class Trainer:
                     loss = self._checked(processes.mean(float(total) / (self.step - since)))
                     bar.set_postfix(loss=f"{loss:.4g}")
                     figures = {"loss": loss, "lr": config.learning_rate_at(self.step - 1)}
-                    log.write(self.step, figures | {"seconds": time.perf_counter() - started})
+                    with self._saved_where_it_fails():
+                        log.write(self.step, figures | {"seconds": time.perf_counter() - started})
                     total, since = torch.zeros_like(total), self.step
                 if due or last:
                     self.save()
                 if self._evaluates(last and not stopped) and self.evaluate is not None:
-                    log.write(self.step, self.evaluate(self.step, self.averaged), "evaluations")
+                    with self._saved_where_it_fails():
+                        log.write(self.step, self.evaluate(self.step, self.averaged), "evaluations")
+        if received[:1] == [signal.SIGINT]:
+            raise KeyboardInterrupt
         if received or stopped:
-            raise Terminated if received[:1] != [signal.SIGINT] else KeyboardInterrupt
+            raise Terminated(*received[:1])
         return self.averaged
+
+    @contextmanager
+    def _saved_where_it_fails(self) -> Iterator[None]:
+        """A report that fails, such as print() in evaluate without stdout, costs no steps."""
+        try:
+            yield
+        except Exception:
+            self.save()
+            raise
 
     def _evaluates(self, last: bool) -> bool:
         every = self.config.evaluate_every
         return self._processes.leads and every > 0 and (last or self.step % every == 0)
 
     def save(self) -> None:
-        """Writes a checkpoint of the present step into the folder, if there is one."""
+        """Writes a checkpoint of the present step into the folder, if there is one.
+
+        Raises:
+            FolderInUse: another run is at work in the folder.
+            OSError: the checkpoint cannot be written.
+        """
         if self.folder is None or not self._processes.leads:
             return
         state = {
@@ -236,16 +273,20 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        save_run(
-            self.folder,
-            self.flow,
-            self.averaged,
-            state,
-            self.step,
-            self.distilled,
-            after=self._saved or self.step,
-        )
-        self._saved = self.step
+        with locked(self.folder):
+            try:
+                save_run(
+                    self.folder,
+                    self.flow,
+                    self.averaged,
+                    state,
+                    self.step,
+                    self.distilled,
+                    after=self._saved or self.step,
+                )
+                self._saved = self.step
+            finally:
+                self._known = _latest(self.folder)
 
     def resume(self, step: int | None = None) -> int:
         """Takes up a checkpoint in the folder, the newest unless a step is given; returns its step.
@@ -262,6 +303,7 @@ class Trainer:
         """
         if self.folder is None:
             raise ValueError("folder is None; resuming needs the folder of a run.")
+        known = _latest(self.folder)
         weights, description, state = load_run(self.folder, step)
         try:
             saved, settings, rows = flow_of(description), dict(state["config"]), state["rows"]
@@ -287,6 +329,7 @@ class Trainer:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
         self.step = self._saved = state["step"]
+        self._known = known
         self._averaged.n_averaged.fill_(self.step)
         return self.step
 
@@ -362,14 +405,20 @@ class Trainer:
             "the last checkpoint is unharmed."
         )
 
-    def _bar(self) -> tqdm:
-        return tqdm(
+    def _bar(self) -> Any:
+        return progress_bar(
             total=self.config.steps,
             initial=self.step,
             desc="training",
             unit="step",
             disable=not (self.progress and self._processes.leads),
         )
+
+
+def _latest(folder: Path) -> bytes | None:
+    """Which checkpoint the folder says is the newest."""
+    path = folder / "latest.json"
+    return path.read_bytes() if path.exists() else None
 
 
 def _check_flow(flow: Flow, saved: Flow, folder: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,7 +142,38 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
         capsys, "train", "--data", "digits", "--out", blocked / "run", *TRAIN
     )
     assert "output folder" in fails(capsys, "demo", "--out", blocked / "demo")
-    assert sorted(p.name for p in tmp_path.iterdir()) in (["file"], ["file", "run"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_rejected_settings_leave_no_folder(run, tmp_path, capsys):
+    out = ["--out", tmp_path / "new" / "er"]
+    train = ["train", *out, *TRAIN]
+    for arguments, message in (
+        ([*train, "--network", "mlp", "--blocks", 2], "blocks is 2"),
+        ([*train, "--batch-size", 5000, "--references", 5000], "at least batch_size, 5000"),
+        ([*train, "--flow", "zmax", 3], "'zmax'"),
+        ([*train, "--shared"], "shared is True"),
+        ([*train, "--teacher", tmp_path / "no"], "no checkpoint"),
+        (["demo", *out, "--steps", 0], "steps is 0"),
+        (["evaluate", *out, "--checkpoint", run, "--steps", 0], "steps is 0"),
+        (["sample", "--out", tmp_path / "new" / "x.npy", "--checkpoint", run, "--steps", 0], "0"),
+    ):
+        assert message in fails(capsys, *arguments)
+        assert not list(tmp_path.iterdir())
+
+
+def test_values_that_no_option_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "demo", "evaluate", "sample"):
+        assert "out is ''; allowed is" in fails(capsys, command, "--out", "")
+    assert "out is ''; allowed is" in fails(capsys, "train", "--out=")
+    assert "checkpoint is ''" in fails(capsys, "sample", "--out", "x.npy", "--checkpoint", "")
+    for timeout in ("nan", "-1", "0", "inf"):
+        message = fails(capsys, "train", "--out", "run", "--timeout", timeout)
+        assert f"timeout is {float(timeout)}; allowed are 0.001 to 1e8 seconds" in message
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="folder is ''"):
+        pfgm.demo.run("", steps=1)
 
 
 def test_one_sentence_for_more_than_there_can_be(run, tmp_path, capsys):
@@ -268,16 +300,93 @@ def test_a_forced_backend_that_cannot_run_is_one_sentence(tmp_path, capsys, monk
     assert "PFGM_BACKEND is 'abacus'" in fails(capsys, *arguments)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code):
+def wait_for_checkpoint(process, folder):
+    deadline = time.monotonic() + 120
+    while not (folder / "latest.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def without_streams():
+    """As `0<&- >&- 2>&-` under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for descriptor in range(3):
+        os.close(descriptor)
+
+
+def test_a_run_whose_output_is_gone_goes_on(tmp_path):
+    """The reader of a pipe ends after a line, a full device, and no streams at all."""
+    code = "import os, sys, pfgm.cli; code = pfgm.cli.main(); os.write(2, b'text'); sys.exit(code)"
+    started = {}
+    for kind in ("pipe", "full", "closed"):
+        arguments = ["train", "--out", str(tmp_path / kind), "--width", "16", *TRAIN]
+        steps = ["--steps", "30", "--checkpoint-every", "2"]
+        call = [sys.executable, "-c", code, *arguments, *steps]
+        if kind == "pipe":
+            call = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | head -c 1', "-", *call]
+        with open("/dev/full", "w") as full:
+            options = {
+                "pipe": {"stdout": subprocess.DEVNULL},
+                "full": {"stdout": full, "stderr": full},
+                "closed": {"preexec_fn": without_streams},
+            }[kind]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            started[kind] = subprocess.Popen(call, env=environment, **options)
+    process = started["closed"]
+    wait_for_checkpoint(process, tmp_path / "closed")
+    process.send_signal(signal.SIGHUP)
+    for kind, process in started.items():
+        # Where descriptor 2 leads nowhere, the last words of the script itself fail.
+        assert process.wait(timeout=120) == (0 if kind == "closed" else 1), kind
+        assert json.loads((tmp_path / kind / "latest.json").read_text())["step"] == 30
+        pfgm.load(tmp_path / kind)
+
+
+def test_samples_are_written_whatever_becomes_of_stdout(run, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for name, descriptor in (("pipe", writer), ("full", full), ("none", None)):
+        stream = None if descriptor is None else os.fdopen(descriptor, "w", buffering=1)
+        for replaced in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, replaced, stream)
+        out = tmp_path / f"{name}.npy"
+        arguments = ["sample", "--checkpoint", str(run), "--n", "2", "--steps", "2"]
+        assert cli.main([*arguments, "--out", str(out)]) == 0
+        assert np.load(out).shape == (2, 1, 8, 8)
+        if stream is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    monkeypatch.undo()
+
+
+def test_a_reader_that_has_seen_enough_ends_info_quietly(tmp_path):
+    pfgm_command = f"{sys.executable} -c 'import pfgm.cli, sys; sys.exit(pfgm.cli.main())'"
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", f"set -o pipefail; {pfgm_command} {rest}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rest in ("info | head -0", "train --help | head -0", "info > /dev/full")
+    ]
+    (quiet, errors), (_, of_help), (_, full) = (process.communicate() for process in started)
+    assert (quiet, errors, of_help) == ("", "", "")
+    assert full == "pfgm: error: stdout cannot be written: No space left on device.\n"
+    assert [process.returncode for process in started] == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code, capsys):
     arguments = ["train", "--data", "digits", "--out", str(tmp_path / "run"), "--width", "16"]
     options = ["--batch-size", "16", "--references", "32", "--checkpoint-every", "2"]
     process = command(*arguments, *options)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "latest.json").exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_checkpoint(process, tmp_path / "run")
+    if number == signal.SIGTERM:
+        the_folder_is_in_use(process, tmp_path / "run", capsys)
     process.send_signal(number)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == code
@@ -285,6 +394,17 @@ def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code):
     flow, network = pfgm.load(tmp_path / "run")
     assert flow.sample(network, 2, steps=2).shape == (2, 1, 8, 8)
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def the_folder_is_in_use(process, run, capsys):
+    config = (run / "config.json").read_bytes()
+    others = ["train", "--out", run, "--seed", 5], ["train", "--out", run, "--resume", "--seed", 5]
+    for arguments in (*others, ["demo", "--out", run, "--steps", 1]):
+        message = fails(capsys, *arguments)
+        assert f"in which process {process.pid} on {socket.gethostname()} (since " in message
+    assert (run / "config.json").read_bytes() == config
+    out = run.parent / "x.npy"
+    assert cli.main(["sample", "--checkpoint", str(run), "--n", "2", "--out", str(out)]) == 0
 
 
 def test_demo(tmp_path, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 import pfgm
 from pfgm.checkpoint import load_run
+from pfgm.locks import FolderInUse, locked
 from pfgm.processes import Processes, joined
 
 SCRIPTS = Path(__file__).parent / "processes"
@@ -113,6 +116,37 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, point
     done = torchrun("training.py", run, points, "whole", 40)
     assert done.returncode == 0, done.stdout + done.stderr
     assert load_run(run)[2]["step"] == 40
+
+
+def test_a_signal_to_one_process_and_the_lock_of_all(tmp_path, points):
+    run = tmp_path / "run"
+    both = [
+        start("training.py", rank, port, run, points, "whole", 10**6)
+        for port in (free_port(),)
+        for rank in range(2)
+    ]
+    deadline = time.monotonic() + 60
+    while not (run / "latest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(FolderInUse, match=f"process {both[0].pid} on"), locked(run):
+        pass
+    both[1].send_signal(signal.SIGHUP)
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [143, 129], outputs
+    step = load_run(run)[2]["step"]
+    with locked(run):
+        done = torchrun("training.py", run, points, "whole", step + 5)
+    assert done.returncode != 0
+    assert f"FolderInUse: the output folder is {run}, in which process {os.getpid()}" in done.stderr
+    assert load_run(run)[2]["step"] == step
+
+
+@pytest.mark.parametrize("timeout", [math.nan, -1, 0, math.inf])
+def test_bad_timeouts(timeout):
+    message = "timeout is .*; allowed are"
+    with pytest.raises(ValueError, match=message), joined(torch.device("cpu"), timeout):
+        pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and SIGXFSZ for a full disk")

@@ -3,7 +3,9 @@ import csv
 import dataclasses
 import importlib.util
 import math
+import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import nn
 
 import pfgm
 from pfgm.checkpoint import load_run
-from pfgm.training import Diverged, Terminated, TrainConfig, Trainer
+from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer
 
 SMALL = TrainConfig(
     steps=24, batch_size=8, references=16, learning_rate=1e-3, warmup=4, decay="cosine", log_every=5
@@ -209,6 +211,69 @@ def test_progress_shows_the_loss(data, flow, capsys):
     assert "step/s" in shown
 
 
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def full_device():
+    return open("/dev/full", "w")
+
+
+def use_up(stream):
+    """Lets go of what a stream that takes nothing still holds."""
+    if stream is not None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        stream.close()
+
+
+@pytest.mark.parametrize("opened", [broken_pipe, full_device, lambda: None])
+def test_progress_that_nobody_can_read_is_no_reason_to_end(
+    tmp_path, data, flow, opened, monkeypatch
+):
+    stream = opened()
+    monkeypatch.setattr(sys, "stderr", stream)
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path).train()
+    use_up(stream)
+    assert load_run(tmp_path)[2]["step"] == SMALL.steps
+
+
+@pytest.mark.parametrize("opened", [broken_pipe, full_device])
+def test_an_evaluation_that_cannot_print_loses_no_steps(tmp_path, data, flow, opened, monkeypatch):
+    stream = opened()
+    monkeypatch.setattr(sys, "stdout", stream)
+    trainer = Trainer(
+        flow,
+        new_network(),
+        data,
+        config(evaluate_every=7),
+        folder=tmp_path,
+        progress=False,
+        evaluate=lambda step, network: print(step, flush=True),
+    )
+    with pytest.raises(OSError, match=r"Broken pipe|No space left"):
+        trainer.train()
+    use_up(stream)
+    assert load_run(tmp_path)[2]["step"] == trainer.step == 7
+
+
+def test_a_log_that_cannot_be_written_loses_no_steps(tmp_path, data, flow):
+    network = new_network()
+
+    def block(call):
+        if call == 11:
+            (tmp_path / "log.csv").unlink()
+            (tmp_path / "log.csv").mkdir()
+
+    network.before = block
+    trainer = Trainer(flow, network, data, config(log_every=5), folder=tmp_path, progress=False)
+    with pytest.raises(OSError, match=r"log\.csv"):
+        trainer.train()
+    assert load_run(tmp_path)[2]["step"] == trainer.step == 15
+
+
 # ---- stopping and resuming -------------------------------------------------------------------
 
 
@@ -237,21 +302,118 @@ def stop_after(network, step, number=signal.SIGINT):
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+    ("number", "error"),
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, Terminated),
+        (signal.SIGHUP, Terminated),
+    ],
 )
 def test_signals_leave_a_checkpoint(tmp_path, data, flow, number, error):
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(each) for each in numbers]
     network = new_network()
     stop_after(network, 7, number)
     with pytest.raises(error) as caught:
         Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
     if error is Terminated:
-        assert caught.value.code == 143
+        assert caught.value.code == 128 + number
     assert load_run(tmp_path)[2]["step"] == 7
     restored, trained = pfgm.load(tmp_path, new_network())
     assert restored == flow
     assert flow.sample(trained, 3).shape == (3, 2)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert [signal.getsignal(each) for each in numbers] == handlers
+
+
+@pytest.fixture
+def handled():
+    """handled(number, handler): until the end of the test."""
+    before = {}
+
+    def handle(number, handler):
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path, data, flow, handled):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        handled(number, signal.SIG_IGN)
+        network = new_network()
+        stop_after(network, 7, number)
+        Trainer(flow, network, data, SMALL, folder=tmp_path / str(number), progress=False).train()
+        assert load_run(tmp_path / str(number))[2]["step"] == SMALL.steps
+        assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_hanging_up_is_one_wish_however_many_signals_it_sends(tmp_path, data, flow, handled):
+    second = []
+    handled(signal.SIGTERM, lambda number, frame: second.append(number))
+    network = new_network()
+
+    def hang_up(call):
+        if call == 7:
+            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+                signal.raise_signal(number)
+            assert not second
+            signal.raise_signal(signal.SIGTERM)  # acts as it did before
+
+    network.before = hang_up
+    with pytest.raises(Terminated) as caught:
+        Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
+    assert caught.value.code == 129
+    assert second == [signal.SIGTERM]
+    assert load_run(tmp_path)[2]["step"] == 7
+
+
+def test_two_runs_in_one_folder(tmp_path, data, flow):
+    run, refused = tmp_path / "run", []
+
+    def trainer(network):
+        return Trainer(flow, network, data, SMALL, folder=run, progress=False)
+
+    def second():
+        for work in (trainer(new_network()).train, trainer(new_network()).save):
+            try:
+                work()
+            except FolderInUse as error:
+                refused.append(str(error))
+
+    network = new_network()
+
+    def intrude(call):
+        if call == 3:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    network.before = intrude
+    trainer(network).train()
+    assert len(refused) == 2
+    assert all(f"process {os.getpid()}" in message for message in refused)
+    assert load_run(run)[2]["step"] == SMALL.steps
+    assert not (run / ".pfgm.lock").exists()
+
+
+def test_a_run_that_another_has_continued_since_is_refused(tmp_path, data, flow):
+    def trainer(steps):
+        return Trainer(
+            flow, new_network(), data, config(steps=steps), folder=tmp_path, progress=False
+        )
+
+    trainer(10).train()
+    late, early = trainer(20), trainer(15)
+    assert late.resume() == early.resume() == 10
+    early.train()
+    with pytest.raises(ValueError, match=r"newest checkpoint is not the one"):
+        late.train()
+    assert load_run(tmp_path)[2]["step"] == 15
+    assert late.resume() == 15
+    late.train()
+    late.train()  # its own last checkpoint is there
+    assert load_run(tmp_path)[2]["step"] == 20
 
 
 def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow):
