@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -11,6 +12,7 @@
 #include "normalised_field.h"
 #include "ode_step.h"
 #include "posterior_mean.h"
+#include "watch.h"
 #ifdef PFGM_CUDA_SHIM
 #include "tests/cuda_shim.h"
 #endif
@@ -47,17 +49,50 @@ Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Addre
           pointer<void>(grad_x), pointer<double>(grad_radius), pointer<void>(grad_references)};
 }
 
+// A call of so many pairs × features takes some milliseconds; shorter ones are not interrupted.
+constexpr double kInterruptible = 1 << 26;
+constexpr std::int64_t kInterval = 100;  // milliseconds between two looks for a signal
+
+// Whether the handler of a signal has raised something, which is left as Python's error.
+bool interrupted() {
+  const py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Signals are handled in the main thread, and others do not wait for the GIL in vain.
+bool on_main_thread() {
+  const py::object main = py::module_::import("threading").attr("main_thread")();
+  return main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+}
+
+// Runs without the GIL; where a handler raises (Ctrl-C: KeyboardInterrupt), this raises it too and
+// what was written so far is to be dropped.
+template <class Run>
+auto run_interruptible(std::int64_t queries, const Problem& problem, const Run& run) {
+  const double size = static_cast<double>(queries) * static_cast<double>(problem.references) *
+                      static_cast<double>(problem.features);
+  const bool watched = size >= kInterruptible && on_main_thread();
+  try {
+    const py::gil_scoped_release release;
+    std::optional<Watch> watch;
+    if (watched) watch.emplace(&interrupted, kInterval);
+    return run();
+  } catch (const Stopped&) {
+    throw py::error_already_set();
+  }
+}
+
 Result run_posterior_mean(const Problem& problem, const Forward& io) {
   const Kernels& kernels = cpu_kernels();
-  const py::gil_scoped_release release;
-  const Status status = kernels.posterior_mean(problem, io);
+  const Status status = run_interruptible(
+      problem.queries, problem, [&] { return kernels.posterior_mean(problem, io); });
   return {static_cast<int>(status.failure), status.row};
 }
 
 Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
   const Kernels& kernels = cpu_kernels();
-  const py::gil_scoped_release release;
-  const Status status = kernels.posterior_mean_backward(problem, io);
+  const Status status = run_interruptible(
+      problem.queries, problem, [&] { return kernels.posterior_mean_backward(problem, io); });
   return {static_cast<int>(status.failure), status.row};
 }
 
@@ -67,10 +102,9 @@ using Rows = std::pair<Address, std::int64_t>;
 void run_sketch(int type, int reference_type, std::int64_t references, std::int64_t features,
                 Rows y, Address out, int threads) {
   const Kernels& kernels = cpu_kernels();
-  const py::gil_scoped_release release;
-  kernels.sketch(problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second, 0,
-                         0, threads, 0),
-                 pointer<void>(out));
+  const Problem of = problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second,
+                             0, 0, threads, 0);
+  run_interruptible(1, of, [&] { kernels.sketch(of, pointer<void>(out)); });
 }
 
 OdeStep step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
@@ -137,6 +171,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("sketch", &run_sketch, py::kw_only(), py::arg("type"), py::arg("reference_type"),
              py::arg("references"), py::arg("features"), py::arg("y"), py::arg("out"),
              py::arg("threads"));
+  // Not interrupted: one pass over memory, and it may write over its inputs.
   module.def("ode_step", &ode_step, released);
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())

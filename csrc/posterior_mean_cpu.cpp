@@ -257,7 +257,12 @@ Status backward(const Problem& problem, const Backward& io) {
   if (!distances || !lists || !groups || !dense || !projections || !weighted || !sums || !p || !c ||
       !moments || !bounds || !rows)
     return {Failure::memory, 0};
-  if (io.grad_y) std::memset(io.grad_y, 0, problem.references * features * sizeof(T));
+  if (io.grad_y)
+    parallel(divide_up(problem.references, chunk), problem.threads, [&](Index task, int) {
+      const Index rows = smaller(chunk, problem.references - task * chunk);
+      std::memset(static_cast<T*>(io.grad_y) + task * chunk * features, 0,
+                  rows * features * sizeof(T));
+    });
   const auto row_of = [](const Buffer<double>& values) {
     return [&values](Index b) { return values.at(b * kStride); };
   };

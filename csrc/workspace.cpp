@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <mutex>
 #include <vector>
+
+#include <pthread.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -48,11 +50,18 @@ struct Pool {
   }
 };
 
-// Never destroyed: a thread may still compute while the process exits.
-Pool& pool() {
-  static Pool* const made = new Pool;
-  return *made;
-}
+// Never destroyed: a thread may still compute while the process exits. Made when the library is
+// loaded: a fork beside the first call would leave the child waiting for the thread that makes it.
+Pool& pool = *new Pool;
+
+// A child has only the thread that forked. Were the pool locked by another, it would stay so; what
+// the others have in use is lost to the child, as their stacks are.
+[[maybe_unused]] const int registered = pthread_atfork(
+    [] { pool.mutex.lock(); }, [] { pool.mutex.unlock(); },
+    [] {
+      pool.used = 0;
+      pool.mutex.unlock();
+    });
 
 void* allocate(std::size_t capacity) {
   if (capacity < kHugePage) return std::aligned_alloc(64, capacity);
@@ -70,35 +79,33 @@ void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
   const std::size_t unit = bytes < kHugePage ? 4096 : kHugePage;
   *capacity = std::max<std::size_t>(1, (bytes + unit - 1) / unit) * unit;
   {
-    Pool& shared = pool();
-    const std::lock_guard<std::mutex> lock(shared.mutex);
-    shared.used += *capacity;
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    pool.used += *capacity;
     const auto fitting =
-        std::find_if(shared.idle.begin(), shared.idle.end(),
+        std::find_if(pool.idle.begin(), pool.idle.end(),
                      [&](const Block& block) { return block.capacity == *capacity; });
-    if (fitting != shared.idle.end()) {
+    if (fitting != pool.idle.end()) {
       void* memory = fitting->memory;
-      shared.kept -= *capacity;
-      shared.idle.erase(fitting);
+      pool.kept -= *capacity;
+      pool.idle.erase(fitting);
       return memory;
     }
-    shared.make_room(0);
+    pool.make_room(0);
   }
   return allocate(*capacity);
 }
 
 void release_workspace(void* block, std::size_t capacity) {
-  Pool& shared = pool();
-  const std::lock_guard<std::mutex> lock(shared.mutex);
-  shared.used -= capacity;
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  pool.used -= capacity;
   if (block == nullptr) return;
-  shared.make_room(capacity);
-  if (shared.kept + shared.used + capacity > kKept) {
+  pool.make_room(capacity);
+  if (pool.kept + pool.used + capacity > kKept) {
     std::free(block);
     return;
   }
-  shared.idle.push_back({block, capacity});
-  shared.kept += capacity;
+  pool.idle.push_back({block, capacity});
+  pool.kept += capacity;
 }
 
 #endif

@@ -25,6 +25,7 @@ from .files import StrPath
 Features = Callable[[Tensor], Tensor]
 
 _CHUNK = 2**22  # distances held at once: 32 MiB
+_TERMS = 2**28  # of the sums found in one call, which nothing interrupts
 _BATCH = 64  # samples that features are given at once
 
 
@@ -539,7 +540,7 @@ def _kernel(products: Tensor, a: Tensor, degree: int) -> Tensor:
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The distances (rows, m) from a to b, some rows of a at a time, and which."""
-    step = max(1, _CHUNK // len(b))
+    step = max(1, min(_CHUNK, _TERMS // max(b.shape[1], 1)) // len(b))
     for start in range(0, len(a), step):
         part = slice(start, start + step)
         yield part, torch.cdist(a[part], b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -657,3 +657,21 @@ def test_torch_fidelity_itself_agrees_with_our_distance(
     divergence = (p * (p.log() - p.mean(0).log())).sum(1).mean()
     assert found.score == pytest.approx(float(divergence.exp()), rel=1e-5)
     assert found.score_deviation == 0
+
+
+def test_distances_over_many_features_are_found_in_short_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = torch.rand(400, 3072), torch.rand(300, 3072)
+    sizes: list[int] = []
+    cdist = torch.cdist
+
+    def recorded(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        sizes.append(len(x) * len(y) * x.shape[1])
+        return cdist(x, y, **options)
+
+    monkeypatch.setattr(torch, "cdist", recorded)
+    found = metrics.nearest_distance(a, b)
+    assert max(sizes) <= 2**28
+    whole = cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(found.double(), whole.amin(1))

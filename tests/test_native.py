@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -600,6 +601,78 @@ def test_calls_from_several_threads_at_once():
                 pool.map(lambda size: everything(*size), sizes), expected, strict=True
             ):
                 assert_same(actual, wanted)
+
+
+# ---- forks and signals ----
+
+FORKS = Path(__file__).parent / "processes" / "forks.py"
+INTERRUPTED = """
+import os, signal, sys, threading, time, torch
+from pfgm.backends import native
+
+call, threads, references, features = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+x = torch.rand(65, features)  # a block of queries and one more
+radius = torch.ones(65, dtype=torch.float64)
+few = torch.rand(70, features)
+expected = native.posterior_mean(x, few, radius, 4.0)
+y = few[:1].expand(references, features)  # as long as if each lay elsewhere
+mean, lse, nearest, total = native.posterior_mean(x, y[:1], radius, 4.0)
+calls = {
+    "forward": lambda: native.posterior_mean(x, y, radius, 4.0),
+    "backward": lambda: native.posterior_mean_backward(
+        mean, lse, x, y, radius, mean, nearest, total * len(y), 4.0, (True, False, True)
+    ),
+    "op": lambda: torch.ops.pfgm.posterior_mean(x, y, radius, 4.0),
+}
+sent = []
+
+def interrupt():
+    time.sleep(0.3)
+    sent.append(time.process_time())
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    calls[call]()
+except KeyboardInterrupt:
+    print((time.process_time() - sent[0]) / threads)
+same = map(torch.equal, native.posterior_mean(x, few, radius, 4.0), expected)
+print(all(same))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fork_beside_computing_threads(threads):
+    done = subprocess.run(
+        [sys.executable, FORKS, "30", "20"],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+# With 400 features each thread has blocks of its own, with 600 they share them.
+@pytest.mark.parametrize(
+    ("call", "threads", "features"),
+    [("forward", 2, 400), ("forward", 1, 600), ("backward", 2, 600), ("op", 2, 600)],
+)
+def test_a_long_call_is_interrupted(call, threads, features):
+    """In 0.5 s, of the time that the threads compute: others may keep the machine busy."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, call, str(threads), "3000000", str(features)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    waited, same = done.stdout.split()
+    assert float(waited) <= 0.5
+    assert same == "True"
 
 
 # ---- instruction sets ----

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "../watch.h"
 #include "problems.h"
 
 namespace {
@@ -90,6 +91,33 @@ void check_failures() {
   expect(Failure::value, 7);
 }
 
+int answers_left = 0;
+
+// Work that is given up at one place after the other, in blocks of their own and in shared ones.
+void check_stops() {
+  for (const Case& c : {Case{70, 130, 20, Type::float32, Type::float32, 1, 0, 1},
+                        Case{50, 130, 520, Type::float32, Type::float32, 1, 0, 2}}) {
+    Inputs in(c);
+    for (const int threads : {1, 2}) {
+      int given_up = 0;
+      for (int answers = 0; answers < 40; answers += 3) {
+        answers_left = answers;
+        const Watch watch([] { return answers_left-- <= 0; }, 0);
+        const Matrix mean(c.type, c.B, c.N), each(Type::float64, c.B, 3);
+        try {
+          cpu_kernels().posterior_mean(
+              problem_of(c, in, threads),
+              {mean.data(), each.doubles(), each.doubles() + c.B, each.doubles() + 2 * c.B});
+        } catch (const Stopped&) {
+          ++given_up;
+        }
+      }
+      if (given_up == 0) fail("nothing was given up");
+      run(cpu(threads), c, in, 7);
+    }
+  }
+}
+
 std::vector<Step> steps() {
   // At a vector's end, a task's 2^15 values, and long rows that are cut into panels.
   constexpr Index shapes[][2] = {{1, 1}, {3, 7}, {5, 16}, {9, 33}, {40, 1023}, {2, 65537}};
@@ -149,6 +177,7 @@ int main() {
     }
     run_at_once(all, inputs);
     check_failures();
+    check_stops();
   }
   std::printf("%zu problems and %zu steps agree on%s\n", all.size(), all_steps.size(), text.c_str());
 }

@@ -1,0 +1,85 @@
+"""Forks while four threads compute: every child computes too, and gets what its parent gets.
+
+Arguments: how many forks, and for how many seconds at most. A child that hangs says where.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+import torch
+
+from pfgm.backends import native
+
+COMPUTING = 4
+PATIENCE = 60  # seconds for a child, which needs a few milliseconds
+
+
+def problem(B, M, N):
+    generator = torch.Generator().manual_seed(B)
+    references = torch.rand(M, N, generator=generator)
+    return torch.rand(B, N, generator=generator), references, torch.ones(B, dtype=torch.float64)
+
+
+def results(x, references, radius):
+    """Of native calls alone, on tensors that are there: what torch does is not looked at."""
+    forward = native.posterior_mean(x, references, radius, 4.0)
+    mean, lse, nearest, total = forward
+    saved = (x, references, radius, mean, nearest, total, 4.0, (True, True, True))
+    return *forward, *native.posterior_mean_backward(mean, lse, *saved)
+
+
+def equal(actual, expected):
+    return all(map(torch.equal, actual, expected))
+
+
+def compute(stop, problems):
+    while not stop.is_set():
+        for given in problems:
+            results(*given)
+
+
+def child(problems, expected):
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    try:
+        same = [
+            equal(results(*given), wanted) for given, wanted in zip(problems, expected, strict=True)
+        ]
+        os._exit(0 if all(same) else 3)
+    except BaseException as error:
+        print(f"the child raised {error!r}", file=sys.stderr, flush=True)
+        os._exit(4)
+
+
+def main(forks, seconds):
+    problems = [problem(3, 40, 5), problem(70, 60, 20), problem(50, 40, 600)]
+    expected = [results(*given) for given in problems]
+    # More workspace than is kept: memory is given back while the others wait for theirs.
+    large = [problem(384, 12, 1000 + 100 * i) for i in range(COMPUTING)]
+    stop = threading.Event()
+    computing = [
+        threading.Thread(target=compute, args=(stop, [given]), daemon=True) for given in large
+    ]
+    for thread in computing:
+        thread.start()
+    end = time.monotonic() + seconds
+    done, failed = 0, []
+    while done < forks and time.monotonic() < end and not failed:
+        started = os.fork()
+        if started == 0:
+            child(problems, expected)
+        _, status = os.waitpid(started, 0)
+        if status != 0:
+            failed.append(os.waitstatus_to_exitcode(status))
+        done += 1
+    stop.set()
+    for thread in computing:
+        thread.join()
+    print(f"{done} forks, {len(failed)} failed {failed}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))
