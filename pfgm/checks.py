@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,6 +38,18 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 def is_number(value: object) -> bool:
     """Whether value is a real number of Python or NumPy; True and False are none."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+LARGEST = sys.float_info.max
+"""Below infinity, with which torch.compile makes no condition of a number that varies."""
+
+
+def varies(*values: float) -> bool:
+    """Whether one of these numbers may be another at the next call of what is being compiled."""
+    # An argument of an op that is a number would be compiled anew for each of its values.
+    return torch.compiler.is_compiling() and not all(
+        torch.fx.experimental.symbolic_shapes.has_static_value(value) for value in values
+    )
 
 
 def untouched(

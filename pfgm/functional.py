@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import merging, ops
 from .backends.reference import wide_dtype
-from .checks import is_number
+from .checks import LARGEST, is_number, varies
 from .references import References, ReferenceSet
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]
@@ -49,7 +49,7 @@ def _check_dimensions(D: float, with_r: bool) -> float:
         raise TypeError(f"D is a {type(D).__name__}; allowed is a number.")
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
-    if math.isinf(D) and with_r:
+    if D > LARGEST and with_r:
         raise ValueError("D is infinite, where r = sigma * sqrt(D) does not exist; give sigma.")
     return float(D)
 
@@ -63,6 +63,8 @@ def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
                 f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
                 f"({count},)."
             )
+        if varies(value):
+            return torch.ones(count, dtype=dtype, device=x.device) * value
         return torch.full((count,), float(value), dtype=dtype, device=x.device)
     if value.shape != (count,) and value.ndim != 0:
         raise ValueError(
@@ -84,7 +86,7 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     if r is not None:
         return per_query("r", r, x)
     assert sigma is not None
-    scale = 1.0 if math.isinf(D) else math.sqrt(D)
+    scale = 1.0 if D > LARGEST else math.sqrt(D)
     return per_query("sigma", sigma, x) * scale
 
 
@@ -161,7 +163,8 @@ def posterior_mean(
     (B, M, N) tensor is never built: extra memory is a constant plus the results. On the CPU that is
     at most 64 MiB, or a few rows of x where N is in the millions, and it is kept for the next call.
     References whose weights together are below the rounding of the result are left out there, which
-    is where its speed comes from. Differentiable once in x, r or sigma, and references. On a
+    is where its speed comes from. Differentiable once in x, r or sigma, and references, backward
+    and forward (torch.func.jvp), also under the other transforms of torch.func. On a
     reference at r = 0, or at sigma = 0 with D = ∞, the result is the limit: the average of the
     coincident (nearest) references.
 
@@ -188,7 +191,8 @@ def posterior_mean(
             are given, D ≤ 0, D = ∞ with r; on the CPU also a value that is not finite or a
             negative r.
         TypeError: a dtype is not allowed.
-        RuntimeError: the backend asked for cannot run; or the gradient is differentiated again.
+        RuntimeError: the backend asked for cannot run; a derivative is differentiated again; or
+            the rows of a ReferenceSet were changed in place before its gradient was asked for.
 
     >>> import torch
     >>> references = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
@@ -240,7 +244,7 @@ def field_fn(
     (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
     """
     _check_tensors(x, references)
-    if not (gamma >= 0 and math.isfinite(gamma)):
+    if not 0 <= gamma <= LARGEST:
         raise ValueError(f"gamma is {gamma}; allowed is any finite number of at least 0.")
     radius = per_query("z", z, x)
     flat, mean, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
@@ -288,22 +292,38 @@ def log_density(
     # At radius 0 the sum below would be inf − inf, and its gradient NaN.
     at_zero = radius == 0
     log_radius = torch.where(at_zero, 1.0, radius).log()
-    if math.isinf(D):
+    if D > LARGEST:
         on_reference = ~logsumexp.isneginf()
         scale = -N * (log_radius + 0.5 * math.log(2 * math.pi))
     else:
         on_reference = logsumexp.isposinf()
-        scale = D * log_radius + _log_gamma_ratio(N, D) - N / 2 * math.log(math.pi)
+        scale = D * log_radius + _log_gamma_ratio(N, D, logsumexp) - N / 2 * math.log(math.pi)
     limit = torch.where(on_reference, math.inf, -math.inf).to(logsumexp.dtype)
-    return torch.where(at_zero, limit, logsumexp - math.log(M) + scale)
+    return torch.where(at_zero, limit, logsumexp - _log_count(M, logsumexp) + scale)
 
 
-def _log_gamma_ratio(N: int, D: float) -> float:
+def _log_count(M: int, like: Tensor) -> float | Tensor:
+    if varies(M):
+        return (torch.ones((), dtype=like.dtype, device=like.device) * M).log()
+    return math.log(M)
+
+
+def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
     """lgamma((N + D)/2) − lgamma(D/2), also where both are so large that they cancel."""
     a, half = D / 2, N / 2
+    if varies(D):
+        wide = torch.ones((), dtype=like.dtype, device=like.device) * a
+        return torch.where(
+            wide < 5e5, torch.lgamma(wide + half) - torch.lgamma(wide), _stirling_ratio(wide, half)
+        )
     if D < 1e6:
         return math.lgamma(a + half) - math.lgamma(a)
+    return _stirling_ratio(torch.tensor(a, dtype=torch.float64), half).item()
+
+
+def _stirling_ratio(a: Tensor, half: float) -> Tensor:
+    """lgamma(a + half) − lgamma(a) for a large a."""
     # Stirling with its first correction: the next is below 1/(360 a³).
     shifted = a + half
     correction = (1 / shifted - 1 / a) / 12
-    return half * math.log(shifted) + (a - 0.5) * math.log1p(half / a) - half + correction
+    return half * shifted.log() + (a - 0.5) * torch.log1p(half / a) - half + correction

@@ -26,9 +26,11 @@ from .backends.reference import (
     check_singular,
     log_sum_exp,
     log_weight,
+    posterior_mean_tangent,
     wide_dtype,
 )
-from .ops import no_double_backward
+from .ops import OnceDifferentiable, part_of_tangent, tangent_dtype
+from .transforms import forward_mode, functional, map_rows
 
 __all__ = ["Exchange", "Parts", "posterior_mean"]
 
@@ -65,6 +67,8 @@ class Parts(NamedTuple):
     """Between the processes, for queries (B, N); None where there is one."""
     sketch: Sketch | None = None
     """What is kept of a part; None where nothing is."""
+    version: Callable[[], object] | None = None
+    """Something that is another once the rows were changed; None where nobody knows."""
 
 
 _UNSEEN = 1e-18  # the share of a part below which its gradients are not looked at
@@ -108,91 +112,130 @@ def _over_processes(
 
 
 class _Over(NamedTuple):
-    """What the forward pass went over, and the backward pass goes over again."""
+    """What the forward pass goes over, and the backward pass goes over again."""
 
     parts: Parts
     exchange: Exchange | None
     D: float
     backend: str | None
     precision: str
-    alone: list[tuple[Tensor, Tensor]]
-    """(nearest, total) of each part of this process, for all queries."""
+    version: object
+    """Of the rows in the forward pass."""
 
     def sketch(self, place: int, chunk: Tensor, x: Tensor) -> Tensor | None:
         """What is kept of a part (m, N)."""
         return self.parts.sketch and self.parts.sketch(place, chunk, x, self.backend)
 
-    def say(self, x: Tensor, chunk: Tensor, radius: Tensor, sketch: Tensor | None) -> _Merged:
+    def say(
+        self, x: Tensor, chunk: Tensor, radius: Tensor, sketch: Tensor | None = None
+    ) -> _Merged:
         """What one part (m, N) says."""
         mean, _, nearest, total = torch.ops.pfgm.posterior_mean(
             x, chunk, radius, self.D, self.backend, self.precision, sketch
         )
         return _Merged(mean, nearest, total)
 
+    def check_version(self) -> None:
+        """RuntimeError where the rows are no longer those of the forward pass."""
+        if self.parts.version is not None and self.parts.version() != self.version:
+            raise RuntimeError(
+                "references is a ReferenceSet whose rows were changed in place after the forward "
+                "pass; its gradient needs them as they were."
+            )
+
+
+class _Alone(NamedTuple):
+    """What a part said for itself, (B,), or each of P parts, (B, P): it tells their shares."""
+
+    nearest: Tensor
+    total: Tensor
+
+
+def _together(each: list[_Alone]) -> _Alone:
+    return _Alone(*(torch.stack(values, 1) for values in zip(*each, strict=True)))
+
 
 class _PosteriorMean(torch.autograd.Function):
-    """(x, radius, parts, D, backend, precision) → mean (B, N) and lse (B,)."""
+    """(x, radius, over) → mean (B, N), lse (B,), and what the backward pass takes up again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        radius: Tensor,
-        parts: Parts,
-        D: float,
-        backend: str | None,
-        precision: str,
-    ) -> tuple[Tensor, Tensor]:
-        exchange = None if parts.exchange is None else parts.exchange(x)
-        over = _Over(parts, exchange, D, backend, precision, [])
+    def forward(x: Tensor, radius: Tensor, over: _Over) -> tuple[Tensor, ...]:
+        exchange = over.exchange
         seen_x, seen_radius = x, radius
         if exchange is not None:
             seen_x, seen_radius = exchange.gather(x), exchange.gather(radius)
+        each: list[_Alone] = []
 
         def results() -> Iterator[_Merged]:
-            for place, chunk in enumerate(parts.chunks(x.device)):
+            for place, chunk in enumerate(over.parts.chunks(x.device)):
                 chunk = chunk.flatten(1)
                 sketch = over.sketch(place, chunk, x)
                 said = over.say(seen_x, chunk, seen_radius, sketch)
-                over.alone.append((said.nearest, said.total))
+                each.append(_Alone(said.nearest, said.total))
                 yield said
 
-        merged = _merge(seen_x, seen_radius, D, results())
+        merged = _merge(seen_x, seen_radius, over.D, results())
+        alone = _together(each)
         if exchange is not None:
-            merged = _over_processes(merged, seen_x, seen_radius, D, exchange)
+            merged = _over_processes(merged, seen_x, seen_radius, over.D, exchange)
         mean = merged.mean.to(x.dtype)
         nearest, total, column = (each[:, None] for each in (*merged[1:], radius))
-        logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
-        ctx.save_for_backward(x, radius, mean, merged.nearest, merged.total)
-        ctx.over = over
-        return mean, logsumexp
+        logsumexp = log_sum_exp(nearest, total, column, over.D, x.shape[1]).squeeze(1)
+        return mean, logsumexp, merged.nearest, merged.total, *alone
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, radius, ctx.over = inputs
+        mean, _, *rest = output
+        ctx.save_for_backward(x, radius, mean, *rest)
+        ctx.save_for_forward(x, radius)
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_mean: Tensor | None, grad_logsumexp: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
+        mean, nearest = ctx.saved_tensors[2:4]
+        grad_mean = torch.zeros_like(mean) if grad_mean is None else grad_mean
+        if grad_logsumexp is None:
+            grad_logsumexp = torch.zeros_like(nearest)
         found = _Gradient.apply(  # type: ignore[no-untyped-call]
             *ctx.saved_tensors, grad_mean, grad_logsumexp, ctx.over, needs
         )
         of_x, of_radius = (g if need else None for g, need in zip(found, needs, strict=True))
-        return of_x, of_radius, None, None, None, None
+        return of_x, of_radius, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, radius = ctx.saved_tensors[:2]
+        found = _Tangent.apply(x, radius, *tangents[:2], ctx.over)  # type: ignore[no-untyped-call]
+        return (*found, None, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return map_rows(_PosteriorMean.apply, info.batch_size, in_dims, arguments, shared=())
 
 
-class _Gradient(torch.autograd.Function):
+class _Gradient(OnceDifferentiable):
     """The gradients in x and radius; not differentiable itself, which it says where it matters."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         radius: Tensor,
         mean: Tensor,
         nearest: Tensor,
         total: Tensor,
+        alone_nearest: Tensor,
+        alone_total: Tensor,
         grad_mean: Tensor,
         grad_logsumexp: Tensor,
         over: _Over,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
+        over.check_version()
         seen = _Saved(x, radius, mean, nearest, total, grad_mean, grad_logsumexp)
         exchange = over.exchange
         if exchange is not None:
@@ -204,14 +247,34 @@ class _Gradient(torch.autograd.Function):
         except ValueError as error:
             rows = "" if exchange is None else " Rows are numbered over all processes."
             raise ValueError(f"{error}{rows}") from error
-        of_x, of_radius = _sum_of_gradients(seen, over, needs)
+        alone = _Alone(alone_nearest, alone_total)
+        of_x, of_radius = _sum_of_gradients(seen, alone, over, needs)
         if exchange is not None:
             of_x, of_radius = (exchange.own(exchange.sum(each)) for each in (of_x, of_radius))
         return of_x.to(x.dtype), of_radius
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        no_double_backward(ctx)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return map_rows(_Gradient.apply, info.batch_size, in_dims, arguments, shared=())
+
+
+class _Tangent(OnceDifferentiable):
+    """(x, radius, their tangents, over) → the tangents of mean and log-sum-exp."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        radius: Tensor,
+        tangent_x: Tensor | None,
+        tangent_radius: Tensor | None,
+        over: _Over,
+    ) -> tuple[Tensor, Tensor]:
+        of_mean, of_lse = _sum_of_tangents(x, radius, tangent_x, tangent_radius, over)
+        return of_mean.to(x.dtype), of_lse
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return map_rows(_Tangent.apply, info.batch_size, in_dims, arguments, shared=())
 
 
 class _Saved(NamedTuple):
@@ -226,34 +289,96 @@ class _Saved(NamedTuple):
     grad_logsumexp: Tensor
 
 
-def _sum_of_gradients(seen: _Saved, over: _Over, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+class _Part(NamedTuple):
+    """A part (m, N), the rows of queries of which it has a share, and that share."""
+
+    place: int
+    chunk: Tensor
+    rows: Tensor
+    share: Tensor
+
+
+def _seen_parts(
+    x: Tensor, radius: Tensor, nearest: Tensor, total: Tensor, alone: _Alone, over: _Over
+) -> Iterator[_Part]:
+    """The parts of this process that have a share of queries away from the limits."""
+    regular = ~at_limit(nearest, radius, over.D)  # else the mean is locally constant
+    chunks = enumerate(over.parts.chunks(x.device))
+    parts = zip(chunks, alone.nearest.unbind(1), alone.total.unbind(1), strict=True)
+    for (place, chunk), own_nearest, own_total in parts:
+        share = _weight(own_nearest, nearest, radius, over.D, x.shape[1]) * own_total / total
+        rows = (regular & (share > _UNSEEN)).nonzero().squeeze(1)
+        if len(rows) > 0:
+            yield _Part(place, chunk.flatten(1), rows, share[rows])
+
+
+def _sum_of_tangents(
+    x: Tensor,
+    radius: Tensor,
+    tangent_x: Tensor | None,
+    tangent_radius: Tensor | None,
+    over: _Over,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of mean and log-sum-exp, added up over the parts in float64."""
+    each: list[_Alone] = []
+
+    def wide(points: Tensor, chunk: Tensor) -> Tensor:
+        return points.to(tangent_dtype(x, chunk, over.backend))
+
+    def results() -> Iterator[_Merged]:
+        for chunk in over.parts.chunks(x.device):
+            said = over.say(wide(x, chunk), chunk.flatten(1), radius)
+            each.append(_Alone(said.nearest, said.total))
+            yield said
+
+    mean, nearest, total = _merge(x, radius, over.D, results())
+    of_mean, of_lse = torch.zeros_like(mean), torch.zeros_like(radius)
+    by_formula = math.isinf(over.D) and tangent_radius is not None
+    for part in _seen_parts(x, radius, nearest, total, _together(each), over):
+        rows = part.rows
+        of_x, of_radius = (None if t is None else t[rows] for t in (tangent_x, tangent_radius))
+        at, r = wide(x[rows], part.chunk), radius[rows]
+        if by_formula:
+            found = posterior_mean_tangent(
+                at, part.chunk, r, mean[rows], nearest[rows], total[rows], over.D,
+                of_x, None, of_radius,
+            )  # fmt: skip
+        else:
+            own = over.say(at, part.chunk, r)
+            found = part_of_tangent(
+                at, part.chunk, r, mean[rows], own.nearest, own.total, over.D,
+                of_x, of_radius, own.mean, over.backend, over.precision,
+            )  # fmt: skip
+            found = (part.share[:, None] * found[0], part.share * found[1])
+        of_mean.index_add_(0, rows, found[0])
+        of_lse.index_add_(0, rows, found[1])
+    limit = at_limit(nearest, radius, over.D)
+    return of_mean, torch.where(limit, math.nan, of_lse)
+
+
+def _sum_of_gradients(
+    seen: _Saved, alone: _Alone, over: _Over, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
     """The gradients in x and radius of every part of this process, added up in float64."""
-    D, N = over.D, seen.x.shape[1]
     of_x = torch.zeros(seen.x.shape, dtype=wide_dtype(seen.x.device), device=seen.x.device)
     of_radius = torch.zeros_like(seen.radius)
-    regular = ~at_limit(seen.nearest, seen.radius, D)  # else the mean is locally constant
-    chunks = enumerate(over.parts.chunks(seen.x.device))
-    for (place, chunk), (nearest, total) in zip(chunks, over.alone, strict=True):
-        share = _weight(nearest, seen.nearest, seen.radius, D, N) * total / seen.total
-        rows = (regular & (share > _UNSEEN)).nonzero().squeeze(1)
-        if len(rows) == 0:
-            continue
+    for part in _seen_parts(seen.x, seen.radius, seen.nearest, seen.total, alone, over):
         found_x, found_radius = _part_of_gradient(
-            _Saved(*(each[rows] for each in seen)), share[rows], place, chunk, over, needs
+            _Saved(*(each[part.rows] for each in seen)), part, over, needs
         )
         if needs[0]:
-            of_x.index_add_(0, rows, found_x.to(of_x.dtype))
+            of_x.index_add_(0, part.rows, found_x.to(of_x.dtype))
         if needs[1]:
-            of_radius.index_add_(0, rows, found_radius)
+            of_radius.index_add_(0, part.rows, found_radius)
     return of_x, of_radius
 
 
 def _part_of_gradient(
-    seen: _Saved, share: Tensor, place: int, chunk: Tensor, over: _Over, needs: tuple[bool, bool]
+    seen: _Saved, part: _Part, over: _Over, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """One part's gradients in x and radius, for queries of which it has a share."""
-    chunk = chunk.flatten(1)
-    sketch = over.sketch(place, chunk, seen.x)
+    chunk, share = part.chunk, part.share
+    sketch = over.sketch(part.place, chunk, seen.x)
     said = over.say(seen.x, chunk, seen.radius, sketch)
     wide = share.dtype
     apart = said.mean.to(wide) - seen.mean.to(wide)
@@ -281,7 +406,19 @@ def posterior_mean(
 
     Differentiable once in x and radius.
     """
-    mean, logsumexp = _PosteriorMean.apply(  # type: ignore[no-untyped-call]
-        x, radius, parts, D, backend or requested(), precision
-    )
+    shared, compiled = parts.exchange is not None, torch.compiler.is_compiling()
+    if (shared or compiled) and (forward_mode() or functional()):
+        raise RuntimeError(
+            f"references is a ReferenceSet {'shared between processes' if shared else 'in a graph'}"
+            ", which torch.func and forward-mode differentiation do not go through; allowed are "
+            "backward() and torch.autograd.grad, or a tensor."
+        )
+    exchange = None if parts.exchange is None else parts.exchange(x)
+    version = None if parts.version is None else parts.version()
+    over = _Over(parts, exchange, D, backend or requested(), precision, version)
+    wanted = torch.is_grad_enabled() and (x.requires_grad or radius.requires_grad)
+    # The way through autograd takes a tenth of a millisecond.
+    derived = wanted or forward_mode() or functional()
+    compute = _PosteriorMean.apply if derived else _PosteriorMean.forward
+    mean, logsumexp, *_ = compute(x, radius, over)
     return mean, logsumexp

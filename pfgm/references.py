@@ -99,6 +99,12 @@ class ReferenceSet:
     of that of float32, and as much again for mirror images. Changes of the tensor are noticed,
     those made through its ``data`` are not.
 
+    A gradient needs the rows as they were in the forward pass: ``backward`` raises a RuntimeError
+    where a tensor was changed in place since, or a file was written to. Not noticed are changes of
+    a tensor through its ``data``, of one made under ``torch.inference_mode``, of an array past
+    torch, and of a file within the resolution of its time stamp or through a memory map that the
+    system has not written out.
+
     Args:
         source: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
             file, read where it lies unless it is compressed; a folder of images of one size; or a
@@ -427,7 +433,12 @@ class ReferenceSet:
         """What :mod:`pfgm.merging` needs to know."""
         exchange = functools.partial(Ranks, self._group) if self.sharded else None
         # Of a file nothing is kept: what is, lies in memory.
-        return Parts(self.chunks, exchange, None if self._source.tensor is None else self._sketch)
+        sketch = None if self._source.tensor is None else self._sketch
+        return Parts(self.chunks, exchange, sketch, self._version)
+
+    def _version(self) -> object:
+        # A graph saves the rows for its backward pass, which checks them as it does any tensor.
+        return None if torch.compiler.is_compiling() else self._source.version()
 
     def _sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
         """What the kernels can use again of a chunk, found once for as long as the rows stay.

@@ -23,7 +23,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from . import steps
+from . import steps, transforms
 from .checks import checks_values, untouched
 from .steps import Field
 
@@ -99,8 +99,9 @@ class _Run:
         self._denoise, self._callback = denoise, callback
         self.nfe = 0
         self.watched = callback is not None
-        # A callback may keep what it is shown, and a gradient needs every point.
-        self._overwrites = not self.watched and not torch.is_grad_enabled()
+        # A callback may keep what it is shown, and a derivative needs every point.
+        derived = torch.is_grad_enabled() or transforms.forward_mode() or transforms.functional()
+        self._overwrites = not (self.watched or derived)
 
     def evaluate(self, x: Tensor, z: float, step: int) -> Tensor | Field:
         self.nfe += 1

@@ -53,6 +53,10 @@ class Source(ABC):
         """All rows (n, *S) where they are held in memory, else None."""
         return None
 
+    def version(self) -> object:
+        """Something that is another once rows were changed in place, as far as that is noticed."""
+        return None
+
     @abstractmethod
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows start to stop - 1, as (stop - start, *S).
@@ -109,6 +113,10 @@ class InMemory(Source):
     def tensor(self) -> Tensor:
         return self._tensor
 
+    def version(self) -> object:
+        """That of the tensor; None for one made under torch.inference_mode, which counts none."""
+        return None if self._tensor.is_inference() else self._tensor._version
+
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         _check_range(start, stop, len(self))
         return self._tensor[start:stop]
@@ -162,6 +170,11 @@ class OnDisk(Source):
 
     def __len__(self) -> int:
         return self._count
+
+    def version(self) -> object:
+        """Length of the file and when it was written last."""
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         _check_range(start, stop, len(self))

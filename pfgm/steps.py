@@ -29,8 +29,9 @@ from torch import Tensor
 
 from . import ops
 from .backends.reference import OdeStep
-from .checks import checks_values, is_number
+from .checks import LARGEST, checks_values, is_number, varies
 from .functional import per_query
+from .transforms import batched
 
 __all__ = [
     "Field",
@@ -148,16 +149,25 @@ def _log(value: Any) -> Any:
 
 def _levels(x: Tensor, slope: Field | Tensor, *values: Level, zero: bool = False) -> Sequence[Any]:
     """z, z_next and where given z_previous, checked: floats, or all (B,) in float64."""
-    if all(type(value) is float and 0 < value < math.inf for value in values):
+    if all(type(value) is float and 0 < value <= LARGEST for value in values):
         levels: Sequence[Any] = values
     else:
         levels = _unusual_levels(x, slope, values, zero)
+    if any(not isinstance(level, Tensor) and varies(level) for level in levels):
+        levels = [per_query("level", level, x) for level in levels]
     if len(levels) == 3 and not torch.compiler.is_compiling():
         same = levels[2] == levels[0]
-        if bool(same.any()) if isinstance(same, Tensor) else same:
+        if _holds(same):
             letter = _letter(slope)
             raise ValueError(f"{letter}_previous equals {letter}; both must differ.")
     return levels
+
+
+def _holds(condition: Tensor | bool) -> bool:
+    """Whether it holds in any row; not looked at where it differs between samples of a vmap."""
+    if isinstance(condition, Tensor):
+        return not batched(condition) and bool(condition.any())
+    return condition
 
 
 def _unusual_levels(
@@ -175,6 +185,8 @@ def _unusual_levels(
     # Values are looked at where the tensors are, which a compiled graph cannot do.
     if checks_values(x.device) and not torch.compiler.is_compiling():
         for name, level, zero in zip(names, wide, may_be_zero, strict=True):
+            if batched(level):
+                continue
             allowed = level.isfinite() & ((level >= 0) if zero else (level > 0))
             if not bool(allowed.all()):
                 _check_number(name, level[~allowed][0].item(), zero)
@@ -190,7 +202,7 @@ def _check_number(name: str, value: Any, zero: bool) -> None:
         raise TypeError(
             f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape (B,)."
         )
-    if not (0 < value < math.inf or (zero and value == 0)):
+    if not (0 < value <= LARGEST or (zero and value == 0)):
         least = "of at least 0" if zero else "above 0"
         raise ValueError(f"{name} is {value}; allowed is any finite number {least}.")
 
@@ -221,7 +233,7 @@ def _check(x: Tensor, slope: Field | Tensor) -> None:
     _check_rows("field_x", slope.x, x, x.shape)
     _check_rows("field_z", slope.z, x, x.shape[:1])
     for name, value in (("gamma", slope.gamma), ("z_exp", slope.z_exp)):
-        if not value >= 0 or math.isinf(value):
+        if not 0 <= value <= LARGEST:
             raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
     if slope.substitution not in _SUBSTITUTIONS:
         raise ValueError(

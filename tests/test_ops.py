@@ -242,6 +242,85 @@ def test_compiled_code_follows_use_backend(compiled, monkeypatch):
     assert used == ["reference"]
 
 
+INFINITY = math.inf
+VARYING = {
+    "field_fn": lambda x, y, z, gamma, D: field_fn(x, z, y, gamma=gamma),
+    "posterior_mean": lambda x, y, r, _, D: posterior_mean(x, y, sigma=r, D=D),
+    "log_density": lambda x, y, r, _, D: log_density(x, y, sigma=r, D=D),
+    "steps": lambda x, y, z, gamma, D: varying_steps(x, z, gamma),
+    "in place": lambda x, y, z, gamma, D: varying_steps(x, z, gamma, out=torch.empty_like(x)),
+    "from mean": lambda x, y, z, gamma, D: pfgm.multistep_step_from_mean(
+        pfgm.heun_step_from_mean(x, 2 * x, 3 * x, z, z / 2), x.sin(), z, z / 2, x.cos(), 2 * z
+    ),
+}
+
+
+def varying_steps(x, z, gamma, **options):
+    field_x, field_z = x.sin(), -1 - x.square().sum(1)
+    law = {"gamma": gamma, "z_exp": 2 * gamma}
+    x = pfgm.heun_step(x, 2 * x, field_x, field_z, z, z / 2, **law)
+    x, mean = pfgm.multistep_step(x, field_x, field_z, z, z / 2, x.cos(), 2 * z, **law)
+    return pfgm.euler_step(x, field_x, field_z, z, z / 2, **law, **options) + mean
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_numbers_that_vary_are_not_compiled_anew(name):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter, function = CompileCounterWithBackend("aot_eager"), VARYING[name]
+    fast = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    numbers = [
+        (0.5, 5.0, 1.0),
+        (1.5, 4.0, 2.5),
+        (2.5, 3.0, 128.0),
+        (9.5, 0.3, 4.5),
+        (0.1, 1.7, 64.0),
+    ]
+    if name == "log_density":
+        numbers.append((1.5, 5.0, 3e6))
+    for count, (z, gamma, D) in enumerate(numbers, 3):
+        x = torch.randn(count, count + 1, generator=generator)
+        references = torch.randn(count + 2, count + 1, generator=generator)
+        given = x, references, z, gamma, D
+        torch.testing.assert_close(fast(*given), function(*given), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 3
+    if D_matters := name in ("posterior_mean", "log_density"):
+        given = *given[:4], INFINITY
+        torch.testing.assert_close(fast(*given), function(*given), rtol=1e-5, atol=1e-5)
+    levels = torch.linspace(1, 2, len(x), dtype=torch.float64)
+    given = x, references, levels, gamma, D
+    torch.testing.assert_close(fast(*given), function(*given), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 5 + D_matters
+    torch._dynamo.reset()
+
+
+def test_gradients_with_a_D_that_varies(backend):
+    torch._dynamo.reset()
+
+    def call(x, references, radius, D):
+        return posterior_mean(x, references, r=radius, D=D, return_logsumexp=True, backend=backend)
+
+    fast = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for D in (1.0, 4.5, 128.0):
+        found = with_gradients(lambda *given, D=D: fast(*given, D), *problem())
+        expected = with_gradients(lambda *given, D=D: call(*given, D), *problem())
+        torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()
+
+
+def test_opcheck_with_a_D_that_varies(backend):
+    x, references, radius = problem()
+    D = torch.tensor(4.5, dtype=torch.float64)
+    op = torch.ops.pfgm.posterior_mean_varying
+    torch.library.opcheck(op, (x.clone().requires_grad_(), references, radius, D, backend))
+    mean, lse, nearest, total = op(x, references, radius, D, backend)
+    saved = (x, references, radius, mean, nearest, total, D, [True] * 3, backend)
+    backward = torch.ops.pfgm.posterior_mean_varying_backward
+    torch.library.opcheck(backward, (torch.ones_like(mean), torch.ones_like(lse), *saved))
+
+
 def test_inductor_generates_the_same():
     torch._dynamo.reset()
     arguments = problem(dtype=torch.float32)

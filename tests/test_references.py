@@ -203,6 +203,71 @@ def test_nothing_is_kept_of_files_few_features_and_wide_points(tmp_path, monkeyp
     assert all(kept is None for _, kept in few._sketches.values())
 
 
+@pytest.mark.parametrize("where", ["whole", "row", "view", "flips"])
+def test_rows_changed_before_the_gradient_are_refused(small_chunks, where):
+    rows = pfgm.data.to_unit(images())
+    references = ReferenceSet(rows, flips=where == "flips")
+    x = points().requires_grad_()
+    means = [pfgm.posterior_mean(x, references, r=1.0) for _ in range(3)]
+    torch.autograd.grad(means[0].sum(), x)  # nothing has changed
+    (rows[4] if where == "row" else rows.view(-1) if where == "view" else rows).mul_(2)
+    for mean in means[1:]:
+        with pytest.raises(
+            RuntimeError, match="references is a ReferenceSet whose rows were chang"
+        ):
+            torch.autograd.grad(mean.sum(), x)
+    torch.autograd.grad(pfgm.posterior_mean(x, references, r=1.0).sum(), x)
+
+
+@native_only
+def test_rows_changed_under_a_sketch_are_refused(wide_chunks):
+    rows = pfgm.data.to_unit(wide_images())
+    references, x = ReferenceSet(rows), (rows[:3] + 0.01).requires_grad_()
+    for _ in range(3):
+        mean = pfgm.posterior_mean(x, references, sigma=0.05)
+    assert any(kept is not None for _, kept in references._sketches.values())
+    rows.neg_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        mean.sum().backward()
+
+
+def test_a_file_written_to_before_the_gradient_is_refused(small_chunks, tmp_path):
+    references = on_disk(images(), tmp_path)
+    x = points().requires_grad_()
+    mean = pfgm.posterior_mean(x, references, r=1.0)
+    torch.autograd.grad(mean.sum(), x, retain_graph=True)
+    path = tmp_path / "rows.npy"
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"7")
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # clocks of some systems tick
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.grad(mean.sum(), x)
+
+
+def test_sets_under_inference_mode(small_chunks):
+    """Its tensors count no versions; others do, there too."""
+    rows, x = pfgm.data.to_unit(images()), points()
+    expected = pfgm.posterior_mean(x, rows, r=1.0)
+    outside = ReferenceSet(rows)
+    with torch.inference_mode():
+        inside = ReferenceSet(rows.clone())
+        for references in (inside, outside):
+            torch.testing.assert_close(pfgm.posterior_mean(x, references, r=1.0), expected)
+    x = x.clone().requires_grad_()
+    gradients = [
+        torch.autograd.grad(pfgm.posterior_mean(x, held, r=1.0).sum(), x)[0]
+        for held in (inside, outside)
+    ]
+    assert torch.equal(*gradients)
+    mean = pfgm.posterior_mean(x, outside, r=1.0)
+    with torch.inference_mode():
+        rows.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        mean.sum().backward()
+
+
 def test_gradcheck_and_no_second_derivative(small_chunks):
     references = ReferenceSet(images(20))
     x = points(2, torch.float64).requires_grad_()

@@ -192,6 +192,52 @@ def posterior_mean_backward(
     )
 
 
+def posterior_mean_tangent(
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    nearest: Tensor,
+    total: Tensor,
+    D: float,
+    tangent_x: Tensor | None,
+    tangent_references: Tensor | None,
+    tangent_radius: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What these references add to the tangents of mean (B, N) and log-sum-exp (B,), in float64.
+
+    With the tangent ℓ̇_j of a score, those are Σ p_j ((x_j − mean) ℓ̇_j + ẋ_j) and Σ p_j ℓ̇_j. mean,
+    nearest and total are those of all references, in float64. At a limit, where the mean is locally
+    constant, its tangent is 0 and that of the log-sum-exp NaN.
+    """
+    N, wide_type = x.shape[1], mean.dtype
+    wide, r = x.to(wide_type), radius.to(wide_type)[:, None]
+    nearest, total = nearest[:, None], total[:, None]
+    regular = ~at_limit(nearest, r, D)
+    of_mean, of_lse = torch.zeros_like(mean), torch.zeros_like(r)
+    for chunk in _chunks(x, references):
+        y = dequantise(references[chunk], wide_type)
+        squared = _squared_distances(wide, y)
+        p = torch.where(regular, log_weight(squared - nearest, nearest, r, D, N).exp() / total, 0.0)
+        half = torch.zeros_like(squared)  # of the tangent of ‖x − x_j‖²
+        if tangent_x is not None:
+            moved = tangent_x.to(wide_type)
+            half += (wide * moved).sum(1, keepdim=True) - moved @ y.T
+        if tangent_references is not None:
+            moved = tangent_references[chunk].to(wide_type)
+            half += (y * moved).sum(1) - wide @ moved.T
+            of_mean += p @ moved
+        change = torch.zeros_like(r) if tangent_radius is None else tangent_radius[:, None]
+        if math.isinf(D):
+            score = (squared * (change / r) - half) / r / r
+        else:
+            score = -(N + D) * (half + r * change) / (squared + r.square())
+        weighted = torch.where(p == 0, 0.0, p * score)
+        of_mean += weighted @ y - weighted.sum(1, keepdim=True) * mean
+        of_lse += weighted.sum(1, keepdim=True)
+    return of_mean, torch.where(regular, of_lse, math.nan).squeeze(1)
+
+
 def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
     """Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score."""
     if math.isinf(D):

@@ -1,0 +1,113 @@
+"""What the operations need to know of torch.func and of forward-mode differentiation.
+
+torch.library gives an op a gradient, but no tangent and no rule for transforms. So where one is at
+work, operations go through a :class:`torch.autograd.Function` that has all of them, or through the
+formula in plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["KEY", "batched", "check_no_tangent", "forward_mode", "functional", "map_rows"]
+
+
+KEY = "FuncTorchDynamicLayerFrontMode"
+"""Of what the dispatcher calls for an op inside a transform of torch.func, and only there."""
+
+
+def functional() -> bool:
+    """Whether a transform of torch.func surrounds the call."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Whether a level of dual numbers surrounds the call: torch.func.jvp opens one too."""
+    return forward_ad._current_level >= 0
+
+
+def check_no_tangent(name: str, *values: Any) -> None:
+    """Raises RuntimeError where a value carries a tangent, which an op would drop."""
+    # Within an autograd.Function, which sees to the tangents, none are seen.
+    if (
+        forward_mode()
+        and torch._C._is_fwd_grad_enabled()
+        and any(
+            isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+            for value in values
+        )
+    ):
+        raise RuntimeError(
+            f"torch.ops.pfgm.{name} has no forward-mode derivative; the functions of pfgm have one."
+        )
+
+
+def batched(value: Tensor) -> bool:
+    """Whether the values differ from sample to sample of a vmap, which no condition can read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
+
+
+def map_rows(
+    function: Callable[..., tuple[Tensor, ...]],
+    samples: int,
+    in_dims: Sequence[Any],
+    arguments: Sequence[Any],
+    shared: Sequence[int],
+    *,
+    by_rows: bool = True,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """The batching rule of a function whose results hold for each row of its tensors alone.
+
+    All samples become rows of one call. That cannot be where the shared arguments differ between
+    samples: then the samples are computed one after the other.
+
+    Args:
+        function: from the arguments, (B, ...) first, to tensors whose first dimension is that of
+            the rows; results that were not asked for are empty, of shape (0,).
+        samples: how many vmap has.
+        in_dims: for each argument the dimension of the samples; None where a tensor has none.
+        arguments: of the function; its tensors are (B, ...) but for the shared ones.
+        shared: the places of arguments that all rows share, as references are.
+        by_rows: whether results belong to rows; False also means one sample after the other.
+
+    Returns:
+        The results and the dimension of the samples in each: what a ``vmap`` method returns.
+    """
+    dims = [
+        dim if isinstance(argument, Tensor) else None
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+    placed = [
+        argument if dim is None else argument.movedim(dim, 0)
+        for argument, dim in zip(arguments, dims, strict=True)
+    ]
+    if not by_rows or any(dims[place] is not None for place in shared):
+        each = [
+            function(*(a if d is None else a[k] for a, d in zip(placed, dims, strict=True)))
+            for k in range(samples)
+        ]
+        results = tuple(torch.stack(of_one) for of_one in zip(*each, strict=True))
+        return results, (0,) * len(results)
+    rows = placed[0].shape[0 if dims[0] is None else 1]
+    for place, (argument, dim) in enumerate(zip(placed, dims, strict=True)):
+        if isinstance(argument, Tensor) and place not in shared:
+            if dim is None:
+                argument = argument.expand(samples, *argument.shape)
+            placed[place] = argument.flatten(0, 1)
+    found = function(*placed)
+    wanted = [len(result) == samples * rows for result in found]
+    results = tuple(
+        result.unflatten(0, (samples, rows)) if want else result
+        for result, want in zip(found, wanted, strict=True)
+    )
+    return results, tuple(0 if want else None for want in wanted)
