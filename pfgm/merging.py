@@ -9,6 +9,9 @@ which holds at the limits too, where scores are infinite. Backward, with the sha
 part and upstream gradients G of mean and g of lse, a part's own are
 
     G_i = q_i G,   g_i = q_i (G·(mean_i − mean) + g)
+
+Σ_i q_i G·(mean_i − mean) = 0, which the rounding of float32 means breaks; beside a small σ that is
+multiplied by d/σ². Points where it would show have their gradients in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -68,6 +71,9 @@ class Parts(NamedTuple):
 
 
 _UNSEEN = 1e-18  # the share of a part below which its gradients are not looked at
+
+
+_LEFT_ALONE = 1e-5  # the error of g_i, relative to ‖G‖, times (N + D) d/s that is left alone
 
 
 class _Merged(NamedTuple):
@@ -207,6 +213,9 @@ class _Gradient(torch.autograd.Function):
         of_x, of_radius = _sum_of_gradients(seen, over, needs)
         if exchange is not None:
             of_x, of_radius = (exchange.own(exchange.sum(each)) for each in (of_x, of_radius))
+        if math.isinf(over.D):
+            of_nearest = _of_distance(grad_logsumexp, nearest, radius)
+            of_radius += torch.where(at_limit(nearest, radius, over.D), 0.0, of_nearest)
         return of_x.to(x.dtype), of_radius
 
     @staticmethod
@@ -227,40 +236,94 @@ class _Saved(NamedTuple):
 
 
 def _sum_of_gradients(seen: _Saved, over: _Over, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    """The gradients in x and radius of every part of this process, added up in float64."""
-    D, N = over.D, seen.x.shape[1]
+    """The gradients in x and radius of every part of this process, added up in float64.
+
+    At D = ∞ that of radius lacks g d²/σ³ of the nearest reference of all.
+    """
     of_x = torch.zeros(seen.x.shape, dtype=wide_dtype(seen.x.device), device=seen.x.device)
     of_radius = torch.zeros_like(seen.radius)
-    regular = ~at_limit(seen.nearest, seen.radius, D)  # else the mean is locally constant
-    chunks = enumerate(over.parts.chunks(seen.x.device))
-    for (place, chunk), (nearest, total) in zip(chunks, over.alone, strict=True):
-        share = _weight(nearest, seen.nearest, seen.radius, D, N) * total / seen.total
-        rows = (regular & (share > _UNSEEN)).nonzero().squeeze(1)
-        if len(rows) == 0:
-            continue
-        found_x, found_radius = _part_of_gradient(
-            _Saved(*(each[rows] for each in seen)), share[rows], place, chunk, over, needs
-        )
-        if needs[0]:
-            of_x.index_add_(0, rows, found_x.to(of_x.dtype))
-        if needs[1]:
-            of_radius.index_add_(0, rows, found_radius)
+    regular = ~at_limit(seen.nearest, seen.radius, over.D)  # else the mean is locally constant
+    steep = regular & _is_steep(seen, over)
+    averages = _averages(seen, over, steep) if bool(steep.any()) else torch.zeros_like(seen.radius)
+    for place, chunk, share in _shares(seen, over):
+        for rows in (regular & ~steep & (share > _UNSEEN), steep & (share > _UNSEEN)):
+            index = rows.nonzero().squeeze(1)
+            if len(index) == 0:
+                continue
+            some = _Saved(*(each[index] for each in seen))
+            if bool(steep[index[0]]):
+                some = some._replace(x=some.x.double(), grad_mean=some.grad_mean.double())
+            found_x, found_radius = _part_of_gradient(
+                some, share[index], averages[index], place, chunk, over, needs
+            )
+            if needs[0]:
+                of_x.index_add_(0, index, found_x.to(of_x.dtype))
+            if needs[1]:
+                of_radius.index_add_(0, index, found_radius)
     return of_x, of_radius
 
 
+def _shares(seen: _Saved, over: _Over) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The number of each part of this process, the part (m, N) and its share of each query."""
+    chunks = enumerate(over.parts.chunks(seen.x.device))
+    for (place, chunk), (nearest, total) in zip(chunks, over.alone, strict=True):
+        share = _weight(nearest, seen.nearest, seen.radius, over.D, seen.x.shape[1])
+        yield place, chunk.flatten(1), share * total / seen.total
+
+
+def _is_steep(seen: _Saved, over: _Over) -> Tensor:
+    """Of which queries the rounding of the means would show (as in csrc/steep_rows_cpu.h)."""
+    N, wide = seen.x.shape[1], seen.radius.dtype
+    # Kernels of GPUs compute in float32 alone.
+    if seen.x.device.type != "cpu" or seen.x.dtype == wide:
+        return torch.zeros_like(seen.radius, dtype=torch.bool)
+    if math.isinf(over.D):
+        variance = seen.radius.square()
+    else:
+        variance = (seen.nearest + seen.radius.square()) / (N + over.D)
+    distance = (seen.nearest + variance).sqrt()
+    largest = seen.mean.abs().amax(1).to(wide)
+    rounding = torch.finfo(seen.x.dtype).eps / 2
+    error = rounding * (largest * (1 + 3 / math.sqrt(N)) + distance / math.sqrt(N))
+    return (seen.total > 1) & (error * distance > _LEFT_ALONE * variance)
+
+
+def _averages(seen: _Saved, over: _Over, steep: Tensor) -> Tensor:
+    """Σ_i q_i G·(mean_i − mean) (B,) of steep queries over the parts of all processes, in float64;
+    it is not 0, for the mean at hand is rounded."""
+    averages = torch.zeros_like(seen.radius)
+    for _, chunk, share in _shares(seen, over):
+        index = (steep & (share > _UNSEEN)).nonzero().squeeze(1)
+        if len(index) == 0:
+            continue
+        some = _Saved(*(each[index] for each in seen))
+        said = over.say(some.x.double(), chunk, some.radius, None)
+        averages.index_add_(0, index, share[index] * _pull(said.mean, some))
+    return averages if over.exchange is None else over.exchange.sum(averages)
+
+
+def _pull(mean: Tensor, seen: _Saved) -> Tensor:
+    """G·(mean_i − mean) (B,) of a part."""
+    wide = seen.radius.dtype
+    return (seen.grad_mean.to(wide) * (mean.to(wide) - seen.mean.to(wide))).sum(1)
+
+
 def _part_of_gradient(
-    seen: _Saved, share: Tensor, place: int, chunk: Tensor, over: _Over, needs: tuple[bool, bool]
+    seen: _Saved,
+    share: Tensor,
+    average: Tensor,
+    place: int,
+    chunk: Tensor,
+    over: _Over,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     """One part's gradients in x and radius, for queries of which it has a share."""
-    chunk = chunk.flatten(1)
-    sketch = over.sketch(place, chunk, seen.x)
+    sketch = None if seen.x.dtype != seen.mean.dtype else over.sketch(place, chunk, seen.x)
     said = over.say(seen.x, chunk, seen.radius, sketch)
-    wide = share.dtype
-    apart = said.mean.to(wide) - seen.mean.to(wide)
-    pull = (seen.grad_mean.to(wide) * apart).sum(1)
+    g = share * (_pull(said.mean, seen) - average + seen.grad_logsumexp)
     of_x, _, of_radius = torch.ops.pfgm.posterior_mean_backward(
         (share[:, None] * seen.grad_mean).to(seen.x.dtype),
-        share * (pull + seen.grad_logsumexp),
+        g,
         seen.x,
         chunk,
         seen.radius,
@@ -271,7 +334,16 @@ def _part_of_gradient(
         over.precision,
         sketch,
     )
+    if math.isinf(over.D):
+        # Σ_i g_i d_i²/σ³, much larger than what is left of it, is summed without what is common.
+        of_radius = of_radius - _of_distance(g, said.nearest, seen.radius)
+        of_radius += _of_distance(g, said.nearest - seen.nearest, seen.radius)
     return of_x, of_radius
+
+
+def _of_distance(g: Tensor, squared: Tensor, sigma: Tensor) -> Tensor:
+    """g d²/σ³: the gradient in σ of g times the score of a squared distance, at D = ∞."""
+    return g * (squared / sigma / sigma) / sigma
 
 
 def posterior_mean(

@@ -294,6 +294,7 @@ def test_references_that_float32_does_not_hold(dtype, N, copies):
 @pytest.fixture(scope="module")
 def stress():
     """Digits, enlarged and made distinct, and points at and between them: (x, references, name)."""
+    from sklearn.datasets import load_digits
 
     digits = torch.from_numpy(load_digits().data[:160]).float() / 8 - 1
     generator = torch.Generator().manual_seed(0)
