@@ -6,6 +6,7 @@
 //      (weights_cpu.h);
 //   3. the weighted sum, which touches only references that count (weighted_sums_cpu.h).
 #include "posterior_mean.h"
+#include "steep_rows_cpu.h"
 #include "weighted_sums_cpu.h"
 
 #include <vector>
@@ -109,7 +110,8 @@ Status forward(const Problem& problem, const Forward& out) {
 //     ∂L/∂x = C (x − mean) − Σ_j c_j (y_j − mean)
 //     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
 // p_j is found relative to the nearest reference, from the forward pass: logsumexp, of the size of
-// d²/σ², has no digits left for it where σ is small.
+// d²/σ², has no digits left for it where σ is small. Where the rounding of the mean would show, t_j
+// is found without it (steep_rows_cpu.h).
 
 constexpr int kGradientRows = 3;  // rows of a register tile that also holds their means
 
@@ -238,6 +240,62 @@ Status check_singular(const Problem& problem, const Law& law, const Backward& io
 // A gradient weighs p_j by (y_j − mean)²/s, which may be large: its p_j have so many more nats.
 constexpr double kGradientDigits = 8;
 
+// What the forward pass found.
+Row row_of(const Backward& io, Index query) {
+  Row row;
+  row.nearest = io.nearest[query];
+  row.total = io.total[query];
+  return row;
+}
+
+// averages[b] = Σ_j p_bj G·(y_j − mean) / Σ_j p_bj of the steep rows of a block that begins at query
+// `first`, from references in several chunks.
+template <class T, class R>
+Status find_averages(const Problem& problem, const Backward& io, const Law& law, Index first,
+                     const Index* steep, Index count, double* averages) {
+  const Index features = problem.features, block = smaller(count, kSteepBlock);
+  Buffer<T> x(block * features);
+  Buffer<double> radius(block), p(block * kStride);
+  Buffer<Row> rows(block);
+  Problem some = problem;
+  some.queries = block;
+  some.x = x.data();
+  some.x_stride = features;
+  some.radius = radius.data();
+  Distances<T, R> distances(some, law, block);
+  typename Distances<T, R>::Lists lists(block);
+  if (!x || !radius || !p || !rows || !distances || !lists) return {Failure::memory, 0};
+  const Index chunk = chunk_size<R>(problem);
+
+  for (Index at = 0; at < count; at += block, steep += block) {
+    const Index n = smaller(block, count - at);
+    double sums[kSteepBlock][2] = {};
+    for (Index i = 0; i < n; ++i) {
+      const Index query = first + steep[i];
+      std::memcpy(x.at(i * features), static_cast<const T*>(problem.x) + query * problem.x_stride,
+                  features * sizeof(T));
+      radius[i] = problem.radius[query];
+      rows[i] = row_of(io, query);
+    }
+    distances.set_queries(0, n);
+    for (Index begin = 0; begin < problem.references; begin += chunk) {
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), rows.data(), lists);
+      parallel(n, problem.threads, [&](Index i, int) {
+        // What is not finite is noticed when the row comes again.
+        if (std::isnan(distances.refine(i, rows[i]))) return;
+        const Index from = (first + steep[i]) * features;
+        probabilities(law, rows[i], radius[i], distances.row(i), p.at(i * kStride),
+                      distances.count());
+        project_row(distances, static_cast<const T*>(io.grad_mean) + from,
+                    static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
+                    static_cast<double*>(nullptr), sums[i]);
+      });
+    }
+    for (Index i = 0; i < n; ++i) averages[steep[i]] = average(sums[i]);
+  }
+  return {};
+}
+
 template <class T, class R>
 Status backward(const Problem& problem, const Backward& io) {
   const Law law = law_of<T>(problem, kGradientDigits);
@@ -252,10 +310,12 @@ Status backward(const Problem& problem, const Backward& io) {
   PairTiles<T, R, kGradientRows> projections(problem.threads);
   WeightedSums<T, R, kGradientRows, true> weighted(problem);
   Buffer<double> sums(io.grad_x ? block * features : 0), p(block * kStride), c(block * kStride);
-  Buffer<double> moments(block), bounds(block);
+  Buffer<double> moments(block), bounds(block), averages(block);
   Buffer<Row> rows(block);
+  Buffer<Index> steep(block);
+  Buffer<bool> wide(block);  // whether the row is steep
   if (!distances || !lists || !groups || !dense || !projections || !weighted || !sums || !p || !c ||
-      !moments || !bounds || !rows)
+      !moments || !bounds || !averages || !rows || !steep || !wide)
     return {Failure::memory, 0};
   if (io.grad_y)
     parallel(divide_up(problem.references, chunk), problem.threads, [&](Index task, int) {
@@ -263,7 +323,8 @@ Status backward(const Problem& problem, const Backward& io) {
       std::memset(static_cast<T*>(io.grad_y) + task * chunk * features, 0,
                   rows * features * sizeof(T));
     });
-  const auto row_of = [](const Buffer<double>& values) {
+  const bool whole = problem.references <= chunk;
+  const auto each = [](const Buffer<double>& values) {
     return [&values](Index b) { return values.at(b * kStride); };
   };
 
@@ -282,11 +343,19 @@ Status backward(const Problem& problem, const Backward& io) {
     };
     distances.set_queries(first, count);
     if (io.grad_x) std::memset(sums.data(), 0, count * features * sizeof(double));
+    Index steep_count = 0;
     for (Index b = 0; b < count; ++b) {
-      moments[b] = 0;
-      rows[b] = Row();
-      rows[b].nearest = io.nearest[first + b];
-      rows[b].total = io.total[first + b];
+      moments[b] = averages[b] = 0;
+      rows[b] = row_of(io, first + b);
+      wide[b] = !at_limit(law, rows[b].nearest, distances.radius(b)) &&
+                is_steep(law, rows[b].nearest, rows[b].total, distances.radius(b),
+                         mean + b * features, features);
+      if (wide[b]) steep[steep_count++] = b;
+    }
+    if (steep_count > 0 && !whole) {
+      const Status status = find_averages<T, R>(problem, io, law, first, steep.data(), steep_count,
+                                                averages.data());
+      if (status.failure != Failure::none) return status;
     }
 
     for (Index begin = 0; begin < problem.references; begin += chunk) {
@@ -304,21 +373,30 @@ Status backward(const Problem& problem, const Backward& io) {
           status.failure != Failure::none)
         return status;
       groups.arrange(count, distances.count(), problem.threads,
-                     [&](Index b) { return rows[b].live; }, row_of(p), counts);
+                     [&](Index b) { return wide[b] ? 0 : rows[b].live; }, each(p), counts);
       const auto y = [&](Index j) { return distances.reference(j); };
       if (distances.dense())
         dense.template sum<Projection>(
             count, distances.count(), features, [&](Index b) { return mean + b * features; },
-            [&](Index b) { return grad + b * features; }, y, row_of(c));
+            [&](Index b) { return grad + b * features; }, y, each(c));
       else
-        projections.add(groups, distances.count(), features, y, project, row_of(c));
+        projections.add(groups, distances.count(), features, y, project, each(c));
       parallel(count, problem.threads, [&](Index b, int) {
-        moments[b] += coefficients(law, rows[b], distances.radius(b), io.grad_logsumexp[first + b],
-                                   distances.row(b), p.at(b * kStride), c.at(b * kStride),
-                                   distances.count(), bounds.at(b));
+        double *of_p = p.at(b * kStride), *of_c = c.at(b * kStride);
+        if (wide[b]) {
+          double found[2] = {};
+          project_row(distances, grad + b * features, mean + b * features, features, of_p, of_c,
+                      found);
+          if (whole) averages[b] = average(found);
+        }
+        moments[b] += coefficients(law, rows[b], distances.radius(b),
+                                   io.grad_logsumexp[first + b] - averages[b], distances.row(b),
+                                   of_p, of_c, distances.count(), bounds.at(b));
+        if (wide[b] && io.grad_x)
+          add_row(distances, mean + b * features, features, of_p, of_c, sums.at(b * features));
       });
       if (io.grad_x) {
-        groups.weigh(problem.threads, row_of(c), [&](Index b) { return bounds[b]; });
+        groups.weigh(problem.threads, each(c), [&](Index b) { return bounds[b]; });
         weighted.add(distances, groups, mean, sums.data());
       }
       if (io.grad_y)

@@ -9,6 +9,9 @@ which holds at the limits too, where scores are infinite. Backward, with the sha
 part and upstream gradients G of mean and g of lse, a part's own are
 
     G_i = q_i G,   g_i = q_i (G·(mean_i − mean) + g)
+
+Σ_i q_i G·(mean_i − mean) = 0, which the rounding of float32 means breaks; beside a small σ that is
+multiplied by d/σ². Points where it would show have their gradients in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -72,6 +75,9 @@ class Parts(NamedTuple):
 
 
 _UNSEEN = 1e-18  # the share of a part below which its gradients are not looked at
+
+
+_LEFT_ALONE = 1e-5  # the error of g_i, relative to ‖G‖, times (N + D) d/s that is left alone
 
 
 class _Merged(NamedTuple):
@@ -251,6 +257,9 @@ class _Gradient(OnceDifferentiable):
         of_x, of_radius = _sum_of_gradients(seen, alone, over, needs)
         if exchange is not None:
             of_x, of_radius = (exchange.own(exchange.sum(each)) for each in (of_x, of_radius))
+        if math.isinf(over.D):
+            of_nearest = _of_distance(grad_logsumexp, nearest, radius)
+            of_radius += torch.where(at_limit(nearest, radius, over.D), 0.0, of_nearest)
         return of_x.to(x.dtype), of_radius
 
     @staticmethod
@@ -296,6 +305,11 @@ class _Part(NamedTuple):
     chunk: Tensor
     rows: Tensor
     share: Tensor
+
+    def of(self, chosen: Tensor) -> _Part:
+        """The same for those of its rows that are chosen (B,)."""
+        own = chosen[self.rows]
+        return self._replace(rows=self.rows[own], share=self.share[own])
 
 
 def _seen_parts(
@@ -359,33 +373,79 @@ def _sum_of_tangents(
 def _sum_of_gradients(
     seen: _Saved, alone: _Alone, over: _Over, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """The gradients in x and radius of every part of this process, added up in float64."""
+    """The gradients in x and radius of every part of this process, added up in float64.
+
+    At D = ∞ that of radius lacks g d²/σ³ of the nearest reference of all.
+    """
     of_x = torch.zeros(seen.x.shape, dtype=wide_dtype(seen.x.device), device=seen.x.device)
     of_radius = torch.zeros_like(seen.radius)
-    for part in _seen_parts(seen.x, seen.radius, seen.nearest, seen.total, alone, over):
-        found_x, found_radius = _part_of_gradient(
-            _Saved(*(each[part.rows] for each in seen)), part, over, needs
-        )
-        if needs[0]:
-            of_x.index_add_(0, part.rows, found_x.to(of_x.dtype))
-        if needs[1]:
-            of_radius.index_add_(0, part.rows, found_radius)
+    steep = _is_steep(seen, over)
+    averages = torch.zeros_like(seen.radius)
+    if bool(steep.any()):
+        averages = _averages(seen, alone, over, steep)
+    for whole in _seen_parts(seen.x, seen.radius, seen.nearest, seen.total, alone, over):
+        for part, is_steep in ((whole.of(~steep), False), (whole.of(steep), True)):
+            if len(part.rows) == 0:
+                continue
+            some = _Saved(*(each[part.rows] for each in seen))
+            if is_steep:
+                some = some._replace(x=some.x.double(), grad_mean=some.grad_mean.double())
+            found_x, found_radius = _part_of_gradient(some, part, averages[part.rows], over, needs)
+            if needs[0]:
+                of_x.index_add_(0, part.rows, found_x.to(of_x.dtype))
+            if needs[1]:
+                of_radius.index_add_(0, part.rows, found_radius)
     return of_x, of_radius
 
 
+def _is_steep(seen: _Saved, over: _Over) -> Tensor:
+    """Of which queries the rounding of the means would show (as in csrc/steep_rows_cpu.h)."""
+    N, wide = seen.x.shape[1], seen.radius.dtype
+    # Kernels of GPUs compute in float32 alone.
+    if seen.x.device.type != "cpu" or seen.x.dtype == wide:
+        return torch.zeros_like(seen.radius, dtype=torch.bool)
+    if math.isinf(over.D):
+        variance = seen.radius.square()
+    else:
+        variance = (seen.nearest + seen.radius.square()) / (N + over.D)
+    distance = (seen.nearest + variance).sqrt()
+    largest = seen.mean.abs().amax(1).to(wide)
+    rounding = torch.finfo(seen.x.dtype).eps / 2
+    error = rounding * (largest * (1 + 3 / math.sqrt(N)) + distance / math.sqrt(N))
+    return (seen.total > 1) & (error * distance > _LEFT_ALONE * variance)
+
+
+def _averages(seen: _Saved, alone: _Alone, over: _Over, steep: Tensor) -> Tensor:
+    """Σ_i q_i G·(mean_i − mean) (B,) of steep queries over the parts of all processes, in float64;
+    it is not 0, for the mean at hand is rounded."""
+    averages = torch.zeros_like(seen.radius)
+    for whole in _seen_parts(seen.x, seen.radius, seen.nearest, seen.total, alone, over):
+        part = whole.of(steep)
+        if len(part.rows) == 0:
+            continue
+        some = _Saved(*(each[part.rows] for each in seen))
+        said = over.say(some.x.double(), part.chunk, some.radius)
+        averages.index_add_(0, part.rows, part.share * _pull(said.mean, some))
+    return averages if over.exchange is None else over.exchange.sum(averages)
+
+
+def _pull(mean: Tensor, seen: _Saved) -> Tensor:
+    """G·(mean_i − mean) (B,) of a part."""
+    wide = seen.radius.dtype
+    return (seen.grad_mean.to(wide) * (mean.to(wide) - seen.mean.to(wide))).sum(1)
+
+
 def _part_of_gradient(
-    seen: _Saved, part: _Part, over: _Over, needs: tuple[bool, bool]
+    seen: _Saved, part: _Part, average: Tensor, over: _Over, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """One part's gradients in x and radius, for queries of which it has a share."""
     chunk, share = part.chunk, part.share
-    sketch = over.sketch(part.place, chunk, seen.x)
+    sketch = None if seen.x.dtype != seen.mean.dtype else over.sketch(part.place, chunk, seen.x)
     said = over.say(seen.x, chunk, seen.radius, sketch)
-    wide = share.dtype
-    apart = said.mean.to(wide) - seen.mean.to(wide)
-    pull = (seen.grad_mean.to(wide) * apart).sum(1)
+    g = share * (_pull(said.mean, seen) - average + seen.grad_logsumexp)
     of_x, _, of_radius = torch.ops.pfgm.posterior_mean_backward(
         (share[:, None] * seen.grad_mean).to(seen.x.dtype),
-        share * (pull + seen.grad_logsumexp),
+        g,
         seen.x,
         chunk,
         seen.radius,
@@ -396,7 +456,16 @@ def _part_of_gradient(
         over.precision,
         sketch,
     )
+    if math.isinf(over.D):
+        # Σ_i g_i d_i²/σ³, much larger than what is left of it, is summed without what is common.
+        of_radius = of_radius - _of_distance(g, said.nearest, seen.radius)
+        of_radius += _of_distance(g, said.nearest - seen.nearest, seen.radius)
     return of_x, of_radius
+
+
+def _of_distance(g: Tensor, squared: Tensor, sigma: Tensor) -> Tensor:
+    """g d²/σ³: the gradient in σ of g times the score of a squared distance, at D = ∞."""
+    return g * (squared / sigma / sigma) / sigma
 
 
 def posterior_mean(

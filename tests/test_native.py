@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -381,6 +382,133 @@ def test_gradients_far_away_and_close_by(oracle_gradients):
             actual = backward(x, references, radius, D, *upstream)
             for one, wanted in zip(actual, expected, strict=True):
                 assert_gradient(one, wanted, 1e-5)
+
+
+# ---- gradients where references are equally near ----
+
+
+def equally_near(N, offset, copies):
+    """A point for each k = 1 … 8 with k references at one distance, to the last bit, and others:
+    the same reference k times, or mirror images of one another."""
+    generator = torch.Generator().manual_seed(N)
+
+    def on_grid(low, high):  # whose squares and their sums float64 holds exactly
+        values = torch.rand(8, N, generator=generator, dtype=torch.float64)
+        return ((low + (high - low) * values) * 256).round() / 256
+
+    x, arm = on_grid(offset - 1, offset + 1), on_grid(0.25, 1.25)
+    signs = torch.randint(0, 2, (8, 8, N), generator=generator) * 2 - 1
+    if copies:
+        signs = torch.ones_like(signs)
+    near = [x[k] + sign * arm[k] for k in range(8) for sign in signs[k, : k + 1]]
+    others = offset + 3 * torch.randn(12, N, generator=generator, dtype=torch.float64)
+    y = torch.cat([torch.stack(near), others])
+    return x.float(), y[torch.randperm(len(y), generator=generator)].float()
+
+
+def true_gradients(x, y, radius, D, G, g):
+    """[(gradient, natural scale of its rows)] in x, y and radius, in long double, from differences
+    with the nearest reference: in the plain formula (conftest.py) they cancel beside σ = 1e-6.
+
+    A row's natural scale is the largest of its true gradient, |G| and |g| √(w (1 + w d²)), with
+    w = (N + D)/s or 1/σ². |G| is what the mean of references that all have a say moves by, where x
+    moves by one; the other is the gradient of the log-sum-exp of the nearest reference alone, at
+    the distance that the noise has at least. For references that is the largest of the rows that
+    they count in, each with its largest gradient of a reference.
+    """
+    x, y, G = (v.double().numpy() for v in (x, y, G))
+    g, radius = (v.numpy().astype(np.longdouble) for v in (g, radius))
+    of_x, of_y, of_r = (np.zeros(v.shape, np.longdouble) for v in (x, y, radius))
+    scales = np.zeros((len(x), len(y)))  # of references in each row
+    scale_x, scale_r = np.zeros(len(x)), np.zeros(len(x))
+    for b, r in enumerate(radius):
+        apart = x[b] - y
+        squared = np.square(apart).sum(1).astype(np.longdouble)
+        nearest = int(squared.argmin())
+        s, excess = squared[nearest] + r**2, squared - squared[nearest]
+        if math.isinf(D):
+            w, log_p = np.full(len(y), 1 / r**2), -excess / (2 * r**2)
+        else:
+            exponent = x.shape[1] + np.longdouble(D)
+            w, log_p = exponent / (s + excess), -exponent / 2 * np.log1p(excess / s)
+        p = np.exp(log_p) / np.exp(log_p).sum()
+        seen = p > 1e-25
+        p, w0, w, excess, apart = p[seen], w[nearest], w[seen], excess[seen], apart[seen]
+        t = (y[seen] - y[nearest]).astype(np.longdouble) @ G[b]
+        t += g[b] - p @ t
+        c, moment = -p * t * w, (p * t * excess * w).sum()
+        own = np.outer(p, G[b]) - c[:, None] * apart
+        of_x[b] = c @ apart
+        of_y[seen] += own
+        if math.isinf(D):
+            of_r[b] = (moment + g[b] * squared[nearest] / r**2) / r
+        else:
+            of_r[b] = -r * w0 * (g[b] - moment / exponent)
+        lone = abs(g[b]) * np.sqrt(w0 * (1 + w0 * squared[nearest]))
+        least = max(np.linalg.norm(G[b]), lone)
+        scale_x[b] = max(least, np.linalg.norm(of_x[b].astype(float)))
+        scale_r[b] = max(least, abs(of_r[b]))
+        scales[b, seen] = max(least, np.linalg.norm(own.astype(float), axis=1).max())
+    scale_y = scales.max(0)
+    scale_y[scale_y == 0] = scales.max()
+    return (of_x, scale_x), (of_y, scale_y), (of_r, scale_r)
+
+
+def error_beside_scale(actual, expected):
+    found = []
+    for one, (wanted, scale) in zip(actual, expected, strict=True):
+        off = (one.double().numpy() - wanted).reshape(len(wanted), -1).astype(np.float64)
+        found.append((np.linalg.norm(off, axis=1) / scale).max())
+    return max(found)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [1, 2, 3, 64, 784, 3072])
+def test_gradients_where_references_are_equally_near(threads, N, D):
+    threads(1)
+    generator = torch.Generator().manual_seed(1)
+    G, g = torch.randn(8, N, generator=generator), torch.randn(8, generator=generator).double()
+    for offset, copies in ((0, True), (10, True), (10, False)):
+        x, y = equally_near(N, offset, copies)
+        for sigma in (1e-6, 1e-4, 1e-3, 0.02, 0.1, 1.0):
+            radius = torch.full((8,), radius_of(sigma, D), dtype=torch.float64)
+            for upstream in ((G, 0 * g), (0 * G, g)):
+                expected = true_gradients(x, y, radius, D, *upstream)
+                actual = backward(x, y, radius, D, *upstream)
+                assert error_beside_scale(actual, expected) <= 1e-4, (offset, copies, sigma)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_gradients_where_each_digit_is_there_three_times(threads, D):
+    digits = torch.from_numpy(pytest.importorskip("sklearn.datasets").load_digits().data)
+    digits = ((digits - digits.mean()) / digits.std()).float()
+    generator = torch.Generator().manual_seed(0)
+    x = digits[::300] + 2e-4 * torch.randn(6, 64, generator=generator)
+    G = torch.randn(6, 64, generator=generator)
+    radius = torch.full((6,), radius_of(2e-4, D), dtype=torch.float64)
+    zero = torch.zeros(6, dtype=torch.float64)
+    references = digits.repeat(3, 1)  # in chunks of 2048
+    expected = true_gradients(x, references, radius, D, G, zero)
+    for count in (1, 2):
+        threads(count)
+        actual = backward(x, references, radius, D, G, zero)
+        assert error_beside_scale(actual, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [1, 2])
+def test_gradients_where_the_nearest_is_close_beside_the_spread(threads, N, D):
+    threads(1)
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randn(5000, N, generator=generator)
+    x = references[:40] + 1e-3 * torch.randn(40, N, generator=generator)
+    G = torch.randn(40, N, generator=generator)
+    zero = torch.zeros(40, dtype=torch.float64)
+    for sigma in (1e-4, 1e-3, 1e-2):
+        radius = torch.full((40,), radius_of(sigma, D), dtype=torch.float64)
+        expected = true_gradients(x, references, radius, D, G, zero)
+        actual = backward(x, references, radius, D, G, zero)
+        assert error_beside_scale(actual, expected) <= 1e-4, sigma
 
 
 # ---- lower bounds that rule references out (csrc/screen_cpu.h) ----

@@ -86,6 +86,32 @@ def test_gradients_in_parts(small_chunks, D):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [1, 64])
+def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):
+    """Five copies of a reference and two of its mirror image, in parts of three rows."""
+    monkeypatch.setattr(module, "_CHUNK", 3 * N * 4)
+    generator = torch.Generator().manual_seed(0)
+    # On a grid, so that squares and their sums are exact.
+    x, arm = (((torch.rand(1, N, generator=generator) + 0.5) * 64).round() / 64 for _ in range(2))
+    x += 10
+    references = ReferenceSet(torch.cat([x + sign * arm for sign in (1, 1, -1, 1, -1, 1, 1)]))
+    G = torch.randn(1, N, generator=generator)
+    wide, pull = arm.double(), 2 * (G.double() * arm.double()).sum()
+    for sigma in (1e-6, 1e-4, 1e-2):
+        point = x.clone().requires_grad_()
+        noise = torch.tensor([sigma], dtype=torch.float64, requires_grad=True)
+        mean = pfgm.posterior_mean(point, references, sigma=noise, D=D)
+        of_x, of_sigma = torch.autograd.grad((mean * G).sum(), (point, noise))
+        # Cov G w, with Cov = 10/49 (2 arm)(2 arm)ᵀ and w = 1/σ² or (N + D)/s. σ moves both alike.
+        s = wide.square().sum() + (0 if math.isinf(D) else D * sigma**2)
+        w = 1 / sigma**2 if math.isinf(D) else (N + D) / s
+        expected = 10 / 49 * w * pull * 2 * wide
+        scale = max(expected.norm(), G.norm())
+        assert (of_x - expected).norm() <= 1e-5 * scale, sigma
+        assert of_sigma.abs() <= 1e-5 * scale, sigma
+
+
 # ---- what is kept of rows in memory ----
 
 
