@@ -193,7 +193,7 @@ def test_one_sentence_for_more_than_there_can_be(run, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("device", ["meta", "cpu:-1", "", "hpu", "mkldnn"])
+@pytest.mark.parametrize("device", ["meta", "cpu:-1", "hpu", "mkldnn"])
 def test_devices_that_cannot_compute(run, tmp_path, capsys, device):
     arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy", "--device", device]
     assert f"device is {device!r}, which cannot be used here" in fails(capsys, *arguments)

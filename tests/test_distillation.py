@@ -154,7 +154,8 @@ def test_a_student_arrives_in_one_evaluation(D):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if D is None:
-            flow, network = pfgm.PoissonFlow.from_data(data), pfgm.networks.MLP(**settings)
+            flow = pfgm.PoissonFlow.from_data(data)
+            network = pfgm.networks.MLP(**settings, **flow.scaling)
         else:
             flow = pfgm.PoissonFlowPP.from_data(data, D=D)
             network = pfgm.networks.Denoiser("mlp", settings, sigma_data=flow.sigma_data)

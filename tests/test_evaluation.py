@@ -355,7 +355,8 @@ def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     flow = pfgm.PoissonFlow.from_data(data, z_min=0.3)
     run = tmp_path / "run"
     run.mkdir()
-    pfgm.save(run / "net.safetensors", flow, pfgm.networks.MLP((2,), width=16, depth=1))
+    net = pfgm.networks.MLP((2,), width=16, depth=1, **flow.scaling)
+    pfgm.save(run / "net.safetensors", flow, net)
     (run / "latest.json").write_text('{"weights": "net.safetensors", "state": "none"}')
     RunConfig(data=str(tmp_path / "points.npy")).save(run / "config.json")
     found = evaluate(tmp_path / "out", "--checkpoint", run, "--n", 25, "--likelihood", 1)

@@ -116,7 +116,7 @@ def test_bad_data(flow, data):
 def test_training_learns(data, flow):
     # Four points, whose field a small network can learn.
     corners = data[:4].repeat(16, 1)
-    network = pfgm.networks.MLP((2,), width=32, depth=2)
+    network = pfgm.networks.MLP((2,), width=32, depth=2, **flow.scaling)
     trainer = Trainer(
         flow,
         network,

@@ -21,11 +21,11 @@ DATA = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
 
 def trainer(folder, steps):
     torch.manual_seed(0)
-    network = pfgm.networks.MLP((2,), width=32, depth=1)
     config = TrainConfig(
         steps=steps, batch_size=16, references=32, warmup=2, checkpoint_every=2, log_every=10**6
     )
     flow = pfgm.PoissonFlow.from_data(DATA)
+    network = pfgm.networks.MLP((2,), width=32, depth=1, **flow.scaling)
     return Trainer(flow, network, DATA, config, folder=folder, progress=False)
 
 

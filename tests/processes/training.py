@@ -35,7 +35,7 @@ if __name__ == "__main__":
             rows = rows.shard()
         flow = pfgm.PoissonFlow.from_data(rows)
         torch.manual_seed(dist.get_rank())  # the first process's weights are what counts
-        network = Mortal(flow.shape, width=16, depth=1)
+        network = Mortal(flow.shape, width=16, depth=1, **flow.scaling)
         config = TrainConfig(
             steps=int(steps),
             batch_size=16,
