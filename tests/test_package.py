@@ -63,8 +63,13 @@ def run_command(*arguments):
         "print(*sys.modules, file=sys.stderr)\n"
         "sys.exit(code)"
     )
+    # Elsewhere than in the tree, whose metadata may be of an earlier build.
     shown = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=sys.prefix,
     )
     return shown.stdout, set(shown.stderr.split())
 

@@ -574,7 +574,7 @@ def test_labels_of_a_reference_set(data, flow):
     rows = pfgm.ReferenceSet(data, labels=torch.arange(50) % 4)
     trained = []
     for of_data in (rows, data):
-        network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4)
+        network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4, **flow.scaling)
         network.load_state_dict(trained[0] if trained else network.state_dict())
         trained.append({k: v.clone() for k, v in network.state_dict().items()})
         Trainer(flow, network, of_data, SMALL, progress=False, labels=rows.labels).train()
@@ -593,7 +593,7 @@ def test_steps_in_parts_and_in_half_precision_train_alike(data, flow, changes):
         return float(flow.loss(trained, data, data, generator).detach())
 
     settings = config(steps=150, batch_size=32, references=50)
-    network = pfgm.networks.MLP((2,), width=16, depth=1)
+    network = pfgm.networks.MLP((2,), width=16, depth=1, **flow.scaling)
     before = distance_to(network)
     plain = Trainer(flow, copy.deepcopy(network), data, settings, progress=False).train()
     settings = dataclasses.replace(settings, **changes)
