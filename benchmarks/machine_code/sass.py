@@ -125,10 +125,30 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
     return [Loop(header, body) for header, body in sorted(bodies.items())]
 
 
+def reached(code: Sequence[Instruction]) -> list[int]:
+    """Indices of the instructions that may run, without what is called and what only warps take
+    part in that have diverged: both lie out of the way in code of their own."""
+    before = _predecessors(code)
+    return [i for i in range(len(code)) if i == 0 or before[i]]
+
+
+def basic_blocks(code: Sequence[Instruction], places: Sequence[int]) -> list[list[int]]:
+    """The places, in stretches that are run as a whole."""
+    starts = {_place(code, jump_target(one)) for one in code}
+    found: list[list[int]] = []
+    for i in places:
+        new = not found or found[-1][-1] != i - 1 or i in starts or code[i - 1].base == "BRA"
+        if new:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
 def _predecessors(code: Sequence[Instruction]) -> list[list[int]]:
-    """Of each instruction those that it may follow, as far as they are ever reached. Divergent
-    warps are not looked at: what they take part in is out of the way in code of its own."""
+    """Of each instruction those that it may follow, as far as they are ever reached."""
     found: list[list[int]] = [[] for _ in code]
+    if not code:
+        return found
     seen, left = {0}, [0]
     while left:
         i = left.pop()
@@ -176,11 +196,19 @@ def _place(code: Sequence[Instruction], address: int | None) -> int | None:
     return i if 0 <= i < len(code) and code[i].address == address else None
 
 
+_NEAR = 64  # bytes
+
+
 def jump_target(instruction: Instruction) -> int | None:
-    if instruction.base != "BRA" or instruction.name.startswith("BRA.DIV"):
+    """Where it may go on. A call of what stands right behind it is a jump that never returns: the
+    compiler makes such."""
+    if instruction.base not in ("BRA", "CALL") or instruction.name.startswith("BRA.DIV"):
         return None
     found = _TARGET.search(instruction.operands)
-    return int(found[1], 16) if found else None
+    target = int(found[1], 16) if found else None
+    if instruction.base == "CALL" and target is not None:
+        return target if 0 < target - instruction.address <= _NEAR else None
+    return target
 
 
 def innermost(found: Iterable[Loop]) -> list[Loop]:
