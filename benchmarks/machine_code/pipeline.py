@@ -24,6 +24,7 @@ from machine_code.sass import NO_SCOREBOARD, Instruction, access_bytes, unit_of
 
 SCHEDULERS = 4
 BACKLOG = 48  # clocks of work that a unit's queue takes before an instruction has to wait for it
+IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has asked of the L2 cache, at most; assumed
 LATENCY = {
     "mufu": 24,
     "convert": 20,
@@ -121,9 +122,16 @@ def _shared(instruction: Instruction, card: Device, conflicts: float) -> Need:
     return Need("shared", lines * conflicts, card.rate("shared_latency"))
 
 
+def l2_port(card: Device) -> float:
+    """Bytes a clock that a multiprocessor gets from the L2 cache while all others ask as well."""
+    return min(64.0, card.rate("l2") / card.sms / card.rate("clock"))
+
+
 def _global(instruction: Instruction, card: Device) -> Need:
-    port = min(64.0, card.rate("l2") / card.sms / card.rate("clock"))
-    return Need("global", 32 * access_bytes(instruction) / port, card.rate("l2_latency"))
+    moved = 32 * access_bytes(instruction)
+    if instruction.base in ("LDL", "STL"):  # registers that were spilled are found in the L1 cache
+        return Need("shared", moved / card.rate("shared"), card.rate("shared_latency"))
+    return Need("global", moved / l2_port(card), card.rate("l2_latency"))
 
 
 def need_of(instruction: Instruction, card: Device, conflicts: float = 1.0) -> Need:
@@ -178,6 +186,7 @@ class _Multiprocessor:
             _Warp(block, w % SCHEDULERS, w == 0) for block in range(blocks) for w in range(warps)
         ]
         self.free: dict[tuple[str, int], float] = defaultdict(float)
+        self.backlog = {"global": IN_FLIGHT / l2_port(card)}
         self.issue = [0.0] * SCHEDULERS
         self.busy: dict[str, float] = defaultdict(float)
         self.waits: dict[str, float] = defaultdict(float)
@@ -201,7 +210,7 @@ class _Multiprocessor:
         """When its next instruction can go, as things stand."""
         instruction, need = self.code[warp.at], self.needs[warp.at]
         boards = max((warp.boards[k] for k in instruction.control.wait), default=0.0)
-        unit = self.free[self.key(need.unit, warp)] - BACKLOG
+        unit = self.free[self.key(need.unit, warp)] - self.backlog.get(need.unit, BACKLOG)
         return max(warp.ready, boards, self.held(warp), unit, self.issue[warp.scheduler])
 
     def key(self, unit: str, warp: _Warp) -> tuple[str, int]:
