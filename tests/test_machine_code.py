@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import gpu_measure
+import gpu_report
 import pytest
-from machine_code import banks, devices, pipeline, sass
+import torch
+from machine_code import banks, data, devices, kernels, model, page, pipeline, results, sass
+from subjects import Case
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # ---- machine code ------------------------------------------------------------------------------
 
@@ -312,3 +325,251 @@ def test_rates_of_the_data_sheets():
 )
 def test_blocks_of_a_multiprocessor(card, threads, registers, shared, blocks):
     assert devices.resident(card, threads, registers, shared) == blocks
+
+
+# ---- what real data make the kernels do ----------------------------------------------------------
+
+
+def small_case():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(70, 8, generator=generator) * 2 - 1
+    x = y[:5] + 0.3 * torch.randn(5, 8, generator=generator)
+    return Case(x, torch.tensor([0.01, 0.1, 0.3, 1.0, 30.0]), y)
+
+
+SMALL = data.Shape("small", 5, 70, 8)
+
+
+def test_pairs_and_weights_as_a_loop_finds_them():
+    """One chunk: every query by itself, in Python's numbers."""
+    case = small_case()
+    (chunk,) = data.chunks_of(case, SMALL, data.squared_distances(case))
+    for b in range(5):
+        x, r = case.x[b].tolist(), float(case.z[b])
+        d = [
+            sum((p - q) ** 2 for p, q in zip(x, row, strict=True))
+            for row in case.references.tolist()
+        ]
+        base, norm, half = min(d), sum(v * v for v in x), 4.5
+        near = base + 2.0**-17 * (3 * norm + 2 * base)
+        near += math.expm1(20 / half) * (base + r * r)
+        assert chunk.refined[b].tolist() == [value <= near for value in d]  # two tiles are few
+        weights = [((base + r * r) / (value + r * r)) ** half for value in d]
+        smallest = math.exp(-16) / 70
+        assert chunk.live[b].tolist() == [w >= smallest for w in weights]
+        assert chunk.visited[b].tolist() == [
+            any(value <= near for value in d[start : start + 64]) for start in (0, 64)
+        ]
+
+
+def test_chunks_go_on_from_what_is_known(monkeypatch):
+    monkeypatch.setattr(data, "PAIRS", 1)  # chunks of 128
+    shape = data.Shape("longer", 4, 300, 8)
+    assert (shape.chunk, shape.chunks) == (128, 3)
+    generator = torch.Generator().manual_seed(1)
+    y = torch.rand(300, 8, generator=generator)
+    x = y[:4] + 0.2  # near the first references: later chunks have nothing near
+    case = Case(x, torch.full((4,), 1e-3), torch.cat([y[:128], y[128:] + 5]))
+    first, second, third = data.chunks_of(case, shape, data.squared_distances(case))
+    assert first.refined.any()
+    assert first.live.any()
+    assert not second.live.any()
+    assert not third.live.any()
+    assert third.live.shape == (4, 300 - 256)
+
+
+def test_tiles_lists_and_their_order():
+    live = torch.zeros(4, 64, dtype=torch.bool)
+    live[0], live[2] = True, True  # two queries with all, two with one reference
+    live[1, 3] = live[3, 5] = True
+    assert data.listed(live, 2, ordered=False) == (1.0, 1.0)
+    mean, most = data.listed(live, 2, ordered=True)
+    assert (mean, most) == ((2 / 64 + 1) / 2, 1.0)
+    assert data.live_tiles(live, 2, ordered=True) == ((0.5 + 1) / 2, 1.0)
+    assert data.live_tiles(live, 4, ordered=True) == (1.0, 1.0)
+
+
+def test_what_refine_goes_through():
+    refined = torch.zeros(2, 640, dtype=torch.bool)
+    refined[0, [0, 1, 2, 400]] = True
+    visited = torch.zeros(2, 10, dtype=torch.bool)
+    visited[0, [0, 6]] = True
+    found = data.refined_of(data.Chunk(refined, visited, refined), group=2)
+    assert found == {
+        "pairs": 4.0,
+        "tiles": 2.0,
+        "groups": 3.0,
+        "pairs, most": 3.0,  # a program has four tiles
+        "tiles, most": 1.0,
+        "groups, most": 2.0,
+    }
+    assert data.segment_of(10) == 4
+    assert data.segment_of(2000) == 8
+    assert [data.group_of(N) for N in (64, 784, 3072)] == [16, 2, 2]
+
+
+def test_a_shape_is_cut_as_the_kernels_cut_it():
+    assert data.BIG.blocks() == [1365, 1365, 1365, 1]
+    assert (data.BIG.chunk, data.BIG.chunks) == (1536, 33)
+    assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 8192, 8)
+    assert (data.C.chunks, data.G.chunks) == (1, 1)
+
+
+def test_all_of_a_shape_is_counted():
+    found = data.count(SMALL, lambda shape: small_case())
+    assert found["refine"]["pairs"] == found["refined a query"]["mean"] * 5
+    assert found["queries looked at"] == 5
+    assert 0 < found["sums"]["live"] <= found["sums"]["listed of 32, unsorted"] <= 1
+    assert found["single pass"]["pairs"] >= found["single pass"]["pairs of the slowest warp"]
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def kernel_of(*lines, threads=128, registers=32, shared=0):
+    code = code_of(*lines)
+    return kernels.Compiled(
+        "some", code, sass.loops(code), threads, registers, shared, conflicts=None
+    )
+
+
+def test_rounds_of_blocks():
+    """A phase that its unit binds: what a multiprocessor has of it, whatever is beside what."""
+    kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)
+    clocks = 64 * 4 * 32 / 64  # of a trip of a block of 4 warps, on 64 lanes
+    for blocks, of_one in ((108, 1), (109, 2), (108 * 16, 16), (108 * 20, 20)):
+        phase = model.phase("loop", kernel, kernel.code, 10.0 * blocks, 10.0)
+        launch = model.Launch("some", kernel, blocks, (phase,), 0.0)
+        expected = of_one * 10 * clocks / A100.rate("clock")
+        assert model.in_turns(launch, A100) == pytest.approx(expected, rel=0.1)
+
+
+def test_what_binds_a_launch():
+    kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)
+
+    def predicted(trips, most, moved=0.0, times=1):
+        phase = model.phase("loop", kernel, kernel.code, trips, most)
+        return model.predict(model.Launch("some", kernel, 108, (phase,), moved, times), A100)
+
+    gap = A100.rate("launch")
+    assert predicted(108, 1).bound == "launch"
+    assert predicted(1e5 * 108, 1e5).bound == "fp32"
+    one = predicted(1e5 * 108, 5e5)
+    assert one.bound == "longest block"
+    assert predicted(1e5 * 108, 5e5, times=3).seconds == pytest.approx(3 * one.seconds)
+    memory = predicted(108, 1, moved=1e9)
+    assert memory.bound == "memory"
+    assert memory.seconds == pytest.approx(1e9 / A100.rate("memory") + gap)
+    joined = model.together([memory, one, memory._replace(name="other")])
+    assert [(part.name, part.launches, part.bound) for part in joined] == [
+        ("some", 2, "longest block" if one.seconds > memory.seconds else "memory"),
+        ("other", 1, "memory"),
+    ]
+
+
+def test_the_unaligned_way_is_left_out():
+    kernel = kernel_of(
+        "MOV R1, R2",
+        "@P0 BRA 0x50",  # 0x10: the loop
+        "LDG.E R4, [R2]",
+        "STS [R3], R4",
+        "BRA 0x60",
+        "LDGSTS.E.BYPASS.128 [R3], [R2.64]",  # 0x50
+        "FFMA R1, R1, R2, R3",
+        "@P1 BRA 0x10",
+        "EXIT",
+    )
+    (loop,) = kernel.loops
+    assert [one.base for one in kernel.body(loop)] == ["BRA", "LDGSTS", "FFMA", "BRA"]
+    assert [one.base for one in kernel.straight()] == ["MOV", "EXIT"]
+    assert kernels.loop_with_most(kernel, "fp32") == loop
+    with pytest.raises(ValueError, match="no loop with tensor"):
+        kernels.loop_with_most(kernel, "tensor")
+
+
+def test_products_of_plain_torch():
+    """A large one at its rate; a small one as its tiles fill the device."""
+    size = 8192
+    found = model.product(A100, size, size, size, "fp32")
+    rate = 2 * 64 * 108 * A100.rate("clock") * model.SGEMM
+    assert found == pytest.approx(2 * size**3 / rate, rel=0.05)
+    assert model.product(A100, 128, 128, 4096, "fp32") > 2 * 128 * 128 * 4096 / rate
+    tf32 = model.product(H100, size, size, size, "tf32")
+    assert tf32 < model.product(H100, size, size, size, "fp32") / 4
+    parts = model.torch_path(A100, 128, 4096, 3072, "fp32", compiled=True)
+    eager = model.torch_path(A100, 128, 4096, 3072, "fp32", compiled=False)
+    assert parts["products"] == eager["products"]
+    assert sum(parts.values()) < sum(eager.values())
+
+
+# ---- a kernel that is compiled now ---------------------------------------------------------------
+
+COMPILED = """
+import sys
+sys.path.insert(0, "benchmarks")
+from machine_code import devices, kernels, model, published
+import json
+published.PRODUCT_CONFIGS = published.PRODUCT_CONFIGS[1:2]
+(launch,) = published.product_launches(1024, 1024, 1024, "fp16")(devices.A100)
+main = kernels.loop_with_most(launch.kernel, "tensor")
+found = model.predict(launch, devices.A100)
+conflicts = launch.kernel.conflicts
+print(json.dumps({
+    "matrix": kernels.count_of(launch.kernel.body(main), "tensor"),
+    "copies": kernels.count_of(launch.kernel.body(main), "LDGSTS"),
+    "wavefronts": [conflicts.ideal, conflicts.wavefronts, conflicts.unseen],
+    "seconds": found.seconds,
+}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_product_compiled_now():
+    """128 × 128 × 32 by four warps: 64 products of 16 × 8 × 16 a warp, 16 KiB copied in pieces of
+    16 bytes, 8 a thread, operands free of conflicts; not faster than the data sheet."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["matrix"], found["copies"]) == (64, 8)
+    ideal, wavefronts, unseen = found["wavefronts"]
+    assert ideal == wavefronts
+    assert unseen == 0
+    assert 2 * 1024**3 / 312e12 < found["seconds"] < 10 * 2 * 1024**3 / 312e12
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_was_stored():
+    text = page.PAGE.read_text()
+    assert page.with_report(text, results.load()) == text
+
+
+def test_results_keep_what_they_are_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "PATH", tmp_path / "machine_code.json")
+    assert results.load() == {}
+    results.store("host", {"triton": 1e-4})
+    results.store("predicted", [["C", "A100 SXM", "cuda", "merge", 1e-6, 1, "launch"]])
+    found = results.load()
+    assert found["host"] == {"triton": 1e-4}
+    assert page.predicted(found) == {("C", "A100 SXM", "cuda"): 1e-6}
+    assert len(results.PATH.read_text().splitlines()) < 15
+    with pytest.raises(ValueError, match="allowed is one of data"):
+        results.store("elsewhere", {})
+
+
+def test_measured_stands_beside_predicted():
+    def row(path, graph):
+        subject = "forward, CIFAR-10 shape, 128 × 4096"
+        return gpu_measure.Row(subject, path, {"median": 1.0}, graph, 0.0, {}, "")
+
+    rows = [row("triton", {"median": 2e-3}), row("torch, tf32", {}), row("copy", {})]
+    text = gpu_report.beside_predicted(rows, "NVIDIA H100 80GB HBM3")
+    lines = text.splitlines()
+    assert "H100 SXM" in lines[0]
+    assert len(lines) == 2 + 2 + 2
+    assert "2 ms" in lines[-2]
+    assert gpu_report.beside_predicted(rows, "NVIDIA T4") == ""

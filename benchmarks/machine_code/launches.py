@@ -12,7 +12,7 @@ from machine_code import kernels
 from machine_code.data import SORTED, SUM_TILE, TILE, Shape, group_of, segment_of
 from machine_code.devices import Device
 from machine_code.kernels import Compiled
-from machine_code.model import Launch, Phase, phase
+from machine_code.model import ONCE, Launch, Phase, phase
 from machine_code.sass import Instruction, Loop
 
 Data = Mapping[str, Any]
@@ -25,7 +25,7 @@ def _up(n: float, by: float) -> int:
 
 
 def _once(kernel: Compiled, blocks: int) -> Phase:
-    return phase("once", kernel, kernel.straight(), blocks, 1)
+    return phase(ONCE, kernel, kernel.straight(), blocks, 1)
 
 
 def _loop(name: str, kernel: Compiled, loop: Loop, blocks: int, trips: float) -> Phase:
@@ -78,7 +78,7 @@ def _triton_distances(shape: Shape, queries: int, card: Device) -> Launch:
     if queries < 16:
         kernel, rows, tile = kernels.triton_variant(card, "differences", *words), 4, 16
         panel = 64 if shape.N >= 64 else 16
-        main = kernels.loop_with_most(kernel, "FFMA")
+        main = kernels.loop_with_most(kernel, "fp32")
     else:
         rows, tile, panel = (32 if queries <= 32 else 64), TILE, PANEL
         sizes = (f"ROWS {rows}", "PRECISION tf32x3")
@@ -204,7 +204,7 @@ def _cuda_distances(shape: Shape, queries: int, card: Device) -> Launch:
     if shape.block < 16 or (queries < 16 and len(shape.blocks()) == 1):
         rows, name = 8, "differences<float32, false>"
         kernel = kernels.cuda_kernel(card, name, _tile_memory(8))
-        main = kernels.loop_with_most(kernel, "FFMA")
+        main = kernels.loop_with_most(kernel, "fp32")
     else:
         few = queries <= 32 or tiles * _up(queries, 64) < 2 * card.sms
         rows = 32 if few else 64

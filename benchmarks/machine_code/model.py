@@ -18,6 +18,8 @@ from machine_code.devices import Device, resident
 from machine_code.kernels import Compiled
 from machine_code.sass import Instruction
 
+ONCE = "once"  # the phase that a block runs a single time
+
 
 class Phase(NamedTuple):
     """A stretch of code that blocks run again and again."""
@@ -61,12 +63,13 @@ def _run(
     warps: int,
     blocks: int,
     conflicts: tuple[tuple[int, float], ...],
+    once: bool,
 ) -> pipeline.Run:
-    return pipeline.run(code, card, warps, blocks, trips=2, conflicts=dict(conflicts))
+    return pipeline.run(code, card, warps, blocks, 2, dict(conflicts), once)
 
 
-def _of_phase(phase: Phase, launch: Launch, card: Device, blocks: int) -> pipeline.Run:
-    return _run(phase.code, card, launch.kernel.warps, blocks, phase.conflicts)
+def run_of(phase: Phase, launch: Launch, card: Device, blocks: int) -> pipeline.Run:
+    return _run(phase.code, card, launch.kernel.warps, blocks, phase.conflicts, phase.name == ONCE)
 
 
 def beside(launch: Launch, card: Device) -> int:
@@ -84,15 +87,15 @@ def in_turns(launch: Launch, card: Device) -> float:
     clocks = 0.0
     for phase in launch.phases:
         each = phase.trips / launch.blocks
-        clocks += each * rounds * _of_phase(phase, launch, card, together).clocks
+        clocks += each * rounds * run_of(phase, launch, card, together).clocks
         if rest:
-            clocks += each * _of_phase(phase, launch, card, rest).clocks
+            clocks += each * run_of(phase, launch, card, rest).clocks
     return clocks / card.rate("clock")
 
 
 def longest_block(launch: Launch, card: Device) -> float:
     """Seconds of the block with most to do, were it alone."""
-    clocks = sum(p.most * _of_phase(p, launch, card, 1).clocks for p in launch.phases)
+    clocks = sum(p.most * run_of(p, launch, card, 1).clocks for p in launch.phases)
     return clocks / card.rate("clock")
 
 
@@ -101,10 +104,10 @@ def bound_of(launch: Launch, card: Device) -> str:
     together = beside(launch, card)
 
     def clocks(phase: Phase) -> float:
-        return phase.trips * _of_phase(phase, launch, card, together).clocks
+        return phase.trips * run_of(phase, launch, card, together).clocks
 
     longest = max(launch.phases, key=clocks)
-    return _of_phase(longest, launch, card, together).bound
+    return run_of(longest, launch, card, together).bound
 
 
 def predict(launch: Launch, card: Device) -> Predicted:

@@ -37,7 +37,8 @@ LATENCY = {
     "uniform": 8,
 }  # clocks from the unit to the result, where a scoreboard says that they count; assumed
 BARRIER = 20  # clocks from the last warp's arrival until the first goes on; assumed
-RUN_IN = 2  # trips
+RUN_IN = 1  # trips
+OPERANDS = 12  # clocks until a unit has read them; assumed
 JUMP = 8  # clocks that a jump back costs; assumed
 _SHARED_BY_ALL = ("shared", "global", "convert64")  # units that the four schedulers share
 _MATRIX = re.compile(r"(\d+)x(\d+)x(\d+)")
@@ -175,86 +176,112 @@ class _Warp:
     matrix_groups: list[float] = field(default_factory=list)
 
 
+class _Step(NamedTuple):
+    """An instruction as the multiprocessor takes it: what does not change is found once."""
+
+    instruction: Instruction
+    need: Need
+    wait: tuple[int, ...]
+    stall: int
+    places: tuple[int, ...]
+    """Of its unit among all units, by scheduler."""
+    backlog: float
+    held: str
+    """What it waits for that runs by itself: "copies", "group", "block" or nothing."""
+
+
 class _Multiprocessor:
     def __init__(
         self, code: Sequence[Instruction], card: Device, warps: int, blocks: int, trips: int,
         conflicts: Mapping[int, float],
     ) -> None:  # fmt: skip
-        self.code, self.trips, self.per_block = code, trips, warps
-        self.needs = [need_of(one, card, conflicts.get(i, 1.0)) for i, one in enumerate(code)]
+        self.trips, self.per_block = trips, warps
+        self.places: dict[tuple[str, int], int] = {}
+        self.steps = [
+            self.step_of(one, need_of(one, card, conflicts.get(i, 1.0)), card)
+            for i, one in enumerate(code)
+        ]
         self.warps = [
             _Warp(block, w % SCHEDULERS, w == 0) for block in range(blocks) for w in range(warps)
         ]
-        self.free: dict[tuple[str, int], float] = defaultdict(float)
-        self.backlog = {"global": IN_FLIGHT / l2_port(card)}
+        self.free = [0.0] * len(self.places)
         self.issue = [0.0] * SCHEDULERS
         self.busy: dict[str, float] = defaultdict(float)
         self.waits: dict[str, float] = defaultdict(float)
-        self.arrived: dict[int, list[_Warp]] = defaultdict(list)
+        self.arrived: dict[int, list[int]] = defaultdict(list)
         self.block_matrix: dict[int, float] = defaultdict(float)
         self.end = 0.0
         self.queue: list[tuple[float, int]] = []
+
+    def step_of(self, instruction: Instruction, need: Need, card: Device) -> _Step:
+        alone = need.unit in _SHARED_BY_ALL or instruction.base.startswith("UTC")
+        keys = [(need.unit, -1 if alone else scheduler) for scheduler in range(SCHEDULERS)]
+        places = tuple(self.places.setdefault(key, len(self.places)) for key in keys)
+        backlog = IN_FLIGHT / l2_port(card) if need.unit == "global" else BACKLOG
+        control = instruction.control
+        held = _held(instruction)
+        return _Step(instruction, need, control.wait, max(1, control.stall), places, backlog, held)
 
     def run(self) -> None:
         self.queue = [(0.0, i) for i in range(len(self.warps))]
         while self.queue:
             time, i = heapq.heappop(self.queue)
             warp = self.warps[i]
-            earliest = self.earliest(warp)
+            step = self.steps[warp.at]
+            earliest = self.earliest(warp, step)
             if earliest > time:
                 heapq.heappush(self.queue, (earliest, i))
-            elif self.step(warp, time):
+            elif self.go(warp, i, step, time):
                 heapq.heappush(self.queue, (warp.ready, i))
 
-    def earliest(self, warp: _Warp) -> float:
+    def earliest(self, warp: _Warp, step: _Step) -> float:
         """When its next instruction can go, as things stand."""
-        instruction, need = self.code[warp.at], self.needs[warp.at]
-        boards = max((warp.boards[k] for k in instruction.control.wait), default=0.0)
-        unit = self.free[self.key(need.unit, warp)] - self.backlog.get(need.unit, BACKLOG)
-        return max(warp.ready, boards, self.held(warp), unit, self.issue[warp.scheduler])
+        time = warp.ready
+        for board in step.wait:
+            if warp.boards[board] > time:
+                time = warp.boards[board]
+        if step.held:
+            time = max(time, self.held(warp, step))
+        unit = self.free[step.places[warp.scheduler]] - step.backlog
+        return max(time, unit, self.issue[warp.scheduler])
 
-    def key(self, unit: str, warp: _Warp) -> tuple[str, int]:
-        if unit == "tensor" and self.code[warp.at].base.startswith("UTC"):
-            return unit, 0
-        return unit, -1 if unit in _SHARED_BY_ALL else warp.scheduler
-
-    def held(self, warp: _Warp) -> float:
+    def held(self, warp: _Warp, step: _Step) -> float:
         """Until when it waits for what runs by itself."""
-        instruction = self.code[warp.at]
-        if instruction.base == "DEPBAR" and "SB0" in instruction.operands:
-            return _pending(warp.groups, instruction)
-        if instruction.name.startswith("WARPGROUP.DEPBAR"):
-            return _pending(warp.matrix_groups, instruction)
-        if instruction.name.startswith("SYNCS.PHASECHK"):
-            return self.block_matrix[warp.block]
-        return 0.0
+        if step.held == "copies":
+            return _pending(warp.groups, step.instruction)
+        if step.held == "group":
+            return _pending(warp.matrix_groups, step.instruction)
+        return self.block_matrix[warp.block]
 
-    def step(self, warp: _Warp, time: float) -> bool:
+    def go(self, warp: _Warp, i: int, step: _Step, time: float) -> bool:
         """Issues; whether the warp goes on by itself."""
-        instruction, need = self.code[warp.at], self.needs[warp.at]
-        self.waits[instruction.base] += max(0.0, time - warp.ready)
+        if time > warp.ready:
+            self.waits[step.instruction.base] += time - warp.ready
         self.issue[warp.scheduler] = time + 1
         self.busy["issue"] += 1
-        done = self.serve(warp, instruction, need, time)
-        control = instruction.control
-        for board in (control.write, control.read):
-            if board != NO_SCOREBOARD:
-                end = done if board == control.write else min(done, time + need.occupancy + 12)
-                warp.boards[board] = max(warp.boards[board], end)
-        warp.ready = time + max(1, control.stall)
+        done = self.serve(warp, step, time)
+        control = step.instruction.control
+        if control.write != NO_SCOREBOARD:
+            warp.boards[control.write] = max(warp.boards[control.write], done)
+        if control.read != NO_SCOREBOARD:
+            end = min(done, time + step.need.occupancy + OPERANDS)
+            warp.boards[control.read] = max(warp.boards[control.read], end)
+        warp.ready = time + step.stall
         self.advance(warp)
-        return self.meets(warp, instruction, time)
+        if step.instruction.base == "BAR":
+            return self.meets(warp, i, step.instruction, time)
+        return warp.trip < self.trips
 
-    def serve(self, warp: _Warp, instruction: Instruction, need: Need, time: float) -> float:
+    def serve(self, warp: _Warp, step: _Step, time: float) -> float:
         """When the result is there."""
-        if instruction.never or (instruction.base.startswith("UTC") and not warp.leader):
-            return time
-        key = self.key(need.unit, warp)
-        start = max(time, self.free[key])
-        self.free[key] = start + need.occupancy
-        self.busy[need.unit] += need.occupancy
-        done = start + need.occupancy + need.latency
+        instruction, need = step.instruction, step.need
         base = instruction.base
+        if instruction.never or (base.startswith("UTC") and not warp.leader):
+            return time
+        place = step.places[warp.scheduler]
+        self.free[place] = max(time, self.free[place]) + need.occupancy
+        self.busy[need.unit] += need.occupancy
+        done = self.free[place] + need.latency
         if base == "LDGSTS":
             warp.copies = max(warp.copies, done)
         elif base == "LDGDEPBAR":
@@ -269,30 +296,34 @@ class _Multiprocessor:
 
     def advance(self, warp: _Warp) -> None:
         warp.at += 1
-        if warp.at == len(self.code):
+        if warp.at == len(self.steps):
             self.end = max(self.end, warp.ready)
             warp.at, warp.trip = 0, warp.trip + 1
             warp.ready += JUMP
 
-    def meets(self, warp: _Warp, instruction: Instruction, time: float) -> bool:
+    def meets(self, warp: _Warp, i: int, instruction: Instruction, time: float) -> bool:
         """At a barrier it is the last one to come that lets the block go on."""
-        if instruction.base == "BAR" and not instruction.name.startswith("BAR.ARV"):
-            waiting = self.arrived[warp.block]
-            waiting.append(warp)
-            if len(waiting) < self.per_block:
-                return False
-            for one in waiting:
-                one.ready = max(one.ready, time + BARRIER)
-            others = [one for one in waiting if one is not warp]
-            waiting.clear()
-            for one in others:
-                if one.trip < self.trips:
-                    heapq.heappush(self.queue, (one.ready, self.index(one)))
+        if instruction.name.startswith("BAR.ARV"):
+            return warp.trip < self.trips
+        waiting = self.arrived[warp.block]
+        waiting.append(i)
+        if len(waiting) < self.per_block:
+            return False
+        for other in waiting:
+            one = self.warps[other]
+            one.ready = max(one.ready, time + BARRIER)
+            if other != i and one.trip < self.trips:
+                heapq.heappush(self.queue, (one.ready, other))
+        waiting.clear()
         return warp.trip < self.trips
 
-    def index(self, warp: _Warp) -> int:
-        first = warp.block * self.per_block
-        return next(i for i in range(first, first + self.per_block) if self.warps[i] is warp)
+
+def _held(instruction: Instruction) -> str:
+    if instruction.base == "DEPBAR" and "SB0" in instruction.operands:
+        return "copies"
+    if instruction.name.startswith("WARPGROUP.DEPBAR"):
+        return "group"
+    return "block" if instruction.name.startswith("SYNCS.PHASECHK") else ""
 
 
 def _pending(groups: list[float], instruction: Instruction) -> float:
@@ -310,6 +341,7 @@ def run(
     blocks: int = 1,
     trips: int = 3,
     conflicts: Mapping[int, float] | None = None,
+    once: bool = False,
 ) -> Run:
     """Runs the stretch again and again with ``blocks`` blocks of so many warps on one
     multiprocessor.
@@ -318,20 +350,21 @@ def run(
         trips: over which the mean is taken, after some to run in.
         conflicts: place in the stretch → accesses of shared memory over those that it must take;
             1 where it is not there.
+        once: the stretch is run a single time, from the start.
 
     Returns:
         What a trip of all the blocks takes.
     """
     if not code:
         return Run(0.0, {"issue": 0.0}, {})
-    # Two runs: what the first trips take until everything is under way is not what a trip takes.
-    short, machine = (
-        _Multiprocessor(code, card, warps, blocks, count, conflicts or {})
-        for count in (RUN_IN, RUN_IN + trips)
-    )
-    short.run()
+    trips = 0 if once else trips
+    machine = _Multiprocessor(code, card, warps, blocks, RUN_IN + trips, conflicts or {})
     machine.run()
-    clocks = (machine.end - short.end) / trips
+    clocks = machine.end
+    if not once:  # what the first trips take until everything is under way is not a trip's time
+        short = _Multiprocessor(code, card, warps, blocks, RUN_IN, conflicts or {})
+        short.run()
+        clocks = (machine.end - short.end) / trips
     trips += RUN_IN
     each = {unit: 1 if unit in _SHARED_BY_ALL else SCHEDULERS for unit in machine.busy}
     if any(one.base.startswith("UTC") for one in code):
