@@ -267,6 +267,15 @@ def test_copies_run_by_themselves():
     slow = pipeline.run(code_of(*waiting), A100, 1).clocks
     assert slow > A100.rate("l2_latency")
     assert pipeline.run(code_of(*ahead), A100, 1).clocks < slow / 2
+    never = [*copies, "DEPBAR.LE SB0, 0xf"]  # more groups than there are
+    assert pipeline.run(code_of(*never), A100, 1).clocks < slow / 10
+
+
+def test_what_runs_once_is_not_repeated():
+    code = code_of(("LDG.E R1, [R2.64]", control(write=0)), ("FADD R3, R1, R1", control(wait=(0,))))
+    once = pipeline.run(code, A100, 1, once=True)
+    assert once.clocks == pytest.approx(A100.rate("l2_latency") + 128 / 29.6 + 1, abs=2)
+    assert pipeline.run([], A100, 4).clocks == 0
 
 
 def test_products_of_warp_groups():
@@ -546,6 +555,12 @@ def test_a_product_compiled_now():
 def test_the_page_is_what_was_stored():
     text = page.PAGE.read_text()
     assert page.with_report(text, results.load()) == text
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert importlib.import_module("machine_code.__main__").main([]) == 2
+    assert "unset it" in capsys.readouterr().out
 
 
 def test_results_keep_what_they_are_given(tmp_path, monkeypatch):

@@ -168,7 +168,6 @@ class _Warp:
     trip: int = 0
     ready: float = 0.0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
-    makers: list[str] = field(default_factory=lambda: [""] * 6)
     copies: float = 0.0
     """When the copies since the last group was closed are there."""
     groups: list[float] = field(default_factory=list)
@@ -330,7 +329,7 @@ def _pending(groups: list[float], instruction: Instruction) -> float:
     """When all groups but the newest, as many as the instruction says, are there."""
     found = re.search(r"0x([0-9a-f]+)", instruction.operands)
     newest = int(found[1], 16) if found else 0
-    done = groups[: len(groups) - newest]
+    done = groups[: max(0, len(groups) - newest)]
     return max(done, default=0.0)
 
 
