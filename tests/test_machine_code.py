@@ -15,7 +15,18 @@ import gpu_measure
 import gpu_report
 import pytest
 import torch
-from machine_code import banks, data, devices, kernels, model, page, pipeline, results, sass
+from machine_code import (
+    banks,
+    data,
+    devices,
+    kernels,
+    model,
+    page,
+    pipeline,
+    results,
+    sass,
+    sections,
+)
 from subjects import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -430,6 +441,15 @@ def test_all_of_a_shape_is_counted():
     assert found["queries looked at"] == 5
     assert 0 < found["sums"]["live"] <= found["sums"]["listed of 32, unsorted"] <= 1
     assert found["single pass"]["pairs"] >= found["single pass"]["pairs of the slowest warp"]
+
+
+def test_fashion_mnist_that_is_not_there_keeps_its_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sections.subjects, "FASHION_FOLDER", tmp_path)
+    monkeypatch.setattr(data, "count", lambda shape: {"new": shape.name})
+    found = sections.count_data({data.F.name: {"old": True}})
+    assert found[data.F.name] == {"old": True}
+    assert found[data.C.name] == {"new": data.C.name}
+    assert "not counted" in capsys.readouterr().out
 
 
 # ---- the model ----------------------------------------------------------------------------------

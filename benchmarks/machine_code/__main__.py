@@ -31,7 +31,7 @@ def sections() -> dict[str, Callable[[], Any]]:
         return found
 
     return {
-        "data": counted.count_data,
+        "data": lambda: counted.count_data(results.load().get("data", {})),
         "host": host.measure,
         "predicted": lambda: list(counted.predictions(counts())),
         "loops": lambda: list(counted.main_loops(counts())),
