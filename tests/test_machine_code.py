@@ -289,6 +289,13 @@ def test_what_runs_once_is_not_repeated():
     assert pipeline.run([], A100, 4).clocks == 0
 
 
+def test_fences_and_clusters_hold_a_warp_up():
+    fence = pipeline.run(code_of("MEMBAR.ALL.GPU", "ERRBAR"), H100, 1).clocks
+    assert fence == pytest.approx(263 + 2 + pipeline.JUMP)
+    assert pipeline.run(code_of("MEMBAR.ALL.CTA", "ERRBAR"), H100, 1).clocks < 20
+    assert pipeline.run(code_of("UCGABAR_WAIT"), H100, 1).clocks > pipeline.CLUSTER
+
+
 def test_products_of_warp_groups():
     """Four warps, one group: each unit has a quarter of the rows."""
     line = "HGMMA.64x64x8.F32.TF32 R24, R76, gdesc[UR8], R24"
@@ -604,6 +611,9 @@ def test_measured_stands_beside_predicted():
     rows = [row("triton", {"median": 2e-3}), row("torch, tf32", {}), row("copy", {})]
     text = gpu_report.beside_predicted(rows, "NVIDIA H100 80GB HBM3")
     lines = text.splitlines()
+    totals = page.predicted(results.load())
+    ours = row("cuda", {"median": totals["C: photographs", "H100 SXM", "cuda, single pass"]})
+    assert "| 1.00 |" in gpu_report.beside_predicted([ours], "NVIDIA H100 80GB HBM3")
     assert "H100 SXM" in lines[0]
     assert len(lines) == 2 + 2 + 2
     assert "2 ms" in lines[-2]

@@ -296,3 +296,79 @@ def _cuda_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launch:
     trips = parts / kernels.count_of(kernel.body(main), "LDG")
     phases = (_once(kernel, blocks), _loop("stretches", kernel, main, blocks, trips))
     return Launch("merge", kernel, blocks, phases, 4 * (parts + 1) * queries * shape.N)
+
+
+# ---- CUDA: the single pass in clusters ---------------------------------------------------------
+
+_SLICE, _CLUSTER, _STRETCHES = 192, 16, 8  # of features; blocks; clusters that work at once
+_PASS_TILE, _PASS_WARPS = 16, 8
+
+
+def _pass_memory(queries: int) -> int:
+    pairs = queries * _PASS_TILE
+    rows = 4 * (queries + 3 * _PASS_TILE) * (_SLICE + 4)
+    return rows + (2 * 4 + 8 + 8) * pairs + 4 * queries * (_PASS_TILE + 4 + 3)
+
+
+def single_pass(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
+    """Where the library takes it: 65 to 128 queries, at most 3072 features, sm_90 or sm_100. Eight
+    clusters work at once, which the parts of the device that hold one decide: assumed."""
+    fits = 512 <= shape.N <= _SLICE * _CLUSTER and 64 < shape.B <= 128
+    if not fits or card.architecture not in (90, 100):
+        return
+    yield _single_pass(shape, data, card)
+    yield _merge_passes(shape, card)
+
+
+def _single_pass(shape: Shape, data: Data, card: Device) -> Launch:
+    kernel = kernels.cuda_kernel(card, "single_pass<float32, 128>", _pass_memory(128))
+    cluster = _up(shape.N, _SLICE)
+    blocks, tiles = cluster * _STRETCHES, _up(shape.M / _STRETCHES, _PASS_TILE)
+    main = max(kernel.loops, key=lambda loop: len(loop.body))
+    pairs = float(data["single pass"]["pairs of the slowest warp"])
+    phases = [_once(kernel, blocks), _loop("tiles", kernel, main, blocks, tiles)]
+    for loop in kernel.loops:
+        part = _part_of_pass(kernel, loop, cluster, pairs) if main.holds(loop) else None
+        if part is not None:
+            phases.append(_loop(part[0], kernel, loop, blocks, tiles * part[1]))
+    missing = set(_PASS_PARTS).difference(phase.name for phase in phases)
+    if missing:
+        raise ValueError(f"{kernel.name} has no loop that is taken for {', '.join(missing)}.")
+    moved = 4 * shape.M * shape.N + 4 * _STRETCHES * shape.B * shape.N
+    return Launch("single_pass", kernel, blocks, tuple(phases), moved)
+
+
+_PASS_PARTS = ("copies", "products", "pairs", "features of a pair", "over all blocks")
+
+
+def _part_of_pass(
+    kernel: Compiled, loop: Loop, cluster: int, pairs: float
+) -> tuple[str, float] | None:
+    """What a loop within a tile does, by its instructions, and how many trips it takes; None of
+    what only is there for clusters of other sizes."""
+    code = kernel.body(loop)
+    loads, stores, doubles, fused = (
+        kernels.count_of(code, name) for name in ("LD", "ST", "DADD", "DFMA")
+    )
+    holds = any(loop.holds(other) for other in kernel.loops)
+    if copies := kernels.count_of(code, "LDGSTS"):  # of the next references
+        return "copies", _PASS_TILE * _SLICE / 4 / (32 * _PASS_WARPS) / copies
+    if kernels.count_of(code, "tensor"):  # half of the slice a warp
+        return "products", _SLICE / 2 / PANEL
+    if fused and kernels.count_of(code, "LDS") and not loads:
+        inner = ("features of a pair", pairs * _SLICE / 32 / fused)
+        return ("pairs", pairs) if holds else inner
+    if loads == 0 and stores:  # what was added up
+        return "to all blocks", cluster / stores
+    if (loads and holds) or loads == doubles == 2 * cluster or loads == doubles == cluster:
+        return "over all blocks", 1.0
+    return None
+
+
+def _merge_passes(shape: Shape, card: Device) -> Launch:
+    kernel = kernels.cuda_kernel(card, "merge_passes", 8 * 264)
+    blocks = shape.B * _up(shape.N, 256)
+    main = kernels.loop_with_most(kernel, "LDG")
+    trips = _STRETCHES / kernels.count_of(kernel.body(main), "LDG")
+    phases = (_once(kernel, blocks), _loop("stretches", kernel, main, blocks, trips))
+    return Launch("merge_passes", kernel, blocks, phases, 4 * _STRETCHES * shape.B * shape.N)

@@ -13,7 +13,7 @@ from machine_code.devices import DEVICES, Figure
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "roofline.md"
 BEGIN, END = "<!-- machine code: begin -->", "<!-- machine code: end -->"
-OURS = ("triton", "cuda")
+OURS = ("triton", "cuda", "cuda, single pass")
 PATHS = (*OURS, "torch, float32", "torch, TF32", "compiled, float32", "compiled, TF32")
 WITHIN = 0.25
 Results = dict[str, Any]
@@ -31,10 +31,14 @@ def total_table(results: Results) -> str:
     totals = predicted(results)
     keys = dict.fromkeys((shape, card) for shape, card, _ in totals)
     rows = [
-        [shape, card, *(as_text(totals[shape, card, path]) for path in PATHS)]
+        [shape, card, *(_text(totals.get((shape, card, path))) for path in PATHS)]
         for shape, card in keys
     ]
     return table(["predicted", "", *PATHS], rows)
+
+
+def _text(seconds: float | None) -> str:
+    return "" if seconds is None else as_text(seconds)
 
 
 def kernel_table(results: Results, shape: str) -> str:

@@ -39,6 +39,7 @@ LATENCY = {
 BARRIER = 20  # clocks from the last warp's arrival until the first goes on; assumed
 RUN_IN = 1  # trips
 OPERANDS = 12  # clocks until a unit has read them; assumed
+CLUSTER = 200  # clocks of a barrier of a cluster; assumed
 JUMP = 8  # clocks that a jump back costs; assumed
 _SHARED_BY_ALL = ("shared", "global", "convert64")  # units that the four schedulers share
 _MATRIX = re.compile(r"(\d+)x(\d+)x(\d+)")
@@ -187,6 +188,8 @@ class _Step(NamedTuple):
     backlog: float
     held: str
     """What it waits for that runs by itself: "copies", "group", "block" or nothing."""
+    pause: float
+    """Clocks that the warp stands still behind it: for a fence of the device, or a cluster."""
 
 
 class _Multiprocessor:
@@ -219,7 +222,8 @@ class _Multiprocessor:
         backlog = IN_FLIGHT / l2_port(card) if need.unit == "global" else BACKLOG
         control = instruction.control
         held = _held(instruction)
-        return _Step(instruction, need, control.wait, max(1, control.stall), places, backlog, held)
+        stall, pause = max(1, control.stall), _pause(instruction, card)
+        return _Step(instruction, need, control.wait, stall, places, backlog, held, pause)
 
     def run(self) -> None:
         self.queue = [(0.0, i) for i in range(len(self.warps))]
@@ -265,7 +269,7 @@ class _Multiprocessor:
         if control.read != NO_SCOREBOARD:
             end = min(done, time + step.need.occupancy + OPERANDS)
             warp.boards[control.read] = max(warp.boards[control.read], end)
-        warp.ready = time + step.stall
+        warp.ready = time + step.stall + step.pause
         self.advance(warp)
         if step.instruction.base == "BAR":
             return self.meets(warp, i, step.instruction, time)
@@ -315,6 +319,12 @@ class _Multiprocessor:
                 heapq.heappush(self.queue, (one.ready, other))
         waiting.clear()
         return warp.trip < self.trips
+
+
+def _pause(instruction: Instruction, card: Device) -> float:
+    if instruction.base == "MEMBAR" and instruction.name.endswith((".GPU", ".SYS")):
+        return card.rate("l2_latency")
+    return CLUSTER if instruction.base == "UCGABAR_WAIT" else 0.0
 
 
 def _held(instruction: Instruction) -> str:

@@ -15,6 +15,7 @@ from machine_code.model import Launch, Predicted
 BACKENDS: dict[str, Callable[[Shape, launches.Data, Device], Iterator[Launch]]] = {
     "triton": launches.triton,
     "cuda": launches.cuda,
+    "cuda, single pass": launches.single_pass,
 }
 TORCH = {
     "torch, float32": ("fp32", False),
@@ -70,8 +71,11 @@ def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
 
 def _longest(launch: Launch, card: Device) -> Row:
     beside = model.beside(launch, card)
-    times = {p.name: p.trips * model.run_of(p, launch, card, beside).clocks for p in launch.phases}
-    phase = max(launch.phases, key=lambda p: times[p.name])
+
+    def clocks_of(phase: model.Phase) -> float:
+        return phase.trips * model.run_of(phase, launch, card, beside).clocks
+
+    phase = max(launch.phases, key=clocks_of)
     alone, full = (model.run_of(phase, launch, card, blocks) for blocks in (1, beside))
     mix = sass.mix(phase.code)
     matrix = {name: n for name, n in mix.items() if "MMA" in name}
