@@ -10,6 +10,7 @@ from gpu_build import nvidia_smi
 from gpu_clock import Device
 from gpu_measure import Row, implementation, lost
 from gpu_subjects import BACKENDS, PLAIN_COPY
+from machine_code import page, results
 from report import seconds as as_text
 from report import table
 
@@ -149,6 +150,42 @@ def floors(rows: list[Row]) -> str:
     return f"{said}\n\n{table(['', 'path', 'floor', 'time', 'in a graph'], lines)}"
 
 
+# ---- beside what was predicted -----------------------------------------------------------------
+
+CARDS = {"A100": "A100 SXM", "H100": "H100 SXM", "B200": "B200"}
+CARDS |= {"RTX 4090": "RTX 4090", "RTX 5090": "RTX 5090"}
+COUNTED = {
+    "forward, CIFAR-10 shape, 128 × 4096": "C: photographs",
+    "forward, Fashion-MNIST, 256 × 60000": "F: Fashion-MNIST",
+    "forward, digits, 128 × 1437": "G: digits",
+}
+AS_PREDICTED = {"torch": "torch, float32", "torch, tf32": "torch, TF32"}
+AS_PREDICTED |= {"compiled": "compiled, float32", "compiled, tf32": "compiled, TF32"}
+
+
+def beside_predicted(rows: list[Row], card: str) -> str:
+    """Of the shapes and cards that the counted model knows: predicted and measured. The measured
+    time is that within a graph where there is one, for the model does not count the host."""
+    name = next((known for word, known in CARDS.items() if word in card), None)
+    totals = page.predicted(results.load()) if name else {}
+    lines = []
+    for row in rows:
+        path, shape = AS_PREDICTED.get(row.path, row.path), COUNTED.get(row.subject, "")
+        expected = totals.get((shape, name or "", path))
+        if path == "cuda":  # which takes the single pass where it can
+            expected = totals.get((shape, name or "", "cuda, single pass"), expected)
+        measured = row.graph.get("median", row.seconds.get("median"))
+        if expected is not None and measured is not None:
+            cells = [as_text(expected), as_text(measured), f"{measured / expected:.2f}"]
+            lines.append([row.subject, row.path, *cells])
+    if not lines:
+        return ""
+    said = f"Predicted by benchmarks/machine_code for the {name}, beside measured:"
+    return (
+        f"{said}\n\n{table(['', 'path', 'predicted', 'measured', 'measured / predicted'], lines)}"
+    )
+
+
 # ---- the page ---------------------------------------------------------------------------------
 
 
@@ -166,6 +203,8 @@ def report(rows: list[Row], left_out: list[str], device: Device) -> str:
     if found := faster(rows):
         parts.append(tally(found))
     parts.append(floors(rows))
+    if device.real:
+        parts.append(beside_predicted(rows, torch.cuda.get_device_name()))
     if not device.real:
         parts.append("A dry run with a few digits: the times mean nothing.")
     if left_out:

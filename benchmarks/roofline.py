@@ -3,15 +3,19 @@
     python benchmarks/roofline.py            prints the tables
     python benchmarks/roofline.py --write    puts them between the marks in docs/roofline.md
 
-Rates are those of the data sheet (H100 SXM); nothing here is measured.
+Rates are those of the data sheet (H100 SXM); nothing here is measured. What a kernel would take is
+predicted by benchmarks/machine_code.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from machine import RESULTS
 from report import table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
@@ -21,7 +25,6 @@ RATES = {"tensor cores": 495e12, "float32": 67e12, "float64": 34e12, "memory": 3
 MULTIPROCESSORS = 132
 
 TF32X3 = 3  # products in TF32 for the digits of one in float32
-NEAR = 16  # references of a query that are computed again in float64
 LOGARITHM = 40  # float64 operations of a weight: a logarithm, an exponential, a division
 STRETCHES = 4  # parts into which the references of a weighted sum are split
 LIVE = 0.2  # of the weighted sum on real images: the other tiles have no weight that shows
@@ -45,6 +48,20 @@ SHAPES = (
 )
 STEPS = (128, 512, 1024)
 STEP_FEATURES = 3072
+
+
+@functools.cache
+def counted() -> dict[str, Any]:
+    """What real data make the kernels do, by "M × N" (benchmarks/machine_code/data.py)."""
+    found = json.loads((RESULTS / "machine_code.json").read_text())["data"]
+    return {" × ".join(map(str, one["B, M, N"][1:])): one for one in found.values()}
+
+
+def refined(shape: Shape) -> float:
+    """References of a query that are computed again in float64, as counted on the data; 0 where
+    they were not."""
+    found = counted().get(f"{shape.M} × {shape.N}")
+    return 0.0 if found is None else float(found["refined a query"]["mean"])
 
 
 class Work(NamedTuple):
@@ -81,9 +98,9 @@ def distances(shape: Shape, products: int = TF32X3, reference_bytes: int = 4) ->
 
 
 def refine(shape: Shape, reference_bytes: int = 4) -> Work:
-    """Σ (x − y)² in float64 for the NEAR nearest references of each query."""
+    """Σ (x − y)² in float64 for the references that decide."""
     _, B, M, N = shape
-    near = min(NEAR, M)
+    near = refined(shape)
     return Work(
         double=3 * B * near * N,
         moved=4 * B * N + reference_bytes * min(B * near, M) * N + 8 * B * near,
@@ -222,7 +239,7 @@ def kernel_tables() -> str:
         kernels = forward(shape) | {"normalised_field": normalised_field(shape)}
         behind = {f"backward: {name}": work for name, work in backward(shape).items()}
         rows = [work_row(name, work) for name, work in (kernels | behind).items()]
-        parts.append(f"### {dimensions(shape)}\n\n{table(HEADER, rows)}")
+        parts.append(f"#### {dimensions(shape)}\n\n{table(HEADER, rows)}")
     return "\n\n".join(parts)
 
 
@@ -263,7 +280,7 @@ def report() -> str:
         "Kernel by kernel": kernel_tables(),
         "Steps of the ODE": step_table(),
     }
-    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+    return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
 
 
 def with_report(text: str) -> str:

@@ -1,0 +1,68 @@
+"""Counts what the GPU kernels would take, from their machine code and from real data. No GPU.
+
+    python -m benchmarks.machine_code [--only SECTION ...] [--fashion-mnist FOLDER] [--write]
+
+Sections: data (what real data make the kernels do, minutes), host (the host's time, measured here),
+predicted and loops (compiles the kernels and runs the model, tens of minutes), published (the model
+beside published times) and "held out". Each is stored in benchmarks/results/machine_code.json;
+--write puts the tables into docs/roofline.md. Needs Triton and, for CUDA's kernels, an extension
+that was built with nvcc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def sections() -> dict[str, Callable[[], Any]]:
+    from machine_code import host, published, results
+    from machine_code import sections as counted
+
+    def counts() -> dict[str, Any]:
+        found: dict[str, Any] = results.load()["data"]
+        return found
+
+    return {
+        "data": lambda: counted.count_data(results.load().get("data", {})),
+        "host": host.measure,
+        "predicted": lambda: list(counted.predictions(counts())),
+        "loops": lambda: list(counted.main_loops(counts())),
+        "published": lambda: [published.compare(one) for one in published.PUBLISHED],
+        "held out": lambda: [published.compare(one) for one in published.HELD_OUT],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    if os.environ.get("TRITON_INTERPRET"):
+        print("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
+        return 2
+    import subjects
+
+    from machine_code import page, results
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", choices=results.SECTIONS, default=results.SECTIONS)
+    parser.add_argument("--fashion-mnist", type=Path, default=subjects.FASHION_FOLDER)
+    parser.add_argument("--write", action="store_true", help="write docs/roofline.md alone")
+    options = parser.parse_args(arguments)
+    subjects.FASHION_FOLDER = options.fashion_mnist
+    if options.write:
+        page.PAGE.write_text(page.with_report(page.PAGE.read_text(), results.load()))
+        return 0
+    made = sections()
+    for section in options.only:
+        print(section, flush=True)
+        results.store(section, made[section]())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""What real data make the kernels do: pairs refined, tiles and references that live.
+
+The kernels' own rules (kernels/distances.py, kernels/posterior_mean.py, csrc/*_cuda.h) on the
+benchmark's data (subjects.py), with distances in float64 instead of those that the kernels find:
+they differ by less than the rules allow for. Queries are perturbed as in training with seed 0. A
+shape with more queries than are looked at is represented by those, evenly spaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import subjects
+import torch
+from subjects import Case
+from torch import Tensor
+
+PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # of a chunk and a block
+TILE, FEW, NEAR, UNSEEN = 64, 16, 20.0, 16.0
+SUM_TILE = 32
+SORTED = 256
+BOUND, NOISE = 2.0**-18, 2.0**-22
+SHOWS = 3e-4
+PASS_TILE, PASS_SHARE, PASS_WARPS = 16, 1e-4, 8
+
+
+class Shape(NamedTuple):
+    name: str
+    B: int
+    M: int
+    N: int
+
+    @property
+    def block(self) -> int:
+        """Queries that are computed together."""
+        return min(self.B, ROWS, max(16, PARTS // self.N))
+
+    @property
+    def chunk(self) -> int:
+        """References that are computed together."""
+        fitting = -(-max(PAIRS // self.block, 128) // 128) * 128
+        return min(self.M, fitting, REFERENCES)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.M // self.chunk)
+
+    def blocks(self) -> list[int]:
+        """Queries of each block."""
+        whole, rest = divmod(self.B, self.block)
+        return [self.block] * whole + [rest] * (rest > 0)
+
+
+C = Shape("C: photographs", 128, 4096, 3072)
+F = Shape("F: Fashion-MNIST", 256, 60000, 784)
+G = Shape("G: digits", 128, 1437, 64)
+BIG = Shape("big: photographs", 4096, 50000, 3072)
+SHAPES = (C, F, G, BIG)
+SEED = 0  # of subjects.py, for the choice of crops and for the perturbation
+LOOKED_AT = 1024
+"""Queries, at most."""
+
+
+def case_of(shape: Shape) -> Case:
+    """The data of a shape, with at most LOOKED_AT of its queries."""
+    if shape == F:
+        return subjects.fashion_shape(shape.B, shape.M)
+    if shape == G:
+        return subjects.digits_shape(shape.B, shape.M)
+    return subjects.cifar_shape(min(shape.B, LOOKED_AT), shape.M)
+
+
+def squared_distances(case: Case) -> Tensor:
+    """(B, M) in float64."""
+    x, y = case.x.double(), case.references
+    found = torch.empty(len(x), len(y), dtype=torch.float64)
+    of_x = x.square().sum(1)[:, None]
+    for start in range(0, len(y), 4096):
+        part = y[start : start + 4096].double()
+        found[:, start : start + 4096] = of_x + part.square().sum(1) - 2 * x @ part.T
+    return found.clamp_(min=0)
+
+
+# ---- rules ------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """Of PFGM, D = 1."""
+
+    N: int
+    M: int
+
+    @property
+    def half(self) -> float:
+        return (self.N + 1) / 2
+
+    @property
+    def spread(self) -> float:
+        return math.expm1(NEAR / self.half)
+
+    def near(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
+        """The largest squared distance that is found again (B,)."""
+        return base + 2 * BOUND * (3 * norm + 2 * base) + self.spread * (base + r * r)
+
+    def ill(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
+        """Whether the usual error shows (B,)."""
+        error = NOISE * (norm + base) + 2.0**-26 * base
+        return self.half * error > share * (base + r * r)
+
+    def weights(self, d: Tensor, nearest: Tensor, r: Tensor) -> Tensor:
+        """Relative to the nearest (B, M)."""
+        excess = (d - nearest[:, None]).clamp(min=0)
+        s = (nearest + r * r)[:, None]
+        return torch.exp(-self.half * torch.log1p(excess / s))
+
+    @property
+    def floor(self) -> float:
+        return math.exp(-UNSEEN) / self.M
+
+
+class Chunk(NamedTuple):
+    """One chunk of references, for all queries."""
+
+    refined: Tensor
+    """(B, m): which pairs are found again."""
+    visited: Tensor
+    """(B, tiles): which tiles are looked through for them."""
+    live: Tensor
+    """(B, m): which weights are not zero."""
+
+
+def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
+    rule = Rule(shape.N, shape.M)
+    norm, r = case.x.double().square().sum(1), case.z.double()
+    nearest = torch.full_like(r, math.inf)
+    total = torch.zeros_like(r)
+    for start in range(0, shape.M, shape.chunk):
+        part = d[:, start : start + shape.chunk]
+        lowest = _tiles(part, TILE, math.inf).amin(2)
+        base = torch.minimum(nearest, lowest.amin(1))
+        near = rule.near(base, norm, r)
+        many = (lowest <= near[:, None]).sum(1) > FEW
+        near[many & ~rule.ill(base, norm, r, SHOWS)] = -1
+        refined = part <= near[:, None]
+        visited = lowest <= near[:, None]
+        total = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
+        w = rule.weights(part, base, r)
+        live = w >= rule.floor * total.clamp(min=1)[:, None]
+        total, nearest = total + w.sum(1), base
+        yield Chunk(refined, visited, live)
+
+
+def _tiles(values: Tensor, size: int, fill: float) -> Tensor:
+    """(B, tiles, size), the last tile filled up."""
+    missing = -values.shape[1] % size
+    padded = torch.nn.functional.pad(values, (0, missing), value=fill)
+    return padded.view(len(values), -1, size)
+
+
+# ---- counts -----------------------------------------------------------------------------------
+
+
+def live_tiles(live: Tensor, rows: int, ordered: bool) -> tuple[float, float]:
+    """Share of tiles of SUM_TILE references × ``rows`` queries with a weight, of all and of the
+    queries' tile with the most; ``ordered`` by how many live for a query."""
+    by_query = _tiles(live.float(), SUM_TILE, 0.0).amax(2)
+    shares = _by_rows(by_query, live, rows, ordered).mean(1)
+    return float(shares.mean()), float(shares.max())
+
+
+def listed(live: Tensor, rows: int, ordered: bool) -> tuple[float, float]:
+    """Share of references that live for any of ``rows`` queries, of all and of the most."""
+    shares = _by_rows(live.float(), live, rows, ordered).mean(1)
+    return float(shares.mean()), float(shares.max())
+
+
+def _by_rows(values: Tensor, live: Tensor, rows: int, ordered: bool) -> Tensor:
+    if ordered:
+        values = values[live.sum(1).argsort(stable=True)]
+    missing = -len(values) % rows
+    padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
+    return padded.view(-1, rows, values.shape[1]).amax(1)
+
+
+class Mean:
+    """Of figures that chunks give, weighed by their references."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.weight = 0.0
+
+    def add(self, weight: float, figures: dict[str, float]) -> None:
+        self.weight += weight
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value
+
+    def result(self) -> dict[str, float]:
+        return {name: total / self.weight for name, total in self.sums.items()}
+
+
+def sums_of(live: Tensor) -> dict[str, float]:
+    """What decides how long a weighted sum takes."""
+    found: dict[str, float] = {"live": float(live.float().mean())}
+    for ordered in (False, True):
+        how = "sorted" if ordered else "unsorted"
+        for rows in (16, 32, 64):
+            mean, most = live_tiles(live, rows, ordered)
+            found[f"tiles of {rows}, {how}"] = mean
+            found[f"tiles of {rows}, {how}, most"] = most
+        mean, most = listed(live, 32, ordered)
+        found[f"listed of 32, {how}"] = mean
+        found[f"listed of 32, {how}, most"] = most
+    return found
+
+
+def segment_of(tiles: int) -> int:
+    """Tiles that a program of ``refine`` looks at."""
+    return max(4, -(-tiles // 256))
+
+
+def refined_of(chunk: Chunk, group: int) -> dict[str, float]:
+    """Of ``refine``, all queries: pairs, tiles and groups of references that programs go through,
+    and the most that one program does. A group is found again as a whole."""
+    segment = segment_of(chunk.visited.shape[1])
+    pairs = _tiles(chunk.refined.float(), TILE, 0.0)
+    needed = _tiles(chunk.refined.float(), group, 0.0).amax(2)
+    groups = _tiles(needed, TILE // group, 0.0).sum(2)
+    by_program = {
+        "pairs": _tiles(pairs.sum(2), segment, 0.0).sum(2),
+        "tiles": _tiles(chunk.visited.float(), segment, 0.0).sum(2),
+        "groups": _tiles(groups, segment, 0.0).sum(2),
+    }
+    found = {name: float(values.sum()) for name, values in by_program.items()}
+    return found | {f"{name}, most": float(v.max()) for name, v in by_program.items()}
+
+
+def per_query(refined: Tensor) -> dict[str, float]:
+    counts = refined.double()
+    return {
+        "mean": float(counts.mean()),
+        "median": float(counts.median()),
+        "most": float(counts.max()),
+        "share of queries with none": float((counts == 0).double().mean()),
+    }
+
+
+def group_of(features: int) -> int:
+    """References that Triton's ``refine`` takes at a time."""
+    panel = min(512, max(16, 1 << (features - 1).bit_length()))
+    return min(16, 1024 // panel)
+
+
+def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str, Any]:
+    """Everything of one shape, in totals over all its queries; the most that a program does is the
+    mean over the chunks, each of which is a launch of its own."""
+    case = prepare(shape)
+    looked_at = len(case.x)
+    times = shape.B / looked_at
+    d = squared_distances(case)
+    sums = Mean()
+    totals: dict[str, float] = {}
+    refined = torch.zeros(looked_at)
+    for chunk in chunks_of(case, shape, d):
+        sums.add(chunk.live.shape[1], sums_of(chunk.live))
+        refined += chunk.refined.sum(1)
+        for name, value in refined_of(chunk, group_of(shape.N)).items():
+            share = 1 / shape.chunks if "most" in name else times
+            totals[name] = totals.get(name, 0.0) + share * value
+    return {
+        "B, M, N": shape[1:],
+        "seed": SEED,
+        "queries looked at": looked_at,
+        "blocks": shape.blocks(),
+        "chunks": shape.chunks,
+        "refined a query": per_query(refined),
+        "refine": totals,
+        "sums": sums.result(),
+    } | ({"single pass": single_pass(case, shape, d)} if shape.B <= 128 else {})
+
+
+def single_pass(case: Case, shape: Shape, d: Tensor, stretches: int = 8) -> dict[str, float]:
+    """Of the cluster kernel: tiles of 16 references in each of so many stretches. A block waits for
+    the warp that finds most pairs again; tiles that change no sum are left out of it."""
+    rule = Rule(shape.N, shape.M)
+    norm, r = case.x.double().square().sum(1), case.z.double()
+    length = math.ceil(shape.M / stretches / PASS_TILE) * PASS_TILE
+    found = Mean()
+    for first in range(0, shape.M, length):
+        nearest = torch.full_like(r, math.inf)
+        total = torch.zeros_like(r)
+        for start in range(first, min(first + length, shape.M), PASS_TILE):
+            part = d[:, start : start + PASS_TILE]
+            base = torch.minimum(nearest, part.amin(1))
+            near = rule.near(base, norm, r)
+            near[~rule.ill(base, norm, r, PASS_SHARE)] = -1
+            pairs = (part <= near[:, None]).sum(1).float()
+            by_warp = torch.nn.functional.pad(pairs, (0, -len(pairs) % PASS_WARPS))
+            kept = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
+            w = rule.weights(part, base, r)
+            changes = bool(((w >= rule.floor * kept.clamp(min=1)[:, None]).any(1)).any())
+            figures = {
+                "pairs": float(pairs.sum()),
+                "pairs of the slowest warp": float(by_warp.view(PASS_WARPS, -1).sum(1).max()),
+                "refines": float(pairs.sum() > 0),
+                "changes": float(changes),
+            }
+            found.add(1.0, figures)
+            total, nearest = kept + w.sum(1), base
+    return found.result()

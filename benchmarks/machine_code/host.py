@@ -1,0 +1,117 @@
+"""The host's time before the driver, measured here on the CPU: no GPU is needed.
+
+Triton's kernels are launched into a driver that does nothing: what is measured is Python of the
+library and of Triton's launches. Of CUDA's kernels and of plain torch the same calls are made on
+the CPU with one query and reference, so that computing takes no time. What the driver takes for a
+launch comes on top; it is not measured here.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+ROUNDS, CALLS = 15, 20
+DRIVER = 2.5e-6  # seconds of a launch in the driver; assumed
+
+
+class _Utils:
+    """A driver that loads every kernel and knows of nothing."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, *arguments: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 32, 0, 1024
+
+    def unload_module(self, *arguments: Any) -> None:
+        return None
+
+
+class _Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any) -> None:
+        return None
+
+
+class _Driver:
+    def __init__(self) -> None:
+        self.utils, self.launcher_cls = _Utils(), _Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def no_driver() -> Iterator[None]:
+    """Launches of Triton do nothing; nothing is tuned."""
+    from triton.runtime import driver
+
+    before, active = os.environ.get("PFGM_TUNE"), driver._active
+    os.environ["PFGM_TUNE"] = "0"
+    driver._active = _Driver()
+    try:
+        yield
+    finally:
+        driver._active = active
+        if before is None:
+            del os.environ["PFGM_TUNE"]
+        else:
+            os.environ["PFGM_TUNE"] = before
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Of a call, of this thread on the processor: the median of rounds, after one to warm up."""
+    run()
+    found = []
+    for _ in range(ROUNDS):
+        started = time.thread_time()
+        for _ in range(CALLS):
+            run()
+        found.append((time.thread_time() - started) / CALLS)
+    return statistics.median(found)
+
+
+def measure() -> dict[str, float]:
+    """Seconds of a call of each path."""
+    from pfgm.kernels import posterior_mean as kernels
+
+    x, radius, y = torch.randn(32, 64), torch.rand(32).double() + 0.5, torch.randn(256, 64)
+    with torch.no_grad():
+        with no_driver():
+            triton = seconds(lambda: kernels.posterior_mean(x, y, radius, 1.0, "high"))
+        return {
+            "triton": triton,
+            "native": seconds(_native(x, radius, y)),
+            "torch": seconds(_torch(x, radius, y)),
+        }
+
+
+def _native(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
+    import pfgm
+
+    x, y, z = x[:1], y[:1], z[:1].float()
+    return lambda: pfgm.posterior_mean(x, y, r=z, return_logsumexp=True, backend="native")
+
+
+def _torch(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
+    import posterior_paths
+    from subjects import Case
+
+    return posterior_paths.torch_path(Case(x[:1], z[:1].float(), y[:1]))

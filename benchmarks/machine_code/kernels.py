@@ -1,0 +1,193 @@
+"""The kernels as they are compiled: machine code, registers, shared memory, and their loops.
+
+Triton's variants are compiled here, CUDA's are taken out of the extension that is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import codegen
+import codegen_cuda
+
+from machine_code import banks, sass
+from machine_code.devices import Device
+from machine_code.sass import Instruction, Loop
+
+_LOADS = ("LDG", "LD")
+
+
+class Compiled(NamedTuple):
+    """One kernel on one architecture."""
+
+    name: str
+    code: Sequence[Instruction]
+    loops: Sequence[Loop]
+    threads: int
+    registers: int
+    shared: int
+    """Bytes a block."""
+    conflicts: banks.Conflicts | None
+    """Of the loop that multiplies; None where addresses are not seen, as in CUDA's kernels."""
+
+    @property
+    def warps(self) -> int:
+        return -(-self.threads // 32)
+
+    def body(self, loop: Loop) -> list[Instruction]:
+        """What a trip runs, without the loops within it."""
+        inner = {i for other in self.loops if loop.holds(other) for i in other.body}
+        return self._executed(sorted(loop.body - inner))
+
+    def straight(self) -> list[Instruction]:
+        """What runs once a block."""
+        looped = {i for loop in self.loops for i in loop.body}
+        reached = [i for i in sass.reached(self.code) if i not in looped]
+        return self._executed(reached)
+
+    def _executed(self, places: Sequence[int]) -> list[Instruction]:
+        """Where rows are copied asynchronously, the pieces for rows that are not aligned are left
+        out: plain loads that go to shared memory."""
+        stretches = sass.basic_blocks(self.code, places)
+        copied = any(self.code[i].base == "LDGSTS" for i in places)
+        kept = []
+        for stretch in stretches:
+            bases = {self.code[i].base for i in stretch}
+            unaligned = bases.intersection(_LOADS) and bases.intersection(("STS",))
+            if copied and unaligned and "LDGSTS" not in bases:
+                continue
+            kept += [self.code[i] for i in stretch]
+        return kept
+
+    def factors(self, code: Sequence[Instruction]) -> dict[int, float]:
+        """Conflicts of each place in a stretch of the loop that multiplies."""
+        if self.conflicts is None or not any(sass.unit_of(one) == "tensor" for one in code):
+            return {}
+        return banks.by_place([one.base for one in code], self.conflicts)
+
+
+# ---- which loop is which ----------------------------------------------------------------------
+
+
+def count_of(code: Sequence[Instruction], *names: str) -> int:
+    """Instructions whose base, or unit, is one of these."""
+    return sum(one.base in names or sass.unit_of(one) in names for one in code)
+
+
+def loop_with_most(kernel: Compiled, *names: str) -> Loop:
+    """That whose own trip has most of such instructions.
+
+    Raises:
+        ValueError: no loop has any.
+    """
+    best = max(kernel.loops, key=lambda loop: count_of(kernel.body(loop), *names), default=None)
+    if best is None or count_of(kernel.body(best), *names) == 0:
+        raise ValueError(f"{kernel.name} has no loop with {' or '.join(names)}.")
+    return best
+
+
+def loops_around(kernel: Compiled, inner: Loop) -> list[Loop]:
+    """From the innermost out."""
+    around = [loop for loop in kernel.loops if loop.holds(inner)]
+    return sorted(around, key=lambda loop: len(loop.body))
+
+
+# ---- Triton -----------------------------------------------------------------------------------
+
+
+def triton_kernel(source: Any, name: str, card: Device, options: Mapping[str, int]) -> Compiled:
+    """Compiles for the card's architecture; ``options`` are num_warps and num_stages."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", architecture_for_triton(card), 32)
+    compiled = triton_compile(source, target=target, options=dict(options))
+    dump = codegen._dump(compiled.asm["cubin"])
+    (code,) = sass.functions(dump).values()
+    usage = codegen.read_usage(dump, target.arch)
+    warps = options["num_warps"]
+    return Compiled(
+        name=name,
+        code=code,
+        loops=sass.loops(code),
+        threads=32 * warps,
+        registers=usage.registers,
+        shared=usage.shared + compiled.metadata.shared,
+        conflicts=banks.conflicts(compiled.asm["ptx"], warps),
+    )
+
+
+def architecture_for_triton(card: Device) -> int:
+    """Triton compiles for the card itself."""
+    return 89 if card.name == "RTX 4090" else card.architecture
+
+
+@functools.cache
+def _variants() -> dict[str, Any]:
+    return {
+        variant.name: variant
+        for module in codegen.MODULES
+        for variant in importlib.import_module(module).variants()
+    }
+
+
+@functools.cache
+def triton_variant(card: Device, *words: str) -> Compiled:
+    """The one variant of the kernel modules whose name holds all these words.
+
+    Raises:
+        ValueError: none does, or more than one.
+    """
+    found = [v for name, v in _variants().items() if all(_holds(name, word) for word in words)]
+    if len(found) != 1:
+        raise ValueError(f"{words} are words of {len(found)} variants; allowed is one.")
+    (variant,) = found
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton_kernel(codegen._source(variant), variant.name, card, options)
+
+
+def _holds(name: str, word: str) -> bool:
+    return word in name.split(", ")
+
+
+# ---- CUDA -------------------------------------------------------------------------------------
+
+_ARCHITECTURE = {80: "80", 90: "90a", 100: "100", 120: "120"}
+
+
+@functools.cache
+def cuda_kernels(card: Device) -> dict[str, Compiled]:
+    """By name, as in "distances<float32, 64, false>"; dynamic shared memory is not known here.
+
+    Raises:
+        RuntimeError: the extension was built without CUDA, or cuobjdump is missing.
+    """
+    file, reason = codegen_cuda.extension(), codegen_cuda.reason_against()
+    if file is None or reason is not None:
+        raise RuntimeError(reason)
+    text = codegen_cuda.dump(file, _ARCHITECTURE[card.architecture])
+    rows = codegen_cuda.read(text, _ARCHITECTURE[card.architecture])
+    codes = {codegen_cuda.short_name(s): code for s, code in sass.functions(text).items()}
+    found = {}
+    for row in rows:
+        code = codes[row.kernel]
+        figures = row.figures
+        found[row.kernel] = Compiled(
+            name=row.kernel,
+            code=code,
+            loops=sass.loops(code),
+            threads=figures.threads or 128,
+            registers=figures.registers,
+            shared=figures.shared,
+            conflicts=None,
+        )
+    return found
+
+
+def cuda_kernel(card: Device, name: str, shared: int, threads: int | None = None) -> Compiled:
+    """With the dynamic shared memory and the threads that it is launched with."""
+    found = cuda_kernels(card)[name]
+    return found._replace(shared=found.shared + shared, threads=threads or found.threads)

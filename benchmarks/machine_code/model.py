@@ -1,0 +1,201 @@
+"""The predicted time of a launch, and what binds it.
+
+A launch is blocks that run phases: stretches of machine code, each so many times. One
+multiprocessor is run over every phase with as many blocks as it holds beside each other
+(pipeline.py); blocks are dealt out evenly, and the last ones run with what is left. A launch takes
+the longest of that, of its longest block alone, and of the bytes that memory gives; and the gap
+before the next launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from machine_code import pipeline
+from machine_code.devices import Device, resident
+from machine_code.kernels import Compiled
+from machine_code.sass import Instruction
+
+ONCE = "once"  # the phase that a block runs a single time
+
+
+class Phase(NamedTuple):
+    """A stretch of code that blocks run again and again."""
+
+    name: str
+    code: tuple[Instruction, ...]
+    trips: float
+    """Of all blocks together."""
+    most: float
+    """Of the block that has most of them."""
+    conflicts: tuple[tuple[int, float], ...] = ()
+
+
+class Launch(NamedTuple):
+    """One launch, or several that are alike."""
+
+    name: str
+    kernel: Compiled
+    blocks: int
+    phases: tuple[Phase, ...]
+    moved: float
+    """Bytes of memory that it must read and write."""
+    times: int = 1
+
+
+class Predicted(NamedTuple):
+    """Of one name: all its launches together."""
+
+    name: str
+    seconds: float
+    launches: int
+    bound: str
+    """The unit that binds: one of the multiprocessor's, "latency", "longest block", "memory" or
+    "launch"."""
+
+
+@functools.cache
+def _run(
+    code: tuple[Instruction, ...],
+    card: Device,
+    warps: int,
+    blocks: int,
+    conflicts: tuple[tuple[int, float], ...],
+    once: bool,
+) -> pipeline.Run:
+    return pipeline.run(code, card, warps, blocks, 2, dict(conflicts), once)
+
+
+def run_of(phase: Phase, launch: Launch, card: Device, blocks: int) -> pipeline.Run:
+    return _run(phase.code, card, launch.kernel.warps, blocks, phase.conflicts, phase.name == ONCE)
+
+
+def beside(launch: Launch, card: Device) -> int:
+    """Blocks that a multiprocessor runs at once."""
+    kernel = launch.kernel
+    held = resident(card, kernel.threads, kernel.registers, kernel.shared)
+    return min(held, -(-launch.blocks // card.sms))
+
+
+def in_turns(launch: Launch, card: Device) -> float:
+    """Seconds of the multiprocessor with most blocks, if blocks are alike: rounds of as many as it
+    holds, and one of the rest."""
+    together = beside(launch, card)
+    rounds, rest = divmod(-(-launch.blocks // card.sms), together)
+    clocks = 0.0
+    for phase in launch.phases:
+        each = phase.trips / launch.blocks
+        clocks += each * rounds * run_of(phase, launch, card, together).clocks
+        if rest:
+            clocks += each * run_of(phase, launch, card, rest).clocks
+    return clocks / card.rate("clock")
+
+
+def longest_block(launch: Launch, card: Device) -> float:
+    """Seconds of the block with most to do, were it alone."""
+    clocks = sum(p.most * run_of(p, launch, card, 1).clocks for p in launch.phases)
+    return clocks / card.rate("clock")
+
+
+def bound_of(launch: Launch, card: Device) -> str:
+    """The unit that binds the phase that takes longest."""
+    together = beside(launch, card)
+
+    def clocks(phase: Phase) -> float:
+        return phase.trips * run_of(phase, launch, card, together).clocks
+
+    longest = max(launch.phases, key=clocks)
+    return run_of(longest, launch, card, together).bound
+
+
+def predict(launch: Launch, card: Device) -> Predicted:
+    times = {
+        "turns": in_turns(launch, card),
+        "longest block": longest_block(launch, card),
+        "memory": launch.moved / card.rate("memory"),
+    }
+    gap = card.rate("launch")
+    most = max(times, key=lambda name: times[name])
+    bound = bound_of(launch, card) if most == "turns" else most
+    if times[most] < gap:
+        bound = "launch"
+    return Predicted(launch.name, launch.times * (times[most] + gap), launch.times, bound)
+
+
+def together(parts: Iterable[Predicted]) -> list[Predicted]:
+    """Those of one name as one, bound by what binds the longest of them."""
+    found: dict[str, list[Predicted]] = {}
+    for part in parts:
+        found.setdefault(part.name, []).append(part)
+    return [
+        Predicted(
+            name,
+            sum(p.seconds for p in same),
+            sum(p.launches for p in same),
+            max(same, key=lambda p: p.seconds).bound,
+        )
+        for name, same in found.items()
+    ]
+
+
+def total(parts: Sequence[Predicted]) -> float:
+    return sum(part.seconds for part in parts)
+
+
+def phase(
+    name: str, kernel: Compiled, code: Sequence[Instruction], trips: float, most: float
+) -> Phase:
+    factors = kernel.factors(code)
+    return Phase(name, tuple(code), trips, most, tuple(sorted(factors.items())))
+
+
+# ---- what is not compiled here: from published rates ------------------------------------------
+
+SGEMM = 0.93  # of the rate that instructions have, of a large product in float32 ("sgemm")
+TF32_GEMM = 0.75  # the same in TF32; assumed
+SPLITS = 8
+_GEMM_TILE = 128
+
+
+def product(card: Device, rows: int, columns: int, depth: int, kind: str) -> float:
+    """Seconds of a matrix product by cuBLAS, in "fp32" or "tf32": tiles of 128 × 128, their depth
+    shared out as fills the device best."""
+    rate = card.rate("fp32") if kind == "fp32" else max(card.rate("mma_tf32"), _wide(card))
+    tiles = -(-rows // _GEMM_TILE) * -(-columns // _GEMM_TILE)
+    filled = max(_filled(tiles * split, card.sms) for split in range(1, SPLITS + 1))
+    share = filled * (SGEMM if kind == "fp32" else TF32_GEMM)
+    padded = tiles * _GEMM_TILE**2
+    computed = padded * depth / (rate * card.sms * card.rate("clock") * share)
+    moved = 4 * (rows * depth + depth * columns + rows * columns)
+    return max(computed, moved / card.rate("memory")) + card.rate("launch")
+
+
+def _wide(card: Device) -> float:
+    return card.rate("wgmma_tf32")
+
+
+def _filled(blocks: int, sms: int) -> float:
+    return blocks / (-(-blocks // sms) * sms)
+
+
+def pass_over(card: Device, moved: float, kernels: int = 1) -> float:
+    """Seconds of elementwise kernels that read and write so many bytes: from the L2 cache where
+    half of it would hold them."""
+    fits = moved / kernels < card.rate("l2_size") / 2
+    return moved / card.rate("l2" if fits else "memory") + kernels * card.rate("launch")
+
+
+def torch_path(card: Device, B: int, M: int, N: int, kind: str, compiled: bool) -> dict[str, float]:
+    """Seconds of posterior_paths.torch_path: two products, norms, softmax and log-sum-exp.
+    Compiled, what is elementwise is one pass for the norms and two over the pairs."""
+    pairs, references = 4.0 * B * M, 4.0 * M * N
+    products = product(card, B, M, N, kind) + product(card, B, N, M, kind)
+    if compiled:
+        norms = pass_over(card, references) + pass_over(card, 4.0 * B * N)
+        rest = pass_over(card, 4 * pairs, 2)
+    else:
+        norms = pass_over(card, 3 * references, 2) + pass_over(card, 5 * 4.0 * B * N, 3)
+        rest = pass_over(card, 20 * pairs, 15)
+    return {"products": products, "norms": norms, "pairs": rest}

@@ -1,0 +1,151 @@
+"""The tables of docs/roofline.md from the stored results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from report import seconds as as_text
+from report import table
+
+from machine_code import devices, host
+from machine_code.devices import DEVICES, Figure
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "roofline.md"
+BEGIN, END = "<!-- machine code: begin -->", "<!-- machine code: end -->"
+OURS = ("triton", "cuda", "cuda, single pass")
+PATHS = (*OURS, "torch, float32", "torch, TF32", "compiled, float32", "compiled, TF32")
+WITHIN = 0.25
+Results = dict[str, Any]
+
+
+def predicted(results: Results) -> dict[tuple[str, str, str], float]:
+    """Shape, card and path → predicted seconds of all its kernels."""
+    found: dict[tuple[str, str, str], float] = {}
+    for shape, card, path, _, seconds, _, _ in results["predicted"]:
+        found[shape, card, path] = found.get((shape, card, path), 0.0) + seconds
+    return found
+
+
+def total_table(results: Results) -> str:
+    totals = predicted(results)
+    keys = dict.fromkeys((shape, card) for shape, card, _ in totals)
+    rows = [
+        [shape, card, *(_text(totals.get((shape, card, path))) for path in PATHS)]
+        for shape, card in keys
+    ]
+    return table(["predicted", "", *PATHS], rows)
+
+
+def _text(seconds: float | None) -> str:
+    return "" if seconds is None else as_text(seconds)
+
+
+def kernel_table(results: Results, shape: str) -> str:
+    """A row a kernel of ours, a column a card: predicted time and what binds."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for name, card, path, kernel, seconds, launches, bound in results["predicted"]:
+        if name == shape and path in OURS:
+            times = f", {launches} launches" if launches > 1 else ""
+            cells.setdefault((path, kernel), {})[card] = f"{as_text(seconds)}, {bound}{times}"
+    cards = [card.name for card in DEVICES]
+    rows = [[*key, *(by_card.get(card, "") for card in cards)] for key, by_card in cells.items()]
+    return table(["predicted", "", *cards], rows)
+
+
+def loop_table(results: Results) -> str:
+    rows = []
+    for path, card, kernel, name, count, matrix, ideal, actual, *rest in results["loops"]:
+        alone, full, beside, bound = rest
+        waves = "" if ideal is None else f"{actual} ({ideal})"
+        products = ", ".join(f"{n} {instruction}" for instruction, n in matrix.items())
+        numbers = [count, products, waves, alone, f"{full} for {beside}", bound]
+        rows.append([path, card, kernel, name, *map(str, numbers)])
+    header = ["", "", "kernel", "stretch", "instructions", "matrix instructions"]
+    header += ["wavefronts (ideal)", "clocks, one block", "clocks, all blocks", "bound"]
+    return table(header, rows)
+
+
+_SUMS = {
+    "live": "weights that live",
+    "tiles of 32, unsorted": "tiles of 32 × 32 that live",
+    "tiles of 32, sorted": "the same, queries sorted",
+    "listed of 32, unsorted": "references that live for any of 32 queries",
+    "listed of 32, sorted": "the same, queries sorted",
+}
+
+
+def data_table(results: Results) -> str:
+    rows = []
+    for shape, found in results["data"].items():
+        each = found["refined a query"]
+        counts = [f"{each[name]:.4g}" for name in ("mean", "median", "most")]
+        shares = [f"{found['sums'][name]:.0%}" for name in _SUMS]
+        cut = f"{len(found['blocks'])} × {found['chunks']}"
+        sizes = " × ".join(map(str, found["B, M, N"]))
+        rows.append([shape, sizes, str(found["queries looked at"]), cut, *counts, *shares])
+    header = ["", "B × M × N", "queries looked at", "blocks × chunks"]
+    header += [f"refined a query, {name}" for name in ("mean", "median", "most")]
+    return table([*header, *_SUMS.values()], rows)
+
+
+def device_table() -> str:
+    """A row a rate; the letter says where it comes from."""
+    letters = {source: chr(ord("a") + i) for i, source in enumerate(devices.SOURCES)}
+
+    def cell(figure: Figure) -> str:
+        return f"{figure.value:,.5g} ({letters[figure.source]})"
+
+    names = [name for name in devices.Device._fields if name not in ("name", "architecture")]
+    rows = [
+        [name.replace("_", " "), *(cell(getattr(card, name)) for card in DEVICES)] for name in names
+    ]
+    rows.insert(0, ["code for", *(f"sm_{card.architecture}" for card in DEVICES)])
+    said = "; ".join(f"{letters[key]}: {text}" for key, text in devices.SOURCES.items())
+    return f"{table(['', *(card.name for card in DEVICES)], rows)}\n\n{said}."
+
+
+def published_table(results: Results) -> str:
+    rows = []
+    for section in ("published", "held out"):
+        for name, card, published, found, configuration, bound, source in results[section]:
+            off = found / published - 1
+            verdict = "within" if abs(off) <= WITHIN else "outside"
+            held = " (held out)" if section == "held out" else ""
+            figures = [f"{published:.4g}", f"{found:.4g}", f"{off:+.0%}, {verdict}"]
+            rows.append([name + held, card, *figures, configuration, bound, source])
+    header = ["", "", "published TFLOP/s", "predicted TFLOP/s", "off", "fastest configuration"]
+    return table([*header, "bound", "source"], rows)
+
+
+def host_table(results: Results) -> str:
+    rows = [[path, as_text(seconds)] for path, seconds in results["host"].items()]
+    made = results["made"]["host"]
+    said = (
+        f"Measured on {made['processor']}, {made['date']}, as the thread's time on the processor."
+    )
+    driver = f"A launch in the driver is taken as {as_text(host.DRIVER)} more."
+    return f"{table(['posterior_mean', 'a call'], rows)}\n\n{said} {driver}"
+
+
+def report(results: Results) -> str:
+    parts = {
+        "Predicted times of the forward pass": total_table(results),
+        **{
+            f"Predicted kernel by kernel, {shape}": kernel_table(results, shape)
+            for shape in results["data"]
+        },
+        "The stretch of each kernel that takes longest, at C": loop_table(results),
+        "What the data make the kernels do": data_table(results),
+        "Held against published kernels": published_table(results),
+        "The host": host_table(results),
+        "Rates": device_table(),
+    }
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+
+
+def with_report(text: str, results: Results) -> str:
+    """The page's text with the tables between its marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{report(results)}\n{END}{after}"

@@ -1,0 +1,385 @@
+"""One multiprocessor that runs a stretch of machine code with some warps, clock by clock.
+
+In order within a warp: an instruction goes when its predecessor's stall has passed, the scoreboards
+that it waits for are free, and its scheduler and its unit take it. Barriers wait for all warps of a
+block, asynchronous copies and matrix instructions of a warp group run on by themselves until they
+are waited for. One warp alone gives the time that latencies cost; as many as a multiprocessor holds
+give the time that counts, and how busy each unit was.
+
+What it does not see: misses of the instruction cache, conflicts of register banks, which way a
+branch goes (everything in the stretch is run), misses of the L2 cache, limits of queues.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from machine_code.devices import Device
+from machine_code.sass import NO_SCOREBOARD, Instruction, access_bytes, unit_of
+
+SCHEDULERS = 4
+BACKLOG = 48  # clocks of work that a unit's queue takes before an instruction has to wait for it
+IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has asked of the L2 cache, at most; assumed
+LATENCY = {
+    "mufu": 24,
+    "convert": 20,
+    "fp64": 16,
+    "constant": 24,
+    "tensor": 33,
+    "alu": 6,
+    "fp32": 4,
+    "imad": 5,
+    "uniform": 8,
+}  # clocks from the unit to the result, where a scoreboard says that they count; assumed
+BARRIER = 20  # clocks from the last warp's arrival until the first goes on; assumed
+RUN_IN = 1  # trips
+OPERANDS = 12  # clocks until a unit has read them; assumed
+CLUSTER = 200  # clocks of a barrier of a cluster; assumed
+JUMP = 8  # clocks that a jump back costs; assumed
+_SHARED_BY_ALL = ("shared", "global", "convert64")  # units that the four schedulers share
+_MATRIX = re.compile(r"(\d+)x(\d+)x(\d+)")
+_OLD_MATRIX = {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4), "16832": (16, 8, 32)}
+_UTC = (128, 64, 16)
+
+
+class Run(NamedTuple):
+    """What one trip through the stretch takes, with all warps beside each other."""
+
+    clocks: float
+    busy: dict[str, float]
+    """Unit → clocks of a trip in which it works; of a unit that each scheduler has, the mean."""
+    waits: dict[str, float]
+    """Name of an instruction → clocks of a warp's trip that it was waited for, or kept waiting."""
+
+    @property
+    def bound(self) -> str:
+        """The unit that is busy for most of the time, or that it is none: "latency". That of the
+        schedulers is "issue"."""
+        unit = max(self.busy, key=lambda name: self.busy[name] * (0.98 if name == "issue" else 1))
+        return unit if self.busy[unit] >= 0.7 * self.clocks else "latency"
+
+
+# ---- what an instruction asks of a unit --------------------------------------------------------
+
+
+class Need(NamedTuple):
+    unit: str
+    occupancy: float
+    """Clocks that its unit is taken."""
+    latency: float
+
+
+def matrix_shape(instruction: Instruction) -> tuple[int, int, int]:
+    """M, N and K of a matrix instruction. What ``tcgen05`` multiplies stands in a descriptor that
+    is not read: 128 × 64 × 16 is taken."""
+    if found := _MATRIX.search(instruction.name):
+        m, n, k = (int(size) for size in found.groups())
+        return m, n, k
+    for part in instruction.name.split(".")[1:]:
+        if part in _OLD_MATRIX:
+            return _OLD_MATRIX[part]
+    return _UTC
+
+
+def _matrix(instruction: Instruction, card: Device) -> Need:
+    m, n, k = matrix_shape(instruction)
+    wide = instruction.base.startswith(("HGMMA", "UTC"))
+    kind = "tf32" if ".TF32" in instruction.name else "f16"
+    rate = card.rate(f"{'wgmma' if wide else 'mma'}_{kind}")
+    if wide and rate == 0:
+        raise ValueError(f"{card.name} has no {instruction.name}.")
+    clocks = m * n * k / rate
+    if instruction.base == "HGMMA":
+        # A warp issues its quarter, to the unit of its own scheduler; so do the other three.
+        # Operands come from shared memory: all of B and, unless it is in registers, of A.
+        size = 4 if kind == "tf32" else 2
+        in_shared = n * k * size + (0 if _first_in_registers(instruction) else m * k * size)
+        clocks = max(clocks, in_shared / card.rate("shared"))
+        return Need("tensor", clocks, LATENCY["tensor"])
+    if wide:
+        return Need("tensor", clocks, LATENCY["tensor"])
+    return Need("tensor", clocks * SCHEDULERS, LATENCY["tensor"])
+
+
+def _first_in_registers(instruction: Instruction) -> bool:
+    operands = [part.strip() for part in instruction.operands.split(",")]
+    return len(operands) > 1 and operands[1].startswith("R")
+
+
+def _shared(instruction: Instruction, card: Device, conflicts: float) -> Need:
+    if instruction.base == "SHFL":
+        return Need("shared", 1, card.rate("shared_latency") - 5)
+    if instruction.base in ("LDSM", "STSM"):
+        found = re.search(r"\.M88(?:\.(\d))?", instruction.name)
+        lines = float(found[1] or 1) if found else 4.0
+    elif instruction.base in ("LDTM", "STTM"):
+        lines = 4.0
+    else:
+        lines = max(1.0, 32 * access_bytes(instruction) / card.rate("shared"))
+    return Need("shared", lines * conflicts, card.rate("shared_latency"))
+
+
+def l2_port(card: Device) -> float:
+    """Bytes a clock that a multiprocessor gets from the L2 cache while all others ask as well."""
+    return min(64.0, card.rate("l2") / card.sms / card.rate("clock"))
+
+
+def _global(instruction: Instruction, card: Device) -> Need:
+    moved = 32 * access_bytes(instruction)
+    if instruction.base in ("LDL", "STL"):  # registers that were spilled are found in the L1 cache
+        return Need("shared", moved / card.rate("shared"), card.rate("shared_latency"))
+    return Need("global", moved / l2_port(card), card.rate("l2_latency"))
+
+
+def need_of(instruction: Instruction, card: Device, conflicts: float = 1.0) -> Need:
+    """``conflicts`` is how many times as many accesses of shared memory it takes as it must."""
+    unit = unit_of(instruction)
+    if unit == "tensor":
+        return _matrix(instruction, card)
+    if unit == "shared":
+        return _shared(instruction, card, conflicts)
+    if unit == "global":
+        return _global(instruction, card)
+    if unit in ("branch", "barrier", "constant", "uniform"):
+        return Need(unit, 1, LATENCY.get(unit, 0))
+    if unit == "convert" and "64" in instruction.name:
+        return Need("convert64", 32 / card.rate("convert64"), LATENCY["convert"])
+    if unit == "fp64" or unit in ("fp32", "imad", "alu", "mufu", "convert"):
+        lanes = card.rate(unit) / SCHEDULERS
+        double = 2 if instruction.base in ("FFMA2", "FADD2", "FMUL2") else 1
+        return Need(unit, double * 32 / lanes, LATENCY[unit])
+    raise ValueError(f"{instruction.name} keeps {unit} busy, which is no unit that is known.")
+
+
+# ---- warps ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Warp:
+    block: int
+    scheduler: int
+    leader: bool
+    """Whether it issues what one thread of a block does."""
+    at: int = 0
+    trip: int = 0
+    ready: float = 0.0
+    boards: list[float] = field(default_factory=lambda: [0.0] * 6)
+    copies: float = 0.0
+    """When the copies since the last group was closed are there."""
+    groups: list[float] = field(default_factory=list)
+    matrix: float = 0.0
+    matrix_groups: list[float] = field(default_factory=list)
+
+
+class _Step(NamedTuple):
+    """An instruction as the multiprocessor takes it: what does not change is found once."""
+
+    instruction: Instruction
+    need: Need
+    wait: tuple[int, ...]
+    stall: int
+    places: tuple[int, ...]
+    """Of its unit among all units, by scheduler."""
+    backlog: float
+    held: str
+    """What it waits for that runs by itself: "copies", "group", "block" or nothing."""
+    pause: float
+    """Clocks that the warp stands still behind it: for a fence of the device, or a cluster."""
+
+
+class _Multiprocessor:
+    def __init__(
+        self, code: Sequence[Instruction], card: Device, warps: int, blocks: int, trips: int,
+        conflicts: Mapping[int, float],
+    ) -> None:  # fmt: skip
+        self.trips, self.per_block = trips, warps
+        self.places: dict[tuple[str, int], int] = {}
+        self.steps = [
+            self.step_of(one, need_of(one, card, conflicts.get(i, 1.0)), card)
+            for i, one in enumerate(code)
+        ]
+        self.warps = [
+            _Warp(block, w % SCHEDULERS, w == 0) for block in range(blocks) for w in range(warps)
+        ]
+        self.free = [0.0] * len(self.places)
+        self.issue = [0.0] * SCHEDULERS
+        self.busy: dict[str, float] = defaultdict(float)
+        self.waits: dict[str, float] = defaultdict(float)
+        self.arrived: dict[int, list[int]] = defaultdict(list)
+        self.block_matrix: dict[int, float] = defaultdict(float)
+        self.end = 0.0
+        self.queue: list[tuple[float, int]] = []
+
+    def step_of(self, instruction: Instruction, need: Need, card: Device) -> _Step:
+        alone = need.unit in _SHARED_BY_ALL or instruction.base.startswith("UTC")
+        keys = [(need.unit, -1 if alone else scheduler) for scheduler in range(SCHEDULERS)]
+        places = tuple(self.places.setdefault(key, len(self.places)) for key in keys)
+        backlog = IN_FLIGHT / l2_port(card) if need.unit == "global" else BACKLOG
+        control = instruction.control
+        held = _held(instruction)
+        stall, pause = max(1, control.stall), _pause(instruction, card)
+        return _Step(instruction, need, control.wait, stall, places, backlog, held, pause)
+
+    def run(self) -> None:
+        self.queue = [(0.0, i) for i in range(len(self.warps))]
+        while self.queue:
+            time, i = heapq.heappop(self.queue)
+            warp = self.warps[i]
+            step = self.steps[warp.at]
+            earliest = self.earliest(warp, step)
+            if earliest > time:
+                heapq.heappush(self.queue, (earliest, i))
+            elif self.go(warp, i, step, time):
+                heapq.heappush(self.queue, (warp.ready, i))
+
+    def earliest(self, warp: _Warp, step: _Step) -> float:
+        """When its next instruction can go, as things stand."""
+        time = warp.ready
+        for board in step.wait:
+            if warp.boards[board] > time:
+                time = warp.boards[board]
+        if step.held:
+            time = max(time, self.held(warp, step))
+        unit = self.free[step.places[warp.scheduler]] - step.backlog
+        return max(time, unit, self.issue[warp.scheduler])
+
+    def held(self, warp: _Warp, step: _Step) -> float:
+        """Until when it waits for what runs by itself."""
+        if step.held == "copies":
+            return _pending(warp.groups, step.instruction)
+        if step.held == "group":
+            return _pending(warp.matrix_groups, step.instruction)
+        return self.block_matrix[warp.block]
+
+    def go(self, warp: _Warp, i: int, step: _Step, time: float) -> bool:
+        """Issues; whether the warp goes on by itself."""
+        if time > warp.ready:
+            self.waits[step.instruction.base] += time - warp.ready
+        self.issue[warp.scheduler] = time + 1
+        self.busy["issue"] += 1
+        done = self.serve(warp, step, time)
+        control = step.instruction.control
+        if control.write != NO_SCOREBOARD:
+            warp.boards[control.write] = max(warp.boards[control.write], done)
+        if control.read != NO_SCOREBOARD:
+            end = min(done, time + step.need.occupancy + OPERANDS)
+            warp.boards[control.read] = max(warp.boards[control.read], end)
+        warp.ready = time + step.stall + step.pause
+        self.advance(warp)
+        if step.instruction.base == "BAR":
+            return self.meets(warp, i, step.instruction, time)
+        return warp.trip < self.trips
+
+    def serve(self, warp: _Warp, step: _Step, time: float) -> float:
+        """When the result is there."""
+        instruction, need = step.instruction, step.need
+        base = instruction.base
+        if instruction.never or (base.startswith("UTC") and not warp.leader):
+            return time
+        place = step.places[warp.scheduler]
+        self.free[place] = max(time, self.free[place]) + need.occupancy
+        self.busy[need.unit] += need.occupancy
+        done = self.free[place] + need.latency
+        if base == "LDGSTS":
+            warp.copies = max(warp.copies, done)
+        elif base == "LDGDEPBAR":
+            warp.groups.append(warp.copies)
+        elif base == "HGMMA":
+            warp.matrix = max(warp.matrix, done)
+            if "gsb0" in instruction.operands:
+                warp.matrix_groups.append(warp.matrix)
+        elif base.startswith("UTC"):
+            self.block_matrix[warp.block] = max(self.block_matrix[warp.block], done)
+        return done
+
+    def advance(self, warp: _Warp) -> None:
+        warp.at += 1
+        if warp.at == len(self.steps):
+            self.end = max(self.end, warp.ready)
+            warp.at, warp.trip = 0, warp.trip + 1
+            warp.ready += JUMP
+
+    def meets(self, warp: _Warp, i: int, instruction: Instruction, time: float) -> bool:
+        """At a barrier it is the last one to come that lets the block go on."""
+        if instruction.name.startswith("BAR.ARV"):
+            return warp.trip < self.trips
+        waiting = self.arrived[warp.block]
+        waiting.append(i)
+        if len(waiting) < self.per_block:
+            return False
+        for other in waiting:
+            one = self.warps[other]
+            one.ready = max(one.ready, time + BARRIER)
+            if other != i and one.trip < self.trips:
+                heapq.heappush(self.queue, (one.ready, other))
+        waiting.clear()
+        return warp.trip < self.trips
+
+
+def _pause(instruction: Instruction, card: Device) -> float:
+    if instruction.base == "MEMBAR" and instruction.name.endswith((".GPU", ".SYS")):
+        return card.rate("l2_latency")
+    return CLUSTER if instruction.base == "UCGABAR_WAIT" else 0.0
+
+
+def _held(instruction: Instruction) -> str:
+    if instruction.base == "DEPBAR" and "SB0" in instruction.operands:
+        return "copies"
+    if instruction.name.startswith("WARPGROUP.DEPBAR"):
+        return "group"
+    return "block" if instruction.name.startswith("SYNCS.PHASECHK") else ""
+
+
+def _pending(groups: list[float], instruction: Instruction) -> float:
+    """When all groups but the newest, as many as the instruction says, are there."""
+    found = re.search(r"0x([0-9a-f]+)", instruction.operands)
+    newest = int(found[1], 16) if found else 0
+    done = groups[: max(0, len(groups) - newest)]
+    return max(done, default=0.0)
+
+
+def run(
+    code: Sequence[Instruction],
+    card: Device,
+    warps: int,
+    blocks: int = 1,
+    trips: int = 3,
+    conflicts: Mapping[int, float] | None = None,
+    once: bool = False,
+) -> Run:
+    """Runs the stretch again and again with ``blocks`` blocks of so many warps on one
+    multiprocessor.
+
+    Args:
+        trips: over which the mean is taken, after some to run in.
+        conflicts: place in the stretch → accesses of shared memory over those that it must take;
+            1 where it is not there.
+        once: the stretch is run a single time, from the start.
+
+    Returns:
+        What a trip of all the blocks takes.
+    """
+    if not code:
+        return Run(0.0, {"issue": 0.0}, {})
+    trips = 0 if once else trips
+    machine = _Multiprocessor(code, card, warps, blocks, RUN_IN + trips, conflicts or {})
+    machine.run()
+    clocks = machine.end
+    if not once:  # what the first trips take until everything is under way is not a trip's time
+        short = _Multiprocessor(code, card, warps, blocks, RUN_IN, conflicts or {})
+        short.run()
+        clocks = (machine.end - short.end) / trips
+    trips += RUN_IN
+    each = {unit: 1 if unit in _SHARED_BY_ALL else SCHEDULERS for unit in machine.busy}
+    if any(one.base.startswith("UTC") for one in code):
+        each["tensor"] = 1
+    busy = {unit: total / trips / each[unit] for unit, total in machine.busy.items()}
+    many = trips * len(machine.warps)
+    longest = sorted(machine.waits.items(), key=lambda item: -item[1])[:6]
+    waits = {name: total / many for name, total in longest if total > many}
+    return Run(clocks, busy, waits)

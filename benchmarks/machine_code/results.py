@@ -1,0 +1,49 @@
+"""What was counted and predicted, stored: results/machine_code.json, one line a row."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+from machine import RESULTS, describe
+
+PATH = RESULTS / "machine_code.json"
+SECTIONS = ("data", "host", "predicted", "loops", "published", "held out")
+
+
+def load() -> dict[str, Any]:
+    """Empty where nothing was stored yet."""
+    if not PATH.exists():
+        return {}
+    content: dict[str, Any] = json.loads(PATH.read_text())
+    return content
+
+
+def store(section: str, content: Any) -> None:
+    """Replaces one section, and says when and on what it was made.
+
+    Raises:
+        ValueError: there is no such section.
+    """
+    if section not in SECTIONS:
+        raise ValueError(f"section is {section!r}; allowed is one of {', '.join(SECTIONS)}.")
+    kept = load()
+    kept[section] = content
+    made = {key: describe()[key] for key in ("processor", "threads", "python", "versions")}
+    made["date"] = datetime.date.today().isoformat()
+    kept.setdefault("made", {})[section] = made
+    PATH.write_text(as_text(kept))
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """JSON with a line for each entry of a section."""
+    parts = [f"{json.dumps(name)}: {_section(value)}" for name, value in content.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _section(value: Any) -> str:
+    if isinstance(value, dict):
+        lines = [f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(lines) + "\n}"
+    return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n]"

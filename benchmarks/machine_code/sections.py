@@ -1,0 +1,86 @@
+"""What the command counts, section by section of the stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import subjects
+
+from machine_code import data, launches, model, sass
+from machine_code.data import SHAPES, Shape
+from machine_code.devices import DEVICES, Device
+from machine_code.model import Launch, Predicted
+
+BACKENDS: dict[str, Callable[[Shape, launches.Data, Device], Iterator[Launch]]] = {
+    "triton": launches.triton,
+    "cuda": launches.cuda,
+    "cuda, single pass": launches.single_pass,
+}
+TORCH = {
+    "torch, float32": ("fp32", False),
+    "torch, TF32": ("tf32", False),
+    "compiled, float32": ("fp32", True),
+    "compiled, TF32": ("tf32", True),
+}
+COUNTED_ON = data.C
+Row = list[Any]
+
+
+def count_data(stored: dict[str, Any]) -> dict[str, Any]:
+    """Of every shape; what is stored of Fashion-MNIST stays where its files are not at hand."""
+    found = {}
+    for shape in SHAPES:
+        there = (subjects.FASHION_FOLDER / subjects.FASHION).exists()
+        if shape == data.F and not there:
+            print(f"Fashion-MNIST is not counted: no {subjects.FASHION} in its folder.")
+            found[shape.name] = stored[shape.name]
+        else:
+            found[shape.name] = data.count(shape)
+    return found
+
+
+def predictions(counts: dict[str, Any]) -> Iterator[Row]:
+    """Shape, card, path, kernel, seconds, launches and what binds."""
+    for shape in SHAPES:
+        for card in DEVICES:
+            for path, made in BACKENDS.items():
+                found = [model.predict(one, card) for one in made(shape, counts[shape.name], card)]
+                for part in model.together(found):
+                    yield _row(shape, card, path, part)
+            for path, (kind, compiled) in TORCH.items():
+                parts = model.torch_path(card, shape.B, shape.M, shape.N, kind, compiled)
+                for name, seconds in parts.items():
+                    yield _row(shape, card, path, Predicted(name, seconds, 0, ""))
+
+
+def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
+    seconds = float(f"{part.seconds:.4g}")
+    return [shape.name, card.name, path, part.name, seconds, part.launches, part.bound]
+
+
+def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
+    """Of each kernel, at one shape, the stretch that takes longest: path, card, kernel, stretch,
+    instructions, matrix instructions, ideal and actual wavefronts, clocks of a trip of one block
+    alone and of as many as a multiprocessor holds, how many those are, and what binds them."""
+    for card in DEVICES:
+        for path, made in BACKENDS.items():
+            for launch in made(COUNTED_ON, counts[COUNTED_ON.name], card):
+                yield [path, card.name, launch.name, *_longest(launch, card)]
+
+
+def _longest(launch: Launch, card: Device) -> Row:
+    beside = model.beside(launch, card)
+
+    def clocks_of(phase: model.Phase) -> float:
+        return phase.trips * model.run_of(phase, launch, card, beside).clocks
+
+    phase = max(launch.phases, key=clocks_of)
+    alone, full = (model.run_of(phase, launch, card, blocks) for blocks in (1, beside))
+    mix = sass.mix(phase.code)
+    matrix = {name: n for name, n in mix.items() if "MMA" in name}
+    waves: Row = [None, None]
+    if matrix and launch.kernel.conflicts is not None:
+        waves = [launch.kernel.conflicts.ideal, launch.kernel.conflicts.wavefronts]
+    clocks = [round(alone.clocks), round(full.clocks)]
+    return [phase.name, len(phase.code), matrix, *waves, *clocks, beside, full.bound]
