@@ -22,7 +22,7 @@ from .backends import native
 from .base import Flow
 from .checks import allocating, check_seed, out_of_memory, usable_device
 from .evaluate_command import Evaluate
-from .evaluation import noise_generator
+from .evaluation import noise_generator, usual_steps
 from .files import output_folder, reserve_standard_descriptors
 from .messages import show, unfailing_streams
 from .processes import ProcessLost, joined
@@ -103,8 +103,9 @@ class Sample:
     """How many."""
     solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
     """How the field lines are followed; consistency is for few-step models."""
-    steps: int = 10
-    """Steps of the solver (rk45 chooses its own)."""
+    steps: int | None = None
+    """Steps of the solver (rk45 chooses its own): 10 unless given, more for samples of few
+    values."""
     schedule: Literal["rho", "log"] = "rho"
     """Spacing of the steps."""
     last: float | None = None
@@ -149,12 +150,13 @@ class Sample:
         with allocating(f"n is {self.n}, and so many samples of shape {flow.shape}"):
             prior = flow.prior(self.n, generator=torch.Generator().manual_seed(self.seed))
         generator = noise_generator(self.seed, device)
+        steps = usual_steps(flow, self.solver) if self.steps is None else self.steps
         parts = [
             flow.sample(
                 network,
                 len(part),
                 solver=self.solver,
-                steps=self.steps,
+                steps=steps,
                 schedule=self.schedule,
                 last=self.last,
                 condition=self._condition(len(part)),

@@ -64,8 +64,9 @@ class Evaluate:
     """How many samples are drawn; of a file or folder, how many are taken at most."""
     solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
     """How the field lines are followed; consistency is for few-step models."""
-    steps: int = 10
-    """Steps of the solver (rk45 chooses its own)."""
+    steps: int | None = None
+    """Steps of the solver (rk45 chooses its own): 10 unless given, more for samples of few
+    values."""
     schedule: Literal["rho", "log"] = "rho"
     """Spacing of the steps."""
     last: float | None = None
@@ -144,7 +145,8 @@ class Evaluate:
                     f"{name} is {value}; allowed is at least {smallest}, and below 2^63."
                 )
         check_seed(self.seed)
-        for name, counts in (("steps", (self.steps,)), ("curve-steps", self.curve_steps)):
+        steps = () if self.steps is None else (self.steps,)
+        for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
             for count in counts:
                 check_steps(name, count)
 
@@ -174,9 +176,12 @@ class Evaluate:
     # ---- what is measured ----
 
     def _draw(self, model: Loaded, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        steps = self.steps
+        if steps is None:
+            steps = evaluation.usual_steps(model.flow, self.solver)
         solving: dict[str, Any] = {
             "solver": self.solver,
-            "steps": self.steps,
+            "steps": steps,
             "schedule": self.schedule,
             "last": self.last,
             "guidance": self.guidance,

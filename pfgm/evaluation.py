@@ -18,6 +18,7 @@ from .base import Flow, Network, network_device
 from .batches import seed_of
 from .checks import allocating, check_seed
 from .data import to_unit
+from .flow import PoissonFlow
 from .messages import progress_bar
 from .networks import NoiseEmbedding, SongUNet
 
@@ -132,6 +133,12 @@ def draw_samples(
         parts.append(part)
         evaluations = max(evaluations, nfe)
     return torch.cat(parts), evaluations
+
+
+def usual_steps(flow: Flow, solver: str) -> int:
+    """Steps of the commands: 10, or as many as the flow takes where few values need more."""
+    of_field = isinstance(flow, PoissonFlow) and solver != "consistency"
+    return max(10, flow.defaults.steps) if of_field else 10
 
 
 def noise_generator(seed: int, device: torch.device) -> torch.Generator:

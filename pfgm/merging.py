@@ -456,7 +456,7 @@ def _part_of_gradient(
         over.precision,
         sketch,
     )
-    if math.isinf(over.D):
+    if needs[1] and math.isinf(over.D):
         # Σ_i g_i d_i²/σ³, much larger than what is left of it, is summed without what is common.
         of_radius = of_radius - _of_distance(g, said.nearest, seen.radius)
         of_radius += _of_distance(g, said.nearest - seen.nearest, seen.radius)

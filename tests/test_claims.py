@@ -452,6 +452,7 @@ def test_the_classifier_learns(tmp_path):
     assert measures.accuracy(preset, tmp_path) > 0.85
 
 
+@pytest.mark.slow
 def test_jobs_in_processes_find_the_same(folder, monkeypatch):
     monkeypatch.undo()
     chosen = [jobs.Job("quality", quality.training_data, (seed,)) for seed in (0, 1)]
@@ -478,6 +479,7 @@ examine.train(quality.CLAIM, preset, Path(FOLDER), "quality", 1)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
     program = LONG.replace("FOLDER", repr(str(tmp_path)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "OMP_NUM_THREADS": "1"}

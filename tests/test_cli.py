@@ -477,3 +477,16 @@ def test_consistency_needs_a_few_step_model(run, tmp_path, capsys):
     pfgm.save(tmp_path / "old.safetensors", *pfgm.load(run))  # as files without the note
     assert cli.main([*sample, str(tmp_path / "old.safetensors")]) == 0
     assert "does not say whether its network is a few-step model" in capsys.readouterr().err
+
+
+def test_samples_of_few_values_take_the_steps_of_the_flow(tmp_path):
+    flow = pfgm.PoissonFlow((1,), spread=0.1, center=5.0)
+    torch.manual_seed(0)
+    net = pfgm.networks.MLP((1,), width=8, depth=1, **flow.scaling)
+    pfgm.save(tmp_path / "net.safetensors", flow, net)
+    arguments = ["sample", "--checkpoint", str(tmp_path / "net.safetensors"), "--n", "20"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
+    start = flow.prior(20, generator=torch.Generator().manual_seed(0))
+    for steps, same in ((None, True), (10, False)):
+        expected = flow.sample(net, 20, x_init=start, steps=steps).numpy()
+        assert np.array_equal(np.load(tmp_path / "x.npy"), expected) == same

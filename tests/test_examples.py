@@ -22,6 +22,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_it_trains_and_draws(name, tmp_path):
     pytest.importorskip(NEEDS[name])

@@ -82,6 +82,7 @@ def test_exact_mixture_in_few_dimensions(kind, N):
     assert worst_error(kind, N, rtol=1e-6, atol=1e-6) < 3e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
 def test_exact_mixture_in_64_dimensions(kind):
     """The figure promised is 1e-3 nats per dimension, here at the tolerance of the default."""

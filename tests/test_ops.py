@@ -321,6 +321,7 @@ def test_opcheck_with_a_D_that_varies(backend):
     torch.library.opcheck(backward, (torch.ones_like(mean), torch.ones_like(lse), *saved))
 
 
+@pytest.mark.slow
 def test_inductor_generates_the_same():
     torch._dynamo.reset()
     arguments = problem(dtype=torch.float32)

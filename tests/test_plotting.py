@@ -635,6 +635,7 @@ def test_quality_curve_checks_its_arguments(
         plotting.quality_curve(curves, **options)
 
 
+@pytest.mark.slow
 def test_the_gallery_draws_all_its_pictures(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     script = ROOT / "examples" / "gallery.py"

@@ -103,6 +103,7 @@ def test_training_in_two_processes(tmp_path, points, kind):
     assert load_run(run)[2]["step"] == 20
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, points):
     run, port = tmp_path / "run", free_port()
     both = [start("training.py", rank, port, run, points, "whole", 40, 25) for rank in range(2)]
@@ -118,6 +119,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, point
     assert load_run(run)[2]["step"] == 40
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_and_the_lock_of_all(tmp_path, points):
     run = tmp_path / "run"
     both = [
@@ -149,6 +151,7 @@ def test_bad_timeouts(timeout):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and SIGXFSZ for a full disk")
 def test_a_run_survives_kills_and_a_full_disk(tmp_path):
     pytest.importorskip("tensorboard")

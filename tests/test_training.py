@@ -651,7 +651,7 @@ def test_labels_reach_the_network_and_some_are_left_out(data, flow):
             seen.append(labels)
             return super().forward(x, z, labels)
 
-    network = Recording((2,), width=16, depth=1, classes=4)
+    network = Recording((2,), width=16, depth=1, classes=4, **flow.scaling)
     labels = torch.arange(50) % 4
     trainer = Trainer(flow, network, data, config(label_dropout=0.5), labels=labels)
     net = trainer.train()
