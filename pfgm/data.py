@@ -48,7 +48,7 @@ def digits() -> Digits:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ImportError(
-            "digits() needs scikit-learn; install it with: pip install 'pfgm[demo]'"
+            "digits() needs scikit-learn; in a checkout: pip install '.[demo]'"
         ) from error
     levels, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(levels).float().view(-1, 1, 8, 8) / 8 - 1

@@ -118,7 +118,7 @@ def _import_pillow() -> Any:
         import PIL.Image
     except ModuleNotFoundError as error:
         raise ImportError(
-            "A folder of images needs Pillow; install it with: pip install 'pfgm[demo]'"
+            "A folder of images needs Pillow; in a checkout: pip install '.[demo]'"
         ) from error
     return PIL.Image
 

@@ -355,7 +355,7 @@ def inception_metrics(
         fidelity: Any = importlib.import_module("torch_fidelity")
     except ModuleNotFoundError as error:
         raise ImportError(
-            "inception_metrics() needs torch-fidelity; install it with: pip install 'pfgm[fid]'"
+            "inception_metrics() needs torch-fidelity; in a checkout: pip install '.[fid]'"
         ) from error
     try:
         # torch-fidelity takes the current device; -1 leaves it as it is.

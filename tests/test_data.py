@@ -79,7 +79,7 @@ def test_digits_have_the_documented_form() -> None:
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"scikit-learn.*pip install 'pfgm\[demo\]'"):
+    with pytest.raises(ImportError, match=r"scikit-learn.*pip install '\.\[demo\]'"):
         data.digits()
 
 

@@ -38,13 +38,13 @@ def same(found, correct, tolerance):
 
 @pytest.fixture(scope="module")
 def sampling():
-    reason = "k-diffusion is not installed: pip install 'pfgm[k-diffusion]'"
+    reason = "k-diffusion is not installed: pip install '.[k-diffusion]'"
     return pytest.importorskip("k_diffusion.sampling", reason=reason)
 
 
 @pytest.fixture(scope="module")
 def diffusers():
-    pytest.importorskip("diffusers", reason="diffusers is not installed: 'pfgm[diffusers]'")
+    pytest.importorskip("diffusers", reason="diffusers is not installed: '.[diffusers]'")
     import diffusers
 
     return diffusers
@@ -464,4 +464,4 @@ def test_a_missing_package_is_named():
         "    print(error)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "needs diffusers; install it with: pip install 'pfgm[diffusers]'" in shown.stdout
+    assert "needs diffusers; in a checkout: pip install '.[diffusers]'" in shown.stdout

@@ -135,7 +135,7 @@ def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
 
 def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r"Pillow.*pip install 'pfgm\[demo\]'"):
+    with pytest.raises(ImportError, match=r"Pillow.*pip install '\.\[demo\]'"):
         open_source(tmp_path)
 
 

@@ -597,7 +597,7 @@ def test_inception_metrics_without_weights(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_inception_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"torch-fidelity.*pip install 'pfgm\[fid\]'"):
+    with pytest.raises(ImportError, match=r"torch-fidelity.*pip install '\.\[fid\]'"):
         metrics.inception_metrics(torch.zeros(10, 8, 8), torch.zeros(10, 8, 8))
 
 

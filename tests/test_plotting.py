@@ -199,7 +199,7 @@ def test_pyplot_is_not_imported_and_matplotlib_only_when_drawing() -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"matplotlib.*pip install 'pfgm\[demo\]'"):
+    with pytest.raises(ImportError, match=r"matplotlib.*pip install '\.\[demo\]'"):
         plotting.image_grid(torch.zeros(1, 1, 8, 8))
 
 
@@ -334,7 +334,7 @@ class TestFigures:
         self, draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ImportError, match=r"matplotlib.*pip install 'pfgm\[demo\]'"):
+        with pytest.raises(ImportError, match=r"matplotlib.*pip install '\.\[demo\]'"):
             draw(ring())
 
 

@@ -36,8 +36,7 @@ try:
     from diffusers.utils.outputs import BaseOutput
 except ImportError as error:
     raise ImportError(
-        "pfgm.integrations.diffusers needs diffusers; install it with: "
-        "pip install 'pfgm[diffusers]'"
+        "pfgm.integrations.diffusers needs diffusers; in a checkout: pip install '.[diffusers]'"
     ) from error
 
 __all__ = [

@@ -24,7 +24,7 @@ def new_figure(width: int, height: int) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError(
-            "plotting needs matplotlib; install it with: pip install 'pfgm[demo]'"
+            "plotting needs matplotlib; in a checkout: pip install '.[demo]'"
         ) from error
     return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
