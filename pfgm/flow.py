@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -232,8 +233,8 @@ class PoissonFlow(Flow):
         return math.log(ratio) / math.log1p(self.tau)
 
     @classmethod
-    def from_data(cls, data: References, **overrides: Any) -> PoissonFlow:
-        """The flow for data (n, *S), uint8 (u/127.5 − 1) or floating point, tensor or set.
+    def from_data(cls, data: References | np.ndarray[Any, Any], **overrides: Any) -> PoissonFlow:
+        """The flow for data (n, *S), uint8 (u/127.5 − 1) or floating: tensor, array or set.
 
         Samples of 64 or more values that fill [-1, 1], as images do, take the published rules with
         their average norm as data_norm. All other data take their center and spread: shifted or
@@ -252,6 +253,8 @@ class PoissonFlow(Flow):
         >>> round(larger.z_max / flow.z_max, 3)
         10.0
         """
+        if isinstance(data, np.ndarray):
+            data = torch.as_tensor(data)
         if data.ndim < 1 or len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
         if isinstance(data, Tensor):

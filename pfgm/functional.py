@@ -55,7 +55,7 @@ def _check_dimensions(D: float, with_r: bool) -> float:
 
 
 def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
-    """A float or a (B,) tensor as float64 (B,) on the device of x."""
+    """A float or a tensor (B,) or (B, 1, …, 1) as float64 (B,) on the device of x (B, *S)."""
     dtype, count = wide_dtype(x.device), x.shape[0]
     if not isinstance(value, Tensor):
         if not is_number(value):
@@ -66,10 +66,12 @@ def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
         if varies(value):
             return torch.ones(count, dtype=dtype, device=x.device) * value
         return torch.full((count,), float(value), dtype=dtype, device=x.device)
+    if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
+        value = value.reshape(count)  # as EDM's code has levels beside samples
     if value.shape != (count,) and value.ndim != 0:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; allowed is a number or a tensor of shape "
-            f"({count},)."
+            f"({count},), or of that with a 1 for each dimension of a sample."
         )
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers.")
@@ -174,7 +176,7 @@ def posterior_mean(
             u/127.5 − 1; or a :class:`pfgm.ReferenceSet`, which has no gradient and may lie in a
             file, in CPU memory beside points on a GPU, or in several processes.
         r: length of the augmented vector (z where D = 1), at least 0: a number or (B,), in the
-            units of x.
+            units of x. (B, 1, …, 1), which broadcasts with x, is taken too.
         sigma: noise level, instead of r: r = sigma · √D.
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
@@ -226,7 +228,8 @@ def field_fn(
 
     Args:
         x: (B, *S) perturbed points, float32 or float64 (half precision: computed in float32).
-        z: augmented coordinate, at least 0: a number or (B,), in the units of x.
+        z: augmented coordinate, at least 0: a number or (B,), in the units of x, or
+            (B, 1, …, 1), which broadcasts with x.
         references: (M, *S), M ≥ 1, of any dtype that :func:`posterior_mean` takes. In training:
             a large batch of data that contains the clean versions of x.
         gamma: softening of the normalisation, at least 0.

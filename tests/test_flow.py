@@ -67,7 +67,7 @@ def test_images_take_the_published_rules():
     }
 
 
-@pytest.mark.parametrize("of", [torch.Tensor.clone, pfgm.ReferenceSet])
+@pytest.mark.parametrize("of", [torch.Tensor.clone, torch.Tensor.numpy, pfgm.ReferenceSet])
 def test_from_data_measures_center_and_spread(of):
     data = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, -2.0]])
     flow = PoissonFlow.from_data(of(data))

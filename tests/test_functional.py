@@ -473,7 +473,8 @@ VALUE_ERRORS = [
     ("D is -1.5", {"D": -1.5}),
     ("D is nan", {"D": math.nan}),
     ("D is infinite, where r", {"D": math.inf}),
-    ("r has shape (4, 1)", {"r": torch.ones(4, 1)}),
+    ("r has shape (4, 2)", {"r": torch.ones(4, 2)}),
+    ("r has shape (4, 1, 1)", {"r": torch.ones(4, 1, 1)}),
     ("sigma has shape (3,)", {"r": None, "sigma": torch.ones(3)}),
     ("is -1.0 in row 0", {"r": -1.0}),
     ("is -2.0 in row 2", {"r": torch.tensor([1.0, 0.0, -2.0, -3.0])}),
@@ -580,3 +581,19 @@ def test_only_the_cpu_looks_at_values_unless_told():
             assert checks_values(torch.device("cpu"))
             assert not checks_values(torch.device("meta"))
     assert not checks_values(torch.device("meta"))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_levels_that_broadcast_with_samples(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, references = (torch.randn(n, *shape, generator=generator) for n in (6, 9))
+    level = torch.rand(6, generator=generator)
+    wide = level.view(6, *[1] * len(shape))
+    mean = posterior_mean(x, references, sigma=wide, D=4)
+    assert torch.equal(mean, posterior_mean(x, references, sigma=level, D=4))
+    for found, expected in zip(
+        field_fn(x, wide, references), field_fn(x, level, references), strict=True
+    ):
+        assert torch.equal(found, expected)
+    stepped = pfgm.euler_step_from_mean(x, x.cos(), wide + 1, wide)
+    assert torch.equal(stepped, pfgm.euler_step_from_mean(x, x.cos(), level + 1, level))
