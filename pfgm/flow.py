@@ -448,9 +448,8 @@ class PoissonFlow(Flow):
             clip: bring ‖x‖ into [1, upper_norm], keeping the direction, as published: larger norms
                 are never trained on. For thousands of values it binds for half of all draws and
                 does no harm; of one value it cuts half of the distribution away. None clips under
-                the published rules alone. A flow with a spread cuts no share of the draws; where it
-                evaluates a network beyond upper_norm, it does so at upper_norm on the line to the
-                center, along which far fields are alike.
+                the published rules alone. A flow with a spread cuts no share of the draws; it asks
+                a network no farther out than upper_norm, on the same straight field line.
 
         >>> import torch
         >>> flow = PoissonFlow.cifar10()
@@ -482,17 +481,22 @@ class PoissonFlow(Flow):
         return self._centers[key]
 
     def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field | Tensor:
-        if self.spread is not None:
-            return self._far_mean(net, x, level, condition)
-        field_x, field_z = _evaluate(net, x, per_row(level, x), condition, self.gamma)
+        # The exact field needs no training, and so knows no bound.
+        if self.spread is None or isinstance(net, EmpiricalField):
+            return self._field(net, x, per_row(level, x), condition)
+        points, z = self._within(x, per_row(level, x))
+        return ode_steps.euler(points, self._field(net, points, z, condition), z, 0.0)[0]
+
+    def _field(self, net: Network, x: Tensor, z: Tensor, condition: Condition) -> Field:
+        field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
-    def _far_mean(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
-        """The posterior mean at x, the network evaluated no farther out than it was trained.
+    def _within(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Points and their z, those farther out than was trained moved along their field lines.
 
-        Far away, mean − center falls off as 1/‖(x − center, z)‖ along each line to the center. So a
-        point farther than upper_norm is drawn in by a factor t, z with it, and
-        mean(x, z) = center + t (mean(x', z') − center).
+        Far away field lines are straight lines to (center, 0), so that a network of the mean or of
+        the end of the line says the same at upper_norm. Means differ by (N + 1) v/upper_norm at
+        most, v the largest variance of the data in any direction.
         """
         center = self._center(x)
         away = x - center
@@ -500,13 +504,7 @@ class PoissonFlow(Flow):
         # Without a branch, which would wait for a GPU.
         t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
         far = self._rows(norm > self.upper_norm)
-        points = torch.where(far, center + self._rows(t) * away, x)
-        z = per_row(level, x) * t
-        field_x, field_z = _evaluate(net, points, z, condition, self.gamma)
-        field = Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
-        mean, _ = ode_steps.euler(points, field, z, 0.0)
-        drawn_in: Tensor = center + self._rows(t) * (mean - center)
-        return torch.where(far, drawn_in, mean)
+        return torch.where(far, center + self._rows(t) * away, x), z * t
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
         space = SCHEDULES[schedule]
