@@ -32,9 +32,13 @@ def main() -> int:
     """Runs the command line of this process and returns its exit code."""
     arguments = sys.argv[1:]
     if arguments not in (["--version"], ["--help"], ["-h"]):
-        from pfgm.cli import main as run
+        try:
+            from pfgm.cli import main as run
 
-        return run(arguments)
+            return run(arguments)
+        except KeyboardInterrupt:  # while torch is imported
+            print("pfgm: interrupted", file=sys.stderr)
+            return 130
     if sys.stdout is None:
         return 0
     try:
@@ -43,7 +47,8 @@ def main() -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
         if not isinstance(error, BrokenPipeError):  # else the reader has seen enough
-            print(f"pfgm: error: {error}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"pfgm: error: {error.strerror}", file=sys.stderr)
             return 2
     return 0
 

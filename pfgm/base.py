@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,11 @@ class Flow(ABC):
         """The largest distance of a point of the prior from its center."""
         return math.inf
 
+    @property
+    def unit(self) -> float:
+        """Length of which absolute tolerances are multiples: twice the spread of images, 0.5."""
+        return 0.5
+
     def _center(self, x: Tensor) -> Tensor | float:
         """Where the prior is centred: 0, or (*S) in the dtype and on the device of x."""
         return 0.0
@@ -139,7 +145,8 @@ class Flow(ABC):
     # ---- what follows ----
 
     def __repr__(self) -> str:
-        named = (f"{name}={value!r}" for name, value in self.config.items() if name != "shape")
+        config = {name: value for name, value in self.config.items() if name != "shape"}
+        named = (f"{name}={reprlib.repr(value)}" for name, value in config.items())
         return f"{type(self).__name__}({self.shape}, {', '.join(named)})"
 
     def __eq__(self, other: object) -> bool:
@@ -328,12 +335,21 @@ class Flow(ABC):
         """
         _check_choice("solver", solver, SAMPLERS)
         self._check_x(x)
+        if solver == "rk45":
+            options.setdefault("atol", 2e-4 * self.unit)
         slope = self._evaluator(net, x, condition, guidance, unconditional)
         if project is not None:
             slope = editing.projected(slope, project)
         total = None if solver == "rk45" else len(grid) - 1
+        center = self._center(x)
         with _evaluating(net), _shown(callback, total, progress) as shown:
-            x, nfe = SAMPLERS[solver](slope, x, grid, shown, **options)
+            if solver == "rk45" and isinstance(center, Tensor):
+                # Its relative tolerance is of the distance from the data's center.
+                slope, shown = _away(slope, center), _back(shown, center)
+                x, nfe = SAMPLERS[solver](slope, x - center, grid, shown, **options)
+                x = x + center
+            else:
+                x, nfe = SAMPLERS[solver](slope, x, grid, shown, **options)
         return x, nfe if guidance is None else 2 * nfe
 
     def log_likelihood(
@@ -361,7 +377,8 @@ class Flow(ABC):
         It is the density of the flow at the last level, z_min or sigma_min: that of data with so
         much noise in them, as the network knows them.
 
-        The prior is the perturbation kernel at the first level around 0. Data are not all at 0, so
+        The prior is the perturbation kernel at the first level around one point: the center of a
+        PoissonFlow with a spread, else 0. Data are not all there, so
         this alone costs 0.3 nats (root mean square, not per dimension) on digits at PFGM's z_max,
         0.06 at the sigma_max of PFGM++, whatever the network and the tolerance. Where the density
         at the first level is known, such as
@@ -468,7 +485,7 @@ class Flow(ABC):
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         rtol: float = 1e-5,
-        atol: float = 1e-5,
+        atol: float | None = None,
         return_nfe: bool = False,
         **options: Any,
     ) -> Tensor | tuple[Tensor, int]:
@@ -494,7 +511,8 @@ class Flow(ABC):
                 its last step goes to 0 it is left out, and one fewer is taken.
             schedule: as in :meth:`sample`.
             rtol: relative tolerance of rk45, on the root mean square over the batch.
-            atol: absolute tolerance of rk45.
+            atol: absolute tolerance of rk45; None is 1e-5, or 2e-5 times the spread of a flow that
+                has one.
             return_nfe: return the number of evaluations of the network too.
             **options: of :meth:`sample`: condition, guidance, unconditional, callback, progress.
 
@@ -535,14 +553,14 @@ class Flow(ABC):
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         rtol: float = 1e-5,
-        atol: float = 1e-5,
+        atol: float | None = None,
         return_nfe: bool = False,
         **options: Any,
     ) -> Tensor | tuple[Tensor, int]:
         """The data (B, *S) of latents: carried down to the last level, the inverse of encode.
 
-        ``sample(net, len(latent), x_init=latent, ...)`` does the same for :class:`PoissonFlow`. For
-        :class:`PoissonFlowPP` it goes on from the last level to 0, which is to the posterior mean,
+        ``sample(net, len(latent), x_init=latent, ...)`` does the same for a :class:`PoissonFlow` by
+        published rules. Otherwise it goes on from the last level to 0, to the posterior mean,
         ``denoise(net, decoded, flow.last_level)``: cleaner, and a map of many points to one, which
         nothing inverts.
 
@@ -619,9 +637,9 @@ class Flow(ABC):
         """Latents with norms multiplied by a temperature, directions kept.
 
         PFGM's temperature (arXiv 2209.11178, section 4.3): a latent moves toward the middle of the
-        prior, below 1, or away from it. A flow whose prior clips norms,
-        :class:`PoissonFlow`, was never trained beyond upper_norm: there a norm grows up to it and
-        no farther, and one beyond it stays as it is.
+        prior, below 1, or away from it. A :class:`PoissonFlow` by published rules clips its prior
+        to upper_norm and was never trained beyond: there a norm grows up to it and no farther, and
+        one beyond it stays as it is.
 
         Args:
             latent: (B, *S), floating point, of :meth:`prior` or :meth:`encode`.
@@ -670,7 +688,7 @@ class Flow(ABC):
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         resample: int = 0,
-        resample_from: float = 0.6,
+        resample_from: float | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
         return_nfe: bool = False,
@@ -706,7 +724,8 @@ class Flow(ABC):
             steps: as in :meth:`sample`.
             schedule: as in :meth:`sample`.
             resample: how many further rounds; one takes the levels of the grid that remain.
-            resample_from: where they start, in the units of the data: about their standard
+            resample_from: where they start; None is 0.6, or 1.2 times the spread of a flow that has
+                one. In the units of the data: about their standard
                 deviation, as 0.6 is for images in [-1, 1]; much higher all is decided anew, much
                 lower nothing is.
             generator: of the noise, on the device of known.
@@ -737,7 +756,7 @@ class Flow(ABC):
             steps=steps,
             schedule=schedule,
             resample=resample,
-            resample_from=resample_from,
+            resample_from=1.2 * self.unit if resample_from is None else resample_from,
             generator=generator,
             callback=callback,
             **options,
@@ -909,6 +928,28 @@ def check_steps(name: str, steps: object) -> None:
 def _check_choice(name: str, value: str, allowed: Mapping[str, Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def _away(slope: Callable[..., Field | Tensor], center: Tensor) -> Callable[..., Tensor]:
+    """The posterior mean less the center, at points that are given less the center."""
+
+    def evaluate(x: Tensor, level: float) -> Tensor:
+        points = x + center
+        return ode_steps.mean_of(points, slope(points, level), level) - center
+
+    return evaluate
+
+
+def _back(callback: Callback | None, center: Tensor) -> Callback | None:
+    """The callback, shown points and means where they are."""
+    if callback is None:
+        return None
+
+    def shown(info: StepInfo) -> object:
+        mean = None if info["mean"] is None else info["mean"] + center
+        return callback({**info, "x": info["x"] + center, "mean": mean})
+
+    return shown
 
 
 def _checked_grid(levels: Sequence[float]) -> list[float]:

@@ -163,7 +163,11 @@ def check_solver(path: StrPath, solver: str) -> str | None:
     if solver != "consistency":
         return None
     path = Path(path)
-    _, description = _read(path / _latest(path)["weights"] if path.is_dir() else path)
+    if path.is_dir():
+        with _offering(path, _weights_of):
+            path = path / _latest(path)["weights"]
+    with _offering(path, _weights_of):
+        _, description = _read(path)
     distilled = description.get("distilled")
     if distilled is False:
         raise ValueError(

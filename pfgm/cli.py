@@ -8,6 +8,7 @@ import importlib.metadata
 import operator
 import platform
 import sys
+import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -124,6 +125,8 @@ class Sample:
     def run(self) -> None:
         if self.out.suffix not in (".npy", ".png"):
             raise ValueError(f"out is {self.out}; allowed are names that end in .npy or .png.")
+        if self.out.is_dir():
+            raise ValueError(f"out is {self.out}, a folder; allowed is the name of a file.")
         if not (1 <= self.n < 2**63 and 1 <= self.batch_size < 2**63):
             raise ValueError(
                 f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1, below "
@@ -252,13 +255,20 @@ def _told(error: BaseException) -> str:
     )
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **_: Any) -> None:
+    """One line, as the command's other messages; of Python's warnings the category too."""
+    kind = "" if issubclass(category, UserWarning) else f"{category.__name__}: "
+    print(f"pfgm: {kind}{message}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, or 2 after one sentence on what is wrong with the input.
 
     Where stdout or stderr are closed, what would be said there is dropped, and no work with it.
     """
     reserve_standard_descriptors()
-    with unfailing_streams():
+    with unfailing_streams(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         return _main(sys.argv[1:] if arguments is None else arguments)
 
 

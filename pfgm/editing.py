@@ -52,7 +52,7 @@ def carry(
     grid: Sequence[float],
     solver: str,
     rtol: float,
-    atol: float,
+    atol: float | None,
     **options: Any,
 ) -> tuple[Tensor, int]:
     """:meth:`pfgm.Flow.solve` from any data, none among them; the tolerances are those of rk45."""
@@ -60,7 +60,7 @@ def carry(
     if len(x) == 0 and solver in SOLVERS:
         return x, 0
     if solver == "rk45":
-        options |= {"rtol": rtol, "atol": atol}
+        options |= {"rtol": rtol, "atol": 2e-5 * flow.unit if atol is None else atol}
     return flow.solve(net, x, grid, solver=solver, **options)
 
 
@@ -224,7 +224,7 @@ def inpaint(
     _check_mask(mask, known)
     grid = flow.grid(steps, schedule)
     # What is not known may hold anything, NaN among it.
-    x, total = torch.where(mask, known, 0.0), 0
+    x, total = torch.where(mask, known, flow._center(known)), 0
     for levels in (grid, *_rounds(grid, resample, resample_from)):
         noise = _unit_noise(flow, x, generator)
         x, nfe = flow.sample(

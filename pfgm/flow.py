@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import steps as ode_steps
+from . import transforms
 from .base import (
     Condition,
     Defaults,
@@ -37,6 +38,8 @@ _SMALLEST_Z = 1e-8  # in units of σ
 _MEAN_NORMAL = math.sqrt(2 / math.pi)  # average of |g|, g ~ N(0, 1)
 _SMALLEST_NORMAL = 1e-6  # |g₁| of a prior that is not clipped
 _IMAGE_VALUES = 64  # from so many values on the published clip of the prior does no harm
+_SPREADS = 1e-15, 1e12  # smallest and largest
+_REACHES = 4.0  # data lie within upper_norm over this
 _FEW = 8  # up to so many values a sample, more steps are taken
 
 Center = float | Sequence[Any] | Tensor
@@ -76,7 +79,12 @@ def _of_spread(s: float, N: int) -> _Rules:
 
 def _checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
     """center as float64 of shape S."""
-    found = torch.as_tensor(center, dtype=torch.float64).detach().cpu()
+    try:
+        found = torch.as_tensor(center, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"center is {center!r:.80}; allowed are a number and numbers of shape {shape}."
+        ) from error
     if found.shape not in (torch.Size([]), torch.Size(shape)):
         raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
     if not bool(found.isfinite().all()):
@@ -173,7 +181,12 @@ class PoissonFlow(Flow):
         super().__init__(shape)
         if spread is not None and data_norm is not None:
             raise ValueError("both data_norm and spread given; allowed is one of them.")
-        self.spread = None if spread is None else positive("spread", spread)
+        self.spread = None if spread is None else float(positive("spread", spread))
+        if self.spread is not None and not _SPREADS[0] <= self.spread <= _SPREADS[1]:
+            raise ValueError(
+                f"spread is {spread}; allowed are {_SPREADS[0]} to {_SPREADS[1]}, so that squares "
+                "are numbers of float32."
+            )
         self.center = _checked_center(center, self.shape, self.spread)
         self._centers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         rules = _published() if spread is None else _of_spread(spread, self.N)
@@ -239,7 +252,8 @@ class PoissonFlow(Flow):
         Samples of 64 or more values that fill [-1, 1], as images do, take the published rules with
         their average norm as data_norm. All other data take their center and spread: shifted or
         scaled data make a shifted or scaled flow. Rows that are all alike count their own length as
-        spread.
+        spread. There is one spread for all values: structure below a hundredth of it is lost unless
+        z_min and the steps of sampling are chosen for it, or columns are standardised first.
 
         Raises:
             TypeError: data are neither uint8 nor floating point.
@@ -261,12 +275,19 @@ class PoissonFlow(Flow):
             check_dtype("data", data)
         found = measure(data)
         if not math.isfinite(found.rms):
-            raise ValueError("data holds NaN or infinity; only finite values are allowed.")
+            raise ValueError(
+                "data holds NaN, infinity or numbers whose squares are; allowed are finite values."
+            )
         given: dict[str, Any] = {"data_norm": found.norm}
         are_images = found.fills_unit and math.prod(data.shape[1:]) >= _IMAGE_VALUES
-        if not are_images and "data_norm" not in overrides:
+        if "data_norm" not in overrides and ("spread" in overrides or not are_images):
             given = {"spread": found.std or found.rms or 1.0, "center": found.mean}
-        return cls(data.shape[1:], **{**given, **overrides})
+        flow = cls(data.shape[1:], **{**given, **overrides})
+        reach = _REACHES * found.reach
+        if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
+            return flow
+        # A few rows far away from all others: fields are alike only beyond them.
+        return cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
 
     @classmethod
     def cifar10(cls, **overrides: Any) -> PoissonFlow:
@@ -329,6 +350,10 @@ class PoissonFlow(Flow):
     @property
     def last_level(self) -> float:
         return self.z_min
+
+    @property
+    def unit(self) -> float:
+        return 0.5 if self.spread is None else self.spread
 
     @property
     def largest_norm(self) -> float:
@@ -476,18 +501,27 @@ class PoissonFlow(Flow):
     def _center(self, x: Tensor) -> Tensor:
         """center in the dtype and on the device of x, copied there once."""
         key = (x.dtype, x.device)
+        if transforms.functional() or torch.is_inference_mode_enabled():
+            return self.center.to(x.device, x.dtype)  # of use there alone
         if key not in self._centers:
-            self._centers[key] = self.center.to(x)
+            self._centers[key] = self.center.to(x.device, x.dtype)
         return self._centers[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_centers": {}}
 
     def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field | Tensor:
         # The exact field needs no training, and so knows no bound.
         if self.spread is None or isinstance(net, EmpiricalField):
-            return self._field(net, x, per_row(level, x), condition)
+            return self.field(net, x, per_row(level, x), condition)
         points, z = self._within(x, per_row(level, x))
-        return ode_steps.euler(points, self._field(net, points, z, condition), z, 0.0)[0]
+        return ode_steps.euler(points, self.field(net, points, z, condition), z, 0.0)[0]
 
-    def _field(self, net: Network, x: Tensor, z: Tensor, condition: Condition) -> Field:
+    def field(
+        self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
+    ) -> Field:
+        """What the network says at points x (B, *S) and z (B,), and how it is to be read."""
+        condition = condition or {}
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
@@ -500,7 +534,7 @@ class PoissonFlow(Flow):
         """
         center = self._center(x)
         away = x - center
-        norm = torch.linalg.vector_norm(away.flatten(1), dim=1)
+        norm = torch.linalg.vector_norm(away.reshape(len(x), self.N), dim=1)
         # Without a branch, which would wait for a GPU.
         t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
         far = self._rows(norm > self.upper_norm)
@@ -538,11 +572,20 @@ def _growth(sigma: float, tau: float, M: float) -> float:
     return float(sigma * (1 + tau) ** M)
 
 
+def _gamma_of(net: Any) -> float | None:
+    """gamma of a network that makes the field itself, within what wraps it."""
+    while isinstance(net, nn.Module):
+        if isinstance(net, EmpiricalField) or hasattr(net, "data_std"):
+            return getattr(net, "gamma", None)
+        net = getattr(net, "module", getattr(net, "_orig_mod", None))
+    return None
+
+
 def _evaluate(
     net: Network, x: Tensor, z: Tensor, condition: Condition, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    own = getattr(net, "gamma", gamma)
-    if isinstance(own, float) and own != gamma:
+    own = _gamma_of(net)
+    if own is not None and own != gamma:
         raise ValueError(
             f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
             "pfgm.networks takes **flow.scaling)."

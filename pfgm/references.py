@@ -30,7 +30,7 @@ _CPU = torch.device("cpu")
 
 
 class Measures(NamedTuple):
-    """Averages over the rows of data (M, *S), in float64."""
+    """What is measured of the rows of data (M, *S), in float64."""
 
     norm: float
     """Average of ‖x‖."""
@@ -38,52 +38,96 @@ class Measures(NamedTuple):
     """Root mean square of the values."""
     mean: Tensor
     """Average row, *S."""
+    std: float
+    """Root mean square of the values of x − mean."""
+    least: Tensor
+    """Smallest of each value, *S."""
+    most: Tensor
+    """Largest of each value, *S."""
     fills_unit: bool
     """Whether all values lie in [−1, 1] and come within 0.01 of both ends, as those of images."""
 
     @property
-    def std(self) -> float:
-        """Root mean square of the values of x − mean."""
-        # The difference of two averages loses what is below the rounding of either.
-        variance = self.rms**2 - float(self.mean.square().mean())
-        return math.sqrt(variance) if variance > 1e-14 * self.rms**2 else 0.0
+    def reach(self) -> float:
+        """A distance from mean within which all rows lie."""
+        return float(torch.maximum(self.most - self.mean, self.mean - self.least).norm())
+
+    def mirrored(self) -> Measures:
+        """The same of the rows together with their mirror images (last axis reversed)."""
+        mean = (self.mean + self.mean.flip(-1)) / 2
+        apart = float((self.mean - mean).square().mean())
+        return self._replace(
+            mean=mean,
+            std=math.sqrt(self.std**2 + apart),
+            least=torch.minimum(self.least, self.least.flip(-1)),
+            most=torch.maximum(self.most, self.most.flip(-1)),
+        )
 
 
 class _Sums:
-    """Sums over rows, from which :class:`Measures` follow; they add up over processes."""
+    """Sums over rows, from which :class:`Measures` follow; they add up over processes.
+
+    Deviations are from a row of the data: squares of values far from 0 hold no digits of them.
+    """
 
     def __init__(self, features: int) -> None:
-        # Rows, norms, squares, values outside, near −1 and near 1, then each feature.
-        self.values = torch.zeros(6 + features, dtype=torch.float64)
+        # Rows, norms, squares, values outside, near −1 and near 1, squared deviations.
+        self.counts = torch.zeros(7, dtype=torch.float64)
+        self.deviations = torch.zeros(features, dtype=torch.float64)
+        self.origin: Tensor | None = None
+        self.extremes = torch.full((2, features), math.inf, dtype=torch.float64)  # least, −most
 
     def add(self, chunk: Tensor) -> None:
         """Adds rows (m, *S), uint8 meaning u/127.5 − 1."""
-        for rows in chunk.flatten(1).split(1024):
+        for rows in chunk.reshape(len(chunk), -1).split(1024):
             wide = (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).double()
+            if self.origin is None:
+                self.origin = wide[0].cpu()
+            apart = wide - self.origin.to(wide.device)
             squared = wide.square().sum(1)
             counts = [wide.abs() > 1, wide <= -0.99, wide >= 0.99]
             sums = [squared.sqrt().sum(), squared.sum(), *(each.sum() for each in counts)]
-            found = torch.cat([torch.stack([each.double() for each in sums]), wide.sum(0)])
-            self.values[1:] += found.cpu()
-            self.values[0] += len(rows)
+            sums.append(apart.square().sum())
+            self.counts[1:] += torch.stack([each.double() for each in sums]).cpu()
+            self.counts[0] += len(rows)
+            self.deviations += apart.sum(0).cpu()
+            found = torch.stack([wide.amin(0), -wide.amax(0)]).cpu()
+            self.extremes = torch.minimum(self.extremes, found)
 
-    def averages(self, shape: tuple[int, ...]) -> Measures:
-        count, norms, squares, outside, low, high = self.values[:6].tolist()
+    def gather(self, group: dist.ProcessGroup | None, processes: int) -> None:
+        """The sums over all processes of a group."""
+        assert self.origin is not None
+        origin = total(self.origin, group) / processes
+        apart, rows = self.origin - origin, float(self.counts[0])
+        self.counts[6] += 2 * float(self.deviations @ apart) + rows * float(apart.square().sum())
+        self.deviations += rows * apart
+        self.counts, self.deviations = total(self.counts, group), total(self.deviations, group)
+        self.extremes = total(self.extremes, group, dist.ReduceOp.MIN)
+        self.origin = origin
+
+    def measures(self, shape: tuple[int, ...]) -> Measures:
+        assert self.origin is not None
+        count, norms, squares, outside, low, high, deviations = self.counts.tolist()
+        average, values = self.deviations / count, max(math.prod(shape), 1)
+        variance = deviations / (count * values) - float(average.square().sum()) / values
         return Measures(
             norm=norms / count,
-            rms=math.sqrt(squares / (count * max(math.prod(shape), 1))),
-            mean=(self.values[6:] / count).view(shape),
+            rms=math.sqrt(squares / (count * values)),
+            mean=(self.origin + average).view(shape),
+            std=math.sqrt(max(variance, 0.0)),
+            least=self.extremes[0].view(shape),
+            most=-self.extremes[1].view(shape),
             fills_unit=outside == 0 and low > 0 and high > 0,
         )
 
 
 def measure(data: References) -> Measures:
-    """Averages over the rows of data (M, *S), a tensor on any device or a set."""
+    """Measures the rows of data (M, *S), a tensor on any device or a set."""
     if isinstance(data, ReferenceSet):
         return data.measures
     sums = _Sums(math.prod(data.shape[1:]))
     sums.add(data)
-    return sums.averages(tuple(data.shape[1:]))
+    return sums.measures(tuple(data.shape[1:]))
 
 
 class ReferenceSet:
@@ -146,7 +190,7 @@ class ReferenceSet:
         self._labels = self._checked_labels(self._source.labels if labels is None else labels)
         self._spare: list[tuple[Tensor, Tensor]] = []
         self._sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = {}
-        self._measures: Measures | None = None
+        self._measured: tuple[object, Measures] | None = None
         self._known_finite = not self._source.dtype.is_floating_point
         if (held := self._source.tensor) is not None and not self._known_finite:
             _check_finite(held, 0)
@@ -395,18 +439,17 @@ class ReferenceSet:
 
     @property
     def measures(self) -> Measures:
-        """Averages over all rows, found in one pass and kept."""
-        if self._measures is None:
+        """What is measured of all rows in one pass, and kept for as long as they stay."""
+        version = self._source.version()
+        if self._measured is None or self._measured[0] != version:
             sums = _Sums(math.prod(self._source.shape))
             for _, chunk in self._local_chunks():
                 sums.add(chunk)
             if self.sharded:
-                sums.values = total(sums.values, self._group)
-            self._measures = sums.averages(self._source.shape)
-        found = self._measures
-        if self._flips and found.mean.ndim > 0:
-            found = found._replace(mean=(found.mean + found.mean.flip(-1)) / 2)
-        return found
+                sums.gather(self._group, self._processes)
+            self._measured = version, sums.measures(self._source.shape)
+        found = self._measured[1]
+        return found.mirrored() if self._flips and found.mean.ndim > 0 else found
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
         """The rows of this process and their mirror images in chunks (m, *S), on a device.

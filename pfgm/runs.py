@@ -267,6 +267,11 @@ def _run(
     )
     if resume:
         step = trainer.resume(resume_from)
+        if resume_from is not None and step >= training.steps:
+            raise ValueError(
+                f"steps is {training.steps}, but the checkpoint to continue from is of step "
+                f"{step}; allowed are more steps than that."
+            )
         if processes.leads:
             report(f"resuming at step {step}")
     if processes.leads:

@@ -11,12 +11,16 @@ __all__ = ["Ranks", "total"]
 _DTYPES = (torch.float32, torch.float64)
 
 
-def total(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over the processes of a few values, on the CPU."""
+def total(
+    values: Tensor,
+    group: dist.ProcessGroup | None,
+    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> Tensor:
+    """The sum, or another reduction, over the processes of a few values, on the CPU."""
     # A group of NCCL alone takes no tensors on the CPU.
     device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
-    shared = values.to(device)
-    dist.all_reduce(shared, group=group)
+    shared = values.to(device, copy=True)
+    dist.all_reduce(shared, operation, group=group)
     return shared.cpu()
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_bad_shapes_and_data():
         PoissonFlow((0, 2), M=200)
     with pytest.raises(ValueError, match="data has shape"):
         PoissonFlow.from_data(torch.empty(0, 2))
-    with pytest.raises(ValueError, match="data holds NaN or infinity"):
+    with pytest.raises(ValueError, match="data holds NaN, infinity"):
         PoissonFlow.from_data(torch.tensor([[1.0, math.nan]]))
     with pytest.raises(TypeError, match="data has dtype"):
         PoissonFlow.from_data(torch.ones(3, 2, dtype=torch.int64))
@@ -646,3 +647,109 @@ def test_bad_references():
     for references in (torch.ones(3, 3), torch.ones(0, 2)):
         with pytest.raises(ValueError, match="references has shape"):
             flow.empirical(references)
+
+
+# ---- flows with a spread: what only data far from 0, large, small or uneven show -----------------
+
+
+def test_rows_far_from_all_others_are_kept():
+    """Data lie beyond the norm that the spread alone would give."""
+    data = torch.cat([0.01 * torch.randn(997, 1, generator=seeded(0)), torch.full((3, 1), 100.0)])
+    flow = PoissonFlow.from_data(data)
+    assert flow.upper_norm > 300
+    at, z = torch.tensor([[100.0]]), flow.z_min
+    exact = pfgm.posterior_mean(at, data, r=z)
+    net = flow.empirical(data)
+    torch.testing.assert_close(flow.denoise(net, at, z), exact)
+    torch.testing.assert_close(flow.denoise(lambda x, z: net(x, z), at, z), exact)
+    share = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    start = flow.center + flow.z_max * torch.tan(math.pi * (share - 0.5))
+    samples = flow.sample(net, 10_000, x_init=start.float()[:, None], steps=100)
+    assert float((samples > 99).double().mean()) == pytest.approx(0.003, abs=0.001)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1e-4, 0.0), (100.0, 3000.0)])
+def test_every_way_through_a_flow_follows_the_data(scale, offset):
+    data = torch.randn(200, 2, generator=seeded(0), dtype=torch.float64)
+    moved = scale * data + offset
+    flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(moved)
+    net, theirs = flow.empirical(data), other.empirical(moved)
+    start = flow.prior(20, generator=seeded(1)).double()
+
+    def back(x):
+        return (x - offset) / scale
+
+    def close(found, expected, atol=1e-4):
+        torch.testing.assert_close(back(found), expected, rtol=0, atol=atol)
+
+    drawn = flow.sample(net, 20, x_init=start, solver="rk45")
+    close(other.sample(theirs, 20, x_init=scale * start + offset, solver="rk45"), drawn, 1e-3)
+    way = flow.interpolate(net, data[:3], data[3:6], count=3, solver="heun", steps=40)
+    a, b = moved[:3], moved[3:6]
+    close(other.interpolate(theirs, a, b, count=3, solver="heun", steps=40), way, 1e-3)
+    latent = flow.rescale(start, 0.5)
+    close(other.rescale(scale * start + offset, 0.5), latent, 1e-2)
+    mask = torch.tensor([True, False])
+    filled = flow.inpaint(net, data[:9], mask, resample=2, generator=seeded(2))
+    close(other.inpaint(theirs, moved[:9], mask, resample=2, generator=seeded(2)), filled, 1e-3)
+    nats = flow.log_likelihood(net, data[:3], estimator="exact").nats
+    theirs_nats = other.log_likelihood(theirs, moved[:3], estimator="exact").nats
+    torch.testing.assert_close(theirs_nats + 2 * math.log(scale), nats, rtol=0, atol=1e-3)
+
+
+def test_data_far_from_zero_in_float64():
+    data = torch.randn(1000, 2, generator=seeded(0), dtype=torch.float64)
+    expected = PoissonFlow.from_data(data).spread
+    assert PoissonFlow.from_data(data + 1.7e9).spread == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_set_is_measured_again_when_its_rows_have_changed():
+    data = torch.randn(50, 2, generator=seeded(0))
+    rows = pfgm.ReferenceSet(data)
+    before = PoissonFlow.from_data(rows).spread
+    data.mul_(10)
+    assert PoissonFlow.from_data(rows).spread == pytest.approx(10 * before, rel=1e-5)
+
+
+def test_samples_without_dimensions():
+    data = torch.randn(100, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    assert flow.shape == ()
+    assert flow.sample(lambda x, z: flow.empirical(data)(x, z), 7).shape == (7,)
+    assert flow.sample(flow.empirical(data), 7).shape == (7,)
+
+
+def test_gamma_is_seen_within_a_wrapper():
+    flow = PoissonFlow.from_data(3 * torch.randn(40, 2, generator=seeded(0)))
+    x = torch.randn(4, 2, generator=seeded(1))
+    averaged = torch.optim.swa_utils.AveragedModel(pfgm.networks.MLP((2,), width=8))
+    with pytest.raises(ValueError, match="net has gamma 5"):
+        flow.loss(averaged, x)
+    exact = flow.empirical(x)
+    unrelated = nn.Linear(1, 1)
+    unrelated.gamma, unrelated.forward = 0.1, exact.forward
+    assert flow.loss(unrelated, x).isfinite()
+
+
+def test_a_spread_for_images_and_settings_that_are_refused():
+    digits = pfgm.data.digits().train
+    assert PoissonFlow.from_data(digits, spread=0.5).spread == 0.5
+    for spread in (1e-20, 1e20):
+        with pytest.raises(ValueError, match="spread is"):
+            PoissonFlow((2,), spread=spread)
+    with pytest.raises(TypeError, match="center is 'x'; allowed are a number"):
+        PoissonFlow((2,), spread=1.0, center="x")
+    with torch.device("meta"):
+        assert PoissonFlow((2,), spread=1.0, center=3.0).center.device.type == "cpu"
+    assert len(repr(PoissonFlow((3, 32, 32), spread=1.0))) < 1000
+
+
+def test_a_flow_used_in_a_transform_can_be_stored():
+    data = torch.randn(20, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+
+    def total(x):
+        return flow.denoise(lambda x, z: flow.empirical(data)(x, z), x, 1.0).sum()
+
+    torch.func.grad(total)(data[:2])
+    assert pickle.loads(pickle.dumps(flow)) == flow

@@ -8,8 +8,11 @@
         x = scheduler.step(output, t, x).prev_sample
 
 takes the steps of ``flow.sample(from_module(unet, flow), 16, ...)``, with whatever the loop does
-between them. Networks of this library are made of those of diffusers by
-:func:`pfgm.networks.from_module`, which reads their outputs for the schedulers, too.
+between them. Of a PoissonFlow with a spread the network sees the points as they are, where
+``flow.sample`` asks it no farther out than upper_norm.
+
+Networks of this library are made of those of diffusers by :func:`pfgm.networks.from_module`, which
+reads their outputs for the schedulers, too.
 """
 
 from __future__ import annotations
@@ -22,13 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.reference import dequantise, wide_dtype
-from ..base import Flow, over_samples
+from ..base import Flow, over_samples, per_row
 from ..flow import PoissonFlow
 from ..flowpp import PoissonFlowPP
 from ..functional import field_fn, posterior_mean
 from ..networks.foreign import Foreign, ForeignDenoiser, from_module, telling
 from ..references import References
-from ..steps import euler_step_from_mean, heun_step_from_mean, multistep_step_from_mean
+from ..steps import (
+    euler_step_from_mean,
+    heun_step_from_mean,
+    mean_of,
+    multistep_step_from_mean,
+)
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -226,15 +234,24 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"step is called after the last of {len(self.timesteps)} timesteps; set_timesteps "
                 "begins anew."
             )
-        mean = self._flow.denoise(
-            lambda x, level: self._reader.read(x, level, model_output), sample, self._levels[call]
-        )
+        mean = self._mean(model_output, sample, self._levels[call])
         solvers = {"euler": self._euler, "heun": self._heun, "multistep": self._multistep}
         moved = solvers[self.config["solver"]](call, sample, mean)
         self._step_index += 1
         if not return_dict:
             return moved, mean
         return PoissonFlowSchedulerOutput(prev_sample=moved, pred_original_sample=mean)
+
+    def _mean(self, output: Tensor, sample: Tensor, level: float) -> Tensor:
+        """The posterior mean (B, *S) that an output made at these points means."""
+
+        def read(x: Tensor, z: Tensor) -> Any:
+            return self._reader.read(x, z, output)
+
+        if not isinstance(self._flow, PoissonFlow):
+            return self._flow.denoise(read, sample, level)
+        field = self._flow.field(read, sample, per_row(level, sample))
+        return mean_of(sample, field, level)
 
     def index_for_timestep(self, timestep: Tensor | float) -> int:
         """The call at a timestep that begins a step: with heun, one at each level ends one."""
