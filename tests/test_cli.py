@@ -8,10 +8,12 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import pfgm
 from pfgm import cli
+from pfgm.runs import RunConfig
 
 TRAIN = ["--steps", "12", "--batch-size", "16", "--references", "32", "--warmup", "2"]
 
@@ -262,6 +264,13 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
     sample = ["sample", "--checkpoint", tmp_path / "run", "--out", tmp_path / "x.npy"]
     older = weights.with_name("step-00000008.safetensors")
     assert f"The checkpoint {older} is whole" in fails(capsys, *sample, "--steps", 2)
+    consistency = [*sample, "--solver", "consistency"]
+    assert f"The checkpoint {older} is whole" in fails(capsys, *consistency)
+    log = (tmp_path / "run" / "log.csv").read_bytes()
+    train[train.index("--steps") + 1] = "8"
+    assert "steps is 8, but the checkpoint" in fails(capsys, *train, "--resume-from", "8")
+    assert (tmp_path / "run" / "log.csv").read_bytes() == log
+    assert RunConfig.load(tmp_path / "run").training.steps == 12
     sample[2] = older
     assert cli.main([str(argument) for argument in [*sample, "--steps", 2]]) == 0
     train[train.index("--steps") + 1] = "16"
@@ -271,6 +280,44 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
         "step-00000008.state.pt",
         "step-00000016.state.pt",
     ]
+
+
+def test_samples_do_not_go_where_a_folder_is(run, tmp_path, capsys):
+    (tmp_path / "x.npy").mkdir()
+    arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    assert "x.npy, a folder; allowed is the name of a file" in fails(capsys, *arguments)
+
+
+def test_a_file_from_before_checksums_is_told_in_one_line(run, tmp_path, capsys):
+    flow, network = pfgm.load(run)
+    description = {"format": 1, "kind": "PoissonFlow", "flow": flow.config}
+    description["network"] = {"name": "unet", "config": network.config}
+    tensors = {k: v.contiguous() for k, v in network.state_dict().items()}
+    path = tmp_path / "old.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"pfgm": json.dumps(description)})
+    capsys.readouterr()
+    arguments = ["sample", "--checkpoint", path, "--out", tmp_path / "x.npy", "--n", 2]
+    assert cli.main([str(argument) for argument in [*arguments, "--steps", 2]]) == 0
+    notices = [line for line in capsys.readouterr().err.splitlines() if "checksum" in line]
+    assert len(notices) == 1
+    assert notices[0].startswith(f"pfgm: {path} has no checksum")
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_sentence():
+    code = (
+        "import sys, signal, builtins\n"
+        "import pfgm_command\n"
+        "load = builtins.__import__\n"
+        "def interrupted(name, *rest, **named):\n"
+        "    if name == 'torch':\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    return load(name, *rest, **named)\n"
+        "builtins.__import__ = interrupted\n"
+        "sys.argv = ['pfgm', 'info']\n"
+        "sys.exit(pfgm_command.main())"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (130, "pfgm: interrupted\n")
 
 
 def test_a_picture_needs_images(tmp_path, capsys):
