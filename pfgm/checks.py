@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -156,7 +157,9 @@ def usable_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch gives up; what follows decides
+            device = torch.device(name)
         # Written and read, as numbers on "meta" are neither.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
