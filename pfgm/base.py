@@ -135,7 +135,7 @@ class Flow(ABC):
 
     @property
     def unit(self) -> float:
-        """Length of which absolute tolerances are multiples: twice the spread of images, 0.5."""
+        """Length of which absolute tolerances are multiples: the spread, about 0.5 for images."""
         return 0.5
 
     def _center(self, x: Tensor) -> Tensor | float:

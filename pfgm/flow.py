@@ -472,9 +472,10 @@ class PoissonFlow(Flow):
             device: of the points; None takes that of the generator, or the CPU.
             clip: bring ‖x‖ into [1, upper_norm], keeping the direction, as published: larger norms
                 are never trained on. For thousands of values it binds for half of all draws and
-                does no harm; of one value it cuts half of the distribution away. None clips under
-                the published rules alone. A flow with a spread cuts no share of the draws; it asks
-                a network no farther out than upper_norm, on the same straight field line.
+                does no harm; of one value it cuts half of the distribution away. With a spread it
+                is ‖x − center‖, and has no lower bound. None clips under the published rules alone.
+                A flow with a spread cuts no share of the draws; it asks a network no farther out
+                than upper_norm, on the same straight field line.
 
         >>> import torch
         >>> flow = PoissonFlow.cifar10()
@@ -494,7 +495,7 @@ class PoissonFlow(Flow):
         if clip is None:
             clip = self.spread is None
         if clip:
-            radius = radius.clamp(1.0, self.upper_norm)
+            radius = radius.clamp(1.0 if self.spread is None else 0.0, self.upper_norm)
         x: Tensor = (radius * (direction / norm)).view(n, *self.shape)
         return x if self.spread is None else x + self._center(x)
 

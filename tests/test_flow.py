@@ -301,6 +301,8 @@ def test_the_prior_of_one_value_is_the_whole_cauchy_distribution():
     uniform = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
     assert (expected - uniform).abs().max() < 1.63 / math.sqrt(len(x))  # Kolmogorov, 1 %
     assert x.abs().max() > 1000 * flow.z_max  # the share beyond is 0.06 %
+    small = PoissonFlow((1,), spread=1e-3).prior(100, generator=seeded(0), clip=True)
+    assert small.abs().min() < 1e-2  # no bound in units of images
     clipped = flow.prior(100, generator=seeded(0), clip=True)
     assert clipped.sub(30).abs().max() <= flow.upper_norm * 1.0001
 
