@@ -26,10 +26,10 @@ from report import table
 from torch import Tensor, nn
 
 import pfgm
-from pfgm import demo
-from pfgm.base import Flow
+from pfgm.cli import demo
+from pfgm.common.files import check_folder
 from pfgm.distillation import Consistency
-from pfgm.files import check_folder
+from pfgm.flows.flow import Flow
 from pfgm.training import Trainer
 
 SEEDS = (0, 1, 2)

@@ -20,7 +20,7 @@ from machine import store
 from report import table
 
 import pfgm
-from pfgm import demo
+from pfgm.cli import demo
 
 SEEDS = (0, 1, 2)
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "quality.png"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .files import StrPath
+from .common.files import StrPath
 
 Features = Callable[[Tensor], Tensor]
 

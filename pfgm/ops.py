@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
 from .backends import choose, requested
 from .backends.reference import (
     OdeStep,
@@ -25,7 +24,8 @@ from .backends.reference import (
     wide_dtype,
 )
 from .backends.reference import normalised_field as normalised_field_formula
-from .checks import varies
+from .common import transforms
+from .common.checks import varies
 
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 

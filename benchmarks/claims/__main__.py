@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.append(str(ROOT))
     from claims.examine import keep_preset
     from claims.measures import data_of
-    from pfgm.files import check_folder
+    from pfgm.common.files import check_folder
 
     options, preset = parse(arguments)
     try:

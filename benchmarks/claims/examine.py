@@ -18,7 +18,7 @@ from claims.jobs import Job, Row, Tables, carry_out, measured
 from claims.measures import accuracy, classifier_path, train_classifier
 from claims.presets import Preset
 from claims.tables import write_csv
-from pfgm.files import write_atomic
+from pfgm.common.files import write_atomic
 
 __all__ = ["copy_results", "examine", "keep_preset", "prepare"]
 

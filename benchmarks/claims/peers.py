@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm.base import Flow, Network, network_device
-from pfgm.checkpoint import Loaded
+from pfgm.flows.flow import Flow, Network, network_device
+from pfgm.training.checkpoint import Loaded
 
 __all__ = ["PEERS", "SDE", "Sampler", "draw"]
 

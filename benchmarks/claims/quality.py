@@ -21,8 +21,8 @@ from claims.methods import METHODS, ODE_METHODS, Spec
 from claims.pictures import curves
 from claims.presets import Preset
 from claims.tables import grouped, over_seeds, select
-from pfgm.base import Flow
 from pfgm.evaluation import RUNS
+from pfgm.flows.flow import Flow
 
 _MULTISTEP = "multistep, log"
 _SOLVERS: dict[str, dict[str, Any]] = {

@@ -31,9 +31,9 @@ from claims.pictures import bars, curves
 from claims.presets import Preset
 from claims.tables import over_seeds, select
 from pfgm.backends.reference import normalised_field
-from pfgm.base import Flow
-from pfgm.batches import Batch, Batches, seed_of
 from pfgm.evaluation import spread
+from pfgm.flows.flow import Flow
+from pfgm.training.batches import Batch, Batches, seed_of
 
 PFGM, PLUSPLUS = "PFGM", "PFGM++ 128"
 _STEPS = 20  # of the multistep solver

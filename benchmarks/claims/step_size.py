@@ -16,7 +16,7 @@ from claims.methods import METHODS, Spec
 from claims.pictures import curves
 from claims.presets import Preset
 from claims.tables import over_seeds, relative, select
-from pfgm.base import Flow
+from pfgm.flows.flow import Flow
 
 GRIDS = ("uniform", "log", "rho")
 LATE = "EDM from z_max"

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..checks import check_radius, checks_values, non_finite_message, radius_message
+from ..common.checks import check_radius, checks_values, non_finite_message, radius_message
 from .reference import OdeStep, at_limit, check_singular, singular_message
 from .reference import normalised_field as normalised_field_formula
 

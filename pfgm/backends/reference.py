@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_radius, checks_values, non_finite_message
+from ..common.checks import check_radius, checks_values, non_finite_message
 
 _PAIRS = 1 << 20  # (query, reference) pairs a chunk: 8 MiB for each (B, chunk) matrix
 _VALUES = 1 << 22  # reference values a chunk: 32 MiB in float64

@@ -25,18 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.reference import dequantise, wide_dtype
-from ..base import Flow, over_samples, per_row
-from ..flow import PoissonFlow
-from ..flowpp import PoissonFlowPP
+from ..flows.flow import Flow, over_samples, per_row
+from ..flows.plusplus import PoissonFlowPP
+from ..flows.poisson import PoissonFlow
 from ..functional import field_fn, posterior_mean
-from ..networks.foreign import Foreign, ForeignDenoiser, from_module, telling
-from ..references import References
-from ..steps import (
+from ..functional.steps import (
     euler_step_from_mean,
     heun_step_from_mean,
     mean_of,
     multistep_step_from_mean,
 )
+from ..networks.wrapped import Foreign, ForeignDenoiser, from_module, telling
+from ..references import References
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config

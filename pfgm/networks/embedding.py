@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import checks_values
+from ..common.checks import checks_values
 
 _FLOOR = 1e-3  # below z_min of the flow nothing is left to tell apart, so logarithms stop there
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws only

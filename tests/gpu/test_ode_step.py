@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pfgm
+from pfgm.functional.steps import OdeStep
 from pfgm.ops import _unpacked
-from pfgm.steps import OdeStep
 
 # Rounding of a factor, of a product and of a sum in float32: 6e-8 of the largest term each.
 TOLERANCE = 4e-7
