@@ -19,7 +19,7 @@ from torch import Tensor
 from .variant import Variant
 
 if TYPE_CHECKING:
-    from pfgm.backends.reference import OdeStep
+    from pfgm.backends.problems import OdeStep
 
 _TINY = tl.constexpr(1e-5)  # a field's v_z is kept below −_TINY
 _LARGEST_NORM = tl.constexpr(1 - 1e-6)  # ‖v_x‖/√N is below 1 for a field; a network may be off

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from . import metrics
 from .common.checks import allocating, check_seed
 from .common.messages import progress_bar
+from .common.tensors import network_device
 from .data import to_unit
-from .flows.flow import Flow, Network, network_device
+from .flows.flow import Flow, Network
 from .flows.poisson import PoissonFlow
 from .networks import NoiseEmbedding, SongUNet
 from .training.batches import seed_of

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_radius, checks_values, non_finite_message, radius_message
-from .reference import OdeStep, at_limit, check_singular, singular_message
+from .problems import OdeStep
 from .reference import normalised_field as normalised_field_formula
+from .weights import at_limit, check_singular, singular_message
 
 __all__ = [
     "build_lines",

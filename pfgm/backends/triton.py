@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_radius, checks_values, non_finite_message
-from .reference import OdeStep, at_limit, check_singular
+from .problems import OdeStep
+from .weights import at_limit, check_singular
 
 _REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +17,9 @@ from torch import Tensor
 _debug = False
 R = TypeVar("R")
 _DIMENSIONS = 64  # of a tensor, at most
+_FLOAT32 = torch.finfo(torch.float32)
+_LARGEST_INT = (1 << 63) - 1  # what torch can count
+_MOST_VALUES = 64  # of a tuple of sizes
 
 
 @contextmanager
@@ -211,3 +216,60 @@ def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
     return (
         f"{name} and references lie so far apart that their squared distance overflows {x.dtype}."
     )
+
+
+def check_dtype(name: str, values: Tensor) -> None:
+    if values.dtype != torch.uint8 and not values.is_floating_point():
+        raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
+
+
+def positive(name: str, value: float) -> float:
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(
+            f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
+            f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}."
+        )
+    return value
+
+
+def non_negative(name: str, value: float) -> float:
+    if not 0 <= value <= _FLOAT32.max:
+        raise ValueError(
+            f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
+            f"up to {_FLOAT32.max:.2g}."
+        )
+    return value
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def positive_int(name: str, value: Any, most: int = _LARGEST_INT) -> int:
+    """`value`, an integer from 1 to `most`, as an int, else a ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
+        limit = "" if most == _LARGEST_INT else f" and at most {most}"
+        raise ValueError(f"{name} is {value!r}; only an integer of at least 1{limit} is allowed.")
+    return int(value)
+
+
+def natural(name: str, value: Any) -> int:
+    """`value`, an integer of at least 0, as an int, else a ValueError that names the argument."""
+    return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
+
+
+def positive_float(name: str, value: Any) -> float:
+    """`value`, positive and finite, as a float, else a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
+    return float(value)
+
+
+def int_tuple(name: str, values: Any, most: int = _LARGEST_INT) -> tuple[int, ...]:
+    """`values`, a non-empty list or tuple of integers from 1 to `most`, as a tuple."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
+        raise ValueError(f"{name} is {values!r}; only a non-empty list or tuple is allowed.")
+    if len(values) > _MOST_VALUES:
+        raise ValueError(f"{name} has {len(values)} values; at most {_MOST_VALUES} are allowed.")
+    return tuple(positive_int(f"{name}[{i}]", value, most) for i, value in enumerate(values))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends.reference import wide_dtype
 from ..common.checks import is_number
+from ..common.tensors import wide_dtype
 from ..functional import steps as ode_steps
 from ..functional.steps import Field
 from ..solvers import SOLVERS, Callback, Denoiser

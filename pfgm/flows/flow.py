@@ -25,9 +25,16 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from ..backends.reference import dequantise
-from ..common.checks import allocating, check_dimensions, is_number
+from ..common.checks import (
+    allocating,
+    check_choice,
+    check_dimensions,
+    check_dtype,
+    is_number,
+    positive,
+)
 from ..common.messages import progress_bar
+from ..common.tensors import common_device, dequantise, evaluating, network_device
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, ReferenceSet
@@ -40,7 +47,6 @@ Network = Callable[..., Any]
 Condition = Mapping[str, Any]
 
 # Levels and scales become numbers of float32, in which points are computed.
-_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _MOST_STEPS = 1_000_000  # all their levels are held at once; published samplers take up to 1000
 
 
@@ -257,7 +263,7 @@ class Flow(ABC):
         solver = self.defaults.solver if solver is None else solver
         grid = self.grid(steps, schedule, last)
         x, nfe = self._initial(net, n, generator, device, x_init), 0
-        _check_choice("solver", solver, SAMPLERS)
+        check_choice("solver", solver, SAMPLERS)
         if solver == "consistency":
             options["noise"] = functools.partial(self._noisy, generator=generator)
         if n > 0:
@@ -297,7 +303,7 @@ class Flow(ABC):
                     f"last is {last}, but schedule holds all levels; give one of them."
                 )
             return _checked_grid(schedule)
-        _check_choice("schedule", schedule, SCHEDULES)
+        check_choice("schedule", schedule, SCHEDULES)
         check_steps("steps", steps)
         if last is None:
             return self._grid(schedule, steps, self.last_level)
@@ -333,7 +339,7 @@ class Flow(ABC):
         Returns the points at the last level of the grid and the number of evaluations of the
         network.
         """
-        _check_choice("solver", solver, SAMPLERS)
+        check_choice("solver", solver, SAMPLERS)
         self._check_x(x)
         if solver == "rk45":
             options.setdefault("atol", 2e-4 * self.unit)
@@ -342,7 +348,7 @@ class Flow(ABC):
             slope = editing.projected(slope, project)
         total = None if solver == "rk45" else len(grid) - 1
         center = self._center(x)
-        with _evaluating(net), _shown(callback, total, progress) as shown:
+        with evaluating(net), _shown(callback, total, progress) as shown:
             if solver == "rk45" and isinstance(center, Tensor):
                 # Its relative tolerance is of the distance from the data's center.
                 slope, shown = _away(slope, center), _back(shown, center)
@@ -432,13 +438,13 @@ class Flow(ABC):
                 f"x has dtype {x.dtype}; allowed is floating point: whole numbers have no density, "
                 "add uniform noise, 2 (x + u)/levels − 1."
             )
-        _check_choice("estimator", estimator, likelihood.ESTIMATORS)
-        _check_choice("solver", solver, likelihood.SOLVERS)
+        check_choice("estimator", estimator, likelihood.ESTIMATORS)
+        check_choice("solver", solver, likelihood.SOLVERS)
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
             raise ValueError(f"levels is {levels!r}; allowed is an integer of at least 2.")
         common_device(x.device, generator)
         slope = self._evaluator(net, x, condition, None, None)
-        with _evaluating(net):
+        with evaluating(net):
             return likelihood.log_likelihood(
                 slope,
                 x,
@@ -889,45 +895,12 @@ def per_row(level: Level, x: Tensor) -> Tensor:
     return level.to(x).expand(len(x)) if isinstance(level, Tensor) else x.new_full((len(x),), level)
 
 
-def over_samples(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) so that it multiplies samples x (B, *S)."""
-    return values.view(-1, *[1] * (x.ndim - 1))
-
-
-def check_dtype(name: str, values: Tensor) -> None:
-    if values.dtype != torch.uint8 and not values.is_floating_point():
-        raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
-
-
-def positive(name: str, value: float) -> float:
-    if not _LEAST <= value <= _MOST:
-        raise ValueError(
-            f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
-            f"{_LEAST:.2g} to {_MOST:.2g}."
-        )
-    return value
-
-
-def non_negative(name: str, value: float) -> float:
-    if not 0 <= value <= _MOST:
-        raise ValueError(
-            f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
-            f"up to {_MOST:.2g}."
-        )
-    return value
-
-
 def check_steps(name: str, steps: object) -> None:
     """Raises ValueError unless a solver can take so many steps."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
         raise ValueError(
             f"{name} is {steps!r}; allowed is an integer of at least 1 and at most {_MOST_STEPS}."
         )
-
-
-def _check_choice(name: str, value: str, allowed: Mapping[str, Any]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
 
 
 def _away(slope: Callable[..., Field | Tensor], center: Tensor) -> Callable[..., Tensor]:
@@ -987,39 +960,6 @@ def _check_condition(net: Network, condition: Condition, count: int) -> None:
                 f"condition[{name!r}] has shape {tuple(value.shape)}; its first size must be that "
                 f"of x, {count}."
             )
-
-
-def common_device(
-    device: torch.device | str | None, generator: torch.Generator | None
-) -> torch.device:
-    if generator is None:
-        return torch.device("cpu" if device is None else device)
-    if device is not None and torch.device(device).type != generator.device.type:
-        raise ValueError(
-            f"generator is on {generator.device} and device is {device}; both must be the same."
-        )
-    return generator.device if device is None else torch.device(device)
-
-
-def network_device(net: Network) -> torch.device:
-    if isinstance(net, nn.Module):
-        for tensor in (*net.parameters(), *net.buffers()):
-            return tensor.device
-    return torch.device("cpu")
-
-
-@contextmanager
-def _evaluating(net: Network) -> Iterator[None]:
-    """No gradients, and the network in evaluation mode, each part restored as it was."""
-    training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
-    try:
-        if isinstance(net, nn.Module):
-            net.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.reference import wide_dtype
 from ..common.checks import checks_values
 from ..common.messages import progress_bar
+from ..common.tensors import wide_dtype
 from ..functional import log_density, steps
 from ..functional.steps import Field
 from ..solvers import Denoiser

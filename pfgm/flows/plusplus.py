@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import untouched
+from ..common.checks import non_negative, positive, untouched
+from ..common.tensors import common_device
 from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .flow import (
-    Condition,
-    Defaults,
-    Flow,
-    Network,
-    by_label,
-    common_device,
-    non_negative,
-    per_row,
-    positive,
-)
+from .flow import Condition, Defaults, Flow, Network, by_label, per_row
 
 __all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
 

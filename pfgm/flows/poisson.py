@@ -11,24 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..common import transforms
-from ..common.checks import untouched
+from ..common.checks import check_dtype, non_negative, positive, untouched
+from ..common.tensors import common_device
 from ..functional import field_fn
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, measure
 from ..solvers import SCHEDULES
-from .flow import (
-    Condition,
-    Defaults,
-    Flow,
-    Network,
-    by_label,
-    check_dtype,
-    common_device,
-    non_negative,
-    per_row,
-    positive,
-)
+from .flow import Condition, Defaults, Flow, Network, by_label, per_row
 
 __all__ = ["EmpiricalField", "PoissonFlow"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.reference import wide_dtype
 from ..common.checks import LARGEST, is_number, varies
+from ..common.tensors import wide_dtype
 from ..references import References, ReferenceSet, merging
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]

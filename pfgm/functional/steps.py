@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.reference import OdeStep
+from ..backends.problems import OdeStep
 from ..common.checks import LARGEST, checks_values, is_number, varies
 from ..common.transforms import batched
 from .field import per_query

@@ -24,8 +24,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..backends.reference import dequantise, wide_dtype
-from ..flows.flow import Flow, over_samples, per_row
+from ..common.checks import check_choice
+from ..common.tensors import dequantise, over_samples, wide_dtype
+from ..flows.flow import Flow, per_row
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..functional import field_fn, posterior_mean
@@ -101,8 +102,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         defaults = self._flow.defaults
         solver = solver or defaults.solver
         prediction_type = prediction_type or self._predictions[0]
-        _check_choice("solver", solver, _SOLVERS)
-        _check_choice("prediction_type", prediction_type, self._predictions)
+        check_choice("solver", solver, _SOLVERS)
+        check_choice("prediction_type", prediction_type, self._predictions)
         self.register_to_config(
             solver=solver,
             schedule=schedule or defaults.schedule,
@@ -418,8 +419,3 @@ class PoissonFlowPPScheduler(FlowScheduler):
         zeros = torch.zeros_like(x)
         of_points = self._reader.read(x, sigma, zeros)
         return (mean - of_points) / self._reader.read(zeros, sigma, torch.ones_like(x))
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")

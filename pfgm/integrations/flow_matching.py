@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.reference import dequantise
-from ..common.checks import checks_values, is_number, untouched
-from ..flows.flow import by_label, check_dtype, common_device, over_samples
+from ..common.checks import check_dtype, checks_values, is_number, untouched
+from ..common.tensors import common_device, dequantise, over_samples
+from ..flows.flow import by_label
 from ..flows.plusplus import PoissonFlowPP
 from ..functional import posterior_mean
 from ..functional.field import per_query

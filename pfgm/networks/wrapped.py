@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flows.flow import Flow, positive
+from ..common.checks import positive
+from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned
 from ..flows.poisson import PoissonFlow
 from .embedding import FieldNetwork, field_from_mean

@@ -24,14 +24,9 @@ import torch
 from torch import Tensor
 
 from ..backends import requested
-from ..backends.reference import (
-    at_limit,
-    check_singular,
-    log_sum_exp,
-    log_weight,
-    posterior_mean_tangent,
-    wide_dtype,
-)
+from ..backends.reference import posterior_mean_tangent
+from ..backends.weights import at_limit, check_singular, log_sum_exp, log_weight
+from ..common.tensors import wide_dtype
 from ..common.transforms import forward_mode, functional, map_rows
 from ..ops import OnceDifferentiable, part_of_tangent, tangent_dtype
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import ops
-from ..backends.reference import dequantise
 from ..common.checks import first_bad_row
 from ..common.files import StrPath, write_atomic
+from ..common.tensors import dequantise
 from ..data.rows import DTYPES, InMemory, Source, open_source
 from .merging import Parts
 from .ranks import Ranks, total

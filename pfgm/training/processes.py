@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["ProcessLost", "Processes", "joined", "lost"]
+
+_PAUSE = 0.2  # seconds
 
 
 class ProcessLost(RuntimeError):
@@ -53,6 +56,10 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[torch.devic
         yield device
     finally:
         dist.destroy_process_group()
+        # Gloo's threads free a collective's tensors after the collective has ended, and need the
+        # interpreter for it. They outlive the group; one that is late finds an interpreter that
+        # shuts down, and aborts the process. A pause lets them finish.
+        time.sleep(_PAUSE)
 
 
 class Processes:

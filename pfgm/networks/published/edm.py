@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import checks_values
+from ...common.checks import checks_values, int_tuple, natural, positive_int
 from ...flows.plusplus import Preconditioned
-from ..embedding import MOST_DEEP, MOST_WIDE, int_tuple, natural, plain, positive_int
+from ..embedding import MOST_DEEP, MOST_WIDE, plain
 from .pfgm_unets import positional_features
 
 _ROOT = math.sqrt(0.5)  # sums of two branches keep their variance

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..embedding import MOST_DEEP, MOST_WIDE, int_tuple, plain, positive_int
+from ...common.checks import int_tuple, positive_int
+from ..embedding import MOST_DEEP, MOST_WIDE, plain
 
 _ROOT = math.sqrt(0.5)  # sums of two branches keep their variance
 _NOTHING = 1e-10  # the scale at which a layer starts that is to start as zero
