@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pfgm.networks.published.edm import EDMBlock, EDMConv, SongUNet
-from pfgm.networks.published.edm_files import architecture
-from pfgm.networks.published.safe_pickle import StandIn, opened
 from torch import nn
 
 import pfgm
 from pfgm.networks import EDMDenoiser, build, load_published
 from pfgm.networks.embedding import plain
+from pfgm.networks.published.edm import EDMBlock, EDMConv, SongUNet
+from pfgm.networks.published.edm_files import architecture
+from pfgm.networks.published.safe_pickle import StandIn, opened
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = {"ddpmpp": EDMDenoiser, "ncsnpp": EDMDenoiser.ncsnpp}
