@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import describe, store
+
+from benchmarks.common.machine import describe, store
 
 Rows = dict[str, list[dict[str, Any]]]
 _ROWS: pytest.StashKey[Rows] = pytest.StashKey()

@@ -11,11 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_measure
-import gpu_report
 import pytest
 import torch
-from machine_code import (
+
+from benchmarks.common.subjects import Case
+from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import report as gpu_report
+from benchmarks.machine_code import __main__ as command_line
+from benchmarks.machine_code import (
     banks,
     data,
     devices,
@@ -27,7 +30,6 @@ from machine_code import (
     sass,
     sections,
 )
-from subjects import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -541,9 +543,7 @@ def test_products_of_plain_torch():
 # ---- a kernel that is compiled now ---------------------------------------------------------------
 
 COMPILED = """
-import sys
-sys.path.insert(0, "benchmarks")
-from machine_code import devices, kernels, model, published
+from benchmarks.machine_code import devices, kernels, model, published
 import json
 published.PRODUCT_CONFIGS = published.PRODUCT_CONFIGS[1:2]
 (launch,) = published.product_launches(1024, 1024, 1024, "fp16")(devices.A100)
@@ -580,13 +580,13 @@ def test_a_product_compiled_now():
 
 
 def test_the_page_is_what_was_stored():
-    text = page.PAGE.read_text()
-    assert page.with_report(text, results.load()) == text
+    text = page.SECTION.page.read_text()
+    assert page.SECTION.replaced(text, page.report(results.load())) == text
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert importlib.import_module("machine_code.__main__").main([]) == 2
+    assert command_line.main([]) == 2
     assert "unset it" in capsys.readouterr().out
 
 

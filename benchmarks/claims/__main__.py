@@ -23,28 +23,31 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from claims.presets import Preset
+from benchmarks.claims.examine import copy_results, examine, keep_preset, prepare
+from benchmarks.claims.jobs import ended_by_sigterm, processors
+from benchmarks.claims.measures import accuracy, data_of
+from benchmarks.claims.presets import PRESETS, Preset
+from benchmarks.claims.registry import CLAIMS
+from benchmarks.common.build import (
+    assemble,
+    assemble_with_cuda,
+    environment_with,
+    found_tool,
+)
+from benchmarks.common.commands import new_parser
+from benchmarks.common.folders import DOCS
+from pfgm.files import check_folder
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-PUBLISHED = ROOT / "docs" / "claims"
+PUBLISHED = DOCS / "claims"
 BUILD_SECONDS = 300
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
-    from claims.jobs import processors
-    from claims.presets import PRESETS
-    from claims.registry import CLAIMS
 
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.claims",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-    )
+    parser = new_parser(__doc__, "python -m benchmarks.claims")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for networks and results")
     names = ", ".join(CLAIMS)
@@ -78,9 +81,6 @@ def check_packages() -> None:
 
 
 def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
-    from claims.examine import copy_results, examine, prepare
-    from claims.measures import accuracy
-    from claims.registry import CLAIMS
 
     if preset.device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -106,9 +106,6 @@ def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
 
 def assembled(arguments: Sequence[str]) -> int:
     """The same command in a process that finds the package put together in a temporary folder."""
-    from gpu_build import assemble, assemble_with_cuda, environment_with, found_tool
-
-    from claims.jobs import ended_by_sigterm
 
     with ended_by_sigterm(), tempfile.TemporaryDirectory() as name:
         folder, nvcc = Path(name), found_tool("nvcc", "CUDACXX")
@@ -131,11 +128,6 @@ def assembled(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Last: an installed package goes before the tree's, whose parts lie in several folders.
-    sys.path.append(str(ROOT))
-    from claims.examine import keep_preset
-    from claims.measures import data_of
-    from pfgm.files import check_folder
 
     options, preset = parse(arguments)
     try:

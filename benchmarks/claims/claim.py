@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from claims.jobs import Job, Tables
-from claims.methods import Spec
-from claims.presets import Preset
+from benchmarks.claims.jobs import Job, Tables
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.presets import Preset
 
 __all__ = ["Claim"]
 

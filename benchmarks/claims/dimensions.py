@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, figures_of
-from claims.methods import Spec, plusplus
-from claims.pictures import curves
-from claims.presets import Preset
-from claims.tables import grouped, over_seeds, relative, select
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, figures_of
+from benchmarks.claims.methods import Spec, plusplus
+from benchmarks.claims.pictures import curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import grouped, over_seeds, relative, select
 from pfgm.evaluation import noise_generator
 
 NONE = "none"

@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables, carry_out, measured
-from claims.measures import accuracy, classifier_path, train_classifier
-from claims.presets import Preset
-from claims.tables import write_csv
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables, carry_out, measured
+from benchmarks.claims.measures import accuracy, classifier_path, train_classifier
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import write_csv
+from benchmarks.common import machine
 from pfgm.files import write_atomic
 
 __all__ = ["copy_results", "examine", "keep_preset", "prepare"]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from claims.presets import Preset
+from benchmarks.claims.presets import Preset
 from pfgm.files import write_atomic
 
 __all__ = ["Job", "Row", "Tables", "carry_out", "ended_by_sigterm", "measured", "processors"]

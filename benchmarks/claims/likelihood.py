@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import data_of
-from claims.methods import Spec
-from claims.pictures import bars
-from claims.presets import Preset
-from claims.tables import over_seeds
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import data_of
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.pictures import bars
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import over_seeds
 from pfgm.evaluation import bits_per_dim, dequantised, spread
 
 METHODS = ("PFGM", "EDM")

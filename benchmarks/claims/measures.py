@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from claims.presets import Preset
+from benchmarks.claims.presets import Preset
 from pfgm import metrics
 from pfgm.data import to_unit
 from pfgm.datasets import open_data

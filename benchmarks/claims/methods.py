@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import pfgm
-from claims.measures import data_of
-from claims.presets import Preset
+from benchmarks.claims.measures import data_of
+from benchmarks.claims.presets import Preset
 from pfgm.base import Flow
 from pfgm.checkpoint import Loaded
 from pfgm.evaluation import draw_samples

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claims.jobs import Row
-from claims.tables import grouped, write_csv
+from benchmarks.claims.jobs import Row
+from benchmarks.claims.tables import grouped, write_csv
 from pfgm.plotting import quality_curve
 from pfgm.plotting.curves import COLOURS
 from pfgm.plotting.figures import (

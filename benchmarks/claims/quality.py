@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from claims import methods, peers
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, data_of, figures_of
-from claims.methods import METHODS, ODE_METHODS, Spec
-from claims.pictures import curves
-from claims.presets import Preset
-from claims.tables import grouped, over_seeds, select
+from benchmarks.claims import methods, peers
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, data_of, figures_of
+from benchmarks.claims.methods import METHODS, ODE_METHODS, Spec
+from benchmarks.claims.pictures import curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import grouped, over_seeds, select
 from pfgm.base import Flow
 from pfgm.evaluation import RUNS
 

@@ -16,20 +16,20 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from posterior_paths import published
-from subjects import Case
 from torch import Tensor, nn
-from turns import take_turns
 
 import pfgm
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, data_of, figures_of
-from claims.methods import Spec
-from claims.pictures import bars, curves
-from claims.presets import Preset
-from claims.tables import over_seeds, select
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, data_of, figures_of
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.pictures import bars, curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import over_seeds, select
+from benchmarks.common.posterior_paths import published
+from benchmarks.common.subjects import Case
+from benchmarks.common.turns import ratio, time_calls
 from pfgm.backends.reference import normalised_field
 from pfgm.base import Flow
 from pfgm.batches import Batch, Batches, seed_of
@@ -184,15 +184,15 @@ def step_times(preset: Preset, folder: Path) -> list[Row]:
                 step = _step(preset, method, count, by_formula=True)
                 paths[method, count, "published formula"] = step
     single = str((PLUSPLUS, 0, "pfgm"))
-    measured = take_turns({str(key): run for key, run in paths.items()}, preset.timing_turns, {})
+    seconds = time_calls({str(key): run for key, run in paths.items()}, preset.timing_turns)
     return [
         {
             "method": method,
             "target": _name(count),
             "references": count,
             "path": path,
-            "milliseconds": 1e3 * statistics.median(measured.seconds[key]),
-            "times_single_sample": measured.ratio(key, single),
+            "milliseconds": 1e3 * statistics.median(seconds[key]),
+            "times_single_sample": ratio(seconds, key, single),
         }
         for (method, count, path) in paths
         if (key := str((method, count, path)))

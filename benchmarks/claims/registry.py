@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from claims import dimensions, likelihood, quality, references, step_size, weak
+from benchmarks.claims import dimensions, likelihood, quality, references, step_size, weak
 
 __all__ = ["CLAIMS"]
 

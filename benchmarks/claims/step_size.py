@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, figures_of
-from claims.methods import METHODS, Spec
-from claims.pictures import curves
-from claims.presets import Preset
-from claims.tables import over_seeds, relative, select
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, figures_of
+from benchmarks.claims.methods import METHODS, Spec
+from benchmarks.claims.pictures import curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import over_seeds, relative, select
 from pfgm.base import Flow
 
 GRIDS = ("uniform", "log", "rho")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims.jobs import Row
+from benchmarks.claims.jobs import Row
 from pfgm.files import write_atomic
 
 __all__ = ["grouped", "over_seeds", "relative", "select", "write_csv"]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from claims import methods, peers
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, figures_of
-from claims.methods import Spec
-from claims.pictures import bars
-from claims.presets import Preset
-from claims.tables import grouped, over_seeds, relative
+from benchmarks.claims import methods, peers
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, figures_of
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.pictures import bars
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import grouped, over_seeds, relative
 
 NETWORKS = ("full", "half width", "quarter width", "stopped early")
 _SHARE = {"half width": 2, "quarter width": 4}

@@ -11,20 +11,20 @@ that was built with nvcc.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.common import subjects
+from benchmarks.common.commands import new_parser
+from benchmarks.machine_code import host, page, results
+from benchmarks.machine_code import sections as counted
 
 
 def sections() -> dict[str, Callable[[], Any]]:
-    from machine_code import host, published, results
-    from machine_code import sections as counted
+    from benchmarks.machine_code import published  # which needs Triton
 
     def counts() -> dict[str, Any]:
         found: dict[str, Any] = results.load()["data"]
@@ -44,18 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET"):
         print("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
         return 2
-    import subjects
 
-    from machine_code import page, results
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=results.SECTIONS, default=results.SECTIONS)
     parser.add_argument("--fashion-mnist", type=Path, default=subjects.FASHION_FOLDER)
     parser.add_argument("--write", action="store_true", help="write docs/roofline.md alone")
     options = parser.parse_args(arguments)
     subjects.FASHION_FOLDER = options.fashion_mnist
     if options.write:
-        page.PAGE.write_text(page.with_report(page.PAGE.read_text(), results.load()))
+        page.SECTION.write(page.report(results.load()))
         return 0
     made = sections()
     for section in options.only:

@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import subjects
 import torch
-from subjects import Case
 from torch import Tensor
+
+from benchmarks.common import subjects
+from benchmarks.common.subjects import Case
 
 PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # of a chunk and a block
 TILE, FEW, NEAR, UNSEEN = 64, 16, 20.0, 16.0

@@ -111,7 +111,7 @@ def _native(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], A
 
 
 def _torch(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
-    import posterior_paths
-    from subjects import Case
+    from benchmarks.common import posterior_paths
+    from benchmarks.common.subjects import Case
 
     return posterior_paths.torch_path(Case(x[:1], z[:1].float(), y[:1]))

@@ -10,12 +10,12 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import codegen
-import codegen_cuda
-
-from machine_code import banks, sass
-from machine_code.devices import Device
-from machine_code.sass import Instruction, Loop
+from benchmarks.codegen import cuda as codegen_cuda
+from benchmarks.codegen import triton as codegen_triton
+from benchmarks.codegen.cuobjdump import read_usage
+from benchmarks.machine_code import banks, sass
+from benchmarks.machine_code.devices import Device
+from benchmarks.machine_code.sass import Instruction, Loop
 
 _LOADS = ("LDG", "LD")
 
@@ -105,9 +105,9 @@ def triton_kernel(source: Any, name: str, card: Device, options: Mapping[str, in
 
     target = GPUTarget("cuda", architecture_for_triton(card), 32)
     compiled = triton_compile(source, target=target, options=dict(options))
-    dump = codegen._dump(compiled.asm["cubin"])
+    dump = codegen_triton.dump_cubin(compiled.asm["cubin"])
     (code,) = sass.functions(dump).values()
-    usage = codegen.read_usage(dump, target.arch)
+    usage = read_usage(dump, target.arch)
     warps = options["num_warps"]
     return Compiled(
         name=name,
@@ -129,7 +129,7 @@ def architecture_for_triton(card: Device) -> int:
 def _variants() -> dict[str, Any]:
     return {
         variant.name: variant
-        for module in codegen.MODULES
+        for module in codegen_triton.MODULES
         for variant in importlib.import_module(module).variants()
     }
 
@@ -146,7 +146,7 @@ def triton_variant(card: Device, *words: str) -> Compiled:
         raise ValueError(f"{words} are words of {len(found)} variants; allowed is one.")
     (variant,) = found
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton_kernel(codegen._source(variant), variant.name, card, options)
+    return triton_kernel(codegen_triton.source_of(variant), variant.name, card, options)
 
 
 def _holds(name: str, word: str) -> bool:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from machine_code import kernels
-from machine_code.data import SORTED, SUM_TILE, TILE, Shape, group_of, segment_of
-from machine_code.devices import Device
-from machine_code.kernels import Compiled
-from machine_code.model import ONCE, Launch, Phase, phase
-from machine_code.sass import Instruction, Loop
+from benchmarks.machine_code import kernels
+from benchmarks.machine_code.data import SORTED, SUM_TILE, TILE, Shape, group_of, segment_of
+from benchmarks.machine_code.devices import Device
+from benchmarks.machine_code.kernels import Compiled
+from benchmarks.machine_code.model import ONCE, Launch, Phase, phase
+from benchmarks.machine_code.sass import Instruction, Loop
 
 Data = Mapping[str, Any]
 PANEL = 32  # features of a trip of ``distances``

@@ -13,10 +13,10 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from machine_code import pipeline
-from machine_code.devices import Device, resident
-from machine_code.kernels import Compiled
-from machine_code.sass import Instruction
+from benchmarks.machine_code import pipeline
+from benchmarks.machine_code.devices import Device, resident
+from benchmarks.machine_code.kernels import Compiled
+from benchmarks.machine_code.sass import Instruction
 
 ONCE = "once"  # the phase that a block runs a single time
 

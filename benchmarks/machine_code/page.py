@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from report import seconds as as_text
-from report import table
+from benchmarks.common.folders import DOCS
+from benchmarks.common.tables import Section, table, with_headings
+from benchmarks.common.tables import seconds as as_text
+from benchmarks.machine_code import devices, host
+from benchmarks.machine_code.devices import DEVICES, Figure
 
-from machine_code import devices, host
-from machine_code.devices import DEVICES, Figure
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "roofline.md"
-BEGIN, END = "<!-- machine code: begin -->", "<!-- machine code: end -->"
+SECTION = Section(DOCS / "roofline.md", "machine code")
 OURS = ("triton", "cuda", "cuda, single pass")
 PATHS = (*OURS, "torch, float32", "torch, TF32", "compiled, float32", "compiled, TF32")
 WITHIN = 0.25
@@ -141,11 +139,4 @@ def report(results: Results) -> str:
         "The host": host_table(results),
         "Rates": device_table(),
     }
-    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
-
-
-def with_report(text: str, results: Results) -> str:
-    """The page's text with the tables between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{report(results)}\n{END}{after}"
+    return with_headings(parts, 2)

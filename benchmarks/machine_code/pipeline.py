@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from machine_code.devices import Device
-from machine_code.sass import NO_SCOREBOARD, Instruction, access_bytes, unit_of
+from benchmarks.machine_code.devices import Device
+from benchmarks.machine_code.sass import NO_SCOREBOARD, Instruction, access_bytes, unit_of
 
 SCHEDULERS = 4
 BACKLOG = 48  # clocks of work that a unit's queue takes before an instruction has to wait for it

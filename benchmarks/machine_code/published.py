@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from machine_code import kernels, model
-from machine_code.devices import A100, H100, Device
-from machine_code.kernels import Compiled
-from machine_code.model import ONCE, Launch, phase
+from benchmarks.machine_code import kernels, model
+from benchmarks.machine_code.devices import A100, H100, Device
+from benchmarks.machine_code.kernels import Compiled
+from benchmarks.machine_code.model import ONCE, Launch, phase
 
 
 @triton.jit

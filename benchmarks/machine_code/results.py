@@ -6,7 +6,8 @@ import datetime
 import json
 from typing import Any
 
-from machine import RESULTS, describe
+from benchmarks.common.folders import RESULTS
+from benchmarks.common.machine import describe
 
 PATH = RESULTS / "machine_code.json"
 SECTIONS = ("data", "host", "predicted", "loops", "published", "held out")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import subjects
-
-from machine_code import data, launches, model, sass
-from machine_code.data import SHAPES, Shape
-from machine_code.devices import DEVICES, Device
-from machine_code.model import Launch, Predicted
+from benchmarks.common import subjects
+from benchmarks.machine_code import data, launches, model, sass
+from benchmarks.machine_code.data import SHAPES, Shape
+from benchmarks.machine_code.devices import DEVICES, Device
+from benchmarks.machine_code.model import Launch, Predicted
 
 BACKENDS: dict[str, Callable[[Shape, launches.Data, Device], Iterator[Launch]]] = {
     "triton": launches.triton,
