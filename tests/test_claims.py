@@ -419,10 +419,10 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
         jobs.Job("times", counted, ("b",), alone=True),
     ]
     with pytest.raises(RuntimeError, match="it is bad"):
-        jobs.measured(chosen, MINIATURE, tmp_path, title="t", workers=1)
+        jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
     (tmp_path / "mended").touch()
     for _ in range(2):
-        found = jobs.measured(chosen, MINIATURE, tmp_path, title="t", workers=1)
+        found = jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
     assert found == {"table": [{"value": "a"}, {"value": "bad"}], "times": [{"value": "b"}]}
     calls = (tmp_path / "calls").read_text().split()
     assert (calls.count("a"), calls.count("bad"), calls.count("b")) == (1, 2, 2)
@@ -456,7 +456,7 @@ def test_the_classifier_learns(tmp_path):
 def test_jobs_in_processes_find_the_same(folder, monkeypatch):
     monkeypatch.undo()
     chosen = [jobs.Job("quality", quality.training_data, (seed,)) for seed in (0, 1)]
-    found = list(jobs.carry_out(chosen, MINIATURE, folder, title="t", workers=2))
+    found = list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=2))
     assert len(found) == 2
     for job, rows in found:
         assert rows == job.run(MINIATURE, folder, *job.arguments)
@@ -466,7 +466,7 @@ def test_an_error_in_a_process_ends_the_run(folder, monkeypatch):
     monkeypatch.undo()
     chosen = [jobs.Job("quality", quality.by_peer, ("no such sampler", 0, 1))]
     with pytest.raises(KeyError, match="no such sampler"):
-        list(jobs.carry_out(chosen, MINIATURE, folder, title="t", workers=1))
+        list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=1))
 
 
 LONG = """

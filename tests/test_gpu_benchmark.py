@@ -540,7 +540,7 @@ def test_errors_are_those_of_the_result():
     generator = torch.Generator().manual_seed(0)
     x, references = torch.randn(2, 8, 5, generator=generator)
     case = gpu_subjects.Case(x, torch.ones(8), references)
-    mean, logsumexp = posterior_paths.truth(case)
+    mean, logsumexp = posterior_paths.exact_result(case)
     exact = gpu_subjects.forward_errors(case, lambda: (mean, logsumexp))
     assert max(exact.values()) == 0
     off = gpu_subjects.forward_errors(

@@ -1,8 +1,8 @@
 """Claim 6: PFGM's ODE gives likelihoods on a level with those of diffusion.
 
-(PFGM, arXiv 2209.11178, section 4.4.) Bits per dimension of held-out data by the ODE of PFGM and of
-EDM, beside a Gaussian fitted to the training data. The networks are trained on data with uniform
-noise within a grey level, as likelihoods of discrete data need.
+(PFGM, arXiv 2209.11178, section 4.4.) Measures bits per dimension of held-out data by the ODEs of
+PFGM and EDM, beside a Gaussian fitted to the training data. The networks are trained on data with
+uniform noise within a grey level, as likelihoods of discrete data need.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 def _rows(preset: Preset, part: str) -> Tensor:
-    """As many evenly spaced images of a part of the data as are measured."""
+    """The images of a part of the data that are measured, evenly spaced."""
     data = data_of(preset)
     return spread(data.held_out if part == "held out" else data.train, preset.likelihood_rows)
 
@@ -73,7 +73,7 @@ def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> 
 
 
 def by_gaussian(preset: Preset, folder: Path, seed: int, part: str) -> list[Row]:
-    """A normal distribution of the mean and covariance of the training data."""
+    """A normal distribution with the mean and covariance of the training data."""
     levels, generator = data_of(preset).levels, torch.Generator().manual_seed(seed)
     train = methods.dequantised(preset).flatten(1).double()
     x = dequantised(_rows(preset, part), levels, generator).flatten(1).double()

@@ -1,4 +1,4 @@
-"""The claims, by the names that the command line knows."""
+"""The claims by their names on the command line."""
 
 from __future__ import annotations
 

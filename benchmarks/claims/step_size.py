@@ -1,7 +1,7 @@
 """Claim 2: PFGM is robust to the step size of Euler's method.
 
-(PFGM, arXiv 2209.11178, section 4.3.) Euler's method on the ODE of every method, with levels
-uniform in σ, in log σ and in σ^(1/7), beside its own result with the finest grid.
+(PFGM, arXiv 2209.11178, section 4.3.) Runs Euler's method on the ODE of every method, with levels
+uniform in σ, in log σ and in σ^(1/7), and compares it with its own result on the finest grid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pfgm.base import Flow
 
 GRIDS = ("uniform", "log", "rho")
 LATE = "EDM from z_max"
-"""EDM's network from PFGM's first level: how much the way is that is left out."""
+"""EDM's network from PFGM's first level: shows the effect of the shorter way."""
 _SHOWN = ("PFGM", "PFGM++ 16", "PFGM++ 128", "EDM", LATE, "VE", "VP")
 
 
@@ -39,7 +39,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 def levels(flow: Flow, grid: str, steps: int) -> list[float]:
-    """The levels of a grid by name; "uniform" has the ends of the others."""
+    """The levels of a grid. "uniform" has the same ends as the others."""
     found = flow.grid(steps, "log" if grid == "uniform" else grid)
     if grid != "uniform":
         return found
@@ -73,7 +73,7 @@ def by_euler(
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
-    """Each figure beside that of the finest log grid of the same network."""
+    """Means, and figures relative to the finest log grid of the same network."""
     finest = preset.euler_steps[-1]
     figures = ["frechet_pixels", "frechet_features"]
     ratios = relative(

@@ -1,10 +1,10 @@
-"""What the CUDA kernels of csrc/ compile to, read from the extension that is installed: no GPU.
+"""What the CUDA kernels of csrc/ compile to, read from the installed extension. Needs no GPU.
 
     python -m benchmarks.codegen.cuda [--only SUBSTRING] [--store]
 
-Prints, for every kernel on every architecture that the extension holds code for, registers,
-spills, shared memory and the instructions that its speed rests on, and ends with status 1 where one
-is not as meant in INTENTS. ``--store`` keeps a row for each kernel and architecture in
+Prints registers, spills, shared memory and the important instructions of every kernel, for every
+architecture that the extension holds code for. Ends with status 1 if a kernel is not as INTENTS
+says. ``--store`` keeps a row for each kernel and architecture in
 results/codegen_cuda.json. Needs cuobjdump, which comes with nvcc and with the package triton.
 """
 
@@ -31,7 +31,7 @@ from benchmarks.common.machine import store
 from benchmarks.common.tables import table
 
 CSRC = ROOT / "csrc"
-GET_IT = (
+HOW_TO_BUILD = (
     "To check them, install the CUDA toolkit so that nvcc is on PATH (or named in CUDACXX) and run "
     "pip install -e '.[test]' again."
 )
@@ -39,13 +39,13 @@ PROCESSES = 2
 
 _REGISTERS = 1 << 16  # of a multiprocessor
 _MOST_REGISTERS = 255  # of a thread
-_EMPTY = 4  # instructions, at most: the stack's pointer, an exit and what stands after it
+_EMPTY = 4  # instructions of an empty kernel, at most
 
 _COPY = re.compile(r"LDGSTS\.E(?:\.\w+)*\.128(?:\.|$)")
 _WIDE_LOAD = re.compile(r"LDG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
 _WIDE_STORE = re.compile(r"STG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
 _CLUSTER_BARRIER = re.compile(r"UCGABAR_WAIT(?:\.|$)")
-# An address that mapa gives is a generic one.
+# Loads from other blocks' shared memory: the addresses that mapa gives are generic.
 _GENERIC_LOAD = re.compile(r"LD\.")
 _FLUSHING = re.compile(r"F(?:ADD|MUL|FMA|SETP)(?:\.\w+)*\.FTZ(?:\.|$)")
 
@@ -63,7 +63,7 @@ _TYPES = {"f": "float32", "h": "uint8"}
 
 @dataclass(frozen=True)
 class Figures:
-    """What one kernel uses and holds on one architecture."""
+    """Resources and instructions of one kernel on one architecture."""
 
     registers: int
     spills: int
@@ -71,20 +71,20 @@ class Figures:
     shared: int
     """Bytes of static shared memory a block."""
     threads: int | None
-    """Of a block, at most: its launch bounds."""
+    """The most that a block may have, by its launch bounds."""
     instructions: int
-    """Without those that only fill up."""
+    """Without padding."""
     matrix_instructions: dict[str, int]
-    """Instruction with its modifiers → how often it stands in the code."""
+    """Instruction with its modifiers → its number in the code."""
     copies: int
-    """Asynchronous ones of 16 bytes."""
+    """Asynchronous copies of 16 bytes."""
     wide_loads: int
     wide_stores: int
     cluster_barriers: int
     generic_loads: int
-    """Through addresses of any memory: such are those of other blocks' shared memory."""
+    """Through addresses of any memory, such as other blocks' shared memory."""
     flushing: int
-    """Float32 arithmetic that takes subnormal numbers for zero."""
+    """Float32 arithmetic that replaces subnormal numbers by zero."""
 
 
 class Row(NamedTuple):
@@ -96,20 +96,20 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Intent:
-    """What a kernel is meant to be."""
+    """What a kernel should compile to."""
 
     threads: int
-    """Of the largest block it is launched with."""
+    """Threads of the largest block that it is launched with."""
     blocks: int = 1
-    """That a multiprocessor's registers are to hold at once."""
+    """Blocks that the registers of a multiprocessor must hold at once."""
     products: bool = False
-    """In matrix units, with TF32; elsewhere nothing is meant to be there."""
+    """Whether it multiplies in matrix units, in TF32. Other kernels must not use them."""
     copies: bool = False
-    """Asynchronous, of 16 bytes."""
+    """Whether it copies asynchronously, 16 bytes at a time."""
     wide: bool = False
-    """Loads and stores are of 16 bytes."""
+    """Whether it loads and stores 16 bytes at a time."""
     clusters: bool = False
-    """Works in clusters of large blocks; where there are none it is to be empty."""
+    """Whether it works in clusters of large blocks. It must be empty where there are none."""
 
 
 _BY_ROW = {
@@ -118,7 +118,7 @@ _BY_ROW = {
     "1, true": Intent(768),
     "1, false": Intent(512),
 }
-# By name, or by name and template's arguments.
+# By name, or by name and template arguments.
 INTENTS = {
     "distances": Intent(128, blocks=2, products=True, copies=True),
     "differences": Intent(256, blocks=2, copies=True),
@@ -137,16 +137,17 @@ INTENTS = {
 }
 
 
-# ---- what there is to read ---------------------------------------------------------------------
+# ---- the extension and its tools ---------------------------------------------------------------
 
 
 def extension() -> Path | None:
+    """The file of the installed extension."""
     found = importlib.util.find_spec("pfgm._native")
     return None if found is None or found.origin is None else Path(found.origin)
 
 
 def architectures() -> list[str]:
-    """That the extension was built for, as in "90a"; those it has only PTX for are none."""
+    """The architectures that the extension has machine code for, as in "90a"."""
     if extension() is None:
         return []
     built: str | None = importlib.import_module("pfgm._native").build_info()["cuda_architectures"]
@@ -154,26 +155,31 @@ def architectures() -> list[str]:
 
 
 def cuobjdump() -> str | None:
+    """The path of cuobjdump."""
     try:
         from triton import knobs
 
         return str(knobs.nvidia.cuobjdump.path)
-    except (ImportError, RuntimeError):  # not installed, or installed without the tool
+    except (ImportError, RuntimeError):  # no Triton, or one without the tool
         return shutil.which("cuobjdump")
 
 
 def reason_against() -> str | None:
-    """Why nothing can be checked, in a sentence; None if it can."""
+    """Why nothing can be checked, or None."""
     nothing = "NOT CHECKED: spills, registers and instructions of the CUDA kernels"
     if not architectures():
-        return f"{nothing}; pfgm._native was built without nvcc or is not installed. {GET_IT}"
+        return f"{nothing}; pfgm._native was built without nvcc or is not installed. {HOW_TO_BUILD}"
     if cuobjdump() is None:
         return f"{nothing}; cuobjdump was not found. It comes with nvcc, and with triton."
     return None
 
 
 def declared() -> set[str]:
-    """The names of all kernels in csrc/."""
+    """The names of all kernels in csrc/.
+
+    Raises:
+        ValueError: the name of a kernel cannot be read.
+    """
     names = set()
     for path in sorted(CSRC.glob("*")):
         if path.suffix not in (".cu", ".h"):
@@ -190,8 +196,10 @@ def declared() -> set[str]:
 
 
 def short_name(symbol: str) -> str:
-    """``distances<uint8, 64, true>`` of its mangled name, by as much of the rules as kernels need:
-    c++filt is not everywhere."""
+    """The readable form of a mangled name, such as ``distances<uint8, 64, true>``.
+
+    Knows only the rules that the kernels need. c++filt is not installed everywhere.
+    """
     name, rest = _last_name(re.sub("^_ZN?", "", symbol))
     if not rest.startswith("I"):
         return name
@@ -203,7 +211,7 @@ def short_name(symbol: str) -> str:
 
 
 def _last_name(text: str) -> tuple[str, str]:
-    """The last of nested names, each after its length, and what follows."""
+    """The last of nested names, each written behind its length, and the rest of the text."""
     name = ""
     while found := re.match(r"(?:S[0-9A-Z]*_)?(\d+)", text):
         end = found.end() + int(found[1])
@@ -226,7 +234,11 @@ def _argument(text: str) -> tuple[str, str]:
 
 
 def dump(file: Path, architecture: str) -> str:
-    """All that cuobjdump tells of the code for one architecture."""
+    """What cuobjdump prints of the code for one architecture.
+
+    Raises:
+        RuntimeError: cuobjdump is missing, or fails.
+    """
     tool = cuobjdump()
     if tool is None:
         raise RuntimeError(reason_against())
@@ -239,7 +251,7 @@ def dump(file: Path, architecture: str) -> str:
 
 
 def read(text: str, architecture: str) -> list[Row]:
-    """Every kernel in a dump, without those of other architectures (sm_90 also matches sm_90a)."""
+    """Every kernel of this architecture in a dump, which for sm_90 also contains sm_90a."""
     rows = []
     for part in text.split("\nFatbin elf code:\n"):
         if f"arch = sm_{architecture}\n" in part[:200]:
@@ -261,7 +273,7 @@ def _rows_of_part(part: str, architecture: str) -> list[Row]:
 
 
 def _after(part: str, heading: str) -> dict[str, str]:
-    """Symbol → what follows, where it stands in headings."""
+    """Symbol in a heading → the text below it."""
     pieces = (piece.partition("\n") for piece in part.split(heading)[1:])
     return {symbol: rest for symbol, _, rest in pieces}
 
@@ -298,33 +310,36 @@ def _figures(usage: str, code: str, threads: int | None, architecture: str) -> F
 
 
 def capability(architecture: str) -> int:
+    """The number of an architecture: 90 of "90a"."""
     return int(architecture.rstrip("af"))
 
 
 def compiler_version(file: Path) -> str | None:
-    """Of the toolkit with nvcc that made the machine code, which says so."""
+    """The version of the CUDA toolkit that made the machine code, as written in it."""
     found = re.findall(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", file.read_bytes())
     return ", ".join(sorted({version.decode() for version in found})) or None
 
 
-# ---- judging -----------------------------------------------------------------------------------
+# ---- checking ----------------------------------------------------------------------------------
 
 
 def intent_of(kernel: str) -> Intent | None:
+    """What a kernel should compile to."""
     return INTENTS.get(kernel) or INTENTS.get(stem(kernel))
 
 
 def stem(kernel: str) -> str:
+    """The name without template arguments."""
     return kernel.split("<")[0]
 
 
 def register_limit(intent: Intent) -> int:
-    """Of a thread, so that as many blocks as meant fit: warps get registers by eights a thread."""
+    """The most registers a thread with which the intended blocks fit. They come in eights."""
     return min(_REGISTERS // (intent.threads * intent.blocks) // 8 * 8, _MOST_REGISTERS)
 
 
 def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
-    """What is not as it should be, in sentences."""
+    """What is wrong with a kernel, in sentences."""
     where, intent = f"{kernel} on sm_{architecture}", intent_of(kernel)
     if intent is None:
         return [f"{where} is not listed in INTENTS of codegen/cuda.py; nothing of it is checked."]
@@ -382,7 +397,7 @@ def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
 
 
 def missing(rows: list[Row], expected: Iterable[str]) -> list[str]:
-    """Kernels of csrc/ that the extension lacks on an architecture, in sentences."""
+    """Which kernels of csrc/ the extension lacks on an architecture, in sentences."""
     there = {(row.architecture, stem(row.kernel)) for row in rows}
     return [
         f"{name} is not in the extension for sm_{architecture}."
@@ -393,18 +408,19 @@ def missing(rows: list[Row], expected: Iterable[str]) -> list[str]:
 
 
 def unwanted_options(text: str) -> list[str]:
-    """The assembler's options that make slow code, in a dump."""
+    """Options of the assembler in a dump that make slow code."""
     return sorted({word for line in _OPTIONS.findall(text) for word in _UNWANTED.findall(line)})
 
 
 class Check(NamedTuple):
-    """All of an extension."""
+    """All kernels of an extension, and what is wrong with them."""
 
     rows: list[Row]
     problems: list[str]
 
 
 def check(file: Path, expected: list[str]) -> Check:
+    """Reads and checks an extension for the expected architectures."""
     with ThreadPoolExecutor(PROCESSES) as pool:
         parts = list(pool.map(lambda architecture: _check(file, architecture), expected))
     rows = [row for part in parts for row in part.rows]
@@ -424,6 +440,7 @@ def _check(file: Path, architecture: str) -> Check:
 
 
 def report(rows: list[Row]) -> str:
+    """One line a kernel and architecture."""
     header = ["kernel", "architecture", "registers", "limit", "spills", "shared"]
     header += ["matrix instructions", "16-byte copies", "loads", "stores", "cluster barriers"]
     return table(header, [_cells(row) for row in rows])
@@ -439,7 +456,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def stored(rows: list[Row]) -> list[summary.Summary]:
-    """What is stored: a row for all instances of a kernel's template, by architecture."""
+    """What is stored: one row for all instances of a kernel's template on an architecture."""
     variants = [
         summary.Variant(stem(row.kernel), f"sm_{row.architecture}", asdict(row.figures))
         for row in rows

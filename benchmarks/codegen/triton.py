@@ -1,11 +1,11 @@
-"""What the Triton kernels compile to, read from the machine code: no GPU is needed.
+"""What the Triton kernels compile to, read from the machine code. Needs no GPU.
 
     python -m benchmarks.codegen.triton [--only SUBSTRING] [--capability 90] [--store]
 
 Compiles every variant that the kernel modules list for sm_80, sm_90 and sm_100, prints registers,
-spills, shared memory, matrix instructions and 16-byte loads, and ends with status 1 where a kernel
-spills, wants more shared memory than a block can have, or lacks the instructions it is meant to
-have. ``--store`` keeps a row for each kernel and architecture in results/codegen_triton.json.
+spills, shared memory, matrix instructions and 16-byte loads, and ends with status 1 if a kernel
+spills, needs more shared memory than a block can have, or lacks instructions that it should have.
+``--store`` keeps a row for each kernel and architecture in results/codegen_triton.json.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ CAPABILITIES = (80, 90, 100)
 PROCESSES = 2
 
 _KIB = 1024
-# A thread's loads into registers or, asynchronously, into shared memory; bulk copies.
+# Loads of a thread into registers or, asynchronously, into shared memory, and bulk copies.
 _WIDE_LOAD = re.compile(r"LDG(?:STS)?\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)|UBLKCP|UTMALDG")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one compiled kernel uses and holds."""
+    """Resources and instructions of one compiled kernel."""
 
     registers: int
     spills: int
@@ -63,12 +63,12 @@ class Figures:
     shared: int
     """Bytes of shared memory a block, static and dynamic."""
     matrix_instructions: dict[str, int]
-    """Instruction without its modifiers → how often it stands in the code."""
+    """Instruction without its modifiers → its number in the code."""
     wide_loads: int
 
 
 class Row(NamedTuple):
-    """One variant on one architecture, as the command reports it."""
+    """One variant on one architecture."""
 
     module: str
     kernel: str
@@ -78,7 +78,7 @@ class Row(NamedTuple):
 
 
 def shared_memory_limit(capability: int) -> int:
-    """Bytes that one block can have."""
+    """Bytes of shared memory that one block can have."""
     return (163 if capability < 90 else 227) * _KIB
 
 
@@ -90,7 +90,7 @@ def compile_variant(variant: Variant, capability: int) -> Figures:
     """
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
-    # Without Triton the module can still be imported, for problems() and the limits.
+    # Imported here, so that the rest of this module works without Triton.
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
 
@@ -103,12 +103,20 @@ def compile_variant(variant: Variant, capability: int) -> Figures:
 
 
 def source_of(variant: Variant) -> Any:
+    """What Triton compiles for a variant.
+
+    Raises:
+        ValueError: an argument of the kernel has no type and no value, or the other way round.
+    """
     from triton.compiler import ASTSource
 
     arguments: list[str] = variant.kernel.arg_names
     stated = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
     if odd := set(arguments) ^ set(stated):
-        raise ValueError(f"{variant.name}: {', '.join(sorted(odd))} is not stated, or no argument.")
+        raise ValueError(
+            f"{variant.name} gives types or values for other arguments than its kernel has: "
+            f"{', '.join(sorted(odd))}; allowed is exactly the kernel's arguments."
+        )
     divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(arguments)
@@ -119,6 +127,7 @@ def source_of(variant: Variant) -> Any:
 
 
 def dump_cubin(cubin: bytes) -> str:
+    """What cuobjdump prints of a compiled kernel."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +138,7 @@ def dump_cubin(cubin: bytes) -> str:
 
 
 def read_figures(dump: str, dynamic_shared: int, capability: int) -> Figures:
-    """From what cuobjdump prints of one kernel."""
+    """The figures in a dump of one kernel."""
     usage = read_usage(dump, capability)
     matrix: dict[str, int] = {}
     wide_loads = 0
@@ -148,14 +157,14 @@ def read_figures(dump: str, dynamic_shared: int, capability: int) -> Figures:
 
 
 def problems(variant: Variant, capability: int, figures: Figures) -> list[str]:
-    """What is not as it should be, in sentences."""
+    """What is wrong with a compiled variant, in sentences."""
     where, found = f"{variant.name} on sm_{capability}", []
     limit = shared_memory_limit(capability)
     if figures.spills:
         found.append(f"{where} spills {figures.spills} bytes a thread.")
     if figures.shared > limit:
         found.append(f"{where} wants {figures.shared} bytes of shared memory; a block has {limit}.")
-    if variant.products and not _intended(figures.matrix_instructions, capability):
+    if variant.products and not _full_rate(figures.matrix_instructions, capability):
         seen = ", ".join(figures.matrix_instructions) or "no matrix instructions"
         found.append(f"{where} is meant to multiply in tensor cores at full rate; it has {seen}.")
     if variant.wide_loads and not figures.wide_loads:
@@ -163,8 +172,8 @@ def problems(variant: Variant, capability: int, figures: Figures) -> list[str]:
     return found
 
 
-def _intended(matrix_instructions: dict[str, int], capability: int) -> bool:
-    """Hopper's tensor cores reach half their rate with the older instructions."""
+def _full_rate(matrix_instructions: dict[str, int], capability: int) -> bool:
+    """Whether matrix instructions have the full rate. On Hopper the older ones have half of it."""
     return "HGMMA" in matrix_instructions if capability == 90 else bool(matrix_instructions)
 
 
@@ -176,14 +185,16 @@ def _variants(module: str) -> list[Variant]:
 
 
 def smallest(variant: Variant) -> Variant:
-    """The same for one query, reference and feature: Triton makes constants of what is 1, and a
-    kernel must compile with them."""
-    padded = ("width", "pairs_stride", "stretch")  # multiples of 16 always
-    unseen = {p.name for p in variant.kernel.params if p.do_not_specialize}
+    """The variant for one query, reference and feature.
+
+    Triton makes a constant of each size that is 1, and kernels must compile with those constants.
+    """
+    padded = ("width", "pairs_stride", "stretch")  # sizes that are always multiples of 16
+    unspecialised = {p.name for p in variant.kernel.params if p.do_not_specialize}
     ones = {
         name: 1
         for name, kind in variant.types.items()
-        if kind == "i32" and name not in padded and name not in unseen
+        if kind == "i32" and name not in padded and name not in unspecialised
     }
     return dataclasses.replace(
         variant,
@@ -196,11 +207,11 @@ def smallest(variant: Variant) -> Variant:
 
 
 def _row(module: str, place: int, capability: int) -> Row:
-    """A kernel does not travel between processes, its place in its module's list does."""
+    """Compiles a variant given by its place in the module's list: kernels cannot be pickled."""
     variant = _variants(module)[place]
     try:
         figures = compile_variant(variant, capability)
-    except Exception as error:  # one that does not compile is a finding, the others still count
+    except Exception as error:  # a kernel that does not compile is a problem to report
         reason = f"{type(error).__name__}: {error}"
         found = [f"{variant.name} on sm_{capability} does not compile: {reason}"]
         return Row(module, variant.name, capability, None, found)
@@ -209,7 +220,7 @@ def _row(module: str, place: int, capability: int) -> Row:
 
 
 def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "") -> list[Row]:
-    """Every variant whose name holds ``only``, compiled in parallel."""
+    """Compiles every variant whose name contains ``only``, in parallel."""
     jobs = [
         (module, place, capability)
         for module in modules
@@ -217,13 +228,14 @@ def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "")
         if only in variant.name
         for capability in capabilities
     ]
-    # A fork would copy torch's threads.
+    # Not by fork: torch's threads do not survive it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context) as pool:
         return list(pool.map(_row, *zip(*jobs, strict=True))) if jobs else []
 
 
 def report(rows: list[Row]) -> str:
+    """One line a variant and architecture."""
     header = ["kernel", "architecture", "registers", "spills", "shared"]
     header += ["matrix instructions", "16-byte loads"]
     return table(header, [_cells(row) for row in rows])
@@ -240,6 +252,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows for JSON."""
     return [
         {**row._asdict(), "figures": None if row.figures is None else asdict(row.figures)}
         for row in rows
@@ -247,7 +260,7 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def stored(rows: list[Row]) -> list[summary.Summary]:
-    """What is stored: a row for all variants of a kernel that compile, by architecture."""
+    """What is stored: one row for all variants of a kernel that compile on an architecture."""
     variants = [
         summary.Variant(row.kernel.split(",")[0], f"sm_{row.capability}", asdict(row.figures))
         for row in rows

@@ -1,4 +1,4 @@
-"""Puts pfgm together in a folder of its own, and runs what uses it from there."""
+"""Builds pfgm from a bare checkout into a folder, and runs programs that use it there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from benchmarks.common.folders import ROOT
 
-STOPPED = 124  # the status of what ran out of time
+STOPPED = 124  # status of a program that was stopped at its time limit
 
 
 class Outcome(NamedTuple):
-    """What became of one check: 0 is well."""
+    """The result of one check. Status 0 is a success."""
 
     name: str
     status: int
@@ -26,14 +26,17 @@ class Outcome(NamedTuple):
 
 
 def found_tool(name: str, named: str = "") -> str | None:
-    """A tool of the CUDA toolkit: as the environment names it, on the path or where it is usual."""
+    """The path of a tool of the CUDA toolkit, or None.
+
+    Looks at the environment variable ``named``, then at PATH, then at the usual folder.
+    """
     usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
     found = os.environ.get(named) or shutil.which(name)
     return found or (str(usual) if usual.exists() else None)
 
 
 def nvidia_smi(field: str) -> str:
-    """What the driver says of the first GPU, "" where it cannot be asked."""
+    """A property of the first GPU as the driver reports it, "" if it cannot be asked."""
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
@@ -43,7 +46,7 @@ def nvidia_smi(field: str) -> str:
 
 
 def architecture(capability: str) -> str:
-    """For CMake: machine code for one device alone. "" leaves it those of CMakeLists.txt."""
+    """CMake's name of the architecture of one device. "" leaves those of CMakeLists.txt."""
     digits = capability.replace(".", "")
     if not digits.isdigit():
         return ""
@@ -51,19 +54,20 @@ def architecture(capability: str) -> str:
 
 
 def setup_command(folder: Path) -> list[str]:
+    """The command that builds the package into folder/lib."""
     build = ["build", "--build-base", str(folder), "--build-lib", str(folder / "lib")]
     return [sys.executable, "setup.py", "-q", *build]
 
 
 def assemble(folder: Path) -> Path:
-    """The package in pure Python, with the kernels in their place: what an installation copies."""
+    """Builds the package in pure Python, kernels included, and returns its folder."""
     environment = {**os.environ, "PFGM_NATIVE": "0"}
     subprocess.run(setup_command(folder), cwd=ROOT, env=environment, check=True)
     return folder / "lib"
 
 
 def assemble_with_cuda(folder: Path, nvcc: str, log: Path, limit: float) -> tuple[Path, int]:
-    """The package with its extension and CUDA kernels; the status of the build."""
+    """Builds the package with its extension and CUDA kernels; returns its folder and the status."""
     environment = {**os.environ, "PFGM_NATIVE": "1", "PFGM_CUDA": "1", "CUDACXX": nvcc}
     if found := architecture(nvidia_smi("compute_cap")):
         environment["CMAKE_CUDA_ARCHITECTURES"] = found
@@ -89,7 +93,13 @@ def run_logged(
     limit: float,
     folder: Path | None = None,
 ) -> int:
-    """In an empty folder if none is given: in the checkout Python would find the bare package."""
+    """Runs a command with its output in a log, and returns its status.
+
+    Args:
+        limit: seconds after which it is stopped.
+        folder: working folder, an empty one if not given. In the checkout Python would import the
+            bare source tree.
+    """
     with log.open("w") as stream, tempfile.TemporaryDirectory() as empty:
         process = subprocess.Popen(
             command,
@@ -111,11 +121,12 @@ def run_logged(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """With all that it started: compilers, or the program that a tool looks at."""
+    """Kills a process and everything it started."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def last_line(log: Path) -> str:
+    """The last line of a log."""
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no output"

@@ -1,6 +1,6 @@
 """Ways to compute a posterior mean and its log-sum-exp: the library and what it competes with.
 
-Each takes a case and prepares what a trainer would prepare once, and returns the call to be timed.
+A path takes a case, prepares what a trainer would prepare once, and returns the call to be timed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,44 @@ import pfgm
 from benchmarks.common.subjects import Case
 from pfgm.backends.reference import normalised_field
 
+GAMMA = 5.0  # of PFGM's field
 Result = tuple[Tensor, Tensor]
+"""Posterior mean (B, N), or its gradient in x, and log-sum-exp (B,)."""
 Forward = Callable[[], Result]
+Path = Callable[[Case], Forward]
+
+
+def library(case: Case, backend: str, precision: str = "high") -> Forward:
+    """The library on one of its backends."""
+
+    def run() -> Result:
+        mean, logsumexp = pfgm.posterior_mean(
+            case.x,
+            case.references,
+            r=case.z,
+            return_logsumexp=True,
+            backend=backend,
+            precision=precision,
+        )
+        return mean, logsumexp
+
+    return run
 
 
 def native(case: Case) -> Forward:
-    return lambda: _native(case, case.references)
+    """The library on the CPU."""
+    return library(case, "native")
 
 
 def native_one_thread(case: Case) -> Forward:
+    """The library on one thread of the CPU."""
+    call = native(case)
+
     def run() -> Result:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return _native(case, case.references)
+            return call()
         finally:
             torch.set_num_threads(threads)
 
@@ -37,28 +61,27 @@ def native_one_thread(case: Case) -> Forward:
 
 
 def native_bytes(case: Case) -> Forward:
-    """The same images as uint8, a quarter of the memory."""
-    references = to_bytes(case.references)
-    return lambda: _native(case, references)
+    """The library on the CPU with references as uint8, a quarter of the memory."""
+    return native(case._replace(references=to_bytes(case.references)))
 
 
 def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8."""
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
-def _native(case: Case, references: Tensor) -> Result:
-    mean, logsumexp = pfgm.posterior_mean(
-        case.x, references, r=case.z, return_logsumexp=True, backend="native"
-    )
-    return mean, logsumexp
+def from_bytes(images: Tensor) -> Tensor:
+    """Images of uint8 in [-1, 1], exactly what the library takes them for, in float64."""
+    return images.double() / 127.5 - 1
 
 
 def torch_path(case: Case) -> Forward:
-    """GEMM, softmax, GEMM: the fastest way in plain torch."""
+    """GEMM, softmax, GEMM: the fastest way in plain torch, and the baseline."""
     return lambda: _gemm_softmax_gemm(*case)
 
 
 def compiled(case: Case) -> Forward:
+    """The torch path under torch.compile."""
     function = torch.compile(_gemm_softmax_gemm, dynamic=False)
     return lambda: function(*case)
 
@@ -70,7 +93,7 @@ def _gemm_softmax_gemm(x: Tensor, z: Tensor, y: Tensor) -> Result:
 
 
 def published(case: Case) -> Forward:
-    """PFGM's formula as written: every difference in N + 1 dimensions at once, (B, M, N + 1)."""
+    """The formula as published, with all differences (B, M, N + 1) in memory at once."""
 
     def run() -> Result:
         x, z, y = case
@@ -89,7 +112,7 @@ def published(case: Case) -> Forward:
 
 
 def keops(case: Case) -> Forward:
-    """KeOps: the formula compiled into one loop over pairs."""
+    """The formula by KeOps, which compiles one loop over all pairs."""
     from pykeops.torch import LazyTensor
 
     x, z, y = (t.contiguous() for t in case)
@@ -104,13 +127,17 @@ def keops(case: Case) -> Forward:
     return run
 
 
-def with_backward(path: Callable[[Case], Forward]) -> Callable[[Case], Forward]:
-    """The path followed by the gradient of mean · G in x."""
+def random_direction(case: Case) -> Tensor:
+    """A fixed random G (B, N)."""
+    return torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
+
+
+def with_backward(path: Path, direction: Callable[[Case], Tensor] = random_direction) -> Path:
+    """The path followed by the gradient of mean · G in x, G being the direction."""
 
     def prepare(case: Case) -> Forward:
         leaf = case._replace(x=case.x.clone().requires_grad_())
-        forward = path(leaf)
-        G = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
+        forward, G = path(leaf), direction(case)
 
         def run() -> Result:
             mean, logsumexp = forward()
@@ -122,7 +149,7 @@ def with_backward(path: Callable[[Case], Forward]) -> Callable[[Case], Forward]:
     return prepare
 
 
-PATHS: dict[str, Callable[[Case], Forward]] = {
+PATHS: dict[str, Path] = {
     "native": native,
     "native, 1 thread": native_one_thread,
     "native, uint8": native_bytes,
@@ -134,41 +161,44 @@ if importlib.util.find_spec("pykeops") is not None:
     PATHS["KeOps"] = keops
 
 
-def errors(case: Case, result: Result, truth: Result) -> dict[str, float]:
-    """Worst row against float64, as the accuracy contract counts: the mean relative to the largest
-    norm of a reference, PFGM's field to √N, the log-sum-exp to its size."""
+# ---- errors -----------------------------------------------------------------------------------
+
+
+def exact_result(case: Case) -> Result:
+    """The result in float64, from exact differences."""
+    return library(Case(*(t.double() for t in case)), "reference")()
+
+
+def exact_gradient(case: Case, direction: Callable[[Case], Tensor] = random_direction) -> Tensor:
+    """The gradient that :func:`with_backward` computes, in float64."""
+    exact = Case(*(t.double() for t in case))
+    G = direction(case).double()
+    return with_backward(lambda leaf: library(leaf, "reference"), lambda _: G)(exact)()[0]
+
+
+def errors(case: Case, result: Result, exact: Result) -> dict[str, float]:
+    """Errors of the worst row, as the accuracy contract counts them.
+
+    The error of the mean is relative to the largest norm of a reference, that of PFGM's field to
+    √N, that of the log-sum-exp to its size.
+    """
     x, z, y = (t.double() for t in case)
     mean, logsumexp = (t.detach().double() for t in result)
-    fields = [_field(x, z, m) for m in (mean, truth[0])]
+    exact_mean, exact_logsumexp = exact
+    field, exact_field = (_field(x, z, m) for m in (mean, exact_mean))
+    size = exact_logsumexp.abs().clamp(min=1)
     return {
-        "mean": float((mean - truth[0]).norm(dim=1).max() / y.norm(dim=1).max()),
-        "field": float((fields[0] - fields[1]).norm(dim=1).max() / math.sqrt(x.shape[1])),
-        "logsumexp": float(((logsumexp - truth[1]).abs() / truth[1].abs().clamp(min=1)).max()),
+        "mean": float((mean - exact_mean).norm(dim=1).max() / y.norm(dim=1).max()),
+        "field": float((field - exact_field).norm(dim=1).max() / math.sqrt(x.shape[1])),
+        "logsumexp": float(((logsumexp - exact_logsumexp).abs() / size).max()),
     }
 
 
 def _field(x: Tensor, z: Tensor, mean: Tensor) -> Tensor:
-    field_x, field_z = normalised_field(x, z, mean, 5.0)
+    field_x, field_z = normalised_field(x, z, mean, GAMMA)
     return torch.cat([field_x, field_z[:, None]], 1)
 
 
-def truth(case: Case) -> Result:
-    """In float64, from exact differences."""
-    mean, logsumexp = pfgm.posterior_mean(
-        case.x.double(),
-        case.references.double(),
-        r=case.z.double(),
-        return_logsumexp=True,
-        backend="reference",
-    )
-    return mean, logsumexp
-
-
-def true_gradient(case: Case) -> Tensor:
-    """Of mean · G in x, with the G of with_backward."""
-    x = case.x.double().requires_grad_()
-    G = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
-    mean = pfgm.posterior_mean(x, case.references.double(), r=case.z.double(), backend="reference")
-    assert isinstance(mean, Tensor)
-    (gradient,) = torch.autograd.grad(mean, x, G.double())
-    return gradient
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """The norm of the difference over that of the exact tensor."""
+    return float((found - exact).norm() / exact.norm())

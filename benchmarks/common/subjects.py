@@ -1,7 +1,7 @@
-"""What is measured: queries perturbed as in training, at real images, and their references.
+"""The data of the benchmarks: real images as references, and queries perturbed as in training.
 
-The sparsity of the weights decides how long the posterior mean takes, so that random noise would
-measure something else.
+How long a posterior mean takes depends on how many weights are near zero. Random noise would have
+other weights than real images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 import pfgm
 
 FASHION = "train-images-idx3-ubyte.gz"
-# Where Debian's package dataset-fashion-mnist puts its files.
+# Debian's package dataset-fashion-mnist installs its files here.
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -38,8 +38,10 @@ def perturbed(images: Tensor, B: int) -> Case:
 
 
 def photograph_crops(count: int, size: int = 32) -> Tensor:
-    """Crops (count, 3, size, size) in [-1, 1] of scikit-learn's two photographs, half of them
-    flipped. At 32 they have the shape of CIFAR-10, which cannot be had everywhere."""
+    """Crops (count, 3, size, size) of scikit-learn's two photographs, in [-1, 1], half flipped.
+
+    Crops of size 32 stand in for CIFAR-10, which is not available everywhere.
+    """
     from sklearn.datasets import load_sample_images
 
     photographs = torch.stack([torch.from_numpy(p.copy()) for p in load_sample_images().images])
@@ -56,18 +58,18 @@ def photograph_crops(count: int, size: int = 32) -> Tensor:
 def fashion_mnist() -> Tensor:
     """The 60000 training images of Fashion-MNIST as bytes (60000, 784).
 
-    Read from Debian's package dataset-fashion-mnist, else downloaded by torchvision; skips the
-    benchmark where neither can be had.
+    From Debian's package dataset-fashion-mnist, or else downloaded by torchvision. Skips the
+    benchmark if neither is available.
     """
     file = FASHION_FOLDER / FASHION
     if not file.exists():
-        file = _downloaded()
+        file = _download()
     content = gzip.decompress(file.read_bytes())
     images = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)
-    return images.view(60000, 784).clone()  # memory of torch's own
+    return images.view(60000, 784).clone()  # a copy in memory that torch allocated
 
 
-def _downloaded() -> Path:
+def _download() -> Path:
     datasets = pytest.importorskip(
         "torchvision.datasets",
         reason="Fashion-MNIST needs Debian's package dataset-fashion-mnist, or torchvision",
@@ -86,7 +88,7 @@ def cifar_shape(B: int = 128, M: int = 4096) -> Case:
 
 
 def fashion_shape(B: int = 256, M: int = 60000) -> Case:
-    """All of Fashion-MNIST as references: N = 784."""
+    """Fashion-MNIST as references: N = 784."""
     return perturbed(pfgm.data.to_unit(fashion_mnist()[:M]).view(-1, 1, 28, 28), B)
 
 
@@ -97,5 +99,5 @@ def digits_shape(B: int = 128, M: int = 1437) -> Case:
 
 
 def patches(M: int, B: int = 128) -> Case:
-    """Patches of photographs, 8 × 8 in colour: N = 192, as many as one likes."""
+    """Any number of patches of photographs, 8 × 8 in colour: N = 192."""
     return perturbed(photograph_crops(M, 8), B)

@@ -2,18 +2,21 @@
 
     pytest benchmarks/cpu/bench_ode_step.py --benchmark-only --store
 
-``native`` is the step as the solvers take it, in place. ``published`` is the sequence of torch
-calls of the published sampler for the same step, ``compiled`` the same under torch.compile. ``add``
-reads and writes what the step must (x and field_x, then x), ``copy`` moves as many bytes in half
-as much memory again: bounds inside and outside the cache. They take turns in one run, each after a
-call of its own that is not timed and leaves the caches as it likes them.
+- ``native`` is the step as the solvers take it, in place.
+- ``published`` is the published sampler's sequence of torch calls for the same step.
+- ``compiled`` is the same under torch.compile.
+- ``add`` reads and writes exactly what the step must: x and field_x, then x.
+- ``copy`` moves as many bytes, in half as much memory again.
 
-Temporaries are most of the published time where the allocator hands their memory back to the
-system at each step (glibc's habit; ``page faults``). To see it without, set
-MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to 10000000000 in the environment.
+``add`` and ``copy`` bound the step inside and outside the cache. Paths take turns in one run. Right
+before each timed call the same path runs untimed, which leaves its data in the caches.
 
-``extra_info`` holds the page faults of each, and the worst relative error of a row of native
-against the exact step in float64.
+Temporaries take most of the published time where the allocator returns their memory to the system
+at each step, as glibc does (``page faults``). To measure without that, set MALLOC_TRIM_THRESHOLD_
+and MALLOC_MMAP_THRESHOLD_ to 10000000000 in the environment.
+
+``extra_info`` holds the page faults of each path, and the largest relative error of a row of
+``native`` against the exact step in float64.
 """
 
 from __future__ import annotations
@@ -29,20 +32,22 @@ import torch
 from torch import Tensor
 
 import pfgm
+from benchmarks.common import published_ode
+from benchmarks.common.posterior_paths import GAMMA
+from benchmarks.common.published_ode import Z_EXP
 from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 
 SHAPE = (3, 32, 32)
 N = math.prod(SHAPE)
-GAMMA, Z_EXP = 5.0, 5.0
 STEPS, Z_MAX, Z_MIN = 100, 40.0, 1e-3
 DT = math.log(Z_MIN / Z_MAX) / STEPS
 TURNS = 31
 
 
 class Case(NamedTuple):
-    """Points (B, *SHAPE), a network's field there, their level and, as published, its log a row."""
+    """Points (B, *SHAPE) at a level z, a network's field there, and t = log z of each row."""
 
     x: Tensor
     field_x: Tensor
@@ -61,6 +66,7 @@ def build(B: int, z: float) -> Case:
 
 
 def native(case: Case) -> Tensor:
+    """The library's step, in place."""
     return pfgm.euler_step(
         case.x,
         case.field_x,
@@ -75,44 +81,35 @@ def native(case: Case) -> Tensor:
 
 
 def published(case: Case) -> Tensor:
-    """x + dt z dx/dz, each intermediate in memory; below z_exp the published substitution."""
-    z = math.exp(float(case.t.mean()))
-    return _published_step(case.x, case.field_x, case.field_z, z)
+    """The published step, which asks for the level at every step."""
+    return _published_step(case.x, case.field_x, case.field_z, math.exp(float(case.t.mean())))
 
 
 def _published_step(x: Tensor, field_x: Tensor, field_z: Tensor, z: float) -> Tensor:
-    field_x = field_x.view(len(x), -1)
-    if z < Z_EXP:
-        root = math.sqrt(N)
-        norm = field_x.norm(p=2, dim=1) / root
-        distance = GAMMA * norm / (1 - norm)
-        distance = torch.sqrt(distance**2 + z**2)
-        field_z = -root * torch.ones_like(field_z) * z / (distance + GAMMA)
-    v = torch.cat([field_x, field_z[:, None]], dim=1)
-    dt_dz = 1 / (v[:, -1] + 1e-5)
-    dx_dt = v[:, :-1].view(x.shape)
-    dx_dz = dx_dt * dt_dz.view(-1, 1, 1, 1)
-    drift = z * dx_dz
-    return x + drift * DT
+    slope = published_ode.slope(x.flatten(1), field_x.flatten(1), field_z, z)
+    return x + DT * slope.view(x.shape)
 
 
 def compiled() -> Callable[[Case], Tensor]:
+    """The published step under torch.compile."""
     step = torch.compile(_published_step)
     return lambda case: step(case.x, case.field_x, case.field_z, math.exp(float(case.t.mean())))
 
 
 def add(case: Case) -> Tensor:
+    """The bytes of a step, and next to no arithmetic."""
     return case.x.add_(case.field_x, alpha=1e-6)
 
 
 def copy(B: int) -> Callable[[Case], Tensor]:
+    """A copy that moves as many bytes as a step of B points."""
     source = torch.ones(3 * B * N // 2)
     target = torch.empty_like(source)
     return lambda case: target.copy_(source)
 
 
 def page_faults(path: Callable[[], Tensor]) -> int:
-    """Of one call, after the calls that fault once and for all."""
+    """Page faults of one call, after two calls that touch memory for the first time."""
     path()
     path()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -121,7 +118,7 @@ def page_faults(path: Callable[[], Tensor]) -> int:
 
 
 def error(case: Case) -> float:
-    """Of native, against the exact step in float64."""
+    """The largest relative error of a row of native, against float64."""
     x, field_x, field_z = (t.double() for t in (case.x, case.field_x, case.field_z))
     z = case.z
     exact = pfgm.euler_step(x, field_x, field_z, z, z * math.exp(DT), backend="reference")
@@ -130,7 +127,7 @@ def error(case: Case) -> float:
 
 
 def paths(case: Case) -> dict[str, Callable[[], Tensor]]:
-    """Every path with points of its own."""
+    """The call of each path, on points of its own."""
     steps = {
         "native": native,
         "published": published,
@@ -159,7 +156,7 @@ def measure(B: int, z: float) -> Measured:
 @pytest.mark.parametrize("z", [1.0, 20.0], ids=["substituted", "given"])
 @pytest.mark.parametrize("B", [128, 512, 1024])
 def bench_euler_step(B: int, z: float, path: str, benchmark: Any) -> None:
-    """z = 1 is one of the 80 steps of 100 that substitute field_z, z = 20 one of the others."""
+    """Of the published sampler's 100 steps 80 substitute field_z, as at z = 1, the others not."""
     if benchmark.disabled:
         case = build(2, z)
         benchmark(paths(case)[path])

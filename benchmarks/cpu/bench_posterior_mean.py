@@ -2,8 +2,8 @@
 
     pytest benchmarks/cpu/bench_posterior_mean.py --benchmark-only --store
 
-Every group is one subject, its rows take turns (turns.py). ``extra_info`` holds the worst errors
-over the batch in the terms of the accuracy contract, and for a gradient relative to its norm.
+A group is one subject; its paths take turns. ``extra_info`` holds the errors of the worst row, as
+the accuracy contract counts them, or the relative error of a gradient.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from benchmarks.common.posterior_paths import (
     PATHS,
     errors,
+    exact_gradient,
+    exact_result,
+    from_bytes,
     native,
+    relative_error,
     to_bytes,
-    true_gradient,
-    truth,
     with_backward,
 )
 from benchmarks.common.subjects import Case, cifar_shape, digits_shape, fashion_shape, patches
@@ -31,8 +33,11 @@ pytestmark = pytest.mark.benchmark(timer=replay)
 
 
 class Subject(NamedTuple):
+    """Data, and the paths that compute on them."""
+
     case: Callable[[], Case]
-    small: Callable[[], Case]  # for a run that only sees whether everything works
+    small: Callable[[], Case]
+    """For a run that only checks that everything works."""
     paths: tuple[str, ...]
     turns: int
     backward: bool = False
@@ -82,27 +87,33 @@ ROWS = [
 ]
 
 
-def prepared(subject: Subject, case: Case) -> dict[str, Callable[[], Any]]:
+def prepare(subject: Subject, case: Case) -> dict[str, Callable[[], Any]]:
+    """The call of each path that is installed."""
     wrap = with_backward if subject.backward else lambda path: path
     return {name: wrap(PATHS[name])(case) for name in subject.paths if name in PATHS}
 
 
-def error(subject: Subject, case: Case, path: Callable[[], Any], right: Any) -> dict[str, float]:
+def errors_of(
+    subject: Subject, case: Case, path: Callable[[], Any], exact: Any
+) -> dict[str, float]:
+    """The errors of one path."""
     result = path()
     if subject.backward:
-        return {"gradient": float((result[0] - right).norm() / right.norm())}
-    return errors(case, result, right)
+        return {"gradient": relative_error(result[0], exact)}
+    return errors(case, result, exact)
 
 
-def right_answers(subject: Subject, case: Case) -> dict[str, Any]:
-    """For each path: bytes are not the same references as their float32 values, to the digits that
-    a point next to one of them needs."""
-    right = true_gradient(case) if subject.backward else truth(case)
-    answers = dict.fromkeys(subject.paths, right)
-    if "native, uint8" in answers:
-        exact = to_bytes(case.references).double() / 127.5 - 1
-        answers["native, uint8"] = truth(case._replace(references=exact))
-    return answers
+def exact_results(subject: Subject, case: Case) -> dict[str, Any]:
+    """The exact result for each path.
+
+    That of uint8 differs: rounding the references moves the result of a point close to one.
+    """
+    exact = exact_gradient(case) if subject.backward else exact_result(case)
+    results = dict.fromkeys(subject.paths, exact)
+    if "native, uint8" in results:
+        references = from_bytes(to_bytes(case.references))
+        results["native, uint8"] = exact_result(case._replace(references=references))
+    return results
 
 
 @functools.lru_cache(maxsize=1)
@@ -110,10 +121,10 @@ def measure(name: str) -> Measured:
     subject = SUBJECTS[name]
     case = subject.case()
     torch._dynamo.reset()
-    paths = prepared(subject, case)
+    paths = prepare(subject, case)
     measured = measure_paths(paths, subject.turns, {"B, M, N": shape(case)})
-    right = right_answers(subject, case)
-    found = {name: error(subject, case, path, right[name]) for name, path in paths.items()}
+    exact = exact_results(subject, case)
+    found = {name: errors_of(subject, case, path, exact[name]) for name, path in paths.items()}
     return measured._replace(facts={**measured.facts, "errors": found})
 
 
@@ -121,7 +132,8 @@ def shape(case: Case) -> tuple[int, ...]:
     return (len(case.x), *case.references.shape)
 
 
-def judge(path: str, found: dict[str, float]) -> None:
+def check(path: str, found: dict[str, float]) -> None:
+    """Fails where the library breaks the accuracy contract of the CPU."""
     if path.startswith("native"):
         assert max(found.values()) <= 2e-5
 
@@ -131,14 +143,14 @@ def bench_posterior_mean(name: str, path: str, benchmark: Any) -> None:
     if benchmark.disabled:
         subject = SUBJECTS[name]
         case = subject.small()
-        run = prepared(subject, case)[path]
+        run = prepare(subject, case)[path]
         benchmark(run)
-        judge(path, error(subject, case, run, right_answers(subject, case)[path]))
+        check(path, errors_of(subject, case, run, exact_results(subject, case)[path]))
         return
     measured = measure(name)
     found = measured.facts["errors"][path]
     add_row(benchmark, name, path, measured, errors=found)
-    judge(path, found)
+    check(path, found)
 
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -157,7 +169,7 @@ def bench_number_of_references(M: int, benchmark: Any) -> None:
     """The same queries against more and more patches of photographs, N = 192."""
     if benchmark.disabled:
         case = patches(256)
-        judge("native", errors(case, benchmark(native(case)), truth(case)))
+        check("native", errors(case, benchmark(native(case)), exact_result(case)))
         return
     measured = measure_sizes()
     each = {f"M = {m}": min(measured.seconds[f"M = {m}"]) / m for m in SIZES}

@@ -1,9 +1,9 @@
-"""Sampling with the exact field of the digits: how long it takes, how near to a digit it ends.
+"""Sampling with the exact field of the digits: time, and distance to the nearest digit.
 
     pytest benchmarks/cpu/bench_sampling.py --benchmark-only --store
 
-The field is the library's or that of the torch path, the solver the same. rk45 runs on the
-library's alone: that of the torch path is not smooth enough for it to find a step.
+The field comes from the library or from the torch path; the solver is the library's. rk45 has no
+row for the torch path, whose field is too rough for it to find a step size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS = [
 
 
 def torch_field(references: Tensor, gamma: float) -> Callable[[Tensor, Tensor], Any]:
-    """What EmpiricalField computes, by the torch path."""
+    """The field that EmpiricalField computes, by the torch path."""
     flat = references.flatten(1)
 
     def field(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
-"""A whole training step, the target computed by the library or by plain torch.
+"""A whole training step, with the target from the library or from plain torch.
 
     pytest benchmarks/cpu/bench_training_step.py --benchmark-only --store
 
-Perturbation, target, network, gradients and Adam, for the demo's step (256 digits, 1398 references,
-its U-Net) and for the shape of the published CIFAR-10 step with a small U-Net. ``none`` takes zeros
-for the target: what the rest of the step costs.
+A step is perturbation, target, network, gradients and Adam. One subject is the demo's step (256
+digits, 1398 references, its U-Net), the other has the shape of the published CIFAR-10 step and a
+small U-Net. ``none`` takes zeros as the target, and so times the rest of the step.
 
-"outside the network" is the step of :class:`pfgm.training.Trainer` with the demo's network, 128 of
-all 1437 digits at a time, beside the same network and optimiser with points and targets given: what
-is left is perturbation, target, loss and moving average.
+"outside the network" compares the step of :class:`pfgm.training.Trainer`, with the demo's network
+and 128 of 1437 digits, with the same network and optimiser alone. The difference is perturbation,
+target, loss and moving average.
 """
 
 from __future__ import annotations

@@ -2,23 +2,23 @@
 
     python -m benchmarks.gpu --out DIR [--budget 480] [--skip-tests] [--fashion-mnist FOLDER]
 
-Needs torch, Triton, scikit-learn with Pillow, pytest and what the tests import, but neither an
-installed pfgm nor a network: the package is put together in a temporary folder and nothing in the
-checkout is written. Where nvcc is found its extension is built for this GPU, with CMake, Ninja and
-pybind11. Runs tests/gpu and, where it is found, compute-sanitizer on every CUDA kernel, then times
-each operation beside plain torch, the published formula and a copy on the device. results.json and
-the logs come to lie in DIR, and a short table is printed last. The status is not 0 where a build, a
+Needs torch, Triton, scikit-learn with Pillow, pytest and what the tests import. Needs neither an
+installed pfgm nor a network: it builds the package in a temporary folder, and writes nothing into
+the checkout. If nvcc is found, it builds the extension for this GPU, with CMake, Ninja and
+pybind11. It runs tests/gpu, and compute-sanitizer (if found) on every CUDA kernel. Then it times
+each operation beside plain torch, the published formula and a copy on the device. DIR gets
+results.json and the logs, and a short table is printed last. The status is not 0 if a build, a
 test, a sanitizer or one of the library's paths failed.
 
 - "triton" and "cuda" are the library's paths, by its backends triton and native. results.json says
-  of each subject which is the faster.
-- Times are the device's own, between two events. The L2 cache is overwritten before each call, each
-  call takes the next of several copies of its inputs, and the paths of a subject take turns. The
-  device is kept busy while a call is prepared, so that what Python takes does not count; "host" is
-  what it takes. A "graph" is a CUDA graph of one call with each copy, replayed, by the call.
-- Errors are the worst row's against exact differences in float64, in the terms of the accuracy
-  contract. For many queries they are those of a sample of rows.
-- Subjects that no longer fit the budget are left out, and named.
+  for each subject which of them is faster.
+- Times are the device's, between two events. The L2 cache is overwritten before each call. Each
+  call takes the next of several copies of its inputs. The paths of a subject take turns. The device
+  is kept busy while a call is prepared, so that Python's time does not count; "host" is Python's
+  time. "graph" is the time of one call in a CUDA graph that holds a call for each copy.
+- Errors are those of the worst row against exact differences in float64, as the accuracy contract
+  counts them. Of many queries a sample is compared.
+- Subjects that do not fit the budget are left out and named.
 
 ``--dry`` runs small subjects without a GPU, in Triton's interpreter, to see that everything works.
 """
@@ -52,14 +52,15 @@ from benchmarks.gpu.measure import Row, lost, run_subjects, suspect
 from benchmarks.gpu.report import OURS, circumstances, failed, faster, report
 from benchmarks.gpu.subjects import all_subjects
 
-LOST = 3  # the status where the device was, so that another process may go on
-AGAIN = 60.0  # seconds worth going on for
+LOST = 3  # status of a process that lost the device; another process can continue
+LEAST_SECONDS = 60.0  # that make another measuring process worth starting
 
 
-# ---- measuring, in a process of its own, that finds the package which was put together ---------
+# ---- measuring, in a process of its own, which imports the package that was built --------------
 
 
-def measuring(options: argparse.Namespace) -> int:
+def measure(options: argparse.Namespace) -> int:
+    """Measures all subjects and writes results.json and table.md."""
     budget = Budget(options.budget)
     subjects.FASHION_FOLDER = options.fashion_mnist
     fashion = (options.fashion_mnist / subjects.FASHION).exists() and not options.dry
@@ -88,17 +89,18 @@ def measuring(options: argparse.Namespace) -> int:
 def run_measurements(
     options: argparse.Namespace, environment: dict[str, str], ours: list[str], seconds: float
 ) -> int:
+    """Runs :func:`measure` in a process of its own, with some of the library's paths."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--measure", "--ours", *ours]
     command += ["--out", str(options.out), "--budget", str(seconds)]
     command += ["--fashion-mnist", str(options.fashion_mnist), *["--dry"] * options.dry]
     return run_logged(command, options.out / "measure.log", environment, seconds + 10)
 
 
-# ---- what comes before -------------------------------------------------------------------------
+# ---- building and checking ---------------------------------------------------------------------
 
 
 class Ready(NamedTuple):
-    """What can be measured, and what became of the checks."""
+    """What can be measured, and the results of the checks."""
 
     environment: dict[str, str]
     ours: list[str]
@@ -108,18 +110,18 @@ class Ready(NamedTuple):
 def build_cuda(
     options: argparse.Namespace, folder: Path, budget: Budget
 ) -> tuple[dict[str, str] | None, Outcome]:
-    """The environment with the CUDA kernels, None where they cannot be had."""
+    """Builds the CUDA kernels. The environment that finds them is None if there are none."""
     name, log = "build with CUDA", options.out / "build.log"
     if options.dry:
         return None, Outcome(name, 0, "none in a dry run")
     nvcc = found_tool("nvcc", "CUDACXX")
     if nvcc is None:
-        return None, Outcome(name, 0, "none, no nvcc is found: only Triton's kernels are measured")
+        return None, Outcome(name, 0, "none: no nvcc is found; only Triton's kernels are measured")
     before = budget.left()
     package, status = assemble_with_cuda(folder, nvcc, log, before)
     if status != 0:
-        said = f"FAILED, only Triton's kernels are measured ({log.name}): {last_line(log)}"
-        return None, Outcome(name, abs(status), said)
+        text = f"FAILED, only Triton's kernels are measured ({log.name}): {last_line(log)}"
+        return None, Outcome(name, abs(status), text)
     environment = environment_with(package, dry=False, native=True)
     return environment, Outcome(name, 0, f"{before - budget.left():.0f} s")
 
@@ -127,13 +129,14 @@ def build_cuda(
 def check_cuda(
     options: argparse.Namespace, environment: dict[str, str], limit: float
 ) -> list[Outcome]:
+    """Runs the tests of the CUDA kernels beside the sanitizers."""
     with ThreadPoolExecutor(1) as pool:
         tests = pool.submit(run_tests, "cuda", options.out, environment, limit)
         return [*run_sanitizers(options.out, environment), tests.result()]
 
 
 def get_ready(options: argparse.Namespace, folder: Path, budget: Budget) -> Ready:
-    """Builds and checks, Triton's tests beside all that concerns CUDA."""
+    """Builds and checks. Triton's tests run beside everything for CUDA."""
     pure = environment_with(assemble(folder / "pure"), options.dry)
     checked = not (options.dry or options.skip_tests)
     with ThreadPoolExecutor(1) as pool:
@@ -141,26 +144,28 @@ def get_ready(options: argparse.Namespace, folder: Path, budget: Budget) -> Read
             pool.submit(run_tests, "triton", options.out, pure, budget.left()) if checked else None
         )
         cuda, outcome = build_cuda(options, folder / "cuda", budget)
-        outcomes = [told(outcome)]
+        outcomes = [reported(outcome)]
         runs = None
         if cuda is not None:
-            runs = told(run_small(options.out, cuda))
+            runs = reported(run_small(options.out, cuda))
             outcomes.append(runs)
             if checked:
-                outcomes += map(told, check_cuda(options, cuda, budget.left()))
+                outcomes += map(reported, check_cuda(options, cuda, budget.left()))
         if triton is not None:
-            outcomes.append(told(triton.result()))
+            outcomes.append(reported(triton.result()))
     if cuda is None or runs is None or runs.status != 0:
         return Ready(cuda or pure, ["triton"], outcomes)
     return Ready(cuda, list(OURS), outcomes)
 
 
-def told(outcome: Outcome) -> Outcome:
+def reported(outcome: Outcome) -> Outcome:
+    """Prints an outcome and returns it."""
     print(line_of(outcome), flush=True)
     return outcome
 
 
 def line_of(outcome: Outcome) -> str:
+    """An outcome in one line."""
     status = f" (status {outcome.status})" if outcome.status else ""
     return f"{outcome.name}{status}: {outcome.text}"
 
@@ -168,8 +173,8 @@ def line_of(outcome: Outcome) -> str:
 # ---- the command ------------------------------------------------------------------------------
 
 
-def measured(options: argparse.Namespace, ready: Ready, budget: Budget) -> list[Outcome]:
-    """Measures; again without those kernels that brought the device or the process down."""
+def measure_ready(options: argparse.Namespace, ready: Ready, budget: Budget) -> list[Outcome]:
+    """Measures, and repeats without the kernels that broke the device or the process."""
     ours = list(ready.ours)
     outcomes: list[Outcome] = []
     log = options.out / "measure.log"
@@ -180,23 +185,24 @@ def measured(options: argparse.Namespace, ready: Ready, budget: Budget) -> list[
         results = options.out / "results.json"
         known = json.loads(results.read_text())["suspect"] if results.exists() else None
         without = known or ours[-1]
-        said = f"the device was lost, it seems by {without}: see lost_{without}.json"
-        outcomes.append(told(Outcome(f"measurements with {without}", abs(status), said)))
+        text = f"the device was lost, probably by {without}: see lost_{without}.json"
+        outcomes.append(reported(Outcome(f"measurements with {without}", abs(status), text)))
         ours.remove(without)
-        if not ours or budget.left() < AGAIN:
+        if not ours or budget.left() < LEAST_SECONDS:
             return outcomes
         if results.exists():
             results.rename(options.out / f"lost_{without}.json")
 
 
 def orchestrate(options: argparse.Namespace) -> int:
+    """Builds, checks and measures, and prints the table."""
     budget = Budget(options.budget)
     results, page = options.out / "results.json", options.out / "table.md"
     for earlier in (results, page):
         earlier.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         ready = get_ready(options, Path(folder), Budget(0.5 * options.budget))
-        outcomes = [*ready.outcomes, *measured(options, ready, budget)]
+        outcomes = [*ready.outcomes, *measure_ready(options, ready, budget)]
     status = max(outcome.status for outcome in outcomes)
     if not results.exists():
         print((options.out / "measure.log").read_text())
@@ -207,6 +213,7 @@ def orchestrate(options: argparse.Namespace) -> int:
 
 
 def add_outcomes(results: Path, page: Path, outcomes: list[Outcome]) -> None:
+    """Adds the checks to results.json, and those that failed to the page."""
     checks: dict[str, Any] = {line.name: [line.status, line.text] for line in outcomes}
     content = json.loads(results.read_text()) | {"checks": checks}
     results.write_text(json.dumps(content, indent=2) + "\n")
@@ -220,7 +227,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=480, help="seconds in all (%(default)s)")
     parser.add_argument("--fashion-mnist", type=Path, default=subjects.FASHION_FOLDER)
     parser.add_argument("--skip-tests", action="store_true", help="build and measure only")
-    parser.add_argument("--dry", action="store_true", help="small, on the CPU, to see it works")
+    parser.add_argument(
+        "--dry", action="store_true", help="small subjects on the CPU, to see that it works"
+    )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ours", nargs="+", default=["triton"], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -234,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("Nothing is measured: torch finds no GPU here.")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    return measuring(options) if options.measure else orchestrate(options)
+    return measure(options) if options.measure else orchestrate(options)
 
 
 if __name__ == "__main__":

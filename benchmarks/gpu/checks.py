@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this device: their tests, and compute-sanitizer."""
+"""Checks the kernels on this device: their tests, and compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Environment = Mapping[str, str]
 SMOKE = [sys.executable, "-m", "benchmarks.gpu.smoke"]
 TOOLS = ("memcheck", "racecheck")
 TOOL_SECONDS = 60.0
-ERROR_STATUS = 86  # of compute-sanitizer, where it found something
+ERROR_STATUS = 86  # of compute-sanitizer, if it found an error
 _ERRORS = re.compile(r"ERROR SUMMARY: (?P<summary>(?P<errors>\d+) errors?)")
 _HAZARDS = re.compile(
     r"RACECHECK SUMMARY: "
@@ -24,6 +24,7 @@ _HAZARDS = re.compile(
 
 
 def side_by_side(run: Callable[[Path], Outcome], files: list[Path]) -> list[Outcome]:
+    """Runs all files at once."""
     if not files:
         return []
     with ThreadPoolExecutor(len(files)) as pool:
@@ -31,8 +32,7 @@ def side_by_side(run: Callable[[Path], Outcome], files: list[Path]) -> list[Outc
 
 
 def run_tests(kind: str, out: Path, environment: Environment, limit: float) -> Outcome:
-    """The files of tests/gpu and tests/gpu/KIND side by side, as most of their time goes into one
-    core's work."""
+    """Runs the files of tests/gpu and tests/gpu/KIND at once: each keeps mostly one core busy."""
     folder, name = ROOT / "tests" / "gpu", f"tests/gpu, {kind}"
     start = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     start += ["-c", str(ROOT / "pyproject.toml")]
@@ -49,26 +49,27 @@ def run_tests(kind: str, out: Path, environment: Environment, limit: float) -> O
 
 
 def run_small(out: Path, environment: Environment) -> Outcome:
-    """Whether the CUDA kernels run at all: one that never ends would cost all that comes after."""
+    """Runs every CUDA kernel once. One that never ends would block everything after it."""
     log = out / "cuda_small.log"
     status = run_logged(SMOKE, log, environment, TOOL_SECONDS)
     return Outcome("every CUDA kernel once", abs(status), last_line(log))
 
 
 def run_sanitizer(tool: str, command: str, out: Path, environment: Environment) -> Outcome:
+    """Runs every CUDA kernel once under a tool of compute-sanitizer."""
     log = out / f"{tool}.log"
     start = [command, "--tool", tool, "--error-exitcode", str(ERROR_STATUS), "--print-limit", "20"]
-    # The other kernels are torch's, as are the API's errors: ours are raised.
+    # Other kernels and errors of the API are torch's; the library raises its own errors.
     start += ["--kernel-name", "kernel_substring=pfgm", "--report-api-errors", "no"]
     start += SMOKE
-    # Without torch's cache every tensor has an end that can be seen.
+    # Without torch's cache the tool sees where each tensor ends.
     small = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status = run_logged(start, log, small, TOOL_SECONDS)
     return sanitizer_outcome(tool, status, log.read_text(errors="replace"))
 
 
 def sanitizer_outcome(tool: str, status: int, text: str) -> Outcome:
-    """Clean only where the tool came to its summary and the summary says so."""
+    """The outcome of a run. It is clean only if the tool's summary says so."""
     name = f"compute-sanitizer {tool}"
     if status == STOPPED:
         return Outcome(name, status, f"stopped after {TOOL_SECONDS:.0f} s; {_progress(text)}")
@@ -77,12 +78,12 @@ def sanitizer_outcome(tool: str, status: int, text: str) -> Outcome:
         return Outcome(name, status or 1, f"no summary, status {status}; {_progress(text)}")
     if status == ERROR_STATUS and found["errors"] == "0":
         status = 0  # warnings alone
-    said = f"{found['summary']}; {_progress(text)}"
-    return Outcome(name, status or int(found["errors"] != "0"), said)
+    summary = f"{found['summary']}; {_progress(text)}"
+    return Outcome(name, status or int(found["errors"] != "0"), summary)
 
 
 def _progress(text: str) -> str:
-    """How far the program came, and the tool's first complaint."""
+    """How many parts the program ran, and the tool's first complaint."""
     lines = text.splitlines()
     done = [line for line in lines if line.startswith("done: ")]
     complaints = [line.lstrip("= ") for line in lines if line.startswith("========= ")]
@@ -91,6 +92,7 @@ def _progress(text: str) -> str:
 
 
 def run_sanitizers(out: Path, environment: Environment) -> list[Outcome]:
+    """Runs all tools of compute-sanitizer at once, if it is found."""
     command = found_tool("compute-sanitizer")
     if command is None:
         return [Outcome("compute-sanitizer", 0, "not run: it is not found")]

@@ -1,4 +1,4 @@
-"""Time on a device: the clocks of gpu.py, and how calls are timed in turns and in graphs."""
+"""Time on a device: its clock, a budget, graphs and quantiles."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.common.turns import Call, Clock, host_seconds
 
-CYCLES = 2e9  # a second, at least
+CYCLES = 2e9  # of the device in a second, at least
 
 
 class Budget:
-    """Seconds that may be spent, from now on."""
+    """A number of seconds from now on."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -29,7 +29,7 @@ class Budget:
 
 
 class Device(NamedTuple):
-    """Where things are measured: by its own clock, or as a dry run by the host's."""
+    """A device and its clock. A dry run has the CPU and the host's clock."""
 
     name: str
     clock: Clock
@@ -41,30 +41,33 @@ class Device(NamedTuple):
         return self.name == "cuda"
 
     def wait(self) -> None:
-        """Until all is done; raises what went wrong in it."""
+        """Waits until all work is done, and raises its errors."""
         if self.real:
             torch.cuda.synchronize()
 
     def copies(self, size: int) -> int:
-        """How many inputs of so many bytes are twice what the cache holds."""
+        """How many inputs of so many bytes take twice the size of the cache."""
         return min(max(2, -(-2 * self.cache // size)), 256)
 
     def compiled(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The function under torch.compile."""
         backend = "inductor" if self.real else "eager"
         return torch.compile(function, dynamic=False, backend=backend)
 
 
 def gpu() -> Device:
+    """The first GPU."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return Device("cuda", event_clock(2 * cache), cache)
 
 
 def dry() -> Device:
+    """The device of a dry run."""
     return Device("cpu", host_seconds, 0)
 
 
 def event_clock(flushed: int) -> Clock:
-    """Seconds between two events around a call, ``flushed`` bytes written before."""
+    """A clock that overwrites ``flushed`` bytes, then measures between two events around a call."""
     buffer = torch.empty(flushed, dtype=torch.uint8, device="cuda")
     waits: dict[Call, float] = {}
 
@@ -79,7 +82,7 @@ def event_clock(flushed: int) -> Clock:
         return float(start.elapsed_time(end)) * 1e-3, host
 
     def seconds(call: Call) -> float:
-        # The device sleeps while the host runs ahead; a call that itself waits cannot be outrun.
+        # The device sleeps while the host prepares the call. That fails if the call itself waits.
         for _ in range(3):
             wait = waits.setdefault(call, 5e-4)
             device, host = once(call, wait)
@@ -92,6 +95,7 @@ def event_clock(flushed: int) -> Clock:
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Median, tenth and ninetieth percentile."""
     ordered = sorted(seconds)
     last = len(ordered) - 1
     return {
@@ -102,7 +106,7 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 
 def graph_of(calls: list[Call]) -> Call:
-    """All calls, captured to be replayed together."""
+    """The replay of a CUDA graph that holds all calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -115,5 +119,6 @@ def graph_of(calls: list[Call]) -> Call:
 
 
 def call_all(calls: list[Call]) -> None:
+    """Makes each call once."""
     for call in calls:
         call()

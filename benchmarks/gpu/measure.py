@@ -1,4 +1,4 @@
-"""Measures subjects within a budget: a path that fails costs only itself."""
+"""Measures subjects within a budget. A path that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -22,18 +22,28 @@ from benchmarks.gpu.subjects import Paths, Subject, Way
 
 
 class Row(NamedTuple):
+    """What was measured of one path."""
+
     subject: str
     path: str
+    """"all" if the whole subject failed."""
     seconds: dict[str, float]
+    """Quantiles of the time of a call."""
     graph: dict[str, float]
+    """The same of a call within a CUDA graph."""
     host: float
+    """Seconds that the host takes for a call."""
     errors: dict[str, float]
     failure: str
     moved: int = 0
+    """The least bytes to read and write; 0 if no floor is computed."""
 
 
 def attempt(action: Callable[[], Any], failures: list[str]) -> Any:
-    """None where it raises: the run is not to be had again soon, the rest of it still counts."""
+    """The action's result, or None with the exception among the failures.
+
+    A GPU is not available often: the rest of the run must go on.
+    """
     try:
         return action()
     except Exception as error:
@@ -42,8 +52,10 @@ def attempt(action: Callable[[], Any], failures: list[str]) -> Any:
 
 
 def prepare(paths: Paths, device: Device, failures: dict[str, list[str]]) -> dict[str, Way]:
-    """Those that run; the first call of each compiles what is compiled. What goes wrong on the
-    device is that path's, not the next one's."""
+    """The ways that run. The first calls compile what is compiled.
+
+    Waits for the device after each way, so that an error on it is noted for that way.
+    """
 
     def run(path: Way) -> None:
         call_all(path.calls)
@@ -63,7 +75,7 @@ def prepare(paths: Paths, device: Device, failures: dict[str, list[str]]) -> dic
 def graph_times(
     ready: dict[str, Way], device: Device, rounds: int, failures: dict[str, list[str]]
 ) -> dict[str, list[float]]:
-    """Seconds of a call within a graph that holds one call for each copy."""
+    """Seconds of a call within a graph, which holds one call for each copy of the inputs."""
     captured = {
         name: graph
         for name, path in ready.items()
@@ -75,6 +87,7 @@ def graph_times(
 
 
 def measure(subject: Subject, device: Device, rounds: int) -> list[Row]:
+    """Measures all paths of a subject."""
     failures: dict[str, list[str]] = {}
     torch._dynamo.reset()
     if device.real:
@@ -102,7 +115,7 @@ def measure(subject: Subject, device: Device, rounds: int) -> list[Row]:
 
 
 def host_times(calls: list[Call], device: Device) -> list[float]:
-    """What the host takes for a call, without waiting for the device."""
+    """Seconds of the host for a call, without waiting for the device."""
     found = []
     for call in calls[:8]:
         found.append(host_seconds(call))
@@ -117,9 +130,10 @@ def run_subjects(
     rounds: int | None = None,
     keep: Callable[[list[Row], list[str]], None] = lambda rows, left_out: None,
 ) -> tuple[list[Row], list[str]]:
-    """Rows, and the names of the subjects that the budget left out; ``keep`` gets those so far.
+    """Measures subjects, and returns the rows and the names of the subjects left out.
 
-    A device on which something went wrong for good (:func:`lost`) ends it, all else left out.
+    Leaves out subjects that do not fit the budget, and all after the device was lost
+    (:func:`lost`). After each subject ``keep`` gets what is known so far.
     """
     rows: list[Row] = []
     left_out: list[str] = []
@@ -138,19 +152,19 @@ def run_subjects(
 
 
 def lost(device: Device) -> bool:
-    """After an illegal access by one kernel no other can run in this process."""
+    """Whether no kernel can run in this process any more, as after an illegal memory access."""
     failures: list[str] = []
     attempt(device.wait, failures)
     return bool(failures)
 
 
 def implementation(path: str) -> str:
-    """Whose path it is: "cuda" of "cuda, uint8"."""
+    """The implementation that a path uses: "cuda" of "cuda, uint8"."""
     return path.split(", ")[0]
 
 
 def suspect(rows: list[Row], ours: tuple[str, ...]) -> str:
-    """Whose kernels seem to have broken the device: the first to fail in the last subject."""
+    """The implementation that probably broke the device: the first to fail in the last subject."""
     for row in rows:
         if row.subject == rows[-1].subject and row.failure and implementation(row.path) in ours:
             return implementation(row.path)

@@ -1,4 +1,4 @@
-"""What gpu.py found, as tables: how long the library takes, and beside what it competes with."""
+"""Tables of what was measured: the library's times, and beside them those of its competitors."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from benchmarks.machine_code import page, results
 
 OURS = tuple(BACKENDS)
 TORCH = ("torch", "torch, tf32", "compiled", "compiled, tf32", "published")
-KINDS = ("seconds", "graph")  # of a row: times by the call, and within a graph
-TARGET = 1.5  # times the memory floor, for the CIFAR-10 shape on sm_90
+KINDS = ("seconds", "graph")  # the fields of a row that are times
+TARGET = 1.5  # time over memory floor, for the CIFAR-10 shape on sm_90
 
 
 # ---- one row beside others --------------------------------------------------------------------
 
 
 def best(rows: list[Row], names: tuple[str, ...], kind: str) -> float | None:
-    """The least median among paths."""
+    """The smallest median among paths."""
     found = [getattr(row, kind).get("median") for row in rows if row.path in names]
     return min((value for value in found if value is not None), default=None)
 
 
 def ratio(other: float | None, ours: float | None) -> str:
+    """How many times as long another path takes."""
     return "" if other is None or ours is None else f"{other / ours:.3g} ×"
 
 
 def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each subject."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.subject, []).append(row)
@@ -45,16 +47,18 @@ def _text(value: float | None) -> str:
     return "" if value is None else as_text(value)
 
 
-# ---- the faster of ours -----------------------------------------------------------------------
+# ---- the faster of the library's paths --------------------------------------------------------
 
 
 Faster = dict[str, dict[str, dict[str, Any]]]
+"""Subject → kind of time → the faster path, and how many times as long the other takes.
+
+The subject's name ends with the type of references, if that is not float32.
+"""
 
 
 def faster(rows: list[Row]) -> Faster:
-    """Subject, with the type of references where not float32 → by the call and in a graph → which
-    of the library's paths is faster, and how many times as long the other takes. Only what both
-    compute is there."""
+    """Which of the library's paths is faster, for all that both compute."""
     found: Faster = {}
     for subject, part in by_subject(rows).items():
         paths = [row.path for row in part if implementation(row.path) == "cuda"]
@@ -75,7 +79,7 @@ def _first(rows: list[Row], variant: str, kind: str) -> dict[str, Any] | None:
 
 
 def tally(found: Faster) -> str:
-    """In how many subjects each is the faster."""
+    """In how many subjects each path is the faster one."""
     parts = []
     for kind, words in zip(KINDS, ("by the call", "within graphs"), strict=True):
         winners = [kinds[kind]["faster"] for kinds in found.values() if kind in kinds]
@@ -93,8 +97,10 @@ GRAPH_HEADER = [*(f"{name} in a graph" for name in OURS), "best torch", "copy"]
 
 
 def summary(rows: list[Row]) -> str:
-    """A row a subject: the library's times, how many times as long as the faster of them the best
-    of plain torch and a copy take, the same within graphs, the published formula, the errors."""
+    """One row a subject: times, then the same within graphs, then the errors.
+
+    Times of competitors say how many times as long they take as the faster of the library's paths.
+    """
     lines = []
     for name, part in by_subject(rows).items():
         if not any(row.path in (*OURS, "all") for row in part):
@@ -123,7 +129,7 @@ def _worst(rows: list[Row], path: str) -> str:
 
 
 def bandwidth(rows: list[Row]) -> float | None:
-    """Bytes a second of the large copy, read and written."""
+    """Bytes a second that the large copy reads and writes."""
     for row in rows:
         if row.subject == PLAIN_COPY and row.seconds:
             return row.moved / row.seconds["median"]
@@ -131,7 +137,7 @@ def bandwidth(rows: list[Row]) -> float | None:
 
 
 def floors(rows: list[Row]) -> str:
-    """The CIFAR-10 shape's forward pass over the time in which memory gives its references once."""
+    """Forward passes of the CIFAR-10 shape over their memory floor: the references read once."""
     rate = bandwidth(rows)
     wanted = [row for row in rows if row.subject.startswith("forward, CIFAR-10") and row.moved]
     lines = []
@@ -144,14 +150,14 @@ def floors(rows: list[Row]) -> str:
         lines.append([row.subject, row.path, as_text(floor), *over])
     if not lines or rate is None:
         return ""
-    said = (
-        f"Over the memory floor, the bytes of the references at {rate * 1e-12:.3g} TB/s "
+    title = (
+        f"Over the memory floor, which is the bytes of the references at {rate * 1e-12:.3g} TB/s "
         f"(a large copy); the target on sm_90 is {TARGET} ×:"
     )
-    return f"{said}\n\n{table(['', 'path', 'floor', 'time', 'in a graph'], lines)}"
+    return f"{title}\n\n{table(['', 'path', 'floor', 'time', 'in a graph'], lines)}"
 
 
-# ---- beside what was predicted -----------------------------------------------------------------
+# ---- predicted and measured --------------------------------------------------------------------
 
 CARDS = {"A100": "A100 SXM", "H100": "H100 SXM", "B200": "B200"}
 CARDS |= {"RTX 4090": "RTX 4090", "RTX 5090": "RTX 5090"}
@@ -165,15 +171,17 @@ AS_PREDICTED |= {"compiled": "compiled, float32", "compiled, tf32": "compiled, T
 
 
 def beside_predicted(rows: list[Row], card: str) -> str:
-    """Of the shapes and cards that the counted model knows: predicted and measured. The measured
-    time is that within a graph where there is one, for the model does not count the host."""
+    """Predicted and measured times, for the shapes and cards that were predicted.
+
+    The measured time is that within a graph if there is one: the prediction leaves out the host.
+    """
     name = next((known for word, known in CARDS.items() if word in card), None)
     totals = page.predicted(results.load()) if name else {}
     lines = []
     for row in rows:
         path, shape = AS_PREDICTED.get(row.path, row.path), COUNTED.get(row.subject, "")
         expected = totals.get((shape, name or "", path))
-        if path == "cuda":  # which takes the single pass where it can
+        if path == "cuda":  # the library prefers the single pass
             expected = totals.get((shape, name or "", "cuda, single pass"), expected)
         measured = row.graph.get("median", row.seconds.get("median"))
         if expected is not None and measured is not None:
@@ -181,9 +189,9 @@ def beside_predicted(rows: list[Row], card: str) -> str:
             lines.append([row.subject, row.path, *cells])
     if not lines:
         return ""
-    said = f"Predicted by benchmarks/machine_code for the {name}, beside measured:"
+    title = f"Predicted by benchmarks/machine_code for the {name}, and measured:"
     return (
-        f"{said}\n\n{table(['', 'path', 'predicted', 'measured', 'measured / predicted'], lines)}"
+        f"{title}\n\n{table(['', 'path', 'predicted', 'measured', 'measured / predicted'], lines)}"
     )
 
 
@@ -191,15 +199,17 @@ def beside_predicted(rows: list[Row], card: str) -> str:
 
 
 def failures_of(rows: list[Row]) -> list[str]:
+    """A line for each path that failed."""
     return [f"{row.subject}: {row.path}: {row.failure}" for row in rows if row.failure]
 
 
 def failed(rows: list[Row]) -> bool:
-    """Whether one of the library's paths did."""
+    """Whether one of the library's paths failed."""
     return any(row.failure for row in rows if implementation(row.path) in (*OURS, "all"))
 
 
 def report(rows: list[Row], left_out: list[str], device: Device) -> str:
+    """The whole page."""
     parts = [summary(rows)]
     if found := faster(rows):
         parts.append(tally(found))
@@ -215,6 +225,7 @@ def report(rows: list[Row], left_out: list[str], device: Device) -> str:
 
 
 def circumstances(device: Device) -> dict[str, Any]:
+    """The machine, the device and the versions."""
     import triton
 
     return {

@@ -1,8 +1,8 @@
-"""Runs every CUDA kernel once, on little: for compute-sanitizer, and to see that all of them end.
+"""Runs every CUDA kernel once on small inputs, for compute-sanitizer and to see that all end.
 
 python -m benchmarks.gpu.smoke [--backend native] [--device cuda]
 
-Prints a line a part, so that a part which does not end is known.
+Prints a line after each part, which shows the part that did not end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pfgm
 from benchmarks.common.commands import new_parser
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-# Queries, references, features: what decides which kernels a posterior mean takes, with no size a
+# Queries, references, features. They decide which kernels a posterior mean takes. No size is a
 # multiple of a tile's. From sm_90 on the last three are one pass, in clusters of 2, 3 and 16.
 SHAPES = {
     "few queries": (5, 70, 37),
@@ -27,13 +27,13 @@ SHAPES = {
     "one pass, 128 queries a tile": (70, 70, 520),
     "one pass, the largest clusters": (66, 33, 3070),
 }
-# Rows within a warp, a block, and longer than one; the odd lengths are read value by value.
+# Rows for part of a warp, a block, and longer ones. Odd lengths are read value by value.
 WIDTHS = (36, 37, 1040, 1041, 6150, 8200)
 ROWS = 3
 
 
 class Small:
-    """Little tensors on a device, the same ones every time."""
+    """Small tensors on a device, the same in every run."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -53,6 +53,7 @@ class Small:
 
 
 def forward(small: Small, backend: str, shape: tuple[int, int, int]) -> None:
+    """A posterior mean with each type of references."""
     queries, references, features = shape
     x = small.normal(queries, features)
     for dtype in TYPES:
@@ -61,7 +62,7 @@ def forward(small: Small, backend: str, shape: tuple[int, int, int]) -> None:
 
 
 def backward(small: Small, backend: str, shape: tuple[int, int, int]) -> None:
-    """With gradients of x, references and radius."""
+    """Gradients in x, references and radius."""
     queries, references, features = shape
     x = small.normal(queries, features).requires_grad_()
     radius = small.levels(queries).requires_grad_()
@@ -77,13 +78,13 @@ def backward(small: Small, backend: str, shape: tuple[int, int, int]) -> None:
 
 
 def field(small: Small, backend: str, features: int) -> None:
+    """PFGM's field."""
     x, images = small.normal(ROWS, features), small.images(9, features, torch.float32)
     pfgm.field_fn(x, small.levels(ROWS), images, backend=backend)
 
 
 def steps(small: Small, backend: str, features: int) -> None:
-    """Each solver with levels of all rows, where the field's z is substituted and where not, and
-    with levels of each."""
+    """A step of each solver: with field_z substituted, without, and with a level for each row."""
     x, history = small.normal(2, ROWS, features)
     field_x, field_z = 0.3 * small.normal(ROWS, features), -small.normal(ROWS).abs() - 1
     for z in (1.0, 20.0, small.levels(ROWS, 8.0)):
@@ -94,6 +95,7 @@ def steps(small: Small, backend: str, features: int) -> None:
 
 
 def parts(small: Small, backend: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """All parts by name."""
     for name, shape in SHAPES.items():
         yield f"forward, {name}", functools.partial(forward, small, backend, shape)
         yield f"backward, {name}", functools.partial(backward, small, backend, shape)
@@ -103,6 +105,7 @@ def parts(small: Small, backend: str) -> Iterator[tuple[str, Callable[[], None]]
 
 
 def run(backend: str = "native", device: str = "cuda") -> None:
+    """Runs all parts."""
     for name, part in parts(Small(device), backend):
         part()
         if device == "cuda":

@@ -1,4 +1,4 @@
-"""What gpu.py measures: each operation by the library's kernels and by what they compete with."""
+"""What is measured: each operation by the library's kernels and by what they compete with."""
 
 from __future__ import annotations
 
@@ -12,46 +12,52 @@ import torch
 from torch import Tensor
 
 import pfgm
-from benchmarks.common import posterior_paths, subjects
+from benchmarks.common import posterior_paths, published_ode, subjects
+from benchmarks.common.posterior_paths import GAMMA
 from benchmarks.common.subjects import Case
 from benchmarks.common.turns import Call
 from benchmarks.gpu.clock import Device
 from benchmarks.machine_code.roofline import STEP_TENSORS
 from pfgm.backends.reference import normalised_field
 
-GAMMA = 5.0
-SAMPLE = 256  # rows whose error is looked at
-BACKENDS = {"triton": "triton", "cuda": "native"}  # of the library's paths
-PLAIN_COPY = "a copy"  # its rate is that of the memory floors
+COMPARED_ROWS = 256  # at most, of a result, with float64
+BACKENDS = {"triton": "triton", "cuda": "native"}
+"""The library's paths → the backend of each."""
+PLAIN_COPY = "a copy"
+"""The subject whose rate the memory floors are computed with."""
 
 
 class Way(NamedTuple):
-    """One way to a result."""
+    """One way to compute a result."""
 
     calls: list[Call]
+    """One for each copy of the inputs."""
     errors: Callable[[], dict[str, float]] | None = None
     capturable: bool = True
+    """Whether a CUDA graph can hold the calls."""
     moved: int = 0
-    """Bytes that it must read and write at least; 0 where that is not looked at."""
+    """The least bytes to read and write; 0 if no floor is computed."""
 
 
 Paths = dict[str, Callable[[], Way]]
+"""Name → what prepares the way. Each is prepared by itself, so that one failure costs one path."""
 
 
 class Subject(NamedTuple):
-    """What is measured. Each path is prepared on its own, so that one that fails costs only it."""
+    """One operation at one size, by all its paths."""
 
     name: str
     paths: Callable[[Device], Paths]
     estimate: float
-    """Seconds that it takes, compilations included, on the safe side."""
+    """Seconds that it takes at most, with compilation."""
     rounds: int = 30
 
 
 @contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
+def tf32() -> Iterator[None]:
+    """Torch multiplies float32 matrices in TF32."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
@@ -59,22 +65,24 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def in_tf32(call: Call) -> Call:
+    """The call with products in TF32."""
+
     def run() -> Any:
-        with tf32(True):
+        with tf32():
             return call()
 
     return run
 
 
 def copies_of(case: Case, device: Device) -> list[Case]:
-    """On the device, more than the L2 cache can hold."""
+    """Copies of a case on the device, together more than the L2 cache holds."""
     size = sum(tensor.nbytes for tensor in case)
     count = device.copies(size)
     return [Case(*(tensor.to(device.name, copy=True) for tensor in case)) for _ in range(count)]
 
 
 def copy_path(moved: int, device: Device) -> Way:
-    """A copy that reads and writes so many bytes in all."""
+    """A copy that reads and writes ``moved`` bytes in all."""
     half = max(moved // 2, 1)
     shape = (device.copies(moved), 2, half)
     pairs = torch.ones(shape, dtype=torch.uint8, device=device.name)
@@ -82,6 +90,7 @@ def copy_path(moved: int, device: Device) -> Way:
 
 
 def plain_copy(size: int) -> Subject:
+    """A copy as a subject of its own."""
     return Subject(PLAIN_COPY, lambda device: {"copy": lambda: copy_path(size, device)}, 5)
 
 
@@ -89,18 +98,12 @@ def plain_copy(size: int) -> Subject:
 
 
 def our_mean(backend: str, case: Case, precision: str = "high") -> Call:
-    return lambda: pfgm.posterior_mean(
-        case.x,
-        case.references,
-        r=case.z,
-        return_logsumexp=True,
-        backend=backend,
-        precision=precision,
-    )
+    """The posterior mean by the library."""
+    return posterior_paths.library(case, backend, precision)
 
 
 def published(case: Case) -> Call:
-    """Its intermediate tensors are created on the default device."""
+    """The published formula, with the case's device as the default one, where it makes tensors."""
     forward = posterior_paths.published(case)
 
     def run() -> Any:
@@ -111,85 +114,70 @@ def published(case: Case) -> Call:
 
 
 def published_fits(case: Case, device: Device) -> bool:
-    """About four tensors (B, M, N + 1) live at a time."""
+    """Whether the published formula has memory for about four tensors (B, M, N + 1)."""
     B, (M, N) = len(case.x), case.references.shape
     wanted = 4 * 4 * B * M * (N + 1)
     return not device.real or wanted < 0.8 * torch.cuda.mem_get_info()[0]
 
 
-def with_backward(forward: Callable[[Case], Call]) -> Callable[[Case], Call]:
-    """Followed by the gradient of mean · x in x."""
-
-    def prepare(case: Case) -> Call:
-        leaf = case._replace(x=case.x.clone().requires_grad_())
-        run = forward(leaf)
-
-        def both() -> Any:
-            mean, logsumexp = run()
-            (gradient,) = torch.autograd.grad(mean, leaf.x, case.x)
-            return gradient, logsumexp.detach()
-
-        return both
-
-    return prepare
+def points_of(case: Case) -> Tensor:
+    """The direction of the gradients: they are those of mean · x in x."""
+    return case.x.detach()
 
 
-def sampled(case: Case) -> Tensor:
-    """Indices of the rows that are compared with float64."""
+with_backward = functools.partial(posterior_paths.with_backward, direction=points_of)
+
+
+def compared_rows(case: Case) -> Tensor:
+    """Indices of the rows that are compared with float64, evenly spaced."""
     B = len(case.x)
-    return torch.linspace(0, B - 1, min(B, SAMPLE), device=case.x.device).long()
+    return torch.linspace(0, B - 1, min(B, COMPARED_ROWS), device=case.x.device).long()
 
 
-def rows_of(case: Case, rows: Tensor) -> Case:
-    exact = case.references
-    if exact.dtype == torch.uint8:
-        exact = exact.double() / 127.5 - 1
-    return Case(case.x[rows], case.z[rows], exact)
+def part_of(case: Case, rows: Tensor) -> Case:
+    """Some queries, with the references in floating point."""
+    references = case.references
+    if references.dtype == torch.uint8:
+        references = posterior_paths.from_bytes(references)
+    return Case(case.x[rows], case.z[rows], references)
 
 
 def forward_errors(case: Case, call: Call) -> dict[str, float]:
-    rows = sampled(case)
-    part = rows_of(case, rows)
-    right_mean, right_logsumexp = posterior_paths.truth(part)
-    mean, logsumexp = (t[rows].detach().double() for t in call())
-    x, z = part.x.double(), part.z.double()
-    fields = [normalised_field(x, z, m, GAMMA)[0] for m in (mean, right_mean)]
-    largest = part.references.double().norm(dim=1).max()
-    size = right_logsumexp.abs().clamp(min=1)
-    return {
-        "mean": float((mean - right_mean).norm(dim=1).max() / largest),
-        "field": float((fields[0] - fields[1]).norm(dim=1).max() / math.sqrt(x.shape[1])),
-        "logsumexp": float(((logsumexp - right_logsumexp).abs() / size).max()),
-    }
+    """Errors of a posterior mean and its log-sum-exp."""
+    rows = compared_rows(case)
+    part = part_of(case, rows)
+    mean, logsumexp = call()
+    exact = posterior_paths.exact_result(part)
+    return posterior_paths.errors(part, (mean[rows], logsumexp[rows]), exact)
 
 
 def backward_errors(case: Case, call: Call) -> dict[str, float]:
-    rows = sampled(case)
-    x, z, references = (t.double() for t in rows_of(case, rows))
-    x.requires_grad_()
-    mean = pfgm.posterior_mean(x, references, r=z, backend="reference")
-    (right,) = torch.autograd.grad(mean, x, x.detach())
-    found = call()[0][rows].double()
-    return {"gradient": float((found - right).norm() / right.norm())}
+    """The relative error of a gradient."""
+    rows = compared_rows(case)
+    exact = posterior_paths.exact_gradient(part_of(case, rows), points_of)
+    return {"gradient": posterior_paths.relative_error(call()[0][rows].double(), exact)}
 
 
 def field_errors(case: Case, call: Call) -> dict[str, float]:
-    rows = sampled(case)
-    x, z, references = (t.double() for t in rows_of(case, rows))
-    right, _ = pfgm.field_fn(x, z, references, backend="reference")
-    difference = call()[0][rows].double() - right
+    """The error of PFGM's field, as the accuracy contract counts it."""
+    rows = compared_rows(case)
+    x, z, references = (t.double() for t in part_of(case, rows))
+    exact, _ = pfgm.field_fn(x, z, references, backend="reference")
+    difference = call()[0][rows].double() - exact
     return {"field": float(difference.norm(dim=1).max() / math.sqrt(x.shape[1]))}
 
 
 Errors = Callable[[Case, Call], dict[str, float]]
 
 
-def path_of(cases: list[Case], prepare: Callable[[Case], Call], errors: Errors) -> Way:
+def way_on(cases: list[Case], prepare: Callable[[Case], Call], errors: Errors) -> Way:
+    """A way that takes each case in rotation."""
     calls = [prepare(case) for case in cases]
     return Way(calls, functools.partial(errors, cases[0], calls[0]))
 
 
-def as_type(cases: list[Case], convert: Callable[[Tensor], Tensor]) -> list[Case]:
+def with_references(cases: list[Case], convert: Callable[[Tensor], Tensor]) -> list[Case]:
+    """The cases with their references converted."""
     return [case._replace(references=convert(case.references)) for case in cases]
 
 
@@ -200,7 +188,7 @@ def torch_paths(
     errors: Errors,
     backward: bool = False,
 ) -> Paths:
-    """A formula in plain torch: eager and compiled, with products in float32 and in TF32."""
+    """A formula in plain torch, eager and compiled, with products in float32 and in TF32."""
     wrap = with_backward if backward else lambda prepare: prepare
     fast = device.compiled(formula)
     eager = wrap(lambda case: lambda: formula(case))
@@ -211,25 +199,23 @@ def torch_paths(
         "compiled": compiled,
         "compiled, tf32": lambda case: in_tf32(compiled(case)),
     }
-    return {name: functools.partial(path_of, cases, way, errors) for name, way in ways.items()}
+    return {name: functools.partial(way_on, cases, way, errors) for name, way in ways.items()}
 
 
 def gemm_formula(case: Case) -> Any:
+    """Posterior mean and log-sum-exp in plain torch."""
     return posterior_paths.torch_path(case)()
 
 
-def reading(way: Way, case: Case) -> Way:
-    """The references have to be read once; all else is little beside them."""
-    return way._replace(moved=case.references.nbytes)
-
-
 def our_means(name: str, cases: list[Case], types: bool) -> Paths:
-    """By one of the library's paths, from references of each type."""
+    """One of the library's paths, for references of float32 or of each type."""
     mean = functools.partial(our_mean, BACKENDS[name])
 
     def path(convert: Callable[[Tensor], Tensor]) -> Way:
-        converted = as_type(cases, convert)
-        return reading(path_of(converted, mean, forward_errors), converted[0])
+        converted = with_references(cases, convert)
+        # The references must be read once; everything else is small beside them.
+        moved = converted[0].references.nbytes
+        return way_on(converted, mean, forward_errors)._replace(moved=moved)
 
     paths: Paths = {name: lambda: path(lambda references: references)}
     if types:
@@ -247,11 +233,11 @@ def posterior_subject(
     for name in ours:
         paths |= our_means(name, cases, types)
     medium = functools.partial(our_mean, "triton", precision="medium")
-    paths["triton, medium"] = lambda: path_of(cases, medium, forward_errors)
+    paths["triton, medium"] = lambda: way_on(cases, medium, forward_errors)
     paths |= torch_paths(cases, device, gemm_formula, forward_errors)
     if published_fits(cases[0], device):
-        # Its temporaries would take their memory twice, in a graph and outside.
-        paths["published formula"] = lambda: path_of(cases[:1], published, forward_errors)._replace(
+        # In a graph its temporaries would take their memory a second time.
+        paths["published formula"] = lambda: way_on(cases[:1], published, forward_errors)._replace(
             capturable=False
         )
     moved = case.references.nbytes + 2 * case.x.nbytes
@@ -264,17 +250,18 @@ def backward_subject(build: Callable[[], Case], device: Device, ours: tuple[str,
     ways: Paths = {}
     for name in ours:
         both = with_backward(functools.partial(our_mean, BACKENDS[name]))
-        ways[name] = functools.partial(path_of, cases, both, backward_errors)
+        ways[name] = functools.partial(way_on, cases, both, backward_errors)
     ways |= torch_paths(cases, device, gemm_formula, backward_errors, True)
     return {name: functools.partial(_uncaptured, way) for name, way in ways.items()}
 
 
 def _uncaptured(prepare: Callable[[], Way]) -> Way:
-    """Autograd runs on a thread of its own, whose stream is not the capturing one's."""
+    """A way that no graph holds: autograd runs on another thread, in a stream not captured."""
     return prepare()._replace(capturable=False)
 
 
 def field_formula(case: Case) -> tuple[Tensor, Tensor]:
+    """PFGM's field in plain torch."""
     mean, _ = gemm_formula(case)
     difference = case.x - mean
     norm = (difference.square().sum(1) + case.z.square()).sqrt()
@@ -283,6 +270,7 @@ def field_formula(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def our_field(backend: str, case: Case) -> Call:
+    """PFGM's field by the library."""
     return lambda: pfgm.field_fn(case.x, case.z, case.references, backend=backend)
 
 
@@ -291,7 +279,7 @@ def field_subject(build: Callable[[], Case], device: Device, ours: tuple[str, ..
     paths: Paths = {}
     for name in ours:
         field = functools.partial(our_field, BACKENDS[name])
-        paths[name] = functools.partial(path_of, cases, field, field_errors)
+        paths[name] = functools.partial(way_on, cases, field, field_errors)
     return paths | torch_paths(cases, device, field_formula, field_errors)
 
 
@@ -299,7 +287,7 @@ def field_subject(build: Callable[[], Case], device: Device, ours: tuple[str, ..
 
 
 class Points(NamedTuple):
-    """Points (B, N), a network's field there, and a history of their size."""
+    """Points (B, N), a network's field there, and the solver's history (B, N)."""
 
     x: Tensor
     field_x: Tensor
@@ -308,6 +296,8 @@ class Points(NamedTuple):
 
 
 class Step(NamedTuple):
+    """One step of a solver, from level z to z_next."""
+
     solver: str
     z: float
     z_next: float
@@ -315,6 +305,7 @@ class Step(NamedTuple):
 
 
 def points(B: int, N: int, z: float) -> Points:
+    """Points around random data at level z."""
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(16, N, generator=generator) * 2 - 1
     x = data[torch.arange(B) % 16] + z * torch.randn(B, N, generator=generator)
@@ -325,6 +316,7 @@ def points(B: int, N: int, z: float) -> Points:
 
 
 def our_step(step: Step, backend: str, at: Points) -> Any:
+    """The step by the library, in place."""
     solver, z, z_next, z_previous = step
     if solver == "euler":
         return pfgm.euler_step(*at[:3], z, z_next, out=at.x, backend=backend)
@@ -342,36 +334,24 @@ def our_step(step: Step, backend: str, at: Points) -> Any:
     )
 
 
-def published_slope(x: Tensor, field_x: Tensor, field_z: Tensor, z: float) -> Tensor:
-    """z dx/dz as in the published sampler, each intermediate in memory. The level is a number: the
-    published code asks the device for it at every step."""
-    if z < 5.0:
-        root = math.sqrt(x.shape[1])
-        norm = field_x.norm(p=2, dim=1) / root
-        distance = GAMMA * norm / (1 - norm)
-        distance = torch.sqrt(distance**2 + z**2)
-        field_z = -root * torch.ones_like(field_z) * z / (distance + GAMMA)
-    v = torch.cat([field_x, field_z[:, None]], dim=1)
-    return z * v[:, :-1] * (1 / (v[:, -1] + 1e-5))[:, None]
-
-
 def published_step(step: Step, at: Points) -> Any:
-    """The published Euler and Heun steps; for the multistep solver its formula in torch."""
+    """The published Euler or Heun step, or the multistep formula in torch."""
     x, field_x, field_z, history = at
     log_step = math.log(step.z_next / step.z)
     if step.solver == "euler":
-        return x + log_step * published_slope(x, field_x, field_z, step.z)
+        return x + log_step * published_ode.slope(x, field_x, field_z, step.z)
     if step.solver == "heun":
         first = (x - history) / log_step
-        second = published_slope(x, field_x, field_z, step.z_next)
+        second = published_ode.slope(x, field_x, field_z, step.z_next)
         return history + 0.5 * log_step * (first + second)
-    mean = x - published_slope(x, field_x, field_z, step.z)
+    mean = x - published_ode.slope(x, field_x, field_z, step.z)
     weight = -log_step / (2 * math.log(step.z_previous / step.z))
     toward = mean * (1 + weight) - history * weight
     return toward + (step.z_next / step.z) * (x - toward), mean
 
 
 def step_errors(step: Step, backend: str, at: Points) -> dict[str, float]:
+    """The largest relative error of a row."""
     exact = our_step(step, "reference", Points(*(t.double() for t in at)))
     found = our_step(step, backend, Points(*(t.clone() for t in at)))
     if step.solver == "multistep":
@@ -381,6 +361,7 @@ def step_errors(step: Step, backend: str, at: Points) -> dict[str, float]:
 
 
 def step_bytes(solver: str, values: int) -> int:
+    """The least bytes that a step of so many values reads and writes."""
     read, written = STEP_TENSORS[solver]
     return 4 * values * (len(read) + len(written))
 
@@ -413,18 +394,19 @@ def step_subject(step: Step, B: int, N: int, device: Device, ours: tuple[str, ..
 
 
 def photographs_like_fashion(B: int, M: int) -> Case:
-    """Grey crops of photographs, in the shape of Fashion-MNIST where its files are not at hand."""
+    """Grey crops of photographs in Fashion-MNIST's shape, where its files are missing."""
     return subjects.perturbed(subjects.photograph_crops(M, 28)[:, :1].contiguous(), B)
 
 
-def many(fashion: bool) -> tuple[str, Callable[[int, int], Case]]:
+def many_references(fashion: bool) -> tuple[str, Callable[[int, int], Case]]:
+    """The subject with most references, by name."""
     if fashion:
         return "Fashion-MNIST", subjects.fashion_shape
     return "photographs in Fashion-MNIST's shape", photographs_like_fashion
 
 
 def step_subjects(dry: bool, ours: tuple[str, ...]) -> list[Subject]:
-    """Below z = 5 the field's z is substituted."""
+    """Steps of each solver. Below z = 5 they substitute field_z."""
     levels = {"euler": (1.0, 20.0), "heun": (1.0,), "multistep": (1.0,)}
     sizes, N = ((4,), 64) if dry else ((128, 512, 1024), 3072)
     return [
@@ -441,8 +423,8 @@ def step_subjects(dry: bool, ours: tuple[str, ...]) -> list[Subject]:
 
 
 def all_subjects(dry: bool, fashion: bool, ours: tuple[str, ...]) -> list[Subject]:
-    """What matters most comes first."""
-    name, large = many(fashion)
+    """All subjects, the most important first, because the budget may not suffice for all."""
+    name, large = many_references(fashion)
     cifar, digits = subjects.cifar_shape, subjects.digits_shape
     if dry:
         cifar = large = digits

@@ -1,12 +1,17 @@
-"""Counts what the GPU kernels would take, from their machine code and from real data. No GPU.
+"""Predicts times of the GPU kernels, from their machine code and real data. Needs no GPU.
 
     python -m benchmarks.machine_code [--only SECTION ...] [--fashion-mnist FOLDER] [--write]
 
-Sections: data (what real data make the kernels do, minutes), host (the host's time, measured here),
-predicted and loops (compiles the kernels and runs the model, tens of minutes), published (the model
-beside published times) and "held out". Each is stored in benchmarks/results/machine_code.json;
---write puts the tables into docs/roofline.md. Needs Triton and, for CUDA's kernels, an extension
-that was built with nvcc.
+Sections:
+
+- data: how much work real data make for the kernels (minutes);
+- host: the host's time, measured on this machine;
+- predicted, loops: compiles the kernels and runs the model (tens of minutes);
+- published, "held out": the model beside published times.
+
+Each section is stored in benchmarks/results/machine_code.json. ``--write`` puts the stored tables
+into docs/roofline.md and does nothing else. Needs Triton and, for the CUDA kernels, an extension
+built with nvcc.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from benchmarks.machine_code import sections as counted
 
 
 def sections() -> dict[str, Callable[[], Any]]:
-    from benchmarks.machine_code import published  # which needs Triton
+    """What counts each section."""
+    from benchmarks.machine_code import published  # here, because it needs Triton
 
     def counts() -> dict[str, Any]:
         found: dict[str, Any] = results.load()["data"]

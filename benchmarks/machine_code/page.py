@@ -13,12 +13,12 @@ from benchmarks.machine_code.devices import DEVICES, Figure
 SECTION = Section(DOCS / "roofline.md", "machine code")
 OURS = ("triton", "cuda", "cuda, single pass")
 PATHS = (*OURS, "torch, float32", "torch, TF32", "compiled, float32", "compiled, TF32")
-WITHIN = 0.25
+WITHIN = 0.25  # relative error of a prediction that counts as good
 Results = dict[str, Any]
 
 
 def predicted(results: Results) -> dict[tuple[str, str, str], float]:
-    """Shape, card and path → predicted seconds of all its kernels."""
+    """Shape, card and path → predicted seconds of all kernels together."""
     found: dict[tuple[str, str, str], float] = {}
     for shape, card, path, _, seconds, _, _ in results["predicted"]:
         found[shape, card, path] = found.get((shape, card, path), 0.0) + seconds
@@ -40,7 +40,7 @@ def _text(seconds: float | None) -> str:
 
 
 def kernel_table(results: Results, shape: str) -> str:
-    """A row a kernel of ours, a column a card: predicted time and what binds."""
+    """Predicted time and bound of each of the library's kernels, one column a card."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for name, card, path, kernel, seconds, launches, bound in results["predicted"]:
         if name == shape and path in OURS:
@@ -88,7 +88,7 @@ def data_table(results: Results) -> str:
 
 
 def device_table() -> str:
-    """A row a rate; the letter says where it comes from."""
+    """The rates of the cards, each with the letter of its source."""
     letters = {source: chr(ord("a") + i) for i, source in enumerate(devices.SOURCES)}
 
     def cell(figure: Figure) -> str:
@@ -99,8 +99,8 @@ def device_table() -> str:
         [name.replace("_", " "), *(cell(getattr(card, name)) for card in DEVICES)] for name in names
     ]
     rows.insert(0, ["code for", *(f"sm_{card.architecture}" for card in DEVICES)])
-    said = "; ".join(f"{letters[key]}: {text}" for key, text in devices.SOURCES.items())
-    return f"{table(['', *(card.name for card in DEVICES)], rows)}\n\n{said}."
+    sources = "; ".join(f"{letters[key]}: {text}" for key, text in devices.SOURCES.items())
+    return f"{table(['', *(card.name for card in DEVICES)], rows)}\n\n{sources}."
 
 
 def published_table(results: Results) -> str:
@@ -119,11 +119,9 @@ def published_table(results: Results) -> str:
 def host_table(results: Results) -> str:
     rows = [[path, as_text(seconds)] for path, seconds in results["host"].items()]
     made = results["made"]["host"]
-    said = (
-        f"Measured on {made['processor']}, {made['date']}, as the thread's time on the processor."
-    )
+    how = f"Measured on {made['processor']}, {made['date']}, as the thread's time on the processor."
     driver = f"A launch in the driver is taken as {as_text(host.DRIVER)} more."
-    return f"{table(['posterior_mean', 'a call'], rows)}\n\n{said} {driver}"
+    return f"{table(['posterior_mean', 'a call'], rows)}\n\n{how} {driver}"
 
 
 def report(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""The least that each kernel must compute and move, and how long an H100 must take for it.
+"""The least that each kernel must compute and move, and the least time of an H100 for it.
 
     python -m benchmarks.machine_code.roofline            prints the tables
     python -m benchmarks.machine_code.roofline --write    puts them into docs/roofline.md
@@ -21,10 +21,10 @@ SECTION = Section(DOCS / "roofline.md", "roofline")
 RATES = {"tensor cores": 495e12, "float32": 67e12, "float64": 34e12, "memory": 3.35e12}
 MULTIPROCESSORS = 132
 
-TF32X3 = 3  # products in TF32 for the digits of one in float32
-LOGARITHM = 40  # float64 operations of a weight: a logarithm, an exponential, a division
-STRETCHES = 4  # parts into which the references of a weighted sum are split
-LIVE = 0.2  # of the weighted sum on real images: the other tiles have no weight that shows
+TF32X3 = 3  # products in TF32 for one of float32 accuracy
+WEIGHT_OPERATIONS = 40  # in float64: a logarithm, an exponential, a division; assumed
+STRETCHES = 4  # parts that the references of a weighted sum are split into
+LIVE = 0.2  # share of tiles with a weight above zero, on real images
 TILE = 64
 
 
@@ -49,20 +49,19 @@ STEP_FEATURES = 3072
 
 @functools.cache
 def counted() -> dict[str, Any]:
-    """What real data make the kernels do, by "M × N" (benchmarks/machine_code/data.py)."""
+    """Counts on real data, by "M × N" (data.py)."""
     found = json.loads((RESULTS / "machine_code.json").read_text())["data"]
     return {" × ".join(map(str, one["B, M, N"][1:])): one for one in found.values()}
 
 
 def refined(shape: Shape) -> float:
-    """References of a query that are computed again in float64, as counted on the data; 0 where
-    they were not."""
+    """References of a query that are refined in float64, as counted on real data, otherwise 0."""
     found = counted().get(f"{shape.M} × {shape.N}")
     return 0.0 if found is None else float(found["refined a query"]["mean"])
 
 
 class Work(NamedTuple):
-    """Operations (a multiplication and an addition are two) and bytes of memory."""
+    """Operations and bytes of memory. A multiplication and an addition are two operations."""
 
     tensor: float = 0
     single: float = 0
@@ -70,13 +69,15 @@ class Work(NamedTuple):
     moved: float = 0
 
     def times(self) -> dict[str, float]:
-        """Seconds of each unit, were it the only limit."""
+        """Seconds that each unit needs by itself."""
         return {name: amount / RATES[name] for name, amount in zip(RATES, self, strict=True)}
 
     def floor(self) -> float:
+        """Seconds of the slowest unit."""
         return max(self.times().values())
 
     def bound(self) -> str:
+        """The slowest unit."""
         times = self.times()
         return max(times, key=lambda name: times[name])
 
@@ -85,7 +86,7 @@ class Work(NamedTuple):
 
 
 def distances(shape: Shape, products: int = TF32X3, reference_bytes: int = 4) -> Work:
-    """|x|² + |y|² − 2 x·y: reads x and y, writes a float64 a pair."""
+    """|x|² + |y|² − 2 x·y. Reads x and y, and writes a float64 a pair."""
     _, B, M, N = shape
     return Work(
         tensor=products * 2 * B * M * N,
@@ -95,7 +96,7 @@ def distances(shape: Shape, products: int = TF32X3, reference_bytes: int = 4) ->
 
 
 def refine(shape: Shape, reference_bytes: int = 4) -> Work:
-    """Σ (x − y)² in float64 for the references that decide."""
+    """Σ (x − y)² in float64 for the references that matter."""
     _, B, M, N = shape
     near = refined(shape)
     return Work(
@@ -105,15 +106,15 @@ def refine(shape: Shape, reference_bytes: int = 4) -> Work:
 
 
 def weights(shape: Shape) -> Work:
-    """A float64 logarithm a pair: reads the squared distance, writes a float32 weight."""
+    """The weight of each pair. Reads its squared distance and writes a float32 weight."""
     pairs = shape.B * shape.M
-    return Work(double=LOGARITHM * pairs, moved=(8 + 4) * pairs)
+    return Work(double=WEIGHT_OPERATIONS * pairs, moved=(8 + 4) * pairs)
 
 
 def weighted_sum(
     shape: Shape, products: int = TF32X3, reference_bytes: int = 4, live: float = 1.0
 ) -> Work:
-    """Σ_j w_j y_j in STRETCHES parts, from the share of tiles that has weights."""
+    """Σ_j w_j y_j in STRETCHES parts, over the share ``live`` of the tiles."""
     _, B, M, N = shape
     return Work(
         tensor=products * 2 * live * B * M * N,
@@ -122,7 +123,7 @@ def weighted_sum(
 
 
 def merge(shape: Shape) -> Work:
-    """The parts of the sum into the mean."""
+    """Adds the parts of the sum."""
     values = shape.B * shape.N
     return Work(single=STRETCHES * values, moved=4 * (STRETCHES + 1) * values)
 
@@ -130,6 +131,7 @@ def merge(shape: Shape) -> Work:
 def forward(
     shape: Shape, products: int = TF32X3, reference_bytes: int = 4, live: float = 1.0
 ) -> dict[str, Work]:
+    """The kernels of a posterior mean."""
     return {
         "distances": distances(shape, products, reference_bytes),
         "refine": refine(shape, reference_bytes),
@@ -143,16 +145,16 @@ def forward(
 
 
 def distances_and_projections(shape: Shape, products: int = TF32X3) -> Work:
-    """x·y and G·y in one pass over y: two products instead of one, a float32 more a pair."""
+    """x·y and G·y in one pass over y: two products for one, and a float32 more a pair."""
     _, B, M, N = shape
     once = distances(shape, products)
     return once._replace(tensor=2 * once.tensor, moved=once.moved + 4 * B * N + 4 * B * M)
 
 
 def coefficients(shape: Shape) -> Work:
-    """p_j and c_j = −(N + D) p_j t_j / s_j: a logarithm a pair, two float32 written."""
+    """p_j and c_j = −(N + D) p_j t_j / s_j. Writes two float32 a pair."""
     pairs = shape.B * shape.M
-    return Work(double=(LOGARITHM + 6) * pairs, moved=(8 + 4 + 2 * 4) * pairs)
+    return Work(double=(WEIGHT_OPERATIONS + 6) * pairs, moved=(8 + 4 + 2 * 4) * pairs)
 
 
 def gradient_of_references(shape: Shape, products: int = TF32X3) -> Work:
@@ -166,6 +168,7 @@ def gradient_of_references(shape: Shape, products: int = TF32X3) -> Work:
 
 
 def backward(shape: Shape) -> dict[str, Work]:
+    """The kernels of the gradients."""
     return {
         "distances and G·y": distances_and_projections(shape),
         "refine": refine(shape),
@@ -185,7 +188,7 @@ def normalised_field(shape: Shape) -> Work:
     return Work(single=4 * values, moved=3 * 4 * values)
 
 
-# Solver → float32 tensors (B, N) that its step reads, and writes.
+# Solver → float32 tensors (B, N) that its step reads, and that it writes.
 STEP_TENSORS = {
     "euler": (("x", "v_x"), ("x",)),
     "heun": (("predicted", "v_x", "x"), ("x",)),
@@ -194,7 +197,7 @@ STEP_TENSORS = {
 
 
 def ode_step(solver: str, B: int, N: int = STEP_FEATURES) -> Work:
-    """The norm of v_x and the update: each tensor crosses memory once."""
+    """The norm of v_x and the update. Each tensor is read or written once."""
     read, written = STEP_TENSORS[solver]
     return Work(single=2 * (len(read) + 1) * B * N, moved=4 * B * N * (len(read) + len(written)))
 
@@ -203,7 +206,7 @@ def ode_step(solver: str, B: int, N: int = STEP_FEATURES) -> Work:
 
 
 def total(kernels: dict[str, Work]) -> float:
-    """Seconds of kernels that run one after another."""
+    """Least seconds of kernels that run one after another."""
     return sum(work.floor() for work in kernels.values())
 
 

@@ -1,4 +1,4 @@
-"""What the command counts, section by section of the stored results."""
+"""Counts the sections of the stored results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TORCH = {
     "compiled, float32": ("fp32", True),
     "compiled, TF32": ("tf32", True),
 }
-COUNTED_ON = data.C
+LOOPS_SHAPE = data.C
 Row = list[Any]
 
 
 def count_data(stored: dict[str, Any]) -> dict[str, Any]:
-    """Of every shape; what is stored of Fashion-MNIST stays where its files are not at hand."""
+    """The section "data". Keeps what is stored of Fashion-MNIST if its files are missing."""
     found = {}
     for shape in SHAPES:
         there = (subjects.FASHION_FOLDER / subjects.FASHION).exists()
@@ -40,7 +40,7 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def predictions(counts: dict[str, Any]) -> Iterator[Row]:
-    """Shape, card, path, kernel, seconds, launches and what binds."""
+    """The section "predicted": shape, card, path, kernel, seconds, launches and bound."""
     for shape in SHAPES:
         for card in DEVICES:
             for path, made in BACKENDS.items():
@@ -59,12 +59,15 @@ def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
 
 
 def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
-    """Of each kernel, at one shape, the stretch that takes longest: path, card, kernel, stretch,
-    instructions, matrix instructions, ideal and actual wavefronts, clocks of a trip of one block
-    alone and of as many as a multiprocessor holds, how many those are, and what binds them."""
+    """The section "loops": of each kernel the phase that takes longest, at one shape.
+
+    Path, card, kernel, phase, instructions, matrix instructions, ideal and actual wavefronts,
+    clocks of a trip of one block alone and of as many as a multiprocessor holds, their number, and
+    bound.
+    """
     for card in DEVICES:
         for path, made in BACKENDS.items():
-            for launch in made(COUNTED_ON, counts[COUNTED_ON.name], card):
+            for launch in made(LOOPS_SHAPE, counts[LOOPS_SHAPE.name], card):
                 yield [path, card.name, launch.name, *_longest(launch, card)]
 
 

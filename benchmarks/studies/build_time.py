@@ -1,4 +1,4 @@
-"""Times a build of the extension from nothing, without CUDA and, where nvcc is found, with it.
+"""Times a full build of the extension, without CUDA and, if nvcc is found, with it.
 
 python -m benchmarks.studies.build_time
 """
@@ -16,7 +16,8 @@ from benchmarks.common.folders import ROOT
 from benchmarks.common.machine import store
 
 
-def seconds(cuda: str) -> float:
+def build_seconds(cuda: str) -> float:
+    """Seconds of a build with PFGM_CUDA set to ``cuda``."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "setup.py", "-q", "build", "--build-base", folder]
         environment = {**os.environ, "PFGM_CUDA": cuda}
@@ -26,9 +27,9 @@ def seconds(cuda: str) -> float:
 
 
 def main() -> None:
-    result = {"without CUDA": seconds("0")}
+    result = {"without CUDA": build_seconds("0")}
     if shutil.which("nvcc"):
-        result["with CUDA"] = seconds("1")
+        result["with CUDA"] = build_seconds("1")
     print(result)
     print(store("build", result))
 

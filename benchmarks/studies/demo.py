@@ -1,4 +1,4 @@
-"""Runs ``pfgm demo`` for three seeds and stores what its metrics.json say, with their mean.
+"""Runs ``pfgm demo`` for three seeds, and stores its metrics and their mean.
 
 python -m benchmarks.studies.demo
 """

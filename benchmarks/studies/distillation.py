@@ -2,10 +2,10 @@
 
     python -m benchmarks.studies.distillation [--steps 1500] [--store]
 
-Trains a network of PFGM and one of PFGM++ (D = 128) as ``pfgm demo`` does, makes a student of each
-as ``pfgm train --teacher`` does, and draws 1000 samples for each of three seeds: Fréchet distance
-in pixel space to the 399 held-out digits. ``--teachers`` keeps the teachers for the next call.
-``--store`` writes results/distillation.json and the picture.
+Trains a network of PFGM and one of PFGM++ (D = 128) as ``pfgm demo`` does, and a student of each as
+``pfgm train --teacher`` does. Draws 1000 samples for each of three seeds, and measures the Fréchet
+distance in pixel space to the 399 held-out digits. ``--teachers`` keeps the teachers for the next
+call. ``--store`` writes results/distillation.json and the picture.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from pfgm.training import Trainer
 SEEDS = (0, 1, 2)
 PICTURE = DOCS / "images" / "few-steps.png"
 METHODS = ("pfgm", "pfgm++")
-SECOND = 0.5  # the level at which a second evaluation begins
+SECOND = 0.5  # level of the second evaluation
 
 
 def teacher_of(method: str, path: Path) -> tuple[Flow, nn.Module]:
+    """The teacher in a file, which is trained if the file does not exist."""
     if path.exists():
         return pfgm.load(path)
     data = pfgm.data.digits().train
@@ -58,7 +59,7 @@ def teacher_of(method: str, path: Path) -> tuple[Flow, nn.Module]:
 
 
 def student_of(flow: Flow, teacher: nn.Module, steps: int) -> tuple[nn.Module, float]:
-    """The student, and the seconds that its training took."""
+    """A student, and the seconds of its training."""
     consistency = Consistency(flow, teacher)
     config = dataclasses.replace(demo.TRAINING, steps=steps, learning_rate=1e-3, references=0)
     student, data = copy.deepcopy(teacher), pfgm.data.digits().train
@@ -68,6 +69,7 @@ def student_of(flow: Flow, teacher: nn.Module, steps: int) -> tuple[nn.Module, f
 
 
 def draw(flow: Flow, network: nn.Module, seed: int, **options: Any) -> tuple[Tensor, int]:
+    """Samples in [-1, 1], and the evaluations of the network."""
     generator = torch.Generator().manual_seed(seed)
     samples, nfe = flow.sample(
         network, demo.SAMPLES, generator=generator, return_nfe=True, **options
@@ -76,6 +78,7 @@ def draw(flow: Flow, network: nn.Module, seed: int, **options: Any) -> tuple[Ten
 
 
 def measure(flow: Flow, network: nn.Module, name: str, **options: Any) -> dict[str, Any]:
+    """Measures a network with one sampler."""
     held_out = pfgm.data.digits().held_out
     distances, precisions, recalls, nfe = [], [], [], 0
     for seed in SEEDS:
@@ -95,8 +98,8 @@ def measure(flow: Flow, network: nn.Module, name: str, **options: Any) -> dict[s
     }
 
 
-def beside(method: str, folder: Path, steps: int) -> tuple[dict[str, Any], list[Tensor]]:
-    """Figures of a teacher and its student, and ten samples of each from the same priors."""
+def compare(method: str, folder: Path, steps: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """Figures of a teacher and its student, and ten samples of each from the same prior points."""
     flow, teacher = teacher_of(method, folder / f"{method}.safetensors")
     student, seconds = student_of(flow, teacher, steps)
     many: dict[str, Any] = {"solver": "multistep", "steps": 10}
@@ -109,7 +112,7 @@ def beside(method: str, folder: Path, steps: int) -> tuple[dict[str, Any], list[
     ]
     rows = [measure(flow, network, name, **options) for name, network, options in runs]
     shown = [draw(flow, network, 0, **options)[0][:10] for _, network, options in runs]
-    # By default PFGM++ is sampled with 35 evaluations.
+    # The teacher with its default sampler as well: 35 evaluations for PFGM++.
     teachers = [rows[0], measure(flow, teacher, "teacher")]
     least = min(row["frechet_distance"] for row in teachers)
     figures = {
@@ -133,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = check_folder(options.teachers or name)
         for method in options.methods:
-            found[method], shown = beside(method, folder, options.steps)
+            found[method], shown = compare(method, folder, options.steps)
             pictures += shown
     columns = ("network", "evaluations", "frechet_distance", "spread", "precision", "recall")
     for method, figures in found.items():

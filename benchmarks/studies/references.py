@@ -1,16 +1,16 @@
-"""Reference sets: from a file, streamed, in two processes; each beside the same rows in memory.
+"""Reference sets: from a file, in memory, streamed, and in two processes.
 
     python -m benchmarks.studies.references [--store] [--rows 1000000]
 
-- Fashion-MNIST as bytes, all 60000 images: a tensor, a set in memory and a set in a file take
-  turns; the memory that a process takes at most to go through the file, over what it had before.
-- A set in memory, which keeps sums over its rows from call to call, beside one that is new to every
-  call and one whose rows are a tensor: few points and many, near the data and farther away.
-- ``--rows`` references of N = 3072 in a file made of crops of photographs, flipped and shifted:
-  going through them, reading the file alone, and computing them from memory alone.
-- Two processes (gloo) of one thread, which share the 60000 images, beside one of one thread.
+- All 60000 images of Fashion-MNIST as bytes: a tensor, a set in memory and a set in a file; also
+  the peak memory of going through the file, beyond what the process had before.
+- A set in memory, which keeps sums over its rows from call to call, beside a new set in every call
+  and a tensor; with few and many points, near the data and farther away.
+- ``--rows`` references with N = 3072 in a file, crops of photographs: going through them, reading
+  the file alone, and computing from memory alone.
+- Two processes (gloo) of one thread each that share the 60000 images, beside one process.
 
-Paths take turns in one run, and a ratio is the median of those within a turn. ``--store`` writes
+Paths take turns in one run. A ratio is the median of the ratios within a turn. ``--store`` writes
 results/references.json.
 """
 
@@ -43,7 +43,7 @@ from benchmarks.common.tables import table
 from benchmarks.common.turns import ratio, time_calls
 
 TURNS = 7
-_PART = 50_000  # rows of the large file made together
+_PART = 50_000  # rows of the large file that are made at once
 
 
 # ---- Fashion-MNIST in a file ------------------------------------------------------------------
@@ -67,6 +67,7 @@ print((kilobytes("VmHWM") - before) / 1024)
 
 
 def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
+    """Times, error and peak memory of Fashion-MNIST from a file."""
     images = fashion_mnist()
     path = folder / "fashion.npy"
     np.save(path, images.numpy())
@@ -107,11 +108,11 @@ def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
     }
 
 
-# ---- what is kept ------------------------------------------------------------------------------
+# ---- sums that a set keeps ---------------------------------------------------------------------
 
 
 def kept() -> list[dict[str, Any]]:
-    """The field of B points at a level z, from a set that was used before, a new one, a tensor."""
+    """The field of B points at level z, from a used set, a new set and a tensor."""
     images = fashion_mnist()
     held = pfgm.ReferenceSet(images)
     clean = pfgm.data.to_unit(images[:256])
@@ -147,11 +148,11 @@ def _field(
     return pfgm.field_fn(x, z, references)[0]
 
 
-# ---- more references than one would hold ------------------------------------------------------
+# ---- more references than fit into memory -----------------------------------------------------
 
 
 def write_large(path: Path, rows: int) -> None:
-    """Crops of photographs as bytes (rows, 3072), each in several shifts and mirror images."""
+    """Writes random crops of photographs as bytes (rows, 3072), half of them mirrored."""
     from sklearn.datasets import load_sample_images
 
     photographs = [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in load_sample_images().images]
@@ -174,15 +175,16 @@ def write_large(path: Path, rows: int) -> None:
 
 
 def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:
+    """Times of a large file: streamed, only read, and computed from memory."""
     path = folder / "large.npy"
     write_large(path, rows)
-    os.sync()  # or the disk would still be writing
+    os.sync()  # the disk must have finished writing
     case = perturbed(photograph_crops(4096), B)
     references = pfgm.ReferenceSet(path)
     part = references[: min(rows, 200_000)]
 
     def forget() -> None:
-        """Makes the next reading come from the disk, where the system allows it."""
+        """Makes the next read come from the disk, if the system allows it."""
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -195,7 +197,7 @@ def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:
         return time.perf_counter() - started
 
     def compute(over: pfgm.ReferenceSet) -> float:
-        """From memory over a new set, which has nothing from before either."""
+        """Seconds of the field over a set that was not used before."""
         started = time.perf_counter()
         pfgm.field_fn(case.x, case.z, over)
         return time.perf_counter() - started
@@ -250,6 +252,7 @@ def _shared(rank: int, path: str, port: int, B: int, results: Any) -> None:
 
 
 def shared(folder: Path, B: int = 256) -> dict[str, Any]:
+    """Times of one process, and of two that share the references."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
