@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from benchmarks.common.folders import RESULTS, ROOT
-from benchmarks.common.tables import Section, print_or_write, seconds, table, with_headings
+from benchmarks.common.tables import Section, format_seconds, print_or_write, table, with_headings
 
 SECTION = Section(ROOT / "README.md", "benchmarks")
 PEERS = {
@@ -60,7 +60,7 @@ def forward_table() -> str:
             [
                 subject,
                 f"{B} × {M} × {N}",
-                seconds(native["median seconds"]),
+                format_seconds(native["median seconds"]),
                 *(times_as_long(paths, peer) for peer in PEERS),
                 f"{rate:.2f}",
                 f"{max(native['errors'].values()):.0e}",
@@ -80,7 +80,7 @@ def step_table() -> str:
         rows.append(
             [
                 subject,
-                seconds(native["median seconds"]),
+                format_seconds(native["median seconds"]),
                 *(times_as_long(paths, peer) for peer in ("published", "compiled", "add", "copy")),
                 f"{share:.2f}",
             ]
@@ -96,13 +96,13 @@ def other_table(module: str) -> str:
         for path, row in paths.items():
             against = row["times as long"]
             others = (f"{name} {ratio:.3g} ×" for name, ratio in against.items() if name != path)
-            rows.append([subject, path, seconds(row["median seconds"]), ", ".join(others)])
+            rows.append([subject, path, format_seconds(row["median seconds"]), ", ".join(others)])
     return table(["", "path", "time", "times as long"], rows)
 
 
 def size_table() -> str:
     rows = [
-        [path, seconds(row["median seconds"]), f"{row['nanoseconds a reference']:.0f} ns"]
+        [path, format_seconds(row["median seconds"]), f"{row['nanoseconds a reference']:.0f} ns"]
         for path, row in rows_of("posterior_mean")["number of references"].items()
     ]
     return table(["B = 128, N = 192", "time", "a reference"], rows)

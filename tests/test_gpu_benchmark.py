@@ -408,7 +408,7 @@ class Stage:
             "assemble": lambda folder: folder / "lib",
             "assemble_with_cuda": self._build,
             "run_tests": lambda kind, *rest: self._outcome(f"tests/{kind}"),
-            "run_small": lambda *rest: self._outcome("small"),
+            "run_smoke": lambda *rest: self._outcome("small"),
             "run_sanitizers": lambda *rest: [self._outcome("memcheck")],
             "run_measurements": self._measure,
         }

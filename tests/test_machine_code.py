@@ -478,7 +478,7 @@ def test_rounds_of_blocks():
         phase = model.phase("loop", kernel, kernel.code, 10.0 * blocks, 10.0)
         launch = model.Launch("some", kernel, blocks, (phase,), 0.0)
         expected = of_one * 10 * clocks / A100.rate("clock")
-        assert model.in_turns(launch, A100) == pytest.approx(expected, rel=0.1)
+        assert model.rounds_seconds(launch, A100) == pytest.approx(expected, rel=0.1)
 
 
 def test_what_binds_a_launch():
@@ -497,7 +497,7 @@ def test_what_binds_a_launch():
     memory = predicted(108, 1, moved=1e9)
     assert memory.bound == "memory"
     assert memory.seconds == pytest.approx(1e9 / A100.rate("memory") + gap)
-    joined = model.together([memory, one, memory._replace(name="other")])
+    joined = model.merge_by_name([memory, one, memory._replace(name="other")])
     assert [(part.name, part.launches, part.bound) for part in joined] == [
         ("some", 2, "longest block" if one.seconds > memory.seconds else "memory"),
         ("other", 1, "memory"),

@@ -36,7 +36,7 @@ __all__ = [
     "dequantised",
     "draw",
     "flow_of",
-    "from_level_of_pfgm",
+    "from_pfgm_level",
     "is_trained",
     "load",
     "loss_of",
@@ -104,7 +104,7 @@ def flow_of(method: str, preset: Preset) -> Flow:
     )
 
 
-def from_level_of_pfgm(flow: Flow, preset: Preset) -> Flow:
+def from_pfgm_level(flow: Flow, preset: Preset) -> Flow:
     """A flow of PFGM++ that starts at σ = z_max like PFGM, not at the much higher level of EDM."""
     start = flow_of("PFGM", preset).first_level
     return pfgm.PoissonFlowPP(**{**flow.config, "sigma_max": start})

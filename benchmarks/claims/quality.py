@@ -106,7 +106,7 @@ def _drawn(
 ) -> list[Row]:
     flow, network = methods.load(methods.spec_of(preset, method, seed), preset, folder)
     if sampler == _LATE:
-        flow = methods.from_level_of_pfgm(flow, preset)
+        flow = methods.from_pfgm_level(flow, preset)
     samples, nfe = methods.draw(flow, network, preset, seed, **options)
     figures = figures_of(samples, preset, folder)
     return [_row(method, seed, sampler, setting, nfe, flow, figures)]

@@ -57,7 +57,7 @@ def by_euler(
     trained = method.removesuffix(" from z_max")
     flow, network = methods.load(methods.spec_of(preset, trained, seed), preset, folder)
     if method == LATE:
-        flow = methods.from_level_of_pfgm(flow, preset)
+        flow = methods.from_pfgm_level(flow, preset)
     samples, nfe = methods.draw(
         flow,
         network,

@@ -88,6 +88,8 @@ class Figures:
 
 
 class Row(NamedTuple):
+    """One kernel on one architecture, and what is wrong with it."""
+
     architecture: str
     kernel: str
     figures: Figures

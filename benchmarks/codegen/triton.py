@@ -68,7 +68,7 @@ class Figures:
 
 
 class Row(NamedTuple):
-    """One variant on one architecture."""
+    """One variant on one architecture, and what is wrong with it."""
 
     module: str
     kernel: str

@@ -15,12 +15,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def seconds(value: float) -> str:
-    """A time with its unit.
-
-    >>> seconds(0.00123456)
-    '1.23 ms'
-    """
+def format_seconds(value: float) -> str:
+    """A time with its unit, such as "1.23 ms"."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"

@@ -41,7 +41,7 @@ def main() -> None:
     path = PATHS[sys.argv[5]]
     if sys.argv[6] == "backward":
         path = with_backward(path)
-    path(random_case(1, 2, N, dtype))()  # what is allocated once and for all
+    path(random_case(1, 2, N, dtype))()  # allocates what stays for the whole process
     call = path(random_case(B, M, N, dtype))
     before = peak_kilobytes()
     mean, logsumexp = call()

@@ -46,7 +46,7 @@ from benchmarks.common.build import (
     run_logged,
 )
 from benchmarks.common.commands import new_parser
-from benchmarks.gpu.checks import run_sanitizers, run_small, run_tests
+from benchmarks.gpu.checks import run_sanitizers, run_smoke, run_tests
 from benchmarks.gpu.clock import Budget, dry, gpu
 from benchmarks.gpu.measure import Row, lost, run_subjects, suspect
 from benchmarks.gpu.report import OURS, circumstances, failed, faster, report
@@ -147,7 +147,7 @@ def get_ready(options: argparse.Namespace, folder: Path, budget: Budget) -> Read
         outcomes = [reported(outcome)]
         runs = None
         if cuda is not None:
-            runs = reported(run_small(options.out, cuda))
+            runs = reported(run_smoke(options.out, cuda))
             outcomes.append(runs)
             if checked:
                 outcomes += map(reported, check_cuda(options, cuda, budget.left()))

@@ -48,9 +48,9 @@ def run_tests(kind: str, out: Path, environment: Environment, limit: float) -> O
     return Outcome(name, max((each.status for each in found), default=0), text)
 
 
-def run_small(out: Path, environment: Environment) -> Outcome:
+def run_smoke(out: Path, environment: Environment) -> Outcome:
     """Runs every CUDA kernel once. One that never ends would block everything after it."""
-    log = out / "cuda_small.log"
+    log = out / "smoke.log"
     status = run_logged(SMOKE, log, environment, TOOL_SECONDS)
     return Outcome("every CUDA kernel once", abs(status), last_line(log))
 

@@ -8,8 +8,7 @@ import torch
 
 from benchmarks.common import machine
 from benchmarks.common.build import nvidia_smi
-from benchmarks.common.tables import seconds as as_text
-from benchmarks.common.tables import table
+from benchmarks.common.tables import format_seconds, table
 from benchmarks.gpu.clock import Device
 from benchmarks.gpu.measure import Row, implementation, lost
 from benchmarks.gpu.subjects import BACKENDS, PLAIN_COPY
@@ -44,7 +43,7 @@ def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _text(value: float | None) -> str:
-    return "" if value is None else as_text(value)
+    return "" if value is None else format_seconds(value)
 
 
 # ---- the faster of the library's paths --------------------------------------------------------
@@ -147,7 +146,7 @@ def floors(rows: list[Row]) -> str:
         floor = row.moved / rate
         times = [best([row], (row.path,), kind) for kind in KINDS]
         over = [ratio(time, floor) for time in times]
-        lines.append([row.subject, row.path, as_text(floor), *over])
+        lines.append([row.subject, row.path, format_seconds(floor), *over])
     if not lines or rate is None:
         return ""
     title = (
@@ -185,7 +184,11 @@ def beside_predicted(rows: list[Row], card: str) -> str:
             expected = totals.get((shape, name or "", "cuda, single pass"), expected)
         measured = row.graph.get("median", row.seconds.get("median"))
         if expected is not None and measured is not None:
-            cells = [as_text(expected), as_text(measured), f"{measured / expected:.2f}"]
+            cells = [
+                format_seconds(expected),
+                format_seconds(measured),
+                f"{measured / expected:.2f}",
+            ]
             lines.append([row.subject, row.path, *cells])
     if not lines:
         return ""

@@ -103,7 +103,7 @@ def our_mean(backend: str, case: Case, precision: str = "high") -> Call:
 
 
 def published(case: Case) -> Call:
-    """The published formula, with the case's device as the default one, where it makes tensors."""
+    """The published formula, which makes its tensors on the default device: the case's."""
     forward = posterior_paths.published(case)
 
     def run() -> Any:
@@ -227,6 +227,7 @@ def our_means(name: str, cases: list[Case], types: bool) -> Paths:
 def posterior_subject(
     build: Callable[[], Case], device: Device, ours: tuple[str, ...], types: bool = True
 ) -> Paths:
+    """The paths to a posterior mean."""
     case = build()
     cases = copies_of(case, device)
     paths: Paths = {}
@@ -246,6 +247,7 @@ def posterior_subject(
 
 
 def backward_subject(build: Callable[[], Case], device: Device, ours: tuple[str, ...]) -> Paths:
+    """The paths to a posterior mean and its gradient."""
     cases = copies_of(build(), device)
     ways: Paths = {}
     for name in ours:
@@ -275,6 +277,7 @@ def our_field(backend: str, case: Case) -> Call:
 
 
 def field_subject(build: Callable[[], Case], device: Device, ours: tuple[str, ...]) -> Paths:
+    """The paths to PFGM's field."""
     cases = copies_of(build(), device)
     paths: Paths = {}
     for name in ours:
@@ -367,6 +370,7 @@ def step_bytes(solver: str, values: int) -> int:
 
 
 def step_subject(step: Step, B: int, N: int, device: Device, ours: tuple[str, ...]) -> Paths:
+    """The paths to a step."""
     start = points(B, N, step.z if step.solver != "heun" else step.z_next)
     moved = step_bytes(step.solver, B * N)
     count = device.copies(moved)

@@ -110,11 +110,11 @@ class Rule(NamedTuple):
         """Relative distance beyond the nearest within which pairs are refined."""
         return math.expm1(NEAR / self.half)
 
-    def near(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
+    def largest_refined(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
         """The largest squared distance that is refined (B,)."""
         return base + 2 * BOUND * (3 * norm + 2 * base) + self.spread * (base + r * r)
 
-    def ill(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
+    def error_shows(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
         """Whether the usual error of a distance would show in the result (B,)."""
         error = NOISE * (norm + base) + 2.0**-26 * base
         return self.half * error > share * (base + r * r)
@@ -152,9 +152,9 @@ def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
         part = d[:, start : start + shape.chunk]
         lowest = _tiles(part, TILE, math.inf).amin(2)
         base = torch.minimum(nearest, lowest.amin(1))
-        near = rule.near(base, norm, r)
+        near = rule.largest_refined(base, norm, r)
         many = (lowest <= near[:, None]).sum(1) > FEW
-        near[many & ~rule.ill(base, norm, r, SHOWS)] = -1
+        near[many & ~rule.error_shows(base, norm, r, SHOWS)] = -1
         refined = part <= near[:, None]
         visited = lowest <= near[:, None]
         total = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
@@ -315,8 +315,8 @@ def single_pass(case: Case, shape: Shape, d: Tensor, stretches: int = 8) -> dict
         for start in range(first, min(first + length, shape.M), PASS_TILE):
             part = d[:, start : start + PASS_TILE]
             base = torch.minimum(nearest, part.amin(1))
-            near = rule.near(base, norm, r)
-            near[~rule.ill(base, norm, r, PASS_SHARE)] = -1
+            near = rule.largest_refined(base, norm, r)
+            near[~rule.error_shows(base, norm, r, PASS_SHARE)] = -1
             pairs = (part <= near[:, None]).sum(1).float()
             by_warp = torch.nn.functional.pad(pairs, (0, -len(pairs) % PASS_WARPS))
             kept = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)

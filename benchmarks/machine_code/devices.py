@@ -23,6 +23,8 @@ SOURCES = {
 
 
 class Figure(NamedTuple):
+    """A number and its source."""
+
     value: float
     source: str
     """A key of :data:`SOURCES`."""

@@ -71,19 +71,19 @@ def run_of(phase: Phase, launch: Launch, card: Device, blocks: int) -> pipeline.
     return _run(phase.code, card, launch.kernel.warps, blocks, phase.conflicts, phase.name == ONCE)
 
 
-def beside(launch: Launch, card: Device) -> int:
+def blocks_at_once(launch: Launch, card: Device) -> int:
     """Blocks that a multiprocessor runs at the same time."""
     kernel = launch.kernel
     held = resident(card, kernel.threads, kernel.registers, kernel.shared)
     return min(held, -(-launch.blocks // card.sms))
 
 
-def in_turns(launch: Launch, card: Device) -> float:
+def rounds_seconds(launch: Launch, card: Device) -> float:
     """Seconds of the multiprocessor with most blocks, if all blocks do the same.
 
     It runs rounds of as many blocks as it holds, and one round of the rest.
     """
-    together = beside(launch, card)
+    together = blocks_at_once(launch, card)
     rounds, rest = divmod(-(-launch.blocks // card.sms), together)
     clocks = 0.0
     for phase in launch.phases:
@@ -94,7 +94,7 @@ def in_turns(launch: Launch, card: Device) -> float:
     return clocks / card.rate("clock")
 
 
-def longest_block(launch: Launch, card: Device) -> float:
+def longest_block_seconds(launch: Launch, card: Device) -> float:
     """Seconds of the block with most work, running alone."""
     clocks = sum(p.most * run_of(p, launch, card, 1).clocks for p in launch.phases)
     return clocks / card.rate("clock")
@@ -102,7 +102,7 @@ def longest_block(launch: Launch, card: Device) -> float:
 
 def bound_of(launch: Launch, card: Device) -> str:
     """The bound of the phase that takes longest."""
-    together = beside(launch, card)
+    together = blocks_at_once(launch, card)
 
     def clocks(phase: Phase) -> float:
         return phase.trips * run_of(phase, launch, card, together).clocks
@@ -114,8 +114,8 @@ def bound_of(launch: Launch, card: Device) -> str:
 def predict(launch: Launch, card: Device) -> Predicted:
     """The predicted time of a launch on a card."""
     times = {
-        "turns": in_turns(launch, card),
-        "longest block": longest_block(launch, card),
+        "turns": rounds_seconds(launch, card),
+        "longest block": longest_block_seconds(launch, card),
         "memory": launch.moved / card.rate("memory"),
     }
     gap = card.rate("launch")
@@ -126,7 +126,7 @@ def predict(launch: Launch, card: Device) -> Predicted:
     return Predicted(launch.name, launch.times * (times[most] + gap), launch.times, bound)
 
 
-def together(parts: Iterable[Predicted]) -> list[Predicted]:
+def merge_by_name(parts: Iterable[Predicted]) -> list[Predicted]:
     """Predictions of the same name added up, with the bound of the longest."""
     found: dict[str, list[Predicted]] = {}
     for part in parts:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common.folders import DOCS
-from benchmarks.common.tables import Section, table, with_headings
-from benchmarks.common.tables import seconds as as_text
+from benchmarks.common.tables import Section, format_seconds, table, with_headings
 from benchmarks.machine_code import devices, host
 from benchmarks.machine_code.devices import DEVICES, Figure
 
@@ -36,7 +35,7 @@ def total_table(results: Results) -> str:
 
 
 def _text(seconds: float | None) -> str:
-    return "" if seconds is None else as_text(seconds)
+    return "" if seconds is None else format_seconds(seconds)
 
 
 def kernel_table(results: Results, shape: str) -> str:
@@ -45,7 +44,9 @@ def kernel_table(results: Results, shape: str) -> str:
     for name, card, path, kernel, seconds, launches, bound in results["predicted"]:
         if name == shape and path in OURS:
             times = f", {launches} launches" if launches > 1 else ""
-            cells.setdefault((path, kernel), {})[card] = f"{as_text(seconds)}, {bound}{times}"
+            cells.setdefault((path, kernel), {})[card] = (
+                f"{format_seconds(seconds)}, {bound}{times}"
+            )
     cards = [card.name for card in DEVICES]
     rows = [[*key, *(by_card.get(card, "") for card in cards)] for key, by_card in cells.items()]
     return table(["predicted", "", *cards], rows)
@@ -117,10 +118,10 @@ def published_table(results: Results) -> str:
 
 
 def host_table(results: Results) -> str:
-    rows = [[path, as_text(seconds)] for path, seconds in results["host"].items()]
+    rows = [[path, format_seconds(seconds)] for path, seconds in results["host"].items()]
     made = results["made"]["host"]
     how = f"Measured on {made['processor']}, {made['date']}, as the thread's time on the processor."
-    driver = f"A launch in the driver is taken as {as_text(host.DRIVER)} more."
+    driver = f"A launch in the driver is taken as {format_seconds(host.DRIVER)} more."
     return f"{table(['posterior_mean', 'a call'], rows)}\n\n{how} {driver}"
 
 

@@ -253,7 +253,7 @@ _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in names.split
 def unit_of(instruction: Instruction) -> str:
     """The unit that an instruction keeps busy.
 
-    "alu" is integer arithmetic without products, comparisons, selections and moves. "uniform" is
+    "alu" does comparisons, selections, moves, and integer arithmetic except products. "uniform" is
     work done once a warp.
     """
     base = instruction.base

@@ -45,7 +45,7 @@ def predictions(counts: dict[str, Any]) -> Iterator[Row]:
         for card in DEVICES:
             for path, made in BACKENDS.items():
                 found = [model.predict(one, card) for one in made(shape, counts[shape.name], card)]
-                for part in model.together(found):
+                for part in model.merge_by_name(found):
                     yield _row(shape, card, path, part)
             for path, (kind, compiled) in TORCH.items():
                 parts = model.torch_path(card, shape.B, shape.M, shape.N, kind, compiled)
@@ -72,7 +72,7 @@ def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
 
 
 def _longest(launch: Launch, card: Device) -> Row:
-    beside = model.beside(launch, card)
+    beside = model.blocks_at_once(launch, card)
 
     def clocks_of(phase: model.Phase) -> float:
         return phase.trips * model.run_of(phase, launch, card, beside).clocks
