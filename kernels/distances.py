@@ -304,7 +304,7 @@ class Shape(NamedTuple):
 def distance_configs(shape: Shape) -> list[Config]:
     """Small tiles where there are few queries, so that every multiprocessor has some; larger ones
     read each value less often. TF32 in three products takes registers for two parts of each value:
-    with more of them in a tile some would spill (benchmarks/codegen.py)."""
+    with more of them in a tile some would spill (benchmarks/codegen/triton.py)."""
     if shape.few:
         panel = 64 if shape.features >= 64 else 16
         return [Config({"ROWS": 4, "TILE": 16, "PANEL": panel}, num_stages=1)]

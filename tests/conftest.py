@@ -22,6 +22,8 @@ import torch
 import pfgm
 
 ROOT = Path(__file__).resolve().parents[1]
+# For benchmarks/. At the end: an installed pfgm goes before the bare one of the tree.
+sys.path.append(str(ROOT))
 # Files that take longest, which workers had better begin with.
 LONG = ("test_triton_codegen", "test_triton", "test_cuda", "test_native", "test_processes")
 NATIVE = os.environ.get("PFGM_NATIVE") != "0"
