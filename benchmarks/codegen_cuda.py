@@ -28,7 +28,7 @@ from codegen import instructions, is_matrix_instruction, read_usage
 from machine import store
 from report import table
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 GET_IT = (
     "To check them, install the CUDA toolkit so that nvcc is on PATH (or named in CUDACXX) and run "
     "pip install -e '.[test]' again."
@@ -171,7 +171,7 @@ def reason_against() -> str | None:
 
 
 def declared() -> set[str]:
-    """The names of all kernels in csrc/."""
+    """The names of all kernels in csrc/cuda/."""
     names = set()
     for path in sorted(CSRC.glob("*")):
         if path.suffix not in (".cu", ".h"):
@@ -380,7 +380,7 @@ def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
 
 
 def missing(rows: list[Row], expected: Iterable[str]) -> list[str]:
-    """Kernels of csrc/ that the extension lacks on an architecture, in sentences."""
+    """Kernels of csrc/cuda/ that the extension lacks on an architecture, in sentences."""
     there = {(row.architecture, stem(row.kernel)) for row in rows}
     return [
         f"{name} is not in the extension for sm_{architecture}."

@@ -8,13 +8,13 @@
 #include <string>
 #include <utility>
 
-#include "devices.h"
-#include "normalised_field.h"
-#include "ode_step.h"
-#include "posterior_mean.h"
-#include "watch.h"
+#include "api/devices.h"
+#include "api/normalised_field.h"
+#include "api/ode_step.h"
+#include "api/posterior_mean.h"
+#include "api/watch.h"
 #ifdef PFGM_CUDA_SHIM
-#include "tests/cuda_shim.h"
+#include "host_shim/intrinsics.h"
 #endif
 
 namespace py = pybind11;

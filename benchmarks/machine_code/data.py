@@ -1,6 +1,6 @@
 """What real data make the kernels do: pairs refined, tiles and references that live.
 
-The kernels' own rules (kernels/distances.py, kernels/posterior_mean.py, csrc/*_cuda.h) on the
+The kernels' own rules (kernels/distances.py, kernels/posterior_mean.py, csrc/cuda/*.h) on the
 benchmark's data (subjects.py), with distances in float64 instead of those that the kernels find:
 they differ by less than the rules allow for. Queries are perturbed as in training with seed 0. A
 shape with more queries than are looked at is represented by those, evenly spaced.

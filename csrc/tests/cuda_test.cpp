@@ -2,9 +2,9 @@
 // sanitizer. In whatever order threads and blocks go on, the bits must be the same.
 #include <algorithm>
 
-#include "../normalised_field.h"
-#include "cuda_shim.h"
-#include "problems.h"
+#include "api/normalised_field.h"
+#include "host_shim/intrinsics.h"
+#include "tests/problems.h"
 
 // ThreadSanitizer takes ten times as long for a thread of a kernel.
 #ifdef __SANITIZE_THREAD__

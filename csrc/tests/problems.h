@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "../ode_step.h"
-#include "../posterior_mean.h"
+#include "api/ode_step.h"
+#include "api/posterior_mean.h"
 
 namespace pfgm {
 namespace {

@@ -1,0 +1,242 @@
+// The CPU kernel, compiled once per instruction set (PFGM_ISA), with internal linkage throughout as
+// in cpu/posterior_mean.cpp.
+//
+// A row's norm, where it is needed, is read just before the row is updated, so that its second
+// reading comes from the cache: memory sees each input once and each output once. Few long rows are
+// cut into panels, whose norms are added between two rounds of tasks.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "api/ode_step.h"
+#include "cpu/parallel.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+
+// Picked by cpu/dispatch.cpp.
+void ode_step(const OdeStep& step);
+
+namespace {
+
+using Index = std::int64_t;
+
+constexpr Index kTask = 1 << 15;       // least values a task: below, a thread is not worth its start
+constexpr Index kMaxPanels = 64;       // of one row
+constexpr double kTiny = 1e-5;         // a field's v_z is kept below −kTiny
+constexpr double kLargest = 1 - 1e-6;  // |v_x|/√N is below 1 for a field; a network may be off
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd {
+  // Aligned like a scalar: rows start anywhere.
+  typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  static constexpr Index lanes = kVectorBytes / sizeof(T);
+};
+
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
+constexpr Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
+
+template <class F>
+void parallel(Index tasks, int threads, F&& body) {
+  run_parallel(
+      tasks, threads, [](void* context, Index task, int) { (*static_cast<F*>(context))(task); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+template <class T>
+typename Simd<T>::Vector load(const T* from) {
+  return *reinterpret_cast<const typename Simd<T>::Vector*>(from);
+}
+
+template <class T>
+void store(T* to, typename Simd<T>::Vector values) {
+  *reinterpret_cast<typename Simd<T>::Vector*>(to) = values;
+}
+
+// Σ v², about eight additions into one lane before the float64 total takes over: 1 − n² magnifies
+// an error of the norm.
+template <class T>
+double squared_norm(const T* v, Index n) {
+  constexpr Index lanes = Simd<T>::lanes, block = 32 * lanes;
+  const Index whole = n / lanes * lanes;
+  double total[lanes] = {};
+  Index k = 0;
+  while (k < whole) {
+    const Index end = smaller(k + block, whole);
+    typename Simd<T>::Vector sum[4] = {};
+    for (; k + 4 * lanes <= end; k += 4 * lanes)
+      for (int i = 0; i < 4; ++i) sum[i] += load(v + k + i * lanes) * load(v + k + i * lanes);
+    for (; k < end; k += lanes) sum[0] += load(v + k) * load(v + k);
+    T merged[lanes];
+    store(merged, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (Index lane = 0; lane < lanes; ++lane) total[lane] += merged[lane];
+  }
+  double result = 0;
+  for (; k < n; ++k) result += static_cast<double>(v[k]) * static_cast<double>(v[k]);
+  for (Index lane = 0; lane < lanes; ++lane) result += total[lane];
+  return result;
+}
+
+// t = −z/v_z with the v_z that |v_x|² implies, without the z to divide by.
+double implied_stretch(const OdeStep& step, double squared, double z) {
+  const double root = std::sqrt(static_cast<double>(step.features)), gamma = step.gamma;
+  double n = std::sqrt(squared) / root;
+  if (n > kLargest) n = kLargest;  // NaN stays
+  double e;
+  if (step.exact) {
+    const double rest = 1 - n * n;
+    e = n * (gamma + std::sqrt(n * n * gamma * gamma + rest * z * z)) / rest;
+  } else {
+    e = gamma * n / (1 - n);
+  }
+  return (std::sqrt(e * e + z * z) + gamma) / root;
+}
+
+// The step as one row's sum: next = of_x x + of_slope slope + of_history history,
+// mean = x + stretch slope.
+template <class T>
+struct Weights {
+  T of_x, of_slope, of_history, stretch;
+};
+
+bool needs_norm(const OdeStep& step, Index row) {
+  return step.field_z != nullptr && step.levels[row * step.level_stride] < step.z_exp;
+}
+
+template <class T>
+Weights<T> weights(const OdeStep& step, Index row, double squared) {
+  const double* level = step.levels + row * step.level_stride;
+  const Index next_level = step.level_stride == 0 ? 1 : step.rows;
+  const double z = level[0], toward = level[next_level], blend = level[2 * next_level];
+  if (step.field_z == nullptr)
+    return {static_cast<T>(1 - toward - blend), static_cast<T>(toward), static_cast<T>(blend), 0};
+  double stretch;
+  if (needs_norm(step, row)) {
+    stretch = implied_stretch(step, squared, z);
+  } else {
+    const double field_z = static_cast<double>(static_cast<const T*>(step.field_z)[row]);
+    stretch = -z / (field_z > -kTiny ? -kTiny : field_z);
+  }
+  return {static_cast<T>(1 - blend), static_cast<T>(toward * stretch), static_cast<T>(blend),
+          static_cast<T>(stretch)};
+}
+
+// The features of one row, or of a panel of it.
+template <class T>
+struct Span {
+  const T *x, *slope, *history;
+  T *next, *mean;
+};
+
+template <class T, bool kHistory, bool kMean>
+void update_vector(const Span<T>& span, Index k, const Weights<T>& w) {
+  const auto x = load(span.x + k), slope = load(span.slope + k);
+  auto next = w.of_x * x + w.of_slope * slope;
+  if (kHistory) next += w.of_history * load(span.history + k);
+  store(span.next + k, next);
+  if (kMean) store(span.mean + k, x + w.stretch * slope);
+}
+
+template <class T, bool kHistory, bool kMean>
+void update(const Span<T>& span, Index n, const Weights<T>& w) {
+  constexpr Index lanes = Simd<T>::lanes;
+  Index k = 0;
+  for (; k + lanes <= n; k += lanes) update_vector<T, kHistory, kMean>(span, k, w);
+  if (k == n) return;
+  // The same instructions for the rest, which is so rounded alike wherever a row is cut.
+  const std::size_t bytes = static_cast<std::size_t>(n - k) * sizeof(T);
+  T x[lanes] = {}, slope[lanes] = {}, history[lanes] = {}, next[lanes], mean[lanes];
+  std::memcpy(x, span.x + k, bytes);
+  std::memcpy(slope, span.slope + k, bytes);
+  if (kHistory) std::memcpy(history, span.history + k, bytes);
+  update_vector<T, kHistory, kMean>({x, slope, history, next, mean}, 0, w);
+  std::memcpy(span.next + k, next, bytes);
+  if (kMean) std::memcpy(span.mean + k, mean, bytes);
+}
+
+template <class T>
+void update(const OdeStep& step, Index row, Index begin, Index count, const Weights<T>& w) {
+  const auto in = [&](const void* data, Index stride) {
+    return data == nullptr ? nullptr : static_cast<const T*>(data) + row * stride + begin;
+  };
+  const auto out = [&](void* data, Index stride) {
+    return data == nullptr ? nullptr : static_cast<T*>(data) + row * stride + begin;
+  };
+  const Span<T> span = {in(step.x, step.x_stride), in(step.slope, step.slope_stride),
+                        in(step.history, step.history_stride), out(step.next, step.next_stride),
+                        out(step.mean, step.mean_stride)};
+  if (span.history != nullptr) {
+    if (span.mean != nullptr) update<T, true, true>(span, count, w);
+    else update<T, true, false>(span, count, w);
+  } else {
+    if (span.mean != nullptr) update<T, false, true>(span, count, w);
+    else update<T, false, false>(span, count, w);
+  }
+}
+
+template <class T>
+const T* slope_row(const OdeStep& step, Index row) {
+  return static_cast<const T*>(step.slope) + row * step.slope_stride;
+}
+
+template <class T>
+void step_rows(const OdeStep& step) {
+  // One stretch of rows a thread, as torch's own operators cut them: the rows of a step are in the
+  // cache of the core that had them last.
+  const Index group = larger(divide_up(step.rows, step.threads), larger(1, kTask / step.features));
+  parallel(divide_up(step.rows, group), step.threads, [&](Index task) {
+    const Index end = smaller((task + 1) * group, step.rows);
+    for (Index row = task * group; row < end; ++row) {
+      const double squared =
+          needs_norm(step, row) ? squared_norm(slope_row<T>(step, row), step.features) : 0;
+      update(step, row, 0, step.features, weights<T>(step, row, squared));
+    }
+  });
+}
+
+template <class T>
+void step_panels(const OdeStep& step, Index panels) {
+  const Index width = divide_up(step.features, panels);
+  const auto length = [&](Index panel) {
+    return smaller(width, larger(0, step.features - panel * width));
+  };
+  for (Index row = 0; row < step.rows; ++row) {
+    double part[kMaxPanels], squared = 0;
+    if (needs_norm(step, row)) {
+      parallel(panels, step.threads, [&](Index panel) {
+        part[panel] = squared_norm(slope_row<T>(step, row) + panel * width, length(panel));
+      });
+      for (Index panel = 0; panel < panels; ++panel) squared += part[panel];
+    }
+    const Weights<T> w = weights<T>(step, row, squared);
+    parallel(panels, step.threads,
+             [&](Index panel) { update(step, row, panel * width, length(panel), w); });
+  }
+}
+
+template <class T>
+void run(const OdeStep& step) {
+  const Index panels = smaller(kMaxPanels, step.features / kTask);
+  if (step.threads > 1 && step.rows < 4 * step.threads && panels > 1)
+    step_panels<T>(step, panels);
+  else
+    step_rows<T>(step);
+}
+
+}  // namespace
+
+void ode_step(const OdeStep& step) {
+  step.type == Type::float64 ? run<double>(step) : run<float>(step);
+}
+
+}  // namespace PFGM_ISA
+}  // namespace pfgm
