@@ -26,15 +26,27 @@ using Address = std::uintptr_t;
 using Result = std::pair<int, std::int64_t>;  // failure code, first query that failed
 
 template <class T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, Address x, std::int64_t x_stride, Address y,
                 std::int64_t y_stride, Address radius, double dimensions, int threads,
                 Address sketch) {
-  return {static_cast<Type>(type), static_cast<Type>(reference_type), queries, references, features,
-          pointer<const void>(x), x_stride, pointer<const void>(y), y_stride,
-          pointer<const double>(radius), dimensions, threads, pointer<const void>(sketch)};
+  return {static_cast<Type>(type),
+          static_cast<Type>(reference_type),
+          queries,
+          references,
+          features,
+          pointer<const void>(x),
+          x_stride,
+          pointer<const void>(y),
+          y_stride,
+          pointer<const double>(radius),
+          dimensions,
+          threads,
+          pointer<const void>(sketch)};
 }
 
 Forward forward(Address mean, Address logsumexp, Address nearest, Address total) {
@@ -45,8 +57,9 @@ Forward forward(Address mean, Address logsumexp, Address nearest, Address total)
 Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Address nearest,
                   Address total, Address grad_x, Address grad_radius, Address grad_references) {
   return {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
-          pointer<const void>(mean), pointer<const double>(nearest), pointer<const double>(total),
-          pointer<void>(grad_x), pointer<double>(grad_radius), pointer<void>(grad_references)};
+          pointer<const void>(mean),      pointer<const double>(nearest),
+          pointer<const double>(total),   pointer<void>(grad_x),
+          pointer<double>(grad_radius),   pointer<void>(grad_references)};
 }
 
 // A call of so many pairs × features takes some milliseconds; shorter ones are not interrupted.
@@ -84,8 +97,8 @@ auto run_interruptible(std::int64_t queries, const Problem& problem, const Run& 
 
 Result run_posterior_mean(const Problem& problem, const Forward& io) {
   const Kernels& kernels = cpu_kernels();
-  const Status status = run_interruptible(
-      problem.queries, problem, [&] { return kernels.posterior_mean(problem, io); });
+  const Status status = run_interruptible(problem.queries, problem,
+                                          [&] { return kernels.posterior_mean(problem, io); });
   return {static_cast<int>(status.failure), status.row};
 }
 
@@ -110,22 +123,41 @@ void run_sketch(int type, int reference_type, std::int64_t references, std::int6
 OdeStep step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
              Address field_z, Rows history, Address levels, std::int64_t level_stride, double gamma,
              double z_exp, bool exact, Rows next, Rows mean, int threads) {
-  return {static_cast<Type>(type), rows, features,
-          pointer<const void>(x.first), x.second,
-          pointer<const void>(slope.first), slope.second,
+  return {static_cast<Type>(type),
+          rows,
+          features,
+          pointer<const void>(x.first),
+          x.second,
+          pointer<const void>(slope.first),
+          slope.second,
           pointer<const void>(field_z),
-          pointer<const void>(history.first), history.second,
-          pointer<const double>(levels), level_stride, gamma, z_exp, exact,
-          pointer<void>(next.first), next.second,
-          pointer<void>(mean.first), mean.second, threads};
+          pointer<const void>(history.first),
+          history.second,
+          pointer<const double>(levels),
+          level_stride,
+          gamma,
+          z_exp,
+          exact,
+          pointer<void>(next.first),
+          next.second,
+          pointer<void>(mean.first),
+          mean.second,
+          threads};
 }
 
 NormalisedField field(std::int64_t rows, std::int64_t features, Rows x, Address z, Rows mean,
                       double gamma, Rows field_x, Address field_z) {
-  return {rows, features,
-          pointer<const float>(x.first), x.second, pointer<const double>(z),
-          pointer<const float>(mean.first), mean.second, gamma,
-          pointer<float>(field_x.first), field_x.second, pointer<float>(field_z)};
+  return {rows,
+          features,
+          pointer<const float>(x.first),
+          x.second,
+          pointer<const double>(z),
+          pointer<const float>(mean.first),
+          mean.second,
+          gamma,
+          pointer<float>(field_x.first),
+          field_x.second,
+          pointer<float>(field_z)};
 }
 
 py::dict build_info() {
@@ -165,9 +197,8 @@ PYBIND11_MODULE(_native, module) {
            py::arg("exact"), py::arg("next"), py::arg("mean"), py::arg("threads"));
   module.def("posterior_mean", &run_posterior_mean);
   module.def("posterior_mean_backward", &run_posterior_mean_backward);
-  module.def("sketch_width", [](std::int64_t features) {
-    return cpu_kernels().sketch_width(features);
-  });
+  module.def("sketch_width",
+             [](std::int64_t features) { return cpu_kernels().sketch_width(features); });
   module.def("sketch", &run_sketch, py::kw_only(), py::arg("type"), py::arg("reference_type"),
              py::arg("references"), py::arg("features"), py::arg("y"), py::arg("out"),
              py::arg("threads"));
@@ -178,8 +209,7 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("stream"));
   py::class_<NormalisedField>(module, "NormalisedField", py::module_local())
       .def(py::init(&field), py::kw_only(), py::arg("rows"), py::arg("features"), py::arg("x"),
-           py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"),
-           py::arg("field_z"));
+           py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"), py::arg("field_z"));
   module.def("posterior_mean_workspace_cuda", &posterior_mean_workspace_cuda, released);
   py::class_<CudaWorkspace>(module, "CudaWorkspace", py::module_local())
       .def(py::init([](Address at, std::size_t bytes) {

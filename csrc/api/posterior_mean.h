@@ -54,9 +54,9 @@ struct Backward {
 
 enum class Failure : int {
   none = 0,
-  radius = 1,      // radius is negative or not finite
-  value = 2,       // a distance is not finite, even in float64
-  singular = 3,    // logsumexp has no gradient (it is infinite)
+  radius = 1,    // radius is negative or not finite
+  value = 2,     // a distance is not finite, even in float64
+  singular = 3,  // logsumexp has no gradient (it is infinite)
   memory = 4,
 };
 

@@ -9,12 +9,21 @@
 
 namespace pfgm {
 
-namespace portable { extern const Kernels kernels; void ode_step(const OdeStep&); }
+namespace portable {
+extern const Kernels kernels;
+void ode_step(const OdeStep&);
+}  // namespace portable
 #ifdef PFGM_HAS_AVX2
-namespace avx2 { extern const Kernels kernels; void ode_step(const OdeStep&); }
+namespace avx2 {
+extern const Kernels kernels;
+void ode_step(const OdeStep&);
+}  // namespace avx2
 #endif
 #ifdef PFGM_HAS_AVX512
-namespace avx512 { extern const Kernels kernels; void ode_step(const OdeStep&); }
+namespace avx512 {
+extern const Kernels kernels;
+void ode_step(const OdeStep&);
+}  // namespace avx512
 #endif
 
 namespace {
@@ -47,8 +56,7 @@ const Candidate& chosen() {
   std::string usable;
   for (const Candidate& candidate : candidates) {
     if (!candidate.runs_here()) continue;
-    if (forced == nullptr || std::strcmp(forced, candidate.kernels->isa) == 0)
-      return candidate;
+    if (forced == nullptr || std::strcmp(forced, candidate.kernels->isa) == 0) return candidate;
     usable += (usable.empty() ? "" : ", ") + std::string(candidate.kernels->isa);
   }
   throw std::invalid_argument("PFGM_CPU_ISA is '" + std::string(forced) +

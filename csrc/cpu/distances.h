@@ -13,15 +13,15 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kListed = 512;       // with fewer features all pairs are computed at once
-constexpr Index kScreened = 48;      // with fewer queries making sketches costs more than it saves
+constexpr Index kListed = 512;   // with fewer features all pairs are computed at once
+constexpr Index kScreened = 48;  // with fewer queries making sketches costs more than it saves
 constexpr Index kChunkBytes = 16 << 20;  // of references, so that a cache holds them for all passes
-constexpr Index kFew = 16;           // so many near references are worth their digits in any case
+constexpr Index kFew = 16;  // so many near references are worth their digits in any case
 constexpr double kDead = std::numeric_limits<double>::max();  // in place of distances not needed
 // What float32 distances cannot decide is computed again in float64 (Distances::refine):
-constexpr double kTiny = 1e-30;      // squared distances below this lose digits to underflow
-constexpr double kClose = 0.1;       // distances below this share of |x| show that y is rounded
-constexpr double kNear = 20.0;       // a weight below e^-20 of the largest needs no more digits
+constexpr double kTiny = 1e-30;  // squared distances below this lose digits to underflow
+constexpr double kClose = 0.1;   // distances below this share of |x| show that y is rounded
+constexpr double kNear = 20.0;   // a weight below e^-20 of the largest needs no more digits
 
 // Whether a T holds every R exactly. If not, distances have an error relative to |y| too.
 template <class T, class R>
@@ -84,15 +84,17 @@ class Distances {
     if (screening_) screen_.bound(first, count, y, out);
     parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, rows[b]); });
     screening_ = screening_ && pays(count);
-    lists.arrange(queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
-                  [](double squared) { return squared == 0; });
-    pairs_.add(lists, count, problem_.features, y,
-               [&](const Index* b, Index k, Index n, const T* const* y, double (*sums)[kPairColumns]) {
-                 const T* x[kTileQueries];
-                 for (int q = 0; q < kTileQueries; ++q) x[q] = queries_.at(b[q] * padded_ + k);
-                 distance_pairs<T>(x, y, n, sums);
-               },
-               out);
+    lists.arrange(
+        queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
+        [](double squared) { return squared == 0; });
+    pairs_.add(
+        lists, count, problem_.features, y,
+        [&](const Index* b, Index k, Index n, const T* const* y, double (*sums)[kPairColumns]) {
+          const T* x[kTileQueries];
+          for (int q = 0; q < kTileQueries; ++q) x[q] = queries_.at(b[q] * padded_ + k);
+          distance_pairs<T>(x, y, n, sums);
+        },
+        out);
   }
 
   // Makes the chunk's distances of query b as exact as the answer needs, and returns the nearest;
@@ -111,7 +113,7 @@ class Distances {
       const double base = found.value < row.nearest ? found.value : row.nearest;
       const double norm = kHolds<T, R> ? 0 : std::sqrt(square(query(b)));
       const double near = widened(
-          base * (1 + 2 * kRounding<T>) + law_.excess(kNear, base, radius(b)) + kTiny, norm);
+          base * (2 * kRounding<T> + 1) + law_.excess(kNear, base, radius(b)) + kTiny, norm);
       if (found.value > near) return found.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;

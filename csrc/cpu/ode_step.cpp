@@ -21,9 +21,9 @@ namespace {
 
 using Index = std::int64_t;
 
-constexpr Index kTask = 1 << 15;       // least values a task: below, a thread is not worth its start
-constexpr Index kMaxPanels = 64;       // of one row
-constexpr double kTiny = 1e-5;         // a field's v_z is kept below −kTiny
+constexpr Index kTask = 1 << 15;  // least values a task: below, a thread is not worth its start
+constexpr Index kMaxPanels = 64;  // of one row
+constexpr double kTiny = 1e-5;    // a field's v_z is kept below −kTiny
 constexpr double kLargest = 1 - 1e-6;  // |v_x|/√N is below 1 for a field; a network may be off
 
 #if defined(__AVX512F__)
@@ -175,11 +175,15 @@ void update(const OdeStep& step, Index row, Index begin, Index count, const Weig
                         in(step.history, step.history_stride), out(step.next, step.next_stride),
                         out(step.mean, step.mean_stride)};
   if (span.history != nullptr) {
-    if (span.mean != nullptr) update<T, true, true>(span, count, w);
-    else update<T, true, false>(span, count, w);
+    if (span.mean != nullptr)
+      update<T, true, true>(span, count, w);
+    else
+      update<T, true, false>(span, count, w);
   } else {
-    if (span.mean != nullptr) update<T, false, true>(span, count, w);
-    else update<T, false, false>(span, count, w);
+    if (span.mean != nullptr)
+      update<T, false, true>(span, count, w);
+    else
+      update<T, false, false>(span, count, w);
   }
 }
 

@@ -15,7 +15,7 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kMaxBlock = 384;  // queries a block, a multiple of every kTileQueries
+constexpr Index kMaxBlock = 384;   // queries a block, a multiple of every kTileQueries
 constexpr Index kSmallBlock = 64;  // with few features, so that blocks keep all threads busy
 constexpr Index kStateBytes = 24 << 20;
 
@@ -29,8 +29,7 @@ Index block_size(const Problem& problem) {
 
 Status check_radius(const Problem& problem) {
   for (Index b = 0; b < problem.queries; ++b)
-    if (!(problem.radius[b] >= 0 && std::isfinite(problem.radius[b])))
-      return {Failure::radius, b};
+    if (!(problem.radius[b] >= 0 && std::isfinite(problem.radius[b]))) return {Failure::radius, b};
   return {};
 }
 
@@ -80,8 +79,9 @@ Status forward(const Problem& problem, const Forward& out) {
       if (const Status status = check_rows(rows.data(), count, first);
           status.failure != Failure::none)
         return status;
-      groups.arrange(count, distances.count(), problem.threads,
-                     [&](Index b) { return rows[b].live; }, weights, counts);
+      groups.arrange(
+          count, distances.count(), problem.threads, [&](Index b) { return rows[b].live; }, weights,
+          counts);
       groups.weigh(problem.threads, weights, [&](Index b) { return rows[b].total; });
       weighted.add(distances, groups, nullptr, sums.data());
     }
@@ -353,8 +353,8 @@ Status backward(const Problem& problem, const Backward& io) {
       if (wide[b]) steep[steep_count++] = b;
     }
     if (steep_count > 0 && !whole) {
-      const Status status = find_averages<T, R>(problem, io, law, first, steep.data(), steep_count,
-                                                averages.data());
+      const Status status =
+          find_averages<T, R>(problem, io, law, first, steep.data(), steep_count, averages.data());
       if (status.failure != Failure::none) return status;
     }
 
@@ -372,8 +372,9 @@ Status backward(const Problem& problem, const Backward& io) {
       if (const Status status = check_rows(rows.data(), count, first);
           status.failure != Failure::none)
         return status;
-      groups.arrange(count, distances.count(), problem.threads,
-                     [&](Index b) { return wide[b] ? 0 : rows[b].live; }, each(p), counts);
+      groups.arrange(
+          count, distances.count(), problem.threads,
+          [&](Index b) { return wide[b] ? 0 : rows[b].live; }, each(p), counts);
       const auto y = [&](Index j) { return distances.reference(j); };
       if (distances.dense())
         dense.template sum<Projection>(
@@ -405,14 +406,15 @@ Status backward(const Problem& problem, const Backward& io) {
 
     parallel(count, problem.threads, [&](Index b, int) {
       const Index query = first + b;
-      const Totals total = totals(law, rows[b], moments[b], io.grad_logsumexp[query],
-                                  distances.radius(b));
+      const Totals total =
+          totals(law, rows[b], moments[b], io.grad_logsumexp[query], distances.radius(b));
       if (io.grad_radius) io.grad_radius[query] = total.grad_radius;
       if (!io.grad_x) return;
       const T* x = distances.query(b);
       T* out = static_cast<T*>(io.grad_x) + query * features;
       for (Index k = 0; k < features; ++k) {
-        const double offset = static_cast<double>(x[k]) - static_cast<double>(mean[b * features + k]);
+        const double offset =
+            static_cast<double>(x[k]) - static_cast<double>(mean[b * features + k]);
         out[k] = static_cast<T>(total.c * offset - sums[b * features + k]);
       }
     });
@@ -425,11 +427,16 @@ Status backward(const Problem& problem, const Backward& io) {
 template <class T, class F>
 Status with_reference_type(Type type, const F& f) {
   switch (type) {
-    case Type::float32: return f(T(), float());
-    case Type::float64: return f(T(), double());
-    case Type::bfloat16: return f(T(), BFloat16());
-    case Type::float16: return f(T(), Float16());
-    case Type::uint8: return f(T(), std::uint8_t());
+    case Type::float32:
+      return f(T(), float());
+    case Type::float64:
+      return f(T(), double());
+    case Type::bfloat16:
+      return f(T(), BFloat16());
+    case Type::float16:
+      return f(T(), Float16());
+    case Type::uint8:
+      return f(T(), std::uint8_t());
   }
   std::abort();
 }

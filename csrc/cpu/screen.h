@@ -23,8 +23,8 @@ namespace PFGM_ISA {
 namespace {
 
 constexpr Index kTogether = 16;  // references read in one go
-constexpr Index kAlike = 32;  // with fewer queries packing tiles costs more than it saves
-constexpr Index kLine = 32;  // features of a line; the last may be shorter
+constexpr Index kAlike = 32;     // with fewer queries packing tiles costs more than it saves
+constexpr Index kLine = 32;      // features of a line; the last may be shorter
 constexpr double kLineRoot = 5.656854249492381;  // √kLine
 
 inline Index sketch_lines(Index features) { return divide_up(features, kLine); }
@@ -54,9 +54,8 @@ class Screen {
   template <class Queries>
   void set_queries(Index count, const Queries& x) {
     queries_count_ = count;
-    parallel(count, problem_.threads, [&](Index b, int) {
-      query_lengths_[b] = sketch(x(b), queries_.at(b * stride_));
-    });
+    parallel(count, problem_.threads,
+             [&](Index b, int) { query_lengths_[b] = sketch(x(b), queries_.at(b * stride_)); });
   }
 
   // out(b)[j] = the lower bound for the references from `first` on, before rounding is allowed for.
@@ -75,8 +74,8 @@ class Screen {
       if (!(lengths[j] <= longest_)) longest_ = static_cast<double>(lengths[j]);
     if (queries_count_ < kAlike) return bound_few(count, rows, out);
     const auto x = [&](Index b) { return queries_.at(b * stride_); };
-    tiles_.template sum<Distance>(queries_count_, count, 2 * lines_, x, x,
-                                  [&](Index j) { return rows + j * stride_; }, out);
+    tiles_.template sum<Distance>(
+        queries_count_, count, 2 * lines_, x, x, [&](Index j) { return rows + j * stride_; }, out);
   }
 
   // The sketch of vectors y(0), …: rows and lengths.

@@ -54,8 +54,12 @@ constexpr Index round_up(Index n, Index multiple) { return divide_up(n, multiple
 
 // ---- element types --------------------------------------------------------------------------
 
-struct BFloat16 { std::uint16_t bits; };
-struct Float16 { std::uint16_t bits; };
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
 
 inline float from_bits(std::uint32_t bits) {
   float value;
@@ -102,15 +106,17 @@ template <int... kIndex> struct Indices {};
 template <int kCount, int... kIndex>
 struct CountTo : CountTo<kCount - 1, kCount - 1, kIndex...> {};
 template <int... kIndex>
-struct CountTo<0, kIndex...> { using Type = Indices<kIndex...>; };
+struct CountTo<0, kIndex...> {
+  using Type = Indices<kIndex...>;
+};
 
 // Swaps the odd blocks of a, kHalf lanes each, with the even blocks of b.
 template <class T, int kHalf, int... kIndex>
 void swap_blocks(typename Simd<T>::Vector& a, typename Simd<T>::Vector& b, Indices<kIndex...>) {
   constexpr int lanes = Simd<T>::lanes;
 #ifdef __clang__
-  const auto low = __builtin_shufflevector(
-      a, b, (kIndex & kHalf ? lanes + kIndex - kHalf : kIndex)...);
+  const auto low =
+      __builtin_shufflevector(a, b, (kIndex & kHalf ? lanes + kIndex - kHalf : kIndex)...);
   b = __builtin_shufflevector(a, b, (kIndex & kHalf ? lanes + kIndex : kIndex + kHalf)...);
 #else
   typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Mask
@@ -182,9 +188,11 @@ inline Doubles exponential(Doubles x) {
   const Doubles shifted = x * 0x1.71547652b82fep0 + magic;
   const Doubles n = shifted - magic;
   const Doubles r = x - n * kLog2High - n * kLog2Low;
-  constexpr double taylor[] = {1,          1,           1.0 / 2,      1.0 / 6,       1.0 / 24,
-                               1.0 / 120,  1.0 / 720,   1.0 / 5040,   1.0 / 40320,   1.0 / 362880,
-                               1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600};
+  // clang-format off
+  constexpr double taylor[] = {1, 1, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
+                               1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
+                               1.0 / 479001600};
+  // clang-format on
   const Doubles p = polynomial(taylor, r);  // |r| ≤ log(2)/2, remainder 2e-16
   return reinterpret_cast<Doubles>(reinterpret_cast<Bits>(p) +
                                    (reinterpret_cast<Bits>(shifted) << 52));

@@ -14,7 +14,7 @@ namespace {
 
 // The error of t_j, relative to |G|, times (N + D) d/s that is left alone.
 template <class T> constexpr double kLeftAlone = sizeof(T) == sizeof(float) ? 3e-5 : 1e-10;
-constexpr double kFarthest = 16;  // references that count are this many (d² + σ²)^½ apart, at most
+constexpr double kFarthest = 16;   // references that count are this many (d² + σ²)^½ apart, at most
 constexpr Index kSteepBlock = 64;  // rows that find_averages takes at a time
 
 constexpr Index kWideLanes = 4 * kDoubles;
@@ -39,8 +39,8 @@ bool is_steep(const Law& law, double nearest, double total, double radius, const
               Index features) {
   // The mean is the nearest reference itself, without an error.
   if (total == 1) return false;
-  const double sigma = law.gaussian ? radius
-                                    : std::sqrt((nearest + radius * radius) / law.exponent / 2);
+  const double sigma =
+      law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
   const double distance = std::sqrt(nearest + sigma * sigma);
   const double slope = distance / sigma / sigma, rounding = std::numeric_limits<T>::epsilon() / 2;
   double error = (total - 1) * kFarthest * distance;

@@ -139,7 +139,7 @@ class DenseTiles {
 constexpr Index kPairReferences = 32;  // packed at a time
 // of so many features: a tile fits L1, and a lane takes no more additions than kAdditions
 template <class T>
-constexpr Index kPairPanel = smaller(3072 / sizeof(T), kAdditions * Simd<T>::lanes);
+constexpr Index kPairPanel = smaller(3072 / sizeof(T), Simd<T>::lanes* kAdditions);
 constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
 
 // out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.

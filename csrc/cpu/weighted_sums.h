@@ -21,7 +21,8 @@ void sum_tile(const Group<T, kRows>& group, Index begin, Index end, const T* pac
   set_zero(sum);
   if constexpr (kOrigin)
     for (int q = 0; q < kRows; ++q)
-      for (int v = 0; v < kTileVectors; ++v) from[q][v] = vector_at(origin + q * kSumPanel<T> + v * lanes);
+      for (int v = 0; v < kTileVectors; ++v)
+        from[q][v] = vector_at(origin + q * kSumPanel<T> + v * lanes);
   for (Index i = begin; i < end; ++i) {
     const T* y = packed + group.index[i] % kBatch * kSumPanel<T>;
     Vector reference[kTileVectors];
@@ -35,7 +36,8 @@ void sum_tile(const Group<T, kRows>& group, Index begin, Index end, const T* pac
       }
   }
   for (int q = 0; q < kRows; ++q)
-    for (int v = 0; v < kTileVectors; ++v) vector_at(out + q * kSumPanel<T> + v * lanes) = sum[q][v];
+    for (int v = 0; v < kTileVectors; ++v)
+      vector_at(out + q * kSumPanel<T> + v * lanes) = sum[q][v];
 }
 
 // state[b, :] += Σ_j weights[b, j] (y_j − origin[b, :]) over the chunk; without kOrigin, origin is 0.
@@ -93,7 +95,7 @@ class WeightedSums {
           std::memcpy(from[q], origin + group.row[q] * problem_.features + k, n * sizeof(T));
       for (Index t = 0; t < n; t += Simd<T>::tile)
         sum_tile<T, kRows, kOrigin>(group, segment.begin, segment.end, packed + t, from[0] + t,
-                                     sum[0] + t);
+                                    sum[0] + t);
       for (Index q = 0; q < group.rows; ++q) {
         double* out = state + group.row[q] * problem_.features + k;
         const double scale = group.scale[q];

@@ -29,9 +29,8 @@ struct Law {
   }
 
   Doubles relative(Doubles excess, double nearest, double radius) const {
-    const Doubles fall = gaussian
-                             ? excess / radius / radius / 2.0
-                             : exponent * log_one_plus(excess / (nearest + radius * radius));
+    const Doubles fall = gaussian ? excess / radius / radius / 2.0
+                                  : exponent * log_one_plus(excess / (nearest + radius * radius));
     return excess == 0.0 ? Doubles{} : -fall;
   }
 
@@ -64,8 +63,8 @@ constexpr double kLeast = std::numeric_limits<double>::min();
 // The merge state of one query: everything is relative to the nearest reference so far.
 struct Row {
   double nearest = kInfinity, total = 0;
-  double scale = 1;   // what sums made before this chunk must be multiplied by
-  Index live = 0;     // references of this chunk that count
+  double scale = 1;  // what sums made before this chunk must be multiplied by
+  Index live = 0;    // references of this chunk that count
 };
 
 // Doubles in a row of weights and squared distances: whole vectors, the last padded.

@@ -56,12 +56,12 @@ Pool& pool = *new Pool;
 
 // A child has only the thread that forked. Were the pool locked by another, it would stay so; what
 // the others have in use is lost to the child, as their stacks are.
-[[maybe_unused]] const int registered = pthread_atfork(
-    [] { pool.mutex.lock(); }, [] { pool.mutex.unlock(); },
-    [] {
-      pool.used = 0;
-      pool.mutex.unlock();
-    });
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { pool.mutex.lock(); }, [] { pool.mutex.unlock(); },
+                   [] {
+                     pool.used = 0;
+                     pool.mutex.unlock();
+                   });
 
 void* allocate(std::size_t capacity) {
   if (capacity < kHugePage) return std::aligned_alloc(64, capacity);
@@ -81,9 +81,9 @@ void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
   {
     const std::lock_guard<std::mutex> lock(pool.mutex);
     pool.used += *capacity;
-    const auto fitting =
-        std::find_if(pool.idle.begin(), pool.idle.end(),
-                     [&](const Block& block) { return block.capacity == *capacity; });
+    const auto fitting = std::find_if(pool.idle.begin(), pool.idle.end(), [&](const Block& block) {
+      return block.capacity == *capacity;
+    });
     if (fitting != pool.idle.end()) {
       void* memory = fitting->memory;
       pool.kept -= *capacity;

@@ -10,11 +10,12 @@
 namespace pfgm {
 namespace {
 
-constexpr int kTile = 64;         // references of a tile, whose least distance is kept
-constexpr double kNear = 20;      // nats: what weighs less than e^-20 of the largest needs no more digits
-constexpr int kFewTiles = 16;     // near the minimum: so few are computed again in any case
-constexpr int kSegments = 256;    // blocks of refine a query, at most: each reads all minima
-constexpr int kSegment = 4;       // tiles that one looks at, at least
+constexpr int kTile = 64;  // references of a tile, whose least distance is kept
+constexpr double kNear =
+    20;  // nats: what weighs less than e^-20 of the largest needs no more digits
+constexpr int kFewTiles = 16;   // near the minimum: so few are computed again in any case
+constexpr int kSegments = 256;  // blocks of refine a query, at most: each reads all minima
+constexpr int kSegment = 4;     // tiles that one looks at, at least
 constexpr double kFloatLeast = 0x1p-126;
 
 // In the workspace; rows are `stride` apart.
@@ -47,8 +48,8 @@ __device__ inline float lowest_with(float low, float distance) {
 
 // low[row of warps][query] → the least of the tile.
 template <int QUERIES>
-__device__ inline void store_lowest(const float (*low)[QUERIES], int rows, Index first,
-                                    int queries, const Pairs& out) {
+__device__ inline void store_lowest(const float (*low)[QUERIES], int rows, Index first, int queries,
+                                    const Pairs& out) {
   const int q = static_cast<int>(threadIdx.x);
   if (q >= QUERIES || first + q >= queries) return;
   float least = low[0][q];
@@ -310,7 +311,8 @@ __global__ void __launch_bounds__(kRefineThreads)
 
   double near = law.near(base, norm, r);
   int competing = 0;
-  for (int tile = thread; tile < pairs.tiles; tile += kRefineThreads) competing += low[tile] <= near;
+  for (int tile = thread; tile < pairs.tiles; tile += kRefineThreads)
+    competing += low[tile] <= near;
   competing = over_block(competing, reinterpret_cast<int*>(scratch), Sum());
   if (competing > kFewTiles && !law.shows(law.error(base, norm), base, r, 3e-4) && near < INFINITY)
     near = -1;

@@ -15,11 +15,11 @@ struct Grid {
 };
 
 struct Launch {
-  const char* kernel;  // its name, for errors
-  Grid grid;           // blocks; an empty one is not launched
-  int threads;         // of a block
+  const char* kernel;      // its name, for errors
+  Grid grid;               // blocks; an empty one is not launched
+  int threads;             // of a block
   std::size_t shared = 0;  // bytes of dynamic shared memory
-  int cluster = 1;     // blocks of a cluster, along x
+  int cluster = 1;         // blocks of a cluster, along x
 };
 
 #ifdef PFGM_CUDA_SHIM
@@ -95,9 +95,8 @@ class Stream {
   template <class Kernel>
   static void prepare(const Launch& shape, Kernel* kernel) {
     if (shape.shared > 48 * 1024)
-      check(shape.kernel,
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared)));
+      check(shape.kernel, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               static_cast<int>(shape.shared)));
     if (shape.cluster > 8 &&
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
             cudaSuccess)

@@ -133,9 +133,8 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
   } else {
     if (needs_norm) squared = squared_norm<WIDTH>(step, at);
   }
-  const Weights w = of_row_sum<Weights>(squared, summed ? lanes : 1, [&](double sum) {
-    return weights(step, at.row, level, sum);
-  });
+  const Weights w = of_row_sum<Weights>(
+      squared, summed ? lanes : 1, [&](double sum) { return weights(step, at.row, level, sum); });
 
   if constexpr (WHOLE) {
     write<WIDTH>(held, step, at.row, tile, w);
@@ -162,9 +161,8 @@ void ode_step_cuda(const OdeStep& step, const CudaPlace& place) {
                     aligned_rows(step.next, step.next_stride) &&
                     aligned_rows(step.mean, step.mean_stride);
   const RowCut cut = cut_rows(step.rows, step.features, wide ? 4 : 1, summed);
-  const auto kernel =
-      wide ? (cut.whole ? ode_step_kernel<4, true> : ode_step_kernel<4, false>)
-           : (cut.whole ? ode_step_kernel<1, true> : ode_step_kernel<1, false>);
+  const auto kernel = wide ? (cut.whole ? ode_step_kernel<4, true> : ode_step_kernel<4, false>)
+                           : (cut.whole ? ode_step_kernel<1, true> : ode_step_kernel<1, false>);
   Stream stream(place);
   stream.launch({"ode_step", cut.grid, cut.threads, kSumBytes}, kernel, step, common, summed,
                 cut.lanes);

@@ -52,12 +52,12 @@ Cut cut_of(const Problem& problem, int multiprocessors) {
   cut.stride = round_up(cut.references, 32);
   cut.few = cut.queries < 16 || problem.features < kPanel;
   // Two blocks a multiprocessor, as far as memory and the length of a list allow.
-  const Index tiles =
-      divide_up(problem.features, kSumFeatures) * divide_up(cut.queries, kSumRows);
+  const Index tiles = divide_up(problem.features, kSumFeatures) * divide_up(cut.queries, kSumRows);
   const Index words = cut.stride / 32;
   const Index wanted = smaller(divide_up(2 * multiprocessors, tiles),
                                larger(1, limits.parts / (cut.queries * problem.features)));
-  const Index stretches = larger(smaller(wanted, divide_up(words, 4)), divide_up(words, kStretchWords));
+  const Index stretches =
+      larger(smaller(wanted, divide_up(words, 4)), divide_up(words, kStretchWords));
   cut.stretch_words = divide_up(words, stretches);
   cut.stretches = divide_up(words, cut.stretch_words);
   return cut;
@@ -66,11 +66,15 @@ Cut cut_of(const Problem& problem, int multiprocessors) {
 constexpr double kUnheld = 104;  // nats: e^-104 is 0 in float32
 
 Law law_of(const Problem& problem, bool products) {
-  const bool gaussian = std::isinf(problem.dimensions), bytes = problem.reference_type == Type::uint8;
+  const bool gaussian = std::isinf(problem.dimensions),
+             bytes = problem.reference_type == Type::uint8;
   const double half = gaussian ? 0.5 : (problem.features + problem.dimensions) / 2;
   const double length = problem.features > 8192 ? problem.features / 8192.0 : 1;
-  return {gaussian, half, gaussian ? 0 : std::expm1(kNear / half),
-          length * (products ? 0x1p-18 : 0x1p-21), products || bytes ? 0x1p-22 : 0,
+  return {gaussian,
+          half,
+          gaussian ? 0 : std::expm1(kNear / half),
+          length * (products ? 0x1p-18 : 0x1p-21),
+          products || bytes ? 0x1p-22 : 0,
           gaussian ? 2 * kUnheld : std::expm1(kUnheld / half)};
 }
 
@@ -103,8 +107,8 @@ Pass pass_in_tile(const Problem& problem, const Stream& stream) {
   // Some parts of a device may be too small for a cluster; where that idles much, two passes win.
   if (4 * clusters * cluster < 3 * stream.multiprocessors()) return pass;
   pass.clusters = clusters;
-  const Index stretches = smaller(smaller(pass.clusters, kMostPasses),
-                                  divide_up(problem.references, 4 * kPassTile));
+  const Index stretches =
+      smaller(smaller(pass.clusters, kMostPasses), divide_up(problem.references, 4 * kPassTile));
   pass.stretch = round_up(divide_up(problem.references, stretches), kPassTile);
   pass.stretches = divide_up(problem.references, pass.stretch);
   pass.shape.grid.x = cluster * pass.stretches;
@@ -125,8 +129,11 @@ class Calculation {
  public:
   Calculation(const Problem& problem, const Stream& stream, const CudaWorkspace& workspace,
               bool backward)
-      : problem_(problem), stream_(stream), arena_(workspace),
-        cut_(cut_of(problem, stream.multiprocessors())), features_(static_cast<int>(problem.features)),
+      : problem_(problem),
+        stream_(stream),
+        arena_(workspace),
+        cut_(cut_of(problem, stream.multiprocessors())),
+        features_(static_cast<int>(problem.features)),
         law_(law_of(problem, !cut_.few)) {
     if (!backward) pass_ = pass_of<R>(problem, stream);
     if (pass_.clusters > 0) {
@@ -168,8 +175,8 @@ class Calculation {
         run("weigh", {queries()}, kQueryThreads, kScratch, weigh, law_, radius(), pairs_,
             references(), floor, begin_ == 0, state, weights_, share_, carry_);
         sum(share_);
-        run("merge", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0, merge, mean,
-            parts_, carry_, features_, stretches(), begin_ == 0);
+        run("merge", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0, merge,
+            mean, parts_, carry_, features_, stretches(), begin_ == 0);
       }
     }
   }
@@ -227,13 +234,12 @@ class Calculation {
     // A power of two, so that nothing is rounded by it.
     const float shrink = std::ldexp(1.0f, -std::ilogb(static_cast<double>(pass_.stretch)) - 1);
     stream_.launch(pass_.shape, single_pass<R, QUERIES>, x, y, features_, problem_.radius, law_,
-                   floor_of(problem_), pass_.shape.cluster, static_cast<int>(pass_.stretch),
-                   shrink, passes_);
+                   floor_of(problem_), pass_.shape.cluster, static_cast<int>(pass_.stretch), shrink,
+                   passes_);
     run("merge_passes", {problem_.queries, divide_up(features_, kMostPasses)}, kMostPasses,
         sizeof(double) * (kMostPasses + kMostPasses / 32), merge_passes, law_, problem_.radius,
         passes_, static_cast<int>(pass_.stretches), shrink, features_,
-        static_cast<float*>(out.mean),
-        State{out.nearest, out.total, out.logsumexp});
+        static_cast<float*>(out.mean), State{out.nearest, out.total, out.logsumexp});
   }
 
   // Distances of the block and the chunk, exact where it matters, and G·y where there is a G; nearest
@@ -251,8 +257,8 @@ class Calculation {
   template <bool PROJECT>
   void pair_products(const Rows<float>& rows) {
     if (cut_.few)
-      run("differences", tiles(8), 256, sizeof(TileMemory<R, 8>), differences<R, PROJECT>, rows, y(),
-          features_, pairs_);
+      run("differences", tiles(8), 256, sizeof(TileMemory<R, 8>), differences<R, PROJECT>, rows,
+          y(), features_, pairs_);
     else if (queries() <= 32 || tiles(64).x * tiles(64).y < 2 * stream_.multiprocessors())
       run("distances", tiles(32), 128, sizeof(TileMemory<R, 32>), distances<R, 32, PROJECT>, rows,
           y(), features_, pairs_);
@@ -278,9 +284,9 @@ class Calculation {
     const Coefficients coefficients = {weights_, io.grad_y ? probability_ : nullptr, scaled_};
     Moments moments = moments_;
     moments.grad_radius = io.grad_radius ? io.grad_radius + first_ : spare_;
-    run("find_coefficients", {queries()}, kQueryThreads, kScratch, find_coefficients, law_, radius(),
-        io.nearest + first_, io.total + first_, io.grad_logsumexp + first_, pairs_, references(),
-        gradient_floor(), first_chunk, moments, coefficients);
+    run("find_coefficients", {queries()}, kQueryThreads, kScratch, find_coefficients, law_,
+        radius(), io.nearest + first_, io.total + first_, io.grad_logsumexp + first_, pairs_,
+        references(), gradient_floor(), first_chunk, moments, coefficients);
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
       sum(nullptr);
@@ -318,11 +324,16 @@ class Calculation {
 template <class Call>
 void with_type(Type type, Call call) {
   switch (type) {
-    case Type::float32: return call(float{});
-    case Type::bfloat16: return call(BFloat16{});
-    case Type::float16: return call(Float16{});
-    case Type::uint8: return call(std::uint8_t{});
-    default: throw std::invalid_argument("references of this type are not computed on CUDA devices");
+    case Type::float32:
+      return call(float{});
+    case Type::bfloat16:
+      return call(BFloat16{});
+    case Type::float16:
+      return call(Float16{});
+    case Type::uint8:
+      return call(std::uint8_t{});
+    default:
+      throw std::invalid_argument("references of this type are not computed on CUDA devices");
   }
 }
 

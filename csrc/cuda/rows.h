@@ -23,9 +23,7 @@ constexpr int kSumBytes = 32 * sizeof(double) + 16;  // of shared memory, for of
 constexpr int most_lanes(int width) { return width == 4 ? 1024 : 768; }
 
 // The largest block of a kernel whose rows are one tile, or longer.
-constexpr int most_threads(int width, bool whole) {
-  return whole ? most_lanes(width) : kLongLanes;
-}
+constexpr int most_threads(int width, bool whole) { return whole ? most_lanes(width) : kLongLanes; }
 
 struct RowCut {
   Grid grid;    // rows along x, panels along y

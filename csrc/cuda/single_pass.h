@@ -15,7 +15,7 @@ constexpr int kPassThreads = 256, kPassTile = 16;
 constexpr int kPassRegisters = 96 * 32;  // of a warp's sums: 96 features × 32 queries
 // Blocks of a cluster at most: 8 on every such device, 16 on those that allow it.
 template <int QUERIES> constexpr int kPassCluster = QUERIES == 64 ? 8 : 16;
-constexpr double kPassShare = 1e-4;      // of a weight that an error may change, unless found again
+constexpr double kPassShare = 1e-4;  // of a weight that an error may change, unless found again
 
 template <class R, int QUERIES>
 struct PassMemory {
@@ -37,7 +37,8 @@ struct PassMemory {
 };
 
 static_assert(sizeof(PassMemory<float, 64>) <= kClusterSharedLimit &&
-              sizeof(PassMemory<float, 128>) <= kClusterSharedLimit, "a block fits");
+                  sizeof(PassMemory<float, 128>) <= kClusterSharedLimit,
+              "a block fits");
 
 // What clusters find, for merge_passes: relative to the nearest reference of their stretch.
 struct Passes {
@@ -102,8 +103,7 @@ __device__ inline void add_partial(Memory& shared, int pairs, int cluster, int r
       const float* partial = cluster_shared(shared.partial[0], of);
       sum += static_cast<double>(partial[i]) + partial[pairs + i];
     }
-    for (int to = 0; to < cluster; ++to)
-      cluster_shared(shared.squared, to)[i] = sum < 0 ? 0 : sum;
+    for (int to = 0; to < cluster; ++to) cluster_shared(shared.squared, to)[i] = sum < 0 ? 0 : sum;
   }
 }
 
@@ -120,9 +120,8 @@ __device__ inline void refine_tile(Memory& shared, int slot, const Law& law, int
   }
   base = own.over_parts(base, Least());
   const double norm = shared.norm[own.query];
-  const double near = law.shows(law.error(base, norm), base, own.r, kPassShare)
-                          ? law.near(base, norm, own.r)
-                          : -1;
+  const double near =
+      law.shows(law.error(base, norm), base, own.r, kPassShare) ? law.near(base, norm, own.r) : -1;
   unsigned needed = 0;
   for (int i = 0; i < own.kOwn; ++i) {
     const int j = own.part + own.kParts * i;
@@ -138,8 +137,7 @@ __device__ inline void refine_tile(Memory& shared, int slot, const Law& law, int
     const int query = __shfl_sync(kAll, own.query, first);
     for (unsigned left = __shfl_sync(kAll, needed, first); left != 0; left &= left - 1) {
       const int j = __ffs(static_cast<int>(left)) - 1;
-      const double part =
-          squared_distance(shared.x[query], shared.y[slot][j], lane.lane, features);
+      const double part = squared_distance(shared.x[query], shared.y[slot][j], lane.lane, features);
       if (lane.lane == 0) shared.exact[query * kPassTile + j] = part;
     }
   }
@@ -164,7 +162,8 @@ __device__ inline bool weigh_tile(Memory& shared, const Law& law, double floor, 
   nearest = own.over_parts(nearest, Least());
   odd = own.over_parts(odd, Sum());
   if (odd > 0 || isnan(own.nearest)) nearest = NAN;
-  const double scale = own.total == 0 ? 0 : exp(law.relative(own.nearest - nearest, nearest, own.r));
+  const double scale =
+      own.total == 0 ? 0 : exp(law.relative(own.nearest - nearest, nearest, own.r));
   const double kept = own.total * scale, smallest = floor * fmax(kept, 1.0);
   double sum = 0;
   bool changes = own.known && !(scale == 1);
@@ -186,7 +185,8 @@ __device__ inline bool weigh_tile(Memory& shared, const Law& law, double floor, 
 template <class R, int QUERIES>
 __global__ void __launch_bounds__(kPassThreads, 1)
     single_pass(const Rows<float> x, const Rows<R> y, int features, const double* radius,
-                const Law law, double floor, int cluster, int stretch, float shrink, const Passes out) {
+                const Law law, double floor, int cluster, int stretch, float shrink,
+                const Passes out) {
 #ifdef PFGM_CLUSTERS
   using Memory = PassMemory<R, QUERIES>;
   constexpr int kSlice = Memory::kSlice, kPairsOfTile = QUERIES * kPassTile;
@@ -268,8 +268,7 @@ __global__ void __launch_bounds__(kPassThreads, 1)
       for (int group = 0; group < 3; ++group)
         for (int f = 0; f < 4; ++f) {
           const int feature = feature0 + sum_feature0 + 32 * group + 4 * lane.g + f;
-          if (feature < features)
-            sum[feature] = kUnit<R> * sums[group][f / 2][n][f % 2 * 2 + odd];
+          if (feature < features) sum[feature] = kUnit<R> * sums[group][f / 2][n][f % 2 * 2 + odd];
         }
     }
   cluster_sync();  // no block leaves while another reads its shared memory

@@ -17,11 +17,13 @@ using Index = std::int64_t;
 
 constexpr int kPanel = 32;  // terms of a sum that are staged together: features, or references
 constexpr unsigned kAll = 0xffffffffu;
-constexpr std::size_t kSharedLimit = 99 << 10;         // bytes a block can have, from sm_80 on
-constexpr std::size_t kClusterSharedLimit = 227 << 10; // and from sm_90 to sm_110
+constexpr std::size_t kSharedLimit = 99 << 10;          // bytes a block can have, from sm_80 on
+constexpr std::size_t kClusterSharedLimit = 227 << 10;  // and from sm_90 to sm_110
 
 __host__ __device__ constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
-__host__ __device__ constexpr Index round_up(Index n, Index multiple) { return divide_up(n, multiple) * multiple; }
+__host__ __device__ constexpr Index round_up(Index n, Index multiple) {
+  return divide_up(n, multiple) * multiple;
+}
 __host__ __device__ constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 __host__ __device__ constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
 
@@ -36,8 +38,12 @@ __device__ inline Lane this_lane() {
 
 // ---- element types ---------------------------------------------------------------------------
 
-struct BFloat16 { std::uint16_t bits; };
-struct Float16 { std::uint16_t bits; };
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
 
 // load4 gives an element as a number in this unit, in which all but float32's are exact in TF32.
 template <class R> constexpr bool kShort = true;
@@ -140,8 +146,8 @@ __device__ inline void copy_rows(T* to, const Rows<T>& rows, Index first, int fe
     for (int i = thread; i < ROWS * pieces; i += THREADS) {
       const int row = i / pieces;
       const bool known = first + row < rows.count;
-      copy_piece<COLUMNS>(to + row * PITCH, rows.row(known ? first + row : 0) + feature,
-                          i % pieces, known ? features - feature : 0, rows.aligned);
+      copy_piece<COLUMNS>(to + row * PITCH, rows.row(known ? first + row : 0) + feature, i % pieces,
+                          known ? features - feature : 0, rows.aligned);
     }
   }
 }
@@ -214,8 +220,8 @@ __device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, cons
 template <int ROW_TILES, int COLUMN_TILES>
 struct Products {
   float sum[ROW_TILES][COLUMN_TILES][4];
-  float of_rows[ROW_TILES][2];      // Σ A², rows g and g + 8
-  float of_columns[COLUMN_TILES];   // Σ B², column g; both over this lane's features
+  float of_rows[ROW_TILES][2];     // Σ A², rows g and g + 8
+  float of_columns[COLUMN_TILES];  // Σ B², column g; both over this lane's features
 
   __device__ void clear() {
     for (int i = 0; i < ROW_TILES; ++i) {

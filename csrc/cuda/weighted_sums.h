@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kSumFeatures = 128, kSumRows = 32;  // of a block's result; a warp takes 32 features
 constexpr int kSumThreads = kSumFeatures;
-constexpr int kStretchWords = 64;                 // of 32 references each, that a block lists at most
+constexpr int kStretchWords = 64;  // of 32 references each, that a block lists at most
 constexpr int kMergeThreads = 256;
 static_assert(kStretchWords <= kSumThreads, "one thread a word");
 
@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const Index query0 = static_cast<Index>(blockIdx.y) * kSumRows;
   const int known_queries = static_cast<int>(smaller(kSumRows, queries - query0));
   const Index first = static_cast<Index>(blockIdx.z) * stretch_words * 32;
-  const int words =
-      static_cast<int>(smaller(stretch_words, divide_up(y.count - first, 32)));
+  const int words = static_cast<int>(smaller(stretch_words, divide_up(y.count - first, 32)));
   const int count = list(shared, words, [&](int w) {
     unsigned any = 0;
     for (int q = 0; q < known_queries; ++q)
@@ -161,8 +160,8 @@ __global__ void __launch_bounds__(kMergeThreads)
 template <class R>
 __global__ void __launch_bounds__(kSumThreads)
     reference_gradient(const Rows<float> upstream, const Rows<float> x, const Rows<R> y,
-                       int features, const Coefficients coefficients, Index stride, bool first_block,
-                       float* grad_y) {
+                       int features, const Coefficients coefficients, Index stride,
+                       bool first_block, float* grad_y) {
   using Memory = SumMemory<float>;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
@@ -188,8 +187,9 @@ __global__ void __launch_bounds__(kSumThreads)
         [&](int p, int slot) {
           const bool second = p >= panels;
           const int listed = (second ? p - panels : p) * kPanel;
-          const Rows<float> rows = {second ? x.at : upstream.at, second ? x.stride : upstream.stride,
-                                    x.count, second ? x.aligned : upstream.aligned};
+          const Rows<float> rows = {second ? x.at : upstream.at,
+                                    second ? x.stride : upstream.stride, x.count,
+                                    second ? x.aligned : upstream.aligned};
           copy_listed(shared, slot, rows, first, listed, count, feature0, features);
           const float* weights = second ? coefficients.scaled : coefficients.probability;
           for (int i = static_cast<int>(threadIdx.x); i < kSumRows * kPanel; i += kSumThreads) {

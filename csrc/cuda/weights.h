@@ -96,12 +96,12 @@ __global__ void __launch_bounds__(kQueryThreads)
 
 // Of each query, from chunk to chunk.
 struct Moments {
-  double* pulled;       // Σ p_j G·y_j
-  double* mass;         // Σ p_j: 1 but for what distances differ from the forward pass, 0 at a limit
+  double* pulled;  // Σ p_j G·y_j
+  double* mass;    // Σ p_j: 1 but for what distances differ from the forward pass, 0 at a limit
   double* moment;
-  double* sum;          // Σ c_j
-  double* whole;        // C
-  double* unit;         // F, 0 at a limit
+  double* sum;    // Σ c_j
+  double* whole;  // C
+  double* unit;   // F, 0 at a limit
   double* grad_radius;
 };
 
@@ -190,8 +190,9 @@ __global__ void __launch_bounds__(kQueryThreads)
   const double whole = law.gaussian ? -g : moment - g;
   moments.whole[query] = whole;
   moments.unit[query] = limit ? 0 : unit;
-  moments.grad_radius[query] =
-      limit ? 0 : law.gaussian ? (g * (low / r / r) + moment) / r : r * unit * whole;
+  moments.grad_radius[query] = limit          ? 0
+                               : law.gaussian ? (g * (low / r / r) + moment) / r
+                                              : r * unit * whole;
 }
 
 }  // namespace

@@ -51,9 +51,9 @@ constexpr std::size_t kStack = 64 * kPage;  // their reports are made on the fib
 constexpr std::size_t kStack = 16 * kPage;
 #endif
 
-const char* const kCalls[] = {"none", "__syncthreads", "__syncthreads_or", "__syncwarp",
-                              "__shfl_sync", "__shfl_xor_sync", "__any_sync", "__all_sync",
-                              "__ballot_sync", "multiply_add", "cluster_sync", "its end"};
+const char* const kCalls[] = {"none",          "__syncthreads",   "__syncthreads_or", "__syncwarp",
+                              "__shfl_sync",   "__shfl_xor_sync", "__any_sync",       "__all_sync",
+                              "__ballot_sync", "multiply_add",    "cluster_sync",     "its end"};
 
 // ---- contexts -------------------------------------------------------------------------------
 
@@ -519,7 +519,8 @@ void require(bool good, const std::string& what) {
 void check_shape() {
   const Grid& grid = shape->grid;
   require(grid.x > 0 && grid.x <= std::numeric_limits<std::int32_t>::max() && grid.y > 0 &&
-              grid.y <= 65535 && grid.z > 0 && grid.z <= 65535, "invalid grid");
+              grid.y <= 65535 && grid.z > 0 && grid.z <= 65535,
+          "invalid grid");
   require(shape->threads > 0 && shape->threads % kWarp == 0 && shape->threads <= 1024,
           "invalid number of threads");
   require(shape->shared <= device_now.shared_limit, "too much shared memory");

@@ -20,13 +20,27 @@
 
 #define PFGM_CLUSTERS 1
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
-struct uint3 { unsigned x, y, z; };
-struct dim3 { unsigned x = 1, y = 1, z = 1; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
 
 // Of the fiber that runs.
 extern uint3 threadIdx, blockIdx;
@@ -47,8 +61,18 @@ std::vector<std::string> launches();
 void clear_launches();
 
 enum class Call {
-  none, syncthreads, syncthreads_or, syncwarp, shuffle, shuffle_xor, any, all, ballot, multiply_add,
-  cluster_sync, end
+  none,
+  syncthreads,
+  syncthreads_or,
+  syncwarp,
+  shuffle,
+  shuffle_xor,
+  any,
+  all,
+  ballot,
+  multiply_add,
+  cluster_sync,
+  end
 };
 
 // What lane `source` of the warp brought to this call; all 32 take part.
@@ -103,8 +127,8 @@ void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
 inline float half_to_float(std::uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                     : exponent    ? std::ldexp(1024.0f + fraction, exponent - 25)
-                                   : std::ldexp(static_cast<float>(fraction), -24);
+                     : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
+                                    : std::ldexp(static_cast<float>(fraction), -24);
   return bits >> 15 ? -size : size;
 }
 

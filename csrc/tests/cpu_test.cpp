@@ -16,8 +16,13 @@ constexpr int kThreads[] = {1, 2, 3, 8};
 
 Implementation cpu(int threads) {
   const Kernels& kernels = cpu_kernels();
-  return {std::string(kernels.isa) + ", " + std::to_string(threads) + " threads", 2e-5, 1e-4,
-          kernels.posterior_mean, kernels.posterior_mean_backward, ode_step, threads};
+  return {std::string(kernels.isa) + ", " + std::to_string(threads) + " threads",
+          2e-5,
+          1e-4,
+          kernels.posterior_mean,
+          kernels.posterior_mean_backward,
+          ode_step,
+          threads};
 }
 
 // The mean that comes out without a sketch.
@@ -37,9 +42,9 @@ Implementation sketched(int threads) {
   result.name += ", sketched";
   result.forward = [plain](const Problem& problem, const Forward& out) {
     const Kernels& kernels = cpu_kernels();
-    const auto bytes = static_cast<std::size_t>(problem.references *
-                                                kernels.sketch_width(problem.features)) *
-                       kSizes[static_cast<int>(problem.type)];
+    const auto bytes =
+        static_cast<std::size_t>(problem.references * kernels.sketch_width(problem.features)) *
+        kSizes[static_cast<int>(problem.type)];
     if (bytes == 0) return plain.forward(problem, out);
     const std::unique_ptr<void, decltype(&std::free)> sketch(
         std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
@@ -58,10 +63,10 @@ std::vector<Case> cases() {
   // At tile edges (queries 4, 6; references 64, 2048; features 16, 512), at a block's 64 and 384
   // queries, and above 512 features, where lower bounds are found for 48 queries or more.
   constexpr Index shapes[][3] = {
-      {1, 1, 1},    {2, 1, 3},    {3, 2, 5},     {5, 63, 16},  {6, 64, 17},   {7, 65, 31},
-      {12, 128, 33}, {13, 129, 63}, {4, 5, 511}, {48, 70, 512}, {49, 65, 513}, {48, 33, 527},
-      {53, 90, 528}, {7, 66, 1025}, {6, 2047, 3}, {6, 2048, 8}, {7, 2049, 15}, {3, 4100, 2},
-      {385, 6, 4},  {391, 70, 2}, {386, 5, 520}, {50, 2050, 514}, {48, 400, 6000}};
+      {1, 1, 1},     {2, 1, 3},     {3, 2, 5},     {5, 63, 16},     {6, 64, 17},    {7, 65, 31},
+      {12, 128, 33}, {13, 129, 63}, {4, 5, 511},   {48, 70, 512},   {49, 65, 513},  {48, 33, 527},
+      {53, 90, 528}, {7, 66, 1025}, {6, 2047, 3},  {6, 2048, 8},    {7, 2049, 15},  {3, 4100, 2},
+      {385, 6, 4},   {391, 70, 2},  {386, 5, 520}, {50, 2050, 514}, {48, 400, 6000}};
   std::vector<Case> found;
   for (const auto& [B, M, N] : shapes) {
     const bool small = B * M * N < 50000;
@@ -179,5 +184,6 @@ int main() {
     check_failures();
     check_stops();
   }
-  std::printf("%zu problems and %zu steps agree on%s\n", all.size(), all_steps.size(), text.c_str());
+  std::printf("%zu problems and %zu steps agree on%s\n", all.size(), all_steps.size(),
+              text.c_str());
 }

@@ -37,8 +37,8 @@ Implementation cuda(const std::string& name) {
     posterior_mean_backward_cuda(problem, io, kPlace, {workspace.data(), workspace.bytes()});
     return Status();
   };
-  return {name, 1e-5, 1e-5, forward, backward,
-          [](const OdeStep& step) { ode_step_cuda(step, kPlace); }};
+  return {name,    1e-5,     1e-5,
+          forward, backward, [](const OdeStep& step) { ode_step_cuda(step, kPlace); }};
 }
 
 using Orders = std::vector<unsigned>;
@@ -83,8 +83,15 @@ Case next_case(const Shape& shape, Type reference_type) {
   constexpr double dimensions[] = {1, kInfinity, 128};
   const int seed = problems++;
   const Index gap = seed % 4 < 2 ? 0 : seed % 4 - 1;
-  return {shape.B, shape.M, shape.N, Type::float32, reference_type, dimensions[seed % 3], gap,
-          static_cast<std::uint64_t>(seed), gap};
+  return {shape.B,
+          shape.M,
+          shape.N,
+          Type::float32,
+          reference_type,
+          dimensions[seed % 3],
+          gap,
+          static_cast<std::uint64_t>(seed),
+          gap};
 }
 
 Type reference_type(std::size_t turn) {
@@ -112,9 +119,9 @@ void check_forward(const Shape& shape, Type reference_type, const Orders& orders
 // products take over from differences: 16 queries and 32 features.
 void check_shapes() {
   const std::vector<Shape> shapes = {
-      {1, 1, 1},    {8, 31, 32},   {9, 65, 97},   {15, 130, 31}, {16, 63, 33}, {17, 31, 129},
-      {33, 65, 32}, {65, 63, 33},  {1, 65, 33},   {15, 65, 129}, {16, 1, 32},  {16, 65, 1},
-      {33, 31, 97}, {17, 130, 97}, {65, 1, 31},   {65, 130, 129}, {2, 1100, 5}};
+      {1, 1, 1},    {8, 31, 32},   {9, 65, 97}, {15, 130, 31},  {16, 63, 33}, {17, 31, 129},
+      {33, 65, 32}, {65, 63, 33},  {1, 65, 33}, {15, 65, 129},  {16, 1, 32},  {16, 65, 1},
+      {33, 31, 97}, {17, 130, 97}, {65, 1, 31}, {65, 130, 129}, {2, 1100, 5}};
   std::size_t turn = 0;
   for (std::size_t i = 0; i < (kFew ? 8 : shapes.size()); ++i) {
     const std::size_t types = kFew ? 1 : shapes[i].B < 65 ? 4 : 2;
@@ -137,7 +144,7 @@ bool launched(const std::string& kernel) {
 // In clusters of blocks, which share the features out: 384 of them for 64 queries, 192 for 128.
 // References are shared out by clusters, if the device runs several at once.
 void check_one_pass() {
-  const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577}, {17, 5, 769},
+  const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577},  {17, 5, 769},
                                      {64, 33, 515},  {128, 16, 576}, {16, 1, 1025}};
   for (std::size_t i = 0; i < (kFew ? 2 : shapes.size()); ++i)
     for (std::size_t t = 0; t < (kFew ? 1 : 2); ++t) {
@@ -169,8 +176,10 @@ void check_parts() {
 void check_not_finite(const Shape& shape, bool in_x, float bad) {
   const Case c = next_case(shape, Type::float32);
   Inputs in(c);
-  if (in_x) put(in.x.at(2, c.N - 1), bad);
-  else put(in.y.at(c.M - 1, 0), bad);
+  if (in_x)
+    put(in.x.at(2, c.N - 1), bad);
+  else
+    put(in.y.at(c.M - 1, 0), bad);
   for (Index b = in_x ? 2 : 0; b < (in_x ? 3 : c.B); ++b) {
     in.lse[b] = NAN;
     for (Index k = 0; k < c.N; ++k) in.mean[b * c.N + k] = NAN;
@@ -193,8 +202,9 @@ void check_steps() {
   for (const auto& [rows, features] : shapes)
     for (unsigned bits = 0; bits < 64; bits += kFew ? 13 : features > 1000 ? 5 : 1, ++turn) {
       const auto bit = [bits](int i) { return (bits >> i & 1) != 0; };
-      const Step step = {rows, features, Type::float32, bit(0), bit(1), bit(2), bit(3), bit(4),
-                         bits, static_cast<Output>(turn % 4), bit(5)};
+      const Step step = {rows,   features, Type::float32, bit(0), bit(1),
+                         bit(2), bit(3),   bit(4),        bits,   static_cast<Output>(turn % 4),
+                         bit(5)};
       run_in(turn % 16 == 0 ? kAllOrders : one_of_all(turn),
              [&](const Implementation& tested) { return run(tested, step); });
     }
@@ -224,14 +234,11 @@ FieldResults run(const std::string& name, const FieldCase& c) {
   };
   const Matrix x = rows(1), mean = rows(3), z(Type::float64, c.rows, 1);
   const Matrix field_z(Type::float32, c.rows, 1);
-  const Matrix field_x = c.output == Output::x       ? x
-                         : c.output == Output::slope ? mean
-                                                     : rows(2);
+  const Matrix field_x = c.output == Output::x ? x : c.output == Output::slope ? mean : rows(2);
   const Values xs = x.fill([&](Index, Index) { return random.normal(); });
   // The first row is at its mean, where the field is 0.
-  const Values means = mean.fill([&](Index i, Index k) {
-    return i == 0 ? xs[k] : random.normal();
-  });
+  const Values means =
+      mean.fill([&](Index i, Index k) { return i == 0 ? xs[k] : random.normal(); });
   const Values zs = z.fill([&](Index i, Index) { return i == 0 ? 0 : random.uniform(0, 4); });
   normalised_field_cuda({c.rows, c.features, reinterpret_cast<float*>(x.data()), x.stride,
                          z.doubles(), reinterpret_cast<float*>(mean.data()), mean.stride, c.gamma,
@@ -249,8 +256,8 @@ FieldResults run(const std::string& name, const FieldCase& c) {
     for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
       wanted_x.push_back(scale * (xs[k] - means[k]));
   }
-  const std::string what = name + ", a field of " + std::to_string(c.rows) + "×" +
-                           std::to_string(c.features);
+  const std::string what =
+      name + ", a field of " + std::to_string(c.rows) + "×" + std::to_string(c.features);
   compare(what, field_x, wanted_x, of_gradient(wanted_x, c.features, 1e-6));
   compare(what + ", z", field_z, wanted_z, of_gradient(wanted_z, 1, 1e-6));
   return {field_x, field_z};

@@ -172,8 +172,8 @@ __device__ bool shuffles(T base) {
     good &= __shfl_xor_sync(kAll, static_cast<T>(base + lane), mask) == base + (lane ^ mask);
   for (int source = 0; source < 32; ++source)
     good &= __shfl_sync(kAll, static_cast<T>(base + lane), source) == base + source;
-  return good && __shfl_sync(kAll, static_cast<T>(base + lane), (lane + 5) % 32) ==
-                     base + (lane + 5) % 32;
+  return good &&
+         __shfl_sync(kAll, static_cast<T>(base + lane), (lane + 5) % 32) == base + (lane + 5) % 32;
 }
 
 __global__ void warps(int* bad) {
@@ -184,8 +184,7 @@ __global__ void warps(int* bad) {
   good &= __any_sync(kAll, 0) == 0 && __any_sync(kAll, lane == 31) == 1;
   good &= __all_sync(kAll, 1) == 1 && __all_sync(kAll, lane != 9) == 0;
   __syncwarp();
-  for (int i = 0; i < 4; ++i)
-    good &= __syncthreads_or(threadIdx.x == 40 && i % 2) == i % 2;
+  for (int i = 0; i < 4; ++i) good &= __syncthreads_or(threadIdx.x == 40 && i % 2) == i % 2;
   bad[threadIdx.x] = !good;
 }
 
@@ -450,9 +449,7 @@ const Scenario kScenarios[] = {
     {"blocks", "data race", Finder::thread,
      [] { launch({"same_place", {2}, 32}, same_place, some_ints); }},
     {"distant blocks", "data race", Finder::thread,
-     [] {
-       launch({"ends_of_grid", {12}, 256}, ends_of_grid, some_ints);
-     }},
+     [] { launch({"ends_of_grid", {12}, 256}, ends_of_grid, some_ints); }},
     {"clusters", "data race", Finder::thread,
      [] { launch({"same_place", {2}, 32, 0, 2}, same_place, some_ints); }},
     {"early read", "data race", Finder::thread,
@@ -532,21 +529,16 @@ void time(const char* what, int count, const std::function<void(int)>& body) {
 int print_times() {
   const int n = kThreadSanitizer ? 50 : 5000;
   std::vector<float> out(256);
-  time("multiply_add of a warp", n, [&](int count) {
-    launch({"many_products", {1}, 32}, many_products, out.data(), count);
-  });
-  time("multiply_add of 8 warps", n, [&](int count) {
-    launch({"many_products", {1}, 256}, many_products, out.data(), count);
-  });
-  time("shuffle of a warp", n, [&](int count) {
-    launch({"many_shuffles", {1}, 32}, many_shuffles, count);
-  });
-  time("__syncthreads of 256 threads", n, [&](int count) {
-    launch({"many_barriers", {1}, 256}, many_barriers, count);
-  });
-  time("a block of 256 threads that do nothing", n / 10, [&](int count) {
-    launch({"nothing", {count}, 256, 1024}, nothing);
-  });
+  time("multiply_add of a warp", n,
+       [&](int count) { launch({"many_products", {1}, 32}, many_products, out.data(), count); });
+  time("multiply_add of 8 warps", n,
+       [&](int count) { launch({"many_products", {1}, 256}, many_products, out.data(), count); });
+  time("shuffle of a warp", n,
+       [&](int count) { launch({"many_shuffles", {1}, 32}, many_shuffles, count); });
+  time("__syncthreads of 256 threads", n,
+       [&](int count) { launch({"many_barriers", {1}, 256}, many_barriers, count); });
+  time("a block of 256 threads that do nothing", n / 10,
+       [&](int count) { launch({"nothing", {count}, 256, 1024}, nothing); });
   return 0;
 }
 

@@ -59,7 +59,9 @@ class Random {
 // ---- matrices -------------------------------------------------------------------------------
 
 template <class T>
-void put(void* to, T value) { std::memcpy(to, &value, sizeof value); }
+void put(void* to, T value) {
+  std::memcpy(to, &value, sizeof value);
+}
 
 // v, rounded toward zero, as an element at `to`; returns what that element means.
 inline double encode(Type type, double v, void* to) {
@@ -185,9 +187,16 @@ struct Inputs {
   double scale = 0;                               // norm of the largest reference
 
   explicit Inputs(const Case& c)
-      : x(c.type, c.B, c.N, c.gap, c.lead), y(c.reference_type, c.M, c.N, c.gap, c.lead),
-        G(c.type, c.B, c.N), radius(c.B), g(c.B), mean(c.B * c.N), lse(c.B), grad_x(c.B * c.N),
-        grad_radius(c.B), grad_y(c.M * c.N) {
+      : x(c.type, c.B, c.N, c.gap, c.lead),
+        y(c.reference_type, c.M, c.N, c.gap, c.lead),
+        G(c.type, c.B, c.N),
+        radius(c.B),
+        g(c.B),
+        mean(c.B * c.N),
+        lse(c.B),
+        grad_x(c.B * c.N),
+        grad_radius(c.B),
+        grad_y(c.M * c.N) {
     draw(c, Random(c.seed));
     for (Index j = 0; j < c.M; ++j) scale = std::fmax(scale, norm(&ys[j * c.N], c.N));
     for (Index b = 0; b < c.B; ++b) evaluate(c, b);
@@ -231,7 +240,8 @@ struct Inputs {
     }
     const bool gaussian = std::isinf(c.D), limit = gaussian ? r == 0 : least + r * r == 0;
     const auto score = [&](Real d) {
-      return gaussian ? -d / (2 * r * r) : -(c.N + static_cast<Real>(c.D)) / 2 * std::log(d + r * r);
+      return gaussian ? -d / (2 * r * r)
+                      : -(c.N + static_cast<Real>(c.D)) / 2 * std::log(d + r * r);
     };
     for (Index j = 0; j < c.M; ++j)
       total += p[j] = limit ? squared[j] == least : std::exp(score(squared[j]) - score(least));
@@ -270,7 +280,7 @@ struct Inputs {
 };
 
 inline Problem problem_of(const Case& c, const Inputs& in, int threads) {
-  return {c.type, c.reference_type, c.B, c.M, c.N, in.x.data(), in.x.stride, in.y.data(),
+  return {c.type,      c.reference_type, c.B, c.M,    c.N, in.x.data(), in.x.stride, in.y.data(),
           in.y.stride, in.radius.data(), c.D, threads};
 }
 
@@ -278,16 +288,25 @@ struct Results {
   Matrix mean, lse, nearest, total, grad_x, grad_radius, grad_y;
 
   explicit Results(const Case& c)
-      : mean(c.type, c.B, c.N), lse(Type::float64, c.B, 1), nearest(Type::float64, c.B, 1),
-        total(Type::float64, c.B, 1), grad_x(c.type, c.B, c.N), grad_radius(Type::float64, c.B, 1),
+      : mean(c.type, c.B, c.N),
+        lse(Type::float64, c.B, 1),
+        nearest(Type::float64, c.B, 1),
+        total(Type::float64, c.B, 1),
+        grad_x(c.type, c.B, c.N),
+        grad_radius(Type::float64, c.B, 1),
         grad_y(c.type, c.M, c.N) {}
   Forward forward() const {
     return {mean.data(), lse.doubles(), nearest.doubles(), total.doubles()};
   }
   // `needs` has a bit for each gradient.
   Backward backward(const Inputs& in, unsigned needs) const {
-    return {in.G.data(), in.g.data(), mean.data(), nearest.doubles(), total.doubles(),
-            needs & 1 ? grad_x.data() : nullptr, needs & 2 ? grad_radius.doubles() : nullptr,
+    return {in.G.data(),
+            in.g.data(),
+            mean.data(),
+            nearest.doubles(),
+            total.doubles(),
+            needs & 1 ? grad_x.data() : nullptr,
+            needs & 2 ? grad_radius.doubles() : nullptr,
             needs & 4 ? grad_y.data() : nullptr};
   }
   bool same_bits(const Results& other) const {
@@ -379,14 +398,28 @@ inline Stepped run(const Implementation& tested, const Step& s) {
   };
   const Values xs = x.fill(draw(3)), slopes = slope.fill(draw(0.5)), pasts = history.fill(draw(3));
   const Values fields = field_z.fill([&](Index, Index) { return -random.uniform(0, 1); });
-  const Values level = levels.fill([&](Index i, Index) {
-    return i == 2 && !s.history ? 0 : random.uniform(0, i == 0 ? 4 : 1);
-  });
-  const OdeStep step = {s.type, s.rows, s.features, x.data(), x.stride, slope.data(), slope.stride,
-                        s.field ? field_z.data() : nullptr, s.history ? history.data() : nullptr,
-                        history.stride, levels.doubles(), s.each ? 1 : 0, 5, 2, s.exact,
-                        next.data(), next.stride, s.field && s.mean ? mean.data() : nullptr,
-                        mean.stride, tested.threads};
+  const Values level = levels.fill(
+      [&](Index i, Index) { return i == 2 && !s.history ? 0 : random.uniform(0, i == 0 ? 4 : 1); });
+  const OdeStep step = {s.type,
+                        s.rows,
+                        s.features,
+                        x.data(),
+                        x.stride,
+                        slope.data(),
+                        slope.stride,
+                        s.field ? field_z.data() : nullptr,
+                        s.history ? history.data() : nullptr,
+                        history.stride,
+                        levels.doubles(),
+                        s.each ? 1 : 0,
+                        5,
+                        2,
+                        s.exact,
+                        next.data(),
+                        next.stride,
+                        s.field && s.mean ? mean.data() : nullptr,
+                        mean.stride,
+                        tested.threads};
   tested.step(step);
   Values wanted, means;
   for (Index i = 0; i < s.rows; ++i) {
