@@ -1,4 +1,4 @@
-// The extension module pfgm._native: raw addresses and sizes in, a status out. Only
+// The extension module pfgm._native: it takes raw addresses and sizes and returns a status. Only
 // pfgm/backends/native.py calls it, after checking every shape, type and device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -62,24 +62,24 @@ Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Addre
           pointer<double>(grad_radius),   pointer<void>(grad_references)};
 }
 
-// A call of so many pairs × features takes some milliseconds; shorter ones are not interrupted.
+// Calls of fewer queries × references × features take at most milliseconds and are not interrupted.
 constexpr double kInterruptible = 1 << 26;
-constexpr std::int64_t kInterval = 100;  // milliseconds between two looks for a signal
+constexpr std::int64_t kInterval = 100;  // milliseconds between two checks for a signal
 
-// Whether the handler of a signal has raised something, which is left as Python's error.
+// Whether a signal handler has raised an exception. It stays set as Python's error.
 bool interrupted() {
   const py::gil_scoped_acquire acquire;
   return PyErr_CheckSignals() != 0;
 }
 
-// Signals are handled in the main thread, and others do not wait for the GIL in vain.
+// Python handles signals in the main thread. Other threads need not take the GIL to check.
 bool on_main_thread() {
   const py::object main = py::module_::import("threading").attr("main_thread")();
   return main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
 }
 
-// Runs without the GIL; where a handler raises (Ctrl-C: KeyboardInterrupt), this raises it too and
-// what was written so far is to be dropped.
+// Runs without the GIL. If a signal handler raises (Ctrl-C raises KeyboardInterrupt), this raises
+// the same exception, and outputs are incomplete.
 template <class Run>
 auto run_interruptible(std::int64_t queries, const Problem& problem, const Run& run) {
   const double size = static_cast<double>(queries) * static_cast<double>(problem.references) *
@@ -109,20 +109,21 @@ Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
   return {static_cast<int>(status.failure), status.row};
 }
 
-// A tensor of rows: address and distance between rows.
-using Rows = std::pair<Address, std::int64_t>;
+// Address of a tensor and the distance between its rows.
+using StridedRows = std::pair<Address, std::int64_t>;
 
 void run_sketch(int type, int reference_type, std::int64_t references, std::int64_t features,
-                Rows y, Address out, int threads) {
+                StridedRows y, Address out, int threads) {
   const Kernels& kernels = cpu_kernels();
   const Problem of = problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second,
                              0, 0, threads, 0);
   run_interruptible(1, of, [&] { kernels.sketch(of, pointer<void>(out)); });
 }
 
-OdeStep step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
-             Address field_z, Rows history, Address levels, std::int64_t level_stride, double gamma,
-             double z_exp, bool exact, Rows next, Rows mean, int threads) {
+OdeStep step(int type, std::int64_t rows, std::int64_t features, StridedRows x, StridedRows slope,
+             Address field_z, StridedRows history, Address levels, std::int64_t level_stride,
+             double gamma, double z_exp, bool exact, StridedRows next, StridedRows mean,
+             int threads) {
   return {static_cast<Type>(type),
           rows,
           features,
@@ -145,8 +146,8 @@ OdeStep step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows sl
           threads};
 }
 
-NormalisedField field(std::int64_t rows, std::int64_t features, Rows x, Address z, Rows mean,
-                      double gamma, Rows field_x, Address field_z) {
+NormalisedField field(std::int64_t rows, std::int64_t features, StridedRows x, Address z,
+                      StridedRows mean, double gamma, StridedRows field_x, Address field_z) {
   return {rows,
           features,
           pointer<const float>(x.first),
@@ -202,7 +203,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("sketch", &run_sketch, py::kw_only(), py::arg("type"), py::arg("reference_type"),
              py::arg("references"), py::arg("features"), py::arg("y"), py::arg("out"),
              py::arg("threads"));
-  // Not interrupted: one pass over memory, and it may write over its inputs.
+  // Not interrupted: the step goes over memory once and may overwrite its inputs.
   module.def("ode_step", &ode_step, released);
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())

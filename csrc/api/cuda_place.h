@@ -1,11 +1,11 @@
-// Where the kernels for CUDA devices run. They are only enqueued; nothing waits for them.
+// Where a CUDA kernel runs. Kernels are enqueued; nothing waits for them.
 #pragma once
 #include <cstdint>
 
 namespace pfgm {
 
-// Pointers of a problem are addresses of this device; the caller keeps them alive until the stream
-// has come past.
+// Pointers passed with a place are addresses on this device. The caller keeps them alive until the
+// stream has run the kernels.
 struct CudaPlace {
   int device;
   std::uintptr_t stream;

@@ -1,4 +1,4 @@
-// The CUDA devices that the extension's own, statically linked runtime can see.
+// The CUDA devices that the statically linked runtime of the extension sees.
 #pragma once
 #include <string>
 #include <vector>
@@ -7,7 +7,7 @@ namespace pfgm {
 
 struct CudaDevices {
   std::vector<std::string> names;  // "NVIDIA H100 (sm_90)"
-  std::string error;               // why there are none, empty if the runtime answered
+  std::string error;               // why there are none; empty if the runtime answered
 };
 
 CudaDevices cuda_devices();

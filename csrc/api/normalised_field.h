@@ -1,6 +1,6 @@
 // PFGM's normalised field from x, z and the posterior mean:
 //     v = −√N E/(|E| + γ),   E = (x − mean, z),   and 0 at E = 0
-// Raw pointers only, as in ode_step.h.
+// Arguments are raw pointers, as in ode_step.h.
 #pragma once
 #include <cstdint>
 
@@ -8,8 +8,8 @@
 
 namespace pfgm {
 
-// Features are contiguous and a stride is the distance between rows, in elements. field_x may be x
-// or mean itself, but not overlap them.
+// Features are contiguous. A stride is the distance between rows, in elements. field_x may be x or
+// mean itself, but must not overlap them otherwise.
 struct NormalisedField {
   std::int64_t rows, features;
   const float* x;

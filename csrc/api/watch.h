@@ -1,4 +1,4 @@
-// Gives up what run_parallel() runs (parallel.h), where someone asks for it.
+// Stops run_parallel() (cpu/parallel.h) on request.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -6,13 +6,12 @@
 
 namespace pfgm {
 
-// Thrown by run_parallel() when it was given up, after the tasks at hand have ended.
+// Thrown by run_parallel() when it was stopped. No task is running any more.
 struct Stopped {};
 
-// While one lives, run_parallel() in its thread asks `stop` between two tasks, every `interval`
-// milliseconds at most and in that thread only, whether to give up; after an answer of true it
-// throws Stopped. Tasks that call run_parallel() themselves are given up within. `stop` does not
-// throw.
+// While a Watch lives, run_parallel() in its thread calls `stop` between tasks, at most once per
+// `interval` milliseconds and only from that thread. Once `stop` has returned true, run_parallel()
+// throws Stopped, also where tasks call run_parallel() themselves. `stop` must not throw.
 class Watch {
  public:
   using Stop = bool (*)();
@@ -22,7 +21,7 @@ class Watch {
   Watch(const Watch&) = delete;
   Watch& operator=(const Watch&) = delete;
 
-  // Asks, if that is due and this is the thread that may; returns whether to give up.
+  // Calls `stop` if it is due and this is the owner's thread; returns whether to stop.
   bool ask();
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
   bool owned() const { return std::this_thread::get_id() == owner_; }
@@ -32,7 +31,7 @@ class Watch {
   const std::int64_t interval_;
   const std::thread::id owner_ = std::this_thread::get_id();
   Watch* const outer_;
-  std::int64_t asked_;  // when, in milliseconds
+  std::int64_t asked_;  // time of the last call of `stop`, in milliseconds
   std::atomic<bool> stopped_{false};
 };
 

@@ -1,4 +1,4 @@
-// Picks the kernels for this machine: the one place that asks the processor what it can.
+// Chooses the kernels for this machine. Only this file asks the processor what it supports.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -34,7 +34,7 @@ struct Candidate {
   bool (*runs_here)();
 };
 
-// Best first.
+// The best comes first.
 const Candidate candidates[] = {
 #ifdef PFGM_HAS_AVX512
     {&avx512::kernels, &avx512::ode_step,

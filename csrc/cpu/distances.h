@@ -1,11 +1,12 @@
-// Squared distances between a block of queries and a chunk of references, as far as they count.
+// Squared distances between a block of queries and a chunk of references, where they matter.
 //
-// Exact differences, for |x|² + |y|² − 2x·y loses the digits that the exponent (N + D)/2 multiplies.
-// Float32 sums are merged in float64, and those that decide the answer are computed again in it.
+// Distances are sums of exact differences: |x|² + |y|² − 2x·y would lose digits, and the exponent
+// (N + D)/2 multiplies that error. Float32 sums are merged in float64. Distances that decide the
+// answer are computed again in float64.
 //
 // With many features, lower bounds come first (cpu/screen.h). The distance of any one reference is
-// an upper bound of the nearest; a reference whose lower bound lies beyond the farthest distance
-// whose weight can be seen from there has a weight that counts for nothing, whatever its distance.
+// an upper bound of the smallest distance. It gives the largest distance at which a weight still
+// counts. A reference whose lower bound is larger is skipped.
 #pragma once
 #include "cpu/screen.h"
 
@@ -13,38 +14,43 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kListed = 512;   // with fewer features all pairs are computed at once
-constexpr Index kScreened = 48;  // with fewer queries making sketches costs more than it saves
-constexpr Index kChunkBytes = 16 << 20;  // of references, so that a cache holds them for all passes
-constexpr Index kFew = 16;  // so many near references are worth their digits in any case
-constexpr double kDead = std::numeric_limits<double>::max();  // in place of distances not needed
-// What float32 distances cannot decide is computed again in float64 (Distances::refine):
-constexpr double kTiny = 1e-30;  // squared distances below this lose digits to underflow
-constexpr double kClose = 0.1;   // distances below this share of |x| show that y is rounded
-constexpr double kNear = 20.0;   // a weight below e^-20 of the largest needs no more digits
+constexpr Index kListedFeatures = 512;  // with fewer features all pairs are computed
+constexpr Index kScreenedQueries = 48;  // with fewer queries sketches cost more than they save
+// Of references, so that they stay in cache for all passes.
+constexpr Index kMaxChunkBytes = 16 << 20;
+// Up to so many references near the nearest are always computed again.
+constexpr Index kFewCandidates = 16;
+// Stands for a distance that is not needed.
+constexpr double kSkipped = std::numeric_limits<double>::max();
+// When float32 distances do not suffice (Distances::refine):
+constexpr double kUnderflow = 1e-30;  // squared distances below this lose digits to underflow
+// Distances below this share of |x| suffer from the rounding of y.
+constexpr double kCloseShare = 0.1;
+constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
 
-// Whether a T holds every R exactly. If not, distances have an error relative to |y| too.
+// Whether T represents every R exactly. If not, distances have an error relative to |y| too.
 template <class T, class R>
-constexpr bool kHolds = sizeof(R) <= sizeof(T) && !std::is_same_v<R, std::uint8_t>;
+constexpr bool kHoldsExactly = sizeof(R) <= sizeof(T) && !std::is_same_v<R, std::uint8_t>;
 
 template <class R>
 Index chunk_size(const Problem& problem) {
-  const Index fitting = kChunkBytes / (problem.features * static_cast<Index>(sizeof(R)));
+  const Index fitting = kMaxChunkBytes / (problem.features * static_cast<Index>(sizeof(R)));
   return smaller(kChunk, larger(kBatch / 8, round_up(fitting, kBatch / 8)));
 }
 
-// Rows of squared distances are kStride apart.
+// Squared distances of one query are a row; rows are kStride apart.
 template <class T, class R>
 class Distances {
  public:
   using Lists = Groups<T, kTileQueries>;
 
-  Distances(const Problem& problem, const Law& law, Index max_queries)
+  Distances(const Problem& problem, const WeightLaw& law, Index max_queries)
       : problem_(problem),
         law_(law),
-        listed_(problem.features >= kListed),
-        screened_(listed_ && (max_queries >= kScreened || problem.sketch)),
-        // Rows start a vector apart in every cache set, or those of 2^n features would compete.
+        listed_(problem.features >= kListedFeatures),
+        screened_(listed_ && (max_queries >= kScreenedQueries || problem.sketch)),
+        // Consecutive rows start one vector apart in the cache sets. Otherwise the rows of 2^n
+        // features would compete for the same sets.
         padded_(round_up(problem.features, 64) + 16),
         queries_(max_queries * padded_),
         squared_(max_queries * kStride),
@@ -69,9 +75,9 @@ class Distances {
     if (screened_) screen_.set_queries(count, [&](Index b) { return query(b); });
   }
 
-  // Squared distances of the chunk, kDead where a reference counts for nothing. rows[b].nearest is
-  // an upper bound from other chunks or passes. `lists` is used up.
-  void set_chunk(Index first, Index count, const Row* rows, Lists& lists) {
+  // Computes the squared distances of a chunk, kSkipped where a reference does not count.
+  // known[b].nearest is an upper bound from other chunks or passes. `lists` is overwritten.
+  void set_chunk(Index first, Index count, const QueryState* known, Lists& lists) {
     first_reference_ = first;
     count_ = count;
     const auto y = [&](Index j) { return reference(j); };
@@ -82,7 +88,7 @@ class Distances {
       return;
     }
     if (screening_) screen_.bound(first, count, y, out);
-    parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, rows[b]); });
+    parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, known[b]); });
     screening_ = screening_ && pays(count);
     lists.arrange(
         queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
@@ -97,30 +103,34 @@ class Distances {
         out);
   }
 
-  // Makes the chunk's distances of query b as exact as the answer needs, and returns the nearest;
-  // NaN if a distance is not finite. Float32 distances are computed again in float64 where one
-  // overflowed, and for references near the minimum where few compete or their error would show: a
-  // point drawn from the references has a sensitivity of features/2, and the error of many averages
-  // out.
-  double refine(Index b, const Row& row) {
+  // Makes the chunk's distances of query b as exact as the answer needs. Returns the smallest; NaN
+  // if a distance is not finite.
+  //
+  // Float32 distances are computed again in float64 if one overflowed. References near the nearest
+  // one are computed again if they are few, or if the error would change the weights: the
+  // sensitivity of a point drawn from the references is about features/2, and then the errors of
+  // many average out.
+  double refine(Index b, const QueryState& known) {
     double* squared = this->row(b);
-    if (listed_ && alive_[b] == 0) return kDead;
+    if (listed_ && alive_[b] == 0) return kSkipped;
     pad(squared);
     const Least found = least(squared);
     if (sizeof(T) != sizeof(float)) return found.finite ? found.value : kNaN;
     double limit = kInfinity;
     if (found.finite) {
-      const double base = found.value < row.nearest ? found.value : row.nearest;
-      const double norm = kHolds<T, R> ? 0 : std::sqrt(square(query(b)));
+      const double base = found.value < known.nearest ? found.value : known.nearest;
+      const double norm = kHoldsExactly<T, R> ? 0 : std::sqrt(square(query(b)));
       const double near = widened(
-          base * (2 * kRounding<T> + 1) + law_.excess(kNear, base, radius(b)) + kTiny, norm);
+          base * (2 * kSumError<T> + 1) + law_.excess_at(kNear, base, radius(b)) + kUnderflow,
+          norm);
       if (found.value > near) return found.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
       const double tolerated = larger(problem_.features * 3 / 4, 256);
-      const bool decisive = candidates <= kFew || law_.sensitivity(base, radius(b)) > tolerated ||
-                            base < kClose * norm * kClose * norm;
-      limit = decisive ? near : kTiny;
+      const bool decisive = candidates <= kFewCandidates ||
+                            law_.sensitivity(base, radius(b)) > tolerated ||
+                            base < kCloseShare * norm * kCloseShare * norm;
+      limit = decisive ? near : kUnderflow;
       if (found.value > limit) return found.value;
     }
     for (Index j = 0; j < count_; ++j)
@@ -136,7 +146,7 @@ class Distances {
   const T* query(Index b) const {
     return static_cast<const T*>(problem_.x) + (first_query_ + b) * problem_.x_stride;
   }
-  // Whether all pairs are computed at once.
+  // Whether all pairs are computed, without lists.
   bool dense() const { return !listed_; }
   double radius(Index b) const { return problem_.radius[first_query_ + b]; }
   Index count() const { return count_; }
@@ -144,17 +154,17 @@ class Distances {
  private:
   static constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-  // Whether the next chunk had better be screened too, as far as this one tells. Many queries share
-  // what a screen costs.
+  // Whether screening the next chunk is likely to pay, judged by this one. Many queries share the
+  // cost of a screen.
   bool pays(Index count) const {
-    if (queries_count_ >= kScreened) return true;
+    if (queries_count_ >= kScreenedQueries) return true;
     Index alive = 0;
     for (Index b = 0; b < queries_count_; ++b) alive += alive_[b];
     return 2 * alive < queries_count_ * count;
   }
 
-  // Bounds become 0 where the distance is needed and kDead elsewhere.
-  void choose(Index b, const Row& known) {
+  // Replaces bounds by 0 where the distance is needed and by kSkipped elsewhere.
+  void choose(Index b, const QueryState& known) {
     double* squared = row(b);
     alive_[b] = count_;
     if (!screening_) {
@@ -167,36 +177,37 @@ class Distances {
     for (Index j = 0; j < count_; ++j) {
       const bool needed = !(squared[j] > limit);
       alive += needed;
-      squared[j] = needed ? 0 : kDead;
+      squared[j] = needed ? 0 : kSkipped;
     }
     alive_[b] = alive;
   }
 
-  // The squared distance beyond which no reference counts. `unseen` is relative to the sum of all
-  // weights, which is at least that of the nearest and at least what earlier chunks made it.
-  double farthest(Index b, const Row& known) const {
+  // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all
+  // weights, which is at least the weight of the nearest and at least the sum over earlier chunks.
+  double farthest(Index b, const QueryState& known) const {
     const double* bounds = row(b);
     const double lowest = least(bounds).value;
     double far = kInfinity;
     if (known.total > 0) {
       const double before = known.total > 1 ? known.total : 1;
-      far = known.nearest + law_.excess(law_.unseen - std::log(before), known.nearest, radius(b));
+      far =
+          known.nearest + law_.excess_at(law_.cutoff - std::log(before), known.nearest, radius(b));
     }
     if (!(lowest < known.nearest)) return far;
     Index candidate = 0;
     while (bounds[candidate] != lowest) ++candidate;
     const double upper = exact(query(b), reference(candidate));
-    const double other = upper + law_.excess(law_.unseen, upper, radius(b));
+    const double other = upper + law_.excess_at(law_.cutoff, upper, radius(b));
     return other > far ? far : other;
   }
 
   void pad(double* squared) const {
-    for (Index j = count_; j < padded_count(count_); ++j) squared[j] = kDead;
+    for (Index j = count_; j < padded_count(count_); ++j) squared[j] = kSkipped;
   }
 
   struct Least {
-    double value;  // NaN if any is
-    bool finite;   // whether all are
+    double value;  // NaN if any value is NaN
+    bool finite;   // whether all values are finite
   };
 
   Least least(const double* squared) const {
@@ -205,7 +216,7 @@ class Distances {
     for (Index j = 0; j < padded_count(count_); j += kDoubles) {
       const Doubles s = vector_at(squared + j);
       nan |= s != s;
-      odd |= ~(s <= kDead);
+      odd |= ~(s <= kSkipped);
       low = s < low ? s : low;
     }
     Least result = {kInfinity, true};
@@ -235,9 +246,9 @@ class Distances {
     return total;
   }
 
-  // The squared distance plus what rounding of a y near an x of this norm may add to it.
+  // The squared distance plus what the rounding of y may add to it, for an x of this norm.
   static double widened(double squared, double norm) {
-    if (kHolds<T, R>) return squared;
+    if (kHoldsExactly<T, R>) return squared;
     const double distance = std::sqrt(squared) + 2 * std::numeric_limits<T>::epsilon() * norm;
     return distance * distance;
   }
@@ -249,11 +260,11 @@ class Distances {
   }
 
   const Problem& problem_;
-  const Law law_;
+  const WeightLaw law_;
   const bool listed_, screened_;
-  bool screening_ = false;  // whether the next chunk will be screened
+  bool screening_ = false;  // whether the next chunk is screened
   const Index padded_;
-  Buffer<T> queries_;  // padded_ features a row, zeros at the end
+  Buffer<T> queries_;  // rows of padded_ features, with zeros at the end
   Buffer<double> squared_;
   Buffer<Index> alive_;
   DenseTiles<T> dense_;

@@ -1,7 +1,7 @@
-// Which pairs of queries and references count, arranged for register tiles.
+// Lists of the references that count for a group of queries, arranged for register tiles.
 //
-// Rows with about as many live references as one another are taken kRows at a time over the union of
-// their lists.
+// Queries are sorted by how many references count for them. Each kRows of them form a group, which
+// works on the union of their lists.
 #pragma once
 #include "cpu/weights.h"
 
@@ -9,27 +9,28 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kBatch = 512;    // references that a weighted sum packs at a time
-constexpr Index kSegment = 128;  // references that it sums in T, all of one batch
-constexpr Index kSegments = kChunk / kBatch * (kBatch / kSegment);  // at most, in a chunk
+constexpr Index kBatch = 512;  // references that a weighted sum packs at a time
+// References summed in T before float64 takes over; all of one batch.
+constexpr Index kSegment = 128;
+constexpr Index kMaxSegments = kChunk / kBatch * (kBatch / kSegment);  // in a chunk
 
-// The live references of a group of rows: index[i] counts from the chunk's first; weights[i] holds
-// one weight a row, relative to its `scale`, which bounds the sum of their magnitudes: those of the
-// backward pass may lie outside the range of float32, and a sum of many large references would
-// overflow.
+// The references that count for a group of rows. index[i] counts from the first of the chunk.
+// weights[i] holds one weight per row, divided by the `scale` of the row, a bound of Σ |weight|.
+// Unscaled weights of the backward pass may exceed float32, and a sum over many large references
+// would overflow.
 template <class T, int kRows>
 struct Group {
   struct Segment {
-    std::int32_t begin, end;  // in index
+    std::int32_t begin, end;  // range of `index`
   };
   Index rows, segments, length;
   Index row[kRows];
   double scale[kRows];
-  Segment segment[kSegments];
+  Segment segment[kMaxSegments];
   std::int32_t index[kChunk];
   T weights[kChunk][kRows];
 
-  // The first of its references from the j-th of the chunk on.
+  // Position in `index` of the first reference that is not before the j-th of the chunk.
   Index lower_bound(Index j) const {
     Index low = 0, high = length;
     while (low < high) {
@@ -51,25 +52,26 @@ class Groups {
 
   explicit operator bool() const { return groups_ && order_ && live_; }
 
-  // row(b)[j] says by is_live whether row b needs reference j; counts(b) is how many it needs.
-  template <class Counts, class Rows, class IsLive>
-  void arrange(Index rows, Index references, int threads, const Counts& counts, const Rows& row,
-               const IsLive& is_live) {
-    const Index alive = sort(rows, counts);
+  // is_live(row_of(b)[j]) says whether row b needs reference j, count_of(b) how many it needs.
+  template <class CountOf, class RowOf, class IsLive>
+  void arrange(Index rows, Index references, int threads, const CountOf& count_of,
+               const RowOf& row_of, const IsLive& is_live) {
+    const Index alive = sort(rows, count_of);
     count_ = divide_up(alive, kRows);
     std::memset(live_.data(), 0, kChunk);
     parallel(count_, threads, [&](Index g, int) {
       Group<T, kRows>& group = groups_[g];
       group.rows = smaller(kRows, alive - g * kRows);
       for (Index q = 0; q < group.rows; ++q) group.row[q] = order_[g * kRows + q];
-      list(group, references, row, is_live);
+      list(group, references, row_of, is_live);
     });
   }
 
-  // weights(b) is row b's weights over the chunk, scale(b) > 0 a bound of the sum of their magnitudes.
-  template <class Weights, class Scale>
-  void weigh(int threads, const Weights& weights, const Scale& scale) {
-    parallel(count_, threads, [&](Index g, int) { weigh(groups_[g], weights, scale); });
+  // weights_of(b) are the weights of row b over the chunk; scale_of(b) > 0 bounds the sum of their
+  // magnitudes.
+  template <class WeightsOf, class ScaleOf>
+  void weigh(int threads, const WeightsOf& weights_of, const ScaleOf& scale_of) {
+    parallel(count_, threads, [&](Index g, int) { weigh(groups_[g], weights_of, scale_of); });
   }
 
   Index count() const { return count_; }
@@ -77,11 +79,11 @@ class Groups {
   bool live(Index j) const { return live_[j]; }
 
  private:
-  // Rows with any live reference, those with most first; how many there are.
-  template <class Counts>
-  Index sort(Index rows, const Counts& counts) {
+  // Orders the rows that need any reference, those that need most first. Returns their number.
+  template <class CountOf>
+  Index sort(Index rows, const CountOf& count_of) {
     Index starts[kChunk + 1] = {};
-    for (Index b = 0; b < rows; ++b) ++starts[kChunk - counts(b)];
+    for (Index b = 0; b < rows; ++b) ++starts[kChunk - count_of(b)];
     Index at = 0;
     for (Index& start : starts) {
       const Index number = start;
@@ -89,16 +91,16 @@ class Groups {
       at += number;
     }
     const Index alive = starts[kChunk];
-    for (Index b = 0; b < rows; ++b) order_[starts[kChunk - counts(b)]++] = b;
+    for (Index b = 0; b < rows; ++b) order_[starts[kChunk - count_of(b)]++] = b;
     return alive;
   }
 
-  template <class Rows, class IsLive>
-  void list(Group<T, kRows>& group, Index references, const Rows& row, const IsLive& is_live) {
+  template <class RowOf, class IsLive>
+  void list(Group<T, kRows>& group, Index references, const RowOf& row_of, const IsLive& is_live) {
     using Position = std::int32_t;
     std::uint8_t any[kChunk] = {};
     for (Index q = 0; q < group.rows; ++q) {
-      const double* values = row(group.row[q]);
+      const double* values = row_of(group.row[q]);
       for (Index j = 0; j < references; ++j) any[j] |= is_live(values[j]);
     }
     group.length = group.segments = 0;
@@ -106,7 +108,7 @@ class Groups {
       Index begin = group.length;
       for (Index j = batch; j < smaller(batch + kBatch, references); ++j)
         if (any[j]) {
-          // Written once only: threads that write to a cache line take it from one another.
+          // Written only once: threads that write to the same cache line slow each other down.
           if (!__atomic_load_n(live_.at(j), __ATOMIC_RELAXED))
             __atomic_store_n(live_.at(j), 1, __ATOMIC_RELAXED);
           group.index[group.length++] = static_cast<Position>(j);
@@ -118,15 +120,15 @@ class Groups {
     }
   }
 
-  template <class Weights, class Scale>
-  static void weigh(Group<T, kRows>& group, const Weights& weights, const Scale& scale) {
+  template <class WeightsOf, class ScaleOf>
+  static void weigh(Group<T, kRows>& group, const WeightsOf& weights_of, const ScaleOf& scale_of) {
     for (Index q = 0; q < kRows; ++q) {
       if (q >= group.rows) {
         for (Index i = 0; i < group.length; ++i) group.weights[i][q] = 0;
         continue;
       }
-      const double* w = weights(group.row[q]);
-      group.scale[q] = scale(group.row[q]);
+      const double* w = weights_of(group.row[q]);
+      group.scale[q] = scale_of(group.row[q]);
       const double inverse = 1 / group.scale[q];
       for (Index i = 0; i < group.length; ++i)
         group.weights[i][q] = static_cast<T>(w[group.index[i]] * inverse);

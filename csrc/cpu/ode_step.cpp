@@ -1,9 +1,8 @@
-// The CPU kernel, compiled once per instruction set (PFGM_ISA), with internal linkage throughout as
-// in cpu/posterior_mean.cpp.
+// The ODE step on the CPU, compiled once per instruction set (PFGM_ISA).
 //
-// A row's norm, where it is needed, is read just before the row is updated, so that its second
-// reading comes from the cache: memory sees each input once and each output once. Few long rows are
-// cut into panels, whose norms are added between two rounds of tasks.
+// If a row's norm is needed, it is computed just before the row is updated, so that the second read
+// of the row hits the cache. Memory sees each input and each output once. A few long rows are split
+// into panels: a first round of tasks computes the panels' norms, a second one updates them.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -14,17 +13,15 @@
 namespace pfgm {
 namespace PFGM_ISA {
 
-// Picked by cpu/dispatch.cpp.
+// Called by cpu/dispatch.cpp.
 void ode_step(const OdeStep& step);
 
 namespace {
 
 using Index = std::int64_t;
 
-constexpr Index kTask = 1 << 15;  // least values a task: below, a thread is not worth its start
-constexpr Index kMaxPanels = 64;  // of one row
-constexpr double kTiny = 1e-5;    // a field's v_z is kept below −kTiny
-constexpr double kLargest = 1 - 1e-6;  // |v_x|/√N is below 1 for a field; a network may be off
+constexpr Index kMinTaskValues = 1 << 15;  // fewer values in a task do not repay starting a thread
+constexpr Index kMaxPanels = 64;           // of one row
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -36,7 +33,7 @@ constexpr int kVectorBytes = 16;
 
 template <class T>
 struct Simd {
-  // Aligned like a scalar: rows start anywhere.
+  // Aligned like a scalar: a row may start anywhere.
   typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
   static constexpr Index lanes = kVectorBytes / sizeof(T);
 };
@@ -62,8 +59,8 @@ void store(T* to, typename Simd<T>::Vector values) {
   *reinterpret_cast<typename Simd<T>::Vector*>(to) = values;
 }
 
-// Σ v², about eight additions into one lane before the float64 total takes over: 1 − n² magnifies
-// an error of the norm.
+// Σ v². A lane adds about eight values before the total in float64 takes over, because 1 − n²
+// magnifies an error of the norm.
 template <class T>
 double squared_norm(const T* v, Index n) {
   constexpr Index lanes = Simd<T>::lanes, block = 32 * lanes;
@@ -86,11 +83,11 @@ double squared_norm(const T* v, Index n) {
   return result;
 }
 
-// t = −z/v_z with the v_z that |v_x|² implies, without the z to divide by.
+// t = −z/v_z with the v_z computed from |v_x|². It does not divide by v_z, which is 0 at z = 0.
 double implied_stretch(const OdeStep& step, double squared, double z) {
   const double root = std::sqrt(static_cast<double>(step.features)), gamma = step.gamma;
   double n = std::sqrt(squared) / root;
-  if (n > kLargest) n = kLargest;  // NaN stays
+  if (n > kLargestNorm) n = kLargestNorm;  // NaN stays NaN
   double e;
   if (step.exact) {
     const double rest = 1 - n * n;
@@ -101,10 +98,10 @@ double implied_stretch(const OdeStep& step, double squared, double z) {
   return (std::sqrt(e * e + z * z) + gamma) / root;
 }
 
-// The step as one row's sum: next = of_x x + of_slope slope + of_history history,
-// mean = x + stretch slope.
+// Factors of one row: next = of_x x + of_slope slope + of_history history, mean = x + stretch
+// slope.
 template <class T>
-struct Weights {
+struct StepFactors {
   T of_x, of_slope, of_history, stretch;
 };
 
@@ -113,7 +110,7 @@ bool needs_norm(const OdeStep& step, Index row) {
 }
 
 template <class T>
-Weights<T> weights(const OdeStep& step, Index row, double squared) {
+StepFactors<T> step_factors(const OdeStep& step, Index row, double squared) {
   const double* level = step.levels + row * step.level_stride;
   const Index next_level = step.level_stride == 0 ? 1 : step.rows;
   const double z = level[0], toward = level[next_level], blend = level[2 * next_level];
@@ -124,7 +121,7 @@ Weights<T> weights(const OdeStep& step, Index row, double squared) {
     stretch = implied_stretch(step, squared, z);
   } else {
     const double field_z = static_cast<double>(static_cast<const T*>(step.field_z)[row]);
-    stretch = -z / (field_z > -kTiny ? -kTiny : field_z);
+    stretch = -z / (field_z > -kSmallestFieldZ ? -kSmallestFieldZ : field_z);
   }
   return {static_cast<T>(1 - blend), static_cast<T>(toward * stretch), static_cast<T>(blend),
           static_cast<T>(stretch)};
@@ -138,33 +135,34 @@ struct Span {
 };
 
 template <class T, bool kHistory, bool kMean>
-void update_vector(const Span<T>& span, Index k, const Weights<T>& w) {
+void update_vector(const Span<T>& span, Index k, const StepFactors<T>& factors) {
   const auto x = load(span.x + k), slope = load(span.slope + k);
-  auto next = w.of_x * x + w.of_slope * slope;
-  if (kHistory) next += w.of_history * load(span.history + k);
+  auto next = factors.of_x * x + factors.of_slope * slope;
+  if (kHistory) next += factors.of_history * load(span.history + k);
   store(span.next + k, next);
-  if (kMean) store(span.mean + k, x + w.stretch * slope);
+  if (kMean) store(span.mean + k, x + factors.stretch * slope);
 }
 
 template <class T, bool kHistory, bool kMean>
-void update(const Span<T>& span, Index n, const Weights<T>& w) {
+void update(const Span<T>& span, Index n, const StepFactors<T>& factors) {
   constexpr Index lanes = Simd<T>::lanes;
   Index k = 0;
-  for (; k + lanes <= n; k += lanes) update_vector<T, kHistory, kMean>(span, k, w);
+  for (; k + lanes <= n; k += lanes) update_vector<T, kHistory, kMean>(span, k, factors);
   if (k == n) return;
-  // The same instructions for the rest, which is so rounded alike wherever a row is cut.
+  // The rest runs the same instructions, so that rounding does not depend on where a row is split.
   const std::size_t bytes = static_cast<std::size_t>(n - k) * sizeof(T);
   T x[lanes] = {}, slope[lanes] = {}, history[lanes] = {}, next[lanes], mean[lanes];
   std::memcpy(x, span.x + k, bytes);
   std::memcpy(slope, span.slope + k, bytes);
   if (kHistory) std::memcpy(history, span.history + k, bytes);
-  update_vector<T, kHistory, kMean>({x, slope, history, next, mean}, 0, w);
+  update_vector<T, kHistory, kMean>({x, slope, history, next, mean}, 0, factors);
   std::memcpy(span.next + k, next, bytes);
   if (kMean) std::memcpy(span.mean + k, mean, bytes);
 }
 
 template <class T>
-void update(const OdeStep& step, Index row, Index begin, Index count, const Weights<T>& w) {
+void update(const OdeStep& step, Index row, Index begin, Index count,
+            const StepFactors<T>& factors) {
   const auto in = [&](const void* data, Index stride) {
     return data == nullptr ? nullptr : static_cast<const T*>(data) + row * stride + begin;
   };
@@ -176,14 +174,14 @@ void update(const OdeStep& step, Index row, Index begin, Index count, const Weig
                         out(step.mean, step.mean_stride)};
   if (span.history != nullptr) {
     if (span.mean != nullptr)
-      update<T, true, true>(span, count, w);
+      update<T, true, true>(span, count, factors);
     else
-      update<T, true, false>(span, count, w);
+      update<T, true, false>(span, count, factors);
   } else {
     if (span.mean != nullptr)
-      update<T, false, true>(span, count, w);
+      update<T, false, true>(span, count, factors);
     else
-      update<T, false, false>(span, count, w);
+      update<T, false, false>(span, count, factors);
   }
 }
 
@@ -194,15 +192,16 @@ const T* slope_row(const OdeStep& step, Index row) {
 
 template <class T>
 void step_rows(const OdeStep& step) {
-  // One stretch of rows a thread, as torch's own operators cut them: the rows of a step are in the
-  // cache of the core that had them last.
-  const Index group = larger(divide_up(step.rows, step.threads), larger(1, kTask / step.features));
+  // Each thread takes one range of rows, as in torch's own operators: the rows are still in the
+  // cache of the core that used them last.
+  const Index group =
+      larger(divide_up(step.rows, step.threads), larger(1, kMinTaskValues / step.features));
   parallel(divide_up(step.rows, group), step.threads, [&](Index task) {
     const Index end = smaller((task + 1) * group, step.rows);
     for (Index row = task * group; row < end; ++row) {
       const double squared =
           needs_norm(step, row) ? squared_norm(slope_row<T>(step, row), step.features) : 0;
-      update(step, row, 0, step.features, weights<T>(step, row, squared));
+      update(step, row, 0, step.features, step_factors<T>(step, row, squared));
     }
   });
 }
@@ -221,15 +220,15 @@ void step_panels(const OdeStep& step, Index panels) {
       });
       for (Index panel = 0; panel < panels; ++panel) squared += part[panel];
     }
-    const Weights<T> w = weights<T>(step, row, squared);
+    const StepFactors<T> factors = step_factors<T>(step, row, squared);
     parallel(panels, step.threads,
-             [&](Index panel) { update(step, row, panel * width, length(panel), w); });
+             [&](Index panel) { update(step, row, panel * width, length(panel), factors); });
   }
 }
 
 template <class T>
 void run(const OdeStep& step) {
-  const Index panels = smaller(kMaxPanels, step.features / kTask);
+  const Index panels = smaller(kMaxPanels, step.features / kMinTaskValues);
   if (step.threads > 1 && step.rows < 4 * step.threads && panels > 1)
     step_panels<T>(step, panels);
   else

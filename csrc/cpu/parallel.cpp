@@ -17,7 +17,7 @@
 namespace pfgm {
 namespace {
 
-constexpr int kYields = 200;  // before a thread sleeps until others are done
+constexpr int kYields = 200;  // before a thread sleeps until the others are done
 constexpr std::chrono::milliseconds kSleep{20};
 
 std::atomic<bool> in_forked_child{false};
@@ -28,7 +28,7 @@ thread_local Watch* watch_of_thread = nullptr;
 
 std::int64_t milliseconds() {
 #ifdef CLOCK_MONOTONIC_COARSE
-  // A few nanoseconds, for it is read between tasks that may be short.
+  // Takes a few nanoseconds. It is called between tasks that may be short.
   timespec now;
   clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
   return std::int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1000000;
@@ -38,7 +38,7 @@ std::int64_t milliseconds() {
 #endif
 }
 
-// The tasks of one call, and the threads that take one after the other.
+// The tasks of one call. Each thread takes one after the other.
 class Team {
  public:
   Team(std::int64_t tasks, Task run, void* context, Watch* watch)
@@ -63,7 +63,7 @@ class Team {
   }
 
  private:
-  // The thread that asks does so too while the others' last tasks take their time.
+  // The owner of the watch keeps asking while the last tasks of other threads run.
   void wait() {
     for (int i = 0; i < kYields && ended_ < tasks_; ++i) std::this_thread::yield();
     std::unique_lock<std::mutex> lock(mutex_);
@@ -105,7 +105,7 @@ bool Watch::ask() {
   if (stopped() || !owned()) return stopped();
   if (milliseconds() - asked_ < interval_) return false;
   Watch* const before = watch_of_thread;
-  watch_of_thread = nullptr;  // `stop` may compute itself
+  watch_of_thread = nullptr;  // `stop` may call run_parallel() itself
   stopped_ = stop_();
   watch_of_thread = before;
   asked_ = milliseconds();

@@ -7,10 +7,11 @@ namespace pfgm {
 using Task = void (*)(void* context, std::int64_t task, int thread);
 
 // Calls run(context, task, thread) once for each task = 0 … tasks − 1, in any order, and returns
-// when all are done; throws Stopped where they were given up (watch.h). `thread`, below `threads`,
-// is never the same in two calls that run at once. Uses OpenMP's pool (the one torch uses) where it
-// was found, else std::thread; in a forked child, where the threads of that pool are missing, the
-// calling thread alone.
+// when all are done. Two calls that run at once have different values of `thread`, all below
+// `threads`. Throws Stopped if a Watch stops it (api/watch.h).
+//
+// Uses the OpenMP pool that torch uses, if OpenMP was found, else std::thread. A forked child lacks
+// the threads of that pool; there the calling thread runs all tasks.
 void run_parallel(std::int64_t tasks, int threads, Task run, void* context);
 
 }  // namespace pfgm

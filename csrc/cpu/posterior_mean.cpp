@@ -1,10 +1,11 @@
 // The posterior mean and its gradients on the CPU, compiled once per instruction set (PFGM_ISA).
 //
-// Blocks of queries and chunks of references keep the workspace bounded. For each pair of them:
+// Queries are split into blocks and references into chunks, which bounds the workspace. Each pair
+// of a block and a chunk takes three steps:
 //   1. squared distances (cpu/distances.h);
-//   2. weights relative to the nearest reference seen so far, to which float64 state is merged
+//   2. weights relative to the nearest reference so far, merged into a float64 state
 //      (cpu/weights.h);
-//   3. the weighted sum, which touches only references that count (cpu/weighted_sums.h).
+//   3. the weighted sum over the references that count (cpu/weighted_sums.h).
 #include "api/posterior_mean.h"
 #include "cpu/steep_rows.h"
 #include "cpu/weighted_sums.h"
@@ -15,14 +16,14 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kMaxBlock = 384;   // queries a block, a multiple of every kTileQueries
-constexpr Index kSmallBlock = 64;  // with few features, so that blocks keep all threads busy
-constexpr Index kStateBytes = 24 << 20;
+constexpr Index kMaxBlock = 384;   // queries in a block; a multiple of every kTileQueries
+constexpr Index kSmallBlock = 64;  // the same with few features, so that all threads get blocks
+constexpr Index kMaxStateBytes = 24 << 20;
 
 template <class T>
 Index block_size(const Problem& problem) {
-  if (problem.features < kListed) return smaller(problem.queries, kSmallBlock);
-  const Index fitting = kStateBytes / (problem.features * (sizeof(double) + sizeof(T)));
+  if (problem.features < kListedFeatures) return smaller(problem.queries, kSmallBlock);
+  const Index fitting = kMaxStateBytes / (problem.features * (sizeof(double) + sizeof(T)));
   const Index whole = fitting / kTileQueries * kTileQueries;
   return smaller(problem.queries, smaller(kMaxBlock, larger(whole, kTileQueries)));
 }
@@ -33,10 +34,10 @@ Status check_radius(const Problem& problem) {
   return {};
 }
 
-// The first row that a pass over a chunk marked as not finite.
-Status check_rows(const Row* rows, Index count, Index first) {
+// Fails with the first query whose distances were not finite.
+Status check_states(const QueryState* states, Index count, Index first) {
   for (Index b = 0; b < count; ++b)
-    if (std::isnan(rows[b].nearest)) return {Failure::value, first + b};
+    if (std::isnan(states[b].nearest)) return {Failure::value, first + b};
   return {};
 }
 
@@ -49,50 +50,50 @@ Status forward(const Problem& problem, const Forward& out) {
   if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
   const Index features = problem.features, block = block_size<T>(problem);
   const Index chunk = chunk_size<R>(problem);
-  const Law law = law_of<T>(problem);
+  const WeightLaw law = weight_law<T>(problem);
   Distances<T, R> distances(problem, law, block);
   Groups<T, kTileQueries> groups(block);
   WeightedSums<T, R, kTileQueries, false> weighted(problem);
   Buffer<double> sums(block * features);
-  Buffer<Row> rows(block);
-  if (!distances || !groups || !weighted || !sums || !rows) return {Failure::memory, 0};
+  Buffer<QueryState> states(block);
+  if (!distances || !groups || !weighted || !sums || !states) return {Failure::memory, 0};
   const auto weights = [&](Index b) { return distances.row(b); };
 
   for (Index first = 0; first < problem.queries; first += block) {
     const Index count = smaller(block, problem.queries - first);
     distances.set_queries(first, count);
     std::memset(sums.data(), 0, count * features * sizeof(double));
-    for (Index b = 0; b < count; ++b) rows[b] = Row();
+    for (Index b = 0; b < count; ++b) states[b] = QueryState();
 
     for (Index begin = 0; begin < problem.references; begin += chunk) {
-      distances.set_chunk(begin, smaller(chunk, problem.references - begin), rows.data(), groups);
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), groups);
       parallel(count, problem.threads, [&](Index b, int) {
-        const double nearest = distances.refine(b, rows[b]);
+        const double nearest = distances.refine(b, states[b]);
         if (std::isnan(nearest)) {
-          rows[b].nearest = nearest;
+          states[b].nearest = nearest;
           return;
         }
-        merge(law, rows[b], distances.radius(b), nearest, distances.row(b), distances.count());
-        if (rows[b].scale != 1)
-          for (Index k = 0; k < features; ++k) sums[b * features + k] *= rows[b].scale;
+        merge(law, states[b], distances.radius(b), nearest, distances.row(b), distances.count());
+        if (states[b].scale != 1)
+          for (Index k = 0; k < features; ++k) sums[b * features + k] *= states[b].scale;
       });
-      if (const Status status = check_rows(rows.data(), count, first);
+      if (const Status status = check_states(states.data(), count, first);
           status.failure != Failure::none)
         return status;
       groups.arrange(
-          count, distances.count(), problem.threads, [&](Index b) { return rows[b].live; }, weights,
-          counts);
-      groups.weigh(problem.threads, weights, [&](Index b) { return rows[b].total; });
+          count, distances.count(), problem.threads, [&](Index b) { return states[b].live; },
+          weights, counts);
+      groups.weigh(problem.threads, weights, [&](Index b) { return states[b].total; });
       weighted.add(distances, groups, nullptr, sums.data());
     }
 
     parallel(count, problem.threads, [&](Index b, int) {
       T* mean = static_cast<T*>(out.mean) + (first + b) * features;
       for (Index k = 0; k < features; ++k)
-        mean[k] = static_cast<T>(sums[b * features + k] / rows[b].total);
-      out.logsumexp[first + b] = logsumexp(law, rows[b], distances.radius(b));
-      out.nearest[first + b] = rows[b].nearest;
-      out.total[first + b] = rows[b].total;
+        mean[k] = static_cast<T>(sums[b * features + k] / states[b].total);
+      out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
+      out.nearest[first + b] = states[b].nearest;
+      out.total[first + b] = states[b].total;
     });
   }
   return {};
@@ -100,22 +101,23 @@ Status forward(const Problem& problem, const Forward& out) {
 
 // ---- backward -------------------------------------------------------------------------------
 //
-// With upstream G = ∂L/∂mean and g = ∂L/∂logsumexp:
+// With upstream gradients G = ∂L/∂mean and g = ∂L/∂logsumexp:
 //     t_j = G·(y_j − mean) + g,   c_j = −(N + D) p_j t_j / s_j   (D = ∞: −p_j t_j / σ²)
 //     ∂L/∂x = Σ_j c_j (x − y_j),  ∂L/∂r = r Σ_j c_j              (D = ∞: Σ_j p_j t_j d_j² / σ³)
 //     ∂L/∂y_j = Σ_b [p_bj G_b − c_bj (x_b − y_j)]
-// Σ p_j t_j = g, so that the t_j nearly cancel in Σ c_j. With s and e_j = d_j² − d² of the nearest
-// reference and moment = Σ p_j t_j e_j / s_j (D = ∞: Σ p_j t_j e_j / σ²) nothing is lost:
+// Σ p_j t_j = g, so the t_j nearly cancel in Σ c_j. The following form avoids the cancellation. Let
+// s and d² be those of the nearest reference, e_j = d_j² − d² and moment = Σ p_j t_j e_j / s_j (D =
+// ∞: Σ p_j t_j e_j / σ²):
 //     C = Σ c_j = −(N + D)(g − moment)/s                         (D = ∞: −g/σ²)
 //     ∂L/∂x = C (x − mean) − Σ_j c_j (y_j − mean)
 //     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
-// p_j is found relative to the nearest reference, from the forward pass: logsumexp, of the size of
-// d²/σ², has no digits left for it where σ is small. Where the rounding of the mean would show, t_j
-// is found without it (cpu/steep_rows.h).
+// p_j is computed relative to the nearest reference of the forward pass. logsumexp would be too
+// inexact: for small σ it is as large as d²/σ². In rows where the rounding of the mean would be
+// visible, t_j is computed without it (cpu/steep_rows.h).
 
 constexpr int kGradientRows = 3;  // rows of a register tile that also holds their means
 
-// out[q][c] = g_q · (y_c − m_q) over n features; the y are padded with zeros to whole vectors.
+// out[q][c] = g_q · (y_c − m_q) over n features. y is padded with zeros to whole vectors.
 template <class T>
 void project_pairs(const T* const* g, const T* const* m, const T* const* y, Index n,
                    double (*out)[kPairColumns]) {
@@ -141,37 +143,38 @@ void project_pairs(const T* const* g, const T* const* m, const T* const* y, Inde
   }
 }
 
-// At a limit (r = 0 on a reference, σ = 0 or too small for a score) the mean is locally constant.
-bool at_limit(const Law& law, double nearest, double radius) {
+// Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ so
+// small that scores overflow.
+bool at_limit(const WeightLaw& law, double nearest, double radius) {
   if (law.gaussian) return radius == 0 || std::isinf(nearest / radius / radius);
   return nearest + radius * radius == 0;
 }
 
-// Squared distances → p_j, and how many of them count.
-void probabilities(const Law& law, Row& row, double radius, const double* squared, double* p,
-                   Index count) {
-  row.live = 0;
+// Computes p_j from squared distances and counts those that are not zero.
+void probabilities(const WeightLaw& law, QueryState& state, double radius, const double* squared,
+                   double* p, Index count) {
+  state.live = 0;
   std::memset(p, 0, padded_count(count) * sizeof(double));
-  if (at_limit(law, row.nearest, radius)) return;
-  weigh(law, row.nearest, radius, law.unseen - std::log(row.total), squared, p, count);
+  if (at_limit(law, state.nearest, radius)) return;
+  weigh(law, state.nearest, radius, law.cutoff - std::log(state.total), squared, p, count);
   for (Index j = 0; j < count; ++j) {
-    p[j] /= row.total;
-    row.live += p[j] != 0;
+    p[j] /= state.total;
+    state.live += p[j] != 0;
   }
 }
 
-// t_j → c_j in place, for g added to t; returns the chunk's part of the moment, and a bound of
-// Σ |c_j| whose inverse is finite. All arrays are padded.
-double coefficients(const Law& law, const Row& row, double radius, double g, const double* squared,
-                    const double* p, double* t, Index count, double* bound) {
+// Replaces t_j by c_j, after adding g to t_j. Returns the chunk's part of the moment. `bound`
+// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded.
+double coefficients(const WeightLaw& law, const QueryState& state, double radius, double g,
+                    const double* squared, const double* p, double* t, Index count, double* bound) {
   *bound = 1e-300;
-  if (row.live == 0) return 0;
+  if (state.live == 0) return 0;
   Doubles moment = {}, size = {};
   for (Index j = 0; j < padded_count(count); j += kDoubles) {
     const Doubles probability = vector_at(p + j), s = vector_at(squared + j);
-    // Where p = 0, t may be anything.
+    // Where p = 0, t is undefined.
     const Doubles weighted = probability == 0.0 ? Doubles{} : probability * (vector_at(t + j) + g);
-    const Doubles excess = s - row.nearest;
+    const Doubles excess = s - state.nearest;
     Doubles c;
     if (law.gaussian) {
       c = -weighted / radius / radius;
@@ -188,22 +191,23 @@ double coefficients(const Law& law, const Row& row, double radius, double g, con
   return sum_of(moment);
 }
 
-// What a query needs beside its sum over references: C and ∂L/∂radius.
+// What the gradients of a query need besides the sums over references: C and ∂L/∂radius.
 struct Totals {
   double c, grad_radius;
 };
 
-Totals totals(const Law& law, const Row& row, double moment, double g, double radius) {
-  if (at_limit(law, row.nearest, radius)) return {0, 0};
+Totals totals(const WeightLaw& law, const QueryState& state, double moment, double g,
+              double radius) {
+  if (at_limit(law, state.nearest, radius)) return {0, 0};
   if (law.gaussian)
-    return {-g / radius / radius, (g * (row.nearest / radius / radius) + moment) / radius};
-  const double c = -2 * law.exponent * (g - moment) / (row.nearest + radius * radius);
+    return {-g / radius / radius, (g * (state.nearest / radius / radius) + moment) / radius};
+  const double c = -2 * law.exponent * (g - moment) / (state.nearest + radius * radius);
   return {c, radius * c};
 }
 
-constexpr Index kGradientPanel = 1024;  // features of one task
+constexpr Index kGradientPanel = 1024;  // features in a task
 
-// grad_y[j, :] += Σ_b [p_bj G_b − c_bj (x_b − y_j)] for the references of the chunk.
+// Adds Σ_b [p_bj G_b − c_bj (x_b − y_j)] to grad_y[j, :] for the references of the chunk.
 template <class T, class R>
 void reference_gradients(const Problem& problem, const Backward& io,
                          const Distances<T, R>& distances, Index first_query, Index queries,
@@ -230,33 +234,34 @@ void reference_gradients(const Problem& problem, const Backward& io,
   });
 }
 
-Status check_singular(const Problem& problem, const Law& law, const Backward& io) {
+Status check_singular(const Problem& problem, const WeightLaw& law, const Backward& io) {
   for (Index b = 0; b < problem.queries; ++b)
     if (io.grad_logsumexp[b] != 0 && at_limit(law, io.nearest[b], problem.radius[b]))
       return {Failure::singular, b};
   return {};
 }
 
-// A gradient weighs p_j by (y_j − mean)²/s, which may be large: its p_j have so many more nats.
-constexpr double kGradientDigits = 8;
+// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. The cutoff of p_j is this much
+// lower, in nats.
+constexpr double kGradientCutoff = 8;
 
-// What the forward pass found.
-Row row_of(const Backward& io, Index query) {
-  Row row;
-  row.nearest = io.nearest[query];
-  row.total = io.total[query];
-  return row;
+// The state that the forward pass ended with.
+QueryState state_of(const Backward& io, Index query) {
+  QueryState state;
+  state.nearest = io.nearest[query];
+  state.total = io.total[query];
+  return state;
 }
 
-// averages[b] = Σ_j p_bj G·(y_j − mean) / Σ_j p_bj of the steep rows of a block that begins at query
-// `first`, from references in several chunks.
+// averages[b] = Σ_j p_bj G·(y_j − mean) / Σ_j p_bj over all chunks, for the steep rows of a block.
+// `first` is the first query of the block.
 template <class T, class R>
-Status find_averages(const Problem& problem, const Backward& io, const Law& law, Index first,
+Status find_averages(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
                      const Index* steep, Index count, double* averages) {
   const Index features = problem.features, block = smaller(count, kSteepBlock);
   Buffer<T> x(block * features);
   Buffer<double> radius(block), p(block * kStride);
-  Buffer<Row> rows(block);
+  Buffer<QueryState> states(block);
   Problem some = problem;
   some.queries = block;
   some.x = x.data();
@@ -264,7 +269,7 @@ Status find_averages(const Problem& problem, const Backward& io, const Law& law,
   some.radius = radius.data();
   Distances<T, R> distances(some, law, block);
   typename Distances<T, R>::Lists lists(block);
-  if (!x || !radius || !p || !rows || !distances || !lists) return {Failure::memory, 0};
+  if (!x || !radius || !p || !states || !distances || !lists) return {Failure::memory, 0};
   const Index chunk = chunk_size<R>(problem);
 
   for (Index at = 0; at < count; at += block, steep += block) {
@@ -275,16 +280,16 @@ Status find_averages(const Problem& problem, const Backward& io, const Law& law,
       std::memcpy(x.at(i * features), static_cast<const T*>(problem.x) + query * problem.x_stride,
                   features * sizeof(T));
       radius[i] = problem.radius[query];
-      rows[i] = row_of(io, query);
+      states[i] = state_of(io, query);
     }
     distances.set_queries(0, n);
     for (Index begin = 0; begin < problem.references; begin += chunk) {
-      distances.set_chunk(begin, smaller(chunk, problem.references - begin), rows.data(), lists);
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
       parallel(n, problem.threads, [&](Index i, int) {
-        // What is not finite is noticed when the row comes again.
-        if (std::isnan(distances.refine(i, rows[i]))) return;
+        // The main pass reports a row that is not finite.
+        if (std::isnan(distances.refine(i, states[i]))) return;
         const Index from = (first + steep[i]) * features;
-        probabilities(law, rows[i], radius[i], distances.row(i), p.at(i * kStride),
+        probabilities(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
                       distances.count());
         project_row(distances, static_cast<const T*>(io.grad_mean) + from,
                     static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
@@ -298,7 +303,7 @@ Status find_averages(const Problem& problem, const Backward& io, const Law& law,
 
 template <class T, class R>
 Status backward(const Problem& problem, const Backward& io) {
-  const Law law = law_of<T>(problem, kGradientDigits);
+  const WeightLaw law = weight_law<T>(problem, kGradientCutoff);
   if (const Status status = check_singular(problem, law, io); status.failure != Failure::none)
     return status;
   const Index features = problem.features, block = block_size<T>(problem);
@@ -311,11 +316,11 @@ Status backward(const Problem& problem, const Backward& io) {
   WeightedSums<T, R, kGradientRows, true> weighted(problem);
   Buffer<double> sums(io.grad_x ? block * features : 0), p(block * kStride), c(block * kStride);
   Buffer<double> moments(block), bounds(block), averages(block);
-  Buffer<Row> rows(block);
+  Buffer<QueryState> states(block);
   Buffer<Index> steep(block);
   Buffer<bool> wide(block);  // whether the row is steep
   if (!distances || !lists || !groups || !dense || !projections || !weighted || !sums || !p || !c ||
-      !moments || !bounds || !averages || !rows || !steep || !wide)
+      !moments || !bounds || !averages || !states || !steep || !wide)
     return {Failure::memory, 0};
   if (io.grad_y)
     parallel(divide_up(problem.references, chunk), problem.threads, [&](Index task, int) {
@@ -346,9 +351,9 @@ Status backward(const Problem& problem, const Backward& io) {
     Index steep_count = 0;
     for (Index b = 0; b < count; ++b) {
       moments[b] = averages[b] = 0;
-      rows[b] = row_of(io, first + b);
-      wide[b] = !at_limit(law, rows[b].nearest, distances.radius(b)) &&
-                is_steep(law, rows[b].nearest, rows[b].total, distances.radius(b),
+      states[b] = state_of(io, first + b);
+      wide[b] = !at_limit(law, states[b].nearest, distances.radius(b)) &&
+                is_steep(law, states[b].nearest, states[b].total, distances.radius(b),
                          mean + b * features, features);
       if (wide[b]) steep[steep_count++] = b;
     }
@@ -359,22 +364,22 @@ Status backward(const Problem& problem, const Backward& io) {
     }
 
     for (Index begin = 0; begin < problem.references; begin += chunk) {
-      distances.set_chunk(begin, smaller(chunk, problem.references - begin), rows.data(), lists);
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
       parallel(count, problem.threads, [&](Index b, int) {
-        if (std::isnan(distances.refine(b, rows[b]))) {
-          rows[b].nearest = std::numeric_limits<double>::quiet_NaN();
+        if (std::isnan(distances.refine(b, states[b]))) {
+          states[b].nearest = std::numeric_limits<double>::quiet_NaN();
           return;
         }
-        probabilities(law, rows[b], distances.radius(b), distances.row(b), p.at(b * kStride),
+        probabilities(law, states[b], distances.radius(b), distances.row(b), p.at(b * kStride),
                       distances.count());
         std::memset(c.at(b * kStride), 0, padded_count(distances.count()) * sizeof(double));
       });
-      if (const Status status = check_rows(rows.data(), count, first);
+      if (const Status status = check_states(states.data(), count, first);
           status.failure != Failure::none)
         return status;
       groups.arrange(
           count, distances.count(), problem.threads,
-          [&](Index b) { return wide[b] ? 0 : rows[b].live; }, each(p), counts);
+          [&](Index b) { return wide[b] ? 0 : states[b].live; }, each(p), counts);
       const auto y = [&](Index j) { return distances.reference(j); };
       if (distances.dense())
         dense.template sum<Projection>(
@@ -390,7 +395,7 @@ Status backward(const Problem& problem, const Backward& io) {
                       found);
           if (whole) averages[b] = average(found);
         }
-        moments[b] += coefficients(law, rows[b], distances.radius(b),
+        moments[b] += coefficients(law, states[b], distances.radius(b),
                                    io.grad_logsumexp[first + b] - averages[b], distances.row(b),
                                    of_p, of_c, distances.count(), bounds.at(b));
         if (wide[b] && io.grad_x)
@@ -407,7 +412,7 @@ Status backward(const Problem& problem, const Backward& io) {
     parallel(count, problem.threads, [&](Index b, int) {
       const Index query = first + b;
       const Totals total =
-          totals(law, rows[b], moments[b], io.grad_logsumexp[query], distances.radius(b));
+          totals(law, states[b], moments[b], io.grad_logsumexp[query], distances.radius(b));
       if (io.grad_radius) io.grad_radius[query] = total.grad_radius;
       if (!io.grad_x) return;
       const T* x = distances.query(b);
@@ -447,7 +452,7 @@ Status with_types(const Problem& problem, const F& f) {
                                        : with_reference_type<float>(problem.reference_type, f);
 }
 
-// The index-th of an array of float32 or float64.
+// Address of the index-th element of a float32 or float64 array.
 template <class Void>
 Void* at(Void* array, Index index, Type type) {
   using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
@@ -455,15 +460,18 @@ Void* at(Void* array, Index index, Type type) {
   return static_cast<Byte*>(array) + index * size;
 }
 
-constexpr int kAlone = 8;  // threads with a workspace of their own, at most 6 MB each
+// Threads with a workspace of their own, at most 6 MB each.
+constexpr int kMaxIndependentThreads = 8;
 
-// With few features most steps are too short to share between threads: each takes blocks of queries
-// from the beginning to the end. The blocks are the same either way, and so is every bit.
+// With few features most steps are too short to share between threads. Instead each thread takes
+// whole blocks of queries through all steps. The blocks are the same either way, so the results are
+// the same to the bit.
 template <class F>
 Status by_blocks(const Problem& problem, bool independent, const F& run) {
   const Index blocks = divide_up(problem.queries, kSmallBlock);
-  const bool few = problem.threads > 1 && problem.threads <= kAlone && problem.threads <= blocks;
-  if (!independent || problem.features >= kListed || !few) return run(problem, 0);
+  const bool few =
+      problem.threads > 1 && problem.threads <= kMaxIndependentThreads && problem.threads <= blocks;
+  if (!independent || problem.features >= kListedFeatures || !few) return run(problem, 0);
   std::vector<Status> found(blocks);
   parallel(blocks, problem.threads, [&](Index task, int) {
     Problem block = problem;
@@ -516,7 +524,7 @@ Status run_backward(const Problem& problem, const Backward& io) {
 }
 
 std::int64_t sketch_width(std::int64_t features) {
-  return features < kListed ? 0 : sketch_stride(features) + 1;
+  return features < kListedFeatures ? 0 : sketch_stride(features) + 1;
 }
 
 void run_sketch(const Problem& problem, void* out) {

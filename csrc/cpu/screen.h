@@ -1,20 +1,20 @@
-// A lower bound of every squared distance from a sixteenth of the numbers.
+// A lower bound of every squared distance that reads a sixteenth of the values.
 //
-// A line of L features x_l has the mean m(x_l), and the deviation from it ρ(x_l) = |x_l − m(x_l)|.
-// The part of x_l − y_l along (1, …, 1) has the square L (m(x_l) − m(y_l))², the part across it is
-// the difference of two vectors of lengths ρ(x_l) and ρ(y_l), whose square is at least the square of
-// the difference of their lengths. So with s = √L m
+// Features are split into lines. A line x_l of L features has the mean m(x_l) and the deviation
+// ρ(x_l) = |x_l − m(x_l)|. The part of x_l − y_l along (1, …, 1) has the square L (m(x_l) −
+// m(y_l))². The part across it is the difference of two vectors of lengths ρ(x_l) and ρ(y_l), whose
+// square is at least (ρ(x_l) − ρ(y_l))². So with s = √L m
 //     |x − y|² ≥ Σ_l (s(x_l) − s(y_l))² + (ρ(x_l) − ρ(y_l))².
-// On images, where neighbours are alike, little is lost: s holds nearly all of a difference between
-// two images, ρ most of the noise.
+// The bound is tight on images, where neighbours are alike: s holds nearly all of the difference
+// between two images, ρ most of the noise.
 //
-// Rounding: s and ρ are found to within 40 epsilon |x_l| each (32 additions, and the mean in ρ), so
-// that the vectors of all s and ρ are off by at most kLoss |x| and kLoss |y|, and so is the distance
-// of the two.
+// Rounding: s and ρ have an error of at most 40 epsilon |x_l| (32 additions, and the mean in ρ).
+// The vectors of all s and ρ are off by at most kSketchError |x| and kSketchError |y|, and their
+// distance by the sum of the two.
 //
-// A sketch of vectors is every s and every ρ of each, in rows of whole cache lines, and their lengths
-// |v|. Those of references are computed on the way, or once for all calls, in which case a screen pays
-// for any number of queries: it reads a sixteenth of the numbers.
+// The sketch of a vector is all its s and ρ, in a row of whole cache lines, and its length |v|.
+// Sketches of references are computed on the way, or once for all calls. In the second case a
+// screen pays for any number of queries.
 #pragma once
 #include "cpu/tiles.h"
 
@@ -22,17 +22,17 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kTogether = 16;  // references read in one go
-constexpr Index kAlike = 32;     // with fewer queries packing tiles costs more than it saves
-constexpr Index kLine = 32;      // features of a line; the last may be shorter
+constexpr Index kTaskReferences = 16;  // references in a task
+constexpr Index kDenseQueries = 32;    // with fewer queries packing tiles costs more than it saves
+constexpr Index kLine = 32;            // features in a line; the last line may be shorter
 constexpr double kLineRoot = 5.656854249492381;  // √kLine
 
 inline Index sketch_lines(Index features) { return divide_up(features, kLine); }
 inline Index sketch_stride(Index features) { return round_up(2 * sketch_lines(features), 16); }
 
-template <class T> constexpr double kLoss = 64 * std::numeric_limits<T>::epsilon();
-// Bound of the relative error of a sum of squares by DenseTiles that does not underflow.
-template <class T> constexpr double kRounding = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
+template <class T> constexpr double kSketchError = 64 * std::numeric_limits<T>::epsilon();
+// Bound of the relative error of sums of squares by DenseTiles, if they do not underflow.
+template <class T> constexpr double kSumError = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
 
 template <class T, class R>
 class Screen {
@@ -58,7 +58,7 @@ class Screen {
              [&](Index b, int) { query_lengths_[b] = sketch(x(b), queries_.at(b * stride_)); });
   }
 
-  // out(b)[j] = the lower bound for the references from `first` on, before rounding is allowed for.
+  // out(b)[j] = the lower bound for reference first + j, before rounding is allowed for.
   template <class References, class Out>
   void bound(Index first, Index count, const References& y, const Out& out) {
     const T *rows = references_.data(), *lengths = reference_lengths_.data();
@@ -72,35 +72,36 @@ class Screen {
     longest_ = 0;
     for (Index j = 0; j < count; ++j)
       if (!(lengths[j] <= longest_)) longest_ = static_cast<double>(lengths[j]);
-    if (queries_count_ < kAlike) return bound_few(count, rows, out);
+    if (queries_count_ < kDenseQueries) return bound_few(count, rows, out);
     const auto x = [&](Index b) { return queries_.at(b * stride_); };
     tiles_.template sum<Distance>(
         queries_count_, count, 2 * lines_, x, x, [&](Index j) { return rows + j * stride_; }, out);
   }
 
-  // The sketch of vectors y(0), …: rows and lengths.
+  // Writes rows and lengths of the sketch of the vectors y(0), …
   template <class Vectors>
   void sketch(Index count, const Vectors& y, T* rows, T* lengths) const {
-    parallel(divide_up(count, kTogether), problem_.threads, [&](Index task, int) {
-      for (Index j = task * kTogether; j < smaller((task + 1) * kTogether, count); ++j)
+    parallel(divide_up(count, kTaskReferences), problem_.threads, [&](Index task, int) {
+      for (Index j = task * kTaskReferences; j < smaller((task + 1) * kTaskReferences, count); ++j)
         lengths[j] = sketch(y(j), rows + j * stride_);
     });
   }
 
-  // A reference of query b is farther than the squared distance `far` where its bound is above this.
+  // If the bound is above this limit, the reference is farther from query b than the squared
+  // distance `far`.
   double limit(Index b, double far) const {
-    const double loss = kLoss<T> * (static_cast<double>(query_lengths_[b]) + longest_);
+    const double loss = kSketchError<T> * (static_cast<double>(query_lengths_[b]) + longest_);
     const double distance = std::sqrt(far) + loss;
-    return distance * distance / (1 - kRounding<T>);
+    return distance * distance / (1 - kSumError<T>);
   }
 
  private:
-  // The same row by row, as references lie.
+  // The same without packing.
   template <class Out>
   void bound_few(Index count, const T* rows, const Out& out) {
-    parallel(divide_up(count, kTogether), problem_.threads, [&](Index task, int) {
-      const Index last = smaller((task + 1) * kTogether, count) - 1;
-      for (Index j = task * kTogether; j <= last; j += kPairColumns)
+    parallel(divide_up(count, kTaskReferences), problem_.threads, [&](Index task, int) {
+      const Index last = smaller((task + 1) * kTaskReferences, count) - 1;
+      for (Index j = task * kTaskReferences; j <= last; j += kPairColumns)
         for (Index b = 0; b < queries_count_; b += kTileQueries) {
           const T *x[kTileQueries], *y[kPairColumns];
           double sums[kTileQueries][kPairColumns];
@@ -118,7 +119,7 @@ class Screen {
     });
   }
 
-  // One row, padded with zeros; returns |v|, which is not finite where v or its square is not.
+  // Writes one row, padded with zeros. Returns |v|, which is not finite if v or its square is not.
   template <class V>
   T sketch(const V* v, T* out) const {
     constexpr Index lanes = Simd<T>::lanes;
@@ -136,7 +137,7 @@ class Screen {
     return static_cast<T>(std::sqrt(squares));
   }
 
-  // As many lines as there are lanes; returns the square of each.
+  // Reduces one line per lane. Returns the squared norms of the lines.
   template <class V>
   static typename Simd<T>::Vector reduce_lines(const V* v, T* s, T* deviation) {
     using Vector = typename Simd<T>::Vector;

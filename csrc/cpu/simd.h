@@ -1,7 +1,9 @@
-// Vectors, element types, memory and threads for the CPU kernels, compiled once per instruction set.
-// Everything in the headers of csrc/cpu has internal linkage, and no standard function template is
-// instantiated, so that the linker cannot share a function compiled for AVX-512 with the portable
-// build.
+// Vectors, element types, memory and threads for the CPU kernels, compiled once per instruction
+// set.
+//
+// Everything in the headers that the kernels include has internal linkage, and they instantiate no
+// standard function template. Otherwise the linker might use a function compiled for AVX-512 in the
+// portable build.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,7 +24,8 @@ using Index = std::int64_t;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Register tiles: kTileQueries rows by kTileVectors vectors of sums, with room for the operands.
+// A register tile holds kTileQueries × kTileVectors vectors of sums and leaves registers for
+// operands.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kTileQueries = 6, kTileVectors = 4;
 #elif defined(__AVX2__)
@@ -76,7 +79,7 @@ template <class T> inline T load(BFloat16 v) {
   return static_cast<T>(from_bits(static_cast<std::uint32_t>(v.bits) << 16));
 }
 template <class T> inline T load(Float16 v) {
-  // Exponent and mantissa moved into place are the value times 2^-112, subnormals included.
+  // Moving exponent and mantissa into place gives the value times 2^-112, also for subnormals.
   const std::uint32_t magnitude = v.bits & 0x7fffu, sign = (v.bits & 0x8000u) << 16;
   const float finite = from_bits(magnitude << 13) * 0x1p112f;
   std::uint32_t bits;
@@ -85,14 +88,14 @@ template <class T> inline T load(Float16 v) {
   return static_cast<T>(from_bits(bits | sign));
 }
 
-// In registers; `= {}` clears the memory they might be spilled to as well.
+// Keeps the vectors in registers; `= {}` would also clear the memory that they might spill to.
 template <class V, int kRows, int kColumns>
 inline void set_zero(V (&vectors)[kRows][kColumns]) {
   for (int q = 0; q < kRows; ++q)
     for (int c = 0; c < kColumns; ++c) vectors[q][c] = V{};
 }
 
-// A vector's worth of elements from anywhere.
+// Loads one vector of elements from any address.
 template <class T, class R>
 typename Simd<T>::Vector load_vector(const R* p) {
   alignas(kVectorBytes) T values[Simd<T>::lanes];
@@ -110,7 +113,7 @@ struct CountTo<0, kIndex...> {
   using Type = Indices<kIndex...>;
 };
 
-// Swaps the odd blocks of a, kHalf lanes each, with the even blocks of b.
+// Swaps the odd blocks of a with the even blocks of b. A block is kHalf lanes.
 template <class T, int kHalf, int... kIndex>
 void swap_blocks(typename Simd<T>::Vector& a, typename Simd<T>::Vector& b, Indices<kIndex...>) {
   constexpr int lanes = Simd<T>::lanes;
@@ -128,7 +131,7 @@ void swap_blocks(typename Simd<T>::Vector& a, typename Simd<T>::Vector& b, Indic
   a = low;
 }
 
-// Transposes the square of `lanes` vectors.
+// Transposes a square of `lanes` vectors.
 template <class T, int kHalf = Simd<T>::lanes / 2>
 void transpose(typename Simd<T>::Vector* rows) {
   for (int i = 0; i < Simd<T>::lanes; ++i)
@@ -137,13 +140,13 @@ void transpose(typename Simd<T>::Vector* rows) {
   if constexpr (kHalf > 1) transpose<T, kHalf / 2>(rows);
 }
 
-// out[c] = the sum of the lanes of v[c], in part in float64, for kColumns (a power of two) vectors,
-// which are used up.
+// out[c] = the sum over the lanes of v[c], for kColumns vectors, a power of two. The last additions
+// are in float64. v is overwritten.
 template <class T, int kColumns, int kBlock = Simd<T>::lanes>
 void sum_lanes(typename Simd<T>::Vector* v, double* out) {
   constexpr int lanes = Simd<T>::lanes, count = kColumns * kBlock / lanes;
   if constexpr (count > 1) {
-    // Two vectors fold into one: blocks of the first and of the second take turns.
+    // Folds two vectors into one that takes blocks from both in turn.
     for (int i = 0; i < count / 2; ++i) {
       auto &a = v[i], &b = v[i + count / 2];
       swap_blocks<T, kBlock / 2>(a, b, typename CountTo<lanes>::Type());
@@ -167,8 +170,8 @@ constexpr Index kDoubles = Simd<double>::lanes;
 
 constexpr double kLog2High = 0x1.62e42fefap-1, kLog2Low = 0x1.cf79abc9e3b39p-40;
 
-// Σ_i coefficient[i] x^i, halving the terms at each step: a chain of one after the other would be
-// as slow as its latency.
+// Σ_i coefficient[i] x^i. Each step halves the number of terms; one term after the other would wait
+// for the latency of each operation.
 template <int kTerms>
 Doubles polynomial(const double (&coefficient)[kTerms], Doubles x) {
   Doubles terms[kTerms];
@@ -181,9 +184,10 @@ Doubles polynomial(const double (&coefficient)[kTerms], Doubles x) {
   return terms[0];
 }
 
-// exp(x) for x ≤ 0, to 2e-16 relative; e^-700 below that.
+// exp(x) for x ≤ 0 with a relative error of 2e-16; e^-700 for x below −700.
 inline Doubles exponential(Doubles x) {
-  constexpr double magic = 0x1.8p52;  // its sum with a small number holds the nearest integer
+  // Adding it rounds a small number to an integer in the low bits.
+  constexpr double magic = 0x1.8p52;
   x = x > -700.0 ? x : Doubles{} - 700.0;
   const Doubles shifted = x * 0x1.71547652b82fep0 + magic;
   const Doubles n = shifted - magic;
@@ -198,12 +202,12 @@ inline Doubles exponential(Doubles x) {
                                    (reinterpret_cast<Bits>(shifted) << 52));
 }
 
-// log(1 + u) for u ≥ 0, to 3e-16 relative.
+// log(1 + u) for u ≥ 0, with a relative error of 3e-16.
 inline Doubles log_one_plus(Doubles u) {
   constexpr std::uint64_t one = 0x3ff0000000000000, root_half = 0x3fe6a09e667f3bcd;
   const Doubles s = 1.0 + u;
   const Doubles lost = u < 1.0 ? u - (s - 1.0) : 1.0 - (s - u);
-  // s = 2^k m with m between √½ and √2; the exponent is taken through 2^52 + (1023 + k).
+  // s = 2^k m with m between √½ and √2. The exponent is read through 2^52 + (1023 + k).
   const Bits exponent = (reinterpret_cast<Bits>(s) + (one - root_half)) >> 52;
   const Doubles k = reinterpret_cast<Doubles>(exponent | 0x4330000000000000) - (0x1p52 + 1023.0);
   const Bits shift = (exponent - 1023) << 52;
@@ -217,7 +221,7 @@ inline Doubles log_one_plus(Doubles u) {
 
 // ---- memory and threads ---------------------------------------------------------------------
 
-// An array that is not initialised; false where there was no memory for it.
+// An array that is not initialised; false if there was no memory for it.
 template <class T>
 class Buffer {
  public:
@@ -236,7 +240,7 @@ class Buffer {
   T* data_;
 };
 
-// Asks for `count` elements that will be read soon: what strides over rows is not foreseen.
+// Prefetches `count` elements; hardware does not foresee jumps from row to row.
 template <class T>
 void prefetch(const T* p, Index count) {
   const char* bytes = reinterpret_cast<const char*>(p);
@@ -251,7 +255,7 @@ void parallel(Index tasks, int threads, F&& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Into how many parts each of `tasks` must be cut so that every thread finds work.
+// The number of parts to cut each task into, so that every thread finds work.
 inline Index parts_of(Index tasks, int threads, Index most) {
   return larger(1, smaller(divide_up(2 * threads, larger(tasks, 1)), most));
 }

@@ -1,10 +1,10 @@
-// Rows whose gradients multiply the rounding of the mean until it shows, and what is done for them.
+// Steep rows: their gradients magnify the rounding of the mean until it is visible.
 //
-// The gradients are made of t_j = G·(y_j − mean) + g, times p_j (N + D)/s_j |x − y_j|. The mean that
-// the backward pass is given is rounded, and so are sums over features, by about ε of the values:
-// beside a small σ that is multiplied by d/σ², and where several references are equally near, no
-// other term hides it. In these rows all is float64, and t_j is taken relative to the average of
-// G·(y_j − mean) over the very same weights, so that Σ p_j t_j = g whatever the mean was rounded to.
+// The gradients are sums of t_j = G·(y_j − mean) + g times p_j (N + D)/s_j |x − y_j|. The mean from
+// the forward pass and the sums over features are rounded to about ε of their values. A small σ
+// multiplies that error by d/σ². If several references are equally near, no other term hides it.
+// Steep rows are computed in float64, and t_j is taken relative to the average of G·(y_j − mean)
+// over the same weights. Then Σ p_j t_j = g however the mean was rounded.
 #pragma once
 #include "cpu/distances.h"
 
@@ -12,9 +12,9 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-// The error of t_j, relative to |G|, times (N + D) d/s that is left alone.
-template <class T> constexpr double kLeftAlone = sizeof(T) == sizeof(float) ? 3e-5 : 1e-10;
-constexpr double kFarthest = 16;   // references that count are this many (d² + σ²)^½ apart, at most
+// Tolerated error of t_j, relative to |G|, times (N + D) d/s.
+template <class T> constexpr double kToleratedError = sizeof(T) == sizeof(float) ? 3e-5 : 1e-10;
+constexpr double kMaxSpread = 16;  // references that count are at most this many (d² + σ²)^½ apart
 constexpr Index kSteepBlock = 64;  // rows that find_averages takes at a time
 
 constexpr Index kWideLanes = 4 * kDoubles;
@@ -35,22 +35,22 @@ T largest_of(const T* values, Index n) {
 }
 
 template <class T>
-bool is_steep(const Law& law, double nearest, double total, double radius, const T* mean,
+bool is_steep(const WeightLaw& law, double nearest, double total, double radius, const T* mean,
               Index features) {
-  // The mean is the nearest reference itself, without an error.
+  // The mean is the nearest reference itself and has no error.
   if (total == 1) return false;
   const double sigma =
       law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
   const double distance = std::sqrt(nearest + sigma * sigma);
   const double slope = distance / sigma / sigma, rounding = std::numeric_limits<T>::epsilon() / 2;
-  double error = (total - 1) * kFarthest * distance;
+  double error = (total - 1) * kMaxSpread * distance;
   if (total - 1 > rounding / 2) {
-    // A feature of a difference from the mean is about 1/√N of the distance; over many features
-    // rounding averages out.
+    // A feature of y_j − mean is about 1/√N of the distance. Over many features rounding averages
+    // out.
     const double root = std::sqrt(static_cast<double>(features));
     error = rounding * (largest_of(mean, features) * (1 + 3 / root) + distance / root);
   }
-  return error * slope > kLeftAlone<T>;
+  return error * slope > kToleratedError<T>;
 }
 
 // g · (y − mean) in float64.
@@ -69,7 +69,7 @@ double project(const T* g, const T* mean, const R* y, Index n) {
   return total;
 }
 
-// One row of a chunk: t[j] = G·(y_j − mean) where p[j] counts. Adds p and p t to sums.
+// One row of a chunk: t[j] = G·(y_j − mean) where p[j] is not zero. Adds Σ p and Σ p t to sums.
 template <class T, class R>
 void project_row(const Distances<T, R>& distances, const T* g, const T* mean, Index features,
                  const double* p, double* t, double (&sums)[2]) {
@@ -82,10 +82,10 @@ void project_row(const Distances<T, R>& distances, const T* g, const T* mean, In
   }
 }
 
-// The average from the sums of p and of p t.
+// The average of t from sums of p and p t.
 inline double average(const double (&sums)[2]) { return sums[0] > 0 ? sums[1] / sums[0] : 0; }
 
-// One row of a chunk: sum += Σ_j c_j (y_j − mean) in float64.
+// One row of a chunk: adds Σ_j c_j (y_j − mean) to sum, in float64.
 template <class T, class R>
 void add_row(const Distances<T, R>& distances, const T* mean, Index features, const double* p,
              const double* c, double* sum) {

@@ -1,4 +1,4 @@
-// Sums over the features of pairs of queries and references, in register tiles.
+// Sums over features for pairs of queries and references, in register tiles.
 #pragma once
 #include "cpu/groups.h"
 
@@ -8,11 +8,11 @@ namespace {
 
 // ---- all pairs: references feature by feature, one to a lane --------------------------------
 
-constexpr Index kPanel = 256;     // features of a packed tile
-constexpr Index kAdditions = 64;  // into one sum of T before it is merged in float64
-constexpr Index kAhead = 64;      // features of a reference fetched ahead of their use
+constexpr Index kPanel = 256;            // features in a packed tile
+constexpr Index kMaxAdditions = 64;      // into one sum of T before it is merged in float64
+constexpr Index kPrefetchFeatures = 64;  // how far ahead a reference is prefetched, in features
 
-// What a pair adds for one feature: to its squared distance, and to g · (y − x).
+// What one feature adds for a pair: to the squared distance, or to g · (y − x).
 struct Distance {
   template <class V, class T>
   static void add(V& sum, T x, T, const V& y) {
@@ -27,14 +27,14 @@ struct Projection {
   }
 };
 
-// out[q][r] += the sum over n features for a tile of references; = where it is `fresh`.
+// Adds the sum over n features to out[q][r] for a tile of references; assigns it if `fresh`.
 template <class Term, class T, int kRows>
 void sum_features(const T* const* x, const T* const* g, const T* y, Index n, bool fresh,
                   double* const* out) {
   using Vector = typename Simd<T>::Vector;
   constexpr Index lanes = Simd<T>::lanes, tile = Simd<T>::tile;
-  for (Index begin = 0; begin < n; begin += kAdditions) {
-    const Index end = smaller(begin + kAdditions, n);
+  for (Index begin = 0; begin < n; begin += kMaxAdditions) {
+    const Index end = smaller(begin + kMaxAdditions, n);
     Vector sum[kRows][kTileVectors];
     set_zero(sum);
     for (Index k = begin; k < end; ++k) {
@@ -68,8 +68,8 @@ class DenseTiles {
 
   explicit operator bool() const { return static_cast<bool>(packed_); }
 
-  // out(b)[j] = Σ Term over the features, and whatever up to the end of a tile. g(b) matters to a
-  // Projection only.
+  // out(b)[j] = Σ Term over the features. Values up to the end of the last tile are undefined. Only
+  // Projection uses g(b).
   template <class Term, class Queries, class Factors, class References, class Out>
   void sum(Index queries, Index references, Index features, const Queries& x, const Factors& g,
            const References& y, const Out& out) {
@@ -118,7 +118,7 @@ class DenseTiles {
         typename Simd<T>::Vector square[lanes];
         for (Index lane = 0; lane < lanes; ++lane) {
           const auto* from = y(j + r + lane) + k + i;
-          if (i + kAhead < n) prefetch(from + kAhead, lanes);
+          if (i + kPrefetchFeatures < n) prefetch(from + kPrefetchFeatures, lanes);
           square[lane] = load_vector<T>(from);
         }
         transpose<T>(square);
@@ -136,10 +136,10 @@ class DenseTiles {
 
 // ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
-constexpr Index kPairReferences = 32;  // packed at a time
-// of so many features: a tile fits L1, and a lane takes no more additions than kAdditions
+constexpr Index kPairReferences = 32;  // references packed at a time
+// Features packed at a time: a tile fits L1, and a lane adds at most kMaxAdditions values.
 template <class T>
-constexpr Index kPairPanel = smaller(3072 / sizeof(T), Simd<T>::lanes* kAdditions);
+constexpr Index kPairPanel = smaller(3072 / sizeof(T), Simd<T>::lanes* kMaxAdditions);
 constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
 
 // out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
@@ -170,9 +170,9 @@ class PairTiles {
 
   explicit operator bool() const { return static_cast<bool>(packed_); }
 
-  // out(b)[j] += Σ over the features, for the pairs of each group. kernel(rows, k, n, y, sums) finds
-  // sums[kRows][kPairColumns] for n features from k of references y, padded with zeros to whole
-  // vectors.
+  // Adds the sum over features to out(b)[j] for the pairs of each group. kernel(rows, k, n, y,
+  // sums) computes sums[kRows][kPairColumns] over features k … k + n − 1, for references y padded
+  // with zeros to whole vectors.
   template <class References, class Kernel, class Out>
   void add(const Groups<T, kRows>& groups, Index references, Index features, const References& y,
            const Kernel& kernel, const Out& out) {
@@ -195,7 +195,7 @@ class PairTiles {
   }
 
  private:
-  // The n elements in whole vectors: where they lie, if they are such, else a copy in `out`.
+  // The n elements as whole aligned vectors: in place if they are such, else a copy in `out`.
   static const T* aligned(const R* y, Index n, T* out) {
     if constexpr (std::is_same_v<T, R>)
       if (n % Simd<T>::lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % kVectorBytes == 0)

@@ -1,6 +1,8 @@
-// Sums over the references of a chunk, weighted per query, that touch only what counts: register
-// tiles of a group's rows by kTileVectors vectors of features. References are packed, so that a tile
-// stays in cache for all groups. Sums of T are merged in float64 every kSegment references.
+// Weighted sums over the references of a chunk that count.
+//
+// A register tile holds the sums of a group's rows by kTileVectors vectors of features. References
+// are packed, so that a tile stays in cache for all groups. Sums in T are merged in float64 every
+// kSegment references.
 #pragma once
 #include "cpu/distances.h"
 
@@ -9,7 +11,7 @@ namespace PFGM_ISA {
 namespace {
 
 template <class T> constexpr Index kSumPanel = 512 / sizeof(T);  // features packed at a time
-constexpr Index kSoon = 4;  // references fetched ahead of their use
+constexpr Index kPrefetchReferences = 4;  // how far ahead references are prefetched
 
 // sum[q][k] = Σ_i w_iq (y_i[k] − origin[q][k]) over one segment and one tile of features.
 template <class T, int kRows, bool kOrigin>
@@ -40,7 +42,8 @@ void sum_tile(const Group<T, kRows>& group, Index begin, Index end, const T* pac
       vector_at(out + q * kSumPanel<T> + v * lanes) = sum[q][v];
 }
 
-// state[b, :] += Σ_j weights[b, j] (y_j − origin[b, :]) over the chunk; without kOrigin, origin is 0.
+// Adds Σ_j weights[b, j] (y_j − origin[b, :]) over the chunk to state[b, :]. Without kOrigin,
+// origin is 0.
 template <class T, class R, int kRows, bool kOrigin>
 class WeightedSums {
  public:
@@ -70,7 +73,7 @@ class WeightedSums {
             Index n, T* packed) const {
     const Index end = smaller(batch + kBatch, distances.count());
     for (Index j = batch; j < end; ++j) {
-      if (const Index next = j + kSoon; next < end && groups.live(next))
+      if (const Index next = j + kPrefetchReferences; next < end && groups.live(next))
         prefetch(distances.reference(next) + k, n);
       if (!groups.live(j)) continue;
       const R* y = distances.reference(j) + k;

@@ -13,7 +13,7 @@
 namespace pfgm {
 #ifdef PFGM_SANITIZE
 
-// Nothing is kept or rounded up: the sanitizers are to see every byte too far.
+// Keeps and rounds up nothing, so that sanitizers see every access beyond the end.
 void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
   *capacity = bytes;
   void* memory = nullptr;
@@ -26,8 +26,8 @@ void release_workspace(void* block, std::size_t) { std::free(block); }
 
 namespace {
 
-constexpr std::size_t kKept = 48 << 20;
-constexpr std::size_t kHugePage = 2 << 20;
+constexpr std::size_t kMaxKeptBytes = 48 << 20;
+constexpr std::size_t kHugePageBytes = 2 << 20;
 
 struct Block {
   void* memory;
@@ -37,12 +37,12 @@ struct Block {
 struct Pool {
   std::mutex mutex;
   std::vector<Block> idle;  // the longest idle first
-  std::size_t kept = 0;     // bytes that are idle
-  std::size_t used = 0;     // bytes handed out
+  std::size_t kept = 0;     // idle bytes
+  std::size_t used = 0;     // bytes in use
 
-  // Frees idle blocks until `more` bytes would stay within kKept, or none is left.
+  // Frees idle blocks until `more` bytes fit into kMaxKeptBytes, or none is left.
   void make_room(std::size_t more) {
-    while (!idle.empty() && kept + used + more > kKept) {
+    while (!idle.empty() && kept + used + more > kMaxKeptBytes) {
       std::free(idle.front().memory);
       kept -= idle.front().capacity;
       idle.erase(idle.begin());
@@ -50,12 +50,13 @@ struct Pool {
   }
 };
 
-// Never destroyed: a thread may still compute while the process exits. Made when the library is
-// loaded: a fork beside the first call would leave the child waiting for the thread that makes it.
+// Never destroyed: a thread may still compute while the process exits. Created when the library is
+// loaded: a fork during its creation in another thread would leave the child waiting forever.
 Pool& pool = *new Pool;
 
-// A child has only the thread that forked. Were the pool locked by another, it would stay so; what
-// the others have in use is lost to the child, as their stacks are.
+// A child has only the thread that forked. If another thread held the lock, it would stay locked,
+// so the fork waits for the lock. Blocks in use by other threads are lost to the child, like their
+// stacks.
 [[maybe_unused]] const int registered =
     pthread_atfork([] { pool.mutex.lock(); }, [] { pool.mutex.unlock(); },
                    [] {
@@ -64,10 +65,10 @@ Pool& pool = *new Pool;
                    });
 
 void* allocate(std::size_t capacity) {
-  if (capacity < kHugePage) return std::aligned_alloc(64, capacity);
-  void* memory = std::aligned_alloc(kHugePage, capacity);
+  if (capacity < kHugePageBytes) return std::aligned_alloc(64, capacity);
+  void* memory = std::aligned_alloc(kHugePageBytes, capacity);
 #ifdef __linux__
-  // Rows lie pages apart, more of them than the processor keeps translations of small pages for.
+  // Rows lie pages apart, more of them than the TLB holds small pages.
   if (memory != nullptr) madvise(memory, capacity, MADV_HUGEPAGE);
 #endif
   return memory;
@@ -76,7 +77,7 @@ void* allocate(std::size_t capacity) {
 }  // namespace
 
 void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
-  const std::size_t unit = bytes < kHugePage ? 4096 : kHugePage;
+  const std::size_t unit = bytes < kHugePageBytes ? 4096 : kHugePageBytes;
   *capacity = std::max<std::size_t>(1, (bytes + unit - 1) / unit) * unit;
   {
     const std::lock_guard<std::mutex> lock(pool.mutex);
@@ -100,7 +101,7 @@ void release_workspace(void* block, std::size_t capacity) {
   pool.used -= capacity;
   if (block == nullptr) return;
   pool.make_room(capacity);
-  if (pool.kept + pool.used + capacity > kKept) {
+  if (pool.kept + pool.used + capacity > kMaxKeptBytes) {
     std::free(block);
     return;
   }

@@ -1,28 +1,28 @@
 // Squared distances between a block of queries and a chunk of references, on CUDA devices.
 //
-// 1. distances: |x|² + |y|² − 2 x·y from products in matrix units or, for few queries or features,
-//    differences: Σ (x − y)²; and the least of each tile of references. PROJECT: G·y instead.
-// 2. refine: products lose the digits that the exponent (N + D)/2 multiplies. What lies near the
-//    minimum is computed again, from differences in float64, where it decides the answer.
+// 1. distances computes |x|² + |y|² − 2 x·y from products in matrix units. For few queries or
+//    features, differences computes Σ (x − y)² instead. Both also find the smallest distance of
+//    each tile of references. With PROJECT they compute G·y.
+// 2. refine computes distances near the minimum again where they decide the answer, from
+//    differences in float64. Products lose digits, and the exponent (N + D)/2 multiplies the error.
 #pragma once
 #include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int kTile = 64;  // references of a tile, whose least distance is kept
-constexpr double kNear =
-    20;  // nats: what weighs less than e^-20 of the largest needs no more digits
-constexpr int kFewTiles = 16;   // near the minimum: so few are computed again in any case
-constexpr int kSegments = 256;  // blocks of refine a query, at most: each reads all minima
-constexpr int kSegment = 4;     // tiles that one looks at, at least
-constexpr double kFloatLeast = 0x1p-126;
+constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
+constexpr double kNear = 20;         // nats: weights below e^-20 of the largest need no more digits
+constexpr int kFewTiles = 16;        // up to so many tiles near the minimum are always refined
+constexpr int kMaxRefineBlocks = 256;  // for a query; each block reads all minima
+constexpr int kMinRefineTiles = 4;     // for a block of refine
+constexpr double kSmallestFloat = 0x1p-126;
 
-// In the workspace; rows are `stride` apart.
+// Arrays in the workspace. Rows are `stride` apart.
 struct Pairs {
   Index stride;
   double* squared;    // (queries, stride)
-  double* projected;  // (queries, stride): G·y; or null
+  double* projected;  // (queries, stride): G·y; may be null
   float* lowest;      // (queries, tiles)
   float* norms;       // (queries): |x|²
   int tiles;
@@ -35,18 +35,18 @@ struct TileMemory {
   static constexpr int kStages = 4;
   static constexpr int kPitch = kPanel + 4, kReferencePitch = kPanel + 16 / sizeof(R);
   float x[kStages][QUERIES][kPitch];
-  R y[kStages][kTile][kReferencePitch];
+  R y[kStages][kTileReferences][kReferencePitch];
   float norms[QUERIES];
   float low[8][QUERIES];
 };
 static_assert(sizeof(TileMemory<float, 64>) <= kSharedLimit, "a block fits everywhere");
 
-// −∞ calls for a look at the tile: float32 could not hold one of its distances.
+// −∞ marks a tile with a distance that float32 cannot hold; refine looks at it in any case.
 __device__ inline float lowest_with(float low, float distance) {
   return distance < INFINITY ? fminf(low, distance) : -INFINITY;
 }
 
-// low[row of warps][query] → the least of the tile.
+// low[row of warps][query] → the smallest distance of the tile.
 template <int QUERIES>
 __device__ inline void store_lowest(const float (*low)[QUERIES], int rows, Index first, int queries,
                                     const Pairs& out) {
@@ -57,7 +57,7 @@ __device__ inline void store_lowest(const float (*low)[QUERIES], int rows, Index
   out.lowest[(first + q) * out.tiles + blockIdx.x] = least;
 }
 
-// A block of 4 warps: 64 references × QUERIES, a warp 32 × QUERIES/2.
+// A block has 4 warps and computes 64 references × QUERIES; a warp computes 32 × QUERIES/2.
 template <class R, int QUERIES, bool PROJECT>
 __global__ void __launch_bounds__(128, 2)
     distances(const Rows<float> x, const Rows<R> y, int features, const Pairs out) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(128, 2)
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int row0 = lane.warp / 2 * 32, column0 = lane.warp % 2 * (QUERIES / 2);
-  const Index reference0 = static_cast<Index>(blockIdx.x) * kTile;
+  const Index reference0 = static_cast<Index>(blockIdx.x) * kTileReferences;
   const Index query0 = static_cast<Index>(blockIdx.y) * QUERIES;
   Products<2, kColumns> products;
   products.clear();
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(128, 2)
       [&](int p, int slot) {
         copy_rows<QUERIES, kPanel, Memory::kPitch, 128>(shared.x[slot][0], x, query0, p * kPanel,
                                                         features);
-        copy_rows<kTile, kPanel, Memory::kReferencePitch, 128>(shared.y[slot][0], y, reference0,
-                                                               p * kPanel, features);
+        copy_rows<kTileReferences, kPanel, Memory::kReferencePitch, 128>(
+            shared.y[slot][0], y, reference0, p * kPanel, features);
       },
       [&](int p, int slot) {
         products.template add_panel<Memory::kReferencePitch, Memory::kPitch>(
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(128, 2)
   }
 }
 
-// A block of 8 warps: 64 references × 8 queries; a lane has reference 8·warp + g and its quarter of
-// the features. Sums in float32 take at most 256 additions, then float64 takes over.
+// A block has 8 warps and computes 64 references × 8 queries. A lane has reference 8·warp + g and a
+// quarter of the features. It adds at most 256 values in float32 before float64 takes over.
 template <class R, bool PROJECT>
 __global__ void __launch_bounds__(256, 2)
     differences(const Rows<float> x, const Rows<R> y, int features, const Pairs out) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(256, 2)
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int row = 8 * lane.warp + lane.g;
-  const Index reference = static_cast<Index>(blockIdx.x) * kTile + row;
+  const Index reference = static_cast<Index>(blockIdx.x) * kTileReferences + row;
   const Index query0 = static_cast<Index>(blockIdx.y) * kQueries;
   double total[kQueries] = {}, norm = 0;
   float sum[kQueries] = {}, of_x = 0;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(256, 2)
       [&](int p, int slot) {
         copy_rows<kQueries, kPanel, Memory::kPitch, 256>(shared.x[slot][0], x, query0, p * kPanel,
                                                          features);
-        copy_rows<kTile, kPanel, Memory::kReferencePitch, 256>(
+        copy_rows<kTileReferences, kPanel, Memory::kReferencePitch, 256>(
             shared.y[slot][0], y, reference - row, p * kPanel, features);
       },
       [&](int p, int slot) {
@@ -217,55 +217,59 @@ __global__ void __launch_bounds__(256, 2)
 
 // ---- what decides ----------------------------------------------------------------------------
 
-// How squared distances become weights, and how far those found in float32 may be off.
-struct Law {
-  bool gaussian;  // D = ∞
-  double half;    // (N + D)/2; 1/2 at D = ∞
-  double spread;  // s of a reference kNear nats below the nearest is (1 + spread) times its s
-  double bound;   // of a distance's error, relative to |x|² + |y|²
-  double noise;   // its usual size
-  double unseen;  // s of a reference whose weight float32 does not hold is (1 + unseen) times its s
+// How a squared distance becomes a score, the log of a weight, and the errors of float32 distances.
+struct WeightLaw {
+  bool gaussian;    // D = ∞
+  double exponent;  // (N + D)/2; 1/2 at D = ∞
+  // S of a reference kNear nats below the nearest is (1 + near_spread) s of the nearest.
+  double near_spread;
+  double error_bound;       // bound of the error of a distance, relative to |x|² + |y|²
+  double error_size;        // its typical size
+  double underflow_spread;  // the same as near_spread, for a weight that is 0 in float32
 
-  // log of the weight at squared distance nearest + excess, relative to that at nearest.
-  __device__ double relative(double excess, double nearest, double r) const {
+  // Score at the squared distance nearest + excess, minus the score at nearest.
+  __device__ double relative_score(double excess, double nearest, double r) const {
     if (excess == 0) return 0;
     if (gaussian) return -excess / r / r / 2;
-    return -half * log1p(excess / (nearest + r * r));
+    return -exponent * log1p(excess / (nearest + r * r));
   }
 
-  // The weight itself. Most references are so far away that it takes no logarithm to see.
+  // The weight relative to that of the nearest. Most references are too far away to need a
+  // logarithm.
   __device__ float weight(double excess, double nearest, double r) const {
-    if (excess > unseen * (gaussian ? r * r : nearest + r * r)) return 0;
-    return expf(static_cast<float>(relative(excess, nearest, r)));
+    if (excess > underflow_spread * (gaussian ? r * r : nearest + r * r)) return 0;
+    return expf(static_cast<float>(relative_score(excess, nearest, r)));
   }
 
-  // Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score.
+  // Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ
+  // so small that scores overflow.
   __device__ bool at_limit(double nearest, double r) const {
     if (gaussian) return r == 0 || nearest / r / r == INFINITY;
     return nearest + r * r == 0;
   }
 
-  // The usual error of distances near `nearest`: rounding of single differences mostly averages out.
-  __device__ double error(double nearest, double norm) const {
-    return noise * (norm + nearest) + 0x1p-26 * nearest + 1e6 * kFloatLeast;
+  // Typical error of distances near `nearest`. The rounding of single differences mostly averages
+  // out.
+  __device__ double typical_error(double nearest, double norm) const {
+    return error_size * (norm + nearest) + 0x1p-26 * nearest + 1e6 * kSmallestFloat;
   }
 
-  // Whether such an error changes a weight by more than `share` of it.
-  __device__ bool shows(double error, double nearest, double r, double share) const {
+  // Whether this error of a distance changes a weight by more than the fraction `share`.
+  __device__ bool changes_weight(double error, double nearest, double r, double share) const {
     if (gaussian) return error > 2 * share * r * r;
-    return half * error > share * (nearest + r * r);
+    return exponent * error > share * (nearest + r * r);
   }
 
-  // The largest distance, as found, whose weight needs all digits. |y|² ≤ 2 (d² + |x|²); twice, for
-  // the minimum is as uncertain as what is compared with it.
-  __device__ double near(double nearest, double norm, double r) const {
-    const double uncertain = nearest + 2 * bound * (3 * norm + 2 * nearest);
-    const double far = uncertain + (gaussian ? 2 * kNear * r * r : spread * (nearest + r * r));
+  // The largest distance, as computed, at which a weight needs all digits. It allows for |y|² ≤ 2
+  // (d² + |x|²), and for the error twice: the minimum has one too.
+  __device__ double near_limit(double nearest, double norm, double r) const {
+    const double uncertain = nearest + 2 * error_bound * (3 * norm + 2 * nearest);
+    const double far = uncertain + (gaussian ? 2 * kNear * r * r : near_spread * (nearest + r * r));
     return far == far ? far : INFINITY;
   }
 };
 
-// Σ (x − y)² and Σ g y in float64, by the lanes of a warp; all of them get it.
+// Σ (x − y)² and Σ g y in float64, computed by a warp. All lanes get the result.
 template <class R>
 __device__ inline double squared_distance(const float* x, const R* y, int lane, int features) {
   double sum = 0;
@@ -284,20 +288,21 @@ __device__ inline double inner_product(const float* g, const R* y, int lane, int
   return over_warp(sum, Sum());
 }
 
-// Only input that is not finite makes a distance infinite; NaN, unlike infinity, is not lost.
+// A distance is infinite only if the input is not finite. NaN is not lost later, unlike infinity.
 __device__ inline double or_nan(double distance) { return distance < INFINITY ? distance : NAN; }
 
 constexpr int kRefineThreads = 128;
 
-// Distances of one query that decide its answer; nearest is what is known of other references, or
-// null. All are computed again that may weigh more than e^-20 of the largest, if they are few, or if
-// the usual error would show in their weights; what float32 could not hold in any case. Their G·y
-// are, too, where there is a G.
+// Computes again the distances of one query that decide its answer. `nearest` is the smallest
+// distance to other references, or null. References that may weigh more than e^-20 of the largest
+// are computed again if they are few, or if the typical error would change their weights. Distances
+// that overflow float32 are always computed again. The same references get a new G·y if there is a
+// G.
 template <class R>
 __global__ void __launch_bounds__(kRefineThreads)
     refine(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, int features,
-           const double* radius, const double* nearest, const Law law, const Pairs pairs,
-           int segment) {
+           const double* radius, const double* nearest, const WeightLaw law, const Pairs pairs,
+           int block_tiles) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.y;
   const float* low = pairs.lowest + query * pairs.tiles;
@@ -309,20 +314,21 @@ __global__ void __launch_bounds__(kRefineThreads)
   base = over_block(base, scratch, Least());
   if (nearest) base = fmin(nearest[query], base);
 
-  double near = law.near(base, norm, r);
+  double near = law.near_limit(base, norm, r);
   int competing = 0;
   for (int tile = thread; tile < pairs.tiles; tile += kRefineThreads)
     competing += low[tile] <= near;
   competing = over_block(competing, reinterpret_cast<int*>(scratch), Sum());
-  if (competing > kFewTiles && !law.shows(law.error(base, norm), base, r, 3e-4) && near < INFINITY)
+  if (competing > kFewTiles && !law.changes_weight(law.typical_error(base, norm), base, r, 3e-4) &&
+      near < INFINITY)
     near = -1;
 
   const Lane lane = this_lane();
-  const int first = static_cast<int>(blockIdx.x) * segment;
-  for (int tile = first; tile < smaller(first + segment, pairs.tiles); ++tile) {
+  const int first = static_cast<int>(blockIdx.x) * block_tiles;
+  for (int tile = first; tile < smaller(first + block_tiles, pairs.tiles); ++tile) {
     if (!(low[tile] <= near)) continue;
-    for (int j = lane.warp; j < kTile; j += kRefineThreads / 32) {
-      const Index reference = static_cast<Index>(tile) * kTile + j;
+    for (int j = lane.warp; j < kTileReferences; j += kRefineThreads / 32) {
+      const Index reference = static_cast<Index>(tile) * kTileReferences + j;
       if (reference >= y.count) break;
       const Index pair = query * pairs.stride + reference;
       const double known = pairs.squared[pair];

@@ -1,6 +1,6 @@
-// What the CUDA kernels ask of the machine beyond CUDA C++: copies that run by themselves, products
-// in matrix units, clusters of blocks (PTX ISA, sections 9.7.9 and 9.7.14). For the host's tests
-// host_shim/intrinsics.h has the same names, and those of CUDA C++ that the kernels use.
+// PTX instructions that CUDA C++ lacks: asynchronous copies, products in matrix units, clusters of
+// blocks (PTX ISA, sections 9.7.9 and 9.7.14). host_shim/intrinsics.h defines the same names for
+// the host, and the names of CUDA C++ that the kernels use.
 #pragma once
 #include <cstdint>
 
@@ -9,21 +9,22 @@
 #else
 #include <cuda_runtime.h>
 
-// Architectures with clusters whose blocks can have 227 KiB of shared memory.
+// Architectures whose clusters have blocks with 227 KiB of shared memory.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 #define PFGM_CLUSTERS 1
 #endif
 
 namespace pfgm {
 
-// The block's dynamic shared memory, on a 16-byte boundary.
+// The dynamic shared memory of the block, on a 16-byte boundary.
 __device__ inline char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
   return memory;
 }
 
-// Begins to copy `valid` of BYTES (4 or 16, on such a boundary) into shared memory; the others
-// become zero. Nobody may read them before the thread that asked has waited, and then a barrier.
+// Starts a copy of BYTES (4 or 16, aligned to that) into shared memory. Bytes after the first
+// `valid` become zero. They may be read after the thread that started the copy has waited for it,
+// followed by a barrier.
 template <int BYTES>
 __device__ inline void copy_async(void* to, const void* from, int valid = BYTES) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
@@ -37,18 +38,19 @@ __device__ inline void copy_async(void* to, const void* from, int valid = BYTES)
                  : "memory");
 }
 
-// The copies that this thread began since the last commit are a group; waits until all but the
-// PENDING newest groups are there.
+// commit_copies makes a group of the copies that this thread has started since the last commit.
+// wait_copies waits until all but the newest PENDING groups have arrived.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// d += a b for a (16 × 8) and b (8 × 8), by all lanes of a warp together. Operands are float32 whose
-// last 13 bits are not looked at (TF32). With g = lane/4
-// and t = lane mod 4 a lane holds a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4]; b[t][g],
-// b[t + 4][g]; d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1].
+// d += a b for a (16 × 8) and b (8 × 8), computed by all lanes of a warp. Operands are float32;
+// their last 13 bits are ignored (TF32). With g = lane/4 and t = lane mod 4 a lane holds
+//     a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4];
+//     b[t][g], b[t + 4][g];
+//     d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1].
 __device__ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4],
                                     const std::uint32_t (&b)[2]) {
   asm volatile(
@@ -68,8 +70,9 @@ __device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bi
 __device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
 
 #ifdef PFGM_CLUSTERS
-// The block's place in its cluster, a barrier of all threads of the cluster, and where another
-// block of it has what `own` points to in this block's shared memory.
+// cluster_rank is the block's place in its cluster, cluster_sync a barrier for all threads of the
+// cluster. cluster_shared is the address in the shared memory of block `rank` that corresponds to
+// `own` in this block.
 __device__ inline int cluster_rank() {
   std::uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

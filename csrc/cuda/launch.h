@@ -1,4 +1,4 @@
-// Launches on a stream of a device, every one checked.
+// Checked launches on a stream of a device.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,11 +15,11 @@ struct Grid {
 };
 
 struct Launch {
-  const char* kernel;      // its name, for errors
-  Grid grid;               // blocks; an empty one is not launched
-  int threads;             // of a block
+  const char* kernel;      // for errors
+  Grid grid;               // in blocks; an empty grid is not launched
+  int threads;             // in a block
   std::size_t shared = 0;  // bytes of dynamic shared memory
-  int cluster = 1;         // blocks of a cluster, along x
+  int cluster = 1;         // blocks in a cluster, along x
 };
 
 #ifdef PFGM_CUDA_SHIM
@@ -27,8 +27,9 @@ struct Launch {
 #include "host_shim/stream.h"
 #else
 
-// A stream whose device is the current one as long as this lives, also for torch: runtimes share the
-// thread's context. Preparations may load a kernel, which a graph's capture allows if it is relaxed.
+// A stream. Its device is current while this object lives, for torch as well, because runtimes
+// share the thread's context. Launching may load a kernel; the relaxed capture mode allows this
+// while a CUDA graph is captured.
 class Stream {
  public:
   explicit Stream(const CudaPlace& place)
@@ -45,8 +46,8 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  // The architecture, 90 for sm_90, that the kernel as it runs here was compiled for: an older one
-  // than the device's where the build left that out.
+  // The architecture that the kernel's code was compiled for, 90 for sm_90. It is older than the
+  // device's if the build left the device's out.
   template <class... Parameters>
   int architecture(const char* name, void (*kernel)(Parameters...)) const {
     cudaFuncAttributes attributes;
@@ -54,7 +55,7 @@ class Stream {
     return attributes.ptxVersion;
   }
   std::size_t shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-  // How many times as long float64 takes as float32.
+  // How many times longer float64 takes than float32.
   int float64_cost() const { return attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio); }
 
   template <class... Parameters, class... Arguments>
@@ -66,7 +67,8 @@ class Stream {
     check(shape.kernel, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
 
-  // How many clusters of this shape the device runs at once; 0 if none fits, or it does not say.
+  // The number of clusters of this shape that the device runs at once; 0 if none fits or the
+  // runtime cannot tell.
   template <class... Parameters>
   int resident_clusters(const Launch& shape, void (*kernel)(Parameters...)) const {
     if (shape.shared > shared_limit()) return 0;

@@ -1,5 +1,5 @@
-// PFGM's normalised field in one launch. Differences are exact and, with all that follows from
-// them, in float64: |E|² may leave float32 on both sides.
+// PFGM's normalised field in one launch. Differences and all that follows are in float64: |E|² may
+// overflow or underflow float32.
 #include <cmath>
 #include <cstdint>
 
@@ -12,7 +12,7 @@ namespace {
 using Index = std::int64_t;
 
 struct Held {
-  float x[kHeld], mean[kHeld];
+  float x[kHeldValues], mean[kHeldValues];
 
   __device__ double difference(int i) const {
     return static_cast<double>(x[i]) - static_cast<double>(mean[i]);
@@ -20,22 +20,22 @@ struct Held {
 };
 
 template <int WIDTH>
-__device__ void load(Held& held, const NormalisedField& field, Index row, const Tile& tile) {
+__device__ void load(Held& held, const NormalisedField& field, Index row, const RowTile& tile) {
   load_tile<WIDTH>(held.x, field.x + row * field.x_stride, tile);
   load_tile<WIDTH>(held.mean, field.mean + row * field.mean_stride, tile);
 }
 
 __device__ double squared_norm(const Held& held) {
   double sum = 0;
-  for (int i = 0; i < kHeld; ++i) sum += held.difference(i) * held.difference(i);
+  for (int i = 0; i < kHeldValues; ++i) sum += held.difference(i) * held.difference(i);
   return sum;
 }
 
 template <int WIDTH>
-__device__ void write(const Held& held, const NormalisedField& field, Index row, const Tile& tile,
-                      double scale) {
-  float out[kHeld];
-  for (int i = 0; i < kHeld; ++i) out[i] = static_cast<float>(scale * held.difference(i));
+__device__ void write(const Held& held, const NormalisedField& field, Index row,
+                      const RowTile& tile, double scale) {
+  float out[kHeldValues];
+  for (int i = 0; i < kHeldValues; ++i) out[i] = static_cast<float>(scale * held.difference(i));
   store_tile<WIDTH>(field.field_x + row * field.field_x_stride, tile, out);
 }
 
@@ -48,27 +48,27 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
   Held held = {};
   double squared = 0;
   if constexpr (WHOLE) {
-    load<WIDTH>(held, field, at.row, tile_of(at, 0, field.features));
+    load<WIDTH>(held, field, at.row, row_tile(at, 0, field.features));
     squared = squared_norm(held);
   } else {
-    for (Index start = 0; start < field.features; start += kHeld * lanes) {
+    for (Index start = 0; start < field.features; start += kHeldValues * lanes) {
       held = {};
-      load<WIDTH>(held, field, at.row, tile_of(at, start, field.features));
+      load<WIDTH>(held, field, at.row, row_tile(at, start, field.features));
       squared += squared_norm(held);
     }
   }
 
   const double scale = of_row_sum<double>(squared, lanes, [&](double sum) {
     const double norm = sqrt(sum + z * z) + field.gamma;
-    // The norm is 0 at E = 0 and γ = 0, where any finite scale gives v = 0.
+    // The norm is 0 at E = 0 and γ = 0. There any finite scale gives v = 0.
     return -sqrt(static_cast<double>(field.features)) / (norm == 0 ? 1 : norm);
   });
 
   if constexpr (WHOLE) {
-    write<WIDTH>(held, field, at.row, tile_of(at, 0, field.features), scale);
+    write<WIDTH>(held, field, at.row, row_tile(at, 0, field.features), scale);
   } else {
-    for (Index start = 0; start < field.features; start += kHeld * lanes) {
-      const Tile tile = tile_of(at, start, field.features);
+    for (Index start = 0; start < field.features; start += kHeldValues * lanes) {
+      const RowTile tile = row_tile(at, start, field.features);
       load<WIDTH>(held, field, at.row, tile);
       write<WIDTH>(held, field, at.row, tile, scale);
     }

@@ -1,8 +1,8 @@
-// The step of the ODE in one launch. Factors are found in float64, once a row; values are combined
-// in float32, by instructions that are spelled out so that however rows are cut gives the same.
+// The ODE step in one launch. Factors are computed in float64, once per row. Values are combined in
+// float32 by explicit fmaf, so that the result does not depend on how rows are split.
 //
-// An output may be an input: a thread reads what it overwrites before it writes, and others read it
-// only for the norm, before a barrier.
+// An output may be an input. Each thread reads what it overwrites before it writes, and other
+// threads read it only for the norm, before a barrier.
 #include <cmath>
 #include <cstdint>
 
@@ -14,23 +14,21 @@ namespace {
 
 using Index = std::int64_t;
 
-constexpr double kTiny = 1e-5;  // both as in cpu/ode_step.cpp
-constexpr double kLargest = 1 - 1e-6;
-
 struct Levels {
   double z, toward, blend;
 };
 
-// next = of_x x + of_slope slope + of_history history, mean = x + stretch slope.
-struct Weights {
+// Factors of one row: next = of_x x + of_slope slope + of_history history, mean = x + stretch
+// slope.
+struct StepFactors {
   float of_x, of_slope, of_history, stretch;
 };
 
-// t = −z/v_z with the v_z that |v_x|² implies, without the z to divide by.
+// t = −z/v_z with the v_z computed from |v_x|². It does not divide by v_z, which is 0 at z = 0.
 __device__ double implied_stretch(const OdeStep& step, double squared, double z) {
   const double root = sqrt(static_cast<double>(step.features)), gamma = step.gamma;
   double n = sqrt(squared) / root;
-  if (n > kLargest) n = kLargest;  // NaN stays
+  if (n > kLargestNorm) n = kLargestNorm;  // NaN stays NaN
   double e;
   if (step.exact) {
     const double rest = 1 - n * n;
@@ -41,7 +39,8 @@ __device__ double implied_stretch(const OdeStep& step, double squared, double z)
   return (sqrt(e * e + z * z) + gamma) / root;
 }
 
-__device__ Weights weights(const OdeStep& step, Index row, const Levels& level, double squared) {
+__device__ StepFactors step_factors(const OdeStep& step, Index row, const Levels& level,
+                                    double squared) {
   if (step.field_z == nullptr)
     return {static_cast<float>(1 - level.toward - level.blend), static_cast<float>(level.toward),
             static_cast<float>(level.blend), 0};
@@ -50,7 +49,7 @@ __device__ Weights weights(const OdeStep& step, Index row, const Levels& level, 
     stretch = implied_stretch(step, squared, level.z);
   } else {
     const double field_z = static_cast<const float*>(step.field_z)[row];
-    stretch = -level.z / (field_z > -kTiny ? -kTiny : field_z);
+    stretch = -level.z / (field_z > -kSmallestFieldZ ? -kSmallestFieldZ : field_z);
   }
   return {static_cast<float>(1 - level.blend), static_cast<float>(level.toward * stretch),
           static_cast<float>(level.blend), static_cast<float>(stretch)};
@@ -65,11 +64,11 @@ __device__ float* row_of(void* data, Index row, Index stride) {
 }
 
 struct Held {
-  float x[kHeld], slope[kHeld], history[kHeld];
+  float x[kHeldValues], slope[kHeldValues], history[kHeldValues];
 };
 
 template <int WIDTH>
-__device__ void load(Held& held, const OdeStep& step, Index row, const Tile& tile) {
+__device__ void load(Held& held, const OdeStep& step, Index row, const RowTile& tile) {
   load_tile<WIDTH>(held.slope, row_of(step.slope, row, step.slope_stride), tile);
   load_tile<WIDTH>(held.x, row_of(step.x, row, step.x_stride), tile);
   if (step.history != nullptr)
@@ -77,42 +76,44 @@ __device__ void load(Held& held, const OdeStep& step, Index row, const Tile& til
 }
 
 template <int WIDTH>
-__device__ void write(const Held& held, const OdeStep& step, Index row, const Tile& tile,
-                      const Weights& w) {
-  float out[kHeld];
-  for (int i = 0; i < kHeld; ++i) out[i] = fmaf(w.of_slope, held.slope[i], w.of_x * held.x[i]);
+__device__ void write(const Held& held, const OdeStep& step, Index row, const RowTile& tile,
+                      const StepFactors& factors) {
+  float out[kHeldValues];
+  for (int i = 0; i < kHeldValues; ++i)
+    out[i] = fmaf(factors.of_slope, held.slope[i], factors.of_x * held.x[i]);
   if (step.history != nullptr)
-    for (int i = 0; i < kHeld; ++i) out[i] = fmaf(w.of_history, held.history[i], out[i]);
+    for (int i = 0; i < kHeldValues; ++i)
+      out[i] = fmaf(factors.of_history, held.history[i], out[i]);
   store_tile<WIDTH>(row_of(step.next, row, step.next_stride), tile, out);
   if (step.mean == nullptr) return;
-  for (int i = 0; i < kHeld; ++i) out[i] = fmaf(w.stretch, held.slope[i], held.x[i]);
+  for (int i = 0; i < kHeldValues; ++i) out[i] = fmaf(factors.stretch, held.slope[i], held.x[i]);
   store_tile<WIDTH>(row_of(step.mean, row, step.mean_stride), tile, out);
 }
 
-__device__ double squared_norm(const float (&values)[kHeld]) {
+__device__ double squared_norm(const float (&values)[kHeldValues]) {
   double sum = 0;
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kHeldValues; ++i) {
     const double v = values[i];
     sum += v * v;
   }
   return sum;
 }
 
-// A lane's share of |slope|² of a row read twice.
+// One lane's part of |slope|², for a row that is read twice.
 template <int WIDTH>
 __device__ double squared_norm(const OdeStep& step, const RowLane& at) {
   double sum = 0;
-  for (Index start = 0; start < step.features; start += kHeld * at.lanes) {
-    float slope[kHeld] = {};
+  for (Index start = 0; start < step.features; start += kHeldValues * at.lanes) {
+    float slope[kHeldValues] = {};
     load_tile<WIDTH>(slope, row_of(step.slope, at.row, step.slope_stride),
-                     tile_of(at, start, step.features));
+                     row_tile(at, start, step.features));
     sum += squared_norm(slope);
   }
   return sum;
 }
 
-// `common` are the levels of all rows, unless each has its own. `summed` says whether any row may
-// need its norm. WHOLE: a row, or panel, is one tile.
+// `common` are the levels of all rows, if not each row has its own. `summed` says whether any row
+// may need its norm. WHOLE: a row, or a panel of it, is one tile.
 template <int WIDTH, bool WHOLE>
 __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
     ode_step_kernel(OdeStep step, Levels common, bool summed, int lanes) {
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
   const bool needs_norm = summed && level.z < step.z_exp;
 
   Held held = {};
-  const Index first = WHOLE ? static_cast<Index>(blockIdx.y) * kHeld * lanes : 0;
-  const Tile tile = tile_of(at, first, step.features);
+  const Index first = WHOLE ? static_cast<Index>(blockIdx.y) * kHeldValues * lanes : 0;
+  const RowTile tile = row_tile(at, first, step.features);
   double squared = 0;
   if constexpr (WHOLE) {
     load<WIDTH>(held, step, at.row, tile);
@@ -133,16 +134,17 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
   } else {
     if (needs_norm) squared = squared_norm<WIDTH>(step, at);
   }
-  const Weights w = of_row_sum<Weights>(
-      squared, summed ? lanes : 1, [&](double sum) { return weights(step, at.row, level, sum); });
+  const StepFactors factors = of_row_sum<StepFactors>(squared, summed ? lanes : 1, [&](double sum) {
+    return step_factors(step, at.row, level, sum);
+  });
 
   if constexpr (WHOLE) {
-    write<WIDTH>(held, step, at.row, tile, w);
+    write<WIDTH>(held, step, at.row, tile, factors);
   } else {
-    for (Index start = 0; start < step.features; start += kHeld * lanes) {
-      const Tile turn = tile_of(at, start, step.features);
+    for (Index start = 0; start < step.features; start += kHeldValues * lanes) {
+      const RowTile turn = row_tile(at, start, step.features);
       load<WIDTH>(held, step, at.row, turn);
-      write<WIDTH>(held, step, at.row, turn, w);
+      write<WIDTH>(held, step, at.row, turn, factors);
     }
   }
 }

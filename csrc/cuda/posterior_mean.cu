@@ -1,10 +1,10 @@
 // The posterior mean and its gradients on CUDA devices.
 //
-// Blocks of queries and chunks of references keep the workspace bounded. A chunk goes through
-// distances or differences, refine (cuda/distances.h), weigh (cuda/weights.h), weighted_sum and merge
-// (cuda/weighted_sums.h). For few queries, from sm_90 on, one pass over the references does it all
-// (cuda/single_pass.h). Launches depend on shapes alone: nothing waits for the device, and CUDA
-// graphs can hold them.
+// Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
+// goes through distances or differences, then refine (cuda/distances.h), weigh (cuda/weights.h),
+// weighted_sum and merge (cuda/weighted_sums.h). For few queries, from sm_90 on, one pass over the
+// references does all of this (cuda/single_pass.h). Launches depend on shapes alone. Nothing waits
+// for the device, and CUDA graphs can capture the launches.
 #include <cmath>
 
 #include "cuda/launch.h"
@@ -17,7 +17,7 @@ namespace {
 
 CudaLimits limits;
 
-// Hands out the workspace piece by piece; without one it only counts.
+// Hands out pieces of the workspace; without a workspace it only counts bytes.
 class Arena {
  public:
   explicit Arena(const CudaWorkspace& given)
@@ -36,22 +36,22 @@ class Arena {
   std::size_t bytes_, used_ = 0;
 };
 
-// How a problem is cut.
-struct Cut {
+// How a problem is split.
+struct Partition {
   Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
-  Index stretches, stretch_words;     // of a chunk's sums
-  bool few;                           // matrix units would be idle for most of their time
+  Index stretches, stretch_words;     // of the sums over a chunk
+  bool few;  // few queries or features would leave matrix units mostly idle
 };
 
-Cut cut_of(const Problem& problem, int multiprocessors) {
-  Cut cut;
+Partition partition_of(const Problem& problem, int multiprocessors) {
+  Partition cut;
   const Index fitting = larger(kSumRows, limits.parts / problem.features);
   cut.queries = smaller(problem.queries, smaller(limits.queries, fitting));
   const Index most = round_up(larger(limits.pairs / cut.queries, 128), 128);
   cut.references = smaller(problem.references, smaller(most, limits.references));
   cut.stride = round_up(cut.references, 32);
   cut.few = cut.queries < 16 || problem.features < kPanel;
-  // Two blocks a multiprocessor, as far as memory and the length of a list allow.
+  // Two blocks per multiprocessor, if memory and the length of a list allow.
   const Index tiles = divide_up(problem.features, kSumFeatures) * divide_up(cut.queries, kSumRows);
   const Index words = cut.stride / 32;
   const Index wanted = smaller(divide_up(2 * multiprocessors, tiles),
@@ -63,48 +63,49 @@ Cut cut_of(const Problem& problem, int multiprocessors) {
   return cut;
 }
 
-constexpr double kUnheld = 104;  // nats: e^-104 is 0 in float32
+constexpr double kFloatUnderflow = 104;  // nats: e^-104 is 0 in float32
 
-Law law_of(const Problem& problem, bool products) {
+WeightLaw weight_law(const Problem& problem, bool products) {
   const bool gaussian = std::isinf(problem.dimensions),
              bytes = problem.reference_type == Type::uint8;
-  const double half = gaussian ? 0.5 : (problem.features + problem.dimensions) / 2;
+  const double exponent = gaussian ? 0.5 : (problem.features + problem.dimensions) / 2;
   const double length = problem.features > 8192 ? problem.features / 8192.0 : 1;
   return {gaussian,
-          half,
-          gaussian ? 0 : std::expm1(kNear / half),
+          exponent,
+          gaussian ? 0 : std::expm1(kNear / exponent),
           length * (products ? 0x1p-18 : 0x1p-21),
           products || bytes ? 0x1p-22 : 0,
-          gaussian ? 2 * kUnheld : std::expm1(kUnheld / half)};
+          gaussian ? 2 * kFloatUnderflow : std::expm1(kFloatUnderflow / exponent)};
 }
 
-double floor_of(const Problem& problem, double more_digits = 0) {
-  return std::exp(-kUnseen - more_digits) / static_cast<double>(problem.references);
+double weight_floor(const Problem& problem, double extra_cutoff = 0) {
+  return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
 }
 
-// One pass in clusters: while one tile holds all queries, so that each reference is read once, and
-// where there are enough features to share out. `clusters` is how many work at once, 0 where one pass
-// is not possible.
-struct Pass {
-  Index tile = 0;  // queries that it holds
+// One pass in clusters. One tile must hold all queries, so that each reference is read once, and
+// there must be enough features to split. `clusters` is how many run at once; 0 if one pass is not
+// possible.
+struct SinglePass {
+  Index tile = 0;  // queries that the tile holds
   Launch shape = {};
   Index clusters = 0, stretches = 0, stretch = 0;
 };
 
-constexpr Index kPassFeatures = 512;  // at least
+constexpr Index kPassFeatures = 512;  // fewer features do not use the single pass
 
 template <class R, int QUERIES>
-Pass pass_in_tile(const Problem& problem, const Stream& stream) {
+SinglePass pass_in_tile(const Problem& problem, const Stream& stream) {
   using Memory = PassMemory<R, QUERIES>;
-  Pass pass;
+  SinglePass pass;
   const int architecture = stream.architecture("single_pass", single_pass<R, QUERIES>);
-  if (architecture < 90 || architecture >= 120) return pass;  // there the kernel is empty
+  if (architecture < 90 || architecture >= 120) return pass;  // the kernel is empty there
   const Index cluster = divide_up(problem.features, Memory::kSlice);
   if (cluster > kPassCluster<QUERIES>) return pass;
   pass.tile = QUERIES;
   pass.shape = {"single_pass", {cluster}, kPassThreads, sizeof(Memory), static_cast<int>(cluster)};
   const Index clusters = stream.resident_clusters(pass.shape, single_pass<R, QUERIES>);
-  // Some parts of a device may be too small for a cluster; where that idles much, two passes win.
+  // Some parts of a device may be too small for a cluster. If much stays idle, two passes are
+  // faster.
   if (4 * clusters * cluster < 3 * stream.multiprocessors()) return pass;
   pass.clusters = clusters;
   const Index stretches =
@@ -116,7 +117,7 @@ Pass pass_in_tile(const Problem& problem, const Stream& stream) {
 }
 
 template <class R>
-Pass pass_of(const Problem& problem, const Stream& stream) {
+SinglePass single_pass_of(const Problem& problem, const Stream& stream) {
   if (problem.queries < 16 || problem.features < kPassFeatures || stream.float64_cost() > 4)
     return {};
   if (problem.queries <= 64) return pass_in_tile<R, 64>(problem, stream);
@@ -132,10 +133,10 @@ class Calculation {
       : problem_(problem),
         stream_(stream),
         arena_(workspace),
-        cut_(cut_of(problem, stream.multiprocessors())),
+        cut_(partition_of(problem, stream.multiprocessors())),
         features_(static_cast<int>(problem.features)),
-        law_(law_of(problem, !cut_.few)) {
-    if (!backward) pass_ = pass_of<R>(problem, stream);
+        law_(weight_law(problem, !cut_.few)) {
+    if (!backward) pass_ = single_pass_of<R>(problem, stream);
     if (pass_.clusters > 0) {
       const Index rows = pass_.stretches * problem.queries;
       passes_.sums = arena_.take<float>(rows * problem.features);
@@ -146,7 +147,7 @@ class Calculation {
     const Index pairs = cut_.queries * cut_.stride;
     pairs_.stride = cut_.stride;
     pairs_.squared = arena_.take<double>(pairs);
-    pairs_.lowest = arena_.take<float>(cut_.queries * divide_up(cut_.references, kTile));
+    pairs_.lowest = arena_.take<float>(cut_.queries * divide_up(cut_.references, kTileReferences));
     pairs_.norms = arena_.take<float>(cut_.queries);
     pairs_.projected = backward ? arena_.take<double>(pairs) : nullptr;
     weights_.weight = arena_.take<float>(pairs);
@@ -157,8 +158,8 @@ class Calculation {
     if (!backward) return;
     probability_ = arena_.take<float>(pairs);
     scaled_ = arena_.take<float>(pairs);
-    for (double** each : {&moments_.pulled, &moments_.mass, &moments_.moment, &moments_.sum,
-                          &moments_.whole, &moments_.unit, &spare_})
+    for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum,
+                          &moments_.exact_sum, &moments_.unit, &spare_})
       *each = arena_.take<double>(cut_.queries);
   }
 
@@ -166,9 +167,9 @@ class Calculation {
 
   void forward(const Forward& out) {
     if (pass_.clusters > 0) return pass_.tile == 64 ? in_one_pass<64>(out) : in_one_pass<128>(out);
-    const double floor = floor_of(problem_);
+    const double floor = weight_floor(problem_);
     for (first_ = 0; first_ < problem_.queries; first_ += cut_.queries) {
-      const State state = {out.nearest + first_, out.total + first_, out.logsumexp + first_};
+      const QueryStates state = {out.nearest + first_, out.total + first_, out.logsumexp + first_};
       float* mean = static_cast<float*>(out.mean) + first_ * problem_.features;
       for (begin_ = 0; begin_ < problem_.references; begin_ += cut_.references) {
         measure(begin_ == 0 ? nullptr : state.nearest, {});
@@ -225,33 +226,33 @@ class Calculation {
     const float* rows = static_cast<const float*>(io.grad_mean) + first_ * problem_.features;
     return rows_of<float>(rows, problem_.features, queries());
   }
-  double gradient_floor() const { return floor_of(problem_, kGradientDigits); }
+  double gradient_floor() const { return weight_floor(problem_, kGradientCutoff); }
 
   template <int QUERIES>
   void in_one_pass(const Forward& out) const {
     const Rows<float> x = rows_of<float>(problem_.x, problem_.x_stride, problem_.queries);
     const Rows<R> y = rows_of<R>(problem_.y, problem_.y_stride, problem_.references);
-    // A power of two, so that nothing is rounded by it.
+    // A power of two, so that it rounds nothing.
     const float shrink = std::ldexp(1.0f, -std::ilogb(static_cast<double>(pass_.stretch)) - 1);
     stream_.launch(pass_.shape, single_pass<R, QUERIES>, x, y, features_, problem_.radius, law_,
-                   floor_of(problem_), pass_.shape.cluster, static_cast<int>(pass_.stretch), shrink,
-                   passes_);
+                   weight_floor(problem_), pass_.shape.cluster, static_cast<int>(pass_.stretch),
+                   shrink, passes_);
     run("merge_passes", {problem_.queries, divide_up(features_, kMostPasses)}, kMostPasses,
         sizeof(double) * (kMostPasses + kMostPasses / 32), merge_passes, law_, problem_.radius,
         passes_, static_cast<int>(pass_.stretches), shrink, features_,
-        static_cast<float*>(out.mean), State{out.nearest, out.total, out.logsumexp});
+        static_cast<float*>(out.mean), QueryStates{out.nearest, out.total, out.logsumexp});
   }
 
-  // Distances of the block and the chunk, exact where it matters, and G·y where there is a G; nearest
-  // is what is known, or null.
+  // Distances of the block and the chunk, exact where it matters, and G·y if there is a G.
+  // `nearest` is the smallest distance so far, or null.
   void measure(const double* nearest, const Rows<float>& upstream) {
-    pairs_.tiles = static_cast<int>(divide_up(references(), kTile));
+    pairs_.tiles = static_cast<int>(divide_up(references(), kTileReferences));
     pair_products<false>(x());
     if (upstream.at) pair_products<true>(upstream);
-    const Index segment = larger(kSegment, divide_up(pairs_.tiles, kSegments));
-    run("refine", {divide_up(pairs_.tiles, segment), queries()}, kRefineThreads,
+    const Index block_tiles = larger(kMinRefineTiles, divide_up(pairs_.tiles, kMaxRefineBlocks));
+    run("refine", {divide_up(pairs_.tiles, block_tiles), queries()}, kRefineThreads,
         8 * kRefineThreads / 32, refine<R>, x(), upstream, y(), features_, radius(), nearest, law_,
-        pairs_, static_cast<int>(segment));
+        pairs_, static_cast<int>(block_tiles));
   }
 
   template <bool PROJECT>
@@ -269,7 +270,7 @@ class Calculation {
 
   Grid tiles(int rows) const { return {pairs_.tiles, divide_up(queries(), rows)}; }
 
-  // parts = share Σ w y
+  // parts = share Σ w y.
   void sum(const float* share) const {
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
                        stretches()};
@@ -306,21 +307,21 @@ class Calculation {
   const Problem& problem_;
   const Stream& stream_;
   Arena arena_;
-  const Cut cut_;
+  const Partition cut_;
   const int features_;
-  const Law law_;
-  Pass pass_;
-  Passes passes_ = {};
+  const WeightLaw law_;
+  SinglePass pass_;
+  PassResults passes_ = {};
   Pairs pairs_ = {};
-  Weights weights_ = {};
+  ChunkWeights weights_ = {};
   float *share_ = nullptr, *carry_ = nullptr, *parts_ = nullptr;
   float *probability_ = nullptr, *scaled_ = nullptr;
   double* spare_ = nullptr;
   Moments moments_ = {};
-  Index first_ = 0, begin_ = 0;  // query of the block, reference of the chunk
+  Index first_ = 0, begin_ = 0;  // first query of the block, first reference of the chunk
 };
 
-// Calls with a value of the type that references have.
+// Calls `call` with a value of the references' type.
 template <class Call>
 void with_type(Type type, Call call) {
   switch (type) {

@@ -1,10 +1,10 @@
-// Rows of float32 tensors for kernels that combine them value by value, often after a sum over the
+// Rows of float32 tensors, for kernels that combine tensors elementwise, often after a sum over the
 // row.
 //
-// Short rows share a warp, a longer one has a block; each of its lanes holds up to kHeld values of
-// every tensor, so that memory sees a row once though its sum is needed first. Rows of more values
-// than a block holds are read twice, in tiles; where no sum is needed, rows are cut into panels
-// instead, one a block. Sums have a fixed order.
+// Short rows share a warp; a longer row has a block. A lane holds up to kHeldValues values of every
+// tensor, so a row is read once although its sum is needed first. Rows with more values than a
+// block holds are read twice, in tiles. If no sum is needed, rows are split into panels instead,
+// one per block. Sums have a fixed order.
 #pragma once
 #include <cstdint>
 
@@ -12,29 +12,30 @@
 
 namespace pfgm {
 
-constexpr int kHeld = 8;            // values of one tensor in a thread's registers
-constexpr int kLongLanes = 512;     // of a row read twice
-constexpr int kPanelLanes = 128;    // of a panel
-constexpr int kShortThreads = 128;  // of a block of short rows
+constexpr int kHeldValues = 8;      // values of one tensor in a thread's registers
+constexpr int kLongLanes = 512;     // for a row that is read twice
+constexpr int kPanelLanes = 128;    // for a panel
+constexpr int kShortThreads = 128;  // in a block of short rows
 constexpr std::int64_t kMostPanels = 65535;
-constexpr int kSumBytes = 32 * sizeof(double) + 16;  // of shared memory, for of_row_sum
+constexpr int kSumBytes = 32 * sizeof(double) + 16;  // of shared memory for of_row_sum
 
-// Threads of a row held as a whole, for accesses of this many values: what registers allow.
+// Largest number of threads for a row held as a whole, limited by registers. `width` is the number
+// of values per access.
 constexpr int most_lanes(int width) { return width == 4 ? 1024 : 768; }
 
-// The largest block of a kernel whose rows are one tile, or longer.
+// The largest block of a kernel whose rows are one tile (`whole`) or several.
 constexpr int most_threads(int width, bool whole) { return whole ? most_lanes(width) : kLongLanes; }
 
 struct RowCut {
   Grid grid;    // rows along x, panels along y
-  int threads;  // of a block
-  int lanes;    // threads of a row: a power of two up to 32, or a block
-  bool whole;   // whether a row, or panel, is one tile
+  int threads;  // in a block
+  int lanes;    // threads for a row: a power of two up to 32, or a block
+  bool whole;   // whether a row, or a panel of it, is one tile
 };
 
-// `width` is that of accesses; `summed` says whether a row's lanes must see each other.
+// `width` is the number of values per access. `summed` says whether the lanes of a row share a sum.
 inline RowCut cut_rows(std::int64_t rows, std::int64_t features, int width, bool summed) {
-  const std::int64_t wanted = (features + kHeld - 1) / kHeld;
+  const std::int64_t wanted = (features + kHeldValues - 1) / kHeldValues;
   if (wanted <= 32) {
     int lanes = 1;
     while (lanes < wanted) lanes *= 2;
@@ -48,7 +49,7 @@ inline RowCut cut_rows(std::int64_t rows, std::int64_t features, int width, bool
   return {{rows}, lanes, lanes, true};
 }
 
-// Whether all rows of a tensor begin on a boundary of 16 bytes.
+// Whether all rows of a tensor start on a 16-byte boundary.
 inline bool aligned_rows(const void* data, std::int64_t stride) {
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 4 == 0;
 }
@@ -56,7 +57,7 @@ inline bool aligned_rows(const void* data, std::int64_t stride) {
 struct RowLane {
   std::int64_t row;
   int lane, lanes;
-  bool inside;  // false past the last row, which row then is
+  bool inside;  // whether the row exists; otherwise `row` is the last one
 };
 
 __device__ inline RowLane row_lane(std::int64_t rows, int lanes) {
@@ -67,29 +68,31 @@ __device__ inline RowLane row_lane(std::int64_t rows, int lanes) {
   return {inside ? row : rows - 1, static_cast<int>(thread % width), lanes, inside};
 }
 
-// The values [start, start + count) of a row, as many as its lanes can hold.
-struct Tile {
+// The values [start, start + count) of a row, at most as many as its lanes can hold.
+struct RowTile {
   std::int64_t start;
   int count, lane, lanes;
 };
 
-__device__ inline Tile tile_of(const RowLane& at, std::int64_t start, std::int64_t features) {
-  const std::int64_t left = at.inside ? features - start : 0, most = kHeld * at.lanes;
+__device__ inline RowTile row_tile(const RowLane& at, std::int64_t start, std::int64_t features) {
+  const std::int64_t left = at.inside ? features - start : 0, most = kHeldValues * at.lanes;
   return {start, static_cast<int>(left < most ? left : most), at.lane, at.lanes};
 }
 
-// body(held, access) for each of a lane's accesses of WIDTH values, which divides the tile's count:
-// where the values are held and which access of the tile it is.
+// Calls body(held, access) for each access of a lane: `held` is where the values are held, `access`
+// the number of the access within the tile. An access has WIDTH values, which divides the tile's
+// count.
 template <int WIDTH, class Body>
-__device__ inline void each_access(const Tile& tile, const Body& body) {
-  for (int held = 0; held < kHeld; held += WIDTH) {
+__device__ inline void each_access(const RowTile& tile, const Body& body) {
+  for (int held = 0; held < kHeldValues; held += WIDTH) {
     const int access = tile.lane + held / WIDTH * tile.lanes;
     if (access * WIDTH < tile.count) body(held, access);
   }
 }
 
 template <int WIDTH>
-__device__ inline void load_tile(float (&values)[kHeld], const float* row, const Tile& tile) {
+__device__ inline void load_tile(float (&values)[kHeldValues], const float* row,
+                                 const RowTile& tile) {
   const float* const begin = row + tile.start;
   each_access<WIDTH>(tile, [&](int held, int access) {
     if constexpr (WIDTH == 4) {
@@ -105,7 +108,8 @@ __device__ inline void load_tile(float (&values)[kHeld], const float* row, const
 }
 
 template <int WIDTH>
-__device__ inline void store_tile(float* row, const Tile& tile, const float (&values)[kHeld]) {
+__device__ inline void store_tile(float* row, const RowTile& tile,
+                                  const float (&values)[kHeldValues]) {
   float* const begin = row + tile.start;
   each_access<WIDTH>(tile, [&](int held, int access) {
     if constexpr (WIDTH == 4) {
@@ -126,9 +130,9 @@ __device__ inline double warp_sum(double part, int lanes) {
   return part;
 }
 
-// finish(sum of the parts of a row's lanes), for all of them; called once, by all threads. In a
-// block's row the first warp finishes for the others, which would crowd the few float64 units. With
-// lanes = 1 every thread finishes its own part.
+// Calls finish(sum over the lanes of a row) and returns its result to all of them. All threads call
+// this, once. For a row with a block only the first warp calls finish, because there are few
+// float64 units. With lanes = 1 every thread finishes its own part.
 template <class Result, class Finish>
 __device__ inline Result of_row_sum(double part, int lanes, const Finish& finish) {
   static_assert(sizeof(Result) <= 16, "kSumBytes has place for 16 bytes");

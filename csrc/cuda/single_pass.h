@@ -1,10 +1,12 @@
-// The posterior mean in one pass over the references, on devices with clusters of blocks (sm_90 on).
+// The posterior mean in one pass over the references, on devices with clusters of blocks (sm_90
+// on).
 //
-// A cluster has all queries, one tile of them, and each of its blocks a slice of the features: of the
-// queries, of 16 references at a time, and of the running sums, which stay in registers. Partial distances are
-// added through distributed shared memory; those that decide are found again, from differences in
-// float64, while the references are still there. So each is read from memory once.
-// Clusters share out the references as well; merge_passes puts their results together.
+// A cluster holds all queries in one tile. Each of its blocks has a slice of the features: of the
+// queries, of 16 references at a time, and of the running sums, which stay in registers. Partial
+// distances are added through distributed shared memory. Distances that decide the answer are
+// computed again from differences in float64 while the references are still in shared memory. So
+// each reference is read from memory once. Clusters split the references among themselves;
+// merge_passes combines their results.
 #pragma once
 #include "cuda/weights.h"
 
@@ -12,10 +14,11 @@ namespace pfgm {
 namespace {
 
 constexpr int kPassThreads = 256, kPassTile = 16;
-constexpr int kPassRegisters = 96 * 32;  // of a warp's sums: 96 features × 32 queries
-// Blocks of a cluster at most: 8 on every such device, 16 on those that allow it.
+constexpr int kPassRegisters = 96 * 32;  // for the sums of a warp: 96 features × 32 queries
+// Largest cluster: every such device allows 8 blocks, some 16.
 template <int QUERIES> constexpr int kPassCluster = QUERIES == 64 ? 8 : 16;
-constexpr double kPassShare = 1e-4;  // of a weight that an error may change, unless found again
+// An error may change a weight by this fraction before it is computed again.
+constexpr double kPassShare = 1e-4;
 
 template <class R, int QUERIES>
 struct PassMemory {
@@ -25,11 +28,11 @@ struct PassMemory {
   static constexpr float kReferenceUnit = kUnit<R>;
   float x[QUERIES][kPitch];
   R y[kStages][kPassTile][kReferencePitch];
-  // Of this slice, read by the other blocks of the cluster: a half of it each, and where it decides.
+  // Of this slice, read by the other blocks of the cluster: distances of each half, and exact ones.
   float partial[2][QUERIES * kPassTile];
   double exact[QUERIES * kPassTile];
   float norm_of_slice[QUERIES];
-  // Of all features, the same in every block.
+  // Over all features, the same in every block.
   double squared[QUERIES * kPassTile];
   float norm[QUERIES];
   float weights[QUERIES][kWeightPitch];
@@ -40,21 +43,21 @@ static_assert(sizeof(PassMemory<float, 64>) <= kClusterSharedLimit &&
                   sizeof(PassMemory<float, 128>) <= kClusterSharedLimit,
               "a block fits");
 
-// What clusters find, for merge_passes: relative to the nearest reference of their stretch.
-struct Passes {
-  float* sums;      // (stretches, queries, features), `shrink` times, so that none overflows
+// Results of the clusters, for merge_passes, relative to the nearest reference of their stretch.
+struct PassResults {
+  float* sums;      // (stretches, queries, features), times `shrink`, so that none overflows
   double* nearest;  // (stretches, queries)
   double* total;
 };
 
 #ifdef PFGM_CLUSTERS
 
-// One query's share of a thread: the references part, part + PARTS, … of a tile.
+// A thread's part of one query: the references part, part + kParts, … of a tile.
 template <int QUERIES>
 struct QueryPart {
   static constexpr int kParts = kPassThreads / QUERIES, kOwn = kPassTile / kParts;
   int query, part;
-  bool known;  // a query, and not what fills the tile up
+  bool known;  // false for padding of the tile
   double r, nearest, total;
   double squared[kOwn];
 
@@ -67,7 +70,7 @@ struct QueryPart {
   }
 };
 
-// The squared distances of this slice, by halves of it.
+// Squared distances over each half of this slice.
 template <class Memory, int QUERIES>
 __device__ inline void find_partial(Memory& shared, int slot, int features, const Lane& lane) {
   constexpr int kColumns = QUERIES / 32, kHalf = Memory::kSlice / 2;
@@ -92,7 +95,8 @@ __device__ inline void find_partial(Memory& shared, int slot, int features, cons
   }
 }
 
-// Adds the partial distances of all blocks, each block those of some pairs, and tells all.
+// Adds the partial distances of all blocks. Each block adds some of the pairs and sends the sums to
+// all.
 template <class Memory>
 __device__ inline void add_partial(Memory& shared, int pairs, int cluster, int rank) {
   const int each = static_cast<int>(divide_up(pairs, cluster));
@@ -107,9 +111,9 @@ __device__ inline void add_partial(Memory& shared, int pairs, int cluster, int r
   }
 }
 
-// Finds the distances that decide again; all blocks of the cluster agree on which they are.
+// Computes distances that decide again. All blocks of the cluster agree which these are.
 template <class Memory, int QUERIES>
-__device__ inline void refine_tile(Memory& shared, int slot, const Law& law, int known,
+__device__ inline void refine_tile(Memory& shared, int slot, const WeightLaw& law, int known,
                                    int features, int cluster, const Lane& lane,
                                    QueryPart<QUERIES>& own) {
   double base = own.nearest;
@@ -120,8 +124,9 @@ __device__ inline void refine_tile(Memory& shared, int slot, const Law& law, int
   }
   base = own.over_parts(base, Least());
   const double norm = shared.norm[own.query];
-  const double near =
-      law.shows(law.error(base, norm), base, own.r, kPassShare) ? law.near(base, norm, own.r) : -1;
+  const double near = law.changes_weight(law.typical_error(base, norm), base, own.r, kPassShare)
+                          ? law.near_limit(base, norm, own.r)
+                          : -1;
   unsigned needed = 0;
   for (int i = 0; i < own.kOwn; ++i) {
     const int j = own.part + own.kParts * i;
@@ -132,7 +137,7 @@ __device__ inline void refine_tile(Memory& shared, int slot, const Law& law, int
   needed = own.over_parts(needed, Sum());
   if (!__syncthreads_or(needed != 0)) return;
 
-  // A warp's lanes hold what its own queries need.
+  // The lanes of a warp hold what their own queries need.
   for (int first = 0; first < 32; first += own.kParts) {
     const int query = __shfl_sync(kAll, own.query, first);
     for (unsigned left = __shfl_sync(kAll, needed, first); left != 0; left &= left - 1) {
@@ -150,20 +155,20 @@ __device__ inline void refine_tile(Memory& shared, int slot, const Law& law, int
   }
 }
 
-// Weights of a tile, relative to the nearest reference so far; whether any sum changes.
+// Weights of a tile, relative to the nearest reference so far. Returns whether any sum changes.
 template <class Memory, int QUERIES>
-__device__ inline bool weigh_tile(Memory& shared, const Law& law, double floor, float shrink,
+__device__ inline bool weigh_tile(Memory& shared, const WeightLaw& law, double floor, float shrink,
                                   QueryPart<QUERIES>& own) {
-  double nearest = own.nearest, odd = 0;
+  double nearest = own.nearest, nans = 0;
   for (double d : own.squared) {
     nearest = fmin(nearest, d);
-    odd += isnan(d);
+    nans += isnan(d);
   }
   nearest = own.over_parts(nearest, Least());
-  odd = own.over_parts(odd, Sum());
-  if (odd > 0 || isnan(own.nearest)) nearest = NAN;
+  nans = own.over_parts(nans, Sum());
+  if (nans > 0 || isnan(own.nearest)) nearest = NAN;
   const double scale =
-      own.total == 0 ? 0 : exp(law.relative(own.nearest - nearest, nearest, own.r));
+      own.total == 0 ? 0 : exp(law.relative_score(own.nearest - nearest, nearest, own.r));
   const double kept = own.total * scale, smallest = floor * fmax(kept, 1.0);
   double sum = 0;
   bool changes = own.known && !(scale == 1);
@@ -185,8 +190,8 @@ __device__ inline bool weigh_tile(Memory& shared, const Law& law, double floor, 
 template <class R, int QUERIES>
 __global__ void __launch_bounds__(kPassThreads, 1)
     single_pass(const Rows<float> x, const Rows<R> y, int features, const double* radius,
-                const Law law, double floor, int cluster, int stretch, float shrink,
-                const Passes out) {
+                const WeightLaw law, double floor, int cluster, int stretch, float shrink,
+                const PassResults out) {
 #ifdef PFGM_CLUSTERS
   using Memory = PassMemory<R, QUERIES>;
   constexpr int kSlice = Memory::kSlice, kPairsOfTile = QUERIES * kPassTile;
@@ -271,28 +276,28 @@ __global__ void __launch_bounds__(kPassThreads, 1)
           if (feature < features) sum[feature] = kUnit<R> * sums[group][f / 2][n][f % 2 * 2 + odd];
         }
     }
-  cluster_sync();  // no block leaves while another reads its shared memory
+  cluster_sync();  // no block exits while another reads its shared memory
 #endif
 }
 
-constexpr int kMostPasses = 256;  // threads of merge_passes: one a stretch
+constexpr int kMostPasses = 256;  // threads of merge_passes: one per stretch
 
-// One query: what its stretches found, put together.
+// Combines the results of all stretches for one query.
 __global__ void __launch_bounds__(kMostPasses)
-    merge_passes(const Law law, const double* radius, const Passes passes, int stretches,
-                 float shrink, int features, float* mean, const State state) {
+    merge_passes(const WeightLaw law, const double* radius, const PassResults passes, int stretches,
+                 float shrink, int features, float* mean, const QueryStates state) {
   double* factors = reinterpret_cast<double*>(shared_memory());
   double* scratch = factors + kMostPasses;
   const Index query = blockIdx.x, queries = gridDim.x;
   const int thread = static_cast<int>(threadIdx.x);
   const double r = radius[query];
-  double own = INFINITY, odd = 0;
+  double own = INFINITY, nans = 0;
   if (thread < stretches) own = passes.nearest[thread * queries + query];
-  if (isnan(own)) own = INFINITY, odd = 1;
+  if (isnan(own)) own = INFINITY, nans = 1;
   double nearest = over_block(own, scratch, Least());
-  if (over_block(odd, scratch, Sum()) > 0) nearest = NAN;
+  if (over_block(nans, scratch, Sum()) > 0) nearest = NAN;
   double factor = 0;
-  if (thread < stretches) factor = exp(law.relative(own - nearest, nearest, r));
+  if (thread < stretches) factor = exp(law.relative_score(own - nearest, nearest, r));
   const double part = thread < stretches ? factor * passes.total[thread * queries + query] : 0;
   const double total = over_block(part, scratch, Sum());
   factors[thread] = factor / total / shrink;

@@ -1,8 +1,8 @@
-// Tiles of rows in shared memory, and their products in matrix units to the accuracy of float32.
+// Tiles of rows in shared memory, and their products in matrix units with the accuracy of float32.
 //
-// A warp's lanes are g = lane/4 and t = lane mod 4 (multiply_add in cuda/intrinsics.h). Sums run over
-// what they run over in any order, so that a lane may take neighbours where the matrix instruction
-// would have it take every fourth: its operands are whole accesses of 4 values.
+// A warp's lanes are g = lane/4 and t = lane mod 4 (multiply_add in cuda/intrinsics.h). The order
+// of terms in a sum is free. So a lane takes 4 neighbouring values where the matrix instruction
+// means every fourth, and reads them in one access.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,7 +17,7 @@ using Index = std::int64_t;
 
 constexpr int kPanel = 32;  // terms of a sum that are staged together: features, or references
 constexpr unsigned kAll = 0xffffffffu;
-constexpr std::size_t kSharedLimit = 99 << 10;          // bytes a block can have, from sm_80 on
+constexpr std::size_t kSharedLimit = 99 << 10;          // bytes that a block can have from sm_80 on
 constexpr std::size_t kClusterSharedLimit = 227 << 10;  // and from sm_90 to sm_110
 
 __host__ __device__ constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
@@ -45,7 +45,7 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-// load4 gives an element as a number in this unit, in which all but float32's are exact in TF32.
+// load4 returns elements as numbers in this unit. In it, all types but float32 are exact in TF32.
 template <class R> constexpr bool kShort = true;
 template <> constexpr bool kShort<float> = false;
 template <class R> constexpr float kUnit = 1;
@@ -73,7 +73,7 @@ __device__ inline void load4(const std::uint8_t* from, float (&v)[4]) {
     v[i] = static_cast<float>(2 * static_cast<int>(four >> (8 * i) & 255u) - 255);
 }
 
-// The first `known` of four; the others are zero, which a byte of zero does not mean.
+// Loads four elements. Those after the first `known` become zero, which a zero byte does not mean.
 template <class R>
 __device__ inline void load4(const R* from, int known, float (&v)[4]) {
   load4(from, v);
@@ -87,13 +87,14 @@ __device__ inline double load1(const BFloat16* from) {
 }
 __device__ inline double load1(const Float16* from) { return half_to_float(from->bits); }
 __device__ inline double load1(const std::uint8_t* from) {
-  // In float64, and without a difference of rounded numbers: it would cancel near the middle.
+  // In float64, and not as a difference of rounded numbers, which would cancel near the middle.
   return (2 * static_cast<int>(*from) - 255) * (1 / 255.0);
 }
 
 // ---- rows in global memory -------------------------------------------------------------------
 
-// Whole accesses of 16 bytes are possible if all rows start on such a boundary.
+// Rows of a matrix in global memory. Accesses of 16 bytes need all rows to start on such a
+// boundary.
 template <class T>
 struct Rows {
   const T* at;
@@ -111,8 +112,8 @@ Rows<T> rows_of(const void* at, Index stride, Index count) {
   return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
 }
 
-// Begins to copy COLUMNS values of row `from`, `known` of which exist, to shared memory; the others
-// become zero. Each call takes 16 bytes, the one called `piece`.
+// Starts to copy 16 bytes, those with number `piece`, of a row with COLUMNS values to shared
+// memory. Values after the first `known` become zero.
 template <int COLUMNS, class T>
 __device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
   constexpr int count = 16 / sizeof(T);
@@ -126,13 +127,14 @@ __device__ inline void copy_piece(T* to, const T* from, int piece, int known, bo
   for (int i = 0; i < count; ++i) to[first + i] = i < valid ? from[first + i] : T{};
 }
 
-// Begins to copy ROWS rows from `first` on, COLUMNS features from `feature` on, PITCH apart.
+// Starts to copy ROWS rows from `first` on, COLUMNS features from `feature` on. In shared memory
+// rows are PITCH apart.
 template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
 __device__ inline void copy_rows(T* to, const Rows<T>& rows, Index first, int feature,
                                  int features) {
   constexpr int pieces = COLUMNS * sizeof(T) / 16;
   const int thread = static_cast<int>(threadIdx.x);
-  if constexpr (THREADS % pieces == 0) {  // a thread's piece is the same of every row it copies
+  if constexpr (THREADS % pieces == 0) {  // a thread copies the same piece of each of its rows
     constexpr int step = THREADS / pieces;
     const int row0 = thread / pieces, piece = thread % pieces;
     const Index left = rows.count - first - row0;
@@ -152,7 +154,7 @@ __device__ inline void copy_rows(T* to, const Rows<T>& rows, Index first, int fe
   }
 }
 
-// stage(p, slot) begins the copies of panel p, compute(p, slot) uses them STAGES − 1 panels later.
+// stage(p, slot) starts the copies of panel p. compute(p, slot) uses them STAGES − 1 panels later.
 template <int STAGES, class Stage, class Compute>
 __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
   for (int p = 0; p < STAGES - 1; ++p) {
@@ -161,7 +163,7 @@ __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
   }
   for (int p = 0; p < panels; ++p) {
     wait_copies<STAGES - 2>();
-    __syncthreads();  // all copies of p are there, and nobody uses the slot of p − 1 any more
+    __syncthreads();  // all copies of p have arrived, and no thread uses the slot of p − 1 any more
     const int next = p + STAGES - 1;
     if (next < panels) stage(next, next % STAGES);
     commit_copies();
@@ -173,8 +175,8 @@ __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
 
 // ---- products --------------------------------------------------------------------------------
 
-// v as the sum of two TF32 numbers: the nearest one and, but for its last bit, what that leaves, which
-// the matrix unit cuts off itself. What is not finite stays so in the second.
+// v as the sum of two TF32 numbers: the nearest one and the rest. The matrix unit cuts off the last
+// bit of the rest. If v is not finite, the rest is not finite either.
 struct Split {
   std::uint32_t big, small;
 };
@@ -184,7 +186,7 @@ __device__ inline Split split(float v) {
   return {big, bits_of(v - float_of(big))};
 }
 
-// Operands of multiply_add, in two parts; if SHORT, values of A are TF32 numbers themselves.
+// Operands of multiply_add, in two parts. If SHORT, values of A are TF32 numbers themselves.
 template <bool SHORT>
 struct OperandA {
   std::uint32_t big[4], small[4];
@@ -215,13 +217,13 @@ __device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, cons
   multiply_add(d, a.big, b.big);
 }
 
-// Σ over 32 features of A[row][feature] · B[column][feature], for the 16 rows at `a` (more[i] is what
-// row tile i, 16 rows on, adds to) and 8 columns a tile; squares are summed on the way.
+// Σ over 32 features of A[row][feature] · B[column][feature], for tiles of 16 rows and of 8
+// columns. Squares of rows and columns are summed too.
 template <int ROW_TILES, int COLUMN_TILES>
 struct Products {
   float sum[ROW_TILES][COLUMN_TILES][4];
-  float of_rows[ROW_TILES][2];     // Σ A², rows g and g + 8
-  float of_columns[COLUMN_TILES];  // Σ B², column g; both over this lane's features
+  float of_rows[ROW_TILES][2];     // Σ A² over this lane's features, rows g and g + 8
+  float of_columns[COLUMN_TILES];  // Σ B² over this lane's features, column g
 
   __device__ void clear() {
     for (int i = 0; i < ROW_TILES; ++i) {
@@ -232,8 +234,8 @@ struct Products {
     for (int j = 0; j < COLUMN_TILES; ++j) of_columns[j] = 0;
   }
 
-  // One panel: rows of A are A_PITCH apart, those of B B_PITCH. Matrix units round every addition
-  // toward zero: a panel's sum is added to the others outside of them.
+  // Adds one panel. Rows of A are A_PITCH apart, those of B B_PITCH. Matrix units round every
+  // addition toward zero, so the sum of a panel is added to the others outside of them.
   template <int A_PITCH, int B_PITCH, class R>
   __device__ void add_panel(const R* a, const float* b, int known, const Lane& lane) {
     float panel[ROW_TILES][COLUMN_TILES][4] = {};
@@ -274,9 +276,9 @@ struct Products {
   }
 };
 
-// One group of 32 features (rows of the result: lane g has features 4g to 4g + 3) × 8 queries a
-// tile: Σ over staged references of reference[feature] · weight[query] · share[n] of query 8n + g. In
-// sum[i][n][e] is feature 4g + 2i + e/2, query 8n + 2t + e % 2.
+// Adds Σ reference[feature] · weight[query] · share[n] over the staged references. share[n] is that
+// of query 8n + g. The result has 32 features, lane g has features 4g to 4g + 3, by 8 queries a
+// tile: sum[i][n][e] is feature 4g + 2i + e/2, query 8n + 2t + e % 2.
 template <int REFERENCES, int TILES, int PITCH, int QUERY_PITCH, int REFERENCE_PITCH, class R>
 __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* references,
                                     const float* weights, const float (&share)[TILES],
@@ -321,7 +323,8 @@ __device__ inline T over_warp(T value, Combine combine) {
   return value;
 }
 
-// The same value in all threads of the block, in a fixed order; `scratch` holds one a warp.
+// Combines values of all threads of the block in a fixed order. All threads get the result.
+// `scratch` holds one value per warp.
 template <class T, class Combine>
 __device__ inline T over_block(T value, T* scratch, Combine combine) {
   const Lane lane = this_lane();

@@ -1,22 +1,24 @@
-// Weighted sums over references, and over queries for the gradient of references, on CUDA devices.
+// Weighted sums over references, and over queries for the gradient of the references, on CUDA
+// devices.
 //
-// Most weights are zero: a block lists what counts for any row of its result and stages only that.
+// Most weights are zero. A block lists what counts for any row of its result and stages only that.
 #pragma once
 #include "cuda/weights.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int kSumFeatures = 128, kSumRows = 32;  // of a block's result; a warp takes 32 features
+// Of the result of a block; a warp takes 32 features.
+constexpr int kSumFeatures = 128, kSumRows = 32;
 constexpr int kSumThreads = kSumFeatures;
-constexpr int kStretchWords = 64;  // of 32 references each, that a block lists at most
+constexpr int kStretchWords = 64;  // words of 32 references that a block lists, at most
 constexpr int kMergeThreads = 256;
 static_assert(kStretchWords <= kSumThreads, "one thread a word");
 
 template <class T>
 struct SumMemory {
   static constexpr int kStages = 3;
-  // 8 words more than whole turns of the banks: what a warp reads at once lies in different ones.
+  // 32 bytes more than whole turns of the banks: the accesses of a warp lie in different banks.
   static constexpr int kPitch = kSumFeatures + 32 / sizeof(T);
   static constexpr int kWeightPitch = kPanel + 4;
   T rows[kStages][kPanel][kPitch];
@@ -26,7 +28,8 @@ struct SumMemory {
 };
 static_assert(sizeof(SumMemory<float>) <= kSharedLimit, "a block fits everywhere");
 
-// listed = all indices whose bit is set, in ascending order; returns how many. bits(w) is word w.
+// Writes the indices of all set bits to listed, in ascending order, and returns their number.
+// bits(w) is word w.
 template <class T, class Bits>
 __device__ inline int list(SumMemory<T>& shared, int words, Bits bits) {
   const int w = static_cast<int>(threadIdx.x);
@@ -45,7 +48,7 @@ __device__ inline int list(SumMemory<T>& shared, int words, Bits bits) {
   return count;
 }
 
-// Begins to copy listed rows, kSumFeatures of each from `feature` on.
+// Starts to copy the listed rows, kSumFeatures values of each from `feature` on.
 template <class T>
 __device__ inline void copy_listed(SumMemory<T>& shared, int slot, const Rows<T>& rows, Index first,
                                    int listed, int count, int feature, int features) {
@@ -59,12 +62,12 @@ __device__ inline void copy_listed(SumMemory<T>& shared, int slot, const Rows<T>
   }
 }
 
-// parts[stretch][query][feature] = share_query Σ_j w_j y_j over one stretch of the chunk; a share is 1
-// where there are none.
+// parts[stretch][query][feature] = share_query Σ_j w_j y_j over one stretch of the chunk. Without
+// `share`, all are 1.
 template <class R>
 __global__ void __launch_bounds__(kSumThreads)
-    weighted_sum(const Rows<R> y, int features, const Weights weights, Index stride, int queries,
-                 const float* share, int stretch_words, float* parts) {
+    weighted_sum(const Rows<R> y, int features, const ChunkWeights weights, Index stride,
+                 int queries, const float* share, int stretch_words, float* parts) {
   using Memory = SumMemory<R>;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
@@ -116,14 +119,15 @@ __global__ void __launch_bounds__(kSumThreads)
     }
 }
 
-// The parts of one query and feature, in float32 as they are.
+// The sum of the parts of one query and feature, in float32 like the parts.
 __device__ inline float sum_of_parts(const float* parts, int stretches, Index apart) {
   float sum = 0;
   for (int i = 0; i < stretches; ++i) sum += parts[i * apart];
   return sum;
 }
 
-// The running mean: carry · mean of earlier chunks + the sums of this one's stretches.
+// The running mean: carry times the mean of earlier chunks, plus the sums over the stretches of
+// this chunk.
 __global__ void __launch_bounds__(kMergeThreads)
     merge(float* mean, const float* parts, const float* carry, int features, int stretches,
           bool first_chunk) {
@@ -135,7 +139,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   mean[at] = before + sum_of_parts(parts + at, stretches, static_cast<Index>(gridDim.x) * features);
 }
 
-// Adds the chunk's Σ c_j y_j to grad_x and, with the last, turns it into ∂L/∂x.
+// Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_gradient(float* grad_x, const float* parts, const Rows<float> x, const float* mean,
                    const Moments moments, int features, int stretches, bool first_chunk,
@@ -149,14 +153,14 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (last_chunk) {
     const double point = x.row(query)[feature], center = mean[at], unit = moments.unit[query];
     const double apart = sum - moments.sum[query] * center;
-    const double gradient = unit * (moments.whole[query] * (point - center) - apart);
+    const double gradient = unit * (moments.exact_sum[query] * (point - center) - apart);
     sum = unit == 0 ? 0 : static_cast<float>(gradient);
   }
   grad_x[at] = sum;
 }
 
-// grad_y of 32 references, Σ_b p_bj G_b − F c_bj (x_b − y_j) over a block of queries, added to that
-// of earlier blocks. References are the rows of the result here, and queries what is listed.
+// Adds Σ_b p_bj G_b − F c_bj (x_b − y_j) over a block of queries to grad_y of 32 references. Here
+// references are the rows of the result, and queries are listed.
 template <class R>
 __global__ void __launch_bounds__(kSumThreads)
     reference_gradient(const Rows<float> upstream, const Rows<float> x, const Rows<R> y,
@@ -181,7 +185,7 @@ __global__ void __launch_bounds__(kSumThreads)
       return any;
     });
     const int panels = static_cast<int>(divide_up(count, kPanel));
-    // First with G and p, then with x and −F c.
+    // The first half of the panels has G and p, the second half x and −F c.
     pipeline<Memory::kStages>(
         2 * panels,
         [&](int p, int slot) {
@@ -202,7 +206,7 @@ __global__ void __launch_bounds__(kSumThreads)
         },
         [&](int p, int slot) {
           const float* weights = shared.weights[slot];
-          if (p >= panels)  // every lane its eighth of the queries
+          if (p >= panels)  // each lane takes an eighth of the queries
 #pragma unroll
             for (int n = 0; n < kSumRows / 8; ++n)
               for (int odd = 0; odd < 2; ++odd)

@@ -1,66 +1,68 @@
-// From squared distances to weights, and to the coefficients of the gradient: one block a query.
+// From squared distances to weights and to the coefficients of the gradient. A query has a block.
 #pragma once
 #include "cuda/distances.h"
 
 namespace pfgm {
 namespace {
 
-// A weight below e^-kUnseen / M of their sum is taken for zero: M of them are less than the rounding
-// of a float32 result. In a gradient p_j is weighed by (y_j − mean)²/s, which may be large: its p_j
-// have kGradientDigits nats more.
-constexpr double kUnseen = 16, kGradientDigits = 8;
+// A weight below e^-kWeightCutoff / M of the sum of weights becomes zero. M such weights together
+// are smaller than the rounding of a float32 result. A gradient multiplies p_j by (y_j − mean)²/s,
+// which may be large; there the cutoff is kGradientCutoff nats lower.
+constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 constexpr int kQueryThreads = 256;
 
-// What is known of each query after the chunks so far; nearest and total are results as well.
-struct State {
+// Merge state of each query. nearest and total are results too.
+struct QueryStates {
   double* nearest;
   double* total;
   double* logsumexp;
 };
 
-// The weights of a chunk, and a bit for each that is not zero; rows are pairs.stride apart, those of
-// `live` a 32nd of it.
-struct Weights {
+// The weights of a chunk, and a bit for each that is not zero. Rows of `weight` are pairs.stride
+// apart, rows of `live` a 32nd of that.
+struct ChunkWeights {
   float* weight;
   std::uint32_t* live;
 };
 
-__device__ inline void mark_live(const Weights& out, Index row, Index stride, int j, bool counts) {
+__device__ inline void mark_live(const ChunkWeights& out, Index row, Index stride, int j,
+                                 bool counts) {
   const unsigned bits = __ballot_sync(kAll, counts);
   if (j % 32 == 0 && j < stride) out.live[row * (stride / 32) + j / 32] = bits;
 }
 
-__device__ inline double logsumexp(const Law& law, double nearest, double total, double r) {
+__device__ inline double logsumexp(const WeightLaw& law, double nearest, double total, double r) {
   if (law.gaussian) return (nearest == 0 ? 0 : -nearest / r / r / 2) + log(total);
-  return -law.half * log(nearest + r * r) + log(total);
+  return -law.exponent * log(nearest + r * r) + log(total);
 }
 
-// One query's weights of the chunk, relative to the nearest reference so far and merged in float64
-// with what earlier chunks gave. share = 1/total is what a weight is multiplied with to be a
-// probability, carry what the running mean is.
+// Weights of one query over the chunk, relative to the nearest reference so far, and merged in
+// float64 with earlier chunks. share = 1/total turns a weight into a probability; carry is the
+// factor of the running mean.
 __global__ void __launch_bounds__(kQueryThreads)
-    weigh(const Law law, const double* radius, const Pairs pairs, int references, double floor,
-          bool first_chunk, const State state, const Weights out, float* share, float* carry) {
+    weigh(const WeightLaw law, const double* radius, const Pairs pairs, int references,
+          double floor, bool first_chunk, const QueryStates state, const ChunkWeights out,
+          float* share, float* carry) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   const double* squared = pairs.squared + query * pairs.stride;
   const double r = radius[query];
-  double low = INFINITY, odd = 0;
+  double low = INFINITY, nans = 0;
   for (int j = thread; j < references; j += kQueryThreads) {
     const double d = squared[j];
     low = fmin(low, d);
-    odd += isnan(d);
+    nans += isnan(d);
   }
   double nearest = over_block(low, scratch, Least());
-  odd = over_block(odd, scratch, Sum());
+  nans = over_block(nans, scratch, Sum());
   double kept = 0;
   if (!first_chunk) {
     const double before = state.nearest[query];
     nearest = before < nearest || isnan(before) ? before : nearest;
-    kept = state.total[query] * exp(law.relative(before - nearest, nearest, r));
+    kept = state.total[query] * exp(law.relative_score(before - nearest, nearest, r));
   }
-  if (odd > 0) nearest = NAN;
+  if (nans > 0) nearest = NAN;
 
   const double smallest = floor * fmax(kept, 1.0);
   double sum = 0;
@@ -84,30 +86,32 @@ __global__ void __launch_bounds__(kQueryThreads)
 
 // ---- the gradient ----------------------------------------------------------------------------
 //
-// With upstream G = ∂L/∂mean and g = ∂L/∂logsumexp (spec section 10), in units F:
+// With upstream gradients G = ∂L/∂mean and g = ∂L/∂logsumexp, and coefficients in units of F:
 //     t_j = G·y_j − Σ_i p_i G·y_i + g
 //     c_j = −p_j t_j s₀/s_j, F = (N + D)/s₀      D = ∞: c_j = −p_j t_j, F = 1/σ²
-// s₀ is that of the nearest reference. Σ p_j t_j = g, so that the t_j nearly cancel in Σ c_j. With
-// e_j = d_j² − d₀² and moment = Σ p_j t_j e_j/s_j (D = ∞: Σ p_j t_j e_j/σ²) nothing is lost:
+// s₀ and d₀² are those of the nearest reference. Σ p_j t_j = g, so the t_j nearly cancel in Σ c_j.
+// The following form avoids the cancellation. With e_j = d_j² − d₀² and moment = Σ p_j t_j e_j/s_j
+// (D = ∞: Σ p_j t_j e_j/σ²):
 //     C = moment − g                             D = ∞: C = −g
 //     ∂L/∂x = F (C (x − mean) − Σ_j c_j (y_j − mean))
 //     ∂L/∂r = r F C                              D = ∞: ∂L/∂σ = (g d₀²/σ² + moment)/σ
 //     ∂L/∂y_j = Σ_b (p_bj G_b − F_b c_bj (x_b − y_j))
 
-// Of each query, from chunk to chunk.
+// Sums of each query over the chunks so far.
 struct Moments {
-  double* pulled;  // Σ p_j G·y_j
-  double* mass;    // Σ p_j: 1 but for what distances differ from the forward pass, 0 at a limit
+  double* projection;  // Σ p_j G·y_j
+  // Σ p_j: close to 1, as distances differ a little from the forward pass; 0 at a limit.
+  double* mass;
   double* moment;
-  double* sum;    // Σ c_j
-  double* whole;  // C
-  double* unit;   // F, 0 at a limit
+  double* sum;        // Σ c_j of the rounded c_j
+  double* exact_sum;  // C, without rounding
+  double* unit;       // F, 0 at a limit
   double* grad_radius;
 };
 
-// p_j, zero where it counts for nothing.
-__device__ inline double probability(const Law& law, double squared, double nearest, double total,
-                                     double r, double floor) {
+// p_j; zero below `floor`.
+__device__ inline double probability(const WeightLaw& law, double squared, double nearest,
+                                     double total, double r, double floor) {
   if (law.at_limit(nearest, r)) return 0;
   const double p = law.weight(squared - nearest, nearest, r) / total;
   return p < floor ? 0 : p;
@@ -115,33 +119,33 @@ __device__ inline double probability(const Law& law, double squared, double near
 
 // Adds the chunk's Σ p_j G·y_j and Σ p_j of one query.
 __global__ void __launch_bounds__(kQueryThreads)
-    pull(const Law law, const double* radius, const double* nearest, const double* total,
+    pull(const WeightLaw law, const double* radius, const double* nearest, const double* total,
          const Pairs pairs, int references, double floor, bool first_chunk, const Moments moments) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x, row = query * pairs.stride;
-  double pulled = 0, mass = 0;
+  double projection = 0, mass = 0;
   for (int j = static_cast<int>(threadIdx.x); j < references; j += kQueryThreads) {
     const double p = probability(law, pairs.squared[row + j], nearest[query], total[query],
                                  radius[query], floor);
-    if (p != 0) pulled += p * pairs.projected[row + j];  // else it may be anything
+    if (p != 0) projection += p * pairs.projected[row + j];  // where p = 0, it is undefined
     mass += p;
   }
-  pulled = over_block(pulled, scratch, Sum());
+  projection = over_block(projection, scratch, Sum());
   mass = over_block(mass, scratch, Sum());
   if (threadIdx.x > 0) return;
-  moments.pulled[query] = pulled + (first_chunk ? 0 : moments.pulled[query]);
+  moments.projection[query] = projection + (first_chunk ? 0 : moments.projection[query]);
   moments.mass[query] = mass + (first_chunk ? 0 : moments.mass[query]);
 }
 
-// c_j, p_j and F c_j of the chunk; the last two only where they are not null.
+// c_j, p_j and F c_j of the chunk. p_j and F c_j may be null.
 struct Coefficients {
-  Weights c;
+  ChunkWeights c;
   float* probability;
   float* scaled;
 };
 
 __global__ void __launch_bounds__(kQueryThreads)
-    find_coefficients(const Law law, const double* radius, const double* nearest,
+    find_coefficients(const WeightLaw law, const double* radius, const double* nearest,
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,
                       const Coefficients out) {
@@ -149,9 +153,9 @@ __global__ void __launch_bounds__(kQueryThreads)
   const Index query = blockIdx.x, row = query * pairs.stride;
   const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
   const double mass = moments.mass[query] == 0 ? 1 : moments.mass[query];
-  const double center = moments.pulled[query] / mass;
+  const double center = moments.projection[query] / mass;
   const bool limit = law.at_limit(low, r);
-  const double unit = law.gaussian ? 1 / r / r : 2 * law.half / (low + r * r);
+  const double unit = law.gaussian ? 1 / r / r : 2 * law.exponent / (low + r * r);
   double moment = 0, sum = 0;
   for (int start = 0; start < pairs.stride; start += kQueryThreads) {
     const int j = start + static_cast<int>(threadIdx.x);
@@ -187,12 +191,12 @@ __global__ void __launch_bounds__(kQueryThreads)
   if (!first_chunk) moment += moments.moment[query], sum += moments.sum[query];
   moments.moment[query] = moment;
   moments.sum[query] = sum;
-  const double whole = law.gaussian ? -g : moment - g;
-  moments.whole[query] = whole;
+  const double exact_sum = law.gaussian ? -g : moment - g;
+  moments.exact_sum[query] = exact_sum;
   moments.unit[query] = limit ? 0 : unit;
   moments.grad_radius[query] = limit          ? 0
                                : law.gaussian ? (g * (low / r / r) + moment) / r
-                                              : r * unit * whole;
+                                              : r * unit * exact_sum;
 }
 
 }  // namespace

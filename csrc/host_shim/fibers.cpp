@@ -1,6 +1,7 @@
-// Runs the threads of kernels as fibers. What a fiber does here for the shim's own sake is out of
-// ThreadSanitizer's sight (UNSEEN, and no standard containers there): it must see the order that
-// the kernel's barriers make, and no other.
+// Runs the threads of kernels as fibers.
+//
+// ThreadSanitizer must see only the order that the kernel's barriers make. So what a fiber does for
+// the shim itself is hidden from it (NO_TSAN) and uses no standard containers.
 #include "host_shim/intrinsics.h"
 
 #include <sys/mman.h>
@@ -23,7 +24,8 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-// Each fiber would get memory for a second stack, which takes ten times as long as all else.
+// Each fiber would otherwise get memory for a second stack, which takes ten times as long as all
+// else.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
@@ -34,7 +36,7 @@ extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
 extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 #endif
 
-#define UNSEEN __attribute__((no_sanitize("thread")))
+#define NO_TSAN __attribute__((no_sanitize("thread")))
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -46,7 +48,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr std::size_t kPage = 4096;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::size_t kStack = 64 * kPage;  // their reports are made on the fiber's stack
+constexpr std::size_t kStack = 64 * kPage;  // sanitizers make their reports on the fiber's stack
 #else
 constexpr std::size_t kStack = 16 * kPage;
 #endif
@@ -58,7 +60,7 @@ const char* const kCalls[] = {"none",          "__syncthreads",   "__syncthreads
 // ---- contexts -------------------------------------------------------------------------------
 
 #if defined(__x86_64__) && !defined(PFGM_SHIM_UCONTEXT)
-// swapcontext would ask the kernel for the signal mask each time.
+// swapcontext would make a system call for the signal mask on every switch.
 struct Context {
   void* stack_pointer;
 };
@@ -89,14 +91,14 @@ pfgm_shim_swap:
 )");
 
 void prepare(Context* context, char* stack, std::size_t size, void (*entry)()) {
-  // Six registers, where to return to, and a caller of that: none.
+  // Six registers, the return address, and the caller of that: none.
   auto** top = reinterpret_cast<void**>(stack + size) - 8;
   std::fill(top, top + 8, nullptr);
   top[6] = reinterpret_cast<void*>(entry);
   context->stack_pointer = top;
 }
 
-UNSEEN void swap(Context* from, const Context* to) { pfgm_shim_swap(from, to); }
+NO_TSAN void swap(Context* from, const Context* to) { pfgm_shim_swap(from, to); }
 #else
 struct Context {
   ucontext_t saved;
@@ -110,7 +112,7 @@ void prepare(Context* context, char* stack, std::size_t size, void (*entry)()) {
   makecontext(&context->saved, entry, 0);
 }
 
-UNSEEN void swap(Context* from, const Context* to) { swapcontext(&from->saved, &to->saved); }
+NO_TSAN void swap(Context* from, const Context* to) { swapcontext(&from->saved, &to->saved); }
 #endif
 
 // ---- a cluster ------------------------------------------------------------------------------
@@ -118,23 +120,23 @@ UNSEEN void swap(Context* from, const Context* to) { swapcontext(&from->saved, &
 struct Fiber;
 struct Copies;
 
-// Where the threads of a warp, a block or a cluster wait for each other. What they bring is kept
-// for two meetings, so that nobody need wait until all have taken it.
+// Where the threads of a warp, a block or a cluster wait for each other. Memory for what they bring
+// is kept for two meetings, so that nobody waits until all have read it.
 struct Meeting {
   Fiber* members = nullptr;
   int size = 0, arrived = 0;
-  unsigned number = 0;  // of the meetings before
+  unsigned number = 0;  // number of earlier meetings
   Call call = Call::none;
   unsigned votes[2] = {};
-  alignas(8) char order[2][8];  // only their addresses count, to ThreadSanitizer
+  alignas(8) char order[2][8];  // ThreadSanitizer uses their addresses only
 };
 
-struct Lane {
+struct LaneWords {
   std::uint32_t words[6];
 };
 
 struct Warp : Meeting {
-  Lane lanes[2][kWarp];
+  LaneWords lanes[2][kWarp];
 };
 
 struct Block : Meeting {
@@ -155,13 +157,13 @@ struct Fiber {
   void* sanitizer = nullptr;  // ThreadSanitizer's fiber, or AddressSanitizer's fake stack
 };
 
-// Those that can go on, the next one first.
+// Fibers that can continue; the next one is first.
 struct Queue {
   Fiber** slots;
   unsigned mask, first = 0, count = 0;
 
-  UNSEEN Fiber*& at(unsigned i) { return slots[(first + i) & mask]; }
-  UNSEEN Fiber* pop() {
+  NO_TSAN Fiber*& at(unsigned i) { return slots[(first + i) & mask]; }
+  NO_TSAN Fiber* pop() {
     Fiber* next = at(0);
     ++first, --count;
     return next;
@@ -180,7 +182,7 @@ struct Cluster {
 
 // ---- what is set, and what runs -------------------------------------------------------------
 
-std::mutex mutex;  // of all that follows
+std::mutex mutex;  // guards all that follows
 Device device_now{4, 90, 232448};
 unsigned order = 0;
 std::uint64_t random_state = 0;
@@ -189,13 +191,13 @@ std::vector<std::string> launched;
 const Launch* shape;
 const std::function<void()>* body;
 Cluster* cluster;
-Fiber host;  // the calling context, which waits until no fiber can go on
+Fiber host;  // the calling context, which waits until no fiber can continue
 Fiber* current = &host;
 Fiber* previous = &host;
 char* end_of_grid;
 
 [[noreturn]] void die(const std::string& what) {
-  std::fprintf(stderr, "cuda_shim: kernel %s: %s\n", shape->kernel, what.c_str());
+  std::fprintf(stderr, "host_shim: kernel %s: %s\n", shape->kernel, what.c_str());
   std::abort();
 }
 
@@ -208,7 +210,7 @@ std::string who() {
 
 std::string name(Call call) { return kCalls[static_cast<int>(call)]; }
 
-UNSEEN std::uint32_t random_below(std::uint32_t n) {
+NO_TSAN std::uint32_t random_below(std::uint32_t n) {
   random_state = random_state * 6364136223846793005u + 1442695040888963407u;
   return static_cast<std::uint32_t>((random_state >> 32) * n >> 32);
 }
@@ -216,19 +218,19 @@ UNSEEN std::uint32_t random_below(std::uint32_t n) {
 // ---- sanitizers -----------------------------------------------------------------------------
 
 #ifdef __SANITIZE_THREAD__
-UNSEEN void publish(char* address) { __tsan_release(address); }
-// A fiber that another one displaced (see create_fibers) gets a new place in the acquire, but only
-// a release notes that in its history, without which no race with it is reported.
-UNSEEN void observe(char* address) {
+NO_TSAN void publish(char* address) { __tsan_release(address); }
+// A fiber that displaced another one (see create_fibers) gets a new slot in the acquire. Only a
+// release records it in the fiber's history; without that no race with it is reported.
+NO_TSAN void observe(char* address) {
   alignas(8) static char nobody[8];
   __tsan_acquire(address);
   __tsan_release(nobody);
 }
-UNSEEN void leave(Fiber*, Fiber* to, bool) {
+NO_TSAN void leave(Fiber*, Fiber* to, bool) {
   __tsan_switch_to_fiber(to->sanitizer, __tsan_switch_to_fiber_no_sync);
 }
-UNSEEN void landed() {}
-// No access in between is checked, nor is memory that is freed then.
+NO_TSAN void landed() {}
+// Between the two calls neither accesses nor freed memory are checked.
 void look_away() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
 void look_again() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); }
 #else
@@ -254,8 +256,8 @@ void landed() {}
 #endif
 #endif
 
-// Stacks for n fibers, with a page at the end of each that must not be touched. ThreadSanitizer
-// would take two fibers' use of one stack for a race, so it gets new ones each time.
+// Stacks for n fibers, with an inaccessible page at the end of each. ThreadSanitizer gets new
+// stacks each time: it would take the use of one stack by two fibers for a race.
 char* stacks(std::size_t n) {
   static char* memory = nullptr;
   static std::size_t size = 0;
@@ -276,7 +278,7 @@ char* stacks(std::size_t n) {
 }
 
 #ifdef __SANITIZE_THREAD__
-// It can report a race only while it remembers both fibers, so those that ended are kept a while.
+// It reports a race only while it remembers both fibers, so ended fibers are kept for a while.
 constexpr std::size_t kRemembered = 16384;
 std::deque<void*> ended;
 
@@ -284,9 +286,9 @@ void forget_fibers(std::size_t keep) {
   for (; ended.size() > keep; ended.pop_front()) __tsan_destroy_fiber(ended.front());
 }
 
-// It tells apart 255 fibers; the next takes over the place of an earlier one, whose accesses then
-// seem to precede its own, and so does the creating context now and then. In a random order it is
-// not always the same threads whose races this hides.
+// It distinguishes 255 fibers. The next one takes the slot of an earlier one, whose accesses then
+// seem to precede its own; sometimes that is the slot of the creating context. This hides races. In
+// a random order it does not always hide those of the same threads.
 void create_fibers(std::vector<Fiber>& fibers) {
   static std::mt19937 engine;
   std::vector<std::size_t> turns(fibers.size());
@@ -298,7 +300,7 @@ void create_fibers(std::vector<Fiber>& fibers) {
 
 // ---- switching ------------------------------------------------------------------------------
 
-UNSEEN void switch_to(Fiber* to, bool forever) {
+NO_TSAN void switch_to(Fiber* to, bool forever) {
   Fiber* from = current;
   previous = from;
   current = to;
@@ -309,13 +311,13 @@ UNSEEN void switch_to(Fiber* to, bool forever) {
   landed();
 }
 
-UNSEEN void go_on(bool forever = false) {
+NO_TSAN void go_on(bool forever = false) {
   Queue& queue = cluster->queue;
   Fiber* to = queue.count ? queue.pop() : &host;
   if (to != current) switch_to(to, forever);
 }
 
-UNSEEN void enqueue(Fiber* members, int n) {
+NO_TSAN void enqueue(Fiber* members, int n) {
   Queue& queue = cluster->queue;
   const bool ahead = order < 2 || random_below(2);
   if (ahead) queue.first -= n;
@@ -342,8 +344,8 @@ UNSEEN void enqueue(Fiber* members, int n) {
   die(what + "; " + std::to_string(ends) + " ended");
 }
 
-// Returns which half of the meeting's memory was this one's.
-UNSEEN unsigned meet(Meeting& meeting, Call call) {
+// Returns which half of the meeting's memory this meeting used.
+NO_TSAN unsigned meet(Meeting& meeting, Call call) {
   const unsigned half = meeting.number & 1;
   if (meeting.arrived && meeting.call != call)
     die("threads wait at different barriers: " + name(meeting.call) + " and " + name(call));
@@ -358,14 +360,14 @@ UNSEEN unsigned meet(Meeting& meeting, Call call) {
   return half;
 }
 
-UNSEEN unsigned meet_in_order(Meeting& meeting, Call call) {
+NO_TSAN unsigned meet_in_order(Meeting& meeting, Call call) {
   publish(meeting.order[meeting.number & 1]);
   const unsigned half = meet(meeting, call);
   observe(meeting.order[half]);
   return half;
 }
 
-UNSEEN Warp& whole_warp(unsigned mask, Call call) {
+NO_TSAN Warp& whole_warp(unsigned mask, Call call) {
   if (mask != 0xffffffff) die(who() + "calls " + name(call) + " for a part of its warp");
   return *current->warp;
 }
@@ -380,13 +382,13 @@ struct Copy {
 
 struct Copies {
   std::vector<Copy> begun;
-  int groups = 0;  // committed
+  int groups = 0;  // committed so far
 };
 
-UNSEEN Copies& copies() { return *current->copies; }
-UNSEEN void set_copies(Copies* copies) { current->copies = copies; }
+NO_TSAN Copies& copies() { return *current->copies; }
+NO_TSAN void set_copies(Copies* copies) { current->copies = copies; }
 
-UNSEEN bool is_shared(const void* address, std::size_t bytes) {
+NO_TSAN bool is_shared(const void* address, std::size_t bytes) {
   const char* memory = current->block->memory;
   const auto* first = static_cast<const char*>(address);
   return first >= memory && first + bytes <= memory + shape->shared;
@@ -398,7 +400,7 @@ bool on_boundary(const void* address, int bytes) {
 
 // ---- a fiber's life -------------------------------------------------------------------------
 
-// Other blocks of the cluster must not read this memory any more.
+// From now on other blocks of the cluster must not read this memory.
 void forget(const Block& block) {
   look_away();
   std::memset(block.memory, 0xff, shape->shared);
@@ -408,7 +410,7 @@ void forget(const Block& block) {
   look_again();
 }
 
-UNSEEN void end() {
+NO_TSAN void end() {
   if (--current->block->running == 0 && shape->cluster > 1) forget(*current->block);
   publish(end_of_grid);
   current->waits = Call::end;
@@ -416,7 +418,7 @@ UNSEEN void end() {
   go_on(true);
 }
 
-UNSEEN void call_body() { (*body)(); }
+NO_TSAN void call_body() { (*body)(); }
 
 void enter() {
   landed();
@@ -439,7 +441,7 @@ void prepare(Fiber& fiber, int thread, char* stack, int number) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(stack + kPage, kStack - kPage);
 #endif
-  // The tops of all stacks at one place of a page would fall into one set of the cache.
+  // With all stack tops at the same place of a page they would share one set of the cache.
   prepare(&fiber.context, stack, kStack - static_cast<std::size_t>(number % 32) * 128, enter);
 }
 
@@ -448,7 +450,7 @@ void set_meeting(Meeting& meeting, Fiber* members, int size) {
   meeting.size = size;
 }
 
-// The blocks from `first` on, along x.
+// Sets up the block of this rank; blocks follow `first` along x.
 void set_block(Cluster& all, int rank, uint3 first) {
   const int threads = shape->threads, start = rank * threads;
   Block& block = all.blocks[rank];
@@ -596,16 +598,16 @@ void clear_launches() {
 
 // ---- what kernels call ----------------------------------------------------------------------
 
-UNSEEN std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source) {
+NO_TSAN std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source) {
   Warp& warp = whole_warp(mask, call);
-  Lane& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
+  LaneWords& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
   lane.words[0] = static_cast<std::uint32_t>(mine);
   lane.words[1] = static_cast<std::uint32_t>(mine >> 32);
-  const Lane& other = warp.lanes[meet(warp, call)][source];
+  const LaneWords& other = warp.lanes[meet(warp, call)][source];
   return other.words[0] | static_cast<std::uint64_t>(other.words[1]) << 32;
 }
 
-UNSEEN unsigned vote(Call call, unsigned mask, bool mine) {
+NO_TSAN unsigned vote(Call call, unsigned mask, bool mine) {
   Warp& warp = whole_warp(mask, call);
   if (mine) warp.votes[warp.number & 1] |= 1u << current->thread % kWarp;
   return warp.votes[meet(warp, call)];
@@ -632,7 +634,7 @@ void wait_copies(int pending) {
   mine.begun.erase(mine.begun.begin(), copy);
 }
 
-UNSEEN char* peer(void* own, int rank) {
+NO_TSAN char* peer(void* own, int rank) {
   if (!is_shared(own, 1)) die(who() + "asks for a place that is not in its shared memory");
   if (rank < 0 || rank >= shape->cluster) die(who() + "asks for block " + std::to_string(rank));
   const Block* blocks = current->block - current->block->rank;
@@ -641,19 +643,19 @@ UNSEEN char* peer(void* own, int rank) {
 
 namespace {
 
-UNSEEN double product(std::uint32_t a, std::uint32_t b) {
+NO_TSAN double product(std::uint32_t a, std::uint32_t b) {
   return static_cast<double>(float_of(a & 0xffffe000)) * float_of(b & 0xffffe000);
 }
 
-UNSEEN float truncated(double v) {
+NO_TSAN float truncated(double v) {
   const float nearest = static_cast<float>(v);
   if (!(std::fabs(nearest) > std::fabs(v))) return nearest;
-  if (std::fabs(v) >= 0x1p128) return nearest;  // infinite
+  if (std::fabs(v) >= 0x1p128) return nearest;  // it rounds to infinity
   return std::nextafter(nearest, 0.0f);
 }
 
-// Row g of the 16 of a, or g + 8 if `lower`, by column c of b.
-UNSEEN float row_by_column(float d, const Lane* lanes, int g, bool lower, int c) {
+// Row g of a, or g + 8 if `lower`, times column c of b.
+NO_TSAN float row_by_column(float d, const LaneWords* lanes, int g, bool lower, int c) {
   double sum = d;
   for (int k = 0; k < 8; ++k) {
     const int t = k % 4, right = k / 4;
@@ -667,36 +669,36 @@ UNSEEN float row_by_column(float d, const Lane* lanes, int g, bool lower, int c)
 
 using namespace shim;
 
-UNSEEN char* shared_memory() { return current->block->memory; }
+NO_TSAN char* shared_memory() { return current->block->memory; }
 
 void commit_copies() { ++copies().groups; }
 
-UNSEEN void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+NO_TSAN void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   Warp& warp = *current->warp;
-  Lane& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
+  LaneWords& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
   for (int i = 0; i < 4; ++i) lane.words[i] = a[i];
   for (int i = 0; i < 2; ++i) lane.words[4 + i] = b[i];
-  const Lane* lanes = warp.lanes[meet(warp, Call::multiply_add)];
+  const LaneWords* lanes = warp.lanes[meet(warp, Call::multiply_add)];
   const int g = current->thread % kWarp / 4, c = 2 * (current->thread % 4);
   for (int i = 0; i < 4; ++i) d[i] = row_by_column(d[i], lanes, g, i / 2, c + i % 2);
 }
 
-UNSEEN int cluster_rank() { return current->block->rank; }
+NO_TSAN int cluster_rank() { return current->block->rank; }
 
-UNSEEN void cluster_sync() { meet_in_order(cluster->meeting, Call::cluster_sync); }
+NO_TSAN void cluster_sync() { meet_in_order(cluster->meeting, Call::cluster_sync); }
 
 }  // namespace pfgm
 
 using namespace pfgm::shim;
 
-UNSEEN void __syncthreads() { meet_in_order(*current->block, Call::syncthreads); }
+NO_TSAN void __syncthreads() { meet_in_order(*current->block, Call::syncthreads); }
 
-UNSEEN int __syncthreads_or(int predicate) {
+NO_TSAN int __syncthreads_or(int predicate) {
   Block& block = *current->block;
   block.votes[block.number & 1] |= predicate != 0;
   return block.votes[meet_in_order(block, Call::syncthreads_or)] != 0;
 }
 
-UNSEEN void __syncwarp(unsigned mask) {
+NO_TSAN void __syncwarp(unsigned mask) {
   meet_in_order(whole_warp(mask, Call::syncwarp), Call::syncwarp);
 }

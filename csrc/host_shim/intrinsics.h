@@ -1,8 +1,8 @@
-// The names of CUDA C++ and of cuda/intrinsics.h for the host: kernels compile as plain C++17, and
-// Stream::launch runs their threads as fibers of the thread that calls it (fibers.cpp). A kernel
-// that never meets a barrier keeps the processor, so none may spin on what another thread writes.
+// The names of CUDA C++ and of cuda/intrinsics.h for the host. Kernels compile as plain C++17, and
+// Stream::launch runs their threads as fibers of the calling thread (fibers.cpp). A fiber runs
+// until it meets a barrier. So a kernel must not spin until another thread writes something.
 #pragma once
-#include <math.h>  // unlike <cmath> alone it has the overloads for float in the global namespace
+#include <math.h>  // unlike <cmath> alone, it has float overloads in the global namespace
 
 #include <cmath>
 #include <cstddef>
@@ -42,18 +42,18 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// Of the fiber that runs.
+// Those of the running fiber.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 namespace pfgm {
 namespace shim {
 
-// The order in which threads and blocks go on where several could: 0 ascending, 1 descending, else
-// random by this seed, where warps also overtake each other.
+// The order in which threads and blocks continue if several can: 0 ascending, 1 descending,
+// otherwise random with this seed. In a random order warps also overtake each other.
 void set_order(unsigned seed);
 
-// What Stream tells of the device; at first 4, 90, 232448.
+// What Stream says of the device; initially 4, 90, 232448.
 void set_device(int multiprocessors, int capability, std::size_t shared_limit);
 
 // The kernels launched since clear_launches(), in order.
@@ -75,9 +75,9 @@ enum class Call {
   end
 };
 
-// What lane `source` of the warp brought to this call; all 32 take part.
+// What lane `source` of the warp brought to this call. All 32 lanes take part.
 std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source);
-// One bit for each lane.
+// One bit per lane.
 unsigned vote(Call call, unsigned mask, bool mine);
 void begin_copy(void* to, const void* from, int bytes, int valid);
 void wait_copies(int pending);
@@ -97,7 +97,7 @@ T shuffle(Call call, unsigned mask, T mine, unsigned source) {
 
 char* shared_memory();
 
-// The bytes arrive in the wait and not before; until then they are NaN.
+// The bytes arrive when the thread waits for them and not before. Until then they are NaN.
 template <int BYTES>
 void copy_async(void* to, const void* from, int valid = BYTES) {
   static_assert(BYTES == 4 || BYTES == 16);
@@ -121,7 +121,7 @@ inline std::uint32_t bits_of(float v) {
   return bits;
 }
 
-// As matrix units do it, the sum is truncated; they also truncate within it, which this does not.
+// The sum is truncated, as in matrix units. They also truncate intermediate sums; this does not.
 void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
 
 inline float half_to_float(std::uint16_t bits) {

@@ -1,4 +1,4 @@
-// Stream for the host; cuda/launch.h includes this after Grid and Launch. A launch runs the whole
+// Stream for the host. cuda/launch.h includes this after Grid and Launch. A launch runs the whole
 // grid before it returns.
 #pragma once
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The CPU kernels against plain formulas, for builds with a sanitizer: every instruction set that
-// can run here, several threads of one call and several callers.
+// The CPU kernels against plain formulas, for builds with a sanitizer: every instruction set of
+// this machine, several threads in a call, and several callers.
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -25,7 +25,7 @@ Implementation cpu(int threads) {
           threads};
 }
 
-// The mean that comes out without a sketch.
+// The mean computed without a sketch.
 std::vector<unsigned char> without_sketch(const Implementation& plain, const Problem& problem) {
   const auto queries = static_cast<std::size_t>(problem.queries);
   std::vector<unsigned char> mean(queries * static_cast<std::size_t>(problem.features) *
@@ -36,7 +36,7 @@ std::vector<unsigned char> without_sketch(const Implementation& plain, const Pro
   return mean;
 }
 
-// The same with a sketch of the references, which changes no bit.
+// The same with a sketch of the references, which must not change a bit.
 Implementation sketched(int threads) {
   Implementation plain = cpu(threads), result = plain;
   result.name += ", sketched";
@@ -60,8 +60,8 @@ Implementation sketched(int threads) {
 }
 
 std::vector<Case> cases() {
-  // At tile edges (queries 4, 6; references 64, 2048; features 16, 512), at a block's 64 and 384
-  // queries, and above 512 features, where lower bounds are found for 48 queries or more.
+  // At the edges of tiles (queries 4, 6; references 64, 2048; features 16, 512), at blocks of 64
+  // and 384 queries, and above 512 features, where 48 or more queries are screened.
   constexpr Index shapes[][3] = {
       {1, 1, 1},     {2, 1, 3},     {3, 2, 5},     {5, 63, 16},     {6, 64, 17},    {7, 65, 31},
       {12, 128, 33}, {13, 129, 63}, {4, 5, 511},   {48, 70, 512},   {49, 65, 513},  {48, 33, 527},
@@ -98,7 +98,7 @@ void check_failures() {
 
 int answers_left = 0;
 
-// Work that is given up at one place after the other, in blocks of their own and in shared ones.
+// Work that is stopped at one place after the other, with independent and with shared blocks.
 void check_stops() {
   for (const Case& c : {Case{70, 130, 20, Type::float32, Type::float32, 1, 0, 1},
                         Case{50, 130, 520, Type::float32, Type::float32, 1, 0, 2}}) {
@@ -124,7 +124,7 @@ void check_stops() {
 }
 
 std::vector<Step> steps() {
-  // At a vector's end, a task's 2^15 values, and long rows that are cut into panels.
+  // At the end of a vector, at a task's 2^15 values, and long rows that are split into panels.
   constexpr Index shapes[][2] = {{1, 1}, {3, 7}, {5, 16}, {9, 33}, {40, 1023}, {2, 65537}};
   std::vector<Step> found;
   for (const auto& [rows, features] : shapes)
@@ -170,7 +170,8 @@ int main() {
   for (const Case& c : all) inputs.push_back(std::make_unique<Inputs>(c));
   for (std::size_t n = 0; n < isas.size(); ++n) {
     setenv("PFGM_CPU_ISA", isas[n].c_str(), 1);
-    // Two of the four numbers of threads for each, others for each instruction set.
+    // Two of the four numbers of threads for each problem; which ones depends on the instruction
+    // set.
     for (std::size_t half = 0; half < 4; half += 2) {
       const auto threads = [&](std::size_t i) { return kThreads[(i + n + half) % 4]; };
       for (std::size_t i = 0; i < all.size(); ++i)

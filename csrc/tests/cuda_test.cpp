@@ -1,12 +1,12 @@
 // The CUDA kernels on the host, through the shim, against plain formulas, for builds with a
-// sanitizer. In whatever order threads and blocks go on, the bits must be the same.
+// sanitizer. The order of threads and blocks must not change a bit.
 #include <algorithm>
 
 #include "api/normalised_field.h"
 #include "host_shim/intrinsics.h"
 #include "tests/problems.h"
 
-// ThreadSanitizer takes ten times as long for a thread of a kernel.
+// Under ThreadSanitizer a thread of a kernel takes ten times as long.
 #ifdef __SANITIZE_THREAD__
 constexpr bool kFew = true;
 #else
@@ -58,7 +58,7 @@ void run_in(const Orders& orders, const Run& run) {
       fail("order " + std::to_string(orders[i]) + " changes bits");
 }
 
-// The device and how problems are cut, until the end of a scope.
+// The device and the limits of blocks and chunks, until the end of a scope.
 struct Setting {
   Setting(int capability, int multiprocessors, const CudaLimits& limits = {}) {
     shim::set_device(multiprocessors, capability, (capability < 90 ? 163 : 227) << 10);
@@ -78,7 +78,7 @@ struct Shape {
 
 int problems = 0;
 
-// Half of all problems have rows off the boundaries of 16 bytes, the first one as well.
+// In half of all problems rows do not start on 16-byte boundaries.
 Case next_case(const Shape& shape, Type reference_type) {
   constexpr double dimensions[] = {1, kInfinity, 128};
   const int seed = problems++;
@@ -115,8 +115,8 @@ void check_forward(const Shape& shape, Type reference_type, const Orders& orders
   });
 }
 
-// At the edges of tiles (queries 8, 32, 64; references 32, 64; features 4, 32, 128), and where
-// products take over from differences: 16 queries and 32 features.
+// At the edges of tiles (queries 8, 32, 64; references 32, 64; features 4, 32, 128), and at 16
+// queries and 32 features, where products replace differences.
 void check_shapes() {
   const std::vector<Shape> shapes = {
       {1, 1, 1},    {8, 31, 32},   {9, 65, 97}, {15, 130, 31},  {16, 63, 33}, {17, 31, 129},
@@ -141,8 +141,8 @@ bool launched(const std::string& kernel) {
   return std::find(all.begin(), all.end(), kernel) != all.end();
 }
 
-// In clusters of blocks, which share the features out: 384 of them for 64 queries, 192 for 128.
-// References are shared out by clusters, if the device runs several at once.
+// In clusters of blocks, which split the features: 384 per block for 64 queries, 192 for 128.
+// Clusters split the references if the device runs several at once.
 void check_one_pass() {
   const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577},  {17, 5, 769},
                                      {64, 33, 515},  {128, 16, 576}, {16, 1, 1025}};
@@ -161,7 +161,7 @@ void check_one_pass() {
   if (launched("single_pass")) fail("in one pass on a device without clusters");
 }
 
-// Chunks of 128 references and blocks of a few queries, the last of each smaller.
+// Chunks of 128 references and blocks of a few queries; the last of each is smaller.
 void check_parts() {
   const auto limits = [](Index queries) { return CudaLimits{600, 1, queries, 128}; };
   for (std::size_t i = 0; i < (kFew ? 1 : 4); ++i) {
@@ -172,7 +172,7 @@ void check_parts() {
   check({9, 140, 5}, Type::float16, kFew ? one_of_all(1) : kAllOrders);
 }
 
-// Makes one value, of x or of a reference, NaN or infinite. What it is must not matter to indices.
+// Makes one value, of x or of a reference, NaN or infinite. No index may depend on it.
 void check_not_finite(const Shape& shape, bool in_x, float bad) {
   const Case c = next_case(shape, Type::float32);
   Inputs in(c);
@@ -194,7 +194,7 @@ void check_not_finite(const Shape& shape, bool in_x, float bad) {
 
 // ---- steps ----------------------------------------------------------------------------------
 
-// Rows of one thread, of a part of a warp, of a block, of several tiles; panels of 1024 values.
+// Rows for one thread, for a part of a warp, for a block, of several tiles; panels of 1024 values.
 void check_steps() {
   constexpr Index shapes[][2] = {{5, 7},   {9, 33},   {130, 8},  {2, 256},
                                  {2, 260}, {2, 1025}, {1, 6145}, {1, 8196}};
@@ -214,7 +214,7 @@ void check_steps() {
 
 struct FieldCase {
   Index rows, features;
-  Output output;  // which input field_x overwrites; `slope` is the mean
+  Output output;  // the input that field_x overwrites; `slope` is the mean
   bool aligned;
   double gamma;
 };
@@ -285,7 +285,7 @@ int main() {
   check_one_pass();
   check_parts();
   for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}, Shape{16, 17, 512}}) {
-    if (kFew) break;  // the same accesses as of finite values
+    if (kFew) break;  // the same accesses as with finite values
     check_not_finite(shape, true, NAN);
     check_not_finite(shape, true, INFINITY);
     check_not_finite(shape, false, NAN);

@@ -1,6 +1,6 @@
-// Tests the host shim of the CUDA kernels. What must end a program is tried in a child, which is
-// this program with the name of a scenario; what a sanitizer must find is tried where it is built
-// with that sanitizer. The argument "times" measures instead.
+// Tests the host shim of the CUDA kernels. A scenario that must end the program runs in a child,
+// which is this program with the name of the scenario. A scenario that a sanitizer must find runs
+// only in a build with that sanitizer. The argument "times" measures instead of testing.
 #include <unistd.h>
 
 #include <chrono>
@@ -146,7 +146,7 @@ __global__ void deferred(Deferred p) {
 }
 
 void check_copies() {
-  // Exactly as long as what may be read.
+  // Exactly as long as what the kernel may read.
   const std::vector<float> from = {1, 2, 3, 4, 5, 6};
   auto* source = static_cast<float*>(std::aligned_alloc(16, 32));
   std::copy(from.begin(), from.end(), source);
@@ -390,7 +390,7 @@ __global__ void after_a_barrier(int* out) {
 __global__ void same_place(int* out) {
   if (threadIdx.x == 0) *out = static_cast<int>(blockIdx.x);
 }
-// The blocks between leave the places alone.
+// The blocks between do not write.
 __global__ void ends_of_grid(int* out) {
   if (blockIdx.x % 11 == 0) out[threadIdx.x] = static_cast<int>(blockIdx.x);
 }
