@@ -3,12 +3,9 @@
 // If a row's norm is needed, it is computed just before the row is updated, so that the second read
 // of the row hits the cache. Memory sees each input and each output once. A few long rows are split
 // into panels: a first round of tasks computes the panels' norms, a second one updates them.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
 #include "api/ode_step.h"
-#include "cpu/parallel.h"
+
+#include "cpu/simd.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
@@ -18,46 +15,8 @@ void ode_step(const OdeStep& step);
 
 namespace {
 
-using Index = std::int64_t;
-
 constexpr Index kMinTaskValues = 1 << 15;  // fewer values in a task do not repay starting a thread
 constexpr Index kMaxPanels = 64;           // of one row
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-template <class T>
-struct Simd {
-  // Aligned like a scalar: a row may start anywhere.
-  typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
-  static constexpr Index lanes = kVectorBytes / sizeof(T);
-};
-
-constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
-constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
-constexpr Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
-
-template <class F>
-void parallel(Index tasks, int threads, F&& body) {
-  run_parallel(
-      tasks, threads, [](void* context, Index task, int) { (*static_cast<F*>(context))(task); },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
-
-template <class T>
-typename Simd<T>::Vector load(const T* from) {
-  return *reinterpret_cast<const typename Simd<T>::Vector*>(from);
-}
-
-template <class T>
-void store(T* to, typename Simd<T>::Vector values) {
-  *reinterpret_cast<typename Simd<T>::Vector*>(to) = values;
-}
 
 // Σ v². A lane adds about eight values before the total in float64 takes over, because 1 − n²
 // magnifies an error of the norm.
@@ -69,12 +28,13 @@ double squared_norm(const T* v, Index n) {
   Index k = 0;
   while (k < whole) {
     const Index end = smaller(k + block, whole);
-    typename Simd<T>::Vector sum[4] = {};
+    typename Simd<T>::Unaligned sum[4] = {};
     for (; k + 4 * lanes <= end; k += 4 * lanes)
-      for (int i = 0; i < 4; ++i) sum[i] += load(v + k + i * lanes) * load(v + k + i * lanes);
-    for (; k < end; k += lanes) sum[0] += load(v + k) * load(v + k);
+      for (int i = 0; i < 4; ++i)
+        sum[i] += load_unaligned(v + k + i * lanes) * load_unaligned(v + k + i * lanes);
+    for (; k < end; k += lanes) sum[0] += load_unaligned(v + k) * load_unaligned(v + k);
     T merged[lanes];
-    store(merged, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    store_unaligned(merged, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (Index lane = 0; lane < lanes; ++lane) total[lane] += merged[lane];
   }
   double result = 0;
@@ -136,11 +96,11 @@ struct Span {
 
 template <class T, bool kHistory, bool kMean>
 void update_vector(const Span<T>& span, Index k, const StepFactors<T>& factors) {
-  const auto x = load(span.x + k), slope = load(span.slope + k);
+  const auto x = load_unaligned(span.x + k), slope = load_unaligned(span.slope + k);
   auto next = factors.of_x * x + factors.of_slope * slope;
-  if (kHistory) next += factors.of_history * load(span.history + k);
-  store(span.next + k, next);
-  if (kMean) store(span.mean + k, x + factors.stretch * slope);
+  if (kHistory) next += factors.of_history * load_unaligned(span.history + k);
+  store_unaligned(span.next + k, next);
+  if (kMean) store_unaligned(span.mean + k, x + factors.stretch * slope);
 }
 
 template <class T, bool kHistory, bool kMean>
@@ -196,7 +156,7 @@ void step_rows(const OdeStep& step) {
   // cache of the core that used them last.
   const Index group =
       larger(divide_up(step.rows, step.threads), larger(1, kMinTaskValues / step.features));
-  parallel(divide_up(step.rows, group), step.threads, [&](Index task) {
+  parallel(divide_up(step.rows, group), step.threads, [&](Index task, int) {
     const Index end = smaller((task + 1) * group, step.rows);
     for (Index row = task * group; row < end; ++row) {
       const double squared =
@@ -215,14 +175,14 @@ void step_panels(const OdeStep& step, Index panels) {
   for (Index row = 0; row < step.rows; ++row) {
     double part[kMaxPanels], squared = 0;
     if (needs_norm(step, row)) {
-      parallel(panels, step.threads, [&](Index panel) {
+      parallel(panels, step.threads, [&](Index panel, int) {
         part[panel] = squared_norm(slope_row<T>(step, row) + panel * width, length(panel));
       });
       for (Index panel = 0; panel < panels; ++panel) squared += part[panel];
     }
     const StepFactors<T> factors = step_factors<T>(step, row, squared);
     parallel(panels, step.threads,
-             [&](Index panel) { update(step, row, panel * width, length(panel), factors); });
+             [&](Index panel, int) { update(step, row, panel * width, length(panel), factors); });
   }
 }
 

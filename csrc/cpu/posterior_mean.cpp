@@ -122,7 +122,6 @@ template <class T>
 void project_pairs(const T* const* g, const T* const* m, const T* const* y, Index n,
                    double (*out)[kPairColumns]) {
   using Vector = typename Simd<T>::Vector;
-  typedef Vector Unaligned __attribute__((aligned(sizeof(T))));
   constexpr Index lanes = Simd<T>::lanes;
   Vector sum[kGradientRows][kPairColumns];
   set_zero(sum);
@@ -131,8 +130,8 @@ void project_pairs(const T* const* g, const T* const* m, const T* const* y, Inde
     Vector reference[kPairColumns];
     for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
     for (int q = 0; q < kGradientRows; ++q) {
-      const Vector upstream = *reinterpret_cast<const Unaligned*>(g[q] + k);
-      const Vector mean = *reinterpret_cast<const Unaligned*>(m[q] + k);
+      const Vector upstream = load_unaligned(g[q] + k);
+      const Vector mean = load_unaligned(m[q] + k);
       for (int c = 0; c < kPairColumns; ++c) sum[q][c] += upstream * (reference[c] - mean);
     }
   }

@@ -37,6 +37,7 @@ constexpr int kVectorBytes = 16, kTileQueries = 4, kTileVectors = 2;
 template <class T>
 struct Simd {
   typedef T Vector __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef Vector Unaligned __attribute__((aligned(alignof(T)), may_alias));
   static constexpr Index lanes = kVectorBytes / sizeof(T);
   static constexpr Index tile = kTileVectors * lanes;
 };
@@ -48,6 +49,16 @@ typename Simd<T>::Vector& vector_at(T* p) {
 template <class T>
 const typename Simd<T>::Vector& vector_at(const T* p) {
   return *reinterpret_cast<const typename Simd<T>::Vector*>(p);
+}
+
+// A vector that starts at any T.
+template <class T>
+typename Simd<T>::Unaligned load_unaligned(const T* from) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(from);
+}
+template <class T>
+void store_unaligned(T* to, typename Simd<T>::Unaligned values) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = values;
 }
 
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
