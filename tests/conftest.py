@@ -92,6 +92,22 @@ def run_kernel_tests(tmp_path_factory):
         process.wait()
 
 
+@pytest.fixture(scope="session")
+def strided():
+    """strided(values, kind) → the same values in other memory."""
+
+    def place(values, kind):
+        if kind == "rows apart":
+            return torch.stack([values, values], 1).flatten(1)[:, : values.shape[1]]
+        if kind == "columns":
+            return values.t().contiguous().t()
+        if kind == "every other":
+            return torch.stack([values, values], -1).flatten(1)[:, ::2]
+        return torch.cat([values.new_zeros(3), values.flatten()])[3:].view(values.shape)
+
+    return place
+
+
 def _wide(values):
     """Samples as (count, N) in long double: its 64 bits leave the plain formulas their digits."""
     if values.dtype == torch.uint8:

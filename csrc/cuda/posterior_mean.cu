@@ -7,8 +7,8 @@
 // for the device, and CUDA graphs can capture the launches.
 #include <cmath>
 
-#include "cuda/launch.h"
 #include "api/posterior_mean.h"
+#include "cuda/launch.h"
 #include "cuda/single_pass.h"
 #include "cuda/weighted_sums.h"
 
@@ -44,23 +44,24 @@ struct Partition {
 };
 
 Partition partition_of(const Problem& problem, int multiprocessors) {
-  Partition cut;
+  Partition partition;
   const Index fitting = larger(kSumRows, limits.parts / problem.features);
-  cut.queries = smaller(problem.queries, smaller(limits.queries, fitting));
-  const Index most = round_up(larger(limits.pairs / cut.queries, 128), 128);
-  cut.references = smaller(problem.references, smaller(most, limits.references));
-  cut.stride = round_up(cut.references, 32);
-  cut.few = cut.queries < 16 || problem.features < kPanel;
+  partition.queries = smaller(problem.queries, smaller(limits.queries, fitting));
+  const Index most = round_up(larger(limits.pairs / partition.queries, 128), 128);
+  partition.references = smaller(problem.references, smaller(most, limits.references));
+  partition.stride = round_up(partition.references, 32);
+  partition.few = partition.queries < 16 || problem.features < kPanel;
   // Two blocks per multiprocessor, if memory and the length of a list allow.
-  const Index tiles = divide_up(problem.features, kSumFeatures) * divide_up(cut.queries, kSumRows);
-  const Index words = cut.stride / 32;
+  const Index tiles =
+      divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, kSumRows);
+  const Index words = partition.stride / 32;
   const Index wanted = smaller(divide_up(2 * multiprocessors, tiles),
-                               larger(1, limits.parts / (cut.queries * problem.features)));
+                               larger(1, limits.parts / (partition.queries * problem.features)));
   const Index stretches =
       larger(smaller(wanted, divide_up(words, 4)), divide_up(words, kStretchWords));
-  cut.stretch_words = divide_up(words, stretches);
-  cut.stretches = divide_up(words, cut.stretch_words);
-  return cut;
+  partition.stretch_words = divide_up(words, stretches);
+  partition.stretches = divide_up(words, partition.stretch_words);
+  return partition;
 }
 
 constexpr double kFloatUnderflow = 104;  // nats: e^-104 is 0 in float32
@@ -133,9 +134,9 @@ class Calculation {
       : problem_(problem),
         stream_(stream),
         arena_(workspace),
-        cut_(partition_of(problem, stream.multiprocessors())),
+        partition_(partition_of(problem, stream.multiprocessors())),
         features_(static_cast<int>(problem.features)),
-        law_(weight_law(problem, !cut_.few)) {
+        law_(weight_law(problem, !partition_.few)) {
     if (!backward) pass_ = single_pass_of<R>(problem, stream);
     if (pass_.clusters > 0) {
       const Index rows = pass_.stretches * problem.queries;
@@ -144,23 +145,24 @@ class Calculation {
       passes_.total = arena_.take<double>(rows);
       return;
     }
-    const Index pairs = cut_.queries * cut_.stride;
-    pairs_.stride = cut_.stride;
+    const Index pairs = partition_.queries * partition_.stride;
+    pairs_.stride = partition_.stride;
     pairs_.squared = arena_.take<double>(pairs);
-    pairs_.lowest = arena_.take<float>(cut_.queries * divide_up(cut_.references, kTileReferences));
-    pairs_.norms = arena_.take<float>(cut_.queries);
+    pairs_.lowest =
+        arena_.take<float>(partition_.queries * divide_up(partition_.references, kTileReferences));
+    pairs_.norms = arena_.take<float>(partition_.queries);
     pairs_.projected = backward ? arena_.take<double>(pairs) : nullptr;
     weights_.weight = arena_.take<float>(pairs);
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
-    share_ = backward ? nullptr : arena_.take<float>(cut_.queries);
-    carry_ = backward ? nullptr : arena_.take<float>(cut_.queries);
-    parts_ = arena_.take<float>(cut_.stretches * cut_.queries * problem.features);
+    share_ = backward ? nullptr : arena_.take<float>(partition_.queries);
+    carry_ = backward ? nullptr : arena_.take<float>(partition_.queries);
+    parts_ = arena_.take<float>(partition_.stretches * partition_.queries * problem.features);
     if (!backward) return;
     probability_ = arena_.take<float>(pairs);
     scaled_ = arena_.take<float>(pairs);
     for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum,
                           &moments_.exact_sum, &moments_.unit, &spare_})
-      *each = arena_.take<double>(cut_.queries);
+      *each = arena_.take<double>(partition_.queries);
   }
 
   std::size_t workspace() const { return arena_.used(); }
@@ -168,10 +170,10 @@ class Calculation {
   void forward(const Forward& out) {
     if (pass_.clusters > 0) return pass_.tile == 64 ? in_one_pass<64>(out) : in_one_pass<128>(out);
     const double floor = weight_floor(problem_);
-    for (first_ = 0; first_ < problem_.queries; first_ += cut_.queries) {
+    for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
       const QueryStates state = {out.nearest + first_, out.total + first_, out.logsumexp + first_};
       float* mean = static_cast<float*>(out.mean) + first_ * problem_.features;
-      for (begin_ = 0; begin_ < problem_.references; begin_ += cut_.references) {
+      for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         measure(begin_ == 0 ? nullptr : state.nearest, {});
         run("weigh", {queries()}, kQueryThreads, kScratch, weigh, law_, radius(), pairs_,
             references(), floor, begin_ == 0, state, weights_, share_, carry_);
@@ -183,14 +185,14 @@ class Calculation {
   }
 
   void backward(const Backward& io) {
-    for (first_ = 0; first_ < problem_.queries; first_ += cut_.queries) {
-      const bool one = cut_.references == problem_.references;
-      for (begin_ = 0; begin_ < problem_.references; begin_ += cut_.references) {
+    for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
+      const bool one = partition_.references == problem_.references;
+      for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         measure(io.nearest + first_, upstream(io));
         run("pull", {queries()}, kQueryThreads, kScratch, pull, law_, radius(), io.nearest + first_,
             io.total + first_, pairs_, references(), gradient_floor(), begin_ == 0, moments_);
       }
-      for (begin_ = 0; begin_ < problem_.references; begin_ += cut_.references) {
+      for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         if (!one) measure(io.nearest + first_, upstream(io));
         differentiate(io);
       }
@@ -206,12 +208,12 @@ class Calculation {
     stream_.launch({name, grid, threads, shared}, kernel, arguments...);
   }
 
-  Index queries() const { return smaller(cut_.queries, problem_.queries - first_); }
+  Index queries() const { return smaller(partition_.queries, problem_.queries - first_); }
   int references() const {
-    return static_cast<int>(smaller(cut_.references, problem_.references - begin_));
+    return static_cast<int>(smaller(partition_.references, problem_.references - begin_));
   }
   int stretches() const {
-    return static_cast<int>(divide_up(divide_up(references(), 32), cut_.stretch_words));
+    return static_cast<int>(divide_up(divide_up(references(), 32), partition_.stretch_words));
   }
   const double* radius() const { return problem_.radius + first_; }
   Rows<float> x() const {
@@ -257,7 +259,7 @@ class Calculation {
 
   template <bool PROJECT>
   void pair_products(const Rows<float>& rows) {
-    if (cut_.few)
+    if (partition_.few)
       run("differences", tiles(8), 256, sizeof(TileMemory<R, 8>), differences<R, PROJECT>, rows,
           y(), features_, pairs_);
     else if (queries() <= 32 || tiles(64).x * tiles(64).y < 2 * stream_.multiprocessors())
@@ -275,8 +277,8 @@ class Calculation {
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
                        stretches()};
     run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R>, y(), features_,
-        weights_, cut_.stride, static_cast<int>(queries()), share,
-        static_cast<int>(cut_.stretch_words), parts_);
+        weights_, partition_.stride, static_cast<int>(queries()), share,
+        static_cast<int>(partition_.stretch_words), parts_);
   }
 
   void differentiate(const Backward& io) {
@@ -299,7 +301,7 @@ class Calculation {
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};
       run("reference_gradient", grid, kSumThreads, sizeof(SumMemory<float>), reference_gradient<R>,
-          upstream(io), x(), y(), features_, coefficients, cut_.stride, first_ == 0,
+          upstream(io), x(), y(), features_, coefficients, partition_.stride, first_ == 0,
           static_cast<float*>(io.grad_y) + begin_ * problem_.features);
     }
   }
@@ -307,7 +309,7 @@ class Calculation {
   const Problem& problem_;
   const Stream& stream_;
   Arena arena_;
-  const Partition cut_;
+  const Partition partition_;
   const int features_;
   const WeightLaw law_;
   SinglePass pass_;

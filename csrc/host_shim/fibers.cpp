@@ -180,7 +180,7 @@ struct Cluster {
   int running;
 };
 
-// ---- what is set, and what runs -------------------------------------------------------------
+// ---- settings, and what runs ----------------------------------------------------------------
 
 std::mutex mutex;  // guards all that follows
 Device device_now{4, 90, 232448};

@@ -19,7 +19,7 @@ using namespace pfgm;
 
 const CudaPlace kPlace{0, 0};
 
-// ---- what is tested -------------------------------------------------------------------------
+// ---- the implementation ---------------------------------------------------------------------
 
 Matrix workspace_of(const Problem& problem, bool backward) {
   const std::size_t bytes = posterior_mean_workspace_cuda(problem, kPlace, backward);
