@@ -154,7 +154,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What the CPU kernels can use again of references that stay as they are, for x of a dtype.
 
     About one value for 16 of a reference: sums over parts of it, from which they see that it is
-    too far away to count (csrc/screen_cpu.h).
+    too far away to count (csrc/cpu/screen.h).
     """
     width = extension().sketch_width(references.shape[1])
     if _on_cuda(references.device) or width == 0:

@@ -394,7 +394,7 @@ def _sum_of_gradients(
 
 
 def _is_steep(seen: _Saved, over: _Over) -> Tensor:
-    """Of which queries the rounding of the means would show (as in csrc/steep_rows_cpu.h)."""
+    """Of which queries the rounding of the means would show (as in csrc/cpu/steep_rows.h)."""
     N, wide = seen.x.shape[1], seen.radius.dtype
     # Kernels of GPUs compute in float32 alone.
     if seen.x.device.type != "cpu" or seen.x.dtype == wide:

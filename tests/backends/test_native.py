@@ -511,7 +511,7 @@ def test_gradients_where_the_nearest_is_close_beside_the_spread(threads, N, D):
         assert error_beside_scale(actual, expected) <= 1e-4, sigma
 
 
-# ---- lower bounds that rule references out (csrc/screen_cpu.h) ----
+# ---- lower bounds that rule references out (csrc/cpu/screen.h) ----
 
 
 def built_to_defeat(name, N, dtype):

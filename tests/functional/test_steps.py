@@ -301,19 +301,8 @@ def test_threads_change_nothing_but_the_norms_last_digit(B, N):
 # ---- memory ----------------------------------------------------------------------------------
 
 
-def strided(values, kind):
-    """The same values in other memory."""
-    if kind == "rows apart":
-        return torch.stack([values, values], 1).flatten(1)[:, : values.shape[1]]
-    if kind == "columns":
-        return values.t().contiguous().t()
-    if kind == "every other":
-        return torch.stack([values, values], -1).flatten(1)[:, ::2]
-    return torch.cat([values.new_zeros(3), values.flatten()])[3:].view(values.shape)
-
-
 @pytest.mark.parametrize("kind", ["rows apart", "columns", "every other", "unaligned"])
-def test_strided_tensors(backend, kind):
+def test_strided_tensors(backend, strided, kind):
     x, field_x, field_z = problem(5, (37,), 2.0)
     previous = other(x).float()
     expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
