@@ -148,7 +148,7 @@ inline void compare(const std::string& what, const Matrix& actual, const Values&
   }
 }
 
-// As in tests/backends/test_native.py: relative to the row, or to a typical row if terms cancel in it.
+// As in tests/backends/test_native.py: relative to the row, or to a typical row if terms cancel.
 inline Allowed of_gradient(const Values& expected, Index columns, double tolerance) {
   const Index rows = static_cast<Index>(expected.size()) / columns;
   const double floor = (tolerance > 1e-8 ? 1.0 : 1e-3) * norm(expected.data(), rows * columns) /
