@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pfgm
-from pfgm.files import check_folder
+from pfgm.common.files import check_folder
 from pfgm.plotting import image_grid
 
 

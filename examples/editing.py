@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import pfgm
-from pfgm.base import Flow, Network
-from pfgm.files import check_folder
+from pfgm.common.files import check_folder
+from pfgm.flows.flow import Flow, Network
 from pfgm.plotting import image_grid
 
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0)

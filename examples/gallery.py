@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pfgm
 from pfgm import plotting
-from pfgm.files import check_folder
+from pfgm.common.files import check_folder
 
 
 def moons(n: int, generator: torch.Generator) -> Tensor:

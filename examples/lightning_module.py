@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 import pfgm
-from pfgm.files import check_folder
+from pfgm.common.files import check_folder
 from pfgm.plotting import image_grid
 
 

@@ -46,7 +46,7 @@ def main() -> None:
         ode = flow.log_likelihood(net, held_out, levels=LEVELS, generator=generator)
         # The way to the latents is the same: only the density at the first level is another.
         true = ode.nats + mixture(ode.latent, flow.first_level)
-        true -= pfgm.likelihood.centred_prior(ode.latent, flow.first_level, flow.D)
+        true -= pfgm.flows.likelihood.centred_prior(ode.latent, flow.first_level, flow.D)
         exact = mixture(held_out, width)
         error = bits(true) - bits(exact)
         deviation = error.std() / math.sqrt(len(error))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pfgm
-from pfgm.files import check_folder
+from pfgm.common.files import check_folder
 from pfgm.plotting import image_grid
 
 

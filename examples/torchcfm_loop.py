@@ -14,7 +14,7 @@ from torchcfm.models.unet import UNetModel
 from torchdiffeq import odeint
 
 import pfgm
-from pfgm.files import check_folder
+from pfgm.common.files import check_folder
 from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
 from pfgm.plotting import image_grid
 

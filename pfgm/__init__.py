@@ -18,16 +18,13 @@ from . import (
     training,
 )
 from .backends import use_backend
-from .checkpoint import load, save
-from .checks import debug_checks
-from .editing import interpolate
-from .flow import PoissonFlow
-from .flowpp import PoissonFlowPP
+from .common.checks import debug_checks
+from .flows.editing import interpolate
+from .flows.likelihood import LogLikelihood
+from .flows.plusplus import PoissonFlowPP
+from .flows.poisson import PoissonFlow
 from .functional import field_fn, log_density, posterior_mean
-from .integrations.k_diffusion import as_k_diffusion
-from .likelihood import LogLikelihood
-from .references import ReferenceSet
-from .steps import (
+from .functional.steps import (
     euler_step,
     euler_step_from_mean,
     heun_step,
@@ -35,6 +32,11 @@ from .steps import (
     multistep_step,
     multistep_step_from_mean,
 )
+from .integrations.k_diffusion import as_k_diffusion
+from .references import ReferenceSet
+from .training.checkpoint import load, save
+
+__version__ = "0.1.0"
 
 __all__ = [
     "LogLikelihood",

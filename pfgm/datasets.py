@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .array_files import array_names, find_array, from_numpy, read_integers
+from .common.files import StrPath
 from .data import digits
-from .files import StrPath
+from .data.array_files import array_names, find_array, from_numpy, read_integers
+from .data.rows import InMemory, OnDisk, Source, open_source, source_of
 from .references import ReferenceSet
-from .sources import InMemory, OnDisk, Source, open_source, source_of
 
 __all__ = ["Data", "open_data", "open_samples"]
 

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import steps as ode_steps
-from .base import Condition, Flow, Network
+from .flows.flow import Condition, Flow, Network
+from .functional import steps as ode_steps
 from .references import References
 
 __all__ = ["Consistency"]
@@ -45,10 +45,10 @@ class Consistency:
         teacher: the trained network; it is not changed.
         steps: n, levels below the first.
         ahead: k, over how many levels the teacher goes; to the last unless given.
-        schedule, last: of the levels, as in :meth:`pfgm.base.Flow.grid`.
+        schedule, last: of the levels, as in :meth:`pfgm.flows.Flow.grid`.
 
     Raises:
-        ValueError: ahead is out of range, or as :meth:`pfgm.base.Flow.grid`.
+        ValueError: ahead is out of range, or as :meth:`pfgm.flows.Flow.grid`.
 
     >>> import copy, pfgm, torch
     >>> data = torch.randn(64, 2)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics
-from .base import Flow, Network, network_device
-from .batches import seed_of
-from .checks import allocating, check_seed
+from .common.checks import allocating, check_seed
+from .common.messages import progress_bar
+from .common.tensors import network_device
 from .data import to_unit
-from .flow import PoissonFlow
-from .messages import progress_bar
+from .flows.flow import Flow, Network
+from .flows.poisson import PoissonFlow
 from .networks import NoiseEmbedding, SongUNet
+from .training.batches import seed_of
 
 __all__ = [
     "RUNS",
@@ -92,13 +93,13 @@ def draw_samples(
 
     Args:
         flow: what the network is of.
-        network: as for :meth:`pfgm.base.Flow.sample`.
+        network: as for :meth:`pfgm.flows.Flow.sample`.
         n: how many.
         seed: of the prior, and of the noise that some samplers add.
         batch_size: samples at a time.
         device: where; that of the network's parameters unless given.
         progress: show a progress bar for each batch.
-        **options: of :meth:`pfgm.base.Flow.sample`, such as solver, steps, schedule and guidance.
+        **options: of :meth:`pfgm.flows.Flow.sample`, such as solver, steps, schedule and guidance.
 
     Raises:
         ValueError: an argument is out of range, as there.
@@ -276,7 +277,7 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """Bits per dimension of data under a flow, mean and standard error.
 
-    −log₂ p/N + log₂(levels/2) of :meth:`pfgm.base.Flow.log_likelihood` for data made continuous by
+    −log₂ p/N + log₂(levels/2) of :meth:`pfgm.flows.Flow.log_likelihood` for data made continuous by
     uniform noise within a grey level: an upper bound, in the mean, of the bits that a code for the
     levels themselves needs (Theis et al., arXiv 1511.01844, section 3.1).
 
@@ -290,7 +291,7 @@ def bits_per_dim(
         seed: of the noise and of the probes that estimate the divergence.
         batch_size: samples at a time.
         progress: show a progress bar for each batch.
-        **options: of :meth:`pfgm.base.Flow.log_likelihood`, such as solver, rtol and estimator.
+        **options: of :meth:`pfgm.flows.Flow.log_likelihood`, such as solver, rtol and estimator.
 
     Raises:
         ValueError: no rows, levels or an option out of range, values outside [−1, 1].
@@ -367,7 +368,7 @@ def curve(
 
     Args:
         flow: what the network is of.
-        network: as for :meth:`pfgm.base.Flow.sample`.
+        network: as for :meth:`pfgm.flows.Flow.sample`.
         held_out: (m, *S), floating or uint8, m ≥ 2, on the device of the samples.
         n: samples for each point, at least 2.
         steps: of euler, heun and multistep; empty leaves them out.

@@ -13,14 +13,14 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import StrPath
+from .common.files import StrPath
+from .common.tensors import evaluating
 
 Features = Callable[[Tensor], Tensor]
 
@@ -447,7 +447,7 @@ def _pair(
         _check_finite(name, x)
     if features is None:
         return a.detach().flatten(1).double(), b.detach().flatten(1).double()
-    with _evaluating(features):
+    with evaluating(getattr(features, "__self__", features)):
         return _features(name_a, a, features), _features(name_b, b, features)
 
 
@@ -466,21 +466,6 @@ def _features(name: str, x: Tensor, features: Features) -> Tensor:
     joined = torch.cat(rows)
     _check_finite(f"features of {name}", joined)
     return joined
-
-
-@contextmanager
-def _evaluating(features: Features) -> Iterator[None]:
-    """No gradients, and a module in evaluation mode, each part restored as it was."""
-    module = getattr(features, "__self__", features)
-    training = [m for m in module.modules() if m.training] if isinstance(module, nn.Module) else []
-    try:
-        if isinstance(module, nn.Module):
-            module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _check_finite(name: str, x: Tensor) -> None:

@@ -15,17 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
 from .backends import choose, requested
-from .backends.reference import (
-    OdeStep,
-    at_limit,
-    ode_step_formula,
-    posterior_mean_tangent,
-    wide_dtype,
-)
+from .backends.problems import OdeStep
 from .backends.reference import normalised_field as normalised_field_formula
-from .checks import varies
+from .backends.reference import ode_step_formula, posterior_mean_tangent
+from .backends.weights import at_limit
+from .common import transforms
+from .common.checks import varies
+from .common.tensors import wide_dtype
 
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 

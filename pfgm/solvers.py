@@ -2,8 +2,8 @@
 
 All have one signature: ``solver(denoise, x, grid, callback=None) -> (x, nfe)``. ``denoise(x, z)``
 is the posterior mean of points x (B, *S) at the level z, a float, or the
-:class:`pfgm.steps.Field` that implies it; ``grid`` holds decreasing levels, or rising ones, from
-data to the prior; ``callback`` gets a :class:`StepInfo` before each step and stops the run by
+:class:`pfgm.functional.Field` that implies it; ``grid`` holds decreasing levels, or rising ones,
+from data to the prior; ``callback`` gets a :class:`StepInfo` before each step and stops the run by
 returning True; ``nfe`` counts the evaluations of ``denoise``. The equation is the same for every
 number of augmented dimensions (PFGM++, arXiv 2302.04265, section 3.3), so the same solvers serve
 sigma in place of z.
@@ -23,9 +23,10 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from . import steps, transforms
-from .checks import checks_values, untouched
-from .steps import Field
+from .common import transforms
+from .common.checks import checks_values, untouched
+from .functional import steps
+from .functional.steps import Field
 
 __all__ = [
     "SAMPLERS",

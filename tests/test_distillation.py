@@ -11,8 +11,8 @@ from torch import nn
 
 import pfgm
 from pfgm.distillation import Consistency
-from pfgm.runs import RunConfig, start
 from pfgm.training import TrainConfig, Trainer
+from pfgm.training.runs import RunConfig, start
 
 
 def seeded(seed=0):

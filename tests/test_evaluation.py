@@ -17,7 +17,7 @@ from torch import Tensor
 import pfgm
 from pfgm import cli, evaluation, metrics
 from pfgm.evaluation import bits_per_dim, curve, draw_samples, evaluate_samples
-from pfgm.runs import RunConfig
+from pfgm.training.runs import RunConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

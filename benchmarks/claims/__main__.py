@@ -39,7 +39,7 @@ from benchmarks.common.build import (
 )
 from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import DOCS
-from pfgm.files import check_folder
+from pfgm.common.files import check_folder
 
 PUBLISHED = DOCS / "claims"
 BUILD_SECONDS = 300

@@ -18,7 +18,7 @@ from benchmarks.claims.measures import accuracy, classifier_path, train_classifi
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import write_csv
 from benchmarks.common import machine
-from pfgm.files import write_atomic
+from pfgm.common.files import write_atomic
 
 __all__ = ["copy_results", "examine", "keep_preset", "prepare"]
 

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.claims.presets import Preset
-from pfgm.files import write_atomic
+from pfgm.common.files import write_atomic
 
 __all__ = ["Job", "Row", "Tables", "ended_by_sigterm", "measured_tables", "processors", "run_jobs"]
 

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from benchmarks.claims.presets import Preset
 from pfgm import metrics
+from pfgm.common.files import write_atomic
 from pfgm.data import to_unit
 from pfgm.datasets import open_data
 from pfgm.evaluation import spread
-from pfgm.files import write_atomic
 
 __all__ = [
     "FIGURES",

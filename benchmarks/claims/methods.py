@@ -21,12 +21,12 @@ from torch import Tensor, nn
 import pfgm
 from benchmarks.claims.measures import data_of
 from benchmarks.claims.presets import Preset
-from pfgm.base import Flow
-from pfgm.checkpoint import Loaded
 from pfgm.evaluation import draw_samples
-from pfgm.flowpp import Preconditioned
+from pfgm.flows.flow import Flow
+from pfgm.flows.plusplus import Preconditioned
 from pfgm.networks import Denoiser, UNet
 from pfgm.training import Trainer
+from pfgm.training.checkpoint import Loaded
 
 __all__ = [
     "METHODS",

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm.base import Flow, Network, network_device
-from pfgm.checkpoint import Loaded
+from pfgm.common.tensors import network_device
+from pfgm.flows.flow import Flow, Network
+from pfgm.training.checkpoint import Loaded
 
 __all__ = ["PEERS", "SDE", "Sampler", "draw"]
 

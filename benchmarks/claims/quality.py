@@ -21,8 +21,8 @@ from benchmarks.claims.methods import METHODS, ODE_METHODS, Spec
 from benchmarks.claims.pictures import curves
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import grouped, over_seeds, select
-from pfgm.base import Flow
 from pfgm.evaluation import RUNS
+from pfgm.flows.flow import Flow
 
 _MULTISTEP = "multistep, log"
 _SOLVERS: dict[str, dict[str, Any]] = {

@@ -31,9 +31,9 @@ from benchmarks.common.posterior_paths import published
 from benchmarks.common.subjects import Case
 from benchmarks.common.turns import ratio, time_calls
 from pfgm.backends.reference import normalised_field
-from pfgm.base import Flow
-from pfgm.batches import Batch, Batches, seed_of
 from pfgm.evaluation import spread
+from pfgm.flows.flow import Flow
+from pfgm.training.batches import Batch, Batches, seed_of
 
 PFGM, PLUSPLUS = "PFGM", "PFGM++ 128"
 _STEPS = 20  # of the multistep solver

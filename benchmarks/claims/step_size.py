@@ -16,7 +16,7 @@ from benchmarks.claims.methods import METHODS, Spec
 from benchmarks.claims.pictures import curves
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import over_seeds, relative, select
-from pfgm.base import Flow
+from pfgm.flows.flow import Flow
 
 GRIDS = ("uniform", "log", "rho")
 LATE = "EDM from z_max"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.jobs import Row
-from pfgm.files import write_atomic
+from pfgm.common.files import write_atomic
 
 __all__ = ["grouped", "over_seeds", "relative", "select", "write_csv"]
 

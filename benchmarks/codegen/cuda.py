@@ -30,7 +30,7 @@ from benchmarks.common.folders import ROOT
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
 
-CSRC = ROOT / "csrc"
+CSRC = ROOT / "csrc" / "cuda"
 HOW_TO_BUILD = (
     "To check them, install the CUDA toolkit so that nvcc is on PATH (or named in CUDACXX) and run "
     "pip install -e '.[test]' again."
@@ -177,7 +177,7 @@ def reason_against() -> str | None:
 
 
 def declared() -> set[str]:
-    """The names of all kernels in csrc/.
+    """The names of all kernels in csrc/cuda/.
 
     Raises:
         ValueError: the name of a kernel cannot be read.
@@ -399,7 +399,7 @@ def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
 
 
 def missing(rows: list[Row], expected: Iterable[str]) -> list[str]:
-    """Which kernels of csrc/ the extension lacks on an architecture, in sentences."""
+    """Which kernels of csrc/cuda/ the extension lacks on an architecture, in sentences."""
     there = {(row.architecture, stem(row.kernel)) for row in rows}
     return [
         f"{name} is not in the extension for sm_{architecture}."

@@ -10,7 +10,7 @@ import tempfile
 from typing import Any
 
 from benchmarks.common.machine import store
-from pfgm import demo
+from pfgm.cli import demo
 
 SEEDS = (0, 1, 2)
 TARGETS = {"frechet_distance": "<= 0.75", "precision": ">= 0.80", "recall": ">= 0.75"}

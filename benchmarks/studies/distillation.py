@@ -27,10 +27,10 @@ from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import DOCS
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
-from pfgm import demo
-from pfgm.base import Flow
+from pfgm.cli import demo
+from pfgm.common.files import check_folder
 from pfgm.distillation import Consistency
-from pfgm.files import check_folder
+from pfgm.flows.flow import Flow
 from pfgm.training import Trainer
 
 SEEDS = (0, 1, 2)

@@ -21,7 +21,7 @@ from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import DOCS
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
-from pfgm import demo
+from pfgm.cli import demo
 
 SEEDS = (0, 1, 2)
 PICTURE = DOCS / "images" / "quality.png"

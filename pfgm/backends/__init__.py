@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference, triton
-from .reference import OdeStep
+from .problems import OdeStep
 
 __all__ = [
     "Availability",

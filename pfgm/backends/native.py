@@ -16,9 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..checks import check_radius, checks_values, non_finite_message, radius_message
-from .reference import OdeStep, at_limit, check_singular, singular_message
+from ..common.checks import check_radius, checks_values, non_finite_message, radius_message
+from .problems import OdeStep
 from .reference import normalised_field as normalised_field_formula
+from .weights import at_limit, check_singular, singular_message
 
 __all__ = [
     "build_lines",
@@ -153,7 +154,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What the CPU kernels can use again of references that stay as they are, for x of a dtype.
 
     About one value for 16 of a reference: sums over parts of it, from which they see that it is
-    too far away to count (csrc/screen_cpu.h).
+    too far away to count (csrc/cpu/screen.h).
     """
     width = extension().sketch_width(references.shape[1])
     if _on_cuda(references.device) or width == 0:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_radius, checks_values, non_finite_message
+from ..common.checks import check_radius, checks_values, non_finite_message
+from ..common.tensors import dequantise, wide_dtype
+from .problems import OdeStep
+from .weights import at_limit, check_singular, log_sum_exp, log_weight
 
 _PAIRS = 1 << 20  # (query, reference) pairs a chunk: 8 MiB for each (B, chunk) matrix
 _VALUES = 1 << 22  # reference values a chunk: 32 MiB in float64
@@ -32,17 +34,6 @@ def describe() -> str:
     return f"exact differences in plain torch {torch.__version__}, chunked"
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, except on devices that have none."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
-    """References as floating point: uint8 means u/127.5 − 1."""
-    values = references.to(dtype)
-    return values / 127.5 - 1 if references.dtype == torch.uint8 else values
-
-
 def _chunks(x: Tensor, references: Tensor) -> Iterator[slice]:
     rows = min(_PAIRS // max(len(x), 1), _VALUES // max(x.shape[1], 1))
     for start in range(0, len(references), max(rows, 1)):
@@ -52,15 +43,6 @@ def _chunks(x: Tensor, references: Tensor) -> Iterator[slice]:
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     # Without mm: |x|² + |y|² − 2x·y cancels (spec: off by 4e-4 in the mean near ties).
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-
-def log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
-    """log of the weight at squared distance nearest + excess, relative to that at nearest."""
-    if math.isinf(D):
-        scores = -excess / radius / radius / 2
-    else:
-        scores = torch.log1p(excess / (nearest + radius.square())) * (-(N + D) / 2)
-    return torch.where(excess == 0, 0.0, scores)
 
 
 def _averaged(
@@ -113,15 +95,6 @@ def posterior_mean(
     nearest, total, mean = _averaged(wide, references, r, D, torch.matmul)
     logsumexp = log_sum_exp(nearest, total, r, D, x.shape[1])
     return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
-
-
-def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
-    """lse of the nearest reference's squared distance and the total weight relative to it."""
-    if math.isinf(D):
-        score = torch.where(nearest == 0, 0.0, -nearest / radius / radius / 2)
-    else:
-        score = (nearest + radius.square()).log() * (-(N + D) / 2)  # +inf at s = 0
-    return torch.where(score.isposinf(), score, score + total.log())
 
 
 def posterior_mean_backward(
@@ -238,26 +211,6 @@ def posterior_mean_tangent(
     return of_mean, torch.where(regular, of_lse, math.nan).squeeze(1)
 
 
-def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
-    """Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score."""
-    if math.isinf(D):
-        return (radius == 0) | (nearest / radius / radius).isinf()
-    return nearest + radius.square() == 0
-
-
-def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:
-    """Raises ValueError for the first row at a limit whose log-sum-exp is to be differentiated."""
-    if checks_values(limit.device) and bool((bad := limit & (grad_logsumexp != 0)).any()):
-        raise ValueError(singular_message(int(bad.flatten().nonzero()[0])))
-
-
-def singular_message(row: int) -> str:
-    return (
-        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite (r or sigma is 0, or so "
-        "small that it underflows), where it has no gradient; use a positive r or sigma."
-    )
-
-
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """v_x (B, N) and v_z (B,) from x (B, N), z (B,) and mean (B, N), differentiable."""
     dtype = wide_dtype(x.device)
@@ -275,25 +228,6 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
 _TINY = 1e-5
 # ‖v_x‖/√N is below 1 for every field; a network may be off.
 _LARGEST_NORM = 1 - 1e-6
-
-
-class OdeStep(NamedTuple):
-    """One step next = x + toward (mean − x) + blend (history − x), as every backend takes it."""
-
-    x: Tensor
-    """(B, N), the points."""
-    slope: Tensor
-    """(B, N), their v_x, or the mean itself where field_z is None."""
-    field_z: Tensor | None
-    """(B,), their v_z."""
-    history: Tensor | None
-    """(B, N), one more point of each row; None where blend is 0."""
-    levels: tuple[float, float, float] | Tensor
-    """z, toward and blend for all rows, or (3, B) in float64 for each."""
-    gamma: float
-    z_exp: float
-    exact: bool
-    """Which substitution of v_z below z_exp."""
 
 
 def ode_step(

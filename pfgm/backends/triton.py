@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..checks import check_radius, checks_values, non_finite_message
-from .reference import OdeStep, at_limit, check_singular
+from ..common.checks import check_radius, checks_values, non_finite_message
+from .problems import OdeStep
+from .weights import at_limit, check_singular
 
 _REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 

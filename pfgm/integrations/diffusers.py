@@ -24,19 +24,20 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..backends.reference import dequantise, wide_dtype
-from ..base import Flow, over_samples, per_row
-from ..flow import PoissonFlow
-from ..flowpp import PoissonFlowPP
+from ..common.checks import check_choice
+from ..common.tensors import dequantise, over_samples, wide_dtype
+from ..flows.flow import Flow, per_row
+from ..flows.plusplus import PoissonFlowPP
+from ..flows.poisson import PoissonFlow
 from ..functional import field_fn, posterior_mean
-from ..networks.foreign import Foreign, ForeignDenoiser, from_module, telling
-from ..references import References
-from ..steps import (
+from ..functional.steps import (
     euler_step_from_mean,
     heun_step_from_mean,
     mean_of,
     multistep_step_from_mean,
 )
+from ..networks.wrapped import Foreign, ForeignDenoiser, from_module, telling
+from ..references import References
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -101,8 +102,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         defaults = self._flow.defaults
         solver = solver or defaults.solver
         prediction_type = prediction_type or self._predictions[0]
-        _check_choice("solver", solver, _SOLVERS)
-        _check_choice("prediction_type", prediction_type, self._predictions)
+        check_choice("solver", solver, _SOLVERS)
+        check_choice("prediction_type", prediction_type, self._predictions)
         self.register_to_config(
             solver=solver,
             schedule=schedule or defaults.schedule,
@@ -418,8 +419,3 @@ class PoissonFlowPPScheduler(FlowScheduler):
         zeros = torch.zeros_like(x)
         of_points = self._reader.read(x, sigma, zeros)
         return (mean - of_points) / self._reader.read(zeros, sigma, torch.ones_like(x))
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")

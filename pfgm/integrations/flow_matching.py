@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.reference import dequantise
-from ..base import by_label, check_dtype, common_device, over_samples
-from ..checks import checks_values, is_number, untouched
-from ..flowpp import PoissonFlowPP
-from ..functional import per_query, posterior_mean
+from ..common.checks import check_dtype, checks_values, is_number, untouched
+from ..common.tensors import common_device, dequantise, over_samples
+from ..flows.flow import by_label
+from ..flows.plusplus import PoissonFlowPP
+from ..functional import posterior_mean
+from ..functional.field import per_query
 from ..references import References
 
 __all__ = ["PoissonFlowMatcher", "as_denoiser"]

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..checks import allocating
-from .checkpoints import load_published
+from ..common.checks import allocating
 from .denoiser import Denoiser
-from .edm import EDMDenoiser, SongUNet
 from .embedding import FieldNetwork, NoiseEmbedding, field_from_mean
-from .foreign import from_module
 from .mlp import MLP
-from .published import DDPMpp, NCSNpp, Published
+from .published.edm import EDMDenoiser, SongUNet
+from .published.load import load_published
+from .published.pfgm_unets import DDPMpp, NCSNpp, Published
 from .unet import UNet
+from .wrapped import from_module
 
 NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser] | type[EDMDenoiser] | type[Published]] = {
     "ddpmpp": DDPMpp,

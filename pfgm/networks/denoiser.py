@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flowpp import Preconditioned
+from ..flows.plusplus import Preconditioned
 from .embedding import FieldNetwork, plain
 from .mlp import MLP
-from .published import DDPMpp, NCSNpp, Published
+from .published.pfgm_unets import DDPMpp, NCSNpp, Published
 from .unet import UNet
 
 _INNER: dict[str, type[FieldNetwork] | type[Published]] = {
@@ -54,7 +54,8 @@ class _Backbone(nn.Module):
 class Denoiser(Preconditioned):
     """A denoiser net(x, sigma, labels=None) of :class:`pfgm.PoissonFlowPP`, any D.
 
-    A network of this package behind EDM's preconditioning (:class:`pfgm.flowpp.Preconditioned`).
+    A network of this package behind EDM's preconditioning
+    (:class:`pfgm.flows.plusplus.Preconditioned`).
 
     Args:
         network: "unet", "mlp", "ddpmpp" or "ncsnpp"; the last two take no labels.

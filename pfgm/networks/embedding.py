@@ -4,51 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import checks_values
+from ..common.checks import checks_values, int_tuple, positive_float
 
 _FLOOR = 1e-3  # below z_min of the flow nothing is left to tell apart, so logarithms stop there
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws only
 MOST_WIDE = 1 << 20  # features or channels of a layer
 MOST_DEEP = 10_000  # blocks of a network or of a level
-_MOST = (1 << 63) - 1  # what torch can count
-_MOST_LEVELS = 64
 Center = float | Sequence[Any] | Tensor
 _PERIODS = (2.0, 32.0)  # of the sines, in units of the logarithm: fine enough for one noise level
-
-
-def positive_int(name: str, value: Any, most: int = _MOST) -> int:
-    """`value`, an integer from 1 to `most`, as an int, else a ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
-        limit = "" if most == _MOST else f" and at most {most}"
-        raise ValueError(f"{name} is {value!r}; only an integer of at least 1{limit} is allowed.")
-    return int(value)
-
-
-def natural(name: str, value: Any) -> int:
-    """`value`, an integer of at least 0, as an int, else a ValueError that names the argument."""
-    return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
-
-
-def positive_float(name: str, value: Any) -> float:
-    """`value`, positive and finite, as a float, else a ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
-    return float(value)
-
-
-def int_tuple(name: str, values: Any, most: int = _MOST) -> tuple[int, ...]:
-    """`values`, a non-empty list or tuple of integers from 1 to `most`, as a tuple."""
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
-        raise ValueError(f"{name} is {values!r}; only a non-empty list or tuple is allowed.")
-    if len(values) > _MOST_LEVELS:
-        raise ValueError(f"{name} has {len(values)} values; at most {_MOST_LEVELS} are allowed.")
-    return tuple(positive_int(f"{name}[{i}]", value, most) for i, value in enumerate(values))
 
 
 def field_from_mean(

@@ -8,16 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import (
-    MOST_DEEP,
-    MOST_WIDE,
-    Center,
-    FieldNetwork,
-    NoiseEmbedding,
-    natural,
-    plain,
-    positive_int,
-)
+from ..common.checks import natural, positive_int
+from .embedding import MOST_DEEP, MOST_WIDE, Center, FieldNetwork, NoiseEmbedding, plain
 
 
 class MLPBlock(nn.Module):

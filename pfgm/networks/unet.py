@@ -9,17 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embedding import (
-    MOST_DEEP,
-    MOST_WIDE,
-    Center,
-    FieldNetwork,
-    NoiseEmbedding,
-    int_tuple,
-    natural,
-    plain,
-    positive_int,
-)
+from ..common.checks import int_tuple, natural, positive_int
+from .embedding import MOST_DEEP, MOST_WIDE, Center, FieldNetwork, NoiseEmbedding, plain
 
 
 def _norm(channels: int) -> nn.GroupNorm:

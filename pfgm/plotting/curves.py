@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..files import StrPath
+from ..common.files import StrPath
 from .figures import (
     DPI,
     INK,

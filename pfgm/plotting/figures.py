@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import StrPath, write_atomic
+from ..common.files import StrPath, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

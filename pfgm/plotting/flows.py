@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import StrPath
+from ..common.files import StrPath
 from ..functional import field_fn, log_density
 from .figures import (
     DPI,
@@ -28,7 +28,7 @@ from .figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..flow import PoissonFlow
+    from ..flows.poisson import PoissonFlow
 
 # In pixels of the saved picture.
 _PANEL = 240

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.files import StrPath
 from ..data import to_unit
-from ..files import StrPath
 from .figures import MARGIN, TITLE, add_axes, add_title, new_figure, save, style, text_width
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm import references as module
+from pfgm.references import reference_set as module
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])

@@ -1,0 +1,48 @@
+"""Weights of references relative to the nearest, their log-sum-exp, and its limits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..common.checks import checks_values
+
+
+def log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+    """log of the weight at squared distance nearest + excess, relative to that at nearest."""
+    if math.isinf(D):
+        scores = -excess / radius / radius / 2
+    else:
+        scores = torch.log1p(excess / (nearest + radius.square())) * (-(N + D) / 2)
+    return torch.where(excess == 0, 0.0, scores)
+
+
+def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+    """lse of the nearest reference's squared distance and the total weight relative to it."""
+    if math.isinf(D):
+        score = torch.where(nearest == 0, 0.0, -nearest / radius / radius / 2)
+    else:
+        score = (nearest + radius.square()).log() * (-(N + D) / 2)  # +inf at s = 0
+    return torch.where(score.isposinf(), score, score + total.log())
+
+
+def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
+    """Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score."""
+    if math.isinf(D):
+        return (radius == 0) | (nearest / radius / radius).isinf()
+    return nearest + radius.square() == 0
+
+
+def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:
+    """Raises ValueError for the first row at a limit whose log-sum-exp is to be differentiated."""
+    if checks_values(limit.device) and bool((bad := limit & (grad_logsumexp != 0)).any()):
+        raise ValueError(singular_message(int(bad.flatten().nonzero()[0])))
+
+
+def singular_message(row: int) -> str:
+    return (
+        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite (r or sigma is 0, or so "
+        "small that it underflows), where it has no gradient; use a positive r or sigma."
+    )

@@ -1,0 +1,319 @@
+"""``pfgm evaluate``: samples of a checkpoint, or samples that there are, measured and drawn."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import evaluation
+from ..common.checks import check_seed, usable_device
+from ..common.files import output_folder, write_atomic
+from ..data import to_unit
+from ..datasets import Data, open_data, open_samples
+from ..evaluation import Point
+from ..flows.flow import check_steps
+from ..references import ReferenceSet
+from ..training.checkpoint import Loaded, check_solver, load
+from ..training.runs import RunConfig
+
+__all__ = ["Evaluate"]
+
+_SHOWN = 100  # samples in the picture
+_LIKELIHOOD_BATCH = 64
+_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+
+
+class _Real(NamedTuple):
+    """What samples are compared with, in [−1, 1] where it was bytes."""
+
+    held_out: Tensor | None
+    train: Tensor
+
+    @classmethod
+    def of(cls, data: Data, count: int, seed: int, device: torch.device) -> _Real:
+        """At most so many rows of each, on the device where that has float64."""
+        place = device if device.type == "cuda" else torch.device("cpu")
+        held_out = None if data.held_out is None else _some(data.held_out, count, seed).to(place)
+        return cls(held_out, _some(data.train, count, seed).to(place))
+
+
+@dataclass
+class Evaluate:
+    """Measure samples, of a checkpoint or those in a file or folder, against held-out data."""
+
+    out: Path
+    """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
+    checkpoint: Path | None = None
+    """A .safetensors file, or the folder of a run; or, in its place, --samples."""
+    samples: Path | None = None
+    """A .npy, .npz or .safetensors file of samples, or a folder of images."""
+    data: str | None = None
+    """What they should be like: digits, fashion-mnist, cifar10 or a path, as for train. What the
+    checkpoint's run was trained on unless given, or else digits."""
+    n: int = 1000
+    """How many samples are drawn; of a file or folder, how many are taken at most."""
+    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    """How the field lines are followed; consistency is for few-step models."""
+    steps: int | None = None
+    """Steps of the solver (rk45 chooses its own): 10 unless given, more for samples of few
+    values."""
+    schedule: Literal["rho", "log"] = "rho"
+    """Spacing of the steps."""
+    last: float | None = None
+    """Level from which the last step goes to the end at once."""
+    guidance: float | None = None
+    """How much to exaggerate the labels, of a network that was trained with some."""
+    against: int = 10_000
+    """How many rows of held-out and of training data are compared at most."""
+    likelihood: int = 0
+    """How many held-out samples to find the bits per dimension of."""
+    levels: int | None = None
+    """Grey levels of the data, for --likelihood, unless they are known; 0 for continuous values."""
+    curve: bool = False
+    """Measure every solver at several numbers of steps too."""
+    curve_steps: tuple[int, ...] = (3, 5, 8, 10, 20, 40)
+    """Which; heun takes half as many, for as many evaluations."""
+    seed: int = 0
+    """Of all that is drawn: the same seed gives the same figures."""
+    batch_size: int = 1000
+    """Samples at a time."""
+    device: str = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
+
+    def run(self) -> None:
+        self._check()
+        device = usable_device(self.device)
+        name = self.data or _trained_on(self.checkpoint)
+        data = open_data(name, progress=True)
+        source = self._open(device)
+        self._check_data(name, data, source)
+        with output_folder(self.out):
+            self._measure(name, data, source, device)
+        print(self.out)
+
+    def _measure(
+        self, name: str, data: Data, source: Loaded | ReferenceSet, device: torch.device
+    ) -> None:
+        real = _Real.of(data, self.against, self.seed, device)
+        figures: dict[str, Any] = {"data": name}
+        if isinstance(source, Loaded):
+            samples, described = self._draw(source, device)
+            samples = evaluation.clamped(samples.to(real.train.device), real.train)
+        else:
+            samples, described = _some(source, self.n, self.seed), {"source": str(self.samples)}
+            samples = samples.to(real.train.device)
+        figures |= described
+        figures |= evaluation.evaluate_samples(samples, real.held_out, real.train, progress=True)
+        if isinstance(source, Loaded) and self.likelihood:
+            figures["likelihood"] = self._likelihood(source, data, device)
+        figures |= {"seed": self.seed, "versions": _versions()}
+        _write_json(self.out / "metrics.json", figures)
+        print(_table(figures))
+        points = []
+        if isinstance(source, Loaded) and self.curve:
+            points = self._curve(source, real, device)
+            _write_csv(self.out / "curve.csv", points)
+        _draw_pictures(self.out, samples, points, figures["frechet_distance"]["train"])
+
+    # ---- what is asked for ----
+
+    def _check(self) -> None:
+        if (self.checkpoint is None) == (self.samples is None):
+            both = "neither" if self.samples is None else "both"
+            raise ValueError(f"{both} of checkpoint and samples given; allowed is one of them.")
+        if self.samples is not None and (self.likelihood or self.curve):
+            raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
+        for name, value, smallest in (
+            ("n", self.n, 1),
+            ("batch-size", self.batch_size, 1),
+            ("against", self.against, 1),
+            ("likelihood", self.likelihood, 0),
+            ("curve-steps", min(self.curve_steps, default=0), 1),
+        ):
+            if not smallest <= value < 2**63:
+                raise ValueError(
+                    f"{name} is {value}; allowed is at least {smallest}, and below 2^63."
+                )
+        check_seed(self.seed)
+        steps = () if self.steps is None else (self.steps,)
+        for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
+            for count in counts:
+                check_steps(name, count)
+
+    def _open(self, device: torch.device) -> Loaded | ReferenceSet:
+        if self.checkpoint is not None:
+            if notice := check_solver(self.checkpoint, self.solver):
+                print(f"pfgm: {notice}", file=sys.stderr)
+            return load(self.checkpoint, device=device)
+        assert self.samples is not None
+        return open_samples(self.samples, progress=True)
+
+    def _check_data(self, name: str, data: Data, source: Loaded | ReferenceSet) -> None:
+        shape = source.flow.shape if isinstance(source, Loaded) else tuple(source.shape[1:])
+        expected = tuple(data.train.shape[1:])
+        if shape != expected:
+            raise ValueError(
+                f"samples have shape {shape}, but those of data {name} {expected}; give the data "
+                "that they should be like."
+            )
+        real = data.held_out or data.train
+        if self.likelihood > len(real):
+            raise ValueError(
+                f"likelihood is {self.likelihood}; allowed are at most {len(real)}, the "
+                f"{_part(data).replace('_', '-')} samples of {name}."
+            )
+
+    # ---- what is measured ----
+
+    def _draw(self, model: Loaded, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        steps = self.steps
+        if steps is None:
+            steps = evaluation.usual_steps(model.flow, self.solver)
+        solving: dict[str, Any] = {
+            "solver": self.solver,
+            "steps": steps,
+            "schedule": self.schedule,
+            "last": self.last,
+            "guidance": self.guidance,
+        }
+        samples, nfe = evaluation.draw_samples(
+            *model,
+            self.n,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=device,
+            progress=True,
+            **solving,
+        )
+        classes = evaluation.label_count(model.network)
+        labels = f"i mod {classes}" if classes else None
+        sampling = {**solving, "labels": labels, "batch_size": self.batch_size}
+        return samples, {"source": str(self.checkpoint), "nfe": nfe, "sampling": sampling}
+
+    def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
+        rows = data.held_out or data.train
+        numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
+        known = rows.labels is not None and evaluation.label_count(model.network) > 0
+        levels = data.levels if self.levels is None else self.levels
+        found = evaluation.bits_per_dim(
+            *model,
+            rows[numbers].to(device),
+            levels=levels,
+            labels=rows.labels[numbers] if known and rows.labels is not None else None,
+            seed=self.seed,
+            batch_size=min(self.batch_size, _LIKELIHOOD_BATCH),
+            progress=True,
+        )
+        return {
+            "of": _part(data),
+            "count": found.samples,
+            "levels": levels,
+            "labels": known,
+            "bits_per_dim": found.mean,
+            "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
+            "nfe": found.nfe,
+        }
+
+    def _curve(self, model: Loaded, real: _Real, device: torch.device) -> list[Point]:
+        return evaluation.curve(
+            *model,
+            real.train[::2] if real.held_out is None else real.held_out,
+            n=self.n,
+            steps=self.curve_steps,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=device,
+            last=self.last,
+            guidance=self.guidance,
+            progress=True,
+        )
+
+
+def _some(rows: ReferenceSet, count: int, seed: int) -> Tensor:
+    """At most so many rows, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return to_unit(rows[rows.draw(min(count, len(rows)), generator=generator)])
+
+
+def _trained_on(checkpoint: Path | None) -> str:
+    """The data of a run, where its folder holds its configuration; else those of the demo."""
+    if checkpoint is not None:
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        if (folder / "config.json").is_file():
+            return RunConfig.load(folder).data
+    return "digits"
+
+
+def _part(data: Data) -> str:
+    return "train" if data.held_out is None else "held_out"
+
+
+def _versions() -> dict[str, str]:
+    return {"pfgm": importlib.metadata.version("pfgm"), "torch": torch.__version__}
+
+
+# ---- what is written --------------------------------------------------------------------------
+
+
+def _write_json(path: Path, figures: dict[str, Any]) -> None:
+    content = json.dumps(figures, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda file: file.write(content.encode()))
+
+
+def _write_csv(path: Path, points: list[Point]) -> None:
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(Point._fields)
+    writer.writerows(points)
+    write_atomic(path, lambda file: file.write(lines.getvalue().encode()))
+
+
+def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: float) -> None:
+    from ..plotting import image_grid, quality_curve
+
+    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        image_grid(samples[:_SHOWN], folder / "samples.png")
+    if points:
+        curves = evaluation.as_curves(points)
+        nfe = [point.nfe for point in points]
+        curves["training data"] = ([min(nfe), max(nfe)], [train, train])
+        distances = [distance for _, column in curves.values() for distance in column]
+        quality_curve(
+            curves, folder / "curve.png", ylabel="Fréchet distance", log_y=min(distances) > 0
+        )
+
+
+def _table(figures: dict[str, Any]) -> str:
+    counts, against = figures["counts"], figures["against"].replace("_", "-")
+    title = f"against {counts['against']} {against} rows"
+    lines = [f"{title:30}{'samples':>12}{'train':>12}"]
+    for name in _ROWS:
+        values = figures[name]
+        lines.append(
+            f"{name.replace('_', ' '):30}{values['samples']:>12.4g}{values['train']:>12.4g}"
+        )
+    nearest = figures["median_distance_to_train"]
+    lines.append(
+        f"median distance to the nearest of {counts['searched']} training rows: samples "
+        f"{nearest['samples']:.4g}, {against} rows {nearest[figures['against']]:.4g}"
+    )
+    if found := figures.get("likelihood"):
+        error = found["standard_error"]
+        lines.append(
+            f"bits per dimension of {found['count']} {found['of'].replace('_', '-')} rows, "
+            f"{found['levels'] or 'no'} grey levels: {found['bits_per_dim']:.4f}"
+            + ("" if error is None else f" ± {error:.4f}")
+        )
+    if "nfe" in figures:
+        lines.append(f"{figures['nfe']} evaluations of the network a sample")
+    return "\n".join(lines)

@@ -1,0 +1,275 @@
+"""Checks of argument values: done by the CPU kernels on the way, on other devices on request."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_debug = False
+R = TypeVar("R")
+_DIMENSIONS = 64  # of a tensor, at most
+_FLOAT32 = torch.finfo(torch.float32)
+_LARGEST_INT = (1 << 63) - 1  # what torch can count
+_MOST_VALUES = 64  # of a tuple of sizes
+
+
+@contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Checks values on every device while the context is open, for the whole process.
+
+    On the CPU non-finite values are always noticed. Elsewhere a check would make the host wait for
+    the device, so NaN propagates unless this is on.
+
+    >>> import pfgm
+    >>> with pfgm.debug_checks():
+    ...     mean = pfgm.posterior_mean(torch.zeros(1, 2), torch.ones(3, 2), r=1.0)
+    """
+    global _debug
+    previous, _debug = _debug, enabled
+    try:
+        yield
+    finally:
+        _debug = previous
+
+
+def is_number(value: object) -> bool:
+    """Whether value is a real number of Python or NumPy; True and False are none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+LARGEST = sys.float_info.max
+"""Below infinity, with which torch.compile makes no condition of a number that varies."""
+
+
+def varies(*values: float) -> bool:
+    """Whether one of these numbers may be another at the next call of what is being compiled."""
+    # An argument of an op that is a number would be compiled anew for each of its values.
+    return torch.compiler.is_compiling() and not all(
+        torch.fx.experimental.symbolic_shapes.has_static_value(value) for value in values
+    )
+
+
+def untouched(
+    function: Callable[..., R], who: str, names: Sequence[str], /, *values: Any, **named: Any
+) -> R:
+    """``function(*values, **named)``, which must leave the tensors among them as they are.
+
+    A change in place is noticed by a tensor's version, without a look at the values. A tensor made
+    in inference mode has none, so that the function is given a copy of it.
+
+    Args:
+        function: a network, or what evaluates one.
+        who: what the function is called in the message.
+        names: those of the values, in their order.
+
+    Raises:
+        ValueError: the function changed one of them; the message names it.
+
+    >>> untouched(torch.relu_, "net", ["x"], torch.ones(2))
+    Traceback (most recent call last):
+    ...
+    ValueError: net changed x in place; allowed are changes of a copy, such as x.clone().
+    """
+    if torch.compiler.is_compiling():  # a compiled graph has no versions
+        return function(*values, **named)
+    values = tuple(_versioned(value) for value in values)
+    named = {name: _versioned(value) for name, value in named.items()}
+    before = [_version(value) for value in (*values, *named.values())]
+    result = function(*values, **named)
+    given = (*zip(names, values, strict=True), *named.items())
+    for (name, value), version in zip(given, before, strict=True):
+        if _version(value) != version:
+            raise ValueError(
+                f"{who} changed {name} in place; allowed are changes of a copy, such as "
+                f"{name}.clone()."
+            )
+    return result
+
+
+def _versioned(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_inference():
+        with torch.inference_mode(False):
+            return value.clone()
+    return value
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
+
+
+def check_dimensions(shape: Sequence[object]) -> None:
+    """Raises ValueError where a shape has more dimensions than a tensor can have."""
+    if len(shape) > _DIMENSIONS:
+        raise ValueError(f"shape has {len(shape)} dimensions; allowed are at most {_DIMENSIONS}.")
+
+
+def check_seed(seed: object) -> None:
+    """Raises ValueError unless torch's generators take this seed."""
+    if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; allowed is an integer from -2^63 to below 2^64.")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, or that no memory could be so large."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The allocator of the CPU has no error of its own.
+    told = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in told)
+
+
+@contextmanager
+def allocating(what: str) -> Iterator[None]:
+    """Says what was asked for where memory for it cannot be had.
+
+    Args:
+        what: begins the sentence, such as "n is 5, and so many samples".
+
+    Raises:
+        MemoryError: in place of whatever the allocator has raised.
+
+    >>> with allocating("n is 10**15, and so many numbers"):
+    ...     torch.empty(10**15)
+    Traceback (most recent call last):
+    MemoryError: n is 10**15, and so many numbers do not fit into the memory of this machine.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(f"{what} do not fit into the memory of this machine.") from error
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a name, "auto" being cuda where there is a GPU, else cpu.
+
+    Raises:
+        ValueError: there is no such device, or it cannot be used.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch gives up; what follows decides
+            device = torch.device(name)
+        # Written and read, as numbers on "meta" are neither.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from error
+    return device
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether values on this device are looked at."""
+    return device.type == "cpu" or _debug
+
+
+def first_bad_row(values: Tensor) -> int | None:
+    if not values.is_floating_point():
+        return None
+    for start in range(0, len(values), 4096):
+        rows = values[start : start + 4096]
+        bad = ~torch.isfinite(rows).flatten(1).all(1)
+        if bool(bad.any()):
+            return start + int(bad.nonzero()[0])
+    return None
+
+
+def radius_message(radius: Tensor, row: int) -> str:
+    """The sentence for a radius that is negative or not finite, whatever the caller names it."""
+    return (
+        f"r, sigma or z is {radius[row].item()} in row {row}; only finite values of at least 0 "
+        "are allowed."
+    )
+
+
+def check_radius(radius: Tensor) -> None:
+    """Raises ValueError for the first radius that is negative or not finite."""
+    bad = ~((radius >= 0) & torch.isfinite(radius))
+    if bool(bad.any()):
+        raise ValueError(radius_message(radius, int(bad.nonzero()[0])))
+
+
+def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
+    """The sentence for a distance that was not finite: which argument, and which row of it."""
+    for argument, values in ((name, x), ("references", references)):
+        row = first_bad_row(values)
+        if row is not None:
+            return (
+                f"{argument} holds NaN or infinity (first in row {row}); only finite values are "
+                "allowed."
+            )
+    return (
+        f"{name} and references lie so far apart that their squared distance overflows {x.dtype}."
+    )
+
+
+def check_dtype(name: str, values: Tensor) -> None:
+    if values.dtype != torch.uint8 and not values.is_floating_point():
+        raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
+
+
+def positive(name: str, value: float) -> float:
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(
+            f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
+            f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}."
+        )
+    return value
+
+
+def non_negative(name: str, value: float) -> float:
+    if not 0 <= value <= _FLOAT32.max:
+        raise ValueError(
+            f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
+            f"up to {_FLOAT32.max:.2g}."
+        )
+    return value
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+
+
+def positive_int(name: str, value: Any, most: int = _LARGEST_INT) -> int:
+    """`value`, an integer from 1 to `most`, as an int, else a ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
+        limit = "" if most == _LARGEST_INT else f" and at most {most}"
+        raise ValueError(f"{name} is {value!r}; only an integer of at least 1{limit} is allowed.")
+    return int(value)
+
+
+def natural(name: str, value: Any) -> int:
+    """`value`, an integer of at least 0, as an int, else a ValueError that names the argument."""
+    return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
+
+
+def positive_float(name: str, value: Any) -> float:
+    """`value`, positive and finite, as a float, else a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
+    return float(value)
+
+
+def int_tuple(name: str, values: Any, most: int = _LARGEST_INT) -> tuple[int, ...]:
+    """`values`, a non-empty list or tuple of integers from 1 to `most`, as a tuple."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
+        raise ValueError(f"{name} is {values!r}; only a non-empty list or tuple is allowed.")
+    if len(values) > _MOST_VALUES:
+        raise ValueError(f"{name} has {len(values)} values; at most {_MOST_VALUES} are allowed.")
+    return tuple(positive_int(f"{name}[{i}]", value, most) for i, value in enumerate(values))

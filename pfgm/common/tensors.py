@@ -1,0 +1,59 @@
+"""Tensors and modules: dtypes, shapes, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, except on devices that have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
+    """References as floating point: uint8 means u/127.5 − 1."""
+    values = references.to(dtype)
+    return values / 127.5 - 1 if references.dtype == torch.uint8 else values
+
+
+def over_samples(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) so that it multiplies samples x (B, *S)."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def common_device(
+    device: torch.device | str | None, generator: torch.Generator | None
+) -> torch.device:
+    if generator is None:
+        return torch.device("cpu" if device is None else device)
+    if device is not None and torch.device(device).type != generator.device.type:
+        raise ValueError(
+            f"generator is on {generator.device} and device is {device}; both must be the same."
+        )
+    return generator.device if device is None else torch.device(device)
+
+
+def network_device(net: Callable[..., Any]) -> torch.device:
+    if isinstance(net, nn.Module):
+        for tensor in (*net.parameters(), *net.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(net: Callable[..., Any]) -> Iterator[None]:
+    """No gradients, and the network in evaluation mode, each part restored as it was."""
+    training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
+    try:
+        if isinstance(net, nn.Module):
+            net.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

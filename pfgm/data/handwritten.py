@@ -1,0 +1,49 @@
+"""Handwritten digits for demonstrations, as scikit-learn carries them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Digits", "digits"]
+
+
+class Digits(NamedTuple):
+    """8 × 8 grey images of handwritten digits in [-1, 1] with their labels, in two parts.
+
+    train (1398, 1, 8, 8) and held_out (399, 1, 8, 8) are float32, train_labels (1398,) and
+    held_out_labels (399,) int64 in 0..9.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+
+
+def digits() -> Digits:
+    """The handwritten digits that come with scikit-learn, the same two parts every time.
+
+    Their 17 levels 0..16 become level/8 - 1. Image i is held out where i mod 9 is 4 or 8. Source:
+    the test part of the UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+
+    >>> digits().train.shape, digits().held_out.shape
+    (torch.Size([1398, 1, 8, 8]), torch.Size([399, 1, 8, 8]))
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "digits() needs scikit-learn; in a checkout: pip install '.[demo]'"
+        ) from error
+    levels, classes = load_digits(return_X_y=True)
+    images = torch.from_numpy(levels).float().view(-1, 1, 8, 8) / 8 - 1
+    labels = torch.from_numpy(classes).long()
+    remainder = torch.arange(len(images)) % 9
+    held_out = (remainder == 4) | (remainder == 8)
+    return Digits(images[~held_out], labels[~held_out], images[held_out], labels[held_out])

@@ -1,0 +1,417 @@
+"""The Poisson flow of PFGM++ with any number of augmented dimensions, diffusion among them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.checks import non_negative, positive, untouched
+from ..common.tensors import common_device
+from ..functional import posterior_mean
+from ..functional.steps import Level
+from ..references import References, ReferenceSet
+from ..solvers import SCHEDULES, rho_grid
+from .flow import Condition, Defaults, Flow, Network, by_label, per_row
+
+__all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
+
+_CHURN_LIMIT = math.sqrt(2) - 1  # EDM, algorithm 2
+
+
+class EmpiricalDenoiser(nn.Module):
+    """The exact posterior mean of the references as a network: sampling without any training.
+
+    Forward takes x (B, *S) and sigma (B,) and returns :func:`pfgm.posterior_mean` (B, *S).
+    """
+
+    references: References
+
+    def __init__(self, references: References, D: float) -> None:
+        super().__init__()
+        if isinstance(references, Tensor):
+            self.register_buffer("references", references, persistent=False)
+        else:
+            self.references = references
+        self.D = D
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return posterior_mean(x, self.references, sigma=sigma, D=self.D)
+
+
+class Preconditioned(nn.Module):
+    """A denoiser net(x, sigma, **cond) from any backbone F(x, c_noise, **cond) (EDM, section 5).
+
+        mean = c_skip(σ) x + c_out(σ) F(c_in(σ) x, c_noise(σ))
+        c_skip = σ_d²/(σ² + σ_d²),  c_out = σ σ_d/√(σ² + σ_d²)
+        c_in = 1/√(σ² + σ_d²),      c_noise = ln(σ)/4
+
+    The backbone maps (B, *S) and (B,) to (B, *S); what it sees and predicts has unit variance.
+    """
+
+    def __init__(self, backbone: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.sigma_data = positive("sigma_data", sigma_data)
+
+    def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        noise = sigma.to(x.dtype).log() / 4
+        predicted = self.backbone(self.scaled(x, sigma), noise, **condition)
+        if predicted.shape != x.shape:
+            raise ValueError(
+                f"backbone returned shape {tuple(predicted.shape)}; needed is that of x, "
+                f"{tuple(x.shape)}."
+            )
+        return self.mean(x, sigma, predicted)
+
+    def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """c_in(σ) x, what the backbone sees of x (B, *S) at sigma (B,)."""
+        return x * self._total(self._rows(x, sigma)).rsqrt()
+
+    def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
+        """c_skip(σ) x + c_out(σ) F, from what the backbone predicted (B, *S)."""
+        rows = self._rows(x, sigma)
+        total = self._total(rows)
+        skip = self.sigma_data**2 / total
+        return skip * x + rows * self.sigma_data * total.rsqrt() * predicted
+
+    def _total(self, sigma: Tensor) -> Tensor:
+        return sigma.square() + self.sigma_data**2
+
+    @staticmethod
+    def _rows(x: Tensor, sigma: Tensor) -> Tensor:
+        return sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+class PoissonFlowPP(Flow):
+    """PFGM++ (arXiv 2302.04265) with D augmented dimensions; D = ∞ is diffusion (EDM).
+
+    A network is a denoiser: any callable ``net(x, sigma, **condition) -> mean`` with x and mean
+    (B, *S) and sigma (B,), such as :meth:`precondition` makes from a backbone. All randomness comes
+    from torch generators, on the device of the tensors.
+
+    Args:
+        shape: S, the shape of one sample.
+        D: the number of augmented dimensions, any positive number or infinity.
+        sigma_min: the last level above 0.
+        sigma_max: the level of the prior.
+        sigma_data: standard deviation of the data's values, for the preconditioning.
+        rho: of the grid of levels (EDM, equation 5).
+        P_mean: mean of log sigma in training.
+        P_std: its standard deviation.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    >>> import torch
+    >>> flow = PoissonFlowPP((2,), D=16)
+    >>> circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    >>> samples = flow.sample(flow.empirical(circle), 16, generator=torch.Generator())
+    >>> bool((samples.norm(dim=1) - 1).abs().max() < 0.01)
+    True
+    """
+
+    defaults = Defaults(solver="heun", steps=18, schedule="rho")
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        D: float,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+        P_mean: float = -1.2,
+        P_std: float = 1.2,
+    ) -> None:
+        super().__init__(shape)
+        D = float(D)
+        if not D > 0:
+            raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+        self.D = D
+        self.sigma_min = positive("sigma_min", sigma_min)
+        self.sigma_max = positive("sigma_max", sigma_max)
+        if sigma_min >= sigma_max:
+            raise ValueError(
+                f"sigma_min is {sigma_min}; allowed is less than sigma_max, which is {sigma_max}."
+            )
+        self.sigma_data = positive("sigma_data", sigma_data)
+        self.rho = positive("rho", rho)
+        if not 0.1 <= rho <= 1000:  # levels to the power of 1/rho and back keep their digits
+            raise ValueError(f"rho is {rho}; allowed is 0.1 to 1000.")
+        if not math.isfinite(P_mean):
+            raise ValueError(f"P_mean is {P_mean}; allowed is any finite number.")
+        self.P_mean, self.P_std = P_mean, positive("P_std", P_std)
+
+    @classmethod
+    def from_data(cls, data: References, *, D: float, **overrides: Any) -> PoissonFlowPP:
+        """The flow for data (n, *S), a tensor or a :class:`pfgm.ReferenceSet`.
+
+        EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1);
+        here all levels are scaled with that of the data.
+
+        >>> import torch
+        >>> PoissonFlowPP.from_data(torch.full((8, 1, 4, 4), 2.0), D=128).sigma_max
+        320.0
+        """
+        references = data if isinstance(data, ReferenceSet) else ReferenceSet(data)
+        rms = positive("the root mean square of data", references.rms)
+        scale = rms / 0.5
+        scaled = {
+            "sigma_min": 0.002 * scale,
+            "sigma_max": 80.0 * scale,
+            "sigma_data": rms,
+            "P_mean": -1.2 + math.log(scale),
+        }
+        return cls(references.shape[1:], D=D, **{**scaled, **overrides})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every hyper-parameter, JSON-able: ``PoissonFlowPP(**flow.config)`` is the same flow."""
+        return {
+            "shape": list(self.shape),
+            # JSON has no infinity.
+            "D": "inf" if math.isinf(self.D) else self.D,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "sigma_data": self.sigma_data,
+            "rho": self.rho,
+            "P_mean": self.P_mean,
+            "P_std": self.P_std,
+        }
+
+    @property
+    def first_level(self) -> float:
+        return self.sigma_max
+
+    @property
+    def last_level(self) -> float:
+        return self.sigma_min
+
+    # ---- D and the length of the augmented vector ----
+
+    def with_D(self, D: float) -> PoissonFlowPP:
+        """The flow of another D at the same levels sigma, with the same hyper-parameters.
+
+        Equal σ = r/√D means alike posteriors (PFGM++, section 4), so what was tuned at one D is
+        taken over to others; D = ∞ takes EDM's.
+
+        >>> PoissonFlowPP((2,), D=float("inf")).with_D(64).radius(80.0)
+        640.0
+        """
+        return PoissonFlowPP(**{**self.config, "D": D})
+
+    def radius(self, sigma: float) -> float:
+        """r = σ √D, the length of the augmented vector at a level; infinite at D = ∞."""
+        return non_negative("sigma", sigma) * math.sqrt(self.D)
+
+    def sigma(self, radius: float) -> float:
+        """σ = r/√D, the level of a length of the augmented vector.
+
+        >>> PoissonFlowPP((2,), D=64).sigma(640.0)
+        80.0
+        """
+        if math.isinf(self.D):
+            raise ValueError("D is infinite; a level has no finite radius there.")
+        return non_negative("radius", radius) / math.sqrt(self.D)
+
+    # ---- training ----
+
+    def precondition(self, backbone: nn.Module) -> Preconditioned:
+        """A denoiser from a backbone F(x, c_noise, **cond) (:class:`Preconditioned`).
+
+        >>> import torch
+        >>> class Zero(torch.nn.Module):
+        ...     def forward(self, x, noise):
+        ...         return 0 * x
+        >>> PoissonFlowPP((2,), D=1).precondition(Zero())(torch.ones(1, 2), torch.tensor([0.5]))
+        tensor([[0.5000, 0.5000]])
+        """
+        return Preconditioned(backbone, self.sigma_data)
+
+    def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Points around data at levels of training, ln σ ~ N(P_mean, P_std²) (EDM, table 1).
+
+        Args:
+            x: (B, *S) clean data; uint8 means u/127.5 − 1.
+            generator: on the device of x.
+
+        Returns:
+            x̃ (B, *S) and sigma (B,).
+
+        Raises:
+            ValueError: x has another sample shape.
+
+        >>> import torch
+        >>> x_perturbed, sigma = PoissonFlowPP((2,), D=16).perturb(torch.zeros(8, 2))
+        >>> x_perturbed.shape, sigma.shape
+        (torch.Size([8, 2]), torch.Size([8]))
+        """
+        x = self._floating(x)
+        normal = torch.randn(len(x), generator=generator, dtype=x.dtype, device=x.device)
+        sigma = (self.P_mean + self.P_std * normal).exp()
+        return x + self.noise(sigma, generator), sigma
+
+    def loss(
+        self,
+        net: Network,
+        x: Tensor,
+        references: References | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        condition: Condition | None = None,
+        reference_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Training loss: batch mean of λ(σ) ‖net(x̃, σ) − target‖², λ = (σ² + σ_d²)/(σ σ_d)².
+
+        Args:
+            net: the network being trained.
+            x: (B, *S) clean data.
+            references: None makes the clean x the target (PFGM++, equation 7). (M, *S) data with
+                the rows of x among them make it their posterior mean, the stable target
+                (arXiv 2302.00670), which varies less.
+            generator: of the perturbation, on the device of x.
+            condition: keyword arguments of the network. With "labels" (B,) in it and references,
+                each point's target is that of the references of its label, of all where it is
+                below 0.
+            reference_labels: (M,) labels of the references, then needed.
+
+        Returns:
+            A scalar, float32 at least.
+
+        Raises:
+            ValueError: shapes do not fit, or that of the network's result.
+
+        >>> import torch
+        >>> flow = PoissonFlowPP((2,), D=16)
+        >>> data = torch.randn(64, 2)
+        >>> float(flow.loss(flow.empirical(data), data, references=data))
+        0.0
+        """
+        x = self._floating(x)
+        condition = condition or {}
+        x_perturbed, sigma = self.perturb(x, generator)
+        target = x
+        if references is not None:
+            labels = condition.get("labels")
+            with torch.no_grad():
+                (target,) = by_label(
+                    self._target, x_perturbed, sigma, references, labels, reference_labels
+                )
+        mean = _evaluate(net, x_perturbed, sigma, condition)
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        squared = (mean.to(wide) - target.to(wide)).flatten(1).square().sum(1)
+        s = sigma.to(wide)
+        weight = (s.square() + self.sigma_data**2) / (s * self.sigma_data).square()
+        return (weight * squared).mean()
+
+    def _target(self, x: Tensor, sigma: Tensor, references: References) -> tuple[Tensor]:
+        return (posterior_mean(x, references, sigma=sigma, D=self.D),)
+
+    # ---- sampling ----
+
+    def prior(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Points (n, *S) at sigma_max, σ_max g/√(χ²_D/D): the perturbation kernel around 0.
+
+        >>> import torch
+        >>> PoissonFlowPP((3, 8, 8), D=2048).prior(4).shape
+        torch.Size([4, 3, 8, 8])
+        """
+        self._check_n(n)
+        device = common_device(device, generator)
+        return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
+
+    def sample(self, net: Network, n: int, **options: Any) -> Any:
+        """Samples (n, *S), as :meth:`Flow.sample`, by default with the published solver, heun.
+
+        Further options make euler and heun stochastic (EDM, algorithm 2):
+
+        Args:
+            net: the network, a denoiser.
+            n: how many.
+            **options: those of :meth:`Flow.sample`, and churn (S_churn, 0 unless given): before
+                each of its n steps the level is raised by the factor 1 + min(churn/n, √2 − 1) and
+                noise added; churn_range: levels between which that happens; churn_noise (S_noise):
+                its standard deviation relative to what the levels say, 1 unless given. At a finite
+                D the noise is drawn from the perturbation kernel, which is exact at D = ∞ alone.
+
+        Raises:
+            ValueError: as :meth:`Flow.sample`, or churn with another solver.
+        """
+        amount = options.pop("churn", 0.0)
+        between = options.pop("churn_range", (0.0, math.inf))
+        scale = options.pop("churn_noise", 1.0)
+        if non_negative("churn", amount) == 0:
+            return super().sample(net, n, **options)
+        solver = options.get("solver") or self.defaults.solver
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver is {solver!r}; churn goes with euler and heun.")
+        count = len(self.grid(options.get("steps"), options.get("schedule"))) - 1
+        churn = functools.partial(
+            self._churn,
+            growth=min(amount / count, _CHURN_LIMIT),
+            between=between,
+            scale=positive("churn_noise", scale),
+            generator=options.get("generator"),
+        )
+        return super().sample(net, n, churn=churn, **options)
+
+    def _churn(
+        self,
+        x: Tensor,
+        level: float,
+        *,
+        growth: float,
+        between: tuple[float, float],
+        scale: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, float]:
+        if not between[0] <= level <= between[1]:
+            return x, level
+        raised = level * (1 + growth)
+        added = scale * math.sqrt(raised**2 - level**2)
+        return x + self.noise(x.new_full((len(x),), added), generator), raised
+
+    def empirical(self, references: References) -> EmpiricalDenoiser:
+        """The exact posterior mean of references (M, *S) as a network: samples are the references.
+
+        >>> import torch
+        >>> flow = PoissonFlowPP((2,), D=16)
+        >>> flow.sample(flow.empirical(torch.ones(1, 2)), 1).round(decimals=2)
+        tensor([[1., 1.]])
+        """
+        self._check_references(references)
+        return EmpiricalDenoiser(references, self.D)
+
+    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
+        return _evaluate(net, x, per_row(level, x), condition)
+
+    def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
+        """So many levels from sigma_max to the last above 0, and 0, to which the last step goes."""
+        if steps == 1:
+            return [self.sigma_max, 0.0]
+        if schedule == "rho":
+            return [*rho_grid(self.sigma_max, last, steps - 1, self.rho), 0.0]
+        return [*SCHEDULES[schedule](self.sigma_max, last, steps - 1), 0.0]
+
+
+def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
+    if not isinstance(mean, Tensor) or mean.shape != x.shape:
+        shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
+        raise ValueError(
+            f"net returned {shape}; needed is a denoiser's mean of the shape of x, "
+            f"{tuple(x.shape)}."
+        )
+    return mean

@@ -1,0 +1,596 @@
+"""The Poisson flow of PFGM: perturbation, loss, prior and sampling, one augmented dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..common import transforms
+from ..common.checks import check_dtype, non_negative, positive, untouched
+from ..common.tensors import common_device
+from ..functional import field_fn
+from ..functional import steps as ode_steps
+from ..functional.steps import Field, Level
+from ..references import References, measure
+from ..solvers import SCHEDULES
+from .flow import Condition, Defaults, Flow, Network, by_label, per_row
+
+__all__ = ["EmpiricalField", "PoissonFlow"]
+
+# |ε_z|/σ below which restrict_M shortens the range of m, and by how much (PFGM, appendix B.1.1).
+_RESTRICT_BELOW, _RESTRICT_TO = 0.5, 0.7
+_SMALLEST_Z = 1e-8  # in units of σ
+_MEAN_NORMAL = math.sqrt(2 / math.pi)  # average of |g|, g ~ N(0, 1)
+_SMALLEST_NORMAL = 1e-6  # |g₁| of a prior that is not clipped
+_IMAGE_VALUES = 64  # from so many values on the published clip of the prior does no harm
+_SPREADS = 1e-15, 1e12  # smallest and largest
+_REACHES = 4.0  # data lie within upper_norm over this
+_FEW = 8  # up to so many values a sample, more steps are taken
+
+Center = float | Sequence[Any] | Tensor
+
+
+class _Rules(NamedTuple):
+    """What a flow takes unless told otherwise; None where it follows from M or gamma."""
+
+    sigma: float
+    gamma: float
+    z_max: float | None
+    z_min: float
+    restrict_M: bool
+    z_exp: float | None
+
+
+def _published() -> _Rules:
+    return _Rules(sigma=0.01, gamma=5.0, z_max=None, z_min=1e-3, restrict_M=True, z_exp=5.0)
+
+
+def _of_spread(s: float, N: int) -> _Rules:
+    """The published lengths in units of the spread, which is about 0.5 for images in [−1, 1].
+
+    z_max: a single charge at the center in place of the data at z_max changes the density by a
+    share of at most about N s²/(2 z_max²), which is 1/400 at 14 √N s. From 33 values on z_max is
+    80 s, near the published 71 s for images: the noise of so many values hides their spread.
+    """
+    return _Rules(
+        sigma=0.02 * s,
+        gamma=min(math.sqrt(N) / 4, 10.0) * s,
+        z_max=min(14 * math.sqrt(N), 80.0) * s,
+        z_min=2e-3 * s,
+        restrict_M=False,
+        z_exp=None,
+    )
+
+
+def _checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
+    """center as float64 of shape S."""
+    try:
+        found = torch.as_tensor(center, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"center is {center!r:.80}; allowed are a number and numbers of shape {shape}."
+        ) from error
+    if found.shape not in (torch.Size([]), torch.Size(shape)):
+        raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
+    if not bool(found.isfinite().all()):
+        raise ValueError("center holds NaN or infinity; only finite values are allowed.")
+    if spread is None and bool((found != 0).any()):
+        raise ValueError("center is given without spread; the published rules centre data at 0.")
+    return found.expand(shape).clone()
+
+
+class EmpiricalField(nn.Module):
+    """The exact field of the references as a network: sampling without any training.
+
+    Forward takes x (B, *S) and z (B,) and returns (field_x, field_z) of :func:`pfgm.field_fn`.
+    """
+
+    references: References
+
+    def __init__(self, references: References, gamma: float = 5.0) -> None:
+        super().__init__()
+        if isinstance(references, Tensor):
+            self.register_buffer("references", references, persistent=False)
+        else:
+            self.references = references
+        self.gamma = gamma
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return field_fn(x, z, self.references, gamma=self.gamma)
+
+
+class PoissonFlow(Flow):
+    """PFGM (arXiv 2209.11178): data are charges on z = 0, samples follow field lines back to it.
+
+    A network is any callable ``net(x, z, **condition) -> (field_x, field_z)`` with x (B, *S) and
+    z (B,), whose results have the shapes of x and z. All randomness comes from torch generators, on
+    the device of the tensors.
+
+    There are two sets of rules for what is not given. With M or data_norm they are the published
+    ones, for images in [-1, 1]: lengths are absolute, the prior is centred at 0 and its norms are
+    clipped, and sampling ends at z_min. With spread, s below, they hold for any data: each length
+    is a multiple of s, the prior is centred at center and not clipped, and sampling ends with the
+    posterior mean at z_min, which is z = 0. :meth:`from_data` chooses between them.
+
+    Args:
+        shape: S, the shape of one sample.
+        M: the largest exponent of the perturbation (1 + tau)^m. One of M, data_norm and spread is
+            needed; M overrides the others.
+        data_norm: average norm of a sample, from which M follows (appendix B.1.1).
+        spread: root mean square of the values of a sample minus center.
+        center: average sample, (*S) or one number for all values. Needs spread.
+        sigma: standard deviation of the perturbation at m = 0, in the units of the data; 0.01, or
+            0.02 s.
+        tau: growth of the perturbation.
+        gamma: softening in the field's normalisation; 5, or √N s/4 and at most 10 s.
+        z_max: where sampling starts; from M, or 14 √N s and at most 80 s.
+        z_min: level of the last evaluation; 1e-3, or 2e-3 s.
+        upper_norm: largest norm that training covers; from M unless given. Published rules clip the
+            prior to it.
+        restrict_M: draw m from [0, 0.7 M] where |ε_z| < σ/2 (published for images); True, or False.
+        z_exp: below this z, field_z is replaced by what field_x implies (appendix B.2.3); 5, or
+            gamma.
+        substitution: "exact" inverts the normalisation; "published" neglects z beside ‖x − mean‖.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    >>> import torch
+    >>> circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    >>> flow = PoissonFlow.from_data(circle)
+    >>> samples = flow.sample(flow.empirical(circle), 16, generator=torch.Generator())
+    >>> bool((samples.norm(dim=1) - 1).abs().max() < 0.01)
+    True
+    """
+
+    D = 1.0
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        M: float | None = None,
+        data_norm: float | None = None,
+        spread: float | None = None,
+        center: Center = 0.0,
+        sigma: float | None = None,
+        tau: float = 0.03,
+        gamma: float | None = None,
+        z_max: float | None = None,
+        z_min: float | None = None,
+        upper_norm: float | None = None,
+        restrict_M: bool | None = None,
+        z_exp: float | None = None,
+        substitution: Literal["exact", "published"] = "exact",
+    ) -> None:
+        super().__init__(shape)
+        if spread is not None and data_norm is not None:
+            raise ValueError("both data_norm and spread given; allowed is one of them.")
+        self.spread = None if spread is None else float(positive("spread", spread))
+        if self.spread is not None and not _SPREADS[0] <= self.spread <= _SPREADS[1]:
+            raise ValueError(
+                f"spread is {spread}; allowed are {_SPREADS[0]} to {_SPREADS[1]}, so that squares "
+                "are numbers of float32."
+            )
+        self.center = _checked_center(center, self.shape, self.spread)
+        self._centers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        rules = _published() if spread is None else _of_spread(spread, self.N)
+        self.sigma = positive("sigma", rules.sigma if sigma is None else sigma)
+        self.tau = positive("tau", tau)
+        self.gamma = non_negative("gamma", rules.gamma if gamma is None else gamma)
+        if M is None and rules.z_max is not None:
+            z_max = positive("z_max", rules.z_max if z_max is None else z_max)
+            M = self._exponent_to(z_max)
+        elif M is None:
+            M = self._exponent(data_norm)
+        self.M = positive("M", M)
+        growth = _growth(self.sigma, self.tau, self.M)
+        self.z_max = positive("z_max", _MEAN_NORMAL * growth if z_max is None else z_max)
+        self.z_min = positive("z_min", rules.z_min if z_min is None else z_min)
+        if self.z_min >= self.z_max:
+            raise ValueError(
+                f"z_min is {self.z_min}; allowed is less than z_max, which is {self.z_max}."
+            )
+        self.upper_norm = positive(
+            "upper_norm", math.sqrt(self.N) * growth if upper_norm is None else upper_norm
+        )
+        self.restrict_M = rules.restrict_M if restrict_M is None else bool(restrict_M)
+        default = self.gamma if rules.z_exp is None else rules.z_exp
+        self.z_exp = non_negative("z_exp", default if z_exp is None else z_exp)
+        if substitution not in ("exact", "published"):
+            raise ValueError(
+                f"substitution is {substitution!r}; allowed are 'exact' and 'published'."
+            )
+        self.substitution = substitution
+
+    @property
+    def defaults(self) -> Defaults:  # type: ignore[override]
+        """Published rules: 10 steps. Few dimensions need more, as their noise has heavier tails."""
+        steps = 10 if self.spread is None else 20 if self.N > _FEW else 40
+        return Defaults(solver="multistep", steps=steps, schedule="rho")
+
+    def _exponent(self, data_norm: float | None) -> float:
+        if data_norm is None:
+            raise ValueError("none of M, data_norm and spread given; one of them is needed.")
+        ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(self.N) * self.sigma**2)
+        exponent = int(0.75 * math.log(ratio) / math.log1p(self.tau)) + 1
+        if exponent < 1:
+            raise ValueError(
+                f"data_norm is {data_norm}, too small for sigma={self.sigma}; scale the data up or "
+                "sigma down."
+            )
+        return exponent
+
+    def _exponent_to(self, z_max: float) -> float:
+        """M for which the average z at m = M is z_max."""
+        ratio = z_max / (_MEAN_NORMAL * self.sigma)
+        if ratio <= 1:
+            raise ValueError(
+                f"sigma is {self.sigma}; allowed is less than 1.25 z_max, which is {z_max}."
+            )
+        return math.log(ratio) / math.log1p(self.tau)
+
+    @classmethod
+    def from_data(cls, data: References | np.ndarray[Any, Any], **overrides: Any) -> PoissonFlow:
+        """The flow for data (n, *S), uint8 (u/127.5 − 1) or floating: tensor, array or set.
+
+        Samples of 64 or more values that fill [-1, 1], as images do, take the published rules with
+        their average norm as data_norm. All other data take their center and spread: shifted or
+        scaled data make a shifted or scaled flow. Rows that are all alike count their own length as
+        spread. There is one spread for all values: structure below a hundredth of it is lost unless
+        z_min and the steps of sampling are chosen for it, or columns are standardised first.
+
+        Raises:
+            TypeError: data are neither uint8 nor floating point.
+            ValueError: data have no rows, or hold NaN or infinity.
+
+        >>> import torch
+        >>> PoissonFlow.from_data(torch.rand(8, 1, 4, 4), tau=0.05).shape
+        (1, 4, 4)
+        >>> y = torch.randn(100, 2)
+        >>> flow, larger = PoissonFlow.from_data(y), PoissonFlow.from_data(10 * y + 3)
+        >>> round(larger.z_max / flow.z_max, 3)
+        10.0
+        """
+        if isinstance(data, np.ndarray):
+            data = torch.as_tensor(data)
+        if data.ndim < 1 or len(data) == 0:
+            raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
+        if isinstance(data, Tensor):
+            check_dtype("data", data)
+        found = measure(data)
+        if not math.isfinite(found.rms):
+            raise ValueError(
+                "data holds NaN, infinity or numbers whose squares are; allowed are finite values."
+            )
+        given: dict[str, Any] = {"data_norm": found.norm}
+        are_images = found.fills_unit and math.prod(data.shape[1:]) >= _IMAGE_VALUES
+        if "data_norm" not in overrides and ("spread" in overrides or not are_images):
+            given = {"spread": found.std or found.rms or 1.0, "center": found.mean}
+        flow = cls(data.shape[1:], **{**given, **overrides})
+        reach = _REACHES * found.reach
+        if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
+            return flow
+        # A few rows far away from all others: fields are alike only beyond them.
+        return cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
+
+    @classmethod
+    def cifar10(cls, **overrides: Any) -> PoissonFlow:
+        """The published values for CIFAR-10 (appendix B): M = 291, z_max = 40, upper_norm = 3000.
+
+        >>> PoissonFlow.cifar10().z_max
+        40.0
+        """
+        published = {"M": 291, "z_max": 40.0, "upper_norm": 3000.0}
+        return cls((3, 32, 32), **{**published, **overrides})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every hyper-parameter, JSON-able: ``PoissonFlow(**flow.config)`` is the same flow."""
+        return {
+            "shape": list(self.shape),
+            "M": self.M,
+            "sigma": self.sigma,
+            "tau": self.tau,
+            "gamma": self.gamma,
+            "z_max": self.z_max,
+            "z_min": self.z_min,
+            "upper_norm": self.upper_norm,
+            "restrict_M": self.restrict_M,
+            "z_exp": self.z_exp,
+            "substitution": self.substitution,
+            **self._place,
+        }
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Center and spread, where the flow has them: files without load with published rules."""
+        if self.spread is None:
+            return {}
+        return {"center": self.center.tolist(), "spread": self.spread}
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """Keyword arguments of the networks of :mod:`pfgm.networks` that fit them to the flow.
+
+        >>> import pfgm, torch
+        >>> flow = PoissonFlow.from_data(100 * torch.randn(50, 2) + 7)
+        >>> net = pfgm.networks.MLP(flow.shape, **flow.scaling)
+        >>> net.gamma == flow.gamma
+        True
+        """
+        if self.spread is None:
+            return {"gamma": self.gamma}
+        return {
+            "gamma": self.gamma,
+            "data_std": self.spread,
+            "center": self.center.tolist(),
+            "scale": self.spread,
+        }
+
+    @property
+    def first_level(self) -> float:
+        return self.z_max
+
+    @property
+    def last_level(self) -> float:
+        return self.z_min
+
+    @property
+    def unit(self) -> float:
+        return 0.5 if self.spread is None else self.spread
+
+    @property
+    def largest_norm(self) -> float:
+        return self.upper_norm if self.spread is None else math.inf
+
+    def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Moves data off the plane z = 0 (Algorithm 2).
+
+            m ~ U[0, M],  ε_z ~ N(0, σ²),  ε_x ~ N(0, σ² I)
+            x̃ = x + (1 + τ)^m ε_x,  z = (1 + τ)^m |ε_z|
+
+        which is the paper's ‖ε_x‖ (1 + τ)^m u with u uniform on the sphere, as norm and direction
+        of a normal vector are independent.
+
+        Args:
+            x: (B, *S) clean data; uint8 means u/127.5 − 1.
+            generator: on the device of x.
+
+        Returns:
+            x̃ (B, *S) and z (B,), at least 1e-8 σ.
+
+        Raises:
+            ValueError: x has another sample shape.
+
+        >>> import torch
+        >>> flow = PoissonFlow((2,), data_norm=1.0)
+        >>> x_perturbed, z = flow.perturb(torch.zeros(8, 2))
+        >>> x_perturbed.shape, z.shape
+        (torch.Size([8, 2]), torch.Size([8]))
+        """
+        x = self._floating(x)
+        dtype, device = x.dtype, x.device
+        m = self.M * torch.rand(len(x), generator=generator, dtype=dtype, device=device)
+        noise_z = torch.randn(len(x), generator=generator, dtype=dtype, device=device)
+        noise_z = self.sigma * noise_z.abs()
+        noise_x = torch.randn(x.shape, generator=generator, dtype=dtype, device=device)
+        noise_x = self.sigma * noise_x
+        if self.restrict_M:
+            m = torch.where(noise_z < _RESTRICT_BELOW * self.sigma, _RESTRICT_TO * m, m)
+        growth = (1 + self.tau) ** m
+        x_perturbed = x + self._rows(growth) * noise_x
+        return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z * self.sigma)
+
+    def loss(
+        self,
+        net: Network,
+        x: Tensor,
+        references: References | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        condition: Condition | None = None,
+        reference_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Training loss: batch mean of ½ ‖net(x̃, z) − v‖² over the N + 1 components of the field.
+
+        (Algorithm 1; summed over the components as published.)
+
+        Args:
+            net: the network being trained.
+            x: (B, *S) clean data.
+            references: (M, *S) data whose field v is the target; must contain the rows of x. None
+                means x itself. The larger, the less the target varies from batch to batch.
+            generator: of the perturbation, on the device of x.
+            condition: keyword arguments of the network. With "labels" (B,) in it, each point's
+                target is the field of the references of its label, and of all where it is below 0.
+            reference_labels: (M,) labels of the references; not needed where references is None.
+
+        Returns:
+            A scalar, float32 at least.
+
+        Raises:
+            ValueError: shapes do not fit, or those of the network's results.
+
+        >>> import torch
+        >>> flow = PoissonFlow((2,), data_norm=1.0)
+        >>> data = torch.randn(64, 2)
+        >>> float(flow.loss(flow.empirical(data), data))
+        0.0
+        """
+        x = self._floating(x)
+        condition = condition or {}
+        labels = condition.get("labels")
+        if references is None:
+            references, reference_labels = x, labels
+        x_perturbed, z = self.perturb(x, generator)
+        with torch.no_grad():
+            target_x, target_z = by_label(
+                self._target, x_perturbed, z, references, labels, reference_labels
+            )
+        field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
+        error_x = (field_x.to(target_x.dtype) - target_x).flatten(1).square().sum(1)
+        error_z = (field_z.to(target_z.dtype) - target_z).square()
+        return 0.5 * (error_x + error_z).mean()
+
+    def _target(self, x: Tensor, z: Tensor, references: References) -> tuple[Tensor, Tensor]:
+        return field_fn(x, z, references, gamma=self.gamma)
+
+    def prior(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        clip: bool | None = None,
+    ) -> Tensor:
+        """Points (n, *S) at z = z_max, where the field lines of far-away charges are all alike.
+
+            x = center + z_max g / |g₁|,  g ~ N(0, I_N),  g₁ ~ N(0, 1)
+
+        a multivariate Cauchy distribution, the projection of the uniform hemisphere onto z = z_max
+        (section 3.3).
+
+        Args:
+            n: how many.
+            generator: on the device.
+            device: of the points; None takes that of the generator, or the CPU.
+            clip: bring ‖x‖ into [1, upper_norm], keeping the direction, as published: larger norms
+                are never trained on. For thousands of values it binds for half of all draws and
+                does no harm; of one value it cuts half of the distribution away. With a spread it
+                is ‖x − center‖, and has no lower bound. None clips under the published rules alone.
+                A flow with a spread cuts no share of the draws; it asks a network no farther out
+                than upper_norm, on the same straight field line.
+
+        >>> import torch
+        >>> flow = PoissonFlow.cifar10()
+        >>> bool(flow.prior(4).flatten(1).norm(dim=1).max() <= 3000.1)
+        True
+        """
+        self._check_n(n)
+        device = common_device(device, generator)
+        direction = torch.randn(n, self.N, generator=generator, device=device)
+        scale = torch.randn(n, 1, generator=generator, device=device).abs()
+        norm = direction.norm(dim=1, keepdim=True)
+        if self.spread is None:
+            radius = self.z_max * norm / scale.clamp(min=torch.finfo(scale.dtype).tiny ** 0.5)
+        else:
+            # Fewer than one draw in a million: beyond, float32 has no digits left for the data.
+            radius = self.z_max * norm / scale.clamp(min=_SMALLEST_NORMAL)
+        if clip is None:
+            clip = self.spread is None
+        if clip:
+            radius = radius.clamp(1.0 if self.spread is None else 0.0, self.upper_norm)
+        x: Tensor = (radius * (direction / norm)).view(n, *self.shape)
+        return x if self.spread is None else x + self._center(x)
+
+    def _center(self, x: Tensor) -> Tensor:
+        """center in the dtype and on the device of x, copied there once."""
+        key = (x.dtype, x.device)
+        if transforms.functional() or torch.is_inference_mode_enabled():
+            return self.center.to(x.device, x.dtype)  # of use there alone
+        if key not in self._centers:
+            self._centers[key] = self.center.to(x.device, x.dtype)
+        return self._centers[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_centers": {}}
+
+    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field | Tensor:
+        # The exact field needs no training, and so knows no bound.
+        if self.spread is None or isinstance(net, EmpiricalField):
+            return self.field(net, x, per_row(level, x), condition)
+        points, z = self._within(x, per_row(level, x))
+        return ode_steps.euler(points, self.field(net, points, z, condition), z, 0.0)[0]
+
+    def field(
+        self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
+    ) -> Field:
+        """What the network says at points x (B, *S) and z (B,), and how it is to be read."""
+        condition = condition or {}
+        field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
+        return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
+
+    def _within(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Points and their z, those farther out than was trained moved along their field lines.
+
+        Far away field lines are straight lines to (center, 0), so that a network of the mean or of
+        the end of the line says the same at upper_norm. Means differ by (N + 1) v/upper_norm at
+        most, v the largest variance of the data in any direction.
+        """
+        center = self._center(x)
+        away = x - center
+        norm = torch.linalg.vector_norm(away.reshape(len(x), self.N), dim=1)
+        # Without a branch, which would wait for a GPU.
+        t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
+        far = self._rows(norm > self.upper_norm)
+        return torch.where(far, center + self._rows(t) * away, x), z * t
+
+    def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
+        space = SCHEDULES[schedule]
+        if self.spread is not None:
+            levels = [self.z_max] if steps == 1 else space(self.z_max, last, steps - 1)
+            return [*levels, 0.0]
+        if steps == 1 or last == self.z_min:
+            return space(self.z_max, self.z_min, steps)
+        return [*space(self.z_max, last, steps - 1), self.z_min]
+
+    def empirical(self, references: References) -> EmpiricalField:
+        """The exact field of references (M, *S) as a network: samples are the references.
+
+        >>> import torch
+        >>> flow = PoissonFlow((2,), data_norm=1.0)
+        >>> flow.sample(flow.empirical(torch.ones(1, 2)), 1, steps=20).round(decimals=2)
+        tensor([[1., 1.]])
+        """
+        self._check_references(references)
+        return EmpiricalField(references, self.gamma)
+
+
+def _growth(sigma: float, tau: float, M: float) -> float:
+    """sigma (1 + tau)^M, where the numbers of the perturbation are those of float32."""
+    most = math.log(torch.finfo(torch.float32).max)
+    if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
+        raise ValueError(
+            f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
+            "sigma (1 + tau)^M is a number of float32, at most 3.4e38."
+        )
+    return float(sigma * (1 + tau) ** M)
+
+
+def _gamma_of(net: Any) -> float | None:
+    """gamma of a network that makes the field itself, within what wraps it."""
+    while isinstance(net, nn.Module):
+        if isinstance(net, EmpiricalField) or hasattr(net, "data_std"):
+            return getattr(net, "gamma", None)
+        net = getattr(net, "module", getattr(net, "_orig_mod", None))
+    return None
+
+
+def _evaluate(
+    net: Network, x: Tensor, z: Tensor, condition: Condition, gamma: float
+) -> tuple[Tensor, Tensor]:
+    own = _gamma_of(net)
+    if own is not None and own != gamma:
+        raise ValueError(
+            f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
+            "pfgm.networks takes **flow.scaling)."
+        )
+    found = untouched(net, "net", ("x", "z"), x, z, **condition)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise ValueError(
+            f"net returned a {type(found).__name__}; needed is (field_x, field_z), the field at x "
+            "and z (a denoiser is a network of PoissonFlowPP)."
+        )
+    field_x, field_z = found
+    if field_x.shape != x.shape or field_z.shape != z.shape:
+        raise ValueError(
+            f"net returned shapes {tuple(field_x.shape)} and {tuple(field_z.shape)}; needed are "
+            f"those of x and z, {tuple(x.shape)} and {tuple(z.shape)}."
+        )
+    return field_x, field_z

@@ -1,0 +1,25 @@
+"""The operations as functions: posterior mean, field, log density and the steps of the ODE."""
+
+from .field import field_fn, log_density, posterior_mean
+from .steps import (
+    Field,
+    euler_step,
+    euler_step_from_mean,
+    heun_step,
+    heun_step_from_mean,
+    multistep_step,
+    multistep_step_from_mean,
+)
+
+__all__ = [
+    "Field",
+    "euler_step",
+    "euler_step_from_mean",
+    "field_fn",
+    "heun_step",
+    "heun_step_from_mean",
+    "log_density",
+    "multistep_step",
+    "multistep_step_from_mean",
+    "posterior_mean",
+]

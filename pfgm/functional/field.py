@@ -1,0 +1,332 @@
+"""The public operations: arguments are checked and flattened here, computed in :mod:`pfgm.ops`."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..common.checks import LARGEST, is_number, varies
+from ..common.tensors import wide_dtype
+from ..references import References, ReferenceSet, merging
+
+__all__ = ["field_fn", "log_density", "posterior_mean"]
+
+_QUERY_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_tensors(x: Tensor, references: References) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; allowed is a torch.Tensor.")
+    if not isinstance(references, (Tensor, ReferenceSet)):
+        raise TypeError(
+            f"references is a {type(references).__name__}; allowed are a torch.Tensor and a "
+            "pfgm.ReferenceSet."
+        )
+    if x.ndim == 0 or references.ndim == 0 or x.shape[1:] != references.shape[1:]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and references {tuple(references.shape)}; allowed are "
+            "(B, *S) and (M, *S) with the same sample shape S."
+        )
+    if x.dtype not in _QUERY_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, _QUERY_DTYPES))}.")
+    if x.device != references.device and not _streams(references):
+        raise ValueError(
+            f"x is on {x.device} and references on {references.device}; both must be on one device."
+        )
+
+
+def _streams(references: References) -> bool:
+    """Whether references come to the points, wherever those are."""
+    return isinstance(references, ReferenceSet) and references.device.type == "cpu"
+
+
+def _check_dimensions(D: float, with_r: bool) -> float:
+    if not is_number(D):
+        raise TypeError(f"D is a {type(D).__name__}; allowed is a number.")
+    if not D > 0:
+        raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+    if D > LARGEST and with_r:
+        raise ValueError("D is infinite, where r = sigma * sqrt(D) does not exist; give sigma.")
+    return float(D)
+
+
+def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
+    """A float or a tensor (B,) or (B, 1, …, 1) as float64 (B,) on the device of x (B, *S)."""
+    dtype, count = wide_dtype(x.device), x.shape[0]
+    if not isinstance(value, Tensor):
+        if not is_number(value):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
+                f"({count},)."
+            )
+        if varies(value):
+            return torch.ones(count, dtype=dtype, device=x.device) * value
+        return torch.full((count,), float(value), dtype=dtype, device=x.device)
+    if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
+        value = value.reshape(count)  # as EDM's code has levels beside samples
+    if value.shape != (count,) and value.ndim != 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; allowed is a number or a tensor of shape "
+            f"({count},), or of that with a 1 for each dimension of a sample."
+        )
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers.")
+    if value.ndim != 0 and value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
+    return value.to(device=x.device, dtype=dtype).expand(count)
+
+
+def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D: float) -> Tensor:
+    """Augmented radius r = sigma * sqrt(D) of each query; sigma itself at D = infinity."""
+    if (r is None) == (sigma is None):
+        given = "neither" if r is None else "both"
+        raise ValueError(f"{given} of r and sigma given; exactly one of them is needed.")
+    if r is not None:
+        return per_query("r", r, x)
+    assert sigma is not None
+    scale = 1.0 if D > LARGEST else math.sqrt(D)
+    return per_query("sigma", sigma, x) * scale
+
+
+def flatten(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
+def _flat_mean(
+    x: Tensor,
+    references: References,
+    radius: Tensor,
+    D: float,
+    backend: str | None,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat queries, at least float32, with their mean and log-sum-exp."""
+    flat = flatten(x)
+    if flat.dtype in (torch.bfloat16, torch.float16):
+        flat = flat.float()
+    if isinstance(references, ReferenceSet):
+        mean, lse = merging.posterior_mean(flat, radius, references.parts, D, backend, precision)
+        return flat, mean, lse
+    return flat, *ops.posterior_mean(flat, flatten(references), radius, D, backend, precision)
+
+
+@overload
+def posterior_mean(
+    x: Tensor,
+    references: References,
+    *,
+    r: Tensor | float | None = ...,
+    sigma: Tensor | float | None = ...,
+    D: float = ...,
+    return_logsumexp: Literal[False] = ...,
+    backend: str | None = ...,
+    precision: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def posterior_mean(
+    x: Tensor,
+    references: References,
+    *,
+    r: Tensor | float | None = ...,
+    sigma: Tensor | float | None = ...,
+    D: float = ...,
+    return_logsumexp: Literal[True],
+    backend: str | None = ...,
+    precision: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def posterior_mean(
+    x: Tensor,
+    references: References,
+    *,
+    r: Tensor | float | None = None,
+    sigma: Tensor | float | None = None,
+    D: float = 1.0,
+    return_logsumexp: bool = False,
+    backend: str | None = None,
+    precision: str = "high",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Average of the references, weighted by how likely each explains the noisy point.
+
+    With N the number of values in a sample and s_j = ‖x − x_j‖² + r²,
+
+        ℓ_j = −(N + D)/2 · log s_j                 D finite
+        ℓ_j = −‖x − x_j‖² / (2 sigma²)             D = ∞
+        lse = log Σ_j exp ℓ_j,   mean = Σ_j exp(ℓ_j − lse) x_j
+
+    (PFGM++, arXiv 2302.04265, section 3; Stable Target Field, arXiv 2302.00670, equation 7). A
+    (B, M, N) tensor is never built: extra memory is a constant plus the results. On the CPU that is
+    at most 64 MiB, or a few rows of x where N is in the millions, and it is kept for the next call.
+    References whose weights together are below the rounding of the result are left out there, which
+    is where its speed comes from. Differentiable once in x, r or sigma, and references, backward
+    and forward (torch.func.jvp), also under the other transforms of torch.func. On a
+    reference at r = 0, or at sigma = 0 with D = ∞, the result is the limit: the average of the
+    coincident (nearest) references.
+
+    Args:
+        x: (B, *S) points, float32 or float64; half precision is computed, and returned, in float32.
+        references: (M, *S), M ≥ 1: float32, float64, bfloat16, float16, or uint8 meaning
+            u/127.5 − 1; or a :class:`pfgm.ReferenceSet`, which has no gradient and may lie in a
+            file, in CPU memory beside points on a GPU, or in several processes.
+        r: length of the augmented vector (z where D = 1), at least 0: a number or (B,), in the
+            units of x. (B, 1, …, 1), which broadcasts with x, is taken too.
+        sigma: noise level, instead of r: r = sigma · √D.
+        D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
+        return_logsumexp: return lse too.
+        backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
+        precision: of products on a GPU: "high" keeps the digits of float32; "medium" multiplies
+            once in TF32, whose 10 bits show in the weights of many references about equally far.
+            On the CPU both are computed alike.
+
+    Returns:
+        mean (B, *S), and with ``return_logsumexp`` also lse (B,) in float64.
+
+    Raises:
+        ValueError: shapes or devices differ, references is empty, both or neither of r and sigma
+            are given, D ≤ 0, D = ∞ with r; on the CPU also a value that is not finite or a
+            negative r.
+        TypeError: a dtype is not allowed.
+        RuntimeError: the backend asked for cannot run; a derivative is differentiated again; or
+            the rows of a ReferenceSet were changed in place before its gradient was asked for.
+
+    >>> import torch
+    >>> references = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    >>> posterior_mean(torch.tensor([[0.5, 2.0]]), references, r=1.0)
+    tensor([[0.5000, 0.0000]])
+    """
+    _check_tensors(x, references)
+    D = _check_dimensions(D, r is not None)
+    radius = _radius(x, r, sigma, D)
+    _, mean, logsumexp = _flat_mean(x, references, radius, D, backend, precision)
+    mean = mean.reshape(x.shape)
+    return (mean, logsumexp) if return_logsumexp else mean
+
+
+def field_fn(
+    x: Tensor,
+    z: Tensor | float,
+    references: References,
+    *,
+    gamma: float = 5.0,
+    backend: str | None = None,
+    precision: str = "high",
+) -> tuple[Tensor, Tensor]:
+    """The normalised Poisson field of the references: PFGM's training target.
+
+        E = (x − mean, z),   v = −√N · E / (‖E‖ + gamma)
+
+    where mean is :func:`posterior_mean` at r = z, D = 1 (PFGM, arXiv 2209.11178, equations 5 and 6
+    and Algorithm 1). v points toward the data, so field_z ≤ 0; v = 0 where E = 0. Differentiable
+    once in x, z and references.
+
+    Args:
+        x: (B, *S) perturbed points, float32 or float64 (half precision: computed in float32).
+        z: augmented coordinate, at least 0: a number or (B,), in the units of x, or
+            (B, 1, …, 1), which broadcasts with x.
+        references: (M, *S), M ≥ 1, of any dtype that :func:`posterior_mean` takes. In training:
+            a large batch of data that contains the clean versions of x.
+        gamma: softening of the normalisation, at least 0.
+        backend, precision: as :func:`posterior_mean`.
+
+    Returns:
+        field_x (B, *S) and field_z (B,), in the dtype of x (float32 at least).
+
+    Raises:
+        ValueError, TypeError: as :func:`posterior_mean`; gamma is negative or not finite.
+
+    >>> import torch
+    >>> field_x, field_z = field_fn(torch.tensor([[3.0, 3.0]]), 4.0, torch.zeros(1, 2))
+    >>> field_x, field_z
+    (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
+    """
+    _check_tensors(x, references)
+    if not 0 <= gamma <= LARGEST:
+        raise ValueError(f"gamma is {gamma}; allowed is any finite number of at least 0.")
+    radius = per_query("z", z, x)
+    flat, mean, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
+    field_x, field_z = ops.normalised_field(flat, radius, mean, gamma, backend)
+    return field_x.reshape(x.shape), field_z
+
+
+def log_density(
+    x: Tensor,
+    references: References,
+    *,
+    r: Tensor | float | None = None,
+    sigma: Tensor | float | None = None,
+    D: float = 1.0,
+    backend: str | None = None,
+    precision: str = "high",
+) -> Tensor:
+    """Log-density of the references blurred to noise level r: the flow's exact marginal.
+
+        log p_r(x) = lse − log M + D log r + lgamma((N+D)/2) − (N/2) log π − lgamma(D/2)
+        log p_σ(x) = lse − log M − (N/2) log(2π sigma²)                              D = ∞
+
+    a mixture of M multivariate Student-t densities with D degrees of freedom (normal at D = ∞),
+    (PFGM++, arXiv 2302.04265, equation 4). Its gradient in x is the exact score. At r = 0 it is
+    +inf on a reference and −inf elsewhere.
+
+    Args:
+        x, references, r, sigma, D, backend, precision: as :func:`posterior_mean`.
+
+    Returns:
+        (B,) in nats, float64.
+
+    Raises:
+        ValueError, TypeError: as :func:`posterior_mean`.
+
+    >>> import torch
+    >>> log_density(torch.zeros(1, 1), torch.zeros(1, 1), r=1.0)  # Cauchy: log(1/π)
+    tensor([-1.1447], dtype=torch.float64)
+    """
+    _check_tensors(x, references)
+    D = _check_dimensions(D, r is not None)
+    radius = _radius(x, r, sigma, D)
+    flat, _, logsumexp = _flat_mean(x, references, radius, D, backend, precision)
+    N, M = flat.shape[1], references.shape[0]
+    # At radius 0 the sum below would be inf − inf, and its gradient NaN.
+    at_zero = radius == 0
+    log_radius = torch.where(at_zero, 1.0, radius).log()
+    if D > LARGEST:
+        on_reference = ~logsumexp.isneginf()
+        scale = -N * (log_radius + 0.5 * math.log(2 * math.pi))
+    else:
+        on_reference = logsumexp.isposinf()
+        scale = D * log_radius + _log_gamma_ratio(N, D, logsumexp) - N / 2 * math.log(math.pi)
+    limit = torch.where(on_reference, math.inf, -math.inf).to(logsumexp.dtype)
+    return torch.where(at_zero, limit, logsumexp - _log_count(M, logsumexp) + scale)
+
+
+def _log_count(M: int, like: Tensor) -> float | Tensor:
+    if varies(M):
+        return (torch.ones((), dtype=like.dtype, device=like.device) * M).log()
+    return math.log(M)
+
+
+def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
+    """lgamma((N + D)/2) − lgamma(D/2), also where both are so large that they cancel."""
+    a, half = D / 2, N / 2
+    if varies(D):
+        wide = torch.ones((), dtype=like.dtype, device=like.device) * a
+        return torch.where(
+            wide < 5e5, torch.lgamma(wide + half) - torch.lgamma(wide), _stirling_ratio(wide, half)
+        )
+    if D < 1e6:
+        return math.lgamma(a + half) - math.lgamma(a)
+    return _stirling_ratio(torch.tensor(a, dtype=torch.float64), half).item()
+
+
+def _stirling_ratio(a: Tensor, half: float) -> Tensor:
+    """lgamma(a + half) − lgamma(a) for a large a."""
+    # Stirling with its first correction: the next is below 1/(360 a³).
+    shifted = a + half
+    correction = (1 / shifted - 1 / a) / 12
+    return half * shifted.log() + (a - 0.5) * torch.log1p(half / a) - half + correction

@@ -1,0 +1,1 @@
+"""Networks of published work, and the files that hold their weights."""

@@ -1,0 +1,167 @@
+"""The networks in the files that EDM's trainer writes, which PFGM++ was published with.
+
+``training-state-*.pt`` and ``network-snapshot-*.pkl`` pickle whole modules together with their
+source text. Here they are :class:`StandIn` objects
+(:mod:`pfgm.networks.published.safe_pickle`), of which the tensors are taken.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .safe_pickle import StandIn, StoredTensor
+
+_CONV = re.compile(r"model\.enc\.(\d+)x\1_conv\.weight")
+
+
+def holds_modules(content: Any) -> bool:
+    """Whether the content of a file is that of EDM's trainer."""
+    return isinstance(content, dict) and any(
+        isinstance(content.get(name), StandIn) for name in ("ema", "net")
+    )
+
+
+def module_in(content: Mapping[str, Any], *, ema: bool) -> StandIn:
+    """The averaged network, with which samples are drawn, or the one that is trained.
+
+    Raises:
+        ValueError: it is not there, or of another kind.
+    """
+    name, other = ("ema", False) if ema else ("net", True)
+    module = content.get(name)
+    if not isinstance(module, StandIn):
+        raise ValueError(f"it has no {name!r}; take the other weights with ema={other}.")
+    inner = _parts(module)["_modules"].get("model")
+    kinds = [part.name if isinstance(part, StandIn) else "none" for part in (module, inner)]
+    if kinds != ["EDMPrecond", "SongUNet"]:
+        raise ValueError(
+            f"it is a {kinds[0]} around a {kinds[1]}; only EDMPrecond around SongUNet is known."
+        )
+    return module
+
+
+def weights_of(module: StandIn) -> dict[str, Tensor]:
+    """The parameters and buffers of a module and of all within it, by name.
+
+    Raises:
+        ValueError: something is not a module, or the file is truncated.
+    """
+    weights: dict[str, Tensor] = {}
+    seen, rest = set(), [("", module)]
+    while rest:
+        prefix, module = rest.pop()
+        if id(module) in seen:  # or a module within itself would have no end
+            raise ValueError(f"it has {prefix.rstrip('.')} twice.")
+        seen.add(id(module))
+        parts = _parts(module)
+        for name, tensor in {**parts["_parameters"], **parts["_buffers"]}.items():
+            if isinstance(tensor, StoredTensor):
+                weights[f"{prefix}{name}"] = tensor.tensor()
+        children = [(f"{prefix}{name}.", child) for name, child in parts["_modules"].items()]
+        rest += [(name, child) for name, child in reversed(children) if child is not None]
+    return weights
+
+
+def _parts(module: Any) -> dict[str, dict[str, Any]]:
+    state = module.state if isinstance(module, StandIn) else None
+    names = ("_parameters", "_buffers", "_modules")
+    if not isinstance(state, dict) or not all(isinstance(state.get(n), dict) for n in names):
+        raise ValueError("it holds another thing in the place of a module.")
+    return state
+
+
+def trained_with(module: StandIn) -> float | None:
+    """D, as the module says it; None where it does not, as in files from before it was kept."""
+    if module.state.get("pfgmpp") is False:
+        return math.inf
+    D = module.state.get("D") if module.state.get("pfgmpp") else None
+    return float(D) if isinstance(D, (int, float)) else None
+
+
+def architecture(
+    module: StandIn, weights: Mapping[str, Tensor], resolution: int | None
+) -> dict[str, Any]:
+    """The config of the :class:`pfgm.networks.EDMDenoiser` whose parameters have these names.
+
+    Raises:
+        ValueError: there is none, or it is of another resolution.
+    """
+    first = next(filter(None, map(_CONV.fullmatch, weights)), None)
+    if first is None:
+        raise ValueError("it has no model.enc.…_conv.weight, the first convolution.")
+    finest = int(first[1])
+    if resolution not in (None, finest):
+        raise ValueError(f"it is of resolution {finest}; resolution is {resolution}.")
+    width, channels = _shape(weights, first[0], 4)[:2]
+    sides = _sides(weights, finest)
+    embedding, noise = _shape(weights, "model.map_layer0.weight", 2)
+    config = {
+        "channels": channels,
+        "resolution": finest,
+        "classes": _columns(weights, "model.map_label.weight"),
+        "augment_dim": _columns(weights, "model.map_augment.weight"),
+        "model_channels": width,
+        "channel_mult": tuple(
+            _shape(weights, f"model.enc.{side}x{side}_block0.conv0.weight", 4)[0] // width
+            for side in sides
+        ),
+        "channel_mult_emb": embedding // width,
+        "channel_mult_noise": noise // width,
+        "num_blocks": sum(
+            name.startswith(f"model.enc.{finest}x{finest}_block") and name.endswith("conv0.weight")
+            for name in weights
+        ),
+        "attn_resolutions": tuple(
+            side for side in sides if f"model.enc.{side}x{side}_block0.norm2.weight" in weights
+        ),
+        "embedding_type": "fourier" if "model.map_noise.freqs" in weights else "positional",
+        "encoder_type": "residual" if any("_aux_residual." in n for n in weights) else "standard",
+        "resample_filter": _filter(weights),
+        "sigma_data": _number(module.state, "sigma_data"),
+    }
+    arguments = module.state.get("_init_kwargs")
+    if isinstance(arguments, dict) and "dropout" in arguments:
+        config["dropout"] = _number(arguments, "dropout")
+    return config
+
+
+def _number(state: Mapping[str, Any], name: str) -> float:
+    if not isinstance(value := state.get(name), (int, float)):
+        raise ValueError(f"its {name} is not a number.")
+    return value
+
+
+def _sides(weights: Mapping[str, Tensor], finest: int) -> list[int]:
+    """The resolutions of the levels: the finest and its halves, as far as there are blocks."""
+    sides = [finest]
+    while (half := sides[-1] // 2) and f"model.enc.{half}x{half}_block0.conv0.weight" in weights:
+        sides.append(half)
+    return sides
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    if name not in weights:
+        raise ValueError(f"it has no {name}.")
+    shape = tuple(weights[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"its {name} has shape {shape}; needed are {dimensions} dimensions.")
+    return shape
+
+
+def _columns(weights: Mapping[str, Tensor], name: str) -> int:
+    return _shape(weights, name, 2)[1] if name in weights else 0
+
+
+def _filter(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """One line of the resampling kernel as whole numbers, the least of them 1."""
+    name = next((name for name in weights if name.endswith(".resample_filter")), None)
+    if name is None:
+        return (1, 1)
+    _shape(weights, name, 4)
+    line = weights[name].flatten(0, 2).sum(0)
+    return tuple((line / line.min()).round().int().tolist())

@@ -1,0 +1,377 @@
+"""The published networks, DDPM++ and NCSN++, with the names that their checkpoints have.
+
+The U-Nets of score-based models (arXiv 2011.13456, appendix H) with one more output channel, whose
+spatial mean is the field's z component (PFGM, arXiv 2209.11178, appendix B.1). All modules stand in
+one list, in the order in which the forward pass uses them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...common.checks import int_tuple, positive_int
+from ..embedding import MOST_DEEP, MOST_WIDE, plain
+
+_ROOT = math.sqrt(0.5)  # sums of two branches keep their variance
+_NOTHING = 1e-10  # the scale at which a layer starts that is to start as zero
+_FOURIER = 16.0  # standard deviation of the frequencies in log z
+_LONGEST = 10_000.0  # period of the slowest sine, in units of 2π
+
+
+def _scaled(layer: Any, scale: float = 1.0) -> Any:
+    """Variance scaling by the average of the fans, uniform; biases zero."""
+    weight, bias = (layer.W, layer.b) if isinstance(layer, NIN) else (layer.weight, layer.bias)
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
+    bound = math.sqrt(6 * scale / (fan_in + fan_out))
+    nn.init.uniform_(weight, -bound, bound)
+    nn.init.zeros_(bias)
+    return layer
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-6)
+
+
+def _conv(inputs: int, outputs: int, size: int = 3, scale: float = 1.0) -> Any:
+    return _scaled(nn.Conv2d(inputs, outputs, size, padding=size // 2), scale)
+
+
+class NIN(nn.Module):
+    """A linear map of the channels, the same at each pixel."""
+
+    def __init__(self, channels: int, scale: float) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(channels, channels))
+        self.b = nn.Parameter(torch.empty(channels))
+        _scaled(self, scale)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return F.conv2d(h, self.W.T[:, :, None, None], self.b)
+
+
+class PublishedAttention(nn.Module):
+    """Self-attention of one head over all pixels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.GroupNorm_0 = _norm(channels)
+        self.NIN_0, self.NIN_1, self.NIN_2 = (NIN(channels, 0.1) for _ in range(3))
+        self.NIN_3 = NIN(channels, _NOTHING)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        normed = self.GroupNorm_0(h)
+        q, k, v = (
+            layer(normed).flatten(2).transpose(1, 2)
+            for layer in (self.NIN_0, self.NIN_1, self.NIN_2)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+        result: Tensor = (h + self.NIN_3(mixed)) * _ROOT
+        return result
+
+
+class Resampling(nn.Module):
+    """Factors of two: by repeating and averaging pixels, or with the kernel (1, 3, 3, 1)."""
+
+    kernel: Tensor
+
+    def __init__(self, smooth: bool) -> None:
+        super().__init__()
+        self.smooth = smooth
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        kernel = torch.outer(line, line)
+        self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
+
+    def _filtered(self, h: Tensor, gain: float, stride: int) -> Tensor:
+        kernel = (gain * self.kernel).to(h.dtype).expand(h.shape[1], 1, 4, 4)
+        return F.conv2d(h, kernel, stride=stride, groups=h.shape[1])
+
+    def down(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H/2, W/2)."""
+        if not self.smooth:
+            return F.avg_pool2d(h, 2)
+        return self._filtered(F.pad(h, (1, 1, 1, 1)), 1.0, 2)
+
+    def up(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W)."""
+        if not self.smooth:
+            return F.interpolate(h, scale_factor=2.0, mode="nearest")
+        b, c, height, width = h.shape
+        spread = h.new_zeros(b, c, height, 2, width, 2)
+        spread[:, :, :, 0, :, 0] = h
+        spread = spread.view(b, c, 2 * height, 2 * width)
+        return self._filtered(F.pad(spread, (2, 1, 2, 1)), 4.0, 1)
+
+    def before_stride(self, h: Tensor) -> Tensor:
+        """(B, C, H, W) filtered to (B, C, H + 1, W + 1), for a 3×3 convolution of stride 2."""
+        return self._filtered(F.pad(h, (2, 2, 2, 2)), 1.0, 1)
+
+
+class PublishedBlock(nn.Module):
+    """Residual block in the manner of BigGAN, which may resample by two on its way."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        dropout: float,
+        resampling: Resampling,
+        way: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.way, self._resampling = way, [resampling]  # in a list: it is no child, and has no name
+        self.GroupNorm_0 = _norm(inputs)
+        self.Conv_0 = _conv(inputs, outputs)
+        self.Dense_0 = _scaled(nn.Linear(embedding, outputs))
+        self.GroupNorm_1 = _norm(outputs)
+        self.Dropout_0 = nn.Dropout(dropout)
+        self.Conv_1 = _conv(outputs, outputs, scale=_NOTHING)
+        if inputs != outputs or way is not None:
+            self.Conv_2 = _conv(inputs, outputs, size=1)
+        else:
+            self.Conv_2 = None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, inputs, H, W) and (B, embedding) to (B, outputs, H', W')."""
+        h = F.silu(self.GroupNorm_0(x))
+        if self.way is not None:
+            resample = getattr(self._resampling[0], self.way)
+            h, x = resample(h), resample(x)
+        h = self.Conv_0(h) + self.Dense_0(F.silu(embedding))[:, :, None, None]
+        h = self.Conv_1(self.Dropout_0(F.silu(self.GroupNorm_1(h))))
+        if self.Conv_2 is not None:
+            x = self.Conv_2(x)
+        result: Tensor = (x + h) * _ROOT
+        return result
+
+
+class PyramidStep(nn.Module):
+    """Brings the input image, or what has become of it, to the next level."""
+
+    def __init__(self, inputs: int, outputs: int, resampling: Resampling) -> None:
+        super().__init__()
+        self._resampling = [resampling]
+        self.Conv2d_0 = _scaled(nn.Conv2d(inputs, outputs, 3, stride=2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H/2, W/2)."""
+        filtered = self._resampling[0].before_stride(image)
+        result: Tensor = self.Conv2d_0(filtered)
+        return result
+
+
+class FourierFeatures(nn.Module):
+    """sin and cos of 2π W log z with fixed frequencies W."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(_FOURIER * torch.randn(count), requires_grad=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B,) to (B, 2 count)."""
+        angles = 2 * math.pi * z.log()[:, None] * self.W
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def positional_features(z: Tensor, count: int) -> Tensor:
+    """(B,) z to (B, count) sines and cosines of z, with periods from 2π to 20000π."""
+    half = count // 2
+    places = torch.arange(half, dtype=z.dtype, device=z.device)
+    angles = z[:, None] * (-places * math.log(_LONGEST) / (half - 1)).exp()
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class Published(nn.Module):
+    """What DDPM++ and NCSN++ have in common; they are this with their own settings.
+
+    Args:
+        channels: of the images.
+        resolution: their height and width.
+        nf: channels of the finest level.
+        ch_mult: channels of each level, finest first, in units of nf.
+        num_res_blocks: residual blocks a level on the way down; one more on the way up.
+        attn_resolutions: widths of the feature maps that get attention.
+        dropout: share of the values that is dropped in each block in training.
+        embedding: of z, "positional" or "fourier".
+        fir: resample with the kernel (1, 3, 3, 1).
+        progressive_input: "none", or "residual": the image is carried along on the way down.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        resolution: int,
+        *,
+        nf: int = 128,
+        ch_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        embedding: str = "positional",
+        fir: bool = False,
+        progressive_input: str = "none",
+    ) -> None:
+        super().__init__()
+        channels, resolution = (
+            positive_int("channels", channels),
+            positive_int("resolution", resolution),
+        )
+        levels = int_tuple("ch_mult", ch_mult, MOST_WIDE)
+        attention = tuple(positive_int("attn_resolutions", width) for width in attn_resolutions)
+        for name, value, allowed in (
+            ("embedding", embedding, ("positional", "fourier")),
+            ("progressive_input", progressive_input, ("none", "residual")),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} is {value!r}; allowed are {' and '.join(map(repr, allowed))}."
+                )
+        if positive_int("nf", nf, MOST_WIDE) % 4:
+            raise ValueError(f"nf is {nf}; allowed are multiples of 4.")
+        if resolution % 2 ** (len(levels) - 1):
+            raise ValueError(
+                f"resolution is {resolution}; allowed are multiples of "
+                f"{2 ** (len(levels) - 1)}, as {len(levels)} levels halve it."
+            )
+        self.shape = (channels, resolution, resolution)
+        self.config = plain(
+            {
+                "channels": channels,
+                "resolution": resolution,
+                "nf": nf,
+                "ch_mult": levels,
+                "num_res_blocks": positive_int("num_res_blocks", num_res_blocks, MOST_DEEP),
+                "attn_resolutions": attention,
+                "dropout": float(dropout),
+                "embedding": embedding,
+                "fir": bool(fir),
+                "progressive_input": progressive_input,
+            }
+        )
+        self._nf, self._levels, self._blocks = nf, levels, num_res_blocks
+        self._fourier, self._residual = embedding == "fourier", progressive_input == "residual"
+        self._attends = [resolution >> level in attention for level in range(len(levels))]
+        self.resampling = Resampling(bool(fir))
+        self.all_modules = nn.ModuleList(self._modules_in_order(channels, dropout))
+
+    def _modules_in_order(self, channels: int, dropout: float) -> Iterator[nn.Module]:
+        nf, embedding = self._nf, 4 * self._nf
+
+        def block(inputs: int, outputs: int, way: str | None = None) -> PublishedBlock:
+            return PublishedBlock(inputs, outputs, embedding, dropout, self.resampling, way)
+
+        if self._fourier:
+            yield FourierFeatures(nf)
+        yield _scaled(nn.Linear(2 * nf if self._fourier else nf, embedding))
+        yield _scaled(nn.Linear(embedding, embedding))
+        yield _conv(channels, nf)
+        skips, above, carried = [nf], nf, channels
+        for level, multiple in enumerate(self._levels):
+            for _ in range(self._blocks):
+                yield block(above, nf * multiple)
+                above = nf * multiple
+                if self._attends[level]:
+                    yield PublishedAttention(above)
+                skips.append(above)
+            if level + 1 < len(self._levels):
+                yield block(above, above, "down")
+                if self._residual:
+                    yield PyramidStep(carried, above, self.resampling)
+                    carried = above
+                skips.append(above)
+        yield block(above, above)
+        yield PublishedAttention(above)
+        yield block(above, above)
+        for level in reversed(range(len(self._levels))):
+            outputs = nf * self._levels[level]
+            for _ in range(self._blocks + 1):
+                yield block(above + skips.pop(), outputs)
+                above = outputs
+            if self._attends[level]:
+                yield PublishedAttention(above)
+            if level > 0:
+                yield block(above, above, "up")
+        yield _norm(above)
+        yield _conv(above, channels + 1, scale=_NOTHING)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The field (field_x, field_z), of shapes (B, C, H, W) and (B,), at x and z (B,)."""
+        if x.shape[1:] != self.shape or z.shape != x.shape[:1]:
+            raise ValueError(
+                f"x and z have shapes {tuple(x.shape)} and {tuple(z.shape)}; allowed are (B, "
+                f"{', '.join(map(str, self.shape))}) and (B,)."
+            )
+        modules = iter(self.all_modules)
+        features = next(modules)(z) if self._fourier else positional_features(z, self._nf)
+        first, second = next(modules), next(modules)
+        embedding = second(F.silu(first(features)))
+        skips = self._down(x, embedding, modules)
+        h = next(modules)(skips[-1], embedding)
+        h = next(modules)(h)
+        h = next(modules)(h, embedding)
+        for level in reversed(range(len(self._levels))):
+            for _ in range(self._blocks + 1):
+                h = next(modules)(torch.cat([h, skips.pop()], 1), embedding)
+            if self._attends[level]:
+                h = next(modules)(h)
+            if level > 0:
+                h = next(modules)(h, embedding)
+        norm, last = modules
+        field = last(F.silu(norm(h)))
+        return field[:, :-1], field[:, -1].flatten(1).mean(1)
+
+    def _down(self, x: Tensor, embedding: Tensor, modules: Iterator[nn.Module]) -> list[Tensor]:
+        """The skips of the way down; the last is where it ends."""
+        h, image = next(modules)(x), x
+        skips = [h]
+        for level in range(len(self._levels)):
+            for _ in range(self._blocks):
+                h = next(modules)(h, embedding)
+                if self._attends[level]:
+                    h = next(modules)(h)
+                skips.append(h)
+            if level + 1 < len(self._levels):
+                h = next(modules)(h, embedding)
+                if self._residual:
+                    h = image = (next(modules)(image) + h) * _ROOT
+                skips.append(h)
+        return skips
+
+
+class DDPMpp(Published):
+    """DDPM++ as published with PFGM for CIFAR-10; "deep" is num_res_blocks=8.
+
+    Arguments as :class:`pfgm.networks.Published`. It predicts the field itself.
+
+    >>> net = DDPMpp(3, 16, nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,))
+    >>> field_x, field_z = net(torch.randn(2, 3, 16, 16), torch.rand(2))
+    >>> field_x.shape, field_z.shape
+    (torch.Size([2, 3, 16, 16]), torch.Size([2]))
+    """
+
+
+class NCSNpp(Published):
+    """NCSN++ as published with PFGM: Fourier features, smooth resampling, the image carried along.
+
+    Arguments as :class:`pfgm.networks.Published`. It predicts the field itself.
+
+    >>> net = NCSNpp(3, 16, nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,))
+    >>> field_x, field_z = net(torch.randn(2, 3, 16, 16), torch.rand(2))
+    >>> field_x.shape, field_z.shape
+    (torch.Size([2, 3, 16, 16]), torch.Size([2]))
+    """
+
+    def __init__(self, channels: int, resolution: int, **options: Any) -> None:
+        published = {"embedding": "fourier", "fir": True, "progressive_input": "residual"}
+        super().__init__(channels, resolution, **{**published, **options})

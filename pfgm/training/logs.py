@@ -1,0 +1,94 @@
+"""What a training run reports: CSV files, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.files import reserve_standard_descriptors, write_atomic
+
+__all__ = ["Log"]
+
+
+class Log:
+    """Figures of a run by step, in ``log.csv`` and ``evaluations.csv`` and for TensorBoard.
+
+    Rows of steps after ``step``, which a run that was killed has left behind, are removed.
+
+    Args:
+        folder: of the run; None keeps nothing.
+        step: of the checkpoint that the run continues.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0) -> None:
+        self._tables: dict[str, _Table] = {}
+        self._writer: Any = None
+        if folder is None:
+            return
+        reserve_standard_descriptors()
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("log", "evaluations")
+        self._tables = {name: _Table(folder / f"{name}.csv", step) for name in names}
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, figures: Mapping[str, float], table: str = "log") -> None:
+        """Adds what is known at a step; the first row of a table decides on its columns."""
+        if table in self._tables:
+            self._tables[table].add({"step": step, **figures})
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what TensorBoard still holds."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Table:
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self._fields, kept = _read(path) if path.exists() else ([], [])
+        kept = [row for row in kept if int(row[0]) <= step]
+        if not kept:
+            path.unlink(missing_ok=True)
+            self._fields = []
+            return
+        text = _text([self._fields, *kept])
+        write_atomic(path, lambda file: file.write(text.encode()))
+
+    def add(self, row: Mapping[str, float]) -> None:
+        lines: list[Sequence[object]] = []
+        if not self._fields:
+            self._fields = list(row)
+            lines.append(self._fields)
+        lines.append([_shown(row.get(name, "")) for name in self._fields])
+        with self._path.open("a", newline="") as file:
+            file.write(_text(lines))
+
+
+def _shown(value: float | str) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _text(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows; a row that a killed process has not ended is left out."""
+    with path.open(newline="") as file:
+        fields, *rows = [*csv.reader(file)] or [[]]
+    return fields, [row for row in rows if len(row) == len(fields) and row[0].isdigit()]

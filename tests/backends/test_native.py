@@ -1,0 +1,880 @@
+"""The C++ kernels against the oracle: tile edges, accuracy, threads, memory, range of values."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pfgm import field_fn, posterior_mean
+from pfgm.backends import native, reference
+
+if os.environ.get("PFGM_NATIVE") == "0":
+    pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
+
+NARROW = [torch.bfloat16, torch.float16, torch.uint8]
+# At tile edges: queries 4, 6, 48 (bounds), 384 (block); references 2, 8 to 64 (tile), 128, 512 and
+# 2048 (chunk); features the lanes 2 to 16, 64 (additions), 128, 256, 512 (bounds), 768.
+EDGES = [
+    (1, 1, 1),
+    (3, 2, 5),
+    (5, 63, 16),
+    (6, 64, 17),
+    (7, 65, 767),
+    (6, 3, 768),
+    (13, 9, 769),
+    (2, 67, 1023),
+    (4, 66, 1025),
+    (5, 2047, 3),
+    (5, 2048, 31),
+    (5, 2049, 33),
+    (3, 4100, 15),
+    (383, 5, 4),
+    (384, 6, 8),
+    (391, 70, 2),
+    (48, 513, 511),
+    (47, 300, 512),
+    (48, 700, 512),
+    (49, 130, 785),
+    (51, 400, 3073),
+    (1009, 2050, 1),
+]
+
+
+def usable_isas():
+    previous = os.environ.get("PFGM_CPU_ISA")
+    usable = []
+    for isa in ("avx512", "avx2", "portable"):
+        os.environ["PFGM_CPU_ISA"] = isa
+        try:
+            usable.append(native.extension().cpu_isa())
+        except ValueError:
+            continue
+    os.environ.pop("PFGM_CPU_ISA")
+    if previous is not None:
+        os.environ["PFGM_CPU_ISA"] = previous
+    return usable
+
+
+@pytest.fixture(params=usable_isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("PFGM_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def problem(B, M, N, dtype=torch.float32, reference_dtype=None, seed=0):
+    """Points between their own reference and another: some rows have one weight, some many."""
+    generator = torch.Generator().manual_seed(seed)
+    references = torch.rand(M, N, generator=generator, dtype=torch.float64) * 2 - 1
+    if reference_dtype == torch.uint8:
+        references = ((references + 1) * 127.5).round()
+    references = references.to(reference_dtype or dtype)
+    y = reference.dequantise(references, torch.float64)
+    index, other = (torch.randint(0, M, (B,), generator=generator) for _ in range(2))
+    fraction = 0.5 * torch.rand(B, 1, generator=generator, dtype=torch.float64)
+    x = y[index] + fraction * (y[other] - y[index])
+    x = x + 0.2 * torch.randn(B, N, generator=generator, dtype=torch.float64)
+    sigma = 10 ** (3 * torch.rand(B, generator=generator, dtype=torch.float64) - 2)
+    return x.to(dtype), references, sigma
+
+
+def radius_of(sigma, D):
+    return sigma if math.isinf(D) else sigma * math.sqrt(D)
+
+
+def forward(x, references, radius, D, module=native):
+    mean, logsumexp, _, _ = module.posterior_mean(x, references, radius, D)
+    return mean, logsumexp
+
+
+def backward(x, references, radius, D, G, g, needs=(True, True, True), module=native):
+    mean, _, nearest, total = module.posterior_mean(x, references, radius, D)
+    return module.posterior_mean_backward(
+        G, g, x, references, radius, mean, nearest, total, D, needs
+    )
+
+
+def row_error(actual, expected, scale):
+    return ((actual.double() - expected).norm(dim=1) / scale).max().item()
+
+
+def assert_accurate(result, expected, references, tolerance):
+    """The accuracy contract: per row, relative to the largest reference and to lse."""
+    (mean, lse), (wanted_mean, wanted_lse) = result, expected
+    scale = reference.dequantise(references, torch.float64).norm(dim=1).max()
+    assert row_error(mean, wanted_mean, scale) <= tolerance
+    error = (lse - wanted_lse).abs() / wanted_lse.abs().clamp(min=1)
+    assert error.max() <= tolerance
+
+
+def assert_gradient(actual, expected, tolerance):
+    """Every row, the direction and the length: an error of one row must not hide in the norm.
+
+    In a row much smaller than the others large terms cancel, and the rounding of float32 that they
+    carry stays: it is measured against the typical row, and in float64 against a thousandth of it.
+    """
+    floor = 1.0 if tolerance > 1e-8 else 1e-3
+    actual, expected = (t.double().reshape(len(t), -1) for t in (actual, expected))
+    rows, norm = expected.norm(dim=1), expected.norm()
+    assert norm > 0
+    allowed = tolerance * torch.maximum(rows, floor * norm / len(rows) ** 0.5)
+    assert ((actual - expected).norm(dim=1) <= allowed).all()
+    cosine = (actual * expected).sum() / (actual.norm() * norm)
+    assert 1 - cosine <= max(tolerance**2, 1e-13)
+    assert abs(actual.norm() / norm - 1) <= tolerance
+
+
+# ---- sketches ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *NARROW])
+@pytest.mark.parametrize("sizes", [(1, 300, 512), (5, 2100, 785), (31, 70, 1025), (50, 2100, 600)])
+def test_a_sketch_changes_no_bit(isa, sizes, dtype):
+    of_points = torch.float64 if dtype == torch.float64 else torch.float32
+    x, references, sigma = problem(*sizes, dtype=of_points, reference_dtype=dtype)
+    sketch = native.sketch(references, of_points)
+    for D in (1.0, math.inf):
+        radius = radius_of(sigma, D)
+        plain = native.posterior_mean(x, references, radius, D)
+        sketched = native.posterior_mean(x, references, radius, D, sketch=sketch)
+        assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
+        mean, _, nearest, total = plain
+        saved = (x, references, radius, mean, nearest, total, D, (True, True, True))
+        upstream = torch.ones_like(mean), torch.zeros_like(total)
+        plain = native.posterior_mean_backward(*upstream, *saved)
+        sketched = native.posterior_mean_backward(*upstream, *saved, sketch=sketch)
+        assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
+
+
+def test_the_bounds_of_a_sketch_hold_over_many_features():
+    """With one float32 sum a lane the bound of the nearest reference would exceed the other's."""
+    lanes, additions, ulp = 16, 8000, 2.0**-6
+    choice = torch.rand(additions * lanes, generator=torch.Generator().manual_seed(0)) < 0.556
+    nearest = torch.full((additions * lanes,), 32 + 0.55 * ulp, dtype=torch.float64)
+    other = torch.where(choice, 32 + 1.45 * ulp, 32 - 0.55 * ulp).double()
+    references = torch.stack(
+        [(line / 32).sqrt().float().repeat_interleave(32) for line in (other, nearest)]
+    )
+    x, sigma = torch.zeros(1, references.shape[1]), torch.tensor([0.01], dtype=torch.float64)
+    sketch = native.sketch(references, torch.float32)
+    mean, *_ = native.posterior_mean(x, references, sigma, math.inf, sketch=sketch)
+    assert torch.equal(mean[0], references[1])
+
+
+def test_a_sketch_of_strided_rows():
+    _, references, _ = problem(3, 64, 1200)
+    wanted = native.sketch(references[::2, 100:700].contiguous(), torch.float32)
+    assert torch.equal(native.sketch(references[::2, 100:700], torch.float32), wanted)
+    assert torch.equal(native.sketch(references.T[100:700].T[::2], torch.float32), wanted)
+    assert native.sketch(references[:, :511], torch.float32) is None
+
+
+def test_a_sketch_of_other_references():
+    x, references, radius = problem(3, 64, 600)
+    for sketch in (
+        native.sketch(references[:63], torch.float32),
+        native.sketch(references, torch.float64),
+        native.sketch(references, torch.float32)[:-1],
+    ):
+        with pytest.raises(ValueError, match=r"sketch has shape \(\d+,\) and dtype"):
+            native.posterior_mean(x, references, radius, 1.0, sketch=sketch)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("sizes", EDGES)
+def test_forward_at_tile_edges(isa, sizes, D):
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-12)):
+        x, references, sigma = problem(*sizes, dtype=dtype)
+        radius = radius_of(sigma, D)
+        expected = forward(x.double(), references.double(), radius, D, reference)
+        assert_accurate(forward(x, references, radius, D), expected, references, tolerance)
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("sizes", EDGES)
+def test_backward_at_tile_edges(isa, sizes, D):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
+        x, references, sigma = problem(*sizes, dtype=dtype)
+        # The backward pass is given the mean rounded to float32, which shows beside a small sigma.
+        sigma = sigma.clamp(min=0.05)
+        radius = radius_of(sigma, D)
+        generator = torch.Generator().manual_seed(1)
+        G = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+        # With sigma² the score weighs as much as the gradient of the mean.
+        g = sigma**2 * torch.randn(len(x), generator=generator, dtype=torch.float64)
+        expected = backward(
+            x.double(), references.double(), radius, D, G.double(), g, module=reference
+        )
+        for actual, wanted in zip(backward(x, references, radius, D, G, g), expected, strict=True):
+            assert_gradient(actual, wanted, tolerance)
+
+
+def test_randomised_shapes(oracle, oracle_gradients):
+    generator = torch.Generator().manual_seed(7)
+    dtypes = [torch.float32, torch.float64, *NARROW]
+    for trial in range(40):
+        B, M, N = (int(torch.randint(1, n, (), generator=generator)) for n in (14, 140, 50))
+        D = (0.5, 1.0, 64.0, 1e6, math.inf)[trial % 5]
+        x, references, sigma = problem(B, M, N, reference_dtype=dtypes[trial // 5 % 5], seed=trial)
+        radius = radius_of(sigma, D)
+        expected = oracle(x, references, radius, D)
+        assert_accurate(forward(x, references, radius, D), expected, references, 5e-6)
+        G = torch.randn(B, N, generator=generator)
+        g = sigma**2 * torch.randn(B, generator=generator, dtype=torch.float64)
+        wanted = oracle_gradients(x, references, radius, D, G, g)
+        actual = backward(x, references, radius, D, G, g)
+        assert_gradient(actual[0], wanted[0], 1e-5)
+        assert_gradient(actual[2], wanted[2], 1e-5)
+        if not references.dtype.is_floating_point or references.dtype.itemsize < 4:
+            continue
+        assert_gradient(actual[1], wanted[1], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("sizes", [(5, 2049, 33), (7, 65, 769)])
+def test_narrow_references_at_tile_edges(isa, oracle, sizes, dtype):
+    x, references, sigma = problem(*sizes, reference_dtype=dtype)
+    assert_accurate(
+        forward(x, references, sigma, 1.0), oracle(x, references, sigma, 1.0), references, 5e-6
+    )
+
+
+def test_every_float16_is_read_right(isa):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.float16)
+    values = values[values.isfinite()]
+    mean, _ = forward(values.float()[None], values[None], torch.ones(1).double(), 1.0)
+    assert torch.equal(mean[0], values.float())  # one reference is the mean
+
+
+def test_every_uint8_is_read_right(isa):
+    values = torch.arange(256).to(torch.uint8)
+    for dtype, error in ((torch.float32, 8e-8), (torch.float64, 0)):
+        x = values.to(dtype)[None]
+        mean, _ = forward(x, values[None], torch.ones(1).double(), 1.0)
+        assert (mean[0] - (values.double() / 127.5 - 1)).abs().max() <= error
+
+
+@pytest.mark.parametrize("copies", [1, 17, 3000])
+@pytest.mark.parametrize("N", [1, 40, 600])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_references_that_float32_does_not_hold(dtype, N, copies):
+    # x is a reference rounded to float32, at a distance that only float64 can tell.
+    one = torch.full((1, N), 3, dtype=torch.uint8)
+    exact = one.double() / 127.5 - 1
+    references = (one if dtype == torch.uint8 else exact).expand(copies, N)
+    x = exact.float().expand(50, N)
+    mean, lse = forward(x, references, torch.zeros(50).double(), 1.0)
+    squared = (x[0].double() - exact[0]).square().sum()
+    expected = math.log(copies) - (N + 1) / 2 * math.log(squared)
+    torch.testing.assert_close(lse, torch.full_like(lse, expected), rtol=1e-9, atol=0)
+    assert (mean - exact).abs().max() <= 2e-7
+
+
+# ---- the accuracy contract ----
+
+
+@pytest.fixture(scope="module")
+def stress():
+    """Digits, enlarged and made distinct, and points at and between them: (x, references, name)."""
+    from sklearn.datasets import load_digits
+
+    digits = torch.from_numpy(load_digits().data[:160]).float() / 8 - 1
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    cases = []
+    for N in (64, 784, 3072):
+        references = digits.repeat(1, -(-N // 64))[:, :N]
+        references = references + (0.05 * noise(160, N) if N > 64 else 0)
+        first, second = references[:9], references[60:69]
+        perturbed = first + noise(9, N) * torch.logspace(-2, 1, 9)[:, None]
+        twins = torch.cat([references, references + 1e-5 * noise(160, N)])
+        cases += [
+            (first + 1e-3 * noise(9, N), references, f"{N} near"),
+            (perturbed, references, f"{N} perturbed"),
+            ((first + second) / 2, references, f"{N} tie"),
+            ((first + second) / 2 + 1e-4 * noise(9, N), references, f"{N} near tie"),
+            (first + 1e3 * noise(9, N), references, f"{N} far"),
+            (first + 0.1 * noise(9, N), twins, f"{N} twins"),
+        ]
+    return cases
+
+
+@pytest.mark.parametrize("D", [1.0, 2048.0, 1e6, math.inf])
+def test_accuracy_contract(stress, oracle, D):
+    for x, references, name in stress:
+        for sigma in (1e-10, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e3):
+            radius = torch.full((len(x),), radius_of(sigma, D), dtype=torch.float64)
+            expected = oracle(x, references, radius, D)
+            try:
+                assert_accurate(forward(x, references, radius, D), expected, references, 2e-5)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, sigma {sigma}") from error
+            if D != 1.0:
+                continue
+            E = torch.cat([x.double() - expected[0], radius[:, None]], 1)
+            v = -math.sqrt(x.shape[1]) * E / (E.norm(dim=1, keepdim=True) + 5)
+            field = field_fn(x, radius, references, backend="native")
+            actual = torch.cat([field[0], field[1][:, None]], 1)
+            assert row_error(actual, v, math.sqrt(x.shape[1])) <= 2e-5, (name, sigma)
+
+
+@pytest.mark.parametrize("sigma", [1e-8, 1e-5, 1e-3])
+@pytest.mark.parametrize("M", [6, 2100])
+def test_gradients_at_small_sigma(backend, M, sigma):
+    # lse is -d²/(2 sigma²), so large that it says nothing about the weights: two nearest references
+    # at the same distance, the rest far away.
+    references = torch.full((M, 2), 9.0, dtype=torch.float64)
+    references[0], references[M - 1] = torch.tensor([[0.0, 3.0], [0.0, -3.0]])
+    references.requires_grad_()
+    x = torch.tensor([[4.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    mean = posterior_mean(x, references, sigma=sigma, D=math.inf, backend=backend)
+    grad_x, grad_y = torch.autograd.grad(mean[0, 0], (x, references))
+    # Along the first axis the weights do not change.
+    assert grad_x.abs().max() <= 1e-12 / sigma
+    assert torch.equal(grad_y[1 : M - 1], torch.zeros(M - 2, 2, dtype=torch.float64))
+    torch.testing.assert_close(grad_y[[0, M - 1], 0], torch.full((2,), 0.5).double())
+    # Along the second: ∂mean/∂x = Var/σ² = 9/σ².
+    mean = posterior_mean(x, references, sigma=sigma, D=math.inf, backend=backend)
+    (grad_x,) = torch.autograd.grad(mean[0, 1], x)
+    assert grad_x[0, 1].item() == pytest.approx(9 / sigma**2, rel=1e-12)
+
+
+def test_gradients_far_away_and_close_by(oracle_gradients):
+    # Where Σ c_j (x − y_j) cancels, and where c_j leaves the range of float32.
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.randn(12, 8, generator=generator)
+    for scale, offset, sigma, D in (
+        (1.0, 1e3, 30.0, math.inf),
+        (1.0, 1e3, 30.0, 1e6),
+        (1e25, 1e25, 1e25, 1.0),
+        (1e-22, 1e-22, 1e-22, 1.0),
+        (1e-22, 1e-22, 1e-22, math.inf),
+    ):
+        references = scale * unit
+        x = scale * unit[:3] + offset * torch.randn(3, 8, generator=generator)
+        radius = torch.full((3,), radius_of(sigma, D), dtype=torch.float64)
+        G, none = torch.randn(3, 8, generator=generator), torch.zeros(3, 8)
+        g = torch.ones(3, dtype=torch.float64)
+        for upstream in ((G, 0 * g), (none, g)):
+            expected = oracle_gradients(x, references, radius, D, *upstream)
+            actual = backward(x, references, radius, D, *upstream)
+            for one, wanted in zip(actual, expected, strict=True):
+                assert_gradient(one, wanted, 1e-5)
+
+
+# ---- gradients where references are equally near ----
+
+
+def equally_near(N, offset, copies):
+    """A point for each k = 1 … 8 with k references at one distance, to the last bit, and others:
+    the same reference k times, or mirror images of one another."""
+    generator = torch.Generator().manual_seed(N)
+
+    def on_grid(low, high):  # whose squares and their sums float64 holds exactly
+        values = torch.rand(8, N, generator=generator, dtype=torch.float64)
+        return ((low + (high - low) * values) * 256).round() / 256
+
+    x, arm = on_grid(offset - 1, offset + 1), on_grid(0.25, 1.25)
+    signs = torch.randint(0, 2, (8, 8, N), generator=generator) * 2 - 1
+    if copies:
+        signs = torch.ones_like(signs)
+    near = [x[k] + sign * arm[k] for k in range(8) for sign in signs[k, : k + 1]]
+    others = offset + 3 * torch.randn(12, N, generator=generator, dtype=torch.float64)
+    y = torch.cat([torch.stack(near), others])
+    return x.float(), y[torch.randperm(len(y), generator=generator)].float()
+
+
+def true_gradients(x, y, radius, D, G, g):
+    """[(gradient, natural scale of its rows)] in x, y and radius, in long double, from differences
+    with the nearest reference: in the plain formula (conftest.py) they cancel beside σ = 1e-6.
+
+    A row's natural scale is the largest of its true gradient, |G| and |g| √(w (1 + w d²)), with
+    w = (N + D)/s or 1/σ². |G| is what the mean of references that all have a say moves by, where x
+    moves by one; the other is the gradient of the log-sum-exp of the nearest reference alone, at
+    the distance that the noise has at least. For references that is the largest of the rows that
+    they count in, each with its largest gradient of a reference.
+    """
+    x, y, G = (v.double().numpy() for v in (x, y, G))
+    g, radius = (v.numpy().astype(np.longdouble) for v in (g, radius))
+    of_x, of_y, of_r = (np.zeros(v.shape, np.longdouble) for v in (x, y, radius))
+    scales = np.zeros((len(x), len(y)))  # of references in each row
+    scale_x, scale_r = np.zeros(len(x)), np.zeros(len(x))
+    for b, r in enumerate(radius):
+        apart = x[b] - y
+        squared = np.square(apart).sum(1).astype(np.longdouble)
+        nearest = int(squared.argmin())
+        s, excess = squared[nearest] + r**2, squared - squared[nearest]
+        if math.isinf(D):
+            w, log_p = np.full(len(y), 1 / r**2), -excess / (2 * r**2)
+        else:
+            exponent = x.shape[1] + np.longdouble(D)
+            w, log_p = exponent / (s + excess), -exponent / 2 * np.log1p(excess / s)
+        p = np.exp(log_p) / np.exp(log_p).sum()
+        seen = p > 1e-25
+        p, w0, w, excess, apart = p[seen], w[nearest], w[seen], excess[seen], apart[seen]
+        t = (y[seen] - y[nearest]).astype(np.longdouble) @ G[b]
+        t += g[b] - p @ t
+        c, moment = -p * t * w, (p * t * excess * w).sum()
+        own = np.outer(p, G[b]) - c[:, None] * apart
+        of_x[b] = c @ apart
+        of_y[seen] += own
+        if math.isinf(D):
+            of_r[b] = (moment + g[b] * squared[nearest] / r**2) / r
+        else:
+            of_r[b] = -r * w0 * (g[b] - moment / exponent)
+        lone = abs(g[b]) * np.sqrt(w0 * (1 + w0 * squared[nearest]))
+        least = max(np.linalg.norm(G[b]), lone)
+        scale_x[b] = max(least, np.linalg.norm(of_x[b].astype(float)))
+        scale_r[b] = max(least, abs(of_r[b]))
+        scales[b, seen] = max(least, np.linalg.norm(own.astype(float), axis=1).max())
+    scale_y = scales.max(0)
+    scale_y[scale_y == 0] = scales.max()
+    return (of_x, scale_x), (of_y, scale_y), (of_r, scale_r)
+
+
+def error_beside_scale(actual, expected):
+    found = []
+    for one, (wanted, scale) in zip(actual, expected, strict=True):
+        off = (one.double().numpy() - wanted).reshape(len(wanted), -1).astype(np.float64)
+        found.append((np.linalg.norm(off, axis=1) / scale).max())
+    return max(found)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [1, 2, 3, 64, 784, 3072])
+def test_gradients_where_references_are_equally_near(threads, N, D):
+    threads(1)
+    generator = torch.Generator().manual_seed(1)
+    G, g = torch.randn(8, N, generator=generator), torch.randn(8, generator=generator).double()
+    for offset, copies in ((0, True), (10, True), (10, False)):
+        x, y = equally_near(N, offset, copies)
+        for sigma in (1e-6, 1e-4, 1e-3, 0.02, 0.1, 1.0):
+            radius = torch.full((8,), radius_of(sigma, D), dtype=torch.float64)
+            for upstream in ((G, 0 * g), (0 * G, g)):
+                expected = true_gradients(x, y, radius, D, *upstream)
+                actual = backward(x, y, radius, D, *upstream)
+                assert error_beside_scale(actual, expected) <= 1e-4, (offset, copies, sigma)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_gradients_where_each_digit_is_there_three_times(threads, D):
+    digits = torch.from_numpy(pytest.importorskip("sklearn.datasets").load_digits().data)
+    digits = ((digits - digits.mean()) / digits.std()).float()
+    generator = torch.Generator().manual_seed(0)
+    x = digits[::300] + 2e-4 * torch.randn(6, 64, generator=generator)
+    G = torch.randn(6, 64, generator=generator)
+    radius = torch.full((6,), radius_of(2e-4, D), dtype=torch.float64)
+    zero = torch.zeros(6, dtype=torch.float64)
+    references = digits.repeat(3, 1)  # in chunks of 2048
+    expected = true_gradients(x, references, radius, D, G, zero)
+    for count in (1, 2):
+        threads(count)
+        actual = backward(x, references, radius, D, G, zero)
+        assert error_beside_scale(actual, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [1, 2])
+def test_gradients_where_the_nearest_is_close_beside_the_spread(threads, N, D):
+    threads(1)
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randn(5000, N, generator=generator)
+    x = references[:40] + 1e-3 * torch.randn(40, N, generator=generator)
+    G = torch.randn(40, N, generator=generator)
+    zero = torch.zeros(40, dtype=torch.float64)
+    for sigma in (1e-4, 1e-3, 1e-2):
+        radius = torch.full((40,), radius_of(sigma, D), dtype=torch.float64)
+        expected = true_gradients(x, references, radius, D, G, zero)
+        actual = backward(x, references, radius, D, G, zero)
+        assert error_beside_scale(actual, expected) <= 1e-4, sigma
+
+
+# ---- lower bounds that rule references out (csrc/cpu/screen.h) ----
+
+
+def built_to_defeat(name, N, dtype):
+    """(x, references, sigma) where a bound that is a little too high would lose what counts.
+
+    48 points are enough for the bounds to be used.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    base = noise(N).clamp(-1, 1)
+    sigma = torch.logspace(-2, 0, 48, dtype=torch.float64)
+    x = base + sigma[:, None] * noise(48, N)
+    steps = torch.linspace(0, 1, 900, dtype=torch.float64)[:, None]
+    if name == "bound is the distance":  # all differences are alike along a line of features
+        references = base + 0.1 * steps.flip(0)
+        x = base + 1 + 0.005 * torch.arange(48)[:, None]
+    elif name == "far from the origin":  # where rounding of the bound is larger than the distance
+        references = base + 300 + 0.01 * steps * noise(900, N).sign()
+        x = references[::19] + 1e-3 * noise(48, N)
+    elif name == "bound is nothing":  # the same mean and deviation in every line
+        order = torch.rand(900, N // 32, 32, generator=generator).argsort(2)
+        lines = base[: N // 32 * 32].view(1, -1, 32).expand(900, -1, -1)
+        references = base.repeat(900, 1)
+        references[:, : N // 32 * 32] = lines.gather(2, order).flatten(1)
+    elif name == "nearest comes last":
+        references = base + steps.flip(0) * noise(900, N)
+    elif name == "one is enormous":
+        references = base + steps * noise(900, N)
+        references[450] = 1e25
+    elif name == "all count":
+        references = base + 0.05 * noise(900, N)
+        x = base + noise(48, N)
+    return x.to(dtype), references.to(dtype), sigma
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [512, 1023, 3000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bound is the distance",
+        "far from the origin",
+        "bound is nothing",
+        "nearest comes last",
+        "one is enormous",
+        "all count",
+    ],
+)
+def test_inputs_built_to_defeat_the_bounds(isa, name, N, D):
+    # float64 has 1e-16 of d²/sigma², which is up to 3e7.
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-9)):
+        x, references, sigma = built_to_defeat(name, N, dtype)
+        radius = radius_of(sigma, D)
+        expected = forward(x.double(), references.double(), radius, D, reference)
+        assert_accurate(forward(x, references, radius, D), expected, references[:400], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_few_and_many_queries_give_the_same(D, dtype):
+    # Few queries do without the bounds.
+    x, references, sigma = problem(60, 2100, 784, reference_dtype=dtype)
+    radius = radius_of(sigma, D)
+    mean, lse = forward(x, references, radius, D)
+    for b in range(0, 60, 5):
+        few = slice(b, b + 5)
+        one_mean, one_lse = forward(x[few], references, radius[few], D)
+        torch.testing.assert_close(mean[few], one_mean, rtol=0, atol=2e-6)
+        torch.testing.assert_close(lse[few], one_lse, rtol=1e-7, atol=1e-6)
+
+
+# ---- parts of the gradient ----
+
+
+@pytest.mark.parametrize("needs", [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+def test_gradients_that_are_not_needed(needs):
+    needs = tuple(map(bool, needs))
+    x, references, sigma = problem(9, 70, 20)
+    G, g = torch.ones_like(x), torch.ones(9, dtype=torch.float64)
+    everything = backward(x, references, sigma, 1.0, G, g)
+    for part, whole, needed in zip(
+        backward(x, references, sigma, 1.0, G, g, needs), everything, needs, strict=True
+    ):
+        assert (part is not None) == needed
+        assert part is None or torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_gradient_of_references_has_their_dtype(dtype):
+    x, references, sigma = problem(9, 70, 20, reference_dtype=dtype)
+    result = backward(
+        x, references, sigma, 1.0, torch.ones_like(x), torch.zeros(9, dtype=torch.float64)
+    )
+    assert result[1].dtype == dtype
+
+
+# ---- memory and threads ----
+
+
+def everything(B, M, N, D=1.0, seed=0):
+    """All results of one problem, those of the queries' gradients without the references', too."""
+    x, references, sigma = problem(B, M, N, seed=seed)
+    radius = radius_of(sigma, D)
+    G, g = x.cos(), sigma.cos()
+    result = forward(x, references, radius, D)
+    every = backward(x, references, radius, D, G, g)
+    without = backward(x, references, radius, D, G, g, needs=(True, True, False))
+    return *result, *every, *without[:2]
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_outputs_are_written_whole(isa, monkeypatch):
+    expected = everything(391, 70, 33)
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        return empty(*args, **kwargs).fill_(math.nan)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert_same(everything(391, 70, 33), expected)
+
+
+SCRIPT = """
+import hashlib, math, resource, sys, torch
+from pfgm.backends import native
+threads, B, M, N = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+generator = torch.Generator().manual_seed(0)
+x = torch.rand(B, N, generator=generator)
+references = torch.rand(M, N, generator=generator)
+radius = torch.full((B,), 0.5, dtype=torch.float64)
+native.posterior_mean(x[:1], references[:1], radius[:1], 1.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mean, lse, nearest, total = native.posterior_mean(x, references, radius, 1.0)
+result = native.posterior_mean_backward(
+    x, radius, x, references, radius, mean, nearest, total, 1.0, (True, False, True))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bits = b"".join(t.numpy().tobytes() for t in (mean, lse, result[0], result[2]))
+print((peak - before) / 1024, hashlib.sha256(bits).hexdigest())
+"""
+
+
+def run_script(*sizes, **environment):
+    command = [sys.executable, "-c", SCRIPT, *map(str, sizes)]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    megabytes, digest = done.stdout.split()
+    return float(megabytes), digest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss and MALLOC_PERTURB_ are Linux's")
+def test_results_do_not_depend_on_uninitialised_memory():
+    # glibc fills what it hands out with the complement of this byte, and what is freed with it.
+    digests = {run_script(2, 37, 2100, 21, MALLOC_PERTURB_=str(byte))[1] for byte in (1, 128)}
+    assert len(digests) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("threads", [2, 8, 9])
+def test_memory_is_bounded_whatever_the_number_of_references(threads):
+    # A (B, M) matrix alone would be 245 MB, a (B, M, N) tensor 492 MB in float32.
+    megabytes, _ = run_script(threads, 576, 60_000, 4)
+    assert megabytes < 64
+
+
+VARYING = """
+import resource, torch
+from pfgm.backends import native
+torch.set_num_threads(2)
+x, references = torch.rand(384, 2000), torch.rand(1000, 2000)
+radius = torch.full((384,), 0.5, dtype=torch.float64)
+def call(B, N):
+    mean, *_ = native.posterior_mean(x[:B, :N], references[:, :N], radius[:B], 1.0)
+    return mean.nbytes
+call(1, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+largest = max(call(B, N) for N in range(200, 2000, 100) for B in (384, 250, 100))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - largest / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_is_bounded_when_every_call_has_another_shape():
+    done = subprocess.run(
+        [sys.executable, "-c", VARYING], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) <= 64
+
+
+@pytest.mark.parametrize("sizes", [(7, 2100, 1100), (50, 2100, 784), (391, 300, 20)])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_threads_do_not_change_a_bit(threads, sizes, D):
+    threads(1)
+    expected = everything(*sizes, D)
+    assert_same(everything(*sizes, D), expected)
+    for count in (2, 3, 8):
+        threads(count)
+        assert_same(everything(*sizes, D), expected)
+
+
+def test_calls_from_several_threads_at_once():
+    sizes = [(9 + i, 300 + i, 40 + i) for i in range(8)]
+    expected = [everything(*size) for size in sizes]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for actual, wanted in zip(
+                pool.map(lambda size: everything(*size), sizes), expected, strict=True
+            ):
+                assert_same(actual, wanted)
+
+
+# ---- forks and signals ----
+
+FORKS = Path(__file__).with_name("forks.py")
+INTERRUPTED = """
+import os, signal, sys, threading, time, torch
+from pfgm.backends import native
+
+call, threads, references, features = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+x = torch.rand(65, features)  # a block of queries and one more
+radius = torch.ones(65, dtype=torch.float64)
+few = torch.rand(70, features)
+expected = native.posterior_mean(x, few, radius, 4.0)
+y = few[:1].expand(references, features)  # as long as if each lay elsewhere
+mean, lse, nearest, total = native.posterior_mean(x, y[:1], radius, 4.0)
+calls = {
+    "forward": lambda: native.posterior_mean(x, y, radius, 4.0),
+    "backward": lambda: native.posterior_mean_backward(
+        mean, lse, x, y, radius, mean, nearest, total * len(y), 4.0, (True, False, True)
+    ),
+    "op": lambda: torch.ops.pfgm.posterior_mean(x, y, radius, 4.0),
+}
+sent = []
+
+def interrupt():
+    time.sleep(0.3)
+    sent.append(time.process_time())
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    calls[call]()
+except KeyboardInterrupt:
+    print((time.process_time() - sent[0]) / threads)
+same = map(torch.equal, native.posterior_mean(x, few, radius, 4.0), expected)
+print(all(same))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fork_beside_computing_threads(threads):
+    done = subprocess.run(
+        [sys.executable, FORKS, "30", "20"],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+# With 400 features each thread has blocks of its own, with 600 they share them.
+@pytest.mark.parametrize(
+    ("call", "threads", "features"),
+    [("forward", 2, 400), ("forward", 1, 600), ("backward", 2, 600), ("op", 2, 600)],
+)
+def test_a_long_call_is_interrupted(call, threads, features):
+    """In 0.5 s, of the time that the threads compute: others may keep the machine busy."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, call, str(threads), "3000000", str(features)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    waited, same = done.stdout.split()
+    assert float(waited) <= 0.5
+    assert same == "True"
+
+
+# ---- instruction sets ----
+
+
+def test_the_instruction_set_can_be_chosen(isa):
+    assert native.extension().cpu_isa() == isa
+    assert isa in native.describe()
+
+
+def test_an_unknown_instruction_set_raises(monkeypatch):
+    best = native.extension().cpu_isa()
+    monkeypatch.setenv("PFGM_CPU_ISA", "")
+    assert native.extension().cpu_isa() == best
+    monkeypatch.setenv("PFGM_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match=r"PFGM_CPU_ISA is 'sse9'; .* can run .*portable"):
+        forward(*problem(2, 3, 4), 1.0)
+
+
+# ---- values that are not finite, or out of range ----
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (2, 19), (510, 7)])
+def test_points_that_are_not_finite(row, column, bad, D):
+    x, references, sigma = problem(511, 70, 20)
+    x[row, column] = bad
+    with pytest.raises(ValueError, match=rf"x holds NaN or infinity \(first in row {row}\)"):
+        forward(x, references, sigma, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 2047, 2048, 4200])
+def test_references_that_are_not_finite(row, bad, dtype):
+    x, references, sigma = problem(5, 4201, 9, reference_dtype=dtype)
+    references[row, 8] = bad
+    with pytest.raises(ValueError, match=rf"references holds .* \(first in row {row}\)"):
+        forward(x, references, sigma, 1.0)
+
+
+def test_the_backward_pass_notices_values_too():
+    x, references, sigma = problem(5, 70, 9)
+    mean, lse, nearest, total = native.posterior_mean(x, references, sigma, 1.0)
+    references[69, 8] = math.nan
+    with pytest.raises(ValueError, match="references holds NaN"):
+        native.posterior_mean_backward(
+            mean, lse, x, references, sigma, mean, nearest, total, 1.0, (True, True, True)
+        )
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e38, 1e-20, 1e-22, 1e-25, 1e-38])
+@pytest.mark.parametrize("fraction", [0.3, 10.0])  # few references compete, and all of them
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_squares_out_of_the_range_of_float32(oracle, scale, fraction, D):
+    x, references, _ = problem(5, 70, 9)
+    x, references = scale * x, scale * references
+    radius = torch.full((5,), fraction * scale, dtype=torch.float64)
+    expected = oracle(x, references, radius, D)
+    mean, lse = forward(x, references, radius, D)
+    assert row_error(mean / scale, expected[0] / scale, 1.0) <= 2e-6
+    torch.testing.assert_close(lse, expected[1], rtol=1e-6, atol=1e-6)
+
+
+def test_one_reference_out_of_range(oracle):
+    x, references, sigma = problem(5, 70, 9)
+    references[69] = 1e30
+    expected = oracle(x, references, sigma, 1.0)
+    mean, _ = forward(x, references, sigma, 1.0)
+    assert row_error(mean, expected[0], 1.0) <= 1e-5
+
+
+def test_squares_out_of_the_range_of_float64():
+    x = torch.full((1, 2), 1e200, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"so far apart .* overflows torch\.float64"):
+        forward(x, -x, torch.ones(1, dtype=torch.float64), 1.0)

@@ -1,0 +1,617 @@
+"""benchmarks/claims: every claim in miniature, and what its parts compute."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from benchmarks.claims import __main__ as command_line
+from benchmarks.claims import (
+    dimensions,
+    examine,
+    jobs,
+    measures,
+    methods,
+    peers,
+    pictures,
+    quality,
+    step_size,
+    tables,
+)
+from benchmarks.claims import presets as claim_presets
+from benchmarks.claims.registry import CLAIMS
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIATURE = dataclasses.replace(
+    claim_presets.PRESETS["quick"],
+    width=8,
+    steps=4,
+    batch_size=32,
+    references=64,
+    seeds=(0,),
+    samples=32,
+    sampling_batch=32,
+    classifier_epochs=1,
+    evaluations=(3,),
+    tolerances=(1.0,),
+    sde_steps=(2,),
+    chain_steps=(2,),
+    euler_steps=(2, 3),
+    euler_samples=16,
+    weak_methods=("PFGM", "VE", "VP"),
+    weak_evaluations=2,
+    weak_sde_steps=2,
+    dimensions=(1, 128, math.inf),
+    noises=(0.5,),
+    bits=(2,),
+    reference_counts=(32, 64),
+    probe_rows=32,
+    timing_turns=1,
+    dequantised_copies=1,
+    likelihood_rows=2,
+    likelihood_tolerance=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("claims")
+    examine.keep_preset(MINIATURE, found)
+    measures.train_classifier(MINIATURE, found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Without processes, whose start alone would take longer than what is tested."""
+
+    def one_by_one(chosen, preset, folder, workers):
+        for job in chosen:
+            yield job, job.run(preset, folder, *job.arguments)
+
+    monkeypatch.setattr(jobs, "_in_processes", one_by_one)
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_in_miniature(name, folder):
+    found = examine.examine(name, CLAIMS[name], MINIATURE, folder, command="the command", workers=1)
+    for table, rows in found.items():
+        assert len(rows_of(folder / f"{table}.csv")) == len(rows) > 0
+    assert list(folder.glob(f"{name}*.png"))
+    assert json.loads((folder / f"{name}.json").read_text())["command"] == "the command"
+    # No picture's data take the place of a table.
+    assert not {path.stem for path in folder.glob(f"{name}*.png")} & set(found)
+
+
+# ---- methods ----------------------------------------------------------------------------------
+
+
+def flow_of(method):
+    return methods.flow_of(method, MINIATURE)
+
+
+class Predicts(torch.nn.Module):
+    """A backbone that knows the noise around a single image of zeros, in EDM's terms."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, x, noise):
+        sigma = (4 * noise).exp().view(-1, 1, 1, 1)
+        # VE sees x and predicts −noise; VP sees x/√(σ² + 1) and predicts noise.
+        return -x / sigma if self.method == "VE" else x * (1 + sigma**2).sqrt() / sigma
+
+
+@pytest.mark.parametrize("method", ["VE", "VP"])
+def test_a_score_model_that_knows_the_noise_finds_the_data(method):
+    flow = flow_of(method)
+    network = methods.Score(method, Predicts(method))
+    x = torch.randn(3, 1, 8, 8)
+    sigma = torch.tensor([0.05, 1.0, 10.0])
+    mean = network(sigma.view(-1, 1, 1, 1) * x, sigma)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+    loss = methods.loss_of(method, flow)
+    generator = torch.Generator().manual_seed(0)
+    assert float(loss(network, torch.zeros(64, 1, 8, 8), None, generator)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["VE", "VP"])
+def test_the_loss_of_a_score_model_is_the_squared_error_in_units_of_noise(method):
+    """A denoiser that returns its points errs by the noise: N = 64 on average."""
+    loss = methods.loss_of(method, flow_of(method))
+    generator = torch.Generator().manual_seed(0)
+    found = float(loss(lambda x, sigma: x, torch.zeros(4096, 1, 8, 8), None, generator))
+    assert found == pytest.approx(64, rel=0.01)
+
+
+def test_levels_of_vp_are_those_of_the_chain():
+    diffusers = pytest.importorskip("diffusers")
+    kept = diffusers.DDPMScheduler(1000).alphas_cumprod.double()
+    chain = (1 / kept - 1).sqrt()
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(methods.vp_sigma(t)[9:], chain[9:], rtol=0.05, atol=0)
+    flow = flow_of("VP")
+    assert flow.first_level == pytest.approx(152, rel=0.01)  # EDM, section C.3.1
+    assert flow.last_level == pytest.approx(float(chain[0]), rel=0.06)
+
+
+def test_ve_starts_where_data_are_far_apart():
+    flat = pfgm.data.digits().train.flatten(1)
+    farthest = max(float((flat - row).norm(dim=1).max()) for row in flat)
+    assert flow_of("VE").first_level == pytest.approx(farthest, rel=1e-5)
+
+
+def test_levels_of_training():
+    """VE's are uniform in log σ from the last level to the first, VP's those of a uniform t."""
+    flow, u = flow_of("VE"), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    found = methods.trained_level("VE", flow, u)
+    middle = math.sqrt(flow.first_level * flow.last_level)
+    assert found.tolist() == pytest.approx([flow.last_level, middle, flow.first_level])
+    found = methods.trained_level("VP", flow_of("VP"), u)
+    # ∫ β dt up to t = ½ of β = 0.1 + 19.9 t.
+    middle = math.sqrt(math.expm1(0.1 * 0.5 + 19.9 * 0.5**2 / 2))
+    assert found[1:].tolist() == pytest.approx([middle, flow_of("VP").first_level], rel=1e-4)
+    assert float(found[0]) == pytest.approx(1e-3, rel=0.01)  # √(β_min ε) at ε = 1e-5
+
+
+def test_pfgmpp_may_start_where_pfgm_does():
+    flow = methods.from_pfgm_level(flow_of("PFGM++ 128"), MINIATURE)
+    assert flow.first_level == flow_of("PFGM").first_level < flow_of("PFGM++ 128").first_level
+    assert flow.D == 128
+
+
+def test_methods_differ_in_all_but_the_backbone():
+    found = []
+    for method in methods.METHODS:
+        spec = methods.spec_of(MINIATURE, method, 0)
+        network = methods.network_of(spec, MINIATURE, flow_of(method))
+        found.append(list(network.parameters()))
+    for parameters in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(parameters, found[0], strict=True))
+
+
+def test_a_network_is_trained_once_and_goes_on_where_it_was(tmp_path):
+    spec = methods.spec_of(MINIATURE, "EDM", 0)
+    methods.train(spec, MINIATURE, tmp_path / "whole")
+    run = methods.run_of(tmp_path / "whole", spec)
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert methods.is_trained(spec, MINIATURE, tmp_path / "whole")
+    methods.train(spec, MINIATURE, tmp_path / "whole")
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    assert "early.safetensors" in before
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_, step):
+        raise Stopped
+
+    again = methods.run_of(tmp_path / "parts", spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods.pfgm, "save", stop)  # as early weights are written
+        with pytest.raises(Stopped):
+            methods.train(spec, MINIATURE, tmp_path / "parts")
+    assert not (again / "early.safetensors").exists()
+    assert not methods.is_trained(spec, MINIATURE, tmp_path / "parts")
+    methods.train(spec, MINIATURE, tmp_path / "parts")
+    for early in (False, True):
+        a, b = (
+            methods.load(spec, MINIATURE, tmp_path / name, early=early).network.state_dict()
+            for name in ("whole", "parts")
+        )
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- samplers ---------------------------------------------------------------------------------
+
+
+class Counted(torch.nn.Module):
+    """The exact network of a few images, and how often it was asked."""
+
+    def __init__(self, flow, images):
+        super().__init__()
+        self.exact, self.calls = flow.empirical(images), 0
+
+    def forward(self, x, sigma):
+        self.calls += 1
+        return self.exact(x, sigma)
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_peers_draw_the_data_of_an_exact_network(name):
+    pytest.importorskip("diffusers")
+    method, sampler = peers.PEERS[name]
+    images = pfgm.data.digits().train[:4]
+    flow = flow_of(method)
+    network = Counted(flow, images)
+    loaded = pfgm.training.checkpoint.Loaded(flow, network)
+    samples, nfe = peers.draw(sampler, loaded, 24, 100, seed=0, batch=24)
+    assert network.calls == nfe
+    distance = pfgm.metrics.nearest_distance(samples, images)
+    assert float(distance.max()) < 0.05
+    nearest = torch.cdist(samples.flatten(1), images.flatten(1)).argmin(1)
+    assert len(nearest.unique()) == 4
+    again, _ = peers.draw(sampler, loaded, 24, 100, seed=0, batch=24)
+    assert torch.equal(samples, again)
+
+
+@pytest.mark.parametrize("method", ["PFGM", "PFGM++ 16", "VE"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_uniform_levels(method, steps):
+    flow = flow_of(method)
+    found = step_size.levels(flow, "uniform", steps)
+    other = flow.grid(steps, "log")
+    assert len(found) == steps + 1
+    assert (found[0], found[-1]) == (other[0], other[-1])
+    inner = found if other[-1] > 0 else found[:-1]
+    widths = [a - b for a, b in itertools.pairwise(inner)]
+    assert widths == pytest.approx([widths[0]] * len(widths)) if widths else True
+    assert inner[-1] == pytest.approx(flow.last_level) or steps == 1
+    assert step_size.levels(flow, "rho", steps) == flow.grid(steps, "rho")
+
+
+# ---- errors of networks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_quantised_weights(bits):
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(50, 4))
+    before = [part.weight.detach().clone() for part in layer]
+    dimensions.quantise(layer, bits)
+    for part, exact in zip(layer, before, strict=True):
+        for row, old in zip(part.weight.detach().flatten(1), exact.flatten(1), strict=True):
+            scale = float(old.abs().max()) / (2 ** (bits - 1) - 1)
+            assert float((row - old).abs().max()) <= 0.5001 * scale
+            assert len(row.unique()) <= 2**bits - 1
+            torch.testing.assert_close(row.abs().max(), old.abs().max())
+
+
+def test_noise_on_the_output():
+    noisy = dimensions.Noisy(lambda x, noise: x, 0.3, torch.Generator().manual_seed(0))
+    found = noisy(torch.full((100, 1, 8, 8), 2.0), torch.zeros(100))
+    assert float(found.mean()) == pytest.approx(2, abs=0.01)
+    assert float(found.std()) == pytest.approx(0.3, rel=0.05)
+
+
+# ---- references and likelihood ----------------------------------------------------------------
+
+
+def test_variance_of_targets(folder):
+    from benchmarks.claims import references
+
+    preset = dataclasses.replace(MINIATURE, probe_rows=64)
+    data = measures.data_of(preset)
+
+    def variances(count):
+        rows = references.target_variance(preset, folder, "PFGM++ 128", 0, count)
+        return [row["variance"] for row in rows]
+
+    single, some, many, all_data = map(variances, (0, 64, 512, len(data.train)))
+    assert all_data == [0] * len(all_data)
+    assert many[4] < some[4] < single[4]
+    # Far from the data the posterior is the data themselves.
+    total = float(data.train.var(0).mean()) / data.rms**2
+    assert single[-1] == pytest.approx(total, rel=0.1)
+
+
+def test_bits_of_a_gaussian_are_its_entropy_on_its_own_data(folder):
+    from benchmarks.claims import likelihood
+
+    preset = dataclasses.replace(MINIATURE, likelihood_rows=2000)
+    train = methods.dequantised(preset).flatten(1).double()
+    (row,) = likelihood.by_gaussian(preset, folder, 0, "train")
+    n, N = train.shape
+    nats = 0.5 * (N * math.log(2 * math.pi) + float(train.T.cov().logdet()) + N * (n - 1) / n)
+    assert row["bits_per_dim"] == pytest.approx(nats / (N * math.log(2)) + math.log2(17 / 2))
+
+
+# ---- tables -----------------------------------------------------------------------------------
+
+
+def test_means_and_ratios(tmp_path):
+    rows = [
+        {"D": 1, "seed": 0, "f": 2.0},
+        {"D": 1, "seed": 1, "f": 4.0},
+        {"D": 2, "seed": 0, "f": 1.0},
+        {"D": 2, "seed": 1, "f": 1.0},
+    ]
+    ratios = tables.relative(rows, ["f"], ["seed"], lambda row: row["D"] == 2)
+    assert [row["f"] for row in ratios] == [2, 4, 1, 1]
+    means = tables.over_seeds(ratios, ["D"], ["f"])
+    assert means[0] == {"D": 1, "f": 3, "f_spread": pytest.approx(math.sqrt(2))}
+    tables.write_csv(tmp_path / "f.csv", means)
+    expected = "D,f,f_spread\n1,3,1.41421\n2,1,0\n"
+    assert (tmp_path / "f.csv").read_text() == expected
+
+
+def test_evaluations_that_are_needed():
+    sde, other = peers.SDE
+
+    def rows(factor):
+        """What one seed found; the second seed finds PFGM worse."""
+        values = {
+            sde: {100: 2.0, 200: 1.05, 400: 1.0},
+            other: {1000: 3.0},
+            "PFGM": {5: 1.2 * factor, 10: 1.09 * factor, 20: 0.9 * factor},
+            "poor": {10: 1.5},
+            "lost": {10: math.nan},
+        }
+        return [
+            {
+                "series": series,
+                "sampler": series,
+                "evaluations": evaluations,
+                "frechet_pixels": value,
+                "frechet_features": value,
+            }
+            for series, known in values.items()
+            for evaluations, value in known.items()
+        ]
+
+    both = [{**row, "seed": seed} for seed, k in enumerate((1, 1.2)) for row in rows(k)]
+    found = {r["series"]: r for r in quality.needed(both, rows(1)) if r["space"] == "pixels"}
+    assert found["PFGM"]["best_sde"] == sde
+    assert found["PFGM"]["evaluations_of_best_sde"] == 200
+    assert found["PFGM"]["evaluations_to_best_sde"] == 10
+    assert found["PFGM"]["evaluations_to_own_best"] == 20
+    assert found["PFGM"]["fewest_measured"] == 5
+    assert found["PFGM"]["times_fewer"] == 20
+    assert (found["PFGM"]["least_times_fewer"], found["PFGM"]["most_times_fewer"]) == (10, 20)
+    for series in ("poor", "lost"):
+        assert found[series]["evaluations_to_best_sde"] is None
+        assert found[series]["least_times_fewer"] is None
+
+
+def test_pictures_stand_beside_their_data(tmp_path):
+    rows = [
+        {"name": "a", "D": D, "f": f, "f_spread": 0.1}
+        for D, f in ((1, 2.0), (64, 1.0), (math.inf, 1.5), (2, math.nan))
+    ]
+    words = {"xlabel": "D", "ylabel": "f", "title": "t"}
+    pictures.curves(rows, "name", "D", "f", tmp_path / "f.png", **words)
+    assert [row["D"] for row in rows_of(tmp_path / "f.csv")] == ["1", "64", "inf"]
+    assert (tmp_path / "f.png").exists()
+    pictures.curves(rows[-1:], "name", "D", "f", tmp_path / "f.png", **words)
+    assert not (tmp_path / "f.png").exists()
+    values = {"PFGM": {"full": (1.0, 0.1), "half": (2.0, 0.0)}, "EDM": {"full": (1.5, 0.2)}}
+    pictures.bars(values, tmp_path / "b.png", ylabel="f", title="t")
+    assert [row["value"] for row in rows_of(tmp_path / "b.csv")] == ["1", "2", "1.5"]
+    assert (tmp_path / "b.png").exists()
+
+
+# ---- the run ----------------------------------------------------------------------------------
+
+
+def counted(preset, folder, value):
+    with (folder / "calls").open("a") as file:
+        file.write(f"{value}\n")
+    if value == "bad" and not (folder / "mended").exists():
+        raise RuntimeError("it is bad")
+    return [{"value": value}]
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path):
+    chosen = [
+        jobs.Job("table", counted, ("a",), cost=3),
+        jobs.Job("table", counted, ("bad",), cost=2),
+        jobs.Job("times", counted, ("b",), alone=True),
+    ]
+    with pytest.raises(RuntimeError, match="it is bad"):
+        jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
+    (tmp_path / "mended").touch()
+    for _ in range(2):
+        found = jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
+    assert found == {"table": [{"value": "a"}, {"value": "bad"}], "times": [{"value": "b"}]}
+    calls = (tmp_path / "calls").read_text().split()
+    assert (calls.count("a"), calls.count("bad"), calls.count("b")) == (1, 2, 2)
+
+
+def test_a_folder_keeps_to_its_settings(tmp_path):
+    examine.keep_preset(MINIATURE, tmp_path)
+    examine.keep_preset(MINIATURE, tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        examine.keep_preset(dataclasses.replace(MINIATURE, steps=5), tmp_path)
+
+
+def test_figures_know_good_samples_from_bad(folder):
+    data = measures.data_of(MINIATURE)
+    preset = dataclasses.replace(MINIATURE, samples=300)
+    good = measures.figures_of(data.train[:300], preset, folder)
+    bad = measures.figures_of(0.7 * data.train[:300], preset, folder)
+    assert set(good) == set(measures.FIGURES)
+    for space in ("pixels", "features"):
+        assert good[f"frechet_{space}"] < bad[f"frechet_{space}"]
+        assert good[f"precision_{space}"] > bad[f"precision_{space}"]
+
+
+def test_the_classifier_learns(tmp_path):
+    preset = dataclasses.replace(MINIATURE, classifier_epochs=4)
+    measures.train_classifier(preset, tmp_path)
+    assert measures.accuracy(preset, tmp_path) > 0.85
+
+
+@pytest.mark.slow
+def test_jobs_in_processes_find_the_same(folder, monkeypatch):
+    monkeypatch.undo()
+    chosen = [jobs.Job("quality", quality.training_data, (seed,)) for seed in (0, 1)]
+    found = list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=2))
+    assert len(found) == 2
+    for job, rows in found:
+        assert rows == job.run(MINIATURE, folder, *job.arguments)
+
+
+def test_an_error_in_a_process_ends_the_run(folder, monkeypatch):
+    monkeypatch.undo()
+    chosen = [jobs.Job("quality", quality.by_peer, ("no such sampler", 0, 1))]
+    with pytest.raises(KeyError, match="no such sampler"):
+        list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=1))
+
+
+LONG = """
+import dataclasses
+from pathlib import Path
+from benchmarks.claims import examine, presets, quality
+
+preset = dataclasses.replace(presets.PRESETS["quick"], width=8, seeds=(0,), steps=2000)
+examine.train(quality.CLAIM, preset, Path(FOLDER), "quality", 1)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
+    program = LONG.replace("FOLDER", repr(str(tmp_path)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    # A session of its own, to find what it leaves.
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        logs = tmp_path / "networks"
+        until = time.monotonic() + 120
+        while not list(logs.glob("*/log.csv")) and time.monotonic() < until:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    (latest,) = logs.glob("*/latest.json")
+    assert 0 < json.loads(latest.read_text())["step"] < 500
+    for _ in range(50):  # the tracker of multiprocessing's resources goes last
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("a process was left")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "--only NAME"),
+        (["--only", "fid"], 2, "invalid choice: 'fid'"),
+        (["--workers", "0"], 2, "--workers is 0; allowed is at least 1."),
+        (["--data", "no-such.npz"], 2, "error: no-such.npz does not exist."),
+    ],
+)
+def test_the_command_says_what_it_allows(tmp_path, capsys, arguments, status, said):
+    try:
+        found = command_line.main(["--out", str(tmp_path), *arguments])
+    except SystemExit as ended:  # of argparse
+        found = ended.code
+    assert found == status
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+
+
+def test_the_command_is_found_from_a_checkout():
+    command = [sys.executable, "-m", "benchmarks.claims", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: python -m benchmarks.claims" in done.stdout
+
+
+def test_what_is_missing_is_said_before_the_training(tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name)
+    )
+    assert command_line.main(["--out", str(tmp_path / "out")]) == 2
+    assert "error: diffusers is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_are_the_same_again(folder, tmp_path):
+    """In another folder, where every other figure is there already; networks are trained anew."""
+    examine.examine("weak", CLAIMS["weak"], MINIATURE, folder, command="", workers=1)
+    known = json.loads((folder / "measured" / "weak.json").read_text())
+    kept = dict(list(known.items())[::2])
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "weak.json").write_text(json.dumps(kept))
+    shutil.copyfile(measures.classifier_path(folder), measures.classifier_path(tmp_path))
+    examine.examine("weak", CLAIMS["weak"], MINIATURE, tmp_path, command="", workers=1)
+    paths = list(folder.glob("weak*.csv"))
+    assert len(paths) == 5
+    for path in paths:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_results_are_copied_without_networks(folder, tmp_path):
+    examine.examine("likelihood", CLAIMS["likelihood"], MINIATURE, folder, command="", workers=1)
+    examine.copy_results(folder, "likelihood", tmp_path / "docs")
+    suffixes = {path.suffix for path in (tmp_path / "docs").iterdir()}
+    assert suffixes == {".json", ".csv", ".png"}
+
+
+def test_a_classifier_is_trained_once(tmp_path):
+    for _ in range(2):
+        examine.prepare(MINIATURE, tmp_path, 1)
+        written = measures.classifier_path(tmp_path).stat().st_mtime_ns
+    examine.prepare(MINIATURE, tmp_path, 1)
+    assert measures.classifier_path(tmp_path).stat().st_mtime_ns == written
+
+
+def test_bytes_are_data_too(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def images(n):
+        return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator)
+
+    rows = {"images": images(20), "test": images(9)}
+    labels = {"labels": torch.arange(20) % 3, "test_labels": torch.arange(9) % 3}
+    np.savez(tmp_path / "d.npz", **{k: v.numpy() for k, v in (rows | labels).items()})
+    preset = dataclasses.replace(MINIATURE, data=str(tmp_path / "d.npz"))
+    data = measures.data_of(preset)
+    torch.testing.assert_close(data.held_out, rows["test"].float() / 127.5 - 1)
+    noisy = methods.dequantised(preset)
+    levels = ((noisy + 1) * 128).floor()
+    assert data.levels == 256
+    assert torch.equal(levels, rows["images"].float())
+
+
+def test_samples_that_are_not_finite_have_no_figures(folder):
+    samples = measures.data_of(MINIATURE).train[:32].clone()
+    samples[3, 0, 0, 0] = math.inf
+    assert all(math.isnan(v) for v in measures.figures_of(samples, MINIATURE, folder).values())
+
+
+def test_settings_are_json():
+    for preset in claim_presets.PRESETS.values():
+        assert json.loads(json.dumps(preset.described(), allow_nan=False))["width"] > 0
+
+
+# ---- what was found ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_published_figures_are_whole(name):
+    folder = ROOT / "docs" / "claims"
+    known = json.loads((folder / f"{name}.json").read_text())
+    assert known["command"] == f"python -m benchmarks.claims --only {name} --preset quick --out DIR"
+    assert known["preset"] == claim_presets.PRESETS["quick"].described()
+    assert not known["machine"]["commit"].endswith("-dirty")
+    page = (ROOT / "docs" / "claims.md").read_text()
+    pictures_of_claim = list(folder.glob(f"{name}*.png"))
+    assert any(f"](claims/{path.name})" in page for path in pictures_of_claim)
+    for path in pictures_of_claim:
+        assert rows_of(path.with_suffix(".csv"))
+    (seeds,) = folder.glob(f"{name}-seeds.csv")
+    assert {row["seed"] for row in rows_of(seeds)} == {"0", "1", "2"}

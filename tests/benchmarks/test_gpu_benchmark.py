@@ -1,0 +1,599 @@
+"""What benchmarks/gpu and the roofline sheet do without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pfgm
+from benchmarks.common import build, posterior_paths
+from benchmarks.common.turns import take_turns
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import clock as gpu_clock
+from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import smoke
+from benchmarks.gpu import subjects as gpu_subjects
+from benchmarks.machine_code import roofline
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: the command would measure")
+def test_without_a_gpu_nothing_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no GPU" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_package_is_put_together_outside_the_checkout(tmp_path):
+    package = build.assemble(tmp_path / "package")
+    program = "import pfgm, pfgm.kernels.variant; print(pfgm.__file__, pfgm.kernels.__file__)"
+    log = tmp_path / "log"
+    status = build.run_logged(
+        [sys.executable, "-c", program],
+        log,
+        build.environment_with(package, dry=False),
+        60,
+    )
+    assert status == 0, log.read_text()
+    assert all(Path(file).is_relative_to(package) for file in log.read_text().split()[-2:])
+
+
+def test_a_command_that_takes_too_long_is_stopped(tmp_path):
+    log = tmp_path / "log"
+    program = "import time; print('begun', flush=True); time.sleep(60)"
+    assert build.run_logged([sys.executable, "-c", program], log, dict(os.environ), 1) == 124
+    assert log.read_text().split("\n")[:2] == ["begun", "stopped after 1 s"]
+    assert build.last_line(log) == "stopped after 1 s"
+
+
+# ---- time and budget --------------------------------------------------------------------------
+
+
+class Ticking:
+    """A clock that a call moves on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, seconds):
+        def call():
+            self.now += seconds
+
+        return call
+
+    def seconds(self, call):
+        before = self.now
+        call()
+        return self.now - before
+
+
+def test_paths_take_turns_and_use_every_copy():
+    clock, order = Ticking(), []
+
+    def call(name, seconds):
+        return lambda: (order.append(name), clock.takes(seconds)())
+
+    paths = {"a": [call("a0", 1), call("a1", 2)], "b": [call("b0", 8)]}
+    found = take_turns(paths, clock.seconds, 4)
+    assert order == ["a0", "b0", "b0", "a1", "a0", "b0", "b0", "a1"]
+    assert found == {"a": [1, 2, 1, 2], "b": [8, 8, 8, 8]}
+
+
+def test_quantiles():
+    found = gpu_clock.quantiles([float(v) for v in range(100, -1, -1)])
+    assert found == {"median": 50, "tenth": 10, "ninetieth": 90}
+    assert gpu_clock.quantiles([3.0]) == {"median": 3, "tenth": 3, "ninetieth": 3}
+
+
+def device(clock):
+    return gpu_clock.Device("cpu", clock.seconds, 0)
+
+
+def subject(clock, name, estimate, **paths):
+    ways = {path: lambda call=call: gpu_subjects.Way([call, call]) for path, call in paths.items()}
+    return gpu_subjects.Subject(name, lambda _: ways, estimate, rounds=2)
+
+
+def test_what_does_not_fit_the_budget_is_left_out_and_named():
+    clock = Ticking()
+    chosen = [
+        subject(clock, "first", 50, triton=clock.takes(10)),  # 2 calls, and 2 turns
+        subject(clock, "long", 70, triton=clock.takes(1)),
+        subject(clock, "short", 20, triton=clock.takes(1)),
+    ]
+    kept = []
+    rows, left_out = gpu_measure.run_subjects(
+        chosen,
+        device(clock),
+        gpu_clock.Budget(100, clock),
+        keep=lambda rows, left_out: kept.append((len(rows), len(left_out))),
+    )
+    assert kept == [(1, 0), (1, 1), (2, 1)]
+    assert [row.subject for row in rows] == ["first", "short"]
+    assert left_out == ["long"]
+    assert "Left out, the time was up: long." in gpu_report.report(rows, left_out, device(clock))
+
+
+def test_a_path_that_fails_is_reported_and_the_others_count():
+    def broken():
+        raise ValueError("no such luck")
+
+    clock = Ticking()
+    chosen = [subject(clock, "some", 1, triton=broken, torch=clock.takes(3))]
+    rows, _ = gpu_measure.run_subjects(chosen, device(clock), gpu_clock.Budget(100, clock))
+    by_path = {row.path: row for row in rows}
+    assert by_path["torch"].seconds["median"] == 3
+    assert by_path["triton"].seconds == {}
+    text = gpu_report.report(rows, [], device(clock))
+    assert "| some | failed |" in text
+    assert "some: triton: ValueError: no such luck" in text
+
+
+def test_a_subject_that_cannot_be_built_is_reported():
+    def broken(_):
+        raise OSError("no images")
+
+    clock = Ticking()
+    rows, _ = gpu_measure.run_subjects(
+        [gpu_subjects.Subject("lost", broken, 1)], device(clock), gpu_clock.Budget(9, clock)
+    )
+    assert gpu_report.failures_of(rows) == ["lost: all: OSError: no images"]
+
+
+class Broken(gpu_clock.Device):
+    """One on which a kernel has done what no other survives."""
+
+    def wait(self):
+        raise RuntimeError("an illegal memory access")
+
+
+def test_a_device_that_is_lost_ends_it_and_says_by_whom():
+    clock = Ticking()
+    chosen = [
+        subject(clock, "some", 1, cuda=clock.takes(1), torch=clock.takes(1)),
+        subject(clock, "other", 1, cuda=clock.takes(1)),
+    ]
+    broken = Broken("cpu", clock.seconds, 0)
+    rows = [gpu_measure.Row("some", "torch", {}, {}, 0, {}, "")]
+    for path in ("cuda, uint8", "triton", "torch"):
+        rows.append(gpu_measure.Row("some", path, {}, {}, 0, {}, "an illegal memory access"))
+    assert gpu_measure.suspect(rows, ("triton", "cuda")) == "cuda"
+    assert gpu_measure.suspect(rows[:1], ("triton", "cuda")) == "cuda"
+    assert gpu_measure.suspect(rows[2:], ("triton", "cuda")) == "triton"
+    found, left_out = gpu_measure.run_subjects(chosen, broken, gpu_clock.Budget(9, clock))
+    assert (found, left_out) == ([], ["some", "other"])
+    assert "Left out, the device was lost: some" in gpu_report.report(rows, left_out, broken)
+    # What a path breaks is its own failure.
+    failures = {}
+    ways = subject(clock, "some", 1, cuda=clock.takes(1)).paths(broken)
+    assert gpu_measure.prepare(ways, broken, failures) == {}
+    assert failures == {"cuda": ["RuntimeError: an illegal memory access"]}
+
+
+# ---- the tables -------------------------------------------------------------------------------
+
+
+FORWARD = "forward, CIFAR-10 shape, 128 × 4096"
+
+
+def row(path, median, graph=None, subject=FORWARD, moved=0, **errors):
+    in_graph = {} if graph is None else {"median": graph}
+    return gpu_measure.Row(subject, path, {"median": median}, in_graph, 1e-5, errors, "", moved)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+TORCH = [
+    row("torch", 8e-5, 7e-5),
+    row("compiled, tf32", 6e-5, 5e-5),
+    row("published formula", 2e-3),
+    row("copy", 1e-5, 0.9e-5),
+]
+
+
+def test_the_table_compares_the_faster_of_both_with_the_best_of_torch():
+    triton, cuda = row("triton", 4e-5, 1e-5, mean=1e-6, field=3e-6), row("cuda", 2e-5, 2e-5, mean=0)
+    assert cells(gpu_report.summary([triton, cuda, *TORCH]).splitlines()[-1]) == [
+        FORWARD, "40 µs", "20 µs", "3 ×", "0.5 ×", "10 µs", "20 µs", "5 ×", "0.9 ×", "100 ×",
+        "3e-06", "0e+00",
+    ]  # fmt: skip
+
+
+def test_the_table_without_cuda_and_with_a_failure_of_it():
+    triton = row("triton", 2e-5, 1e-5)
+    line = cells(gpu_report.summary([triton, *TORCH]).splitlines()[-1])
+    assert line[1:4] == ["20 µs", "", "3 ×"]
+    failed = gpu_measure.Row(FORWARD, "cuda", {}, {}, 0, {}, "Unavailable: no such luck")
+    line = cells(gpu_report.summary([triton, failed, *TORCH]).splitlines()[-1])
+    assert line[1:4] == ["20 µs", "failed", "3 ×"]
+    assert gpu_report.failed([triton, failed])
+    assert not gpu_report.failed([triton, *TORCH])
+    assert gpu_report.failed([failed._replace(path="cuda, uint8")])
+    assert not gpu_report.failed([failed._replace(path="compiled, tf32")])
+
+
+def test_results_say_which_is_faster():
+    rows = [
+        row("triton", 4e-5, 1e-5),
+        row("cuda", 2e-5, 2e-5),
+        row("triton, uint8", 3e-5),
+        row("cuda, uint8", 4.5e-5),
+        row("triton, medium", 1e-5),
+        row("cuda, bfloat16", 1e-5),
+        *TORCH,
+    ]
+    found = gpu_report.faster(rows)
+    assert found == {
+        FORWARD: {
+            "seconds": {"faster": "cuda", "the other takes": 2},
+            "graph": {"faster": "triton", "the other takes": 2},
+        },
+        f"{FORWARD}, uint8": {"seconds": {"faster": "triton", "the other takes": 1.5}},
+    }
+    said = gpu_report.tally(found)
+    assert said.endswith("by the call triton 1, cuda 1; within graphs triton 1, cuda 0.")
+
+
+def test_the_forward_pass_is_compared_with_the_memory_floor():
+    """A copy that reads and writes 3 GB in a ms: 60 MB of references in 20 µs."""
+    copy = row("copy", 1e-3, subject=gpu_subjects.PLAIN_COPY, moved=3_000_000_000)
+    rows = [
+        copy,
+        row("triton", 6e-5, 4e-5, moved=60_000_000),
+        row("cuda, uint8", 1e-5, moved=15_000_000),
+        row("copy", 1e-5, moved=60_000_000),
+        row("triton", 1, subject="forward, digits", moved=1),
+    ]
+    text = gpu_report.floors(rows)
+    assert "at 3 TB/s" in text
+    assert "the target on sm_90 is 1.5 ×" in text
+    assert [cells(line)[1:] for line in text.splitlines()[-2:]] == [
+        ["triton", "20 µs", "3 ×", "2 ×"],
+        ["cuda, uint8", "5 µs", "2 ×", ""],
+    ]
+    assert gpu_report.floors(rows[1:]) == ""
+    assert gpu_subjects.PLAIN_COPY not in gpu_report.summary(rows)
+
+
+# ---- the build and the checks -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"), [("9.0", "90a-real"), ("8.6", "86-real"), ("", ""), ("?", "")]
+)
+def test_the_extension_is_built_for_the_device(capability, architecture, monkeypatch, tmp_path):
+    assert build.architecture(capability) == architecture
+    names = ["PFGM_NATIVE", "PFGM_CUDA", "CUDACXX", "CMAKE_CUDA_ARCHITECTURES"]
+    program = f"import os; print([os.environ.get(name) for name in {names}])"
+    monkeypatch.delenv("CMAKE_CUDA_ARCHITECTURES", raising=False)
+    monkeypatch.setattr(build, "nvidia_smi", lambda field: capability)
+    monkeypatch.setattr(build, "setup_command", lambda to: [sys.executable, "-c", program])
+    log = tmp_path / "build.log"
+    assert build.assemble_with_cuda(tmp_path, "/bin/nvcc", log, 60) == (tmp_path / "lib", 0)
+    assert ast.literal_eval(log.read_text()) == ["1", "1", "/bin/nvcc", architecture or None]
+
+
+CLEAN = "========= COMPUTE-SANITIZER\ndone: a\ndone: b\n"
+ILLEGAL = """========= COMPUTE-SANITIZER
+done: a
+========= Invalid __global__ read of size 4 bytes
+=========     at pfgm::weigh(int)+0x10
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "status", "text", "wanted"),
+    [
+        (
+            "memcheck",
+            0,
+            f"{CLEAN}========= ERROR SUMMARY: 0 errors\n",
+            (0, "0 errors; 2 parts ran"),
+        ),
+        (
+            "memcheck",
+            gpu_checks.ERROR_STATUS,
+            ILLEGAL,
+            (86, "2 errors; 1 parts ran; Invalid __global__ read of size 4 bytes"),
+        ),
+        ("memcheck", 1, f"{CLEAN}========= ERROR SUMMARY: 0 errors", (1, "0 errors; 2 parts ran")),
+        ("memcheck", 0, CLEAN, (1, "no summary, status 0; 2 parts ran")),
+        ("memcheck", 124, CLEAN, (124, "stopped after 60 s; 2 parts ran")),
+        (
+            "racecheck",
+            0,
+            f"{CLEAN}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+            (0, "0 hazards displayed (0 errors, 0 warnings); 2 parts ran"),
+        ),
+        (
+            "racecheck",
+            86,
+            f"{CLEAN}========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)",
+            (0, "1 hazard displayed (0 errors, 1 warning); 2 parts ran"),
+        ),
+        (
+            "racecheck",
+            0,
+            f"{CLEAN}========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)",
+            (1, "2 hazards displayed (1 error, 1 warning); 2 parts ran"),
+        ),
+    ],
+)
+def test_a_sanitizer_is_clean_where_its_summary_says_so(tool, status, text, wanted):
+    assert gpu_checks.sanitizer_outcome(tool, status, text)[1:] == wanted
+
+
+def test_sanitizers_look_at_our_kernels_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_checks, "found_tool", lambda name: None)
+    (found,) = gpu_checks.run_sanitizers(tmp_path, {})
+    assert found == ("compute-sanitizer", 0, "not run: it is not found")
+
+    def run(command, log, environment, limit):
+        assert command[0] == "/bin/sanitizer"
+        assert "kernel_substring=pfgm" in command
+        assert command[-3:] == gpu_checks.SMOKE
+        assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        assert limit <= 60
+        log.write_text(ILLEGAL)
+        return gpu_checks.ERROR_STATUS
+
+    monkeypatch.setattr(gpu_checks, "found_tool", lambda name: "/bin/sanitizer")
+    monkeypatch.setattr(gpu_checks, "run_logged", run)
+    memcheck, racecheck = gpu_checks.run_sanitizers(tmp_path, {})
+    assert memcheck[:2] == ("compute-sanitizer memcheck", gpu_checks.ERROR_STATUS)
+    assert racecheck.text.startswith("no summary")
+    assert (tmp_path / "memcheck.log").read_text() == ILLEGAL
+
+
+def test_tests_run_side_by_side_and_the_worst_counts(monkeypatch, tmp_path):
+    folder = tmp_path / "tests" / "gpu"
+    for kind in ("cuda", "triton"):
+        (folder / kind).mkdir(parents=True)
+    monkeypatch.setattr(gpu_checks, "ROOT", tmp_path)
+    assert gpu_checks.run_tests("cuda", tmp_path, {}, 9) == ("tests/gpu, cuda", 0, "no files")
+    for name in ("cuda/test_a", "test_b", "triton/test_c"):
+        (folder / f"{name}.py").touch()
+
+    def run(command, log, environment, limit):
+        log.write_text("some\n1 passed\n")
+        return -9 if "test_b" in command[-1] else 0
+
+    monkeypatch.setattr(gpu_checks, "run_logged", run)
+    found = gpu_checks.run_tests("cuda", tmp_path, {}, 9)
+    assert found == ("tests/gpu, cuda", 9, "test_a: 1 passed; test_b: 1 passed")
+
+
+def test_what_the_sanitizers_run_ends(capsys):
+    """Which kernels it launches only a GPU, or the build for the host, can tell."""
+    smoke.run("reference", "cpu")
+    parts = capsys.readouterr().out.splitlines()
+    assert len(parts) == 2 * (len(smoke.SHAPES) + len(smoke.WIDTHS))
+    assert all(part.startswith("done: ") for part in parts)
+
+
+# ---- the whole command, its parts stood in for ------------------------------------------------
+
+
+class Stage:
+    """The parts of the command that take long, with the status that each is to end with."""
+
+    def __init__(self, monkeypatch, out, nvcc="nvcc", **statuses):
+        self.out, self._statuses, self.measured = out, statuses, []
+        out.mkdir()
+        parts = {
+            "found_tool": lambda name, named="": nvcc,
+            "assemble": lambda folder: folder / "lib",
+            "assemble_with_cuda": self._build,
+            "run_tests": lambda kind, *rest: self._outcome(f"tests/{kind}"),
+            "run_smoke": lambda *rest: self._outcome("small"),
+            "run_sanitizers": lambda *rest: [self._outcome("memcheck")],
+            "run_measurements": self._measure,
+        }
+        for name, part in parts.items():
+            monkeypatch.setattr(gpu, name, part)
+
+    def _outcome(self, name):
+        return build.Outcome(name, self._statuses.get(name.removeprefix("tests/"), 0), "said")
+
+    def _build(self, folder, nvcc, log, limit):
+        log.write_text("nvcc: error: no such luck\n")
+        return folder / "lib", self._statuses.get("build", 0)
+
+    def _measure(self, options, environment, ours, seconds):
+        self.measured.append((list(ours), environment["PFGM_NATIVE"]))
+        (self.out / "measure.log").write_text("last\n")
+        (self.out / "results.json").write_text(json.dumps({"suspect": ours[-1], "ours": ours}))
+        (self.out / "table.md").write_text("the table\n")
+        broken = self._statuses.get("broken")
+        return gpu.LOST if broken in ours else 0
+
+    def run(self):
+        status = gpu.orchestrate(gpu.parse(["--out", str(self.out)]))
+        return status, json.loads((self.out / "results.json").read_text())["checks"]
+
+
+def test_both_are_measured_where_all_is_well(monkeypatch, tmp_path, capsys):
+    stage = Stage(monkeypatch, tmp_path / "out")
+    status, checks = stage.run()
+    assert status == 0
+    assert stage.measured == [(["triton", "cuda"], "1")]
+    assert list(checks) == [
+        "build with CUDA", "small", "memcheck", "tests/cuda", "tests/triton", "measurements"
+    ]  # fmt: skip
+    assert capsys.readouterr().out.rstrip().endswith("the table")
+
+
+def test_a_build_that_fails_is_said_and_the_others_are_measured(monkeypatch, tmp_path, capsys):
+    stage = Stage(monkeypatch, tmp_path / "out", build=2)
+    status, checks = stage.run()
+    assert status == 2
+    assert stage.measured == [(["triton"], "0")]
+    assert list(checks) == ["build with CUDA", "tests/triton", "measurements"]
+    table = (stage.out / "table.md").read_text()
+    assert "build with CUDA (status 2): FAILED" in table
+    assert "no such luck" in table
+    assert "no such luck" in capsys.readouterr().out
+
+
+def test_without_nvcc_triton_alone_is_measured(monkeypatch, tmp_path):
+    stage = Stage(monkeypatch, tmp_path / "out", nvcc=None)
+    status, checks = stage.run()
+    assert status == 0
+    assert stage.measured == [(["triton"], "0")]
+    assert "no nvcc is found" in checks["build with CUDA"][1]
+
+
+def test_kernels_that_do_not_run_are_not_measured(monkeypatch, tmp_path):
+    stage = Stage(monkeypatch, tmp_path / "out", small=124)
+    status, checks = stage.run()
+    assert status == 124
+    assert stage.measured == [(["triton"], "1")]
+    assert checks["memcheck"] == [0, "said"]
+
+
+@pytest.mark.parametrize("part", ["memcheck", "cuda", "triton"])
+def test_a_check_that_fails_is_the_status(part, monkeypatch, tmp_path):
+    stage = Stage(monkeypatch, tmp_path / "out", **{part: 1})
+    assert stage.run()[0] == 1
+    assert stage.measured == [(["triton", "cuda"], "1")]
+
+
+def test_without_the_kernels_that_broke_the_device_it_is_measured_again(monkeypatch, tmp_path):
+    stage = Stage(monkeypatch, tmp_path / "out", broken="cuda")
+    status, checks = stage.run()
+    assert status == gpu.LOST
+    assert checks["measurements with cuda"][0] == gpu.LOST
+    assert [ours for ours, _ in stage.measured] == [["triton", "cuda"], ["triton"]]
+    assert json.loads((stage.out / "lost_cuda.json").read_text())["ours"] == ["triton", "cuda"]
+    assert json.loads((stage.out / "results.json").read_text())["ours"] == ["triton"]
+
+
+# ---- what is computed -------------------------------------------------------------------------
+
+
+def test_both_of_the_librarys_paths_are_in_every_subject(monkeypatch):
+    """Triton's and the CUDA kernels are stood in for by another backend."""
+    monkeypatch.setattr(gpu_subjects, "BACKENDS", dict.fromkeys(("triton", "cuda"), "reference"))
+    chosen = gpu_subjects.all_subjects(dry=True, fashion=False, ours=("triton", "cuda"))
+    assert len({subject.name for subject in chosen}) == len(chosen)
+    copy, *others = chosen
+    assert copy.name == gpu_subjects.PLAIN_COPY
+    for subject in others:
+        ways = subject.paths(gpu_clock.dry())
+        assert next(iter(ways)) == "triton"
+        way = ways["cuda"]()
+        gpu_clock.call_all(way.calls)
+        assert max(way.errors().values()) < 1e-5
+        assert way.capturable == ("backward" not in subject.name)
+        assert (way.moved > 0) == (way.capturable and subject.name.startswith("forward"))
+    types = [path for path in others[0].paths(gpu_clock.dry()) if path.startswith("cuda")]
+    assert types == ["cuda", "cuda, uint8", "cuda, bfloat16"]
+
+
+def test_steps_in_torch_agree_with_the_library():
+    """Published substitution and log grid aside, which at this level and length hardly differ."""
+    for solver in ("euler", "heun", "multistep"):
+        step = gpu_subjects.Step(solver, 20.0, 20.0 * 0.999, 20.0 / 0.999)
+        at = gpu_subjects.Points(*(t.double() for t in gpu_subjects.points(4, 64, 20.0)))
+        plain = gpu_subjects.published_step(step, at)
+        ours = gpu_subjects.our_step(
+            step, "reference", gpu_subjects.Points(*(t.clone() for t in at))
+        )
+        for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (plain, ours)), strict=True):
+            assert (a - b).norm() <= 2e-4 * (b - at.x).norm() + 1e-5 * b.norm(), solver
+
+
+def test_field_in_torch_agrees_with_the_library():
+    generator = torch.Generator().manual_seed(0)
+    x, references = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
+    case = gpu_subjects.Case(x, torch.rand(8, generator=generator).double() + 0.5, references)
+    found = gpu_subjects.field_formula(case)
+    right = pfgm.field_fn(case.x, case.z, case.references, backend="reference")
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_errors_are_those_of_the_result():
+    generator = torch.Generator().manual_seed(0)
+    x, references = torch.randn(2, 8, 5, generator=generator)
+    case = gpu_subjects.Case(x, torch.ones(8), references)
+    mean, logsumexp = posterior_paths.exact_result(case)
+    exact = gpu_subjects.forward_errors(case, lambda: (mean, logsumexp))
+    assert max(exact.values()) == 0
+    off = gpu_subjects.forward_errors(
+        case, lambda: (mean, logsumexp + 0.5 * logsumexp.abs().clamp(min=1))
+    )
+    assert math.isclose(off["logsumexp"], 0.5)
+    shift = torch.zeros_like(mean)
+    shift[3, 2] = 0.1 * references.double().norm(dim=1).max()
+    assert math.isclose(
+        gpu_subjects.forward_errors(case, lambda: (mean + shift, logsumexp))["mean"],
+        0.1,
+        rel_tol=1e-6,
+    )
+
+
+# ---- the roofline sheet -----------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_script_writes():
+    text = roofline.SECTION.page.read_text()
+    assert roofline.SECTION.replaced(text, roofline.report()) == text
+
+
+def test_products_are_counted_as_a_loop_counts_them():
+    shape = roofline.Shape("tiny", 2, 3, 5)
+    products = sums = 0
+    for _pair in itertools.product(range(shape.B), range(shape.M)):
+        for _feature in range(shape.N):
+            products += 2  # x·y
+            sums += 2  # w y
+    assert roofline.distances(shape, products=1).tensor == products
+    assert roofline.distances(shape).tensor == 3 * products
+    assert roofline.weighted_sum(shape, products=1).tensor == sums
+    assert roofline.distances_and_projections(shape, products=1).tensor == 2 * products
+    assert roofline.gradient_of_references(shape, products=1).tensor == 2 * sums
+
+
+def test_bytes_are_those_of_the_tensors():
+    B, M, N = 2, 3, 5
+    shape = roofline.Shape("tiny", B, M, N)
+    x, references, bytes_ = torch.zeros(B, N), torch.zeros(M, N), torch.zeros(M, N).byte()
+    squared, weights = torch.zeros(B, M, dtype=torch.float64), torch.zeros(B, M)
+    moved = x.nbytes + squared.nbytes
+    assert roofline.distances(shape).moved == moved + references.nbytes
+    assert roofline.distances(shape, reference_bytes=1).moved == moved + bytes_.nbytes
+    assert roofline.weights(shape).moved == squared.nbytes + weights.nbytes
+    for solver, passes in {"euler": 3, "heun": 4, "multistep": 5}.items():
+        assert roofline.ode_step(solver, B, N).moved == passes * x.nbytes
+        assert gpu_subjects.step_bytes(solver, B * N) == passes * x.nbytes
+
+
+def test_the_slowest_unit_is_the_bound():
+    work = roofline.Work(tensor=495e9, single=67e6, double=34e6, moved=3.35e6)
+    assert work.bound() == "tensor cores"
+    assert math.isclose(work.floor(), 1e-3)
+    assert roofline.ode_step("euler", 128).bound() == "memory"

@@ -1,0 +1,619 @@
+"""What benchmarks/machine_code reads from machine code, and what it predicts."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.common.subjects import Case
+from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import report as gpu_report
+from benchmarks.machine_code import __main__ as command_line
+from benchmarks.machine_code import (
+    banks,
+    data,
+    devices,
+    kernels,
+    model,
+    page,
+    pipeline,
+    results,
+    sass,
+    sections,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# ---- machine code ------------------------------------------------------------------------------
+
+
+def control(stall=1, write=7, read=7, wait=()):
+    """The second word of an instruction with that control word."""
+    mask = sum(1 << k for k in wait)
+    return (mask << 11 | read << 8 | write << 5 | stall) << 41
+
+
+def dump(*lines, name="kernel"):
+    """What cuobjdump prints; a line is its text, or text and control word."""
+    shown = [f"\t\tFunction : {name}\n\t.headerflags\t@EF_CUDA_SM90\n"]
+    for i, line in enumerate(lines):
+        text, high = line if isinstance(line, tuple) else (line, control())
+        shown.append(f"        /*{16 * i:04x}*/   {text} ;   /* 0x0000000000007919 */\n")
+        shown.append(f"                           /* 0x{high:016x} */\n")
+    return "".join(shown)
+
+
+def code_of(*lines):
+    return sass.functions(dump(*lines))["kernel"]
+
+
+def test_doctests():
+    for module in (sass, banks):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_instructions_and_control_words():
+    (load, add) = code_of(
+        ("@!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64+0x10]", control(2, 3, 1)),
+        ("FADD R0, R4, R5", control(5, wait=(1, 3))),
+    )
+    assert load[:4] == (0, "@!P0", "LDG.E.128.CONSTANT", "R4, desc[UR4][R2.64+0x10]")
+    assert load.control == (2, 3, 1, ())
+    assert add.control == (5, 7, 7, (1, 3))
+    assert sass.access_bytes(load) == 16
+    assert sass.access_bytes(add) == 4
+
+
+def test_words_of_the_assembler():
+    """A thread's number is read, which scoreboard 0 tells, and shifted in a kernel for sm_90: it
+    waits for that, and the next instruction for the shift, 4 clocks."""
+    assert sass.control_of(0x000E220000002100) == (1, 0, 7, ())
+    assert sass.control_of(0x001FC80000011616) == (4, 7, 7, (0,))
+
+
+NESTED = (
+    "MOV R1, R2",  # 0x00
+    "LDG.E R3, [R4]",  # 0x10: the outer loop
+    "FFMA R1, R1, R2, R3",  # 0x20: the inner loop
+    "FFMA R1, R1, R2, R3",  # 0x30
+    "@P0 BRA 0x20",  # 0x40
+    "@!P1 BRA 0xa0",  # 0x50: left by code behind the end
+    "STG.E [R4], R1",  # 0x60
+    "@P2 BRA 0x10",  # 0x70
+    "EXIT",  # 0x80
+    "MUFU.EX2 R1, R1",  # 0x90: never reached
+    "DADD R4, R4, R6",  # 0xa0
+    "BRA 0x60",  # 0xb0
+    "BRA 0xc0",  # a trap
+    "NOP",
+)
+
+
+def test_loops():
+    code = code_of(*NESTED)
+    assert code[-1].operands == "0x60"
+    found = sass.loops(code)
+    assert [loop.header for loop in found] == [1, 2]
+    outer, inner = found
+    assert outer.body == {1, 2, 3, 4, 5, 6, 7, 10, 11}
+    assert inner.body == {2, 3, 4}
+    assert outer.holds(inner)
+    assert not inner.holds(inner)
+    own = sass.own(outer, found)
+    assert [code[i].base for i in own] == ["LDG", "BRA", "STG", "BRA", "DADD", "BRA"]
+
+
+def test_divergent_pieces_do_not_make_loops():
+    code = code_of(
+        "MOV R1, R2",
+        "BRA.DIV UR4, 0x50",  # another way for warps that are not together
+        "SHFL.BFLY PT, R1, R1, 0x1, 0x1f",
+        "@P0 BRA 0x10",
+        "EXIT",
+        "WARPSYNC.COLLECTIVE R1, 0x60",
+        "BRA 0x20",
+    )
+    (loop,) = sass.loops(code)
+    assert loop.body == {1, 2, 3}
+
+
+def test_the_mix():
+    code = code_of(
+        "HMMA.1688.F32.TF32 R4, R8, R12, R4",
+        "HMMA.1688.F32.TF32 R4, R8, R12, R4",
+        "IMAD.MOV.U32 R1, RZ, RZ, R2",
+        "LOP3.LUT R1, R2, R3, RZ, 0xfc, !PT",
+        "UIADD3 UR4, UR4, 0x1, URZ",
+        "F2F.F64.F32 R2, R3",
+        "DFMA R2, R4, R6, R8",
+        "@!PT LDS RZ, [RZ]",
+        "LDS.128 R4, [R3]",
+        "LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64]",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+    )
+    assert sass.mix(code) == {
+        "HMMA.1688.F32.TF32": 2,
+        "imad": 1,
+        "alu": 1,
+        "uniform": 1,
+        "convert": 1,
+        "fp64": 1,
+        "shared": 1,
+        "global": 1,
+        "barrier": 1,
+    }
+
+
+# ---- bank conflicts, against what is counted by hand ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("addresses", "size", "wavefronts"),
+    [
+        ([0] * 32, 4, 1),  # one word for all
+        ([4 * lane for lane in range(32)], 4, 1),
+        ([8 * lane for lane in range(32)], 4, 2),  # every other bank, twice
+        ([4 * (33 * (lane % 4) + lane // 4) for lane in range(32)], 4, 4),  # bank 3: 3, 35, 67, 99
+        ([16 * lane for lane in range(32)], 16, 4),  # ideal: 512 bytes
+        ([128 * lane for lane in range(32)], 16, 32),  # all lanes in the same four banks
+        ([144 * lane for lane in range(32)], 16, 4),  # rows of 128 bytes and 16 more
+        ([8 * lane for lane in range(32)], 8, 2),
+        (list(range(32)), 1, 1),
+    ],
+)
+def test_wavefronts(addresses, size, wavefronts):
+    assert banks.wavefronts(addresses, size) == wavefronts
+
+
+def test_matrices():
+    assert banks.matrix_wavefronts([128 * row for row in range(32)]) == 32
+    assert banks.matrix_wavefronts([144 * row for row in range(32)]) == 4
+    swizzled = [128 * row + 16 * (row % 8) for row in range(32)]
+    assert banks.matrix_wavefronts(swizzled) == 4
+
+
+PTX = """
+	mov.u32 	%r1, %tid.x;
+	and.b32 	%r2, %r1, 31;
+	shl.b32 	%r3, %r2, 7;
+	mov.b32 	%r9, global_smem;
+	add.s32 	%r4, %r9, %r3;
+	and.b32 	%r5, %r1, 7;
+	shl.b32 	%r6, %r5, 4;
+	xor.b32 	%r7, %r3, %r6;
+	ld.global.b32 	%r8, [%rd1];
+	st.shared.b32 	[%r4], %r8;
+$L__BB0_1:
+	ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r4+16];
+	ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r7];
+	ld.shared.v4.b32 	{%r14, %r15, %r16, %r17}, [ %r7 + 4096 ];
+	st.shared.v4.b32 	[%r4], {%r14, %r15, %r16, %r17};
+	st.shared.b32 	[%r8], %r14;
+	mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1}, {%r10}, {%r14}, {%f1};
+	@%p1 bra 	$L__BB0_1;
+	ret;
+"""
+
+
+def test_ptx_is_evaluated():
+    """By hand: 8 rows of 16 bytes 128 bytes apart lie in the same banks, 8 wavefronts a matrix;
+    with the exclusive or they lie in all of them. Of 16 bytes a lane a quarter goes at once."""
+    found = banks.conflicts(PTX, warps=2)
+    assert found.ratio == {"ldmatrix": (32 + 4) / 8, "load": 1.0, "store": 32 / 4}
+    assert found.ideal == 4 + 4 + 4 + 4 + 1
+    assert found.wavefronts == 32 + 4 + 4 + 32 + 1
+    assert found.unseen == 1  # its address was loaded
+    bases = ["LDSM", "FADD", "STS"]
+    assert banks.by_place(bases, found) == {0: 4.5, 2: 8.0}
+
+
+# ---- one multiprocessor ------------------------------------------------------------------------
+
+H100, A100, GEFORCE = devices.H100, devices.A100, devices.RTX4090
+
+
+def test_stalls_and_scoreboards_of_one_warp():
+    """A load of shared memory, waited for: its unit's clock, its latency, the stall, the jump."""
+    code = code_of(
+        ("LDS R1, [R2]", control(stall=2, write=0)),
+        ("FADD R3, R1, R1", control(stall=4, wait=(0,))),
+    )
+    found = pipeline.run(code, H100, warps=1)
+    assert found.clocks == pytest.approx(1 + 29 + 4 + pipeline.JUMP)
+    assert found.bound == "latency"
+    assert found.waits["FADD"] == pytest.approx(1 + 29 - 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "card", "unit", "clocks"),
+    [
+        ("FFMA R1, R1, R2, R3", H100, "fp32", 32 / 128),
+        ("FFMA R1, R1, R2, R3", A100, "fp32", 32 / 64),
+        ("DFMA R2, R2, R4, R6", H100, "fp64", 32 / 64),
+        ("DFMA R2, R2, R4, R6", GEFORCE, "fp64", 32 / 2),
+        ("F2F.F64.F32 R2, R3", GEFORCE, "convert64", 32 / 2),
+        ("MUFU.EX2 R1, R1", A100, "mufu", 32 / 16),
+        ("HMMA.1688.F32.TF32 R4, R8, R12, R4", A100, "tensor", 16 * 8 * 8 / 495),
+        ("HMMA.16816.F32 R4, R8, R12, R4", H100, "tensor", 16 * 8 * 16 / 1270),
+        ("LDS.128 R4, [R2]", A100, "shared", 4),
+        ("SHFL.BFLY PT, R1, R1, 0x1, 0x1f", A100, "shared", 1),
+    ],
+)
+def test_many_warps_take_what_their_unit_takes(line, card, unit, clocks):
+    """16 warps of 32 such instructions: a unit's time, within a tenth."""
+    found = pipeline.run(code_of(*[line] * 32), card, warps=4, blocks=8)
+    assert found.bound == unit
+    assert found.clocks == pytest.approx(8 * 4 * 32 * clocks, rel=0.1)
+    assert found.busy[unit] == pytest.approx(found.clocks, rel=0.1)
+
+
+def test_conflicts_cost():
+    code = code_of(*["LDS R1, [R2]"] * 8)
+    free = pipeline.run(code, A100, 8)
+    bad = pipeline.run(code, A100, 8, conflicts=dict.fromkeys(range(8), 8.0))
+    assert bad.clocks == pytest.approx(8 * 64, rel=0.1)
+    assert bad.busy["shared"] == pytest.approx(8 * free.busy["shared"])
+
+
+def test_barriers_wait_for_all_warps():
+    code = code_of(("LDS R1, [R2]", control(write=0)), ("BAR.SYNC 0x0", control(wait=(0,))))
+    alone = pipeline.run(code, A100, 1).clocks
+    together = pipeline.run(code, A100, 8).clocks
+    assert alone == pytest.approx(1 + 29 + pipeline.BARRIER, abs=pipeline.JUMP + 2)
+    assert alone < together <= alone + 8
+
+
+def test_copies_run_by_themselves():
+    copies = ["LDGSTS.E.BYPASS.128 [R3], [R2.64]", "LDGDEPBAR"]
+    waiting = [*copies, "DEPBAR.LE SB0, 0x0"]
+    ahead = [*copies, "DEPBAR.LE SB0, 0x2"]
+    slow = pipeline.run(code_of(*waiting), A100, 1).clocks
+    assert slow > A100.rate("l2_latency")
+    assert pipeline.run(code_of(*ahead), A100, 1).clocks < slow / 2
+    never = [*copies, "DEPBAR.LE SB0, 0xf"]  # more groups than there are
+    assert pipeline.run(code_of(*never), A100, 1).clocks < slow / 10
+
+
+def test_what_runs_once_is_not_repeated():
+    code = code_of(("LDG.E R1, [R2.64]", control(write=0)), ("FADD R3, R1, R1", control(wait=(0,))))
+    once = pipeline.run(code, A100, 1, once=True)
+    assert once.clocks == pytest.approx(A100.rate("l2_latency") + 128 / 29.6 + 1, abs=2)
+    assert pipeline.run([], A100, 4).clocks == 0
+
+
+def test_fences_and_clusters_hold_a_warp_up():
+    fence = pipeline.run(code_of("MEMBAR.ALL.GPU", "ERRBAR"), H100, 1).clocks
+    assert fence == pytest.approx(263 + 2 + pipeline.JUMP)
+    assert pipeline.run(code_of("MEMBAR.ALL.CTA", "ERRBAR"), H100, 1).clocks < 20
+    assert pipeline.run(code_of("UCGABAR_WAIT"), H100, 1).clocks > pipeline.CLUSTER
+
+
+def test_products_of_warp_groups():
+    """Four warps, one group: each unit has a quarter of the rows."""
+    line = "HGMMA.64x64x8.F32.TF32 R24, R76, gdesc[UR8], R24"
+    code = code_of(*[line] * 7, f"{line}, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    clocks = 8 * 64 * 64 * 8 / 985
+    found = pipeline.run(code, H100, 4)
+    assert clocks < found.clocks < clocks + 60
+    two = pipeline.run(code, H100, 4, blocks=2)
+    assert two.clocks == pytest.approx(2 * clocks, rel=0.1)
+    narrow = "HGMMA.64x16x8.F32.TF32 R24, gdesc[UR4], gdesc[UR8], R24"
+    need = pipeline.need_of(code_of(narrow)[0], H100)
+    assert need.occupancy == pytest.approx((64 * 8 * 4 + 16 * 8 * 4) / 128)  # by its operands
+    with pytest.raises(ValueError, match=r"A100 SXM has no HGMMA"):
+        pipeline.need_of(code_of(line)[0], A100)
+
+
+# ---- devices -----------------------------------------------------------------------------------
+
+
+def test_every_number_has_a_source():
+    for card in devices.DEVICES:
+        figures = [value for value in card if isinstance(value, devices.Figure)]
+        assert len(figures) == len(card) - 2
+        assert all(figure.source in devices.SOURCES for figure in figures)
+        assert all(figure.value >= 0 for figure in figures)
+    assert devices.device("A100 SXM") is A100
+    with pytest.raises(ValueError, match="allowed is one of A100"):
+        devices.device("V100")
+
+
+def test_rates_of_the_data_sheets():
+    """TFLOP/s: 19.5 and 67 in float32, 82.6 on a GeForce; no instruction is above the sheet."""
+    peaks = {A100: 19.5, GEFORCE: 82.6, devices.RTX5090: 104.8}
+    for card, tflops in peaks.items():
+        found = 2e-12 * card.rate("fp32") * card.sms * card.rate("clock")
+        assert found == pytest.approx(tflops, rel=0.02)
+    dense = {A100: 312, H100: 989, devices.B200: 2250, GEFORCE: 165.2, devices.RTX5090: 209.5}
+    for card, tflops in dense.items():
+        rate = max(card.rate("mma_f16"), card.rate("wgmma_f16"))
+        assert 2e-12 * rate * card.sms * card.rate("clock") <= 1.01 * tflops
+
+
+@pytest.mark.parametrize(
+    ("card", "threads", "registers", "shared", "blocks"),
+    [
+        (A100, 128, 128, 0, 4),  # 65536 registers
+        (A100, 128, 32, 40 << 10, 4),  # 164 KiB of shared memory, 1 a block for the system
+        (A100, 1024, 32, 0, 2),  # 64 warps
+        (GEFORCE, 512, 32, 0, 3),  # 48 warps
+        (H100, 32, 16, 0, 32),
+        (GEFORCE, 128, 255, 99 << 10, 1),
+        (A100, 1024, 255, 0, 1),
+    ],
+)
+def test_blocks_of_a_multiprocessor(card, threads, registers, shared, blocks):
+    assert devices.resident(card, threads, registers, shared) == blocks
+
+
+# ---- what real data make the kernels do ----------------------------------------------------------
+
+
+def small_case():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(70, 8, generator=generator) * 2 - 1
+    x = y[:5] + 0.3 * torch.randn(5, 8, generator=generator)
+    return Case(x, torch.tensor([0.01, 0.1, 0.3, 1.0, 30.0]), y)
+
+
+SMALL = data.Shape("small", 5, 70, 8)
+
+
+def test_pairs_and_weights_as_a_loop_finds_them():
+    """One chunk: every query by itself, in Python's numbers."""
+    case = small_case()
+    (chunk,) = data.chunks_of(case, SMALL, data.squared_distances(case))
+    for b in range(5):
+        x, r = case.x[b].tolist(), float(case.z[b])
+        d = [
+            sum((p - q) ** 2 for p, q in zip(x, row, strict=True))
+            for row in case.references.tolist()
+        ]
+        base, norm, half = min(d), sum(v * v for v in x), 4.5
+        near = base + 2.0**-17 * (3 * norm + 2 * base)
+        near += math.expm1(20 / half) * (base + r * r)
+        assert chunk.refined[b].tolist() == [value <= near for value in d]  # two tiles are few
+        weights = [((base + r * r) / (value + r * r)) ** half for value in d]
+        smallest = math.exp(-16) / 70
+        assert chunk.live[b].tolist() == [w >= smallest for w in weights]
+        assert chunk.visited[b].tolist() == [
+            any(value <= near for value in d[start : start + 64]) for start in (0, 64)
+        ]
+
+
+def test_chunks_go_on_from_what_is_known(monkeypatch):
+    monkeypatch.setattr(data, "PAIRS", 1)  # chunks of 128
+    shape = data.Shape("longer", 4, 300, 8)
+    assert (shape.chunk, shape.chunks) == (128, 3)
+    generator = torch.Generator().manual_seed(1)
+    y = torch.rand(300, 8, generator=generator)
+    x = y[:4] + 0.2  # near the first references: later chunks have nothing near
+    case = Case(x, torch.full((4,), 1e-3), torch.cat([y[:128], y[128:] + 5]))
+    first, second, third = data.chunks_of(case, shape, data.squared_distances(case))
+    assert first.refined.any()
+    assert first.live.any()
+    assert not second.live.any()
+    assert not third.live.any()
+    assert third.live.shape == (4, 300 - 256)
+
+
+def test_tiles_lists_and_their_order():
+    live = torch.zeros(4, 64, dtype=torch.bool)
+    live[0], live[2] = True, True  # two queries with all, two with one reference
+    live[1, 3] = live[3, 5] = True
+    assert data.listed(live, 2, ordered=False) == (1.0, 1.0)
+    mean, most = data.listed(live, 2, ordered=True)
+    assert (mean, most) == ((2 / 64 + 1) / 2, 1.0)
+    assert data.live_tiles(live, 2, ordered=True) == ((0.5 + 1) / 2, 1.0)
+    assert data.live_tiles(live, 4, ordered=True) == (1.0, 1.0)
+
+
+def test_what_refine_goes_through():
+    refined = torch.zeros(2, 640, dtype=torch.bool)
+    refined[0, [0, 1, 2, 400]] = True
+    visited = torch.zeros(2, 10, dtype=torch.bool)
+    visited[0, [0, 6]] = True
+    found = data.refined_of(data.Chunk(refined, visited, refined), group=2)
+    assert found == {
+        "pairs": 4.0,
+        "tiles": 2.0,
+        "groups": 3.0,
+        "pairs, most": 3.0,  # a program has four tiles
+        "tiles, most": 1.0,
+        "groups, most": 2.0,
+    }
+    assert data.segment_of(10) == 4
+    assert data.segment_of(2000) == 8
+    assert [data.group_of(N) for N in (64, 784, 3072)] == [16, 2, 2]
+
+
+def test_a_shape_is_cut_as_the_kernels_cut_it():
+    assert data.BIG.blocks() == [1365, 1365, 1365, 1]
+    assert (data.BIG.chunk, data.BIG.chunks) == (1536, 33)
+    assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 8192, 8)
+    assert (data.C.chunks, data.G.chunks) == (1, 1)
+
+
+def test_all_of_a_shape_is_counted():
+    found = data.count(SMALL, lambda shape: small_case())
+    assert found["refine"]["pairs"] == found["refined a query"]["mean"] * 5
+    assert found["queries looked at"] == 5
+    assert 0 < found["sums"]["live"] <= found["sums"]["listed of 32, unsorted"] <= 1
+    assert found["single pass"]["pairs"] >= found["single pass"]["pairs of the slowest warp"]
+
+
+def test_fashion_mnist_that_is_not_there_keeps_its_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sections.subjects, "FASHION_FOLDER", tmp_path)
+    monkeypatch.setattr(data, "count", lambda shape: {"new": shape.name})
+    found = sections.count_data({data.F.name: {"old": True}})
+    assert found[data.F.name] == {"old": True}
+    assert found[data.C.name] == {"new": data.C.name}
+    assert "not counted" in capsys.readouterr().out
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def kernel_of(*lines, threads=128, registers=32, shared=0):
+    code = code_of(*lines)
+    return kernels.Compiled(
+        "some", code, sass.loops(code), threads, registers, shared, conflicts=None
+    )
+
+
+def test_rounds_of_blocks():
+    """A phase that its unit binds: what a multiprocessor has of it, whatever is beside what."""
+    kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)
+    clocks = 64 * 4 * 32 / 64  # of a trip of a block of 4 warps, on 64 lanes
+    for blocks, of_one in ((108, 1), (109, 2), (108 * 16, 16), (108 * 20, 20)):
+        phase = model.phase("loop", kernel, kernel.code, 10.0 * blocks, 10.0)
+        launch = model.Launch("some", kernel, blocks, (phase,), 0.0)
+        expected = of_one * 10 * clocks / A100.rate("clock")
+        assert model.rounds_seconds(launch, A100) == pytest.approx(expected, rel=0.1)
+
+
+def test_what_binds_a_launch():
+    kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)
+
+    def predicted(trips, most, moved=0.0, times=1):
+        phase = model.phase("loop", kernel, kernel.code, trips, most)
+        return model.predict(model.Launch("some", kernel, 108, (phase,), moved, times), A100)
+
+    gap = A100.rate("launch")
+    assert predicted(108, 1).bound == "launch"
+    assert predicted(1e5 * 108, 1e5).bound == "fp32"
+    one = predicted(1e5 * 108, 5e5)
+    assert one.bound == "longest block"
+    assert predicted(1e5 * 108, 5e5, times=3).seconds == pytest.approx(3 * one.seconds)
+    memory = predicted(108, 1, moved=1e9)
+    assert memory.bound == "memory"
+    assert memory.seconds == pytest.approx(1e9 / A100.rate("memory") + gap)
+    joined = model.merge_by_name([memory, one, memory._replace(name="other")])
+    assert [(part.name, part.launches, part.bound) for part in joined] == [
+        ("some", 2, "longest block" if one.seconds > memory.seconds else "memory"),
+        ("other", 1, "memory"),
+    ]
+
+
+def test_the_unaligned_way_is_left_out():
+    kernel = kernel_of(
+        "MOV R1, R2",
+        "@P0 BRA 0x50",  # 0x10: the loop
+        "LDG.E R4, [R2]",
+        "STS [R3], R4",
+        "BRA 0x60",
+        "LDGSTS.E.BYPASS.128 [R3], [R2.64]",  # 0x50
+        "FFMA R1, R1, R2, R3",
+        "@P1 BRA 0x10",
+        "EXIT",
+    )
+    (loop,) = kernel.loops
+    assert [one.base for one in kernel.body(loop)] == ["BRA", "LDGSTS", "FFMA", "BRA"]
+    assert [one.base for one in kernel.straight()] == ["MOV", "EXIT"]
+    assert kernels.loop_with_most(kernel, "fp32") == loop
+    with pytest.raises(ValueError, match="no loop with tensor"):
+        kernels.loop_with_most(kernel, "tensor")
+
+
+def test_products_of_plain_torch():
+    """A large one at its rate; a small one as its tiles fill the device."""
+    size = 8192
+    found = model.product(A100, size, size, size, "fp32")
+    rate = 2 * 64 * 108 * A100.rate("clock") * model.SGEMM
+    assert found == pytest.approx(2 * size**3 / rate, rel=0.05)
+    assert model.product(A100, 128, 128, 4096, "fp32") > 2 * 128 * 128 * 4096 / rate
+    tf32 = model.product(H100, size, size, size, "tf32")
+    assert tf32 < model.product(H100, size, size, size, "fp32") / 4
+    parts = model.torch_path(A100, 128, 4096, 3072, "fp32", compiled=True)
+    eager = model.torch_path(A100, 128, 4096, 3072, "fp32", compiled=False)
+    assert parts["products"] == eager["products"]
+    assert sum(parts.values()) < sum(eager.values())
+
+
+# ---- a kernel that is compiled now ---------------------------------------------------------------
+
+COMPILED = """
+from benchmarks.machine_code import devices, kernels, model, published
+import json
+published.PRODUCT_CONFIGS = published.PRODUCT_CONFIGS[1:2]
+(launch,) = published.product_launches(1024, 1024, 1024, "fp16")(devices.A100)
+main = kernels.loop_with_most(launch.kernel, "tensor")
+found = model.predict(launch, devices.A100)
+conflicts = launch.kernel.conflicts
+print(json.dumps({
+    "matrix": kernels.count_of(launch.kernel.body(main), "tensor"),
+    "copies": kernels.count_of(launch.kernel.body(main), "LDGSTS"),
+    "wavefronts": [conflicts.ideal, conflicts.wavefronts, conflicts.unseen],
+    "seconds": found.seconds,
+}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_product_compiled_now():
+    """128 × 128 × 32 by four warps: 64 products of 16 × 8 × 16 a warp, 16 KiB copied in pieces of
+    16 bytes, 8 a thread, operands free of conflicts; not faster than the data sheet."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["matrix"], found["copies"]) == (64, 8)
+    ideal, wavefronts, unseen = found["wavefronts"]
+    assert ideal == wavefronts
+    assert unseen == 0
+    assert 2 * 1024**3 / 312e12 < found["seconds"] < 10 * 2 * 1024**3 / 312e12
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_was_stored():
+    text = page.SECTION.page.read_text()
+    assert page.SECTION.replaced(text, page.report(results.load())) == text
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command_line.main([]) == 2
+    assert "unset it" in capsys.readouterr().out
+
+
+def test_results_keep_what_they_are_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "PATH", tmp_path / "machine_code.json")
+    assert results.load() == {}
+    results.store("host", {"triton": 1e-4})
+    results.store("predicted", [["C", "A100 SXM", "cuda", "merge", 1e-6, 1, "launch"]])
+    found = results.load()
+    assert found["host"] == {"triton": 1e-4}
+    assert page.predicted(found) == {("C", "A100 SXM", "cuda"): 1e-6}
+    assert len(results.PATH.read_text().splitlines()) < 15
+    with pytest.raises(ValueError, match="allowed is one of data"):
+        results.store("elsewhere", {})
+
+
+def test_measured_stands_beside_predicted():
+    def row(path, graph):
+        subject = "forward, CIFAR-10 shape, 128 × 4096"
+        return gpu_measure.Row(subject, path, {"median": 1.0}, graph, 0.0, {}, "")
+
+    rows = [row("triton", {"median": 2e-3}), row("torch, tf32", {}), row("copy", {})]
+    text = gpu_report.beside_predicted(rows, "NVIDIA H100 80GB HBM3")
+    lines = text.splitlines()
+    totals = page.predicted(results.load())
+    ours = row("cuda", {"median": totals["C: photographs", "H100 SXM", "cuda, single pass"]})
+    assert "| 1.00 |" in gpu_report.beside_predicted([ours], "NVIDIA H100 80GB HBM3")
+    assert "H100 SXM" in lines[0]
+    assert len(lines) == 2 + 2 + 2
+    assert "2 ms" in lines[-2]
+    assert gpu_report.beside_predicted(rows, "NVIDIA T4") == ""

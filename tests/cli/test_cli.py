@@ -1,0 +1,539 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import pfgm
+from pfgm import cli
+from pfgm.training.runs import RunConfig
+
+TRAIN = ["--steps", "12", "--batch-size", "16", "--references", "32", "--warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short training run on digits."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = ["train", "--data", "digits", "--out", str(folder), "--width", "16", *TRAIN]
+    assert cli.main(arguments) == 0
+    return folder
+
+
+def fails(capsys, *arguments):
+    """Runs a command that must fail with exit code 2 and one sentence; returns the sentence."""
+    capsys.readouterr()
+    assert cli.main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not [line for line in lines[:-1] if "training:" not in line]  # a bar at most
+    assert lines[-1].startswith("pfgm: error: ")
+    return lines[-1]
+
+
+def command(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys, pfgm.cli; sys.exit(pfgm.cli.main())", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_training_leaves_a_checkpoint_that_samples(run):
+    flow, network = pfgm.load(run)
+    assert flow == pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
+    assert type(network).__name__ == "UNet"
+    assert (run / "step-00000012.safetensors").is_file()
+
+
+def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
+    weights = run / "step-00000012.safetensors"
+    for out in ("a.npy", "b.npy", "c.png"):
+        arguments = ["sample", "--checkpoint", str(weights), "--n", "5", "--steps", "3"]
+        assert cli.main([*arguments, "--out", str(tmp_path / "new" / out)]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "new" / out)
+    a, b = (np.load(tmp_path / "new" / name) for name in ("a.npy", "b.npy"))
+    assert a.shape == (5, 1, 8, 8)
+    assert a.dtype == np.float32
+    assert np.array_equal(a, b)
+    assert (tmp_path / "new" / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
+    def sample(name, *options):
+        out = tmp_path / name
+        arguments = ["sample", "--checkpoint", str(run), "--n", "6", "--steps", "2"]
+        assert cli.main([*arguments, "--out", str(out), *options]) == 0
+        return np.load(out)
+
+    whole = sample("whole.npy")
+    np.testing.assert_allclose(sample("parts.npy", "--batch-size", "4"), whole, atol=1e-4)
+    assert not np.allclose(sample("other.npy", "--seed", "1"), whole, atol=1e-2)
+    for solver in ("euler", "heun", "rk45"):
+        assert np.isfinite(sample(f"{solver}.npy", "--solver", solver, "--schedule", "log")).all()
+
+
+@pytest.mark.parametrize("kind", ["vectors.npy", "grey.npz", "colour.safetensors"])
+def test_training_on_files(kind, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shape = {"vectors.npy": (3,), "grey.npz": (5, 6), "colour.safetensors": (6, 5, 3)}[kind]
+    data = torch.randint(0, 256, (40, *shape), generator=generator, dtype=torch.uint8)
+    path = tmp_path / kind
+    if kind.endswith("npy"):
+        np.save(path, (data.float() / 127.5 - 1).numpy())
+    elif kind.endswith("npz"):
+        np.savez(path, data.numpy())
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"images": data}, path)
+    arguments = ["train", "--data", str(path), "--out", str(tmp_path / "run"), "--width", "16"]
+    assert cli.main([*arguments, *TRAIN]) == 0
+    flow, network = pfgm.load(tmp_path / "run")
+    expected = {"vectors.npy": (3,), "grey.npz": (1, 5, 6), "colour.safetensors": (3, 6, 5)}[kind]
+    assert flow.shape == expected
+    assert type(network).__name__ == ("MLP" if kind == "vectors.npy" else "UNet")
+
+
+def test_resuming(run, tmp_path, capsys):
+    arguments = ["train", "--data", "digits", "--out", str(tmp_path), "--width", "16", *TRAIN]
+    assert cli.main(arguments) == 0
+    assert "--resume" in fails(capsys, *arguments)
+    arguments[arguments.index("--steps") + 1] = "20"
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "resuming at step 12" in capsys.readouterr().out
+    assert (tmp_path / "step-00000020.safetensors").is_file()
+    assert "seed is 5" in fails(capsys, *arguments, "--resume", "--seed", 5)
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU", "threads"):
+        assert part in shown
+    assert "reference: exact differences" in shown
+    assert cli.main(["--version"]) == 0
+
+
+def test_one_sentence_for_bad_input(run, tmp_path, capsys):
+    weights = run / "step-00000012.safetensors"
+    blocked = tmp_path / "file"
+    blocked.write_text("a file, not a folder")
+    sample = ["sample", "--checkpoint", weights, "--out"]
+    assert "end in .npy or .png" in fails(capsys, *sample, tmp_path / "x.jpg")
+    assert "output folder" in fails(capsys, *sample, blocked / "x.npy")
+    assert "n is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--n", 0)
+    assert "steps is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--steps", 0)
+    assert "device is 'abacus'" in fails(capsys, *sample, tmp_path / "x.npy", "--device", "abacus")
+    missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
+    assert "no checkpoint at" in fails(capsys, *missing)
+    foreign = ["sample", "--checkpoint", blocked, "--out", tmp_path / "x.npy"]
+    assert "not a complete safetensors file" in fails(capsys, *foreign)
+    train = ["train", "--out", tmp_path / "run", "--data"]
+    assert "no.npy" in fails(capsys, *train, tmp_path / "no.npy")
+    assert "steps is 0" in fails(capsys, *train, "digits", "--steps", 0)
+    assert "output folder" in fails(
+        capsys, "train", "--data", "digits", "--out", blocked / "run", *TRAIN
+    )
+    assert "output folder" in fails(capsys, "demo", "--out", blocked / "demo")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_rejected_settings_leave_no_folder(run, tmp_path, capsys):
+    out = ["--out", tmp_path / "new" / "er"]
+    train = ["train", *out, *TRAIN]
+    for arguments, message in (
+        ([*train, "--network", "mlp", "--blocks", 2], "blocks is 2"),
+        ([*train, "--batch-size", 5000, "--references", 5000], "at least batch_size, 5000"),
+        ([*train, "--flow", "zmax", 3], "'zmax'"),
+        ([*train, "--shared"], "shared is True"),
+        ([*train, "--teacher", tmp_path / "no"], "no checkpoint"),
+        (["demo", *out, "--steps", 0], "steps is 0"),
+        (["evaluate", *out, "--checkpoint", run, "--steps", 0], "steps is 0"),
+        (["sample", "--out", tmp_path / "new" / "x.npy", "--checkpoint", run, "--steps", 0], "0"),
+    ):
+        assert message in fails(capsys, *arguments)
+        assert not list(tmp_path.iterdir())
+
+
+def test_values_that_no_option_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "demo", "evaluate", "sample"):
+        assert "out is ''; allowed is" in fails(capsys, command, "--out", "")
+    assert "out is ''; allowed is" in fails(capsys, "train", "--out=")
+    assert "checkpoint is ''" in fails(capsys, "sample", "--out", "x.npy", "--checkpoint", "")
+    for timeout in ("nan", "-1", "0", "inf"):
+        message = fails(capsys, "train", "--out", "run", "--timeout", timeout)
+        assert f"timeout is {float(timeout)}; allowed are 0.001 to 1e8 seconds" in message
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="folder is ''"):
+        pfgm.cli.demo.run("", steps=1)
+
+
+def test_one_sentence_for_more_than_there_can_be(run, tmp_path, capsys):
+    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    huge = 10**30
+    for n in (999_999_999_999, huge):
+        assert f"n is {n}" in fails(capsys, *sample, "--n", n)
+    for steps in (10**12, huge):
+        assert f"steps is {steps}" in fails(capsys, *sample, "--steps", steps)
+        evaluate = ["evaluate", "--checkpoint", run, "--out", tmp_path / "e", "--curve"]
+        assert "curve-steps is 1000" in fails(capsys, *evaluate, "--curve-steps", steps)
+    assert f"seed is {huge}" in fails(capsys, *sample, "--seed", huge)
+    assert f"seed is {-huge}" in fails(capsys, *sample, "--seed", -huge)
+    assert "label is 1000" in fails(capsys, *sample, "--label", huge)
+    assert "batch-size 1000" in fails(capsys, *sample, "--batch-size", huge)
+    assert "seed is 1000" in fails(capsys, "demo", "--out", tmp_path / "demo", "--seed", huge)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:-1", "hpu", "mkldnn"])
+def test_devices_that_cannot_compute(run, tmp_path, capsys, device):
+    arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy", "--device", device]
+    assert f"device is {device!r}, which cannot be used here" in fails(capsys, *arguments)
+    train = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN, "--device", device]
+    assert f"device is {device!r}, which cannot be used here" in fails(capsys, *train)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--flow", "M", "100000"], "M is 100000"),
+        (["--flow", "M", "1e308"], "M is 1e+308"),
+        (["--flow", "sigma", "1e308"], "sigma is 1e+308"),
+        (["--flow", "sigma", "5e-324"], "sigma is 5e-324"),
+        (["--flow", "tau", "1e-308"], "tau is 1e-308"),
+        (["--flow", "data_norm", "1e308"], "data_norm is 1e+308"),
+        (["--method", "edm", "--flow", "sigma_data", "1e308"], "sigma_data is 1e+308"),
+        (["--method", "edm", "--flow", "rho", "1e-30"], "rho is 1e-30"),
+        (["--width", "100000000"], "width is 100000000"),
+        (["--width", "1000000"], "width 1000000"),
+        (["--network", "mlp", "--width", "1000000"], "width 1000000"),
+        (["--method", "edm", "--width", "1000000"], "'width': 1000000"),
+        (["--network", "ddpmpp", "--width", "1000000"], "nf 1000000"),
+        (["--network", "ncsnpp", "--blocks", "100000000"], "num_res_blocks is 100000000"),
+        (["--blocks", "100000000"], "blocks is 100000000"),
+        (["--multipliers", "100000000"], "multipliers[0] is 100000000"),
+        (["--seed", str(10**30)], "seed is 1000"),
+        (["--samples", str(10**12)], "samples is 1000"),
+        (["--levels", str(10**12)], "levels is 1000"),
+        (["--warmup", str(10**400)], "warmup is 1000"),
+        (["--steps", str(10**400)], "steps is 1000"),
+    ],
+)
+def test_one_sentence_for_settings_beyond_all_bounds(tmp_path, capsys, options, said):
+    arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN, *options]
+    started = time.process_time()
+    assert said in fails(capsys, *arguments)
+    assert time.process_time() - started < 10
+
+
+def test_memory_that_is_not_there(run, tmp_path, capsys, monkeypatch):
+    """Where no argument is to blame alone, what the allocator says is still one sentence."""
+    raised = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+
+    def exhausted(*arguments, **options):
+        raise raised.pop()
+
+    monkeypatch.setattr(pfgm.PoissonFlow, "sample", exhausted)
+    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    while raised:
+        assert "the memory is not enough for so much at once" in fails(capsys, *sample)
+    raised.append(RuntimeError("another one"))
+    with pytest.raises(RuntimeError, match="another one"):
+        cli.main([str(argument) for argument in sample])
+
+
+def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path, capsys):
+    train = ["train", "--data", "digits", "--out", tmp_path / "run", "--width", "16", *TRAIN]
+    assert cli.main([*map(str, train), "--checkpoint-every", "8"]) == 0
+    state, weights = (tmp_path / "run" / f"step-00000012.{s}" for s in ("state.pt", "safetensors"))
+    for path in (state, weights):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+        assert "continue from it with --resume-from 8" in fails(capsys, *train, "--resume")
+    sample = ["sample", "--checkpoint", tmp_path / "run", "--out", tmp_path / "x.npy"]
+    older = weights.with_name("step-00000008.safetensors")
+    assert f"The checkpoint {older} is whole" in fails(capsys, *sample, "--steps", 2)
+    consistency = [*sample, "--solver", "consistency"]
+    assert f"The checkpoint {older} is whole" in fails(capsys, *consistency)
+    log = (tmp_path / "run" / "log.csv").read_bytes()
+    train[train.index("--steps") + 1] = "8"
+    assert "steps is 8, but the checkpoint" in fails(capsys, *train, "--resume-from", "8")
+    assert (tmp_path / "run" / "log.csv").read_bytes() == log
+    assert RunConfig.load(tmp_path / "run").training.steps == 12
+    sample[2] = older
+    assert cli.main([str(argument) for argument in [*sample, "--steps", 2]]) == 0
+    train[train.index("--steps") + 1] = "16"
+    assert cli.main([*map(str, train), "--resume-from", "8"]) == 0
+    assert "resuming at step 8" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.state.pt")) == [
+        "step-00000008.state.pt",
+        "step-00000016.state.pt",
+    ]
+
+
+def test_samples_do_not_go_where_a_folder_is(run, tmp_path, capsys):
+    (tmp_path / "x.npy").mkdir()
+    arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    assert "x.npy, a folder; allowed is the name of a file" in fails(capsys, *arguments)
+
+
+def test_a_file_from_before_checksums_is_told_in_one_line(run, tmp_path, capsys):
+    flow, network = pfgm.load(run)
+    description = {"format": 1, "kind": "PoissonFlow", "flow": flow.config}
+    description["network"] = {"name": "unet", "config": network.config}
+    tensors = {k: v.contiguous() for k, v in network.state_dict().items()}
+    path = tmp_path / "old.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"pfgm": json.dumps(description)})
+    capsys.readouterr()
+    arguments = ["sample", "--checkpoint", path, "--out", tmp_path / "x.npy", "--n", 2]
+    assert cli.main([str(argument) for argument in [*arguments, "--steps", 2]]) == 0
+    notices = [line for line in capsys.readouterr().err.splitlines() if "checksum" in line]
+    assert len(notices) == 1
+    assert notices[0].startswith(f"pfgm: {path} has no checksum")
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_sentence():
+    code = (
+        "import sys, signal, builtins\n"
+        "import pfgm_command\n"
+        "load = builtins.__import__\n"
+        "def interrupted(name, *rest, **named):\n"
+        "    if name == 'torch':\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    return load(name, *rest, **named)\n"
+        "builtins.__import__ = interrupted\n"
+        "sys.argv = ['pfgm', 'info']\n"
+        "sys.exit(pfgm_command.main())"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (130, "pfgm: interrupted\n")
+
+
+def test_a_picture_needs_images(tmp_path, capsys):
+    flow = pfgm.PoissonFlow((3,), data_norm=2.0)
+    pfgm.save(tmp_path / "net.safetensors", flow, pfgm.networks.MLP((3,), width=16))
+    arguments = [
+        "sample",
+        "--checkpoint",
+        tmp_path / "net.safetensors",
+        "--out",
+        tmp_path / "x.png",
+    ]
+    assert "are no images" in fails(capsys, *arguments)
+
+
+def test_usage_errors_have_exit_code_2(capsys):
+    for arguments in (["paint"], ["sample"], ["train", "--data", "digits", "--steps", "many"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_a_forced_backend_that_cannot_run_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PFGM_BACKEND", "abacus")
+    arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN]
+    assert "PFGM_BACKEND is 'abacus'" in fails(capsys, *arguments)
+
+
+def wait_for_checkpoint(process, folder):
+    deadline = time.monotonic() + 120
+    while not (folder / "latest.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def without_streams():
+    """As `0<&- >&- 2>&-` under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for descriptor in range(3):
+        os.close(descriptor)
+
+
+def test_a_run_whose_output_is_gone_goes_on(tmp_path):
+    """The reader of a pipe ends after a line, a full device, and no streams at all."""
+    code = "import os, sys, pfgm.cli; code = pfgm.cli.main(); os.write(2, b'text'); sys.exit(code)"
+    started = {}
+    for kind in ("pipe", "full", "closed"):
+        arguments = ["train", "--out", str(tmp_path / kind), "--width", "16", *TRAIN]
+        steps = ["--steps", "30", "--checkpoint-every", "2"]
+        call = [sys.executable, "-c", code, *arguments, *steps]
+        if kind == "pipe":
+            call = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | head -c 1', "-", *call]
+        with open("/dev/full", "w") as full:
+            options = {
+                "pipe": {"stdout": subprocess.DEVNULL},
+                "full": {"stdout": full, "stderr": full},
+                "closed": {"preexec_fn": without_streams},
+            }[kind]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            started[kind] = subprocess.Popen(call, env=environment, **options)
+    process = started["closed"]
+    wait_for_checkpoint(process, tmp_path / "closed")
+    process.send_signal(signal.SIGHUP)
+    for kind, process in started.items():
+        # Where descriptor 2 leads nowhere, the last words of the script itself fail.
+        assert process.wait(timeout=120) == (0 if kind == "closed" else 1), kind
+        assert json.loads((tmp_path / kind / "latest.json").read_text())["step"] == 30
+        pfgm.load(tmp_path / kind)
+
+
+def test_samples_are_written_whatever_becomes_of_stdout(run, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for name, descriptor in (("pipe", writer), ("full", full), ("none", None)):
+        stream = None if descriptor is None else os.fdopen(descriptor, "w", buffering=1)
+        for replaced in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, replaced, stream)
+        out = tmp_path / f"{name}.npy"
+        arguments = ["sample", "--checkpoint", str(run), "--n", "2", "--steps", "2"]
+        assert cli.main([*arguments, "--out", str(out)]) == 0
+        assert np.load(out).shape == (2, 1, 8, 8)
+        if stream is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    monkeypatch.undo()
+
+
+def test_a_reader_that_has_seen_enough_ends_info_quietly(tmp_path):
+    pfgm_command = f"{sys.executable} -c 'import pfgm.cli, sys; sys.exit(pfgm.cli.main())'"
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", f"set -o pipefail; {pfgm_command} {rest}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rest in ("info | head -0", "train --help | head -0", "info > /dev/full")
+    ]
+    (quiet, errors), (_, of_help), (_, full) = (process.communicate() for process in started)
+    assert (quiet, errors, of_help) == ("", "", "")
+    assert full == "pfgm: error: stdout cannot be written: No space left on device.\n"
+    assert [process.returncode for process in started] == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code, capsys):
+    arguments = ["train", "--data", "digits", "--out", str(tmp_path / "run"), "--width", "16"]
+    options = ["--batch-size", "16", "--references", "32", "--checkpoint-every", "2"]
+    process = command(*arguments, *options)
+    wait_for_checkpoint(process, tmp_path / "run")
+    if number == signal.SIGTERM:
+        the_folder_is_in_use(process, tmp_path / "run", capsys)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in shown
+    flow, network = pfgm.load(tmp_path / "run")
+    assert flow.sample(network, 2, steps=2).shape == (2, 1, 8, 8)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def the_folder_is_in_use(process, run, capsys):
+    config = (run / "config.json").read_bytes()
+    others = ["train", "--out", run, "--seed", 5], ["train", "--out", run, "--resume", "--seed", 5]
+    for arguments in (*others, ["demo", "--out", run, "--steps", 1]):
+        message = fails(capsys, *arguments)
+        assert f"in which process {process.pid} on {socket.gethostname()} (since " in message
+    assert (run / "config.json").read_bytes() == config
+    out = run.parent / "x.npy"
+    assert cli.main(["sample", "--checkpoint", str(run), "--n", "2", "--out", str(out)]) == 0
+
+
+def test_demo(tmp_path, capsys):
+    out = tmp_path / "demo"
+    figures = []
+    for _ in range(2):
+        assert cli.main(["demo", "--out", str(out), "--steps", "6", "--seed", "3"]) == 0
+        figures.append(json.loads((out / "metrics.json").read_text()))
+        figures[-1].pop("seconds")
+        samples = np.load(out / "samples.npy")
+    assert figures[0] == figures[1]  # the same seed, the same result
+    assert samples.shape == (1000, 8, 8)
+    assert samples.dtype == np.float32
+    assert np.abs(samples).max() <= 1
+    assert figures[0]["evaluations"] <= 10
+    assert sum(figures[0]["samples_per_digit"]) == 1000
+    for name in ("frechet_distance", "precision", "recall"):
+        assert set(figures[0][name]) == {"samples", "train"}
+    assert set(figures[0]["median_distance_to_train"]) == {"samples", "held_out"}
+    for picture in ("samples.png", "trajectory.png"):
+        assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    loaded = pfgm.load(out / "model.safetensors")
+    again = loaded.flow.sample(
+        loaded.network, 1000, generator=torch.Generator().manual_seed(3)
+    ).clamp(-1, 1)
+    np.testing.assert_allclose(again[:, 0].numpy(), samples, atol=1e-5)
+    assert "frechet distance" in capsys.readouterr().out
+
+
+def test_the_demo_of_each_digit(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--steps", "6", "--conditional"]) == 0
+    agreement = json.loads((out / "metrics.json").read_text())["agreement"]
+    assert 0 <= agreement["samples"] <= 1
+    assert agreement["held_out"] > 0.97
+    assert "a classifier agrees with the label of" in capsys.readouterr().out
+    model = ["sample", "--checkpoint", str(out / "model.safetensors"), "--n", "4"]
+    picture = ["--out", str(out / "threes.png"), "--label", "3", "--guidance", "2"]
+    assert cli.main([*model, *picture]) == 0
+    assert cli.main([*model, "--out", str(out / "none.png"), "--label", "10"]) == 2
+    assert "labels holds 10; allowed is below 10" in capsys.readouterr().err
+
+
+def test_an_interrupted_demo_leaves_its_model(tmp_path):
+    process = command("demo", "--out", str(tmp_path), env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    shown = ""
+    while "step/s" not in shown:  # the progress bar moves
+        assert process.poll() is None, process.communicate()[1]
+        shown += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    flow, _ = pfgm.load(tmp_path / "model.safetensors")
+    assert flow.shape == (1, 8, 8)
+
+
+def test_consistency_needs_a_few_step_model(run, tmp_path, capsys):
+    options = ["--solver", "consistency", "--steps", "1", "--out", str(tmp_path / "x.npy")]
+    sample = ["sample", "--n", "4", *options, "--checkpoint"]
+    for path in (run, run / "step-00000012.safetensors"):
+        assert "is no few-step model" in fails(capsys, *sample, path)
+    evaluate = ["evaluate", "--n", 8, "--solver", "consistency", "--out", tmp_path / "figures"]
+    assert "is no few-step model" in fails(capsys, *evaluate, "--checkpoint", run)
+    student = tmp_path / "student"
+    train = ["train", "--data", "digits", "--teacher", str(run), "--out", str(student), *TRAIN]
+    assert cli.main(train) == 0
+    capsys.readouterr()
+    assert cli.main([*sample, str(student)]) == 0
+    assert "few-step" not in capsys.readouterr().err
+    pfgm.save(tmp_path / "old.safetensors", *pfgm.load(run))  # as files without the note
+    assert cli.main([*sample, str(tmp_path / "old.safetensors")]) == 0
+    assert "does not say whether its network is a few-step model" in capsys.readouterr().err
+
+
+def test_samples_of_few_values_take_the_steps_of_the_flow(tmp_path):
+    flow = pfgm.PoissonFlow((1,), spread=0.1, center=5.0)
+    torch.manual_seed(0)
+    net = pfgm.networks.MLP((1,), width=8, depth=1, **flow.scaling)
+    pfgm.save(tmp_path / "net.safetensors", flow, net)
+    arguments = ["sample", "--checkpoint", str(tmp_path / "net.safetensors"), "--n", "20"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
+    start = flow.prior(20, generator=torch.Generator().manual_seed(0))
+    for steps, same in ((None, True), (10, False)):
+        expected = flow.sample(net, 20, x_init=start, steps=steps).numpy()
+        assert np.array_equal(np.load(tmp_path / "x.npy"), expected) == same

@@ -1,0 +1,263 @@
+"""Atomic writing and the trial of output folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pfgm.common import files
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's special files")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def write_bytes(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    previous = os.umask(0o027)
+    yield
+    os.umask(previous)
+
+
+@given(content=st.binary(max_size=100), before=st.none() | st.binary(max_size=100))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+def test_the_file_holds_what_was_written_and_nothing_else_is_left(
+    tmp_path: Path, content: bytes, before: bytes | None
+) -> None:
+    path = tmp_path / "out.bin"
+    path.unlink(missing_ok=True)
+    if before is not None:
+        path.write_bytes(before)
+    files.write_atomic(path, lambda file: file.write(content))
+    assert path.read_bytes() == content
+    assert names(tmp_path) == ["out.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_writer_that_raises_leaves_all_as_it_was(
+    tmp_path: Path, error: type[BaseException], existing: bool
+) -> None:
+    path = tmp_path / "out.bin"
+    if existing:
+        path.write_bytes(b"old")
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"half of the new")
+        raise error("broken off")
+
+    with pytest.raises(error, match="broken off"):
+        files.write_atomic(path, write)
+    assert names(tmp_path) == (["out.bin"] if existing else [])
+    assert not existing or path.read_bytes() == b"old"
+
+
+def test_a_full_disk_gives_a_sentence_with_the_path(tmp_path: Path) -> None:
+    def write(file: BinaryIO) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "out.bin"
+    with pytest.raises(OSError, match=r"out\.bin cannot be written: No space left on device\.$"):
+        files.write_atomic(path, write)
+    assert names(tmp_path) == []
+
+
+def test_readers_see_the_old_or_the_new_content_only(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    contents = [bytes([i]) * 100_000 for i in range(20)]
+    path.write_bytes(contents[0])
+    seen: set[bytes] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for content in contents:
+        files.write_atomic(path, partial(write_bytes, content))
+    done.set()
+    reader.join()
+    assert seen <= set(contents)
+
+
+def test_while_writing_the_old_content_is_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+        assert len(names(tmp_path)) == 2
+
+    files.write_atomic(path, write)
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_new_file_has_the_mode_of_a_plainly_opened_one(tmp_path: Path) -> None:
+    (tmp_path / "plain").open("wb").close()
+    files.write_atomic(tmp_path / "atomic", lambda file: None)
+    assert mode(tmp_path / "atomic") == mode(tmp_path / "plain") == 0o640
+
+
+@pytest.mark.usefixtures("umask")
+@pytest.mark.parametrize("given_mode", [0o600, 0o666, 0o755])
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path, given_mode: int) -> None:
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+    path.chmod(given_mode)
+    seen = []
+    files.write_atomic(path, lambda file: seen.append(os.fstat(file.fileno()).st_mode & 0o777))
+    assert mode(path) == given_mode
+    assert seen == [given_mode], "a private file must be private from the first byte"
+
+
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.bin").symlink_to(tmp_path / "real" / "out.bin")
+    files.write_atomic(tmp_path / "link.bin", lambda file: file.write(b"new"))
+    assert (tmp_path / "link.bin").is_symlink()
+    assert (tmp_path / "real" / "out.bin").read_bytes() == b"new"
+    assert names(tmp_path / "real") == ["out.bin"]
+
+
+def test_the_longest_possible_name_works(tmp_path: Path) -> None:
+    name = "n" * 255
+    files.write_atomic(tmp_path / name, lambda file: file.write(b"new"))
+    assert names(tmp_path) == [name]
+
+
+def test_a_relative_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.write_atomic("out.bin", lambda file: file.write(b"new"))
+    assert (tmp_path / "out.bin").read_bytes() == b"new"
+
+
+def test_a_missing_folder_gives_a_sentence_with_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "out.bin"
+    with pytest.raises(OSError, match="is not an existing folder") as caught:
+        files.write_atomic(path, lambda file: None)
+    assert str(path) in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_a_path_under_a_regular_file_gives_a_sentence_with_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    path = tmp_path / "file" / "out.bin"
+    with pytest.raises(OSError, match="is not an existing folder") as caught:
+        files.write_atomic(path, lambda file: None)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="is not a regular file"):
+        files.write_atomic(tmp_path, lambda file: None)
+    assert tmp_path.is_dir()
+
+
+@linux_only
+def test_a_device_is_not_replaced() -> None:
+    with pytest.raises(OSError, match=r"/dev/null cannot be written: .* not a regular file"):
+        files.write_atomic("/dev/null", lambda file: None)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@linux_only
+def test_an_unwritable_folder_gives_a_sentence_with_the_path() -> None:
+    with pytest.raises(OSError, match=r"^/proc/self/out\.bin cannot be written: .*\.$"):
+        files.write_atomic("/proc/self/out.bin", lambda file: None)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES])
+def test_folders_that_cannot_be_synchronised_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", fsync_failing_on_folders(code))
+    files.write_atomic(tmp_path / "out.bin", lambda file: file.write(b"new"))
+    assert (tmp_path / "out.bin").read_bytes() == b"new"
+
+
+def test_a_folder_that_fails_to_reach_the_disk_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", fsync_failing_on_folders(errno.EIO))
+    with pytest.raises(OSError, match=r"out\.bin cannot be written: .*"):
+        files.write_atomic(tmp_path / "out.bin", lambda file: None)
+
+
+def fsync_failing_on_folders(code: int) -> Callable[[int], None]:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    return fsync
+
+
+def test_check_folder_creates_it_and_leaves_it_empty(tmp_path: Path) -> None:
+    folder = files.check_folder(tmp_path / "runs" / "first")
+    assert folder == tmp_path / "runs" / "first"
+    assert names(folder) == []
+
+
+def test_check_folder_leaves_what_an_existing_folder_holds(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"kept")
+    assert files.check_folder(str(tmp_path)) == tmp_path
+    assert names(tmp_path) == ["kept"]
+
+
+@pytest.mark.parametrize("below", ["file", "file/runs", "file/runs/first"])
+def test_check_folder_refuses_a_regular_file_and_what_would_be_under_it(
+    tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="cannot be used as the output folder") as caught:
+        files.check_folder(tmp_path / below)
+    assert str(tmp_path / below) in str(caught.value)
+
+
+@linux_only
+def test_check_folder_refuses_a_folder_that_takes_no_files() -> None:
+    with pytest.raises(OSError, match=r"^/proc/self cannot be used as the output folder \("):
+        files.check_folder("/proc/self")
+
+
+def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"old")
+    code = (
+        "import os, sys, importlib.util as u\n"
+        "spec = u.spec_from_file_location('files', sys.argv[1])\n"
+        "files = u.module_from_spec(spec); spec.loader.exec_module(files)\n"
+        "files.write_atomic(sys.argv[2], lambda f: (f.write(b'n' * 99999), os._exit(9)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, files.__file__, str(path)], check=False)
+    assert done.returncode == 9
+    assert path.read_bytes() == b"old"

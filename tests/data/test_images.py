@@ -1,0 +1,351 @@
+"""Image folders and datasets."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import sys
+import zlib
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+
+from pfgm.data.rows import InMemory, open_source
+
+Image = pytest.importorskip("PIL.Image")
+Array = np.ndarray[Any, Any]
+
+
+def pixels(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def write(path: Path, array: Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def loaded(folder: Path) -> Array:
+    source = open_source(folder)
+    assert isinstance(source, InMemory)
+    return source.tensor.numpy()
+
+
+def test_coloured_images_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    names = ["b.png", "a/z.png", "a/b/c.BMP", "a.png", "10.png", "9.png"]
+    images = {name: pixels(5, 4, 3, seed=i) for i, name in enumerate(names)}
+    for name, image in images.items():
+        write(tmp_path / name, image)
+    (tmp_path / "labels.txt").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    expected = [images[n] for n in ["10.png", "9.png", "a.png", "a/b/c.BMP", "a/z.png", "b.png"]]
+    np.testing.assert_array_equal(
+        loaded(tmp_path), np.stack(expected).transpose(0, 3, 1, 2), strict=True
+    )
+
+
+def test_grey_images_have_one_channel(tmp_path: Path) -> None:
+    grey, alpha = pixels(3, 5), pixels(3, 5, 2, seed=1)
+    bits = np.eye(3, 5, dtype=bool)
+    write(tmp_path / "a.png", grey)
+    write(tmp_path / "b.png", alpha)
+    Image.fromarray(bits).save(tmp_path / "c.png")
+    expected = np.stack([grey, alpha[..., 0], bits * np.uint8(255)])[:, None]
+    np.testing.assert_array_equal(loaded(tmp_path), expected, strict=True)
+
+
+def test_grey_among_coloured_images_gets_three_channels(tmp_path: Path) -> None:
+    grey, colour = pixels(3, 5), pixels(3, 5, 3)
+    write(tmp_path / "a.png", grey)
+    write(tmp_path / "b.png", colour)
+    write(tmp_path / "c.png", grey)
+    wide = np.stack([grey] * 3, -1)
+    expected = np.stack([wide, colour, wide]).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(loaded(tmp_path), expected)
+
+
+def test_alpha_is_dropped(tmp_path: Path) -> None:
+    image = pixels(3, 5, 4)
+    image[0, :, 3] = 0
+    write(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(loaded(tmp_path)[0], image[..., :3].transpose(2, 0, 1))
+
+
+def test_palettes_become_colours(tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(3, 5)).convert("P")
+    image.putpalette(pixels(768).tolist())
+    image.save(tmp_path / "a.png")
+    expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(loaded(tmp_path)[0], expected)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp"])
+def test_lossy_formats(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / f"a{suffix}", np.full((8, 8, 3), (200, 100, 50), np.uint8))
+    difference = loaded(tmp_path).astype(int) - np.array([200, 100, 50])[:, None, None]
+    assert np.abs(difference).max() < 8
+
+
+def test_images_of_several_sizes_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", pixels(3, 5))
+    write(tmp_path / "b.png", pixels(3, 5))
+    write(tmp_path / "c.png", pixels(5, 3))
+    message = f"{tmp_path / 'c.png'} is an image of 3 × 5 pixels; allowed are images of one size"
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        open_source(tmp_path)
+    assert f"{tmp_path / 'a.png'} has 5 × 3" in str(caught.value)
+
+
+def test_broken_images_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", pixels(30, 50))
+    write(tmp_path / "b.png", pixels(30, 50))
+    path = tmp_path / "b.png"
+    whole = path.read_bytes()
+    for size in (0, 5, 20, 100, len(whole) - 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated"):
+            open_source(tmp_path)
+
+
+def test_other_formats_under_a_false_name_are_refused(tmp_path: Path) -> None:
+    """For some of them, such as PostScript, Pillow would run a program."""
+    Image.fromarray(pixels(3, 5)).save(tmp_path / "a.png", format="GIF")
+    with pytest.raises(ValueError, match=r"a\.png is truncated, damaged or not an image"):
+        open_source(tmp_path)
+
+
+def test_deep_images_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", pixels(3, 5).astype(np.uint16))
+    with pytest.raises(ValueError, match=r"a\.png has pixels of the mode I;16; allowed are .* 8"):
+        open_source(tmp_path)
+
+
+def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+    message = f"{tmp_path} is a folder without images; allowed are"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_source(str(tmp_path))
+
+
+def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"Pillow.*pip install '\.\[demo\]'"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_is_shown_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    write(tmp_path / "a.png", pixels(3, 5))
+    open_source(tmp_path, progress=progress)
+    assert ("images: 100%" in capsys.readouterr().err) == progress
+    open_source(TensorDataset(torch.zeros(3, 2)), progress=progress)
+    assert ("dataset: 100%" in capsys.readouterr().err) == progress
+
+
+class Items(Dataset[Any]):
+    """Counts how often each item is fetched."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+        self.fetched = [0] * len(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        self.fetched[index] += 1
+        return self.items[index]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.uint8, torch.uint8),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+)
+def test_dtypes_of_items(dtype: torch.dtype, kept: torch.dtype) -> None:
+    rows = torch.arange(12).view(3, 2, 2).to(dtype)
+    source = open_source(TensorDataset(rows))
+    assert source.labels is None
+    assert source.tensor is not None
+    assert source.dtype == kept
+    assert torch.equal(source.tensor, rows.to(kept))
+
+
+def test_each_item_is_fetched_once() -> None:
+    items = Items(*torch.zeros(5, 2))
+    open_source(items)
+    assert items.fetched == [1] * 5
+
+
+Pair = namedtuple("Pair", "sample target")
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        lambda x, y: (x, y),
+        lambda x, y: [x, torch.tensor(y)],
+        lambda x, y: (x, np.int32(y)),
+        lambda x, y: (x, np.array(y)),
+        lambda x, y: (x, y, "more"),
+        Pair,
+        lambda x, y: {"image": x, "label": y},
+        lambda x, y: {"id": 5, "images": x, "labels": y},
+        lambda x, y: {"label": y, "x": x},
+        lambda x, y: {"label": y, "data": x},
+        lambda x, y: {"sample": x, "label": y},
+    ],
+)
+@pytest.mark.parametrize("convert", [lambda x: x, lambda x: x.numpy()])
+def test_labelled_items(item: Any, convert: Any) -> None:
+    rows, labels = torch.arange(12.0).view(3, 4), torch.tensor([7, 0, -1])
+    pairs = zip(rows, labels.tolist(), strict=True)
+    source = open_source(Items(*(item(convert(row), label) for row, label in pairs)))
+    assert source.tensor is not None
+    assert source.labels is not None
+    assert torch.equal(source.tensor, rows)
+    assert source.labels.dtype == torch.int64
+    assert torch.equal(source.labels, labels)
+
+
+@pytest.mark.parametrize("second", ["a name", 1.5, None, True, torch.zeros(2), torch.tensor(0.5)])
+def test_what_is_no_integer_is_no_label(second: Any) -> None:
+    assert open_source(Items((torch.zeros(2), second), (torch.ones(2), second))).labels is None
+    items = [{"x": torch.zeros(2), "label": second}] * 2
+    assert open_source(Items(*items)).labels is None
+
+
+def test_labels_in_some_items_only_are_refused() -> None:
+    message = "^Item 1 of the dataset has no integer label; allowed are labels in all"
+    with pytest.raises(ValueError, match=message):
+        open_source(Items((torch.zeros(2), 1), (torch.zeros(2), "b")))
+
+
+def test_pillow_images_as_items() -> None:
+    colours = [pixels(4, 3, 3, seed=i) for i in range(2)]
+    grey = pixels(4, 3)
+    images = [Image.fromarray(image) for image in [*colours, grey]]
+    source = open_source(Items(*((image, i) for i, image in enumerate(images))))
+    assert source.tensor is not None
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 1, 2]
+    expected = np.stack([*colours, np.stack([grey] * 3, -1)]).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(source.tensor.numpy(), expected, strict=True)
+    assert open_source(Items(images[2])).shape == (1, 4, 3)
+
+
+def test_a_coloured_image_after_a_grey_one_is_refused() -> None:
+    images = [Image.fromarray(pixels(4, 3)), Image.fromarray(pixels(4, 3, 3))]
+    message = r"^Item 1 .*uint8 of shape \(3, 4, 3\); allowed is .*\(1, 4, 3\), as in item 0"
+    with pytest.raises(ValueError, match=message):
+        open_source(Items(*images))
+
+
+@pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(1, 2), torch.zeros(2).half()])
+def test_items_that_differ_are_named(other: Any) -> None:
+    message = r"^Item 2 of the dataset is .*; allowed is torch\.float32 of shape \(2,\)"
+    with pytest.raises(ValueError, match=message):
+        open_source(Items(torch.zeros(2), torch.zeros(2), other))
+
+
+@pytest.mark.parametrize("item", ["text", 3, None, [], {}, [[1.0, 2.0]], {"x": 1.0}])
+def test_items_of_other_types_are_refused(item: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Item 0 of the dataset is a \w+; allowed are tensors"):
+        open_source(Items(item))
+
+
+@pytest.mark.parametrize("item", [torch.zeros(2, dtype=torch.int64), np.zeros(2, dtype=np.int16)])
+def test_items_of_other_dtypes_are_refused(item: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Item 0 of the dataset holds numbers of type .*int"):
+        open_source(Items(item))
+
+
+def test_items_without_dimensions_are_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("shape (2,); allowed is (n, *S)")):
+        open_source(Items(torch.tensor(1.0), torch.tensor(2.0)))
+
+
+def test_an_empty_dataset_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^source is a dataset of 0 items; allowed"):
+        open_source(Items())
+
+
+class NoLength(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(2)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([torch.zeros(2)])
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("dataset", [NoLength(), Stream()])
+def test_datasets_without_length_or_numbers_are_refused(dataset: Any) -> None:
+    with pytest.raises(TypeError, match=r"a dataset without .*; allowed are .*__len__"):
+        open_source(dataset)
+
+
+def test_items_are_copied() -> None:
+    rows = torch.zeros(3, 2)
+    source = open_source(TensorDataset(rows))
+    rows += 1
+    assert source.tensor is not None
+    assert (source.tensor == 0).all()
+
+
+def test_parts_of_datasets() -> None:
+    dataset = TensorDataset(torch.arange(10.0).view(5, 2), torch.arange(5))
+    source = open_source(Subset(dataset, [4, 1]))
+    assert source.tensor is not None
+    assert source.labels is not None
+    assert source.tensor.tolist() == [[8, 9], [2, 3]]
+    assert source.labels.tolist() == [4, 1]
+
+
+def png(colour: int, depth: int, channels: int) -> bytes:
+    """A PNG file of 3 × 2 pixels, byte by byte: Pillow writes none of 16 bits a channel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 3, 2, depth, colour, 0, 0, 0)
+    rows = 2 * (b"\0" + bytes(range(3 * channels * depth // 8)))
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bits_a_channel_are_refused(colour: int, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(colour, 8, channels))
+    assert loaded(tmp_path).shape == (1, 1 if channels == 2 else 3, 2, 3)
+    path.write_bytes(png(colour, 16, channels))
+    with pytest.raises(ValueError, match=r"a\.png has pixels of 16 bits a channel; allowed"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [png(2, 16, 3), png(6, 16, 4), b"P6 2 1 65535\n" + bytes(12), b"P3 1 1 300\n1 2 3"]
+)
+def test_16_bits_a_channel_in_a_dataset_are_refused(content: bytes) -> None:
+    image = Image.open(io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"Item 0 of the dataset has pixels of 16 bits a channel"):
+        open_source(Items([image]))

@@ -1,0 +1,427 @@
+"""Rows from memory and from files: reading, taking, threads, pickling, memory."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from pfgm.data import rows as sources
+from pfgm.data.rows import InMemory, OnDisk, Source, open_source
+
+SHAPE = (11, 2, 3)
+ALL_DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Each number another, exact in every dtype."""
+    return torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+
+
+def on_disk(folder: Path, rows: Tensor, offset: int = 5) -> OnDisk:
+    """The rows in a file of their own, off any alignment, with more behind them."""
+    path = folder / "rows.bin"
+    path.write_bytes(b"#" * offset + rows.view(torch.uint8).numpy().tobytes() + b"#" * 9)
+    return OnDisk(path, offset, rows.dtype, tuple(rows.shape[1:]), len(rows))
+
+
+@pytest.fixture(params=["memory", "disk"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
+    rows = numbers(*SHAPE)
+    return InMemory(rows) if request.param == "memory" else on_disk(tmp_path, rows)
+
+
+def test_form(source: Source) -> None:
+    assert (len(source), source.shape, source.dtype) == (11, (2, 3), torch.float32)
+    assert source.labels is None
+    assert (source.tensor is None) == isinstance(source, OnDisk)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 11), (0, 1), (10, 11), (3, 8), (4, 4), (11, 11)])
+def test_read(source: Source, start: int, stop: int) -> None:
+    rows = source.read(start, stop)
+    assert rows.shape == (stop - start, 2, 3)
+    assert torch.equal(rows, numbers(*SHAPE)[start:stop])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], [0], [10, 0], [3, 3, 3], [4, 5, 6], [6, 5, 4], [10, 2, 3, 2, 9, 0, 1, 10], [*range(11)]],
+)
+def test_take(source: Source, rows: list[int]) -> None:
+    taken = source.take(torch.tensor(rows, dtype=torch.int64))
+    assert taken.shape == (len(rows), 2, 3)
+    assert torch.equal(taken, numbers(*SHAPE)[rows])
+
+
+def test_what_is_taken_is_new(source: Source) -> None:
+    source.take(torch.arange(11)).fill_(-1)
+    assert torch.equal(source.read(0, 11), numbers(*SHAPE))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+def test_every_dtype_off_alignment(tmp_path: Path, dtype: torch.dtype) -> None:
+    rows = numbers(*SHAPE, dtype=dtype)
+    for source in (InMemory(rows), on_disk(tmp_path, rows)):
+        assert source.dtype == dtype
+        for found in (source.read(2, 7), source.take(torch.arange(2, 7))):
+            assert found.dtype == dtype
+            assert torch.equal(found, rows[2:7])
+
+
+def test_random_rows_against_indexing(tmp_path: Path) -> None:
+    rows = numbers(5000, 1)
+    source = on_disk(tmp_path, rows)
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 37, 5000, 20_000):
+        chosen = torch.randint(5000, (count,), generator=generator)
+        assert torch.equal(source.take(chosen), rows[chosen])
+
+
+def test_rows_in_memory_are_views_and_out_is_untouched() -> None:
+    rows = numbers(*SHAPE)
+    source, out = InMemory(rows), torch.full(SHAPE, torch.nan)
+    assert source.tensor is rows
+    assert source.read(2, 4, out).data_ptr() == rows[2].data_ptr()
+    assert out.isnan().all()
+
+
+def test_labels_are_kept() -> None:
+    labels = torch.arange(11)
+    assert InMemory(numbers(*SHAPE), labels).labels is labels
+
+
+def test_strided_rows_in_memory() -> None:
+    rows = numbers(3, 4).T
+    source = InMemory(rows)
+    assert torch.equal(source.read(1, 3), rows[1:3])
+    assert torch.equal(source.take(torch.tensor([3, 0])), rows[[3, 0]])
+
+
+def test_out_is_filled_as_far_as_asked(tmp_path: Path) -> None:
+    source, out = on_disk(tmp_path, numbers(*SHAPE)), torch.full((5, 2, 3), torch.nan)
+    rows = source.read(4, 7, out)
+    assert rows.shape == (3, 2, 3)
+    assert rows.data_ptr() == out.data_ptr()
+    assert torch.equal(out[:3], numbers(*SHAPE)[4:7])
+    assert out[3:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [
+        (torch.empty(2, 2, 3), ValueError),
+        (torch.empty(3, 6), ValueError),
+        (torch.empty(3, 3, 2).transpose(1, 2), ValueError),
+        (torch.empty(3, 2, 3, device="meta"), ValueError),
+        (torch.empty(3, 2, 3, dtype=torch.float64), TypeError),
+    ],
+)
+def test_another_out_is_refused(tmp_path: Path, out: Tensor, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^out has .*allowed is"):
+        on_disk(tmp_path, numbers(*SHAPE)).read(0, 3, out)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 12), (12, 12), (-2, -1)])
+def test_ranges_outside_are_refused(source: Source, start: int, stop: int) -> None:
+    message = f"start is {start} and stop is {stop}; allowed are 0 <= start <= stop <= 11."
+    with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
+        source.read(start, stop)
+
+
+@pytest.mark.parametrize("value", [1.0, "1", None, True])
+def test_bounds_that_are_no_whole_numbers_are_refused(source: Source, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^start is {value!r}; allowed"):
+        source.read(value, 3)
+    with pytest.raises(TypeError, match=f"^stop is {value!r}; allowed"):
+        source.read(0, value)
+
+
+@pytest.mark.parametrize("row", [-1, 11, 2**62])
+def test_row_numbers_outside_are_refused(source: Source, row: int) -> None:
+    with pytest.raises(IndexError, match=f"^rows holds the number {row}; allowed are 0 to 10"):
+        source.take(torch.tensor([0, row, 5]))
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.tensor([1.0]), torch.tensor([1], dtype=torch.int32), [0, 1], None]
+)
+def test_row_numbers_of_another_type_are_refused(source: Source, rows: Any) -> None:
+    with pytest.raises(TypeError, match=r"^rows is .*allowed is a tensor of torch\.int64"):
+        source.take(rows)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_row_numbers_of_another_form_are_refused(source: Source, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"rows has shape {shape}; allowed is (k,)")):
+        source.take(torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"^source holds numbers of type {dtype}; allowed are"):
+        open_source(torch.zeros(2, 2, dtype=dtype))
+    with pytest.raises(TypeError, match=f"x holds numbers of type {dtype}; allowed are"):
+        OnDisk(tmp_path / "x", 0, dtype, (2,), 2)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0)])
+def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
+    message = re.escape(f"source holds an array of shape {shape}; allowed is (n, *S)")
+    for source in (torch.zeros(shape), np.zeros(shape)):
+        # NumPy's conversion to contiguous memory makes (1,) of ()
+        with pytest.raises(ValueError, match=message.replace(r"\(\)", r"\((1,)?\)")):
+            open_source(source)
+
+
+@pytest.mark.parametrize("source", [None, 3, {"x": torch.zeros(2, 2)}, iter([torch.zeros(2)])])
+def test_other_sources_are_refused(source: Any) -> None:
+    with pytest.raises(TypeError, match=f"^source is a {type(source).__name__}; allowed are"):
+        open_source(source)
+
+
+def test_arrays_share_their_memory() -> None:
+    array = np.ones((4, 2))
+    held = open_source(array).tensor
+    assert held is not None
+    assert held.dtype == torch.float64
+    array[1, 1] = 5
+    assert held[1, 1] == 5
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a[::-1],
+        lambda a: a[:, ::2],
+        lambda a: np.asfortranarray(a),
+        lambda a: a.astype(">f4"),
+        lambda a: np.frombuffer(a.tobytes(), np.float32).reshape(a.shape),  # read-only
+    ],
+)
+def test_arrays_in_any_order(change: Any) -> None:
+    array = change(np.arange(12, dtype=np.float32).reshape(3, 4))
+    source = open_source(array)
+    assert source.dtype == torch.float32
+    np.testing.assert_array_equal(source.read(0, 3).numpy(), array.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["i8", "i1", "?", "U3", "f4,f4", complex, object])
+def test_arrays_of_other_dtypes_are_refused(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"^source holds numbers of type .*; allowed are uint8"):
+        open_source(np.zeros((2, 2), dtype))
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, whole = on_disk(tmp_path, numbers(*SHAPE)), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: whole(fd, [to[0][:7]], at))
+    assert torch.equal(source.read(1, 10), numbers(*SHAPE)[1:10])
+    assert torch.equal(source.take(torch.tensor([9, 2, 3])), numbers(*SHAPE)[[9, 2, 3]])
+
+
+def test_one_call_reads_no_more_than_systems_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, whole, sizes = on_disk(tmp_path, numbers(*SHAPE)), os.preadv, []
+
+    def preadv(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        sizes.append(len(buffers[0]))
+        return whole(descriptor, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(sources, "_READ_BYTES", 100)
+    assert torch.equal(source.read(0, 11), numbers(*SHAPE))
+    assert sizes == [100, 100, 64]
+
+
+def test_neighbours_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, whole, reads = on_disk(tmp_path, numbers(*SHAPE)), os.preadv, []
+
+    def preadv(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        reads.append((position, len(buffers[0])))
+        return whole(descriptor, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    source.take(torch.tensor([9, 3, 4, 3, 2]))
+    assert reads == [(5 + 2 * 24, 3 * 24), (5 + 9 * 24, 24)]
+
+
+def test_a_file_too_short_is_refused(tmp_path: Path) -> None:
+    on_disk(tmp_path, numbers(*SHAPE))
+    path = tmp_path / "rows.bin"
+    message = f"{path} is truncated: its rows end at byte 270, the file at byte 269; allowed"
+    os.truncate(path, 269)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        OnDisk(path, 6, torch.float32, (2, 3), 11)
+    OnDisk(path, 5, torch.float32, (2, 3), 11)
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+    source = on_disk(tmp_path, numbers(*SHAPE))
+    os.truncate(source.path, 60)
+    assert torch.equal(source.read(0, 2), numbers(*SHAPE)[:2])
+    message = f"^{re.escape(str(source.path))} ends at byte 60 and has become shorter"
+    with pytest.raises(OSError, match=message):
+        source.read(1, 4)
+    with pytest.raises(OSError, match=message):
+        source.take(torch.tensor([10]))
+
+
+def test_a_disk_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = on_disk(tmp_path, numbers(*SHAPE))
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match=re.escape(str(source.path))) as caught:
+        source.read(0, 1)
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_file_that_was_replaced_is_read_as_it_was(tmp_path: Path) -> None:
+    source = on_disk(tmp_path, numbers(*SHAPE))
+    source.path.unlink()
+    source.path.write_bytes(b"another")
+    assert torch.equal(source.read(0, 11), numbers(*SHAPE))
+
+
+def test_the_file_is_closed_with_the_source(tmp_path: Path) -> None:
+    source = on_disk(tmp_path, numbers(*SHAPE))
+    descriptor = source._descriptor
+    os.fstat(descriptor)
+    del source
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_pickling(source: Source) -> None:
+    copy = pickle.loads(pickle.dumps(source))
+    assert type(copy) is type(source)
+    assert (len(copy), copy.shape, copy.dtype) == (len(source), source.shape, source.dtype)
+    del source
+    gc.collect()
+    assert torch.equal(copy.read(0, 11), numbers(*SHAPE))
+
+
+def test_reading_ahead_in_a_thread(tmp_path: Path) -> None:
+    rows = numbers(4096, 64)
+    source = on_disk(tmp_path, rows)
+    wrong, stop = [], threading.Event()
+
+    def read_ahead() -> None:
+        out = torch.empty(256, 64)
+        for start in range(0, 4096 * 10, 256):
+            begin = start % 4096
+            if not torch.equal(source.read(begin, begin + 256, out), rows[begin : begin + 256]):
+                wrong.append(begin)
+        stop.set()
+
+    thread = threading.Thread(target=read_ahead)
+    thread.start()
+    generator = torch.Generator().manual_seed(0)
+    taken = 0
+    while not stop.is_set() or taken == 0:
+        chosen = torch.randint(4096, (128,), generator=generator)
+        assert torch.equal(source.take(chosen), rows[chosen])
+        taken += 1
+    thread.join()
+    assert not wrong
+
+
+def write_sparse(path: Path, shape: tuple[int, ...]) -> None:
+    """An array of zeros that takes no room on the disk."""
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 4 * int(np.prod(shape)))
+
+
+IN_ANOTHER_PROCESS = """
+import os, pickle, resource, sys, torch
+
+def peak():
+    # Linux counts in ru_maxrss the process that started this one, before it became this program.
+    if os.path.exists("/proc/self/status"):
+        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+from pfgm.data.rows import open_source
+with open("source.pickle", "rb") as file:
+    source = pickle.load(file)
+out = torch.empty(1000, 1000)
+out.zero_()
+before = peak()
+for start in range(0, 50_000, 1000):
+    source.read(start, start + 1000, out)
+    source.take(torch.arange(start, start + 1000, 10))
+chunks = peak()
+open_source(source.path, in_memory=True)
+print(chunks - before, peak() - before)
+"""
+
+
+def test_a_large_file_takes_no_memory_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 MB; that loading the file is noticed shows that the measure works."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    write_sparse(tmp_path / "large.npy", (50_000, 1000))
+    monkeypatch.chdir(tmp_path)
+    (folder / "source.pickle").write_bytes(pickle.dumps(open_source("large.npy")))
+    shown = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    in_chunks, loaded = map(float, shown.stdout.split())
+    assert in_chunks < 40
+    assert loaded > 150
+
+
+def test_row_numbers_on_other_devices_are_checked_on_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As everywhere: a check there would make the host wait."""
+    rows = torch.tensor([0, 99], device="meta")
+    sources._check_rows(rows, 11)
+    monkeypatch.setattr(sources, "checks_values", lambda device: True)
+    with pytest.raises(NotImplementedError):  # a look at values that are not there
+        sources._check_rows(rows, 11)
+
+
+def test_a_file_is_loaded_where_asked(tmp_path: Path) -> None:
+    for dtype in (np.uint8, np.float16, np.float32, np.float64):
+        array = np.arange(60, dtype=dtype).reshape(10, 6)
+        np.save(tmp_path / "a.npy", array)
+        source = open_source(tmp_path / "a.npy", in_memory=True)
+        narrow = np.float32 if dtype == np.float64 else dtype
+        assert source.tensor is not None
+        np.testing.assert_array_equal(source.tensor.numpy(), array.astype(narrow), strict=True)
+
+
+def test_a_file_is_loaded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.linspace(0, 1, 77).reshape(11, 7)
+    np.save(tmp_path / "a.npy", array)
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 3 * 7 * 8)
+    source = open_source(tmp_path / "a.npy", in_memory=True)
+    np.testing.assert_array_equal(source.read(0, 11).numpy(), array.astype(np.float32))

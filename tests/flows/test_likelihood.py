@@ -1,0 +1,399 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pfgm
+from pfgm import PoissonFlow, PoissonFlowPP
+from pfgm.flows.likelihood import centred_prior
+
+INFINITY = math.inf
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_flow(kind, data):
+    if kind == "pfgm":
+        return PoissonFlow.from_data(data)
+    return PoissonFlowPP(data.shape[1:], D=kind)
+
+
+def mixture_problem(kind, N, dtype=torch.float64, M=20, B=4):
+    """A flow, its references, points typical of its last level, half of them thrice as far off."""
+    references = 0.5 * torch.randn(M, N, generator=seeded(0), dtype=torch.float64)
+    flow = make_flow(kind, references)
+    level = flow.last_level * torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(B // 2)
+    x = references[:B] + flow.noise(level, seeded(1))
+    return flow, references.to(dtype), x.to(dtype)
+
+
+def mixture_at(flow, references, level):
+    return lambda x: pfgm.log_density(x, references, sigma=level, D=flow.D)
+
+
+def worst_error(kind, N, dtype=torch.float64, B=4, **options):
+    """Nats per dimension off the exact mixture at the last level."""
+    flow, references, x = mixture_problem(kind, N, dtype, B=B)
+    found = flow.log_likelihood(
+        flow.empirical(references),
+        x,
+        estimator="exact",
+        prior_log_prob=mixture_at(flow, references, flow.first_level),
+        **options,
+    )
+    exact = mixture_at(flow, references.double(), flow.last_level)(x.double())
+    assert found.nats.dtype == torch.float64
+    assert found.latent.dtype == dtype
+    return float((found.nats - exact).abs().max()) / N
+
+
+class Denoiser(nn.Module):
+    """A small smooth network, with what a trained one has: dropout and a condition."""
+
+    def __init__(self, N, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(N, 8), nn.Linear(8, N)
+        self.dropout = nn.Dropout(0.5)
+        self.modes = []
+        self.to(dtype)
+
+    def forward(self, x, sigma, labels=None):
+        self.modes.append((self.training, self.dropout.training))
+        hidden = self.first(x) + sigma.log()[:, None] / 4
+        if labels is not None:
+            hidden = hidden + labels[:, None]
+        return self.dropout(self.second(hidden.tanh()))
+
+
+def small(**arguments):
+    return PoissonFlowPP((3,), **{"D": 16, "sigma_min": 0.1, "sigma_max": 10.0, **arguments})
+
+
+# ---- accuracy --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
+@pytest.mark.parametrize("N", [1, 2, 8])
+def test_exact_mixture_in_few_dimensions(kind, N):
+    assert worst_error(kind, N, rtol=1e-6, atol=1e-6) < 3e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
+def test_exact_mixture_in_64_dimensions(kind):
+    """The figure promised is 1e-3 nats per dimension, here at the tolerance of the default."""
+    assert worst_error(kind, 64, B=2) < 3e-4
+
+
+@pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
+def test_exact_mixture_in_float32(kind):
+    assert worst_error(kind, 4, torch.float32, rtol=1e-6, atol=1e-6) < 3e-4
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_the_fixed_grids(solver, order):
+    flow, net = small(), Denoiser(3).eval()
+    x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
+    options = {"estimator": "exact", "solver": solver}
+    exact = flow.log_likelihood(net, x, estimator="exact", rtol=1e-9, atol=1e-9).nats
+    errors = [
+        float((flow.log_likelihood(net, x, steps=n, **options).nats - exact).abs().mean())
+        for n in (64, 128)
+    ]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+    assert errors[1] < 0.1**order
+
+
+@pytest.mark.parametrize(
+    ("solver", "tolerance"), [("euler", 1e-10), ("heun", 1e-10), ("rk45", 1e-6)]
+)
+@pytest.mark.parametrize("D", [1, 16, INFINITY])
+def test_one_reference_at_0_takes_a_single_step(solver, tolerance, D):
+    """mean = 0: x = σ w with w fixed, so that the centred prior is the density at every level."""
+    flow = small(D=D)
+    x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
+    net = flow.empirical(torch.zeros(1, 3, dtype=torch.float64))
+    found = flow.log_likelihood(net, x, solver=solver, steps=1, rtol=1e-9, atol=1e-9)
+    expected = centred_prior(x, flow.sigma_min, D)
+    torch.testing.assert_close(found.nats, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found.latent, x * 100)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "rademacher"])
+def test_normal_data(estimator):
+    """mean = x s²/(s² + σ²) of data N(0, s²): the density at σ is N(0, s² + σ²), the Jacobian a
+    multiple of the identity, of which a Rademacher probe knows the trace."""
+    flow, s = small(D=INFINITY), 0.5
+    x = torch.randn(5, 3, generator=seeded(), dtype=torch.float64)
+
+    def normal(level):
+        return lambda x: centred_prior(x, math.sqrt(s**2 + level**2), INFINITY)
+
+    found = flow.log_likelihood(
+        lambda x, sigma: x * (s**2 / (s**2 + sigma**2))[:, None],
+        x,
+        estimator=estimator,
+        prior_log_prob=normal(flow.sigma_max),
+        rtol=1e-8,
+        atol=1e-8,
+    )
+    torch.testing.assert_close(found.nats, normal(flow.sigma_min)(x), atol=1e-6, rtol=0)
+    latent = x * math.sqrt((s**2 + flow.sigma_max**2) / (s**2 + flow.sigma_min**2))
+    torch.testing.assert_close(found.latent, latent, atol=1e-5, rtol=0)
+
+
+def test_each_row_keeps_its_accuracy_in_a_large_batch():
+    """One hard row among easy ones must not be outvoted in the error norm: 4e-4 nats off, where the
+    root mean square over the batch, torchdiffeq's own norm, leaves 4e-2."""
+    references = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    flow = small(D=INFINITY)
+    x = torch.zeros(1000, 3, dtype=torch.float64)
+    x[0] = torch.tensor([0.45, 0.1, 0.0])
+    found = flow.log_likelihood(
+        flow.empirical(references),
+        x,
+        estimator="exact",
+        prior_log_prob=mixture_at(flow, references, flow.sigma_max),
+    )
+    exact = mixture_at(flow, references, flow.sigma_min)(x)
+    assert (found.nats - exact).abs().max() < 2e-3
+
+
+def test_no_level_beyond_the_first_is_asked_for():
+    flow, net, seen = small(), Denoiser(3).eval(), []
+
+    def record(x, sigma):
+        seen.append(float(sigma[0]))
+        return net(x, sigma)
+
+    flow.log_likelihood(record, torch.zeros(2, 3, dtype=torch.float64))
+    assert min(seen) == pytest.approx(flow.sigma_min)
+    assert max(seen) == pytest.approx(flow.sigma_max)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("pfgm", 0.28), (16, 0.06)])
+def test_what_the_centred_prior_costs_on_digits(kind, error):
+    """The root mean square in nats that the docstring states."""
+    data = pfgm.data.digits().train.double()
+    flow = make_flow(kind, data)
+    level = flow.first_level
+    noise = flow.noise(torch.full((500,), level, dtype=torch.float64), seeded())
+    latent = data[:500] + noise
+    difference = centred_prior(latent, level, flow.D) - mixture_at(flow, data, level)(latent)
+    assert float(difference.square().mean().sqrt()) == pytest.approx(error, abs=0.03)
+
+
+# ---- the estimator ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased(estimator):
+    """Probes of many equal rows against the exact divergence, within four standard errors."""
+    flow, net = small(), Denoiser(3).eval()
+    x = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)
+    exact = flow.log_likelihood(net, x, estimator="exact").nats
+    many = x.expand(4000, 3)
+    nats = flow.log_likelihood(net, many, estimator=estimator, generator=seeded(1)).nats
+    standard_error = float(nats.std()) / math.sqrt(len(many))
+    assert 0 < standard_error < 0.05
+    assert abs(float(nats.mean() - exact)) < 4 * standard_error + 1e-4
+
+
+def test_probes_are_a_function_of_the_generator_and_drawn_once():
+    flow, net = small(), Denoiser(3, torch.float32).eval()
+    x = torch.randn(4, 3, generator=seeded())
+    a, b = (flow.log_likelihood(net, x, generator=seeded(4)) for _ in range(2))
+    assert torch.equal(a.nats, b.nats)
+    assert not torch.equal(a.nats, flow.log_likelihood(net, x, generator=seeded(5)).nats)
+    generator = seeded(4)
+    flow.log_likelihood(net, x, generator=generator)
+    expected = seeded(4)
+    torch.randint(0, 2, x.shape, generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
+
+
+# ---- results ---------------------------------------------------------------------------------
+
+
+def test_bits_per_dimension():
+    flow, net = small(), Denoiser(3).eval()
+    x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
+    for levels, offset in [(256, 7.0), (17, math.log2(8.5)), (2, 0.0)]:
+        found = flow.log_likelihood(net, x, estimator="exact", levels=levels)
+        expected = -found.nats / (3 * math.log(2)) + offset
+        torch.testing.assert_close(found.bits_per_dim, expected)
+
+
+def test_the_latent_leads_back_to_x():
+    flow, net = small(), Denoiser(3).eval()
+    x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
+    latent = flow.log_likelihood(net, x, rtol=1e-8, atol=1e-8).latent
+    levels = [flow.sigma_max, flow.sigma_min]
+    back, _ = flow.solve(net, latent, levels, solver="rk45", rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["pfgm", 16])
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 7), ("heun", 12), ("rk45", None)])
+def test_evaluations_and_samples_with_shape(kind, solver, evaluations):
+    data = torch.randn(30, 1, 2, 2, generator=seeded())
+    flow = make_flow(kind, data)
+    exact, calls = flow.empirical(data), []
+
+    def net(x, level):
+        calls.append(tuple(x.shape))
+        return exact(x, level)
+
+    found = flow.log_likelihood(net, data[:3], solver=solver, steps=6)
+    assert found.nfe == len(calls)
+    assert evaluations in (found.nfe, None)
+    assert set(calls) == {(3, 1, 2, 2)}
+    assert [tuple(t.shape) for t in found[:3]] == [(3,), (3,), (3, 1, 2, 2)]
+
+
+def test_no_samples():
+    flow = small()
+    found = flow.log_likelihood(Denoiser(3), torch.zeros(0, 3))
+    assert [tuple(t.shape) for t in found[:3]] == [(0,), (0,), (0, 3)]
+    assert found.nfe == 0
+
+
+# ---- networks --------------------------------------------------------------------------------
+
+
+def test_the_condition_reaches_the_network():
+    flow, net = small(), Denoiser(3).eval()
+    x = torch.randn(2, 3, generator=seeded(), dtype=torch.float64).repeat(2, 1)
+    labels = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    options = {"estimator": "exact", "solver": "heun", "steps": 20}
+    both = flow.log_likelihood(net, x, condition={"labels": labels}, **options).nats
+    torch.testing.assert_close(both[:2], flow.log_likelihood(net, x[:2], **options).nats)
+    assert (both[2:] - both[:2]).abs().min() > 1e-3
+
+
+def test_evaluation_mode_is_restored_and_no_gradient_kept():
+    flow, net = small(), Denoiser(3)
+    net.first.eval()
+    x = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    found = flow.log_likelihood(net, x, solver="euler", steps=3)
+    assert set(net.modes) == {(False, False)}
+    assert (net.training, net.first.training, net.dropout.training) == (True, False, True)
+    assert not any(t.requires_grad for t in found[:3])
+    assert all(p.grad is None for p in (x, *net.parameters()))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients(mode):
+    flow, net = small(), Denoiser(3).eval()
+    x = torch.randn(2, 3, generator=seeded(), dtype=torch.float64)
+    expected = flow.log_likelihood(net, x, estimator="exact").nats
+    with mode():
+        given = x.clone()
+        found = flow.log_likelihood(net, given, estimator="exact")
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(found.nats, expected)
+
+
+@pytest.mark.parametrize("solver", ["heun", "rk45"])
+@pytest.mark.parametrize("estimator", ["exact", "rademacher"])
+def test_gradient_of_the_likelihood(estimator, solver):
+    flow, net = small(), Denoiser(3).eval()
+    x = torch.randn(2, 3, generator=seeded(), dtype=torch.float64, requires_grad=True)
+
+    def nats():
+        found = flow.log_likelihood(
+            net,
+            x,
+            estimator=estimator,
+            solver=solver,
+            steps=10,
+            rtol=1e-9,
+            atol=1e-9,
+            generator=seeded(3),
+            differentiable=True,
+        )
+        return found.nats.sum()
+
+    weight = net.second.weight
+    gradients = torch.autograd.grad(nats(), (weight, x))
+    for tensor, gradient in zip((weight, x), gradients, strict=True):
+        direction = torch.randn(tensor.shape, generator=seeded(5), dtype=torch.float64)
+        ends = []
+        for h in (1e-4, -1e-4):
+            with torch.no_grad():
+                tensor.add_(h * direction)
+            ends.append(float(nats().detach()))
+            with torch.no_grad():
+                tensor.sub_(h * direction)
+        slope = (ends[0] - ends[1]) / 2e-4
+        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-5)
+
+
+def test_exact_networks_have_no_second_derivative():
+    flow = small()
+    net = flow.empirical(torch.randn(5, 3, generator=seeded()))
+    x = torch.zeros(2, 3, requires_grad=True)
+    found = flow.log_likelihood(net, x, solver="euler", steps=2, differentiable=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        found.nats.sum().backward()
+
+
+def test_progress_shows(capsys):
+    flow = small()
+    flow.log_likelihood(Denoiser(3, torch.float32), torch.zeros(2, 3), progress=True)
+    assert "likelihood" in capsys.readouterr().err
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"estimator": "trace"}, "estimator is 'trace'; allowed are rademacher, gaussian, exact"),
+        ({"solver": "multistep"}, "solver is 'multistep'; allowed are euler, heun, rk45"),
+        ({"steps": 0}, "steps is 0"),
+        ({"levels": 1}, "levels is 1"),
+        ({"levels": 2.5}, "levels is 2.5"),
+        ({"rtol": 0.0}, "rtol is 0.0"),
+        ({"atol": math.nan}, "atol is nan"),
+        ({"x": torch.zeros(2, 4)}, "x has shape"),
+        ({"x": torch.full((2, 3), math.nan)}, "the network returned NaN or infinity"),
+        ({"condition": {"colour": 1}}, "condition has 'colour'"),
+        ({"condition": {"labels": torch.zeros(3)}}, r"condition\['labels'\] has shape"),
+        ({"prior_log_prob": lambda latent: latent}, "prior_log_prob returned"),
+        ({"prior_log_prob": lambda latent: 0.0}, "prior_log_prob returned float"),
+        ({"prior_log_prob": lambda latent: latent[:, 0] * math.nan}, "prior_log_prob is nan"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    x = arguments.pop("x", torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=message):
+        small().log_likelihood(Denoiser(3, torch.float32), x, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_whole_numbers_have_no_density(dtype):
+    with pytest.raises(TypeError, match="x has dtype"):
+        small().log_likelihood(Denoiser(3), torch.zeros(2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk45"])
+def test_bad_networks(solver):
+    flow, x = small(), torch.ones(2, 3)
+    for net, message in [
+        (lambda x, sigma: x / (sigma < 1)[:, None], "the network returned NaN or infinity at"),
+        (lambda x, sigma: (x - 1).abs().sqrt(), "the divergence of the network is NaN or infinity"),
+        (lambda x, sigma: x.detach(), "does not depend on x as autograd sees it"),
+        (lambda x, sigma: torch.zeros_like(x).requires_grad_(), "does not depend on x"),
+        (lambda x, sigma: x[:, :2], "net returned"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            flow.log_likelihood(net, x, solver=solver, steps=4)
+    fields = PoissonFlow((3,), data_norm=1.0)
+    with pytest.raises(ValueError, match="does not depend on x as autograd sees it"):
+        fields.log_likelihood(lambda x, z: (x.detach(), -z), x, solver=solver, steps=4)

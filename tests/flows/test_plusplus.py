@@ -1,0 +1,358 @@
+"""PFGM++ and diffusion: perturbation kernel, preconditioning, loss, sampling."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pfgm
+from pfgm import PoissonFlowPP
+from pfgm.flows.plusplus import Preconditioned
+
+DS = [1.0, 16.0, math.inf]
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def data(generator):
+    return torch.randn(40, 2, generator=generator)
+
+
+class Backbone(torch.nn.Module):
+    """A small one with labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, x, noise, labels=None):
+        moved = self.layer(torch.cat([x, noise[:, None]], 1))
+        return moved if labels is None else moved + labels[:, None]
+
+
+# ---- hyper-parameters ----
+
+
+@pytest.mark.parametrize("D", DS)
+def test_config_rebuilds_the_flow(D):
+    import json
+
+    flow = PoissonFlowPP((3, 4), D=D, sigma_max=50.0)
+    again = PoissonFlowPP(**json.loads(json.dumps(flow.config)))
+    assert again == flow
+    assert again.D == D
+    assert hash(again) == hash(flow)
+    assert flow != flow.with_D(7)
+    assert repr(flow).startswith("PoissonFlowPP((3, 4), D=")
+
+
+def test_levels_are_the_same_at_every_D():
+    flow = PoissonFlowPP((2,), D=math.inf)
+    other = flow.with_D(128)
+    assert other.config == {**flow.config, "D": 128.0}
+    assert other.radius(80.0) == pytest.approx(80 * math.sqrt(128))
+    assert other.sigma(other.radius(3.0)) == pytest.approx(3.0)
+    assert flow.radius(80.0) == math.inf
+    with pytest.raises(ValueError, match="D is infinite"):
+        flow.sigma(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"D": 0}, "D is 0.0; allowed is any positive number or infinity"),
+        ({"D": math.nan}, "D is nan"),
+        ({"D": 2, "sigma_min": 0.0}, "sigma_min is 0.0"),
+        ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, "less than sigma_max, which is 8.0"),
+        ({"D": 2, "rho": -1.0}, "rho is -1.0"),
+        ({"D": 2, "P_mean": math.inf}, "P_mean is inf"),
+    ],
+)
+def test_bad_hyper_parameters(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PoissonFlowPP((2,), **arguments)
+
+
+# ---- the perturbation kernel ----
+
+
+@pytest.mark.parametrize("D", [1.0, 3.0, 16.0, math.inf])
+def test_noise_has_the_students_distribution(generator, D):
+    """‖n‖²/(N σ²) is F-distributed with N and D degrees of freedom, χ²_N/N at D = ∞."""
+    from scipy import stats
+
+    flow, sigma = PoissonFlowPP((5,), D=D), 0.7
+    noise = flow.noise(torch.full((20_000,), sigma, dtype=torch.float64), generator)
+    statistic = (noise.square().sum(1) / (5 * sigma**2)).numpy()
+    law = stats.chi2(5, scale=1 / 5) if math.isinf(D) else stats.f(5, D)
+    assert stats.kstest(statistic, law.cdf).pvalue > 1e-3
+    # and its direction is uniform
+    direction = noise / noise.norm(dim=1, keepdim=True)
+    assert direction.mean(0).abs().max() < 0.02
+
+
+def test_noise_matches_the_density(generator):
+    """The mean of the log density under its own draws is minus the entropy: a change of variables
+    in one dimension, where the kernel is Student's t."""
+    from scipy import stats
+
+    flow = PoissonFlowPP((1,), D=4.0)
+    noise = flow.noise(torch.ones(50_000, dtype=torch.float64), generator)
+    density = pfgm.log_density(noise, torch.zeros(1, 1), sigma=1.0, D=4.0)
+    assert density.mean().item() == pytest.approx(-float(stats.t(4).entropy()), abs=0.02)
+    torch.testing.assert_close(density[:50], torch.from_numpy(stats.t(4).logpdf(noise[:50, 0])))
+
+
+def test_small_D_stays_finite(generator):
+    flow = PoissonFlowPP((2,), D=0.01)
+    assert flow.noise(torch.ones(2000), generator).isfinite().all()
+
+
+def test_perturb_and_prior(generator):
+    flow = PoissonFlowPP((3, 4), D=16)
+    x, sigma = flow.perturb(torch.zeros(4000, 3, 4), generator)
+    logs = sigma.log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=0.06)
+    assert logs.std().item() == pytest.approx(1.2, abs=0.05)
+    assert x.shape == (4000, 3, 4)
+    rms = flow.prior(4000, generator=generator).flatten(1).square().mean().sqrt()
+    assert rms.item() == pytest.approx(80 * math.sqrt(16 / 14), rel=0.05)  # variance D/(D − 2)
+    as_bytes, _ = flow.perturb(torch.full((2, 3, 4), 255, dtype=torch.uint8), generator)
+    assert as_bytes.dtype == torch.float32
+    again = [flow.prior(3, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+# ---- training ----
+
+
+def test_preconditioning_is_edms(generator):
+    """EDM, table 1, in plain numbers; and at the extremes of sigma."""
+    flow = PoissonFlowPP((2,), D=8, sigma_data=0.4)
+    backbone = Backbone()
+    net = flow.precondition(backbone)
+    x, sigma = torch.randn(6, 2, generator=generator), torch.logspace(-3, 2, 6)
+    s, d = sigma[:, None], 0.4
+    inner = backbone(x / (s**2 + d**2).sqrt(), sigma.log() / 4)
+    expected = d**2 / (s**2 + d**2) * x + s * d / (s**2 + d**2).sqrt() * inner
+    torch.testing.assert_close(net(x, sigma), expected)
+    assert isinstance(net, Preconditioned)
+    labels = torch.arange(6.0)
+    assert not torch.equal(net(x, sigma, labels=labels), net(x, sigma))
+
+
+@pytest.mark.parametrize("D", DS)
+def test_loss_is_the_weighted_error(data, D):
+    flow = PoissonFlowPP((2,), D=D)
+
+    def net(x, sigma):
+        return 0.5 * x
+
+    loss = flow.loss(net, data, generator=torch.Generator().manual_seed(3))
+    x, sigma = flow.perturb(data, torch.Generator().manual_seed(3))
+    weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    expected = (weight * (0.5 * x - data).square().sum(1)).mean()
+    torch.testing.assert_close(loss, expected)
+    stable = flow.loss(net, data, data, torch.Generator().manual_seed(3))
+    target = pfgm.posterior_mean(x, data, sigma=sigma, D=D)
+    torch.testing.assert_close(stable, (weight * (0.5 * x - target).square().sum(1)).mean())
+    assert float(flow.loss(flow.empirical(data), data, data)) <= 1e-6
+
+
+def test_labels_restrict_the_references(data):
+    flow = PoissonFlowPP((2,), D=16)
+    labels = torch.arange(40) % 3
+    labels[:5] = -1
+    seen = {}
+
+    def net(x, sigma, labels):
+        seen.update(x=x, sigma=sigma, labels=labels)
+        return torch.zeros_like(x)
+
+    every = torch.arange(40) % 3
+    condition = {"labels": labels}
+    loss = flow.loss(
+        net, data, data, torch.Generator(), condition=condition, reference_labels=every
+    )
+    targets = [
+        pfgm.posterior_mean(
+            seen["x"][i : i + 1],
+            data if label < 0 else data[every == label],
+            sigma=seen["sigma"][i : i + 1],
+            D=16,
+        )
+        for i, label in enumerate(labels.tolist())
+    ]
+    weight = (seen["sigma"] ** 2 + 0.25) / (0.5 * seen["sigma"]) ** 2
+    expected = (weight * torch.cat(targets).square().sum(1)).mean()
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="reference_labels has shape None"):
+        flow.loss(net, data, data, condition=condition)
+    with pytest.raises(ValueError, match="reference_labels holds no 2"):
+        flow.loss(net, data, data, condition=condition, reference_labels=every % 2)
+
+
+# ---- sampling ----
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0, 2048.0, math.inf])
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
+def test_samples_of_the_exact_denoiser_are_the_data(data, generator, D, solver):
+    flow = PoissonFlowPP((2,), D=D)
+    steps = 60 if solver == "euler" else 30
+    samples = flow.sample(flow.empirical(data), 50, solver=solver, steps=steps, generator=generator)
+    # A few lines end late between two neighbours, where D is small.
+    assert pfgm.metrics.nearest_distance(samples, data).quantile(0.9) < 2e-3
+    near = torch.cdist(samples, data).argmin(1)
+    assert len(near.unique()) > 15
+
+
+def test_the_grid_is_edms():
+    flow = PoissonFlowPP((2,), D=4)
+    grid = flow.grid(18)
+    i = torch.arange(18, dtype=torch.float64)
+    edge = [80 ** (1 / 7), 0.002 ** (1 / 7)]
+    expected = (edge[0] + i / 17 * (edge[1] - edge[0])) ** 7
+    torch.testing.assert_close(torch.tensor(grid[:-1], dtype=torch.float64), expected)
+    assert grid[-1] == 0.0
+    assert flow.grid(1) == [80.0, 0.0]
+    assert flow.grid(4, "rho", last=0.5) == [*pfgm.solvers.rho_grid(80.0, 0.5, 3), 0.0]
+
+
+def test_evaluations_are_counted(data):
+    flow = PoissonFlowPP((2,), D=4)
+    net = flow.empirical(data)
+    for solver, nfe in (("euler", 9), ("heun", 17), ("multistep", 9)):
+        assert flow.sample(net, 3, solver=solver, steps=9, return_nfe=True)[1] == nfe
+    assert flow.sample(net, 3, steps=9, guidance=2.0, return_nfe=True)[1] == 34
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0])
+def test_D_of_one_is_pfgm(data, D):
+    """PoissonFlow's field and PoissonFlowPP's denoiser are one flow at D = 1, and only there."""
+    flow, plus = pfgm.PoissonFlow((2,), data_norm=1.5), PoissonFlowPP((2,), D=D)
+    x = 3 * torch.randn(9, 2, generator=torch.Generator().manual_seed(4))
+    mean = flow.denoise(flow.empirical(data), x, 0.8)
+    same = torch.allclose(mean, plus.denoise(plus.empirical(data), x, 0.8), atol=1e-4)
+    assert same is (D == 1.0)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_churn(data, solver):
+    flow = PoissonFlowPP((2,), D=math.inf)
+    net, start = flow.empirical(data), flow.prior(60, generator=torch.Generator().manual_seed(1))
+    options = {"solver": solver, "steps": 40, "x_init": start}
+    plain = flow.sample(net, 60, **options)
+    noisy = [
+        flow.sample(net, 60, churn=30.0, generator=torch.Generator().manual_seed(s), **options)
+        for s in (2, 2, 3)
+    ]
+    assert torch.equal(noisy[0], noisy[1])
+    assert not torch.equal(noisy[0], noisy[2])
+    assert not torch.equal(noisy[0], plain)
+    assert pfgm.metrics.nearest_distance(noisy[0], data).max() < 1e-2
+    never = flow.sample(net, 60, churn=30.0, churn_range=(1e3, 1e4), **options)
+    assert torch.equal(never, plain)
+    with pytest.raises(ValueError, match="churn goes with euler and heun"):
+        flow.sample(net, 3, churn=1.0, solver="multistep")
+
+
+# ---- conditions ----
+
+
+def conditional(x, sigma, labels=None):
+    """The exact mean of one point a label, and of both without one."""
+    points = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    both = pfgm.posterior_mean(x, points, sigma=sigma, D=16)
+    return both if labels is None else points[labels]
+
+
+def test_a_condition_reaches_the_network(generator):
+    flow = PoissonFlowPP((2,), D=16)
+    labels = torch.arange(20) % 2
+    samples = flow.sample(conditional, 20, condition={"labels": labels}, generator=generator)
+    torch.testing.assert_close(samples[:, 0], 2.0 * labels - 1, atol=1e-4, rtol=0)
+
+
+def test_guidance_extrapolates_the_means(generator):
+    flow = PoissonFlowPP((2,), D=16)
+    labels, x = torch.tensor([0, 1]), flow.prior(2, generator=generator)
+    given = {"labels": labels}
+    with_, without = (flow.denoise(conditional, x, 5.0, c) for c in (given, {}))
+    slope = flow._evaluator(conditional, x, given, 3.0, None)
+    torch.testing.assert_close(slope(x, 5.0), without + 3 * (with_ - without))
+    for weight, expected in ((1.0, given), (0.0, None)):
+        runs = [
+            flow.sample(conditional, 2, x_init=x, **options)
+            for options in ({"condition": given, "guidance": weight}, {"condition": expected})
+        ]
+        torch.testing.assert_close(*runs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "rk4"}, "solver is 'rk4'; allowed are euler, heun, multistep, rk45"),
+        ({"schedule": "cosine"}, "schedule is 'cosine'; allowed are log, rho"),
+        ({"schedule": [1.0]}, "two or more finite levels"),
+        ({"schedule": [3.0, 4.0, 1.0]}, "not decreasing: 4.0 at place 1 follows 3.0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"condition": {"colour": 1}}, "condition has 'colour'; the conditions of this network"),
+        ({"condition": {"labels": torch.zeros(3).long()}}, "its first size must be that of x, 2"),
+        ({"guidance": math.nan}, "guidance is nan"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        PoissonFlowPP((2,), D=16).sample(conditional, 2, **options)
+
+
+def test_networks_that_return_something_else(data):
+    flow = PoissonFlowPP((2,), D=16)
+    with pytest.raises(ValueError, match=r"net returned \(3, 1\); needed is a denoiser's mean"):
+        flow.sample(lambda x, sigma: x[:, :1], 3)
+    with pytest.raises(ValueError, match="net returned tuple"):
+        flow.sample(pfgm.PoissonFlow((2,), data_norm=1.0).empirical(data), 3)
+    with pytest.raises(ValueError, match=r"NaN or infinity in step 1, at 17\.5"):
+        flow.sample(lambda x, sigma: x / (sigma[:, None] > 30), 3, solver="euler", steps=5)
+
+
+# ---- what sampling costs beside the network ----
+
+
+@pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_a_step_is_at_most_three_kernels(monkeypatch, kind, solver):
+    """As where values are not looked at, which on a GPU they are not."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.ones(4, 2)
+    field_x, field_z = 0.1 * x, -torch.ones(4)
+    if kind == "PoissonFlow":
+        flow, result = pfgm.PoissonFlow((2,), data_norm=1.0), (field_x, field_z)
+    else:
+        flow, result = PoissonFlowPP((2,), D=16), field_x
+    monkeypatch.setattr("pfgm.solvers.checks_values", lambda device: False)
+    counts = []
+    for steps in (10, 20):
+        with Counter() as counter:
+            flow.sample(lambda x, level: result, 4, solver=solver, steps=steps, x_init=x)
+        memory = ("empty", "detach", "view", "alias", "_to_copy", "clone")
+        counts.append(sum(not any(word in call for word in memory) for call in counter.calls))
+    evaluations = 2 if solver == "heun" else 1
+    assert (counts[1] - counts[0]) / 10 <= 3 * evaluations

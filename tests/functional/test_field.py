@@ -1,0 +1,599 @@
+"""posterior_mean, field_fn and log_density: values, limits, forms of argument, errors."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    StudentT,
+)
+
+import pfgm
+from pfgm import debug_checks, field_fn, log_density, posterior_mean
+
+DIMENSIONS = [0.5, 1.0, 4.5, 128.0, 1e6, math.inf]
+
+
+def close(actual, expected, tolerance=1e-12):
+    """Equal to a tolerance relative to the largest expected value."""
+    actual, expected = actual.detach(), expected.detach()
+    assert actual.shape == expected.shape
+    scale = expected.abs().max().clamp(min=1) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=0, atol=float(tolerance * scale)
+    )
+
+
+def problem(B=4, M=9, shape=(5,), dtype=torch.float64, seed=0):
+    """Points a few tenths away from some of their references."""
+    generator = torch.Generator().manual_seed(seed)
+    references = torch.rand(M, *shape, generator=generator, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(B, *shape, generator=generator, dtype=torch.float64)
+    x = references[torch.arange(B) % M] + 0.3 * noise
+    return x.to(dtype), references.to(dtype)
+
+
+def noise_level(radius, D):
+    """radius as the argument of that meaning: sigma at D = ∞, r elsewhere."""
+    return {"sigma": radius} if math.isinf(D) else {"r": radius}
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("D", DIMENSIONS)
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
+def test_mean_and_logsumexp_are_those_of_the_formula(backend, oracle, shape, D):
+    x, references = problem(shape=shape)
+    sigma = torch.tensor([0.05, 0.3, 1.0, 20.0], dtype=torch.float64)
+    radius = sigma if math.isinf(D) else sigma * math.sqrt(D)
+    expected_mean, expected_lse = oracle(x, references, radius, D)
+    mean, lse = posterior_mean(
+        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(radius, D)
+    )
+    assert mean.shape == x.shape
+    assert lse.dtype == torch.float64
+    close(mean.flatten(1) if shape else mean[:, None], expected_mean, 1e-11)
+    close(lse, expected_lse, 1e-13)
+
+
+@pytest.mark.parametrize("D", [0.5, 1.0, 128.0, 1e6])
+def test_sigma_means_r_over_root_D(backend, D):
+    x, references = problem()
+    close(
+        posterior_mean(x, references, sigma=0.4, D=D, backend=backend),
+        posterior_mean(x, references, r=0.4 * math.sqrt(D), D=D, backend=backend),
+    )
+
+
+def test_large_D_tends_to_infinity(backend):
+    x, references = problem()
+    limit = posterior_mean(x, references, sigma=0.4, D=math.inf, backend=backend)
+    close(posterior_mean(x, references, sigma=0.4, D=1e9, backend=backend), limit, 1e-6)
+    with pytest.raises(AssertionError):
+        close(posterior_mean(x, references, sigma=0.4, D=10, backend=backend), limit, 1e-6)
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_forms_of_the_noise_level_agree(backend, D):
+    x, references = problem()
+    expected = posterior_mean(x, references, backend=backend, D=D, **noise_level(0.5, D))
+    for form in (
+        torch.full((4,), 0.5, dtype=torch.float64),
+        torch.full((4,), 0.5, dtype=torch.float16),
+        torch.tensor(0.5),
+        torch.tensor([0.5]).expand(4),
+    ):
+        result = posterior_mean(x, references, backend=backend, D=D, **noise_level(form, D))
+        assert torch.equal(result, expected)
+    integral = posterior_mean(x, references, backend=backend, D=D, **noise_level(1, D))
+    count = torch.ones(4, dtype=torch.int64)
+    assert torch.equal(
+        posterior_mean(x, references, backend=backend, D=D, **noise_level(count, D)), integral
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(backend, dtype):
+    x, references = problem(dtype=dtype)
+    expected = posterior_mean(x.float(), references, r=0.5, backend=backend)
+    assert expected.dtype == torch.float32
+    assert torch.equal(posterior_mean(x, references, r=0.5, backend=backend), expected)
+    field = field_fn(x, 0.5, references, backend=backend)
+    wide = field_fn(x.float(), 0.5, references, backend=backend)
+    for part, whole in zip(field, wide, strict=True):
+        assert part.dtype == torch.float32
+        assert torch.equal(part, whole)
+    x.requires_grad_()
+    posterior_mean(x, references, r=0.5, backend=backend).sum().backward()
+    assert x.grad.dtype == dtype
+
+
+def test_autocast_computes_in_float32(backend):
+    x, references = problem(dtype=torch.float32)
+
+    def results():
+        mean, lse = posterior_mean(x, references, r=0.5, return_logsumexp=True, backend=backend)
+        density = log_density(x, references, sigma=0.5, D=math.inf, backend=backend)
+        return mean, lse, density, *field_fn(x, 0.5, references, backend=backend)
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        for actual, wanted in zip(results(), expected, strict=True):
+            assert actual.dtype == wanted.dtype
+            assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8]
+)
+def test_references_of_every_dtype(backend, oracle, dtype, x_dtype):
+    x, references = problem(dtype=x_dtype)
+    if dtype == torch.uint8:
+        references = ((references + 1) * 127.5).round().to(torch.uint8)
+        assert len(references.unique()) > 20
+    else:
+        references = references.to(dtype)
+    expected_mean, expected_lse = oracle(x, references, 0.5, 4.5)
+    mean, lse = posterior_mean(x, references, r=0.5, D=4.5, return_logsumexp=True, backend=backend)
+    assert mean.dtype == x_dtype
+    close(mean, expected_mean, 1e-13 if x_dtype == torch.float64 else 2e-7)
+    close(lse, expected_lse, 1e-13 if x_dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+@pytest.mark.parametrize("shape", [(), (6,), (3, 2, 2)])
+def test_field_is_that_of_the_formula(backend, oracle, shape, gamma):
+    x, references = problem(shape=shape)
+    z = torch.tensor([0.0, 1e-3, 0.7, 30.0], dtype=torch.float64)
+    mean, _ = oracle(x, references, z, 1.0)
+    E = torch.cat([x.reshape(4, -1) - mean, z[:, None]], 1)
+    v = -math.sqrt(E.shape[1] - 1) * E / (E.norm(dim=1, keepdim=True) + gamma)
+    field_x, field_z = field_fn(x, z, references, gamma=gamma, backend=backend)
+    assert field_x.shape == x.shape
+    close(field_x.reshape(4, -1), v[:, :-1])
+    close(field_z, v[:, -1])
+
+
+def test_field_has_gamma_5_unless_told():
+    x, references = problem()
+    for default, five in zip(
+        field_fn(x, 0.5, references), field_fn(x, 0.5, references, gamma=5.0), strict=True
+    ):
+        assert torch.equal(default, five)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_field_where_it_vanishes(backend, gamma):
+    x = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+    field_x, field_z = field_fn(x, 0.0, x.detach(), gamma=gamma, backend=backend)
+    assert field_x.abs().max() == 0
+    assert field_z.abs() == 0
+    (gradient,) = torch.autograd.grad(field_x[0, 0], x)
+    # The mean is the reference itself: v = −√4 (x − x_1) / (‖x − x_1‖ + 5).
+    slope = -2 / gamma if gamma else 0.0
+    assert gradient.tolist() == [[slope, 0.0, 0.0, 0.0]]
+
+
+# ---- sizes and layouts ----
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_no_points(backend, D):
+    x, references = problem()
+    x = x[:0].requires_grad_()
+    references.requires_grad_()
+    mean, lse = posterior_mean(
+        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(0.5, D)
+    )
+    assert mean.shape == (0, 5)
+    assert lse.shape == (0,)
+    (mean.sum() + lse.sum()).backward()
+    assert x.grad.shape == (0, 5)
+    assert torch.equal(references.grad, torch.zeros_like(references))
+    assert log_density(x, references, D=D, backend=backend, **noise_level(0.5, D)).shape == (0,)
+    field_x, field_z = field_fn(x, torch.empty(0), references, backend=backend)
+    assert (field_x.shape, field_z.shape) == ((0, 5), (0,))
+
+
+@pytest.mark.parametrize("D", DIMENSIONS)
+@pytest.mark.parametrize("distance", [0.0, 1e-12, 1.0, 1e15])
+def test_one_reference_is_the_mean_whatever_the_distance(backend, D, distance):
+    reference = torch.tensor([[0.25, -0.5, 1.0]])
+    x = reference + distance
+    for radius in (1e-6, 1.0, 1e6):
+        mean = posterior_mean(x, reference, D=D, backend=backend, **noise_level(radius, D))
+        assert torch.equal(mean, reference)
+
+
+@pytest.mark.parametrize("D", [1.0, 1e6, math.inf])
+def test_duplicated_references_weigh_twice(backend, D):
+    x, references = problem(B=1, M=2)
+    weigh = noise_level(0.8 * (1.0 if math.isinf(D) else math.sqrt(D)), D)
+
+    def results(of):
+        return posterior_mean(x, of, D=D, return_logsumexp=True, backend=backend, **weigh)
+
+    _, lse_0 = results(references[:1])
+    _, lse_1 = results(references[1:])
+    mean, lse = results(references[[0, 0, 1]])
+    p = torch.sigmoid(math.log(2) + lse_0 - lse_1)
+    close(mean, p * references[:1] + (1 - p) * references[1:], 1e-8)
+    close(lse, torch.logaddexp(lse_0 + math.log(2), lse_1), 1e-13)
+
+
+def test_batches_of_one_are_the_rows_of_the_batch(backend):
+    x, references = problem(B=7)
+    whole = posterior_mean(x, references, r=0.3, backend=backend)
+    for row, point in zip(whole, x, strict=True):
+        close(posterior_mean(point[None], references, r=0.3, backend=backend)[0], row, 1e-14)
+
+
+def test_strided_and_expanded_inputs(backend):
+    x, references = problem(B=6, M=8, shape=(4, 3, 5))
+    G = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def layouts(t):
+        padded = torch.full((2 * len(t) + 1, 4, 3, 11), math.nan, dtype=t.dtype)
+        view = padded[1::2, :, :, ::2][:, :, :, :5]
+        yield view.copy_(t)
+        yield t.to(memory_format=torch.channels_last)
+        yield t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+    def results(x, references):
+        x, references = x.detach().requires_grad_(), references.detach().requires_grad_()
+        mean = posterior_mean(x, references, r=0.5, backend=backend)
+        return mean, *torch.autograd.grad(mean, (x, references), G)
+
+    expected = results(x, references)
+    for other_x, other_references in zip(layouts(x), layouts(references), strict=True):
+        assert not other_x.is_contiguous()
+        for actual, wanted in zip(results(other_x, other_references), expected, strict=True):
+            close(actual, wanted)
+    same = x[:1].expand(6, -1, -1, -1)
+    close(
+        posterior_mean(same, references, r=0.5, backend=backend),
+        expected[0][:1].expand(6, -1, -1, -1),
+    )
+    one = references[:1].expand(8, -1, -1, -1)
+    close(posterior_mean(x, one, r=0.5, backend=backend), one[:6], 1e-15)
+
+
+def test_negated_views_are_read_with_their_sign(backend):
+    generator = torch.Generator().manual_seed(0)
+    lazy = torch.randn(3, 4, generator=generator, dtype=torch.complex128).conj().imag
+    assert lazy.is_neg()
+    expected = posterior_mean(lazy.resolve_neg(), lazy.resolve_neg(), r=0.5, backend=backend)
+    assert torch.equal(posterior_mean(lazy, lazy, r=0.5, backend=backend), expected)
+
+
+def test_gradients_are_asked_for_only_where_wanted(backend):
+    x, references = problem()
+    assert not posterior_mean(x, references, r=0.5, backend=backend).requires_grad
+    r = torch.tensor(0.5, requires_grad=True)
+    result = posterior_mean(x, references, r=r, backend=backend)
+    (gradient,) = torch.autograd.grad(result.square().sum(), r)
+    assert gradient.shape == ()
+    assert gradient != 0
+    with torch.no_grad():
+        assert not posterior_mean(x, references, r=r, backend=backend).requires_grad
+
+
+# ---- limits ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [1.0, 1e6])
+def test_on_references_at_r_0(backend, D, dtype):
+    x, references = problem(M=6, dtype=dtype)
+    references = torch.cat([references, references[:1]])  # two in one place
+    x = torch.cat([references[:2], x[2:]]).requires_grad_()
+    mean, lse = posterior_mean(x, references, r=0.0, D=D, return_logsumexp=True, backend=backend)
+    assert torch.equal(mean[:2], references[:2])
+    assert lse.isposinf().tolist() == [True, True, False, False]
+    (gradient,) = torch.autograd.grad(mean.sum(), x, retain_graph=True)
+    assert gradient[:2].abs().max() == 0
+    assert gradient.isfinite().all()
+    with pytest.raises(ValueError, match=r"log-sum-exp of row 0 of x is infinite.*no gradient"):
+        lse.sum().backward()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-23, 1e-170])
+def test_sigma_near_0_takes_the_nearest(backend, sigma):
+    references = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    x = torch.tensor([[0.0, 0.0], [0.9, 0.0], [0.75, 0.75]])
+    mean, lse = posterior_mean(
+        x, references, sigma=sigma, D=math.inf, return_logsumexp=True, backend=backend
+    )
+    assert mean.tolist() == [[0.0, 0.0], [1.0, 0.0], [0.5, 0.5]]
+    assert lse[0] == math.log(2)
+    if sigma == 1e-23:
+        close(lse[1:] * sigma**2, torch.tensor([-0.005, -0.3125]), 1e-7)
+    else:
+        assert lse[1:].isneginf().all()
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_tiny_r_away_from_references(backend, oracle, D):
+    x, references = problem(dtype=torch.float32)
+    expected_mean, expected_lse = oracle(x, references, 1e-20, D)
+    mean, lse = posterior_mean(
+        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(1e-20, D)
+    )
+    close(mean, expected_mean, 1e-6)
+    close(lse / expected_lse, torch.ones(4), 1e-12 if backend == "reference" else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", DIMENSIONS)
+@pytest.mark.parametrize("radius", [1e9, 1e18])
+def test_far_field_is_the_average(backend, D, radius, dtype):
+    x, references = problem(dtype=dtype)
+    x.requires_grad_()
+    mean, lse = posterior_mean(
+        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(radius, D)
+    )
+    close(mean, references.mean(0).expand(4, 5), 1e-7 if dtype == torch.float32 else 1e-11)
+    assert lse.isfinite().all()
+    (gradient,) = torch.autograd.grad(mean.sum() + lse.sum(), x)
+    assert gradient.isfinite().all()
+    if D == 1.0:
+        field_x, field_z = field_fn(x * radius, radius, references, backend=backend)
+        assert field_x.isfinite().all()
+        assert (field_z < 0).all()
+
+
+def test_the_direction_of_the_field_far_away(backend):
+    references = torch.zeros(3, 16)
+    direction = torch.nn.functional.normalize(torch.arange(1.0, 17)[None], dim=1)
+    field_x, field_z = field_fn(3e17 * direction, 4e17, references, backend=backend)
+    close(field_x, -4 * 0.6 * direction, 1e-6)
+    close(field_z, torch.tensor([-4 * 0.8]), 1e-6)
+
+
+# ---- merging ----
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_disjoint_references_merge_exactly(backend, D):
+    x, references = problem(M=11)
+    weigh = noise_level(0.1, D)
+
+    def results(of):
+        return posterior_mean(x, of, D=D, return_logsumexp=True, backend=backend, **weigh)
+
+    (mean_1, lse_1), (mean_2, lse_2) = results(references[:3]), results(references[3:])
+    mean, lse = results(references)
+    largest = torch.maximum(lse_1, lse_2)
+    w_1, w_2 = (lse_1 - largest).exp()[:, None], (lse_2 - largest).exp()[:, None]
+    close(mean, (w_1 * mean_1 + w_2 * mean_2) / (w_1 + w_2))
+    close(lse, largest + (w_1 + w_2).log().squeeze(1), 1e-14)
+
+
+# ---- densities ----
+
+
+def mixture_density(x, references, sigma, D):
+    """The same in one dimension by torch.distributions."""
+    kernel = Normal(references, sigma) if math.isinf(D) else StudentT(D, references, sigma)
+    weights = Categorical(torch.ones(len(references), dtype=torch.float64))
+    return MixtureSameFamily(weights, kernel).log_prob(x)
+
+
+@pytest.mark.parametrize("D", DIMENSIONS)
+def test_density_in_one_dimension(backend, D):
+    x, references = problem(B=20, M=6, shape=())
+    for sigma in (0.05, 1.0, 40.0):
+        expected = mixture_density(x, references, sigma, D)
+        density = log_density(x, references, sigma=sigma, D=D, backend=backend)
+        # torch's own log-gamma at 5e5 leaves 1e-9.
+        close(density, expected, 1e-8 if D == 1e6 else 1e-12)
+    assert density.dtype == torch.float64
+
+
+def test_density_is_cauchy_and_normal(backend):
+    x = torch.tensor([[0.3, -0.4]], dtype=torch.float64)
+    origin = torch.zeros(1, 2, dtype=torch.float64)
+    cauchy = math.log(2.0 / (2 * math.pi) / (0.25 + 4.0) ** 1.5)
+    close(
+        log_density(x, origin, r=2.0, backend=backend), torch.tensor([cauchy], dtype=torch.float64)
+    )
+    normal = Independent(Normal(origin, 2.0), 1).log_prob(x)
+    close(log_density(x, origin, sigma=2.0, D=math.inf, backend=backend), normal)
+
+
+@pytest.mark.parametrize("D", [0.5, 3.0, 999_999.0, 1e6, 1e9])
+def test_normalising_constant_in_many_dimensions(D):
+    # N even: Γ((N + D)/2) / Γ(D/2) = Π_k (D/2 + k), k < N/2. At r = 1 on a reference s = 1.
+    N = 3072
+    expected = math.fsum(math.log(D / 2 + k) for k in range(N // 2)) - N / 2 * math.log(math.pi)
+    x = torch.zeros(1, N, dtype=torch.float64)
+    assert log_density(x, x, r=1.0, D=D).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("D", [1.0, 4.5, math.inf])
+def test_density_integrates_to_1(backend, D):
+    _, references = problem(M=3, shape=())
+    # x = tan(angle) takes the real line to an interval; D ≥ 1 leaves a bounded integrand.
+    steps = 20_001
+    angle = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps * math.pi - math.pi / 2
+    density = log_density(angle.tan(), references, sigma=0.5, D=D, backend=backend).exp()
+    integral = (density / angle.cos().square()).sum() * math.pi / steps
+    assert integral.item() == pytest.approx(1.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_gradient_of_the_density_is_the_score(backend, oracle, D):
+    x, references = problem()
+    x.requires_grad_()
+    r = 0.7
+    density = log_density(x, references, D=D, backend=backend, **noise_level(r, D))
+    (score,) = torch.autograd.grad(density.sum(), x)
+    if math.isinf(D):  # Tweedie
+        mean, _ = oracle(x, references, r, D)
+        close(score, (mean - x.detach()) / r**2)
+    else:
+        s = (x.detach()[:, None] - references).square().sum(2) + r * r
+        p = torch.softmax(-(5 + D) / 2 * s.log(), 1)
+        difference = x.detach()[:, None] - references
+        close(score, -(5 + D) * ((p / s)[:, :, None] * difference).sum(1))
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_density_at_r_0(backend, D):
+    _, references = problem()
+    x = torch.stack([references[0], references[0] + 0.1])
+    density = log_density(x, references, D=D, backend=backend, **noise_level(0.0, D))
+    assert density.tolist() == [math.inf, -math.inf]
+
+
+# ---- errors ----
+
+x0, references0 = problem()
+VALUE_ERRORS = [
+    ("x has shape (4, 5) and references (9, 6)", {"references": torch.zeros(9, 6)}),
+    ("x has shape (4, 5) and references (9,)", {"references": torch.zeros(9)}),
+    ("x has shape () and references (9, 5)", {"x": torch.tensor(1.0)}),
+    ("x has shape (4, 0); a sample", {"x": torch.zeros(4, 0), "references": torch.zeros(9, 0)}),
+    ("references is empty", {"references": torch.zeros(0, 5)}),
+    ("x is on cpu and references on meta", {"references": references0.to("meta")}),
+    ("r is on meta and x on cpu", {"r": torch.ones(4, device="meta")}),
+    ("neither of r and sigma given", {"r": None}),
+    ("both of r and sigma given", {"sigma": 1.0}),
+    ("D is 0", {"D": 0}),
+    ("D is -1.5", {"D": -1.5}),
+    ("D is nan", {"D": math.nan}),
+    ("D is infinite, where r", {"D": math.inf}),
+    ("r has shape (4, 2)", {"r": torch.ones(4, 2)}),
+    ("r has shape (4, 1, 1)", {"r": torch.ones(4, 1, 1)}),
+    ("sigma has shape (3,)", {"r": None, "sigma": torch.ones(3)}),
+    ("is -1.0 in row 0", {"r": -1.0}),
+    ("is -2.0 in row 2", {"r": torch.tensor([1.0, 0.0, -2.0, -3.0])}),
+    ("is nan in row 0", {"r": None, "sigma": math.nan, "D": math.inf}),
+    ("is inf in row 0", {"r": math.inf}),
+]
+TYPE_ERRORS = [
+    ("x is a list", {"x": [[1.0] * 5]}),
+    ("references is a NoneType", {"references": None}),
+    ("x has dtype torch.int64", {"x": torch.ones(4, 5, dtype=torch.int64)}),
+    ("x has dtype torch.complex64", {"x": torch.ones(4, 5, dtype=torch.complex64)}),
+    ("references has dtype torch.int32", {"references": torch.ones(9, 5, dtype=torch.int32)}),
+    ("r is a str", {"r": "1"}),
+    ("r is a bool", {"r": True}),
+    ("r has dtype torch.bool", {"r": torch.ones(4, dtype=torch.bool)}),
+    ("D is a str", {"D": "1"}),
+    ("D is a bool", {"D": True}),
+]
+
+
+@pytest.mark.parametrize("function", [posterior_mean, log_density])
+def test_precision_changes_nothing_on_the_cpu(backend, function):
+    x, references = torch.randn(3, 5), torch.randn(7, 5)
+    high, medium = (
+        function(x, references, r=1.0, precision=precision, backend=backend)
+        for precision in ("high", "medium")
+    )
+    assert torch.equal(high, medium)
+    with pytest.raises(ValueError, match="precision is 'low'; allowed are high, medium"):
+        function(x, references, r=1.0, precision="low", backend=backend)
+
+
+@pytest.mark.parametrize("number", [np.float64(2), np.float32(2), np.int64(2)])
+def test_numbers_of_numpy_are_numbers(number):
+    x, references = torch.zeros(2, 3), torch.ones(4, 3)
+    assert torch.equal(
+        log_density(x, references, r=number, D=number), log_density(x, references, r=2.0, D=2.0)
+    )
+    for one, other in zip(
+        field_fn(x, number, references), field_fn(x, 2.0, references), strict=True
+    ):
+        assert torch.equal(one, other)
+    step, expected = (pfgm.euler_step_from_mean(x, x + 1, z, 1.0) for z in (number, 2.0))
+    assert torch.equal(step, expected)
+
+
+@pytest.mark.parametrize("function", [posterior_mean, log_density])
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [(ValueError, *case) for case in VALUE_ERRORS] + [(TypeError, *case) for case in TYPE_ERRORS],
+)
+def test_a_wrong_argument_is_named(backend, function, error, message, change):
+    arguments = {"x": x0, "references": references0, "r": 0.5} | change
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        function(**arguments, backend=backend)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "gamma is -1.0", {"gamma": -1.0}),
+        (ValueError, "gamma is nan", {"gamma": math.nan}),
+        (ValueError, "gamma is inf", {"gamma": math.inf}),
+        (ValueError, "z has shape (3,)", {"z": torch.ones(3)}),
+        (ValueError, "is -1.0 in row 0", {"z": -1.0}),
+        (TypeError, "z is a NoneType", {"z": None}),
+        (ValueError, "references is empty", {"references": torch.zeros(0, 5)}),
+        (TypeError, "x has dtype torch.uint8", {"x": torch.ones(4, 5, dtype=torch.uint8)}),
+    ],
+)
+def test_field_names_a_wrong_argument(backend, error, message, change):
+    with pytest.raises(error, match=re.escape(message)):
+        field_fn(**{"x": x0, "z": 0.5, "references": references0, "backend": backend} | change)
+
+
+@pytest.mark.parametrize("function", [posterior_mean, log_density])
+def test_an_unknown_backend_is_named(function):
+    with pytest.raises(ValueError, match=r"backend is 'cuda'; allowed are .*native.*reference"):
+        function(x0, references0, r=0.5, backend="cuda")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("name", ["x", "references"])
+def test_values_that_are_not_finite_raise(backend, name, D, bad):
+    tensors = dict(zip(("x", "references"), problem(), strict=True))
+    tensors[name][3, 4] = bad
+    with pytest.raises(ValueError, match=rf"^{name} holds NaN or infinity \(first in row 3\)"):
+        posterior_mean(**tensors, D=D, backend=backend, **noise_level(0.5, D))
+
+
+def test_only_the_cpu_looks_at_values_unless_told():
+    x, references = (t.to("meta") for t in problem())
+    mean, lse = posterior_mean(x, references, r=-1.0, return_logsumexp=True)
+    assert (mean.device.type, mean.shape, lse.shape) == ("meta", (4, 5), (4,))
+    from pfgm.common.checks import checks_values
+
+    assert not checks_values(torch.device("meta"))
+    with debug_checks():
+        assert checks_values(torch.device("meta"))
+        with debug_checks(False):
+            assert checks_values(torch.device("cpu"))
+            assert not checks_values(torch.device("meta"))
+    assert not checks_values(torch.device("meta"))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_levels_that_broadcast_with_samples(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, references = (torch.randn(n, *shape, generator=generator) for n in (6, 9))
+    level = torch.rand(6, generator=generator)
+    wide = level.view(6, *[1] * len(shape))
+    mean = posterior_mean(x, references, sigma=wide, D=4)
+    assert torch.equal(mean, posterior_mean(x, references, sigma=level, D=4))
+    for found, expected in zip(
+        field_fn(x, wide, references), field_fn(x, level, references), strict=True
+    ):
+        assert torch.equal(found, expected)
+    stepped = pfgm.euler_step_from_mean(x, x.cos(), wide + 1, wide)
+    assert torch.equal(stepped, pfgm.euler_step_from_mean(x, x.cos(), level + 1, level))

@@ -1,0 +1,629 @@
+"""The steps of the ODE: values against the formulas, guards, memory, gradients, errors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from pfgm import backends
+from pfgm.backends import native
+from pfgm.functional.steps import Field, OdeStep, euler, heun, multistep
+from pfgm.ops import _unpacked
+
+ISAS = ["portable", "avx2", "avx512"]
+NATIVE = native.supports(torch.device("cpu"), torch.float32) is None
+# torch sums 70 001 squares to 1e-15, and 1 − n², down to 0.01 here, magnifies that a hundredfold.
+TOLERANCE = {torch.float32: 3e-7, torch.float64: 3e-13}
+
+
+def runs_here(isa):
+    if not NATIVE:
+        return False
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PFGM_CPU_ISA", isa)
+            return native.extension().cpu_isa() == isa
+    except ValueError:
+        return False
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def backend(request, monkeypatch):
+    """The name of a backend, the native one once for each instruction set."""
+    if request.param == "reference":
+        return "reference"
+    if not runs_here(request.param):
+        pytest.skip(f"no {request.param} kernels here")
+    monkeypatch.setenv("PFGM_CPU_ISA", request.param)
+    return "native"
+
+
+# ---- the formulas, in long double ------------------------------------------------------------
+
+
+def wide(values):
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().numpy()
+    return np.asarray(values, dtype=np.longdouble)
+
+
+def column(values):
+    """A level, or one a row, against (B, N)."""
+    values = wide(values)
+    return values[:, None] if values.ndim else values
+
+
+def implied_mean(x, field_x, field_z, z, gamma=5.0, z_exp=5.0, substitution="exact"):
+    """mean = x − z v_x/v_z, spec section 7: with the v_z of v_x below z_exp."""
+    x, v, v_z = wide(x), wide(field_x), np.minimum(wide(field_z), -1e-5)
+    z = np.broadcast_to(wide(z), len(x))
+    root = np.sqrt(np.longdouble(x.shape[1]))
+    n = np.minimum(np.sqrt((v**2).sum(1)) / root, np.longdouble(1 - 1e-6))
+    if substitution == "exact":
+        e = n * (gamma + np.sqrt(n**2 * gamma**2 + (1 - n**2) * z**2)) / (1 - n**2)
+    else:
+        e = gamma * n / (1 - n)
+    v_z = np.where(z < z_exp, -root * z / (np.sqrt(e**2 + z**2) + gamma), v_z)
+    return x - (z / v_z)[:, None] * v
+
+
+def euler_oracle(x, mean, z, z_next):
+    x, mean = wide(x), wide(mean)
+    return x + (column(z_next) - column(z)) * (x - mean) / column(z)
+
+
+def heun_oracle(x, mean, predicted, mean_next, z, z_next):
+    x, mean, predicted, mean_next = (wide(v) for v in (x, mean, predicted, mean_next))
+    z, z_next = column(z), column(z_next)
+    return x + (z_next - z) / 2 * ((x - mean) / z + (predicted - mean_next) / z_next)
+
+
+def multistep_oracle(x, mean, z, z_next, previous_mean, z_previous):
+    x, mean, previous_mean = wide(x), wide(mean), wide(previous_mean)
+    z, z_next, z_previous = column(z), column(z_next), column(z_previous)
+    q = np.log(z_previous / z) / np.log(z / z_next)
+    d = mean * (1 + 1 / (2 * q)) - previous_mean / (2 * q)
+    return d + z_next / z * (x - d)
+
+
+def close(actual, expected, *inputs, tolerance=None):
+    """Equal within a tolerance of the largest value of all: the rounding of inputs stays."""
+    expected = torch.from_numpy(np.asarray(expected, dtype=np.float64))
+    assert actual.shape == expected.shape
+    if not expected.numel():
+        return
+    assert torch.isfinite(actual).all()
+    scale = max(float(values.abs().max()) for values in (expected, *inputs))
+    error = float((actual.double() - expected).abs().max())
+    assert error <= (tolerance or TOLERANCE[actual.dtype]) * scale
+
+
+def problem(B=5, shape=(37,), z=2.0, dtype=torch.float32, seed=0):
+    """Points around 8 data at level z (a number or (B,)), and the exact field there."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.rand(8, *shape, generator=generator, dtype=torch.float64) * 2 - 1
+    level = torch.as_tensor(z, dtype=torch.float64).expand(B)
+    noise = torch.randn(B, *shape, generator=generator, dtype=torch.float64)
+    x = data[torch.arange(B) % 8] + level.view(-1, *[1] * len(shape)) * noise
+    field_x, field_z = pfgm.field_fn(x, level, data, backend="reference")
+    return x.to(dtype), field_x.to(dtype), field_z.to(dtype)
+
+
+def other(x, seed=1):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- values ----------------------------------------------------------------------------------
+
+SHAPES = [(0, 5), (1, 1), (1, 16), (3, 37), (7, 3072), (70, 513), (2, 70_001)]
+
+
+@pytest.mark.parametrize("substitution", ["exact", "published"])
+@pytest.mark.parametrize("z", [1e-3, 0.3, 4.0, 5.0, 17.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("B", "N"), SHAPES)
+def test_euler_step(backend, B, N, dtype, z, substitution):
+    x, field_x, field_z = problem(B, (N,), z, dtype)
+    mean = implied_mean(x, field_x, field_z, z, substitution=substitution)
+    arguments = {"substitution": substitution, "backend": backend}
+    for z_next in (0.6 * z, 0.0, 1.5 * z):
+        result = pfgm.euler_step(x, field_x, field_z, z, z_next, **arguments)
+        assert result.dtype == dtype
+        close(result, euler_oracle(x, mean, z, z_next), x)
+        again, found = pfgm.euler_step(
+            x, field_x, field_z, z, z_next, return_mean=True, **arguments
+        )
+        assert torch.equal(again, result)  # asking for the mean changes nothing
+        close(found, mean, x)
+
+
+@pytest.mark.parametrize("z", [0.3, 17.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("B", "N"), SHAPES)
+def test_heun_and_multistep(backend, B, N, dtype, z):
+    x, field_x, field_z = problem(B, (N,), z, dtype)
+    z_next, z_previous = 0.6 * z, 1.7 * z
+    mean = implied_mean(x, field_x, field_z, z)
+    previous = other(x).to(dtype)
+    result, found = pfgm.multistep_step(
+        x, field_x, field_z, z, z_next, previous, z_previous, backend=backend
+    )
+    close(result, multistep_oracle(x, mean, z, z_next, previous, z_previous), x)
+    close(found, mean, x)
+
+    predicted = pfgm.euler_step(x, field_x, field_z, z, z_next, backend=backend)
+    _, end_x, end_z = problem(B, (N,), z_next, dtype, seed=3)
+    mean_next = implied_mean(predicted, end_x, end_z, z_next)
+    result = pfgm.heun_step(x, predicted, end_x, end_z, z, z_next, backend=backend)
+    # The start's mean as the predicted point, which is rounded, remembers it.
+    start = wide(x) + z / (z - z_next) * (wide(predicted) - wide(x))
+    close(result, heun_oracle(x, start, predicted, mean_next, z, z_next), x)
+    close(result, heun_oracle(x, mean, predicted, mean_next, z, z_next), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("B", "N"), SHAPES)
+def test_steps_from_the_mean(backend, B, N, dtype):
+    x, mean, previous = (other(torch.empty(B, N), seed).to(dtype) for seed in range(3))
+    x = 40 * x
+    arguments = {"backend": backend}
+    result = pfgm.euler_step_from_mean(x, mean, 8.0, 3.0, **arguments)
+    close(result, euler_oracle(x, mean, 8.0, 3.0), x)
+    assert torch.equal(pfgm.euler_step_from_mean(x, mean, 8.0, 0.0, **arguments), mean)
+    close(
+        pfgm.multistep_step_from_mean(x, mean, 8.0, 3.0, previous, 11.0, **arguments),
+        multistep_oracle(x, mean, 8.0, 3.0, previous, 11.0),
+        x,
+    )
+    mean_next = previous
+    close(
+        pfgm.heun_step_from_mean(x, result, mean_next, 8.0, 3.0, **arguments),
+        heun_oracle(x, mean, result, mean_next, 8.0, 3.0),
+        x,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_of_each_row(backend, dtype):
+    """Rows below and above z_exp in one call."""
+    z = torch.tensor([1e-3, 0.3, 4.999, 5.0, 17.0], dtype=torch.float64)
+    z_next, z_previous = 0.5 * z, 2.5 * z
+    x, field_x, field_z = problem(5, (37,), z, dtype)
+    mean = implied_mean(x, field_x, field_z, z)
+    result = pfgm.euler_step(x, field_x, field_z, z, z_next, backend=backend)
+    close(result, euler_oracle(x, mean, z, z_next), x)
+    previous = other(x).to(dtype)
+    result, _ = pfgm.multistep_step(
+        x, field_x, field_z, z, z_next, previous, z_previous, backend=backend
+    )
+    close(result, multistep_oracle(x, mean, z, z_next, previous, z_previous), x)
+    result = pfgm.heun_step(previous, x, field_x, field_z, 2 * z, z, backend=backend)
+    start = wide(previous) + 2 * (wide(x) - wide(previous))
+    close(result, heun_oracle(previous, start, x, mean, 2 * z, z), x)
+
+
+def test_forms_of_the_levels_agree(backend):
+    x, field_x, field_z = problem(4, (6,), 2.0)
+    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    for z, z_next in [
+        (2, 1),
+        (torch.tensor(2.0), 1.0),
+        (torch.full((4,), 2.0), torch.ones(4)),
+        (2, torch.ones(4, dtype=torch.int64)),
+    ]:
+        result = pfgm.euler_step(x, field_x, field_z, z, z_next, backend=backend)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("substitution", ["exact", "published"])
+@pytest.mark.parametrize("z", [1e-3, 4.0, 10.0])
+@pytest.mark.parametrize("scale", [1.0, 1.5, 1e6, 1e20])
+def test_an_unphysical_field_stays_finite_and_is_not_reversed(backend, scale, z, substitution):
+    """‖v_x‖/√N ≥ 1 and a positive v_z."""
+    x = torch.ones(3, 37)
+    field_x = torch.full_like(x, scale)
+    arguments = {"substitution": substitution, "backend": backend, "return_mean": True}
+    for field_z in (torch.full((3,), 0.1), torch.zeros(3)):
+        result, mean = pfgm.euler_step(x, field_x, field_z, z, 0.5 * z, **arguments)
+        expected = implied_mean(x, field_x, field_z, z, substitution=substitution)
+        assert ((torch.from_numpy(expected.astype(np.float64)) / mean.double()) - 1).abs().max() < (
+            1e-2 if z < 5 else 1e-5  # 1 − n² is 2e-6 there: a float32 n would be off by a tenth
+        )
+        assert torch.isfinite(result).all()
+        assert (result >= x).all()
+
+
+def test_gamma_and_z_exp(backend):
+    x, field_x, field_z = problem(5, (37,), 3.0, torch.float64)
+    for gamma, z_exp in [(0.0, 5.0), (2.0, 5.0), (5.0, 0.0), (5.0, 3.0), (5.0, 3.1)]:
+        _, mean = pfgm.euler_step(
+            x, field_x, field_z, 3.0, 1.0, gamma=gamma, z_exp=z_exp, return_mean=True,
+            backend=backend,
+        )  # fmt: skip
+        close(mean, implied_mean(x, field_x, field_z, 3.0, gamma, z_exp), x)
+
+
+def test_non_finite_fields_are_passed_on(backend):
+    x, field_x, field_z = problem(3, (37,), 2.0)
+    field_x[1, 4] = math.nan
+    for z in (2.0, 7.0):
+        result = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend)
+        assert torch.isfinite(result[[0, 2]]).all()
+        assert result[1].isnan().any()
+    field_z[0] = math.nan
+    result = pfgm.euler_step(x, field_x, field_z, 7.0, 1.0, backend=backend)
+    assert result[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])
+def test_sample_shapes_and_mixed_dtypes(backend, shape):
+    x, field_x, field_z = problem(4, shape, 2.0, torch.float64)
+    flat = [v.reshape(4, -1) for v in (x, field_x)]
+    expected = euler_oracle(flat[0], implied_mean(*flat, field_z, 2.0), 2.0, 1.0)
+    result = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    assert result.shape == x.shape
+    close(result.reshape(4, -1), expected)
+    narrow = pfgm.euler_step(x.float(), field_x, field_z, 2.0, 1.0, backend=backend)
+    assert narrow.dtype == torch.float32
+    close(narrow.reshape(4, -1), expected)
+    for half in (torch.bfloat16, torch.float16):
+        out = torch.full(x.shape, math.nan, dtype=half)
+        result = pfgm.euler_step(
+            x.to(half), field_x.float(), field_z.float(), 2.0, 1.0, out=out, backend=backend
+        )
+        again = pfgm.euler_step(
+            x.to(half).float(), field_x.float(), field_z.float(), 2.0, 1.0, backend=backend
+        )
+        assert result is out
+        assert torch.equal(out, again.to(half))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native extension")
+@pytest.mark.parametrize(("B", "N"), [(1, 300_001), (3, 70_001), (40, 3072), (1000, 64)])
+def test_threads_change_nothing_but_the_norms_last_digit(B, N):
+    x, field_x, field_z = problem(B, (N,), 2.0, torch.float64)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-12)
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rows apart", "columns", "every other", "unaligned"])
+def test_strided_tensors(backend, strided, kind):
+    x, field_x, field_z = problem(5, (37,), 2.0)
+    previous = other(x).float()
+    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
+    inputs = [strided(v, kind) for v in (x, field_x)]
+    field_z = torch.stack([field_z, field_z], 1)[:, 0]
+    out, mean_out = (strided(torch.full_like(x, math.nan), kind) for _ in range(2))
+    results = pfgm.multistep_step(
+        *inputs, field_z, 2.0, 1.0, strided(previous, kind), 3.0,
+        out=out, mean_out=mean_out, backend=backend,
+    )  # fmt: skip
+    assert results[0] is out
+    assert results[1] is mean_out
+    for result, correct in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, correct, rtol=1e-6, atol=1e-6)
+    expanded = previous[:1].expand_as(previous)
+    results = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, expanded, 3.0, backend=backend)
+    expected = pfgm.multistep_step(
+        x, field_x, field_z, 2.0, 1.0, expanded.clone(), 3.0, backend=backend
+    )
+    assert torch.equal(results[0], expected[0])
+
+
+@pytest.mark.parametrize("shape", [(37,), (2, 3, 4)])
+def test_out_may_be_any_input(backend, shape):
+    x, field_x, field_z = problem(5, shape, 2.0)
+    previous = other(x).float()
+    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
+    pairs = [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]
+    for of_result, of_mean in pairs:
+        inputs = [x.clone(), field_x.clone(), previous.clone()]
+        out, mean_out = inputs[of_result], inputs[of_mean]
+        pfgm.multistep_step(
+            inputs[0], inputs[1], field_z, 2.0, 1.0, inputs[2], 3.0,
+            out=out, mean_out=mean_out, backend=backend,
+        )  # fmt: skip
+        assert torch.equal(out, expected[0])
+        assert torch.equal(mean_out, expected[1])
+
+
+def test_channels_last(backend):
+    x, field_x, field_z = problem(5, (3, 4, 4), 2.0)
+    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    inputs = [v.to(memory_format=torch.channels_last) for v in (x, field_x)]
+    pfgm.euler_step(*inputs, field_z, 2.0, 1.0, out=inputs[0], backend=backend)
+    assert torch.equal(inputs[0], expected)
+
+
+def test_an_overlapping_out_is_right(backend):
+    memory = torch.zeros(6 * 37 + 5)
+    x, field_x, field_z = problem(5, (37,), 2.0)
+    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    inside, shifted = memory[: 5 * 37].view(5, 37), memory[5 : 5 * 37 + 5].view(5, 37)
+    inside.copy_(x)
+    pfgm.euler_step(inside, field_x, field_z, 2.0, 1.0, out=shifted, backend=backend)
+    assert torch.equal(shifted, expected)
+
+
+def test_an_out_that_holds_the_field_z_of_other_rows_is_right(backend):
+    x, field_x, field_z = problem(5, (37,), 6.0)  # above z_exp, where field_z counts
+    expected = pfgm.euler_step(x, field_x, field_z, 6.0, 3.0, backend=backend)
+    out = torch.zeros(5, 37)
+    field_z = out.view(-1)[:5].copy_(field_z)
+    pfgm.euler_step(x, field_x, field_z, 6.0, 3.0, out=out, backend=backend)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("form", ["field", "mean"])
+def test_only_the_outputs_are_written(backend, form):
+    x, field_x, field_z = problem(5, (37,), 2.0)
+    kept = [v.clone() for v in (x, field_x, field_z)]
+    memory = torch.full((7, 50), math.nan)
+    out = memory[1:6, 2:39]
+    if form == "field":
+        pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, out=out, backend=backend)
+    else:
+        pfgm.euler_step_from_mean(x, field_x, 2.0, 1.0, out=out, backend=backend)
+    assert torch.isfinite(out).all()
+    assert int(memory.isnan().sum()) == memory.numel() - out.numel()
+    for before, after in zip(kept, (x, field_x, field_z), strict=True):
+        assert torch.equal(before, after)
+
+
+# ---- torch -----------------------------------------------------------------------------------
+
+
+def unpacked(dtype=torch.float32, rows=False, mean_form=False, history=True):
+    x, field_x, field_z = problem(5, (37,), 2.0, dtype)
+    levels = torch.rand(3, 5, dtype=torch.float64) + 0.1 if rows else (2.0, 0.5, 0.1)
+    step = OdeStep(
+        x, field_x, None if mean_form else field_z, other(x).to(dtype) if history else None,
+        levels, 5.0, 5.0, True,
+    )  # fmt: skip
+    return _unpacked(step)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("mean_form", [False, True])
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_opcheck(name, mean_form, rows):
+    if name == "native" and not NATIVE:
+        pytest.skip("no native extension")
+    arguments = unpacked(rows=rows, mean_form=mean_form)
+    torch.library.opcheck(torch.ops.pfgm.ode_step.default, (*arguments, not mean_form, name))
+    out = torch.full((5, 37), math.nan)
+    mean_out = None if mean_form else torch.full((5, 37), math.nan)
+    torch.library.opcheck(torch.ops.pfgm.ode_step_out.default, (*arguments, name, out, mean_out))
+
+
+def test_compile():
+    x, field_x, field_z = problem(5, (2, 3), 2.0)
+    previous = other(x).float()
+
+    def steps(x, field_x, field_z, z, z_next):
+        x = pfgm.euler_step(x, field_x, field_z, z, z_next)
+        x, mean = pfgm.multistep_step(x, field_x, field_z, z, z_next, previous, 2 * z)
+        x = pfgm.heun_step(x, mean, field_x, field_z, z, z_next)
+        return pfgm.euler_step_from_mean(x, mean, z, z_next)
+
+    def in_place(x, field_x, field_z, z, z_next):
+        x = x.clone()
+        mean = torch.empty_like(x)
+        pfgm.euler_step(x, field_x, field_z, z, z_next, return_mean=True, out=x, mean_out=mean)
+        pfgm.multistep_step(x, field_x, field_z, z, z_next, mean, 2 * z, out=x, mean_out=mean)
+        return x + mean
+
+    for function in (steps, in_place):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        rows = torch.full((5,), 1.5, dtype=torch.float64)
+        for z, z_next in [(2.0, 1.0), (1.7, 0.3), (rows, rows / 2)]:
+            expected = function(x, field_x, field_z, z, z_next)
+            result = compiled(x, field_x, field_z, z, z_next)
+            torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("z", [2.0, 7.0])
+@pytest.mark.parametrize("substitution", ["exact", "published"])
+def test_gradients(backend, z, substitution):
+    x, field_x, field_z = problem(3, (4,), z, torch.float64)
+    previous = other(x)
+    law = {"substitution": substitution, "backend": backend}
+    inputs = [v.clone().requires_grad_() for v in (x, field_x, field_z, previous)]
+    levels = [torch.full((3,), s * z, dtype=torch.float64).requires_grad_() for s in (1, 0.5, 2)]
+
+    def three(x, field_x, field_z, previous, z, z_next, z_previous):
+        first = pfgm.euler_step(x, field_x, field_z, z, z_next, **law)
+        second = pfgm.heun_step(previous, x, field_x, field_z, z_previous, z, **law)
+        third = pfgm.multistep_step(x, field_x, field_z, z, z_next, previous, z_previous, **law)
+        fourth = pfgm.euler_step_from_mean(x, previous, z, z_next, backend=backend)
+        return first, second, *third, fourth
+
+    assert torch.autograd.gradcheck(three, (*inputs, *levels))
+    assert torch.autograd.gradgradcheck(
+        lambda *v: three(*v, *levels)[2].square().sum(), inputs, atol=1e-4
+    )
+
+
+def test_gradients_through_a_solver():
+    """Where gradients are on, nothing is overwritten."""
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    x = torch.linspace(-9, 9, 5, dtype=torch.float64)[:, None]
+
+    def denoise(x, z):
+        return x * (scale**2 / (scale**2 + z**2))
+
+    for solver in (pfgm.solvers.euler, pfgm.solvers.heun, pfgm.solvers.multistep):
+        assert torch.autograd.gradcheck(
+            lambda s, solver=solver: solver(
+                lambda x, z: x * (s**2 / (s**2 + z**2)), x, [9.0, 4.0, 1.0, 0.3]
+            )[0],
+            (scale,),
+        )
+
+
+def test_out_refuses_gradients(backend):
+    x, field_x, field_z = problem(3, (4,), 2.0)
+    for index in range(4):
+        inputs = [v.clone() for v in (x, field_x, field_z, torch.empty_like(x))]
+        inputs[index].requires_grad_()
+        *inputs, out = inputs
+        with pytest.raises(RuntimeError, match="out is given, but an input or out requires grad"):
+            pfgm.euler_step(*inputs, 2.0, 1.0, out=out, backend=backend)
+        with torch.no_grad():
+            pfgm.euler_step(*inputs, 2.0, 1.0, out=out, backend=backend)
+
+
+def test_the_op_itself_has_no_gradient():
+    arguments = list(unpacked())
+    arguments[0] = arguments[0].clone().requires_grad_()
+    result, _ = torch.ops.pfgm.ode_step(*arguments, False, "reference")
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        result.sum().backward()
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+X, V, VZ = torch.zeros(3, 4), torch.zeros(3, 4), -torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x is a list"),
+        ({"x": torch.zeros(())}, ValueError, r"x has shape \(\)"),
+        ({"x": torch.zeros(3, 0), "field_x": torch.zeros(3, 0)}, ValueError, "x has shape"),
+        ({"x": X.int()}, TypeError, "x has dtype torch.int32"),
+        ({"field_x": V[:2]}, ValueError, "field_x has shape"),
+        ({"field_x": V.int()}, TypeError, "field_x has dtype torch.int32"),
+        ({"field_x": V.to("meta")}, ValueError, "field_x is on meta"),
+        ({"field_x": None}, TypeError, "field_x is a NoneType"),
+        ({"field_z": VZ[:, None]}, ValueError, "field_z has shape"),
+        ({"z": 0.0}, ValueError, "z is 0.0; allowed is any finite number above 0"),
+        ({"z": math.nan}, ValueError, "z is nan"),
+        ({"z": True}, TypeError, "z is a bool"),
+        ({"z": "1"}, TypeError, "z is a str"),
+        ({"z": torch.tensor([1.0, -1.0, 2.0])}, ValueError, "z is -1.0; allowed"),
+        ({"z": torch.ones(2)}, ValueError, "z has shape"),
+        ({"z_next": -0.1}, ValueError, "z_next is -0.1; allowed is any finite number of at least"),
+        ({"z_next": math.inf}, ValueError, "z_next is inf"),
+        ({"z_next": torch.tensor([1.0, math.nan, 2.0])}, ValueError, "z_next is nan"),
+        ({"gamma": -1.0}, ValueError, "gamma is -1.0"),
+        ({"gamma": math.nan}, ValueError, "gamma is nan"),
+        ({"z_exp": math.inf}, ValueError, "z_exp is inf"),
+        ({"substitution": "none"}, ValueError, "substitution is 'none'"),
+        ({"out": torch.zeros(4, 3)}, ValueError, "out has shape"),
+        ({"out": X.double()}, ValueError, "out has shape .* dtype torch.float64"),
+        ({"out": X.to("meta")}, ValueError, "out is on meta"),
+        ({"out": 3}, TypeError, "out is a int"),
+        ({"mean_out": X.clone()}, ValueError, "mean_out is given without return_mean"),
+        ({"mean_out": X[:2], "return_mean": True}, ValueError, "mean_out has shape"),
+        ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+    ],
+)
+def test_bad_arguments(changed, error, message):
+    arguments = {"x": X, "field_x": V, "field_z": VZ, "z": 2.0, "z_next": 1.0}
+    with pytest.raises(error, match=message):
+        pfgm.euler_step(**{**arguments, **changed})
+
+
+def test_more_bad_arguments():
+    out = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="mean_out overlaps out"):
+        pfgm.euler_step(X, V, VZ, 2.0, 1.0, return_mean=True, out=out, mean_out=out)
+    for z_next in (0.0, torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"z_next is 0.0; allowed is any finite number above"):
+            pfgm.heun_step(X, X, V, VZ, 2.0, z_next)
+        with pytest.raises(ValueError, match=r"z_next is 0.0; allowed is any finite number above"):
+            pfgm.multistep_step(X, V, VZ, 2.0, z_next, X, 3.0)
+    for z_previous in (2.0, torch.tensor([3.0, 2.0, 4.0])):
+        with pytest.raises(ValueError, match="z_previous equals z; both must differ"):
+            pfgm.multistep_step(X, V, VZ, 2.0, 1.0, X, z_previous)
+    with pytest.raises(ValueError, match="previous_mean has shape"):
+        pfgm.multistep_step(X, V, VZ, 2.0, 1.0, X[:2], 3.0)
+    with pytest.raises(ValueError, match="x has shape"):
+        pfgm.heun_step(X[:2], X, V, VZ, 2.0, 1.0)
+    with pytest.raises(ValueError, match="mean has shape"):
+        pfgm.euler_step_from_mean(X, V[:2], 2.0, 1.0)
+    with pytest.raises(ValueError, match=r"sigma_next is -1.0"):
+        pfgm.euler_step_from_mean(X, V, 2.0, -1.0)
+
+
+# ---- as the solvers use them -----------------------------------------------------------------
+
+
+def test_field_and_mean_give_the_same_step():
+    x, field_x, field_z = problem(5, (37,), 2.0, torch.float64)
+    field = Field(field_x, field_z)
+    _, mean = euler(x, field, 2.0, 1.0, return_mean=True)
+    previous = other(x)
+    pairs = [
+        (euler(x, field, 2.0, 1.0)[0], euler(x, mean, 2.0, 1.0)[0]),
+        (heun(previous, x, field, 4.0, 2.0), heun(previous, x, mean, 4.0, 2.0)),
+        (
+            multistep(x, field, 2.0, 1.0, previous, 3.0)[0],
+            multistep(x, mean, 2.0, 1.0, previous, 3.0)[0],
+        ),
+    ]
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("kind", ["field", "mean", "x itself"])
+def test_solvers_overwrite_only_what_is_theirs(name, kind):
+    """In place, with gradients off, and out of place, with a callback, give the same."""
+    data = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    start = 9 * other(torch.empty(5, 6)).float()
+    kept = start.clone()
+
+    def predict(x, z):
+        if kind == "x itself":
+            return x
+        if kind == "mean":
+            return pfgm.posterior_mean(x, data, r=z)
+        return Field(*pfgm.field_fn(x, z, data))
+
+    grid = pfgm.solvers.rho_grid(9.0, 0.1, 7)
+    solver = pfgm.solvers.SOLVERS[name]
+    expected, _ = solver(predict, start, grid, lambda info: None)
+    with torch.no_grad():
+        result, _ = solver(predict, start, grid)
+    assert torch.equal(result, expected)
+    assert torch.equal(start, kept)
+
+
+@pytest.mark.parametrize(("name", "most"), [("euler", 1), ("heun", 2), ("multistep", 2)])
+def test_a_run_takes_no_new_memory_for_each_step(name, most, monkeypatch):
+    """At most x, the predicted point or the mean: every later result goes where one was."""
+    seen = set()
+    exact = backends._BACKENDS["reference"].ode_step
+
+    def watch(step, with_mean, out=None, mean_out=None):
+        result = exact(step, with_mean, out, mean_out)
+        kept.extend(result)
+        seen.update(t.data_ptr() for t in result if t is not None)
+        return result
+
+    kept = []  # so that no address is used twice by chance
+    monkeypatch.setattr(backends.reference, "ode_step", watch)
+    data = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    flow = pfgm.PoissonFlow((6,), data_norm=1.0)
+    with pfgm.use_backend("reference"):
+        flow.sample(flow.empirical(data), 5, solver=name, steps=9)
+    assert len(kept) >= 18
+    assert len(seen) <= most + 1

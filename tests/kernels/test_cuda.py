@@ -1,0 +1,52 @@
+"""The CUDA kernels without a GPU: on the host, compiled as C++ with csrc/host_shim."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pfgm.backends import native
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL_TESTS = ROOT / "tests" / "gpu"
+FILES = sorted(
+    str(path.relative_to(KERNEL_TESTS))
+    for pattern in ("test_*.py", "cuda/test_*.py")
+    for path in KERNEL_TESTS.glob(pattern)
+)
+BUILD = ROOT / "build" / "cuda_shim"
+# The tools of the environment that runs the tests, activated or not.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+if native._native is None:
+    pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
+
+
+def build() -> Path:
+    """The extension for the host; only what has changed since the last time is compiled."""
+    if missing := [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=PATH) is None]:
+        pytest.skip(f"the CUDA kernels are NOT TESTED: no {' and no '.join(missing)} on PATH")
+    options = ["-G", "Ninja", "-DPFGM_CUDA_SHIM=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    environment = os.environ | {"PATH": PATH}
+    for command in (["cmake", "-S", ROOT, "-B", BUILD, *options], ["cmake", "--build", BUILD]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (extension,) = BUILD.glob("_native*.so")
+    return extension
+
+
+@pytest.fixture(scope="module")
+def running(run_kernel_tests):
+    """Their files of tests/gpu."""
+    return run_kernel_tests(FILES, {"PFGM_CUDA_SHIM": str(build())})
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_on_the_host(running, file):
+    process, output = running[file]
+    assert process.wait() == 0, output.read_text()

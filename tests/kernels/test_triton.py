@@ -1,0 +1,51 @@
+"""The Triton kernels in the interpreter, where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+KERNEL_TESTS = Path(__file__).parents[1] / "gpu"
+FILES = sorted(
+    str(path.relative_to(KERNEL_TESTS))
+    for pattern in ("test_*.py", "triton/test_*.py")
+    for path in KERNEL_TESTS.glob(pattern)
+)
+triton_only = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def running(run_kernel_tests):
+    """Triton's files of tests/gpu."""
+    return run_kernel_tests(FILES, {"TRITON_INTERPRET": "1"})
+
+
+@triton_only
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(running, file):
+    process, output = running[file]
+    assert process.wait() == 0, output.read_text()
+
+
+@triton_only
+def test_the_interpreter_is_not_left_on():
+    code = "import pfgm; print(pfgm.backends.available()['triton'])"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for value, usable in (("1", "True"), ("0", "False")):
+        shown = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"TRITON_INTERPRET": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert f"usable={usable}" in shown.stdout

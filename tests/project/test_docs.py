@@ -1,0 +1,91 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pfgm
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page):
+    """The Python code of a page, block by block."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = [
+    pytest.param(page, code, id=f"{name(page)}-{index}")
+    for page in PAGES
+    for index, code in enumerate(blocks(page))
+]
+
+
+@pytest.mark.parametrize(("page", "code"), BLOCKS)
+def test_code_blocks_run(page, code, tmp_path, monkeypatch):
+    """Each as printed, with the file that the demo would have made."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for package in ("accelerate", "diffusers", "k_diffusion", "lightning"):
+        if re.search(rf"^(import|from) .*\b{package}\b", code, flags=re.MULTILINE):
+            pytest.importorskip(package)
+    if "runs/demo" in code:
+        (tmp_path / "runs" / "demo").mkdir(parents=True)
+        flow = pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
+        network = pfgm.networks.UNet(flow.shape, width=16)
+        pfgm.save(tmp_path / "runs/demo/model.safetensors", flow, network)
+    exec(compile(code, name(page), "exec"), {})
+
+
+def text_without_code(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page):
+    """What the headings are called in links, as mkdocs makes it of them."""
+    headings = re.findall(r"^#+ +(.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_lead_somewhere(page):
+    text = text_without_code(page)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_public_names_are_in_the_reference():
+    shown = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    described = set(re.findall(r"^::: (\S+)$", shown, flags=re.MULTILINE))
+    assert {f"pfgm.{public}" for public in pfgm.__all__} <= described
+
+
+def test_members_of_modules_are_in_the_reference():
+    """Where a page chooses what it shows of a module, nothing public is left out."""
+    shown = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    for module in (pfgm.plotting, pfgm.solvers, pfgm.training, pfgm.networks):
+        chosen = re.search(rf"^::: {module.__name__}\n    options:\n((?: +.*\n)*)", shown, re.M)
+        for public in module.__all__ if chosen else ():
+            if callable(getattr(module, public)):
+                assert re.search(rf"\b{public}\b", chosen[1]), public
+
+
+def test_every_page_is_in_the_navigation():
+    lines = (ROOT / "mkdocs.yml").read_text().splitlines()
+    start = lines.index("nav:") + 1
+    end = next(i for i in range(start, len(lines)) if re.match(r"\S", lines[i]))
+    listed = [m[1] for line in lines[start:end] if (m := re.search(r": +(\S+\.md)$", line))]
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES[1:])

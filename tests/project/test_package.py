@@ -1,0 +1,138 @@
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pfgm
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(pfgm.__path__, "pfgm.")
+    if not module.name.endswith("_native")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    if name == "pfgm.integrations.diffusers":
+        pytest.importorskip("diffusers")
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+def test_public_names_exist_and_are_documented():
+    for name in pfgm.__all__:
+        assert getattr(pfgm, name).__doc__, name
+
+
+def test_importing_needs_no_optional_package():
+    """Neither Triton nor what the extras bring, no compiler, and no SciPy, which takes long."""
+    code = "import sys, pfgm, pfgm.kernels; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    optional = {"triton", "sklearn", "matplotlib", "PIL", "tyro", "pytest"}
+    optional |= {"diffusers", "k_diffusion", "torchcfm", "lightning", "accelerate"}
+    optional |= {"scipy", "torchdiffeq"}
+    assert optional & set(shown.stdout.split()) == set()
+
+
+def test_importing_takes_a_fraction_of_torch():
+    """0.03 of it with compiled modules, 0.2 where Python compiles them anew; with SciPy 0.5."""
+    code = (
+        "import time; start = time.process_time()\n"
+        "import torch; middle = time.process_time()\n"
+        "import pfgm; end = time.process_time()\n"
+        "assert torch.ops.pfgm.posterior_mean\n"
+        "print((end - middle) / (middle - start))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(shown.stdout) < 0.35
+
+
+def run_command(*arguments):
+    """The command as its script starts it; what it prints, and what it has imported."""
+    code = (
+        "import importlib.metadata, sys\n"
+        "(script,) = importlib.metadata.entry_points(group='console_scripts', name='pfgm')\n"
+        "code = script.load()()\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    # Elsewhere than in the tree, whose metadata may be of an earlier build.
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=sys.prefix,
+    )
+    return shown.stdout, set(shown.stderr.split())
+
+
+def test_help_and_version_need_no_torch():
+    code = "import sys, pfgm.cli; sys.exit(pfgm.cli.main())"
+    for option in ("--help", "--version"):
+        shown, modules = run_command(option)
+        assert modules & {"torch", "numpy", "pfgm"} == set()
+        whole = [sys.executable, "-c", code, option]
+        assert shown == subprocess.run(whole, capture_output=True, text=True, check=True).stdout
+    assert run_command("-h")[0] == run_command("--help")[0]
+
+
+def test_the_command_hands_over_what_is_not_help():
+    shown, modules = run_command("info")
+    assert "native: C++ on the CPU" in shown or "PFGM_NATIVE=0" in shown
+    assert "torch" in modules
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_ends_quietly_where_nobody_reads_it(option):
+    command = f"{sys.executable} -c 'import sys, pfgm_command; sys.exit(pfgm_command.main())'"
+    for reader in ("| true", "| head -1", ">&-"):
+        shown = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{command} {option} {reader}"],
+            capture_output=True,
+            text=True,
+        )
+        assert (shown.returncode, shown.stderr) == (0, "")
+
+
+def test_one_openmp_runtime():
+    """The extension must share torch's thread pool, whichever is imported first."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    for imports in ("torch, pfgm._native", "pfgm._native, torch"):
+        code = (
+            f"import {imports}\n"
+            "maps = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"
+            "print(len([m for m in maps if 'libgomp' in m or 'libomp' in m or 'libiomp' in m]))"
+        )
+        shown = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert int(shown.stdout) == 1
+
+
+def test_no_torch_header_in_the_extension():
+    for source in (ROOT / "csrc").rglob("*"):
+        if source.is_file():
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source
+
+
+def test_readme_commands_are_those_that_are_tested():
+    text = (ROOT / "README.md").read_text()
+    install = "    python3 -m venv .venv && .venv/bin/pip install "
+    assert f"{install}'.[demo]' && .venv/bin/pfgm demo\n" in text
+    assert f"{install}-e '.[test]' && .venv/bin/pytest -n auto\n" in text
+
+
+def test_the_readme_shows_the_stored_benchmarks():
+    text = report.SECTION.page.read_text()
+    shown = report.SECTION.replaced(text, report.main_report())
+    assert shown == text, "run python -m benchmarks.report --write"

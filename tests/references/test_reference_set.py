@@ -1,0 +1,540 @@
+from __future__ import annotations
+
+import copy
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from pfgm.references import ReferenceSet
+from pfgm.references import reference_set as module
+
+SHAPE = (2, 3, 5)
+native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 8 rows of uint8, so that small sets come in many."""
+    monkeypatch.setattr(module, "_CHUNK", 8 * math.prod(SHAPE))
+
+
+def images(count=50, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=generator)
+
+
+def points(count=7, dtype=torch.float32, spread=0.3):
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
+    return (pfgm.data.to_unit(images())[:count].double() + spread * noise).to(dtype)
+
+
+def on_disk(rows, folder):
+    path = folder / "rows.npy"
+    np.save(path, rows.numpy())
+    return ReferenceSet(path)
+
+
+# ---- results ----
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0, math.inf])
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 20.0])
+def test_the_posterior_mean_in_parts(small_chunks, oracle, D, sigma):
+    x, rows = points(dtype=torch.float64), images()
+    mean, lse = pfgm.posterior_mean(x, ReferenceSet(rows), sigma=sigma, D=D, return_logsumexp=True)
+    radius = sigma * (1 if math.isinf(D) else math.sqrt(D))
+    expected_mean, expected_lse = oracle(x, rows, radius, D)
+    torch.testing.assert_close(mean.flatten(1), expected_mean, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-9, atol=1e-9)
+
+
+def test_every_operation_takes_a_set(small_chunks):
+    x, rows = points(), images()
+    flow = pfgm.PoissonFlow.from_data(rows)
+    net = flow.empirical(rows[:20])
+    start = flow.prior(3, generator=torch.Generator().manual_seed(0))
+    for call in (
+        lambda y: pfgm.posterior_mean(x, y, r=2.0),
+        lambda y: torch.cat([v.flatten() for v in pfgm.field_fn(x, 2.0, y)]),
+        lambda y: pfgm.log_density(x, y, sigma=0.5, D=64),
+        lambda y: torch.tensor(pfgm.PoissonFlow.from_data(y).z_max),
+        lambda y: flow.sample(flow.empirical(y), 3, x_init=start),
+        lambda y: flow.loss(net, x, y, torch.Generator().manual_seed(0)),
+    ):
+        torch.testing.assert_close(call(ReferenceSet(rows)), call(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0, math.inf])
+def test_gradients_in_parts(small_chunks, D):
+    rows = images()
+    generator = torch.Generator().manual_seed(2)
+    G = torch.randn(7, *SHAPE, generator=generator, dtype=torch.float64)
+    g = torch.randn(7, generator=generator, dtype=torch.float64)
+
+    def gradients(references):
+        x = points(dtype=torch.float64).requires_grad_()
+        sigma = torch.linspace(0.2, 2.0, 7, dtype=torch.float64).requires_grad_()
+        mean, lse = pfgm.posterior_mean(x, references, sigma=sigma, D=D, return_logsumexp=True)
+        return torch.autograd.grad((mean * G).sum() + (lse * g).sum(), (x, sigma))
+
+    for found, expected in zip(gradients(ReferenceSet(rows)), gradients(rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("N", [1, 64])
+def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):
+    """Five copies of a reference and two of its mirror image, in parts of three rows."""
+    monkeypatch.setattr(module, "_CHUNK", 3 * N * 4)
+    generator = torch.Generator().manual_seed(0)
+    # On a grid, so that squares and their sums are exact.
+    x, arm = (((torch.rand(1, N, generator=generator) + 0.5) * 64).round() / 64 for _ in range(2))
+    x += 10
+    references = ReferenceSet(torch.cat([x + sign * arm for sign in (1, 1, -1, 1, -1, 1, 1)]))
+    G = torch.randn(1, N, generator=generator)
+    wide, pull = arm.double(), 2 * (G.double() * arm.double()).sum()
+    for sigma in (1e-6, 1e-4, 1e-2):
+        point = x.clone().requires_grad_()
+        noise = torch.tensor([sigma], dtype=torch.float64, requires_grad=True)
+        mean = pfgm.posterior_mean(point, references, sigma=noise, D=D)
+        of_x, of_sigma = torch.autograd.grad((mean * G).sum(), (point, noise))
+        # Cov G w, with Cov = 10/49 (2 arm)(2 arm)ᵀ and w = 1/σ² or (N + D)/s. σ moves both alike.
+        s = wide.square().sum() + (0 if math.isinf(D) else D * sigma**2)
+        w = 1 / sigma**2 if math.isinf(D) else (N + D) / s
+        expected = 10 / 49 * w * pull * 2 * wide
+        scale = max(expected.norm(), G.norm())
+        assert (of_x - expected).norm() <= 1e-5 * scale, sigma
+        assert of_sigma.abs() <= 1e-5 * scale, sigma
+
+
+# ---- what is kept of rows in memory ----
+
+
+class Counted:
+    """Calls of native.sketch, and what they were asked for."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        original = pfgm.backends.native.sketch
+        monkeypatch.setattr(pfgm.backends.native, "sketch", self)
+        self.original = original
+
+    def __call__(self, references, dtype):
+        self.seen.append((len(references), dtype))
+        return self.original(references, dtype)
+
+
+def wide_images(count=40):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 1, 24, 24), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def wide_chunks(monkeypatch):
+    """Chunks of 16 rows of wide images."""
+    monkeypatch.setattr(module, "_CHUNK", 16 * 24 * 24)
+
+
+@native_only
+def test_sketches_are_made_once_and_change_no_bit(wide_chunks, monkeypatch):
+    rows = wide_images()
+    counted = Counted(monkeypatch)
+    held = ReferenceSet(rows, flips=True)
+    x = pfgm.data.to_unit(rows[:6]) + 0.1 * torch.randn(
+        6, 1, 24, 24, generator=torch.Generator().manual_seed(1)
+    )
+    x.requires_grad_()
+    results = []
+    for sketch in (held._sketch, lambda *_: None, held._sketch):
+        monkeypatch.setattr(held, "_sketch", sketch)
+        mean, lse = pfgm.posterior_mean(x, held, r=2.0, return_logsumexp=True)
+        (gradient,) = torch.autograd.grad(mean.sum() + lse.sum(), x)
+        results.append((mean, lse, gradient))
+    first, *others = results
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    sizes = [16, 16, 16, 16, 8, 8]  # chunks and their mirror images
+    assert counted.seen == [(size, torch.float32) for size in sizes]
+
+
+@native_only
+def test_sketches_follow_their_rows(wide_chunks, monkeypatch):
+    rows = pfgm.data.to_unit(wide_images())
+    counted = Counted(monkeypatch)
+    held, x = ReferenceSet(rows), rows[:3] + 0.01
+    before = pfgm.posterior_mean(x, held, sigma=0.05)
+    assert counted.seen == []
+    assert torch.equal(pfgm.posterior_mean(x, held, sigma=0.05), before)
+    assert len(counted.seen) > 0
+    rows.mul_(-1)
+    after = pfgm.posterior_mean(x, held, sigma=0.05)
+    assert torch.equal(after, pfgm.posterior_mean(x, ReferenceSet(rows.clone()), sigma=0.05))
+    assert not torch.equal(before, after)
+    seen = len(counted.seen)
+    for other in (held.flipped(), held.to(dtype=torch.float16)):
+        once, twice = (pfgm.posterior_mean(x, other, sigma=0.05) for _ in range(2))
+        assert torch.equal(once, twice)
+        assert len(counted.seen) > seen
+        seen = len(counted.seen)
+
+
+@native_only
+def test_a_copy_makes_its_own_sketches(wide_chunks):
+    rows = pfgm.data.to_unit(wide_images())
+    rows.mul_(1)  # a version other than that of a new tensor
+    held, x = ReferenceSet(rows), rows[:3] + 0.01
+    for _ in range(2):
+        pfgm.posterior_mean(x, held, sigma=0.05)
+    rows.neg_()
+    copied = copy.deepcopy(held)
+    expected = pfgm.posterior_mean(x, ReferenceSet(rows.clone()), sigma=0.05)
+    assert torch.equal(pfgm.posterior_mean(x, copied, sigma=0.05), expected)
+
+
+@native_only
+def test_nothing_is_kept_of_what_may_change_unnoticed(monkeypatch):
+    counted = Counted(monkeypatch)
+    array = np.random.default_rng(0).random((40, 600), dtype=np.float32)
+    x = torch.from_numpy(array[:2]) + 0.01
+    with torch.inference_mode():
+        made = torch.rand(40, 600)
+    for rows in (array, torch.from_numpy(array), made):
+        held = ReferenceSet(rows)
+        for _ in range(3):
+            pfgm.posterior_mean(x, held, sigma=0.05)
+    assert counted.seen == []
+
+
+@native_only
+def test_nothing_is_kept_of_files_few_features_and_wide_points(tmp_path, monkeypatch):
+    np.save(tmp_path / "rows.npy", wide_images().numpy())
+    counted = Counted(monkeypatch)
+    x, file, held = torch.zeros(2, 1, 24, 24), tmp_path / "rows.npy", wide_images()
+    for given, references, options in (
+        (x, ReferenceSet(file), {}),
+        (x.double(), ReferenceSet(held), {}),
+        (x, ReferenceSet(held), {"backend": "reference"}),
+        (x, held, {}),
+    ):
+        for _ in range(3):
+            pfgm.posterior_mean(given, references, r=1.0, **options)
+    assert counted.seen == []
+    few = ReferenceSet(images())
+    for _ in range(3):
+        pfgm.posterior_mean(points(), few, r=1.0)
+    assert all(kept is None for _, kept in few._sketches.values())
+
+
+@pytest.mark.parametrize("where", ["whole", "row", "view", "flips"])
+def test_rows_changed_before_the_gradient_are_refused(small_chunks, where):
+    rows = pfgm.data.to_unit(images())
+    references = ReferenceSet(rows, flips=where == "flips")
+    x = points().requires_grad_()
+    means = [pfgm.posterior_mean(x, references, r=1.0) for _ in range(3)]
+    torch.autograd.grad(means[0].sum(), x)  # nothing has changed
+    (rows[4] if where == "row" else rows.view(-1) if where == "view" else rows).mul_(2)
+    for mean in means[1:]:
+        with pytest.raises(
+            RuntimeError, match="references is a ReferenceSet whose rows were chang"
+        ):
+            torch.autograd.grad(mean.sum(), x)
+    torch.autograd.grad(pfgm.posterior_mean(x, references, r=1.0).sum(), x)
+
+
+@native_only
+def test_rows_changed_under_a_sketch_are_refused(wide_chunks):
+    rows = pfgm.data.to_unit(wide_images())
+    references, x = ReferenceSet(rows), (rows[:3] + 0.01).requires_grad_()
+    for _ in range(3):
+        mean = pfgm.posterior_mean(x, references, sigma=0.05)
+    assert any(kept is not None for _, kept in references._sketches.values())
+    rows.neg_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        mean.sum().backward()
+
+
+def test_a_file_written_to_before_the_gradient_is_refused(small_chunks, tmp_path):
+    references = on_disk(images(), tmp_path)
+    x = points().requires_grad_()
+    mean = pfgm.posterior_mean(x, references, r=1.0)
+    torch.autograd.grad(mean.sum(), x, retain_graph=True)
+    path = tmp_path / "rows.npy"
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"7")
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # clocks of some systems tick
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.grad(mean.sum(), x)
+
+
+def test_sets_under_inference_mode(small_chunks):
+    """Its tensors count no versions; others do, there too."""
+    rows, x = pfgm.data.to_unit(images()), points()
+    expected = pfgm.posterior_mean(x, rows, r=1.0)
+    outside = ReferenceSet(rows)
+    with torch.inference_mode():
+        inside = ReferenceSet(rows.clone())
+        for references in (inside, outside):
+            torch.testing.assert_close(pfgm.posterior_mean(x, references, r=1.0), expected)
+    x = x.clone().requires_grad_()
+    gradients = [
+        torch.autograd.grad(pfgm.posterior_mean(x, held, r=1.0).sum(), x)[0]
+        for held in (inside, outside)
+    ]
+    assert torch.equal(*gradients)
+    mean = pfgm.posterior_mean(x, outside, r=1.0)
+    with torch.inference_mode():
+        rows.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        mean.sum().backward()
+
+
+def test_gradcheck_and_no_second_derivative(small_chunks):
+    references = ReferenceSet(images(20))
+    x = points(2, torch.float64).requires_grad_()
+    r = torch.tensor([1.0, 3.0], dtype=torch.float64).requires_grad_()
+
+    def function(x, r):
+        return pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
+
+    torch.autograd.gradcheck(function, (x, r), eps=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(function(x, r)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        gradient.sum().backward()
+
+
+def test_limits_in_parts(small_chunks):
+    rows = pfgm.data.to_unit(images(30))
+    rows[20] = rows[3]  # a copy in another chunk
+    references, x = ReferenceSet(rows), rows[3:4].clone()
+    mean, lse = pfgm.posterior_mean(x, references, r=0.0, return_logsumexp=True)
+    assert torch.equal(mean, x)
+    assert lse.isposinf().all()
+    limits = {"sigma": 0.0, "D": math.inf, "return_logsumexp": True}
+    mean, lse = pfgm.posterior_mean(x, references, **limits)
+    assert torch.equal(mean, x)
+    torch.testing.assert_close(lse, torch.tensor([math.log(2)], dtype=torch.float64))
+    mean, lse = pfgm.posterior_mean(x + 0.01, references, **limits)
+    assert torch.equal(mean, x)
+    assert lse.isneginf().all()
+
+
+def test_gradients_at_a_limit(small_chunks):
+    rows = pfgm.data.to_unit(images(30))
+    x = torch.cat([rows[3:4], rows[4:5] + 0.1]).requires_grad_()
+    references, r = ReferenceSet(rows), torch.tensor([0.0, 1.0])
+    mean, lse = pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
+    (found,) = torch.autograd.grad(mean.sum() + lse[1], x)
+    of_all, lse_of_all = pfgm.posterior_mean(x, rows, r=r, return_logsumexp=True)
+    (expected,) = torch.autograd.grad(of_all.sum() + lse_of_all[1], x)
+    torch.testing.assert_close(found, expected)
+    assert not found[0].any()
+    mean, lse = pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
+    with pytest.raises(ValueError, match="log-sum-exp of row 0"):
+        lse.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_a_file_gives_the_bits_of_memory(small_chunks, tmp_path, dtype):
+    rows = images(45) if dtype == torch.uint8 else pfgm.data.to_unit(images(45)).to(dtype)
+    held, mapped = ReferenceSet(rows), on_disk(rows, tmp_path)
+    x = points().requires_grad_()
+    results = []
+    for references in (held, mapped, mapped.to()):
+        mean, lse = pfgm.posterior_mean(x, references, r=1.0, return_logsumexp=True)
+        (gradient,) = torch.autograd.grad(mean.sum() + lse.sum(), x)
+        results.append((mean, lse, gradient))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert "file" in repr(mapped)
+    assert "cpu" in repr(held)
+
+
+def test_mirror_images_count_as_references(small_chunks, tmp_path):
+    rows = images(20)
+    both = torch.cat([rows, rows.flip(-1)])
+    for references in (ReferenceSet(rows, flips=True), _flipped_file(rows, tmp_path)):
+        assert references.shape == both.shape
+        assert torch.equal(references[torch.arange(40)], both)
+        assert references.norm == pytest.approx(ReferenceSet(both).norm, rel=1e-12)
+        for call in (
+            lambda y: pfgm.posterior_mean(points(), y, r=2.0),
+            lambda y: pfgm.log_density(points(), y, sigma=0.5, D=64),
+        ):
+            torch.testing.assert_close(call(references), call(both), rtol=1e-6, atol=1e-6)
+    assert ReferenceSet(rows, flips=True, labels=torch.arange(20)).labels.tolist() == [
+        *range(20),
+        *range(20),
+    ]
+
+
+def _flipped_file(rows, folder):
+    np.save(folder / "flipped.npy", rows.numpy())
+    return ReferenceSet(folder / "flipped.npy", flips=True)
+
+
+def test_empty_batches_and_half_precision(small_chunks):
+    references = ReferenceSet(images())
+    assert pfgm.posterior_mean(points(0), references, r=1.0).shape == (0, *SHAPE)
+    mean = pfgm.posterior_mean(points(3).bfloat16(), references, r=1.0)
+    assert mean.dtype == torch.float32
+
+
+def test_a_backend_that_is_asked_for_also_goes_backward(small_chunks):
+    x, references = points().requires_grad_(), ReferenceSet(images())
+    with pfgm.use_backend("reference"):
+        mean = pfgm.posterior_mean(x, references, r=1.0)
+    (found,) = torch.autograd.grad(mean.sum(), x)
+    mean = pfgm.posterior_mean(x, references, r=1.0, backend="reference")
+    assert torch.equal(torch.autograd.grad(mean.sum(), x)[0], found)
+
+
+def test_a_compiled_caller(small_chunks):
+    references = ReferenceSet(images())
+    compiled = torch.compile(
+        lambda x: 2 * pfgm.posterior_mean(x + 1, references, r=1.0), backend="eager"
+    )
+    expected = 2 * pfgm.posterior_mean(points() + 1, references, r=1.0)
+    assert torch.equal(compiled(points()), expected)
+
+
+# ---- rows ----
+
+
+def test_rows_by_number_slice_and_mask(tmp_path):
+    rows = images(30)
+    for references in (ReferenceSet(rows), on_disk(rows, tmp_path)):
+        numbers = torch.tensor([7, 0, 7, 29])
+        assert torch.equal(references[numbers], rows[numbers])
+        assert torch.equal(references[5:9], rows[5:9])
+        assert references[5:3].shape == (0, *SHAPE)
+        assert torch.equal(references[torch.arange(30) % 2 == 0], rows[::2])
+        with pytest.raises(IndexError, match=r"rows holds 30, .* has 0 to 29"):
+            references[torch.tensor([30])]
+        with pytest.raises(TypeError, match="allowed are a slice"):
+            references[3]
+        with pytest.raises(IndexError, match="30"):
+            references[torch.ones(5, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1000, 64), (1000, 900), (70, 70)])
+@pytest.mark.parametrize("flips", [False, True])
+def test_draws(rows, count, flips):
+    references = ReferenceSet(torch.rand(rows, 2), flips=flips)
+    chosen = torch.tensor([5, 69, 0] + ([rows + 3] if flips else []))
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return references.draw(count, containing=chosen, generator=generator)
+
+    drawn = draw(0)
+    assert drawn[: len(chosen)].tolist() == chosen.tolist()
+    assert len(drawn.unique()) == count
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) < len(references)
+    assert torch.equal(draw(0), drawn)
+    assert count == len(references) or not torch.equal(draw(1), drawn)
+
+
+def test_draws_are_uniform():
+    references, generator = ReferenceSet(torch.rand(40, 1)), torch.Generator().manual_seed(0)
+    for count in (10, 30):
+        drawn = torch.cat([references.draw(count, generator=generator) for _ in range(4000)])
+        seen = torch.bincount(drawn, minlength=40)
+        expected = 4000 * count / 40
+        assert float((seen - expected).square().sum() / expected) < 75  # χ² of 39: 1 in 2500
+
+
+def test_bad_draws():
+    references = ReferenceSet(torch.rand(10, 1))
+    with pytest.raises(ValueError, match="count is 11; allowed is 0"):
+        references.draw(11)
+    with pytest.raises(ValueError, match="allowed is 2"):
+        references.draw(1, containing=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="containing holds 1 twice"):
+        references.draw(5, containing=torch.tensor([1, 1]))
+    with pytest.raises(IndexError, match="containing holds 999"):
+        references.draw(5, containing=torch.tensor([999]))
+
+
+# ---- storage ----
+
+
+def test_storage_types():
+    rows = images(20)
+    references = ReferenceSet(rows)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        other = references.to(dtype=dtype)
+        assert other.dtype == dtype
+        torch.testing.assert_close(other[:].float(), pfgm.data.to_unit(rows), atol=4e-3, rtol=0)
+    floats = references.to(dtype=torch.float32)
+    assert torch.equal(floats.to(dtype=torch.uint8)[:], rows)
+    with pytest.raises(ValueError, match=r"allowed are values in \[-1, 1\]"):
+        ReferenceSet(2 * floats[:] + 0.5).to(dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"torch\.int32"):
+        references.to(dtype=torch.int32)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ReferenceSet(torch.full((3, 2), 1e6)).to(dtype=torch.float16)
+
+
+def test_saved_sets_are_read_again(small_chunks, tmp_path):
+    rows = images(33)
+    for saved in (rows, pfgm.data.to_unit(rows)):
+        ReferenceSet(saved).save(tmp_path / "set.npy")
+        assert np.array_equal(np.load(tmp_path / "set.npy"), saved.numpy())
+        assert torch.equal(ReferenceSet(tmp_path / "set.npy")[:], saved)
+    with pytest.raises(ValueError, match="bfloat16"):
+        ReferenceSet(saved.bfloat16()).save(tmp_path / "set.npy")
+
+
+def test_labels():
+    rows, labels = images(20), torch.arange(20) % 2
+    references = ReferenceSet(rows, labels=labels)
+    flow = pfgm.PoissonFlow.from_data(rows)
+    x = pfgm.data.to_unit(rows[:6])
+
+    def loss(references, **options):
+        generator = torch.Generator().manual_seed(0)
+        net = flow.empirical(rows)
+        return flow.loss(
+            lambda x, z, labels: net(x, z),
+            x,
+            references,
+            generator,
+            condition={"labels": torch.tensor([0, 1, 0, 1, -1, 1])},
+            **options,
+        )
+
+    torch.testing.assert_close(loss(references), loss(rows, reference_labels=labels))
+    with pytest.raises(ValueError, match=r"labels has shape \(3,\)"):
+        ReferenceSet(rows, labels=torch.arange(3))
+
+
+def test_values_that_are_not_finite(small_chunks, tmp_path):
+    rows = pfgm.data.to_unit(images(40))
+    rows[31, 0, 1, 2] = math.nan
+    message = r"references holds NaN or infinity \(first in row 31\)"
+    with pytest.raises(ValueError, match=message):
+        ReferenceSet(rows)
+    references = on_disk(rows, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pfgm.posterior_mean(points(), references, r=1.0)
+
+
+def test_an_interrupted_pass_can_be_repeated(small_chunks, tmp_path):
+    references = on_disk(images(40), tmp_path)
+    for chunk in references.chunks():
+        assert len(chunk) == 8
+        break
+    assert torch.equal(torch.cat([c.clone() for c in references.chunks()]), images(40))
+
+
+def test_what_is_no_set():
+    with pytest.raises(ValueError, match="shape"):
+        pfgm.posterior_mean(torch.zeros(1, 4), ReferenceSet(images()), r=1.0)
+    with pytest.raises(TypeError, match=r"a torch\.Tensor and a pfgm\.ReferenceSet"):
+        pfgm.posterior_mean(torch.zeros(1, 4), [[1.0, 2.0, 3.0, 4.0]], r=1.0)

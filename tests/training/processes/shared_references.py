@@ -1,0 +1,102 @@
+"""Two processes hold the references: results and gradients are those of one process."""
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import pfgm
+from pfgm.references import reference_set
+from pfgm.training.processes import joined
+
+SHAPE = (3, 4, 5)
+
+
+def queries(dtype=torch.float64, count=7):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, *SHAPE, generator=generator, dtype=dtype) * 2 - 1
+
+
+def results(x, held, sigma, D):
+    x, sigma = x.clone().requires_grad_(), sigma.clone().requires_grad_()
+    mean, lse = pfgm.posterior_mean(x, held, sigma=sigma, D=D, return_logsumexp=True)
+    gradients = torch.autograd.grad(mean.square().sum() + lse.sum(), (x, sigma))
+    return mean, lse, *gradients
+
+
+def check(path, rank):
+    whole = pfgm.data.load_array(path)
+    whole = torch.cat([whole, whole.flip(-1)])
+    # Three queries here and four there.
+    own = slice(0, 3) if rank == 0 else slice(3, 7)
+    x, sigma = queries(), torch.linspace(0.2, 3, 7, dtype=torch.float64)
+    part = pfgm.ReferenceSet(path, flips=True).shard()
+    floats = pfgm.data.to_unit(whole)
+    for held, same in ((part, whole), (part.to(), whole), (part.to(dtype=torch.float32), floats)):
+        for D in (1.0, 16.0, math.inf):
+            expected = results(x, same, sigma, D)
+            found = results(x[own], held, sigma[own], D)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b[own], rtol=1e-9, atol=1e-9)
+    single = queries(torch.float32)
+    mean = pfgm.posterior_mean(single[own], part, sigma=0.3)
+    expected = pfgm.posterior_mean(single, pfgm.ReferenceSet(whole), sigma=0.3)[own]
+    assert float((mean - expected).abs().max()) < 1e-6
+    density = pfgm.log_density(single[own], part, sigma=0.3)
+    torch.testing.assert_close(density, pfgm.log_density(single, whole, sigma=0.3)[own])
+    assert math.isclose(part.norm, pfgm.ReferenceSet(whole).norm, rel_tol=1e-9)
+    assert torch.equal(part[part.rows], whole[part.rows])
+    counts = torch.bincount(part.draw(20, generator=torch.Generator().manual_seed(0)))
+    assert counts.max() == 1
+    assert set(part.draw(20).tolist()) <= set(part.rows.tolist())
+
+
+def check_different_needs(path, rank):
+    """One process differentiates in x, the other in sigma."""
+    part, whole = (pfgm.ReferenceSet(path) for _ in range(2))
+    part = part.shard()
+    x, sigma = queries(), torch.linspace(0.2, 3, 7, dtype=torch.float64)
+    own = slice(0, 3) if rank == 0 else slice(3, 7)
+
+    def gradient(x, sigma, held):
+        of = (x if rank == 0 else sigma).requires_grad_()
+        return torch.autograd.grad(pfgm.posterior_mean(x, held, sigma=sigma).square().sum(), of)[0]
+
+    found = gradient(x[own].clone(), sigma[own].clone(), part)
+    expected = gradient(x[own].clone(), sigma[own].clone(), whole)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def check_errors(path, rank):
+    part = pfgm.ReferenceSet(path).shard()
+    x = queries().requires_grad_()
+    x.data[0] = pfgm.data.to_unit(pfgm.ReferenceSet(path)[0:1]).double()[0]
+    sigma = torch.full((7,), float(rank), dtype=torch.float64)  # 0 in the first process alone
+    lse = pfgm.posterior_mean(x, part, sigma=sigma, D=math.inf, return_logsumexp=True)[1]
+    with pytest.raises(ValueError, match="log-sum-exp of row"):
+        lse.sum().backward()
+    with pytest.raises(ValueError, match="cannot be sharded"):
+        part.shard()
+    with pytest.raises(ValueError, match="cannot be saved"):
+        part.save("part.npy")
+    flow = pfgm.PoissonFlow.from_data(part)
+    data = pfgm.data.to_unit(part[part.rows[:4]])
+    with pytest.raises(ValueError, match="no rows of one label in all processes"):
+        flow.loss(flow.empirical(data), data, part, condition={"labels": torch.zeros(4).long()})
+    with pytest.raises(IndexError, match="this process has not"):
+        part[0 : len(part)]
+    x = queries(torch.float32 if rank == 0 else torch.float64)
+    with pytest.raises(ValueError, match="all must have the same"):
+        pfgm.posterior_mean(x, part, sigma=1.0)
+
+
+if __name__ == "__main__":
+    reference_set._CHUNK = 8 * math.prod(SHAPE)
+    torch.set_num_threads(1)
+    with joined(torch.device("cpu"), timeout=60):
+        check(sys.argv[1], dist.get_rank())
+        check_different_needs(sys.argv[1], dist.get_rank())
+        check_errors(sys.argv[1], dist.get_rank())
+        print(f"rank {dist.get_rank()} is content")

@@ -1,0 +1,166 @@
+"""Several processes: shared references, training together, and one of them gone."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import pfgm
+from pfgm.training.checkpoint import load_run
+from pfgm.training.locks import FolderInUse, locked
+from pfgm.training.processes import Processes, joined
+
+SCRIPTS = Path(__file__).parent / "processes"
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
+)
+
+
+def torchrun(script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, SCRIPTS / script, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def start(script, rank, port, *arguments):
+    """One of two processes, as torchrun starts it, but with nobody to look after it."""
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+    return subprocess.Popen(
+        [sys.executable, SCRIPTS / script, *map(str, arguments)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def points(tmp_path):
+    path = tmp_path / "points.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(101, 2)).astype(np.float32))
+    return path
+
+
+def test_one_process_alone():
+    processes = Processes()
+    assert (processes.rank, processes.size, processes.leads) == (0, 1, True)
+    with joined(torch.device("cpu")) as device:
+        assert device == torch.device("cpu")
+        assert not dist.is_initialized()
+    with pytest.raises(RuntimeError, match="call init_process_group"):
+        pfgm.ReferenceSet(torch.rand(10, 2)).shard()
+
+
+def test_references_in_two_processes(tmp_path):
+    path = tmp_path / "images.npy"
+    images = np.random.default_rng(0).integers(0, 256, (61, 3, 4, 5), dtype=np.uint8)
+    np.save(path, images)
+    done = torchrun("shared_references.py", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("is content") == 2
+
+
+@pytest.mark.parametrize("kind", ["whole", "shared"])
+def test_training_in_two_processes(tmp_path, points, kind):
+    run = tmp_path / "run"
+    done = torchrun("training.py", run, points, kind, 20)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("at step 20") == 2
+    with (run / "log.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [5, 10, 15, 20]
+    assert load_run(run)[2]["step"] == 20
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, points):
+    run, port = tmp_path / "run", free_port()
+    both = [start("training.py", rank, port, run, points, "whole", 40, 25) for rank in range(2)]
+    assert both[1].wait(timeout=120) == 9
+    died = time.monotonic()
+    output, _ = both[0].communicate(timeout=60)
+    assert time.monotonic() - died < 40  # the processes were given 30 s for an answer
+    assert both[0].returncode != 0
+    assert "ProcessLost: another process of the run has ended or does not answer" in output
+    assert load_run(run)[2]["step"] == 20
+    done = torchrun("training.py", run, points, "whole", 40)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert load_run(run)[2]["step"] == 40
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_and_the_lock_of_all(tmp_path, points):
+    run = tmp_path / "run"
+    both = [
+        start("training.py", rank, port, run, points, "whole", 10**6)
+        for port in (free_port(),)
+        for rank in range(2)
+    ]
+    deadline = time.monotonic() + 60
+    while not (run / "latest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(FolderInUse, match=f"process {both[0].pid} on"), locked(run):
+        pass
+    both[1].send_signal(signal.SIGHUP)
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [143, 129], outputs
+    step = load_run(run)[2]["step"]
+    with locked(run):
+        done = torchrun("training.py", run, points, "whole", step + 5)
+    assert done.returncode != 0
+    assert f"FolderInUse: the output folder is {run}, in which process {os.getpid()}" in done.stderr
+    assert load_run(run)[2]["step"] == step
+
+
+@pytest.mark.parametrize("timeout", [math.nan, -1, 0, math.inf])
+def test_bad_timeouts(timeout):
+    message = "timeout is .*; allowed are"
+    with pytest.raises(ValueError, match=message), joined(torch.device("cpu"), timeout):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and SIGXFSZ for a full disk")
+def test_a_run_survives_kills_and_a_full_disk(tmp_path):
+    pytest.importorskip("tensorboard")
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "survival.py", tmp_path, "20"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "killed 20 times" in done.stdout

@@ -1,0 +1,695 @@
+import copy
+import csv
+import dataclasses
+import importlib.util
+import math
+import os
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pfgm
+from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer
+from pfgm.training.checkpoint import load_run
+
+SMALL = TrainConfig(
+    steps=24, batch_size=8, references=16, learning_rate=1e-3, warmup=4, decay="cosine", log_every=5
+)
+
+
+def config(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+@pytest.fixture
+def data():
+    return torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def flow(data):
+    return pfgm.PoissonFlow.from_data(data)
+
+
+def new_network(seed=0):
+    torch.manual_seed(seed)
+    return Dropping(pfgm.networks.MLP((2,), width=16, depth=1))
+
+
+class Dropping(nn.Module):
+    """With dropout, whose random numbers come from torch's global generator."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.dropout = inner, nn.Dropout(0.2)
+        self.calls = 0
+        self.before = lambda call: None
+
+    def forward(self, x, z):
+        self.calls += 1
+        self.before(self.calls)
+        return self.inner(self.dropout(x), z)
+
+
+def weights(network):
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    constant = TrainConfig(steps=100, warmup=10, learning_rate=2.0)
+    assert [constant.learning_rate_at(t) for t in (0, 4, 9, 10, 99)] == [0.2, 1.0, 2.0, 2.0, 2.0]
+    cosine = TrainConfig(steps=110, warmup=10, learning_rate=2.0, decay="cosine")
+    assert cosine.learning_rate_at(60) == pytest.approx(1.0)
+    assert cosine.learning_rate_at(110) == pytest.approx(0.0)
+    assert TrainConfig(warmup=0).learning_rate_at(0) == 2e-4
+
+
+def test_published_settings_are_the_defaults():
+    c = TrainConfig()
+    assert (c.batch_size, c.references, c.learning_rate) == (128, 4096, 2e-4)
+    assert (c.warmup, c.clip, c.ema) == (5000, 1.0, 0.9999)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"references": 64}, "references is 64; allowed is at least batch_size, 128"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"decay": "linear"}, "decay is 'linear'"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**arguments)
+
+
+def test_bad_data(flow, data):
+    with pytest.raises(ValueError, match="data has shape"):
+        Trainer(flow, new_network(), torch.zeros(50, 3), SMALL)
+    with pytest.raises(ValueError, match="data has 5 rows; at least batch_size, 8"):
+        Trainer(flow, new_network(), data[:5], SMALL)
+    data[17, 1] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Trainer(flow, new_network(), data, config(references=50), progress=False).train()
+
+
+# ---- steps -----------------------------------------------------------------------------------
+
+
+def test_training_learns(data, flow):
+    # Four points, whose field a small network can learn.
+    corners = data[:4].repeat(16, 1)
+    network = pfgm.networks.MLP((2,), width=32, depth=2, **flow.scaling)
+    trainer = Trainer(
+        flow,
+        network,
+        corners,
+        config(steps=300, batch_size=64, references=64, learning_rate=5e-3, ema=0.9),
+        progress=False,
+    )
+
+    def loss(net):
+        generator = torch.Generator().manual_seed(9)
+        return float(flow.loss(net, corners.repeat(20, 1), corners, generator).detach())
+
+    before = loss(network)
+    averaged = trainer.train()
+    assert loss(averaged) < 0.3 * before
+
+
+def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL)
+    seen = []
+    for step in range(6):  # 50 // 8
+        x, references, *_ = trainer._batches.at(step)
+        assert references.shape == (16, 2)
+        assert len(references.unique(dim=0)) == 16
+        assert all((references == row).all(1).any() for row in x)
+        seen.append(x)
+    assert len(torch.cat(seen).unique(dim=0)) == 48
+    first, second = trainer._batches.at(0)[0], trainer._batches.at(6)[0]
+    assert not torch.equal(first, second)  # another epoch, another order
+    whole = Trainer(flow, new_network(), data, config(references=4096))
+    assert torch.equal(whole._batches.at(3)[1], data)
+
+
+def test_averaged_weights_follow_the_warm_up(data, flow):
+    network = new_network()
+    trainer = Trainer(flow, network, data, config(ema=0.5), progress=False)
+    expected = None
+    for step in range(20):
+        trainer._train_step()
+        trainer.step += 1
+        current = weights(network)
+        if expected is None:
+            expected = current
+        else:
+            decay = min(0.5, (1 + step) / (10 + step))
+            expected = [decay * a + (1 - decay) * b for a, b in zip(expected, current, strict=True)]
+    for a, b in zip(weights(trainer.averaged), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_clipped_and_adam_takes_the_step(data, flow):
+    network = new_network()
+    trainer = Trainer(flow, network, data, config(clip=1e-3, warmup=0, decay="none"))
+    trainer._train_step()
+    moments = [s["exp_avg"] for s in trainer._optimizer.state.values()]
+    norm = torch.cat([m.flatten() for m in moments]).norm()
+    assert float(norm) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 − β₁) of a clipped gradient
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_global_generator(data, flow):
+    def train(seed, noise):
+        network = new_network()
+        torch.manual_seed(noise)
+        Trainer(flow, network, data, config(seed=seed), progress=False).train()
+        return weights(network)
+
+    first = train(3, noise=1)
+    assert equal(first, train(3, noise=2))
+    assert not equal(first, train(4, noise=1))
+
+
+def test_training_leaves_the_global_generator_alone(data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL, progress=False)
+    before = torch.random.get_rng_state()
+    trainer.train()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_pixels_are_data_too(flow):
+    pixels = torch.randint(0, 256, (50, 2), dtype=torch.uint8)
+    trainer = Trainer(
+        pfgm.PoissonFlow.from_data(pixels), new_network(), pixels, SMALL, progress=False
+    )
+    assert trainer.train() is trainer.averaged
+
+
+def test_progress_shows_the_loss(data, flow, capsys):
+    Trainer(flow, new_network(), data, SMALL).train()
+    shown = capsys.readouterr().err
+    assert "training" in shown
+    assert "loss=" in shown
+    assert "step/s" in shown
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def full_device():
+    return open("/dev/full", "w")
+
+
+def use_up(stream):
+    """Lets go of what a stream that takes nothing still holds."""
+    if stream is not None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        stream.close()
+
+
+@pytest.mark.parametrize("opened", [broken_pipe, full_device, lambda: None])
+def test_progress_that_nobody_can_read_is_no_reason_to_end(
+    tmp_path, data, flow, opened, monkeypatch
+):
+    stream = opened()
+    monkeypatch.setattr(sys, "stderr", stream)
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path).train()
+    use_up(stream)
+    assert load_run(tmp_path)[2]["step"] == SMALL.steps
+
+
+@pytest.mark.parametrize("opened", [broken_pipe, full_device])
+def test_an_evaluation_that_cannot_print_loses_no_steps(tmp_path, data, flow, opened, monkeypatch):
+    stream = opened()
+    monkeypatch.setattr(sys, "stdout", stream)
+    trainer = Trainer(
+        flow,
+        new_network(),
+        data,
+        config(evaluate_every=7),
+        folder=tmp_path,
+        progress=False,
+        evaluate=lambda step, network: print(step, flush=True),
+    )
+    with pytest.raises(OSError, match=r"Broken pipe|No space left"):
+        trainer.train()
+    use_up(stream)
+    assert load_run(tmp_path)[2]["step"] == trainer.step == 7
+
+
+def test_a_log_that_cannot_be_written_loses_no_steps(tmp_path, data, flow):
+    network = new_network()
+
+    def block(call):
+        if call == 11:
+            (tmp_path / "log.csv").unlink()
+            (tmp_path / "log.csv").mkdir()
+
+    network.before = block
+    trainer = Trainer(flow, network, data, config(log_every=5), folder=tmp_path, progress=False)
+    with pytest.raises(OSError, match=r"log\.csv"):
+        trainer.train()
+    assert load_run(tmp_path)[2]["step"] == trainer.step == 15
+
+
+# ---- stopping and resuming -------------------------------------------------------------------
+
+
+def test_resuming_continues_to_the_same_weights(tmp_path, data, flow):
+    whole = new_network()
+    trainer = Trainer(flow, whole, data, SMALL, folder=tmp_path / "whole", progress=False)
+    whole_averaged = weights(trainer.train())
+
+    first = new_network()
+    stop_after(first, 11)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(flow, first, data, SMALL, folder=tmp_path / "parts", progress=False).train()
+
+    second = new_network(seed=99)  # its weights are overwritten
+    trainer = Trainer(flow, second, data, SMALL, folder=tmp_path / "parts", progress=False)
+    assert trainer.resume() == 11
+    averaged = weights(trainer.train())
+    assert equal(weights(second), weights(whole))
+    assert equal(averaged, whole_averaged)
+    found, expected = (load_run(tmp_path / run)[0] for run in ("parts", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def stop_after(network, step, number=signal.SIGINT):
+    network.before = lambda call: signal.raise_signal(number) if call == step else None
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, Terminated),
+        (signal.SIGHUP, Terminated),
+    ],
+)
+def test_signals_leave_a_checkpoint(tmp_path, data, flow, number, error):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(each) for each in numbers]
+    network = new_network()
+    stop_after(network, 7, number)
+    with pytest.raises(error) as caught:
+        Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
+    if error is Terminated:
+        assert caught.value.code == 128 + number
+    assert load_run(tmp_path)[2]["step"] == 7
+    restored, trained = pfgm.load(tmp_path, new_network())
+    assert restored == flow
+    assert flow.sample(trained, 3).shape == (3, 2)
+    assert [signal.getsignal(each) for each in numbers] == handlers
+
+
+@pytest.fixture
+def handled():
+    """handled(number, handler): until the end of the test."""
+    before = {}
+
+    def handle(number, handler):
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path, data, flow, handled):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        handled(number, signal.SIG_IGN)
+        network = new_network()
+        stop_after(network, 7, number)
+        Trainer(flow, network, data, SMALL, folder=tmp_path / str(number), progress=False).train()
+        assert load_run(tmp_path / str(number))[2]["step"] == SMALL.steps
+        assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_hanging_up_is_one_wish_however_many_signals_it_sends(tmp_path, data, flow, handled):
+    second = []
+    handled(signal.SIGTERM, lambda number, frame: second.append(number))
+    network = new_network()
+
+    def hang_up(call):
+        if call == 7:
+            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+                signal.raise_signal(number)
+            assert not second
+            signal.raise_signal(signal.SIGTERM)  # acts as it did before
+
+    network.before = hang_up
+    with pytest.raises(Terminated) as caught:
+        Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
+    assert caught.value.code == 129
+    assert second == [signal.SIGTERM]
+    assert load_run(tmp_path)[2]["step"] == 7
+
+
+def test_two_runs_in_one_folder(tmp_path, data, flow):
+    run, refused = tmp_path / "run", []
+
+    def trainer(network):
+        return Trainer(flow, network, data, SMALL, folder=run, progress=False)
+
+    def second():
+        for work in (trainer(new_network()).train, trainer(new_network()).save):
+            try:
+                work()
+            except FolderInUse as error:
+                refused.append(str(error))
+
+    network = new_network()
+
+    def intrude(call):
+        if call == 3:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    network.before = intrude
+    trainer(network).train()
+    assert len(refused) == 2
+    assert all(f"process {os.getpid()}" in message for message in refused)
+    assert load_run(run)[2]["step"] == SMALL.steps
+    assert not (run / ".pfgm.lock").exists()
+
+
+def test_a_run_that_another_has_continued_since_is_refused(tmp_path, data, flow):
+    def trainer(steps):
+        return Trainer(
+            flow, new_network(), data, config(steps=steps), folder=tmp_path, progress=False
+        )
+
+    trainer(10).train()
+    late, early = trainer(20), trainer(15)
+    assert late.resume() == early.resume() == 10
+    early.train()
+    with pytest.raises(ValueError, match=r"newest checkpoint is not the one"):
+        late.train()
+    assert load_run(tmp_path)[2]["step"] == 15
+    assert late.resume() == 15
+    late.train()
+    late.train()  # its own last checkpoint is there
+    assert load_run(tmp_path)[2]["step"] == 20
+
+
+def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False)
+    checked = trainer._checked
+
+    def interrupted(loss):
+        if trainer.step == 10:
+            signal.raise_signal(signal.SIGINT)
+        return checked(loss)
+
+    trainer._checked = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert load_run(tmp_path)[2]["step"] == trainer.step == 11
+
+
+def test_training_in_another_thread(data, flow):
+    trainer = Trainer(flow, new_network(), data, SMALL, progress=False)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.step == SMALL.steps
+
+
+def test_checkpoints_come_when_due_and_at_the_end(tmp_path, data, flow):
+    Trainer(
+        flow, new_network(), data, config(checkpoint_every=10), folder=tmp_path, progress=False
+    ).train()
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
+        "step-00000020.safetensors",
+        "step-00000024.safetensors",
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_path, data, flow):
+    network = new_network()
+
+    def break_it(call):
+        if call == 13:
+            with torch.no_grad():
+                next(network.parameters()).fill_(math.nan)
+
+    network.before = break_it
+    trainer = Trainer(
+        flow, network, data, config(checkpoint_every=6), folder=tmp_path, progress=False
+    )
+    with pytest.raises(Diverged, match="not finite at step 13 "):
+        trainer.train()
+    found, _, state = load_run(tmp_path)
+    assert state["step"] == 12
+    assert all(torch.isfinite(t).all() for t in found.values())
+
+
+def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data, flow):
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+
+    def resume(settings=SMALL, rows=50, network=None, other_flow=None, folder=tmp_path):
+        return Trainer(
+            other_flow or flow,
+            network or new_network(),
+            data[:rows],
+            settings,
+            folder=folder,
+            progress=False,
+        ).resume()
+
+    assert resume(config(steps=100)) == 24
+    with pytest.raises(ValueError, match=r"learning_rate is 0\.5; the run in .* has 0\.001"):
+        resume(config(learning_rate=0.5))
+    with pytest.raises(ValueError, match="data has 49 rows"):
+        resume(rows=49)
+    with pytest.raises(ValueError, match="another network"):
+        resume(network=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"flow has M = 200; .* another flow, with M = "):
+        resume(other_flow=pfgm.PoissonFlow((2,), M=200))
+    with pytest.raises(ValueError, match=r"PoissonFlowPP; the run in .* has a PoissonFlow"):
+        resume(other_flow=pfgm.PoissonFlowPP((2,), D=2))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        resume(folder=tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="folder is None"):
+        resume(folder=None)
+
+
+def test_tensorboard_gets_the_figures(tmp_path, data, flow):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [5, 10, 15, 20, 24]
+    rates = [event.value for event in events.Scalars("lr")]
+    assert rates[0] == pytest.approx(SMALL.learning_rate_at(4))
+
+
+def test_without_tensorboard_training_goes_on(tmp_path, data, flow, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+    assert not list(tmp_path.glob("events*"))
+
+
+def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
+    def rows():
+        with (tmp_path / "log.csv").open() as file:
+            return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
+
+    def trainer(**changes):
+        settings = config(checkpoint_every=10, **changes)
+        return Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False)
+
+    trainer().train()
+    whole = rows()
+    assert [int(step) for step, _ in whole] == [5, 10, 15, 20, 24]
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("25,0.1,0.1,0.1\n26,0.")  # a run that was killed before its checkpoint
+    resumed = trainer(steps=34)
+    resumed.resume()
+    resumed.train()
+    assert rows()[:5] == whole
+    assert [int(step) for step, _ in rows()[5:]] == [25, 30, 34]
+    with pytest.raises(ValueError, match="holds a run already"):
+        trainer().train()
+    assert len(rows()) == 8
+
+
+def test_figures_that_follow_from_the_data_are_compared_up_to_rounding(tmp_path, data):
+    def trainer(sigma_data):
+        flow = pfgm.PoissonFlowPP((2,), D=16, sigma_data=sigma_data)
+        torch.manual_seed(0)
+        network = pfgm.networks.Denoiser("mlp", {"shape": (2,), "width": 8, "depth": 1})
+        return Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False)
+
+    trainer(0.7).train()
+    assert trainer(math.nextafter(0.7, 1)).resume() == SMALL.steps
+    with pytest.raises(ValueError, match=r"sigma_data = 0\.70001"):
+        trainer(0.70001).resume()
+
+
+# ---- reference sets ----
+
+
+@pytest.mark.parametrize("references", [16, 4096])
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, references, where):
+    settings = config(references=references)
+    expected = Trainer(flow, new_network(), data, settings, progress=False).train()
+    np.save(tmp_path / "data.npy", data.numpy())
+    source = data if where == "memory" else tmp_path / "data.npy"
+    rows = pfgm.ReferenceSet(source)
+    assert pfgm.PoissonFlow.from_data(rows).M == flow.M
+    found = Trainer(flow, new_network(), rows, settings, progress=False).train()
+    for a, b in zip(weights(found), weights(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_of_a_reference_set(data, flow):
+    rows = pfgm.ReferenceSet(data, labels=torch.arange(50) % 4)
+    trained = []
+    for of_data in (rows, data):
+        network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4, **flow.scaling)
+        network.load_state_dict(trained[0] if trained else network.state_dict())
+        trained.append({k: v.clone() for k, v in network.state_dict().items()})
+        Trainer(flow, network, of_data, SMALL, progress=False, labels=rows.labels).train()
+        trained.append(network.state_dict())
+    for name, value in trained[1].items():
+        torch.testing.assert_close(value, trained[3][name], rtol=1e-4, atol=1e-6)
+
+
+# ---- how a step goes through the network ----
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 4}, {"precision": "bfloat16"}])
+def test_steps_in_parts_and_in_half_precision_train_alike(data, flow, changes):
+    def distance_to(trained):
+        generator = torch.Generator().manual_seed(3)
+        return float(flow.loss(trained, data, data, generator).detach())
+
+    settings = config(steps=150, batch_size=32, references=50)
+    network = pfgm.networks.MLP((2,), width=16, depth=1, **flow.scaling)
+    before = distance_to(network)
+    plain = Trainer(flow, copy.deepcopy(network), data, settings, progress=False).train()
+    settings = dataclasses.replace(settings, **changes)
+    other = Trainer(flow, network, data, settings, progress=False).train()
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+    assert not equal(weights(plain), weights(other))
+    assert distance_to(other) < 0.8 * before
+    assert distance_to(other) == pytest.approx(distance_to(plain), rel=0.25)
+
+
+def test_a_step_in_parts_has_the_gradient_of_the_whole(data, flow):
+    """On a loss without noise: the network's mean square."""
+
+    class Quiet(pfgm.PoissonFlow):
+        def perturb(self, x, generator=None):
+            return x, torch.ones(len(x))
+
+    quiet = Quiet(flow.shape, M=flow.M)
+    state = pfgm.networks.MLP((2,), width=16, depth=1).state_dict()
+    gradients = []
+    for accumulate in (1, 4):
+        network = pfgm.networks.MLP((2,), width=16, depth=1)
+        network.load_state_dict(state)
+        trainer = Trainer(quiet, network, data, config(accumulate=accumulate), progress=False)
+        batch = trainer._batches.at(0)
+        trainer._backward(batch, torch.Generator())
+        gradients.append([p.grad for p in network.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_network_is_what_is_called(data, flow, monkeypatch):
+    compiled = []
+
+    def compile_(module):
+        compiled.append(module)
+        return lambda *arguments, **options: module(*arguments, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    network = new_network()
+    expected = Trainer(flow, new_network(), data, SMALL, progress=False).train()
+    found = Trainer(flow, network, data, config(compile=True), progress=False).train()
+    assert compiled == [network]
+    assert equal(weights(found), weights(expected))
+
+
+# ---- labels, and the other flow ----
+
+
+def test_labels_reach_the_network_and_some_are_left_out(data, flow):
+    seen = []
+
+    class Recording(pfgm.networks.MLP):
+        def forward(self, x, z, labels=None):
+            seen.append(labels)
+            return super().forward(x, z, labels)
+
+    network = Recording((2,), width=16, depth=1, classes=4, **flow.scaling)
+    labels = torch.arange(50) % 4
+    trainer = Trainer(flow, network, data, config(label_dropout=0.5), labels=labels)
+    net = trainer.train()
+    given = torch.cat(seen)
+    assert set(given.tolist()) == {-1, 0, 1, 2, 3}
+    assert 0.35 < (given == -1).float().mean() < 0.65
+    samples = flow.sample(net, 5, condition={"labels": torch.arange(5) % 4}, guidance=1.5)
+    assert samples.shape == (5, 2)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3).long(), torch.zeros(50), torch.full((50,), -1)])
+def test_bad_labels(data, flow, labels):
+    with pytest.raises(ValueError, match=r"integers of at least 0, of shape \(50,\)"):
+        Trainer(flow, new_network(), data, SMALL, labels=labels)
+
+
+def test_the_other_flow_trains_and_resumes(tmp_path, data):
+    flow = pfgm.PoissonFlowPP((2,), D=16, sigma_data=1.0)
+
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 2))
+
+        def forward(self, x, noise):
+            return self.layers(torch.cat([x, noise[:, None]], 1))
+
+    def trainer(**changes):
+        torch.manual_seed(0)
+        network = flow.precondition(Backbone())
+        return Trainer(flow, network, data, config(**changes), folder=tmp_path, progress=False)
+
+    whole = trainer(steps=24, checkpoint_every=12).train()
+    half = trainer(steps=30)
+    assert half.resume() == 24
+    assert equal(weights(half.averaged), weights(whole))
+    loaded, network = pfgm.load(tmp_path, flow.precondition(Backbone()))
+    assert loaded == flow
+    assert loaded.sample(network, 4).shape == (4, 2)
+    with pytest.raises(ValueError, match=r"flow has D = 8\.0; .* with D = 16"):
+        Trainer(flow.with_D(8), network, data, SMALL, folder=tmp_path).resume()
