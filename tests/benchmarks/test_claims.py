@@ -177,7 +177,7 @@ def test_levels_of_training():
 
 
 def test_pfgmpp_may_start_where_pfgm_does():
-    flow = methods.from_level_of_pfgm(flow_of("PFGM++ 128"), MINIATURE)
+    flow = methods.from_pfgm_level(flow_of("PFGM++ 128"), MINIATURE)
     assert flow.first_level == flow_of("PFGM").first_level < flow_of("PFGM++ 128").first_level
     assert flow.D == 128
 
