@@ -1,5 +1,4 @@
 #include "cpu/parallel.h"
-#include "api/watch.h"
 
 #include <pthread.h>
 
@@ -10,6 +9,8 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#include "api/watch.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif

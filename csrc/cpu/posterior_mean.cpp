@@ -7,10 +7,11 @@
 //      (cpu/weights.h);
 //   3. the weighted sum over the references that count (cpu/weighted_sums.h).
 #include "api/posterior_mean.h"
-#include "cpu/steep_rows.h"
-#include "cpu/weighted_sums.h"
 
 #include <vector>
+
+#include "cpu/steep_rows.h"
+#include "cpu/weighted_sums.h"
 
 namespace pfgm {
 namespace PFGM_ISA {

@@ -12,8 +12,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "cpu/parallel.h"
 #include "api/posterior_mean.h"
+#include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
 namespace pfgm {

@@ -1,11 +1,11 @@
 #include "cpu/workspace.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
-
-#include <pthread.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif

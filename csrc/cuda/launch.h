@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/intrinsics.h"
 #include "api/cuda_place.h"
+#include "cuda/intrinsics.h"
 
 namespace pfgm {
 

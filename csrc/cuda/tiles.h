@@ -7,8 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/intrinsics.h"
 #include "api/posterior_mean.h"
+#include "cuda/intrinsics.h"
 
 namespace pfgm {
 namespace {

@@ -2,8 +2,6 @@
 //
 // ThreadSanitizer must see only the order that the kernel's barriers make. So what a fiber does for
 // the shim itself is hidden from it (NO_TSAN) and uses no standard containers.
-#include "host_shim/intrinsics.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -17,6 +15,7 @@
 #include <stdexcept>
 
 #include "cuda/launch.h"
+#include "host_shim/intrinsics.h"
 
 #if !defined(__x86_64__) || defined(PFGM_SHIM_UCONTEXT)
 #include <ucontext.h>
