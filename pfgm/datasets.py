@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .common.files import StrPath
 from .data import digits
-from .data.array_files import array_names, find_array, from_numpy, read_integers
-from .data.rows import InMemory, OnDisk, Source, open_source, source_of
+from .data.arrays import array_names, from_numpy, open_array, read_integers
+from .data.opening import open_source
+from .data.rows import InMemory, OnDisk, Source
 from .references import ReferenceSet
 
 __all__ = ["Data", "open_data", "open_samples"]
@@ -131,7 +132,7 @@ def _from_path(path: Path, progress: bool) -> Data:
     held_out = None
     for name in [name for name in _HELD_OUT if name in names][:1]:
         labels = [label for label in (f"{name}_labels",) if label in names]
-        held_out = _rows(source_of(find_array(path, name)), path, labels)
+        held_out = _rows(open_array(path, name), path, labels)
         if (held_out.shape[1:], held_out.dtype) != (train.shape[1:], train.dtype):
             raise ValueError(
                 f"{path} holds {name}, {held_out.dtype} of shape {tuple(held_out.shape)}; allowed "
