@@ -36,6 +36,8 @@ from .integrations.k_diffusion import as_k_diffusion
 from .references import ReferenceSet
 from .training.checkpoint import load, save
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LogLikelihood",
     "PoissonFlow",

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pfgm.networks.published.pfgm_unets.edm import EDMBlock, EDMConv, SongUNet
-from pfgm.networks.published.pfgm_unets.edm_files import architecture
-from pfgm.networks.published.pfgm_unets.safe_pickle import StandIn, opened
 from torch import nn
 
 import pfgm
 from pfgm.networks import EDMDenoiser, build, load_published
 from pfgm.networks.embedding import plain
+from pfgm.networks.published.edm import EDMBlock, EDMConv, SongUNet
+from pfgm.networks.published.edm_files import architecture
+from pfgm.networks.published.safe_pickle import StandIn, opened
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = {"ddpmpp": EDMDenoiser, "ncsnpp": EDMDenoiser.ncsnpp}
@@ -481,7 +481,7 @@ def payloads(marker):
         "INST": (b"\x80\x02(" + command + b"ios\nsystem\n.", "instruction INST os system"),
         "OBJ": (b"\x80\x02(cos\nsystem\n" + command + b"o.", "holds os.system"),
         "EXT1": (b"\x80\x02\x82" + bytes([EXTENSION]) + command + b"\x85R.", "EXT1 201"),
-        "BUILD": (pickle.dumps(Evil(str(marker)), 2), "test_training_states.Evil"),
+        "BUILD": (pickle.dumps(Evil(str(marker)), 2), f"{Evil.__module__}.Evil"),
         "in a list": (b"\x80\x02]cos\nsystem\n" + command + b"\x85Ra.", "holds os.system"),
     }
 

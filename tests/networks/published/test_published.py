@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pfgm.networks.published.pfgm_unets.load import _architecture
-from pfgm.networks.published.pfgm_unets.pfgm_unets import Resampling
 
 import pfgm
 from pfgm.networks import DDPMpp, Denoiser, NCSNpp, build, load_published
+from pfgm.networks.published.load import _architecture
+from pfgm.networks.published.pfgm_unets import Resampling
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NETWORKS = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp}
