@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics, networks
-from ..common.checks import usable_device
+from ..common.checks import check_choice, usable_device
 from ..common.files import StrPath, named_folder, write_atomic
 from ..common.messages import say
 from ..data import to_unit
 from ..datasets import Data, open_data
 from ..distillation import Consistency
+from ..flows.batches import draw_prior, sample_in_batches
 from ..flows.flow import Flow, check_steps
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
@@ -30,22 +31,22 @@ from .trainer import TrainConfig, Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
 
-_NAME = "config.json"
-_MAY_DIFFER = ("hold", "samples", "shared")
-# What the settings are called by each network.
+_CONFIG_FILE = "config.json"
+_CHANGEABLE = ("hold", "samples", "shared")  # settings that a resumed run may change
+_MIN_SAMPLES = 4  # and rows of data: each needs 3 neighbours for precision and recall
+_MAX_SAMPLES = 10_000_000
+_MAX_COMPARED_ROWS = 10_000  # of the data, for an evaluation
+_SAMPLE_BATCH = 1000
+_PICTURE_SAMPLES, _PICTURE_ROW = 100, 10  # in all, and in a row
+# The names of width, multipliers and blocks among the arguments of each network.
 _PUBLISHED = {"width": "nf", "multipliers": "ch_mult", "blocks": "num_res_blocks"}
-_OPTIONS: dict[str, dict[str, str]] = {
+_SIZE_NAMES: dict[str, dict[str, str]] = {
     "unet": {"width": "width", "multipliers": "multipliers", "blocks": "blocks"},
     "mlp": {"width": "width"},
     "ddpmpp": _PUBLISHED,
     "ncsnpp": _PUBLISHED,
 }
-_OF_IMAGES = ("ddpmpp", "ncsnpp")
-_COMPARED = 10_000  # rows that samples are compared with, at most
-_FEWEST = 4  # samples or rows: one more than the neighbours that precision and recall take
-_MOST = 10_000_000  # samples
-_TOGETHER = 1000  # samples that go through the network at once
-_SHOWN, _ROW = 100, 10  # samples in a picture, and in a row of it
+_IMAGE_NETWORKS = ("ddpmpp", "ncsnpp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Settings:
     """digits, fashion-mnist, cifar10, folder:PATH of images, or the path of a .npy, .npz or
     .safetensors file of samples (n, ...): uint8, or floating point (images in [-1, 1])."""
     method: Literal["pfgm", "pfgm++", "edm"] = "pfgm"
-    """The flow: one augmented dimension, D of them, or infinitely many (diffusion)."""
+    """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
     D: float = 128.0
     """Augmented dimensions of pfgm++."""
     flow: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -71,35 +72,33 @@ class Settings:
     blocks: int | None = None
     """Residual blocks of a level; not of the mlp."""
     labels: bool = False
-    """Tell the network what each sample is, where the data know."""
+    """Tell the network the label of each sample, for data with labels."""
     flips: bool = False
     """Train on mirror images too."""
     hold: Literal["source", "memory", "device"] = "source"
-    """Where data are held: as they come (files are read piece by piece), in memory, or on the
+    """Where data are held: at their source (files are read piece by piece), in memory, or on the
     device that trains."""
     shared: bool = False
     """Hold a part of the data in each process; the target is the field of all of them."""
     samples: int = 1000
     """Samples of an evaluation."""
     teacher: str | None = None
-    """A .safetensors file or the folder of a run, of which to make a few-step model, with its flow
-    and network whatever else is said of them. A third of its steps may do; each takes about four
-    times as long."""
+    """A .safetensors file or the folder of a run to distill into a few-step model. Its flow and
+    network are used, and other settings of them are ignored. A third of its training steps may do;
+    each takes about four times as long."""
     levels: int = 10
-    """Levels at which the few-step model is to agree with itself."""
+    """Noise levels at which the few-step model is made consistent."""
 
     def __post_init__(self) -> None:
         if self.multipliers is not None:
             object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON has lists
-        for name, allowed in (
-            ("method", ("pfgm", "pfgm++", "edm")),
-            ("network", ("auto", *_OPTIONS)),
-            ("hold", ("source", "memory", "device")),
-        ):
-            if (chosen := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {chosen!r}; allowed are {', '.join(allowed)}.")
-        if not _FEWEST <= self.samples <= _MOST:
-            raise ValueError(f"samples is {self.samples}; allowed are {_FEWEST} to {_MOST}.")
+        check_choice("method", self.method, ("pfgm", "pfgm++", "edm"))
+        check_choice("network", self.network, ("auto", *_SIZE_NAMES))
+        check_choice("hold", self.hold, ("source", "memory", "device"))
+        if not _MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
+            raise ValueError(
+                f"samples is {self.samples}; allowed are {_MIN_SAMPLES} to {_MAX_SAMPLES}."
+            )
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
         check_steps("levels", self.levels)
@@ -109,24 +108,24 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Settings):
-    """What to train on what, and how. JSON-able: a recipe is one of these in a file."""
+    """What to train on what, and how. A recipe is a JSON file of one."""
 
     training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """How to train."""
 
     @classmethod
     def of(cls, settings: Settings, training: TrainConfig) -> RunConfig:
-        """Both together."""
+        """The configuration of these settings."""
         named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
         return cls(**named, training=training)
 
     @property
     def settings(self) -> Settings:
-        """All but how to train."""
+        """The settings without the training."""
         return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
 
     def save(self, path: StrPath) -> None:
-        """Writes the configuration as JSON, whole or not at all."""
+        """Writes the configuration as JSON. If that fails, ``path`` is left as it was."""
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
         write_atomic(path, lambda file: file.write(text.encode()))
 
@@ -135,12 +134,12 @@ class RunConfig(Settings):
         """The configuration in a file, or in the folder of a run.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is not one, or names settings that do not exist.
+            FileNotFoundError: there is no configuration.
+            ValueError: the file is no configuration, or names settings that do not exist.
         """
         path = Path(path)
         if path.is_dir():
-            path = path / _NAME
+            path = path / _CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration at {path}.")
         try:
@@ -173,31 +172,31 @@ def start(
     progress: bool = True,
     report: Callable[[str], None] = say,
 ) -> nn.Module:
-    """Trains as configured, with everything that comes of it in a folder.
+    """Trains as configured and writes the results into a folder.
 
-    config.json; checkpoints; log.csv, evaluations.csv and logs for TensorBoard; and each
-    ``evaluate_every`` steps a picture samples-*.png, where samples are images.
+    These are config.json, checkpoints, log.csv, evaluations.csv and logs for TensorBoard. For
+    images there is also a picture samples-*.png for every ``evaluate_every`` steps.
 
     Args:
-        config: what to do. Resuming, it may differ from that in the folder in what
+        config: what to train. A resumed run may change only what
             :meth:`pfgm.training.Trainer.resume` allows.
-        folder: created where missing, and locked: no other run may be at work there. A start that
-            fails leaves no empty new folder.
-        device: to train on.
-        resume: continue the run that is in the folder.
-        resume_from: continue it from the checkpoint of this step, not from the newest one.
+        folder: the folder, which is created if it is missing, and locked for this run. If the
+            start fails, an empty new folder is removed.
+        device: the device to train on.
+        resume: continue the run in the folder.
+        resume_from: continue the run from the checkpoint of this step, not from the newest one.
         progress: show progress bars.
-        report: takes lines of text on what is done.
+        report: called with each line of text about the progress.
 
     Returns:
         The network with averaged weights.
 
     Raises:
-        ValueError: the folder holds a run and resume is False, or resuming, a run with other
-            settings; the data or settings do not do.
-        FolderInUse: another run is at work in the folder; nothing in it has been touched.
-        OSError: the folder cannot be written, the data cannot be read.
-        Diverged, ProcessLost, KeyboardInterrupt, Terminated: as
+        ValueError: the folder holds a run and resume is False; the run to resume has other
+            settings; or the data or settings are not usable.
+        FolderInUse: another run uses the folder. Nothing in it has been changed.
+        OSError: the folder cannot be written, or the data cannot be read.
+        Diverged, ProcessLost, KeyboardInterrupt, Terminated: as for
             :meth:`pfgm.training.Trainer.train`.
     """
     device = usable_device(str(device))
@@ -223,11 +222,11 @@ def start(
 
 
 def _check_settings(config: RunConfig, folder: Path) -> None:
-    """Resuming, only what does not change the training may differ from what the folder says."""
+    """Raises ValueError if a setting that changes the training differs from the run's."""
     saved = RunConfig.load(folder)
     for field in dataclasses.fields(Settings):
         value, before = getattr(config, field.name), getattr(saved, field.name)
-        if field.name not in _MAY_DIFFER and value != before:
+        if field.name not in _CHANGEABLE and value != before:
             raise ValueError(f"{field.name} is {value!r}; the run in {folder} has {before!r}.")
 
 
@@ -275,7 +274,7 @@ def _run(
         if processes.leads:
             report(f"resuming at step {step}")
     if processes.leads:
-        config.save(folder / _NAME)
+        config.save(folder / _CONFIG_FILE)
     averaged = trainer.train()
     if processes.leads:
         report(f"checkpoint: {folder}")
@@ -303,7 +302,7 @@ def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) ->
     name = config.network
     if name == "auto":
         name = "unet" if len(flow.shape) == 3 and min(flow.shape[1:]) >= 4 else "mlp"
-    settings = _options(config, name, flow)
+    settings = _size_settings(config, name, flow)
     if config.labels:
         settings["classes"] = classes
     with torch.random.fork_rng(devices=[]):
@@ -311,17 +310,17 @@ def _network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) ->
         if isinstance(flow, PoissonFlowPP):
             inner = {"network": name, "config": settings, "sigma_data": flow.sigma_data}
             return networks.build("denoiser", inner)
-        if name not in _OF_IMAGES:
+        if name not in _IMAGE_NETWORKS:
             settings["data_std"] = max(rows.rms, 1e-6)
             if isinstance(flow, PoissonFlow):
                 settings |= flow.scaling
         return networks.build(name, settings)
 
 
-def _options(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
-    """The network's keyword arguments that say how large it is."""
+def _size_settings(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
+    """The keyword arguments for the size of the network."""
     settings: dict[str, Any] = {"shape": flow.shape}
-    if name in _OF_IMAGES:
+    if name in _IMAGE_NETWORKS:
         if len(flow.shape) != 3 or flow.shape[1] != flow.shape[2] or config.labels:
             raise ValueError(
                 f"network is {name!r}; allowed for it are square images without labels, not "
@@ -331,14 +330,14 @@ def _options(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
     for option in ("width", "multipliers", "blocks"):
         if (value := getattr(config, option)) is None:
             continue
-        if option not in _OPTIONS[name]:
+        if option not in _SIZE_NAMES[name]:
             raise ValueError(f"{option} is {value}, but the network is an {name}, which has none.")
-        settings[_OPTIONS[name][option]] = value
+        settings[_SIZE_NAMES[name][option]] = value
     return settings
 
 
 class _Evaluation:
-    """Draws samples, measures them against held-out data and shows some."""
+    """Draws samples, compares them with held-out data and draws a picture of some."""
 
     def __init__(
         self, config: RunConfig, flow: Flow, data: Data, folder: Path, device: torch.device
@@ -346,19 +345,19 @@ class _Evaluation:
         self._flow, self._folder, self._device = flow, folder, device
         self._count, self._seed = config.samples, config.training.seed
         self._classes = data.classes if config.labels else 0
-        self._sampler: dict[str, Any] = {}
+        self._solving: dict[str, Any] = {}
         if config.teacher is not None:
-            self._sampler = {"solver": "consistency", "steps": 1}
+            self._solving = {"solver": "consistency", "steps": 1}
         against = data.held_out or data.train
         rows = torch.arange(len(against))
-        if len(rows) < _FEWEST:
+        if len(rows) < _MIN_SAMPLES:
             raise ValueError(
-                f"{config.data} has {len(rows)} rows to compare samples with; at least {_FEWEST} "
-                "are needed."
+                f"{config.data} has {len(rows)} rows to compare samples with; at least "
+                f"{_MIN_SAMPLES} are needed."
             )
-        if len(rows) > _COMPARED:
+        if len(rows) > _MAX_COMPARED_ROWS:
             generator = torch.Generator().manual_seed(0)
-            rows = against.draw(_COMPARED, generator=generator)
+            rows = against.draw(_MAX_COMPARED_ROWS, generator=generator)
         self._rows, self._against = rows, against
 
     def __call__(self, step: int, network: nn.Module) -> dict[str, float]:
@@ -366,24 +365,25 @@ class _Evaluation:
         if len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3):
             from ..plotting import image_grid
 
-            image_grid(samples[:_SHOWN], self._folder / f"samples-{step:08d}.png")
+            image_grid(samples[:_PICTURE_SAMPLES], self._folder / f"samples-{step:08d}.png")
             samples = samples.clamp(-1, 1)
         against = to_unit(self._against[self._rows].cpu())
-        found = metrics.precision_recall(samples, against)
+        precision, recall = metrics.precision_recall(samples, against)
         return {
             "frechet_distance": metrics.frechet_distance(samples, against),
-            "precision": found.precision,
-            "recall": found.recall,
+            "precision": precision,
+            "recall": recall,
         }
 
     def _samples(self, network: nn.Module) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed)
-        prior = self._flow.prior(self._count, generator=generator)
-        labels = torch.arange(self._count) // _ROW % max(self._classes, 1)
-        parts = []
-        for x, own in zip(prior.split(_TOGETHER), labels.split(_TOGETHER), strict=True):
-            condition = {"labels": own.to(self._device)} if self._classes else None
-            x = x.to(self._device)
-            options = {"x_init": x, "condition": condition, **self._sampler}
-            parts.append(self._flow.sample(network, len(x), **options).cpu())
-        return torch.cat(parts)
+        numbers = torch.arange(self._count)
+        samples, _ = sample_in_batches(
+            self._flow,
+            network,
+            draw_prior(self._flow, self._count, self._seed),
+            batch_size=_SAMPLE_BATCH,
+            device=self._device,
+            labels=numbers // _PICTURE_ROW % self._classes if self._classes else None,
+            **self._solving,
+        )
+        return samples

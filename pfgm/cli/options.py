@@ -1,0 +1,34 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..evaluation import default_steps
+from ..flows.flow import Flow
+
+
+@dataclass
+class SolverOptions:
+    """How samples are drawn."""
+
+    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    """The method that follows the field lines; consistency is for few-step models."""
+    steps: int | None = None
+    """Steps of the solver (rk45 chooses its own): 10 unless given, more for samples of few
+    values."""
+    schedule: Literal["rho", "log"] = "rho"
+    """Spacing of the steps."""
+    last: float | None = None
+    """Level from which the last step goes to the end at once."""
+
+    def for_flow(self, flow: Flow) -> dict[str, Any]:
+        """The keyword arguments of :meth:`pfgm.flows.Flow.sample`."""
+        steps = default_steps(flow, self.solver) if self.steps is None else self.steps
+        return {
+            "solver": self.solver,
+            "steps": steps,
+            "schedule": self.schedule,
+            "last": self.last,
+        }
