@@ -16,7 +16,7 @@ from pfgm_command import DESCRIPTION, version_line
 from ..backends import Unavailable
 from ..common.checks import out_of_memory
 from ..common.files import reserve_standard_descriptors
-from ..common.messages import show, unfailing_streams
+from ..common.messages import print_result, unfailing_streams
 from ..training import Diverged
 from ..training.processes import ProcessLost
 from .demo import Demo
@@ -52,7 +52,7 @@ def _run(arguments: list[str]) -> int:
     try:
         _check_values(arguments)
         if arguments == ["--version"]:
-            show(version_line())
+            print_result(version_line())
         else:
             _parse(arguments).run()
     except _EXPECTED_ERRORS as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import data, metrics
 from ..common.checks import check_seed
 from ..common.files import StrPath, write_atomic
-from ..common.messages import say
+from ..common.messages import print_notice
 from ..flows.batches import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
 from ..networks import UNet
@@ -66,7 +66,7 @@ def run(
     steps: int = TRAINING.steps,
     seed: int = 0,
     conditional: bool = False,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = print_notice,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains on scikit-learn's digits, draws samples, and writes the results into a folder.

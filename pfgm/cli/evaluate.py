@@ -26,7 +26,7 @@ from ..flows.flow import check_steps
 from ..references import ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.runs import RunConfig
-from .options import SolverOptions
+from .options import SamplingOptions
 
 __all__ = ["Evaluate"]
 
@@ -66,8 +66,10 @@ class Evaluate:
     checkpoint's run was trained on unless given, or else digits."""
     n: int = 1000
     """How many samples are drawn; of a file or folder, how many are taken at most."""
-    solving: Annotated[SolverOptions, tyro.conf.arg(name="")] = field(default_factory=SolverOptions)
-    """How samples are drawn."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingOptions
+    )
+    """How and where samples are drawn."""
     guidance: float | None = None
     """How much to exaggerate the labels, of a network that was trained with some."""
     against: int = 10_000
@@ -82,14 +84,10 @@ class Evaluate:
     """Which; heun takes half as many, for as many evaluations."""
     seed: int = 0
     """Of all that is drawn: the same seed gives the same figures."""
-    batch_size: int = 1000
-    """Samples at a time."""
-    device: str = "auto"
-    """auto: cuda where there is a GPU, else cpu."""
 
     def run(self) -> None:
         self._check()
-        device = usable_device(self.device)
+        device = usable_device(self.sampling.device)
         name = self.data or _trained_on(self.checkpoint)
         data = open_data(name, progress=True)
         source = self._open(device)
@@ -135,7 +133,7 @@ class Evaluate:
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
         for name, value, smallest in (
             ("n", self.n, 1),
-            ("batch-size", self.batch_size, 1),
+            ("batch-size", self.sampling.batch_size, 1),
             ("against", self.against, 1),
             ("likelihood", self.likelihood, 0),
             ("curve-steps", min(self.curve_steps, default=0), 1),
@@ -145,14 +143,14 @@ class Evaluate:
                     f"{name} is {value}; allowed is at least {smallest}, and below 2^63."
                 )
         check_seed(self.seed)
-        steps = () if self.solving.steps is None else (self.solving.steps,)
+        steps = () if self.sampling.steps is None else (self.sampling.steps,)
         for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
             for count in counts:
                 check_steps(name, count)
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.checkpoint is not None:
-            if notice := check_solver(self.checkpoint, self.solving.solver):
+            if notice := check_solver(self.checkpoint, self.sampling.solver):
                 print(f"pfgm: {notice}", file=sys.stderr)
             return load(self.checkpoint, device=device)
         assert self.samples is not None
@@ -176,19 +174,19 @@ class Evaluate:
     # ---- figures ----
 
     def _draw(self, model: Loaded, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        solving = {**self.solving.for_flow(model.flow), "guidance": self.guidance}
+        solving = {**self.sampling.solver_arguments(model.flow), "guidance": self.guidance}
         samples, nfe = evaluation.draw_samples(
             *model,
             self.n,
             seed=self.seed,
-            batch_size=self.batch_size,
+            batch_size=self.sampling.batch_size,
             device=device,
             progress=True,
             **solving,
         )
         classes = evaluation.label_count(model.network)
         labels = f"i mod {classes}" if classes else None
-        sampling = {**solving, "labels": labels, "batch_size": self.batch_size}
+        sampling = {**solving, "labels": labels, "batch_size": self.sampling.batch_size}
         return samples, {"source": str(self.checkpoint), "nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
@@ -202,7 +200,7 @@ class Evaluate:
             levels=levels,
             labels=rows.labels[numbers] if known and rows.labels is not None else None,
             seed=self.seed,
-            batch_size=min(self.batch_size, _MAX_LIKELIHOOD_BATCH),
+            batch_size=min(self.sampling.batch_size, _MAX_LIKELIHOOD_BATCH),
             progress=True,
         )
         return {
@@ -222,9 +220,9 @@ class Evaluate:
             n=self.n,
             steps=self.curve_steps,
             seed=self.seed,
-            batch_size=self.batch_size,
+            batch_size=self.sampling.batch_size,
             device=device,
-            last=self.solving.last,
+            last=self.sampling.last,
             guidance=self.guidance,
             progress=True,
         )

@@ -10,7 +10,7 @@ import torch
 
 from .. import backends
 from ..backends import native
-from ..common.messages import show
+from ..common.messages import print_result
 
 __all__ = ["Info"]
 
@@ -32,7 +32,7 @@ class Info:
             for name, (usable, detail) in backends.available(device).items():
                 state = detail if usable else f"cannot run: {detail}"
                 lines.append(f"{device:10} {name}: {state}")
-        show("\n".join([*lines, *native.build_lines()]))
+        print_result("\n".join([*lines, *native.build_lines()]))
 
 
 def _version(package: str) -> str:

@@ -10,8 +10,8 @@ from ..flows.flow import Flow
 
 
 @dataclass
-class SolverOptions:
-    """How samples are drawn."""
+class SamplingOptions:
+    """How and where samples are drawn."""
 
     solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
@@ -22,9 +22,13 @@ class SolverOptions:
     """Spacing of the steps."""
     last: float | None = None
     """Level from which the last step goes to the end at once."""
+    batch_size: int = 1000
+    """Samples at a time."""
+    device: str = "auto"
+    """auto: cuda where there is a GPU, else cpu."""
 
-    def for_flow(self, flow: Flow) -> dict[str, Any]:
-        """The keyword arguments of :meth:`pfgm.flows.Flow.sample`."""
+    def solver_arguments(self, flow: Flow) -> dict[str, Any]:
+        """The keyword arguments of :meth:`pfgm.flows.Flow.sample` for the solver."""
         steps = default_steps(flow, self.solver) if self.steps is None else self.steps
         return {
             "solver": self.solver,

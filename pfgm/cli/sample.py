@@ -18,7 +18,7 @@ from ..evaluation import noise_generator
 from ..flows.batches import draw_prior, sample_in_batches
 from ..flows.flow import Flow
 from ..training import checkpoint
-from .options import SolverOptions
+from .options import SamplingOptions
 
 __all__ = ["Sample"]
 
@@ -35,23 +35,21 @@ class Sample:
     """A .npy file (float32, n first), or a .png picture of images."""
     n: int = 64
     """How many."""
-    solving: Annotated[SolverOptions, tyro.conf.arg(name="")] = field(default_factory=SolverOptions)
-    """How samples are drawn."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingOptions
+    )
+    """How and where samples are drawn."""
     label: int | None = None
     """What to draw, of a network that was trained with labels; anything unless given."""
     guidance: float | None = None
     """How much to exaggerate the label; 1 is not at all, and anything else takes twice as long."""
     seed: int = 0
     """Of the prior, and of the noise that some solvers add."""
-    batch_size: int = 1000
-    """Samples at a time."""
-    device: str = "auto"
-    """auto: cuda where there is a GPU, else cpu."""
 
     def run(self) -> None:
         self._check()
-        device = usable_device(self.device)
-        if notice := checkpoint.check_solver(self.checkpoint, self.solving.solver):
+        device = usable_device(self.sampling.device)
+        if notice := checkpoint.check_solver(self.checkpoint, self.sampling.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self.checkpoint, device=device)
         if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
@@ -68,10 +66,10 @@ class Sample:
             raise ValueError(f"out is {self.out}; allowed are names that end in .npy or .png.")
         if self.out.is_dir():
             raise ValueError(f"out is {self.out}, a folder; allowed is the name of a file.")
-        if not (1 <= self.n < 2**63 and 1 <= self.batch_size < 2**63):
+        batch_size = self.sampling.batch_size
+        if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
             raise ValueError(
-                f"n is {self.n} and batch-size {self.batch_size}; allowed are at least 1, below "
-                "2^63."
+                f"n is {self.n} and batch-size {batch_size}; allowed are at least 1, below 2^63."
             )
         if self.label is not None and self.label not in _INT64:
             raise ValueError(f"label is {self.label}; allowed are the labels of the network.")
@@ -83,13 +81,13 @@ class Sample:
             flow,
             network,
             prior,
-            batch_size=self.batch_size,
+            batch_size=self.sampling.batch_size,
             device=device,
             labels=None if self.label is None else torch.full((self.n,), self.label),
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
             progress=True,
-            **self.solving.for_flow(flow),
+            **self.sampling.solver_arguments(flow),
         )
         return samples
 

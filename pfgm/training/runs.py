@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .. import metrics, networks
 from ..common.checks import check_choice, usable_device
-from ..common.files import StrPath, named_folder, write_atomic
-from ..common.messages import say
+from ..common.files import StrPath, folder_path, write_atomic
+from ..common.messages import print_notice
 from ..data import to_unit
 from ..datasets import Data, open_data
 from ..distillation import Consistency
@@ -170,7 +170,7 @@ def start(
     resume: bool = False,
     resume_from: int | None = None,
     progress: bool = True,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = print_notice,
 ) -> nn.Module:
     """Trains as configured and writes the results into a folder.
 
@@ -200,7 +200,7 @@ def start(
             :meth:`pfgm.training.Trainer.train`.
     """
     device = usable_device(str(device))
-    folder = named_folder(folder)
+    folder = folder_path(folder)
     processes = Processes()
     resume = resume or resume_from is not None
     if config.shared and processes.size == 1:
