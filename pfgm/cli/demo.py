@@ -52,9 +52,9 @@ class Demo:
     steps: int = TRAINING.steps
     """Training steps."""
     seed: int = 0
-    """Of training and sampling: the same seed gives the same result."""
+    """Seed of training and sampling: the same seed gives the same result."""
     conditional: bool = False
-    """Say which digit to draw: each row of samples.png is one."""
+    """Tell the network which digit to draw: each row of samples.png is one digit."""
 
     def run(self) -> None:
         run(self.out, steps=self.steps, seed=self.seed, conditional=self.conditional)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -58,37 +59,37 @@ class Evaluate:
     out: Path
     """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
     checkpoint: Path | None = None
-    """A .safetensors file, or the folder of a run; or, in its place, --samples."""
+    """A .safetensors file, or the folder of a run. Give either this or --samples."""
     samples: Path | None = None
     """A .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
-    """What they should be like: digits, fashion-mnist, cifar10 or a path, as for train. What the
-    checkpoint's run was trained on unless given, or else digits."""
+    """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. Unless given,
+    the data of the checkpoint's run, or else digits."""
     n: int = 1000
-    """How many samples are drawn; of a file or folder, how many are taken at most."""
+    """Number of samples to draw, or the most to take from a file or folder."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
         default_factory=SamplingOptions
     )
     """How and where samples are drawn."""
     guidance: float | None = None
-    """How much to exaggerate the labels, of a network that was trained with some."""
+    """Weight of classifier-free guidance, for a network that was trained with labels."""
     against: int = 10_000
-    """How many rows of held-out and of training data are compared at most."""
+    """The most rows of held-out data, and of training data, to compare with."""
     likelihood: int = 0
-    """How many held-out samples to find the bits per dimension of."""
+    """Number of held-out samples whose bits per dimension are computed."""
     grey_levels: int | None = None
-    """Grey levels of the data, for --likelihood, unless they are known; 0 for continuous values."""
+    """Grey levels of the data, for --likelihood; 0 for continuous values. Bytes need none given."""
     curve: bool = False
-    """Measure every solver at several numbers of steps too."""
+    """Measure every solver at several numbers of steps as well."""
     curve_steps: tuple[int, ...] = (3, 5, 8, 10, 20, 40)
-    """Which; heun takes half as many, for as many evaluations."""
+    """Numbers of steps of --curve. Heun takes half as many, because its steps cost double."""
     seed: int = 0
-    """Of all that is drawn: the same seed gives the same figures."""
+    """Seed of everything random: the same seed gives the same figures."""
 
     def run(self) -> None:
         self._check()
         device = usable_device(self.sampling.device)
-        name = self.data or _trained_on(self.checkpoint)
+        name = self.data or _data_of_run(self.checkpoint)
         data = open_data(name, progress=True)
         source = self._open(device)
         self._check_data(name, data, source)
@@ -234,16 +235,17 @@ def _draw_rows(rows: ReferenceSet, count: int, seed: int) -> Tensor:
     return to_unit(rows[rows.draw(min(count, len(rows)), generator=generator)])
 
 
-def _trained_on(checkpoint: Path | None) -> str:
+def _data_of_run(checkpoint: Path | None) -> str:
     """The name of the data of a run, if its folder holds its configuration; else digits."""
     if checkpoint is not None:
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        if (folder / "config.json").is_file():
+        with suppress(FileNotFoundError):
             return RunConfig.load(folder).data
     return "digits"
 
 
 def _part(data: Data) -> str:
+    """The part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
 
 

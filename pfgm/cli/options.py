@@ -16,16 +16,15 @@ class SamplingOptions:
     solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
     steps: int | None = None
-    """Steps of the solver (rk45 chooses its own): 10 unless given, more for samples of few
-    values."""
+    """Steps of the solver: 10 unless given, more for samples of few values. rk45 chooses its own."""
     schedule: Literal["rho", "log"] = "rho"
     """Spacing of the steps."""
     last: float | None = None
-    """Level from which the last step goes to the end at once."""
+    """Noise level from which the last step goes to the end at once."""
     batch_size: int = 1000
     """Samples at a time."""
     device: str = "auto"
-    """auto: cuda where there is a GPU, else cpu."""
+    """auto: cuda if there is a GPU, else cpu."""
 
     def solver_arguments(self, flow: Flow) -> dict[str, Any]:
         """The keyword arguments of :meth:`pfgm.flows.Flow.sample` for the solver."""

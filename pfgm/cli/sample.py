@@ -34,17 +34,17 @@ class Sample:
     out: Path
     """A .npy file (float32, n first), or a .png picture of images."""
     n: int = 64
-    """How many."""
+    """Number of samples."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
         default_factory=SamplingOptions
     )
     """How and where samples are drawn."""
     label: int | None = None
-    """What to draw, of a network that was trained with labels; anything unless given."""
+    """Label of the samples, for a network that was trained with labels; any unless given."""
     guidance: float | None = None
-    """How much to exaggerate the label; 1 is not at all, and anything else takes twice as long."""
+    """Weight of classifier-free guidance. 1 is none; any other value takes twice as long."""
     seed: int = 0
-    """Of the prior, and of the noise that some solvers add."""
+    """Seed of the prior, and of the noise that some solvers add."""
 
     def run(self) -> None:
         self._check()

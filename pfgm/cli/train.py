@@ -22,18 +22,19 @@ class Train:
     """Train a network on the field of your data. Under torchrun its processes train together."""
 
     out: Path
-    """Folder for checkpoints, logs and pictures, and for config.json, which says what was done."""
+    """Folder for checkpoints, logs, pictures and config.json, the settings of the run."""
     config: Path | None = None
-    """A recipe, or the folder of a run: where settings come from that are not given here. Resuming,
-    they come from the folder itself."""
+    """A recipe, or the folder of a run, for settings that are not given here. A resumed run takes
+    them from its own folder unless this is given."""
     resume: bool = False
     """Continue the run in the output folder."""
     resume_from: int | None = None
-    """Continue it from the checkpoint of this step, as where the newest one is damaged."""
+    """Continue the run from the checkpoint of this step, for example if the newest is damaged."""
     device: str = "auto"
-    """auto: cuda where there is a GPU, else cpu."""
+    """auto: cuda if there is a GPU, else cpu."""
     timeout: float = 600.0
-    """Seconds after which a process that does not answer is given up; more than an evaluation."""
+    """Seconds after which a process that does not answer counts as lost. An evaluation must take
+    less."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     """What to train on what."""
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)

@@ -346,6 +346,15 @@ def test_an_archive_of_another_kind_of_file_is_refused(tmp_path: Path, read: Rea
         read(path)
 
 
+def test_damaged_numbers_in_an_archive_are_noticed_when_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npz", ramp(400, 5))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1  # a number: the checksum of the archive no longer agrees
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a \.npz file"):
+        data.load_array(path)
+
+
 @both_readers
 def test_an_encrypted_member_is_refused(tmp_path: Path, read: Read) -> None:
     path = save(tmp_path / "a.npz", ramp(4, 3))
