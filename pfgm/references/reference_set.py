@@ -19,7 +19,8 @@ from .. import ops
 from ..common.checks import first_bad_row
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import dequantise
-from ..data.rows import DTYPES, InMemory, Source, open_source
+from ..data.opening import open_source
+from ..data.rows import DTYPES, InMemory, Source
 from .merging import Parts
 from .ranks import Ranks, total
 

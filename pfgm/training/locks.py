@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..common.files import StrPath, check_folder, named_folder, unless_it_fails, usable
+from ..common.files import (
+    StrPath,
+    check_folder,
+    folder_errors,
+    folder_path,
+    remove_new_folders_on_failure,
+)
 from .processes import Processes, ProcessLost
 
 __all__ = ["FolderInUse", "claimed", "locked"]
@@ -74,12 +80,12 @@ def locked(folder: StrPath) -> Iterator[Path]:
         ValueError: the name is empty.
         OSError: as :func:`pfgm.common.files.check_folder`.
     """
-    path = named_folder(folder)
+    path = folder_path(folder)
     key = os.path.realpath(path)
     if _owners.get(key) == threading.get_ident():
         yield path
         return
-    with unless_it_fails(path):
+    with remove_new_folders_on_failure(path):
         file = _take(path)
         _owners[key] = threading.get_ident()
         try:
@@ -95,7 +101,7 @@ def _take(folder: Path) -> int:
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE)
-        with usable(folder):
+        with folder_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 file = _open(folder / _NAME)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..common.files import named_folder, remove_leftovers
+from ..common.files import folder_path, remove_leftovers
 from ..common.messages import progress_bar
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
@@ -104,7 +104,7 @@ class Trainer:
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
         self.config = config = config or TrainConfig()
-        self.folder = None if folder is None else named_folder(folder)
+        self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
         self.evaluate = evaluate
         self.loss, self.distilled = loss, distilled
