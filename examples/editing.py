@@ -15,7 +15,7 @@ import torch
 
 import pfgm
 from pfgm.common.files import check_folder
-from pfgm.flows.flow import Flow, Network
+from pfgm.flows import Flow, Network
 from pfgm.plotting import image_grid
 
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0)

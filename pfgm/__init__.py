@@ -19,7 +19,7 @@ from . import (
 )
 from .backends import use_backend
 from .common.checks import debug_checks
-from .flows.editing import interpolate
+from .flows.interpolation import interpolate
 from .flows.likelihood import LogLikelihood
 from .flows.plusplus import PoissonFlowPP
 from .flows.poisson import PoissonFlow

@@ -15,7 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .flows.flow import Condition, Flow, Network
+from .flows import Condition, Flow, Network
+from .flows.conditions import select_rows
 from .functional import steps as ode_steps
 from .references import References
 
@@ -102,7 +103,7 @@ class Consistency:
             ValueError: shapes do not fit, or those of a network's results.
         """
         flow = self.flow
-        x = flow._floating(x)
+        x = flow._to_floating(x)
         levels = torch.tensor(self.levels, dtype=torch.float64, device=x.device)
         places = (
             torch.randint(len(levels) - 1, (len(x),), generator=generator, device=x.device)
@@ -129,7 +130,7 @@ class Consistency:
         there = places + self.ahead
         under_way = there < len(levels) - 1
         if bool(under_way.any()):
-            own, reached = _of_rows(condition, under_way), levels[there[under_way]]
+            own, reached = select_rows(condition, under_way), levels[there[under_way]]
             x[under_way] = self.flow.denoise(net, x[under_way], reached, own)
         return x
 
@@ -147,7 +148,7 @@ class Consistency:
             if begin == end:
                 continue
             rows = slice(begin, end)
-            mean = self.flow.denoise(self.teacher, x[rows], z, _of_rows(condition, rows))
+            mean = self.flow.denoise(self.teacher, x[rows], z, select_rows(condition, rows))
             moved, _ = ode_steps.euler(x[rows], mean, z, z_next)
             if begin < new and place < count - 1:
                 old, before = slice(begin, new), self.levels[place - 1]
@@ -155,7 +156,3 @@ class Consistency:
                     x[old], mean[: new - begin], z, z_next, means[old], before
                 )
             means[rows], x[rows] = mean, moved
-
-
-def _of_rows(condition: Condition, rows: Tensor | slice) -> Condition:
-    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in condition.items()}

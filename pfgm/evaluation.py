@@ -18,7 +18,7 @@ from .common.checks import allocating, check_seed
 from .common.messages import progress_bar
 from .common.tensors import network_device
 from .data import to_unit
-from .flows.flow import Flow, Network
+from .flows import Flow, Network
 from .flows.poisson import PoissonFlow
 from .networks import NoiseEmbedding, SongUNet
 from .training.batches import seed_of

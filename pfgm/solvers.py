@@ -33,7 +33,7 @@ __all__ = [
     "SCHEDULES",
     "SOLVERS",
     "Callback",
-    "Denoiser",
+    "DenoiseFunction",
     "StepInfo",
     "consistency",
     "euler",
@@ -62,7 +62,7 @@ class StepInfo(TypedDict):
 
 _BEYOND = math.log(1e3)  # how far past its ends rk45 may evaluate, in log z
 
-Denoiser = Callable[[Tensor, float], Tensor | Field]
+DenoiseFunction = Callable[[Tensor, float], Tensor | Field]
 Callback = Callable[[StepInfo], object]
 Solver = Callable[..., tuple[Tensor, int]]
 Churn = Callable[[Tensor, float], tuple[Tensor, float]]
@@ -96,7 +96,7 @@ def rho_grid(start: float, end: float, steps: int, rho: float = 7.0) -> list[flo
 class _Run:
     """Evaluates, counts evaluations and reports steps."""
 
-    def __init__(self, denoise: Denoiser, callback: Callback | None) -> None:
+    def __init__(self, denoise: DenoiseFunction, callback: Callback | None) -> None:
         self._denoise, self._callback = denoise, callback
         self.nfe = 0
         self.watched = callback is not None
@@ -148,7 +148,7 @@ def _share(a: Tensor, b: Tensor) -> bool:
 
 
 def euler(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
@@ -172,7 +172,7 @@ def euler(
 
 
 def heun(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
@@ -207,7 +207,7 @@ def heun(
 
 
 def multistep(
-    denoise: Denoiser, x: Tensor, grid: Sequence[float], callback: Callback | None = None
+    denoise: DenoiseFunction, x: Tensor, grid: Sequence[float], callback: Callback | None = None
 ) -> tuple[Tensor, int]:
     """Second order, one evaluation a step: the mean is extrapolated linearly in log z.
 
@@ -289,7 +289,7 @@ class _Slope:
 
 
 def rk45(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
@@ -330,7 +330,7 @@ def rk45(
 
 
 def consistency(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import non_negative, positive, untouched
-from ..common.tensors import common_device
+from ..common.tensors import common_device, over_samples
 from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .flow import Condition, Defaults, Flow, Network, by_label, per_row
+from .conditions import Condition, Network
+from .flow import Flow
+from .parametrisation import Defaults, per_row
+from .sampling import check_count
+from .targets import targets_by_label
 
 __all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
 
@@ -70,21 +74,17 @@ class Preconditioned(nn.Module):
 
     def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         """c_in(σ) x, what the backbone sees of x (B, *S) at sigma (B,)."""
-        return x * self._total(self._rows(x, sigma)).rsqrt()
+        return x * self._total(over_samples(sigma, x).to(x.dtype)).rsqrt()
 
     def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
         """c_skip(σ) x + c_out(σ) F, from what the backbone predicted (B, *S)."""
-        rows = self._rows(x, sigma)
-        total = self._total(rows)
+        s = over_samples(sigma, x).to(x.dtype)
+        total = self._total(s)
         skip = self.sigma_data**2 / total
-        return skip * x + rows * self.sigma_data * total.rsqrt() * predicted
+        return skip * x + s * self.sigma_data * total.rsqrt() * predicted
 
     def _total(self, sigma: Tensor) -> Tensor:
         return sigma.square() + self.sigma_data**2
-
-    @staticmethod
-    def _rows(x: Tensor, sigma: Tensor) -> Tensor:
-        return sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 class PoissonFlowPP(Flow):
@@ -252,7 +252,7 @@ class PoissonFlowPP(Flow):
         >>> x_perturbed.shape, sigma.shape
         (torch.Size([8, 2]), torch.Size([8]))
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         normal = torch.randn(len(x), generator=generator, dtype=x.dtype, device=x.device)
         sigma = (self.P_mean + self.P_std * normal).exp()
         return x + self.noise(sigma, generator), sigma
@@ -293,14 +293,14 @@ class PoissonFlowPP(Flow):
         >>> float(flow.loss(flow.empirical(data), data, references=data))
         0.0
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         condition = condition or {}
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:
             labels = condition.get("labels")
             with torch.no_grad():
-                (target,) = by_label(
+                (target,) = targets_by_label(
                     self._target, x_perturbed, sigma, references, labels, reference_labels
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition)
@@ -328,7 +328,7 @@ class PoissonFlowPP(Flow):
         >>> PoissonFlowPP((3, 8, 8), D=2048).prior(4).shape
         torch.Size([4, 3, 8, 8])
         """
-        self._check_n(n)
+        check_count(n)
         device = common_device(device, generator)
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 
@@ -394,7 +394,7 @@ class PoissonFlowPP(Flow):
         self._check_references(references)
         return EmpiricalDenoiser(references, self.D)
 
-    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
+    def _predict(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
         return _evaluate(net, x, per_row(level, x), condition)
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,76 +12,38 @@ from torch import Tensor, nn
 
 from ..common import transforms
 from ..common.checks import check_dtype, non_negative, positive, untouched
-from ..common.tensors import common_device
+from ..common.tensors import common_device, over_samples
 from ..functional import field_fn
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, measure
 from ..solvers import SCHEDULES
-from .flow import Condition, Defaults, Flow, Network, by_label, per_row
+from .conditions import Condition, Network
+from .flow import Flow
+from .parametrisation import Defaults, per_row
+from .poisson_rules import (
+    MEAN_NORMAL,
+    Center,
+    checked_center,
+    checked_spread,
+    exponent_from_norm,
+    exponent_from_z_max,
+    largest_scale,
+    published_rules,
+    spread_rules,
+)
+from .sampling import check_count
+from .targets import targets_by_label
 
 __all__ = ["EmpiricalField", "PoissonFlow"]
 
 # |ε_z|/σ below which restrict_M shortens the range of m, and by how much (PFGM, appendix B.1.1).
 _RESTRICT_BELOW, _RESTRICT_TO = 0.5, 0.7
 _SMALLEST_Z = 1e-8  # in units of σ
-_MEAN_NORMAL = math.sqrt(2 / math.pi)  # average of |g|, g ~ N(0, 1)
 _SMALLEST_NORMAL = 1e-6  # |g₁| of a prior that is not clipped
-_IMAGE_VALUES = 64  # from so many values on the published clip of the prior does no harm
-_SPREADS = 1e-15, 1e12  # smallest and largest
-_REACHES = 4.0  # data lie within upper_norm over this
-_FEW = 8  # up to so many values a sample, more steps are taken
-
-Center = float | Sequence[Any] | Tensor
-
-
-class _Rules(NamedTuple):
-    """What a flow takes unless told otherwise; None where it follows from M or gamma."""
-
-    sigma: float
-    gamma: float
-    z_max: float | None
-    z_min: float
-    restrict_M: bool
-    z_exp: float | None
-
-
-def _published() -> _Rules:
-    return _Rules(sigma=0.01, gamma=5.0, z_max=None, z_min=1e-3, restrict_M=True, z_exp=5.0)
-
-
-def _of_spread(s: float, N: int) -> _Rules:
-    """The published lengths in units of the spread, which is about 0.5 for images in [−1, 1].
-
-    z_max: a single charge at the center in place of the data at z_max changes the density by a
-    share of at most about N s²/(2 z_max²), which is 1/400 at 14 √N s. From 33 values on z_max is
-    80 s, near the published 71 s for images: the noise of so many values hides their spread.
-    """
-    return _Rules(
-        sigma=0.02 * s,
-        gamma=min(math.sqrt(N) / 4, 10.0) * s,
-        z_max=min(14 * math.sqrt(N), 80.0) * s,
-        z_min=2e-3 * s,
-        restrict_M=False,
-        z_exp=None,
-    )
-
-
-def _checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
-    """center as float64 of shape S."""
-    try:
-        found = torch.as_tensor(center, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"center is {center!r:.80}; allowed are a number and numbers of shape {shape}."
-        ) from error
-    if found.shape not in (torch.Size([]), torch.Size(shape)):
-        raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
-    if not bool(found.isfinite().all()):
-        raise ValueError("center holds NaN or infinity; only finite values are allowed.")
-    if spread is None and bool((found != 0).any()):
-        raise ValueError("center is given without spread; the published rules centre data at 0.")
-    return found.expand(shape).clone()
+_FEWEST_IMAGE_VALUES = 64  # from so many values on the published clip of the prior does no harm
+_NORM_PER_REACH = 4.0  # data lie within upper_norm over this
+_FEW_VALUES = 8  # up to so many values a sample, more steps are taken
 
 
 class EmpiricalField(nn.Module):
@@ -171,33 +133,28 @@ class PoissonFlow(Flow):
         super().__init__(shape)
         if spread is not None and data_norm is not None:
             raise ValueError("both data_norm and spread given; allowed is one of them.")
-        self.spread = None if spread is None else float(positive("spread", spread))
-        if self.spread is not None and not _SPREADS[0] <= self.spread <= _SPREADS[1]:
-            raise ValueError(
-                f"spread is {spread}; allowed are {_SPREADS[0]} to {_SPREADS[1]}, so that squares "
-                "are numbers of float32."
-            )
-        self.center = _checked_center(center, self.shape, self.spread)
+        self.spread = None if spread is None else checked_spread(spread)
+        self.center = checked_center(center, self.shape, self.spread)
         self._centers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        rules = _published() if spread is None else _of_spread(spread, self.N)
+        rules = published_rules() if spread is None else spread_rules(spread, self.N)
         self.sigma = positive("sigma", rules.sigma if sigma is None else sigma)
         self.tau = positive("tau", tau)
         self.gamma = non_negative("gamma", rules.gamma if gamma is None else gamma)
         if M is None and rules.z_max is not None:
             z_max = positive("z_max", rules.z_max if z_max is None else z_max)
-            M = self._exponent_to(z_max)
+            M = exponent_from_z_max(z_max, self.sigma, self.tau)
         elif M is None:
-            M = self._exponent(data_norm)
+            M = exponent_from_norm(data_norm, self.N, self.sigma, self.tau)
         self.M = positive("M", M)
-        growth = _growth(self.sigma, self.tau, self.M)
-        self.z_max = positive("z_max", _MEAN_NORMAL * growth if z_max is None else z_max)
+        scale = largest_scale(self.sigma, self.tau, self.M)
+        self.z_max = positive("z_max", MEAN_NORMAL * scale if z_max is None else z_max)
         self.z_min = positive("z_min", rules.z_min if z_min is None else z_min)
         if self.z_min >= self.z_max:
             raise ValueError(
                 f"z_min is {self.z_min}; allowed is less than z_max, which is {self.z_max}."
             )
         self.upper_norm = positive(
-            "upper_norm", math.sqrt(self.N) * growth if upper_norm is None else upper_norm
+            "upper_norm", math.sqrt(self.N) * scale if upper_norm is None else upper_norm
         )
         self.restrict_M = rules.restrict_M if restrict_M is None else bool(restrict_M)
         default = self.gamma if rules.z_exp is None else rules.z_exp
@@ -211,29 +168,8 @@ class PoissonFlow(Flow):
     @property
     def defaults(self) -> Defaults:  # type: ignore[override]
         """Published rules: 10 steps. Few dimensions need more, as their noise has heavier tails."""
-        steps = 10 if self.spread is None else 20 if self.N > _FEW else 40
+        steps = 10 if self.spread is None else 20 if self.N > _FEW_VALUES else 40
         return Defaults(solver="multistep", steps=steps, schedule="rho")
-
-    def _exponent(self, data_norm: float | None) -> float:
-        if data_norm is None:
-            raise ValueError("none of M, data_norm and spread given; one of them is needed.")
-        ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(self.N) * self.sigma**2)
-        exponent = int(0.75 * math.log(ratio) / math.log1p(self.tau)) + 1
-        if exponent < 1:
-            raise ValueError(
-                f"data_norm is {data_norm}, too small for sigma={self.sigma}; scale the data up or "
-                "sigma down."
-            )
-        return exponent
-
-    def _exponent_to(self, z_max: float) -> float:
-        """M for which the average z at m = M is z_max."""
-        ratio = z_max / (_MEAN_NORMAL * self.sigma)
-        if ratio <= 1:
-            raise ValueError(
-                f"sigma is {self.sigma}; allowed is less than 1.25 z_max, which is {z_max}."
-            )
-        return math.log(ratio) / math.log1p(self.tau)
 
     @classmethod
     def from_data(cls, data: References | np.ndarray[Any, Any], **overrides: Any) -> PoissonFlow:
@@ -269,11 +205,11 @@ class PoissonFlow(Flow):
                 "data holds NaN, infinity or numbers whose squares are; allowed are finite values."
             )
         given: dict[str, Any] = {"data_norm": found.norm}
-        are_images = found.fills_unit and math.prod(data.shape[1:]) >= _IMAGE_VALUES
+        are_images = found.fills_unit and math.prod(data.shape[1:]) >= _FEWEST_IMAGE_VALUES
         if "data_norm" not in overrides and ("spread" in overrides or not are_images):
             given = {"spread": found.std or found.rms or 1.0, "center": found.mean}
         flow = cls(data.shape[1:], **{**given, **overrides})
-        reach = _REACHES * found.reach
+        reach = _NORM_PER_REACH * found.reach
         if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
             return flow
         # A few rows far away from all others: fields are alike only beyond them.
@@ -304,11 +240,11 @@ class PoissonFlow(Flow):
             "restrict_M": self.restrict_M,
             "z_exp": self.z_exp,
             "substitution": self.substitution,
-            **self._place,
+            **self._center_and_spread,
         }
 
     @property
-    def _place(self) -> dict[str, Any]:
+    def _center_and_spread(self) -> dict[str, Any]:
         """Center and spread, where the flow has them: files without load with published rules."""
         if self.spread is None:
             return {}
@@ -374,7 +310,7 @@ class PoissonFlow(Flow):
         >>> x_perturbed.shape, z.shape
         (torch.Size([8, 2]), torch.Size([8]))
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         dtype, device = x.dtype, x.device
         m = self.M * torch.rand(len(x), generator=generator, dtype=dtype, device=device)
         noise_z = torch.randn(len(x), generator=generator, dtype=dtype, device=device)
@@ -384,7 +320,7 @@ class PoissonFlow(Flow):
         if self.restrict_M:
             m = torch.where(noise_z < _RESTRICT_BELOW * self.sigma, _RESTRICT_TO * m, m)
         growth = (1 + self.tau) ** m
-        x_perturbed = x + self._rows(growth) * noise_x
+        x_perturbed = x + over_samples(growth, x) * noise_x
         return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z * self.sigma)
 
     def loss(
@@ -423,14 +359,14 @@ class PoissonFlow(Flow):
         >>> float(flow.loss(flow.empirical(data), data))
         0.0
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         condition = condition or {}
         labels = condition.get("labels")
         if references is None:
             references, reference_labels = x, labels
         x_perturbed, z = self.perturb(x, generator)
         with torch.no_grad():
-            target_x, target_z = by_label(
+            target_x, target_z = targets_by_label(
                 self._target, x_perturbed, z, references, labels, reference_labels
             )
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
@@ -472,7 +408,7 @@ class PoissonFlow(Flow):
         >>> bool(flow.prior(4).flatten(1).norm(dim=1).max() <= 3000.1)
         True
         """
-        self._check_n(n)
+        check_count(n)
         device = common_device(device, generator)
         direction = torch.randn(n, self.N, generator=generator, device=device)
         scale = torch.randn(n, 1, generator=generator, device=device).abs()
@@ -501,11 +437,13 @@ class PoissonFlow(Flow):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_centers": {}}
 
-    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field | Tensor:
+    def _predict(
+        self, net: Network, x: Tensor, level: Level, condition: Condition
+    ) -> Field | Tensor:
         # The exact field needs no training, and so knows no bound.
         if self.spread is None or isinstance(net, EmpiricalField):
             return self.field(net, x, per_row(level, x), condition)
-        points, z = self._within(x, per_row(level, x))
+        points, z = self._moved_inside(x, per_row(level, x))
         return ode_steps.euler(points, self.field(net, points, z, condition), z, 0.0)[0]
 
     def field(
@@ -516,7 +454,7 @@ class PoissonFlow(Flow):
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
-    def _within(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _moved_inside(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Points and their z, those farther out than was trained moved along their field lines.
 
         Far away field lines are straight lines to (center, 0), so that a network of the mean or of
@@ -524,12 +462,12 @@ class PoissonFlow(Flow):
         most, v the largest variance of the data in any direction.
         """
         center = self._center(x)
-        away = x - center
-        norm = torch.linalg.vector_norm(away.reshape(len(x), self.N), dim=1)
+        offset = x - center
+        norm = torch.linalg.vector_norm(offset.reshape(len(x), self.N), dim=1)
         # Without a branch, which would wait for a GPU.
         t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
-        far = self._rows(norm > self.upper_norm)
-        return torch.where(far, center + self._rows(t) * away, x), z * t
+        far = over_samples(norm > self.upper_norm, x)
+        return torch.where(far, center + over_samples(t, x) * offset, x), z * t
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
         space = SCHEDULES[schedule]
@@ -550,17 +488,6 @@ class PoissonFlow(Flow):
         """
         self._check_references(references)
         return EmpiricalField(references, self.gamma)
-
-
-def _growth(sigma: float, tau: float, M: float) -> float:
-    """sigma (1 + tau)^M, where the numbers of the perturbation are those of float32."""
-    most = math.log(torch.finfo(torch.float32).max)
-    if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
-        raise ValueError(
-            f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
-            "sigma (1 + tau)^M is a number of float32, at most 3.4e38."
-        )
-    return float(sigma * (1 + tau) ** M)
 
 
 def _gamma_of(net: Any) -> float | None:

@@ -19,9 +19,10 @@ from ..common.messages import say
 from ..data import to_unit
 from ..datasets import Data, open_data
 from ..distillation import Consistency
-from ..flows.flow import Flow, check_steps
+from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
+from ..flows.sampling import check_steps
 from ..references import ReferenceSet
 from .checkpoint import load
 from .locks import claimed

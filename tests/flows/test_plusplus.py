@@ -285,7 +285,7 @@ def test_guidance_extrapolates_the_means(generator):
     labels, x = torch.tensor([0, 1]), flow.prior(2, generator=generator)
     given = {"labels": labels}
     with_, without = (flow.denoise(conditional, x, 5.0, c) for c in (given, {}))
-    slope = flow._evaluator(conditional, x, given, 3.0, None)
+    slope = flow._predictor(conditional, x, given, 3.0, None)
     torch.testing.assert_close(slope(x, 5.0), without + 3 * (with_ - without))
     for weight, expected in ((1.0, given), (0.0, None)):
         runs = [
