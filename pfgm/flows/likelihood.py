@@ -99,9 +99,9 @@ class Likelihood(Sampling):
             condition: keyword arguments of the network, such as {"labels": labels}, labels (B,).
             generator: of the probes, on the device of x.
             differentiable: whether to keep the graph for gradients in x and in the network's
-                parameters. Memory then grows with the number of evaluations. The exact networks of
-                :meth:`empirical` can be differentiated only once, which the divergence does, so
-                that a backward pass through them raises.
+                parameters. Memory then grows with the number of evaluations. A backward pass
+                through an exact network (``flow.empirical``) raises, because such a network can be
+                differentiated only once and the divergence already does so.
             progress: whether to show a progress bar.
 
         Returns:
@@ -183,7 +183,7 @@ def log_likelihood(
     differentiable: bool = False,
     progress: bool = False,
 ) -> LogLikelihood:
-    """:meth:`Likelihood.log_likelihood` for any posterior mean and a grid of rising levels.
+    """The same as the method of flows, for any posterior mean and a grid of rising levels.
 
     >>> def denoise(x, level):  # data from a standard normal distribution, D = ∞
     ...     return x / (1 + level**2)

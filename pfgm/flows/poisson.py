@@ -259,7 +259,7 @@ class PoissonFlow(Flow):
 
     @property
     def _center_and_spread(self) -> dict[str, Any]:
-        """Center and spread; nothing with the published rules, as in files older than the others."""
+        """Center and spread; empty with the published rules, whose files have neither."""
         if self.spread is None:
             return {}
         return {"center": self.center.tolist(), "spread": self.spread}
