@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -294,6 +294,33 @@ class _Slope:
         self.steps += 1
 
 
+def dormand_prince(
+    slope: Callable[[Tensor, Tensor], Tensor],
+    state: Tensor,
+    ends: Tensor,
+    rtol: float,
+    atol: float,
+    options: dict[str, Any] | None = None,
+) -> Tensor:
+    """The state at the second of the ends, by torchdiffeq's dopri5 with its options.
+
+    Raises:
+        ValueError: no step is small enough.
+    """
+    from torchdiffeq import odeint  # late, because it imports SciPy, which is slow
+
+    try:
+        states: Tensor = odeint(
+            slope, state, ends, rtol=rtol, atol=atol, method="dopri5", options=options
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
+            "or not smooth."
+        ) from error
+    return states[-1]
+
+
 def rk45(
     denoise: DenoiseFunction,
     x: Tensor,
@@ -312,8 +339,6 @@ def rk45(
     Raises:
         ValueError: no step is small enough, for example because the mean is not finite.
     """
-    from torchdiffeq import odeint  # late, because it imports SciPy, which is slow
-
     if grid[-1] == 0 and len(grid) == 2:
         return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)
@@ -321,17 +346,12 @@ def rk45(
     ends = torch.tensor([grid[0], end], dtype=torch.float64, device=x.device).log()
     slope = _Slope(run, callback is not None, (float(ends[0]), float(ends[1])))
     try:
-        x = odeint(slope, x, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
+        x = dormand_prince(slope, x, ends, rtol, atol)
         if grid[-1] == 0:
             mean = run.mean(x, end, slope.steps)
             x = x if run.stops(slope.steps, end, x, mean) else mean
     except _Stopped as stopped:
         x = stopped.x
-    except AssertionError as error:
-        raise ValueError(
-            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
-            "or not smooth."
-        ) from error
     return x, run.nfe
 
 

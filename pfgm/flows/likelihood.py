@@ -22,7 +22,7 @@ from ..common.checks import check_choice, check_floating, positive
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import log_density, steps
-from ..solvers import DenoiseFunction
+from ..solvers import DenoiseFunction, dormand_prince
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
 from .sampling import Sampling
@@ -241,8 +241,6 @@ def _rk45(
     For w the tolerances are in units of the noise at every level. For x itself they would be in
     the units of the data, whatever the level.
     """
-    from torchdiffeq import odeint  # late, as in pfgm.solvers
-
     ends = torch.tensor([levels[0], levels[-1]], dtype=x.dtype, device=x.device).log()
 
     def slope(t: Tensor, state: Tensor) -> Tensor:
@@ -257,14 +255,8 @@ def _rk45(
     # nats, with as many evaluations.
     options = {"norm": _largest_row_error, "step_t": ends[1:], "max_step": 1.0}
     state = x.new_zeros(len(x), x.shape[1] + 1)
-    try:
-        state = odeint(slope, state, ends, rtol=rtol, atol=atol, method="dopri5", options=options)
-    except AssertionError as error:
-        raise ValueError(
-            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
-            "or not smooth."
-        ) from error
-    return x + levels[-1] * state[-1, :, :-1], state[-1, :, -1]
+    state = dormand_prince(slope, state, ends, rtol, atol, options)
+    return x + levels[-1] * state[:, :-1], state[:, -1]
 
 
 def _euler(

@@ -20,27 +20,21 @@ from .conditions import Condition, Network
 from .flow import Flow
 from .parametrisation import Defaults, per_row
 from .sampling import check_count
-from .targets import targets_by_label
+from .targets import ExactNetwork, targets_by_label
 
 __all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
 
 _LARGEST_CHURN = math.sqrt(2) - 1  # relative rise of the level in one step (EDM, algorithm 2)
 
 
-class EmpiricalDenoiser(nn.Module):
+class EmpiricalDenoiser(ExactNetwork):
     """The exact posterior mean of references as a network, which needs no training.
 
     ``forward`` takes x (B, *S) and sigma (B,) and returns :func:`pfgm.posterior_mean` (B, *S).
     """
 
-    references: References
-
     def __init__(self, references: References, D: float) -> None:
-        super().__init__()
-        if isinstance(references, Tensor):
-            self.register_buffer("references", references, persistent=False)
-        else:
-            self.references = references
+        super().__init__(references)
         self.D = D
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -382,6 +376,7 @@ class PoissonFlowPP(Flow):
         scale: float,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, float]:
+        """Points with noise added and their raised level; unchanged outside the range."""
         if not between[0] <= level <= between[1]:
             return x, level
         raised = level * (1 + growth)

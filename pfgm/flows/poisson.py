@@ -33,7 +33,7 @@ from .poisson_rules import (
     spread_rules,
 )
 from .sampling import check_count
-from .targets import targets_by_label
+from .targets import ExactNetwork, targets_by_label
 
 __all__ = ["EmpiricalField", "PoissonFlow"]
 
@@ -47,20 +47,14 @@ _NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reac
 _FEW_VALUES = 8  # samples with at most this many values take more steps
 
 
-class EmpiricalField(nn.Module):
+class EmpiricalField(ExactNetwork):
     """The exact field of references as a network, which needs no training.
 
     ``forward`` takes x (B, *S) and z (B,) and returns (field_x, field_z) of :func:`pfgm.field_fn`.
     """
 
-    references: References
-
     def __init__(self, references: References, gamma: float = 5.0) -> None:
-        super().__init__()
-        if isinstance(references, Tensor):
-            self.register_buffer("references", references, persistent=False)
-        else:
-            self.references = references
+        super().__init__(references)
         self.gamma = gamma
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

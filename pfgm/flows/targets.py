@@ -12,7 +12,7 @@ from ..references import References, ReferenceSet
 from .conditions import Condition, Network
 from .parametrisation import Parametrisation
 
-__all__ = ["Targets", "targets_by_label"]
+__all__ = ["ExactNetwork", "Targets", "targets_by_label"]
 
 
 class Targets(Parametrisation):
@@ -45,6 +45,19 @@ class Targets(Parametrisation):
                 f"references has shape {tuple(references.shape)}; allowed is (M, *S) with M ≥ 1 "
                 f"and S = {self.shape}."
             )
+
+
+class ExactNetwork(nn.Module):
+    """Base of the exact networks: holds references (M, *S), a tensor as a buffer."""
+
+    references: References
+
+    def __init__(self, references: References) -> None:
+        super().__init__()
+        if isinstance(references, Tensor):
+            self.register_buffer("references", references, persistent=False)
+        else:
+            self.references = references
 
 
 def targets_by_label(
