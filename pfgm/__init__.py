@@ -19,7 +19,8 @@ from . import (
 )
 from .backends import use_backend
 from .common.checks import debug_checks
-from .flows.editing import interpolate
+from .flows.flow import Flow
+from .flows.interpolation import interpolate
 from .flows.likelihood import LogLikelihood
 from .flows.plusplus import PoissonFlowPP
 from .flows.poisson import PoissonFlow
@@ -39,6 +40,7 @@ from .training.checkpoint import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "Flow",
     "LogLikelihood",
     "PoissonFlow",
     "PoissonFlowPP",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import pfgm
 from benchmarks.claims.measures import data_of
 from benchmarks.claims.presets import Preset
+from pfgm.common.tensors import over_samples
 from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
 from pfgm.flows.plusplus import Preconditioned
@@ -143,11 +144,11 @@ class Score(Preconditioned):
     def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         if self.method == "VE":
             return x
-        return x * (1 + self._rows(x, sigma).square()).rsqrt()
+        return x * (1 + over_samples(sigma, x).to(x.dtype).square()).rsqrt()
 
     def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
         sign = 1 if self.method == "VE" else -1
-        return x + sign * self._rows(x, sigma) * predicted
+        return x + sign * over_samples(sigma, x).to(x.dtype) * predicted
 
 
 def network_of(spec: Spec, preset: Preset, flow: Flow) -> nn.Module:

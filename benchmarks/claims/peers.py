@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pfgm.common.tensors import network_device
-from pfgm.flows.flow import Flow, Network
+from pfgm.flows import Flow, Network
 from pfgm.training.checkpoint import Loaded
 
 __all__ = ["PEERS", "SDE", "Sampler", "draw"]

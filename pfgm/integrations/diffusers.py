@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..common.checks import check_choice
 from ..common.tensors import dequantise, over_samples, wide_dtype
-from ..flows.flow import Flow, per_row
+from ..flows.flow import Flow
+from ..flows.parametrisation import per_row
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..functional import field_fn, posterior_mean

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..common.checks import check_dtype, checks_values, is_number, untouched
 from ..common.tensors import common_device, dequantise, over_samples
-from ..flows.flow import by_label
 from ..flows.plusplus import PoissonFlowPP
+from ..flows.targets import targets_by_label
 from ..functional import posterior_mean
 from ..functional.field import per_query
 from ..references import References
@@ -208,7 +208,7 @@ class PoissonFlowMatcher:
         if labels is not None and labels.shape != x.shape[:1]:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is ({len(x)},).")
         t = t.clamp(min=_FIRST_T)
-        (mean,) = by_label(
+        (mean,) = targets_by_label(
             self._target,
             x / over_samples(t, x),
             (1 - t) / t,

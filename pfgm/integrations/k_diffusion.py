@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flows.flow import Flow, Network
+from ..flows import Flow, Network
 
 __all__ = ["KDiffusionModel", "as_k_diffusion"]
 

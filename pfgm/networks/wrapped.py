@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import positive
+from ..common.tensors import over_samples
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned
 from ..flows.poisson import PoissonFlow
@@ -187,7 +188,7 @@ class ForeignDenoiser(Preconditioned):
         output = _like(x, output)
         if self._predicts == "residual":
             return self.mean(x, sigma, output)
-        return _mean(self._predicts, x, self._rows(x, sigma), output)
+        return _mean(self._predicts, x, over_samples(sigma, x).to(x.dtype), output)
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The posterior mean (B, *S) at x (B, *S) and sigma (B,)."""
