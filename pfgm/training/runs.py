@@ -24,8 +24,8 @@ from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import load
-from .locks import claimed
-from .processes import Processes, lost
+from .locks import locked_for_all
+from .processes import Processes, reports_process_lost
 from .trainer import TrainConfig, Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
@@ -211,7 +211,7 @@ def start(
             "shared and labels are both True, but the references of one label cannot be shared; "
             "choose one of them."
         )
-    with lost(processes), claimed(folder, processes):
+    with reports_process_lost(processes), locked_for_all(folder, processes):
         if resume:
             _check_settings(config, folder)
         elif (folder / "latest.json").exists():

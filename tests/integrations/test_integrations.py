@@ -449,7 +449,7 @@ def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
         assert dit.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.grad.any()
         samples = flow.sample(net, 4, steps=2, condition={"labels": labels})
         assert samples.shape == (4, 1, 8, 8)
-        with pytest.raises(ValueError, match="leads to 'labels', which DiTTransformer2DModel"):
+        with pytest.raises(ValueError, match="has 'labels', which DiTTransformer2DModel"):
             flow.sample(from_module(dit, flow), 4, steps=2, condition={"labels": labels})
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import pfgm
 from pfgm.networks import field_from_mean, from_module
-from pfgm.networks.wrapped import telling
+from pfgm.networks.level_encodings import level_encoding
 from pfgm.training import TrainConfig, Trainer
 
 IMAGES = pfgm.PoissonFlow((1, 8, 8), data_norm=5.0)
@@ -182,21 +182,21 @@ def test_data_std_is_what_the_flow_was_made_for():
 
 @pytest.mark.parametrize("flow", [IMAGES, PLUSPLUS], ids=["field", "denoiser"])
 @pytest.mark.parametrize("name", ["timestep", "log", "sigma"])
-def test_levels_are_told_and_found_again(flow, name):
-    told = telling(name, flow)
+def test_levels_are_encoded_and_decoded(flow, name):
+    encoding = level_encoding(name, flow)
     levels = torch.logspace(
         math.log10(flow.last_level), math.log10(flow.first_level), 50, dtype=torch.float64
     )
-    values = told(levels)
+    values = encoding(levels)
     assert bool((values.diff() > 0).all())
-    torch.testing.assert_close(told.level(values), levels)
+    torch.testing.assert_close(encoding.decode(values), levels)
     ends = {
         "timestep": [0.0, 1000.0],
         "log": [math.log(flow.last_level) / 4, math.log(flow.first_level) / 4],
         "sigma": [flow.last_level, flow.first_level],
     }[name]
     assert values[[0, -1]].tolist() == pytest.approx(ends, abs=1e-9)
-    assert torch.isfinite(told(torch.tensor([1e-10]))).all()  # the least z of training
+    assert torch.isfinite(encoding(torch.tensor([1e-10]))).all()  # the smallest z in training
 
 
 def test_a_level_may_be_any_function(generator):
@@ -230,7 +230,7 @@ def test_every_form_of_result(generator):
             r"shape \(5, 3, 8, 8\); needed is that of x, \(5, 1",
         ),
         (IMAGES, {}, torch.zeros(5, 1, 4, 4), r"shape \(5, 1, 4, 4\)"),
-        (IMAGES, {"predicts": "field"}, torch.zeros(5, 1, 8, 8), "with a channel more"),
+        (IMAGES, {"predicts": "field"}, torch.zeros(5, 1, 8, 8), "with one channel more"),
     ],
 )
 def test_wrong_results(generator, flow, options, output, message):
@@ -251,7 +251,7 @@ def test_wrong_results(generator, flow, options, output, message):
             PLUSPLUS,
             {"conditions": {"labels": "class_labels"}},
             ValueError,
-            "conditions leads to 'class_labels', which Probe does not take; its conditions are y",
+            "conditions has 'class_labels', which Probe does not take; its conditions are y",
         ),
     ],
 )
@@ -271,7 +271,7 @@ def test_conditions_by_their_own_names_and_others(generator):
     renamed = from_module(probe, IMAGES, conditions={"labels": "y"}, no_label=10)
     renamed(x, sigma, labels=labels)
     assert probe.y.tolist() == [3, 10, 0, 2, 10]
-    with pytest.raises(ValueError, match="leads to 'text', which Probe does not take"):
+    with pytest.raises(ValueError, match="has 'text', which Probe does not take"):
         renamed(x, sigma, text=labels)
 
 
@@ -330,7 +330,7 @@ def test_the_trainer_and_guidance_give_labels(flow):
     none = {"labels": torch.full_like(labels, -1)}
     assert torch.equal(samples, flow.sample(trained, 4, unconditional=none, **options))
     assert samples.isfinite().all()
-    with pytest.raises(ValueError, match="leads to 'text'"):
+    with pytest.raises(ValueError, match="has 'text'"):
         flow.sample(trained, 4, condition={"text": labels})
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pfgm
-from pfgm.training import checkpoint
+from pfgm.training import checkpoint, weights_file
 from pfgm.training.checkpoint import load_run, save_run
 
 
@@ -208,7 +208,8 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
             raise OSError(f"{path} cannot be written: no space.")
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", fails)
+    for module in (checkpoint, weights_file):
+        monkeypatch.setattr(module, "write_atomic", fails)
     with pytest.raises(OSError, match="no space"):
         run_checkpoint(tmp_path, flow, network, 10)
     monkeypatch.undo()

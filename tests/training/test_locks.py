@@ -143,7 +143,7 @@ def test_one_that_has_not_signed_yet_is_not_taken_for_one_that_was_killed(
     os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
     gone = processes(lambda: None)
     monkeypatch.setattr(locks, "_PAUSE", 0.01)
-    monkeypatch.setattr(locks, "_lives", lambda process: process != gone)
+    monkeypatch.setattr(locks, "_is_alive", lambda process: process != gone)
     path = tmp_path / ".pfgm.lock"
     path.write_text(f'{{"process": {gone}, "host": "{socket.gethostname()}", "since": "then"}}')
     with path.open() as file:

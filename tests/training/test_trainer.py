@@ -418,14 +418,14 @@ def test_a_run_that_another_has_continued_since_is_refused(tmp_path, data, flow)
 
 def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow):
     trainer = Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False)
-    checked = trainer._checked
+    check_loss = trainer._check_loss
 
     def interrupted(loss):
         if trainer.step == 10:
             signal.raise_signal(signal.SIGINT)
-        return checked(loss)
+        return check_loss(loss)
 
-    trainer._checked = interrupted
+    trainer._check_loss = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert load_run(tmp_path)[2]["step"] == trainer.step == 11
