@@ -319,7 +319,7 @@ def test_bad_batches(arguments, error, message):
 
 def test_bad_calls():
     matcher = PoissonFlowMatcher(16, POINTS)
-    with pytest.raises(ValueError, match="references is None; needed are those whose flow"):
+    with pytest.raises(ValueError, match="references is None; the velocity needs"):
         PoissonFlowMatcher(16).velocity(0.5, POINTS)
     with pytest.raises(TypeError, match=r"x has dtype torch\.int64; allowed is floating"):
         matcher.velocity(0.5, POINTS.long())

@@ -19,12 +19,10 @@ from ...common.checks import check_choice, int_tuple, natural, positive_int
 from ...flows.plusplus import Preconditioned
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from ..embedding import check_labels
-from .pfgm_unets import positional_features
+from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
 
-_HALF_SUM = math.sqrt(0.5)  # factor of a sum of two branches, which keeps their variance
 _ZERO_GAIN = 1e-5  # initial gain of layers whose output starts at almost zero
 _ATTENTION_GAIN = math.sqrt(0.2)  # initial gain of the layer of queries, keys and values
-_FOURIER_STD = 16.0  # standard deviation of the frequencies, in cycles per unit of c_noise
 
 
 def _initialised(layer: Any, gain: float = 1.0) -> Any:
@@ -136,16 +134,14 @@ class EDMBlock(nn.Module):
         """(B, inputs, H, W) and (B, embedding) to (B, outputs, H', W')."""
         h = self.conv0(F.silu(self.norm0(x))) + self.affine(embedding)[:, :, None, None]
         h = self.conv1(self.dropout(F.silu(self.norm1(h))))
-        h = ((x if self.skip is None else self.skip(x)) + h) * _HALF_SUM
+        h = ((x if self.skip is None else self.skip(x)) + h) * HALF_SUM
         return self._attend(h) if self.attention else h
 
     def _attend(self, h: Tensor) -> Tensor:
         # Queries, keys and values take every third channel each.
         triples = self.qkv(self.norm2(h)).flatten(2).unflatten(1, (-1, 3))
         q, k, v = triples.permute(2, 0, 3, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
-        result: Tensor = (h + self.proj(mixed)) * _HALF_SUM
-        return result
+        return add_attention(h, q, k, v, self.proj)
 
 
 class NoiseFrequencies(nn.Module):
@@ -155,7 +151,7 @@ class NoiseFrequencies(nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", _FOURIER_STD * torch.randn(count // 2))
+        self.register_buffer("freqs", FOURIER_STD * torch.randn(count // 2))
 
     def forward(self, noise: Tensor) -> Tensor:
         """(B,) to (B, count)."""
@@ -360,7 +356,7 @@ class SongUNet(nn.Module):
             else:
                 h = self.enc[_key(side, "down")](h, embedding)
                 if self.config["encoder_type"] == "residual":
-                    h = image = (h + self.enc[_key(side, "aux_residual")](image)) * _HALF_SUM
+                    h = image = (h + self.enc[_key(side, "aux_residual")](image)) * HALF_SUM
             skips.append(h)
             for place in range(self.config["num_blocks"]):
                 h = self.enc[_key(side, f"block{place}")](h, embedding)

@@ -17,11 +17,9 @@ from torch.nn import functional as F
 
 from ...common.checks import check_choice, int_tuple, positive_int
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
+from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
 
-_HALF_SUM = math.sqrt(0.5)  # factor of a sum of two branches, which keeps their variance
 _ZERO_SCALE = 1e-10  # initial scale of layers whose output starts at almost zero
-_FOURIER_STD = 16.0  # standard deviation of the frequencies, in cycles per unit of log z
-_LONGEST_PERIOD = 10_000.0  # of the positional sines, in units of 2π
 
 
 def _initialised(layer: Any, scale: float = 1.0) -> Any:
@@ -72,9 +70,7 @@ class PublishedAttention(nn.Module):
             layer(normed).flatten(2).transpose(1, 2)
             for layer in (self.NIN_0, self.NIN_1, self.NIN_2)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
-        result: Tensor = (h + self.NIN_3(mixed)) * _HALF_SUM
-        return result
+        return add_attention(h, q, k, v, self.NIN_3)
 
 
 class Resampling(nn.Module):
@@ -150,7 +146,7 @@ class PublishedBlock(nn.Module):
         h = self.Conv_1(self.Dropout_0(F.silu(self.GroupNorm_1(h))))
         if self.Conv_2 is not None:
             x = self.Conv_2(x)
-        result: Tensor = (x + h) * _HALF_SUM
+        result: Tensor = (x + h) * HALF_SUM
         return result
 
 
@@ -174,20 +170,12 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.W = nn.Parameter(_FOURIER_STD * torch.randn(count), requires_grad=False)
+        self.W = nn.Parameter(FOURIER_STD * torch.randn(count), requires_grad=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B,) to (B, 2 count)."""
         angles = 2 * math.pi * z.log()[:, None] * self.W
         return torch.cat([angles.sin(), angles.cos()], 1)
-
-
-def positional_features(z: Tensor, count: int) -> Tensor:
-    """Sines and cosines (B, count) of z (B,), with periods from 2π to 20000π."""
-    half = count // 2
-    indices = torch.arange(half, dtype=z.dtype, device=z.device)
-    angles = z[:, None] * (-indices * math.log(_LONGEST_PERIOD) / (half - 1)).exp()
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class Published(nn.Module):
@@ -338,7 +326,7 @@ class Published(nn.Module):
             if level + 1 < len(self._levels):
                 h = next(modules)(h, embedding)
                 if self._residual:
-                    h = image = (next(modules)(image) + h) * _HALF_SUM
+                    h = image = (next(modules)(image) + h) * HALF_SUM
                 skips.append(h)
         return skips
 
