@@ -96,7 +96,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         if not isinstance(flow, Mapping):
             raise TypeError(
-                f"flow is a {type(flow).__name__}; allowed is a config; from_flow takes "
+                f"flow is a {type(flow).__name__}; allowed is flow.config; from_flow takes "
                 "the flow itself."
             )
         self._flow = self._flow_type(**flow)

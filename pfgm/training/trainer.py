@@ -129,7 +129,7 @@ class Trainer:
             place=(processes.rank, processes.size),
         )
         self._parallel = processes.data_parallel(network)
-        self._compiled = torch.compile(self._parallel) if config.compile else self._parallel
+        self._wrapped = torch.compile(self._parallel) if config.compile else self._parallel
         self._optimizer = torch.optim.Adam(
             network.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2)
         )
@@ -339,7 +339,7 @@ class Trainer:
             with sync, self._autocast():
                 labels = None if batch.labels is None else batch.labels[rows]
                 loss = (self.loss or self.flow.loss)(
-                    self._compiled,
+                    self._wrapped,
                     batch.x[rows],
                     batch.references,
                     generator,

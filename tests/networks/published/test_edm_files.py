@@ -31,7 +31,7 @@ CLASSES = {
 
 
 class Persistent:
-    """Pickles as modules of the trainer do: by a function that would execute their source text."""
+    """Pickled as modules of the trainer: by a function that would execute the source text."""
 
     def __init__(self, name, state):
         self.name, self.state = name, state
@@ -69,7 +69,7 @@ def as_published(module, **state):
 
 
 def trainers_modules():
-    """What the trainer's pickles name; reading them must need none of it."""
+    """The modules that the trainer's pickles name; reading the pickles must not need them."""
     persistence, dnnlib = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib")
 
     def _reconstruct_persistent_obj(meta):
@@ -109,7 +109,7 @@ def precond(net, **state):
 
 
 def published_file(path, net, trained=None, write=torch.save, change=None, **state):
-    """As the trainer writes one: the averaged module, the trained one, the optimiser's state."""
+    """Writes a file as the trainer does: averaged module, trained module, optimiser state."""
     state = {"pfgmpp": True, "D": 2048, **state}
     with pytest.MonkeyPatch.context() as patch:
         for name, module in trainers_modules().items():
@@ -191,7 +191,7 @@ def test_the_full_architecture_is_inferred(name, published_shapes):
 
 
 def inner(content, *path):
-    """The state of the network within the averaged module, or of what a path leads to there."""
+    """The state of the network in the averaged module, or of a submodule of it."""
     state = content["ema"].state
     for name in ("model", *path):
         part = state["_modules"][name]

@@ -12,7 +12,7 @@ NETWORKS = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp}
 
 
 def published_file(path, net, seed=1):
-    """As the published trainer writes one: DataParallel's prefixes, a list of averaged weights."""
+    """Writes a file as the published trainer does: DataParallel prefixes, averages in a list."""
     generator = torch.Generator().manual_seed(seed)
     averages = [
         torch.randn(p.shape, generator=generator) for p in net.parameters() if p.requires_grad
@@ -131,7 +131,7 @@ def test_bad_checkpoints(tmp_path, capsys):
         {"all_modules.2.weight": torch.ones(8, 1, 3, 3), "all_modules.3.NIN_0.W": torch.ones(())},
     ],
 )
-def test_checkpoints_that_make_no_sense(tmp_path, model):
+def test_malformed_checkpoints(tmp_path, model):
     torch.save({"model": model}, tmp_path / "checkpoint.pth")
     with pytest.raises(ValueError, match=r"checkpoint\.pth holds no published network"):
         load_published(tmp_path / "checkpoint.pth")

@@ -1,4 +1,4 @@
-"""Pickles read as data: what is refused, and what broken and crafted files may cost."""
+"""Pickles read as data: what is refused, and the cost of broken and crafted files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EXTENSION = 201
 
 
 class Evil:
-    """What it does is done when its state is set."""
+    """Touches a file when its state is set."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -59,7 +59,7 @@ def named(module, name):
 
 
 def payloads(marker):
-    """Pickles that touch a file when Python reads them, and what the refusal names."""
+    """Pickles that touch a file when Python reads them, and the message that refuses them."""
     command, code = text(f"touch {marker}"), text(f"open({str(marker)!r}, 'w').close()")
     return {
         "GLOBAL": (b"\x80\x02cposix\nsystem\n" + command + b"\x85R.", "holds posix.system"),
@@ -114,7 +114,7 @@ class Hidden:
 
 
 def test_what_is_allowed_cannot_be_misused(tmp_path):
-    """Calls and states that make no sense are malformed: there is nothing for them to act on."""
+    """Calls and states without meaning are reported as malformed."""
     path = tmp_path / "state.pkl"
     rebuild, ordered = named("torch._utils", "_rebuild_tensor_v2"), b"ccollections\nOrderedDict\n"
     for content in (
@@ -170,7 +170,7 @@ def test_tensors_stay_within_their_storage(tmp_path):
 
 
 def test_small_files_take_little_time_and_memory(tmp_path):
-    """What would grow without end if it were taken at its word."""
+    """Files that ask for very much time or memory."""
     path, rebuild = tmp_path / "state.pkl", named("torch._utils", "_rebuild_tensor_v2")
     number = b"\x8a\xff" + b"\xff" * 254 + b"\x7f"  # of 255 bytes
     large_shape = rebuild + b"(N" + b"K\x00(" + number + b"\x94" + b"h\x00" * 20_000 + b"t)tR."
