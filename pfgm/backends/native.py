@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_radius, checks_values, non_finite_message, radius_message
-from .problems import OdeStep
-from .reference import normalised_field as normalised_field_formula
+from ..common.tensors import contiguous_features
+from . import formulas
+from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular, singular_message
 
 __all__ = [
@@ -123,14 +124,9 @@ def build_lines() -> list[str]:
     ]
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with contiguous features; rows may lie anywhere, also on one another."""
-    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _problem(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, sketch: Tensor | None = None
-) -> object:
+def _problem(problem: PosteriorMean) -> object:
+    """The extension's Problem, with addresses in place of tensors."""
+    x, references, radius, D, _, sketch = problem
     if sketch is not None:
         _check_sketch(sketch, x, references)
     return extension().Problem(
@@ -150,6 +146,13 @@ def _problem(
     )
 
 
+def _laid_out(problem: PosteriorMean) -> PosteriorMean:
+    """The problem with tensors in the layout of the kernels."""
+    x, references, radius, D, precision, sketch = problem
+    x, references = contiguous_features(x), contiguous_features(references)
+    return PosteriorMean(x, references, radius.contiguous(), D, precision, sketch)
+
+
 def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What the CPU kernels can use again of references that stay as they are, for x of a dtype.
 
@@ -159,7 +162,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     width = extension().sketch_width(references.shape[1])
     if _on_cuda(references.device) or width == 0:
         return None
-    references = _rows(references)
+    references = contiguous_features(references)
     out = torch.empty(len(references) * width, dtype=dtype)
     extension().sketch(
         type=_TYPES[dtype],
@@ -210,15 +213,9 @@ def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None
     getattr(extension(), name)(problem, io, place, given)
 
 
-def posterior_mean(
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    D: float,
-    precision: str = "high",
-    sketch: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, references, radius = _rows(x), _rows(references), radius.contiguous()
+def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _laid_out(problem)
+    x, references, radius = problem[:3]
     mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     logsumexp, nearest, total = (
         torch.empty(len(x), dtype=torch.float64, device=x.device) for _ in range(3)
@@ -229,35 +226,25 @@ def posterior_mean(
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
     )
-    problem = _problem(x, references, radius, D, sketch)
+    native_problem = _problem(problem)
     if not _on_cuda(x.device):
-        _check(extension().posterior_mean(problem, io), x, references, radius)
+        _check(extension().posterior_mean(native_problem, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
         check_radius(radius)
-    _run_on_cuda(x, problem, io, backward=False)
+    _run_on_cuda(x, native_problem, io, backward=False)
     if checks_values(x.device) and bool(nearest.isnan().any()):
         raise ValueError(non_finite_message(x, references, "x"))
     return mean, logsumexp, nearest, total
 
 
 def posterior_mean_backward(
-    grad_mean: Tensor,
-    grad_logsumexp: Tensor,
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    mean: Tensor,
-    nearest: Tensor,
-    total: Tensor,
-    D: float,
-    needs: tuple[bool, bool, bool],
-    precision: str = "high",
-    sketch: Tensor | None = None,
+    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, references, radius = _rows(x), _rows(references), radius.contiguous()
-    grad_mean, grad_logsumexp = grad_mean.contiguous(), grad_logsumexp.contiguous()
-    mean, nearest, total = mean.contiguous(), nearest.contiguous(), total.contiguous()
+    problem = _laid_out(problem)
+    x, references, radius = problem[:3]
+    grad_mean, grad_logsumexp = (gradient.contiguous() for gradient in upstream)
+    mean, nearest, total = (value.contiguous() for value in state)
     grad_x, grad_references, grad_radius = (
         torch.empty(of.shape, dtype=dtype, device=x.device) if needed else None
         for of, dtype, needed in zip(
@@ -274,12 +261,12 @@ def posterior_mean_backward(
         grad_radius=_address(grad_radius),
         grad_references=_address(grad_references),
     )
-    problem = _problem(x, references, radius, D, sketch)
+    native_problem = _problem(problem)
     if _on_cuda(x.device):
-        check_singular(at_limit(nearest, radius, D), grad_logsumexp)
-        _run_on_cuda(x, problem, io, backward=True)
+        check_singular(at_limit(nearest, radius, problem.D), grad_logsumexp)
+        _run_on_cuda(x, native_problem, io, backward=True)
     else:
-        _check(extension().posterior_mean_backward(problem, io), x, references, radius)
+        _check(extension().posterior_mean_backward(native_problem, io), x, references, radius)
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
@@ -287,8 +274,8 @@ def posterior_mean_backward(
 
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     if not _on_cuda(x.device):
-        return normalised_field_formula(x, z, mean, gamma)
-    x, mean, z = _rows(x), _rows(mean), z.contiguous()
+        return formulas.normalised_field(x, z, mean, gamma)
+    x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
     field_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     field_z = torch.empty(len(x), dtype=x.dtype, device=x.device)
     field = extension().NormalisedField(
@@ -308,8 +295,8 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
 def ode_step(
     step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    x, slope = _rows(step.x), _rows(step.slope)
-    history = None if step.history is None else _rows(step.history)
+    x, slope = contiguous_features(step.x), contiguous_features(step.slope)
+    history = None if step.history is None else contiguous_features(step.history)
     field_z = None if step.field_z is None else step.field_z.contiguous()
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_radius, checks_values, non_finite_message
-from .problems import OdeStep
+from ..common.tensors import contiguous_features
+from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular
 
 _REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -43,37 +44,25 @@ def describe() -> str:
     return f"Triton kernels, {'in the interpreter' if interpreted() else 'compiled for the GPU'}"
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with contiguous features; rows may lie anywhere, also on one another."""
-    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _current(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: makes it the tensor's."""
+def _current_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> None:
-    """The kernels find norms while they load references: nothing is worth keeping."""
+    """None: the kernels compute norms while they load references, at no cost."""
     return None
 
 
-def posterior_mean(
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    D: float,
-    precision: str = "high",
-    sketch: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import posterior_mean as kernels
 
+    x, references = contiguous_features(problem.x), contiguous_features(problem.references)
     if checks_values(x.device):
-        check_radius(radius)
-    x, references, radius = _rows(x), _rows(references), radius.contiguous()
-    with _current(x):
+        check_radius(problem.radius)
+    with _current_device(x):
         mean, logsumexp, nearest, total = kernels.posterior_mean(
-            x, references, radius, D, precision
+            x, references, problem.radius.contiguous(), problem.D, problem.precision
         )
     if checks_values(x.device) and bool(nearest.isnan().any()):
         raise ValueError(non_finite_message(x, references, "x"))
@@ -81,32 +70,19 @@ def posterior_mean(
 
 
 def posterior_mean_backward(
-    grad_mean: Tensor,
-    grad_logsumexp: Tensor,
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    mean: Tensor,
-    nearest: Tensor,
-    total: Tensor,
-    D: float,
-    needs: tuple[bool, bool, bool],
-    precision: str = "high",
-    sketch: Tensor | None = None,
+    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from ..kernels import posterior_mean_backward as kernels
 
-    check_singular(at_limit(nearest, radius, D), grad_logsumexp)
-    with _current(x):
+    x, references, radius, D, precision, _ = problem
+    check_singular(at_limit(state.nearest, radius, D), upstream.logsumexp)
+    with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
-            grad_mean.contiguous(),
-            grad_logsumexp.contiguous(),
-            _rows(x),
-            _rows(references),
+            *(gradient.contiguous() for gradient in upstream),
+            contiguous_features(x),
+            contiguous_features(references),
             radius.contiguous(),
-            mean.contiguous(),
-            nearest.contiguous(),
-            total.contiguous(),
+            *(value.contiguous() for value in state),
             D,
             needs,
             precision,
@@ -119,9 +95,9 @@ def posterior_mean_backward(
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     from ..kernels import normalised_field as kernels
 
-    x, mean = _rows(x), _rows(mean)
+    x, mean = contiguous_features(x), contiguous_features(mean)
     field_x, field_z = x.new_empty(x.shape), x.new_empty(len(x))
-    with _current(x):
+    with _current_device(x):
         kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
     return field_x, field_z
 
@@ -131,8 +107,8 @@ def ode_step(
 ) -> tuple[Tensor, Tensor | None]:
     from ..kernels import ode_step as kernels
 
-    x, slope = _rows(step.x), _rows(step.slope)
-    history = None if step.history is None else _rows(step.history)
+    x, slope = contiguous_features(step.x), contiguous_features(step.slope)
+    history = None if step.history is None else contiguous_features(step.history)
     field_z = None if step.field_z is None else step.field_z.contiguous()
     levels = step.levels.contiguous() if isinstance(step.levels, Tensor) else step.levels
     if out is None:
@@ -143,6 +119,6 @@ def ode_step(
         mean_out = x.new_empty(x.shape)
     step = OdeStep(x, slope, field_z, history, levels, step.gamma, step.z_exp, step.exact)
     if len(x) > 0:
-        with _current(x):
+        with _current_device(x):
             kernels.launch(step, out, mean_out)
     return out, mean_out

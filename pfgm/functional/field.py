@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends.problems import PosteriorMean
 from ..common.checks import LARGEST, is_number, varies
 from ..common.tensors import wide_dtype
-from ..references import References, ReferenceSet, merging
+from ..references import References, ReferenceSet
+from ..references import posterior_mean as over_parts
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]
 
@@ -92,8 +94,11 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     return per_query("sigma", sigma, x) * scale
 
 
-def flatten(tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+def _flatten(samples: Tensor) -> Tensor:
+    """(B, *S) as (B, N)."""
+    if samples.ndim == 2:
+        return samples
+    return samples.reshape(samples.shape[0], math.prod(samples.shape[1:]))
 
 
 def _flat_mean(
@@ -105,13 +110,14 @@ def _flat_mean(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flat queries, at least float32, with their mean and log-sum-exp."""
-    flat = flatten(x)
+    flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
     if isinstance(references, ReferenceSet):
-        mean, lse = merging.posterior_mean(flat, radius, references.parts, D, backend, precision)
+        mean, lse = over_parts.compute(flat, radius, references.part, D, backend, precision)
         return flat, mean, lse
-    return flat, *ops.posterior_mean(flat, flatten(references), radius, D, backend, precision)
+    problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
+    return flat, *ops.posterior_mean.compute(problem, backend)
 
 
 @overload
@@ -251,7 +257,7 @@ def field_fn(
         raise ValueError(f"gamma is {gamma}; allowed is any finite number of at least 0.")
     radius = per_query("z", z, x)
     flat, mean, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
-    field_x, field_z = ops.normalised_field(flat, radius, mean, gamma, backend)
+    field_x, field_z = ops.normalised_field.compute(flat, radius, mean, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
 

@@ -270,7 +270,7 @@ def _take(
     given = slope if return_mean and isinstance(slope, Tensor) else None
     with_mean = return_mean and field is not None
     if out is None and mean_out is None:
-        result, mean = ops.ode_step(step, with_mean, backend)
+        result, mean = ops.ode_step.compute(step, with_mean, backend)
         mean = given if mean is None else mean.reshape(x.shape).to(x.dtype)
         return result.reshape(x.shape).to(x.dtype), mean
     if out is None:
@@ -279,7 +279,7 @@ def _take(
         mean_out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat_out = step.x if out is x and _is_flat(x, dtype) else _flat_output("out", out, x, dtype)
     flat_mean = None if mean_out is None else _flat_output("mean_out", mean_out, x, dtype)
-    ops.ode_step_out(step, flat_out, flat_mean, backend)
+    ops.ode_step.compute_into(step, flat_out, flat_mean, backend)
     if not _is_flat(out, dtype):
         out.copy_(flat_out.view(x.shape))
     if mean_out is not None and flat_mean is not None and not _is_flat(mean_out, dtype):

@@ -9,6 +9,7 @@ import torch
 
 import pfgm
 from pfgm.backends import native, reference
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 
 OP = torch.ops.pfgm.posterior_mean
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
@@ -61,7 +62,7 @@ def radius_of(sigma, D):
 
 
 def compute(x, references, radius, D):
-    return native.posterior_mean(x, references, radius, D)[:2]
+    return native.posterior_mean(PosteriorMean(x, references, radius, D))[:2]
 
 
 def right(oracle, x, references, radius, D):
@@ -203,7 +204,7 @@ def test_workspace_is_bounded(device):
         for M in (1_000_000, 4_000_000):
             references = torch.empty(1, N, device=device).expand(M, N)
             place = native._place(x.device)
-            given = native._problem(x, references, radius, 1.0)
+            given = native._problem(PosteriorMean(x, references, radius, 1.0))
             sizes.append(native.extension().posterior_mean_workspace_cuda(given, place, backward))
         assert sizes[0] == sizes[1] <= 100 << 20
 
@@ -408,14 +409,15 @@ def upstream(x, radius):
 
 def gradients(x, references, radius, D, needs=(True, True, True)):
     G, g = upstream(x, radius)
-    mean, _, nearest, total = native.posterior_mean(x, references, radius, D)
-    return native.posterior_mean_backward(
-        G, g, x, references, radius, mean, nearest, total, D, needs
-    )
+    given = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = native.posterior_mean(given)
+    state = State(mean, nearest, total)
+    return native.posterior_mean_backward(given, state, Upstream(G, g), needs)
 
 
 def everything(x, references, radius, D):
-    return (*native.posterior_mean(x, references, radius, D), *gradients(x, references, radius, D))
+    given = PosteriorMean(x, references, radius, D)
+    return (*native.posterior_mean(given), *gradients(x, references, radius, D))
 
 
 def assert_gradient(actual, expected, tolerance=1e-5):
@@ -484,15 +486,16 @@ def test_gradients_vanish_at_the_limits(device, D):
     _, references, _ = problem(3, 20, 9, device=device)
     x = references[:3].clone()
     radius = torch.zeros(3, dtype=torch.float64, device=device)
-    mean, lse, nearest, total = native.posterior_mean(x, references, radius, D)
-    saved = (x, references, radius, mean, nearest, total, D, (True, True, True))
-    grad_x, _, grad_radius = native.posterior_mean_backward(
-        torch.ones_like(x), torch.zeros_like(lse), *saved
-    )
+    given = PosteriorMean(x, references, radius, D)
+    mean, lse, nearest, total = native.posterior_mean(given)
+    state, needs = State(mean, nearest, total), (True, True, True)
+    upstream = Upstream(torch.ones_like(x), torch.zeros_like(lse))
+    grad_x, _, grad_radius = native.posterior_mean_backward(given, state, upstream, needs)
     assert not grad_x.any()
     assert not grad_radius.any()
+    upstream = Upstream(torch.ones_like(x), torch.ones_like(lse))
     with pfgm.debug_checks(), pytest.raises(ValueError, match="row 0 of x is infinite"):
-        native.posterior_mean_backward(torch.ones_like(x), torch.ones_like(lse), *saved)
+        native.posterior_mean_backward(given, state, upstream, needs)
 
 
 # ---- as torch sees it ----

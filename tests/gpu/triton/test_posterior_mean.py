@@ -10,6 +10,7 @@ from pfgm.kernels import distances, posterior_mean, posterior_mean_backward
 
 import pfgm
 from pfgm.backends import reference, triton
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 
 OP = torch.ops.pfgm.posterior_mean
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
@@ -45,7 +46,7 @@ def radius_of(sigma, D):
 
 
 def compute(x, references, radius, D, precision="high"):
-    return triton.posterior_mean(x, references, radius, D, precision)[:2]
+    return triton.posterior_mean(PosteriorMean(x, references, radius, D, precision))[:2]
 
 
 def assert_accurate(result, expected, references, tolerance=1e-5):
@@ -325,11 +326,10 @@ def gradients(x, references, radius, D, needs=(True, True, True)):
     generator = torch.Generator().manual_seed(5)
     G = torch.randn(x.shape, generator=generator).to(x.device)
     g = (radius.cpu().square().clamp(max=1) * torch.randn(len(x), generator=generator)).to(x.device)
-    saved = triton.posterior_mean(x, references, radius, D)
-    mean, _, nearest, total = saved
-    result = triton.posterior_mean_backward(
-        G, g, x, references, radius, mean, nearest, total, D, needs
-    )
+    given = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = triton.posterior_mean(given)
+    state = State(mean, nearest, total)
+    result = triton.posterior_mean_backward(given, state, Upstream(G, g), needs)
     return result, G.cpu(), g.cpu()
 
 
@@ -387,15 +387,16 @@ def test_gradients_vanish_at_the_limits(device, D):
     _, references, _ = problem(3, 20, 9, device=device)
     x = references[:3].clone()
     radius = torch.zeros(3, dtype=torch.float64, device=device)
-    mean, lse, nearest, total = triton.posterior_mean(x, references, radius, D)
-    saved = (x, references, radius, mean, nearest, total, D, (True, False, True))
-    grad_x, _, grad_radius = triton.posterior_mean_backward(
-        torch.ones_like(x), torch.zeros_like(lse), *saved
-    )
+    given = PosteriorMean(x, references, radius, D)
+    mean, lse, nearest, total = triton.posterior_mean(given)
+    state, needs = State(mean, nearest, total), (True, False, True)
+    upstream = Upstream(torch.ones_like(x), torch.zeros_like(lse))
+    grad_x, _, grad_radius = triton.posterior_mean_backward(given, state, upstream, needs)
     assert not grad_x.any()
     assert not grad_radius.any()
+    upstream = Upstream(torch.ones_like(x), torch.ones_like(lse))
     with pfgm.debug_checks(), pytest.raises(ValueError, match="row 0 of x is infinite"):
-        triton.posterior_mean_backward(torch.ones_like(x), torch.ones_like(lse), *saved)
+        triton.posterior_mean_backward(given, state, upstream, needs)
 
 
 def test_decided_points_have_no_noise_in_their_gradient(device):
@@ -403,7 +404,7 @@ def test_decided_points_have_no_noise_in_their_gradient(device):
     sigma = torch.full((20,), 1e-3, dtype=torch.float64, device=device)
     (grad_x, _, _), _, _ = gradients(x, references, sigma, math.inf)
     # The weights of all others are below e^-1000: what is left is the score's part g (x − mean)/σ².
-    mean, *_ = triton.posterior_mean(x, references, sigma, math.inf)
+    mean, *_ = triton.posterior_mean(PosteriorMean(x, references, sigma, math.inf))
     _, _, g = gradients(x, references, sigma, math.inf)
     wanted = -(g.to(device) / sigma**2)[:, None] * (x.double() - mean)
     assert torch.allclose(grad_x.double(), wanted, rtol=1e-5, atol=1e-6)
