@@ -1,4 +1,4 @@
-"""What is measured of all rows of the data."""
+"""Statistics of all rows of the data."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .ranks import total
 
 
 class Measures(NamedTuple):
-    """What is measured of the rows of data (M, *S), in float64."""
+    """Statistics of data (M, *S), in float64."""
 
     norm: float
     """Average of ‖x‖."""
     rms: float
     """Root mean square of the values."""
     mean: Tensor
-    """Average row, *S."""
+    """(*S), the average row."""
     std: float
     """Root mean square of the values of x − mean."""
     least: Tensor
-    """Smallest of each value, *S."""
+    """(*S), the smallest of each value."""
     most: Tensor
-    """Largest of each value, *S."""
+    """(*S), the largest of each value."""
     fills_unit: bool
-    """Whether all values lie in [−1, 1] and come within 0.01 of both ends, as those of images."""
+    """Whether all values are in [−1, 1] and some within 0.01 of both ends, as in images."""
 
     @property
     def reach(self) -> float:
-        """A distance from mean within which all rows lie."""
+        """A distance: all rows are at most so far from mean."""
         return float(torch.maximum(self.most - self.mean, self.mean - self.least).norm())
 
     def mirrored(self) -> Measures:
-        """The same of the rows together with their mirror images (last axis reversed)."""
+        """The statistics of the rows and their mirror images (last axis reversed) together."""
         mean = (self.mean + self.mean.flip(-1)) / 2
         apart = float((self.mean - mean).square().mean())
         return self._replace(
@@ -49,9 +49,9 @@ class Measures(NamedTuple):
 
 
 class RowSums:
-    """Sums over rows, from which :class:`Measures` follow; they add up over processes.
+    """Sums over rows, from which :class:`Measures` follow.
 
-    Deviations are from a row of the data: squares of values far from 0 hold no digits of them.
+    Deviations are from the first row. Deviations from 0 would lose digits in data far from 0.
     """
 
     def __init__(self, features: int) -> None:
@@ -62,7 +62,7 @@ class RowSums:
         self.extremes = torch.full((2, features), math.inf, dtype=torch.float64)  # least, −most
 
     def add(self, chunk: Tensor) -> None:
-        """Adds rows (m, *S), uint8 meaning u/127.5 − 1."""
+        """Adds rows (m, *S); uint8 means u/127.5 − 1."""
         for rows in chunk.reshape(len(chunk), -1).split(1024):
             wide = (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).double()
             if self.origin is None:
@@ -79,7 +79,7 @@ class RowSums:
             self.extremes = torch.minimum(self.extremes, found)
 
     def gather(self, group: dist.ProcessGroup | None, processes: int) -> None:
-        """The sums over all processes of a group."""
+        """Adds the sums of the other processes of a group."""
         assert self.origin is not None
         origin = total(self.origin, group) / processes
         apart, rows = self.origin - origin, float(self.counts[0])
@@ -90,6 +90,7 @@ class RowSums:
         self.origin = origin
 
     def measures(self, shape: tuple[int, ...]) -> Measures:
+        """The statistics of the rows added so far, for rows of this shape."""
         assert self.origin is not None
         count, norms, squares, outside, low, high, deviations = self.counts.tolist()
         average, values = self.deviations / count, max(math.prod(shape), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,38 +20,37 @@ _CHUNK_BYTES = 32 << 20  # of rows that are computed together
 _CPU = torch.device("cpu")
 
 
+@dataclass(eq=False)
 class Part:
     """Rows begin to end - 1 of a source, and with flips their mirror images (last axis reversed).
 
-    Args:
-        source: of the rows.
-        begin, end: the rows of the source that are this process's; all unless given.
-        flips: whether mirror images count too.
-        group: of the processes that hold the other rows.
-        processes: how many there are in the group; 1 where this process holds all rows.
-        finite: whether all values are known to be finite.
+    Raises:
+        ValueError: rows in memory are not finite. Those in a file are checked as they are read.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        begin: int = 0,
-        end: int | None = None,
-        *,
-        flips: bool = False,
-        group: dist.ProcessGroup | None = None,
-        processes: int = 1,
-        finite: bool = False,
-    ) -> None:
-        self.source = source
-        self.begin, self.end = begin, len(source) if end is None else end
-        self.flips = flips
-        self.group, self.processes = group, processes
-        self.finite = finite or not source.dtype.is_floating_point
-        self._spare: list[tuple[Tensor, Tensor]] = []
-        self._sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = {}
-        if source.tensor is not None and not self.finite:
-            check_finite(source.tensor, 0)
+    source: Source
+    begin: int = 0
+    end: int = -1
+    """By default the number of rows in the source."""
+    flips: bool = False
+    group: dist.ProcessGroup | None = None
+    """The processes that hold the other rows."""
+    processes: int = 1
+    """Processes in the group; 1 where this process holds all rows."""
+    finite: bool = False
+    """Whether all values are known to be finite."""
+    _buffers: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+    _sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = field(
+        init=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        if self.end < 0:
+            self.end = len(self.source)
+        if not self.source.dtype.is_floating_point:
+            self.finite = True
+        if self.source.tensor is not None and not self.finite:
+            check_finite(self.source.tensor, 0)
             self.finite = True
 
     def __len__(self) -> int:
@@ -104,9 +104,9 @@ class Part:
         return kept
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
-        """The rows and their mirror images in chunks (m, *S), on a device.
+        """Yields the rows and their mirror images in chunks (m, *S) on a device.
 
-        A chunk is valid until the next one is asked for. Going through a file reads ahead.
+        A chunk is valid until the next one is asked for. From a file, the next chunk is read ahead.
 
         Raises:
             OSError: a file can no longer be read.
@@ -144,7 +144,7 @@ class Part:
         # Buffers are kept for the next time. Threads that go through the rows at once have their
         # own.
         try:
-            buffers = self._spare.pop()
+            buffers = self._buffers.pop()
         except IndexError:
             buffers = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
 
@@ -160,7 +160,7 @@ class Part:
                 if place + 1 < len(starts):
                     coming = reader.submit(read, place + 1)
                 yield chunk
-        self._spare.append(buffers)
+        self._buffers.append(buffers)
 
 
 def check_finite(rows: Tensor, start: int) -> None:

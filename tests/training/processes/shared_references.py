@@ -85,7 +85,7 @@ def check_errors(path, rank):
     data = pfgm.data.to_unit(part[part.rows[:4]])
     with pytest.raises(ValueError, match="no rows of one label in all processes"):
         flow.loss(flow.empirical(data), data, part, condition={"labels": torch.zeros(4).long()})
-    with pytest.raises(IndexError, match="this process has not"):
+    with pytest.raises(IndexError, match="this process does not hold"):
         part[0 : len(part)]
     x = queries(torch.float32 if rank == 0 else torch.float64)
     with pytest.raises(ValueError, match="all must have the same"):
