@@ -11,9 +11,9 @@ from torch import Tensor
 from .. import ops
 from ..backends.problems import PosteriorMean
 from ..common.checks import LARGEST, is_number, varies
-from ..common.tensors import wide_dtype
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_parts
+from .levels import per_query
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]
 
@@ -54,32 +54,6 @@ def _check_dimensions(D: float, with_r: bool) -> float:
     if D > LARGEST and with_r:
         raise ValueError("D is infinite, where r = sigma * sqrt(D) does not exist; give sigma.")
     return float(D)
-
-
-def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
-    """A float or a tensor (B,) or (B, 1, …, 1) as float64 (B,) on the device of x (B, *S)."""
-    dtype, count = wide_dtype(x.device), x.shape[0]
-    if not isinstance(value, Tensor):
-        if not is_number(value):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
-                f"({count},)."
-            )
-        if varies(value):
-            return torch.ones(count, dtype=dtype, device=x.device) * value
-        return torch.full((count,), float(value), dtype=dtype, device=x.device)
-    if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
-        value = value.reshape(count)  # as EDM's code has levels beside samples
-    if value.shape != (count,) and value.ndim != 0:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; allowed is a number or a tensor of shape "
-            f"({count},), or of that with a 1 for each dimension of a sample."
-        )
-    if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers.")
-    if value.ndim != 0 and value.device != x.device:
-        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
-    return value.to(device=x.device, dtype=dtype).expand(count)
 
 
 def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D: float) -> Tensor:

@@ -29,13 +29,14 @@ from ..common.tensors import dequantise, over_samples, wide_dtype
 from ..flows.flow import Flow, per_row
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
-from ..functional import field_fn, posterior_mean
-from ..functional.steps import (
+from ..functional import (
     euler_step_from_mean,
+    field_fn,
     heun_step_from_mean,
-    mean_of,
     multistep_step_from_mean,
+    posterior_mean,
 )
+from ..functional.steps import mean_of
 from ..networks.wrapped import Foreign, ForeignDenoiser, from_module, telling
 from ..references import References
 
