@@ -1,7 +1,7 @@
-"""The operations as Triton kernels (kernels/, installed as :mod:`pfgm.kernels`): on any GPU that
-Triton supports and, where ``TRITON_INTERPRET=1`` is set, on the CPU in Triton's interpreter.
+"""The operations as Triton kernels (kernels/, installed as :mod:`pfgm.kernels`).
 
-Triton is imported at the first call, never with pfgm.
+They run on every GPU that Triton supports, and with ``TRITON_INTERPRET=1`` on the CPU in Triton's
+interpreter. Triton is imported at the first call, not with pfgm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.checks import check_radius, checks_values, non_finite_message
 from ..common.tensors import contiguous_features
+from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular
 
@@ -57,12 +58,12 @@ def sketch(references: Tensor, dtype: torch.dtype) -> None:
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import posterior_mean as kernels
 
-    x, references = contiguous_features(problem.x), contiguous_features(problem.references)
+    x, references, radius, D, precision, _ = laid_out(problem)
     if checks_values(x.device):
-        check_radius(problem.radius)
+        check_radius(radius)
     with _current_device(x):
         mean, logsumexp, nearest, total = kernels.posterior_mean(
-            x, references, problem.radius.contiguous(), problem.D, problem.precision
+            x, references, radius, D, precision
         )
     if checks_values(x.device) and bool(nearest.isnan().any()):
         raise ValueError(non_finite_message(x, references, "x"))
@@ -74,14 +75,14 @@ def posterior_mean_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from ..kernels import posterior_mean_backward as kernels
 
-    x, references, radius, D, precision, _ = problem
+    x, references, radius, D, precision, _ = laid_out(problem)
     check_singular(at_limit(state.nearest, radius, D), upstream.logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
             *(gradient.contiguous() for gradient in upstream),
-            contiguous_features(x),
-            contiguous_features(references),
-            radius.contiguous(),
+            x,
+            references,
+            radius,
             *(value.contiguous() for value in state),
             D,
             needs,
@@ -107,18 +108,9 @@ def ode_step(
 ) -> tuple[Tensor, Tensor | None]:
     from ..kernels import ode_step as kernels
 
-    x, slope = contiguous_features(step.x), contiguous_features(step.slope)
-    history = None if step.history is None else contiguous_features(step.history)
-    field_z = None if step.field_z is None else step.field_z.contiguous()
-    levels = step.levels.contiguous() if isinstance(step.levels, Tensor) else step.levels
-    if out is None:
-        out = x.new_empty(x.shape)
-    if not with_mean:
-        mean_out = None
-    elif mean_out is None:
-        mean_out = x.new_empty(x.shape)
-    step = OdeStep(x, slope, field_z, history, levels, step.gamma, step.z_exp, step.exact)
-    if len(x) > 0:
-        with _current_device(x):
+    step = laid_out_step(step)
+    out, mean_out = step_outputs(step.x, with_mean, out, mean_out)
+    if len(step.x) > 0:
+        with _current_device(step.x):
             kernels.launch(step, out, mean_out)
     return out, mean_out
