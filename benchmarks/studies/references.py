@@ -191,9 +191,9 @@ def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:
 
     def read() -> float:
         started = time.perf_counter()
-        buffer = torch.empty((references._chunk_rows, 3072), dtype=torch.uint8)
+        buffer = torch.empty((references.part.chunk_rows, 3072), dtype=torch.uint8)
         for start in range(0, rows, len(buffer)):
-            references._source.read(start, min(start + len(buffer), rows), buffer)
+            references.part.source.read(start, min(start + len(buffer), rows), buffer)
         return time.perf_counter() - started
 
     def compute(over: pfgm.ReferenceSet) -> float:

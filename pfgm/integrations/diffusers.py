@@ -30,13 +30,14 @@ from ..flows.flow import Flow
 from ..flows.parametrisation import per_row
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
-from ..functional import field_fn, posterior_mean
-from ..functional.steps import (
+from ..functional import (
     euler_step_from_mean,
+    field_fn,
     heun_step_from_mean,
-    mean_of,
     multistep_step_from_mean,
+    posterior_mean,
 )
+from ..functional.steps import mean_of
 from ..networks.level_encodings import level_encoding
 from ..networks.wrapped import Wrapped, WrappedDenoiser, from_module
 from ..references import References

@@ -26,7 +26,7 @@ from ..common.tensors import common_device, dequantise, over_samples
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.targets import targets_by_label
 from ..functional import posterior_mean
-from ..functional.field import per_query
+from ..functional.levels import per_query
 from ..references import References
 
 __all__ = ["PoissonFlowMatcher", "as_denoiser"]

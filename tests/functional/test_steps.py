@@ -11,8 +11,9 @@ import torch
 import pfgm
 from pfgm import backends
 from pfgm.backends import native
-from pfgm.functional.steps import Field, OdeStep, euler, heun, multistep
-from pfgm.ops import _unpacked
+from pfgm.backends.problems import OdeStep
+from pfgm.functional.steps import Field, euler, heun, multistep
+from pfgm.ops.ode_step import flat_arguments
 
 ISAS = ["portable", "avx2", "avx512"]
 NATIVE = native.supports(torch.device("cpu"), torch.float32) is None
@@ -395,7 +396,7 @@ def unpacked(dtype=torch.float32, rows=False, mean_form=False, history=True):
         x, field_x, None if mean_form else field_z, other(x).to(dtype) if history else None,
         levels, 5.0, 5.0, True,
     )  # fmt: skip
-    return _unpacked(step)
+    return flat_arguments(step)
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -15,7 +15,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from pfgm.backends import native, reference, triton
+from pfgm.backends import native, triton
+from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
 
 SHIM = os.environ.get("PFGM_CUDA_SHIM")
 
@@ -115,7 +117,7 @@ def small(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(distances, "MAX_QUERIES", 17)
 
 
-class PosteriorMean:
+class Operation:
     """The posterior mean and its gradients in one backend, compared with the oracle."""
 
     def __init__(self, backend, device, oracle, oracle_gradients):
@@ -129,7 +131,7 @@ class PosteriorMean:
         if dtype == torch.uint8:
             references = ((references + 1) * 127.5).round()
         references = references.to(dtype)
-        y = reference.dequantise(references, torch.float32)
+        y = dequantise(references, torch.float32)
         index, other = (torch.randint(0, M, (B,), generator=generator) for _ in range(2))
         fraction = 0.5 * torch.rand(B, 1, generator=generator)
         x = y[index] + fraction * (y[other] - y[index])
@@ -151,14 +153,14 @@ class PosteriorMean:
 
     def compute(self, x, references, radius, D):
         """Mean and log-sum-exp."""
-        return self.module.posterior_mean(x, references, radius, D)[:2]
+        return self.module.posterior_mean(PosteriorMean(x, references, radius, D))[:2]
 
     def expected(self, x, references, radius, D):
         return self.oracle(x.cpu(), references.cpu(), radius.cpu(), D)
 
     def assert_accurate(self, result, expected, references, tolerance=1e-5):
         (mean, lse), (wanted_mean, wanted_lse) = result, expected
-        largest = reference.dequantise(references.cpu(), torch.float64).norm(dim=1).max().item()
+        largest = dequantise(references.cpu(), torch.float64).norm(dim=1).max().item()
         assert (mean.double().cpu() - wanted_mean).norm(dim=1).max() <= tolerance * largest
         assert ((lse.cpu() - wanted_lse).abs() <= tolerance * wanted_lse.abs().clamp(min=1)).all()
 
@@ -181,12 +183,14 @@ class PosteriorMean:
         return G, (size * torch.randn(len(x), generator=generator)).to(x.device)
 
     def gradients(self, x, references, radius, D, needs=(True, True, True)):
-        mean, _, nearest, total = self.module.posterior_mean(x, references, radius, D)
-        given = (x, references, radius, mean, nearest, total, D, needs)
-        return self.module.posterior_mean_backward(*self.upstream(x, radius), *given)
+        given = PosteriorMean(x, references, radius, D)
+        mean, _, nearest, total = self.module.posterior_mean(given)
+        upstream = Upstream(*self.upstream(x, radius))
+        state = State(mean, nearest, total)
+        return self.module.posterior_mean_backward(given, state, upstream, needs)
 
     def everything(self, x, references, radius, D):
-        results = self.module.posterior_mean(x, references, radius, D)
+        results = self.module.posterior_mean(PosteriorMean(x, references, radius, D))
         return (*results, *self.gradients(x, references, radius, D))
 
     def expected_gradients(self, x, references, radius, D):
@@ -210,5 +214,5 @@ class PosteriorMean:
 
 
 @pytest.fixture
-def op(backend, device, oracle, oracle_gradients) -> PosteriorMean:
-    return PosteriorMean(backend, device, oracle, oracle_gradients)
+def op(backend, device, oracle, oracle_gradients) -> Operation:
+    return Operation(backend, device, oracle, oracle_gradients)

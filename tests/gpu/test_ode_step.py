@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.functional.steps import OdeStep
-from pfgm.ops import _unpacked
+from pfgm.backends.problems import OdeStep
+from pfgm.ops.ode_step import flat_arguments
 
 # Rounding of a factor, of a product and of a sum in float32: 6e-8 of the largest term each.
 TOLERANCE = 4e-7
@@ -293,7 +293,7 @@ def test_opcheck(device, backend, rows, mean_form):
         x, field_x, None if mean_form else field_z, previous, levels, 5.0, 5.0, True
     )  # fmt: skip
     out, mean_out = torch.empty_like(x), None if mean_form else torch.empty_like(x)
-    arguments = _unpacked(step)
+    arguments = flat_arguments(step)
     torch.library.opcheck(torch.ops.pfgm.ode_step.default, (*arguments, not mean_form, backend))
     torch.library.opcheck(torch.ops.pfgm.ode_step_out.default, (*arguments, backend, out, mean_out))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pfgm
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 
 # Differences; products in matrix units; one pass over the references in CUDA.
 SIZES = [(3, 40, 33), (20, 40, 33), (20, 40, 512)]
@@ -162,15 +163,16 @@ def test_gradients_vanish_at_the_limits(op, device, D):
     _, references, _ = op.problem(3, 20, 9)
     x = references[:3].clone()
     radius = torch.zeros(3, dtype=torch.float64, device=device)
-    mean, lse, nearest, total = op.module.posterior_mean(x, references, radius, D)
-    saved = (x, references, radius, mean, nearest, total, D, (True, True, True))
-    grad_x, _, grad_radius = op.module.posterior_mean_backward(
-        torch.ones_like(x), torch.zeros_like(lse), *saved
-    )
+    given, needs = PosteriorMean(x, references, radius, D), (True, True, True)
+    mean, lse, nearest, total = op.module.posterior_mean(given)
+    state = State(mean, nearest, total)
+    upstream = Upstream(torch.ones_like(x), torch.zeros_like(lse))
+    grad_x, _, grad_radius = op.module.posterior_mean_backward(given, state, upstream, needs)
     assert not grad_x.any()
     assert not grad_radius.any()
+    upstream = Upstream(torch.ones_like(x), torch.ones_like(lse))
     with pfgm.debug_checks(), pytest.raises(ValueError, match="row 0 of x is infinite"):
-        op.module.posterior_mean_backward(torch.ones_like(x), torch.ones_like(lse), *saved)
+        op.module.posterior_mean_backward(given, state, upstream, needs)
 
 
 # ---- as torch sees it ----

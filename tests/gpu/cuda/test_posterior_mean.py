@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.backends import native, reference
+from pfgm.backends import native
+from pfgm.common.tensors import dequantise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 KERNELS = ("refine", "weigh", "weighted_sum", "merge")
@@ -169,7 +170,7 @@ def photographs():
 def test_accuracy_contract_on_photographs(op, device, shim, photographs, D, capability):
     shim.device(capability, multiprocessors=16)
     generator = torch.Generator().manual_seed(0)
-    as_float = reference.dequantise(photographs, torch.float32)
+    as_float = dequantise(photographs, torch.float32)
     for references in (photographs, as_float):
         sigma = torch.logspace(-3, 2, 18, dtype=torch.float64)
         pairs = (as_float[:18] + as_float[20:38]) / 2

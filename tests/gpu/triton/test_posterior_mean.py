@@ -9,7 +9,9 @@ import torch
 from pfgm.kernels import distances, posterior_mean, posterior_mean_backward
 
 import pfgm
-from pfgm.backends import reference, triton
+from pfgm.backends import triton
+from pfgm.backends.problems import PosteriorMean
+from pfgm.common.tensors import dequantise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # At the edges of tiles (queries 4, 16, 32; references 16, 64, padding 16; features 16, 32, 64), and
@@ -39,7 +41,7 @@ def problem(B, M, N, *, dtype=torch.float32, sigma=0.4, seed=0, device="cpu"):
     else:
         references = torch.randn(M, N, generator=generator).to(dtype)
     levels = sigma * torch.logspace(-1, 1, B, dtype=torch.float64)
-    clean = reference.dequantise(references, torch.float32)[torch.arange(B) % M]
+    clean = dequantise(references, torch.float32)[torch.arange(B) % M]
     x = clean + levels[:, None].float() * torch.randn(B, N, generator=generator)
     return x.to(device), references.to(device), levels.to(device)
 
@@ -61,7 +63,7 @@ def test_forward(op, device, index, dtype):
 def test_medium_precision(op, device, D):
     x, references, sigma = problem(17, 65, 64, device=device)
     given = (x, references, op.radius_of(sigma, D), D)
-    result = triton.posterior_mean(*given, "medium")[:2]
+    result = triton.posterior_mean(PosteriorMean(*given, precision="medium"))[:2]
     op.assert_accurate(result, op.expected(*given), references, tolerance=3e-3)
 
 
