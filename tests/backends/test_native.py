@@ -16,6 +16,7 @@ import torch
 from pfgm import field_fn, posterior_mean
 from pfgm.backends import native, reference
 from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
 
 if os.environ.get("PFGM_NATIVE") == "0":
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
@@ -648,6 +649,7 @@ SCRIPT = """
 import hashlib, math, resource, sys, torch
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
 threads, B, M, N = map(int, sys.argv[1:])
 torch.set_num_threads(threads)
 generator = torch.Generator().manual_seed(0)
@@ -744,6 +746,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time, torch
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
 from pfgm.common.tensors import dequantise
 
 call, threads, references, features = sys.argv[1], *map(int, sys.argv[2:])
