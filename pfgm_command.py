@@ -1,7 +1,6 @@
-"""The command ``pfgm``: its help and version come from here, without torch, all else from pfgm.cli.
+"""The command ``pfgm``. It shows help and version without torch and leaves the rest to pfgm.cli.
 
-Whatever stands in the package imports pfgm first, and torch with it, which takes seconds. So this
-module stands beside the package.
+This module is outside the package, because every module in it imports torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import sys
 from typing import Annotated, Any, Union
 
-# As the classes of pfgm.cli say it.
+# The first sentences of the classes in pfgm.cli.
 COMMANDS = {
     "demo": (
         "Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."
@@ -26,6 +25,13 @@ COMMANDS = {
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
 DESCRIPTION = "Poisson flow generative models."
+
+
+def version_line() -> str:
+    """What ``pfgm --version`` shows."""
+    from importlib.metadata import version
+
+    return f"pfgm {version('pfgm')}"
 
 
 def main() -> int:
@@ -45,8 +51,8 @@ def main() -> int:
         _show(arguments)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
-        if not isinstance(error, BrokenPipeError):  # else the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops what is buffered
+        if not isinstance(error, BrokenPipeError):  # which means that the reader has seen enough
             with contextlib.suppress(OSError):
                 print(f"pfgm: error: {error.strerror}", file=sys.stderr)
             return 2
@@ -56,23 +62,21 @@ def main() -> int:
 def _show(arguments: list[str]) -> None:
     """Prints the version or the help."""
     if arguments == ["--version"]:
-        from importlib.metadata import version
-
-        print(f"pfgm {version('pfgm')}")
+        print(version_line())
         return
     import tyro
 
     commands = tuple(
-        Annotated[Any, tyro.conf.subcommand(name, description=description, constructor=_nothing)]
+        Annotated[Any, tyro.conf.subcommand(name, description=description, constructor=_no_command)]
         for name, description in COMMANDS.items()
     )
     union: Any = Union[commands]  # noqa: UP007
-    with contextlib.suppress(SystemExit):  # with which the help ends
+    with contextlib.suppress(SystemExit):  # raised after the help
         tyro.cli(union, prog="pfgm", description=DESCRIPTION, args=arguments)
 
 
-def _nothing() -> None:
-    """Stands for a command of which only the name is shown."""
+def _no_command() -> None:
+    """Stands for a command in the help, which shows its name only."""
 
 
 if __name__ == "__main__":

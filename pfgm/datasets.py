@@ -1,4 +1,4 @@
-"""What ``--data`` of the command line means: digits, Fashion-MNIST, CIFAR-10, folders and files."""
+"""Data by name or path: digits, Fashion-MNIST, CIFAR-10, folders of images and array files."""
 
 from __future__ import annotations
 
@@ -16,70 +16,71 @@ from torch import Tensor
 
 from .common.files import StrPath
 from .data import digits
-from .data.array_files import array_names, find_array, from_numpy, read_integers
-from .data.rows import InMemory, OnDisk, Source, open_source, source_of
+from .data.arrays import array_names, from_numpy, open_array, read_integers
+from .data.opening import open_source
+from .data.rows import InMemory, OnDisk, Source
 from .references import ReferenceSet
 
 __all__ = ["Data", "open_data", "open_samples"]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-_ARRAYS = (".npy", ".npz", ".safetensors")
-_LABELS = ("labels", "label", "y")
-_HELD_OUT = ("held_out", "test")
+_DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+_ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+_LABEL_NAMES = ("labels", "label", "y")
+_HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
     "digits, fashion-mnist[:FOLDER], cifar10[:FOLDER], folder:PATH (of images), npz:PATH, or the "
-    f"path of a folder or of a file that ends in {', '.join(_ARRAYS[:-1])} or {_ARRAYS[-1]}"
+    "path of a folder or of a file that ends in .npy, .npz or .safetensors"
 )
-_ROWS = 1024  # that are turned to channels first together
-_DEFLATE = 1032  # times its size is what a compressed file holds at most
-_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
-_TEST_BATCH = ("test_batch.bin",)
-_PICKLED = "data_batch_1"  # of the Python version
-_RECORD = 1 + 3 * 32 * 32  # bytes: a label, then red, green and blue
+_PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
+_MAX_DEFLATE_RATIO = 1032  # of the size of some content to its compressed size
+_TRAIN_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+_TEST_BATCHES = ("test_batch.bin",)
+_PICKLED_BATCH = "data_batch_1"  # a file of CIFAR-10's Python version
+_RECORD_BYTES = 1 + 3 * 32 * 32  # a label, then red, green and blue
 
 
 class Data(NamedTuple):
-    """What a name or a path of data stands for."""
+    """Training data, held-out data and what is known of them."""
 
     train: ReferenceSet
-    """(n, *S), with labels where they are known; images are (n, C, H, W)."""
+    """(n, *S), with labels if they are known; images are (n, C, H, W)."""
     held_out: ReferenceSet | None
-    """(m, *S), likewise, that training does not see; None where there are none."""
+    """(m, *S), likewise, not used for training; None if there are none."""
     classes: int
-    """Labels are 0 to classes − 1; 0 where there are none."""
+    """Labels are 0 to classes − 1; 0 if there are none."""
     levels: int
-    """Grey levels of the data, for bits per dimension: 17 of digits, 256 of bytes; 0 of floating
-    numbers from a file, which say nothing of it."""
+    """The number of grey levels, for bits per dimension: 17 for digits, 256 for bytes, 0 (unknown)
+    for floating numbers from a file."""
 
 
 def open_data(source: str, *, progress: bool = False) -> Data:
     """Opens data by their name or path. Nothing is downloaded or unpickled.
 
     - ``digits``: :func:`pfgm.data.digits`.
-    - ``fashion-mnist`` or ``fashion-mnist:FOLDER``: 28 × 28 bytes, 60 000 and 10 000 held out. The
-      four ``idx`` files, gzipped or not, are in the folder, or else in $PFGM_DATA/fashion-mnist, or
-      else where Debian's package dataset-fashion-mnist puts them.
-    - ``cifar10`` or ``cifar10:FOLDER``: 3 × 32 × 32 bytes, 50 000 and 10 000 held out. The binary
-      version is in the folder, or else in $PFGM_DATA/cifar10.
+    - ``fashion-mnist`` or ``fashion-mnist:FOLDER``: 28 × 28 bytes, 60 000 for training and 10 000
+      held out. The four ``idx`` files, gzipped or not, are in the folder. Without a folder they are
+      in $PFGM_DATA/fashion-mnist, or else come from Debian's package dataset-fashion-mnist.
+    - ``cifar10`` or ``cifar10:FOLDER``: 3 × 32 × 32 bytes, 50 000 for training and 10 000 held out.
+      The binary version is in the folder; without a folder it is in $PFGM_DATA/cifar10.
     - ``folder:PATH``, or a path: a folder of images of one size.
     - ``npz:PATH``, or a path: a ``.npy``, ``.npz`` or ``.safetensors`` file of samples (n, ...),
-      read in place where that can be.
+      which is read in place if possible.
 
-    A file of several arrays holds its samples at images, data or x, and may hold integers (n,) at
-    labels, label or y, and samples that are held out at held_out or test, with labels of their own
-    at held_out_labels or test_labels. Grey images (n, H, W) get a channel, and images (n, H, W, C)
-    have theirs moved to the front, in memory.
+    A file of several arrays holds its samples at images, data or x. It may hold integer labels (n,)
+    at labels, label or y. It may hold held-out samples at held_out or test, and their labels at
+    held_out_labels or test_labels. Grey images (n, H, W) get a channel. Images (n, H, W, C) are
+    copied into memory with their channels moved to the front.
 
     Args:
-        source: one of the names, or a path; a path that is also a name can be written ./digits.
+        source: one of the names, or a path. A path that is also a name can be written ./digits.
         progress: show a progress bar while images are read.
 
     Raises:
         FileNotFoundError, OSError: a file is missing or cannot be read.
-        ImportError: digits need scikit-learn, images Pillow.
-        TypeError: samples that are neither floating nor uint8, labels that are no integers.
-        ValueError: another name, a damaged file, arrays that do not fit together.
+        ImportError: digits need scikit-learn, and images Pillow.
+        TypeError: samples are neither floating nor uint8, or labels are no integers.
+        ValueError: the name is another one, a file is damaged, or arrays do not fit together.
 
     >>> found = open_data("digits")
     >>> found.train, found.classes, found.levels
@@ -93,7 +94,7 @@ def open_data(source: str, *, progress: bool = False) -> Data:
         raise FileNotFoundError(f"data is {source!r}, but {path} is not an existing folder.")
     if name in ("folder", "npz") and place:
         return _from_path(path, progress)
-    if source and (Path(source).exists() or Path(source).suffix in _ARRAYS):
+    if source and (Path(source).exists() or Path(source).suffix in _ARRAY_SUFFIXES):
         return _from_path(Path(source), progress)
     raise ValueError(
         f"data is {source!r}, which is neither a name nor an existing path; allowed are {_ALLOWED}."
@@ -101,14 +102,14 @@ def open_data(source: str, *, progress: bool = False) -> Data:
 
 
 def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
-    """The samples of an array file or a folder of images, images with channels first.
+    """The samples of an array file or a folder of images; images have their channels first.
 
     Args:
         path: a ``.npy``, ``.npz`` or ``.safetensors`` file, or a folder.
         progress: show a progress bar while images are read.
 
     Raises:
-        FileNotFoundError, OSError, ImportError, TypeError, ValueError: as :func:`open_data`.
+        FileNotFoundError, OSError, ImportError, TypeError, ValueError: as for :func:`open_data`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -119,19 +120,19 @@ def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
     return ReferenceSet(_channels_first(open_source(path, progress=progress)))
 
 
-# ---- files and folders of one's own -----------------------------------------------------------
+# ---- files and folders of the user ------------------------------------------------------------
 
 
 def _from_path(path: Path, progress: bool) -> Data:
     source = open_source(path, progress=progress)
     names = array_names(path) if path.is_file() else []
-    if len(names) == 1:  # these are the samples, whatever they are called
+    if len(names) == 1:  # a single array holds the samples, whatever its name
         names = []
-    train = _rows(source, path, [name for name in _LABELS if name in names])
+    train = _rows(source, path, [name for name in _LABEL_NAMES if name in names])
     held_out = None
-    for name in [name for name in _HELD_OUT if name in names][:1]:
+    for name in [name for name in _HELD_OUT_NAMES if name in names][:1]:
         labels = [label for label in (f"{name}_labels",) if label in names]
-        held_out = _rows(source_of(find_array(path, name)), path, labels)
+        held_out = _rows(open_array(path, name), path, labels)
         if (held_out.shape[1:], held_out.dtype) != (train.shape[1:], train.dtype):
             raise ValueError(
                 f"{path} holds {name}, {held_out.dtype} of shape {tuple(held_out.shape)}; allowed "
@@ -141,7 +142,7 @@ def _from_path(path: Path, progress: bool) -> Data:
 
 
 def _rows(source: Source, path: Path, label_names: list[str]) -> ReferenceSet:
-    """The rows with the labels of the first name, if there is one."""
+    """The rows, with the labels at the first of the names if there is one."""
     labels = read_integers(path, label_names[0]) if label_names else None
     if labels is not None and labels.shape != (len(source),):
         raise ValueError(
@@ -163,7 +164,7 @@ def _levels(train: ReferenceSet) -> int:
 
 
 def _channels_first(source: Source) -> Source:
-    """Images (n, C, H, W), in place unless their values have to move; anything else as it is."""
+    """Images (n, C, H, W), in place where only the shape changes; anything else as it is."""
     shape = source.shape
     if len(shape) == 2:
         if isinstance(source, OnDisk):
@@ -172,8 +173,8 @@ def _channels_first(source: Source) -> Source:
     if len(shape) != 3 or shape[2] not in (1, 3) or shape[0] in (1, 3):
         return source
     moved = torch.empty(len(source), shape[2], *shape[:2], dtype=source.dtype)
-    for start in range(0, len(source), _ROWS):
-        stop = min(start + _ROWS, len(source))
+    for start in range(0, len(source), _PERMUTE_ROWS):
+        stop = min(start + _PERMUTE_ROWS, len(source))
         moved[start:stop] = source.read(start, stop).permute(0, 3, 1, 2)
     return InMemory(moved)
 
@@ -203,12 +204,13 @@ def _fashion_mnist(folder: Path | None) -> Data:
 
 def _fashion_mnist_folder() -> Path:
     own = _in_data_folder("fashion-mnist")
-    for folder in (own, _DEBIAN):
+    for folder in (own, _DEBIAN_FOLDER):
         if folder is not None and folder.is_dir():
             return folder
     raise FileNotFoundError(
-        f"Fashion-MNIST is neither at {own or '$PFGM_DATA/fashion-mnist'} nor at {_DEBIAN}; give "
-        "its folder, as in fashion-mnist:FOLDER, or install Debian's package dataset-fashion-mnist."
+        f"Fashion-MNIST is neither at {own or '$PFGM_DATA/fashion-mnist'} nor at {_DEBIAN_FOLDER}; "
+        "give its folder, as in fashion-mnist:FOLDER, or install Debian's package "
+        "dataset-fashion-mnist."
     )
 
 
@@ -230,20 +232,23 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """The bytes of an IDX file: two zeros, 8 for bytes, the number of sizes, these as big-endian
-    32-bit numbers, then the values (as LeCun describes MNIST)."""
+    """The values of an IDX file of bytes (the format of MNIST).
+
+    It holds two zeros, an 8 for bytes, the number of sizes, the sizes as big-endian 32-bit numbers,
+    and the values.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             header = file.read(4 + 4 * dimensions)
             sizes = [int(size) for size in np.frombuffer(header[4:], ">u4")]
             if header[:4] != bytes([0, 0, 8, dimensions]) or len(sizes) != dimensions:
-                raise ValueError("it has another header")
+                raise ValueError("the header is another one")
             count = math.prod(sizes)
-            if not 0 < count <= _DEFLATE * path.stat().st_size:
-                raise ValueError("it cannot hold so many values")
+            if not 0 < count <= _MAX_DEFLATE_RATIO * path.stat().st_size:
+                raise ValueError("the file is too short for its sizes")
             values = file.read(count + 1)
         if len(values) != count:
-            raise ValueError("it holds another number of values")
+            raise ValueError("the number of values does not match the sizes")
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise ValueError(
             f"{path} is truncated, damaged or no IDX file of bytes with {dimensions} dimensions; "
@@ -259,38 +264,42 @@ def _cifar10(folder: Path | None) -> Data:
     folder = folder or _in_data_folder("cifar10")
     if folder is None:
         raise FileNotFoundError(
-            f"CIFAR-10 has to be brought: download {CIFAR10_URL}, unpack it, and give the folder "
-            "where that was done, as in cifar10:FOLDER."
+            f"CIFAR-10 is not downloaded by itself: download {CIFAR10_URL}, unpack it, and give "
+            "the folder, as in cifar10:FOLDER."
         )
     inner = folder / "cifar-10-batches-bin"
     batches = inner if inner.is_dir() else folder
-    for name in (*_BATCHES, *_TEST_BATCH):
+    for name in (*_TRAIN_BATCHES, *_TEST_BATCHES):
         if not (batches / name).is_file():
-            pickled = (folder / "cifar-10-batches-py").exists() or (folder / _PICKLED).exists()
+            pickled = (folder / "cifar-10-batches-py").exists() or (
+                folder / _PICKLED_BATCH
+            ).exists()
             raise FileNotFoundError(
                 f"{batches} has no {name}, a part of CIFAR-10's binary version"
                 f"{' (the Python version there is pickled, and not read)' if pickled else ''}; "
                 f"download {CIFAR10_URL} and unpack it in {folder}."
             )
-    return Data(_records(batches, _BATCHES), _records(batches, _TEST_BATCH), classes=10, levels=256)
+    return Data(
+        _records(batches, _TRAIN_BATCHES), _records(batches, _TEST_BATCHES), classes=10, levels=256
+    )
 
 
 def _records(folder: Path, names: tuple[str, ...]) -> ReferenceSet:
     batches = []
     for path in (folder / name for name in names):
         content = np.fromfile(path, np.uint8)
-        if len(content) % _RECORD or len(content) == 0:
+        if len(content) % _RECORD_BYTES or len(content) == 0:
             raise ValueError(
-                f"{path} is {len(content)} bytes long; allowed are records of {_RECORD} bytes, as "
-                "CIFAR-10's binary version has them."
+                f"{path} is {len(content)} bytes long; allowed are records of {_RECORD_BYTES} "
+                "bytes, as in CIFAR-10's binary version."
             )
-        batches.append(torch.from_numpy(content).view(-1, _RECORD))
+        batches.append(torch.from_numpy(content).view(-1, _RECORD_BYTES))
         _check_labels(batches[-1][:, 0], path)
     images = torch.cat([batch[:, 1:] for batch in batches]).view(-1, 3, 32, 32)
     return ReferenceSet(images, labels=torch.cat([batch[:, 0] for batch in batches]))
 
 
-# ---- what the named sets share ----------------------------------------------------------------
+# ---- shared by the named sets -----------------------------------------------------------------
 
 
 def _in_data_folder(name: str) -> Path | None:

@@ -1,6 +1,6 @@
-"""How good a flow is: its samples beside held-out data, its likelihood, its quality for its cost.
+"""How good a flow is: its samples, its likelihood, and quality against cost.
 
-Everything is a function of the arguments, a seed among them. Figures of samples stand beside those
+The same arguments, with the same seed, give the same results. Figures of samples stand beside those
 of training data, which a perfect model would reach.
 """
 
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics
-from .common.checks import allocating, check_seed
+from .common.checks import check_seed
 from .common.messages import progress_bar
 from .common.tensors import network_device
 from .data import to_unit
 from .flows import Flow, Network
+from .flows.batches import draw_prior, sample_in_batches
 from .flows.poisson import PoissonFlow
 from .networks import NoiseEmbedding, SongUNet
 from .training.batches import seed_of
@@ -34,8 +35,8 @@ __all__ = [
     "evaluate_samples",
 ]
 
-_AT_LEAST = 6  # rows: for density and coverage one more than the neighbours that they take
-_NEIGHBOURS = 5
+_NEIGHBOURS = 5  # of density and coverage, the most of all metrics here
+_MIN_ROWS = _NEIGHBOURS + 1  # each row needs so many other rows
 
 RUNS: dict[str, dict[str, str]] = {
     "euler, log": {"solver": "euler", "schedule": "log"},
@@ -44,18 +45,18 @@ RUNS: dict[str, dict[str, str]] = {
     "multistep, log": {"solver": "multistep", "schedule": "log"},
     "multistep, rho": {"solver": "multistep", "schedule": "rho"},
 }
-"""Solvers and schedules that :func:`curve` compares, beside rk45."""
+"""The solvers and schedules that :func:`curve` compares, besides rk45."""
 
 
 class BitsPerDim(NamedTuple):
-    """What :func:`bits_per_dim` returns; a lower mean is better."""
+    """The result of :func:`bits_per_dim`; a lower mean is better."""
 
     mean: float
     standard_error: float
-    """Standard deviation over the samples / √samples; NaN for a single one."""
+    """Standard deviation over the samples / √samples; NaN for one sample."""
     samples: int
     nfe: int
-    """Evaluations of the network, each with a product with its Jacobian, in the longest batch."""
+    """Evaluations of the network in the longest batch. Each includes a Jacobian product."""
 
 
 class Point(NamedTuple):
@@ -85,24 +86,24 @@ def draw_samples(
     progress: bool = False,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    """Samples (n, *S) and the number of evaluations of the network, the most of any batch.
+    """Samples (n, *S), and the most evaluations of the network of any batch.
 
-    The prior is drawn on the CPU, so that it does not depend on the device; noise that a sampler
-    adds is drawn batch by batch on the device. A network with labels
-    draws each as often as the others: sample i is of the label i mod classes.
+    The prior is drawn on the CPU, so it is the same for every device. Noise that a sampler adds is
+    drawn on the device, batch by batch. A network with labels draws each label equally often:
+    sample i has the label i mod classes.
 
     Args:
-        flow: what the network is of.
+        flow: the flow of the network.
         network: as for :meth:`pfgm.flows.Flow.sample`.
-        n: how many.
+        n: the number of samples.
         seed: of the prior, and of the noise that some samplers add.
         batch_size: samples at a time.
-        device: where; that of the network's parameters unless given.
+        device: where samples are computed; None is the device of the network's parameters.
         progress: show a progress bar for each batch.
         **options: of :meth:`pfgm.flows.Flow.sample`, such as solver, steps, schedule and guidance.
 
     Raises:
-        ValueError: an argument is out of range, as there.
+        ValueError: an argument is out of range.
 
     >>> import pfgm
     >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
@@ -114,48 +115,41 @@ def draw_samples(
         if not 1 <= value < 2**63:
             raise ValueError(f"{name} is {value}; allowed are whole numbers from 1 to below 2^63.")
     check_seed(seed)
-    with allocating(f"n is {n}, and so many samples of shape {flow.shape}"):
-        prior = flow.prior(n, generator=torch.Generator().manual_seed(seed))
+    prior = draw_prior(flow, n, seed)
     device = torch.device(network_device(network) if device is None else device)
-    prior, generator = prior.to(device), noise_generator(seed, device)
-    labels = torch.arange(n) % max(label_count(network), 1)
-    parts, evaluations = [], 0
-    for rows in torch.arange(n).split(batch_size):
-        part, nfe = flow.sample(
-            network,
-            len(rows),
-            x_init=prior[rows],
-            condition={"labels": labels[rows]} if label_count(network) else None,
-            generator=generator,
-            progress=progress,
-            return_nfe=True,
-            **options,
-        )
-        parts.append(part)
-        evaluations = max(evaluations, nfe)
-    return torch.cat(parts), evaluations
+    classes = label_count(network)
+    return sample_in_batches(
+        flow,
+        network,
+        prior.to(device),
+        batch_size=batch_size,
+        labels=torch.arange(n) % classes if classes else None,
+        generator=noise_generator(seed, device),
+        progress=progress,
+        **options,
+    )
 
 
-def usual_steps(flow: Flow, solver: str) -> int:
-    """Steps of the commands: 10, or as many as the flow takes where few values need more."""
-    of_field = isinstance(flow, PoissonFlow) and solver != "consistency"
-    return max(10, flow.defaults.steps) if of_field else 10
+def default_steps(flow: Flow, solver: str) -> int:
+    """The steps of the commands: 10, or more where samples of few values need them."""
+    follows_field = isinstance(flow, PoissonFlow) and solver != "consistency"
+    return max(10, flow.defaults.steps) if follows_field else 10
 
 
 def noise_generator(seed: int, device: torch.device) -> torch.Generator:
-    """Of what samplers add on a device, unrelated to a prior of the same seed."""
+    """The generator of the noise that samplers add, independent of a prior of the same seed."""
     return torch.Generator(device).manual_seed(seed_of(seed, 1))
 
 
 def label_count(network: Network) -> int:
-    """How many labels a network of this package knows; 0 for one that knows none."""
+    """The number of labels that a network of this package takes, 0 for none."""
     parts = network.modules() if isinstance(network, nn.Module) else ()
     known = (part.classes for part in parts if isinstance(part, (NoiseEmbedding, SongUNet)))
     return max(known, default=0)
 
 
-def clamped(samples: Tensor, real: Tensor) -> Tensor:
-    """Samples clamped to [−1, 1] where real ones are images within it."""
+def clamp_images(samples: Tensor, real: Tensor) -> Tensor:
+    """Samples, clamped to [−1, 1] if the real ones are images in this range."""
     bounded = samples.ndim == 4 and float(to_unit(real).abs().max()) <= 1
     return samples.clamp(-1, 1) if bounded else samples
 
@@ -163,33 +157,35 @@ def clamped(samples: Tensor, real: Tensor) -> Tensor:
 def evaluate_samples(
     samples: Tensor, held_out: Tensor | None, train: Tensor, *, progress: bool = False
 ) -> dict[str, Any]:
-    """Figures of samples against held-out data, each beside that of training data.
+    """Figures of samples against held-out data, each beside the same figure of training data.
 
-    Samples are compared as they are, images pixel by pixel, bytes u as u/127.5 − 1. Beside them
-    stand as many training rows, evenly spaced ones, because the Fréchet distance falls with the
-    number. Without held-out data, every other training row takes their place and the rest stands
-    beside the samples.
+    Images are compared pixel by pixel, bytes u as u/127.5 − 1. The training data are as many evenly
+    spaced rows as there are samples, because the Fréchet distance falls as their number grows.
+    Without held-out data, every other training row takes their place, and the figures of training
+    data are those of the other half.
 
     Args:
         samples: (n, *S), floating or uint8, n ≥ 6.
-        held_out: (m, *S), likewise, m ≥ 6; None where there are none.
+        held_out: (m, *S), likewise, m ≥ 6; None if there are none.
         train: (k, *S), likewise, k ≥ 6, or k ≥ 12 without held-out data.
         progress: show a progress bar.
 
     Returns:
         A dict that JSON can hold:
 
-        - against: what the samples are compared with, "held_out" or "train".
-        - counts: of samples; of the rows that they are compared with, against; of the training rows
-          beside them, train; of those among which the nearest is looked for, searched.
-        - frechet_distance, kernel_distance (of all with all), precision and recall (k = 3), density
-          and coverage (k = 5): the metrics of :mod:`pfgm.metrics`, each of samples and of train.
-        - median_distance_to_train: :func:`pfgm.metrics.nearest_distance` of samples, and of what
-          they are compared with. Where samples are copies, theirs is much the smaller.
+        - against: the data that samples are compared with, "held_out" or "train".
+        - counts: the rows of samples; of the data that they are compared with (against); of the
+          training data beside them (train); and of the training data in which the nearest row is
+          searched (searched).
+        - frechet_distance, kernel_distance (of all rows), precision and recall (k = 3), density
+          and coverage (k = 5): the metrics of :mod:`pfgm.metrics`, for samples and for train.
+        - median_distance_to_train: the median :func:`pfgm.metrics.nearest_distance` of samples, and
+          of the data that they are compared with. It is much smaller for samples that are copies.
 
     Raises:
-        TypeError: a dtype that is neither floating nor uint8.
-        ValueError: different sample shapes or devices, fewer rows than needed, NaN or infinity.
+        TypeError: a dtype is neither floating nor uint8.
+        ValueError: sample shapes or devices differ, there are too few rows, or values are NaN or
+            infinity.
 
     >>> import pfgm
     >>> digits = pfgm.data.digits()
@@ -199,27 +195,23 @@ def evaluate_samples(
     """
     samples, train = to_unit(samples), to_unit(train)
     if held_out is None:
-        against, real, beside = "train", train[::2], train[1::2]
+        against, real, others = "train", train[::2], train[1::2]
     else:
-        against, real, beside = "held_out", to_unit(held_out), train
-    _check_counts({"samples": samples, against: real, "train": beside}, halved=held_out is None)
-    others = beside  # that none of the real rows is among
-    beside = spread(beside, len(samples))
+        against, real, others = "held_out", to_unit(held_out), train
+    _check_counts({"samples": samples, against: real, "train": others}, halved=held_out is None)
+    beside = spread(others, len(samples))
     with progress_bar(total=4, desc="metrics", disable=not progress) as bar:
-
-        def done(value: Any) -> Any:
+        neighbours = metrics.neighbour_distances(real, _NEIGHBOURS)
+        bar.update()
+        figures = {}
+        for name, rows in (("samples", samples), ("train", beside)):
+            figures[name] = _figures(rows, real, neighbours)
             bar.update()
-            return value
-
-        neighbours = done(metrics.neighbour_distances(real, _NEIGHBOURS))
-        figures = {
-            "samples": done(_figures(samples, real, neighbours)),
-            "train": done(_figures(beside, real, neighbours)),
-        }
         nearest = {
             "samples": metrics.nearest_distance(samples, train),
-            against: done(metrics.nearest_distance(spread(real, len(samples)), others)),
+            against: metrics.nearest_distance(spread(real, len(samples)), others),
         }
+        bar.update()
     return {
         "against": against,
         "counts": {
@@ -235,26 +227,26 @@ def evaluate_samples(
 
 def _check_counts(sets: dict[str, Tensor], halved: bool) -> None:
     for name, rows in sets.items():
-        if len(rows) < _AT_LEAST:
+        if len(rows) < _MIN_ROWS:
             half = "half of " if halved and name == "train" else ""
             raise ValueError(
-                f"{half}{name} has {len(rows)} rows; the metrics need at least {_AT_LEAST}."
+                f"{half}{name} has {len(rows)} rows; the metrics need at least {_MIN_ROWS}."
             )
 
 
 def _figures(rows: Tensor, real: Tensor, neighbours: Tensor) -> dict[str, float]:
-    inside = metrics.precision_recall(rows, real, k=3, neighbours=neighbours)
-    balls = metrics.density_coverage(rows, real, k=5, neighbours=neighbours)
+    precision_recall = metrics.precision_recall(rows, real, k=3, neighbours=neighbours)
+    density_coverage = metrics.density_coverage(rows, real, k=_NEIGHBOURS, neighbours=neighbours)
     return {
         "frechet_distance": metrics.frechet_distance(rows, real),
         "kernel_distance": metrics.kernel_distance(rows, real, subsets=None).mean,
-        **inside._asdict(),
-        **balls._asdict(),
+        **precision_recall._asdict(),
+        **density_coverage._asdict(),
     }
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
-    """At most so many rows, evenly spaced."""
+    """Evenly spaced rows, ``count`` of them, or all if there are fewer."""
     if len(rows) <= count:
         return rows
     return rows[torch.arange(count, device=rows.device) * len(rows) // count]
@@ -277,16 +269,17 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """Bits per dimension of data under a flow, mean and standard error.
 
-    −log₂ p/N + log₂(levels/2) of :meth:`pfgm.flows.Flow.log_likelihood` for data made continuous by
-    uniform noise within a grey level: an upper bound, in the mean, of the bits that a code for the
-    levels themselves needs (Theis et al., arXiv 1511.01844, section 3.1).
+    This is −log₂ p/N + log₂(levels/2) of :meth:`pfgm.flows.Flow.log_likelihood`, for data with
+    uniform noise of one grey level. Its mean is an upper bound of the bits that a code for the grey
+    levels needs (Theis et al., arXiv 1511.01844, section 3.1).
 
     Args:
-        flow: what the network is of.
-        network: in evaluation mode while it runs; must treat rows separately.
-        x: (B, *S), uint8, or floating in [−1, 1] at the grey levels −1, …, 1, evenly spaced; on the
-            device of the network.
-        levels: how many there are; 0 for continuous data, which get no noise: then −log₂ p/N.
+        flow: the flow of the network.
+        network: must treat rows separately. It is in evaluation mode meanwhile.
+        x: (B, *S) on the device of the network: uint8, or floating values at evenly spaced grey
+            levels from −1 to 1.
+        levels: the number of grey levels; 0 for continuous data, which get no noise and
+            −log₂ p/N.
         labels: (B,), for a network that takes labels.
         seed: of the noise and of the probes that estimate the divergence.
         batch_size: samples at a time.
@@ -294,7 +287,8 @@ def bits_per_dim(
         **options: of :meth:`pfgm.flows.Flow.log_likelihood`, such as solver, rtol and estimator.
 
     Raises:
-        ValueError: no rows, levels or an option out of range, values outside [−1, 1].
+        ValueError: there are no rows, levels or an option is out of range, or values lie outside
+            [−1, 1].
 
     >>> import pfgm
     >>> flow = pfgm.PoissonFlowPP((2,), D=float("inf"), sigma_min=1.0)
@@ -328,7 +322,7 @@ def bits_per_dim(
 
 
 def dequantised(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
-    """2 (k + u)/levels − 1 for data at the grey levels k, u uniform in [0, 1); float32.
+    """Data at the grey levels k with uniform noise u in [0, 1): 2 (k + u)/levels − 1, float32.
 
     >>> dequantised(torch.tensor([-1.0, 1.0]), 2, torch.Generator().manual_seed(0)).floor()
     tensor([-1.,  0.])
@@ -363,16 +357,17 @@ def curve(
 ) -> list[Point]:
     """The Fréchet distance of samples for every solver and several numbers of steps.
 
-    All start from the same points of the prior. Heun takes two evaluations a step, so it gets half
-    as many steps, rounded up. Images are clamped to [−1, 1] where the held-out ones are within it.
+    All runs start from the same points of the prior. Heun takes two evaluations a step, so it gets
+    half as many steps, rounded up. Images are clamped to [−1, 1] if the held-out ones are in this
+    range.
 
     Args:
-        flow: what the network is of.
+        flow: the flow of the network.
         network: as for :meth:`pfgm.flows.Flow.sample`.
         held_out: (m, *S), floating or uint8, m ≥ 2, on the device of the samples.
         n: samples for each point, at least 2.
-        steps: of euler, heun and multistep; empty leaves them out.
-        tolerances: rtol and atol of rk45; empty leaves it out.
+        steps: the steps of euler, heun and multistep; with an empty list they are not run.
+        tolerances: rtol and atol of rk45; with an empty list it is not run.
         seed: of the prior.
         progress: show a progress bar.
         **options: of :func:`draw_samples`, such as batch_size, device and guidance.
@@ -402,13 +397,13 @@ def curve(
     points = []
     for name, setting, chosen in progress_bar(runs, "curve", unit="run", disable=not progress):
         samples, nfe = draw_samples(flow, network, n, seed=seed, **chosen, **options)
-        distance = metrics.frechet_distance(clamped(samples, held_out), held_out)
+        distance = metrics.frechet_distance(clamp_images(samples, held_out), held_out)
         points.append(Point(name, setting, nfe, distance))
     return points
 
 
 def as_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]]:
-    """Each run's evaluations and distances, as :func:`pfgm.plotting.quality_curve` draws them.
+    """The evaluations and distances of each run, for :func:`pfgm.plotting.quality_curve`.
 
     >>> as_curves([Point("heun", 3, 5, 2.0), Point("heun", 5, 9, 1.0)])
     {'heun': ([5, 9], [2.0, 1.0])}

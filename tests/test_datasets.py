@@ -110,11 +110,11 @@ def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     fashion(tmp_path / "fashion-mnist")
     assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
-    monkeypatch.setattr(datasets, "_DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(datasets, "_DEBIAN_FOLDER", tmp_path / "debian")
     fashion(tmp_path / "debian", ".gz")
     monkeypatch.setenv("PFGM_DATA", str(tmp_path / "elsewhere"))
     assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
-    monkeypatch.setattr(datasets, "_DEBIAN", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "_DEBIAN_FOLDER", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"elsewhere/fashion-mnist nor at .*nowhere"):
         open_data("fashion-mnist")
     monkeypatch.delenv("PFGM_DATA")

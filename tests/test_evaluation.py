@@ -399,6 +399,8 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "likelihood is 400; allowed are at most 399" in fails(*checkpoint, "--likelihood", 400)
     assert "allowed are digits, fashion-mnist" in fails(*checkpoint, "--data", "letters")
     assert "device is 'abacus'" in fails(*checkpoint, "--device", "abacus")
+    grey = ["--n", 10, "--steps", 1, "--likelihood", 1, "--grey-levels", 1]
+    assert "levels is 1; allowed is at least 2" in fails(*checkpoint, *grey)
     assert "no checkpoint at" in fails("--checkpoint", tmp_path / "no.safetensors")
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")

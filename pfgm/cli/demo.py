@@ -1,4 +1,4 @@
-"""The demonstration: from nothing to samples of handwritten digits, measured and drawn."""
+"""``pfgm demo``: trains on handwritten digits, draws samples and measures them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ from torch import Tensor
 from .. import data, metrics
 from ..common.checks import check_seed
 from ..common.files import StrPath, write_atomic
-from ..common.messages import say
+from ..common.messages import print_notice
+from ..flows.batches import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
 from ..networks import UNet
 from ..solvers import StepInfo
 from ..training import Terminated, TrainConfig, Trainer, checkpoint
 from ..training.locks import locked
 
-__all__ = ["TRAINING", "run"]
+__all__ = ["TRAINING", "Demo", "run"]
 
 SAMPLES = 1000
 SOLVER_STEPS = 10
-_SHOWN_SAMPLES, _SHOWN_PATHS, _SHOWN_LEVELS = 100, 8, 8
-_ROW = 10  # samples in a row of the picture
+_PICTURE_SAMPLES, _PICTURE_ROW = 100, 10  # in all, and in a row
+_PICTURE_PATHS, _PICTURE_LEVELS = 8, 8
 
 TRAINING = TrainConfig(
     steps=4000,
@@ -41,35 +43,54 @@ TRAINING = TrainConfig(
 )
 
 
+@dataclass
+class Demo:
+    """Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."""
+
+    out: Path = Path("runs/demo")
+    """Folder for samples.npy, samples.png, trajectory.png, metrics.json and model.safetensors."""
+    steps: int = TRAINING.steps
+    """Training steps."""
+    seed: int = 0
+    """Seed of training and sampling: the same seed gives the same result."""
+    conditional: bool = False
+    """Tell the network which digit to draw: each row of samples.png is one digit."""
+
+    def run(self) -> None:
+        run(self.out, steps=self.steps, seed=self.seed, conditional=self.conditional)
+
+
 def run(
     out: StrPath,
     *,
     steps: int = TRAINING.steps,
     seed: int = 0,
     conditional: bool = False,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = print_notice,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains on scikit-learn's digits, samples, and writes what came of it into a folder.
+    """Trains on scikit-learn's digits, draws samples, and writes the results into a folder.
 
-    samples.npy (1000, 8, 8) float32 in [-1, 1], samples.png, trajectory.png, metrics.json and
-    model.safetensors. Everything but the times is a function of the seed (and of the number of
-    threads). Interrupted training leaves the weights so far in model.safetensors.
+    The files are samples.npy, (1000, 8, 8) float32 in [-1, 1], samples.png, trajectory.png,
+    metrics.json and model.safetensors. The same seed gives the same results on the same number of
+    threads, except for times. If training is interrupted, model.safetensors holds the weights so
+    far.
 
     Args:
-        out: the folder, created where missing.
-        steps: of training.
+        out: the folder, which is created if it is missing.
+        steps: training steps.
         seed: of the network, training and sampling.
-        conditional: tell the network which digit it is; each row of samples.png is then one digit,
-            and a classifier trained on the real digits says how many it takes for what they are.
-        report: takes lines of text on what is done.
+        conditional: tell the network which digit to draw. Each row of samples.png is then one
+            digit, and metrics.json says how often a classifier that was trained on the real digits
+            agrees.
+        report: called with each line of text about the progress.
         progress: show progress bars.
 
     Returns:
         The content of metrics.json.
 
     Raises:
-        FolderInUse: another run is at work in the folder.
+        FolderInUse: another run uses the folder.
         OSError: the folder cannot be written.
         ImportError: scikit-learn or matplotlib is missing.
     """
@@ -110,16 +131,16 @@ def _run(
     checkpoint.save(folder / "model.safetensors", flow, trainer.averaged, step=trainer.step)
     trained = time.perf_counter()
 
-    recorder, labels = _Recorder(), torch.arange(SAMPLES) // _ROW % 10
-    samples, evaluations = flow.sample(
+    recorder, labels = _Recorder(), torch.arange(SAMPLES) // _PICTURE_ROW % 10
+    samples, evaluations = sample_in_batches(
+        flow,
         trainer.averaged,
-        SAMPLES,
+        draw_prior(flow, SAMPLES, config.seed),
+        batch_size=SAMPLES,
+        labels=labels if conditional else None,
         steps=SOLVER_STEPS,
-        condition={"labels": labels} if conditional else None,
-        generator=torch.Generator().manual_seed(config.seed),
         callback=recorder,
         progress=progress,
-        return_nfe=True,
     )
     samples = samples.clamp(-1, 1)
     sampled = time.perf_counter()
@@ -128,7 +149,7 @@ def _run(
     if conditional:
         figures["agreement"] = _agreement(samples, labels, digits)
     data.save_array(folder / "samples.npy", samples[:, 0])
-    image_grid(samples[:_SHOWN_SAMPLES], folder / "samples.png")
+    image_grid(samples[:_PICTURE_SAMPLES], folder / "samples.png")
     trajectory_grid(*recorder.path(samples, flow.z_min), folder / "trajectory.png")
     figures |= {
         "evaluations": evaluations,
@@ -148,18 +169,18 @@ def _run(
 
 
 class _Recorder:
-    """Keeps a few of the points at each step."""
+    """Keeps the first few points of each step."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[float, Tensor]] = []
 
     def __call__(self, info: StepInfo) -> None:
-        self._seen.append((info["z"], info["x"][:_SHOWN_PATHS].clone()))
+        self._seen.append((info["z"], info["x"][:_PICTURE_PATHS].clone()))
 
     def path(self, samples: Tensor, z_min: float) -> tuple[Tensor, list[float]]:
-        """Points (levels, n, *S) and z at about eight levels, the samples last."""
-        seen = [*self._seen, (z_min, samples[:_SHOWN_PATHS])]
-        places = torch.linspace(0, len(seen) - 1, min(_SHOWN_LEVELS, len(seen))).round().int()
+        """Points (levels, n, *S) and z at no more than eight levels. The last are the samples."""
+        seen = [*self._seen, (z_min, samples[:_PICTURE_PATHS])]
+        places = torch.linspace(0, len(seen) - 1, min(_PICTURE_LEVELS, len(seen))).round().int()
         shown = [seen[place] for place in places.tolist()]
         return torch.stack([x for _, x in shown]), [z for z, _ in shown]
 
@@ -187,7 +208,7 @@ def _measure(samples: Tensor, digits: data.Digits) -> dict[str, Any]:
 
 
 def _agreement(samples: Tensor, labels: Tensor, digits: data.Digits) -> dict[str, float]:
-    """How often a classifier trained on the real digits sees the label, in samples and held out."""
+    """How often a classifier of the real digits agrees with the labels."""
     from sklearn.svm import SVC
 
     classifier = SVC().fit(digits.train.flatten(1).numpy(), digits.train_labels.numpy())

@@ -1,4 +1,4 @@
-"""``pfgm evaluate``: samples of a checkpoint, or samples that there are, measured and drawn."""
+"""``pfgm evaluate``: measures samples of a checkpoint, or of a file or folder, and draws them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import io
 import json
 import math
 import sys
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 
 from .. import evaluation
@@ -25,26 +27,29 @@ from ..flows.sampling import check_steps
 from ..references import ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.runs import RunConfig
+from .options import SamplingOptions
 
 __all__ = ["Evaluate"]
 
-_SHOWN = 100  # samples in the picture
-_LIKELIHOOD_BATCH = 64
-_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+_PICTURE_SAMPLES = 100
+_MAX_LIKELIHOOD_BATCH = 64
+_TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
 
 class _Real(NamedTuple):
-    """What samples are compared with, in [−1, 1] where it was bytes."""
+    """The data that samples are compared with; bytes are mapped to [−1, 1]."""
 
     held_out: Tensor | None
     train: Tensor
 
     @classmethod
     def of(cls, data: Data, count: int, seed: int, device: torch.device) -> _Real:
-        """At most so many rows of each, on the device where that has float64."""
+        """At most ``count`` rows of each, on the device if it is a GPU, else on the CPU."""
         place = device if device.type == "cuda" else torch.device("cpu")
-        held_out = None if data.held_out is None else _some(data.held_out, count, seed).to(place)
-        return cls(held_out, _some(data.train, count, seed).to(place))
+        held_out = (
+            None if data.held_out is None else _draw_rows(data.held_out, count, seed).to(place)
+        )
+        return cls(held_out, _draw_rows(data.train, count, seed).to(place))
 
 
 @dataclass
@@ -54,46 +59,37 @@ class Evaluate:
     out: Path
     """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
     checkpoint: Path | None = None
-    """A .safetensors file, or the folder of a run; or, in its place, --samples."""
+    """A .safetensors file, or the folder of a run. Give either this or --samples."""
     samples: Path | None = None
     """A .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
-    """What they should be like: digits, fashion-mnist, cifar10 or a path, as for train. What the
-    checkpoint's run was trained on unless given, or else digits."""
+    """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. Unless given,
+    the data of the checkpoint's run, or else digits."""
     n: int = 1000
-    """How many samples are drawn; of a file or folder, how many are taken at most."""
-    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
-    """How the field lines are followed; consistency is for few-step models."""
-    steps: int | None = None
-    """Steps of the solver (rk45 chooses its own): 10 unless given, more for samples of few
-    values."""
-    schedule: Literal["rho", "log"] = "rho"
-    """Spacing of the steps."""
-    last: float | None = None
-    """Level from which the last step goes to the end at once."""
+    """Number of samples to draw, or the most to take from a file or folder."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingOptions
+    )
+    """How and where samples are drawn."""
     guidance: float | None = None
-    """How much to exaggerate the labels, of a network that was trained with some."""
+    """Weight of classifier-free guidance, for a network that was trained with labels."""
     against: int = 10_000
-    """How many rows of held-out and of training data are compared at most."""
+    """The most rows of held-out data, and of training data, to compare with."""
     likelihood: int = 0
-    """How many held-out samples to find the bits per dimension of."""
-    levels: int | None = None
-    """Grey levels of the data, for --likelihood, unless they are known; 0 for continuous values."""
+    """Number of held-out samples whose bits per dimension are computed."""
+    grey_levels: int | None = None
+    """Grey levels of the data, for --likelihood; 0 for continuous values. Bytes need none given."""
     curve: bool = False
-    """Measure every solver at several numbers of steps too."""
+    """Measure every solver at several numbers of steps as well."""
     curve_steps: tuple[int, ...] = (3, 5, 8, 10, 20, 40)
-    """Which; heun takes half as many, for as many evaluations."""
+    """Numbers of steps of --curve. Heun takes half as many, because its steps cost double."""
     seed: int = 0
-    """Of all that is drawn: the same seed gives the same figures."""
-    batch_size: int = 1000
-    """Samples at a time."""
-    device: str = "auto"
-    """auto: cuda where there is a GPU, else cpu."""
+    """Seed of everything random: the same seed gives the same figures."""
 
     def run(self) -> None:
         self._check()
-        device = usable_device(self.device)
-        name = self.data or _trained_on(self.checkpoint)
+        device = usable_device(self.sampling.device)
+        name = self.data or _data_of_run(self.checkpoint)
         data = open_data(name, progress=True)
         source = self._open(device)
         self._check_data(name, data, source)
@@ -108,9 +104,12 @@ class Evaluate:
         figures: dict[str, Any] = {"data": name}
         if isinstance(source, Loaded):
             samples, described = self._draw(source, device)
-            samples = evaluation.clamped(samples.to(real.train.device), real.train)
+            samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
         else:
-            samples, described = _some(source, self.n, self.seed), {"source": str(self.samples)}
+            samples, described = (
+                _draw_rows(source, self.n, self.seed),
+                {"source": str(self.samples)},
+            )
             samples = samples.to(real.train.device)
         figures |= described
         figures |= evaluation.evaluate_samples(samples, real.held_out, real.train, progress=True)
@@ -125,7 +124,7 @@ class Evaluate:
             _write_csv(self.out / "curve.csv", points)
         _draw_pictures(self.out, samples, points, figures["frechet_distance"]["train"])
 
-    # ---- what is asked for ----
+    # ---- checks and inputs ----
 
     def _check(self) -> None:
         if (self.checkpoint is None) == (self.samples is None):
@@ -135,7 +134,7 @@ class Evaluate:
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
         for name, value, smallest in (
             ("n", self.n, 1),
-            ("batch-size", self.batch_size, 1),
+            ("batch-size", self.sampling.batch_size, 1),
             ("against", self.against, 1),
             ("likelihood", self.likelihood, 0),
             ("curve-steps", min(self.curve_steps, default=0), 1),
@@ -145,14 +144,14 @@ class Evaluate:
                     f"{name} is {value}; allowed is at least {smallest}, and below 2^63."
                 )
         check_seed(self.seed)
-        steps = () if self.steps is None else (self.steps,)
+        steps = () if self.sampling.steps is None else (self.sampling.steps,)
         for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
             for count in counts:
                 check_steps(name, count)
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.checkpoint is not None:
-            if notice := check_solver(self.checkpoint, self.solver):
+            if notice := check_solver(self.checkpoint, self.sampling.solver):
                 print(f"pfgm: {notice}", file=sys.stderr)
             return load(self.checkpoint, device=device)
         assert self.samples is not None
@@ -173,45 +172,36 @@ class Evaluate:
                 f"{_part(data).replace('_', '-')} samples of {name}."
             )
 
-    # ---- what is measured ----
+    # ---- figures ----
 
     def _draw(self, model: Loaded, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        steps = self.steps
-        if steps is None:
-            steps = evaluation.usual_steps(model.flow, self.solver)
-        solving: dict[str, Any] = {
-            "solver": self.solver,
-            "steps": steps,
-            "schedule": self.schedule,
-            "last": self.last,
-            "guidance": self.guidance,
-        }
+        solving = {**self.sampling.solver_arguments(model.flow), "guidance": self.guidance}
         samples, nfe = evaluation.draw_samples(
             *model,
             self.n,
             seed=self.seed,
-            batch_size=self.batch_size,
+            batch_size=self.sampling.batch_size,
             device=device,
             progress=True,
             **solving,
         )
         classes = evaluation.label_count(model.network)
         labels = f"i mod {classes}" if classes else None
-        sampling = {**solving, "labels": labels, "batch_size": self.batch_size}
+        sampling = {**solving, "labels": labels, "batch_size": self.sampling.batch_size}
         return samples, {"source": str(self.checkpoint), "nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
         rows = data.held_out or data.train
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
         known = rows.labels is not None and evaluation.label_count(model.network) > 0
-        levels = data.levels if self.levels is None else self.levels
+        levels = data.levels if self.grey_levels is None else self.grey_levels
         found = evaluation.bits_per_dim(
             *model,
             rows[numbers].to(device),
             levels=levels,
             labels=rows.labels[numbers] if known and rows.labels is not None else None,
             seed=self.seed,
-            batch_size=min(self.batch_size, _LIKELIHOOD_BATCH),
+            batch_size=min(self.sampling.batch_size, _MAX_LIKELIHOOD_BATCH),
             progress=True,
         )
         return {
@@ -231,30 +221,31 @@ class Evaluate:
             n=self.n,
             steps=self.curve_steps,
             seed=self.seed,
-            batch_size=self.batch_size,
+            batch_size=self.sampling.batch_size,
             device=device,
-            last=self.last,
+            last=self.sampling.last,
             guidance=self.guidance,
             progress=True,
         )
 
 
-def _some(rows: ReferenceSet, count: int, seed: int) -> Tensor:
-    """At most so many rows, float32."""
+def _draw_rows(rows: ReferenceSet, count: int, seed: int) -> Tensor:
+    """At most ``count`` rows, drawn with the seed, as float32."""
     generator = torch.Generator().manual_seed(seed)
     return to_unit(rows[rows.draw(min(count, len(rows)), generator=generator)])
 
 
-def _trained_on(checkpoint: Path | None) -> str:
-    """The data of a run, where its folder holds its configuration; else those of the demo."""
+def _data_of_run(checkpoint: Path | None) -> str:
+    """The name of the data of a run, if its folder holds its configuration; else digits."""
     if checkpoint is not None:
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        if (folder / "config.json").is_file():
+        with suppress(FileNotFoundError):
             return RunConfig.load(folder).data
     return "digits"
 
 
 def _part(data: Data) -> str:
+    """The part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
 
 
@@ -262,7 +253,7 @@ def _versions() -> dict[str, str]:
     return {"pfgm": importlib.metadata.version("pfgm"), "torch": torch.__version__}
 
 
-# ---- what is written --------------------------------------------------------------------------
+# ---- files and text ---------------------------------------------------------------------------
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
@@ -282,7 +273,7 @@ def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: fl
     from ..plotting import image_grid, quality_curve
 
     if samples.ndim == 4 and samples.shape[1] in (1, 3):
-        image_grid(samples[:_SHOWN], folder / "samples.png")
+        image_grid(samples[:_PICTURE_SAMPLES], folder / "samples.png")
     if points:
         curves = evaluation.as_curves(points)
         nfe = [point.nfe for point in points]
@@ -297,7 +288,7 @@ def _table(figures: dict[str, Any]) -> str:
     counts, against = figures["counts"], figures["against"].replace("_", "-")
     title = f"against {counts['against']} {against} rows"
     lines = [f"{title:30}{'samples':>12}{'train':>12}"]
-    for name in _ROWS:
+    for name in _TABLE_ROWS:
         values = figures[name]
         lines.append(
             f"{name.replace('_', ' '):30}{values['samples']:>12.4g}{values['train']:>12.4g}"

@@ -1,4 +1,4 @@
-"""Checks of argument values: done by the CPU kernels on the way, on other devices on request."""
+"""Checks of arguments: numbers, shapes, devices and values of tensors."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 
 _debug = False
 R = TypeVar("R")
-_DIMENSIONS = 64  # of a tensor, at most
+_MAX_DIMENSIONS = 64  # of a tensor
 _FLOAT32 = torch.finfo(torch.float32)
-_LARGEST_INT = (1 << 63) - 1  # what torch can count
-_MOST_VALUES = 64  # of a tuple of sizes
+_MAX_INT = (1 << 63) - 1  # of torch
+_MAX_VALUES = 64  # of a tuple of sizes
 
 
 @contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
     """Checks values on every device while the context is open, for the whole process.
 
-    On the CPU non-finite values are always noticed. Elsewhere a check would make the host wait for
-    the device, so NaN propagates unless this is on.
+    On the CPU values that are not finite always raise an error. On other devices a check would make
+    the host wait for the device, so NaN propagates unless this is on.
 
     >>> import pfgm
     >>> with pfgm.debug_checks():
@@ -42,17 +42,19 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 
 def is_number(value: object) -> bool:
-    """Whether value is a real number of Python or NumPy; True and False are none."""
+    """Whether value is a real number of Python or NumPy, but not True or False."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 LARGEST = sys.float_info.max
-"""Below infinity, with which torch.compile makes no condition of a number that varies."""
+"""The largest finite number. torch.compile cannot compare a symbolic number with infinity."""
 
 
 def varies(*values: float) -> bool:
-    """Whether one of these numbers may be another at the next call of what is being compiled."""
-    # An argument of an op that is a number would be compiled anew for each of its values.
+    """Whether torch.compile is running and one of these numbers is symbolic.
+
+    As a number argument of an op it would be compiled again for each of its values.
+    """
     return torch.compiler.is_compiling() and not all(
         torch.fx.experimental.symbolic_shapes.has_static_value(value) for value in values
     )
@@ -61,18 +63,18 @@ def varies(*values: float) -> bool:
 def untouched(
     function: Callable[..., R], who: str, names: Sequence[str], /, *values: Any, **named: Any
 ) -> R:
-    """``function(*values, **named)``, which must leave the tensors among them as they are.
+    """``function(*values, **named)``, with an error if it changes one of the tensors in place.
 
-    A change in place is noticed by a tensor's version, without a look at the values. A tensor made
-    in inference mode has none, so that the function is given a copy of it.
+    A tensor's version shows a change without reading the values. A tensor of inference mode has no
+    version, so the function gets a copy of it.
 
     Args:
-        function: a network, or what evaluates one.
-        who: what the function is called in the message.
-        names: those of the values, in their order.
+        function: a network, or a function that evaluates one.
+        who: the name of the function in the error.
+        names: the names of the values in the error.
 
     Raises:
-        ValueError: the function changed one of them; the message names it.
+        ValueError: the function changed a tensor, which the message names.
 
     >>> untouched(torch.relu_, "net", ["x"], torch.ones(2))
     Traceback (most recent call last):
@@ -107,35 +109,37 @@ def _version(value: Any) -> int:
 
 
 def check_dimensions(shape: Sequence[object]) -> None:
-    """Raises ValueError where a shape has more dimensions than a tensor can have."""
-    if len(shape) > _DIMENSIONS:
-        raise ValueError(f"shape has {len(shape)} dimensions; allowed are at most {_DIMENSIONS}.")
+    """Raises ValueError if a shape has more dimensions than a tensor can have."""
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(
+            f"shape has {len(shape)} dimensions; allowed are at most {_MAX_DIMENSIONS}."
+        )
 
 
 def check_seed(seed: object) -> None:
-    """Raises ValueError unless torch's generators take this seed."""
+    """Raises ValueError unless the generators of torch accept this seed."""
     if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; allowed is an integer from -2^63 to below 2^64.")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, or that no memory could be so large."""
+    """Whether an error says that memory could not be allocated."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # The allocator of the CPU has no error of its own.
-    told = ("can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in told)
+    # The CPU allocator raises a plain RuntimeError.
+    texts = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 @contextmanager
 def allocating(what: str) -> Iterator[None]:
-    """Says what was asked for where memory for it cannot be had.
+    """Turns an allocation error of the block into a MemoryError that says what did not fit.
 
     Args:
-        what: begins the sentence, such as "n is 5, and so many samples".
+        what: the beginning of the message, such as "n is 5, and so many samples".
 
     Raises:
-        MemoryError: in place of whatever the allocator has raised.
+        MemoryError: memory could not be allocated.
 
     >>> with allocating("n is 10**15, and so many numbers"):
     ...     torch.empty(10**15)
@@ -151,7 +155,7 @@ def allocating(what: str) -> Iterator[None]:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of a name, "auto" being cuda where there is a GPU, else cpu.
+    """The device of this name; "auto" is cuda if there is a GPU, else cpu.
 
     Raises:
         ValueError: there is no such device, or it cannot be used.
@@ -163,9 +167,9 @@ def usable_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that torch gives up; what follows decides
+            warnings.simplefilter("ignore")  # about deprecated names, which are tried below
             device = torch.device(name)
-        # Written and read, as numbers on "meta" are neither.
+        # A number is written and read, because "meta" holds none.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -174,11 +178,12 @@ def usable_device(name: str) -> torch.device:
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether values on this device are looked at."""
+    """Whether values on this device are checked."""
     return device.type == "cpu" or _debug
 
 
 def first_bad_row(values: Tensor) -> int | None:
+    """The first row that holds NaN or infinity."""
     if not values.is_floating_point():
         return None
     for start in range(0, len(values), 4096):
@@ -190,7 +195,7 @@ def first_bad_row(values: Tensor) -> int | None:
 
 
 def radius_message(radius: Tensor, row: int) -> str:
-    """The sentence for a radius that is negative or not finite, whatever the caller names it."""
+    """The error for a radius that is negative or not finite, by all names that callers use."""
     return (
         f"r, sigma or z is {radius[row].item()} in row {row}; only finite values of at least 0 "
         "are allowed."
@@ -205,7 +210,7 @@ def check_radius(radius: Tensor) -> None:
 
 
 def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
-    """The sentence for a distance that was not finite: which argument, and which row of it."""
+    """The error for a distance that is not finite. It names the argument and the row."""
     for argument, values in ((name, x), ("references", references)):
         row = first_bad_row(values)
         if row is not None:
@@ -253,30 +258,30 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
 
 
-def positive_int(name: str, value: Any, most: int = _LARGEST_INT) -> int:
-    """`value`, an integer from 1 to `most`, as an int, else a ValueError that names it."""
+def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
+    """`value` as an int. A ValueError names it unless it is an integer from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
-        limit = "" if most == _LARGEST_INT else f" and at most {most}"
+        limit = "" if most == _MAX_INT else f" and at most {most}"
         raise ValueError(f"{name} is {value!r}; only an integer of at least 1{limit} is allowed.")
     return int(value)
 
 
 def natural(name: str, value: Any) -> int:
-    """`value`, an integer of at least 0, as an int, else a ValueError that names the argument."""
+    """`value` as an int. A ValueError names it unless it is an integer of at least 0."""
     return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
 
 
 def positive_float(name: str, value: Any) -> float:
-    """`value`, positive and finite, as a float, else a ValueError that names the argument."""
+    """`value` as a float. A ValueError names it unless it is positive and finite."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
     return float(value)
 
 
-def int_tuple(name: str, values: Any, most: int = _LARGEST_INT) -> tuple[int, ...]:
-    """`values`, a non-empty list or tuple of integers from 1 to `most`, as a tuple."""
+def int_tuple(name: str, values: Any, most: int = _MAX_INT) -> tuple[int, ...]:
+    """`values`, a list or tuple of integers from 1 to `most`, as a tuple. It must not be empty."""
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
         raise ValueError(f"{name} is {values!r}; only a non-empty list or tuple is allowed.")
-    if len(values) > _MOST_VALUES:
-        raise ValueError(f"{name} has {len(values)} values; at most {_MOST_VALUES} are allowed.")
+    if len(values) > _MAX_VALUES:
+        raise ValueError(f"{name} has {len(values)} values; at most {_MAX_VALUES} are allowed.")
     return tuple(positive_int(f"{name}[{i}]", value, most) for i, value in enumerate(values))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and output folders that are known to work before the work."""
+"""Files that are written whole or not at all, and output folders that are checked before work."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from typing import BinaryIO
 
 StrPath = str | os.PathLike[str]
 
-# What platforms and file systems say that cannot open or synchronise a folder.
+# The errors of platforms and file systems that cannot open or synchronise a folder.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
 def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file so that ``path`` holds the old content or all of the new, never a part of it.
+    """Writes a file so that ``path`` holds either the old content or all of the new content.
 
-    The content goes to a temporary file in the same folder (``.pfgm-*.tmp``, which only a killed
-    process leaves behind), is flushed to the disk and renamed over ``path``. A symbolic link is
-    followed. The mode is what ``open(path, "wb")`` would give: that of the file replaced, or else
-    what the umask leaves of 0o666.
+    The content is written to a temporary file in the same folder, flushed to the disk and renamed
+    to ``path``. Only a killed process leaves the temporary file, ``.pfgm-*.tmp``, behind. A
+    symbolic link is followed. The mode is the one that ``open(path, "wb")`` would give: the mode of
+    the file that is replaced, or else 0o666 without the bits of the umask.
 
     Args:
         path: the file to write; its folder must exist.
-        write: called once with an open binary file, which it leaves open. What it raises is raised
-            here, with ``path`` left as it was; only an OSError is reworded to name ``path``.
+        write: called once with an open binary file, which it must not close. Its errors are raised
+            unchanged, except that an OSError is reworded to name ``path``. ``path`` is then left as
+            it was.
 
     Raises:
-        OSError: the folder is missing or not writable, the disk is full, or ``path`` is a folder
-            or another thing that is not a regular file.
+        OSError: the folder is missing or not writable, the disk is full, or ``path`` exists and is
+            not a regular file.
 
     >>> folder = tempfile.TemporaryDirectory()
     >>> path = Path(folder.name) / "greeting.txt"
@@ -54,38 +55,38 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
 
 
 def check_folder(path: StrPath) -> Path:
-    """Makes sure of an output folder before long work starts: creates it and tries it out.
+    """Creates an output folder and checks that files can be created in it.
 
-    A file is created in it and removed, because permission bits alone tell little: not to root,
-    nor on a read-only or a network file system.
+    The check creates a file and removes it. Permission bits would not do: they do not apply to
+    root, nor to read-only and network file systems.
 
     Args:
-        path: the folder; it and its parents are created where missing.
+        path: the folder; it and its parents are created if they are missing.
 
     Returns:
         The folder as a Path.
 
     Raises:
         ValueError: the name is empty.
-        OSError: it can be neither found nor created, or no file can be created in it.
+        OSError: the folder cannot be created, or no file can be created in it.
 
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     check_folder(Path(parent) / "runs" / "first").is_dir()
     True
     """
-    folder = named_folder(path)
-    with usable(folder):
+    folder = folder_path(path)
+    with folder_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".pfgm-", suffix=".tmp"):
             pass
     return folder
 
 
-def named_folder(path: StrPath) -> Path:
-    """The folder as a Path, which would take the empty name for the current folder.
+def folder_path(path: StrPath) -> Path:
+    """The folder as a Path.
 
     Raises:
-        ValueError: the name is empty.
+        ValueError: the name is empty. A Path would make it the current folder.
     """
     if not os.fspath(path):
         raise ValueError("the output folder is ''; allowed is a name that is not empty.")
@@ -93,8 +94,8 @@ def named_folder(path: StrPath) -> Path:
 
 
 @contextmanager
-def usable(folder: Path) -> Iterator[None]:
-    """Says in one sentence that an output folder does not do, where that makes an OSError."""
+def folder_errors(folder: Path) -> Iterator[None]:
+    """Rewords an OSError of the block to say that the output folder cannot be used."""
     try:
         yield
     except OSError as error:
@@ -106,7 +107,7 @@ def usable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def output_folder(path: StrPath) -> Iterator[Path]:
-    """:func:`check_folder` around some work; where that fails, it leaves no empty new folder.
+    """:func:`check_folder` for a block of work. If the block fails, empty new folders are removed.
 
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     folder = Path(parent) / "runs" / "first"
@@ -117,45 +118,42 @@ def output_folder(path: StrPath) -> Iterator[Path]:
     ...         folder.parent.exists()
     False
     """
-    with unless_it_fails(named_folder(path)):
+    with remove_new_folders_on_failure(folder_path(path)):
         yield check_folder(path)
 
 
 @contextmanager
-def unless_it_fails(folder: Path) -> Iterator[None]:
-    """Keeps the folders that some work creates, this one and its parents, unless the work fails.
-
-    Then those are removed that were not there before and hold nothing.
-    """
+def remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
+    """If the block fails, removes this folder and its parents where they are new and empty."""
     new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # one that holds something, or was not made
+        with suppress(OSError):  # the folder is not empty, or was not created
             for path in new:
                 path.rmdir()
         raise
 
 
 def reserve_standard_descriptors() -> None:
-    """Opens /dev/null in the place of stdin, stdout and stderr where they are closed.
+    """Opens /dev/null for those of stdin, stdout and stderr that are closed.
 
-    A file that were opened there instead, such as a checkpoint, would be sent the messages of
-    libraries that write to descriptor 2.
+    Otherwise the next file that is opened, such as a checkpoint, would get a descriptor from 0 to
+    2, and libraries that write to descriptor 2 would write into it.
     """
     for standard in range(3):
         try:
             os.fstat(standard)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
             if opened == standard:
                 os.set_inheritable(opened, True)
             else:
-                os.close(opened)  # another thread was faster
+                os.close(opened)  # another thread has taken it meanwhile
 
 
 def remove_leftovers(folder: StrPath) -> None:
-    """Removes temporary files that killed processes have left; nobody else may write there."""
+    """Removes the temporary files of killed processes. No other process may be writing there."""
     for path in Path(folder).glob(".pfgm-*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -163,7 +161,7 @@ def remove_leftovers(folder: StrPath) -> None:
 def _write_and_rename(target: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = target.parent / f".pfgm-{secrets.token_hex(8)}.tmp"
     try:
-        # Not by the tempfile module, whose files are private whatever the umask.
+        # The files of the tempfile module would be private, whatever the umask.
         with open(temporary, "xb") as file:
             if target.exists():
                 os.chmod(temporary, target.stat().st_mode & 0o777)
@@ -178,7 +176,7 @@ def _write_and_rename(target: Path, write: Callable[[BinaryIO], object]) -> None
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where folders can be opened and synchronised."""
+    """Makes a rename survive a power cut, if folders can be opened and synchronised."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Progress bars and lines of text, which cost no work where nobody can read them any more."""
+"""Progress bars and lines of text that do not fail when nobody can read them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-__all__ = ["Unfailing", "progress_bar", "say", "show", "unfailing_streams"]
+__all__ = ["Unfailing", "print_notice", "print_result", "progress_bar", "unfailing_streams"]
 
 
 class Unfailing:
-    """A text stream that drops what its own stream does not take.
+    """A text stream that drops text which the stream below it cannot take.
 
-    The reader of a pipe ends, a terminal closes, a disk fills up, or a process is started without
-    the stream (None): nothing of that is an error of the work that the text is about. Characters
-    that the encoding lacks are escaped.
+    The reader of a pipe may end, a terminal may close, a disk may fill up, or a process may have
+    been started without the stream (None). None of this is an error of the work that prints.
+    Characters that the encoding lacks are escaped.
 
     >>> stream = Unfailing(None)
     >>> print("nobody reads this", file=stream)
@@ -29,14 +29,14 @@ class Unfailing:
 
     @property
     def stream(self) -> Any:
-        """The stream itself."""
+        """The stream below."""
         return self._stream
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_NOWHERE if self._stream is None else self._stream, name)
+        return getattr(_EMPTY_STREAM if self._stream is None else self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes the text if that is possible."""
+        """Writes the text if possible."""
         if self._stream is not None:
             try:
                 self._write(text)
@@ -45,7 +45,7 @@ class Unfailing:
         return len(text)
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal; one that is closed is none."""
+        """Whether the stream is an open terminal."""
         try:
             return self._stream is not None and bool(self._stream.isatty())
         except ValueError:
@@ -60,15 +60,15 @@ class Unfailing:
             )
 
     def flush(self) -> None:
-        """Flushes the stream if that is possible."""
+        """Flushes the stream if possible."""
         if self._stream is not None:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
                 self.failed = error
 
-    def leave(self) -> None:
-        """Makes sure that the interpreter, which flushes the stream at its end, does not fail."""
+    def prepare_exit(self) -> None:
+        """Flushes the stream now, so that the interpreter's flush at exit cannot fail."""
         if self._stream is None or self._stream.closed:
             return
         try:
@@ -79,7 +79,7 @@ class Unfailing:
                     os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
-_NOWHERE = io.TextIOBase()
+_EMPTY_STREAM = io.TextIOBase()
 
 
 @contextmanager
@@ -90,38 +90,38 @@ def unfailing_streams() -> Iterator[None]:
         with redirect_stdout(output), redirect_stderr(errors):
             yield
     finally:
-        output.leave()
-        errors.leave()
+        output.prepare_exit()
+        errors.prepare_exit()
 
 
-def say(text: str) -> None:
-    """Prints what is good to know; without stdout it is dropped."""
+def print_notice(text: str) -> None:
+    """Prints text that nothing depends on. It is dropped if stdout cannot be written."""
     print(text, file=Unfailing(sys.stdout))
 
 
-def show(text: str) -> None:
-    """Prints what a command is for: only a reader who has seen enough is no error.
+def print_result(text: str) -> None:
+    """Prints the result of a command. A reader that stops reading early is not an error.
 
     Raises:
-        OSError: stdout is closed or takes nothing.
+        OSError: stdout is closed or cannot be written.
     """
     stream = Unfailing(sys.stdout).stream
     if stream is None:
         raise OSError(
             "stdout is closed; allowed is any file, pipe or terminal that can be written."
         )
-    shown = Unfailing(stream)
-    print(text, file=shown)
-    shown.flush()
-    if shown.failed is not None and not isinstance(shown.failed, BrokenPipeError):
-        reason = getattr(shown.failed, "strerror", None) or shown.failed
+    output = Unfailing(stream)
+    print(text, file=output)
+    output.flush()
+    if output.failed is not None and not isinstance(output.failed, BrokenPipeError):
+        reason = getattr(output.failed, "strerror", None) or output.failed
         raise OSError(f"stdout cannot be written: {reason}.")
 
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:
-    """A progress bar of tqdm on stderr, with tqdm's arguments; it lives on without stderr."""
+    """A progress bar of tqdm, with tqdm's arguments, that does not fail without stderr."""
     from tqdm.auto import tqdm
 
     stream = Unfailing(sys.stderr)
-    # tqdm asks only sys.stderr itself for its width, unless it is told to ask at each turn.
+    # With dynamic_ncols tqdm asks this stream for its width; else it would ask sys.stderr only.
     return tqdm(*arguments, file=stream, dynamic_ncols=stream.isatty(), **options)

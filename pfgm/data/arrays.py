@@ -1,39 +1,61 @@
-"""Arrays of samples in files, and bytes to [-1, 1]."""
+"""Samples in .npy, .npz and .safetensors files and in memory maps, and bytes to [-1, 1]."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+import mmap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from safetensors import safe_open
 from torch import Tensor
 
 from ..common.files import StrPath, write_atomic
+from .rows import InMemory, OnDisk, Source, check_samples
 
 __all__ = ["load_array", "save_array", "to_unit"]
 
 _PREFERRED_NAMES = ("images", "data", "x")
+_NUMPY_DTYPES = {
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+_SAFETENSORS_DTYPES = {
+    "U8": torch.uint8,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
 
 def load_array(path: StrPath) -> Tensor:
     """Reads samples from a ``.npy``, ``.npz`` or ``.safetensors`` file; nothing is unpickled.
 
-    A file of several arrays is read at the first of the names images, data, x that it has.
-    Floating numbers of any width become float32. uint8 stays uint8 for the memory it saves: as
-    references, and in :func:`to_unit`, a byte u means u/127.5 - 1.
+    A file of several arrays must name its samples images, data or x; the first of these is read.
+    Floating numbers of any width become float32. uint8 stays uint8 to save memory: a byte u
+    stands for u/127.5 - 1, as references and in :func:`to_unit`.
 
     Returns:
         A contiguous tensor (n, *S) on the CPU, float32 or uint8, with at least one number in it.
 
     Raises:
-        FileNotFoundError: no such file.
-        TypeError: numbers that are neither floating nor uint8.
-        ValueError: another suffix, an empty, truncated, foreign or pickled file, no array of those
-            names, fewer than two dimensions, no numbers, NaN or infinity.
+        FileNotFoundError: there is no such file.
+        TypeError: the numbers are neither floating nor uint8.
+        ValueError: the suffix is another one; the file is empty, truncated, damaged or pickled;
+            no array has one of the names; there are fewer than two dimensions, no numbers, NaN or
+            infinity.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -43,22 +65,24 @@ def load_array(path: StrPath) -> Tensor:
     (torch.Size([5, 1, 8, 8]), torch.float32)
     """
     path = Path(path)
-    if path.suffix not in (".npy", ".npz", ".safetensors"):
+    if path.suffix not in _OPENERS:
         raise ValueError(
             f"{path} has the suffix {path.suffix!r}; allowed are .npy, .npz and .safetensors."
         )
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty, 0 bytes long.")
-    read = read_safetensors if path.suffix == ".safetensors" else _read_numpy
-    return _checked(read(path), path)
+    source = open_array(path, in_place=False)
+    samples = source.read(0, len(source))
+    if samples.dtype == torch.uint8:
+        return samples
+    samples = samples.float()
+    if not bool(torch.isfinite(samples).all()):
+        raise ValueError(
+            f"{path} holds NaN or infinity as float32; only finite values are allowed."
+        )
+    return samples
 
 
 def save_array(path: StrPath, samples: Tensor) -> None:
-    """Writes samples as a ``.npy`` file, whole or not at all.
+    """Writes samples as a ``.npy`` file. If that fails, ``path`` is left as it was.
 
     Raises:
         OSError: the file cannot be written.
@@ -74,13 +98,13 @@ def save_array(path: StrPath, samples: Tensor) -> None:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Images as float32: a byte u as u/127.5 - 1, in [-1, 1]; floating numbers as they are.
+    """Images as float32: a byte u becomes u/127.5 - 1, in [-1, 1]; floating numbers stay.
 
     Args:
         images: any shape, uint8 or floating.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: the dtype is another one.
 
     >>> to_unit(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([-1.,  1.])
@@ -94,9 +118,84 @@ def to_unit(images: Tensor) -> Tensor:
     )
 
 
+# ---- array files ------------------------------------------------------------------------------
+
+
+def open_array(path: Path, name: str | None = None, *, in_place: bool = True) -> Source:
+    """Opens the samples of an array file.
+
+    Args:
+        path: the file.
+        name: the array, one of :func:`array_names`; None chooses as :func:`load_array` does.
+        in_place: read the rows from the file when they are needed. False loads the array now.
+
+    Returns:
+        The rows. They are loaded now, and float64 becomes float32, where they cannot be read in
+        place: the array is compressed, in Fortran order, in another byte order or of a width that
+        is not in ``DTYPES``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: the numbers are neither floating nor uint8.
+        ValueError: the suffix is another one; the file is empty, truncated, damaged or pickled;
+            no array has one of the names; there are fewer than two dimensions or no numbers.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.suffix not in _OPENERS:
+        raise ValueError(
+            f"{path} has the suffix {path.suffix!r}; allowed are .npy, .npz, .safetensors and "
+            "folders of images."
+        )
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty, 0 bytes long.")
+    return _OPENERS[path.suffix](path, name, in_place)
+
+
+def array_names(path: Path) -> list[str]:
+    """The names of the arrays in a .npz or .safetensors file; none for a .npy file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if path.suffix == ".npz":
+        with _parsing(path), ZipFile(path) as archive:
+            return [info.filename.removesuffix(".npy") for info in archive.infolist()]
+    if path.suffix == ".safetensors":
+        with _parsing(path), safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    return []
+
+
+def read_integers(path: Path, name: str) -> Tensor:
+    """An array of integers in a .npz or .safetensors file, as int64.
+
+    Raises:
+        TypeError: the numbers are no integers.
+        ValueError: the file is damaged or pickled.
+    """
+    with _parsing(path):
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                array: np.ndarray[Any, Any] = archive[name]
+        else:
+            with safe_open(path, framework="np") as file:
+                array = file.get_tensor(name)
+        if not isinstance(array, np.ndarray):  # NumPy gives the bytes of other members
+            raise ValueError("the member of the archive is not an array")
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"{path} holds {name} of type {array.dtype}; allowed are integers, a label for each "
+            "sample."
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns whatever the parsers raise on damaged bytes, of a dozen types, into one sentence."""
+def _parsing(path: Path) -> Iterator[None]:
+    """Turns the many types of error that parsers raise on damaged bytes into one ValueError."""
     try:
         yield
     except PermissionError:
@@ -108,45 +207,8 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_numpy(path: Path) -> Tensor:
-    with open(path, "rb") as file:
-        with reading(path):
-            loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return _from_numpy(loaded, path)
-        name = choose(loaded.files, path)
-        with reading(path):
-            array = loaded[name]
-            if not isinstance(array, np.ndarray):
-                raise ValueError("a member of the archive that is no array comes as bytes")
-    return _from_numpy(array, path)
-
-
-def _from_numpy(array: np.ndarray[Any, Any], path: Path) -> Tensor:
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what float32 cannot hold is reported as infinity
-            array = array.astype(np.float32)
-    elif array.dtype != np.uint8:
-        raise dtype_error(array.dtype, path)
-    return torch.from_numpy(array)
-
-
-def read_safetensors(path: Path, name: str | None = None) -> Tensor:
-    """The samples of a file, or its array of that name, copied, uint8 or float32."""
-    with reading(path):
-        file: Any = safe_open(path, framework="pt")
-    with file:
-        name = name or choose(file.keys(), path)
-        with reading(path):
-            # A copy, since the tensor may be the mapped file, which could change under it.
-            tensor: Tensor = file.get_tensor(name).clone()
-    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-        raise dtype_error(tensor.dtype, path)
-    return tensor if tensor.dtype == torch.uint8 else tensor.float()
-
-
-def choose(names: Sequence[str], path: Path) -> str:
-    """Which of the arrays in a file is read."""
+def _choose_name(names: Sequence[str], path: Path) -> str:
+    """The array that is read, of those in a file."""
     if len(names) == 1:
         return names[0]
     for name in _PREFERRED_NAMES:
@@ -159,21 +221,194 @@ def choose(names: Sequence[str], path: Path) -> str:
     )
 
 
-def _checked(samples: Tensor, path: Path) -> Tensor:
-    if samples.ndim < 2 or samples.numel() == 0:
-        raise ValueError(
-            f"{path} holds an array of shape {tuple(samples.shape)}; allowed is (n, *S), n samples "
-            "of shape S with at least one number."
-        )
-    if samples.is_floating_point() and not bool(torch.isfinite(samples).all()):
-        raise ValueError(
-            f"{path} holds NaN or infinity as float32; only finite values are allowed."
-        )
-    return samples.contiguous()
+def _open_npy(path: Path, name: str | None, in_place: bool) -> Source:
+    with open(path, "rb") as file:
+        return _open_stream(file, 0, path.stat().st_size, path, in_place)
 
 
-def dtype_error(dtype: object, path: Path) -> TypeError:
-    """For numbers of a type that is not read."""
+def _open_npz(path: Path, name: str | None, in_place: bool) -> Source:
+    with _parsing(path):
+        archive = ZipFile(path)
+    with archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        member = members[name or _choose_name(list(members), path)]
+        with _parsing(path):
+            start = _member_start(member, path)
+            stream = archive.open(member)
+        with stream:
+            return _open_stream(stream, start, member.file_size, path, in_place)
+
+
+def _member_start(member: ZipInfo, path: Path) -> int | None:
+    """The position in the file where a member's bytes begin; None where they are compressed."""
+    if member.compress_type != ZIP_STORED:
+        return None
+    if member.compress_size != member.file_size:
+        raise ValueError("a member that is not compressed has two sizes")
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        header = file.read(30)
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    return member.header_offset + len(header) + name + extra
+
+
+def _open_stream(
+    stream: IO[bytes], start: int | None, size: int, path: Path, in_place: bool
+) -> Source:
+    """The array of a stream in the .npy format.
+
+    Args:
+        stream: at its beginning.
+        start: the position of the stream in the file; None where it is compressed.
+        size: of the stream, in bytes.
+        path: the file.
+        in_place: read the rows from the file where that is possible.
+    """
+    with _parsing(path):
+        shape, fortran, dtype = _read_npy_header(stream)
+    if in_place and not _is_allowed(dtype):
+        raise _dtype_error(dtype, str(path))
+    check_samples(shape, str(path))
+    _check_length(path, math.prod(shape) * dtype.itemsize, size - stream.tell())
+    if in_place and start is not None and not fortran and dtype in _NUMPY_DTYPES:
+        return OnDisk(path, start + stream.tell(), _NUMPY_DTYPES[dtype], shape[1:], shape[0])
+    with _parsing(path):
+        stream.seek(0)
+        array: np.ndarray[Any, Any] = npy.read_array(stream, allow_pickle=False)
+    return _loaded(array, str(path))
+
+
+def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError("the version of the format is unknown")
+    # Version 3 differs from 2 in the names of fields only, which no array allowed here has.
+    shape, fortran, dtype = (
+        npy.read_array_header_1_0(stream)
+        if version == (1, 0)
+        else npy.read_array_header_2_0(stream)
+    )
+    return _natural_numbers(shape), fortran, dtype
+
+
+def _open_safetensors(path: Path, name: str | None, in_place: bool) -> Source:
+    size = path.stat().st_size
+    with open(path, "rb") as file, _parsing(path):
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _MAX_SAFETENSORS_HEADER):
+            raise ValueError("the header is longer than the file")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        names = list(header.keys())
+    name = name or _choose_name(names, path)
+    with _parsing(path):
+        shape = _natural_numbers(header[name]["shape"])
+        begin, end = _natural_numbers(header[name]["data_offsets"])
+        dtype = _SAFETENSORS_DTYPES.get(header[name]["dtype"])
+        if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError("the shape and the number of bytes differ")
+    check_samples(shape, str(path))
+    _check_length(path, end, size - 8 - length)
+    if dtype is None or not in_place:
+        return InMemory(_read_safetensors(path, name))
+    return OnDisk(path, 8 + length + begin, dtype, shape[1:], shape[0])
+
+
+def _read_safetensors(path: Path, name: str) -> Tensor:
+    """An array of a file, uint8 or float32."""
+    with _parsing(path), safe_open(path, framework="pt") as file:
+        # The tensor may share the mapped file, which can change. A copy cannot.
+        tensor: Tensor = file.get_tensor(name).clone()
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise _dtype_error(tensor.dtype, str(path))
+    return tensor if tensor.dtype == torch.uint8 else tensor.float()
+
+
+def _natural_numbers(numbers: Any) -> tuple[int, ...]:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a shape or an offset holds something else than natural numbers")
+    return tuple(numbers)
+
+
+def _check_length(path: Path, needed: int, found: int) -> None:
+    if needed > found:
+        raise ValueError(
+            f"{path} is truncated: by its header {needed} bytes of numbers follow, but {found} do; "
+            "allowed are whole files."
+        )
+
+
+_OPENERS: dict[str, Callable[[Path, str | None, bool], Source]] = {
+    ".npy": _open_npy,
+    ".npz": _open_npz,
+    ".safetensors": _open_safetensors,
+}
+
+
+# ---- NumPy arrays -----------------------------------------------------------------------------
+
+
+def open_mapped(array: np.memmap[Any, Any]) -> Source:
+    """The rows of a memory map, or of a part of one.
+
+    Returns:
+        The rows in the file of the map. They are in memory where the array has no map (any more)
+        or one of mode "c", which may differ from the file. They are copied into memory where they
+        are not contiguous or not of native byte order.
+
+    Raises:
+        TypeError: the numbers are neither floating nor uint8.
+        ValueError: there are fewer than two dimensions, or no numbers.
+    """
+    mapping, filename = getattr(array, "_mmap", None), array.filename
+    if mapping is None or filename is None or array.mode == "c":
+        return InMemory(from_numpy(np.asarray(array), "source"))
+    dtype = _NUMPY_DTYPES.get(array.dtype)
+    if dtype is None or not array.flags.c_contiguous:
+        return _loaded(np.array(array), str(filename))
+    check_samples(array.shape, str(filename))
+    # A part of a map keeps the offset of the whole. Only its address says where it begins in the
+    # map, and the map begins at a page of the file.
+    page = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+    address = np.frombuffer(mapping, np.uint8).ctypes.data
+    offset = page + array.ctypes.data - address
+    return OnDisk(Path(filename), offset, dtype, array.shape[1:], array.shape[0])
+
+
+def from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
+    """The array as a contiguous tensor of the same dtype; more than 64 bits become float32.
+
+    Memory is shared where the array is C-contiguous and of native byte order.
+
+    Args:
+        array: any shape, uint8 or floating.
+        name: what errors call the array.
+
+    Raises:
+        TypeError: the numbers are neither floating nor uint8.
+    """
+    if not _is_allowed(array.dtype):
+        raise _dtype_error(array.dtype, name)
+    dtype = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.dtype(np.float32)
+    with np.errstate(over="ignore"):  # values beyond float32 become infinity
+        native = np.ascontiguousarray(array, dtype)
+    with warnings.catch_warnings():
+        # A read-only array will do, because samples are never written to.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        return torch.from_numpy(native)
+
+
+def _loaded(array: np.ndarray[Any, Any], name: str) -> InMemory:
+    """The rows of an array in memory, float64 as float32."""
+    tensor = from_numpy(array, name)
+    return InMemory(tensor.float() if tensor.dtype == torch.float64 else tensor)
+
+
+def _is_allowed(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype == np.uint8
+
+
+def _dtype_error(dtype: object, name: str) -> TypeError:
     return TypeError(
-        f"{path} holds numbers of type {dtype}; allowed are uint8 and floating numbers."
+        f"{name} holds numbers of type {dtype}; allowed are uint8 and floating numbers."
     )

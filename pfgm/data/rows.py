@@ -1,8 +1,7 @@
-"""Where the rows of a large reference set come from: memory, or a file that is read piece by piece.
+"""Rows of samples, in memory or in a file that is read piece by piece.
 
-Rows in a file are read into memory that the caller has, at a position, with the interpreter lock
-released: nothing is mapped, so a file larger than the memory costs none, and one thread can read
-ahead while another takes rows.
+Rows in a file are read, not mapped, so a file may be larger than the memory. The interpreter lock
+is released meanwhile, so one thread can read ahead while another takes rows.
 """
 
 from __future__ import annotations
@@ -11,33 +10,29 @@ import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..common.checks import checks_values
 from ..common.files import StrPath
-from .array_files import Extent, check_samples, find_array, find_mapped, from_numpy
-from .images import load_dataset, load_images
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_READ_BYTES = 1 << 30  # in one system call; some systems refuse 2³¹ and more
-_CHUNK_BYTES = 1 << 24  # of a file that is loaded: what the conversion needs besides
+_MAX_READ_BYTES = 1 << 30  # in one system call; some systems refuse 2³¹ and more
 
 
 class Source(ABC):
-    """n rows of the shape S.
+    """n rows of shape S.
 
     Attributes:
         shape: S.
-        dtype: of the rows as they are stored, one of ``DTYPES``.
-        labels: (n,) int64, or None where the source knows none.
+        dtype: the dtype in which the rows are stored, one of ``DTYPES``.
+        labels: (n,) int64; None where there are none.
     """
 
     shape: tuple[int, ...]
@@ -50,11 +45,11 @@ class Source(ABC):
 
     @property
     def tensor(self) -> Tensor | None:
-        """All rows (n, *S) where they are held in memory, else None."""
+        """All rows (n, *S) if they are in memory, else None."""
         return None
 
     def version(self) -> object:
-        """Something that is another once rows were changed in place, as far as that is noticed."""
+        """A value that differs after a change in place; None where changes are not noticed."""
         return None
 
     @abstractmethod
@@ -63,14 +58,14 @@ class Source(ABC):
 
         Args:
             start, stop: 0 ≤ start ≤ stop ≤ n.
-            out: contiguous (at least stop - start, *S) on the CPU, of the source's dtype. Where
-                rows are read from a file they go into its first rows, which are returned; where
-                they are in memory it is not touched, and what is returned is a view of them.
+            out: memory for rows that are read from a file, contiguous (at least stop - start, *S)
+                on the CPU, of the dtype of the source. Its first rows are filled and returned.
+                Rows in memory leave it as it is, and a view of them is returned.
 
         Raises:
-            IndexError: start or stop out of range.
-            TypeError: start or stop no whole numbers, out of another dtype.
-            ValueError: out of another form.
+            IndexError: start or stop is out of range.
+            TypeError: start or stop is not an integer, or out has another dtype.
+            ValueError: out has another shape, is not contiguous or not on the CPU.
             OSError: the file cannot be read, or has become shorter since it was opened.
         """
 
@@ -79,23 +74,23 @@ class Source(ABC):
         """The rows of these numbers in this order, as a new tensor (k, *S).
 
         Args:
-            rows: (k,) int64, each 0 to n - 1; duplicates are allowed. The numbers are checked
-                where that does not make the host wait for a device, or under ``debug_checks()``.
+            rows: (k,) int64, each 0 to n - 1; duplicates are allowed. The numbers are checked on
+                the CPU, and on other devices under ``debug_checks()``.
 
         Raises:
-            IndexError: a number out of range.
-            TypeError: rows is no tensor, or not int64.
-            ValueError: rows has another number of dimensions than one.
+            IndexError: a number is out of range.
+            TypeError: rows is not a tensor of int64.
+            ValueError: rows does not have one dimension.
             OSError: as for :meth:`read`.
         """
 
 
 class InMemory(Source):
-    """The rows of a tensor on any device; it is neither copied nor changed.
+    """The rows of a tensor on any device. The tensor is neither copied nor changed.
 
     Raises:
-        TypeError: another dtype than those of ``DTYPES``.
-        ValueError: fewer than two dimensions, or no numbers.
+        TypeError: the dtype is not in ``DTYPES``.
+        ValueError: there are fewer than two dimensions, or no numbers.
     """
 
     def __init__(self, tensor: Tensor, labels: Tensor | None = None) -> None:
@@ -114,7 +109,7 @@ class InMemory(Source):
         return self._tensor
 
     def version(self) -> object:
-        """That of the tensor; None for one made under torch.inference_mode, which counts none."""
+        """The tensor's version; None for a tensor of torch.inference_mode, which has none."""
         return None if self._tensor.is_inference() else self._tensor._version
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -127,27 +122,27 @@ class InMemory(Source):
 
 
 class OnDisk(Source):
-    """Rows that lie one after the other in a file, read when asked for; safe to use from threads.
+    """Rows that lie one after the other in a file and are read when they are needed.
 
-    Pickled, it is opened anew by its path.
+    Several threads may read at once. A pickled object holds the path and opens the file again.
 
     Args:
-        path: the file; it stays open for as long as this object lives.
-        offset: where in it the first row begins, in bytes.
+        path: the file, which stays open as long as this object lives.
+        offset: the position of the first row in the file, in bytes.
         dtype: one of ``DTYPES``, in the byte order of the machine.
         shape: S.
         count: n.
 
     Raises:
         OSError: the file cannot be opened.
-        TypeError: another dtype.
-        ValueError: the file is too short for the rows, or there are no numbers in them.
+        TypeError: the dtype is not in ``DTYPES``.
+        ValueError: the file is too short for the rows, or the rows hold no numbers.
     """
 
     def __init__(
         self, path: StrPath, offset: int, dtype: torch.dtype, shape: tuple[int, ...], count: int
     ) -> None:
-        self.path = Path(path).absolute()  # of use to a process in another folder
+        self.path = Path(path).absolute()  # a process that unpickles it may be in another folder
         _check_dtype(dtype, str(self.path))
         check_samples((count, *shape), str(self.path))
         self.offset = offset
@@ -156,7 +151,7 @@ class OnDisk(Source):
         self._count = count
         self._row_bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(self.path, os.O_RDONLY)
-        # Not at exit, when a background thread may still read: the system closes it then.
+        # A background thread may still read at exit. The system closes the file then.
         weakref.finalize(self, os.close, self._descriptor).atexit = False
         end, size = offset + count * self._row_bytes, os.fstat(self._descriptor).st_size
         if size < end:
@@ -172,7 +167,7 @@ class OnDisk(Source):
         return self._count
 
     def version(self) -> object:
-        """Length of the file and when it was written last."""
+        """The length of the file and the time when it was last written."""
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 
@@ -189,7 +184,7 @@ class OnDisk(Source):
     def take(self, rows: Tensor) -> Tensor:
         rows = rows.cpu() if isinstance(rows, Tensor) else rows
         _check_rows(rows, len(self))
-        # In the order of the file, neighbours together: few and short ways for the disk.
+        # Reads go in the order of the file, neighbours in one read: this is fast on a disk.
         numbers, places = rows.unique(sorted=True, return_inverse=True)
         found = self._empty(len(numbers))
         memory = _bytes_of(found)
@@ -201,12 +196,12 @@ class OnDisk(Source):
         return torch.empty(count, *self.shape, dtype=self.dtype)
 
     def _fill(self, memory: memoryview, row: int) -> None:
-        """Reads as many bytes as there is memory for, from the row's first on."""
+        """Fills the memory with the bytes of the file from the beginning of the row on."""
         position = self.offset + row * self._row_bytes
         while len(memory):
             try:
-                count = os.preadv(self._descriptor, [memory[:_READ_BYTES]], position)
-            except OSError as error:  # which names no file
+                count = os.preadv(self._descriptor, [memory[:_MAX_READ_BYTES]], position)
+            except OSError as error:  # the original does not name the file
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             if count == 0:
                 raise OSError(
@@ -231,94 +226,8 @@ class OnDisk(Source):
             )
 
 
-def open_source(
-    source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | Source,
-    *,
-    in_memory: bool = False,
-    progress: bool = False,
-) -> Source:
-    """Opens what holds samples; nothing is unpickled, and values are not looked at.
-
-    Args:
-        source: one of
-
-            - a tensor (n, *S) or a NumPy array, shared where torch can share it;
-            - a ``numpy.memmap``, read from its file; one that is not C-contiguous is copied into
-              memory, and one of mode "c", which may differ from its file, is an array as others;
-            - the path of a ``.npy``, ``.npz`` or ``.safetensors`` file, read in place where its
-              numbers lie in it as they do in memory, and else loaded: in a compressed archive, in
-              Fortran order, in another byte order, or of a width that is none of ``DTYPES``. Of
-              several arrays the choice is that of :func:`pfgm.data.load_array`;
-            - the path of a folder: every PNG, JPEG, BMP and WebP image below it, decoded;
-            - a dataset with ``__len__`` and ``__getitem__``, loaded: see
-              :func:`pfgm.data.images.load_dataset`;
-            - a source, as it is.
-        in_memory: whether files that could be read in place are loaded as well.
-        progress: whether a bar is shown while images or a dataset are loaded.
-
-    Returns:
-        The rows. float64 in files and datasets becomes float32 where it is loaded.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ImportError: a folder of images, and Pillow is not installed.
-        TypeError: numbers that are neither floating nor uint8, or a source of another type.
-        ValueError: another suffix, a file that is empty, truncated or damaged, fewer than two
-            dimensions, no numbers, images or items that do not match.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     np.save(f"{folder}/images.npy", np.arange(12, dtype=np.float32).reshape(6, 2))
-    ...     source = open_source(f"{folder}/images.npy")
-    >>> source.take(torch.tensor([5, 0]))
-    tensor([[10., 11.],
-            [ 0.,  1.]])
-    """
-    opened = _open(source, progress)
-    return _loaded(opened) if in_memory and isinstance(opened, OnDisk) else opened
-
-
-def _open(source: object, progress: bool) -> Source:
-    if isinstance(source, Source):
-        return source
-    if isinstance(source, Tensor):
-        return InMemory(source)
-    if isinstance(source, np.memmap):
-        return source_of(find_mapped(source))
-    if isinstance(source, np.ndarray):
-        return InMemory(from_numpy(source, "source"))
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.is_dir():
-            return InMemory(load_images(path, progress=progress))
-        return source_of(find_array(path))
-    if hasattr(source, "__getitem__") and not isinstance(source, Mapping):
-        return InMemory(*load_dataset(source, progress=progress))
-    raise TypeError(
-        f"source is a {type(source).__name__}; allowed are a tensor, a NumPy array, the path of a "
-        "file or a folder of images, and a dataset with __len__ and __getitem__."
-    )
-
-
-def source_of(found: Extent | Tensor) -> Source:
-    """The rows of an array that was found in a file, or of one in memory."""
-    if isinstance(found, Tensor):
-        return InMemory(found)
-    return OnDisk(found.path, found.offset, found.dtype, found.shape[1:], found.shape[0])
-
-
-def _loaded(source: OnDisk) -> InMemory:
-    dtype = torch.float32 if source.dtype == torch.float64 else source.dtype
-    rows = torch.empty(len(source), *source.shape, dtype=dtype)
-    step = max(1, _CHUNK_BYTES // (math.prod(source.shape) * source.dtype.itemsize))
-    for start in range(0, len(source), step):
-        stop = min(start + step, len(source))
-        rows[start:stop] = source.read(start, stop)
-    return InMemory(rows)
-
-
 def _runs(numbers: Tensor) -> Iterator[tuple[int, int, int]]:
-    """The runs of neighbours among ascending numbers: the first, where it begins and ends."""
+    """The runs of consecutive numbers among ascending ones: first number, begin and end index."""
     if len(numbers):
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1
         edges = torch.cat([breaks.new_zeros(1), breaks, breaks.new_tensor([len(numbers)])])
@@ -328,8 +237,17 @@ def _runs(numbers: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _bytes_of(rows: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU; NumPy would refuse bfloat16 as it is."""
+    """The memory of a contiguous tensor on the CPU. It is viewed as bytes, for bfloat16's sake."""
     return rows.reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_samples(shape: tuple[int, ...], name: str) -> None:
+    """Raises ValueError unless this is the shape of samples (n, *S)."""
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(
+            f"{name} holds an array of shape {tuple(shape)}; allowed is (n, *S), n samples of "
+            "shape S with at least one number."
+        )
 
 
 def _check_dtype(dtype: torch.dtype, name: str) -> None:

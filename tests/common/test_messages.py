@@ -8,7 +8,13 @@ import sys
 
 import pytest
 
-from pfgm.common.messages import Unfailing, progress_bar, say, show, unfailing_streams
+from pfgm.common.messages import (
+    Unfailing,
+    print_notice,
+    print_result,
+    progress_bar,
+    unfailing_streams,
+)
 
 
 def broken_pipe():
@@ -53,7 +59,7 @@ def test_text_is_dropped_where_it_cannot_be_written(stream):
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_progress_and_lines_go_on(stream, name, monkeypatch):
     monkeypatch.setattr(sys, name, stream)
-    say("text" * 10_000)
+    print_notice("text" * 10_000)
     assert list(progress_bar(range(50), "steps", mininterval=0)) == [*range(50)]
     with unfailing_streams():
         print("text" * 10_000, flush=True)
@@ -62,8 +68,8 @@ def test_progress_and_lines_go_on(stream, name, monkeypatch):
 
 
 def test_what_can_be_written_is(capsys):
-    say("a line")
-    show("what was asked for")
+    print_notice("a line")
+    print_result("what was asked for")
     with progress_bar(total=2, desc="steps") as bar:
         bar.update()
         bar.set_postfix(loss="0.5")
@@ -81,12 +87,12 @@ def test_characters_that_the_encoding_lacks_are_escaped():
 
 def test_what_was_asked_for_must_arrive_unless_its_reader_has_seen_enough(monkeypatch):
     monkeypatch.setattr(sys, "stdout", broken_pipe())
-    show("text")
+    print_result("text")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     monkeypatch.setattr(sys, "stdout", full())
     with pytest.raises(OSError, match="stdout cannot be written: No space left on device"):
-        show("text")
+        print_result("text")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(OSError, match="stdout is closed"):
-        show("text")
+        print_result("text")

@@ -1,12 +1,14 @@
-"""The digits, reading of arrays, and bytes to [-1, 1]."""
+"""Array files and memory maps: read in place or loaded, and refused; bytes to [-1, 1]."""
 
 from __future__ import annotations
 
 import io
+import json
+import mmap
 import pickle
 import re
-import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.lib import format as npy
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pfgm import data
+from pfgm.data.opening import open_source
+from pfgm.data.rows import InMemory, OnDisk, Source
 
+Array = np.ndarray[Any, Any]
 SUFFIXES = [".npy", ".npz", ".safetensors"]
+
+
+def open_rows(path: Path) -> Tensor:
+    """All rows of a file that is opened, not loaded."""
+    source = open_source(path)
+    return source.read(0, len(source))
+
+
+Read = Callable[[Path], Tensor]
+both_readers = pytest.mark.parametrize("read", [data.load_array, open_rows])
 
 
 class Malicious:
@@ -30,63 +46,41 @@ class Malicious:
         return pytest.fail, ("a pickle was loaded",)
 
 
-def savez(path: Path, arrays: dict[str, Any]) -> None:
-    np.savez(path, **arrays)
-
-
-def save(path: Path, array: np.ndarray[Any, Any], name: str = "array") -> Path:
-    if path.suffix == ".npy":
-        np.save(path, array)
-    elif path.suffix == ".npz":
-        savez(path, {name: array})
+def save_all(path: Path, arrays: dict[str, Any]) -> Path:
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
     else:
-        save_file({name: torch.from_numpy(array)}, path)
+        save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
     return path
 
 
-def ramp(*shape: int) -> np.ndarray[Any, Any]:
+def save(path: Path, array: Array, name: str = "array") -> Path:
+    if path.suffix == ".npy":
+        np.save(path, array)
+        return path
+    return save_all(path, {name: array})
+
+
+def ramp(*shape: int, dtype: Any = np.float32) -> Array:
+    return np.arange(int(np.prod(shape))).reshape(shape).astype(dtype)
+
+
+def fractions(*shape: int) -> Array:
+    """float64 values in [-1, 1] that float32 has to round."""
     return np.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
 
 
-def test_digits_match_scikit_learn_one_by_one() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
-    levels, labels = datasets.load_digits(return_X_y=True)
-    digits = data.digits()
-    parts = {
-        False: (iter(digits.train), iter(digits.train_labels)),
-        True: (iter(digits.held_out), iter(digits.held_out_labels)),
-    }
-    for i, (image, label) in enumerate(zip(levels, labels, strict=True)):
-        images_of_part, labels_of_part = parts[i % 9 in (4, 8)]
-        expected = image.reshape(1, 8, 8) / 8 - 1
-        np.testing.assert_array_equal(next(images_of_part).numpy(), expected)
-        assert next(labels_of_part) == label
-    assert all(next(left, None) is None for part in parts.values() for left in part)
+def contents(source: Source) -> Array:
+    return source.read(0, len(source)).numpy()
 
 
-def test_digits_have_the_documented_form() -> None:
-    pytest.importorskip("sklearn")
-    digits = data.digits()
-    assert digits.train.shape == (1398, 1, 8, 8)
-    assert digits.held_out.shape == (399, 1, 8, 8)
-    assert digits.train.dtype == digits.held_out.dtype == torch.float32
-    assert digits.train_labels.dtype == digits.held_out_labels.dtype == torch.int64
-    assert digits.train_labels.shape == (1398,)
-    assert set(digits.held_out_labels.tolist()) == set(range(10))
-    assert digits.train.min() == -1
-    assert digits.train.max() == 1
-
-
-def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"scikit-learn.*pip install '\.\[demo\]'"):
-        data.digits()
+# ---- loaded ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_floats_become_float32(tmp_path: Path, suffix: str, dtype: Any) -> None:
-    array = ramp(4, 1, 3, 2).astype(dtype)
+    array = fractions(4, 1, 3, 2).astype(dtype)
     loaded = data.load_array(save(tmp_path / f"a{suffix}", array))
     assert loaded.dtype == torch.float32
     np.testing.assert_array_equal(loaded.numpy(), array.astype(np.float32))
@@ -106,18 +100,15 @@ def test_bfloat16_is_read(tmp_path: Path) -> None:
     assert torch.equal(data.load_array(tmp_path / "a.safetensors"), tensor.float())
 
 
-@pytest.mark.parametrize("array", [ramp(3, 4).astype(">f4"), np.asfortranarray(ramp(3, 4))])
-def test_foreign_byte_and_memory_orders_are_read(
+@pytest.mark.parametrize(
+    "array", [fractions(3, 4).astype(">f4"), np.asfortranarray(fractions(3, 4))]
+)
+def test_foreign_byte_and_memory_orders_become_float32(
     tmp_path: Path, array: np.ndarray[Any, Any]
 ) -> None:
     loaded = data.load_array(save(tmp_path / "a.npy", array))
     assert loaded.is_contiguous()
     np.testing.assert_array_equal(loaded.numpy(), array.astype(np.float32))
-
-
-def test_compressed_archives_are_read(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "a.npz", ramp(5, 2))
-    assert data.load_array(tmp_path / "a.npz").shape == (5, 2)
 
 
 def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
@@ -129,46 +120,149 @@ def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
     assert torch.equal(loaded, torch.ones(2, 2))
 
 
+# ---- read in place --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+def test_common_dtypes_are_read_in_place(tmp_path: Path, suffix: str, dtype: Any) -> None:
+    array = ramp(7, 1, 3, 2, dtype=dtype)
+    source = open_source(str(save(tmp_path / f"a{suffix}", array)))
+    assert isinstance(source, OnDisk)
+    np.testing.assert_array_equal(contents(source), array, strict=True)
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_versions_of_the_numpy_format(tmp_path: Path, version: tuple[int, int]) -> None:
+    with (tmp_path / "a.npy").open("wb") as file:
+        npy.write_array(file, ramp(5, 2), version)
+    source = open_source(tmp_path / "a.npy")
+    assert isinstance(source, OnDisk)
+    np.testing.assert_array_equal(contents(source), ramp(5, 2))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize(
+    ("array", "dtype"),
+    [
+        (np.asfortranarray(ramp(3, 4)), np.float32),
+        (ramp(3, 4, dtype=">f4"), np.float32),
+        (ramp(3, 4, dtype=">f2"), np.float16),
+        (ramp(3, 4, dtype=">f8"), np.float32),
+        (ramp(3, 4, dtype=np.longdouble), np.float32),
+    ],
+)
+def test_foreign_orders_and_widths_are_loaded(
+    tmp_path: Path, suffix: str, array: Array, dtype: Any
+) -> None:
+    source = open_source(save(tmp_path / f"a{suffix}", array))
+    assert source.tensor is not None
+    assert source.tensor.is_contiguous()
+    np.testing.assert_array_equal(contents(source), array.astype(dtype), strict=True)
+
+
+def test_an_archive_behind_other_bytes(tmp_path: Path) -> None:
+    """As in self-extracting archives: positions count from where the archive begins."""
+    path = save(tmp_path / "a.npz", ramp(4, 3))
+    path.write_bytes(b"#" * 1234 + path.read_bytes())
+    source = open_source(path)
+    assert isinstance(source, OnDisk)
+    np.testing.assert_array_equal(contents(source), ramp(4, 3))
+
+
+def test_members_with_extra_fields(tmp_path: Path) -> None:
+    """The local header, not the directory of the archive, says how long it is itself."""
+    buffer = io.BytesIO()
+    np.save(buffer, ramp(4, 3))
+    with (
+        zipfile.ZipFile(tmp_path / "a.npz", "w") as archive,
+        archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as member,
+    ):
+        member.write(buffer.getvalue())
+    source = open_source(tmp_path / "a.npz")
+    assert isinstance(source, OnDisk)
+    np.testing.assert_array_equal(contents(source), ramp(4, 3))
+
+
+def test_bfloat16_and_metadata_in_safetensors(tmp_path: Path) -> None:
+    tensor = torch.arange(30).view(5, 2, 3).bfloat16()
+    tensors = {"labels": torch.arange(5), "images": tensor, "z": torch.zeros(3)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"images": "of numbers"})
+    source = open_source(tmp_path / "a.safetensors")
+    assert isinstance(source, OnDisk)
+    assert source.dtype == torch.bfloat16
+    assert torch.equal(source.take(torch.tensor([4, 0])), tensor[[4, 0]])
+
+
+def test_narrow_floats_in_safetensors_are_loaded(tmp_path: Path) -> None:
+    tensor = torch.arange(6).view(3, 2).to(torch.float8_e4m3fn)
+    save_file({"x": tensor}, tmp_path / "a.safetensors")
+    source = open_source(tmp_path / "a.safetensors")
+    assert source.tensor is not None
+    assert torch.equal(source.tensor, tensor.float())
+
+
+# ---- read either way ------------------------------------------------------------------------
+
+
+@both_readers
+def test_compressed_archives_are_loaded(tmp_path: Path, read: Read) -> None:
+    np.savez_compressed(tmp_path / "a.npz", labels=np.arange(50), images=ramp(50, 2, 3))
+    assert isinstance(open_source(tmp_path / "a.npz"), InMemory)
+    np.testing.assert_array_equal(read(tmp_path / "a.npz").numpy(), ramp(50, 2, 3), strict=True)
+
+
+@both_readers
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("present", [("images", "data", "x"), ("data", "x"), ("x",)])
 def test_of_several_arrays_the_preferred_name_is_read(
-    tmp_path: Path, suffix: str, present: tuple[str, ...]
+    tmp_path: Path, read: Read, suffix: str, present: tuple[str, ...]
 ) -> None:
-    arrays = {name: np.full((2, 2), i, dtype=np.float32) for i, name in enumerate(present)}
-    arrays = {"labels": np.full((2, 2), -1, dtype=np.float32), **arrays}
-    path = tmp_path / f"a{suffix}"
-    if suffix == ".npz":
-        savez(path, arrays)
-    else:
-        save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-    assert torch.equal(data.load_array(path), torch.zeros(2, 2))
+    arrays = {name: ramp(3, 2) + 100 * i for i, name in enumerate(present)}
+    arrays = {"before": ramp(5, 5), **arrays, "y": ramp(2, 2)}
+    path = save_all(tmp_path / f"a{suffix}", arrays)
+    assert isinstance(open_source(path), OnDisk)
+    np.testing.assert_array_equal(read(path).numpy(), ramp(3, 2))
 
 
+@both_readers
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_several_arrays_of_other_names_are_named_in_the_error(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a{suffix}"
-    if suffix == ".npz":
-        np.savez(path, foo=ramp(2, 2), bar=ramp(2, 2))
-    else:
-        save_file({"foo": torch.zeros(2, 2), "bar": torch.zeros(2, 2)}, path)
+def test_several_arrays_of_other_names_are_named_in_the_error(
+    tmp_path: Path, read: Read, suffix: str
+) -> None:
+    path = save_all(tmp_path / f"a{suffix}", {"foo": ramp(2, 2), "bar": ramp(2, 2)})
     with pytest.raises(ValueError, match=r"2 arrays \(bar, foo\).*images, data or x") as caught:
-        data.load_array(path)
+        read(path)
     assert str(path) in str(caught.value)
 
 
+# ---- refused --------------------------------------------------------------------------------
+
+
+@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, read: Read, suffix: str) -> None:
     path = tmp_path / f"missing{suffix}"
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(path))} does not exist"):
-        data.load_array(path)
+        read(path)
 
 
+@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_empty_file_is_named(tmp_path: Path, suffix: str) -> None:
+def test_an_empty_file_is_named(tmp_path: Path, read: Read, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.touch()
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is empty"):
-        data.load_array(path)
+        read(path)
+
+
+@both_readers
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_device_is_refused(tmp_path: Path, read: Read, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        read(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -180,21 +274,36 @@ def test_a_folder_is_refused(tmp_path: Path, suffix: str) -> None:
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
     with pytest.raises(ValueError, match=r"'\.png'; allowed are \.npy, \.npz and \.safetensors"):
-        data.load_array(tmp_path / "a.png")
+        data.load_array(path)
+    path.write_bytes(b"content")
+    message = r"'\.png'; allowed are \.npy, \.npz, \.safetensors and folders of images"
+    with pytest.raises(ValueError, match=message):
+        open_source(path)
 
 
+@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_truncation_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", ramp(4, 3))
     whole = path.read_bytes()
     for size in range(1, len(whole), 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="truncated") as caught:
-            data.load_array(path)
-        assert str(path) in str(caught.value)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated"):
+            read(path)
 
 
+@both_readers
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_file_one_byte_short_says_so(tmp_path: Path, read: Read, suffix: str) -> None:
+    path = save(tmp_path / f"a{suffix}", ramp(4, 3))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="48 bytes of numbers follow, but 47 do"):
+        read(path)
+
+
+@both_readers
 @pytest.mark.filterwarnings("error")  # such as for a file left open
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
@@ -202,24 +311,19 @@ def test_truncation_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
     [
         b"\x89PNG\r\n\x1a\n" + bytes(64),
         b"hello",
-        pickle.dumps([1, 2]),
+        pickle.dumps(Malicious()),
         bytes(200),
         b"PK\x03\x04" + bytes(99),
+        (2**63).to_bytes(8, "little") + b"{}",
+        (5000).to_bytes(8, "little") + b"[" * 5000,
+        (2).to_bytes(8, "little") + b"[]",
     ],
 )
-def test_foreign_files_are_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+def test_foreign_files_are_refused(tmp_path: Path, read: Read, suffix: str, content: bytes) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated.*{suffix} file"):
-        data.load_array(path)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_nothing_is_unpickled(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(ValueError, match="pickled"):
-        data.load_array(path)
+        read(path)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -229,57 +333,131 @@ def test_object_arrays_are_refused_unread(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", array)
     with pytest.raises(ValueError, match="pickled"):
         data.load_array(path)
+    with pytest.raises(TypeError, match="type object; allowed are uint8 and floating"):
+        open_source(path)
 
 
-def test_an_archive_of_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+@both_readers
+def test_an_archive_of_another_kind_of_file_is_refused(tmp_path: Path, read: Read) -> None:
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("images", b"no array at all")
     with pytest.raises(ValueError, match=r"not a \.npz file"):
+        read(path)
+
+
+def test_damaged_numbers_in_an_archive_are_noticed_when_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npz", ramp(400, 5))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1  # a number: the checksum of the archive no longer agrees
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a \.npz file"):
         data.load_array(path)
 
 
-def load_or_error(path: Path) -> Tensor | ValueError | TypeError:
-    try:
-        return data.load_array(path)
-    except (ValueError, TypeError) as error:
-        return error
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@given(position=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, deadline=None
-)
-def test_damage_raises_only_the_documented_errors(
-    tmp_path: Path, suffix: str, position: float, byte: int
-) -> None:
-    path = save(tmp_path / f"a{suffix}", ramp(2, 3).astype(np.float32), "x")
+@both_readers
+def test_an_encrypted_member_is_refused(tmp_path: Path, read: Read) -> None:
+    path = save(tmp_path / "a.npz", ramp(4, 3))
     content = bytearray(path.read_bytes())
-    content[int(position * len(content))] = byte
+    directory = content.index(b"PK\x01\x02")
+    content[6] |= 1
+    content[directory + 8] |= 1
     path.write_bytes(content)
-    result = load_or_error(path)
-    if isinstance(result, Tensor):
-        assert torch.isfinite(result.float()).all()
-    else:
-        assert str(path) in str(result)
+    with pytest.raises(ValueError, match=r"not a \.npz file"):
+        read(path)
 
 
+@both_readers
+def test_an_unknown_version_is_refused(tmp_path: Path, read: Read) -> None:
+    path = save(tmp_path / "a.npy", ramp(3, 2))
+    content = bytearray(path.read_bytes())
+    content[6] = 9
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a \.npy file"):
+        read(path)
+
+
+@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])
-def test_other_dtypes_are_refused(tmp_path: Path, suffix: str, dtype: type) -> None:
+def test_other_dtypes_are_refused(tmp_path: Path, read: Read, suffix: str, dtype: type) -> None:
     path = save(tmp_path / f"a{suffix}", np.ones((2, 2), dtype=dtype))
     name = np.dtype(dtype).name
     with pytest.raises(TypeError, match=f"{name}; allowed are uint8 and floating") as caught:
-        data.load_array(path)
+        read(path)
     assert str(path) in str(caught.value)
 
 
+@both_readers
 @pytest.mark.parametrize("dtype", [complex, "U3", "f4,f4", "M8[s]"])
-def test_no_numbers_at_all_are_refused(tmp_path: Path, dtype: Any) -> None:
+def test_no_numbers_at_all_are_refused(tmp_path: Path, read: Read, dtype: Any) -> None:
     path = save(tmp_path / "a.npy", np.zeros((2, 2), dtype=dtype))
     with pytest.raises(TypeError, match="allowed are uint8 and floating"):
-        data.load_array(path)
+        read(path)
+
+
+@both_readers
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0)])
+def test_shapes_that_are_no_samples_are_refused(
+    tmp_path: Path, read: Read, suffix: str, shape: tuple[int, ...]
+) -> None:
+    path = save(tmp_path / f"a{suffix}", np.zeros(shape))
+    with pytest.raises(ValueError, match=re.escape(f"{path} holds an array of shape {shape}; all")):
+        read(path)
+
+
+@both_readers
+@pytest.mark.parametrize("shape", ["(-2, -3)", "(2, 3.0)", "(2, True)", "(2, 'x')"])
+def test_shapes_that_are_no_shapes_are_refused(tmp_path: Path, read: Read, shape: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
+    with pytest.raises(ValueError, match=r"not a \.npy file"):
+        read(path)
+
+
+@both_readers
+def test_a_huge_shape_takes_no_memory(tmp_path: Path, read: Read) -> None:
+    header = b"{'descr': '>f4', 'fortran_order': True, 'shape': (10000000, 100000000)}\n"
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
+    with pytest.raises(ValueError, match="4000000000000000 bytes of numbers follow, but 24 do"):
+        read(path)
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+@both_readers
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [-2, -3]},
+        {"shape": [2.0, 3]},
+        {"shape": "23"},
+        {"shape": None},
+        {"shape": [2, 2]},
+        {"data_offsets": [-4, 20]},
+        {"data_offsets": [24, 0]},
+        {"data_offsets": [0, 24, 48]},
+        {"data_offsets": [8, 32]},
+        {"data_offsets": [0, 10**30]},
+        {"dtype": "F9"},
+        {"dtype": ["F32"]},
+    ],
+)
+def test_damaged_safetensors_headers_are_refused(
+    tmp_path: Path, read: Read, change: dict[str, Any]
+) -> None:
+    path = tmp_path / "a.safetensors"
+    for changes in ({}, change):
+        header = json.dumps({"x": ENTRY | changes}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + ramp(2, 3).tobytes())
+        if not changes:
+            np.testing.assert_array_equal(read(path).numpy(), ramp(2, 3))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated"):
+        read(path)
 
 
 @pytest.mark.filterwarnings("error")
@@ -293,14 +471,134 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, suffix: str, val
         data.load_array(path)
 
 
+def result_or_error(read: Read, path: Path) -> Tensor | ValueError | TypeError:
+    try:
+        return read(path)
+    except (ValueError, TypeError) as error:
+        return error
+
+
+@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0)])
-def test_shapes_that_are_no_samples_are_refused(
-    tmp_path: Path, suffix: str, shape: tuple[int, ...]
+@given(position=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+)
+def test_damage_raises_only_the_documented_errors(
+    tmp_path: Path, read: Read, suffix: str, position: float, byte: int
 ) -> None:
-    path = save(tmp_path / f"a{suffix}", np.zeros(shape))
-    with pytest.raises(ValueError, match=re.escape(f"shape {shape}; allowed is (n, *S)")):
-        data.load_array(path)
+    path = save(tmp_path / f"a{suffix}", ramp(2, 3), "x")
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] = byte
+    path.write_bytes(content)
+    result = result_or_error(read, path)
+    if isinstance(result, Tensor):
+        assert result.ndim >= 2
+        assert result.numel() > 0
+        assert read is open_rows or torch.isfinite(result.float()).all()
+    else:
+        assert str(path) in str(result)
+
+
+# ---- memory maps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4096, mmap.ALLOCATIONGRANULARITY + 12])
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda a: a,
+        lambda a: a[3:9],
+        lambda a: a[3:9][2:4],
+        lambda a: a.reshape(40, 3, 2),
+        lambda a: a[1].reshape(2, 3),
+        lambda a: a[-1:],
+        lambda a: a.view(np.uint8),
+    ],
+)
+def test_memory_maps_are_read_from_their_file(tmp_path: Path, offset: int, part: Any) -> None:
+    path = tmp_path / "rows.bin"
+    path.write_bytes(bytes(offset) + ramp(40, 6).tobytes() + b"more")
+    mapped = np.memmap(path, np.float32, "r", offset, (40, 6))
+    source = open_source(part(mapped))
+    assert isinstance(source, OnDisk)
+    assert source.path == path
+    np.testing.assert_array_equal(contents(source), part(ramp(40, 6)), strict=True)
+
+
+def test_a_mapped_npy_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", ramp(40, 6))
+    source = open_source(np.load(path, mmap_mode="r")[10:])
+    assert isinstance(source, OnDisk)
+    np.testing.assert_array_equal(contents(source), ramp(40, 6)[10:])
+
+
+def test_changes_through_a_map_are_seen(tmp_path: Path) -> None:
+    mapped = np.load(save(tmp_path / "a.npy", ramp(4, 2)), mmap_mode="r+")
+    mapped[1] = -1
+    np.testing.assert_array_equal(contents(open_source(mapped)), mapped)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda a: a[::2], lambda a: a[:, 1:3], lambda a: a.T, lambda a: a[::-1], lambda a: a + 1],
+)
+def test_maps_that_are_not_contiguous_are_copied(tmp_path: Path, part: Any) -> None:
+    mapped = np.load(save(tmp_path / "a.npy", ramp(8, 4)), mmap_mode="r")
+    source = open_source(part(mapped))
+    assert source.tensor is not None
+    del mapped
+    np.testing.assert_array_equal(contents(source), part(ramp(8, 4)), strict=True)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8"])
+def test_maps_of_another_byte_order_are_copied(tmp_path: Path, dtype: str) -> None:
+    mapped = np.load(save(tmp_path / "a.npy", ramp(8, 4, dtype=dtype)), mmap_mode="r")
+    source = open_source(mapped)
+    assert source.tensor is not None
+    np.testing.assert_array_equal(contents(source), ramp(8, 4), strict=True)
+
+
+def test_a_private_map_is_read_with_its_changes(tmp_path: Path) -> None:
+    mapped = np.load(save(tmp_path / "a.npy", ramp(4, 2)), mmap_mode="c")
+    mapped[1] = -1
+    np.testing.assert_array_equal(contents(open_source(mapped)), mapped)
+
+
+def test_a_map_of_a_file_without_a_name(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("w+b", buffering=0) as file:
+        file.write(ramp(4, 2).tobytes())
+        mapped: Any = np.memmap(io.FileIO(file.fileno(), closefd=False), np.float32, shape=(4, 2))
+        source = open_source(mapped)
+    np.testing.assert_array_equal(contents(source), ramp(4, 2))
+
+
+@pytest.mark.parametrize("shape", [(8,), ()])
+def test_maps_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    mapped = np.load(save(tmp_path / "a.npy", ramp(8)), mmap_mode="r")
+    part = mapped if shape else mapped[0:1].reshape(())
+    with pytest.raises(ValueError, match=re.escape(f"array of shape {shape}; allowed is (n, *S)")):
+        open_source(part)
+
+
+def test_maps_of_other_dtypes_are_refused(tmp_path: Path) -> None:
+    mapped = np.load(save(tmp_path / "a.npy", ramp(8, 2, dtype=np.int32)), mmap_mode="r")
+    with pytest.raises(TypeError, match=r"a\.npy holds numbers of type int32; allowed are uint8"):
+        open_source(mapped)
+
+
+def test_a_map_whose_file_is_gone_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", ramp(8, 2))
+    mapped = np.load(path, mmap_mode="r")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+        open_source(mapped)
+
+
+# ---- bytes to [-1, 1] -----------------------------------------------------------------------
 
 
 def test_to_unit_of_every_byte() -> None:

@@ -1,4 +1,4 @@
-"""Image folders and datasets."""
+"""Folders of images and datasets that are loaded item by item."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from pfgm.data.rows import InMemory, open_source
+from pfgm.data.opening import open_source
+from pfgm.data.rows import InMemory
 
 Image = pytest.importorskip("PIL.Image")
 Array = np.ndarray[Any, Any]

@@ -20,7 +20,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from pfgm.data import rows as sources
-from pfgm.data.rows import InMemory, OnDisk, Source, open_source
+from pfgm.data.opening import open_source
+from pfgm.data.rows import InMemory, OnDisk, Source
 
 SHAPE = (11, 2, 3)
 ALL_DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -243,7 +244,7 @@ def test_one_call_reads_no_more_than_systems_allow(
         return whole(descriptor, buffers, position)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    monkeypatch.setattr(sources, "_READ_BYTES", 100)
+    monkeypatch.setattr(sources, "_MAX_READ_BYTES", 100)
     assert torch.equal(source.read(0, 11), numbers(*SHAPE))
     assert sizes == [100, 100, 64]
 
@@ -362,7 +363,7 @@ def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
-from pfgm.data.rows import open_source
+from pfgm.data import load_array
 with open("source.pickle", "rb") as file:
     source = pickle.load(file)
 out = torch.empty(1000, 1000)
@@ -372,7 +373,7 @@ for start in range(0, 50_000, 1000):
     source.read(start, start + 1000, out)
     source.take(torch.arange(start, start + 1000, 10))
 chunks = peak()
-open_source(source.path, in_memory=True)
+load_array(source.path)
 print(chunks - before, peak() - before)
 """
 
@@ -407,21 +408,3 @@ def test_row_numbers_on_other_devices_are_checked_on_request(
     monkeypatch.setattr(sources, "checks_values", lambda device: True)
     with pytest.raises(NotImplementedError):  # a look at values that are not there
         sources._check_rows(rows, 11)
-
-
-def test_a_file_is_loaded_where_asked(tmp_path: Path) -> None:
-    for dtype in (np.uint8, np.float16, np.float32, np.float64):
-        array = np.arange(60, dtype=dtype).reshape(10, 6)
-        np.save(tmp_path / "a.npy", array)
-        source = open_source(tmp_path / "a.npy", in_memory=True)
-        narrow = np.float32 if dtype == np.float64 else dtype
-        assert source.tensor is not None
-        np.testing.assert_array_equal(source.tensor.numpy(), array.astype(narrow), strict=True)
-
-
-def test_a_file_is_loaded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    array = np.linspace(0, 1, 77).reshape(11, 7)
-    np.save(tmp_path / "a.npy", array)
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 3 * 7 * 8)
-    source = open_source(tmp_path / "a.npy", in_memory=True)
-    np.testing.assert_array_equal(source.read(0, 11).numpy(), array.astype(np.float32))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pfgm import data, metrics
+from pfgm.metrics import distances
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 METRICS: list[Callable[..., object]] = [
@@ -181,7 +182,7 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -
     expected = metrics.precision_recall(a, b), metrics.nearest_distance(a, b)
     density = metrics.density_coverage(a, b)
     kernel = metrics.kernel_distance(a, b, subsets=None).mean
-    monkeypatch.setattr(metrics, "_CHUNK", chunk)
+    monkeypatch.setattr(distances, "_MAX_DISTANCES", chunk)
     assert metrics.precision_recall(a, b) == expected[0]
     assert torch.equal(metrics.nearest_distance(a, b), expected[1])
     assert metrics.density_coverage(a, b) == density
@@ -591,7 +592,7 @@ def test_inception_metrics_without_weights(monkeypatch: pytest.MonkeyPatch) -> N
         raise urllib.error.URLError("no network")
 
     fake_fidelity(monkeypatch, calculate)
-    with pytest.raises(OSError, match=r"cannot be had \(.*no network.*give its name as weights"):
+    with pytest.raises(OSError, match=r"cannot be downloaded \(.*no network.*path as weights"):
         metrics.inception_metrics(torch.zeros(10, 8, 8), torch.zeros(10, 8, 8))
 
 

@@ -1,0 +1,54 @@
+# The usual commands; `just` lists them. They expect the environment that `just setup` makes.
+
+export PATH := justfile_directory() / ".venv/bin" + ":" + env("PATH")
+
+_list:
+    @just --list --unsorted
+
+# Make .venv with everything for development, and build the extension.
+setup:
+    python3 -m venv .venv
+    pip install -e '.[test,docs]'
+
+# Build the extension again after a change in csrc/. PFGM_CUDA=0 leaves CUDA out.
+build:
+    pip install --quiet --no-deps --no-build-isolation -e .
+
+# Run tests: all, or what the arguments name (`just test tests/flows -k prior`).
+test *args="-n auto":
+    pytest {{args}}
+
+# Run the slow tests: examples, killed runs, mixtures in many dimensions.
+slow:
+    pytest -n auto -m slow
+
+# Check style, types, spelling and the direction of imports.
+lint:
+    ruff check .
+    ruff format --check .
+    git ls-files 'csrc/*' | grep -E '\.(h|cpp|cu)$' | xargs clang-format --dry-run --Werror
+    codespell
+    mypy
+    lint-imports
+
+# Format Python and C++.
+format:
+    ruff check --fix .
+    ruff format .
+    git ls-files 'csrc/*' | grep -E '\.(h|cpp|cu)$' | xargs clang-format -i
+
+# Run the CPU kernels under the address and thread sanitizers.
+sanitize:
+    .ci/sanitize cpu_test
+
+# Build the documentation into site/.
+docs:
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+# Time the operations beside their peers.
+bench *args:
+    pytest benchmarks --benchmark-only {{args}}
+
+# Run everything that must hold before a change lands.
+ci:
+    .ci/run

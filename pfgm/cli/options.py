@@ -1,0 +1,37 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..evaluation import default_steps
+from ..flows.flow import Flow
+
+
+@dataclass
+class SamplingOptions:
+    """How and where samples are drawn."""
+
+    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    """The method that follows the field lines; consistency is for few-step models."""
+    steps: int | None = None
+    """Steps of the solver, 10 unless given; more for samples of few values; rk45 chooses."""
+    schedule: Literal["rho", "log"] = "rho"
+    """Spacing of the steps."""
+    last: float | None = None
+    """Noise level from which the last step goes to the end at once."""
+    batch_size: int = 1000
+    """Samples at a time."""
+    device: str = "auto"
+    """auto: cuda if there is a GPU, else cpu."""
+
+    def solver_arguments(self, flow: Flow) -> dict[str, Any]:
+        """The keyword arguments of :meth:`pfgm.flows.Flow.sample` for the solver."""
+        steps = default_steps(flow, self.solver) if self.steps is None else self.steps
+        return {
+            "solver": self.solver,
+            "steps": steps,
+            "schedule": self.schedule,
+            "last": self.last,
+        }

@@ -1,0 +1,100 @@
+"""``pfgm sample``: samples of a checkpoint, as an array or a picture."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from .. import data
+from ..common.checks import check_seed, usable_device
+from ..common.files import output_folder
+from ..evaluation import noise_generator
+from ..flows.batches import draw_prior, sample_in_batches
+from ..flows.flow import Flow
+from ..training import checkpoint
+from .options import SamplingOptions
+
+__all__ = ["Sample"]
+
+_INT64 = range(-(2**63), 2**63)
+
+
+@dataclass
+class Sample:
+    """Draw samples from a checkpoint."""
+
+    checkpoint: Path
+    """A .safetensors file, or the folder of a run."""
+    out: Path
+    """A .npy file (float32, n first), or a .png picture of images."""
+    n: int = 64
+    """Number of samples."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingOptions
+    )
+    """How and where samples are drawn."""
+    label: int | None = None
+    """Label of the samples, for a network that was trained with labels; any unless given."""
+    guidance: float | None = None
+    """Weight of classifier-free guidance. 1 is none; any other value takes twice as long."""
+    seed: int = 0
+    """Seed of the prior, and of the noise that some solvers add."""
+
+    def run(self) -> None:
+        self._check()
+        device = usable_device(self.sampling.device)
+        if notice := checkpoint.check_solver(self.checkpoint, self.sampling.solver):
+            print(f"pfgm: {notice}", file=sys.stderr)
+        flow, network = checkpoint.load(self.checkpoint, device=device)
+        if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
+            raise ValueError(
+                f"out is {self.out}, but samples of shape {flow.shape} are no images; use a name "
+                "that ends in .npy."
+            )
+        with output_folder(self.out.parent):
+            self._write(self._draw(flow, network, device))
+        print(self.out)
+
+    def _check(self) -> None:
+        if self.out.suffix not in (".npy", ".png"):
+            raise ValueError(f"out is {self.out}; allowed are names that end in .npy or .png.")
+        if self.out.is_dir():
+            raise ValueError(f"out is {self.out}, a folder; allowed is the name of a file.")
+        batch_size = self.sampling.batch_size
+        if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
+            raise ValueError(
+                f"n is {self.n} and batch-size {batch_size}; allowed are at least 1, below 2^63."
+            )
+        if self.label is not None and self.label not in _INT64:
+            raise ValueError(f"label is {self.label}; allowed are the labels of the network.")
+        check_seed(self.seed)
+
+    def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Tensor:
+        prior = draw_prior(flow, self.n, self.seed)
+        samples, _ = sample_in_batches(
+            flow,
+            network,
+            prior,
+            batch_size=self.sampling.batch_size,
+            device=device,
+            labels=None if self.label is None else torch.full((self.n,), self.label),
+            guidance=self.guidance,
+            generator=noise_generator(self.seed, device),
+            progress=True,
+            **self.sampling.solver_arguments(flow),
+        )
+        return samples
+
+    def _write(self, samples: Tensor) -> None:
+        if self.out.suffix == ".npy":
+            data.save_array(self.out, samples)
+        else:
+            from ..plotting import image_grid
+
+            image_grid(samples, self.out)

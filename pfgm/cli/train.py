@@ -1,0 +1,63 @@
+"""``pfgm train``: a training run, new or resumed."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..common.checks import usable_device
+from ..training import TrainConfig, runs
+from ..training.processes import joined
+from ..training.runs import RunConfig, Settings
+
+__all__ = ["Train", "starting_config"]
+
+
+@dataclass
+class Train:
+    """Train a network on the field of your data. Under torchrun its processes train together."""
+
+    out: Path
+    """Folder for checkpoints, logs, pictures and config.json, the settings of the run."""
+    config: Path | None = None
+    """A recipe, or the folder of a run, for settings that are not given here. A resumed run takes
+    them from its own folder unless this is given."""
+    resume: bool = False
+    """Continue the run in the output folder."""
+    resume_from: int | None = None
+    """Continue the run from the checkpoint of this step, for example if the newest is damaged."""
+    device: str = "auto"
+    """auto: cuda if there is a GPU, else cpu."""
+    timeout: float = 600.0
+    """Seconds after which a process that does not answer counts as lost. An evaluation must take
+    less."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    """What to train on what."""
+    training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """How to train."""
+
+    def run(self) -> None:
+        config = RunConfig.of(self.settings, self.training)
+        with joined(usable_device(self.device), self.timeout) as device:
+            runs.start(
+                config, self.out, device=device, resume=self.resume, resume_from=self.resume_from
+            )
+
+
+def starting_config(arguments: list[str]) -> RunConfig:
+    """The configuration that options of ``pfgm train`` change.
+
+    It is that of the recipe, or of the run to resume, or the default.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume-from", "--resume_from")
+    known, _ = parser.parse_known_args(arguments)
+    source = known.config or (known.out if known.resume or known.resume_from else None)
+    return RunConfig() if source is None else RunConfig.load(source)

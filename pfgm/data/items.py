@@ -1,0 +1,132 @@
+"""Map-style datasets of torch, loaded item by item into one tensor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..common.messages import progress_bar
+from .arrays import from_numpy
+from .images import channel_count, check_depth, has_16_bits, pixels
+
+_SAMPLE_KEYS = ("image", "images", "x", "data")
+_LABEL_KEYS = ("label", "labels")
+_KEPT_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
+
+def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Fetches every item of a map-style dataset once.
+
+    An item is a sample, a sequence whose first value is the sample, or a mapping that has the
+    sample at image, images, x or data, or else as its first value. A sample is a tensor, an array
+    or a Pillow image, which becomes uint8 (C, H, W). The second value of a sequence, or the value
+    at label or labels of a mapping, is the label if it is an integer.
+
+    Returns:
+        The samples (n, *S), float64 as float32; and the labels (n,) int64, None if there are none.
+
+    Raises:
+        TypeError: a sample is of another type or dtype.
+        ValueError: there are no items; samples differ in shape or dtype; only some items have
+            labels; or an image that Pillow has not decoded yet has more than 8 bits a channel.
+    """
+    count = _length(dataset)
+    first, label = _split(dataset[0])
+    channels = _image_channels(first, 0)
+    row = _row(first, 0, channels)
+    rows = torch.empty(count, *row.shape, dtype=row.dtype)
+    labels = None if label is None else torch.empty(count, dtype=torch.int64)
+    rest = (_split(dataset[index]) for index in range(1, count))
+    items = progress_bar(
+        chain([(first, label)], rest), "dataset", count, unit="item", disable=not progress
+    )
+    for index, (value, label) in enumerate(items):
+        row = _row(value, index, channels)
+        if (row.shape, row.dtype) != (rows.shape[1:], rows.dtype):
+            raise ValueError(
+                f"{_name(index)} is {row.dtype} of shape {tuple(row.shape)}; allowed is "
+                f"{rows.dtype} of shape {tuple(rows.shape[1:])}, as in item 0."
+            )
+        rows[index] = row
+        if labels is not None:
+            if label is None:
+                raise ValueError(
+                    f"{_name(index)} has no integer label; allowed are labels in all items or in "
+                    "none, and item 0 has one."
+                )
+            labels[index] = label
+    return rows, labels
+
+
+def _length(dataset: Any) -> int:
+    if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"source is a {type(dataset).__name__}, a dataset without a length or without numbered "
+            "items; allowed are datasets with __len__ and __getitem__."
+        )
+    count = len(dataset)
+    if count == 0:
+        raise ValueError("source is a dataset of 0 items; allowed is at least one.")
+    return count
+
+
+def _split(item: Any) -> tuple[Any, int | None]:
+    """The sample of an item and its label, None if it has none."""
+    if isinstance(item, Mapping) and item:
+        key = next((key for key in _SAMPLE_KEYS if key in item), next(iter(item)))
+        label = next((item[key] for key in _LABEL_KEYS if key in item), None)
+        return item[key], _as_integer(label)
+    if isinstance(item, (tuple, list)) and item:
+        return item[0], _as_integer(item[1]) if len(item) > 1 else None
+    return item, None
+
+
+def _as_integer(value: Any) -> int | None:
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    return None
+
+
+def _name(index: int) -> str:
+    return f"Item {index} of the dataset"
+
+
+def _is_image(value: Any) -> bool:
+    module = sys.modules.get("PIL.Image")  # if Pillow is not imported, there are no images of it
+    return module is not None and isinstance(value, module.Image)
+
+
+def _image_channels(value: Any, index: int) -> int:
+    """The channels of an image; 0 for other samples."""
+    return channel_count(value.mode, _name(index)) if _is_image(value) else 0
+
+
+def _row(value: Any, index: int, channels: int) -> Tensor:
+    """The sample as a tensor; an image has at least ``channels`` channels."""
+    name = _name(index)
+    if _is_image(value):
+        check_depth(has_16_bits(value), name)
+        # A grey image can take the channels of coloured ones, but colours are never dropped.
+        return pixels(value, max(channels, channel_count(value.mode, name)))
+    if isinstance(value, np.ndarray):
+        value = from_numpy(value, name)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; allowed are tensors, NumPy arrays, Pillow "
+            "images, and sequences and mappings that hold one."
+        )
+    row = value.detach().float() if value.dtype == torch.float64 else value.detach()
+    if row.dtype not in _KEPT_DTYPES:
+        raise TypeError(
+            f"{name} holds numbers of type {row.dtype}; allowed are uint8 and floating numbers."
+        )
+    return row

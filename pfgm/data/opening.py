@@ -1,0 +1,81 @@
+"""Opens tensors, arrays, files, folders of images and datasets as rows of samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..common.files import StrPath
+from .arrays import from_numpy, open_array, open_mapped
+from .images import load_images
+from .items import load_dataset
+from .rows import InMemory, Source
+
+
+def open_source(
+    source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | Source,
+    *,
+    progress: bool = False,
+) -> Source:
+    """Opens whatever holds samples. Nothing is unpickled, and values are not checked.
+
+    Args:
+        source: one of
+
+            - a tensor (n, *S) or a NumPy array, whose memory is shared where torch can share it;
+            - a ``numpy.memmap``, whose rows are read from its file. A map that is not C-contiguous
+              is copied into memory, and a map of mode "c" counts as an array, because it may
+              differ from its file;
+            - the path of a ``.npy``, ``.npz`` or ``.safetensors`` file, whose rows are read in
+              place. A file is loaded where it is compressed, in Fortran order, in another byte
+              order or of a width that is not in ``DTYPES``. Of several arrays the one is read that
+              :func:`pfgm.data.load_array` reads;
+            - the path of a folder, of which every PNG, JPEG, BMP and WebP image is decoded;
+            - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
+              :func:`pfgm.data.items.load_dataset`;
+            - a source, which is returned.
+        progress: show a progress bar while images or a dataset are loaded.
+
+    Returns:
+        The rows. float64 becomes float32 where a file or a dataset is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: images need Pillow, and it is not installed.
+        TypeError: the numbers are neither floating nor uint8, or source is of another type.
+        ValueError: the suffix is another one; the file is empty, truncated or damaged; there are
+            fewer than two dimensions or no numbers; images or items differ in shape or dtype.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.save(f"{folder}/images.npy", np.arange(12, dtype=np.float32).reshape(6, 2))
+    ...     source = open_source(f"{folder}/images.npy")
+    >>> source.take(torch.tensor([5, 0]))
+    tensor([[10., 11.],
+            [ 0.,  1.]])
+    """
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, Tensor):
+        return InMemory(source)
+    if isinstance(source, np.memmap):
+        return open_mapped(source)
+    if isinstance(source, np.ndarray):
+        return InMemory(from_numpy(source, "source"))
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir():
+            return InMemory(load_images(path, progress=progress))
+        return open_array(path)
+    if hasattr(source, "__getitem__") and not isinstance(source, Mapping):
+        return InMemory(*load_dataset(source, progress=progress))
+    raise TypeError(
+        f"source is a {type(source).__name__}; allowed are a tensor, a NumPy array, the path of a "
+        "file or a folder of images, and a dataset with __len__ and __getitem__."
+    )

@@ -1,0 +1,63 @@
+"""Samples that are drawn a batch at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.checks import allocating
+from .conditions import Network
+from .flow import Flow
+
+
+def draw_prior(flow: Flow, n: int, seed: int) -> Tensor:
+    """Points (n, *S) of the prior. They are drawn on the CPU, so every device gets the same.
+
+    Raises:
+        MemoryError: n points do not fit into the memory.
+    """
+    with allocating(f"n is {n}, and so many samples of shape {flow.shape}"):
+        return flow.prior(n, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_in_batches(
+    flow: Flow,
+    network: Network,
+    prior: Tensor,
+    *,
+    batch_size: int,
+    device: torch.device | None = None,
+    labels: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, int]:
+    """Samples from points of the prior, and the evaluations of the network.
+
+    Args:
+        flow: the flow of the network.
+        network: as for :meth:`pfgm.flows.Flow.sample`.
+        prior: (n, *S), such as :func:`draw_prior` gives.
+        batch_size: samples at a time.
+        device: where each batch is computed; None is the device of prior.
+        labels: (n,), for a network that takes labels.
+        **options: of :meth:`pfgm.flows.Flow.sample`, such as solver, steps and generator.
+
+    Returns:
+        The samples (n, *S) on the device of prior, and the most evaluations of any batch.
+    """
+    parts, evaluations = [], 0
+    for start in range(0, len(prior), batch_size):
+        rows = slice(start, start + batch_size)
+        x = prior[rows].to(device)
+        part, nfe = flow.sample(
+            network,
+            len(x),
+            x_init=x,
+            condition=None if labels is None else {"labels": labels[rows]},
+            return_nfe=True,
+            **options,
+        )
+        parts.append(part.to(prior.device))
+        evaluations = max(evaluations, nfe)
+    return torch.cat(parts), evaluations

@@ -1,0 +1,36 @@
+"""How near samples come to real data, in the space of the samples or of features of them.
+
+Everything is computed in float64 on the device of the arguments. Distances are computed from exact
+differences, because dot products lose accuracy near zero, where it matters most.
+
+``features`` of a metric maps (n, *S) to (n, F); None compares the samples themselves. It gets at
+most 64 samples at a time, without gradients. A module, or the module of a bound method, is in
+evaluation mode meanwhile. With features, samples may have any dtype that features takes.
+"""
+
+from .distances import (
+    DensityCoverage,
+    KernelDistance,
+    PrecisionRecall,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    nearest_distance,
+    neighbour_distances,
+    precision_recall,
+)
+from .inception import InceptionMetrics, inception_metrics
+
+__all__ = [
+    "DensityCoverage",
+    "InceptionMetrics",
+    "KernelDistance",
+    "PrecisionRecall",
+    "density_coverage",
+    "frechet_distance",
+    "inception_metrics",
+    "kernel_distance",
+    "nearest_distance",
+    "neighbour_distances",
+    "precision_recall",
+]

@@ -1,0 +1,419 @@
+"""Distances and neighbours of two sets of samples, or of features of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.tensors import evaluating
+
+Features = Callable[[Tensor], Tensor]
+
+_MAX_DISTANCES = 2**22  # held at once: 32 MiB
+_MAX_TERMS = 2**28  # summed in one call, which cannot be interrupted
+_FEATURES_BATCH = 64  # samples that features are given at once
+
+
+class PrecisionRecall(NamedTuple):
+    """Both in [0, 1], higher is better; see :func:`precision_recall`."""
+
+    precision: float
+    recall: float
+
+
+class DensityCoverage(NamedTuple):
+    """Higher is better, 1 for two sets of one distribution; see :func:`density_coverage`."""
+
+    density: float
+    coverage: float
+
+
+class KernelDistance(NamedTuple):
+    """Lower is better; see :func:`kernel_distance`."""
+
+    mean: float
+    deviation: float
+
+
+def frechet_distance(a: Tensor, b: Tensor, *, features: Features | None = None) -> float:
+    """The Fréchet distance between Gaussians fitted to two sets of samples.
+
+    ‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) with unbiased covariances, in squared units of the
+    samples (Dowson and Landau 1982; on Inception features it is the FID of Heusel et al. 2017,
+    arXiv 1706.08500). It falls as the number of samples grows, so compare equal numbers.
+
+    Args:
+        a: (n, *S), floating, n ≥ 2; n may be less than the number of values in a sample.
+        b: (m, *S), likewise.
+        features: maps (n, *S) to (n, F), which are compared in place of the samples.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: the sample shapes or devices differ; there are too few samples; values are NaN
+            or infinity, or so large that the distance overflows; features have another shape.
+
+    >>> a = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    >>> frechet_distance(a, a + torch.tensor([0.0, 3.0]))
+    9.0
+    >>> frechet_distance(a, a + torch.tensor([0.0, 3.0]), features=lambda x: x[:, :1])
+    0.0
+    """
+    rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(2, 2))
+    shift = rows_a.mean(0) - rows_b.mean(0)
+    root_a, root_b = _covariance_root(rows_a), _covariance_root(rows_b)
+    # Σ = RᵀR, so the eigenvalues of (Σ_a Σ_b)^½ are the singular values of R_a R_bᵀ. The usual way,
+    # a matrix square root, takes roots of rounding errors where a covariance is singular.
+    cross = root_a @ root_b.T
+    squares = sum(float(part.square().sum()) for part in (shift, root_a, root_b))
+    if not (math.isfinite(squares) and bool(torch.isfinite(cross).all())):
+        raise ValueError("a and b hold values so large that their Fréchet distance overflows.")
+    return max(0.0, squares - 2 * float(torch.linalg.svdvals(cross).sum()))
+
+
+def kernel_distance(
+    a: Tensor,
+    b: Tensor,
+    *,
+    features: Features | None = None,
+    degree: int = 3,
+    subsets: int | None = 100,
+    subset_size: int | None = None,
+    generator: torch.Generator | None = None,
+) -> KernelDistance:
+    """The unbiased squared maximum mean discrepancy of two sets with a polynomial kernel.
+
+        MMD² = Σ_{i≠j} k(a_i, a_j)/(n(n − 1)) + Σ_{i≠j} k(b_i, b_j)/(m(m − 1))
+               − 2 Σ_{i,j} k(a_i, b_j)/(nm),    k(x, y) = (x·y/F + 1)^degree
+
+    with F values in a row (Bińkowski et al. 2018, arXiv 1801.01401; on Inception features it is
+    their KID). It compares moments up to the degree. Its expectation is 0 for two sets of one
+    distribution, whatever their sizes, so an estimate may be negative.
+
+    Args:
+        a: (n, *S), floating, n ≥ 2.
+        b: (m, *S), likewise.
+        features: maps (n, *S) to (n, F), which are compared in place of the samples.
+        degree: of the kernel, at least 1.
+        subsets: the number of pairs of random subsets, each drawn without replacement, that are
+            compared; None compares all of a with all of b.
+        subset_size: samples in a subset, at least 2; None means 1000, but at most half of the
+            smaller set.
+        generator: draws the subsets.
+
+    Returns:
+        Mean and standard deviation (with n − 1) over the subsets. The standard deviation of one
+        estimate is NaN.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: the sample shapes or devices differ; there are too few samples; values are NaN
+            or infinity, or so large that the distance overflows; features have another shape;
+            degree or subsets is below 1; or subset_size is larger than a set.
+
+    >>> a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [3.0]])
+    >>> kernel_distance(a, b, degree=1, subsets=None).mean  # (1 − 2)² − 2/2 − 2/2
+    -1.0
+    >>> draw = torch.Generator().manual_seed(0)
+    >>> kernel_distance(torch.zeros(9, 2), torch.ones(9, 2), subsets=3, generator=draw)
+    KernelDistance(mean=7.0, deviation=0.0)
+    """
+    check_at_least_one("degree", degree)
+    rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(2, 2))
+    smaller = min(len(rows_a), len(rows_b))
+    if subsets is None:
+        return KernelDistance(_squared_mmd(rows_a, rows_b, degree), math.nan)
+    check_at_least_one("subsets", subsets)
+    size = max(2, min(1000, smaller // 2)) if subset_size is None else subset_size
+    if not 2 <= size <= smaller:
+        raise ValueError(
+            f"subset_size is {subset_size}; allowed are whole numbers from 2 to {smaller}, the "
+            "size of the smaller set."
+        )
+    found = torch.tensor(
+        [
+            _squared_mmd(
+                _draw_subset(rows_a, size, generator), _draw_subset(rows_b, size, generator), degree
+            )
+            for _ in range(subsets)
+        ],
+        dtype=torch.float64,
+    )
+    return KernelDistance(float(found.mean()), float(found.std()) if subsets > 1 else math.nan)
+
+
+def precision_recall(
+    samples: Tensor,
+    real: Tensor,
+    k: int = 3,
+    *,
+    features: Features | None = None,
+    neighbours: Tensor | None = None,
+) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+
+    The manifold of a set is the union of balls around its members. The radius of a ball is the
+    distance to the k-th nearest other member. Precision is the fraction of the samples inside the
+    manifold of the real data, recall the fraction of the real data inside the manifold of the
+    samples.
+
+    Args:
+        samples: (n, *S), floating, n > k.
+        real: (m, *S), likewise.
+        k: the neighbour that sets the radius, k ≥ 1.
+        features: maps (n, *S) to (n, F), which are compared in place of the samples.
+        neighbours: (m, at least k), the :func:`neighbour_distances` of the real data or of their
+            features; they save time where several sets are compared with the same data.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: the sample shapes or devices differ; k is below 1 or at least the number of
+            samples; values are NaN or infinity; features or neighbours have another shape.
+
+    >>> real = torch.arange(5.0).view(5, 1)
+    >>> precision_recall(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
+    PrecisionRecall(precision=0.75, recall=0.2)
+    """
+    check_at_least_one("k", k)
+    rows, real_rows = _checked_rows(
+        "samples", samples, "real", real, features, at_least=(k + 1, k + 1)
+    )
+    radii, real_radii = _ball_radii(rows, k), _ball_radii(real_rows, k, neighbours)
+    inside = 0
+    covered = torch.zeros_like(real_radii, dtype=torch.bool)
+    for part, distances in _distances(rows, real_rows):
+        inside += int((distances <= real_radii).any(1).sum())
+        covered |= (distances <= radii[part, None]).any(0)
+    return PrecisionRecall(inside / len(rows), int(covered.sum()) / len(real_rows))
+
+
+def density_coverage(
+    samples: Tensor,
+    real: Tensor,
+    k: int = 5,
+    *,
+    features: Features | None = None,
+    neighbours: Tensor | None = None,
+) -> DensityCoverage:
+    """Density and coverage (Naeem et al. 2020, arXiv 2002.09797).
+
+        density  = 1/(k n) Σ_j #{i: ‖s_j − r_i‖ ≤ R_i}
+        coverage = 1/m #{i: min_j ‖s_j − r_i‖ ≤ R_i}
+
+    with R_i the distance of the real r_i to the k-th nearest other real one. Unlike in
+    :func:`precision_recall`, there are balls around the real data only, and a sample counts once
+    for every ball that holds it, so the wide ball of an outlier adds little. Density may exceed 1.
+    The balls are closed, as in :func:`precision_recall`.
+
+    Args:
+        samples: (n, *S), floating, n ≥ 1.
+        real: (m, *S), likewise, m > k.
+        k: the neighbour that sets the radius, k ≥ 1.
+        features: maps (n, *S) to (n, F), which are compared in place of the samples.
+        neighbours: (m, at least k), as in :func:`precision_recall`.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: the sample shapes or devices differ; k is below 1 or at least the number of
+            real samples; values are NaN or infinity; features or neighbours have another shape.
+
+    >>> real = torch.arange(5.0).view(5, 1)
+    >>> density_coverage(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
+    DensityCoverage(density=1.5, coverage=0.4)
+    """
+    check_at_least_one("k", k)
+    rows, real_rows = _checked_rows("samples", samples, "real", real, features, at_least=(1, k + 1))
+    radii = _ball_radii(real_rows, k, neighbours)
+    inside = 0
+    covered = torch.zeros_like(radii, dtype=torch.bool)
+    for _, distances in _distances(rows, real_rows):
+        within = distances <= radii
+        inside += int(within.sum())
+        covered |= within.any(0)
+    return DensityCoverage(inside / (k * len(rows)), int(covered.sum()) / len(real_rows))
+
+
+def neighbour_distances(x: Tensor, k: int = 5, *, features: Features | None = None) -> Tensor:
+    """The Euclidean distances of each sample to the k nearest other samples of the same set.
+
+    Args:
+        x: (n, *S), floating, n > k.
+        k: the number of neighbours, k ≥ 1.
+        features: maps (n, *S) to (n, F), which are compared in place of the samples.
+
+    Returns:
+        (n, k), float64, ascending.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: k is below 1 or at least the number of samples; values are NaN or infinity;
+            features have another shape.
+
+    >>> neighbour_distances(torch.tensor([[0.0], [1.0], [3.0]]), k=2)
+    tensor([[1., 3.],
+            [1., 2.],
+            [2., 3.]], dtype=torch.float64)
+    """
+    check_at_least_one("k", k)
+    rows, _ = _checked_rows("x", x, "x", x[: k + 1], features, at_least=(k + 1, k + 1))
+    return _nearest_others(rows, k)
+
+
+def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) -> Tensor:
+    """The Euclidean distance of each sample in a to the nearest sample in b.
+
+    It is near zero where a model has memorised its training data b.
+
+    Args:
+        a: (n, *S), floating.
+        b: (m, *S), floating, m ≥ 1.
+        features: maps (n, *S) to (n, F), which are compared in place of the samples.
+
+    Returns:
+        (n,), float64, in units of the samples or features.
+
+    Raises:
+        TypeError: a dtype is not floating.
+        ValueError: the sample shapes or devices differ; there are no samples; values are NaN or
+            infinity; features have another shape.
+
+    >>> nearest_distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [9.0, 9.0]]))
+    tensor([5.], dtype=torch.float64)
+    """
+    rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(1, 1))
+    return torch.cat([distances.amin(1) for _, distances in _distances(rows_a, rows_b)])
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; allowed are whole numbers from 1.")
+
+
+def _checked_rows(
+    name_a: str,
+    a: Tensor,
+    name_b: str,
+    b: Tensor,
+    features: Features | None,
+    at_least: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Both checked sets, or their features, as float64 rows (n, N)."""
+    for name, x, count in ((name_a, a, at_least[0]), (name_b, b, at_least[1])):
+        if features is None:
+            _check_floating(name, x)
+        _check_shape(name, x, count)
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(
+            f"{name_a} has samples of shape {tuple(a.shape[1:])} and {name_b} of "
+            f"{tuple(b.shape[1:])}; they must be the same."
+        )
+    if a.device != b.device:
+        raise ValueError(f"{name_a} is on {a.device} and {name_b} on {b.device}; allowed is one.")
+    for name, x in ((name_a, a), (name_b, b)):
+        check_finite(name, x)
+    if features is None:
+        return a.detach().flatten(1).double(), b.detach().flatten(1).double()
+    with evaluating(getattr(features, "__self__", features)):
+        return _features(name_a, a, features), _features(name_b, b, features)
+
+
+def _features(name: str, x: Tensor, features: Features) -> Tensor:
+    """The checked features of x, as float64 rows (n, F)."""
+    rows = []
+    for part in x.detach().split(_FEATURES_BATCH):
+        found = features(part)
+        _check_floating(f"features of {name}", found)
+        if found.ndim < 2 or len(found) != len(part) or found.numel() == 0:
+            raise ValueError(
+                f"features of {name} has shape {tuple(found.shape)} for {len(part)} samples; "
+                f"allowed is ({len(part)}, F) with F at least 1."
+            )
+        rows.append(found.flatten(1).double())
+    joined = torch.cat(rows)
+    check_finite(f"features of {name}", joined)
+    return joined
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; allowed are floating dtypes (pfgm.data.to_unit makes "
+            "bytes into one)."
+        )
+
+
+def _check_shape(name: str, x: Tensor, at_least: int) -> None:
+    if x.ndim < 2 or len(x) < at_least or x.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; allowed is (n, *S), n samples of shape S with n "
+            f"at least {at_least}."
+        )
+
+
+def _covariance_root(rows: Tensor) -> Tensor:
+    """R (min(n, N), N) with RᵀR the unbiased covariance of the rows."""
+    centred = rows - rows.mean(0)
+    root: Tensor = torch.linalg.qr(centred / math.sqrt(len(rows) - 1), mode="r").R
+    return root
+
+
+def _draw_subset(rows: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+    device = "cpu" if generator is None else generator.device
+    order = torch.randperm(len(rows), generator=generator, device=device)
+    return rows[order[:size].to(rows.device)]
+
+
+def _squared_mmd(a: Tensor, b: Tensor, degree: int) -> float:
+    """The unbiased MMD² of rows (n, F) and (m, F) with the kernel (x·y/F + 1)^degree."""
+    n, m = len(a), len(b)
+    within = _kernel_sum(a, a, degree) - float(_kernel(a.square().sum(1), a, degree).sum())
+    within_b = _kernel_sum(b, b, degree) - float(_kernel(b.square().sum(1), b, degree).sum())
+    across = _kernel_sum(a, b, degree) / (n * m)
+    found = within / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * across
+    if not math.isfinite(found):
+        raise ValueError("a and b hold values so large that their kernel distance overflows.")
+    return found
+
+
+def _kernel_sum(a: Tensor, b: Tensor, degree: int) -> float:
+    step = max(1, _MAX_DISTANCES // len(b))
+    return sum(float(_kernel(part @ b.T, a, degree).sum()) for part in a.split(step))
+
+
+def _kernel(products: Tensor, a: Tensor, degree: int) -> Tensor:
+    return (products / a.shape[1] + 1) ** degree
+
+
+def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields slices of the rows of a, and the distances (rows, m) of these rows to b."""
+    step = max(1, min(_MAX_DISTANCES, _MAX_TERMS // max(b.shape[1], 1)) // len(b))
+    for start in range(0, len(a), step):
+        part = slice(start, start + step)
+        yield part, torch.cdist(a[part], b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _ball_radii(rows: Tensor, k: int, neighbours: Tensor | None = None) -> Tensor:
+    """The distance (n,) of each row to its k-th nearest other row."""
+    if neighbours is None:
+        return _nearest_others(rows, k)[:, -1]
+    if neighbours.ndim != 2 or len(neighbours) != len(rows) or neighbours.shape[1] < k:
+        raise ValueError(
+            f"neighbours has shape {tuple(neighbours.shape)}; allowed is ({len(rows)}, {k} or "
+            "more), the distances of the real data to their nearest."
+        )
+    return neighbours[:, k - 1].to(rows)
+
+
+def _nearest_others(rows: Tensor, k: int) -> Tensor:
+    """The distances (n, k) of each row to its nearest other rows, ascending."""
+    # The first is the row itself, at a distance of exactly 0.
+    nearest = (part.topk(k + 1, largest=False).values for _, part in _distances(rows, rows))
+    return torch.cat([distances[:, 1:] for distances in nearest])

@@ -1,0 +1,138 @@
+"""FID and Inception score, computed by torch-fidelity."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..common.checks import check_dtype
+from ..common.files import StrPath
+from .distances import check_at_least_one, check_finite
+
+
+class InceptionMetrics(NamedTuple):
+    """Lower fid and higher score are better; see :func:`inception_metrics`."""
+
+    fid: float
+    score: float
+    score_deviation: float
+
+
+def inception_metrics(
+    samples: Tensor,
+    real: Tensor,
+    *,
+    splits: int = 10,
+    batch_size: int = 64,
+    weights: StrPath | None = None,
+) -> InceptionMetrics:
+    """FID and Inception score of images, through torch-fidelity.
+
+    FID is :func:`pfgm.metrics.frechet_distance` on 2048 features of Inception v3 (Heusel et al.
+    2017, arXiv 1706.08500). The score is exp E KL(p(y|x) ‖ p(y)) for its classes y (Salimans et
+    al. 2016, arXiv 1606.03498), as mean and standard deviation over splits of the shuffled samples.
+    Published numbers take 50 000 samples; fewer than 2048 leave the covariance singular. The
+    images are converted to bytes, and torch-fidelity resizes them.
+
+    The weights of the network (91 MB) are downloaded at the first call and kept in torch's cache.
+
+    Args:
+        samples: (n, C, H, W) with C = 1 (grey) or 3 (RGB), or (n, H, W) grey; uint8, or floating
+            values, which are clamped to [-1, 1]; n ≥ 2.
+        real: (m, C, H, W) or (m, H, W), likewise. The two sets may differ in image size.
+        splits: of the Inception score, from 1 to n.
+        batch_size: images that the network is given at once.
+        weights: a file of torch-fidelity's weights; None downloads it. The file is unpickled, so
+            it can run any code: use only the file that torch-fidelity provides.
+
+    Raises:
+        ImportError: torch-fidelity is not installed.
+        OSError: the weights can be neither found nor downloaded.
+        TypeError: a dtype is neither floating nor uint8.
+        ValueError: a shape is another one; there are too few images; the devices differ; values
+            are NaN or infinity; splits or batch_size is out of range.
+
+    >>> draw = torch.Generator().manual_seed(0)
+    >>> images = torch.rand(20, 3, 32, 32, generator=draw) * 2 - 1
+    >>> inception_metrics(images, images, splits=1).fid < 1e-3  # doctest: +SKIP
+    True
+    """
+    check_at_least_one("splits", splits)
+    check_at_least_one("batch_size", batch_size)
+    _check_images("samples", samples)
+    _check_images("real", real)
+    if splits > len(samples):
+        raise ValueError(f"splits is {splits}; allowed are at most {len(samples)}, the samples.")
+    if samples.device != real.device:
+        raise ValueError(
+            f"samples is on {samples.device} and real on {real.device}; allowed is one."
+        )
+    sets = [_as_bytes("samples", samples), _as_bytes("real", real)]
+    try:
+        fidelity: Any = importlib.import_module("torch_fidelity")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "inception_metrics() needs torch-fidelity; in a checkout: pip install '.[fid]'"
+        ) from error
+    try:
+        # torch-fidelity uses the current device; -1 leaves it as it is.
+        with torch.cuda.device(samples.device if samples.is_cuda else -1):
+            found = fidelity.calculate_metrics(
+                input1=sets[0],
+                input2=sets[1],
+                isc=True,
+                isc_splits=splits,
+                fid=True,
+                cuda=samples.is_cuda,
+                batch_size=batch_size,
+                feature_extractor_weights_path=None if weights is None else str(weights),
+                save_cpu_ram=True,  # no worker processes: the images are in memory already
+                cache=False,
+                verbose=False,
+            )
+    except OSError as error:  # urllib raises it too
+        raise OSError(
+            f"the weights of Inception v3 cannot be downloaded ({error}). torch-fidelity has them "
+            "at github.com/toshas/torch-fidelity/releases; without a network, copy the file "
+            "weights-inception-2015-12-05-6726825d.pth here and give its path as weights."
+        ) from error
+    return InceptionMetrics(
+        float(found[fidelity.KEY_METRIC_FID]),
+        float(found[fidelity.KEY_METRIC_ISC_MEAN]),
+        float(found[fidelity.KEY_METRIC_ISC_STD]),
+    )
+
+
+class _Bytes(Dataset[Tensor]):
+    """Images (3, H, W), uint8, in the form that torch-fidelity needs: one tensor an item."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].expand(3, -1, -1)
+
+
+def _check_images(name: str, x: Tensor) -> None:
+    check_dtype(name, x)
+    channels = x.shape[1] if x.ndim == 4 else 1
+    if x.ndim not in (3, 4) or channels not in (1, 3) or x.numel() == 0 or len(x) < 2:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; allowed is (n, C, H, W) or (n, H, W), with C = 1 "
+            "or 3 and n at least 2."
+        )
+
+
+def _as_bytes(name: str, x: Tensor) -> _Bytes:
+    check_finite(name, x)
+    images = x.detach().unsqueeze(1) if x.ndim == 3 else x.detach()
+    if x.dtype != torch.uint8:
+        images = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return _Bytes(images.cpu())

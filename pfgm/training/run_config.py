@@ -1,0 +1,136 @@
+"""The configuration of a training run: what to train on what, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..common.checks import check_choice
+from ..common.files import StrPath, write_atomic
+from ..flows.sampling import check_steps
+from .config import TrainConfig
+
+__all__ = ["RunConfig", "Settings"]
+
+CONFIG_FILE = "config.json"
+MIN_SAMPLES = 4  # and rows of data: each needs 3 neighbours for precision and recall
+_MAX_SAMPLES = 10_000_000
+
+Method = Literal["pfgm", "pfgm++", "edm"]
+Network = Literal["auto", "unet", "mlp", "ddpmpp", "ncsnpp"]
+Place = Literal["source", "memory", "device"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to train on what."""
+
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, folder:PATH of images, or the path of a .npy, .npz or
+    .safetensors file of samples (n, ...): uint8, or floating point (images in [-1, 1])."""
+    method: Method = "pfgm"
+    """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
+    D: float = 128.0
+    """Augmented dimensions of pfgm++."""
+    flow: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Hyper-parameters of the flow, such as M 291, that replace those from the data."""
+    network: Network = "auto"
+    """auto: unet for images of at least 4 x 4, else mlp. ddpmpp and ncsnpp are the published ones,
+    for square images."""
+    width: int | None = None
+    """Width of the network; the network's default unless given."""
+    multipliers: tuple[int, ...] | None = None
+    """Channels at each resolution, finest first, in units of the width; not for mlp."""
+    blocks: int | None = None
+    """Residual blocks at each resolution; not for mlp."""
+    labels: bool = False
+    """Tell the network the label of each sample, for data with labels."""
+    flips: bool = False
+    """Train on mirror images too."""
+    hold: Place = "source"
+    """Where data are held: at their source (files are read piece by piece), in memory, or on the
+    device that trains."""
+    shared: bool = False
+    """Hold a part of the data in each process. The target is the field of all data."""
+    samples: int = 1000
+    """Number of samples of an evaluation."""
+    teacher: str | None = None
+    """A .safetensors file or the folder of a run to distill into a few-step model. Its flow and
+    network are used, and other settings of them are ignored. A third of its training steps may do;
+    each takes about four times as long."""
+    levels: int = 10
+    """Noise levels at which the few-step model is made consistent."""
+
+    def __post_init__(self) -> None:
+        if self.multipliers is not None:
+            object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON has lists
+        check_choice("method", self.method, get_args(Method))
+        check_choice("network", self.network, get_args(Network))
+        check_choice("hold", self.hold, get_args(Place))
+        if not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
+            raise ValueError(
+                f"samples is {self.samples}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
+            )
+        if not self.D > 0:
+            raise ValueError(f"D is {self.D}; allowed is any positive number.")
+        check_steps("levels", self.levels)
+        if self.levels < 2:
+            raise ValueError(f"levels is {self.levels}; allowed is at least 2.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Settings):
+    """What to train on what, and how. A recipe is a JSON file of one."""
+
+    training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """How to train."""
+
+    @classmethod
+    def of(cls, settings: Settings, training: TrainConfig) -> RunConfig:
+        """The configuration of these settings."""
+        named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
+        return cls(**named, training=training)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings without the training."""
+        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
+
+    def save(self, path: StrPath) -> None:
+        """Writes the configuration as JSON. If that fails, ``path`` is left as it was."""
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        write_atomic(path, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: StrPath) -> RunConfig:
+        """The configuration in a file, or in the folder of a run.
+
+        Raises:
+            FileNotFoundError: there is no configuration.
+            ValueError: the file is no configuration, or names settings that do not exist.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no configuration at {path}.")
+        try:
+            content = json.loads(path.read_text())
+            _check_names(content, cls)
+            training = content.pop("training", {})
+            _check_names(training, TrainConfig)
+            return cls(**content, training=TrainConfig(**training))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _check_names(content: Any, kind: type) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} where settings should be")
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(content.keys() - known):
+        raise ValueError(
+            f"there is no setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
+        )

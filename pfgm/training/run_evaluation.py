@@ -1,0 +1,73 @@
+"""The evaluations during a training run: samples, their figures and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import metrics
+from ..data import to_unit
+from ..datasets import Data
+from ..flows.batches import draw_prior, sample_in_batches
+from ..flows.flow import Flow
+from .run_config import MIN_SAMPLES, RunConfig
+
+_MAX_COMPARED_ROWS = 10_000  # of the data
+_SAMPLE_BATCH = 1000
+_PICTURE_SAMPLES, _PICTURE_ROW = 100, 10  # in all, and in a row
+
+
+class Evaluation:
+    """Draws samples, compares them with held-out data and draws a picture of some."""
+
+    def __init__(
+        self, config: RunConfig, flow: Flow, data: Data, folder: Path, device: torch.device
+    ) -> None:
+        self._flow, self._folder, self._device = flow, folder, device
+        self._count, self._seed = config.samples, config.training.seed
+        self._classes = data.classes if config.labels else 0
+        self._solving: dict[str, Any] = {}
+        if config.teacher is not None:
+            self._solving = {"solver": "consistency", "steps": 1}
+        against = data.held_out or data.train
+        rows = torch.arange(len(against))
+        if len(rows) < MIN_SAMPLES:
+            raise ValueError(
+                f"{config.data} has {len(rows)} rows to compare samples with; at least "
+                f"{MIN_SAMPLES} are needed."
+            )
+        if len(rows) > _MAX_COMPARED_ROWS:
+            generator = torch.Generator().manual_seed(0)
+            rows = against.draw(_MAX_COMPARED_ROWS, generator=generator)
+        self._rows, self._against = rows, against
+
+    def __call__(self, step: int, network: nn.Module) -> dict[str, float]:
+        samples = self._samples(network)
+        if len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3):
+            from ..plotting import image_grid
+
+            image_grid(samples[:_PICTURE_SAMPLES], self._folder / f"samples-{step:08d}.png")
+            samples = samples.clamp(-1, 1)
+        against = to_unit(self._against[self._rows].cpu())
+        precision, recall = metrics.precision_recall(samples, against)
+        return {
+            "frechet_distance": metrics.frechet_distance(samples, against),
+            "precision": precision,
+            "recall": recall,
+        }
+
+    def _samples(self, network: nn.Module) -> Tensor:
+        numbers = torch.arange(self._count)
+        samples, _ = sample_in_batches(
+            self._flow,
+            network,
+            draw_prior(self._flow, self._count, self._seed),
+            batch_size=_SAMPLE_BATCH,
+            device=self._device,
+            labels=numbers // _PICTURE_ROW % self._classes if self._classes else None,
+            **self._solving,
+        )
+        return samples

@@ -1,0 +1,73 @@
+"""The flow and the network of a training run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import networks
+from ..flows.flow import Flow
+from ..flows.plusplus import PoissonFlowPP
+from ..flows.poisson import PoissonFlow
+from ..references import ReferenceSet
+from .run_config import RunConfig
+
+# The names of width, multipliers and blocks among the arguments of each network.
+_PUBLISHED_NAMES = {"width": "nf", "multipliers": "ch_mult", "blocks": "num_res_blocks"}
+_SIZE_NAMES: dict[str, dict[str, str]] = {
+    "unet": {"width": "width", "multipliers": "multipliers", "blocks": "blocks"},
+    "mlp": {"width": "width"},
+    "ddpmpp": _PUBLISHED_NAMES,
+    "ncsnpp": _PUBLISHED_NAMES,
+}
+_IMAGE_NETWORKS = ("ddpmpp", "ncsnpp")
+
+
+def build_flow(config: RunConfig, rows: ReferenceSet) -> Flow:
+    """The flow that the configuration asks for, with scales from the data."""
+    if config.method == "pfgm":
+        return PoissonFlow.from_data(rows, **config.flow)
+    D = math.inf if config.method == "edm" else config.D
+    return PoissonFlowPP.from_data(rows, D=D, **config.flow)
+
+
+def build_network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int) -> nn.Module:
+    """The network that the configuration asks for, initialised from its seed."""
+    name = config.network
+    if name == "auto":
+        name = "unet" if len(flow.shape) == 3 and min(flow.shape[1:]) >= 4 else "mlp"
+    settings = _size_settings(config, name, flow)
+    if config.labels:
+        settings["classes"] = classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        if isinstance(flow, PoissonFlowPP):
+            inner = {"network": name, "config": settings, "sigma_data": flow.sigma_data}
+            return networks.build("denoiser", inner)
+        if name not in _IMAGE_NETWORKS:
+            settings["data_std"] = max(rows.rms, 1e-6)
+            if isinstance(flow, PoissonFlow):
+                settings |= flow.scaling
+        return networks.build(name, settings)
+
+
+def _size_settings(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
+    """The keyword arguments for the size of the network."""
+    settings: dict[str, Any] = {"shape": flow.shape}
+    if name in _IMAGE_NETWORKS:
+        if len(flow.shape) != 3 or flow.shape[1] != flow.shape[2] or config.labels:
+            raise ValueError(
+                f"network is {name!r}; allowed for it are square images without labels, not "
+                f"{flow.shape}{' with labels' if config.labels else ''}."
+            )
+        settings = {"channels": flow.shape[0], "resolution": flow.shape[1]}
+    for option in ("width", "multipliers", "blocks"):
+        if (value := getattr(config, option)) is None:
+            continue
+        if option not in _SIZE_NAMES[name]:
+            raise ValueError(f"{option} is {value}, but the network is an {name}, which has none.")
+        settings[_SIZE_NAMES[name][option]] = value
+    return settings

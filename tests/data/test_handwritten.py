@@ -1,0 +1,46 @@
+"""The handwritten digits of scikit-learn."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pfgm import data
+
+
+def test_digits_match_scikit_learn_one_by_one() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    levels, labels = datasets.load_digits(return_X_y=True)
+    digits = data.digits()
+    parts = {
+        False: (iter(digits.train), iter(digits.train_labels)),
+        True: (iter(digits.held_out), iter(digits.held_out_labels)),
+    }
+    for i, (image, label) in enumerate(zip(levels, labels, strict=True)):
+        images_of_part, labels_of_part = parts[i % 9 in (4, 8)]
+        expected = image.reshape(1, 8, 8) / 8 - 1
+        np.testing.assert_array_equal(next(images_of_part).numpy(), expected)
+        assert next(labels_of_part) == label
+    assert all(next(left, None) is None for part in parts.values() for left in part)
+
+
+def test_digits_have_the_documented_form() -> None:
+    pytest.importorskip("sklearn")
+    digits = data.digits()
+    assert digits.train.shape == (1398, 1, 8, 8)
+    assert digits.held_out.shape == (399, 1, 8, 8)
+    assert digits.train.dtype == digits.held_out.dtype == torch.float32
+    assert digits.train_labels.dtype == digits.held_out_labels.dtype == torch.int64
+    assert digits.train_labels.shape == (1398,)
+    assert set(digits.held_out_labels.tolist()) == set(range(10))
+    assert digits.train.min() == -1
+    assert digits.train.max() == 1
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"scikit-learn.*pip install '\.\[demo\]'"):
+        data.digits()
