@@ -51,10 +51,10 @@ class Consistency:
         teacher: the trained network; it is not changed.
         steps: n, the number of levels below the first.
         ahead: k, the number of levels over which the teacher goes. None goes to the last level.
-        schedule, last: as in :meth:`pfgm.flows.Flow.grid`.
+        schedule, last: as in :meth:`pfgm.Flow.grid`.
 
     Raises:
-        ValueError: ahead is out of range, or as :meth:`pfgm.flows.Flow.grid`.
+        ValueError: ahead is out of range, or as :meth:`pfgm.Flow.grid`.
 
     >>> import copy, pfgm, torch
     >>> data = torch.randn(64, 2)

@@ -94,13 +94,13 @@ def draw_samples(
 
     Args:
         flow: the flow of the network.
-        network: as for :meth:`pfgm.flows.Flow.sample`.
+        network: as for :meth:`pfgm.Flow.sample`.
         n: the number of samples.
         seed: of the prior, and of the noise that some samplers add.
         batch_size: samples at a time.
         device: where samples are computed; None is the device of the network's parameters.
         progress: show a progress bar for each batch.
-        **options: of :meth:`pfgm.flows.Flow.sample`, such as solver, steps, schedule and guidance.
+        **options: of :meth:`pfgm.Flow.sample`, such as solver, steps, schedule and guidance.
 
     Raises:
         ValueError: an argument is out of range.
@@ -269,7 +269,7 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """Bits per dimension of data under a flow, mean and standard error.
 
-    This is −log₂ p/N + log₂(levels/2) of :meth:`pfgm.flows.Flow.log_likelihood`, for data with
+    This is −log₂ p/N + log₂(levels/2) of :meth:`pfgm.Flow.log_likelihood`, for data with
     uniform noise of one grey level. Its mean is an upper bound of the bits that a code for the grey
     levels needs (Theis et al., arXiv 1511.01844, section 3.1).
 
@@ -284,7 +284,7 @@ def bits_per_dim(
         seed: of the noise and of the probes that estimate the divergence.
         batch_size: samples at a time.
         progress: show a progress bar for each batch.
-        **options: of :meth:`pfgm.flows.Flow.log_likelihood`, such as solver, rtol and estimator.
+        **options: of :meth:`pfgm.Flow.log_likelihood`, such as solver, rtol and estimator.
 
     Raises:
         ValueError: there are no rows, levels or an option is out of range, or values lie outside
@@ -363,7 +363,7 @@ def curve(
 
     Args:
         flow: the flow of the network.
-        network: as for :meth:`pfgm.flows.Flow.sample`.
+        network: as for :meth:`pfgm.Flow.sample`.
         held_out: (m, *S), floating or uint8, m ≥ 2, on the device of the samples.
         n: samples for each point, at least 2.
         steps: the steps of euler, heun and multistep; with an empty list they are not run.

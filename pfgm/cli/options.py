@@ -27,7 +27,7 @@ class SamplingOptions:
     """auto: cuda if there is a GPU, else cpu."""
 
     def solver_arguments(self, flow: Flow) -> dict[str, Any]:
-        """The keyword arguments of :meth:`pfgm.flows.Flow.sample` for the solver."""
+        """The keyword arguments of :meth:`pfgm.Flow.sample` for the solver."""
         steps = default_steps(flow, self.solver) if self.steps is None else self.steps
         return {
             "solver": self.solver,

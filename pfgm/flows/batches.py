@@ -36,12 +36,12 @@ def sample_in_batches(
 
     Args:
         flow: the flow of the network.
-        network: as for :meth:`pfgm.flows.Flow.sample`.
+        network: as for :meth:`pfgm.Flow.sample`.
         prior: (n, *S), such as :func:`draw_prior` gives.
         batch_size: samples at a time.
         device: where each batch is computed; None is the device of prior.
         labels: (n,), for a network that takes labels.
-        **options: of :meth:`pfgm.flows.Flow.sample`, such as solver, steps and generator.
+        **options: of :meth:`pfgm.Flow.sample`, such as solver, steps and generator.
 
     Returns:
         The samples (n, *S) on the device of prior, and the most evaluations of any batch.

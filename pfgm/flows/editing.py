@@ -137,7 +137,7 @@ class Editing(Sampling):
                 [1., 1.],
                 [1., 1.]])
         """
-        self._check_x(latent)
+        self._check_x(latent, "latent")
         grid = self._grid_above_zero(steps, schedule)
         x, nfe = self._carry(net, latent, grid, solver, rtol, atol, **options)
         return (x, nfe) if return_nfe else x
@@ -182,8 +182,8 @@ class Editing(Sampling):
         (torch.Size([5, 1, 2]), tensor([[0., 1.]]))
         """
         weights = even_weights(count) if weights is None else weights
-        a, b = self._to_floating(x_a), self._to_floating(x_b)
-        check_pair(a, b)
+        a, b = self._to_floating(x_a, "x_a"), self._to_floating(x_b, "x_b")
+        check_pair(a, b, "x_a", "x_b")
         own: dict[str, Any] = {"condition": condition, "unconditional": unconditional}
         start, end = (self.encode(net, x, return_nfe=False, **own, **options) for x in (a, b))
         center = self._center(start)
@@ -218,7 +218,7 @@ class Editing(Sampling):
             raise ValueError(
                 f"temperature is {temperature!r}; allowed is any finite number above 0."
             )
-        self._check_x(latent)
+        self._check_x(latent, "latent")
         check_floating("latent", latent)
         center = self._center(latent)
         offset = latent - center

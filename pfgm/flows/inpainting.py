@@ -110,7 +110,7 @@ class Inpainting(Sampling):
         >>> flow.inpaint(net, known, mask).abs().round(decimals=2)
         tensor([[1., 0.]])
         """
-        known = self._to_floating(known).detach()
+        known = self._to_floating(known, "known").detach()
         _check_mask(mask, known)
         grid = self.grid(steps, schedule)
         start = 1.2 * self.unit if resample_from is None else resample_from

@@ -78,17 +78,19 @@ def even_weights(count: int) -> Tensor:
     return torch.linspace(0, 1, count, dtype=torch.float64)
 
 
-def check_pair(a: Tensor, b: Tensor) -> None:
+def check_pair(a: Tensor, b: Tensor, name_a: str = "a", name_b: str = "b") -> None:
     """Raises ValueError or TypeError unless a and b have one shape, device and floating dtype."""
-    check_floating("a", a)
-    check_floating("b", b)
+    check_floating(name_a, a)
+    check_floating(name_b, b)
     if a.ndim == 0 or a.shape != b.shape or a.device != b.device:
         raise ValueError(
-            f"a has shape {tuple(a.shape)} on {a.device} and b {tuple(b.shape)} on {b.device}; "
-            "both must have one shape (B, *S) on one device."
+            f"{name_a} has shape {tuple(a.shape)} on {a.device} and {name_b} {tuple(b.shape)} on "
+            f"{b.device}; both must have one shape (B, *S) on one device."
         )
     if a.dtype != b.dtype:
-        raise TypeError(f"a has dtype {a.dtype} and b {b.dtype}; both must have the same.")
+        raise TypeError(
+            f"{name_a} has dtype {a.dtype} and {name_b} {b.dtype}; both must have the same."
+        )
 
 
 def _perpendicular(direction: Tensor) -> Tensor:

@@ -138,16 +138,16 @@ class Parametrisation(ABC):
         prediction = self._predict(net, x, level, condition or {})
         return ode_steps.mean_of(x, prediction, level)
 
-    def _check_x(self, x: Tensor) -> None:
+    def _check_x(self, x: Tensor, name: str = "x") -> None:
         if x.ndim == 0 or x.shape[1:] != self.shape:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."
+                f"{name} has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."
             )
-        check_dtype("x", x)
+        check_dtype(name, x)
 
-    def _to_floating(self, x: Tensor) -> Tensor:
+    def _to_floating(self, x: Tensor, name: str = "x") -> Tensor:
         """Checked data as floating point; uint8 means u/127.5 − 1."""
-        self._check_x(x)
+        self._check_x(x, name)
         return dequantise(x, torch.float32) if x.dtype == torch.uint8 else x
 
 

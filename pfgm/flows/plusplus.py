@@ -333,20 +333,20 @@ class PoissonFlowPP(Flow):
     def sample(self, net: Network, n: int, **options: Any) -> Any:
         """Samples (n, *S); the default solver is heun, as published.
 
-        This is :meth:`pfgm.flows.Flow.sample` with churn, which makes euler and heun stochastic
+        This is :meth:`pfgm.Flow.sample` with churn, which makes euler and heun stochastic
         (EDM, algorithm 2): before each step the level is raised and noise is added. The noise is
         drawn from the perturbation kernel, which is exact for D = ∞ only.
 
         Args:
             net: the network, a denoiser.
             n: the number of samples.
-            **options: those of :meth:`pfgm.flows.Flow.sample`, and three of churn. churn (S_churn,
+            **options: those of :meth:`pfgm.Flow.sample`, and three of churn. churn (S_churn,
                 0 unless given) raises the level by the factor 1 + min(churn/steps, √2 − 1).
                 churn_range gives the lowest and the highest level that is raised. churn_noise
                 (S_noise, 1 unless given) multiplies the standard deviation of the noise.
 
         Raises:
-            ValueError: as :meth:`pfgm.flows.Flow.sample`, or churn with another solver.
+            ValueError: as :meth:`pfgm.Flow.sample`, or churn with another solver.
         """
         amount = options.pop("churn", 0.0)
         between = options.pop("churn_range", (0.0, math.inf))

@@ -1,0 +1,183 @@
+import math
+
+import pytest
+import torch
+
+import pfgm
+from pfgm import PoissonFlow, PoissonFlowPP
+from pfgm.data import digits
+from pfgm.solvers import SOLVERS
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def flows(shape, data_norm=1.5):
+    diffusions = [PoissonFlowPP(shape, D=D) for D in (16, math.inf)]
+    return [PoissonFlow(shape, data_norm=data_norm), *diffusions]
+
+
+SHARED = torch.tensor([[1.0, -0.5]]).expand(4, 2)
+REST = torch.tensor([[0.8, 0.1], [-0.7, 0.2], [0.3, -0.9], [-0.1, -0.6]])
+REFERENCES = torch.cat([SHARED, REST], 1)  # they differ in their last two numbers alone
+MASK = torch.tensor([True, True, False, False])
+
+
+@pytest.mark.parametrize("D", [1.0, 16.0, math.inf])
+def test_the_known_part_on_its_line_conditions_exactly(D):
+    """The mean of the rest is that of a flow of D + N_known dimensions over the rest alone."""
+    flow = PoissonFlowPP((4,), D=D)
+    references = REFERENCES.double()
+    noise = torch.randn(50, 4, generator=seeded(0), dtype=torch.float64)
+    for sigma in (0.01, 0.5, 20.0):
+        x = references[0] + sigma * noise
+        mean = flow.denoise(flow.empirical(references), x, sigma)
+        level = {"sigma": sigma, "D": D}
+        if math.isfinite(D):
+            level = {"r": sigma * (D + noise[:, :2].square().sum(1)).sqrt(), "D": D + 2}
+        rest = pfgm.posterior_mean(x[:, 2:], references[:, 2:], **level)
+        torch.testing.assert_close(mean[:, 2:], rest, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", ["heun", "multistep", "rk45"])
+@pytest.mark.parametrize("flow", flows((4,)), ids=repr)
+@pytest.mark.parametrize("resample", [0, 1])
+def test_completions_are_drawn_from_the_posterior(flow, solver, resample):
+    """All four references agree with what is known: each a quarter of the completions."""
+    n = 2000
+    x = flow.inpaint(
+        flow.empirical(REFERENCES),
+        REFERENCES[:1].expand(n, 4),
+        MASK,
+        solver=solver,
+        steps=30,
+        resample=resample,
+        generator=seeded(1),
+    )
+    assert torch.equal(x[:, :2], SHARED[:1].expand(n, 2))
+    distance, nearest = torch.cdist(x, REFERENCES).min(1)
+    assert (distance < 0.05).double().mean() > 0.99
+    counts = nearest.bincount(minlength=4).double()
+    assert float(((counts - n / 4) ** 2 / (n / 4)).sum()) < 16.3  # chi-squared of 3, one in 1000
+
+
+@pytest.mark.parametrize("flow", flows((1, 8, 8), data_norm=6.0), ids=repr)
+def test_rounds_bring_digits_in_line_with_what_is_known(flow):
+    """Of digits whose upper half is known, an empirical network finds more again by rounds."""
+    images = digits().train
+    known, mask = images[:100], torch.arange(8)[:, None] < 4
+    gaps = []
+    for resample in (0, 8):
+        x = flow.inpaint(
+            flow.empirical(images), known, mask, resample=resample, generator=seeded(0)
+        )
+        assert torch.equal(x[:, :, :4], known[:, :, :4])
+        gaps.append(float((x - known).flatten(1).norm(dim=1).mean()))
+    assert gaps[1] < 0.85 * gaps[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nothing_of_the_unknown_part_is_read_and_nothing_given_is_written(solver):
+    flow = PoissonFlow((4,), data_norm=1.5)
+    net, known = flow.empirical(REFERENCES), REFERENCES[:2].clone()
+    known[:, 2:] = math.nan
+    kept = known.clone()
+    options = {"solver": solver, "steps": 8, "resample": 1}
+    x = flow.inpaint(net, known, MASK, generator=seeded(2), **options)
+    assert torch.equal(x[:, :2], known[:, :2])
+    assert x.isfinite().all()
+    torch.testing.assert_close(known, kept, equal_nan=True, rtol=0, atol=0)
+    other = flow.inpaint(net, torch.where(MASK, known, 7.0), MASK, generator=seeded(2), **options)
+    assert torch.equal(x, other)
+    watched = flow.inpaint(
+        net, known, MASK, generator=seeded(2), callback=lambda info: None, **options
+    )
+    assert torch.equal(x, watched)  # memory that is reused changes nothing
+
+
+def test_all_known_none_known_and_the_evaluations():
+    flow = PoissonFlowPP((4,), D=16)
+    net = flow.empirical(REFERENCES)
+    whole = flow.inpaint(net, REFERENCES, torch.tensor(True), steps=4)
+    assert torch.equal(whole, REFERENCES)
+    free = flow.inpaint(net, REFERENCES, torch.tensor(False), generator=seeded(3))
+    torch.testing.assert_close(free, flow.sample(net, 4, generator=seeded(3)))
+    _, nfe = flow.inpaint(
+        net,
+        REFERENCES,
+        MASK,
+        schedule=[9, 1, 0.5, 0.1],
+        solver="euler",
+        resample=2,
+        return_nfe=True,
+    )
+    assert nfe == 3 + 2 * 2  # from 0.6 by way of 0.5 to 0.1
+    assert flow.inpaint(net, REFERENCES[:0], MASK).shape == (0, 4)
+    pixels = torch.full((2, 4), 255, dtype=torch.uint8)
+    assert torch.equal(flow.inpaint(net, pixels, MASK)[:, :2], torch.ones(2, 2))
+
+
+def test_a_callback_sees_the_known_part_on_its_line():
+    flow = PoissonFlow((4,), data_norm=1.5)
+    seen = []
+    flow.inpaint(
+        flow.empirical(REFERENCES), REFERENCES[:2], MASK, callback=seen.append, generator=seeded(4)
+    )
+    noise = [(info["x"][:, :2] - REFERENCES[:2, :2]) / info["z"] for info in seen[:-1]]
+    for each in noise[1:-2]:
+        torch.testing.assert_close(each, noise[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_projection_onto_a_line_is_that_of_the_points_themselves(solver):
+    """In any direction, not only along axes: x₁ + x₂ is held, as a rotation of a mask."""
+    flow, references = PoissonFlowPP((2,), D=math.inf), torch.randn(5, 2, generator=seeded(0))
+    turn = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / math.sqrt(2)
+    start = flow.prior(6, generator=seeded(1))
+
+    def straight(x, level):
+        return torch.stack([torch.full_like(x[:, 0], 0.3), x[:, 1]], 1)
+
+    def turned(x, level):
+        return straight(x @ turn.T, level) @ turn
+
+    options = {"solver": solver, "steps": 12}
+    a = flow.sample(flow.empirical(references), 6, x_init=start @ turn, project=turned, **options)
+    b = flow.sample(
+        flow.empirical(references @ turn.T), 6, x_init=start, project=straight, **options
+    )
+    torch.testing.assert_close((a @ turn.T)[:, 1], b[:, 1], rtol=0, atol=1e-3)
+
+
+def test_bad_projections():
+    flow = PoissonFlow((2,), data_norm=1.5)
+    for project in (lambda x, z: x[:1], lambda x, z: x.double()):
+        with pytest.raises(ValueError, match="project returned shape"):
+            flow.sample(flow.empirical(torch.eye(2)), 3, project=project)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"known": torch.zeros(3, 5)}, ValueError, "known has shape"),
+        ({"known": torch.zeros(3, 4).long()}, TypeError, "known has dtype"),
+        ({"mask": torch.ones(4)}, TypeError, "mask has dtype torch.float32"),
+        ({"mask": [True] * 4}, TypeError, "mask has dtype list"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask has shape"),
+        ({"mask": torch.ones(2, 3, 4, dtype=torch.bool)}, ValueError, "mask has shape"),
+        ({"mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "mask is on meta"),
+        ({"resample": -1}, ValueError, "resample is -1"),
+        ({"resample": True}, ValueError, "resample is True"),
+        ({"resample": 1, "resample_from": 1e9}, ValueError, "resample_from is 1000000000.0"),
+        ({"resample": 1, "resample_from": 0}, ValueError, "resample_from is 0"),
+        ({"solver": "rk4"}, ValueError, "solver is 'rk4'"),
+        ({"schedule": "cosine"}, ValueError, "schedule is 'cosine'"),
+    ],
+)
+def test_bad_inpainting(arguments, error, message):
+    flow = PoissonFlow((4,), data_norm=1.5)
+    with pytest.raises(error, match=message):
+        flow.inpaint(
+            flow.empirical(REFERENCES), **{"known": REFERENCES[:3], "mask": MASK, **arguments}
+        )
