@@ -28,7 +28,7 @@ from .library import library, no_gradient, register, save_nothing
 
 R = TypeVar("R")
 
-PRECISIONS = ("high", "medium")
+_PRECISIONS = ("high", "medium")
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 _REST = "str? backend=None, str precision='high', Tensor? sketch=None"
@@ -205,8 +205,8 @@ def _check(problem: PosteriorMean) -> None:
         )
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(_PRECISIONS)}.")
 
 
 def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
