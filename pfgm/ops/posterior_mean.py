@@ -95,7 +95,7 @@ def call_backward(
 def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
     """The sketch that the backend makes of references (M, N), for points of the dtype of x.
 
-    It is valid for as long as the references stay the same. None where the backend makes none.
+    It is valid while the references stay the same. None where the backend makes none.
     """
     return choose(backend, x.device, x.dtype, references.dtype).sketch(references, x.dtype)
 
@@ -115,9 +115,9 @@ def _flat_backward(
     needs: Sequence[bool],
     backend: str | None,
 ) -> tuple[Any, ...]:
-    x, references, radius, *rest = _flat(problem, backend)
-    D, *options = rest
-    return (*upstream, x, references, radius, *state, D, needs, *options)
+    x, references, radius, D, precision, sketch = problem
+    given = (*upstream, x, references, radius, *state)
+    return (*given, D, needs, backend, precision, sketch)
 
 
 def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callable[..., R]:
