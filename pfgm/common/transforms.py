@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["KEY", "batched", "check_no_tangent", "forward_mode", "functional", "map_rows"]
+__all__ = ["TRANSFORM_KEY", "batched", "check_no_tangent", "forward_mode", "functional", "map_rows"]
 
 
-KEY = "FuncTorchDynamicLayerFrontMode"
+TRANSFORM_KEY = "FuncTorchDynamicLayerFrontMode"
 """Dispatch key of the implementation that is called inside a transform of torch.func."""
 
 

@@ -84,7 +84,7 @@ def heun(
     """
     z, z_next = step_levels(x, _letter(slope), z, z_next)
     levels = (z_next, (z - z_next) / (2 * z_next), 0.5)
-    _check_like("x", x, predicted, predicted.shape)
+    _check_tensor("x", x, predicted, predicted.shape)
     result, _ = _take(predicted, slope, x, levels, False, out, None, backend)
     return result
 
@@ -110,7 +110,7 @@ def multistep(
     w = _log(z / z_next) / (2 * _log(z_previous / z))
     length = (z - z_next) / z
     levels = (z, length * (1 + w), -length * w)
-    _check_like("previous_mean", previous_mean, x, x.shape)
+    _check_tensor("previous_mean", previous_mean, x, x.shape)
     return _take(x, slope, previous_mean, levels, return_mean, out, mean_out, backend)
 
 
@@ -125,7 +125,7 @@ def _letter(slope: Field | Tensor) -> str:
 # ---- checks ----------------------------------------------------------------------------------
 
 
-def _check_like(name: str, value: Tensor, x: Tensor, shape: torch.Size) -> None:
+def _check_tensor(name: str, value: Tensor, x: Tensor, shape: torch.Size) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor.")
     if value.shape != shape:
@@ -146,10 +146,10 @@ def _check(x: Tensor, slope: Field | Tensor) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, _DTYPES))}.")
     if not isinstance(slope, Field):
-        _check_like("mean", slope, x, x.shape)
+        _check_tensor("mean", slope, x, x.shape)
         return
-    _check_like("field_x", slope.x, x, x.shape)
-    _check_like("field_z", slope.z, x, x.shape[:1])
+    _check_tensor("field_x", slope.x, x, x.shape)
+    _check_tensor("field_z", slope.z, x, x.shape[:1])
     for name, value in (("gamma", slope.gamma), ("z_exp", slope.z_exp)):
         if not 0 <= value <= LARGEST:
             raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")

@@ -1,6 +1,6 @@
-"""The operations as torch sees them: schema, shapes and gradients, for all backends alike.
+"""The operators of torch.library: schema, shapes, gradients and transforms, for all backends.
 
-Arguments are flat and complete; :mod:`pfgm.functional` makes them so.
+Samples are rows (B, N), and every level is given in float64; :mod:`pfgm.functional` prepares them.
 """
 
 from . import normalised_field, ode_step, posterior_mean

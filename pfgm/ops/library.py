@@ -35,7 +35,7 @@ def register(
     library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pfgm::{name}", fake, lib=library)
     if transformed is not None:
-        library.impl(name, transformed, transforms.KEY)
+        library.impl(name, transformed, transforms.TRANSFORM_KEY)
     if gradient is not None:
         torch.library.register_autograd(
             f"pfgm::{name}", gradient, setup_context=save or save_nothing, lib=library

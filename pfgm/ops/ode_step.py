@@ -118,7 +118,7 @@ def _check(step: OdeStep) -> None:
 
 def _wants_gradient(step: OdeStep) -> bool:
     return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in step
+        isinstance(value, Tensor) and value.requires_grad for value in step[:5]
     )
 
 
@@ -150,9 +150,13 @@ def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tens
     _check_outputs(step, out, mean_out)
     if step.x.shape[0] == 0:
         return
-    inputs = [t for t in (step.x, step.slope, step.history) if t is not None]
-    factors = (t for t in (step.field_z, step.levels) if isinstance(t, Tensor))
-    inputs += [t if t.ndim == 2 else t[:, None] for t in factors]
+    inputs = [step.x, step.slope]
+    if step.history is not None:
+        inputs.append(step.history)
+    if step.field_z is not None:
+        inputs.append(step.field_z[:, None])
+    if isinstance(step.levels, Tensor):
+        inputs.append(step.levels)
     # Kernels cannot write to every layout. Where they cannot, the result is copied.
     direct = out if _writable(out, inputs) else None
     direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None
@@ -202,7 +206,10 @@ def _writable(out: Tensor, inputs: Sequence[Tensor]) -> bool:
     row_stride, feature_stride = out.stride()
     if (features > 1 and feature_stride != 1) or (rows > 1 and row_stride < features):
         return False
-    return all(t is out or _same_layout(out, t) or not _overlap(out, t) for t in inputs)
+    for value in inputs:
+        if value is not out and not _same_layout(out, value) and _overlap(out, value):
+            return False
+    return True
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

@@ -28,7 +28,7 @@ from .library import library, no_gradient, register, save_nothing
 
 R = TypeVar("R")
 
-PRECISIONS = ("high", "medium")
+_PRECISIONS = ("high", "medium")
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 _REST = "str? backend=None, str precision='high', Tensor? sketch=None"
@@ -95,7 +95,7 @@ def call_backward(
 def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
     """The sketch that the backend makes of references (M, N), for points of the dtype of x.
 
-    It is valid for as long as the references stay the same. None where the backend makes none.
+    It is valid while the references stay the same. None where the backend makes none.
     """
     return choose(backend, x.device, x.dtype, references.dtype).sketch(references, x.dtype)
 
@@ -115,9 +115,9 @@ def _flat_backward(
     needs: Sequence[bool],
     backend: str | None,
 ) -> tuple[Any, ...]:
-    x, references, radius, *rest = _flat(problem, backend)
-    D, *options = rest
-    return (*upstream, x, references, radius, *state, D, needs, *options)
+    x, references, radius, D, precision, sketch = problem
+    given = (*upstream, x, references, radius, *state)
+    return (*given, D, needs, backend, precision, sketch)
 
 
 def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callable[..., R]:
@@ -205,8 +205,8 @@ def _check(problem: PosteriorMean) -> None:
         )
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(_PRECISIONS)}.")
 
 
 def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(eq=False)
 class Part:
-    """Rows begin to end - 1 of a source, and with flips their mirror images (last axis reversed).
+    """Rows begin to end - 1 of a source, with flips also their mirror images (last axis reversed).
 
     Raises:
         ValueError: rows in memory are not finite. Those in a file are checked as they are read.
@@ -64,12 +64,12 @@ class Part:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are held; files are on the CPU."""
+        """Where the rows are; the CPU for a file."""
         held = self.source.tensor
         return torch.device("cpu") if held is None else held.device
 
     def ranks(self, x: Tensor) -> Ranks | None:
-        """What joins the processes for points x (B, N); None where there is one process."""
+        """The communication between processes for points x (B, N); None if there is one process."""
         return Ranks(self.group, x) if self.processes > 1 else None
 
     def version(self) -> object:
@@ -78,10 +78,10 @@ class Part:
         return None if torch.compiler.is_compiling() else self.source.version()
 
     def sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
-        """The backend's sketch of a chunk (m, N), kept for as long as the rows stay the same.
+        """The backend's sketch of a chunk (m, N), kept while the rows stay the same.
 
-        It is made the second time that it is asked for, because making it costs more than it saves
-        at one call with few points. Nothing is kept of a file, whose sketches would fill the
+        The first call returns None and the second makes the sketch: for a single call with few
+        points it would cost more than it saves. There are no sketches for a file, because they take
         memory.
 
         Args:
@@ -93,7 +93,7 @@ class Part:
         held = self.source.tensor
         if held is None or x.dtype != torch.float32 or not held.device == x.device == _CPU:
             return None
-        # A compiled graph holds no dictionary. The others may change unnoticed.
+        # A compiled graph cannot keep it. Rows of the other two kinds may change unnoticed.
         if torch.compiler.is_compiling() or held.is_inference() or _has_foreign_memory(held):
             return None
         state = id(held), held._version

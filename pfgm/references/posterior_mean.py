@@ -50,7 +50,7 @@ def compute(
     if (shared or compiled) and (forward_mode() or functional()):
         raise RuntimeError(
             f"references is a ReferenceSet {'shared between processes' if shared else 'in a graph'}"
-            ", through which torch.func and forward-mode differentiation cannot go; allowed are "
+            ", which torch.func and forward-mode differentiation do not support; allowed are "
             "backward() and torch.autograd.grad, or a tensor."
         )
     given = _Given(part, part.ranks(x), D, backend or requested(), precision, part.version())
@@ -63,7 +63,7 @@ def compute(
 
 
 class _Given(NamedTuple):
-    """The references and options of one call, for its forward and its backward pass."""
+    """The references and options of one call, for its forward and backward passes."""
 
     part: Part
     ranks: Ranks | None
@@ -100,7 +100,7 @@ class _Given(NamedTuple):
         return weight * alone.total / state.total
 
     def check_version(self) -> None:
-        """RuntimeError where the rows are no longer those of the forward pass."""
+        """Raises RuntimeError where the rows are no longer those of the forward pass."""
         if self.part.version() != self.version:
             raise RuntimeError(
                 "references is a ReferenceSet whose rows were changed in place after the forward "

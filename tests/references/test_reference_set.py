@@ -415,7 +415,7 @@ def test_rows_by_number_slice_and_mask(tmp_path):
         assert torch.equal(references[5:9], rows[5:9])
         assert references[5:3].shape == (0, *SHAPE)
         assert torch.equal(references[torch.arange(30) % 2 == 0], rows[::2])
-        with pytest.raises(IndexError, match=r"rows holds 30, .* has 0 to 29"):
+        with pytest.raises(IndexError, match=r"rows holds 30, .* allowed are 0 to 29"):
             references[torch.tensor([30])]
         with pytest.raises(TypeError, match="allowed are a slice"):
             references[3]
