@@ -39,7 +39,7 @@ format:
 
 # Run the CPU kernels under the address and thread sanitizers.
 sanitize:
-    .ci/sanitize kernels_test
+    .ci/sanitize cpu_test
 
 # Build the documentation into site/.
 docs:

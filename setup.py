@@ -8,8 +8,8 @@ Environment:
 
 from __future__ import annotations
 
-import hashlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,15 +20,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-
-
-def source_digest() -> str:
-    """Digest of what the extension is built from; tests/conftest.py compares it with csrc/."""
-    digest = hashlib.sha256()
-    sources = (p for p in (ROOT / "csrc").glob("*") if p.is_file())
-    for path in [ROOT / "CMakeLists.txt", *sorted(sources)]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+source_digest = runpy.run_path(str(ROOT / "csrc" / "source_digest.py"))["source_digest"]
 
 
 def require_compiler() -> None:

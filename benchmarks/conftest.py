@@ -1,22 +1,22 @@
-"""``--store`` keeps what a run measured in results/, one file for each module."""
+"""Option ``--store``: writes what a run measured to results/, one file a module."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import describe, store
+
+from benchmarks.common.machine import describe, store
 
 Rows = dict[str, list[dict[str, Any]]]
-_ROWS: pytest.StashKey[Rows] = pytest.StashKey()
+_FIGURES: pytest.StashKey[Rows] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     rows: Rows = defaultdict(list)
-    config.stash[_ROWS] = rows
-    describe()
+    config.stash[_FIGURES] = rows
+    describe()  # notes the commit before the run changes the tree
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,14 +28,15 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 
 @pytest.fixture(autouse=True)
-def _stored(request: pytest.FixtureRequest) -> Any:
-    """Notes what the test gave its benchmark; written at the end of the session."""
+def _keep_figures(request: pytest.FixtureRequest) -> Any:
+    """Keeps the figures of each benchmark, to be written at the end of the session."""
     yield
     benchmark = request.node.funcargs.get("benchmark")
     if benchmark is None or benchmark.disabled or benchmark.stats is None:
         return
     stats = benchmark.stats.stats
-    request.config.stash[_ROWS][Path(request.node.path).stem.removeprefix("bench_")].append(
+    module = request.node.path.stem.removeprefix("bench_")
+    request.config.stash[_FIGURES][module].append(
         {
             "benchmark": request.node.name,
             "median seconds": stats.median,
@@ -48,5 +49,5 @@ def _stored(request: pytest.FixtureRequest) -> Any:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--store"):
-        for module, rows in session.config.stash[_ROWS].items():
+        for module, rows in session.config.stash[_FIGURES].items():
             store(module, rows)

@@ -1,19 +1,27 @@
 """The stored results as Markdown tables.
 
-python benchmarks/report.py           prints them
-python benchmarks/report.py --write   puts the main one between the marks in README.md
+python -m benchmarks.report           prints them
+python -m benchmarks.report --write   puts the main table into README.md
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
-from machine import RESULTS
+from benchmarks.common.folders import RESULTS, ROOT
+from benchmarks.common.tables import Section, format_seconds, print_or_write, table, with_headings
 
-README = RESULTS.parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+SECTION = Section(ROOT / "README.md", "benchmarks")
+PEERS = {
+    "torch path": "torch path",
+    "torch path, compiled": "compiled",
+    "published formula": "published formula",
+    "KeOps": "KeOps",
+    "native, uint8": "native, uint8",
+    "native, 1 thread": "native, 1 thread",
+}
+"""Path → its column in the main table."""
 Row = dict[str, Any]
 
 
@@ -23,23 +31,11 @@ def load(module: str) -> dict[str, Any]:
 
 
 def rows_of(module: str) -> dict[str, dict[str, Row]]:
-    """subject → path → row."""
+    """Subject → path → row."""
     subjects: dict[str, dict[str, Row]] = {}
     for row in load(module)["result"]:
         subjects.setdefault(row["subject"], {})[row["path"]] = row
     return subjects
-
-
-def seconds(value: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value:.1e} s"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def times_as_long(paths: dict[str, Row], path: str) -> str:
@@ -48,8 +44,10 @@ def times_as_long(paths: dict[str, Row], path: str) -> str:
 
 
 def forward_table() -> str:
-    """Time of the library, how many times as long its peers take, and the rate against sgemm: of
-    the 4 B M N operations (6 for the gradient) that a dense computation needs."""
+    """Time of the library, how many times as long its peers take, and its rate over sgemm's.
+
+    The rate counts what a dense computation needs: 4 B M N operations, and 6 more for a gradient.
+    """
     rows = []
     for subject, paths in rows_of("posterior_mean").items():
         native = paths.get("native")
@@ -62,7 +60,7 @@ def forward_table() -> str:
             [
                 subject,
                 f"{B} × {M} × {N}",
-                seconds(native["median seconds"]),
+                format_seconds(native["median seconds"]),
                 *(times_as_long(paths, peer) for peer in PEERS),
                 f"{rate:.2f}",
                 f"{max(native['errors'].values()):.0e}",
@@ -72,18 +70,8 @@ def forward_table() -> str:
     return table(header, rows)
 
 
-PEERS = {
-    "torch path": "torch path",
-    "torch path, compiled": "compiled",
-    "published formula": "published formula",
-    "KeOps": "KeOps",
-    "native, uint8": "native, uint8",
-    "native, 1 thread": "native, 1 thread",
-}
-
-
 def step_table() -> str:
-    """Euler steps: B N numbers are read twice and written once."""
+    """Times of Euler steps. A step reads B N numbers twice and writes them once."""
     rows = []
     for subject, paths in rows_of("ode_step").items():
         native = paths["native"]
@@ -92,7 +80,7 @@ def step_table() -> str:
         rows.append(
             [
                 subject,
-                seconds(native["median seconds"]),
+                format_seconds(native["median seconds"]),
                 *(times_as_long(paths, peer) for peer in ("published", "compiled", "add", "copy")),
                 f"{share:.2f}",
             ]
@@ -102,19 +90,19 @@ def step_table() -> str:
 
 
 def other_table(module: str) -> str:
-    """Subjects with a few paths of their own each."""
+    """Times of subjects that have a few paths of their own each."""
     rows = []
     for subject, paths in rows_of(module).items():
         for path, row in paths.items():
             against = row["times as long"]
             others = (f"{name} {ratio:.3g} ×" for name, ratio in against.items() if name != path)
-            rows.append([subject, path, seconds(row["median seconds"]), ", ".join(others)])
+            rows.append([subject, path, format_seconds(row["median seconds"]), ", ".join(others)])
     return table(["", "path", "time", "times as long"], rows)
 
 
 def size_table() -> str:
     rows = [
-        [path, seconds(row["median seconds"]), f"{row['nanoseconds a reference']:.0f} ns"]
+        [path, format_seconds(row["median seconds"]), f"{row['nanoseconds a reference']:.0f} ns"]
         for path, row in rows_of("posterior_mean")["number of references"].items()
     ]
     return table(["B = 128, N = 192", "time", "a reference"], rows)
@@ -135,31 +123,13 @@ def memory_table() -> str:
     return table(["", "B × M × N", "path", "references", "they take", "extra at the peak"], rows)
 
 
-def codegen_table() -> str:
-    """What the Triton kernels compile to: the most of a kernel's variants, of loads the fewest."""
-    kernels: dict[tuple[str, int], list[Row]] = {}
-    for row in load("codegen")["result"]["rows"]:
-        kernels.setdefault((row["kernel"].split(",")[0], row["capability"]), []).append(
-            row["figures"]
-        )
-    rows = []
-    for (kernel, capability), figures in kernels.items():
-        matrix = [figure["matrix_instructions"] for figure in figures]
-        rows.append(
-            [
-                kernel,
-                f"sm_{capability}",
-                str(len(figures)),
-                *(str(max(figure[key] for figure in figures)) for key in CODEGEN),
-                ", ".join(sorted({name for found in matrix for name in found})),
-                str(min(figure["wide_loads"] for figure in figures)),
-            ]
-        )
-    header = ["kernel", "architecture", "variants", "registers", "spilled bytes", "shared bytes"]
-    return table([*header, "matrix instructions", "16-byte loads"], rows)
+def codegen_table(module: str) -> str:
+    """What GPU kernels compile to.
 
-
-CODEGEN = ("registers", "spills", "shared")
+    Of a kernel's variants the most registers and bytes, and the fewest 16-byte accesses.
+    """
+    rows = load(module)["result"]["rows"]
+    return table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
 
 
 def circumstances(module: str) -> str:
@@ -186,26 +156,11 @@ def report() -> str:
         "Training step": other_table("training_step"),
         "Sampling": other_table("sampling"),
         "Memory": memory_table(),
-        "Triton kernels as compiled": codegen_table(),
+        "Triton kernels as compiled": codegen_table("codegen_triton"),
+        "CUDA kernels as compiled": codegen_table("codegen_cuda"),
     }
-    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
-
-
-def with_report(text: str) -> str:
-    """README's text with the main table between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{main_report()}\n{END}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the main table into README.md")
-    if parser.parse_args().write:
-        README.write_text(with_report(README.read_text()))
-    else:
-        print(report())
+    return with_headings(parts, 2)
 
 
 if __name__ == "__main__":
-    main()
+    print_or_write(__doc__, SECTION, report, main_report)

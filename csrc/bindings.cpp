@@ -1,4 +1,4 @@
-// The extension module pfgm._native: raw addresses and sizes in, a status out. Only
+// The extension module pfgm._native: it takes raw addresses and sizes and returns a status. Only
 // pfgm/backends/native.py calls it, after checking every shape, type and device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,13 +8,13 @@
 #include <string>
 #include <utility>
 
-#include "devices.h"
-#include "normalised_field.h"
-#include "ode_step.h"
-#include "posterior_mean.h"
-#include "watch.h"
+#include "api/devices.h"
+#include "api/normalised_field.h"
+#include "api/ode_step.h"
+#include "api/posterior_mean.h"
+#include "api/watch.h"
 #ifdef PFGM_CUDA_SHIM
-#include "tests/cuda_shim.h"
+#include "host_shim/intrinsics.h"
 #endif
 
 namespace py = pybind11;
@@ -26,15 +26,27 @@ using Address = std::uintptr_t;
 using Result = std::pair<int, std::int64_t>;  // failure code, first query that failed
 
 template <class T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, Address x, std::int64_t x_stride, Address y,
                 std::int64_t y_stride, Address radius, double dimensions, int threads,
                 Address sketch) {
-  return {static_cast<Type>(type), static_cast<Type>(reference_type), queries, references, features,
-          pointer<const void>(x), x_stride, pointer<const void>(y), y_stride,
-          pointer<const double>(radius), dimensions, threads, pointer<const void>(sketch)};
+  return {static_cast<Type>(type),
+          static_cast<Type>(reference_type),
+          queries,
+          references,
+          features,
+          pointer<const void>(x),
+          x_stride,
+          pointer<const void>(y),
+          y_stride,
+          pointer<const double>(radius),
+          dimensions,
+          threads,
+          pointer<const void>(sketch)};
 }
 
 Forward forward(Address mean, Address logsumexp, Address nearest, Address total) {
@@ -45,28 +57,29 @@ Forward forward(Address mean, Address logsumexp, Address nearest, Address total)
 Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Address nearest,
                   Address total, Address grad_x, Address grad_radius, Address grad_references) {
   return {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
-          pointer<const void>(mean), pointer<const double>(nearest), pointer<const double>(total),
-          pointer<void>(grad_x), pointer<double>(grad_radius), pointer<void>(grad_references)};
+          pointer<const void>(mean),      pointer<const double>(nearest),
+          pointer<const double>(total),   pointer<void>(grad_x),
+          pointer<double>(grad_radius),   pointer<void>(grad_references)};
 }
 
-// A call of so many pairs × features takes some milliseconds; shorter ones are not interrupted.
+// Calls of fewer queries × references × features take at most milliseconds and are not interrupted.
 constexpr double kInterruptible = 1 << 26;
-constexpr std::int64_t kInterval = 100;  // milliseconds between two looks for a signal
+constexpr std::int64_t kInterval = 100;  // milliseconds between two checks for a signal
 
-// Whether the handler of a signal has raised something, which is left as Python's error.
+// Whether a signal handler has raised an exception. It stays set as Python's error.
 bool interrupted() {
   const py::gil_scoped_acquire acquire;
   return PyErr_CheckSignals() != 0;
 }
 
-// Signals are handled in the main thread, and others do not wait for the GIL in vain.
+// Python handles signals in the main thread. Other threads need not take the GIL to check.
 bool on_main_thread() {
   const py::object main = py::module_::import("threading").attr("main_thread")();
   return main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
 }
 
-// Runs without the GIL; where a handler raises (Ctrl-C: KeyboardInterrupt), this raises it too and
-// what was written so far is to be dropped.
+// Runs without the GIL. If a signal handler raises (Ctrl-C raises KeyboardInterrupt), this raises
+// the same exception, and outputs are incomplete.
 template <class Run>
 auto run_interruptible(std::int64_t queries, const Problem& problem, const Run& run) {
   const double size = static_cast<double>(queries) * static_cast<double>(problem.references) *
@@ -84,8 +97,8 @@ auto run_interruptible(std::int64_t queries, const Problem& problem, const Run& 
 
 Result run_posterior_mean(const Problem& problem, const Forward& io) {
   const Kernels& kernels = cpu_kernels();
-  const Status status = run_interruptible(
-      problem.queries, problem, [&] { return kernels.posterior_mean(problem, io); });
+  const Status status = run_interruptible(problem.queries, problem,
+                                          [&] { return kernels.posterior_mean(problem, io); });
   return {static_cast<int>(status.failure), status.row};
 }
 
@@ -96,36 +109,56 @@ Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
   return {static_cast<int>(status.failure), status.row};
 }
 
-// A tensor of rows: address and distance between rows.
-using Rows = std::pair<Address, std::int64_t>;
+// Address of a tensor and the distance between its rows.
+using StridedRows = std::pair<Address, std::int64_t>;
 
 void run_sketch(int type, int reference_type, std::int64_t references, std::int64_t features,
-                Rows y, Address out, int threads) {
+                StridedRows y, Address out, int threads) {
   const Kernels& kernels = cpu_kernels();
   const Problem of = problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second,
                              0, 0, threads, 0);
   run_interruptible(1, of, [&] { kernels.sketch(of, pointer<void>(out)); });
 }
 
-OdeStep step(int type, std::int64_t rows, std::int64_t features, Rows x, Rows slope,
-             Address field_z, Rows history, Address levels, std::int64_t level_stride, double gamma,
-             double z_exp, bool exact, Rows next, Rows mean, int threads) {
-  return {static_cast<Type>(type), rows, features,
-          pointer<const void>(x.first), x.second,
-          pointer<const void>(slope.first), slope.second,
+OdeStep step(int type, std::int64_t rows, std::int64_t features, StridedRows x, StridedRows slope,
+             Address field_z, StridedRows history, Address levels, std::int64_t level_stride,
+             double gamma, double z_exp, bool exact, StridedRows next, StridedRows mean,
+             int threads) {
+  return {static_cast<Type>(type),
+          rows,
+          features,
+          pointer<const void>(x.first),
+          x.second,
+          pointer<const void>(slope.first),
+          slope.second,
           pointer<const void>(field_z),
-          pointer<const void>(history.first), history.second,
-          pointer<const double>(levels), level_stride, gamma, z_exp, exact,
-          pointer<void>(next.first), next.second,
-          pointer<void>(mean.first), mean.second, threads};
+          pointer<const void>(history.first),
+          history.second,
+          pointer<const double>(levels),
+          level_stride,
+          gamma,
+          z_exp,
+          exact,
+          pointer<void>(next.first),
+          next.second,
+          pointer<void>(mean.first),
+          mean.second,
+          threads};
 }
 
-NormalisedField field(std::int64_t rows, std::int64_t features, Rows x, Address z, Rows mean,
-                      double gamma, Rows field_x, Address field_z) {
-  return {rows, features,
-          pointer<const float>(x.first), x.second, pointer<const double>(z),
-          pointer<const float>(mean.first), mean.second, gamma,
-          pointer<float>(field_x.first), field_x.second, pointer<float>(field_z)};
+NormalisedField field(std::int64_t rows, std::int64_t features, StridedRows x, Address z,
+                      StridedRows mean, double gamma, StridedRows field_x, Address field_z) {
+  return {rows,
+          features,
+          pointer<const float>(x.first),
+          x.second,
+          pointer<const double>(z),
+          pointer<const float>(mean.first),
+          mean.second,
+          gamma,
+          pointer<float>(field_x.first),
+          field_x.second,
+          pointer<float>(field_z)};
 }
 
 py::dict build_info() {
@@ -165,21 +198,19 @@ PYBIND11_MODULE(_native, module) {
            py::arg("exact"), py::arg("next"), py::arg("mean"), py::arg("threads"));
   module.def("posterior_mean", &run_posterior_mean);
   module.def("posterior_mean_backward", &run_posterior_mean_backward);
-  module.def("sketch_width", [](std::int64_t features) {
-    return cpu_kernels().sketch_width(features);
-  });
+  module.def("sketch_width",
+             [](std::int64_t features) { return cpu_kernels().sketch_width(features); });
   module.def("sketch", &run_sketch, py::kw_only(), py::arg("type"), py::arg("reference_type"),
              py::arg("references"), py::arg("features"), py::arg("y"), py::arg("out"),
              py::arg("threads"));
-  // Not interrupted: one pass over memory, and it may write over its inputs.
+  // Not interrupted: the step goes over memory once and may overwrite its inputs.
   module.def("ode_step", &ode_step, released);
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())
       .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("stream"));
   py::class_<NormalisedField>(module, "NormalisedField", py::module_local())
       .def(py::init(&field), py::kw_only(), py::arg("rows"), py::arg("features"), py::arg("x"),
-           py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"),
-           py::arg("field_z"));
+           py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"), py::arg("field_z"));
   module.def("posterior_mean_workspace_cuda", &posterior_mean_workspace_cuda, released);
   py::class_<CudaWorkspace>(module, "CudaWorkspace", py::module_local())
       .def(py::init([](Address at, std::size_t bytes) {

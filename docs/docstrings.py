@@ -25,10 +25,7 @@ class Docstrings(griffe.Extension):
 def _markdown(text: str, obj: griffe.Object) -> str:
     def linked(match: re.Match[str]) -> str:
         name = match[1]
-        try:
-            target = name if name.startswith("pfgm") else obj.resolve(name)
-        except griffe.NameResolutionError:
-            target = name
+        target = name if name.startswith("pfgm") else _resolved(name, obj)
         # Optional: what no page describes stays a name.
         return f'<autoref identifier="{target}" optional>`{name}`</autoref>'
 
@@ -45,3 +42,12 @@ def _markdown(text: str, obj: griffe.Object) -> str:
         else:
             lines.append(line.replace("*S", r"\*S"))
     return "\n".join(lines)
+
+
+def _resolved(name: str, obj: griffe.Object) -> str:
+    """The full name, also of a method that the class of obj inherits."""
+    try:
+        return obj.resolve(name)
+    except griffe.NameResolutionError:
+        inherited = {} if obj.parent is None else obj.parent.inherited_members
+        return inherited[name].canonical_path if name in inherited else name

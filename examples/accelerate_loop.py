@@ -1,8 +1,8 @@
-"""A Poisson flow in an accelerate loop: the target is one call of pfgm.field_fn.
+"""Trains a Poisson flow in a loop with accelerate; pfgm.field_fn computes the target.
 
     python examples/accelerate_loop.py --out accelerate [--quick]
 
-Each process computes the targets of its own part of the batch, from all references.
+Each process computes the targets of its own part of the batch, with all references.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""diffusers' DiTTransformer2DModel as the network of a Poisson flow, one column a label.
+"""Trains the DiTTransformer2DModel of diffusers as the network of a Poisson flow, with labels.
 
     python examples/diffusers_dit.py --out dit [--quick]
 
-The flow's labels are the DiT's class_labels. It takes 10 for none, and in training a tenth of them
-as none by itself, which is what guidance needs.
+The labels of the flow are the class_labels of the DiT, and its label 10 means no label. In training
+the DiT drops a tenth of the labels by itself, which guidance needs. Each column of the picture has
+one label.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""diffusers' UNet2DModel as the network of a Poisson flow.
+"""Trains the UNet2DModel of diffusers as the network of a Poisson flow.
 
     python examples/diffusers_unet.py --out unet [--quick]
 
-pfgm.networks.from_module does it: the flow's preconditioning around a network as it is.
+pfgm.networks.from_module puts the preconditioning of the flow around the network.
 """
 
 import argparse

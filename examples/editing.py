@@ -1,9 +1,9 @@
-"""Digits on the way into one another, at other temperatures, and completed from their upper half.
+"""Interpolates digits, changes their temperature and completes them from their upper half.
 
     python examples/editing.py --out editing [--checkpoint runs/demo/model.safetensors]
 
-Without a checkpoint the field is the exact one of the training digits, which knows no others: what
-it makes are those, and the ways between them jump.
+Without a checkpoint the network is the exact field of the training digits. Its results are then
+training digits, and interpolations jump from one to the next.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 import pfgm
 from pfgm.common.files import check_folder
-from pfgm.flows.flow import Flow, Network
+from pfgm.flows import Flow, Network
 from pfgm.plotting import image_grid
 
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
@@ -38,9 +38,11 @@ def temperatures(flow: Flow, net: Network, path: Path, count: int) -> None:
 
 
 def completions(flow: Flow, net: Network, path: Path, rows: int, count: int) -> None:
-    """Digits never trained on, their upper half, and what may lie below it."""
+    """A row for each held-out digit: the digit, its upper half, and completions."""
     images = pfgm.data.digits().held_out[:rows]
-    mask = torch.arange(images.shape[-2])[:, None] < images.shape[-2] // 2  # (8, 1): the upper rows
+    mask = (
+        torch.arange(images.shape[-2])[:, None] < images.shape[-2] // 2
+    )  # (8, 1), True for the upper rows
     known = images.repeat_interleave(count, 0)
     found = flow.inpaint(
         net, known, mask, steps=20, resample=8, generator=torch.Generator().manual_seed(0)
@@ -48,7 +50,7 @@ def completions(flow: Flow, net: Network, path: Path, rows: int, count: int) -> 
     shown = torch.cat(
         [
             images[:, None],
-            torch.where(mask, images, 0.0)[:, None],  # grey where it is not known
+            torch.where(mask, images, 0.0)[:, None],  # grey where unknown
             found.unflatten(0, (rows, count)),
         ],
         dim=1,

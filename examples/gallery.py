@@ -1,8 +1,8 @@
-"""Draws the fields of two moons, spirals and a heart, and samples on their way into them.
+"""Draws the fields of two moons, spirals and a heart, and the paths of samples to them.
 
     python examples/gallery.py --out gallery
 
-No training: the field is the exact one of the points.
+The field is the exact field of the points, so nothing is trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pfgm.common.files import check_folder
 
 
 def moons(n: int, generator: torch.Generator) -> Tensor:
-    """Two half circles, each reaching into the other."""
+    """Two interleaved half circles."""
     angle = torch.rand(n, generator=generator) * math.pi
     side = torch.arange(n) % 2 * 2.0 - 1
     x = side.unsqueeze(1) * torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
@@ -37,20 +37,21 @@ def spirals(n: int, generator: torch.Generator) -> Tensor:
 
 
 def heart(n: int, generator: torch.Generator) -> Tensor:
-    """The outline."""
+    """The outline of a heart."""
     angle = torch.rand(n, generator=generator) * math.tau
     across = 16 * angle.sin() ** 3
     up = 13 * angle.cos() - 5 * (2 * angle).cos() - 2 * (3 * angle).cos() - (4 * angle).cos()
     return torch.stack([across, up + 2], 1) / 12 + 0.03 * torch.randn(n, 2, generator=generator)
 
 
-Sets = dict[str, Callable[[int, torch.Generator], Tensor]]
-SETS: Sets = {"moons": moons, "spirals": spirals, "heart": heart}
+DataSets = dict[str, Callable[[int, torch.Generator], Tensor]]
+DATA_SETS: DataSets = {"moons": moons, "spirals": spirals, "heart": heart}
 
 
 def draw(name: str, out: Path, n: int, lines: int) -> None:
+    """Draws field, density, paths and field lines in space of one data set."""
     generator = torch.Generator().manual_seed(0)
-    data = SETS[name](n, generator)
+    data = DATA_SETS[name](n, generator)
     plotting.field_lines(data, out / f"gallery-{name}-field.png")
     plotting.equipotentials(data, out / f"gallery-{name}-levels.png")
 
@@ -73,7 +74,7 @@ def draw(name: str, out: Path, n: int, lines: int) -> None:
 
 
 def compare_solvers(out: Path, n: int) -> None:
-    """How far each solver ends from where the field leads, for so many evaluations."""
+    """Draws the distance of samples from the exact ends against the number of evaluations."""
     generator = torch.Generator().manual_seed(0)
     data = moons(n, generator)
     flow = pfgm.PoissonFlow.from_data(data)
@@ -97,6 +98,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     folder = check_folder(options.out)
     n, lines = (100, 20) if options.quick else (800, 150)
-    for name in SETS:
+    for name in DATA_SETS:
         draw(name, folder, n, lines)
     compare_solvers(folder, n)

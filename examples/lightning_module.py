@@ -1,4 +1,4 @@
-"""A Poisson flow in a Lightning module: the target is one call of pfgm.field_fn.
+"""Trains a Poisson flow in a Lightning module; pfgm.field_fn computes the target.
 
 python examples/lightning_module.py --out lightning [--quick]
 """
@@ -22,7 +22,7 @@ class PoissonModule(lightning.LightningModule):
     def __init__(self, flow: pfgm.PoissonFlow, references: torch.Tensor) -> None:
         super().__init__()
         self.flow, self.net = flow, pfgm.networks.UNet(flow.shape)
-        self.register_buffer("references", references, persistent=False)  # moves along
+        self.register_buffer("references", references, persistent=False)
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         x_perturbed, z = self.flow.perturb(batch[0])

@@ -1,9 +1,10 @@
-"""Bits per dimension of held-out digits under the training digits, blurred.
+"""Bits per dimension of held-out digits under noisy training digits.
 
     python examples/likelihood.py
 
-The exact flow of the training digits has a known density at each level: normal distributions of
-that width around them. So no training is needed, and what the ODE says is seen beside the truth.
+The exact flow of the training digits needs no training, and its density at each level sigma is
+known: a mixture of normal distributions of that sigma around the training digits. So the result of
+the ODE can be compared with the exact value.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from torch import Tensor
 
 import pfgm
 
-LEVELS = 17  # a digit's values are 0 … 16
+GREY_LEVELS = 17  # the values of a digit are 0 … 16
 
 
 def dequantised(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform noise over each level: only then have whole numbers a density."""
+    """The images with uniform noise, because whole numbers have no density."""
     k = (images + 1) * 8
-    return 2 * (k + torch.rand(k.shape, generator=generator)) / LEVELS - 1
+    return 2 * (k + torch.rand(k.shape, generator=generator)) / GREY_LEVELS - 1
 
 
 def bits(nats: Tensor) -> Tensor:
-    return -nats / (64 * math.log(2)) + math.log2(LEVELS / 2)
+    """Bits per dimension of images with 64 pixels."""
+    return -nats / (64 * math.log(2)) + math.log2(GREY_LEVELS / 2)
 
 
 def main() -> None:
@@ -35,23 +37,23 @@ def main() -> None:
     held_out = dequantised(digits.held_out, generator)[:64]
 
     print("bits per dimension of held-out digits (± standard error of the estimated divergence)")
-    print("width   ODE     with the true prior   exact    evaluations")
-    for width in (0.8, 0.4, 0.2):
-        flow = pfgm.PoissonFlowPP((1, 8, 8), D=math.inf, sigma_min=width)
+    print("sigma   ODE     with the true prior   exact    evaluations")
+    for sigma_min in (0.8, 0.4, 0.2):
+        flow = pfgm.PoissonFlowPP((1, 8, 8), D=math.inf, sigma_min=sigma_min)
 
         def mixture(x: Tensor, sigma: float) -> Tensor:
             return pfgm.log_density(x, train, sigma=sigma, D=math.inf)
 
         net = flow.empirical(train)
-        ode = flow.log_likelihood(net, held_out, levels=LEVELS, generator=generator)
-        # The way to the latents is the same: only the density at the first level is another.
+        ode = flow.log_likelihood(net, held_out, levels=GREY_LEVELS, generator=generator)
+        # The latents stay the same; only the density at the first level is replaced.
         true = ode.nats + mixture(ode.latent, flow.first_level)
         true -= pfgm.flows.likelihood.centred_prior(ode.latent, flow.first_level, flow.D)
-        exact = mixture(held_out, width)
+        exact = mixture(held_out, sigma_min)
         error = bits(true) - bits(exact)
         deviation = error.std() / math.sqrt(len(error))
         print(
-            f"{width:5.2f}   {ode.bits_per_dim.mean():.4f}  {bits(true).mean():.4f}"
+            f"{sigma_min:5.2f}   {ode.bits_per_dim.mean():.4f}  {bits(true).mean():.4f}"
             f" ± {deviation:.4f}       {bits(exact).mean():.4f}   {ode.nfe}"
         )
 

@@ -1,8 +1,8 @@
-"""A Poisson flow in a plain PyTorch loop: the target is one call of pfgm.field_fn.
+"""Trains a Poisson flow in a plain PyTorch loop; pfgm.field_fn computes the target.
 
     python examples/plain_trainer.py --out plain [--quick]
 
-Optimiser, schedule and averaging of the weights are PyTorch's own.
+The optimiser, the schedule and the averaging of the weights are those of PyTorch.
 """
 
 import argparse

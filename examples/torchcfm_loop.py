@@ -1,9 +1,9 @@
-"""A PFGM++ flow in torchcfm's loop, with its network: the target is that of a matcher of ours.
+"""Trains a PFGM++ flow in the loop of torchcfm, with its network and a matcher of pfgm.
 
     python examples/torchcfm_loop.py --out torchcfm [--quick]
 
-The upper half of the picture is integrated by torchdiffeq, as torchcfm does, in 100 evaluations;
-the lower half from the same noise by this library's multistep solver, in 12.
+Both halves of the picture start from the same noise. The upper half is integrated by torchdiffeq in
+100 evaluations, as in torchcfm, the lower half by the multistep solver of pfgm in 12.
 """
 
 import argparse
@@ -37,11 +37,11 @@ def train(net: nn.Module, matcher: PoissonFlowMatcher, data: Tensor, steps: int)
 @torch.no_grad()
 def sample(net: nn.Module, matcher: PoissonFlowMatcher, shape: torch.Size) -> Tensor:
     noise = matcher.noise((50, *shape))
-    theirs = odeint(net, noise, torch.linspace(0, 1, 101), method="euler")[-1]
+    integrated = odeint(net, noise, torch.linspace(0, 1, 101), method="euler")[-1]
     flow = pfgm.PoissonFlowPP(shape, D=matcher.D)
     start = flow.sigma_max * noise
     options = {"solver": "multistep", "steps": 12, "x_init": start}
-    return torch.cat([theirs, flow.sample(as_denoiser(net), len(noise), **options)])
+    return torch.cat([integrated, flow.sample(as_denoiser(net), len(noise), **options)])
 
 
 if __name__ == "__main__":

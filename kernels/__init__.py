@@ -1,1 +1,1 @@
-"""Triton kernels of pfgm, one file an operation; installed as ``pfgm.kernels``."""
+"""Triton kernels of pfgm, one file per operation; installed as ``pfgm.kernels``."""

@@ -1,9 +1,10 @@
 """Squared distances between a block of queries and a chunk of references, in Triton.
 
-1. ``distances``: |x_b − y_j|² from matrix products, |x|² + |y|² − 2 x·y, or, for few queries or
-   features, from ``differences``; the least of each tile; and G·y where the backward pass asks.
-2. ``refine``: products lose the digits that the exponent (N + D)/2 multiplies. What lies near the
-   minimum is computed again, from differences in float64, where it decides the answer.
+1. ``distances`` computes |x|² + |y|² − 2 x·y from matrix products. For few queries or features,
+   ``differences`` computes Σ (x − y)² instead. Both find the smallest distance of each tile and,
+   for the backward pass, G·y.
+2. ``refine`` computes distances near the minimum again where they decide the answer, from
+   differences in float64. Products lose digits, and the exponent (N + D)/2 multiplies the error.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from torch import Tensor
 from .tuning import Choice, Config
 from .variant import REFERENCES, Variant, variant
 
-PAIRS = 1 << 21  # of queries and references in a chunk: 12 bytes each, 20 in the backward pass
-PARTS = 1 << 22  # values of a block's sums
-ROWS = 4096  # queries of a block, at most
-REFERENCES_AT_ONCE = 1 << 16  # in a chunk, at most
-FEW = 16  # tiles near the minimum: so few are computed again in any case
-NEAR = 20.0  # nats: what weighs less than e^-20 of the largest needs no more digits
-SEGMENTS = 256  # programs of ``refine`` a query, at most: each of them reads all minima
-SEGMENT = 4  # tiles of references that one looks at, at least
-SWEEP = 256  # tiles that it reads the minima of at a time
+MAX_PAIRS = 1 << 21  # queries × references: 12 bytes each, 20 in the backward pass
+MAX_PARTS = 1 << 22  # values in the partial sums of a chunk
+MAX_QUERIES = 4096  # in a block
+MAX_REFERENCES = 1 << 16  # in a chunk
+FEW_TILES = 16  # up to so many tiles near the minimum are always refined
+NEAR = 20.0  # nats: weights below e^-20 of the largest need no more digits
+MAX_REFINE_PROGRAMS = 256  # for a query; each program reads all minima
+MIN_REFINE_TILES = 4  # tiles of references for a program of ``refine``
+SWEEP = 256  # minima that ``refine`` reads at a time
 
 
 @triton.jit
 def load_references(pointers, mask, dtype: tl.constexpr):
-    """References as floating point, zero where masked; bytes mean u/127.5 − 1."""
+    """References as floating point, zero where masked. A uint8 value u means u/127.5 − 1."""
     values = tl.load(pointers, mask=mask, other=0)
     if values.dtype == tl.uint8:
-        # The same, without a difference of rounded numbers: it would cancel near the middle.
+        # Not as a difference of rounded numbers, which would cancel near the middle.
         floating = tl.where(mask, (2.0 * values.to(dtype) - 255.0) * (1.0 / 255.0), 0.0).to(dtype)
     else:
         floating = values.to(dtype)
@@ -48,9 +49,9 @@ def load_references(pointers, mask, dtype: tl.constexpr):
 def finish_distances(
     distance, norm, squared, lowest, norms, row, column, B, M, width, pairs_stride, tiles
 ):
-    """Stores distances, the least of the tile for each query, and the squares of the queries.
+    """Stores distances, the smallest of the tile for each query, and |x|² of the queries.
 
-    Infinite distances fill the last 16 references up, so that rows are read in whole accesses.
+    Rows are padded with infinite distances to whole accesses of 16 references.
     """
     known = (row < B)[:, None] & (column < M)[None, :]
     distance = tl.where(distance < 0.0, 0.0, distance)
@@ -59,7 +60,7 @@ def finish_distances(
     tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
     finite = distance < float("inf")
     least = tl.min(tl.where(known & finite, distance, float("inf")), 1)
-    # −inf calls for a look at the tile: float32 could not hold one of its distances.
+    # −inf marks a tile with a distance that float32 cannot hold; ``refine`` looks at it.
     odd = tl.max((known & (finite == 0)).to(tl.int32), 1)
     least = tl.where(odd > 0, float("-inf"), least)
     tile = tl.program_id(1)
@@ -90,11 +91,11 @@ def distances(
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """|x|² + |y|² − 2 x·y for ROWS queries and TILE references, and G·y of the backward pass.
+    """|x|² + |y|² − 2 x·y for ROWS queries and TILE references, and G·y for the backward pass.
 
-    Tiles are references × queries, so that few queries fill matrix units that take 64 rows.
-    Products are added up outside of them, for they round every addition toward zero: with a factor,
-    a panel's products cannot be taken for the initial value of the next.
+    Tiles are references × queries, so that few queries fill matrix units that take 64 rows. Matrix
+    units round every addition toward zero, so panels are added up outside of them. The factor 2
+    keeps the compiler from passing the sum to the next product as its initial value.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -149,7 +150,7 @@ def differences(
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """Σ (x − y)² and G·y, as ``distances``. Float32 sums of 256 additions are merged in float64."""
+    """As ``distances``, from Σ (x − y)². Float32 sums of 256 values are merged in float64."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
@@ -224,12 +225,12 @@ def refine(
     PANEL: tl.constexpr,
     SWEEP: tl.constexpr,
 ):
-    """Distances of one query that decide its answer, again from differences in float64.
+    """Computes again the distances of one query that decide its answer.
 
-    ``margin``·(|x|² + |y|²) bounds the error of a distance, ``noise`` is its usual size. All
-    references are computed again that may weigh more than e^-near_nats of the largest, if they are
-    few, or if the usual error would show in their weights. What float32 could not hold is computed
-    again in any case.
+    The error of a distance is at most ``margin``·(|x|² + |y|²) and typically ``noise`` times that.
+    References that may weigh more than e^-near_nats of the largest are computed again if they are
+    few, or if the typical error would change their weights. Distances that overflow float32 are
+    always computed again.
     """
     row = tl.program_id(0).to(tl.int64)
     low_row = lowest + row * tiles
@@ -241,9 +242,9 @@ def refine(
 
     r = tl.load(radius + row)
     norm = tl.load(norms + row).to(tl.float64)
-    # Rounding of single differences mostly averages out.
+    # The rounding of single differences mostly averages out.
     error = noise * (norm + base) + 2.0**-26 * base
-    # |y|² ≤ 2 (d² + |x|²); twice, for the minimum is as uncertain as what is compared with it.
+    # This allows for |y|² ≤ 2 (d² + |x|²), and for the error twice: the minimum has one too.
     near = base + 2.0 * margin * (3.0 * norm + 2.0 * base)
     if GAUSSIAN:
         near += 2.0 * near_nats * r * r
@@ -278,7 +279,7 @@ def refine(
                         b = load_references(y_rows + feature[None, :], mask, tl.float64)
                         difference = tl.where(mask, a.to(tl.float64)[None, :] - b, 0.0)
                         exact += tl.sum(difference * difference, 1)
-                    # Only input that is not finite makes it so; NaN, unlike infinity, is not lost.
+                    # Infinite only if the input is not finite. NaN is not lost later.
                     finite = tl.where(exact < float("inf"), exact, float("nan"))
                     tl.store(place, finite, mask=needed)
 
@@ -287,7 +288,7 @@ def refine(
 
 
 class Shape(NamedTuple):
-    """What decides which configuration is fast: sizes as powers of two, types, precision."""
+    """What the fastest configuration depends on: sizes as powers of two, types, precision."""
 
     rows: int
     features: int
@@ -297,14 +298,14 @@ class Shape(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """Whether matrix units would be idle for most of their time."""
+        """Whether there are too few queries or features to keep matrix units busy."""
         return self.rows < 16 or self.features < 32
 
 
 def distance_configs(shape: Shape) -> list[Config]:
-    """Small tiles where there are few queries, so that every multiprocessor has some; larger ones
-    read each value less often. TF32 in three products takes registers for two parts of each value:
-    with more of them in a tile some would spill (benchmarks/codegen.py)."""
+    """Small tiles for few queries, so that every multiprocessor has some; larger tiles read each
+    value less often. Three TF32 products need registers for two parts of each value; with larger
+    tiles registers would spill."""
     if shape.few:
         panel = 64 if shape.features >= 64 else 16
         return [Config({"ROWS": 4, "TILE": 16, "PANEL": panel}, num_stages=1)]
@@ -317,17 +318,17 @@ DISTANCES = Choice(distance_configs)
 
 
 def power_of_two(count: int) -> int:
-    """The least that is not below count."""
+    """The smallest power of two that is at least count."""
     return 1 << (count - 1).bit_length()
 
 
 def padded(references: int) -> int:
-    """Whole accesses of 16 bytes, whatever the type."""
+    """References rounded up to whole accesses of 16 bytes, for any type."""
     return -(-references // 16) * 16
 
 
 def input_precision(precision: str) -> str:
-    """Triton's word for it. AMD's matrix units take float32 as it is."""
+    """Triton's name of the precision. AMD's matrix units compute in float32."""
     if torch.version.hip is not None:
         return "ieee"
     return {"high": "tf32x3", "medium": "tf32"}[precision]
@@ -335,7 +336,7 @@ def input_precision(precision: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """All queries and references, rows with contiguous features."""
+    """All queries and references. Rows have contiguous features."""
 
     x: Tensor
     references: Tensor
@@ -343,15 +344,15 @@ class Problem:
     D: float
     precision: str
     upstream: Tensor | None = None
-    """(B, N), contiguous: G of the backward pass, which wants G·y beside the distances."""
+    """(B, N), contiguous: G of the backward pass, which needs G·y too."""
 
     @property
     def features(self) -> int:
         return self.x.shape[1]
 
     @property
-    def half(self) -> float:
-        """The exponent (N + D)/2 of s, and 1/2 at D = ∞, where it is that of d²/σ²."""
+    def exponent(self) -> float:
+        """(N + D)/2, the exponent of s; 1/2 at D = ∞, the factor of d²/σ²."""
         return 0.5 if math.isinf(self.D) else (self.features + self.D) / 2
 
     @property
@@ -361,14 +362,14 @@ class Problem:
     @property
     def block(self) -> int:
         """Queries that are computed together."""
-        fitting = max(16, PARTS // self.features)
-        return min(len(self.x), ROWS, fitting)
+        fitting = max(16, MAX_PARTS // self.features)
+        return min(len(self.x), MAX_QUERIES, fitting)
 
     @property
     def chunk(self) -> int:
         """References that are computed together."""
-        fitting = -(-max(PAIRS // self.block, 128) // 128) * 128
-        return min(len(self.references), fitting, REFERENCES_AT_ONCE)
+        fitting = -(-max(MAX_PAIRS // self.block, 128) // 128) * 128
+        return min(len(self.references), fitting, MAX_REFERENCES)
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, len(self.references), self.chunk):
@@ -383,18 +384,18 @@ class Problem:
         return Shape(power_of_two(rows), power_of_two(self.features), *kinds)
 
     def errors(self, shape: Shape) -> tuple[float, float]:
-        """Bound of a distance's error, and its usual size, relative to |x|² + |y|²."""
+        """Bound of a distance's error and its typical size, relative to |x|² + |y|²."""
         long = max(1.0, self.features / 8192)
         holds = self.references.dtype != torch.uint8
         if shape.few:
             return 2.0**-21 * long, 0.0 if holds else 2.0**-22
         if shape.precision == "high":
             return 2.0**-18 * long, 2.0**-22
-        return 2.0**-9, 0.0  # TF32: a tie of many is left as it is
+        return 2.0**-9, 0.0  # TF32: ties of many references are not refined
 
 
 class Pairs:
-    """A block of queries against a chunk of references at a time, in workspace of its own."""
+    """Distances of a block of queries to one chunk of references at a time, and their memory."""
 
     def __init__(self, problem: Problem, rows: slice) -> None:
         self.problem, self.rows = problem, rows
@@ -412,12 +413,12 @@ class Pairs:
         return None if self.problem.upstream is None else self.problem.upstream[self.rows]
 
     def measure(self, references: Tensor, nearest: Tensor) -> None:
-        """Squared distances (and G·y), exact where it matters; nearest (B,) is what is known."""
+        """Squared distances (and G·y), exact where it matters; nearest (B,) is the smallest yet."""
         DISTANCES.launch(self.shape, lambda config: self._distances(config, references))
         self._refine(references, nearest)
 
     def _distances(self, config: Config, references: Tensor) -> None:
-        # Of the last launch: one that is timed has others before it.
+        # Those of the last launch; timing launches other configurations before.
         self.tile = config["TILE"]
         self.lowest = self.x.new_empty(self.count, triton.cdiv(len(references), self.tile))
         tiles = self.lowest.shape[1]
@@ -450,8 +451,8 @@ class Pairs:
     def _refine(self, references: Tensor, nearest: Tensor) -> None:
         problem, tiles = self.problem, self.lowest.shape[1]
         margin, noise = problem.errors(self.shape)
-        spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.half)
-        segment = max(SEGMENT, triton.cdiv(tiles, SEGMENTS))
+        spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.exponent)
+        segment = max(MIN_REFINE_TILES, triton.cdiv(tiles, MAX_REFINE_PROGRAMS))
         refine[(self.count, triton.cdiv(tiles, segment))](
             self.x,
             references,
@@ -467,12 +468,12 @@ class Pairs:
             self.stride,
             tiles,
             segment,
-            problem.half,
+            problem.exponent,
             spread,
             margin,
             noise,
             NEAR,
-            FEW=FEW,
+            FEW=FEW_TILES,
             GAUSSIAN=problem.gaussian,
             TILE=self.tile,
             SWEEP=SWEEP,
@@ -481,14 +482,14 @@ class Pairs:
 
 
 def group_of(features: int) -> dict[str, int]:
-    """References and features that ``refine`` takes at a time, 1024 values."""
+    """References and features that ``refine`` takes at a time: 1024 values."""
     panel = min(512, max(16, power_of_two(features)))
     return {"GROUP": min(16, 1024 // panel), "PANEL": panel}
 
 
 def shapes(references: torch.dtype) -> Iterator[Shape]:
-    """One of each class that has configurations of its own; TF32 for float32 alone, as it changes
-    nothing in how references are read."""
+    """One shape for each class with its own configurations. TF32 is listed for float32 only: it
+    does not change how references are read."""
     precisions = ("high", "medium") if references == torch.float32 else ("high",)
     for rows in (4, 32, 128, 512):
         for precision in precisions:
@@ -497,8 +498,8 @@ def shapes(references: torch.dtype) -> Iterator[Shape]:
 
 
 def variants() -> list[Variant]:
-    """Every type of references and configuration, with and without the backward pass's product.
-    What is independent of the type (D = ∞, the tiles that ``refine`` follows) for float32 alone."""
+    """Every type of references and configuration, with and without G·y. What does not depend on
+    the type (D = ∞, the tiles that ``refine`` follows) is listed for float32 only."""
     found = []
     for dtype in REFERENCES:
         for shape in shapes(dtype):
@@ -512,7 +513,7 @@ def variants() -> list[Variant]:
                 found.append(variant(distances, constants, dtype, products=True))
         others = [(True, 64), (False, 16)] if dtype == torch.float32 else []
         for gaussian, tile in [(False, 64), *others]:
-            constants = {"FEW": FEW, "TILE": tile, "SWEEP": SWEEP, "GAUSSIAN": gaussian}
+            constants = {"FEW": FEW_TILES, "TILE": tile, "SWEEP": SWEEP, "GAUSSIAN": gaussian}
             constants |= group_of(3072)
             found.append(variant(refine, constants, dtype))
     return list({each.name: each for each in found}.values())

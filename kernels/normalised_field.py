@@ -2,8 +2,8 @@
 
     v = −√N E/(‖E‖ + γ),   E = (x − mean, z)
 
-A program takes whole rows, as in :mod:`pfgm.kernels.ode_step`. Differences are exact and, with all
-that follows from them, in float64: ‖E‖² may leave float32 on both sides.
+A program takes whole rows, as in :mod:`pfgm.kernels.ode_step`. Differences and all that follows are
+in float64: ‖E‖² may overflow or underflow float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .variant import Variant
 
 @triton.jit
 def _difference(x, mean, rows, x_stride, mean_stride, columns, mask):
-    """x − mean of one tile in float64, 0 outside of it."""
+    """x − mean of one tile in float64; 0 outside of mask."""
     values = tl.load(at(x, rows, x_stride, columns), mask, other=0.0)
     center = tl.load(at(mean, rows, mean_stride, columns), mask, other=0.0)
     return values.to(tl.float64) - center.to(tl.float64)
@@ -41,7 +41,7 @@ def normalised_field_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """field_x (B, N) and field_z (B,) of ROWS rows; z (B,) is float64, all else float32."""
+    """Writes field_x (B, N) and field_z (B,) of ROWS rows. z (B,) is float64, all else float32."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     within = rows < B
     level = tl.load(z + rows, within, other=0.0)
@@ -62,7 +62,7 @@ def normalised_field_kernel(
 
     norm = tl.sqrt(squared + level * level) + gamma
     root_N = tl.sqrt(tl.full((1,), N, tl.float64))
-    # The norm is 0 at E = 0 and γ = 0, where any finite scale gives v = 0.
+    # The norm is 0 at E = 0 and γ = 0. There any finite scale gives v = 0.
     scale = -root_N / tl.where(norm == 0, 1.0, norm)
 
     if WHOLE:

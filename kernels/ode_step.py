@@ -1,11 +1,11 @@
-"""The step of the ODE in one launch: next = x + toward (mean − x) + blend (history − x).
+"""The ODE step in one launch: next = x + toward (mean − x) + blend (history − x).
 
-A program takes whole rows. Where a row fits in registers its slope is read once, for the norm and
-for the update; a longer one is read twice. Factors are found in float64, one a row, and values are
+A program takes whole rows. If a row fits in registers, its slope is read once, for the norm and for
+the update; a longer row is read twice. Factors are computed in float64, once per row; values are
 combined in float32.
 
-An output may be an input, as long as both have the same strides: a program reads what it overwrites
-before it writes, and no other program reads it.
+An output may be an input if both have the same strides: a program reads what it overwrites before
+it writes, and no other program reads it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .variant import Variant
 if TYPE_CHECKING:
     from pfgm.backends.problems import OdeStep
 
-_TINY = tl.constexpr(1e-5)  # a field's v_z is kept below −_TINY
-_LARGEST_NORM = tl.constexpr(1 - 1e-6)  # ‖v_x‖/√N is below 1 for a field; a network may be off
+_SMALLEST_FIELD_Z = tl.constexpr(1e-5)  # v_z is clamped to at most −_SMALLEST_FIELD_Z
+_LARGEST_NORM = tl.constexpr(1 - 1e-6)  # ‖v_x‖/√N is below 1 for a field, not for any network
 
-_WHOLE = 8192  # features of the longest row held in registers
-_LONG_BLOCK = 4096  # features a turn of longer ones
-_TILE = 1024  # least values a program, so that short rows do not make it tiny
+_MAX_WHOLE = 8192  # features of the longest row held in registers
+_LONG_BLOCK = 4096  # features of a longer row read at a time
+_MIN_VALUES = 1024  # for a program, so that short rows share one
 
 
 @triton.jit
@@ -37,14 +37,14 @@ def at(values, rows, stride, columns):
 
 @triton.jit
 def _implied_stretch(squared, z, gamma, N, EXACT: tl.constexpr):
-    """t = −z/v_z (ROWS,) with the v_z that ‖v_x‖² implies, without the z to divide by.
+    """t = −z/v_z (ROWS,) with the v_z computed from ‖v_x‖². It does not divide by v_z.
 
     t = (√(e_x² + z²) + γ)/√N,   n = ‖v_x‖/√N
     e_x = n (γ + √(n²γ² + (1 − n²) z²))/(1 − n²)  where EXACT, else γ n/(1 − n)
     """
     root_N = tl.sqrt(tl.full((1,), N, tl.float64))
     n = tl.sqrt(squared) / root_N
-    n = tl.where(n > _LARGEST_NORM, _LARGEST_NORM, n)  # NaN stays
+    n = tl.where(n > _LARGEST_NORM, _LARGEST_NORM, n)  # NaN stays NaN
     if EXACT:
         rest = 1 - n * n
         e = n * (gamma + tl.sqrt(n * n * gamma * gamma + rest * z * z)) / rest
@@ -67,7 +67,7 @@ def _squared_norm(slope, rows, slope_stride, within, N, ROWS: tl.constexpr, BLOC
 
 @triton.jit
 def _load(values, rows, stride, columns, mask):
-    """A tile of values, 0 outside of mask."""
+    """A tile of values; 0 outside of mask."""
     return tl.load(at(values, rows, stride, columns), mask, other=0.0)
 
 
@@ -88,8 +88,8 @@ def _write(
     of_history,
     stretch,
 ):
-    """out = of_x x + of_slope slope + of_history history and mean_out = x + stretch slope, from
-    tiles and factors (ROWS,)."""
+    """Writes out = of_x x + of_slope slope + of_history history and mean_out = x + stretch slope
+    for one tile. Factors are (ROWS,)."""
     result = of_x.to(tl.float32)[:, None] * x + of_slope.to(tl.float32)[:, None] * slope
     if history is not None:
         result += of_history.to(tl.float32)[:, None] * history
@@ -126,10 +126,11 @@ def ode_step_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A step of ROWS rows: (B, N) float32 with strides a row, field_z (B,), levels (3, B) float64.
+    """Steps ROWS rows of (B, N) float32; strides are those of rows. field_z is (B,), levels (3, B)
+    in float64.
 
-    Where levels is None, z, toward and blend hold for every row. Where field_z is None, slope is
-    the mean. SUBSTITUTES says whether any row may lie below z_exp, for which its norm is needed.
+    If levels is None, z, toward and blend hold for every row. If field_z is None, slope is the
+    mean. SUBSTITUTES says whether any row may be below z_exp and need its norm.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     within = rows < B
@@ -144,7 +145,7 @@ def ode_step_kernel(
 
     columns = tl.arange(0, BLOCK)
     mask = within[:, None] & (columns < N)[None, :]
-    if WHOLE:  # a row is on its way as a whole before its norm is waited for
+    if WHOLE:  # load all of a row before waiting for its norm
         v = _load(slope, rows, slope_stride, columns, mask)
         values = _load(x, rows, x_stride, columns, mask)
         past = history
@@ -156,7 +157,7 @@ def ode_step_kernel(
         of_x = 1 - toward - blend
     else:
         v_z = tl.load(field_z + rows, within, other=-1.0).to(tl.float64)
-        stretch = -z / tl.where(v_z > -_TINY, -_TINY, v_z)
+        stretch = -z / tl.where(v_z > -_SMALLEST_FIELD_Z, -_SMALLEST_FIELD_Z, v_z)
         of_x = 1 - blend
         if SUBSTITUTES:
             if WHOLE:
@@ -188,13 +189,13 @@ def ode_step_kernel(
 
 
 def row_tiles(N: int) -> dict[str, Any]:
-    """How rows of N features are cut: whether they are held WHOLE, ROWS and BLOCK, and num_warps.
+    """How rows of N features are split: WHOLE (held in registers), ROWS, BLOCK and num_warps.
 
-    A thread has 8 or 16 values, none of which another thread has too.
+    A thread has 8 or 16 values; threads share none.
     """
-    whole = N <= _WHOLE
+    whole = N <= _MAX_WHOLE
     block = triton.next_power_of_2(N) if whole else _LONG_BLOCK
-    rows = max(1, _TILE // block)
+    rows = max(1, _MIN_VALUES // block)
     return {
         "WHOLE": whole,
         "ROWS": rows,
@@ -204,7 +205,7 @@ def row_tiles(N: int) -> dict[str, Any]:
 
 
 def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
-    """Takes the step into out (B, N) and mean_out (B, N): float32 with contiguous features.
+    """Writes the step to out (B, N) and mean_out (B, N), float32 with contiguous features.
 
     field_z and levels are contiguous; B is at least 1.
     """
@@ -279,14 +280,14 @@ def _variant(
             "EXACT": substitutes and exact,
             **tiles,
         },
-        # All but B, which is not looked at, so that batches of any size share their code.
+        # All but B: batches of any size share their code.
         divisible=frozenset(name for name, kind in types.items() if kind != "fp64") - {"B"},
         num_warps=num_warps,
     )
 
 
 def variants() -> list[Variant]:
-    """Every form for rows held whole, the largest for short rows and for rows read twice."""
+    """Every form for rows held whole; the largest forms for short rows and for rows read twice."""
     found = []
     for history in (False, True):
         for mean in (False, True):

@@ -1,18 +1,16 @@
-"""The posterior mean in Triton: distances, what decides them, weights, the weighted sum.
+"""The posterior mean in Triton.
 
 For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.04265, section 3):
 
-1. ``distances``: |x_b − y_j|² from matrix products, |x|² + |y|² − 2 x·y, or, for few queries or
-   features, from differences (``differences``); and the least of each tile of references.
-2. ``refine``: products lose the digits that the exponent (N + D)/2 multiplies. What lies near the
-   minimum is computed again, from differences in float64, where it decides the answer.
-3. ``weigh``: weights relative to the nearest reference so far, merged in float64 with what earlier
-   chunks gave; those that no float32 result can show become zero.
-4. ``weighted_sum``: Σ_j w_j y_j over stretches of the chunk side by side, without the tiles whose
-   weights are all zero.
-5. ``merge``: the stretches and earlier chunks into the running mean.
+1. ``distances`` or ``differences`` computes squared distances (distances.py).
+2. ``refine`` computes those again that decide the answer, in float64 (distances.py).
+3. ``weigh`` computes weights relative to the nearest reference so far and merges them in float64
+   with earlier chunks. Weights below float32 rounding become zero.
+4. ``weighted_sum`` computes Σ_j w_j y_j over several stretches of the chunk at once. It skips tiles
+   whose weights are all zero.
+5. ``merge`` adds the stretches to the running mean.
 
-Launches depend on shapes alone: nothing waits for the device, and CUDA graphs can hold them.
+Launches depend on shapes alone. Nothing waits for the device, and CUDA graphs can capture them.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .distances import (
-    PARTS,
+    MAX_PARTS,
     Pairs,
     Problem,
     Shape,
@@ -38,15 +36,15 @@ from .distances import (
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 
-UNSEEN = 16.0  # nats: below e^-16 / M of the sum a weight counts for nothing in float32
-SORTED = 256  # queries from which those of alike numbers of live references share a tile
-PER_QUERY = Config({"BLOCK": 2048}, num_warps=8)  # of kernels that take a row of weights
-BLOCK = 1024  # features that a program of ``merge`` takes
+WEIGHT_CUTOFF = 16.0  # nats: a weight below e^-16 / M of the sum is below float32 rounding
+MIN_SORTED_QUERIES = 256  # from here on queries are sorted by their number of nonzero weights
+PER_QUERY = Config({"BLOCK": 2048}, num_warps=8)  # for kernels that take a row of weights
+BLOCK = 1024  # features for a program of ``merge``
 
 
 @triton.jit
 def log1p(u):
-    """log(1 + u) for u ≥ 0 in float64: what 1 + u rounds away is put back as a factor."""
+    """log(1 + u) for u ≥ 0 in float64. A factor corrects the rounding of 1 + u."""
     whole = 1.0 + u
     rounded = tl.where((whole == 1.0) | (whole > 1e15), 2.0, whole)
     return tl.where(
@@ -56,7 +54,7 @@ def log1p(u):
 
 @triton.jit
 def relative_score(excess, nearest, radius, half, GAUSSIAN: tl.constexpr):
-    """log of the weight at squared distance nearest + excess, relative to that at nearest."""
+    """Score at the squared distance nearest + excess, minus the score at nearest."""
     if GAUSSIAN:
         value = -excess / radius / radius / 2.0
     else:
@@ -83,9 +81,9 @@ def weigh(
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One query's weights of the chunk, merged with the state (nearest, total) of earlier ones.
+    """One query's weights over the chunk, merged with the state (nearest, total) of earlier ones.
 
-    share = 1/total is what a weight is multiplied with; carry what the running mean is.
+    share = 1/total turns a weight into a probability; carry is the factor of the running mean.
     """
     row = tl.program_id(0).to(tl.int64)
     r = tl.load(radius + row)
@@ -173,7 +171,7 @@ def weighted_sum(
             known = (column < M)[:, None] & (feature < N)
             y_rows = y + column.to(tl.int64)[:, None] * y_stride
             b = load_references(y_rows + feature, known, tl.float32)
-            # The factor as in ``distances``: sums are added up outside the matrix units.
+            # The factor 2 has the same reason as in ``distances``.
             weighed = tl.trans(w * half_share)
             total += 2.0 * tl.dot(tl.trans(b), weighed, input_precision=PRECISION)
     out = parts + (tl.program_id(2).to(tl.int64) * B + row.to(tl.int64)[:, None]) * N + feature
@@ -191,7 +189,7 @@ def merge(
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The running mean: carry · mean of earlier chunks + the sums of this one's stretches."""
+    """The running mean: carry times the mean of earlier chunks, plus the stretches of this one."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.zeros([BLOCK], tl.float32)
@@ -209,7 +207,7 @@ def merge(
 
 
 def sum_configs(shape: Shape) -> list[Config]:
-    """Tiles as narrow in references as matrix units allow: fewer have no weight of zero."""
+    """Tiles with as few references as matrix units allow: more of them have only zero weights."""
     if shape.rows <= 32:
         return [Config({"ROWS": 16, "TILE": 32, "FEATURES": 64})]
     small = Config({"ROWS": 32, "TILE": 32, "FEATURES": 64})
@@ -220,19 +218,20 @@ def sum_configs(shape: Shape) -> list[Config]:
 SUMS = Choice(sum_configs)
 
 
-def unseen(references: int) -> float:
-    """Nats below the sum from which a weight counts for nothing in its result."""
-    return UNSEEN + math.log(references)
+def weight_cutoff(references: int) -> float:
+    """How many nats below the sum of weights a weight no longer counts."""
+    return WEIGHT_CUTOFF + math.log(references)
 
 
 def sum_of_references(
     pairs: Pairs, references: Tensor, weights: Tensor, share: Tensor, live: Tensor | None
 ) -> Tensor:
-    """(stretches, B, N): share (B,) · Σ_j weights_j y_j over stretches of the references. Queries
-    share tiles in the order of live (B,), how many of their weights are not zero."""
+    """(stretches, B, N): share (B,) · Σ_j weights_j y_j over stretches of the references. Many
+    queries are sorted by live (B,), their number of nonzero weights, so that alike ones share
+    tiles."""
     M, N = len(references), pairs.problem.features
     order = None
-    if live is not None and pairs.count >= SORTED:
+    if live is not None and pairs.count >= MIN_SORTED_QUERIES:
         order = live.argsort(stable=True)
     parts = pairs.x.new_empty(stretches_of(pairs, M), pairs.count, N)
 
@@ -263,11 +262,11 @@ def sum_of_references(
 
 
 def stretches_of(pairs: Pairs, references: int) -> int:
-    """Enough for two programs a multiprocessor, as far as memory and references allow."""
+    """Enough for two programs per multiprocessor, if memory and references allow."""
     N = pairs.problem.features
     tiles = triton.cdiv(pairs.count, 64) * triton.cdiv(N, 128)
     wanted = triton.cdiv(2 * multiprocessors(pairs.x.device), tiles)
-    fitting = PARTS // (pairs.count * N)
+    fitting = MAX_PARTS // (pairs.count * N)
     return int(max(1, min(wanted, fitting, triton.cdiv(references, 128))))
 
 
@@ -275,7 +274,8 @@ def posterior_mean(
     x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest reference and total
-    weight relative to it, each (B,). All on one device; rows have contiguous features."""
+    weight relative to it, each (B,). All tensors are on one device; rows have contiguous
+    features."""
     problem = Problem(x, references, radius, D, precision)
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
     nearest = torch.full_like(radius, math.inf)
@@ -307,8 +307,8 @@ def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, tot
             live,
             padded(len(references)),
             pairs.stride,
-            problem.half,
-            math.exp(-unseen(len(problem.references))),
+            problem.exponent,
+            math.exp(-weight_cutoff(len(problem.references))),
             FIRST=first,
             GAUSSIAN=problem.gaussian,
             **PER_QUERY.options,
@@ -327,15 +327,15 @@ def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, tot
 
 
 def variants() -> list[Variant]:
-    """Every type of references and configuration, the first chunk and later ones; queries in an
-    order of their own for float32 references alone."""
+    """Every type of references and configuration, the first chunk and later ones. Sorted queries
+    are listed for float32 references only."""
     found = []
     constants: dict[str, Any]
     for dtype in REFERENCES:
         for shape in shapes(dtype):
             for config in () if shape.project else sum_configs(shape):
                 constants = {"PRECISION": input_precision(shape.precision)} | config.options
-                constants["ORDERED"] = shape.rows >= SORTED and dtype == torch.float32
+                constants["ORDERED"] = shape.rows >= MIN_SORTED_QUERIES and dtype == torch.float32
                 found.append(variant(weighted_sum, constants, dtype, products=True))
     for first in (False, True):
         found.append(variant(merge, {"FIRST": first, "BLOCK": BLOCK}))

@@ -1,23 +1,24 @@
 """Gradients of the posterior mean and its log-sum-exp in Triton.
 
-With upstream G = ∂L/∂mean and g = ∂L/∂logsumexp, probabilities p_j found relative to the nearest
-reference, and s = d² + r² (s₀ that of the nearest):
+With upstream gradients G = ∂L/∂mean and g = ∂L/∂logsumexp, probabilities p_j relative to the
+nearest reference, s = d² + r², and s₀ that of the nearest:
 
     t_j = G·y_j − Σ_i p_i G·y_i + g
     c_j = −p_j t_j s₀/s_j                 D finite, in units F = (N + D)/s₀
     c_j = −p_j t_j                        D = ∞,    in units F = 1/σ²
     ∂L/∂y_j = Σ_b [p_bj G_b − F_b c_bj (x_b − y_j)]
 
-The t_j nearly cancel in Σ_j c_j. With e_j = d_j² − d² of the nearest nothing is lost:
+The t_j nearly cancel in Σ_j c_j. The following form avoids the cancellation. With d² that of the
+nearest reference and e_j = d_j² − d²:
 
     moment = Σ_j p_j t_j e_j / s_j,   C = −(g − moment)                 D finite
     moment = Σ_j p_j t_j e_j / σ²,    C = −g                            D = ∞
     ∂L/∂x  = F [C (x − mean) − Σ_j c_j (y_j − mean)]
     ∂L/∂r  = r F C,   ∂L/∂σ = (g d²/σ² + moment)/σ
 
-``pull`` sums G·y first, since t_j needs it; ``find_coefficients`` the c_j, whose sum over the
-references is the forward pass's (``weighted_sum``); ``merge_gradient`` puts ∂L/∂x together and
-``reference_gradient`` sums over the queries. F is applied last, in float64: it may be huge.
+``pull`` computes Σ p_j G·y_j, which t_j needs, and ``find_coefficients`` the c_j. ``weighted_sum``
+of the forward pass sums c_j y_j, and ``merge_gradient`` turns the sum into ∂L/∂x.
+``reference_gradient`` sums over the queries. F is applied last, in float64, because it may be huge.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .distances import Pairs, Problem, input_precision, load_references, padded
-from .posterior_mean import PER_QUERY, relative_score, sum_of_references, unseen
+from .posterior_mean import PER_QUERY, relative_score, sum_of_references, weight_cutoff
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
-DIGITS = 8.0  # nats more than in the forward pass: p_j is weighed by (y_j − mean)²/s, maybe large
+GRADIENT_CUTOFF = 8.0  # nats below that of the forward pass: (y_j − mean)²/s may be large
 REFERENCE_GRADIENT = Config({"ROWS": 16, "TILE": 64, "FEATURES": 64}, num_warps=8)
 MERGE_GRADIENT = Config({"BLOCK": 1024})
 
 
 @triton.jit
 def at_limit(nearest, r, GAUSSIAN: tl.constexpr):
-    """Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score."""
+    """Where the mean is locally constant: r = 0 on a reference, or scores that overflow."""
     if GAUSSIAN:
         limit = (r == 0.0) | (nearest / r / r == float("inf"))
     else:
@@ -52,7 +53,7 @@ def at_limit(nearest, r, GAUSSIAN: tl.constexpr):
 
 @triton.jit
 def probability(squared, nearest, total, r, half, floor, GAUSSIAN: tl.constexpr):
-    """p_j, zero where it counts for nothing."""
+    """p_j; zero below ``floor``."""
     score = relative_score(squared - nearest, nearest, r, half, GAUSSIAN)
     p = tl.exp(score.to(tl.float32)).to(tl.float64) / total
     p = tl.where(p < floor, 0.0, p)
@@ -122,12 +123,12 @@ def find_coefficients(
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One query's c_j and p_j of the chunk; the moment and Σ c_j so far, and of them C, F and
+    """c_j and p_j of one query over the chunk, the moment and Σ c_j so far, and from them C, F and
     ∂L/∂radius."""
     row = tl.program_id(0).to(tl.int64)
     r, least, weights = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
     g = tl.load(grad_logsumexp + row)
-    # Σ p_j is 1 but for rounding, and 0 at a limit.
+    # Σ p_j is 1 up to rounding, and 0 at a limit.
     weight = tl.load(mass + row)
     center = tl.load(pulled + row) / tl.where(weight == 0.0, 1.0, weight)
     of_moment = tl.zeros([BLOCK], tl.float64)
@@ -138,7 +139,7 @@ def find_coefficients(
         d = tl.load(squared + place, mask=column < width, other=float("inf"))
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
         p = probability(d, least, weights, r, half, floor, GAUSSIAN)
-        # Where p = 0, the rest may be anything.
+        # Where p = 0, the rest is undefined.
         pt = tl.where(p == 0.0, 0.0, p * (q - center + g))
         excess = tl.where(p == 0.0, 0.0, d - least)
         if GAUSSIAN:
@@ -189,7 +190,7 @@ def merge_gradient(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds the chunk's Σ c_j y_j to grad_x and, with the last, turns it into ∂L/∂x."""
+    """Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.zeros([BLOCK], tl.float32)
@@ -232,7 +233,7 @@ def reference_gradient(
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """∂L/∂y of TILE references from all queries of the block, added to that from earlier blocks."""
+    """Adds ∂L/∂y of TILE references over all queries of the block to that of earlier blocks."""
     feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     gradient = tl.zeros([TILE, FEATURES], tl.float32)
@@ -249,7 +250,7 @@ def reference_gradient(
             known = (row < B)[:, None] & (feature < N)
             a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=known, other=0.0)
             g = tl.load(upstream + row.to(tl.int64)[:, None] * N + feature, mask=known, other=0.0)
-            # The factor as in ``distances``: sums are added up outside the matrix units.
+            # The factor 2 has the same reason as in ``distances``.
             gradient += 2.0 * tl.dot(tl.trans(0.5 * p), g, input_precision=PRECISION)
             gradient -= 2.0 * tl.dot(tl.trans(0.5 * c), a, input_precision=PRECISION)
             of_c += tl.trans(c)
@@ -290,7 +291,7 @@ class Block:
             torch.empty_like(pairs.squared, dtype=pairs.x.dtype) for _ in range(2)
         )
         self.share = torch.ones_like(total, dtype=pairs.x.dtype)
-        self.floor = math.exp(-unseen(len(self.problem.references)) - DIGITS)
+        self.floor = math.exp(-weight_cutoff(len(self.problem.references)) - GRADIENT_CUTOFF)
 
     def run(self, first_block: bool) -> None:
         chunks = list(self.problem.chunks())
@@ -298,7 +299,7 @@ class Block:
             self.pairs.measure(self.problem.references[chunk], self.nearest)
             self._pull(chunk)
         for chunk in chunks:
-            if len(chunks) > 1:  # else the distances are still there
+            if len(chunks) > 1:  # with one chunk the distances are still in memory
                 self.pairs.measure(self.problem.references[chunk], self.nearest)
             self._coefficients(chunk)
             if self.grad_x is not None:
@@ -318,7 +319,7 @@ class Block:
             self.mass,
             padded(chunk.stop - chunk.start),
             pairs.stride,
-            self.problem.half,
+            self.problem.exponent,
             self.floor,
             FIRST=chunk.start == 0,
             GAUSSIAN=self.problem.gaussian,
@@ -345,7 +346,7 @@ class Block:
             self.grad_radius,
             padded(chunk.stop - chunk.start),
             pairs.stride,
-            self.problem.half,
+            self.problem.exponent,
             self.floor,
             FIRST=chunk.start == 0,
             GAUSSIAN=self.problem.gaussian,
@@ -411,8 +412,8 @@ def posterior_mean_backward(
     needs: tuple[bool, bool, bool],
     precision: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x (B, N), references (M, N, in float32) and radius (B,), None where not needed.
-    Everything is contiguous but the rows of x and references."""
+    """Gradients of x (B, N), references (M, N, in float32) and radius (B,); None where not needed.
+    All arguments are contiguous; only rows of x and references may lie apart."""
     problem = Problem(x, references, radius, D, precision, grad_mean)
     grad_x = torch.empty_like(mean) if needs[0] else None
     grad_references = x.new_empty(references.shape) if needs[1] else None

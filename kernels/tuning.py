@@ -19,7 +19,7 @@ def interpreted() -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs the device runs at least at a time."""
+    """The number of multiprocessors, which each run at least one program."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -27,7 +27,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a kernel's tiles, and how many warps and pipeline stages it takes."""
+    """Sizes of a kernel's tiles, and its numbers of warps and pipeline stages."""
 
     sizes: Mapping[str, int]
     num_warps: int = 4
@@ -38,7 +38,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, int]:
-        """As keyword arguments of a launch."""
+        """Keyword arguments for a launch."""
         return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -49,8 +49,8 @@ def median_seconds(run: Callable[[], Any]) -> float:
 
 
 def may_not_measure() -> bool:
-    """Where timings may not decide: results would depend on them, for rounding follows the tiles;
-    and the interpreter's say nothing."""
+    """Whether timings must not decide. Rounding depends on the tiles, so deterministic results
+    exclude timing; timings in the interpreter mean nothing."""
     return (
         torch.are_deterministic_algorithms_enabled()
         or interpreted()
@@ -59,22 +59,23 @@ def may_not_measure() -> bool:
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being made: nothing can be timed then."""
+    """Whether a CUDA graph is being captured. Nothing can be timed then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
 class Choice:
-    """One of a few configurations: measured once a shape class, or the first where that may not
-    be. A launch must be repeatable: it overwrites its results and reads none of them."""
+    """Chooses among a few configurations: the fastest, measured once per shape class, or the first
+    where timings must not decide. A launch must be repeatable: it overwrites its results and does
+    not read them."""
 
     configs: Callable[[Any], Sequence[Config]]
-    """Shape class → configurations that make sense, the one most likely best first."""
+    """Shape class → configurations to choose from; the one that is most likely best comes first."""
     measure: Measure = median_seconds
     chosen: dict[Hashable, Config] = field(default_factory=dict)
 
     def launch(self, shape: Hashable, run: Callable[[Config], Any]) -> None:
-        """Runs with the configuration for this shape class (a NamedTuple of what decides)."""
+        """Runs with the configuration for this shape class, a NamedTuple."""
         first, *others = self.configs(shape)
         unmeasurable = capturing() and shape not in self.chosen
         if not others or may_not_measure() or unmeasurable:
@@ -91,7 +92,7 @@ class Choice:
         return self.chosen[shape]
 
     def _seconds(self, config: Config, run: Callable[[Config], Any]) -> float:
-        """How long it takes; infinitely long where the device lacks the resources."""
+        """Time of a launch; infinite if the device lacks the resources."""
         try:
             return self.measure(lambda: run(config))
         except triton.runtime.errors.OutOfResources:

@@ -1,4 +1,4 @@
-"""How a kernel is compiled, said once: for the check of the code that comes out without a GPU."""
+"""How a kernel is compiled, so that its machine code can be checked without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel, with what its machine code should hold.
+    """One specialisation of a kernel, and what its machine code should hold.
 
     Each kernel module lists its own in ``variants()``: every type of references and every
     configuration that a launch may choose.
@@ -24,11 +24,11 @@ class Variant:
     kernel: Any
     """The ``@triton.jit`` function."""
     types: Mapping[str, str]
-    """Argument → Triton's name of its type ("*fp32", "i32", "fp64"), without the constants."""
+    """Argument → Triton's name of its type ("*fp32", "i32", "fp64"). Constants are left out."""
     constants: Mapping[str, Any]
-    """The ``tl.constexpr`` arguments, and others whose value is known (None, 1)."""
+    """The ``tl.constexpr`` arguments, and other arguments with a known value (None, 1)."""
     divisible: frozenset[str] = frozenset()
-    """Arguments known to be multiples of 16, as aligned addresses and common strides are."""
+    """Arguments known to be multiples of 16, like aligned addresses and common strides."""
     num_warps: int = 4
     num_stages: int = 3
     products: bool = False
@@ -43,7 +43,7 @@ REFERENCES = {
     torch.float16: "fp16",
     torch.uint8: "u8",
 }
-# The types of the arguments of the posterior mean's kernels, by their names.
+# Types of the arguments of the posterior mean's kernels, by name.
 _POINTERS = {
     "*fp32": "x upstream mean lowest norms projected weights share carry parts coefficients"
     " probabilities grad_x grad_references",
@@ -68,19 +68,19 @@ def variant(
     products: bool = False,
     wide_loads: bool = True,
 ) -> Variant:
-    """A kernel of the posterior mean for this type of references. Constants may hold num_warps and
-    num_stages; N and strides are multiples of 16."""
+    """A kernel of the posterior mean for this type of references. ``constants`` may hold num_warps
+    and num_stages. N and strides are taken to be multiples of 16."""
     constants = dict(constants)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     types = dict(_TYPES)
-    said = [kernel.__name__]
+    words = [kernel.__name__]
     if references is not None:
         types["y"] = f"*{REFERENCES[references]}"
-        said.append(REFERENCES[references])
+        words.append(REFERENCES[references])
     present = [name for name in kernel.arg_names if name not in constants]
-    said += [f"{name} {value}" for name, value in {**constants, **options}.items()]
+    words += [f"{name} {value}" for name, value in {**constants, **options}.items()]
     return Variant(
-        name=", ".join(said),
+        name=", ".join(words),
         kernel=kernel,
         types={name: types[name] for name in present},
         constants=constants,

@@ -19,18 +19,21 @@ from . import (
 )
 from .backends import use_backend
 from .common.checks import debug_checks
-from .flows.editing import interpolate
+from .flows.flow import Flow
+from .flows.interpolation import interpolate
 from .flows.likelihood import LogLikelihood
 from .flows.plusplus import PoissonFlowPP
 from .flows.poisson import PoissonFlow
-from .functional import field_fn, log_density, posterior_mean
-from .functional.steps import (
+from .functional import (
     euler_step,
     euler_step_from_mean,
+    field_fn,
     heun_step,
     heun_step_from_mean,
+    log_density,
     multistep_step,
     multistep_step_from_mean,
+    posterior_mean,
 )
 from .integrations.k_diffusion import as_k_diffusion
 from .references import ReferenceSet
@@ -39,6 +42,7 @@ from .training.checkpoint import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "Flow",
     "LogLikelihood",
     "PoissonFlow",
     "PoissonFlowPP",

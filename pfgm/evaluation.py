@@ -18,8 +18,8 @@ from .common.checks import check_seed
 from .common.messages import progress_bar
 from .common.tensors import network_device
 from .data import to_unit
+from .flows import Flow, Network
 from .flows.batches import draw_prior, sample_in_batches
-from .flows.flow import Flow, Network
 from .flows.poisson import PoissonFlow
 from .networks import NoiseEmbedding, SongUNet
 from .training.batches import seed_of

@@ -1,16 +1,19 @@
 """Solvers of dx/dz = (x − mean(x, z))/z from z_max down to z_min, as plain functions.
 
-All have one signature: ``solver(denoise, x, grid, callback=None) -> (x, nfe)``. ``denoise(x, z)``
-is the posterior mean of points x (B, *S) at the level z, a float, or the
-:class:`pfgm.functional.Field` that implies it; ``grid`` holds decreasing levels, or rising ones,
-from data to the prior; ``callback`` gets a :class:`StepInfo` before each step and stops the run by
-returning True; ``nfe`` counts the evaluations of ``denoise``. The equation is the same for every
-number of augmented dimensions (PFGM++, arXiv 2302.04265, section 3.3), so the same solvers serve
-sigma in place of z.
+All solvers have the signature ``solver(denoise, x, grid, callback=None) -> (x, nfe)``:
 
-Where gradients are off and nobody watches, the steps after the first overwrite their points: a
-``denoise`` that keeps the x it is given must clone it. The x that a solver is called with is left
-alone. A ``denoise`` may return the same memory at each call, but must not change x in place.
+- ``denoise(x, z)`` returns the posterior mean of points x (B, *S) at the level z, a float, or the
+  :class:`pfgm.functional.Field` that implies it.
+- ``grid`` holds the levels: decreasing, or rising to go from data to the prior.
+- ``callback`` receives a :class:`StepInfo` before each step, and stops the run by returning True.
+- ``nfe`` is the number of evaluations of ``denoise``.
+
+The equation is the same for every number of augmented dimensions (PFGM++, arXiv 2302.04265, section
+3.3), so z may also be sigma.
+
+Without gradients and without a callback, the steps after the first overwrite their points: a
+``denoise`` that keeps its x must clone it. The x passed to a solver is never changed. A ``denoise``
+may return the same memory at each call, but must not change x in place.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,7 +36,7 @@ __all__ = [
     "SCHEDULES",
     "SOLVERS",
     "Callback",
-    "Denoiser",
+    "DenoiseFunction",
     "StepInfo",
     "consistency",
     "euler",
@@ -46,29 +49,30 @@ __all__ = [
 
 
 class StepInfo(TypedDict):
-    """What a callback is told before a step is taken."""
+    """What a callback receives before each step."""
 
     step: int
-    """Steps taken so far."""
+    """The number of steps so far."""
     z: float
     """The level of x."""
     x: Tensor
-    """(B, *S), the points at z."""
+    """(B, *S), the points at this level."""
     mean: Tensor
-    """(B, *S), their posterior mean: where the flow is heading."""
+    """(B, *S), the posterior mean of the points: where the flow is heading."""
     nfe: int
-    """Evaluations of the network so far."""
+    """The number of evaluations of the network so far."""
 
 
-_BEYOND = math.log(1e3)  # how far past its ends rk45 may evaluate, in log z
+_LOG_MARGIN = math.log(1e3)  # how far beyond the ends of its grid rk45 may evaluate, in log z
 
-Denoiser = Callable[[Tensor, float], Tensor | Field]
+DenoiseFunction = Callable[[Tensor, float], Tensor | Field]
+"""From points (B, *S) and their level to their posterior mean, or the field that implies it."""
 Callback = Callable[[StepInfo], object]
 Solver = Callable[..., tuple[Tensor, int]]
 Churn = Callable[[Tensor, float], tuple[Tensor, float]]
-"""From points and their level to noisier points and theirs, before a step is taken."""
+"""From points and their level to noisier points and their level, before each step."""
 Noise = Callable[[Tensor, float], Tensor]
-"""From data to points around them at a level."""
+"""From data and a level to noisy data of that level."""
 
 
 def log_grid(start: float, end: float, steps: int) -> list[float]:
@@ -94,95 +98,95 @@ def rho_grid(start: float, end: float, steps: int, rho: float = 7.0) -> list[flo
 
 
 class _Run:
-    """Evaluates, counts evaluations and reports steps."""
+    """One run of a solver: evaluates, counts evaluations and calls the callback."""
 
-    def __init__(self, denoise: Denoiser, callback: Callback | None) -> None:
+    def __init__(self, denoise: DenoiseFunction, callback: Callback | None) -> None:
         self._denoise, self._callback = denoise, callback
         self.nfe = 0
         self.watched = callback is not None
-        # A callback may keep what it is shown, and a derivative needs every point.
+        # A callback may keep the points it receives, and a derivative needs all of them.
         derived = torch.is_grad_enabled() or transforms.forward_mode() or transforms.functional()
         self._overwrites = not (self.watched or derived)
 
     def evaluate(self, x: Tensor, z: float, step: int) -> Tensor | Field:
         self.nfe += 1
-        slope = untouched(self._denoise, "denoise", ("x", "z"), x, z)
-        parts = slope[:2] if isinstance(slope, Field) else (slope,)
+        found = untouched(self._denoise, "denoise", ("x", "z"), x, z)
+        parts = found[:2] if isinstance(found, Field) else (found,)
         if checks_values(x.device) and not all(bool(p.isfinite().all()) for p in parts):
             raise ValueError(f"the network returned NaN or infinity in step {step}, at {z:.6g}.")
-        return slope
+        return found
 
     def mean(self, x: Tensor, z: float, step: int) -> Tensor:
         return steps.mean_of(x, self.evaluate(x, z, step), z)
 
-    def kept(
-        self, mean: Tensor | None, slope: Tensor | Field, spare: Tensor | None = None
+    def own_copy(
+        self, mean: Tensor | None, prediction: Tensor | Field, spare: Tensor | None = None
     ) -> Tensor | None:
-        """The mean in memory that no later evaluation writes to; spare is such memory.
+        """The mean in memory that no later evaluation writes to: in ``spare`` if possible.
 
-        A step computes the mean of a field, but hands on what a denoiser returned, which may be
-        the same buffer at each call.
+        The mean of a field is new memory already. A mean that was predicted itself may be a buffer
+        that ``denoise`` returns at each call.
         """
-        if mean is None or isinstance(slope, Field):
+        if mean is None or isinstance(prediction, Field):
             return mean
         if spare is not None and self._overwrites and spare.dtype == mean.dtype:
             return spare.copy_(mean)
         return mean.clone()
 
     def reusable(self, spare: Tensor | None, *read: Tensor) -> Tensor | None:
-        """spare as the memory of a result, unless it is needed later: by others, or as `read`."""
-        if spare is None or not self._overwrites or any(_share(spare, t) for t in read):
+        """``spare`` if a result may overwrite it, else None; ``read`` are tensors still needed."""
+        if spare is None or not self._overwrites or any(_share_memory(spare, t) for t in read):
             return None
         return spare
 
     def stops(self, step: int, z: float, x: Tensor, mean: Tensor | None) -> bool:
-        """Whether the callback ends the run before this step."""
+        """Calls the callback before a step; True ends the run."""
         if self._callback is None:
             return False
         assert mean is not None
         return self._callback(StepInfo(step=step, z=z, x=x, mean=mean, nfe=self.nfe)) is True
 
 
-def _share(a: Tensor, b: Tensor) -> bool:
+def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def euler(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
     *,
     churn: Churn | None = None,
 ) -> tuple[Tensor, int]:
-    """First order, one evaluation a step: the published "forward Euler" on the log grid."""
+    """First order, one evaluation per step: the published "forward Euler" on the log grid."""
     run = _Run(denoise, callback)
     own: Tensor | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
         if churn is not None:
             x, z = churn(x, z)
-        slope = run.evaluate(x, z, step)
+        prediction = run.evaluate(x, z, step)
         moved, mean = steps.euler(
-            x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
+            x, prediction, z, next_z, return_mean=run.watched, out=run.reusable(own)
         )
-        if run.stops(step, z, x, run.kept(mean, slope)):
+        if run.stops(step, z, x, run.own_copy(mean, prediction)):
             break
         x = own = moved
     return x, run.nfe
 
 
 def heun(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
     *,
     churn: Churn | None = None,
 ) -> tuple[Tensor, int]:
-    """Second order: an Euler step, then again with the average of the slopes at both ends.
+    """Second order: an Euler step, repeated with the average of the slopes at both ends.
 
-    The published "improved Euler". The last step stays an Euler step, where the slope at the end
-    costs an evaluation and gains nothing: 2n − 1 evaluations for n steps.
+    This is the published "improved Euler". The last step is a plain Euler step, because a second
+    evaluation there gains nothing: n steps take 2n − 1 evaluations.
     """
     run = _Run(denoise, callback)
     last = len(grid) - 2
@@ -190,50 +194,50 @@ def heun(
     for step, (z, next_z) in enumerate(pairwise(grid)):
         if churn is not None:
             x, z = churn(x, z)
-        slope = run.evaluate(x, z, step)
-        # x and the predicted point change places: the next x is written where the latter is.
+        prediction = run.evaluate(x, z, step)
+        # The next x overwrites the predicted point, whose role the old x takes.
         moved, mean = steps.euler(
-            x, slope, z, next_z, return_mean=run.watched, out=run.reusable(own)
+            x, prediction, z, next_z, return_mean=run.watched, out=run.reusable(own)
         )
-        if run.stops(step, z, x, run.kept(mean, slope)):
+        if run.stops(step, z, x, run.own_copy(mean, prediction)):
             break
         if step == last:
             x = moved
         else:
-            slope = run.evaluate(moved, next_z, step)
-            start, x = x, steps.heun(x, moved, slope, z, next_z, out=run.reusable(moved))
+            prediction = run.evaluate(moved, next_z, step)
+            start, x = x, steps.heun(x, moved, prediction, z, next_z, out=run.reusable(moved))
             own = start if step > 0 else None
     return x, run.nfe
 
 
 def multistep(
-    denoise: Denoiser, x: Tensor, grid: Sequence[float], callback: Callback | None = None
+    denoise: DenoiseFunction, x: Tensor, grid: Sequence[float], callback: Callback | None = None
 ) -> tuple[Tensor, int]:
-    """Second order, one evaluation a step: the mean is extrapolated linearly in log z.
+    """Second order, one evaluation per step: the mean is extrapolated linearly in log z.
 
-    With h_i = log(z_i/z_{i+1}) and q = h_{i−1}/h_i the step is an Euler step with
-    mean_i (1 + 1/(2q)) − mean_{i−1}/(2q) in place of mean_i; the first step, which has no history,
-    and the last, which is long in log z, are plain Euler steps (DPM-Solver++(2M), arXiv 2211.01095,
-    algorithm 2, in the variable z).
+    With h_i = log(z_i/z_{i+1}) and q = h_{i−1}/h_i, each step is an Euler step with
+    mean_i (1 + 1/(2q)) − mean_{i−1}/(2q) in place of mean_i (DPM-Solver++(2M), arXiv 2211.01095,
+    algorithm 2, in the variable z). The first step, which has no history, and the last, which is
+    long in log z, are plain Euler steps.
     """
     run = _Run(denoise, callback)
     last = len(grid) - 2
     own: Tensor | None = None
     earlier: tuple[Tensor, float] | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
-        slope = run.evaluate(x, z, step)
+        prediction = run.evaluate(x, z, step)
         needed = run.watched or step != last
-        # A denoiser may have returned x itself, which the next step still reads.
-        given = () if isinstance(slope, Field) else (slope,)
-        out = run.reusable(own, *given)
+        # The predicted mean may be x itself, which the next step still reads.
+        read = () if isinstance(prediction, Field) else (prediction,)
+        out = run.reusable(own, *read)
         if earlier is None or step == last:
-            moved, mean = steps.euler(x, slope, z, next_z, return_mean=needed, out=out)
+            moved, mean = steps.euler(x, prediction, z, next_z, return_mean=needed, out=out)
         else:
             earlier_mean, earlier_z = earlier
-            mean_out = run.reusable(earlier_mean) if isinstance(slope, Field) else None
+            mean_out = run.reusable(earlier_mean) if isinstance(prediction, Field) else None
             moved, mean = steps.multistep(
                 x,
-                slope,
+                prediction,
                 z,
                 next_z,
                 earlier_mean,
@@ -242,7 +246,7 @@ def multistep(
                 out=out,
                 mean_out=mean_out,
             )
-        mean = run.kept(mean, slope, None if earlier is None else earlier[0])
+        mean = run.own_copy(mean, prediction, None if earlier is None else earlier[0])
         if run.stops(step, z, x, mean):
             break
         if mean is not None:
@@ -252,18 +256,20 @@ def multistep(
 
 
 class _Stopped(Exception):
+    """The callback has ended the run at these points."""
+
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
 
 class _Slope:
-    """dx/dt = x − mean in t = log z, with the hooks by which torchdiffeq reports its steps."""
+    """dx/dt = x − mean in t = log z, with the hook through which torchdiffeq reports steps."""
 
     def __init__(self, run: _Run, keep: bool, ends: tuple[float, float]) -> None:
         self._run, self._keep = run, keep
-        # Where the slope is nearly 0, as it is on a data point, the trial of a first step goes to
-        # levels that no float holds. On the way from end to end nothing changes.
-        self._lowest, self._highest = min(ends) - _BEYOND, max(ends) + _BEYOND
+        # Where the slope is nearly 0, as on a data point, torchdiffeq tries a first step so long
+        # that its level overflows. Between the ends of the grid the limits change nothing.
+        self._lowest, self._highest = min(ends) - _LOG_MARGIN, max(ends) + _LOG_MARGIN
         self._evaluated: list[tuple[float, Tensor]] = []
         self.steps = 0
 
@@ -278,8 +284,8 @@ class _Slope:
         if not self._keep:
             self.steps += 1
             return
-        # Dormand–Prince evaluates the end of a step first thing in the next: no evaluation is
-        # made for the callback, the one at y0 is among those kept.
+        # Dormand–Prince evaluates the end of a step, so the mean at y0 is among those kept, and
+        # the callback takes no further evaluation.
         start = float(t0)
         mean = min(self._evaluated, key=lambda entry: abs(entry[0] - start))[1]
         self._evaluated = self._evaluated[-1:]
@@ -288,8 +294,35 @@ class _Slope:
         self.steps += 1
 
 
+def dormand_prince(
+    slope: Callable[[Tensor, Tensor], Tensor],
+    state: Tensor,
+    ends: Tensor,
+    rtol: float,
+    atol: float,
+    options: dict[str, Any] | None = None,
+) -> Tensor:
+    """The state at the second of the ends, by torchdiffeq's dopri5 with its options.
+
+    Raises:
+        ValueError: no step is small enough.
+    """
+    from torchdiffeq import odeint  # late, because it imports SciPy, which is slow
+
+    try:
+        states: Tensor = odeint(
+            slope, state, ends, rtol=rtol, atol=atol, method="dopri5", options=options
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
+            "or not smooth."
+        ) from error
+    return states[-1]
+
+
 def rk45(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
@@ -299,15 +332,13 @@ def rk45(
 ) -> tuple[Tensor, int]:
     """Adaptive Dormand–Prince in log z, on the device of x (torchdiffeq's dopri5).
 
-    Only the ends of the grid count; where it ends at 0, which log z does not, the last step is an
-    Euler step from the level before, to the mean. The tolerances are those of the published
-    sampler, on the root mean square over the whole batch.
+    Only the first and the last level of the grid count. log z cannot reach 0: where the grid ends
+    at 0, the last step is an Euler step from the level before to the mean. The tolerances are those
+    of the published sampler, for the root mean square over the whole batch.
 
     Raises:
-        ValueError: no step is small enough, as where the mean is not finite.
+        ValueError: no step is small enough, for example because the mean is not finite.
     """
-    from torchdiffeq import odeint  # here, as it imports SciPy, which takes a third of torch's time
-
     if grid[-1] == 0 and len(grid) == 2:
         return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)
@@ -315,38 +346,34 @@ def rk45(
     ends = torch.tensor([grid[0], end], dtype=torch.float64, device=x.device).log()
     slope = _Slope(run, callback is not None, (float(ends[0]), float(ends[1])))
     try:
-        x = odeint(slope, x, ends, rtol=rtol, atol=atol, method="dopri5")[-1]
+        x = dormand_prince(slope, x, ends, rtol, atol)
         if grid[-1] == 0:
             mean = run.mean(x, end, slope.steps)
             x = x if run.stops(slope.steps, end, x, mean) else mean
     except _Stopped as stopped:
         x = stopped.x
-    except AssertionError as error:
-        raise ValueError(
-            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
-            "or not smooth."
-        ) from error
     return x, run.nfe
 
 
 def consistency(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
     *,
     noise: Noise | None = None,
 ) -> tuple[Tensor, int]:
-    """For few-step models: each mean is taken for the data, and noise added to it for the next.
+    """For few-step models: each mean is taken as data, and noise of the next level added to it.
 
-    One evaluation a step (consistency models, arXiv 2303.01469, algorithm 1); the end is the last
-    mean. A network that has not been distilled (:mod:`pfgm.distillation`) gives averages of data.
+    One evaluation per step; the last mean is the result (consistency models, arXiv 2303.01469,
+    algorithm 1). A network that was not distilled (:mod:`pfgm.distillation`) gives averages of
+    data.
 
     Raises:
-        ValueError: there is no noise, as on the way up.
+        ValueError: noise is not given; only ``sample`` of a flow gives it.
     """
     if noise is None:
-        raise ValueError("solver is 'consistency', which adds noise; it goes with sample alone.")
+        raise ValueError("solver is 'consistency', which adds noise; allowed is sample alone.")
     run = _Run(denoise, callback)
     for step, (z, next_z) in enumerate(pairwise(grid)):
         mean = run.mean(x, z, step)
@@ -357,7 +384,7 @@ def consistency(
 
 
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "multistep": multistep, "rk45": rk45}
-# Solvers of the ODE, and what draws samples in another way.
+# The solvers of the ODE, and the one that samples in another way.
 SAMPLERS: dict[str, Solver] = {**SOLVERS, "consistency": consistency}
 SCHEDULES: dict[str, Callable[[float, float, int], list[float]]] = {
     "log": log_grid,

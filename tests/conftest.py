@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +22,12 @@ import torch
 import pfgm
 
 ROOT = Path(__file__).resolve().parents[1]
+# For benchmarks/. At the end: an installed pfgm goes before the bare one of the tree.
+sys.path.append(str(ROOT))
 # Files that take longest, which workers had better begin with.
 LONG = ("test_triton_codegen", "test_triton", "test_cuda", "test_native", "test_processes")
 NATIVE = os.environ.get("PFGM_NATIVE") != "0"
-
-
-def source_digest() -> str:
-    """As in setup.py, which cannot be imported without running it."""
-    digest = hashlib.sha256()
-    sources = (p for p in (ROOT / "csrc").glob("*") if p.is_file())
-    for path in [ROOT / "CMakeLists.txt", *sorted(sources)]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+source_digest = runpy.run_path(str(ROOT / "csrc" / "source_digest.py"))["source_digest"]
 
 
 def installation_problem() -> str | None:
@@ -98,6 +92,22 @@ def run_kernel_tests(tmp_path_factory):
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def strided():
+    """strided(values, kind) → the same values in other memory."""
+
+    def place(values, kind):
+        if kind == "rows apart":
+            return torch.stack([values, values], 1).flatten(1)[:, : values.shape[1]]
+        if kind == "columns":
+            return values.t().contiguous().t()
+        if kind == "every other":
+            return torch.stack([values, values], -1).flatten(1)[:, ::2]
+        return torch.cat([values.new_zeros(3), values.flatten()])[3:].view(values.shape)
+
+    return place
 
 
 def _wide(values):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.networks.embedding import field_from_mean
+from pfgm.networks import field_from_mean
 from pfgm.solvers import SOLVERS, euler, heun, log_grid, multistep, rho_grid, rk45
 
 DTYPE = torch.float64

@@ -1,9 +1,8 @@
-"""The papers' claims, examined side by side at a scale that runs here.
+"""The papers' claims, examined on small data.
 
     python -m benchmarks.claims [--only NAME] [--preset quick|cpu|gpu] --out DIR
 
-One module a claim (:data:`claims.registry.CLAIMS`), one configuration object
-(:class:`claims.presets.Preset`). Every method has the same backbone, data, number of gradient steps
-and moving average; what differs is the method's own preconditioning, levels and loss
-(:mod:`claims.methods`).
+There is one module a claim (``registry.CLAIMS``) and one configuration object (``presets.Preset``).
+Every method has the same backbone, data, number of gradient steps and moving average. Methods
+differ in preconditioning, levels and loss (``methods``).
 """

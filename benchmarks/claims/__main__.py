@@ -1,15 +1,15 @@
-"""Examines the papers' claims on small data, side by side.
+"""Examines the papers' claims on small data.
 
     python -m benchmarks.claims [--only NAME ...] [--preset quick|cpu|gpu] --out DIR
 
-Trains what the claims need, measures it and leaves in DIR for each claim NAME: NAME.csv, tables
-that follow from it, their pictures, and NAME.json with the command, the settings, machine, versions
-and commit. A run that was stopped goes on where it was when the command is given again.
+Trains and measures networks. For each claim NAME it writes tables (CSV), pictures and NAME.json to
+DIR; NAME.json has the command, settings, machine, versions and commit. A stopped run continues when
+the command is given again.
 
-From a checkout with the extra ``test``. In a bare one, as the preset ``gpu`` may have it, the
-package is put together in a temporary folder; it then needs what pfgm depends on, Triton,
-diffusers, matplotlib and pytest. ``--data`` takes the place of the preset's data, such as
-fashion-mnist:FOLDER. ``--store`` copies tables and pictures to docs/claims.
+Runs from a checkout with the extra ``test``. It also runs from a bare checkout, which builds the
+package in a temporary folder and needs pfgm's dependencies, Triton, diffusers, matplotlib and
+pytest. ``--data`` replaces the preset's data, for example by fashion-mnist:FOLDER. ``--store``
+copies tables and pictures to docs/claims.
 """
 
 from __future__ import annotations
@@ -23,33 +23,36 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from claims.presets import Preset
+from benchmarks.claims.examine import copy_results, examine, keep_preset, prepare
+from benchmarks.claims.jobs import ended_by_sigterm, processors
+from benchmarks.claims.measures import accuracy, data_of
+from benchmarks.claims.presets import PRESETS, Preset
+from benchmarks.claims.registry import CLAIMS
+from benchmarks.common.build import (
+    assemble,
+    assemble_with_cuda,
+    environment_with,
+    found_tool,
+)
+from benchmarks.common.commands import new_parser
+from benchmarks.common.folders import DOCS
+from pfgm.common.files import check_folder
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-PUBLISHED = ROOT / "docs" / "claims"
+PUBLISHED = DOCS / "claims"
 BUILD_SECONDS = 300
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
-    from claims.jobs import processors
-    from claims.presets import PRESETS
-    from claims.registry import CLAIMS
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.claims",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-    )
+    """The command's options, and the preset with the chosen data."""
+    parser = new_parser(__doc__, "python -m benchmarks.claims")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for networks and results")
     names = ", ".join(CLAIMS)
     add("--only", nargs="+", choices=CLAIMS, metavar="NAME", help=f"of {names}; all unless given")
-    add("--preset", choices=PRESETS, default="quick", help="how large it is (%(default)s)")
+    add("--preset", choices=PRESETS, default="quick", help="size of the comparison (%(default)s)")
     add("--data", help="in place of the preset's, such as fashion-mnist:FOLDER")
     add(
         "--workers",
@@ -68,7 +71,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
 
 
 def check_packages() -> None:
-    """Before the training, what is needed after it."""
+    """Fails before the training if a package is missing that is needed after it."""
     for package in ("diffusers", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
@@ -78,16 +81,14 @@ def check_packages() -> None:
 
 
 def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
-    from claims.examine import copy_results, examine, prepare
-    from claims.measures import accuracy
-    from claims.registry import CLAIMS
+    """Examines the chosen claims."""
 
     if preset.device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     prepare(preset, folder, options.workers)
-    known = 100 * accuracy(preset, folder)
-    print(f"the classifier knows {known:.1f} % of the held-out {preset.data}")
+    percent = 100 * accuracy(preset, folder)
+    print(f"the classifier is right on {percent:.1f} % of the held-out {preset.data}")
     data = f" --data {options.data}" if options.data else ""
     for name in options.only or CLAIMS:
         command = f"python -m benchmarks.claims --only {name} --preset {options.preset}{data}"
@@ -104,11 +105,8 @@ def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
             copy_results(folder, name, PUBLISHED)
 
 
-def assembled(arguments: Sequence[str]) -> int:
-    """The same command in a process that finds the package put together in a temporary folder."""
-    from gpu_build import assemble, assemble_with_cuda, environment_with, found_tool
-
-    from claims.jobs import ended_by_sigterm
+def run_assembled(arguments: Sequence[str]) -> int:
+    """Builds the package in a temporary folder, and runs the command in a process that finds it."""
 
     with ended_by_sigterm(), tempfile.TemporaryDirectory() as name:
         folder, nvcc = Path(name), found_tool("nvcc", "CUDACXX")
@@ -117,7 +115,7 @@ def assembled(arguments: Sequence[str]) -> int:
             log = folder / "build.log"
             package, status = assemble_with_cuda(folder / "cuda", nvcc, log, BUILD_SECONDS)
         if status != 0:
-            print("The package is used without its extension, which was not built here.")
+            print("The package runs without its extension, which could not be built here.")
             package = assemble(folder / "pure")
         environment = environment_with(package, dry=False, native=status == 0)
         command = [sys.executable, str(Path(__file__).resolve()), *arguments]
@@ -131,11 +129,6 @@ def assembled(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Last: an installed package goes before the tree's, whose parts lie in several folders.
-    sys.path.append(str(ROOT))
-    from claims.examine import keep_preset
-    from claims.measures import data_of
-    from pfgm.common.files import check_folder
 
     options, preset = parse(arguments)
     try:
@@ -147,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if importlib.util.find_spec("pfgm.kernels") is None:
-        return assembled(arguments)
+        return run_assembled(arguments)
     run(options, preset, folder)
     return 0
 

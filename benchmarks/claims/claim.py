@@ -1,4 +1,4 @@
-"""What every claim is made of."""
+"""The parts of a claim."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from claims.jobs import Job, Tables
-from claims.methods import Spec
-from claims.presets import Preset
+from benchmarks.claims.jobs import Job, Tables
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.presets import Preset
 
 __all__ = ["Claim"]
 
 
 class Claim(NamedTuple):
-    """A claim of the papers as a program: networks, jobs that measure them, tables, pictures."""
+    """A claim of the papers as a program."""
 
     title: str
     specs: Callable[[Preset], list[Spec]]
-    """The networks that it needs."""
+    """The networks to train."""
     jobs: Callable[[Preset], list[Job]]
+    """The measurements."""
     derive: Callable[[Tables, Preset], Tables]
-    """From the tables that were measured to those that follow from them."""
+    """Measured tables to the tables that follow from them."""
     draw: Callable[[Tables, Path], None]
-    """Pictures of all tables into a folder."""
+    """Draws all tables into a folder."""

@@ -1,8 +1,8 @@
 """Claim 4: a finite D beats D = ∞, and small D tolerates errors of the network better.
 
-(PFGM++, arXiv 2302.04265, section 6.2 on robustness.) Quality for D from 1 to ∞; then with normal
-noise of standard deviation α added to what the network predicts in every evaluation, and with its
-weights rounded to a few bits, by torch's own quantisation, channel by channel.
+(PFGM++, arXiv 2302.04265, section 6.2 on robustness.) Measures quality for D from 1 to ∞: without
+errors, with normal noise of standard deviation α on the network's output in every evaluation, and
+with weights quantised to a few bits by torch, channel by channel.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, figures_of
-from claims.methods import Spec, plusplus
-from claims.pictures import curves
-from claims.presets import Preset
-from claims.tables import grouped, over_seeds, relative, select
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, figures_of
+from benchmarks.claims.methods import Spec, plusplus
+from benchmarks.claims.pictures import curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import grouped, over_seeds, relative, select
 from pfgm.evaluation import noise_generator
 
 NONE = "none"
@@ -51,7 +51,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 class Noisy(nn.Module):
-    """A backbone that errs: normal noise of standard deviation ``size`` on its output."""
+    """A backbone with normal noise of standard deviation ``size`` on its output."""
 
     def __init__(self, backbone: nn.Module, size: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Noisy(nn.Module):
 
 @torch.no_grad()
 def quantise(network: nn.Module, bits: int) -> None:
-    """Rounds the weights of layers to 2^bits − 1 values, symmetric, a scale a channel."""
+    """Rounds weights to 2^bits − 1 values, symmetric around 0, with one scale a channel."""
     largest = 2 ** (bits - 1) - 1
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -92,7 +92,7 @@ def with_error(
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
-    """Means, each figure beside that of the same network without errors, and the best D."""
+    """Means, figures relative to the same network without errors, and the best D."""
     figures = ["frechet_pixels", "frechet_features"]
     rows = tables["dimensions-seeds"]
     ratios = relative(rows, figures, ["D", "seed"], lambda row: row["error"] == NONE)
@@ -109,7 +109,7 @@ def derive(tables: Tables, preset: Preset) -> Tables:
 
 
 def _best(rows: list[Row], figure: str) -> Row:
-    """The D of the least distance, beside D = ∞."""
+    """The D with the least distance, beside D = ∞."""
     least = min(rows, key=lambda row: row[figure])
     (limit,) = select(rows, D="inf")
     return {

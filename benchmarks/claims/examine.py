@@ -1,4 +1,4 @@
-"""One claim from beginning to end: networks, figures, tables, pictures, circumstances."""
+"""Examines one claim: trains networks, measures them, writes tables and pictures."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables, carry_out, measured
-from claims.measures import accuracy, classifier_path, train_classifier
-from claims.presets import Preset
-from claims.tables import write_csv
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables, measured_tables, run_jobs
+from benchmarks.claims.measures import accuracy, classifier_path, train_classifier
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import write_csv
+from benchmarks.common import machine
 from pfgm.common.files import write_atomic
 
 __all__ = ["copy_results", "examine", "keep_preset", "prepare"]
 
 
 def keep_preset(preset: Preset, folder: Path) -> None:
-    """Marks a folder as one of this preset's.
+    """Writes the preset to the folder.
 
     Raises:
-        ValueError: it holds the figures of another.
+        ValueError: the folder belongs to another preset.
     """
     path = folder / "preset.json"
     content = json.dumps(preset.described(), indent=2) + "\n"
     if path.exists() and path.read_text() != content:
         raise ValueError(
-            f"out is {folder}, which holds networks and figures of other settings (preset.json); "
-            "allowed is a new folder, or one of the same."
+            f"out is {folder}, which has networks and figures of other settings (preset.json); "
+            "allowed is a new folder, or one with the same settings."
         )
     write_atomic(path, lambda file: file.write(content.encode()))
 
@@ -42,11 +42,11 @@ def keep_preset(preset: Preset, folder: Path) -> None:
 def examine(
     name: str, claim: Claim, preset: Preset, folder: Path, *, command: str, workers: int
 ) -> Tables:
-    """Carries a claim out and leaves its tables, pictures and circumstances in the folder."""
+    """Examines a claim, and writes its tables, pictures and circumstances to the folder."""
     started = time.perf_counter()
     train(claim, preset, folder, name, workers)
     trained = time.perf_counter()
-    tables = measured(claim.jobs(preset), preset, folder, title=name, workers=workers)
+    tables = measured_tables(claim.jobs(preset), preset, folder, title=name, workers=workers)
     tables |= claim.derive(tables, preset)
     for table, rows in tables.items():
         write_csv(folder / f"{table}.csv", rows)
@@ -56,7 +56,7 @@ def examine(
         "command": command,
         "date": datetime.date.today().isoformat(),
         "machine": _machine(preset, workers),
-        # An earlier one may have left networks and figures.
+        # Earlier calls may have trained and measured a part.
         "seconds of the last call": {
             "training": round(trained - started),
             "measuring": round(time.perf_counter() - trained),
@@ -77,9 +77,9 @@ def _machine(preset: Preset, workers: int) -> dict[str, Any]:
 
 
 def prepare(preset: Preset, folder: Path, workers: int) -> None:
-    """Trains the classifier, where it is not there."""
+    """Trains the classifier, unless the folder has it."""
     jobs = [] if classifier_path(folder).exists() else [Job("classifier", _classifier, ())]
-    for _ in carry_out(jobs, preset, folder, title="classifier", workers=workers):
+    for _ in run_jobs(jobs, preset, folder, title="classifier", workers=workers):
         pass
 
 
@@ -89,14 +89,14 @@ def _classifier(preset: Preset, folder: Path) -> list[Row]:
 
 
 def train(claim: Claim, preset: Preset, folder: Path, name: str, workers: int) -> None:
-    """Trains those of a claim's networks that are not there yet."""
+    """Trains the networks of a claim that the folder lacks."""
     specs = dict.fromkeys(claim.specs(preset))
     jobs = [
         Job("networks", _train, (spec,), preset.steps * (1 + spec.width / preset.width))
         for spec in specs
         if not methods.is_trained(spec, preset, folder)
     ]
-    for _ in carry_out(jobs, preset, folder, title=f"{name}: networks", workers=workers):
+    for _ in run_jobs(jobs, preset, folder, title=f"{name}: networks", workers=workers):
         pass
 
 
@@ -106,7 +106,7 @@ def _train(preset: Preset, folder: Path, spec: methods.Spec) -> list[Row]:
 
 
 def copy_results(folder: Path, name: str, target: Path) -> None:
-    """Copies a claim's tables, pictures and circumstances, without networks."""
+    """Copies a claim's tables, pictures and circumstances, but not its networks."""
     target.mkdir(parents=True, exist_ok=True)
     for suffix in ("json", "csv", "png"):
         for path in folder.glob(f"{name}*.{suffix}"):

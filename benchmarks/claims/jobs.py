@@ -1,8 +1,8 @@
-"""Carries out what is to be measured: one thread a process, as many processes as processors.
+"""Runs jobs in several processes of one thread each, and keeps their rows.
 
-What a job finds is a function of its arguments, and with one thread also of nothing that the
-machine does meanwhile. It is kept as soon as it is there, so that a run which was stopped goes on
-where it was.
+The rows of a job depend on its arguments alone: with one thread a process nothing else on the
+machine can change them. They are written as soon as the job is done, so that a stopped run can
+continue.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from claims.presets import Preset
+from benchmarks.claims.presets import Preset
 from pfgm.common.files import write_atomic
 
-__all__ = ["Job", "Row", "Tables", "carry_out", "ended_by_sigterm", "measured", "processors"]
+__all__ = ["Job", "Row", "Tables", "ended_by_sigterm", "measured_tables", "processors", "run_jobs"]
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
-"""Name of a table, which is that of its CSV file, to its rows."""
+"""Name of a table and its CSV file → its rows."""
 
 
 class Job(NamedTuple):
-    """A part of a claim: ``run(preset, folder, *arguments)`` gives its rows."""
+    """A measurement: ``run(preset, folder, *arguments)`` returns its rows."""
 
     table: str
     run: Callable[..., list[Row]]
     arguments: tuple[Any, ...]
     cost: float = 1.0
-    """About how long it takes beside the others; the longest go first."""
+    """Estimated time relative to other jobs; the longest start first."""
     alone: bool = False
-    """Whether it takes times: then in this process, with all threads and nothing beside it."""
+    """Whether it measures times: then it runs in this process, with all threads, by itself."""
 
     @property
     def name(self) -> str:
-        """What its rows are kept under."""
+        """The key of its rows."""
         return json.dumps([self.table, self.run.__name__, *map(str, self.arguments)])
 
 
@@ -56,15 +56,15 @@ def _work(job: Job, preset: Preset, folder: Path) -> list[Row]:
     try:
         return job.run(preset, folder, *job.arguments)
     except (KeyboardInterrupt, SystemExit):
-        os._exit(1)  # after any exception, these two as well, it would be handed the next job
+        os._exit(1)  # after an exception the pool would give this process the next job
 
 
-def carry_out(
+def run_jobs(
     jobs: Sequence[Job], preset: Preset, folder: Path, *, title: str, workers: int
 ) -> Iterator[tuple[Job, list[Row]]]:
-    """Every job with its rows, in the order in which they are done, behind a progress bar.
+    """Yields every job with its rows when it is done, with a progress bar.
 
-    On a GPU all are done in this process.
+    On a GPU all jobs run in this process.
     """
     together = sorted((job for job in jobs if not job.alone), key=lambda job: -job.cost)
     total = sum(job.cost for job in jobs)
@@ -82,7 +82,7 @@ def carry_out(
 def _in_processes(
     jobs: Sequence[Job], preset: Preset, folder: Path, workers: int
 ) -> Iterator[tuple[Job, list[Row]]]:
-    context = get_context("spawn")  # what OpenMP has started does not survive a fork
+    context = get_context("spawn")  # OpenMP's threads do not survive a fork
     with (
         ended_by_sigterm(),
         ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
@@ -92,7 +92,7 @@ def _in_processes(
             for future in as_completed(pending):
                 yield pending[future], future.result()
         except BaseException:
-            # Those that train write a checkpoint first.
+            # On SIGTERM a training process writes a checkpoint first.
             for worker in active_children():
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
@@ -101,7 +101,7 @@ def _in_processes(
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process as an exception does: with its workers."""
+    """SIGTERM raises SystemExit here, so that the process ends its workers."""
     earlier = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
@@ -110,24 +110,24 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def processors() -> int:
-    """How many this process may use."""
+    """The number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def measured(
+def measured_tables(
     jobs: Sequence[Job], preset: Preset, folder: Path, *, title: str, workers: int
 ) -> Tables:
-    """The tables of all jobs, in their order; those that an earlier run has done are not repeated.
+    """Runs the jobs that no earlier run has done, and returns the tables of all.
 
-    Times are taken anew.
+    Jobs that measure times run again.
     """
     path = folder / "measured" / f"{title}.json"
     path.parent.mkdir(exist_ok=True)
     known: dict[str, list[Row]] = json.loads(path.read_text()) if path.exists() else {}
     missing = [job for job in jobs if job.alone or job.name not in known]
-    for job, rows in carry_out(missing, preset, folder, title=title, workers=workers):
+    for job, rows in run_jobs(missing, preset, folder, title=title, workers=workers):
         known[job.name] = rows
         _keep(path, known)
     tables: Tables = {}

@@ -1,8 +1,8 @@
 """Claim 6: PFGM's ODE gives likelihoods on a level with those of diffusion.
 
-(PFGM, arXiv 2209.11178, section 4.4.) Bits per dimension of held-out data by the ODE of PFGM and of
-EDM, beside a Gaussian fitted to the training data. The networks are trained on data with uniform
-noise within a grey level, as likelihoods of discrete data need.
+(PFGM, arXiv 2209.11178, section 4.4.) Measures bits per dimension of held-out data by the ODEs of
+PFGM and EDM, beside a Gaussian fitted to the training data. The networks are trained on data with
+uniform noise within a grey level, as likelihoods of discrete data need.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import data_of
-from claims.methods import Spec
-from claims.pictures import bars
-from claims.presets import Preset
-from claims.tables import over_seeds
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import data_of
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.pictures import bars
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import over_seeds
 from pfgm.evaluation import bits_per_dim, dequantised, spread
 
 METHODS = ("PFGM", "EDM")
@@ -51,7 +51,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 def _rows(preset: Preset, part: str) -> Tensor:
-    """As many evenly spaced images of a part of the data as are measured."""
+    """The images of a part of the data that are measured, evenly spaced."""
     data = data_of(preset)
     return spread(data.held_out if part == "held out" else data.train, preset.likelihood_rows)
 
@@ -73,7 +73,7 @@ def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> 
 
 
 def by_gaussian(preset: Preset, folder: Path, seed: int, part: str) -> list[Row]:
-    """A normal distribution of the mean and covariance of the training data."""
+    """A normal distribution with the mean and covariance of the training data."""
     levels, generator = data_of(preset).levels, torch.Generator().manual_seed(seed)
     train = methods.dequantised(preset).flatten(1).double()
     x = dequantised(_rows(preset, part), levels, generator).flatten(1).double()

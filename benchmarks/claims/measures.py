@@ -1,7 +1,7 @@
-"""How good samples are: in pixel space, and in the features of a small classifier.
+"""Quality of samples in pixel space, and in the features of a small classifier.
 
-The classifier is trained here, on the real training data and their labels, so its Fréchet distance
-is no FID and compares with nothing outside one comparison.
+The classifier is trained here, on the training data and their labels. Its Fréchet distance is no
+FID and can be compared only within one run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from claims.presets import Preset
+from benchmarks.claims.presets import Preset
 from pfgm import metrics
 from pfgm.common.files import write_atomic
 from pfgm.data import to_unit
@@ -38,7 +38,7 @@ _SPACES = ("pixels", "features")
 FIGURES = tuple(
     f"{name}_{space}" for space in _SPACES for name in ("frechet", "precision", "recall")
 )
-"""What :func:`figures_of` measures."""
+"""The figures of :func:`figures_of`."""
 
 
 class Data(NamedTuple):
@@ -58,7 +58,9 @@ def data_of(preset: Preset) -> Data:
     """The preset's data, in memory."""
     found = open_data(preset.data)
     if found.held_out is None or found.train.labels is None or found.held_out.labels is None:
-        raise ValueError(f"data is {preset.data!r}; needed are labels and held-out data.")
+        raise ValueError(
+            f"data is {preset.data!r}; allowed are data with labels and a held-out part."
+        )
     train, held_out = (to_unit(part[:]) for part in (found.train, found.held_out))
     return Data(
         train,
@@ -71,7 +73,7 @@ def data_of(preset: Preset) -> Data:
 
 
 class Classifier(nn.Module):
-    """Three convolutions and a hidden layer, which are the features."""
+    """Three convolutions and a hidden layer, whose outputs are the features."""
 
     def __init__(self, channels: int, classes: int, features: int = 32) -> None:
         super().__init__()
@@ -136,7 +138,7 @@ def load_classifier(preset: Preset, folder: Path) -> Classifier:
 
 @torch.no_grad()
 def accuracy(preset: Preset, folder: Path) -> float:
-    """Share of the held-out data that the classifier knows."""
+    """Share of the held-out data that the classifier labels correctly."""
     data = data_of(preset)
     classifier = load_classifier(preset, folder)
     parts = [classifier(part.to(preset.device)).argmax(1) for part in data.held_out.split(500)]
@@ -166,7 +168,7 @@ def _in_space(rows: Tensor, preset: Preset, folder: Path, space: str) -> Tensor:
 def figures_of(samples: Tensor, preset: Preset, folder: Path) -> dict[str, float]:
     """Fréchet distance, precision and recall (k = 3) of samples against held-out data.
 
-    All are NaN where a sampler has left what is finite.
+    All are NaN if the samples are not finite.
     """
     if not bool(samples.isfinite().all()):
         return dict.fromkeys(FIGURES, math.nan)

@@ -1,9 +1,9 @@
-"""What is compared: one backbone behind the preconditioning, levels and loss of each method.
+"""The methods: one backbone with the preconditioning, levels and loss of each method.
 
 "PFGM", "PFGM++ D" for a number D, and "EDM" are the library's flows. "VE" and "VP" are the score
 models of Song et al. (arXiv 2011.13456) as EDM writes them (arXiv 2206.00364, table 1): denoisers
-at D = ∞ with their own preconditioning, levels and weights. PFGM learns the field of references;
-the others, as published, the single-sample target.
+at D = ∞ with their own preconditioning, levels and weights. PFGM learns the field of references.
+The others learn the single-sample target, as published.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import pfgm
-from claims.measures import data_of
-from claims.presets import Preset
+from benchmarks.claims.measures import data_of
+from benchmarks.claims.presets import Preset
+from pfgm.common.tensors import over_samples
 from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
 from pfgm.flows.plusplus import Preconditioned
@@ -36,7 +37,7 @@ __all__ = [
     "dequantised",
     "draw",
     "flow_of",
-    "from_level_of_pfgm",
+    "from_pfgm_level",
     "is_trained",
     "load",
     "loss_of",
@@ -54,35 +55,35 @@ METHODS = (*ODE_METHODS, "VE", "VP")
 
 _VE_LAST = 0.02  # σ_min, for data in [-1, 1]
 _BETA_MIN, _BETA_RANGE = 0.1, 19.9  # β(t) of VP, t in [0, 1]
-_VP_TRAINED, _VP_SAMPLED = 1e-5, 1e-3  # the least t
+_VP_TRAINED, _VP_SAMPLED = 1e-5, 1e-3  # the smallest t
 
 
 class Spec(NamedTuple):
-    """A network that is trained."""
+    """A network to train."""
 
     method: str
     seed: int
     width: int
     references: int
-    """Whose field or posterior mean is the target; 0 is the single-sample target."""
+    """Number of references of the target; 0 is the single-sample target."""
     dequantised: bool = False
-    """Whether its data have uniform noise within a grey level, for likelihoods."""
+    """Whether its data have uniform noise within a grey level, as likelihoods need."""
 
     @property
     def key(self) -> str:
-        """A name for its folder."""
+        """The name of its folder."""
         stem = self.method.lower().replace("++ ", "pp-")
         noise = "-dequantised" if self.dequantised else ""
         return f"{stem}-width{self.width}-references{self.references}{noise}-seed{self.seed}"
 
 
 def plusplus(D: float) -> str:
-    """The method of a number of augmented dimensions; that of infinitely many is EDM."""
+    """The method with D augmented dimensions: EDM if D is infinite."""
     return "EDM" if math.isinf(D) else f"PFGM++ {D:g}"
 
 
 def spec_of(preset: Preset, method: str, seed: int, **changes: Any) -> Spec:
-    """A method's network as published: of full width, with its usual target."""
+    """A method's network of full width, with the target as published."""
     references = min(preset.references, len(data_of(preset).train)) if method == "PFGM" else 0
     return Spec(method, seed, preset.width, references)._replace(**changes)
 
@@ -92,7 +93,7 @@ def spec_of(preset: Preset, method: str, seed: int, **changes: Any) -> Spec:
 
 @lru_cache
 def flow_of(method: str, preset: Preset) -> Flow:
-    """The flow whose ODE a method's network is sampled with."""
+    """The flow that a method's network is sampled with."""
     train = data_of(preset).train
     if method == "PFGM":
         return pfgm.PoissonFlow.from_data(train)
@@ -104,14 +105,14 @@ def flow_of(method: str, preset: Preset) -> Flow:
     )
 
 
-def from_level_of_pfgm(flow: Flow, preset: Preset) -> Flow:
-    """A flow of PFGM++ that starts where PFGM does, at σ = z_max, in place of EDM's far level."""
+def from_pfgm_level(flow: Flow, preset: Preset) -> Flow:
+    """A flow of PFGM++ that starts at σ = z_max like PFGM, not at the much higher level of EDM."""
     start = flow_of("PFGM", preset).first_level
     return pfgm.PoissonFlowPP(**{**flow.config, "sigma_max": start})
 
 
 def _largest_distance(train: Tensor) -> float:
-    """Between two of the data: how VE's σ_max is chosen (arXiv 2006.09011, technique 1)."""
+    """The largest distance between data, VE's σ_max (arXiv 2006.09011, technique 1)."""
     rows = train[:: max(len(train) // 2000, 1)].flatten(1)
     return float(torch.cdist(rows, rows).max())
 
@@ -133,7 +134,7 @@ class Score(Preconditioned):
     """A denoiser whose backbone predicts the noise, up to the sign (EDM, table 1).
 
     VE: mean = x + σ F(x, c_noise).   VP: mean = x − σ F(x/√(σ² + 1), c_noise).
-    How the level is told, c_noise, belongs to the backbone: ln σ, as for every method.
+    c_noise, the backbone's input for the level, is ln σ as for every method.
     """
 
     def __init__(self, method: str, backbone: nn.Module) -> None:
@@ -143,15 +144,15 @@ class Score(Preconditioned):
     def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         if self.method == "VE":
             return x
-        return x * (1 + self._rows(x, sigma).square()).rsqrt()
+        return x * (1 + over_samples(sigma, x).to(x.dtype).square()).rsqrt()
 
     def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
         sign = 1 if self.method == "VE" else -1
-        return x + sign * self._rows(x, sigma) * predicted
+        return x + sign * over_samples(sigma, x).to(x.dtype) * predicted
 
 
 def network_of(spec: Spec, preset: Preset, flow: Flow) -> nn.Module:
-    """The method's network, drawn from the seed; the backbone is the same for all."""
+    """The method's network, initialised with its seed. All have the same backbone."""
     data = data_of(preset)
     config: dict[str, Any] = {
         "shape": flow.shape,
@@ -169,7 +170,7 @@ def network_of(spec: Spec, preset: Preset, flow: Flow) -> nn.Module:
 
 
 def loss_of(method: str, flow: Flow) -> Callable[..., Tensor] | None:
-    """The loss of a score model, E ‖mean − x‖²/σ², at its levels; None for the flow's own."""
+    """The loss of a score model, E ‖mean − x‖²/σ² at its levels. None: the flow's own loss."""
     if method not in ("VE", "VP"):
         return None
 
@@ -186,9 +187,9 @@ def loss_of(method: str, flow: Flow) -> Callable[..., Tensor] | None:
 
 
 def trained_level(method: str, flow: Flow, u: Tensor) -> Tensor:
-    """σ of a score model's training for u uniform in [0, 1): log-uniform, or that of a uniform t.
+    """The training level σ of a score model, for u uniform in [0, 1).
 
-    (EDM, table 1.)
+    VE: log-uniform. VP: the level of a uniform t (EDM, table 1).
     """
     if method == "VP":
         return vp_sigma(_VP_TRAINED + (1 - _VP_TRAINED) * u)
@@ -210,9 +211,9 @@ def is_trained(spec: Spec, preset: Preset, folder: Path) -> bool:
 
 
 def train(spec: Spec, preset: Preset, folder: Path) -> None:
-    """Trains a network, or goes on where an earlier call was stopped; nothing where it is done.
+    """Trains a network, or continues an earlier call that was stopped.
 
-    The averaged weights of a quarter of the steps are kept beside those of all.
+    Also keeps the averaged weights after a quarter of the steps.
     """
     if is_trained(spec, preset, folder):
         return
@@ -243,7 +244,7 @@ def train(spec: Spec, preset: Preset, folder: Path) -> None:
 
 @lru_cache
 def dequantised(preset: Preset) -> Tensor:
-    """Copies of the training data, each with noise of its own within a grey level."""
+    """Copies of the training data, each with its own noise within a grey level."""
     data, generator = data_of(preset), torch.Generator().manual_seed(0)
     copies = data.train.repeat(preset.dequantised_copies, 1, 1, 1)
     return pfgm.evaluation.dequantised(copies, data.levels, generator)
@@ -266,7 +267,7 @@ def draw(
     samples: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    """Samples (n, *S) by the library, the preset's number unless given, and the evaluations."""
+    """Samples (n, *S), by default the preset's number, and the evaluations of the network."""
     return draw_samples(
         flow,
         network,

@@ -1,7 +1,6 @@
-"""The samplers of diffusers, for the score models.
+"""Samplers of diffusers for the score models, with the settings of its pipelines and the papers.
 
-A VE network gives the score (mean − x)/σ², a VP network the noise (x − mean)/σ; the samplers are
-those of diffusers with the settings that its pipelines and the papers use.
+A VE network gives the score (mean − x)/σ², a VP network the noise (x − mean)/σ.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pfgm.common.tensors import network_device
-from pfgm.flows.flow import Flow, Network
+from pfgm.flows import Flow, Network
 from pfgm.training.checkpoint import Loaded
 
 __all__ = ["PEERS", "SDE", "Sampler", "draw"]
@@ -21,7 +20,7 @@ __all__ = ["PEERS", "SDE", "Sampler", "draw"]
 Sampler = Callable[[Flow, Network, int, int, torch.Generator], tuple[Tensor, int]]
 """Flow, network, samples, steps and generator to samples (n, *S) and evaluations."""
 
-_TRAINED = 1000  # steps of VP's chain; β from 1e-4 to 0.02, VP's β(t)/1000 at its ends
+_CHAIN = 1000  # steps of VP's chain, with β from 1e-4 to 0.02: the ends of VP's β(t)/1000
 
 
 def predictor_corrector(
@@ -52,7 +51,7 @@ def ddpm(
     """VP: ancestral sampling (arXiv 2006.11239, algorithm 2)."""
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler(_TRAINED, timestep_spacing="trailing")
+    scheduler = DDPMScheduler(_CHAIN, timestep_spacing="trailing")
     return _along_chain(scheduler, flow, network, n, steps, generator, {"generator": generator})
 
 
@@ -61,12 +60,12 @@ def ddim(
 ) -> tuple[Tensor, int]:
     """VP: the deterministic sampler of arXiv 2010.02502.
 
-    Without clipping, which diffusers does by default: of a clipped mean and the noise that was
-    predicted its step makes points off the ODE.
+    Without clipping, the default of diffusers: a step from a clipped mean and the predicted noise
+    leaves the ODE.
     """
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(_TRAINED, timestep_spacing="trailing", clip_sample=False)
+    scheduler = DDIMScheduler(_CHAIN, timestep_spacing="trailing", clip_sample=False)
     return _along_chain(scheduler, flow, network, n, steps, generator, {})
 
 
@@ -95,12 +94,12 @@ def euler(
     from diffusers import EulerDiscreteScheduler
 
     scheduler = EulerDiscreteScheduler(
-        _TRAINED, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"
+        _CHAIN, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(steps)
     x = _normal(flow, network, n, generator) * scheduler.init_noise_sigma
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
-        scheduler.scale_model_input(x, t)  # which it asks for; the network scales by itself
+        scheduler.scale_model_input(x, t)  # required by step(); the network scales its input itself
         x = scheduler.step(_noise(flow, network, x, sigma), t, x)[0]
     return x, len(scheduler.timesteps)
 
@@ -121,8 +120,8 @@ def draw(
 ) -> tuple[Tensor, int]:
     """Samples (n, *S) of a peer, on the network's device, and the evaluations of the network.
 
-    All noise is drawn on the CPU: it does not depend on the device, and the corrector of
-    ScoreSdeVeScheduler takes no other generator.
+    All noise comes from a generator on the CPU: it is the same for every device, and the corrector
+    of ScoreSdeVeScheduler accepts no other.
     """
     generator = torch.Generator().manual_seed(seed)
     parts, evaluations = [], 0
@@ -138,6 +137,6 @@ PEERS: dict[str, tuple[str, Sampler]] = {
     "VP, DDIM": ("VP", ddim),
     "VP, Euler": ("VP", euler),
 }
-"""Of each sampler, the method whose network it takes."""
+"""Name of a sampler → the method whose network it takes, and the sampler."""
 
 SDE = ("VE, predictor–corrector", "VP, DDPM")

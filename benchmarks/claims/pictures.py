@@ -1,4 +1,4 @@
-"""The pictures: curves by :func:`pfgm.plotting.quality_curve`, bars, a last tick at infinity."""
+"""Pictures: curves, by :func:`pfgm.plotting.quality_curve`, and bars."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claims.jobs import Row
-from claims.tables import grouped, write_csv
+from benchmarks.claims.jobs import Row
+from benchmarks.claims.tables import grouped, write_csv
 from pfgm.plotting import quality_curve
 from pfgm.plotting.curves import COLOURS
 from pfgm.plotting.figures import (
@@ -46,10 +46,10 @@ def curves(
     ylabel: str,
     title: str,
 ) -> None:
-    """A curve for each value of the column ``series``, with the column y_spread as its band.
+    """Draws a curve for each value of the column ``series``, with the column y_spread as its band.
 
-    The rows that are drawn stand in a CSV file of the same name; where there are none, there is no
-    picture. x = ∞ stands four times as far as the last finite one.
+    Also writes the rows to a CSV file of the same name. Without rows there is no picture. x = ∞ is
+    drawn at four times the largest finite x.
     """
     rows = [row for row in rows if math.isfinite(row[y])]
     write_csv(path.with_suffix(".csv"), rows)
@@ -81,9 +81,9 @@ def bars(
     ylabel: str,
     title: str,
 ) -> None:
-    """Groups of bars, value and spread of each series: {group: {series: (value, spread)}}.
+    """Draws groups of bars from {group: {series: (value, spread)}}.
 
-    They stand in a CSV file of the same name.
+    Also writes them to a CSV file of the same name.
     """
     rows: list[Row] = [
         {"group": group, "series": name, "value": value, "spread": spread}
@@ -104,7 +104,7 @@ def bars(
     centres = [end - width / 2 for end, width in zip(ends, widths, strict=True)]
     for centre, group in zip(centres, values.values(), strict=True):
         _add_group(axes, centre, group, names)
-    _dress(axes, ylabel, centres, list(values))
+    _style_axes(axes, ylabel, centres, list(values))
     _add_legend(figure, names, left=_LEFT + inner + 14)
     add_title(figure, title)
     save(figure, path)
@@ -126,7 +126,7 @@ def _add_group(
 
 
 def _add_legend(figure: Figure, names: list[str], left: float) -> None:
-    """The series in their colours, one below the other, right of the bars."""
+    """Names the series in their colours, right of the bars."""
     width, height = figure.get_size_inches() * DPI
     for line, name in enumerate(names):
         label = {**style(_LABEL), "color": COLOURS[line], "ha": "left", "va": "center"}
@@ -134,7 +134,7 @@ def _add_legend(figure: Figure, names: list[str], left: float) -> None:
         figure.text(left / width, top / height, f"■ {name}", **label)
 
 
-def _dress(axes: Any, ylabel: str, centres: list[float], names: list[str]) -> None:
+def _style_axes(axes: Any, ylabel: str, centres: list[float], names: list[str]) -> None:
     small = {"fontsize": _LABEL * 72 / DPI, "color": INK}
     axes.set_ylabel(ylabel, **small)
     axes.set_xticks(centres, names)

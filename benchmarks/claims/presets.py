@@ -1,4 +1,4 @@
-"""How large the comparison is: the one configuration object that all claims read."""
+"""The size of the comparison: the configuration object that all claims read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["PRESETS", "Preset"]
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Data, network, training and what each claim measures. The defaults are those of ``quick``."""
+    """Data, network, training, and the measurements of each claim. Defaults: ``quick``."""
 
     data: str = "digits"
-    """Of :func:`pfgm.datasets.open_data`; with labels, for the classifier."""
+    """A name for :func:`pfgm.datasets.open_data`. The classifier needs labels."""
     device: str = "cpu"
     width: int = 16
     """Channels of the U-Net's finest level."""
@@ -28,60 +28,61 @@ class Preset:
     warmup: int = 100
     ema: float = 0.99
     references: int = 1398
-    """Of the field that PFGM learns."""
+    """Number of references of PFGM's field."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of networks, training and sampling: one network of each method a seed."""
+    """Seeds of networks, training and sampling. Each method has one network a seed."""
     samples: int = 500
-    """Drawn for a figure, and the most held-out data that they are compared with."""
+    """Number of samples for a figure, and the most held-out data to compare them with."""
     sampling_batch: int = 80
     classifier_epochs: int = 5
-    """Few, so that the classifier does not know its training data by heart."""
+    """Few, so that the classifier does not memorise its training data."""
 
     evaluations: tuple[int, ...] = (3, 5, 6, 8, 10, 20, 40)
-    """Quality: of the deterministic solvers; heun takes half as many steps, rounded up."""
+    """Quality: evaluations of the deterministic solvers. heun takes half the steps, rounded up."""
     tolerances: tuple[float, ...] = (1e-3, 1e-4)
     """Quality: rtol and atol of rk45."""
     sde_steps: tuple[int, ...] = (10, 20, 40, 50, 100, 125, 200, 250)
-    """Quality: of the SDE samplers; predictor–corrector takes two evaluations a step. Divisors of
-    1000, the number of levels of diffusers' chain, which has no others evenly spaced."""
+    """Quality: steps of the SDE samplers. predictor–corrector takes two evaluations a step.
+
+    Divisors of 1000, the levels of diffusers' chain, so that its steps are evenly spaced.
+    """
     chain_steps: tuple[int, ...] = (5, 8, 10, 20, 40, 100)
-    """Quality: of diffusers' deterministic samplers, likewise."""
+    """Quality: steps of diffusers' deterministic samplers, also divisors of 1000."""
 
     euler_steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
-    """Step size: the last is what the others are compared with."""
+    """Step size: the others are compared with the last."""
     euler_samples: int = 160
-    """Step size: in place of samples."""
+    """Step size: number of samples."""
 
     weak_methods: tuple[str, ...] = ("PFGM", "PFGM++ 128", "EDM", "VE", "VP")
     weak_evaluations: int = 20
-    """Weak networks: of the multistep solver, for every method."""
+    """Weak networks: evaluations of the multistep solver."""
     weak_sde_steps: int = 100
 
     dimensions: tuple[float, ...] = (1, 4, 16, 64, 128, 2048, math.inf)
     noises: tuple[float, ...] = (0.2, 0.5, 1.0)
-    """Dimensions: standard deviations α of what is added to the network's output, whose own is
-    about one."""
+    """Dimensions: standard deviations α of noise on the network's output, whose own is about 1."""
     bits: tuple[int, ...] = (8, 4, 3)
-    """Dimensions: of the quantised weights."""
+    """Dimensions: bits of the quantised weights."""
 
     reference_counts: tuple[int, ...] = (128, 512, 1398)
-    """References: the last may be all data, and is then exact."""
+    """References: numbers of references. If the last is all data, its target is exact."""
     probe_rows: int = 256
-    """References: points at which the variance of targets is measured, each level."""
+    """References: points at each level at which the variance of targets is measured."""
     timing_turns: int = 15
 
     dequantised_copies: int = 8
-    """Likelihood: of the training data, each with noise of its own."""
+    """Likelihood: copies of the training data, each with its own noise."""
     likelihood_rows: int = 399
     likelihood_tolerance: float = 1e-4
 
     @property
     def early(self) -> int:
-        """The step at which the weights of a network that is stopped early are taken."""
+        """The step whose weights are those of a network stopped early."""
         return max(self.steps // 4, 1)
 
     def training(self, references: int, seed: int) -> TrainConfig:
-        """How every network is trained."""
+        """The training configuration of every network."""
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -98,7 +99,7 @@ class Preset:
         )
 
     def described(self) -> dict[str, Any]:
-        """All settings, JSON-able."""
+        """All settings, for JSON."""
         return {
             name: [str(v) if v == math.inf else v for v in value]
             if isinstance(value, tuple)
@@ -139,5 +140,5 @@ PRESETS = {
         euler_steps=(10, 30, 100, 500),
     ),
 }
-"""``quick`` takes at most 45 minutes in all on two cores. ``cpu`` takes hours; ``gpu`` is cut to
-nine minutes a claim on an H100. Neither of these has been run."""
+"""``quick`` takes at most 45 minutes on two cores. ``cpu`` takes hours. ``gpu`` is meant for nine
+minutes a claim on an H100. ``cpu`` and ``gpu`` have not been run."""

@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 
-from claims import methods, peers
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, data_of, figures_of
-from claims.methods import METHODS, ODE_METHODS, Spec
-from claims.pictures import curves
-from claims.presets import Preset
-from claims.tables import grouped, over_seeds, select
+from benchmarks.claims import methods, peers
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, data_of, figures_of
+from benchmarks.claims.methods import METHODS, ODE_METHODS, Spec
+from benchmarks.claims.pictures import curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import grouped, over_seeds, select
 from pfgm.evaluation import RUNS
 from pfgm.flows.flow import Flow
 
 _MULTISTEP = "multistep, log"
 _SOLVERS: dict[str, dict[str, Any]] = {
     **RUNS,
-    # Noise that lies between two of the digits' 17 shades: see docs/howto/sampling.md.
+    # Ends at noise smaller than the step between two of the digits' 17 grey levels.
     "multistep, log to 0.1": {"solver": "multistep", "schedule": "log", "last": 0.1},
 }
 _LATE = "multistep, log from z_max"
-"""Of PFGM++, from PFGM's first level in place of EDM's: how much the way is that is left out."""
-_WITHIN = 1.1  # times the best
+"""PFGM++ from PFGM's first level instead of EDM's: shows the effect of the shorter way."""
+_WITHIN = 1.1  # times the best distance: close enough
 _BY = ("series", "method", "sampler", "setting", "first_level", "last_level")
 
 
@@ -70,9 +70,9 @@ def _samplers(method: str) -> list[str]:
 
 
 def training_data(preset: Preset, folder: Path, seed: int) -> list[Row]:
-    """As many training data as there are samples, beside the held-out ones.
+    """Figures of training data in place of samples.
 
-    In pixels about what a perfect model would reach; the classifier has seen these data.
+    In pixels that is about the best a model can reach. The classifier was trained on these data.
     """
     train = data_of(preset).train
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ def _drawn(
 ) -> list[Row]:
     flow, network = methods.load(methods.spec_of(preset, method, seed), preset, folder)
     if sampler == _LATE:
-        flow = methods.from_level_of_pfgm(flow, preset)
+        flow = methods.from_pfgm_level(flow, preset)
     samples, nfe = methods.draw(flow, network, preset, seed, **options)
     figures = figures_of(samples, preset, folder)
     return [_row(method, seed, sampler, setting, nfe, flow, figures)]
@@ -141,7 +141,7 @@ def _row(
     return {"series": series, **found, "evaluations": nfe, **figures}
 
 
-# ---- what follows -----------------------------------------------------------------------------
+# ---- tables that follow -----------------------------------------------------------------------
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
@@ -154,9 +154,9 @@ def derive(tables: Tables, preset: Preset) -> Tables:
 def needed(rows: Sequence[Row], means: Sequence[Row]) -> list[Row]:
     """Evaluations to come within 10 % of a sampler's own best, and of the best SDE sampler's.
 
-    From the means over the seeds; the least and the most of ``times_fewer`` over the seeds beside
-    it, each with the best SDE sampler of that seed. Of evaluations that were measured the fewest
-    that are enough, so that what is enough may be fewer still.
+    Computed from the means over the seeds. The least and the most of ``times_fewer`` are over the
+    seeds, each with the best SDE sampler of that seed. Only measured numbers of evaluations count:
+    fewer may be enough.
     """
     found = []
     for space in ("pixels", "features"):
@@ -174,7 +174,7 @@ def needed(rows: Sequence[Row], means: Sequence[Row]) -> list[Row]:
 
 
 def _compared(rows: Sequence[Row], figure: str) -> dict[str, Row]:
-    """Each series beside the best SDE sampler among these rows; None is never."""
+    """Each series beside the best SDE sampler among these rows. None stands for never."""
     sde = min(
         (row for row in rows if row["series"] in peers.SDE and math.isfinite(row[figure])),
         key=lambda row: row[figure],
@@ -199,7 +199,7 @@ def _compared(rows: Sequence[Row], figure: str) -> dict[str, Row]:
 
 
 def _fewest(rows: Sequence[Row], figure: str, best: float) -> float | None:
-    """The fewest evaluations measured with at most 10 % more than the best."""
+    """The fewest evaluations whose distance is at most 10 % above the best."""
     enough = [row["evaluations"] for row in rows if row[figure] <= _WITHIN * best]
     return min(enough, default=None)
 
@@ -219,7 +219,7 @@ _SHOWN = {
         for method in ODE_METHODS
     },
 }
-_FAR = 8  # times the least: what is farther would hide what is not
+_FAR = 8  # times the least distance; farther points are not drawn
 
 
 def draw(tables: Tables, folder: Path) -> None:

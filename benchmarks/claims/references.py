@@ -1,8 +1,8 @@
 """Claim 5: targets from many references vary less, and need not cost more.
 
 (PFGM, arXiv 2209.11178, section 3.2; Stable Target Field, arXiv 2302.00670.) Networks of PFGM and
-PFGM++ (D = 128) that learn the field, or the posterior mean, of 128 references up to all data,
-beside the single-sample target of PFGM++: variance of the target, loss, quality, time a step.
+PFGM++ (D = 128) learn the field, or the posterior mean, of 128 references up to all data, and for
+PFGM++ the single-sample target. Measures variance of the target, loss, quality and time a step.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from posterior_paths import published
-from subjects import Case
 from torch import Tensor, nn
-from turns import take_turns
 
 import pfgm
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, data_of, figures_of
-from claims.methods import Spec
-from claims.pictures import bars, curves
-from claims.presets import Preset
-from claims.tables import over_seeds, select
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, data_of, figures_of
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.pictures import bars, curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import over_seeds, select
+from benchmarks.common.posterior_paths import published
+from benchmarks.common.subjects import Case
+from benchmarks.common.turns import ratio, time_calls
 from pfgm.backends.reference import normalised_field
 from pfgm.evaluation import spread
 from pfgm.flows.flow import Flow
@@ -37,15 +37,15 @@ from pfgm.training.batches import Batch, Batches, seed_of
 
 PFGM, PLUSPLUS = "PFGM", "PFGM++ 128"
 _STEPS = 20  # of the multistep solver
-_LEVELS = 9  # at which the variance is measured
+_LEVELS = 9  # number of levels at which the variance is measured
 _LOWEST, _HIGHEST = 0.05, 20.0  # in units of the root mean square of the data
-_ROWS = 2048  # at most, at which a network's error is measured
-_SEEN = 1e-6  # variances below are not drawn; of all data there are none
-_FITS = 2**31  # bytes of the published formula's (B, M, N + 1) tensor
+_ROWS = 2048  # the most points at which a network's error is measured
+_SEEN = 1e-6  # the least variance that is drawn; with all data the variance is 0
+_FITS = 2**31  # the most bytes of the published formula's (B, M, N + 1) tensor
 
 
 def _counts(preset: Preset, method: str) -> list[int]:
-    """Numbers of references; 0 is the single-sample target, which PFGM has not."""
+    """Numbers of references. 0 is the single-sample target, which PFGM does not have."""
     size = len(data_of(preset).train)
     counts = sorted({min(count, size) for count in preset.reference_counts})
     return counts if method == PFGM else [0, *counts]
@@ -83,7 +83,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) -> list[Row]:
-    """Loss, error and quality of a network that was trained with so many references."""
+    """Loss, error and quality of a network trained with so many references."""
     spec = methods.spec_of(preset, method, seed, references=count)
     flow, network = methods.load(spec, preset, folder)
     samples, _ = methods.draw(
@@ -101,7 +101,7 @@ def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) ->
         "references": count,
         "seed": seed,
         "training_loss": _last_loss(methods.run_of(folder, spec)),
-        # The loss against the target of all data at the same points for all: what is not learnt.
+        # The loss against the target of all data, at the same points for every network.
         "error": error,
     }
     return [{**row, **figures_of(samples, preset, folder)}]
@@ -110,8 +110,7 @@ def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) ->
 def _last_loss(run: Path) -> float:
     """The mean training loss of the last fifth of the steps.
 
-    A run that was stopped in between has reported more often; rows weigh as many steps as they are
-    of.
+    Each row is weighted by its number of steps: a run that was stopped has reported more often.
     """
     with (run / "log.csv").open() as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
@@ -128,7 +127,7 @@ def _last_loss(run: Path) -> float:
 
 
 def _target(flow: Flow, x: Tensor, level: Tensor, references: Tensor) -> Tensor:
-    """What a network learns (B, ·): PFGM's field, or the posterior mean."""
+    """The target of a network (B, ·): PFGM's field, or the posterior mean."""
     if isinstance(flow, pfgm.PoissonFlow):
         field_x, field_z = pfgm.field_fn(x, level, references, gamma=flow.gamma)
         return torch.cat([field_x.flatten(1), field_z[:, None]], 1)
@@ -136,11 +135,11 @@ def _target(flow: Flow, x: Tensor, level: Tensor, references: Tensor) -> Tensor:
 
 
 def target_variance(preset: Preset, folder: Path, method: str, seed: int, count: int) -> list[Row]:
-    """Mean square of a target's deviation from that of all data, a value, by the level of noise.
+    """Mean square deviation of a target from that of all data, per value, at each level of noise.
 
-    Points and references are chosen as in training: a batch, and the references around it. In
-    units of the mean square of the data for PFGM++, and of the field of all data for PFGM, whose γ
-    makes it small near the data.
+    Points and references are chosen as in training: a batch, and references that include it. The
+    unit is the mean square of the data for PFGM++, and of the field of all data for PFGM, whose γ
+    makes the field small near the data.
     """
     data = data_of(preset)
     train = data.train.to(preset.device)
@@ -173,7 +172,7 @@ def target_variance(preset: Preset, folder: Path, method: str, seed: int, count:
 
 
 def step_times(preset: Preset, folder: Path) -> list[Row]:
-    """Time of a whole training step, the paths taking turns; medians, and ratios within a turn."""
+    """Times of a whole training step in turns: medians, and ratios within a turn."""
     paths: dict[tuple[str, int, str], Callable[[], None]] = {}
     size, N = len(data_of(preset).train), data_of(preset).train[0].numel()
     for method in (PFGM, PLUSPLUS):
@@ -184,15 +183,15 @@ def step_times(preset: Preset, folder: Path) -> list[Row]:
                 step = _step(preset, method, count, by_formula=True)
                 paths[method, count, "published formula"] = step
     single = str((PLUSPLUS, 0, "pfgm"))
-    measured = take_turns({str(key): run for key, run in paths.items()}, preset.timing_turns, {})
+    seconds = time_calls({str(key): run for key, run in paths.items()}, preset.timing_turns)
     return [
         {
             "method": method,
             "target": _name(count),
             "references": count,
             "path": path,
-            "milliseconds": 1e3 * statistics.median(measured.seconds[key]),
-            "times_single_sample": measured.ratio(key, single),
+            "milliseconds": 1e3 * statistics.median(seconds[key]),
+            "times_single_sample": ratio(seconds, key, single),
         }
         for (method, count, path) in paths
         if (key := str((method, count, path)))
@@ -202,7 +201,7 @@ def step_times(preset: Preset, folder: Path) -> list[Row]:
 def _step(
     preset: Preset, method: str, count: int, *, by_formula: bool = False
 ) -> Callable[[], None]:
-    """Rows as the Trainer takes them, perturbation, target, network, gradients and Adam."""
+    """A training step: batch, perturbation, target, network, gradients and Adam."""
     flow = methods.flow_of(method, preset)
     device = torch.device(preset.device)
     train = data_of(preset).train.to(device)
@@ -231,7 +230,7 @@ def _step(
 def _published_loss(
     flow: Flow, network: nn.Module, batch: Batch, generator: torch.Generator
 ) -> Tensor:
-    """PFGM's loss with the target from all differences at once, as published."""
+    """PFGM's loss with the target by the published formula."""
     assert isinstance(flow, pfgm.PoissonFlow)
     assert isinstance(batch.references, Tensor)
     noisy, z = flow.perturb(batch.x, generator)
@@ -244,7 +243,7 @@ def _published_loss(
     return loss
 
 
-# ---- what follows -----------------------------------------------------------------------------
+# ---- tables and pictures ----------------------------------------------------------------------
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
@@ -307,7 +306,7 @@ def draw(tables: Tables, folder: Path) -> None:
 def _by_target(
     means: list[Row], figure: str, *, relative: bool = False
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """A figure and its spread by method and target; relative is to the most references."""
+    """A figure and its spread by method and target, or relative to the most references."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for row in means:
         unit = select(means, method=row["method"])[-1][figure] if relative else 1.0

@@ -1,8 +1,8 @@
-"""The claims, by the names that the command line knows."""
+"""The claims by their names on the command line."""
 
 from __future__ import annotations
 
-from claims import dimensions, likelihood, quality, references, step_size, weak
+from benchmarks.claims import dimensions, likelihood, quality, references, step_size, weak
 
 __all__ = ["CLAIMS"]
 

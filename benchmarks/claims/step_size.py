@@ -1,26 +1,26 @@
 """Claim 2: PFGM is robust to the step size of Euler's method.
 
-(PFGM, arXiv 2209.11178, section 4.3.) Euler's method on the ODE of every method, with levels
-uniform in σ, in log σ and in σ^(1/7), beside its own result with the finest grid.
+(PFGM, arXiv 2209.11178, section 4.3.) Runs Euler's method on the ODE of every method, with levels
+uniform in σ, in log σ and in σ^(1/7), and compares it with its own result on the finest grid.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from claims import methods
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, figures_of
-from claims.methods import METHODS, Spec
-from claims.pictures import curves
-from claims.presets import Preset
-from claims.tables import over_seeds, relative, select
+from benchmarks.claims import methods
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, figures_of
+from benchmarks.claims.methods import METHODS, Spec
+from benchmarks.claims.pictures import curves
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import over_seeds, relative, select
 from pfgm.flows.flow import Flow
 
 GRIDS = ("uniform", "log", "rho")
 LATE = "EDM from z_max"
-"""EDM's network from PFGM's first level: how much the way is that is left out."""
+"""EDM's network from PFGM's first level: shows the effect of the shorter way."""
 _SHOWN = ("PFGM", "PFGM++ 16", "PFGM++ 128", "EDM", LATE, "VE", "VP")
 
 
@@ -39,7 +39,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 def levels(flow: Flow, grid: str, steps: int) -> list[float]:
-    """The levels of a grid by name; "uniform" has the ends of the others."""
+    """The levels of a grid. "uniform" has the same ends as the others."""
     found = flow.grid(steps, "log" if grid == "uniform" else grid)
     if grid != "uniform":
         return found
@@ -57,7 +57,7 @@ def by_euler(
     trained = method.removesuffix(" from z_max")
     flow, network = methods.load(methods.spec_of(preset, trained, seed), preset, folder)
     if method == LATE:
-        flow = methods.from_level_of_pfgm(flow, preset)
+        flow = methods.from_pfgm_level(flow, preset)
     samples, nfe = methods.draw(
         flow,
         network,
@@ -73,7 +73,7 @@ def by_euler(
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
-    """Each figure beside that of the finest log grid of the same network."""
+    """Means, and figures relative to the finest log grid of the same network."""
     finest = preset.euler_steps[-1]
     figures = ["frechet_pixels", "frechet_features"]
     ratios = relative(

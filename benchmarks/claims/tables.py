@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims.jobs import Row
+from benchmarks.claims.jobs import Row
 from pfgm.common.files import write_atomic
 
 __all__ = ["grouped", "over_seeds", "relative", "select", "write_csv"]
 
 
 def select(rows: Iterable[Row], **values: Any) -> list[Row]:
-    """The rows with these values."""
+    """The rows with these values in their columns."""
     return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
 def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows of equal values in the columns ``by``, in the order of their first."""
+    """Rows grouped by the values in columns ``by``, in order of first occurrence."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in by), []).append(row)
@@ -29,7 +29,7 @@ def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple[Any, ...], lis
 
 
 def over_seeds(rows: Iterable[Row], by: Sequence[str], figures: Sequence[str]) -> list[Row]:
-    """Mean of each figure over rows of equal ``by``, and its standard deviation as FIGURE_spread.
+    """The mean of each figure in groups of equal ``by``, and its standard deviation, FIGURE_spread.
 
     >>> over_seeds([{"D": 1, "f": 2.0}, {"D": 1, "f": 4.0}], ["D"], ["f"])
     [{'D': 1, 'f': 3.0, 'f_spread': 1.4142135623730951}]
@@ -51,7 +51,7 @@ def relative(
     same: Sequence[str],
     is_base: Callable[[Row], bool],
 ) -> list[Row]:
-    """Rows with each figure divided by that of the base row of equal ``same``, such as the seed."""
+    """Rows with each figure divided by that of the base row with equal columns ``same``."""
     rows = list(rows)
     base = {key: part[0] for key, part in grouped(filter(is_base, rows), same).items()}
     return [
@@ -61,7 +61,7 @@ def relative(
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Rows as CSV, six digits of each number, whole or not at all."""
+    """Writes rows as CSV, with six digits a number. Writes the whole file or nothing."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

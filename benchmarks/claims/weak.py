@@ -1,22 +1,22 @@
 """Claim 3: PFGM is robust to weaker networks.
 
-(PFGM, arXiv 2209.11178, section 4.2: the ODE of PFGM with the network of NCSNv2.) Half and quarter
-of the width, and the full network after a quarter of its steps, by the same deterministic solver
-for every method, and by the score models' own SDE samplers.
+(PFGM, arXiv 2209.11178, section 4.2: the ODE of PFGM with the network of NCSNv2.) Samples from
+networks of half and quarter width, and from the full network after a quarter of its steps. Every
+method uses the same deterministic solver; the score models also use their own SDE samplers.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from claims import methods, peers
-from claims.claim import Claim
-from claims.jobs import Job, Row, Tables
-from claims.measures import FIGURES, figures_of
-from claims.methods import Spec
-from claims.pictures import bars
-from claims.presets import Preset
-from claims.tables import grouped, over_seeds, relative
+from benchmarks.claims import methods, peers
+from benchmarks.claims.claim import Claim
+from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.measures import FIGURES, figures_of
+from benchmarks.claims.methods import Spec
+from benchmarks.claims.pictures import bars
+from benchmarks.claims.presets import Preset
+from benchmarks.claims.tables import grouped, over_seeds, relative
 
 NETWORKS = ("full", "half width", "quarter width", "stopped early")
 _SHARE = {"half width": 2, "quarter width": 4}
@@ -82,7 +82,7 @@ def by_sde(preset: Preset, folder: Path, name: str, seed: int, network: str) -> 
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
-    """Means, and each figure beside that of the full network of the same seed."""
+    """Means, and figures relative to the full network of the same seed."""
     figures = ["frechet_pixels", "frechet_features"]
     same = ["method", "sampler", "seed"]
     ratios = relative(tables["weak-seeds"], figures, same, lambda row: row["network"] == "full")

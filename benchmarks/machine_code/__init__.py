@@ -1,10 +1,13 @@
-"""The time of the GPU kernels, counted from their machine code: no GPU is needed.
+"""Times of the GPU kernels, predicted from their machine code. Needs no GPU.
 
     python -m benchmarks.machine_code
 
-One module a subject: the machine code (:mod:`machine_code.sass`), one multiprocessor that runs a
-stretch of it (:mod:`machine_code.pipeline`), bank conflicts (:mod:`machine_code.banks`), devices
-(:mod:`machine_code.devices`), what real data make the kernels do (:mod:`machine_code.data`), what
-is launched (:mod:`machine_code.launches`), and of all that the predicted time
-(:mod:`machine_code.model`). Nothing here is measured on a GPU: every time is predicted.
+- ``sass``: machine code; ``kernels``: the compiled kernels;
+- ``pipeline``: one multiprocessor that runs a piece of machine code; ``banks``: bank conflicts;
+- ``devices``: rates of graphics cards;
+- ``data``: how much work real data make for the kernels; ``launches``: what is launched for it;
+- ``model``: the predicted time of a launch;
+- ``published``: the model beside published times; ``host``: time of the host;
+- ``sections``, ``results``, ``page``: what is counted, stored and shown;
+- ``roofline``: the least time of each kernel, from its operations and bytes.
 """

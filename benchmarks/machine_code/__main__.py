@@ -1,30 +1,36 @@
-"""Counts what the GPU kernels would take, from their machine code and from real data. No GPU.
+"""Predicts times of the GPU kernels, from their machine code and real data. Needs no GPU.
 
     python -m benchmarks.machine_code [--only SECTION ...] [--fashion-mnist FOLDER] [--write]
 
-Sections: data (what real data make the kernels do, minutes), host (the host's time, measured here),
-predicted and loops (compiles the kernels and runs the model, tens of minutes), published (the model
-beside published times) and "held out". Each is stored in benchmarks/results/machine_code.json;
---write puts the tables into docs/roofline.md. Needs Triton and, for CUDA's kernels, an extension
-that was built with nvcc.
+Sections:
+
+- data: how much work real data make for the kernels (minutes);
+- host: the host's time, measured on this machine;
+- predicted, loops: compiles the kernels and runs the model (tens of minutes);
+- published, "held out": the model beside published times.
+
+Each section is stored in benchmarks/results/machine_code.json. ``--write`` puts the stored tables
+into docs/roofline.md and does nothing else. Needs Triton and, for the CUDA kernels, an extension
+built with nvcc.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.common import subjects
+from benchmarks.common.commands import new_parser
+from benchmarks.machine_code import host, page, results
+from benchmarks.machine_code import sections as counted
 
 
 def sections() -> dict[str, Callable[[], Any]]:
-    from machine_code import host, published, results
-    from machine_code import sections as counted
+    """What counts each section."""
+    from benchmarks.machine_code import published  # here, because it needs Triton
 
     def counts() -> dict[str, Any]:
         found: dict[str, Any] = results.load()["data"]
@@ -44,18 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET"):
         print("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
         return 2
-    import subjects
 
-    from machine_code import page, results
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=results.SECTIONS, default=results.SECTIONS)
     parser.add_argument("--fashion-mnist", type=Path, default=subjects.FASHION_FOLDER)
     parser.add_argument("--write", action="store_true", help="write docs/roofline.md alone")
     options = parser.parse_args(arguments)
     subjects.FASHION_FOLDER = options.fashion_mnist
     if options.write:
-        page.PAGE.write_text(page.with_report(page.PAGE.read_text(), results.load()))
+        page.SECTION.write(page.report(results.load()))
         return 0
     made = sections()
     for section in options.only:

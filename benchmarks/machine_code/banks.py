@@ -1,13 +1,13 @@
 """Bank conflicts of shared memory, from the addresses of a warp's lanes.
 
-Shared memory has 32 banks of 4 bytes. An access of a warp takes as many wavefronts as there are
-different words in the bank that has most of them; 8 bytes a lane go by half warps, 16 by quarters,
-and a matrix that ``ldmatrix`` or ``stmatrix`` moves is 8 rows of 16 bytes (CUDA C++ Programming
-Guide, shared memory).
+Shared memory has 32 banks of 4 bytes. An access of a warp takes as many wavefronts as the bank with
+the most different words has words. With 8 bytes a lane half a warp goes at a time, with 16 bytes a
+quarter. A matrix of ``ldmatrix`` or ``stmatrix`` is 8 rows of 16 bytes (CUDA C++ Programming Guide,
+shared memory).
 
-Triton's PTX is evaluated for every lane: each access in the loop that multiplies, or in the
-whole kernel where none does, with what registers hold on the first trip. An address that rests on
-what is loaded or on an instruction that is not known counts as not seen.
+Triton's PTX is evaluated for every lane, with the registers of the first trip: each access in the
+loop that multiplies, or in the whole kernel if no loop does. An address is unknown if it depends on
+loaded values or on an instruction that is not evaluated here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 
 
 def wavefronts(addresses: Sequence[int], size: int) -> int:
-    """Of one access of a warp: ``size`` bytes at each lane's address.
+    """Wavefronts of one access of a warp, ``size`` bytes at each lane's address.
 
     >>> wavefronts([4 * lane for lane in range(32)], 4)
     1
@@ -36,7 +36,7 @@ def wavefronts(addresses: Sequence[int], size: int) -> int:
 
 
 def matrix_wavefronts(rows: Sequence[int]) -> int:
-    """Of ``ldmatrix``: 8 addresses of rows of 16 bytes a matrix."""
+    """Wavefronts of ``ldmatrix``, given the addresses of rows of 16 bytes, 8 a matrix."""
     return sum(_in_one_turn(rows[i : i + 8], 16) for i in range(0, len(rows), 8))
 
 
@@ -54,21 +54,23 @@ Kind = str  # "ldmatrix", "stmatrix", "load", "store"
 
 
 class Access(NamedTuple):
+    """One access of shared memory in PTX."""
+
     line: int
     kind: Kind
     ideal: int
     wavefronts: int | None
-    """The most of any warp; None where the addresses are not seen."""
+    """The most of any warp; None if the addresses are unknown."""
 
 
 class Conflicts(NamedTuple):
-    """Of one loop."""
+    """Bank conflicts of one loop."""
 
     ideal: int
-    """Wavefronts of a warp and trip, were there no conflicts."""
+    """Wavefronts of a warp and trip without conflicts."""
     wavefronts: int
     unseen: int
-    """Accesses whose addresses are not seen; they count as free of conflicts."""
+    """Accesses with unknown addresses; they count as free of conflicts."""
     ratio: dict[Kind, float]
     """Wavefronts over ideal ones."""
 
@@ -83,7 +85,7 @@ _PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma|tcgen05\.mma)")
 
 
 def conflicts(ptx: str, warps: int) -> Conflicts:
-    """Of the loop that multiplies, by a block of so many warps."""
+    """The conflicts of the loop that multiplies, in a block of so many warps."""
     lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
     first, last = _loop(lines)
     found = [a for a in accesses(lines, warps) if first <= a.line <= last]
@@ -100,7 +102,7 @@ def conflicts(ptx: str, warps: int) -> Conflicts:
 
 
 def _loop(lines: Sequence[str]) -> tuple[int, int]:
-    """The shortest loop with products in it; the whole text where there is none."""
+    """First and last line of the shortest loop with products, or of the whole text."""
     labels = {found[1]: n for n, line in enumerate(lines) if (found := _LABEL.match(line))}
     products = [n for n, line in enumerate(lines) if _PRODUCT.search(line)]
     spans = []
@@ -114,6 +116,7 @@ def _loop(lines: Sequence[str]) -> tuple[int, int]:
 
 
 def accesses(lines: Sequence[str], warps: int) -> list[Access]:
+    """All accesses of shared memory."""
     evaluator = _Evaluator.of(lines)
     found = []
     for n, line in enumerate(lines):
@@ -151,7 +154,7 @@ def _size(rest: str) -> int:
     return (int(vector[1]) if vector else 1) * (int(bits[1]) if bits else 32) // 8
 
 
-# ---- what registers hold -----------------------------------------------------------------------
+# ---- values of registers -----------------------------------------------------------------------
 
 
 class _Definition(NamedTuple):
@@ -180,7 +183,7 @@ _BINARY: dict[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
 }
-_COMPARED: dict[str, Callable[[int, int], bool]] = {
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
     "lt": lambda a, b: a < b,
@@ -188,7 +191,7 @@ _COMPARED: dict[str, Callable[[int, int], bool]] = {
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
 }
-_DEEPEST = 80
+_MOST_DEPTH = 80  # of definitions that depend on each other
 
 
 @dataclass
@@ -206,12 +209,13 @@ class _Evaluator:
         return _Evaluator(found)
 
     def at(self, register: str, line: int, first: int, offset: int) -> list[int] | None:
-        """Addresses of the lanes of the warp whose first thread is ``first``."""
+        """Addresses of the lanes of the warp that starts with thread ``first``, None if unknown."""
         found = [self.value(register, line, first + lane, 0) for lane in range(_LANES)]
         seen = [value + offset for value in found if value is not None]
         return seen if len(seen) == _LANES else None
 
     def value(self, name: str, line: int, thread: int, depth: int) -> int | None:
+        """The value of a register or constant before a line, None if unknown."""
         if not name.startswith("%"):
             return _constant(name)
         if name.startswith("%tid"):
@@ -219,7 +223,7 @@ class _Evaluator:
         if name.startswith("%ctaid"):
             return 0
         before = [d for d in self.definitions.get(name, []) if d.line < line]
-        if not before or depth > _DEEPEST:
+        if not before or depth > _MOST_DEPTH:
             return None
         return self._result(before[-1], thread, depth + 1)
 
@@ -249,7 +253,7 @@ def _apply(base: str, operation: str, values: list[int]) -> int | None:
     if base == "not":
         return ~values[0] & _MASK >> 32
     if base == "setp":
-        compare = _COMPARED.get(operation.split(".")[1])
+        compare = _COMPARISONS.get(operation.split(".")[1])
         return None if compare is None else int(compare(values[0], values[1]))
     return None
 
@@ -269,8 +273,10 @@ _KIND_OF = {"LDSM": "ldmatrix", "STSM": "stmatrix", "LDS": "load", "STS": "store
 
 
 def by_place(bases: Sequence[str], found: Conflicts) -> dict[int, float]:
-    """Place in a stretch of machine code → how many times as many wavefronts as ideal: the mean of
-    its kind, since the assembler may join and move accesses."""
+    """Place in a piece of machine code → its wavefronts over the ideal.
+
+    Each place gets the mean of its kind, because the assembler may join and move accesses.
+    """
     return {
         place: found.ratio[_KIND_OF[base]]
         for place, base in enumerate(bases)

@@ -1,9 +1,12 @@
-"""What real data make the kernels do: pairs refined, tiles and references that live.
+"""How much work real data make for the kernels: pairs to refine, tiles and references with weight.
 
-The kernels' own rules (kernels/distances.py, kernels/posterior_mean.py, csrc/*_cuda.h) on the
-benchmark's data (subjects.py), with distances in float64 instead of those that the kernels find:
-they differ by less than the rules allow for. Queries are perturbed as in training with seed 0. A
-shape with more queries than are looked at is represented by those, evenly spaced.
+The kernels' own rules (kernels/distances.py, kernels/posterior_mean.py, csrc) are applied to the
+benchmarks' data, perturbed as in training with seed 0. Distances are those of float64; the kernels'
+differ from them by less than the rules allow. Of many queries only some are counted, evenly spaced,
+and represent the others.
+
+Terms: a pair is *refined* if its distance is computed again in float64. A weight is *live* if it is
+not set to zero, a tile or a reference if it has a live weight.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import subjects
 import torch
-from subjects import Case
 from torch import Tensor
 
-PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # of a chunk and a block
+from benchmarks.common import subjects
+from benchmarks.common.subjects import Case
+
+# Constants of the kernels.
+PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # the largest chunk and block
 TILE, FEW, NEAR, UNSEEN = 64, 16, 20.0, 16.0
 SUM_TILE = 32
 SORTED = 256
@@ -27,6 +32,8 @@ PASS_TILE, PASS_SHARE, PASS_WARPS = 16, 1e-4, 8
 
 
 class Shape(NamedTuple):
+    """A problem, and how the kernels cut it: B queries, M references, N features."""
+
     name: str
     B: int
     M: int
@@ -34,17 +41,18 @@ class Shape(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Queries that are computed together."""
+        """Queries of the largest block, which are computed together."""
         return min(self.B, ROWS, max(16, PARTS // self.N))
 
     @property
     def chunk(self) -> int:
-        """References that are computed together."""
+        """References of a chunk, which are computed together."""
         fitting = -(-max(PAIRS // self.block, 128) // 128) * 128
         return min(self.M, fitting, REFERENCES)
 
     @property
     def chunks(self) -> int:
+        """Number of chunks."""
         return -(-self.M // self.chunk)
 
     def blocks(self) -> list[int]:
@@ -58,22 +66,22 @@ F = Shape("F: Fashion-MNIST", 256, 60000, 784)
 G = Shape("G: digits", 128, 1437, 64)
 BIG = Shape("big: photographs", 4096, 50000, 3072)
 SHAPES = (C, F, G, BIG)
-SEED = 0  # of subjects.py, for the choice of crops and for the perturbation
-LOOKED_AT = 1024
-"""Queries, at most."""
+SEED = 0  # of common/subjects.py, for the choice of crops and for the perturbation
+COUNTED_QUERIES = 1024
+"""The most queries of a shape that are counted."""
 
 
 def case_of(shape: Shape) -> Case:
-    """The data of a shape, with at most LOOKED_AT of its queries."""
+    """The data of a shape, with at most COUNTED_QUERIES queries."""
     if shape == F:
         return subjects.fashion_shape(shape.B, shape.M)
     if shape == G:
         return subjects.digits_shape(shape.B, shape.M)
-    return subjects.cifar_shape(min(shape.B, LOOKED_AT), shape.M)
+    return subjects.cifar_shape(min(shape.B, COUNTED_QUERIES), shape.M)
 
 
 def squared_distances(case: Case) -> Tensor:
-    """(B, M) in float64."""
+    """Squared distances (B, M) in float64."""
     x, y = case.x.double(), case.references
     found = torch.empty(len(x), len(y), dtype=torch.float64)
     of_x = x.square().sum(1)[:, None]
@@ -83,55 +91,59 @@ def squared_distances(case: Case) -> Tensor:
     return found.clamp_(min=0)
 
 
-# ---- rules ------------------------------------------------------------------------------------
+# ---- the kernels' rules -----------------------------------------------------------------------
 
 
 class Rule(NamedTuple):
-    """Of PFGM, D = 1."""
+    """The rules for PFGM, D = 1. Here ``base`` is the least squared distance of each query (B,)."""
 
     N: int
     M: int
 
     @property
     def half(self) -> float:
+        """Exponent of the weights, on squared distances."""
         return (self.N + 1) / 2
 
     @property
     def spread(self) -> float:
+        """Relative distance beyond the nearest within which pairs are refined."""
         return math.expm1(NEAR / self.half)
 
-    def near(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
-        """The largest squared distance that is found again (B,)."""
+    def largest_refined(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
+        """The largest squared distance that is refined (B,)."""
         return base + 2 * BOUND * (3 * norm + 2 * base) + self.spread * (base + r * r)
 
-    def ill(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
-        """Whether the usual error shows (B,)."""
+    def error_shows(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
+        """Whether the usual error of a distance would show in the result (B,)."""
         error = NOISE * (norm + base) + 2.0**-26 * base
         return self.half * error > share * (base + r * r)
 
     def weights(self, d: Tensor, nearest: Tensor, r: Tensor) -> Tensor:
-        """Relative to the nearest (B, M)."""
+        """Weights relative to that of the nearest reference (B, M)."""
         excess = (d - nearest[:, None]).clamp(min=0)
         s = (nearest + r * r)[:, None]
         return torch.exp(-self.half * torch.log1p(excess / s))
 
     @property
     def floor(self) -> float:
+        """Relative weight below which weights become zero."""
         return math.exp(-UNSEEN) / self.M
 
 
 class Chunk(NamedTuple):
-    """One chunk of references, for all queries."""
+    """Work on one chunk of references, for all queries."""
 
     refined: Tensor
-    """(B, m): which pairs are found again."""
+    """Which pairs are refined (B, m)."""
     visited: Tensor
-    """(B, tiles): which tiles are looked through for them."""
+    """Which tiles are searched for them (B, tiles)."""
     live: Tensor
-    """(B, m): which weights are not zero."""
+    """Which weights are not zero (B, m)."""
 
 
 def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
+    """The work on each chunk, given the squared distances (B, M)."""
     rule = Rule(shape.N, shape.M)
     norm, r = case.x.double().square().sum(1), case.z.double()
     nearest = torch.full_like(r, math.inf)
@@ -140,9 +152,9 @@ def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
         part = d[:, start : start + shape.chunk]
         lowest = _tiles(part, TILE, math.inf).amin(2)
         base = torch.minimum(nearest, lowest.amin(1))
-        near = rule.near(base, norm, r)
+        near = rule.largest_refined(base, norm, r)
         many = (lowest <= near[:, None]).sum(1) > FEW
-        near[many & ~rule.ill(base, norm, r, SHOWS)] = -1
+        near[many & ~rule.error_shows(base, norm, r, SHOWS)] = -1
         refined = part <= near[:, None]
         visited = lowest <= near[:, None]
         total = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
@@ -153,7 +165,7 @@ def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
 
 
 def _tiles(values: Tensor, size: int, fill: float) -> Tensor:
-    """(B, tiles, size), the last tile filled up."""
+    """Columns in tiles (B, tiles, size), the last one padded."""
     missing = -values.shape[1] % size
     padded = torch.nn.functional.pad(values, (0, missing), value=fill)
     return padded.view(len(values), -1, size)
@@ -163,15 +175,18 @@ def _tiles(values: Tensor, size: int, fill: float) -> Tensor:
 
 
 def live_tiles(live: Tensor, rows: int, ordered: bool) -> tuple[float, float]:
-    """Share of tiles of SUM_TILE references × ``rows`` queries with a weight, of all and of the
-    queries' tile with the most; ``ordered`` by how many live for a query."""
+    """Share of live tiles of ``rows`` queries × SUM_TILE references: mean and largest over queries.
+
+    Args:
+        ordered: whether queries are sorted by their number of live references.
+    """
     by_query = _tiles(live.float(), SUM_TILE, 0.0).amax(2)
     shares = _by_rows(by_query, live, rows, ordered).mean(1)
     return float(shares.mean()), float(shares.max())
 
 
 def listed(live: Tensor, rows: int, ordered: bool) -> tuple[float, float]:
-    """Share of references that live for any of ``rows`` queries, of all and of the most."""
+    """Share of references live for any of ``rows`` queries: mean and largest over queries."""
     shares = _by_rows(live.float(), live, rows, ordered).mean(1)
     return float(shares.mean()), float(shares.max())
 
@@ -185,7 +200,7 @@ def _by_rows(values: Tensor, live: Tensor, rows: int, ordered: bool) -> Tensor:
 
 
 class Mean:
-    """Of figures that chunks give, weighed by their references."""
+    """The weighted mean of figures by name."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -201,7 +216,7 @@ class Mean:
 
 
 def sums_of(live: Tensor) -> dict[str, float]:
-    """What decides how long a weighted sum takes."""
+    """Figures that decide how long a weighted sum takes."""
     found: dict[str, float] = {"live": float(live.float().mean())}
     for ordered in (False, True):
         how = "sorted" if ordered else "unsorted"
@@ -216,13 +231,15 @@ def sums_of(live: Tensor) -> dict[str, float]:
 
 
 def segment_of(tiles: int) -> int:
-    """Tiles that a program of ``refine`` looks at."""
+    """Tiles that one program of ``refine`` searches."""
     return max(4, -(-tiles // 256))
 
 
 def refined_of(chunk: Chunk, group: int) -> dict[str, float]:
-    """Of ``refine``, all queries: pairs, tiles and groups of references that programs go through,
-    and the most that one program does. A group is found again as a whole."""
+    """Work of ``refine`` for all queries: pairs, tiles and groups of references.
+
+    "most" is the work of the busiest program. A group is refined as a whole.
+    """
     segment = segment_of(chunk.visited.shape[1])
     pairs = _tiles(chunk.refined.float(), TILE, 0.0)
     needed = _tiles(chunk.refined.float(), group, 0.0).amax(2)
@@ -237,6 +254,7 @@ def refined_of(chunk: Chunk, group: int) -> dict[str, float]:
 
 
 def per_query(refined: Tensor) -> dict[str, float]:
+    """Statistics over the queries, given the refined pairs of each."""
     counts = refined.double()
     return {
         "mean": float(counts.mean()),
@@ -247,21 +265,23 @@ def per_query(refined: Tensor) -> dict[str, float]:
 
 
 def group_of(features: int) -> int:
-    """References that Triton's ``refine`` takes at a time."""
+    """References of a group in Triton's ``refine``."""
     panel = min(512, max(16, 1 << (features - 1).bit_length()))
     return min(16, 1024 // panel)
 
 
 def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str, Any]:
-    """Everything of one shape, in totals over all its queries; the most that a program does is the
-    mean over the chunks, each of which is a launch of its own."""
+    """All counts of one shape, in totals over its queries.
+
+    "most", the work of the busiest program, is the mean over the chunks: each is a launch.
+    """
     case = prepare(shape)
-    looked_at = len(case.x)
-    times = shape.B / looked_at
+    counted = len(case.x)
+    times = shape.B / counted
     d = squared_distances(case)
     sums = Mean()
     totals: dict[str, float] = {}
-    refined = torch.zeros(looked_at)
+    refined = torch.zeros(counted)
     for chunk in chunks_of(case, shape, d):
         sums.add(chunk.live.shape[1], sums_of(chunk.live))
         refined += chunk.refined.sum(1)
@@ -271,7 +291,7 @@ def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str,
     return {
         "B, M, N": shape[1:],
         "seed": SEED,
-        "queries looked at": looked_at,
+        "queries looked at": counted,
         "blocks": shape.blocks(),
         "chunks": shape.chunks,
         "refined a query": per_query(refined),
@@ -281,8 +301,10 @@ def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str,
 
 
 def single_pass(case: Case, shape: Shape, d: Tensor, stretches: int = 8) -> dict[str, float]:
-    """Of the cluster kernel: tiles of 16 references in each of so many stretches. A block waits for
-    the warp that finds most pairs again; tiles that change no sum are left out of it."""
+    """Work of the kernel in clusters, a tile of 16 references, with the references in stretches.
+
+    A block waits for the warp that refines most pairs. Tiles that change no sum are left out.
+    """
     rule = Rule(shape.N, shape.M)
     norm, r = case.x.double().square().sum(1), case.z.double()
     length = math.ceil(shape.M / stretches / PASS_TILE) * PASS_TILE
@@ -293,8 +315,8 @@ def single_pass(case: Case, shape: Shape, d: Tensor, stretches: int = 8) -> dict
         for start in range(first, min(first + length, shape.M), PASS_TILE):
             part = d[:, start : start + PASS_TILE]
             base = torch.minimum(nearest, part.amin(1))
-            near = rule.near(base, norm, r)
-            near[~rule.ill(base, norm, r, PASS_SHARE)] = -1
+            near = rule.largest_refined(base, norm, r)
+            near[~rule.error_shows(base, norm, r, PASS_SHARE)] = -1
             pairs = (part <= near[:, None]).sum(1).float()
             by_warp = torch.nn.functional.pad(pairs, (0, -len(pairs) % PASS_WARPS))
             kept = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)

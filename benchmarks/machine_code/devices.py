@@ -1,7 +1,7 @@
-"""What devices can do, by unit: each number with where it comes from.
+"""Rates of graphics cards, each number with its source.
 
-Written down before anything was compared with a measured time. Rates are those of instructions.
-Where no source is known to the author, a number is called assumed.
+They were written down before anything was compared with a measured time. Rates are those of
+instructions. A number without a known source is called assumed.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ SOURCES = {
 
 
 class Figure(NamedTuple):
+    """A number and its source."""
+
     value: float
     source: str
     """A key of :data:`SOURCES`."""
 
 
 class Device(NamedTuple):
-    """One card. Rates are results, or fused multiply-adds, a clock and multiprocessor."""
+    """One card. Rates count results or fused multiply-adds a clock of a multiprocessor."""
 
     name: str
     architecture: int
-    """Of the code that runs there: 80 for sm_80."""
+    """Architecture of the code that runs on it: 80 for sm_80."""
     multiprocessors: Figure
     clock: Figure
     """Hz under load."""
     memory: Figure
     """Bytes a second that a copy reaches."""
     l2: Figure
-    """Bytes a second that all multiprocessors together read from the L2 cache."""
+    """Bytes a second from the L2 cache to all multiprocessors together."""
     l2_size: Figure
     l2_latency: Figure
-    """Clocks of a load that the L2 cache answers."""
+    """Clocks of a load that hits the L2 cache."""
     memory_latency: Figure
     shared_latency: Figure
     fp32: Figure
@@ -71,11 +73,13 @@ class Device(NamedTuple):
     """Seconds between a kernel's end and the next one's first instruction, in a stream or graph."""
 
     def rate(self, unit: str) -> float:
+        """The number of a field."""
         figure: Figure = getattr(self, unit)
         return figure.value
 
     @property
     def sms(self) -> int:
+        """Number of multiprocessors."""
         return int(self.multiprocessors.value)
 
 
@@ -95,6 +99,35 @@ def _assumed(value: float) -> Figure:
 
 
 _SAME = {"shared": _guide(128), "registers": _guide(65536), "launch": _assumed(1.5e-6)}
+_DATA_CENTRE = {  # from sm_90 on
+    **_SAME,
+    "fp32": _guide(128),
+    "imad": _guide(64),
+    "alu": _guide(64),
+    "fp64": _guide(64),
+    "mufu": _guide(16),
+    "convert": _guide(64),
+    "convert64": _guide(16),
+    "warps": _guide(64),
+    "blocks": _guide(32),
+    "shared_size": _guide(228 * _KIB),
+}
+_GEFORCE = {
+    **_SAME,
+    "fp32": _guide(128),
+    "imad": _guide(64),
+    "fp64": _guide(2),
+    "mufu": _guide(16),
+    "convert": _guide(16),
+    "convert64": _guide(2),
+    "mma_f16": _sheet(256),
+    "mma_tf32": _sheet(128),
+    "wgmma_f16": _sheet(0),
+    "wgmma_tf32": _sheet(0),
+    "warps": _guide(48),
+    "blocks": _guide(24),
+    "shared_size": _guide(100 * _KIB),
+}
 
 A100 = Device(
     name="A100 SXM",
@@ -134,21 +167,11 @@ H100 = Device(
     l2_latency=Figure(263, "hopper"),
     memory_latency=Figure(479, "hopper"),
     shared_latency=Figure(29, "hopper"),
-    fp32=_guide(128),
-    imad=_guide(64),
-    alu=_guide(64),
-    fp64=_guide(64),
-    mufu=_guide(16),
-    convert=_guide(64),
-    convert64=_guide(16),
     mma_f16=Figure(1270, "hopper"),  # 62 % of 2048
     mma_tf32=Figure(635, "hopper"),
     wgmma_f16=Figure(1970, "hopper"),  # of 2048
     wgmma_tf32=Figure(985, "hopper"),
-    warps=_guide(64),
-    blocks=_guide(32),
-    shared_size=_guide(228 * _KIB),
-    **_SAME,
+    **_DATA_CENTRE,
 )
 B200 = Device(
     name="B200",
@@ -161,25 +184,15 @@ B200 = Device(
     l2_latency=_assumed(300),
     memory_latency=_assumed(600),
     shared_latency=_assumed(29),
-    fp32=_guide(128),
-    imad=_guide(64),
-    alu=_guide(64),
-    fp64=_guide(64),
-    mufu=_guide(16),
-    convert=_guide(64),
-    convert64=_guide(16),
     mma_f16=_assumed(1024),
     mma_tf32=_assumed(512),
     wgmma_f16=_sheet(4096),
     wgmma_tf32=_sheet(2048),
-    warps=_guide(64),
-    blocks=_guide(32),
-    shared_size=_guide(228 * _KIB),
-    **_SAME,
+    **_DATA_CENTRE,
 )
 RTX4090 = Device(
     name="RTX 4090",
-    architecture=80,  # the wheel holds no code of its own for sm_89
+    architecture=80,  # the wheel has no code for sm_89
     multiprocessors=_sheet(128),
     clock=_sheet(2.52e9),
     memory=Figure(9.2e11, "cheese"),  # of 1.008e12
@@ -188,21 +201,8 @@ RTX4090 = Device(
     l2_latency=Figure(273, "hopper"),
     memory_latency=Figure(542, "hopper"),
     shared_latency=Figure(30, "hopper"),
-    fp32=_guide(128),
-    imad=_guide(64),
     alu=_guide(64),
-    fp64=_guide(2),
-    mufu=_guide(16),
-    convert=_guide(16),
-    convert64=_guide(2),
-    mma_f16=_sheet(256),
-    mma_tf32=_sheet(128),
-    wgmma_f16=_sheet(0),
-    wgmma_tf32=_sheet(0),
-    warps=_guide(48),
-    blocks=_guide(24),
-    shared_size=_guide(100 * _KIB),
-    **_SAME,
+    **_GEFORCE,
 )
 RTX5090 = Device(
     name="RTX 5090",
@@ -215,21 +215,8 @@ RTX5090 = Device(
     l2_latency=_assumed(300),
     memory_latency=_assumed(600),
     shared_latency=_assumed(30),
-    fp32=_guide(128),
-    imad=_guide(64),
     alu=_sheet(128),
-    fp64=_guide(2),
-    mufu=_guide(16),
-    convert=_guide(16),
-    convert64=_guide(2),
-    mma_f16=_sheet(256),
-    mma_tf32=_sheet(128),
-    wgmma_f16=_sheet(0),
-    wgmma_tf32=_sheet(0),
-    warps=_guide(48),
-    blocks=_guide(24),
-    shared_size=_guide(100 * _KIB),
-    **_SAME,
+    **_GEFORCE,
 )
 DEVICES = (A100, H100, B200, RTX4090, RTX5090)
 
@@ -238,7 +225,7 @@ def device(name: str) -> Device:
     """The card of that name.
 
     Raises:
-        ValueError: there is none in the table.
+        ValueError: no card has this name.
     """
     for one in DEVICES:
         if one.name == name:
@@ -247,13 +234,17 @@ def device(name: str) -> Device:
     raise ValueError(f"device is {name!r}; allowed is one of {known}.")
 
 
-# ---- how many blocks a multiprocessor holds ----------------------------------------------------
+# ---- blocks of a multiprocessor ----------------------------------------------------------------
 
 
 def resident(card: Device, threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds at once: of so many threads, registers a thread and bytes
-    of shared memory. Warps get registers by 256; 1 KiB a block is the system's. At least 1: what
-    does not fit would not be launched."""
+    """Blocks that a multiprocessor holds at once, at least 1.
+
+    Args:
+        threads: of a block. Registers are given to warps in units of 256.
+        registers: of a thread.
+        shared: bytes of a block. The system takes 1 KiB more of each.
+    """
     warps = -(-threads // 32)
     of_warp = -(-registers * 32 // 256) * 256
     limits = (

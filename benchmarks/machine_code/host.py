@@ -1,9 +1,9 @@
-"""The host's time before the driver, measured here on the CPU: no GPU is needed.
+"""The host's time for a call, without the driver. Measured on the CPU; needs no GPU.
 
-Triton's kernels are launched into a driver that does nothing: what is measured is Python of the
-library and of Triton's launches. Of CUDA's kernels and of plain torch the same calls are made on
-the CPU with one query and reference, so that computing takes no time. What the driver takes for a
-launch comes on top; it is not measured here.
+Triton's kernels are launched into a driver that does nothing, so that the time is that of the
+library's and Triton's Python. For CUDA kernels and plain torch the same calls run on the CPU with
+one query and one reference, so that computing takes no time. The driver's time for a launch is not
+measured and comes on top.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 ROUNDS, CALLS = 15, 20
-DRIVER = 2.5e-6  # seconds of a launch in the driver; assumed
+DRIVER = 2.5e-6  # seconds that the driver takes for a launch; assumed
 
 
 class _Utils:
-    """A driver that loads every kernel and knows of nothing."""
+    """Accepts every kernel and does nothing with it."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
@@ -60,7 +60,7 @@ class _Driver:
 
 @contextmanager
 def no_driver() -> Iterator[None]:
-    """Launches of Triton do nothing; nothing is tuned."""
+    """Triton's launches do nothing, and kernels are not tuned."""
     from triton.runtime import driver
 
     before, active = os.environ.get("PFGM_TUNE"), driver._active
@@ -77,7 +77,7 @@ def no_driver() -> Iterator[None]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of a call, of this thread on the processor: the median of rounds, after one to warm up."""
+    """Processor time of a call in this thread: the median of rounds, after one untimed call."""
     run()
     found = []
     for _ in range(ROUNDS):
@@ -89,7 +89,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def measure() -> dict[str, float]:
-    """Seconds of a call of each path."""
+    """Seconds of a call by each path."""
     from pfgm.kernels import posterior_mean as kernels
 
     x, radius, y = torch.randn(32, 64), torch.rand(32).double() + 0.5, torch.randn(256, 64)
@@ -111,7 +111,7 @@ def _native(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], A
 
 
 def _torch(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
-    import posterior_paths
-    from subjects import Case
+    from benchmarks.common import posterior_paths
+    from benchmarks.common.subjects import Case
 
     return posterior_paths.torch_path(Case(x[:1], z[:1].float(), y[:1]))

@@ -1,6 +1,6 @@
-"""The kernels as they are compiled: machine code, registers, shared memory, and their loops.
+"""Compiled kernels: machine code, loops, registers and shared memory.
 
-Triton's variants are compiled here, CUDA's are taken out of the extension that is installed.
+Triton kernels are compiled here; CUDA kernels are read from the installed extension.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import codegen
-import codegen_cuda
-
-from machine_code import banks, sass
-from machine_code.devices import Device
-from machine_code.sass import Instruction, Loop
+from benchmarks.codegen import cuda as codegen_cuda
+from benchmarks.codegen import triton as codegen_triton
+from benchmarks.codegen.cuobjdump import read_usage
+from benchmarks.machine_code import banks, sass
+from benchmarks.machine_code.devices import Device
+from benchmarks.machine_code.sass import Instruction, Loop
 
 _LOADS = ("LDG", "LD")
 
@@ -29,28 +29,30 @@ class Compiled(NamedTuple):
     threads: int
     registers: int
     shared: int
-    """Bytes a block."""
+    """Bytes of shared memory of a block."""
     conflicts: banks.Conflicts | None
-    """Of the loop that multiplies; None where addresses are not seen, as in CUDA's kernels."""
+    """Of the loop that multiplies; None for CUDA kernels, whose addresses are unknown."""
 
     @property
     def warps(self) -> int:
         return -(-self.threads // 32)
 
     def body(self, loop: Loop) -> list[Instruction]:
-        """What a trip runs, without the loops within it."""
-        inner = {i for other in self.loops if loop.holds(other) for i in other.body}
-        return self._executed(sorted(loop.body - inner))
+        """The instructions of a trip, without those of inner loops."""
+        return self._executed(sass.own(loop, self.loops))
 
     def straight(self) -> list[Instruction]:
-        """What runs once a block."""
+        """The instructions that run once a block."""
         looped = {i for loop in self.loops for i in loop.body}
         reached = [i for i in sass.reached(self.code) if i not in looped]
         return self._executed(reached)
 
     def _executed(self, places: Sequence[int]) -> list[Instruction]:
-        """Where rows are copied asynchronously, the pieces for rows that are not aligned are left
-        out: plain loads that go to shared memory."""
+        """The instructions at these places that run with aligned rows.
+
+        In code that copies rows asynchronously, plain loads that go to shared memory are for rows
+        that are not aligned.
+        """
         stretches = sass.basic_blocks(self.code, places)
         copied = any(self.code[i].base == "LDGSTS" for i in places)
         kept = []
@@ -63,25 +65,25 @@ class Compiled(NamedTuple):
         return kept
 
     def factors(self, code: Sequence[Instruction]) -> dict[int, float]:
-        """Conflicts of each place in a stretch of the loop that multiplies."""
+        """Place in a piece of the loop that multiplies → its wavefronts over the ideal."""
         if self.conflicts is None or not any(sass.unit_of(one) == "tensor" for one in code):
             return {}
         return banks.by_place([one.base for one in code], self.conflicts)
 
 
-# ---- which loop is which ----------------------------------------------------------------------
+# ---- finding loops ----------------------------------------------------------------------------
 
 
 def count_of(code: Sequence[Instruction], *names: str) -> int:
-    """Instructions whose base, or unit, is one of these."""
+    """The number of instructions whose base or unit is one of these names."""
     return sum(one.base in names or sass.unit_of(one) in names for one in code)
 
 
 def loop_with_most(kernel: Compiled, *names: str) -> Loop:
-    """That whose own trip has most of such instructions.
+    """The loop with most such instructions in a trip of its own.
 
     Raises:
-        ValueError: no loop has any.
+        ValueError: no loop has one.
     """
     best = max(kernel.loops, key=lambda loop: count_of(kernel.body(loop), *names), default=None)
     if best is None or count_of(kernel.body(best), *names) == 0:
@@ -90,7 +92,7 @@ def loop_with_most(kernel: Compiled, *names: str) -> Loop:
 
 
 def loops_around(kernel: Compiled, inner: Loop) -> list[Loop]:
-    """From the innermost out."""
+    """The loops around a loop, from the innermost outwards."""
     around = [loop for loop in kernel.loops if loop.holds(inner)]
     return sorted(around, key=lambda loop: len(loop.body))
 
@@ -99,15 +101,15 @@ def loops_around(kernel: Compiled, inner: Loop) -> list[Loop]:
 
 
 def triton_kernel(source: Any, name: str, card: Device, options: Mapping[str, int]) -> Compiled:
-    """Compiles for the card's architecture; ``options`` are num_warps and num_stages."""
+    """A kernel compiled for the card. ``options`` are num_warps and num_stages."""
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", architecture_for_triton(card), 32)
     compiled = triton_compile(source, target=target, options=dict(options))
-    dump = codegen._dump(compiled.asm["cubin"])
+    dump = codegen_triton.dump_cubin(compiled.asm["cubin"])
     (code,) = sass.functions(dump).values()
-    usage = codegen.read_usage(dump, target.arch)
+    usage = read_usage(dump, target.arch)
     warps = options["num_warps"]
     return Compiled(
         name=name,
@@ -121,7 +123,7 @@ def triton_kernel(source: Any, name: str, card: Device, options: Mapping[str, in
 
 
 def architecture_for_triton(card: Device) -> int:
-    """Triton compiles for the card itself."""
+    """The card's own architecture, for which Triton compiles."""
     return 89 if card.name == "RTX 4090" else card.architecture
 
 
@@ -129,24 +131,24 @@ def architecture_for_triton(card: Device) -> int:
 def _variants() -> dict[str, Any]:
     return {
         variant.name: variant
-        for module in codegen.MODULES
+        for module in codegen_triton.MODULES
         for variant in importlib.import_module(module).variants()
     }
 
 
 @functools.cache
 def triton_variant(card: Device, *words: str) -> Compiled:
-    """The one variant of the kernel modules whose name holds all these words.
+    """The variant whose name has all these words.
 
     Raises:
-        ValueError: none does, or more than one.
+        ValueError: not exactly one variant has them.
     """
     found = [v for name, v in _variants().items() if all(_holds(name, word) for word in words)]
     if len(found) != 1:
-        raise ValueError(f"{words} are words of {len(found)} variants; allowed is one.")
+        raise ValueError(f"words are {words}, which {len(found)} variants have; allowed is one.")
     (variant,) = found
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton_kernel(codegen._source(variant), variant.name, card, options)
+    return triton_kernel(codegen_triton.source_of(variant), variant.name, card, options)
 
 
 def _holds(name: str, word: str) -> bool:
@@ -160,7 +162,7 @@ _ARCHITECTURE = {80: "80", 90: "90a", 100: "100", 120: "120"}
 
 @functools.cache
 def cuda_kernels(card: Device) -> dict[str, Compiled]:
-    """By name, as in "distances<float32, 64, false>"; dynamic shared memory is not known here.
+    """The CUDA kernels by name, as in "distances<float32, 64, false>", without dynamic memory.
 
     Raises:
         RuntimeError: the extension was built without CUDA, or cuobjdump is missing.
@@ -188,6 +190,6 @@ def cuda_kernels(card: Device) -> dict[str, Compiled]:
 
 
 def cuda_kernel(card: Device, name: str, shared: int, threads: int | None = None) -> Compiled:
-    """With the dynamic shared memory and the threads that it is launched with."""
+    """A CUDA kernel with the dynamic shared memory and the threads of its launch."""
     found = cuda_kernels(card)[name]
     return found._replace(shared=found.shared + shared, threads=threads or found.threads)

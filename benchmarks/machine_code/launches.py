@@ -1,6 +1,6 @@
-"""What is launched for a shape, with how often each loop runs: of Triton's kernels and of CUDA's.
+"""The launches for a shape, by Triton and by CUDA, and how often each loop runs in them.
 
-Where a configuration would be measured on the device, the first is taken, as in deterministic mode.
+If a kernel has several configurations, the first is taken, as in deterministic mode.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from machine_code import kernels
-from machine_code.data import SORTED, SUM_TILE, TILE, Shape, group_of, segment_of
-from machine_code.devices import Device
-from machine_code.kernels import Compiled
-from machine_code.model import ONCE, Launch, Phase, phase
-from machine_code.sass import Instruction, Loop
+from benchmarks.machine_code import kernels
+from benchmarks.machine_code.data import SORTED, SUM_TILE, TILE, Shape, group_of, segment_of
+from benchmarks.machine_code.devices import Device
+from benchmarks.machine_code.kernels import Compiled
+from benchmarks.machine_code.model import ONCE, Launch, Phase, phase
+from benchmarks.machine_code.sass import Instruction, Loop
 
 Data = Mapping[str, Any]
-PANEL = 32  # features of a trip of ``distances``
-KEPT = 0.7  # of the L2 cache: references of a chunk that are still there for the sum
+PANEL = 32  # features that a trip of ``distances`` takes
+KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
 
 
 def _up(n: float, by: float) -> int:
@@ -29,7 +29,7 @@ def _once(kernel: Compiled, blocks: int) -> Phase:
 
 
 def _loop(name: str, kernel: Compiled, loop: Loop, blocks: int, trips: float) -> Phase:
-    """Of blocks that all run it as often."""
+    """The phase of a loop that every block runs equally often."""
     return phase(name, kernel, kernel.body(loop), blocks * trips, trips)
 
 
@@ -38,19 +38,19 @@ def _references(shape: Shape) -> float:
 
 
 def _again(shape: Shape, card: Device) -> float:
-    """Bytes of a chunk's references that the weighted sum reads from memory again."""
+    """Bytes of a chunk's references that the weighted sum must read from memory again."""
     size = 4 * _references(shape) * shape.N
     return size if size > KEPT * card.rate("l2_size") else 0.0
 
 
 def _by_block(shape: Shape) -> list[tuple[int, int]]:
-    """Queries of a block, and how many blocks have so many."""
+    """Numbers of queries in a block, and how many blocks have each."""
     blocks = shape.blocks()
     return [(count, blocks.count(count)) for count in sorted(set(blocks), reverse=True)]
 
 
 def _part(data: Data, shape: Shape, queries: int, name: str) -> float:
-    """Of what ``refine`` does in all, one launch's."""
+    """The share of one launch in the work of ``refine``."""
     return float(data["refine"][name]) * queries / shape.B / shape.chunks
 
 
@@ -58,6 +58,7 @@ def _part(data: Data, shape: Shape, queries: int, name: str) -> float:
 
 
 def triton(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
+    """The launches of the Triton kernels."""
     for queries, count in _by_block(shape):
         times = count * shape.chunks
         made = [
@@ -131,7 +132,7 @@ def _triton_weigh(shape: Shape, queries: int, card: Device) -> Launch:
 
 
 def _stretches(shape: Shape, queries: int, card: Device) -> int:
-    """Parts of a chunk's sum."""
+    """Parts that a chunk's sum is split into."""
     tiles = _up(queries, 64) * _up(shape.N, 128)
     fitting = (1 << 22) // (queries * shape.N)
     return max(1, min(_up(2 * card.sms, tiles), fitting, _up(_references(shape), 128)))
@@ -168,7 +169,7 @@ def _triton_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launc
     phases = [_once(kernel, blocks)]
     if kernel.loops:
         main = kernels.loop_with_most(kernel, "global")
-        # The loop is unrolled as the loads in it tell: one of 8 values a thread and stretch.
+        # The number of loads shows how far the loop is unrolled.
         loads = kernels.count_of(kernel.body(main), "LDG") / 2
         phases.append(_loop("stretches", kernel, main, blocks, parts / max(1.0, loads)))
     return Launch("merge", kernel, blocks, tuple(phases), 4 * (parts + 1) * queries * shape.N)
@@ -177,7 +178,7 @@ def _triton_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launc
 # ---- CUDA: the five kernels, not the single pass -----------------------------------------------
 
 _SUM_MEMORY = 3 * 32 * 136 * 4 + 3 * 32 * 40 * 4 + 2048 * 4 + 64 * 4
-_SUM_COPIES = 8  # of rows and of weights, a thread and panel
+_SUM_COPIES = 8  # asynchronous copies of a thread for a panel
 
 
 def _tile_memory(queries: int) -> int:
@@ -185,6 +186,7 @@ def _tile_memory(queries: int) -> int:
 
 
 def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
+    """The launches of the five CUDA kernels."""
     for queries, count in _by_block(shape):
         parts, words = _cuda_stretches(shape, queries, card)
         made = [
@@ -224,7 +226,7 @@ def _cuda_refine(shape: Shape, data: Data, queries: int, card: Device) -> Launch
     tiles = _up(m, TILE)
     segment = segment_of(tiles)
     blocks = queries * _up(tiles, segment)
-    # Of the loops over features the one with a DADD for every DFMA: differences.
+    # Two loops go over features; that of the differences has a DADD for every DFMA.
     inner = next(loop for loop in kernel.loops if _finds_differences(kernel.body(loop)))
     around = kernels.loops_around(kernel, inner)
     unrolled = kernels.count_of(kernel.body(inner), "DFMA")
@@ -261,7 +263,7 @@ def _cuda_weigh(shape: Shape, queries: int, card: Device) -> Launch:
 
 
 def _cuda_stretches(shape: Shape, queries: int, card: Device) -> tuple[int, int]:
-    """Parts of a chunk's sum, and words of 32 references in each."""
+    """Parts of a chunk's sum, and groups of 32 references in each."""
     block, words = shape.block, _up(shape.chunk, 32)
     tiles = _up(shape.N, 128) * _up(block, 32)
     wanted = min(_up(2 * card.sms, tiles), max(1, (1 << 22) // (block * shape.N)))
@@ -300,7 +302,7 @@ def _cuda_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launch:
 
 # ---- CUDA: the single pass in clusters ---------------------------------------------------------
 
-_SLICE, _CLUSTER, _STRETCHES = 192, 16, 8  # of features; blocks; clusters that work at once
+_SLICE, _CLUSTER, _STRETCHES = 192, 16, 8  # features of a block; blocks; clusters at once
 _PASS_TILE, _PASS_WARPS = 16, 8
 
 
@@ -311,8 +313,11 @@ def _pass_memory(queries: int) -> int:
 
 
 def single_pass(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
-    """Where the library takes it: 65 to 128 queries, at most 3072 features, sm_90 or sm_100. Eight
-    clusters work at once, which the parts of the device that hold one decide: assumed."""
+    """The launches of the single pass, where the library uses it.
+
+    That is for 65 to 128 queries and 512 to 3072 features on sm_90 and sm_100. Eight clusters are
+    assumed to work at once.
+    """
     fits = 512 <= shape.N <= _SLICE * _CLUSTER and 64 < shape.B <= 128
     if not fits or card.architecture not in (90, 100):
         return
@@ -333,7 +338,7 @@ def _single_pass(shape: Shape, data: Data, card: Device) -> Launch:
             phases.append(_loop(part[0], kernel, loop, blocks, tiles * part[1]))
     missing = set(_PASS_PARTS).difference(phase.name for phase in phases)
     if missing:
-        raise ValueError(f"{kernel.name} has no loop that is taken for {', '.join(missing)}.")
+        raise ValueError(f"{kernel.name} has no loop for {', '.join(missing)}.")
     moved = 4 * shape.M * shape.N + 4 * _STRETCHES * shape.B * shape.N
     return Launch("single_pass", kernel, blocks, tuple(phases), moved)
 
@@ -344,21 +349,23 @@ _PASS_PARTS = ("copies", "products", "pairs", "features of a pair", "over all bl
 def _part_of_pass(
     kernel: Compiled, loop: Loop, cluster: int, pairs: float
 ) -> tuple[str, float] | None:
-    """What a loop within a tile does, by its instructions, and how many trips it takes; None of
-    what only is there for clusters of other sizes."""
+    """What a loop within a tile does, judged by its instructions, and its number of trips.
+
+    None for a loop that is there for clusters of other sizes.
+    """
     code = kernel.body(loop)
     loads, stores, doubles, fused = (
         kernels.count_of(code, name) for name in ("LD", "ST", "DADD", "DFMA")
     )
     holds = any(loop.holds(other) for other in kernel.loops)
-    if copies := kernels.count_of(code, "LDGSTS"):  # of the next references
+    if copies := kernels.count_of(code, "LDGSTS"):  # copies the next references
         return "copies", _PASS_TILE * _SLICE / 4 / (32 * _PASS_WARPS) / copies
-    if kernels.count_of(code, "tensor"):  # half of the slice a warp
+    if kernels.count_of(code, "tensor"):  # each warp takes half of the slice
         return "products", _SLICE / 2 / PANEL
     if fused and kernels.count_of(code, "LDS") and not loads:
         inner = ("features of a pair", pairs * _SLICE / 32 / fused)
         return ("pairs", pairs) if holds else inner
-    if loads == 0 and stores:  # what was added up
+    if loads == 0 and stores:  # writes the sums
         return "to all blocks", cluster / stores
     if (loads and holds) or loads == doubles == 2 * cluster or loads == doubles == cluster:
         return "over all blocks", 1.0

@@ -1,10 +1,10 @@
-"""The predicted time of a launch, and what binds it.
+"""The predicted time of a launch, and its bound.
 
-A launch is blocks that run phases: stretches of machine code, each so many times. One
-multiprocessor is run over every phase with as many blocks as it holds beside each other
-(pipeline.py); blocks are dealt out evenly, and the last ones run with what is left. A launch takes
-the longest of that, of its longest block alone, and of the bytes that memory gives; and the gap
-before the next launch.
+A launch consists of blocks, which run phases: pieces of machine code, each a number of times. One
+multiprocessor runs every phase with as many blocks as it holds (pipeline.py). Blocks are dealt out
+evenly to the multiprocessors, and each runs them in rounds. A launch takes the longest of three
+times: of those rounds, of its longest block alone, and of its bytes at the rate of memory. The gap
+before the next launch is added.
 """
 
 from __future__ import annotations
@@ -13,47 +13,46 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from machine_code import pipeline
-from machine_code.devices import Device, resident
-from machine_code.kernels import Compiled
-from machine_code.sass import Instruction
+from benchmarks.machine_code import pipeline
+from benchmarks.machine_code.devices import Device, resident
+from benchmarks.machine_code.kernels import Compiled
+from benchmarks.machine_code.sass import Instruction
 
-ONCE = "once"  # the phase that a block runs a single time
+ONCE = "once"  # the phase that a block runs one time
 
 
 class Phase(NamedTuple):
-    """A stretch of code that blocks run again and again."""
+    """A piece of code that blocks run again and again."""
 
     name: str
     code: tuple[Instruction, ...]
     trips: float
     """Of all blocks together."""
     most: float
-    """Of the block that has most of them."""
+    """Of the block with most trips."""
     conflicts: tuple[tuple[int, float], ...] = ()
 
 
 class Launch(NamedTuple):
-    """One launch, or several that are alike."""
+    """One launch, or several equal ones."""
 
     name: str
     kernel: Compiled
     blocks: int
     phases: tuple[Phase, ...]
     moved: float
-    """Bytes of memory that it must read and write."""
+    """Bytes that it must read from memory and write to it."""
     times: int = 1
 
 
 class Predicted(NamedTuple):
-    """Of one name: all its launches together."""
+    """Prediction for all launches of one kernel together."""
 
     name: str
     seconds: float
     launches: int
     bound: str
-    """The unit that binds: one of the multiprocessor's, "latency", "longest block", "memory" or
-    "launch"."""
+    """A unit of the multiprocessor, "latency", "longest block", "memory" or "launch"."""
 
 
 @functools.cache
@@ -72,17 +71,19 @@ def run_of(phase: Phase, launch: Launch, card: Device, blocks: int) -> pipeline.
     return _run(phase.code, card, launch.kernel.warps, blocks, phase.conflicts, phase.name == ONCE)
 
 
-def beside(launch: Launch, card: Device) -> int:
-    """Blocks that a multiprocessor runs at once."""
+def blocks_at_once(launch: Launch, card: Device) -> int:
+    """Blocks that a multiprocessor runs at the same time."""
     kernel = launch.kernel
     held = resident(card, kernel.threads, kernel.registers, kernel.shared)
     return min(held, -(-launch.blocks // card.sms))
 
 
-def in_turns(launch: Launch, card: Device) -> float:
-    """Seconds of the multiprocessor with most blocks, if blocks are alike: rounds of as many as it
-    holds, and one of the rest."""
-    together = beside(launch, card)
+def rounds_seconds(launch: Launch, card: Device) -> float:
+    """Seconds of the multiprocessor with most blocks, if all blocks do the same.
+
+    It runs rounds of as many blocks as it holds, and one round of the rest.
+    """
+    together = blocks_at_once(launch, card)
     rounds, rest = divmod(-(-launch.blocks // card.sms), together)
     clocks = 0.0
     for phase in launch.phases:
@@ -93,15 +94,15 @@ def in_turns(launch: Launch, card: Device) -> float:
     return clocks / card.rate("clock")
 
 
-def longest_block(launch: Launch, card: Device) -> float:
-    """Seconds of the block with most to do, were it alone."""
+def longest_block_seconds(launch: Launch, card: Device) -> float:
+    """Seconds of the block with most work, running alone."""
     clocks = sum(p.most * run_of(p, launch, card, 1).clocks for p in launch.phases)
     return clocks / card.rate("clock")
 
 
 def bound_of(launch: Launch, card: Device) -> str:
-    """The unit that binds the phase that takes longest."""
-    together = beside(launch, card)
+    """The bound of the phase that takes longest."""
+    together = blocks_at_once(launch, card)
 
     def clocks(phase: Phase) -> float:
         return phase.trips * run_of(phase, launch, card, together).clocks
@@ -111,9 +112,10 @@ def bound_of(launch: Launch, card: Device) -> str:
 
 
 def predict(launch: Launch, card: Device) -> Predicted:
+    """The predicted time of a launch on a card."""
     times = {
-        "turns": in_turns(launch, card),
-        "longest block": longest_block(launch, card),
+        "turns": rounds_seconds(launch, card),
+        "longest block": longest_block_seconds(launch, card),
         "memory": launch.moved / card.rate("memory"),
     }
     gap = card.rate("launch")
@@ -124,8 +126,8 @@ def predict(launch: Launch, card: Device) -> Predicted:
     return Predicted(launch.name, launch.times * (times[most] + gap), launch.times, bound)
 
 
-def together(parts: Iterable[Predicted]) -> list[Predicted]:
-    """Those of one name as one, bound by what binds the longest of them."""
+def merge_by_name(parts: Iterable[Predicted]) -> list[Predicted]:
+    """Predictions of the same name added up, with the bound of the longest."""
     found: dict[str, list[Predicted]] = {}
     for part in parts:
         found.setdefault(part.name, []).append(part)
@@ -141,27 +143,31 @@ def together(parts: Iterable[Predicted]) -> list[Predicted]:
 
 
 def total(parts: Sequence[Predicted]) -> float:
+    """Seconds of all predictions."""
     return sum(part.seconds for part in parts)
 
 
 def phase(
     name: str, kernel: Compiled, code: Sequence[Instruction], trips: float, most: float
 ) -> Phase:
+    """A phase with the bank conflicts of its kernel."""
     factors = kernel.factors(code)
     return Phase(name, tuple(code), trips, most, tuple(sorted(factors.items())))
 
 
-# ---- what is not compiled here: from published rates ------------------------------------------
+# ---- plain torch, from published rates ---------------------------------------------------------
 
-SGEMM = 0.93  # of the rate that instructions have, of a large product in float32 ("sgemm")
+SGEMM = 0.93  # rate of a large float32 product over that of the instructions ("sgemm")
 TF32_GEMM = 0.75  # the same in TF32; assumed
 SPLITS = 8
 _GEMM_TILE = 128
 
 
 def product(card: Device, rows: int, columns: int, depth: int, kind: str) -> float:
-    """Seconds of a matrix product by cuBLAS, in "fp32" or "tf32": tiles of 128 × 128, their depth
-    shared out as fills the device best."""
+    """Seconds of a matrix product by cuBLAS, in "fp32" or "tf32".
+
+    In tiles of 128 × 128, with the depth split in the way that fills the device best.
+    """
     rate = card.rate("fp32") if kind == "fp32" else max(card.rate("mma_tf32"), _wide(card))
     tiles = -(-rows // _GEMM_TILE) * -(-columns // _GEMM_TILE)
     filled = max(_filled(tiles * split, card.sms) for split in range(1, SPLITS + 1))
@@ -181,15 +187,19 @@ def _filled(blocks: int, sms: int) -> float:
 
 
 def pass_over(card: Device, moved: float, kernels: int = 1) -> float:
-    """Seconds of elementwise kernels that read and write so many bytes: from the L2 cache where
-    half of it would hold them."""
+    """Seconds of elementwise kernels that read and write so many bytes.
+
+    They use the L2 cache if half of it holds the bytes of one kernel.
+    """
     fits = moved / kernels < card.rate("l2_size") / 2
     return moved / card.rate("l2" if fits else "memory") + kernels * card.rate("launch")
 
 
 def torch_path(card: Device, B: int, M: int, N: int, kind: str, compiled: bool) -> dict[str, float]:
     """Seconds of posterior_paths.torch_path: two products, norms, softmax and log-sum-exp.
-    Compiled, what is elementwise is one pass for the norms and two over the pairs."""
+
+    Compiled, the elementwise work is one pass for the norms and two over the pairs.
+    """
     pairs, references = 4.0 * B * M, 4.0 * M * N
     products = product(card, B, M, N, kind) + product(card, B, N, M, kind)
     if compiled:

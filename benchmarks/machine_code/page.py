@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from report import seconds as as_text
-from report import table
+from benchmarks.common.folders import DOCS
+from benchmarks.common.tables import Section, format_seconds, table, with_headings
+from benchmarks.machine_code import devices, host
+from benchmarks.machine_code.devices import DEVICES, Figure
 
-from machine_code import devices, host
-from machine_code.devices import DEVICES, Figure
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "roofline.md"
-BEGIN, END = "<!-- machine code: begin -->", "<!-- machine code: end -->"
+SECTION = Section(DOCS / "roofline.md", "machine code")
 OURS = ("triton", "cuda", "cuda, single pass")
 PATHS = (*OURS, "torch, float32", "torch, TF32", "compiled, float32", "compiled, TF32")
-WITHIN = 0.25
+WITHIN = 0.25  # relative error of a prediction that counts as good
 Results = dict[str, Any]
 
 
 def predicted(results: Results) -> dict[tuple[str, str, str], float]:
-    """Shape, card and path → predicted seconds of all its kernels."""
+    """Shape, card and path → predicted seconds of all kernels together."""
     found: dict[tuple[str, str, str], float] = {}
     for shape, card, path, _, seconds, _, _ in results["predicted"]:
         found[shape, card, path] = found.get((shape, card, path), 0.0) + seconds
@@ -38,16 +35,18 @@ def total_table(results: Results) -> str:
 
 
 def _text(seconds: float | None) -> str:
-    return "" if seconds is None else as_text(seconds)
+    return "" if seconds is None else format_seconds(seconds)
 
 
 def kernel_table(results: Results, shape: str) -> str:
-    """A row a kernel of ours, a column a card: predicted time and what binds."""
+    """Predicted time and bound of each of the library's kernels, one column a card."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for name, card, path, kernel, seconds, launches, bound in results["predicted"]:
         if name == shape and path in OURS:
             times = f", {launches} launches" if launches > 1 else ""
-            cells.setdefault((path, kernel), {})[card] = f"{as_text(seconds)}, {bound}{times}"
+            cells.setdefault((path, kernel), {})[card] = (
+                f"{format_seconds(seconds)}, {bound}{times}"
+            )
     cards = [card.name for card in DEVICES]
     rows = [[*key, *(by_card.get(card, "") for card in cards)] for key, by_card in cells.items()]
     return table(["predicted", "", *cards], rows)
@@ -90,7 +89,7 @@ def data_table(results: Results) -> str:
 
 
 def device_table() -> str:
-    """A row a rate; the letter says where it comes from."""
+    """The rates of the cards, each with the letter of its source."""
     letters = {source: chr(ord("a") + i) for i, source in enumerate(devices.SOURCES)}
 
     def cell(figure: Figure) -> str:
@@ -101,8 +100,8 @@ def device_table() -> str:
         [name.replace("_", " "), *(cell(getattr(card, name)) for card in DEVICES)] for name in names
     ]
     rows.insert(0, ["code for", *(f"sm_{card.architecture}" for card in DEVICES)])
-    said = "; ".join(f"{letters[key]}: {text}" for key, text in devices.SOURCES.items())
-    return f"{table(['', *(card.name for card in DEVICES)], rows)}\n\n{said}."
+    sources = "; ".join(f"{letters[key]}: {text}" for key, text in devices.SOURCES.items())
+    return f"{table(['', *(card.name for card in DEVICES)], rows)}\n\n{sources}."
 
 
 def published_table(results: Results) -> str:
@@ -119,13 +118,11 @@ def published_table(results: Results) -> str:
 
 
 def host_table(results: Results) -> str:
-    rows = [[path, as_text(seconds)] for path, seconds in results["host"].items()]
+    rows = [[path, format_seconds(seconds)] for path, seconds in results["host"].items()]
     made = results["made"]["host"]
-    said = (
-        f"Measured on {made['processor']}, {made['date']}, as the thread's time on the processor."
-    )
-    driver = f"A launch in the driver is taken as {as_text(host.DRIVER)} more."
-    return f"{table(['posterior_mean', 'a call'], rows)}\n\n{said} {driver}"
+    how = f"Measured on {made['processor']}, {made['date']}, as the thread's time on the processor."
+    driver = f"A launch in the driver is taken as {format_seconds(host.DRIVER)} more."
+    return f"{table(['posterior_mean', 'a call'], rows)}\n\n{how} {driver}"
 
 
 def report(results: Results) -> str:
@@ -141,11 +138,4 @@ def report(results: Results) -> str:
         "The host": host_table(results),
         "Rates": device_table(),
     }
-    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
-
-
-def with_report(text: str, results: Results) -> str:
-    """The page's text with the tables between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{report(results)}\n{END}{after}"
+    return with_headings(parts, 2)

@@ -1,13 +1,13 @@
-"""One multiprocessor that runs a stretch of machine code with some warps, clock by clock.
+"""A model of one multiprocessor that runs a piece of machine code with some warps.
 
-In order within a warp: an instruction goes when its predecessor's stall has passed, the scoreboards
-that it waits for are free, and its scheduler and its unit take it. Barriers wait for all warps of a
-block, asynchronous copies and matrix instructions of a warp group run on by themselves until they
-are waited for. One warp alone gives the time that latencies cost; as many as a multiprocessor holds
-give the time that counts, and how busy each unit was.
+Instructions of a warp start in order. One starts when the stall of its predecessor is over, the
+scoreboards that it waits for are free, and its scheduler and its unit accept it. Barriers wait for
+all warps of a block. Asynchronous copies and matrix instructions of a warp group go on in the
+background until something waits for them. A single warp shows the cost of latencies. As many warps
+as a multiprocessor holds give the time that counts, and how busy each unit is.
 
-What it does not see: misses of the instruction cache, conflicts of register banks, which way a
-branch goes (everything in the stretch is run), misses of the L2 cache, limits of queues.
+The model leaves out misses of the instruction cache and the L2 cache, conflicts of register banks,
+the limits of queues, and the direction of branches: it runs the whole piece.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from machine_code.devices import Device
-from machine_code.sass import NO_SCOREBOARD, Instruction, access_bytes, unit_of
+from benchmarks.machine_code.devices import Device
+from benchmarks.machine_code.sass import NO_SCOREBOARD, Instruction, access_bytes, unit_of
 
 SCHEDULERS = 4
-BACKLOG = 48  # clocks of work that a unit's queue takes before an instruction has to wait for it
-IN_FLIGHT = 32 << 10  # bytes that a multiprocessor has asked of the L2 cache, at most; assumed
+BACKLOG = 48  # clocks of work in a unit's queue beyond which instructions must wait
+IN_FLIGHT = 32 << 10  # the most bytes that a multiprocessor requests from the L2 cache; assumed
 LATENCY = {
     "mufu": 24,
     "convert": 20,
@@ -35,12 +35,12 @@ LATENCY = {
     "fp32": 4,
     "imad": 5,
     "uniform": 8,
-}  # clocks from the unit to the result, where a scoreboard says that they count; assumed
-BARRIER = 20  # clocks from the last warp's arrival until the first goes on; assumed
-RUN_IN = 1  # trips
-OPERANDS = 12  # clocks until a unit has read them; assumed
-CLUSTER = 200  # clocks of a barrier of a cluster; assumed
-JUMP = 8  # clocks that a jump back costs; assumed
+}  # unit → clocks to its result, where a scoreboard waits for it; assumed
+BARRIER = 20  # clocks between the last warp's arrival and the first warp's start; assumed
+RUN_IN = 1  # trips before those that are counted
+OPERANDS = 12  # clocks until a unit has read its operands; assumed
+CLUSTER = 200  # clocks of a cluster's barrier; assumed
+JUMP = 8  # clocks of a jump back; assumed
 _SHARED_BY_ALL = ("shared", "global", "convert64")  # units that the four schedulers share
 _MATRIX = re.compile(r"(\d+)x(\d+)x(\d+)")
 _OLD_MATRIX = {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4), "16832": (16, 8, 32)}
@@ -48,35 +48,39 @@ _UTC = (128, 64, 16)
 
 
 class Run(NamedTuple):
-    """What one trip through the stretch takes, with all warps beside each other."""
+    """One trip through the code by all warps at once."""
 
     clocks: float
     busy: dict[str, float]
-    """Unit → clocks of a trip in which it works; of a unit that each scheduler has, the mean."""
+    """Unit → clocks of a trip in which it works, the mean over the schedulers."""
     waits: dict[str, float]
-    """Name of an instruction → clocks of a warp's trip that it was waited for, or kept waiting."""
+    """Name of an instruction → clocks of a warp's trip that it waited to start."""
 
     @property
     def bound(self) -> str:
-        """The unit that is busy for most of the time, or that it is none: "latency". That of the
-        schedulers is "issue"."""
+        """The unit that is busy most of the time ("issue": the schedulers), or "latency"."""
         unit = max(self.busy, key=lambda name: self.busy[name] * (0.98 if name == "issue" else 1))
         return unit if self.busy[unit] >= 0.7 * self.clocks else "latency"
 
 
-# ---- what an instruction asks of a unit --------------------------------------------------------
+# ---- work of an instruction --------------------------------------------------------------------
 
 
 class Need(NamedTuple):
+    """The unit that an instruction uses."""
+
     unit: str
     occupancy: float
-    """Clocks that its unit is taken."""
+    """Clocks that the instruction occupies the unit."""
     latency: float
+    """Clocks from there to the result."""
 
 
 def matrix_shape(instruction: Instruction) -> tuple[int, int, int]:
-    """M, N and K of a matrix instruction. What ``tcgen05`` multiplies stands in a descriptor that
-    is not read: 128 × 64 × 16 is taken."""
+    """M, N and K of a matrix instruction.
+
+    Those of ``tcgen05`` are in a descriptor that is not read; 128 × 64 × 16 is assumed.
+    """
     if found := _MATRIX.search(instruction.name):
         m, n, k = (int(size) for size in found.groups())
         return m, n, k
@@ -95,8 +99,8 @@ def _matrix(instruction: Instruction, card: Device) -> Need:
         raise ValueError(f"{card.name} has no {instruction.name}.")
     clocks = m * n * k / rate
     if instruction.base == "HGMMA":
-        # A warp issues its quarter, to the unit of its own scheduler; so do the other three.
-        # Operands come from shared memory: all of B and, unless it is in registers, of A.
+        # Each of the four warps issues its quarter to the unit of its own scheduler. Operands come
+        # from shared memory: all of B, and all of A unless that is in registers.
         size = 4 if kind == "tf32" else 2
         in_shared = n * k * size + (0 if _first_in_registers(instruction) else m * k * size)
         clocks = max(clocks, in_shared / card.rate("shared"))
@@ -125,19 +129,19 @@ def _shared(instruction: Instruction, card: Device, conflicts: float) -> Need:
 
 
 def l2_port(card: Device) -> float:
-    """Bytes a clock that a multiprocessor gets from the L2 cache while all others ask as well."""
+    """Bytes a clock from the L2 cache to one multiprocessor while all of them read."""
     return min(64.0, card.rate("l2") / card.sms / card.rate("clock"))
 
 
 def _global(instruction: Instruction, card: Device) -> Need:
     moved = 32 * access_bytes(instruction)
-    if instruction.base in ("LDL", "STL"):  # registers that were spilled are found in the L1 cache
+    if instruction.base in ("LDL", "STL"):  # spilled registers hit the L1 cache
         return Need("shared", moved / card.rate("shared"), card.rate("shared_latency"))
     return Need("global", moved / l2_port(card), card.rate("l2_latency"))
 
 
 def need_of(instruction: Instruction, card: Device, conflicts: float = 1.0) -> Need:
-    """``conflicts`` is how many times as many accesses of shared memory it takes as it must."""
+    """The unit of an instruction. ``conflicts`` is its wavefronts over the ideal."""
     unit = unit_of(instruction)
     if unit == "tensor":
         return _matrix(instruction, card)
@@ -153,7 +157,7 @@ def need_of(instruction: Instruction, card: Device, conflicts: float = 1.0) -> N
         lanes = card.rate(unit) / SCHEDULERS
         double = 2 if instruction.base in ("FFMA2", "FADD2", "FMUL2") else 1
         return Need(unit, double * 32 / lanes, LATENCY[unit])
-    raise ValueError(f"{instruction.name} keeps {unit} busy, which is no unit that is known.")
+    raise ValueError(f"{instruction.name} uses the unit {unit!r}, which has no rate.")
 
 
 # ---- warps ------------------------------------------------------------------------------------
@@ -164,32 +168,32 @@ class _Warp:
     block: int
     scheduler: int
     leader: bool
-    """Whether it issues what one thread of a block does."""
+    """Whether it issues the instructions that one thread of a block executes."""
     at: int = 0
     trip: int = 0
     ready: float = 0.0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
     copies: float = 0.0
-    """When the copies since the last group was closed are there."""
+    """When the copies of the open group arrive."""
     groups: list[float] = field(default_factory=list)
     matrix: float = 0.0
     matrix_groups: list[float] = field(default_factory=list)
 
 
 class _Step(NamedTuple):
-    """An instruction as the multiprocessor takes it: what does not change is found once."""
+    """An instruction with all that stays the same from trip to trip."""
 
     instruction: Instruction
     need: Need
     wait: tuple[int, ...]
     stall: int
     places: tuple[int, ...]
-    """Of its unit among all units, by scheduler."""
+    """Index of its unit among all units, by scheduler."""
     backlog: float
     held: str
-    """What it waits for that runs by itself: "copies", "group", "block" or nothing."""
+    """The background work that it waits for: "copies", "group", "block" or ""."""
     pause: float
-    """Clocks that the warp stands still behind it: for a fence of the device, or a cluster."""
+    """Clocks that the warp pauses after it, for a fence of the device or a cluster's barrier."""
 
 
 class _Multiprocessor:
@@ -238,7 +242,7 @@ class _Multiprocessor:
                 heapq.heappush(self.queue, (warp.ready, i))
 
     def earliest(self, warp: _Warp, step: _Step) -> float:
-        """When its next instruction can go, as things stand."""
+        """The earliest time at which its next instruction can start."""
         time = warp.ready
         for board in step.wait:
             if warp.boards[board] > time:
@@ -249,7 +253,7 @@ class _Multiprocessor:
         return max(time, unit, self.issue[warp.scheduler])
 
     def held(self, warp: _Warp, step: _Step) -> float:
-        """Until when it waits for what runs by itself."""
+        """When the background work that it waits for is done."""
         if step.held == "copies":
             return _pending(warp.groups, step.instruction)
         if step.held == "group":
@@ -257,7 +261,7 @@ class _Multiprocessor:
         return self.block_matrix[warp.block]
 
     def go(self, warp: _Warp, i: int, step: _Step, time: float) -> bool:
-        """Issues; whether the warp goes on by itself."""
+        """Issues an instruction. Returns whether the warp continues without a barrier."""
         if time > warp.ready:
             self.waits[step.instruction.base] += time - warp.ready
         self.issue[warp.scheduler] = time + 1
@@ -276,7 +280,7 @@ class _Multiprocessor:
         return warp.trip < self.trips
 
     def serve(self, warp: _Warp, step: _Step, time: float) -> float:
-        """When the result is there."""
+        """Gives an instruction to its unit, and returns the time of its result."""
         instruction, need = step.instruction, step.need
         base = instruction.base
         if instruction.never or (base.startswith("UTC") and not warp.leader):
@@ -305,7 +309,7 @@ class _Multiprocessor:
             warp.ready += JUMP
 
     def meets(self, warp: _Warp, i: int, instruction: Instruction, time: float) -> bool:
-        """At a barrier it is the last one to come that lets the block go on."""
+        """Arrives at a barrier. The last warp releases all warps of its block."""
         if instruction.name.startswith("BAR.ARV"):
             return warp.trip < self.trips
         waiting = self.arrived[warp.block]
@@ -336,7 +340,7 @@ def _held(instruction: Instruction) -> str:
 
 
 def _pending(groups: list[float], instruction: Instruction) -> float:
-    """When all groups but the newest, as many as the instruction says, are there."""
+    """When all groups are done but the newest ones, whose number the instruction gives."""
     found = re.search(r"0x([0-9a-f]+)", instruction.operands)
     newest = int(found[1], 16) if found else 0
     done = groups[: max(0, len(groups) - newest)]
@@ -352,17 +356,15 @@ def run(
     conflicts: Mapping[int, float] | None = None,
     once: bool = False,
 ) -> Run:
-    """Runs the stretch again and again with ``blocks`` blocks of so many warps on one
-    multiprocessor.
+    """Runs the code again and again with ``blocks`` blocks of ``warps`` warps.
 
     Args:
-        trips: over which the mean is taken, after some to run in.
-        conflicts: place in the stretch → accesses of shared memory over those that it must take;
-            1 where it is not there.
-        once: the stretch is run a single time, from the start.
+        trips: number of trips over which the mean is taken, after one to run in.
+        conflicts: place in the code → wavefronts of its access over the ideal; by default 1.
+        once: whether the code runs one time only, from the start.
 
     Returns:
-        What a trip of all the blocks takes.
+        The clocks of a trip of all blocks.
     """
     if not code:
         return Run(0.0, {"issue": 0.0}, {})
@@ -370,7 +372,7 @@ def run(
     machine = _Multiprocessor(code, card, warps, blocks, RUN_IN + trips, conflicts or {})
     machine.run()
     clocks = machine.end
-    if not once:  # what the first trips take until everything is under way is not a trip's time
+    if not once:  # without the first trip, in which units are not busy yet
         short = _Multiprocessor(code, card, warps, blocks, RUN_IN, conflicts or {})
         short.run()
         clocks = (machine.end - short.end) / trips

@@ -1,8 +1,8 @@
-"""The model against kernels whose times others have measured and published.
+"""The model beside kernels whose times others have measured and published.
 
-Matrix products and attention in Triton, written here in the form of Triton's tutorials and compiled
-here. The table of devices was written down before; one published kernel was held out: it was named
-before its figure was looked for, and compared last.
+The kernels are matrix products and attention, written as in Triton's tutorials and compiled here.
+The table of devices was written down before. One kernel was held out: it was chosen before its
+published time was known, and compared last.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from machine_code import kernels, model
-from machine_code.devices import A100, H100, Device
-from machine_code.kernels import Compiled
-from machine_code.model import ONCE, Launch, phase
+from benchmarks.machine_code import kernels, model
+from benchmarks.machine_code.devices import A100, H100, Device
+from benchmarks.machine_code.kernels import Compiled
+from benchmarks.machine_code.model import ONCE, Launch, phase
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """c = a b, a tile a program."""
+    """c = a b. Each program computes one tile."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)) % M
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)) % N
     depth = tl.arange(0, DEPTH)
@@ -64,7 +64,7 @@ def attention_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """softmax(q kᵀ) v of one head, ROWS queries a program."""
+    """softmax(q kᵀ) v of one head. Each program takes ROWS queries."""
     head = tl.program_id(1).to(tl.int64) * length * DEPTH
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
@@ -94,14 +94,14 @@ Launches = Callable[[Device], Iterator[Launch]]
 
 
 class Published(NamedTuple):
-    """One measured figure."""
+    """One published time."""
 
     name: str
     card: Device
     tflops: float
     source: str
     launches: Launches
-    """Of each configuration that the autotuner tries: the fastest counts."""
+    """A launch for each configuration that the autotuner tries; the fastest counts."""
     operations: float
 
 
@@ -123,14 +123,14 @@ def _compiled(
     return kernels.triton_kernel(source, kernel.__name__, card, options)
 
 
-# (ROWS, COLUMNS, DEPTH, warps, stages) of the tutorial's list for CUDA that are the most likely.
+# (ROWS, COLUMNS, DEPTH, warps, stages): the likeliest of the tutorial's list for CUDA.
 PRODUCT_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 32, 4, 4))
 TF32_CONFIGS = ((128, 128, 32, 4, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4))
 ATTENTION_CONFIGS = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3))
 
 
 def product_launches(M: int, N: int, K: int, kind: str) -> Launches:
-    """(M, K) times (K, N) in "fp16", or of float32 in "tf32" or "tf32x3"."""
+    """Products (M, K) × (K, N) of float16 ("fp16"), or of float32 in "tf32" or "tf32x3"."""
     element = "*fp16" if kind == "fp16" else "*fp32"
     configs = PRODUCT_CONFIGS if kind == "fp16" else TF32_CONFIGS
 
@@ -143,14 +143,14 @@ def product_launches(M: int, N: int, K: int, kind: str) -> Launches:
             kernel = _compiled(product_kernel, types, constants | precision, card, warps, stages)
             blocks = -(-M // rows) * -(-N // columns)
             moved = (M * K + K * N + M * N) * (2 if kind == "fp16" else 4)
-            said = f"{rows} × {columns} × {depth}, {warps} warps"
-            yield _launch(said, kernel, blocks, -(-K // depth), moved)
+            name = f"{rows} × {columns} × {depth}, {warps} warps"
+            yield _launch(name, kernel, blocks, -(-K // depth), moved)
 
     return launches
 
 
 def attention_launches(heads: int, length: int, depth: int) -> Launches:
-    """Attention without a mask in float16."""
+    """Attention in float16 without a mask."""
 
     def launches(card: Device) -> Iterator[Launch]:
         types = dict.fromkeys(("q", "k", "v", "out"), "*fp16") | {"scale": "fp32", "length": "i32"}
@@ -159,8 +159,8 @@ def attention_launches(heads: int, length: int, depth: int) -> Launches:
             kernel = _compiled(attention_kernel, types, constants, card, warps, stages)
             blocks = -(-length // rows) * heads
             moved = 4 * heads * length * depth * 2
-            said = f"{rows} × {columns}, {warps} warps"
-            yield _launch(said, kernel, blocks, length // columns, moved)
+            name = f"{rows} × {columns}, {warps} warps"
+            yield _launch(name, kernel, blocks, length // columns, moved)
 
     return launches
 
@@ -187,10 +187,12 @@ class Compared(NamedTuple):
 
     @property
     def off(self) -> float:
+        """Relative error of the prediction."""
         return self.predicted / self.published - 1
 
 
 def compare(one: Published) -> Compared:
+    """Predicts a published kernel."""
     found = [model.predict(launch, one.card) for launch in one.launches(one.card)]
     best = min(found, key=lambda predicted: predicted.seconds)
     tflops = 1e-12 * one.operations / best.seconds
@@ -200,8 +202,8 @@ def compare(one: Published) -> Compared:
 def _product(
     card: Device, M: int, N: int, K: int, kind: str, tflops: float, source: str
 ) -> Published:
-    said = {"fp16": "float16", "tf32": "TF32", "tf32x3": "three terms of TF32"}[kind]
-    name = f"product in {said}, {M} × {N} × {K}"
+    precision = {"fp16": "float16", "tf32": "TF32", "tf32x3": "three terms of TF32"}[kind]
+    name = f"product in {precision}, {M} × {N} × {K}"
     return Published(name, card, tflops, source, product_launches(M, N, K, kind), 2 * M * N * K)
 
 
@@ -224,5 +226,5 @@ PUBLISHED = (
     _attention(H100, 4 * 48, 4096, 64, 440, f"{_TRITON}/pull/2444"),
     _attention(H100, 4 * 32, 4096, 128, 459.6, "github.com/facebookexperimental/triton/pull/205"),
 )
-# Named as attention on an A100 before its figure was looked for, and compared once.
+# Chosen as "attention on an A100" before its published time was looked up, and compared once.
 HELD_OUT = (_attention(A100, 4 * 48, 4096, 64, 143.0, f"{_TRITON}/pull/1917"),)

@@ -1,4 +1,4 @@
-"""What was counted and predicted, stored: results/machine_code.json, one line a row."""
+"""The stored counts and predictions: results/machine_code.json, one line a row."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import datetime
 import json
 from typing import Any
 
-from machine import RESULTS, describe
+from benchmarks.common.folders import RESULTS
+from benchmarks.common.machine import describe
 
 PATH = RESULTS / "machine_code.json"
 SECTIONS = ("data", "host", "predicted", "loops", "published", "held out")
 
 
 def load() -> dict[str, Any]:
-    """Empty where nothing was stored yet."""
+    """All sections; empty if nothing is stored."""
     if not PATH.exists():
         return {}
     content: dict[str, Any] = json.loads(PATH.read_text())
@@ -21,7 +22,7 @@ def load() -> dict[str, Any]:
 
 
 def store(section: str, content: Any) -> None:
-    """Replaces one section, and says when and on what it was made.
+    """Replaces one section, with the date and the machine.
 
     Raises:
         ValueError: there is no such section.
@@ -37,7 +38,7 @@ def store(section: str, content: Any) -> None:
 
 
 def as_text(content: dict[str, Any]) -> str:
-    """JSON with a line for each entry of a section."""
+    """JSON with one line for each entry of a section."""
     parts = [f"{json.dumps(name)}: {_section(value)}" for name, value in content.items()]
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

@@ -1,12 +1,17 @@
 """Machine code as ``cuobjdump --dump-sass`` prints it: instructions, control words, loops.
 
-An instruction has 128 bits, printed as two words of 64. Bits 105 to 125 are its control word, from
-the lowest: 4 bits of clocks until the warp's next instruction, one hint to yield, 3 bits each of
-the scoreboard that is released when the result is written and when the operands were read (7 is
-none), a mask of the 6 scoreboards that are waited for, and 4 bits of operand reuse. NVIDIA does
-not document this: the layout is that of Jia et al., "Dissecting the NVIDIA Volta GPU Architecture
-via Microbenchmarking" (arXiv 1804.06826, section 2.1), and has been the same up to sm_120 in all
-code that was looked at.
+An instruction has 128 bits, printed as two words of 64. Bits 105 to 125 are its control word. From
+the lowest bit it has:
+
+- 4 bits: clocks until the warp's next instruction;
+- 1 bit: a hint to yield;
+- 3 bits: the scoreboard that is released when the result is written (7 is none);
+- 3 bits: the scoreboard that is released when the operands are read (7 is none);
+- 6 bits: a mask of the scoreboards to wait for;
+- 4 bits: reuse of operands.
+
+NVIDIA does not document this. The layout is that of Jia et al., "Dissecting the NVIDIA Volta GPU
+Architecture via Microbenchmarking" (arXiv 1804.06826, section 2.1). Code up to sm_120 fits it.
 """
 
 from __future__ import annotations
@@ -28,19 +33,21 @@ NO_SCOREBOARD = 7
 
 
 class Control(NamedTuple):
-    """What the scheduler is told."""
+    """The control word: instructions for the scheduler."""
 
     stall: int
-    """Clocks until the next instruction of the warp may go, at least."""
+    """The least number of clocks until the warp's next instruction."""
     write: int
-    """Scoreboard that the result releases; 7 is none."""
+    """Scoreboard that is released when the result is written; 7 is none."""
     read: int
-    """Scoreboard that is released when the operands were read; 7 is none."""
+    """Scoreboard that is released when the operands are read; 7 is none."""
     wait: tuple[int, ...]
-    """Scoreboards that must be free before."""
+    """Scoreboards that must be free before the instruction starts."""
 
 
 class Instruction(NamedTuple):
+    """One instruction of machine code."""
+
     address: int
     predicate: str
     """As in "@!P0", or empty."""
@@ -51,6 +58,7 @@ class Instruction(NamedTuple):
 
     @property
     def base(self) -> str:
+        """The name without modifiers."""
         return self.name.split(".")[0]
 
     @property
@@ -76,43 +84,45 @@ def control_of(high: int) -> Control:
 
 
 def functions(dump: str) -> dict[str, list[Instruction]]:
-    """Every kernel's symbol → its instructions, without those that only fill up its end."""
+    """Symbol of a kernel → its instructions, without the padding at the end."""
     pieces = _FUNCTION.split(dump)[1:]
     return {name: instructions(code) for name, code in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
 def instructions(code: str) -> list[Instruction]:
+    """The instructions of one kernel, without the padding at the end."""
     found = [
         Instruction(int(at, 16), guard.strip(), name, operands, control_of(int(high, 16)))
         for at, guard, name, operands, _, high in _LINE.findall(code.split("\nFatbin")[0])
     ]
-    while found and _fills(found[-1]):
+    while found and _is_padding(found[-1]):
         found.pop()
     return found
 
 
-def _fills(instruction: Instruction) -> bool:
-    """Whether it only stands behind the end: nothing, or a jump to itself as a trap."""
+def _is_padding(instruction: Instruction) -> bool:
+    """Whether it does nothing, or jumps to itself: such code stands behind a kernel's end."""
     return instruction.base == "NOP" or jump_target(instruction) == instruction.address
 
 
 class Loop(NamedTuple):
-    """A natural loop."""
+    """A natural loop, by indices of instructions."""
 
     header: int
-    """Index of the instruction that every trip begins with."""
+    """The instruction that every trip begins with."""
     body: frozenset[int]
-    """Indices of its instructions, those of loops in it among them."""
+    """All its instructions, with those of inner loops."""
 
     def holds(self, other: Loop) -> bool:
+        """Whether another loop is inside this one."""
         return self != other and other.body <= self.body
 
 
 def loops(code: Sequence[Instruction]) -> list[Loop]:
-    """Natural loops by their back edges, in the order of their headers.
+    """Natural loops, found by their back edges, in the order of their headers.
 
-    What a loop leaves by never counts to it: pieces of code that the compiler put behind the end,
-    such as another try where a barrier is waited for, do not make loops of all between.
+    The compiler puts some pieces of code behind the kernel's end, such as the repeated wait for a
+    barrier. A jump back from there does not make a loop of everything in between.
     """
     before = _predecessors(code)
     bodies: dict[int, frozenset[int]] = {}
@@ -126,14 +136,16 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
 
 
 def reached(code: Sequence[Instruction]) -> list[int]:
-    """Indices of the instructions that may run, without what is called and what only warps take
-    part in that have diverged: both lie out of the way in code of their own."""
+    """Indices of the instructions that may run.
+
+    Without called functions, and without the separate code for warps that have diverged.
+    """
     before = _predecessors(code)
     return [i for i in range(len(code)) if i == 0 or before[i]]
 
 
 def basic_blocks(code: Sequence[Instruction], places: Sequence[int]) -> list[list[int]]:
-    """The places, in stretches that are run as a whole."""
+    """Places split into basic blocks."""
     starts = {_place(code, jump_target(one)) for one in code}
     found: list[list[int]] = []
     for i in places:
@@ -145,7 +157,7 @@ def basic_blocks(code: Sequence[Instruction], places: Sequence[int]) -> list[lis
 
 
 def _predecessors(code: Sequence[Instruction]) -> list[list[int]]:
-    """Of each instruction those that it may follow, as far as they are ever reached."""
+    """The instructions that each instruction may directly follow, if they are reachable."""
     found: list[list[int]] = [[] for _ in code]
     if not code:
         return found
@@ -170,7 +182,7 @@ def _successors(code: Sequence[Instruction], i: int) -> list[int]:
 
 
 def _leaves(instruction: Instruction) -> bool:
-    """Whether the next instruction in memory never follows it."""
+    """Whether execution never continues with the next instruction in memory."""
     if instruction.predicate or instruction.base not in ("EXIT", "RET", "BRA", "BRX"):
         return False
     if instruction.name.startswith("BRA.DIV"):
@@ -189,19 +201,21 @@ def _natural(before: list[list[int]], header: int, last: int) -> frozenset[int]:
 
 
 def _place(code: Sequence[Instruction], address: int | None) -> int | None:
-    """Index of the instruction at an address; instructions are evenly spaced."""
+    """Index of the instruction at an address."""
     if address is None or not code:
         return None
     i = (address - code[0].address) // 16
     return i if 0 <= i < len(code) and code[i].address == address else None
 
 
-_NEAR = 64  # bytes
+_NEAR = 64  # bytes to the target of a call that never returns
 
 
 def jump_target(instruction: Instruction) -> int | None:
-    """Where it may go on. A call of what stands right behind it is a jump that never returns: the
-    compiler makes such."""
+    """The address that an instruction may jump to.
+
+    The compiler writes some jumps as calls, which never return. Their target is close behind.
+    """
     if instruction.base not in ("BRA", "CALL") or instruction.name.startswith("BRA.DIV"):
         return None
     found = _TARGET.search(instruction.operands)
@@ -211,15 +225,10 @@ def jump_target(instruction: Instruction) -> int | None:
     return target
 
 
-def innermost(found: Iterable[Loop]) -> list[Loop]:
-    found = list(found)
-    return [loop for loop in found if not any(loop.holds(other) for other in found)]
-
-
-def own(code: Sequence[Instruction], loop: Loop, others: Iterable[Loop]) -> list[Instruction]:
-    """The instructions of a loop that are in no loop within it, in the order of addresses."""
+def own(loop: Loop, others: Iterable[Loop]) -> list[int]:
+    """Indices of a loop's instructions that are in no inner loop, in order."""
     inner = {i for other in others if loop.holds(other) for i in other.body}
-    return [code[i] for i in sorted(loop.body - inner)]
+    return sorted(loop.body - inner)
 
 
 # ---- the mix of instructions ------------------------------------------------------------------
@@ -242,8 +251,11 @@ _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in names.split
 
 
 def unit_of(instruction: Instruction) -> str:
-    """The unit that it keeps busy. "alu" is integer arithmetic but for products, comparisons,
-    selections and moves; "uniform" what is done once a warp."""
+    """The unit that an instruction keeps busy.
+
+    "alu" does comparisons, selections, moves, and integer arithmetic except products. "uniform" is
+    work done once a warp.
+    """
     base = instruction.base
     if base in _UNIT_OF:
         return _UNIT_OF[base]
@@ -251,8 +263,7 @@ def unit_of(instruction: Instruction) -> str:
 
 
 def mix(code: Iterable[Instruction]) -> dict[str, int]:
-    """Unit, and for matrix instructions their name → how many there are. What never runs is left
-    out."""
+    """Unit, or name of a matrix instruction → number of instructions that can run."""
     counts: Counter[str] = Counter()
     for instruction in code:
         if not instruction.never:
@@ -262,7 +273,7 @@ def mix(code: Iterable[Instruction]) -> dict[str, int]:
 
 
 def access_bytes(instruction: Instruction) -> int:
-    """Bytes that each lane reads or writes: 16 of "LDG.E.128", 4 where nothing is said."""
+    """Bytes that each lane reads or writes: 16 of "LDG.E.128", 4 if the name has no size."""
     sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1, "16": 2}
     for part in instruction.name.split(".")[1:]:
         if part in sizes:

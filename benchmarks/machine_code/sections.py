@@ -1,16 +1,15 @@
-"""What the command counts, section by section of the stored results."""
+"""Counts the sections of the stored results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import subjects
-
-from machine_code import data, launches, model, sass
-from machine_code.data import SHAPES, Shape
-from machine_code.devices import DEVICES, Device
-from machine_code.model import Launch, Predicted
+from benchmarks.common import subjects
+from benchmarks.machine_code import data, launches, model, sass
+from benchmarks.machine_code.data import SHAPES, Shape
+from benchmarks.machine_code.devices import DEVICES, Device
+from benchmarks.machine_code.model import Launch, Predicted
 
 BACKENDS: dict[str, Callable[[Shape, launches.Data, Device], Iterator[Launch]]] = {
     "triton": launches.triton,
@@ -23,12 +22,12 @@ TORCH = {
     "compiled, float32": ("fp32", True),
     "compiled, TF32": ("tf32", True),
 }
-COUNTED_ON = data.C
+LOOPS_SHAPE = data.C
 Row = list[Any]
 
 
 def count_data(stored: dict[str, Any]) -> dict[str, Any]:
-    """Of every shape; what is stored of Fashion-MNIST stays where its files are not at hand."""
+    """The section "data". Keeps what is stored of Fashion-MNIST if its files are missing."""
     found = {}
     for shape in SHAPES:
         there = (subjects.FASHION_FOLDER / subjects.FASHION).exists()
@@ -41,12 +40,12 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def predictions(counts: dict[str, Any]) -> Iterator[Row]:
-    """Shape, card, path, kernel, seconds, launches and what binds."""
+    """The section "predicted": shape, card, path, kernel, seconds, launches and bound."""
     for shape in SHAPES:
         for card in DEVICES:
             for path, made in BACKENDS.items():
                 found = [model.predict(one, card) for one in made(shape, counts[shape.name], card)]
-                for part in model.together(found):
+                for part in model.merge_by_name(found):
                     yield _row(shape, card, path, part)
             for path, (kind, compiled) in TORCH.items():
                 parts = model.torch_path(card, shape.B, shape.M, shape.N, kind, compiled)
@@ -60,17 +59,20 @@ def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
 
 
 def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
-    """Of each kernel, at one shape, the stretch that takes longest: path, card, kernel, stretch,
-    instructions, matrix instructions, ideal and actual wavefronts, clocks of a trip of one block
-    alone and of as many as a multiprocessor holds, how many those are, and what binds them."""
+    """The section "loops": of each kernel the phase that takes longest, at one shape.
+
+    Path, card, kernel, phase, instructions, matrix instructions, ideal and actual wavefronts,
+    clocks of a trip of one block alone and of as many as a multiprocessor holds, their number, and
+    bound.
+    """
     for card in DEVICES:
         for path, made in BACKENDS.items():
-            for launch in made(COUNTED_ON, counts[COUNTED_ON.name], card):
+            for launch in made(LOOPS_SHAPE, counts[LOOPS_SHAPE.name], card):
                 yield [path, card.name, launch.name, *_longest(launch, card)]
 
 
 def _longest(launch: Launch, card: Device) -> Row:
-    beside = model.beside(launch, card)
+    beside = model.blocks_at_once(launch, card)
 
     def clocks_of(phase: model.Phase) -> float:
         return phase.trips * model.run_of(phase, launch, card, beside).clocks

@@ -1,12 +1,12 @@
 // The CUDA kernels on the host, through the shim, against plain formulas, for builds with a
-// sanitizer. In whatever order threads and blocks go on, the bits must be the same.
+// sanitizer. The order of threads and blocks must not change a bit.
 #include <algorithm>
 
-#include "../normalised_field.h"
-#include "cuda_shim.h"
-#include "problems.h"
+#include "api/normalised_field.h"
+#include "host_shim/intrinsics.h"
+#include "tests/problems.h"
 
-// ThreadSanitizer takes ten times as long for a thread of a kernel.
+// Under ThreadSanitizer a thread of a kernel takes ten times as long.
 #ifdef __SANITIZE_THREAD__
 constexpr bool kFew = true;
 #else
@@ -19,7 +19,7 @@ using namespace pfgm;
 
 const CudaPlace kPlace{0, 0};
 
-// ---- what is tested -------------------------------------------------------------------------
+// ---- the implementation ---------------------------------------------------------------------
 
 Matrix workspace_of(const Problem& problem, bool backward) {
   const std::size_t bytes = posterior_mean_workspace_cuda(problem, kPlace, backward);
@@ -37,8 +37,8 @@ Implementation cuda(const std::string& name) {
     posterior_mean_backward_cuda(problem, io, kPlace, {workspace.data(), workspace.bytes()});
     return Status();
   };
-  return {name, 1e-5, 1e-5, forward, backward,
-          [](const OdeStep& step) { ode_step_cuda(step, kPlace); }};
+  return {name,    1e-5,     1e-5,
+          forward, backward, [](const OdeStep& step) { ode_step_cuda(step, kPlace); }};
 }
 
 using Orders = std::vector<unsigned>;
@@ -58,7 +58,7 @@ void run_in(const Orders& orders, const Run& run) {
       fail("order " + std::to_string(orders[i]) + " changes bits");
 }
 
-// The device and how problems are cut, until the end of a scope.
+// The device and the limits of blocks and chunks, until the end of a scope.
 struct Setting {
   Setting(int capability, int multiprocessors, const CudaLimits& limits = {}) {
     shim::set_device(multiprocessors, capability, (capability < 90 ? 163 : 227) << 10);
@@ -78,13 +78,20 @@ struct Shape {
 
 int problems = 0;
 
-// Half of all problems have rows off the boundaries of 16 bytes, the first one as well.
+// In half of all problems rows do not start on 16-byte boundaries.
 Case next_case(const Shape& shape, Type reference_type) {
   constexpr double dimensions[] = {1, kInfinity, 128};
   const int seed = problems++;
   const Index gap = seed % 4 < 2 ? 0 : seed % 4 - 1;
-  return {shape.B, shape.M, shape.N, Type::float32, reference_type, dimensions[seed % 3], gap,
-          static_cast<std::uint64_t>(seed), gap};
+  return {shape.B,
+          shape.M,
+          shape.N,
+          Type::float32,
+          reference_type,
+          dimensions[seed % 3],
+          gap,
+          static_cast<std::uint64_t>(seed),
+          gap};
 }
 
 Type reference_type(std::size_t turn) {
@@ -108,13 +115,13 @@ void check_forward(const Shape& shape, Type reference_type, const Orders& orders
   });
 }
 
-// At the edges of tiles (queries 8, 32, 64; references 32, 64; features 4, 32, 128), and where
-// products take over from differences: 16 queries and 32 features.
+// At the edges of tiles (queries 8, 32, 64; references 32, 64; features 4, 32, 128), and at 16
+// queries and 32 features, where products replace differences.
 void check_shapes() {
   const std::vector<Shape> shapes = {
-      {1, 1, 1},    {8, 31, 32},   {9, 65, 97},   {15, 130, 31}, {16, 63, 33}, {17, 31, 129},
-      {33, 65, 32}, {65, 63, 33},  {1, 65, 33},   {15, 65, 129}, {16, 1, 32},  {16, 65, 1},
-      {33, 31, 97}, {17, 130, 97}, {65, 1, 31},   {65, 130, 129}, {2, 1100, 5}};
+      {1, 1, 1},    {8, 31, 32},   {9, 65, 97}, {15, 130, 31},  {16, 63, 33}, {17, 31, 129},
+      {33, 65, 32}, {65, 63, 33},  {1, 65, 33}, {15, 65, 129},  {16, 1, 32},  {16, 65, 1},
+      {33, 31, 97}, {17, 130, 97}, {65, 1, 31}, {65, 130, 129}, {2, 1100, 5}};
   std::size_t turn = 0;
   for (std::size_t i = 0; i < (kFew ? 8 : shapes.size()); ++i) {
     const std::size_t types = kFew ? 1 : shapes[i].B < 65 ? 4 : 2;
@@ -134,10 +141,10 @@ bool launched(const std::string& kernel) {
   return std::find(all.begin(), all.end(), kernel) != all.end();
 }
 
-// In clusters of blocks, which share the features out: 384 of them for 64 queries, 192 for 128.
-// References are shared out by clusters, if the device runs several at once.
+// In clusters of blocks, which split the features: 384 per block for 64 queries, 192 for 128.
+// Clusters split the references if the device runs several at once.
 void check_one_pass() {
-  const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577}, {17, 5, 769},
+  const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577},  {17, 5, 769},
                                      {64, 33, 515},  {128, 16, 576}, {16, 1, 1025}};
   for (std::size_t i = 0; i < (kFew ? 2 : shapes.size()); ++i)
     for (std::size_t t = 0; t < (kFew ? 1 : 2); ++t) {
@@ -154,7 +161,7 @@ void check_one_pass() {
   if (launched("single_pass")) fail("in one pass on a device without clusters");
 }
 
-// Chunks of 128 references and blocks of a few queries, the last of each smaller.
+// Chunks of 128 references and blocks of a few queries; the last of each is smaller.
 void check_parts() {
   const auto limits = [](Index queries) { return CudaLimits{600, 1, queries, 128}; };
   for (std::size_t i = 0; i < (kFew ? 1 : 4); ++i) {
@@ -165,12 +172,14 @@ void check_parts() {
   check({9, 140, 5}, Type::float16, kFew ? one_of_all(1) : kAllOrders);
 }
 
-// Makes one value, of x or of a reference, NaN or infinite. What it is must not matter to indices.
+// Makes one value, of x or of a reference, NaN or infinite. No index may depend on it.
 void check_not_finite(const Shape& shape, bool in_x, float bad) {
   const Case c = next_case(shape, Type::float32);
   Inputs in(c);
-  if (in_x) put(in.x.at(2, c.N - 1), bad);
-  else put(in.y.at(c.M - 1, 0), bad);
+  if (in_x)
+    put(in.x.at(2, c.N - 1), bad);
+  else
+    put(in.y.at(c.M - 1, 0), bad);
   for (Index b = in_x ? 2 : 0; b < (in_x ? 3 : c.B); ++b) {
     in.lse[b] = NAN;
     for (Index k = 0; k < c.N; ++k) in.mean[b * c.N + k] = NAN;
@@ -185,7 +194,7 @@ void check_not_finite(const Shape& shape, bool in_x, float bad) {
 
 // ---- steps ----------------------------------------------------------------------------------
 
-// Rows of one thread, of a part of a warp, of a block, of several tiles; panels of 1024 values.
+// Rows for one thread, for a part of a warp, for a block, of several tiles; panels of 1024 values.
 void check_steps() {
   constexpr Index shapes[][2] = {{5, 7},   {9, 33},   {130, 8},  {2, 256},
                                  {2, 260}, {2, 1025}, {1, 6145}, {1, 8196}};
@@ -193,8 +202,9 @@ void check_steps() {
   for (const auto& [rows, features] : shapes)
     for (unsigned bits = 0; bits < 64; bits += kFew ? 13 : features > 1000 ? 5 : 1, ++turn) {
       const auto bit = [bits](int i) { return (bits >> i & 1) != 0; };
-      const Step step = {rows, features, Type::float32, bit(0), bit(1), bit(2), bit(3), bit(4),
-                         bits, static_cast<Output>(turn % 4), bit(5)};
+      const Step step = {rows,   features, Type::float32, bit(0), bit(1),
+                         bit(2), bit(3),   bit(4),        bits,   static_cast<Output>(turn % 4),
+                         bit(5)};
       run_in(turn % 16 == 0 ? kAllOrders : one_of_all(turn),
              [&](const Implementation& tested) { return run(tested, step); });
     }
@@ -204,7 +214,7 @@ void check_steps() {
 
 struct FieldCase {
   Index rows, features;
-  Output output;  // which input field_x overwrites; `slope` is the mean
+  Output output;  // the input that field_x overwrites; `slope` is the mean
   bool aligned;
   double gamma;
 };
@@ -224,14 +234,11 @@ FieldResults run(const std::string& name, const FieldCase& c) {
   };
   const Matrix x = rows(1), mean = rows(3), z(Type::float64, c.rows, 1);
   const Matrix field_z(Type::float32, c.rows, 1);
-  const Matrix field_x = c.output == Output::x       ? x
-                         : c.output == Output::slope ? mean
-                                                     : rows(2);
+  const Matrix field_x = c.output == Output::x ? x : c.output == Output::slope ? mean : rows(2);
   const Values xs = x.fill([&](Index, Index) { return random.normal(); });
   // The first row is at its mean, where the field is 0.
-  const Values means = mean.fill([&](Index i, Index k) {
-    return i == 0 ? xs[k] : random.normal();
-  });
+  const Values means =
+      mean.fill([&](Index i, Index k) { return i == 0 ? xs[k] : random.normal(); });
   const Values zs = z.fill([&](Index i, Index) { return i == 0 ? 0 : random.uniform(0, 4); });
   normalised_field_cuda({c.rows, c.features, reinterpret_cast<float*>(x.data()), x.stride,
                          z.doubles(), reinterpret_cast<float*>(mean.data()), mean.stride, c.gamma,
@@ -249,8 +256,8 @@ FieldResults run(const std::string& name, const FieldCase& c) {
     for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
       wanted_x.push_back(scale * (xs[k] - means[k]));
   }
-  const std::string what = name + ", a field of " + std::to_string(c.rows) + "×" +
-                           std::to_string(c.features);
+  const std::string what =
+      name + ", a field of " + std::to_string(c.rows) + "×" + std::to_string(c.features);
   compare(what, field_x, wanted_x, of_gradient(wanted_x, c.features, 1e-6));
   compare(what + ", z", field_z, wanted_z, of_gradient(wanted_z, 1, 1e-6));
   return {field_x, field_z};
@@ -278,7 +285,7 @@ int main() {
   check_one_pass();
   check_parts();
   for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}, Shape{16, 17, 512}}) {
-    if (kFew) break;  // the same accesses as of finite values
+    if (kFew) break;  // the same accesses as with finite values
     check_not_finite(shape, true, NAN);
     check_not_finite(shape, true, INFINITY);
     check_not_finite(shape, false, NAN);

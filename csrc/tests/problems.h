@@ -1,6 +1,6 @@
-// Problems for tests of the kernels, which go through their raw pointers: inputs, what must come
-// out by plain formulas, and the comparison. Every buffer has exactly its size, and outputs and the
-// gaps between rows hold NaN beforehand.
+// Problems for tests of the kernels through raw pointers: inputs, results of plain formulas, and
+// comparisons. Every buffer has exactly the size it needs. Outputs and gaps between rows hold NaN
+// beforehand.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "../ode_step.h"
-#include "../posterior_mean.h"
+#include "api/ode_step.h"
+#include "api/posterior_mean.h"
 
 namespace pfgm {
 namespace {
@@ -28,10 +28,10 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::size_t kSizes[] = {4, 8, 2, 2, 1};
 const char* const kNames[] = {"float32", "float64", "bfloat16", "float16", "uint8"};
 
-// What is tested.
+// An implementation to test.
 struct Implementation {
   std::string name;
-  double mean_tolerance, gradient_tolerance;  // in float32
+  double mean_tolerance, gradient_tolerance;  // for float32
   std::function<Status(const Problem&, const Forward&)> forward;
   std::function<Status(const Problem&, const Backward&)> backward;
   std::function<void(const OdeStep&)> step;
@@ -59,9 +59,11 @@ class Random {
 // ---- matrices -------------------------------------------------------------------------------
 
 template <class T>
-void put(void* to, T value) { std::memcpy(to, &value, sizeof value); }
+void put(void* to, T value) {
+  std::memcpy(to, &value, sizeof value);
+}
 
-// v, rounded toward zero, as an element at `to`; returns what that element means.
+// Writes v, rounded toward zero, as an element to `to`. Returns the value of that element.
 inline double encode(Type type, double v, void* to) {
   if (type == Type::float64) return put(to, v), v;
   if (type == Type::uint8) {
@@ -146,7 +148,7 @@ inline void compare(const std::string& what, const Matrix& actual, const Values&
   }
 }
 
-// As in tests/test_native.py: relative to the row, or to the typical row where terms cancel in it.
+// As in tests/backends/test_native.py: relative to the row, or to a typical row if terms cancel.
 inline Allowed of_gradient(const Values& expected, Index columns, double tolerance) {
   const Index rows = static_cast<Index>(expected.size()) / columns;
   const double floor = (tolerance > 1e-8 ? 1.0 : 1e-3) * norm(expected.data(), rows * columns) /
@@ -171,7 +173,7 @@ struct Case {
            kNames[static_cast<int>(type)] + " over " + kNames[static_cast<int>(reference_type)] +
            ", D = " + std::to_string(D);
   }
-  // Whether a point can lie on a reference exactly.
+  // Whether a point can lie exactly on a reference.
   bool exact() const {
     return type == Type::float64 ||
            (reference_type != Type::float64 && reference_type != Type::uint8);
@@ -181,13 +183,20 @@ struct Case {
 struct Inputs {
   Matrix x, y, G;
   Values xs, ys, Gs, radius, g;
-  Values mean, lse, grad_x, grad_radius, grad_y;  // what must come out
+  Values mean, lse, grad_x, grad_radius, grad_y;  // expected results
   double scale = 0;                               // norm of the largest reference
 
   explicit Inputs(const Case& c)
-      : x(c.type, c.B, c.N, c.gap, c.lead), y(c.reference_type, c.M, c.N, c.gap, c.lead),
-        G(c.type, c.B, c.N), radius(c.B), g(c.B), mean(c.B * c.N), lse(c.B), grad_x(c.B * c.N),
-        grad_radius(c.B), grad_y(c.M * c.N) {
+      : x(c.type, c.B, c.N, c.gap, c.lead),
+        y(c.reference_type, c.M, c.N, c.gap, c.lead),
+        G(c.type, c.B, c.N),
+        radius(c.B),
+        g(c.B),
+        mean(c.B * c.N),
+        lse(c.B),
+        grad_x(c.B * c.N),
+        grad_radius(c.B),
+        grad_y(c.M * c.N) {
     draw(c, Random(c.seed));
     for (Index j = 0; j < c.M; ++j) scale = std::fmax(scale, norm(&ys[j * c.N], c.N));
     for (Index b = 0; b < c.B; ++b) evaluate(c, b);
@@ -209,7 +218,7 @@ struct Inputs {
     });
     Gs = G.fill([&](Index, Index) { return random.normal(); });
     for (Index b = 0; b < c.B; ++b) {
-      // The backward pass is given the mean in float32, which shows beside a smaller sigma.
+      // The backward pass gets the mean in float32; its rounding is visible beside a smaller sigma.
       const double sigma = b == 1 ? 1e6 : std::pow(10, random.uniform(-1.3, 1));
       radius[b] = std::isinf(c.D) ? sigma : sigma * std::sqrt(c.D);
       g[b] = std::fmin(sigma * sigma, 1) * random.normal();
@@ -231,7 +240,8 @@ struct Inputs {
     }
     const bool gaussian = std::isinf(c.D), limit = gaussian ? r == 0 : least + r * r == 0;
     const auto score = [&](Real d) {
-      return gaussian ? -d / (2 * r * r) : -(c.N + static_cast<Real>(c.D)) / 2 * std::log(d + r * r);
+      return gaussian ? -d / (2 * r * r)
+                      : -(c.N + static_cast<Real>(c.D)) / 2 * std::log(d + r * r);
     };
     for (Index j = 0; j < c.M; ++j)
       total += p[j] = limit ? squared[j] == least : std::exp(score(squared[j]) - score(least));
@@ -252,7 +262,7 @@ struct Inputs {
     }
   }
 
-  // Adds reference j's part to the gradients of query b.
+  // Adds the part of reference j to the gradients of query b.
   void differentiate(const Case& c, Index b, Index j, Real squared, Real p, Real mean_pull) {
     const double *point = &xs[b * c.N], *at = &ys[j * c.N], *upstream = &Gs[b * c.N];
     const Real r = radius[b];
@@ -270,7 +280,7 @@ struct Inputs {
 };
 
 inline Problem problem_of(const Case& c, const Inputs& in, int threads) {
-  return {c.type, c.reference_type, c.B, c.M, c.N, in.x.data(), in.x.stride, in.y.data(),
+  return {c.type,      c.reference_type, c.B, c.M,    c.N, in.x.data(), in.x.stride, in.y.data(),
           in.y.stride, in.radius.data(), c.D, threads};
 }
 
@@ -278,16 +288,25 @@ struct Results {
   Matrix mean, lse, nearest, total, grad_x, grad_radius, grad_y;
 
   explicit Results(const Case& c)
-      : mean(c.type, c.B, c.N), lse(Type::float64, c.B, 1), nearest(Type::float64, c.B, 1),
-        total(Type::float64, c.B, 1), grad_x(c.type, c.B, c.N), grad_radius(Type::float64, c.B, 1),
+      : mean(c.type, c.B, c.N),
+        lse(Type::float64, c.B, 1),
+        nearest(Type::float64, c.B, 1),
+        total(Type::float64, c.B, 1),
+        grad_x(c.type, c.B, c.N),
+        grad_radius(Type::float64, c.B, 1),
         grad_y(c.type, c.M, c.N) {}
   Forward forward() const {
     return {mean.data(), lse.doubles(), nearest.doubles(), total.doubles()};
   }
-  // `needs` has a bit for each gradient.
+  // `needs` has one bit per gradient.
   Backward backward(const Inputs& in, unsigned needs) const {
-    return {in.G.data(), in.g.data(), mean.data(), nearest.doubles(), total.doubles(),
-            needs & 1 ? grad_x.data() : nullptr, needs & 2 ? grad_radius.doubles() : nullptr,
+    return {in.G.data(),
+            in.g.data(),
+            mean.data(),
+            nearest.doubles(),
+            total.doubles(),
+            needs & 1 ? grad_x.data() : nullptr,
+            needs & 2 ? grad_radius.doubles() : nullptr,
             needs & 4 ? grad_y.data() : nullptr};
   }
   bool same_bits(const Results& other) const {
@@ -334,7 +353,7 @@ inline Results run(const Implementation& tested, const Case& c, const Inputs& in
 
 // ---- steps ----------------------------------------------------------------------------------
 
-// Which input `next` overwrites.
+// The input that `next` overwrites.
 enum class Output { apart, x, slope, history };
 
 struct Step {
@@ -343,7 +362,7 @@ struct Step {
   bool field, history, mean, each, exact;
   std::uint64_t seed;
   Output output = Output::apart;
-  bool aligned = false;  // whether gaps keep rows on boundaries of 16 bytes
+  bool aligned = false;  // whether gaps keep rows on 16-byte boundaries
 };
 
 inline double stretch(const OdeStep& step, const double* slope, double field_z, double z) {
@@ -379,14 +398,28 @@ inline Stepped run(const Implementation& tested, const Step& s) {
   };
   const Values xs = x.fill(draw(3)), slopes = slope.fill(draw(0.5)), pasts = history.fill(draw(3));
   const Values fields = field_z.fill([&](Index, Index) { return -random.uniform(0, 1); });
-  const Values level = levels.fill([&](Index i, Index) {
-    return i == 2 && !s.history ? 0 : random.uniform(0, i == 0 ? 4 : 1);
-  });
-  const OdeStep step = {s.type, s.rows, s.features, x.data(), x.stride, slope.data(), slope.stride,
-                        s.field ? field_z.data() : nullptr, s.history ? history.data() : nullptr,
-                        history.stride, levels.doubles(), s.each ? 1 : 0, 5, 2, s.exact,
-                        next.data(), next.stride, s.field && s.mean ? mean.data() : nullptr,
-                        mean.stride, tested.threads};
+  const Values level = levels.fill(
+      [&](Index i, Index) { return i == 2 && !s.history ? 0 : random.uniform(0, i == 0 ? 4 : 1); });
+  const OdeStep step = {s.type,
+                        s.rows,
+                        s.features,
+                        x.data(),
+                        x.stride,
+                        slope.data(),
+                        slope.stride,
+                        s.field ? field_z.data() : nullptr,
+                        s.history ? history.data() : nullptr,
+                        history.stride,
+                        levels.doubles(),
+                        s.each ? 1 : 0,
+                        5,
+                        2,
+                        s.exact,
+                        next.data(),
+                        next.stride,
+                        s.field && s.mean ? mean.data() : nullptr,
+                        mean.stride,
+                        tested.threads};
   tested.step(step);
   Values wanted, means;
   for (Index i = 0; i < s.rows; ++i) {

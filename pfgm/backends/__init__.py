@@ -1,9 +1,9 @@
-"""Which implementation computes the operations, and why.
+"""Which implementation computes the operations.
 
-Every backend is a module with the same functions, and a ``supports`` that gives None or the reason
-why it cannot run. :func:`choose` takes the first that can, in the order below; a backend that was
-asked for by name (``backend=``, :func:`use_backend`, then the environment variable
-``PFGM_BACKEND``) either runs or raises with its reason. Nothing falls back silently.
+Every backend is a module with the same functions. Its ``supports`` gives None, or the reason why
+it cannot run. :func:`choose` takes the first that can. A backend can be asked for by name: by
+``backend=``, else by :func:`use_backend`, else by the environment variable ``PFGM_BACKEND``. It
+then runs, or raises with its reason. Nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference, triton
-from .problems import OdeStep
+from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 
 __all__ = [
     "Availability",
@@ -36,42 +36,27 @@ class Backend(Protocol):
     def supports(
         self, device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
     ) -> str | None:
-        """None, or why tensors of this device and dtype, and references of theirs, cannot be."""
+        """None, or why it cannot compute, given the device and dtype of x and the dtype of the
+        references."""
 
     def describe(self) -> str:
         """One line on how it computes, for ``pfgm info``."""
 
     def sketch(self, references: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What can be used again of references (M, N), for x of a dtype, while they stay as they
-        are; None where nothing can."""
+        """What saves time at later calls over the same references (M, N), for x of a dtype.
 
-    def posterior_mean(
-        self,
-        x: Tensor,
-        references: Tensor,
-        radius: Tensor,
-        D: float,
-        precision: str = "high",
-        sketch: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest reference and
-        total weight relative to it, each (B,). Precision is the least that is asked for, and the
-        sketch that of these references: it changes the time, not the result."""
+        It is valid while the references stay the same. None where the backend has no use for it.
+        """
+
+    def posterior_mean(self, problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean (B, N), log-sum-exp (B,), nearest (B,) and total (B,).
+
+        The last two are those of :class:`~pfgm.backends.problems.State`. All but the mean are in
+        float64.
+        """
 
     def posterior_mean_backward(
-        self,
-        grad_mean: Tensor,
-        grad_logsumexp: Tensor,
-        x: Tensor,
-        references: Tensor,
-        radius: Tensor,
-        mean: Tensor,
-        nearest: Tensor,
-        total: Tensor,
-        D: float,
-        needs: tuple[bool, bool, bool],
-        precision: str = "high",
-        sketch: Tensor | None = None,
+        self, problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, references and radius, None where not needed."""
 
@@ -89,7 +74,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """The next points (B, N) and, with_mean from a field, the mean (B, N).
 
-        Outputs that are given have contiguous features; each is an input itself or apart from it.
+        out and mean_out have contiguous features. Each is one of the inputs, or does not overlap
+        any.
         """
 
 
@@ -114,7 +100,7 @@ class Availability(NamedTuple):
     detail: str
 
 
-def _named(name: str, source: str) -> Backend:
+def _backend_named(name: str, source: str) -> Backend:
     if name not in _BACKENDS:
         raise ValueError(f"{source} is {name!r}; allowed are {', '.join(sorted(_BACKENDS))}.")
     return _BACKENDS[name]
@@ -125,7 +111,12 @@ def available(
     dtype: torch.dtype = torch.float32,
     references: torch.dtype | None = None,
 ) -> dict[str, Availability]:
-    """What each backend says of tensors on ``device`` with ``dtype``, and ``references`` of theirs.
+    """Whether each backend can run, by its name.
+
+    Args:
+        device: of the points.
+        dtype: of the points.
+        references: dtype of the references; None leaves it open.
 
     >>> available()["reference"].usable
     True
@@ -138,23 +129,25 @@ def available(
 
 
 def requested() -> str | None:
-    """The name that an enclosing :func:`use_backend` asks for."""
+    """The name given to the innermost open :func:`use_backend`; None outside of one."""
     return _requested
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend, for the whole process, while the context is open.
+    """Forces one backend while the context is open, for the whole process.
+
+    Whether the backend can run is checked at each call, not here.
 
     Raises:
-        ValueError: there is no backend of that name. Whether it can run is seen at the call.
+        ValueError: there is no backend of that name.
 
     >>> import pfgm
     >>> with pfgm.use_backend("reference"):
     ...     mean = pfgm.posterior_mean(torch.zeros(1, 2), torch.ones(3, 2), r=1.0)
     """
     global _requested
-    _named(name, "use_backend's name")
+    _backend_named(name, "use_backend's name")
     previous, _requested = _requested, name
     try:
         yield
@@ -172,13 +165,13 @@ def choose(
 
     Raises:
         ValueError: no backend has that name.
-        Unavailable: the one that was asked for cannot run; the message says why.
+        Unavailable: the backend asked for cannot run; the message says why.
     """
     source = "backend"
     if not name and (name := os.environ.get("PFGM_BACKEND")):
         source = "PFGM_BACKEND"
     if name:
-        backend = _named(name, source)
+        backend = _backend_named(name, source)
         if reason := backend.supports(device, dtype, references):
             raise Unavailable(f"{source}={name!r} cannot run here: {reason}.")
         return backend

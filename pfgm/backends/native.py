@@ -1,8 +1,8 @@
 """The operations in C++ and CUDA (csrc/): SIMD kernels on the CPU, and kernels for NVIDIA GPUs.
 
-The only caller of ``pfgm._native``, which takes raw addresses: everything is checked, made
-row-contiguous and kept alive here. On a GPU work is enqueued on torch's current stream, in memory
-of torch's allocator.
+This module is the only caller of ``pfgm._native``, which takes raw addresses. Tensors are brought
+into the layout of the kernels here, and kept alive during the call. On a GPU the kernels run on
+torch's current stream, with workspace from torch's allocator.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_radius, checks_values, non_finite_message, radius_message
-from .problems import OdeStep
-from .reference import normalised_field as normalised_field_formula
+from ..common.tensors import contiguous_features
+from . import formulas
+from .layout import laid_out, laid_out_step, step_outputs
+from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular, singular_message
 
 __all__ = [
@@ -41,11 +43,12 @@ _TYPES = {
     torch.uint8: 4,
 }
 _CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+# What the CPU kernels return where they fail.
 _RADIUS, _VALUE, _SINGULAR, _MEMORY = 1, 2, 3, 4
 
 
 def _load() -> ModuleType | None:
-    # An extension that is there but broken must raise, not look like one that was not built.
+    # A broken extension must raise, and not look like one that was not built.
     if importlib.util.find_spec("pfgm._native") is None:
         return None
     return importlib.import_module("pfgm._native")
@@ -55,7 +58,11 @@ _native = _load()
 
 
 def extension() -> ModuleType:
-    """pfgm._native; RuntimeError where pfgm was installed without it."""
+    """pfgm._native.
+
+    Raises:
+        RuntimeError: pfgm was installed without it.
+    """
     if _native is None:
         raise RuntimeError("pfgm was installed without its native extension (PFGM_NATIVE=0).")
     return _native
@@ -111,7 +118,7 @@ def describe() -> str:
 
 
 def build_lines() -> list[str]:
-    """How the extension was built and what its CUDA runtime sees, for ``pfgm info``."""
+    """How the extension was built, and the GPUs that its CUDA runtime finds, for ``pfgm info``."""
     if _native is None:
         return ["extension  not built (PFGM_NATIVE=0)"]
     info = _native.build_info()
@@ -123,14 +130,9 @@ def build_lines() -> list[str]:
     ]
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with contiguous features; rows may lie anywhere, also on one another."""
-    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _problem(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, sketch: Tensor | None = None
-) -> object:
+def _problem(problem: PosteriorMean) -> object:
+    """The extension's Problem, with addresses in place of tensors."""
+    x, references, radius, D, _, sketch = problem
     if sketch is not None:
         _check_sketch(sketch, x, references)
     return extension().Problem(
@@ -151,15 +153,15 @@ def _problem(
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What the CPU kernels can use again of references that stay as they are, for x of a dtype.
+    """Sums over parts of each reference, for calls of the CPU kernels with x of a dtype.
 
-    About one value for 16 of a reference: sums over parts of it, from which they see that it is
-    too far away to count (csrc/screen_cpu.h).
+    They bound the distance of a reference from below, so that one that is too far away need not be
+    read (csrc/cpu/screen.h). They take a sixteenth of the values of the references.
     """
     width = extension().sketch_width(references.shape[1])
     if _on_cuda(references.device) or width == 0:
         return None
-    references = _rows(references)
+    references = contiguous_features(references)
     out = torch.empty(len(references) * width, dtype=dtype)
     extension().sketch(
         type=_TYPES[dtype],
@@ -178,8 +180,8 @@ def _check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
     whole = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
     if sketch.shape != shape or sketch.dtype != x.dtype or not whole:
         raise ValueError(
-            f"sketch has shape {tuple(sketch.shape)} and dtype {sketch.dtype}; allowed is what "
-            f"sketch() says of these references, of shape {shape} and dtype {x.dtype}."
+            f"sketch has shape {tuple(sketch.shape)} and dtype {sketch.dtype}; allowed is the "
+            f"result of sketch() for these references, of shape {shape} and dtype {x.dtype}."
         )
 
 
@@ -192,11 +194,11 @@ def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tenso
     if failure == _SINGULAR:
         raise ValueError(singular_message(row))
     if failure == _MEMORY:
-        raise MemoryError("posterior_mean: no memory for its workspace.")
+        raise MemoryError("posterior_mean needs a workspace that does not fit into memory.")
 
 
 def _place(device: torch.device) -> object:
-    """Torch's current stream of a GPU."""
+    """A GPU and torch's current stream on it, as the extension takes them."""
     stream = torch.cuda.current_stream(device)
     return extension().CudaPlace(device=stream.device_index, stream=stream.cuda_stream)
 
@@ -206,19 +208,13 @@ def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None
     size = extension().posterior_mean_workspace_cuda(problem, place, backward)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     name = "posterior_mean_backward_cuda" if backward else "posterior_mean_cuda"
-    given = extension().CudaWorkspace(at=workspace.data_ptr(), bytes=size)
-    getattr(extension(), name)(problem, io, place, given)
+    at = extension().CudaWorkspace(at=workspace.data_ptr(), bytes=size)
+    getattr(extension(), name)(problem, io, place, at)
 
 
-def posterior_mean(
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    D: float,
-    precision: str = "high",
-    sketch: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, references, radius = _rows(x), _rows(references), radius.contiguous()
+def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = laid_out(problem)
+    x, references, radius = problem[:3]
     mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     logsumexp, nearest, total = (
         torch.empty(len(x), dtype=torch.float64, device=x.device) for _ in range(3)
@@ -229,35 +225,25 @@ def posterior_mean(
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
     )
-    problem = _problem(x, references, radius, D, sketch)
+    native_problem = _problem(problem)
     if not _on_cuda(x.device):
-        _check(extension().posterior_mean(problem, io), x, references, radius)
+        _check(extension().posterior_mean(native_problem, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
         check_radius(radius)
-    _run_on_cuda(x, problem, io, backward=False)
+    _run_on_cuda(x, native_problem, io, backward=False)
     if checks_values(x.device) and bool(nearest.isnan().any()):
         raise ValueError(non_finite_message(x, references, "x"))
     return mean, logsumexp, nearest, total
 
 
 def posterior_mean_backward(
-    grad_mean: Tensor,
-    grad_logsumexp: Tensor,
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    mean: Tensor,
-    nearest: Tensor,
-    total: Tensor,
-    D: float,
-    needs: tuple[bool, bool, bool],
-    precision: str = "high",
-    sketch: Tensor | None = None,
+    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, references, radius = _rows(x), _rows(references), radius.contiguous()
-    grad_mean, grad_logsumexp = grad_mean.contiguous(), grad_logsumexp.contiguous()
-    mean, nearest, total = mean.contiguous(), nearest.contiguous(), total.contiguous()
+    problem = laid_out(problem)
+    x, references, radius = problem[:3]
+    grad_mean, grad_logsumexp = (gradient.contiguous() for gradient in upstream)
+    mean, nearest, total = (value.contiguous() for value in state)
     grad_x, grad_references, grad_radius = (
         torch.empty(of.shape, dtype=dtype, device=x.device) if needed else None
         for of, dtype, needed in zip(
@@ -274,12 +260,12 @@ def posterior_mean_backward(
         grad_radius=_address(grad_radius),
         grad_references=_address(grad_references),
     )
-    problem = _problem(x, references, radius, D, sketch)
+    native_problem = _problem(problem)
     if _on_cuda(x.device):
-        check_singular(at_limit(nearest, radius, D), grad_logsumexp)
-        _run_on_cuda(x, problem, io, backward=True)
+        check_singular(at_limit(nearest, radius, problem.D), grad_logsumexp)
+        _run_on_cuda(x, native_problem, io, backward=True)
     else:
-        _check(extension().posterior_mean_backward(problem, io), x, references, radius)
+        _check(extension().posterior_mean_backward(native_problem, io), x, references, radius)
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
@@ -287,8 +273,8 @@ def posterior_mean_backward(
 
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     if not _on_cuda(x.device):
-        return normalised_field_formula(x, z, mean, gamma)
-    x, mean, z = _rows(x), _rows(mean), z.contiguous()
+        return formulas.normalised_field(x, z, mean, gamma)
+    x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
     field_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     field_z = torch.empty(len(x), dtype=x.dtype, device=x.device)
     field = extension().NormalisedField(
@@ -308,18 +294,13 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
 def ode_step(
     step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    x, slope = _rows(step.x), _rows(step.slope)
-    history = None if step.history is None else _rows(step.history)
-    field_z = None if step.field_z is None else step.field_z.contiguous()
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if with_mean and mean_out is None:
-        mean_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if isinstance(step.levels, Tensor):
-        levels = step.levels.contiguous()
+    step = laid_out_step(step)
+    x, slope, field_z, history, levels, gamma, z_exp, exact = step
+    out, mean_out = step_outputs(x, with_mean, out, mean_out)
+    if isinstance(levels, Tensor):
         address, level_stride = levels.data_ptr(), 1
     else:
-        shared = array("d", step.levels)
+        shared = array("d", levels)
         address, level_stride = shared.buffer_info()[0], 0
     native_step = extension().OdeStep(
         type=_TYPES[x.dtype],
@@ -331,18 +312,18 @@ def ode_step(
         history=_address_and_stride(history),
         levels=address,
         level_stride=level_stride,
-        gamma=step.gamma,
-        z_exp=step.z_exp,
-        exact=step.exact,
+        gamma=gamma,
+        z_exp=z_exp,
+        exact=exact,
         next=_address_and_stride(out),
-        mean=_address_and_stride(mean_out if with_mean else None),
+        mean=_address_and_stride(mean_out),
         threads=torch.get_num_threads(),
     )
     if _on_cuda(x.device):
         extension().ode_step_cuda(native_step, _place(x.device))
     else:
         extension().ode_step(native_step)
-    return out, mean_out if with_mean else None
+    return out, mean_out
 
 
 def _address_and_stride(tensor: Tensor | None) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""The operations as Triton kernels (kernels/, installed as :mod:`pfgm.kernels`): on any GPU that
-Triton supports and, where ``TRITON_INTERPRET=1`` is set, on the CPU in Triton's interpreter.
+"""The operations as Triton kernels (kernels/, installed as :mod:`pfgm.kernels`).
 
-Triton is imported at the first call, never with pfgm.
+They run on every GPU that Triton supports, and with ``TRITON_INTERPRET=1`` on the CPU in Triton's
+interpreter. Triton is imported at the first call, not with pfgm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_radius, checks_values, non_finite_message
-from .problems import OdeStep
+from ..common.tensors import contiguous_features
+from .layout import laid_out, laid_out_step, step_outputs
+from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular
 
 _REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -43,35 +45,23 @@ def describe() -> str:
     return f"Triton kernels, {'in the interpreter' if interpreted() else 'compiled for the GPU'}"
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with contiguous features; rows may lie anywhere, also on one another."""
-    return tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _current(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: makes it the tensor's."""
+def _current_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> None:
-    """The kernels find norms while they load references: nothing is worth keeping."""
+    """None: the kernels compute norms while they load references, at no cost."""
     return None
 
 
-def posterior_mean(
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    D: float,
-    precision: str = "high",
-    sketch: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import posterior_mean as kernels
 
+    x, references, radius, D, precision, _ = laid_out(problem)
     if checks_values(x.device):
         check_radius(radius)
-    x, references, radius = _rows(x), _rows(references), radius.contiguous()
-    with _current(x):
+    with _current_device(x):
         mean, logsumexp, nearest, total = kernels.posterior_mean(
             x, references, radius, D, precision
         )
@@ -81,32 +71,19 @@ def posterior_mean(
 
 
 def posterior_mean_backward(
-    grad_mean: Tensor,
-    grad_logsumexp: Tensor,
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    mean: Tensor,
-    nearest: Tensor,
-    total: Tensor,
-    D: float,
-    needs: tuple[bool, bool, bool],
-    precision: str = "high",
-    sketch: Tensor | None = None,
+    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from ..kernels import posterior_mean_backward as kernels
 
-    check_singular(at_limit(nearest, radius, D), grad_logsumexp)
-    with _current(x):
+    x, references, radius, D, precision, _ = laid_out(problem)
+    check_singular(at_limit(state.nearest, radius, D), upstream.logsumexp)
+    with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
-            grad_mean.contiguous(),
-            grad_logsumexp.contiguous(),
-            _rows(x),
-            _rows(references),
-            radius.contiguous(),
-            mean.contiguous(),
-            nearest.contiguous(),
-            total.contiguous(),
+            *(gradient.contiguous() for gradient in upstream),
+            x,
+            references,
+            radius,
+            *(value.contiguous() for value in state),
             D,
             needs,
             precision,
@@ -119,9 +96,9 @@ def posterior_mean_backward(
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     from ..kernels import normalised_field as kernels
 
-    x, mean = _rows(x), _rows(mean)
+    x, mean = contiguous_features(x), contiguous_features(mean)
     field_x, field_z = x.new_empty(x.shape), x.new_empty(len(x))
-    with _current(x):
+    with _current_device(x):
         kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
     return field_x, field_z
 
@@ -131,18 +108,9 @@ def ode_step(
 ) -> tuple[Tensor, Tensor | None]:
     from ..kernels import ode_step as kernels
 
-    x, slope = _rows(step.x), _rows(step.slope)
-    history = None if step.history is None else _rows(step.history)
-    field_z = None if step.field_z is None else step.field_z.contiguous()
-    levels = step.levels.contiguous() if isinstance(step.levels, Tensor) else step.levels
-    if out is None:
-        out = x.new_empty(x.shape)
-    if not with_mean:
-        mean_out = None
-    elif mean_out is None:
-        mean_out = x.new_empty(x.shape)
-    step = OdeStep(x, slope, field_z, history, levels, step.gamma, step.z_exp, step.exact)
-    if len(x) > 0:
-        with _current(x):
+    step = laid_out_step(step)
+    out, mean_out = step_outputs(step.x, with_mean, out, mean_out)
+    if len(step.x) > 0:
+        with _current_device(step.x):
             kernels.launch(step, out, mean_out)
     return out, mean_out

@@ -1,4 +1,4 @@
-"""Weights of references relative to the nearest, their log-sum-exp, and its limits."""
+"""Weights of references relative to the nearest one, their log-sum-exp, and the limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..common.checks import checks_values
 
 
 def log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
-    """log of the weight at squared distance nearest + excess, relative to that at nearest."""
+    """Log of the weight at squared distance nearest + excess, relative to that at nearest."""
     if math.isinf(D):
         scores = -excess / radius / radius / 2
     else:
@@ -20,7 +20,7 @@ def log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int
 
 
 def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
-    """lse of the nearest reference's squared distance and the total weight relative to it."""
+    """Log-sum-exp of all scores, from the nearest squared distance and the total weight."""
     if math.isinf(D):
         score = torch.where(nearest == 0, 0.0, -nearest / radius / radius / 2)
     else:
@@ -29,7 +29,9 @@ def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int
 
 
 def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
-    """Where the mean is locally constant: r = 0 on a reference, σ = 0 or too small for a score."""
+    """Where the mean is locally constant: r = 0 on a reference; σ = 0, or so small that scores
+    overflow.
+    """
     if math.isinf(D):
         return (radius == 0) | (nearest / radius / radius).isinf()
     return nearest + radius.square() == 0
@@ -43,6 +45,6 @@ def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:
 
 def singular_message(row: int) -> str:
     return (
-        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite (r or sigma is 0, or so "
-        "small that it underflows), where it has no gradient; use a positive r or sigma."
+        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite and has no gradient (r "
+        "or sigma is 0, or so small that it underflows); allowed is a larger r or sigma."
     )

@@ -22,7 +22,7 @@ from ..common.files import output_folder, write_atomic, write_json
 from ..data import to_unit
 from ..datasets import Data, open_data, open_samples
 from ..evaluation import Point
-from ..flows.flow import check_steps
+from ..flows.sampling import check_steps
 from ..references import ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.runs import RunConfig

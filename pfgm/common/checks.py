@@ -228,6 +228,13 @@ def check_dtype(name: str, values: Tensor) -> None:
         raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
 
 
+def check_floating(name: str, values: object, hint: str = "") -> None:
+    """Raises TypeError unless values is a tensor of floating point; the hint ends the sentence."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name} has dtype {kind}; allowed is floating point{hint}.")
+
+
 def positive(name: str, value: float) -> float:
     if not _FLOAT32.tiny <= value <= _FLOAT32.max:
         raise ValueError(

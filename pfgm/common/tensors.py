@@ -21,6 +21,11 @@ def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
     return values / 127.5 - 1 if references.dtype == torch.uint8 else values
 
 
+def contiguous_features(rows: Tensor) -> Tensor:
+    """(B, N) with contiguous features, copied where needed; rows may overlap one another."""
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
 def over_samples(values: Tensor, x: Tensor) -> Tensor:
     """(B,) so that it multiplies samples x (B, *S)."""
     return values.view(-1, *[1] * (x.ndim - 1))

@@ -1,8 +1,7 @@
-"""What the operations need to know of torch.func and of forward-mode differentiation.
+"""torch.func and forward-mode differentiation.
 
-torch.library gives an op a gradient, but no tangent and no rule for transforms. So where one is at
-work, operations go through a :class:`torch.autograd.Function` that has all of them, or through the
-formula in plain torch.
+An operator of torch.library has a gradient, but no tangent and no batching rule. Under a transform
+the operations use a :class:`torch.autograd.Function` that has both, or a formula in plain torch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ __all__ = ["KEY", "batched", "check_no_tangent", "forward_mode", "functional", "
 
 
 KEY = "FuncTorchDynamicLayerFrontMode"
-"""Of what the dispatcher calls for an op inside a transform of torch.func, and only there."""
+"""Dispatch key of the implementation that is called inside a transform of torch.func."""
 
 
 def functional() -> bool:
@@ -27,13 +26,13 @@ def functional() -> bool:
 
 
 def forward_mode() -> bool:
-    """Whether a level of dual numbers surrounds the call: torch.func.jvp opens one too."""
+    """Whether a level of dual numbers surrounds the call; torch.func.jvp opens one too."""
     return forward_ad._current_level >= 0
 
 
 def check_no_tangent(name: str, *values: Any) -> None:
-    """Raises RuntimeError where a value carries a tangent, which an op would drop."""
-    # Within an autograd.Function, which sees to the tangents, none are seen.
+    """Raises RuntimeError where a value has a tangent, which an operator would drop."""
+    # Inside an autograd.Function, which computes the tangents itself, values have none.
     if (
         forward_mode()
         and torch._C._is_fwd_grad_enabled()
@@ -48,7 +47,7 @@ def check_no_tangent(name: str, *values: Any) -> None:
 
 
 def batched(value: Tensor) -> bool:
-    """Whether the values differ from sample to sample of a vmap, which no condition can read."""
+    """Whether a value differs between samples of a vmap, so that no condition can depend on it."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(value):
         if functorch.is_batchedtensor(value):
@@ -66,22 +65,22 @@ def map_rows(
     *,
     by_rows: bool = True,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The batching rule of a function whose results hold for each row of its tensors alone.
+    """The batching rule of a function that computes each row of its tensors on its own.
 
-    All samples become rows of one call. That cannot be where the shared arguments differ between
-    samples: then the samples are computed one after the other.
+    The rows of all samples go into one call. If the shared arguments differ between samples, there
+    is one call for each sample.
 
     Args:
-        function: from the arguments, (B, ...) first, to tensors whose first dimension is that of
-            the rows; results that were not asked for are empty, of shape (0,).
-        samples: how many vmap has.
-        in_dims: for each argument the dimension of the samples; None where a tensor has none.
-        arguments: of the function; its tensors are (B, ...) but for the shared ones.
-        shared: the places of arguments that all rows share, as references are.
-        by_rows: whether results belong to rows; False also means one sample after the other.
+        function: takes the arguments, the first of shape (B, ...), and returns tensors (B, ...).
+            Results that are not needed are empty, of shape (0,).
+        samples: number of samples of the vmap.
+        in_dims: dimension of the samples in each argument; None where it has none.
+        arguments: of the function. Tensors are (B, ...), except shared ones.
+        shared: positions of the arguments that all rows share, such as references.
+        by_rows: whether every result has rows; False means one call for each sample.
 
     Returns:
-        The results and the dimension of the samples in each: what a ``vmap`` method returns.
+        The results, and the dimension of the samples in each, as a ``vmap`` method returns them.
     """
     dims = [
         dim if isinstance(argument, Tensor) else None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import allocating
-from .flow import Flow, Network
+from .conditions import Network
+from .flow import Flow
 
 
 def draw_prior(flow: Flow, n: int, seed: int) -> Tensor:

@@ -1,320 +1,258 @@
-"""Inversion and editing: data up to the prior and back, and what can be done on the way.
+"""Inversion and editing: data encoded as latents, changed there, and decoded.
 
-The flow is an ODE, so data have latents: points at the first level that lead back to them. Latents
-are interpolated and rescaled; parts of data that are known hold the rest of a run in place.
+The flow is an ODE, so data have latents: points at the first level that lead back to the data.
+Latents can be interpolated and rescaled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from ..common.checks import is_number
-from ..common.tensors import wide_dtype
-from ..functional import steps as ode_steps
-from ..functional.steps import Field
-from ..solvers import SOLVERS, Callback, Denoiser
+from ..common.checks import check_floating, is_number
+from ..common.tensors import over_samples
+from ..solvers import SOLVERS
+from .conditions import Condition, Network, repeat_rows
+from .interpolation import check_pair, even_weights, interpolate
+from .sampling import Sampling
 
-if TYPE_CHECKING:
-    from .flow import Condition, Flow, Network
-
-__all__ = ["Projection", "interpolate"]
-
-Projection = Callable[[Tensor, float], Tensor]
-"""From points (B, *S) and their level to new points, at which the network is evaluated."""
+__all__ = ["Editing"]
 
 
-# ---- up and down -----------------------------------------------------------------------------
+class Editing(Sampling):
+    """Latents of data: encoding, decoding, interpolation and temperature."""
 
+    @overload
+    def encode(
+        self, net: Network, x: Tensor, *, return_nfe: Literal[False] = ..., **options: Any
+    ) -> Tensor: ...
 
-def grid_above_zero(
-    flow: Flow, steps: int | None, schedule: str | Sequence[float] | None
-) -> list[float]:
-    """The grid of :meth:`pfgm.Flow.sample`, without a step to 0: nothing leads back from there."""
-    grid = flow.grid(steps, schedule)
-    if grid[-1] == 0:
-        grid = grid[:-1]
-    if len(grid) < 2:
-        raise ValueError(
-            f"steps or schedule leaves {grid}; allowed are two or more levels above 0."
-        )
-    return grid
+    @overload
+    def encode(
+        self, net: Network, x: Tensor, *, return_nfe: Literal[True], **options: Any
+    ) -> tuple[Tensor, int]: ...
 
+    def encode(
+        self,
+        net: Network,
+        x: Tensor,
+        *,
+        solver: str = "rk45",
+        steps: int | None = None,
+        schedule: str | Sequence[float] | None = None,
+        rtol: float = 1e-5,
+        atol: float | None = None,
+        return_nfe: bool = False,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, int]:
+        """The latents (B, *S) of data: the data carried up to the first level.
 
-def carry(
-    flow: Flow,
-    net: Network,
-    x: Tensor,
-    grid: Sequence[float],
-    solver: str,
-    rtol: float,
-    atol: float | None,
-    **options: Any,
-) -> tuple[Tensor, int]:
-    """:meth:`pfgm.Flow.solve` from any data, none among them; the tolerances are those of rk45."""
-    x = flow._floating(x).detach()
-    if len(x) == 0 and solver in SOLVERS:
-        return x, 0
-    if solver == "rk45":
-        options |= {"rtol": rtol, "atol": 2e-5 * flow.unit if atol is None else atol}
-    return flow.solve(net, x, grid, solver=solver, **options)
+        :meth:`decode` carries latents back. With the default solver and tolerances the round trip
+        has a relative error below 1e-3 where the network is smooth along the way. It is worse where
+        the network sees no data nearby, as the exact network does for data that are not among its
+        references: the ODE is stiff there. The guide "Invert and edit" gives measured errors.
+        Smaller rtol and atol help. Latents may have larger norms than :meth:`prior` of
+        :class:`PoissonFlow` draws, which clips them.
 
+        Args:
+            net: the network, as in :meth:`sample`.
+            x: (B, *S) data, taken as points at the last level; uint8 means u/127.5 − 1. Data
+                without noise have latents of smaller norm than the prior's. Noise of the last
+                level, ``x + flow.noise(level)``, makes them typical points of that level.
+            solver: as in :meth:`sample`. The other solvers need many steps for the accuracy of
+                rk45.
+            steps: the number of solver steps; rk45 chooses its own. The levels are those of
+                :meth:`sample`, without its last step if that goes to 0.
+            schedule: as in :meth:`sample`.
+            rtol: relative tolerance of rk45, on the root mean square over the batch.
+            atol: absolute tolerance of rk45. None is 1e-5, or 2e-5 times the spread of a flow that
+                has one.
+            return_nfe: whether to return the number of network evaluations too.
+            **options: of :meth:`sample`: condition, guidance, unconditional, callback, progress.
 
-# ---- between latents, and farther out --------------------------------------------------------
+        Raises:
+            ValueError: x has another shape, an argument is out of range, or the network's results
+                have wrong shapes or are not finite.
+            TypeError: x is neither uint8 nor floating point.
 
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+        >>> data = torch.eye(2)
+        >>> net = flow.empirical(data)
+        >>> latents = flow.encode(net, data)
+        >>> flow.decode(net, latents).abs().round(decimals=3)
+        tensor([[1., 0.],
+                [0., 1.]])
+        """
+        grid = self._grid_above_zero(steps, schedule)[::-1]
+        x, nfe = self._carry(net, x, grid, solver, rtol, atol, **options)
+        return (x, nfe) if return_nfe else x
 
-def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
-    """Points between latents along the sphere of the prior.
+    @overload
+    def decode(
+        self, net: Network, latent: Tensor, *, return_nfe: Literal[False] = ..., **options: Any
+    ) -> Tensor: ...
 
-        ω = ∠(a, b),  ê ⟂ â the direction in which b lies from a
-        x = ‖a‖^(1 − w) ‖b‖^w (cos(w ω) â + sin(w ω) ê)
+    @overload
+    def decode(
+        self, net: Network, latent: Tensor, *, return_nfe: Literal[True], **options: Any
+    ) -> tuple[Tensor, int]: ...
 
-    Directions go along the great circle (Shoemake 1985) and norms geometrically: a prior is
-    isotropic, and its norms spread over orders of magnitude where D is small. A straight line would
-    pass through norms that no prior has.
+    def decode(
+        self,
+        net: Network,
+        latent: Tensor,
+        *,
+        solver: str = "rk45",
+        steps: int | None = None,
+        schedule: str | Sequence[float] | None = None,
+        rtol: float = 1e-5,
+        atol: float | None = None,
+        return_nfe: bool = False,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, int]:
+        """The data (B, *S) of latents: the latents carried down to the last level.
 
-    Where a or b is 0, which has no direction, x = a + w (b − a). Where b points exactly away from
-    a, any great circle would do: it is that toward the coordinate axis along which a is smallest,
-    the first of them. A single number (N = 1) knows no way around and passes through 0.
+        This is the inverse of :meth:`encode`. ``sample(net, len(latent), x_init=latent, ...)`` does
+        the same for a :class:`PoissonFlow` with the published rules. For other flows ``sample``
+        takes one more step, from the last level to the posterior mean at 0, which is
+        ``denoise(net, decoded, flow.last_level)``. Its samples have less noise, but that step maps
+        many points to one and cannot be inverted.
 
-    Args:
-        a: (B, *S) latents, floating point.
-        b: (B, *S) in the dtype of a, likewise.
-        weights: (W,) finite numbers, 0 for a and 1 for b; beyond, the circle is followed farther.
+        Args:
+            latent: (B, *S), floating point, at the first level.
+            others: as in :meth:`encode`.
 
-    Returns:
-        (W, B, *S) in the dtype of a, computed in float64.
+        Raises:
+            ValueError, TypeError: as :meth:`encode`.
 
-    Raises:
-        ValueError: shapes or devices differ, or weights is empty, not one-dimensional or not
-            finite.
-        TypeError: a dtype that is not floating, or that differs.
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlowPP((2,), D=16)
+        >>> net = flow.empirical(torch.ones(1, 2))
+        >>> flow.decode(net, flow.prior(3)).round(decimals=1)
+        tensor([[1., 1.],
+                [1., 1.],
+                [1., 1.]])
+        """
+        self._check_x(latent)
+        grid = self._grid_above_zero(steps, schedule)
+        x, nfe = self._carry(net, latent, grid, solver, rtol, atol, **options)
+        return (x, nfe) if return_nfe else x
 
-    >>> import torch
-    >>> a, b = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    >>> interpolate(a, b, [0.0, 0.5, 1.0]).norm(dim=2).round(decimals=3)
-    tensor([[4.],
-            [2.],
-            [1.]])
-    """
-    _check_pair(a, b)
-    wide = wide_dtype(a.device)
-    w = _weights(weights).to(a.device, wide)[:, None, None]
-    start, end = (v.reshape(len(a), math.prod(a.shape[1:])).to(wide) for v in (a, b))
-    start_norm, end_norm = (v.norm(dim=1, keepdim=True) for v in (start, end))
-    tiny = torch.finfo(wide).tiny
-    from_, to = start / start_norm.clamp(min=tiny), end / end_norm.clamp(min=tiny)
-    cosine = (from_ * to).sum(1, keepdim=True)
-    across = to - cosine * from_
-    angle = torch.atan2(across.norm(dim=1, keepdim=True), cosine)
-    # Below the rounding of a's own dtype, what is left across is noise.
-    opposite = (cosine < 0) & (across.norm(dim=1, keepdim=True) < 4 * torch.finfo(a.dtype).eps)
-    across = torch.where(opposite, _away(from_), across)
-    across = across / across.norm(dim=1, keepdim=True).clamp(min=tiny)
-    direction = (w * angle).cos() * from_ + (w * angle).sin() * across
-    points = start_norm ** (1 - w) * end_norm**w * direction
-    straight = (start_norm == 0) | (end_norm == 0)
-    points = torch.where(straight, start + w * (end - start), points)
-    return points.to(a.dtype).view(len(w), *a.shape)
+    def interpolate(
+        self,
+        net: Network,
+        x_a: Tensor,
+        x_b: Tensor,
+        *,
+        count: int = 8,
+        weights: Sequence[float] | Tensor | None = None,
+        condition: Condition | None = None,
+        unconditional: Condition | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Data (W, B, *S) between data x_a and data x_b, by way of their latents.
 
+        The data are encoded by :meth:`encode`, their latents interpolated by
+        :func:`pfgm.interpolate`, and the results decoded by :meth:`decode`.
 
-def _away(direction: Tensor) -> Tensor:
-    """(B, N): toward the axis along which a direction is smallest, and across it; 0 at N = 1."""
-    axis = torch.zeros_like(direction)
-    if direction.shape[1] > 0:
-        axis.scatter_(1, direction.abs().argmin(1, keepdim=True), 1.0)
-    return axis - (axis * direction).sum(1, keepdim=True) * direction
+        Args:
+            net: the network.
+            x_a: (B, *S) data, the start.
+            x_b: (B, *S) data, the end.
+            count: W, the number of points, evenly spaced. The first and the last are x_a and x_b,
+                encoded and decoded.
+            weights: (W,) weights of x_b instead of count, as :func:`pfgm.interpolate` takes them.
+            condition: as in :meth:`sample`, with values for B rows.
+            unconditional: likewise.
+            **options: of both :meth:`encode` and :meth:`decode`, such as solver and rtol.
 
+        Raises:
+            ValueError: shapes do not fit, count is below 2, or as :meth:`encode`.
+            TypeError: a dtype is not allowed, or the dtypes differ.
 
-def between(
-    flow: Flow,
-    net: Network,
-    a: Tensor,
-    b: Tensor,
-    weights: Sequence[float] | Tensor,
-    *,
-    condition: Condition | None,
-    unconditional: Condition | None,
-    **options: Any,
-) -> Tensor:
-    """Data (W, B, *S) between data a and b, by way of their latents."""
-    a, b = flow._floating(a), flow._floating(b)
-    _check_pair(a, b)
-    own: dict[str, Any] = {"condition": condition, "unconditional": unconditional}
-    start, end = (flow.encode(net, x, return_nfe=False, **own, **options) for x in (a, b))
-    center = flow._center(start)
-    points = interpolate(start - center, end - center, weights) + center
-    own = {name: _repeated(given, len(points)) for name, given in own.items()}
-    data = flow.decode(net, points.flatten(0, 1), return_nfe=False, **own, **options)
-    return data.view_as(points)
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+        >>> data = torch.eye(2)
+        >>> way = flow.interpolate(flow.empirical(data), data[:1], data[1:], count=5)
+        >>> way.shape, way[-1].abs().round(decimals=3)
+        (torch.Size([5, 1, 2]), tensor([[0., 1.]]))
+        """
+        weights = even_weights(count) if weights is None else weights
+        a, b = self._to_floating(x_a), self._to_floating(x_b)
+        check_pair(a, b)
+        own: dict[str, Any] = {"condition": condition, "unconditional": unconditional}
+        start, end = (self.encode(net, x, return_nfe=False, **own, **options) for x in (a, b))
+        center = self._center(start)
+        points = interpolate(start - center, end - center, weights) + center
+        own = {name: repeat_rows(given, len(points)) for name, given in own.items()}
+        data = self.decode(net, points.flatten(0, 1), return_nfe=False, **own, **options)
+        return data.view_as(points)
 
+    def rescale(self, latent: Tensor, temperature: float) -> Tensor:
+        """Latents with their norms multiplied by a temperature and their directions kept.
 
-def count_weights(count: int) -> Tensor:
-    """count weights, evenly from 0 to 1."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-        raise ValueError(f"count is {count!r}; allowed is an integer of at least 2.")
-    return torch.linspace(0, 1, count, dtype=torch.float64)
+        This is PFGM's temperature (arXiv 2209.11178, section 4.3). Below 1 a latent moves toward
+        the middle of the prior, above 1 away from it. A :class:`PoissonFlow` with the published
+        rules clips its prior to upper_norm and is not trained beyond. There a norm grows to
+        upper_norm at most, and a larger one stays as it is.
 
+        Args:
+            latent: (B, *S), floating point, from :meth:`prior` or :meth:`encode`.
+            temperature: the factor, above 0; 1 changes nothing.
 
-def _repeated(condition: Condition | None, times: int) -> Condition | None:
-    """The condition of B rows for W × B of them."""
-    if condition is None:
-        return None
-    return {
-        name: value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-        for name, value in condition.items()
-    }
+        Raises:
+            ValueError: latent has another shape, or temperature is out of range.
+            TypeError: latent is not floating point.
 
-
-def rescale(flow: Flow, latent: Tensor, temperature: float) -> Tensor:
-    """Latents with their norms multiplied, within what the flow's prior clips its own to."""
-    if not is_number(temperature) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}; allowed is any finite number above 0.")
-    flow._check_x(latent)
-    _check_floating("latent", latent)
-    center = flow._center(latent)
-    away = latent - center
-    norm = away.reshape(len(latent), flow.N).norm(dim=1)
-    longest = norm.clamp(min=flow.largest_norm)
-    return center + away * flow._rows((longest / norm).clamp(max=temperature))
-
-
-# ---- inpainting ------------------------------------------------------------------------------
-
-
-def projected(slope: Denoiser, project: Projection) -> Denoiser:
-    """The slope at projected points, as the posterior mean there.
-
-    A field is turned into its mean at once, for a solver would read it at the points it has.
-    """
-
-    def evaluate(x: Tensor, level: float) -> Tensor:
-        points = project(x, level)
-        if points.shape != x.shape or points.dtype != x.dtype:
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0, upper_norm=10.0)
+        >>> flow.rescale(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 4.0)
+        tensor([[6.0000, 8.0000],
+                [1.2000, 1.6000]])
+        """
+        if not is_number(temperature) or not 0 < temperature < math.inf:
             raise ValueError(
-                f"project returned shape {tuple(points.shape)} and dtype {points.dtype}; needed "
-                f"are those of x, {tuple(x.shape)} and {x.dtype}."
+                f"temperature is {temperature!r}; allowed is any finite number above 0."
             )
-        found = slope(points, level)
-        return ode_steps.euler(points, found, level, 0.0)[0] if isinstance(found, Field) else found
+        self._check_x(latent)
+        check_floating("latent", latent)
+        center = self._center(latent)
+        offset = latent - center
+        norm = offset.reshape(len(latent), self.N).norm(dim=1)
+        longest = norm.clamp(min=self.largest_norm)
+        return center + offset * over_samples((longest / norm).clamp(max=temperature), latent)
 
-    return evaluate
+    def _grid_above_zero(
+        self, steps: int | None, schedule: str | Sequence[float] | None
+    ) -> list[float]:
+        """The grid of :meth:`sample` without its step to 0, which cannot be inverted."""
+        grid = self.grid(steps, schedule)
+        if grid[-1] == 0:
+            grid = grid[:-1]
+        if len(grid) < 2:
+            raise ValueError(
+                f"steps or schedule leaves {grid}; allowed are two or more levels above 0."
+            )
+        return grid
 
-
-def inpaint(
-    flow: Flow,
-    net: Network,
-    known: Tensor,
-    mask: Tensor,
-    *,
-    steps: int | None,
-    schedule: str | Sequence[float] | None,
-    resample: int,
-    resample_from: float,
-    generator: torch.Generator | None,
-    callback: Callback | None,
-    **options: Any,
-) -> tuple[Tensor, int]:
-    """The completed data (B, *S) and the evaluations they took; :meth:`pfgm.Flow.inpaint`."""
-    known = flow._floating(known).detach()
-    _check_mask(mask, known)
-    grid = flow.grid(steps, schedule)
-    # What is not known may hold anything, NaN among it.
-    x, total = torch.where(mask, known, flow._center(known)), 0
-    for levels in (grid, *_rounds(grid, resample, resample_from)):
-        noise = _unit_noise(flow, x, generator)
-        x, nfe = flow.sample(
-            net,
-            len(x),
-            x_init=x + levels[0] * noise,
-            schedule=levels,
-            project=_holding(known, noise, mask),
-            callback=_seeing(callback, _holding(known, noise, mask)),
-            generator=generator,
-            return_nfe=True,
-            **options,
-        )
-        x, total = torch.where(mask, known, x), total + nfe
-    return x, total
-
-
-def _rounds(grid: Sequence[float], resample: int, resample_from: float) -> list[list[float]]:
-    if isinstance(resample, bool) or not isinstance(resample, int) or resample < 0:
-        raise ValueError(f"resample is {resample!r}; allowed is an integer of at least 0.")
-    if resample == 0:
-        return []
-    if not is_number(resample_from) or not grid[-1] < resample_from <= grid[0]:
-        raise ValueError(
-            f"resample_from is {resample_from!r}; allowed is a level above {grid[-1]} and at most "
-            f"{grid[0]}."
-        )
-    below = [level for level in grid if level < resample_from]
-    return [[float(resample_from), *below]] * resample
-
-
-def _unit_noise(flow: Flow, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Noise (B, *S) of level 1, from the prior: its norm is clipped where the prior's is."""
-    points = flow.prior(len(x), generator=generator, device=x.device)
-    return (points - flow._center(points)).to(x.dtype) / flow.first_level
-
-
-def _holding(known: Tensor, noise: Tensor, mask: Tensor) -> Projection:
-    return lambda x, level: torch.where(mask, known + level * noise, x)
-
-
-def _seeing(callback: Callback | None, project: Projection) -> Callback | None:
-    """The callback, shown the points at which the network was evaluated."""
-    if callback is None:
-        return None
-    return lambda info: callback({**info, "x": project(info["x"], info["z"])})
-
-
-# ---- checks ----------------------------------------------------------------------------------
-
-
-def _check_floating(name: str, values: Tensor) -> None:
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} has dtype {kind}; allowed is floating point.")
-
-
-def _check_pair(a: Tensor, b: Tensor) -> None:
-    _check_floating("a", a)
-    _check_floating("b", b)
-    if a.ndim == 0 or a.shape != b.shape or a.device != b.device:
-        raise ValueError(
-            f"a has shape {tuple(a.shape)} on {a.device} and b {tuple(b.shape)} on {b.device}; "
-            "both must have one shape (B, *S) on one device."
-        )
-    if a.dtype != b.dtype:
-        raise TypeError(f"a has dtype {a.dtype} and b {b.dtype}; both must have the same.")
-
-
-def _weights(weights: Sequence[float] | Tensor) -> Tensor:
-    values = torch.as_tensor(weights, dtype=torch.float64)
-    if values.ndim != 1 or len(values) == 0 or not bool(values.isfinite().all()):
-        raise ValueError(f"weights is {weights}; allowed are one or more finite numbers, (W,).")
-    return values
-
-
-def _check_mask(mask: Tensor, known: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask has dtype {kind}; allowed is bool, True where known.")
-    if mask.device != known.device:
-        raise ValueError(
-            f"mask is on {mask.device} and known on {known.device}; both must be on one."
-        )
-    try:
-        fits = torch.broadcast_shapes(mask.shape, known.shape) == known.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; allowed is any that broadcasts to that of known, "
-            f"{tuple(known.shape)}."
-        )
+    def _carry(
+        self,
+        net: Network,
+        x: Tensor,
+        grid: Sequence[float],
+        solver: str,
+        rtol: float,
+        atol: float | None,
+        **options: Any,
+    ) -> tuple[Tensor, int]:
+        """:meth:`solve` for data of any allowed dtype, zero rows included; tolerances for rk45."""
+        x = self._to_floating(x).detach()
+        if len(x) == 0 and solver in SOLVERS:
+            return x, 0
+        if solver == "rk45":
+            options |= {"rtol": rtol, "atol": 2e-5 * self.unit if atol is None else atol}
+        return self.solve(net, x, grid, solver=solver, **options)

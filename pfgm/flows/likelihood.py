@@ -1,13 +1,10 @@
-"""The likelihood of data under a flow: its ODE solved from data to the prior, densities in tow.
+"""The likelihood of data under a flow: the density followed along the ODE from data to the prior.
 
     d log p/dt = −div(x − mean) = −(N − div mean) along dx/dt = x − mean,  t = log σ,
     log p(x at the last level) = log p(latent at the first) + N log(σ_first/σ_last) − ∫ div mean dt
 
-(PFGM, arXiv 2209.11178, section 3.3; the change of variables of arXiv 1810.01367, equation 8). The
-part N log(σ_first/σ_last) is known and added at the end; the solver carries ∫ div mean dt alone.
-
-Nothing here knows of flows: ``denoise(x, level)`` is the posterior mean, or the field that implies
-it, as for :mod:`pfgm.solvers`. Networks must treat the rows of a batch separately.
+(PFGM, arXiv 2209.11178, section 3.3; the change of variables of arXiv 1810.01367, equation 8.) The
+solver integrates div mean alone; the known term N log(σ_first/σ_last) is added at the end.
 """
 
 from __future__ import annotations
@@ -21,14 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import checks_values
+from ..common.checks import check_choice, check_floating, positive
 from ..common.messages import progress_bar
-from ..common.tensors import wide_dtype
+from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import log_density, steps
-from ..functional.steps import Field
-from ..solvers import Denoiser
+from ..solvers import DenoiseFunction, dormand_prince
+from .conditions import Condition, Network
+from .divergence import ESTIMATORS, MeanAndDivergence
+from .sampling import Sampling
 
-__all__ = ["ESTIMATORS", "SOLVERS", "LogLikelihood", "centred_prior", "log_likelihood"]
+__all__ = ["SOLVERS", "Likelihood", "LogLikelihood", "centred_prior", "log_likelihood"]
 
 
 class LogLikelihood(NamedTuple):
@@ -41,194 +40,121 @@ class LogLikelihood(NamedTuple):
     latent: Tensor
     """(B, *S), the points of the prior that the samples come from, in the dtype of x."""
     nfe: int
-    """Evaluations of the network; each has one product with its Jacobian, "exact" has N."""
+    """Evaluations of the network. Each takes one product with its Jacobian, with "exact" N."""
 
 
-# ---- divergence ------------------------------------------------------------------------------
+class Likelihood(Sampling):
+    """Log-densities of data."""
 
-Divergence = Callable[[Tensor, Tensor, bool], Tensor]
-"""From mean and x (B, *S), and whether it is differentiated itself, to div mean (B,)."""
-Estimator = Callable[[Tensor, torch.Generator | None], Divergence]
-
-
-def _product(mean: Tensor, x: Tensor, vector: Tensor, keep: bool, differentiable: bool) -> Tensor:
-    """vectorᵀ ∂mean/∂x of each row, flat and wide (B, N)."""
-    (product,) = torch.autograd.grad(
-        mean, x, vector, retain_graph=keep, create_graph=differentiable, allow_unused=True
-    )
-    if product is None:
-        raise ValueError(_CONSTANT)
-    return product.flatten(1).to(wide_dtype(x.device))
-
-
-_CONSTANT = (
-    "what the network returned does not depend on x as autograd sees it; its divergence needs that "
-    "(no torch.no_grad, no detach in the network)."
-)
-
-
-def _hutchinson(probe: Tensor) -> Divergence:
-    """vᵀ (∂mean/∂x) v with the same v all along: unbiased as E[v vᵀ] = I (Skilling; Hutchinson)."""
-
-    def divergence(mean: Tensor, x: Tensor, differentiable: bool) -> Tensor:
-        vector = probe.to(mean.dtype)
-        product = _product(mean, x, vector, differentiable, differentiable)
-        return (product * probe.flatten(1)).sum(1)
-
-    return divergence
-
-
-def _rademacher(x: Tensor, generator: torch.Generator | None) -> Divergence:
-    bits = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
-    return _hutchinson(bits.to(x.dtype) * 2 - 1)
-
-
-def _gaussian(x: Tensor, generator: torch.Generator | None) -> Divergence:
-    return _hutchinson(torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
-
-
-def _exact(x: Tensor, generator: torch.Generator | None) -> Divergence:
-    """The trace, a product for each dimension: functorch sees no derivative of registered ops."""
-    N = math.prod(x.shape[1:])
-
-    def divergence(mean: Tensor, x: Tensor, differentiable: bool) -> Tensor:
-        total = x.new_zeros(len(x), dtype=wide_dtype(x.device))
-        for i in range(N):
-            unit = torch.zeros_like(mean, memory_format=torch.contiguous_format)
-            unit.view(len(x), N)[:, i] = 1
-            keep = differentiable or i < N - 1
-            total = total + _product(mean, x, unit, keep, differentiable)[:, i]
-        return total
-
-    return divergence
-
-
-ESTIMATORS: dict[str, Estimator] = {
-    "rademacher": _rademacher,
-    "gaussian": _gaussian,
-    "exact": _exact,
-}
-
-
-class _Rates:
-    """Mean and divergence at points, evaluations counted and shown."""
-
-    def __init__(
+    def log_likelihood(
         self,
-        denoise: Denoiser,
+        net: Network,
         x: Tensor,
-        divergence: Divergence,
-        differentiable: bool,
-        shown: Callable[[float], None],
-    ) -> None:
-        self._denoise, self._divergence, self._shown = denoise, divergence, shown
-        self._shape, self._dtype, self._differentiable = x.shape, x.dtype, differentiable
-        self.nfe = 0
+        *,
+        estimator: str = "rademacher",
+        solver: str = "rk45",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        steps: int = 256,
+        levels: int = 256,
+        prior_log_prob: Callable[[Tensor], Tensor] | None = None,
+        condition: Condition | None = None,
+        generator: torch.Generator | None = None,
+        differentiable: bool = False,
+        progress: bool = False,
+    ) -> LogLikelihood:
+        """Log-density of data x (B, *S) under the flow, by its ODE from data up to the prior.
 
-    def __call__(self, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """mean (B, N) and div mean (B,) at flat points (B, N), all wide."""
-        self.nfe += 1
-        with torch.enable_grad():
-            point = x.to(self._dtype).view(self._shape)
-            if not point.requires_grad:
-                point = point.detach().requires_grad_()
-            mean = self._mean(point, level)
-            divergence = self._divergence(mean, point, self._differentiable)
-        if checks_values(x.device) and not bool(divergence.isfinite().all()):
-            raise ValueError(f"the divergence of the network is NaN or infinity at {level:.6g}.")
-        self._shown(level)
-        mean = mean.flatten(1).to(x.dtype)
-        return (mean, divergence) if self._differentiable else (mean.detach(), divergence.detach())
+            log p(x) = log p_prior(latent) + ∫ div dt,  div = N − div mean,  t = log σ
 
-    def _mean(self, point: Tensor, level: float) -> Tensor:
-        slope = self._denoise(point, level)
-        parts = slope[:2] if isinstance(slope, Field) else (slope,)
-        if checks_values(point.device) and not all(bool(p.isfinite().all()) for p in parts):
-            raise ValueError(f"the network returned NaN or infinity at {level:.6g}.")
-        if not any(part.requires_grad for part in parts):
-            raise ValueError(_CONSTANT)
-        return steps.euler(point, slope, level, 0.0)[0] if isinstance(slope, Field) else slope
+        along dx/dt = x − mean (PFGM, arXiv 2209.11178, section 3.3; arXiv 1810.01367, equation 8).
+        This is the density at the flow's last level, z_min or sigma_min: of data with noise of that
+        level, as the network knows them.
 
+        The prior is the perturbation kernel at the first level around one point: around the center
+        of a PoissonFlow with a spread, else around 0. Real data are not all at that point, so the
+        result has an error that neither the network nor the tolerances reduce (the guide
+        "Likelihood" gives measured values). If the density at the first level is known, pass it as
+        prior_log_prob, for example
+        ``lambda latent: pfgm.log_density(latent, data, sigma=flow.first_level, D=flow.D)``. With
+        ``flow.empirical(data)`` the result is then the exact mixture at the last level.
 
-# ---- solvers ---------------------------------------------------------------------------------
-#
-# All carry flat, wide points x (B, N) up the levels and return them with ∫ div mean dt (B,).
+        Args:
+            net: the network, in evaluation mode while it runs; must treat rows separately.
+            x: (B, *S), float32 or float64. Bytes and other whole numbers have no density: add
+                uniform noise, x = 2 (k + u)/levels − 1 with k in 0 … levels − 1, u ~ U[0, 1).
+            estimator: of the divergence. "rademacher" and "gaussian" are vᵀ (∂mean/∂x) v with one
+                probe v for each sample and the whole run, unbiased in nats (Skilling 1989,
+                Hutchinson 1990). "exact" takes N products with the Jacobian in each evaluation.
+            solver: "rk45", or "euler" or "heun" on the flow's grid, which integrate the divergence
+                by the trapezoidal rule. If x lies many σ_last from everything that the network
+                takes for data, the ODE is stiff: rk45 takes thousands of steps and is inaccurate
+                still, and a fixed grid is worse. Raise the last level then.
+            rtol, atol: of rk45, for (x_t − x)/σ_t, which is in units of the noise, and for the
+                density, on the sample with the largest error. The steps, and with them the last
+                digits, depend on the batch.
+            steps: of euler and heun; rk45 chooses its own.
+            levels: the number of grey levels of the data, for bits per dimension.
+            prior_log_prob: from latent (B, *S) to log-densities (B,), in place of the prior.
+            condition: keyword arguments of the network, such as {"labels": labels}, labels (B,).
+            generator: of the probes, on the device of x.
+            differentiable: whether to keep the graph for gradients in x and in the network's
+                parameters. Memory then grows with the number of evaluations. A backward pass
+                through an exact network (``flow.empirical``) raises, because such a network can be
+                differentiated only once and the divergence already does so.
+            progress: whether to show a progress bar.
 
-Solver = Callable[[_Rates, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]]
+        Returns:
+            nats (B,), bits_per_dim (B,) = −log₂ p/N + log₂(levels/2), latent (B, *S) at the first
+            level, and nfe, the number of network evaluations.
 
+        Raises:
+            ValueError: an argument is out of range, shapes do not fit, the result of the network or
+                of prior_log_prob is not finite, or autograd sees no x in it.
+            TypeError: x is not floating point.
 
-@torch.no_grad()
-def _row_norm(error: Tensor) -> Tensor:
-    """The largest of all rows' errors, each the larger of that of x, root mean square, and of the
-    density: neither a row nor a density is outvoted."""
-    points = error[:, :-1].square().mean(1).sqrt()
-    return torch.maximum(points, error[:, -1].abs()).max()
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlowPP((2,), D=float("inf"), sigma_min=1.0)
+        >>> net = flow.empirical(torch.zeros(1, 2))
+        >>> flow.log_likelihood(net, torch.zeros(1, 2), estimator="exact").nats  # log(1/2π)
+        tensor([-1.8379], dtype=torch.float64)
+        """
+        self._check_x(x)
+        hint = ": whole numbers have no density, add uniform noise, 2 (x + u)/levels − 1"
+        check_floating("x", x, hint)
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_choice("solver", solver, SOLVERS)
+        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+            raise ValueError(f"levels is {levels!r}; allowed is an integer of at least 2.")
+        common_device(x.device, generator)
+        predict = self._predictor(net, x, condition, None, None)
+        with evaluating(net):
+            return log_likelihood(
+                predict,
+                x,
+                self._rising_grid(steps),
+                prior_log_prob or self._prior_log_prob,
+                estimator=estimator,
+                solver=solver,
+                rtol=positive("rtol", rtol),
+                atol=positive("atol", atol),
+                grey_levels=levels,
+                generator=generator,
+                differentiable=differentiable,
+                progress=progress,
+            )
 
+    def _prior_log_prob(self, latent: Tensor) -> Tensor:
+        return centred_prior(latent - self._center(latent), self.first_level, self.D)
 
-def _rk45(
-    rates: _Rates, x: Tensor, levels: Sequence[float], rtol: float, atol: float
-) -> tuple[Tensor, Tensor]:
-    """Dormand–Prince in t = log σ for w = (x − x_start)/σ, dw/dt = (x_start − mean)/σ.
-
-    In w tolerances are in units of the noise at every level: on x itself atol would be a hundredth
-    of z_min where it starts, and grow with σ from there.
-    """
-    from torchdiffeq import odeint  # here, as in pfgm.solvers
-
-    ends = torch.tensor([levels[0], levels[-1]], dtype=x.dtype, device=x.device).log()
-
-    def slope(t: Tensor, state: Tensor) -> Tensor:
-        level = math.exp(float(t))
-        mean, divergence = rates(x + level * state[:, :-1], level)
-        return torch.cat([(x - mean) / level, divergence.unsqueeze(1)], 1)
-
-    # A step to the very end: interpolated from beyond, as is the default, the tolerance is lost.
-    # None longer than a factor e: where all is still, they grow until one leaps over what follows
-    # (normal data in one dimension: 1e-5 nats off in place of 2e-4, for as many evaluations).
-    options = {"norm": _row_norm, "step_t": ends[1:], "max_step": 1.0}
-    state = x.new_zeros(len(x), x.shape[1] + 1)
-    try:
-        state = odeint(slope, state, ends, rtol=rtol, atol=atol, method="dopri5", options=options)
-    except AssertionError as error:
-        raise ValueError(
-            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
-            "or not smooth."
-        ) from error
-    return x + levels[-1] * state[-1, :, :-1], state[-1, :, -1]
-
-
-def _euler(
-    rates: _Rates, x: Tensor, levels: Sequence[float], rtol: float, atol: float
-) -> tuple[Tensor, Tensor]:
-    """Euler steps for x, a trapezoid of the divergences at their ends: n + 1 evaluations."""
-    mean, divergence = rates(x, levels[0])
-    integral = torch.zeros_like(divergence)
-    for level, following in pairwise(levels):
-        x, _ = steps.euler(x, mean, level, following)
-        earlier = divergence
-        mean, divergence = rates(x, following)
-        integral = integral + math.log(following / level) * (earlier + divergence) / 2
-    return x, integral
-
-
-def _heun(
-    rates: _Rates, x: Tensor, levels: Sequence[float], rtol: float, atol: float
-) -> tuple[Tensor, Tensor]:
-    """Heun's steps for x and the density alike: 2n evaluations."""
-    integral = x.new_zeros(len(x))
-    for level, following in pairwise(levels):
-        mean, earlier = rates(x, level)
-        predicted, _ = steps.euler(x, mean, level, following)
-        mean, divergence = rates(predicted, following)
-        x = steps.heun(x, predicted, mean, level, following)
-        integral = integral + math.log(following / level) * (earlier + divergence) / 2
-    return x, integral
+    def _rising_grid(self, steps: int) -> list[float]:
+        """The levels of so many steps from the last level up to the first."""
+        grid = self.grid(steps)
+        # No density has a level of 0: where a grid ends there, another step above replaces that.
+        return (grid if grid[-1] > 0 else self.grid(steps + 1)[:-1])[::-1]
 
 
-SOLVERS: dict[str, Solver] = {"euler": _euler, "heun": _heun, "rk45": _rk45}
-
-
-# ---- the likelihood --------------------------------------------------------------------------
+# ---- without a flow ----------------------------------------------------------------------------
 
 
 def centred_prior(latent: Tensor, level: float, D: float) -> Tensor:
@@ -237,13 +163,13 @@ def centred_prior(latent: Tensor, level: float, D: float) -> Tensor:
     >>> centred_prior(torch.zeros(1, 1), 1.0, D=1.0)  # Cauchy: log(1/π)
     tensor([-1.1447], dtype=torch.float64)
     """
-    # The exponent N + D multiplies float32's rounding.
+    # In float64, because the exponent N + D multiplies rounding errors.
     wide = latent.to(wide_dtype(latent.device))
     return log_density(wide, wide.new_zeros(1, *wide.shape[1:]), sigma=level, D=D)
 
 
 def log_likelihood(
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     x: Tensor,
     grid: Sequence[float],
     prior_log_prob: Callable[[Tensor], Tensor],
@@ -252,12 +178,12 @@ def log_likelihood(
     solver: str = "rk45",
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    levels: int = 256,
+    grey_levels: int = 256,
     generator: torch.Generator | None = None,
     differentiable: bool = False,
     progress: bool = False,
 ) -> LogLikelihood:
-    """:meth:`pfgm.PoissonFlow.log_likelihood` for any posterior mean and a grid of rising levels.
+    """The same as the method of flows, for any posterior mean and a grid of rising levels.
 
     >>> def denoise(x, level):  # data from a standard normal distribution, D = ∞
     ...     return x / (1 + level**2)
@@ -267,36 +193,116 @@ def log_likelihood(
     tensor([-0.9189], dtype=torch.float64)
     """
     count, N = len(x), math.prod(x.shape[1:])
-    # In inference mode, and on tensors made there, autograd is not to be had.
+    # Autograd works neither in inference mode nor on tensors made there.
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(differentiable),
-        _shown(len(grid), solver, progress) as shown,
+        _progress_reported(len(grid), solver, progress) as report,
     ):
         x = x.clone() if x.is_inference() else x
         x = x if differentiable else x.detach()
         wide = x.reshape(count, N).to(wide_dtype(x.device))
-        rates = _Rates(denoise, x, ESTIMATORS[estimator](x, generator), differentiable, shown)
+        divergence = ESTIMATORS[estimator](x, generator)
+        evaluate = MeanAndDivergence(denoise, x, divergence, differentiable, report)
         integral = wide.new_zeros(count)
         if count > 0:
-            wide, integral = SOLVERS[solver](rates, wide, grid, rtol, atol)
-            _check_rows("the latent or its density", wide.sum(1) + integral, torch.isfinite)
+            wide, integral = SOLVERS[solver](evaluate, wide, grid, rtol, atol)
+            _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
         latent = wide.to(x.dtype).view(x.shape)
         prior = _checked_prior(prior_log_prob(latent), count).to(wide.dtype)
         nats = prior + N * math.log(grid[-1] / grid[0]) - integral
-        bits = -nats / (N * math.log(2)) + math.log2(levels / 2)
-    return LogLikelihood(nats, bits, latent, rates.nfe)
+        bits = -nats / (N * math.log(2)) + math.log2(grey_levels / 2)
+    return LogLikelihood(nats, bits, latent, evaluate.nfe)
+
+
+# ---- solvers -----------------------------------------------------------------------------------
+#
+# Each carries flat points x (B, N) of the wide dtype up the levels, and returns them with
+# ∫ div mean dt (B,).
+
+Solver = Callable[[MeanAndDivergence, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def _largest_row_error(error: Tensor) -> Tensor:
+    """The largest error of any row: of its x (root mean square) or of its density.
+
+    No row is averaged with others, nor a density with the values of x.
+    """
+    points = error[:, :-1].square().mean(1).sqrt()
+    return torch.maximum(points, error[:, -1].abs()).max()
+
+
+def _rk45(
+    evaluate: MeanAndDivergence, x: Tensor, levels: Sequence[float], rtol: float, atol: float
+) -> tuple[Tensor, Tensor]:
+    """Dormand–Prince in t = log σ for w = (x − x_start)/σ, dw/dt = (x_start − mean)/σ.
+
+    For w the tolerances are in units of the noise at every level. For x itself they would be in
+    the units of the data, whatever the level.
+    """
+    ends = torch.tensor([levels[0], levels[-1]], dtype=x.dtype, device=x.device).log()
+
+    def slope(t: Tensor, state: Tensor) -> Tensor:
+        level = math.exp(float(t))
+        mean, divergence = evaluate(x + level * state[:, :-1], level)
+        return torch.cat([(x - mean) / level, divergence.unsqueeze(1)], 1)
+
+    # step_t makes a step end exactly at the end. By default the solver steps beyond it and
+    # interpolates, which is less accurate than the tolerance.
+    # max_step is a factor e in σ. Steps grow where nothing changes, and a longer one could skip a
+    # change that follows. For normal data in one dimension this takes the error from 2e-4 to 1e-5
+    # nats, with as many evaluations.
+    options = {"norm": _largest_row_error, "step_t": ends[1:], "max_step": 1.0}
+    state = x.new_zeros(len(x), x.shape[1] + 1)
+    state = dormand_prince(slope, state, ends, rtol, atol, options)
+    return x + levels[-1] * state[:, :-1], state[:, -1]
+
+
+def _euler(
+    evaluate: MeanAndDivergence, x: Tensor, levels: Sequence[float], rtol: float, atol: float
+) -> tuple[Tensor, Tensor]:
+    """Euler steps for x, the trapezoidal rule for the density: n + 1 evaluations for n steps."""
+    mean, divergence = evaluate(x, levels[0])
+    integral = torch.zeros_like(divergence)
+    for level, following in pairwise(levels):
+        x, _ = steps.euler(x, mean, level, following)
+        earlier = divergence
+        mean, divergence = evaluate(x, following)
+        integral = integral + math.log(following / level) * (earlier + divergence) / 2
+    return x, integral
+
+
+def _heun(
+    evaluate: MeanAndDivergence, x: Tensor, levels: Sequence[float], rtol: float, atol: float
+) -> tuple[Tensor, Tensor]:
+    """Heun's steps for x and the density: 2n evaluations for n steps."""
+    integral = x.new_zeros(len(x))
+    for level, following in pairwise(levels):
+        mean, earlier = evaluate(x, level)
+        predicted, _ = steps.euler(x, mean, level, following)
+        mean, divergence = evaluate(predicted, following)
+        x = steps.heun(x, predicted, mean, level, following)
+        integral = integral + math.log(following / level) * (earlier + divergence) / 2
+    return x, integral
+
+
+SOLVERS: dict[str, Solver] = {"euler": _euler, "heun": _heun, "rk45": _rk45}
+
+
+# ---- checks and progress -----------------------------------------------------------------------
 
 
 def _checked_prior(log_prob: Tensor, count: int) -> Tensor:
     if not isinstance(log_prob, Tensor) or log_prob.shape != (count,):
         got = tuple(log_prob.shape) if isinstance(log_prob, Tensor) else type(log_prob).__name__
         raise ValueError(f"prior_log_prob returned {got}; needed is a tensor of shape ({count},).")
-    _check_rows("prior_log_prob", log_prob, lambda values: ~values.isnan())
+    _check_each("prior_log_prob", log_prob, lambda values: ~values.isnan())
     return log_prob
 
 
-def _check_rows(name: str, values: Tensor, allowed: Callable[[Tensor], Tensor]) -> None:
+def _check_each(name: str, values: Tensor, allowed: Callable[[Tensor], Tensor]) -> None:
+    """Raises ValueError for the first row whose value is not allowed."""
     bad = ~allowed(values)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
@@ -304,8 +310,10 @@ def _check_rows(name: str, values: Tensor, allowed: Callable[[Tensor], Tensor]) 
 
 
 @contextmanager
-def _shown(count: int, solver: str, progress: bool) -> Iterator[Callable[[float], None]]:
-    """A progress bar over evaluations where one is wanted; rk45 does not know how many."""
+def _progress_reported(
+    count: int, solver: str, progress: bool
+) -> Iterator[Callable[[float], None]]:
+    """A function that moves a progress bar by one evaluation; rk45 has no known number of them."""
     if not progress:
         yield lambda level: None
         return

@@ -1,4 +1,4 @@
-"""The Poisson flow of PFGM++ with any number of augmented dimensions, diffusion among them."""
+"""PFGM++, the Poisson flow with D augmented dimensions; D = ∞ is diffusion."""
 
 from __future__ import annotations
 
@@ -11,32 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import non_negative, positive, untouched
-from ..common.tensors import common_device
+from ..common.tensors import common_device, over_samples
 from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .flow import Condition, Defaults, Flow, Network, by_label, per_row
+from .conditions import Condition, Network
+from .flow import Flow
+from .parametrisation import Defaults, per_row
+from .sampling import check_count
+from .targets import ExactNetwork, targets_by_label
 
 __all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
 
-_CHURN_LIMIT = math.sqrt(2) - 1  # EDM, algorithm 2
+_LARGEST_CHURN = math.sqrt(2) - 1  # relative rise of the level in one step (EDM, algorithm 2)
 
 
-class EmpiricalDenoiser(nn.Module):
-    """The exact posterior mean of the references as a network: sampling without any training.
+class EmpiricalDenoiser(ExactNetwork):
+    """The exact posterior mean of references as a network, which needs no training.
 
-    Forward takes x (B, *S) and sigma (B,) and returns :func:`pfgm.posterior_mean` (B, *S).
+    ``forward`` takes x (B, *S) and sigma (B,) and returns :func:`pfgm.posterior_mean` (B, *S).
     """
 
-    references: References
-
     def __init__(self, references: References, D: float) -> None:
-        super().__init__()
-        if isinstance(references, Tensor):
-            self.register_buffer("references", references, persistent=False)
-        else:
-            self.references = references
+        super().__init__(references)
         self.D = D
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -50,7 +48,7 @@ class Preconditioned(nn.Module):
         c_skip = σ_d²/(σ² + σ_d²),  c_out = σ σ_d/√(σ² + σ_d²)
         c_in = 1/√(σ² + σ_d²),      c_noise = ln(σ)/4
 
-    The backbone maps (B, *S) and (B,) to (B, *S); what it sees and predicts has unit variance.
+    The backbone maps (B, *S) and (B,) to (B, *S). Its input and its target have unit variance.
     """
 
     def __init__(self, backbone: nn.Module, sigma_data: float = 0.5) -> None:
@@ -69,40 +67,36 @@ class Preconditioned(nn.Module):
         return self.mean(x, sigma, predicted)
 
     def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """c_in(σ) x, what the backbone sees of x (B, *S) at sigma (B,)."""
-        return x * self._total(self._rows(x, sigma)).rsqrt()
+        """c_in(σ) x, the input of the backbone for x (B, *S) at sigma (B,)."""
+        return x * self._total(over_samples(sigma, x).to(x.dtype)).rsqrt()
 
     def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
-        """c_skip(σ) x + c_out(σ) F, from what the backbone predicted (B, *S)."""
-        rows = self._rows(x, sigma)
-        total = self._total(rows)
+        """c_skip(σ) x + c_out(σ) F, where F (B, *S) is the output of the backbone."""
+        s = over_samples(sigma, x).to(x.dtype)
+        total = self._total(s)
         skip = self.sigma_data**2 / total
-        return skip * x + rows * self.sigma_data * total.rsqrt() * predicted
+        return skip * x + s * self.sigma_data * total.rsqrt() * predicted
 
     def _total(self, sigma: Tensor) -> Tensor:
         return sigma.square() + self.sigma_data**2
-
-    @staticmethod
-    def _rows(x: Tensor, sigma: Tensor) -> Tensor:
-        return sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 class PoissonFlowPP(Flow):
     """PFGM++ (arXiv 2302.04265) with D augmented dimensions; D = ∞ is diffusion (EDM).
 
     A network is a denoiser: any callable ``net(x, sigma, **condition) -> mean`` with x and mean
-    (B, *S) and sigma (B,), such as :meth:`precondition` makes from a backbone. All randomness comes
+    (B, *S) and sigma (B,). :meth:`precondition` makes one from a backbone. All random numbers come
     from torch generators, on the device of the tensors.
 
     Args:
         shape: S, the shape of one sample.
         D: the number of augmented dimensions, any positive number or infinity.
-        sigma_min: the last level above 0.
+        sigma_min: the lowest level at which the network is evaluated.
         sigma_max: the level of the prior.
         sigma_data: standard deviation of the data's values, for the preconditioning.
-        rho: of the grid of levels (EDM, equation 5).
+        rho: exponent of the schedule "rho" (EDM, equation 5).
         P_mean: mean of log sigma in training.
-        P_std: its standard deviation.
+        P_std: standard deviation of log sigma in training.
 
     Raises:
         ValueError: an argument is out of range.
@@ -152,8 +146,8 @@ class PoissonFlowPP(Flow):
     def from_data(cls, data: References, *, D: float, **overrides: Any) -> PoissonFlowPP:
         """The flow for data (n, *S), a tensor or a :class:`pfgm.ReferenceSet`.
 
-        EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1);
-        here all levels are scaled with that of the data.
+        EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1).
+        Here the levels are scaled to the root mean square of the data.
 
         >>> import torch
         >>> PoissonFlowPP.from_data(torch.full((8, 1, 4, 4), 2.0), D=128).sigma_max
@@ -196,10 +190,10 @@ class PoissonFlowPP(Flow):
     # ---- D and the length of the augmented vector ----
 
     def with_D(self, D: float) -> PoissonFlowPP:
-        """The flow of another D at the same levels sigma, with the same hyper-parameters.
+        """The flow with another D, and the same levels sigma and hyper-parameters.
 
-        Equal σ = r/√D means alike posteriors (PFGM++, section 4), so what was tuned at one D is
-        taken over to others; D = ∞ takes EDM's.
+        Posteriors of equal σ = r/√D are alike (PFGM++, section 4), so hyper-parameters that were
+        tuned at one D, such as EDM's at D = ∞, suit the others too.
 
         >>> PoissonFlowPP((2,), D=float("inf")).with_D(64).radius(80.0)
         640.0
@@ -207,17 +201,19 @@ class PoissonFlowPP(Flow):
         return PoissonFlowPP(**{**self.config, "D": D})
 
     def radius(self, sigma: float) -> float:
-        """r = σ √D, the length of the augmented vector at a level; infinite at D = ∞."""
+        """r = σ √D, the length of the augmented vector at a level; infinite for D = ∞."""
         return non_negative("sigma", sigma) * math.sqrt(self.D)
 
     def sigma(self, radius: float) -> float:
-        """σ = r/√D, the level of a length of the augmented vector.
+        """σ = r/√D, the level at which the augmented vector has a length.
 
         >>> PoissonFlowPP((2,), D=64).sigma(640.0)
         80.0
         """
         if math.isinf(self.D):
-            raise ValueError("D is infinite; a level has no finite radius there.")
+            raise ValueError(
+                "D is infinite; allowed is a finite D, for which levels have a radius."
+            )
         return non_negative("radius", radius) / math.sqrt(self.D)
 
     # ---- training ----
@@ -235,7 +231,7 @@ class PoissonFlowPP(Flow):
         return Preconditioned(backbone, self.sigma_data)
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Points around data at levels of training, ln σ ~ N(P_mean, P_std²) (EDM, table 1).
+        """Perturbed data and their levels, ln σ ~ N(P_mean, P_std²) (EDM, table 1).
 
         Args:
             x: (B, *S) clean data; uint8 means u/127.5 − 1.
@@ -252,7 +248,7 @@ class PoissonFlowPP(Flow):
         >>> x_perturbed.shape, sigma.shape
         (torch.Size([8, 2]), torch.Size([8]))
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         normal = torch.randn(len(x), generator=generator, dtype=x.dtype, device=x.device)
         sigma = (self.P_mean + self.P_std * normal).exp()
         return x + self.noise(sigma, generator), sigma
@@ -267,25 +263,27 @@ class PoissonFlowPP(Flow):
         condition: Condition | None = None,
         reference_labels: Tensor | None = None,
     ) -> Tensor:
-        """Training loss: batch mean of λ(σ) ‖net(x̃, σ) − target‖², λ = (σ² + σ_d²)/(σ σ_d)².
+        """The training loss: the batch mean of λ(σ) ‖net(x̃, σ) − target‖².
+
+        The weight λ is (σ² + σ_d²)/(σ σ_d)².
 
         Args:
             net: the network being trained.
             x: (B, *S) clean data.
-            references: None makes the clean x the target (PFGM++, equation 7). (M, *S) data with
-                the rows of x among them make it their posterior mean, the stable target
+            references: None makes the clean x the target (PFGM++, equation 7). Data (M, *S), which
+                must contain the rows of x, make their posterior mean the target: the stable target
                 (arXiv 2302.00670), which varies less.
             generator: of the perturbation, on the device of x.
             condition: keyword arguments of the network. With "labels" (B,) in it and references,
-                each point's target is that of the references of its label, of all where it is
-                below 0.
-            reference_labels: (M,) labels of the references, then needed.
+                the target of each point is the posterior mean of the references of its label. A
+                label below 0 is none, and its target is the posterior mean of all references.
+            reference_labels: (M,) labels of the references, needed in that case.
 
         Returns:
-            A scalar, float32 at least.
+            A scalar of float32 or wider.
 
         Raises:
-            ValueError: shapes do not fit, or that of the network's result.
+            ValueError: shapes do not fit, or the network's result has a wrong shape.
 
         >>> import torch
         >>> flow = PoissonFlowPP((2,), D=16)
@@ -293,14 +291,14 @@ class PoissonFlowPP(Flow):
         >>> float(flow.loss(flow.empirical(data), data, references=data))
         0.0
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         condition = condition or {}
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:
             labels = condition.get("labels")
             with torch.no_grad():
-                (target,) = by_label(
+                (target,) = targets_by_label(
                     self._target, x_perturbed, sigma, references, labels, reference_labels
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition)
@@ -322,32 +320,33 @@ class PoissonFlowPP(Flow):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Points (n, *S) at sigma_max, σ_max g/√(χ²_D/D): the perturbation kernel around 0.
+        """Points (n, *S) at sigma_max from the perturbation kernel around 0: σ_max g/√(χ²_D/D).
 
         >>> import torch
         >>> PoissonFlowPP((3, 8, 8), D=2048).prior(4).shape
         torch.Size([4, 3, 8, 8])
         """
-        self._check_n(n)
+        check_count(n)
         device = common_device(device, generator)
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 
     def sample(self, net: Network, n: int, **options: Any) -> Any:
-        """Samples (n, *S), as :meth:`Flow.sample`, by default with the published solver, heun.
+        """Samples (n, *S); the default solver is heun, as published.
 
-        Further options make euler and heun stochastic (EDM, algorithm 2):
+        This is :meth:`pfgm.flows.Flow.sample` with churn, which makes euler and heun stochastic
+        (EDM, algorithm 2): before each step the level is raised and noise is added. The noise is
+        drawn from the perturbation kernel, which is exact for D = ∞ only.
 
         Args:
             net: the network, a denoiser.
-            n: how many.
-            **options: those of :meth:`Flow.sample`, and churn (S_churn, 0 unless given): before
-                each of its n steps the level is raised by the factor 1 + min(churn/n, √2 − 1) and
-                noise added; churn_range: levels between which that happens; churn_noise (S_noise):
-                its standard deviation relative to what the levels say, 1 unless given. At a finite
-                D the noise is drawn from the perturbation kernel, which is exact at D = ∞ alone.
+            n: the number of samples.
+            **options: those of :meth:`pfgm.flows.Flow.sample`, and three of churn. churn (S_churn,
+                0 unless given) raises the level by the factor 1 + min(churn/steps, √2 − 1).
+                churn_range gives the lowest and the highest level that is raised. churn_noise
+                (S_noise, 1 unless given) multiplies the standard deviation of the noise.
 
         Raises:
-            ValueError: as :meth:`Flow.sample`, or churn with another solver.
+            ValueError: as :meth:`pfgm.flows.Flow.sample`, or churn with another solver.
         """
         amount = options.pop("churn", 0.0)
         between = options.pop("churn_range", (0.0, math.inf))
@@ -356,11 +355,11 @@ class PoissonFlowPP(Flow):
             return super().sample(net, n, **options)
         solver = options.get("solver") or self.defaults.solver
         if solver not in ("euler", "heun"):
-            raise ValueError(f"solver is {solver!r}; churn goes with euler and heun.")
+            raise ValueError(f"solver is {solver!r}; with churn allowed are euler and heun.")
         count = len(self.grid(options.get("steps"), options.get("schedule"))) - 1
         churn = functools.partial(
             self._churn,
-            growth=min(amount / count, _CHURN_LIMIT),
+            growth=min(amount / count, _LARGEST_CHURN),
             between=between,
             scale=positive("churn_noise", scale),
             generator=options.get("generator"),
@@ -377,6 +376,7 @@ class PoissonFlowPP(Flow):
         scale: float,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, float]:
+        """Points with noise added and their raised level; unchanged outside the range."""
         if not between[0] <= level <= between[1]:
             return x, level
         raised = level * (1 + growth)
@@ -384,7 +384,9 @@ class PoissonFlowPP(Flow):
         return x + self.noise(x.new_full((len(x),), added), generator), raised
 
     def empirical(self, references: References) -> EmpiricalDenoiser:
-        """The exact posterior mean of references (M, *S) as a network: samples are the references.
+        """The exact posterior mean of references (M, *S) as a network.
+
+        Its samples are the references.
 
         >>> import torch
         >>> flow = PoissonFlowPP((2,), D=16)
@@ -394,11 +396,11 @@ class PoissonFlowPP(Flow):
         self._check_references(references)
         return EmpiricalDenoiser(references, self.D)
 
-    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
+    def _predict(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
         return _evaluate(net, x, per_row(level, x), condition)
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
-        """So many levels from sigma_max to the last above 0, and 0, to which the last step goes."""
+        """steps levels above 0, from sigma_max to ``last``, and then 0."""
         if steps == 1:
             return [self.sigma_max, 0.0]
         if schedule == "rho":
@@ -407,6 +409,7 @@ class PoissonFlowPP(Flow):
 
 
 def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """The network's mean at x and sigma, with its shape checked."""
     mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__

@@ -1,10 +1,10 @@
-"""The Poisson flow of PFGM: perturbation, loss, prior and sampling, one augmented dimension."""
+"""PFGM, the Poisson flow with one augmented dimension: perturbation, loss, prior and field."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,92 +12,49 @@ from torch import Tensor, nn
 
 from ..common import transforms
 from ..common.checks import check_dtype, non_negative, positive, untouched
-from ..common.tensors import common_device
+from ..common.tensors import common_device, over_samples
 from ..functional import field_fn
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, measure
 from ..solvers import SCHEDULES
-from .flow import Condition, Defaults, Flow, Network, by_label, per_row
+from .conditions import Condition, Network
+from .flow import Flow
+from .parametrisation import Defaults, per_row
+from .poisson_rules import (
+    MEAN_NORMAL,
+    Center,
+    checked_center,
+    checked_spread,
+    exponent_from_norm,
+    exponent_from_z_max,
+    largest_scale,
+    published_rules,
+    spread_rules,
+)
+from .sampling import check_count
+from .targets import ExactNetwork, targets_by_label
 
 __all__ = ["EmpiricalField", "PoissonFlow"]
 
-# |ε_z|/σ below which restrict_M shortens the range of m, and by how much (PFGM, appendix B.1.1).
-_RESTRICT_BELOW, _RESTRICT_TO = 0.5, 0.7
+# restrict_M multiplies m by _RESTRICTED_SHARE where |ε_z|/σ is below _RESTRICT_BELOW (PFGM,
+# appendix B.1.1).
+_RESTRICT_BELOW, _RESTRICTED_SHARE = 0.5, 0.7
 _SMALLEST_Z = 1e-8  # in units of σ
-_MEAN_NORMAL = math.sqrt(2 / math.pi)  # average of |g|, g ~ N(0, 1)
-_SMALLEST_NORMAL = 1e-6  # |g₁| of a prior that is not clipped
-_IMAGE_VALUES = 64  # from so many values on the published clip of the prior does no harm
-_SPREADS = 1e-15, 1e12  # smallest and largest
-_REACHES = 4.0  # data lie within upper_norm over this
-_FEW = 8  # up to so many values a sample, more steps are taken
-
-Center = float | Sequence[Any] | Tensor
+_SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in a prior with a spread
+_FEWEST_IMAGE_VALUES = 64  # samples with fewer values take no published rules, which clip the prior
+_NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reach
+_FEW_VALUES = 8  # samples with at most this many values take more steps
 
 
-class _Rules(NamedTuple):
-    """What a flow takes unless told otherwise; None where it follows from M or gamma."""
+class EmpiricalField(ExactNetwork):
+    """The exact field of references as a network, which needs no training.
 
-    sigma: float
-    gamma: float
-    z_max: float | None
-    z_min: float
-    restrict_M: bool
-    z_exp: float | None
-
-
-def _published() -> _Rules:
-    return _Rules(sigma=0.01, gamma=5.0, z_max=None, z_min=1e-3, restrict_M=True, z_exp=5.0)
-
-
-def _of_spread(s: float, N: int) -> _Rules:
-    """The published lengths in units of the spread, which is about 0.5 for images in [−1, 1].
-
-    z_max: a single charge at the center in place of the data at z_max changes the density by a
-    share of at most about N s²/(2 z_max²), which is 1/400 at 14 √N s. From 33 values on z_max is
-    80 s, near the published 71 s for images: the noise of so many values hides their spread.
+    ``forward`` takes x (B, *S) and z (B,) and returns (field_x, field_z) of :func:`pfgm.field_fn`.
     """
-    return _Rules(
-        sigma=0.02 * s,
-        gamma=min(math.sqrt(N) / 4, 10.0) * s,
-        z_max=min(14 * math.sqrt(N), 80.0) * s,
-        z_min=2e-3 * s,
-        restrict_M=False,
-        z_exp=None,
-    )
-
-
-def _checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
-    """center as float64 of shape S."""
-    try:
-        found = torch.as_tensor(center, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"center is {center!r:.80}; allowed are a number and numbers of shape {shape}."
-        ) from error
-    if found.shape not in (torch.Size([]), torch.Size(shape)):
-        raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
-    if not bool(found.isfinite().all()):
-        raise ValueError("center holds NaN or infinity; only finite values are allowed.")
-    if spread is None and bool((found != 0).any()):
-        raise ValueError("center is given without spread; the published rules centre data at 0.")
-    return found.expand(shape).clone()
-
-
-class EmpiricalField(nn.Module):
-    """The exact field of the references as a network: sampling without any training.
-
-    Forward takes x (B, *S) and z (B,) and returns (field_x, field_z) of :func:`pfgm.field_fn`.
-    """
-
-    references: References
 
     def __init__(self, references: References, gamma: float = 5.0) -> None:
-        super().__init__()
-        if isinstance(references, Tensor):
-            self.register_buffer("references", references, persistent=False)
-        else:
-            self.references = references
+        super().__init__(references)
         self.gamma = gamma
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,17 +62,22 @@ class EmpiricalField(nn.Module):
 
 
 class PoissonFlow(Flow):
-    """PFGM (arXiv 2209.11178): data are charges on z = 0, samples follow field lines back to it.
+    """PFGM (arXiv 2209.11178): data are charges at z = 0, and samples follow field lines to them.
 
     A network is any callable ``net(x, z, **condition) -> (field_x, field_z)`` with x (B, *S) and
-    z (B,), whose results have the shapes of x and z. All randomness comes from torch generators, on
-    the device of the tensors.
+    z (B,). Its results have the shapes of x and z. All random numbers come from torch generators,
+    on the device of the tensors.
 
-    There are two sets of rules for what is not given. With M or data_norm they are the published
-    ones, for images in [-1, 1]: lengths are absolute, the prior is centred at 0 and its norms are
-    clipped, and sampling ends at z_min. With spread, s below, they hold for any data: each length
-    is a multiple of s, the prior is centred at center and not clipped, and sampling ends with the
-    posterior mean at z_min, which is z = 0. :meth:`from_data` chooses between them.
+    Hyper-parameters that are not given follow one of two sets of rules:
+
+    - The published rules, with M or data_norm, are for images in [-1, 1]. Lengths are absolute, the
+      prior is centred at 0, its norms are clipped, and sampling ends at z_min.
+    - The rules with spread (s below) are for any data. Lengths are multiples of s, the prior is
+      centred at center and not clipped, and sampling ends at z = 0, with the posterior mean at
+      z_min.
+
+    :meth:`from_data` chooses between them. Below, the default of the published rules comes first,
+    then that of the rules with spread.
 
     Args:
         shape: S, the shape of one sample.
@@ -128,14 +90,16 @@ class PoissonFlow(Flow):
             0.02 s.
         tau: growth of the perturbation.
         gamma: softening in the field's normalisation; 5, or √N s/4 and at most 10 s.
-        z_max: where sampling starts; from M, or 14 √N s and at most 80 s.
-        z_min: level of the last evaluation; 1e-3, or 2e-3 s.
-        upper_norm: largest norm that training covers; from M unless given. Published rules clip the
-            prior to it.
-        restrict_M: draw m from [0, 0.7 M] where |ε_z| < σ/2 (published for images); True, or False.
+        z_max: the level at which sampling starts; from M, or 14 √N s and at most 80 s.
+        z_min: the lowest level at which the network is evaluated; 1e-3, or 2e-3 s.
+        upper_norm: the largest norm that training covers; None takes it from M. The published rules
+            clip the prior to it.
+        restrict_M: whether m is drawn from [0, 0.7 M] where |ε_z| < σ/2, as published for images;
+            True, or False.
         z_exp: below this z, field_z is replaced by what field_x implies (appendix B.2.3); 5, or
             gamma.
-        substitution: "exact" inverts the normalisation; "published" neglects z beside ‖x − mean‖.
+        substitution: how. "exact" inverts the normalisation, "published" neglects z beside
+            ‖x − mean‖.
 
     Raises:
         ValueError: an argument is out of range.
@@ -171,33 +135,28 @@ class PoissonFlow(Flow):
         super().__init__(shape)
         if spread is not None and data_norm is not None:
             raise ValueError("both data_norm and spread given; allowed is one of them.")
-        self.spread = None if spread is None else float(positive("spread", spread))
-        if self.spread is not None and not _SPREADS[0] <= self.spread <= _SPREADS[1]:
-            raise ValueError(
-                f"spread is {spread}; allowed are {_SPREADS[0]} to {_SPREADS[1]}, so that squares "
-                "are numbers of float32."
-            )
-        self.center = _checked_center(center, self.shape, self.spread)
+        self.spread = None if spread is None else checked_spread(spread)
+        self.center = checked_center(center, self.shape, self.spread)
         self._centers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        rules = _published() if spread is None else _of_spread(spread, self.N)
+        rules = published_rules() if spread is None else spread_rules(spread, self.N)
         self.sigma = positive("sigma", rules.sigma if sigma is None else sigma)
         self.tau = positive("tau", tau)
         self.gamma = non_negative("gamma", rules.gamma if gamma is None else gamma)
         if M is None and rules.z_max is not None:
             z_max = positive("z_max", rules.z_max if z_max is None else z_max)
-            M = self._exponent_to(z_max)
+            M = exponent_from_z_max(z_max, self.sigma, self.tau)
         elif M is None:
-            M = self._exponent(data_norm)
+            M = exponent_from_norm(data_norm, self.N, self.sigma, self.tau)
         self.M = positive("M", M)
-        growth = _growth(self.sigma, self.tau, self.M)
-        self.z_max = positive("z_max", _MEAN_NORMAL * growth if z_max is None else z_max)
+        scale = largest_scale(self.sigma, self.tau, self.M)
+        self.z_max = positive("z_max", MEAN_NORMAL * scale if z_max is None else z_max)
         self.z_min = positive("z_min", rules.z_min if z_min is None else z_min)
         if self.z_min >= self.z_max:
             raise ValueError(
                 f"z_min is {self.z_min}; allowed is less than z_max, which is {self.z_max}."
             )
         self.upper_norm = positive(
-            "upper_norm", math.sqrt(self.N) * growth if upper_norm is None else upper_norm
+            "upper_norm", math.sqrt(self.N) * scale if upper_norm is None else upper_norm
         )
         self.restrict_M = rules.restrict_M if restrict_M is None else bool(restrict_M)
         default = self.gamma if rules.z_exp is None else rules.z_exp
@@ -210,40 +169,25 @@ class PoissonFlow(Flow):
 
     @property
     def defaults(self) -> Defaults:  # type: ignore[override]
-        """Published rules: 10 steps. Few dimensions need more, as their noise has heavier tails."""
-        steps = 10 if self.spread is None else 20 if self.N > _FEW else 40
+        """multistep on the rho schedule: 10 steps with the published rules, else 20 or 40.
+
+        Few dimensions need more steps, because their noise has heavier tails.
+        """
+        steps = 10 if self.spread is None else 20 if self.N > _FEW_VALUES else 40
         return Defaults(solver="multistep", steps=steps, schedule="rho")
-
-    def _exponent(self, data_norm: float | None) -> float:
-        if data_norm is None:
-            raise ValueError("none of M, data_norm and spread given; one of them is needed.")
-        ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(self.N) * self.sigma**2)
-        exponent = int(0.75 * math.log(ratio) / math.log1p(self.tau)) + 1
-        if exponent < 1:
-            raise ValueError(
-                f"data_norm is {data_norm}, too small for sigma={self.sigma}; scale the data up or "
-                "sigma down."
-            )
-        return exponent
-
-    def _exponent_to(self, z_max: float) -> float:
-        """M for which the average z at m = M is z_max."""
-        ratio = z_max / (_MEAN_NORMAL * self.sigma)
-        if ratio <= 1:
-            raise ValueError(
-                f"sigma is {self.sigma}; allowed is less than 1.25 z_max, which is {z_max}."
-            )
-        return math.log(ratio) / math.log1p(self.tau)
 
     @classmethod
     def from_data(cls, data: References | np.ndarray[Any, Any], **overrides: Any) -> PoissonFlow:
-        """The flow for data (n, *S), uint8 (u/127.5 − 1) or floating: tensor, array or set.
+        """The flow for data (n, *S): a tensor, an array or a :class:`pfgm.ReferenceSet`.
 
-        Samples of 64 or more values that fill [-1, 1], as images do, take the published rules with
-        their average norm as data_norm. All other data take their center and spread: shifted or
-        scaled data make a shifted or scaled flow. Rows that are all alike count their own length as
-        spread. There is one spread for all values: structure below a hundredth of it is lost unless
-        z_min and the steps of sampling are chosen for it, or columns are standardised first.
+        Data are floating point, or uint8, which means u/127.5 − 1. Samples of 64 or more values
+        that fill [-1, 1], as images do, take the published rules, with their average norm as
+        data_norm. All other data take the rules with their center and spread, so that shifted or
+        scaled data make a shifted or scaled flow. If all rows are equal, the spread is their root
+        mean square.
+
+        There is one spread for all values. Structure below a hundredth of it is lost, unless z_min
+        and the steps of sampling are chosen for it or the columns are standardised first.
 
         Raises:
             TypeError: data are neither uint8 nor floating point.
@@ -269,14 +213,14 @@ class PoissonFlow(Flow):
                 "data holds NaN, infinity or numbers whose squares are; allowed are finite values."
             )
         given: dict[str, Any] = {"data_norm": found.norm}
-        are_images = found.fills_unit and math.prod(data.shape[1:]) >= _IMAGE_VALUES
+        are_images = found.fills_unit and math.prod(data.shape[1:]) >= _FEWEST_IMAGE_VALUES
         if "data_norm" not in overrides and ("spread" in overrides or not are_images):
             given = {"spread": found.std or found.rms or 1.0, "center": found.mean}
         flow = cls(data.shape[1:], **{**given, **overrides})
-        reach = _REACHES * found.reach
+        reach = _NORM_PER_REACH * found.reach
         if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
             return flow
-        # A few rows far away from all others: fields are alike only beyond them.
+        # A few rows lie far from all others: only beyond them is the field that of one charge.
         return cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
 
     @classmethod
@@ -304,19 +248,19 @@ class PoissonFlow(Flow):
             "restrict_M": self.restrict_M,
             "z_exp": self.z_exp,
             "substitution": self.substitution,
-            **self._place,
+            **self._center_and_spread,
         }
 
     @property
-    def _place(self) -> dict[str, Any]:
-        """Center and spread, where the flow has them: files without load with published rules."""
+    def _center_and_spread(self) -> dict[str, Any]:
+        """Center and spread; empty with the published rules, whose files have neither."""
         if self.spread is None:
             return {}
         return {"center": self.center.tolist(), "spread": self.spread}
 
     @property
     def scaling(self) -> dict[str, Any]:
-        """Keyword arguments of the networks of :mod:`pfgm.networks` that fit them to the flow.
+        """Keyword arguments that fit a network of :mod:`pfgm.networks` to the flow.
 
         >>> import pfgm, torch
         >>> flow = PoissonFlow.from_data(100 * torch.randn(50, 2) + 7)
@@ -350,13 +294,13 @@ class PoissonFlow(Flow):
         return self.upper_norm if self.spread is None else math.inf
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Moves data off the plane z = 0 (Algorithm 2).
+        """Perturbed data and their z (Algorithm 2).
 
             m ~ U[0, M],  ε_z ~ N(0, σ²),  ε_x ~ N(0, σ² I)
             x̃ = x + (1 + τ)^m ε_x,  z = (1 + τ)^m |ε_z|
 
-        which is the paper's ‖ε_x‖ (1 + τ)^m u with u uniform on the sphere, as norm and direction
-        of a normal vector are independent.
+        The paper writes ‖ε_x‖ (1 + τ)^m u with u uniform on the sphere. This is the same, because
+        the norm and the direction of a normal vector are independent.
 
         Args:
             x: (B, *S) clean data; uint8 means u/127.5 − 1.
@@ -374,7 +318,7 @@ class PoissonFlow(Flow):
         >>> x_perturbed.shape, z.shape
         (torch.Size([8, 2]), torch.Size([8]))
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         dtype, device = x.dtype, x.device
         m = self.M * torch.rand(len(x), generator=generator, dtype=dtype, device=device)
         noise_z = torch.randn(len(x), generator=generator, dtype=dtype, device=device)
@@ -382,9 +326,9 @@ class PoissonFlow(Flow):
         noise_x = torch.randn(x.shape, generator=generator, dtype=dtype, device=device)
         noise_x = self.sigma * noise_x
         if self.restrict_M:
-            m = torch.where(noise_z < _RESTRICT_BELOW * self.sigma, _RESTRICT_TO * m, m)
+            m = torch.where(noise_z < _RESTRICT_BELOW * self.sigma, _RESTRICTED_SHARE * m, m)
         growth = (1 + self.tau) ** m
-        x_perturbed = x + self._rows(growth) * noise_x
+        x_perturbed = x + over_samples(growth, x) * noise_x
         return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z * self.sigma)
 
     def loss(
@@ -397,25 +341,26 @@ class PoissonFlow(Flow):
         condition: Condition | None = None,
         reference_labels: Tensor | None = None,
     ) -> Tensor:
-        """Training loss: batch mean of ½ ‖net(x̃, z) − v‖² over the N + 1 components of the field.
+        """The training loss: the batch mean of ½ ‖net(x̃, z) − v‖² (Algorithm 1).
 
-        (Algorithm 1; summed over the components as published.)
+        The square is summed over the N + 1 components of the field, as published.
 
         Args:
             net: the network being trained.
             x: (B, *S) clean data.
             references: (M, *S) data whose field v is the target; must contain the rows of x. None
-                means x itself. The larger, the less the target varies from batch to batch.
+                means x itself. The more references, the less the target varies between batches.
             generator: of the perturbation, on the device of x.
-            condition: keyword arguments of the network. With "labels" (B,) in it, each point's
-                target is the field of the references of its label, and of all where it is below 0.
-            reference_labels: (M,) labels of the references; not needed where references is None.
+            condition: keyword arguments of the network. With "labels" (B,) in it, the target of
+                each point is the field of the references of its label. A label below 0 is none, and
+                its target is the field of all references.
+            reference_labels: (M,) labels of the references; not needed if references is None.
 
         Returns:
-            A scalar, float32 at least.
+            A scalar of float32 or wider.
 
         Raises:
-            ValueError: shapes do not fit, or those of the network's results.
+            ValueError: shapes do not fit, or the network's results have wrong shapes.
 
         >>> import torch
         >>> flow = PoissonFlow((2,), data_norm=1.0)
@@ -423,14 +368,14 @@ class PoissonFlow(Flow):
         >>> float(flow.loss(flow.empirical(data), data))
         0.0
         """
-        x = self._floating(x)
+        x = self._to_floating(x)
         condition = condition or {}
         labels = condition.get("labels")
         if references is None:
             references, reference_labels = x, labels
         x_perturbed, z = self.perturb(x, generator)
         with torch.no_grad():
-            target_x, target_z = by_label(
+            target_x, target_z = targets_by_label(
                 self._target, x_perturbed, z, references, labels, reference_labels
             )
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
@@ -449,30 +394,30 @@ class PoissonFlow(Flow):
         device: torch.device | str | None = None,
         clip: bool | None = None,
     ) -> Tensor:
-        """Points (n, *S) at z = z_max, where the field lines of far-away charges are all alike.
+        """Points (n, *S) at z = z_max, where the data look like a single charge.
 
             x = center + z_max g / |g₁|,  g ~ N(0, I_N),  g₁ ~ N(0, 1)
 
-        a multivariate Cauchy distribution, the projection of the uniform hemisphere onto z = z_max
-        (section 3.3).
+        This is a multivariate Cauchy distribution, the projection of the uniform hemisphere onto
+        the plane z = z_max (section 3.3).
 
         Args:
-            n: how many.
+            n: the number of points.
             generator: on the device.
-            device: of the points; None takes that of the generator, or the CPU.
-            clip: bring ‖x‖ into [1, upper_norm], keeping the direction, as published: larger norms
-                are never trained on. For thousands of values it binds for half of all draws and
-                does no harm; of one value it cuts half of the distribution away. With a spread it
-                is ‖x − center‖, and has no lower bound. None clips under the published rules alone.
-                A flow with a spread cuts no share of the draws; it asks a network no farther out
-                than upper_norm, on the same straight field line.
+            device: of the points; None takes the device of the generator, or the CPU.
+            clip: whether ‖x‖ is brought into [1, upper_norm] with its direction kept, as published,
+                because larger norms are not trained on. For thousands of values this changes half
+                of the draws and does no harm; for one value it cuts off half of the distribution.
+                With a spread the norm is ‖x − center‖ and has no lower bound. None clips with the
+                published rules alone. A flow with a spread does not need it: instead it evaluates
+                the network at upper_norm at most, on the same straight field line.
 
         >>> import torch
         >>> flow = PoissonFlow.cifar10()
         >>> bool(flow.prior(4).flatten(1).norm(dim=1).max() <= 3000.1)
         True
         """
-        self._check_n(n)
+        check_count(n)
         device = common_device(device, generator)
         direction = torch.randn(n, self.N, generator=generator, device=device)
         scale = torch.randn(n, 1, generator=generator, device=device).abs()
@@ -480,7 +425,7 @@ class PoissonFlow(Flow):
         if self.spread is None:
             radius = self.z_max * norm / scale.clamp(min=torch.finfo(scale.dtype).tiny ** 0.5)
         else:
-            # Fewer than one draw in a million: beyond, float32 has no digits left for the data.
+            # Fewer than one draw in a million is smaller. Beyond, float32 cannot resolve the data.
             radius = self.z_max * norm / scale.clamp(min=_SMALLEST_NORMAL)
         if clip is None:
             clip = self.spread is None
@@ -490,10 +435,10 @@ class PoissonFlow(Flow):
         return x if self.spread is None else x + self._center(x)
 
     def _center(self, x: Tensor) -> Tensor:
-        """center in the dtype and on the device of x, copied there once."""
+        """The center in the dtype and on the device of x; the copy is kept."""
         key = (x.dtype, x.device)
         if transforms.functional() or torch.is_inference_mode_enabled():
-            return self.center.to(x.device, x.dtype)  # of use there alone
+            return self.center.to(x.device, x.dtype)  # not usable outside, so it is not kept
         if key not in self._centers:
             self._centers[key] = self.center.to(x.device, x.dtype)
         return self._centers[key]
@@ -501,35 +446,37 @@ class PoissonFlow(Flow):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_centers": {}}
 
-    def _slope(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Field | Tensor:
-        # The exact field needs no training, and so knows no bound.
+    def _predict(
+        self, net: Network, x: Tensor, level: Level, condition: Condition
+    ) -> Field | Tensor:
+        # The exact field was not trained, so it holds at any norm.
         if self.spread is None or isinstance(net, EmpiricalField):
             return self.field(net, x, per_row(level, x), condition)
-        points, z = self._within(x, per_row(level, x))
+        points, z = self._moved_inside(x, per_row(level, x))
         return ode_steps.euler(points, self.field(net, points, z, condition), z, 0.0)[0]
 
     def field(
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
     ) -> Field:
-        """What the network says at points x (B, *S) and z (B,), and how it is to be read."""
+        """The field that the network predicts at points x (B, *S) and z (B,)."""
         condition = condition or {}
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
-    def _within(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Points and their z, those farther out than was trained moved along their field lines.
+    def _moved_inside(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Points and their z; those beyond upper_norm are moved inward along their field lines.
 
-        Far away field lines are straight lines to (center, 0), so that a network of the mean or of
-        the end of the line says the same at upper_norm. Means differ by (N + 1) v/upper_norm at
-        most, v the largest variance of the data in any direction.
+        Far away, field lines are straight lines to (center, 0). So a network gives nearly the same
+        mean at upper_norm. The means differ by (N + 1) v/upper_norm at most, where v is the largest
+        variance of the data in any direction.
         """
         center = self._center(x)
-        away = x - center
-        norm = torch.linalg.vector_norm(away.reshape(len(x), self.N), dim=1)
-        # Without a branch, which would wait for a GPU.
+        offset = x - center
+        norm = torch.linalg.vector_norm(offset.reshape(len(x), self.N), dim=1)
+        # No branch on values, which would wait for a GPU.
         t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
-        far = self._rows(norm > self.upper_norm)
-        return torch.where(far, center + self._rows(t) * away, x), z * t
+        far = over_samples(norm > self.upper_norm, x)
+        return torch.where(far, center + over_samples(t, x) * offset, x), z * t
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
         space = SCHEDULES[schedule]
@@ -541,7 +488,7 @@ class PoissonFlow(Flow):
         return [*space(self.z_max, last, steps - 1), self.z_min]
 
     def empirical(self, references: References) -> EmpiricalField:
-        """The exact field of references (M, *S) as a network: samples are the references.
+        """The exact field of references (M, *S) as a network; its samples are the references.
 
         >>> import torch
         >>> flow = PoissonFlow((2,), data_norm=1.0)
@@ -552,19 +499,8 @@ class PoissonFlow(Flow):
         return EmpiricalField(references, self.gamma)
 
 
-def _growth(sigma: float, tau: float, M: float) -> float:
-    """sigma (1 + tau)^M, where the numbers of the perturbation are those of float32."""
-    most = math.log(torch.finfo(torch.float32).max)
-    if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
-        raise ValueError(
-            f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
-            "sigma (1 + tau)^M is a number of float32, at most 3.4e38."
-        )
-    return float(sigma * (1 + tau) ** M)
-
-
 def _gamma_of(net: Any) -> float | None:
-    """gamma of a network that makes the field itself, within what wraps it."""
+    """gamma of a network that computes the field itself, also if it is wrapped; else None."""
     while isinstance(net, nn.Module):
         if isinstance(net, EmpiricalField) or hasattr(net, "data_std"):
             return getattr(net, "gamma", None)
@@ -575,6 +511,7 @@ def _gamma_of(net: Any) -> float | None:
 def _evaluate(
     net: Network, x: Tensor, z: Tensor, condition: Condition, gamma: float
 ) -> tuple[Tensor, Tensor]:
+    """The network's field at x and z, with its shapes checked."""
     own = _gamma_of(net)
     if own is not None and own != gamma:
         raise ValueError(

@@ -1,8 +1,7 @@
 """The operations as functions: posterior mean, field, log density and the steps of the ODE."""
 
 from .field import field_fn, log_density, posterior_mean
-from .steps import (
-    Field,
+from .ode_step import (
     euler_step,
     euler_step_from_mean,
     heun_step,
@@ -10,6 +9,7 @@ from .steps import (
     multistep_step,
     multistep_step_from_mean,
 )
+from .steps import Field
 
 __all__ = [
     "Field",

@@ -1,4 +1,4 @@
-"""The public operations: arguments are checked and flattened here, computed in :mod:`pfgm.ops`."""
+"""The posterior mean, the field and the log density: arguments are checked and flattened here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends.problems import PosteriorMean
 from ..common.checks import LARGEST, is_number, varies
-from ..common.tensors import wide_dtype
-from ..references import References, ReferenceSet, merging
+from ..references import References, ReferenceSet
+from ..references import posterior_mean as over_parts
+from .levels import per_query
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]
 
@@ -40,7 +42,7 @@ def _check_tensors(x: Tensor, references: References) -> None:
 
 
 def _streams(references: References) -> bool:
-    """Whether references come to the points, wherever those are."""
+    """Whether references are copied to the device of the points, chunk by chunk."""
     return isinstance(references, ReferenceSet) and references.device.type == "cpu"
 
 
@@ -50,41 +52,17 @@ def _check_dimensions(D: float, with_r: bool) -> float:
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
     if D > LARGEST and with_r:
-        raise ValueError("D is infinite, where r = sigma * sqrt(D) does not exist; give sigma.")
+        raise ValueError(
+            "D is infinite and r is given; allowed is sigma, as r = sigma * sqrt(D) is infinite."
+        )
     return float(D)
 
 
-def per_query(name: str, value: Tensor | float, x: Tensor) -> Tensor:
-    """A float or a tensor (B,) or (B, 1, …, 1) as float64 (B,) on the device of x (B, *S)."""
-    dtype, count = wide_dtype(x.device), x.shape[0]
-    if not isinstance(value, Tensor):
-        if not is_number(value):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
-                f"({count},)."
-            )
-        if varies(value):
-            return torch.ones(count, dtype=dtype, device=x.device) * value
-        return torch.full((count,), float(value), dtype=dtype, device=x.device)
-    if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
-        value = value.reshape(count)  # as EDM's code has levels beside samples
-    if value.shape != (count,) and value.ndim != 0:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; allowed is a number or a tensor of shape "
-            f"({count},), or of that with a 1 for each dimension of a sample."
-        )
-    if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers.")
-    if value.ndim != 0 and value.device != x.device:
-        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
-    return value.to(device=x.device, dtype=dtype).expand(count)
-
-
 def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D: float) -> Tensor:
-    """Augmented radius r = sigma * sqrt(D) of each query; sigma itself at D = infinity."""
+    """Augmented radius r = sigma · √D of each point; sigma itself at D = ∞."""
     if (r is None) == (sigma is None):
         given = "neither" if r is None else "both"
-        raise ValueError(f"{given} of r and sigma given; exactly one of them is needed.")
+        raise ValueError(f"{given} of r and sigma are given; allowed is exactly one of them.")
     if r is not None:
         return per_query("r", r, x)
     assert sigma is not None
@@ -92,8 +70,11 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     return per_query("sigma", sigma, x) * scale
 
 
-def flatten(tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+def _flatten(samples: Tensor) -> Tensor:
+    """(B, *S) as (B, N)."""
+    if samples.ndim == 2:
+        return samples
+    return samples.reshape(samples.shape[0], math.prod(samples.shape[1:]))
 
 
 def _flat_mean(
@@ -104,14 +85,15 @@ def _flat_mean(
     backend: str | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat queries, at least float32, with their mean and log-sum-exp."""
-    flat = flatten(x)
+    """Points (B, N), float32 at least, with their mean (B, N) and log-sum-exp (B,)."""
+    flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
     if isinstance(references, ReferenceSet):
-        mean, lse = merging.posterior_mean(flat, radius, references.parts, D, backend, precision)
+        mean, lse = over_parts.compute(flat, radius, references.part, D, backend, precision)
         return flat, mean, lse
-    return flat, *ops.posterior_mean(flat, flatten(references), radius, D, backend, precision)
+    problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
+    return flat, *ops.posterior_mean.compute(problem, backend)
 
 
 @overload
@@ -153,7 +135,7 @@ def posterior_mean(
     backend: str | None = None,
     precision: str = "high",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Average of the references, weighted by how likely each explains the noisy point.
+    """The average of the references, weighted by the posterior probability of each given x.
 
     With N the number of values in a sample and s_j = ‖x − x_j‖² + r²,
 
@@ -161,40 +143,41 @@ def posterior_mean(
         ℓ_j = −‖x − x_j‖² / (2 sigma²)             D = ∞
         lse = log Σ_j exp ℓ_j,   mean = Σ_j exp(ℓ_j − lse) x_j
 
-    (PFGM++, arXiv 2302.04265, section 3; Stable Target Field, arXiv 2302.00670, equation 7). A
-    (B, M, N) tensor is never built: extra memory is a constant plus the results. On the CPU that is
-    at most 64 MiB, or a few rows of x where N is in the millions, and it is kept for the next call.
-    References whose weights together are below the rounding of the result are left out there, which
-    is where its speed comes from. Differentiable once in x, r or sigma, and references, backward
-    and forward (torch.func.jvp), also under the other transforms of torch.func. On a
-    reference at r = 0, or at sigma = 0 with D = ∞, the result is the limit: the average of the
-    coincident (nearest) references.
+    (PFGM++, arXiv 2302.04265, section 3; Stable Target Field, arXiv 2302.00670, equation 7).
+
+    Memory is bounded: no (B, M, N) tensor is built. On the CPU the workspace is at most 64 MiB, or
+    a few rows of x where N is in the millions, and is kept for the next call. References whose
+    total weight is below the rounding of the result are left out there.
+
+    Differentiable once in x, r or sigma, and references, in backward and forward mode and under the
+    transforms of torch.func. On a reference at r = 0, and at sigma = 0 with D = ∞, the result is
+    the limit: the average of the nearest references.
 
     Args:
         x: (B, *S) points, float32 or float64; half precision is computed, and returned, in float32.
         references: (M, *S), M ≥ 1: float32, float64, bfloat16, float16, or uint8 meaning
-            u/127.5 − 1; or a :class:`pfgm.ReferenceSet`, which has no gradient and may lie in a
-            file, in CPU memory beside points on a GPU, or in several processes.
-        r: length of the augmented vector (z where D = 1), at least 0: a number or (B,), in the
-            units of x. (B, 1, …, 1), which broadcasts with x, is taken too.
-        sigma: noise level, instead of r: r = sigma · √D.
+            u/127.5 − 1. Or a :class:`pfgm.ReferenceSet`, which has no gradient and may be in a
+            file, in CPU memory with points on a GPU, or in several processes.
+        r: length of the augmented vector (z where D = 1), at least 0, in the units of x: a number,
+            (B,), or (B, 1, …, 1).
+        sigma: noise level, in place of r: r = sigma · √D.
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
         backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
-        precision: of products on a GPU: "high" keeps the digits of float32; "medium" multiplies
-            once in TF32, whose 10 bits show in the weights of many references about equally far.
-            On the CPU both are computed alike.
+        precision: of matrix products on a GPU. "high" has the accuracy of float32. "medium" uses
+            one product in TF32, whose 10 bits show in the weights of references at almost equal
+            distances. On the CPU both are the same.
 
     Returns:
         mean (B, *S), and with ``return_logsumexp`` also lse (B,) in float64.
 
     Raises:
-        ValueError: shapes or devices differ, references is empty, both or neither of r and sigma
-            are given, D ≤ 0, D = ∞ with r; on the CPU also a value that is not finite or a
+        ValueError: shapes or devices differ; references is empty; both or neither of r and sigma
+            are given; D ≤ 0; D = ∞ with r; on the CPU also a value that is not finite or a
             negative r.
         TypeError: a dtype is not allowed.
-        RuntimeError: the backend asked for cannot run; a derivative is differentiated again; or
-            the rows of a ReferenceSet were changed in place before its gradient was asked for.
+        RuntimeError: the backend asked for cannot run; a derivative is differentiated again; the
+            rows of a ReferenceSet were changed in place between the forward and backward passes.
 
     >>> import torch
     >>> references = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
@@ -228,10 +211,9 @@ def field_fn(
 
     Args:
         x: (B, *S) perturbed points, float32 or float64 (half precision: computed in float32).
-        z: augmented coordinate, at least 0: a number or (B,), in the units of x, or
-            (B, 1, …, 1), which broadcasts with x.
-        references: (M, *S), M ≥ 1, of any dtype that :func:`posterior_mean` takes. In training:
-            a large batch of data that contains the clean versions of x.
+        z: augmented coordinate, at least 0, in the units of x: a number, (B,), or (B, 1, …, 1).
+        references: (M, *S), M ≥ 1, as :func:`posterior_mean`. In training, a large batch of data
+            that contains the clean versions of x.
         gamma: softening of the normalisation, at least 0.
         backend, precision: as :func:`posterior_mean`.
 
@@ -239,7 +221,7 @@ def field_fn(
         field_x (B, *S) and field_z (B,), in the dtype of x (float32 at least).
 
     Raises:
-        ValueError, TypeError: as :func:`posterior_mean`; gamma is negative or not finite.
+        ValueError, TypeError: as :func:`posterior_mean`; or gamma is negative or not finite.
 
     >>> import torch
     >>> field_x, field_z = field_fn(torch.tensor([[3.0, 3.0]]), 4.0, torch.zeros(1, 2))
@@ -251,7 +233,7 @@ def field_fn(
         raise ValueError(f"gamma is {gamma}; allowed is any finite number of at least 0.")
     radius = per_query("z", z, x)
     flat, mean, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
-    field_x, field_z = ops.normalised_field(flat, radius, mean, gamma, backend)
+    field_x, field_z = ops.normalised_field.compute(flat, radius, mean, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
 
@@ -265,12 +247,12 @@ def log_density(
     backend: str | None = None,
     precision: str = "high",
 ) -> Tensor:
-    """Log-density of the references blurred to noise level r: the flow's exact marginal.
+    """Log-density of the references with noise of level r: the exact marginal of the flow.
 
         log p_r(x) = lse − log M + D log r + lgamma((N+D)/2) − (N/2) log π − lgamma(D/2)
         log p_σ(x) = lse − log M − (N/2) log(2π sigma²)                              D = ∞
 
-    a mixture of M multivariate Student-t densities with D degrees of freedom (normal at D = ∞),
+    It is a mixture of M multivariate Student-t densities with D degrees of freedom, normal at D = ∞
     (PFGM++, arXiv 2302.04265, equation 4). Its gradient in x is the exact score. At r = 0 it is
     +inf on a reference and −inf elsewhere.
 
@@ -312,7 +294,7 @@ def _log_count(M: int, like: Tensor) -> float | Tensor:
 
 
 def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
-    """lgamma((N + D)/2) − lgamma(D/2), also where both are so large that they cancel."""
+    """lgamma((N + D)/2) − lgamma(D/2), also where the two are large and would cancel."""
     a, half = D / 2, N / 2
     if varies(D):
         wide = torch.ones((), dtype=like.dtype, device=like.device) * a
@@ -326,7 +308,7 @@ def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
 
 def _stirling_ratio(a: Tensor, half: float) -> Tensor:
     """lgamma(a + half) − lgamma(a) for a large a."""
-    # Stirling with its first correction: the next is below 1/(360 a³).
+    # Stirling's series with its first correction. The next term is below 1/(360 a³).
     shifted = a + half
     correction = (1 / shifted - 1 / a) / 12
     return half * shifted.log() + (a - 0.5) * torch.log1p(half / a) - half + correction

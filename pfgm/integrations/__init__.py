@@ -1,1 +1,1 @@
-"""Doors to other libraries: each module is one of them, and imports it when it is asked for."""
+"""Adapters to other libraries, one module for each; a module is imported only on request."""

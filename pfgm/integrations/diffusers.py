@@ -1,4 +1,4 @@
-"""Schedulers for diffusers: its networks and loops train and sample with the Poisson flows.
+"""Schedulers that let the networks and loops of diffusers train and sample with Poisson flows.
 
     scheduler = PoissonFlowPPScheduler.from_flow(flow)
     scheduler.set_timesteps(18)
@@ -7,12 +7,12 @@
         output = unet(scheduler.scale_model_input(x, t), t).sample
         x = scheduler.step(output, t, x).prev_sample
 
-takes the steps of ``flow.sample(from_module(unet, flow), 16, ...)``, with whatever the loop does
-between them. Of a PoissonFlow with a spread the network sees the points as they are, where
-``flow.sample`` asks it no farther out than upper_norm.
+This loop takes the same steps as ``flow.sample(from_module(unet, flow), 16, ...)``. One thing
+differs for a PoissonFlow with a spread: ``flow.sample`` evaluates the network no farther out than
+upper_norm, while here the network sees the points as they are.
 
-Networks of this library are made of those of diffusers by :func:`pfgm.networks.from_module`, which
-reads their outputs for the schedulers, too.
+:func:`pfgm.networks.from_module` makes networks of this library from those of diffusers. The
+schedulers use it to interpret the network's output.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from torch import Tensor, nn
 
 from ..common.checks import check_choice
 from ..common.tensors import dequantise, over_samples, wide_dtype
-from ..flows.flow import Flow, per_row
+from ..flows.flow import Flow
+from ..flows.parametrisation import per_row
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
-from ..functional import field_fn, posterior_mean
-from ..functional.steps import (
+from ..functional import (
     euler_step_from_mean,
+    field_fn,
     heun_step_from_mean,
-    mean_of,
     multistep_step_from_mean,
+    posterior_mean,
 )
-from ..networks.wrapped import Foreign, ForeignDenoiser, from_module, telling
+from ..functional.steps import mean_of
+from ..networks.level_encodings import level_encoding
+from ..networks.wrapped import Wrapped, WrappedDenoiser, from_module
 from ..references import References
 
 try:
@@ -61,25 +64,25 @@ Scheduler = TypeVar("Scheduler", bound="FlowScheduler")
 
 @dataclasses.dataclass
 class PoissonFlowSchedulerOutput(BaseOutput):  # type: ignore[misc]
-    """What a step returns."""
+    """The result of a step."""
 
     prev_sample: Tensor
-    """(B, *S), the points at the next level, which the network is given next."""
+    """The points (B, *S) at the next level, the next input of the network."""
     pred_original_sample: Tensor
-    """(B, *S), the posterior mean at the present one."""
+    """The posterior mean (B, *S) at the present level."""
 
 
 class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """What both schedulers share.
+    """Base of both schedulers.
 
     The solvers are those of :mod:`pfgm.solvers` with a fixed number of steps. heun calls the
-    network twice a step, and once in the last; multistep keeps the mean of the step before.
+    network twice in each step except the last; multistep keeps the mean of the step before.
     """
 
     _flow_type: ClassVar[type[PoissonFlow] | type[PoissonFlowPP]]
     _predictions: ClassVar[tuple[str, ...]]
     _flow: PoissonFlow | PoissonFlowPP
-    _reader: Foreign
+    _reader: Wrapped
     _step_index: int | None
     _begin_index: int | None
     _earlier: tuple[Tensor, float] | None
@@ -95,8 +98,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         if not isinstance(flow, Mapping):
             raise TypeError(
-                f"flow is a {type(flow).__name__}; allowed is its config, and from_flow takes the "
-                "flow itself."
+                f"flow is a {type(flow).__name__}; allowed is flow.config; from_flow takes "
+                "the flow itself."
             )
         self._flow = self._flow_type(**flow)
         defaults = self._flow.defaults
@@ -109,17 +112,17 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             schedule=schedule or defaults.schedule,
             prediction_type=prediction_type,
         )
-        self._telling = telling(level, self._flow)
-        # Never called itself: it says what a network is given and what its output means.
+        self._encoding = level_encoding(level, self._flow)
+        # It is never called; it makes the input of a network and interprets its output.
         self._reader = from_module(nn.Identity(), self._flow, predicts=prediction_type, level=level)
         self.set_timesteps()
 
     @classmethod
     def from_flow(cls: type[Scheduler], flow: Flow, **options: Any) -> Scheduler:
-        """The scheduler of a flow; options are those of the class, such as solver.
+        """The scheduler of a flow; options are arguments of the class, such as solver.
 
         Raises:
-            TypeError: the flow is of the other kind.
+            TypeError: the flow has the wrong type.
             ValueError: an option is not allowed.
         """
         if not isinstance(flow, cls._flow_type):
@@ -132,31 +135,31 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def flow(self) -> PoissonFlow | PoissonFlowPP:
-        """The flow whose steps are taken."""
+        """The flow of the scheduler."""
         return self._flow
 
     @property
     def order(self) -> int:
-        """Calls of the network a step."""
+        """How often the network is called in a step."""
         return 2 if self.config["solver"] == "heun" else 1
 
     @property
     def init_noise_sigma(self) -> float:
-        """The first level. Times normal noise it is the prior at D = ∞ alone: use :meth:`prior`."""
+        """The first level. Normal noise times it is the prior only at D = ∞: use :meth:`prior`."""
         return self._flow.first_level
 
     @property
     def step_index(self) -> int | None:
-        """How many calls of the network have been stepped from; None before the first."""
+        """The index of the next call of the network; None before the first step."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The call to begin with, of :meth:`set_begin_index`."""
+        """The index of the first call, as set by :meth:`set_begin_index`."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begins with another call than that of the first timestep given to :meth:`step`."""
+        """Sets the index of the first call; by default it follows from the first timestep."""
         self._begin_index = begin_index
 
     # ---- sampling ----
@@ -167,12 +170,12 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         device: torch.device | str | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
     ) -> None:
-        """Sets ``timesteps``, what the network is told at each call, and ``sigmas``, their levels.
+        """Sets ``timesteps``, one for each call of the network, and ``sigmas``, their levels.
 
         Args:
-            num_inference_steps: solver steps; None takes as many as ``flow.sample``.
-            device: where the timesteps go.
-            sigmas: the levels themselves, decreasing, the last of them that of the samples.
+            num_inference_steps: number of solver steps; None takes that of ``flow.sample``.
+            device: device of the timesteps.
+            sigmas: the levels, decreasing; the last is the level of the samples.
 
         Raises:
             ValueError: steps or levels are out of range, or both are given.
@@ -182,13 +185,15 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         elif num_inference_steps is None:
             levels = self._flow.grid(schedule=[float(sigma) for sigma in sigmas])
         else:
-            raise ValueError("num_inference_steps and sigmas are both given; give one of them.")
+            raise ValueError(
+                "num_inference_steps and sigmas are both given; allowed is one of them."
+            )
         self.num_inference_steps = len(levels) - 1
         first, *inner, last = levels
         repeats = self.order
         self._levels = [first, *(level for level in inner for _ in range(repeats)), last]
         self.sigmas = torch.tensor(self._levels)
-        self.timesteps = self._telling(self.sigmas[:-1]).to(device=device)
+        self.timesteps = self._encoding(self.sigmas[:-1]).to(device=device)
         self._step_index = self._begin_index = self._earlier = None
 
     def prior(
@@ -201,8 +206,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._flow.prior(n, generator=generator, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """What the network is given of points (B, *S) at a timestep, one or (B,)."""
-        return self._reader.given(sample, self._level(sample, timestep))[0]
+        """The input of the network for points (B, *S) at a timestep, a number or (B,)."""
+        return self._reader.inputs(sample, self._level(sample, timestep))[0]
 
     def step(
         self,
@@ -215,16 +220,16 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The points after a call of the network.
 
         Args:
-            model_output: what it returned.
-            timestep: the one of ``timesteps`` that it was told.
-            sample: (B, *S), the points, as the step before returned them.
-            generator: not used, as nothing is random.
-            return_dict: return an object; False returns the tuple (prev_sample,
+            model_output: the output of the network.
+            timestep: the timestep of the call, one of ``timesteps``.
+            sample: the points (B, *S) from the step before.
+            generator: not used; the steps are deterministic.
+            return_dict: whether to return an object; False returns the tuple (prev_sample,
                 pred_original_sample).
 
         Raises:
-            ValueError: the timestep is none of ``timesteps``, all of them have been stepped from,
-                or the output has a wrong shape.
+            ValueError: the timestep is not in ``timesteps``, none of them is left, or the output
+                has a wrong shape.
         """
         if self._step_index is None:
             begin = self._begin_index
@@ -233,7 +238,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if call >= len(self.timesteps):
             raise ValueError(
                 f"step is called after the last of {len(self.timesteps)} timesteps; set_timesteps "
-                "begins anew."
+                "starts a new run."
             )
         mean = self._mean(model_output, sample, self._levels[call])
         solvers = {"euler": self._euler, "heun": self._heun, "multistep": self._multistep}
@@ -244,18 +249,22 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return PoissonFlowSchedulerOutput(prev_sample=moved, pred_original_sample=mean)
 
     def _mean(self, output: Tensor, sample: Tensor, level: float) -> Tensor:
-        """The posterior mean (B, *S) that an output made at these points means."""
+        """The posterior mean (B, *S) that the output at these points implies."""
 
-        def read(x: Tensor, z: Tensor) -> Any:
-            return self._reader.read(x, z, output)
+        def network(x: Tensor, z: Tensor) -> Any:
+            return self._reader.interpret(x, z, output)
 
         if not isinstance(self._flow, PoissonFlow):
-            return self._flow.denoise(read, sample, level)
-        field = self._flow.field(read, sample, per_row(level, sample))
+            return self._flow.denoise(network, sample, level)
+        field = self._flow.field(network, sample, per_row(level, sample))
         return mean_of(sample, field, level)
 
     def index_for_timestep(self, timestep: Tensor | float) -> int:
-        """The call at a timestep that begins a step: with heun, one at each level ends one."""
+        """The index of the call that starts a step at a timestep.
+
+        With heun a timestep between the ends has two calls: the first ends a step, the second
+        starts one.
+        """
         found = (self.timesteps == timestep).nonzero().flatten().tolist()
         if not found:
             raise ValueError(f"timestep is {float(timestep)}; allowed are those of timesteps.")
@@ -266,7 +275,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _heun(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
         if call % 2 == 0:
-            # A loop may give its points in the same memory at each call.
+            # Cloned, because a loop may update its points in place.
             self._earlier = x.clone(), self._levels[call]
             return self._euler(call, x, mean)
         assert self._earlier is not None
@@ -286,39 +295,72 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def perturb(
         self, original_samples: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Points (B, *S) around data at levels of training, and their timesteps (B,).
+        """Perturbed data (B, *S) at random training levels, and their timesteps (B,).
 
-        As ``flow.perturb``, which ``flow.loss`` trains at.
+        Both are drawn as in ``flow.perturb`` and ``flow.loss``.
         """
         x, level = self._flow.perturb(original_samples, generator)
-        return x, self._telling(level)
+        return x, self._encoding(level)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Data (B, *S) with noise of timesteps, one or (B,): data + σ noise.
+        """Data (B, *S) with noise added at timesteps, a number or (B,): data + σ noise.
 
-        The noise is of level 1, ``flow.noise(torch.ones(B))``: standard normal at D = ∞ alone.
+        The noise is ``flow.noise(torch.ones(B))``, of level 1; it is standard normal only at D = ∞.
         """
         level = self._level(original_samples, timesteps)
         return original_samples + over_samples(level, noise) * noise
 
+    def target(
+        self,
+        noisy_samples: Tensor,
+        timesteps: Tensor,
+        original_samples: Tensor,
+        references: References | None = None,
+    ) -> Tensor:
+        """The target of the network's output: a field, or the output that implies a mean.
+
+        :class:`PoissonFlowScheduler`: the field of the references, (B, C + 1, *S[1:]), with field_z
+        in the last channel at every pixel. The loss of a network from
+        :func:`pfgm.networks.from_module` counts field_z once a sample, as published.
+
+        :class:`PoissonFlowPPScheduler`: the output (B, *S) that implies the original samples, or
+        the posterior mean of the references. With prediction_type "residual" the squared error,
+        summed over a sample and averaged over the batch, is ``flow.loss``.
+
+        Args:
+            noisy_samples: perturbed data (B, *S), from :meth:`perturb`.
+            timesteps: their timesteps (B,), from :meth:`perturb`.
+            original_samples: the data (B, *S) that were perturbed.
+            references: data (M, *S) that contain the original samples; with more of them the target
+                varies less (arXiv 2302.00670). None means the original samples.
+        """
+        level = self._level(noisy_samples, timesteps)
+        return self._target(noisy_samples, level, original_samples, references)
+
+    def _target(
+        self, x: Tensor, level: Tensor, original: Tensor, references: References | None
+    ) -> Tensor:
+        raise NotImplementedError
+
     def _level(self, x: Tensor, timestep: Tensor | float) -> Tensor:
-        told = torch.as_tensor(timestep).to(x.device, wide_dtype(x.device))
-        return self._telling.level(told).to(x.dtype).expand(len(x))
+        encoded = torch.as_tensor(timestep).to(x.device, wide_dtype(x.device))
+        return self._encoding.decode(encoded).to(x.dtype).expand(len(x))
 
 
 class PoissonFlowScheduler(FlowScheduler):
     """PFGM (arXiv 2209.11178) for networks of diffusers that predict the field.
 
-    Such a network has a channel more than the samples: the first are field_x, the mean of the last
-    one over the pixels is field_z, as published. It sees the points as they are.
+    The network has one channel more than the samples. The first channels are field_x, and the mean
+    of the last one over the pixels is field_z, as published. The network sees the points as they
+    are.
 
     Args:
-        flow: the hyper-parameters of a :class:`pfgm.PoissonFlow`, its ``config``;
-            :meth:`from_flow` takes the flow itself.
-        solver: "euler", "heun" or "multistep"; None takes the one of ``flow.sample``.
-        schedule: spacing of the levels, "log" or "rho"; None likewise.
+        flow: the ``config`` of a :class:`pfgm.PoissonFlow`; :meth:`from_flow` takes the flow
+            itself.
+        solver: "euler", "heun" or "multistep"; None takes that of ``flow.sample``.
+        schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
         prediction_type: "field".
-        level: how the network is told the level, "timestep", "log" or "sigma"
+        level: how the level is encoded, "timestep", "log" or "sigma"
             (:func:`pfgm.networks.from_module`).
 
     Raises:
@@ -330,7 +372,7 @@ class PoissonFlowScheduler(FlowScheduler):
     >>> scheduler.set_timesteps(3)
     >>> scheduler.timesteps.round()
     tensor([1000.,  768.,  768.,  460.,  460.])
-    >>> output = torch.zeros(2, 2, 4, 4)  # of a network, no field at all
+    >>> output = torch.zeros(2, 2, 4, 4)  # stands for the output of a network
     >>> scheduler.step(output, scheduler.timesteps[0], scheduler.prior(2)).prev_sample.shape
     torch.Size([2, 1, 4, 4])
     """
@@ -339,27 +381,12 @@ class PoissonFlowScheduler(FlowScheduler):
     _flow: PoissonFlow
     _predictions = ("field",)
 
-    def target(
-        self,
-        noisy_samples: Tensor,
-        timesteps: Tensor,
-        original_samples: Tensor,
-        references: References | None = None,
+    def _target(
+        self, x: Tensor, z: Tensor, original: Tensor, references: References | None
     ) -> Tensor:
-        """What the network should return, (B, C + 1, *S[1:]): the field of the references.
-
-        The last channel is field_z at every pixel. ``flow.loss`` of
-        :func:`pfgm.networks.from_module` counts it once a sample, as published.
-
-        Args:
-            noisy_samples: (B, *S), of :meth:`perturb`.
-            timesteps: (B,), likewise.
-            original_samples: (B, *S), the data that were perturbed.
-            references: (M, *S) data with the original ones among them; None means those alone.
-        """
-        z = self._level(noisy_samples, timesteps)
-        charges = original_samples if references is None else references
-        field_x, field_z = field_fn(noisy_samples, z, charges, gamma=self._flow.gamma)
+        """The field, (B, C + 1, *S[1:]), with field_z in the last channel at every pixel."""
+        charges = original if references is None else references
+        field_x, field_z = field_fn(x, z, charges, gamma=self._flow.gamma)
         return torch.cat([field_x, over_samples(field_z, field_x).expand_as(field_x[:, :1])], 1)
 
 
@@ -367,13 +394,14 @@ class PoissonFlowPPScheduler(FlowScheduler):
     """PFGM++ (arXiv 2302.04265) and diffusion for networks of diffusers.
 
     Args:
-        flow: the hyper-parameters of a :class:`pfgm.PoissonFlowPP`, its ``config``;
-            :meth:`from_flow` takes the flow itself.
-        solver: "euler", "heun" or "multistep"; None takes the one of ``flow.sample``.
-        schedule: spacing of the levels, "log" or "rho"; None likewise.
-        prediction_type: what the network's output is: "residual", the F of EDM's preconditioning,
-            "mean", "noise" or "score" (:func:`pfgm.networks.from_module`).
-        level: how the network is told the level, "timestep", "log" or "sigma", likewise.
+        flow: the ``config`` of a :class:`pfgm.PoissonFlowPP`; :meth:`from_flow` takes the flow
+            itself.
+        solver: "euler", "heun" or "multistep"; None takes that of ``flow.sample``.
+        schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
+        prediction_type: the meaning of the network's output: "residual", the F of EDM's
+            preconditioning, "mean", "noise" or "score" (:func:`pfgm.networks.from_module`).
+        level: how the level is encoded, "timestep", "log" or "sigma"
+            (:func:`pfgm.networks.from_module`).
 
     Raises:
         ValueError: an argument is not allowed.
@@ -388,34 +416,18 @@ class PoissonFlowPPScheduler(FlowScheduler):
 
     _flow_type = PoissonFlowPP
     _flow: PoissonFlowPP
-    _reader: ForeignDenoiser
+    _reader: WrappedDenoiser
     _predictions = ("residual", "mean", "noise", "score")
 
-    def target(
-        self,
-        noisy_samples: Tensor,
-        timesteps: Tensor,
-        original_samples: Tensor,
-        references: References | None = None,
+    def _target(
+        self, x: Tensor, sigma: Tensor, original: Tensor, references: References | None
     ) -> Tensor:
-        """What the network should return, (B, *S), where the mean should be the original sample.
-
-        With prediction_type "residual" the squared error, summed over a sample and averaged over
-        the batch, is ``flow.loss``.
-
-        Args:
-            noisy_samples: (B, *S), of :meth:`perturb`.
-            timesteps: (B,), likewise.
-            original_samples: (B, *S), the data that were perturbed.
-            references: (M, *S) data with the original ones among them, whose posterior mean is
-                meant in place of the original sample; it varies less (arXiv 2302.00670).
-        """
-        x, sigma = noisy_samples, self._level(noisy_samples, timesteps)
+        """The output (B, *S) that implies the original samples, or the posterior mean."""
         if references is None:
-            mean = dequantise(original_samples, x.dtype)
+            mean = dequantise(original, x.dtype)
         else:
             mean = posterior_mean(x, references, sigma=sigma, D=self._flow.D)
-        # The mean is linear in the points and the output.
+        # The mean is linear in the points and in the output.
         zeros = torch.zeros_like(x)
-        of_points = self._reader.read(x, sigma, zeros)
-        return (mean - of_points) / self._reader.read(zeros, sigma, torch.ones_like(x))
+        from_points = self._reader.interpret(x, sigma, zeros)
+        return (mean - from_points) / self._reader.interpret(zeros, sigma, torch.ones_like(x))

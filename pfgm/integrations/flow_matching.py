@@ -1,15 +1,15 @@
-"""The Poisson flow in flow-matching trainers: torchcfm's loop, flow_matching's, or one's own.
+"""Poisson flows in trainers for flow matching, such as torchcfm, flow_matching or your own.
 
 Flow matching (arXiv 2210.02747, 2302.00482) carries noise at t = 0 to data at t = 1 along a
-velocity. A flow of D augmented dimensions, dx/dσ = (x − mean(x, σ))/σ, becomes one with
+velocity. A flow with D augmented dimensions, dx/dσ = (x − mean(x, σ))/σ, is flow matching with
 
     σ = (1 − t)/t,   x_t = t x,   u_t(x_t) = (mean(x_t/t, σ) − x_t)/(1 − t)
 
-Its conditional paths are the straight lines x_t = t x1 + (1 − t) n from draws n of the perturbation
-kernel at σ = 1 to data x1, with velocities x1 − n: what independent conditional flow matching does,
-with Student's noise of D degrees of freedom in place of the normal, which D = ∞ is.
+Its conditional paths are the straight lines x_t = t x1 + (1 − t) n from noise n to data x1, with
+velocity x1 − n. The noise is a draw from the perturbation kernel at σ = 1. So this is independent
+conditional flow matching with Student's t noise in place of normal noise; D = ∞ is normal noise.
 
-Nothing else need be installed.
+No other package is needed.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from torch import Tensor, nn
 
 from ..common.checks import check_dtype, checks_values, is_number, untouched
 from ..common.tensors import common_device, dequantise, over_samples
-from ..flows.flow import by_label
 from ..flows.plusplus import PoissonFlowPP
+from ..flows.targets import targets_by_label
 from ..functional import posterior_mean
-from ..functional.field import per_query
+from ..functional.levels import per_query
 from ..references import References
 
 __all__ = ["PoissonFlowMatcher", "as_denoiser"]
 
-# x_t/t does not overflow there, and the mean is that of all references to the last digit.
-_FIRST_T = 1e-9
-# The least 1 − t that is divided by: off the references the velocity is infinite at t = 1.
-_LEAST_LEFT = 1e-3
+# Smallest divisor t of x_t: x_t/t does not overflow, and the mean is that of all references.
+_MIN_T = 1e-9
+# Smallest 1 − t that is divided by: at t = 1 the velocity is infinite except at the references.
+_MIN_REMAINING = 1e-3
 
 
 class PoissonFlowMatcher:
-    """The Poisson flow as a matcher in the manner of torchcfm's ``ConditionalFlowMatcher``.
+    """A matcher with the interface of torchcfm's ``ConditionalFlowMatcher``.
 
-    With D = ∞ and no references it gives what that one does with sigma = 0.
+    With D = ∞ and no references its results are those of torchcfm's matcher with sigma = 0.
 
-    At a small D the noise, and with it x_t and the target, has heavy tails: none of D ≤ 2 has a
-    variance, and a squared error, unweighted as it is in flow matching, no mean. D from about the
-    number of values in a sample on trains as diffusion does.
+    At a small D the noise has heavy tails, and so have x_t and the target. For D ≤ 2 the noise has
+    no variance, so the unweighted squared error of flow matching has no mean. With D of about the
+    number of values in a sample, or more, training behaves as for diffusion.
 
     Args:
-        D: the number of augmented dimensions, any positive number or infinity.
-        references: None makes x1 − x0 the target. (M, *S) data with the rows of x1 among them, as
-            :func:`pfgm.posterior_mean` takes them, make it the velocity of the whole flow, which is
-            its average at x_t and varies less (the stable target, arXiv 2302.00670).
-        reference_labels: (M,) labels of the references, for targets of one class; those of a
-            :class:`pfgm.ReferenceSet` unless given.
+        D: number of augmented dimensions, any positive number or infinity.
+        references: None makes x1 − x0 the target. Data (M, *S) that contain the rows of x1 make the
+            target the velocity of the whole flow: the average of x1 − x0 at x_t, which varies less
+            (the stable target, arXiv 2302.00670).
+        reference_labels: labels (M,) of the references, for targets of one class; None takes those
+            of a :class:`pfgm.ReferenceSet`.
 
     Raises:
-        TypeError: D is no number.
-        ValueError: D ≤ 0.
+        TypeError: D is not a number.
+        ValueError: D is not above 0.
 
     >>> import torch
     >>> data = torch.randn(100, 2)
@@ -89,10 +89,10 @@ class PoissonFlowMatcher:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Points (n, *S) at t = 0, where sampling starts: the perturbation kernel at level 1.
+        """Noise (n, *S), where sampling starts: draws from the perturbation kernel at level 1.
 
         Raises:
-            ValueError: shape is empty or holds what is no size.
+            ValueError: shape is empty or holds something that is not a size.
 
         >>> PoissonFlowMatcher(D=128).noise((4, 3, 8, 8)).shape
         torch.Size([4, 3, 8, 8])
@@ -112,27 +112,27 @@ class PoissonFlowMatcher:
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Times, points on the way from noise to data, and the velocity that is to be learnt there.
+        """Times, points between noise and data, and the velocity to learn at these points.
 
             x_t = t x1 + (1 − t) x0
             u_t = x1 − x0                               without references
             u_t = x1 − x0 + (mean − x1)/(1 − t)         with them: :meth:`velocity` at x_t
 
         Args:
-            x0: (B, *S) draws of :meth:`noise`, not of ``torch.randn`` unless D = ∞; None draws
-                them.
-            x1: (B, *S) data, float32 or float64; uint8 means u/127.5 − 1, half precision is
+            x0: noise (B, *S) from :meth:`noise`, or from ``torch.randn`` if D = ∞; None draws it.
+            x1: data (B, *S), float32 or float64; uint8 means u/127.5 − 1; half precision is
                 computed and returned in float32.
-            t: (B,) or a number, in [0, 1]; None draws them uniformly.
-            labels: (B,) labels of x1: each point's velocity is that of the references of its label,
-                of all where it is below 0. They change nothing without references.
-            generator: of x0 and t, on the device of x1.
+            t: times (B,) or a number, in [0, 1]; None draws them uniformly.
+            labels: labels (B,) of x1. The velocity at a point is that of the references with its
+                label, or of all references where the label is below 0. Without references labels
+                have no effect.
+            generator: draws x0 and t, on the device of x1.
 
         Returns:
             t (B,), x_t (B, *S) and u_t (B, *S).
 
         Raises:
-            ValueError: shapes or devices do not fit, t is outside [0, 1].
+            ValueError: shapes or devices do not match, or t is outside [0, 1].
             TypeError: a dtype is not allowed.
 
         >>> import torch
@@ -150,38 +150,37 @@ class PoissonFlowMatcher:
             )
         if t is None:
             t = torch.rand(len(x1), generator=generator, dtype=x1.dtype, device=x1.device)
-        t = _checked_times(t, x1)
-        along = over_samples(t, x1)
-        xt = along * x1 + (1 - along) * x0
+        t = _check_times(t, x1)
+        weight = over_samples(t, x1)
+        xt = weight * x1 + (1 - weight) * x0
         ut = x1 - x0
         if self.references is not None:
             with torch.no_grad():
                 mean = self._mean(t, xt, self.references, labels)
-                ut = ut + (mean - x1) / (1 - along).clamp(min=_LEAST_LEFT)
+                ut = ut + (mean - x1) / (1 - weight).clamp(min=_MIN_REMAINING)
         return t, xt, ut
 
     def velocity(self, t: Tensor | float, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The exact velocity (B, *S) of the flow of the references at points x, towards data.
+        """The exact velocity (B, *S) of the flow of the references at points x.
 
             u_t(x) = (mean(x/t, σ = (1 − t)/t) − x)/(1 − t)
 
-        At t = 0, where σ is infinite, the mean is the average of the references. From t = 0.999 on
-        1 − t is replaced by 0.001 where it divides, as off the references the velocity has no limit
-        at t = 1, where solvers evaluate it; what that leaves of the noise at the end is below 0.1 %
-        of it. Times beyond an end, which adaptive solvers try, are taken as the end. Differentiable
-        once in x.
+        It carries points from :meth:`noise` at t = 0 to the references at t = 1. It is
+        differentiable once in x. The order of the arguments is that of torchdiffeq, torchdyn and
+        torchcfm; their names are also those of flow_matching.
 
-        Carried from :meth:`noise` at t = 0 to t = 1, points become references. The order of the
-        arguments is that of torchdiffeq, torchdyn and torchcfm's networks, their names are those of
-        flow_matching's too.
+        At t = 0, where σ is infinite, the mean is the average of the references. Solvers evaluate
+        the velocity at t = 1, where it has no limit except at the references. So the divisor 1 − t
+        is at least 0.001, which leaves less than 0.1 % of the noise at the end. Times below 0 or
+        above 1, which adaptive solvers try, are clamped.
 
         Args:
             t: time, a number or (B,).
-            x: (B, *S) points, floating point.
-            labels: (B,), as in :meth:`sample_location_and_conditional_flow`.
+            x: points (B, *S), floating point.
+            labels: labels (B,), as in :meth:`sample_location_and_conditional_flow`.
 
         Raises:
-            ValueError: there are no references, shapes or devices do not fit.
+            ValueError: there are no references, or shapes or devices do not match.
             TypeError: a dtype is not allowed.
 
         >>> import torch
@@ -195,20 +194,20 @@ class PoissonFlowMatcher:
                 [0., 1.]])
         """
         if self.references is None:
-            raise ValueError("references is None; needed are those whose flow the velocity is of.")
+            raise ValueError("references is None; the velocity needs references.")
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}; allowed is floating point.")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = per_query("t", t, x).to(x.dtype).clamp(0, 1)
         mean = self._mean(t, x, self.references, labels)
-        return (mean - x) / (1 - over_samples(t, x)).clamp(min=_LEAST_LEFT)
+        return (mean - x) / (1 - over_samples(t, x)).clamp(min=_MIN_REMAINING)
 
     def _mean(self, t: Tensor, x: Tensor, references: References, labels: Tensor | None) -> Tensor:
-        """The posterior mean of data at points x of times t."""
+        """The posterior mean at points x and times t."""
         if labels is not None and labels.shape != x.shape[:1]:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is ({len(x)},).")
-        t = t.clamp(min=_FIRST_T)
-        (mean,) = by_label(
+        t = t.clamp(min=_MIN_T)
+        (mean,) = targets_by_label(
             self._target,
             x / over_samples(t, x),
             (1 - t) / t,
@@ -223,6 +222,8 @@ class PoissonFlowMatcher:
 
 
 class _Denoiser(nn.Module):
+    """What :func:`as_denoiser` returns."""
+
     def __init__(self, velocity_net: Callable[..., Tensor]) -> None:
         super().__init__()
         self.velocity_net = velocity_net
@@ -236,25 +237,24 @@ class _Denoiser(nn.Module):
                 f"velocity_net returned shape {tuple(velocity.shape)}; needed is that of x, "
                 f"{tuple(x.shape)}."
             )
-        # 1 − t = σ t, without its rounding.
+        # 1 − t = σ t; the product has no cancellation.
         return scaled + over_samples(sigma.to(x.dtype) * t, x) * velocity
 
 
 def as_denoiser(velocity_net: Callable[..., Tensor]) -> nn.Module:
-    """A network of velocities as one of :class:`pfgm.PoissonFlowPP`, whose samplers then run it.
+    """Makes a denoiser for :class:`pfgm.PoissonFlowPP` from a network of velocities.
 
         mean(x, σ) = x_t + (1 − t) v(t, x_t),   t = 1/(1 + σ),  x_t = t x
 
     Args:
-        velocity_net: called ``net(t=t, x=x_t, **condition)`` with t (B,) and x_t (B, *S), as
-            torchcfm's and flow_matching's networks both can be; conditions are those that sampling
-            is given.
+        velocity_net: called ``net(t=t, x=x_t, **condition)`` with t (B,) and x_t (B, *S), as the
+            networks of torchcfm and flow_matching can be. The conditions are those of sampling.
 
     Returns:
-        A denoiser net(x, sigma, **condition) -> mean, x (B, *S) and sigma (B,).
+        A denoiser net(x, sigma, **condition) -> mean, with x (B, *S) and sigma (B,).
 
     Raises:
-        ValueError: when called, velocity_net returned another shape than that of x.
+        ValueError: when called, the result of velocity_net does not have the shape of x.
 
     >>> import pfgm, torch
     >>> matcher = PoissonFlowMatcher(D=16, references=torch.ones(1, 2))
@@ -265,8 +265,8 @@ def as_denoiser(velocity_net: Callable[..., Tensor]) -> nn.Module:
     return _Denoiser(velocity_net)
 
 
-def _checked_times(t: Tensor | float, x: Tensor) -> Tensor:
-    """Times (B,) in the dtype of x."""
+def _check_times(t: Tensor | float, x: Tensor) -> Tensor:
+    """Times as (B,) in the dtype of x; raises ValueError outside [0, 1]."""
     times = per_query("t", t, x)
     allowed = (times >= 0) & (times <= 1)
     if checks_values(x.device) and not bool(allowed.all()):

@@ -1,14 +1,14 @@
-"""The flows as models of k-diffusion, whose samplers then draw from them.
+"""The flows as models of k-diffusion, for its samplers.
 
-A sampler of k-diffusion asks ``model(x, sigma, **extra_args)`` for the posterior mean and follows
+A sampler of k-diffusion evaluates ``model(x, sigma, **extra_args)``, the posterior mean, and solves
 
     dx/dσ = (x − mean)/σ
 
-from the prior down to 0. That is the equation of every number D of augmented dimensions (PFGM++,
-arXiv 2302.04265, section 3.3), with PFGM's z for σ at D = 1, so every sampler of an ODE serves.
-Those that add noise on the way add normal noise, which is right at D = ∞ alone.
+from the prior to σ = 0. That is the equation for every number D of augmented dimensions (PFGM++,
+arXiv 2302.04265, section 3.3), and at D = 1 σ is PFGM's z. So all samplers of an ODE can be used.
+Samplers that add noise add normal noise, which is correct only at D = ∞.
 
-Nothing else need be installed.
+No other package is needed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flows.flow import Flow, Network
+from ..flows import Flow, Network
 
 __all__ = ["KDiffusionModel", "as_k_diffusion"]
 
 
 class KDiffusionModel(nn.Module):
-    """What :func:`as_k_diffusion` returns: the posterior mean that a network of a flow implies.
+    """The posterior mean that a network of a flow implies; :func:`as_k_diffusion` returns it.
 
     ``sigma_min`` and ``sigma_max`` are the flow's last and first level.
     """
@@ -35,23 +35,23 @@ class KDiffusionModel(nn.Module):
         self.sigma_min, self.sigma_max = flow.last_level, flow.first_level
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """The posterior mean (B, *S) at x (B, *S) and sigma (B,); other arguments go to the net."""
+        """The posterior mean (B, *S) at x (B, *S) and sigma (B,); net takes the other arguments."""
         if sigma.shape != x.shape[:1]:
             raise ValueError(
-                f"sigma has shape {tuple(sigma.shape)}; allowed is ({len(x)},), one value a row of "
-                "x."
+                f"sigma has shape {tuple(sigma.shape)}; allowed is ({len(x)},), one value for each "
+                "row of x."
             )
         return self.flow.denoise(self.net, x, sigma, extra_args)
 
     def get_sigmas(
         self, n: int, *, schedule: str | None = None, device: torch.device | str | None = None
     ) -> Tensor:
-        """The levels of n evaluations from sigma_max to sigma_min, and 0: (n + 1,), float32.
+        """The levels (n + 1,) of n steps, in float32: n from sigma_max to sigma_min, then 0.
 
         Args:
-            n: how many.
-            schedule: their spacing, "log" or "rho"; None is that of the flow.
-            device: where they go.
+            n: number of steps.
+            schedule: spacing of the levels, "log" or "rho"; None takes that of the flow.
+            device: device of the levels.
 
         Raises:
             ValueError: n is below 1, or there is no such schedule.
@@ -64,21 +64,21 @@ class KDiffusionModel(nn.Module):
 
 
 def as_k_diffusion(net: Network, flow: Flow) -> KDiffusionModel:
-    """A model that the samplers of k-diffusion take, of a network of either flow.
+    """Makes a model for the samplers of k-diffusion from a network of either flow.
 
-    Start from ``flow.prior(n)``: the prior is normal noise times sigma_max at D = ∞ alone. A
-    network with dropout must be in evaluation mode, which no sampler of k-diffusion sees to.
+    Start from ``flow.prior(n)``: normal noise times sigma_max is the prior only at D = ∞. Call
+    ``net.eval()`` first if the network has dropout, because the samplers do not.
 
     Args:
-        net: a network of the flow; where it is a module, it becomes a part of the model.
+        net: a network of the flow; a module becomes a submodule of the model.
         flow: :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`.
 
     Returns:
         A module ``model(x, sigma, **extra_args) -> mean`` with x and mean (B, *S) and sigma (B,);
-        extra_args are the network's conditions. ``model.get_sigmas(n)`` gives the levels.
+        extra_args are the network's conditions. ``model.get_sigmas(n)`` returns the levels.
 
     Raises:
-        ValueError: when called, sigma is not (B,), or the network's result has another shape.
+        ValueError: when called, sigma is not (B,), or the network's result has a wrong shape.
 
     >>> import pfgm
     >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)

@@ -1,21 +1,21 @@
-"""The networks of this package as denoisers of PFGM++ and diffusion."""
+"""The networks of the field as denoisers for PFGM++ and diffusion."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..common.checks import check_choice
 from ..flows.plusplus import Preconditioned
-from .embedding import FieldNetwork, plain
+from .config import as_json
+from .fields import FieldNetwork, root_mean_square
 from .mlp import MLP
 from .published.pfgm_unets import DDPMpp, NCSNpp, Published
 from .unet import UNet
 
-_INNER: dict[str, type[FieldNetwork] | type[Published]] = {
+_INNER_NETWORKS: dict[str, type[FieldNetwork] | type[Published]] = {
     "ddpmpp": DDPMpp,
     "mlp": MLP,
     "ncsnpp": NCSNpp,
@@ -24,47 +24,47 @@ _INNER: dict[str, type[FieldNetwork] | type[Published]] = {
 
 
 class _PublishedBackbone(nn.Module):
-    """F(x, c_noise) of a published network: its field_x, with c_noise embedded as EDM does."""
+    """F(x, c_noise) of a published network: its field_x, with c_noise in the place of z."""
 
     def __init__(self, network: Published) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        # Fourier features take the logarithm themselves.
+        # The Fourier features take the logarithm of their argument.
         z = noise.exp() if self.network.config["embedding"] == "fourier" else noise
         field_x: Tensor = self.network(x, z)[0]
         return field_x
 
 
 class _Backbone(nn.Module):
-    """F(x, c_noise, labels) of a field network: its output, without the gate of D = 1."""
+    """F(x, c_noise, labels) of a field network: the output of its backbone, without the gate."""
 
     def __init__(self, network: FieldNetwork) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        # How long x is says how much noise there is where D is small, beside sigma itself.
-        rms = torch.linalg.vector_norm(x.flatten(1), dim=1) / math.sqrt(x[0].numel())
         condition = {} if labels is None else {"labels": labels}
-        return self.network.backbone(x, rms, (4 * noise).exp(), **condition)[0]
+        # At small D the norm of x tells how much noise it holds, as sigma = exp(4 c_noise) does.
+        sigma = (4 * noise).exp()
+        return self.network.backbone(x, root_mean_square(x), sigma, **condition)[0]
 
 
 class Denoiser(Preconditioned):
-    """A denoiser net(x, sigma, labels=None) of :class:`pfgm.PoissonFlowPP`, any D.
+    """A denoiser net(x, sigma, labels=None) for :class:`pfgm.PoissonFlowPP` with any D.
 
-    A network of this package behind EDM's preconditioning
-    (:class:`pfgm.flows.plusplus.Preconditioned`).
+    It puts EDM's preconditioning (:class:`pfgm.flows.plusplus.Preconditioned`) around a network of
+    this package.
 
     Args:
         network: "unet", "mlp", "ddpmpp" or "ncsnpp"; the last two take no labels.
         config: keyword arguments of that network, such as shape, width and classes.
-        sigma_data: standard deviation of the data's values, that of the flow.
+        sigma_data: standard deviation of the data's values, as in the flow.
 
     Raises:
-        ValueError: another network, or a setting of it that is out of range.
-        TypeError: a setting that it has not.
+        ValueError: there is no such network, or a setting is out of range.
+        TypeError: the network has no such setting.
 
     >>> net = Denoiser("unet", {"shape": (1, 8, 8), "width": 16}, sigma_data=0.5)
     >>> net(torch.randn(5, 1, 8, 8), torch.rand(5)).shape
@@ -72,21 +72,20 @@ class Denoiser(Preconditioned):
     """
 
     def __init__(self, network: str, config: Mapping[str, Any], sigma_data: float = 0.5) -> None:
-        if network not in _INNER:
-            raise ValueError(f"network is {network!r}; allowed are {', '.join(_INNER)}.")
-        inner = _INNER[network](**config)
+        check_choice("network", network, _INNER_NETWORKS)
+        inner = _INNER_NETWORKS[network](**config)
         backbone = _PublishedBackbone(inner) if isinstance(inner, Published) else _Backbone(inner)
         super().__init__(backbone, sigma_data)
         self.shape = inner.shape
         self.config = {
             "network": network,
-            "config": plain(inner.config),
+            "config": as_json(inner.config),
             "sigma_data": self.sigma_data,
         }
 
     def forward(  # type: ignore[override]
         self, x: Tensor, sigma: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """The posterior mean (B, *S) at x (B, *S) and sigma (B,), of labels (B,)."""
+        """The posterior mean (B, *S) at x (B, *S) and sigma (B,), given labels (B,)."""
         condition = {} if labels is None else {"labels": labels}
         return super().forward(x, sigma, **condition)

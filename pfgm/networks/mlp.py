@@ -1,4 +1,4 @@
-"""A residual perceptron for data without spatial structure."""
+"""A residual MLP for data without spatial structure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.checks import natural, positive_int
-from .embedding import MOST_DEEP, MOST_WIDE, Center, FieldNetwork, NoiseEmbedding, plain
+from .config import MAX_DEPTH, MAX_WIDTH, as_json
+from .embedding import NoiseEmbedding
+from .fields import Center, FieldNetwork
 
 
 class MLPBlock(nn.Module):
-    """Residual block: norm, shift and scale by the embedding, two linear layers."""
+    """Residual block: norm, scale and shift from the embedding, two linear layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,20 +37,18 @@ class MLPBlock(nn.Module):
 class MLP(FieldNetwork):
     """Residual MLP that predicts the normalised Poisson field of samples of any shape.
 
-    The samples are flattened. The field is built from a predicted posterior mean, see
-    `FieldNetwork`; v = −√N E / (‖E‖ + γ) with E = (x − mean, z). Source: PFGM, Xu et al. 2022,
-    arXiv 2209.11178.
+    It flattens the samples and predicts their posterior mean (:class:`FieldNetwork`).
 
     Args:
-        shape: sample shape S, any number of dimensions.
-        width: hidden features.
-        depth: residual blocks.
-        classes: labels 0 to classes − 1 that forward takes beside x and z; 0 for none.
+        shape: sample shape S, of any number of dimensions.
+        width: number of hidden features.
+        depth: number of residual blocks.
+        classes: number of labels, which forward takes as 0 to classes − 1; 0 for none.
         data_std: root mean square of the data's values.
         gamma: γ of the field.
-        center: average sample, (*S) or one number for all values.
-        scale: length in units of which the network sees x and z: about the spread of the data
-            around center. ``flow.scaling`` holds all four for a flow.
+        center: average sample, (*S), or one number for all values.
+        scale: unit of length of x and z inside the network, about the spread of the data around
+            center. ``flow.scaling`` holds data_std, gamma, center and scale for a flow.
 
     >>> import torch
     >>> net = MLP((2,), width=32, depth=2)
@@ -71,9 +71,9 @@ class MLP(FieldNetwork):
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
         n = math.prod(self.shape)
-        width = positive_int("width", width, MOST_WIDE)
-        depth = positive_int("depth", depth, MOST_DEEP)
-        self.config = plain(
+        width = positive_int("width", width, MAX_WIDTH)
+        depth = positive_int("depth", depth, MAX_DEPTH)
+        self.config = as_json(
             {
                 "shape": self.shape,
                 "width": width,
@@ -81,7 +81,7 @@ class MLP(FieldNetwork):
                 "classes": natural("classes", classes),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
-                **self._place,
+                **self._scaling_config,
             }
         )
         self.embedding = NoiseEmbedding(width, classes=self.config["classes"])
@@ -95,7 +95,7 @@ class MLP(FieldNetwork):
     def backbone(
         self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scaled x (B, *S), ‖x‖/√N (B,) and z (B,) to output and gate logits, each (B, *S)."""
+        """Maps scaled x (B, *S), ‖x‖/√N (B,) and z (B,) to output and gate logits, (B, *S) each."""
         embedding = self.embedding(rms, z, labels)
         h = self.stem(x.flatten(1))
         for block in self.blocks:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.checks import int_tuple, natural, positive_int
-from .embedding import MOST_DEEP, MOST_WIDE, Center, FieldNetwork, NoiseEmbedding, plain
+from .config import MAX_DEPTH, MAX_WIDTH, as_json
+from .embedding import NoiseEmbedding
+from .fields import Center, FieldNetwork
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    # Four channels a group at least: a group of one would be wiped out on a level of one pixel.
+    # At least four channels in a group: a group of one value would be normalised to zero, which
+    # happens with one channel on a level of one pixel.
     groups = next((g for g in (8, 4, 2) if channels % g == 0 and channels >= 4 * g), 1)
     return nn.GroupNorm(groups, channels)
 
@@ -26,7 +29,7 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def _checked_heads(heads: int, channels: int) -> int:
+def _check_heads(heads: int, channels: int) -> int:
     if heads == 0:
         return 0
     heads = positive_int("heads", heads)
@@ -38,7 +41,7 @@ def _checked_heads(heads: int, channels: int) -> int:
 
 
 class ConvBlock(nn.Module):
-    """Residual block of two 3×3 convolutions, modulated by the embedding between them."""
+    """Residual block of two 3×3 convolutions, with scale and shift from the embedding."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class Attention(nn.Module):
         self.projection = _zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """(B, C, H, W) to (B, C, H, W)."""
         b, c, height, width = h.shape
         qkv = self.qkv(self.norm(h)).view(b, 3, self.heads, c // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).unbind(1)
@@ -79,7 +82,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one level, the first of which may change the number of channels."""
+    """The blocks of one level; the first may change the number of channels."""
 
     def __init__(
         self, inputs: int, outputs: int, embedding: int, *, blocks: int, heads: int
@@ -100,26 +103,25 @@ class Stage(nn.Module):
 
 
 class UNet(FieldNetwork):
-    """U-Net that predicts the normalised Poisson field of images of any size from 4×4.
+    """U-Net that predicts the normalised Poisson field of images of at least 4×4 pixels.
 
-    One level a multiplier; each level halves height and width, rounding up, so odd sizes work.
-    The coarsest level has self-attention. The field is built from a predicted posterior mean, see
-    `FieldNetwork`; v = −√N E / (‖E‖ + γ) with E = (x − mean, z). Source: PFGM, Xu et al. 2022,
-    arXiv 2209.11178.
+    There is one level for each multiplier. Each level halves height and width, rounding up, so odd
+    sizes work. The coarsest level has self-attention. The network predicts the posterior mean
+    (:class:`FieldNetwork`).
 
     Args:
         shape: sample shape (C, H, W), H and W at least 4.
         width: channels of the finest level.
-        multipliers: channels of each level, finest first, in units of `width`; (1, 2) suits 8×8,
+        multipliers: channels of each level, finest first, in units of width; (1, 2) suits 8×8,
             (1, 2, 2) suits 28×28 and 32×32.
-        blocks: residual blocks a level, on the way down and again on the way up.
-        heads: attention heads on the coarsest level, 0 for none.
-        classes: labels 0 to classes − 1 that forward takes beside x and z; 0 for none.
+        blocks: residual blocks of each level, in the encoder and again in the decoder.
+        heads: attention heads on the coarsest level; 0 for none.
+        classes: number of labels, which forward takes as 0 to classes − 1; 0 for none.
         data_std: root mean square of the data's values.
         gamma: γ of the field.
-        center: average sample, (*S) or one number for all values.
-        scale: length in units of which the network sees x and z: about the spread of the data
-            around center. ``flow.scaling`` holds all four for a flow.
+        center: average sample, (*S), or one number for all values.
+        scale: unit of length of x and z inside the network, about the spread of the data around
+            center. ``flow.scaling`` holds data_std, gamma, center and scale for a flow.
 
     >>> import torch
     >>> net = UNet((1, 8, 8), width=16)
@@ -144,11 +146,11 @@ class UNet(FieldNetwork):
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
         self._check_image_shape()
-        width = positive_int("width", width, MOST_WIDE)
-        blocks = positive_int("blocks", blocks, MOST_DEEP)
-        levels = [width * m for m in int_tuple("multipliers", multipliers, MOST_WIDE)]
-        heads = _checked_heads(heads, levels[-1])
-        self.config = plain(
+        width = positive_int("width", width, MAX_WIDTH)
+        blocks = positive_int("blocks", blocks, MAX_DEPTH)
+        levels = [width * m for m in int_tuple("multipliers", multipliers, MAX_WIDTH)]
+        heads = _check_heads(heads, levels[-1])
+        self.config = as_json(
             {
                 "shape": self.shape,
                 "width": width,
@@ -158,7 +160,7 @@ class UNet(FieldNetwork):
                 "classes": natural("classes", classes),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
-                **self._place,
+                **self._scaling_config,
             }
         )
         self._build(width, levels, blocks, heads)
@@ -190,9 +192,9 @@ class UNet(FieldNetwork):
     def backbone(
         self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scaled x (B, C, H, W), ‖x‖/√N (B,), z (B,) to output and gate logits, as x."""
+        """Maps scaled x, (B, C, H, W), ‖x‖/√N (B,) and z (B,) to output and gate logits, as x."""
         embedding = self.embedding(rms, z, labels)
-        # A channel of ones lets the convolutions see the border through the zero padding.
+        # A channel of ones shows the border to the convolutions, whose padding is zero.
         h = self.stem(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))
         skips = []
         for i, stage in enumerate(self.down):

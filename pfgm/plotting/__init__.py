@@ -1,12 +1,12 @@
-"""Pictures of samples, of the way they came and of how good they are; no pyplot, no global state.
+"""Pictures of samples, of their paths and of their quality, without pyplot or global state.
 
-Every function returns a matplotlib Figure of 100 dots per inch and saves it where it is given a
-path.
+Every function returns a matplotlib Figure of 100 dots per inch, and saves it if it is given a path.
 """
 
 from .curves import quality_curve
-from .flows import equipotentials, field_lines, flow_lines, trajectory_plot
 from .images import image_grid, trajectory_grid
+from .paths import flow_lines, trajectory_plot
+from .plane import equipotentials, field_lines
 
 __all__ = [
     "equipotentials",

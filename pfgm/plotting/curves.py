@@ -1,4 +1,4 @@
-"""Quality against cost."""
+"""Curves of quality against the number of evaluations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white drowns.
+# Okabe and Ito's colours, made for the colour-blind, without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vPX"
 _WIDTH, _HEIGHT = 380, 260  # of the area between the axes, in pixels
@@ -46,18 +46,19 @@ def quality_curve(
     title: str | None = None,
     log_y: bool = False,
 ) -> Figure:
-    """Quality against the number of evaluations, which has a logarithmic axis.
+    """Quality against the number of evaluations, on a logarithmic axis.
 
-    Each curve's name stands beside its last point, in its colour; colours and markers can be told
-    apart by the colour-blind, markers also without any colour.
+    The name of each curve stands beside its last point, in the colour of the curve. The colours
+    suit the colour-blind, and the markers differ too.
 
     Args:
-        curves: at most 7, name to (evaluations, quality) or (evaluations, quality, spread), equally
-            long sequences; spread is drawn as a band from quality − spread to quality + spread.
+        curves: name to (evaluations, quality) or (evaluations, quality, spread), sequences of one
+            length; at most 7 curves. spread is drawn as a band from quality − spread to quality +
+            spread.
         path: where to save the picture, a name ending in .png; None saves nothing.
-        xlabel: what the x axis counts.
-        ylabel: what the y axis measures, and in which direction it is better.
-        title: a line above.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis, such as "distance (lower is better)".
+        title: a line above the curves.
         log_y: whether the y axis is logarithmic too.
 
     Returns:
@@ -65,8 +66,8 @@ def quality_curve(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: no curves or too many, empty ones, lengths that differ, NaN or infinity, a
-            negative spread, numbers of evaluations not above 0 or, with log_y, qualities neither;
+        ValueError: no curves or too many, empty curves, lengths that differ, NaN or infinity, a
+            negative spread, a number of evaluations not above 0, with log_y a quality not above 0,
             another suffix.
         OSError: the picture cannot be written.
 
@@ -90,7 +91,7 @@ def quality_curve(
     ):
         axes.plot(x, y, label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
         if spread:
-            # What a logarithmic axis cannot show ends at its lower edge.
+            # A band that a logarithmic axis cannot show ends at its lower edge.
             low = [
                 q - s if q > s or not log_y else q * 1e-3 for q, s in zip(y, spread, strict=True)
             ]
@@ -134,7 +135,7 @@ def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None
     from matplotlib.ticker import LogFormatter, NullLocator
 
     class Plain(LogFormatter):
-        """0.2 in place of 2 × 10⁻¹, for which there is no room."""
+        """Writes 0.2 rather than 2 × 10⁻¹, which takes more room."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
@@ -142,7 +143,7 @@ def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None
     small = {"fontsize": _LABEL * 72 / DPI, "color": INK}
     axes.set_xlabel(xlabel, **small)
     axes.set_ylabel(ylabel, **small)
-    axes.set_xticks(shown := _apart(ticks), [f"{tick:g}" for tick in shown])
+    axes.set_xticks(shown := _spaced_ticks(ticks), [f"{tick:g}" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     if axes.get_yscale() == "log":
         axes.yaxis.set_major_formatter(Plain())
@@ -158,8 +159,8 @@ def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None
         axes.spines[side].set_color("#999999")
 
 
-def _apart(ticks: list[float]) -> list[float]:
-    """The ticks that leave room for their labels on a logarithmic axis."""
+def _spaced_ticks(ticks: list[float]) -> list[float]:
+    """As many of the ticks as have room for their labels on a logarithmic axis."""
     span = math.log(ticks[-1] / ticks[0]) or 1.0
     shown = ticks[:1]
     for tick in ticks[1:]:
@@ -170,7 +171,7 @@ def _apart(ticks: list[float]) -> list[float]:
 
 
 def _name_lines(axes: Any) -> None:
-    """Each line's name right of the axes, at the height of its last point or next to it."""
+    """Writes the name of each line right of the axes, near the height of its last point."""
     heights = [
         axes.transAxes.inverted().transform(axes.transData.transform(line.get_xydata()[-1]))[1]
         for line in axes.lines

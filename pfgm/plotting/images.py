@@ -1,4 +1,4 @@
-"""Grids of images, every pixel as it is."""
+"""Grids of images, drawn pixel by pixel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # In pixels of the saved picture.
-_PANEL = 72  # the size that the default scale comes near to
+_PANEL = 72  # the size of an image that the default scale aims at
 _GAP = 4
 _HEADER = 12
 
@@ -38,8 +38,8 @@ def image_grid(
         images: (n, C, H, W) with C = 1 (grey) or 3 (RGB), or (n, H, W) grey; floating values in
             [-1, 1], clipped for display, or uint8.
         path: where to save the picture, a name ending in .png; None saves nothing.
-        columns: images in a row; by default the grid is about square.
-        scale: picture pixels to an image pixel; by default an image comes out about 72 wide.
+        columns: images per row; by default the grid is about square.
+        scale: picture pixels per image pixel; by default an image is about 72 pixels wide.
         title: a line above the grid.
 
     Returns:
@@ -47,7 +47,7 @@ def image_grid(
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: a dtype that is neither floating nor uint8.
+        TypeError: images are neither floating point nor uint8.
         ValueError: another shape, NaN or infinity, columns or scale below 1, another suffix.
         OSError: the picture cannot be written.
 
@@ -74,30 +74,30 @@ def trajectory_grid(
     title: str | None = None,
     symbol: str = "z",
 ) -> Figure:
-    """The way of samples from noise to data: a row for each sample, a column for each z.
+    """The path of samples from noise to data: a row for each sample, a column for each z.
 
-    Far from the data values are in the hundreds. So each panel whose largest absolute value
-    exceeds 1 is divided by that value: its structure shows and its magnitude does not. Grey is 0
-    everywhere; panels within [-1, 1] are shown as they are.
+    Values far from the data are in the hundreds. A panel whose largest absolute value exceeds 1 is
+    therefore divided by that value, so that it shows structure but not magnitude. Panels within
+    [-1, 1] are shown as they are. Grey is 0 in every panel.
 
     Args:
         images: (steps, n, C, H, W) with C = 1 (grey) or 3 (RGB), or (steps, n, H, W) grey; floating
-            or uint8. A picture is at its best with about ten steps.
-        z: (steps,), the value written above each column.
+            or uint8. About ten steps fit well.
+        z: (steps,), written above the columns.
         path: where to save the picture, a name ending in .png; None saves nothing.
-        scale: picture pixels to an image pixel; by default an image comes out about 72 wide. The
+        scale: picture pixels per image pixel; by default an image is about 72 pixels wide. The
             letters of the header shrink to fit narrow columns.
         title: a line above the grid.
-        symbol: what z is called, such as "σ".
+        symbol: the name of z, such as "σ".
 
     Returns:
         A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: a dtype that is neither floating nor uint8.
-        ValueError: another shape, NaN or infinity, as many z as there are not steps, scale below 1,
-            another suffix.
+        TypeError: images are neither floating point nor uint8.
+        ValueError: another shape, NaN or infinity, z and images of different lengths, scale below
+            1, another suffix.
         OSError: the picture cannot be written.
 
     >>> z = torch.tensor([40.0, 6.0, 1.0, 0.001])
@@ -119,7 +119,7 @@ def trajectory_grid(
 
 
 def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
-    """Images as float32 on the CPU with a dimension for the channels."""
+    """The images as float32 on the CPU, with a dimension for the channels."""
     given = tuple(images.shape)
     images = to_unit(images.detach()).cpu()
     if images.ndim == ndims[0]:
@@ -155,10 +155,10 @@ def _tile(images: Tensor, columns: int, scale: int) -> np.ndarray[Any, np.dtype[
 
 
 def _draw(picture: np.ndarray[Any, Any], title: str | None, header: int) -> tuple[Figure, Any]:
-    """A figure that shows every pixel of the picture as one of its own, and its axes.
+    """A figure that shows the picture pixel by pixel, and its axes.
 
-    The axes count in pixels of the picture, from its upper left corner; header is the room left
-    above it.
+    The axes count pixels of the picture from its upper left corner. header is the height of the
+    room above the picture.
     """
     height, width = picture.shape[:2]
     above = MARGIN + header + (TITLE + 2 * _GAP if title else 0)
@@ -172,6 +172,7 @@ def _draw(picture: np.ndarray[Any, Any], title: str | None, header: int) -> tupl
 
 
 def _write_header(axes: Any, labels: list[str], width: int) -> None:
+    """Writes a label above each column of this width."""
     longest = max(labels, key=len)
     size = _HEADER * min(1.0, width / text_width(longest, _HEADER))
     for i, label in enumerate(labels):

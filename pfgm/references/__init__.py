@@ -1,4 +1,4 @@
-"""References: the samples that the field averages over, whole or in parts."""
+"""References: the samples that the field averages over, as a tensor or as a set in parts."""
 
 from .reference_set import Measures, References, ReferenceSet, measure
 

@@ -1,4 +1,4 @@
-"""What the processes that hold parts of the references tell one another (torch.distributed)."""
+"""Communication between the processes that hold parts of the references (torch.distributed)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def total(
     group: dist.ProcessGroup | None,
     operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> Tensor:
-    """The sum, or another reduction, over the processes of a few values, on the CPU."""
-    # A group of NCCL alone takes no tensors on the CPU.
+    """The sum, or another reduction, of a few values over the processes, on the CPU."""
+    # NCCL does not take tensors on the CPU.
     device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
     shared = values.to(device, copy=True)
     dist.all_reduce(shared, operation, group=group)
@@ -25,23 +25,24 @@ def total(
 
 
 class Ranks:
-    """The exchange of :mod:`pfgm.references.merging` between the processes of a group.
+    """Exchanges points and results between the processes of a group.
 
-    Queries are x (B, N).
+    All processes must create it together, and call each method together.
 
-    B may differ from process to process. Made by all of them together, as every call on it.
+    Args:
+        group: of processes.
+        x: (B, N), the points of this process. B may differ between processes.
 
     Raises:
-        ValueError: the processes have queries of another N or dtype; all of them raise.
+        ValueError: N or the dtype differs between processes; all of them raise.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, x: Tensor) -> None:
         self._group = group
         self.size = dist.get_world_size(group)
         self._rank = dist.get_rank(group)
-        mine = [len(x), x.shape[1], _DTYPES.index(x.dtype)]
-        all_of_them = self._all(torch.tensor(mine, device=x.device))
-        self._counts, features, dtypes = torch.stack(all_of_them).T.tolist()
+        own = torch.tensor([len(x), x.shape[1], _DTYPES.index(x.dtype)], device=x.device)
+        self._counts, features, dtypes = torch.stack(self._all_gather(own)).T.tolist()
         if len(set(features)) > 1 or len(set(dtypes)) > 1:
             given = [f"{n} in {_DTYPES[d]}" for n, d in zip(features, dtypes, strict=True)]
             raise ValueError(
@@ -49,30 +50,30 @@ class Ranks:
                 "must have the same."
             )
 
-    def _all(self, values: Tensor) -> list[Tensor]:
+    def _all_gather(self, values: Tensor) -> list[Tensor]:
         found = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(found, values.contiguous(), group=self._group)
         return found
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows (B, ...) of all processes, one after the other in the order of their ranks."""
-        # A collective wants equal sizes: as many rows as the longest has.
+        """The rows (B, ...) of all processes, concatenated in the order of their ranks."""
+        # all_gather needs tensors of one size.
         padded = rows.new_zeros(max(self._counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        pairs = zip(self._all(padded), self._counts, strict=True)
+        pairs = zip(self._all_gather(padded), self._counts, strict=True)
         return torch.cat([found[:count] for found, count in pairs])
 
     def own(self, rows: Tensor) -> Tensor:
-        """Of gathered rows, those of this process."""
+        """The rows of this process among gathered rows."""
         parts: tuple[Tensor, ...] = rows.split(self._counts)
         return parts[self._rank]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the processes of values that all of them have."""
+        """The sum over the processes, elementwise."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def least(self, values: Tensor) -> Tensor:
-        """The minimum over the processes of values that all of them have."""
+        """The minimum over the processes, elementwise."""
         return self._reduced(values, dist.ReduceOp.MIN)
 
     def _reduced(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which rows a training step sees: a function of the seed, the step and the process alone."""
+"""The batch of a training step, a function of the seed, the step and the process alone."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ __all__ = ["Batch", "Batches", "seed_of"]
 
 
 class Batch(NamedTuple):
-    """What a step is given, on the device it computes on."""
+    """The data of a step, on the device of the network."""
 
     x: Tensor
-    """(B, *S) samples."""
+    """Samples (B, *S)."""
     references: References | None
-    """(M, *S), those of the batch among them; None where the batch's own rows are the target."""
+    """References (M, *S), which contain the batch; None for the single-sample target."""
     labels: Tensor | None
-    """(B,), where the data have labels."""
+    """Labels (B,) of the samples, if the data have labels."""
     reference_labels: Tensor | None
-    """(M,), likewise."""
+    """Labels (M,) of the references, if the data have labels."""
 
 
 class Batches:
-    """Batches in a new order each epoch, with the references around them.
+    """Batches in a new order each epoch, each with references that contain it.
 
     Args:
-        data: (n, *S); of a set that is shared between processes, each takes its own rows.
-        labels: (n,) of the data, or None.
-        size: samples in this process's batch.
-        references: how many; all data where they are no more, or lie in several processes; 0 is
-            none.
-        seed: of the order.
-        device: where batches go.
-        dtype: of the samples in them, unless these are bytes.
-        place: (rank, size) of this process.
+        data: samples (n, *S). Of a sharded set, each process takes its own rows.
+        labels: labels (n,) of the data, or None.
+        size: number of samples in the batch of this process.
+        references: number of references; all data where there are no more, or where the set is
+            sharded; 0 means none.
+        seed: seed of the order.
+        device: device of the batches.
+        dtype: dtype of the samples, unless they are uint8.
+        place: rank of this process, and the number of processes.
     """
 
     def __init__(
@@ -56,36 +56,40 @@ class Batches:
         self._data, self._labels = data, labels
         self._size, self._references = size, references
         self._seed, self._device, self._dtype = seed, device, dtype
-        self._apart = isinstance(data, ReferenceSet) and data.sharded
-        # Processes with rows of their own draw from them alone, others share one order.
-        self._own = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
-        self._rank, self._processes = (0, 1) if self._apart else place
+        self._sharded = isinstance(data, ReferenceSet) and data.sharded
+        # With a sharded set each process orders its own rows; otherwise all share one order.
+        self._own_rows = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
+        self._rank, self._processes = (0, 1) if self._sharded else place
         self._epoch: tuple[int, Tensor] | None = None
 
     def at(self, step: int) -> Batch:
         """The batch of a step."""
-        rows, size = len(self._own), self._size * self._processes
-        epoch, position = divmod(step, rows // size)
-        if self._epoch is None or self._epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, 2))
-            order = self._own[torch.randperm(rows, generator=generator)]
-            # A tensor is indexed where it is, without a copy of the numbers each step.
-            place = self._data.device if isinstance(self._data, Tensor) else order.device
-            self._epoch = epoch, order.to(place)
-        order = self._epoch[1]
+        count, size = len(self._own_rows), self._size * self._processes
+        epoch, position = divmod(step, count // size)
+        order = self._order_of(epoch)
         start = position * size + self._rank * self._size
-        chosen = order[start : start + self._size]
-        x, labels = self._rows(chosen), self._labels_of(chosen)
+        rows = order[start : start + self._size]
+        x, labels = self._samples(rows), self._labels_of(rows)
         x = x.to(self._dtype) if x.is_floating_point() else x
         if self._references == 0:
             return Batch(x, None, labels, None)
-        if self._apart or self._references >= rows:
-            return Batch(x, self._all(), labels, self._labels_of(slice(None)))
-        places = torch.arange(start, start + self._references, device=order.device)
-        around = order[places % rows]
-        return Batch(x, self._rows(around), labels, self._labels_of(around))
+        if self._sharded or self._references >= count:
+            return Batch(x, self._all_data(), labels, self._labels_of(slice(None)))
+        positions = torch.arange(start, start + self._references, device=order.device)
+        rows = order[positions % count]
+        return Batch(x, self._samples(rows), labels, self._labels_of(rows))
 
-    def _rows(self, rows: Tensor) -> Tensor:
+    def _order_of(self, epoch: int) -> Tensor:
+        """The rows of this process in the order of an epoch."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, 2))
+            order = self._own_rows[torch.randperm(len(self._own_rows), generator=generator)]
+            # The order stays on the device of the data, so indexing copies no row numbers.
+            device = self._data.device if isinstance(self._data, Tensor) else order.device
+            self._epoch = epoch, order.to(device)
+        return self._epoch[1]
+
+    def _samples(self, rows: Tensor) -> Tensor:
         return self._data[rows].to(self._device)
 
     def _labels_of(self, rows: Tensor | slice) -> Tensor | None:
@@ -95,13 +99,13 @@ class Batches:
             rows = rows.to(self._labels.device)
         return self._labels[rows].to(self._device).long()
 
-    def _all(self) -> References:
+    def _all_data(self) -> References:
         if isinstance(self._data, Tensor) and self._data.device != self._device:
             self._data = self._data.to(self._device)
         return self._data
 
 
 def seed_of(*parts: int) -> int:
-    """A 63-bit seed for one purpose (seed, step, purpose), unrelated to that of any other."""
+    """A 63-bit seed from several integers, such as seed, step and purpose."""
     digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,4 +1,4 @@
-"""How to train: the settings of :class:`pfgm.training.Trainer`."""
+"""The settings of :class:`pfgm.training.Trainer`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from ..common.checks import check_seed
+from ..common.checks import check_choice, check_seed
 
 __all__ = ["TrainConfig"]
 
@@ -18,39 +18,40 @@ class TrainConfig:
     steps: int = 100_000
     """Optimiser steps."""
     batch_size: int = 128
-    """Samples that are perturbed in a step, in all processes together."""
+    """Samples in a step, of all processes together."""
     references: int = 4096
-    """Samples whose field is the target, those of the batch among them; all data where it has no
-    more, or where the data are shared between processes. 0, for PFGM++, is the single-sample
-    target."""
+    """Samples whose field is the target; they contain the batch. All data are taken where there are
+    no more than that, or where the data are sharded over processes. 0, for PFGM++ only, means the
+    single-sample target."""
     learning_rate: float = 2e-4
-    """Adam's, after the warm-up."""
+    """Adam's learning rate after the warm-up."""
     beta2: float = 0.999
-    """Adam's decay of the squared gradient; lower for short runs."""
+    """Adam's decay of the squared gradient; a short run needs a lower value."""
     warmup: int = 5000
-    """Steps over which the learning rate rises."""
+    """Steps in which the learning rate rises linearly."""
     decay: Literal["none", "cosine"] = "none"
     """How the learning rate falls from the end of the warm-up to the last step."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient; a longer gradient is scaled down."""
     ema: float = 0.9999
-    """Decay of the averaged weights; min(ema, (1 + t)/(10 + t)) at step t."""
+    """Decay of the averaged weights; it is min(ema, (1 + t)/(10 + t)) at step t."""
     accumulate: int = 1
     """Parts in which a batch goes through the network, to save memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network: bfloat16 under autocast, with weights in float32."""
+    """Precision of the network. bfloat16 means autocast, with weights in float32."""
     compile: bool = False
-    """Compile the network (torch.compile)."""
+    """Whether to compile the network (torch.compile)."""
     label_dropout: float = 0.1
-    """Share of the labels that are left out, so that guidance has an unconditional network."""
+    """Share of the labels that are dropped, so that the network also learns the field without
+    labels, which guidance needs."""
     checkpoint_every: int = 5000
     """Steps between checkpoints."""
     evaluate_every: int = 0
-    """Steps between evaluations; 0 is never."""
+    """Steps between evaluations; 0 means none."""
     log_every: int = 50
     """Steps between reports of the loss."""
     seed: int = 0
-    """Of batches, perturbation and dropout."""
+    """Seed of batches, perturbation and dropout."""
 
     def __post_init__(self) -> None:
         smallest = {"steps": 1, "batch_size": 1, "references": 0, "warmup": 0, "accumulate": 1}
@@ -70,14 +71,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed is 0 to below 1.")
-        for name, allowed in (
-            ("decay", ("none", "cosine")),
-            ("precision", ("float32", "bfloat16")),
-        ):
-            if (chosen := getattr(self, name)) not in allowed:
-                raise ValueError(
-                    f"{name} is {chosen!r}; allowed are {' and '.join(map(repr, allowed))}."
-                )
+        check_choice("decay", self.decay, ("none", "cosine"))
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate is {self.accumulate}; allowed are divisors of batch_size, "
@@ -90,7 +85,7 @@ class TrainConfig:
             )
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then constant or half a cosine down to 0 after the last step.
+        """The learning rate at a step: a linear warm-up, then constant or half a cosine to 0.
 
         >>> TrainConfig(steps=100, warmup=10, learning_rate=1.0, decay="cosine").learning_rate_at(4)
         0.5
@@ -99,5 +94,5 @@ class TrainConfig:
             return self.learning_rate * (step + 1) / self.warmup
         if self.decay == "none":
             return self.learning_rate
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that the kernel releases when its process ends."""
+"""The lock of an output folder, which keeps a second run out of it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from ..common.files import (
 )
 from .processes import Processes, ProcessLost
 
-__all__ = ["FolderInUse", "claimed", "locked"]
+__all__ = ["FolderInUse", "locked", "locked_for_all"]
 
 _NAME = ".pfgm.lock"
-# What file systems say that have no locks, such as Lustre without its option flock.
+# Errors of file systems without locks, such as Lustre without its option flock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_TRIES, _PAUSE = 10, 0.1  # in a pause of these seconds, one that has just begun signs its lock
+_TRIES = 10
+_PAUSE = 0.1  # seconds between tries; a run that has just taken the lock signs it in this time
 
-# A forked child shares the lock of its parent until it closes the file, so it closes it at once:
-# a worker that outlives the run must not hold it.
+# A forked child shares the lock of its parent until it closes the file. So it closes the file at
+# once, or a worker that outlives the run would keep the lock.
 _mutex = threading.RLock()
 _open_files: set[int] = set()
-_owners: dict[str, int] = {}  # folder → thread that works in it
+_owners: dict[str, int] = {}  # folder → thread that holds its lock
 
 
 class FolderInUse(OSError):
@@ -42,12 +43,12 @@ class FolderInUse(OSError):
 
 
 @contextmanager
-def claimed(folder: StrPath | None, processes: Processes) -> Iterator[None]:
-    """The lock of a run's folder, which the first of its processes takes for all; None is no lock.
+def locked_for_all(folder: StrPath | None, processes: Processes) -> Iterator[None]:
+    """Locks the folder of a run, by its first process for all processes. None locks nothing.
 
     Raises:
         FolderInUse, OSError, ValueError: in the first process, as :func:`locked`.
-        ProcessLost: in the others, when the first does not get the lock.
+        ProcessLost: in the other processes, where the first one does not get the lock.
     """
     with ExitStack() as stack:
         problem: Exception | None = None
@@ -58,26 +59,27 @@ def claimed(folder: StrPath | None, processes: Processes) -> Iterator[None]:
                 problem = error
         if processes.any(problem is not None):
             raise problem or ProcessLost(
-                "the first process of the run cannot work in its folder, and says why."
+                "the first process of the run cannot use the output folder; see its message."
             )
         yield
 
 
 @contextmanager
 def locked(folder: StrPath) -> Iterator[Path]:
-    """Keeps other runs out of a folder, which is created where missing, as long as work goes on.
+    """Keeps other runs out of a folder while the context is open. Creates a missing folder.
 
-    The lock is the kernel's (flock) on the file ``.pfgm.lock``, which holds the holder's name and
-    is removed in the end. It ends with its process, however that ends, and forked processes do not
-    share it. The thread that holds it may take it again. Nothing in the folder but that file is
-    touched before the lock is there. A file system without locks gets a warning, and no lock.
+    The lock is a kernel lock (flock) on the file ``.pfgm.lock``. The file names the holder and is
+    removed at the end. The lock ends with the process, however the process ends, and forked
+    processes do not share it. The thread that holds the lock may take it again. Before the lock is
+    taken, no other file in the folder is touched. On a file system without locks there is a warning
+    and no lock.
 
     Yields:
-        The folder. Where the work fails, it leaves no empty new folder.
+        The folder. A new folder is removed if the work fails and the folder is empty.
 
     Raises:
-        FolderInUse: another process or thread works there; the message says which, and since when.
-        ValueError: the name is empty.
+        FolderInUse: another process or thread holds the lock; the message names it.
+        ValueError: the name of the folder is empty.
         OSError: as :func:`pfgm.common.files.check_folder`.
     """
     path = folder_path(folder)
@@ -96,7 +98,7 @@ def locked(folder: StrPath) -> Iterator[Path]:
 
 
 def _take(folder: Path) -> int:
-    """An open file that holds the lock."""
+    """The descriptor of an open file that holds the lock."""
     holder = None
     for attempt in range(_TRIES):
         if attempt:
@@ -106,9 +108,9 @@ def _take(folder: Path) -> int:
             try:
                 file = _open(folder / _NAME)
             except FileNotFoundError:
-                continue  # a run that failed has just removed its folder
+                continue  # a run that failed has just removed the folder
             try:
-                if _tried(file, folder / _NAME):
+                if _try_lock(file, folder / _NAME):
                     return file
                 holder = _holder(file)
             except BaseException:
@@ -123,8 +125,8 @@ def _take(folder: Path) -> int:
     )
 
 
-def _tried(file: int, path: Path) -> bool:
-    """Locks the file, if nobody has it and it is still the one at the path, and signs it."""
+def _try_lock(file: int, path: Path) -> bool:
+    """Locks and signs the file, unless it is locked or no longer the file at the path."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -133,8 +135,8 @@ def _tried(file: int, path: Path) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(
-            f"the file system of {path.parent} has no locks ({error.strerror}): nothing keeps a "
-            "second run out of the folder.",
+            f"the file system of {path.parent} has no locks ({error.strerror}): a second run "
+            "in the folder would not be refused.",
             stacklevel=2,
         )
     if not _is_at(file, path):
@@ -150,29 +152,29 @@ def _tried(file: int, path: Path) -> bool:
 
 
 def _holder(file: int) -> str | None:
-    """Who has signed the file; None where that is nobody, or a process that was killed."""
+    """Who has signed the file; None for nobody, or for a process that has ended."""
     try:
         name = json.loads(os.pread(file, 1000, 0))
         process, host, since = int(name["process"]), str(name["host"]), str(name["since"])
     except (ValueError, KeyError, TypeError):
         return None
-    if host == socket.gethostname() and not _lives(process):
+    if host == socket.gethostname() and not _is_alive(process):
         return None
     return f"process {process} on {host} (since {since})"
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True  # of another user
+        return True  # a process of another user
     return True
 
 
 def _open(path: Path) -> int:
-    # Not truncated: it may hold the name of another.
+    # Not truncated, because it may name another holder.
     with _mutex:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         _open_files.add(file)
@@ -187,21 +189,21 @@ def _close(file: int) -> None:
 
 
 def _release(file: int, path: Path) -> None:
-    with suppress(OSError):  # the lock ends without that too
+    with suppress(OSError):  # closing the file ends the lock, even if the file stays
         if _is_at(file, path):
             path.unlink()
     _close(file)
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is the one at the path: its holder removes it in the end."""
+    """Whether the open file is still at the path; the holder before removes it at the end."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _forget() -> None:
+def _close_in_child() -> None:
     for file in _open_files:
         os.close(file)
     _open_files.clear()
@@ -209,4 +211,6 @@ def _forget() -> None:
     _mutex.release()
 
 
-os.register_at_fork(before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=_forget)
+os.register_at_fork(
+    before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=_close_in_child
+)

@@ -1,4 +1,4 @@
-"""What a training run reports: CSV files, and TensorBoard where it is installed."""
+"""The log of a training run: CSV files, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Log"]
 
 
 class Log:
-    """Figures of a run by step, in ``log.csv`` and ``evaluations.csv`` and for TensorBoard.
+    """Figures of a run by step, in ``log.csv``, ``evaluations.csv`` and TensorBoard.
 
-    Rows of steps after ``step``, which a run that was killed has left behind, are removed.
+    Rows of steps after ``step``, left by a run that was killed, are removed.
 
     Args:
-        folder: of the run; None keeps nothing.
-        step: of the checkpoint that the run continues.
+        folder: of the run; None writes nothing.
+        step: step of the checkpoint that the run continues.
 
     Raises:
         OSError: a file cannot be written.
@@ -42,7 +42,7 @@ class Log:
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, step: int, figures: Mapping[str, float], table: str = "log") -> None:
-        """Adds what is known at a step; the first row of a table decides on its columns."""
+        """Adds the figures of a step; the first row of a table sets its columns."""
         if table in self._tables:
             self._tables[table].add({"step": step, **figures})
         if self._writer is not None:
@@ -50,45 +50,47 @@ class Log:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what TensorBoard still holds."""
+        """Writes the figures that TensorBoard has buffered."""
         if self._writer is not None:
             self._writer.close()
 
 
 class _Table:
+    """A CSV file that rows are appended to."""
+
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self._fields, kept = _read(path) if path.exists() else ([], [])
+        self._fields, kept = _read_csv(path) if path.exists() else ([], [])
         kept = [row for row in kept if int(row[0]) <= step]
         if not kept:
             path.unlink(missing_ok=True)
             self._fields = []
             return
-        text = _text([self._fields, *kept])
+        text = _as_csv([self._fields, *kept])
         write_atomic(path, lambda file: file.write(text.encode()))
 
     def add(self, row: Mapping[str, float]) -> None:
-        lines: list[Sequence[object]] = []
+        rows: list[Sequence[object]] = []
         if not self._fields:
             self._fields = list(row)
-            lines.append(self._fields)
-        lines.append([_shown(row.get(name, "")) for name in self._fields])
+            rows.append(self._fields)
+        rows.append([_format(row.get(name, "")) for name in self._fields])
         with self._path.open("a", newline="") as file:
-            file.write(_text(lines))
+            file.write(_as_csv(rows))
 
 
-def _shown(value: float | str) -> object:
+def _format(value: float | str) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _text(rows: Sequence[Sequence[object]]) -> str:
+def _as_csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
-def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows; a row that a killed process has not ended is left out."""
+def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, without rows that a killed process has left incomplete."""
     with path.open(newline="") as file:
         fields, *rows = [*csv.reader(file)] or [[]]
     return fields, [row for row in rows if len(row) == len(fields) and row[0].isdigit()]

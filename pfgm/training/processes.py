@@ -1,4 +1,4 @@
-"""What the processes of a training run agree on (torch.distributed); trivial where there is one."""
+"""The processes of a training run (torch.distributed): they may be several or one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["ProcessLost", "Processes", "joined", "lost"]
+__all__ = ["ProcessLost", "Processes", "joined", "reports_process_lost"]
 
-_PAUSE = 0.2  # seconds
+_LEAVING_SECONDS = 0.2
 
 
 class ProcessLost(RuntimeError):
@@ -26,22 +26,21 @@ class ProcessLost(RuntimeError):
 def joined(device: torch.device, timeout: float = 600.0) -> Iterator[torch.device]:
     """Joins the processes that torchrun has started, and leaves them at the end.
 
-    Without torchrun, and where torch.distributed is initialised already, nothing is done.
+    It does nothing without torchrun, or where torch.distributed is initialised already.
 
     Args:
-        device: what to compute on; "cuda" becomes this process's own GPU.
-        timeout: seconds after which a process that does not answer is given up; more than an
-            evaluation by the first takes.
+        device: the device to compute on; "cuda" becomes the GPU of this process.
+        timeout: seconds to wait for another process before the run ends. It must be longer than an
+            evaluation by the first process.
 
     Yields:
-        This process's device.
+        The device of this process.
 
     Raises:
         ValueError: timeout is not between 0.001 and 1e8.
     """
-    if (
-        not 0.001 <= timeout <= 1e8
-    ):  # beyond, what takes it counts in whole milliseconds, or is full
+    # torch counts the timeout in milliseconds, as an integer of limited size.
+    if not 0.001 <= timeout <= 1e8:
         raise ValueError(f"timeout is {timeout!r}; allowed are 0.001 to 1e8 seconds.")
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield device
@@ -49,21 +48,21 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[torch.devic
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # Gloo too, for what the processes agree on: that must not make anyone wait for a GPU.
+    # Gloo carries what the processes agree on, so that the host need not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield device
     finally:
         dist.destroy_process_group()
-        # Gloo's threads free a collective's tensors after the collective has ended, and need the
-        # interpreter for it. They outlive the group; one that is late finds an interpreter that
-        # shuts down, and aborts the process. A pause lets them finish.
-        time.sleep(_PAUSE)
+        # Gloo's threads free the tensors of a collective after it has ended, and even after the
+        # group is destroyed. If the interpreter is shutting down by then, they abort the process
+        # (torch 2.13). The pause lets them finish.
+        time.sleep(_LEAVING_SECONDS)
 
 
 class Processes:
-    """The processes that train together: all of torch.distributed, or this one alone.
+    """The processes that train together: those of torch.distributed, or this one alone.
 
     >>> processes = Processes()
     >>> processes.size, processes.leads, processes.any(False), processes.mean(1.5)
@@ -80,30 +79,33 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and shows things."""
+        """Whether this is the first process, which writes files and shows progress."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether any of the processes says so."""
-        return self._reduced(float(flag), dist.ReduceOp.MAX) > 0
+        """Whether the flag is True in any of the processes."""
+        return self._reduce(float(flag), dist.ReduceOp.MAX) > 0
 
     def mean(self, value: float) -> float:
-        """The average over the processes."""
-        return self._reduced(value, dist.ReduceOp.SUM) / self.size
+        """The average of the value over the processes."""
+        return self._reduce(value, dist.ReduceOp.SUM) / self.size
 
     def least(self, value: float) -> float:
-        """The smallest over the processes."""
-        return self._reduced(value, dist.ReduceOp.MIN)
+        """The smallest value of the processes."""
+        return self._reduce(value, dist.ReduceOp.MIN)
 
-    def _reduced(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+    def _reduce(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         if self.size == 1:
             return value
         shared = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(shared, operation, group=self._group)
         return float(shared)
 
-    def share(self, network: nn.Module) -> nn.Module:
-        """The network with gradients averaged over the processes; all start with the first's."""
+    def data_parallel(self, network: nn.Module) -> nn.Module:
+        """The network with gradients averaged over the processes.
+
+        All processes start with the parameters of the first one.
+        """
         if self.size == 1:
             return network
         device = next(network.parameters()).device
@@ -113,12 +115,12 @@ class Processes:
 
 
 @contextmanager
-def lost(processes: Processes) -> Iterator[None]:
-    """Says in one sentence that another process is gone, where that made a collective fail."""
+def reports_process_lost(processes: Processes) -> Iterator[None]:
+    """Raises ProcessLost where a collective fails because another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        if processes.size == 1 or not _of_communication(error):
+        if processes.size == 1 or not _is_communication_error(error):
             raise
         reason = " ".join(str(error).split())
         raise ProcessLost(
@@ -127,6 +129,6 @@ def lost(processes: Processes) -> Iterator[None]:
         ) from error
 
 
-def _of_communication(error: RuntimeError) -> bool:
-    # Gloo raises plain RuntimeErrors that begin with the file in its sources.
+def _is_communication_error(error: RuntimeError) -> bool:
+    # Gloo raises plain RuntimeErrors; their messages begin with the path of its source file.
     return isinstance(error, dist.DistError) or "gloo" in str(error)

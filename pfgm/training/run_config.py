@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..common.checks import check_choice
 from ..common.files import StrPath, write_json
-from ..flows.flow import check_steps
+from ..flows.sampling import check_steps
 from .config import TrainConfig
 
 __all__ = ["RunConfig", "Settings"]

@@ -16,8 +16,8 @@ from ..datasets import open_data
 from ..distillation import Consistency
 from ..references import ReferenceSet
 from .checkpoint import load
-from .locks import claimed
-from .processes import Processes, lost
+from .locks import locked_for_all
+from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, Settings
 from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network
@@ -76,7 +76,7 @@ def start(
             "shared and labels are both True, but the references of one label cannot be shared; "
             "choose one of them."
         )
-    with lost(processes), claimed(folder, processes):
+    with reports_process_lost(processes), locked_for_all(folder, processes):
         if resume:
             _check_settings(config, folder)
         elif (folder / "latest.json").exists():

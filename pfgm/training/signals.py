@@ -1,4 +1,4 @@
-"""Signals that end long work after the step at hand, with nothing lost."""
+"""Signals that end a run after the current step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Terminated", "noticed"]
+__all__ = ["Terminated", "record_signals"]
 
 
 class Terminated(SystemExit):
@@ -20,15 +20,16 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def noticed() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGHUP are put into the list; a second of the first two acts as before.
+def record_signals() -> Iterator[list[int]]:
+    """Records SIGINT, SIGTERM and SIGHUP in the list that it yields.
 
-    SIGHUP may come more than once, and beside SIGTERM, where a terminal or a session closes; all of
-    that is one wish. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    A second SIGINT or SIGTERM acts as it did before. SIGHUP is recorded any number of times: a
+    terminal or a session that closes may send several, and SIGTERM as well. A signal that is
+    ignored, as SIGHUP is under nohup, stays ignored.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread is sent signals
+        yield received  # only the main thread receives signals
         return
     previous: dict[int, Any] = {}
 
@@ -43,7 +44,7 @@ def noticed() -> Iterator[list[int]]:
             restore(signal.SIGINT, signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # None is a handler that is not Python's, which could not be put back.
+        # None is a handler that was not set from Python; it could not be restored.
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.signal(number, receive)
     try:

@@ -12,6 +12,7 @@ import time
 import torch
 
 from pfgm.backends import native
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 
 COMPUTING = 4
 PATIENCE = 60  # seconds for a child, which needs a few milliseconds
@@ -25,10 +26,11 @@ def problem(B, M, N):
 
 def results(x, references, radius):
     """Of native calls alone, on tensors that are there: what torch does is not looked at."""
-    forward = native.posterior_mean(x, references, radius, 4.0)
+    problem = PosteriorMean(x, references, radius, 4.0)
+    forward = native.posterior_mean(problem)
     mean, lse, nearest, total = forward
-    saved = (x, references, radius, mean, nearest, total, 4.0, (True, True, True))
-    return *forward, *native.posterior_mean_backward(mean, lse, *saved)
+    saved = State(mean, nearest, total), Upstream(mean, lse), (True, True, True)
+    return *forward, *native.posterior_mean_backward(problem, *saved)
 
 
 def equal(actual, expected):

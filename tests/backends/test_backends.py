@@ -18,6 +18,7 @@ from torch import Tensor
 import pfgm
 from pfgm import posterior_mean
 from pfgm.backends import Availability, available, choose, native, reference, requested, triton
+from pfgm.common.tensors import dequantise
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -294,7 +295,7 @@ def drawn(draw, scales, points, levels):
     references = references[torch.randint(0, distinct, (M,), generator=generator)]
     references = laid_out(references, draw(st.sampled_from(LAYOUTS)))
 
-    y = reference.dequantise(references, torch.float64)
+    y = dequantise(references, torch.float64)
     size = 1.0 if reference_dtype == torch.uint8 else scale
     first, second = y[torch.randint(0, M, (2, B), generator=generator)]
     noise = 0.2 * size * torch.randn(B, N, generator=generator, dtype=torch.float64)
@@ -344,7 +345,7 @@ def expectation(problem, oracle):
     """Mean and log-sum-exp, with the limits where the formula has none."""
     x, references, _, D, _ = problem
     # Contiguous, or torch may sum equal rows in another order.
-    radius, y = radius_of(problem), reference.dequantise(references, torch.float64).contiguous()
+    radius, y = radius_of(problem), dequantise(references, torch.float64).contiguous()
     mean, lse = torch.empty(x.shape, dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
     for b, point in enumerate(x.double()):
         on = bool((point == y).all(1).any())
@@ -368,7 +369,7 @@ def test_backends_agree_with_the_oracle(oracle, problem):
         return
     tolerance = 2e-5 if x.dtype == torch.float32 else 1e-9
     wanted_mean, wanted_lse = expectation(problem, oracle)
-    largest = reference.dequantise(references, torch.float64).norm(dim=1).max()
+    largest = dequantise(references, torch.float64).norm(dim=1).max()
     # Each product of a weight and a subnormal number is rounded to the smallest of them.
     grain = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
     allowed = tolerance * largest + grain * len(references) * x.shape[1] ** 0.5

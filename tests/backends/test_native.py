@@ -15,6 +15,7 @@ import torch
 
 from pfgm import field_fn, posterior_mean
 from pfgm.backends import native, reference
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 
 if os.environ.get("PFGM_NATIVE") == "0":
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
@@ -84,7 +85,7 @@ def problem(B, M, N, dtype=torch.float32, reference_dtype=None, seed=0):
     if reference_dtype == torch.uint8:
         references = ((references + 1) * 127.5).round()
     references = references.to(reference_dtype or dtype)
-    y = reference.dequantise(references, torch.float64)
+    y = dequantise(references, torch.float64)
     index, other = (torch.randint(0, M, (B,), generator=generator) for _ in range(2))
     fraction = 0.5 * torch.rand(B, 1, generator=generator, dtype=torch.float64)
     x = y[index] + fraction * (y[other] - y[index])
@@ -98,15 +99,15 @@ def radius_of(sigma, D):
 
 
 def forward(x, references, radius, D, module=native):
-    mean, logsumexp, _, _ = module.posterior_mean(x, references, radius, D)
+    mean, logsumexp, _, _ = module.posterior_mean(PosteriorMean(x, references, radius, D))
     return mean, logsumexp
 
 
 def backward(x, references, radius, D, G, g, needs=(True, True, True), module=native):
-    mean, _, nearest, total = module.posterior_mean(x, references, radius, D)
-    return module.posterior_mean_backward(
-        G, g, x, references, radius, mean, nearest, total, D, needs
-    )
+    given = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = module.posterior_mean(given)
+    state = State(mean, nearest, total)
+    return module.posterior_mean_backward(given, state, Upstream(G, g), needs)
 
 
 def row_error(actual, expected, scale):
@@ -116,7 +117,7 @@ def row_error(actual, expected, scale):
 def assert_accurate(result, expected, references, tolerance):
     """The accuracy contract: per row, relative to the largest reference and to lse."""
     (mean, lse), (wanted_mean, wanted_lse) = result, expected
-    scale = reference.dequantise(references, torch.float64).norm(dim=1).max()
+    scale = dequantise(references, torch.float64).norm(dim=1).max()
     assert row_error(mean, wanted_mean, scale) <= tolerance
     error = (lse - wanted_lse).abs() / wanted_lse.abs().clamp(min=1)
     assert error.max() <= tolerance
@@ -150,14 +151,15 @@ def test_a_sketch_changes_no_bit(isa, sizes, dtype):
     sketch = native.sketch(references, of_points)
     for D in (1.0, math.inf):
         radius = radius_of(sigma, D)
-        plain = native.posterior_mean(x, references, radius, D)
-        sketched = native.posterior_mean(x, references, radius, D, sketch=sketch)
+        given = PosteriorMean(x, references, radius, D)
+        with_sketch = given._replace(sketch=sketch)
+        plain, sketched = native.posterior_mean(given), native.posterior_mean(with_sketch)
         assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
         mean, _, nearest, total = plain
-        saved = (x, references, radius, mean, nearest, total, D, (True, True, True))
-        upstream = torch.ones_like(mean), torch.zeros_like(total)
-        plain = native.posterior_mean_backward(*upstream, *saved)
-        sketched = native.posterior_mean_backward(*upstream, *saved, sketch=sketch)
+        upstream = Upstream(torch.ones_like(mean), torch.zeros_like(total))
+        saved = State(mean, nearest, total), upstream, (True, True, True)
+        plain = native.posterior_mean_backward(given, *saved)
+        sketched = native.posterior_mean_backward(with_sketch, *saved)
         assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
 
 
@@ -172,7 +174,8 @@ def test_the_bounds_of_a_sketch_hold_over_many_features():
     )
     x, sigma = torch.zeros(1, references.shape[1]), torch.tensor([0.01], dtype=torch.float64)
     sketch = native.sketch(references, torch.float32)
-    mean, *_ = native.posterior_mean(x, references, sigma, math.inf, sketch=sketch)
+    given = PosteriorMean(x, references, sigma, math.inf, sketch=sketch)
+    mean, *_ = native.posterior_mean(given)
     assert torch.equal(mean[0], references[1])
 
 
@@ -192,7 +195,7 @@ def test_a_sketch_of_other_references():
         native.sketch(references, torch.float32)[:-1],
     ):
         with pytest.raises(ValueError, match=r"sketch has shape \(\d+,\) and dtype"):
-            native.posterior_mean(x, references, radius, 1.0, sketch=sketch)
+            native.posterior_mean(PosteriorMean(x, references, radius, 1.0, sketch=sketch))
 
 
 # ---- values ----
@@ -511,7 +514,7 @@ def test_gradients_where_the_nearest_is_close_beside_the_spread(threads, N, D):
         assert error_beside_scale(actual, expected) <= 1e-4, sigma
 
 
-# ---- lower bounds that rule references out (csrc/screen_cpu.h) ----
+# ---- lower bounds that rule references out (csrc/cpu/screen.h) ----
 
 
 def built_to_defeat(name, N, dtype):
@@ -644,17 +647,19 @@ def test_outputs_are_written_whole(isa, monkeypatch):
 SCRIPT = """
 import hashlib, math, resource, sys, torch
 from pfgm.backends import native
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 threads, B, M, N = map(int, sys.argv[1:])
 torch.set_num_threads(threads)
 generator = torch.Generator().manual_seed(0)
 x = torch.rand(B, N, generator=generator)
 references = torch.rand(M, N, generator=generator)
 radius = torch.full((B,), 0.5, dtype=torch.float64)
-native.posterior_mean(x[:1], references[:1], radius[:1], 1.0)
+native.posterior_mean(PosteriorMean(x[:1], references[:1], radius[:1], 1.0))
+problem = PosteriorMean(x, references, radius, 1.0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-mean, lse, nearest, total = native.posterior_mean(x, references, radius, 1.0)
+mean, lse, nearest, total = native.posterior_mean(problem)
 result = native.posterior_mean_backward(
-    x, radius, x, references, radius, mean, nearest, total, 1.0, (True, False, True))
+    problem, State(mean, nearest, total), Upstream(x, radius), (True, False, True))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bits = b"".join(t.numpy().tobytes() for t in (mean, lse, result[0], result[2]))
 print((peak - before) / 1024, hashlib.sha256(bits).hexdigest())
@@ -688,11 +693,12 @@ def test_memory_is_bounded_whatever_the_number_of_references(threads):
 VARYING = """
 import resource, torch
 from pfgm.backends import native
+from pfgm.backends.problems import PosteriorMean
 torch.set_num_threads(2)
 x, references = torch.rand(384, 2000), torch.rand(1000, 2000)
 radius = torch.full((384,), 0.5, dtype=torch.float64)
 def call(B, N):
-    mean, *_ = native.posterior_mean(x[:B, :N], references[:, :N], radius[:B], 1.0)
+    mean, *_ = native.posterior_mean(PosteriorMean(x[:B, :N], references[:, :N], radius[:B], 1.0))
     return mean.nbytes
 call(1, 1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -737,19 +743,23 @@ FORKS = Path(__file__).with_name("forks.py")
 INTERRUPTED = """
 import os, signal, sys, threading, time, torch
 from pfgm.backends import native
+from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
 
 call, threads, references, features = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(threads)
 x = torch.rand(65, features)  # a block of queries and one more
 radius = torch.ones(65, dtype=torch.float64)
 few = torch.rand(70, features)
-expected = native.posterior_mean(x, few, radius, 4.0)
+short = PosteriorMean(x, few, radius, 4.0)
+expected = native.posterior_mean(short)
 y = few[:1].expand(references, features)  # as long as if each lay elsewhere
-mean, lse, nearest, total = native.posterior_mean(x, y[:1], radius, 4.0)
+long = PosteriorMean(x, y, radius, 4.0)
+mean, lse, nearest, total = native.posterior_mean(PosteriorMean(x, y[:1], radius, 4.0))
 calls = {
-    "forward": lambda: native.posterior_mean(x, y, radius, 4.0),
+    "forward": lambda: native.posterior_mean(long),
     "backward": lambda: native.posterior_mean_backward(
-        mean, lse, x, y, radius, mean, nearest, total * len(y), 4.0, (True, False, True)
+        long, State(mean, nearest, total * len(y)), Upstream(mean, lse), (True, False, True)
     ),
     "op": lambda: torch.ops.pfgm.posterior_mean(x, y, radius, 4.0),
 }
@@ -765,7 +775,7 @@ try:
     calls[call]()
 except KeyboardInterrupt:
     print((time.process_time() - sent[0]) / threads)
-same = map(torch.equal, native.posterior_mean(x, few, radius, 4.0), expected)
+same = map(torch.equal, native.posterior_mean(short), expected)
 print(all(same))
 """
 
@@ -845,11 +855,12 @@ def test_references_that_are_not_finite(row, bad, dtype):
 
 def test_the_backward_pass_notices_values_too():
     x, references, sigma = problem(5, 70, 9)
-    mean, lse, nearest, total = native.posterior_mean(x, references, sigma, 1.0)
+    given = PosteriorMean(x, references, sigma, 1.0)
+    mean, lse, nearest, total = native.posterior_mean(given)
     references[69, 8] = math.nan
     with pytest.raises(ValueError, match="references holds NaN"):
         native.posterior_mean_backward(
-            mean, lse, x, references, sigma, mean, nearest, total, 1.0, (True, True, True)
+            given, State(mean, nearest, total), Upstream(mean, lse), (True, True, True)
         )
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py, its modules and benchmarks/roofline.py do without a GPU."""
+"""What benchmarks/gpu and the roofline sheet do without a GPU."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cuda_small
-import gpu
-import gpu_build
-import gpu_checks
-import gpu_clock
-import gpu_measure
-import gpu_report
-import gpu_subjects
-import posterior_paths
 import pytest
-import roofline
 import torch
 
 import pfgm
+from benchmarks.common import build, posterior_paths
+from benchmarks.common.turns import take_turns
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import clock as gpu_clock
+from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import smoke
+from benchmarks.gpu import subjects as gpu_subjects
+from benchmarks.machine_code import roofline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,13 +42,13 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
 
 
 def test_the_package_is_put_together_outside_the_checkout(tmp_path):
-    package = gpu_build.assemble(tmp_path / "package")
+    package = build.assemble(tmp_path / "package")
     program = "import pfgm, pfgm.kernels.variant; print(pfgm.__file__, pfgm.kernels.__file__)"
     log = tmp_path / "log"
-    status = gpu_build.run_logged(
+    status = build.run_logged(
         [sys.executable, "-c", program],
         log,
-        gpu_build.environment_with(package, dry=False),
+        build.environment_with(package, dry=False),
         60,
     )
     assert status == 0, log.read_text()
@@ -58,9 +58,9 @@ def test_the_package_is_put_together_outside_the_checkout(tmp_path):
 def test_a_command_that_takes_too_long_is_stopped(tmp_path):
     log = tmp_path / "log"
     program = "import time; print('begun', flush=True); time.sleep(60)"
-    assert gpu_build.run_logged([sys.executable, "-c", program], log, dict(os.environ), 1) == 124
+    assert build.run_logged([sys.executable, "-c", program], log, dict(os.environ), 1) == 124
     assert log.read_text().split("\n")[:2] == ["begun", "stopped after 1 s"]
-    assert gpu_build.last_line(log) == "stopped after 1 s"
+    assert build.last_line(log) == "stopped after 1 s"
 
 
 # ---- time and budget --------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_paths_take_turns_and_use_every_copy():
         return lambda: (order.append(name), clock.takes(seconds)())
 
     paths = {"a": [call("a0", 1), call("a1", 2)], "b": [call("b0", 8)]}
-    found = gpu_clock.take_turns(paths, clock.seconds, 4)
+    found = take_turns(paths, clock.seconds, 4)
     assert order == ["a0", "b0", "b0", "a1", "a0", "b0", "b0", "a1"]
     assert found == {"a": [1, 2, 1, 2], "b": [8, 8, 8, 8]}
 
@@ -284,14 +284,14 @@ def test_the_forward_pass_is_compared_with_the_memory_floor():
     ("capability", "architecture"), [("9.0", "90a-real"), ("8.6", "86-real"), ("", ""), ("?", "")]
 )
 def test_the_extension_is_built_for_the_device(capability, architecture, monkeypatch, tmp_path):
-    assert gpu_build.architecture(capability) == architecture
+    assert build.architecture(capability) == architecture
     names = ["PFGM_NATIVE", "PFGM_CUDA", "CUDACXX", "CMAKE_CUDA_ARCHITECTURES"]
     program = f"import os; print([os.environ.get(name) for name in {names}])"
     monkeypatch.delenv("CMAKE_CUDA_ARCHITECTURES", raising=False)
-    monkeypatch.setattr(gpu_build, "nvidia_smi", lambda field: capability)
-    monkeypatch.setattr(gpu_build, "setup_command", lambda to: [sys.executable, "-c", program])
+    monkeypatch.setattr(build, "nvidia_smi", lambda field: capability)
+    monkeypatch.setattr(build, "setup_command", lambda to: [sys.executable, "-c", program])
     log = tmp_path / "build.log"
-    assert gpu_build.assemble_with_cuda(tmp_path, "/bin/nvcc", log, 60) == (tmp_path / "lib", 0)
+    assert build.assemble_with_cuda(tmp_path, "/bin/nvcc", log, 60) == (tmp_path / "lib", 0)
     assert ast.literal_eval(log.read_text()) == ["1", "1", "/bin/nvcc", architecture or None]
 
 
@@ -354,7 +354,7 @@ def test_sanitizers_look_at_our_kernels_alone(monkeypatch, tmp_path):
     def run(command, log, environment, limit):
         assert command[0] == "/bin/sanitizer"
         assert "kernel_substring=pfgm" in command
-        assert command[-1] == str(gpu_checks.SMALL)
+        assert command[-3:] == gpu_checks.SMOKE
         assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
         assert limit <= 60
         log.write_text(ILLEGAL)
@@ -388,9 +388,9 @@ def test_tests_run_side_by_side_and_the_worst_counts(monkeypatch, tmp_path):
 
 def test_what_the_sanitizers_run_ends(capsys):
     """Which kernels it launches only a GPU, or the build for the host, can tell."""
-    cuda_small.run("reference", "cpu")
+    smoke.run("reference", "cpu")
     parts = capsys.readouterr().out.splitlines()
-    assert len(parts) == 2 * (len(cuda_small.SHAPES) + len(cuda_small.WIDTHS))
+    assert len(parts) == 2 * (len(smoke.SHAPES) + len(smoke.WIDTHS))
     assert all(part.startswith("done: ") for part in parts)
 
 
@@ -408,7 +408,7 @@ class Stage:
             "assemble": lambda folder: folder / "lib",
             "assemble_with_cuda": self._build,
             "run_tests": lambda kind, *rest: self._outcome(f"tests/{kind}"),
-            "run_small": lambda *rest: self._outcome("small"),
+            "run_smoke": lambda *rest: self._outcome("small"),
             "run_sanitizers": lambda *rest: [self._outcome("memcheck")],
             "run_measurements": self._measure,
         }
@@ -416,7 +416,7 @@ class Stage:
             monkeypatch.setattr(gpu, name, part)
 
     def _outcome(self, name):
-        return gpu_build.Outcome(name, self._statuses.get(name.removeprefix("tests/"), 0), "said")
+        return build.Outcome(name, self._statuses.get(name.removeprefix("tests/"), 0), "said")
 
     def _build(self, folder, nvcc, log, limit):
         log.write_text("nvcc: error: no such luck\n")
@@ -540,7 +540,7 @@ def test_errors_are_those_of_the_result():
     generator = torch.Generator().manual_seed(0)
     x, references = torch.randn(2, 8, 5, generator=generator)
     case = gpu_subjects.Case(x, torch.ones(8), references)
-    mean, logsumexp = posterior_paths.truth(case)
+    mean, logsumexp = posterior_paths.exact_result(case)
     exact = gpu_subjects.forward_errors(case, lambda: (mean, logsumexp))
     assert max(exact.values()) == 0
     off = gpu_subjects.forward_errors(
@@ -560,8 +560,8 @@ def test_errors_are_those_of_the_result():
 
 
 def test_the_page_is_what_the_script_writes():
-    text = roofline.PAGE.read_text()
-    assert roofline.with_report(text) == text
+    text = roofline.SECTION.page.read_text()
+    assert roofline.SECTION.replaced(text, roofline.report()) == text
 
 
 def test_products_are_counted_as_a_loop_counts_them():

@@ -1,4 +1,4 @@
-"""What benchmarks/machine_code reads from machine code, and what it makes of it."""
+"""What benchmarks/machine_code reads from machine code, and what it predicts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_measure
-import gpu_report
 import pytest
 import torch
-from machine_code import (
+
+from benchmarks.common.subjects import Case
+from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import report as gpu_report
+from benchmarks.machine_code import __main__ as command_line
+from benchmarks.machine_code import (
     banks,
     data,
     devices,
@@ -27,7 +30,6 @@ from machine_code import (
     sass,
     sections,
 )
-from subjects import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,9 +108,8 @@ def test_loops():
     assert inner.body == {2, 3, 4}
     assert outer.holds(inner)
     assert not inner.holds(inner)
-    assert sass.innermost(found) == [inner]
-    own = sass.own(code, outer, found)
-    assert [one.base for one in own] == ["LDG", "BRA", "STG", "BRA", "DADD", "BRA"]
+    own = sass.own(outer, found)
+    assert [code[i].base for i in own] == ["LDG", "BRA", "STG", "BRA", "DADD", "BRA"]
 
 
 def test_divergent_pieces_do_not_make_loops():
@@ -477,7 +478,7 @@ def test_rounds_of_blocks():
         phase = model.phase("loop", kernel, kernel.code, 10.0 * blocks, 10.0)
         launch = model.Launch("some", kernel, blocks, (phase,), 0.0)
         expected = of_one * 10 * clocks / A100.rate("clock")
-        assert model.in_turns(launch, A100) == pytest.approx(expected, rel=0.1)
+        assert model.rounds_seconds(launch, A100) == pytest.approx(expected, rel=0.1)
 
 
 def test_what_binds_a_launch():
@@ -496,7 +497,7 @@ def test_what_binds_a_launch():
     memory = predicted(108, 1, moved=1e9)
     assert memory.bound == "memory"
     assert memory.seconds == pytest.approx(1e9 / A100.rate("memory") + gap)
-    joined = model.together([memory, one, memory._replace(name="other")])
+    joined = model.merge_by_name([memory, one, memory._replace(name="other")])
     assert [(part.name, part.launches, part.bound) for part in joined] == [
         ("some", 2, "longest block" if one.seconds > memory.seconds else "memory"),
         ("other", 1, "memory"),
@@ -541,9 +542,7 @@ def test_products_of_plain_torch():
 # ---- a kernel that is compiled now ---------------------------------------------------------------
 
 COMPILED = """
-import sys
-sys.path.insert(0, "benchmarks")
-from machine_code import devices, kernels, model, published
+from benchmarks.machine_code import devices, kernels, model, published
 import json
 published.PRODUCT_CONFIGS = published.PRODUCT_CONFIGS[1:2]
 (launch,) = published.product_launches(1024, 1024, 1024, "fp16")(devices.A100)
@@ -580,13 +579,13 @@ def test_a_product_compiled_now():
 
 
 def test_the_page_is_what_was_stored():
-    text = page.PAGE.read_text()
-    assert page.with_report(text, results.load()) == text
+    text = page.SECTION.page.read_text()
+    assert page.SECTION.replaced(text, page.report(results.load())) == text
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert importlib.import_module("machine_code.__main__").main([]) == 2
+    assert command_line.main([]) == 2
     assert "unset it" in capsys.readouterr().out
 
 

@@ -259,7 +259,7 @@ def test_churn(data, solver):
     assert pfgm.metrics.nearest_distance(noisy[0], data).max() < 1e-2
     never = flow.sample(net, 60, churn=30.0, churn_range=(1e3, 1e4), **options)
     assert torch.equal(never, plain)
-    with pytest.raises(ValueError, match="churn goes with euler and heun"):
+    with pytest.raises(ValueError, match="with churn allowed are euler and heun"):
         flow.sample(net, 3, churn=1.0, solver="multistep")
 
 
@@ -285,7 +285,7 @@ def test_guidance_extrapolates_the_means(generator):
     labels, x = torch.tensor([0, 1]), flow.prior(2, generator=generator)
     given = {"labels": labels}
     with_, without = (flow.denoise(conditional, x, 5.0, c) for c in (given, {}))
-    slope = flow._evaluator(conditional, x, given, 3.0, None)
+    slope = flow._predictor(conditional, x, given, 3.0, None)
     torch.testing.assert_close(slope(x, 5.0), without + 3 * (with_ - without))
     for weight, expected in ((1.0, given), (0.0, None)):
         runs = [

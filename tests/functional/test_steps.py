@@ -11,8 +11,9 @@ import torch
 import pfgm
 from pfgm import backends
 from pfgm.backends import native
-from pfgm.functional.steps import Field, OdeStep, euler, heun, multistep
-from pfgm.ops import _unpacked
+from pfgm.backends.problems import OdeStep
+from pfgm.functional.steps import Field, euler, heun, multistep
+from pfgm.ops.ode_step import flat_arguments
 
 ISAS = ["portable", "avx2", "avx512"]
 NATIVE = native.supports(torch.device("cpu"), torch.float32) is None
@@ -301,19 +302,8 @@ def test_threads_change_nothing_but_the_norms_last_digit(B, N):
 # ---- memory ----------------------------------------------------------------------------------
 
 
-def strided(values, kind):
-    """The same values in other memory."""
-    if kind == "rows apart":
-        return torch.stack([values, values], 1).flatten(1)[:, : values.shape[1]]
-    if kind == "columns":
-        return values.t().contiguous().t()
-    if kind == "every other":
-        return torch.stack([values, values], -1).flatten(1)[:, ::2]
-    return torch.cat([values.new_zeros(3), values.flatten()])[3:].view(values.shape)
-
-
 @pytest.mark.parametrize("kind", ["rows apart", "columns", "every other", "unaligned"])
-def test_strided_tensors(backend, kind):
+def test_strided_tensors(backend, strided, kind):
     x, field_x, field_z = problem(5, (37,), 2.0)
     previous = other(x).float()
     expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
@@ -406,7 +396,7 @@ def unpacked(dtype=torch.float32, rows=False, mean_form=False, history=True):
         x, field_x, None if mean_form else field_z, other(x).to(dtype) if history else None,
         levels, 5.0, 5.0, True,
     )  # fmt: skip
-    return _unpacked(step)
+    return flat_arguments(step)
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -1,13 +1,14 @@
 """Tests of the kernels for GPUs, on a GPU with every backend that can run there.
 
-Where there is none, Triton's run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is
-imported) and the CUDA kernels as compiled for the host, in the extension that ``PFGM_CUDA_SHIM``
-names: tests/test_triton.py and tests/test_cuda.py start processes with one or the other.
+Without a GPU, Triton's kernels run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is
+imported), and the CUDA kernels run on the host, in the extension that ``PFGM_CUDA_SHIM`` names.
+tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one or the other.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from types import ModuleType, SimpleNamespace
 
@@ -15,12 +16,14 @@ import pytest
 import torch
 
 from pfgm.backends import native, triton
+from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
 
 SHIM = os.environ.get("PFGM_CUDA_SHIM")
 
 
 def backends() -> list[str]:
-    """Those that run in this process."""
+    """The backends that run in this process."""
     if SHIM is not None:
         return ["native"]
     if triton.interpreted():
@@ -49,7 +52,7 @@ def load(path: str) -> ModuleType:
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    """A GPU or, in its place, the CPU."""
+    """A GPU, or the CPU in its place."""
     if SHIM is None:
         yield torch.device("cpu" if triton.interpreted() else "cuda")
         return
@@ -68,9 +71,9 @@ def backend(request):
 
 @pytest.fixture
 def shim():
-    """What only the host's build can: other devices, orders of threads, smaller parts."""
+    """What only the host shim can change: the device, the order of threads, the limits."""
     if SHIM is None:
-        pytest.skip("a GPU is what it is")
+        pytest.skip("a GPU cannot be changed")
     module = native.extension()
     yield SimpleNamespace(
         order=module.shim_order,
@@ -87,7 +90,7 @@ def shim():
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is handed out uninitialised is NaN: a result that is not written shows."""
+    """Uninitialised tensors hold NaN, so that a test sees results that are not written."""
     owners = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     for owner, name in [*owners, (torch.Tensor, "new_empty")]:
         original = getattr(owner, name)
@@ -99,3 +102,117 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(255 if tensor.dtype == torch.uint8 else 77)
 
         monkeypatch.setattr(owner, name, filled)
+
+
+@pytest.fixture
+def small(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 128 references, blocks of 17 queries, and few partial sums."""
+    if backend == "native":
+        limits = request.getfixturevalue("shim").limits
+        limits(pairs=600, parts=1, queries=17, references=128)
+        return
+    from pfgm.kernels import distances
+
+    monkeypatch.setattr(distances, "MAX_PAIRS", 600)
+    monkeypatch.setattr(distances, "MAX_QUERIES", 17)
+
+
+class Operation:
+    """The posterior mean and its gradients in one backend, compared with the oracle."""
+
+    def __init__(self, backend, device, oracle, oracle_gradients):
+        self.module = {"native": native, "triton": triton}[backend]
+        self.device, self.oracle, self.oracle_gradients = device, oracle, oracle_gradients
+
+    def problem(self, B, M, N, *, dtype=torch.float32, seed=0, device=None):
+        """Points between their own reference and another: some rows have one weight, some many."""
+        generator = torch.Generator().manual_seed(seed)
+        references = torch.rand(M, N, generator=generator) * 2 - 1
+        if dtype == torch.uint8:
+            references = ((references + 1) * 127.5).round()
+        references = references.to(dtype)
+        y = dequantise(references, torch.float32)
+        index, other = (torch.randint(0, M, (B,), generator=generator) for _ in range(2))
+        fraction = 0.5 * torch.rand(B, 1, generator=generator)
+        x = y[index] + fraction * (y[other] - y[index])
+        x += 0.2 * torch.randn(B, N, generator=generator)
+        sigma = 10 ** (3 * torch.rand(B, generator=generator, dtype=torch.float64) - 2)
+        return tuple(t.to(device or self.device) for t in (x, references, sigma))
+
+    @staticmethod
+    def radius_of(sigma, D):
+        return sigma if math.isinf(D) else sigma * math.sqrt(D)
+
+    def near_ties(self, B, M, N, offset):
+        """Points between two references that are much nearer to each other than to the origin."""
+        generator = torch.Generator().manual_seed(1)
+        references = torch.randn(M, N, generator=generator).mul_(2**-6).add_(offset)
+        pair = references[torch.randint(0, M, (2, B), generator=generator)]
+        x = pair.mean(0) + 1e-3 * torch.randn(B, N, generator=generator)
+        return x.to(self.device), references.to(self.device)
+
+    def compute(self, x, references, radius, D):
+        """Mean and log-sum-exp."""
+        return self.module.posterior_mean(PosteriorMean(x, references, radius, D))[:2]
+
+    def expected(self, x, references, radius, D):
+        return self.oracle(x.cpu(), references.cpu(), radius.cpu(), D)
+
+    def assert_accurate(self, result, expected, references, tolerance=1e-5):
+        (mean, lse), (wanted_mean, wanted_lse) = result, expected
+        largest = dequantise(references.cpu(), torch.float64).norm(dim=1).max().item()
+        assert (mean.double().cpu() - wanted_mean).norm(dim=1).max() <= tolerance * largest
+        assert ((lse.cpu() - wanted_lse).abs() <= tolerance * wanted_lse.abs().clamp(min=1)).all()
+
+    def check(self, x, references, radius, D, tolerance=1e-5):
+        result = self.compute(x, references, radius, D)
+        expected = self.expected(x, references, radius, D)
+        self.assert_accurate(result, expected, references, tolerance)
+
+    def mean_error(self, x, references, radius, D):
+        """The largest error of a mean."""
+        mean, _ = self.compute(x, references, radius, D)
+        expected, _ = self.expected(x, references, radius, D)
+        return (mean.double().cpu() - expected).norm(dim=1).max()
+
+    @staticmethod
+    def upstream(x, radius):
+        generator = torch.Generator().manual_seed(5)
+        G = torch.randn(x.shape, generator=generator).to(x.device)
+        size = radius.cpu().square().clamp(max=1)
+        return G, (size * torch.randn(len(x), generator=generator)).to(x.device)
+
+    def gradients(self, x, references, radius, D, needs=(True, True, True)):
+        given = PosteriorMean(x, references, radius, D)
+        mean, _, nearest, total = self.module.posterior_mean(given)
+        upstream = Upstream(*self.upstream(x, radius))
+        state = State(mean, nearest, total)
+        return self.module.posterior_mean_backward(given, state, upstream, needs)
+
+    def everything(self, x, references, radius, D):
+        results = self.module.posterior_mean(PosteriorMean(x, references, radius, D))
+        return (*results, *self.gradients(x, references, radius, D))
+
+    def expected_gradients(self, x, references, radius, D):
+        G, g = self.upstream(x, radius)
+        given = (t.cpu() for t in (x, references, radius))
+        return self.oracle_gradients(*given, D, G.cpu(), g.cpu())
+
+    @staticmethod
+    def assert_gradient(actual, expected, tolerance):
+        """Relative to the row, or to the typical row where large terms cancel in it."""
+        actual, expected = (t.double().reshape(len(t), -1) for t in (actual.cpu(), expected))
+        rows = expected.norm(dim=1)
+        typical = expected.norm() / len(rows) ** 0.5
+        assert ((actual - expected).norm(dim=1) <= tolerance * rows.clamp(min=typical)).all()
+
+    def check_gradients(self, x, references, radius, D, tolerance=1e-5):
+        expected = self.expected_gradients(x, references, radius, D)
+        actual = self.gradients(x, references, radius, D)
+        for gradient, wanted in zip(actual, expected, strict=True):
+            self.assert_gradient(gradient, wanted, tolerance)
+
+
+@pytest.fixture
+def op(backend, device, oracle, oracle_gradients) -> Operation:
+    return Operation(backend, device, oracle, oracle_gradients)

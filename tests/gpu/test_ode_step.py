@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.functional.steps import OdeStep
-from pfgm.ops import _unpacked
+from pfgm.backends.problems import OdeStep
+from pfgm.ops.ode_step import flat_arguments
 
 # Rounding of a factor, of a product and of a sum in float32: 6e-8 of the largest term each.
 TOLERANCE = 4e-7
@@ -183,20 +183,9 @@ def test_non_finite_fields_stay_in_their_row(device, backend):
 # ---- memory ----------------------------------------------------------------------------------
 
 
-def strided(values, kind):
-    """The same values in other memory."""
-    if kind == "rows apart":
-        return torch.stack([values, values], 1).flatten(1)[:, : values.shape[1]]
-    if kind == "columns":
-        return values.t().contiguous().t()
-    if kind == "every other":
-        return torch.stack([values, values], -1).flatten(1)[:, ::2]
-    return torch.cat([values.new_zeros(3), values.flatten()])[3:].view(values.shape)
-
-
 @pytest.mark.parametrize("kind", ["rows apart", "columns", "every other", "unaligned"])
 @pytest.mark.parametrize("N", [1, 37, 3072, 8193])
-def test_strided_tensors(device, backend, N, kind):
+def test_strided_tensors(device, backend, strided, N, kind):
     x, field_x, field_z, _, previous = problem(3, N, device)
     expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
     out, mean_out = (strided(torch.full_like(x, math.nan), kind) for _ in range(2))
@@ -211,7 +200,7 @@ def test_strided_tensors(device, backend, N, kind):
 
 
 @pytest.mark.parametrize("N", [37, 3072, 8193])
-def test_each_tensor_has_its_own_stride(device, backend, N):
+def test_each_tensor_has_its_own_stride(device, backend, strided, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
     expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
     outputs = (torch.full_like(x, math.nan), torch.full_like(x, math.nan))
@@ -304,7 +293,7 @@ def test_opcheck(device, backend, rows, mean_form):
         x, field_x, None if mean_form else field_z, previous, levels, 5.0, 5.0, True
     )  # fmt: skip
     out, mean_out = torch.empty_like(x), None if mean_form else torch.empty_like(x)
-    arguments = _unpacked(step)
+    arguments = flat_arguments(step)
     torch.library.opcheck(torch.ops.pfgm.ode_step.default, (*arguments, not mean_form, backend))
     torch.library.opcheck(torch.ops.pfgm.ode_step_out.default, (*arguments, backend, out, mean_out))
 

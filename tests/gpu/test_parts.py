@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.references import reference_set as module
+from pfgm.references import part as module
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
@@ -18,7 +18,7 @@ def test_a_set_in_parts(device, backend, monkeypatch, D):
     x = y[:B] + 0.2 * torch.randn(B, N, generator=generator)
     G, g = torch.randn(B, N, generator=generator), torch.randn(B, generator=generator).double()
     sigma = torch.logspace(-1, 1, B, dtype=torch.float64)
-    monkeypatch.setattr(module, "_CHUNK", 16 * 4 * N)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 16 * 4 * N)
 
     def results(x, held, backend):
         x, level = x.clone().requires_grad_(), sigma.to(x.device).clone().requires_grad_()

@@ -38,7 +38,7 @@ def marginal(x, t, D, data=POINTS):
 
 
 def weights_at_the_data(distances, D):
-    """Of references at σ = 0: 1/d^(N + D) in the plane, the nearest one's at D = ∞."""
+    """Weights of the references at σ = 0: 1/d^(N + D) in the plane, the nearest one at D = ∞."""
     nearest = distances.amin(1, keepdim=True)
     return (nearest / distances) ** (2 + D) / ((nearest / distances) ** (2 + D)).sum(1, True)
 
@@ -122,7 +122,7 @@ def test_velocity_carries_the_density(D):
 
 @pytest.mark.parametrize("D", DS)
 def test_the_targets_agree_on_average(D):
-    """Against any function of x_t; and that of the references is their velocity, varying less."""
+    """Averaged against any function of x_t; the target of the references varies less."""
     count, t = 100_000, 0.6
     x1 = POINTS[torch.randint(len(POINTS), (count,), generator=seeded(2))]
     of_one = PoissonFlowMatcher(D)
@@ -140,7 +140,7 @@ def test_the_targets_agree_on_average(D):
 
 
 def test_targets_keep_their_digits_near_the_data():
-    """Where rounded points say nothing of the noise any more, the target still knows it."""
+    """Near the data rounding removes the noise from the points; the target still has it."""
     data = pfgm.data.digits().train
     x0, x1 = torch.randn(64, 1, 8, 8, generator=seeded()), data[:64]
     matcher = PoissonFlowMatcher(math.inf, data)
@@ -319,7 +319,7 @@ def test_bad_batches(arguments, error, message):
 
 def test_bad_calls():
     matcher = PoissonFlowMatcher(16, POINTS)
-    with pytest.raises(ValueError, match="references is None; needed are those whose flow"):
+    with pytest.raises(ValueError, match="references is None; the velocity needs"):
         PoissonFlowMatcher(16).velocity(0.5, POINTS)
     with pytest.raises(TypeError, match=r"x has dtype torch\.int64; allowed is floating"):
         matcher.velocity(0.5, POINTS.long())

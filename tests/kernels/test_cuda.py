@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: on the host, compiled as C++ with csrc/tests/cuda_shim.h."""
+"""The CUDA kernels without a GPU: on the host, compiled as C++ with csrc/host_shim."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import codegen_cuda
 import pytest
+
+from benchmarks.codegen import cuda as codegen_cuda
 
 REASON = codegen_cuda.reason_against()
 shipped = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -283,7 +284,7 @@ def test_what_needs_large_clusters_is_empty_without_them(architecture):
 def test_a_kernel_nobody_listed_is_a_problem():
     (problem,) = only(part(SUM.replace("12weighted_sum", "8new_name"), code=REST)).problems
     assert problem == (
-        "new_name<float32> on sm_90a is not listed in INTENTS of codegen_cuda.py; "
+        "new_name<float32> on sm_90a is not listed in INTENTS of codegen/cuda.py; "
         "nothing of it is checked."
     )
 

@@ -1,5 +1,5 @@
 """The CUDA kernels, compiled for the host, under the sanitizers of addresses, undefined behaviour
-and threads (csrc/tests/cuda_test.cpp), and what they run on there (cuda_shim_test.cpp)."""
+and threads (csrc/tests/cuda_test.cpp), and what they run on there (host_shim_test.cpp)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_kernels(sanitizer):
         "PFGM_SANITIZE_BUILD": str(ROOT / "build" / "sanitize"),
     }
     done = subprocess.run(
-        [ROOT / ".ci" / "sanitize", "cuda_shim_test", "cuda_test"],
+        [ROOT / ".ci" / "sanitize", "host_shim_test", "cuda_test"],
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import codegen
 import pytest
+
+from benchmarks.codegen import triton as codegen
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -63,8 +64,8 @@ def compiled(*options, folder=None):
     if folder is not None:
         before = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), before]))
-    command = [sys.executable, ROOT / "benchmarks" / "codegen.py", "--json", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.codegen.triton", "--json", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
     assert done.stdout, done.stderr
     rows = {}

@@ -28,7 +28,7 @@ def make(name: str, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8), **options
 
 
 def scramble(net: torch.nn.Module, scale: float = 0.1) -> None:
-    """Gives the layers that start at zero a value, so that a test sees the whole network."""
+    """Changes the layers that start at zero, so that a test depends on the whole network."""
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(scale * torch.randn(parameter.shape))
@@ -90,7 +90,7 @@ def test_embedding_is_flat_below_its_floor_and_varies_above(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_the_field_gives_back_the_mean(name: str) -> None:
-    """mean = x − z v_x/v_z, as the solvers recover it, loses nothing that matters in float32."""
+    """mean = x − z v_x/v_z, as in the solvers, is accurate in float32."""
     net = make(name)
     scramble(net)
     z = torch.logspace(-3, math.log10(18.0), 60)
@@ -108,7 +108,7 @@ def test_the_field_gives_back_the_mean(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_the_exact_substitution_of_v_z_changes_nothing(name: str) -> None:
-    """Spec section 7: what v_x implies for v_z is what the network says, below z_exp and above."""
+    """The v_z that v_x implies is that of the network, below z_exp and above."""
     net = make(name, gamma=5.0)
     scramble(net)
     z = torch.logspace(-3, math.log10(18.0), 60)

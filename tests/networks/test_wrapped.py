@@ -13,7 +13,7 @@ from torch import nn
 
 import pfgm
 from pfgm.networks import field_from_mean, from_module
-from pfgm.networks.wrapped import telling
+from pfgm.networks.level_encodings import level_encoding
 from pfgm.training import TrainConfig, Trainer
 
 IMAGES = pfgm.PoissonFlow((1, 8, 8), data_norm=5.0)
@@ -26,7 +26,7 @@ def generator():
 
 
 class Probe(nn.Module):
-    """Notes what it is given and returns what it was made with, or a multiple of x."""
+    """Records its inputs and returns a fixed output, or a multiple of x."""
 
     def __init__(self, output=None):
         super().__init__()
@@ -39,7 +39,7 @@ class Probe(nn.Module):
 
 
 class Sines(nn.Module):
-    """A small convolutional network of the lucidrains kind: times as sines, added to features."""
+    """A small convolutional network with sinusoidal embeddings of time."""
 
     def __init__(self, channels=1, outputs=1, width=16):
         super().__init__()
@@ -55,7 +55,7 @@ class Sines(nn.Module):
 
 
 def points(generator, dtype=torch.float64):
-    """Points at all kinds of levels, among them far ones at small levels."""
+    """Points at many levels, some of them far out at small levels."""
     level = torch.tensor([1e-10, 0.01, 0.5, 3.0, 40.0], dtype=dtype)
     x = torch.randn(5, 1, 8, 8, generator=generator, dtype=dtype)
     return x * torch.tensor([0.6, 30.0, 0.8, 5.0, 60.0]).view(-1, 1, 1, 1), level
@@ -80,7 +80,7 @@ def test_residual_is_edms_preconditioning(generator):
 
 
 def test_residual_of_the_field_is_at_the_apparent_level(generator):
-    """c_skip x + c_out F at ν, the noise that z says or that ‖x‖ shows, in plain numbers."""
+    """c_skip x + c_out F at the apparent level ν, in plain numbers."""
     x, z = points(generator)
     probe = Probe().double()
     net = from_module(probe, IMAGES, level="sigma", data_std=0.6)
@@ -109,7 +109,7 @@ def test_residual_of_the_field_is_at_the_apparent_level(generator):
     ],
 )
 def test_trained_networks_are_read_as_what_they_predict(generator, predicts, output):
-    """One that knows the exact mean, at every level; it sees x and the level as they are."""
+    """A network that returns the exact mean at every level, for inputs that are not scaled."""
     data = torch.rand(30, 1, 8, 8, generator=generator, dtype=torch.float64) * 2 - 1
     flow = pfgm.PoissonFlowPP((1, 8, 8), D=math.inf)
 
@@ -125,7 +125,7 @@ def test_trained_networks_are_read_as_what_they_predict(generator, predicts, out
 
 @pytest.mark.parametrize("predicts", ["mean", "noise", "score"])
 def test_trained_networks_give_the_field(generator, predicts):
-    """Of a single charge the field is known, and the level it is told is the apparent one."""
+    """The field of a single charge is known; the network is given the apparent level."""
     charge = torch.rand(1, 1, 8, 8, generator=generator, dtype=torch.float64)
     told = []
 
@@ -146,7 +146,7 @@ def test_trained_networks_give_the_field(generator, predicts):
 
 
 def test_the_field_itself_as_published(generator):
-    """C + 1 channels: field_x, and field_z as a mean over the pixels; x and z as they are."""
+    """C + 1 channels: field_x, and field_z as a mean over the pixels; the inputs are x and z."""
     x, z = points(generator)
     output = torch.randn(5, 2, 8, 8, generator=generator, dtype=torch.float64)
     probe = Probe(output)
@@ -182,21 +182,21 @@ def test_data_std_is_what_the_flow_was_made_for():
 
 @pytest.mark.parametrize("flow", [IMAGES, PLUSPLUS], ids=["field", "denoiser"])
 @pytest.mark.parametrize("name", ["timestep", "log", "sigma"])
-def test_levels_are_told_and_found_again(flow, name):
-    told = telling(name, flow)
+def test_levels_are_encoded_and_decoded(flow, name):
+    encoding = level_encoding(name, flow)
     levels = torch.logspace(
         math.log10(flow.last_level), math.log10(flow.first_level), 50, dtype=torch.float64
     )
-    values = told(levels)
+    values = encoding(levels)
     assert bool((values.diff() > 0).all())
-    torch.testing.assert_close(told.level(values), levels)
+    torch.testing.assert_close(encoding.decode(values), levels)
     ends = {
         "timestep": [0.0, 1000.0],
         "log": [math.log(flow.last_level) / 4, math.log(flow.first_level) / 4],
         "sigma": [flow.last_level, flow.first_level],
     }[name]
     assert values[[0, -1]].tolist() == pytest.approx(ends, abs=1e-9)
-    assert torch.isfinite(told(torch.tensor([1e-10]))).all()  # the least z of training
+    assert torch.isfinite(encoding(torch.tensor([1e-10]))).all()  # the smallest z in training
 
 
 def test_a_level_may_be_any_function(generator):
@@ -230,7 +230,7 @@ def test_every_form_of_result(generator):
             r"shape \(5, 3, 8, 8\); needed is that of x, \(5, 1",
         ),
         (IMAGES, {}, torch.zeros(5, 1, 4, 4), r"shape \(5, 1, 4, 4\)"),
-        (IMAGES, {"predicts": "field"}, torch.zeros(5, 1, 8, 8), "with a channel more"),
+        (IMAGES, {"predicts": "field"}, torch.zeros(5, 1, 8, 8), "with one channel more"),
     ],
 )
 def test_wrong_results(generator, flow, options, output, message):
@@ -251,7 +251,7 @@ def test_wrong_results(generator, flow, options, output, message):
             PLUSPLUS,
             {"conditions": {"labels": "class_labels"}},
             ValueError,
-            "conditions leads to 'class_labels', which Probe does not take; its conditions are y",
+            "conditions has 'class_labels', which Probe does not take; its conditions are y",
         ),
     ],
 )
@@ -271,7 +271,7 @@ def test_conditions_by_their_own_names_and_others(generator):
     renamed = from_module(probe, IMAGES, conditions={"labels": "y"}, no_label=10)
     renamed(x, sigma, labels=labels)
     assert probe.y.tolist() == [3, 10, 0, 2, 10]
-    with pytest.raises(ValueError, match="leads to 'text', which Probe does not take"):
+    with pytest.raises(ValueError, match="has 'text', which Probe does not take"):
         renamed(x, sigma, text=labels)
 
 
@@ -300,7 +300,7 @@ def test_it_trains_in_three_lines(flow, predicts):
 
 
 class Labelled(nn.Module):
-    """An embedding of ten labels and of none beside the times."""
+    """A network with an embedding of ten labels and of no label, and of times."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +330,7 @@ def test_the_trainer_and_guidance_give_labels(flow):
     none = {"labels": torch.full_like(labels, -1)}
     assert torch.equal(samples, flow.sample(trained, 4, unconditional=none, **options))
     assert samples.isfinite().all()
-    with pytest.raises(ValueError, match="leads to 'text'"):
+    with pytest.raises(ValueError, match="has 'text'"):
         flow.sample(trained, 4, condition={"text": labels})
 
 

@@ -50,7 +50,7 @@ def test_opcheck_with_narrow_references(backend, dtype):
 @native_only
 def test_opcheck_with_a_sketch():
     x, references, radius = problem(shape=(513,), dtype=torch.float32)
-    sketch = pfgm.ops.sketch(references, x, "native")
+    sketch = pfgm.ops.posterior_mean.sketch(references, x, "native")
     torch.library.opcheck(
         OP, (x.requires_grad_(), references, radius, 1.0, "native", "high", sketch)
     )

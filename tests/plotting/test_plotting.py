@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pfgm import PoissonFlow, plotting
-from pfgm.plotting import flows
+from pfgm.plotting import plane
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
@@ -346,7 +346,7 @@ class TestData:
             draw(torch.zeros(shape))
 
     def test_not_floating(self, draw: Callable[..., Any]) -> None:
-        with pytest.raises(TypeError, match=r"data has dtype torch\.uint8; allowed are floating"):
+        with pytest.raises(TypeError, match=r"data has dtype torch\.uint8; allowed is floating"):
             draw(torch.zeros(4, 2, dtype=torch.uint8))
 
     def test_not_finite(self, draw: Callable[..., Any]) -> None:
@@ -365,8 +365,8 @@ class TestData:
 @pytest.mark.parametrize("D", [1.0, 2.5, math.inf])
 def test_the_potential_agrees_with_loops(monkeypatch: pytest.MonkeyPatch, D: float) -> None:
     x, data = uniform(7, 2).double() * 3, uniform(5, 2).double()
-    monkeypatch.setattr(flows, "_CHUNK", 10)
-    found = flows._log_potential(x, data, 0.7, D)
+    monkeypatch.setattr(plane, "_DISTANCES_AT_ONCE", 10)
+    found = plane._log_potential(x, data, 0.7, D)
     for point, value in zip(x.tolist(), found.tolist(), strict=True):
         squares = [math.dist(point, other) ** 2 for other in data.tolist()]
         if math.isinf(D):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pfgm
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(
@@ -132,7 +133,6 @@ def test_readme_commands_are_those_that_are_tested():
 
 
 def test_the_readme_shows_the_stored_benchmarks():
-    import report  # benchmarks/ is on the path (pyproject.toml)
-
-    text = report.README.read_text()
-    assert report.with_report(text) == text, "run python benchmarks/report.py --write"
+    text = report.SECTION.page.read_text()
+    shown = report.SECTION.replaced(text, report.main_report())
+    assert shown == text, "run python -m benchmarks.report --write"

@@ -10,7 +10,7 @@ import torch
 
 import pfgm
 from pfgm.references import ReferenceSet
-from pfgm.references import reference_set as module
+from pfgm.references import part as module
 
 SHAPE = (2, 3, 5)
 native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
@@ -19,7 +19,7 @@ native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="P
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 8 rows of uint8, so that small sets come in many."""
-    monkeypatch.setattr(module, "_CHUNK", 8 * math.prod(SHAPE))
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 8 * math.prod(SHAPE))
 
 
 def images(count=50, seed=0):
@@ -90,7 +90,7 @@ def test_gradients_in_parts(small_chunks, D):
 @pytest.mark.parametrize("N", [1, 64])
 def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):
     """Five copies of a reference and two of its mirror image, in parts of three rows."""
-    monkeypatch.setattr(module, "_CHUNK", 3 * N * 4)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 3 * N * 4)
     generator = torch.Generator().manual_seed(0)
     # On a grid, so that squares and their sums are exact.
     x, arm = (((torch.rand(1, N, generator=generator) + 0.5) * 64).round() / 64 for _ in range(2))
@@ -137,7 +137,7 @@ def wide_images(count=40):
 @pytest.fixture
 def wide_chunks(monkeypatch):
     """Chunks of 16 rows of wide images."""
-    monkeypatch.setattr(module, "_CHUNK", 16 * 24 * 24)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 16 * 24 * 24)
 
 
 @native_only
@@ -150,8 +150,9 @@ def test_sketches_are_made_once_and_change_no_bit(wide_chunks, monkeypatch):
     )
     x.requires_grad_()
     results = []
-    for sketch in (held._sketch, lambda *_: None, held._sketch):
-        monkeypatch.setattr(held, "_sketch", sketch)
+    part = held.part
+    for sketch in (part.sketch, lambda *_: None, part.sketch):
+        monkeypatch.setattr(part, "sketch", sketch)
         mean, lse = pfgm.posterior_mean(x, held, r=2.0, return_logsumexp=True)
         (gradient,) = torch.autograd.grad(mean.sum() + lse.sum(), x)
         results.append((mean, lse, gradient))
@@ -226,7 +227,7 @@ def test_nothing_is_kept_of_files_few_features_and_wide_points(tmp_path, monkeyp
     few = ReferenceSet(images())
     for _ in range(3):
         pfgm.posterior_mean(points(), few, r=1.0)
-    assert all(kept is None for _, kept in few._sketches.values())
+    assert all(kept is None for _, kept in few.part._sketches.values())
 
 
 @pytest.mark.parametrize("where", ["whole", "row", "view", "flips"])
@@ -251,7 +252,7 @@ def test_rows_changed_under_a_sketch_are_refused(wide_chunks):
     references, x = ReferenceSet(rows), (rows[:3] + 0.01).requires_grad_()
     for _ in range(3):
         mean = pfgm.posterior_mean(x, references, sigma=0.05)
-    assert any(kept is not None for _, kept in references._sketches.values())
+    assert any(kept is not None for _, kept in references.part._sketches.values())
     rows.neg_()
     with pytest.raises(RuntimeError, match="changed in place"):
         mean.sum().backward()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pfgm
-from pfgm.training import checkpoint
+from pfgm.training import checkpoint, weights_file
 from pfgm.training.checkpoint import load_run, save_run
 
 
@@ -81,7 +81,7 @@ def test_loading_does_not_follow_later_changes_of_the_file(tmp_path, flow, netwo
     assert same_weights(loaded, network)
 
 
-def test_own_networks_are_saved_and_given_back(tmp_path, flow):
+def test_own_networks_are_saved_and_loaded(tmp_path, flow):
     network, path = Own(), tmp_path / "net.safetensors"
     pfgm.save(path, flow, network)
     with pytest.raises(ValueError, match=r"not one of pfgm\.networks"):
@@ -208,7 +208,8 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
             raise OSError(f"{path} cannot be written: no space.")
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", fails)
+    for module in (checkpoint, weights_file):
+        monkeypatch.setattr(module, "write_atomic", fails)
     with pytest.raises(OSError, match="no space"):
         run_checkpoint(tmp_path, flow, network, 10)
     monkeypatch.undo()
@@ -266,7 +267,7 @@ NEWEST = ("latest.json", "step-00000010.safetensors", "step-00000010.state.pt")
 
 
 def flips(content, header):
-    """Seeded places of single bits: all over the file, and as many again in the header."""
+    """Seeded positions of single bits: anywhere in the file, and as many again in the header."""
     draw = random.Random(0)
     yield from (draw.randrange(8 * len(content)) for _ in range(80))
     yield from (draw.randrange(8 * header) for _ in range(80))
@@ -327,7 +328,7 @@ def damage(path):
     path.write_bytes(content)
 
 
-def test_an_older_checkpoint_is_offered_where_it_is_whole(run, flow, network):
+def test_the_error_names_an_intact_older_checkpoint(run, flow, network):
     damage(run / "step-00000010.safetensors")
     older = run / "step-00000005.safetensors"
     for path in (run, run / "step-00000010.safetensors"):
@@ -346,7 +347,7 @@ def test_an_older_checkpoint_is_offered_where_it_is_whole(run, flow, network):
         pfgm.load(run)
 
 
-def test_a_way_that_was_left_is_not_kept(run, flow, network):
+def test_checkpoints_of_an_abandoned_continuation_are_removed(run, flow, network):
     run_checkpoint(run, flow, network, 15)
     save_run(run, flow, network, {"step": 20}, 20, after=10)  # 15 was damaged, say
     assert sorted(p.name for p in run.glob("*.state.pt")) == [
@@ -380,7 +381,7 @@ def without_checksum(path):
     safetensors.torch.save_file(tensors, path, metadata={"pfgm": json.dumps(description)})
 
 
-def test_files_from_before_load_with_a_notice(run):
+def test_files_without_checksums_load_with_a_warning(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = load_run(run)[0]
@@ -402,7 +403,7 @@ def test_files_from_before_load_with_a_notice(run):
 
 
 def crafted(path, network, **changes):
-    """A file of this format that describes another network than its tensors are of."""
+    """A file of this format whose description does not fit its tensors."""
     description = {"format": 1, "step": 0, "flow": {"shape": [3], "M": 100}, "network": network}
     metadata = {"pfgm": json.dumps({**description, **changes})}
     safetensors.torch.save_file({"weight": torch.ones(2)}, path, metadata=metadata)
@@ -424,7 +425,7 @@ def crafted(path, network, **changes):
         ("denoiser", {"network": "mlp", "config": {"shape": [3], "depth": 100_000}}),
     ],
 )
-def test_a_small_file_does_not_keep_the_machine_busy(tmp_path, name, config):
+def test_a_small_file_takes_little_time(tmp_path, name, config):
     path = tmp_path / "net.safetensors"
     crafted(path, {"name": name, "config": config})
     started = time.process_time()
@@ -445,7 +446,7 @@ def test_as_many_parameters_as_there_are_tensors_can_be_made(tmp_path, flow):
         assert same_weights(pfgm.load(tmp_path / "net.safetensors").network, network)
 
 
-def test_descriptions_without_end(tmp_path, run):
+def test_endless_descriptions(tmp_path, run):
     path = tmp_path / "net.safetensors"
     nested, number = "[" * 100_000 + "]" * 100_000, "1" * 10_000
     for text in (nested, f'{{"format": {nested}}}', f'{{"format": {number}}}'):

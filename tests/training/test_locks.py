@@ -19,7 +19,7 @@ from pfgm.training.locks import FolderInUse, locked
 
 @pytest.fixture
 def processes():
-    """processes(work) → the number of a forked process that does the work; killed in the end."""
+    """processes(work) → the id of a forked process that does the work; killed at the end."""
     started = []
 
     def start(work):
@@ -55,7 +55,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_second_process_is_refused_and_told_who_is_there(tmp_path, processes):
+def test_the_error_for_a_second_process_names_the_holder(tmp_path, processes):
     run, told = tmp_path / "run", tmp_path / "told"
     holder = processes(lambda: hold(run, told))
     wait_for(told)
@@ -68,7 +68,7 @@ def test_a_second_process_is_refused_and_told_who_is_there(tmp_path, processes):
     assert names(run) == [".pfgm.lock"]
 
 
-def test_a_killed_holder_and_a_worker_that_outlives_it_stop_nobody(tmp_path, processes):
+def test_a_killed_holder_and_its_surviving_worker_release_the_lock(tmp_path, processes):
     run, told = tmp_path / "run", tmp_path / "told"
 
     def with_worker():
@@ -115,7 +115,7 @@ def test_a_child_that_leaves_the_lock_does_not_end_it(tmp_path):
     assert names(run) == []
 
 
-def test_the_thread_that_holds_it_takes_it_again_and_no_other(tmp_path):
+def test_only_the_thread_that_holds_the_lock_takes_it_again(tmp_path):
     refused = []
 
     def other():
@@ -136,14 +136,14 @@ def test_the_thread_that_holds_it_takes_it_again_and_no_other(tmp_path):
     assert f"process {os.getpid()}" in refused[0]
 
 
-def test_one_that_has_not_signed_yet_is_not_taken_for_one_that_was_killed(
+def test_an_unsigned_lock_is_not_taken_for_that_of_a_killed_process(
     tmp_path, processes, monkeypatch
 ):
     dead = processes(lambda: None)
     os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
     gone = processes(lambda: None)
     monkeypatch.setattr(locks, "_PAUSE", 0.01)
-    monkeypatch.setattr(locks, "_lives", lambda process: process != gone)
+    monkeypatch.setattr(locks, "_is_alive", lambda process: process != gone)
     path = tmp_path / ".pfgm.lock"
     path.write_text(f'{{"process": {gone}, "host": "{socket.gethostname()}", "since": "then"}}')
     with path.open() as file:
@@ -156,7 +156,7 @@ def test_one_that_has_not_signed_yet_is_not_taken_for_one_that_was_killed(
                 pass
 
 
-def test_many_that_ask_at_once_are_never_in_together(tmp_path, processes, monkeypatch):
+def test_concurrent_requests_never_share_the_lock(tmp_path, processes, monkeypatch):
     run, inside = tmp_path / "run", tmp_path / "inside"
     monkeypatch.setattr(locks, "_PAUSE", 0.001)
 
@@ -212,7 +212,7 @@ def test_work_that_fails_leaves_no_empty_new_folder(tmp_path, work):
         pass
 
 
-def test_a_folder_that_cannot_be_is_one_sentence(tmp_path):
+def test_an_impossible_folder_is_one_error(tmp_path):
     (tmp_path / "file").touch()
     message = "cannot be used as the output folder"
     with pytest.raises(OSError, match=message), locked(tmp_path / "file" / "run"):

@@ -1,4 +1,4 @@
-"""Several processes: shared references, training together, and one of them gone."""
+"""Several processes: sharded references, training together, and the loss of one of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def torchrun(script, *arguments):
 
 
 def start(script, rank, port, *arguments):
-    """One of two processes, as torchrun starts it, but with nobody to look after it."""
+    """One of two processes, started as by torchrun but without its supervision."""
     environment = {
         "OMP_NUM_THREADS": "1",
         "TORCHELASTIC_RUN_ID": "test",

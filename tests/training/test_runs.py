@@ -31,7 +31,7 @@ def changed(**changes):
     return dataclasses.replace(SMALL, **changes)
 
 
-def test_a_configuration_is_what_its_file_says(tmp_path):
+def test_a_configuration_is_stored_in_its_file(tmp_path):
     config = RunConfig(
         data="x.npy", method="pfgm++", D=64.0, multipliers=(1, 2), training=changed(steps=7)
     )

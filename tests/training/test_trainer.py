@@ -42,7 +42,7 @@ def new_network(seed=0):
 
 
 class Dropping(nn.Module):
-    """With dropout, whose random numbers come from torch's global generator."""
+    """A network with dropout, which uses torch's global generator."""
 
     def __init__(self, inner):
         super().__init__()
@@ -195,7 +195,7 @@ def test_training_leaves_the_global_generator_alone(data, flow):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_pixels_are_data_too(flow):
+def test_uint8_data(flow):
     pixels = torch.randint(0, 256, (50, 2), dtype=torch.uint8)
     trainer = Trainer(
         pfgm.PoissonFlow.from_data(pixels), new_network(), pixels, SMALL, progress=False
@@ -222,7 +222,7 @@ def full_device():
 
 
 def use_up(stream):
-    """Lets go of what a stream that takes nothing still holds."""
+    """Drops the buffered text of a stream that cannot be written."""
     if stream is not None:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
@@ -230,9 +230,7 @@ def use_up(stream):
 
 
 @pytest.mark.parametrize("opened", [broken_pipe, full_device, lambda: None])
-def test_progress_that_nobody_can_read_is_no_reason_to_end(
-    tmp_path, data, flow, opened, monkeypatch
-):
+def test_a_run_goes_on_without_its_progress_bar(tmp_path, data, flow, opened, monkeypatch):
     stream = opened()
     monkeypatch.setattr(sys, "stderr", stream)
     Trainer(flow, new_network(), data, SMALL, folder=tmp_path).train()
@@ -348,7 +346,7 @@ def test_signals_that_are_ignored_stay_ignored(tmp_path, data, flow, handled):
         assert signal.getsignal(number) is signal.SIG_IGN
 
 
-def test_hanging_up_is_one_wish_however_many_signals_it_sends(tmp_path, data, flow, handled):
+def test_several_hangup_signals_count_as_one(tmp_path, data, flow, handled):
     second = []
     handled(signal.SIGTERM, lambda number, frame: second.append(number))
     network = new_network()
@@ -418,14 +416,14 @@ def test_a_run_that_another_has_continued_since_is_refused(tmp_path, data, flow)
 
 def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow):
     trainer = Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False)
-    checked = trainer._checked
+    check_loss = trainer._check_loss
 
     def interrupted(loss):
         if trainer.step == 10:
             signal.raise_signal(signal.SIGINT)
-        return checked(loss)
+        return check_loss(loss)
 
-    trainer._checked = interrupted
+    trainer._check_loss = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert load_run(tmp_path)[2]["step"] == trainer.step == 11
@@ -625,7 +623,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(data, flow):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_a_compiled_network_is_what_is_called(data, flow, monkeypatch):
+def test_the_compiled_network_is_called(data, flow, monkeypatch):
     compiled = []
 
     def compile_(module):

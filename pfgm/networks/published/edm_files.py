@@ -1,8 +1,8 @@
-"""The networks in the files that EDM's trainer writes, which PFGM++ was published with.
+"""The files of the trainer of EDM and PFGM++: their weights, and the config that they imply.
 
 ``training-state-*.pt`` and ``network-snapshot-*.pkl`` pickle whole modules together with their
-source text. Here they are :class:`StandIn` objects
-(:mod:`pfgm.networks.published.safe_pickle`), of which the tensors are taken.
+source text. They are read as :class:`StandIn` objects, which hold the tensors
+(:mod:`pfgm.networks.published.safe_pickle`).
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from torch import Tensor
 
 from .safe_pickle import StandIn, StoredTensor
 
-_CONV = re.compile(r"model\.enc\.(\d+)x\1_conv\.weight")
+_FIRST_CONV = re.compile(r"model\.enc\.(\d+)x\1_conv\.weight")
 
 
 def holds_modules(content: Any) -> bool:
-    """Whether the content of a file is that of EDM's trainer."""
+    """Whether the content of a file was written by EDM's trainer."""
     return isinstance(content, dict) and any(
         isinstance(content.get(name), StandIn) for name in ("ema", "net")
     )
 
 
 def module_in(content: Mapping[str, Any], *, ema: bool) -> StandIn:
-    """The averaged network, with which samples are drawn, or the one that is trained.
+    """The averaged network (ema), which is the one to sample with, or the trained one.
 
     Raises:
-        ValueError: it is not there, or of another kind.
+        ValueError: it is missing, or of another class.
     """
     name, other = ("ema", False) if ema else ("net", True)
     module = content.get(name)
     if not isinstance(module, StandIn):
-        raise ValueError(f"it has no {name!r}; take the other weights with ema={other}.")
+        raise ValueError(f"it has no {name!r}; ema={other} takes the other weights.")
     inner = _parts(module)["_modules"].get("model")
     kinds = [part.name if isinstance(part, StandIn) else "none" for part in (module, inner)]
     if kinds != ["EDMPrecond", "SongUNet"]:
         raise ValueError(
-            f"it is a {kinds[0]} around a {kinds[1]}; only EDMPrecond around SongUNet is known."
+            f"it is a {kinds[0]} around a {kinds[1]}; only EDMPrecond around SongUNet is allowed."
         )
     return module
 
 
 def weights_of(module: StandIn) -> dict[str, Tensor]:
-    """The parameters and buffers of a module and of all within it, by name.
+    """The parameters and buffers of a module and of its submodules, by name.
 
     Raises:
-        ValueError: something is not a module, or the file is truncated.
+        ValueError: a submodule is not a module, or the file is truncated.
     """
     weights: dict[str, Tensor] = {}
-    seen, rest = set(), [("", module)]
-    while rest:
-        prefix, module = rest.pop()
-        if id(module) in seen:  # or a module within itself would have no end
+    seen, pending = set(), [("", module)]
+    while pending:
+        prefix, module = pending.pop()
+        if id(module) in seen:  # a module that contains itself would never end
             raise ValueError(f"it has {prefix.rstrip('.')} twice.")
         seen.add(id(module))
         parts = _parts(module)
@@ -63,7 +63,7 @@ def weights_of(module: StandIn) -> dict[str, Tensor]:
             if isinstance(tensor, StoredTensor):
                 weights[f"{prefix}{name}"] = tensor.tensor()
         children = [(f"{prefix}{name}.", child) for name, child in parts["_modules"].items()]
-        rest += [(name, child) for name, child in reversed(children) if child is not None]
+        pending += [(name, child) for name, child in reversed(children) if child is not None]
     return weights
 
 
@@ -71,32 +71,32 @@ def _parts(module: Any) -> dict[str, dict[str, Any]]:
     state = module.state if isinstance(module, StandIn) else None
     names = ("_parameters", "_buffers", "_modules")
     if not isinstance(state, dict) or not all(isinstance(state.get(n), dict) for n in names):
-        raise ValueError("it holds another thing in the place of a module.")
+        raise ValueError("it holds something else where a module is needed.")
     return state
 
 
-def trained_with(module: StandIn) -> float | None:
-    """D, as the module says it; None where it does not, as in files from before it was kept."""
+def dimensions_of(module: StandIn) -> float | None:
+    """D of the module, infinity for EDM; None where the file is too old to contain it."""
     if module.state.get("pfgmpp") is False:
         return math.inf
     D = module.state.get("D") if module.state.get("pfgmpp") else None
     return float(D) if isinstance(D, (int, float)) else None
 
 
-def architecture(
+def infer_config(
     module: StandIn, weights: Mapping[str, Tensor], resolution: int | None
 ) -> dict[str, Any]:
-    """The config of the :class:`pfgm.networks.EDMDenoiser` whose parameters have these names.
+    """The config of the :class:`pfgm.networks.EDMDenoiser` that has these weights.
 
     Raises:
-        ValueError: there is none, or it is of another resolution.
+        ValueError: there is no such network, or it has another resolution.
     """
-    first = next(filter(None, map(_CONV.fullmatch, weights)), None)
+    first = next(filter(None, map(_FIRST_CONV.fullmatch, weights)), None)
     if first is None:
         raise ValueError("it has no model.enc.…_conv.weight, the first convolution.")
     finest = int(first[1])
     if resolution not in (None, finest):
-        raise ValueError(f"it is of resolution {finest}; resolution is {resolution}.")
+        raise ValueError(f"its resolution is {finest}; resolution is {resolution}.")
     width, channels = _shape(weights, first[0], 4)[:2]
     sides = _sides(weights, finest)
     embedding, noise = _shape(weights, "model.map_layer0.weight", 2)
@@ -121,7 +121,7 @@ def architecture(
         ),
         "embedding_type": "fourier" if "model.map_noise.freqs" in weights else "positional",
         "encoder_type": "residual" if any("_aux_residual." in n for n in weights) else "standard",
-        "resample_filter": _filter(weights),
+        "resample_filter": _resample_filter(weights),
         "sigma_data": _number(module.state, "sigma_data"),
     }
     arguments = module.state.get("_init_kwargs")
@@ -137,7 +137,7 @@ def _number(state: Mapping[str, Any], name: str) -> float:
 
 
 def _sides(weights: Mapping[str, Tensor], finest: int) -> list[int]:
-    """The resolutions of the levels: the finest and its halves, as far as there are blocks."""
+    """The resolutions of the levels, finest first."""
     sides = [finest]
     while (half := sides[-1] // 2) and f"model.enc.{half}x{half}_block0.conv0.weight" in weights:
         sides.append(half)
@@ -157,11 +157,11 @@ def _columns(weights: Mapping[str, Tensor], name: str) -> int:
     return _shape(weights, name, 2)[1] if name in weights else 0
 
 
-def _filter(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """One line of the resampling kernel as whole numbers, the least of them 1."""
+def _resample_filter(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """One row of the resampling kernel, in integers of which the smallest is 1."""
     name = next((name for name in weights if name.endswith(".resample_filter")), None)
     if name is None:
         return (1, 1)
     _shape(weights, name, 4)
-    line = weights[name].flatten(0, 2).sum(0)
-    return tuple((line / line.min()).round().int().tolist())
+    row = weights[name].flatten(0, 2).sum(0)
+    return tuple((row / row.min()).round().int().tolist())

@@ -1,8 +1,8 @@
-"""The published networks, DDPM++ and NCSN++, with the names that their checkpoints have.
+"""The networks published with PFGM, DDPM++ and NCSN++, with the parameter names of its checkpoints.
 
-The U-Nets of score-based models (arXiv 2011.13456, appendix H) with one more output channel, whose
-spatial mean is the field's z component (PFGM, arXiv 2209.11178, appendix B.1). All modules stand in
-one list, in the order in which the forward pass uses them.
+They are the U-Nets of score-based models (arXiv 2011.13456, appendix H) with one more output
+channel, whose mean over the pixels is field_z (PFGM, arXiv 2209.11178, appendix B.1). One list
+holds all modules in the order in which the forward pass uses them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import int_tuple, positive_int
-from ..embedding import MOST_DEEP, MOST_WIDE, plain
+from ...common.checks import check_choice, int_tuple, positive_int
+from ..config import MAX_DEPTH, MAX_WIDTH, as_json
+from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
 
-_ROOT = math.sqrt(0.5)  # sums of two branches keep their variance
-_NOTHING = 1e-10  # the scale at which a layer starts that is to start as zero
-_FOURIER = 16.0  # standard deviation of the frequencies in log z
-_LONGEST = 10_000.0  # period of the slowest sine, in units of 2π
+_ZERO_SCALE = 1e-10  # initial scale of layers whose output starts at almost zero
 
 
-def _scaled(layer: Any, scale: float = 1.0) -> Any:
-    """Variance scaling by the average of the fans, uniform; biases zero."""
+def _initialised(layer: Any, scale: float = 1.0) -> Any:
+    """The layer with uniform weights of variance scale/fan_avg, and zero biases."""
     weight, bias = (layer.W, layer.b) if isinstance(layer, NIN) else (layer.weight, layer.bias)
     fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
     bound = math.sqrt(6 * scale / (fan_in + fan_out))
@@ -39,46 +37,44 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, scale: float = 1.0) -> Any:
-    return _scaled(nn.Conv2d(inputs, outputs, size, padding=size // 2), scale)
+    return _initialised(nn.Conv2d(inputs, outputs, size, padding=size // 2), scale)
 
 
 class NIN(nn.Module):
-    """A linear map of the channels, the same at each pixel."""
+    """Network in network: the same linear map of the channels at each pixel."""
 
     def __init__(self, channels: int, scale: float) -> None:
         super().__init__()
         self.W = nn.Parameter(torch.empty(channels, channels))
         self.b = nn.Parameter(torch.empty(channels))
-        _scaled(self, scale)
+        _initialised(self, scale)
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """(B, C, H, W) to (B, C, H, W)."""
         return F.conv2d(h, self.W.T[:, :, None, None], self.b)
 
 
 class PublishedAttention(nn.Module):
-    """Self-attention of one head over all pixels."""
+    """Residual self-attention over the pixels, with one head."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.GroupNorm_0 = _norm(channels)
         self.NIN_0, self.NIN_1, self.NIN_2 = (NIN(channels, 0.1) for _ in range(3))
-        self.NIN_3 = NIN(channels, _NOTHING)
+        self.NIN_3 = NIN(channels, _ZERO_SCALE)
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
+        """(B, C, H, W) to (B, C, H, W)."""
         normed = self.GroupNorm_0(h)
         q, k, v = (
             layer(normed).flatten(2).transpose(1, 2)
             for layer in (self.NIN_0, self.NIN_1, self.NIN_2)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
-        result: Tensor = (h + self.NIN_3(mixed)) * _ROOT
-        return result
+        return add_attention(h, q, k, v, self.NIN_3)
 
 
 class Resampling(nn.Module):
-    """Factors of two: by repeating and averaging pixels, or with the kernel (1, 3, 3, 1)."""
+    """Resampling by two: repeats and averages pixels, or filters them with (1, 3, 3, 1)."""
 
     kernel: Tensor
 
@@ -110,12 +106,12 @@ class Resampling(nn.Module):
         return self._filtered(F.pad(spread, (2, 1, 2, 1)), 4.0, 1)
 
     def before_stride(self, h: Tensor) -> Tensor:
-        """(B, C, H, W) filtered to (B, C, H + 1, W + 1), for a 3×3 convolution of stride 2."""
+        """Filters (B, C, H, W) to (B, C, H + 1, W + 1), for a 3×3 convolution of stride 2."""
         return self._filtered(F.pad(h, (2, 2, 2, 2)), 1.0, 1)
 
 
 class PublishedBlock(nn.Module):
-    """Residual block in the manner of BigGAN, which may resample by two on its way."""
+    """Residual block as in BigGAN; it may resample by two."""
 
     def __init__(
         self,
@@ -127,13 +123,14 @@ class PublishedBlock(nn.Module):
         way: str | None = None,
     ) -> None:
         super().__init__()
-        self.way, self._resampling = way, [resampling]  # in a list: it is no child, and has no name
+        # In a list, resampling is not registered as a child and adds no names to checkpoints.
+        self.way, self._resampling = way, [resampling]
         self.GroupNorm_0 = _norm(inputs)
         self.Conv_0 = _conv(inputs, outputs)
-        self.Dense_0 = _scaled(nn.Linear(embedding, outputs))
+        self.Dense_0 = _initialised(nn.Linear(embedding, outputs))
         self.GroupNorm_1 = _norm(outputs)
         self.Dropout_0 = nn.Dropout(dropout)
-        self.Conv_1 = _conv(outputs, outputs, scale=_NOTHING)
+        self.Conv_1 = _conv(outputs, outputs, scale=_ZERO_SCALE)
         if inputs != outputs or way is not None:
             self.Conv_2 = _conv(inputs, outputs, size=1)
         else:
@@ -149,17 +146,17 @@ class PublishedBlock(nn.Module):
         h = self.Conv_1(self.Dropout_0(F.silu(self.GroupNorm_1(h))))
         if self.Conv_2 is not None:
             x = self.Conv_2(x)
-        result: Tensor = (x + h) * _ROOT
+        result: Tensor = (x + h) * HALF_SUM
         return result
 
 
 class PyramidStep(nn.Module):
-    """Brings the input image, or what has become of it, to the next level."""
+    """Downsamples the input image, or the result of the step before, to the next level."""
 
     def __init__(self, inputs: int, outputs: int, resampling: Resampling) -> None:
         super().__init__()
         self._resampling = [resampling]
-        self.Conv2d_0 = _scaled(nn.Conv2d(inputs, outputs, 3, stride=2))
+        self.Conv2d_0 = _initialised(nn.Conv2d(inputs, outputs, 3, stride=2))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H/2, W/2)."""
@@ -169,11 +166,11 @@ class PyramidStep(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    """sin and cos of 2π W log z with fixed frequencies W."""
+    """sin and cos of 2π W log z, with fixed random frequencies W."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.W = nn.Parameter(_FOURIER * torch.randn(count), requires_grad=False)
+        self.W = nn.Parameter(FOURIER_STD * torch.randn(count), requires_grad=False)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B,) to (B, 2 count)."""
@@ -181,28 +178,21 @@ class FourierFeatures(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def positional_features(z: Tensor, count: int) -> Tensor:
-    """(B,) z to (B, count) sines and cosines of z, with periods from 2π to 20000π."""
-    half = count // 2
-    places = torch.arange(half, dtype=z.dtype, device=z.device)
-    angles = z[:, None] * (-places * math.log(_LONGEST) / (half - 1)).exp()
-    return torch.cat([angles.sin(), angles.cos()], 1)
-
-
 class Published(nn.Module):
-    """What DDPM++ and NCSN++ have in common; they are this with their own settings.
+    """Base of DDPM++ and NCSN++, which differ in their settings.
 
     Args:
-        channels: of the images.
-        resolution: their height and width.
+        channels: channels of the images.
+        resolution: height and width of the images.
         nf: channels of the finest level.
         ch_mult: channels of each level, finest first, in units of nf.
-        num_res_blocks: residual blocks a level on the way down; one more on the way up.
-        attn_resolutions: widths of the feature maps that get attention.
-        dropout: share of the values that is dropped in each block in training.
+        num_res_blocks: residual blocks of each level of the encoder; the decoder has one more.
+        attn_resolutions: widths of the feature maps with attention.
+        dropout: dropout probability in each residual block.
         embedding: of z, "positional" or "fourier".
-        fir: resample with the kernel (1, 3, 3, 1).
-        progressive_input: "none", or "residual": the image is carried along on the way down.
+        fir: whether to resample with the kernel (1, 3, 3, 1).
+        progressive_input: "residual" adds the downsampled image at each level of the encoder;
+            "none" does not.
 
     Raises:
         ValueError: an argument is out of range.
@@ -223,21 +213,13 @@ class Published(nn.Module):
         progressive_input: str = "none",
     ) -> None:
         super().__init__()
-        channels, resolution = (
-            positive_int("channels", channels),
-            positive_int("resolution", resolution),
-        )
-        levels = int_tuple("ch_mult", ch_mult, MOST_WIDE)
+        channels = positive_int("channels", channels)
+        resolution = positive_int("resolution", resolution)
+        levels = int_tuple("ch_mult", ch_mult, MAX_WIDTH)
         attention = tuple(positive_int("attn_resolutions", width) for width in attn_resolutions)
-        for name, value, allowed in (
-            ("embedding", embedding, ("positional", "fourier")),
-            ("progressive_input", progressive_input, ("none", "residual")),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r}; allowed are {' and '.join(map(repr, allowed))}."
-                )
-        if positive_int("nf", nf, MOST_WIDE) % 4:
+        check_choice("embedding", embedding, ("positional", "fourier"))
+        check_choice("progressive_input", progressive_input, ("none", "residual"))
+        if positive_int("nf", nf, MAX_WIDTH) % 4:
             raise ValueError(f"nf is {nf}; allowed are multiples of 4.")
         if resolution % 2 ** (len(levels) - 1):
             raise ValueError(
@@ -245,13 +227,13 @@ class Published(nn.Module):
                 f"{2 ** (len(levels) - 1)}, as {len(levels)} levels halve it."
             )
         self.shape = (channels, resolution, resolution)
-        self.config = plain(
+        self.config = as_json(
             {
                 "channels": channels,
                 "resolution": resolution,
                 "nf": nf,
                 "ch_mult": levels,
-                "num_res_blocks": positive_int("num_res_blocks", num_res_blocks, MOST_DEEP),
+                "num_res_blocks": positive_int("num_res_blocks", num_res_blocks, MAX_DEPTH),
                 "attn_resolutions": attention,
                 "dropout": float(dropout),
                 "embedding": embedding,
@@ -273,37 +255,37 @@ class Published(nn.Module):
 
         if self._fourier:
             yield FourierFeatures(nf)
-        yield _scaled(nn.Linear(2 * nf if self._fourier else nf, embedding))
-        yield _scaled(nn.Linear(embedding, embedding))
+        yield _initialised(nn.Linear(2 * nf if self._fourier else nf, embedding))
+        yield _initialised(nn.Linear(embedding, embedding))
         yield _conv(channels, nf)
-        skips, above, carried = [nf], nf, channels
+        skips, inputs, image = [nf], nf, channels
         for level, multiple in enumerate(self._levels):
             for _ in range(self._blocks):
-                yield block(above, nf * multiple)
-                above = nf * multiple
+                yield block(inputs, nf * multiple)
+                inputs = nf * multiple
                 if self._attends[level]:
-                    yield PublishedAttention(above)
-                skips.append(above)
+                    yield PublishedAttention(inputs)
+                skips.append(inputs)
             if level + 1 < len(self._levels):
-                yield block(above, above, "down")
+                yield block(inputs, inputs, "down")
                 if self._residual:
-                    yield PyramidStep(carried, above, self.resampling)
-                    carried = above
-                skips.append(above)
-        yield block(above, above)
-        yield PublishedAttention(above)
-        yield block(above, above)
+                    yield PyramidStep(image, inputs, self.resampling)
+                    image = inputs
+                skips.append(inputs)
+        yield block(inputs, inputs)
+        yield PublishedAttention(inputs)
+        yield block(inputs, inputs)
         for level in reversed(range(len(self._levels))):
             outputs = nf * self._levels[level]
             for _ in range(self._blocks + 1):
-                yield block(above + skips.pop(), outputs)
-                above = outputs
+                yield block(inputs + skips.pop(), outputs)
+                inputs = outputs
             if self._attends[level]:
-                yield PublishedAttention(above)
+                yield PublishedAttention(inputs)
             if level > 0:
-                yield block(above, above, "up")
-        yield _norm(above)
-        yield _conv(above, channels + 1, scale=_NOTHING)
+                yield block(inputs, inputs, "up")
+        yield _norm(inputs)
+        yield _conv(inputs, channels + 1, scale=_ZERO_SCALE)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), of shapes (B, C, H, W) and (B,), at x and z (B,)."""
@@ -332,7 +314,7 @@ class Published(nn.Module):
         return field[:, :-1], field[:, -1].flatten(1).mean(1)
 
     def _down(self, x: Tensor, embedding: Tensor, modules: Iterator[nn.Module]) -> list[Tensor]:
-        """The skips of the way down; the last is where it ends."""
+        """The skip connections of the encoder; the last one is its output."""
         h, image = next(modules)(x), x
         skips = [h]
         for level in range(len(self._levels)):
@@ -344,15 +326,15 @@ class Published(nn.Module):
             if level + 1 < len(self._levels):
                 h = next(modules)(h, embedding)
                 if self._residual:
-                    h = image = (next(modules)(image) + h) * _ROOT
+                    h = image = (next(modules)(image) + h) * HALF_SUM
                 skips.append(h)
         return skips
 
 
 class DDPMpp(Published):
-    """DDPM++ as published with PFGM for CIFAR-10; "deep" is num_res_blocks=8.
+    """DDPM++ as published with PFGM for CIFAR-10; the deep variant has num_res_blocks=8.
 
-    Arguments as :class:`pfgm.networks.Published`. It predicts the field itself.
+    The arguments are those of :class:`pfgm.networks.Published`. It predicts the field itself.
 
     >>> net = DDPMpp(3, 16, nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,))
     >>> field_x, field_z = net(torch.randn(2, 3, 16, 16), torch.rand(2))
@@ -362,9 +344,9 @@ class DDPMpp(Published):
 
 
 class NCSNpp(Published):
-    """NCSN++ as published with PFGM: Fourier features, smooth resampling, the image carried along.
+    """NCSN++ as published with PFGM: Fourier features, smooth resampling, progressive input.
 
-    Arguments as :class:`pfgm.networks.Published`. It predicts the field itself.
+    The arguments are those of :class:`pfgm.networks.Published`. It predicts the field itself.
 
     >>> net = NCSNpp(3, 16, nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,))
     >>> field_x, field_z = net(torch.randn(2, 3, 16, 16), torch.rand(2))

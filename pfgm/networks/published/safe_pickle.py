@@ -1,9 +1,9 @@
-"""Pickles read as data: nothing that they name is imported, and nothing in them can be called.
+"""Reads pickles as data: nothing that they name is imported or called.
 
-``pickle`` runs what a file asks for. Here the instructions that hold values are interpreted, and no
-others: what comes out are plain containers, :class:`StoredTensor` for tensors, whose values are
-read when they are wanted, and :class:`StandIn` for objects of the classes listed below. Any other
-class or function is refused by name.
+The module ``pickle`` executes what a file asks for. This one interprets only the instructions that
+hold values. The result consists of plain containers, of :class:`StoredTensor` for tensors, whose
+values are read on request, and of :class:`StandIn` for objects of the classes listed below. Any
+other class or function is refused by name.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
-__all__ = ["BROKEN", "StandIn", "StoredTensor", "opened"]
+__all__ = ["MALFORMED", "StandIn", "StoredTensor", "open_pickle"]
 
 _ZIP = b"PK\x03\x04"
-_MAGIC = 0x1950A86A20F9469CFC6C  # with which torch.save begins where it writes no zip archive
+_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file of torch.save that is no zip archive
 
 _DTYPES = {
     "torch.BFloat16Storage": torch.bfloat16,
@@ -41,8 +41,8 @@ _DTYPES = {
     "torch.ShortStorage": torch.int16,
 }
 
-# Of these nothing is kept but the name and the state.
-_INERT = {
+# Objects of these classes become stand-ins.
+_STAND_INS = {
     "numpy._core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
@@ -56,12 +56,12 @@ _INERT = {
     "torch.nn.modules.container.Sequential",
 }
 
-_PUSHED = {  # the argument is the value
+_LITERALS = {  # instructions whose argument is the value
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
     *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
     *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 }
-_MADE: dict[str, Callable[[], Any]] = {
+_EMPTY_VALUES: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -70,25 +70,26 @@ _MADE: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": set,
 }
-_FRAMING = {"PROTO", "FRAME", "STOP"}
-# What taking a broken file for a whole one ends in.
-BROKEN = (
+_IGNORED = {"PROTO", "FRAME", "STOP"}
+MALFORMED = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError),
     *(ValueError, struct.error, zipfile.BadZipFile),
 )
-_DIMENSIONS = 64  # of a tensor, at most
-_EMBEDDED = "torch.storage._load_from_bytes"
-# What makes as much as it is given; a small file could ask for it again and again.
-_COPIED = 4  # times what a file holds is what it may copy
-_COPIES = {"__builtin__.set", "_codecs.encode", "builtins.set", _EMBEDDED}
+"""The errors that truncated, damaged or crafted content can raise while it is read."""
+_MAX_DIMENSIONS = 64  # of a tensor
+_EMBEDDED_STORAGE = "torch.storage._load_from_bytes"
+# These copy their arguments, and a small file could repeat them without end. So all copies together
+# may be at most _MAX_COPIES times as large as the file.
+_COPYING = {"__builtin__.set", "_codecs.encode", "builtins.set", _EMBEDDED_STORAGE}
+_MAX_COPIES = 4
 
 
 class _Refused(ValueError):
-    """A file asks for more than data."""
+    """The file contains more than data."""
 
 
 class _Global(NamedTuple):
-    """The name of a class or a function, which is all that becomes of it."""
+    """A class or a function, of which only the name is kept."""
 
     name: str
 
@@ -101,14 +102,14 @@ class _Storage(NamedTuple):
 
 
 class StandIn:
-    """What an object of another library has become: the name of its class, and its state."""
+    """Stands for an object of another library: the name of its class, and its state."""
 
     def __init__(self, name: str, state: Any = None) -> None:
         self.name, self.state = name, state
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in a file."""
+    """A tensor in a file: its storage and its place in the storage."""
 
     storage: _Storage
     offset: int
@@ -116,10 +117,10 @@ class StoredTensor(NamedTuple):
     strides: tuple[int, ...]
 
     def tensor(self) -> Tensor:
-        """Its values, on the CPU.
+        """Reads the values, to the CPU.
 
         Raises:
-            ValueError: the file does not hold them.
+            ValueError: the file does not contain them.
         """
         key, dtype, elements, read = self.storage
         try:
@@ -127,46 +128,46 @@ class StoredTensor(NamedTuple):
             if len(flat) != elements:
                 raise ValueError(f"{len(flat)} elements, where {elements} are needed")
             return flat.as_strided(self.shape, self.strides, self.offset)
-        except BROKEN as error:
+        except MALFORMED as error:
             raise ValueError(f"its storage {key} is truncated ({error}).") from error
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """What a file of ``torch.save``, in either format, or of ``pickle.dump`` holds, as data.
+def open_pickle(path: Path) -> Iterator[Any]:
+    """The content of a file of ``torch.save``, in either format, or of ``pickle.dump``, as data.
 
-    Its tensors can be read while the context is open.
+    The values of its tensors can be read while the context is open.
 
     Raises:
-        ValueError: the file is truncated or not such a file, or asks for more than data.
+        ValueError: the file is truncated, is not such a file, or contains more than data.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "values.pt"
     ...     torch.save({"step": 7, "weight": torch.ones(2)}, path)
-    ...     with opened(path) as content:
+    ...     with open_pickle(path) as content:
     ...         content["step"], content["weight"].tensor()
     (7, tensor([1., 1.]))
     """
     with path.open("rb") as file:
         try:
-            content = _content(file)
+            content = _read_content(file)
         except _Refused as error:
             raise ValueError(
-                f"{path} holds {error}, which is refused: reading that could execute code."
+                f"{path} holds {error}, which is refused: reading it could execute code."
             ) from error
-        except BROKEN as error:
+        except MALFORMED as error:
             raise ValueError(f"{path} is truncated or not a checkpoint ({error}).") from error
         yield content
 
 
-def _content(file: BinaryIO) -> Any:
+def _read_content(file: BinaryIO) -> Any:
     zipped = file.read(len(_ZIP)) == _ZIP
     file.seek(0)
     if not zipped:
-        # Mapped, as reading from a file would first allocate whatever length a broken one gives.
+        # Memory-mapped, because file.read() allocates any length that a broken file states.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _Machine(len(mapped)).content(cast(BinaryIO, mapped))
+            return _Interpreter(len(mapped)).load_file(cast(BinaryIO, mapped))
     archive = zipfile.ZipFile(file)
     names = {name.rpartition("/")[2]: name for name in archive.namelist()}
     if "data.pkl" not in names or any(entry.compress_type for entry in archive.infolist()):
@@ -175,36 +176,40 @@ def _content(file: BinaryIO) -> Any:
         raise ValueError("its numbers are big-endian")
     folder = names["data.pkl"].removesuffix("data.pkl") + "data/"
     pickled = archive.read(names["data.pkl"])
-    machine = _Machine(len(pickled), lambda key: archive.read(folder + key))
-    return machine.load(io.BytesIO(pickled))
+    interpreter = _Interpreter(len(pickled), lambda key: archive.read(folder + key))
+    return interpreter.load(io.BytesIO(pickled))
 
 
-class _Machine:
-    """Interprets pickles of so many bytes; read gives the bytes of the storage of a key.
+class _Interpreter:
+    """Interprets pickles.
 
-    One that is embedded in another embeds none itself.
+    Args:
+        size: number of bytes of the pickles.
+        read: returns the bytes of the storage of a key.
+        embedded: whether the pickle is embedded in another one; it may then embed none itself.
     """
 
     def __init__(
         self, size: int, read: Callable[[str], bytes] | None = None, *, embedded: bool = False
     ) -> None:
         self._records: dict[str, bytes] = {}
-        self._record = read or self._records.__getitem__
-        self._read = functools.cache(self._bytes_of)
+        self._read_record = read or self._records.__getitem__
+        self._read = functools.cache(self._storage_bytes)
         self._storages: dict[str, _Storage] = {}
-        self._left, self._embedded = _COPIED * size, embedded
+        self._copy_budget, self._embedded = _MAX_COPIES * size, embedded
 
-    def _bytes_of(self, key: str) -> Tensor:
-        content = bytearray(self._record(key))
-        # torch.frombuffer refuses an empty one.
+    def _storage_bytes(self, key: str) -> Tensor:
+        content = bytearray(self._read_record(key))
+        # torch.frombuffer refuses an empty buffer.
         empty = torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(content, dtype=torch.uint8) if content else empty
 
-    def content(self, file: BinaryIO) -> Any:
-        """Of a pickle, or of what torch.save writes without a zip archive.
+    def load_file(self, file: BinaryIO) -> Any:
+        """The content of a pickle, or of a file of torch.save that is no zip archive.
 
-        That is five pickles (a number, a version, facts of the system, the content, the keys of its
-        storages), then for each key the number of elements in eight bytes, and the elements.
+        The latter consists of five pickles (a magic number, a version, facts about the system, the
+        content, the keys of the storages), then for each key the number of elements in eight bytes,
+        and the elements.
         """
         first = self.load(file)
         if first != _MAGIC:
@@ -218,35 +223,35 @@ class _Machine:
         return content
 
     def load(self, file: BinaryIO) -> Any:
-        """The object of one pickle, at whose end the file then stands."""
+        """Reads the object of one pickle, up to its end in the file."""
         self._stack: list[Any] = []
-        self._below: list[list[Any]] = []  # what lies below each mark
+        self._below_marks: list[list[Any]] = []  # for each mark, the part of the stack below it
         self._memo: dict[int, Any] = {}
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name in _PUSHED:
+            if opcode.name in _LITERALS:
                 self._stack.append(argument)
-            elif opcode.name in _MADE:
-                self._stack.append(_MADE[opcode.name]())
+            elif opcode.name in _EMPTY_VALUES:
+                self._stack.append(_EMPTY_VALUES[opcode.name]())
             elif opcode.name in _ACTIONS:
                 _ACTIONS[opcode.name](self, argument)
-            elif opcode.name not in _FRAMING:
+            elif opcode.name not in _IGNORED:
                 shown = opcode.name if argument is None else f"{opcode.name} {argument}"
                 raise _Refused(f"the pickle instruction {shown}")
         return self._stack.pop()
 
     def mark(self, _: None) -> None:
-        self._below.append(self._stack)
+        self._below_marks.append(self._stack)
         self._stack = []
 
-    def since_mark(self) -> list[Any]:
-        values, self._stack = self._stack, self._below.pop()
+    def pop_to_mark(self) -> list[Any]:
+        values, self._stack = self._stack, self._below_marks.pop()
         return values
 
-    def put(self, place: int | None) -> None:
-        self._memo[len(self._memo) if place is None else place] = self._stack[-1]
+    def put(self, index: int | None) -> None:
+        self._memo[len(self._memo) if index is None else index] = self._stack[-1]
 
-    def get(self, place: int) -> None:
-        self._stack.append(self._memo[place])
+    def get(self, index: int) -> None:
+        self._stack.append(self._memo[index])
 
     # ---- containers ----
 
@@ -255,52 +260,52 @@ class _Machine:
         self._stack.append(tuple(reversed(values)))
 
     def tuple_since_mark(self, _: None) -> None:
-        values = tuple(self.since_mark())
+        values = tuple(self.pop_to_mark())
         self._stack.append(values)
 
     def append(self, _: None) -> None:
         self._extend([self._stack.pop()])
 
     def appends(self, _: None) -> None:
-        self._extend(self.since_mark())
+        self._extend(self.pop_to_mark())
 
     def _extend(self, values: list[Any]) -> None:
-        _as(list, self._stack[-1]).extend(values)
+        _expect(list, self._stack[-1]).extend(values)
 
     def set_item(self, _: None) -> None:
         value, key = self._stack.pop(), self._stack.pop()
         self._update([key], [value])
 
     def set_items(self, _: None) -> None:
-        values = self.since_mark()
+        values = self.pop_to_mark()
         self._update(values[::2], values[1::2])
 
     def _update(self, keys: list[Any], values: list[Any]) -> None:
-        _as(dict, self._stack[-1]).update(zip(_keys(keys), values, strict=True))
+        _expect(dict, self._stack[-1]).update(zip(_check_keys(keys), values, strict=True))
 
     def add_items(self, _: None) -> None:
-        values = self.since_mark()
-        _as(set, self._stack[-1]).update(_keys(values))
+        values = self.pop_to_mark()
+        _expect(set, self._stack[-1]).update(_check_keys(values))
 
-    # ---- names, and what is made with them ----
+    # ---- names and calls ----
 
     def name(self, shown: str) -> None:
         name = shown.replace(" ", ".")
-        known = name in _CALLS or name in _INERT or name in _DTYPES
-        if not known or (self._embedded and name == _EMBEDDED):
+        known = name in _CALLS or name in _STAND_INS or name in _DTYPES
+        if not known or (self._embedded and name == _EMBEDDED_STORAGE):
             raise _Refused(name)
         self._stack.append(_Global(name))
 
     def name_on_stack(self, _: None) -> None:
-        name, module = _as(str, self._stack.pop()), _as(str, self._stack.pop())
+        name, module = _expect(str, self._stack.pop()), _expect(str, self._stack.pop())
         self.name(f"{module} {name}")
 
     def call(self, _: None) -> None:
-        arguments, (name,) = _as(tuple, self._stack.pop()), _as(_Global, self._stack.pop())
-        if name in _COPIES:
-            self._left -= sum(len(argument) for argument in arguments)
-            if self._left < 0:
-                raise ValueError("it makes more of its values than it holds")
+        arguments, (name,) = _expect(tuple, self._stack.pop()), _expect(_Global, self._stack.pop())
+        if name in _COPYING:
+            self._copy_budget -= sum(len(argument) for argument in arguments)
+            if self._copy_budget < 0:
+                raise ValueError("it copies its values too often")
         made = _CALLS[name](*arguments) if name in _CALLS else StandIn(name)
         self._stack.append(made)
 
@@ -309,10 +314,10 @@ class _Machine:
         if isinstance(self._stack[-1], StandIn):
             self._stack[-1].state = state
         else:
-            _as(dict, self._stack[-1])  # attributes of an OrderedDict, which are not needed
+            _expect(dict, self._stack[-1])  # an OrderedDict, whose attributes are dropped
 
-    def beside(self, _: None) -> None:
-        """What torch.save keeps out of the pickle: storages, and classes with their source."""
+    def persistent(self, _: None) -> None:
+        """What torch.save stores outside the pickle: storages, and the source of classes."""
         match self._stack.pop():
             case ("module", _Global() as name, *_):
                 self._stack.append(name)
@@ -321,66 +326,66 @@ class _Machine:
                 self._storages[key] = storage
                 self._stack.append(storage)
             case _:
-                raise ValueError("it holds another thing than tensors beside the pickle")
+                raise ValueError("it stores other things than tensors outside the pickle")
 
 
-def _as(kind: Any, value: Any) -> Any:
+def _expect(kind: Any, value: Any) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} is not what should stand there")
+        raise TypeError(f"it holds a {type(value).__name__} where something else is needed")
     return value
 
 
-def _keys(values: Sequence[Any]) -> Sequence[Any]:
-    # Of tuples within tuples without end the hash would overflow the stack of the interpreter, and
-    # large numbers can be chosen to have the same.
+def _check_keys(values: Sequence[Any]) -> Sequence[Any]:
+    # The hash of deeply nested tuples overflows the stack, and large integers can be chosen to have
+    # equal hashes.
     for value in values:
-        if not isinstance(_as((str, int), value), str) and not abs(value) < 2**60:
+        if not isinstance(_expect((str, int), value), str) and not abs(value) < 2**60:
             raise ValueError("a key is a number beyond 2^60")
     return values
 
 
-# ---- what calls become ----
+# ---- the functions that stand for the allowed calls ----
 
 
 def _set(values: Any = ()) -> set[Any]:
-    return set(_keys(values))
+    return set(_check_keys(values))
 
 
 def _bytes(text: Any, *_: Any) -> bytes:
-    found: bytes = _as(str, text).encode("latin-1")
+    found: bytes = _expect(str, text).encode("latin-1")
     return found
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
-    places = [_as(int, value) for value in (offset, *shape, *strides)]
-    if len(shape) > _DIMENSIONS or max(places) >= 2**63:
-        raise ValueError("a tensor has sizes that no tensor has")
+    numbers = [_expect(int, value) for value in (offset, *shape, *strides)]
+    if len(shape) > _MAX_DIMENSIONS or max(numbers) >= 2**63:
+        raise ValueError("a tensor has sizes that are too large")
     size = math.prod(shape)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    elements = _as(_Storage, storage).elements
-    if min(places) < 0 or size > elements or (size and last >= elements):
+    elements = _expect(_Storage, storage).elements
+    if min(numbers) < 0 or size > elements or (size and last >= elements):
         raise ValueError("a tensor goes beyond its storage")
     return StoredTensor(storage, offset, tuple(shape), tuple(strides))
 
 
 def _parameter(tensor: Any, *_: Any) -> StoredTensor:
-    found: StoredTensor = _as(StoredTensor, tensor)
+    found: StoredTensor = _expect(StoredTensor, tensor)
     return found
 
 
 def _storage(content: Any) -> _Storage:
-    machine = _Machine(len(content), embedded=True)
-    found: _Storage = _as(_Storage, machine.content(io.BytesIO(content)))
+    interpreter = _Interpreter(len(content), embedded=True)
+    found: _Storage = _expect(_Storage, interpreter.load_file(io.BytesIO(content)))
     return found
 
 
 def _object(description: Any) -> StandIn:
-    """Of EDM's persistence, which would execute the source text in the description."""
-    return StandIn(_as(str, description["class_name"]), description["state"])
+    """An object of EDM's persistence, whose own reader executes the source text that it holds."""
+    return StandIn(_expect(str, description["class_name"]), description["state"])
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "__builtin__.set": _set,  # what sets and bytes are in protocol 2
+    "__builtin__.set": _set,  # protocol 2 stores sets and bytes with these two calls
     "_codecs.encode": _bytes,
     "builtins.set": _set,
     "collections.OrderedDict": lambda: {},
@@ -388,30 +393,30 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    _EMBEDDED: _storage,
+    _EMBEDDED_STORAGE: _storage,
     "torch_utils.persistence._reconstruct_persistent_obj": _object,
 }
 
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "MARK": _Machine.mark,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.put,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "TUPLE": _Machine.tuple_since_mark,
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "ADDITEMS": _Machine.add_items,
-    "GLOBAL": _Machine.name,
-    "STACK_GLOBAL": _Machine.name_on_stack,
-    "REDUCE": _Machine.call,
-    "NEWOBJ": _Machine.call,
-    "BUILD": _Machine.build,
-    "BINPERSID": _Machine.beside,
+_ACTIONS: dict[str, Callable[[_Interpreter, Any], None]] = {
+    "MARK": _Interpreter.mark,
+    "BINPUT": _Interpreter.put,
+    "LONG_BINPUT": _Interpreter.put,
+    "MEMOIZE": _Interpreter.put,
+    "BINGET": _Interpreter.get,
+    "LONG_BINGET": _Interpreter.get,
+    "TUPLE": _Interpreter.tuple_since_mark,
+    "TUPLE1": lambda interpreter, _: interpreter.tuple_of(1),
+    "TUPLE2": lambda interpreter, _: interpreter.tuple_of(2),
+    "TUPLE3": lambda interpreter, _: interpreter.tuple_of(3),
+    "APPEND": _Interpreter.append,
+    "APPENDS": _Interpreter.appends,
+    "SETITEM": _Interpreter.set_item,
+    "SETITEMS": _Interpreter.set_items,
+    "ADDITEMS": _Interpreter.add_items,
+    "GLOBAL": _Interpreter.name,
+    "STACK_GLOBAL": _Interpreter.name_on_stack,
+    "REDUCE": _Interpreter.call,
+    "NEWOBJ": _Interpreter.call,
+    "BUILD": _Interpreter.build,
+    "BINPERSID": _Interpreter.persistent,
 }

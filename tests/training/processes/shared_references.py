@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import pfgm
-from pfgm.references import reference_set
+from pfgm.references import part as part_of_set
 from pfgm.training.processes import joined
 
 SHAPE = (3, 4, 5)
@@ -85,7 +85,7 @@ def check_errors(path, rank):
     data = pfgm.data.to_unit(part[part.rows[:4]])
     with pytest.raises(ValueError, match="no rows of one label in all processes"):
         flow.loss(flow.empirical(data), data, part, condition={"labels": torch.zeros(4).long()})
-    with pytest.raises(IndexError, match="this process has not"):
+    with pytest.raises(IndexError, match="this process does not hold"):
         part[0 : len(part)]
     x = queries(torch.float32 if rank == 0 else torch.float64)
     with pytest.raises(ValueError, match="all must have the same"):
@@ -93,7 +93,7 @@ def check_errors(path, rank):
 
 
 if __name__ == "__main__":
-    reference_set._CHUNK = 8 * math.prod(SHAPE)
+    part_of_set._CHUNK_BYTES = 8 * math.prod(SHAPE)
     torch.set_num_threads(1)
     with joined(torch.device("cpu"), timeout=60):
         check(sys.argv[1], dist.get_rank())

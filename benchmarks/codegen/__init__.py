@@ -1,0 +1,1 @@
+"""What the GPU kernels compile to, read from their machine code."""

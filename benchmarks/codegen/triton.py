@@ -1,0 +1,295 @@
+"""What the Triton kernels compile to, read from the machine code. Needs no GPU.
+
+    python -m benchmarks.codegen.triton [--only SUBSTRING] [--capability 90] [--store]
+
+Compiles every variant that the kernel modules list for sm_80, sm_90 and sm_100, prints registers,
+spills, shared memory, matrix instructions and 16-byte loads, and ends with status 1 if a kernel
+spills, needs more shared memory than a block can have, or lacks instructions that it should have.
+``--store`` keeps a row for each kernel and architecture in results/codegen_triton.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.codegen import summary
+from benchmarks.codegen.cuobjdump import instructions, is_matrix_instruction, read_usage
+from benchmarks.common.commands import new_parser
+from benchmarks.common.machine import store
+from benchmarks.common.tables import table
+from pfgm.backends.triton import interpreted
+
+if TYPE_CHECKING:  # in the tree, which is what mypy sees, pfgm.kernels is called kernels
+    from kernels.variant import Variant
+
+MODULES = tuple(
+    f"pfgm.kernels.{name}"
+    for name in (
+        "distances",
+        "normalised_field",
+        "ode_step",
+        "posterior_mean",
+        "posterior_mean_backward",
+    )
+)
+CAPABILITIES = (80, 90, 100)
+PROCESSES = 2
+
+_KIB = 1024
+# Loads of a thread into registers or, asynchronously, into shared memory, and bulk copies.
+_WIDE_LOAD = re.compile(r"LDG(?:STS)?\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)|UBLKCP|UTMALDG")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Resources and instructions of one compiled kernel."""
+
+    registers: int
+    spills: int
+    """Bytes of local memory a thread."""
+    shared: int
+    """Bytes of shared memory a block, static and dynamic."""
+    matrix_instructions: dict[str, int]
+    """Instruction without its modifiers → its number in the code."""
+    wide_loads: int
+
+
+class Row(NamedTuple):
+    """One variant on one architecture, and what is wrong with it."""
+
+    module: str
+    kernel: str
+    capability: int
+    figures: Figures | None
+    problems: list[str]
+
+
+def shared_memory_limit(capability: int) -> int:
+    """Bytes of shared memory that one block can have."""
+    return (163 if capability < 90 else 227) * _KIB
+
+
+def compile_variant(variant: Variant, capability: int) -> Figures:
+    """Compiles for sm_CAPABILITY and reads the machine code.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, under which Triton compiles nothing.
+    """
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
+    # Imported here, so that the rest of this module works without Triton.
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton_compile(
+        source_of(variant),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    return read_figures(dump_cubin(compiled.asm["cubin"]), compiled.metadata.shared, capability)
+
+
+def source_of(variant: Variant) -> Any:
+    """What Triton compiles for a variant.
+
+    Raises:
+        ValueError: an argument of the kernel has no type and no value, or the other way round.
+    """
+    from triton.compiler import ASTSource
+
+    arguments: list[str] = variant.kernel.arg_names
+    stated = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
+    if odd := set(arguments) ^ set(stated):
+        raise ValueError(
+            f"{variant.name} gives types or values for other arguments than its kernel has: "
+            f"{', '.join(sorted(odd))}; allowed is exactly the kernel's arguments."
+        )
+    divisible = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(arguments)
+        if name in variant.divisible
+    }
+    signature = {name: stated[name] for name in arguments}
+    return ASTSource(variant.kernel, signature, dict(variant.constants), divisible)
+
+
+def dump_cubin(cubin: bytes) -> str:
+    """What cuobjdump prints of a compiled kernel."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read_figures(dump: str, dynamic_shared: int, capability: int) -> Figures:
+    """The figures in a dump of one kernel."""
+    usage = read_usage(dump, capability)
+    matrix: dict[str, int] = {}
+    wide_loads = 0
+    for instruction in instructions(dump):
+        if is_matrix_instruction(instruction):
+            base = instruction.split(".")[0]
+            matrix[base] = matrix.get(base, 0) + 1
+        wide_loads += _WIDE_LOAD.match(instruction) is not None
+    return Figures(
+        registers=usage.registers,
+        spills=usage.spills,
+        shared=usage.shared + dynamic_shared,
+        matrix_instructions=matrix,
+        wide_loads=wide_loads,
+    )
+
+
+def problems(variant: Variant, capability: int, figures: Figures) -> list[str]:
+    """What is wrong with a compiled variant, in sentences."""
+    where, found = f"{variant.name} on sm_{capability}", []
+    limit = shared_memory_limit(capability)
+    if figures.spills:
+        found.append(f"{where} spills {figures.spills} bytes a thread.")
+    if figures.shared > limit:
+        found.append(f"{where} wants {figures.shared} bytes of shared memory; a block has {limit}.")
+    if variant.products and not _full_rate(figures.matrix_instructions, capability):
+        seen = ", ".join(figures.matrix_instructions) or "no matrix instructions"
+        found.append(f"{where} is meant to multiply in tensor cores at full rate; it has {seen}.")
+    if variant.wide_loads and not figures.wide_loads:
+        found.append(f"{where} has no 16-byte loads from global memory.")
+    return found
+
+
+def _full_rate(matrix_instructions: dict[str, int], capability: int) -> bool:
+    """Whether matrix instructions have the full rate. On Hopper the older ones have half of it."""
+    return "HGMMA" in matrix_instructions if capability == 90 else bool(matrix_instructions)
+
+
+@functools.cache
+def _variants(module: str) -> list[Variant]:
+    listed: list[Variant] = importlib.import_module(module).variants()
+    kernels = {variant.kernel: variant for variant in reversed(listed)}
+    return [*listed, *map(smallest, kernels.values())]
+
+
+def smallest(variant: Variant) -> Variant:
+    """The variant for one query, reference and feature.
+
+    Triton makes a constant of each size that is 1, and kernels must compile with those constants.
+    """
+    padded = ("width", "pairs_stride", "stretch")  # sizes that are always multiples of 16
+    unspecialised = {p.name for p in variant.kernel.params if p.do_not_specialize}
+    ones = {
+        name: 1
+        for name, kind in variant.types.items()
+        if kind == "i32" and name not in padded and name not in unspecialised
+    }
+    return dataclasses.replace(
+        variant,
+        name=f"{variant.name.split(',')[0]}, sizes of 1",
+        types={name: kind for name, kind in variant.types.items() if name not in ones},
+        constants={**variant.constants, **ones},
+        divisible=variant.divisible - set(ones),
+        wide_loads=False,
+    )
+
+
+def _row(module: str, place: int, capability: int) -> Row:
+    """Compiles a variant given by its place in the module's list: kernels cannot be pickled."""
+    variant = _variants(module)[place]
+    try:
+        figures = compile_variant(variant, capability)
+    except Exception as error:  # a kernel that does not compile is a problem to report
+        reason = f"{type(error).__name__}: {error}"
+        found = [f"{variant.name} on sm_{capability} does not compile: {reason}"]
+        return Row(module, variant.name, capability, None, found)
+    found = problems(variant, capability, figures)
+    return Row(module, variant.name, capability, figures, found)
+
+
+def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "") -> list[Row]:
+    """Compiles every variant whose name contains ``only``, in parallel."""
+    jobs = [
+        (module, place, capability)
+        for module in modules
+        for place, variant in enumerate(_variants(module))
+        if only in variant.name
+        for capability in capabilities
+    ]
+    # Not by fork: torch's threads do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, context) as pool:
+        return list(pool.map(_row, *zip(*jobs, strict=True))) if jobs else []
+
+
+def report(rows: list[Row]) -> str:
+    """One line a variant and architecture."""
+    header = ["kernel", "architecture", "registers", "spills", "shared"]
+    header += ["matrix instructions", "16-byte loads"]
+    return table(header, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    start = [row.kernel, f"sm_{row.capability}"]
+    if row.figures is None:
+        return [*start, *[""] * 5]
+    figures = row.figures
+    matrix = ", ".join(f"{count} {name}" for name, count in figures.matrix_instructions.items())
+    counts = (figures.registers, figures.spills, figures.shared, matrix, figures.wide_loads)
+    return [*start, *map(str, counts)]
+
+
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows for JSON."""
+    return [
+        {**row._asdict(), "figures": None if row.figures is None else asdict(row.figures)}
+        for row in rows
+    ]
+
+
+def stored(rows: list[Row]) -> list[summary.Summary]:
+    """What is stored: one row for all variants of a kernel that compile on an architecture."""
+    variants = [
+        summary.Variant(row.kernel.split(",")[0], f"sm_{row.capability}", asdict(row.figures))
+        for row in rows
+        if row.figures is not None
+    ]
+    return summary.summarise(variants, {"wide_loads": "16-byte loads"})
+
+
+def main() -> int:
+    parser = new_parser(__doc__)
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the variant's name")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="default: all")
+    parser.add_argument("--modules", nargs="+", default=MODULES, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON, not a table")
+    parser.add_argument("--store", action="store_true", help="write results/codegen_triton.json")
+    options = parser.parse_args()
+    if interpreted():
+        parser.error("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
+    capabilities = CAPABILITIES if options.capability is None else (options.capability,)
+    rows = rows_of(options.modules, capabilities, options.only)
+    print(json.dumps(as_json(rows)) if options.json else report(rows))
+    if options.store:
+        import triton
+
+        store("codegen_triton", {"triton": triton.__version__, "rows": stored(rows)})
+    found = [problem for row in rows for problem in row.problems]
+    print("\n".join(found), file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

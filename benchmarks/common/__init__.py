@@ -1,0 +1,1 @@
+"""What several benchmarks use: data, ways to compute, timing, tables, the machine."""

@@ -1,0 +1,103 @@
+"""The data of the benchmarks: real images as references, and queries perturbed as in training.
+
+How long a posterior mean takes depends on how many weights are near zero. Random noise would have
+other weights than real images.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import pfgm
+
+FASHION = "train-images-idx3-ubyte.gz"
+# Debian's package dataset-fashion-mnist installs its files here.
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Case(NamedTuple):
+    """Perturbed queries (B, N), their z (B,) and references (M, N)."""
+
+    x: Tensor
+    z: Tensor
+    references: Tensor
+
+
+def perturbed(images: Tensor, B: int) -> Case:
+    """B images perturbed as in training (PFGM, algorithm 2), all images as references."""
+    flow = pfgm.PoissonFlow.from_data(images)
+    chosen = torch.linspace(0, len(images) - 1, B).long()
+    x, z = flow.perturb(images[chosen], torch.Generator().manual_seed(0))
+    return Case(x.flatten(1), z, images.flatten(1))
+
+
+def photograph_crops(count: int, size: int = 32) -> Tensor:
+    """Crops (count, 3, size, size) of scikit-learn's two photographs, in [-1, 1], half flipped.
+
+    Crops of size 32 stand in for CIFAR-10, which is not available everywhere.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = torch.stack([torch.from_numpy(p.copy()) for p in load_sample_images().images])
+    windows = photographs.unfold(1, size, 1).unfold(2, size, 1)  # (2, rows, columns, 3, size, size)
+    generator = torch.Generator().manual_seed(0)
+    which, row, column = (
+        torch.randint(0, choices, (count,), generator=generator) for choices in windows.shape[:3]
+    )
+    crops = pfgm.data.to_unit(windows[which, row, column])
+    flipped = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    return torch.where(flipped, crops.flip(3), crops).contiguous()
+
+
+def fashion_mnist() -> Tensor:
+    """The 60000 training images of Fashion-MNIST as bytes (60000, 784).
+
+    From Debian's package dataset-fashion-mnist, or else downloaded by torchvision. Skips the
+    benchmark if neither is available.
+    """
+    file = FASHION_FOLDER / FASHION
+    if not file.exists():
+        file = _download()
+    content = gzip.decompress(file.read_bytes())
+    images = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16)
+    return images.view(60000, 784).clone()  # a copy in memory that torch allocated
+
+
+def _download() -> Path:
+    datasets = pytest.importorskip(
+        "torchvision.datasets",
+        reason="Fashion-MNIST needs Debian's package dataset-fashion-mnist, or torchvision",
+    )
+    folder = Path(torch.hub.get_dir()) / "pfgm"
+    try:
+        datasets.FashionMNIST(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        pytest.skip(f"Fashion-MNIST could not be downloaded: {error}")
+    return folder / "FashionMNIST" / "raw" / FASHION
+
+
+def cifar_shape(B: int = 128, M: int = 4096) -> Case:
+    """The published training step for CIFAR-10: N = 3072."""
+    return perturbed(photograph_crops(M), B)
+
+
+def fashion_shape(B: int = 256, M: int = 60000) -> Case:
+    """Fashion-MNIST as references: N = 784."""
+    return perturbed(pfgm.data.to_unit(fashion_mnist()[:M]).view(-1, 1, 28, 28), B)
+
+
+def digits_shape(B: int = 128, M: int = 1437) -> Case:
+    """scikit-learn's digits: N = 64."""
+    digits = pfgm.data.digits()
+    return perturbed(torch.cat([digits.train, digits.held_out])[:M], B)
+
+
+def patches(M: int, B: int = 128) -> Case:
+    """Any number of patches of photographs, 8 × 8 in colour: N = 192."""
+    return perturbed(photograph_crops(M, 8), B)

@@ -1,0 +1,1 @@
+"""Operations on the CPU beside what they compete with, by pytest-benchmark."""

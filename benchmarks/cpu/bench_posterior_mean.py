@@ -1,0 +1,177 @@
+"""The posterior mean on real images: time beside its peers, error against float64.
+
+    pytest benchmarks/cpu/bench_posterior_mean.py --benchmark-only --store
+
+A group is one subject; its paths take turns. ``extra_info`` holds the errors of the worst row, as
+the accuracy contract counts them, or the relative error of a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.common.posterior_paths import (
+    PATHS,
+    errors,
+    exact_gradient,
+    exact_result,
+    from_bytes,
+    native,
+    relative_error,
+    to_bytes,
+    with_backward,
+)
+from benchmarks.common.subjects import Case, cifar_shape, digits_shape, fashion_shape, patches
+from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
+
+pytestmark = pytest.mark.benchmark(timer=replay)
+
+
+class Subject(NamedTuple):
+    """Data, and the paths that compute on them."""
+
+    case: Callable[[], Case]
+    small: Callable[[], Case]
+    """For a run that only checks that everything works."""
+    paths: tuple[str, ...]
+    turns: int
+    backward: bool = False
+
+
+PEERS = ("torch path", "torch path, compiled")
+SUBJECTS = {
+    "forward, CIFAR-10 shape": Subject(
+        cifar_shape,
+        lambda: cifar_shape(8, 64),
+        ("native", "native, 1 thread", "native, uint8", *PEERS),
+        21,
+    ),
+    "forward, CIFAR-10 shape, B = 32": Subject(
+        lambda: cifar_shape(32),
+        lambda: cifar_shape(2, 64),
+        ("native", *PEERS, "published formula", "KeOps"),
+        5,
+    ),
+    "forward, Fashion-MNIST": Subject(
+        fashion_shape,
+        lambda: fashion_shape(8, 256),
+        ("native", "native, 1 thread", "native, uint8", *PEERS),
+        7,
+    ),
+    "forward, digits": Subject(
+        digits_shape,
+        lambda: digits_shape(8, 64),
+        ("native", "native, 1 thread", *PEERS, "KeOps"),
+        101,
+    ),
+    "forward, CIFAR-10 shape, B = 4096": Subject(
+        lambda: cifar_shape(4096), lambda: cifar_shape(16, 64), ("native", *PEERS), 3
+    ),
+    "forward and backward in x, CIFAR-10 shape": Subject(
+        cifar_shape, lambda: cifar_shape(8, 64), ("native", *PEERS), 15, backward=True
+    ),
+    "forward and backward in x, digits": Subject(
+        digits_shape, lambda: digits_shape(8, 64), ("native", *PEERS), 101, backward=True
+    ),
+}
+ROWS = [
+    pytest.param(subject, path, id=f"{subject}: {path}")
+    for subject, (*_, paths, _, _) in SUBJECTS.items()
+    for path in paths
+    if path in PATHS
+]
+
+
+def prepare(subject: Subject, case: Case) -> dict[str, Callable[[], Any]]:
+    """The call of each path that is installed."""
+    wrap = with_backward if subject.backward else lambda path: path
+    return {name: wrap(PATHS[name])(case) for name in subject.paths if name in PATHS}
+
+
+def errors_of(
+    subject: Subject, case: Case, path: Callable[[], Any], exact: Any
+) -> dict[str, float]:
+    """The errors of one path."""
+    result = path()
+    if subject.backward:
+        return {"gradient": relative_error(result[0], exact)}
+    return errors(case, result, exact)
+
+
+def exact_results(subject: Subject, case: Case) -> dict[str, Any]:
+    """The exact result for each path.
+
+    That of uint8 differs: rounding the references moves the result of a point close to one.
+    """
+    exact = exact_gradient(case) if subject.backward else exact_result(case)
+    results = dict.fromkeys(subject.paths, exact)
+    if "native, uint8" in results:
+        references = from_bytes(to_bytes(case.references))
+        results["native, uint8"] = exact_result(case._replace(references=references))
+    return results
+
+
+@functools.lru_cache(maxsize=1)
+def measure(name: str) -> Measured:
+    subject = SUBJECTS[name]
+    case = subject.case()
+    torch._dynamo.reset()
+    paths = prepare(subject, case)
+    measured = measure_paths(paths, subject.turns, {"B, M, N": shape(case)})
+    exact = exact_results(subject, case)
+    found = {name: errors_of(subject, case, path, exact[name]) for name, path in paths.items()}
+    return measured._replace(facts={**measured.facts, "errors": found})
+
+
+def shape(case: Case) -> tuple[int, ...]:
+    return (len(case.x), *case.references.shape)
+
+
+def check(path: str, found: dict[str, float]) -> None:
+    """Fails where the library breaks the accuracy contract of the CPU."""
+    if path.startswith("native"):
+        assert max(found.values()) <= 2e-5
+
+
+@pytest.mark.parametrize(("name", "path"), ROWS)
+def bench_posterior_mean(name: str, path: str, benchmark: Any) -> None:
+    if benchmark.disabled:
+        subject = SUBJECTS[name]
+        case = subject.small()
+        run = prepare(subject, case)[path]
+        benchmark(run)
+        check(path, errors_of(subject, case, run, exact_results(subject, case)[path]))
+        return
+    measured = measure(name)
+    found = measured.facts["errors"][path]
+    add_row(benchmark, name, path, measured, errors=found)
+    check(path, found)
+
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+
+
+@functools.lru_cache(maxsize=1)
+def measure_sizes() -> Measured:
+    images = patches(max(SIZES))
+    cases = {M: images._replace(references=images.references[:M]) for M in SIZES}
+    paths = {f"M = {M}": native(case) for M, case in cases.items()}
+    return measure_paths(paths, 7, {"B, N": images.x.shape})
+
+
+@pytest.mark.parametrize("M", SIZES)
+def bench_number_of_references(M: int, benchmark: Any) -> None:
+    """The same queries against more and more patches of photographs, N = 192."""
+    if benchmark.disabled:
+        case = patches(256)
+        check("native", errors(case, benchmark(native(case)), exact_result(case)))
+        return
+    measured = measure_sizes()
+    each = {f"M = {m}": min(measured.seconds[f"M = {m}"]) / m for m in SIZES}
+    nanoseconds = {"nanoseconds a reference": 1e9 * each[f"M = {M}"]}
+    add_row(benchmark, "number of references", f"M = {M}", measured, **nanoseconds)

@@ -1,0 +1,239 @@
+"""Tables of what was measured: the library's times, and beside them those of its competitors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.common import machine
+from benchmarks.common.build import nvidia_smi
+from benchmarks.common.tables import format_seconds, table
+from benchmarks.gpu.clock import Device
+from benchmarks.gpu.measure import Row, implementation, lost
+from benchmarks.gpu.subjects import BACKENDS, PLAIN_COPY
+from benchmarks.machine_code import page, results
+
+OURS = tuple(BACKENDS)
+TORCH = ("torch", "torch, tf32", "compiled", "compiled, tf32", "published")
+KINDS = ("seconds", "graph")  # the fields of a row that are times
+TARGET = 1.5  # time over memory floor, for the CIFAR-10 shape on sm_90
+
+
+# ---- one row beside others --------------------------------------------------------------------
+
+
+def best(rows: list[Row], names: tuple[str, ...], kind: str) -> float | None:
+    """The smallest median among paths."""
+    found = [getattr(row, kind).get("median") for row in rows if row.path in names]
+    return min((value for value in found if value is not None), default=None)
+
+
+def ratio(other: float | None, ours: float | None) -> str:
+    """How many times as long another path takes."""
+    return "" if other is None or ours is None else f"{other / ours:.3g} ×"
+
+
+def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each subject."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.subject, []).append(row)
+    return found
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else format_seconds(value)
+
+
+# ---- the faster of the library's paths --------------------------------------------------------
+
+
+Faster = dict[str, dict[str, dict[str, Any]]]
+"""Subject → kind of time → the faster path, and how many times as long the other takes.
+
+The subject's name ends with the type of references, if that is not float32.
+"""
+
+
+def faster(rows: list[Row]) -> Faster:
+    """Which of the library's paths is faster, for all that both compute."""
+    found: Faster = {}
+    for subject, part in by_subject(rows).items():
+        paths = [row.path for row in part if implementation(row.path) == "cuda"]
+        for variant in (path.removeprefix("cuda") for path in paths):
+            compared = {kind: _first(part, variant, kind) for kind in KINDS}
+            known = {kind: winner for kind, winner in compared.items() if winner}
+            if known:
+                found[subject + variant] = known
+    return found
+
+
+def _first(rows: list[Row], variant: str, kind: str) -> dict[str, Any] | None:
+    times = {name: best(rows, (name + variant,), kind) for name in OURS}
+    known = sorted((time, name) for name, time in times.items() if time is not None)
+    if len(known) < 2:
+        return None
+    return {"faster": known[0][1], "the other takes": known[1][0] / known[0][0]}
+
+
+def tally(found: Faster) -> str:
+    """In how many subjects each path is the faster one."""
+    parts = []
+    for kind, words in zip(KINDS, ("by the call", "within graphs"), strict=True):
+        winners = [kinds[kind]["faster"] for kinds in found.values() if kind in kinds]
+        counts = ", ".join(f"{name} {winners.count(name)}" for name in OURS)
+        if winners:
+            parts.append(f"{words} {counts}")
+    return f"Faster, of the subjects and types that both compute: {'; '.join(parts)}."
+
+
+# ---- the tables -------------------------------------------------------------------------------
+
+
+HEADER = ["", *OURS, "best torch", "copy"]
+GRAPH_HEADER = [*(f"{name} in a graph" for name in OURS), "best torch", "copy"]
+
+
+def summary(rows: list[Row]) -> str:
+    """One row a subject: times, then the same within graphs, then the errors.
+
+    Times of competitors say how many times as long they take as the faster of the library's paths.
+    """
+    lines = []
+    for name, part in by_subject(rows).items():
+        if not any(row.path in (*OURS, "all") for row in part):
+            continue
+        line = [name]
+        for kind in KINDS:
+            line += [_own(part, own, kind) for own in OURS]
+            least = best(part, OURS, kind)
+            line += [ratio(best(part, names, kind), least) for names in (TORCH, ("copy",))]
+        as_published = best(part, ("published formula",), "seconds")
+        line.append(ratio(as_published, best(part, OURS, "seconds")))
+        lines.append([*line, *(_worst(part, own) for own in OURS)])
+    errors = [f"error, {name}" for name in OURS]
+    return table([*HEADER, *GRAPH_HEADER, "published formula", *errors], lines)
+
+
+def _own(rows: list[Row], path: str, kind: str) -> str:
+    time = best(rows, (path,), kind)
+    failed = kind == "seconds" and any(row.path in (path, "all") for row in rows)
+    return "failed" if time is None and failed else _text(time)
+
+
+def _worst(rows: list[Row], path: str) -> str:
+    worst = [value for row in rows if row.path == path for value in row.errors.values()]
+    return f"{max(worst):.0e}" if worst else ""
+
+
+def bandwidth(rows: list[Row]) -> float | None:
+    """Bytes a second that the large copy reads and writes."""
+    for row in rows:
+        if row.subject == PLAIN_COPY and row.seconds:
+            return row.moved / row.seconds["median"]
+    return None
+
+
+def floors(rows: list[Row]) -> str:
+    """Forward passes of the CIFAR-10 shape over their memory floor: the references read once."""
+    rate = bandwidth(rows)
+    wanted = [row for row in rows if row.subject.startswith("forward, CIFAR-10") and row.moved]
+    lines = []
+    for row in wanted:
+        if rate is None or row.path == "copy":
+            continue
+        floor = row.moved / rate
+        times = [best([row], (row.path,), kind) for kind in KINDS]
+        over = [ratio(time, floor) for time in times]
+        lines.append([row.subject, row.path, format_seconds(floor), *over])
+    if not lines or rate is None:
+        return ""
+    title = (
+        f"Over the memory floor, which is the bytes of the references at {rate * 1e-12:.3g} TB/s "
+        f"(a large copy); the target on sm_90 is {TARGET} ×:"
+    )
+    return f"{title}\n\n{table(['', 'path', 'floor', 'time', 'in a graph'], lines)}"
+
+
+# ---- predicted and measured --------------------------------------------------------------------
+
+CARDS = {"A100": "A100 SXM", "H100": "H100 SXM", "B200": "B200"}
+CARDS |= {"RTX 4090": "RTX 4090", "RTX 5090": "RTX 5090"}
+COUNTED = {
+    "forward, CIFAR-10 shape, 128 × 4096": "C: photographs",
+    "forward, Fashion-MNIST, 256 × 60000": "F: Fashion-MNIST",
+    "forward, digits, 128 × 1437": "G: digits",
+}
+AS_PREDICTED = {"torch": "torch, float32", "torch, tf32": "torch, TF32"}
+AS_PREDICTED |= {"compiled": "compiled, float32", "compiled, tf32": "compiled, TF32"}
+
+
+def beside_predicted(rows: list[Row], card: str) -> str:
+    """Predicted and measured times, for the shapes and cards that were predicted.
+
+    The measured time is that within a graph if there is one: the prediction leaves out the host.
+    """
+    name = next((known for word, known in CARDS.items() if word in card), None)
+    totals = page.predicted(results.load()) if name else {}
+    lines = []
+    for row in rows:
+        path, shape = AS_PREDICTED.get(row.path, row.path), COUNTED.get(row.subject, "")
+        expected = totals.get((shape, name or "", path))
+        if path == "cuda":  # the library prefers the single pass
+            expected = totals.get((shape, name or "", "cuda, single pass"), expected)
+        measured = row.graph.get("median", row.seconds.get("median"))
+        if expected is not None and measured is not None:
+            cells = [
+                format_seconds(expected),
+                format_seconds(measured),
+                f"{measured / expected:.2f}",
+            ]
+            lines.append([row.subject, row.path, *cells])
+    if not lines:
+        return ""
+    title = f"Predicted by benchmarks/machine_code for the {name}, and measured:"
+    return (
+        f"{title}\n\n{table(['', 'path', 'predicted', 'measured', 'measured / predicted'], lines)}"
+    )
+
+
+# ---- the page ---------------------------------------------------------------------------------
+
+
+def failures_of(rows: list[Row]) -> list[str]:
+    """A line for each path that failed."""
+    return [f"{row.subject}: {row.path}: {row.failure}" for row in rows if row.failure]
+
+
+def failed(rows: list[Row]) -> bool:
+    """Whether one of the library's paths failed."""
+    return any(row.failure for row in rows if implementation(row.path) in (*OURS, "all"))
+
+
+def report(rows: list[Row], left_out: list[str], device: Device) -> str:
+    """The whole page."""
+    parts = [summary(rows)]
+    if found := faster(rows):
+        parts.append(tally(found))
+    parts.append(floors(rows))
+    if device.real:
+        parts.append(beside_predicted(rows, torch.cuda.get_device_name()))
+    if not device.real:
+        parts.append("A dry run with a few digits: the times mean nothing.")
+    if left_out:
+        why = "the device was lost" if lost(device) else "the time was up"
+        parts.append(f"Left out, {why}: {'; '.join(left_out)}.")
+    return "\n\n".join([*filter(None, parts), *failures_of(rows)])
+
+
+def circumstances(device: Device) -> dict[str, Any]:
+    """The machine, the device and the versions."""
+    import triton
+
+    return {
+        **machine.describe(),
+        "device": torch.cuda.get_device_name() if device.real else "none (dry run)",
+        "driver": nvidia_smi("driver_version") if device.real else "",
+        "triton": triton.__version__,
+    }

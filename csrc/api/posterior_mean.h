@@ -1,0 +1,113 @@
+// Posterior mean of a batch of points over weighted references, and its gradients.
+//
+// For query x_b (N features), references y_j, r = radius_b:
+//     s_j = |x_b − y_j|² + r²,   l_j = −(N + D)/2 log s_j         D finite
+//                                l_j = −|x_b − y_j|² / (2 r²)     D = ∞ (radius is σ)
+//     logsumexp_b = log Σ_j exp l_j,  p_j = exp(l_j − logsumexp_b),  mean_b = Σ_j p_j y_j
+// (PFGM++, arXiv 2302.04265, equation 4 and section 3). l_j is the score of reference j, exp l_j
+// its weight. Arguments are raw pointers: the caller, in Python, has checked shapes and types and
+// owns all memory.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "api/cuda_place.h"
+
+namespace pfgm {
+
+enum class Type : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, uint8 = 4 };
+
+// x, the mean and their gradients have one type, float32 or float64, in which the kernels compute.
+// Features are contiguous. A stride is the distance between rows, in elements. A uint8 value u
+// means u/127.5 − 1.
+struct Problem {
+  Type type;
+  Type reference_type;
+  std::int64_t queries, references, features;
+  const void* x;
+  std::int64_t x_stride;
+  const void* y;
+  std::int64_t y_stride;
+  const double* radius;  // (queries)
+  double dimensions;     // D, infinity for diffusion
+  int threads;
+  const void* sketch = nullptr;  // of the references, in the type of x; may be null
+};
+
+struct Forward {
+  void* mean;         // (queries, features)
+  double* logsumexp;  // (queries)
+  double* nearest;    // (queries): squared distance of the nearest reference
+  double* total;      // (queries): Σ_j exp(l_j − l of the nearest reference)
+};
+
+// A null gradient is neither read nor written.
+struct Backward {
+  const void* grad_mean;         // (queries, features)
+  const double* grad_logsumexp;  // (queries)
+  const void* mean;              // (queries, features), from the forward pass
+  const double* nearest;         // (queries), from the forward pass
+  const double* total;           // (queries), from the forward pass
+  void* grad_x;                  // (queries, features)
+  double* grad_radius;           // (queries)
+  void* grad_y;                  // (references, features)
+};
+
+enum class Failure : int {
+  none = 0,
+  radius = 1,    // a radius is negative or not finite
+  value = 2,     // a distance is not finite, even in float64
+  singular = 3,  // logsumexp is infinite and has no gradient
+  memory = 4,
+};
+
+struct Status {
+  Failure failure = Failure::none;
+  std::int64_t row = -1;  // the first query that failed
+};
+
+// A sketch holds what the kernels can reuse of references that do not change (cpu/screen.h).
+// sketch_width is the number of values per reference; 0 if the kernels have no use for a sketch.
+// `sketch` writes it to memory on a 64-byte boundary and ignores the queries and radius of its
+// problem.
+struct Kernels {
+  const char* isa;
+  Status (*posterior_mean)(const Problem&, const Forward&);
+  Status (*posterior_mean_backward)(const Problem&, const Backward&);
+  std::int64_t (*sketch_width)(std::int64_t features);
+  void (*sketch)(const Problem&, void* out);
+};
+
+// The kernels for the best instruction set of this machine, or for the one that PFGM_CPU_ISA names.
+// Throws std::invalid_argument if that one is unknown or cannot run here.
+const Kernels& cpu_kernels();
+
+// The same on a CUDA device. x, the mean and their gradients are float32; references are float32,
+// bfloat16, float16 or uint8. Values are not checked: a value that is not finite gives NaN. The
+// workspace must have at least posterior_mean_workspace_cuda() bytes. Throws std::runtime_error if
+// the device refuses a launch.
+struct CudaWorkspace {
+  void* at = nullptr;
+  std::size_t bytes = 0;
+};
+std::size_t posterior_mean_workspace_cuda(const Problem&, const CudaPlace&, bool backward);
+void posterior_mean_cuda(const Problem&, const Forward&, const CudaPlace&, const CudaWorkspace&);
+void posterior_mean_backward_cuda(const Problem&, const Backward&, const CudaPlace&,
+                                  const CudaWorkspace&);
+
+// Why a device cannot run the kernels of this build; empty if it can. The driver may be older than
+// the runtime, or the build may hold no code for the device.
+std::string cuda_problem(int device);
+
+// Limits of the blocks and chunks that a problem is split into on a CUDA device. They bound the
+// workspace. Tests lower them.
+struct CudaLimits {
+  std::int64_t pairs = 1 << 21;       // queries × references; each pair takes 12 to 28 bytes
+  std::int64_t parts = 1 << 22;       // values in the partial sums of a chunk
+  std::int64_t queries = 4096;        // in a block
+  std::int64_t references = 1 << 16;  // in a chunk
+};
+void limit_cuda(const CudaLimits& to);
+
+}  // namespace pfgm

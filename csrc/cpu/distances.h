@@ -1,0 +1,278 @@
+// Squared distances between a block of queries and a chunk of references, where they matter.
+//
+// Distances are sums of exact differences: |x|² + |y|² − 2x·y would lose digits, and the exponent
+// (N + D)/2 multiplies that error. Float32 sums are merged in float64. Distances that decide the
+// answer are computed again in float64.
+//
+// With many features, lower bounds come first (cpu/screen.h). The distance of any one reference is
+// an upper bound of the smallest distance. It gives the largest distance at which a weight still
+// counts. A reference whose lower bound is larger is skipped.
+#pragma once
+#include "cpu/screen.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+constexpr Index kListedFeatures = 512;  // with fewer features all pairs are computed
+constexpr Index kScreenedQueries = 48;  // with fewer queries sketches cost more than they save
+// Of references, so that they stay in cache for all passes.
+constexpr Index kMaxChunkBytes = 16 << 20;
+// Up to so many references near the nearest are always computed again.
+constexpr Index kFewCandidates = 16;
+// Stands for a distance that is not needed.
+constexpr double kSkipped = std::numeric_limits<double>::max();
+// When float32 distances do not suffice (Distances::refine):
+constexpr double kUnderflow = 1e-30;  // squared distances below this lose digits to underflow
+// Distances below this share of |x| suffer from the rounding of y.
+constexpr double kCloseShare = 0.1;
+constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
+
+// Whether T represents every R exactly. If not, distances have an error relative to |y| too.
+template <class T, class R>
+constexpr bool kHoldsExactly = sizeof(R) <= sizeof(T) && !std::is_same_v<R, std::uint8_t>;
+
+template <class R>
+Index chunk_size(const Problem& problem) {
+  const Index fitting = kMaxChunkBytes / (problem.features * static_cast<Index>(sizeof(R)));
+  return smaller(kChunk, larger(kBatch / 8, round_up(fitting, kBatch / 8)));
+}
+
+// Squared distances of one query are a row; rows are kStride apart.
+template <class T, class R>
+class Distances {
+ public:
+  using Lists = Groups<T, kTileQueries>;
+
+  Distances(const Problem& problem, const WeightLaw& law, Index max_queries)
+      : problem_(problem),
+        law_(law),
+        listed_(problem.features >= kListedFeatures),
+        screened_(listed_ && (max_queries >= kScreenedQueries || problem.sketch)),
+        // Consecutive rows start one vector apart in the cache sets. Otherwise the rows of 2^n
+        // features would compete for the same sets.
+        padded_(round_up(problem.features, 64) + 16),
+        queries_(max_queries * padded_),
+        squared_(max_queries * kStride),
+        alive_(max_queries),
+        dense_(problem.threads),
+        pairs_(problem.threads),
+        screen_(problem, screened_ ? max_queries : 0, screened_ ? chunk_size<R>(problem) : 0) {}
+
+  explicit operator bool() const {
+    return queries_ && squared_ && alive_ && dense_ && pairs_ && screen_;
+  }
+
+  void set_queries(Index first, Index count) {
+    first_query_ = first;
+    queries_count_ = count;
+    parallel(count, problem_.threads, [&](Index b, int) {
+      T* out = queries_.at(b * padded_);
+      std::memcpy(out, query(b), problem_.features * sizeof(T));
+      std::memset(out + problem_.features, 0, (padded_ - problem_.features) * sizeof(T));
+    });
+    screening_ = screened_;
+    if (screened_) screen_.set_queries(count, [&](Index b) { return query(b); });
+  }
+
+  // Computes the squared distances of a chunk, kSkipped where a reference does not count.
+  // known[b].nearest is an upper bound from other chunks or passes. `lists` is overwritten.
+  void set_chunk(Index first, Index count, const QueryState* known, Lists& lists) {
+    first_reference_ = first;
+    count_ = count;
+    const auto y = [&](Index j) { return reference(j); };
+    const auto out = [&](Index b) { return row(b); };
+    if (!listed_) {
+      const auto x = [&](Index b) { return queries_.at(b * padded_); };
+      dense_.template sum<Distance>(queries_count_, count, problem_.features, x, x, y, out);
+      return;
+    }
+    if (screening_) screen_.bound(first, count, y, out);
+    parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, known[b]); });
+    screening_ = screening_ && pays(count);
+    lists.arrange(
+        queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
+        [](double squared) { return squared == 0; });
+    pairs_.add(
+        lists, count, problem_.features, y,
+        [&](const Index* b, Index k, Index n, const T* const* y, double (*sums)[kPairColumns]) {
+          const T* x[kTileQueries];
+          for (int q = 0; q < kTileQueries; ++q) x[q] = queries_.at(b[q] * padded_ + k);
+          distance_pairs<T>(x, y, n, sums);
+        },
+        out);
+  }
+
+  // Makes the chunk's distances of query b as exact as the answer needs. Returns the smallest; NaN
+  // if a distance is not finite.
+  //
+  // Float32 distances are computed again in float64 if one overflowed. References near the nearest
+  // one are computed again if they are few, or if the error would change the weights: the
+  // sensitivity of a point drawn from the references is about features/2, and then the errors of
+  // many average out.
+  double refine(Index b, const QueryState& known) {
+    double* squared = this->row(b);
+    if (listed_ && alive_[b] == 0) return kSkipped;
+    pad(squared);
+    const Least found = least(squared);
+    if (sizeof(T) != sizeof(float)) return found.finite ? found.value : kNaN;
+    double limit = kInfinity;
+    if (found.finite) {
+      const double base = found.value < known.nearest ? found.value : known.nearest;
+      const double norm = kHoldsExactly<T, R> ? 0 : std::sqrt(square(query(b)));
+      const double near = widened(
+          base * (2 * kSumError<T> + 1) + law_.excess_at(kNear, base, radius(b)) + kUnderflow,
+          norm);
+      if (found.value > near) return found.value;
+      Index candidates = 0;
+      for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
+      const double tolerated = larger(problem_.features * 3 / 4, 256);
+      const bool decisive = candidates <= kFewCandidates ||
+                            law_.sensitivity(base, radius(b)) > tolerated ||
+                            base < kCloseShare * norm * kCloseShare * norm;
+      limit = decisive ? near : kUnderflow;
+      if (found.value > limit) return found.value;
+    }
+    for (Index j = 0; j < count_; ++j)
+      if (!found.finite || squared[j] <= limit) squared[j] = exact(query(b), reference(j));
+    const Least refined = least(squared);
+    return refined.finite ? refined.value : kNaN;
+  }
+
+  double* row(Index b) const { return squared_.at(b * kStride); }
+  const R* reference(Index j) const {
+    return static_cast<const R*>(problem_.y) + (first_reference_ + j) * problem_.y_stride;
+  }
+  const T* query(Index b) const {
+    return static_cast<const T*>(problem_.x) + (first_query_ + b) * problem_.x_stride;
+  }
+  // Whether all pairs are computed, without lists.
+  bool dense() const { return !listed_; }
+  double radius(Index b) const { return problem_.radius[first_query_ + b]; }
+  Index count() const { return count_; }
+
+ private:
+  static constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+  // Whether screening the next chunk is likely to pay, judged by this one. Many queries share the
+  // cost of a screen.
+  bool pays(Index count) const {
+    if (queries_count_ >= kScreenedQueries) return true;
+    Index alive = 0;
+    for (Index b = 0; b < queries_count_; ++b) alive += alive_[b];
+    return 2 * alive < queries_count_ * count;
+  }
+
+  // Replaces bounds by 0 where the distance is needed and by kSkipped elsewhere.
+  void choose(Index b, const QueryState& known) {
+    double* squared = row(b);
+    alive_[b] = count_;
+    if (!screening_) {
+      std::memset(squared, 0, count_ * sizeof(double));
+      return;
+    }
+    pad(squared);
+    const double limit = screen_.limit(b, farthest(b, known));
+    Index alive = 0;
+    for (Index j = 0; j < count_; ++j) {
+      const bool needed = !(squared[j] > limit);
+      alive += needed;
+      squared[j] = needed ? 0 : kSkipped;
+    }
+    alive_[b] = alive;
+  }
+
+  // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all
+  // weights, which is at least the weight of the nearest and at least the sum over earlier chunks.
+  double farthest(Index b, const QueryState& known) const {
+    const double* bounds = row(b);
+    const double lowest = least(bounds).value;
+    double far = kInfinity;
+    if (known.total > 0) {
+      const double before = known.total > 1 ? known.total : 1;
+      far =
+          known.nearest + law_.excess_at(law_.cutoff - std::log(before), known.nearest, radius(b));
+    }
+    if (!(lowest < known.nearest)) return far;
+    Index candidate = 0;
+    while (bounds[candidate] != lowest) ++candidate;
+    const double upper = exact(query(b), reference(candidate));
+    const double other = upper + law_.excess_at(law_.cutoff, upper, radius(b));
+    return other > far ? far : other;
+  }
+
+  void pad(double* squared) const {
+    for (Index j = count_; j < padded_count(count_); ++j) squared[j] = kSkipped;
+  }
+
+  struct Least {
+    double value;  // NaN if any value is NaN
+    bool finite;   // whether all values are finite
+  };
+
+  Least least(const double* squared) const {
+    Doubles low = Doubles{} + kInfinity;
+    Longs odd = {}, nan = {};
+    for (Index j = 0; j < padded_count(count_); j += kDoubles) {
+      const Doubles s = vector_at(squared + j);
+      nan |= s != s;
+      odd |= ~(s <= kSkipped);
+      low = s < low ? s : low;
+    }
+    Least result = {kInfinity, true};
+    for (Index lane = 0; lane < kDoubles; ++lane) {
+      if (nan[lane]) return {kNaN, false};
+      if (odd[lane]) result.finite = false;
+      if (low[lane] < result.value) result.value = low[lane];
+    }
+    return result;
+  }
+
+  double exact(const T* x, const R* y) const {
+    constexpr Index lanes = 4 * kDoubles;
+    double sum[lanes] = {};
+    Index k = 0;
+    for (; k + lanes <= problem_.features; k += lanes)
+      for (Index lane = 0; lane < lanes; ++lane) {
+        const double difference = static_cast<double>(x[k + lane]) - load<double>(y[k + lane]);
+        sum[lane] += difference * difference;
+      }
+    for (; k < problem_.features; ++k) {
+      const double difference = static_cast<double>(x[k]) - load<double>(y[k]);
+      sum[0] += difference * difference;
+    }
+    double total = 0;
+    for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
+    return total;
+  }
+
+  // The squared distance plus what the rounding of y may add to it, for an x of this norm.
+  static double widened(double squared, double norm) {
+    if (kHoldsExactly<T, R>) return squared;
+    const double distance = std::sqrt(squared) + 2 * std::numeric_limits<T>::epsilon() * norm;
+    return distance * distance;
+  }
+
+  double square(const T* x) const {
+    double sum = 0;
+    for (Index k = 0; k < problem_.features; ++k) sum += static_cast<double>(x[k]) * x[k];
+    return sum;
+  }
+
+  const Problem& problem_;
+  const WeightLaw law_;
+  const bool listed_, screened_;
+  bool screening_ = false;  // whether the next chunk is screened
+  const Index padded_;
+  Buffer<T> queries_;  // rows of padded_ features, with zeros at the end
+  Buffer<double> squared_;
+  Buffer<Index> alive_;
+  DenseTiles<T> dense_;
+  PairTiles<T, R, kTileQueries> pairs_;
+  Screen<T, R> screen_;
+  Index first_query_ = 0, queries_count_ = 0, first_reference_ = 0, count_ = 0;
+};
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm

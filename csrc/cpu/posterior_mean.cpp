@@ -1,0 +1,550 @@
+// The posterior mean and its gradients on the CPU, compiled once per instruction set (PFGM_ISA).
+//
+// Queries are split into blocks and references into chunks, which bounds the workspace. Each pair
+// of a block and a chunk takes three steps:
+//   1. squared distances (cpu/distances.h);
+//   2. weights relative to the nearest reference so far, merged into a float64 state
+//      (cpu/weights.h);
+//   3. the weighted sum over the references that count (cpu/weighted_sums.h).
+#include "api/posterior_mean.h"
+
+#include <vector>
+
+#include "cpu/steep_rows.h"
+#include "cpu/weighted_sums.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+constexpr Index kMaxBlock = 384;   // queries in a block; a multiple of every kTileQueries
+constexpr Index kSmallBlock = 64;  // the same with few features, so that all threads get blocks
+constexpr Index kMaxStateBytes = 24 << 20;
+
+template <class T>
+Index block_size(const Problem& problem) {
+  if (problem.features < kListedFeatures) return smaller(problem.queries, kSmallBlock);
+  const Index fitting = kMaxStateBytes / (problem.features * (sizeof(double) + sizeof(T)));
+  const Index whole = fitting / kTileQueries * kTileQueries;
+  return smaller(problem.queries, smaller(kMaxBlock, larger(whole, kTileQueries)));
+}
+
+Status check_radius(const Problem& problem) {
+  for (Index b = 0; b < problem.queries; ++b)
+    if (!(problem.radius[b] >= 0 && std::isfinite(problem.radius[b]))) return {Failure::radius, b};
+  return {};
+}
+
+// Fails with the first query whose distances were not finite.
+Status check_states(const QueryState* states, Index count, Index first) {
+  for (Index b = 0; b < count; ++b)
+    if (std::isnan(states[b].nearest)) return {Failure::value, first + b};
+  return {};
+}
+
+constexpr auto counts = [](double weight) { return weight != 0; };
+
+// ---- forward --------------------------------------------------------------------------------
+
+template <class T, class R>
+Status forward(const Problem& problem, const Forward& out) {
+  if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
+  const Index features = problem.features, block = block_size<T>(problem);
+  const Index chunk = chunk_size<R>(problem);
+  const WeightLaw law = weight_law<T>(problem);
+  Distances<T, R> distances(problem, law, block);
+  Groups<T, kTileQueries> groups(block);
+  WeightedSums<T, R, kTileQueries, false> weighted(problem);
+  Buffer<double> sums(block * features);
+  Buffer<QueryState> states(block);
+  if (!distances || !groups || !weighted || !sums || !states) return {Failure::memory, 0};
+  const auto weights = [&](Index b) { return distances.row(b); };
+
+  for (Index first = 0; first < problem.queries; first += block) {
+    const Index count = smaller(block, problem.queries - first);
+    distances.set_queries(first, count);
+    std::memset(sums.data(), 0, count * features * sizeof(double));
+    for (Index b = 0; b < count; ++b) states[b] = QueryState();
+
+    for (Index begin = 0; begin < problem.references; begin += chunk) {
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), groups);
+      parallel(count, problem.threads, [&](Index b, int) {
+        const double nearest = distances.refine(b, states[b]);
+        if (std::isnan(nearest)) {
+          states[b].nearest = nearest;
+          return;
+        }
+        merge(law, states[b], distances.radius(b), nearest, distances.row(b), distances.count());
+        if (states[b].scale != 1)
+          for (Index k = 0; k < features; ++k) sums[b * features + k] *= states[b].scale;
+      });
+      if (const Status status = check_states(states.data(), count, first);
+          status.failure != Failure::none)
+        return status;
+      groups.arrange(
+          count, distances.count(), problem.threads, [&](Index b) { return states[b].live; },
+          weights, counts);
+      groups.weigh(problem.threads, weights, [&](Index b) { return states[b].total; });
+      weighted.add(distances, groups, nullptr, sums.data());
+    }
+
+    parallel(count, problem.threads, [&](Index b, int) {
+      T* mean = static_cast<T*>(out.mean) + (first + b) * features;
+      for (Index k = 0; k < features; ++k)
+        mean[k] = static_cast<T>(sums[b * features + k] / states[b].total);
+      out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
+      out.nearest[first + b] = states[b].nearest;
+      out.total[first + b] = states[b].total;
+    });
+  }
+  return {};
+}
+
+// ---- backward -------------------------------------------------------------------------------
+//
+// With upstream gradients G = ∂L/∂mean and g = ∂L/∂logsumexp:
+//     t_j = G·(y_j − mean) + g,   c_j = −(N + D) p_j t_j / s_j   (D = ∞: −p_j t_j / σ²)
+//     ∂L/∂x = Σ_j c_j (x − y_j),  ∂L/∂r = r Σ_j c_j              (D = ∞: Σ_j p_j t_j d_j² / σ³)
+//     ∂L/∂y_j = Σ_b [p_bj G_b − c_bj (x_b − y_j)]
+// Σ p_j t_j = g, so the t_j nearly cancel in Σ c_j. The following form avoids the cancellation. Let
+// s and d² be those of the nearest reference, e_j = d_j² − d² and moment = Σ p_j t_j e_j / s_j (D =
+// ∞: Σ p_j t_j e_j / σ²):
+//     C = Σ c_j = −(N + D)(g − moment)/s                         (D = ∞: −g/σ²)
+//     ∂L/∂x = C (x − mean) − Σ_j c_j (y_j − mean)
+//     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
+// p_j is computed relative to the nearest reference of the forward pass. logsumexp would be too
+// inexact: for small σ it is as large as d²/σ². In rows where the rounding of the mean would be
+// visible, t_j is computed without it (cpu/steep_rows.h).
+
+constexpr int kGradientRows = 3;  // rows of a register tile that also holds their means
+
+// out[q][c] = g_q · (y_c − m_q) over n features. y is padded with zeros to whole vectors.
+template <class T>
+void project_pairs(const T* const* g, const T* const* m, const T* const* y, Index n,
+                   double (*out)[kPairColumns]) {
+  using Vector = typename Simd<T>::Vector;
+  constexpr Index lanes = Simd<T>::lanes;
+  Vector sum[kGradientRows][kPairColumns];
+  set_zero(sum);
+  Index k = 0;
+  for (; k + lanes <= n; k += lanes) {
+    Vector reference[kPairColumns];
+    for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
+    for (int q = 0; q < kGradientRows; ++q) {
+      const Vector upstream = load_unaligned(g[q] + k);
+      const Vector mean = load_unaligned(m[q] + k);
+      for (int c = 0; c < kPairColumns; ++c) sum[q][c] += upstream * (reference[c] - mean);
+    }
+  }
+  for (int q = 0; q < kGradientRows; ++q) {
+    sum_lanes<T, kPairColumns>(sum[q], out[q]);
+    for (int c = 0; c < kPairColumns; ++c)
+      for (Index i = k; i < n; ++i) out[q][c] += g[q][i] * (y[c][i] - m[q][i]);
+  }
+}
+
+// Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ so
+// small that scores overflow.
+bool at_limit(const WeightLaw& law, double nearest, double radius) {
+  if (law.gaussian) return radius == 0 || std::isinf(nearest / radius / radius);
+  return nearest + radius * radius == 0;
+}
+
+// Computes p_j from squared distances and counts those that are not zero.
+void probabilities(const WeightLaw& law, QueryState& state, double radius, const double* squared,
+                   double* p, Index count) {
+  state.live = 0;
+  std::memset(p, 0, padded_count(count) * sizeof(double));
+  if (at_limit(law, state.nearest, radius)) return;
+  weigh(law, state.nearest, radius, law.cutoff - std::log(state.total), squared, p, count);
+  for (Index j = 0; j < count; ++j) {
+    p[j] /= state.total;
+    state.live += p[j] != 0;
+  }
+}
+
+// Replaces t_j by c_j, after adding g to t_j. Returns the chunk's part of the moment. `bound`
+// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded.
+double coefficients(const WeightLaw& law, const QueryState& state, double radius, double g,
+                    const double* squared, const double* p, double* t, Index count, double* bound) {
+  *bound = 1e-300;
+  if (state.live == 0) return 0;
+  Doubles moment = {}, size = {};
+  for (Index j = 0; j < padded_count(count); j += kDoubles) {
+    const Doubles probability = vector_at(p + j), s = vector_at(squared + j);
+    // Where p = 0, t is undefined.
+    const Doubles weighted = probability == 0.0 ? Doubles{} : probability * (vector_at(t + j) + g);
+    const Doubles excess = s - state.nearest;
+    Doubles c;
+    if (law.gaussian) {
+      c = -weighted / radius / radius;
+      moment -= c * excess;
+    } else {
+      const Doubles share = weighted / (s + radius * radius);
+      c = -2.0 * law.exponent * share;
+      moment += share * excess;
+    }
+    vector_at(t + j) = c;
+    size += c > 0.0 ? c : -c;
+  }
+  *bound += sum_of(size);
+  return sum_of(moment);
+}
+
+// What the gradients of a query need besides the sums over references: C and ∂L/∂radius.
+struct Totals {
+  double c, grad_radius;
+};
+
+Totals totals(const WeightLaw& law, const QueryState& state, double moment, double g,
+              double radius) {
+  if (at_limit(law, state.nearest, radius)) return {0, 0};
+  if (law.gaussian)
+    return {-g / radius / radius, (g * (state.nearest / radius / radius) + moment) / radius};
+  const double c = -2 * law.exponent * (g - moment) / (state.nearest + radius * radius);
+  return {c, radius * c};
+}
+
+constexpr Index kGradientPanel = 1024;  // features in a task
+
+// Adds Σ_b [p_bj G_b − c_bj (x_b − y_j)] to grad_y[j, :] for the references of the chunk.
+template <class T, class R>
+void reference_gradients(const Problem& problem, const Backward& io,
+                         const Distances<T, R>& distances, Index first_query, Index queries,
+                         Index first_reference, const double* probabilities,
+                         const double* coefficients) {
+  const Index features = problem.features;
+  const Index panels = (features + kGradientPanel - 1) / kGradientPanel;
+  parallel(distances.count() * panels, problem.threads, [&](Index task, int) {
+    const Index j = task / panels, k0 = task % panels * kGradientPanel;
+    const Index n = smaller(kGradientPanel, features - k0);
+    const R* y = distances.reference(j) + k0;
+    double sum[kGradientPanel] = {};
+    for (Index b = 0; b < queries; ++b) {
+      const double p = probabilities[b * kStride + j], coefficient = coefficients[b * kStride + j];
+      if (p == 0) continue;
+      const T* grad = static_cast<const T*>(io.grad_mean) + (first_query + b) * features + k0;
+      const T* x = distances.query(b) + k0;
+      for (Index k = 0; k < n; ++k)
+        sum[k] += p * static_cast<double>(grad[k]) -
+                  coefficient * (static_cast<double>(x[k]) - static_cast<double>(load<T>(y[k])));
+    }
+    T* out = static_cast<T*>(io.grad_y) + (first_reference + j) * features + k0;
+    for (Index k = 0; k < n; ++k) out[k] += static_cast<T>(sum[k]);
+  });
+}
+
+Status check_singular(const Problem& problem, const WeightLaw& law, const Backward& io) {
+  for (Index b = 0; b < problem.queries; ++b)
+    if (io.grad_logsumexp[b] != 0 && at_limit(law, io.nearest[b], problem.radius[b]))
+      return {Failure::singular, b};
+  return {};
+}
+
+// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. The cutoff of p_j is this much
+// lower, in nats.
+constexpr double kGradientCutoff = 8;
+
+// The state that the forward pass ended with.
+QueryState state_of(const Backward& io, Index query) {
+  QueryState state;
+  state.nearest = io.nearest[query];
+  state.total = io.total[query];
+  return state;
+}
+
+// averages[b] = Σ_j p_bj G·(y_j − mean) / Σ_j p_bj over all chunks, for the steep rows of a block.
+// `first` is the first query of the block.
+template <class T, class R>
+Status find_averages(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
+                     const Index* steep, Index count, double* averages) {
+  const Index features = problem.features, block = smaller(count, kSteepBlock);
+  Buffer<T> x(block * features);
+  Buffer<double> radius(block), p(block * kStride);
+  Buffer<QueryState> states(block);
+  Problem some = problem;
+  some.queries = block;
+  some.x = x.data();
+  some.x_stride = features;
+  some.radius = radius.data();
+  Distances<T, R> distances(some, law, block);
+  typename Distances<T, R>::Lists lists(block);
+  if (!x || !radius || !p || !states || !distances || !lists) return {Failure::memory, 0};
+  const Index chunk = chunk_size<R>(problem);
+
+  for (Index at = 0; at < count; at += block, steep += block) {
+    const Index n = smaller(block, count - at);
+    double sums[kSteepBlock][2] = {};
+    for (Index i = 0; i < n; ++i) {
+      const Index query = first + steep[i];
+      std::memcpy(x.at(i * features), static_cast<const T*>(problem.x) + query * problem.x_stride,
+                  features * sizeof(T));
+      radius[i] = problem.radius[query];
+      states[i] = state_of(io, query);
+    }
+    distances.set_queries(0, n);
+    for (Index begin = 0; begin < problem.references; begin += chunk) {
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
+      parallel(n, problem.threads, [&](Index i, int) {
+        // The main pass reports a row that is not finite.
+        if (std::isnan(distances.refine(i, states[i]))) return;
+        const Index from = (first + steep[i]) * features;
+        probabilities(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
+                      distances.count());
+        project_row(distances, static_cast<const T*>(io.grad_mean) + from,
+                    static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
+                    static_cast<double*>(nullptr), sums[i]);
+      });
+    }
+    for (Index i = 0; i < n; ++i) averages[steep[i]] = average(sums[i]);
+  }
+  return {};
+}
+
+template <class T, class R>
+Status backward(const Problem& problem, const Backward& io) {
+  const WeightLaw law = weight_law<T>(problem, kGradientCutoff);
+  if (const Status status = check_singular(problem, law, io); status.failure != Failure::none)
+    return status;
+  const Index features = problem.features, block = block_size<T>(problem);
+  const Index chunk = chunk_size<R>(problem);
+  Distances<T, R> distances(problem, law, block);
+  typename Distances<T, R>::Lists lists(block);
+  Groups<T, kGradientRows> groups(block);
+  DenseTiles<T> dense(problem.threads);
+  PairTiles<T, R, kGradientRows> projections(problem.threads);
+  WeightedSums<T, R, kGradientRows, true> weighted(problem);
+  Buffer<double> sums(io.grad_x ? block * features : 0), p(block * kStride), c(block * kStride);
+  Buffer<double> moments(block), bounds(block), averages(block);
+  Buffer<QueryState> states(block);
+  Buffer<Index> steep(block);
+  Buffer<bool> wide(block);  // whether the row is steep
+  if (!distances || !lists || !groups || !dense || !projections || !weighted || !sums || !p || !c ||
+      !moments || !bounds || !averages || !states || !steep || !wide)
+    return {Failure::memory, 0};
+  if (io.grad_y)
+    parallel(divide_up(problem.references, chunk), problem.threads, [&](Index task, int) {
+      const Index rows = smaller(chunk, problem.references - task * chunk);
+      std::memset(static_cast<T*>(io.grad_y) + task * chunk * features, 0,
+                  rows * features * sizeof(T));
+    });
+  const bool whole = problem.references <= chunk;
+  const auto each = [](const Buffer<double>& values) {
+    return [&values](Index b) { return values.at(b * kStride); };
+  };
+
+  for (Index first = 0; first < problem.queries; first += block) {
+    const Index count = smaller(block, problem.queries - first);
+    const T* mean = static_cast<const T*>(io.mean) + first * features;
+    const T* grad = static_cast<const T*>(io.grad_mean) + first * features;
+    const auto project = [&](const Index* b, Index k, Index n, const T* const* y,
+                             double (*sums)[kPairColumns]) {
+      const T *g[kGradientRows], *m[kGradientRows];
+      for (int q = 0; q < kGradientRows; ++q) {
+        g[q] = grad + b[q] * features + k;
+        m[q] = mean + b[q] * features + k;
+      }
+      project_pairs<T>(g, m, y, n, sums);
+    };
+    distances.set_queries(first, count);
+    if (io.grad_x) std::memset(sums.data(), 0, count * features * sizeof(double));
+    Index steep_count = 0;
+    for (Index b = 0; b < count; ++b) {
+      moments[b] = averages[b] = 0;
+      states[b] = state_of(io, first + b);
+      wide[b] = !at_limit(law, states[b].nearest, distances.radius(b)) &&
+                is_steep(law, states[b].nearest, states[b].total, distances.radius(b),
+                         mean + b * features, features);
+      if (wide[b]) steep[steep_count++] = b;
+    }
+    if (steep_count > 0 && !whole) {
+      const Status status =
+          find_averages<T, R>(problem, io, law, first, steep.data(), steep_count, averages.data());
+      if (status.failure != Failure::none) return status;
+    }
+
+    for (Index begin = 0; begin < problem.references; begin += chunk) {
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
+      parallel(count, problem.threads, [&](Index b, int) {
+        if (std::isnan(distances.refine(b, states[b]))) {
+          states[b].nearest = std::numeric_limits<double>::quiet_NaN();
+          return;
+        }
+        probabilities(law, states[b], distances.radius(b), distances.row(b), p.at(b * kStride),
+                      distances.count());
+        std::memset(c.at(b * kStride), 0, padded_count(distances.count()) * sizeof(double));
+      });
+      if (const Status status = check_states(states.data(), count, first);
+          status.failure != Failure::none)
+        return status;
+      groups.arrange(
+          count, distances.count(), problem.threads,
+          [&](Index b) { return wide[b] ? 0 : states[b].live; }, each(p), counts);
+      const auto y = [&](Index j) { return distances.reference(j); };
+      if (distances.dense())
+        dense.template sum<Projection>(
+            count, distances.count(), features, [&](Index b) { return mean + b * features; },
+            [&](Index b) { return grad + b * features; }, y, each(c));
+      else
+        projections.add(groups, distances.count(), features, y, project, each(c));
+      parallel(count, problem.threads, [&](Index b, int) {
+        double *of_p = p.at(b * kStride), *of_c = c.at(b * kStride);
+        if (wide[b]) {
+          double found[2] = {};
+          project_row(distances, grad + b * features, mean + b * features, features, of_p, of_c,
+                      found);
+          if (whole) averages[b] = average(found);
+        }
+        moments[b] += coefficients(law, states[b], distances.radius(b),
+                                   io.grad_logsumexp[first + b] - averages[b], distances.row(b),
+                                   of_p, of_c, distances.count(), bounds.at(b));
+        if (wide[b] && io.grad_x)
+          add_row(distances, mean + b * features, features, of_p, of_c, sums.at(b * features));
+      });
+      if (io.grad_x) {
+        groups.weigh(problem.threads, each(c), [&](Index b) { return bounds[b]; });
+        weighted.add(distances, groups, mean, sums.data());
+      }
+      if (io.grad_y)
+        reference_gradients(problem, io, distances, first, count, begin, p.data(), c.data());
+    }
+
+    parallel(count, problem.threads, [&](Index b, int) {
+      const Index query = first + b;
+      const Totals total =
+          totals(law, states[b], moments[b], io.grad_logsumexp[query], distances.radius(b));
+      if (io.grad_radius) io.grad_radius[query] = total.grad_radius;
+      if (!io.grad_x) return;
+      const T* x = distances.query(b);
+      T* out = static_cast<T*>(io.grad_x) + query * features;
+      for (Index k = 0; k < features; ++k) {
+        const double offset =
+            static_cast<double>(x[k]) - static_cast<double>(mean[b * features + k]);
+        out[k] = static_cast<T>(total.c * offset - sums[b * features + k]);
+      }
+    });
+  }
+  return {};
+}
+
+// ---- entry points ---------------------------------------------------------------------------
+
+template <class T, class F>
+Status with_reference_type(Type type, const F& f) {
+  switch (type) {
+    case Type::float32:
+      return f(T(), float());
+    case Type::float64:
+      return f(T(), double());
+    case Type::bfloat16:
+      return f(T(), BFloat16());
+    case Type::float16:
+      return f(T(), Float16());
+    case Type::uint8:
+      return f(T(), std::uint8_t());
+  }
+  std::abort();
+}
+
+template <class F>
+Status with_types(const Problem& problem, const F& f) {
+  return problem.type == Type::float64 ? with_reference_type<double>(problem.reference_type, f)
+                                       : with_reference_type<float>(problem.reference_type, f);
+}
+
+// Address of the index-th element of a float32 or float64 array.
+template <class Void>
+Void* at(Void* array, Index index, Type type) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  const Index size = type == Type::float64 ? sizeof(double) : sizeof(float);
+  return static_cast<Byte*>(array) + index * size;
+}
+
+// Threads with a workspace of their own, at most 6 MB each.
+constexpr int kMaxIndependentThreads = 8;
+
+// With few features most steps are too short to share between threads. Instead each thread takes
+// whole blocks of queries through all steps. The blocks are the same either way, so the results are
+// the same to the bit.
+template <class F>
+Status by_blocks(const Problem& problem, bool independent, const F& run) {
+  const Index blocks = divide_up(problem.queries, kSmallBlock);
+  const bool few =
+      problem.threads > 1 && problem.threads <= kMaxIndependentThreads && problem.threads <= blocks;
+  if (!independent || problem.features >= kListedFeatures || !few) return run(problem, 0);
+  std::vector<Status> found(blocks);
+  parallel(blocks, problem.threads, [&](Index task, int) {
+    Problem block = problem;
+    const Index first = task * kSmallBlock;
+    block.threads = 1;
+    block.queries = smaller(kSmallBlock, problem.queries - first);
+    block.x = at(problem.x, first * problem.x_stride, problem.type);
+    block.radius += first;
+    found[task] = run(block, first);
+    found[task].row += first;
+  });
+  for (const Status& status : found)
+    if (status.failure != Failure::none) return status;
+  return {};
+}
+
+Forward outputs_from(Index first, const Problem& problem, Forward out) {
+  out.mean = at(out.mean, first * problem.features, problem.type);
+  out.logsumexp += first;
+  out.nearest += first;
+  out.total += first;
+  return out;
+}
+
+Backward outputs_from(Index first, const Problem& problem, Backward io) {
+  io.grad_mean = at(io.grad_mean, first * problem.features, problem.type);
+  io.grad_logsumexp += first;
+  io.mean = at(io.mean, first * problem.features, problem.type);
+  io.nearest += first;
+  io.total += first;
+  if (io.grad_x) io.grad_x = at(io.grad_x, first * problem.features, problem.type);
+  if (io.grad_radius) io.grad_radius += first;
+  return io;
+}
+
+Status run_forward(const Problem& problem, const Forward& out) {
+  return with_types(problem, [&](auto t, auto r) {
+    return by_blocks(problem, true, [&](const Problem& block, Index first) {
+      return forward<decltype(t), decltype(r)>(block, outputs_from(first, problem, out));
+    });
+  });
+}
+
+Status run_backward(const Problem& problem, const Backward& io) {
+  return with_types(problem, [&](auto t, auto r) {
+    return by_blocks(problem, io.grad_y == nullptr, [&](const Problem& block, Index first) {
+      return backward<decltype(t), decltype(r)>(block, outputs_from(first, problem, io));
+    });
+  });
+}
+
+std::int64_t sketch_width(std::int64_t features) {
+  return features < kListedFeatures ? 0 : sketch_stride(features) + 1;
+}
+
+void run_sketch(const Problem& problem, void* out) {
+  with_types(problem, [&](auto t, auto r) {
+    using R = decltype(r);
+    const auto y = [&](Index j) { return static_cast<const R*>(problem.y) + j * problem.y_stride; };
+    const Screen<decltype(t), R> screen(problem, 0, 0);
+    auto* rows = static_cast<decltype(t)*>(out);
+    screen.sketch(problem.references, y, rows,
+                  rows + problem.references * sketch_stride(problem.features));
+    return Status();
+  });
+}
+
+}  // namespace
+
+#define PFGM_TEXT_(name) #name
+#define PFGM_TEXT(name) PFGM_TEXT_(name)
+extern const Kernels kernels;
+const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward, run_backward, sketch_width, run_sketch};
+
+}  // namespace PFGM_ISA
+}  // namespace pfgm

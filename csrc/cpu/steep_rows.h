@@ -1,0 +1,102 @@
+// Steep rows: their gradients magnify the rounding of the mean until it is visible.
+//
+// The gradients are sums of t_j = G·(y_j − mean) + g times p_j (N + D)/s_j |x − y_j|. The mean from
+// the forward pass and the sums over features are rounded to about ε of their values. A small σ
+// multiplies that error by d/σ². If several references are equally near, no other term hides it.
+// Steep rows are computed in float64, and t_j is taken relative to the average of G·(y_j − mean)
+// over the same weights. Then Σ p_j t_j = g however the mean was rounded.
+#pragma once
+#include "cpu/distances.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+// Tolerated error of t_j, relative to |G|, times (N + D) d/s.
+template <class T> constexpr double kToleratedError = sizeof(T) == sizeof(float) ? 3e-5 : 1e-10;
+constexpr double kMaxSpread = 16;  // references that count are at most this many (d² + σ²)^½ apart
+constexpr Index kSteepBlock = 64;  // rows that find_averages takes at a time
+
+constexpr Index kWideLanes = 4 * kDoubles;
+
+template <class T>
+T largest_of(const T* values, Index n) {
+  T found[kWideLanes] = {};
+  const auto take = [](T& largest, T value) {
+    const T size = value < 0 ? -value : value;
+    largest = size > largest ? size : largest;
+  };
+  Index k = 0;
+  for (; k + kWideLanes <= n; k += kWideLanes)
+    for (Index lane = 0; lane < kWideLanes; ++lane) take(found[lane], values[k + lane]);
+  for (; k < n; ++k) take(found[0], values[k]);
+  for (Index lane = 1; lane < kWideLanes; ++lane) take(found[0], found[lane]);
+  return found[0];
+}
+
+template <class T>
+bool is_steep(const WeightLaw& law, double nearest, double total, double radius, const T* mean,
+              Index features) {
+  // The mean is the nearest reference itself and has no error.
+  if (total == 1) return false;
+  const double sigma =
+      law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
+  const double distance = std::sqrt(nearest + sigma * sigma);
+  const double slope = distance / sigma / sigma, rounding = std::numeric_limits<T>::epsilon() / 2;
+  double error = (total - 1) * kMaxSpread * distance;
+  if (total - 1 > rounding / 2) {
+    // A feature of y_j − mean is about 1/√N of the distance. Over many features rounding averages
+    // out.
+    const double root = std::sqrt(static_cast<double>(features));
+    error = rounding * (largest_of(mean, features) * (1 + 3 / root) + distance / root);
+  }
+  return error * slope > kToleratedError<T>;
+}
+
+// g · (y − mean) in float64.
+template <class T, class R>
+double project(const T* g, const T* mean, const R* y, Index n) {
+  double sum[kWideLanes] = {};
+  Index k = 0;
+  for (; k + kWideLanes <= n; k += kWideLanes)
+    for (Index lane = 0; lane < kWideLanes; ++lane)
+      sum[lane] += static_cast<double>(g[k + lane]) *
+                   (load<double>(y[k + lane]) - static_cast<double>(mean[k + lane]));
+  for (; k < n; ++k)
+    sum[0] += static_cast<double>(g[k]) * (load<double>(y[k]) - static_cast<double>(mean[k]));
+  double total = 0;
+  for (Index lane = 0; lane < kWideLanes; ++lane) total += sum[lane];
+  return total;
+}
+
+// One row of a chunk: t[j] = G·(y_j − mean) where p[j] is not zero. Adds Σ p and Σ p t to sums.
+template <class T, class R>
+void project_row(const Distances<T, R>& distances, const T* g, const T* mean, Index features,
+                 const double* p, double* t, double (&sums)[2]) {
+  for (Index j = 0; j < distances.count(); ++j) {
+    if (p[j] == 0) continue;
+    const double projection = project(g, mean, distances.reference(j), features);
+    if (t) t[j] = projection;
+    sums[0] += p[j];
+    sums[1] += p[j] * projection;
+  }
+}
+
+// The average of t from sums of p and p t.
+inline double average(const double (&sums)[2]) { return sums[0] > 0 ? sums[1] / sums[0] : 0; }
+
+// One row of a chunk: adds Σ_j c_j (y_j − mean) to sum, in float64.
+template <class T, class R>
+void add_row(const Distances<T, R>& distances, const T* mean, Index features, const double* p,
+             const double* c, double* sum) {
+  for (Index j = 0; j < distances.count(); ++j) {
+    if (p[j] == 0) continue;
+    const R* y = distances.reference(j);
+    for (Index k = 0; k < features; ++k)
+      sum[k] += c[j] * (load<double>(y[k]) - static_cast<double>(mean[k]));
+  }
+}
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm

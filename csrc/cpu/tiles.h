@@ -1,0 +1,234 @@
+// Sums over features for pairs of queries and references, in register tiles.
+#pragma once
+#include "cpu/groups.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+// ---- all pairs: references feature by feature, one to a lane --------------------------------
+
+constexpr Index kPanel = 256;            // features in a packed tile
+constexpr Index kMaxAdditions = 64;      // into one sum of T before it is merged in float64
+constexpr Index kPrefetchFeatures = 64;  // how far ahead a reference is prefetched, in features
+
+// What one feature adds for a pair: to the squared distance, or to g · (y − x).
+struct Distance {
+  template <class V, class T>
+  static void add(V& sum, T x, T, const V& y) {
+    const V difference = x - y;
+    sum += difference * difference;
+  }
+};
+struct Projection {
+  template <class V, class T>
+  static void add(V& sum, T x, T g, const V& y) {
+    sum += g * (y - x);
+  }
+};
+
+// Adds the sum over n features to out[q][r] for a tile of references; assigns it if `fresh`.
+template <class Term, class T, int kRows>
+void sum_features(const T* const* x, const T* const* g, const T* y, Index n, bool fresh,
+                  double* const* out) {
+  using Vector = typename Simd<T>::Vector;
+  constexpr Index lanes = Simd<T>::lanes, tile = Simd<T>::tile;
+  for (Index begin = 0; begin < n; begin += kMaxAdditions) {
+    const Index end = smaller(begin + kMaxAdditions, n);
+    Vector sum[kRows][kTileVectors];
+    set_zero(sum);
+    for (Index k = begin; k < end; ++k) {
+      Vector reference[kTileVectors];
+      for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
+      for (int q = 0; q < kRows; ++q)
+        for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
+    }
+    for (int q = 0; q < kRows; ++q)
+      for (int v = 0; v < kTileVectors; ++v)
+        if (fresh)
+          for (Index lane = 0; lane < lanes; ++lane) out[q][v * lanes + lane] = sum[q][v][lane];
+        else
+          for (Index lane = 0; lane < lanes; ++lane) out[q][v * lanes + lane] += sum[q][v][lane];
+    fresh = false;
+  }
+}
+
+template <class Term, class T, int kRows>
+void sum_features(Index rows, const T* const* x, const T* const* g, const T* y, Index n, bool fresh,
+                  double* const* out) {
+  if constexpr (kRows > 1)
+    if (rows < kRows) return sum_features<Term, T, kRows - 1>(rows, x, g, y, n, fresh, out);
+  sum_features<Term, T, kRows>(x, g, y, n, fresh, out);
+}
+
+template <class T>
+class DenseTiles {
+ public:
+  explicit DenseTiles(int threads) : threads_(threads), packed_(threads * kPanel * Simd<T>::tile) {}
+
+  explicit operator bool() const { return static_cast<bool>(packed_); }
+
+  // out(b)[j] = Σ Term over the features. Values up to the end of the last tile are undefined. Only
+  // Projection uses g(b).
+  template <class Term, class Queries, class Factors, class References, class Out>
+  void sum(Index queries, Index references, Index features, const Queries& x, const Factors& g,
+           const References& y, const Out& out) {
+    const Index tiles = divide_up(references, Simd<T>::tile);
+    const Index parts = parts_of(tiles, threads_, divide_up(queries, kTileQueries));
+    const Index part = round_up(divide_up(queries, parts), kTileQueries);
+    parallel(tiles * parts, threads_, [&](Index task, int thread) {
+      const Index first = task % parts * part, last = smaller(first + part, queries);
+      const Index j = task / parts * Simd<T>::tile;
+      T* packed = packed_.at(thread * kPanel * Simd<T>::tile);
+      for (Index k = 0; k < features; k += kPanel) {
+        const Index n = smaller(kPanel, features - k);
+        pack(y, j, smaller(Simd<T>::tile, references - j), k, n, packed);
+        for (Index b = first; b < last; b += kTileQueries)
+          add_rows<Term>(b, smaller(kTileQueries, last - b), last, j, k, n, packed, x, g, out);
+      }
+    });
+  }
+
+ private:
+  template <class Term, class Queries, class Factors, class Out>
+  static void add_rows(Index b, Index rows, Index last, Index j, Index k, Index n, const T* packed,
+                       const Queries& x, const Factors& g, const Out& out) {
+    const T *from[kTileQueries], *factor[kTileQueries];
+    double* to[kTileQueries];
+    for (Index q = 0; q < rows; ++q) {
+      from[q] = x(b + q) + k;
+      factor[q] = g(b + q) + k;
+      to[q] = out(b + q) + j;
+    }
+    for (Index next = b + rows; next < smaller(b + 2 * kTileQueries, last); ++next) {
+      prefetch(x(next) + k, n);
+      prefetch(out(next) + j, Simd<T>::tile);
+    }
+    sum_features<Term, T, kTileQueries>(rows, from, factor, packed, n, k == 0, to);
+  }
+
+  // packed[feature][reference], zero where there is no reference.
+  template <class References>
+  static void pack(const References& y, Index j, Index filled, Index k, Index n, T* packed) {
+    constexpr Index tile = Simd<T>::tile, lanes = Simd<T>::lanes;
+    if (filled < tile) std::memset(packed, 0, n * tile * sizeof(T));
+    const Index whole = filled / lanes * lanes, n_whole = n / lanes * lanes;
+    for (Index r = 0; r < whole; r += lanes)
+      for (Index i = 0; i < n_whole; i += lanes) {
+        typename Simd<T>::Vector square[lanes];
+        for (Index lane = 0; lane < lanes; ++lane) {
+          const auto* from = y(j + r + lane) + k + i;
+          if (i + kPrefetchFeatures < n) prefetch(from + kPrefetchFeatures, lanes);
+          square[lane] = load_vector<T>(from);
+        }
+        transpose<T>(square);
+        for (Index lane = 0; lane < lanes; ++lane)
+          vector_at(packed + (i + lane) * tile + r) = square[lane];
+      }
+    for (Index r = 0; r < filled; ++r)
+      for (Index i = r < whole ? n_whole : 0; i < n; ++i)
+        packed[i * tile + r] = load<T>(y(j + r)[k + i]);
+  }
+
+  const int threads_;
+  Buffer<T> packed_;
+};
+
+// ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
+
+constexpr Index kPairReferences = 32;  // references packed at a time
+// Features packed at a time: a tile fits L1, and a lane adds at most kMaxAdditions values.
+template <class T>
+constexpr Index kPairPanel = smaller(3072 / sizeof(T), Simd<T>::lanes* kMaxAdditions);
+constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
+
+// out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
+template <class T>
+void distance_pairs(const T* const* x, const T* const* y, Index n, double (*out)[kPairColumns]) {
+  using Vector = typename Simd<T>::Vector;
+  Vector sum[kTileQueries][kPairColumns];
+  set_zero(sum);
+  for (Index k = 0; k < n; k += Simd<T>::lanes) {
+    Vector reference[kPairColumns];
+    for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
+    for (int q = 0; q < kTileQueries; ++q) {
+      const Vector query = vector_at(x[q] + k);
+      for (int c = 0; c < kPairColumns; ++c) {
+        const Vector difference = query - reference[c];
+        sum[q][c] += difference * difference;
+      }
+    }
+  }
+  for (int q = 0; q < kTileQueries; ++q) sum_lanes<T, kPairColumns>(sum[q], out[q]);
+}
+
+template <class T, class R, int kRows>
+class PairTiles {
+ public:
+  explicit PairTiles(int threads)
+      : threads_(threads), packed_(threads * kPairReferences * kPairPanel<T>) {}
+
+  explicit operator bool() const { return static_cast<bool>(packed_); }
+
+  // Adds the sum over features to out(b)[j] for the pairs of each group. kernel(rows, k, n, y,
+  // sums) computes sums[kRows][kPairColumns] over features k … k + n − 1, for references y padded
+  // with zeros to whole vectors.
+  template <class References, class Kernel, class Out>
+  void add(const Groups<T, kRows>& groups, Index references, Index features, const References& y,
+           const Kernel& kernel, const Out& out) {
+    const Index tiles = divide_up(references, kPairReferences);
+    const Index parts = parts_of(tiles, threads_, groups.count());
+    parallel(tiles * parts, threads_, [&](Index task, int thread) {
+      const Index begin = task / parts * kPairReferences;
+      const Index end = smaller(begin + kPairReferences, references);
+      T* packed = packed_.at(thread * kPairReferences * kPairPanel<T>);
+      for (Index k = 0; k < features; k += kPairPanel<T>) {
+        const Index n = smaller(kPairPanel<T>, features - k);
+        const T* from[kPairReferences];
+        for (Index j = begin; j < end; ++j)
+          if (groups.live(j))
+            from[j - begin] = aligned(y(j) + k, n, packed + (j - begin) * kPairPanel<T>);
+        for (Index g = task % parts; g < groups.count(); g += parts)
+          add_group(groups[g], begin, end, k, n, from, kernel, out);
+      }
+    });
+  }
+
+ private:
+  // The n elements as whole aligned vectors: in place if they are such, else a copy in `out`.
+  static const T* aligned(const R* y, Index n, T* out) {
+    if constexpr (std::is_same_v<T, R>)
+      if (n % Simd<T>::lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % kVectorBytes == 0)
+        return y;
+    const Index whole = n / Simd<T>::lanes * Simd<T>::lanes;
+    for (Index i = 0; i < whole; i += Simd<T>::lanes) vector_at(out + i) = load_vector<T>(y + i);
+    for (Index i = whole; i < n; ++i) out[i] = load<T>(y[i]);
+    for (Index i = n; i < round_up(n, Simd<T>::lanes); ++i) out[i] = 0;
+    return out;
+  }
+
+  template <class Kernel, class Out>
+  static void add_group(const Group<T, kRows>& group, Index begin, Index end, Index k, Index n,
+                        const T* const* from, const Kernel& kernel, const Out& out) {
+    Index rows[kRows];
+    for (Index q = 0; q < kRows; ++q) rows[q] = group.row[smaller(q, group.rows - 1)];
+    const Index last = group.lower_bound(end);
+    for (Index i = group.lower_bound(begin); i < last; i += kPairColumns) {
+      const Index columns = smaller(kPairColumns, last - i);
+      const T* y[kPairColumns];
+      for (Index c = 0; c < kPairColumns; ++c)
+        y[c] = from[group.index[i + smaller(c, columns - 1)] - begin];
+      double sums[kRows][kPairColumns];
+      kernel(rows, k, n, y, sums);
+      for (Index q = 0; q < group.rows; ++q)
+        for (Index c = 0; c < columns; ++c) out(rows[q])[group.index[i + c]] += sums[q][c];
+    }
+  }
+
+  const int threads_;
+  Buffer<T> packed_;
+};
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm

@@ -1,0 +1,145 @@
+// From squared distances to weights.
+#pragma once
+#include "cpu/simd.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+constexpr Index kChunk = 2048;  // most references in a chunk; a multiple of every Simd::tile
+// Distance between rows of a chunk, in doubles. With a power of two all rows would compete for a
+// few cache sets.
+constexpr Index kStride = kChunk + 64;
+static_assert(kChunk % Simd<float>::tile == 0, "a chunk is whole tiles");
+
+// A weight below e^-kWeightCutoff / M of the sum of weights becomes zero. M such weights together
+// are smaller than the rounding of the result (epsilon is e^-15.9 and e^-36).
+template <class T> constexpr double kWeightCutoff = sizeof(T) == sizeof(float) ? 16 : 36.1;
+
+// How a squared distance becomes a score, the log of a weight.
+struct WeightLaw {
+  bool gaussian;    // D = ∞
+  double exponent;  // (N + D)/2, D finite
+  double cutoff;    // −log of the smallest share of the sum of weights that counts
+
+  // Score at the squared distance nearest + excess, minus the score at nearest.
+  double relative_score(double excess, double nearest, double radius) const {
+    if (excess == 0) return 0;
+    if (gaussian) return -excess / radius / radius / 2;
+    return -exponent * std::log1p(excess / (nearest + radius * radius));
+  }
+
+  Doubles relative_score(Doubles excess, double nearest, double radius) const {
+    const Doubles fall = gaussian ? excess / radius / radius / 2.0
+                                  : exponent * log_one_plus(excess / (nearest + radius * radius));
+    return excess == 0.0 ? Doubles{} : -fall;
+  }
+
+  double score(double squared, double radius) const {
+    if (gaussian) return squared == 0 ? 0 : -squared / radius / radius / 2;
+    return -exponent * std::log(squared + radius * radius);
+  }
+
+  // The excess over the nearest squared distance at which the score is `fall` lower. It grows with
+  // nearest.
+  double excess_at(double fall, double nearest, double radius) const {
+    if (gaussian) return 2 * fall * radius * radius;
+    return std::expm1(fall / exponent) * (nearest + radius * radius);
+  }
+
+  // By how much the score multiplies a relative error of the nearest squared distance.
+  double sensitivity(double nearest, double radius) const {
+    if (gaussian) return nearest / radius / radius / 2;
+    return exponent * nearest / (nearest + radius * radius);
+  }
+};
+
+template <class T>
+WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
+  return {std::isinf(problem.dimensions), (problem.features + problem.dimensions) / 2,
+          kWeightCutoff<T> + std::log(static_cast<double>(problem.references)) + extra_cutoff};
+}
+
+constexpr double kSmallestDouble = std::numeric_limits<double>::min();
+
+// The merge state of one query. Everything is relative to the nearest reference so far.
+struct QueryState {
+  double nearest = kInfinity, total = 0;
+  double scale = 1;  // factor for the sums over earlier chunks
+  Index live = 0;    // references of this chunk that count
+};
+
+// Number of doubles in a row of weights or squared distances: whole vectors, the last padded.
+inline Index padded_count(Index count) { return round_up(count, kDoubles); }
+
+inline double sum_of(Doubles v) {
+  double total = 0;
+  for (Index lane = 0; lane < kDoubles; ++lane) total += v[lane];
+  return total;
+}
+
+// weights[j] = weight of squared[j] relative to that of nearest, 0 if below e^-fall. Returns the
+// sum. Both may be the same array, and both are padded, with distances that do not count.
+inline double weigh(const WeightLaw& law, double nearest, double radius, double fall,
+                    const double* squared, double* weights, Index count) {
+  const double visible = law.excess_at(fall, nearest, radius);
+  Doubles total = {};
+  for (Index j = 0; j < padded_count(count); j += kDoubles) {
+    // Rounding may make the nearest a little nearer than in the forward pass.
+    const Doubles difference = vector_at(squared + j) - nearest;
+    const Doubles excess = difference > 0.0 ? difference : Doubles{};
+    const Longs seen = excess <= visible;
+    std::int64_t any = 0;
+    for (Index lane = 0; lane < kDoubles; ++lane) any |= seen[lane];
+    Doubles weight = {};
+    if (any) weight = seen ? exponential(law.relative_score(excess, nearest, radius)) : Doubles{};
+    vector_at(weights + j) = weight;
+    total += weight;
+  }
+  return sum_of(total);
+}
+
+// Sets weights below `least` to zero. Counts the others in `live` and returns their sum.
+inline double keep_visible(double* weights, Index count, double least, Index* live) {
+  Doubles total = {};
+  Longs number = {};
+  for (Index j = 0; j < padded_count(count); j += kDoubles) {
+    const Doubles w = vector_at(weights + j);
+    const Longs seen = w >= least;
+    const Doubles kept = seen ? w : Doubles{};
+    vector_at(weights + j) = kept;
+    total += kept;
+    number -= seen;
+  }
+  *live = 0;
+  for (Index lane = 0; lane < kDoubles; ++lane) *live += number[lane];
+  return sum_of(total);
+}
+
+// Merges a chunk into the state. Its squared distances become weights.
+inline void merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
+                  double* squared, Index count) {
+  state.scale = 1;
+  state.live = 0;
+  if (chunk_nearest < state.nearest) {
+    const double fall = state.nearest - chunk_nearest;
+    state.scale = state.total == 0 ? 0 : std::exp(law.relative_score(fall, chunk_nearest, radius));
+    state.total *= state.scale;
+    state.nearest = chunk_nearest;
+  }
+  const double before = state.total > 1 ? state.total : 1, fall = law.cutoff - std::log(before);
+  if (chunk_nearest - state.nearest > law.excess_at(fall, state.nearest, radius)) return;
+  const double sum = weigh(law, state.nearest, radius, fall, squared, squared, count);
+  const double least = std::exp(-law.cutoff) * (state.total + sum);
+  state.total +=
+      keep_visible(squared, count, least > kSmallestDouble ? least : kSmallestDouble, &state.live);
+}
+
+inline double logsumexp(const WeightLaw& law, const QueryState& state, double radius) {
+  if (!law.gaussian && state.nearest + radius * radius == 0) return kInfinity;
+  return law.score(state.nearest, radius) + std::log(state.total);
+}
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm

@@ -1,0 +1,7 @@
+#include "api/devices.h"
+
+namespace pfgm {
+
+CudaDevices cuda_devices() { return {{}, "the extension was built without CUDA"}; }
+
+}  // namespace pfgm

@@ -1,0 +1,93 @@
+// PTX instructions that CUDA C++ lacks: asynchronous copies, products in matrix units, clusters of
+// blocks (PTX ISA, sections 9.7.9 and 9.7.14). host_shim/intrinsics.h defines the same names for
+// the host, and the names of CUDA C++ that the kernels use.
+#pragma once
+#include <cstdint>
+
+#ifdef PFGM_CUDA_SHIM
+#include "host_shim/intrinsics.h"
+#else
+#include <cuda_runtime.h>
+
+// Architectures whose clusters have blocks with 227 KiB of shared memory.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define PFGM_CLUSTERS 1
+#endif
+
+namespace pfgm {
+
+// The dynamic shared memory of the block, on a 16-byte boundary.
+__device__ inline char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// Starts a copy of BYTES (4 or 16, aligned to that) into shared memory. Bytes after the first
+// `valid` become zero. They may be read after the thread that started the copy has waited for it,
+// followed by a barrier.
+template <int BYTES>
+__device__ inline void copy_async(void* to, const void* from, int valid = BYTES) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from),
+                 "r"(valid), "n"(BYTES)
+                 : "memory");
+}
+
+// commit_copies makes a group of the copies that this thread has started since the last commit.
+// wait_copies waits until all but the newest PENDING groups have arrived.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// d += a b for a (16 × 8) and b (8 × 8), computed by all lanes of a warp. Operands are float32;
+// their last 13 bits are ignored (TF32). With g = lane/4 and t = lane mod 4 a lane holds
+//     a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4];
+//     b[t][g], b[t + 4][g];
+//     d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1].
+__device__ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4],
+                                    const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline float half_to_float(std::uint16_t bits) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+  return v;
+}
+
+__device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
+
+#ifdef PFGM_CLUSTERS
+// cluster_rank is the block's place in its cluster, cluster_sync a barrier for all threads of the
+// cluster. cluster_shared is the address in the shared memory of block `rank` that corresponds to
+// `own` in this block.
+__device__ inline int cluster_rank() {
+  std::uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+template <class T>
+__device__ inline T* cluster_shared(T* own, int rank) {
+  std::uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+#endif
+
+}  // namespace pfgm
+#endif

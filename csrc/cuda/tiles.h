@@ -1,0 +1,349 @@
+// Tiles of rows in shared memory, and their products in matrix units with the accuracy of float32.
+//
+// A warp's lanes are g = lane/4 and t = lane mod 4 (multiply_add in cuda/intrinsics.h). The order
+// of terms in a sum is free. So a lane takes 4 neighbouring values where the matrix instruction
+// means every fourth, and reads them in one access.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "api/posterior_mean.h"
+#include "cuda/intrinsics.h"
+
+namespace pfgm {
+namespace {
+
+using Index = std::int64_t;
+
+constexpr int kPanel = 32;  // terms of a sum that are staged together: features, or references
+constexpr unsigned kAll = 0xffffffffu;
+constexpr std::size_t kSharedLimit = 99 << 10;          // bytes that a block can have from sm_80 on
+constexpr std::size_t kClusterSharedLimit = 227 << 10;  // and from sm_90 to sm_110
+
+__host__ __device__ constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
+__host__ __device__ constexpr Index round_up(Index n, Index multiple) {
+  return divide_up(n, multiple) * multiple;
+}
+__host__ __device__ constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+__host__ __device__ constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
+
+struct Lane {
+  int warp, lane, g, t;
+};
+
+__device__ inline Lane this_lane() {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  return {thread / 32, lane, lane / 4, lane % 4};
+}
+
+// ---- element types ---------------------------------------------------------------------------
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+// load4 returns elements as numbers in this unit. In it, all types but float32 are exact in TF32.
+template <class R> constexpr bool kShort = true;
+template <> constexpr bool kShort<float> = false;
+template <class R> constexpr float kUnit = 1;
+template <> constexpr float kUnit<std::uint8_t> = 1 / 255.0f;  // u/127.5 − 1 = (2u − 255)/255
+
+__device__ inline void load4(const float* from, float (&v)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+}
+__device__ inline void load4(const BFloat16* from, float (&v)[4]) {
+  const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+  v[0] = float_of(pairs.x << 16), v[1] = float_of(pairs.x & 0xffff0000u);
+  v[2] = float_of(pairs.y << 16), v[3] = float_of(pairs.y & 0xffff0000u);
+}
+__device__ inline void load4(const Float16* from, float (&v)[4]) {
+  const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+  v[0] = half_to_float(static_cast<std::uint16_t>(pairs.x));
+  v[1] = half_to_float(static_cast<std::uint16_t>(pairs.x >> 16));
+  v[2] = half_to_float(static_cast<std::uint16_t>(pairs.y));
+  v[3] = half_to_float(static_cast<std::uint16_t>(pairs.y >> 16));
+}
+__device__ inline void load4(const std::uint8_t* from, float (&v)[4]) {
+  const std::uint32_t four = *reinterpret_cast<const std::uint32_t*>(from);
+  for (int i = 0; i < 4; ++i)
+    v[i] = static_cast<float>(2 * static_cast<int>(four >> (8 * i) & 255u) - 255);
+}
+
+// Loads four elements. Those after the first `known` become zero, which a zero byte does not mean.
+template <class R>
+__device__ inline void load4(const R* from, int known, float (&v)[4]) {
+  load4(from, v);
+  if constexpr (sizeof(R) == 1)
+    for (int i = 0; i < 4; ++i) v[i] = i < known ? v[i] : 0;
+}
+
+__device__ inline double load1(const float* from) { return *from; }
+__device__ inline double load1(const BFloat16* from) {
+  return float_of(static_cast<std::uint32_t>(from->bits) << 16);
+}
+__device__ inline double load1(const Float16* from) { return half_to_float(from->bits); }
+__device__ inline double load1(const std::uint8_t* from) {
+  // In float64, and not as a difference of rounded numbers, which would cancel near the middle.
+  return (2 * static_cast<int>(*from) - 255) * (1 / 255.0);
+}
+
+// ---- rows in global memory -------------------------------------------------------------------
+
+// Rows of a matrix in global memory. Accesses of 16 bytes need all rows to start on such a
+// boundary.
+template <class T>
+struct Rows {
+  const T* at;
+  Index stride;
+  int count;
+  bool aligned;
+
+  __device__ const T* row(Index i) const { return at + i * stride; }
+};
+
+template <class T>
+Rows<T> rows_of(const void* at, Index stride, Index count) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(at) % 16 == 0 &&
+                       (count == 1 || stride * static_cast<Index>(sizeof(T)) % 16 == 0);
+  return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
+}
+
+// Starts to copy 16 bytes, those with number `piece`, of a row with COLUMNS values to shared
+// memory. Values after the first `known` become zero.
+template <int COLUMNS, class T>
+__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
+  constexpr int count = 16 / sizeof(T);
+  static_assert(COLUMNS % count == 0, "rows of tiles are whole accesses");
+  const int first = piece * count, left = known - first;
+  const int valid = left < 0 ? 0 : left < count ? left : count;
+  if (aligned) {
+    copy_async<16>(to + first, valid ? from + first : from, valid * static_cast<int>(sizeof(T)));
+    return;
+  }
+  for (int i = 0; i < count; ++i) to[first + i] = i < valid ? from[first + i] : T{};
+}
+
+// Starts to copy ROWS rows from `first` on, COLUMNS features from `feature` on. In shared memory
+// rows are PITCH apart.
+template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
+__device__ inline void copy_rows(T* to, const Rows<T>& rows, Index first, int feature,
+                                 int features) {
+  constexpr int pieces = COLUMNS * sizeof(T) / 16;
+  const int thread = static_cast<int>(threadIdx.x);
+  if constexpr (THREADS % pieces == 0) {  // a thread copies the same piece of each of its rows
+    constexpr int step = THREADS / pieces;
+    const int row0 = thread / pieces, piece = thread % pieces;
+    const Index left = rows.count - first - row0;
+    const T* from = rows.row(left > 0 ? first + row0 : 0) + feature;
+    if (step > ROWS && row0 >= ROWS) return;
+#pragma unroll
+    for (int row = 0; row < ROWS; row += step)
+      copy_piece<COLUMNS>(to + (row0 + row) * PITCH, row < left ? from + row * rows.stride : from,
+                          piece, row < left ? features - feature : 0, rows.aligned);
+  } else {
+    for (int i = thread; i < ROWS * pieces; i += THREADS) {
+      const int row = i / pieces;
+      const bool known = first + row < rows.count;
+      copy_piece<COLUMNS>(to + row * PITCH, rows.row(known ? first + row : 0) + feature, i % pieces,
+                          known ? features - feature : 0, rows.aligned);
+    }
+  }
+}
+
+// stage(p, slot) starts the copies of panel p. compute(p, slot) uses them STAGES − 1 panels later.
+template <int STAGES, class Stage, class Compute>
+__device__ inline void pipeline(int panels, Stage stage, Compute compute) {
+  for (int p = 0; p < STAGES - 1; ++p) {
+    if (p < panels) stage(p, p);
+    commit_copies();
+  }
+  for (int p = 0; p < panels; ++p) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();  // all copies of p have arrived, and no thread uses the slot of p − 1 any more
+    const int next = p + STAGES - 1;
+    if (next < panels) stage(next, next % STAGES);
+    commit_copies();
+    compute(p, p % STAGES);
+  }
+  wait_copies<0>();
+  __syncthreads();
+}
+
+// ---- products --------------------------------------------------------------------------------
+
+// v as the sum of two TF32 numbers: the nearest one and the rest. The matrix unit cuts off the last
+// bit of the rest. If v is not finite, the rest is not finite either.
+struct Split {
+  std::uint32_t big, small;
+};
+
+__device__ inline Split split(float v) {
+  const std::uint32_t big = (bits_of(v) + 0x1000u) & 0xffffe000u;
+  return {big, bits_of(v - float_of(big))};
+}
+
+// Operands of multiply_add, in two parts. If SHORT, values of A are TF32 numbers themselves.
+template <bool SHORT>
+struct OperandA {
+  std::uint32_t big[4], small[4];
+
+  __device__ void set(int i, float v) {
+    if constexpr (SHORT) {
+      big[i] = bits_of(v);
+    } else {
+      const Split parts = split(v);
+      big[i] = parts.big, small[i] = parts.small;
+    }
+  }
+};
+
+struct OperandB {
+  std::uint32_t big[2], small[2];
+
+  __device__ void set(int i, float v) {
+    const Split parts = split(v);
+    big[i] = parts.big, small[i] = parts.small;
+  }
+};
+
+template <bool SHORT>
+__device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, const OperandB& b) {
+  if constexpr (!SHORT) multiply_add(d, a.small, b.big);
+  multiply_add(d, a.big, b.small);
+  multiply_add(d, a.big, b.big);
+}
+
+// Σ over 32 features of A[row][feature] · B[column][feature], for tiles of 16 rows and of 8
+// columns. Squares of rows and columns are summed too.
+template <int ROW_TILES, int COLUMN_TILES>
+struct Products {
+  float sum[ROW_TILES][COLUMN_TILES][4];
+  float of_rows[ROW_TILES][2];     // Σ A² over this lane's features, rows g and g + 8
+  float of_columns[COLUMN_TILES];  // Σ B² over this lane's features, column g
+
+  __device__ void clear() {
+    for (int i = 0; i < ROW_TILES; ++i) {
+      for (int j = 0; j < COLUMN_TILES; ++j)
+        for (int e = 0; e < 4; ++e) sum[i][j][e] = 0;
+      of_rows[i][0] = of_rows[i][1] = 0;
+    }
+    for (int j = 0; j < COLUMN_TILES; ++j) of_columns[j] = 0;
+  }
+
+  // Adds one panel. Rows of A are A_PITCH apart, those of B B_PITCH. Matrix units round every
+  // addition toward zero, so the sum of a panel is added to the others outside of them.
+  template <int A_PITCH, int B_PITCH, class R>
+  __device__ void add_panel(const R* a, const float* b, int known, const Lane& lane) {
+    float panel[ROW_TILES][COLUMN_TILES][4] = {};
+#pragma unroll
+    for (int half = 0; half < 8; half += 4) {
+      const int feature = 8 * lane.t + half;
+      float rows[ROW_TILES][2][4], columns[COLUMN_TILES][4];
+#pragma unroll
+      for (int i = 0; i < ROW_TILES; ++i)
+        for (int e = 0; e < 2; ++e) {
+          load4(a + (16 * i + 8 * e + lane.g) * A_PITCH + feature, known - feature, rows[i][e]);
+          for (float v : rows[i][e]) of_rows[i][e] += v * v;
+        }
+#pragma unroll
+      for (int j = 0; j < COLUMN_TILES; ++j) {
+        load4(b + (8 * j + lane.g) * B_PITCH + feature, columns[j]);
+        for (float v : columns[j]) of_columns[j] += v * v;
+      }
+#pragma unroll
+      for (int step = 0; step < 4; step += 2) {
+        OperandB column[COLUMN_TILES];
+#pragma unroll
+        for (int j = 0; j < COLUMN_TILES; ++j)
+          for (int e = 0; e < 2; ++e) column[j].set(e, columns[j][step + e]);
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; ++i) {
+          OperandA<kShort<R>> row;
+          for (int e = 0; e < 4; ++e) row.set(e, rows[i][e % 2][step + e / 2]);
+#pragma unroll
+          for (int j = 0; j < COLUMN_TILES; ++j) add_product(panel[i][j], row, column[j]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i)
+      for (int j = 0; j < COLUMN_TILES; ++j)
+        for (int e = 0; e < 4; ++e) sum[i][j][e] += panel[i][j][e];
+  }
+};
+
+// Adds Σ reference[feature] · weight[query] · share[n] over the staged references. share[n] is that
+// of query 8n + g. The result has 32 features, lane g has features 4g to 4g + 3, by 8 queries a
+// tile: sum[i][n][e] is feature 4g + 2i + e/2, query 8n + 2t + e % 2.
+template <int REFERENCES, int TILES, int PITCH, int QUERY_PITCH, int REFERENCE_PITCH, class R>
+__device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* references,
+                                    const float* weights, const float (&share)[TILES],
+                                    const Lane& lane) {
+  float panel[2][TILES][4] = {};
+#pragma unroll
+  for (int step = 0; step < REFERENCES; step += 8) {
+    OperandB weight[TILES];
+    bool counts = false;
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+      for (int e = 0; e < 2; ++e) {
+        const int reference = step + 4 * e + lane.t;
+        const float w = weights[(8 * n + lane.g) * QUERY_PITCH + reference * REFERENCE_PITCH];
+        weight[n].set(e, w * share[n]);
+        counts |= w != 0;
+      }
+    if (!__any_sync(kAll, counts)) continue;
+    float of[2][4];
+    for (int e = 0; e < 2; ++e)
+      load4(references + (step + 4 * e + lane.t) * PITCH + 4 * lane.g, of[e]);
+    OperandA<kShort<R>> feature[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      for (int e = 0; e < 4; ++e) feature[i].set(e, of[e / 2][2 * i + e % 2]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      for (int n = 0; n < TILES; ++n) add_product(panel[i][n], feature[i], weight[n]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    for (int n = 0; n < TILES; ++n)
+      for (int e = 0; e < 4; ++e) sum[i][n][e] += panel[i][n][e];
+}
+
+// ---- sums over threads -----------------------------------------------------------------------
+
+template <class T, class Combine>
+__device__ inline T over_warp(T value, Combine combine) {
+  for (int apart = 16; apart > 0; apart /= 2)
+    value = combine(value, __shfl_xor_sync(kAll, value, apart));
+  return value;
+}
+
+// Combines values of all threads of the block in a fixed order. All threads get the result.
+// `scratch` holds one value per warp.
+template <class T, class Combine>
+__device__ inline T over_block(T value, T* scratch, Combine combine) {
+  const Lane lane = this_lane();
+  value = over_warp(value, combine);
+  if (lane.lane == 0) scratch[lane.warp] = value;
+  __syncthreads();
+  value = scratch[0];
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  for (int w = 1; w < warps; ++w) value = combine(value, scratch[w]);
+  __syncthreads();
+  return value;
+}
+
+struct Sum {
+  template <class T> __device__ T operator()(T a, T b) const { return a + b; }
+};
+struct Least {
+  template <class T> __device__ T operator()(T a, T b) const { return b < a ? b : a; }
+};
+
+}  // namespace
+}  // namespace pfgm

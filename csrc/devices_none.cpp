@@ -1,7 +1,0 @@
-#include "devices.h"
-
-namespace pfgm {
-
-CudaDevices cuda_devices() { return {{}, "the extension was built without CUDA"}; }
-
-}  // namespace pfgm

@@ -1,0 +1,703 @@
+// Runs the threads of kernels as fibers.
+//
+// ThreadSanitizer must see only the order that the kernel's barriers make. So what a fiber does for
+// the shim itself is hidden from it (NO_TSAN) and uses no standard containers.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+#include "cuda/launch.h"
+#include "host_shim/intrinsics.h"
+
+#if !defined(__x86_64__) || defined(PFGM_SHIM_UCONTEXT)
+#include <ucontext.h>
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+// Each fiber would otherwise get memory for a second stack, which takes ten times as long as all
+// else.
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
+  return "detect_stack_use_after_return=0";
+}
+#endif
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
+#endif
+
+#define NO_TSAN __attribute__((no_sanitize("thread")))
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace pfgm {
+namespace shim {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr std::size_t kPage = 4096;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr std::size_t kStack = 64 * kPage;  // sanitizers make their reports on the fiber's stack
+#else
+constexpr std::size_t kStack = 16 * kPage;
+#endif
+
+const char* const kCalls[] = {"none",          "__syncthreads",   "__syncthreads_or", "__syncwarp",
+                              "__shfl_sync",   "__shfl_xor_sync", "__any_sync",       "__all_sync",
+                              "__ballot_sync", "multiply_add",    "cluster_sync",     "its end"};
+
+// ---- contexts -------------------------------------------------------------------------------
+
+#if defined(__x86_64__) && !defined(PFGM_SHIM_UCONTEXT)
+// swapcontext would make a system call for the signal mask on every switch.
+struct Context {
+  void* stack_pointer;
+};
+
+extern "C" void pfgm_shim_swap(Context* from, const Context* to);
+asm(R"(
+.pushsection .text
+.local pfgm_shim_swap
+.type pfgm_shim_swap, @function
+pfgm_shim_swap:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq (%rsi), %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size pfgm_shim_swap, .-pfgm_shim_swap
+.popsection
+)");
+
+void prepare(Context* context, char* stack, std::size_t size, void (*entry)()) {
+  // Six registers, the return address, and the caller of that: none.
+  auto** top = reinterpret_cast<void**>(stack + size) - 8;
+  std::fill(top, top + 8, nullptr);
+  top[6] = reinterpret_cast<void*>(entry);
+  context->stack_pointer = top;
+}
+
+NO_TSAN void swap(Context* from, const Context* to) { pfgm_shim_swap(from, to); }
+#else
+struct Context {
+  ucontext_t saved;
+};
+
+void prepare(Context* context, char* stack, std::size_t size, void (*entry)()) {
+  getcontext(&context->saved);
+  context->saved.uc_stack.ss_sp = stack;
+  context->saved.uc_stack.ss_size = size;
+  context->saved.uc_link = nullptr;
+  makecontext(&context->saved, entry, 0);
+}
+
+NO_TSAN void swap(Context* from, const Context* to) { swapcontext(&from->saved, &to->saved); }
+#endif
+
+// ---- a cluster ------------------------------------------------------------------------------
+
+struct Fiber;
+struct Copies;
+
+// Where the threads of a warp, a block or a cluster wait for each other. Memory for what they bring
+// is kept for two meetings, so that nobody waits until all have read it.
+struct Meeting {
+  Fiber* members = nullptr;
+  int size = 0, arrived = 0;
+  unsigned number = 0;  // number of earlier meetings
+  Call call = Call::none;
+  unsigned votes[2] = {};
+  alignas(8) char order[2][8];  // ThreadSanitizer uses their addresses only
+};
+
+struct LaneWords {
+  std::uint32_t words[6];
+};
+
+struct Warp : Meeting {
+  LaneWords lanes[2][kWarp];
+};
+
+struct Block : Meeting {
+  uint3 index;
+  int rank, running;
+  char* memory;
+};
+
+struct Fiber {
+  Context context;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  Copies* copies = nullptr;
+  unsigned thread = 0;
+  Call waits = Call::none;
+  char* stack = nullptr;
+  std::size_t stack_size = 0;
+  void* sanitizer = nullptr;  // ThreadSanitizer's fiber, or AddressSanitizer's fake stack
+};
+
+// Fibers that can continue; the next one is first.
+struct Queue {
+  Fiber** slots;
+  unsigned mask, first = 0, count = 0;
+
+  NO_TSAN Fiber*& at(unsigned i) { return slots[(first + i) & mask]; }
+  NO_TSAN Fiber* pop() {
+    Fiber* next = at(0);
+    ++first, --count;
+    return next;
+  }
+};
+
+struct Cluster {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Block> blocks;
+  std::vector<Fiber*> slots;
+  Meeting meeting;
+  Queue queue;
+  int running;
+};
+
+// ---- settings, and what runs ----------------------------------------------------------------
+
+std::mutex mutex;  // guards all that follows
+Device device_now{4, 90, 232448};
+unsigned order = 0;
+std::uint64_t random_state = 0;
+std::vector<std::string> launched;
+
+const Launch* shape;
+const std::function<void()>* body;
+Cluster* cluster;
+Fiber host;  // the calling context, which waits until no fiber can continue
+Fiber* current = &host;
+Fiber* previous = &host;
+char* end_of_grid;
+
+[[noreturn]] void die(const std::string& what) {
+  std::fprintf(stderr, "host_shim: kernel %s: %s\n", shape->kernel, what.c_str());
+  std::abort();
+}
+
+std::string who() {
+  char text[100];
+  std::snprintf(text, sizeof text, "thread %u of block (%u, %u, %u) ", threadIdx.x, blockIdx.x,
+                blockIdx.y, blockIdx.z);
+  return text;
+}
+
+std::string name(Call call) { return kCalls[static_cast<int>(call)]; }
+
+NO_TSAN std::uint32_t random_below(std::uint32_t n) {
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<std::uint32_t>((random_state >> 32) * n >> 32);
+}
+
+// ---- sanitizers -----------------------------------------------------------------------------
+
+#ifdef __SANITIZE_THREAD__
+NO_TSAN void publish(char* address) { __tsan_release(address); }
+// A fiber that displaced another one (see create_fibers) gets a new slot in the acquire. Only a
+// release records it in the fiber's history; without that no race with it is reported.
+NO_TSAN void observe(char* address) {
+  alignas(8) static char nobody[8];
+  __tsan_acquire(address);
+  __tsan_release(nobody);
+}
+NO_TSAN void leave(Fiber*, Fiber* to, bool) {
+  __tsan_switch_to_fiber(to->sanitizer, __tsan_switch_to_fiber_no_sync);
+}
+NO_TSAN void landed() {}
+// Between the two calls neither accesses nor freed memory are checked.
+void look_away() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+void look_again() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); }
+#else
+void publish(char*) {}
+void observe(char*) {}
+void look_away() {}
+void look_again() {}
+#ifdef __SANITIZE_ADDRESS__
+void leave(Fiber* from, Fiber* to, bool forever) {
+  __sanitizer_start_switch_fiber(forever ? nullptr : &from->sanitizer, to->stack, to->stack_size);
+}
+void landed() {
+  const void* stack;
+  std::size_t size;
+  __sanitizer_finish_switch_fiber(current->sanitizer, &stack, &size);
+  if (previous != &host) return;
+  host.stack = static_cast<char*>(const_cast<void*>(stack));
+  host.stack_size = size;
+}
+#else
+void leave(Fiber*, Fiber*, bool) {}
+void landed() {}
+#endif
+#endif
+
+// Stacks for n fibers, with an inaccessible page at the end of each. ThreadSanitizer gets new
+// stacks each time: it would take the use of one stack by two fibers for a race.
+char* stacks(std::size_t n) {
+  static char* memory = nullptr;
+  static std::size_t size = 0;
+  const std::size_t wanted = std::max(size, n * kStack);
+#ifndef __SANITIZE_THREAD__
+  if (wanted == size) return memory;
+#endif
+  if (memory) munmap(memory, size);
+  void* fresh = mmap(nullptr, wanted, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (fresh == MAP_FAILED) throw std::bad_alloc();
+  memory = static_cast<char*>(fresh);
+  size = wanted;
+#ifndef __SANITIZE_THREAD__
+  for (std::size_t at = 0; at < size; at += kStack) mprotect(memory + at, kPage, PROT_NONE);
+#endif
+  return memory;
+}
+
+#ifdef __SANITIZE_THREAD__
+// It reports a race only while it remembers both fibers, so ended fibers are kept for a while.
+constexpr std::size_t kRemembered = 16384;
+std::deque<void*> ended;
+
+void forget_fibers(std::size_t keep) {
+  for (; ended.size() > keep; ended.pop_front()) __tsan_destroy_fiber(ended.front());
+}
+
+// It distinguishes 255 fibers. The next one takes the slot of an earlier one, whose accesses then
+// seem to precede its own; sometimes that is the slot of the creating context. This hides races. In
+// a random order it does not always hide those of the same threads.
+void create_fibers(std::vector<Fiber>& fibers) {
+  static std::mt19937 engine;
+  std::vector<std::size_t> turns(fibers.size());
+  std::iota(turns.begin(), turns.end(), 0);
+  std::shuffle(turns.begin(), turns.end(), engine);
+  for (const std::size_t i : turns) fibers[i].sanitizer = __tsan_create_fiber(0);
+}
+#endif
+
+// ---- switching ------------------------------------------------------------------------------
+
+NO_TSAN void switch_to(Fiber* to, bool forever) {
+  Fiber* from = current;
+  previous = from;
+  current = to;
+  threadIdx.x = to->thread;
+  if (to->block) blockIdx = to->block->index;
+  leave(from, to, forever);
+  swap(&from->context, &to->context);
+  landed();
+}
+
+NO_TSAN void go_on(bool forever = false) {
+  Queue& queue = cluster->queue;
+  Fiber* to = queue.count ? queue.pop() : &host;
+  if (to != current) switch_to(to, forever);
+}
+
+NO_TSAN void enqueue(Fiber* members, int n) {
+  Queue& queue = cluster->queue;
+  const bool ahead = order < 2 || random_below(2);
+  if (ahead) queue.first -= n;
+  const unsigned start = ahead ? 0 : queue.count;
+  queue.count += n;
+  for (int i = 0; i < n; ++i) queue.at(start + i) = members + (order == 1 ? n - 1 - i : i);
+  if (order < 2) return;
+  for (int i = n - 1; i > 0; --i) {
+    Fiber*& other = queue.at(start + random_below(i + 1));
+    Fiber* moved = queue.at(start + i);
+    queue.at(start + i) = other;
+    other = moved;
+  }
+}
+
+[[noreturn]] void stuck() {
+  int counts[sizeof kCalls / sizeof *kCalls] = {};
+  for (const Fiber& fiber : cluster->fibers) ++counts[static_cast<int>(fiber.waits)];
+  const int ends = counts[static_cast<int>(Call::end)];
+  std::string what = "threads wait ";
+  what += ends ? "for threads that ended" : "at different barriers";
+  for (int call = 1; call < static_cast<int>(Call::end); ++call)
+    if (counts[call]) what += ", " + std::to_string(counts[call]) + " at " + kCalls[call];
+  die(what + "; " + std::to_string(ends) + " ended");
+}
+
+// Returns which half of the meeting's memory this meeting used.
+NO_TSAN unsigned meet(Meeting& meeting, Call call) {
+  const unsigned half = meeting.number & 1;
+  if (meeting.arrived && meeting.call != call)
+    die("threads wait at different barriers: " + name(meeting.call) + " and " + name(call));
+  meeting.call = current->waits = call;
+  if (++meeting.arrived == meeting.size) {
+    meeting.arrived = 0;
+    meeting.votes[++meeting.number & 1] = 0;
+    enqueue(meeting.members, meeting.size);
+  }
+  go_on();
+  current->waits = Call::none;
+  return half;
+}
+
+NO_TSAN unsigned meet_in_order(Meeting& meeting, Call call) {
+  publish(meeting.order[meeting.number & 1]);
+  const unsigned half = meet(meeting, call);
+  observe(meeting.order[half]);
+  return half;
+}
+
+NO_TSAN Warp& whole_warp(unsigned mask, Call call) {
+  if (mask != 0xffffffff) die(who() + "calls " + name(call) + " for a part of its warp");
+  return *current->warp;
+}
+
+// ---- copies ---------------------------------------------------------------------------------
+
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes, valid, group;
+};
+
+struct Copies {
+  std::vector<Copy> begun;
+  int groups = 0;  // committed so far
+};
+
+NO_TSAN Copies& copies() { return *current->copies; }
+NO_TSAN void set_copies(Copies* copies) { current->copies = copies; }
+
+NO_TSAN bool is_shared(const void* address, std::size_t bytes) {
+  const char* memory = current->block->memory;
+  const auto* first = static_cast<const char*>(address);
+  return first >= memory && first + bytes <= memory + shape->shared;
+}
+
+bool on_boundary(const void* address, int bytes) {
+  return reinterpret_cast<std::uintptr_t>(address) % static_cast<unsigned>(bytes) == 0;
+}
+
+// ---- a fiber's life -------------------------------------------------------------------------
+
+// From now on other blocks of the cluster must not read this memory.
+void forget(const Block& block) {
+  look_away();
+  std::memset(block.memory, 0xff, shape->shared);
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(block.memory, shape->shared);
+#endif
+  look_again();
+}
+
+NO_TSAN void end() {
+  if (--current->block->running == 0 && shape->cluster > 1) forget(*current->block);
+  publish(end_of_grid);
+  current->waits = Call::end;
+  --cluster->running;
+  go_on(true);
+}
+
+NO_TSAN void call_body() { (*body)(); }
+
+void enter() {
+  landed();
+  {
+    Copies mine;
+    set_copies(&mine);
+    call_body();
+    if (!mine.begun.empty())
+      die(who() + "ends and never waited for " + std::to_string(mine.begun.size()) + " copies");
+  }
+  end();
+}
+
+// ---- a cluster's life -----------------------------------------------------------------------
+
+void prepare(Fiber& fiber, int thread, char* stack, int number) {
+  fiber.thread = static_cast<unsigned>(thread);
+  fiber.stack = stack;
+  fiber.stack_size = kStack;
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(stack + kPage, kStack - kPage);
+#endif
+  // With all stack tops at the same place of a page they would share one set of the cache.
+  prepare(&fiber.context, stack, kStack - static_cast<std::size_t>(number % 32) * 128, enter);
+}
+
+void set_meeting(Meeting& meeting, Fiber* members, int size) {
+  meeting.members = members;
+  meeting.size = size;
+}
+
+// Sets up the block of this rank; blocks follow `first` along x.
+void set_block(Cluster& all, int rank, uint3 first) {
+  const int threads = shape->threads, start = rank * threads;
+  Block& block = all.blocks[rank];
+  set_meeting(block, &all.fibers[start], threads);
+  block.index = {first.x + rank, first.y, first.z};
+  block.rank = rank;
+  block.running = threads;
+  block.memory = static_cast<char*>(std::malloc(shape->shared));
+  if (!block.memory) throw std::bad_alloc();
+  std::memset(block.memory, 0xff, shape->shared);
+  for (int i = start; i < start + threads; ++i) {
+    Warp& warp = all.warps[i / kWarp];
+    if (i % kWarp == 0) set_meeting(warp, &all.fibers[i], kWarp);
+    all.fibers[i].block = &block;
+    all.fibers[i].warp = &warp;
+  }
+}
+
+Cluster* new_cluster(uint3 first) {
+  const int size = shape->cluster, n = size * shape->threads;
+  auto* all = new Cluster;
+  all->running = n;
+  all->fibers.resize(n);
+  all->warps.resize(n / kWarp);
+  all->blocks.resize(size);
+  set_meeting(all->meeting, all->fibers.data(), n);
+  for (int rank = 0; rank < size; ++rank) set_block(*all, rank, first);
+  unsigned slots = 1;
+  while (slots < static_cast<unsigned>(n)) slots *= 2;
+  all->slots.resize(slots);
+  all->queue.slots = all->slots.data();
+  all->queue.mask = slots - 1;
+  char* stack = stacks(n);
+  for (int i = 0; i < n; ++i) prepare(all->fibers[i], i % shape->threads, stack + i * kStack, i);
+#ifdef __SANITIZE_THREAD__
+  create_fibers(all->fibers);
+#endif
+  return all;
+}
+
+void run_cluster(uint3 first) {
+  cluster = new_cluster(first);
+  enqueue(cluster->fibers.data(), cluster->running);
+  go_on();
+  if (cluster->running) stuck();
+#ifdef __SANITIZE_THREAD__
+  for (const Fiber& fiber : cluster->fibers) ended.push_back(fiber.sanitizer);
+  forget_fibers(kRemembered);
+#endif
+  // Nothing orders the fibers before this context until the grid has ended.
+  look_away();
+  for (const Block& block : cluster->blocks) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(block.memory, shape->shared);
+#endif
+    std::free(block.memory);
+  }
+  delete cluster;
+  look_again();
+}
+
+// ---- a grid ---------------------------------------------------------------------------------
+
+void require(bool good, const std::string& what) {
+  if (!good) throw std::runtime_error(std::string(shape->kernel) + ": " + what);
+}
+
+void check_shape() {
+  const Grid& grid = shape->grid;
+  require(grid.x > 0 && grid.x <= std::numeric_limits<std::int32_t>::max() && grid.y > 0 &&
+              grid.y <= 65535 && grid.z > 0 && grid.z <= 65535,
+          "invalid grid");
+  require(shape->threads > 0 && shape->threads % kWarp == 0 && shape->threads <= 1024,
+          "invalid number of threads");
+  require(shape->shared <= device_now.shared_limit, "too much shared memory");
+  require(shape->cluster >= 1 && shape->cluster <= 16 && grid.x % shape->cluster == 0,
+          "invalid cluster");
+  require(shape->cluster == 1 || device_now.capability >= 90, "the device has no clusters");
+}
+
+std::vector<std::int64_t> ordered(std::int64_t n) {
+  std::vector<std::int64_t> result(static_cast<std::size_t>(n));
+  std::iota(result.begin(), result.end(), 0);
+  if (order == 1) std::reverse(result.begin(), result.end());
+  for (std::int64_t i = n - 1; order > 1 && i > 0; --i)
+    std::swap(result[i], result[random_below(static_cast<std::uint32_t>(i + 1))]);
+  return result;
+}
+
+unsigned narrow(std::int64_t n) { return static_cast<unsigned>(n); }
+
+}  // namespace
+
+void run(const Launch& launch, const std::function<void()>& thread) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  shape = &launch;
+  body = &thread;
+  check_shape();
+  launched.push_back(launch.kernel);
+  const Grid& grid = launch.grid;
+  gridDim = {narrow(grid.x), narrow(grid.y), narrow(grid.z)};
+  blockDim = {narrow(launch.threads), 1, 1};
+  std::vector<char> end(8);
+  end_of_grid = end.data();
+#ifdef __SANITIZE_THREAD__
+  host.sanitizer = __tsan_get_current_fiber();
+#endif
+  const std::int64_t columns = grid.x / launch.cluster;
+  for (const std::int64_t i : ordered(columns * grid.y * grid.z)) {
+    run_cluster({narrow(i % columns * launch.cluster), narrow(i / columns % grid.y),
+                 narrow(i / columns / grid.y)});
+  }
+#ifdef __SANITIZE_THREAD__
+  forget_fibers(0);
+#endif
+  observe(end_of_grid);
+}
+
+void set_order(unsigned seed) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  order = seed;
+  random_state = seed;
+  for (int i = 0; i < 8; ++i) random_below(1);
+}
+
+void set_device(int multiprocessors, int capability, std::size_t shared_limit) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  device_now = {multiprocessors, capability, shared_limit};
+}
+
+Device device() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return device_now;
+}
+
+std::vector<std::string> launches() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return launched;
+}
+
+void clear_launches() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  launched.clear();
+}
+
+// ---- what kernels call ----------------------------------------------------------------------
+
+NO_TSAN std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source) {
+  Warp& warp = whole_warp(mask, call);
+  LaneWords& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
+  lane.words[0] = static_cast<std::uint32_t>(mine);
+  lane.words[1] = static_cast<std::uint32_t>(mine >> 32);
+  const LaneWords& other = warp.lanes[meet(warp, call)][source];
+  return other.words[0] | static_cast<std::uint64_t>(other.words[1]) << 32;
+}
+
+NO_TSAN unsigned vote(Call call, unsigned mask, bool mine) {
+  Warp& warp = whole_warp(mask, call);
+  if (mine) warp.votes[warp.number & 1] |= 1u << current->thread % kWarp;
+  return warp.votes[meet(warp, call)];
+}
+
+void begin_copy(void* to, const void* from, int bytes, int valid) {
+  if (valid < 0 || valid > bytes) die(who() + "copies " + std::to_string(valid) + " bytes");
+  if (!on_boundary(to, bytes) || (valid > 0 && !on_boundary(from, bytes)))
+    die(who() + "copies " + std::to_string(bytes) + " bytes off their boundary");
+  if (!is_shared(to, bytes)) die(who() + "copies to what is not its block's shared memory");
+  std::memset(to, 0xff, bytes);
+  Copies& mine = copies();
+  mine.begun.push_back(
+      {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, mine.groups});
+}
+
+void wait_copies(int pending) {
+  Copies& mine = copies();
+  auto copy = mine.begun.begin();
+  for (; copy != mine.begun.end() && copy->group < mine.groups - pending; ++copy) {
+    if (copy->valid > 0) std::memcpy(copy->to, copy->from, copy->valid);
+    std::memset(copy->to + copy->valid, 0, copy->bytes - copy->valid);
+  }
+  mine.begun.erase(mine.begun.begin(), copy);
+}
+
+NO_TSAN char* peer(void* own, int rank) {
+  if (!is_shared(own, 1)) die(who() + "asks for a place that is not in its shared memory");
+  if (rank < 0 || rank >= shape->cluster) die(who() + "asks for block " + std::to_string(rank));
+  const Block* blocks = current->block - current->block->rank;
+  return blocks[rank].memory + (static_cast<char*>(own) - current->block->memory);
+}
+
+namespace {
+
+NO_TSAN double product(std::uint32_t a, std::uint32_t b) {
+  return static_cast<double>(float_of(a & 0xffffe000)) * float_of(b & 0xffffe000);
+}
+
+NO_TSAN float truncated(double v) {
+  const float nearest = static_cast<float>(v);
+  if (!(std::fabs(nearest) > std::fabs(v))) return nearest;
+  if (std::fabs(v) >= 0x1p128) return nearest;  // it rounds to infinity
+  return std::nextafter(nearest, 0.0f);
+}
+
+// Row g of a, or g + 8 if `lower`, times column c of b.
+NO_TSAN float row_by_column(float d, const LaneWords* lanes, int g, bool lower, int c) {
+  double sum = d;
+  for (int k = 0; k < 8; ++k) {
+    const int t = k % 4, right = k / 4;
+    sum += product(lanes[4 * g + t].words[2 * right + lower], lanes[4 * c + t].words[4 + right]);
+  }
+  return truncated(sum);
+}
+
+}  // namespace
+}  // namespace shim
+
+using namespace shim;
+
+NO_TSAN char* shared_memory() { return current->block->memory; }
+
+void commit_copies() { ++copies().groups; }
+
+NO_TSAN void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  Warp& warp = *current->warp;
+  LaneWords& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
+  for (int i = 0; i < 4; ++i) lane.words[i] = a[i];
+  for (int i = 0; i < 2; ++i) lane.words[4 + i] = b[i];
+  const LaneWords* lanes = warp.lanes[meet(warp, Call::multiply_add)];
+  const int g = current->thread % kWarp / 4, c = 2 * (current->thread % 4);
+  for (int i = 0; i < 4; ++i) d[i] = row_by_column(d[i], lanes, g, i / 2, c + i % 2);
+}
+
+NO_TSAN int cluster_rank() { return current->block->rank; }
+
+NO_TSAN void cluster_sync() { meet_in_order(cluster->meeting, Call::cluster_sync); }
+
+}  // namespace pfgm
+
+using namespace pfgm::shim;
+
+NO_TSAN void __syncthreads() { meet_in_order(*current->block, Call::syncthreads); }
+
+NO_TSAN int __syncthreads_or(int predicate) {
+  Block& block = *current->block;
+  block.votes[block.number & 1] |= predicate != 0;
+  return block.votes[meet_in_order(block, Call::syncthreads_or)] != 0;
+}
+
+NO_TSAN void __syncwarp(unsigned mask) {
+  meet_in_order(whole_warp(mask, Call::syncwarp), Call::syncwarp);
+}

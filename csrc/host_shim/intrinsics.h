@@ -1,0 +1,170 @@
+// The names of CUDA C++ and of cuda/intrinsics.h for the host. Kernels compile as plain C++17, and
+// Stream::launch runs their threads as fibers of the calling thread (fibers.cpp). A fiber runs
+// until it meets a barrier. So a kernel must not spin until another thread writes something.
+#pragma once
+#include <math.h>  // unlike <cmath> alone, it has float overloads in the global namespace
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+#define PFGM_CLUSTERS 1
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// Those of the running fiber.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace pfgm {
+namespace shim {
+
+// The order in which threads and blocks continue if several can: 0 ascending, 1 descending,
+// otherwise random with this seed. In a random order warps also overtake each other.
+void set_order(unsigned seed);
+
+// What Stream says of the device; initially 4, 90, 232448.
+void set_device(int multiprocessors, int capability, std::size_t shared_limit);
+
+// The kernels launched since clear_launches(), in order.
+std::vector<std::string> launches();
+void clear_launches();
+
+enum class Call {
+  none,
+  syncthreads,
+  syncthreads_or,
+  syncwarp,
+  shuffle,
+  shuffle_xor,
+  any,
+  all,
+  ballot,
+  multiply_add,
+  cluster_sync,
+  end
+};
+
+// What lane `source` of the warp brought to this call. All 32 lanes take part.
+std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source);
+// One bit per lane.
+unsigned vote(Call call, unsigned mask, bool mine);
+void begin_copy(void* to, const void* from, int bytes, int valid);
+void wait_copies(int pending);
+char* peer(void* own, int rank);
+
+template <class T>
+T shuffle(Call call, unsigned mask, T mine, unsigned source) {
+  static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8));
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &mine, sizeof mine);
+  bits = exchange(call, mask, bits, source % 32);
+  std::memcpy(&mine, &bits, sizeof mine);
+  return mine;
+}
+
+}  // namespace shim
+
+char* shared_memory();
+
+// The bytes arrive when the thread waits for them and not before. Until then they are NaN.
+template <int BYTES>
+void copy_async(void* to, const void* from, int valid = BYTES) {
+  static_assert(BYTES == 4 || BYTES == 16);
+  shim::begin_copy(to, from, BYTES, valid);
+}
+void commit_copies();
+template <int PENDING>
+void wait_copies() {
+  shim::wait_copies(PENDING);
+}
+
+inline float float_of(std::uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline std::uint32_t bits_of(float v) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+// The sum is truncated, as in matrix units. They also truncate intermediate sums; this does not.
+void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+
+inline float half_to_float(std::uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
+                                    : std::ldexp(static_cast<float>(fraction), -24);
+  return bits >> 15 ? -size : size;
+}
+
+int cluster_rank();
+void cluster_sync();
+template <class T>
+T* cluster_shared(T* own, int rank) {
+  return reinterpret_cast<T*>(shim::peer(own, rank));
+}
+
+}  // namespace pfgm
+
+void __syncthreads();
+int __syncthreads_or(int predicate);
+void __syncwarp(unsigned mask = 0xffffffff);
+
+template <class T>
+T __shfl_sync(unsigned mask, T v, int source) {
+  return pfgm::shim::shuffle(pfgm::shim::Call::shuffle, mask, v, static_cast<unsigned>(source));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int lane_mask) {
+  return pfgm::shim::shuffle(pfgm::shim::Call::shuffle_xor, mask, v,
+                             threadIdx.x ^ static_cast<unsigned>(lane_mask));
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return pfgm::shim::vote(pfgm::shim::Call::ballot, mask, predicate != 0);
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return pfgm::shim::vote(pfgm::shim::Call::any, mask, predicate != 0) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return pfgm::shim::vote(pfgm::shim::Call::all, mask, predicate != 0) == 0xffffffff;
+}
+
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }

@@ -1,0 +1,190 @@
+// The CPU kernels against plain formulas, for builds with a sanitizer: every instruction set of
+// this machine, several threads in a call, and several callers.
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+
+#include "api/watch.h"
+#include "tests/problems.h"
+
+namespace {
+
+using namespace pfgm;
+
+constexpr int kThreads[] = {1, 2, 3, 8};
+
+Implementation cpu(int threads) {
+  const Kernels& kernels = cpu_kernels();
+  return {std::string(kernels.isa) + ", " + std::to_string(threads) + " threads",
+          2e-5,
+          1e-4,
+          kernels.posterior_mean,
+          kernels.posterior_mean_backward,
+          ode_step,
+          threads};
+}
+
+// The mean computed without a sketch.
+std::vector<unsigned char> without_sketch(const Implementation& plain, const Problem& problem) {
+  const auto queries = static_cast<std::size_t>(problem.queries);
+  std::vector<unsigned char> mean(queries * static_cast<std::size_t>(problem.features) *
+                                  kSizes[static_cast<int>(problem.type)]);
+  Values each(3 * queries);
+  double* values = each.data();
+  plain.forward(problem, {mean.data(), values, values + queries, values + 2 * queries});
+  return mean;
+}
+
+// The same with a sketch of the references, which must not change a bit.
+Implementation sketched(int threads) {
+  Implementation plain = cpu(threads), result = plain;
+  result.name += ", sketched";
+  result.forward = [plain](const Problem& problem, const Forward& out) {
+    const Kernels& kernels = cpu_kernels();
+    const auto bytes =
+        static_cast<std::size_t>(problem.references * kernels.sketch_width(problem.features)) *
+        kSizes[static_cast<int>(problem.type)];
+    if (bytes == 0) return plain.forward(problem, out);
+    const std::unique_ptr<void, decltype(&std::free)> sketch(
+        std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
+    kernels.sketch(problem, sketch.get());
+    Problem with = problem;
+    with.sketch = sketch.get();
+    const std::vector<unsigned char> before = without_sketch(plain, problem);
+    const Status status = plain.forward(with, out);
+    if (std::memcmp(before.data(), out.mean, before.size()) != 0) fail("a sketch changed the mean");
+    return status;
+  };
+  return result;
+}
+
+std::vector<Case> cases() {
+  // At the edges of tiles (queries 4, 6; references 64, 2048; features 16, 512), at blocks of 64
+  // and 384 queries, and above 512 features, where 48 or more queries are screened.
+  constexpr Index shapes[][3] = {
+      {1, 1, 1},     {2, 1, 3},     {3, 2, 5},     {5, 63, 16},     {6, 64, 17},    {7, 65, 31},
+      {12, 128, 33}, {13, 129, 63}, {4, 5, 511},   {48, 70, 512},   {49, 65, 513},  {48, 33, 527},
+      {53, 90, 528}, {7, 66, 1025}, {6, 2047, 3},  {6, 2048, 8},    {7, 2049, 15},  {3, 4100, 2},
+      {385, 6, 4},   {391, 70, 2},  {386, 5, 520}, {50, 2050, 514}, {48, 400, 6000}};
+  std::vector<Case> found;
+  for (const auto& [B, M, N] : shapes) {
+    const bool small = B * M * N < 50000;
+    for (int i = 0; i < (small ? 5 : 2); ++i) {
+      const auto seed = static_cast<std::uint64_t>(found.size());
+      const auto type = seed % 2 == 0 ? Type::float32 : Type::float64;
+      const double D = seed % 3 == 0 ? kInfinity : seed % 3 == 1 ? 1 : 128;
+      found.push_back({B, M, N, type, static_cast<Type>(seed % 5), D, seed % 4 < 2 ? 0 : 3, seed});
+    }
+  }
+  return found;
+}
+
+void check_failures() {
+  const Case c = {9, 70, 20, Type::float32, Type::float32, 1, 0, 1};
+  Inputs in(c);
+  const Matrix mean(c.type, c.B, c.N), each(Type::float64, c.B, 3);
+  const Forward out = {mean.data(), each.doubles(), each.doubles() + c.B, each.doubles() + 2 * c.B};
+  const auto expect = [&](Failure failure, Index row) {
+    const Status status = cpu_kernels().posterior_mean(problem_of(c, in, 2), out);
+    if (status.failure != failure || status.row != row) fail("another failure than expected");
+  };
+  in.radius[8] = -1;
+  expect(Failure::radius, 8);
+  in.radius[8] = 1;
+  put(in.x.at(7, 19), NAN);
+  expect(Failure::value, 7);
+}
+
+int answers_left = 0;
+
+// Work that is stopped at one place after the other, with independent and with shared blocks.
+void check_stops() {
+  for (const Case& c : {Case{70, 130, 20, Type::float32, Type::float32, 1, 0, 1},
+                        Case{50, 130, 520, Type::float32, Type::float32, 1, 0, 2}}) {
+    Inputs in(c);
+    for (const int threads : {1, 2}) {
+      int given_up = 0;
+      for (int answers = 0; answers < 40; answers += 3) {
+        answers_left = answers;
+        const Watch watch([] { return answers_left-- <= 0; }, 0);
+        const Matrix mean(c.type, c.B, c.N), each(Type::float64, c.B, 3);
+        try {
+          cpu_kernels().posterior_mean(
+              problem_of(c, in, threads),
+              {mean.data(), each.doubles(), each.doubles() + c.B, each.doubles() + 2 * c.B});
+        } catch (const Stopped&) {
+          ++given_up;
+        }
+      }
+      if (given_up == 0) fail("nothing was given up");
+      run(cpu(threads), c, in, 7);
+    }
+  }
+}
+
+std::vector<Step> steps() {
+  // At the end of a vector, at a task's 2^15 values, and long rows that are split into panels.
+  constexpr Index shapes[][2] = {{1, 1}, {3, 7}, {5, 16}, {9, 33}, {40, 1023}, {2, 65537}};
+  std::vector<Step> found;
+  for (const auto& [rows, features] : shapes)
+    for (unsigned bits = 0; bits < 64; bits += features > 1023 ? 5 : 1) {
+      const auto bit = [bits](int i) { return (bits >> i & 1) != 0; };
+      const Type type = bit(0) ? Type::float64 : Type::float32;
+      found.push_back({rows, features, type, bit(1), bit(2), bit(3), bit(4), bit(5), bits,
+                       bits % 3 == 0 ? Output::x : Output::apart});
+    }
+  return found;
+}
+
+std::string usable_isas(std::vector<std::string>* usable) {
+  std::string text;
+  for (const char* isa : {"avx512", "avx2", "portable"}) {
+    setenv("PFGM_CPU_ISA", isa, 1);
+    try {
+      usable->push_back(cpu_kernels().isa);
+      text += " " + usable->back();
+    } catch (const std::invalid_argument&) {
+    }
+  }
+  return text;
+}
+
+void run_at_once(const std::vector<Case>& all, const std::vector<std::unique_ptr<Inputs>>& inputs) {
+  std::vector<std::thread> callers;
+  for (std::size_t caller = 0; caller < 4; ++caller)
+    callers.emplace_back([&, caller] {
+      for (std::size_t i = caller; i < all.size(); i += 8) run(cpu(2), all[i], *inputs[i], 7);
+    });
+  for (auto& caller : callers) caller.join();
+}
+
+}  // namespace
+
+int main() {
+  std::vector<std::string> isas;
+  const std::string text = usable_isas(&isas);
+  const std::vector<Case> all = cases();
+  const std::vector<Step> all_steps = steps();
+  std::vector<std::unique_ptr<Inputs>> inputs;
+  for (const Case& c : all) inputs.push_back(std::make_unique<Inputs>(c));
+  for (std::size_t n = 0; n < isas.size(); ++n) {
+    setenv("PFGM_CPU_ISA", isas[n].c_str(), 1);
+    // Two of the four numbers of threads for each problem; which ones depends on the instruction
+    // set.
+    for (std::size_t half = 0; half < 4; half += 2) {
+      const auto threads = [&](std::size_t i) { return kThreads[(i + n + half) % 4]; };
+      for (std::size_t i = 0; i < all.size(); ++i)
+        if (half == 0)
+          run(cpu(threads(i)), all[i], *inputs[i], 7);
+        else
+          run(sketched(threads(i)), all[i], *inputs[i], static_cast<unsigned>(i % 8));
+      for (std::size_t i = 0; i < all_steps.size(); ++i) run(cpu(threads(i)), all_steps[i]);
+    }
+    run_at_once(all, inputs);
+    check_failures();
+    check_stops();
+  }
+  std::printf("%zu problems and %zu steps agree on%s\n", all.size(), all_steps.size(),
+              text.c_str());
+}

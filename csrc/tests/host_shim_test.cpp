@@ -1,0 +1,566 @@
+// Tests the host shim of the CUDA kernels. A scenario that must end the program runs in a child,
+// which is this program with the name of the scenario. A scenario that a sanitizer must find runs
+// only in a build with that sanitizer. The argument "times" measures instead of testing.
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <thread>
+
+#include "cuda/launch.h"
+
+#ifdef __SANITIZE_THREAD__
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kAddressSanitizer = true;
+#else
+constexpr bool kAddressSanitizer = false;
+#endif
+
+namespace {
+
+using namespace pfgm;
+
+constexpr unsigned kAll = 0xffffffff;
+const CudaPlace kPlace{0, 0};
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  std::_Exit(1);
+}
+
+void expect(bool good, const std::string& what) {
+  if (!good) fail(what);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) {
+  Stream(kPlace).launch(shape, kernel, arguments...);
+}
+
+// ---- indices and orders ---------------------------------------------------------------------
+
+__global__ void __launch_bounds__(64) indices(int* out) {
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  out[block * blockDim.x + threadIdx.x] += static_cast<int>(1 + block * blockDim.x + threadIdx.x);
+}
+
+void check_indices() {
+  std::vector<int> out(6 * 5 * 3 * 64);
+  launch({"indices", {6, 5, 3}, 64, 0, 2}, indices, out.data());
+  for (std::size_t i = 0; i < out.size(); ++i) expect(out[i] == static_cast<int>(i) + 1, "indices");
+}
+
+struct Log {
+  int* entries;
+  int* count;
+};
+
+__attribute__((no_sanitize("thread"))) void note(Log log) {
+  log.entries[(*log.count)++] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+}
+
+__global__ void logging(Log log) {
+  note(log);
+  __syncthreads();
+  note(log);
+}
+
+std::vector<int> logged(unsigned order) {
+  std::vector<int> entries(2 * 3 * 64);
+  int count = 0;
+  shim::set_order(order);
+  launch({"logging", {3}, 64}, logging, Log{entries.data(), &count});
+  expect(count == static_cast<int>(entries.size()), "every thread runs once");
+  return entries;
+}
+
+void check_orders() {
+  const std::vector<int> up = logged(0), down = logged(1), some = logged(7), others = logged(8);
+  for (int i = 0; i < 384; ++i) {
+    const int thread = i / 128 * 64 + i % 64;
+    expect(up[i] == thread, "ascending order");
+    expect(down[i] == 191 - thread, "descending order");
+  }
+  expect(some != up && some != others && some == logged(7), "random orders");
+}
+
+template <class R>
+__global__ void __launch_bounds__(128) sum_in_tree(const R* in, R* out) {
+  auto* part = reinterpret_cast<R*>(shared_memory());
+  const unsigned i = threadIdx.x;
+  part[i] = in[blockIdx.x * blockDim.x + i];
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (i < half) part[i] += part[i + half];
+  }
+  if (i == 0) out[blockIdx.x] = part[0];
+}
+
+void check_equal_bits() {
+  std::vector<float> in(5 * 128), first;
+  std::mt19937 engine(3);
+  for (float& v : in) v = std::normal_distribution<float>()(engine);
+  for (unsigned order = 0; order < 6; ++order) {
+    std::vector<float> out(5);
+    shim::set_order(order);
+    launch({"sum_in_tree", {5}, 128, 512}, sum_in_tree<float>, in.data(), out.data());
+    if (order == 0) first = out;
+    expect(out == first, "the sum depends on the order");
+  }
+}
+
+// ---- copies ---------------------------------------------------------------------------------
+
+struct Deferred {
+  const float* from;
+  float *changing, *out;
+};
+
+__global__ void deferred(Deferred p) {
+  auto* memory = reinterpret_cast<float*>(shared_memory());
+  if (threadIdx.x != 0) return;
+  for (int i = 0; i < 14; ++i) p.out[i] = memory[i];
+  float* out = p.out + 14;
+  memory[0] = 5;
+  copy_async<16>(memory, p.from);
+  *out++ = memory[0];
+  commit_copies();
+  copy_async<16>(memory + 4, p.from + 4, 8);
+  copy_async<4>(memory + 8, p.changing);
+  copy_async<16>(memory + 12, nullptr, 0);
+  commit_copies();
+  wait_copies<1>();
+  for (int i = 0; i < 9; ++i) *out++ = memory[i];
+  *p.changing = 77;
+  commit_copies();
+  wait_copies<1>();
+  for (int i = 4; i < 9; ++i) *out++ = memory[i];
+  *out++ = memory[12];
+}
+
+void check_copies() {
+  // Exactly as long as what the kernel may read.
+  const std::vector<float> from = {1, 2, 3, 4, 5, 6};
+  auto* source = static_cast<float*>(std::aligned_alloc(16, 32));
+  std::copy(from.begin(), from.end(), source);
+  float changing = 9;
+  std::vector<float> out(30);
+  launch({"deferred", {1}, 32, 64}, deferred, Deferred{source, &changing, out.data()});
+  const float expected[] = {NAN, 1, 2, 3, 4, NAN, NAN, NAN, NAN, NAN, 5, 6, 0, 0, 77, 0};
+  for (int i = 0; i < 14; ++i) expect(std::isnan(out[i]), "shared memory is NaN at first");
+  for (int i = 0; i < 16; ++i) {
+    const float actual = out[14 + i];
+    expect(std::isnan(expected[i]) ? std::isnan(actual) : actual == expected[i], "deferred copies");
+  }
+  std::free(source);
+}
+
+// ---- warps ----------------------------------------------------------------------------------
+
+template <class T>
+__device__ bool shuffles(T base) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  bool good = true;
+  for (int mask = 0; mask < 32; ++mask)
+    good &= __shfl_xor_sync(kAll, static_cast<T>(base + lane), mask) == base + (lane ^ mask);
+  for (int source = 0; source < 32; ++source)
+    good &= __shfl_sync(kAll, static_cast<T>(base + lane), source) == base + source;
+  return good &&
+         __shfl_sync(kAll, static_cast<T>(base + lane), (lane + 5) % 32) == base + (lane + 5) % 32;
+}
+
+__global__ void warps(int* bad) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  bool good = shuffles<float>(0.5f) && shuffles<double>(1e15 + 0.5) && shuffles<int>(-7) &&
+              shuffles<unsigned>(4000000000u) && shuffles<long long>(-(1ll << 60));
+  good &= __ballot_sync(kAll, lane % 3 == warp) == (0x49249249u << warp);
+  good &= __any_sync(kAll, 0) == 0 && __any_sync(kAll, lane == 31) == 1;
+  good &= __all_sync(kAll, 1) == 1 && __all_sync(kAll, lane != 9) == 0;
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) good &= __syncthreads_or(threadIdx.x == 40 && i % 2) == i % 2;
+  bad[threadIdx.x] = !good;
+}
+
+void check_warps() {
+  std::vector<int> bad(64, 1);
+  launch({"warps", {1}, 64}, warps, bad.data());
+  expect(bad == std::vector<int>(64), "shuffles and votes");
+  expect(__popc(0xf0f0u) == 8 && __ffs(0) == 0 && __ffs(8) == 4, "bits");
+  expect(__clz(0) == 32 && __clz(1) == 31 && __clz(-1) == 0, "leading zeros");
+}
+
+__global__ void mathematics(float* out) {
+  if (threadIdx.x != 0) return;
+  const float x = 0.25f;
+  static_assert(std::is_same<decltype(exp(x)), float>::value, "");
+  static_assert(std::is_same<decltype(::fmax(x, x)), float>::value, "");
+  out[0] = exp(x) + log(x) + log1p(x) + expm1(x) + sqrt(x) + fmin(x, x) + fmax(x, x) + fabs(x);
+  out[1] = static_cast<float>(::exp(0.0) + ::isnan(x) + ::isinf(x) + isnan(0.0) + isinf(0.0));
+  static_assert(alignof(float4) == 16 && alignof(uint4) == 16 && alignof(double2) == 16, "");
+  static_assert(alignof(float2) == 8 && alignof(uint2) == 8, "");
+}
+
+// ---- products -------------------------------------------------------------------------------
+
+struct Product {
+  const float *a, *b;  // 16 × 8, 8 × 8
+  float* d;            // 16 × 8
+};
+
+__global__ void multiply(Product p) {
+  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+  auto bits = [](float v) {
+    std::uint32_t u;
+    std::memcpy(&u, &v, sizeof u);
+    return u;
+  };
+  const std::uint32_t a[4] = {bits(p.a[g * 8 + t]), bits(p.a[(g + 8) * 8 + t]),
+                              bits(p.a[g * 8 + t + 4]), bits(p.a[(g + 8) * 8 + t + 4])};
+  const std::uint32_t b[2] = {bits(p.b[t * 8 + g]), bits(p.b[(t + 4) * 8 + g])};
+  float* rows[2] = {p.d + g * 8 + 2 * t, p.d + (g + 8) * 8 + 2 * t};
+  float d[4] = {rows[0][0], rows[0][1], rows[1][0], rows[1][1]};
+  multiply_add(d, a, b);
+  for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = d[i];
+}
+
+float without_low_bits(float v) {
+  std::uint32_t u;
+  std::memcpy(&u, &v, sizeof u);
+  return float_of(u >> 13 << 13);
+}
+
+void check_product() {
+  std::mt19937 engine(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> a(128), b(64), d(128);
+  for (auto* values : {&a, &b, &d})
+    for (float& v : *values) v = normal(engine);
+  std::vector<float> expected = d;
+  for (int i = 0; i < 128; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k)
+      sum += static_cast<double>(without_low_bits(a[i / 8 * 8 + k])) *
+             without_low_bits(b[k * 8 + i % 8]);
+    expected[i] = static_cast<float>(sum);
+    if (std::fabs(expected[i]) > std::fabs(sum)) expected[i] = std::nextafter(expected[i], 0.0f);
+  }
+  launch({"multiply", {1}, 32}, multiply, Product{a.data(), b.data(), d.data()});
+  expect(d == expected, "multiply_add");
+}
+
+void check_conversions() {
+  expect(bits_of(1) == 0x3f800000 && float_of(0xc0400000) == -3, "bits of a float");
+  expect(half_to_float(0x3c00) == 1 && half_to_float(0xc500) == -5, "half_to_float");
+  expect(half_to_float(1) == 0x1p-24f && half_to_float(0x7bff) == 65504, "half_to_float's range");
+  expect(half_to_float(0xfc00) == -INFINITY && std::isnan(half_to_float(0x7e00)), "special halves");
+  expect(std::signbit(half_to_float(0x8000)), "half_to_float of -0");
+}
+
+// ---- clusters -------------------------------------------------------------------------------
+
+__global__ void exchange(int* out) {
+  auto* own = reinterpret_cast<int*>(shared_memory());
+  const int rank = cluster_rank(), size = 4;
+  own[threadIdx.x] = static_cast<int>(blockIdx.x * 1000 + threadIdx.x);
+  cluster_sync();
+  const int* other = cluster_shared(own, (rank + 1) % size);
+  out[blockIdx.x * blockDim.x + threadIdx.x] = other[threadIdx.x ^ 1];
+  cluster_sync();
+}
+
+void check_clusters() {
+  for (unsigned order = 0; order < 4; ++order) {
+    shim::set_order(order);
+    std::vector<int> out(8 * 32);
+    launch({"exchange", {8}, 32, 128, 4}, exchange, out.data());
+    for (int i = 0; i < 256; ++i) {
+      const int block = i / 32, other = block / 4 * 4 + (block + 1) % 4;
+      expect(out[i] == other * 1000 + (i % 32 ^ 1), "an exchange in a cluster");
+    }
+  }
+}
+
+// ---- launches -------------------------------------------------------------------------------
+
+void expect_refusal(const Launch& shape, const std::string& what) {
+  int unused = 0;
+  try {
+    launch(shape, exchange, &unused);
+  } catch (const std::runtime_error& error) {
+    expect(std::string(error.what()).find(shape.kernel) == 0, "a refusal names the kernel");
+    return;
+  }
+  fail("launched in spite of " + what);
+}
+
+void check_launches() {
+  const Stream stream(kPlace);
+  expect(stream.multiprocessors() == 4, "default device");
+  expect(stream.architecture("exchange", exchange) == 90, "default architecture");
+  expect(stream.shared_limit() == 232448, "default limit");
+  expect_refusal({"shared", {1}, 32, 232449}, "its shared memory");
+  expect_refusal({"threads", {1}, 33}, "its threads");
+  expect_refusal({"threads", {1}, 1056}, "its threads");
+  expect_refusal({"grid", {1, 65536}, 32}, "its grid's y");
+  expect_refusal({"grid", {1, 1, 65536}, 32}, "its grid's z");
+  expect_refusal({"cluster", {17}, 32, 0, 17}, "its cluster");
+  expect_refusal({"cluster", {6}, 32, 0, 4}, "its cluster");
+  expect(stream.resident_clusters({"k", {8}, 32, 0, 2}, exchange) == 2, "resident clusters");
+  expect(stream.resident_clusters({"k", {8}, 32, 0, 8}, exchange) == 1, "one resident cluster");
+  expect(stream.resident_clusters({"k", {8}, 32, 300000, 2}, exchange) == 0, "no room");
+  shim::set_device(8, 80, 1000);
+  expect(stream.resident_clusters({"k", {8}, 32, 0, 2}, exchange) == 0, "no clusters");
+  expect_refusal({"cluster", {4}, 32, 0, 2}, "a device without clusters");
+  expect_refusal({"shared", {1}, 32, 1001}, "the device's limit");
+  shim::set_device(4, 90, 232448);
+  shim::clear_launches();
+  std::vector<int> out(64);
+  launch({"none", {0}, 64}, indices, out.data());
+  launch({"first", {1}, 64}, indices, out.data());
+  float values[2];
+  launch({"second", {1}, 32}, mathematics, values);
+  expect(shim::launches() == std::vector<std::string>{"first", "second"}, "the list of launches");
+}
+
+void check_host_threads() {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i)
+    threads.emplace_back([] {
+      for (int repeat = 0; repeat < 3; ++repeat) check_warps();
+    });
+  for (std::thread& thread : threads) thread.join();
+}
+
+// ---- what must fail -------------------------------------------------------------------------
+
+__global__ void never_waits(const float* from) {
+  copy_async<4>(shared_memory() + 4 * threadIdx.x, from);
+  commit_copies();
+}
+__global__ void off_boundary(const float* from) { copy_async<16>(shared_memory(), from + 1); }
+__global__ void copies_outside(float* memory) { copy_async<4>(memory, memory); }
+__global__ void parts() {
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    cluster_sync();
+}
+__global__ void mixed() {
+  if (threadIdx.x % 2)
+    __syncwarp();
+  else
+    __any_sync(kAll, 1);
+}
+__global__ void ends_early() {
+  if (threadIdx.x != 5) __syncthreads();
+}
+__global__ void part_of_a_warp() { __syncwarp(0xffff); }
+__global__ void overrun() { shared_memory()[4 * threadIdx.x + 3] = 0; }
+__global__ void reads_an_ended_block(int* out) {
+  cluster_sync();
+  if (cluster_rank() == 1) out[threadIdx.x] = *cluster_shared(shared_memory(), 0);
+}
+
+__global__ void neighbours(int* out, int barrier) {
+  auto* memory = reinterpret_cast<int*>(shared_memory());
+  memory[threadIdx.x] = 1;
+  if (barrier == 1) __syncthreads();
+  if (barrier == 2) __syncwarp();
+  if (barrier == 3) cluster_sync();
+  if (barrier == 4) __syncthreads_or(0);
+  if (barrier == 5) __shfl_sync(kAll, 1, 0);
+  if (barrier == 6) __ballot_sync(kAll, 1);
+  out[threadIdx.x] = memory[threadIdx.x ^ 1];
+}
+// A barrier before the accesses orders nothing after it.
+__global__ void after_a_barrier(int* out) {
+  auto* memory = reinterpret_cast<int*>(shared_memory());
+  for (int i = 0; i < 4; ++i) __syncthreads();
+  memory[threadIdx.x] = 1;
+  out[threadIdx.x] = memory[threadIdx.x ^ 1];
+  __syncthreads();
+}
+__global__ void same_place(int* out) {
+  if (threadIdx.x == 0) *out = static_cast<int>(blockIdx.x);
+}
+// The blocks between do not write.
+__global__ void ends_of_grid(int* out) {
+  if (blockIdx.x % 11 == 0) out[threadIdx.x] = static_cast<int>(blockIdx.x);
+}
+__global__ void early_read(const int* from, int* out) {
+  auto* memory = reinterpret_cast<int*>(shared_memory());
+  copy_async<4>(memory + threadIdx.x, from + threadIdx.x);
+  commit_copies();
+  __syncthreads();
+  wait_copies<0>();
+  out[threadIdx.x] = memory[threadIdx.x ^ 1];
+}
+
+void neighbours_with(int barrier) {
+  int out[32];
+  launch({"neighbours", {1}, 32, 128}, neighbours, out, barrier);
+}
+
+enum class Finder { shim, address, thread, none };
+
+struct Scenario {
+  const char *name, *message;
+  Finder finder;
+  std::function<void()> body;
+};
+
+alignas(16) float some_floats[256];
+int some_ints[1024];
+
+const Scenario kScenarios[] = {
+    {"unwaited", "kernel never_waits: thread 0 of block (0, 0, 0) ends and never waited",
+     Finder::shim, [] { launch({"never_waits", {1}, 32, 128}, never_waits, some_floats); }},
+    {"boundary", "off their boundary", Finder::shim,
+     [] { launch({"off_boundary", {1}, 32, 128}, off_boundary, some_floats); }},
+    {"outside", "not its block's shared memory", Finder::shim,
+     [] { launch({"copies_outside", {1}, 32, 128}, copies_outside, some_floats); }},
+    {"parts",
+     "kernel parts: threads wait at different barriers, 32 at __syncthreads, 32 at cluster_sync",
+     Finder::shim, [] { launch({"parts", {1}, 64}, parts); }},
+    {"mixed", "kernel mixed: threads wait at different barriers: __any_sync and __syncwarp",
+     Finder::shim, [] { launch({"mixed", {1}, 64}, mixed); }},
+    {"early end", "kernel ends_early: threads wait for threads that ended, 63 at __syncthreads; 1",
+     Finder::shim, [] { launch({"ends_early", {1}, 64}, ends_early); }},
+    {"part", "calls __syncwarp for a part of its warp", Finder::shim,
+     [] { launch({"part_of_a_warp", {1}, 32}, part_of_a_warp); }},
+    {"overrun", "heap-buffer-overflow", Finder::address,
+     [] { launch({"overrun", {1}, 32, 124}, overrun); }},
+    {"ended block", "use-after-poison", Finder::address,
+     [] { launch({"reads", {2}, 32, 32, 2}, reads_an_ended_block, some_ints); }},
+    {"no barrier", "data race", Finder::thread, [] { neighbours_with(0); }},
+    {"shuffle only", "data race", Finder::thread, [] { neighbours_with(5); }},
+    {"vote only", "data race", Finder::thread, [] { neighbours_with(6); }},
+    {"after a barrier", "data race", Finder::thread,
+     [] { launch({"after", {1}, 32, 128}, after_a_barrier, some_ints); }},
+    {"after barriers of many", "data race", Finder::thread,
+     [] { launch({"after", {1}, 1024, 4096}, after_a_barrier, some_ints); }},
+    {"blocks", "data race", Finder::thread,
+     [] { launch({"same_place", {2}, 32}, same_place, some_ints); }},
+    {"distant blocks", "data race", Finder::thread,
+     [] { launch({"ends_of_grid", {12}, 256}, ends_of_grid, some_ints); }},
+    {"clusters", "data race", Finder::thread,
+     [] { launch({"same_place", {2}, 32, 0, 2}, same_place, some_ints); }},
+    {"early read", "data race", Finder::thread,
+     [] { launch({"early", {1}, 32, 128}, early_read, some_ints, some_ints + 32); }},
+    {"barriers", "", Finder::none,
+     [] {
+       for (unsigned order = 0; order < 4; ++order) {
+         shim::set_order(order);
+         for (int barrier = 1; barrier < 5; ++barrier) neighbours_with(barrier);
+       }
+     }},
+    {"two grids", "", Finder::none,
+     [] {
+       for (int repeat = 0; repeat < 3; ++repeat)
+         launch({"same_place", {1}, 32}, same_place, some_ints);
+       some_ints[0] = 1;
+     }},
+};
+
+bool applies(Finder finder) {
+  return finder == Finder::shim || finder == Finder::none ||
+         (finder == Finder::address && kAddressSanitizer) ||
+         (finder == Finder::thread && kThreadSanitizer);
+}
+
+void check_scenario(const std::string& program, const Scenario& scenario) {
+  const std::string command = "ulimit -c 0; ASAN_OPTIONS=\"$ASAN_OPTIONS symbolize=0\" " +
+                              ("TSAN_OPTIONS=\"$TSAN_OPTIONS halt_on_error=1 symbolize=0\" '" +
+                               program + "' '" + scenario.name + "' 2>&1");
+  std::FILE* child = popen(command.c_str(), "r");
+  expect(child != nullptr, "popen");
+  std::string output;
+  for (int c; (c = std::fgetc(child)) != EOF;) output += static_cast<char>(c);
+  const bool ended_well = pclose(child) == 0;
+  expect(ended_well == (scenario.finder == Finder::none) &&
+             output.find(scenario.message) != std::string::npos,
+         std::string("scenario ") + scenario.name + ":\n" + output);
+}
+
+void check_scenarios() {
+  char program[4096] = {};
+  expect(readlink("/proc/self/exe", program, sizeof program - 1) > 0, "the program's path");
+  for (const Scenario& scenario : kScenarios)
+    if (applies(scenario.finder)) check_scenario(program, scenario);
+}
+
+int run_scenario(const std::string& name) {
+  for (const Scenario& scenario : kScenarios)
+    if (name == scenario.name) return scenario.body(), 0;
+  return std::fprintf(stderr, "no scenario %s\n", name.c_str()), 2;
+}
+
+// ---- times ----------------------------------------------------------------------------------
+
+__global__ void many_products(float* out, int count) {
+  float d[4] = {};
+  const std::uint32_t a[4] = {}, b[2] = {};
+  for (int i = 0; i < count; ++i) multiply_add(d, a, b);
+  out[threadIdx.x] = d[0];
+}
+__global__ void many_barriers(int count) {
+  for (int i = 0; i < count; ++i) __syncthreads();
+}
+__global__ void many_shuffles(int count) {
+  for (int i = 0; i < count; ++i) __shfl_xor_sync(kAll, 1.0f, 1);
+}
+__global__ void nothing() {}
+
+void time(const char* what, int count, const std::function<void(int)>& body) {
+  body(1);
+  const auto start = std::chrono::steady_clock::now();
+  body(count);
+  const std::chrono::duration<double, std::micro> taken = std::chrono::steady_clock::now() - start;
+  std::printf("%-44s %8.2f µs\n", what, taken.count() / count);
+}
+
+int print_times() {
+  const int n = kThreadSanitizer ? 50 : 5000;
+  std::vector<float> out(256);
+  time("multiply_add of a warp", n,
+       [&](int count) { launch({"many_products", {1}, 32}, many_products, out.data(), count); });
+  time("multiply_add of 8 warps", n,
+       [&](int count) { launch({"many_products", {1}, 256}, many_products, out.data(), count); });
+  time("shuffle of a warp", n,
+       [&](int count) { launch({"many_shuffles", {1}, 32}, many_shuffles, count); });
+  time("__syncthreads of 256 threads", n,
+       [&](int count) { launch({"many_barriers", {1}, 256}, many_barriers, count); });
+  time("a block of 256 threads that do nothing", n / 10,
+       [&](int count) { launch({"nothing", {count}, 256, 1024}, nothing); });
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && std::string(arguments[1]) == "times") return print_times();
+  if (count > 1) return run_scenario(arguments[1]);
+  for (unsigned order = 0; order < 4; ++order) {
+    shim::set_order(order);
+    check_indices();
+    check_copies();
+    check_warps();
+    check_product();
+  }
+  check_orders();
+  check_equal_bits();
+  check_conversions();
+  check_clusters();
+  check_launches();
+  check_host_threads();
+  check_scenarios();
+  std::puts("the shim works");
+  return 0;
+}

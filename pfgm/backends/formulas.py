@@ -1,0 +1,134 @@
+"""Formulas in plain torch: the tangent of the posterior mean, the normalised field, the ODE step.
+
+The reference backend computes with them. They replace the operators where a derivative is wanted,
+because torch can differentiate them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..common.tensors import dequantise, wide_dtype
+from .problems import OdeStep, PosteriorMean, State, Tangents
+from .weights import at_limit, log_weight
+
+_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
+_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
+_LARGEST_V_Z = -1e-5  # a network's v_z is kept below it: a positive one would reverse the flow
+_LARGEST_NORM = 1 - 1e-6  # of v_x over √N, which is below 1 for every field but not for a network
+
+
+def chunks(x: Tensor, references: Tensor) -> Iterator[slice]:
+    """Slices of the references whose matrices of (query, reference) pairs are of bounded size."""
+    rows = min(_PAIRS // max(len(x), 1), _VALUES // max(x.shape[1], 1))
+    for start in range(0, len(references), max(rows, 1)):
+        yield slice(start, start + max(rows, 1))
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(B, M) from x (B, N) and y (M, N), as sums of exact differences."""
+    # Without a matrix product: |x|² + |y|² − 2 x·y cancels.
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def posterior_mean_tangent(
+    problem: PosteriorMean, state: State, tangents: Tangents
+) -> tuple[Tensor, Tensor]:
+    """Tangents of mean (B, N) and log-sum-exp (B,) in float64, as far as they come from these
+    references.
+
+    With the tangent ℓ̇_j of a score they are Σ p_j ((x_j − mean) ℓ̇_j + ẋ_j) and Σ p_j ℓ̇_j. At a
+    limit, where the mean is locally constant, its tangent is 0 and that of the log-sum-exp NaN.
+
+    Args:
+        problem: over these references.
+        state: the result over all references, in float64.
+        tangents: of x, of these references and of radius.
+    """
+    x, references, radius, D, _, _ = problem
+    mean, nearest, total = state
+    N, wide_type = x.shape[1], mean.dtype
+    wide, r = x.to(wide_type), radius.to(wide_type)[:, None]
+    nearest, total = nearest[:, None], total[:, None]
+    regular = ~at_limit(nearest, r, D)
+    of_mean, of_lse = torch.zeros_like(mean), torch.zeros_like(r)
+    for chunk in chunks(x, references):
+        y = dequantise(references[chunk], wide_type)
+        squared = squared_distances(wide, y)
+        p = torch.where(regular, log_weight(squared - nearest, nearest, r, D, N).exp() / total, 0.0)
+        half = torch.zeros_like(squared)  # of the tangent of ‖x − x_j‖²
+        if tangents.x is not None:
+            moved = tangents.x.to(wide_type)
+            half += (wide * moved).sum(1, keepdim=True) - moved @ y.T
+        if tangents.references is not None:
+            moved = tangents.references[chunk].to(wide_type)
+            half += (y * moved).sum(1) - wide @ moved.T
+            of_mean += p @ moved
+        change = torch.zeros_like(r) if tangents.radius is None else tangents.radius[:, None]
+        if math.isinf(D):
+            score = (squared * (change / r) - half) / r / r
+        else:
+            score = -(N + D) * (half + r * change) / (squared + r.square())
+        weighted = torch.where(p == 0, 0.0, p * score)
+        of_mean += weighted @ y - weighted.sum(1, keepdim=True) * mean
+        of_lse += weighted.sum(1, keepdim=True)
+    return of_mean, torch.where(regular, of_lse, math.nan).squeeze(1)
+
+
+def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """v_x (B, N) and v_z (B,) from x (B, N), z (B,) and mean (B, N), differentiable."""
+    dtype = wide_dtype(x.device)
+    difference = x.to(dtype) - mean.to(dtype)
+    squared = difference.square().sum(1) + z.to(dtype).square()
+    # The root has no gradient at E = 0. There v = −√N E/gamma, and 0 where gamma is 0 too.
+    at_zero = squared == 0
+    root = torch.where(at_zero, 1.0, squared).sqrt()
+    norm = torch.where(at_zero, 0.0 if gamma > 0 else math.inf, root)
+    scale = -math.sqrt(x.shape[1]) / (norm + gamma)
+    return (scale[:, None] * difference).to(x.dtype), (scale * z).to(x.dtype)
+
+
+def ode_step(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:
+    """The step in differentiable operations; factors in float64, points in their own dtype."""
+    x, slope, history = step.x, step.slope, step.history
+    z, toward, blend = step.levels
+    mean: Tensor | None = None
+    if step.field_z is None:
+        result = _scale(1 - toward - blend, x) + _scale(toward, slope)
+    else:
+        stretch = _stretch(step, step.field_z, z)
+        result = _scale(1 - blend, x) + _scale(toward * stretch, slope)
+        mean = x + _scale(stretch, slope) if with_mean else None
+    return (result if history is None else result + _scale(blend, history)), mean
+
+
+def _scale(factor: Tensor | float, rows: Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return factor.to(rows.dtype)[:, None] * rows
+    return factor * rows
+
+
+def _stretch(step: OdeStep, field_z: Tensor, z: Tensor | float) -> Tensor:
+    """t = −z/v_z in float64, by which mean = x + t v_x."""
+    given = -z / field_z.to(wide_dtype(field_z.device)).clamp(max=_LARGEST_V_Z)
+    if isinstance(z, Tensor):
+        return torch.where(z < step.z_exp, _implied_stretch(step, z), given)
+    return _implied_stretch(step, z) if z < step.z_exp else given
+
+
+def _implied_stretch(step: OdeStep, z: Tensor | float) -> Tensor:
+    """t with the v_z that ‖v_x‖ implies: (√(e_x² + z²) + γ)/√N, with no z to divide by."""
+    root_N, gamma = math.sqrt(step.slope.shape[1]), step.gamma
+    norm = torch.linalg.vector_norm(step.slope, dim=1, dtype=wide_dtype(step.slope.device))
+    n = (norm / root_N).clamp(max=_LARGEST_NORM)
+    if step.exact:
+        rest = 1 - n.square()
+        e_x = n * (gamma + (n.square() * gamma**2 + rest * z**2).sqrt()) / rest
+    else:
+        e_x = gamma * n / (1 - n)
+    stretch: Tensor = ((e_x.square() + z**2).sqrt() + gamma) / root_N
+    return stretch

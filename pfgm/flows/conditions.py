@@ -1,0 +1,58 @@
+"""Networks and their conditions: keyword arguments, whose tensors hold a value for each sample."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Condition", "Network"]
+
+Network = Callable[..., Any]
+"""``net(x, level, **condition)``; the class of the flow says what it returns."""
+Condition = Mapping[str, Any]
+"""Keyword arguments of a network, such as {"labels": labels}."""
+
+
+def check_condition(net: Network, condition: Condition, count: int) -> None:
+    """Raises ValueError unless the network takes these names and each tensor has count rows."""
+    taken = inspect.signature(net.forward if isinstance(net, nn.Module) else net).parameters
+    kinds = {parameter.kind for parameter in taken.values()}
+    for name, value in condition.items():
+        if name not in taken and inspect.Parameter.VAR_KEYWORD not in kinds:
+            others = ", ".join(list(taken)[2:]) or "none"
+            raise ValueError(f"condition has {name!r}; the conditions of this network: {others}.")
+        if isinstance(value, Tensor) and value.shape[:1] != (count,):
+            raise ValueError(
+                f"condition[{name!r}] has shape {tuple(value.shape)}; its first size must be that "
+                f"of x, {count}."
+            )
+
+
+def condition_on(device: torch.device, condition: Condition) -> dict[str, Any]:
+    """The condition with its tensors on a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in condition.items()
+    }
+
+
+def select_rows(condition: Condition, rows: Tensor | slice) -> Condition:
+    """The condition of these rows alone."""
+    return {
+        name: value[rows] if isinstance(value, Tensor) else value
+        for name, value in condition.items()
+    }
+
+
+def repeat_rows(condition: Condition | None, times: int) -> Condition | None:
+    """The condition of B rows for the same rows repeated, times · B in all."""
+    if condition is None:
+        return None
+    return {
+        name: value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+        for name, value in condition.items()
+    }

@@ -1,0 +1,137 @@
+"""The divergence of the posterior mean: the trace of its Jacobian, exact or estimated.
+
+Nothing here knows of flows. ``denoise(x, level)`` is the posterior mean, or the field that implies
+it, as for :mod:`pfgm.solvers`. Networks must treat the rows of a batch separately.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..common.checks import checks_values
+from ..common.tensors import wide_dtype
+from ..functional import steps
+from ..functional.steps import Field
+from ..solvers import DenoiseFunction
+
+__all__ = ["ESTIMATORS", "MeanAndDivergence"]
+
+Divergence = Callable[[Tensor, Tensor, bool], Tensor]
+"""From mean and x (B, *S), and whether the result is differentiated, to div mean (B,)."""
+Estimator = Callable[[Tensor, torch.Generator | None], Divergence]
+"""From the points x of a run and a generator of probes to the divergence."""
+
+_NO_DERIVATIVE = (
+    "what the network returned does not depend on x as autograd sees it; its divergence needs that "
+    "(no torch.no_grad, no detach in the network)."
+)
+
+
+def _jacobian_product(
+    mean: Tensor, x: Tensor, vector: Tensor, keep: bool, differentiable: bool
+) -> Tensor:
+    """vectorᵀ ∂mean/∂x of each row, flat and wide (B, N)."""
+    (product,) = torch.autograd.grad(
+        mean, x, vector, retain_graph=keep, create_graph=differentiable, allow_unused=True
+    )
+    if product is None:
+        raise ValueError(_NO_DERIVATIVE)
+    return product.flatten(1).to(wide_dtype(x.device))
+
+
+def _hutchinson(probe: Tensor) -> Divergence:
+    """vᵀ (∂mean/∂x) v with one probe v for the whole run; unbiased because E[v vᵀ] = I.
+
+    (Skilling 1989, Hutchinson 1990.)
+    """
+
+    def divergence(mean: Tensor, x: Tensor, differentiable: bool) -> Tensor:
+        vector = probe.to(mean.dtype)
+        product = _jacobian_product(mean, x, vector, differentiable, differentiable)
+        return (product * probe.flatten(1)).sum(1)
+
+    return divergence
+
+
+def _rademacher(x: Tensor, generator: torch.Generator | None) -> Divergence:
+    bits = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
+    return _hutchinson(bits.to(x.dtype) * 2 - 1)
+
+
+def _gaussian(x: Tensor, generator: torch.Generator | None) -> Divergence:
+    return _hutchinson(torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
+
+
+def _exact(x: Tensor, generator: torch.Generator | None) -> Divergence:
+    """The trace, one product for each dimension: torch.func cannot differentiate the ops."""
+    N = math.prod(x.shape[1:])
+
+    def divergence(mean: Tensor, x: Tensor, differentiable: bool) -> Tensor:
+        total = x.new_zeros(len(x), dtype=wide_dtype(x.device))
+        for i in range(N):
+            unit = torch.zeros_like(mean, memory_format=torch.contiguous_format)
+            unit.view(len(x), N)[:, i] = 1
+            keep = differentiable or i < N - 1
+            total = total + _jacobian_product(mean, x, unit, keep, differentiable)[:, i]
+        return total
+
+    return divergence
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "rademacher": _rademacher,
+    "gaussian": _gaussian,
+    "exact": _exact,
+}
+
+
+class MeanAndDivergence:
+    """Posterior mean and divergence at points; counts the evaluations.
+
+    Args:
+        denoise: the posterior mean, or the field that implies it.
+        x: points (B, *S), whose shape and dtype the network is given.
+        divergence: one of :data:`ESTIMATORS`, made for x.
+        differentiable: whether the results keep their graph.
+        report: called with the level after each evaluation.
+    """
+
+    def __init__(
+        self,
+        denoise: DenoiseFunction,
+        x: Tensor,
+        divergence: Divergence,
+        differentiable: bool,
+        report: Callable[[float], None],
+    ) -> None:
+        self._denoise, self._divergence, self._report = denoise, divergence, report
+        self._shape, self._dtype, self._differentiable = x.shape, x.dtype, differentiable
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        """mean (B, N) and div mean (B,) at flat points (B, N), all in the wide dtype."""
+        self.nfe += 1
+        with torch.enable_grad():
+            points = x.to(self._dtype).view(self._shape)
+            if not points.requires_grad:
+                points = points.detach().requires_grad_()
+            mean = self._mean(points, level)
+            divergence = self._divergence(mean, points, self._differentiable)
+        if checks_values(x.device) and not bool(divergence.isfinite().all()):
+            raise ValueError(f"the divergence of the network is NaN or infinity at {level:.6g}.")
+        self._report(level)
+        mean = mean.flatten(1).to(x.dtype)
+        return (mean, divergence) if self._differentiable else (mean.detach(), divergence.detach())
+
+    def _mean(self, points: Tensor, level: float) -> Tensor:
+        found = self._denoise(points, level)
+        parts = found[:2] if isinstance(found, Field) else (found,)
+        if checks_values(points.device) and not all(bool(p.isfinite().all()) for p in parts):
+            raise ValueError(f"the network returned NaN or infinity at {level:.6g}.")
+        if not any(part.requires_grad for part in parts):
+            raise ValueError(_NO_DERIVATIVE)
+        return steps.euler(points, found, level, 0.0)[0] if isinstance(found, Field) else found

@@ -1,0 +1,185 @@
+"""Inpainting: data completed where they are not known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..common.checks import is_number
+from ..solvers import Callback
+from .conditions import Network
+from .sampling import Projection, Sampling
+
+__all__ = ["Inpainting"]
+
+
+class Inpainting(Sampling):
+    """Sampling of the unknown part of data, given the known part."""
+
+    @overload
+    def inpaint(
+        self,
+        net: Network,
+        known: Tensor,
+        mask: Tensor,
+        *,
+        return_nfe: Literal[False] = ...,
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def inpaint(
+        self,
+        net: Network,
+        known: Tensor,
+        mask: Tensor,
+        *,
+        return_nfe: Literal[True],
+        **options: Any,
+    ) -> tuple[Tensor, int]: ...
+
+    def inpaint(
+        self,
+        net: Network,
+        known: Tensor,
+        mask: Tensor,
+        *,
+        steps: int | None = None,
+        schedule: str | Sequence[float] | None = None,
+        resample: int = 0,
+        resample_from: float | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        return_nfe: bool = False,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, int]:
+        """Data (B, *S) completed where they are not known.
+
+        Before each evaluation of the network the known part is replaced by
+
+            x_known(σ) = known + σ n,   n ~ p_1, the perturbation kernel at level 1
+
+        which is its path in the field of a single charge at ``known``. The flow moves the rest. n
+        is drawn once per run for the whole sample: a draw of the prior divided by its level. So
+        both parts share the length of the noise, as they do under the kernel at a finite D
+        (:meth:`noise`).
+
+        Where the data differ only in the unknown part, this samples exactly from the distribution
+        of that part given the other, at every D. In the weights 1/(‖x̃ − x‖² + Dσ²)^((N + D)/2) the
+        known part then adds σ²‖n_known‖². These are the weights of a flow with D + N_known
+        dimensions, whose kernel is the distribution of n_unknown given n_known. In general it is an
+        approximation, as replacement is in diffusion (arXiv 2011.13456, appendix I.2): at high
+        levels the noisy known part says less than the clean one.
+
+        Each round of ``resample`` adds another n to the completed data, at a level at which data
+        still differ, and carries them down again. The unknown part is thus decided again with the
+        known part in view. This is the idea of RePaint (arXiv 2201.09865) in whole runs, because
+        noise of a finite D cannot be added in parts.
+
+        Args:
+            net: the network.
+            known: (B, *S) data; uint8 means u/127.5 − 1. Values where mask is False are not read.
+            mask: bool, True where the data are known; any shape that broadcasts to (B, *S).
+            steps: as in :meth:`sample`.
+            schedule: as in :meth:`sample`.
+            resample: the number of further rounds. Each starts at resample_from and takes the
+                levels of the grid below it.
+            resample_from: the level at which rounds start, about the standard deviation of the
+                data. From a much higher level everything is decided anew, from a much lower one
+                nothing. None is 0.6, or 1.2 times the spread of a flow that has one.
+            generator: of the noise, on the device of known.
+            callback: as in :meth:`sample`, with the known part in place. Each round counts its
+                steps from 0. Stopping a round goes on with the next.
+            return_nfe: whether to return the number of network evaluations too.
+            **options: of :meth:`sample`, such as solver, condition, guidance and progress.
+
+        Returns:
+            (B, *S), exactly as given where mask is True; with ``return_nfe`` the evaluations too.
+
+        Raises:
+            ValueError: shapes do not fit, resample is below 0, or as :meth:`sample`.
+            TypeError: mask is not bool, or known neither uint8 nor floating point.
+
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+        >>> net = flow.empirical(torch.eye(2))
+        >>> known, mask = torch.tensor([[1.0, 9.0]]), torch.tensor([True, False])
+        >>> flow.inpaint(net, known, mask).abs().round(decimals=2)
+        tensor([[1., 0.]])
+        """
+        known = self._to_floating(known).detach()
+        _check_mask(mask, known)
+        grid = self.grid(steps, schedule)
+        start = 1.2 * self.unit if resample_from is None else resample_from
+        # Unknown values may be anything, NaN included.
+        x, total = torch.where(mask, known, self._center(known)), 0
+        for levels in (grid, *_resampling_grids(grid, resample, start)):
+            noise = self._unit_noise(x, generator)
+            hold = _hold_known(known, noise, mask)
+            x, nfe = self.sample(
+                net,
+                len(x),
+                x_init=x + levels[0] * noise,
+                schedule=levels,
+                project=hold,
+                callback=_show_projected(callback, hold),
+                generator=generator,
+                return_nfe=True,
+                **options,
+            )
+            x, total = torch.where(mask, known, x), total + nfe
+        return (x, total) if return_nfe else x
+
+    def _unit_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Noise (B, *S) of level 1, drawn from the prior, so that its norm is clipped likewise."""
+        points = self.prior(len(x), generator=generator, device=x.device)
+        return (points - self._center(points)).to(x.dtype) / self.first_level
+
+
+def _resampling_grids(grid: Sequence[float], resample: int, start: float) -> list[list[float]]:
+    """The levels of each further round."""
+    if isinstance(resample, bool) or not isinstance(resample, int) or resample < 0:
+        raise ValueError(f"resample is {resample!r}; allowed is an integer of at least 0.")
+    if resample == 0:
+        return []
+    if not is_number(start) or not grid[-1] < start <= grid[0]:
+        raise ValueError(
+            f"resample_from is {start!r}; allowed is a level above {grid[-1]} and at most "
+            f"{grid[0]}."
+        )
+    below = [level for level in grid if level < start]
+    return [[float(start), *below]] * resample
+
+
+def _hold_known(known: Tensor, noise: Tensor, mask: Tensor) -> Projection:
+    """The projection that puts the known part on its path."""
+    return lambda x, level: torch.where(mask, known + level * noise, x)
+
+
+def _show_projected(callback: Callback | None, project: Projection) -> Callback | None:
+    """The callback, shown the points at which the network was evaluated."""
+    if callback is None:
+        return None
+    return lambda info: callback({**info, "x": project(info["x"], info["z"])})
+
+
+def _check_mask(mask: Tensor, known: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask has dtype {kind}; allowed is bool, True where known.")
+    if mask.device != known.device:
+        raise ValueError(
+            f"mask is on {mask.device} and known on {known.device}; both must be on one."
+        )
+    try:
+        fits = torch.broadcast_shapes(mask.shape, known.shape) == known.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; allowed is any that broadcasts to that of known, "
+            f"{tuple(known.shape)}."
+        )

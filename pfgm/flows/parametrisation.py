@@ -1,0 +1,156 @@
+"""What defines a flow: its levels, its noise, and the posterior mean that a network implies.
+
+A flow carries points of a prior at its first level to data at its last level along the ODE
+
+    dx/dσ = (x − mean(x, σ))/σ
+
+The equation is the same for every number D of augmented dimensions. Its σ is r/√D, where r is the
+length of the augmented vector (PFGM++, arXiv 2302.04265, section 3.3). At D = 1, σ is PFGM's z.
+
+Flows differ in their parametrisation. A network of :class:`pfgm.PoissonFlow` predicts the field, a
+network of :class:`pfgm.PoissonFlowPP` predicts the posterior mean.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_dimensions, check_dtype
+from ..common.tensors import dequantise, over_samples
+from ..functional import steps as ode_steps
+from ..functional.steps import Field, Level
+from .conditions import Condition, Network
+
+__all__ = ["Defaults", "Parametrisation"]
+
+
+class Defaults(NamedTuple):
+    """What ``sample`` of a flow uses unless the caller chooses otherwise."""
+
+    solver: str
+    steps: int
+    schedule: str
+
+
+class Parametrisation(ABC):
+    """Shape, levels and noise of a flow, and how the output of its networks is read."""
+
+    shape: tuple[int, ...]
+    """S, the shape of one sample."""
+    N: int
+    """The number of values in a sample."""
+    D: float
+    """The number of augmented dimensions; infinity for diffusion."""
+    defaults: Defaults
+    """Solver, steps and schedule of sampling."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        check_dimensions(self.shape)
+        if not all(isinstance(n, int) and n > 0 for n in self.shape):
+            raise ValueError(f"shape is {self.shape}; allowed are positive integers.")
+        self.N = math.prod(self.shape)
+
+    # ---- what each flow defines ----
+
+    @property
+    @abstractmethod
+    def first_level(self) -> float:
+        """The level of the prior: z_max or sigma_max."""
+
+    @property
+    @abstractmethod
+    def last_level(self) -> float:
+        """The lowest level at which a network is evaluated: z_min or sigma_min."""
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Every hyper-parameter, JSON-able: ``type(flow)(**flow.config)`` is the same flow."""
+
+    @abstractmethod
+    def _predict(
+        self, net: Network, x: Tensor, level: Level, condition: Condition
+    ) -> Field | Tensor:
+        """What the network predicts at points x of a level: the field or the posterior mean."""
+
+    # ---- what a flow may override ----
+
+    @property
+    def largest_norm(self) -> float:
+        """The largest distance of the prior's points from its center."""
+        return math.inf
+
+    @property
+    def unit(self) -> float:
+        """The length that scales absolute tolerances: the data's spread, about 0.5 for images."""
+        return 0.5
+
+    def _center(self, x: Tensor) -> Tensor | float:
+        """The center of the prior: 0, or a tensor (*S) in the dtype and on the device of x."""
+        return 0.0
+
+    # ---- what follows ----
+
+    def __repr__(self) -> str:
+        config = {name: value for name, value in self.config.items() if name != "shape"}
+        named = (f"{name}={reprlib.repr(value)}" for name, value in config.items())
+        return f"{type(self).__name__}({self.shape}, {', '.join(named)})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, *map(str, self.config.items())))
+
+    def noise(self, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws noise (B, *S) of levels sigma (B,) from the perturbation kernel around 0.
+
+        The noise is σ g/√(χ²_D/D) with g ~ N(0, I), a multivariate Student distribution with D
+        degrees of freedom. That is p_r(x̃ | x) ∝ 1/(‖x̃ − x‖² + r²)^((N + D)/2) with r = σ √D
+        (PFGM++, equation 3).
+        """
+        shape = (len(sigma), *self.shape)
+        g = torch.randn(shape, generator=generator, dtype=sigma.dtype, device=sigma.device)
+        if math.isfinite(self.D):
+            # In float64, because draws of a small D can be too small for float32.
+            half = torch.full(sigma.shape, self.D / 2, dtype=torch.float64, device=sigma.device)
+            spread = torch._standard_gamma(half, generator=generator) / half
+            smallest = torch.finfo(sigma.dtype).tiny
+            sigma = sigma * spread.clamp(min=smallest).rsqrt().to(sigma.dtype)
+        return over_samples(sigma, g) * g
+
+    def denoise(
+        self, net: Network, x: Tensor, level: Level, condition: Condition | None = None
+    ) -> Tensor:
+        """The posterior mean (B, *S) that the network implies at points x of a level, z or sigma.
+
+        The level is a number or a tensor (B,). The mean is differentiable in x and in the network's
+        parameters. It never shares memory with what the network returned.
+        """
+        prediction = self._predict(net, x, level, condition or {})
+        return ode_steps.mean_of(x, prediction, level)
+
+    def _check_x(self, x: Tensor) -> None:
+        if x.ndim == 0 or x.shape[1:] != self.shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."
+            )
+        check_dtype("x", x)
+
+    def _to_floating(self, x: Tensor) -> Tensor:
+        """Checked data as floating point; uint8 means u/127.5 − 1."""
+        self._check_x(x)
+        return dequantise(x, torch.float32) if x.dtype == torch.uint8 else x
+
+
+def per_row(level: Level, x: Tensor) -> Tensor:
+    """The level of each of the points x (B, *S), as networks take it: (B,) in the dtype of x."""
+    return level.to(x).expand(len(x)) if isinstance(level, Tensor) else x.new_full((len(x),), level)

@@ -1,0 +1,113 @@
+"""Values of the hyper-parameters of :class:`pfgm.PoissonFlow` that are not given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.checks import positive
+
+__all__ = ["Center", "Rules", "published_rules", "spread_rules"]
+
+MEAN_NORMAL = math.sqrt(2 / math.pi)  # the average of |g|, g ~ N(0, 1)
+_SPREAD_RANGE = 1e-15, 1e12
+
+Center = float | Sequence[Any] | Tensor
+
+
+class Rules(NamedTuple):
+    """Hyper-parameters; None where the value follows from M (z_max) or gamma (z_exp)."""
+
+    sigma: float
+    gamma: float
+    z_max: float | None
+    z_min: float
+    restrict_M: bool
+    z_exp: float | None
+
+
+def published_rules() -> Rules:
+    """The values published for images in [−1, 1]."""
+    return Rules(sigma=0.01, gamma=5.0, z_max=None, z_min=1e-3, restrict_M=True, z_exp=5.0)
+
+
+def spread_rules(s: float, N: int) -> Rules:
+    """The published lengths in units of the spread s, which is about 0.5 for images in [−1, 1].
+
+    A single charge at the center in place of the data at z_max changes the density by a share of at
+    most about N s²/(2 z_max²), which is 1/400 for z_max = 14 √N s. From 33 values on, z_max is
+    80 s, near the published 71 s for images: the noise of so many values hides their spread.
+    """
+    return Rules(
+        sigma=0.02 * s,
+        gamma=min(math.sqrt(N) / 4, 10.0) * s,
+        z_max=min(14 * math.sqrt(N), 80.0) * s,
+        z_min=2e-3 * s,
+        restrict_M=False,
+        z_exp=None,
+    )
+
+
+def exponent_from_norm(data_norm: float | None, N: int, sigma: float, tau: float) -> float:
+    """M for data of this average norm (PFGM, appendix B.1.1)."""
+    if data_norm is None:
+        raise ValueError("none of M, data_norm and spread given; one of them is needed.")
+    ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(N) * sigma**2)
+    exponent = int(0.75 * math.log(ratio) / math.log1p(tau)) + 1
+    if exponent < 1:
+        raise ValueError(
+            f"data_norm is {data_norm}, too small for sigma={sigma}; scale the data up or sigma "
+            "down."
+        )
+    return exponent
+
+
+def exponent_from_z_max(z_max: float, sigma: float, tau: float) -> float:
+    """M for which the average z at m = M is z_max."""
+    ratio = z_max / (MEAN_NORMAL * sigma)
+    if ratio <= 1:
+        raise ValueError(f"sigma is {sigma}; allowed is less than 1.25 z_max, which is {z_max}.")
+    return math.log(ratio) / math.log1p(tau)
+
+
+def largest_scale(sigma: float, tau: float, M: float) -> float:
+    """sigma (1 + tau)^M, the largest scale of the perturbation, if float32 can hold it."""
+    most = math.log(torch.finfo(torch.float32).max)
+    if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
+        raise ValueError(
+            f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
+            "sigma (1 + tau)^M is a number of float32, at most 3.4e38."
+        )
+    return float(sigma * (1 + tau) ** M)
+
+
+def checked_spread(spread: float) -> float:
+    spread = float(positive("spread", spread))
+    low, high = _SPREAD_RANGE
+    if not low <= spread <= high:
+        raise ValueError(
+            f"spread is {spread}; allowed are {low} to {high}, so that squares are numbers of "
+            "float32."
+        )
+    return spread
+
+
+def checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
+    """The center as float64 of shape S."""
+    try:
+        found = torch.as_tensor(center, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"center is {center!r:.80}; allowed are a number and numbers of shape {shape}."
+        ) from error
+    if found.shape not in (torch.Size([]), torch.Size(shape)):
+        raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
+    if not bool(found.isfinite().all()):
+        raise ValueError("center holds NaN or infinity; only finite values are allowed.")
+    if spread is None and bool((found != 0).any()):
+        raise ValueError("center is given without spread; the published rules centre data at 0.")
+    return found.expand(shape).clone()

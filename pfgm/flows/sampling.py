@@ -1,0 +1,365 @@
+"""Sampling: the prior, the levels of a run, and the flow's ODE solved through them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..common.checks import allocating, check_choice, is_number
+from ..common.messages import progress_bar
+from ..common.tensors import evaluating, network_device
+from ..functional import steps as ode_steps
+from ..functional.steps import Field
+from ..solvers import SAMPLERS, SCHEDULES, Callback, DenoiseFunction, StepInfo
+from .conditions import Condition, Network, check_condition, condition_on
+from .parametrisation import Parametrisation
+
+__all__ = ["Projection", "Sampling"]
+
+_MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
+
+Projection = Callable[[Tensor, float], Tensor]
+"""From points (B, *S) and their level to new points, at which the network is evaluated."""
+
+
+class Sampling(Parametrisation):
+    """The prior, and runs of a solver from one level to another."""
+
+    @abstractmethod
+    def prior(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Points (n, *S) at the first level."""
+
+    @abstractmethod
+    def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
+        """steps + 1 levels from the first; the last step starts at ``last`` or above."""
+
+    @overload
+    def sample(
+        self, net: Network, n: int, *, return_nfe: Literal[False] = ..., **options: Any
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self, net: Network, n: int, *, return_nfe: Literal[True], **options: Any
+    ) -> tuple[Tensor, int]: ...
+
+    def sample(
+        self,
+        net: Network,
+        n: int,
+        *,
+        solver: str | None = None,
+        steps: int | None = None,
+        schedule: str | Sequence[float] | None = None,
+        last: float | None = None,
+        condition: Condition | None = None,
+        guidance: float | None = None,
+        unconditional: Condition | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        x_init: Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        return_nfe: bool = False,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, int]:
+        """Samples (n, *S): points of the prior carried from the first level to the last.
+
+        Args:
+            net: the network; a module is in evaluation mode while it samples.
+            n: the number of samples.
+            solver: "euler", "heun", "multistep", "rk45", or "consistency" for few-step models
+                (:mod:`pfgm.solvers`). Other networks give averages of the data with "consistency";
+                this is not checked.
+            steps: the number of solver steps; rk45 chooses its own.
+            schedule: the spacing of the levels, "log" (published for PFGM) or "rho", or the levels
+                themselves, decreasing.
+            last: the level, z or sigma, at which the last step starts. That step goes to the end at
+                once. Fewer steps suffice where the noise of this level is invisible.
+            condition: keyword arguments of the network, such as {"labels": labels}, labels (n,).
+            guidance: the weight w of classifier-free guidance (arXiv 2207.12598). The posterior
+                mean is mean_u + w (mean_c − mean_u), at twice the evaluations. 1 is the condition
+                alone, above 1 exaggerates it. None is the condition alone, without the extra
+                evaluations.
+            unconditional: keyword arguments of the network for mean_u; none unless given.
+            generator: of the prior, and of the noise that "consistency" adds.
+            device: None takes the device of x_init, else of the generator, else of the network's
+                parameters, else the CPU.
+            x_init: (n, *S), points at the first level to start from instead of the prior.
+            callback: receives a dict (step, z, x, mean, nfe) before each step. If it returns True,
+                the run stops and returns that x.
+            progress: whether to show a progress bar.
+            return_nfe: whether to return the number of network evaluations too.
+            **options: of the solver, such as rtol and atol of rk45; and project of :meth:`solve`.
+
+        Raises:
+            ValueError: an argument is out of range, or the network's results have wrong shapes or
+                are not finite.
+
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+        >>> net = flow.empirical(torch.eye(2))
+        >>> x, nfe = flow.sample(net, 3, solver="heun", steps=8, return_nfe=True)
+        >>> x.shape, nfe
+        (torch.Size([3, 2]), 15)
+        """
+        solver = self.defaults.solver if solver is None else solver
+        grid = self.grid(steps, schedule, last)
+        x, nfe = self._start(net, n, generator, device, x_init), 0
+        check_choice("solver", solver, SAMPLERS)
+        if solver == "consistency":
+            options["noise"] = functools.partial(self._add_noise, generator=generator)
+        if n > 0:
+            x, nfe = self.solve(
+                net,
+                x,
+                grid,
+                solver=solver,
+                condition=condition,
+                guidance=guidance,
+                unconditional=unconditional,
+                callback=callback,
+                progress=progress,
+                **options,
+            )
+        return (x, nfe) if return_nfe else x
+
+    def grid(
+        self,
+        steps: int | None = None,
+        schedule: str | Sequence[float] | None = None,
+        last: float | None = None,
+    ) -> list[float]:
+        """The levels of a run, from the first to the last: ``steps`` + 1 levels of a schedule.
+
+        Arguments are those of :meth:`sample`. Levels given as ``schedule`` are checked and
+        returned.
+
+        >>> import pfgm
+        >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log")]
+        [40.0, 1.17, 0.034, 0.001]
+        >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log", last=0.1)]
+        [40.0, 2.0, 0.1, 0.001]
+        """
+        steps = self.defaults.steps if steps is None else steps
+        schedule = self.defaults.schedule if schedule is None else schedule
+        if not isinstance(schedule, str):
+            if last is not None:
+                raise ValueError(
+                    f"last is {last}, but schedule holds all levels; give one of them."
+                )
+            return _checked_grid(schedule)
+        check_choice("schedule", schedule, SCHEDULES)
+        check_steps("steps", steps)
+        if last is None:
+            return self._grid(schedule, steps, self.last_level)
+        if not is_number(last) or not self.last_level <= last < self.first_level:
+            raise ValueError(
+                f"last is {last!r}; allowed is {self.last_level} to below {self.first_level}."
+            )
+        return self._grid(schedule, steps, float(last))
+
+    def solve(
+        self,
+        net: Network,
+        x: Tensor,
+        grid: Sequence[float],
+        *,
+        solver: str = "rk45",
+        condition: Condition | None = None,
+        guidance: float | None = None,
+        unconditional: Condition | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        project: Projection | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, int]:
+        """Carries points x (B, *S) along the flow through the levels of a grid, up or down.
+
+        Other arguments are those of :meth:`sample`.
+
+        Args:
+            grid: the levels, decreasing or rising; x are points at the first of them.
+            project: from points and their level to new points of the same shape, at which the
+                network is evaluated instead. For a projection onto a linear subspace, such as one
+                that sets some coordinates and keeps the others, this is the same as replacing the
+                points themselves. Points that are returned or shown to a callback are not
+                projected.
+
+        Returns:
+            The points at the last level of the grid, and the number of network evaluations.
+        """
+        check_choice("solver", solver, SAMPLERS)
+        self._check_x(x)
+        if solver == "rk45":
+            options.setdefault("atol", 2e-4 * self.unit)
+        predict = self._predictor(net, x, condition, guidance, unconditional)
+        if project is not None:
+            predict = _projected(predict, project)
+        total = None if solver == "rk45" else len(grid) - 1
+        center = self._center(x)
+        with evaluating(net), _progress_shown(callback, total, progress) as shown:
+            if solver == "rk45" and isinstance(center, Tensor):
+                # Its relative tolerance shall be relative to the distance from the center.
+                predict, shown = _relative(predict, center), _absolute(shown, center)
+                x, nfe = SAMPLERS[solver](predict, x - center, grid, shown, **options)
+                x = x + center
+            else:
+                x, nfe = SAMPLERS[solver](predict, x, grid, shown, **options)
+        return x, nfe if guidance is None else 2 * nfe
+
+    def _predictor(
+        self,
+        net: Network,
+        x: Tensor,
+        condition: Condition | None,
+        guidance: float | None,
+        unconditional: Condition | None,
+    ) -> DenoiseFunction:
+        """The network's prediction as a function of points and level, with guidance applied."""
+        given = condition_on(x.device, condition or {})
+        without = condition_on(x.device, unconditional or {})
+        for each in (given, without):
+            check_condition(net, each, len(x))
+        if guidance is None:
+            return lambda x, level: self._predict(net, x, level, given)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance is {guidance}; allowed is any finite number.")
+
+        def guided(x: Tensor, level: float) -> Tensor:
+            mean = self.denoise(net, x, level, without)
+            return mean + guidance * (self.denoise(net, x, level, given) - mean)
+
+        return guided
+
+    def _start(
+        self,
+        net: Network,
+        n: int,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+        x_init: Tensor | None,
+    ) -> Tensor:
+        """The points (n, *S) at which a run starts: x_init or the prior."""
+        if x_init is None:
+            if device is None and generator is None:
+                device = network_device(net)
+            with allocating(f"n is {n}, and so many samples of shape {self.shape}"):
+                return self.prior(n, generator=generator, device=device)
+        if x_init.shape != (n, *self.shape) or not x_init.is_floating_point():
+            raise ValueError(
+                f"x_init has shape {tuple(x_init.shape)} and dtype {x_init.dtype}; allowed is "
+                f"floating point of shape {(n, *self.shape)}."
+            )
+        return x_init.detach().to(device=device)
+
+    def _add_noise(self, x: Tensor, level: float, generator: torch.Generator | None) -> Tensor:
+        return x + self.noise(x.new_full((len(x),), level), generator)
+
+
+# ---- predictions and callbacks at other points -------------------------------------------------
+
+
+def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction:
+    """The prediction at projected points, as the posterior mean there.
+
+    A solver would read a field at its own points, so that a field becomes its mean here.
+    """
+
+    def evaluate(x: Tensor, level: float) -> Tensor:
+        points = project(x, level)
+        if points.shape != x.shape or points.dtype != x.dtype:
+            raise ValueError(
+                f"project returned shape {tuple(points.shape)} and dtype {points.dtype}; needed "
+                f"are those of x, {tuple(x.shape)} and {x.dtype}."
+            )
+        found = predict(points, level)
+        return ode_steps.euler(points, found, level, 0.0)[0] if isinstance(found, Field) else found
+
+    return evaluate
+
+
+def _relative(predict: DenoiseFunction, center: Tensor) -> DenoiseFunction:
+    """The posterior mean relative to the center, at points relative to the center."""
+
+    def evaluate(x: Tensor, level: float) -> Tensor:
+        points = x + center
+        return ode_steps.mean_of(points, predict(points, level), level) - center
+
+    return evaluate
+
+
+def _absolute(callback: Callback | None, center: Tensor) -> Callback | None:
+    """The callback of a run with points relative to the center, shown the points themselves."""
+    if callback is None:
+        return None
+
+    def shown(info: StepInfo) -> object:
+        mean = None if info["mean"] is None else info["mean"] + center
+        return callback({**info, "x": info["x"] + center, "mean": mean})
+
+    return shown
+
+
+@contextmanager
+def _progress_shown(
+    callback: Callback | None, total: int | None, progress: bool
+) -> Iterator[Callback | None]:
+    """The callback, which also moves a progress bar if progress is True."""
+    if not progress:
+        yield callback
+        return
+    with progress_bar(total=total, desc="sampling", unit="step") as bar:
+
+        def show(info: StepInfo) -> object:
+            bar.set_postfix(z=f"{info['z']:.3g}", refresh=False)
+            bar.update()
+            return None if callback is None else callback(info)
+
+        yield show
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def check_steps(name: str, steps: object) -> None:
+    """Raises ValueError unless steps is a number of steps that a solver can take."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(
+            f"{name} is {steps!r}; allowed is an integer of at least 1 and at most {_MOST_STEPS}."
+        )
+
+
+def check_count(n: int) -> None:
+    """Raises ValueError unless n is a number of samples."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"n is {n!r}; allowed is an integer of at least 0.")
+
+
+def _checked_grid(levels: Sequence[float]) -> list[float]:
+    grid = [float(level) for level in levels]
+    inner = grid[:-1]
+    if len(grid) < 2 or not all(0 < level < math.inf for level in inner) or not grid[-1] >= 0:
+        raise ValueError(
+            f"schedule is {grid}; allowed are two or more finite levels above 0, the last may be 0."
+        )
+    for i, (level, after) in enumerate(pairwise(grid)):
+        if not after < level:
+            raise ValueError(
+                f"schedule is not decreasing: {after} at place {i + 1} follows {level}."
+            )
+    return grid

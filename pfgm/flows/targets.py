@@ -1,0 +1,108 @@
+"""Training of a flow: perturbed points, their targets and the loss."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..references import References, ReferenceSet
+from .conditions import Condition, Network
+from .parametrisation import Parametrisation
+
+__all__ = ["ExactNetwork", "Targets", "targets_by_label"]
+
+
+class Targets(Parametrisation):
+    """Perturbation, loss and the exact network of a flow."""
+
+    @abstractmethod
+    def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Perturbed points (B, *S) around data x, and their levels (B,)."""
+
+    @abstractmethod
+    def loss(
+        self,
+        net: Network,
+        x: Tensor,
+        references: References | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        condition: Condition | None = None,
+        reference_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The training loss, a scalar."""
+
+    @abstractmethod
+    def empirical(self, references: References) -> nn.Module:
+        """The exact network of references (M, *S)."""
+
+    def _check_references(self, references: References) -> None:
+        if references.shape[1:] != self.shape or len(references) == 0:
+            raise ValueError(
+                f"references has shape {tuple(references.shape)}; allowed is (M, *S) with M ≥ 1 "
+                f"and S = {self.shape}."
+            )
+
+
+class ExactNetwork(nn.Module):
+    """Base of the exact networks: holds references (M, *S), a tensor as a buffer."""
+
+    references: References
+
+    def __init__(self, references: References) -> None:
+        super().__init__()
+        if isinstance(references, Tensor):
+            self.register_buffer("references", references, persistent=False)
+        else:
+            self.references = references
+
+
+def targets_by_label(
+    target: Callable[[Tensor, Tensor, References], tuple[Tensor, ...]],
+    x: Tensor,
+    level: Tensor,
+    references: References,
+    labels: Tensor | None,
+    reference_labels: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """``target(x, level, references)``, where each point sees the references of its own label.
+
+    A point whose label is below 0 has no label and sees all references, as do all points where
+    labels is None.
+    """
+    if labels is None or len(labels) == 0:
+        return target(x, level, references)
+    if isinstance(references, ReferenceSet):
+        if references.sharded:
+            raise ValueError(
+                f"references is {references!r}, which has no rows of one label in all processes; "
+                "with labels in the condition allowed are references that each process has."
+            )
+        reference_labels = references.labels if reference_labels is None else reference_labels
+    if reference_labels is None or reference_labels.shape != references.shape[:1]:
+        given = None if reference_labels is None else tuple(reference_labels.shape)
+        raise ValueError(
+            f"reference_labels has shape {given}; with labels in the condition ({len(references)},)"
+            " is needed, so that each point sees the references of its label."
+        )
+    results: tuple[Tensor, ...] | None = None
+    for label in labels.unique().tolist():
+        rows = labels == label
+        seen = references if label < 0 else _rows_with(references, reference_labels == label, x)
+        if len(seen) == 0:
+            raise ValueError(f"reference_labels holds no {label}, which labels does.")
+        found = target(x[rows], level[rows], seen)
+        if results is None:
+            results = tuple(each.new_empty(len(x), *each.shape[1:]) for each in found)
+        for whole, part in zip(results, found, strict=True):
+            whole[rows] = part
+    assert results is not None
+    return results
+
+
+def _rows_with(references: References, mask: Tensor, x: Tensor) -> Tensor:
+    """The references where the mask is True, on the device of x."""
+    return references[mask.to(references.device)].to(x.device)

@@ -1,0 +1,103 @@
+"""Levels (z, r or sigma) as arguments: a number for all points, or one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.checks import LARGEST, checks_values, is_number, varies
+from ..common.tensors import wide_dtype
+from ..common.transforms import batched
+
+Level = Tensor | float
+"""A number, or a tensor (B,)."""
+
+
+def per_query(name: str, value: Level, x: Tensor) -> Tensor:
+    """A number or a tensor (B,) or (B, 1, …, 1) as float64 (B,) on the device of x (B, *S)."""
+    dtype, count = wide_dtype(x.device), x.shape[0]
+    if not isinstance(value, Tensor):
+        if not is_number(value):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
+                f"({count},)."
+            )
+        if varies(value):
+            return torch.ones(count, dtype=dtype, device=x.device) * value
+        return torch.full((count,), float(value), dtype=dtype, device=x.device)
+    if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
+        value = value.reshape(count)  # EDM's code has levels of this shape
+    if value.shape != (count,) and value.ndim != 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; allowed is a number or a tensor of shape "
+            f"({count},), or of that with a 1 for each dimension of a sample."
+        )
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers.")
+    if value.ndim != 0 and value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
+    return value.to(device=x.device, dtype=dtype).expand(count)
+
+
+def step_levels(x: Tensor, letter: str, *values: Level, zero: bool = False) -> Sequence[Any]:
+    """The levels of a step, checked: all floats, or all (B,) in float64.
+
+    Args:
+        x: (B, *S), the points.
+        letter: name of the level of x, "z" or "sigma".
+        values: level of x, of the next points and, for a multistep step, of the previous points.
+        zero: whether the second may be 0.
+
+    Raises:
+        ValueError: a level is not allowed, or the third equals the first.
+    """
+    if all(type(value) is float and 0 < value <= LARGEST for value in values):
+        levels: Sequence[Any] = values
+    else:
+        levels = _converted(x, letter, values, zero)
+    if any(not isinstance(level, Tensor) and varies(level) for level in levels):
+        levels = [per_query("level", level, x) for level in levels]
+    if len(levels) == 3 and not torch.compiler.is_compiling():
+        same = levels[2] == levels[0]
+        if _holds_anywhere(same):
+            raise ValueError(f"{letter}_previous equals {letter}; both must differ.")
+    return levels
+
+
+def _converted(x: Tensor, letter: str, values: Sequence[Level], zero: bool) -> list[Any]:
+    names = (letter, f"{letter}_next", f"{letter}_previous")[: len(values)]
+    may_be_zero = (False, zero, False)[: len(values)]
+    if not any(isinstance(value, Tensor) for value in values):
+        for name, value, zero in zip(names, values, may_be_zero, strict=True):
+            _check_number(name, value, zero)
+        return [float(value) for value in values]
+    wide = [per_query(name, value, x) for name, value in zip(names, values, strict=True)]
+    # A compiled graph cannot look at values.
+    if checks_values(x.device) and not torch.compiler.is_compiling():
+        for name, level, zero in zip(names, wide, may_be_zero, strict=True):
+            if batched(level):
+                continue
+            allowed = level.isfinite() & ((level >= 0) if zero else (level > 0))
+            if not bool(allowed.all()):
+                _check_number(name, level[~allowed][0].item(), zero)
+    return wide
+
+
+def _holds_anywhere(condition: Tensor | bool) -> bool:
+    """Whether a condition holds in any row; False where it differs between samples of a vmap."""
+    if isinstance(condition, Tensor):
+        return not batched(condition) and bool(condition.any())
+    return condition
+
+
+def _check_number(name: str, value: Any, zero: bool) -> None:
+    if not is_number(value):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape (B,)."
+        )
+    if not (0 < value <= LARGEST or (zero and value == 0)):
+        least = "of at least 0" if zero else "above 0"
+        raise ValueError(f"{name} is {value}; allowed is any finite number {least}.")

@@ -1,0 +1,160 @@
+"""The field that a posterior mean implies, and the base of the networks that predict one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.checks import int_tuple, positive_float
+from ..common.tensors import over_samples
+
+_TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
+Center = float | Sequence[Any] | Tensor
+"""The average sample, (*S), or one number for all values."""
+
+
+def field_from_mean(
+    x: Tensor, z: Tensor, mean: Tensor, *, gamma: float = 5.0
+) -> tuple[Tensor, Tensor]:
+    """The normalised Poisson field that a posterior mean implies (PFGM, arXiv 2209.11178).
+
+    With E = (x − mean, z) the field is v = −√N E / (‖E‖ + γ), and 0 where E = 0.
+
+    Args:
+        x: points, (B, *S).
+        z: augmented coordinates, (B,).
+        mean: posterior mean, (B, *S).
+        gamma: γ ≥ 0.
+
+    Returns:
+        (field_x, field_z) of shapes (B, *S) and (B,).
+
+    >>> x, z = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+    >>> field_x, field_z = field_from_mean(x, z, torch.zeros(1, 2), gamma=0.0)
+    >>> [round(v, 4) for v in (*field_x[0].tolist(), field_z.item())]
+    [-0.8485, -0.0, -1.1314]
+    """
+    e_x = (x - mean).flatten(1)
+    norm = torch.linalg.vector_norm(torch.cat([e_x, z[:, None]], 1), dim=1)
+    scale = -math.sqrt(e_x.shape[1]) / (norm + gamma).clamp_min(torch.finfo(norm.dtype).tiny)
+    return (e_x * scale[:, None]).view_as(x), z * scale
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """‖x‖/√N (B,) of points x (B, *S)."""
+    norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norm / math.sqrt(math.prod(x.shape[1:]))
+
+
+class FieldNetwork(nn.Module):
+    """Base of the networks that map (x, z) to the normalised Poisson field.
+
+    The network predicts a posterior mean, and :func:`field_from_mean` turns the mean into the
+    field. So field_x and field_z are always consistent, field_z is never positive, and far from the
+    data the direction is right before any training.
+
+    The backbone sees x scaled to order one. It returns a gate, how much of each value of x to drop,
+    and an output, which is added. Both fade out as z → 0, where the mean is x itself. This is EDM's
+    preconditioning (arXiv 2206.00364), adapted to heavy-tailed noise.
+
+    Subclasses implement `backbone` and set `config`: keyword arguments that rebuild the network and
+    that JSON can store.
+
+    >>> class Untrained(FieldNetwork):
+    ...     def backbone(self, x, rms, z):
+    ...         return torch.zeros_like(x), torch.zeros_like(x)
+    >>> net = Untrained((2,), data_std=1.0, gamma=5.0)
+    >>> net.mean(torch.tensor([[1.0, 2.0]]), torch.tensor([1e-10]))
+    tensor([[1., 2.]])
+    >>> field_x, field_z = net(torch.randn(3, 2), torch.rand(3))
+    >>> field_x.shape, field_z.shape
+    (torch.Size([3, 2]), torch.Size([3]))
+    """
+
+    config: dict[str, Any]
+    center: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        data_std: float,
+        gamma: float,
+        center: Center = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.shape = int_tuple("shape", shape)
+        self.data_std = positive_float("data_std", data_std)
+        self.gamma = positive_float("gamma", gamma)
+        self.scale = positive_float("scale", scale)
+        found = torch.as_tensor(center, dtype=torch.float32, device="cpu")
+        if found.shape not in (torch.Size([]), torch.Size(self.shape)):
+            raise ValueError(
+                f"center has shape {tuple(found.shape)}; only {self.shape} and () are allowed."
+            )
+        self._unit_std = self.data_std / self.scale
+        # The part of config that holds center and scale; empty where both have their defaults.
+        self._scaling_config: dict[str, Any] = {}
+        if self.scale != 1 or bool((found != 0).any()):
+            self._scaling_config = {"center": found.tolist(), "scale": self.scale}
+        self.register_buffer("center", found.clone().to(torch.get_default_device()), False)
+
+    def backbone(
+        self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Maps scaled x (B, *S), ‖x‖/√N (B,) and z (B,) to output and gate logits, (B, *S) each."""
+        raise NotImplementedError
+
+    def mean(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The predicted posterior mean (B, *S) at x (B, *S) and z (B,), given labels (B,)."""
+        self._check_shapes(x, z)
+        x, z = self._to_unit(x, z)
+        rms = root_mean_square(x)
+        condition = {} if labels is None else {"labels": labels}
+        output, gate = self.backbone(x * over_samples(self._c_in(rms), x), rms, z, **condition)
+        change = over_samples(self._c_change(z), x)
+        kept = x * over_samples(self._c_skip(rms, z), x) * (1 - change * gate.sigmoid())
+        return self._from_unit(kept + self._unit_std * change * output)
+
+    # From here on x, z and the mean are in units of scale, relative to center.
+
+    def _to_unit(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return (x - self.center) / self.scale, z / self.scale
+
+    def _from_unit(self, mean: Tensor) -> Tensor:
+        return self.center + self.scale * mean
+
+    def _c_in(self, rms: Tensor) -> Tensor:
+        return (rms.square() + self._unit_std**2).rsqrt()
+
+    def _c_skip(self, rms: Tensor, z: Tensor) -> Tensor:
+        # EDM's weight of x at noise level z, reduced where ‖x‖ shows more noise than z.
+        return self._unit_std**2 / (self._unit_std**2 + z.square() + self._excess_noise(rms))
+
+    def _excess_noise(self, rms: Tensor) -> Tensor:
+        return (rms.square() - (2 * self._unit_std) ** 2).clamp_min(0)
+
+    def _c_change(self, z: Tensor) -> Tensor:
+        noise = _TAIL * z
+        return noise * (noise.square() + self._unit_std**2).rsqrt()
+
+    def forward(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,).
+
+        A network with classes takes integer labels (B,); a label below 0, or None, is no label.
+        """
+        return field_from_mean(x, z, self.mean(x, z, labels), gamma=self.gamma)
+
+    def _check_shapes(self, x: Tensor, z: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
+            allowed = ", ".join(["B", *map(str, self.shape)])
+            raise ValueError(f"x has shape {tuple(x.shape)}; only ({allowed}) is allowed.")
+        if z.shape != x.shape[:1]:
+            raise ValueError(
+                f"z has shape {tuple(z.shape)}; only ({len(x)},), one value a row of x, is allowed."
+            )

@@ -1,0 +1,71 @@
+"""How a network of another library is given the noise level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..flows.flow import Flow
+
+__all__ = ["IdentityEncoding", "LevelFunction", "LogEncoding", "TimestepEncoding", "level_encoding"]
+
+LevelFunction = Callable[[Tensor], Tensor]
+"""From levels (B,), z or sigma, to the network's argument (B,)."""
+
+
+class TimestepEncoding:
+    """t = 1000 ln(σ/σ_last)/ln(σ_first/σ_last): 0 at a flow's last level, 1000 at its first.
+
+    This is the range of DDPM's timesteps (arXiv 2006.11239). The sinusoidal embeddings of diffusers
+    and others are made for it: their frequencies are 1 to 1e-4. Levels below the last one give 0.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self._last = flow.last_level
+        self._scale = 1000 / math.log(flow.first_level / flow.last_level)
+
+    def __call__(self, level: Tensor) -> Tensor:
+        return self._scale * (level.clamp_min(self._last) / self._last).log()
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """The level that has this timestep."""
+        return self._last * (encoded / self._scale).exp()
+
+
+class LogEncoding:
+    """ln(σ)/4, EDM's c_noise (arXiv 2206.00364, table 1)."""
+
+    def __call__(self, level: Tensor) -> Tensor:
+        return level.log() / 4
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """The level that has this c_noise."""
+        return (4 * encoded).exp()
+
+
+class IdentityEncoding:
+    """The level itself: σ, or PFGM's z."""
+
+    def __call__(self, level: Tensor) -> Tensor:
+        return level
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """The level itself."""
+        return encoded
+
+
+def level_encoding(name: str, flow: Flow) -> TimestepEncoding | LogEncoding | IdentityEncoding:
+    """The encoding called `name`: "timestep", "log" or "sigma".
+
+    Raises:
+        ValueError: there is no encoding of that name.
+    """
+    if name == "timestep":
+        return TimestepEncoding(flow)
+    if name == "log":
+        return LogEncoding()
+    if name == "sigma":
+        return IdentityEncoding()
+    raise ValueError(f"level is {name!r}; allowed names are 'timestep', 'log' and 'sigma'.")

@@ -1,0 +1,66 @@
+"""The networks by name, and how to build them from a stored config."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..common.checks import allocating
+from .denoiser import Denoiser
+from .fields import FieldNetwork
+from .mlp import MLP
+from .published.edm_unets import EDMDenoiser
+from .published.pfgm_unets import DDPMpp, NCSNpp, Published
+from .unet import UNet
+
+__all__ = ["NETWORKS", "build"]
+
+NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser] | type[EDMDenoiser] | type[Published]] = {
+    "ddpmpp": DDPMpp,
+    "denoiser": Denoiser,
+    "edm": EDMDenoiser,
+    "mlp": MLP,
+    "ncsnpp": NCSNpp,
+    "unet": UNet,
+}
+
+
+def build(
+    name: str, config: Mapping[str, Any]
+) -> FieldNetwork | Denoiser | EDMDenoiser | Published:
+    """The network called `name`, built from keyword arguments such as another network's `config`.
+
+    Raises:
+        ValueError: no network has that name, or a setting is out of range.
+        TypeError: the network has no such setting.
+        MemoryError: the parameters do not fit into the memory of the machine.
+
+    >>> net = build("mlp", {"shape": [2], "width": 16, "depth": 1})
+    >>> build("mlp", net.config).config == net.config
+    True
+    """
+    if name not in NETWORKS:
+        allowed = ", ".join(sorted(NETWORKS))
+        raise ValueError(f"name is {name!r}; only one of {allowed} is allowed.")
+    kind = NETWORKS[name]
+    settings = ", ".join(f"{key} {value}" for key, value in config.items())
+    with allocating(f"the parameters of the network {name!r} with {settings}"):
+        if torch.empty(0).device.type != "meta":
+            # Counted on "meta" first: a system may promise more memory than it has.
+            with torch.device("meta"):
+                parameters = kind(**config).parameters()
+            if sum(each.nbytes for each in parameters) > _memory_bytes():
+                raise MemoryError
+        return kind(**config)
+
+
+def _memory_bytes() -> float:
+    """Memory of the machine; infinity where the system does not report it."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf

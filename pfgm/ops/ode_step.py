@@ -1,0 +1,239 @@
+"""The operators ode_step and ode_step_out: one step of the flow's ODE, the second in place.
+
+x, slope and history (B, N) and field_z (B,) share one dtype. z, toward and blend hold for every
+row, unless row_levels (3, B) in float64 gives those of each. Neither operator has a gradient:
+``compute`` takes the formula where one is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..backends import choose, formulas, requested
+from ..backends.problems import OdeStep
+from ..common import transforms
+from ..common.checks import varies
+from ..common.tensors import wide_dtype
+from .library import check_like, library, no_gradient, register
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_STEP = (
+    "Tensor x, Tensor slope, Tensor? field_z, Tensor? history, float z, float toward, float blend,"
+    " Tensor? row_levels, float gamma, float z_exp, bool exact"
+)
+library.define(f"ode_step({_STEP}, bool with_mean, str? backend) -> (Tensor next, Tensor mean)")
+library.define(f"ode_step_out({_STEP}, str? backend, Tensor(a!) out, Tensor(b!)? mean_out) -> ()")
+
+
+def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor | None]:
+    """The next points (B, N) and, with_mean from a field, the mean (B, N).
+
+    The formula in plain torch replaces the operator where a derivative is wanted, and where gamma
+    or z_exp vary between the calls of a compiled graph.
+    """
+    if transforms.forward_mode() or varies(step.gamma, step.z_exp) or _wants_gradient(step):
+        _check(step)
+        return formulas.ode_step(step, with_mean)
+    result, mean = torch.ops.pfgm.ode_step.default(
+        *flat_arguments(step), with_mean, backend or requested()
+    )
+    return result, mean if with_mean else None
+
+
+def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: str | None) -> None:
+    """Writes the next points into out (B, N) and the mean into mean_out (B, N).
+
+    out may be any input.
+    """
+    if varies(step.gamma, step.z_exp):
+        _check(step)
+        _check_outputs(step, out, mean_out, fake=True)
+        result, mean = formulas.ode_step(step, mean_out is not None)
+        out.copy_(result)
+        if mean_out is not None and mean is not None:
+            mean_out.copy_(mean)
+        return
+    torch.ops.pfgm.ode_step_out.default(
+        *flat_arguments(step), backend or requested(), out, mean_out
+    )
+
+
+# ---- a step as the arguments of the schema ---------------------------------------------------
+
+
+def flat_arguments(step: OdeStep) -> tuple[Any, ...]:
+    """The eleven arguments of both schemas that describe the step."""
+    x, slope, field_z, history, levels, *law = step
+    if isinstance(levels, Tensor):
+        return (x, slope, field_z, history, 0.0, 0.0, 0.0, levels, *law)
+    return (x, slope, field_z, history, *levels, None, *law)
+
+
+def _takes_step(function: Callable[Concatenate[OdeStep, P], R]) -> Callable[..., R]:
+    """The implementation of an operator by a function of the step and of the other arguments."""
+
+    def implementation(
+        x: Tensor,
+        slope: Tensor,
+        field_z: Tensor | None,
+        history: Tensor | None,
+        z: float,
+        toward: float,
+        blend: float,
+        row_levels: Tensor | None,
+        gamma: float,
+        z_exp: float,
+        exact: bool,
+        *rest: P.args,
+        **named: P.kwargs,
+    ) -> R:
+        levels = (z, toward, blend) if row_levels is None else row_levels
+        step = OdeStep(x, slope, field_z, history, levels, gamma, z_exp, exact)
+        _check(step)
+        return function(step, *rest, **named)
+
+    return implementation
+
+
+def _check(step: OdeStep) -> None:
+    x = step.x
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64.")
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (B, N) with N ≥ 1.")
+    check_like("slope", step.slope, x, x.shape, x.dtype)
+    if step.field_z is not None:
+        check_like("field_z", step.field_z, x, x.shape[:1], x.dtype)
+    if step.history is not None:
+        check_like("history", step.history, x, x.shape, x.dtype)
+    if isinstance(step.levels, Tensor):
+        check_like("row_levels", step.levels, x, (3, x.shape[0]), wide_dtype(x.device))
+
+
+def _wants_gradient(step: OdeStep) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in step
+    )
+
+
+# ---- ode_step --------------------------------------------------------------------------------
+
+
+def _forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    transforms.check_no_tangent("ode_step", *step)
+    chosen = choose(backend, step.x.device, step.x.dtype)
+    result, mean = chosen.ode_step(step, with_mean)
+    return result, step.x.new_empty(0) if mean is None else mean
+
+
+def _fake(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    x = step.x
+    mean = x.new_empty(x.shape) if with_mean and step.field_z is not None else x.new_empty(0)
+    return x.new_empty(x.shape), mean
+
+
+def _transformed(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    result, mean = formulas.ode_step(step, with_mean)
+    return result, step.x.new_empty(0) if mean is None else mean
+
+
+# ---- ode_step_out ----------------------------------------------------------------------------
+
+
+def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
+    _check_outputs(step, out, mean_out)
+    if step.x.shape[0] == 0:
+        return
+    inputs = [t for t in (step.x, step.slope, step.history) if t is not None]
+    factors = (t for t in (step.field_z, step.levels) if isinstance(t, Tensor))
+    inputs += [t if t.ndim == 2 else t[:, None] for t in factors]
+    # Kernels cannot write to every layout. Where they cannot, the result is copied.
+    direct = out if _writable(out, inputs) else None
+    direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None
+    chosen = choose(backend, step.x.device, step.x.dtype)
+    result, mean = chosen.ode_step(step, mean_out is not None, direct, direct_mean)
+    if direct is None:
+        out.copy_(result)
+    if mean_out is not None and mean is not None and direct_mean is None:
+        mean_out.copy_(mean)
+
+
+def _fake_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
+    _check_outputs(step, out, mean_out, fake=True)
+
+
+def _refuse_transforms(*_: Any) -> None:
+    raise RuntimeError(
+        "out is given under torch.func or forward-mode differentiation, which cannot follow an "
+        "overwritten result; call the step without out."
+    )
+
+
+def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None, fake: bool = False) -> None:
+    if _wants_gradient(step) or (torch.is_grad_enabled() and out.requires_grad):
+        raise RuntimeError(
+            "out is given, but an input or out requires grad, and an overwritten result has no "
+            "gradient; call the step without out, or use torch.no_grad()."
+        )
+    if transforms.forward_mode() or transforms.functional():
+        _refuse_transforms()
+    check_like("out", out, step.x, step.x.shape, step.x.dtype)
+    if mean_out is None:
+        return
+    if step.field_z is None:
+        raise ValueError("mean_out is given, but the mean is an input of this form of the step.")
+    check_like("mean_out", mean_out, step.x, step.x.shape, step.x.dtype)
+    if not (fake or out.is_meta) and out.numel() > 0 and _overlap(out, mean_out):
+        raise ValueError("mean_out overlaps out; both must have memory of their own.")
+
+
+def _writable(out: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether kernels can write to out.
+
+    Its features are contiguous, its rows distinct, and each input is the same memory or apart.
+    """
+    rows, features = out.shape
+    row_stride, feature_stride = out.stride()
+    if (features > 1 and feature_stride != 1) or (rows > 1 and row_stride < features):
+        return False
+    return all(t is out or _same_layout(out, t) or not _overlap(out, t) for t in inputs)
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the ranges of addresses from the first to the last value overlap."""
+    (a_start, a_end), (b_start, b_end) = _addresses(a), _addresses(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _addresses(values: Tensor) -> tuple[int, int]:
+    (rows, features), (row_stride, feature_stride) = values.shape, values.stride()
+    extent = (rows - 1) * row_stride + (features - 1) * feature_stride + 1
+    start = values.data_ptr()
+    return start, start + extent * values.element_size()
+
+
+register(
+    "ode_step",
+    _takes_step(_forward),
+    fake=_takes_step(_fake),
+    transformed=_takes_step(_transformed),
+    gradient=no_gradient(
+        "torch.ops.pfgm.ode_step has no gradient; pfgm.euler_step and its like have one."
+    ),
+)
+register(
+    "ode_step_out",
+    _takes_step(_forward_out),
+    fake=_takes_step(_fake_out),
+    transformed=_refuse_transforms,
+)

@@ -1,0 +1,490 @@
+"""The operator posterior_mean and its derivatives.
+
+Beside the mean and the log-sum-exp it returns the squared distance of the nearest reference and the
+total weight relative to it. With them the backward pass finds the weights in one pass.
+
+posterior_mean_varying is the same with D as a tensor. torch.compile specialises a graph to the
+value of a number among the arguments of an operator, and would compile anew for each D; it does not
+look at the value of a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from ..backends import choose, formulas, requested
+from ..backends.problems import PosteriorMean, State, Tangents, Upstream
+from ..backends.weights import at_limit
+from ..common import transforms
+from ..common.checks import varies
+from ..common.tensors import wide_dtype
+from .library import library, no_gradient, register, save_nothing
+
+R = TypeVar("R")
+
+PRECISIONS = ("high", "medium")
+_REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+
+_REST = "str? backend=None, str precision='high', Tensor? sketch=None"
+for _name, _type_of_D in (("posterior_mean", "float"), ("posterior_mean_varying", "Tensor")):
+    library.define(
+        f"{_name}(Tensor x, Tensor references, Tensor radius, {_type_of_D} D, {_REST})"
+        " -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
+    )
+    library.define(
+        f"{_name}_backward(Tensor grad_mean, Tensor grad_logsumexp, Tensor x, Tensor references,"
+        f" Tensor radius, Tensor mean, Tensor nearest, Tensor total, {_type_of_D} D, bool[] needs,"
+        f" {_REST}) -> (Tensor grad_x, Tensor grad_references, Tensor grad_radius)"
+    )
+
+
+def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Mean (B, N) and log-sum-exp (B,).
+
+    The backend is settled now, so that the backward pass uses the same one.
+    """
+    settled = backend or requested()
+    compiled = torch.compiler.is_compiling()
+    if compiled and transforms.forward_mode() and not transforms.functional():
+        raise RuntimeError(
+            "torch.compile drops the dual numbers of torch.autograd.forward_ad in "
+            "pfgm.posterior_mean (and field_fn, log_density); allowed is torch.func.jvp within "
+            "what is compiled."
+        )
+    if varies(problem.D) and not transforms.functional():
+        D = torch.ones((), dtype=torch.float64) * problem.D
+        found = torch.ops.pfgm.posterior_mean_varying(*problem[:3], D, settled, problem.precision)
+    elif transforms.forward_mode() and not compiled:
+        found = _transformed(problem, settled)
+    else:
+        found = call(problem, settled)
+    mean, logsumexp, _, _ = found
+    return mean, logsumexp
+
+
+def call(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator itself: mean, log-sum-exp, nearest and total."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor]
+    found = torch.ops.pfgm.posterior_mean.default(*_flat(problem, backend))
+    return found
+
+
+def call_backward(
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    needs: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator of the backward pass: gradients of x, references and radius.
+
+    Those that are not needed are empty.
+    """
+    arguments = _flat_backward(problem, state, upstream, needs, backend)
+    found: tuple[Tensor, Tensor, Tensor]
+    found = torch.ops.pfgm.posterior_mean_backward.default(*arguments)
+    return found
+
+
+def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
+    """The sketch that the backend makes of references (M, N), for points of the dtype of x.
+
+    It is valid for as long as the references stay the same. None where the backend makes none.
+    """
+    return choose(backend, x.device, x.dtype, references.dtype).sketch(references, x.dtype)
+
+
+# ---- a problem as the arguments of the schema ------------------------------------------------
+
+
+def _flat(problem: PosteriorMean, backend: str | None) -> tuple[Any, ...]:
+    x, references, radius, D, precision, sketch = problem
+    return x, references, radius, D, backend, precision, sketch
+
+
+def _flat_backward(
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    needs: Sequence[bool],
+    backend: str | None,
+) -> tuple[Any, ...]:
+    x, references, radius, *rest = _flat(problem, backend)
+    D, *options = rest
+    return (*upstream, x, references, radius, *state, D, needs, *options)
+
+
+def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callable[..., R]:
+    """The implementation of an operator by a function of the problem and the backend."""
+
+    def implementation(
+        x: Tensor,
+        references: Tensor,
+        radius: Tensor,
+        D: float | Tensor,
+        backend: str | None = None,
+        precision: str = "high",
+        sketch: Tensor | None = None,
+    ) -> R:
+        problem = PosteriorMean(x, references, radius, _number(D), precision, sketch)
+        return function(problem, backend)
+
+    return implementation
+
+
+def _takes_upstream(
+    function: Callable[[PosteriorMean, State, Upstream, list[bool], str | None], R],
+) -> Callable[..., R]:
+    """The same for the operators of the backward pass."""
+
+    def implementation(
+        grad_mean: Tensor,
+        grad_logsumexp: Tensor,
+        x: Tensor,
+        references: Tensor,
+        radius: Tensor,
+        mean: Tensor,
+        nearest: Tensor,
+        total: Tensor,
+        D: float | Tensor,
+        needs: list[bool],
+        backend: str | None = None,
+        precision: str = "high",
+        sketch: Tensor | None = None,
+    ) -> R:
+        problem = PosteriorMean(x, references, radius, _number(D), precision, sketch)
+        state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
+        return function(problem, state, upstream, needs, backend)
+
+    return implementation
+
+
+def _number(D: float | Tensor) -> float:
+    if not isinstance(D, Tensor):
+        return D
+    # A traced tensor has no value. Any will do, as the shapes do not depend on it.
+    return 1.0 if isinstance(D, FakeTensor) else D.item()
+
+
+# ---- forward and backward --------------------------------------------------------------------
+
+
+def _check(problem: PosteriorMean) -> None:
+    x, references, radius, D, precision, _ = problem
+    if x.ndim != 2 or references.ndim != 2 or x.shape[1] != references.shape[1]:
+        raise ValueError(
+            f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
+            "allowed are (B, N) and (M, N)."
+        )
+    if x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; a sample needs at least one value.")
+    if references.shape[0] == 0:
+        raise ValueError("references is empty; at least one reference is needed.")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64.")
+    if references.dtype not in _REFERENCE_DTYPES:
+        raise TypeError(
+            f"references has dtype {references.dtype}; allowed are "
+            f"{', '.join(map(str, _REFERENCE_DTYPES))}."
+        )
+    if radius.shape != x.shape[:1] or radius.dtype != wide_dtype(x.device):
+        raise ValueError(
+            f"radius has shape {tuple(radius.shape)} and dtype {radius.dtype}; allowed is a "
+            f"{wide_dtype(x.device)} tensor of shape ({x.shape[0]},)."
+        )
+    if not x.device == references.device == radius.device:
+        raise ValueError(
+            f"x is on {x.device}, references on {references.device}, radius on {radius.device}; "
+            "all must be on one device."
+        )
+    if not D > 0:
+        raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
+
+
+def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(problem)
+    x, references, radius = problem[:3]
+    transforms.check_no_tangent("posterior_mean", x, references, radius)
+    chosen = choose(backend, x.device, x.dtype, references.dtype)
+    if x.shape[0] == 0:
+        return _empty(problem)
+    return chosen.posterior_mean(problem)
+
+
+def _fake(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(problem)
+    return _empty(problem)
+
+
+def _empty(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = torch.empty_like(problem.x, memory_format=torch.contiguous_format)
+    logsumexp, nearest, total = (torch.empty_like(problem.radius) for _ in range(3))
+    return mean, logsumexp, nearest, total
+
+
+def _backward(
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    x, references, radius = problem[:3]
+    given = (*upstream, x, references, radius)
+    transforms.check_no_tangent("posterior_mean_backward", *given)
+    gradients: tuple[Tensor | None, ...]
+    if x.shape[0] == 0:
+        gradients = tuple(torch.zeros_like(value) for value in (x, references, radius))
+    else:
+        chosen = choose(backend, x.device, x.dtype, references.dtype)
+        gradients = chosen.posterior_mean_backward(
+            problem, state, upstream, (needs[0], needs[1], needs[2])
+        )
+    return tuple(
+        gradient if needed and gradient is not None else x.new_empty(0)
+        for gradient, needed in zip(gradients, needs, strict=True)
+    )
+
+
+def _fake_backward(
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(value, memory_format=torch.contiguous_format)
+        if needed
+        else problem.x.new_empty(0)
+        for value, needed in zip(problem[:3], needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, references, radius, D, ctx.backend, ctx.precision, sketch = inputs
+    mean, _, nearest, total = output
+    ctx.D, varying_D = (None, D) if isinstance(D, Tensor) else (D, None)
+    ctx.save_for_backward(x, references, radius, mean, nearest, total, sketch, varying_D)
+    ctx.mark_non_differentiable(nearest, total)
+
+
+def _gradient(
+    ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    x, references, radius, mean, nearest, total, sketch, varying_D = ctx.saved_tensors
+    given = (grad_mean, grad_logsumexp, x, references, radius, mean, nearest, total)
+    options = (needs, ctx.backend, ctx.precision, sketch)
+    if varying_D is None:
+        gradients = torch.ops.pfgm.posterior_mean_backward.default(*given, ctx.D, *options)
+    else:
+        op = torch.ops.pfgm.posterior_mean_varying_backward.default
+        gradients = op(*given, varying_D, *options)
+    wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    return (*wanted, None, None, None, None)
+
+
+# Without it autograd would take the first gradient for a constant, and the second would be wrong.
+_no_second_derivative = no_gradient(
+    "pfgm.posterior_mean (and field_fn, log_density) can be differentiated once; its gradient "
+    "has no derivative of its own."
+)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """A derivative, which raises RuntimeError where it is differentiated itself."""
+
+    setup_context = staticmethod(save_nothing)
+    backward = staticmethod(_no_second_derivative)
+    jvp = staticmethod(_no_second_derivative)
+
+
+# ---- transforms of torch.func, and forward mode ----------------------------------------------
+
+
+class _PosteriorMean(torch.autograd.Function):
+    """The operator posterior_mean, with a tangent and a batching rule."""
+
+    forward = staticmethod(torch.ops.pfgm.posterior_mean.default)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        mean, radius = ctx.saved_tensors[3], ctx.saved_tensors[2]
+        of_mean, of_lse = (
+            torch.zeros_like(like) if gradient is None else gradient
+            for gradient, like in zip(gradients, (mean, radius), strict=False)
+        )
+        return _gradient(ctx, of_mean, of_lse)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = (*ctx.saved_tensors[:3], *tangents[:3])
+        of_mean, of_lse = _Tangent.apply(  # type: ignore[no-untyped-call]
+            *inputs, ctx.D, ctx.backend, ctx.precision
+        )
+        return of_mean, of_lse, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return transforms.map_rows(
+            _PosteriorMean.apply, info.batch_size, in_dims, arguments, shared=(1, 6)
+        )
+
+
+class _Backward(OnceDifferentiable):
+    """The operator posterior_mean_backward, with a batching rule."""
+
+    forward = staticmethod(torch.ops.pfgm.posterior_mean_backward.default)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        needs = arguments[9]
+        return transforms.map_rows(
+            _Backward.apply,
+            info.batch_size,
+            in_dims,
+            arguments,
+            shared=(3, 12),
+            by_rows=not needs[1],  # the gradient of references sums over rows
+        )
+
+
+class _Tangent(OnceDifferentiable):
+    """(x, references, radius, their tangents, D, backend, precision) → tangents of mean and lse."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        references: Tensor,
+        radius: Tensor,
+        tangent_x: Tensor | None,
+        tangent_references: Tensor | None,
+        tangent_radius: Tensor | None,
+        D: float,
+        backend: str | None,
+        precision: str,
+    ) -> tuple[Tensor, Tensor]:
+        # In float64 where the backend has it: terms of the size of N + D cancel.
+        wide = x.to(tangent_dtype(x, references, backend))
+        problem = PosteriorMean(wide, references, radius, D, precision)
+        tangents = Tangents(tangent_x, tangent_references, tangent_radius)
+        mean, _, nearest, total = call(problem, backend)
+        center = mean.to(radius.dtype)
+        if tangent_references is not None or (math.isinf(D) and tangent_radius is not None):
+            state = State(center, nearest, total)
+            of_mean, of_lse = formulas.posterior_mean_tangent(problem, state, tangents)
+        else:
+            state = State(mean, nearest, total)
+            of_mean, of_lse = tangent_from_gradients(problem, state, center, tangents, backend)
+        return of_mean.to(x.dtype), of_lse
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return transforms.map_rows(
+            _Tangent.apply, info.batch_size, in_dims, arguments, shared=(1, 4)
+        )
+
+
+def tangent_dtype(x: Tensor, references: Tensor, backend: str | None) -> torch.dtype:
+    """float64, or the dtype of x where its backend does not compute in float64."""
+    chosen = choose(backend, x.device, x.dtype, references.dtype)
+    wide = wide_dtype(x.device)
+    return x.dtype if chosen.supports(x.device, wide, references.dtype) else wide
+
+
+def tangent_from_gradients(
+    problem: PosteriorMean,
+    state: State,
+    center: Tensor,
+    tangents: Tangents,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of mean and log-sum-exp in float64, from one backward pass.
+
+    With the upstream gradients G = ẋ and g = (mean − x)·ẋ − r ṙ the backward pass has
+
+        t_j = (x_j − x)·ẋ − r ṙ,   c_j = −(N + D) p_j t_j / s_j,   grad_x = Σ_j c_j (x − x_j)
+
+    while the tangents are −Σ c_j (x_j − center) = grad_x + (center − x) Σ c_j and −Σ c_j. Σ c_j is
+    the gradient in r, divided by r; at D = ∞ it is −g/σ². At a limit the tangent of the mean is 0
+    and that of the log-sum-exp NaN.
+
+    Args:
+        problem: over some references.
+        state: its result.
+        center: (B, N) in float64, the mean over all references.
+        tangents: of x and radius; at D = ∞ of x alone, and never of references.
+        backend: of the backward pass.
+    """
+    x, radius, D = problem.x, problem.radius, problem.D
+    wide = center.dtype
+    limit = at_limit(state.nearest, radius, D)
+    moved = torch.zeros_like(x) if tangents.x is None else tangents.x.to(x.dtype)
+    moved = torch.where(limit[:, None], 0.0, moved)
+    g = (moved.to(wide) * (state.mean.to(wide) - x.to(wide))).sum(1)
+    if tangents.radius is not None:
+        g = g - radius * tangents.radius
+    g = torch.where(limit, 0.0, g)
+    finite = not math.isinf(D)
+    if finite:
+        # A radius that s does not show stands in for r = 0, where r Σ c_j would be 0.
+        radius = torch.maximum(radius, 1e-10 * state.nearest.sqrt())
+    grad_x, _, grad_radius = call_backward(
+        problem._replace(radius=radius), state, Upstream(moved, g), [True, False, finite], backend
+    )
+    sum_c = torch.where(limit, 0.0, grad_radius / radius if finite else -g / radius / radius)
+    of_mean = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
+    return of_mean, torch.where(limit, math.nan, -sum_c)
+
+
+def _transformed(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...]
+    found = _PosteriorMean.apply(*_flat(problem, backend))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _transformed_backward(
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _Backward.apply(  # type: ignore[no-untyped-call]
+        *_flat_backward(problem, state, upstream, needs, backend)
+    )
+    return found
+
+
+for _name in ("posterior_mean", "posterior_mean_varying"):
+    _number_given = _name == "posterior_mean"
+    register(
+        _name,
+        _takes_problem(_forward),
+        fake=_takes_problem(_fake),
+        transformed=_takes_problem(_transformed) if _number_given else None,
+        gradient=_gradient,
+        save=_save,
+    )
+    register(
+        f"{_name}_backward",
+        _takes_upstream(_backward),
+        fake=_takes_upstream(_fake_backward),
+        transformed=_takes_upstream(_transformed_backward) if _number_given else None,
+        gradient=_no_second_derivative,
+    )

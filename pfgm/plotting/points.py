@@ -1,0 +1,75 @@
+"""Points in the plane: checks, the window around them, and the size of their marks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_floating
+
+GRID = 160  # points along each side of a window where a field is computed
+DATA_COLOUR = "#D55E00"
+_ROOM = 0.3  # around the data, relative to their extent
+
+
+class Window(NamedTuple):
+    """A square part of the plane, by its center and half its side."""
+
+    x: float
+    y: float
+    half: float
+
+    @classmethod
+    def around(cls, points: Tensor, room: float = _ROOM) -> Window:
+        low, high = points.amin(0), points.amax(0)
+        middle = (low + high) / 2
+        half = float((high - low).max()) * (0.5 + room)
+        # A single point, or several in one place, has no extent.
+        return cls(float(middle[0]), float(middle[1]), half if half > 0 else 1.0)
+
+    def grid(self) -> tuple[Any, Any, Tensor]:
+        """Coordinates along both sides, and the points (GRID², 2), row by row."""
+        x = torch.linspace(self.x - self.half, self.x + self.half, GRID, dtype=torch.float64)
+        y = torch.linspace(self.y - self.half, self.y + self.half, GRID, dtype=torch.float64)
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        return x.numpy(), y.numpy(), torch.stack([columns, rows], 2).flatten(0, 1)
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        x, y, half = self
+        return x - half, x + half, y - half, y + half
+
+    def show(self, axes: Any) -> None:
+        axes.axis(self.extent)
+
+
+def checked_points(name: str, points: Tensor) -> Tensor:
+    """The points (n, 2) as float64 on the CPU."""
+    check_floating(name, points)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0:
+        raise ValueError(f"{name} has shape {tuple(points.shape)}; allowed is (n, 2) with n ≥ 1.")
+    return checked_finite(name, points)
+
+
+def checked_finite(name: str, values: Tensor) -> Tensor:
+    """The values as float64 on the CPU."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
+    return values.detach().cpu().double()
+
+
+def check_levels(name: str, levels: list[float]) -> None:
+    """Raises ValueError unless levels are finite values above 0, at least one of them."""
+    if not levels:
+        raise ValueError(f"{name} is empty; allowed is at least one value.")
+    for level in levels:
+        if not (level > 0 and math.isfinite(level)):
+            raise ValueError(f"{name} holds {level}; allowed are finite values above 0.")
+
+
+def mark_size(data: Tensor) -> float:
+    """The size of the mark of one data point: the more points, the smaller."""
+    return min(12.0, max(1.5, 1200 / len(data)))

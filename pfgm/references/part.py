@@ -1,0 +1,177 @@
+"""The rows of a reference set that one process holds, as the posterior mean goes through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..common.checks import first_bad_row
+from ..data.rows import Source
+from ..ops import posterior_mean
+from .ranks import Ranks
+
+_CHUNK_BYTES = 32 << 20  # of rows that are computed together
+_CPU = torch.device("cpu")
+
+
+@dataclass(eq=False)
+class Part:
+    """Rows begin to end - 1 of a source, and with flips their mirror images (last axis reversed).
+
+    Raises:
+        ValueError: rows in memory are not finite. Those in a file are checked as they are read.
+    """
+
+    source: Source
+    begin: int = 0
+    end: int = -1
+    """By default the number of rows in the source."""
+    flips: bool = False
+    group: dist.ProcessGroup | None = None
+    """The processes that hold the other rows."""
+    processes: int = 1
+    """Processes in the group; 1 where this process holds all rows."""
+    finite: bool = False
+    """Whether all values are known to be finite."""
+    _buffers: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+    _sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = field(
+        init=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        if self.end < 0:
+            self.end = len(self.source)
+        if not self.source.dtype.is_floating_point:
+            self.finite = True
+        if self.source.tensor is not None and not self.finite:
+            check_finite(self.source.tensor, 0)
+            self.finite = True
+
+    def __len__(self) -> int:
+        """The number of rows, without mirror images."""
+        return self.end - self.begin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a row, *S."""
+        return self.source.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are held; files are on the CPU."""
+        held = self.source.tensor
+        return torch.device("cpu") if held is None else held.device
+
+    def ranks(self, x: Tensor) -> Ranks | None:
+        """What joins the processes for points x (B, N); None where there is one process."""
+        return Ranks(self.group, x) if self.processes > 1 else None
+
+    def version(self) -> object:
+        """Another object once the rows were changed in place; None where that is not known."""
+        # A compiled graph saves the rows for its backward pass, and checks them itself.
+        return None if torch.compiler.is_compiling() else self.source.version()
+
+    def sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
+        """The backend's sketch of a chunk (m, N), kept for as long as the rows stay the same.
+
+        It is made the second time that it is asked for, because making it costs more than it saves
+        at one call with few points. Nothing is kept of a file, whose sketches would fill the
+        memory.
+
+        Args:
+            place: number of the chunk.
+            chunk: the chunk.
+            x: (B, N), the points.
+            backend: of the posterior mean.
+        """
+        held = self.source.tensor
+        if held is None or x.dtype != torch.float32 or not held.device == x.device == _CPU:
+            return None
+        # A compiled graph holds no dictionary. The others may change unnoticed.
+        if torch.compiler.is_compiling() or held.is_inference() or _has_foreign_memory(held):
+            return None
+        state = id(held), held._version
+        known, kept = self._sketches.get(place, (None, None))
+        if known != state or kept is None:
+            kept = posterior_mean.sketch(chunk, x, backend) if known == state else None
+            self._sketches[place] = state, kept
+        return kept
+
+    def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
+        """Yields the rows and their mirror images in chunks (m, *S) on a device.
+
+        A chunk is valid until the next one is asked for. From a file, the next chunk is read ahead.
+
+        Raises:
+            OSError: a file can no longer be read.
+            ValueError: values that are not finite.
+        """
+        for _, chunk in self.stored_chunks():
+            chunk = chunk.to(device or self.device, non_blocking=True)
+            yield chunk
+            if self.flips:
+                yield chunk.flip(-1)
+
+    def stored_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Chunks without mirror images, on the device that holds them, with their first row."""
+        starts = range(self.begin, self.end, self.chunk_rows)
+        read: Iterator[Tensor]
+        if self.source.tensor is not None:
+            read = (self.source.read(a, min(a + self.chunk_rows, self.end)) for a in starts)
+        else:
+            read = self._read_ahead(starts)
+        for start, chunk in zip(starts, read, strict=True):
+            if not self.finite:
+                check_finite(chunk, start)
+            yield start - self.begin, chunk
+        self.finite = True
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows in a chunk."""
+        size = torch.empty(0, dtype=self.source.dtype).element_size()
+        return max(_CHUNK_BYTES // max(size * math.prod(self.shape), 1), 1)
+
+    def _read_ahead(self, starts: range) -> Iterator[Tensor]:
+        """Reads into one of two buffers while the caller works on the other."""
+        size, dtype = (self.chunk_rows, *self.shape), self.source.dtype
+        # Buffers are kept for the next time. Threads that go through the rows at once have their
+        # own.
+        try:
+            buffers = self._buffers.pop()
+        except IndexError:
+            buffers = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+
+        def read(place: int) -> Tensor:
+            start = starts[place]
+            stop = min(start + self.chunk_rows, self.end)
+            return self.source.read(start, stop, buffers[place % 2])
+
+        with ThreadPoolExecutor(1, "pfgm-read-ahead") as reader:
+            coming = reader.submit(read, 0)
+            for place in range(len(starts)):
+                chunk = coming.result()
+                if place + 1 < len(starts):
+                    coming = reader.submit(read, place + 1)
+                yield chunk
+        self._buffers.append(buffers)
+
+
+def check_finite(rows: Tensor, start: int) -> None:
+    """Raises ValueError where rows, the first of number start, are not finite."""
+    if (bad := first_bad_row(rows)) is not None:
+        raise ValueError(
+            f"references holds NaN or infinity (first in row {start + bad}); only finite values "
+            "are allowed."
+        )
+
+
+def _has_foreign_memory(held: Tensor) -> bool:
+    """Whether the memory is that of an array, which may be written to without torch noticing."""
+    return not held.untyped_storage().resizable()

@@ -1,0 +1,162 @@
+"""Weights files: a network and its flow in one safetensors file.
+
+The metadata hold the hyper-parameters of the flow and the config of the network, so the file can be
+used alone. Nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..common.files import StrPath, write_atomic
+from ..flows.flow import Flow
+from ..flows.plusplus import PoissonFlowPP
+from ..flows.poisson import PoissonFlow
+from ..networks import NETWORKS, build
+from .checksums import BLANK, fill_in_checksum, verify_checksum
+
+__all__ = ["flow_in", "network_in", "read_weights", "warn_without_checksum", "write_weights"]
+
+_FORMAT = 1
+_FLOWS: dict[str, type[Flow]] = {"PoissonFlow": PoissonFlow, "PoissonFlowPP": PoissonFlowPP}
+
+
+def write_weights(
+    path: StrPath,
+    flow: Flow,
+    network: nn.Module,
+    facts: Mapping[str, Any],
+    distilled: bool | None,
+) -> None:
+    """Writes a weights file; `facts` are added to its description, such as the step."""
+    description = {
+        "format": _FORMAT,
+        "kind": type(flow).__name__,
+        "flow": flow.config,
+        "network": _describe_network(network),
+        # Tells a file that has lost its checksum from a file of before there were checksums.
+        "checksum": "crc32",
+        **facts,
+    }
+    if distilled is not None:
+        description["distilled"] = distilled
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    metadata = {"pfgm": json.dumps(description), "checksum": BLANK}
+    parts = fill_in_checksum(memoryview(safetensors.torch.save(tensors, metadata=metadata)))
+    write_atomic(path, lambda file: file.writelines(parts))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the description of a weights file, verified if it has a checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or not from this library.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            recorded = metadata.get("checksum")
+            if recorded is not None:
+                verify_checksum(path, recorded)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}).") from error
+    try:
+        description = json.loads(metadata.get("pfgm", ""))
+        version = description["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} was not written by pfgm: it describes no flow.") from error
+    if version != _FORMAT:
+        raise ValueError(f"{path} has format {version}; this version reads format {_FORMAT}.")
+    if recorded is None and "checksum" in description:
+        raise ValueError(f"{path} is damaged: it has lost its checksum.")
+    return tensors, description
+
+
+def warn_without_checksum(path: Path, description: Mapping[str, Any]) -> None:
+    """Warns the caller of the caller where a weights file has no checksum."""
+    if "checksum" not in description:
+        warnings.warn(
+            f"{path} has no checksum, as it is from before there were any: damage to it would go "
+            "unnoticed.",
+            stacklevel=3,
+        )
+
+
+def flow_in(description: Mapping[str, Any]) -> Flow:
+    """The flow of a description. Files from before there were two kinds have no kind.
+
+    Raises:
+        ValueError, TypeError: there is no such flow.
+    """
+    kind = description.get("kind", "PoissonFlow")
+    if kind not in _FLOWS:
+        raise ValueError(f"it holds a flow {kind!r}; known are {', '.join(_FLOWS)}.")
+    return _FLOWS[kind](**description["flow"])
+
+
+def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network of a description, without the weights.
+
+    Raises:
+        ValueError, TypeError: there is no such network, or it has other tensors.
+    """
+    described = description["network"]
+    if described is None:
+        raise ValueError(
+            "it holds the weights of a network that is not one of pfgm.networks; give the network "
+            "to load them into."
+        )
+    # Built on "meta" and with a limit first: a config that does not fit the tensors allocates
+    # nothing and is refused soon.
+    with torch.device("meta"), _limit_parameters(len(tensors)):
+        expected = build(described["name"], described["config"]).state_dict()
+    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise ValueError("it holds other tensors than the network it describes.")
+    return build(described["name"], described["config"])
+
+
+def _describe_network(network: nn.Module) -> dict[str, Any] | None:
+    for name, kind in NETWORKS.items():
+        if type(network) is kind:
+            return {"name": name, "config": network.config}
+    return None
+
+
+@contextmanager
+def _limit_parameters(limit: int) -> Iterator[None]:
+    """Raises ValueError where modules of this thread register more parameters than the limit."""
+    registered, thread = 0, threading.get_ident()
+
+    def count(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
+        nonlocal registered
+        if parameter is None or threading.get_ident() != thread:
+            return
+        registered += 1
+        if registered > limit:
+            raise ValueError(
+                f"the network that it describes has more parameters than its {limit} tensors."
+            )
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,14 @@
+"""What the tests of the integrations share."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def same():
+    """same(found, correct, tolerance): equal within a tolerance of the largest value."""
+
+    def check(found, correct, tolerance):
+        worst = float((found - correct).abs().max() / correct.abs().max().clamp(min=1))
+        assert worst <= tolerance, worst
+
+    return check

@@ -1,0 +1,348 @@
+"""Schedulers and networks of diffusers, with the package itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import pfgm
+from pfgm.networks import from_module
+
+DATA = pfgm.data.digits().train[:100]
+FIELD = pfgm.PoissonFlow.from_data(DATA)
+DENOISERS = {D: pfgm.PoissonFlowPP.from_data(DATA, D=D) for D in (1.0, 128.0, math.inf)}
+
+
+def name(flow):
+    return f"{type(flow).__name__}-{flow.D}"
+
+
+def seeded(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    pytest.importorskip("diffusers", reason="diffusers is not installed: '.[diffusers]'")
+    import diffusers
+
+    return diffusers
+
+
+@pytest.fixture(scope="module")
+def schedulers(diffusers):
+    from pfgm.integrations import diffusers as module
+
+    return SimpleNamespace(field=module.PoissonFlowScheduler, plus=module.PoissonFlowPPScheduler)
+
+
+# ---- sampling ----
+
+
+@pytest.fixture(scope="module")
+def unets(diffusers):
+    """build(channels): a UNet2DModel for digits with so many output channels."""
+
+    def build(channels):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return diffusers.UNet2DModel(
+                sample_size=8,
+                in_channels=1,
+                out_channels=channels,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                norm_num_groups=4,
+            ).eval()
+
+    return build
+
+
+PREDICTIONS = [
+    (FIELD, "field"),
+    *((DENOISERS[D], "residual") for D in (128.0, math.inf)),
+    *((DENOISERS[128.0], predicts) for predicts in ("mean", "noise", "score")),
+]
+
+
+def predictions(value):
+    return value if isinstance(value, str) else name(value)
+
+
+def scheduler_of(schedulers, flow, **options):
+    kind = schedulers.field if flow is FIELD else schedulers.plus
+    return kind.from_flow(flow, **options)
+
+
+def diffusers_loop(scheduler, unet, x):
+    """The loop of diffusers' own documentation; points before each call, and means."""
+    points, means = [], []
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            points.append(x)
+            output = unet(scheduler.scale_model_input(x, t), t).sample
+            step = scheduler.step(output, t, x)
+            x = step.prev_sample
+            means.append(step.pred_original_sample)
+    return x, points, means
+
+
+@pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS, ids=predictions)
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("level", ["timestep", "log"])
+def test_a_scheduler_takes_the_steps_of_the_flow(
+    schedulers, unets, flow, predicts, solver, level, same
+):
+    unet = unets(2 if predicts == "field" else 1)
+    scheduler = scheduler_of(schedulers, flow, solver=solver, prediction_type=predicts, level=level)
+    scheduler.set_timesteps(9)
+    assert len(scheduler.timesteps) == (17 if solver == "heun" else 9)
+    x = scheduler.prior(3, seeded())
+    end, points, means = diffusers_loop(scheduler, unet, x)
+
+    steps = []
+    correct = flow.sample(
+        from_module(unet, flow, predicts=predicts, level=level),
+        3,
+        x_init=x,
+        steps=9,
+        solver=solver,
+        callback=steps.append,
+    )
+    same(end, correct, 1e-5)
+    begins = [0, *range(2, 17, 2)] if solver == "heun" else range(9)
+    for call, step in zip(begins, steps, strict=True):
+        assert float(scheduler.sigmas[call]) == pytest.approx(step["z"])
+        same(points[call], step["x"], 1e-5)
+        same(means[call], step["mean"], 1e-5)
+
+
+@pytest.mark.parametrize("flow", [FIELD, DENOISERS[128.0]], ids=name)
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_the_exact_network_leads_to_the_data(schedulers, flow, solver):
+    scheduler = scheduler_of(
+        schedulers, flow, solver=solver, prediction_type="field" if flow is FIELD else "mean"
+    )
+    net = flow.empirical(DATA)
+    scheduler.set_timesteps(20)
+    x = scheduler.prior(5, seeded())
+    for call, t in enumerate(scheduler.timesteps):
+        found = net(x, scheduler.sigmas[call].expand(5))
+        if flow is FIELD:
+            found = torch.cat([found[0], found[1].view(-1, 1, 1, 1).expand_as(x)], 1)
+        x = scheduler.step(found, t, x).prev_sample
+    assert float(torch.cdist(x.flatten(1), DATA.flatten(1)).amin(1).max()) < 0.02
+
+
+@pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS[:3], ids=predictions)
+@pytest.mark.parametrize("solver", ["heun", "multistep"])
+def test_saved_and_loaded(schedulers, unets, tmp_path, flow, predicts, solver):
+    first = scheduler_of(schedulers, flow, solver=solver, schedule="log", level="log")
+    first.save_pretrained(tmp_path)
+    config = json.loads(
+        (tmp_path / "scheduler_config.json").read_text(), parse_constant=pytest.fail
+    )
+    assert config["flow"] == flow.config
+    again = type(first).from_pretrained(tmp_path)
+    names = ("flow", "solver", "schedule", "prediction_type", "level")
+    assert {n: again.config[n] for n in names} == {n: first.config[n] for n in names}
+    assert again.config["prediction_type"] == predicts
+    assert again.flow == flow
+    assert type(first).from_config(first.config).flow == flow
+    unet = unets(2 if predicts == "field" else 1)
+    unet.save_pretrained(tmp_path / "unet")
+    x = first.prior(2, seeded())
+    ends = []
+    for scheduler, network in (
+        (first, unet),
+        (again, type(unet).from_pretrained(tmp_path / "unet")),
+    ):
+        scheduler.set_timesteps(5)
+        ends.append(diffusers_loop(scheduler, network, x)[0])
+    assert torch.equal(*ends)
+
+
+def test_defaults_are_those_of_the_flow(schedulers):
+    for flow in (FIELD, DENOISERS[128.0]):
+        scheduler = scheduler_of(schedulers, flow)
+        assert scheduler.config["solver"] == flow.defaults.solver
+        assert scheduler.config["schedule"] == flow.defaults.schedule
+        assert scheduler.num_inference_steps == flow.defaults.steps
+        assert scheduler.order == (2 if flow.defaults.solver == "heun" else 1)
+        assert scheduler.init_noise_sigma == flow.first_level
+        assert torch.equal(scheduler.prior(2, seeded()), flow.prior(2, generator=seeded()))
+
+
+def test_timesteps(schedulers):
+    scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver="heun")
+    scheduler.set_timesteps(sigmas=[8.0, 2.0, 0.5, 0.0])
+    assert scheduler.sigmas.tolist() == [8, 2, 2, 0.5, 0.5, 0]
+    assert scheduler.num_inference_steps == 3
+    told = [scheduler.scale_model_input(torch.ones(1, 1, 8, 8), t) for t in scheduler.timesteps]
+    std = DENOISERS[128.0].sigma_data
+    for value, sigma in zip(told, [8, 2, 2, 0.5, 0.5], strict=True):
+        assert float(value.mean()) == pytest.approx(1 / math.hypot(sigma, std), rel=1e-5)
+    with pytest.raises(ValueError, match="num_inference_steps and sigmas are both given"):
+        scheduler.set_timesteps(3, sigmas=[8.0, 0.0])
+    with pytest.raises(ValueError, match="schedule is not decreasing"):
+        scheduler.set_timesteps(sigmas=[8.0, 9.0])
+    with pytest.raises(ValueError, match="steps is 0"):
+        scheduler.set_timesteps(0)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_a_run_may_begin_on_the_way(schedulers, unets, solver, same):
+    """Starts from a noisy image at a later timestep, given itself or by its index."""
+    flow, unet = DENOISERS[math.inf], unets(1)
+    scheduler = schedulers.plus.from_flow(flow, solver=solver)
+    scheduler.set_timesteps(6)
+    begin = 4 * scheduler.order
+    later = scheduler.timesteps[begin:]
+    x = scheduler.add_noise(DATA[:2], torch.randn(2, 1, 8, 8, generator=seeded()), later[:1])
+    grid = flow.grid(6)[4:]
+    correct = flow.sample(from_module(unet, flow), 2, x_init=x, schedule=grid, solver=solver)
+    for index in (None, begin):
+        scheduler.set_timesteps(6)
+        if index is not None:
+            scheduler.set_begin_index(index)
+        points = x
+        with torch.no_grad():
+            for t in later:
+                output = unet(scheduler.scale_model_input(points, t), t).sample
+                points = scheduler.step(output, t, points, return_dict=False)[0]
+        same(points, correct, 1e-5)
+        assert scheduler.begin_index == index
+
+
+def test_wrong_calls(schedulers):
+    with pytest.raises(TypeError, match=r"flow is a PoissonFlowPP; PoissonFlowScheduler takes"):
+        schedulers.field.from_flow(DENOISERS[1.0])
+    with pytest.raises(TypeError, match=r"flow is a PoissonFlow; allowed is flow\.config"):
+        schedulers.field(FIELD)
+    with pytest.raises(ValueError, match="solver is 'rk45'; allowed are euler, heun, multistep"):
+        schedulers.field.from_flow(FIELD, solver="rk45")
+    with pytest.raises(ValueError, match="prediction_type is 'mean'; allowed are field"):
+        schedulers.field.from_flow(FIELD, prediction_type="mean")
+    with pytest.raises(ValueError, match="level is 'karras'"):
+        schedulers.field.from_flow(FIELD, level="karras")
+    scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver="euler")
+    scheduler.set_timesteps(2)
+    x = scheduler.prior(2)
+    with pytest.raises(ValueError, match=r"timestep is 7.0; allowed are those of timesteps"):
+        scheduler.step(x, 7, x)
+    with pytest.raises(ValueError, match=r"net returned shape \(2, 3, 8, 8\)"):
+        scheduler.step(x.expand(2, 3, 8, 8), scheduler.timesteps[0], x)
+    for t in scheduler.timesteps:
+        scheduler.step(x, t, x)
+    with pytest.raises(ValueError, match="step is called after the last of 2 timesteps"):
+        scheduler.step(x, t, x)
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("references", [None, DATA], ids=["clean", "references"])
+@pytest.mark.parametrize("D", [128.0, math.inf])
+def test_squared_error_of_the_residual_is_the_loss(schedulers, unets, D, references):
+    flow, unet = DENOISERS[D], unets(1)
+    scheduler = schedulers.plus.from_flow(flow)
+    noisy, t = scheduler.perturb(DATA[:16], seeded())
+    with torch.no_grad():
+        output = unet(scheduler.scale_model_input(noisy, t), t).sample
+        error = output - scheduler.target(noisy, t, DATA[:16], references)
+        correct = flow.loss(from_module(unet, flow), DATA[:16], references, seeded())
+    assert float(error.square().sum((1, 2, 3)).mean()) == pytest.approx(float(correct), rel=1e-4)
+
+
+@pytest.mark.parametrize("predicts", ["residual", "mean", "noise", "score"])
+def test_the_target_of_a_denoiser_means_the_posterior_mean(schedulers, predicts, same):
+    flow = DENOISERS[128.0]
+    scheduler = schedulers.plus.from_flow(flow, prediction_type=predicts)
+    scheduler.set_timesteps(6)
+    t = scheduler.timesteps[3]
+    noise = flow.noise(torch.ones(5), seeded())
+    noisy = scheduler.add_noise(DATA[:5], noise, t)
+    torch.testing.assert_close(noisy, DATA[:5] + scheduler.sigmas[3] * noise)
+    correct = flow.empirical(DATA)(noisy, scheduler.sigmas[3].expand(5))
+    target = scheduler.target(noisy, t, DATA[:5], DATA)
+    same(scheduler.step(target, t, noisy).pred_original_sample, correct, 1e-5)
+
+
+def test_the_target_of_a_field_is_the_field(schedulers):
+    scheduler = schedulers.field.from_flow(FIELD)
+    noisy, t = scheduler.perturb(DATA[:8], seeded())
+    x, z = FIELD.perturb(DATA[:8], seeded())
+    assert torch.equal(noisy, x)
+    field_x, field_z = pfgm.field_fn(x, z.clamp(min=FIELD.z_min), DATA)
+    target = scheduler.target(noisy, t, DATA[:8], DATA)
+    torch.testing.assert_close(target[:, :1], field_x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target[:, 1].mean((1, 2)), field_z, rtol=1e-4, atol=1e-4)
+    alone = scheduler.target(noisy, t, DATA[:8])
+    assert torch.equal(alone, scheduler.target(noisy, t, DATA[:8], DATA[:8]))
+
+
+@pytest.mark.parametrize("flow", [FIELD, DENOISERS[math.inf]], ids=name)
+def test_a_plain_loop_of_diffusers_trains(schedulers, unets, flow):
+    scheduler = scheduler_of(schedulers, flow)
+    unet = unets(2 if flow is FIELD else 1).train()
+    optimiser = torch.optim.Adam(unet.parameters(), lr=5e-3)
+    losses = []
+    for step in range(24):
+        noisy, t = scheduler.perturb(DATA[:32], seeded(step % 3))
+        output = unet(scheduler.scale_model_input(noisy, t), t).sample
+        loss = (output - scheduler.target(noisy, t, DATA[:32], DATA)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
+    """A DiT with labels, which returns a learned variance beside the mean, in the flow's loss."""
+    torch.manual_seed(0)
+    data = pfgm.data.digits()
+    dit = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=1,
+        out_channels=2,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+        norm_num_groups=1,
+    )
+    for flow in (FIELD, DENOISERS[128.0]):
+        net = from_module(dit, flow, conditions={"labels": "class_labels"}, no_label=10)
+        labels = torch.tensor([3, -1, 5, 1])
+        references = {"references": data.train, "reference_labels": data.train_labels}
+        loss = flow.loss(net, data.train[:4], condition={"labels": labels}, **references)
+        loss.backward()
+        assert loss.isfinite()
+        assert dit.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight.grad.any()
+        samples = flow.sample(net, 4, steps=2, condition={"labels": labels})
+        assert samples.shape == (4, 1, 8, 8)
+        with pytest.raises(ValueError, match="has 'labels', which DiTTransformer2DModel"):
+            flow.sample(from_module(dit, flow), 4, steps=2, condition={"labels": labels})
+
+
+def test_a_missing_package_is_named():
+    code = (
+        "import sys\n"
+        "sys.modules['diffusers'] = None\n"
+        "import pfgm.integrations.k_diffusion\n"
+        "try:\n"
+        "    import pfgm.integrations.diffusers\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "needs diffusers; in a checkout: pip install '.[diffusers]'" in shown.stdout

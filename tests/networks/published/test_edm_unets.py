@@ -1,0 +1,140 @@
+"""The networks of EDM and PFGM++: their outputs are the published ones."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pfgm
+from pfgm.networks import EDMDenoiser, build
+from pfgm.networks.published.edm_unets import EDMConv
+
+FIXTURES = Path(__file__).parent / "fixtures"
+KINDS = {"ddpmpp": EDMDenoiser, "ncsnpp": EDMDenoiser.ncsnpp}
+SMALL = {"model_channels": 16, "channel_mult": (1, 2, 3), "num_blocks": 1, "attn_resolutions": (8,)}
+TINY = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_are_the_published_ones(name, fixture_weights):
+    fixture = np.load(FIXTURES / f"edm_{name}_small.npz")
+    expected = {key: torch.from_numpy(fixture[key]) for key in fixture.files}
+    weights = fixture_weights(f"edm_{name}_small")
+    net = KINDS[name](3, 16, classes=10, augment_dim=9, **SMALL).eval()
+    assert list(net.state_dict()) == list(weights)
+    net.load_state_dict(weights)
+    plain = KINDS[name](3, 16, augment_dim=9, **SMALL).eval()
+    plain.load_state_dict({k: v for k, v in weights.items() if "map_label" not in k})
+    x, sigma, labels = expected["x"], expected["sigma"], expected["labels"]
+    with torch.no_grad():
+        found = {
+            "unconditional": plain(x, sigma),
+            "unlabelled": net(x, sigma),
+            "labelled": net(x, sigma, labels),
+            "augmented": net(x, sigma, labels, augment=expected["augment"]),
+        }
+        none = net(x, sigma, torch.full((3,), -1))
+    for key, values in found.items():
+        torch.testing.assert_close(values, expected[key], rtol=0, atol=1e-5, msg=key)
+    torch.testing.assert_close(none, found["unlabelled"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "values"), [("ddpmpp", 55_733_891), ("ncsnpp", 56_397_827)])
+def test_the_cifar10_configuration(name, values, published_shapes):
+    with torch.device("meta"):
+        net = KINDS[name](3, 32, augment_dim=9)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    assert list(shapes.items()) == list(published_shapes(f"edm_{name}_cifar10").items())
+    assert sum(p.numel() for p in net.parameters()) == values
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_they_start_small_and_train(name):
+    torch.manual_seed(0)
+    net = KINDS[name](1, 8, classes=3, **TINY)
+    flow = pfgm.PoissonFlowPP((1, 8, 8), D=128)
+    x, sigma = torch.linspace(-0.5, 0.5, 16).view(16, 1, 1, 1).expand(16, 1, 8, 8), torch.ones(16)
+    torch.testing.assert_close(net(x, sigma / 2), x / 2, rtol=0, atol=1e-3)  # c_skip at sigma_data
+    optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
+    losses = []
+    for step in range(30):
+        generator = torch.Generator().manual_seed(step % 3)
+        condition = {"labels": torch.arange(16) % 4 - 1}
+        loss = flow.loss(net, x, generator=generator, condition=condition)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert flow.sample(net, 2, steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpoints_copies_and_dtypes(tmp_path, name):
+    net = KINDS[name](1, 8, classes=3, augment_dim=2, sigma_data=0.7, **TINY).eval()
+    assert build("edm", net.config).config == net.config
+    flow = pfgm.PoissonFlowPP((1, 8, 8), D=64, sigma_data=0.7)
+    pfgm.save(tmp_path / "net.safetensors", flow, net)
+    loaded = pfgm.load(tmp_path / "net.safetensors").network
+    assert type(loaded) is EDMDenoiser
+    assert loaded.config == net.config
+    x, sigma, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.01, 1, 80]), torch.tensor([2, 0, 1])
+    mean = net(x, sigma, labels)
+    assert torch.equal(loaded(x, sigma, labels), mean)
+    other = copy.deepcopy(net)
+    nn.init.ones_(other.model.dec["8x8_aux_conv"].bias)
+    assert not torch.equal(other(x, sigma, labels), mean)
+    assert torch.equal(net(x, sigma, labels), mean)
+    double = net.double()(x.double(), sigma.double(), labels)
+    torch.testing.assert_close(double, mean.double(), rtol=0, atol=1e-5)
+
+
+def test_resampling_keeps_constants():
+    for name in KINDS:
+        net = KINDS[name](3, 16, **SMALL)
+        for part in net.modules():
+            if isinstance(part, EDMConv) and part.way is not None:
+                assert float(part.resample_filter.sum()) == 1
+                assert torch.equal(part.resample_filter, part.resample_filter.mT)
+    kernel = 64 * EDMConv(1, 1, way="up", line=(1, 3, 3, 1)).resample_filter[0, 0]
+    assert torch.equal(kernel[0], torch.tensor([1.0, 3, 3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_channels": 6}, "a layer of 6 channels; allowed are multiples of 4"),
+        ({"model_channels": 132}, "a layer of 132 channels"),
+        ({"resolution": 30}, "resolution is 30; allowed are multiples of 4"),
+        ({"embedding_type": "learned"}, "embedding_type is 'learned'"),
+        ({"encoder_type": "skip"}, "encoder_type is 'skip'"),
+        ({"resample_filter": (1, 2, 1)}, r"resample_filter is \(1, 2, 1\)"),
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"classes": -1}, "classes is -1"),
+        ({"sigma_data": 0.0}, "sigma_data is 0.0"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        EDMDenoiser(**{"channels": 3, "resolution": 32, **options})
+
+
+def test_bad_arguments():
+    net, x, sigma = EDMDenoiser(1, 8, classes=3, **TINY), torch.randn(2, 1, 8, 8), torch.ones(2)
+    for arguments, message in (
+        ((x[..., :4, :4], sigma), r"x and sigma have shapes \(2, 1, 4, 4\) and \(2,\)"),
+        ((x, torch.tensor(1.0)), r"allowed are \(B, 1, 8, 8\) and \(B,\)"),
+        ((x, sigma, torch.tensor([0, 3])), "labels holds 3; allowed is below 3"),
+        ((x, sigma, torch.tensor([0.0, 1.0])), "labels has shape"),
+        ((x, sigma, torch.tensor([0])), "labels has shape"),
+        ((x, sigma, None, torch.ones(2, 1)), r"augment has shape \(2, 1\); allowed is \(2, 0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net(*arguments)
+    with pytest.raises(ValueError, match="labels given to a network without classes"):
+        EDMDenoiser(1, 8, **TINY)(x, sigma, torch.tensor([0, 1]))

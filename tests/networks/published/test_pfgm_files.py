@@ -1,0 +1,137 @@
+"""The checkpoints of PFGM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pfgm.networks import DDPMpp, NCSNpp, load_published
+from pfgm.networks.published.pfgm_files import infer_architecture
+
+NETWORKS = {"ddpmpp": DDPMpp, "ncsnpp": NCSNpp}
+
+
+def published_file(path, net, seed=1):
+    """Writes a file as the published trainer does: DataParallel prefixes, averages in a list."""
+    generator = torch.Generator().manual_seed(seed)
+    averages = [
+        torch.randn(p.shape, generator=generator) for p in net.parameters() if p.requires_grad
+    ]
+    model = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    content = {
+        "model": model | {"module.sigmas": torch.ones(10)},
+        "ema": {"decay": 0.9999, "num_updates": 7, "shadow_params": averages},
+        "optimizer": {"state": {}, "param_groups": []},
+        "step": 7,
+    }
+    torch.save(content, path)
+    return content
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nf": 8, "ch_mult": (1, 2), "num_res_blocks": 1},
+        {"nf": 8, "ch_mult": (1, 1, 3), "num_res_blocks": 2},
+        {"nf": 4, "ch_mult": (2, 2, 1, 3), "num_res_blocks": 3, "attn_resolutions": (16, 8)},
+        {"nf": 8, "ch_mult": (2,), "num_res_blocks": 2, "resolution": 16},
+    ],
+)
+def test_published_checkpoints(tmp_path, name, options):
+    options = {"channels": 1, "resolution": 32, **options}
+    net = NETWORKS[name](**options)
+    content = published_file(tmp_path / "checkpoint_7.pth", net)
+    if len(options["ch_mult"]) == 1 and name == "ncsnpp":
+        return  # one level has no pyramid to know it by
+    found = load_published(tmp_path / "checkpoint_7.pth", ema=False)
+    assert type(found) is type(net)
+    assert found.config == net.config
+    assert not found.training
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor)
+    averaged = load_published(tmp_path / "checkpoint_7.pth")
+    trained = [p for p in averaged.parameters() if p.requires_grad]
+    pairs = zip(trained, content["ema"]["shadow_params"], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_full_architecture_is_inferred():
+    with torch.device("meta"):
+        for name, kind in NETWORKS.items():
+            for blocks in (4, 8):
+                weights = kind(3, 32, num_res_blocks=blocks).state_dict()
+                found, config = infer_architecture(weights, None)
+                assert found is kind, name
+                assert found(**config).config == kind(3, 32, num_res_blocks=blocks).config
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_bad_checkpoints(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pth"
+    net = DDPMpp(1, 32, nf=8, ch_mult=(1, 2), num_res_blocks=1)
+
+    def refused(message, **changes):
+        content = published_file(path, net)
+        for key, change in changes.items():
+            change(content[key])
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            load_published(path)
+
+    weight = "module.all_modules.5.Conv_0.weight"
+    refused(
+        r"has no all_modules\.3\.Dense_0\.bias",
+        model=lambda m: m.pop("module.all_modules.3.Dense_0.bias"),
+    )
+    refused(
+        r"has all_modules\.99\.bias, which such",
+        model=lambda m: m.update({"module.all_modules.99.bias": torch.ones(1)}),
+    )
+    refused(
+        r"Dense_0\.weight has shape \(3,\)",
+        model=lambda m: m.update({"module.all_modules.3.Dense_0.weight": torch.ones(3)}),
+    )
+    refused(
+        "no all_modules.2.weight, the first", model=lambda m: m.pop("module.all_modules.2.weight")
+    )
+    refused("residual blocks do not fit", model=lambda m: m.pop(weight))
+    refused("has 3 averaged weights", ema=lambda e: e.update(shadow_params=[torch.ones(1)] * 3))
+    refused(
+        "average of .* has another shape",
+        ema=lambda e: e["shadow_params"].__setitem__(0, torch.ones(1)),
+    )
+    refused("reading it could execute code", model=lambda m: m.update(evil=Evil()))
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="has no 'model'"):
+        load_published(path)
+    published_file(path, net)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="is truncated"):
+        load_published(path)
+    with pytest.raises(FileNotFoundError):
+        load_published(tmp_path / "none.pth")
+    assert "executed" not in capsys.readouterr().out
+    flat = DDPMpp(1, 32, nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=())
+    published_file(path, flat)
+    with pytest.raises(ValueError, match="no level has attention"):
+        load_published(path)
+    assert load_published(path, resolution=32).config == flat.config
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {3: torch.ones(1)},
+        {"all_modules.2.weight": torch.ones(0, 1, 3, 3)},
+        {"all_modules.2.weight": torch.ones(8, 1, 3, 3), "all_modules.3.NIN_0.W": torch.ones(())},
+    ],
+)
+def test_malformed_checkpoints(tmp_path, model):
+    torch.save({"model": model}, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match=r"checkpoint\.pth holds no published network"):
+        load_published(tmp_path / "checkpoint.pth")
