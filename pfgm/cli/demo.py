@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .. import data, metrics
 from ..common.checks import check_seed
-from ..common.files import StrPath, write_atomic
+from ..common.files import StrPath, write_json
 from ..common.messages import print_notice
 from ..flows.batches import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
@@ -113,22 +112,9 @@ def _run(
     started = time.perf_counter()
     digits = data.digits()
     flow = PoissonFlow.from_data(digits.train)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = UNet(
-            flow.shape,
-            classes=10 if conditional else 0,
-            data_std=float(digits.train.square().mean().sqrt()),
-        )
-    known = digits.train_labels if conditional else None
-    trainer = Trainer(flow, network, digits.train, config, progress=progress, labels=known)
+    trainer = _trainer(flow, digits, config, conditional, progress)
     report(f"training on {len(digits.train)} digits, {config.steps} steps")
-    try:
-        trainer.train()
-    except (KeyboardInterrupt, Terminated):
-        checkpoint.save(folder / "model.safetensors", flow, trainer.averaged, step=trainer.step)
-        raise
-    checkpoint.save(folder / "model.safetensors", flow, trainer.averaged, step=trainer.step)
+    _train(trainer, flow, folder / "model.safetensors")
     trained = time.perf_counter()
 
     recorder, labels = _Recorder(), torch.arange(SAMPLES) // _PICTURE_ROW % 10
@@ -162,31 +148,54 @@ def _run(
         "steps": config.steps,
         "threads": torch.get_num_threads(),
     }
-    content = json.dumps(figures, indent=2) + "\n"
-    write_atomic(folder / "metrics.json", lambda file: file.write(content.encode()))
+    write_json(folder / "metrics.json", figures)
     report(_summary(figures, folder))
     return figures
+
+
+def _trainer(
+    flow: PoissonFlow, digits: data.Digits, config: TrainConfig, conditional: bool, progress: bool
+) -> Trainer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = UNet(
+            flow.shape,
+            classes=10 if conditional else 0,
+            data_std=float(digits.train.square().mean().sqrt()),
+        )
+    labels = digits.train_labels if conditional else None
+    return Trainer(flow, network, digits.train, config, progress=progress, labels=labels)
+
+
+def _train(trainer: Trainer, flow: PoissonFlow, path: Path) -> None:
+    """Trains and writes the averaged weights, also where training is interrupted."""
+    try:
+        trainer.train()
+    except (KeyboardInterrupt, Terminated):
+        checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
+        raise
+    checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
 
 
 class _Recorder:
     """Keeps the first few points of each step."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, Tensor]] = []
+        self._points: list[tuple[float, Tensor]] = []
 
     def __call__(self, info: StepInfo) -> None:
-        self._seen.append((info["z"], info["x"][:_PICTURE_PATHS].clone()))
+        self._points.append((info["z"], info["x"][:_PICTURE_PATHS].clone()))
 
     def path(self, samples: Tensor, z_min: float) -> tuple[Tensor, list[float]]:
         """Points (levels, n, *S) and z at no more than eight levels. The last are the samples."""
-        seen = [*self._seen, (z_min, samples[:_PICTURE_PATHS])]
-        places = torch.linspace(0, len(seen) - 1, min(_PICTURE_LEVELS, len(seen))).round().int()
-        shown = [seen[place] for place in places.tolist()]
-        return torch.stack([x for _, x in shown]), [z for z, _ in shown]
+        points = [*self._points, (z_min, samples[:_PICTURE_PATHS])]
+        count = min(_PICTURE_LEVELS, len(points))
+        chosen = torch.linspace(0, len(points) - 1, count).round().int().tolist()
+        return torch.stack([points[i][1] for i in chosen]), [points[i][0] for i in chosen]
 
 
 def _measure(samples: Tensor, digits: data.Digits) -> dict[str, Any]:
-    """Quality of the samples against held-out digits, beside that of the training digits."""
+    """Figures of the samples against held-out digits, beside those of the training digits."""
     train, held_out = digits.train, digits.held_out
     of_samples = metrics.precision_recall(samples, held_out)
     of_train = metrics.precision_recall(train, held_out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
-import json
 import math
 import sys
 from contextlib import suppress
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .. import evaluation
 from ..common.checks import check_seed, usable_device
-from ..common.files import output_folder, write_atomic
+from ..common.files import output_folder, write_atomic, write_json
 from ..data import to_unit
 from ..datasets import Data, open_data, open_samples
 from ..evaluation import Point
@@ -116,7 +115,7 @@ class Evaluate:
         if isinstance(source, Loaded) and self.likelihood:
             figures["likelihood"] = self._likelihood(source, data, device)
         figures |= {"seed": self.seed, "versions": _versions()}
-        _write_json(self.out / "metrics.json", figures)
+        write_json(self.out / "metrics.json", figures, allow_nan=False)
         print(_table(figures))
         points = []
         if isinstance(source, Loaded) and self.curve:
@@ -254,11 +253,6 @@ def _versions() -> dict[str, str]:
 
 
 # ---- files and text ---------------------------------------------------------------------------
-
-
-def _write_json(path: Path, figures: dict[str, Any]) -> None:
-    content = json.dumps(figures, indent=2, allow_nan=False) + "\n"
-    write_atomic(path, lambda file: file.write(content.encode()))
 
 
 def _write_csv(path: Path, points: list[Point]) -> None:

@@ -16,7 +16,7 @@ class SamplingOptions:
     solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
     steps: int | None = None
-    """Steps of the solver, 10 unless given; more for samples of few values; rk45 chooses."""
+    """Solver steps: 10 unless given, more for samples of few values. rk45 chooses its own."""
     schedule: Literal["rho", "log"] = "rho"
     """Spacing of the steps."""
     last: float | None = None

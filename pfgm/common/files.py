@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import tempfile
@@ -52,6 +53,17 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
         _write_and_rename(target, write)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def write_json(path: StrPath, content: object, *, allow_nan: bool = True) -> None:
+    """Writes content as JSON in lines, with :func:`write_atomic`.
+
+    Raises:
+        OSError: as for :func:`write_atomic`.
+        ValueError: content holds NaN or infinity and ``allow_nan`` is False.
+    """
+    text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def check_folder(path: StrPath) -> Path:

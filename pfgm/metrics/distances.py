@@ -288,6 +288,7 @@ def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) 
 
 
 def check_at_least_one(name: str, value: int) -> None:
+    """Raises ValueError for a number below 1."""
     if value < 1:
         raise ValueError(f"{name} is {value}; allowed are whole numbers from 1.")
 
@@ -338,6 +339,7 @@ def _features(name: str, x: Tensor, features: Features) -> Tensor:
 
 
 def check_finite(name: str, x: Tensor) -> None:
+    """Raises ValueError for NaN or infinity."""
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
 
@@ -345,8 +347,8 @@ def check_finite(name: str, x: Tensor) -> None:
 def _check_floating(name: str, x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(
-            f"{name} has dtype {x.dtype}; allowed are floating dtypes (pfgm.data.to_unit makes "
-            "bytes into one)."
+            f"{name} has dtype {x.dtype}; allowed are floating dtypes (pfgm.data.to_unit "
+            "converts bytes)."
         )
 
 
@@ -374,10 +376,10 @@ def _draw_subset(rows: Tensor, size: int, generator: torch.Generator | None) -> 
 def _squared_mmd(a: Tensor, b: Tensor, degree: int) -> float:
     """The unbiased MMD² of rows (n, F) and (m, F) with the kernel (x·y/F + 1)^degree."""
     n, m = len(a), len(b)
-    within = _kernel_sum(a, a, degree) - float(_kernel(a.square().sum(1), a, degree).sum())
+    within_a = _kernel_sum(a, a, degree) - float(_kernel(a.square().sum(1), a, degree).sum())
     within_b = _kernel_sum(b, b, degree) - float(_kernel(b.square().sum(1), b, degree).sum())
     across = _kernel_sum(a, b, degree) / (n * m)
-    found = within / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * across
+    found = within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * across
     if not math.isfinite(found):
         raise ValueError("a and b hold values so large that their kernel distance overflows.")
     return found
@@ -407,7 +409,7 @@ def _ball_radii(rows: Tensor, k: int, neighbours: Tensor | None = None) -> Tenso
     if neighbours.ndim != 2 or len(neighbours) != len(rows) or neighbours.shape[1] < k:
         raise ValueError(
             f"neighbours has shape {tuple(neighbours.shape)}; allowed is ({len(rows)}, {k} or "
-            "more), the distances of the real data to their nearest."
+            "more), the distances of the real data to their nearest neighbours."
         )
     return neighbours[:, k - 1].to(rows)
 

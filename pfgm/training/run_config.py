@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..common.checks import check_choice
-from ..common.files import StrPath, write_atomic
+from ..common.files import StrPath, write_json
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
@@ -100,8 +100,7 @@ class RunConfig(Settings):
 
     def save(self, path: StrPath) -> None:
         """Writes the configuration as JSON. If that fails, ``path`` is left as it was."""
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        write_atomic(path, lambda file: file.write(text.encode()))
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: StrPath) -> RunConfig:

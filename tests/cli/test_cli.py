@@ -204,7 +204,7 @@ def test_devices_that_cannot_compute(run, tmp_path, capsys, device):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--flow", "M", "100000"], "M is 100000"),
         (["--flow", "M", "1e308"], "M is 1e+308"),
@@ -229,10 +229,10 @@ def test_devices_that_cannot_compute(run, tmp_path, capsys, device):
         (["--steps", str(10**400)], "steps is 1000"),
     ],
 )
-def test_one_sentence_for_settings_beyond_all_bounds(tmp_path, capsys, options, said):
+def test_one_sentence_for_settings_beyond_all_bounds(tmp_path, capsys, options, message):
     arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN, *options]
     started = time.process_time()
-    assert said in fails(capsys, *arguments)
+    assert message in fails(capsys, *arguments)
     assert time.process_time() - started < 10
 
 

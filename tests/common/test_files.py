@@ -261,3 +261,13 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, files.__file__, str(path)], check=False)
     assert done.returncode == 9
     assert path.read_bytes() == b"old"
+
+
+def test_json_without_nan_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": [1, 2.5]}, allow_nan=False)
+    text = path.read_text()
+    assert text == '{\n  "a": [\n    1,\n    2.5\n  ]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(path, {"a": float("nan")}, allow_nan=False)
+    assert path.read_text() == text
