@@ -66,6 +66,7 @@ class Denoiser(Preconditioned):
         ValueError: there is no such network, or a setting is out of range.
         TypeError: the network has no such setting.
 
+    >>> import torch
     >>> net = Denoiser("unet", {"shape": (1, 8, 8), "width": 16}, sigma_data=0.5)
     >>> net(torch.randn(5, 1, 8, 8), torch.rand(5)).shape
     torch.Size([5, 1, 8, 8])

@@ -121,7 +121,7 @@ class FieldNetwork(nn.Module):
         kept = x * over_samples(self._c_skip(rms, z), x) * (1 - change * gate.sigmoid())
         return self._from_unit(kept + self._unit_std * change * output)
 
-    # From here on x, z and the mean are in units of scale, relative to center.
+    # The factors below take x and z relative to center and in units of scale.
 
     def _to_unit(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         return (x - self.center) / self.scale, z / self.scale
@@ -156,5 +156,5 @@ class FieldNetwork(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; only ({allowed}) is allowed.")
         if z.shape != x.shape[:1]:
             raise ValueError(
-                f"z has shape {tuple(z.shape)}; only ({len(x)},), one value a row of x, is allowed."
+                f"z has shape {tuple(z.shape)}; only ({len(x)},), one value per row, is allowed."
             )

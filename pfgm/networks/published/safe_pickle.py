@@ -61,7 +61,7 @@ _LITERALS = {  # instructions whose argument is the value
     *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
     *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 }
-_EMPTY_VALUES: dict[str, Callable[[], Any]] = {
+_CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -230,8 +230,8 @@ class _Interpreter:
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name in _LITERALS:
                 self._stack.append(argument)
-            elif opcode.name in _EMPTY_VALUES:
-                self._stack.append(_EMPTY_VALUES[opcode.name]())
+            elif opcode.name in _CONSTANTS:
+                self._stack.append(_CONSTANTS[opcode.name]())
             elif opcode.name in _ACTIONS:
                 _ACTIONS[opcode.name](self, argument)
             elif opcode.name not in _IGNORED:
