@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _NEIGHBOURS = 5  # of density and coverage, the most of all metrics here
-_MIN_ROWS = _NEIGHBOURS + 1  # each row needs so many other rows
+_MIN_ROWS = _NEIGHBOURS + 1  # each row has as many others as neighbours
 
 RUNS: dict[str, dict[str, str]] = {
     "euler, log": {"solver": "euler", "schedule": "log"},

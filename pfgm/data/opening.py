@@ -36,7 +36,7 @@ def open_source(
               place. A file is loaded where it is compressed, in Fortran order, in another byte
               order or of a width that is not in ``DTYPES``. Of several arrays the one is read that
               :func:`pfgm.data.load_array` reads;
-            - the path of a folder, of which every PNG, JPEG, BMP and WebP image is decoded;
+            - the path of a folder, whose PNG, JPEG, BMP and WebP images are decoded;
             - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
               :func:`pfgm.data.items.load_dataset`;
             - a source, which is returned.
