@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from ..common.files import StrPath
 from .arrays import from_numpy, open_array, open_mapped
 from .images import load_images
-from .items import load_dataset
 from .rows import InMemory, Source
+from .torch_datasets import load_dataset
 
 
 def open_source(
@@ -38,7 +38,7 @@ def open_source(
               :func:`pfgm.data.load_array` reads;
             - the path of a folder, whose PNG, JPEG, BMP and WebP images are decoded;
             - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
-              :func:`pfgm.data.items.load_dataset`;
+              :func:`pfgm.data.torch_datasets.load_dataset`;
             - a source, which is returned.
         progress: show a progress bar while images or a dataset are loaded.
 
