@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Annotated, Any, Union
 
-# The first sentences of the classes in pfgm.cli.
+# These texts also stand in pfgm.cli, which imports torch; the tests compare them.
 COMMANDS = {
     "demo": (
         "Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."
@@ -25,13 +25,6 @@ COMMANDS = {
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
 DESCRIPTION = "Poisson flow generative models."
-
-
-def version_line() -> str:
-    """What ``pfgm --version`` shows."""
-    from importlib.metadata import version
-
-    return f"pfgm {version('pfgm')}"
 
 
 def main() -> int:
@@ -62,7 +55,9 @@ def main() -> int:
 def _show(arguments: list[str]) -> None:
     """Prints the version or the help."""
     if arguments == ["--version"]:
-        print(version_line())
+        from importlib.metadata import version
+
+        print(f"pfgm {version('pfgm')}")
         return
     import tyro
 

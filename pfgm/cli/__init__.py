@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import operator
 import sys
 import warnings
@@ -10,8 +11,6 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 import tyro
-
-from pfgm_command import DESCRIPTION, version_line
 
 from ..backends import Unavailable
 from ..common.checks import out_of_memory
@@ -25,6 +24,7 @@ from .info import Info
 from .sample import Sample
 from .train import Train, starting_config
 
+_DESCRIPTION = "Poisson flow generative models."
 _COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Info)
 _EXPECTED_ERRORS = (
     ValueError,
@@ -52,7 +52,7 @@ def _run(arguments: list[str]) -> int:
     try:
         _check_values(arguments)
         if arguments == ["--version"]:
-            print_result(version_line())
+            print_result(f"pfgm {importlib.metadata.version('pfgm')}")
         else:
             _parse(arguments).run()
     except _EXPECTED_ERRORS as error:
@@ -80,7 +80,7 @@ def _parse(arguments: list[str]) -> Any:
         subcommand = tyro.conf.subcommand(name, default=default, constructor=kind)
         commands.append(Annotated[Any, subcommand])
     union: Any = functools.reduce(operator.or_, commands)
-    return tyro.cli(union, prog="pfgm", description=DESCRIPTION, args=arguments)
+    return tyro.cli(union, prog="pfgm", description=_DESCRIPTION, args=arguments)
 
 
 def _check_values(arguments: list[str]) -> None:

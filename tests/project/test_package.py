@@ -85,6 +85,10 @@ def test_help_and_version_need_no_torch():
     assert run_command("-h")[0] == run_command("--help")[0]
 
 
+def test_the_version_is_that_of_the_installed_package():
+    assert pfgm.__version__ == importlib.metadata.version("pfgm")
+
+
 def test_the_command_hands_over_what_is_not_help():
     shown, modules = run_command("info")
     assert "native: C++ on the CPU" in shown or "PFGM_NATIVE=0" in shown
