@@ -24,9 +24,9 @@ TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
 def interpolations(flow: Flow, net: Network, path: Path, rows: int, count: int) -> None:
     """A row for each pair of digits, from the first to the second."""
     data = pfgm.data.digits().train
-    way = flow.interpolate(net, data[:rows], data[rows : 2 * rows], count=count)
+    between = flow.interpolate(net, data[:rows], data[rows : 2 * rows], count=count)
     title = "between two digits, by way of their latents"
-    image_grid(way.transpose(0, 1).flatten(0, 1), path, columns=count, title=title, scale=4)
+    image_grid(between.transpose(0, 1).flatten(0, 1), path, columns=count, title=title, scale=4)
 
 
 def temperatures(flow: Flow, net: Network, path: Path, count: int) -> None:
@@ -40,18 +40,17 @@ def temperatures(flow: Flow, net: Network, path: Path, count: int) -> None:
 def completions(flow: Flow, net: Network, path: Path, rows: int, count: int) -> None:
     """A row for each held-out digit: the digit, its upper half, and completions."""
     images = pfgm.data.digits().held_out[:rows]
-    mask = (
-        torch.arange(images.shape[-2])[:, None] < images.shape[-2] // 2
-    )  # (8, 1), True for the upper rows
+    height = images.shape[-2]
+    mask = torch.arange(height)[:, None] < height // 2  # (8, 1), True for the upper rows
     known = images.repeat_interleave(count, 0)
-    found = flow.inpaint(
+    completed = flow.inpaint(
         net, known, mask, steps=20, resample=8, generator=torch.Generator().manual_seed(0)
     )
     shown = torch.cat(
         [
             images[:, None],
             torch.where(mask, images, 0.0)[:, None],  # grey where unknown
-            found.unflatten(0, (rows, count)),
+            completed.unflatten(0, (rows, count)),
         ],
         dim=1,
     )

@@ -2,9 +2,9 @@
 
 This is consistency distillation (arXiv 2303.01469, algorithm 2; for Poisson flows of any D as in
 Poisson flow consistency models, arXiv 2402.08159). The student f(x, σ) learns to give the same
-result at all points of a path of the teacher's ODE. At the end of the path f(x, σ) = x, so that
-result is the end. f then takes the prior to data in one evaluation. A second evaluation, after
-noise has been added, improves details (:func:`pfgm.solvers.consistency`).
+result at all points of a path of the teacher's ODE. At the end of the path f(x, σ) = x, so this
+result is the end of the path. f then takes the prior to data in one evaluation. A second
+evaluation, after noise has been added, improves details (:func:`pfgm.solvers.consistency`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Consistency:
 
     By default the teacher goes to the last level. This takes n/2 evaluations on average, which is
     cheap for the few levels that a multistep solver needs. k = 1 is consistency distillation as
-    published: one evaluation of the teacher per training step, but the student's own results must
-    carry the end up to the prior, level by level, which takes long and may drift.
+    published. It takes one evaluation of the teacher per training step, but the student learns from
+    its own results, level by level up to the prior. This takes long and may drift.
 
     Teacher and student are networks of the flow, fields or denoisers. A student that starts as a
     copy of the teacher learns fastest.
@@ -128,7 +128,7 @@ class Consistency:
     def _target(
         self, net: Network, x: Tensor, starts: Tensor, levels: Tensor, condition: Condition
     ) -> Tensor:
-        """The student's result where the teacher's path arrives; at the last level that point."""
+        """The student's result where the teacher's path ends; at the last level, that point."""
         self._follow_teacher(x, starts, condition)
         ends = starts + self.ahead
         above_last = ends < len(levels) - 1
@@ -140,8 +140,8 @@ class Consistency:
     def _follow_teacher(self, x: Tensor, starts: Tensor, condition: Condition) -> None:
         """Moves points x (B, *S) in place along the teacher's path over ``ahead`` levels.
 
-        ``starts`` are the indices of the levels of x, in rising order. So the rows on their way at
-        a level are contiguous, and one evaluation moves them all.
+        ``starts`` are the indices of the levels of x, in rising order. So the rows that move from a
+        level are contiguous, and one evaluation moves them all.
         """
         count = len(self.levels) - 1
         started = torch.bincount(starts, minlength=count).cumsum(0).tolist()

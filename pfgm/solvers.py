@@ -110,11 +110,11 @@ class _Run:
 
     def evaluate(self, x: Tensor, z: float, step: int) -> Tensor | Field:
         self.nfe += 1
-        found = untouched(self._denoise, "denoise", ("x", "z"), x, z)
-        parts = found[:2] if isinstance(found, Field) else (found,)
+        prediction = untouched(self._denoise, "denoise", ("x", "z"), x, z)
+        parts = prediction[:2] if isinstance(prediction, Field) else (prediction,)
         if checks_values(x.device) and not all(bool(p.isfinite().all()) for p in parts):
             raise ValueError(f"the network returned NaN or infinity in step {step}, at {z:.6g}.")
-        return found
+        return prediction
 
     def mean(self, x: Tensor, z: float, step: int) -> Tensor:
         return steps.mean_of(x, self.evaluate(x, z, step), z)
@@ -124,8 +124,8 @@ class _Run:
     ) -> Tensor | None:
         """The mean in memory that no later evaluation writes to: in ``spare`` if possible.
 
-        The mean of a field is new memory already. A mean that was predicted itself may be a buffer
-        that ``denoise`` returns at each call.
+        The mean of a field is new memory already. A mean from ``denoise`` may be a buffer that it
+        returns at each call.
         """
         if mean is None or isinstance(prediction, Field):
             return mean
@@ -195,7 +195,7 @@ def heun(
         if churn is not None:
             x, z = churn(x, z)
         prediction = run.evaluate(x, z, step)
-        # The next x overwrites the predicted point, whose role the old x takes.
+        # The next x is written over the predicted point, and the old x becomes the spare memory.
         moved, mean = steps.euler(
             x, prediction, z, next_z, return_mean=run.watched, out=run.reusable(own)
         )
@@ -284,8 +284,8 @@ class _Slope:
         if not self._keep:
             self.steps += 1
             return
-        # Dormand–Prince evaluates the end of a step, so the mean at y0 is among those kept, and
-        # the callback takes no further evaluation.
+        # Dormand–Prince evaluates the end of each step, so the mean at y0 is among those kept. The
+        # callback needs no further evaluation.
         start = float(t0)
         mean = min(self._evaluated, key=lambda entry: abs(entry[0] - start))[1]
         self._evaluated = self._evaluated[-1:]
@@ -302,7 +302,7 @@ def dormand_prince(
     atol: float,
     options: dict[str, Any] | None = None,
 ) -> Tensor:
-    """The state at the second of the ends, by torchdiffeq's dopri5 with its options.
+    """The state at ends[1] from that at ends[0], by torchdiffeq's dopri5 with these options.
 
     Raises:
         ValueError: no step is small enough.
@@ -315,7 +315,7 @@ def dormand_prince(
         )
     except AssertionError as error:
         raise ValueError(
-            f"rk45 found no step small enough ({error}): what the network returns is not finite, "
+            f"rk45 found no step small enough ({error}): the result of the network is not finite "
             "or not smooth."
         ) from error
     return states[-1]
@@ -363,17 +363,19 @@ def consistency(
     *,
     noise: Noise | None = None,
 ) -> tuple[Tensor, int]:
-    """For few-step models: each mean is taken as data, and noise of the next level added to it.
+    """For few-step models: each step adds noise of the next level to the mean.
 
-    One evaluation per step; the last mean is the result (consistency models, arXiv 2303.01469,
-    algorithm 1). A network that was not distilled (:mod:`pfgm.distillation`) gives averages of
-    data.
+    It takes one evaluation per step. The last mean is the result (consistency models, arXiv
+    2303.01469, algorithm 1). A network that was not distilled (:mod:`pfgm.distillation`) gives
+    averages of data.
 
     Raises:
         ValueError: noise is not given; only ``sample`` of a flow gives it.
     """
     if noise is None:
-        raise ValueError("solver is 'consistency', which adds noise; allowed is sample alone.")
+        raise ValueError(
+            "solver is 'consistency', which needs noise; it is allowed in sample alone."
+        )
     run = _Run(denoise, callback)
     for step, (z, next_z) in enumerate(pairwise(grid)):
         mean = run.mean(x, z, step)

@@ -1,4 +1,4 @@
-"""Networks and their conditions: keyword arguments, whose tensors hold a value for each sample."""
+"""Networks and their conditions: keyword arguments whose tensors have one row for each sample."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def check_condition(net: Network, condition: Condition, count: int) -> None:
             raise ValueError(f"condition has {name!r}; the conditions of this network: {others}.")
         if isinstance(value, Tensor) and value.shape[:1] != (count,):
             raise ValueError(
-                f"condition[{name!r}] has shape {tuple(value.shape)}; its first size must be that "
-                f"of x, {count}."
+                f"condition[{name!r}] has shape {tuple(value.shape)}; allowed is a first "
+                f"dimension of {count}, as x has."
             )
 
 
-def condition_on(device: torch.device, condition: Condition) -> dict[str, Any]:
+def move_condition(condition: Condition, device: torch.device) -> dict[str, Any]:
     """The condition with its tensors on a device."""
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
@@ -49,7 +49,7 @@ def select_rows(condition: Condition, rows: Tensor | slice) -> Condition:
 
 
 def repeat_rows(condition: Condition | None, times: int) -> Condition | None:
-    """The condition of B rows for the same rows repeated, times · B in all."""
+    """The condition of B rows, repeated for times · B rows."""
     if condition is None:
         return None
     return {

@@ -21,13 +21,13 @@ from ..solvers import DenoiseFunction
 __all__ = ["ESTIMATORS", "MeanAndDivergence"]
 
 Divergence = Callable[[Tensor, Tensor, bool], Tensor]
-"""From mean and x (B, *S), and whether the result is differentiated, to div mean (B,)."""
+"""``(mean, x, differentiable) -> div mean`` (B,), for mean and x (B, *S)."""
 Estimator = Callable[[Tensor, torch.Generator | None], Divergence]
-"""From the points x of a run and a generator of probes to the divergence."""
+"""Makes the divergence of a run that starts at points x; the generator draws its probe."""
 
 _NO_DERIVATIVE = (
-    "what the network returned does not depend on x as autograd sees it; its divergence needs that "
-    "(no torch.no_grad, no detach in the network)."
+    "the network's result has no gradient in x, which the divergence needs; allowed is a network "
+    "that autograd can differentiate (no torch.no_grad, no detach)."
 )
 
 
@@ -67,7 +67,7 @@ def _gaussian(x: Tensor, generator: torch.Generator | None) -> Divergence:
 
 
 def _exact(x: Tensor, generator: torch.Generator | None) -> Divergence:
-    """The trace, one product for each dimension: torch.func cannot differentiate the ops."""
+    """The trace by one product for each dimension, as torch.func cannot differentiate the ops."""
     N = math.prod(x.shape[1:])
 
     def divergence(mean: Tensor, x: Tensor, differentiable: bool) -> Tensor:
@@ -94,7 +94,7 @@ class MeanAndDivergence:
 
     Args:
         denoise: the posterior mean, or the field that implies it.
-        x: points (B, *S), whose shape and dtype the network is given.
+        x: points (B, *S); the network receives points of this shape and dtype.
         divergence: one of :data:`ESTIMATORS`, made for x.
         differentiable: whether the results keep their graph.
         report: called with the level after each evaluation.
@@ -128,10 +128,12 @@ class MeanAndDivergence:
         return (mean, divergence) if self._differentiable else (mean.detach(), divergence.detach())
 
     def _mean(self, points: Tensor, level: float) -> Tensor:
-        found = self._denoise(points, level)
-        parts = found[:2] if isinstance(found, Field) else (found,)
+        prediction = self._denoise(points, level)
+        parts = prediction[:2] if isinstance(prediction, Field) else (prediction,)
         if checks_values(points.device) and not all(bool(p.isfinite().all()) for p in parts):
             raise ValueError(f"the network returned NaN or infinity at {level:.6g}.")
         if not any(part.requires_grad for part in parts):
             raise ValueError(_NO_DERIVATIVE)
-        return steps.euler(points, found, level, 0.0)[0] if isinstance(found, Field) else found
+        if isinstance(prediction, Field):
+            return steps.euler(points, prediction, level, 0.0)[0]
+        return prediction

@@ -1,4 +1,4 @@
-"""Inversion and editing: data encoded as latents, changed there, and decoded.
+"""Inversion and editing: data are encoded as latents, the latents changed and decoded.
 
 The flow is an ODE, so data have latents: points at the first level that lead back to the data.
 Latents can be interpolated and rescaled.
@@ -51,11 +51,11 @@ class Editing(Sampling):
         """The latents (B, *S) of data: the data carried up to the first level.
 
         :meth:`decode` carries latents back. With the default solver and tolerances the round trip
-        has a relative error below 1e-3 where the network is smooth along the way. It is worse where
-        the network sees no data nearby, as the exact network does for data that are not among its
-        references: the ODE is stiff there. The guide "Invert and edit" gives measured errors.
-        Smaller rtol and atol help. Latents may have larger norms than :meth:`prior` of
-        :class:`PoissonFlow` draws, which clips them.
+        has a relative error below 1e-3 where the network is smooth along the path. Far from all
+        data that the network knows, the ODE is stiff and the error is larger. For the exact network
+        this concerns all data that are not among its references. The guide "Invert and edit" gives
+        measured errors. Smaller rtol and atol help. The norms of latents are not clipped. They may
+        be larger than those of :meth:`prior` of a :class:`PoissonFlow`, which are clipped.
 
         Args:
             net: the network, as in :meth:`sample`.
@@ -154,7 +154,7 @@ class Editing(Sampling):
         unconditional: Condition | None = None,
         **options: Any,
     ) -> Tensor:
-        """Data (W, B, *S) between data x_a and data x_b, by way of their latents.
+        """Data (W, B, *S) between data x_a and data x_b, interpolated through their latents.
 
         The data are encoded by :meth:`encode`, their latents interpolated by
         :func:`pfgm.interpolate`, and the results decoded by :meth:`decode`.
@@ -197,8 +197,8 @@ class Editing(Sampling):
 
         This is PFGM's temperature (arXiv 2209.11178, section 4.3). Below 1 a latent moves toward
         the middle of the prior, above 1 away from it. A :class:`PoissonFlow` with the published
-        rules clips its prior to upper_norm and is not trained beyond. There a norm grows to
-        upper_norm at most, and a larger one stays as it is.
+        rules clips its prior to upper_norm and is not trained beyond. Its norms grow to upper_norm
+        at most, and larger norms stay as they are.
 
         Args:
             latent: (B, *S), floating point, from :meth:`prior` or :meth:`encode`.
@@ -249,7 +249,7 @@ class Editing(Sampling):
         atol: float | None,
         **options: Any,
     ) -> tuple[Tensor, int]:
-        """:meth:`solve` for data of any allowed dtype, zero rows included; tolerances for rk45."""
+        """:meth:`solve` for data of any allowed dtype or no rows, with the tolerances of rk45."""
         x = self._to_floating(x).detach()
         if len(x) == 0 and solver in SOLVERS:
             return x, 0

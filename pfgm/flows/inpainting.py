@@ -62,10 +62,10 @@ class Inpainting(Sampling):
 
             x_known(σ) = known + σ n,   n ~ p_1, the perturbation kernel at level 1
 
-        which is its path in the field of a single charge at ``known``. The flow moves the rest. n
-        is drawn once per run for the whole sample: a draw of the prior divided by its level. So
-        both parts share the length of the noise, as they do under the kernel at a finite D
-        (:meth:`noise`).
+        This is the path of the known part in the field of a single charge at ``known``. The flow
+        moves the rest. n is drawn once per run for the whole sample: a draw of the prior divided by
+        its level. So both parts share the length of the noise, as they do under the kernel at a
+        finite D (:meth:`noise`).
 
         Where the data differ only in the unknown part, this samples exactly from the distribution
         of that part given the other, at every D. In the weights 1/(‖x̃ − x‖² + Dσ²)^((N + D)/2) the
@@ -74,10 +74,10 @@ class Inpainting(Sampling):
         approximation, as replacement is in diffusion (arXiv 2011.13456, appendix I.2): at high
         levels the noisy known part says less than the clean one.
 
-        Each round of ``resample`` adds another n to the completed data, at a level at which data
-        still differ, and carries them down again. The unknown part is thus decided again with the
-        known part in view. This is the idea of RePaint (arXiv 2201.09865) in whole runs, because
-        noise of a finite D cannot be added in parts.
+        Each round of ``resample`` adds new noise of the level resample_from to the completed data
+        and carries them down again. So the unknown part is drawn again, given the known part.
+        RePaint (arXiv 2201.09865) does this at every level. Here a round is a whole run from
+        resample_from, because noise of a finite D cannot be added step by step.
 
         Args:
             net: the network.
@@ -88,11 +88,11 @@ class Inpainting(Sampling):
             resample: the number of further rounds. Each starts at resample_from and takes the
                 levels of the grid below it.
             resample_from: the level at which rounds start, about the standard deviation of the
-                data. From a much higher level everything is decided anew, from a much lower one
-                nothing. None is 0.6, or 1.2 times the spread of a flow that has one.
+                data. A much higher level redraws everything, a much lower one nothing. None is 0.6,
+                or 1.2 times the spread of a flow that has one.
             generator: of the noise, on the device of known.
             callback: as in :meth:`sample`, with the known part in place. Each round counts its
-                steps from 0. Stopping a round goes on with the next.
+                steps from 0. If the callback stops a round, the next round follows.
             return_nfe: whether to return the number of network evaluations too.
             **options: of :meth:`sample`, such as solver, condition, guidance and progress.
 
@@ -134,13 +134,13 @@ class Inpainting(Sampling):
         return (x, total) if return_nfe else x
 
     def _unit_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Noise (B, *S) of level 1, drawn from the prior, so that its norm is clipped likewise."""
+        """Noise (B, *S) of level 1: a draw of the prior, clipped as the prior is."""
         points = self.prior(len(x), generator=generator, device=x.device)
         return (points - self._center(points)).to(x.dtype) / self.first_level
 
 
 def _resampling_grids(grid: Sequence[float], resample: int, start: float) -> list[list[float]]:
-    """The levels of each further round."""
+    """The levels of each round of resampling."""
     if isinstance(resample, bool) or not isinstance(resample, int) or resample < 0:
         raise ValueError(f"resample is {resample!r}; allowed is an integer of at least 0.")
     if resample == 0:
@@ -172,7 +172,7 @@ def _check_mask(mask: Tensor, known: Tensor) -> None:
         raise TypeError(f"mask has dtype {kind}; allowed is bool, True where known.")
     if mask.device != known.device:
         raise ValueError(
-            f"mask is on {mask.device} and known on {known.device}; both must be on one."
+            f"mask is on {mask.device} and known on {known.device}; both must be on one device."
         )
     try:
         fits = torch.broadcast_shapes(mask.shape, known.shape) == known.shape

@@ -17,17 +17,17 @@ __all__ = ["interpolate"]
 def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """Points between latents along the sphere of the prior.
 
-        ω = ∠(a, b),  ê ⟂ â the direction in which b lies from a
+        ω = ∠(a, b),  â = a/‖a‖,  ê ⟂ â in the plane of a and b, toward b
         x = ‖a‖^(1 − w) ‖b‖^w (cos(w ω) â + sin(w ω) ê)
 
     Directions follow the great circle (Shoemake 1985). Norms are interpolated geometrically,
     because the norms of a prior spread over orders of magnitude where D is small. A straight line
     would pass through norms that the prior does not have.
 
-    Special cases: Where a or b is 0, which has no direction, x = a + w (b − a). Where b points
-    exactly away from a, every great circle is a shortest way; the one toward the coordinate axis
-    along which a is smallest is taken, the first of them if there are several. In one dimension
-    (N = 1) the way then passes through 0.
+    Special cases: If a or b is 0, it has no direction, and x = a + w (b − a). If b points exactly
+    away from a, all great circles are equally short. The path then goes toward the coordinate axis
+    along which a is smallest, the first such axis if there are several. In one dimension (N = 1) it
+    passes through 0.
 
     Args:
         a: (B, *S) latents, floating point.
@@ -72,7 +72,7 @@ def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tens
 
 
 def even_weights(count: int) -> Tensor:
-    """count weights, evenly from 0 to 1."""
+    """count weights, evenly spaced from 0 to 1."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
         raise ValueError(f"count is {count!r}; allowed is an integer of at least 2.")
     return torch.linspace(0, 1, count, dtype=torch.float64)
@@ -94,7 +94,7 @@ def check_pair(a: Tensor, b: Tensor, name_a: str = "a", name_b: str = "b") -> No
 
 
 def _perpendicular(direction: Tensor) -> Tensor:
-    """Vectors (B, N) across directions, toward their smallest coordinate; 0 for N = 1."""
+    """Vectors (B, N) perpendicular to directions, toward their smallest coordinate; 0 if N = 1."""
     axis = torch.zeros_like(direction)
     if direction.shape[1] > 0:
         axis.scatter_(1, direction.abs().argmin(1, keepdim=True), 1.0)

@@ -1,4 +1,4 @@
-"""The likelihood of data under a flow: the density followed along the ODE from data to the prior.
+"""The likelihood of data under a flow: its density, followed along the ODE up to the prior.
 
     d log p/dt = −div(x − mean) = −(N − div mean) along dx/dt = x − mean,  t = log σ,
     log p(x at the last level) = log p(latent at the first) + N log(σ_first/σ_last) − ∫ div mean dt
@@ -40,7 +40,7 @@ class LogLikelihood(NamedTuple):
     latent: Tensor
     """(B, *S), the points of the prior that the samples come from, in the dtype of x."""
     nfe: int
-    """Evaluations of the network. Each takes one product with its Jacobian, with "exact" N."""
+    """Evaluations of the network. Each takes one product with its Jacobian, or N for "exact"."""
 
 
 class Likelihood(Sampling):
@@ -68,8 +68,8 @@ class Likelihood(Sampling):
             log p(x) = log p_prior(latent) + ∫ div dt,  div = N − div mean,  t = log σ
 
         along dx/dt = x − mean (PFGM, arXiv 2209.11178, section 3.3; arXiv 1810.01367, equation 8).
-        This is the density at the flow's last level, z_min or sigma_min: of data with noise of that
-        level, as the network knows them.
+        This is the density at the flow's last level, z_min or sigma_min: that of data with noise of
+        this level.
 
         The prior is the perturbation kernel at the first level around one point: around the center
         of a PoissonFlow with a spread, else around 0. Real data are not all at that point, so the
@@ -87,12 +87,12 @@ class Likelihood(Sampling):
                 probe v for each sample and the whole run, unbiased in nats (Skilling 1989,
                 Hutchinson 1990). "exact" takes N products with the Jacobian in each evaluation.
             solver: "rk45", or "euler" or "heun" on the flow's grid, which integrate the divergence
-                by the trapezoidal rule. If x lies many σ_last from everything that the network
-                takes for data, the ODE is stiff: rk45 takes thousands of steps and is inaccurate
-                still, and a fixed grid is worse. Raise the last level then.
-            rtol, atol: of rk45, for (x_t − x)/σ_t, which is in units of the noise, and for the
-                density, on the sample with the largest error. The steps, and with them the last
-                digits, depend on the batch.
+                by the trapezoidal rule. If x is many σ_last away from all data that the network
+                knows, the ODE is stiff. rk45 then takes thousands of steps and stays inaccurate,
+                and a fixed grid is worse. A higher last level helps.
+            rtol, atol: tolerances of rk45 for the density and for (x_t − x)/σ_t, which is in units
+                of the noise. The sample with the largest error counts, so the steps and the last
+                digits of the results depend on the batch.
             steps: of euler and heun; rk45 chooses its own.
             levels: the number of grey levels of the data, for bits per dimension.
             prior_log_prob: from latent (B, *S) to log-densities (B,), in place of the prior.
@@ -110,7 +110,7 @@ class Likelihood(Sampling):
 
         Raises:
             ValueError: an argument is out of range, shapes do not fit, the result of the network or
-                of prior_log_prob is not finite, or autograd sees no x in it.
+                of prior_log_prob is not finite, or the former has no gradient in x.
             TypeError: x is not floating point.
 
         >>> import pfgm, torch
@@ -148,9 +148,10 @@ class Likelihood(Sampling):
         return centred_prior(latent - self._center(latent), self.first_level, self.D)
 
     def _rising_grid(self, steps: int) -> list[float]:
-        """The levels from the last up to the first, for this number of steps."""
+        """The levels of a number of steps, from the last level up to the first."""
         grid = self.grid(steps)
-        # The density at level 0 does not exist. A grid that ends at 0 gets one more step above it.
+        # There is no density at level 0. A grid that ends there loses this step and gets another
+        # one above the last level.
         return (grid if grid[-1] > 0 else self.grid(steps + 1)[:-1])[::-1]
 
 
@@ -183,7 +184,7 @@ def log_likelihood(
     differentiable: bool = False,
     progress: bool = False,
 ) -> LogLikelihood:
-    """The same as the method of flows, for any posterior mean and a grid of rising levels.
+    """As :meth:`Likelihood.log_likelihood`, for any posterior mean and a grid of rising levels.
 
     >>> def denoise(x, level):  # data from a standard normal distribution, D = ∞
     ...     return x / (1 + level**2)
@@ -217,7 +218,7 @@ def log_likelihood(
 
 # ---- solvers -----------------------------------------------------------------------------------
 #
-# Each carries flat points x (B, N) of the wide dtype up the levels, and returns them with
+# Each carries flat points x (B, N) of the wide dtype up the levels. It returns the points and
 # ∫ div mean dt (B,).
 
 Solver = Callable[[MeanAndDivergence, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]]
@@ -227,7 +228,7 @@ Solver = Callable[[MeanAndDivergence, Tensor, Sequence[float], float, float], tu
 def _largest_row_error(error: Tensor) -> Tensor:
     """The largest error of any row: of its x (root mean square) or of its density.
 
-    No row is averaged with others, nor a density with the values of x.
+    Errors are not averaged over rows, and the error of a density is not averaged with that of x.
     """
     points = error[:, :-1].square().mean(1).sqrt()
     return torch.maximum(points, error[:, -1].abs()).max()
@@ -238,8 +239,8 @@ def _rk45(
 ) -> tuple[Tensor, Tensor]:
     """Dormand–Prince in t = log σ for w = (x − x_start)/σ, dw/dt = (x_start − mean)/σ.
 
-    For w the tolerances are in units of the noise at every level. For x itself they would be in
-    the units of the data, whatever the level.
+    The tolerances of w are in units of the noise, at every level. Those of x would be in units of
+    the data.
     """
     ends = torch.tensor([levels[0], levels[-1]], dtype=x.dtype, device=x.device).log()
 
@@ -248,11 +249,11 @@ def _rk45(
         mean, divergence = evaluate(x + level * state[:, :-1], level)
         return torch.cat([(x - mean) / level, divergence.unsqueeze(1)], 1)
 
-    # step_t makes a step end exactly at the end. By default the solver steps beyond it and
+    # step_t makes the last step end at ends[1]. By default the solver steps beyond it and
     # interpolates, which is less accurate than the tolerance.
-    # max_step is a factor e in σ. Steps grow where nothing changes, and a longer one could skip a
-    # change that follows. For normal data in one dimension this takes the error from 2e-4 to 1e-5
-    # nats, with as many evaluations.
+    # max_step is a factor e in σ. Steps grow where the slope hardly changes, and a longer step
+    # could skip a change that follows. For normal data in one dimension this limit takes the
+    # error from 2e-4 to 1e-5 nats, with as many evaluations.
     options = {"norm": _largest_row_error, "step_t": ends[1:], "max_step": 1.0}
     state = x.new_zeros(len(x), x.shape[1] + 1)
     state = dormand_prince(slope, state, ends, rtol, atol, options)
@@ -313,7 +314,7 @@ def _check_each(name: str, values: Tensor, allowed: Callable[[Tensor], Tensor]) 
 def _progress_reported(
     count: int, solver: str, progress: bool
 ) -> Iterator[Callable[[float], None]]:
-    """A function that moves a progress bar by one evaluation; rk45 has no known number of them."""
+    """A function that moves a progress bar by one evaluation. For rk45 the total is unknown."""
     if not progress:
         yield lambda level: None
         return

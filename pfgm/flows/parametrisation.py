@@ -97,7 +97,7 @@ class Parametrisation(ABC):
         """The center of the prior: 0, or a tensor (*S) in the dtype and on the device of x."""
         return 0.0
 
-    # ---- what follows ----
+    # ---- what all flows share ----
 
     def __repr__(self) -> str:
         config = {name: value for name, value in self.config.items() if name != "shape"}

@@ -205,7 +205,7 @@ class PoissonFlowPP(Flow):
         return non_negative("sigma", sigma) * math.sqrt(self.D)
 
     def sigma(self, radius: float) -> float:
-        """σ = r/√D, the level at which the augmented vector has a length.
+        """σ = r/√D, the level at which the augmented vector has the length ``radius``.
 
         >>> PoissonFlowPP((2,), D=64).sigma(640.0)
         80.0
@@ -276,7 +276,7 @@ class PoissonFlowPP(Flow):
             generator: of the perturbation, on the device of x.
             condition: keyword arguments of the network. With "labels" (B,) in it and references,
                 the target of each point is the posterior mean of the references of its label. A
-                label below 0 is none, and its target is the posterior mean of all references.
+                label below 0 means no label: the target is the posterior mean of all references.
             reference_labels: (M,) labels of the references, needed in that case.
 
         Returns:
@@ -340,7 +340,7 @@ class PoissonFlowPP(Flow):
         Args:
             net: the network, a denoiser.
             n: the number of samples.
-            **options: those of :meth:`pfgm.Flow.sample`, and three of churn. churn (S_churn,
+            **options: those of :meth:`pfgm.Flow.sample`, and three for churn. churn (S_churn,
                 0 unless given) raises the level by the factor 1 + min(churn/steps, √2 − 1).
                 churn_range gives the lowest and the highest level that is raised. churn_noise
                 (S_noise, 1 unless given) multiplies the standard deviation of the noise.

@@ -42,7 +42,7 @@ __all__ = ["EmpiricalField", "PoissonFlow"]
 _RESTRICT_BELOW, _RESTRICTED_SHARE = 0.5, 0.7
 _SMALLEST_Z = 1e-8  # in units of σ
 _SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in a prior with a spread
-_FEWEST_IMAGE_VALUES = 64  # samples with fewer values take no published rules, which clip the prior
+_FEWEST_IMAGE_VALUES = 64  # samples with fewer values take the rules with spread
 _NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reach
 _FEW_VALUES = 8  # samples with at most this many values take more steps
 
@@ -98,8 +98,8 @@ class PoissonFlow(Flow):
             True, or False.
         z_exp: below this z, field_z is replaced by what field_x implies (appendix B.2.3); 5, or
             gamma.
-        substitution: how. "exact" inverts the normalisation, "published" neglects z beside
-            ‖x − mean‖.
+        substitution: how field_z is replaced. "exact" inverts the normalisation, "published"
+            neglects z beside ‖x − mean‖.
 
     Raises:
         ValueError: an argument is out of range.
@@ -207,20 +207,20 @@ class PoissonFlow(Flow):
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
         if isinstance(data, Tensor):
             check_dtype("data", data)
-        found = measure(data)
-        if not math.isfinite(found.rms):
+        measured = measure(data)
+        if not math.isfinite(measured.rms):
             raise ValueError(
-                "data holds NaN, infinity or numbers whose squares are; allowed are finite values."
+                "data holds NaN, infinity or values with infinite squares; allowed are finite ones."
             )
-        given: dict[str, Any] = {"data_norm": found.norm}
-        are_images = found.fills_unit and math.prod(data.shape[1:]) >= _FEWEST_IMAGE_VALUES
+        given: dict[str, Any] = {"data_norm": measured.norm}
+        are_images = measured.fills_unit and math.prod(data.shape[1:]) >= _FEWEST_IMAGE_VALUES
         if "data_norm" not in overrides and ("spread" in overrides or not are_images):
-            given = {"spread": found.std or found.rms or 1.0, "center": found.mean}
+            given = {"spread": measured.std or measured.rms or 1.0, "center": measured.mean}
         flow = cls(data.shape[1:], **{**given, **overrides})
-        reach = _NORM_PER_REACH * found.reach
+        reach = _NORM_PER_REACH * measured.reach
         if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
             return flow
-        # A few rows lie far from all others. The field is that of one charge only beyond them.
+        # Some rows lie far from all others. The field is that of one charge only beyond them.
         return cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
 
     @classmethod
@@ -352,8 +352,8 @@ class PoissonFlow(Flow):
                 means x itself. The more references, the less the target varies between batches.
             generator: of the perturbation, on the device of x.
             condition: keyword arguments of the network. With "labels" (B,) in it, the target of
-                each point is the field of the references of its label. A label below 0 is none, and
-                its target is the field of all references.
+                each point is the field of the references of its label. A label below 0 means no
+                label: the target is the field of all references.
             reference_labels: (M,) labels of the references; not needed if references is None.
 
         Returns:
@@ -405,12 +405,12 @@ class PoissonFlow(Flow):
             n: the number of points.
             generator: on the device.
             device: of the points; None takes the device of the generator, or the CPU.
-            clip: whether ‖x‖ is brought into [1, upper_norm] with its direction kept, as published,
-                because larger norms are not trained on. For thousands of values this changes half
-                of the draws and does no harm; for one value it cuts off half of the distribution.
-                With a spread the norm is ‖x − center‖ and has no lower bound. None clips with the
-                published rules alone. A flow with a spread does not need it: instead it evaluates
-                the network at upper_norm at most, on the same straight field line.
+            clip: whether ‖x‖ is clipped to [1, upper_norm] with its direction kept, as published,
+                because training does not cover larger norms. With thousands of values in a sample
+                this changes half of the draws and does no harm. With one value it cuts off half of
+                the distribution. With a spread the norm is ‖x − center‖ and has no lower bound.
+                None clips with the published rules alone. A flow with a spread needs no clipping:
+                beyond upper_norm it evaluates the network at upper_norm, on the same field line.
 
         >>> import torch
         >>> flow = PoissonFlow.cifar10()
@@ -425,7 +425,7 @@ class PoissonFlow(Flow):
         if self.spread is None:
             radius = self.z_max * norm / scale.clamp(min=torch.finfo(scale.dtype).tiny ** 0.5)
         else:
-            # Fewer than one draw in a million is smaller. Beyond, float32 cannot resolve the data.
+            # Fewer than one draw in a million is smaller, and float32 cannot resolve data at its x.
             radius = self.z_max * norm / scale.clamp(min=_SMALLEST_NORMAL)
         if clip is None:
             clip = self.spread is None
@@ -438,7 +438,7 @@ class PoissonFlow(Flow):
         """The center in the dtype and on the device of x; the copy is kept."""
         key = (x.dtype, x.device)
         if transforms.functional() or torch.is_inference_mode_enabled():
-            return self.center.to(x.device, x.dtype)  # not usable outside, so it is not kept
+            return self.center.to(x.device, x.dtype)  # not kept, as it cannot be used outside
         if key not in self._centers:
             self._centers[key] = self.center.to(x.device, x.dtype)
         return self._centers[key]
@@ -449,10 +449,10 @@ class PoissonFlow(Flow):
     def _predict(
         self, net: Network, x: Tensor, level: Level, condition: Condition
     ) -> Field | Tensor:
-        # The exact field was not trained, so it holds at any norm.
+        # The exact field holds at any norm, a trained one up to upper_norm.
         if self.spread is None or isinstance(net, EmpiricalField):
             return self.field(net, x, per_row(level, x), condition)
-        points, z = self._moved_inside(x, per_row(level, x))
+        points, z = self._move_inside(x, per_row(level, x))
         return ode_steps.euler(points, self.field(net, points, z, condition), z, 0.0)[0]
 
     def field(
@@ -463,8 +463,8 @@ class PoissonFlow(Flow):
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
-    def _moved_inside(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Points and their z; those beyond upper_norm are moved inward along their field lines.
+    def _move_inside(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Points and their z. Points beyond upper_norm are moved there along their field lines.
 
         Far away, field lines are straight lines to (center, 0). So a network gives nearly the same
         mean at upper_norm. The means differ by (N + 1) v/upper_norm at most, where v is the largest
@@ -473,19 +473,19 @@ class PoissonFlow(Flow):
         center = self._center(x)
         offset = x - center
         norm = torch.linalg.vector_norm(offset.reshape(len(x), self.N), dim=1)
-        # No branch on values, which would wait for a GPU.
+        # Without a branch on values, which would wait for a GPU.
         t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
         far = over_samples(norm > self.upper_norm, x)
         return torch.where(far, center + over_samples(t, x) * offset, x), z * t
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
-        space = SCHEDULES[schedule]
+        make_grid = SCHEDULES[schedule]
         if self.spread is not None:
-            levels = [self.z_max] if steps == 1 else space(self.z_max, last, steps - 1)
+            levels = [self.z_max] if steps == 1 else make_grid(self.z_max, last, steps - 1)
             return [*levels, 0.0]
         if steps == 1 or last == self.z_min:
-            return space(self.z_max, self.z_min, steps)
-        return [*space(self.z_max, last, steps - 1), self.z_min]
+            return make_grid(self.z_max, self.z_min, steps)
+        return [*make_grid(self.z_max, last, steps - 1), self.z_min]
 
     def empirical(self, references: References) -> EmpiricalField:
         """The exact field of references (M, *S) as a network; its samples are the references.
@@ -500,7 +500,7 @@ class PoissonFlow(Flow):
 
 
 def _gamma_of(net: Any) -> float | None:
-    """gamma of a network that computes the field itself, also if it is wrapped; else None."""
+    """gamma of an exact network or one of pfgm.networks, also if it is wrapped; else None."""
     while isinstance(net, nn.Module):
         if isinstance(net, EmpiricalField) or hasattr(net, "data_std"):
             return getattr(net, "gamma", None)

@@ -1,4 +1,4 @@
-"""Values of the hyper-parameters of :class:`pfgm.PoissonFlow` that are not given."""
+"""The rules for hyper-parameters of :class:`pfgm.PoissonFlow` that are not given."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def published_rules() -> Rules:
 def spread_rules(s: float, N: int) -> Rules:
     """The published lengths in units of the spread s, which is about 0.5 for images in [−1, 1].
 
-    A single charge at the center in place of the data at z_max changes the density by a share of at
-    most about N s²/(2 z_max²), which is 1/400 for z_max = 14 √N s. From 33 values on, z_max is
-    80 s, near the published 71 s for images: the noise of this many values hides their spread.
+    The prior replaces the data by a single charge at the center. At z_max this changes the density
+    by a share of at most about N s²/(2 z_max²), which is 1/400 for z_max = 14 √N s. From N = 33 on,
+    z_max is 80 s, near the published 71 s for images: the noise of so many values hides the spread.
     """
     return Rules(
         sigma=0.02 * s,
@@ -80,18 +80,18 @@ def largest_scale(sigma: float, tau: float, M: float) -> float:
     if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
         raise ValueError(
             f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
-            "sigma (1 + tau)^M is a number of float32, at most 3.4e38."
+            "sigma (1 + tau)^M is at most 3.4e38, the limit of float32."
         )
     return float(sigma * (1 + tau) ** M)
 
 
 def checked_spread(spread: float) -> float:
+    """The spread, if float32 can hold its square."""
     spread = float(positive("spread", spread))
     low, high = _SPREAD_RANGE
     if not low <= spread <= high:
         raise ValueError(
-            f"spread is {spread}; allowed are {low} to {high}, so that squares are numbers of "
-            "float32."
+            f"spread is {spread}; allowed are {low} to {high}, so that float32 can hold its square."
         )
     return spread
 

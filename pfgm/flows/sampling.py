@@ -19,7 +19,7 @@ from ..common.tensors import evaluating, network_device
 from ..functional import steps as ode_steps
 from ..functional.steps import Field
 from ..solvers import SAMPLERS, SCHEDULES, Callback, DenoiseFunction, StepInfo
-from .conditions import Condition, Network, check_condition, condition_on
+from .conditions import Condition, Network, check_condition, move_condition
 from .parametrisation import Parametrisation
 
 __all__ = ["Projection", "Sampling"]
@@ -214,7 +214,7 @@ class Sampling(Parametrisation):
         center = self._center(x)
         with evaluating(net), _progress_shown(callback, total, progress) as shown:
             if solver == "rk45" and isinstance(center, Tensor):
-                # Its relative tolerance shall be relative to the distance from the center.
+                # The relative tolerance is meant for the distance from the center.
                 predict, shown = _relative(predict, center), _absolute(shown, center)
                 x, nfe = SAMPLERS[solver](predict, x - center, grid, shown, **options)
                 x = x + center
@@ -231,8 +231,8 @@ class Sampling(Parametrisation):
         unconditional: Condition | None,
     ) -> DenoiseFunction:
         """The network's prediction as a function of points and level, with guidance applied."""
-        given = condition_on(x.device, condition or {})
-        without = condition_on(x.device, unconditional or {})
+        given = move_condition(condition or {}, x.device)
+        without = move_condition(unconditional or {}, x.device)
         for each in (given, without):
             check_condition(net, each, len(x))
         if guidance is None:
@@ -277,7 +277,7 @@ class Sampling(Parametrisation):
 def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction:
     """The prediction at projected points, as the posterior mean there.
 
-    A field becomes its mean here, because a solver would read the field at its own points.
+    A field becomes its mean here, because a solver would take it for the field at its own points.
     """
 
     def evaluate(x: Tensor, level: float) -> Tensor:
@@ -304,7 +304,7 @@ def _relative(predict: DenoiseFunction, center: Tensor) -> DenoiseFunction:
 
 
 def _absolute(callback: Callback | None, center: Tensor) -> Callback | None:
-    """The callback of a run with points relative to the center, shown the points themselves."""
+    """The callback, for a solver whose points are relative to the center."""
     if callback is None:
         return None
 
@@ -360,6 +360,6 @@ def _checked_grid(levels: Sequence[float]) -> list[float]:
     for i, (level, after) in enumerate(pairwise(grid)):
         if not after < level:
             raise ValueError(
-                f"schedule is not decreasing: {after} at place {i + 1} follows {level}."
+                f"schedule is not decreasing: {after} at index {i + 1} follows {level}."
             )
     return grid

@@ -78,22 +78,24 @@ def targets_by_label(
     if isinstance(references, ReferenceSet):
         if references.sharded:
             raise ValueError(
-                f"references is {references!r}, which has no rows of one label in all processes; "
-                "with labels in the condition allowed are references that each process has."
+                f"references is {references!r}, whose rows are shared among processes; allowed "
+                "with labels in the condition are references that each process has in full."
             )
         reference_labels = references.labels if reference_labels is None else reference_labels
     if reference_labels is None or reference_labels.shape != references.shape[:1]:
         given = None if reference_labels is None else tuple(reference_labels.shape)
         raise ValueError(
-            f"reference_labels has shape {given}; with labels in the condition ({len(references)},)"
-            " is needed, so that each point sees the references of its label."
+            f"reference_labels has shape {given}; allowed with labels in the condition is "
+            f"({len(references)},), so that each point sees the references of its label."
         )
     results: tuple[Tensor, ...] | None = None
     for label in labels.unique().tolist():
         rows = labels == label
         seen = references if label < 0 else _rows_with(references, reference_labels == label, x)
         if len(seen) == 0:
-            raise ValueError(f"reference_labels holds no {label}, which labels does.")
+            raise ValueError(
+                f"labels holds {label}; allowed are those in reference_labels, or below 0 for none."
+            )
         found = target(x[rows], level[rows], seen)
         if results is None:
             results = tuple(each.new_empty(len(x), *each.shape[1:]) for each in found)

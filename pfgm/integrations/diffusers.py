@@ -8,7 +8,7 @@
         x = scheduler.step(output, t, x).prev_sample
 
 This loop takes the same steps as ``flow.sample(from_module(unet, flow), 16, ...)``. One thing
-differs for a PoissonFlow with a spread: ``flow.sample`` evaluates the network no farther out than
+differs for a PoissonFlow with a spread: ``flow.sample`` evaluates the network at norms of at most
 upper_norm, while here the network sees the points as they are.
 
 :func:`pfgm.networks.from_module` makes networks of this library from those of diffusers. The
@@ -82,7 +82,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _flow_type: ClassVar[type[PoissonFlow] | type[PoissonFlowPP]]
     _predictions: ClassVar[tuple[str, ...]]
     _flow: PoissonFlow | PoissonFlowPP
-    _reader: Wrapped
+    _wrapped: Wrapped
     _step_index: int | None
     _begin_index: int | None
     _earlier: tuple[Tensor, float] | None
@@ -113,8 +113,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             prediction_type=prediction_type,
         )
         self._encoding = level_encoding(level, self._flow)
-        # It is never called; it makes the input of a network and interprets its output.
-        self._reader = from_module(nn.Identity(), self._flow, predicts=prediction_type, level=level)
+        # This module is never called. It scales the input of a network and interprets its output.
+        self._wrapped = from_module(
+            nn.Identity(), self._flow, predicts=prediction_type, level=level
+        )
         self.set_timesteps()
 
     @classmethod
@@ -207,7 +209,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """The input of the network for points (B, *S) at a timestep, a number or (B,)."""
-        return self._reader.inputs(sample, self._level(sample, timestep))[0]
+        return self._wrapped.inputs(sample, self._level(sample, timestep))[0]
 
     def step(
         self,
@@ -252,7 +254,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The posterior mean (B, *S) that the output at these points implies."""
 
         def network(x: Tensor, z: Tensor) -> Any:
-            return self._reader.interpret(x, z, output)
+            return self._wrapped.interpret(x, z, output)
 
         if not isinstance(self._flow, PoissonFlow):
             return self._flow.denoise(network, sample, level)
@@ -320,8 +322,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The target of the network's output: a field, or the output that implies a mean.
 
         :class:`PoissonFlowScheduler`: the field of the references, (B, C + 1, *S[1:]), with field_z
-        in the last channel at every pixel. The loss of a network from
-        :func:`pfgm.networks.from_module` counts field_z once a sample, as published.
+        in the last channel at every pixel. ``flow.loss`` of a network from
+        :func:`pfgm.networks.from_module` counts field_z once for each sample, as published.
 
         :class:`PoissonFlowPPScheduler`: the output (B, *S) that implies the original samples, or
         the posterior mean of the references. With prediction_type "residual" the squared error,
@@ -416,7 +418,7 @@ class PoissonFlowPPScheduler(FlowScheduler):
 
     _flow_type = PoissonFlowPP
     _flow: PoissonFlowPP
-    _reader: WrappedDenoiser
+    _wrapped: WrappedDenoiser
     _predictions = ("residual", "mean", "noise", "score")
 
     def _target(
@@ -429,5 +431,5 @@ class PoissonFlowPPScheduler(FlowScheduler):
             mean = posterior_mean(x, references, sigma=sigma, D=self._flow.D)
         # The mean is linear in the points and in the output.
         zeros = torch.zeros_like(x)
-        from_points = self._reader.interpret(x, sigma, zeros)
-        return (mean - from_points) / self._reader.interpret(zeros, sigma, torch.ones_like(x))
+        from_points = self._wrapped.interpret(x, sigma, zeros)
+        return (mean - from_points) / self._wrapped.interpret(zeros, sigma, torch.ones_like(x))

@@ -31,9 +31,10 @@ from ..references import References
 
 __all__ = ["PoissonFlowMatcher", "as_denoiser"]
 
-# Smallest divisor t of x_t: x_t/t does not overflow, and the mean is that of all references.
+# Smallest t that x_t is divided by. So x_t/t does not overflow, and at smaller t the mean is the
+# average of all references anyway.
 _MIN_T = 1e-9
-# Smallest 1 − t that is divided by: at t = 1 the velocity is infinite except at the references.
+# Smallest 1 − t to divide by. At t = 1 the velocity is infinite except at the references.
 _MIN_REMAINING = 1e-3
 
 
@@ -43,7 +44,7 @@ class PoissonFlowMatcher:
     With D = ∞ and no references its results are those of torchcfm's matcher with sigma = 0.
 
     At a small D the noise has heavy tails, and so have x_t and the target. For D ≤ 2 the noise has
-    no variance, so the unweighted squared error of flow matching has no mean. With D of about the
+    no variance, so the unweighted squared error of flow matching has no mean. If D is about the
     number of values in a sample, or more, training behaves as for diffusion.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..common.checks import checks_values
 
-_FLOOR = 1e-3  # logarithms level off here: below z_min of the flow levels need not differ
+_FLOOR = 1e-3  # logarithms level off here, as levels below z_min need not be told apart
 _SINES = 8
 _PERIODS = (2.0, 32.0)  # shortest and longest period of the sines, in units of the logarithm
 

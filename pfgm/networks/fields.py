@@ -57,8 +57,8 @@ class FieldNetwork(nn.Module):
     field. So field_x and field_z are always consistent, field_z is never positive, and far from the
     data the direction is right before any training.
 
-    The backbone sees x scaled to order one. It returns a gate, how much of each value of x to drop,
-    and an output, which is added. Both fade out as z → 0, where the mean is x itself. This is EDM's
+    The backbone sees x scaled to order one. It returns an output, which is added to x, and a gate,
+    the share of x to drop. Both fade out as z → 0, where the mean is x itself. This is EDM's
     preconditioning (arXiv 2206.00364), adapted to heavy-tailed noise.
 
     Subclasses implement `backbone` and set `config`: keyword arguments that rebuild the network and

@@ -1,4 +1,4 @@
-"""How a network of another library is given the noise level."""
+"""Encodings of the noise level for networks of other libraries."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class WrappedModule(nn.Module):
-    """The wrapped network: called with its own names of the conditions, its result one tensor."""
+    """Calls the wrapped network with its own names of the conditions; returns one tensor."""
 
     def __init__(
         self, net: nn.Module, names: Mapping[str, str] | None, no_label: int | None
@@ -115,7 +115,7 @@ class WrappedDenoiser(Preconditioned):
         self, backbone: WrappedModule, encode: LevelFunction, predicts: str, sigma_data: float
     ) -> None:
         super().__init__(backbone, sigma_data)
-        # Checkpoints hold the name "told" where the function is a module with parameters.
+        # The name "told" is in checkpoints if the function is a module with parameters.
         self.told, self._predicts = encode, predicts
 
     def inputs(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,13 +138,14 @@ class WrappedDenoiser(Preconditioned):
 class WrappedMeanField(FieldNetwork):
     """A wrapped network of the posterior mean as a network net(x, z, **condition) of PFGM.
 
-    At D = 1 the noise is heavy-tailed: x may hold much more noise than z suggests, and then its
-    norm shows it. The network takes a single level, so it is given the apparent level
+    At D = 1 the noise is heavy-tailed: x may hold much more noise than z suggests, as its norm then
+    shows. The network takes a single level, so its input is the apparent level
 
         ν² = z² + max(0, ‖x‖²/N − (2 data_std)²)
 
-    Its input and the weight of x in the mean are those of EDM at ν. The weight of its output is
-    that of :class:`pfgm.networks.FieldNetwork`, which allows for noise well above ν.
+    The scaling of x and the weight of x in the mean are those of EDM at ν. The weight of the
+    network's output is that of :class:`pfgm.networks.FieldNetwork`, which allows for noise well
+    above ν.
     """
 
     def __init__(
@@ -263,9 +264,10 @@ def from_module(
             timesteps from 0 to 1000, as in diffusers. "log": ln(σ)/4, as in EDM. "sigma": the level
             itself. Or a function of levels (B,).
         data_std: root mean square of the data's values. "residual" uses it, and with PoissonFlow
-            the apparent level. None takes sigma_data of a PoissonFlowPP. Of a PoissonFlow it takes
-            the spread (for "residual" x is centred), or, without a spread, the norm of the data
-            that M was chosen for (PFGM, arXiv 2209.11178, appendix B.1.1).
+            the apparent level. None takes sigma_data of a PoissonFlowPP. For a PoissonFlow with a
+            spread it takes the spread, around 0 unless predicts is "residual". For a PoissonFlow
+            without one it takes the norm of data for which the published rule gives this M (PFGM,
+            arXiv 2209.11178, appendix B.1.1).
         conditions: the network's own names of conditions, such as {"labels": "class_labels"} for
             diffusers; other conditions keep their names.
         no_label: the network's label for "no label". It replaces labels below 0, and is given

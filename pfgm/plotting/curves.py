@@ -24,7 +24,7 @@ from .figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, made for the colour-blind, without yellow, which is faint on white.
+# Okabe and Ito's colours for the colour-blind, without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vPX"
 _WIDTH, _HEIGHT = 380, 260  # of the area between the axes, in pixels
@@ -91,7 +91,7 @@ def quality_curve(
     ):
         axes.plot(x, y, label=name, color=colour, marker=marker, markersize=5, linewidth=1.6)
         if spread:
-            # A band that a logarithmic axis cannot show ends at its lower edge.
+            # On a logarithmic axis a band that reaches 0 goes down to the edge of the axes.
             low = [
                 q - s if q > s or not log_y else q * 1e-3 for q, s in zip(y, spread, strict=True)
             ]
@@ -140,9 +140,9 @@ def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
-    small = {"fontsize": _LABEL * 72 / DPI, "color": INK}
-    axes.set_xlabel(xlabel, **small)
-    axes.set_ylabel(ylabel, **small)
+    letters = {"fontsize": _LABEL * 72 / DPI, "color": INK}
+    axes.set_xlabel(xlabel, **letters)
+    axes.set_ylabel(ylabel, **letters)
     axes.set_xticks(shown := _spaced_ticks(ticks), [f"{tick:g}" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     if axes.get_yscale() == "log":
@@ -181,9 +181,9 @@ def _name_lines(axes: Any) -> None:
     for lower, upper in pairwise(order):
         heights[upper] = max(heights[upper], heights[lower] + gap)
     limit = 1.0
-    for place in reversed(order):
-        heights[place] = min(heights[place], limit)
-        limit = heights[place] - gap
+    for index in reversed(order):
+        heights[index] = min(heights[index], limit)
+        limit = heights[index] - gap
     for line, height in zip(axes.lines, heights, strict=True):
         label = {**style(_LABEL), "color": line.get_color(), "ha": "left", "va": "center"}
         axes.text(1.02, height, line.get_label(), transform=axes.transAxes, **label)

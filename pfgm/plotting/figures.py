@@ -39,10 +39,10 @@ def new_figure(width: int, height: int) -> Figure:
 def add_axes(
     figure: Figure, left: float, bottom: float, width: float, height: float, **options: Any
 ) -> Any:
-    """Axes at a place given in pixels from the lower left corner."""
+    """Axes at a position in pixels from the lower left corner."""
     full_width, full_height = figure.get_size_inches() * DPI
-    place = (left / full_width, bottom / full_height, width / full_width, height / full_height)
-    return figure.add_axes(place, **options)
+    bounds = (left / full_width, bottom / full_height, width / full_width, height / full_height)
+    return figure.add_axes(bounds, **options)
 
 
 def add_title(figure: Figure, title: str | None) -> None:
@@ -53,12 +53,12 @@ def add_title(figure: Figure, title: str | None) -> None:
 
 
 def style(size: float) -> dict[str, Any]:
-    """Options of a text with letters of this height in pixels."""
+    """Options of a text; size is the height of its letters in pixels."""
     return {"fontsize": size * 72 / DPI, "color": INK, "ha": "center"}
 
 
 def text_width(text: str, size: float) -> int:
-    """An estimate of the width of a line of text; to measure it takes a renderer."""
+    """An estimate of the width of a line of text. Measuring it would need a renderer."""
     return math.ceil(0.62 * size * len(text))
 
 
@@ -97,7 +97,7 @@ def square_panels(
 def add_colour_bar(
     figure: Figure, shades: Any, name: str, size: int, ticks: Iterable[float]
 ) -> None:
-    """Draws a colour bar right of the panels; size is the height of the panels in pixels."""
+    """Draws a colour bar right of the panels; size is their height in pixels."""
     right = figure.axes[-1].get_position().x1 * figure.get_size_inches()[0] * DPI
     axes = add_axes(figure, right + _GAP, MARGIN, _BAR, size)
     shown = list(ticks)

@@ -1,4 +1,4 @@
-"""The paths of 2-D samples: from above, and in space."""
+"""The paths of 2-D samples, seen from above and in space."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def flow_lines(
     if z_top is not None and not flow.z_min < z_top <= flow.z_max:
         raise ValueError(f"z_top is {z_top}; allowed is from {flow.z_min} to {flow.z_max}.")
     known = None if data is None else checked_points("data", data)
-    heights, lines = _sampled_lines(flow, net, n, solver, steps, generator)
+    heights, lines = _sample_lines(flow, net, n, solver, steps, generator)
     if z_top is not None:
         heights, lines = _cut_at(z_top, heights, lines)
     above = TITLE + MARGIN if title else 0
@@ -199,7 +199,7 @@ def _checked_paths(paths: Tensor) -> Tensor:
     return checked_finite("paths", paths)
 
 
-def _sampled_lines(
+def _sample_lines(
     flow: PoissonFlow,
     net: Network,
     n: int,
@@ -207,7 +207,7 @@ def _sampled_lines(
     steps: int,
     generator: torch.Generator | None,
 ) -> tuple[list[float], Tensor]:
-    """The heights of a run's points, and the points (steps, n, 2), the samples last."""
+    """The levels of a run, and its points (steps, n, 2), with the samples last."""
     seen: list[tuple[float, Tensor]] = []
     samples = flow.sample(
         net,

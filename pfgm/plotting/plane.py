@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANEL = 240  # pixels
-_DISTANCES_AT_ONCE = 2**22  # in memory
-_DEPTH = 6  # nats below the highest density that the shades span
+_MAX_DISTANCES = 2**22  # in memory at once
+_DEPTH = 6  # the shades span this many nats below the highest density
 
 
 def field_lines(
@@ -187,13 +187,13 @@ def _log_potential(x: Tensor, data: Tensor, sigma: float, D: float) -> Tensor:
             return (-squared / (2 * sigma**2)).logsumexp(1)
         return (-D / 2 * (squared + D * sigma**2).log()).logsumexp(1)
 
-    parts = x.split(max(1, _DISTANCES_AT_ONCE // len(data)))
+    parts = x.split(max(1, _MAX_DISTANCES // len(data)))
     exact = "donot_use_mm_for_euclid_dist"
     return torch.cat([logarithm(torch.cdist(p, data, compute_mode=exact).square()) for p in parts])
 
 
 def _contour_values(values: Tensor, count: int) -> list[float]:
-    """count values evenly between the extremes, without the extremes."""
+    """count evenly spaced values between the extremes, without the extremes."""
     inner: list[float] = torch.linspace(*values.aminmax(), count + 2).tolist()[1:-1]
     return inner
 

@@ -1,4 +1,4 @@
-"""Points in the plane: checks, the window around them, and the size of their marks."""
+"""Points in the plane: their checks, the window around them, and the size of their marks."""
 
 from __future__ import annotations
 

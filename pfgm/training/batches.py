@@ -1,4 +1,4 @@
-"""The batch of a training step, a function of the seed, the step and the process alone."""
+"""The batch of a training step, which depends on seed, step and process alone."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Batches:
         data: samples (n, *S). Of a sharded set, each process takes its own rows.
         labels: labels (n,) of the data, or None.
         size: number of samples in the batch of this process.
-        references: number of references; all data where there are no more, or where the set is
-            sharded; 0 means none.
+        references: number of references, at most all data; a sharded set always gives all of its
+            data; 0 means none.
         seed: seed of the order.
         device: device of the batches.
         dtype: dtype of the samples, unless they are uint8.
-        place: rank of this process, and the number of processes.
+        rank_and_size: rank of this process, and the number of processes.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Batches:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        place: tuple[int, int] = (0, 1),
+        rank_and_size: tuple[int, int] = (0, 1),
     ) -> None:
         self._data, self._labels = data, labels
         self._size, self._references = size, references
@@ -59,7 +59,7 @@ class Batches:
         self._sharded = isinstance(data, ReferenceSet) and data.sharded
         # With a sharded set each process orders its own rows; otherwise all share one order.
         self._own_rows = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
-        self._rank, self._processes = (0, 1) if self._sharded else place
+        self._rank, self._processes = (0, 1) if self._sharded else rank_and_size
         self._epoch: tuple[int, Tensor] | None = None
 
     def at(self, step: int) -> Batch:

@@ -5,8 +5,8 @@ The folder of a run holds ``step-XXXXXXXX.safetensors`` (the averaged weights),
 complete pair and is written last. Nothing in them is ever executed.
 
 Each file is verified when it is read. A weights file holds its own checksum and that of the
-training state that belongs to it. The three entries of ``latest.json`` confirm each other. Files
-from before there were checksums load with a warning.
+training state that belongs to it. The three entries of ``latest.json`` confirm each other. Older
+files, without checksums, load with a warning.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def save(
         network: a network. One that is not from :mod:`pfgm.networks` must be given to :func:`load`.
         step: training steps of the network.
         distilled: whether it is a few-step model (:mod:`pfgm.distillation`); ``pfgm sample`` allows
-            the solver consistency for these alone. None leaves that open.
+            the solver consistency for these alone. None does not say.
 
     Raises:
         OSError: the file cannot be written; an existing one is left as it was.
@@ -105,7 +105,7 @@ def load(
             network. Where an older checkpoint of the run is intact, the message names it.
 
     Warns:
-        UserWarning: the file is from before there were checksums, so damage may go unnoticed.
+        UserWarning: the file is old and has no checksum, so damage may go unnoticed.
 
     >>> import pfgm, tempfile
     >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
@@ -128,7 +128,7 @@ def load(
 
 
 def check_solver(path: StrPath, solver: str) -> str | None:
-    """A notice where the file does not say whether a solver suits its network.
+    """Checks a solver; returns a notice if the file does not say whether it suits the network.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load`, or the solver is consistency and the network
@@ -140,13 +140,13 @@ def check_solver(path: StrPath, solver: str) -> str | None:
     distilled = description.get("distilled")
     if distilled is False:
         raise ValueError(
-            f"solver is 'consistency', but the network in {path} is no few-step model (pfgm train "
-            "--teacher makes one); allowed are the other solvers."
+            f"solver is 'consistency', but the network in {path} is not a few-step model (pfgm "
+            "train --teacher makes one); allowed are the other solvers."
         )
     if distilled is None:
         return (
-            f"{path} does not say whether its network is a few-step model; of any other the solver "
-            "consistency gives averages of data."
+            f"{path} does not say whether its network is a few-step model; from other networks the "
+            "solver consistency gives averages of data."
         )
     return None
 
@@ -184,9 +184,8 @@ def save_run(
         state: the training state.
         step: of the checkpoint.
         distilled: as for :func:`save`.
-        after: step of the checkpoint that the run wrote last or was resumed from. Checkpoints of
-            other steps above it belong to a continuation that was given up, and are removed. None
-            keeps all up to `step`.
+        after: step of the checkpoint that the run wrote last or was resumed from. Other checkpoints
+            above it belong to an abandoned continuation and are removed. None is `step`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = _names_at(step)
@@ -320,14 +319,14 @@ def _older_weights(path: Path) -> list[Path]:
 
 def _check_weights(path: Path) -> str:
     read_weights(path)
-    return f"The checkpoint {path} is whole: give that file in its place."
+    return f"The checkpoint {path} is intact: load that file instead."
 
 
 def _check_checkpoint(path: Path) -> str:
     step = _step_of(path)
     _read_checkpoint(path.parent, _names_at(step))
     return (
-        f"The checkpoint of step {step} is whole: continue from it with --resume-from "
+        f"The checkpoint of step {step} is intact: continue from it with --resume-from "
         f"{step}, or resume(step={step})."
     )
 

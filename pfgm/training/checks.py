@@ -22,7 +22,7 @@ _MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "comp
 
 
 def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss: bool) -> None:
-    """Raises ValueError unless a flow, or a loss given in place of its own, can train on data."""
+    """Raises ValueError unless the flow, or another loss, can train on the data."""
     single_sample = config.references == 0 and not other_loss
     if single_sample and not isinstance(flow, PoissonFlowPP):
         raise ValueError(
@@ -40,13 +40,13 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
 
 
 def check_labels(labels: Tensor | None, data: References) -> None:
-    """Raises ValueError unless labels, where there are any, fit the data."""
+    """Raises ValueError unless labels are None or fit the data."""
     if labels is None:
         return
     if isinstance(data, ReferenceSet) and data.sharded:
         raise ValueError(
-            f"labels are given, but data is {data!r}: the references of one label lie in "
-            "several processes; allowed are data that each process has."
+            f"labels are given, but data is {data!r}, whose rows are shared among processes; "
+            "allowed with labels are data that each process has in full."
         )
     if labels.shape != data.shape[:1] or labels.is_floating_point() or int(labels.min()) < 0:
         raise ValueError(
@@ -74,7 +74,7 @@ def check_same_flow(flow: Flow, saved: Flow, folder: Path) -> None:
 
 
 def check_same_settings(config: TrainConfig, saved: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError unless the run in the folder has the same settings, where they matter."""
+    """Raises ValueError unless the run in the folder has the same settings, except _MAY_DIFFER."""
     for name, value in dataclasses.asdict(config).items():
         if name not in _MAY_DIFFER and saved.get(name) != value:
             raise ValueError(f"{name} is {value!r}; the run in {folder} has {saved.get(name)!r}.")

@@ -1,8 +1,9 @@
 """Checksums of the files of a checkpoint.
 
-They are CRC-32. The checksum of a weights file stands in the header of the file, so it is taken
-with zeros in its own place. CRC-32 detects all changes of one or two bits and all changes within 32
-neighbouring bits, and misses one in 2³² others. It protects against accidents, not against forgery.
+They are CRC-32. The checksum of a weights file is stored in the header of the same file, so it is
+computed with zeros in its place. CRC-32 detects all changes of one or two bits and all changes
+within 32 neighbouring bits, and misses one in 2³² others. It protects against accidents, not
+against forgery.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import BinaryIO
 __all__ = ["BLANK", "checksum_of", "fill_in_checksum", "verify_checksum"]
 
 BLANK = "00000000"
-"""Stands in place of the checksum in a weights file while the checksum is taken."""
+"""Replaces the checksum in a weights file while the checksum is computed."""
 _CHUNK_BYTES = 1 << 20
 
 
 def checksum_of(file: BinaryIO, value: int = 0) -> str:
-    """The CRC-32 of the rest of a file, where `value` is that of what comes before."""
+    """The CRC-32 of the rest of a file; `value` is the CRC-32 of the bytes before."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]
         value = zlib.crc32(buffer[:count], value)

@@ -20,9 +20,9 @@ class TrainConfig:
     batch_size: int = 128
     """Samples in a step, of all processes together."""
     references: int = 4096
-    """Samples whose field is the target; they contain the batch. All data are taken where there are
-    no more than that, or where the data are sharded over processes. 0, for PFGM++ only, means the
-    single-sample target."""
+    """Samples whose field is the target; they contain the batch. All data are taken if there are
+    fewer, or if the data are sharded over processes. 0, for PFGM++ only, means the single-sample
+    target."""
     learning_rate: float = 2e-4
     """Adam's learning rate after the warm-up."""
     beta2: float = 0.999

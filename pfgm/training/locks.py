@@ -25,11 +25,11 @@ from .processes import Processes, ProcessLost
 
 __all__ = ["FolderInUse", "locked", "locked_for_all"]
 
-_NAME = ".pfgm.lock"
+_LOCK_NAME = ".pfgm.lock"
 # Errors of file systems without locks, such as Lustre without its option flock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _TRIES = 10
-_PAUSE = 0.1  # seconds between tries; a run that has just taken the lock signs it in this time
+_PAUSE = 0.1  # seconds between tries, enough for a run to sign the lock that it has just taken
 
 # A forked child shares the lock of its parent until it closes the file. So it closes the file at
 # once, or a worker that outlives the run would keep the lock.
@@ -39,7 +39,7 @@ _owners: dict[str, int] = {}  # folder → thread that holds its lock
 
 
 class FolderInUse(OSError):
-    """Another run is at work in the folder."""
+    """Another run uses the folder."""
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def locked(folder: StrPath) -> Iterator[Path]:
             yield check_folder(path)
         finally:
             _owners.pop(key, None)
-            _release(file, path / _NAME)
+            _release(file, path / _LOCK_NAME)
 
 
 def _take(folder: Path) -> int:
@@ -106,11 +106,11 @@ def _take(folder: Path) -> int:
         with folder_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                file = _open(folder / _NAME)
+                file = _open(folder / _LOCK_NAME)
             except FileNotFoundError:
                 continue  # a run that failed has just removed the folder
             try:
-                if _try_lock(file, folder / _NAME):
+                if _try_lock(file, folder / _LOCK_NAME):
                     return file
                 holder = _holder(file)
             except BaseException:
@@ -120,8 +120,8 @@ def _take(folder: Path) -> int:
         if attempt and holder is not None:
             break
     raise FolderInUse(
-        f"the output folder is {folder}, in which {holder or 'another run'} is at work; allowed is "
-        "a folder in which no other run is."
+        f"the output folder is {folder}, which {holder or 'another run'} uses; allowed is a folder "
+        "that no other run uses."
     )
 
 
@@ -152,7 +152,7 @@ def _try_lock(file: int, path: Path) -> bool:
 
 
 def _holder(file: int) -> str | None:
-    """Who has signed the file; None for nobody, or for a process that has ended."""
+    """The process that has signed the file; None if there is none or it has ended."""
     try:
         name = json.loads(os.pread(file, 1000, 0))
         process, host, since = int(name["process"]), str(name["host"]), str(name["since"])
@@ -196,7 +196,7 @@ def _release(file: int, path: Path) -> None:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is still at the path; the holder before removes it at the end."""
+    """Whether the open file is still at the path; its previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:

@@ -15,9 +15,9 @@ __all__ = ["Log"]
 
 
 class Log:
-    """Figures of a run by step, in ``log.csv``, ``evaluations.csv`` and TensorBoard.
+    """Values of a run by step, in ``log.csv``, ``evaluations.csv`` and TensorBoard.
 
-    Rows of steps after ``step``, left by a run that was killed, are removed.
+    Rows of steps after ``step``, which a killed run has left, are removed.
 
     Args:
         folder: of the run; None writes nothing.
@@ -41,16 +41,16 @@ class Log:
 
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def write(self, step: int, figures: Mapping[str, float], table: str = "log") -> None:
-        """Adds the figures of a step; the first row of a table sets its columns."""
+    def write(self, step: int, values: Mapping[str, float], table: str = "log") -> None:
+        """Adds the values of a step; the first row of a table sets its columns."""
         if table in self._tables:
-            self._tables[table].add({"step": step, **figures})
+            self._tables[table].add({"step": step, **values})
         if self._writer is not None:
-            for name, value in figures.items():
+            for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes the figures that TensorBoard has buffered."""
+        """Writes the values that TensorBoard has buffered."""
         if self._writer is not None:
             self._writer.close()
 

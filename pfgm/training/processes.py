@@ -1,4 +1,4 @@
-"""The processes of a training run (torch.distributed): they may be several or one."""
+"""The processes of a training run (torch.distributed), one or more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["ProcessLost", "Processes", "joined", "reports_process_lost"]
 
-_LEAVING_SECONDS = 0.2
+_LEAVING_SECONDS = 0.2  # pause after the process group is destroyed
 
 
 class ProcessLost(RuntimeError):
@@ -48,7 +48,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[torch.devic
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # Gloo carries what the processes agree on, so that the host need not wait for the GPU.
+    # Flags and averages go through Gloo, so that the host does not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:

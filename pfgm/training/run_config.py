@@ -1,4 +1,4 @@
-"""The configuration of a training run: what to train on what, and how."""
+"""The configuration of a training run: the model, the data and the training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .config import TrainConfig
 __all__ = ["RunConfig", "Settings"]
 
 CONFIG_FILE = "config.json"
-MIN_SAMPLES = 4  # and rows of data: each needs 3 neighbours for precision and recall
+MIN_SAMPLES = 4  # also of data rows: precision and recall need 3 neighbours of each
 _MAX_SAMPLES = 10_000_000
 
 Method = Literal["pfgm", "pfgm++", "edm"]
@@ -25,7 +25,7 @@ Place = Literal["source", "memory", "device"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to train on what."""
+    """What to train, and on which data."""
 
     data: str = "digits"
     """digits, fashion-mnist, cifar10, folder:PATH of images, or the path of a .npy, .npz or
@@ -58,8 +58,8 @@ class Settings:
     """Number of samples of an evaluation."""
     teacher: str | None = None
     """A .safetensors file or the folder of a run to distill into a few-step model. Its flow and
-    network are used, and other settings of them are ignored. A third of its training steps may do;
-    each takes about four times as long."""
+    network are used, and other settings of them are ignored. About a third of the teacher's
+    training steps suffice; each takes about four times as long."""
     levels: int = 10
     """Noise levels at which the few-step model is made consistent."""
 
@@ -82,7 +82,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Settings):
-    """What to train on what, and how. A recipe is a JSON file of one."""
+    """What to train, on which data, and how. A recipe is a RunConfig as a JSON file."""
 
     training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """How to train."""

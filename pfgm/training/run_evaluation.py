@@ -1,4 +1,4 @@
-"""The evaluations during a training run: samples, their figures and a picture."""
+"""The evaluations during a training run: samples, their metrics and a picture."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Evaluation:
         self._flow, self._folder, self._device = flow, folder, device
         self._count, self._seed = config.samples, config.training.seed
         self._classes = data.classes if config.labels else 0
-        self._solving: dict[str, Any] = {}
+        self._solver_options: dict[str, Any] = {}
         if config.teacher is not None:
-            self._solving = {"solver": "consistency", "steps": 1}
+            self._solver_options = {"solver": "consistency", "steps": 1}
         against = data.held_out or data.train
         rows = torch.arange(len(against))
         if len(rows) < MIN_SAMPLES:
@@ -68,6 +68,6 @@ class Evaluation:
             batch_size=_SAMPLE_BATCH,
             device=self._device,
             labels=numbers // _PICTURE_ROW % self._classes if self._classes else None,
-            **self._solving,
+            **self._solver_options,
         )
         return samples

@@ -109,7 +109,7 @@ def _run(
     data = open_data(config.data, progress=progress and processes.leads)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
-    rows = _held(data.train, config, device)
+    rows = _place_rows(data.train, config, device)
     training, loss = config.training, None
     if config.teacher is None:
         flow = build_flow(config, rows)
@@ -147,7 +147,8 @@ def _run(
     return averaged
 
 
-def _held(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:
+def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:
+    """The rows with mirror images, sharded and held as the configuration says."""
     if config.flips:
         rows = rows.flipped()
     if config.shared:

@@ -43,7 +43,7 @@ class Trainer:
     All randomness is a function of the seed and the step, so a resumed run continues as if it had
     not stopped (on the CPU to the bit). SIGINT, SIGTERM and SIGHUP end the run after the current
     step and write a checkpoint; a signal that is ignored, as SIGHUP is under nohup, stays ignored.
-    The run goes on where its progress bar can no longer be shown. While it trains, a lock keeps
+    A progress bar that can no longer be shown does not stop the run. During training a lock keeps
     other runs out of the folder.
 
     Where torch.distributed is initialised (as by :func:`pfgm.training.processes.joined` under
@@ -62,13 +62,13 @@ class Trainer:
             installed); None writes nothing.
         progress: whether to show a progress bar.
         evaluate: called by the first process with the step and the averaged network, every
-            ``evaluate_every`` steps and at the end. The figures it returns go to
+            ``evaluate_every`` steps and at the end. The metrics that it returns go to
             ``evaluations.csv`` and TensorBoard. It must not use torch's global generator.
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
             target of a point is the field of the references with its label.
         loss: replaces the loss of the flow and takes the same arguments, such as
             :meth:`pfgm.distillation.Consistency.loss`.
-        distilled: whether that loss makes a few-step model; checkpoints record it.
+        distilled: whether this loss makes a few-step model; checkpoints record it.
 
     Raises:
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
@@ -125,14 +125,16 @@ class Trainer:
             seed=config.seed,
             device=self._device,
             dtype=parameter.dtype,
-            place=(processes.rank, processes.size),
+            rank_and_size=(processes.rank, processes.size),
         )
         self._parallel = processes.data_parallel(network)
         self._wrapped = torch.compile(self._parallel) if config.compile else self._parallel
         self._optimizer = torch.optim.Adam(
             network.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2)
         )
-        self._averaged = AveragedModel(network, multi_avg_fn=_average(config.ema), use_buffers=True)
+        self._averaged = AveragedModel(
+            network, multi_avg_fn=_moving_average(config.ema), use_buffers=True
+        )
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
 
@@ -194,15 +196,15 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 due = self.step % config.checkpoint_every == 0
-                # Read once a step: a signal after this line ends the run after the next step.
+                # Read once a step. A signal after this line ends the run after the next step.
                 stopped = processes.any(bool(received))
                 last = self.step >= config.steps or stopped
                 if due or last or self.step % config.log_every == 0:
                     loss = self._check_loss(processes.mean(float(total) / (self.step - since)))
                     bar.set_postfix(loss=f"{loss:.4g}")
-                    figures = {"loss": loss, "lr": config.learning_rate_at(self.step - 1)}
+                    values = {"loss": loss, "lr": config.learning_rate_at(self.step - 1)}
                     with self._save_on_error():
-                        log.write(self.step, figures | {"seconds": time.perf_counter() - started})
+                        log.write(self.step, values | {"seconds": time.perf_counter() - started})
                     total, since = torch.zeros_like(total), self.step
                 if due or last:
                     self.save()
@@ -273,7 +275,7 @@ class Trainer:
                 or from a run with another flow, network, settings or number of rows.
 
         Warns:
-            UserWarning: the checkpoint is from before there were checksums.
+            UserWarning: the checkpoint is old and has no checksums.
         """
         if self.folder is None:
             raise ValueError("folder is None; resuming needs the folder of a run.")
@@ -366,7 +368,7 @@ class Trainer:
     def _check_loss(self, loss: float) -> float:
         if math.isfinite(loss):
             return loss
-        # Every loss may be finite and only their sum overflow; then the last step is named.
+        # If every loss is finite and only their sum overflows, the last step is named.
         step = int(self._processes.least(int(self._diverged_step) or self.step))
         raise Diverged(
             f"the loss is not finite at step {step} (the noise of that step has the seed "
@@ -390,7 +392,9 @@ def _read_latest(folder: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+def _moving_average(
+    decay: float,
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """A moving average with warm-up: the decay at step t is min(decay, (1 + t)/(10 + t))."""
 
     @torch.no_grad()
@@ -407,4 +411,5 @@ def _average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tens
 
 
 def _rng_type(device: torch.device) -> str:
+    """The device type for fork_rng, which always forks the generator of the CPU too."""
     return "cuda" if device.type == "cpu" else device.type

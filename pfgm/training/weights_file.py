@@ -45,7 +45,7 @@ def write_weights(
         "kind": type(flow).__name__,
         "flow": flow.config,
         "network": _describe_network(network),
-        # Tells a file that has lost its checksum from a file of before there were checksums.
+        # Distinguishes a file that has lost its checksum from an older one that had none.
         "checksum": "crc32",
         **facts,
     }
@@ -94,14 +94,13 @@ def warn_without_checksum(path: Path, description: Mapping[str, Any]) -> None:
     """Warns the caller of the caller where a weights file has no checksum."""
     if "checksum" not in description:
         warnings.warn(
-            f"{path} has no checksum, as it is from before there were any: damage to it would go "
-            "unnoticed.",
+            f"{path} has no checksum, as an older version wrote it: damage would go unnoticed.",
             stacklevel=3,
         )
 
 
 def flow_in(description: Mapping[str, Any]) -> Flow:
-    """The flow of a description. Files from before there were two kinds have no kind.
+    """The flow of a description. Older files, from before PoissonFlowPP, name no kind.
 
     Raises:
         ValueError, TypeError: there is no such flow.
@@ -124,8 +123,8 @@ def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
             "it holds the weights of a network that is not one of pfgm.networks; give the network "
             "to load them into."
         )
-    # Built on "meta" and with a limit first: a config that does not fit the tensors allocates
-    # nothing and is refused soon.
+    # Built on "meta" and with a limit first. So a config that does not fit the tensors is refused
+    # early and allocates nothing.
     with torch.device("meta"), _limit_parameters(len(tensors)):
         expected = build(described["name"], described["config"]).state_dict()
     if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:

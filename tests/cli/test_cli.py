@@ -263,9 +263,9 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
         assert "continue from it with --resume-from 8" in fails(capsys, *train, "--resume")
     sample = ["sample", "--checkpoint", tmp_path / "run", "--out", tmp_path / "x.npy"]
     older = weights.with_name("step-00000008.safetensors")
-    assert f"The checkpoint {older} is whole" in fails(capsys, *sample, "--steps", 2)
+    assert f"The checkpoint {older} is intact" in fails(capsys, *sample, "--steps", 2)
     consistency = [*sample, "--solver", "consistency"]
-    assert f"The checkpoint {older} is whole" in fails(capsys, *consistency)
+    assert f"The checkpoint {older} is intact" in fails(capsys, *consistency)
     log = (tmp_path / "run" / "log.csv").read_bytes()
     train[train.index("--steps") + 1] = "8"
     assert "steps is 8, but the checkpoint" in fails(capsys, *train, "--resume-from", "8")
@@ -512,9 +512,9 @@ def test_consistency_needs_a_few_step_model(run, tmp_path, capsys):
     options = ["--solver", "consistency", "--steps", "1", "--out", str(tmp_path / "x.npy")]
     sample = ["sample", "--n", "4", *options, "--checkpoint"]
     for path in (run, run / "step-00000012.safetensors"):
-        assert "is no few-step model" in fails(capsys, *sample, path)
+        assert "is not a few-step model" in fails(capsys, *sample, path)
     evaluate = ["evaluate", "--n", 8, "--solver", "consistency", "--out", tmp_path / "figures"]
-    assert "is no few-step model" in fails(capsys, *evaluate, "--checkpoint", run)
+    assert "is not a few-step model" in fails(capsys, *evaluate, "--checkpoint", run)
     student = tmp_path / "student"
     train = ["train", "--data", "digits", "--teacher", str(run), "--out", str(student), *TRAIN]
     assert cli.main(train) == 0

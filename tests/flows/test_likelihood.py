@@ -388,12 +388,12 @@ def test_bad_networks(solver):
     for net, message in [
         (lambda x, sigma: x / (sigma < 1)[:, None], "the network returned NaN or infinity at"),
         (lambda x, sigma: (x - 1).abs().sqrt(), "the divergence of the network is NaN or infinity"),
-        (lambda x, sigma: x.detach(), "does not depend on x as autograd sees it"),
-        (lambda x, sigma: torch.zeros_like(x).requires_grad_(), "does not depend on x"),
+        (lambda x, sigma: x.detach(), "has no gradient in x"),
+        (lambda x, sigma: torch.zeros_like(x).requires_grad_(), "has no gradient in x"),
         (lambda x, sigma: x[:, :2], "net returned"),
     ]:
         with pytest.raises(ValueError, match=message):
             flow.log_likelihood(net, x, solver=solver, steps=4)
     fields = PoissonFlow((3,), data_norm=1.0)
-    with pytest.raises(ValueError, match="does not depend on x as autograd sees it"):
+    with pytest.raises(ValueError, match="has no gradient in x"):
         fields.log_likelihood(lambda x, z: (x.detach(), -z), x, solver=solver, steps=4)

@@ -194,7 +194,7 @@ def test_labels_restrict_the_references(data):
     torch.testing.assert_close(loss, expected)
     with pytest.raises(ValueError, match="reference_labels has shape None"):
         flow.loss(net, data, data, condition=condition)
-    with pytest.raises(ValueError, match="reference_labels holds no 2"):
+    with pytest.raises(ValueError, match="labels holds 2; allowed are those in reference_labels"):
         flow.loss(net, data, data, condition=condition, reference_labels=every % 2)
 
 
@@ -301,10 +301,13 @@ def test_guidance_extrapolates_the_means(generator):
         ({"solver": "rk4"}, "solver is 'rk4'; allowed are euler, heun, multistep, rk45"),
         ({"schedule": "cosine"}, "schedule is 'cosine'; allowed are log, rho"),
         ({"schedule": [1.0]}, "two or more finite levels"),
-        ({"schedule": [3.0, 4.0, 1.0]}, "not decreasing: 4.0 at place 1 follows 3.0"),
+        ({"schedule": [3.0, 4.0, 1.0]}, "not decreasing: 4.0 at index 1 follows 3.0"),
         ({"steps": 0}, "steps is 0"),
         ({"condition": {"colour": 1}}, "condition has 'colour'; the conditions of this network"),
-        ({"condition": {"labels": torch.zeros(3).long()}}, "its first size must be that of x, 2"),
+        (
+            {"condition": {"labels": torch.zeros(3).long()}},
+            "allowed is a first dimension of 2, as x has",
+        ),
         ({"guidance": math.nan}, "guidance is nan"),
     ],
 )

@@ -287,7 +287,7 @@ def test_every_flipped_bit_is_noticed(run, name):
                 load(run)
             assert str(run / name) in str(caught.value)
             assert re.search(
-                r"step (5|10) is whole|step-000000(05|10)\.\w+ is whole", str(caught.value)
+                r"step (5|10) is intact|step-000000(05|10)\.\w+ is intact", str(caught.value)
             )
 
 
@@ -298,7 +298,7 @@ def test_cut_empty_and_lengthened_files(run, name):
     changed = [content[: draw.randrange(len(content))] for _ in range(10)]
     for damaged in (b"", content + b"x", content + bytes(64), bytes(len(content)), *changed):
         (run / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"checkpoint of step (5|10) is whole") as caught:
+        with pytest.raises(ValueError, match=r"checkpoint of step (5|10) is intact") as caught:
             load_run(run)
         assert str(run / name) in str(caught.value)
 
@@ -332,12 +332,14 @@ def test_the_error_names_an_intact_older_checkpoint(run, flow, network):
     damage(run / "step-00000010.safetensors")
     older = run / "step-00000005.safetensors"
     for path in (run, run / "step-00000010.safetensors"):
-        with pytest.raises(ValueError, match=f"is damaged.*checkpoint {older} is whole: give that"):
+        with pytest.raises(
+            ValueError, match=f"is damaged.*checkpoint {older} is intact: load that"
+        ):
             pfgm.load(path)
     assert pfgm.load(older).flow == flow
     assert load_run(run, 5)[2]["step"] == 5
     (run / "step-00000010.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=f"no checkpoint at .*{older} is whole"):
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint at .*{older} is intact"):
         pfgm.load(run)
     damage(run / "step-00000005.state.pt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*10\.safetensors\.$"):
@@ -391,11 +393,11 @@ def test_files_without_checksums_load_with_a_warning(run):
         found, _, state = load_run(run)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert state["step"] == 10
-    with pytest.warns(UserWarning, match="has no checksum, as it is from before"):
+    with pytest.warns(UserWarning, match="has no checksum, as an older version"):
         pfgm.load(run)
     state = run / "step-00000010.state.pt"
     state.write_bytes(b"PK\x03\x04" + state.read_bytes()[4:200])
-    with pytest.raises(ValueError, match=r"is not a complete training state.*step 5 is whole"):
+    with pytest.raises(ValueError, match=r"is not a complete training state.*step 5 is intact"):
         load_run(run)
 
 

@@ -148,7 +148,7 @@ def test_an_unsigned_lock_is_not_taken_for_that_of_a_killed_process(
     path.write_text(f'{{"process": {gone}, "host": "{socket.gethostname()}", "since": "then"}}')
     with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(FolderInUse, match="in which another run is at work"), locked(tmp_path):
+        with pytest.raises(FolderInUse, match="which another run uses"), locked(tmp_path):
             pass
         for content in (b"", b"[1]", b"\xff", b'{"process": "x"}'):
             path.write_bytes(content)

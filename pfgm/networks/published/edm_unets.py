@@ -42,12 +42,12 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def _kernel(line: Sequence[int]) -> Tensor:
-    row = torch.tensor(line, dtype=torch.float32)
+def _kernel(taps: Sequence[int]) -> Tensor:
+    row = torch.tensor(taps, dtype=torch.float32)
     return (torch.outer(row, row) / row.sum().square())[None, None]
 
 
-def _resampled(h: Tensor, kernel: Tensor, way: str, padding: int | None = None) -> Tensor:
+def _resampled(h: Tensor, kernel: Tensor, direction: str, padding: int | None = None) -> Tensor:
     """(B, C, H, W) filtered with a kernel (1, 1, k, k) and resampled by two, "down" or "up".
 
     By default the padding is such that H and W become exactly H/2 and W/2, or 2H and 2W.
@@ -55,7 +55,7 @@ def _resampled(h: Tensor, kernel: Tensor, way: str, padding: int | None = None) 
     channels, size = h.shape[1], kernel.shape[-1]
     padding = (size - 1) // 2 if padding is None else padding
     kernel = kernel.to(h.dtype).expand(channels, 1, size, size)
-    if way == "down":
+    if direction == "down":
         return F.conv2d(h, kernel, stride=2, padding=padding, groups=channels)
     # Upsampling adds three zeros to each pixel; the factor 4 makes up for them.
     return F.conv_transpose2d(h, 4 * kernel, stride=2, padding=padding, groups=channels)
@@ -74,27 +74,27 @@ class EDMConv(nn.Conv2d):
         size: int = 3,
         *,
         gain: float = 1.0,
-        way: str | None = None,
-        line: Sequence[int] = (),
+        direction: str | None = None,
+        taps: Sequence[int] = (),
     ) -> None:
         super().__init__(inputs, outputs, size, padding=size // 2)
-        self.way = way
-        self.register_buffer("resample_filter", None if way is None else _kernel(line))
+        self.direction = direction
+        self.register_buffer("resample_filter", None if direction is None else _kernel(taps))
         _initialised(self, gain)
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H', W')."""
-        if self.way is not None:
-            h = _resampled(h, self.resample_filter, self.way)
+        if self.direction is not None:
+            h = _resampled(h, self.resample_filter, self.direction)
         return super().forward(h)
 
 
 class PyramidConv(EDMConv):
-    """Downsamples the input image, or the result of the step before: convolves, then filters."""
+    """Downsamples the input image or the previous step's result: convolves, then filters."""
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H/2, W/2)."""
-        # The convolution pads for the filter too, which then needs no padding.
+        # The convolution also pads for the filter, which then needs no padding.
         margin = 1 + (self.resample_filter.shape[-1] - 1) // 2
         wide = F.conv2d(h, self.weight, padding=margin)
         return _resampled(wide, self.resample_filter, "down", padding=0) + self.bias[:, None, None]
@@ -110,20 +110,20 @@ class EDMBlock(nn.Module):
         embedding: int,
         *,
         dropout: float,
-        line: Sequence[int],
-        way: str | None = None,
+        taps: Sequence[int],
+        direction: str | None = None,
         attention: bool = False,
     ) -> None:
         super().__init__()
         self.norm0 = _norm(inputs)
-        self.conv0 = EDMConv(inputs, outputs, way=way, line=line)
+        self.conv0 = EDMConv(inputs, outputs, direction=direction, taps=taps)
         self.affine = _initialised(nn.Linear(embedding, outputs))
         self.norm1 = _norm(outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = EDMConv(outputs, outputs, gain=_ZERO_GAIN)
         self.skip: EDMConv | None = None
-        if inputs != outputs or way is not None:
-            self.skip = EDMConv(inputs, outputs, 1, way=way, line=line)
+        if inputs != outputs or direction is not None:
+            self.skip = EDMConv(inputs, outputs, 1, direction=direction, taps=taps)
         self.attention = attention
         if attention:
             self.norm2 = _norm(outputs)
@@ -213,9 +213,9 @@ class SongUNet(nn.Module):
         check_choice("embedding_type", embedding_type, ("positional", "fourier"))
         check_choice("encoder_type", encoder_type, ("standard", "residual"))
         levels = int_tuple("channel_mult", channel_mult, MAX_WIDTH)
-        line = int_tuple("resample_filter", resample_filter)
-        if len(line) % 2:
-            raise ValueError(f"resample_filter is {line}; allowed is an even number of values.")
+        taps = int_tuple("resample_filter", resample_filter)
+        if len(taps) % 2:
+            raise ValueError(f"resample_filter is {taps}; allowed is an even number of values.")
         coarsest = 2 ** (len(levels) - 1)
         if positive_int("resolution", resolution) % coarsest:
             raise ValueError(
@@ -241,7 +241,7 @@ class SongUNet(nn.Module):
                 "dropout": float(dropout),
                 "embedding_type": embedding_type,
                 "encoder_type": encoder_type,
-                "resample_filter": line,
+                "resample_filter": taps,
             }
         )
         self.classes, self.augment_dim = classes, augment_dim
@@ -254,28 +254,28 @@ class SongUNet(nn.Module):
             self.map_augment = _initialised(nn.Linear(augment_dim, self._noise, bias=False))
         self.map_layer0 = _initialised(nn.Linear(self._noise, width))
         self.map_layer1 = _initialised(nn.Linear(width, width))
-        block = functools.partial(EDMBlock, embedding=width, dropout=dropout, line=line)
+        block = functools.partial(EDMBlock, embedding=width, dropout=dropout, taps=taps)
         self.enc, skips = self._encoder(block)
         self.dec = self._decoder(block, skips)
 
     def _encoder(self, block: Any) -> tuple[nn.ModuleDict, list[int]]:
         """The modules of the encoder, and the channels of its skip connections."""
         config, parts, skips = self.config, nn.ModuleDict(), []
-        image, line = config["channels"], config["resample_filter"]
+        image, taps = config["channels"], config["resample_filter"]
         inputs = config["model_channels"]
         for side, multiple in zip(self._sides, config["channel_mult"], strict=True):
             if side == self._sides[0]:
                 parts[_key(side, "conv")] = EDMConv(image, inputs)
             else:
-                parts[_key(side, "down")] = block(inputs, inputs, way="down")
+                parts[_key(side, "down")] = block(inputs, inputs, direction="down")
                 if config["encoder_type"] == "residual":
-                    pyramid = PyramidConv(image, inputs, way="down", line=line)
+                    pyramid = PyramidConv(image, inputs, direction="down", taps=taps)
                     parts[_key(side, "aux_residual")], image = pyramid, inputs
             skips.append(inputs)
             attention = side in config["attn_resolutions"]
-            for place in range(config["num_blocks"]):
+            for index in range(config["num_blocks"]):
                 outputs = multiple * config["model_channels"]
-                parts[_key(side, f"block{place}")] = block(inputs, outputs, attention=attention)
+                parts[_key(side, f"block{index}")] = block(inputs, outputs, attention=attention)
                 inputs = outputs
                 skips.append(inputs)
         return parts, skips
@@ -289,11 +289,11 @@ class SongUNet(nn.Module):
                 parts[_key(side, "in0")] = block(inputs, inputs, attention=True)
                 parts[_key(side, "in1")] = block(inputs, inputs)
             else:
-                parts[_key(side, "up")] = block(inputs, inputs, way="up")
-            for place in range(config["num_blocks"] + 1):
+                parts[_key(side, "up")] = block(inputs, inputs, direction="up")
+            for index in range(config["num_blocks"] + 1):
                 outputs = multiple * config["model_channels"]
-                last = place == config["num_blocks"]
-                parts[_key(side, f"block{place}")] = block(
+                last = index == config["num_blocks"]
+                parts[_key(side, f"block{index}")] = block(
                     inputs + skips.pop(),
                     outputs,
                     attention=last and side in config["attn_resolutions"],
@@ -358,8 +358,8 @@ class SongUNet(nn.Module):
                 if self.config["encoder_type"] == "residual":
                     h = image = (h + self.enc[_key(side, "aux_residual")](image)) * HALF_SUM
             skips.append(h)
-            for place in range(self.config["num_blocks"]):
-                h = self.enc[_key(side, f"block{place}")](h, embedding)
+            for index in range(self.config["num_blocks"]):
+                h = self.enc[_key(side, f"block{index}")](h, embedding)
                 skips.append(h)
         return skips
 
@@ -368,8 +368,8 @@ class SongUNet(nn.Module):
         for side in reversed(self._sides):
             for part in ("in0", "in1") if side == self._sides[-1] else ("up",):
                 h = self.dec[_key(side, part)](h, embedding)
-            for place in range(self.config["num_blocks"] + 1):
-                h = self.dec[_key(side, f"block{place}")](torch.cat([h, skips.pop()], 1), embedding)
+            for index in range(self.config["num_blocks"] + 1):
+                h = self.dec[_key(side, f"block{index}")](torch.cat([h, skips.pop()], 1), embedding)
         norm, last = (self.dec[_key(self._sides[0], part)] for part in ("aux_norm", "aux_conv"))
         result: Tensor = last(F.silu(norm(h)))
         return result
@@ -379,8 +379,8 @@ class EDMDenoiser(nn.Module):
     """A denoiser net(x, sigma, labels=None) as published with EDM and PFGM++, for any D.
 
     It puts EDM's preconditioning (:class:`pfgm.flows.plusplus.Preconditioned`) around a
-    :class:`pfgm.networks.SongUNet`, its attribute ``model``. Its input is σ = r/√D and not D, so
-    sample with the flow of the D that it was trained with.
+    :class:`pfgm.networks.SongUNet`, its attribute ``model``. Its input is σ = r/√D, without D,
+    so sample with a flow of the D that it was trained with.
 
     Args:
         channels: channels of the images.
@@ -439,7 +439,7 @@ class EDMDenoiser(nn.Module):
     ) -> Tensor:
         """The posterior mean (B, C, H, W) at x and sigma (B,), given labels (B,), below 0 for none.
 
-        Where training augments the images, augment (B, augment_dim) describes it.
+        augment (B, augment_dim) describes the augmentation of training images.
         """
         if x.shape[1:] != self.shape or sigma.shape != x.shape[:1]:
             raise ValueError(

@@ -54,7 +54,7 @@ def load_averages(network: Published, ema: Any) -> None:
 
 
 class _Module(NamedTuple):
-    """A module of the network, as its parameters show it."""
+    """A module of the network, inferred from its parameters."""
 
     kind: str
     inputs: int
@@ -82,7 +82,7 @@ def infer_architecture(
     if resolution is None:
         if not attended:
             raise ValueError(
-                "no level has attention, from which the resolution follows; give resolution."
+                "resolution is None, and no level has attention to infer it from; give resolution."
             )
         resolution = _ATTENTION_WIDTH << attended[0]
     config = {

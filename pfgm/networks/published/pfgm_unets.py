@@ -120,18 +120,18 @@ class PublishedBlock(nn.Module):
         embedding: int,
         dropout: float,
         resampling: Resampling,
-        way: str | None = None,
+        direction: str | None = None,
     ) -> None:
         super().__init__()
         # In a list, resampling is not registered as a child and adds no names to checkpoints.
-        self.way, self._resampling = way, [resampling]
+        self.direction, self._resampling = direction, [resampling]
         self.GroupNorm_0 = _norm(inputs)
         self.Conv_0 = _conv(inputs, outputs)
         self.Dense_0 = _initialised(nn.Linear(embedding, outputs))
         self.GroupNorm_1 = _norm(outputs)
         self.Dropout_0 = nn.Dropout(dropout)
         self.Conv_1 = _conv(outputs, outputs, scale=_ZERO_SCALE)
-        if inputs != outputs or way is not None:
+        if inputs != outputs or direction is not None:
             self.Conv_2 = _conv(inputs, outputs, size=1)
         else:
             self.Conv_2 = None
@@ -139,8 +139,8 @@ class PublishedBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, inputs, H, W) and (B, embedding) to (B, outputs, H', W')."""
         h = F.silu(self.GroupNorm_0(x))
-        if self.way is not None:
-            resample = getattr(self._resampling[0], self.way)
+        if self.direction is not None:
+            resample = getattr(self._resampling[0], self.direction)
             h, x = resample(h), resample(x)
         h = self.Conv_0(h) + self.Dense_0(F.silu(embedding))[:, :, None, None]
         h = self.Conv_1(self.Dropout_0(F.silu(self.GroupNorm_1(h))))
@@ -151,7 +151,7 @@ class PublishedBlock(nn.Module):
 
 
 class PyramidStep(nn.Module):
-    """Downsamples the input image, or the result of the step before, to the next level."""
+    """Downsamples the input image, or the previous step's result, to the next level."""
 
     def __init__(self, inputs: int, outputs: int, resampling: Resampling) -> None:
         super().__init__()
@@ -250,8 +250,8 @@ class Published(nn.Module):
     def _modules_in_order(self, channels: int, dropout: float) -> Iterator[nn.Module]:
         nf, embedding = self._nf, 4 * self._nf
 
-        def block(inputs: int, outputs: int, way: str | None = None) -> PublishedBlock:
-            return PublishedBlock(inputs, outputs, embedding, dropout, self.resampling, way)
+        def block(inputs: int, outputs: int, direction: str | None = None) -> PublishedBlock:
+            return PublishedBlock(inputs, outputs, embedding, dropout, self.resampling, direction)
 
         if self._fourier:
             yield FourierFeatures(nf)

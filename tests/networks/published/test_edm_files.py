@@ -178,7 +178,7 @@ def test_architectures(tmp_path, name, options):
 def test_the_full_architecture_is_inferred(name, published_shapes):
     with torch.device("meta"):
         config = KINDS[name](3, 32, augment_dim=9).config
-    kernel = EDMConv(1, 1, way="up", line=config["resample_filter"]).resample_filter
+    kernel = EDMConv(1, 1, direction="up", taps=config["resample_filter"]).resample_filter
     weights = {
         key: kernel if key.endswith("resample_filter") else torch.empty(shape, device="meta")
         for key, shape in published_shapes(f"edm_{name}_cifar10").items()

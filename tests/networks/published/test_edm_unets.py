@@ -98,10 +98,10 @@ def test_resampling_keeps_constants():
     for name in KINDS:
         net = KINDS[name](3, 16, **SMALL)
         for part in net.modules():
-            if isinstance(part, EDMConv) and part.way is not None:
+            if isinstance(part, EDMConv) and part.direction is not None:
                 assert float(part.resample_filter.sum()) == 1
                 assert torch.equal(part.resample_filter, part.resample_filter.mT)
-    kernel = 64 * EDMConv(1, 1, way="up", line=(1, 3, 3, 1)).resample_filter[0, 0]
+    kernel = 64 * EDMConv(1, 1, direction="up", taps=(1, 3, 3, 1)).resample_filter[0, 0]
     assert torch.equal(kernel[0], torch.tensor([1.0, 3, 3, 1]))
 
 

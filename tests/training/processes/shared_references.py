@@ -83,7 +83,7 @@ def check_errors(path, rank):
         part.save("part.npy")
     flow = pfgm.PoissonFlow.from_data(part)
     data = pfgm.data.to_unit(part[part.rows[:4]])
-    with pytest.raises(ValueError, match="no rows of one label in all processes"):
+    with pytest.raises(ValueError, match="whose rows are shared among processes"):
         flow.loss(flow.empirical(data), data, part, condition={"labels": torch.zeros(4).long()})
     with pytest.raises(IndexError, match="this process does not hold"):
         part[0 : len(part)]
