@@ -102,7 +102,7 @@ class Stream {
     if (shape.cluster > 8 &&
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
             cudaSuccess)
-      cudaGetLastError();  // then clusters() finds that none of this size fits
+      cudaGetLastError();  // then resident_clusters() finds that none fits
   }
 
   cudaLaunchConfig_t configuration(const Launch& shape, cudaLaunchAttribute* cluster) const {
