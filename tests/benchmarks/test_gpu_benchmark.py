@@ -404,7 +404,7 @@ class Stage:
         self.out, self._statuses, self.measured = out, statuses, []
         out.mkdir()
         parts = {
-            "found_tool": lambda name, named="": nvcc,
+            "found_tool": lambda name, variable="": nvcc,
             "assemble": lambda folder: folder / "lib",
             "assemble_with_cuda": self._build,
             "run_tests": lambda kind, *rest: self._outcome(f"tests/{kind}"),

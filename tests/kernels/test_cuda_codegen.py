@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.codegen import cuda as codegen_cuda
 
-REASON = codegen_cuda.reason_against()
+REASON = codegen_cuda.why_unchecked()
 shipped = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ARCHITECTURES = codegen_cuda.architectures() or ["without CUDA"]
 STEMS = sorted(codegen_cuda.declared())
@@ -78,11 +78,11 @@ def test_architectures(monkeypatch, built, expected):
 
 def test_what_is_not_checked_is_said_with_its_cure(monkeypatch):
     monkeypatch.setattr(codegen_cuda, "architectures", list)
-    assert "NOT CHECKED" in codegen_cuda.reason_against()
-    assert "nvcc" in codegen_cuda.reason_against()
+    assert "NOT CHECKED" in codegen_cuda.why_unchecked()
+    assert "nvcc" in codegen_cuda.why_unchecked()
     monkeypatch.setattr(codegen_cuda, "architectures", lambda: ["80"])
     monkeypatch.setattr(codegen_cuda, "cuobjdump", lambda: None)
-    assert "cuobjdump was not found" in codegen_cuda.reason_against()
+    assert "cuobjdump was not found" in codegen_cuda.why_unchecked()
     with pytest.raises(RuntimeError, match="cuobjdump was not found"):
         codegen_cuda.dump("_native.so", "80")
 
@@ -285,7 +285,7 @@ def test_a_kernel_nobody_listed_is_a_problem():
     (problem,) = only(part(SUM.replace("12weighted_sum", "8new_name"), code=REST)).problems
     assert problem == (
         "new_name<float32> on sm_90a is not listed in INTENTS of codegen/cuda.py; "
-        "nothing of it is checked."
+        "it is not checked."
     )
 
 
