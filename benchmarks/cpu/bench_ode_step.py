@@ -9,8 +9,8 @@
 - ``copy`` moves as many bytes as ``add``, in 1.5 times as much memory.
 
 ``add`` and ``copy`` show the best time that a step can reach, inside and outside the cache. Paths
-take turns in one run. Right before each timed call the same path runs untimed, which leaves its data
-in the caches.
+take turns in one run. Right before each timed call the same path runs untimed, which leaves its
+data in the caches.
 
 Temporaries take most of the published time where the allocator returns their memory to the system
 at each step, as glibc does (``page faults``). To measure without that, set MALLOC_TRIM_THRESHOLD_
