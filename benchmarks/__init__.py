@@ -1,4 +1,4 @@
-"""What the library is measured with, run from the root of a checkout.
+"""The measurements of the library, run from the root of a checkout.
 
 - :mod:`benchmarks.cpu`: operations on the CPU, by pytest-benchmark;
 - :mod:`benchmarks.gpu`: operations on a GPU;
@@ -8,5 +8,5 @@
 - :mod:`benchmarks.studies`: single questions, such as quality by solver;
 - :mod:`benchmarks.report`: the stored results as tables.
 
-What they share is in :mod:`benchmarks.common`, what they store in ``benchmarks/results``.
+Shared code is in :mod:`benchmarks.common`, stored results in ``benchmarks/results``.
 """

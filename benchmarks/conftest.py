@@ -1,4 +1,4 @@
-"""Option ``--store``: writes what a run measured to results/, one file a module."""
+"""The option ``--store``, which writes what a run measured to results/, one file per module."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def times_as_long(paths: dict[str, Row], path: str) -> str:
 
 
 def forward_table() -> str:
-    """Time of the library, how many times as long its peers take, and its rate over sgemm's.
+    """Time of the library, how many times as long its peers take, and its rate relative to sgemm's.
 
     The rate counts what a dense computation needs: 4 B M N operations, and 6 more for a gradient.
     """
@@ -90,7 +90,7 @@ def step_table() -> str:
 
 
 def other_table(module: str) -> str:
-    """Times of subjects that have a few paths of their own each."""
+    """Times of the subjects of a module whose subjects have different paths."""
     rows = []
     for subject, paths in rows_of(module).items():
         for path, row in paths.items():

@@ -66,7 +66,7 @@ Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Addre
 constexpr double kInterruptible = 1 << 26;
 constexpr std::int64_t kInterval = 100;  // milliseconds between two checks for a signal
 
-// Whether a signal handler has raised an exception. It stays set as Python's error.
+// Whether a signal handler has raised an exception. The exception stays set as Python's error.
 bool interrupted() {
   const py::gil_scoped_acquire acquire;
   return PyErr_CheckSignals() != 0;

@@ -3,8 +3,8 @@
 1. ``distances`` computes |x|² + |y|² − 2 x·y from matrix products. For few queries or features,
    ``differences`` computes Σ (x − y)² instead. Both find the smallest distance of each tile and,
    for the backward pass, G·y.
-2. ``refine`` computes distances near the minimum again where they decide the answer, from
-   differences in float64. Products lose digits, and the exponent (N + D)/2 multiplies the error.
+2. ``refine`` recomputes distances near the minimum from differences in float64, where they decide
+   the result. Products lose digits, and the exponent (N + D)/2 multiplies the error.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MAX_PAIRS = 1 << 21  # queries × references: 12 bytes each, 20 in the backward 
 MAX_PARTS = 1 << 22  # values in the partial sums of a chunk
 MAX_QUERIES = 4096  # in a block
 MAX_REFERENCES = 1 << 16  # in a chunk
-FEW_TILES = 16  # up to so many tiles near the minimum are always refined
-NEAR = 20.0  # nats: weights below e^-20 of the largest need no more digits
+FEW_TILES = 16  # up to this many tiles near the minimum are always refined
+NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
 MAX_REFINE_PROGRAMS = 256  # for a query; each program reads all minima
 MIN_REFINE_TILES = 4  # tiles of references for a program of ``refine``
 SWEEP = 256  # minima that ``refine`` reads at a time
@@ -35,10 +35,10 @@ SWEEP = 256  # minima that ``refine`` reads at a time
 
 @triton.jit
 def load_references(pointers, mask, dtype: tl.constexpr):
-    """References as floating point, zero where masked. A uint8 value u means u/127.5 − 1."""
+    """References as floating point, zero outside of mask. A uint8 value u means u/127.5 − 1."""
     values = tl.load(pointers, mask=mask, other=0)
     if values.dtype == tl.uint8:
-        # Not as a difference of rounded numbers, which would cancel near the middle.
+        # The difference of two rounded numbers would lose digits near 0.
         floating = tl.where(mask, (2.0 * values.to(dtype) - 255.0) * (1.0 / 255.0), 0.0).to(dtype)
     else:
         floating = values.to(dtype)
@@ -51,7 +51,7 @@ def finish_distances(
 ):
     """Stores distances, the smallest of the tile for each query, and |x|² of the queries.
 
-    Rows are padded with infinite distances to whole accesses of 16 references.
+    Rows of distances are padded with infinity to a multiple of 16 references.
     """
     known = (row < B)[:, None] & (column < M)[None, :]
     distance = tl.where(distance < 0.0, 0.0, distance)
@@ -60,9 +60,9 @@ def finish_distances(
     tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
     finite = distance < float("inf")
     least = tl.min(tl.where(known & finite, distance, float("inf")), 1)
-    # −inf marks a tile with a distance that float32 cannot hold; ``refine`` looks at it.
-    odd = tl.max((known & (finite == 0)).to(tl.int32), 1)
-    least = tl.where(odd > 0, float("-inf"), least)
+    # −inf marks a tile with a distance that float32 cannot hold. ``refine`` looks at it.
+    overflows = tl.max((known & (finite == 0)).to(tl.int32), 1)
+    least = tl.where(overflows > 0, float("-inf"), least)
     tile = tl.program_id(1)
     tl.store(lowest + row.to(tl.int64) * tiles + tile, least, mask=row < B)
     tl.store(norms + row, norm, mask=row < tl.where(tile == 0, B, 0))
@@ -93,9 +93,9 @@ def distances(
 ):
     """|x|² + |y|² − 2 x·y for ROWS queries and TILE references, and G·y for the backward pass.
 
-    Tiles are references × queries, so that few queries fill matrix units that take 64 rows. Matrix
-    units round every addition toward zero, so panels are added up outside of them. The factor 2
-    keeps the compiler from passing the sum to the next product as its initial value.
+    Tiles are references × queries, because matrix units take 64 rows, more than there may be
+    queries. Matrix units round every addition toward zero, so panels are added up outside of them.
+    The factor 2 keeps the compiler from passing the sum to the next product as its initial value.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -150,7 +150,7 @@ def differences(
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """As ``distances``, from Σ (x − y)². Float32 sums of 256 values are merged in float64."""
+    """The same results from Σ (x − y)². Float32 sums of 256 values are added in float64."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
@@ -213,7 +213,7 @@ def refine(
     pairs_stride,
     tiles,
     segment,
-    half: tl.float64,
+    exponent: tl.float64,
     spread: tl.float64,
     margin: tl.float64,
     noise: tl.float64,
@@ -225,12 +225,12 @@ def refine(
     PANEL: tl.constexpr,
     SWEEP: tl.constexpr,
 ):
-    """Computes again the distances of one query that decide its answer.
+    """Recomputes the distances of one query that decide its result.
 
-    The error of a distance is at most ``margin``·(|x|² + |y|²) and typically ``noise`` times that.
-    References that may weigh more than e^-near_nats of the largest are computed again if they are
-    few, or if the typical error would change their weights. Distances that overflow float32 are
-    always computed again.
+    The error of a distance is at most ``margin``·(|x|² + |y|²) and typically ``noise``·(|x|² + d²).
+    Distances are recomputed where the weight may be more than e^-near_nats times the largest, if
+    these are few or if the typical error would change their weights. Distances that overflow
+    float32 are always recomputed.
     """
     row = tl.program_id(0).to(tl.int64)
     low_row = lowest + row * tiles
@@ -242,9 +242,10 @@ def refine(
 
     r = tl.load(radius + row)
     norm = tl.load(norms + row).to(tl.float64)
-    # The rounding of single differences mostly averages out.
+    # The rounding errors of single differences mostly average out.
     error = noise * (norm + base) + 2.0**-26 * base
-    # This allows for |y|² ≤ 2 (d² + |x|²), and for the error twice: the minimum has one too.
+    # The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice: the minimum has an error
+    # too.
     near = base + 2.0 * margin * (3.0 * norm + 2.0 * base)
     if GAUSSIAN:
         near += 2.0 * near_nats * r * r
@@ -252,7 +253,7 @@ def refine(
     else:
         s = base + r * r
         near += spread * s
-        ill = half * error > 3e-4 * s
+        ill = exponent * error > 3e-4 * s
     near = tl.where(near == near, near, float("inf"))
     competing = 0
     for start in range(0, tiles, SWEEP):
@@ -279,7 +280,8 @@ def refine(
                         b = load_references(y_rows + feature[None, :], mask, tl.float64)
                         difference = tl.where(mask, a.to(tl.float64)[None, :] - b, 0.0)
                         exact += tl.sum(difference * difference, 1)
-                    # Infinite only if the input is not finite. NaN is not lost later.
+                    # Infinite only if the input is not finite. NaN reaches the result; infinity
+                    # would not.
                     finite = tl.where(exact < float("inf"), exact, float("nan"))
                     tl.store(place, finite, mask=needed)
 
@@ -303,9 +305,12 @@ class Shape(NamedTuple):
 
 
 def distance_configs(shape: Shape) -> list[Config]:
-    """Small tiles for few queries, so that every multiprocessor has some; larger tiles read each
-    value less often. Three TF32 products need registers for two parts of each value; with larger
-    tiles registers would spill."""
+    """Configurations of the kernel that computes distances.
+
+    Few queries get small tiles, so that every multiprocessor has some. Larger tiles read each value
+    less often. But three TF32 products need registers for two parts of each value, and with still
+    larger tiles registers would spill.
+    """
     if shape.few:
         panel = 64 if shape.features >= 64 else 16
         return [Config({"ROWS": 4, "TILE": 16, "PANEL": panel}, num_stages=1)]
@@ -323,12 +328,12 @@ def power_of_two(count: int) -> int:
 
 
 def padded(references: int) -> int:
-    """References rounded up to whole accesses of 16 bytes, for any type."""
+    """references rounded up to a multiple of 16, which is whole 16-byte accesses for any type."""
     return -(-references // 16) * 16
 
 
 def input_precision(precision: str) -> str:
-    """Triton's name of the precision. AMD's matrix units compute in float32."""
+    """Triton's name of the precision. On AMD it is always float32."""
     if torch.version.hip is not None:
         return "ieee"
     return {"high": "tf32x3", "medium": "tf32"}[precision]
@@ -361,13 +366,13 @@ class Problem:
 
     @property
     def block(self) -> int:
-        """Queries that are computed together."""
+        """The number of queries in a block."""
         fitting = max(16, MAX_PARTS // self.features)
         return min(len(self.x), MAX_QUERIES, fitting)
 
     @property
     def chunk(self) -> int:
-        """References that are computed together."""
+        """The number of references in a chunk."""
         fitting = -(-max(MAX_PAIRS // self.block, 128) // 128) * 128
         return min(len(self.references), fitting, MAX_REFERENCES)
 
@@ -384,14 +389,14 @@ class Problem:
         return Shape(power_of_two(rows), power_of_two(self.features), *kinds)
 
     def errors(self, shape: Shape) -> tuple[float, float]:
-        """Bound of a distance's error and its typical size, relative to |x|² + |y|²."""
+        """Largest error of a distance, relative to |x|² + |y|², and typical error, to |x|² + d²."""
         long = max(1.0, self.features / 8192)
         holds = self.references.dtype != torch.uint8
         if shape.few:
             return 2.0**-21 * long, 0.0 if holds else 2.0**-22
         if shape.precision == "high":
             return 2.0**-18 * long, 2.0**-22
-        return 2.0**-9, 0.0  # TF32: ties of many references are not refined
+        return 2.0**-9, 0.0  # TF32: many equally near references are not refined
 
 
 class Pairs:
@@ -418,7 +423,7 @@ class Pairs:
         self._refine(references, nearest)
 
     def _distances(self, config: Config, references: Tensor) -> None:
-        # Those of the last launch; timing launches other configurations before.
+        # Set in every launch: timing launches other configurations before the chosen one.
         self.tile = config["TILE"]
         self.lowest = self.x.new_empty(self.count, triton.cdiv(len(references), self.tile))
         tiles = self.lowest.shape[1]
@@ -482,13 +487,13 @@ class Pairs:
 
 
 def group_of(features: int) -> dict[str, int]:
-    """References and features that ``refine`` takes at a time: 1024 values."""
+    """Sizes of the tile of references × features in ``refine``, 1024 values."""
     panel = min(512, max(16, power_of_two(features)))
     return {"GROUP": min(16, 1024 // panel), "PANEL": panel}
 
 
 def shapes(references: torch.dtype) -> Iterator[Shape]:
-    """One shape for each class with its own configurations. TF32 is listed for float32 only: it
+    """One shape for each class that has its own configurations. TF32 is listed for float32 only: it
     does not change how references are read."""
     precisions = ("high", "medium") if references == torch.float32 else ("high",)
     for rows in (4, 32, 128, 512):

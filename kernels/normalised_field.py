@@ -2,8 +2,8 @@
 
     v = −√N E/(‖E‖ + γ),   E = (x − mean, z)
 
-A program takes whole rows, as in :mod:`pfgm.kernels.ode_step`. Differences and all that follows are
-in float64: ‖E‖² may overflow or underflow float32.
+A program takes whole rows, as in :mod:`pfgm.kernels.ode_step`. Everything from the differences on
+is in float64: ‖E‖² may overflow or underflow float32.
 """
 
 from __future__ import annotations

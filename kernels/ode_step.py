@@ -26,7 +26,7 @@ _LARGEST_NORM = tl.constexpr(1 - 1e-6)  # ‖v_x‖/√N is below 1 for a field,
 
 _MAX_WHOLE = 8192  # features of the longest row held in registers
 _LONG_BLOCK = 4096  # features of a longer row read at a time
-_MIN_VALUES = 1024  # for a program, so that short rows share one
+_MIN_VALUES = 1024  # of a program, so that short rows share one
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _implied_stretch(squared, z, gamma, N, EXACT: tl.constexpr):
 
 @triton.jit
 def _squared_norm(slope, rows, slope_stride, within, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """‖slope‖² (ROWS,) of rows longer than BLOCK, in float64: 1 − n² magnifies an error."""
+    """‖slope‖² (ROWS,) of rows longer than BLOCK, in float64 because 1 − n² magnifies an error."""
     lanes = tl.zeros((ROWS, BLOCK), tl.float64)
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -280,7 +280,7 @@ def _variant(
             "EXACT": substitutes and exact,
             **tiles,
         },
-        # All but B: batches of any size share their code.
+        # All but B: batches of every size share the compiled code.
         divisible=frozenset(name for name, kind in types.items() if kind != "fp64") - {"B"},
         num_warps=num_warps,
     )

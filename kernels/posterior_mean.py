@@ -3,7 +3,7 @@
 For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.04265, section 3):
 
 1. ``distances`` or ``differences`` computes squared distances (distances.py).
-2. ``refine`` computes those again that decide the answer, in float64 (distances.py).
+2. ``refine`` recomputes those that decide the result, in float64 (distances.py).
 3. ``weigh`` computes weights relative to the nearest reference so far and merges them in float64
    with earlier chunks. Weights below float32 rounding become zero.
 4. ``weighted_sum`` computes Σ_j w_j y_j over several stretches of the chunk at once. It skips tiles
@@ -53,12 +53,12 @@ def log1p(u):
 
 
 @triton.jit
-def relative_score(excess, nearest, radius, half, GAUSSIAN: tl.constexpr):
+def relative_score(excess, nearest, radius, exponent, GAUSSIAN: tl.constexpr):
     """Score at the squared distance nearest + excess, minus the score at nearest."""
     if GAUSSIAN:
         value = -excess / radius / radius / 2.0
     else:
-        value = -half * log1p(excess / (nearest + radius * radius))
+        value = -exponent * log1p(excess / (nearest + radius * radius))
     return tl.where(excess == 0.0, 0.0, value)
 
 
@@ -75,33 +75,33 @@ def weigh(
     live,
     width,
     pairs_stride,
-    half: tl.float64,
+    exponent: tl.float64,
     floor: tl.float64,
     FIRST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One query's weights over the chunk, merged with the state (nearest, total) of earlier ones.
+    """One query's weights over the chunk, merged with the state (nearest, total) of earlier chunks.
 
     share = 1/total turns a weight into a probability; carry is the factor of the running mean.
     """
     row = tl.program_id(0).to(tl.int64)
     r = tl.load(radius + row)
     low = tl.full([BLOCK], float("inf"), tl.float64)
-    odd = tl.zeros([BLOCK], tl.int32)
+    nans = tl.zeros([BLOCK], tl.int32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         d = tl.load(squared + row * pairs_stride + column, mask=column < width, other=float("inf"))
         low = tl.minimum(low, tl.where(d == d, d, float("inf")))
-        odd |= (d != d).to(tl.int32)
+        nans |= (d != d).to(tl.int32)
     least = tl.min(low, 0)
     kept = r * 0.0
     if not FIRST:
         before = tl.load(nearest + row)
         least = tl.where(before == before, tl.minimum(before, least), before)
-        of_before = relative_score(before - least, least, r, half, GAUSSIAN)
+        of_before = relative_score(before - least, least, r, exponent, GAUSSIAN)
         kept = tl.load(total + row) * tl.exp(of_before)
-    least = tl.where(tl.max(odd, 0) > 0, float("nan"), least)
+    least = tl.where(tl.max(nans, 0) > 0, float("nan"), least)
 
     smallest = floor * tl.maximum(kept, 1.0)
     sums = tl.zeros([BLOCK], tl.float64)
@@ -109,7 +109,7 @@ def weigh(
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         d = tl.load(squared + row * pairs_stride + column, mask=column < width, other=float("inf"))
-        score = relative_score(d - least, least, r, half, GAUSSIAN)
+        score = relative_score(d - least, least, r, exponent, GAUSSIAN)
         w = tl.exp(score.to(tl.float32))
         sums += w.to(tl.float64)
         w = tl.where(w < smallest, 0.0, w)
@@ -119,7 +119,7 @@ def weigh(
     if GAUSSIAN:
         of_least = tl.where(least == 0.0, 0.0, -least / r / r / 2.0)
     else:
-        of_least = -half * tl.log(least + r * r)
+        of_least = -exponent * tl.log(least + r * r)
     tl.store(nearest + row, least)
     tl.store(total + row, summed)
     tl.store(logsumexp + row, of_least + tl.log(summed))
@@ -150,7 +150,7 @@ def weighted_sum(
 ):
     """parts[stretch, row] = share · Σ_j w_j y_j over one stretch of references.
 
-    Tiles are features × queries, so that 16 queries fill matrix units that take 64 rows.
+    Tiles are features × queries, because matrix units take 64 rows, more than there may be queries.
     """
     feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
     place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -207,7 +207,7 @@ def merge(
 
 
 def sum_configs(shape: Shape) -> list[Config]:
-    """Tiles with as few references as matrix units allow: more of them have only zero weights."""
+    """Tiles with as few references as matrix units allow: small tiles are more often all zero."""
     if shape.rows <= 32:
         return [Config({"ROWS": 16, "TILE": 32, "FEATURES": 64})]
     small = Config({"ROWS": 32, "TILE": 32, "FEATURES": 64})
@@ -219,16 +219,18 @@ SUMS = Choice(sum_configs)
 
 
 def weight_cutoff(references: int) -> float:
-    """How many nats below the sum of weights a weight no longer counts."""
+    """How many nats below the sum of weights a weight becomes zero."""
     return WEIGHT_CUTOFF + math.log(references)
 
 
 def sum_of_references(
     pairs: Pairs, references: Tensor, weights: Tensor, share: Tensor, live: Tensor | None
 ) -> Tensor:
-    """(stretches, B, N): share (B,) · Σ_j weights_j y_j over stretches of the references. Many
-    queries are sorted by live (B,), their number of nonzero weights, so that alike ones share
-    tiles."""
+    """share (B,) · Σ_j weights_j y_j over each stretch of the references, (stretches, B, N).
+
+    Many queries are sorted by live (B,), their number of nonzero weights, so that similar queries
+    share tiles.
+    """
     M, N = len(references), pairs.problem.features
     order = None
     if live is not None and pairs.count >= MIN_SORTED_QUERIES:
@@ -262,7 +264,7 @@ def sum_of_references(
 
 
 def stretches_of(pairs: Pairs, references: int) -> int:
-    """Enough for two programs per multiprocessor, if memory and references allow."""
+    """The number of stretches: two programs per multiprocessor, if memory and references allow."""
     N = pairs.problem.features
     tiles = triton.cdiv(pairs.count, 64) * triton.cdiv(N, 128)
     wanted = triton.cdiv(2 * multiprocessors(pairs.x.device), tiles)

@@ -36,7 +36,7 @@ from .posterior_mean import PER_QUERY, relative_score, sum_of_references, weight
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
-GRADIENT_CUTOFF = 8.0  # nats below that of the forward pass: (y_j − mean)²/s may be large
+GRADIENT_CUTOFF = 8.0  # nats below WEIGHT_CUTOFF, because (y_j − mean)²/s may be large
 REFERENCE_GRADIENT = Config({"ROWS": 16, "TILE": 64, "FEATURES": 64}, num_warps=8)
 MERGE_GRADIENT = Config({"BLOCK": 1024})
 
@@ -52,9 +52,9 @@ def at_limit(nearest, r, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def probability(squared, nearest, total, r, half, floor, GAUSSIAN: tl.constexpr):
+def probability(squared, nearest, total, r, exponent, floor, GAUSSIAN: tl.constexpr):
     """p_j; zero below ``floor``."""
-    score = relative_score(squared - nearest, nearest, r, half, GAUSSIAN)
+    score = relative_score(squared - nearest, nearest, r, exponent, GAUSSIAN)
     p = tl.exp(score.to(tl.float32)).to(tl.float64) / total
     p = tl.where(p < floor, 0.0, p)
     return tl.where(at_limit(nearest, r, GAUSSIAN), 0.0, p)
@@ -71,7 +71,7 @@ def pull(
     mass,
     width,
     pairs_stride,
-    half: tl.float64,
+    exponent: tl.float64,
     floor: tl.float64,
     FIRST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -87,7 +87,7 @@ def pull(
         place = row * pairs_stride + column
         d = tl.load(squared + place, mask=column < width, other=float("inf"))
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
-        p = probability(d, least, summed, r, half, floor, GAUSSIAN)
+        p = probability(d, least, summed, r, exponent, floor, GAUSSIAN)
         of_pull += tl.where(p == 0.0, 0.0, p * q)
         of_mass += p
     whole_pull, whole_mass = tl.sum(of_pull, 0), tl.sum(of_mass, 0)
@@ -117,7 +117,7 @@ def find_coefficients(
     grad_radius,
     width,
     pairs_stride,
-    half: tl.float64,
+    exponent: tl.float64,
     floor: tl.float64,
     FIRST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -138,8 +138,8 @@ def find_coefficients(
         place = row * pairs_stride + column
         d = tl.load(squared + place, mask=column < width, other=float("inf"))
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
-        p = probability(d, least, weights, r, half, floor, GAUSSIAN)
-        # Where p = 0, the rest is undefined.
+        p = probability(d, least, weights, r, exponent, floor, GAUSSIAN)
+        # The projection is undefined where p = 0.
         pt = tl.where(p == 0.0, 0.0, p * (q - center + g))
         excess = tl.where(p == 0.0, 0.0, d - least)
         if GAUSSIAN:
@@ -166,7 +166,7 @@ def find_coefficients(
         of_radius = (g * (least / r / r) + so_far) / r
     else:
         C = so_far - g
-        F = 2.0 * half / (least + r * r)
+        F = 2.0 * exponent / (least + r * r)
         of_radius = r * F * C
     tl.store(whole + row, C)
     tl.store(unit + row, tl.where(limit, 0.0, F))

@@ -49,8 +49,8 @@ def median_seconds(run: Callable[[], Any]) -> float:
 
 
 def may_not_measure() -> bool:
-    """Whether timings must not decide. Rounding depends on the tiles, so deterministic results
-    exclude timing; timings in the interpreter mean nothing."""
+    """Whether timings must not choose the configuration. Rounding depends on the tiles, so
+    deterministic results exclude timing. Timings in the interpreter mean nothing."""
     return (
         torch.are_deterministic_algorithms_enabled()
         or interpreted()
@@ -66,8 +66,8 @@ def capturing() -> bool:
 @dataclass
 class Choice:
     """Chooses among a few configurations: the fastest, measured once per shape class, or the first
-    where timings must not decide. A launch must be repeatable: it overwrites its results and does
-    not read them."""
+    if timings must not choose. A launch must be repeatable: it overwrites its results and does not
+    read them."""
 
     configs: Callable[[Any], Sequence[Config]]
     """Shape class → configurations to choose from; the one that is most likely best comes first."""

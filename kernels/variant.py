@@ -54,7 +54,7 @@ _POINTERS = {
 }
 _NUMBERS = {
     "i32": "B M N width tiles segment stretch stretches x_stride y_stride pairs_stride",
-    "fp64": "half spread margin noise near_nats floor",
+    "fp64": "exponent spread margin noise near_nats floor",
 }
 _TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
 _DIVISIBLE = {name for names in _POINTERS.values() for name in names.split()}

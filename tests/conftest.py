@@ -1,4 +1,4 @@
-"""Refuses to test another build than this tree's; the oracle of the operations."""
+"""Refuses to test a build of other sources. Holds the oracle of the operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Before torch is imported: pytest-xdist's workers share the processors.
+# Must be set before torch is imported: pytest-xdist's workers share the processors.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
@@ -22,9 +22,9 @@ import torch
 import pfgm
 
 ROOT = Path(__file__).resolve().parents[1]
-# For benchmarks/. At the end: an installed pfgm goes before the bare one of the tree.
+# For benchmarks/. Last, so that an installed pfgm is found before the bare source tree.
 sys.path.append(str(ROOT))
-# Files that take longest, which workers had better begin with.
+# The slowest files. Workers start with them.
 LONG = ("test_triton_codegen", "test_triton", "test_cuda", "test_native", "test_processes")
 NATIVE = os.environ.get("PFGM_NATIVE") != "0"
 source_digest = runpy.run_path(str(ROOT / "csrc" / "source_digest.py"))["source_digest"]
@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Whole files to workers, in this order: their fixtures compile, and serve all their tests."""
+    """Gives whole files to workers, in this order, because fixtures of a file compile for all its
+    tests."""
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False
@@ -111,7 +112,8 @@ def strided():
 
 
 def _wide(values):
-    """Samples as (count, N) in long double: its 64 bits leave the plain formulas their digits."""
+    """Samples as (count, N) in long double, whose 64 bits of mantissa keep the plain formulas
+    exact."""
     if values.dtype == torch.uint8:
         return values.flatten(1).numpy().astype(np.longdouble) / 127.5 - 1
     return values.detach().double().flatten(1).numpy().astype(np.longdouble)

@@ -1,4 +1,4 @@
-"""Data by name and path: what arrives is what was put into the files, or one sentence."""
+"""Data by name and path: the samples in the files, or an error of one sentence."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_cifar10(tmp_path: Path, inner: str, monkeypatch: pytest.MonkeyPatch) ->
         assert (found.classes, found.levels) == (10, 256)
 
 
-def test_cifar10_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cifar10_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PFGM_DATA", raising=False)
     archive = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     with pytest.raises(FileNotFoundError, match=f"download {archive}, unpack it, .*cifar10:FOLDER"):
@@ -372,7 +372,7 @@ def test_a_single_array_is_the_samples_whatever_its_name(tmp_path: Path) -> None
         ({"test": ramp(2, 3), "test_labels": ramp(3)}, r"test_labels of shape \(3,\); allowed"),
     ],
 )
-def test_arrays_that_do_not_fit(
+def test_arrays_that_do_not_fit_together(
     tmp_path: Path, suffix: str, arrays: dict[str, Any], message: str
 ) -> None:
     path = save(tmp_path / f"set{suffix}", x=ramp(4, 3), **arrays)

@@ -31,7 +31,7 @@ class GaussianMean(nn.Module):
 
 
 class GaussianEnd(GaussianMean):
-    """Where the ODE of that data ends from x at σ: x s/√(s² + σ²)."""
+    """The end of the ODE of these data, started from x at σ: x s/√(s² + σ²)."""
 
     def forward(self, x, sigma):
         return x * (self.s / (self.s**2 + sigma**2).sqrt())[:, None]
@@ -71,8 +71,8 @@ def test_another_student_has_a_loss_and_the_teacher_gets_no_gradient():
 
 @pytest.mark.parametrize("ahead", [None, 1])
 @pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
-def test_rows_go_the_way_of_the_solver(D, ahead):
-    """Each from its own level, as the multistep solver would take it."""
+def test_rows_move_as_the_solver_moves_them(D, ahead):
+    """Each row moves from its own level, as the multistep solver would move it."""
     data = torch.randn(40, 2, generator=seeded(), dtype=torch.float64)
     flow = pfgm.PoissonFlow.from_data(data) if D == 1 else pfgm.PoissonFlowPP((2,), D=D)
     teacher = flow.empirical(data)
@@ -92,7 +92,7 @@ def test_rows_go_the_way_of_the_solver(D, ahead):
     torch.testing.assert_close(x, torch.cat(expected), rtol=1e-9, atol=1e-9)
 
 
-def test_the_last_step_goes_where_the_teacher_arrives():
+def test_the_last_step_ends_where_the_teacher_ends():
     """With one level below the first the target is the end of the teacher's Euler step."""
     flow = diffusion()
     x = torch.randn(50, 3, generator=seeded(), dtype=torch.float64)
@@ -226,7 +226,7 @@ def test_the_solver_is_seeded_and_can_be_watched():
     assert torch.equal(stopped, start)
 
 
-def test_the_solver_goes_with_sample_alone():
+def test_the_solver_works_only_with_sample():
     flow = diffusion(2)
     with pytest.raises(ValueError, match="solver is 'consistency', which adds noise"):
         flow.decode(flow.empirical(CORNERS), torch.ones(2, 2), solver="consistency")

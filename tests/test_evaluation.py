@@ -1,4 +1,4 @@
-"""Evaluation against closed forms and the metrics themselves; the command against both."""
+"""Evaluation against closed forms and the metrics; the command against both."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_without_held_out_data_every_other_row_takes_their_place() -> None:
 
 
 def test_shifted_samples() -> None:
-    """‖shift‖² is the Fréchet distance of a set that is the other, shifted."""
+    """The Fréchet distance of a set and the same set shifted is ‖shift‖²."""
     data = normal(40, 2)
     found = evaluate_samples(data + torch.tensor([30.0, 40.0]), data, data)
     assert found["frechet_distance"]["samples"] == pytest.approx(2500, rel=1e-5)
@@ -129,7 +129,7 @@ def test_drawing_depends_on_the_seed_and_not_on_the_batches() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "denoiser"])
 def test_labels_are_drawn_evenly(kind: str) -> None:
-    """Also where the network that takes them is inside another."""
+    """Also if the network that takes them is inside another module."""
     flow: Any = pfgm.PoissonFlow((2,), data_norm=1.0)
     net: Any = pfgm.networks.MLP((2,), width=8, classes=3)
     if kind == "denoiser":
@@ -197,7 +197,7 @@ def test_noise_stays_within_the_level() -> None:
     assert float(((noisy + 1) / 2 * 17 - k).mean()) == pytest.approx(0.5, abs=0.02)
 
 
-def test_bits_per_dim_of_what_has_none() -> None:
+def test_bits_per_dim_refuses_data_without_a_density() -> None:
     flow, net = gaussian(1.0, 2)
     with pytest.raises(ValueError, match="x has 0 rows"):
         bits_per_dim(flow, net, torch.zeros(0, 2), levels=0)
@@ -348,8 +348,8 @@ def test_samples_in_files_and_folders(tmp_path: Path) -> None:
     assert found["counts"] == {"samples": 8, "against": 50, "train": 8, "searched": 50}
 
 
-def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Points of the plane: no held-out rows, no grey levels, no picture."""
+def test_a_run_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Points in the plane: no held-out rows, no grey levels, no picture."""
     data = normal(60, 2)
     np.save(tmp_path / "points.npy", data.numpy())
     flow = pfgm.PoissonFlow.from_data(data, z_min=0.3)

@@ -175,7 +175,7 @@ def test_rk45_starts_where_the_slope_is_nearly_zero(dtype):
         torch.testing.assert_close(back, points, rtol=0, atol=1e-3)
 
 
-def test_rk45_says_so_where_the_mean_is_not_smooth():
+def test_rk45_raises_if_the_mean_is_not_smooth():
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="rk45 found no step small enough"):
         rk45(lambda x, z: 1e15 * torch.randn(2, 2, generator=generator), torch.ones(2, 2), [9.0, 1])
@@ -216,7 +216,7 @@ def flows_of(data):
 
 @pytest.fixture(scope="module")
 def labelled():
-    """Flows and smooth networks of theirs, which know of two classes."""
+    """Flows, each with a smooth network for two classes."""
     flow, plus = flows_of(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)))
 
     def mean(x, level, second=False):
@@ -229,7 +229,7 @@ def labelled():
 
 
 def ways(flow):
-    """Whatever evaluates a network more than once, as functions of it."""
+    """Everything that evaluates a network more than once, as functions of the network."""
     prior = flow.prior(20, generator=torch.Generator().manual_seed(1))
     drawn = torch.Generator
     for solver in (*SOLVERS, "consistency"):
@@ -260,7 +260,7 @@ def test_a_network_may_return_the_same_memory_at_each_call(which, labelled):
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("solver", [*SOLVERS, "consistency"])
-def test_what_a_callback_keeps_and_what_is_returned_is_not_overwritten(solver, which, labelled):
+def test_kept_and_returned_tensors_are_not_overwritten(solver, which, labelled):
     flow, net = labelled[which]
     x = flow.prior(5, generator=torch.Generator().manual_seed(1))
 

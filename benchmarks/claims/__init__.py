@@ -2,7 +2,7 @@
 
     python -m benchmarks.claims [--only NAME] [--preset quick|cpu|gpu] --out DIR
 
-There is one module a claim (``registry.CLAIMS``) and one configuration object (``presets.Preset``).
-Every method has the same backbone, data, number of gradient steps and moving average. Methods
-differ in preconditioning, levels and loss (``methods``).
+Each claim has a module, listed in ``registry.CLAIMS``. All claims read one configuration object,
+``presets.Preset``. Every method has the same backbone, data, number of gradient steps and moving
+average. Methods differ in preconditioning, levels and loss (``methods``).
 """

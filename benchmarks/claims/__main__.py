@@ -6,10 +6,10 @@ Trains and measures networks. For each claim NAME it writes tables (CSV), pictur
 DIR; NAME.json has the command, settings, machine, versions and commit. A stopped run continues when
 the command is given again.
 
-Runs from a checkout with the extra ``test``. It also runs from a bare checkout, which builds the
-package in a temporary folder and needs pfgm's dependencies, Triton, diffusers, matplotlib and
-pytest. ``--data`` replaces the preset's data, for example by fashion-mnist:FOLDER. ``--store``
-copies tables and pictures to docs/claims.
+Runs from a checkout that is installed with the extra ``test``. From a checkout that is not
+installed, it builds the package in a temporary folder; this needs pfgm's dependencies, Triton,
+diffusers, matplotlib and pytest. ``--data`` replaces the preset's data, for example by
+fashion-mnist:FOLDER. ``--store`` copies tables and pictures to docs/claims.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
 
 
 def check_packages() -> None:
-    """Fails before the training if a package is missing that is needed after it."""
+    """Fails before the training if a package that is needed later is missing."""
     for package in ("diffusers", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
-                f"{package} is not installed, which the claims need; install it with: "
+                f"{package} is not installed, but the claims need it; install it with: "
                 "pip install -e '.[test]'"
             )
 
@@ -106,7 +106,8 @@ def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
 
 
 def run_assembled(arguments: Sequence[str]) -> int:
-    """Builds the package in a temporary folder, and runs the command in a process that finds it."""
+    """Builds the package in a temporary folder, and runs the command in a process that imports it
+    from there."""
 
     with ended_by_sigterm(), tempfile.TemporaryDirectory() as name:
         folder, nvcc = Path(name), found_tool("nvcc", "CUDACXX")

@@ -14,7 +14,7 @@ __all__ = ["Claim"]
 
 
 class Claim(NamedTuple):
-    """A claim of the papers as a program."""
+    """One claim of the papers: the networks it needs, what is measured, and how it is shown."""
 
     title: str
     specs: Callable[[Preset], list[Spec]]
@@ -22,6 +22,6 @@ class Claim(NamedTuple):
     jobs: Callable[[Preset], list[Job]]
     """The measurements."""
     derive: Callable[[Tables, Preset], Tables]
-    """Measured tables to the tables that follow from them."""
+    """Computes further tables from the measured tables."""
     draw: Callable[[Tables, Path], None]
     """Draws all tables into a folder."""

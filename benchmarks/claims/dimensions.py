@@ -65,7 +65,7 @@ class Noisy(nn.Module):
 
 @torch.no_grad()
 def quantise(network: nn.Module, bits: int) -> None:
-    """Rounds weights to 2^bits − 1 values, symmetric around 0, with one scale a channel."""
+    """Rounds weights to 2^bits − 1 values, symmetric around 0, with one scale per channel."""
     largest = 2 ** (bits - 1) - 1
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):

@@ -1,4 +1,4 @@
-"""Examines one claim: trains networks, measures them, writes tables and pictures."""
+"""Examines one claim: trains networks, measures them, and writes tables and pictures."""
 
 from __future__ import annotations
 

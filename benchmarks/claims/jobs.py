@@ -1,7 +1,7 @@
 """Runs jobs in several processes of one thread each, and keeps their rows.
 
-The rows of a job depend on its arguments alone: with one thread a process nothing else on the
-machine can change them. They are written as soon as the job is done, so that a stopped run can
+The rows of a job depend only on its arguments: each process has one thread, so other work on the
+machine cannot change them. Rows are written as soon as their job is done, so that a stopped run can
 continue.
 """
 
@@ -40,7 +40,7 @@ class Job(NamedTuple):
     cost: float = 1.0
     """Estimated time relative to other jobs; the longest start first."""
     alone: bool = False
-    """Whether it measures times: then it runs in this process, with all threads, by itself."""
+    """Whether it measures times. Such a job runs alone, in this process, with all threads."""
 
     @property
     def name(self) -> str:
@@ -119,7 +119,7 @@ def processors() -> int:
 def measured_tables(
     jobs: Sequence[Job], preset: Preset, folder: Path, *, title: str, workers: int
 ) -> Tables:
-    """Runs the jobs that no earlier run has done, and returns the tables of all.
+    """Runs the jobs that no earlier run has done, and returns the tables of all jobs.
 
     Jobs that measure times run again.
     """

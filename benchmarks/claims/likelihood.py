@@ -51,7 +51,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 def _rows(preset: Preset, part: str) -> Tensor:
-    """The images of a part of the data that are measured, evenly spaced."""
+    """The images that are measured: evenly spaced ones of a part of the data."""
     data = data_of(preset)
     return spread(data.held_out if part == "held out" else data.train, preset.likelihood_rows)
 

@@ -1,7 +1,7 @@
 """Quality of samples in pixel space, and in the features of a small classifier.
 
-The classifier is trained here, on the training data and their labels. Its Fréchet distance is no
-FID and can be compared only within one run.
+The classifier is trained here, on the training data and their labels. The Fréchet distance of its
+features is not an FID and can be compared only within one run.
 """
 
 from __future__ import annotations

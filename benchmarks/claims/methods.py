@@ -67,7 +67,7 @@ class Spec(NamedTuple):
     references: int
     """Number of references of the target; 0 is the single-sample target."""
     dequantised: bool = False
-    """Whether its data have uniform noise within a grey level, as likelihoods need."""
+    """Whether the data get uniform noise within a grey level, as likelihoods need."""
 
     @property
     def key(self) -> str:
@@ -211,7 +211,7 @@ def is_trained(spec: Spec, preset: Preset, folder: Path) -> bool:
 
 
 def train(spec: Spec, preset: Preset, folder: Path) -> None:
-    """Trains a network, or continues an earlier call that was stopped.
+    """Trains a network, or continues a training that was stopped.
 
     Also keeps the averaged weights after a quarter of the steps.
     """

@@ -18,7 +18,7 @@ from pfgm.training.checkpoint import Loaded
 __all__ = ["PEERS", "SDE", "Sampler", "draw"]
 
 Sampler = Callable[[Flow, Network, int, int, torch.Generator], tuple[Tensor, int]]
-"""Flow, network, samples, steps and generator to samples (n, *S) and evaluations."""
+"""(flow, network, number of samples, steps, generator) → samples (n, *S) and evaluations."""
 
 _CHAIN = 1000  # steps of VP's chain, with β from 1e-4 to 0.02: the ends of VP's β(t)/1000
 

@@ -30,9 +30,10 @@ class Preset:
     references: int = 1398
     """Number of references of PFGM's field."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of networks, training and sampling. Each method has one network a seed."""
+    """Seeds of networks, training and sampling. Each method has one network per seed."""
     samples: int = 500
-    """Number of samples for a figure, and the most held-out data to compare them with."""
+    """Number of samples for each figure, and the largest number of held-out data to compare them
+    with."""
     sampling_batch: int = 80
     classifier_epochs: int = 5
     """Few, so that the classifier does not memorise its training data."""
@@ -50,7 +51,7 @@ class Preset:
     """Quality: steps of diffusers' deterministic samplers, also divisors of 1000."""
 
     euler_steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
-    """Step size: the others are compared with the last."""
+    """Step size: numbers of Euler steps. All are compared with the last."""
     euler_samples: int = 160
     """Step size: number of samples."""
 
@@ -140,5 +141,5 @@ PRESETS = {
         euler_steps=(10, 30, 100, 500),
     ),
 }
-"""``quick`` takes at most 45 minutes on two cores. ``cpu`` takes hours. ``gpu`` is meant for nine
-minutes a claim on an H100. ``cpu`` and ``gpu`` have not been run."""
+"""``quick`` takes at most 45 minutes on two cores. ``cpu`` takes hours. ``gpu`` is meant to take
+nine minutes per claim on an H100. ``cpu`` and ``gpu`` have not been run."""

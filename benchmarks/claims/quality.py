@@ -1,7 +1,7 @@
 """Claim 1: PFGM needs 10 to 20 times fewer evaluations than SDE samplers at equal quality.
 
-(PFGM, arXiv 2209.11178, abstract and section 4.) Every deterministic solver of the library on its
-flows, and the multistep solver on the score models too; diffusers' samplers on the score models.
+(PFGM, arXiv 2209.11178, abstract and section 4.) Measures every deterministic solver of the library
+on its flows. On the score models it measures the multistep solver and the samplers of diffusers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _SOLVERS: dict[str, dict[str, Any]] = {
     "multistep, log to 0.1": {"solver": "multistep", "schedule": "log", "last": 0.1},
 }
 _LATE = "multistep, log from z_max"
-"""PFGM++ from PFGM's first level instead of EDM's: shows the effect of the shorter way."""
+"""PFGM++ started at PFGM's first level instead of EDM's, which shows the effect of a nearer
+start."""
 _WITHIN = 1.1  # times the best distance: close enough
 _BY = ("series", "method", "sampler", "setting", "first_level", "last_level")
 
@@ -72,7 +73,8 @@ def _samplers(method: str) -> list[str]:
 def training_data(preset: Preset, folder: Path, seed: int) -> list[Row]:
     """Figures of training data in place of samples.
 
-    In pixels that is about the best a model can reach. The classifier was trained on these data.
+    In pixels this is about the best that a model can reach. In features it may look too good,
+    because the classifier was trained on these data.
     """
     train = data_of(preset).train
     generator = torch.Generator().manual_seed(seed)
@@ -152,7 +154,8 @@ def derive(tables: Tables, preset: Preset) -> Tables:
 
 
 def needed(rows: Sequence[Row], means: Sequence[Row]) -> list[Row]:
-    """Evaluations to come within 10 % of a sampler's own best, and of the best SDE sampler's.
+    """Evaluations that bring a sampler within 10 % of its own best distance, and of the best SDE
+    sampler's.
 
     Computed from the means over the seeds. The least and the most of ``times_fewer`` are over the
     seeds, each with the best SDE sampler of that seed. Only measured numbers of evaluations count:

@@ -1,8 +1,9 @@
 """Claim 5: targets from many references vary less, and need not cost more.
 
 (PFGM, arXiv 2209.11178, section 3.2; Stable Target Field, arXiv 2302.00670.) Networks of PFGM and
-PFGM++ (D = 128) learn the field, or the posterior mean, of 128 references up to all data, and for
-PFGM++ the single-sample target. Measures variance of the target, loss, quality and time a step.
+PFGM++ (D = 128) learn the field, or the posterior mean, of 128 references, of more, and of all
+data. PFGM++ also learns the single-sample target. Measures variance of the target, loss, quality
+and time of a step.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _STEPS = 20  # of the multistep solver
 _LEVELS = 9  # number of levels at which the variance is measured
 _LOWEST, _HIGHEST = 0.05, 20.0  # in units of the root mean square of the data
 _ROWS = 2048  # the most points at which a network's error is measured
-_SEEN = 1e-6  # the least variance that is drawn; with all data the variance is 0
-_FITS = 2**31  # the most bytes of the published formula's (B, M, N + 1) tensor
+_LEAST_DRAWN = 1e-6  # the least variance that is drawn; with all data the variance is 0
+_MOST_BYTES = 2**31  # the most bytes of the published formula's (B, M, N + 1) tensor
 
 
 def _counts(preset: Preset, method: str) -> list[int]:
@@ -83,7 +84,7 @@ def jobs(preset: Preset) -> list[Job]:
 
 
 def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) -> list[Row]:
-    """Loss, error and quality of a network trained with so many references."""
+    """Loss, error and quality of a network trained with ``count`` references."""
     spec = methods.spec_of(preset, method, seed, references=count)
     flow, network = methods.load(spec, preset, folder)
     samples, _ = methods.draw(
@@ -110,7 +111,8 @@ def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) ->
 def _last_loss(run: Path) -> float:
     """The mean training loss of the last fifth of the steps.
 
-    Each row is weighted by its number of steps: a run that was stopped has reported more often.
+    Each row of the log is weighted by its number of steps, because a run that was stopped has
+    reported more often.
     """
     with (run / "log.csv").open() as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
@@ -178,7 +180,7 @@ def step_times(preset: Preset, folder: Path) -> list[Row]:
     for method in (PFGM, PLUSPLUS):
         for count in _counts(preset, method):
             paths[method, count, "pfgm"] = _step(preset, method, count)
-            fits = preset.batch_size * min(count, size) * (N + 1) * 4 <= _FITS
+            fits = preset.batch_size * min(count, size) * (N + 1) * 4 <= _MOST_BYTES
             if method == PFGM and fits:
                 step = _step(preset, method, count, by_formula=True)
                 paths[method, count, "published formula"] = step
@@ -266,7 +268,7 @@ def draw(tables: Tables, folder: Path) -> None:
         rows = [
             {**row, "level": float(f"{row['level']:.2g}")}
             for row in select(tables["references-variance-means"], method=method)
-            if row["variance"] > _SEEN
+            if row["variance"] > _LEAST_DRAWN
         ]
         curves(
             rows,

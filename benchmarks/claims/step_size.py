@@ -20,7 +20,7 @@ from pfgm.flows.flow import Flow
 
 GRIDS = ("uniform", "log", "rho")
 LATE = "EDM from z_max"
-"""EDM's network from PFGM's first level: shows the effect of the shorter way."""
+"""EDM's network started at PFGM's first level, which shows the effect of a nearer start."""
 _SHOWN = ("PFGM", "PFGM++ 16", "PFGM++ 128", "EDM", LATE, "VE", "VP")
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.codegen.cuda [--only SUBSTRING] [--store]
 
 Prints registers, spills, shared memory and the important instructions of every kernel, for every
-architecture that the extension holds code for. Ends with status 1 if a kernel is not as INTENTS
-says. ``--store`` keeps a row for each kernel and architecture in
-results/codegen_cuda.json. Needs cuobjdump, which comes with nvcc and with the package triton.
+architecture that the extension has code for. Ends with status 1 if a kernel differs from its entry
+in INTENTS. ``--store`` keeps a row for each kernel and architecture in results/codegen_cuda.json.
+Needs cuobjdump, which comes with nvcc and with the package triton.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Figures:
     shared: int
     """Bytes of static shared memory a block."""
     threads: int | None
-    """The most that a block may have, by its launch bounds."""
+    """The most threads of a block, by the kernel's launch bounds."""
     instructions: int
     """Without padding."""
     matrix_instructions: dict[str, int]
@@ -82,9 +82,9 @@ class Figures:
     wide_stores: int
     cluster_barriers: int
     generic_loads: int
-    """Through addresses of any memory, such as other blocks' shared memory."""
+    """Loads through generic addresses, such as those of other blocks' shared memory."""
     flushing: int
-    """Float32 arithmetic that replaces subnormal numbers by zero."""
+    """Float32 instructions that flush subnormal numbers to zero."""
 
 
 class Row(NamedTuple):
@@ -105,13 +105,14 @@ class Intent:
     blocks: int = 1
     """Blocks that the registers of a multiprocessor must hold at once."""
     products: bool = False
-    """Whether it multiplies in matrix units, in TF32. Other kernels must not use them."""
+    """Whether it multiplies in matrix units, in TF32. Other kernels must not use matrix units."""
     copies: bool = False
     """Whether it copies asynchronously, 16 bytes at a time."""
     wide: bool = False
     """Whether it loads and stores 16 bytes at a time."""
     clusters: bool = False
-    """Whether it works in clusters of large blocks. It must be empty where there are none."""
+    """Whether it works in clusters of large blocks. On architectures without them it must be
+    empty."""
 
 
 _BY_ROW = {
@@ -166,8 +167,8 @@ def cuobjdump() -> str | None:
         return shutil.which("cuobjdump")
 
 
-def reason_against() -> str | None:
-    """Why nothing can be checked, or None."""
+def why_unchecked() -> str | None:
+    """Why no kernel can be checked, or None."""
     nothing = "NOT CHECKED: spills, registers and instructions of the CUDA kernels"
     if not architectures():
         return f"{nothing}; pfgm._native was built without nvcc or is not installed. {HOW_TO_BUILD}"
@@ -232,18 +233,18 @@ def _argument(text: str) -> tuple[str, str]:
         return name, rest.removeprefix("E")
     if text[:1] in _TYPES:
         return _TYPES[text[0]], text[1:]
-    raise ValueError(f"not a template's argument that is known: {text!r}")
+    raise ValueError(f"unknown template argument: {text!r}")
 
 
 def dump(file: Path, architecture: str) -> str:
-    """What cuobjdump prints of the code for one architecture.
+    """What cuobjdump prints about the code for one architecture.
 
     Raises:
         RuntimeError: cuobjdump is missing, or fails.
     """
     tool = cuobjdump()
     if tool is None:
-        raise RuntimeError(reason_against())
+        raise RuntimeError(why_unchecked())
     what = ("--dump-resource-usage", "--dump-sass", "--dump-elf")
     command = [tool, *what, "--gpu-architecture", f"sm_{architecture}", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -336,7 +337,7 @@ def stem(kernel: str) -> str:
 
 
 def register_limit(intent: Intent) -> int:
-    """The most registers a thread with which the intended blocks fit. They come in eights."""
+    """The most registers per thread with which the intended blocks fit, a multiple of 8."""
     return min(_REGISTERS // (intent.threads * intent.blocks) // 8 * 8, _MOST_REGISTERS)
 
 
@@ -344,7 +345,7 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
     """What is wrong with a kernel, in sentences."""
     where, intent = f"{kernel} on sm_{architecture}", intent_of(kernel)
     if intent is None:
-        return [f"{where} is not listed in INTENTS of codegen/cuda.py; nothing of it is checked."]
+        return [f"{where} is not listed in INTENTS of codegen/cuda.py; it is not checked."]
     found = [f"{where} {what}." for what in _resources(intent, figures)]
     if intent.clusters and not 90 <= capability(architecture) < 120:
         if figures.instructions > _EMPTY:
@@ -393,8 +394,8 @@ def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
         yield "reads nothing from other blocks of its cluster"
     if figures.flushing:
         yield (
-            f"takes subnormal numbers for zero in {figures.flushing} instructions: "
-            "not to be compiled with --use_fast_math or --ftz=true"
+            f"flushes subnormal numbers to zero in {figures.flushing} instructions: "
+            "compile it without --use_fast_math and --ftz=true"
         )
 
 
@@ -442,7 +443,7 @@ def _check(file: Path, architecture: str) -> Check:
 
 
 def report(rows: list[Row]) -> str:
-    """One line a kernel and architecture."""
+    """One line per kernel and architecture."""
     header = ["kernel", "architecture", "registers", "limit", "spills", "shared"]
     header += ["matrix instructions", "16-byte copies", "loads", "stores", "cluster barriers"]
     return table(header, [_cells(row) for row in rows])
@@ -476,7 +477,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="print such kernels only")
     parser.add_argument("--store", action="store_true", help="write results/codegen_cuda.json")
     options = parser.parse_args()
-    file, reason = extension(), reason_against()
+    file, reason = extension(), why_unchecked()
     if file is None or reason is not None:
         parser.error(reason or "")
     rows, found = check(file, architectures())

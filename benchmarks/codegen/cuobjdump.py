@@ -1,4 +1,4 @@
-"""What cuobjdump prints of a compiled kernel: resources and instructions."""
+"""Reads what cuobjdump prints about a compiled kernel: resources and instructions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 # HMMA and the like before Hopper, HGMMA on it, UTCHMMA after it. HFMA2.MMA is none of them.
 _MATRIX = re.compile(r"(?:UTC)?[A-Z]*MMA(?:\.|$)")
-# Hopper and later: the system takes so many bytes of shared memory in every block, and ptxas counts
+# From Hopper on, the system takes this many bytes of shared memory in every block, and ptxas counts
 # them as the kernel's.
 _RESERVED = 1024
 

@@ -20,7 +20,7 @@ class Variant(NamedTuple):
 
 
 def summarise(variants: Iterable[Variant], fewest: Mapping[str, str]) -> list[Summary]:
-    """One row a kernel and architecture, by column.
+    """One row per kernel and architecture, by column.
 
     Args:
         fewest: figures of which the smallest is kept, and their columns.

@@ -127,7 +127,7 @@ def source_of(variant: Variant) -> Any:
 
 
 def dump_cubin(cubin: bytes) -> str:
-    """What cuobjdump prints of a compiled kernel."""
+    """What cuobjdump prints about a compiled kernel."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +187,7 @@ def _variants(module: str) -> list[Variant]:
 def smallest(variant: Variant) -> Variant:
     """The variant for one query, reference and feature.
 
-    Triton makes a constant of each size that is 1, and kernels must compile with those constants.
+    Triton turns each size of 1 into a constant. Kernels must compile with these constants.
     """
     padded = ("width", "pairs_stride", "stretch")  # sizes that are always multiples of 16
     unspecialised = {p.name for p in variant.kernel.params if p.do_not_specialize}
@@ -207,7 +207,8 @@ def smallest(variant: Variant) -> Variant:
 
 
 def _row(module: str, place: int, capability: int) -> Row:
-    """Compiles a variant given by its place in the module's list: kernels cannot be pickled."""
+    """Compiles a variant, given by its place in the module's list because kernels cannot be
+    pickled."""
     variant = _variants(module)[place]
     try:
         figures = compile_variant(variant, capability)
@@ -228,14 +229,14 @@ def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "")
         if only in variant.name
         for capability in capabilities
     ]
-    # Not by fork: torch's threads do not survive it.
+    # Not by fork, because torch's threads do not survive it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context) as pool:
         return list(pool.map(_row, *zip(*jobs, strict=True))) if jobs else []
 
 
 def report(rows: list[Row]) -> str:
-    """One line a variant and architecture."""
+    """One line per variant and architecture."""
     header = ["kernel", "architecture", "registers", "spills", "shared"]
     header += ["matrix instructions", "16-byte loads"]
     return table(header, [_cells(row) for row in rows])

@@ -1,1 +1,1 @@
-"""What several benchmarks use: data, ways to compute, timing, tables, the machine."""
+"""Shared code of the benchmarks: data, ways to compute, timing, tables, the machine."""

@@ -25,13 +25,13 @@ class Outcome(NamedTuple):
     text: str
 
 
-def found_tool(name: str, named: str = "") -> str | None:
-    """The path of a tool of the CUDA toolkit, or None.
+def found_tool(name: str, variable: str = "") -> str | None:
+    """The path of a tool of the CUDA toolkit, or None if it is not found.
 
-    Looks at the environment variable ``named``, then at PATH, then at the usual folder.
+    Looks at the environment variable ``variable``, then at PATH, then at the usual folder.
     """
     usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
-    found = os.environ.get(named) or shutil.which(name)
+    found = os.environ.get(variable) or shutil.which(name)
     return found or (str(usual) if usual.exists() else None)
 
 
@@ -46,7 +46,8 @@ def nvidia_smi(field: str) -> str:
 
 
 def architecture(capability: str) -> str:
-    """CMake's name of the architecture of one device. "" leaves those of CMakeLists.txt."""
+    """CMake's name of the architecture of one device. "" keeps the architectures of
+    CMakeLists.txt."""
     digits = capability.replace(".", "")
     if not digits.isdigit():
         return ""
@@ -76,7 +77,7 @@ def assemble_with_cuda(folder: Path, nvcc: str, log: Path, limit: float) -> tupl
 
 
 def environment_with(package: Path, dry: bool, native: bool = False) -> dict[str, str]:
-    """An environment that finds the package, and after it the checkout, for ``benchmarks``."""
+    """An environment in which Python finds the package, and ``benchmarks`` in the checkout."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", ""), str(ROOT)]),

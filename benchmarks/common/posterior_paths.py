@@ -1,6 +1,6 @@
 """Ways to compute a posterior mean and its log-sum-exp: the library and what it competes with.
 
-A path takes a case, prepares what a trainer would prepare once, and returns the call to be timed.
+A path takes a case, prepares what a trainer would prepare once, and returns the call to time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """Images of uint8 in [-1, 1], exactly what the library takes them for, in float64."""
+    """uint8 images as float64 in [-1, 1], with exactly the values that the library reads."""
     return images.double() / 127.5 - 1
 
 
@@ -133,7 +133,7 @@ def random_direction(case: Case) -> Tensor:
 
 
 def with_backward(path: Path, direction: Callable[[Case], Tensor] = random_direction) -> Path:
-    """The path followed by the gradient of mean · G in x, G being the direction."""
+    """The path, followed by the gradient of mean · G in x, where G is the direction."""
 
     def prepare(case: Case) -> Forward:
         leaf = case._replace(x=case.x.clone().requires_grad_())

@@ -1,7 +1,7 @@
 """The data of the benchmarks: real images as references, and queries perturbed as in training.
 
-How long a posterior mean takes depends on how many weights are near zero. Random noise would have
-other weights than real images.
+The time of a posterior mean depends on how many weights are near zero. Weights of random noise
+would differ from those of real images.
 """
 
 from __future__ import annotations

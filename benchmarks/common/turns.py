@@ -1,7 +1,7 @@
-"""Times calls that compete for one result in turns, so that a ratio compares like with like.
+"""Times competing calls in turns, so that their ratios hold on a machine whose speed varies.
 
-A machine is not equally fast from one minute to the next. All calls run once a turn, in an order
-that rotates. A ratio is the median over the turns of the ratio within a turn.
+All calls run once per turn, in an order that rotates. A ratio is the median over the turns of the
+ratio within a turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def host_seconds(call: Call) -> float:
 
 
 def warm_seconds(call: Call) -> float:
-    """Seconds of one call right after another, which is not timed."""
+    """Seconds of a call made right after an untimed one."""
     call()
     return host_seconds(call)
 
@@ -47,7 +47,7 @@ def take_turns(paths: Mapping[str, Sequence[Call]], clock: Clock, turns: int) ->
 
 
 def time_calls(calls: Mapping[str, Call], turns: int, clock: Clock = host_seconds) -> Seconds:
-    """Times calls in turns. Each runs once untimed before, which compiles what is compiled."""
+    """Times calls in turns. Each call first runs once untimed, which includes compilation."""
     for call in calls.values():
         call()
     return take_turns({name: [call] for name, call in calls.items()}, clock, turns)

@@ -1,1 +1,1 @@
-"""Operations on the CPU beside what they compete with, by pytest-benchmark."""
+"""Operations on the CPU beside their competitors, timed by pytest-benchmark."""

@@ -27,7 +27,7 @@ SUBJECTS = [
 
 
 def extra_megabytes(*arguments: object) -> float:
-    """What benchmarks.cpu.peak_memory prints, run in a process of its own."""
+    """The number that benchmarks.cpu.peak_memory prints, run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.cpu.peak_memory", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)
@@ -42,7 +42,7 @@ def extra_megabytes(*arguments: object) -> float:
 def bench_memory(
     name: str, shape: tuple[int, int, int], dtype: str, path: str, passes: str, benchmark: Any
 ) -> None:
-    """Measures memory alone: the time is that of a whole process and means nothing."""
+    """Measures only memory. The time is that of a whole process and means nothing."""
     B, M, N = (4, 100, 64) if benchmark.disabled else shape
     megabytes = benchmark.pedantic(extra_megabytes, (B, M, N, dtype, path, passes), rounds=1)
     benchmark.group = "memory"

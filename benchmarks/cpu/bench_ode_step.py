@@ -6,10 +6,11 @@
 - ``published`` is the published sampler's sequence of torch calls for the same step.
 - ``compiled`` is the same under torch.compile.
 - ``add`` reads and writes exactly what the step must: x and field_x, then x.
-- ``copy`` moves as many bytes, in half as much memory again.
+- ``copy`` moves as many bytes as ``add``, in 1.5 times as much memory.
 
-``add`` and ``copy`` bound the step inside and outside the cache. Paths take turns in one run. Right
-before each timed call the same path runs untimed, which leaves its data in the caches.
+``add`` and ``copy`` show the best time that a step can reach, inside and outside the cache. Paths
+take turns in one run. Right before each timed call the same path runs untimed, which leaves its
+data in the caches.
 
 Temporaries take most of the published time where the allocator returns their memory to the system
 at each step, as glibc does (``page faults``). To measure without that, set MALLOC_TRIM_THRESHOLD_
@@ -97,7 +98,7 @@ def compiled() -> Callable[[Case], Tensor]:
 
 
 def add(case: Case) -> Tensor:
-    """The bytes of a step, and next to no arithmetic."""
+    """Moves the bytes of a step with almost no arithmetic."""
     return case.x.add_(case.field_x, alpha=1e-6)
 
 
@@ -156,7 +157,8 @@ def measure(B: int, z: float) -> Measured:
 @pytest.mark.parametrize("z", [1.0, 20.0], ids=["substituted", "given"])
 @pytest.mark.parametrize("B", [128, 512, 1024])
 def bench_euler_step(B: int, z: float, path: str, benchmark: Any) -> None:
-    """The published sampler substitutes field_z in 80 of 100 steps: at z = 1, but not at z = 20."""
+    """The published sampler substitutes field_z in 80 of its 100 steps: it does at z = 1, not at z
+    = 20."""
     if benchmark.disabled:
         case = build(2, z)
         benchmark(paths(case)[path])

@@ -2,8 +2,8 @@
 
     pytest benchmarks/cpu/bench_posterior_mean.py --benchmark-only --store
 
-A group is one subject; its paths take turns. ``extra_info`` holds the errors of the worst row, as
-the accuracy contract counts them, or the relative error of a gradient.
+Each group is one subject, whose paths take turns. ``extra_info`` holds the errors of the worst row,
+as the accuracy contract counts them, or the relative error of a gradient.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def errors_of(
 def exact_results(subject: Subject, case: Case) -> dict[str, Any]:
     """The exact result for each path.
 
-    That of uint8 differs: rounding the references moves the result of a point close to one.
+    The exact result for uint8 references differs: rounding a reference changes the result of a
+    point close to it.
     """
     exact = exact_gradient(case) if subject.backward else exact_result(case)
     results = dict.fromkeys(subject.paths, exact)

@@ -3,7 +3,7 @@
     pytest benchmarks/cpu/bench_sampling.py --benchmark-only --store
 
 The field comes from the library or from the torch path; the solver is the library's. rk45 has no
-row for the torch path, whose field is too rough for it to find a step size.
+row for the torch path: it finds no step size, because that field is too rough.
 """
 
 from __future__ import annotations

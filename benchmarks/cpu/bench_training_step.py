@@ -4,7 +4,7 @@
 
 A step is perturbation, target, network, gradients and Adam. One subject is the demo's step (256
 digits, 1398 references, its U-Net), the other has the shape of the published CIFAR-10 step and a
-small U-Net. ``none`` takes zeros as the target, and so times the rest of the step.
+small U-Net. ``none`` takes zeros as the target, so it times the rest of the step.
 
 "outside the network" compares the step of :class:`pfgm.training.Trainer`, with the demo's network
 and 128 of 1437 digits, with the same network and optimiser alone. The difference is perturbation,

@@ -13,7 +13,8 @@ from benchmarks.common.turns import Call, Seconds, host_seconds, ratio, time_cal
 
 
 class Replay:
-    """A timer for pytest-benchmark that returns given durations, and without any the true time."""
+    """A timer for pytest-benchmark. It replays loaded durations; without any it returns the true
+    time."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -30,7 +31,7 @@ replay = Replay()
 
 
 class Measured(NamedTuple):
-    """Times of competing paths, and what else is known of the subject."""
+    """Times of competing paths, and other facts about the subject."""
 
     seconds: Seconds
     facts: dict[str, Any]
@@ -42,7 +43,7 @@ def measure_paths(
     """Times paths in turns, and notes the state of the machine.
 
     Args:
-        warm: whether an untimed call of the same path goes right before each timed one.
+        warm: whether an untimed call of the same path comes right before each timed one.
     """
     seconds = time_calls(paths, turns, warm_seconds if warm else host_seconds)
     conditions = {"threads": torch.get_num_threads(), "load": os.getloadavg(), **limits()}

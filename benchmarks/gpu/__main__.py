@@ -2,13 +2,13 @@
 
     python -m benchmarks.gpu --out DIR [--budget 480] [--skip-tests] [--fashion-mnist FOLDER]
 
-Needs torch, Triton, scikit-learn with Pillow, pytest and what the tests import. Needs neither an
-installed pfgm nor a network: it builds the package in a temporary folder, and writes nothing into
-the checkout. If nvcc is found, it builds the extension for this GPU, with CMake, Ninja and
-pybind11. It runs tests/gpu, and compute-sanitizer (if found) on every CUDA kernel. Then it times
-each operation beside plain torch, the published formula and a copy on the device. DIR gets
-results.json and the logs, and a short table is printed last. The status is not 0 if a build, a
-test, a sanitizer or one of the library's paths failed.
+Needs torch, Triton, scikit-learn with Pillow, pytest and what the tests import. Needs no installed
+pfgm and no network: it builds the package in a temporary folder, and writes nothing into the
+checkout. If nvcc is found, it builds the extension for this GPU, with CMake, Ninja and pybind11. It
+runs tests/gpu, and compute-sanitizer (if found) on every CUDA kernel. Then it times each operation
+beside plain torch, the published formula and a copy on the device. DIR gets results.json and the
+logs, and a short table is printed last. The status is not 0 if a build, a test, a sanitizer or one
+of the library's paths failed.
 
 - "triton" and "cuda" are the library's paths, by its backends triton and native. results.json says
   for each subject which of them is faster.
@@ -17,7 +17,7 @@ test, a sanitizer or one of the library's paths failed.
   is kept busy while a call is prepared, so that Python's time does not count; "host" is Python's
   time. "graph" is the time of one call in a CUDA graph that holds a call for each copy.
 - Errors are those of the worst row against exact differences in float64, as the accuracy contract
-  counts them. Of many queries a sample is compared.
+  counts them. If there are many queries, only a sample of them is compared.
 - Subjects that do not fit the budget are left out and named.
 
 ``--dry`` runs small subjects without a GPU, in Triton's interpreter, to see that everything works.
@@ -53,7 +53,7 @@ from benchmarks.gpu.report import OURS, circumstances, failed, faster, report
 from benchmarks.gpu.subjects import all_subjects
 
 LOST = 3  # status of a process that lost the device; another process can continue
-LEAST_SECONDS = 60.0  # that make another measuring process worth starting
+LEAST_SECONDS = 60.0  # with less time left, no other measuring process is started
 
 
 # ---- measuring, in a process of its own, which imports the package that was built --------------
@@ -110,7 +110,8 @@ class Ready(NamedTuple):
 def build_cuda(
     options: argparse.Namespace, folder: Path, budget: Budget
 ) -> tuple[dict[str, str] | None, Outcome]:
-    """Builds the CUDA kernels. The environment that finds them is None if there are none."""
+    """Builds the CUDA kernels. Returns the environment that finds them, or None if there are
+    none."""
     name, log = "build with CUDA", options.out / "build.log"
     if options.dry:
         return None, Outcome(name, 0, "none in a dry run")

@@ -49,7 +49,8 @@ def run_tests(kind: str, out: Path, environment: Environment, limit: float) -> O
 
 
 def run_smoke(out: Path, environment: Environment) -> Outcome:
-    """Runs every CUDA kernel once. One that never ends would block everything after it."""
+    """Runs every CUDA kernel once, to find a kernel that never ends before it blocks everything
+    else."""
     log = out / "smoke.log"
     status = run_logged(SMOKE, log, environment, TOOL_SECONDS)
     return Outcome("every CUDA kernel once", abs(status), last_line(log))

@@ -46,7 +46,7 @@ class Device(NamedTuple):
             torch.cuda.synchronize()
 
     def copies(self, size: int) -> int:
-        """How many inputs of so many bytes take twice the size of the cache."""
+        """How many inputs of this size fill twice the cache."""
         return min(max(2, -(-2 * self.cache // size)), 256)
 
     def compiled(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:

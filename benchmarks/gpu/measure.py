@@ -22,7 +22,7 @@ from benchmarks.gpu.subjects import Paths, Subject, Way
 
 
 class Row(NamedTuple):
-    """What was measured of one path."""
+    """The measurements of one path."""
 
     subject: str
     path: str
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 def attempt(action: Callable[[], Any], failures: list[str]) -> Any:
     """The action's result, or None with the exception among the failures.
 
-    A GPU is not available often: the rest of the run must go on.
+    A GPU is rarely available, so the rest of the run must go on.
     """
     try:
         return action()
@@ -52,9 +52,9 @@ def attempt(action: Callable[[], Any], failures: list[str]) -> Any:
 
 
 def prepare(paths: Paths, device: Device, failures: dict[str, list[str]]) -> dict[str, Way]:
-    """The ways that run. The first calls compile what is compiled.
+    """The ways that run. Their first calls include compilation.
 
-    Waits for the device after each way, so that an error on it is noted for that way.
+    Waits for the device after each way, so that an error on the device is noted for that way.
     """
 
     def run(path: Way) -> None:
@@ -132,8 +132,8 @@ def run_subjects(
 ) -> tuple[list[Row], list[str]]:
     """Measures subjects, and returns the rows and the names of the subjects left out.
 
-    Leaves out subjects that do not fit the budget, and all after the device was lost
-    (:func:`lost`). After each subject ``keep`` gets what is known so far.
+    Leaves out subjects that do not fit the budget, and all subjects after the device was lost
+    (:func:`lost`). After each subject it calls ``keep`` with the results so far.
     """
     rows: list[Row] = []
     left_out: list[str] = []

@@ -1,4 +1,4 @@
-"""Tables of what was measured: the library's times, and beside them those of its competitors."""
+"""Tables of the measurements: the library's times beside those of its competitors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ The subject's name ends with the type of references, if that is not float32.
 
 
 def faster(rows: list[Row]) -> Faster:
-    """Which of the library's paths is faster, for all that both compute."""
+    """Which of the library's paths is faster, for each subject that both compute."""
     found: Faster = {}
     for subject, part in by_subject(rows).items():
         paths = [row.path for row in part if implementation(row.path) == "cuda"]
@@ -98,7 +98,8 @@ GRAPH_HEADER = [*(f"{name} in a graph" for name in OURS), "best torch", "copy"]
 def summary(rows: list[Row]) -> str:
     """One row a subject: times, then the same within graphs, then the errors.
 
-    Times of competitors say how many times as long they take as the faster of the library's paths.
+    Times of competitors also say how many times as long they take as the faster of the library's
+    paths.
     """
     lines = []
     for name, part in by_subject(rows).items():

@@ -1,4 +1,5 @@
-"""Runs every CUDA kernel once on small inputs, for compute-sanitizer and to see that all end.
+"""Runs every CUDA kernel once on small inputs, for compute-sanitizer, and to see that each one
+ends.
 
 python -m benchmarks.gpu.smoke [--backend native] [--device cuda]
 
@@ -17,7 +18,7 @@ import pfgm
 from benchmarks.common.commands import new_parser
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-# Queries, references, features. They decide which kernels a posterior mean takes. No size is a
+# Queries, references, features. They decide which kernels a posterior mean runs. No size is a
 # multiple of a tile's. From sm_90 on the last three are one pass, in clusters of 2, 3 and 16.
 SHAPES = {
     "few queries": (5, 70, 37),

@@ -1,4 +1,4 @@
-"""What is measured: each operation by the library's kernels and by what they compete with."""
+"""The subjects: each operation by the library's kernels and by their competitors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Way(NamedTuple):
 
 
 Paths = dict[str, Callable[[], Way]]
-"""Name → what prepares the way. Each is prepared by itself, so that one failure costs one path."""
+"""Name → function that prepares the way. Each is prepared separately, so that a failure costs only
+that path."""
 
 
 class Subject(NamedTuple):
@@ -237,7 +238,7 @@ def posterior_subject(
     paths["triton, medium"] = lambda: way_on(cases, medium, forward_errors)
     paths |= torch_paths(cases, device, gemm_formula, forward_errors)
     if published_fits(cases[0], device):
-        # In a graph its temporaries would take their memory a second time.
+        # A graph would hold its temporaries a second time.
         paths["published formula"] = lambda: way_on(cases[:1], published, forward_errors)._replace(
             capturable=False
         )

@@ -5,7 +5,7 @@
 - ``sass``: machine code; ``kernels``: the compiled kernels;
 - ``pipeline``: one multiprocessor that runs a piece of machine code; ``banks``: bank conflicts;
 - ``devices``: rates of graphics cards;
-- ``data``: how much work real data make for the kernels; ``launches``: what is launched for it;
+- ``data``: the work of the kernels on real data; ``launches``: the launches for it;
 - ``model``: the predicted time of a launch;
 - ``published``: the model beside published times; ``host``: time of the host;
 - ``sections``, ``results``, ``page``: what is counted, stored and shown;

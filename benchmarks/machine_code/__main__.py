@@ -4,14 +4,13 @@
 
 Sections:
 
-- data: how much work real data make for the kernels (minutes);
+- data: the work of the kernels on real data (minutes);
 - host: the host's time, measured on this machine;
 - predicted, loops: compiles the kernels and runs the model (tens of minutes);
 - published, "held out": the model beside published times.
 
-Each section is stored in benchmarks/results/machine_code.json. ``--write`` puts the stored tables
-into docs/roofline.md and does nothing else. Needs Triton and, for the CUDA kernels, an extension
-built with nvcc.
+Each section is stored in benchmarks/results/machine_code.json. ``--write`` only puts the stored
+tables into docs/roofline.md. Needs Triton and, for the CUDA kernels, an extension built with nvcc.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from benchmarks.machine_code import sections as counted
 
 
 def sections() -> dict[str, Callable[[], Any]]:
-    """What counts each section."""
+    """The functions that count the sections, by name."""
     from benchmarks.machine_code import published  # here, because it needs Triton
 
     def counts() -> dict[str, Any]:

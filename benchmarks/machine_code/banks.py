@@ -1,13 +1,13 @@
 """Bank conflicts of shared memory, from the addresses of a warp's lanes.
 
-Shared memory has 32 banks of 4 bytes. An access of a warp takes as many wavefronts as the bank with
-the most different words has words. With 8 bytes a lane half a warp goes at a time, with 16 bytes a
-quarter. A matrix of ``ldmatrix`` or ``stmatrix`` is 8 rows of 16 bytes (CUDA C++ Programming Guide,
-shared memory).
+Shared memory has 32 banks of 4 bytes. The wavefronts of an access by a warp are the largest number
+of different words in one bank. With 8 bytes per lane, half a warp is served at a time; with 16
+bytes, a quarter. A matrix of ``ldmatrix`` or ``stmatrix`` is 8 rows of 16 bytes (CUDA C++
+Programming Guide, shared memory).
 
-Triton's PTX is evaluated for every lane, with the registers of the first trip: each access in the
-loop that multiplies, or in the whole kernel if no loop does. An address is unknown if it depends on
-loaded values or on an instruction that is not evaluated here.
+The addresses come from Triton's PTX, evaluated for every lane with the registers of the first trip:
+those in the loop that multiplies, or in the whole kernel if no loop multiplies. An address is
+unknown if it depends on loaded values or on an instruction that is not evaluated here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 
 
 def wavefronts(addresses: Sequence[int], size: int) -> int:
-    """Wavefronts of one access of a warp, ``size`` bytes at each lane's address.
+    """Wavefronts of one access by a warp, with ``size`` bytes at each lane's address.
 
     >>> wavefronts([4 * lane for lane in range(32)], 4)
     1

@@ -1,12 +1,12 @@
-"""How much work real data make for the kernels: pairs to refine, tiles and references with weight.
+"""The work of the kernels on real data: pairs to refine, tiles and references with weight.
 
 The kernels' own rules (kernels/distances.py, kernels/posterior_mean.py, csrc) are applied to the
-benchmarks' data, perturbed as in training with seed 0. Distances are those of float64; the kernels'
-differ from them by less than the rules allow. Of many queries only some are counted, evenly spaced,
-and represent the others.
+benchmarks' data, perturbed as in training with seed 0. Distances are computed in float64; those of
+the kernels differ by less than the rules allow. If there are many queries, only evenly spaced ones
+are counted, and represent the others.
 
-Terms: a pair is *refined* if its distance is computed again in float64. A weight is *live* if it is
-not set to zero, a tile or a reference if it has a live weight.
+Terms: a pair is *refined* if its distance is recomputed in float64. A weight is *live* if it is not
+    set to zero. A tile or a reference is live if it has a live weight.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from benchmarks.common.subjects import Case
 
 # Constants of the kernels.
 PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # the largest chunk and block
-TILE, FEW, NEAR, UNSEEN = 64, 16, 20.0, 16.0
+TILE, FEW, NEAR, CUTOFF = 64, 16, 20.0, 16.0
 SUM_TILE = 32
 SORTED = 256
 BOUND, NOISE = 2.0**-18, 2.0**-22
-SHOWS = 3e-4
+ERROR_SHARE = 3e-4
 PASS_TILE, PASS_SHARE, PASS_WARPS = 16, 1e-4, 8
 
 
 class Shape(NamedTuple):
-    """A problem, and how the kernels cut it: B queries, M references, N features."""
+    """A problem with B queries, M references and N features, and how the kernels split it."""
 
     name: str
     B: int
@@ -41,12 +41,12 @@ class Shape(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Queries of the largest block, which are computed together."""
+        """The number of queries in the largest block."""
         return min(self.B, ROWS, max(16, PARTS // self.N))
 
     @property
     def chunk(self) -> int:
-        """References of a chunk, which are computed together."""
+        """The number of references in a chunk."""
         fitting = -(-max(PAIRS // self.block, 128) // 128) * 128
         return min(self.M, fitting, REFERENCES)
 
@@ -101,34 +101,34 @@ class Rule(NamedTuple):
     M: int
 
     @property
-    def half(self) -> float:
+    def exponent(self) -> float:
         """Exponent of the weights, on squared distances."""
         return (self.N + 1) / 2
 
     @property
     def spread(self) -> float:
         """Relative distance beyond the nearest within which pairs are refined."""
-        return math.expm1(NEAR / self.half)
+        return math.expm1(NEAR / self.exponent)
 
     def largest_refined(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
         """The largest squared distance that is refined (B,)."""
         return base + 2 * BOUND * (3 * norm + 2 * base) + self.spread * (base + r * r)
 
-    def error_shows(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
-        """Whether the usual error of a distance would show in the result (B,)."""
+    def error_changes_weight(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
+        """Whether the usual error of a distance changes a weight by more than ``share`` (B,)."""
         error = NOISE * (norm + base) + 2.0**-26 * base
-        return self.half * error > share * (base + r * r)
+        return self.exponent * error > share * (base + r * r)
 
     def weights(self, d: Tensor, nearest: Tensor, r: Tensor) -> Tensor:
         """Weights relative to that of the nearest reference (B, M)."""
         excess = (d - nearest[:, None]).clamp(min=0)
         s = (nearest + r * r)[:, None]
-        return torch.exp(-self.half * torch.log1p(excess / s))
+        return torch.exp(-self.exponent * torch.log1p(excess / s))
 
     @property
     def floor(self) -> float:
         """Relative weight below which weights become zero."""
-        return math.exp(-UNSEEN) / self.M
+        return math.exp(-CUTOFF) / self.M
 
 
 class Chunk(NamedTuple):
@@ -154,7 +154,7 @@ def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
         base = torch.minimum(nearest, lowest.amin(1))
         near = rule.largest_refined(base, norm, r)
         many = (lowest <= near[:, None]).sum(1) > FEW
-        near[many & ~rule.error_shows(base, norm, r, SHOWS)] = -1
+        near[many & ~rule.error_changes_weight(base, norm, r, ERROR_SHARE)] = -1
         refined = part <= near[:, None]
         visited = lowest <= near[:, None]
         total = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
@@ -273,7 +273,8 @@ def group_of(features: int) -> int:
 def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str, Any]:
     """All counts of one shape, in totals over its queries.
 
-    "most", the work of the busiest program, is the mean over the chunks: each is a launch.
+    "most" is the work of the busiest program of a launch. Each chunk is a launch; the mean over
+    them is taken.
     """
     case = prepare(shape)
     counted = len(case.x)
@@ -316,7 +317,7 @@ def single_pass(case: Case, shape: Shape, d: Tensor, stretches: int = 8) -> dict
             part = d[:, start : start + PASS_TILE]
             base = torch.minimum(nearest, part.amin(1))
             near = rule.largest_refined(base, norm, r)
-            near[~rule.error_shows(base, norm, r, PASS_SHARE)] = -1
+            near[~rule.error_changes_weight(base, norm, r, PASS_SHARE)] = -1
             pairs = (part <= near[:, None]).sum(1).float()
             by_warp = torch.nn.functional.pad(pairs, (0, -len(pairs) % PASS_WARPS))
             kept = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)

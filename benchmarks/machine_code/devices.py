@@ -1,7 +1,7 @@
 """Rates of graphics cards, each number with its source.
 
-They were written down before anything was compared with a measured time. Rates are those of
-instructions. A number without a known source is called assumed.
+The numbers were written down before any prediction was compared with a measured time. Rates are
+those of instructions. A number without a known source is marked as assumed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The host's time for a call, without the driver. Measured on the CPU; needs no GPU.
 
-Triton's kernels are launched into a driver that does nothing, so that the time is that of the
-library's and Triton's Python. For CUDA kernels and plain torch the same calls run on the CPU with
-one query and one reference, so that computing takes no time. The driver's time for a launch is not
-measured and comes on top.
+Triton's kernels are launched into a driver that does nothing, so that only the Python code of the
+library and of Triton takes time. For CUDA kernels and plain torch the same calls run on the CPU
+with one query and one reference, so that computing takes no time. The driver's time for a launch is
+not measured and must be added.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Compiled(NamedTuple):
     shared: int
     """Bytes of shared memory of a block."""
     conflicts: banks.Conflicts | None
-    """Of the loop that multiplies; None for CUDA kernels, whose addresses are unknown."""
+    """Conflicts of the loop that multiplies; None for CUDA kernels, whose addresses are unknown."""
 
     @property
     def warps(self) -> int:
@@ -80,7 +80,7 @@ def count_of(code: Sequence[Instruction], *names: str) -> int:
 
 
 def loop_with_most(kernel: Compiled, *names: str) -> Loop:
-    """The loop with most such instructions in a trip of its own.
+    """The loop with most such instructions in a trip, not counting inner loops.
 
     Raises:
         ValueError: no loop has one.
@@ -141,7 +141,7 @@ def triton_variant(card: Device, *words: str) -> Compiled:
     """The variant whose name has all these words.
 
     Raises:
-        ValueError: not exactly one variant has them.
+        ValueError: no variant, or more than one, has them.
     """
     found = [v for name, v in _variants().items() if all(_holds(name, word) for word in words)]
     if len(found) != 1:
@@ -167,7 +167,7 @@ def cuda_kernels(card: Device) -> dict[str, Compiled]:
     Raises:
         RuntimeError: the extension was built without CUDA, or cuobjdump is missing.
     """
-    file, reason = codegen_cuda.extension(), codegen_cuda.reason_against()
+    file, reason = codegen_cuda.extension(), codegen_cuda.why_unchecked()
     if file is None or reason is not None:
         raise RuntimeError(reason)
     text = codegen_cuda.dump(file, _ARCHITECTURE[card.architecture])

@@ -169,7 +169,7 @@ def _triton_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launc
     phases = [_once(kernel, blocks)]
     if kernel.loops:
         main = kernels.loop_with_most(kernel, "global")
-        # The number of loads shows how far the loop is unrolled.
+        # The number of loads shows how often the loop is unrolled.
         loads = kernels.count_of(kernel.body(main), "LDG") / 2
         phases.append(_loop("stretches", kernel, main, blocks, parts / max(1.0, loads)))
     return Launch("merge", kernel, blocks, tuple(phases), 4 * (parts + 1) * queries * shape.N)

@@ -3,8 +3,8 @@
 A launch consists of blocks, which run phases: pieces of machine code, each a number of times. One
 multiprocessor runs every phase with as many blocks as it holds (pipeline.py). Blocks are dealt out
 evenly to the multiprocessors, and each runs them in rounds. A launch takes the longest of three
-times: of those rounds, of its longest block alone, and of its bytes at the rate of memory. The gap
-before the next launch is added.
+times: its rounds, its longest block alone, and its bytes at the rate of memory. The gap before the
+next launch is added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Phase(NamedTuple):
     trips: float
     """Of all blocks together."""
     most: float
-    """Of the block with most trips."""
+    """Trips of the block that makes most."""
     conflicts: tuple[tuple[int, float], ...] = ()
 
 
@@ -81,7 +81,7 @@ def blocks_at_once(launch: Launch, card: Device) -> int:
 def rounds_seconds(launch: Launch, card: Device) -> float:
     """Seconds of the multiprocessor with most blocks, if all blocks do the same.
 
-    It runs rounds of as many blocks as it holds, and one round of the rest.
+    It runs full rounds, with as many blocks as it holds, and one round with the rest.
     """
     together = blocks_at_once(launch, card)
     rounds, rest = divmod(-(-launch.blocks // card.sms), together)

@@ -66,10 +66,10 @@ def loop_table(results: Results) -> str:
 
 
 _SUMS = {
-    "live": "weights that live",
-    "tiles of 32, unsorted": "tiles of 32 × 32 that live",
+    "live": "live weights",
+    "tiles of 32, unsorted": "live tiles of 32 × 32",
     "tiles of 32, sorted": "the same, queries sorted",
-    "listed of 32, unsorted": "references that live for any of 32 queries",
+    "listed of 32, unsorted": "references live for any of 32 queries",
     "listed of 32, sorted": "the same, queries sorted",
 }
 
@@ -83,8 +83,8 @@ def data_table(results: Results) -> str:
         cut = f"{len(found['blocks'])} × {found['chunks']}"
         sizes = " × ".join(map(str, found["B, M, N"]))
         rows.append([shape, sizes, str(found["queries looked at"]), cut, *counts, *shares])
-    header = ["", "B × M × N", "queries looked at", "blocks × chunks"]
-    header += [f"refined a query, {name}" for name in ("mean", "median", "most")]
+    header = ["", "B × M × N", "queries counted", "blocks × chunks"]
+    header += [f"refined pairs per query, {name}" for name in ("mean", "median", "most")]
     return table([*header, *_SUMS.values()], rows)
 
 
@@ -120,8 +120,8 @@ def published_table(results: Results) -> str:
 def host_table(results: Results) -> str:
     rows = [[path, format_seconds(seconds)] for path, seconds in results["host"].items()]
     made = results["made"]["host"]
-    how = f"Measured on {made['processor']}, {made['date']}, as the thread's time on the processor."
-    driver = f"A launch in the driver is taken as {format_seconds(host.DRIVER)} more."
+    how = f"Measured on {made['processor']}, {made['date']}, as processor time of the thread."
+    driver = f"The driver is assumed to take {format_seconds(host.DRIVER)} more per launch."
     return f"{table(['posterior_mean', 'a call'], rows)}\n\n{how} {driver}"
 
 
@@ -133,8 +133,8 @@ def report(results: Results) -> str:
             for shape in results["data"]
         },
         "The stretch of each kernel that takes longest, at C": loop_table(results),
-        "What the data make the kernels do": data_table(results),
-        "Held against published kernels": published_table(results),
+        "Work of the kernels on real data": data_table(results),
+        "Compared with published kernels": published_table(results),
         "The host": host_table(results),
         "Rates": device_table(),
     }

@@ -3,8 +3,8 @@
 Instructions of a warp start in order. One starts when the stall of its predecessor is over, the
 scoreboards that it waits for are free, and its scheduler and its unit accept it. Barriers wait for
 all warps of a block. Asynchronous copies and matrix instructions of a warp group go on in the
-background until something waits for them. A single warp shows the cost of latencies. As many warps
-as a multiprocessor holds give the time that counts, and how busy each unit is.
+background until something waits for them. With a single warp the model shows the cost of latencies.
+With as many warps as a multiprocessor holds, it gives the predicted time and how busy each unit is.
 
 The model leaves out misses of the instruction cache and the L2 cache, conflicts of register banks,
 the limits of queues, and the direction of branches: it runs the whole piece.
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
     clocks: float
     busy: dict[str, float]
-    """Unit → clocks of a trip in which it works, the mean over the schedulers."""
+    """Unit → clocks of a trip during which it is busy, the mean over the schedulers."""
     waits: dict[str, float]
     """Name of an instruction → clocks of a warp's trip that it waited to start."""
 
@@ -181,7 +181,7 @@ class _Warp:
 
 
 class _Step(NamedTuple):
-    """An instruction with all that stays the same from trip to trip."""
+    """An instruction with everything that is the same in every trip."""
 
     instruction: Instruction
     need: Need
@@ -340,7 +340,7 @@ def _held(instruction: Instruction) -> str:
 
 
 def _pending(groups: list[float], instruction: Instruction) -> float:
-    """When all groups are done but the newest ones, whose number the instruction gives."""
+    """When all groups are done except the newest ones, whose number the instruction gives."""
     found = re.search(r"0x([0-9a-f]+)", instruction.operands)
     newest = int(found[1], 16) if found else 0
     done = groups[: max(0, len(groups) - newest)]

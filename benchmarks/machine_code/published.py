@@ -1,8 +1,8 @@
-"""The model beside kernels whose times others have measured and published.
+"""The model beside kernels whose measured times others have published.
 
 The kernels are matrix products and attention, written as in Triton's tutorials and compiled here.
-The table of devices was written down before. One kernel was held out: it was chosen before its
-published time was known, and compared last.
+The table of devices was written before any comparison. One kernel was held out: it was chosen
+before its published time was known, and was compared last.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The least that each kernel must compute and move, and the least time of an H100 for it.
+"""The least work of each kernel, in operations and bytes, and the least time of an H100 for it.
 
     python -m benchmarks.machine_code.roofline            prints the tables
     python -m benchmarks.machine_code.roofline --write    puts them into docs/roofline.md
 
-Rates are those of the data sheet (H100 SXM); nothing here is measured. The command
-``python -m benchmarks.machine_code`` predicts what a kernel would take.
+Rates are those of the data sheet (H100 SXM); nothing here is measured. The command ``python -m
+benchmarks.machine_code`` predicts the time that a kernel would take.
 """
 
 from __future__ import annotations

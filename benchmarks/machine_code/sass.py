@@ -101,7 +101,7 @@ def instructions(code: str) -> list[Instruction]:
 
 
 def _is_padding(instruction: Instruction) -> bool:
-    """Whether it does nothing, or jumps to itself: such code stands behind a kernel's end."""
+    """Whether it does nothing, or jumps to itself, as the code after a kernel's end does."""
     return instruction.base == "NOP" or jump_target(instruction) == instruction.address
 
 
@@ -121,8 +121,8 @@ class Loop(NamedTuple):
 def loops(code: Sequence[Instruction]) -> list[Loop]:
     """Natural loops, found by their back edges, in the order of their headers.
 
-    The compiler puts some pieces of code behind the kernel's end, such as the repeated wait for a
-    barrier. A jump back from there does not make a loop of everything in between.
+    The compiler puts some pieces of code after the kernel's end, such as the repeated wait for a
+    barrier. A jump back from there is not a loop over everything in between.
     """
     before = _predecessors(code)
     bodies: dict[int, frozenset[int]] = {}
@@ -214,7 +214,7 @@ _NEAR = 64  # bytes to the target of a call that never returns
 def jump_target(instruction: Instruction) -> int | None:
     """The address that an instruction may jump to.
 
-    The compiler writes some jumps as calls, which never return. Their target is close behind.
+    The compiler writes some jumps as calls that never return. Their target is close behind them.
     """
     if instruction.base not in ("BRA", "CALL") or instruction.name.startswith("BRA.DIV"):
         return None

@@ -1,4 +1,4 @@
-"""Counts the sections of the stored results."""
+"""Computes the sections of the stored results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Row = list[Any]
 
 
 def count_data(stored: dict[str, Any]) -> dict[str, Any]:
-    """The section "data". Keeps what is stored of Fashion-MNIST if its files are missing."""
+    """The section "data". Keeps the stored counts of Fashion-MNIST if its files are missing."""
     found = {}
     for shape in SHAPES:
         there = (subjects.FASHION_FOLDER / subjects.FASHION).exists()
@@ -59,7 +59,7 @@ def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
 
 
 def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
-    """The section "loops": of each kernel the phase that takes longest, at one shape.
+    """The section "loops": the longest phase of each kernel, at one shape.
 
     Path, card, kernel, phase, instructions, matrix instructions, ideal and actual wavefronts,
     clocks of a trip of one block alone and of as many as a multiprocessor holds, their number, and

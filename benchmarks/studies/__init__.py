@@ -1,1 +1,1 @@
-"""Single questions, each a command."""
+"""Studies of single questions. Each is a command."""

@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.references [--store] [--rows 1000000]
 
-- All 60000 images of Fashion-MNIST as bytes: a tensor, a set in memory and a set in a file; also
-  the peak memory of going through the file, beyond what the process had before.
+- All 60000 images of Fashion-MNIST as bytes: a tensor, a set in memory and a set in a file. Also
+  the peak memory of reading through the file, beyond the memory of the process before.
 - A set in memory, which keeps sums over its rows from call to call, beside a new set in every call
   and a tensor; with few and many points, near the data and farther away.
 - ``--rows`` references with N = 3072 in a file, crops of photographs: going through them, reading

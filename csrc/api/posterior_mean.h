@@ -32,7 +32,7 @@ struct Problem {
   const double* radius;  // (queries)
   double dimensions;     // D, infinity for diffusion
   int threads;
-  const void* sketch = nullptr;  // of the references, in the type of x; may be null
+  const void* sketch = nullptr;  // sketch of the references, in the type of x; may be null
 };
 
 struct Forward {

@@ -1,8 +1,8 @@
-// Squared distances between a block of queries and a chunk of references, where they matter.
+// Squared distances between a block of queries and a chunk of references, on the CPU.
 //
 // Distances are sums of exact differences: |x|² + |y|² − 2x·y would lose digits, and the exponent
 // (N + D)/2 multiplies that error. Float32 sums are merged in float64. Distances that decide the
-// answer are computed again in float64.
+// result are recomputed in float64.
 //
 // With many features, lower bounds come first (cpu/screen.h). The distance of any one reference is
 // an upper bound of the smallest distance. It gives the largest distance at which a weight still
@@ -16,9 +16,9 @@ namespace {
 
 constexpr Index kListedFeatures = 512;  // with fewer features all pairs are computed
 constexpr Index kScreenedQueries = 48;  // with fewer queries sketches cost more than they save
-// Of references, so that they stay in cache for all passes.
+// Bytes of references in a chunk: the chunk stays in cache for all passes.
 constexpr Index kMaxChunkBytes = 16 << 20;
-// Up to so many references near the nearest are always computed again.
+// Up to this many references near the nearest always have their distances recomputed.
 constexpr Index kFewCandidates = 16;
 // Stands for a distance that is not needed.
 constexpr double kSkipped = std::numeric_limits<double>::max();
@@ -103,13 +103,13 @@ class Distances {
         out);
   }
 
-  // Makes the chunk's distances of query b as exact as the answer needs. Returns the smallest; NaN
+  // Makes the chunk's distances of query b as exact as the result needs. Returns the smallest; NaN
   // if a distance is not finite.
   //
-  // Float32 distances are computed again in float64 if one overflowed. References near the nearest
-  // one are computed again if they are few, or if the error would change the weights: the
-  // sensitivity of a point drawn from the references is about features/2, and then the errors of
-  // many average out.
+  // If a float32 distance overflowed, all are recomputed in float64. Distances near the smallest
+  // are recomputed if they are few, or if their error would change the weights. The sensitivity of
+  // a point drawn from the references is about features/2; there the errors of many distances
+  // average out.
   double refine(Index b, const QueryState& known) {
     double* squared = this->row(b);
     if (listed_ && alive_[b] == 0) return kSkipped;
@@ -246,7 +246,7 @@ class Distances {
     return total;
   }
 
-  // The squared distance plus what the rounding of y may add to it, for an x of this norm.
+  // The squared distance plus the largest error from the rounding of y, for an x of this norm.
   static double widened(double squared, double norm) {
     if (kHoldsExactly<T, R>) return squared;
     const double distance = std::sqrt(squared) + 2 * std::numeric_limits<T>::epsilon() * norm;

@@ -1,7 +1,7 @@
 // Lists of the references that count for a group of queries, arranged for register tiles.
 //
-// Queries are sorted by how many references count for them. Each kRows of them form a group, which
-// works on the union of their lists.
+// Queries are sorted by how many references count for them. Every kRows queries form a group with
+// one list, the union of theirs.
 #pragma once
 #include "cpu/weights.h"
 
@@ -10,7 +10,7 @@ namespace PFGM_ISA {
 namespace {
 
 constexpr Index kBatch = 512;  // references that a weighted sum packs at a time
-// References summed in T before float64 takes over; all of one batch.
+// References whose sum is computed in T before it is added in float64. A segment lies in one batch.
 constexpr Index kSegment = 128;
 constexpr Index kMaxSegments = kChunk / kBatch * (kBatch / kSegment);  // in a chunk
 
@@ -30,7 +30,7 @@ struct Group {
   std::int32_t index[kChunk];
   T weights[kChunk][kRows];
 
-  // Position in `index` of the first reference that is not before the j-th of the chunk.
+  // Position in `index` of the first listed reference from the j-th of the chunk on.
   Index lower_bound(Index j) const {
     Index low = 0, high = length;
     while (low < high) {
@@ -79,7 +79,8 @@ class Groups {
   bool live(Index j) const { return live_[j]; }
 
  private:
-  // Orders the rows that need any reference, those that need most first. Returns their number.
+  // Sorts the rows that need any reference; the rows that need most come first. Returns their
+  // number.
   template <class CountOf>
   Index sort(Index rows, const CountOf& count_of) {
     Index starts[kChunk + 1] = {};
@@ -108,7 +109,7 @@ class Groups {
       Index begin = group.length;
       for (Index j = batch; j < smaller(batch + kBatch, references); ++j)
         if (any[j]) {
-          // Written only once: threads that write to the same cache line slow each other down.
+          // Write only once: threads that write to the same cache line slow each other down.
           if (!__atomic_load_n(live_.at(j), __ATOMIC_RELAXED))
             __atomic_store_n(live_.at(j), 1, __ATOMIC_RELAXED);
           group.index[group.length++] = static_cast<Position>(j);

@@ -18,7 +18,7 @@ namespace PFGM_ISA {
 namespace {
 
 constexpr Index kMaxBlock = 384;   // queries in a block; a multiple of every kTileQueries
-constexpr Index kSmallBlock = 64;  // the same with few features, so that all threads get blocks
+constexpr Index kSmallBlock = 64;  // queries in a block if features are few: every thread gets one
 constexpr Index kMaxStateBytes = 24 << 20;
 
 template <class T>
@@ -112,9 +112,9 @@ Status forward(const Problem& problem, const Forward& out) {
 //     C = Σ c_j = −(N + D)(g − moment)/s                         (D = ∞: −g/σ²)
 //     ∂L/∂x = C (x − mean) − Σ_j c_j (y_j − mean)
 //     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
-// p_j is computed relative to the nearest reference of the forward pass. logsumexp would be too
-// inexact: for small σ it is as large as d²/σ². In rows where the rounding of the mean would be
-// visible, t_j is computed without it (cpu/steep_rows.h).
+// p_j is computed relative to the nearest reference of the forward pass. From logsumexp it would be
+// too inexact: for small σ, logsumexp is as large as d²/σ². In rows where the rounding of the mean
+// would be visible, t_j does not use the rounded mean (cpu/steep_rows.h).
 
 constexpr int kGradientRows = 3;  // rows of a register tile that also holds their means
 
@@ -172,7 +172,7 @@ double coefficients(const WeightLaw& law, const QueryState& state, double radius
   Doubles moment = {}, size = {};
   for (Index j = 0; j < padded_count(count); j += kDoubles) {
     const Doubles probability = vector_at(p + j), s = vector_at(squared + j);
-    // Where p = 0, t is undefined.
+    // t is undefined where p = 0.
     const Doubles weighted = probability == 0.0 ? Doubles{} : probability * (vector_at(t + j) + g);
     const Doubles excess = s - state.nearest;
     Doubles c;
@@ -318,9 +318,9 @@ Status backward(const Problem& problem, const Backward& io) {
   Buffer<double> moments(block), bounds(block), averages(block);
   Buffer<QueryState> states(block);
   Buffer<Index> steep(block);
-  Buffer<bool> wide(block);  // whether the row is steep
+  Buffer<bool> row_is_steep(block);  // whether the row is steep
   if (!distances || !lists || !groups || !dense || !projections || !weighted || !sums || !p || !c ||
-      !moments || !bounds || !averages || !states || !steep || !wide)
+      !moments || !bounds || !averages || !states || !steep || !row_is_steep)
     return {Failure::memory, 0};
   if (io.grad_y)
     parallel(divide_up(problem.references, chunk), problem.threads, [&](Index task, int) {
@@ -352,10 +352,10 @@ Status backward(const Problem& problem, const Backward& io) {
     for (Index b = 0; b < count; ++b) {
       moments[b] = averages[b] = 0;
       states[b] = state_of(io, first + b);
-      wide[b] = !at_limit(law, states[b].nearest, distances.radius(b)) &&
-                is_steep(law, states[b].nearest, states[b].total, distances.radius(b),
-                         mean + b * features, features);
-      if (wide[b]) steep[steep_count++] = b;
+      row_is_steep[b] = !at_limit(law, states[b].nearest, distances.radius(b)) &&
+                        is_steep(law, states[b].nearest, states[b].total, distances.radius(b),
+                                 mean + b * features, features);
+      if (row_is_steep[b]) steep[steep_count++] = b;
     }
     if (steep_count > 0 && !whole) {
       const Status status =
@@ -379,7 +379,7 @@ Status backward(const Problem& problem, const Backward& io) {
         return status;
       groups.arrange(
           count, distances.count(), problem.threads,
-          [&](Index b) { return wide[b] ? 0 : states[b].live; }, each(p), counts);
+          [&](Index b) { return row_is_steep[b] ? 0 : states[b].live; }, each(p), counts);
       const auto y = [&](Index j) { return distances.reference(j); };
       if (distances.dense())
         dense.template sum<Projection>(
@@ -389,7 +389,7 @@ Status backward(const Problem& problem, const Backward& io) {
         projections.add(groups, distances.count(), features, y, project, each(c));
       parallel(count, problem.threads, [&](Index b, int) {
         double *of_p = p.at(b * kStride), *of_c = c.at(b * kStride);
-        if (wide[b]) {
+        if (row_is_steep[b]) {
           double found[2] = {};
           project_row(distances, grad + b * features, mean + b * features, features, of_p, of_c,
                       found);
@@ -398,7 +398,7 @@ Status backward(const Problem& problem, const Backward& io) {
         moments[b] += coefficients(law, states[b], distances.radius(b),
                                    io.grad_logsumexp[first + b] - averages[b], distances.row(b),
                                    of_p, of_c, distances.count(), bounds.at(b));
-        if (wide[b] && io.grad_x)
+        if (row_is_steep[b] && io.grad_x)
           add_row(distances, mean + b * features, features, of_p, of_c, sums.at(b * features));
       });
       if (io.grad_x) {
@@ -460,7 +460,7 @@ Void* at(Void* array, Index index, Type type) {
   return static_cast<Byte*>(array) + index * size;
 }
 
-// Threads with a workspace of their own, at most 6 MB each.
+// The most threads with a workspace of their own, at most 6 MB each.
 constexpr int kMaxIndependentThreads = 8;
 
 // With few features most steps are too short to share between threads. Instead each thread takes

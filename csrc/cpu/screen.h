@@ -1,4 +1,4 @@
-// A lower bound of every squared distance that reads a sixteenth of the values.
+// A lower bound of every squared distance, computed from a sixteenth as many values.
 //
 // Features are split into lines. A line x_l of L features has the mean m(x_l) and the deviation
 // ρ(x_l) = |x_l − m(x_l)|. The part of x_l − y_l along (1, …, 1) has the square L (m(x_l) −
@@ -13,8 +13,8 @@
 // distance by the sum of the two.
 //
 // The sketch of a vector is all its s and ρ, in a row of whole cache lines, and its length |v|.
-// Sketches of references are computed on the way, or once for all calls. In the second case a
-// screen pays for any number of queries.
+// Sketches of references are computed in each call, or once for all calls. In the second case
+// screening pays for any number of queries.
 #pragma once
 #include "cpu/tiles.h"
 
@@ -58,7 +58,7 @@ class Screen {
              [&](Index b, int) { query_lengths_[b] = sketch(x(b), queries_.at(b * stride_)); });
   }
 
-  // out(b)[j] = the lower bound for reference first + j, before rounding is allowed for.
+  // out(b)[j] = the lower bound for reference first + j, without the allowance for rounding.
   template <class References, class Out>
   void bound(Index first, Index count, const References& y, const Out& out) {
     const T *rows = references_.data(), *lengths = reference_lengths_.data();

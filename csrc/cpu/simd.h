@@ -197,7 +197,7 @@ Doubles polynomial(const double (&coefficient)[kTerms], Doubles x) {
 
 // exp(x) for x ≤ 0 with a relative error of 2e-16; e^-700 for x below −700.
 inline Doubles exponential(Doubles x) {
-  // Adding it rounds a small number to an integer in the low bits.
+  // Adding `magic` rounds a small number to an integer, which is then in the low bits.
   constexpr double magic = 0x1.8p52;
   x = x > -700.0 ? x : Doubles{} - 700.0;
   const Doubles shifted = x * 0x1.71547652b82fep0 + magic;
@@ -251,7 +251,7 @@ class Buffer {
   T* data_;
 };
 
-// Prefetches `count` elements; hardware does not foresee jumps from row to row.
+// Prefetches `count` elements. The hardware prefetcher does not follow jumps from row to row.
 template <class T>
 void prefetch(const T* p, Index count) {
   const char* bytes = reinterpret_cast<const char*>(p);

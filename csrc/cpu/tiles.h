@@ -195,7 +195,7 @@ class PairTiles {
   }
 
  private:
-  // The n elements as whole aligned vectors: in place if they are such, else a copy in `out`.
+  // The n elements as whole aligned vectors: in place if they already are, else copied to `out`.
   static const T* aligned(const R* y, Index n, T* out) {
     if constexpr (std::is_same_v<T, R>)
       if (n % Simd<T>::lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % kVectorBytes == 0)

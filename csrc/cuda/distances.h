@@ -3,20 +3,19 @@
 // 1. distances computes |x|² + |y|² − 2 x·y from products in matrix units. For few queries or
 //    features, differences computes Σ (x − y)² instead. Both also find the smallest distance of
 //    each tile of references. With PROJECT they compute G·y.
-// 2. refine computes distances near the minimum again where they decide the answer, from
-//    differences in float64. Products lose digits, and the exponent (N + D)/2 multiplies the error.
+// 2. refine recomputes distances near the minimum from differences in float64, where they decide
+//    the result. Products lose digits, and the exponent (N + D)/2 multiplies the error.
 #pragma once
 #include "cuda/tiles.h"
+#include "cuda/weight_law.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
-constexpr double kNear = 20;         // nats: weights below e^-20 of the largest need no more digits
-constexpr int kFewTiles = 16;        // up to so many tiles near the minimum are always refined
+constexpr int kTileReferences = 64;    // references in a tile, whose smallest distance is kept
+constexpr int kFewTiles = 16;          // up to this many tiles near the minimum are always refined
 constexpr int kMaxRefineBlocks = 256;  // for a query; each block reads all minima
 constexpr int kMinRefineTiles = 4;     // for a block of refine
-constexpr double kSmallestFloat = 0x1p-126;
 
 // Arrays in the workspace. Rows are `stride` apart.
 struct Pairs {
@@ -41,12 +40,12 @@ struct TileMemory {
 };
 static_assert(sizeof(TileMemory<float, 64>) <= kSharedLimit, "a block fits everywhere");
 
-// −∞ marks a tile with a distance that float32 cannot hold; refine looks at it in any case.
+// −∞ marks a tile with a distance that float32 cannot hold. refine always looks at such a tile.
 __device__ inline float lowest_with(float low, float distance) {
   return distance < INFINITY ? fminf(low, distance) : -INFINITY;
 }
 
-// low[row of warps][query] → the smallest distance of the tile.
+// Stores the smallest distance of the tile for each query, from low[row of warps][query].
 template <int QUERIES>
 __device__ inline void store_lowest(const float (*low)[QUERIES], int rows, Index first, int queries,
                                     const Pairs& out) {
@@ -215,59 +214,7 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
-// ---- what decides ----------------------------------------------------------------------------
-
-// How a squared distance becomes a score, the log of a weight, and the errors of float32 distances.
-struct WeightLaw {
-  bool gaussian;    // D = ∞
-  double exponent;  // (N + D)/2; 1/2 at D = ∞
-  // S of a reference kNear nats below the nearest is (1 + near_spread) s of the nearest.
-  double near_spread;
-  double error_bound;       // bound of the error of a distance, relative to |x|² + |y|²
-  double error_size;        // its typical size
-  double underflow_spread;  // the same as near_spread, for a weight that is 0 in float32
-
-  // Score at the squared distance nearest + excess, minus the score at nearest.
-  __device__ double relative_score(double excess, double nearest, double r) const {
-    if (excess == 0) return 0;
-    if (gaussian) return -excess / r / r / 2;
-    return -exponent * log1p(excess / (nearest + r * r));
-  }
-
-  // The weight relative to that of the nearest. Most references are too far away to need a
-  // logarithm.
-  __device__ float weight(double excess, double nearest, double r) const {
-    if (excess > underflow_spread * (gaussian ? r * r : nearest + r * r)) return 0;
-    return expf(static_cast<float>(relative_score(excess, nearest, r)));
-  }
-
-  // Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ
-  // so small that scores overflow.
-  __device__ bool at_limit(double nearest, double r) const {
-    if (gaussian) return r == 0 || nearest / r / r == INFINITY;
-    return nearest + r * r == 0;
-  }
-
-  // Typical error of distances near `nearest`. The rounding of single differences mostly averages
-  // out.
-  __device__ double typical_error(double nearest, double norm) const {
-    return error_size * (norm + nearest) + 0x1p-26 * nearest + 1e6 * kSmallestFloat;
-  }
-
-  // Whether this error of a distance changes a weight by more than the fraction `share`.
-  __device__ bool changes_weight(double error, double nearest, double r, double share) const {
-    if (gaussian) return error > 2 * share * r * r;
-    return exponent * error > share * (nearest + r * r);
-  }
-
-  // The largest distance, as computed, at which a weight needs all digits. It allows for |y|² ≤ 2
-  // (d² + |x|²), and for the error twice: the minimum has one too.
-  __device__ double near_limit(double nearest, double norm, double r) const {
-    const double uncertain = nearest + 2 * error_bound * (3 * norm + 2 * nearest);
-    const double far = uncertain + (gaussian ? 2 * kNear * r * r : near_spread * (nearest + r * r));
-    return far == far ? far : INFINITY;
-  }
-};
+// ---- refinement ----------------------------------------------------------------------------
 
 // Σ (x − y)² and Σ g y in float64, computed by a warp. All lanes get the result.
 template <class R>
@@ -288,16 +235,17 @@ __device__ inline double inner_product(const float* g, const R* y, int lane, int
   return over_warp(sum, Sum());
 }
 
-// A distance is infinite only if the input is not finite. NaN is not lost later, unlike infinity.
+// A distance in float64 is infinite only if the input is not finite. NaN then reaches the result;
+// infinity would not.
 __device__ inline double or_nan(double distance) { return distance < INFINITY ? distance : NAN; }
 
 constexpr int kRefineThreads = 128;
 
-// Computes again the distances of one query that decide its answer. `nearest` is the smallest
-// distance to other references, or null. References that may weigh more than e^-20 of the largest
-// are computed again if they are few, or if the typical error would change their weights. Distances
-// that overflow float32 are always computed again. The same references get a new G·y if there is a
-// G.
+// Recomputes the distances of one query that decide its result. `nearest` is the smallest distance
+// to references of other chunks, or null. Distances are recomputed where the weight may be more
+// than e^-20 times the largest, if these are few or if the typical error would change their
+// weights. Distances that overflow float32 are always recomputed. G·y is recomputed for the same
+// references, if there is a G.
 template <class R>
 __global__ void __launch_bounds__(kRefineThreads)
     refine(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, int features,

@@ -47,7 +47,7 @@ class Stream {
 
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   // The architecture that the kernel's code was compiled for, 90 for sm_90. It is older than the
-  // device's if the build left the device's out.
+  // device if the build has no code for the device's own architecture.
   template <class... Parameters>
   int architecture(const char* name, void (*kernel)(Parameters...)) const {
     cudaFuncAttributes attributes;
@@ -102,7 +102,7 @@ class Stream {
     if (shape.cluster > 8 &&
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
             cudaSuccess)
-      cudaGetLastError();  // then no cluster of this size is resident
+      cudaGetLastError();  // then resident_clusters() finds that none fits
   }
 
   cudaLaunchConfig_t configuration(const Launch& shape, cudaLaunchAttribute* cluster) const {

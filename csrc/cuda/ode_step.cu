@@ -112,8 +112,8 @@ __device__ double squared_norm(const OdeStep& step, const RowLane& at) {
   return sum;
 }
 
-// `common` are the levels of all rows, if not each row has its own. `summed` says whether any row
-// may need its norm. WHOLE: a row, or a panel of it, is one tile.
+// `common` holds the levels if all rows share them. `summed` says whether any row may need its
+// norm. WHOLE: a row, or a panel of it, is one tile.
 template <int WIDTH, bool WHOLE>
 __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
     ode_step_kernel(OdeStep step, Levels common, bool summed, int lanes) {

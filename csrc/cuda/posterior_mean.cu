@@ -64,21 +64,6 @@ Partition partition_of(const Problem& problem, int multiprocessors) {
   return partition;
 }
 
-constexpr double kFloatUnderflow = 104;  // nats: e^-104 is 0 in float32
-
-WeightLaw weight_law(const Problem& problem, bool products) {
-  const bool gaussian = std::isinf(problem.dimensions),
-             bytes = problem.reference_type == Type::uint8;
-  const double exponent = gaussian ? 0.5 : (problem.features + problem.dimensions) / 2;
-  const double length = problem.features > 8192 ? problem.features / 8192.0 : 1;
-  return {gaussian,
-          exponent,
-          gaussian ? 0 : std::expm1(kNear / exponent),
-          length * (products ? 0x1p-18 : 0x1p-21),
-          products || bytes ? 0x1p-22 : 0,
-          gaussian ? 2 * kFloatUnderflow : std::expm1(kFloatUnderflow / exponent)};
-}
-
 double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
 }
@@ -105,8 +90,8 @@ SinglePass pass_in_tile(const Problem& problem, const Stream& stream) {
   pass.tile = QUERIES;
   pass.shape = {"single_pass", {cluster}, kPassThreads, sizeof(Memory), static_cast<int>(cluster)};
   const Index clusters = stream.resident_clusters(pass.shape, single_pass<R, QUERIES>);
-  // Some parts of a device may be too small for a cluster. If much stays idle, two passes are
-  // faster.
+  // Some parts of a device may be too small for a cluster. If many multiprocessors stay idle, two
+  // passes are faster.
   if (4 * clusters * cluster < 3 * stream.multiprocessors()) return pass;
   pass.clusters = clusters;
   const Index stretches =

@@ -79,9 +79,9 @@ __device__ inline RowTile row_tile(const RowLane& at, std::int64_t start, std::i
   return {start, static_cast<int>(left < most ? left : most), at.lane, at.lanes};
 }
 
-// Calls body(held, access) for each access of a lane: `held` is where the values are held, `access`
-// the number of the access within the tile. An access has WIDTH values, which divides the tile's
-// count.
+// Calls body(held, access) for each access of a lane: `held` is the index of its first value in the
+// lane's array, `access` the number of the access within the tile. An access has WIDTH values;
+// WIDTH divides the tile's count.
 template <int WIDTH, class Body>
 __device__ inline void each_access(const RowTile& tile, const Body& body) {
   for (int held = 0; held < kHeldValues; held += WIDTH) {

@@ -3,10 +3,10 @@
 //
 // A cluster holds all queries in one tile. Each of its blocks has a slice of the features: of the
 // queries, of 16 references at a time, and of the running sums, which stay in registers. Partial
-// distances are added through distributed shared memory. Distances that decide the answer are
-// computed again from differences in float64 while the references are still in shared memory. So
-// each reference is read from memory once. Clusters split the references among themselves;
-// merge_passes combines their results.
+// distances are added through distributed shared memory. Distances that decide the result are
+// recomputed from differences in float64 while the references are still in shared memory. So each
+// reference is read from memory once. Clusters split the references among themselves; merge_passes
+// combines their results.
 #pragma once
 #include "cuda/weights.h"
 
@@ -17,7 +17,7 @@ constexpr int kPassThreads = 256, kPassTile = 16;
 constexpr int kPassRegisters = 96 * 32;  // for the sums of a warp: 96 features × 32 queries
 // Largest cluster: every such device allows 8 blocks, some 16.
 template <int QUERIES> constexpr int kPassCluster = QUERIES == 64 ? 8 : 16;
-// An error may change a weight by this fraction before it is computed again.
+// A distance is recomputed if its typical error changes a weight by more than this fraction.
 constexpr double kPassShare = 1e-4;
 
 template <class R, int QUERIES>
@@ -28,7 +28,7 @@ struct PassMemory {
   static constexpr float kReferenceUnit = kUnit<R>;
   float x[QUERIES][kPitch];
   R y[kStages][kPassTile][kReferencePitch];
-  // Of this slice, read by the other blocks of the cluster: distances of each half, and exact ones.
+  // Distances over this slice, read by the other blocks of the cluster: over each half, and exact.
   float partial[2][QUERIES * kPassTile];
   double exact[QUERIES * kPassTile];
   float norm_of_slice[QUERIES];
@@ -111,7 +111,7 @@ __device__ inline void add_partial(Memory& shared, int pairs, int cluster, int r
   }
 }
 
-// Computes distances that decide again. All blocks of the cluster agree which these are.
+// Recomputes the distances that decide the result. All blocks of the cluster choose the same ones.
 template <class Memory, int QUERIES>
 __device__ inline void refine_tile(Memory& shared, int slot, const WeightLaw& law, int known,
                                    int features, int cluster, const Lane& lane,
@@ -137,7 +137,7 @@ __device__ inline void refine_tile(Memory& shared, int slot, const WeightLaw& la
   needed = own.over_parts(needed, Sum());
   if (!__syncthreads_or(needed != 0)) return;
 
-  // The lanes of a warp hold what their own queries need.
+  // Each lane's `needed` is that of its own query, so the warp takes one query after the other.
   for (int first = 0; first < 32; first += own.kParts) {
     const int query = __shfl_sync(kAll, own.query, first);
     for (unsigned left = __shfl_sync(kAll, needed, first); left != 0; left &= left - 1) {

@@ -1,8 +1,8 @@
 // Tiles of rows in shared memory, and their products in matrix units with the accuracy of float32.
 //
 // A warp's lanes are g = lane/4 and t = lane mod 4 (multiply_add in cuda/intrinsics.h). The order
-// of terms in a sum is free. So a lane takes 4 neighbouring values where the matrix instruction
-// means every fourth, and reads them in one access.
+// of terms in a sum is free. So a lane reads 4 neighbouring values in one access, where the matrix
+// instruction expects every fourth value.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +18,7 @@ using Index = std::int64_t;
 constexpr int kPanel = 32;  // terms of a sum that are staged together: features, or references
 constexpr unsigned kAll = 0xffffffffu;
 constexpr std::size_t kSharedLimit = 99 << 10;          // bytes that a block can have from sm_80 on
-constexpr std::size_t kClusterSharedLimit = 227 << 10;  // and from sm_90 to sm_110
+constexpr std::size_t kClusterSharedLimit = 227 << 10;  // the same from sm_90 to sm_110
 
 __host__ __device__ constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
 __host__ __device__ constexpr Index round_up(Index n, Index multiple) {
@@ -73,7 +73,7 @@ __device__ inline void load4(const std::uint8_t* from, float (&v)[4]) {
     v[i] = static_cast<float>(2 * static_cast<int>(four >> (8 * i) & 255u) - 255);
 }
 
-// Loads four elements. Those after the first `known` become zero, which a zero byte does not mean.
+// Loads four elements. Those after the first `known` become zero; a byte of 0 would mean −1.
 template <class R>
 __device__ inline void load4(const R* from, int known, float (&v)[4]) {
   load4(from, v);
@@ -93,7 +93,7 @@ __device__ inline double load1(const std::uint8_t* from) {
 
 // ---- rows in global memory -------------------------------------------------------------------
 
-// Rows of a matrix in global memory. Accesses of 16 bytes need all rows to start on such a
+// Rows of a matrix in global memory. Accesses of 16 bytes need all rows to start on a 16-byte
 // boundary.
 template <class T>
 struct Rows {
@@ -112,8 +112,8 @@ Rows<T> rows_of(const void* at, Index stride, Index count) {
   return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
 }
 
-// Starts to copy 16 bytes, those with number `piece`, of a row with COLUMNS values to shared
-// memory. Values after the first `known` become zero.
+// Starts to copy 16 bytes of a row with COLUMNS values, the piece number `piece`, to shared memory.
+// Values after the first `known` become zero.
 template <int COLUMNS, class T>
 __device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
   constexpr int count = 16 / sizeof(T);

@@ -1,14 +1,15 @@
 // Weighted sums over references, and over queries for the gradient of the references, on CUDA
 // devices.
 //
-// Most weights are zero. A block lists what counts for any row of its result and stages only that.
+// Most weights are zero. A block lists the references, or queries, whose weight is not zero for any
+// row of its result, and stages only those.
 #pragma once
 #include "cuda/weights.h"
 
 namespace pfgm {
 namespace {
 
-// Of the result of a block; a warp takes 32 features.
+// Size of the result of a block. A warp takes 32 features.
 constexpr int kSumFeatures = 128, kSumRows = 32;
 constexpr int kSumThreads = kSumFeatures;
 constexpr int kStretchWords = 64;  // words of 32 references that a block lists, at most
@@ -18,7 +19,7 @@ static_assert(kStretchWords <= kSumThreads, "one thread a word");
 template <class T>
 struct SumMemory {
   static constexpr int kStages = 3;
-  // 32 bytes more than whole turns of the banks: the accesses of a warp lie in different banks.
+  // 32 bytes more than a multiple of the 32 banks: the accesses of a warp lie in different banks.
   static constexpr int kPitch = kSumFeatures + 32 / sizeof(T);
   static constexpr int kWeightPitch = kPanel + 4;
   T rows[kStages][kPanel][kPitch];
@@ -63,7 +64,7 @@ __device__ inline void copy_listed(SumMemory<T>& shared, int slot, const Rows<T>
 }
 
 // parts[stretch][query][feature] = share_query Σ_j w_j y_j over one stretch of the chunk. Without
-// `share`, all are 1.
+// `share`, every share is 1.
 template <class R>
 __global__ void __launch_bounds__(kSumThreads)
     weighted_sum(const Rows<R> y, int features, const ChunkWeights weights, Index stride,

@@ -1,4 +1,5 @@
-// From squared distances to weights and to the coefficients of the gradient. A query has a block.
+// From squared distances to weights and to the coefficients of the gradient, with one block of
+// threads per query. How a distance becomes a weight is in cuda/weight_law.h.
 #pragma once
 #include "cuda/distances.h"
 
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kQueryThreads)
   for (int j = static_cast<int>(threadIdx.x); j < references; j += kQueryThreads) {
     const double p = probability(law, pairs.squared[row + j], nearest[query], total[query],
                                  radius[query], floor);
-    if (p != 0) projection += p * pairs.projected[row + j];  // where p = 0, it is undefined
+    if (p != 0) projection += p * pairs.projected[row + j];  // undefined where p = 0
     mass += p;
   }
   projection = over_block(projection, scratch, Sum());

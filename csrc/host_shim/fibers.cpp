@@ -23,8 +23,8 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-// Each fiber would otherwise get memory for a second stack, which takes ten times as long as all
-// else.
+// Otherwise each fiber would get memory for a second stack, which takes ten times as long as
+// everything else.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
@@ -90,7 +90,7 @@ pfgm_shim_swap:
 )");
 
 void prepare(Context* context, char* stack, std::size_t size, void (*entry)()) {
-  // Six registers, the return address, and the caller of that: none.
+  // Six registers, the return address, and a null caller.
   auto** top = reinterpret_cast<void**>(stack + size) - 8;
   std::fill(top, top + 8, nullptr);
   top[6] = reinterpret_cast<void*>(entry);
@@ -119,8 +119,9 @@ NO_TSAN void swap(Context* from, const Context* to) { swapcontext(&from->saved, 
 struct Fiber;
 struct Copies;
 
-// Where the threads of a warp, a block or a cluster wait for each other. Memory for what they bring
-// is kept for two meetings, so that nobody waits until all have read it.
+// Where the threads of a warp, a block or a cluster wait for each other. The values that they
+// exchange are kept for two meetings, so that no thread has to wait until all others have read
+// them.
 struct Meeting {
   Fiber* members = nullptr;
   int size = 0, arrived = 0;
@@ -219,7 +220,8 @@ NO_TSAN std::uint32_t random_below(std::uint32_t n) {
 #ifdef __SANITIZE_THREAD__
 NO_TSAN void publish(char* address) { __tsan_release(address); }
 // A fiber that displaced another one (see create_fibers) gets a new slot in the acquire. Only a
-// release records it in the fiber's history; without that no race with it is reported.
+// release records the slot in the fiber's history. Without that record no race with the fiber is
+// reported.
 NO_TSAN void observe(char* address) {
   alignas(8) static char nobody[8];
   __tsan_acquire(address);

@@ -42,7 +42,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// Those of the running fiber.
+// The indices and sizes of the running fiber.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
@@ -53,7 +53,7 @@ namespace shim {
 // otherwise random with this seed. In a random order warps also overtake each other.
 void set_order(unsigned seed);
 
-// What Stream says of the device; initially 4, 90, 232448.
+// What Stream reports about the device; initially 4, 90, 232448.
 void set_device(int multiprocessors, int capability, std::size_t shared_limit);
 
 // The kernels launched since clear_launches(), in order.

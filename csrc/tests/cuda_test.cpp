@@ -58,7 +58,7 @@ void run_in(const Orders& orders, const Run& run) {
       fail("order " + std::to_string(orders[i]) + " changes bits");
 }
 
-// The device and the limits of blocks and chunks, until the end of a scope.
+// Sets the device and the limits of blocks and chunks until the end of a scope.
 struct Setting {
   Setting(int capability, int multiprocessors, const CudaLimits& limits = {}) {
     shim::set_device(multiprocessors, capability, (capability < 90 ? 163 : 227) << 10);

@@ -1,6 +1,6 @@
 """Forks while four threads compute: every child computes too, and gets what its parent gets.
 
-Arguments: how many forks, and for how many seconds at most. A child that hangs says where.
+Arguments: the number of forks, and the most seconds. A child that hangs prints where.
 """
 
 import faulthandler
@@ -25,7 +25,7 @@ def problem(B, M, N):
 
 
 def results(x, references, radius):
-    """Of native calls alone, on tensors that are there: what torch does is not looked at."""
+    """Results of native calls alone, on existing tensors: torch itself is not tested."""
     problem = PosteriorMean(x, references, radius, 4.0)
     forward = native.posterior_mean(problem)
     mean, lse, nearest, total = forward
@@ -58,7 +58,7 @@ def child(problems, expected):
 def main(forks, seconds):
     problems = [problem(3, 40, 5), problem(70, 60, 20), problem(50, 40, 600)]
     expected = [results(*given) for given in problems]
-    # More workspace than is kept: memory is given back while the others wait for theirs.
+    # More workspace than is kept, so that memory is freed while other threads allocate.
     large = [problem(384, 12, 1000 + 100 * i) for i in range(COMPUTING)]
     stop = threading.Event()
     computing = [

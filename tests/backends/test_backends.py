@@ -1,5 +1,5 @@
-"""Which backend computes: what can run, why the others cannot, and who is asked first; and that it
-does not matter which."""
+"""The choice of the backend: which ones can run, why others cannot, and their order. All backends
+agree."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def used(monkeypatch):
 
 
 def built_for(monkeypatch, architectures):
-    """As if the extension had been."""
+    """Pretends that the extension was built for these architectures."""
     extension = native._native
     info = {**extension.build_info(), "cuda_architectures": architectures}
     stand_in = SimpleNamespace(build_info=lambda: info, cpu_isa=extension.cpu_isa)
@@ -63,7 +63,7 @@ def compute(**arguments):
 
 
 @native_only
-def test_every_backend_says_what_it_does_on_the_cpu():
+def test_available_describes_every_backend_on_the_cpu():
     found = available()
     assert set(found) == {"native", "triton", "reference"}
     assert all(isinstance(answer, Availability) for answer in found.values())
@@ -121,7 +121,9 @@ def test_the_extension_on_a_gpu(monkeypatch):
         ((9, 0), "driver version is insufficient", "cannot run on cuda:0: driver version is"),
     ],
 )
-def test_a_gpu_that_cannot_run_the_extension_is_said(monkeypatch, capability, problem, reason):
+def test_available_says_why_a_gpu_cannot_run_the_extension(
+    monkeypatch, capability, problem, reason
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -175,7 +177,7 @@ def test_without_the_extension(monkeypatch):
 
 
 @native_only
-def test_an_extension_that_is_missing_is_not_an_error_but_a_broken_one_is(monkeypatch):
+def test_only_a_broken_extension_is_an_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert native._load() is None
     monkeypatch.undo()
@@ -251,7 +253,7 @@ def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
         choose(None, META, torch.float32)
 
 
-# ---- that it does not matter which ----
+# ---- all backends agree ----
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8]
 # Powers of two: about 1e-40 (subnormal in float32), 1, 1e18 and 1e30.
@@ -299,7 +301,8 @@ def drawn(draw, scales, points, levels):
     size = 1.0 if reference_dtype == torch.uint8 else scale
     first, second = y[torch.randint(0, M, (2, B), generator=generator)]
     noise = 0.2 * size * torch.randn(B, N, generator=generator, dtype=torch.float64)
-    # Bytes are not on a grid of binary numbers: what is nearest in a tie is decided by rounding.
+    # Bytes are not on a grid of binary numbers: rounding decides which reference of a tie is
+    # nearest.
     if reference_dtype == torch.uint8:
         points = [name for name in points if name != "tie"]
     named = {"near": first + noise, "on": first, "tie": (first + second) / 2}
@@ -314,7 +317,7 @@ def drawn(draw, scales, points, levels):
 def names(x, references):
     found = available(CPU, x.dtype, references.dtype)
     usable = [name for name, answer in found.items() if answer.usable]
-    # What is subnormal in float32 counts as zero in matrix units.
+    # Matrix units treat subnormal float32 numbers as zero.
     subnormal = (x.abs() < torch.finfo(torch.float32).smallest_normal).all()
     return [name for name in usable if not (name == "triton" and subnormal)]
 
@@ -324,7 +327,7 @@ def radius_of(problem):
 
 
 def result_of(problem, name):
-    """Mean and log-sum-exp, or what the ValueError says."""
+    """Mean and log-sum-exp, or the text of the ValueError."""
     x, references, sigma, D, _ = problem
     try:
         return posterior_mean(x, references, sigma=sigma, D=D, return_logsumexp=True, backend=name)
@@ -393,7 +396,7 @@ def test_gradients_of_backends_agree_with_the_oracle(oracle_gradients, problem):
         references = references.detach().requires_grad_()
         inputs.append(references)
         wanted.append(grad_y)
-    # float32's mean, which the backward pass is given, shows where many references are equal.
+    # The rounding of the float32 mean in the backward pass is visible if many references are equal.
     tolerance = 1e-4 if x.dtype == torch.float32 else 1e-9
     for name in names(x, references):
         mean, lse = posterior_mean(
@@ -401,7 +404,8 @@ def test_gradients_of_backends_agree_with_the_oracle(oracle_gradients, problem):
         )
         gradients = torch.autograd.grad((mean, lse), inputs, (G, g))
         for index, (actual, expected) in enumerate(zip(gradients, wanted, strict=True)):
-            # In a reference's gradient parts of many points, of the size of G / M, may cancel.
+            # In the gradient of a reference, parts of many points may cancel. They are of the size
+            # of G / M.
             part = G.double().norm().item() / len(references) if index == 2 else 0.0
             assert_gradient(
                 actual, expected, max(tolerance, 2 * torch.finfo(actual.dtype).eps), part
@@ -409,7 +413,7 @@ def test_gradients_of_backends_agree_with_the_oracle(oracle_gradients, problem):
 
 
 def assert_gradient(actual, expected, tolerance, part):
-    """Relative to the row, or to the typical row where large terms cancel in it."""
+    """Each row relative to itself, or to the typical row if large terms cancel in it."""
     actual, expected = (t.double().reshape(len(t), -1) for t in (actual, expected))
     rows = expected.norm(dim=1)
     floor = (expected.norm() / len(rows) ** 0.5).clamp(min=part)

@@ -73,7 +73,7 @@ def isa(request, monkeypatch):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; put back afterwards."""
+    """Sets the number of threads, and restores it afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -125,10 +125,10 @@ def assert_accurate(result, expected, references, tolerance):
 
 
 def assert_gradient(actual, expected, tolerance):
-    """Every row, the direction and the length: an error of one row must not hide in the norm.
+    """Checks every row and the whole gradient: an error of one row must not hide in the norm.
 
-    In a row much smaller than the others large terms cancel, and the rounding of float32 that they
-    carry stays: it is measured against the typical row, and in float64 against a thousandth of it.
+    In a row much smaller than the others, large terms cancel and leave their rounding errors. These
+    errors are compared with the typical row, and in float64 with a thousandth of it.
     """
     floor = 1.0 if tolerance > 1e-8 else 1e-3
     actual, expected = (t.double().reshape(len(t), -1) for t in (actual, expected))
@@ -165,7 +165,8 @@ def test_a_sketch_changes_no_bit(isa, sizes, dtype):
 
 
 def test_the_bounds_of_a_sketch_hold_over_many_features():
-    """With one float32 sum a lane the bound of the nearest reference would exceed the other's."""
+    """With a single float32 sum per lane, the bound of the nearest reference would exceed the
+    other's."""
     lanes, additions, ulp = 16, 8000, 2.0**-6
     choice = torch.rand(additions * lanes, generator=torch.Generator().manual_seed(0)) < 0.556
     nearest = torch.full((additions * lanes,), 32 + 0.55 * ulp, dtype=torch.float64)
@@ -217,12 +218,12 @@ def test_forward_at_tile_edges(isa, sizes, D):
 def test_backward_at_tile_edges(isa, sizes, D):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
         x, references, sigma = problem(*sizes, dtype=dtype)
-        # The backward pass is given the mean rounded to float32, which shows beside a small sigma.
+        # The backward pass gets the mean in float32; its rounding is visible beside a small sigma.
         sigma = sigma.clamp(min=0.05)
         radius = radius_of(sigma, D)
         generator = torch.Generator().manual_seed(1)
         G = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
-        # With sigma² the score weighs as much as the gradient of the mean.
+        # The factor sigma² makes the score as large as the gradient of the mean.
         g = sigma**2 * torch.randn(len(x), generator=generator, dtype=torch.float64)
         expected = backward(
             x.double(), references.double(), radius, D, G.double(), g, module=reference
@@ -261,7 +262,7 @@ def test_narrow_references_at_tile_edges(isa, oracle, sizes, dtype):
     )
 
 
-def test_every_float16_is_read_right(isa):
+def test_every_float16_is_read_correctly(isa):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(torch.float16)
     values = values[values.isfinite()]
@@ -269,7 +270,7 @@ def test_every_float16_is_read_right(isa):
     assert torch.equal(mean[0], values.float())  # one reference is the mean
 
 
-def test_every_uint8_is_read_right(isa):
+def test_every_uint8_is_read_correctly(isa):
     values = torch.arange(256).to(torch.uint8)
     for dtype, error in ((torch.float32, 8e-8), (torch.float64, 0)):
         x = values.to(dtype)[None]
@@ -281,7 +282,7 @@ def test_every_uint8_is_read_right(isa):
 @pytest.mark.parametrize("N", [1, 40, 600])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
 def test_references_that_float32_does_not_hold(dtype, N, copies):
-    # x is a reference rounded to float32, at a distance that only float64 can tell.
+    # x is a reference rounded to float32. Only float64 can represent the distance between them.
     one = torch.full((1, N), 3, dtype=torch.uint8)
     exact = one.double() / 127.5 - 1
     references = (one if dtype == torch.uint8 else exact).expand(copies, N)
@@ -347,8 +348,8 @@ def test_accuracy_contract(stress, oracle, D):
 @pytest.mark.parametrize("sigma", [1e-8, 1e-5, 1e-3])
 @pytest.mark.parametrize("M", [6, 2100])
 def test_gradients_at_small_sigma(backend, M, sigma):
-    # lse is -d²/(2 sigma²), so large that it says nothing about the weights: two nearest references
-    # at the same distance, the rest far away.
+    # lse is -d²/(2 sigma²), too large to give the weights exactly. Two references are nearest, at
+    # the same distance; the others are far away.
     references = torch.full((M, 2), 9.0, dtype=torch.float64)
     references[0], references[M - 1] = torch.tensor([[0.0, 3.0], [0.0, -3.0]])
     references.requires_grad_()
@@ -392,8 +393,8 @@ def test_gradients_far_away_and_close_by(oracle_gradients):
 
 
 def equally_near(N, offset, copies):
-    """A point for each k = 1 … 8 with k references at one distance, to the last bit, and others:
-    the same reference k times, or mirror images of one another."""
+    """Points and references, for each k = 1 … 8 a point with k references at exactly the same
+    distance, among others. They are k copies, or mirror images of each other."""
     generator = torch.Generator().manual_seed(N)
 
     def on_grid(low, high):  # whose squares and their sums float64 holds exactly
@@ -411,14 +412,14 @@ def equally_near(N, offset, copies):
 
 
 def true_gradients(x, y, radius, D, G, g):
-    """[(gradient, natural scale of its rows)] in x, y and radius, in long double, from differences
-    with the nearest reference: in the plain formula (conftest.py) they cancel beside σ = 1e-6.
+    """[(gradient, natural scale of its rows)] in x, y and radius, in long double. They are computed
+    relative to the nearest reference, because the plain formula (conftest.py) cancels at σ = 1e-6.
 
-    A row's natural scale is the largest of its true gradient, |G| and |g| √(w (1 + w d²)), with
-    w = (N + D)/s or 1/σ². |G| is what the mean of references that all have a say moves by, where x
-    moves by one; the other is the gradient of the log-sum-exp of the nearest reference alone, at
-    the distance that the noise has at least. For references that is the largest of the rows that
-    they count in, each with its largest gradient of a reference.
+    The natural scale of a row is the largest of its true gradient, |G| and |g| √(w (1 + w d²)),
+    with w = (N + D)/s or 1/σ². |G| is the gradient of a mean that follows x. The last term is the
+    gradient of the log-sum-exp of the nearest reference alone, at a distance of at least that of
+    the noise. The scale of a reference is the largest of the rows in which it counts, each with its
+    largest gradient of a reference.
     """
     x, y, G = (v.double().numpy() for v in (x, y, G))
     g, radius = (v.numpy().astype(np.longdouble) for v in (g, radius))
@@ -483,7 +484,7 @@ def test_gradients_where_references_are_equally_near(threads, N, D):
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
-def test_gradients_where_each_digit_is_there_three_times(threads, D):
+def test_gradients_where_each_digit_occurs_three_times(threads, D):
     digits = torch.from_numpy(pytest.importorskip("sklearn.datasets").load_digits().data)
     digits = ((digits - digits.mean()) / digits.std()).float()
     generator = torch.Generator().manual_seed(0)
@@ -519,7 +520,7 @@ def test_gradients_where_the_nearest_is_close_beside_the_spread(threads, N, D):
 
 
 def built_to_defeat(name, N, dtype):
-    """(x, references, sigma) where a bound that is a little too high would lose what counts.
+    """(x, references, sigma) for which a slightly too high bound would lose references that count.
 
     48 points are enough for the bounds to be used.
     """
@@ -578,8 +579,8 @@ def test_inputs_built_to_defeat_the_bounds(isa, name, N, D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("D", [1.0, math.inf])
-def test_few_and_many_queries_give_the_same(D, dtype):
-    # Few queries do without the bounds.
+def test_few_and_many_queries_give_the_same_results(D, dtype):
+    # Few queries do not use the bounds.
     x, references, sigma = problem(60, 2100, 784, reference_dtype=dtype)
     radius = radius_of(sigma, D)
     mean, lse = forward(x, references, radius, D)
@@ -619,7 +620,8 @@ def test_gradient_of_references_has_their_dtype(dtype):
 
 
 def everything(B, M, N, D=1.0, seed=0):
-    """All results of one problem, those of the queries' gradients without the references', too."""
+    """All results of one problem, also the gradients of the queries without those of the
+    references."""
     x, references, sigma = problem(B, M, N, seed=seed)
     radius = radius_of(sigma, D)
     G, g = x.cos(), sigma.cos()
@@ -649,7 +651,6 @@ SCRIPT = """
 import hashlib, math, resource, sys, torch
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
-from pfgm.common.tensors import dequantise
 threads, B, M, N = map(int, sys.argv[1:])
 torch.set_num_threads(threads)
 generator = torch.Generator().manual_seed(0)
@@ -679,7 +680,7 @@ def run_script(*sizes, **environment):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss and MALLOC_PERTURB_ are Linux's")
 def test_results_do_not_depend_on_uninitialised_memory():
-    # glibc fills what it hands out with the complement of this byte, and what is freed with it.
+    # glibc fills allocated memory with the complement of this byte, and freed memory with the byte.
     digests = {run_script(2, 37, 2100, 21, MALLOC_PERTURB_=str(byte))[1] for byte in (1, 128)}
     assert len(digests) == 1
 
@@ -746,8 +747,6 @@ INTERRUPTED = """
 import os, signal, sys, threading, time, torch
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
-from pfgm.common.tensors import dequantise
-from pfgm.common.tensors import dequantise
 
 call, threads, references, features = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(threads)
@@ -797,13 +796,13 @@ def test_a_fork_beside_computing_threads(threads):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
-# With 400 features each thread has blocks of its own, with 600 they share them.
+# With 400 features each thread has its own blocks; with 600 the threads share blocks.
 @pytest.mark.parametrize(
     ("call", "threads", "features"),
     [("forward", 2, 400), ("forward", 1, 600), ("backward", 2, 600), ("op", 2, 600)],
 )
 def test_a_long_call_is_interrupted(call, threads, features):
-    """In 0.5 s, of the time that the threads compute: others may keep the machine busy."""
+    """Within 0.5 s of the threads' processor time: other processes may keep the machine busy."""
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, call, str(threads), "3000000", str(features)],
         capture_output=True,
@@ -856,7 +855,7 @@ def test_references_that_are_not_finite(row, bad, dtype):
         forward(x, references, sigma, 1.0)
 
 
-def test_the_backward_pass_notices_values_too():
+def test_the_backward_pass_checks_values():
     x, references, sigma = problem(5, 70, 9)
     given = PosteriorMean(x, references, sigma, 1.0)
     mean, lse, nearest, total = native.posterior_mean(given)

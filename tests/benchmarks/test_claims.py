@@ -1,4 +1,4 @@
-"""benchmarks/claims: every claim in miniature, and what its parts compute."""
+"""benchmarks/claims: every claim in miniature, and its parts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """Without processes, whose start alone would take longer than what is tested."""
+    """Runs jobs in this process, because starting others would take longer than the jobs."""
 
     def one_by_one(chosen, preset, folder, workers):
         for job in chosen:
@@ -100,7 +100,7 @@ def test_a_claim_in_miniature(name, folder):
         assert len(rows_of(folder / f"{table}.csv")) == len(rows) > 0
     assert list(folder.glob(f"{name}*.png"))
     assert json.loads((folder / f"{name}.json").read_text())["command"] == "the command"
-    # No picture's data take the place of a table.
+    # The data of no picture overwrite a table.
     assert not {path.stem for path in folder.glob(f"{name}*.png")} & set(found)
 
 
@@ -112,7 +112,8 @@ def flow_of(method):
 
 
 class Predicts(torch.nn.Module):
-    """A backbone that knows the noise around a single image of zeros, in EDM's terms."""
+    """A backbone that predicts the exact noise around a single image of zeros, with EDM's
+    scaling."""
 
     def __init__(self, method):
         super().__init__()
@@ -192,7 +193,7 @@ def test_methods_differ_in_all_but_the_backbone():
         assert all(torch.equal(a, b) for a, b in zip(parameters, found[0], strict=True))
 
 
-def test_a_network_is_trained_once_and_goes_on_where_it_was(tmp_path):
+def test_training_runs_once_and_continues_after_a_stop(tmp_path):
     spec = methods.spec_of(MINIATURE, "EDM", 0)
     methods.train(spec, MINIATURE, tmp_path / "whole")
     run = methods.run_of(tmp_path / "whole", spec)
@@ -228,7 +229,7 @@ def test_a_network_is_trained_once_and_goes_on_where_it_was(tmp_path):
 
 
 class Counted(torch.nn.Module):
-    """The exact network of a few images, and how often it was asked."""
+    """The exact network of a few images, which counts its evaluations."""
 
     def __init__(self, flow, images):
         super().__init__()
@@ -346,11 +347,11 @@ def test_means_and_ratios(tmp_path):
     assert (tmp_path / "f.csv").read_text() == expected
 
 
-def test_evaluations_that_are_needed():
+def test_needed_evaluations():
     sde, other = peers.SDE
 
     def rows(factor):
-        """What one seed found; the second seed finds PFGM worse."""
+        """The rows of one seed; ``factor`` makes PFGM worse."""
         values = {
             sde: {100: 2.0, 200: 1.05, 400: 1.0},
             other: {1000: 3.0},
@@ -384,7 +385,7 @@ def test_evaluations_that_are_needed():
         assert found[series]["least_times_fewer"] is None
 
 
-def test_pictures_stand_beside_their_data(tmp_path):
+def test_pictures_are_saved_with_their_data(tmp_path):
     rows = [
         {"name": "a", "D": D, "f": f, "f_spread": 0.1}
         for D, f in ((1, 2.0), (64, 1.0), (math.inf, 1.5), (2, math.nan))
@@ -412,7 +413,7 @@ def counted(preset, folder, value):
     return [{"value": value}]
 
 
-def test_what_is_measured_is_not_measured_again(tmp_path):
+def test_stored_measurements_are_not_repeated(tmp_path):
     chosen = [
         jobs.Job("table", counted, ("a",), cost=3),
         jobs.Job("table", counted, ("bad",), cost=2),
@@ -428,14 +429,14 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
     assert (calls.count("a"), calls.count("bad"), calls.count("b")) == (1, 2, 2)
 
 
-def test_a_folder_keeps_to_its_settings(tmp_path):
+def test_a_folder_refuses_other_settings(tmp_path):
     examine.keep_preset(MINIATURE, tmp_path)
     examine.keep_preset(MINIATURE, tmp_path)
     with pytest.raises(ValueError, match="other settings"):
         examine.keep_preset(dataclasses.replace(MINIATURE, steps=5), tmp_path)
 
 
-def test_figures_know_good_samples_from_bad(folder):
+def test_figures_tell_good_samples_from_bad(folder):
     data = measures.data_of(MINIATURE)
     preset = dataclasses.replace(MINIATURE, samples=300)
     good = measures.figures_of(data.train[:300], preset, folder)
@@ -453,7 +454,7 @@ def test_the_classifier_learns(tmp_path):
 
 
 @pytest.mark.slow
-def test_jobs_in_processes_find_the_same(folder, monkeypatch):
+def test_jobs_in_processes_give_the_same_rows(folder, monkeypatch):
     monkeypatch.undo()
     chosen = [jobs.Job("quality", quality.training_data, (seed,)) for seed in (0, 1)]
     found = list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=2))
@@ -484,7 +485,7 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
     program = LONG.replace("FOLDER", repr(str(tmp_path)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
-    # A session of its own, to find what it leaves.
+    # In a session of its own, so that processes that it leaves can be found.
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         logs = tmp_path / "networks"
         until = time.monotonic() + 120
@@ -494,7 +495,7 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
         assert process.wait(60) == 128 + signal.SIGTERM
     (latest,) = logs.glob("*/latest.json")
     assert 0 < json.loads(latest.read_text())["step"] < 500
-    for _ in range(50):  # the tracker of multiprocessing's resources goes last
+    for _ in range(50):  # multiprocessing's resource tracker ends last
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
@@ -529,7 +530,7 @@ def test_the_command_is_found_from_a_checkout():
     assert "usage: python -m benchmarks.claims" in done.stdout
 
 
-def test_what_is_missing_is_said_before_the_training(tmp_path, monkeypatch, capsys):
+def test_missing_packages_are_reported_before_training(tmp_path, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name)
@@ -539,8 +540,8 @@ def test_what_is_missing_is_said_before_the_training(tmp_path, monkeypatch, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_figures_are_the_same_again(folder, tmp_path):
-    """In another folder, where every other figure is there already; networks are trained anew."""
+def test_figures_are_reproducible(folder, tmp_path):
+    """In another folder that already has every other figure. Networks are trained again."""
     examine.examine("weak", CLAIMS["weak"], MINIATURE, folder, command="", workers=1)
     known = json.loads((folder / "measured" / "weak.json").read_text())
     kept = dict(list(known.items())[::2])
@@ -598,11 +599,11 @@ def test_settings_are_json():
         assert json.loads(json.dumps(preset.described(), allow_nan=False))["width"] > 0
 
 
-# ---- what was found ---------------------------------------------------------------------------
+# ---- stored results ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_published_figures_are_whole(name):
+def test_published_figures_are_complete(name):
     folder = ROOT / "docs" / "claims"
     known = json.loads((folder / f"{name}.json").read_text())
     assert known["command"] == f"python -m benchmarks.claims --only {name} --preset quick --out DIR"

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu and the roofline sheet do without a GPU."""
+"""benchmarks/gpu and the roofline sheet, without a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_package_is_put_together_outside_the_checkout(tmp_path):
+def test_the_package_is_assembled_outside_the_checkout(tmp_path):
     package = build.assemble(tmp_path / "package")
     program = "import pfgm, pfgm.kernels.variant; print(pfgm.__file__, pfgm.kernels.__file__)"
     log = tmp_path / "log"
@@ -67,7 +67,7 @@ def test_a_command_that_takes_too_long_is_stopped(tmp_path):
 
 
 class Ticking:
-    """A clock that a call moves on."""
+    """A clock that calls advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -114,7 +114,7 @@ def subject(clock, name, estimate, **paths):
     return gpu_subjects.Subject(name, lambda _: ways, estimate, rounds=2)
 
 
-def test_what_does_not_fit_the_budget_is_left_out_and_named():
+def test_subjects_beyond_the_budget_are_left_out_and_named():
     clock = Ticking()
     chosen = [
         subject(clock, "first", 50, triton=clock.takes(10)),  # 2 calls, and 2 turns
@@ -161,13 +161,13 @@ def test_a_subject_that_cannot_be_built_is_reported():
 
 
 class Broken(gpu_clock.Device):
-    """One on which a kernel has done what no other survives."""
+    """A device that a kernel has broken for all later kernels."""
 
     def wait(self):
         raise RuntimeError("an illegal memory access")
 
 
-def test_a_device_that_is_lost_ends_it_and_says_by_whom():
+def test_a_lost_device_ends_the_run_and_names_the_suspect():
     clock = Ticking()
     chosen = [
         subject(clock, "some", 1, cuda=clock.takes(1), torch=clock.takes(1)),
@@ -183,7 +183,7 @@ def test_a_device_that_is_lost_ends_it_and_says_by_whom():
     found, left_out = gpu_measure.run_subjects(chosen, broken, gpu_clock.Budget(9, clock))
     assert (found, left_out) == ([], ["some", "other"])
     assert "Left out, the device was lost: some" in gpu_report.report(rows, left_out, broken)
-    # What a path breaks is its own failure.
+    # A device that a path breaks is a failure of that path.
     failures = {}
     ways = subject(clock, "some", 1, cuda=clock.takes(1)).paths(broken)
     assert gpu_measure.prepare(ways, broken, failures) == {}
@@ -213,7 +213,7 @@ TORCH = [
 ]
 
 
-def test_the_table_compares_the_faster_of_both_with_the_best_of_torch():
+def test_the_table_compares_the_faster_path_with_the_best_of_torch():
     triton, cuda = row("triton", 4e-5, 1e-5, mean=1e-6, field=3e-6), row("cuda", 2e-5, 2e-5, mean=0)
     assert cells(gpu_report.summary([triton, cuda, *TORCH]).splitlines()[-1]) == [
         FORWARD, "40 µs", "20 µs", "3 ×", "0.5 ×", "10 µs", "20 µs", "5 ×", "0.9 ×", "100 ×",
@@ -221,7 +221,7 @@ def test_the_table_compares_the_faster_of_both_with_the_best_of_torch():
     ]  # fmt: skip
 
 
-def test_the_table_without_cuda_and_with_a_failure_of_it():
+def test_the_table_without_cuda_and_with_failed_cuda():
     triton = row("triton", 2e-5, 1e-5)
     line = cells(gpu_report.summary([triton, *TORCH]).splitlines()[-1])
     assert line[1:4] == ["20 µs", "", "3 ×"]
@@ -346,7 +346,7 @@ def test_a_sanitizer_is_clean_where_its_summary_says_so(tool, status, text, want
     assert gpu_checks.sanitizer_outcome(tool, status, text)[1:] == wanted
 
 
-def test_sanitizers_look_at_our_kernels_alone(monkeypatch, tmp_path):
+def test_sanitizers_check_only_our_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_checks, "found_tool", lambda name: None)
     (found,) = gpu_checks.run_sanitizers(tmp_path, {})
     assert found == ("compute-sanitizer", 0, "not run: it is not found")
@@ -386,25 +386,25 @@ def test_tests_run_side_by_side_and_the_worst_counts(monkeypatch, tmp_path):
     assert found == ("tests/gpu, cuda", 9, "test_a: 1 passed; test_b: 1 passed")
 
 
-def test_what_the_sanitizers_run_ends(capsys):
-    """Which kernels it launches only a GPU, or the build for the host, can tell."""
+def test_the_smoke_test_ends(capsys):
+    """Only a GPU, or the build for the host, can tell which kernels it launches."""
     smoke.run("reference", "cpu")
     parts = capsys.readouterr().out.splitlines()
     assert len(parts) == 2 * (len(smoke.SHAPES) + len(smoke.WIDTHS))
     assert all(part.startswith("done: ") for part in parts)
 
 
-# ---- the whole command, its parts stood in for ------------------------------------------------
+# ---- the whole command, with replaced parts ------------------------------------------------
 
 
 class Stage:
-    """The parts of the command that take long, with the status that each is to end with."""
+    """Replaces the slow parts of the command. Each ends with the given status."""
 
     def __init__(self, monkeypatch, out, nvcc="nvcc", **statuses):
         self.out, self._statuses, self.measured = out, statuses, []
         out.mkdir()
         parts = {
-            "found_tool": lambda name, named="": nvcc,
+            "found_tool": lambda name, variable="": nvcc,
             "assemble": lambda folder: folder / "lib",
             "assemble_with_cuda": self._build,
             "run_tests": lambda kind, *rest: self._outcome(f"tests/{kind}"),
@@ -435,7 +435,7 @@ class Stage:
         return status, json.loads((self.out / "results.json").read_text())["checks"]
 
 
-def test_both_are_measured_where_all_is_well(monkeypatch, tmp_path, capsys):
+def test_triton_and_cuda_are_measured_if_all_checks_pass(monkeypatch, tmp_path, capsys):
     stage = Stage(monkeypatch, tmp_path / "out")
     status, checks = stage.run()
     assert status == 0
@@ -446,7 +446,7 @@ def test_both_are_measured_where_all_is_well(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.rstrip().endswith("the table")
 
 
-def test_a_build_that_fails_is_said_and_the_others_are_measured(monkeypatch, tmp_path, capsys):
+def test_a_failed_build_is_reported_and_the_rest_is_measured(monkeypatch, tmp_path, capsys):
     stage = Stage(monkeypatch, tmp_path / "out", build=2)
     status, checks = stage.run()
     assert status == 2
@@ -475,13 +475,13 @@ def test_kernels_that_do_not_run_are_not_measured(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["memcheck", "cuda", "triton"])
-def test_a_check_that_fails_is_the_status(part, monkeypatch, tmp_path):
+def test_a_failed_check_sets_the_status(part, monkeypatch, tmp_path):
     stage = Stage(monkeypatch, tmp_path / "out", **{part: 1})
     assert stage.run()[0] == 1
     assert stage.measured == [(["triton", "cuda"], "1")]
 
 
-def test_without_the_kernels_that_broke_the_device_it_is_measured_again(monkeypatch, tmp_path):
+def test_measuring_is_repeated_without_the_kernels_that_broke_the_device(monkeypatch, tmp_path):
     stage = Stage(monkeypatch, tmp_path / "out", broken="cuda")
     status, checks = stage.run()
     assert status == gpu.LOST
@@ -495,7 +495,7 @@ def test_without_the_kernels_that_broke_the_device_it_is_measured_again(monkeypa
 
 
 def test_both_of_the_librarys_paths_are_in_every_subject(monkeypatch):
-    """Triton's and the CUDA kernels are stood in for by another backend."""
+    """Another backend replaces those of the Triton and the CUDA kernels."""
     monkeypatch.setattr(gpu_subjects, "BACKENDS", dict.fromkeys(("triton", "cuda"), "reference"))
     chosen = gpu_subjects.all_subjects(dry=True, fashion=False, ours=("triton", "cuda"))
     assert len({subject.name for subject in chosen}) == len(chosen)
@@ -514,7 +514,8 @@ def test_both_of_the_librarys_paths_are_in_every_subject(monkeypatch):
 
 
 def test_steps_in_torch_agree_with_the_library():
-    """Published substitution and log grid aside, which at this level and length hardly differ."""
+    """The published substitution and the log grid differ, but hardly at this level and step
+    length."""
     for solver in ("euler", "heun", "multistep"):
         step = gpu_subjects.Step(solver, 20.0, 20.0 * 0.999, 20.0 / 0.999)
         at = gpu_subjects.Points(*(t.double() for t in gpu_subjects.points(4, 64, 20.0)))

@@ -1,4 +1,4 @@
-"""What benchmarks/machine_code reads from machine code, and what it predicts."""
+"""benchmarks/machine_code: reading machine code, and the predictions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def control(stall=1, write=7, read=7, wait=()):
 
 
 def dump(*lines, name="kernel"):
-    """What cuobjdump prints; a line is its text, or text and control word."""
+    """Text as cuobjdump prints it. A line is its text, or text and control word."""
     shown = [f"\t\tFunction : {name}\n\t.headerflags\t@EF_CUDA_SM90\n"]
     for i, line in enumerate(lines):
         text, high = line if isinstance(line, tuple) else (line, control())
@@ -74,8 +74,9 @@ def test_instructions_and_control_words():
 
 
 def test_words_of_the_assembler():
-    """A thread's number is read, which scoreboard 0 tells, and shifted in a kernel for sm_90: it
-    waits for that, and the next instruction for the shift, 4 clocks."""
+    """Two instructions of a kernel for sm_90. The first reads a thread's index and releases
+    scoreboard 0. The second shifts the index: it waits for scoreboard 0, and the next instruction
+    starts 4 clocks later."""
     assert sass.control_of(0x000E220000002100) == (1, 0, 7, ())
     assert sass.control_of(0x001FC80000011616) == (4, 7, 7, (0,))
 
@@ -205,8 +206,9 @@ $L__BB0_1:
 
 
 def test_ptx_is_evaluated():
-    """By hand: 8 rows of 16 bytes 128 bytes apart lie in the same banks, 8 wavefronts a matrix;
-    with the exclusive or they lie in all of them. Of 16 bytes a lane a quarter goes at once."""
+    """By hand: 8 rows of 16 bytes, 128 bytes apart, lie in the same banks: 8 wavefronts per matrix.
+    With the exclusive or they lie in all banks. With 16 bytes per lane, a quarter of a warp is
+    served at a time."""
     found = banks.conflicts(PTX, warps=2)
     assert found.ratio == {"ldmatrix": (32 + 4) / 8, "load": 1.0, "store": 32 / 4}
     assert found.ideal == 4 + 4 + 4 + 4 + 1
@@ -222,7 +224,8 @@ H100, A100, GEFORCE = devices.H100, devices.A100, devices.RTX4090
 
 
 def test_stalls_and_scoreboards_of_one_warp():
-    """A load of shared memory, waited for: its unit's clock, its latency, the stall, the jump."""
+    """A load from shared memory and a use: the clock of its unit, its latency, the stall, the
+    jump."""
     code = code_of(
         ("LDS R1, [R2]", control(stall=2, write=0)),
         ("FADD R3, R1, R1", control(stall=4, wait=(0,))),
@@ -249,7 +252,7 @@ def test_stalls_and_scoreboards_of_one_warp():
     ],
 )
 def test_many_warps_take_what_their_unit_takes(line, card, unit, clocks):
-    """16 warps of 32 such instructions: a unit's time, within a tenth."""
+    """16 warps with 32 such instructions each take the time of the unit, within a tenth."""
     found = pipeline.run(code_of(*[line] * 32), card, warps=4, blocks=8)
     assert found.bound == unit
     assert found.clocks == pytest.approx(8 * 4 * 32 * clocks, rel=0.1)
@@ -355,7 +358,7 @@ def test_blocks_of_a_multiprocessor(card, threads, registers, shared, blocks):
     assert devices.resident(card, threads, registers, shared) == blocks
 
 
-# ---- what real data make the kernels do ----------------------------------------------------------
+# ---- the work of the kernels on real data --------------------------------------------------------
 
 
 def small_case():
@@ -368,8 +371,8 @@ def small_case():
 SMALL = data.Shape("small", 5, 70, 8)
 
 
-def test_pairs_and_weights_as_a_loop_finds_them():
-    """One chunk: every query by itself, in Python's numbers."""
+def test_pairs_and_weights_agree_with_a_loop():
+    """One chunk: every query separately, in plain Python."""
     case = small_case()
     (chunk,) = data.chunks_of(case, SMALL, data.squared_distances(case))
     for b in range(5):
@@ -390,7 +393,7 @@ def test_pairs_and_weights_as_a_loop_finds_them():
         ]
 
 
-def test_chunks_go_on_from_what_is_known(monkeypatch):
+def test_chunks_continue_from_the_nearest_so_far(monkeypatch):
     monkeypatch.setattr(data, "PAIRS", 1)  # chunks of 128
     shape = data.Shape("longer", 4, 300, 8)
     assert (shape.chunk, shape.chunks) == (128, 3)
@@ -417,7 +420,7 @@ def test_tiles_lists_and_their_order():
     assert data.live_tiles(live, 4, ordered=True) == (1.0, 1.0)
 
 
-def test_what_refine_goes_through():
+def test_work_of_refine():
     refined = torch.zeros(2, 640, dtype=torch.bool)
     refined[0, [0, 1, 2, 400]] = True
     visited = torch.zeros(2, 10, dtype=torch.bool)
@@ -436,14 +439,14 @@ def test_what_refine_goes_through():
     assert [data.group_of(N) for N in (64, 784, 3072)] == [16, 2, 2]
 
 
-def test_a_shape_is_cut_as_the_kernels_cut_it():
+def test_shapes_are_split_as_in_the_kernels():
     assert data.BIG.blocks() == [1365, 1365, 1365, 1]
     assert (data.BIG.chunk, data.BIG.chunks) == (1536, 33)
     assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 8192, 8)
     assert (data.C.chunks, data.G.chunks) == (1, 1)
 
 
-def test_all_of_a_shape_is_counted():
+def test_all_figures_of_a_shape_are_counted():
     found = data.count(SMALL, lambda shape: small_case())
     assert found["refine"]["pairs"] == found["refined a query"]["mean"] * 5
     assert found["queries looked at"] == 5
@@ -451,7 +454,7 @@ def test_all_of_a_shape_is_counted():
     assert found["single pass"]["pairs"] >= found["single pass"]["pairs of the slowest warp"]
 
 
-def test_fashion_mnist_that_is_not_there_keeps_its_counts(tmp_path, monkeypatch, capsys):
+def test_stored_counts_are_kept_without_fashion_mnist(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sections.subjects, "FASHION_FOLDER", tmp_path)
     monkeypatch.setattr(data, "count", lambda shape: {"new": shape.name})
     found = sections.count_data({data.F.name: {"old": True}})
@@ -471,7 +474,7 @@ def kernel_of(*lines, threads=128, registers=32, shared=0):
 
 
 def test_rounds_of_blocks():
-    """A phase that its unit binds: what a multiprocessor has of it, whatever is beside what."""
+    """A phase bound by its unit takes the time of all its blocks on a multiprocessor."""
     kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)
     clocks = 64 * 4 * 32 / 64  # of a trip of a block of 4 warps, on 64 lanes
     for blocks, of_one in ((108, 1), (109, 2), (108 * 16, 16), (108 * 20, 20)):
@@ -504,7 +507,7 @@ def test_what_binds_a_launch():
     ]
 
 
-def test_the_unaligned_way_is_left_out():
+def test_code_for_unaligned_rows_is_left_out():
     kernel = kernel_of(
         "MOV R1, R2",
         "@P0 BRA 0x50",  # 0x10: the loop
@@ -525,7 +528,7 @@ def test_the_unaligned_way_is_left_out():
 
 
 def test_products_of_plain_torch():
-    """A large one at its rate; a small one as its tiles fill the device."""
+    """A large product runs at the full rate, a small one more slowly: its tiles are too few."""
     size = 8192
     found = model.product(A100, size, size, size, "fp32")
     rate = 2 * 64 * 108 * A100.rate("clock") * model.SGEMM
@@ -578,7 +581,7 @@ def test_a_product_compiled_now():
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def test_the_page_is_what_was_stored():
+def test_the_page_shows_the_stored_results():
     text = page.SECTION.page.read_text()
     assert page.SECTION.replaced(text, page.report(results.load())) == text
 
@@ -589,7 +592,7 @@ def test_the_interpreter_is_refused(monkeypatch, capsys):
     assert "unset it" in capsys.readouterr().out
 
 
-def test_results_keep_what_they_are_given(tmp_path, monkeypatch):
+def test_stored_sections_are_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "PATH", tmp_path / "machine_code.json")
     assert results.load() == {}
     results.store("host", {"triton": 1e-4})
@@ -602,7 +605,7 @@ def test_results_keep_what_they_are_given(tmp_path, monkeypatch):
         results.store("elsewhere", {})
 
 
-def test_measured_stands_beside_predicted():
+def test_predicted_and_measured_times_side_by_side():
     def row(path, graph):
         subject = "forward, CIFAR-10 shape, 128 × 4096"
         return gpu_measure.Row(subject, path, {"median": 1.0}, graph, 0.0, {}, "")

@@ -164,7 +164,7 @@ def test_rejected_settings_leave_no_folder(run, tmp_path, capsys):
         assert not list(tmp_path.iterdir())
 
 
-def test_values_that_no_option_takes(tmp_path, capsys, monkeypatch):
+def test_bad_option_values(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in ("train", "demo", "evaluate", "sample"):
         assert "out is ''; allowed is" in fails(capsys, command, "--out", "")
@@ -178,7 +178,7 @@ def test_values_that_no_option_takes(tmp_path, capsys, monkeypatch):
         pfgm.cli.demo.run("", steps=1)
 
 
-def test_one_sentence_for_more_than_there_can_be(run, tmp_path, capsys):
+def test_one_sentence_for_impossible_amounts(run, tmp_path, capsys):
     sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
     huge = 10**30
     for n in (999_999_999_999, huge):
@@ -229,15 +229,15 @@ def test_devices_that_cannot_compute(run, tmp_path, capsys, device):
         (["--steps", str(10**400)], "steps is 1000"),
     ],
 )
-def test_one_sentence_for_settings_beyond_all_bounds(tmp_path, capsys, options, message):
+def test_one_sentence_for_settings_that_are_too_large(tmp_path, capsys, options, message):
     arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN, *options]
     started = time.process_time()
     assert message in fails(capsys, *arguments)
     assert time.process_time() - started < 10
 
 
-def test_memory_that_is_not_there(run, tmp_path, capsys, monkeypatch):
-    """Where no argument is to blame alone, what the allocator says is still one sentence."""
+def test_exhausted_memory_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+    """An allocator's error is one sentence even if no single argument is the cause."""
     raised = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
 
     def exhausted(*arguments, **options):
@@ -282,13 +282,13 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
     ]
 
 
-def test_samples_do_not_go_where_a_folder_is(run, tmp_path, capsys):
+def test_samples_do_not_replace_a_folder(run, tmp_path, capsys):
     (tmp_path / "x.npy").mkdir()
     arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
     assert "x.npy, a folder; allowed is the name of a file" in fails(capsys, *arguments)
 
 
-def test_a_file_from_before_checksums_is_told_in_one_line(run, tmp_path, capsys):
+def test_a_file_without_a_checksum_gives_a_one_line_warning(run, tmp_path, capsys):
     flow, network = pfgm.load(run)
     description = {"format": 1, "kind": "PoissonFlow", "flow": flow.config}
     description["network"] = {"name": "unet", "config": network.config}
@@ -362,8 +362,8 @@ def without_streams():
         os.close(descriptor)
 
 
-def test_a_run_whose_output_is_gone_goes_on(tmp_path):
-    """The reader of a pipe ends after a line, a full device, and no streams at all."""
+def test_training_continues_when_its_output_is_gone(tmp_path):
+    """Its output is a pipe that is closed after a line, a full device, or no stream at all."""
     code = "import os, sys, pfgm.cli; code = pfgm.cli.main(); os.write(2, b'text'); sys.exit(code)"
     started = {}
     for kind in ("pipe", "full", "closed"):
@@ -384,7 +384,7 @@ def test_a_run_whose_output_is_gone_goes_on(tmp_path):
     wait_for_checkpoint(process, tmp_path / "closed")
     process.send_signal(signal.SIGHUP)
     for kind, process in started.items():
-        # Where descriptor 2 leads nowhere, the last words of the script itself fail.
+        # Without descriptor 2 the last write of the script itself fails.
         assert process.wait(timeout=120) == (0 if kind == "closed" else 1), kind
         assert json.loads((tmp_path / kind / "latest.json").read_text())["step"] == 30
         pfgm.load(tmp_path / kind)
@@ -526,7 +526,7 @@ def test_consistency_needs_a_few_step_model(run, tmp_path, capsys):
     assert "does not say whether its network is a few-step model" in capsys.readouterr().err
 
 
-def test_samples_of_few_values_take_the_steps_of_the_flow(tmp_path):
+def test_samples_of_few_values_use_the_default_steps_of_the_flow(tmp_path):
     flow = pfgm.PoissonFlow((1,), spread=0.1, center=5.0)
     torch.manual_seed(0)
     net = pfgm.networks.MLP((1,), width=8, depth=1, **flow.scaling)

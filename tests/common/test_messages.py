@@ -1,4 +1,4 @@
-"""Progress and text whose reader is gone."""
+"""Progress and text for a reader that has closed its stream."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STREAMS = {"pipe": broken_pipe, "full": full, "closed": closed, "none": lambda: 
 
 @pytest.fixture(params=STREAMS)
 def stream(request):
-    """A stream that takes nothing. What it still holds in the end is thrown away."""
+    """A stream that cannot be written. Its buffered text is dropped at the end."""
     opened = STREAMS[request.param]()
     yield opened
     if opened is not None and not opened.closed:
@@ -57,7 +57,7 @@ def test_text_is_dropped_where_it_cannot_be_written(stream):
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_progress_and_lines_go_on(stream, name, monkeypatch):
+def test_progress_continues_on_a_broken_stream(stream, name, monkeypatch):
     monkeypatch.setattr(sys, name, stream)
     print_notice("text" * 10_000)
     assert list(progress_bar(range(50), "steps", mininterval=0)) == [*range(50)]
@@ -67,7 +67,7 @@ def test_progress_and_lines_go_on(stream, name, monkeypatch):
     assert getattr(sys, name) is stream
 
 
-def test_what_can_be_written_is(capsys):
+def test_writable_text_is_written(capsys):
     print_notice("a line")
     print_result("what was asked for")
     with progress_bar(total=2, desc="steps") as bar:
@@ -85,7 +85,7 @@ def test_characters_that_the_encoding_lacks_are_escaped():
     assert stream.buffer.getvalue() == b"0.5 \\xb1 0.1\n"
 
 
-def test_what_was_asked_for_must_arrive_unless_its_reader_has_seen_enough(monkeypatch):
+def test_requested_output_must_arrive_unless_its_reader_has_closed(monkeypatch):
     monkeypatch.setattr(sys, "stdout", broken_pipe())
     print_result("text")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

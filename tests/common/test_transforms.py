@@ -42,7 +42,7 @@ def tangents(values):
 
 
 def naive(x, references, sigma, D):
-    """Mean and log-density of the formulas as they are written."""
+    """Mean and log-density by the plain formulas."""
     squared = (x[:, None] - references).square().sum(2)
     N, M = references.shape[1], references.shape[0]
     if math.isinf(D):

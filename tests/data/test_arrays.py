@@ -1,4 +1,4 @@
-"""Array files and memory maps: read in place or loaded, and refused; bytes to [-1, 1]."""
+"""Array files and memory maps: read in place, loaded or refused; bytes to [-1, 1]."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_an_archive_behind_other_bytes(tmp_path: Path) -> None:
 
 
 def test_members_with_extra_fields(tmp_path: Path) -> None:
-    """The local header, not the directory of the archive, says how long it is itself."""
+    """The length of a local header is in the header itself, not in the directory of the archive."""
     buffer = io.BytesIO()
     np.save(buffer, ramp(4, 3))
     with (
@@ -409,7 +409,7 @@ def test_shapes_that_are_no_samples_are_refused(
 
 @both_readers
 @pytest.mark.parametrize("shape", ["(-2, -3)", "(2, 3.0)", "(2, True)", "(2, 'x')"])
-def test_shapes_that_are_no_shapes_are_refused(tmp_path: Path, read: Read, shape: str) -> None:
+def test_malformed_shapes_are_refused(tmp_path: Path, read: Read, shape: str) -> None:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
     path = tmp_path / "a.npy"
     path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))

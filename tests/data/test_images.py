@@ -223,7 +223,7 @@ def test_labelled_items(item: Any, convert: Any) -> None:
 
 
 @pytest.mark.parametrize("second", ["a name", 1.5, None, True, torch.zeros(2), torch.tensor(0.5)])
-def test_what_is_no_integer_is_no_label(second: Any) -> None:
+def test_only_integers_are_labels(second: Any) -> None:
     assert open_source(Items((torch.zeros(2), second), (torch.ones(2), second))).labels is None
     items = [{"x": torch.zeros(2), "label": second}] * 2
     assert open_source(Items(*items)).labels is None

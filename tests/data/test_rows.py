@@ -28,12 +28,12 @@ ALL_DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.f
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Each number another, exact in every dtype."""
+    """Different numbers, exact in every dtype."""
     return torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
 
 
 def on_disk(folder: Path, rows: Tensor, offset: int = 5) -> OnDisk:
-    """The rows in a file of their own, off any alignment, with more behind them."""
+    """The rows in a file of their own, unaligned and followed by other bytes."""
     path = folder / "rows.bin"
     path.write_bytes(b"#" * offset + rows.view(torch.uint8).numpy().tobytes() + b"#" * 9)
     return OnDisk(path, offset, rows.dtype, tuple(rows.shape[1:]), len(rows))
@@ -68,7 +68,7 @@ def test_take(source: Source, rows: list[int]) -> None:
     assert torch.equal(taken, numbers(*SHAPE)[rows])
 
 
-def test_what_is_taken_is_new(source: Source) -> None:
+def test_taken_rows_are_copies(source: Source) -> None:
     source.take(torch.arange(11)).fill_(-1)
     assert torch.equal(source.read(0, 11), numbers(*SHAPE))
 
@@ -381,7 +381,7 @@ print(chunks - before, peak() - before)
 def test_a_large_file_takes_no_memory_in_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """200 MB; that loading the file is noticed shows that the measure works."""
+    """A file of 200 MB. The measurement notices when it is loaded, which shows that it works."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     write_sparse(tmp_path / "large.npy", (50_000, 1000))
@@ -402,9 +402,9 @@ def test_a_large_file_takes_no_memory_in_another_process(
 def test_row_numbers_on_other_devices_are_checked_on_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As everywhere: a check there would make the host wait."""
+    """They are not checked by default, because a check would make the host wait."""
     rows = torch.tensor([0, 99], device="meta")
     sources._check_rows(rows, 11)
     monkeypatch.setattr(sources, "checks_values", lambda device: True)
-    with pytest.raises(NotImplementedError):  # a look at values that are not there
+    with pytest.raises(NotImplementedError):  # meta tensors have no values to check
         sources._check_rows(rows, 11)

@@ -1,4 +1,4 @@
-"""Samples that are drawn a batch at a time."""
+"""Samples drawn in batches."""
 
 import pytest
 import torch

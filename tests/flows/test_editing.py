@@ -71,7 +71,8 @@ def test_gaussian_data_reach_their_known_latents_and_return(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("flow", flows((1, 8, 8), data_norm=6.0), ids=repr)
 def test_digits_return_within_a_thousandth(flow, dtype):
-    """The figure promised for rk45, under the exact network: data, and points typical of them."""
+    """The documented error of rk45, with the exact network, for data and for points typical of
+    them."""
     references = digits().train[:400].to(dtype)
     net, x = flow.empirical(references), references[:24]
     level = torch.full((len(x),), flow.last_level, dtype=dtype)

@@ -20,7 +20,7 @@ def flows(shape, data_norm=1.5):
 
 SHARED = torch.tensor([[1.0, -0.5]]).expand(4, 2)
 REST = torch.tensor([[0.8, 0.1], [-0.7, 0.2], [0.3, -0.9], [-0.1, -0.6]])
-REFERENCES = torch.cat([SHARED, REST], 1)  # they differ in their last two numbers alone
+REFERENCES = torch.cat([SHARED, REST], 1)  # they differ only in their last two numbers
 MASK = torch.tensor([True, True, False, False])
 
 
@@ -63,8 +63,9 @@ def test_completions_are_drawn_from_the_posterior(flow, solver, resample):
 
 
 @pytest.mark.parametrize("flow", flows((1, 8, 8), data_norm=6.0), ids=repr)
-def test_rounds_bring_digits_in_line_with_what_is_known(flow):
-    """Of digits whose upper half is known, an empirical network finds more again by rounds."""
+def test_resampling_improves_agreement_with_the_known_part(flow):
+    """With resampling, an empirical network recovers more of the digits whose upper half is
+    known."""
     images = digits().train
     known, mask = images[:100], torch.arange(8)[:, None] < 4
     gaps = []
@@ -78,7 +79,7 @@ def test_rounds_bring_digits_in_line_with_what_is_known(flow):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_nothing_of_the_unknown_part_is_read_and_nothing_given_is_written(solver):
+def test_the_unknown_part_is_not_read_and_arguments_are_not_written(solver):
     flow = PoissonFlow((4,), data_norm=1.5)
     net, known = flow.empirical(REFERENCES), REFERENCES[:2].clone()
     known[:, 2:] = math.nan
@@ -112,7 +113,7 @@ def test_all_known_none_known_and_the_evaluations():
         resample=2,
         return_nfe=True,
     )
-    assert nfe == 3 + 2 * 2  # from 0.6 by way of 0.5 to 0.1
+    assert nfe == 3 + 2 * 2  # from 0.6 over 0.5 to 0.1
     assert flow.inpaint(net, REFERENCES[:0], MASK).shape == (0, 4)
     pixels = torch.full((2, 4), 255, dtype=torch.uint8)
     assert torch.equal(flow.inpaint(net, pixels, MASK)[:, :2], torch.ones(2, 2))
@@ -131,7 +132,7 @@ def test_a_callback_sees_the_known_part_on_its_line():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_projection_onto_a_line_is_that_of_the_points_themselves(solver):
-    """In any direction, not only along axes: x₁ + x₂ is held, as a rotation of a mask."""
+    """Projections along any direction, not only axes: this one keeps x₁ + x₂, a rotated mask."""
     flow, references = PoissonFlowPP((2,), D=math.inf), torch.randn(5, 2, generator=seeded(0))
     turn = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / math.sqrt(2)
     start = flow.prior(6, generator=seeded(1))

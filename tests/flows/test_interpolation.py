@@ -37,7 +37,7 @@ def test_interpolation_where_no_circle_or_no_direction_is_given(dtype):
     opposite = pfgm.interpolate(a, -4 * a, weights)
     expected = torch.tensor([[3.0, 0.0, 4.0], [0.0, 10.0, 0.0], [-12.0, 0.0, -16.0]], dtype=dtype)
     torch.testing.assert_close(opposite[:, 0], expected, rtol=0, atol=1e-5)
-    thirds = torch.tensor([[0.1, 0.7, -0.3]], dtype=dtype)  # whose negative is off by rounding
+    thirds = torch.tensor([[0.1, 0.7, -0.3]], dtype=dtype)  # its negative differs by rounding
     assert pfgm.interpolate(thirds, -thirds / 3, weights)[1].norm() == pytest.approx(
         float(thirds.norm()) / math.sqrt(3), rel=1e-5
     )

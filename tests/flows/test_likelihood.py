@@ -22,7 +22,8 @@ def make_flow(kind, data):
 
 
 def mixture_problem(kind, N, dtype=torch.float64, M=20, B=4):
-    """A flow, its references, points typical of its last level, half of them thrice as far off."""
+    """A flow, its references, and points typical of its last level, half of them three times as far
+    away."""
     references = 0.5 * torch.randn(M, N, generator=seeded(0), dtype=torch.float64)
     flow = make_flow(kind, references)
     level = flow.last_level * torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(B // 2)
@@ -35,7 +36,7 @@ def mixture_at(flow, references, level):
 
 
 def worst_error(kind, N, dtype=torch.float64, B=4, **options):
-    """Nats per dimension off the exact mixture at the last level."""
+    """The error in nats per dimension from the exact mixture at the last level."""
     flow, references, x = mixture_problem(kind, N, dtype, B=B)
     found = flow.log_likelihood(
         flow.empirical(references),
@@ -51,7 +52,7 @@ def worst_error(kind, N, dtype=torch.float64, B=4, **options):
 
 
 class Denoiser(nn.Module):
-    """A small smooth network, with what a trained one has: dropout and a condition."""
+    """A small smooth network with dropout and a condition, like a trained one."""
 
     def __init__(self, N, dtype=torch.float64):
         super().__init__()
@@ -85,7 +86,7 @@ def test_exact_mixture_in_few_dimensions(kind, N):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
 def test_exact_mixture_in_64_dimensions(kind):
-    """The figure promised is 1e-3 nats per dimension, here at the tolerance of the default."""
+    """The documented error is 1e-3 nats per dimension, here with the default tolerance."""
     assert worst_error(kind, 64, B=2) < 3e-4
 
 
@@ -163,7 +164,7 @@ def test_each_row_keeps_its_accuracy_in_a_large_batch():
     assert (found.nats - exact).abs().max() < 2e-3
 
 
-def test_no_level_beyond_the_first_is_asked_for():
+def test_no_level_beyond_the_first_is_evaluated():
     flow, net, seen = small(), Denoiser(3).eval(), []
 
     def record(x, sigma):
@@ -176,7 +177,7 @@ def test_no_level_beyond_the_first_is_asked_for():
 
 
 @pytest.mark.parametrize(("kind", "error"), [("pfgm", 0.28), (16, 0.06)])
-def test_what_the_centred_prior_costs_on_digits(kind, error):
+def test_error_of_the_centred_prior_on_digits(kind, error):
     """The root mean square in nats that the docstring states."""
     data = pfgm.data.digits().train.double()
     flow = make_flow(kind, data)

@@ -207,7 +207,7 @@ def test_samples_of_the_exact_denoiser_are_the_data(data, generator, D, solver):
     flow = PoissonFlowPP((2,), D=D)
     steps = 60 if solver == "euler" else 30
     samples = flow.sample(flow.empirical(data), 50, solver=solver, steps=steps, generator=generator)
-    # A few lines end late between two neighbours, where D is small.
+    # At small D a few lines end between two neighbours.
     assert pfgm.metrics.nearest_distance(samples, data).quantile(0.9) < 2e-3
     near = torch.cdist(samples, data).argmin(1)
     assert len(near.unique()) > 15
@@ -332,7 +332,7 @@ def test_networks_that_return_something_else(data):
 @pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
 def test_a_step_is_at_most_three_kernels(monkeypatch, kind, solver):
-    """As where values are not looked at, which on a GPU they are not."""
+    """Without the check of values, as on a GPU."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):

@@ -21,7 +21,7 @@ def digit_images():
 
 
 class Recorder(nn.Module):
-    """A network that notes how it is called."""
+    """A network that records its calls."""
 
     def __init__(self, flow, references):
         super().__init__()
@@ -61,7 +61,7 @@ def test_images_take_the_published_rules():
     assert PoissonFlow.from_data(digits, data_norm=3.0) == PoissonFlow((1, 8, 8), data_norm=3.0)
     pixels = torch.tensor([[255] * 64, [0] * 64], dtype=torch.uint8)
     assert PoissonFlow.from_data(pixels) == PoissonFlow((64,), data_norm=8.0)
-    # What a file written before there were others holds.
+    # The settings in files from before there were other settings.
     assert set(PoissonFlow.from_data(digits).config) == {
         *("shape", "M", "sigma", "tau", "gamma", "z_max", "z_min", "upper_norm"),
         *("restrict_M", "z_exp", "substitution"),
@@ -264,8 +264,7 @@ def test_prior_arguments():
 
 
 # ---- few dimensions, any center and scale ----------------------------------------------------
-#
-# With a spread nothing is absolute, and no share of the prior is cut.
+# With a spread no setting has an absolute scale, and the prior is not cut off.
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 6, 8, 64, 3072])
@@ -333,7 +332,7 @@ def test_samples_of_one_value_are_distributed_as_the_data(scale, offset):
     assert samples.max() > data.quantile(0.995)
 
 
-def test_shares_of_clusters_are_those_of_the_data():
+def test_cluster_sizes_are_those_of_the_data():
     centers = torch.tensor([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]])
     of = torch.arange(300).remainder(10)
     of = (of >= 6).long() + (of >= 9).long()  # 60, 30 and 10 %
@@ -355,7 +354,7 @@ def test_samples_spread_as_the_data(N):
 
 
 @pytest.mark.parametrize("N", [1, 2, 64])
-def test_beyond_what_was_trained_the_network_is_asked_on_the_line_to_the_center(N):
+def test_beyond_trained_points_the_network_is_evaluated_on_the_line_to_the_center(N):
     data = torch.randn(50, N, generator=seeded(0), dtype=torch.float64) + 5
     flow = PoissonFlow.from_data(data)
     net, norms = flow.empirical(data), []
@@ -490,7 +489,7 @@ def test_an_unphysical_field_gives_a_finite_mean_and_never_reverses_the_flow():
 
 @pytest.mark.parametrize("schedule", ["log", "rho"])
 def test_empirical_sampling_gives_the_references(digit_images, schedule):
-    """The figure promised for 20 Euler steps on digits: 99 % within 0.02 of a reference."""
+    """The documented result of 20 Euler steps on digits: 99 % within 0.02 of a reference."""
     flow = PoissonFlow.from_data(digit_images)
     samples = flow.sample(
         flow.empirical(digit_images),
@@ -651,11 +650,11 @@ def test_bad_references():
             flow.empirical(references)
 
 
-# ---- flows with a spread: what only data far from 0, large, small or uneven show -----------------
+# ---- flows with a spread, for data far from 0, large, small or uneven ----------------------------
 
 
 def test_rows_far_from_all_others_are_kept():
-    """Data lie beyond the norm that the spread alone would give."""
+    """Some data lie beyond the largest norm that the spread alone would give."""
     data = torch.cat([0.01 * torch.randn(997, 1, generator=seeded(0)), torch.full((3, 1), 100.0)])
     flow = PoissonFlow.from_data(data)
     assert flow.upper_norm > 300

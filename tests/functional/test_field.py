@@ -42,7 +42,7 @@ def problem(B=4, M=9, shape=(5,), dtype=torch.float64, seed=0):
 
 
 def noise_level(radius, D):
-    """radius as the argument of that meaning: sigma at D = ∞, r elsewhere."""
+    """The keyword argument for the radius: sigma at D = ∞, r otherwise."""
     return {"sigma": radius} if math.isinf(D) else {"r": radius}
 
 
@@ -164,7 +164,7 @@ def test_field_is_that_of_the_formula(backend, oracle, shape, gamma):
     close(field_z, v[:, -1])
 
 
-def test_field_has_gamma_5_unless_told():
+def test_the_default_gamma_is_5():
     x, references = problem()
     for default, five in zip(
         field_fn(x, 0.5, references), field_fn(x, 0.5, references, gamma=5.0), strict=True
@@ -276,7 +276,7 @@ def test_negated_views_are_read_with_their_sign(backend):
     assert torch.equal(posterior_mean(lazy, lazy, r=0.5, backend=backend), expected)
 
 
-def test_gradients_are_asked_for_only_where_wanted(backend):
+def test_only_needed_gradients_are_requested(backend):
     x, references = problem()
     assert not posterior_mean(x, references, r=0.5, backend=backend).requires_grad
     r = torch.tensor(0.5, requires_grad=True)
@@ -568,7 +568,7 @@ def test_values_that_are_not_finite_raise(backend, name, D, bad):
         posterior_mean(**tensors, D=D, backend=backend, **noise_level(0.5, D))
 
 
-def test_only_the_cpu_looks_at_values_unless_told():
+def test_values_are_checked_only_on_the_cpu_by_default():
     x, references = (t.to("meta") for t in problem())
     mean, lse = posterior_mean(x, references, r=-1.0, return_logsumexp=True)
     assert (mean.device.type, mean.shape, lse.shape) == ("meta", (4, 5), (4,))

@@ -53,13 +53,13 @@ def wide(values):
 
 
 def column(values):
-    """A level, or one a row, against (B, N)."""
+    """A level, or a level per row, that broadcasts with (B, N)."""
     values = wide(values)
     return values[:, None] if values.ndim else values
 
 
 def implied_mean(x, field_x, field_z, z, gamma=5.0, z_exp=5.0, substitution="exact"):
-    """mean = x − z v_x/v_z, spec section 7: with the v_z of v_x below z_exp."""
+    """mean = x − z v_x/v_z (spec, section 7), with v_z computed from v_x below z_exp."""
     x, v, v_z = wide(x), wide(field_x), np.minimum(wide(field_z), -1e-5)
     z = np.broadcast_to(wide(z), len(x))
     root = np.sqrt(np.longdouble(x.shape[1]))
@@ -160,7 +160,7 @@ def test_heun_and_multistep(backend, B, N, dtype, z):
     _, end_x, end_z = problem(B, (N,), z_next, dtype, seed=3)
     mean_next = implied_mean(predicted, end_x, end_z, z_next)
     result = pfgm.heun_step(x, predicted, end_x, end_z, z, z_next, backend=backend)
-    # The start's mean as the predicted point, which is rounded, remembers it.
+    # The mean at the start, recovered from the rounded predicted point.
     start = wide(x) + z / (z - z_next) * (wide(predicted) - wide(x))
     close(result, heun_oracle(x, start, predicted, mean_next, z, z_next), x)
     close(result, heun_oracle(x, mean, predicted, mean_next, z, z_next), x)
@@ -461,7 +461,7 @@ def test_gradients(backend, z, substitution):
 
 
 def test_gradients_through_a_solver():
-    """Where gradients are on, nothing is overwritten."""
+    """With gradients on, no tensor is overwritten."""
     scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     x = torch.linspace(-9, 9, 5, dtype=torch.float64)[:, None]
 
@@ -586,7 +586,7 @@ def test_field_and_mean_give_the_same_step():
 
 @pytest.mark.parametrize("name", ["euler", "heun", "multistep"])
 @pytest.mark.parametrize("kind", ["field", "mean", "x itself"])
-def test_solvers_overwrite_only_what_is_theirs(name, kind):
+def test_solvers_overwrite_only_their_own_tensors(name, kind):
     """In place, with gradients off, and out of place, with a callback, give the same."""
     data = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
     start = 9 * other(torch.empty(5, 6)).float()
@@ -610,7 +610,8 @@ def test_solvers_overwrite_only_what_is_theirs(name, kind):
 
 @pytest.mark.parametrize(("name", "most"), [("euler", 1), ("heun", 2), ("multistep", 2)])
 def test_a_run_takes_no_new_memory_for_each_step(name, most, monkeypatch):
-    """At most x, the predicted point or the mean: every later result goes where one was."""
+    """Only x, and the predicted point or the mean, are allocated. Later results reuse their
+    memory."""
     seen = set()
     exact = backends._BACKENDS["reference"].ode_step
 

@@ -71,7 +71,7 @@ def backend(request):
 
 @pytest.fixture
 def shim():
-    """What only the host shim can change: the device, the order of threads, the limits."""
+    """The settings of the host shim: the device, the order of threads, the limits."""
     if SHIM is None:
         pytest.skip("a GPU cannot be changed")
     module = native.extension()
@@ -90,7 +90,7 @@ def shim():
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised tensors hold NaN, so that a test sees results that are not written."""
+    """Fills uninitialised tensors with NaN, so that a test notices results that are not written."""
     owners = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     for owner, name in [*owners, (torch.Tensor, "new_empty")]:
         original = getattr(owner, name)
@@ -200,7 +200,7 @@ class Operation:
 
     @staticmethod
     def assert_gradient(actual, expected, tolerance):
-        """Relative to the row, or to the typical row where large terms cancel in it."""
+        """Each row relative to itself, or to the typical row if large terms cancel in it."""
         actual, expected = (t.double().reshape(len(t), -1) for t in (actual.cpu(), expected))
         rows = expected.norm(dim=1)
         typical = expected.norm() / len(rows) ** 0.5

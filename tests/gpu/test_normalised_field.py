@@ -45,7 +45,7 @@ def test_values(device, backend, B, N, gamma):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("N", [1, 37, 3072, 8193])
-def test_where_nothing_is_left_of_the_field(device, backend, N):
+def test_the_field_is_zero_where_e_is_zero(device, backend, N):
     """E = 0 in one row of three: v = 0 at every gamma, also at 0."""
     x, z, mean = problem(3, N, device)
     x[1], z[1] = mean[1], 0.0
@@ -58,7 +58,7 @@ def test_where_nothing_is_left_of_the_field(device, backend, N):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("N", [1, 37, 9000])
-def test_sizes_that_float32_cannot_square(device, backend, N):
+def test_norms_whose_squares_float32_cannot_hold(device, backend, N):
     x, _, mean = problem(4, N, device)
     sizes = torch.tensor([1e30, 3e38, 1e-30, 1e-38], device=device)
     x, mean = x.sign() * sizes[:, None], -0.5 * x.sign() * sizes[:, None]

@@ -32,7 +32,7 @@ def problem(B, N, device, seed=0):
 
 
 def exact(function, *arguments, **law):
-    """What the reference backend makes of the same values in float64."""
+    """The result of the reference backend for the same values in float64."""
     wide = [a.double().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
     return function(*wide, backend="reference", **law)
 
@@ -132,7 +132,7 @@ def test_laws(device, backend, N):
         close(result, expected, x, expected_mean)
 
 
-def test_levels_are_told_from_z_exp_in_float64(device, backend):
+def test_levels_are_compared_with_z_exp_in_float64(device, backend):
     """Also where float32 would call them equal."""
     x, field_x, field_z, _, _ = problem(2, 37, device)
     law = {"return_mean": True}
@@ -347,7 +347,7 @@ def test_sampling(device, backend, solver):
 
 
 def test_graph_capture(device, backend):
-    """A step neither waits for the GPU nor looks at values."""
+    """A step does not wait for the GPU and does not read values."""
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     x, field_x, field_z, _, previous = problem(5, 3072, device)

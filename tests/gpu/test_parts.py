@@ -1,4 +1,4 @@
-"""References that come in parts, on a GPU: what backends say of parts merges to what is true."""
+"""References in parts, on a GPU: the merged results of parts equal the result of the whole."""
 
 from __future__ import annotations
 

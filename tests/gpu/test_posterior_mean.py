@@ -15,7 +15,7 @@ SIZES = [(3, 40, 33), (20, 40, 33), (20, 40, 512)]
 
 
 def assert_same(mean, references):
-    """A product of parts in TF32 may round the last bits off."""
+    """Products of TF32 parts may round off the last bits."""
     torch.testing.assert_close(mean, references, rtol=2.0**-21, atol=0.0)
 
 
@@ -36,7 +36,7 @@ def test_twice_the_same_bits(op):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ---- what products cannot tell ----
+# ---- distances that must be refined ----
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])

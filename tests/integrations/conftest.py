@@ -1,4 +1,4 @@
-"""What the tests of the integrations share."""
+"""Fixtures that the tests of the integrations share."""
 
 import pytest
 

@@ -199,7 +199,7 @@ def test_timesteps(schedulers):
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-def test_a_run_may_begin_on_the_way(schedulers, unets, solver, same):
+def test_a_run_may_start_at_a_later_timestep(schedulers, unets, solver, same):
     """Starts from a noisy image at a later timestep, given itself or by its index."""
     flow, unet = DENOISERS[math.inf], unets(1)
     scheduler = schedulers.plus.from_flow(flow, solver=solver)

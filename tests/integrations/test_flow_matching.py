@@ -47,7 +47,7 @@ def spread_points(count=64, scale=1.0):
     return scale * torch.randn(count, 2, generator=seeded(1), dtype=torch.float64)
 
 
-# ---- against the packages it stands beside ----
+# ---- against other packages ----
 
 
 def test_diffusion_without_references_is_torchcfms():

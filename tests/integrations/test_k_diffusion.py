@@ -60,7 +60,7 @@ def test_other_samplers_of_k_diffusion_find_the_data(sampling, flow, sampler):
     assert float(torch.cdist(found.flatten(1), DATA.flatten(1)).amin(1).max()) < 0.02
 
 
-def test_dpm_fast_asks_for_levels_of_its_own(sampling):
+def test_dpm_fast_evaluates_its_own_levels(sampling):
     model = as_k_diffusion(FIELD.empirical(DATA), FIELD)
     x = FIELD.prior(4, generator=torch.Generator().manual_seed(0))
     found = sampling.sample_dpm_fast(model, x, model.sigma_min, model.sigma_max, 30, disable=True)

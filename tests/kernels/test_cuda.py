@@ -28,7 +28,7 @@ if native._native is None:
 
 
 def build() -> Path:
-    """The extension for the host; only what has changed since the last time is compiled."""
+    """Builds the extension for the host. Only changed sources are compiled again."""
     if missing := [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=PATH) is None]:
         pytest.skip(f"the CUDA kernels are NOT TESTED: no {' and no '.join(missing)} on PATH")
     options = ["-G", "Ninja", "-DPFGM_CUDA_SHIM=ON", f"-DPython_EXECUTABLE={sys.executable}"]
@@ -42,7 +42,7 @@ def build() -> Path:
 
 @pytest.fixture(scope="module")
 def running(run_kernel_tests):
-    """Their files of tests/gpu."""
+    """The running tests of the CUDA kernels, by file of tests/gpu."""
     return run_kernel_tests(FILES, {"PFGM_CUDA_SHIM": str(build())})
 
 

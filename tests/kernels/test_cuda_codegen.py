@@ -1,4 +1,4 @@
-"""What the CUDA kernels of csrc/ compile to: the machine code that is installed is as intended."""
+"""The installed machine code of the CUDA kernels of csrc/ is as intended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.codegen import cuda as codegen_cuda
 
-REASON = codegen_cuda.reason_against()
+REASON = codegen_cuda.why_unchecked()
 shipped = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ARCHITECTURES = codegen_cuda.architectures() or ["without CUDA"]
 STEMS = sorted(codegen_cuda.declared())
@@ -35,7 +35,7 @@ def test_every_kernel(check, stem, architecture):
 
 @shipped
 def test_the_extension_as_a_whole(check):
-    """Options of the compiler among it."""
+    """Also checks the options of the compiler."""
     assert not check.problems, "\n" + "\n".join(check.problems)
     assert codegen_cuda.compiler_version(codegen_cuda.extension()) is not None
 
@@ -53,7 +53,7 @@ def test_every_kernel_has_an_intent():
     assert {codegen_cuda.stem(kernel) for kernel in codegen_cuda.INTENTS} == set(STEMS)
 
 
-# ---- what there is to read ---------------------------------------------------------------------
+# ---- the extension ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_architectures(monkeypatch, built, expected):
     assert codegen_cuda.architectures() == expected
 
 
-def test_what_is_not_checked_is_said_with_its_cure(monkeypatch):
+def test_unchecked_kernels_are_reported_with_the_remedy(monkeypatch):
     monkeypatch.setattr(codegen_cuda, "architectures", list)
-    assert "NOT CHECKED" in codegen_cuda.reason_against()
-    assert "nvcc" in codegen_cuda.reason_against()
+    assert "NOT CHECKED" in codegen_cuda.why_unchecked()
+    assert "nvcc" in codegen_cuda.why_unchecked()
     monkeypatch.setattr(codegen_cuda, "architectures", lambda: ["80"])
     monkeypatch.setattr(codegen_cuda, "cuobjdump", lambda: None)
-    assert "cuobjdump was not found" in codegen_cuda.reason_against()
+    assert "cuobjdump was not found" in codegen_cuda.why_unchecked()
     with pytest.raises(RuntimeError, match="cuobjdump was not found"):
         codegen_cuda.dump("_native.so", "80")
 
@@ -127,7 +127,7 @@ def test_names_that_cannot_be_read(symbol):
 
 
 def part(symbol, *, architecture="90a", usage="", threads="0x80", code=(), options=""):
-    """What cuobjdump prints of a file with one kernel."""
+    """Text that cuobjdump prints for a file with one kernel."""
     lines = "\n".join(
         f"        /*{16 * i:04x}*/                   {line} ;          /* 0x0000000000007919 */\n"
         "                                                        /* 0x000e220000002100 */"
@@ -234,7 +234,7 @@ def test_files_for_several_architectures_are_told_apart():
         ("80", part(PASS, architecture="80", code=[REST[0], *REST[4:]], threads="0x100")),
     ],
 )
-def test_what_is_as_intended_passes(architecture, text):
+def test_kernels_as_intended_pass(architecture, text):
     assert only(text, architecture).problems == []
     assert codegen_cuda.unwanted_options(text) == []
 
@@ -281,11 +281,11 @@ def test_what_needs_large_clusters_is_empty_without_them(architecture):
     assert "meant to be empty" in problem
 
 
-def test_a_kernel_nobody_listed_is_a_problem():
+def test_an_unlisted_kernel_is_a_problem():
     (problem,) = only(part(SUM.replace("12weighted_sum", "8new_name"), code=REST)).problems
     assert problem == (
         "new_name<float32> on sm_90a is not listed in INTENTS of codegen/cuda.py; "
-        "nothing of it is checked."
+        "it is not checked."
     )
 
 

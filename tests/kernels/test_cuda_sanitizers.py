@@ -1,5 +1,5 @@
 """The CUDA kernels, compiled for the host, under the sanitizers of addresses, undefined behaviour
-and threads (csrc/tests/cuda_test.cpp), and what they run on there (host_shim_test.cpp)."""
+and threads (csrc/tests/cuda_test.cpp), and the host shim under the same (host_shim_test.cpp)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ triton_only = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def running(run_kernel_tests):
-    """Triton's files of tests/gpu."""
+    """The running tests of the Triton kernels, by file of tests/gpu."""
     return run_kernel_tests(FILES, {"TRITON_INTERPRET": "1"})
 
 

@@ -1,4 +1,5 @@
-"""What the Triton kernels compile to: no spills, tensor cores and 16-byte loads where intended."""
+"""The Triton kernels compile without spills, and with tensor cores and 16-byte loads where
+intended."""
 
 from __future__ import annotations
 
@@ -113,7 +114,7 @@ def test_sizes_of_one_are_compiled_too(all_rows):
 
 
 @pytest.mark.parametrize("kernel", ["good", "narrow as intended"])
-def test_what_is_as_intended_passes(flawed, kernel):
+def test_kernels_as_intended_pass(flawed, kernel):
     assert flawed[kernel]["problems"] == []
     assert flawed[kernel]["figures"]["spills"] == 0
     assert 0 < flawed[kernel]["figures"]["registers"] <= 255
@@ -143,7 +144,7 @@ def test_shared_memory_has_a_limit(capability, limit):
     assert f"a block has {limit}" in problem
 
 
-def test_older_matrix_instructions_do_not_do_on_hopper():
+def test_older_matrix_instructions_are_a_problem_on_hopper():
     figures = codegen.Figures(64, 0, 0, {"HMMA": 8}, 1)
     variant = _variant(products=True)
     assert codegen.problems(variant, 80, figures) == []

@@ -159,7 +159,7 @@ def test_the_field_itself_as_published(generator):
     assert [part.shape for part in flat(x.flatten(1), z)] == [(5, 64), (5,)]
 
 
-def test_data_std_is_what_the_flow_was_made_for():
+def test_data_std_comes_from_the_flow():
     data = pfgm.data.digits().train
     flow = pfgm.PoissonFlow.from_data(data)
     found = from_module(Probe(), flow).data_std
@@ -177,7 +177,7 @@ def test_data_std_is_what_the_flow_was_made_for():
     assert from_module(Probe(), PLUSPLUS, data_std=0.9).sigma_data == 0.9
 
 
-# ---- how the level is told ----
+# ---- how the network gets the level ----
 
 
 @pytest.mark.parametrize("flow", [IMAGES, PLUSPLUS], ids=["field", "denoiser"])

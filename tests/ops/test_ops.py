@@ -1,4 +1,4 @@
-"""What torch expects of the operations: registration, gradients, tracing and compiling."""
+"""The operations in torch: registration, gradients, tracing and compiling."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_opcheck_with_a_D_that_varies(backend):
 
 
 @pytest.mark.slow
-def test_inductor_generates_the_same():
+def test_inductor_gives_the_same_results():
     torch._dynamo.reset()
     arguments = problem(dtype=torch.float32)
 

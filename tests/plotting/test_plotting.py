@@ -1,4 +1,5 @@
-"""Grids pixel by pixel, read back by Pillow; the other pictures by what their figures hold."""
+"""Grids are checked pixel by pixel, as Pillow reads them; other pictures by the contents of their
+figures."""
 
 from __future__ import annotations
 
@@ -268,7 +269,7 @@ def straight_paths() -> tuple[Tensor, list[float]]:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, method: str) -> list[tuple[Any, ...]]:
-    """The positional arguments of each call of a method of axes, which is made all the same."""
+    """Records the positional arguments of each call of a method of axes, and calls it."""
     axes = pytest.importorskip("matplotlib.axes").Axes
     calls, original = [], getattr(axes, method)
 
@@ -380,7 +381,7 @@ def test_the_potential_agrees_with_loops(monkeypatch: pytest.MonkeyPatch, D: flo
 def test_the_lines_cross_the_equipotentials_at_right_angles(
     monkeypatch: pytest.MonkeyPatch, z: float
 ) -> None:
-    """What is drawn as lines is along the numerical gradient of what is drawn as shades."""
+    """The drawn lines follow the numerical gradient of the drawn shades."""
     streams, shades = recorded(monkeypatch, "streamplot"), recorded(monkeypatch, "contourf")
     draw_field(ring(), z=[z])
     (x, y, u, v), (_, _, potential) = streams[0], shades[0]

@@ -29,7 +29,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS)
 def test_code_blocks_run(page, code, tmp_path, monkeypatch):
-    """Each as printed, with the file that the demo would have made."""
+    """Each block runs as printed, with the file that the demo would have written."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     for package in ("accelerate", "diffusers", "k_diffusion", "lightning"):
@@ -49,7 +49,7 @@ def text_without_code(page):
 
 
 def anchors(page):
-    """What the headings are called in links, as mkdocs makes it of them."""
+    """The anchors that mkdocs makes of the headings."""
     headings = re.findall(r"^#+ +(.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
 
@@ -74,7 +74,7 @@ def test_public_names_are_in_the_reference():
 
 
 def test_members_of_modules_are_in_the_reference():
-    """Where a page chooses what it shows of a module, nothing public is left out."""
+    """A page that lists members of a module leaves out nothing public."""
     shown = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     for module in (pfgm.plotting, pfgm.solvers, pfgm.training, pfgm.networks):
         chosen = re.search(rf"^::: {module.__name__}\n    options:\n((?: +.*\n)*)", shown, re.M)

@@ -1,4 +1,4 @@
-"""The examples of training in others' frameworks, each run as its docstring says."""
+"""The examples of training in other frameworks, each run as its docstring says."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def test_public_names_exist_and_are_documented():
 
 
 def test_importing_needs_no_optional_package():
-    """Neither Triton nor what the extras bring, no compiler, and no SciPy, which takes long."""
+    """Importing pfgm imports no Triton, no package of the extras, no compiler, and no SciPy, which
+    is slow."""
     code = "import sys, pfgm, pfgm.kernels; print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     optional = {"triton", "sklearn", "matplotlib", "PIL", "tyro", "pytest"}
@@ -56,7 +57,7 @@ def test_importing_takes_a_fraction_of_torch():
 
 
 def run_command(*arguments):
-    """The command as its script starts it; what it prints, and what it has imported."""
+    """Runs the command as its script does. Returns its output and the imported modules."""
     code = (
         "import importlib.metadata, sys\n"
         "(script,) = importlib.metadata.entry_points(group='console_scripts', name='pfgm')\n"
@@ -64,7 +65,7 @@ def run_command(*arguments):
         "print(*sys.modules, file=sys.stderr)\n"
         "sys.exit(code)"
     )
-    # Elsewhere than in the tree, whose metadata may be of an earlier build.
+    # Not in the tree, because its metadata may be from an earlier build.
     shown = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

@@ -112,11 +112,11 @@ def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):
         assert of_sigma.abs() <= 1e-5 * scale, sigma
 
 
-# ---- what is kept of rows in memory ----
+# ---- sketches of rows in memory ----
 
 
 class Counted:
-    """Calls of native.sketch, and what they were asked for."""
+    """Records the calls of native.sketch."""
 
     def __init__(self, monkeypatch):
         self.seen = []
@@ -197,7 +197,7 @@ def test_a_copy_makes_its_own_sketches(wide_chunks):
 
 
 @native_only
-def test_nothing_is_kept_of_what_may_change_unnoticed(monkeypatch):
+def test_no_sketches_of_rows_that_may_change_unnoticed(monkeypatch):
     counted = Counted(monkeypatch)
     array = np.random.default_rng(0).random((40, 600), dtype=np.float32)
     x = torch.from_numpy(array[:2]) + 0.01
@@ -211,7 +211,7 @@ def test_nothing_is_kept_of_what_may_change_unnoticed(monkeypatch):
 
 
 @native_only
-def test_nothing_is_kept_of_files_few_features_and_wide_points(tmp_path, monkeypatch):
+def test_no_sketches_of_files_few_features_or_float64_points(tmp_path, monkeypatch):
     np.save(tmp_path / "rows.npy", wide_images().numpy())
     counted = Counted(monkeypatch)
     x, file, held = torch.zeros(2, 1, 24, 24), tmp_path / "rows.npy", wide_images()
@@ -274,7 +274,7 @@ def test_a_file_written_to_before_the_gradient_is_refused(small_chunks, tmp_path
 
 
 def test_sets_under_inference_mode(small_chunks):
-    """Its tensors count no versions; others do, there too."""
+    """Tensors made in inference mode have no version counter. Others have one, even in this mode."""
     rows, x = pfgm.data.to_unit(images()), points()
     expected = pfgm.posterior_mean(x, rows, r=1.0)
     outside = ReferenceSet(rows)
@@ -386,7 +386,7 @@ def test_empty_batches_and_half_precision(small_chunks):
     assert mean.dtype == torch.float32
 
 
-def test_a_backend_that_is_asked_for_also_goes_backward(small_chunks):
+def test_the_chosen_backend_also_computes_gradients(small_chunks):
     x, references = points().requires_grad_(), ReferenceSet(images())
     with pfgm.use_backend("reference"):
         mean = pfgm.posterior_mean(x, references, r=1.0)
@@ -534,7 +534,7 @@ def test_an_interrupted_pass_can_be_repeated(small_chunks, tmp_path):
     assert torch.equal(torch.cat([c.clone() for c in references.chunks()]), images(40))
 
 
-def test_what_is_no_set():
+def test_bad_references():
     with pytest.raises(ValueError, match="shape"):
         pfgm.posterior_mean(torch.zeros(1, 4), ReferenceSet(images()), r=1.0)
     with pytest.raises(TypeError, match=r"a torch\.Tensor and a pfgm\.ReferenceSet"):

@@ -187,7 +187,7 @@ def test_a_run_keeps_its_newest_two_checkpoints(tmp_path, flow, network):
     weights, description, state = load_run(tmp_path / "run")
     assert description["step"] == state["step"] == 15
     assert weights.keys() == network.state_dict().keys()
-    # Taken up at 10 again: what is later belongs to no run any more.
+    # Continued from 10: later checkpoints no longer belong to the run.
     run_checkpoint(tmp_path / "run", flow, network, 12)
     assert load_run(tmp_path / "run")[2]["step"] == 12
     assert sorted(p.name for p in (tmp_path / "run").glob("*.state.pt")) == [
@@ -374,7 +374,7 @@ def test_the_checksum_is_the_crc_of_the_file_with_zeros_in_its_place(tmp_path, f
 
 
 def without_checksum(path):
-    """Rewrites a weights file as versions without checksums wrote it."""
+    """Rewrites a weights file as versions without checksums did."""
     with safetensors.safe_open(path, framework="pt") as file:
         description = json.loads(file.metadata()["pfgm"])
     for key in ("checksum", "state_checksum"):
@@ -401,7 +401,7 @@ def test_files_without_checksums_load_with_a_warning(run):
         load_run(run)
 
 
-# ---- what a small file may ask for ------------------------------------------------------------
+# ---- small files must not cost much time or memory --------------------------------------------
 
 
 def crafted(path, network, **changes):

@@ -1,4 +1,4 @@
-"""Several processes: sharded references, training together, and the loss of one of them."""
+"""Several processes: sharded references, joint training, and the loss of a process."""
 
 from __future__ import annotations
 

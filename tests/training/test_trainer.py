@@ -325,7 +325,7 @@ def test_signals_leave_a_checkpoint(tmp_path, data, flow, number, error):
 
 @pytest.fixture
 def handled():
-    """handled(number, handler): until the end of the test."""
+    """handled(number, handler): sets a signal handler until the end of the test."""
     before = {}
 
     def handle(number, handler):
@@ -395,7 +395,7 @@ def test_two_runs_in_one_folder(tmp_path, data, flow):
     assert not (run / ".pfgm.lock").exists()
 
 
-def test_a_run_that_another_has_continued_since_is_refused(tmp_path, data, flow):
+def test_a_run_that_another_trainer_has_continued_is_refused(tmp_path, data, flow):
     def trainer(steps):
         return Trainer(
             flow, new_network(), data, config(steps=steps), folder=tmp_path, progress=False
@@ -641,7 +641,7 @@ def test_the_compiled_network_is_called(data, flow, monkeypatch):
 # ---- labels, and the other flow ----
 
 
-def test_labels_reach_the_network_and_some_are_left_out(data, flow):
+def test_labels_reach_the_network_and_some_are_dropped(data, flow):
     seen = []
 
     class Recording(pfgm.networks.MLP):

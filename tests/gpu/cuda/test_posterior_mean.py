@@ -90,7 +90,7 @@ def test_which_kernels_run(op, shim):
     assert kernels(16, 40, 512) == two_passes
 
 
-def test_clusters_share_the_references_out(op, shim):
+def test_clusters_split_the_references(op, shim):
     x, references, sigma = op.problem(20, 700, 512)
     for multiprocessors in (2, 6, 40, 132):
         shim.device(90, multiprocessors)
@@ -149,7 +149,7 @@ def test_workspace_is_bounded(device):
         assert sizes[0] == sizes[1] <= 100 << 20
 
 
-# ---- what products cannot tell ----
+# ---- distances that must be refined ----
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_one_reference_out_of_range(op):
 
 
 @pytest.mark.parametrize("B", [1, 20])
-def test_every_value_of_narrow_references_is_read_right(op, device, B):
+def test_every_value_of_narrow_references_is_read_correctly(op, device, B):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         values = bits.view(dtype)
@@ -254,7 +254,7 @@ def test_gradients_of_chunks_and_blocks(op, N, D):
 
 
 def test_gradients_of_many_queries(op):
-    """More than one list holds."""
+    """More queries than one list holds."""
     x, references, sigma = op.problem(2100, 5, 3)
     op.check_gradients(x, references, sigma.clamp(min=0.05), 1.0)
 

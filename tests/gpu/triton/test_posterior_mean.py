@@ -82,7 +82,7 @@ def test_many_features(op, device, B, D):
     op.check(x, references, radius, D)
 
 
-# ---- what chunks, blocks and the order of queries change: nothing but rounding ----
+# ---- chunks, blocks and the order of queries change nothing but rounding ----
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
@@ -128,10 +128,10 @@ def test_workspace_and_launches_are_bounded(B, N):
     assert few.chunk / smallest <= 65535
 
 
-# ---- what products cannot tell ----
+# ---- distances that must be refined ----
 
 
-def test_without_refinement_they_would_be_wrong(op, device, monkeypatch):
+def test_without_refinement_results_are_wrong(op, device, monkeypatch):
     x, references = op.near_ties(20, 70, 64, 1.0)
     radius = torch.full((20,), 0.05, dtype=torch.float64, device=device)
     monkeypatch.setattr(distances.Pairs, "_refine", lambda *_: None)
@@ -145,7 +145,7 @@ def many(monkeypatch):
 
 
 @pytest.mark.usefixtures("many")
-def test_many_that_compete_are_refined_where_they_are_ill_conditioned(op, device):
+def test_many_near_references_are_refined_if_ill_conditioned(op, device):
     x, references = op.near_ties(20, 70, 64, 1.0)
     radius = torch.full((20,), 0.05, dtype=torch.float64, device=device)
     assert op.mean_error(x, references, radius, 1.0) <= (1e-5 * 2**-6 + 4e-7) * 8
@@ -153,7 +153,7 @@ def test_many_that_compete_are_refined_where_they_are_ill_conditioned(op, device
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.usefixtures("many")
-def test_many_that_compete_are_left_as_they_are_elsewhere(op, device, monkeypatch, D):
+def test_many_near_references_are_not_refined_otherwise(op, device, monkeypatch, D):
     x, references, _ = problem(20, 70, 64, device=device)
     x, sigma = 30 * x, torch.full((20,), 30.0, dtype=torch.float64, device=device)
     result = op.compute(x, references, sigma, D)
@@ -206,7 +206,7 @@ def test_gradients_of_chunks_and_blocks(op, device, D):
     op.check_gradients(x, references, radius, D, 2e-5)
 
 
-def test_decided_points_have_no_noise_in_their_gradient(op, device):
+def test_points_with_one_reference_have_no_noise_in_their_gradient(op, device):
     x, references, _ = problem(20, 40, 64, device=device)
     sigma = torch.full((20,), 1e-3, dtype=torch.float64, device=device)
     grad_x, _, _ = op.gradients(x, references, sigma, math.inf)

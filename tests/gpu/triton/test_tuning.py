@@ -58,7 +58,7 @@ def test_one_configuration_is_not_measured():
 
 
 @pytest.mark.usefixtures("timed")
-def test_what_does_not_fit_the_device_is_passed_over():
+def test_configurations_that_do_not_fit_the_device_are_skipped():
     recorder = Recorder(too_large=(32,))
     recorder.launch(3)
     assert recorder.ran == [64]
@@ -77,7 +77,7 @@ def test_deterministic_algorithms_take_the_first():
 
 
 @pytest.mark.usefixtures("timed")
-def test_what_was_measured_before_is_not_used_where_it_may_not(monkeypatch):
+def test_measured_choices_are_not_used_where_timing_is_off(monkeypatch):
     recorder = Recorder()
     recorder.launch(3)
     monkeypatch.setenv("PFGM_TUNE", "0")
@@ -86,7 +86,7 @@ def test_what_was_measured_before_is_not_used_where_it_may_not(monkeypatch):
 
 
 def test_few_shape_classes():
-    """Neighbouring sizes share theirs, so that a last small batch is not tuned for by itself."""
+    """Similar sizes share a class, so that a smaller last batch is not tuned separately."""
     x = torch.zeros(100, 50)
     classes = {distances.Problem(x, x, x[:, 0], 1.0, "high").shape(rows) for rows in range(65, 129)}
     assert len(classes) == 1

@@ -1,4 +1,4 @@
-"""What the tests of the published networks share: the shapes and the weights of the fixtures."""
+"""Shapes and weights of the fixtures, for the tests of the published networks."""
 
 from pathlib import Path
 

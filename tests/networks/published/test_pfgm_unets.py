@@ -84,7 +84,7 @@ def test_checkpoints_and_denoisers(tmp_path, name):
     assert loss.isfinite()
 
 
-def test_smooth_resampling_keeps_constants_and_what_is_smooth():
+def test_smooth_resampling_keeps_constants_and_smooth_images():
     resampling = Resampling(smooth=True)
     constant = torch.full((1, 2, 8, 8), 3.0)
     # At the border zeros come in.

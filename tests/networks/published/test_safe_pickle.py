@@ -113,7 +113,7 @@ class Hidden:
         return torch.storage._load_from_bytes, (self.content,)
 
 
-def test_what_is_allowed_cannot_be_misused(tmp_path):
+def test_allowed_calls_cannot_be_misused(tmp_path):
     """Calls and states without meaning are reported as malformed."""
     path = tmp_path / "state.pkl"
     rebuild, ordered = named("torch._utils", "_rebuild_tensor_v2"), b"ccollections\nOrderedDict\n"

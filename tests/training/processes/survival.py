@@ -53,7 +53,7 @@ def weights(network):
 
 
 def killed(folder, kills):
-    """Returns the step of the last checkpoint; each one along the way can be loaded."""
+    """Kills runs, checks that each checkpoint can be loaded, and returns the last step."""
     draw, step = random.Random(0), 0
     for _ in range(kills):
         train_until_killed(folder, draw.uniform(0, 0.1))
@@ -66,7 +66,7 @@ def killed(folder, kills):
 
 
 def full_disk(folder):
-    """A checkpoint that cannot be written leaves the one before, and no part of a file."""
+    """A checkpoint that cannot be written leaves the previous one, and no partial file."""
     step = load_run(folder)[2]["step"]
     before = sorted(path.name for path in folder.iterdir())
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

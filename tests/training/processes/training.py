@@ -15,7 +15,7 @@ folder, data, kind, steps, *dies_at = sys.argv[1:]
 
 
 class Mortal(pfgm.networks.MLP):
-    """Takes its process along at a step of rank 1."""
+    """Kills its own process at one step of rank 1."""
 
     calls = 0
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
         if kind == "shared":
             rows = rows.shard()
         flow = pfgm.PoissonFlow.from_data(rows)
-        torch.manual_seed(dist.get_rank())  # the first process's weights are what counts
+        torch.manual_seed(dist.get_rank())  # the weights of the first process are used
         network = Mortal(flow.shape, width=16, depth=1, **flow.scaling)
         config = TrainConfig(
             steps=int(steps),
