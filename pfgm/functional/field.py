@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.problems import PosteriorMean
-from ..common.checks import LARGEST, is_number, varies
+from ..common.checks import LARGEST, is_number, is_symbolic
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_parts
 from .levels import per_query
@@ -288,7 +288,7 @@ def log_density(
 
 
 def _log_count(M: int, like: Tensor) -> float | Tensor:
-    if varies(M):
+    if is_symbolic(M):
         return (torch.ones((), dtype=like.dtype, device=like.device) * M).log()
     return math.log(M)
 
@@ -296,7 +296,7 @@ def _log_count(M: int, like: Tensor) -> float | Tensor:
 def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
     """lgamma((N + D)/2) − lgamma(D/2), also where the two are large and would cancel."""
     a, half = D / 2, N / 2
-    if varies(D):
+    if is_symbolic(D):
         wide = torch.ones((), dtype=like.dtype, device=like.device) * a
         return torch.where(
             wide < 5e5, torch.lgamma(wide + half) - torch.lgamma(wide), _stirling_ratio(wide, half)

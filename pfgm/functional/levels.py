@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, checks_values, is_number, varies
+from ..common.checks import LARGEST, checks_values, is_number, is_symbolic
 from ..common.tensors import wide_dtype
 from ..common.transforms import batched
 
@@ -25,7 +25,7 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
                 f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
                 f"({count},)."
             )
-        if varies(value):
+        if is_symbolic(value):
             return torch.ones(count, dtype=dtype, device=x.device) * value
         return torch.full((count,), float(value), dtype=dtype, device=x.device)
     if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
@@ -58,7 +58,7 @@ def step_levels(x: Tensor, letter: str, *values: Level, zero: bool = False) -> S
         levels: Sequence[Any] = values
     else:
         levels = _converted(x, letter, values, zero)
-    if any(not isinstance(level, Tensor) and varies(level) for level in levels):
+    if any(not isinstance(level, Tensor) and is_symbolic(level) for level in levels):
         levels = [per_query("level", level, x) for level in levels]
     if len(levels) == 3 and not torch.compiler.is_compiling():
         same = levels[2] == levels[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import choose, formulas, requested
 from ..common import transforms
-from ..common.checks import varies
+from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
 from .library import check_like, library, no_gradient, register
 
@@ -31,7 +31,7 @@ def compute(
     """
     if (
         transforms.forward_mode()
-        or varies(gamma)
+        or is_symbolic(gamma)
         or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, z, mean)))
     ):
         return formulas.normalised_field(x, z, mean, gamma)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends import choose, formulas, requested
 from ..backends.problems import OdeStep
 from ..common import transforms
-from ..common.checks import varies
+from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
 from .library import check_like, library, no_gradient, register
 
@@ -37,7 +37,7 @@ def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor
     The formula in plain torch replaces the operator where a derivative is wanted, and where gamma
     or z_exp vary between the calls of a compiled graph.
     """
-    if transforms.forward_mode() or varies(step.gamma, step.z_exp) or _wants_gradient(step):
+    if transforms.forward_mode() or is_symbolic(step.gamma, step.z_exp) or _wants_gradient(step):
         _check(step)
         return formulas.ode_step(step, with_mean)
     result, mean = torch.ops.pfgm.ode_step.default(
@@ -51,7 +51,7 @@ def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
 
     out may be any input.
     """
-    if varies(step.gamma, step.z_exp):
+    if is_symbolic(step.gamma, step.z_exp):
         _check(step)
         _check_outputs(step, out, mean_out, fake=True)
         result, mean = formulas.ode_step(step, mean_out is not None)
@@ -185,7 +185,7 @@ def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None, fake: bo
             "out is given, but an input or out requires grad, and an overwritten result has no "
             "gradient; call the step without out, or use torch.no_grad()."
         )
-    if transforms.forward_mode() or transforms.functional():
+    if transforms.forward_mode() or transforms.in_torch_func():
         _refuse_transforms()
     check_like("out", out, step.x, step.x.shape, step.x.dtype)
     if mean_out is None:

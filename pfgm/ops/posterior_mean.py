@@ -22,7 +22,7 @@ from ..backends import choose, formulas, requested
 from ..backends.problems import PosteriorMean, State, Tangents, Upstream
 from ..backends.weights import at_limit
 from ..common import transforms
-from ..common.checks import varies
+from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
 from .library import library, no_gradient, register, save_nothing
 
@@ -51,13 +51,13 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     """
     settled = backend or requested()
     compiled = torch.compiler.is_compiling()
-    if compiled and transforms.forward_mode() and not transforms.functional():
+    if compiled and transforms.forward_mode() and not transforms.in_torch_func():
         raise RuntimeError(
             "torch.compile drops the dual numbers of torch.autograd.forward_ad in "
             "pfgm.posterior_mean (and field_fn, log_density); allowed is torch.func.jvp within "
             "what is compiled."
         )
-    if varies(problem.D) and not transforms.functional():
+    if is_symbolic(problem.D) and not transforms.in_torch_func():
         D = torch.ones((), dtype=torch.float64) * problem.D
         found = torch.ops.pfgm.posterior_mean_varying(*problem[:3], D, settled, problem.precision)
     elif transforms.forward_mode() and not compiled:

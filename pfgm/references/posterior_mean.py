@@ -23,7 +23,7 @@ from ..backends import formulas, requested
 from ..backends.problems import PosteriorMean, State, Tangents, Upstream
 from ..backends.weights import at_limit, check_singular, log_sum_exp
 from ..common.tensors import wide_dtype
-from ..common.transforms import forward_mode, functional, map_rows
+from ..common.transforms import forward_mode, in_torch_func, map_rows
 from ..ops.posterior_mean import (
     OnceDifferentiable,
     call,
@@ -47,7 +47,7 @@ def compute(
     Differentiable once in x and radius.
     """
     shared, compiled = part.processes > 1, torch.compiler.is_compiling()
-    if (shared or compiled) and (forward_mode() or functional()):
+    if (shared or compiled) and (forward_mode() or in_torch_func()):
         raise RuntimeError(
             f"references is a ReferenceSet {'shared between processes' if shared else 'in a graph'}"
             ", which torch.func and forward-mode differentiation do not support; allowed are "
@@ -56,7 +56,7 @@ def compute(
     given = _Given(part, part.ranks(x), D, backend or requested(), precision, part.version())
     wanted = torch.is_grad_enabled() and (x.requires_grad or radius.requires_grad)
     # Without autograd the call is a tenth of a millisecond faster.
-    derived = wanted or forward_mode() or functional()
+    derived = wanted or forward_mode() or in_torch_func()
     function = _PosteriorMean.apply if derived else _PosteriorMean.forward
     mean, logsumexp, *_ = function(x, radius, given)
     return mean, logsumexp
