@@ -126,9 +126,9 @@ def test_a_gpu_that_cannot_run_the_extension_is_said(monkeypatch, capability, pr
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     native._native.cuda_problem = lambda index: problem
-    native._device_problem.cache_clear()
+    native._device_reason.cache_clear()
     found = native.supports(CUDA, torch.float32)
-    native._device_problem.cache_clear()
+    native._device_reason.cache_clear()
     assert found is None if reason is None else reason in found
 
 
