@@ -19,7 +19,7 @@ from .common.messages import progress_bar
 from .common.tensors import network_device
 from .data import to_unit
 from .flows import Flow, Network
-from .flows.batches import draw_prior, sample_in_batches
+from .flows.batched_sampling import draw_prior, sample_in_batches
 from .flows.poisson import PoissonFlow
 from .networks import NoiseEmbedding, SongUNet
 from .training.batches import seed_of
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _NEIGHBOURS = 5  # of density and coverage, the most of all metrics here
-_MIN_ROWS = _NEIGHBOURS + 1  # each row needs so many other rows
+_MIN_ROWS = _NEIGHBOURS + 1  # each row has as many others as neighbours
 
 RUNS: dict[str, dict[str, str]] = {
     "euler, log": {"solver": "euler", "schedule": "log"},

@@ -404,7 +404,9 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "no checkpoint at" in fails("--checkpoint", tmp_path / "no.safetensors")
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")
-    assert "samples have shape (1, 4, 4), but those of data digits (1, 8, 8)" in shape
+    assert (
+        "samples has shape (1, 4, 4); allowed is (1, 8, 8), the shape of the data digits" in shape
+    )
     assert "samples has 5 rows" in fails("--samples", tmp_path / "few.npy")
     np.save(tmp_path / "nan.npy", np.full((9, 8, 8), np.nan, np.float32))
     assert "NaN or infinity" in fails("--samples", tmp_path / "nan.npy")

@@ -96,9 +96,7 @@ def _memory_message(error: BaseException) -> str:
     lines = str(error).splitlines()
     if isinstance(error, MemoryError) and lines:
         return lines[0]
-    return (
-        f"the memory is not enough for so much at once: {lines[0] if lines else 'no reason given'}"
-    )
+    return f"there is not enough memory: {lines[0] if lines else 'no reason given'}"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **_: Any) -> None:

@@ -16,7 +16,7 @@ from .. import data, metrics
 from ..common.checks import check_seed
 from ..common.files import StrPath, write_json
 from ..common.messages import print_notice
-from ..flows.batches import draw_prior, sample_in_batches
+from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
 from ..networks import UNet
 from ..solvers import StepInfo

@@ -161,8 +161,7 @@ class Evaluate:
         expected = tuple(data.train.shape[1:])
         if shape != expected:
             raise ValueError(
-                f"samples have shape {shape}, but those of data {name} {expected}; give the data "
-                "that they should be like."
+                f"samples has shape {shape}; allowed is {expected}, the shape of the data {name}."
             )
         real = data.held_out or data.train
         if self.likelihood > len(real):

@@ -15,7 +15,7 @@ from .. import data
 from ..common.checks import check_seed, usable_device
 from ..common.files import output_folder
 from ..evaluation import noise_generator
-from ..flows.batches import draw_prior, sample_in_batches
+from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.flow import Flow
 from ..training import checkpoint
 from .options import SamplingOptions

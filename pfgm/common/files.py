@@ -6,13 +6,21 @@ import errno
 import json
 import os
 import secrets
+import struct
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 StrPath = str | os.PathLike[str]
+
+MALFORMED = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError),
+    *(ValueError, struct.error, zipfile.BadZipFile),
+)
+"""The errors that truncated, damaged or crafted content can raise while it is read."""
 
 # Error codes of systems that cannot open or synchronise a folder.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)

@@ -1,4 +1,4 @@
-"""Samples: handwritten digits, arrays from files, folders of images, bytes to [-1, 1]."""
+"""Samples: handwritten digits, arrays in files, folders of images, and bytes to [-1, 1]."""
 
 from .arrays import load_array, save_array, to_unit
 from .handwritten import Digits, digits

@@ -333,8 +333,8 @@ def _natural_numbers(numbers: Any) -> tuple[int, ...]:
 def _check_length(path: Path, needed: int, found: int) -> None:
     if needed > found:
         raise ValueError(
-            f"{path} is truncated: by its header {needed} bytes of numbers follow, but {found} do; "
-            "allowed are whole files."
+            f"{path} is truncated: its header announces {needed} bytes of numbers, and {found} "
+            "follow; allowed are whole files."
         )
 
 

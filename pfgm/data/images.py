@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
-# The only formats that are read, whatever the suffix: for some others Pillow runs a program.
+# The only formats that are read, whatever the suffix. For some others Pillow runs a program.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "CMYK": 3}
 _CHANNELS |= {"YCbCr": 3, "HSV": 3}
@@ -81,7 +81,7 @@ def channel_count(mode: str, name: str) -> int:
 
 
 def has_16_bits(image: Image) -> bool:
-    """Whether an image has 16 bits a channel, of which Pillow would keep 8.
+    """Whether an image has 16 bits a channel, which Pillow would cut to 8.
 
     The answer is False for every image that is decoded, because it no longer shows its format.
     """

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from ..common.files import StrPath
 from .arrays import from_numpy, open_array, open_mapped
 from .images import load_images
-from .items import load_dataset
 from .rows import InMemory, Source
+from .torch_datasets import load_dataset
 
 
 def open_source(
@@ -36,9 +36,9 @@ def open_source(
               place. A file is loaded where it is compressed, in Fortran order, in another byte
               order or of a width that is not in ``DTYPES``. Of several arrays the one is read that
               :func:`pfgm.data.load_array` reads;
-            - the path of a folder, of which every PNG, JPEG, BMP and WebP image is decoded;
+            - the path of a folder, whose PNG, JPEG, BMP and WebP images are decoded;
             - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
-              :func:`pfgm.data.items.load_dataset`;
+              :func:`pfgm.data.torch_datasets.load_dataset`;
             - a source, which is returned.
         progress: show a progress bar while images or a dataset are loaded.
 

@@ -148,9 +148,9 @@ class Likelihood(Sampling):
         return centred_prior(latent - self._center(latent), self.first_level, self.D)
 
     def _rising_grid(self, steps: int) -> list[float]:
-        """The levels of so many steps from the last level up to the first."""
+        """The levels from the last up to the first, for this number of steps."""
         grid = self.grid(steps)
-        # No density has a level of 0: where a grid ends there, another step above replaces that.
+        # The density at level 0 does not exist. A grid that ends at 0 gets one more step above it.
         return (grid if grid[-1] > 0 else self.grid(steps + 1)[:-1])[::-1]
 
 

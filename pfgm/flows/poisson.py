@@ -220,7 +220,7 @@ class PoissonFlow(Flow):
         reach = _NORM_PER_REACH * found.reach
         if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
             return flow
-        # A few rows lie far from all others: only beyond them is the field that of one charge.
+        # A few rows lie far from all others. The field is that of one charge only beyond them.
         return cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
 
     @classmethod

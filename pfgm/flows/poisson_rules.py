@@ -40,7 +40,7 @@ def spread_rules(s: float, N: int) -> Rules:
 
     A single charge at the center in place of the data at z_max changes the density by a share of at
     most about N s²/(2 z_max²), which is 1/400 for z_max = 14 √N s. From 33 values on, z_max is
-    80 s, near the published 71 s for images: the noise of so many values hides their spread.
+    80 s, near the published 71 s for images: the noise of this many values hides their spread.
     """
     return Rules(
         sigma=0.02 * s,

@@ -277,7 +277,7 @@ class Sampling(Parametrisation):
 def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction:
     """The prediction at projected points, as the posterior mean there.
 
-    A solver would read a field at its own points, so that a field becomes its mean here.
+    A field becomes its mean here, because a solver would read the field at its own points.
     """
 
     def evaluate(x: Tensor, level: float) -> Tensor:

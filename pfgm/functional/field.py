@@ -72,8 +72,6 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
 
 def _flatten(samples: Tensor) -> Tensor:
     """(B, *S) as (B, N)."""
-    if samples.ndim == 2:
-        return samples
     return samples.reshape(samples.shape[0], math.prod(samples.shape[1:]))
 
 

@@ -53,7 +53,7 @@ def add_title(figure: Figure, title: str | None) -> None:
 
 
 def style(size: float) -> dict[str, Any]:
-    """Options of a text whose letters are so many pixels high."""
+    """Options of a text with letters of this height in pixels."""
     return {"fontsize": size * 72 / DPI, "color": INK, "ha": "center"}
 
 
@@ -97,7 +97,7 @@ def square_panels(
 def add_colour_bar(
     figure: Figure, shades: Any, name: str, size: int, ticks: Iterable[float]
 ) -> None:
-    """Draws a colour bar right of the panels, which are so many pixels high."""
+    """Draws a colour bar right of the panels; size is the height of the panels in pixels."""
     right = figure.axes[-1].get_position().x1 * figure.get_size_inches()[0] * DPI
     axes = add_axes(figure, right + _GAP, MARGIN, _BAR, size)
     shown = list(ticks)

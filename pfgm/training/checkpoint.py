@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.files import StrPath, write_atomic
+from ..common.files import MALFORMED, StrPath, write_atomic
 from ..flows.flow import Flow
-from ..networks.published.safe_pickle import MALFORMED
 from .checksums import checksum_of
 from .weights_file import (
     flow_in,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import metrics
 from ..data import to_unit
 from ..datasets import Data
-from ..flows.batches import draw_prior, sample_in_batches
+from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.flow import Flow
 from .run_config import MIN_SAMPLES, RunConfig
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from ..common.files import folder_path, remove_leftovers
+from ..common.files import MALFORMED, folder_path, remove_leftovers
 from ..common.messages import progress_bar
 from ..flows.flow import Flow
-from ..networks.published.safe_pickle import MALFORMED
 from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import load_run, save_run

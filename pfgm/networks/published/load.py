@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...common.files import StrPath
+from ...common.files import MALFORMED, StrPath
 from . import edm_files, pfgm_files
 from .edm_unets import EDMDenoiser
 from .pfgm_unets import Published
-from .safe_pickle import MALFORMED, open_pickle
+from .safe_pickle import open_pickle
 
 __all__ = ["load_published"]
 

@@ -13,7 +13,6 @@ import io
 import math
 import mmap
 import pickletools
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import torch
 from torch import Tensor
 
-__all__ = ["MALFORMED", "StandIn", "StoredTensor", "open_pickle"]
+from ...common.files import MALFORMED
+
+__all__ = ["StandIn", "StoredTensor", "open_pickle"]
 
 _ZIP = b"PK\x03\x04"
 _MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file of torch.save that is no zip archive
@@ -71,11 +72,6 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": set,
 }
 _IGNORED = {"PROTO", "FRAME", "STOP"}
-MALFORMED = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError),
-    *(ValueError, struct.error, zipfile.BadZipFile),
-)
-"""The errors that truncated, damaged or crafted content can raise while it is read."""
 _MAX_DIMENSIONS = 64  # of a tensor
 _EMBEDDED_STORAGE = "torch.storage._load_from_bytes"
 # These copy their arguments, and a small file could repeat them without end. So all copies together

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.flows.batches import draw_prior, sample_in_batches
+from pfgm.flows.batched_sampling import draw_prior, sample_in_batches
 
 
 def network(classes):
