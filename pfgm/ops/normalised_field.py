@@ -1,7 +1,7 @@
 """The operator normalised_field: from the posterior mean to PFGM's normalised Poisson field.
 
-x and mean (B, N) share one dtype, z (B,) is float64. The operator has no gradient: ``compute``
-takes the formula where one is wanted.
+x and mean (B, N) share one dtype, z (B,) is float64. The operator has no gradient. Where a
+derivative is needed, ``compute`` evaluates the formula in plain torch instead.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def compute(
 ) -> tuple[Tensor, Tensor]:
     """v_x (B, N) and v_z (B,).
 
-    The formula in plain torch replaces the operator where a derivative is wanted, and where gamma
-    varies between the calls of a compiled graph.
+    The formula in plain torch replaces the operator where a derivative is needed, and where gamma
+    is symbolic in a compiled graph.
     """
     if (
         transforms.forward_mode()
