@@ -119,7 +119,7 @@ class Part:
                 yield chunk.flip(-1)
 
     def stored_chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields chunks without mirror images, each with the number of its first row before it."""
+        """Yields pairs of the number of the first row and a chunk without mirror images."""
         starts = range(self.begin, self.end, self.chunk_rows)
         read: Iterator[Tensor]
         if self.source.tensor is not None:
