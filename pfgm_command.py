@@ -1,6 +1,7 @@
-"""The command ``pfgm``. It shows help and version without torch and leaves the rest to pfgm.cli.
+"""The command ``pfgm``. It shows help and version without torch. Everything else is in pfgm.cli.
 
-This module is outside the package, because every module in it imports torch, which takes seconds.
+This module is outside the package, because importing the package imports torch, which takes
+seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 from typing import Annotated, Any, Union
 
-# The first sentences of the classes in pfgm.cli.
+# The docstrings of the classes in pfgm.cli.
 COMMANDS = {
     "demo": (
         "Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."
@@ -28,7 +29,7 @@ DESCRIPTION = "Poisson flow generative models."
 
 
 def version_line() -> str:
-    """What ``pfgm --version`` shows."""
+    """The line that ``pfgm --version`` shows."""
     from importlib.metadata import version
 
     return f"pfgm {version('pfgm')}"
@@ -51,8 +52,9 @@ def main() -> int:
         _show(arguments)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops what is buffered
-        if not isinstance(error, BrokenPipeError):  # which means that the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops the buffered text
+        # A broken pipe is no error: the reader has stopped early.
+        if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
                 print(f"pfgm: error: {error.strerror}", file=sys.stderr)
             return 2
@@ -71,12 +73,12 @@ def _show(arguments: list[str]) -> None:
         for name, description in COMMANDS.items()
     )
     union: Any = Union[commands]  # noqa: UP007
-    with contextlib.suppress(SystemExit):  # raised after the help
+    with contextlib.suppress(SystemExit):  # tyro exits after it shows the help
         tyro.cli(union, prog="pfgm", description=DESCRIPTION, args=arguments)
 
 
 def _no_command() -> None:
-    """Stands for a command in the help, which shows its name only."""
+    """A placeholder for a command in the help, which shows only names and descriptions."""
 
 
 if __name__ == "__main__":
