@@ -1,6 +1,7 @@
-"""The command ``pfgm``. It shows help and version without torch and leaves the rest to pfgm.cli.
+"""The command ``pfgm``. It shows help and version without torch. Everything else is in pfgm.cli.
 
-This module is outside the package, because every module in it imports torch, which takes seconds.
+This module is outside the package, because importing the package imports torch, which takes
+seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 from typing import Annotated, Any, Union
 
-# These texts also stand in pfgm.cli, which imports torch; the tests compare them.
+# The docstrings of the classes in pfgm.cli.
 COMMANDS = {
     "demo": (
         "Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."
@@ -25,6 +26,13 @@ COMMANDS = {
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
 DESCRIPTION = "Poisson flow generative models."
+
+
+def version_line() -> str:
+    """The line that ``pfgm --version`` shows."""
+    from importlib.metadata import version
+
+    return f"pfgm {version('pfgm')}"
 
 
 def main() -> int:
@@ -44,8 +52,9 @@ def main() -> int:
         _show(arguments)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops what is buffered
-        if not isinstance(error, BrokenPipeError):  # which means that the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops the buffered text
+        # A broken pipe is no error: the reader has stopped early.
+        if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
                 print(f"pfgm: error: {error.strerror}", file=sys.stderr)
             return 2
@@ -66,12 +75,12 @@ def _show(arguments: list[str]) -> None:
         for name, description in COMMANDS.items()
     )
     union: Any = Union[commands]  # noqa: UP007
-    with contextlib.suppress(SystemExit):  # raised after the help
+    with contextlib.suppress(SystemExit):  # tyro exits after it shows the help
         tyro.cli(union, prog="pfgm", description=DESCRIPTION, args=arguments)
 
 
 def _no_command() -> None:
-    """Stands for a command in the help, which shows its name only."""
+    """A placeholder for a command in the help, which shows only names and descriptions."""
 
 
 if __name__ == "__main__":

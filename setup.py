@@ -1,9 +1,9 @@
-"""Builds csrc/ into pfgm._native with CMake and Ninja; everything else stands in pyproject.toml.
+"""Builds csrc/ into pfgm._native with CMake and Ninja. All other settings are in pyproject.toml.
 
-Environment:
+Environment variables:
     PFGM_NATIVE=0     install pure Python, without the extension
-    PFGM_CUDA=auto    compile the CUDA sources where nvcc is found (1: always, 0: never)
-    CXX, CMAKE_ARGS, CMAKE_CUDA_ARCHITECTURES are handed to CMake
+    PFGM_CUDA=auto    compile the CUDA sources if nvcc is found (1: always, 0: never)
+    CXX, CMAKE_ARGS, CMAKE_CUDA_ARCHITECTURES    passed to CMake
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ source_digest = runpy.run_path(str(ROOT / "csrc" / "source_digest.py"))["source_
 
 
 def require_compiler() -> None:
-    """Stops with a sentence that helps, where CMake would print a page."""
+    """Exits with a short message if there is no C++ compiler. CMake's message is a page long."""
     named = shlex.split(os.environ.get("CXX", ""))
     candidates = named[:1] or ["c++", "g++", "clang++"]
     if not any(shutil.which(candidate) for candidate in candidates):
@@ -36,6 +36,7 @@ def require_compiler() -> None:
 
 
 def environment_choice(name: str, allowed: tuple[str, ...], default: str) -> str:
+    """The value of an environment variable. Exits with a message if it is not allowed."""
     value = os.environ.get(name, default)
     if value not in allowed:
         sys.exit(f"pfgm: {name} is {value!r}; allowed are {', '.join(allowed)}.")
@@ -43,7 +44,7 @@ def environment_choice(name: str, allowed: tuple[str, ...], default: str) -> str
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake for the one extension; where its output goes is setuptools' business."""
+    """Builds the extension with CMake, in the place that setuptools chooses."""
 
     def build_extension(self, ext: Extension) -> None:
         require_compiler()
@@ -59,7 +60,7 @@ class CMakeBuild(build_ext):
         if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        # --fresh: the tools of an isolated build environment have another path every time.
+        # --fresh, because the tools of an isolated build environment have a new path every time.
         subprocess.run(
             ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure],
             check=True,

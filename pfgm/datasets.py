@@ -1,4 +1,4 @@
-"""Data by name or path: digits, Fashion-MNIST, CIFAR-10, folders of images and array files."""
+"""Opens data by name or path: digits, Fashion-MNIST, CIFAR-10, folders of images, array files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ALLOWED = (
     "path of a folder or of a file that ends in .npy, .npz or .safetensors"
 )
 _PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
-_MAX_DEFLATE_RATIO = 1032  # of the size of some content to its compressed size
+_MAX_DEFLATE_RATIO = 1032  # deflate compresses at most by this factor
 _TRAIN_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 _TEST_BATCHES = ("test_batch.bin",)
 _PICKLED_BATCH = "data_batch_1"  # a file of CIFAR-10's Python version
@@ -41,46 +41,47 @@ _RECORD_BYTES = 1 + 3 * 32 * 32  # a label, then red, green and blue
 
 
 class Data(NamedTuple):
-    """Training data, held-out data and what is known of them."""
+    """Training data, held-out data, and the numbers of their classes and grey levels."""
 
     train: ReferenceSet
     """(n, *S), with labels if they are known; images are (n, C, H, W)."""
     held_out: ReferenceSet | None
-    """(m, *S), likewise, not used for training; None if there are none."""
+    """(m, *S), likewise; not used for training. None if there are none."""
     classes: int
-    """Labels are 0 to classes − 1; 0 if there are none."""
+    """The number of classes; 0 if there are no labels. Labels are 0 to classes − 1."""
     levels: int
     """The number of grey levels, for bits per dimension: 17 for digits, 256 for bytes, 0 (unknown)
     for floating numbers from a file."""
 
 
 def open_data(source: str, *, progress: bool = False) -> Data:
-    """Opens data by their name or path. Nothing is downloaded or unpickled.
+    """Opens data by name or path. Nothing is downloaded or unpickled.
 
     - ``digits``: :func:`pfgm.data.digits`.
-    - ``fashion-mnist`` or ``fashion-mnist:FOLDER``: 28 × 28 bytes, 60 000 for training and 10 000
-      held out. The four ``idx`` files, gzipped or not, are in the folder. Without a folder they are
-      in $PFGM_DATA/fashion-mnist, or else come from Debian's package dataset-fashion-mnist.
-    - ``cifar10`` or ``cifar10:FOLDER``: 3 × 32 × 32 bytes, 50 000 for training and 10 000 held out.
-      The binary version is in the folder; without a folder it is in $PFGM_DATA/cifar10.
+    - ``fashion-mnist`` or ``fashion-mnist:FOLDER``: 28 × 28 bytes, 60 000 images for training and
+      10 000 held out. The folder holds the four ``idx`` files, gzipped or not. Without a folder
+      they are read from $PFGM_DATA/fashion-mnist, or else from Debian's package
+      dataset-fashion-mnist.
+    - ``cifar10`` or ``cifar10:FOLDER``: 3 × 32 × 32 bytes, 50 000 images for training and 10 000
+      held out. The folder holds the binary version; without a folder it is $PFGM_DATA/cifar10.
     - ``folder:PATH``, or a path: a folder of images of one size.
     - ``npz:PATH``, or a path: a ``.npy``, ``.npz`` or ``.safetensors`` file of samples (n, ...),
       which is read in place if possible.
 
-    A file of several arrays holds its samples at images, data or x. It may hold integer labels (n,)
-    at labels, label or y. It may hold held-out samples at held_out or test, and their labels at
-    held_out_labels or test_labels. Grey images (n, H, W) get a channel. Images (n, H, W, C) are
-    copied into memory with their channels moved to the front.
+    A file of several arrays has its samples in the array images, data or x. Optional arrays are the
+    integer labels (n,) in labels, label or y; held-out samples in held_out or test; and their
+    labels in held_out_labels or test_labels. Grey images (n, H, W) get a channel. Images
+    (n, H, W, C) are copied into memory with their channels moved to the front.
 
     Args:
-        source: one of the names, or a path. A path that is also a name can be written ./digits.
+        source: one of the names, or a path. For a file or folder named digits, write ./digits.
         progress: show a progress bar while images are read.
 
     Raises:
         FileNotFoundError, OSError: a file is missing or cannot be read.
         ImportError: digits need scikit-learn, and images Pillow.
-        TypeError: samples are neither floating nor uint8, or labels are no integers.
-        ValueError: the name is another one, a file is damaged, or arrays do not fit together.
+        TypeError: samples are neither floating nor uint8, or labels are not integers.
+        ValueError: the name is unknown, a file is damaged, or arrays do not fit together.
 
     >>> found = open_data("digits")
     >>> found.train, found.classes, found.levels
@@ -102,7 +103,7 @@ def open_data(source: str, *, progress: bool = False) -> Data:
 
 
 def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
-    """The samples of an array file or a folder of images; images have their channels first.
+    """Opens the samples in an array file or a folder of images. Images get their channels first.
 
     Args:
         path: a ``.npy``, ``.npz`` or ``.safetensors`` file, or a folder.
@@ -120,7 +121,7 @@ def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
     return ReferenceSet(_channels_first(open_source(path, progress=progress)))
 
 
-# ---- files and folders of the user ------------------------------------------------------------
+# ---- files and folders ------------------------------------------------------------------------
 
 
 def _from_path(path: Path, progress: bool) -> Data:
@@ -142,7 +143,7 @@ def _from_path(path: Path, progress: bool) -> Data:
 
 
 def _rows(source: Source, path: Path, label_names: list[str]) -> ReferenceSet:
-    """The rows, with the labels at the first of the names if there is one."""
+    """The rows, with the labels in the array of the first name if there is a name."""
     labels = read_integers(path, label_names[0]) if label_names else None
     if labels is not None and labels.shape != (len(source),):
         raise ValueError(
@@ -164,7 +165,7 @@ def _levels(train: ReferenceSet) -> int:
 
 
 def _channels_first(source: Source) -> Source:
-    """Images (n, C, H, W), in place where only the shape changes; anything else as it is."""
+    """Images as (n, C, H, W), and other samples unchanged. A new shape alone needs no copy."""
     shape = source.shape
     if len(shape) == 2:
         if isinstance(source, OnDisk):
@@ -234,15 +235,15 @@ def _idx_file(folder: Path, name: str) -> Path:
 def _read_idx(path: Path, dimensions: int) -> Tensor:
     """The values of an IDX file of bytes (the format of MNIST).
 
-    It holds two zeros, an 8 for bytes, the number of sizes, the sizes as big-endian 32-bit numbers,
-    and the values.
+    The file holds two zeros, an 8 for bytes, the number of dimensions, the sizes as big-endian
+    32-bit numbers, and the values.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             header = file.read(4 + 4 * dimensions)
             sizes = [int(size) for size in np.frombuffer(header[4:], ">u4")]
             if header[:4] != bytes([0, 0, 8, dimensions]) or len(sizes) != dimensions:
-                raise ValueError("the header is another one")
+                raise ValueError("the header is not that of such a file")
             count = math.prod(sizes)
             if not 0 < count <= _MAX_DEFLATE_RATIO * path.stat().st_size:
                 raise ValueError("the file is too short for its sizes")
@@ -251,8 +252,8 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             raise ValueError("the number of values does not match the sizes")
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise ValueError(
-            f"{path} is truncated, damaged or no IDX file of bytes with {dimensions} dimensions; "
-            "allowed are the files of Fashion-MNIST as they come."
+            f"{path} is truncated, damaged or not an IDX file of bytes with {dimensions} "
+            "dimensions; allowed are the original files of Fashion-MNIST."
         ) from error
     return from_numpy(np.frombuffer(values, np.uint8).reshape(sizes), str(path))
 
@@ -264,8 +265,8 @@ def _cifar10(folder: Path | None) -> Data:
     folder = folder or _in_data_folder("cifar10")
     if folder is None:
         raise FileNotFoundError(
-            f"CIFAR-10 is not downloaded by itself: download {CIFAR10_URL}, unpack it, and give "
-            "the folder, as in cifar10:FOLDER."
+            f"CIFAR-10 is not downloaded automatically: download {CIFAR10_URL}, unpack it, and "
+            "give the folder, as in cifar10:FOLDER."
         )
     inner = folder / "cifar-10-batches-bin"
     batches = inner if inner.is_dir() else folder
@@ -299,7 +300,7 @@ def _records(folder: Path, names: tuple[str, ...]) -> ReferenceSet:
     return ReferenceSet(images, labels=torch.cat([batch[:, 0] for batch in batches]))
 
 
-# ---- shared by the named sets -----------------------------------------------------------------
+# ---- helpers for data by name -----------------------------------------------------------------
 
 
 def _in_data_folder(name: str) -> Path | None:

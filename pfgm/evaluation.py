@@ -1,7 +1,7 @@
-"""How good a flow is: its samples, its likelihood, and quality against cost.
+"""Evaluation of a flow: metrics of its samples, its likelihood, and quality against cost.
 
-The same arguments, with the same seed, give the same results. Figures of samples stand beside those
-of training data, which a perfect model would reach.
+The same arguments with the same seed give the same results. Each figure of the samples comes with
+the same figure of training data, the value that a perfect model would reach.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ __all__ = [
     "evaluate_samples",
 ]
 
-_NEIGHBOURS = 5  # of density and coverage, the most of all metrics here
-_MIN_ROWS = _NEIGHBOURS + 1  # each row has as many others as neighbours
+_NEIGHBOURS = 5  # k of density and coverage; the other metrics need fewer neighbours
+_MIN_ROWS = _NEIGHBOURS + 1  # a row and its nearest other rows
 
 RUNS: dict[str, dict[str, str]] = {
     "euler, log": {"solver": "euler", "schedule": "log"},
@@ -53,10 +53,11 @@ class BitsPerDim(NamedTuple):
 
     mean: float
     standard_error: float
-    """Standard deviation over the samples / √samples; NaN for one sample."""
+    """Standard deviation over the samples, divided by √samples; NaN for one sample."""
     samples: int
+    """The number of samples."""
     nfe: int
-    """Evaluations of the network in the longest batch. Each includes a Jacobian product."""
+    """The most network evaluations of any batch. Each includes a Jacobian product."""
 
 
 class Point(NamedTuple):
@@ -65,11 +66,11 @@ class Point(NamedTuple):
     run: str
     """Solver and schedule."""
     setting: float
-    """Steps, or both tolerances of rk45."""
+    """The number of steps; for rk45 the value of both tolerances."""
     nfe: int
-    """Evaluations of the network, in the longest batch."""
+    """The most network evaluations of any batch."""
     frechet_distance: float
-    """To the held-out data; lower is better."""
+    """Fréchet distance to the held-out data; lower is better."""
 
 
 # ---- samples ----------------------------------------------------------------------------------
@@ -86,19 +87,19 @@ def draw_samples(
     progress: bool = False,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    """Samples (n, *S), and the most evaluations of the network of any batch.
+    """Draws samples (n, *S). Returns them and the most network evaluations of any batch.
 
     The prior is drawn on the CPU, so it is the same for every device. Noise that a sampler adds is
-    drawn on the device, batch by batch. A network with labels draws each label equally often:
-    sample i has the label i mod classes.
+    drawn on the device, batch by batch. If the network takes labels, each label is drawn equally
+    often: sample i has the label i mod classes.
 
     Args:
         flow: the flow of the network.
         network: as for :meth:`pfgm.Flow.sample`.
         n: the number of samples.
-        seed: of the prior, and of the noise that some samplers add.
+        seed: seed of the prior, and of the noise that some samplers add.
         batch_size: samples at a time.
-        device: where samples are computed; None is the device of the network's parameters.
+        device: where samples are computed; None means the device of the network's parameters.
         progress: show a progress bar for each batch.
         **options: of :meth:`pfgm.Flow.sample`, such as solver, steps, schedule and guidance.
 
@@ -131,25 +132,26 @@ def draw_samples(
 
 
 def default_steps(flow: Flow, solver: str) -> int:
-    """The steps of the commands: 10, or more where samples of few values need them."""
-    follows_field = isinstance(flow, PoissonFlow) and solver != "consistency"
-    return max(10, flow.defaults.steps) if follows_field else 10
+    """The number of solver steps of the commands: 10, or more for samples of few values."""
+    if isinstance(flow, PoissonFlow) and solver != "consistency":
+        return max(10, flow.defaults.steps)
+    return 10
 
 
 def noise_generator(seed: int, device: torch.device) -> torch.Generator:
-    """The generator of the noise that samplers add, independent of a prior of the same seed."""
+    """The generator of the noise that samplers add. Its noise is independent of the prior's."""
     return torch.Generator(device).manual_seed(seed_of(seed, 1))
 
 
 def label_count(network: Network) -> int:
-    """The number of labels that a network of this package takes, 0 for none."""
+    """The number of different labels that a network of this package takes; 0 for none."""
     parts = network.modules() if isinstance(network, nn.Module) else ()
     known = (part.classes for part in parts if isinstance(part, (NoiseEmbedding, SongUNet)))
     return max(known, default=0)
 
 
 def clamp_images(samples: Tensor, real: Tensor) -> Tensor:
-    """Samples, clamped to [−1, 1] if the real ones are images in this range."""
+    """The samples, clamped to [−1, 1] if the real samples are images in this range."""
     bounded = samples.ndim == 4 and float(to_unit(real).abs().max()) <= 1
     return samples.clamp(-1, 1) if bounded else samples
 
@@ -157,12 +159,12 @@ def clamp_images(samples: Tensor, real: Tensor) -> Tensor:
 def evaluate_samples(
     samples: Tensor, held_out: Tensor | None, train: Tensor, *, progress: bool = False
 ) -> dict[str, Any]:
-    """Figures of samples against held-out data, each beside the same figure of training data.
+    """Compares samples with held-out data, and training data with held-out data in the same way.
 
-    Images are compared pixel by pixel, bytes u as u/127.5 − 1. The training data are as many evenly
-    spaced rows as there are samples, because the Fréchet distance falls as their number grows.
-    Without held-out data, every other training row takes their place, and the figures of training
-    data are those of the other half.
+    Images are compared pixel by pixel; a byte u means u/127.5 − 1. The training data are as many
+    evenly spaced rows as there are samples, because the Fréchet distance falls as the number of
+    rows grows. Without held-out data, every other training row takes their place, and the training
+    data are drawn from the other half.
 
     Args:
         samples: (n, *S), floating or uint8, n ≥ 6.
@@ -174,13 +176,14 @@ def evaluate_samples(
         A dict that JSON can hold:
 
         - against: the data that samples are compared with, "held_out" or "train".
-        - counts: the rows of samples; of the data that they are compared with (against); of the
-          training data beside them (train); and of the training data in which the nearest row is
-          searched (searched).
-        - frechet_distance, kernel_distance (of all rows), precision and recall (k = 3), density
+        - counts: the number of rows of the samples (samples), of the data that they are compared
+          with (against), of the training data that are compared in the same way (train), and of
+          the training data in which nearest rows are searched (searched).
+        - frechet_distance, kernel_distance (over all rows), precision and recall (k = 3), density
           and coverage (k = 5): the metrics of :mod:`pfgm.metrics`, for samples and for train.
-        - median_distance_to_train: the median :func:`pfgm.metrics.nearest_distance` of samples, and
-          of the data that they are compared with. It is much smaller for samples that are copies.
+        - median_distance_to_train: the median :func:`pfgm.metrics.nearest_distance` to the training
+          data, for samples and for the data that they are compared with. It is much smaller for
+          samples that are copies.
 
     Raises:
         TypeError: a dtype is neither floating nor uint8.
@@ -199,17 +202,17 @@ def evaluate_samples(
     else:
         against, real, others = "held_out", to_unit(held_out), train
     _check_counts({"samples": samples, against: real, "train": others}, halved=held_out is None)
-    beside = spread(others, len(samples))
+    chosen = evenly_spaced(others, len(samples))
     with progress_bar(total=4, desc="metrics", disable=not progress) as bar:
         neighbours = metrics.neighbour_distances(real, _NEIGHBOURS)
         bar.update()
         figures = {}
-        for name, rows in (("samples", samples), ("train", beside)):
+        for name, rows in (("samples", samples), ("train", chosen)):
             figures[name] = _figures(rows, real, neighbours)
             bar.update()
         nearest = {
             "samples": metrics.nearest_distance(samples, train),
-            against: metrics.nearest_distance(spread(real, len(samples)), others),
+            against: metrics.nearest_distance(evenly_spaced(real, len(samples)), others),
         }
         bar.update()
     return {
@@ -217,7 +220,7 @@ def evaluate_samples(
         "counts": {
             "samples": len(samples),
             "against": len(real),
-            "train": len(beside),
+            "train": len(chosen),
             "searched": len(train),
         },
         **{name: {of: figures[of][name] for of in figures} for name in figures["samples"]},
@@ -229,9 +232,7 @@ def _check_counts(sets: dict[str, Tensor], halved: bool) -> None:
     for name, rows in sets.items():
         if len(rows) < _MIN_ROWS:
             half = "half of " if halved and name == "train" else ""
-            raise ValueError(
-                f"{half}{name} has {len(rows)} rows; the metrics need at least {_MIN_ROWS}."
-            )
+            raise ValueError(f"{half}{name} has {len(rows)} rows; allowed is at least {_MIN_ROWS}.")
 
 
 def _figures(rows: Tensor, real: Tensor, neighbours: Tensor) -> dict[str, float]:
@@ -245,7 +246,7 @@ def _figures(rows: Tensor, real: Tensor, neighbours: Tensor) -> dict[str, float]
     }
 
 
-def spread(rows: Tensor, count: int) -> Tensor:
+def evenly_spaced(rows: Tensor, count: int) -> Tensor:
     """Evenly spaced rows, ``count`` of them, or all if there are fewer."""
     if len(rows) <= count:
         return rows
@@ -267,21 +268,21 @@ def bits_per_dim(
     progress: bool = False,
     **options: Any,
 ) -> BitsPerDim:
-    """Bits per dimension of data under a flow, mean and standard error.
+    """The bits per dimension of data under a flow, as mean and standard error.
 
-    This is −log₂ p/N + log₂(levels/2) of :meth:`pfgm.Flow.log_likelihood`, for data with
-    uniform noise of one grey level. Its mean is an upper bound of the bits that a code for the grey
-    levels needs (Theis et al., arXiv 1511.01844, section 3.1).
+    They are −log₂ p/N + log₂(levels/2), with :meth:`pfgm.Flow.log_likelihood` of the data with
+    uniform noise of one grey level. Their mean is an upper bound of the bits that a code for the
+    grey levels needs (Theis et al., arXiv 1511.01844, section 3.1).
 
     Args:
         flow: the flow of the network.
-        network: must treat rows separately. It is in evaluation mode meanwhile.
+        network: must treat rows separately. It is put in evaluation mode during the call.
         x: (B, *S) on the device of the network: uint8, or floating values at evenly spaced grey
             levels from −1 to 1.
-        levels: the number of grey levels; 0 for continuous data, which get no noise and
-            −log₂ p/N.
+        levels: the number of grey levels. 0 means continuous data: no noise is added, and the
+            result is −log₂ p/N.
         labels: (B,), for a network that takes labels.
-        seed: of the noise and of the probes that estimate the divergence.
+        seed: seed of the noise, and of the probes that estimate the divergence.
         batch_size: samples at a time.
         progress: show a progress bar for each batch.
         **options: of :meth:`pfgm.Flow.log_likelihood`, such as solver, rtol and estimator.
@@ -298,7 +299,9 @@ def bits_per_dim(
     1.326
     """
     if len(x) == 0 or batch_size < 1:
-        raise ValueError(f"x has {len(x)} rows and batch_size is {batch_size}; allowed are from 1.")
+        raise ValueError(
+            f"x has {len(x)} rows and batch_size is {batch_size}; allowed is at least 1 of each."
+        )
     check_seed(seed)
     if levels:
         x = dequantised(x, levels, torch.Generator().manual_seed(seed))
@@ -322,7 +325,7 @@ def bits_per_dim(
 
 
 def dequantised(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
-    """Data at the grey levels k with uniform noise u in [0, 1): 2 (k + u)/levels − 1, float32.
+    """Adds uniform noise u in [0, 1) to data at grey levels k: 2 (k + u)/levels − 1, float32.
 
     >>> dequantised(torch.tensor([-1.0, 1.0]), 2, torch.Generator().manual_seed(0)).floor()
     tensor([-1.,  0.])
@@ -357,18 +360,18 @@ def curve(
 ) -> list[Point]:
     """The Fréchet distance of samples for every solver and several numbers of steps.
 
-    All runs start from the same points of the prior. Heun takes two evaluations a step, so it gets
-    half as many steps, rounded up. Images are clamped to [−1, 1] if the held-out ones are in this
-    range.
+    All runs start from the same points of the prior. Heun evaluates the network twice a step, so it
+    gets half as many steps, rounded up. Images are clamped to [−1, 1] if the held-out images are in
+    this range.
 
     Args:
         flow: the flow of the network.
         network: as for :meth:`pfgm.Flow.sample`.
         held_out: (m, *S), floating or uint8, m ≥ 2, on the device of the samples.
         n: samples for each point, at least 2.
-        steps: the steps of euler, heun and multistep; with an empty list they are not run.
-        tolerances: rtol and atol of rk45; with an empty list it is not run.
-        seed: of the prior.
+        steps: numbers of steps of euler, heun and multistep; an empty list leaves them out.
+        tolerances: values of rtol and atol of rk45; an empty list leaves it out.
+        seed: seed of the prior.
         progress: show a progress bar.
         **options: of :func:`draw_samples`, such as batch_size, device and guidance.
 

@@ -105,7 +105,7 @@ class _Run:
         self.nfe = 0
         self.watched = callback is not None
         # A callback may keep the points it receives, and a derivative needs all of them.
-        derived = torch.is_grad_enabled() or transforms.forward_mode() or transforms.functional()
+        derived = torch.is_grad_enabled() or transforms.forward_mode() or transforms.in_torch_func()
         self._overwrites = not (self.watched or derived)
 
     def evaluate(self, x: Tensor, z: float, step: int) -> Tensor | Field:

@@ -144,7 +144,7 @@ def test_damaged_idx_files(tmp_path: Path, suffix: str, content: bytes) -> None:
     fashion(tmp_path, suffix)
     path = tmp_path / f"train-images-idx3-ubyte{suffix}"
     write(path, content)
-    with pytest.raises(ValueError, match="damaged or no IDX file of bytes with 3 dimensions") as e:
+    with pytest.raises(ValueError, match="not an IDX file of bytes with 3 dimensions") as e:
         open_data(f"fashion-mnist:{tmp_path}")
     assert str(path) in str(e.value)
 
@@ -157,7 +157,7 @@ def test_damaged_compression(tmp_path: Path, damage: str) -> None:
     content[len(content) // 2] ^= 0xFF
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:-9], "changed": bytes(content), "foreign": IMAGES}[damage])
-    with pytest.raises(ValueError, match="truncated, damaged or no IDX file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not an IDX file"):
         open_data(f"fashion-mnist:{tmp_path}")
 
 

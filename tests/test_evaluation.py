@@ -89,7 +89,7 @@ def test_bytes_are_compared_in_the_unit() -> None:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ((5, 6, 6), "samples has 5 rows; the metrics need at least 6"),
+        ((5, 6, 6), "samples has 5 rows; allowed is at least 6"),
         ((6, 5, 6), "held_out has 5 rows"),
         ((6, 6, 5), "train has 5 rows"),
         ((6, None, 11), "half of train has 5 rows"),

@@ -21,7 +21,7 @@ from benchmarks.claims.methods import Spec
 from benchmarks.claims.pictures import bars
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import over_seeds
-from pfgm.evaluation import bits_per_dim, dequantised, spread
+from pfgm.evaluation import bits_per_dim, dequantised, evenly_spaced
 
 METHODS = ("PFGM", "EDM")
 
@@ -53,7 +53,9 @@ def jobs(preset: Preset) -> list[Job]:
 def _rows(preset: Preset, part: str) -> Tensor:
     """The images that are measured: evenly spaced ones of a part of the data."""
     data = data_of(preset)
-    return spread(data.held_out if part == "held out" else data.train, preset.likelihood_rows)
+    return evenly_spaced(
+        data.held_out if part == "held out" else data.train, preset.likelihood_rows
+    )
 
 
 def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> list[Row]:

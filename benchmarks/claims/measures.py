@@ -21,7 +21,7 @@ from pfgm import metrics
 from pfgm.common.files import write_atomic
 from pfgm.data import to_unit
 from pfgm.datasets import open_data
-from pfgm.evaluation import spread
+from pfgm.evaluation import evenly_spaced
 
 __all__ = [
     "FIGURES",
@@ -152,7 +152,7 @@ class _Real(NamedTuple):
 
 @lru_cache
 def _real(preset: Preset, folder: Path, space: str) -> _Real:
-    chosen = spread(data_of(preset).held_out, preset.samples)
+    chosen = evenly_spaced(data_of(preset).held_out, preset.samples)
     rows = _in_space(chosen.to(preset.device), preset, folder, space)
     return _Real(rows, metrics.neighbour_distances(rows, 3))
 

@@ -32,7 +32,7 @@ from benchmarks.common.posterior_paths import published
 from benchmarks.common.subjects import Case
 from benchmarks.common.turns import ratio, time_calls
 from pfgm.backends.reference import normalised_field
-from pfgm.evaluation import spread
+from pfgm.evaluation import evenly_spaced
 from pfgm.flows.flow import Flow
 from pfgm.training.batches import Batch, Batches, seed_of
 
@@ -94,7 +94,7 @@ def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) ->
     generator = torch.Generator(preset.device).manual_seed(seed)
     with torch.no_grad():
         error = float(
-            flow.loss(network, spread(train, _ROWS), references=train, generator=generator)
+            flow.loss(network, evenly_spaced(train, _ROWS), references=train, generator=generator)
         )
     row = {
         "method": method,

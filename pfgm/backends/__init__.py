@@ -1,9 +1,10 @@
-"""Which implementation computes the operations.
+"""The choice of the implementation that computes the operations.
 
-Every backend is a module with the same functions. Its ``supports`` gives None, or the reason why
-it cannot run. :func:`choose` takes the first that can. A backend can be asked for by name: by
-``backend=``, else by :func:`use_backend`, else by the environment variable ``PFGM_BACKEND``. It
-then runs, or raises with its reason. Nothing falls back silently.
+Every backend is a module with the same functions. Its ``supports`` returns None, or the reason why
+it cannot run. :func:`choose` takes the first backend that can run. A backend can be requested by
+name: by ``backend=``, else by :func:`use_backend`, else by the environment variable
+``PFGM_BACKEND``. If the requested backend cannot run, an error gives the reason; no other backend
+takes its place.
 """
 
 from __future__ import annotations
@@ -36,29 +37,31 @@ class Backend(Protocol):
     def supports(
         self, device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
     ) -> str | None:
-        """None, or why it cannot compute, given the device and dtype of x and the dtype of the
-        references."""
+        """None if the backend can compute, else the reason why not.
+
+        device and dtype are those of x; references is the dtype of the references.
+        """
 
     def describe(self) -> str:
-        """One line on how it computes, for ``pfgm info``."""
+        """One line on how the backend computes, for ``pfgm info``."""
 
     def sketch(self, references: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What saves time at later calls over the same references (M, N), for x of a dtype.
+        """A tensor that saves time at later calls over the same references (M, N).
 
-        It is valid while the references stay the same. None where the backend has no use for it.
+        dtype is that of x in those calls. The sketch is valid while the references stay the same.
+        It is None if the backend has no use for one.
         """
 
     def posterior_mean(self, problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean (B, N), log-sum-exp (B,), nearest (B,) and total (B,).
+        """Mean (B, N) in the dtype of x, and log-sum-exp, nearest and total (B,) in float64.
 
-        The last two are those of :class:`~pfgm.backends.problems.State`. All but the mean are in
-        float64.
+        Nearest and total are those of :class:`~pfgm.backends.problems.State`.
         """
 
     def posterior_mean_backward(
         self, problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, references and radius, None where not needed."""
+        """Gradients of x, references and radius; None for those that are not needed."""
 
     def normalised_field(
         self, x: Tensor, z: Tensor, mean: Tensor, gamma: float
@@ -72,10 +75,9 @@ class Backend(Protocol):
         out: Tensor | None = None,
         mean_out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The next points (B, N) and, with_mean from a field, the mean (B, N).
+        """The next points (B, N), and the mean (B, N) if with_mean is set and the step has a field.
 
-        out and mean_out have contiguous features. Each is one of the inputs, or does not overlap
-        any.
+        out and mean_out have contiguous features. Each is one of the inputs, or overlaps none.
         """
 
 
@@ -90,7 +92,7 @@ _requested: str | None = None
 
 
 class Unavailable(RuntimeError):
-    """A backend that was asked for cannot run; the message says why."""
+    """The requested backend cannot run; the message says why."""
 
 
 class Availability(NamedTuple):
@@ -111,12 +113,12 @@ def available(
     dtype: torch.dtype = torch.float32,
     references: torch.dtype | None = None,
 ) -> dict[str, Availability]:
-    """Whether each backend can run, by its name.
+    """Whether each backend can run, by name.
 
     Args:
-        device: of the points.
-        dtype: of the points.
-        references: dtype of the references; None leaves it open.
+        device: device of the points.
+        dtype: dtype of the points.
+        references: dtype of the references; None means any.
 
     >>> available()["reference"].usable
     True
@@ -165,7 +167,7 @@ def choose(
 
     Raises:
         ValueError: no backend has that name.
-        Unavailable: the backend asked for cannot run; the message says why.
+        Unavailable: the requested backend cannot run; the message says why.
     """
     source = "backend"
     if not name and (name := os.environ.get("PFGM_BACKEND")):

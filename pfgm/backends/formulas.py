@@ -1,7 +1,7 @@
 """Formulas in plain torch: the tangent of the posterior mean, the normalised field, the ODE step.
 
-The reference backend computes with them. They replace the operators where a derivative is wanted,
-because torch can differentiate them.
+The reference backend computes with them. They also replace the operators where derivatives are
+needed, because torch can differentiate them.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from ..common.tensors import dequantise, wide_dtype
 from .problems import OdeStep, PosteriorMean, State, Tangents
 from .weights import at_limit, log_weight
 
-_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
-_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
-_LARGEST_V_Z = -1e-5  # a network's v_z is kept below it: a positive one would reverse the flow
-_LARGEST_NORM = 1 - 1e-6  # of v_x over √N, which is below 1 for every field but not for a network
+_MAX_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
+_MAX_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
+# A field has v_z < 0 and ‖v_x‖ < √N. A network's prediction is clamped to these bounds.
+_MAX_V_Z = -1e-5  # a positive v_z would reverse the flow
+_MAX_NORM = 1 - 1e-6  # of v_x, over √N
 
 
 def chunks(x: Tensor, references: Tensor) -> Iterator[slice]:
-    """Slices of the references whose matrices of (query, reference) pairs are of bounded size."""
-    rows = min(_PAIRS // max(len(x), 1), _VALUES // max(x.shape[1], 1))
+    """Slices of the references, short enough that a matrix (B, chunk) stays small."""
+    rows = min(_MAX_PAIRS // max(len(x), 1), _MAX_VALUES // max(x.shape[1], 1))
     for start in range(0, len(references), max(rows, 1)):
         yield slice(start, start + max(rows, 1))
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(B, M) from x (B, N) and y (M, N), as sums of exact differences."""
-    # Without a matrix product: |x|² + |y|² − 2 x·y cancels.
+    """Squared distances (B, M) of x (B, N) and y (M, N), as sums of squared differences."""
+    # The matrix product form |x|² + |y|² − 2 x·y suffers from cancellation.
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def posterior_mean_tangent(
     problem: PosteriorMean, state: State, tangents: Tangents
 ) -> tuple[Tensor, Tensor]:
-    """Tangents of mean (B, N) and log-sum-exp (B,) in float64, as far as they come from these
-    references.
+    """The tangents of mean (B, N) and log-sum-exp (B,): the part of these references, in float64.
 
-    With the tangent ℓ̇_j of a score they are Σ p_j ((x_j − mean) ℓ̇_j + ẋ_j) and Σ p_j ℓ̇_j. At a
-    limit, where the mean is locally constant, its tangent is 0 and that of the log-sum-exp NaN.
+    With ℓ̇_j the tangent of a score, they are Σ p_j ((x_j − mean) ℓ̇_j + ẋ_j) and Σ p_j ℓ̇_j. At a
+    limit the mean is locally constant: its tangent is 0, and that of the log-sum-exp NaN.
 
     Args:
-        problem: over these references.
+        problem: the problem over these references, which may be a part of all.
         state: the result over all references, in float64.
-        tangents: of x, of these references and of radius.
+        tangents: tangents of x, of these references and of radius.
     """
     x, references, radius, D, _, _ = problem
     mean, nearest, total = state
@@ -60,7 +60,7 @@ def posterior_mean_tangent(
         y = dequantise(references[chunk], wide_type)
         squared = squared_distances(wide, y)
         p = torch.where(regular, log_weight(squared - nearest, nearest, r, D, N).exp() / total, 0.0)
-        half = torch.zeros_like(squared)  # of the tangent of ‖x − x_j‖²
+        half = torch.zeros_like(squared)  # half of the tangent of ‖x − x_j‖²
         if tangents.x is not None:
             moved = tangents.x.to(wide_type)
             half += (wide * moved).sum(1, keepdim=True) - moved @ y.T
@@ -84,7 +84,7 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     dtype = wide_dtype(x.device)
     difference = x.to(dtype) - mean.to(dtype)
     squared = difference.square().sum(1) + z.to(dtype).square()
-    # The root has no gradient at E = 0. There v = −√N E/gamma, and 0 where gamma is 0 too.
+    # ‖E‖ has no gradient at E = 0. There v is −√N E/gamma, or 0 if gamma is 0 too.
     at_zero = squared == 0
     root = torch.where(at_zero, 1.0, squared).sqrt()
     norm = torch.where(at_zero, 0.0 if gamma > 0 else math.inf, root)
@@ -93,7 +93,7 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
 
 
 def ode_step(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:
-    """The step in differentiable operations; factors in float64, points in their own dtype."""
+    """The step in differentiable operations, with factors in float64 and points in their dtype."""
     x, slope, history = step.x, step.slope, step.history
     z, toward, blend = step.levels
     mean: Tensor | None = None
@@ -113,18 +113,18 @@ def _scale(factor: Tensor | float, rows: Tensor) -> Tensor:
 
 
 def _stretch(step: OdeStep, field_z: Tensor, z: Tensor | float) -> Tensor:
-    """t = −z/v_z in float64, by which mean = x + t v_x."""
-    given = -z / field_z.to(wide_dtype(field_z.device)).clamp(max=_LARGEST_V_Z)
+    """The factor t = −z/v_z in float64, with which mean = x + t v_x."""
+    predicted = -z / field_z.to(wide_dtype(field_z.device)).clamp(max=_MAX_V_Z)
     if isinstance(z, Tensor):
-        return torch.where(z < step.z_exp, _implied_stretch(step, z), given)
-    return _implied_stretch(step, z) if z < step.z_exp else given
+        return torch.where(z < step.z_exp, _implied_stretch(step, z), predicted)
+    return _implied_stretch(step, z) if z < step.z_exp else predicted
 
 
 def _implied_stretch(step: OdeStep, z: Tensor | float) -> Tensor:
-    """t with the v_z that ‖v_x‖ implies: (√(e_x² + z²) + γ)/√N, with no z to divide by."""
+    """t with the v_z that ‖v_x‖ implies: (√(e_x² + z²) + γ)/√N. z cancels in this form."""
     root_N, gamma = math.sqrt(step.slope.shape[1]), step.gamma
     norm = torch.linalg.vector_norm(step.slope, dim=1, dtype=wide_dtype(step.slope.device))
-    n = (norm / root_N).clamp(max=_LARGEST_NORM)
+    n = (norm / root_N).clamp(max=_MAX_NORM)
     if step.exact:
         rest = 1 - n.square()
         e_x = n * (gamma + (n.square() * gamma**2 + rest * z**2).sqrt()) / rest

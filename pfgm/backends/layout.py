@@ -1,4 +1,4 @@
-"""Tensors in the layout that kernels read and write: contiguous features, contiguous vectors."""
+"""The layout of tensors that kernels need: contiguous features and contiguous vectors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .problems import OdeStep, PosteriorMean
 
 
 def laid_out(problem: PosteriorMean) -> PosteriorMean:
-    """The same posterior mean, with tensors copied where their layout requires it."""
+    """The same problem in the layout of the kernels. Only tensors of another layout are copied."""
     x, references, radius, D, precision, sketch = problem
     x, references = contiguous_features(x), contiguous_features(references)
     return PosteriorMean(x, references, radius.contiguous(), D, precision, sketch)
 
 
 def laid_out_step(step: OdeStep) -> OdeStep:
-    """The same step, with tensors copied where their layout requires it."""
+    """The same step in the layout of the kernels. Only tensors of another layout are copied."""
     x, slope, field_z, history, levels, gamma, z_exp, exact = step
     return OdeStep(
         contiguous_features(x),
@@ -33,9 +33,9 @@ def laid_out_step(step: OdeStep) -> OdeStep:
 def step_outputs(
     x: Tensor, with_mean: bool, out: Tensor | None, mean_out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The outputs of a step from x (B, N): those given, and new ones for those that are not.
+    """The tensors that a step from x (B, N) writes to: the given ones, and new ones for None.
 
-    The second is None where the mean is not asked for.
+    The second is None if the mean is not wanted.
     """
     if out is None:
         out = x.new_empty(x.shape)

@@ -1,8 +1,8 @@
 """The operations in C++ and CUDA (csrc/): SIMD kernels on the CPU, and kernels for NVIDIA GPUs.
 
-This module is the only caller of ``pfgm._native``, which takes raw addresses. Tensors are brought
-into the layout of the kernels here, and kept alive during the call. On a GPU the kernels run on
-torch's current stream, with workspace from torch's allocator.
+This module is the only caller of ``pfgm._native``, which takes raw addresses. The functions here
+bring tensors into the layout of the kernels and keep them alive during the call. On a GPU the
+kernels run on torch's current stream, with workspace from torch's allocator.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _TYPES = {
     torch.uint8: 4,
 }
 _CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-# What the CPU kernels return where they fail.
+# The failures that the CPU kernels return.
 _RADIUS, _VALUE, _SINGULAR, _MEMORY = 1, 2, 3, 4
 
 
 def _load() -> ModuleType | None:
-    # A broken extension must raise, and not look like one that was not built.
+    # A broken extension must raise ImportError. It must not look like one that was not built.
     if importlib.util.find_spec("pfgm._native") is None:
         return None
     return importlib.import_module("pfgm._native")
@@ -58,7 +58,7 @@ _native = _load()
 
 
 def extension() -> ModuleType:
-    """pfgm._native.
+    """The module ``pfgm._native``.
 
     Raises:
         RuntimeError: pfgm was installed without it.
@@ -98,11 +98,11 @@ def _cuda_supports(
     if references is not None and references not in _CUDA_REFERENCES:
         names = ", ".join(map(str, _CUDA_REFERENCES))
         return f"on a GPU it reads references in {names}, not {references}"
-    return _device_problem(device.index) if torch.cuda.is_available() else None
+    return _device_reason(device.index) if torch.cuda.is_available() else None
 
 
 @functools.cache
-def _device_problem(index: int | None) -> str | None:
+def _device_reason(index: int | None) -> str | None:
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "its GPU kernels need compute capability 8.0 (Ampere) or later"
@@ -130,8 +130,8 @@ def build_lines() -> list[str]:
     ]
 
 
-def _problem(problem: PosteriorMean) -> object:
-    """The extension's Problem, with addresses in place of tensors."""
+def _native_problem(problem: PosteriorMean) -> object:
+    """The problem in the form that the extension takes, with addresses in place of tensors."""
     x, references, radius, D, _, sketch = problem
     if sketch is not None:
         _check_sketch(sketch, x, references)
@@ -153,10 +153,10 @@ def _problem(problem: PosteriorMean) -> object:
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Sums over parts of each reference, for calls of the CPU kernels with x of a dtype.
+    """Mean and deviation of each 32 features of each reference, for CPU kernels with x of a dtype.
 
-    They bound the distance of a reference from below, so that one that is too far away need not be
-    read (csrc/cpu/screen.h). They take a sixteenth of the values of the references.
+    They give a lower bound of each distance, so the kernels need not read references that are too
+    far away (csrc/cpu/screen.h).
     """
     width = extension().sketch_width(references.shape[1])
     if _on_cuda(references.device) or width == 0:
@@ -177,15 +177,15 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def _check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
     shape = (len(references) * extension().sketch_width(x.shape[1]),)
-    whole = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
-    if sketch.shape != shape or sketch.dtype != x.dtype or not whole:
+    aligned = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
+    if sketch.shape != shape or sketch.dtype != x.dtype or not aligned:
         raise ValueError(
             f"sketch has shape {tuple(sketch.shape)} and dtype {sketch.dtype}; allowed is the "
             f"result of sketch() for these references, of shape {shape} and dtype {x.dtype}."
         )
 
 
-def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tensor) -> None:
+def _check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tensor) -> None:
     failure, row = status
     if failure == _RADIUS:
         raise ValueError(radius_message(radius, row))
@@ -198,7 +198,7 @@ def _check(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tenso
 
 
 def _place(device: torch.device) -> object:
-    """A GPU and torch's current stream on it, as the extension takes them."""
+    """A GPU and torch's current stream on it, in the form that the extension takes."""
     stream = torch.cuda.current_stream(device)
     return extension().CudaPlace(device=stream.device_index, stream=stream.cuda_stream)
 
@@ -225,9 +225,9 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
     )
-    native_problem = _problem(problem)
+    native_problem = _native_problem(problem)
     if not _on_cuda(x.device):
-        _check(extension().posterior_mean(native_problem, io), x, references, radius)
+        _check_status(extension().posterior_mean(native_problem, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
         check_radius(radius)
@@ -260,12 +260,13 @@ def posterior_mean_backward(
         grad_radius=_address(grad_radius),
         grad_references=_address(grad_references),
     )
-    native_problem = _problem(problem)
+    native_problem = _native_problem(problem)
     if _on_cuda(x.device):
         check_singular(at_limit(nearest, radius, problem.D), grad_logsumexp)
         _run_on_cuda(x, native_problem, io, backward=True)
     else:
-        _check(extension().posterior_mean_backward(native_problem, io), x, references, radius)
+        status = extension().posterior_mean_backward(native_problem, io)
+        _check_status(status, x, references, radius)
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius

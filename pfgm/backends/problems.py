@@ -1,4 +1,4 @@
-"""The arguments of the operations as tuples, the same for every backend."""
+"""The inputs and results of the operations as named tuples, the same for every backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PosteriorMean(NamedTuple):
-    """The average of M references for each of B points x, and its log-sum-exp."""
+    """A problem: the posterior mean and the log-sum-exp of B points x over M references."""
 
     x: Tensor
     """(B, N), float32 or float64."""
@@ -19,16 +19,16 @@ class PosteriorMean(NamedTuple):
     D: float
     """Number of augmented dimensions, above 0."""
     precision: str = "high"
-    """Least precision of matrix products on a GPU: "high" or "medium"."""
+    """Precision of matrix products on a GPU, or better: "high" or "medium"."""
     sketch: Tensor | None = None
-    """What the backend's ``sketch`` has made of these references. It saves time and changes no
-    result."""
+    """The result of the backend's ``sketch`` for these references. It saves time and does not
+    change the result."""
 
 
 class State(NamedTuple):
-    """The result over some references, in a form that merges with the result over others.
+    """The result over some references, in a form that can be merged with the result over others.
 
-    The weights follow from it in one pass, which is why the backward pass takes it.
+    The backward pass takes it too, because the weights follow from it in one pass.
     """
 
     mean: Tensor
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The gradients that the backward pass starts from."""
+    """The gradients of mean and log-sum-exp that the backward pass starts from."""
 
     mean: Tensor
     """(B, N)."""
@@ -49,7 +49,7 @@ class Upstream(NamedTuple):
 
 
 class Tangents(NamedTuple):
-    """Tangents of the inputs of the posterior mean; None where an input has none."""
+    """Tangents of the inputs of the posterior mean; None for an input without one."""
 
     x: Tensor | None
     """(B, N)."""
@@ -69,16 +69,16 @@ class OdeStep(NamedTuple):
     x: Tensor
     """(B, N), the points."""
     slope: Tensor
-    """(B, N), their v_x, or the mean itself where field_z is None."""
+    """(B, N), the field's v_x at the points; the mean itself if field_z is None."""
     field_z: Tensor | None
-    """(B,), their v_z."""
+    """(B,), the field's v_z at the points."""
     history: Tensor | None
-    """(B, N), one more point of each row; None where blend is 0."""
+    """(B, N), points of an earlier stage or step; None if blend is 0."""
     levels: tuple[float, float, float] | Tensor
     """z, toward and blend: three numbers for all rows, or (3, B) in float64."""
     gamma: float
     """Softening in the field's normalisation."""
     z_exp: float
-    """Below this z, v_z is replaced by what v_x implies."""
+    """Below this z, v_z is replaced by the value that v_x implies."""
     exact: bool
-    """Whether the replacement inverts the normalisation exactly, or as published."""
+    """Whether the replacement inverts the normalisation exactly; False means as published."""

@@ -1,8 +1,9 @@
 """The operations in plain torch, on any device: ground truth and fallback.
 
-Squared distances are sums of exact differences, weights are relative to the nearest reference, and
-everything is merged in float64. With float64 input the results are the oracle of the tests; with
-float32 input only the output is rounded. References come in chunks, so that memory is bounded.
+Squared distances are sums of squared differences. Weights are relative to that of the nearest
+reference. Everything is computed in float64; with float32 input only the output is rounded. Tests
+compare the other backends with these results. References are read in chunks, which bounds the
+memory.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ def describe() -> str:
     return f"exact differences in plain torch {torch.__version__}, chunked"
 
 
-def _averaged(
+def _weighted_average(
     x: Tensor,
     references: Tensor,
     radius: Tensor,
     D: float,
-    weigh: Callable[[Tensor, Tensor], Tensor],
+    weighted_sum: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest and total (B, 1), and a weighted average over the references.
 
-    ``weigh(weights, y)`` gives the weighted sum over a chunk y of references.
+    ``weighted_sum(weights, y)`` is the weighted sum over a chunk y of references.
     """
     nearest = torch.full_like(radius, math.inf)
     total = torch.zeros_like(radius)
@@ -53,18 +54,18 @@ def _averaged(
         if checks_values(x.device) and not bool(torch.isfinite(squared).all()):
             raise ValueError(non_finite_message(x, references, "x"))
         merged = torch.minimum(nearest, squared.amin(1, keepdim=True))
-        # The first chunk has nothing to rescale. relative is NaN there, from inf − inf.
+        # Before the first chunk there is nothing to rescale. relative is then NaN, from inf − inf.
         relative = log_weight(nearest - merged, merged, radius, D, x.shape[1])
         kept = torch.where(total == 0, 0.0, relative.exp())
         weights = log_weight(squared - merged, merged, radius, D, x.shape[1]).exp()
         total = kept * total + weights.sum(1, keepdim=True)
-        weighted = kept * weighted + weigh(weights, y)
+        weighted = kept * weighted + weighted_sum(weights, y)
         nearest = merged
     return nearest, total, weighted / total
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> None:
-    """None: no part of the work could be saved."""
+    """None: a sketch would save no work here."""
     return None
 
 
@@ -74,7 +75,7 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
         check_radius(radius)
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
-    nearest, total, mean = _averaged(wide, references, r, D, torch.matmul)
+    nearest, total, mean = _weighted_average(wide, references, r, D, torch.matmul)
     logsumexp = log_sum_exp(nearest, total, r, D, x.shape[1])
     return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
@@ -91,9 +92,9 @@ def posterior_mean_backward(
     nearest, total = state.nearest[:, None], state.total[:, None]
     regular = ~at_limit(nearest, r, D)
     check_singular(~regular, g)
-    # Σ p G·y is G·mean before mean was rounded. p comes from the nearest reference, not from the
-    # log-sum-exp: at a small σ that is of the size of d²/σ², and the digits of p are lost in it.
-    _, _, pull = _averaged(
+    # pull = Σ p G·y equals G·mean for a mean that is not rounded. p comes from the nearest
+    # reference. From the log-sum-exp it would lose digits at a small σ, where that is near d²/σ².
+    _, _, pull = _weighted_average(
         wide, references, r, D, lambda w, y: (w * (G @ y.T)).sum(1, keepdim=True)
     )
     moment = torch.zeros_like(r)  # Σ p t (s − s_min) / s, or Σ p t (d² − d_min²) / σ²
@@ -120,7 +121,7 @@ def posterior_mean_backward(
             grad_references[chunk] = (p.T @ G - c.T @ wide + c.sum(0)[:, None] * y).to(
                 references.dtype
             )
-    # The t nearly cancel in Σ c. Σ p t = g gives it without that sum.
+    # Summing c would lose digits to cancellation. Σ p t = g gives Σ c without that sum.
     if math.isinf(D):
         sum_c = torch.where(regular, -g / r / r, 0.0)
         grad_radius = torch.where(regular, (g * (nearest / r / r) + moment) / r, 0.0)

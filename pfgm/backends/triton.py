@@ -51,7 +51,7 @@ def _current_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> None:
-    """None: the kernels compute norms while they load references, at no cost."""
+    """None: a sketch would save no work in these kernels."""
     return None
 
 

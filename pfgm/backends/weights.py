@@ -1,4 +1,4 @@
-"""Weights of references relative to the nearest one, their log-sum-exp, and the limits."""
+"""Weights relative to that of the nearest reference, the log-sum-exp, and the limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..common.checks import checks_values
 
 
 def log_weight(excess: Tensor, nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
-    """Log of the weight at squared distance nearest + excess, relative to that at nearest."""
+    """Log of the weight at the squared distance nearest + excess, relative to that at nearest."""
     if math.isinf(D):
         scores = -excess / radius / radius / 2
     else:
@@ -29,8 +29,10 @@ def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int
 
 
 def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
-    """Where the mean is locally constant: r = 0 on a reference; σ = 0, or so small that scores
-    overflow.
+    """Where the mean is locally constant.
+
+    This is so on a reference at r = 0. At D = ∞ it is so at σ = 0, and where σ is so small that
+    scores overflow.
     """
     if math.isinf(D):
         return (radius == 0) | (nearest / radius / radius).isinf()
@@ -38,7 +40,7 @@ def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
 
 
 def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:
-    """Raises ValueError for the first row at a limit whose log-sum-exp is to be differentiated."""
+    """Raises ValueError if the log-sum-exp has a gradient in a row at a limit."""
     if checks_values(limit.device) and bool((bad := limit & (grad_logsumexp != 0)).any()):
         raise ValueError(singular_message(int(bad.flatten().nonzero()[0])))
 

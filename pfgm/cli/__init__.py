@@ -38,9 +38,9 @@ _EXPECTED_ERRORS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 2 after one sentence about what is wrong with the input.
+    """Runs one command. Returns 0, or prints one sentence about what is wrong and returns 2.
 
-    If stdout or stderr are closed, messages are dropped and the work is done.
+    If stdout or stderr is closed, messages are dropped and the work is still done.
     """
     reserve_standard_descriptors()
     with unfailing_streams(), warnings.catch_warnings():
@@ -76,7 +76,7 @@ def _parse(arguments: list[str]) -> Any:
         if kind is Train and arguments[:1] == [name]:
             start = starting_config(arguments[1:])
             default = Train(out=tyro.MISSING, settings=start.settings, training=start.training)
-        # Errors of the constructor then reach _run() and are not reworded by tyro.
+        # With constructor=, errors of the class reach _run() and are not reworded by tyro.
         subcommand = tyro.conf.subcommand(name, default=default, constructor=kind)
         commands.append(Annotated[Any, subcommand])
     union: Any = functools.reduce(operator.or_, commands)
@@ -84,7 +84,7 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _check_values(arguments: list[str]) -> None:
-    """Raises ValueError for an empty value, which would be the current folder as a path."""
+    """Raises ValueError for an empty value. As a path it would mean the current folder."""
     for before, argument in pairwise(["", *arguments]):
         name, _, value = argument.partition("=") if "=" in argument else (before, "", argument)
         if name.startswith("--") and not value:
@@ -92,7 +92,7 @@ def _check_values(arguments: list[str]) -> None:
 
 
 def _memory_message(error: BaseException) -> str:
-    """A MemoryError says what did not fit. Of other errors the allocator's first line is shown."""
+    """The text of a MemoryError, or the first line of the allocator's error."""
     lines = str(error).splitlines()
     if isinstance(error, MemoryError) and lines:
         return lines[0]

@@ -27,8 +27,10 @@ __all__ = ["TRAINING", "Demo", "run"]
 
 SAMPLES = 1000
 SOLVER_STEPS = 10
-_PICTURE_SAMPLES, _PICTURE_ROW = 100, 10  # in all, and in a row
-_PICTURE_PATHS, _PICTURE_LEVELS = 8, 8
+_PICTURE_SAMPLES = 100  # samples in samples.png
+_PICTURE_ROW = 10  # samples in a row of samples.png
+_PICTURE_PATHS = 8  # samples in trajectory.png
+_PICTURE_LEVELS = 8  # noise levels in trajectory.png
 
 TRAINING = TrainConfig(
     steps=4000,
@@ -72,16 +74,16 @@ def run(
 
     The files are samples.npy, (1000, 8, 8) float32 in [-1, 1], samples.png, trajectory.png,
     metrics.json and model.safetensors. The same seed gives the same results on the same number of
-    threads, except for times. If training is interrupted, model.safetensors holds the weights so
-    far.
+    threads, except for times. If training is interrupted, model.safetensors holds the weights at
+    that step.
 
     Args:
         out: the folder, which is created if it is missing.
         steps: training steps.
-        seed: of the network, training and sampling.
+        seed: seed of the network, training and sampling.
         conditional: tell the network which digit to draw. Each row of samples.png is then one
-            digit, and metrics.json says how often a classifier that was trained on the real digits
-            agrees.
+            digit. metrics.json also says how often a classifier trained on the real digits agrees
+            with the label.
         report: called with each line of text about the progress.
         progress: show progress bars.
 
@@ -168,7 +170,7 @@ def _trainer(
 
 
 def _train(trainer: Trainer, flow: PoissonFlow, path: Path) -> None:
-    """Trains and writes the averaged weights, also where training is interrupted."""
+    """Trains and writes the averaged weights, also if training is interrupted."""
     try:
         trainer.train()
     except (KeyboardInterrupt, Terminated):
@@ -178,7 +180,7 @@ def _train(trainer: Trainer, flow: PoissonFlow, path: Path) -> None:
 
 
 class _Recorder:
-    """Keeps the first few points of each step."""
+    """A callback of the solver that keeps a few points of each step, for trajectory.png."""
 
     def __init__(self) -> None:
         self._points: list[tuple[float, Tensor]] = []
@@ -187,7 +189,7 @@ class _Recorder:
         self._points.append((info["z"], info["x"][:_PICTURE_PATHS].clone()))
 
     def path(self, samples: Tensor, z_min: float) -> tuple[Tensor, list[float]]:
-        """Points (levels, n, *S) and z at no more than eight levels. The last are the samples."""
+        """Points (levels, n, *S) at no more than eight levels, the samples last, and their z."""
         points = [*self._points, (z_min, samples[:_PICTURE_PATHS])]
         count = min(_PICTURE_LEVELS, len(points))
         chosen = torch.linspace(0, len(points) - 1, count).round().int().tolist()
@@ -195,7 +197,7 @@ class _Recorder:
 
 
 def _measure(samples: Tensor, digits: data.Digits) -> dict[str, Any]:
-    """Figures of the samples against held-out digits, beside those of the training digits."""
+    """Compares the samples, and also the training digits, with the held-out digits."""
     train, held_out = digits.train, digits.held_out
     of_samples = metrics.precision_recall(samples, held_out)
     of_train = metrics.precision_recall(train, held_out)
@@ -217,7 +219,7 @@ def _measure(samples: Tensor, digits: data.Digits) -> dict[str, Any]:
 
 
 def _agreement(samples: Tensor, labels: Tensor, digits: data.Digits) -> dict[str, float]:
-    """How often a classifier of the real digits agrees with the labels."""
+    """The fraction of labels that a classifier trained on the real digits agrees with."""
     from sklearn.svm import SVC
 
     classifier = SVC().fit(digits.train.flatten(1).numpy(), digits.train_labels.numpy())

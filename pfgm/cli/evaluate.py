@@ -1,4 +1,4 @@
-"""``pfgm evaluate``: measures samples of a checkpoint, or of a file or folder, and draws them."""
+"""``pfgm evaluate``: measures samples of a checkpoint, a file or a folder, and draws pictures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Real(NamedTuple):
 
     @classmethod
     def of(cls, data: Data, count: int, seed: int, device: torch.device) -> _Real:
-        """At most ``count`` rows of each, on the device if it is a GPU, else on the CPU."""
+        """At most ``count`` rows of each part, on the device if it is a GPU, else on the CPU."""
         place = device if device.type == "cuda" else torch.device("cpu")
         held_out = (
             None if data.held_out is None else _draw_rows(data.held_out, count, seed).to(place)
@@ -127,21 +127,19 @@ class Evaluate:
 
     def _check(self) -> None:
         if (self.checkpoint is None) == (self.samples is None):
-            both = "neither" if self.samples is None else "both"
-            raise ValueError(f"{both} of checkpoint and samples given; allowed is one of them.")
+            given = "neither" if self.samples is None else "both"
+            raise ValueError(f"{given} of checkpoint and samples are given; allowed is one.")
         if self.samples is not None and (self.likelihood or self.curve):
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
-        for name, value, smallest in (
+        for name, value, least in (
             ("n", self.n, 1),
             ("batch-size", self.sampling.batch_size, 1),
             ("against", self.against, 1),
             ("likelihood", self.likelihood, 0),
             ("curve-steps", min(self.curve_steps, default=0), 1),
         ):
-            if not smallest <= value < 2**63:
-                raise ValueError(
-                    f"{name} is {value}; allowed is at least {smallest}, and below 2^63."
-                )
+            if not least <= value < 2**63:
+                raise ValueError(f"{name} is {value}; allowed is at least {least}, below 2^63.")
         check_seed(self.seed)
         steps = () if self.sampling.steps is None else (self.sampling.steps,)
         for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
@@ -228,13 +226,13 @@ class Evaluate:
 
 
 def _draw_rows(rows: ReferenceSet, count: int, seed: int) -> Tensor:
-    """At most ``count`` rows, drawn with the seed, as float32."""
+    """Draws at most ``count`` rows with the seed, as float32."""
     generator = torch.Generator().manual_seed(seed)
     return to_unit(rows[rows.draw(min(count, len(rows)), generator=generator)])
 
 
 def _data_of_run(checkpoint: Path | None) -> str:
-    """The name of the data of a run, if its folder holds its configuration; else digits."""
+    """The data that a run was trained on, from config.json in its folder; digits without one."""
     if checkpoint is not None:
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         with suppress(FileNotFoundError):
@@ -243,7 +241,7 @@ def _data_of_run(checkpoint: Path | None) -> str:
 
 
 def _part(data: Data) -> str:
-    """The part of the data that samples are compared with."""
+    """The name of the part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SamplingOptions:
     """auto: cuda if there is a GPU, else cpu."""
 
     def solver_arguments(self, flow: Flow) -> dict[str, Any]:
-        """The keyword arguments of :meth:`pfgm.Flow.sample` for the solver."""
+        """The keyword arguments of :meth:`pfgm.Flow.sample` that choose the solver."""
         steps = default_steps(flow, self.solver) if self.steps is None else self.steps
         return {
             "solver": self.solver,

@@ -1,4 +1,4 @@
-"""``pfgm sample``: samples of a checkpoint, as an array or a picture."""
+"""``pfgm sample``: draws samples from a checkpoint and writes an array or a picture."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Sample:
         flow, network = checkpoint.load(self.checkpoint, device=device)
         if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
             raise ValueError(
-                f"out is {self.out}, but samples of shape {flow.shape} are no images; use a name "
-                "that ends in .npy."
+                f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
+                "a name that ends in .npy."
             )
         with output_folder(self.out.parent):
             self._write(self._draw(flow, network, device))
@@ -69,7 +69,7 @@ class Sample:
         batch_size = self.sampling.batch_size
         if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
             raise ValueError(
-                f"n is {self.n} and batch-size {batch_size}; allowed are at least 1, below 2^63."
+                f"n is {self.n} and batch-size is {batch_size}; allowed is at least 1, below 2^63."
             )
         if self.label is not None and self.label not in _INT64:
             raise ValueError(f"label is {self.label}; allowed are the labels of the network.")

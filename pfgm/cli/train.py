@@ -1,4 +1,4 @@
-"""``pfgm train``: a training run, new or resumed."""
+"""``pfgm train``: starts or resumes a training run."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Train:
 
 
 def starting_config(arguments: list[str]) -> RunConfig:
-    """The configuration that options of ``pfgm train`` change.
+    """The configuration that the options of ``pfgm train`` start from.
 
-    It is that of the recipe, or of the run to resume, or the default.
+    It comes from the recipe, else from the run to resume, else it is the default.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)

@@ -1,1 +1,1 @@
-"""What every part uses and what knows nothing of fields: checks, files, messages, tensors."""
+"""Helpers for all other packages: checks, files, messages, tensors and transforms."""

@@ -16,18 +16,18 @@ from torch import Tensor
 
 _debug = False
 R = TypeVar("R")
-_MAX_DIMENSIONS = 64  # of a tensor
 _FLOAT32 = torch.finfo(torch.float32)
-_MAX_INT = (1 << 63) - 1  # of torch
-_MAX_VALUES = 64  # of a tuple of sizes
+_MAX_DIMENSIONS = 64  # dimensions of a tensor
+_MAX_INT = (1 << 63) - 1  # the largest integer that torch takes
+_MAX_SIZES = 64  # values in a tuple of sizes
 
 
 @contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
     """Checks values on every device while the context is open, for the whole process.
 
-    On the CPU values that are not finite always raise an error. On other devices a check would make
-    the host wait for the device, so NaN propagates unless this is on.
+    On the CPU, values that are not finite always raise an error. On other devices a check would
+    make the host wait for the device, so NaN propagates unless this context is open.
 
     >>> import pfgm
     >>> with pfgm.debug_checks():
@@ -50,10 +50,10 @@ LARGEST = sys.float_info.max
 """The largest finite number. torch.compile cannot compare a symbolic number with infinity."""
 
 
-def varies(*values: float) -> bool:
+def is_symbolic(*values: float) -> bool:
     """Whether torch.compile is running and one of these numbers is symbolic.
 
-    As a number argument of an op it would be compiled again for each of its values.
+    An operator that took a symbolic number would be compiled again for each value of it.
     """
     return torch.compiler.is_compiling() and not all(
         torch.fx.experimental.symbolic_shapes.has_static_value(value) for value in values
@@ -63,25 +63,28 @@ def varies(*values: float) -> bool:
 def untouched(
     function: Callable[..., R], who: str, names: Sequence[str], /, *values: Any, **named: Any
 ) -> R:
-    """``function(*values, **named)``, with an error if it changes one of the tensors in place.
+    """Calls ``function(*values, **named)`` and raises an error if it changed a tensor in place.
 
-    A tensor's version shows a change without reading the values. A tensor of inference mode has no
-    version, so the function gets a copy of it.
+    The version counter of a tensor shows a change without reading the values. A tensor of inference
+    mode has no version counter, so the function gets a copy of it.
 
     Args:
         function: a network, or a function that evaluates one.
         who: the name of the function in the error.
         names: the names of the values in the error.
 
+    Returns:
+        The result of the function.
+
     Raises:
-        ValueError: the function changed a tensor, which the message names.
+        ValueError: the function changed a tensor. The message names the tensor.
 
     >>> untouched(torch.relu_, "net", ["x"], torch.ones(2))
     Traceback (most recent call last):
     ...
     ValueError: net changed x in place; allowed are changes of a copy, such as x.clone().
     """
-    if torch.compiler.is_compiling():  # a compiled graph has no versions
+    if torch.compiler.is_compiling():  # a compiled graph has no version counters
         return function(*values, **named)
     values = tuple(_versioned(value) for value in values)
     named = {name: _versioned(value) for name, value in named.items()}
@@ -133,7 +136,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def allocating(what: str) -> Iterator[None]:
-    """Turns an allocation error of the block into a MemoryError that says what did not fit.
+    """Turns an allocation error in the block into a MemoryError that says what did not fit.
 
     Args:
         what: the beginning of the message, such as "n is 5, and so many samples".
@@ -167,9 +170,9 @@ def usable_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about deprecated names, which are tried below
+            warnings.simplefilter("ignore")  # torch warns about deprecated device names
             device = torch.device(name)
-        # A number is written and read, because "meta" holds none.
+        # Reading a value fails on "meta", which holds no values.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -178,12 +181,12 @@ def usable_device(name: str) -> torch.device:
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether values on this device are checked."""
+    """Whether values on this device are checked: always on the CPU, see :func:`debug_checks`."""
     return device.type == "cpu" or _debug
 
 
 def first_bad_row(values: Tensor) -> int | None:
-    """The first row that holds NaN or infinity."""
+    """Number of the first row that holds NaN or infinity; None if all rows are finite."""
     if not values.is_floating_point():
         return None
     for start in range(0, len(values), 4096):
@@ -195,7 +198,10 @@ def first_bad_row(values: Tensor) -> int | None:
 
 
 def radius_message(radius: Tensor, row: int) -> str:
-    """The error for a radius that is negative or not finite, by all names that callers use."""
+    """The error for a radius that is negative or not finite.
+
+    It gives all names that the public functions use for the radius.
+    """
     return (
         f"r, sigma or z is {radius[row].item()} in row {row}; only finite values of at least 0 "
         "are allowed."
@@ -210,7 +216,7 @@ def check_radius(radius: Tensor) -> None:
 
 
 def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
-    """The error for a distance that is not finite. It names the argument and the row."""
+    """The error for a distance that is not finite. It names the argument and its first bad row."""
     for argument, values in ((name, x), ("references", references)):
         row = first_bad_row(values)
         if row is not None:
@@ -229,7 +235,7 @@ def check_dtype(name: str, values: Tensor) -> None:
 
 
 def check_floating(name: str, values: object, hint: str = "") -> None:
-    """Raises TypeError unless values is a tensor of floating point; the hint ends the sentence."""
+    """Raises TypeError unless values is a floating-point tensor. The hint is added to the error."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{name} has dtype {kind}; allowed is floating point{hint}.")
@@ -259,7 +265,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
-    """`value` as an int. A ValueError names it unless it is an integer from 1 to `most`."""
+    """The value as an int. Raises ValueError unless it is an integer from 1 to ``most``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
         limit = "" if most == _MAX_INT else f" and at most {most}"
         raise ValueError(f"{name} is {value!r}; only an integer of at least 1{limit} is allowed.")
@@ -267,21 +273,24 @@ def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
 
 
 def natural(name: str, value: Any) -> int:
-    """`value` as an int. A ValueError names it unless it is an integer of at least 0."""
+    """The value as an int. Raises ValueError unless it is an integer of at least 0."""
     return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
 
 
 def positive_float(name: str, value: Any) -> float:
-    """`value` as a float. A ValueError names it unless it is positive and finite."""
+    """The value as a float. Raises ValueError unless it is positive and finite."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
     return float(value)
 
 
 def int_tuple(name: str, values: Any, most: int = _MAX_INT) -> tuple[int, ...]:
-    """`values`, a list or tuple of integers from 1 to `most`, as a tuple. It must not be empty."""
+    """A list or tuple of integers as a tuple.
+
+    Raises ValueError if it is empty or holds anything but integers from 1 to ``most``.
+    """
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
         raise ValueError(f"{name} is {values!r}; only a non-empty list or tuple is allowed.")
-    if len(values) > _MAX_VALUES:
-        raise ValueError(f"{name} has {len(values)} values; at most {_MAX_VALUES} are allowed.")
+    if len(values) > _MAX_SIZES:
+        raise ValueError(f"{name} has {len(values)} values; at most {_MAX_SIZES} are allowed.")
     return tuple(positive_int(f"{name}[{i}]", value, most) for i, value in enumerate(values))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and output folders that are checked before work."""
+"""Atomic writing of files, and checks of output folders."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ MALFORMED = (
 )
 """The errors that truncated, damaged or crafted content can raise while it is read."""
 
-# The errors of platforms and file systems that cannot open or synchronise a folder.
+# Error codes of systems that cannot open or synchronise a folder.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
 def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that ``path`` holds either the old content or all of the new content.
 
-    The content is written to a temporary file in the same folder, flushed to the disk and renamed
-    to ``path``. Only a killed process leaves the temporary file, ``.pfgm-*.tmp``, behind. A
-    symbolic link is followed. The mode is the one that ``open(path, "wb")`` would give: the mode of
-    the file that is replaced, or else 0o666 without the bits of the umask.
+    The content is written to a temporary file ``.pfgm-*.tmp`` in the same folder, flushed to the
+    disk and renamed to ``path``. The temporary file stays only if the process is killed. A symbolic
+    link is followed. The file mode is the one that ``open(path, "wb")`` would give: the mode of the
+    replaced file, or else 0o666 without the bits of the umask.
 
     Args:
         path: the file to write; its folder must exist.
-        write: called once with an open binary file, which it must not close. Its errors are raised
-            unchanged, except that an OSError is reworded to name ``path``. ``path`` is then left as
-            it was.
+        write: called once with an open binary file, which it must not close. If it raises an error,
+            ``path`` is left as it was. The error is raised unchanged, but an OSError is reworded to
+            name ``path``.
 
     Raises:
         OSError: the folder is missing or not writable, the disk is full, or ``path`` exists and is
@@ -77,7 +77,7 @@ def write_json(path: StrPath, content: object, *, allow_nan: bool = True) -> Non
 def check_folder(path: StrPath) -> Path:
     """Creates an output folder and checks that files can be created in it.
 
-    The check creates a file and removes it. Permission bits would not do: they do not apply to
+    The check creates a file and removes it. Permission bits are not enough: they do not apply to
     root, nor to read-only and network file systems.
 
     Args:
@@ -106,7 +106,7 @@ def folder_path(path: StrPath) -> Path:
     """The folder as a Path.
 
     Raises:
-        ValueError: the name is empty. A Path would make it the current folder.
+        ValueError: the name is empty. ``Path("")`` would be the current folder.
     """
     if not os.fspath(path):
         raise ValueError("the output folder is ''; allowed is a name that is not empty.")
@@ -115,7 +115,7 @@ def folder_path(path: StrPath) -> Path:
 
 @contextmanager
 def folder_errors(folder: Path) -> Iterator[None]:
-    """Rewords an OSError of the block to say that the output folder cannot be used."""
+    """Rewords an OSError in the block to say that the output folder cannot be used."""
     try:
         yield
     except OSError as error:
@@ -127,7 +127,7 @@ def folder_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def output_folder(path: StrPath) -> Iterator[Path]:
-    """:func:`check_folder` for a block of work. If the block fails, empty new folders are removed.
+    """Runs :func:`check_folder` before a block. If the block fails, empty new folders are removed.
 
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     folder = Path(parent) / "runs" / "first"
@@ -144,7 +144,7 @@ def output_folder(path: StrPath) -> Iterator[Path]:
 
 @contextmanager
 def remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
-    """If the block fails, removes this folder and its parents where they are new and empty."""
+    """If the block fails, removes this folder and those of its parents that are new and empty."""
     new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         yield
@@ -156,10 +156,10 @@ def remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
 
 
 def reserve_standard_descriptors() -> None:
-    """Opens /dev/null for those of stdin, stdout and stderr that are closed.
+    """Opens /dev/null in place of each of stdin, stdout and stderr that is closed.
 
-    Otherwise the next file that is opened, such as a checkpoint, would get a descriptor from 0 to
-    2, and libraries that write to descriptor 2 would write into it.
+    Otherwise the next file to be opened, such as a checkpoint, could get descriptor 2, and
+    libraries that print errors would write into it.
     """
     for standard in range(3):
         try:
@@ -169,7 +169,7 @@ def reserve_standard_descriptors() -> None:
             if opened == standard:
                 os.set_inheritable(opened, True)
             else:
-                os.close(opened)  # another thread has taken it meanwhile
+                os.close(opened)  # another thread has taken the standard descriptor
 
 
 def remove_leftovers(folder: StrPath) -> None:
@@ -181,7 +181,7 @@ def remove_leftovers(folder: StrPath) -> None:
 def _write_and_rename(target: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = target.parent / f".pfgm-{secrets.token_hex(8)}.tmp"
     try:
-        # The files of the tempfile module would be private, whatever the umask.
+        # The tempfile module would create a private file, whatever the umask.
         with open(temporary, "xb") as file:
             if target.exists():
                 os.chmod(temporary, target.stat().st_mode & 0o777)

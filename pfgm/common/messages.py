@@ -1,4 +1,4 @@
-"""Progress bars and lines of text that do not fail when nobody can read them."""
+"""Progress bars and printed text that do not fail where stdout or stderr cannot be written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Unfailing", "print_notice", "print_result", "progress_bar", "unfaili
 
 
 class Unfailing:
-    """A text stream that drops text which the stream below it cannot take.
+    """A text stream over another one. It drops text that the other stream cannot write.
 
-    The reader of a pipe may end, a terminal may close, a disk may fill up, or a process may have
-    been started without the stream (None). None of this is an error of the work that prints.
-    Characters that the encoding lacks are escaped.
+    The reader of a pipe may end, a terminal may close, a disk may fill up, or a process may start
+    without the stream (None). The work that prints should not fail then. Characters that the
+    encoding lacks are escaped.
 
     >>> stream = Unfailing(None)
     >>> print("nobody reads this", file=stream)
@@ -29,7 +29,7 @@ class Unfailing:
 
     @property
     def stream(self) -> Any:
-        """The stream below."""
+        """The other stream."""
         return self._stream
 
     def __getattr__(self, name: str) -> Any:
@@ -84,7 +84,7 @@ _EMPTY_STREAM = io.TextIOBase()
 
 @contextmanager
 def unfailing_streams() -> Iterator[None]:
-    """Makes stdout and stderr :class:`Unfailing`, for a command that runs in its own process."""
+    """Makes stdout and stderr :class:`Unfailing` during a block: the whole run of a command."""
     output, errors = Unfailing(sys.stdout), Unfailing(sys.stderr)
     try:
         with redirect_stdout(output), redirect_stderr(errors):
@@ -95,7 +95,7 @@ def unfailing_streams() -> Iterator[None]:
 
 
 def print_notice(text: str) -> None:
-    """Prints text that nothing depends on. It is dropped if stdout cannot be written."""
+    """Prints text that may get lost: it is dropped if stdout cannot be written."""
     print(text, file=Unfailing(sys.stdout))
 
 
@@ -119,9 +119,9 @@ def print_result(text: str) -> None:
 
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:
-    """A progress bar of tqdm, with tqdm's arguments, that does not fail without stderr."""
+    """A progress bar of tqdm, with its arguments. It does not fail if stderr cannot be written."""
     from tqdm.auto import tqdm
 
     stream = Unfailing(sys.stderr)
-    # With dynamic_ncols tqdm asks this stream for its width; else it would ask sys.stderr only.
+    # tqdm asks this stream for its width only with dynamic_ncols.
     return tqdm(*arguments, file=stream, dynamic_ncols=stream.isatty(), **options)

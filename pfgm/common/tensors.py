@@ -1,4 +1,4 @@
-"""Tensors and modules: dtypes, shapes, devices."""
+"""Helpers for tensors and modules: dtypes, shapes, devices, evaluation mode."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ from torch import Tensor, nn
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, except on devices that have none."""
+    """float64, or float32 on devices without float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
-    """References as floating point: uint8 means u/127.5 − 1."""
+    """References in a floating-point dtype. A byte u becomes u/127.5 − 1."""
     values = references.to(dtype)
     return values / 127.5 - 1 if references.dtype == torch.uint8 else values
 
 
 def contiguous_features(rows: Tensor) -> Tensor:
-    """(B, N) with contiguous features, copied where needed; rows may overlap one another."""
+    """Rows (B, N) with contiguous features, copied if they are not. Rows may overlap each other."""
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def over_samples(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) so that it multiplies samples x (B, *S)."""
+    """Values (B,) reshaped to broadcast over samples x (B, *S)."""
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def common_device(
     device: torch.device | str | None, generator: torch.Generator | None
 ) -> torch.device:
+    """The device if given, else that of the generator, else the CPU.
+
+    Raises ValueError if device and generator are given and differ in type.
+    """
     if generator is None:
         return torch.device("cpu" if device is None else device)
     if device is not None and torch.device(device).type != generator.device.type:
@@ -44,6 +48,7 @@ def common_device(
 
 
 def network_device(net: Callable[..., Any]) -> torch.device:
+    """The device of a module's parameters or buffers; the CPU if it has none."""
     if isinstance(net, nn.Module):
         for tensor in (*net.parameters(), *net.buffers()):
             return tensor.device
@@ -52,7 +57,10 @@ def network_device(net: Callable[..., Any]) -> torch.device:
 
 @contextmanager
 def evaluating(net: Callable[..., Any]) -> Iterator[None]:
-    """No gradients, and the network in evaluation mode, each part restored as it was."""
+    """Turns gradients off and puts the network in evaluation mode during a block.
+
+    Afterwards each module is in the mode that it was in before.
+    """
     training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
     try:
         if isinstance(net, nn.Module):

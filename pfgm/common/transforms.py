@@ -1,4 +1,4 @@
-"""torch.func and forward-mode differentiation.
+"""Support for the transforms of torch.func and for forward-mode differentiation.
 
 An operator of torch.library has a gradient, but no tangent and no batching rule. Under a transform
 the operations use a :class:`torch.autograd.Function` that has both, or a formula in plain torch.
@@ -13,26 +13,33 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["TRANSFORM_KEY", "batched", "check_no_tangent", "forward_mode", "functional", "map_rows"]
+__all__ = [
+    "TRANSFORM_KEY",
+    "batched",
+    "check_no_tangent",
+    "forward_mode",
+    "in_torch_func",
+    "map_rows",
+]
 
 
 TRANSFORM_KEY = "FuncTorchDynamicLayerFrontMode"
 """Dispatch key of the implementation that is called inside a transform of torch.func."""
 
 
-def functional() -> bool:
+def in_torch_func() -> bool:
     """Whether a transform of torch.func surrounds the call."""
     return torch._C._are_functorch_transforms_active()
 
 
 def forward_mode() -> bool:
-    """Whether a level of dual numbers surrounds the call; torch.func.jvp opens one too."""
+    """Whether the call is in forward-mode differentiation, by torch.func.jvp or dual numbers."""
     return forward_ad._current_level >= 0
 
 
 def check_no_tangent(name: str, *values: Any) -> None:
-    """Raises RuntimeError where a value has a tangent, which an operator would drop."""
-    # Inside an autograd.Function, which computes the tangents itself, values have none.
+    """Raises RuntimeError if a value has a tangent, because the operator would drop it."""
+    # Inside an autograd.Function, which computes the tangents itself, values have no tangents.
     if (
         forward_mode()
         and torch._C._is_fwd_grad_enabled()
@@ -47,7 +54,7 @@ def check_no_tangent(name: str, *values: Any) -> None:
 
 
 def batched(value: Tensor) -> bool:
-    """Whether a value differs between samples of a vmap, so that no condition can depend on it."""
+    """Whether a value differs between the samples of a vmap. No branch can depend on it then."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(value):
         if functorch.is_batchedtensor(value):
@@ -65,19 +72,19 @@ def map_rows(
     *,
     by_rows: bool = True,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The batching rule of a function that computes each row of its tensors on its own.
+    """The batching rule of a function that treats the rows of its tensors separately.
 
-    The rows of all samples go into one call. If the shared arguments differ between samples, there
-    is one call for each sample.
+    The rows of all samples go into one call. There is one call for each sample if a shared argument
+    differs between samples.
 
     Args:
         function: takes the arguments, the first of shape (B, ...), and returns tensors (B, ...).
             Results that are not needed are empty, of shape (0,).
         samples: number of samples of the vmap.
-        in_dims: dimension of the samples in each argument; None where it has none.
-        arguments: of the function. Tensors are (B, ...), except shared ones.
+        in_dims: for each argument the dimension of the samples; None if it has none.
+        arguments: the arguments of the function. Tensors are (B, ...), except shared ones.
         shared: positions of the arguments that all rows share, such as references.
-        by_rows: whether every result has rows; False means one call for each sample.
+        by_rows: whether every result is (B, ...); False means one call for each sample.
 
     Returns:
         The results, and the dimension of the samples in each, as a ``vmap`` method returns them.

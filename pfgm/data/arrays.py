@@ -1,4 +1,4 @@
-"""Samples in .npy, .npz and .safetensors files and in memory maps, and bytes to [-1, 1]."""
+"""Samples in .npy, .npz and .safetensors files and in memory maps; bytes to [-1, 1]."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors lib
 
 
 def load_array(path: StrPath) -> Tensor:
-    """Reads samples from a ``.npy``, ``.npz`` or ``.safetensors`` file; nothing is unpickled.
+    """Reads samples from a ``.npy``, ``.npz`` or ``.safetensors`` file. Nothing is unpickled.
 
-    A file of several arrays must name its samples images, data or x; the first of these is read.
-    Floating numbers of any width become float32. uint8 stays uint8 to save memory: a byte u
-    stands for u/127.5 - 1, as references and in :func:`to_unit`.
+    If a file holds several arrays, the samples must be named images, data or x; the first of these
+    names that it has is read. Floating numbers of any width become float32. uint8 stays uint8 to
+    save memory; a byte u means u/127.5 - 1, as in :func:`to_unit`.
 
     Returns:
         A contiguous tensor (n, *S) on the CPU, float32 or uint8, with at least one number in it.
@@ -53,9 +53,9 @@ def load_array(path: StrPath) -> Tensor:
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: the numbers are neither floating nor uint8.
-        ValueError: the suffix is another one; the file is empty, truncated, damaged or pickled;
-            no array has one of the names; there are fewer than two dimensions, no numbers, NaN or
-            infinity.
+        ValueError: the suffix is not allowed; the file is empty, truncated, damaged or pickled;
+            none of several arrays has one of these names; there are fewer than two dimensions, no
+            numbers, NaN or infinity.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def load_array(path: StrPath) -> Tensor:
 
 
 def save_array(path: StrPath, samples: Tensor) -> None:
-    """Writes samples as a ``.npy`` file. If that fails, ``path`` is left as it was.
+    """Writes samples to a ``.npy`` file. If writing fails, an existing file is left as it was.
 
     Raises:
         OSError: the file cannot be written.
@@ -98,13 +98,13 @@ def save_array(path: StrPath, samples: Tensor) -> None:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Images as float32: a byte u becomes u/127.5 - 1, in [-1, 1]; floating numbers stay.
+    """Images as float32. A byte u becomes u/127.5 - 1, in [-1, 1]; floating numbers are kept.
 
     Args:
         images: any shape, uint8 or floating.
 
     Raises:
-        TypeError: the dtype is another one.
+        TypeError: the dtype is neither floating nor uint8.
 
     >>> to_unit(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([-1.,  1.])
@@ -130,15 +130,16 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
         in_place: read the rows from the file when they are needed. False loads the array now.
 
     Returns:
-        The rows. They are loaded now, and float64 becomes float32, where they cannot be read in
-        place: the array is compressed, in Fortran order, in another byte order or of a width that
-        is not in ``DTYPES``.
+        The rows. An array that cannot be read in place is loaded now, and float64 becomes float32:
+        an array that is compressed, in Fortran order, in another byte order or of a width that is
+        not in ``DTYPES``.
 
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: the numbers are neither floating nor uint8.
-        ValueError: the suffix is another one; the file is empty, truncated, damaged or pickled;
-            no array has one of the names; there are fewer than two dimensions or no numbers.
+        ValueError: the suffix is not allowed; the file is empty, truncated, damaged or pickled;
+            none of several arrays has a known name; there are fewer than two dimensions or no
+            numbers.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -155,7 +156,7 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
 
 
 def array_names(path: Path) -> list[str]:
-    """The names of the arrays in a .npz or .safetensors file; none for a .npy file.
+    """The names of the arrays in a .npz or .safetensors file; an empty list for a .npy file.
 
     Raises:
         ValueError: the file is damaged.
@@ -173,7 +174,7 @@ def read_integers(path: Path, name: str) -> Tensor:
     """An array of integers in a .npz or .safetensors file, as int64.
 
     Raises:
-        TypeError: the numbers are no integers.
+        TypeError: the numbers are not integers.
         ValueError: the file is damaged or pickled.
     """
     with _parsing(path):
@@ -183,11 +184,11 @@ def read_integers(path: Path, name: str) -> Tensor:
         else:
             with safe_open(path, framework="np") as file:
                 array = file.get_tensor(name)
-        if not isinstance(array, np.ndarray):  # NumPy gives the bytes of other members
+        if not isinstance(array, np.ndarray):  # NumPy returns bytes for other members
             raise ValueError("the member of the archive is not an array")
     if array.dtype.kind not in "iu":
         raise TypeError(
-            f"{path} holds {name} of type {array.dtype}; allowed are integers, a label for each "
+            f"{path} holds {name} of type {array.dtype}; allowed are integers, one label for each "
             "sample."
         )
     return torch.from_numpy(array.astype(np.int64))
@@ -208,7 +209,7 @@ def _parsing(path: Path) -> Iterator[None]:
 
 
 def _choose_name(names: Sequence[str], path: Path) -> str:
-    """The array that is read, of those in a file."""
+    """The name of the array that holds the samples."""
     if len(names) == 1:
         return names[0]
     for name in _PREFERRED_NAMES:
@@ -240,7 +241,7 @@ def _open_npz(path: Path, name: str | None, in_place: bool) -> Source:
 
 
 def _member_start(member: ZipInfo, path: Path) -> int | None:
-    """The position in the file where a member's bytes begin; None where they are compressed."""
+    """The position in the file where a member's bytes begin; None if they are compressed."""
     if member.compress_type != ZIP_STORED:
         return None
     if member.compress_size != member.file_size:
@@ -255,14 +256,14 @@ def _member_start(member: ZipInfo, path: Path) -> int | None:
 def _open_stream(
     stream: IO[bytes], start: int | None, size: int, path: Path, in_place: bool
 ) -> Source:
-    """The array of a stream in the .npy format.
+    """Opens the array of a stream in the .npy format.
 
     Args:
-        stream: at its beginning.
-        start: the position of the stream in the file; None where it is compressed.
-        size: of the stream, in bytes.
+        stream: the stream, at its beginning.
+        start: the position of the stream in the file; None if it is compressed.
+        size: the length of the stream in bytes.
         path: the file.
-        in_place: read the rows from the file where that is possible.
+        in_place: read the rows from the file if possible.
     """
     with _parsing(path):
         shape, fortran, dtype = _read_npy_header(stream)
@@ -282,7 +283,7 @@ def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError("the version of the format is unknown")
-    # Version 3 differs from 2 in the names of fields only, which no array allowed here has.
+    # Version 3 differs from 2 only in the names of fields, and no allowed array has fields.
     shape, fortran, dtype = (
         npy.read_array_header_1_0(stream)
         if version == (1, 0)
@@ -315,9 +316,9 @@ def _open_safetensors(path: Path, name: str | None, in_place: bool) -> Source:
 
 
 def _read_safetensors(path: Path, name: str) -> Tensor:
-    """An array of a file, uint8 or float32."""
+    """Loads an array of a file as uint8 or float32."""
     with _parsing(path), safe_open(path, framework="pt") as file:
-        # The tensor may share the mapped file, which can change. A copy cannot.
+        # The tensor may share memory with the mapped file, which can change.
         tensor: Tensor = file.get_tensor(name).clone()
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise _dtype_error(tensor.dtype, str(path))
@@ -326,7 +327,7 @@ def _read_safetensors(path: Path, name: str) -> Tensor:
 
 def _natural_numbers(numbers: Any) -> tuple[int, ...]:
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a shape or an offset holds something else than natural numbers")
+        raise ValueError("a shape or an offset is not a natural number")
     return tuple(numbers)
 
 
@@ -352,9 +353,9 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
     """The rows of a memory map, or of a part of one.
 
     Returns:
-        The rows in the file of the map. They are in memory where the array has no map (any more)
-        or one of mode "c", which may differ from the file. They are copied into memory where they
-        are not contiguous or not of native byte order.
+        The rows, which are read from the file of the map. Three kinds of array are used in memory:
+        those that no longer have a map, those with a map of mode "c", which may differ from the
+        file, and copies of those that are not contiguous or not of native byte order.
 
     Raises:
         TypeError: the numbers are neither floating nor uint8.
@@ -367,8 +368,8 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
     if dtype is None or not array.flags.c_contiguous:
         return _loaded(np.array(array), str(filename))
     check_samples(array.shape, str(filename))
-    # A part of a map keeps the offset of the whole. Only its address says where it begins in the
-    # map, and the map begins at a page of the file.
+    # A part of a map keeps the offset of the whole map. Its address tells where it begins in the
+    # mapped memory, which begins at a page of the file.
     page = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
     address = np.frombuffer(mapping, np.uint8).ctypes.data
     offset = page + array.ctypes.data - address
@@ -376,13 +377,13 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
 
 
 def from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
-    """The array as a contiguous tensor of the same dtype; more than 64 bits become float32.
+    """The array as a contiguous tensor of the same dtype; numbers over 64 bits become float32.
 
-    Memory is shared where the array is C-contiguous and of native byte order.
+    Memory is shared if the array is C-contiguous and of native byte order.
 
     Args:
         array: any shape, uint8 or floating.
-        name: what errors call the array.
+        name: the name of the array in errors.
 
     Raises:
         TypeError: the numbers are neither floating nor uint8.
@@ -393,7 +394,7 @@ def from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
     with np.errstate(over="ignore"):  # values beyond float32 become infinity
         native = np.ascontiguousarray(array, dtype)
     with warnings.catch_warnings():
-        # A read-only array will do, because samples are never written to.
+        # Read-only arrays are allowed, because samples are never written to.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         return torch.from_numpy(native)
 

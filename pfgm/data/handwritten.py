@@ -1,4 +1,4 @@
-"""Handwritten digits for demonstrations, as scikit-learn carries them."""
+"""The handwritten digits that come with scikit-learn, for demonstrations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Digits", "digits"]
 class Digits(NamedTuple):
     """8 × 8 grey images of handwritten digits in [-1, 1] with their labels, in two parts.
 
-    train (1398, 1, 8, 8) and held_out (399, 1, 8, 8) are float32, train_labels (1398,) and
-    held_out_labels (399,) int64 in 0..9.
+    train (1398, 1, 8, 8) and held_out (399, 1, 8, 8) are float32. train_labels (1398,) and
+    held_out_labels (399,) are int64 from 0 to 9.
     """
 
     train: Tensor
@@ -24,9 +24,9 @@ class Digits(NamedTuple):
 
 
 def digits() -> Digits:
-    """The handwritten digits that come with scikit-learn, the same two parts every time.
+    """The handwritten digits that come with scikit-learn, always in the same two parts.
 
-    Their 17 levels 0..16 become level/8 - 1. Image i is held out where i mod 9 is 4 or 8. Source:
+    A grey level from 0 to 16 becomes level/8 - 1. Image i is held out if i mod 9 is 4 or 8. Source:
     the test part of the UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
 
     Raises:

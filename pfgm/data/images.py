@@ -1,4 +1,4 @@
-"""Images: those of a folder, decoded with Pillow, and the pixels of Pillow images."""
+"""Folders of images, which Pillow decodes, and the pixels of Pillow images."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "CMYK": 3}
 _CHANNELS |= {"YCbCr": 3, "HSV": 3}
 
-# Pillow's raw modes of 16 bits a channel end in a letter, as in RGB;16B. Without the letter, as in
-# BGR;16, the 16 bits are those of a whole pixel.
+# Pillow's raw modes of 16 bits a channel end in a letter, as in RGB;16B. In modes without the
+# letter, as in BGR;16, a whole pixel has 16 bits.
 _16_BITS_A_CHANNEL = re.compile(r";16[BLNS]")
 
 
 def load_images(folder: Path, *, progress: bool = False) -> Tensor:
-    """Decodes every image in a folder and the folders in it, in the order of the relative paths.
+    """Decodes all images in a folder and its subfolders, in the order of their relative paths.
 
-    An alpha channel is dropped. A rotation that EXIF data ask for is not applied.
+    Alpha channels are dropped. A rotation in the EXIF data is not applied.
 
     Returns:
         uint8 (n, C, H, W): C = 1 where all images are grey, else 3.
@@ -68,10 +68,10 @@ def pixels(image: Image, channels: int) -> Tensor:
 
 
 def channel_count(mode: str, name: str) -> int:
-    """The channels of images of a Pillow mode, 1 or 3.
+    """The number of channels, 1 or 3, to which images of a Pillow mode are converted.
 
     Raises:
-        ValueError: the mode has more than 8 bits a channel; the message calls the image ``name``.
+        ValueError: the mode has more than 8 bits a channel. The message calls the image ``name``.
     """
     if mode not in _CHANNELS:
         raise ValueError(
@@ -83,7 +83,7 @@ def channel_count(mode: str, name: str) -> int:
 def has_16_bits(image: Image) -> bool:
     """Whether an image has 16 bits a channel, which Pillow would cut to 8.
 
-    The answer is False for every image that is decoded, because it no longer shows its format.
+    A decoded image no longer shows its file format, so the answer for it is always False.
     """
     for codec, *_, arguments in getattr(image, "tile", ()):
         values = arguments if isinstance(arguments, tuple) else (arguments,)
@@ -98,7 +98,7 @@ def has_16_bits(image: Image) -> bool:
 
 
 def check_depth(is_16_bit: bool, name: str) -> None:
-    """Raises ValueError for an image of 16 bits a channel; the message calls it ``name``."""
+    """Raises ValueError for an image of 16 bits a channel. The message calls it ``name``."""
     if is_16_bit:
         raise ValueError(
             f"{name} has pixels of 16 bits a channel; allowed are images of 8 bits a channel."

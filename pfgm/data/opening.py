@@ -1,4 +1,4 @@
-"""Opens tensors, arrays, files, folders of images and datasets as rows of samples."""
+"""The function that opens tensors, arrays, files, folders of images or datasets as rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_source(
     *,
     progress: bool = False,
 ) -> Source:
-    """Opens whatever holds samples. Nothing is unpickled, and values are not checked.
+    """Opens anything that holds samples. Nothing is unpickled, and values are not checked.
 
     Args:
         source: one of
@@ -33,23 +33,23 @@ def open_source(
               is copied into memory, and a map of mode "c" counts as an array, because it may
               differ from its file;
             - the path of a ``.npy``, ``.npz`` or ``.safetensors`` file, whose rows are read in
-              place. A file is loaded where it is compressed, in Fortran order, in another byte
-              order or of a width that is not in ``DTYPES``. Of several arrays the one is read that
-              :func:`pfgm.data.load_array` reads;
+              place. An array is loaded if it is compressed, in Fortran order, in another byte order
+              or of a width that is not in ``DTYPES``. Of several arrays in a file,
+              :func:`pfgm.data.load_array` tells which one is read;
             - the path of a folder, whose PNG, JPEG, BMP and WebP images are decoded;
             - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
               :func:`pfgm.data.torch_datasets.load_dataset`;
-            - a source, which is returned.
+            - a source, which is returned as it is.
         progress: show a progress bar while images or a dataset are loaded.
 
     Returns:
-        The rows. float64 becomes float32 where a file or a dataset is loaded.
+        The rows. float64 becomes float32 if a file or a dataset is loaded.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: images need Pillow, and it is not installed.
-        TypeError: the numbers are neither floating nor uint8, or source is of another type.
-        ValueError: the suffix is another one; the file is empty, truncated or damaged; there are
+        TypeError: the numbers are neither floating nor uint8, or source has another type.
+        ValueError: the suffix is not allowed; the file is empty, truncated or damaged; there are
             fewer than two dimensions or no numbers; images or items differ in shape or dtype.
 
     >>> import tempfile, torch

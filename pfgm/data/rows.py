@@ -1,7 +1,7 @@
 """Rows of samples, in memory or in a file that is read piece by piece.
 
-Rows in a file are read, not mapped, so a file may be larger than the memory. The interpreter lock
-is released meanwhile, so one thread can read ahead while another takes rows.
+Rows in a file are read, not mapped, so a file may be larger than the memory. Reading releases the
+interpreter lock, so one thread can read ahead while another computes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..common.files import StrPath
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_MAX_READ_BYTES = 1 << 30  # in one system call; some systems refuse 2³¹ and more
+_MAX_READ_BYTES = 1 << 30  # in one system call; some systems refuse 2³¹ bytes or more
 
 
 class Source(ABC):
@@ -49,7 +49,7 @@ class Source(ABC):
         return None
 
     def version(self) -> object:
-        """A value that differs after a change in place; None where changes are not noticed."""
+        """A value that changes when the rows change in place; None if changes go unnoticed."""
         return None
 
     @abstractmethod
@@ -58,20 +58,20 @@ class Source(ABC):
 
         Args:
             start, stop: 0 ≤ start ≤ stop ≤ n.
-            out: memory for rows that are read from a file, contiguous (at least stop - start, *S)
-                on the CPU, of the dtype of the source. Its first rows are filled and returned.
-                Rows in memory leave it as it is, and a view of them is returned.
+            out: memory for rows from a file: contiguous, of shape (at least stop - start, *S), on
+                the CPU, in the dtype of the source. Its first rows are filled and returned. A
+                source in memory ignores out and returns a view of its rows.
 
         Raises:
             IndexError: start or stop is out of range.
             TypeError: start or stop is not an integer, or out has another dtype.
             ValueError: out has another shape, is not contiguous or not on the CPU.
-            OSError: the file cannot be read, or has become shorter since it was opened.
+            OSError: the file cannot be read, or it has become shorter since it was opened.
         """
 
     @abstractmethod
     def take(self, rows: Tensor) -> Tensor:
-        """The rows of these numbers in this order, as a new tensor (k, *S).
+        """The rows with these numbers, in this order, as a new tensor (k, *S).
 
         Args:
             rows: (k,) int64, each 0 to n - 1; duplicates are allowed. The numbers are checked on
@@ -109,7 +109,7 @@ class InMemory(Source):
         return self._tensor
 
     def version(self) -> object:
-        """The tensor's version; None for a tensor of torch.inference_mode, which has none."""
+        """The tensor's version counter; None for an inference tensor, which has no counter."""
         return None if self._tensor.is_inference() else self._tensor._version
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -122,9 +122,9 @@ class InMemory(Source):
 
 
 class OnDisk(Source):
-    """Rows that lie one after the other in a file and are read when they are needed.
+    """Rows that are stored one after the other in a file and are read when they are needed.
 
-    Several threads may read at once. A pickled object holds the path and opens the file again.
+    Several threads may read at once. A pickle holds the path, and unpickling opens the file again.
 
     Args:
         path: the file, which stays open as long as this object lives.
@@ -151,7 +151,7 @@ class OnDisk(Source):
         self._count = count
         self._row_bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(self.path, os.O_RDONLY)
-        # A background thread may still read at exit. The system closes the file then.
+        # At exit a background thread may still read, so the file is left to the system to close.
         weakref.finalize(self, os.close, self._descriptor).atexit = False
         end, size = offset + count * self._row_bytes, os.fstat(self._descriptor).st_size
         if size < end:
@@ -196,7 +196,7 @@ class OnDisk(Source):
         return torch.empty(count, *self.shape, dtype=self.dtype)
 
     def _fill(self, memory: memoryview, row: int) -> None:
-        """Fills the memory with the bytes of the file from the beginning of the row on."""
+        """Fills the memory with bytes of the file, from the beginning of the row on."""
         position = self.offset + row * self._row_bytes
         while len(memory):
             try:
@@ -206,7 +206,7 @@ class OnDisk(Source):
             if count == 0:
                 raise OSError(
                     f"{self.path} ends at byte {os.fstat(self._descriptor).st_size} and has "
-                    "become shorter since it was opened; allowed are files that stay as they are."
+                    "become shorter since it was opened; allowed are files that do not change."
                 )
             memory = memory[count:]
             position += count
@@ -227,7 +227,7 @@ class OnDisk(Source):
 
 
 def _runs(numbers: Tensor) -> Iterator[tuple[int, int, int]]:
-    """The runs of consecutive numbers among ascending ones: first number, begin and end index."""
+    """Splits ascending numbers into consecutive runs. Yields first number, begin and end index."""
     if len(numbers):
         breaks = (numbers.diff() != 1).nonzero().flatten() + 1
         edges = torch.cat([breaks.new_zeros(1), breaks, breaks.new_tensor([len(numbers)])])
@@ -237,7 +237,7 @@ def _runs(numbers: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _bytes_of(rows: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU. It is viewed as bytes, for bfloat16's sake."""
+    """The memory of a contiguous tensor on the CPU, as bytes because NumPy has no bfloat16."""
     return rows.reshape(-1).view(torch.uint8).numpy().data
 
 

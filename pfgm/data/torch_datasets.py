@@ -22,15 +22,16 @@ _KEPT_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Fetches every item of a map-style dataset once.
+    """Loads every item of a map-style dataset once.
 
-    An item is a sample, a sequence whose first value is the sample, or a mapping that has the
-    sample at image, images, x or data, or else as its first value. A sample is a tensor, an array
-    or a Pillow image, which becomes uint8 (C, H, W). The second value of a sequence, or the value
-    at label or labels of a mapping, is the label if it is an integer.
+    An item is a sample, a sequence or a mapping. The sample of a sequence is its first value. The
+    sample of a mapping is the value of the key image, images, x or data, or else the first value. A
+    sample is a tensor, an array or a Pillow image, which becomes uint8 (C, H, W). The label is the
+    second value of a sequence, or the value of the key label or labels in a mapping, if it is an
+    integer.
 
     Returns:
-        The samples (n, *S), float64 as float32; and the labels (n,) int64, None if there are none.
+        The samples (n, *S), where float64 becomes float32; and the labels (n,) int64, or None.
 
     Raises:
         TypeError: a sample is of another type or dtype.
@@ -78,7 +79,7 @@ def _length(dataset: Any) -> int:
 
 
 def _split(item: Any) -> tuple[Any, int | None]:
-    """The sample of an item and its label, None if it has none."""
+    """The sample of an item, and its label or None."""
     if isinstance(item, Mapping) and item:
         key = next((key for key in _SAMPLE_KEYS if key in item), next(iter(item)))
         label = next((item[key] for key in _LABEL_KEYS if key in item), None)
@@ -101,7 +102,7 @@ def _name(index: int) -> str:
 
 
 def _is_image(value: Any) -> bool:
-    module = sys.modules.get("PIL.Image")  # if Pillow is not imported, there are no images of it
+    module = sys.modules.get("PIL.Image")  # without Pillow imported there are no Pillow images
     return module is not None and isinstance(value, module.Image)
 
 
@@ -115,7 +116,7 @@ def _row(value: Any, index: int, channels: int) -> Tensor:
     name = _name(index)
     if _is_image(value):
         check_depth(has_16_bits(value), name)
-        # A grey image can take the channels of coloured ones, but colours are never dropped.
+        # A grey image gets the channels of coloured ones. Colours are never dropped.
         return pixels(value, max(channels, channel_count(value.mode, name)))
     if isinstance(value, np.ndarray):
         value = from_numpy(value, name)

@@ -437,8 +437,8 @@ class PoissonFlow(Flow):
     def _center(self, x: Tensor) -> Tensor:
         """The center in the dtype and on the device of x; the copy is kept."""
         key = (x.dtype, x.device)
-        if transforms.functional() or torch.is_inference_mode_enabled():
-            return self.center.to(x.device, x.dtype)  # not kept, as it cannot be used outside
+        if transforms.in_torch_func() or torch.is_inference_mode_enabled():
+            return self.center.to(x.device, x.dtype)  # not usable outside, so it is not kept
         if key not in self._centers:
             self._centers[key] = self.center.to(x.device, x.dtype)
         return self._centers[key]

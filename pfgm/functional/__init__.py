@@ -1,4 +1,4 @@
-"""The operations as functions: posterior mean, field, log density and the steps of the ODE."""
+"""The operations as public functions: posterior mean, field, log density and steps of the ODE."""
 
 from .field import field_fn, log_density, posterior_mean
 from .ode_step import (

@@ -1,4 +1,4 @@
-"""The posterior mean, the field and the log density: arguments are checked and flattened here."""
+"""The functions posterior_mean, field_fn and log_density, which check and flatten arguments."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.problems import PosteriorMean
-from ..common.checks import LARGEST, is_number, varies
+from ..common.checks import LARGEST, is_number, is_symbolic
 from ..references import References, ReferenceSet
-from ..references import posterior_mean as over_parts
+from ..references import posterior_mean as over_set
 from .levels import per_query
 
 __all__ = ["field_fn", "log_density", "posterior_mean"]
@@ -42,7 +42,7 @@ def _check_tensors(x: Tensor, references: References) -> None:
 
 
 def _streams(references: References) -> bool:
-    """Whether references are copied to the device of the points, chunk by chunk."""
+    """Whether references are copied to the device of the points chunk by chunk."""
     return isinstance(references, ReferenceSet) and references.device.type == "cpu"
 
 
@@ -62,7 +62,7 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     """Augmented radius r = sigma · √D of each point; sigma itself at D = ∞."""
     if (r is None) == (sigma is None):
         given = "neither" if r is None else "both"
-        raise ValueError(f"{given} of r and sigma are given; allowed is exactly one of them.")
+        raise ValueError(f"{given} of r and sigma are given; allowed is exactly one.")
     if r is not None:
         return per_query("r", r, x)
     assert sigma is not None
@@ -71,7 +71,7 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
 
 
 def _flatten(samples: Tensor) -> Tensor:
-    """(B, *S) as (B, N)."""
+    """Samples (B, *S) as (B, N)."""
     return samples.reshape(samples.shape[0], math.prod(samples.shape[1:]))
 
 
@@ -83,12 +83,12 @@ def _flat_mean(
     backend: str | None,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Points (B, N), float32 at least, with their mean (B, N) and log-sum-exp (B,)."""
+    """Points (B, N) in float32 or float64, with their mean (B, N) and log-sum-exp (B,)."""
     flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
     if isinstance(references, ReferenceSet):
-        mean, lse = over_parts.compute(flat, radius, references.part, D, backend, precision)
+        mean, lse = over_set.compute(flat, radius, references.part, D, backend, precision)
         return flat, mean, lse
     problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
     return flat, *ops.posterior_mean.compute(problem, backend)
@@ -143,28 +143,29 @@ def posterior_mean(
 
     (PFGM++, arXiv 2302.04265, section 3; Stable Target Field, arXiv 2302.00670, equation 7).
 
-    Memory is bounded: no (B, M, N) tensor is built. On the CPU the workspace is at most 64 MiB, or
-    a few rows of x where N is in the millions, and is kept for the next call. References whose
-    total weight is below the rounding of the result are left out there.
+    Memory is bounded: no (B, M, N) tensor is built. On the CPU the workspace is kept for the next
+    call. It is at most 64 MiB, or a few rows of x if N is in the millions. The CPU kernels leave
+    out references whose total weight is below the rounding of the result.
 
-    Differentiable once in x, r or sigma, and references, in backward and forward mode and under the
-    transforms of torch.func. On a reference at r = 0, and at sigma = 0 with D = ∞, the result is
-    the limit: the average of the nearest references.
+    The function is differentiable once in x, r or sigma, and references, in backward and forward
+    mode and under the transforms of torch.func. On a reference at r = 0, and at sigma = 0 with
+    D = ∞, the result is the limit: the average of the nearest references.
 
     Args:
-        x: (B, *S) points, float32 or float64; half precision is computed, and returned, in float32.
-        references: (M, *S), M ≥ 1: float32, float64, bfloat16, float16, or uint8 meaning
-            u/127.5 − 1. Or a :class:`pfgm.ReferenceSet`, which has no gradient and may be in a
-            file, in CPU memory with points on a GPU, or in several processes.
+        x: (B, *S) points, float32 or float64. Points in half precision are computed in float32, and
+            so is the result.
+        references: (M, *S), M ≥ 1, in float32, float64, bfloat16, float16, or uint8, where a byte u
+            means u/127.5 − 1. Or a :class:`pfgm.ReferenceSet`, which has no gradient and may be in
+            a file, in CPU memory with points on a GPU, or in several processes.
         r: length of the augmented vector (z where D = 1), at least 0, in the units of x: a number,
             (B,), or (B, 1, …, 1).
-        sigma: noise level, in place of r: r = sigma · √D.
+        sigma: noise level, given instead of r: r = sigma · √D.
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
         backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
-        precision: of matrix products on a GPU. "high" has the accuracy of float32. "medium" uses
-            one product in TF32, whose 10 bits show in the weights of references at almost equal
-            distances. On the CPU both are the same.
+        precision: precision of matrix products on a GPU. "high" has the accuracy of float32.
+            "medium" uses one product in TF32 (10 bits), which changes the weights of references at
+            almost equal distances. On the CPU both are the same.
 
     Returns:
         mean (B, *S), and with ``return_logsumexp`` also lse (B,) in float64.
@@ -174,7 +175,7 @@ def posterior_mean(
             are given; D ≤ 0; D = ∞ with r; on the CPU also a value that is not finite or a
             negative r.
         TypeError: a dtype is not allowed.
-        RuntimeError: the backend asked for cannot run; a derivative is differentiated again; the
+        RuntimeError: the requested backend cannot run; a derivative is differentiated again; the
             rows of a ReferenceSet were changed in place between the forward and backward passes.
 
     >>> import torch
@@ -204,22 +205,22 @@ def field_fn(
         E = (x − mean, z),   v = −√N · E / (‖E‖ + gamma)
 
     where mean is :func:`posterior_mean` at r = z, D = 1 (PFGM, arXiv 2209.11178, equations 5 and 6
-    and Algorithm 1). v points toward the data, so field_z ≤ 0; v = 0 where E = 0. Differentiable
-    once in x, z and references.
+    and Algorithm 1). v points toward the data, so field_z ≤ 0. v = 0 where E = 0. The function is
+    differentiable once in x, z and references.
 
     Args:
-        x: (B, *S) perturbed points, float32 or float64 (half precision: computed in float32).
+        x: (B, *S) perturbed points, float32 or float64; half precision is computed in float32.
         z: augmented coordinate, at least 0, in the units of x: a number, (B,), or (B, 1, …, 1).
-        references: (M, *S), M ≥ 1, as :func:`posterior_mean`. In training, a large batch of data
-            that contains the clean versions of x.
+        references: (M, *S), M ≥ 1, as for :func:`posterior_mean`. In training, a large batch of
+            data that contains the clean versions of x.
         gamma: softening of the normalisation, at least 0.
-        backend, precision: as :func:`posterior_mean`.
+        backend, precision: as for :func:`posterior_mean`.
 
     Returns:
-        field_x (B, *S) and field_z (B,), in the dtype of x (float32 at least).
+        field_x (B, *S) and field_z (B,), in the dtype of x, or float32 if x has half precision.
 
     Raises:
-        ValueError, TypeError: as :func:`posterior_mean`; or gamma is negative or not finite.
+        ValueError, TypeError: as for :func:`posterior_mean`; or gamma is negative or not finite.
 
     >>> import torch
     >>> field_x, field_z = field_fn(torch.tensor([[3.0, 3.0]]), 4.0, torch.zeros(1, 2))
@@ -245,7 +246,7 @@ def log_density(
     backend: str | None = None,
     precision: str = "high",
 ) -> Tensor:
-    """Log-density of the references with noise of level r: the exact marginal of the flow.
+    """Log-density of the references with noise of level r, the exact marginal of the flow.
 
         log p_r(x) = lse − log M + D log r + lgamma((N+D)/2) − (N/2) log π − lgamma(D/2)
         log p_σ(x) = lse − log M − (N/2) log(2π sigma²)                              D = ∞
@@ -286,15 +287,15 @@ def log_density(
 
 
 def _log_count(M: int, like: Tensor) -> float | Tensor:
-    if varies(M):
+    if is_symbolic(M):
         return (torch.ones((), dtype=like.dtype, device=like.device) * M).log()
     return math.log(M)
 
 
 def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
-    """lgamma((N + D)/2) − lgamma(D/2), also where the two are large and would cancel."""
+    """lgamma((N + D)/2) − lgamma(D/2), accurate also for a large D, where the two would cancel."""
     a, half = D / 2, N / 2
-    if varies(D):
+    if is_symbolic(D):
         wide = torch.ones((), dtype=like.dtype, device=like.device) * a
         return torch.where(
             wide < 5e5, torch.lgamma(wide + half) - torch.lgamma(wide), _stirling_ratio(wide, half)
@@ -306,7 +307,7 @@ def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
 
 def _stirling_ratio(a: Tensor, half: float) -> Tensor:
     """lgamma(a + half) − lgamma(a) for a large a."""
-    # Stirling's series with its first correction. The next term is below 1/(360 a³).
+    # Stirling's series with its first correction; the next term is below 1/(360 a³).
     shifted = a + half
     correction = (1 / shifted - 1 / a) / 12
     return half * shifted.log() + (a - 0.5) * torch.log1p(half / a) - half + correction

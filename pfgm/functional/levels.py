@@ -1,4 +1,4 @@
-"""Levels (z, r or sigma) as arguments: a number for all points, or one for each."""
+"""Checks of levels (z, r or sigma): a number for all points, or one number for each point."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, checks_values, is_number, varies
+from ..common.checks import LARGEST, checks_values, is_number, is_symbolic
 from ..common.tensors import wide_dtype
 from ..common.transforms import batched
 
@@ -25,7 +25,7 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
                 f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
                 f"({count},)."
             )
-        if varies(value):
+        if is_symbolic(value):
             return torch.ones(count, dtype=dtype, device=x.device) * value
         return torch.full((count,), float(value), dtype=dtype, device=x.device)
     if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
@@ -33,43 +33,49 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
     if value.shape != (count,) and value.ndim != 0:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; allowed is a number or a tensor of shape "
-            f"({count},), or of that with a 1 for each dimension of a sample."
+            f"({count},), or ({count}, 1, …, 1) with a 1 for each dimension of a sample."
         )
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers.")
     if value.ndim != 0 and value.device != x.device:
-        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
+        raise ValueError(
+            f"{name} is on {value.device} and x on {x.device}; both must be on one device."
+        )
     return value.to(device=x.device, dtype=dtype).expand(count)
 
 
-def step_levels(x: Tensor, letter: str, *values: Level, zero: bool = False) -> Sequence[Any]:
-    """The levels of a step, checked: all floats, or all (B,) in float64.
+def step_levels(
+    x: Tensor, symbol: str, *values: Level, next_may_be_zero: bool = False
+) -> Sequence[Any]:
+    """Checks the levels of a step. Returns all as floats, or all as (B,) in float64.
 
     Args:
         x: (B, *S), the points.
-        letter: name of the level of x, "z" or "sigma".
-        values: level of x, of the next points and, for a multistep step, of the previous points.
-        zero: whether the second may be 0.
+        symbol: name of the level of x in errors, "z" or "sigma".
+        values: levels of x, of the next points and, for a multistep step, of the previous points.
+        next_may_be_zero: whether the level of the next points may be 0.
 
     Raises:
-        ValueError: a level is not allowed, or the third equals the first.
+        ValueError: a level is not allowed, or the level of the previous points equals that of x.
     """
     if all(type(value) is float and 0 < value <= LARGEST for value in values):
         levels: Sequence[Any] = values
     else:
-        levels = _converted(x, letter, values, zero)
-    if any(not isinstance(level, Tensor) and varies(level) for level in levels):
+        levels = _converted(x, symbol, values, next_may_be_zero)
+    if any(not isinstance(level, Tensor) and is_symbolic(level) for level in levels):
         levels = [per_query("level", level, x) for level in levels]
     if len(levels) == 3 and not torch.compiler.is_compiling():
         same = levels[2] == levels[0]
         if _holds_anywhere(same):
-            raise ValueError(f"{letter}_previous equals {letter}; both must differ.")
+            raise ValueError(f"{symbol}_previous equals {symbol}; they must differ.")
     return levels
 
 
-def _converted(x: Tensor, letter: str, values: Sequence[Level], zero: bool) -> list[Any]:
-    names = (letter, f"{letter}_next", f"{letter}_previous")[: len(values)]
-    may_be_zero = (False, zero, False)[: len(values)]
+def _converted(
+    x: Tensor, symbol: str, values: Sequence[Level], next_may_be_zero: bool
+) -> list[Any]:
+    names = (symbol, f"{symbol}_next", f"{symbol}_previous")[: len(values)]
+    may_be_zero = (False, next_may_be_zero, False)[: len(values)]
     if not any(isinstance(value, Tensor) for value in values):
         for name, value, zero in zip(names, values, may_be_zero, strict=True):
             _check_number(name, value, zero)
@@ -87,7 +93,7 @@ def _converted(x: Tensor, letter: str, values: Sequence[Level], zero: bool) -> l
 
 
 def _holds_anywhere(condition: Tensor | bool) -> bool:
-    """Whether a condition holds in any row; False where it differs between samples of a vmap."""
+    """Whether a condition holds in any row. Under vmap it cannot be read and counts as False."""
     if isinstance(condition, Tensor):
         return not batched(condition) and bool(condition.any())
     return condition

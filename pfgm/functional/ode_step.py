@@ -1,22 +1,22 @@
-"""Steps of the flow's ODE, from a network's output to the next points in one pass.
+"""Steps of the flow's ODE: from a network's output to the next points in one pass.
 
 The ODE is dx/dz = (x − mean)/z for every number of augmented dimensions, with z = sigma at D = ∞
 (PFGM++, arXiv 2302.04265, section 3.3). A network that predicts PFGM's field (v_x, v_z) gives
 
     mean = x − z v_x/v_z
 
-For z < z_exp the network's error is large beside v_z, and v_z is replaced by the value that v_x
-implies (PFGM, arXiv 2209.11178, appendix B.2.3). With n = ‖v_x‖/√N,
+For z < z_exp the network's error is large compared with v_z. There v_z is replaced by the value
+that v_x implies (PFGM, arXiv 2209.11178, appendix B.2.3). With n = ‖v_x‖/√N,
 
     e_x = n (γ + √(n²γ² + (1 − n²) z²)) / (1 − n²)     substitution "exact"
     e_x = γ n / (1 − n)                                substitution "published"
     v_z = −√N z / (√(e_x² + z²) + γ)
 
-"exact" inverts the normalisation of the field. n is kept below 1 and v_z below 0, so that a step is
-finite and follows the field whatever the network predicts. The points are read once and written
-once; only the norm of v_x needs a second pass.
+"exact" inverts the normalisation of the field. n is kept below 1 and v_z below 0, so that every
+step is finite and follows the field, whatever the network predicts. The points are read once and
+written once; only the norm of v_x needs a second pass.
 
-A network that predicts the mean (a denoiser) has the functions ``…_from_mean``.
+The functions ``…_from_mean`` are for a network that predicts the mean (a denoiser).
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def euler_step(
 
         x_next = mean + (z_next/z)(x − mean) = x + (z_next − z) dx/dz
 
-    with the mean that the field implies (:mod:`pfgm.functional.ode_step`). This is the published
-    "forward Euler" on a grid uniform in log z (PFGM, arXiv 2209.11178, section 3.3). z_next = 0
+    with the mean that the field implies (:mod:`pfgm.functional.ode_step`). On a grid uniform in
+    log z this is the published "forward Euler" (PFGM, arXiv 2209.11178, section 3.3). z_next = 0
     gives the mean.
 
-    Without ``out`` the step is differentiable in x, field_x, field_z and levels that are tensors,
-    any number of times. On every backend its gradient is that of the formula in plain torch. NaN in
-    the field becomes NaN in x_next.
+    Without ``out`` the step is differentiable any number of times, in x, field_x, field_z and
+    levels that are tensors. On every backend its gradient is that of the formula in plain torch.
+    NaN in the field becomes NaN in x_next.
 
     Args:
         x: (B, *S) points, float32 or float64; half precision is computed in float32 and returned
@@ -112,8 +112,8 @@ def euler_step(
         z_exp: below this z, field_z is replaced by the value that field_x implies.
         substitution: formula of the replacement, "exact" or "published".
         return_mean: return the mean too.
-        out: (B, *S) in the dtype of x; the result is written to it. It may be an input.
-        mean_out: as out, for the mean. It must not overlap out.
+        out: (B, *S) in the dtype of x, to which the result is written. It may be an input.
+        mean_out: as out, but for the mean. It must not overlap out.
         backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
 
     Returns:
@@ -124,7 +124,7 @@ def euler_step(
             (levels in tensors are checked on the CPU and outside torch.compile); mean_out overlaps
             out, or is given without return_mean.
         TypeError: an argument has a wrong type or dtype.
-        RuntimeError: out is given and an input requires grad; the backend asked for cannot run.
+        RuntimeError: out is given and an input requires grad; the requested backend cannot run.
 
     >>> import torch
     >>> x = torch.tensor([[3.0, 3.0]])
@@ -160,7 +160,7 @@ def heun_step(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The second half of a Heun step: from x again, with the average of the slopes at both ends.
+    """The second half of a Heun step: from x, with the average of the slopes at both ends.
 
         x_next = x + (z_next − z)/2 · ((x − mean)/z + (predicted − mean_next)/z_next)
 
@@ -212,7 +212,7 @@ def multistep_step(
 ) -> tuple[Tensor, Tensor]:
     """A second-order step with one evaluation of the network.
 
-    The mean is extrapolated linearly in log z, from the step before:
+    The mean is extrapolated linearly in log z from the mean of the previous step:
 
         d = mean + w (mean − previous_mean),   w = log(z/z_next) / (2 log(z_previous/z))
         x_next = d + (z_next/z)(x − d)
@@ -226,10 +226,10 @@ def multistep_step(
         field_z: (B,), the field at (x, z).
         z: level of x, above 0: a number or (B,).
         z_next: level of the result, above 0: a number or (B,).
-        previous_mean: (B, *S), the mean of the step before.
-        z_previous: level of that step, not equal to z: a number or (B,).
+        previous_mean: (B, *S), the mean of the previous step.
+        z_previous: level at the start of the previous step, not equal to z: a number or (B,).
         gamma, z_exp, substitution, out, mean_out, backend: as :func:`euler_step`. mean_out may be
-            previous_mean; then a whole run needs the memory of two tensors.
+            previous_mean; a whole run then needs the memory of two tensors.
 
     Returns:
         x_next (B, *S) and the mean (B, *S) for the next step, in the dtype of x.
@@ -272,8 +272,8 @@ def euler_step_from_mean(
 ) -> Tensor:
     """:func:`euler_step` from a denoiser's mean (B, *S): mean + (sigma_next/sigma)(x − mean).
 
-    sigma_next = 0 gives the mean itself. Only the ratio of the levels matters, so that r can be
-    given in place of sigma.
+    sigma_next = 0 gives the mean itself. Only the ratio of the levels matters, so r can be given
+    instead of sigma.
 
     >>> import torch
     >>> euler_step_from_mean(torch.tensor([[4.0]]), torch.tensor([[2.0]]), 1.0, 0.5)
@@ -314,7 +314,7 @@ def multistep_step_from_mean(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`multistep_step` from a denoiser's mean (B, *S) and the mean of the step before.
+    """:func:`multistep_step` from a denoiser's mean (B, *S) and the mean of the previous step.
 
     >>> import torch
     >>> x, mean, before = torch.tensor([[4.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0]])

@@ -1,7 +1,8 @@
-"""One step of the flow's ODE from a field or from the mean, as the solvers take it.
+"""One step of the flow's ODE, for the solvers and for the public functions.
 
-All steps are next = x + toward (mean − x) + blend (history − x). They return the next points, and
-the mean where it is asked for. :mod:`pfgm.functional.ode_step` has the formulas.
+The argument slope is either a field or the mean itself. Every step has the form
+next = x + toward (mean − x) + blend (history − x). It returns the next points, and the mean if it
+is wanted. :mod:`pfgm.functional.ode_step` has the formulas.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SUBSTITUTIONS = ("exact", "published")
 
 
 class Field(NamedTuple):
-    """A predicted field, and how the posterior mean follows from it."""
+    """A predicted field, with the settings that turn it into the posterior mean."""
 
     x: Tensor
     """(B, *S), v_x."""
@@ -53,16 +54,16 @@ def euler(
     mean_out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Along the line from x at z to the mean at 0."""
-    z, z_next = step_levels(x, _letter(slope), z, z_next, zero=True)
+    """An Euler step: along the straight line from x at level z to the mean at level 0."""
+    z, z_next = step_levels(x, _level_symbol(slope), z, z_next, next_may_be_zero=True)
     levels = (z, (z - z_next) / z, 0.0)
     return _take(x, slope, None, levels, return_mean, out, mean_out, backend)
 
 
 def mean_of(x: Tensor, slope: Field | Tensor, z: Level) -> Tensor:
-    """The posterior mean (B, *S) that the slope at points x implies, in memory of its own.
+    """The posterior mean (B, *S) that the slope at points x implies, in new memory.
 
-    A network may return x itself, or the same memory at each call, as in a CUDA graph.
+    A network may return x itself, or the same memory at each call, as CUDA graphs do.
     """
     return euler(x, slope, z, 0.0)[0] if isinstance(slope, Field) else slope.clone()
 
@@ -77,12 +78,12 @@ def heun(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """From x again with the average of the slopes at both ends; the slope is that at predicted.
+    """The second half of a Heun step: from x, with the average of the slopes at both ends.
 
-    The slope at the start is (predicted − x)/(z_next − z), so that
+    The argument slope is that at predicted. The slope at x is (predicted − x)/(z_next − z), so
     next = ½ (x + predicted) + ½ (z/z_next − 1)(mean − predicted).
     """
-    z, z_next = step_levels(x, _letter(slope), z, z_next)
+    z, z_next = step_levels(x, _level_symbol(slope), z, z_next)
     levels = (z_next, (z - z_next) / (2 * z_next), 0.5)
     _check_tensor("x", x, predicted, predicted.shape)
     result, _ = _take(predicted, slope, x, levels, False, out, None, backend)
@@ -102,11 +103,11 @@ def multistep(
     mean_out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """An Euler step toward mean + w (mean − previous_mean), the mean at the middle of the step.
+    """An Euler step toward mean + w (mean − previous_mean), an estimate of the mean at midstep.
 
     w = log(z/z_next) / (2 log(z_previous/z)) extrapolates linearly in log z.
     """
-    z, z_next, z_previous = step_levels(x, _letter(slope), z, z_next, z_previous)
+    z, z_next, z_previous = step_levels(x, _level_symbol(slope), z, z_next, z_previous)
     w = _log(z / z_next) / (2 * _log(z_previous / z))
     length = (z - z_next) / z
     levels = (z, length * (1 + w), -length * w)
@@ -118,7 +119,7 @@ def _log(value: Any) -> Any:
     return value.log() if isinstance(value, Tensor) else math.log(value)
 
 
-def _letter(slope: Field | Tensor) -> str:
+def _level_symbol(slope: Field | Tensor) -> str:
     return "z" if isinstance(slope, Field) else "sigma"
 
 
@@ -129,11 +130,13 @@ def _check_tensor(name: str, value: Tensor, x: Tensor, shape: torch.Size) -> Non
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor.")
     if value.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; needed is {tuple(shape)}.")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed is {tuple(shape)}.")
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}; allowed is floating point.")
     if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
+        raise ValueError(
+            f"{name} is on {value.device} and x on {x.device}; both must be on one device."
+        )
 
 
 def _check(x: Tensor, slope: Field | Tensor) -> None:
@@ -159,7 +162,7 @@ def _check(x: Tensor, slope: Field | Tensor) -> None:
         )
 
 
-# ---- on flat rows ----------------------------------------------------------------------------
+# ---- steps on flat rows ----------------------------------------------------------------------
 
 
 def _take(
@@ -174,7 +177,7 @@ def _take(
 ) -> tuple[Tensor, Tensor | None]:
     _check(x, slope)
     if mean_out is not None and not return_mean:
-        raise ValueError("mean_out is given without return_mean=True.")
+        raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
     step = _flat_step(x, slope, history, levels)
     with_mean = return_mean and isinstance(slope, Field)
     if out is None and mean_out is None:
@@ -212,7 +215,7 @@ def _take_into(
     with_mean: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The step written to out and mean_out, of which one is made where the other is given."""
+    """Writes the step to out and mean_out. If only one of them is given, the other is created."""
     dtype = step.x.dtype
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -255,11 +258,13 @@ def _flat_output(name: str, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tenso
         raise TypeError(f"{name} is a {type(out).__name__}; allowed is a torch.Tensor.")
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
-            f"{name} has shape {tuple(out.shape)} and dtype {out.dtype}; needed are those of x, "
+            f"{name} has shape {tuple(out.shape)} and dtype {out.dtype}; allowed are those of x, "
             f"{tuple(x.shape)} and {x.dtype}."
         )
     if out.device != x.device:
-        raise ValueError(f"{name} is on {out.device} and x on {x.device}; both must be on one.")
+        raise ValueError(
+            f"{name} is on {out.device} and x on {x.device}; both must be on one device."
+        )
     rows, features = x.shape[0], math.prod(x.shape[1:])
     if _is_flat(out, dtype):
         return out.view(rows, features)

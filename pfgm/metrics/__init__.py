@@ -1,11 +1,12 @@
-"""How near samples come to real data, in the space of the samples or of features of them.
+"""How close samples are to real data, in the space of the samples or of their features.
 
 Everything is computed in float64 on the device of the arguments. Distances are computed from exact
 differences, because dot products lose accuracy near zero, where it matters most.
 
-``features`` of a metric maps (n, *S) to (n, F); None compares the samples themselves. It gets at
-most 64 samples at a time, without gradients. A module, or the module of a bound method, is in
-evaluation mode meanwhile. With features, samples may have any dtype that features takes.
+The argument ``features`` of a metric is a function from (n, *S) to (n, F). None compares the
+samples themselves. The function gets at most 64 samples at a time, without gradients. A module, or
+the module of a bound method, is in evaluation mode during the call. With features, samples may have
+any dtype that the function takes.
 """
 
 from .distances import (

@@ -1,4 +1,4 @@
-"""Distances and neighbours of two sets of samples, or of features of them."""
+"""Distances between two sets of samples, or of their features, and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..common.tensors import evaluating
 
 Features = Callable[[Tensor], Tensor]
 
-_MAX_DISTANCES = 2**22  # held at once: 32 MiB
-_MAX_TERMS = 2**28  # summed in one call, which cannot be interrupted
-_FEATURES_BATCH = 64  # samples that features are given at once
+_MAX_DISTANCES = 2**22  # distances in memory at once: 32 MiB
+_MAX_TERMS = 2**28  # terms summed in one call of torch, which cannot be interrupted
+_FEATURES_BATCH = 64  # samples in one call of features
 
 
 class PrecisionRecall(NamedTuple):
@@ -65,8 +65,8 @@ def frechet_distance(a: Tensor, b: Tensor, *, features: Features | None = None) 
     rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(2, 2))
     shift = rows_a.mean(0) - rows_b.mean(0)
     root_a, root_b = _covariance_root(rows_a), _covariance_root(rows_b)
-    # Σ = RᵀR, so the eigenvalues of (Σ_a Σ_b)^½ are the singular values of R_a R_bᵀ. The usual way,
-    # a matrix square root, takes roots of rounding errors where a covariance is singular.
+    # Σ = RᵀR, so the eigenvalues of (Σ_a Σ_b)^½ are the singular values of R_a R_bᵀ. The usual
+    # matrix square root takes roots of rounding errors if a covariance is singular.
     cross = root_a @ root_b.T
     squares = sum(float(part.square().sum()) for part in (shift, root_a, root_b))
     if not (math.isfinite(squares) and bool(torch.isfinite(cross).all())):
@@ -97,12 +97,12 @@ def kernel_distance(
         a: (n, *S), floating, n ≥ 2.
         b: (m, *S), likewise.
         features: maps (n, *S) to (n, F), which are compared in place of the samples.
-        degree: of the kernel, at least 1.
-        subsets: the number of pairs of random subsets, each drawn without replacement, that are
-            compared; None compares all of a with all of b.
+        degree: degree of the kernel, at least 1.
+        subsets: the number of pairs of random subsets to compare, each drawn without replacement;
+            None compares all of a with all of b.
         subset_size: samples in a subset, at least 2; None means 1000, but at most half of the
             smaller set.
-        generator: draws the subsets.
+        generator: generator that draws the subsets.
 
     Returns:
         Mean and standard deviation (with n − 1) over the subsets. The standard deviation of one
@@ -166,7 +166,7 @@ def precision_recall(
         k: the neighbour that sets the radius, k ≥ 1.
         features: maps (n, *S) to (n, F), which are compared in place of the samples.
         neighbours: (m, at least k), the :func:`neighbour_distances` of the real data or of their
-            features; they save time where several sets are compared with the same data.
+            features, which save time if several sets are compared with the same data.
 
     Raises:
         TypeError: a dtype is not floating.
@@ -203,10 +203,10 @@ def density_coverage(
         density  = 1/(k n) Σ_j #{i: ‖s_j − r_i‖ ≤ R_i}
         coverage = 1/m #{i: min_j ‖s_j − r_i‖ ≤ R_i}
 
-    with R_i the distance of the real r_i to the k-th nearest other real one. Unlike in
-    :func:`precision_recall`, there are balls around the real data only, and a sample counts once
-    for every ball that holds it, so the wide ball of an outlier adds little. Density may exceed 1.
-    The balls are closed, as in :func:`precision_recall`.
+    with R_i the distance of the real sample r_i to the k-th nearest other real sample. Unlike in
+    :func:`precision_recall`, there are balls around the real data only. A sample counts once for
+    every ball that holds it, so the wide ball of an outlier adds little. Density may exceed 1. The
+    balls are closed, as in :func:`precision_recall`.
 
     Args:
         samples: (n, *S), floating, n ≥ 1.
@@ -265,7 +265,7 @@ def neighbour_distances(x: Tensor, k: int = 5, *, features: Features | None = No
 def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) -> Tensor:
     """The Euclidean distance of each sample in a to the nearest sample in b.
 
-    It is near zero where a model has memorised its training data b.
+    If b is the training data, distances near zero mean that the model has memorised them.
 
     Args:
         a: (n, *S), floating.
@@ -312,7 +312,9 @@ def _checked_rows(
             f"{tuple(b.shape[1:])}; they must be the same."
         )
     if a.device != b.device:
-        raise ValueError(f"{name_a} is on {a.device} and {name_b} on {b.device}; allowed is one.")
+        raise ValueError(
+            f"{name_a} is on {a.device} and {name_b} on {b.device}; allowed is one device."
+        )
     for name, x in ((name_a, a), (name_b, b)):
         check_finite(name, x)
     if features is None:

@@ -38,14 +38,14 @@ def inception_metrics(
     Published numbers take 50 000 samples; fewer than 2048 leave the covariance singular. The
     images are converted to bytes, and torch-fidelity resizes them.
 
-    The weights of the network (91 MB) are downloaded at the first call and kept in torch's cache.
+    The weights of the network (91 MB) are downloaded at the first call and stored in torch's cache.
 
     Args:
         samples: (n, C, H, W) with C = 1 (grey) or 3 (RGB), or (n, H, W) grey; uint8, or floating
             values, which are clamped to [-1, 1]; n ≥ 2.
         real: (m, C, H, W) or (m, H, W), likewise. The two sets may differ in image size.
-        splits: of the Inception score, from 1 to n.
-        batch_size: images that the network is given at once.
+        splits: number of splits for the Inception score, from 1 to n.
+        batch_size: images in one call of the network.
         weights: a file of torch-fidelity's weights; None downloads it. The file is unpickled, so
             it can run any code: use only the file that torch-fidelity provides.
 
@@ -53,7 +53,7 @@ def inception_metrics(
         ImportError: torch-fidelity is not installed.
         OSError: the weights can be neither found nor downloaded.
         TypeError: a dtype is neither floating nor uint8.
-        ValueError: a shape is another one; there are too few images; the devices differ; values
+        ValueError: a shape is not allowed; there are too few images; the devices differ; values
             are NaN or infinity; splits or batch_size is out of range.
 
     >>> draw = torch.Generator().manual_seed(0)
@@ -66,10 +66,12 @@ def inception_metrics(
     _check_images("samples", samples)
     _check_images("real", real)
     if splits > len(samples):
-        raise ValueError(f"splits is {splits}; allowed are at most {len(samples)}, the samples.")
+        raise ValueError(
+            f"splits is {splits}; allowed is at most {len(samples)}, the number of samples."
+        )
     if samples.device != real.device:
         raise ValueError(
-            f"samples is on {samples.device} and real on {real.device}; allowed is one."
+            f"samples is on {samples.device} and real on {real.device}; allowed is one device."
         )
     sets = [_as_bytes("samples", samples), _as_bytes("real", real)]
     try:
@@ -94,11 +96,11 @@ def inception_metrics(
                 cache=False,
                 verbose=False,
             )
-    except OSError as error:  # urllib raises it too
+    except OSError as error:  # includes the errors of urllib
         raise OSError(
-            f"the weights of Inception v3 cannot be downloaded ({error}). torch-fidelity has them "
-            "at github.com/toshas/torch-fidelity/releases; without a network, copy the file "
-            "weights-inception-2015-12-05-6726825d.pth here and give its path as weights."
+            f"the weights of Inception v3 cannot be downloaded ({error}). Without a network, copy "
+            "the file weights-inception-2015-12-05-6726825d.pth from "
+            "github.com/toshas/torch-fidelity/releases and give its path as weights."
         ) from error
     return InceptionMetrics(
         float(found[fidelity.KEY_METRIC_FID]),
@@ -108,7 +110,7 @@ def inception_metrics(
 
 
 class _Bytes(Dataset[Tensor]):
-    """Images (3, H, W), uint8, in the form that torch-fidelity needs: one tensor an item."""
+    """A dataset of images (3, H, W) in uint8, the form that torch-fidelity needs."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images

@@ -1,6 +1,7 @@
-"""The operators of torch.library: schema, shapes, gradients and transforms, for all backends.
+"""The operators of torch.library, the same for all backends: schema, shapes, gradients, transforms.
 
-Samples are rows (B, N), and every level is given in float64; :mod:`pfgm.functional` prepares them.
+Samples are rows (B, N), and levels are float64. :mod:`pfgm.functional` brings arguments into this
+form.
 """
 
 from . import normalised_field, ode_step, posterior_mean

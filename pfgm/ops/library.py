@@ -1,4 +1,4 @@
-"""The library of operators "pfgm", and what the operators have in common."""
+"""The operator library "pfgm", and helpers for its operators."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def register(
     gradient: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> None:
-    """Registers an operator whose schema ``library`` has.
+    """Registers the implementations of an operator. Its schema must be defined in ``library``.
 
     Args:
-        name: of the operator.
-        compute: its implementation on every device.
-        fake: gives empty results of the right shapes, for tracing.
-        transformed: its implementation under the transforms of torch.func.
-        gradient: its backward pass; None where autograd does not apply.
-        save: saves what the backward pass needs; None where that is nothing.
+        name: the operator.
+        compute: the implementation on every device.
+        fake: returns empty results of the right shapes, for tracing.
+        transformed: the implementation under the transforms of torch.func; None if there is none.
+        gradient: the backward pass; None for an operator without results.
+        save: saves what the backward pass needs; None saves nothing.
     """
     library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pfgm::{name}", fake, lib=library)
@@ -61,8 +61,10 @@ def check_like(
     """Raises ValueError unless value has this shape and dtype, on the device of x."""
     if value.shape != shape or value.dtype != dtype:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; needed are "
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; allowed are "
             f"{tuple(shape)} and {dtype}."
         )
     if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one.")
+        raise ValueError(
+            f"{name} is on {value.device} and x on {x.device}; both must be on one device."
+        )

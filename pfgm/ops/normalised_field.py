@@ -1,7 +1,7 @@
 """The operator normalised_field: from the posterior mean to PFGM's normalised Poisson field.
 
-x and mean (B, N) share one dtype, z (B,) is float64. The operator has no gradient: ``compute``
-takes the formula where one is wanted.
+x and mean (B, N) share one dtype, z (B,) is float64. The operator has no gradient. Where a
+derivative is needed, ``compute`` evaluates the formula in plain torch instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import choose, formulas, requested
 from ..common import transforms
-from ..common.checks import varies
+from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
 from .library import check_like, library, no_gradient, register
 
@@ -26,12 +26,12 @@ def compute(
 ) -> tuple[Tensor, Tensor]:
     """v_x (B, N) and v_z (B,).
 
-    The formula in plain torch replaces the operator where a derivative is wanted, and where gamma
-    varies between the calls of a compiled graph.
+    The formula in plain torch replaces the operator where a derivative is needed, and where gamma
+    is symbolic in a compiled graph.
     """
     if (
         transforms.forward_mode()
-        or varies(gamma)
+        or is_symbolic(gamma)
         or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, z, mean)))
     ):
         return formulas.normalised_field(x, z, mean, gamma)

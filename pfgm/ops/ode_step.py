@@ -1,8 +1,9 @@
-"""The operators ode_step and ode_step_out: one step of the flow's ODE, the second in place.
+"""The operators ode_step and ode_step_out: one step of the flow's ODE.
 
-x, slope and history (B, N) and field_z (B,) share one dtype. z, toward and blend hold for every
-row, unless row_levels (3, B) in float64 gives those of each. Neither operator has a gradient:
-``compute`` takes the formula where one is wanted.
+ode_step_out writes into given tensors. x, slope and history (B, N) and field_z (B,) share one
+dtype. z, toward and blend are numbers for all rows. If they differ between rows, row_levels (3, B)
+in float64 holds them. The operators have no gradient. Where a derivative is needed, ``compute``
+evaluates the formula in plain torch instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..backends import choose, formulas, requested
 from ..backends.problems import OdeStep
 from ..common import transforms
-from ..common.checks import varies
+from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
 from .library import check_like, library, no_gradient, register
 
@@ -32,12 +33,12 @@ library.define(f"ode_step_out({_STEP}, str? backend, Tensor(a!) out, Tensor(b!)?
 
 
 def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor | None]:
-    """The next points (B, N) and, with_mean from a field, the mean (B, N).
+    """The next points (B, N), and the mean (B, N) if with_mean is set and the step has a field.
 
-    The formula in plain torch replaces the operator where a derivative is wanted, and where gamma
-    or z_exp vary between the calls of a compiled graph.
+    The formula in plain torch replaces the operator where a derivative is needed, and where gamma
+    or z_exp is symbolic in a compiled graph.
     """
-    if transforms.forward_mode() or varies(step.gamma, step.z_exp) or _wants_gradient(step):
+    if transforms.forward_mode() or is_symbolic(step.gamma, step.z_exp) or _wants_gradient(step):
         _check(step)
         return formulas.ode_step(step, with_mean)
     result, mean = torch.ops.pfgm.ode_step.default(
@@ -51,7 +52,7 @@ def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
 
     out may be any input.
     """
-    if varies(step.gamma, step.z_exp):
+    if is_symbolic(step.gamma, step.z_exp):
         _check(step)
         _check_outputs(step, out, mean_out, fake=True)
         result, mean = formulas.ode_step(step, mean_out is not None)
@@ -69,14 +70,14 @@ def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
 
 def flat_arguments(step: OdeStep) -> tuple[Any, ...]:
     """The eleven arguments of both schemas that describe the step."""
-    x, slope, field_z, history, levels, *law = step
+    x, slope, field_z, history, levels, *constants = step
     if isinstance(levels, Tensor):
-        return (x, slope, field_z, history, 0.0, 0.0, 0.0, levels, *law)
-    return (x, slope, field_z, history, *levels, None, *law)
+        return (x, slope, field_z, history, 0.0, 0.0, 0.0, levels, *constants)
+    return (x, slope, field_z, history, *levels, None, *constants)
 
 
 def _takes_step(function: Callable[Concatenate[OdeStep, P], R]) -> Callable[..., R]:
-    """The implementation of an operator by a function of the step and of the other arguments."""
+    """Turns a function of a step into one of the arguments in the schema, which checks the step."""
 
     def implementation(
         x: Tensor,
@@ -157,7 +158,7 @@ def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tens
         inputs.append(step.field_z[:, None])
     if isinstance(step.levels, Tensor):
         inputs.append(step.levels)
-    # Kernels cannot write to every layout. Where they cannot, the result is copied.
+    # Where the kernels cannot write to the layout of an output, the result is copied to it.
     direct = out if _writable(out, inputs) else None
     direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None
     chosen = choose(backend, step.x.device, step.x.dtype)
@@ -174,33 +175,34 @@ def _fake_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor 
 
 def _refuse_transforms(*_: Any) -> None:
     raise RuntimeError(
-        "out is given under torch.func or forward-mode differentiation, which cannot follow an "
-        "overwritten result; call the step without out."
+        "out is given under torch.func or forward-mode differentiation, which do not support "
+        "writing into out; call the step without out."
     )
 
 
 def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None, fake: bool = False) -> None:
     if _wants_gradient(step) or (torch.is_grad_enabled() and out.requires_grad):
         raise RuntimeError(
-            "out is given, but an input or out requires grad, and an overwritten result has no "
-            "gradient; call the step without out, or use torch.no_grad()."
+            "out is given, but an input or out requires grad, and a step with out has no gradient; "
+            "call the step without out, or use torch.no_grad()."
         )
-    if transforms.forward_mode() or transforms.functional():
+    if transforms.forward_mode() or transforms.in_torch_func():
         _refuse_transforms()
     check_like("out", out, step.x, step.x.shape, step.x.dtype)
     if mean_out is None:
         return
     if step.field_z is None:
-        raise ValueError("mean_out is given, but the mean is an input of this form of the step.")
+        raise ValueError("mean_out is given, but the step already takes the mean as an input.")
     check_like("mean_out", mean_out, step.x, step.x.shape, step.x.dtype)
     if not (fake or out.is_meta) and out.numel() > 0 and _overlap(out, mean_out):
-        raise ValueError("mean_out overlaps out; both must have memory of their own.")
+        raise ValueError("mean_out overlaps out in memory; they must be separate.")
 
 
 def _writable(out: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether kernels can write to out.
 
-    Its features are contiguous, its rows distinct, and each input is the same memory or apart.
+    They can if its features are contiguous, its rows do not overlap each other, and each input
+    has the same memory layout or does not overlap it.
     """
     rows, features = out.shape
     row_stride, feature_stride = out.stride()
@@ -217,7 +219,7 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the ranges of addresses from the first to the last value overlap."""
+    """Whether the address ranges of two tensors overlap."""
     (a_start, a_end), (b_start, b_end) = _addresses(a), _addresses(b)
     return a_start < b_end and b_start < a_end
 
@@ -235,7 +237,7 @@ register(
     fake=_takes_step(_fake),
     transformed=_takes_step(_transformed),
     gradient=no_gradient(
-        "torch.ops.pfgm.ode_step has no gradient; pfgm.euler_step and its like have one."
+        "torch.ops.pfgm.ode_step has no gradient; pfgm.euler_step and the other steps have one."
     ),
 )
 register(

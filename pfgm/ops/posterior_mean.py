@@ -1,11 +1,11 @@
 """The operator posterior_mean and its derivatives.
 
-Beside the mean and the log-sum-exp it returns the squared distance of the nearest reference and the
-total weight relative to it. With them the backward pass finds the weights in one pass.
+It returns the mean, the log-sum-exp, the squared distance of the nearest reference, and the total
+weight relative to that of the nearest. From the last two the backward pass computes the weights in
+one pass.
 
-posterior_mean_varying is the same with D as a tensor. torch.compile specialises a graph to the
-value of a number among the arguments of an operator, and would compile anew for each D; it does not
-look at the value of a tensor.
+posterior_mean_varying is the same operator with D as a tensor. torch.compile specialises a graph to
+the value of a number and would compile again for each D. It does not do so for a tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..backends import choose, formulas, requested
 from ..backends.problems import PosteriorMean, State, Tangents, Upstream
 from ..backends.weights import at_limit
 from ..common import transforms
-from ..common.checks import varies
+from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
 from .library import library, no_gradient, register, save_nothing
 
@@ -47,29 +47,29 @@ for _name, _type_of_D in (("posterior_mean", "float"), ("posterior_mean_varying"
 def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor]:
     """Mean (B, N) and log-sum-exp (B,).
 
-    The backend is settled now, so that the backward pass uses the same one.
+    The backward pass uses the backend that is requested now, not the one requested later.
     """
-    settled = backend or requested()
+    backend = backend or requested()
     compiled = torch.compiler.is_compiling()
-    if compiled and transforms.forward_mode() and not transforms.functional():
+    if compiled and transforms.forward_mode() and not transforms.in_torch_func():
         raise RuntimeError(
             "torch.compile drops the dual numbers of torch.autograd.forward_ad in "
-            "pfgm.posterior_mean (and field_fn, log_density); allowed is torch.func.jvp within "
-            "what is compiled."
+            "pfgm.posterior_mean (and field_fn, log_density); allowed is torch.func.jvp inside "
+            "the compiled function."
         )
-    if varies(problem.D) and not transforms.functional():
+    if is_symbolic(problem.D) and not transforms.in_torch_func():
         D = torch.ones((), dtype=torch.float64) * problem.D
-        found = torch.ops.pfgm.posterior_mean_varying(*problem[:3], D, settled, problem.precision)
+        found = torch.ops.pfgm.posterior_mean_varying(*problem[:3], D, backend, problem.precision)
     elif transforms.forward_mode() and not compiled:
-        found = _transformed(problem, settled)
+        found = _transformed(problem, backend)
     else:
-        found = call(problem, settled)
+        found = call(problem, backend)
     mean, logsumexp, _, _ = found
     return mean, logsumexp
 
 
 def call(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator itself: mean, log-sum-exp, nearest and total."""
+    """Calls the operator. Returns mean, log-sum-exp, nearest and total."""
     found: tuple[Tensor, Tensor, Tensor, Tensor]
     found = torch.ops.pfgm.posterior_mean.default(*_flat(problem, backend))
     return found
@@ -82,9 +82,9 @@ def call_backward(
     needs: Sequence[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator of the backward pass: gradients of x, references and radius.
+    """Calls the operator of the backward pass. Returns the gradients of x, references and radius.
 
-    Those that are not needed are empty.
+    Gradients that are not needed are empty tensors.
     """
     arguments = _flat_backward(problem, state, upstream, needs, backend)
     found: tuple[Tensor, Tensor, Tensor]
@@ -93,9 +93,9 @@ def call_backward(
 
 
 def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
-    """The sketch that the backend makes of references (M, N), for points of the dtype of x.
+    """The backend's sketch of references (M, N), for points of the dtype of x.
 
-    It is valid while the references stay the same. None where the backend makes none.
+    It is valid while the references stay the same. It is None if the backend makes none.
     """
     return choose(backend, x.device, x.dtype, references.dtype).sketch(references, x.dtype)
 
@@ -121,7 +121,7 @@ def _flat_backward(
 
 
 def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callable[..., R]:
-    """The implementation of an operator by a function of the problem and the backend."""
+    """Turns a function of a problem and a backend into one of the arguments in the schema."""
 
     def implementation(
         x: Tensor,
@@ -141,7 +141,7 @@ def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callab
 def _takes_upstream(
     function: Callable[[PosteriorMean, State, Upstream, list[bool], str | None], R],
 ) -> Callable[..., R]:
-    """The same for the operators of the backward pass."""
+    """As :func:`_takes_problem`, for the operators of the backward pass."""
 
     def implementation(
         grad_mean: Tensor,
@@ -168,7 +168,7 @@ def _takes_upstream(
 def _number(D: float | Tensor) -> float:
     if not isinstance(D, Tensor):
         return D
-    # A traced tensor has no value. Any will do, as the shapes do not depend on it.
+    # A fake tensor has no value. Tracing needs shapes only, and they do not depend on D.
     return 1.0 if isinstance(D, FakeTensor) else D.item()
 
 
@@ -183,9 +183,9 @@ def _check(problem: PosteriorMean) -> None:
             "allowed are (B, N) and (M, N)."
         )
     if x.shape[1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; a sample needs at least one value.")
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (B, N) with N ≥ 1.")
     if references.shape[0] == 0:
-        raise ValueError("references is empty; at least one reference is needed.")
+        raise ValueError("references is empty; allowed is at least one reference.")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64.")
     if references.dtype not in _REFERENCE_DTYPES:
@@ -293,7 +293,7 @@ def _gradient(
     return (*wanted, None, None, None, None)
 
 
-# Without it autograd would take the first gradient for a constant, and the second would be wrong.
+# Without this, autograd would treat the gradient as a constant: a wrong second derivative.
 _no_second_derivative = no_gradient(
     "pfgm.posterior_mean (and field_fn, log_density) can be differentiated once; its gradient "
     "has no derivative of its own."
@@ -301,7 +301,7 @@ _no_second_derivative = no_gradient(
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """A derivative, which raises RuntimeError where it is differentiated itself."""
+    """A derivative that raises RuntimeError if it is differentiated again."""
 
     setup_context = staticmethod(save_nothing)
     backward = staticmethod(_no_second_derivative)
@@ -379,7 +379,7 @@ class _Tangent(OnceDifferentiable):
         backend: str | None,
         precision: str,
     ) -> tuple[Tensor, Tensor]:
-        # In float64 where the backend has it: terms of the size of N + D cancel.
+        # In float64 if the backend supports it, because terms of the size of N + D cancel.
         wide = x.to(tangent_dtype(x, references, backend))
         problem = PosteriorMean(wide, references, radius, D, precision)
         tangents = Tangents(tangent_x, tangent_references, tangent_radius)
@@ -401,7 +401,7 @@ class _Tangent(OnceDifferentiable):
 
 
 def tangent_dtype(x: Tensor, references: Tensor, backend: str | None) -> torch.dtype:
-    """float64, or the dtype of x where its backend does not compute in float64."""
+    """float64, or the dtype of x if the backend does not compute in float64."""
     chosen = choose(backend, x.device, x.dtype, references.dtype)
     wide = wide_dtype(x.device)
     return x.dtype if chosen.supports(x.device, wide, references.dtype) else wide
@@ -414,22 +414,22 @@ def tangent_from_gradients(
     tangents: Tangents,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Tangents of mean and log-sum-exp in float64, from one backward pass.
+    """The tangents of mean and log-sum-exp in float64, computed by one backward pass.
 
-    With the upstream gradients G = ẋ and g = (mean − x)·ẋ − r ṙ the backward pass has
+    With the upstream gradients G = ẋ and g = (mean − x)·ẋ − r ṙ the backward pass computes
 
         t_j = (x_j − x)·ẋ − r ṙ,   c_j = −(N + D) p_j t_j / s_j,   grad_x = Σ_j c_j (x − x_j)
 
-    while the tangents are −Σ c_j (x_j − center) = grad_x + (center − x) Σ c_j and −Σ c_j. Σ c_j is
-    the gradient in r, divided by r; at D = ∞ it is −g/σ². At a limit the tangent of the mean is 0
-    and that of the log-sum-exp NaN.
+    The tangent of the mean is −Σ c_j (x_j − center) = grad_x + (center − x) Σ c_j, and that of the
+    log-sum-exp is −Σ c_j. Σ c_j is the gradient in r divided by r; at D = ∞ it is −g/σ². At a limit
+    the tangent of the mean is 0 and that of the log-sum-exp NaN.
 
     Args:
-        problem: over some references.
-        state: its result.
+        problem: the problem over these references, which may be a part of all.
+        state: the result of the problem.
         center: (B, N) in float64, the mean over all references.
-        tangents: of x and radius; at D = ∞ of x alone, and never of references.
-        backend: of the backward pass.
+        tangents: tangents of x and radius; at D = ∞ of x alone. References have none.
+        backend: the backend of the backward pass.
     """
     x, radius, D = problem.x, problem.radius, problem.D
     wide = center.dtype
@@ -442,7 +442,7 @@ def tangent_from_gradients(
     g = torch.where(limit, 0.0, g)
     finite = not math.isinf(D)
     if finite:
-        # A radius that s does not show stands in for r = 0, where r Σ c_j would be 0.
+        # At r = 0 the gradient r Σ c_j would be 0. A radius too small to change s replaces it.
         radius = torch.maximum(radius, 1e-10 * state.nearest.sqrt())
     grad_x, _, grad_radius = call_backward(
         problem._replace(radius=radius), state, Upstream(moved, g), [True, False, finite], backend
@@ -472,12 +472,12 @@ def _transformed_backward(
 
 
 for _name in ("posterior_mean", "posterior_mean_varying"):
-    _number_given = _name == "posterior_mean"
+    _D_is_number = _name == "posterior_mean"
     register(
         _name,
         _takes_problem(_forward),
         fake=_takes_problem(_fake),
-        transformed=_takes_problem(_transformed) if _number_given else None,
+        transformed=_takes_problem(_transformed) if _D_is_number else None,
         gradient=_gradient,
         save=_save,
     )
@@ -485,6 +485,6 @@ for _name in ("posterior_mean", "posterior_mean_varying"):
         f"{_name}_backward",
         _takes_upstream(_backward),
         fake=_takes_upstream(_fake_backward),
-        transformed=_takes_upstream(_transformed_backward) if _number_given else None,
+        transformed=_takes_upstream(_transformed_backward) if _D_is_number else None,
         gradient=_no_second_derivative,
     )

@@ -1,4 +1,4 @@
-"""References: the samples that the field averages over, as a tensor or as a set in parts."""
+"""Reference sets: the samples that the field averages over, in memory, in files or in processes."""
 
 from .reference_set import Measures, References, ReferenceSet, measure
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def draw_numbers(
     chosen: Tensor, count: int, rows: int, generator: torch.Generator | None
 ) -> Tensor:
-    """Numbers (count,) from 0 to rows - 1 without repetition, the chosen ones first."""
+    """Draws numbers (count,) from 0 to rows - 1 without repetition. The chosen ones come first."""
     device = "cpu" if generator is None else generator.device
     if 2 * count > rows:
         order = torch.randperm(rows, generator=generator, device=device).cpu()

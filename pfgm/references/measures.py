@@ -1,4 +1,4 @@
-"""Statistics of all rows of the data."""
+"""Statistics over all rows of a data set."""
 
 from __future__ import annotations
 
@@ -25,38 +25,39 @@ class Measures(NamedTuple):
     std: float
     """Root mean square of the values of x − mean."""
     least: Tensor
-    """(*S), the smallest of each value."""
+    """(*S), the smallest of each value over the rows."""
     most: Tensor
-    """(*S), the largest of each value."""
+    """(*S), the largest of each value over the rows."""
     fills_unit: bool
     """Whether all values are in [−1, 1] and some within 0.01 of both ends, as in images."""
 
     @property
     def reach(self) -> float:
-        """A distance: all rows are at most so far from mean."""
+        """An upper bound of the distance from mean to any row."""
         return float(torch.maximum(self.most - self.mean, self.mean - self.least).norm())
 
     def mirrored(self) -> Measures:
         """The statistics of the rows and their mirror images (last axis reversed) together."""
         mean = (self.mean + self.mean.flip(-1)) / 2
-        apart = float((self.mean - mean).square().mean())
+        shift = float((self.mean - mean).square().mean())
         return self._replace(
             mean=mean,
-            std=math.sqrt(self.std**2 + apart),
+            std=math.sqrt(self.std**2 + shift),
             least=torch.minimum(self.least, self.least.flip(-1)),
             most=torch.maximum(self.most, self.most.flip(-1)),
         )
 
 
 class RowSums:
-    """Sums over rows, from which :class:`Measures` follow.
+    """Sums over rows, from which :class:`Measures` are computed.
 
-    Deviations are from the first row. Deviations from 0 would lose digits in data far from 0.
+    Deviations are relative to the first row. Relative to 0, data far from 0 would lose digits.
     """
 
     def __init__(self, features: int) -> None:
-        # Rows, norms, squares, values outside, near −1 and near 1, squared deviations.
-        self.counts = torch.zeros(7, dtype=torch.float64)
+        # Number of rows; sums of norms and of squares; numbers of values outside [−1, 1], near −1
+        # and near 1; sum of squared deviations.
+        self.sums = torch.zeros(7, dtype=torch.float64)
         self.deviations = torch.zeros(features, dtype=torch.float64)
         self.origin: Tensor | None = None
         self.extremes = torch.full((2, features), math.inf, dtype=torch.float64)  # least, −most
@@ -67,14 +68,14 @@ class RowSums:
             wide = (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).double()
             if self.origin is None:
                 self.origin = wide[0].cpu()
-            apart = wide - self.origin.to(wide.device)
+            deviations = wide - self.origin.to(wide.device)
             squared = wide.square().sum(1)
-            counts = [wide.abs() > 1, wide <= -0.99, wide >= 0.99]
-            sums = [squared.sqrt().sum(), squared.sum(), *(each.sum() for each in counts)]
-            sums.append(apart.square().sum())
-            self.counts[1:] += torch.stack([each.double() for each in sums]).cpu()
-            self.counts[0] += len(rows)
-            self.deviations += apart.sum(0).cpu()
+            counted = [wide.abs() > 1, wide <= -0.99, wide >= 0.99]
+            sums = [squared.sqrt().sum(), squared.sum(), *(each.sum() for each in counted)]
+            sums.append(deviations.square().sum())
+            self.sums[1:] += torch.stack([each.double() for each in sums]).cpu()
+            self.sums[0] += len(rows)
+            self.deviations += deviations.sum(0).cpu()
             found = torch.stack([wide.amin(0), -wide.amax(0)]).cpu()
             self.extremes = torch.minimum(self.extremes, found)
 
@@ -82,17 +83,17 @@ class RowSums:
         """Adds the sums of the other processes of a group."""
         assert self.origin is not None
         origin = total(self.origin, group) / processes
-        apart, rows = self.origin - origin, float(self.counts[0])
-        self.counts[6] += 2 * float(self.deviations @ apart) + rows * float(apart.square().sum())
-        self.deviations += rows * apart
-        self.counts, self.deviations = total(self.counts, group), total(self.deviations, group)
+        shift, rows = self.origin - origin, float(self.sums[0])
+        self.sums[6] += 2 * float(self.deviations @ shift) + rows * float(shift.square().sum())
+        self.deviations += rows * shift
+        self.sums, self.deviations = total(self.sums, group), total(self.deviations, group)
         self.extremes = total(self.extremes, group, dist.ReduceOp.MIN)
         self.origin = origin
 
     def measures(self, shape: tuple[int, ...]) -> Measures:
         """The statistics of the rows added so far, for rows of this shape."""
         assert self.origin is not None
-        count, norms, squares, outside, low, high, deviations = self.counts.tolist()
+        count, norms, squares, outside, low, high, deviations = self.sums.tolist()
         average, values = self.deviations / count, max(math.prod(shape), 1)
         variance = deviations / (count * values) - float(average.square().sum()) / values
         return Measures(

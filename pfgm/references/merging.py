@@ -1,7 +1,7 @@
-"""Merging results over disjoint references, which is exact.
+"""Exact merging of results over disjoint sets of references.
 
-With n the squared distance of the nearest reference, t the total weight relative to it and ℓ(n) its
-score, two states merge into
+With n the squared distance of the nearest reference, ℓ(n) its score and t the total weight relative
+to its weight, two states merge into
 
     n = min(n₁, n₂),  w_i = t_i exp(ℓ(n_i) − ℓ(n)),  t = w₁ + w₂,  mean = (w₁ mean₁ + w₂ mean₂)/t
 
@@ -23,13 +23,13 @@ from .ranks import Ranks
 
 
 def merge(x: Tensor, radius: Tensor, D: float, states: Iterable[State]) -> State:
-    """The state over all references, in float64, for points x (B, N)."""
+    """Merges states for points x (B, N) into the state over all references, in float64."""
     wide = wide_dtype(x.device)
     mean = torch.zeros(x.shape, dtype=wide, device=x.device)
     nearest, total = torch.full_like(radius, math.inf), torch.zeros_like(radius)
     for state in states:
         least = torch.minimum(nearest, state.nearest)
-        # The first state has nothing to rescale. The weight is NaN there, from inf − inf.
+        # Before the first state there is nothing to rescale. kept is then NaN, from inf − inf.
         kept = relative_weight(nearest, least, radius, D, x.shape[1]) * total
         kept = torch.where(total == 0, 0.0, kept)
         added = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total
@@ -39,9 +39,16 @@ def merge(x: Tensor, radius: Tensor, D: float, states: Iterable[State]) -> State
 
 
 def merge_over_ranks(state: State, x: Tensor, radius: Tensor, D: float, ranks: Ranks) -> State:
-    """From this process's state for the points of all processes, the state over all references.
+    """Merges the states of all processes into the state over all references.
 
-    It holds for the points of this process.
+    Args:
+        state: over the references of this process, for the points of all processes.
+        x, radius: points and radii of all processes.
+        D: number of augmented dimensions.
+        ranks: the communication between the processes.
+
+    Returns:
+        The state over all references, for the points of this process.
     """
     least = ranks.least(state.nearest)
     share = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total
@@ -52,5 +59,5 @@ def merge_over_ranks(state: State, x: Tensor, radius: Tensor, D: float, ranks: R
 
 
 def relative_weight(nearest: Tensor, least: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
-    """Weight at the squared distance nearest, relative to that at the smaller distance least."""
+    """Weight at the squared distance nearest, relative to that at the squared distance least."""
     return log_weight(nearest - least, least, radius, D, N).exp()

@@ -1,4 +1,4 @@
-"""The rows of a reference set that one process holds, as the posterior mean goes through them."""
+"""The rows of a reference set that one process holds, read in chunks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CPU = torch.device("cpu")
 
 @dataclass(eq=False)
 class Part:
-    """Rows begin to end - 1 of a source, with flips also their mirror images (last axis reversed).
+    """Rows begin to end - 1 of a source, and with flips their mirror images (last axis reversed).
 
     Raises:
-        ValueError: rows in memory are not finite. Those in a file are checked as they are read.
+        ValueError: rows in memory are not finite. Rows in a file are checked when they are read.
     """
 
     source: Source
     begin: int = 0
     end: int = -1
-    """By default the number of rows in the source."""
+    """A negative number means the number of rows in the source."""
     flips: bool = False
     group: dist.ProcessGroup | None = None
     """The processes that hold the other rows."""
@@ -59,12 +59,12 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a row, *S."""
+        """The shape of a row, *S."""
         return self.source.shape
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are; the CPU for a file."""
+        """The device of the rows; the CPU for a file."""
         held = self.source.tensor
         return torch.device("cpu") if held is None else held.device
 
@@ -73,28 +73,28 @@ class Part:
         return Ranks(self.group, x) if self.processes > 1 else None
 
     def version(self) -> object:
-        """Another object once the rows were changed in place; None where that is not known."""
-        # A compiled graph saves the rows for its backward pass, and checks them itself.
+        """A value that changes when the rows change in place; None if changes go unnoticed."""
+        # A compiled graph saves the rows for its backward pass and checks their version itself.
         return None if torch.compiler.is_compiling() else self.source.version()
 
     def sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
         """The backend's sketch of a chunk (m, N), kept while the rows stay the same.
 
-        The first call returns None and the second makes the sketch: for a single call with few
-        points it would cost more than it saves. There are no sketches for a file, because they take
-        memory.
+        The first call returns None, and the second makes the sketch. For a single call with few
+        points the sketch would cost more time than it saves. Files have no sketches, because these
+        take memory.
 
         Args:
             place: number of the chunk.
             chunk: the chunk.
             x: (B, N), the points.
-            backend: of the posterior mean.
+            backend: the backend of the posterior mean.
         """
         held = self.source.tensor
         if held is None or x.dtype != torch.float32 or not held.device == x.device == _CPU:
             return None
-        # A compiled graph cannot keep it. Rows of the other two kinds may change unnoticed.
-        if torch.compiler.is_compiling() or held.is_inference() or _has_foreign_memory(held):
+        # A compiled graph cannot keep a sketch. Inference tensors and arrays may change unnoticed.
+        if torch.compiler.is_compiling() or held.is_inference() or _shares_an_array(held):
             return None
         state = id(held), held._version
         known, kept = self._sketches.get(place, (None, None))
@@ -119,7 +119,7 @@ class Part:
                 yield chunk.flip(-1)
 
     def stored_chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Chunks without mirror images, on the device that holds them, with their first row."""
+        """Yields pairs of the number of the first row and a chunk without mirror images."""
         starts = range(self.begin, self.end, self.chunk_rows)
         read: Iterator[Tensor]
         if self.source.tensor is not None:
@@ -141,8 +141,7 @@ class Part:
     def _read_ahead(self, starts: range) -> Iterator[Tensor]:
         """Reads into one of two buffers while the caller works on the other."""
         size, dtype = (self.chunk_rows, *self.shape), self.source.dtype
-        # Buffers are kept for the next time. Threads that go through the rows at once have their
-        # own.
+        # Buffers are kept for the next pass. Threads that read at the same time get separate ones.
         try:
             buffers = self._buffers.pop()
         except IndexError:
@@ -164,7 +163,7 @@ class Part:
 
 
 def check_finite(rows: Tensor, start: int) -> None:
-    """Raises ValueError where rows, the first of number start, are not finite."""
+    """Raises ValueError if a row is not finite. start is the number of the first row."""
     if (bad := first_bad_row(rows)) is not None:
         raise ValueError(
             f"references holds NaN or infinity (first in row {start + bad}); only finite values "
@@ -172,6 +171,6 @@ def check_finite(rows: Tensor, start: int) -> None:
         )
 
 
-def _has_foreign_memory(held: Tensor) -> bool:
-    """Whether the memory is that of an array, which may be written to without torch noticing."""
+def _shares_an_array(held: Tensor) -> bool:
+    """Whether the memory belongs to a NumPy array, which can change without torch noticing."""
     return not held.untyped_storage().resizable()

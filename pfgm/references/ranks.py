@@ -1,4 +1,4 @@
-"""Communication between the processes that hold parts of the references (torch.distributed)."""
+"""Communication between the processes that share the references, with torch.distributed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def total(
     group: dist.ProcessGroup | None,
     operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> Tensor:
-    """The sum, or another reduction, of a few values over the processes, on the CPU."""
-    # NCCL does not take tensors on the CPU.
+    """The sum, or another reduction, of a few values over the processes, as a tensor on the CPU."""
+    # NCCL does not reduce tensors on the CPU.
     device = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
     shared = values.to(device, copy=True)
     dist.all_reduce(shared, operation, group=group)
@@ -27,10 +27,10 @@ def total(
 class Ranks:
     """Exchanges points and results between the processes of a group.
 
-    All processes must create it together, and call each method together.
+    All processes must create it together and call its methods together.
 
     Args:
-        group: of processes.
+        group: the processes; None means all.
         x: (B, N), the points of this process. B may differ between processes.
 
     Raises:
@@ -57,7 +57,7 @@ class Ranks:
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (B, ...) of all processes, concatenated in the order of their ranks."""
-        # all_gather needs tensors of one size.
+        # all_gather needs tensors of equal size.
         padded = rows.new_zeros(max(self._counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         pairs = zip(self._all_gather(padded), self._counts, strict=True)

@@ -1,4 +1,4 @@
-"""Reference sets: the references of the field as an object, in memory, in files or in processes."""
+"""The class ReferenceSet: references in memory, in a file or divided among processes."""
 
 from __future__ import annotations
 
@@ -28,27 +28,29 @@ __all__ = ["Measures", "ReferenceSet", "References", "measure"]
 class ReferenceSet:
     """References (M, *S) in memory or in a file. Every operation takes a set in place of a tensor.
 
-    Operations go through the rows in chunks of 32 MiB and merge the results exactly. A file is read
-    one chunk ahead. Results are the same to the bit wherever the rows are. They are differentiable
+    Operations read the rows in chunks of 32 MiB and merge the results exactly. A file is read one
+    chunk ahead. Results are the same to the bit in memory and from a file. They are differentiable
     in the points, not in the references.
 
-    For a tensor on the CPU with 512 or more values in a row, sums over the rows are kept from the
-    second call on, and speed up calls with points in float32. They take a third of the memory of
-    uint8 rows and a twelfth of that of float32 rows, twice that with ``flips``. They are computed
-    again when the tensor has changed; a change through its ``data`` is not noticed.
+    For a tensor on the CPU with 512 or more values in a row, a summary of each row is kept from the
+    second call on. It speeds up calls with points in float32. Summaries take a third of the memory
+    of uint8 rows and a twelfth of the memory of float32 rows, or twice that with ``flips``. They
+    are computed again when the tensor has changed; a change through its ``data`` is not noticed.
 
-    A gradient needs the rows of the forward pass: ``backward`` raises RuntimeError if a tensor was
-    changed in place or a file was written to in the meantime. These changes are not noticed: of a
-    tensor through its ``data``, of a tensor made under ``torch.inference_mode``, of an array by
-    other code than torch, of a file within the resolution of its time stamp, and of a file through
-    a memory map that the system has not written to the disk.
+    A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
+    changed in place or a file was written to after the forward pass. These changes are not noticed:
+
+    - of a tensor through its ``data``, or of a tensor made under ``torch.inference_mode``;
+    - of an array by code outside torch;
+    - of a file within the resolution of its time stamp, or through a memory map that the system
+      has not written to the disk yet.
 
     Args:
         source: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
             file, which is not loaded unless it is compressed; a folder of images of one size; or a
             :class:`torch.utils.data.Dataset` of samples or of (sample, label) pairs. uint8 means
             u/127.5 − 1.
-        flips: also count the mirror image of each row (last axis reversed), as rows M to 2M − 1.
+        flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1.
         labels: (M,) integers, for a source without labels.
         progress: show a progress bar while images or a dataset are read.
 
@@ -104,12 +106,12 @@ class ReferenceSet:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows as they are stored."""
+        """The dtype of the stored rows."""
         return self.part.source.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are; the CPU for a file."""
+        """The device of the rows; the CPU for a file."""
         return self.part.device
 
     @property
@@ -159,7 +161,7 @@ class ReferenceSet:
                 f"{name} holds {int(numbers[outside][0])}, a row that this process does not hold; "
                 "allowed are "
                 f"{self._offset} to {self._offset + len(self.part) - 1}"
-                + (f", and as many from {self._rows}." if self.part.flips else ".")
+                + (f", and these plus {self._rows}." if self.part.flips else ".")
             )
 
     def _numbers(self, rows: Tensor | slice) -> Tensor:
@@ -181,12 +183,12 @@ class ReferenceSet:
         containing: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws the numbers (count,) of a reference batch without replacement.
+        """Draws the row numbers (count,) of a reference batch without replacement.
 
         Args:
-            count: how many; at most the rows that this process holds.
-            containing: (k,) numbers that the result starts with, those of the mini-batch.
-            generator: of the random numbers.
+            count: how many; at most the number of rows that this process holds.
+            containing: (k,) row numbers that the result starts with, those of the mini-batch.
+            generator: generator of the random numbers.
 
         Raises:
             IndexError: a number in containing is out of range.
@@ -207,7 +209,7 @@ class ReferenceSet:
         numbers, times = chosen.unique(return_counts=True)
         if bool((times > 1).any()):
             raise ValueError(
-                f"containing holds {int(numbers[times > 1][0])} twice; each row is drawn once."
+                f"containing holds {int(numbers[times > 1][0])} twice; allowed is each row once."
             )
         mirrored = (chosen >= self._rows) & self.part.flips
         local = torch.where(mirrored, chosen - self._rows, chosen) - self._offset
@@ -225,10 +227,10 @@ class ReferenceSet:
         *,
         pin_memory: bool = False,
     ) -> ReferenceSet:
-        """A set with the same rows in memory; of a shard, the rows of this process.
+        """A set with the same rows in memory. A shard loads the rows of this process only.
 
         Args:
-            device: of the memory; None keeps the device, and loads a file to the CPU.
+            device: where the rows are held; None keeps the device, and loads a file to the CPU.
             dtype: torch.uint8 (for values in [−1, 1], rounded to 256 levels), bfloat16, float16,
                 float32 or float64; None keeps the dtype.
             pin_memory: use page-locked memory, which GPUs read faster.
@@ -247,7 +249,7 @@ class ReferenceSet:
         for start, chunk in self.part.stored_chunks():
             converted = _converted(chunk, dtype)
             if converted is not chunk:
-                check_finite(converted, start)  # a value may overflow a narrower dtype
+                check_finite(converted, start)  # values may overflow in a narrower dtype
             held[start : start + len(chunk)] = converted
         moved = copy.copy(self)
         moved.part = replace(self.part, source=InMemory(held), begin=0, end=len(held), finite=True)
@@ -262,8 +264,8 @@ class ReferenceSet:
     def save(self, path: StrPath) -> None:
         """Writes the rows, without mirror images, to a ``.npy`` file.
 
-        A reference set can read that file without loading it. If writing fails, the path is left
-        as it was.
+        A reference set can read this file without loading it. If writing fails, an existing file
+        is left as it was.
 
         Raises:
             OSError: the file cannot be written.
@@ -288,15 +290,15 @@ class ReferenceSet:
         write_atomic(path, write)
 
     def shard(self, group: dist.ProcessGroup | None = None) -> ReferenceSet:
-        """The set with the rows divided among processes. Results are over all rows all the same.
+        """The set with its rows divided among processes. Results are still over all rows.
 
-        Each process of the group holds about the same number of consecutive rows. All must call
-        every operation together, also backward, each with its own points. The points are gathered,
-        each process computes over its own rows, and one reduction of the size of the points merges
-        the results exactly. :meth:`to` loads only the rows of this process.
+        Each process of the group holds about the same number of consecutive rows. All processes
+        must call every operation together, also backward, each with its own points. The points are
+        gathered, and each process computes over its own rows. One reduction of the size of the
+        points merges the results exactly. :meth:`to` loads only the rows of this process.
 
         Args:
-            group: of processes; None means all.
+            group: the processes; None means all.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
@@ -316,21 +318,21 @@ class ReferenceSet:
         shard.part = replace(self.part, begin=begin, end=end, group=group, processes=size)
         return shard
 
-    # ---- going through all rows ----
+    # ---- statistics and chunks of all rows ----
 
     @property
     def norm(self) -> float:
-        """Average norm of the rows, measured once: the data_norm of :class:`pfgm.PoissonFlow`."""
+        """Average norm of the rows: the data_norm of :class:`pfgm.PoissonFlow`."""
         return self.measures.norm
 
     @property
     def rms(self) -> float:
-        """Root mean square of the values, measured once."""
+        """Root mean square of the values."""
         return self.measures.rms
 
     @property
     def measures(self) -> Measures:
-        """Statistics of all rows, computed in one pass and kept until the rows change."""
+        """Statistics over all rows, computed in one pass and kept until the rows change."""
         version = self.part.source.version()
         if self._measured is None or self._measured[0] != version:
             sums = RowSums(math.prod(self.part.shape))
@@ -365,7 +367,7 @@ class ReferenceSet:
 
 
 References = Tensor | ReferenceSet
-"""What every operation takes as references."""
+"""The types that every operation accepts as references."""
 
 
 def measure(data: References) -> Measures:

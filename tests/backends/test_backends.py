@@ -128,9 +128,9 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     native._native.cuda_problem = lambda index: problem
-    native._device_problem.cache_clear()
+    native._device_reason.cache_clear()
     found = native.supports(CUDA, torch.float32)
-    native._device_problem.cache_clear()
+    native._device_reason.cache_clear()
     assert found is None if reason is None else reason in found
 
 

@@ -190,7 +190,7 @@ def test_one_sentence_for_impossible_amounts(run, tmp_path, capsys):
     assert f"seed is {huge}" in fails(capsys, *sample, "--seed", huge)
     assert f"seed is {-huge}" in fails(capsys, *sample, "--seed", -huge)
     assert "label is 1000" in fails(capsys, *sample, "--label", huge)
-    assert "batch-size 1000" in fails(capsys, *sample, "--batch-size", huge)
+    assert "batch-size is 1000" in fails(capsys, *sample, "--batch-size", huge)
     assert "seed is 1000" in fails(capsys, "demo", "--out", tmp_path / "demo", "--seed", huge)
     assert not list(tmp_path.iterdir())
 
@@ -330,7 +330,7 @@ def test_a_picture_needs_images(tmp_path, capsys):
         "--out",
         tmp_path / "x.png",
     ]
-    assert "are no images" in fails(capsys, *arguments)
+    assert "are not images" in fails(capsys, *arguments)
 
 
 def test_usage_errors_have_exit_code_2(capsys):

@@ -463,7 +463,7 @@ VALUE_ERRORS = [
     ("x has shape (4, 5) and references (9, 6)", {"references": torch.zeros(9, 6)}),
     ("x has shape (4, 5) and references (9,)", {"references": torch.zeros(9)}),
     ("x has shape () and references (9, 5)", {"x": torch.tensor(1.0)}),
-    ("x has shape (4, 0); a sample", {"x": torch.zeros(4, 0), "references": torch.zeros(9, 0)}),
+    ("x has shape (4, 0); allowed is", {"x": torch.zeros(4, 0), "references": torch.zeros(9, 0)}),
     ("references is empty", {"references": torch.zeros(0, 5)}),
     ("x is on cpu and references on meta", {"references": references0.to("meta")}),
     ("r is on meta and x on cpu", {"r": torch.ones(4, device="meta")}),

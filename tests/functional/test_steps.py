@@ -552,7 +552,7 @@ def test_more_bad_arguments():
         with pytest.raises(ValueError, match=r"z_next is 0.0; allowed is any finite number above"):
             pfgm.multistep_step(X, V, VZ, 2.0, z_next, X, 3.0)
     for z_previous in (2.0, torch.tensor([3.0, 2.0, 4.0])):
-        with pytest.raises(ValueError, match="z_previous equals z; both must differ"):
+        with pytest.raises(ValueError, match="z_previous equals z; they must differ"):
             pfgm.multistep_step(X, V, VZ, 2.0, 1.0, X, z_previous)
     with pytest.raises(ValueError, match="previous_mean has shape"):
         pfgm.multistep_step(X, V, VZ, 2.0, 1.0, X[:2], 3.0)

@@ -609,7 +609,7 @@ def test_inception_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) 
         (torch.zeros(10, 64), {}, r"samples has shape \(10, 64\); allowed"),
         (torch.zeros(1, 8, 8), {}, r"samples has shape \(1, 8, 8\).*n at least 2"),
         (torch.full((10, 8, 8), math.nan), {}, "samples holds NaN"),
-        (torch.zeros(9, 8, 8), {}, "splits is 10; allowed are at most 9"),
+        (torch.zeros(9, 8, 8), {}, "splits is 10; allowed is at most 9"),
         (torch.zeros(10, 8, 8), {"splits": 0}, "splits is 0; allowed are whole numbers from 1"),
         (torch.zeros(10, 8, 8), {"batch_size": 0}, "batch_size is 0; allowed are whole numbers"),
         (torch.zeros(10, 8, 8, device="meta", dtype=torch.uint8), {}, "is on meta and real on cpu"),

@@ -9,6 +9,7 @@ import torch
 
 import pfgm
 from pfgm.backends import native
+from pfgm.backends.problems import PosteriorMean
 from pfgm.common.tensors import dequantise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
@@ -144,8 +145,8 @@ def test_workspace_is_bounded(device):
         for M in (1_000_000, 4_000_000):
             references = torch.empty(1, N, device=device).expand(M, N)
             place = native._place(x.device)
-            given = native._problem(x, references, radius, 1.0)
-            sizes.append(native.extension().posterior_mean_workspace_cuda(given, place, backward))
+            problem = native._native_problem(PosteriorMean(x, references, radius, 1.0))
+            sizes.append(native.extension().posterior_mean_workspace_cuda(problem, place, backward))
         assert sizes[0] == sizes[1] <= 100 << 20
 
 
