@@ -159,19 +159,20 @@ def test_frechet_that_overflows_raises(size: float) -> None:
         metrics.frechet_distance(normal(5, 3) * size, normal(5, 3, seed=1))
 
 
-@given(
-    sizes=st.tuples(st.integers(4, 15), st.integers(4, 15)),
-    k=st.integers(1, 3),
-    levels=st.sampled_from([2, 5, 10**6]),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=60, deadline=None)
-def test_precision_recall_agrees_with_loops(
-    sizes: tuple[int, int], k: int, levels: int, seed: int
-) -> None:
-    # Few levels make many ties and duplicates.
-    generator = torch.Generator().manual_seed(seed)
+@st.composite
+def pairs_of_sets(draw: st.DrawFn, smallest: int, smallest_real: int) -> tuple[Tensor, Tensor]:
+    """Samples and real data of up to 15 points. Few levels make many ties and duplicates."""
+    sizes = draw(st.integers(smallest, 15)), draw(st.integers(smallest_real, 15))
+    levels = draw(st.sampled_from([2, 5, 10**6]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     samples, real = (torch.randint(levels, (n, 1, 2), generator=generator).double() for n in sizes)
+    return samples, real
+
+
+@given(pairs_of_sets(4, 4), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_precision_recall_agrees_with_loops(sets: tuple[Tensor, Tensor], k: int) -> None:
+    samples, real = sets
     expected = precision_recall_by_loops(samples, real, k)
     assert metrics.precision_recall(samples, real, k) == pytest.approx(expected)
 
@@ -434,18 +435,10 @@ def density_coverage_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[fl
     return density, sum(map(any, zip(*inside, strict=True))) / len(b)
 
 
-@given(
-    sizes=st.tuples(st.integers(1, 15), st.integers(6, 15)),
-    k=st.integers(1, 5),
-    levels=st.sampled_from([2, 5, 10**6]),
-    seed=st.integers(0, 2**31),
-)
+@given(pairs_of_sets(1, 6), st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
-def test_density_coverage_agrees_with_loops(
-    sizes: tuple[int, int], k: int, levels: int, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    samples, real = (torch.randint(levels, (n, 1, 2), generator=generator).double() for n in sizes)
+def test_density_coverage_agrees_with_loops(sets: tuple[Tensor, Tensor], k: int) -> None:
+    samples, real = sets
     expected = density_coverage_by_loops(samples, real, k)
     assert metrics.density_coverage(samples, real, k) == pytest.approx(expected)
 
