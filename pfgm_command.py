@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Annotated, Any, Union
 
-# The docstrings of the classes in pfgm.cli.
+# These texts also stand in pfgm.cli, which imports torch; the tests compare them.
 COMMANDS = {
     "demo": (
         "Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."
@@ -26,13 +26,6 @@ COMMANDS = {
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
 DESCRIPTION = "Poisson flow generative models."
-
-
-def version_line() -> str:
-    """The line that ``pfgm --version`` shows."""
-    from importlib.metadata import version
-
-    return f"pfgm {version('pfgm')}"
 
 
 def main() -> int:

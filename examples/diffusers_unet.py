@@ -3,21 +3,23 @@
     python examples/diffusers_unet.py --out unet [--quick]
 
 pfgm.networks.from_module puts the preconditioning of the flow around the network.
+The training loop is that of plain_trainer.py.
 """
-
-import argparse
 
 import torch
 from diffusers import UNet2DModel
+from plain_trainer import parse_options, train
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import pfgm
 from pfgm.common.files import check_folder
 from pfgm.plotting import image_grid
 
-
-def train(flow: pfgm.PoissonFlowPP, data: Tensor, steps: int) -> AveragedModel:
+if __name__ == "__main__":
+    options = parse_options(__doc__)
+    torch.manual_seed(0)
+    data = pfgm.data.digits().train
+    flow = pfgm.PoissonFlowPP.from_data(data, D=128)
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -29,29 +31,10 @@ def train(flow: pfgm.PoissonFlowPP, data: Tensor, steps: int) -> AveragedModel:
         norm_num_groups=8,
     )
     net = pfgm.networks.from_module(unet, flow)
-    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        x = data[torch.randint(len(data), (64,))]
-        loss = flow.loss(net, x, references=data)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        averaged.update_parameters(net)
-        if step % (steps // 10) == 0:
-            print(f"step {step}: loss {loss.item():.3f}")
-    return averaged
 
+    def batch_loss() -> Tensor:
+        return flow.loss(net, data[torch.randint(len(data), (64,))], references=data)
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="folder for the picture")
-    parser.add_argument("--quick", action="store_true", help="few steps, a few seconds")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    data = pfgm.data.digits().train
-    flow = pfgm.PoissonFlowPP.from_data(data, D=128)
-    net = train(flow, data, steps=20 if options.quick else 2000)
-    image_grid(flow.sample(net, 100), check_folder(options.out) / "diffusers_unet.png")
+    adam = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    averaged = train(net, adam, batch_loss, steps=20 if options.quick else 2000)
+    image_grid(flow.sample(averaged, 100), check_folder(options.out) / "diffusers_unet.png")

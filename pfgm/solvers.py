@@ -139,6 +139,16 @@ class _Run:
             return None
         return spare
 
+    def euler(
+        self, x: Tensor, z: float, next_z: float, step: int, spare: Tensor | None
+    ) -> tuple[Tensor, bool]:
+        """The points after an Euler step, in ``spare`` if possible, and whether the run ends."""
+        prediction = self.evaluate(x, z, step)
+        moved, mean = steps.euler(
+            x, prediction, z, next_z, return_mean=self.watched, out=self.reusable(spare)
+        )
+        return moved, self.stops(step, z, x, self.own_copy(mean, prediction))
+
     def stops(self, step: int, z: float, x: Tensor, mean: Tensor | None) -> bool:
         """Calls the callback before a step; True ends the run."""
         if self._callback is None:
@@ -165,11 +175,8 @@ def euler(
     for step, (z, next_z) in enumerate(pairwise(grid)):
         if churn is not None:
             x, z = churn(x, z)
-        prediction = run.evaluate(x, z, step)
-        moved, mean = steps.euler(
-            x, prediction, z, next_z, return_mean=run.watched, out=run.reusable(own)
-        )
-        if run.stops(step, z, x, run.own_copy(mean, prediction)):
+        moved, stopped = run.euler(x, z, next_z, step, own)
+        if stopped:
             break
         x = own = moved
     return x, run.nfe
@@ -194,12 +201,9 @@ def heun(
     for step, (z, next_z) in enumerate(pairwise(grid)):
         if churn is not None:
             x, z = churn(x, z)
-        prediction = run.evaluate(x, z, step)
-        # The next x is written over the predicted point, and the old x becomes the spare memory.
-        moved, mean = steps.euler(
-            x, prediction, z, next_z, return_mean=run.watched, out=run.reusable(own)
-        )
-        if run.stops(step, z, x, run.own_copy(mean, prediction)):
+        # The next x overwrites the predicted point, whose role the old x takes.
+        moved, stopped = run.euler(x, z, next_z, step, own)
+        if stopped:
             break
         if step == last:
             x = moved

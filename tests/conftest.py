@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Must be set before torch is imported: pytest-xdist's workers share the processors.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -109,6 +110,43 @@ def strided():
         return torch.cat([values.new_zeros(3), values.flatten()])[3:].view(values.shape)
 
     return place
+
+
+def nan_stays_in_its_row(x, field_x, field_z, backend):
+    """Steps of three finite rows, of which one after the other gets NaN in its field."""
+    field_x[1, 4] = math.nan
+    for z in (2.0, 7.0):
+        result = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend)
+        assert torch.isfinite(result[[0, 2]]).all()
+        assert result[1].isnan().any()
+    field_z[0] = math.nan
+    result = pfgm.euler_step(x, field_x, field_z, 7.0, 1.0, backend=backend)
+    assert result[0].isnan().all()
+
+
+def only_outputs_are_written(x, field_x, field_z, form, backend):
+    """A step into the middle of other memory, from a "field" or from a "mean"."""
+    kept = [values.clone() for values in (x, field_x, field_z)]
+    rows, columns = x.shape
+    memory = torch.full((rows + 2, columns + 13), math.nan, device=x.device)
+    out = memory[1:-1, 2 : columns + 2]
+    if form == "field":
+        pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, out=out, backend=backend)
+    else:
+        pfgm.euler_step_from_mean(x, field_x, 2.0, 1.0, out=out, backend=backend)
+    assert torch.isfinite(out).all()
+    assert int(memory.isnan().sum()) == memory.numel() - out.numel()
+    for before, after in zip(kept, (x, field_x, field_z), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.fixture(scope="session")
+def step_checks():
+    """What holds for the steps of the ODE on every backend and device."""
+    return SimpleNamespace(
+        nan_stays_in_its_row=nan_stays_in_its_row,
+        only_outputs_are_written=only_outputs_are_written,
+    )
 
 
 def _wide(values):

@@ -16,7 +16,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..common.checks import check_radius, checks_values, non_finite_message, radius_message
+from ..common.checks import (
+    check_distances,
+    check_radius,
+    checks_values,
+    non_finite_message,
+    radius_message,
+)
 from ..common.tensors import contiguous_features
 from . import formulas
 from .layout import laid_out, laid_out_step, step_outputs
@@ -232,8 +238,7 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
     if checks_values(x.device):
         check_radius(radius)
     _run_on_cuda(x, native_problem, io, backward=False)
-    if checks_values(x.device) and bool(nearest.isnan().any()):
-        raise ValueError(non_finite_message(x, references, "x"))
+    check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total
 
 

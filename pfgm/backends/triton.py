@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..common.checks import check_radius, checks_values, non_finite_message
+from ..common.checks import check_distances, check_radius, checks_values
 from ..common.tensors import contiguous_features
 from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
@@ -65,8 +65,7 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
         mean, logsumexp, nearest, total = kernels.posterior_mean(
             x, references, radius, D, precision
         )
-    if checks_values(x.device) and bool(nearest.isnan().any()):
-        raise ValueError(non_finite_message(x, references, "x"))
+    check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total
 
 

@@ -229,6 +229,12 @@ def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
     )
 
 
+def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
+    """Raises ValueError if a distance is NaN, where values are checked (:func:`checks_values`)."""
+    if checks_values(x.device) and bool(nearest.isnan().any()):
+        raise ValueError(non_finite_message(x, references, "x"))
+
+
 def check_dtype(name: str, values: Tensor) -> None:
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")

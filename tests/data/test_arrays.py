@@ -249,20 +249,13 @@ def test_a_missing_file_is_named(tmp_path: Path, read: Read, suffix: str) -> Non
 
 @both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_empty_file_is_named(tmp_path: Path, read: Read, suffix: str) -> None:
-    path = tmp_path / f"a{suffix}"
-    path.touch()
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is empty"):
-        read(path)
-
-
-@both_readers
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_device_is_refused(tmp_path: Path, read: Read, suffix: str) -> None:
-    path = tmp_path / f"a{suffix}"
-    path.symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match="is not a regular file"):
-        read(path)
+def test_empty_files_and_devices_are_named(tmp_path: Path, read: Read, suffix: str) -> None:
+    empty, device = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    empty.touch()
+    device.symlink_to("/dev/zero")
+    for path, problem in ((empty, "is empty"), (device, "is not a regular file")):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {problem}"):
+            read(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -248,16 +248,8 @@ def test_gamma_and_z_exp(backend):
         close(mean, implied_mean(x, field_x, field_z, 3.0, gamma, z_exp), x)
 
 
-def test_non_finite_fields_are_passed_on(backend):
-    x, field_x, field_z = problem(3, (37,), 2.0)
-    field_x[1, 4] = math.nan
-    for z in (2.0, 7.0):
-        result = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend)
-        assert torch.isfinite(result[[0, 2]]).all()
-        assert result[1].isnan().any()
-    field_z[0] = math.nan
-    result = pfgm.euler_step(x, field_x, field_z, 7.0, 1.0, backend=backend)
-    assert result[0].isnan().all()
+def test_non_finite_fields_are_passed_on(backend, step_checks):
+    step_checks.nan_stays_in_its_row(*problem(3, (37,), 2.0), backend)
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])
@@ -371,19 +363,8 @@ def test_an_out_that_holds_the_field_z_of_other_rows_is_right(backend):
 
 
 @pytest.mark.parametrize("form", ["field", "mean"])
-def test_only_the_outputs_are_written(backend, form):
-    x, field_x, field_z = problem(5, (37,), 2.0)
-    kept = [v.clone() for v in (x, field_x, field_z)]
-    memory = torch.full((7, 50), math.nan)
-    out = memory[1:6, 2:39]
-    if form == "field":
-        pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, out=out, backend=backend)
-    else:
-        pfgm.euler_step_from_mean(x, field_x, 2.0, 1.0, out=out, backend=backend)
-    assert torch.isfinite(out).all()
-    assert int(memory.isnan().sum()) == memory.numel() - out.numel()
-    for before, after in zip(kept, (x, field_x, field_z), strict=True):
-        assert torch.equal(before, after)
+def test_only_the_outputs_are_written(backend, form, step_checks):
+    step_checks.only_outputs_are_written(*problem(5, (37,), 2.0), form, backend)
 
 
 # ---- torch -----------------------------------------------------------------------------------

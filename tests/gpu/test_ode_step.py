@@ -168,16 +168,8 @@ def test_an_unphysical_field_stays_finite_and_is_not_reversed(device, backend, N
             assert (result >= x).all()
 
 
-def test_non_finite_fields_stay_in_their_row(device, backend):
-    x, field_x, field_z, _, _ = problem(3, 37, device)
-    field_x[1, 4] = math.nan
-    for z in (2.0, 7.0):
-        result = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend)
-        assert torch.isfinite(result[[0, 2]]).all()
-        assert result[1].isnan().any()
-    field_z[0] = math.nan
-    result = pfgm.euler_step(x, field_x, field_z, 7.0, 1.0, backend=backend)
-    assert result[0].isnan().all()
+def test_non_finite_fields_stay_in_their_row(device, backend, step_checks):
+    step_checks.nan_stays_in_its_row(*problem(3, 37, device)[:3], backend)
 
 
 # ---- memory ----------------------------------------------------------------------------------
@@ -252,19 +244,9 @@ def test_outputs_may_be_inputs(device, backend, N, z):
 
 @pytest.mark.parametrize("form", ["field", "mean"])
 @pytest.mark.parametrize("N", [3, 37, 3072, 8193])
-def test_only_the_outputs_are_written(device, backend, N, form):
+def test_only_the_outputs_are_written(device, backend, N, form, step_checks):
     x, field_x, field_z, _, _ = problem(5 if N < 8193 else 2, N, device)
-    kept = [values.clone() for values in (x, field_x, field_z)]
-    memory = torch.full((len(x) + 2, N + 13), math.nan, device=device)
-    out = memory[1:-1, 2 : N + 2]
-    if form == "field":
-        pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, out=out, backend=backend)
-    else:
-        pfgm.euler_step_from_mean(x, field_x, 2.0, 1.0, out=out, backend=backend)
-    assert torch.isfinite(out).all()
-    assert int(memory.isnan().sum()) == memory.numel() - out.numel()
-    for before, after in zip(kept, (x, field_x, field_z), strict=True):
-        assert torch.equal(before, after)
+    step_checks.only_outputs_are_written(x, field_x, field_z, form, backend)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -311,15 +311,9 @@ def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
     torch.manual_seed(0)
     data = pfgm.data.digits()
     dit = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=2,
-        num_layers=1,
-        sample_size=8,
-        num_embeds_ada_norm=10,
-        norm_num_groups=1,
-    )
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=1,
+        sample_size=8, num_embeds_ada_norm=10, norm_num_groups=1,
+    )  # fmt: skip
     for flow in (FIELD, DENOISERS[128.0]):
         net = from_module(dit, flow, conditions={"labels": "class_labels"}, no_label=10)
         labels = torch.tensor([3, -1, 5, 1])

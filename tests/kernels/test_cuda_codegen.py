@@ -190,24 +190,13 @@ def test_the_dump_is_read():
     code = [*WIDE, *CLUSTER, COPY, MULTIPLY, MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]
     code += ["@!UP0 FADD.FTZ R1, R1, R2", "F2I.FTZ.U32.TRUNC.NTZ R3, R2", "@!PT LDS RZ, [RZ]"]
     text = part(PASS, code=code, threads="0x100", usage="SHARED:1536")
+    figures = codegen_cuda.Figures(
+        registers=124, spills=0, shared=512, threads=256, instructions=len(code) - 2,
+        matrix_instructions={"HMMA.1688.F32.TF32": 2}, copies=1, wide_loads=1, wide_stores=1,
+        cluster_barriers=1, generic_loads=1, flushing=1,
+    )  # fmt: skip
     assert only(text) == codegen_cuda.Row(
-        "90a",
-        "single_pass<uint8, 64>",
-        codegen_cuda.Figures(
-            registers=124,
-            spills=0,
-            shared=512,
-            threads=256,
-            instructions=len(code) - 2,
-            matrix_instructions={"HMMA.1688.F32.TF32": 2},
-            copies=1,
-            wide_loads=1,
-            wide_stores=1,
-            cluster_barriers=1,
-            generic_loads=1,
-            flushing=1,
-        ),
-        only(text).problems,
+        "90a", "single_pass<uint8, 64>", figures, only(text).problems
     )
 
 

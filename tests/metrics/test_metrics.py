@@ -60,12 +60,15 @@ def precision_recall_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[fl
     return inside(a, b), inside(b, a)
 
 
-@given(
-    sizes=st.tuples(st.integers(8, 40), st.integers(8, 40)),
-    dimension=st.integers(1, 6),
-    scale=st.floats(0.1, 100),
-    seed=st.integers(0, 2**31),
-)
+SEEDS = st.integers(0, 2**31)
+
+
+def sizes(least: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
+    """Sizes of two sets."""
+    return st.tuples(st.integers(least, most), st.integers(least, most))
+
+
+@given(sizes(8, 40), st.integers(1, 6), st.floats(0.1, 100), SEEDS)
 @settings(max_examples=40, deadline=None)
 def test_frechet_agrees_with_scipy(
     sizes: tuple[int, int], dimension: int, scale: float, seed: int
@@ -159,21 +162,21 @@ def test_frechet_that_overflows_raises(size: float) -> None:
         metrics.frechet_distance(normal(5, 3) * size, normal(5, 3, seed=1))
 
 
-@given(
-    sizes=st.tuples(st.integers(4, 15), st.integers(4, 15)),
-    k=st.integers(1, 3),
-    levels=st.sampled_from([2, 5, 10**6]),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=60, deadline=None)
-def test_precision_recall_agrees_with_loops(
-    sizes: tuple[int, int], k: int, levels: int, seed: int
-) -> None:
-    # Few levels make many ties and duplicates.
-    generator = torch.Generator().manual_seed(seed)
+@st.composite
+def pairs_of_sets(draw: st.DrawFn, smallest: int, smallest_real: int) -> tuple[Tensor, Tensor]:
+    """Samples and real data of up to 15 points. Few levels make many ties and duplicates."""
+    sizes = draw(st.integers(smallest, 15)), draw(st.integers(smallest_real, 15))
+    levels = draw(st.sampled_from([2, 5, 10**6]))
+    generator = torch.Generator().manual_seed(draw(SEEDS))
     samples, real = (torch.randint(levels, (n, 1, 2), generator=generator).double() for n in sizes)
-    expected = precision_recall_by_loops(samples, real, k)
-    assert metrics.precision_recall(samples, real, k) == pytest.approx(expected)
+    return samples, real
+
+
+@given(pairs_of_sets(4, 4), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_precision_recall_agrees_with_loops(sets: tuple[Tensor, Tensor], k: int) -> None:
+    expected = precision_recall_by_loops(*sets, k)
+    assert metrics.precision_recall(*sets, k) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40])
@@ -324,12 +327,7 @@ def kernel_distance_by_loops(a: Tensor, b: Tensor, degree: int) -> float:
     return within(rows_a) + within(rows_b) - 2 * across
 
 
-@given(
-    sizes=st.tuples(st.integers(2, 12), st.integers(2, 12)),
-    dimension=st.integers(1, 5),
-    degree=st.integers(1, 4),
-    seed=st.integers(0, 2**31),
-)
+@given(sizes(2, 12), st.integers(1, 5), st.integers(1, 4), SEEDS)
 @settings(max_examples=60, deadline=None)
 def test_kernel_distance_agrees_with_loops(
     sizes: tuple[int, int], dimension: int, degree: int, seed: int
@@ -434,20 +432,11 @@ def density_coverage_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[fl
     return density, sum(map(any, zip(*inside, strict=True))) / len(b)
 
 
-@given(
-    sizes=st.tuples(st.integers(1, 15), st.integers(6, 15)),
-    k=st.integers(1, 5),
-    levels=st.sampled_from([2, 5, 10**6]),
-    seed=st.integers(0, 2**31),
-)
+@given(pairs_of_sets(1, 6), st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
-def test_density_coverage_agrees_with_loops(
-    sizes: tuple[int, int], k: int, levels: int, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    samples, real = (torch.randint(levels, (n, 1, 2), generator=generator).double() for n in sizes)
-    expected = density_coverage_by_loops(samples, real, k)
-    assert metrics.density_coverage(samples, real, k) == pytest.approx(expected)
+def test_density_coverage_agrees_with_loops(sets: tuple[Tensor, Tensor], k: int) -> None:
+    expected = density_coverage_by_loops(*sets, k)
+    assert metrics.density_coverage(*sets, k) == pytest.approx(expected)
 
 
 def test_density_and_coverage_of_one_distribution() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -282,18 +283,13 @@ def test_conditions_by_their_own_names_and_others(generator):
     ("flow", "predicts"),
     [(IMAGES, "residual"), (IMAGES, "field"), (PLUSPLUS, "residual"), (PLUSPLUS, "mean")],
 )
-def test_it_trains_in_three_lines(flow, predicts):
+def test_it_trains_in_three_lines(flow, predicts, losses_in_training):
     torch.manual_seed(0)
     data = pfgm.data.digits().train[:64]
     net = from_module(Sines(outputs=2 if predicts == "field" else 1), flow, predicts=predicts)
-    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
-    losses = []
-    for step in range(40):
-        loss = flow.loss(net, data, data, torch.Generator().manual_seed(step % 4))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
+    losses = losses_in_training(
+        net, partial(flow.loss, net, data, data), steps=40, learning_rate=1e-2, seeds=4
+    )
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert all(p.grad.isfinite().all() for p in net.parameters())
     assert flow.sample(net, 2, steps=3).isfinite().all()

@@ -271,13 +271,8 @@ def test_numbers_that_vary_are_not_compiled_anew(name):
     counter, function = CompileCounterWithBackend("aot_eager"), VARYING[name]
     fast = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     generator = torch.Generator().manual_seed(0)
-    numbers = [
-        (0.5, 5.0, 1.0),
-        (1.5, 4.0, 2.5),
-        (2.5, 3.0, 128.0),
-        (9.5, 0.3, 4.5),
-        (0.1, 1.7, 64.0),
-    ]
+    numbers = [(0.5, 5.0, 1.0), (1.5, 4.0, 2.5), (2.5, 3.0, 128.0), (9.5, 0.3, 4.5)]
+    numbers.append((0.1, 1.7, 64.0))
     if name == "log_density":
         numbers.append((1.5, 5.0, 3e6))
     for count, (z, gamma, D) in enumerate(numbers, 3):

@@ -306,11 +306,7 @@ class SongUNet(nn.Module):
         return parts
 
     def forward(
-        self,
-        x: Tensor,
-        noise: Tensor,
-        labels: Tensor | None = None,
-        augment: Tensor | None = None,
+        self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """F (B, C, H, W) at x (B, C, H, W) and c_noise (B,).
 
@@ -431,11 +427,7 @@ class EDMDenoiser(nn.Module):
         return cls(channels, resolution, **{**published, **settings})
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        labels: Tensor | None = None,
-        augment: Tensor | None = None,
+        self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         """The posterior mean (B, C, H, W) at x and sigma (B,), given labels (B,), below 0 for none.
 

@@ -17,15 +17,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # At the edges of tiles (queries 4, 16, 32; references 16, 64, padding 16; features 16, 32, 64), and
 # where products take over from differences: 16 queries and 32 features.
 SHAPES = [
-    (1, 1, 1),
-    (4, 16, 64),
-    (5, 17, 65),
-    (15, 33, 31),
-    (16, 64, 32),
-    (17, 65, 33),
-    (33, 129, 20),
-    (40, 150, 97),
-]
+    (1, 1, 1), (4, 16, 64), (5, 17, 65), (15, 33, 31), (16, 64, 32), (17, 65, 33),
+    (33, 129, 20), (40, 150, 97),
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +48,15 @@ def test_the_cifar10_configuration(name, blocks, tensors, values, published_shap
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_they_start_small_and_train(name):
+def test_they_start_small_and_train(name, losses_in_training):
     torch.manual_seed(0)
     net = NETWORKS[name](1, 8, **TINY)
     x, z = torch.rand(16, 1, 8, 8) * 2 - 1, torch.rand(16) + 0.1
     assert max(float(part.detach().abs().max()) for part in net(x, z)) < 1e-3
     flow = pfgm.PoissonFlow.from_data(x)
-    optimiser = torch.optim.Adam((p for p in net.parameters() if p.requires_grad), lr=2e-3)
-    losses = []
-    for step in range(30):
-        loss = flow.loss(net, x, x, torch.Generator().manual_seed(step % 3))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
+    losses = losses_in_training(
+        net, partial(flow.loss, net, x, x), steps=30, learning_rate=2e-3, seeds=3
+    )
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert flow.sample(net, 2, steps=2).isfinite().all()
 
