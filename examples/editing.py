@@ -25,7 +25,7 @@ def interpolations(flow: Flow, net: Network, path: Path, rows: int, count: int) 
     """A row for each pair of digits, from the first to the second."""
     data = pfgm.data.digits().train
     between = flow.interpolate(net, data[:rows], data[rows : 2 * rows], count=count)
-    title = "between two digits, by way of their latents"
+    title = "between two digits, through their latents"
     image_grid(between.transpose(0, 1).flatten(0, 1), path, columns=count, title=title, scale=4)
 
 

@@ -228,7 +228,7 @@ def test_the_solver_is_seeded_and_can_be_watched():
 
 def test_the_solver_works_only_with_sample():
     flow = diffusion(2)
-    with pytest.raises(ValueError, match="solver is 'consistency', which adds noise"):
+    with pytest.raises(ValueError, match="solver is 'consistency', which needs noise"):
         flow.decode(flow.empirical(CORNERS), torch.ones(2, 2), solver="consistency")
 
 

@@ -18,7 +18,7 @@ def draw_prior(flow: Flow, n: int, seed: int) -> Tensor:
     Raises:
         MemoryError: n points do not fit into the memory.
     """
-    with allocating(f"n is {n}, and so many samples of shape {flow.shape}"):
+    with allocating(f"n is {n}, and {n} samples of shape {flow.shape}"):
         return flow.prior(n, generator=torch.Generator().manual_seed(seed))
 
 

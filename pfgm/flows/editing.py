@@ -167,7 +167,7 @@ class Editing(Sampling):
                 encoded and decoded.
             weights: (W,) weights of x_b instead of count, as :func:`pfgm.interpolate` takes them.
             condition: as in :meth:`sample`, with values for B rows.
-            unconditional: likewise.
+            unconditional: as in :meth:`sample`, with values for B rows.
             **options: of both :meth:`encode` and :meth:`decode`, such as solver and rtol.
 
         Raises:

@@ -14,6 +14,6 @@ class Flow(Targets, Likelihood, Editing, Inpainting):
     """Base of :class:`pfgm.PoissonFlow` and :class:`pfgm.PoissonFlowPP`.
 
     A flow carries a prior at its first level to data at its last level along the ODE
-    dx/dσ = (x − mean(x, σ))/σ. Its methods stand in classes by subject: parametrisation, sampling,
+    dx/dσ = (x − mean(x, σ))/σ. Its methods are in classes by subject: parametrisation, sampling,
     training targets, likelihood, editing and inpainting.
     """

@@ -253,7 +253,7 @@ class PoissonFlow(Flow):
 
     @property
     def _center_and_spread(self) -> dict[str, Any]:
-        """Center and spread; empty with the published rules, whose files have neither."""
+        """Center and spread; empty with the published rules, which have neither."""
         if self.spread is None:
             return {}
         return {"center": self.center.tolist(), "spread": self.spread}

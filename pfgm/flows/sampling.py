@@ -258,7 +258,7 @@ class Sampling(Parametrisation):
         if x_init is None:
             if device is None and generator is None:
                 device = network_device(net)
-            with allocating(f"n is {n}, and so many samples of shape {self.shape}"):
+            with allocating(f"n is {n}, and {n} samples of shape {self.shape}"):
                 return self.prior(n, generator=generator, device=device)
         if x_init.shape != (n, *self.shape) or not x_init.is_floating_point():
             raise ValueError(

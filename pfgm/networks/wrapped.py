@@ -199,7 +199,7 @@ class WrappedMeanField(FieldNetwork):
 class WrappedField(nn.Module):
     """A wrapped network of the field itself as a network net(x, z, **condition) of PFGM.
 
-    Its output has one channel more than x, whose mean is field_z (arXiv 2209.11178).
+    Its output has one channel more than x. The mean of this channel is field_z (arXiv 2209.11178).
     """
 
     def __init__(self, net: WrappedModule, encode: LevelFunction) -> None:

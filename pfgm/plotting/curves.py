@@ -48,7 +48,7 @@ def quality_curve(
 ) -> Figure:
     """Quality against the number of evaluations, on a logarithmic axis.
 
-    The name of each curve stands beside its last point, in the colour of the curve. The colours
+    The name of each curve is beside its last point, in the colour of the curve. The colours
     suit the colour-blind, and the markers differ too.
 
     Args:

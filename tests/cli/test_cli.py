@@ -448,7 +448,7 @@ def the_folder_is_in_use(process, run, capsys):
     others = ["train", "--out", run, "--seed", 5], ["train", "--out", run, "--resume", "--seed", 5]
     for arguments in (*others, ["demo", "--out", run, "--steps", 1]):
         message = fails(capsys, *arguments)
-        assert f"in which process {process.pid} on {socket.gethostname()} (since " in message
+        assert f"which process {process.pid} on {socket.gethostname()} (since " in message
     assert (run / "config.json").read_bytes() == config
     out = run.parent / "x.npy"
     assert cli.main(["sample", "--checkpoint", str(run), "--n", "2", "--out", str(out)]) == 0

@@ -366,7 +366,7 @@ class TestData:
 @pytest.mark.parametrize("D", [1.0, 2.5, math.inf])
 def test_the_potential_agrees_with_loops(monkeypatch: pytest.MonkeyPatch, D: float) -> None:
     x, data = uniform(7, 2).double() * 3, uniform(5, 2).double()
-    monkeypatch.setattr(plane, "_DISTANCES_AT_ONCE", 10)
+    monkeypatch.setattr(plane, "_MAX_DISTANCES", 10)
     found = plane._log_potential(x, data, 0.7, D)
     for point, value in zip(x.tolist(), found.tolist(), strict=True):
         squares = [math.dist(point, other) ** 2 for other in data.tolist()]

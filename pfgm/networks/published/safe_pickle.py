@@ -376,7 +376,7 @@ def _storage(content: Any) -> _Storage:
 
 
 def _object(description: Any) -> StandIn:
-    """An object of EDM's persistence, whose own reader executes the source text that it holds."""
+    """An object of EDM's persistence. EDM itself would execute the source text in it."""
     return StandIn(_expect(str, description["class_name"]), description["state"])
 
 
