@@ -62,8 +62,8 @@ class Evaluate:
     samples: Path | None = None
     """A .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
-    """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. Unless given,
-    the data of the checkpoint's run, or else digits."""
+    """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. The default is
+    the data of the checkpoint's training run, or else digits."""
     n: int = 1000
     """Number of samples to draw, or the most to take from a file or folder."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
@@ -77,13 +77,15 @@ class Evaluate:
     likelihood: int = 0
     """Number of held-out samples whose bits per dimension are computed."""
     grey_levels: int | None = None
-    """Grey levels of the data, for --likelihood; 0 for continuous values. Bytes need none given."""
+    """Grey levels of the data, for --likelihood; 0 means continuous values. The default is 17 for
+    digits, 256 for bytes, and 0 for floating numbers."""
     curve: bool = False
     """Measure every solver at several numbers of steps as well."""
     curve_steps: tuple[int, ...] = (3, 5, 8, 10, 20, 40)
-    """Numbers of steps of --curve. Heun takes half as many, because its steps cost double."""
+    """Numbers of steps for --curve. Heun takes half as many, because its steps cost twice as
+    much."""
     seed: int = 0
-    """Seed of everything random: the same seed gives the same figures."""
+    """Seed of all random numbers: the same seed gives the same figures."""
 
     def run(self) -> None:
         self._check()

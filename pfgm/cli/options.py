@@ -16,11 +16,12 @@ class SamplingOptions:
     solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
     steps: int | None = None
-    """Solver steps: 10 unless given, more for samples of few values. rk45 chooses its own."""
+    """Number of solver steps; by default 10, or more for samples of few values. rk45 chooses its
+    own."""
     schedule: Literal["rho", "log"] = "rho"
     """Spacing of the steps."""
     last: float | None = None
-    """Noise level from which the last step goes to the end at once."""
+    """Noise level at which the last step begins. It goes to the end of the flow at once."""
     batch_size: int = 1000
     """Samples at a time."""
     device: str = "auto"

@@ -40,7 +40,7 @@ class Sample:
     )
     """How and where samples are drawn."""
     label: int | None = None
-    """Label of the samples, for a network that was trained with labels; any unless given."""
+    """Label of the samples, for a network that was trained with labels. By default any label."""
     guidance: float | None = None
     """Weight of classifier-free guidance. 1 is none; any other value takes twice as long."""
     seed: int = 0

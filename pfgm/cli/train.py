@@ -24,8 +24,8 @@ class Train:
     out: Path
     """Folder for checkpoints, logs, pictures and config.json, the settings of the run."""
     config: Path | None = None
-    """A recipe, or the folder of a run, for settings that are not given here. A resumed run takes
-    them from its own folder unless this is given."""
+    """A recipe, or the folder of a run, for the settings that are not given here. By default a
+    resumed run takes them from its own folder."""
     resume: bool = False
     """Continue the run in the output folder."""
     resume_from: int | None = None
@@ -36,7 +36,7 @@ class Train:
     """Seconds after which a process that does not answer counts as lost. An evaluation must take
     less."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
-    """What to train on what."""
+    """What to train, and on which data."""
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """How to train."""
 

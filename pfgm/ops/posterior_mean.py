@@ -293,7 +293,7 @@ def _gradient(
     return (*wanted, None, None, None, None)
 
 
-# Without this, autograd would treat the gradient as a constant: a wrong second derivative.
+# Without this, autograd would treat the gradient as constant and give a wrong second derivative.
 _no_second_derivative = no_gradient(
     "pfgm.posterior_mean (and field_fn, log_density) can be differentiated once; its gradient "
     "has no derivative of its own."
