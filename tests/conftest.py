@@ -69,8 +69,10 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def run_kernel_tests(tmp_path_factory):
-    """run_kernel_tests(files, environment) → for each file of tests/gpu a process of its own, all
-    at once, and where its output goes."""
+    """run_kernel_tests(files, environment) → file → (process, log).
+
+    Starts one process for each file of tests/gpu, all at once.
+    """
     started = []
 
     def run(files, environment):
@@ -98,7 +100,7 @@ def run_kernel_tests(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def strided():
-    """strided(values, kind) → the same values in other memory."""
+    """strided(values, kind) → the same values in another memory layout."""
 
     def place(values, kind):
         if kind == "rows apart":
@@ -150,8 +152,7 @@ def step_checks():
 
 
 def _wide(values):
-    """Samples as (count, N) in long double, whose 64 bits of mantissa keep the plain formulas
-    exact."""
+    """Samples as (count, N) in long double, in which the plain formulas are accurate enough."""
     if values.dtype == torch.uint8:
         return values.flatten(1).numpy().astype(np.longdouble) / 127.5 - 1
     return values.detach().double().flatten(1).numpy().astype(np.longdouble)
@@ -174,9 +175,9 @@ def _tensor(values):
 
 @pytest.fixture(scope="session")
 def oracle():
-    """oracle(x, references, radius, D) → flat mean (B, N) and lse (B,): spec section 2 as written.
+    """oracle(x, references, radius, D) → flat mean (B, N) and lse (B,), by the plain formulas.
 
-    ``radius`` is r, and sigma at D = ∞: a number or (B,).
+    ``radius`` is r, or sigma at D = ∞. It is a number or (B,).
     """
 
     def evaluate(x, references, radius, D):
@@ -190,7 +191,7 @@ def oracle():
 
 @pytest.fixture(scope="session")
 def oracle_gradients():
-    """Flat gradients of Σ G·mean + Σ g lse in x, references and radius: spec section 10."""
+    """Flat gradients of Σ G·mean + Σ g lse in x, references and radius (spec, section 10)."""
 
     def evaluate(x, references, radius, D, G, g):
         x, y, G = (_wide(v.reshape(len(v), -1)) for v in (x, references, G))

@@ -43,7 +43,7 @@ class Preset:
     tolerances: tuple[float, ...] = (1e-3, 1e-4)
     """Quality: rtol and atol of rk45."""
     sde_steps: tuple[int, ...] = (10, 20, 40, 50, 100, 125, 200, 250)
-    """Quality: steps of the SDE samplers. predictor–corrector takes two evaluations a step.
+    """Quality: steps of the SDE samplers. predictor–corrector takes two evaluations per step.
 
     Divisors of 1000, the levels of diffusers' chain, so that its steps are evenly spaced.
     """

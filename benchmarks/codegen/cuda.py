@@ -67,9 +67,9 @@ class Figures:
 
     registers: int
     spills: int
-    """Bytes of stack and local memory a thread."""
+    """Bytes of stack and local memory per thread."""
     shared: int
-    """Bytes of static shared memory a block."""
+    """Bytes of static shared memory per block."""
     threads: int | None
     """The most threads of a block, by the kernel's launch bounds."""
     instructions: int
@@ -358,7 +358,7 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
 
 def _resources(intent: Intent, figures: Figures) -> Iterable[str]:
     if figures.spills:
-        yield f"spills {figures.spills} bytes a thread"
+        yield f"spills {figures.spills} bytes per thread"
     if figures.threads is None:
         yield f"has no launch bounds; it is launched with blocks of {intent.threads} threads"
     elif figures.threads != intent.threads:
@@ -368,7 +368,7 @@ def _resources(intent: Intent, figures: Figures) -> Iterable[str]:
         )
     if figures.registers > register_limit(intent):
         yield (
-            f"uses {figures.registers} registers a thread; "
+            f"uses {figures.registers} registers per thread; "
             f"{intent.blocks} × {intent.threads} threads allow {register_limit(intent)}"
         )
 

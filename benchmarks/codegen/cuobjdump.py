@@ -19,9 +19,9 @@ class Usage(NamedTuple):
     registers: int
     """Of a thread."""
     spills: int
-    """Bytes of stack and local memory a thread."""
+    """Bytes of stack and local memory per thread."""
     shared: int
-    """Bytes of static shared memory a block."""
+    """Bytes of static shared memory per block."""
 
 
 def read_usage(dump: str, capability: int) -> Usage:

@@ -59,9 +59,9 @@ class Figures:
 
     registers: int
     spills: int
-    """Bytes of local memory a thread."""
+    """Bytes of local memory per thread."""
     shared: int
-    """Bytes of shared memory a block, static and dynamic."""
+    """Bytes of shared memory per block, static and dynamic."""
     matrix_instructions: dict[str, int]
     """Instruction without its modifiers → its number in the code."""
     wide_loads: int
@@ -161,7 +161,7 @@ def problems(variant: Variant, capability: int, figures: Figures) -> list[str]:
     where, found = f"{variant.name} on sm_{capability}", []
     limit = shared_memory_limit(capability)
     if figures.spills:
-        found.append(f"{where} spills {figures.spills} bytes a thread.")
+        found.append(f"{where} spills {figures.spills} bytes per thread.")
     if figures.shared > limit:
         found.append(f"{where} wants {figures.shared} bytes of shared memory; a block has {limit}.")
     if variant.products and not _full_rate(figures.matrix_instructions, capability):

@@ -146,15 +146,15 @@ def get_ready(options: argparse.Namespace, folder: Path, budget: Budget) -> Read
         )
         cuda, outcome = build_cuda(options, folder / "cuda", budget)
         outcomes = [reported(outcome)]
-        runs = None
+        smoke = None
         if cuda is not None:
-            runs = reported(run_smoke(options.out, cuda))
-            outcomes.append(runs)
+            smoke = reported(run_smoke(options.out, cuda))
+            outcomes.append(smoke)
             if checked:
                 outcomes += map(reported, check_cuda(options, cuda, budget.left()))
         if triton is not None:
             outcomes.append(reported(triton.result()))
-    if cuda is None or runs is None or runs.status != 0:
+    if cuda is None or smoke is None or smoke.status != 0:
         return Ready(cuda or pure, ["triton"], outcomes)
     return Ready(cuda, list(OURS), outcomes)
 

@@ -63,7 +63,7 @@ class Device(NamedTuple):
     """``wgmma`` or ``tcgen05``; 0 where there is none."""
     wgmma_tf32: Figure
     shared: Figure
-    """Bytes of shared memory a clock: 32 banks of 4."""
+    """Bytes of shared memory per clock: 32 banks of 4 bytes."""
     registers: Figure
     warps: Figure
     blocks: Figure

@@ -190,7 +190,7 @@ class _Step(NamedTuple):
     places: tuple[int, ...]
     """Index of its unit among all units, by scheduler."""
     backlog: float
-    held: str
+    waits_for: str
     """The background work that it waits for: "copies", "group", "block" or ""."""
     pause: float
     """Clocks that the warp pauses after it, for a fence of the device or a cluster's barrier."""
@@ -220,14 +220,14 @@ class _Multiprocessor:
         self.queue: list[tuple[float, int]] = []
 
     def step_of(self, instruction: Instruction, need: Need, card: Device) -> _Step:
-        alone = need.unit in _SHARED_BY_ALL or instruction.base.startswith("UTC")
-        keys = [(need.unit, -1 if alone else scheduler) for scheduler in range(SCHEDULERS)]
+        shared = need.unit in _SHARED_BY_ALL or instruction.base.startswith("UTC")
+        keys = [(need.unit, -1 if shared else scheduler) for scheduler in range(SCHEDULERS)]
         places = tuple(self.places.setdefault(key, len(self.places)) for key in keys)
         backlog = IN_FLIGHT / l2_port(card) if need.unit == "global" else BACKLOG
         control = instruction.control
-        held = _held(instruction)
+        waits_for = _waits_for(instruction)
         stall, pause = max(1, control.stall), _pause(instruction, card)
-        return _Step(instruction, need, control.wait, stall, places, backlog, held, pause)
+        return _Step(instruction, need, control.wait, stall, places, backlog, waits_for, pause)
 
     def run(self) -> None:
         self.queue = [(0.0, i) for i in range(len(self.warps))]
@@ -238,7 +238,7 @@ class _Multiprocessor:
             earliest = self.earliest(warp, step)
             if earliest > time:
                 heapq.heappush(self.queue, (earliest, i))
-            elif self.go(warp, i, step, time):
+            elif self.start(warp, i, step, time):
                 heapq.heappush(self.queue, (warp.ready, i))
 
     def earliest(self, warp: _Warp, step: _Step) -> float:
@@ -247,26 +247,26 @@ class _Multiprocessor:
         for board in step.wait:
             if warp.boards[board] > time:
                 time = warp.boards[board]
-        if step.held:
-            time = max(time, self.held(warp, step))
+        if step.waits_for:
+            time = max(time, self.background_done(warp, step))
         unit = self.free[step.places[warp.scheduler]] - step.backlog
         return max(time, unit, self.issue[warp.scheduler])
 
-    def held(self, warp: _Warp, step: _Step) -> float:
+    def background_done(self, warp: _Warp, step: _Step) -> float:
         """When the background work that it waits for is done."""
-        if step.held == "copies":
-            return _pending(warp.groups, step.instruction)
-        if step.held == "group":
-            return _pending(warp.matrix_groups, step.instruction)
+        if step.waits_for == "copies":
+            return _groups_done(warp.groups, step.instruction)
+        if step.waits_for == "group":
+            return _groups_done(warp.matrix_groups, step.instruction)
         return self.block_matrix[warp.block]
 
-    def go(self, warp: _Warp, i: int, step: _Step, time: float) -> bool:
-        """Issues an instruction. Returns whether the warp continues without a barrier."""
+    def start(self, warp: _Warp, i: int, step: _Step, time: float) -> bool:
+        """Starts an instruction. Returns whether the warp can continue."""
         if time > warp.ready:
             self.waits[step.instruction.base] += time - warp.ready
         self.issue[warp.scheduler] = time + 1
         self.busy["issue"] += 1
-        done = self.serve(warp, step, time)
+        done = self.use_unit(warp, step, time)
         control = step.instruction.control
         if control.write != NO_SCOREBOARD:
             warp.boards[control.write] = max(warp.boards[control.write], done)
@@ -276,10 +276,10 @@ class _Multiprocessor:
         warp.ready = time + step.stall + step.pause
         self.advance(warp)
         if step.instruction.base == "BAR":
-            return self.meets(warp, i, step.instruction, time)
+            return self.reach_barrier(warp, i, step.instruction, time)
         return warp.trip < self.trips
 
-    def serve(self, warp: _Warp, step: _Step, time: float) -> float:
+    def use_unit(self, warp: _Warp, step: _Step, time: float) -> float:
         """Gives an instruction to its unit, and returns the time of its result."""
         instruction, need = step.instruction, step.need
         base = instruction.base
@@ -308,7 +308,7 @@ class _Multiprocessor:
             warp.at, warp.trip = 0, warp.trip + 1
             warp.ready += JUMP
 
-    def meets(self, warp: _Warp, i: int, instruction: Instruction, time: float) -> bool:
+    def reach_barrier(self, warp: _Warp, i: int, instruction: Instruction, time: float) -> bool:
         """Arrives at a barrier. The last warp releases all warps of its block."""
         if instruction.name.startswith("BAR.ARV"):
             return warp.trip < self.trips
@@ -331,7 +331,7 @@ def _pause(instruction: Instruction, card: Device) -> float:
     return CLUSTER if instruction.base == "UCGABAR_WAIT" else 0.0
 
 
-def _held(instruction: Instruction) -> str:
+def _waits_for(instruction: Instruction) -> str:
     if instruction.base == "DEPBAR" and "SB0" in instruction.operands:
         return "copies"
     if instruction.name.startswith("WARPGROUP.DEPBAR"):
@@ -339,7 +339,7 @@ def _held(instruction: Instruction) -> str:
     return "block" if instruction.name.startswith("SYNCS.PHASECHK") else ""
 
 
-def _pending(groups: list[float], instruction: Instruction) -> float:
+def _groups_done(groups: list[float], instruction: Instruction) -> float:
     """When all groups are done except the newest ones, whose number the instruction gives."""
     found = re.search(r"0x([0-9a-f]+)", instruction.operands)
     newest = int(found[1], 16) if found else 0
@@ -377,10 +377,10 @@ def run(
         short.run()
         clocks = (machine.end - short.end) / trips
     trips += RUN_IN
-    each = {unit: 1 if unit in _SHARED_BY_ALL else SCHEDULERS for unit in machine.busy}
+    units = {unit: 1 if unit in _SHARED_BY_ALL else SCHEDULERS for unit in machine.busy}
     if any(one.base.startswith("UTC") for one in code):
-        each["tensor"] = 1
-    busy = {unit: total / trips / each[unit] for unit, total in machine.busy.items()}
+        units["tensor"] = 1
+    busy = {unit: total / trips / units[unit] for unit, total in machine.busy.items()}
     many = trips * len(machine.warps)
     longest = sorted(machine.waits.items(), key=lambda item: -item[1])[:6]
     waits = {name: total / many for name, total in longest if total > many}

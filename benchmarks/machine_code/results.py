@@ -1,4 +1,4 @@
-"""The stored counts and predictions: results/machine_code.json, one line a row."""
+"""The stored counts and predictions: results/machine_code.json, one line per row."""
 
 from __future__ import annotations
 

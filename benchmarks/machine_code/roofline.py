@@ -86,7 +86,7 @@ class Work(NamedTuple):
 
 
 def distances(shape: Shape, products: int = TF32X3, reference_bytes: int = 4) -> Work:
-    """|x|² + |y|² − 2 x·y. Reads x and y, and writes a float64 a pair."""
+    """|x|² + |y|² − 2 x·y. Reads x and y, and writes a float64 per pair."""
     _, B, M, N = shape
     return Work(
         tensor=products * 2 * B * M * N,
@@ -152,7 +152,7 @@ def distances_and_projections(shape: Shape, products: int = TF32X3) -> Work:
 
 
 def coefficients(shape: Shape) -> Work:
-    """p_j and c_j = −(N + D) p_j t_j / s_j. Writes two float32 a pair."""
+    """p_j and c_j = −(N + D) p_j t_j / s_j. Writes two float32 per pair."""
     pairs = shape.B * shape.M
     return Work(double=(WEIGHT_OPERATIONS + 6) * pairs, moved=(8 + 4 + 2 * 4) * pairs)
 

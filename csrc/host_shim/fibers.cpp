@@ -279,7 +279,8 @@ char* stacks(std::size_t n) {
 }
 
 #ifdef __SANITIZE_THREAD__
-// It reports a race only while it remembers both fibers, so ended fibers are kept for a while.
+// ThreadSanitizer reports a race only while it knows both fibers, so ended fibers are kept for a
+// while.
 constexpr std::size_t kRemembered = 16384;
 std::deque<void*> ended;
 
@@ -287,9 +288,9 @@ void forget_fibers(std::size_t keep) {
   for (; ended.size() > keep; ended.pop_front()) __tsan_destroy_fiber(ended.front());
 }
 
-// It distinguishes 255 fibers. The next one takes the slot of an earlier one, whose accesses then
-// seem to precede its own; sometimes that is the slot of the creating context. This hides races. In
-// a random order it does not always hide those of the same threads.
+// ThreadSanitizer distinguishes 255 fibers. The next one takes the slot of an earlier fiber, or of
+// the creating context. The accesses of the earlier fiber then seem to precede its own, which hides
+// races. Creating fibers in a random order avoids hiding the races of the same threads every time.
 void create_fibers(std::vector<Fiber>& fibers) {
   static std::mt19937 engine;
   std::vector<std::size_t> turns(fibers.size());

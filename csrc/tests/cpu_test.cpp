@@ -98,7 +98,7 @@ void check_failures() {
 
 int answers_left = 0;
 
-// Work that is stopped at one place after the other, with independent and with shared blocks.
+// Stops the work at one place after the other, with independent and with shared blocks.
 void check_stops() {
   for (const Case& c : {Case{70, 130, 20, Type::float32, Type::float32, 1, 0, 1},
                         Case{50, 130, 520, Type::float32, Type::float32, 1, 0, 2}}) {

@@ -141,7 +141,8 @@ bool launched(const std::string& kernel) {
   return std::find(all.begin(), all.end(), kernel) != all.end();
 }
 
-// In clusters of blocks, which split the features: 384 per block for 64 queries, 192 for 128.
+// One pass in clusters of blocks, which split the features: 384 per block for 64 queries, 192 for
+// 128.
 // Clusters split the references if the device runs several at once.
 void check_one_pass() {
   const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577},  {17, 5, 769},

@@ -379,7 +379,7 @@ __global__ void neighbours(int* out, int barrier) {
   if (barrier == 6) __ballot_sync(kAll, 1);
   out[threadIdx.x] = memory[threadIdx.x ^ 1];
 }
-// A barrier before the accesses orders nothing after it.
+// Barriers before the accesses do not order the accesses.
 __global__ void after_a_barrier(int* out) {
   auto* memory = reinterpret_cast<int*>(shared_memory());
   for (int i = 0; i < 4; ++i) __syncthreads();
@@ -390,7 +390,7 @@ __global__ void after_a_barrier(int* out) {
 __global__ void same_place(int* out) {
   if (threadIdx.x == 0) *out = static_cast<int>(blockIdx.x);
 }
-// The blocks between do not write.
+// The blocks in between do not write.
 __global__ void ends_of_grid(int* out) {
   if (blockIdx.x % 11 == 0) out[threadIdx.x] = static_cast<int>(blockIdx.x);
 }

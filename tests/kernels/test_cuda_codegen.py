@@ -247,7 +247,7 @@ def test_kernels_as_intended_pass(architecture, text):
         ("no launch bounds", SUM, {"threads": None}),
         ("blocks of up to 512 threads, and launched with up to 1024", STEP, {"threads": "0x200"}),
         ("1 × 1024 threads allow 64", STEP, {"usage": "REG:65"}),
-        ("with --use_fast_math", NARROW, {"code": ["FFMA.FTZ R1, R2, R3, R4", *REST]}),
+        ("without --use_fast_math", NARROW, {"code": ["FFMA.FTZ R1, R2, R3, R4", *REST]}),
     ],
 )
 def test_flaws_are_found(words, symbol, options):

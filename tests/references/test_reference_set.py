@@ -274,7 +274,7 @@ def test_a_file_written_to_before_the_gradient_is_refused(small_chunks, tmp_path
 
 
 def test_sets_under_inference_mode(small_chunks):
-    """Tensors made in inference mode have no version counter; others keep theirs in this mode."""
+    """Tensors made in inference mode have no version counter. Others have one, even here."""
     rows, x = pfgm.data.to_unit(images()), points()
     expected = pfgm.posterior_mean(x, rows, r=1.0)
     outside = ReferenceSet(rows)

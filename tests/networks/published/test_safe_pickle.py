@@ -87,7 +87,7 @@ def extension():
 def test_pickled_code_is_refused_and_not_executed(tmp_path, kind):
     marker, path = tmp_path / "executed", tmp_path / "state.pt"
     content, message = payloads(marker)[kind]
-    pickle.loads(content)  # Python itself is taken in
+    pickle.loads(content)  # Python itself executes it
     assert marker.exists()
     marker.unlink()
     within = pickle.dumps({"ema": Hidden(content)})
