@@ -18,7 +18,7 @@ build:
 test *args="-n auto":
     pytest {{args}}
 
-# Run the slow tests: examples, killed runs, mixtures in many dimensions.
+# Run the slow tests: examples, killed runs, sanitizers, mixtures in many dimensions.
 slow:
     pytest -n auto -m slow
 

@@ -1,8 +1,6 @@
 """Trains a Poisson flow in a Lightning module; pfgm.field_fn computes the target.
 
     python examples/lightning_module.py --out lightning [--quick]
-
-The callback EMAWeightAveraging of Lightning averages the weights.
 """
 
 import argparse
@@ -52,7 +50,7 @@ if __name__ == "__main__":
     module = PoissonModule(pfgm.PoissonFlow.from_data(data), references=data)
     trainer = lightning.Trainer(
         max_steps=30 if options.quick else 4000,
-        callbacks=[EMAWeightAveraging(decay=0.99)],
+        callbacks=[EMAWeightAveraging(decay=0.99)],  # averages the weights
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CANNOT = 77  # what .ci/sanitize returns where it cannot run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the shim of CUDA needs Linux")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_the_kernels(sanitizer):
