@@ -1,6 +1,6 @@
 """Trains a Poisson flow in a Lightning module; pfgm.field_fn computes the target.
 
-    python examples/lightning_module.py --out lightning [--quick]
+python examples/lightning_module.py --out lightning [--quick]
 """
 
 import argparse
