@@ -28,7 +28,7 @@ double squared_norm(const T* v, Index n) {
   Index k = 0;
   while (k < whole) {
     const Index end = smaller(k + block, whole);
-    typename Simd<T>::Unaligned sum[4] = {};
+    typename Simd<T>::Vector sum[4] = {};
     for (; k + 4 * lanes <= end; k += 4 * lanes)
       for (int i = 0; i < 4; ++i)
         sum[i] += load_unaligned(v + k + i * lanes) * load_unaligned(v + k + i * lanes);

@@ -37,7 +37,6 @@ constexpr int kVectorBytes = 16, kTileQueries = 4, kTileVectors = 2;
 template <class T>
 struct Simd {
   typedef T Vector __attribute__((vector_size(kVectorBytes), may_alias));
-  typedef Vector Unaligned __attribute__((aligned(alignof(T)), may_alias));
   static constexpr Index lanes = kVectorBytes / sizeof(T);
   static constexpr Index tile = kTileVectors * lanes;
 };
@@ -53,12 +52,14 @@ const typename Simd<T>::Vector& vector_at(const T* p) {
 
 // A vector that starts at any T.
 template <class T>
-typename Simd<T>::Unaligned load_unaligned(const T* from) {
-  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(from);
+typename Simd<T>::Vector load_unaligned(const T* from) {
+  typename Simd<T>::Vector values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
 }
 template <class T>
-void store_unaligned(T* to, typename Simd<T>::Unaligned values) {
-  *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = values;
+void store_unaligned(T* to, const typename Simd<T>::Vector& values) {
+  std::memcpy(to, &values, sizeof values);
 }
 
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
