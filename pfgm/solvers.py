@@ -201,7 +201,7 @@ def heun(
     for step, (z, next_z) in enumerate(pairwise(grid)):
         if churn is not None:
             x, z = churn(x, z)
-        # The next x overwrites the predicted point, whose role the old x takes.
+        # The next x is written over the predicted point, and the old x becomes the spare memory.
         moved, stopped = run.euler(x, z, next_z, step, own)
         if stopped:
             break

@@ -66,7 +66,7 @@ class Part:
     def device(self) -> torch.device:
         """The device of the rows; the CPU for a file."""
         held = self.source.tensor
-        return torch.device("cpu") if held is None else held.device
+        return _CPU if held is None else held.device
 
     def ranks(self, x: Tensor) -> Ranks | None:
         """The communication between processes for points x (B, N); None if there is one process."""
