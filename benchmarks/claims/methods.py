@@ -8,6 +8,7 @@ The others learn the single-sample target, as published.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -169,10 +170,12 @@ def network_of(spec: Spec, preset: Preset, flow: Flow) -> nn.Module:
         return denoiser
 
 
-def loss_of(method: str, flow: Flow) -> Callable[..., Tensor] | None:
-    """The loss of a score model, E ‖mean − x‖²/σ² at its levels. None: the flow's own loss."""
+def loss_of(method: str, flow: Flow) -> Callable[..., Tensor]:
+    """The published loss of a method; of a score model it is E ‖mean − x‖²/σ² at its levels."""
+    if isinstance(flow, pfgm.PoissonFlow):
+        return functools.partial(flow.loss, weighting="published")
     if method not in ("VE", "VP"):
-        return None
+        return flow.loss
 
     def loss(
         net: nn.Module, x: Tensor, references: Any, generator: torch.Generator, **_: Any

@@ -93,9 +93,8 @@ def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) ->
     train = data_of(preset).train.to(preset.device)
     generator = torch.Generator(preset.device).manual_seed(seed)
     with torch.no_grad():
-        error = float(
-            flow.loss(network, evenly_spaced(train, _ROWS), references=train, generator=generator)
-        )
+        loss = methods.loss_of(method, flow)
+        error = float(loss(network, evenly_spaced(train, _ROWS), train, generator))
     row = {
         "method": method,
         "target": _name(count),
@@ -212,6 +211,7 @@ def _step(
     network = network.to(preset.device)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-4)
     generator = torch.Generator(device).manual_seed(0)
+    loss_of_batch = methods.loss_of(method, flow)
     steps = itertools.count()
 
     def run() -> None:
@@ -219,7 +219,7 @@ def _step(
         if by_formula:
             loss = _published_loss(flow, network, batch, generator)
         else:
-            loss = flow.loss(network, batch.x, references=batch.references, generator=generator)
+            loss = loss_of_batch(network, batch.x, batch.references, generator)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..common import transforms
-from ..common.checks import check_dtype, non_negative, positive, untouched
+from ..common.checks import check_choice, check_dtype, non_negative, positive, untouched
 from ..common.tensors import common_device, over_samples
 from ..functional import field_fn
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, measure
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network
+from .conditions import Condition, Network, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults, per_row
 from .poisson_rules import (
@@ -35,7 +35,10 @@ from .poisson_rules import (
 from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
 
-__all__ = ["EmpiricalField", "PoissonFlow"]
+__all__ = ["EmpiricalField", "PoissonFlow", "Weighting"]
+
+Weighting = Literal["balanced", "published"]
+"""Weights of the levels in the loss of :class:`PoissonFlow`."""
 
 # restrict_M multiplies m by _RESTRICTED_SHARE where |ε_z|/σ is below _RESTRICT_BELOW (PFGM,
 # appendix B.1.1).
@@ -340,10 +343,19 @@ class PoissonFlow(Flow):
         *,
         condition: Condition | None = None,
         reference_labels: Tensor | None = None,
+        weighting: Weighting | None = None,
     ) -> Tensor:
-        """The training loss: the batch mean of ½ ‖net(x̃, z) − v‖² (Algorithm 1).
+        """The training loss: the batch mean of ½ ω ‖net(x̃, z) − v‖² (Algorithm 1).
 
-        The square is summed over the N + 1 components of the field, as published.
+        The square is summed over the N + 1 components of the field, as published. An error δ of the
+        posterior mean is an error of √N δ/(R + γ) in the field, where R = √(‖x̃ − x‖² + z²). So the
+        published loss, ω = 1, weighs the mean by N/(R + γ)², which is 1/s² for noise of level
+        s = R/√N. EDM's weight is 1/s² + 1/σ_d² (arXiv 2206.00364, table 1). Its second term is the
+        one that teaches coarse structure and labels. The balanced loss adds it:
+
+            ω = 1 + ((R + γ)/(√N σ_d))²
+
+        with σ_d = ``flow.unit``, the spread of the data.
 
         Args:
             net: the network being trained.
@@ -355,12 +367,16 @@ class PoissonFlow(Flow):
                 each point is the field of the references of its label. A label below 0 means no
                 label: the target is the field of all references.
             reference_labels: (M,) labels of the references; not needed if references is None.
+            weighting: "published" or "balanced". None means balanced for networks that predict the
+                posterior mean, such as :class:`pfgm.networks.UNet`, and published for all others,
+                because a field that is predicted directly has errors at all levels.
 
         Returns:
             A scalar of float32 or wider.
 
         Raises:
-            ValueError: shapes do not fit, or the network's results have wrong shapes.
+            ValueError: shapes do not fit, the network's results have wrong shapes, or there is no
+                such weighting.
 
         >>> import torch
         >>> flow = PoissonFlow((2,), data_norm=1.0)
@@ -368,6 +384,9 @@ class PoissonFlow(Flow):
         >>> float(flow.loss(flow.empirical(data), data))
         0.0
         """
+        if weighting is None:
+            weighting = "balanced" if _predicts_mean(net) else "published"
+        check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
         condition = condition or {}
         labels = condition.get("labels")
@@ -381,7 +400,15 @@ class PoissonFlow(Flow):
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
         error_x = (field_x.to(target_x.dtype) - target_x).flatten(1).square().sum(1)
         error_z = (field_z.to(target_z.dtype) - target_z).square()
-        return 0.5 * (error_x + error_z).mean()
+        squared = error_x + error_z
+        if weighting == "balanced":
+            squared = squared * self._balance(x_perturbed - x, z).to(squared.dtype)
+        return 0.5 * squared.mean()
+
+    def _balance(self, noise: Tensor, z: Tensor) -> Tensor:
+        """ω (B,) of the balanced loss for noise (B, *S) in x and z (B,)."""
+        distance = torch.linalg.vector_norm(noise.flatten(1), dim=1).hypot(z)
+        return 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self.unit)).square()
 
     def _target(self, x: Tensor, z: Tensor, references: References) -> tuple[Tensor, Tensor]:
         return field_fn(x, z, references, gamma=self.gamma)
@@ -499,20 +526,23 @@ class PoissonFlow(Flow):
         return EmpiricalField(references, self.gamma)
 
 
-def _gamma_of(net: Any) -> float | None:
-    """gamma of an exact network or one of pfgm.networks, also if it is wrapped; else None."""
-    while isinstance(net, nn.Module):
-        if isinstance(net, EmpiricalField) or hasattr(net, "data_std"):
-            return getattr(net, "gamma", None)
-        net = getattr(net, "module", getattr(net, "_orig_mod", None))
+def _mean_network(net: Network) -> nn.Module | None:
+    """The exact network or the one of pfgm.networks that predicts a mean in net; None: neither."""
+    for inner in with_inner_networks(net):
+        if isinstance(inner, EmpiricalField) or hasattr(inner, "data_std"):
+            return inner
     return None
+
+
+def _predicts_mean(net: Network) -> bool:
+    return _mean_network(net) is not None
 
 
 def _evaluate(
     net: Network, x: Tensor, z: Tensor, condition: Condition, gamma: float
 ) -> tuple[Tensor, Tensor]:
     """The network's field at x and z, with its shapes checked."""
-    own = _gamma_of(net)
+    own = getattr(_mean_network(net), "gamma", None)
     if own is not None and own != gamma:
         raise ValueError(
             f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -163,6 +164,17 @@ def test_loss_is_the_weighted_error(data, D):
     target = pfgm.posterior_mean(x, data, sigma=sigma, D=D)
     torch.testing.assert_close(stable, (weight * (0.5 * x - target).square().sum(1)).mean())
     assert float(flow.loss(flow.empirical(data), data, data)) <= 1e-6
+
+
+def test_edms_preconditioning_warns_at_small_D(data):
+    for D, warned in ((1, True), (3.9, True), (4, False), (math.inf, False)):
+        flow = PoissonFlowPP((2,), D=D)
+        net = torch.optim.swa_utils.AveragedModel(flow.precondition(Backbone()))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            flow.loss(net, data)
+            flow.loss(lambda x, sigma: x, data)  # how this one scales its input is not known
+        assert [str(w.message).startswith(f"D is {D:g}; EDM's") for w in found] == [True] * warned
 
 
 def test_labels_restrict_the_references(data):

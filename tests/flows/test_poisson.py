@@ -207,6 +207,52 @@ def test_loss_is_half_the_squared_error_summed_over_the_field():
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_balanced_loss_weighs_errors_of_the_mean_as_edm_does():
+    """An error of the mean costs N/(R + γ)² + 1/σ_d², EDM's 1/s² + 1/σ_d² at s = R/√N for γ = 0."""
+    N = 3000  # the noise is orthogonal to the error of the mean, but for 1/√N
+    flow = PoissonFlow((N,), spread=0.4, sigma=0.05, gamma=1.0)
+    data = torch.zeros(1, N)  # so the mean is 0
+    error = 1e-2 * torch.randn(N, generator=seeded(3))
+
+    class OffByError(pfgm.networks.MLP):
+        def mean(self, x, z, labels=None):
+            return (torch.zeros_like(x) + error.to(x)).to(x.dtype)
+
+    net = OffByError((N,), width=1, **flow.scaling).double()
+    for seed in range(20):
+        x_perturbed, z = flow.perturb(data.double(), seeded(seed))
+        R = torch.cat([x_perturbed, z[:, None]], 1).norm()
+        size = 0.5 * error.double().square().sum()
+        published = size * N / (R + 1.0) ** 2
+        found = flow.loss(net, data.double(), generator=seeded(seed), weighting="published")
+        assert float(found) == pytest.approx(float(published), rel=0.15)
+        balanced = flow.loss(net, data.double(), generator=seeded(seed), weighting="balanced")
+        assert float(balanced / found) == pytest.approx(
+            1 + float(((R + 1.0) / (math.sqrt(N) * 0.4)) ** 2), rel=1e-6
+        )
+        assert flow.loss(net, data.double(), generator=seeded(seed)) == balanced
+
+
+def test_networks_of_the_mean_take_the_balanced_loss_and_others_the_published_one():
+    data = torch.randn(40, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    of_mean = pfgm.networks.MLP((2,), width=8, **flow.scaling)
+
+    def of_field(x, z):
+        return of_mean(x, z)
+
+    def loss(net, **options):
+        return float(flow.loss(net, data, generator=seeded(1), **options).detach())
+
+    published, balanced = (loss(of_mean, weighting=each) for each in ("published", "balanced"))
+    assert balanced > published
+    assert loss(of_mean) == loss(torch.optim.swa_utils.AveragedModel(of_mean)) == balanced
+    assert loss(of_field) == published
+    assert loss(of_field, weighting="balanced") == balanced
+    with pytest.raises(ValueError, match="weighting is 'edm'; allowed are balanced, published"):
+        loss(of_mean, weighting="edm")
+
+
 def test_loss_is_zero_for_the_exact_field_and_only_for_it():
     flow = PoissonFlow((2,), data_norm=2.0)
     data = torch.randn(50, 2, generator=seeded(0))
