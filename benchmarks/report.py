@@ -1,7 +1,7 @@
 """The stored results as Markdown tables.
 
 python -m benchmarks.report           prints them
-python -m benchmarks.report --write   puts the main table into README.md
+python -m benchmarks.report --write   puts the main table into docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.common.folders import RESULTS, ROOT
+from benchmarks.common.folders import DOCS, RESULTS
 from benchmarks.common.tables import Section, format_seconds, print_or_write, table, with_headings
 
-SECTION = Section(ROOT / "README.md", "benchmarks")
+SECTION = Section(DOCS / "benchmarks.md", "benchmarks")
 PEERS = {
     "torch path": "torch path",
     "torch path, compiled": "compiled",

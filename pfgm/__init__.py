@@ -2,7 +2,8 @@
 
 The operations are :func:`posterior_mean`, :func:`field_fn`, :func:`log_density` and the steps of
 the ODE, :func:`euler_step`, :func:`heun_step` and :func:`multistep_step`; the flows that train and
-sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads what was trained.
+sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads what was trained, and
+:func:`load_pretrained` what comes with the package.
 """
 
 from . import (
@@ -14,6 +15,7 @@ from . import (
     metrics,
     networks,
     plotting,
+    pretrained,
     solvers,
     training,
 )
@@ -36,6 +38,7 @@ from .functional import (
     posterior_mean,
 )
 from .integrations.k_diffusion import as_k_diffusion
+from .pretrained import load_pretrained
 from .references import ReferenceSet
 from .training.checkpoint import load, save
 
@@ -61,6 +64,7 @@ __all__ = [
     "heun_step_from_mean",
     "interpolate",
     "load",
+    "load_pretrained",
     "log_density",
     "metrics",
     "multistep_step",
@@ -68,6 +72,7 @@ __all__ = [
     "networks",
     "plotting",
     "posterior_mean",
+    "pretrained",
     "save",
     "solvers",
     "training",

@@ -137,7 +137,7 @@ def test_readme_commands_are_those_that_are_tested():
     assert f"{install}-e '.[test]' && .venv/bin/pytest -n auto\n" in text
 
 
-def test_the_readme_shows_the_stored_benchmarks():
+def test_the_page_shows_the_stored_benchmarks():
     text = report.SECTION.page.read_text()
     shown = report.SECTION.replaced(text, report.main_report())
     assert shown == text, "run python -m benchmarks.report --write"

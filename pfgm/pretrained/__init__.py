@@ -1,0 +1,84 @@
+"""Small networks that come with the package, to start from at once.
+
+Each is a weights file beside this module, with the licence of its data and the command that trained
+it in :data:`PRETRAINED`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..common.checks import check_choice
+from ..training.checkpoint import Loaded, load
+
+__all__ = ["PRETRAINED", "Pretrained", "load_pretrained", "pretrained_path"]
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+class Pretrained(NamedTuple):
+    """What a network was trained on, and how."""
+
+    data: str
+    """The data, with their source and licence."""
+    command: str
+    """The command that trains it again."""
+    classes: tuple[str, ...]
+    """What its labels mean, from 0."""
+
+
+PRETRAINED = {
+    "digits": Pretrained(
+        "1398 handwritten digits of 8 × 8 pixels (UCI, Optical Recognition of Handwritten Digits, "
+        "E. Alpaydin and C. Kaynak 1998, CC BY 4.0)",
+        "pfgm demo --conditional --out runs/digits",
+        tuple("0123456789"),
+    ),
+    "fashion-mnist": Pretrained(
+        "60 000 images of clothes of 28 × 28 pixels (Fashion-MNIST, Zalando SE 2017, MIT licence)",
+        "pfgm train --config recipes/fashion-mnist.json --out runs/fashion-mnist",
+        (
+            "T-shirt",
+            "trouser",
+            "pullover",
+            "dress",
+            "coat",
+            "sandal",
+            "shirt",
+            "sneaker",
+            "bag",
+            "ankle boot",
+        ),
+    ),
+}
+"""The networks by name."""
+
+
+def load_pretrained(name: str, *, device: torch.device | str = "cpu") -> Loaded:
+    """The flow and the network (in evaluation mode) of a small trained model.
+
+    Both models are PFGM with labels: ``flow.sample(net, n)`` draws from all labels, and
+    ``condition={"labels": labels}`` from these, also with ``guidance``.
+
+    Args:
+        name: "digits", 8 × 8 pixels, or "fashion-mnist", 28 × 28 pixels. Images are (1, H, W) in
+            [-1, 1]. :data:`PRETRAINED` has data, licence and training of each.
+        device: device of the network.
+
+    Raises:
+        ValueError: there is no such model.
+
+    >>> flow, net = load_pretrained("digits")
+    >>> flow.sample(net, 4, condition={"labels": torch.tensor([1, 9, 9, 8])}).shape
+    torch.Size([4, 1, 8, 8])
+    """
+    return load(pretrained_path(name), device=device)
+
+
+def pretrained_path(name: str) -> Path:
+    """The weights file of a model."""
+    check_choice("name", name, PRETRAINED)
+    return _FOLDER / f"{name}.safetensors"
