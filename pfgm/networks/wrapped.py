@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import positive
-from ..common.tensors import over_samples
+from ..common.tensors import over_samples, per_row
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned
 from ..flows.poisson import PoissonFlow
@@ -142,6 +142,7 @@ class WrappedDenoiser(Preconditioned):
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The posterior mean (B, *S) at x (B, *S) and sigma (B,)."""
+        sigma = per_row(sigma, x, "sigma")
         return self.interpret(x, sigma, self.backbone(*self.inputs(x, sigma), **condition))
 
 
@@ -184,7 +185,7 @@ class WrappedMeanField(FieldNetwork):
 
     def mean(self, x: Tensor, z: Tensor, **condition: Any) -> Tensor:  # type: ignore[override]
         """The posterior mean (B, *S) at x (B, *S) and z (B,)."""
-        self._check_shapes(x, z)
+        z = self._checked_level(x, z)
         return self._mean_from(x, z, self.net(*self.inputs(x, z), **condition))
 
     def forward(  # type: ignore[override]
@@ -231,6 +232,7 @@ class WrappedField(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, **condition: Any) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,)."""
+        z = per_row(z, x, "z")
         return self.interpret(x, z, self.net(*self.inputs(x, z), **condition))
 
 

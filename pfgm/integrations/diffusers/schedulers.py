@@ -14,9 +14,8 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
 from ...common.checks import check_choice, positive_int
-from ...common.tensors import dequantise, over_samples, wide_dtype
+from ...common.tensors import dequantise, over_samples, per_row, wide_dtype
 from ...flows.flow import Flow
-from ...flows.parametrisation import per_row
 from ...flows.plusplus import PoissonFlowPP
 from ...flows.poisson import PoissonFlow
 from ...functional import (
