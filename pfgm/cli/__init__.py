@@ -1,4 +1,4 @@
-"""The command line: ``pfgm demo | train | sample | evaluate | info``, one module a command."""
+"""The command line, one module a command: ``pfgm demo | train | sample | …``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..common.files import reserve_standard_descriptors
 from ..common.messages import print_result, unfailing_streams
 from ..training import Diverged
 from ..training.processes import ProcessLost
+from .convert import Convert
 from .demo import Demo
 from .evaluate import Evaluate
 from .info import Info
@@ -25,7 +26,7 @@ from .sample import Sample
 from .train import Train, starting_config
 
 _DESCRIPTION = "Poisson flow generative models."
-_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Info)
+_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Convert, Info)
 _EXPECTED_ERRORS = (
     ValueError,
     TypeError,

@@ -235,6 +235,29 @@ def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
         raise ValueError(non_finite_message(x, references, "x"))
 
 
+def layout_hint(found: Sequence[int], needed: Sequence[int]) -> str:
+    """What to do about samples that are images with their channels last, where needed is (C, H, W).
+
+    >>> layout_hint((32, 32, 3), (3, 32, 32))
+    ' Channels come first: use x.movedim(-1, 1).'
+    >>> layout_hint((2,), (3,))
+    ''
+    """
+    if len(found) != 3 or tuple(found) == tuple(needed) or (found[2], *found[:2]) != tuple(needed):
+        return ""
+    return " Channels come first: use x.movedim(-1, 1)."
+
+
+def warn_channels_last(shape: Sequence[int]) -> None:
+    """Warns the caller of the caller if samples of data look like images with channels last."""
+    if len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3):
+        warnings.warn(
+            f"data has samples of shape {tuple(shape)}, as images with channels last; networks "
+            "take (n, C, H, W): data.movedim(-1, 1), or pfgm.datasets.open_data for a file.",
+            stacklevel=3,
+        )
+
+
 def check_dtype(name: str, values: Tensor) -> None:
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")

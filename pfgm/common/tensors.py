@@ -31,6 +31,31 @@ def over_samples(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
+def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
+    """The level of each of the points x (B, *S), as (B,) in the dtype of x.
+
+    Args:
+        level: a number or a tensor (B,). Code in the style of EDM has levels (B, 1, …, 1).
+        name: the name of the level in the error.
+
+    Raises:
+        ValueError: the level has another shape.
+
+    >>> per_row(torch.ones(2, 1, 1, 1), torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2])
+    """
+    if not isinstance(level, Tensor):
+        return x.new_full((len(x),), level)
+    if level.ndim > 1 and level.shape == (len(x), *[1] * (x.ndim - 1)):
+        level = level.flatten()
+    if level.shape not in ((), (len(x),)):
+        raise ValueError(
+            f"{name} has shape {tuple(level.shape)}; allowed is a number or ({len(x)},), one value "
+            f"for each row of x, or ({len(x)}, 1, …, 1) with a 1 for each dimension of a sample."
+        )
+    return level.to(x).expand(len(x))
+
+
 def common_device(
     device: torch.device | str | None, generator: torch.Generator | None
 ) -> torch.device:

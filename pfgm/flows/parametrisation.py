@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_dimensions, check_dtype
+from ..common.checks import check_dimensions, check_dtype, layout_hint
 from ..common.tensors import dequantise, over_samples
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
@@ -113,10 +113,19 @@ class Parametrisation(ABC):
     def noise(self, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws noise (B, *S) of levels sigma (B,) from the perturbation kernel around 0.
 
+        Levels may also have the shape (B, 1, …, 1).
+
         The noise is σ g/√(χ²_D/D) with g ~ N(0, I), a multivariate Student distribution with D
         degrees of freedom. That is p_r(x̃ | x) ∝ 1/(‖x̃ − x‖² + r²)^((N + D)/2) with r = σ √D
         (PFGM++, equation 3).
         """
+        if sigma.ndim == 1 + len(self.shape) and sigma.numel() == len(sigma):
+            sigma = sigma.flatten()
+        if sigma.ndim != 1:
+            raise ValueError(
+                f"sigma has shape {tuple(sigma.shape)}; allowed is (B,), or (B, 1, …, 1) with a 1 "
+                "for each dimension of a sample."
+            )
         shape = (len(sigma), *self.shape)
         g = torch.randn(shape, generator=generator, dtype=sigma.dtype, device=sigma.device)
         if math.isfinite(self.D):
@@ -132,8 +141,8 @@ class Parametrisation(ABC):
     ) -> Tensor:
         """The posterior mean (B, *S) that the network implies at points x of a level, z or sigma.
 
-        The level is a number or a tensor (B,). The mean is differentiable in x and in the network's
-        parameters. It never shares memory with what the network returned.
+        The level is a number or a tensor (B,) or (B, 1, …, 1). The mean is differentiable in x and
+        in the network's parameters. It never shares memory with what the network returned.
         """
         prediction = self._predict(net, x, level, condition or {})
         return ode_steps.mean_of(x, prediction, level)
@@ -142,6 +151,7 @@ class Parametrisation(ABC):
         if x.ndim == 0 or x.shape[1:] != self.shape:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."
+                + layout_hint(x.shape[1:], self.shape)
             )
         check_dtype(name, x)
 
@@ -149,8 +159,3 @@ class Parametrisation(ABC):
         """Checked data as floating point; uint8 means u/127.5 − 1."""
         self._check_x(x, name)
         return dequantise(x, torch.float32) if x.dtype == torch.uint8 else x
-
-
-def per_row(level: Level, x: Tensor) -> Tensor:
-    """The level of each of the points x (B, *S), as networks take it: (B,) in the dtype of x."""
-    return level.to(x).expand(len(x)) if isinstance(level, Tensor) else x.new_full((len(x),), level)

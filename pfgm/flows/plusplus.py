@@ -8,18 +8,19 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import non_negative, positive, untouched
-from ..common.tensors import common_device, over_samples
+from ..common.checks import non_negative, positive, untouched, warn_channels_last
+from ..common.tensors import common_device, over_samples, per_row
 from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
 from .conditions import Condition, Network, with_inner_networks
 from .flow import Flow
-from .parametrisation import Defaults, per_row
+from .parametrisation import Defaults
 from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
 
@@ -52,7 +53,8 @@ class Preconditioned(nn.Module):
         c_skip = σ_d²/(σ² + σ_d²),  c_out = σ σ_d/√(σ² + σ_d²)
         c_in = 1/√(σ² + σ_d²),      c_noise = ln(σ)/4
 
-    The backbone maps (B, *S) and (B,) to (B, *S). Its input and its target have unit variance.
+    sigma is (B,), or (B, 1, …, 1) as in code for EDM. The backbone maps (B, *S) and (B,) to
+    (B, *S). Its input and its target have unit variance.
     """
 
     def __init__(self, backbone: nn.Module, sigma_data: float = 0.5) -> None:
@@ -61,14 +63,15 @@ class Preconditioned(nn.Module):
         self.sigma_data = positive("sigma_data", sigma_data)
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
-        noise = sigma.to(x.dtype).log() / 4
+        sigma = per_row(sigma, x, "sigma")
+        noise = sigma.log() / 4
         predicted = self.backbone(self.scaled(x, sigma), noise, **condition)
         if predicted.shape != x.shape:
             raise ValueError(
                 f"backbone returned shape {tuple(predicted.shape)}; needed is that of x, "
                 f"{tuple(x.shape)}."
             )
-        return self.mean(x, sigma, predicted)
+        return self.mean(x, sigma, predicted.to(x.dtype))
 
     def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
         """c_in(σ) x, the input of the backbone for x (B, *S) at sigma (B,)."""
@@ -128,6 +131,12 @@ class PoissonFlowPP(Flow):
         P_std: float = 1.2,
     ) -> None:
         super().__init__(shape)
+        if D is None:
+            raise ValueError(
+                "D is None; allowed is any positive number or infinity. For a published file that "
+                "does not say its D, give the D that it was published under, or float('inf') for a "
+                "file of EDM."
+            )
         D = float(D)
         if not D > 0:
             raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
@@ -147,8 +156,10 @@ class PoissonFlowPP(Flow):
         self.P_mean, self.P_std = P_mean, positive("P_std", P_std)
 
     @classmethod
-    def from_data(cls, data: References, *, D: float, **overrides: Any) -> PoissonFlowPP:
-        """The flow for data (n, *S), a tensor or a :class:`pfgm.ReferenceSet`.
+    def from_data(
+        cls, data: References | np.ndarray[Any, Any], *, D: float, **overrides: Any
+    ) -> PoissonFlowPP:
+        """The flow for data (n, *S): a tensor, an array or a :class:`pfgm.ReferenceSet`.
 
         EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1).
         Here the levels are scaled to the root mean square of the data.
@@ -158,6 +169,7 @@ class PoissonFlowPP(Flow):
         320.0
         """
         references = data if isinstance(data, ReferenceSet) else ReferenceSet(data)
+        warn_channels_last(references.shape[1:])
         rms = positive("the root mean square of data", references.rms)
         scale = rms / 0.5
         scaled = {

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..common import transforms
-from ..common.checks import check_choice, check_dtype, non_negative, positive, untouched
-from ..common.tensors import common_device, over_samples
+from ..common.checks import (
+    check_choice,
+    check_dtype,
+    non_negative,
+    positive,
+    untouched,
+    warn_channels_last,
+)
+from ..common.tensors import common_device, over_samples, per_row
 from ..functional import field_fn
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
@@ -20,7 +27,7 @@ from ..references import References, measure
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, with_inner_networks
 from .flow import Flow
-from .parametrisation import Defaults, per_row
+from .parametrisation import Defaults
 from .poisson_rules import (
     MEAN_NORMAL,
     Center,
@@ -210,6 +217,7 @@ class PoissonFlow(Flow):
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
         if isinstance(data, Tensor):
             check_dtype("data", data)
+        warn_channels_last(data.shape[1:])
         measured = measure(data)
         if not math.isfinite(measured.rms):
             raise ValueError(
@@ -485,8 +493,8 @@ class PoissonFlow(Flow):
     def field(
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
     ) -> Field:
-        """The field that the network predicts at points x (B, *S) and z (B,)."""
-        condition = condition or {}
+        """The field that the network predicts at points x (B, *S) and z, (B,) or (B, 1, …, 1)."""
+        condition, z = condition or {}, per_row(z, x, "z")
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 

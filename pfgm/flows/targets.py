@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import layout_hint
 from ..references import References, ReferenceSet
 from .conditions import Condition, Network
 from .parametrisation import Parametrisation
@@ -43,7 +44,7 @@ class Targets(Parametrisation):
         if references.shape[1:] != self.shape or len(references) == 0:
             raise ValueError(
                 f"references has shape {tuple(references.shape)}; allowed is (M, *S) with M ≥ 1 "
-                f"and S = {self.shape}."
+                f"and S = {self.shape}." + layout_hint(references.shape[1:], self.shape)
             )
 
 

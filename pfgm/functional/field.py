@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.problems import PosteriorMean
-from ..common.checks import LARGEST, is_number, is_symbolic
+from ..common.checks import LARGEST, is_number, is_symbolic, layout_hint
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
@@ -32,6 +32,8 @@ def _check_tensors(x: Tensor, references: References) -> None:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and references {tuple(references.shape)}; allowed are "
             "(B, *S) and (M, *S) with the same sample shape S."
+            + layout_hint(x.shape[1:], references.shape[1:])
+            + layout_hint(references.shape[1:], x.shape[1:]).replace("x.", "references.")
         )
     if x.dtype not in _QUERY_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, _QUERY_DTYPES))}.")

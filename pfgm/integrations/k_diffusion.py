@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.tensors import per_row
 from ..flows import Flow, Network
 
 __all__ = ["KDiffusionModel", "as_k_diffusion"]
@@ -36,12 +37,7 @@ class KDiffusionModel(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """The posterior mean (B, *S) at x (B, *S) and sigma (B,); net takes the other arguments."""
-        if sigma.shape != x.shape[:1]:
-            raise ValueError(
-                f"sigma has shape {tuple(sigma.shape)}; allowed is ({len(x)},), one value for each "
-                "row of x."
-            )
-        return self.flow.denoise(self.net, x, sigma, extra_args)
+        return self.flow.denoise(self.net, x, per_row(sigma, x, "sigma"), extra_args)
 
     def get_sigmas(
         self, n: int, *, schedule: str | None = None, device: torch.device | str | None = None

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..common.checks import check_choice
 from ..flows.plusplus import Preconditioned
 from .config import as_json
+from .edm_interface import EDMInterface, label_numbers
 from .fields import FieldNetwork, root_mean_square
 from .mlp import MLP
 from .published.pfgm_unets import DDPMpp, NCSNpp, Published
@@ -23,6 +25,10 @@ _INNER_NETWORKS: dict[str, type[FieldNetwork] | type[Published]] = {
 }
 
 
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
 class _PublishedBackbone(nn.Module):
     """F(x, c_noise) of a published network: its field_x, with c_noise in the place of z."""
 
@@ -31,6 +37,7 @@ class _PublishedBackbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        x, noise = (given.to(_dtype(self)) for given in (x, noise))
         # The Fourier features take the logarithm of their argument.
         z = noise.exp() if self.network.config["embedding"] == "fourier" else noise
         field_x: Tensor = self.network(x, z)[0]
@@ -45,17 +52,19 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        x, noise = (given.to(_dtype(self)) for given in (x, noise))
         condition = {} if labels is None else {"labels": labels}
         # At small D the norm of x tells how much noise it holds, as sigma = exp(4 c_noise) does.
         sigma = (4 * noise).exp()
         return self.network.backbone(x, root_mean_square(x), sigma, **condition)[0]
 
 
-class Denoiser(Preconditioned):
+class Denoiser(EDMInterface, Preconditioned):
     """A denoiser net(x, sigma, labels=None) for :class:`pfgm.PoissonFlowPP` with any D.
 
     It puts EDM's preconditioning (:class:`pfgm.flows.plusplus.Preconditioned`) around a network of
-    this package.
+    this package. The samplers of EDM take it as it is
+    (:class:`pfgm.networks.edm_interface.EDMInterface`).
 
     Args:
         network: "unet", "mlp", "ddpmpp" or "ncsnpp"; the last two take no labels.
@@ -78,6 +87,7 @@ class Denoiser(Preconditioned):
         backbone = _PublishedBackbone(inner) if isinstance(inner, Published) else _Backbone(inner)
         super().__init__(backbone, sigma_data)
         self.shape = inner.shape
+        self.classes = int(inner.config.get("classes", 0))
         self.config = {
             "network": network,
             "config": as_json(inner.config),
@@ -87,6 +97,11 @@ class Denoiser(Preconditioned):
     def forward(  # type: ignore[override]
         self, x: Tensor, sigma: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """The posterior mean (B, *S) at x (B, *S) and sigma (B,), given labels (B,)."""
+        """The posterior mean (B, *S) at x (B, *S) and sigma (B,), given labels (B,).
+
+        As in EDM, sigma may also be a number or (B, 1, …, 1), and labels one-hot rows (B, classes).
+        x may have another dtype than the network; the mean has that of x.
+        """
+        labels = label_numbers(labels, self.classes)
         condition = {} if labels is None else {"labels": labels}
         return super().forward(x, sigma, **condition)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import int_tuple, positive_float
-from ..common.tensors import over_samples
+from ..common.checks import int_tuple, layout_hint, positive_float
+from ..common.tensors import over_samples, per_row
 
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
 Center = float | Sequence[Any] | Tensor
@@ -38,6 +38,7 @@ def field_from_mean(
     >>> [round(v, 4) for v in (*field_x[0].tolist(), field_z.item())]
     [-0.8485, -0.0, -1.1314]
     """
+    z = per_row(z, x, "z")
     e_x = (x - mean).flatten(1)
     norm = torch.linalg.vector_norm(torch.cat([e_x, z[:, None]], 1), dim=1)
     scale = -math.sqrt(e_x.shape[1]) / (norm + gamma).clamp_min(torch.finfo(norm.dtype).tiny)
@@ -112,7 +113,7 @@ class FieldNetwork(nn.Module):
 
     def mean(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The predicted posterior mean (B, *S) at x (B, *S) and z (B,), given labels (B,)."""
-        self._check_shapes(x, z)
+        z = self._checked_level(x, z)
         x, z = self._to_unit(x, z)
         rms = root_mean_square(x)
         condition = {} if labels is None else {"labels": labels}
@@ -146,15 +147,15 @@ class FieldNetwork(nn.Module):
     def forward(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,).
 
-        A network with classes takes integer labels (B,); a label below 0, or None, is no label.
+        z may also be a number or (B, 1, …, 1). A network with classes takes integer labels (B,); a
+        label below 0, or None, is no label.
         """
         return field_from_mean(x, z, self.mean(x, z, labels), gamma=self.gamma)
 
-    def _check_shapes(self, x: Tensor, z: Tensor) -> None:
+    def _checked_level(self, x: Tensor, z: Tensor) -> Tensor:
+        """z as (B,). Raises ValueError if x or z has a wrong shape."""
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
             allowed = ", ".join(["B", *map(str, self.shape)])
-            raise ValueError(f"x has shape {tuple(x.shape)}; only ({allowed}) is allowed.")
-        if z.shape != x.shape[:1]:
-            raise ValueError(
-                f"z has shape {tuple(z.shape)}; only ({len(x)},), one value per row, is allowed."
-            )
+            hint = layout_hint(x.shape[1:], self.shape)
+            raise ValueError(f"x has shape {tuple(x.shape)}; only ({allowed}) is allowed.{hint}")
+        return per_row(z, x, "z")

@@ -16,15 +16,16 @@ LevelFunction = Callable[[Tensor], Tensor]
 
 
 class TimestepEncoding:
-    """t = 1000 ln(σ/σ_last)/ln(σ_first/σ_last): 0 at a flow's last level, 1000 at its first.
+    """t = T ln(σ/σ_last)/ln(σ_first/σ_last): 0 at a flow's last level, T at its first.
 
-    This is the range of DDPM's timesteps (arXiv 2006.11239). The sinusoidal embeddings of diffusers
-    and others are made for it: their frequencies are 1 to 1e-4. Levels below the last one give 0.
+    T = 1000 is the range of DDPM's timesteps (arXiv 2006.11239). The sinusoidal embeddings of
+    diffusers and others are made for it: their frequencies are 1 to 1e-4. Levels below the last one
+    give 0.
     """
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, timesteps: int = 1000) -> None:
         self._last = flow.last_level
-        self._scale = 1000 / math.log(flow.first_level / flow.last_level)
+        self._scale = timesteps / math.log(flow.first_level / flow.last_level)
 
     def __call__(self, level: Tensor) -> Tensor:
         return self._scale * (level.clamp_min(self._last) / self._last).log()

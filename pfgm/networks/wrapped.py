@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import positive
-from ..common.tensors import over_samples
+from ..common.tensors import over_samples, per_row
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned
 from ..flows.poisson import PoissonFlow
@@ -112,15 +112,25 @@ class WrappedDenoiser(Preconditioned):
     """A wrapped network as a denoiser net(x, sigma, **condition) of PFGM++."""
 
     def __init__(
-        self, backbone: WrappedModule, encode: LevelFunction, predicts: str, sigma_data: float
+        self,
+        backbone: WrappedModule,
+        encode: LevelFunction,
+        predicts: str,
+        sigma_data: float,
+        variance_preserving: bool,
     ) -> None:
         super().__init__(backbone, sigma_data)
         # The name "told" is in checkpoints if the function is a module with parameters.
         self.told, self._predicts = encode, predicts
+        self._variance_preserving = variance_preserving
 
     def inputs(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs of the wrapped network at x (B, *S) and sigma (B,)."""
-        scaled = self.scaled(x, sigma) if self._predicts == "residual" else x
+        scaled = x
+        if self._predicts == "residual":
+            scaled = self.scaled(x, sigma)
+        elif self._variance_preserving:
+            scaled = x * (over_samples(sigma, x).to(x.dtype).square() + 1).rsqrt()
         return scaled, self.told(sigma.to(x.dtype))
 
     def interpret(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
@@ -132,6 +142,7 @@ class WrappedDenoiser(Preconditioned):
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The posterior mean (B, *S) at x (B, *S) and sigma (B,)."""
+        sigma = per_row(sigma, x, "sigma")
         return self.interpret(x, sigma, self.backbone(*self.inputs(x, sigma), **condition))
 
 
@@ -174,7 +185,7 @@ class WrappedMeanField(FieldNetwork):
 
     def mean(self, x: Tensor, z: Tensor, **condition: Any) -> Tensor:  # type: ignore[override]
         """The posterior mean (B, *S) at x (B, *S) and z (B,)."""
-        self._check_shapes(x, z)
+        z = self._checked_level(x, z)
         return self._mean_from(x, z, self.net(*self.inputs(x, z), **condition))
 
     def forward(  # type: ignore[override]
@@ -221,6 +232,7 @@ class WrappedField(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, **condition: Any) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,)."""
+        z = per_row(z, x, "z")
         return self.interpret(x, z, self.net(*self.inputs(x, z), **condition))
 
 
@@ -237,6 +249,7 @@ def from_module(
     data_std: float | None = None,
     conditions: Mapping[str, str] | None = None,
     no_label: int | None = None,
+    variance_preserving: bool = False,
 ) -> Wrapped:
     """Makes a network of a flow from a network of any library, such as diffusers' U-Net or DiT.
 
@@ -272,6 +285,8 @@ def from_module(
             diffusers; other conditions keep their names.
         no_label: the network's label for "no label". It replaces labels below 0, and is given
             where the condition has no "labels".
+        variance_preserving: whether the network sees x/√(1 + σ²), the points of DDPM
+            (arXiv 2006.11239), in place of x. With PoissonFlowPP and "mean" or "noise" only.
 
     Returns:
         For PoissonFlowPP a denoiser ``(x, sigma, **condition) -> mean``, for PoissonFlow
@@ -280,9 +295,9 @@ def from_module(
 
     Raises:
         TypeError: flow is of another type.
-        ValueError: predicts, level or data_std is not allowed, or conditions has a name that net
-            does not take. When called: a condition has such a name, or the output has a wrong
-            shape.
+        ValueError: predicts, level, data_std or variance_preserving is not allowed, or conditions
+            has a name that net does not take. When called: a condition has such a name, or the
+            output has a wrong shape.
 
     >>> import pfgm
     >>> class Net(nn.Module):
@@ -307,6 +322,12 @@ def from_module(
             f"predicts is {predicts!r}; with {type(flow).__name__} allowed are "
             f"{', '.join(allowed)}."
         )
+    allowed_scaled = isinstance(flow, PoissonFlowPP) and predicts in ("mean", "noise")
+    if variance_preserving and not allowed_scaled:
+        raise ValueError(
+            f"variance_preserving is True with {type(flow).__name__} and predicts {predicts!r}; "
+            "allowed is PoissonFlowPP with 'mean' or 'noise'."
+        )
     encode = level_encoding(level, flow) if isinstance(level, str) else level
     module = WrappedModule(net, conditions, no_label)
     if predicts == "field":
@@ -315,7 +336,7 @@ def from_module(
         data_std = flow.sigma_data if isinstance(flow, PoissonFlowPP) else _data_std(flow, predicts)
     positive("data_std", data_std)
     if isinstance(flow, PoissonFlowPP):
-        return WrappedDenoiser(module, encode, predicts, data_std)
+        return WrappedDenoiser(module, encode, predicts, data_std, variance_preserving)
     return WrappedMeanField(module, encode, predicts, flow, data_std)
 
 

@@ -49,7 +49,9 @@ class ReferenceSet:
         source: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
             file, which is not loaded unless it is compressed; a folder of images of one size; or a
             :class:`torch.utils.data.Dataset` of samples or of (sample, label) pairs. uint8 means
-            u/127.5 − 1.
+            u/127.5 − 1. Rows keep their shape. For a file of images (n, H, W, C) or (n, H, W) take
+            ``pfgm.datasets.open_data(path).train``: a set of (n, C, H, W), which the command line
+            uses too.
         flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1.
         labels: (M,) integers, for a source without labels.
         progress: show a progress bar while images or a dataset are read.

@@ -29,6 +29,7 @@ from .checksums import BLANK, fill_in_checksum, verify_checksum
 __all__ = ["flow_in", "network_in", "read_weights", "warn_without_checksum", "write_weights"]
 
 _FORMAT = 1
+_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")  # of pickle
 _FLOWS: dict[str, type[Flow]] = {"PoissonFlow": PoissonFlow, "PoissonFlowPP": PoissonFlowPP}
 
 
@@ -77,6 +78,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 verify_checksum(path, recorded)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
+        if _is_pickled(path):
+            raise ValueError(
+                f"{path} is not a checkpoint of pfgm but a pickled file; `pfgm convert {path} "
+                "--out NAME.safetensors` makes one from a published file of PFGM, PFGM++ or EDM."
+            ) from error
         raise ValueError(f"{path} is not a complete safetensors file ({error}).") from error
     try:
         description = json.loads(metadata.get("pfgm", ""))
@@ -88,6 +94,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if recorded is None and "checksum" in description:
         raise ValueError(f"{path} is damaged: it has lost its checksum.")
     return tensors, description
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file begins as those of torch.save, in either format, and of pickle.dump do."""
+    with path.open("rb") as file:
+        beginning = file.read(4)
+    return beginning == b"PK\x03\x04" or (beginning[:1] == b"\x80" and beginning[1:2] in _PROTOCOLS)
 
 
 def warn_without_checksum(path: Path, description: Mapping[str, Any]) -> None:

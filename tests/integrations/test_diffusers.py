@@ -39,7 +39,11 @@ def diffusers():
 def schedulers(diffusers):
     from pfgm.integrations import diffusers as module
 
-    return SimpleNamespace(field=module.PoissonFlowScheduler, plus=module.PoissonFlowPPScheduler)
+    return SimpleNamespace(
+        field=module.PoissonFlowScheduler,
+        plus=module.PoissonFlowPPScheduler,
+        pipeline=module.PoissonFlowPipeline,
+    )
 
 
 # ---- sampling ----
@@ -177,7 +181,6 @@ def test_defaults_are_those_of_the_flow(schedulers):
         assert scheduler.config["schedule"] == flow.defaults.schedule
         assert scheduler.num_inference_steps == flow.defaults.steps
         assert scheduler.order == (2 if flow.defaults.solver == "heun" else 1)
-        assert scheduler.init_noise_sigma == flow.first_level
         assert torch.equal(scheduler.prior(2, seeded()), flow.prior(2, generator=seeded()))
 
 
@@ -326,6 +329,271 @@ def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
         assert samples.shape == (4, 1, 8, 8)
         with pytest.raises(ValueError, match="has 'labels', which DiTTransformer2DModel"):
             flow.sample(from_module(dit, flow), 4, steps=2, condition={"labels": labels})
+
+
+# ---- loops that were written for DDPM ----
+
+
+@pytest.mark.parametrize("predicts", ["residual", "noise", "mean"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_variance_preserving_samples_are_the_points_scaled(
+    schedulers, unets, predicts, solver, same
+):
+    """A loop over x/√(1 + σ²) ends where the flow's own sampling ends."""
+    flow, unet = DENOISERS[math.inf], unets(1)
+    options = {"solver": solver, "variance_preserving": True}
+    name = {"noise": "epsilon", "mean": "sample"}.get(predicts, predicts)
+    scheduler = schedulers.plus.from_flow(flow, prediction_type=name, **options)
+    scheduler.set_timesteps(9)
+    x = scheduler.prior(3, seeded())
+    same(x * math.hypot(1, flow.first_level), flow.prior(3, generator=seeded()), 1e-5)
+    assert scheduler.init_noise_sigma == 1
+    end, points, _ = diffusers_loop(scheduler, unet, x)
+    net = from_module(unet, flow, predicts=predicts, variance_preserving=predicts != "residual")
+    steps = []
+    start = flow.prior(3, generator=seeded())
+    correct = flow.sample(net, 3, x_init=start, steps=9, solver=solver, callback=steps.append)
+    same(end, correct, 1e-5)
+    for call in (0, 2, 4):
+        step = steps[call // 2 if solver == "heun" else call]
+        same(points[call] * math.hypot(1, step["z"]), step["x"], 1e-5)
+    if predicts != "residual":  # the network sees the samples of the loop as they are
+        same(scheduler.scale_model_input(x, scheduler.timesteps[0]), x, 1e-6)
+
+
+def test_variance_preserving_training_is_that_of_ddpm(schedulers, same):
+    """√ᾱ x + √(1 − ᾱ) n, with ᾱ = alphas_cumprod (arXiv 2006.11239, equation 4)."""
+    flow = DENOISERS[math.inf]
+    scheduler = schedulers.plus.from_flow(flow, prediction_type="epsilon", variance_preserving=True)
+    assert len(scheduler) == scheduler.config.num_train_timesteps == 1000
+    t = torch.tensor([0, 250, 999])
+    noise = torch.randn(3, 1, 8, 8, generator=seeded())
+    kept = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    noisy = scheduler.add_noise(DATA[:3], noise, t)
+    same(noisy, kept.sqrt() * DATA[:3] + (1 - kept).sqrt() * noise, 1e-5)
+    same(scheduler.target(noisy, t, DATA[:3]), noise, 2e-3)  # rounded at the lowest level
+    assert float(1 / kept[0] - 1) == pytest.approx(flow.sigma_min**2, rel=0.01)
+    short = schedulers.plus.from_flow(flow, num_train_timesteps=10)
+    assert len(short) == 10
+    short.set_timesteps(3)
+    assert float(short.timesteps[0]) == pytest.approx(10)
+    middle = 1 / (1 + flow.sigma_max * flow.sigma_min)
+    assert float(short.alphas_cumprod[5]) == pytest.approx(middle)
+
+
+def script_loop(diffusers, unet, scheduler, predicts, folder):
+    """Trains and samples with the calls of diffusers' train_unconditional.py, in their order."""
+    from accelerate import Accelerator
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    accelerator = Accelerator(cpu=True)
+    averages = EMAModel(unet.parameters(), use_ema_warmup=True, model_cls=type(unet))
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    rates = get_scheduler("cosine", optimiser, num_warmup_steps=2, num_training_steps=60)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DATA), batch_size=50)
+    unet, optimiser, loader, rates = accelerator.prepare(unet, optimiser, loader, rates)
+    losses = []
+    for _ in range(15):
+        for (clean,) in loader:
+            noise = torch.randn(clean.shape)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),)).long()
+            output = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+            if predicts == "epsilon":
+                loss = torch.nn.functional.mse_loss(output, noise)
+            else:
+                kept = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+                loss = (kept / (1 - kept)).clamp(max=5) * (output - clean).square()
+                loss = loss.mean()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+            optimiser.step()
+            rates.step()
+            optimiser.zero_grad()
+            averages.step(unet.parameters())
+            losses.append(float(loss.detach()))
+    pipeline = diffusers.DDPMPipeline(unet=accelerator.unwrap_model(unet), scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        generator=seeded(), batch_size=3, num_inference_steps=4, output_type="np"
+    ).images
+    pipeline.save_pretrained(folder)
+    again = diffusers.DDPMPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    repeated = again(generator=seeded(), batch_size=3, num_inference_steps=4, output_type="np")
+    return losses, images, repeated.images
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "sample"])
+def test_the_training_script_of_diffusers_runs_at_infinite_D(
+    diffusers, schedulers, unets, tmp_path, predicts
+):
+    pytest.importorskip("accelerate")
+    flow, unet = DENOISERS[math.inf], unets(1)
+    scheduler = schedulers.plus.from_flow(
+        flow, prediction_type=predicts, solver="multistep", variance_preserving=True
+    )
+    torch.manual_seed(0)
+    losses, images, again = script_loop(diffusers, unet.train(), scheduler, predicts, tmp_path)
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    assert images.shape == (3, 8, 8, 1)
+    assert (images == again).all()
+    # The stock pipeline ends where flow.sample ends, from the same noise.
+    noise = torch.randn(3, 1, 8, 8, generator=seeded())
+    predicts = {"epsilon": "noise", "sample": "mean"}[predicts]
+    net = from_module(unet, flow, predicts=predicts, variance_preserving=True)
+    start = noise * math.hypot(1, flow.first_level)
+    correct = flow.sample(net, 3, x_init=start, steps=4, solver="multistep")
+    correct = (correct / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(images), correct, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("flow", [FIELD, *DENOISERS.values()], ids=name)
+def test_standard_normal_noise_is_refused_as_the_prior(diffusers, schedulers, unets, flow):
+    """The stock pipeline starts from N(0, I), whatever the scheduler."""
+    scheduler = scheduler_of(schedulers, flow)
+    unet = unets(2 if flow is FIELD else 1)
+    pipeline = diffusers.DDPMPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    for batch_size in (1, 7):
+        with pytest.raises(ValueError, match=r"start from scheduler\.prior\(n\), as Poisson") as e:
+            pipeline(batch_size=batch_size, num_inference_steps=3, generator=seeded())
+        assert ("variance_preserving=True" in str(e.value)) == (math.inf == flow.D)
+    if math.inf > flow.D:
+        with pytest.raises(ValueError, match="init_noise_sigma exists at D = ∞ only"):
+            _ = scheduler.init_noise_sigma
+        n = 40 if flow.D == 1 else 1000
+        noise = torch.randn(n, 1, 8, 8, generator=seeded())
+        with pytest.raises(ValueError, match=r"noise is standard normal; at D = .*\.perturb"):
+            scheduler.add_noise(DATA[:1].expand(n, 1, 8, 8), noise, scheduler.timesteps[:1])
+    else:
+        assert scheduler.init_noise_sigma == flow.sigma_max
+
+
+@pytest.mark.parametrize("flow", [FIELD, *DENOISERS.values()], ids=name)
+@pytest.mark.parametrize("shape", [(1, 2, 2), (1, 8, 8), (3, 16, 16)])
+def test_the_prior_itself_is_never_refused(flow, shape):
+    """2000 batches of each size; also data with noise of the first level."""
+    from pfgm.integrations.diffusers.normal_noise import looks_normal
+
+    config = {key: v for key, v in flow.config.items() if key not in ("shape", "upper_norm")}
+    sized = type(flow)(shape=shape, **config)
+    prior = sized.prior(2000, generator=seeded())
+    noise = sized.noise(torch.full((2000,), sized.first_level), seeded(1))
+    for x in (prior, noise, noise + 0.5 * torch.randn(noise.shape, generator=seeded(2))):
+        for batch in (*x[:1000].split(1), *x.split(16), x):
+            assert not looks_normal(batch, sized.D, sized.first_level, largest=sized.largest_norm)
+
+
+def test_noise_of_level_one_is_never_refused(schedulers):
+    for flow in (FIELD, DENOISERS[1.0], DENOISERS[128.0]):
+        scheduler = scheduler_of(schedulers, flow)
+        for seed in range(50):
+            noise = flow.noise(torch.ones(16), seeded(seed))
+            scheduler.add_noise(DATA[:16], noise, scheduler.timesteps[1])
+
+
+# ---- the pipeline ----
+
+
+@pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS[:4], ids=predictions)
+def test_the_pipeline_draws_the_samples_of_the_flow(
+    schedulers, unets, tmp_path, flow, predicts, same
+):
+    unet = unets(2 if predicts == "field" else 1)
+    scheduler = scheduler_of(schedulers, flow, solver="multistep", prediction_type=predicts)
+    pipeline = schedulers.pipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"batch_size": 3, "num_inference_steps": 5}
+    images = pipeline(generator=seeded(), output_type="pt", **options).images
+    start = flow.prior(3, generator=seeded())
+    net = from_module(unet, flow, predicts=predicts)
+    correct = flow.sample(net, 3, x_init=start, steps=5, solver="multistep")
+    same(images, (correct / 2 + 0.5).clamp(0, 1), 1e-5)
+    pipeline.save_pretrained(tmp_path)
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    assert files == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+    again = schedulers.pipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.scheduler.flow == flow
+    (repeated,) = again(generator=seeded(), output_type="pt", return_dict=False, **options)
+    assert torch.equal(images, repeated)
+
+
+def test_what_the_pipeline_returns(schedulers, unets):
+    flow = DENOISERS[128.0]
+    scheduler = schedulers.plus.from_flow(flow, solver="euler")
+    pipeline = schedulers.pipeline(unets(1), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"batch_size": 2, "num_inference_steps": 2}
+    images = pipeline(generator=seeded(), **options).images
+    assert [(image.size, image.mode) for image in images] == 2 * [((8, 8), "L")]
+    array = pipeline(generator=seeded(), output_type="np", **options).images
+    assert array.shape == (2, 8, 8, 1)
+    assert 0 <= array.min() <= array.max() <= 1
+    one_each = [seeded(3), seeded(4)]
+    several = pipeline(generator=one_each, output_type="np", **options).images
+    alone = pipeline(generator=seeded(4), output_type="np", num_inference_steps=2).images
+    assert abs(several[1] - alone[0]).max() < 1e-5
+    pipeline(num_inference_steps=None)
+    assert scheduler.num_inference_steps == flow.defaults.steps
+
+
+def test_a_pipeline_with_labels_and_half_precision(diffusers, schedulers):
+    torch.manual_seed(0)
+    dit = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1,
+        sample_size=8, num_embeds_ada_norm=10, norm_num_groups=1,
+    )  # fmt: skip
+    torch.nn.init.normal_(dit.proj_out_2.weight)
+    pipeline = schedulers.pipeline(dit.eval(), schedulers.plus.from_flow(DENOISERS[128.0]))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(labels):
+        options = {"num_inference_steps": 2, "output_type": "np", "class_labels": labels}
+        return pipeline(2, seeded(), **options).images
+
+    assert (draw(3) == draw([3, 3])).all()
+    assert (draw(3) != draw(torch.tensor([3, 4])))[1].any()
+    with pytest.raises(ValueError, match=r"class_labels has shape \(3,\)"):
+        draw([1, 2, 3])
+    single = draw(3)
+    pipeline.to(dtype=torch.bfloat16)
+    assert abs(draw(3) - single).max() < 0.1
+
+
+def test_wrong_calls_of_the_pipeline(diffusers, schedulers, unets):
+    with pytest.raises(TypeError, match="scheduler is a DDPMScheduler; allowed are PoissonFlow"):
+        schedulers.pipeline(unets(1), diffusers.DDPMScheduler())
+    vectors = schedulers.plus.from_flow(pfgm.PoissonFlowPP((2,), D=1))
+    with pytest.raises(ValueError, match=r"have shape \(2,\); allowed are images"):
+        schedulers.pipeline(unets(1), vectors)
+    pipeline = schedulers.pipeline(unets(1), schedulers.plus.from_flow(DENOISERS[128.0]))
+    with pytest.raises(ValueError, match="output_type is 'jpg'; allowed are pil, np, pt"):
+        pipeline(output_type="jpg")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        pipeline(batch_size=0)
+    with pytest.raises(ValueError, match="generator is a list of 1; allowed is one for each of"):
+        pipeline(batch_size=2, generator=[seeded()])
+
+
+def test_wrong_options_of_a_scheduler(schedulers):
+    for flow, predicts in ((FIELD, "field"), (DENOISERS[128.0], "noise")):
+        with pytest.raises(ValueError, match=r"variance_preserving is True with D = .* allowed is"):
+            scheduler_of(schedulers, flow, prediction_type=predicts, variance_preserving=True)
+    with pytest.raises(ValueError, match="num_train_timesteps is 0"):
+        schedulers.plus.from_flow(DENOISERS[128.0], num_train_timesteps=0)
+    scheduler = schedulers.plus.from_flow(DENOISERS[math.inf], level="log")
+    with pytest.raises(ValueError, match=r"timesteps has dtype torch\.int64; with level 'log'"):
+        scheduler.add_noise(DATA[:2], DATA[:2], torch.tensor([3, 500]))
+    assert not hasattr(scheduler, "alphas_cumprod")
+    with pytest.raises(ValueError, match="variance_preserving is True with PoissonFlow and"):
+        from_module(torch.nn.Identity(), FIELD, variance_preserving=True)
 
 
 def test_a_missing_package_is_named():

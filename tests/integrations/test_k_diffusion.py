@@ -101,8 +101,8 @@ def test_a_model_of_k_diffusion(flow):
         assert sigmas.shape == (10,)
         assert sigmas[[0, -2, -1]].tolist() == pytest.approx([flow.first_level, flow.last_level, 0])
         assert bool((sigmas.diff() < 0).all())
-    with pytest.raises(ValueError, match=r"sigma has shape \(\); allowed is \(5,\)"):
-        model(x, torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"sigma has shape \(2,\); allowed is a number or \(5,\)"):
+        model(x, torch.ones(2))
     with pytest.raises(ValueError, match="steps is 0"):
         model.get_sigmas(0)
 

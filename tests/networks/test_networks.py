@@ -257,9 +257,11 @@ def test_forward_errors(name: str) -> None:
         net(torch.zeros(2, 64), torch.ones(2))
     with pytest.raises(ValueError, match=r"^x has shape \(1, 8, 8\); only \(B, 1, 8, 8\) is"):
         net(torch.zeros(1, 8, 8), torch.ones(1))
-    with pytest.raises(ValueError, match=r"^z has shape \(3,\); only \(2,\)"):
+    with pytest.raises(ValueError, match=r"^z has shape \(3,\); allowed is a number or \(2,\)"):
         net(torch.zeros(2, 1, 8, 8), torch.ones(3))
-    with pytest.raises(ValueError, match=r"^z has shape \(2, 1\); only \(2,\)"):
+    with pytest.raises(ValueError, match=r"^x has shape \(2, 8, 8, 1\).* x\.movedim\(-1, 1\)"):
+        net(torch.zeros(2, 8, 8, 1), torch.ones(2))
+    with pytest.raises(ValueError, match=r"^z has shape \(2, 1\); allowed is a number or \(2,\)"):
         net(torch.zeros(2, 1, 8, 8), torch.ones(2, 1))
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import check_choice, int_tuple, natural, positive_int
+from ...common.checks import check_choice, int_tuple, layout_hint, natural, positive_int
+from ...common.tensors import per_row
 from ...flows.plusplus import Preconditioned
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
+from ..edm_interface import EDMInterface, label_numbers
 from ..embedding import check_labels
 from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
 
@@ -371,12 +373,13 @@ class SongUNet(nn.Module):
         return result
 
 
-class EDMDenoiser(nn.Module):
+class EDMDenoiser(EDMInterface, nn.Module):
     """A denoiser net(x, sigma, labels=None) as published with EDM and PFGM++, for any D.
 
     It puts EDM's preconditioning (:class:`pfgm.flows.plusplus.Preconditioned`) around a
     :class:`pfgm.networks.SongUNet`, its attribute ``model``. Its input is σ = r/√D, without D,
-    so sample with a flow of the D that it was trained with.
+    so sample with a flow of the D that it was trained with. The samplers of EDM take it as it is
+    (:class:`pfgm.networks.edm_interface.EDMInterface`).
 
     Args:
         channels: channels of the images.
@@ -431,13 +434,17 @@ class EDMDenoiser(nn.Module):
     ) -> Tensor:
         """The posterior mean (B, C, H, W) at x and sigma (B,), given labels (B,), below 0 for none.
 
-        augment (B, augment_dim) describes the augmentation of training images.
+        As in EDM, sigma may also be a number or (B, 1, 1, 1), and labels one-hot rows (B, classes).
+        x may have another dtype than the network; the mean has that of x. augment (B, augment_dim)
+        describes the augmentation of training images.
         """
-        if x.shape[1:] != self.shape or sigma.shape != x.shape[:1]:
+        if x.shape[1:] != self.shape:
             raise ValueError(
-                f"x and sigma have shapes {tuple(x.shape)} and {tuple(sigma.shape)}; allowed are "
-                f"(B, {', '.join(map(str, self.shape))}) and (B,)."
+                f"x has shape {tuple(x.shape)}; allowed is (B, {', '.join(map(str, self.shape))})."
+                + layout_hint(x.shape[1:], self.shape)
             )
-        scaled, noise = self.preconditioning.scaled(x, sigma), sigma.to(x.dtype).log() / 4
-        predicted = self.model(scaled, noise, labels=labels, augment=augment)
-        return self.preconditioning.mean(x, sigma, predicted)
+        sigma, labels = per_row(sigma, x, "sigma"), label_numbers(labels, self.classes)
+        dtype = self.model.map_layer0.weight.dtype  # samplers of EDM have x in float64
+        scaled, noise = self.preconditioning.scaled(x, sigma), sigma.log() / 4
+        predicted = self.model(scaled.to(dtype), noise.to(dtype), labels=labels, augment=augment)
+        return self.preconditioning.mean(x, sigma, predicted.to(x.dtype))

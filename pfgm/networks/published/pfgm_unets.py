@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import check_choice, int_tuple, positive_int
+from ...common.checks import check_choice, int_tuple, layout_hint, positive_int
+from ...common.tensors import per_row
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
 
@@ -289,11 +290,12 @@ class Published(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), of shapes (B, C, H, W) and (B,), at x and z (B,)."""
-        if x.shape[1:] != self.shape or z.shape != x.shape[:1]:
+        if x.shape[1:] != self.shape:
             raise ValueError(
-                f"x and z have shapes {tuple(x.shape)} and {tuple(z.shape)}; allowed are (B, "
-                f"{', '.join(map(str, self.shape))}) and (B,)."
+                f"x has shape {tuple(x.shape)}; allowed is (B, {', '.join(map(str, self.shape))})."
+                + layout_hint(x.shape[1:], self.shape)
             )
+        z = per_row(z, x, "z")
         modules = iter(self.all_modules)
         features = next(modules)(z) if self._fourier else positional_features(z, self._nf)
         first, second = next(modules), next(modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 import sys
 import types
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import pfgm
+from pfgm import cli
 from pfgm.networks import EDMDenoiser, load_published
 from pfgm.networks.config import as_json
 from pfgm.networks.published.edm_files import infer_config
@@ -185,6 +187,92 @@ def test_the_full_architecture_is_inferred(name, published_shapes):
     }
     state = {"sigma_data": 0.5, "_init_kwargs": {"dropout": 0.13}}
     assert as_json(infer_config(StandIn("EDMPrecond", state), weights, None)) == config
+
+
+# ---- pfgm convert ----
+
+
+def fails(capsys, *arguments):
+    """The error of a command that must fail."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("file", "state", "option"),
+    [*((file, {}, []) for file in WRITERS), ("protocol-2.pkl", {"pfgmpp": None}, ["--D", "inf"])],
+)
+def test_convert_makes_a_checkpoint(tmp_path, capsys, file, state, option):
+    """The samples of the command line are those of the published network, labels included."""
+    net, trained = (EDMDenoiser(1, 8, classes=3, **TINY) for _ in range(2))
+    path = published_file(tmp_path / file, net, trained, WRITERS[file], **state)
+    out = tmp_path / "new" / "net.safetensors"
+    assert cli.main(["convert", str(path), "--out", str(out), *option]) == 0
+    assert "EDMDenoiser, samples (1, 8, 8), 3 labels, PoissonFlowPP" in capsys.readouterr().out
+    flow, found = pfgm.load(out)
+    assert flow == pfgm.PoissonFlowPP((1, 8, 8), D=math.inf if option else 2048, sigma_data=0.5)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor)
+    sample = ["sample", "--checkpoint", str(out), "--n", "2", "--steps", "2", "--label", "1"]
+    assert cli.main([*sample, "--out", str(tmp_path / "x.npy"), "--device", "cpu"]) == 0
+    labels = {"labels": torch.full((2,), 1)}
+    prior = flow.prior(2, generator=torch.Generator().manual_seed(0))
+    correct = flow.sample(
+        net.eval(), 2, x_init=prior, solver="multistep", steps=2, condition=labels
+    )
+    drawn = torch.from_numpy(np.load(tmp_path / "x.npy"))
+    torch.testing.assert_close(drawn, correct, rtol=1e-4, atol=1e-4)
+    assert "solver is 'consistency'" in fails(
+        capsys, *sample, "--out", tmp_path / "y.npy", "--solver", "consistency"
+    )
+
+
+def test_convert_takes_the_trained_weights(tmp_path):
+    net, trained = (EDMDenoiser(1, 8, **TINY) for _ in range(2))
+    path = published_file(tmp_path / "state.pt", net, trained)
+    assert (
+        cli.main(["convert", str(path), "--out", str(tmp_path / "a.safetensors"), "--no-ema"]) == 0
+    )
+    found = pfgm.load(tmp_path / "a.safetensors").network
+    for key, tensor in trained.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_a_published_file_as_a_checkpoint_names_convert(tmp_path, capsys, file):
+    path = published_file(tmp_path / file, EDMDenoiser(1, 8, **TINY), write=WRITERS[file])
+    sentence = f"`pfgm convert {path} --out NAME.safetensors` makes one from a published file"
+    sample = ["sample", "--checkpoint", path, "--out", tmp_path / "x.npy"]
+    assert sentence in fails(capsys, *sample)
+    assert sentence in fails(capsys, "evaluate", *sample[1:3], "--out", tmp_path / "new")
+    assert sorted(each.name for each in tmp_path.iterdir()) == [file]
+
+
+def test_what_convert_refuses(tmp_path, capsys):
+    net = EDMDenoiser(1, 8, **TINY)
+    path = published_file(tmp_path / "state.pt", net)
+    silent = published_file(tmp_path / "edm.pkl", net, write=dumped(4), pfgmpp=None)
+    out = ["--out", tmp_path / "new" / "net.safetensors"]
+    assert "D is 64; allowed is 2048, that of" in fails(capsys, "convert", path, *out, "--D", 64)
+    assert "does not say its D; give --D inf" in fails(capsys, "convert", silent, *out)
+    assert "D is -1.0; allowed is any" in fails(capsys, "convert", silent, *out, "--D", -1)
+    assert "M is 291, but" in fails(capsys, "convert", path, *out, "--M", 291)
+    assert "its resolution is 8" in fails(capsys, "convert", path, *out, "--resolution", 9)
+    assert "there is no checkpoint at" in fails(capsys, "convert", tmp_path / "no.pth", *out)
+    assert "names that end in .safetensors" in fails(
+        capsys, "convert", path, "--out", tmp_path / "net.pth"
+    )
+    (tmp_path / "a.safetensors").mkdir()
+    assert "a folder or the published" in fails(
+        capsys, "convert", path, "--out", tmp_path / "a.safetensors"
+    )
+    same = tmp_path / "state.safetensors"
+    same.symlink_to(path)
+    assert "the published file" in fails(capsys, "convert", path, "--out", same)
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "truncated or not a checkpoint" in fails(capsys, "convert", path, *out)
+    assert not (tmp_path / "new").exists()
 
 
 # ---- refusals ----

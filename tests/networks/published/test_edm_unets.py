@@ -121,8 +121,8 @@ def test_bad_settings(options, message):
 def test_bad_arguments():
     net, x, sigma = EDMDenoiser(1, 8, classes=3, **TINY), torch.randn(2, 1, 8, 8), torch.ones(2)
     for arguments, message in (
-        ((x[..., :4, :4], sigma), r"x and sigma have shapes \(2, 1, 4, 4\) and \(2,\)"),
-        ((x, torch.tensor(1.0)), r"allowed are \(B, 1, 8, 8\) and \(B,\)"),
+        ((x[..., :4, :4], sigma), r"x has shape \(2, 1, 4, 4\); allowed is \(B, 1, 8, 8\)"),
+        ((x, torch.ones(3)), r"sigma has shape \(3,\); allowed is a number or \(2,\)"),
         ((x, sigma, torch.tensor([0, 3])), "labels holds 3; allowed is below 3"),
         ((x, sigma, torch.tensor([0.0, 1.0])), "labels has shape"),
         ((x, sigma, torch.tensor([0])), "labels has shape"),

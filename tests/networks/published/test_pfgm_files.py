@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+import pfgm
+from pfgm import cli
 from pfgm.networks import DDPMpp, NCSNpp, load_published
 from pfgm.networks.published.pfgm_files import infer_architecture
 
@@ -54,6 +57,46 @@ def test_published_checkpoints(tmp_path, name, options):
     trained = [p for p in averaged.parameters() if p.requires_grad]
     pairs = zip(trained, content["ema"]["shadow_params"], strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def convert(capsys, *arguments):
+    capsys.readouterr()
+    code = cli.main(["convert", *map(str, arguments)])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_convert_makes_a_checkpoint(tmp_path, capsys, name):
+    """The samples of the command line are those of the published network."""
+    net = NETWORKS[name](3, 32, nf=8, ch_mult=(1, 2), num_res_blocks=1)
+    published_file(tmp_path / "checkpoint_7.pth", net)
+    out = tmp_path / "net.safetensors"
+    assert convert(capsys, tmp_path / "checkpoint_7.pth", "--out", out) == (0, "")
+    flow, found = pfgm.load(out)
+    averaged = load_published(tmp_path / "checkpoint_7.pth")
+    assert flow == pfgm.PoissonFlow.cifar10()
+    for key, tensor in averaged.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor)
+    sample = ["sample", "--checkpoint", str(out), "--n", "1", "--steps", "2", "--device", "cpu"]
+    assert cli.main([*sample, "--out", str(tmp_path / "x.npy")]) == 0
+    prior = flow.prior(1, generator=torch.Generator().manual_seed(0))
+    drawn = torch.from_numpy(np.load(tmp_path / "x.npy"))
+    correct = flow.sample(averaged, 1, x_init=prior, steps=2)
+    torch.testing.assert_close(drawn, correct, rtol=1e-4, atol=1e-3)
+
+
+def test_convert_needs_the_flow_of_other_data(tmp_path, capsys):
+    net = DDPMpp(1, 64, nf=8, ch_mult=(1, 2, 1), num_res_blocks=1)
+    path, out = tmp_path / "checkpoint_7.pth", tmp_path / "net.safetensors"
+    published_file(path, net)
+    code, error = convert(capsys, path, "--out", out)
+    assert code == 2
+    assert "for samples (1, 64, 64) and no M; give the --M that it was trained with" in error
+    code, error = convert(capsys, path, "--out", out, "--M", 296, "--D", 1)
+    assert (code, "D is 1, but" in error) == (2, True)
+    assert not out.exists()
+    assert convert(capsys, path, "--out", out, "--M", 296, "--z-max", 50)[0] == 0
+    assert pfgm.load(out).flow == pfgm.PoissonFlow((1, 64, 64), M=296, z_max=50)
 
 
 def test_the_full_architecture_is_inferred():

@@ -1,55 +1,40 @@
-"""Schedulers that let the networks and loops of diffusers train and sample with Poisson flows.
-
-    scheduler = PoissonFlowPPScheduler.from_flow(flow)
-    scheduler.set_timesteps(18)
-    x = scheduler.prior(16)
-    for t in scheduler.timesteps:
-        output = unet(scheduler.scale_model_input(x, t), t).sample
-        x = scheduler.step(output, t, x).prev_sample
-
-This loop takes the same steps as ``flow.sample(from_module(unet, flow), 16, ...)``. One thing
-differs for a PoissonFlow with a spread: ``flow.sample`` evaluates the network at norms of at most
-upper_norm, while here the network sees the points as they are.
-
-:func:`pfgm.networks.from_module` makes networks of this library from those of diffusers. The
-schedulers use it to interpret the network's output.
-"""
+"""The schedulers: levels, steps and training targets in the form of diffusers."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
-from ..common.checks import check_choice
-from ..common.tensors import dequantise, over_samples, wide_dtype
-from ..flows.flow import Flow
-from ..flows.parametrisation import per_row
-from ..flows.plusplus import PoissonFlowPP
-from ..flows.poisson import PoissonFlow
-from ..functional import (
+from ...common.checks import check_choice, positive_int
+from ...common.tensors import dequantise, over_samples, per_row, wide_dtype
+from ...flows.flow import Flow
+from ...flows.plusplus import PoissonFlowPP
+from ...flows.poisson import PoissonFlow
+from ...functional import (
     euler_step_from_mean,
     field_fn,
     heun_step_from_mean,
     multistep_step_from_mean,
     posterior_mean,
 )
-from ..functional.steps import mean_of
-from ..networks.level_encodings import level_encoding
-from ..networks.wrapped import Wrapped, WrappedDenoiser, from_module
-from ..references import References
-
-try:
-    from diffusers.configuration_utils import ConfigMixin, register_to_config
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-    from diffusers.utils.outputs import BaseOutput
-except ImportError as error:
-    raise ImportError(
-        "pfgm.integrations.diffusers needs diffusers; in a checkout: pip install '.[diffusers]'"
-    ) from error
+from ...functional.steps import mean_of
+from ...networks.level_encodings import (
+    IdentityEncoding,
+    LogEncoding,
+    TimestepEncoding,
+    level_encoding,
+)
+from ...networks.wrapped import Wrapped, WrappedDenoiser, from_module
+from ...references import References
+from .normal_noise import looks_normal
 
 __all__ = [
     "FlowScheduler",
@@ -59,6 +44,7 @@ __all__ = [
 ]
 
 _SOLVERS = ("euler", "heun", "multistep")
+_NAMES_OF_DIFFUSERS = {"epsilon": "noise", "sample": "mean"}
 Scheduler = TypeVar("Scheduler", bound="FlowScheduler")
 
 
@@ -86,6 +72,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _step_index: int | None
     _begin_index: int | None
     _earlier: tuple[Tensor, float] | None
+    _encoding: TimestepEncoding | LogEncoding | IdentityEncoding
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -95,6 +82,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         schedule: str | None = None,
         prediction_type: str | None = None,
         level: str = "timestep",
+        num_train_timesteps: int = 1000,
+        variance_preserving: bool = False,
     ) -> None:
         if not isinstance(flow, Mapping):
             raise TypeError(
@@ -107,15 +96,30 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         prediction_type = prediction_type or self._predictions[0]
         check_choice("solver", solver, _SOLVERS)
         check_choice("prediction_type", prediction_type, self._predictions)
+        predicts = _NAMES_OF_DIFFUSERS.get(prediction_type, prediction_type)
+        positive_int("num_train_timesteps", num_train_timesteps)
+        if variance_preserving and (math.isfinite(self._flow.D) or predicts == "score"):
+            raise ValueError(
+                f"variance_preserving is True with D = {self._flow.D:g} and prediction_type "
+                f"{prediction_type!r}; allowed is D = ∞ with another prediction_type than 'score'."
+            )
+        self._variance_preserving = variance_preserving
         self.register_to_config(
             solver=solver,
             schedule=schedule or defaults.schedule,
             prediction_type=prediction_type,
         )
-        self._encoding = level_encoding(level, self._flow)
+        if level == "timestep":
+            self._encoding = TimestepEncoding(self._flow, num_train_timesteps)
+        else:
+            self._encoding = level_encoding(level, self._flow)
         # This module is never called. It scales the input of a network and interprets its output.
         self._wrapped = from_module(
-            nn.Identity(), self._flow, predicts=prediction_type, level=level
+            nn.Identity(),
+            self._flow,
+            predicts=predicts,
+            level=self._encoding,
+            variance_preserving=variance_preserving and predicts != "residual",
         )
         self.set_timesteps()
 
@@ -147,8 +151,23 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def init_noise_sigma(self) -> float:
-        """The first level. Normal noise times it is the prior only at D = ∞: use :meth:`prior`."""
-        return self._flow.first_level
+        """The factor that makes the prior of standard normal noise, at D = ∞.
+
+        It is the first level; with variance_preserving it is 1.
+
+        Raises:
+            ValueError: D is finite. The prior is not normal then; start from :meth:`prior`.
+        """
+        if math.isfinite(self._flow.D):
+            raise ValueError(
+                f"init_noise_sigma exists at D = ∞ only; at D = {self._flow.D:g} the prior is not "
+                "normal: start from scheduler.prior(n), as PoissonFlowPipeline does."
+            )
+        return 1.0 if self._variance_preserving else self._flow.first_level
+
+    def __len__(self) -> int:
+        """The number of timesteps of training, ``config.num_train_timesteps``."""
+        return int(self.config["num_train_timesteps"])
 
     @property
     def step_index(self) -> int | None:
@@ -205,11 +224,13 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Points (n, *S) to start from, ``flow.prior``."""
-        return self._flow.prior(n, generator=generator, device=device)
+        points = self._flow.prior(n, generator=generator, device=device)
+        return self._to_sample(points, self._flow.first_level)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """The input of the network for points (B, *S) at a timestep, a number or (B,)."""
-        return self._wrapped.inputs(sample, self._level(sample, timestep))[0]
+        level = self._level(sample, timestep)
+        return self._wrapped.inputs(self._to_points(sample, level), level)[0]
 
     def step(
         self,
@@ -230,8 +251,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 pred_original_sample).
 
         Raises:
-            ValueError: the timestep is not in ``timesteps``, none of them is left, or the output
-                has a wrong shape.
+            ValueError: the timestep is not in ``timesteps``, none of them is left, the output has a
+                wrong shape, or the run starts from standard normal noise, which is not the prior.
         """
         if self._step_index is None:
             begin = self._begin_index
@@ -242,13 +263,31 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"step is called after the last of {len(self.timesteps)} timesteps; set_timesteps "
                 "starts a new run."
             )
-        mean = self._mean(model_output, sample, self._levels[call])
+        points = self._to_points(sample, self._levels[call])
+        if call == 0 and self._levels[0] == self._flow.first_level:
+            self._check_start(points, sample)
+        mean = self._mean(model_output, points, self._levels[call])
         solvers = {"euler": self._euler, "heun": self._heun, "multistep": self._multistep}
-        moved = solvers[self.config["solver"]](call, sample, mean)
+        moved = solvers[self.config["solver"]](call, points, mean)
+        moved = self._to_sample(moved, self._levels[call + 1])
         self._step_index += 1
         if not return_dict:
             return moved, mean
         return PoissonFlowSchedulerOutput(prev_sample=moved, pred_original_sample=mean)
+
+    def _check_start(self, points: Tensor, sample: Tensor) -> None:
+        """Raises ValueError if a run starts from noise that other schedulers start from."""
+        center = self._flow.center.to(points) if isinstance(self._flow, PoissonFlow) else 0.0
+        first, largest = self._flow.first_level, self._flow.largest_norm
+        if looks_normal(points, self._flow.D, first, center=center, largest=largest):
+            norm = float(sample.detach().float().flatten(1).norm(dim=1).mean())
+            remedy = "start from scheduler.prior(n), as PoissonFlowPipeline does"
+            if math.isinf(self._flow.D):
+                remedy += ", or make the scheduler with variance_preserving=True"
+            raise ValueError(
+                f"sample has the norm {norm:.3g} at the first timestep, that of standard normal "
+                f"noise; the prior has level {first:.3g}: {remedy}."
+            )
 
     def _mean(self, output: Tensor, sample: Tensor, level: float) -> Tensor:
         """The posterior mean (B, *S) that the output at these points implies."""
@@ -302,15 +341,27 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Both are drawn as in ``flow.perturb`` and ``flow.loss``.
         """
         x, level = self._flow.perturb(original_samples, generator)
-        return x, self._encoding(level)
+        return self._to_sample(x, level), self._encoding(level)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Data (B, *S) with noise added at timesteps, a number or (B,): data + σ noise.
 
-        The noise is ``flow.noise(torch.ones(B))``, of level 1; it is standard normal only at D = ∞.
+        With variance_preserving the result is (data + σ noise)/√(1 + σ²). The noise is
+        ``flow.noise(torch.ones(B))``, of level 1, which is standard normal at D = ∞.
+
+        Raises:
+            ValueError: D is finite and the noise is standard normal. The norms in a batch tell:
+                at D = 1 those of a few dozen samples, at a large D, where the two hardly differ,
+                those of many.
         """
+        if math.isfinite(self._flow.D) and looks_normal(noise, self._flow.D, 1.0):
+            raise ValueError(
+                f"noise is standard normal; at D = {self._flow.D:g} allowed is "
+                "flow.noise(torch.ones(B)), and scheduler.perturb(x) draws it together with the "
+                "timesteps."
+            )
         level = self._level(original_samples, timesteps)
-        return original_samples + over_samples(level, noise) * noise
+        return self._to_sample(original_samples + over_samples(level, noise) * noise, level)
 
     def target(
         self,
@@ -337,14 +388,32 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 varies less (arXiv 2302.00670). None means the original samples.
         """
         level = self._level(noisy_samples, timesteps)
-        return self._target(noisy_samples, level, original_samples, references)
+        points = self._to_points(noisy_samples, level)
+        return self._target(points, level, original_samples, references)
 
     def _target(
         self, x: Tensor, level: Tensor, original: Tensor, references: References | None
     ) -> Tensor:
         raise NotImplementedError
 
+    def _to_points(self, sample: Tensor, level: Tensor | float) -> Tensor:
+        """The points x (B, *S) of samples in the form that the loop of diffusers holds."""
+        return sample * self._size(sample, level) if self._variance_preserving else sample
+
+    def _to_sample(self, points: Tensor, level: Tensor | float) -> Tensor:
+        """x/√(1 + σ²) with variance_preserving, else x."""
+        return points / self._size(points, level) if self._variance_preserving else points
+
+    def _size(self, x: Tensor, level: Tensor | float) -> Tensor:
+        return (over_samples(per_row(level, x), x).square() + 1).sqrt()
+
     def _level(self, x: Tensor, timestep: Tensor | float) -> Tensor:
+        name = self.config["level"]
+        if isinstance(timestep, Tensor) and not timestep.is_floating_point() and name != "timestep":
+            raise ValueError(
+                f"timesteps has dtype {timestep.dtype}; with level {name!r} allowed are floating "
+                "numbers, such as those of perturb."
+            )
         encoded = torch.as_tensor(timestep).to(x.device, wide_dtype(x.device))
         return self._encoding.decode(encoded).to(x.dtype).expand(len(x))
 
@@ -364,11 +433,13 @@ class PoissonFlowScheduler(FlowScheduler):
         prediction_type: "field".
         level: how the level is encoded, "timestep", "log" or "sigma"
             (:func:`pfgm.networks.from_module`).
+        num_train_timesteps: the timestep of the first level, with level "timestep".
+        variance_preserving: not for this scheduler.
 
     Raises:
         ValueError: an argument is not allowed.
 
-    >>> import pfgm
+    >>> import pfgm, torch
     >>> flow = pfgm.PoissonFlow((1, 4, 4), data_norm=1.0)
     >>> scheduler = PoissonFlowScheduler.from_flow(flow, solver="heun")
     >>> scheduler.set_timesteps(3)
@@ -402,8 +473,14 @@ class PoissonFlowPPScheduler(FlowScheduler):
         schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
         prediction_type: the meaning of the network's output: "residual", the F of EDM's
             preconditioning, "mean", "noise" or "score" (:func:`pfgm.networks.from_module`).
+            "sample" and "epsilon" are the names of diffusers for "mean" and "noise".
         level: how the level is encoded, "timestep", "log" or "sigma"
             (:func:`pfgm.networks.from_module`).
+        num_train_timesteps: the timestep of the first level, with level "timestep".
+        variance_preserving: at D = ∞, whether the samples of a loop are x/√(1 + σ²), which is
+            nearly standard normal at the first level. Loops that were written for DDPM, such as
+            diffusers' ``DDPMPipeline`` and its script ``train_unconditional.py``, then work without
+            a change. from_module has the same argument for such a network.
 
     Raises:
         ValueError: an argument is not allowed.
@@ -419,7 +496,18 @@ class PoissonFlowPPScheduler(FlowScheduler):
     _flow_type = PoissonFlowPP
     _flow: PoissonFlowPP
     _wrapped: WrappedDenoiser
-    _predictions = ("residual", "mean", "noise", "score")
+    _predictions = ("residual", "mean", "noise", "score", "epsilon", "sample")
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """1/(1 + σ²) at the timesteps 0, 1, …, num_train_timesteps − 1, with level "timestep".
+
+        Training scripts of diffusers weight the loss of "sample" by ᾱ/(1 − ᾱ), which is 1/σ².
+        """
+        if not isinstance(self._encoding, TimestepEncoding):
+            raise AttributeError("alphas_cumprod exists with level 'timestep' only")
+        levels = self._encoding.decode(torch.arange(len(self), dtype=torch.float64))
+        return (1 / (1 + levels.square())).float()
 
     def _target(
         self, x: Tensor, sigma: Tensor, original: Tensor, references: References | None

@@ -1,0 +1,53 @@
+"""Recognises normal noise where that of a flow is needed, by the norms of the samples."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ...common.tensors import wide_dtype
+
+_ODDS = 1e9
+
+
+def looks_normal(
+    x: Tensor, D: float, sigma: float, *, center: Tensor | float = 0.0, largest: float = math.inf
+) -> bool:
+    """Whether x (B, *S) is far more likely as standard normal noise than as noise of a flow.
+
+    The likelihoods are those of N(0, I) and of the perturbation kernel at level sigma (PFGM++,
+    arXiv 2302.04265, equation 3), which is a Student distribution with D degrees of freedom. The
+    mean of their ratio over noise of the flow is 1. So by Markov's inequality a batch of such noise
+    exceeds the odds of 1e9, which are needed here, with a chance of at most 1e-9.
+
+    Args:
+        center: center of the flow's noise.
+        largest: largest norm of the flow's noise. Norms that were clipped to it are not used.
+
+    >>> import torch
+    >>> looks_normal(torch.randn(4, 1, 8, 8), D=128.0, sigma=80.0)
+    True
+    >>> looks_normal(80 * torch.randn(4, 1, 8, 8), D=128.0, sigma=80.0)
+    False
+    """
+    x = x.detach().to(wide_dtype(x.device))
+    square = x.flatten(1).square().sum(1)
+    offset = (x - center).flatten(1).square().sum(1)
+    inside = offset.sqrt() < 0.999 * largest
+    N = x[:1].numel()
+    normal = -N / 2 * math.log(2 * math.pi) - square / 2
+    log_odds = normal - _log_student(offset, N, D, sigma)
+    return bool(log_odds[inside].sum() > math.log(_ODDS))
+
+
+def _log_student(square: Tensor, N: int, D: float, sigma: float) -> Tensor:
+    """log density of noise of level sigma whose squared norm is ``square``."""
+    if math.isinf(D):
+        return -N / 2 * math.log(2 * math.pi * sigma**2) - square / (2 * sigma**2)
+    constant = math.lgamma((N + D) / 2) - math.lgamma(D / 2)
+    return (
+        constant
+        - N / 2 * math.log(math.pi * D * sigma**2)
+        - (N + D) / 2 * (square / (D * sigma**2)).log1p()
+    )
