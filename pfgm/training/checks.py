@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ __all__ = [
     "check_labels",
     "check_same_flow",
     "value_range",
+    "warn_of_range",
     "with_settings_of_run",
 ]
 
+_SLACK = 0.01  # by which images may lie outside of [−1, 1]; enlarging can overshoot
 _COMPARED_ROWS = 1024  # for the range of the values
 
 # Settings that may differ between a resumed run and the run that it continues.
@@ -56,6 +59,27 @@ def value_range(data: References) -> tuple[float, float]:
     rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
     values = to_unit(data[rows.to(data.device)])
     return float(values.min()), float(values.max())
+
+
+def warn_of_range(data: References) -> None:
+    """Warns the caller of the caller of images (n, C, H, W) that do not look like [−1, 1].
+
+    Flows train on any values. But pictures and figures take images to lie in [−1, 1].
+    """
+    if data.ndim != 4 or data.shape[1] not in (1, 3) or data.dtype == torch.uint8:
+        return
+    low, high = value_range(data)
+    if low >= -_SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
+        return
+    option, formula = f"{low:.4g} {high:.4g}", "LOW and HIGH to −1 and 1"
+    if low >= 0:
+        option, formula = ("0 1", "2 * data - 1") if high <= 1 else ("0 255", "data / 127.5 - 1")
+    warnings.warn(
+        f"data holds images with values from {low:.4g} to {high:.4g}, but images should be in "
+        f"[-1, 1], or samples will look washed out or cut off: convert them, by --range {option} "
+        f"on the command line, or by {formula} in Python.",
+        stacklevel=3,
+    )
 
 
 def check_labels(labels: Tensor | None, data: References) -> None:

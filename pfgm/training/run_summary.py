@@ -12,6 +12,8 @@ from .trainer import Trainer
 
 __all__ = ["summary"]
 
+_SHOWN_NAMES = 5  # of labels
+
 
 def summary(config: RunConfig, data: Data, rows: ReferenceSet, trainer: Trainer) -> str:
     """What a run trains, on what, how, and what it writes."""
@@ -32,6 +34,9 @@ def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
     labels = "no labels"
     if data.classes:
         labels = f"labels 0 to {data.classes - 1}"
+        if data.names:
+            shown = ", ".join(data.names[:_SHOWN_NAMES])
+            labels += f" ({shown}{', …' if len(data.names) > _SHOWN_NAMES else ''})"
         if not config.labels:
             labels += ", which --labels would use"
     mirrored = ", half of them mirror images" if config.flips else ""

@@ -107,7 +107,8 @@ def _run(
     progress: bool,
     report: Callable[[str], None],
 ) -> nn.Module:
-    data = open_data(config.data, progress=progress and processes.leads)
+    shown = progress and processes.leads
+    data = open_data(config.data, value_range=config.range, progress=shown)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
@@ -127,6 +128,7 @@ def _run(
         folder=folder,
         progress=progress,
         labels=rows.labels if config.labels else None,
+        label_names=data.names if config.labels else (),
         evaluate=Evaluation(config, flow, data, folder, device) if processes.leads else None,
         report=report,
         loss=loss,

@@ -22,7 +22,7 @@ from ..flows.flow import Flow
 from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import load_run, save_run
-from .checks import check_data, check_labels, check_same_flow, with_settings_of_run
+from .checks import check_data, check_labels, check_same_flow, warn_of_range, with_settings_of_run
 from .config import TrainConfig
 from .locks import FolderInUse, locked, locked_for_all
 from .logs import Log
@@ -68,6 +68,7 @@ class Trainer:
             ``evaluations.csv`` and TensorBoard. It must not use torch's global generator.
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
             target of a point is the field of the references with its label.
+        label_names: the names of the labels 0, 1, …, which checkpoints record.
         report: called once by the first process with a line of text: the time left, estimated from
             the first steps.
         loss: replaces the loss of the flow and takes the same arguments, such as
@@ -77,6 +78,9 @@ class Trainer:
     Raises:
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set.
+
+    Warns:
+        UserWarning: data are images whose values do not look like [−1, 1].
 
     >>> import pfgm, torch
     >>> data = torch.randn(256, 2)
@@ -98,6 +102,7 @@ class Trainer:
         folder: str | Path | None = None,
         progress: bool = True,
         labels: Tensor | None = None,
+        label_names: Sequence[str] = (),
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         report: Callable[[str], None] | None = None,
         loss: Callable[..., Tensor] | None = None,
@@ -108,6 +113,7 @@ class Trainer:
         self.config = config = self._given.resolved()
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
+        self.label_names = tuple(label_names)
         self.evaluate = evaluate
         self.report = report
         self.loss, self.distilled = loss, distilled
@@ -116,6 +122,7 @@ class Trainer:
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
         check_data(flow, data, config, other_loss=loss is not None)
         check_labels(labels, data)
+        warn_of_range(data)
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
             raise ValueError(
@@ -261,6 +268,7 @@ class Trainer:
                     state,
                     self.step,
                     self.distilled,
+                    label_names=self.label_names,
                     after=self._saved_step or self.step,
                 )
                 self._saved_step = self.step
