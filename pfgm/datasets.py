@@ -18,19 +18,19 @@ from .common.files import StrPath
 from .data import digits
 from .data.arrays import array_names, from_numpy, open_array, read_integers
 from .data.opening import open_source
-from .data.rows import InMemory, OnDisk, Source
+from .data.rows import InMemory, OnDisk, Scaled, Source
 from .references import ReferenceSet
 
-__all__ = ["Data", "open_data", "open_samples"]
+__all__ = ["Data", "Range", "open_data", "open_samples"]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-_ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+_FILE_SUFFIXES = (".npy", ".npz", ".safetensors", ".zip")
 _LABEL_NAMES = ("labels", "label", "y")
 _HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
     "digits, fashion-mnist[:FOLDER], cifar10[:FOLDER], folder:PATH (of images), npz:PATH, or the "
-    "path of a folder or of a file that ends in .npy, .npz or .safetensors"
+    "path of a folder or of a file that ends in .npy, .npz, .safetensors or .zip (of images)"
 )
 _PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
 _MAX_DEFLATE_RATIO = 1032  # deflate compresses at most by this factor
@@ -52,9 +52,15 @@ class Data(NamedTuple):
     levels: int
     """The number of grey levels, for bits per dimension: 17 for digits, 256 for bytes, 0 (unknown)
     for floating numbers from a file."""
+    names: tuple[str, ...] = ()
+    """The names of the classes, by label; empty if they have none."""
 
 
-def open_data(source: str, *, progress: bool = False) -> Data:
+Range = tuple[float, float]
+"""The values of data that stand for −1 and 1."""
+
+
+def open_data(source: str, *, value_range: Range | None = None, progress: bool = False) -> Data:
     """Opens data by name or path. Nothing is downloaded or unpickled.
 
     - ``digits``: :func:`pfgm.data.digits`.
@@ -64,7 +70,9 @@ def open_data(source: str, *, progress: bool = False) -> Data:
       dataset-fashion-mnist.
     - ``cifar10`` or ``cifar10:FOLDER``: 3 × 32 × 32 bytes, 50 000 images for training and 10 000
       held out. The folder holds the binary version; without a folder it is $PFGM_DATA/cifar10.
-    - ``folder:PATH``, or a path: a folder of images of one size.
+    - ``folder:PATH``, or a path: a folder or a ``.zip`` archive of images of one size. Transparent
+      images are composed on white. Class folders, as in ``cat/1.png``, give labels, and so does
+      ``dataset.json``, as in the data sets of EDM and StyleGAN.
     - ``npz:PATH``, or a path: a ``.npy``, ``.npz`` or ``.safetensors`` file of samples (n, ...),
       which is read in place if possible.
 
@@ -75,12 +83,15 @@ def open_data(source: str, *, progress: bool = False) -> Data:
 
     Args:
         source: one of the names, or a path. For a file or folder named digits, write ./digits.
+        value_range: the values of floating-point data that stand for −1 and 1, such as (0, 255).
+            They are converted; the default converts nothing.
         progress: show a progress bar while images are read.
 
     Raises:
         FileNotFoundError, OSError: a file is missing or cannot be read.
         ImportError: digits need scikit-learn, and images Pillow.
-        TypeError: samples are neither floating nor uint8, or labels are not integers.
+        TypeError: samples are neither floating nor uint8, or uint8 where a range is given; or
+            labels are not integers.
         ValueError: the name is unknown, a file is damaged, or arrays do not fit together.
 
     >>> found = open_data("digits")
@@ -90,13 +101,20 @@ def open_data(source: str, *, progress: bool = False) -> Data:
     name, colon, place = source.partition(":")
     path = Path(place).expanduser()
     if name in _NAMED and not (colon and not place):
+        if value_range is not None:
+            raise ValueError(
+                f"range is {value_range[0]:g} {value_range[1]:g}, but data is {source}, whose "
+                "values lie in −1 to 1 already; leave it out."
+            )
         return _NAMED[name](path if place else None)
-    if name == "folder" and place and not path.is_dir():
-        raise FileNotFoundError(f"data is {source!r}, but {path} is not an existing folder.")
+    if name == "folder" and place and not _holds_images(path):
+        raise FileNotFoundError(
+            f"data is {source!r}, but {path} is neither an existing folder nor a .zip archive."
+        )
     if name in ("folder", "npz") and place:
-        return _from_path(path, progress)
-    if source and (Path(source).exists() or Path(source).suffix in _ARRAY_SUFFIXES):
-        return _from_path(Path(source), progress)
+        return _from_path(path, value_range, progress)
+    if source and (Path(source).exists() or Path(source).suffix in _FILE_SUFFIXES):
+        return _from_path(Path(source), value_range, progress)
     raise ValueError(
         f"data is {source!r}, which is neither a name nor an existing path; allowed are {_ALLOWED}."
     )
@@ -106,7 +124,8 @@ def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
     """Opens the samples in an array file or a folder of images. Images get their channels first.
 
     Args:
-        path: a ``.npy``, ``.npz`` or ``.safetensors`` file, or a folder.
+        path: a ``.npy``, ``.npz`` or ``.safetensors`` file, or a folder or ``.zip`` archive of
+            images.
         progress: show a progress bar while images are read.
 
     Raises:
@@ -124,25 +143,33 @@ def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
 # ---- files and folders ------------------------------------------------------------------------
 
 
-def _from_path(path: Path, progress: bool) -> Data:
+def _holds_images(path: Path) -> bool:
+    return path.is_dir() or (path.suffix == ".zip" and path.is_file())
+
+
+def _from_path(path: Path, value_range: Range | None, progress: bool) -> Data:
     source = open_source(path, progress=progress)
     names = array_names(path) if path.is_file() else []
     if len(names) == 1:  # a single array holds the samples, whatever its name
         names = []
-    train = _rows(source, path, [name for name in _LABEL_NAMES if name in names])
+    train = _rows(source, path, [name for name in _LABEL_NAMES if name in names], value_range)
     held_out = None
     for name in [name for name in _HELD_OUT_NAMES if name in names][:1]:
         labels = [label for label in (f"{name}_labels",) if label in names]
-        held_out = _rows(open_array(path, name), path, labels)
+        held_out = _rows(open_array(path, name), path, labels, value_range)
         if (held_out.shape[1:], held_out.dtype) != (train.shape[1:], train.dtype):
             raise ValueError(
                 f"{path} holds {name}, {held_out.dtype} of shape {tuple(held_out.shape)}; allowed "
                 f"is {train.dtype} with samples of shape {tuple(train.shape[1:])}, as in training."
             )
-    return Data(train, held_out, _classes(train, held_out), _levels(train))
+    return Data(
+        train, held_out, _classes(train, held_out), _levels(train), names=source.label_names
+    )
 
 
-def _rows(source: Source, path: Path, label_names: list[str]) -> ReferenceSet:
+def _rows(
+    source: Source, path: Path, label_names: list[str], value_range: Range | None
+) -> ReferenceSet:
     """The rows, with the labels in the array of the first name if there is a name."""
     labels = read_integers(path, label_names[0]) if label_names else None
     if labels is not None and labels.shape != (len(source),):
@@ -150,7 +177,16 @@ def _rows(source: Source, path: Path, label_names: list[str]) -> ReferenceSet:
             f"{path} holds {label_names[0]} of shape {tuple(labels.shape)}; allowed is "
             f"({len(source)},), a label for each sample."
         )
-    return ReferenceSet(_channels_first(source), labels=labels)
+    source = _channels_first(source)
+    return ReferenceSet(_scaled(source, value_range), labels=labels)
+
+
+def _scaled(source: Source, value_range: Range | None) -> Source:
+    """The rows with a range of values mapped to −1 to 1; in memory if the source is."""
+    if value_range is None:
+        return source
+    scaled = Scaled(source, *value_range)
+    return InMemory(scaled.read(0, len(source))) if source.tensor is not None else scaled
 
 
 def _classes(train: ReferenceSet, held_out: ReferenceSet | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,7 @@ def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
     found = open_data(f"{prefix}{tmp_path / 'a.npy'}")
     assert in_file(found.train)
     np.testing.assert_array_equal(whole(found.train).numpy(), ramp(4, 3, 2, 2))
-    assert found[1:] == (None, 0, 256)
+    assert found[1:] == (None, 0, 256, ())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
@@ -395,7 +396,7 @@ def test_a_missing_file_or_folder(tmp_path: Path) -> None:
     for name in ("no.npy", "npz:no.npz", "npz:no"):
         with pytest.raises(FileNotFoundError, match=r"no.* does not exist"):
             open_data(name)
-    with pytest.raises(FileNotFoundError, match="is not an existing folder"):
+    with pytest.raises(FileNotFoundError, match="is neither an existing folder nor"):
         open_data(f"folder:{tmp_path / 'no'}")
     (tmp_path / "notes.txt").write_text("no array")
     with pytest.raises(ValueError, match=r"suffix .\.txt."):
@@ -414,4 +415,53 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found = open_data(source)
         assert found.train.shape == (3, 1, 4, 5)
         np.testing.assert_array_equal(whole(found.train)[2, 0].numpy(), ramp(4, 5) + 2)
-        assert found[1:] == (None, 0, 256)
+        assert found[1:] == (None, 0, 256, ())
+
+
+def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for number, name in enumerate(["dog", "cat", "dog"]):
+            image.fromarray(ramp(4, 5) + number).save(tmp_path / "a.png")
+            archive.write(tmp_path / "a.png", f"pets/{name}/{number}.png")
+    for source in (str(tmp_path / "pets.zip"), f"folder:{tmp_path / 'pets.zip'}"):
+        found = open_data(source)
+        assert known(found.train) == [0, 1, 1]
+        assert (found.classes, found.names) == (2, ("cat", "dog"))
+        np.testing.assert_array_equal(whole(found.train)[2, 0].numpy(), ramp(4, 5) + 2)
+    assert open_samples(tmp_path / "pets.zip").shape == (3, 1, 4, 5)
+
+
+# ---- ranges of values -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, suffix: str) -> None:
+    path, images = tmp_path / f"a{suffix}", ramp(16, 4, 4, dtype=dtype)
+    np.save(path, images) if suffix == ".npy" else np.savez_compressed(path, images)
+    train = open_data(str(path), value_range=(0.0, 255.0)).train
+    assert in_file(train) == (suffix == ".npy")
+    assert train.dtype == torch.float32
+    expected = torch.from_numpy(images.astype(np.float32)).unsqueeze(1) / 127.5 - 1
+    torch.testing.assert_close(whole(train), expected, rtol=0, atol=2e-7)
+    torch.testing.assert_close(train[torch.tensor([3, 0])], expected[[3, 0]], rtol=0, atol=2e-7)
+    torch.testing.assert_close(torch.cat([*train.chunks()]), expected, rtol=0, atol=2e-7)
+    assert train.rms == pytest.approx(float(expected.square().mean().sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "value_range", [(1.0, 0.0), (2.0, 2.0), (0.0, float("inf")), (0.0, float("nan"))]
+)
+def test_ranges_that_are_none(tmp_path: Path, value_range: tuple[float, float]) -> None:
+    np.save(tmp_path / "a.npy", ramp(4, 2, 2, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"range is .*; allowed are two numbers, the lower first"):
+        open_data(str(tmp_path / "a.npy"), value_range=value_range)
+
+
+def test_bytes_and_named_data_have_a_range_already(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", ramp(4, 2, 2))
+    with pytest.raises(TypeError, match=r"range is 0\.0 255\.0, but the data are bytes"):
+        open_data(str(tmp_path / "a.npy"), value_range=(0.0, 255.0))
+    with pytest.raises(ValueError, match="range is 0 255, but data is digits, whose values"):
+        open_data("digits", value_range=(0.0, 255.0))

@@ -96,7 +96,7 @@ def run(
         ImportError: scikit-learn or matplotlib is missing.
     """
     check_seed(seed)
-    warmup = min(TRAINING.warmup, steps // 10)
+    warmup = min(TRAINING.schedule.warmup, steps // 10)
     config = dataclasses.replace(TRAINING, steps=steps, warmup=warmup, seed=seed)
     with locked(out) as folder:
         return _run(folder, config, conditional, report, progress)

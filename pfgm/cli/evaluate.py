@@ -20,11 +20,12 @@ from .. import evaluation
 from ..common.checks import check_seed, usable_device
 from ..common.files import output_folder, write_atomic, write_json
 from ..data import to_unit
-from ..datasets import Data, open_data, open_samples
+from ..datasets import Data, Range, open_data, open_samples
 from ..evaluation import Point
 from ..flows.sampling import check_steps
 from ..references import ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
+from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
 from .options import SamplingOptions
 
@@ -64,6 +65,9 @@ class Evaluate:
     data: str | None = None
     """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. The default is
     the data of the checkpoint's training run, or else digits."""
+    range: Range | None = None
+    """The values LOW HIGH of floating-point data that stand for black and white, as for train. The
+    default is that of the training run if its data are used."""
     n: int = 1000
     """Number of samples to draw, or the most to take from a file or folder."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
@@ -90,9 +94,14 @@ class Evaluate:
     def run(self) -> None:
         self._check()
         device = usable_device(self.sampling.device)
-        name = self.data or _data_of_run(self.checkpoint)
-        data = open_data(name, progress=True)
+        name, value_range = self.data, self.range
+        if name is None:
+            name, of_run = _data_of_run(self.checkpoint)
+            value_range = value_range or of_run
+        data = open_data(name, value_range=value_range, progress=True)
         source = self._open(device)
+        for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
+            warn_of_range(rows)
         self._check_data(name, data, source)
         with output_folder(self.out):
             self._measure(name, data, source, device)
@@ -233,13 +242,14 @@ def _draw_rows(rows: ReferenceSet, count: int, seed: int) -> Tensor:
     return to_unit(rows[rows.draw(min(count, len(rows)), generator=generator)])
 
 
-def _data_of_run(checkpoint: Path | None) -> str:
-    """The data that a run was trained on, from config.json in its folder; digits without one."""
+def _data_of_run(checkpoint: Path | None) -> tuple[str, Range | None]:
+    """The data of a run and their range, from config.json in its folder; digits without one."""
     if checkpoint is not None:
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         with suppress(FileNotFoundError):
-            return RunConfig.load(folder).data
-    return "digits"
+            config = RunConfig.load(folder)
+            return config.data, config.range
+    return "digits", None
 
 
 def _part(data: Data) -> str:

@@ -22,7 +22,8 @@ from .options import SamplingOptions
 
 __all__ = ["Sample"]
 
-_INT64 = range(-(2**63), 2**63)
+_INT64 = range(2**63)
+_SHOWN_NAMES = 20  # of labels, in an error
 
 
 @dataclass
@@ -39,8 +40,9 @@ class Sample:
         default_factory=SamplingOptions
     )
     """How and where samples are drawn."""
-    label: int | None = None
-    """Label of the samples, for a network that was trained with labels. By default any label."""
+    label: str | None = None
+    """Label of the samples, a number or a name, for a network that was trained with labels. By
+    default any label."""
     guidance: float | None = None
     """Weight of classifier-free guidance. 1 is none; any other value takes twice as long."""
     seed: int = 0
@@ -71,11 +73,10 @@ class Sample:
             raise ValueError(
                 f"n is {self.n} and batch-size is {batch_size}; allowed is at least 1, below 2^63."
             )
-        if self.label is not None and self.label not in _INT64:
-            raise ValueError(f"label is {self.label}; allowed are the labels of the network.")
         check_seed(self.seed)
 
     def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Tensor:
+        label = self._label()
         prior = draw_prior(flow, self.n, self.seed)
         samples, _ = sample_in_batches(
             flow,
@@ -83,13 +84,28 @@ class Sample:
             prior,
             batch_size=self.sampling.batch_size,
             device=device,
-            labels=None if self.label is None else torch.full((self.n,), self.label),
+            labels=None if label is None else torch.full((self.n,), label),
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
             progress=True,
             **self.sampling.solver_arguments(flow),
         )
         return samples
+
+    def _label(self) -> int | None:
+        """The number of the label. A name that is a number, such as a folder 7, goes before it."""
+        if self.label is None:
+            return None
+        names = checkpoint.label_names(self.checkpoint)
+        if self.label in names:
+            return names.index(self.label)
+        if self.label.isdecimal() and int(self.label) in _INT64:
+            return int(self.label)
+        known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+        raise ValueError(
+            f"label is {self.label}; allowed are the labels of the network, numbers from 0"
+            + (f" or names: {known}." if names else ".")
+        )
 
     def _write(self, samples: Tensor) -> None:
         if self.out.suffix == ".npy":

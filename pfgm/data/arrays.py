@@ -145,8 +145,8 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
         raise FileNotFoundError(f"{path} does not exist.")
     if path.suffix not in _OPENERS:
         raise ValueError(
-            f"{path} has the suffix {path.suffix!r}; allowed are .npy, .npz, .safetensors and "
-            "folders of images."
+            f"{path} has the suffix {path.suffix!r}; allowed are .npy, .npz, .safetensors, "
+            ".zip and folders of images."
         )
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file.")

@@ -1,9 +1,9 @@
-"""Folders of images, which Pillow decodes, and the pixels of Pillow images."""
+"""Folders and archives of images, which Pillow decodes, and the pixels of Pillow images."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..common.messages import progress_bar
+from .image_files import ImageFiles, image_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 # The only formats that are read, whatever the suffix. For some others Pillow runs a program.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
@@ -29,42 +28,54 @@ _CHANNELS |= {"YCbCr": 3, "HSV": 3}
 _16_BITS_A_CHANNEL = re.compile(r";16[BLNS]")
 
 
-def load_images(folder: Path, *, progress: bool = False) -> Tensor:
-    """Decodes all images in a folder and its subfolders, in the order of their relative paths.
+def load_images(
+    path: Path, *, progress: bool = False
+) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+    """Decodes all images in a folder and its subfolders, or in a zip archive.
 
-    Alpha channels are dropped. A rotation in the EXIF data is not applied.
+    Their order is that of their relative paths. Hidden files are left out. Transparent images are
+    composed on white. A rotation in the EXIF data is not applied.
+
+    Labels are those in the file ``dataset.json``, as in the data sets of EDM and StyleGAN:
+    ``{"labels": [[name, label], …]}``. Without the file, images that all lie in class folders, as
+    in ``cat/1.png``, have the number of their class folder as label, in alphabetical order. Folders
+    that all images have in common do not count.
 
     Returns:
-        uint8 (n, C, H, W): C = 1 where all images are grey, else 3.
+        The images, uint8 (n, C, H, W), where C = 1 if all images are grey, else 3; their labels
+        (n,), int64, or None; and the names of the classes, if they have names.
 
     Raises:
         ImportError: Pillow is not installed.
         ValueError: there is no image; an image cannot be read or has more than 8 bits a channel;
-            or images differ in size.
+            images differ in size; or the archive or dataset.json is damaged.
     """
     _import_pillow()
-    paths = sorted(
-        (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
-    if not paths:
-        raise ValueError(
-            f"{folder} is a folder without images; allowed are folders that hold at least one "
-            f"file that ends in {', '.join(IMAGE_SUFFIXES[:-1])} or {IMAGE_SUFFIXES[-1]}."
-        )
-    channels, (width, height) = _common_shape(paths)
-    images = torch.empty(len(paths), channels, height, width, dtype=torch.uint8)
-    bar = progress_bar(paths, "images", unit="image", disable=not progress)
-    for row, path in enumerate(bar):
-        with _opened(path) as image:
-            images[row] = pixels(image, channels)
-    return images
+    with image_files(path) as files:
+        channels, (width, height) = _common_shape(files)
+        images = torch.empty(len(files.names), channels, height, width, dtype=torch.uint8)
+        bar = progress_bar(files.names, "images", unit="image", disable=not progress)
+        for row, name in enumerate(bar):
+            with _opened(files, name) as image:
+                images[row] = pixels(image, channels)
+        return images, *files.labels()
 
 
 def pixels(image: Image, channels: int) -> Tensor:
-    """The pixels of a Pillow image, uint8 (channels, H, W), grey for one channel, else RGB."""
-    values = torch.from_numpy(np.array(image.convert("L" if channels == 1 else "RGB")))
+    """The pixels of a Pillow image, uint8 (channels, H, W), grey for one channel, else RGB.
+
+    A transparent image is composed on white.
+    """
+    opaque = _on_white(image) if image.has_transparency_data else image
+    values = torch.from_numpy(np.array(opaque.convert("L" if channels == 1 else "RGB")))
     return values.view(image.height, image.width, channels).permute(2, 0, 1)
+
+
+def _on_white(image: Image) -> Image:
+    image = image.convert("RGBA")
+    pillow = _import_pillow()
+    composed: Image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
+    return composed
 
 
 def channel_count(mode: str, name: str) -> int:
@@ -116,33 +127,34 @@ def _import_pillow() -> Any:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image]:
-    """Turns the several types of error that Pillow raises on damaged bytes into one ValueError."""
+def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
+    """Opens an image. Turns the many types of error on damaged bytes into one ValueError."""
     try:
-        with _import_pillow().open(path, formats=_FORMATS) as image:
+        with files.open(name) as file, _import_pillow().open(file, formats=_FORMATS) as image:
             yield image
     except PermissionError:
         raise
     except Exception as error:
         raise ValueError(
-            f"{path} is truncated, damaged or not an image; allowed are whole files of the "
-            f"formats {', '.join(_FORMATS)}."
+            f"{files.place(name)} is truncated, damaged or not an image; allowed are whole files "
+            f"of the formats {', '.join(_FORMATS)}."
         ) from error
 
 
-def _common_shape(paths: Sequence[Path]) -> tuple[int, tuple[int, int]]:
+def _common_shape(files: ImageFiles) -> tuple[int, tuple[int, int]]:
     """The channels and (width, height) of all images. Only headers are read."""
     channels, expected = 1, None
-    for path in paths:
-        with _opened(path) as image:
+    for name in files.names:
+        with _opened(files, name) as image:
             mode, size, is_16_bit = image.mode, image.size, has_16_bits(image)
-        channels = max(channels, channel_count(mode, str(path)))
-        check_depth(is_16_bit, str(path))
+        place = files.place(name)
+        channels = max(channels, channel_count(mode, place))
+        check_depth(is_16_bit, place)
         expected = expected or size
         if size != expected:
             raise ValueError(
-                f"{path} is an image of {size[0]} × {size[1]} pixels; allowed are images of one "
-                f"size, and {paths[0]} has {expected[0]} × {expected[1]}."
+                f"{place} is an image of {size[0]} × {size[1]} pixels; allowed are images of one "
+                f"size, and {files.place(files.names[0])} has {expected[0]} × {expected[1]}."
             )
-    assert expected is not None  # paths is not empty
+    assert expected is not None  # there is an image
     return channels, expected

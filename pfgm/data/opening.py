@@ -36,7 +36,8 @@ def open_source(
               place. An array is loaded if it is compressed, in Fortran order, in another byte order
               or of a width that is not in ``DTYPES``. Of several arrays in a file,
               :func:`pfgm.data.load_array` tells which one is read;
-            - the path of a folder, whose PNG, JPEG, BMP and WebP images are decoded;
+            - the path of a folder or a ``.zip`` archive, whose PNG, JPEG, BMP and WebP images are
+              decoded: see :func:`pfgm.data.images.load_images`;
             - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
               :func:`pfgm.data.torch_datasets.load_dataset`;
             - a source, which is returned as it is.
@@ -70,8 +71,8 @@ def open_source(
         return InMemory(from_numpy(source, "source"))
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        if path.is_dir():
-            return InMemory(load_images(path, progress=progress))
+        if path.is_dir() or (path.suffix == ".zip" and path.is_file()):
+            return InMemory(*load_images(path, progress=progress))
         return open_array(path)
     if hasattr(source, "__getitem__") and not isinstance(source, Mapping):
         return InMemory(*load_dataset(source, progress=progress))

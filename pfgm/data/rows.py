@@ -33,11 +33,13 @@ class Source(ABC):
         shape: S.
         dtype: the dtype in which the rows are stored, one of ``DTYPES``.
         labels: (n,) int64; None where there are none.
+        label_names: the names of the classes, by label; empty where they have none.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     labels: Tensor | None = None
+    label_names: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -93,13 +95,16 @@ class InMemory(Source):
         ValueError: there are fewer than two dimensions, or no numbers.
     """
 
-    def __init__(self, tensor: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(
+        self, tensor: Tensor, labels: Tensor | None = None, label_names: tuple[str, ...] = ()
+    ) -> None:
         _check_dtype(tensor.dtype, "source")
         check_samples(tensor.shape, "source")
         self._tensor = tensor
         self.shape = tuple(tensor.shape[1:])
         self.dtype = tensor.dtype
         self.labels = labels
+        self.label_names = label_names
 
     def __len__(self) -> int:
         return len(self._tensor)
@@ -224,6 +229,46 @@ class OnDisk(Source):
                 f"out has shape {tuple(out.shape)} and strides {out.stride()} on {out.device}; "
                 f"allowed is a contiguous tensor ({count} or more, *{self.shape}) on the CPU."
             )
+
+
+class Scaled(Source):
+    """The rows of another source as float32, with the values low to high mapped to −1 to 1.
+
+    Raises:
+        TypeError: the source holds bytes, which stand for −1 to 1 already.
+        ValueError: low and high are not finite, or low is not below high.
+    """
+
+    def __init__(self, source: Source, low: float, high: float) -> None:
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"range is {low} {high}; allowed are two numbers, the lower first.")
+        if source.dtype == torch.uint8:
+            raise TypeError(
+                f"range is {low} {high}, but the data are bytes, which always stand for 0 to 255; "
+                "leave it out."
+            )
+        self._source, self._low, self._high = source, low, high
+        self.shape, self.dtype = source.shape, torch.float32
+        self.labels, self.label_names = source.labels, source.label_names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def version(self) -> object:
+        return self._source.version()
+
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        rows = self._scaled(self._source.read(start, stop))
+        if out is None:
+            return rows
+        return out.detach()[: stop - start].copy_(rows)
+
+    def take(self, rows: Tensor) -> Tensor:
+        return self._scaled(self._source.take(rows))
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        middle, half = (self._low + self._high) / 2, (self._high - self._low) / 2
+        return (rows.double() - middle).div_(half).float()
 
 
 def _runs(numbers: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -15,7 +15,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from .weights_file import (
     write_weights,
 )
 
-__all__ = ["Loaded", "check_solver", "load", "load_run", "save", "save_run"]
+__all__ = ["Loaded", "check_solver", "label_names", "load", "load_run", "save", "save_run"]
 
 _KEPT_CHECKPOINTS = 2  # of a run
 _WEIGHTS_NAME = re.compile(r"step-(\d{8,18})\.safetensors")
@@ -151,6 +151,16 @@ def check_solver(path: StrPath, solver: str) -> str | None:
     return None
 
 
+def label_names(path: StrPath) -> list[str]:
+    """The names of the labels 0, 1, … of a weights file or of a run's newest one; often empty.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    names = _read_newest(path)[2].get("label_names", [])
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
 def _read_newest(path: StrPath) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """The path, tensors and description of a weights file, or of the newest one of a run."""
     path = Path(path)
@@ -173,6 +183,7 @@ def save_run(
     step: int,
     distilled: bool | None = None,
     *,
+    label_names: Sequence[str] = (),
     after: int | None = None,
 ) -> None:
     """Writes a checkpoint of a run: state, weights, then latest.json; removes the oldest.
@@ -184,6 +195,7 @@ def save_run(
         state: the training state.
         step: of the checkpoint.
         distilled: as for :func:`save`.
+        label_names: the names of the labels 0, 1, …; empty if they have none.
         after: step of the checkpoint that the run wrote last or was resumed from. Other checkpoints
             above it belong to an abandoned continuation and are removed. None is `step`.
     """
@@ -194,7 +206,9 @@ def save_run(
     checksum = f"{zlib.crc32(content.getbuffer()):08x}"
     write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
     content.close()  # frees three times the memory of the weights
-    facts = {"step": step, "state_checksum": checksum}
+    facts: dict[str, Any] = {"step": step, "state_checksum": checksum}
+    if label_names:
+        facts["label_names"] = [*label_names]
     write_weights(folder / names["weights"], flow, averaged, facts, distilled)
     latest = json.dumps({"step": step, **names})
     write_atomic(folder / "latest.json", lambda file: file.write(latest.encode()))

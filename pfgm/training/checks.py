@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..data import to_unit
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..references import References, ReferenceSet
-from .config import TrainConfig
+from .config import Schedule, TrainConfig
 
-__all__ = ["check_data", "check_labels", "check_same_flow", "check_same_settings"]
+__all__ = [
+    "check_data",
+    "check_labels",
+    "check_same_flow",
+    "value_range",
+    "warn_of_range",
+    "with_settings_of_run",
+]
+
+_SLACK = 0.01  # by which images may lie outside of [−1, 1]; enlarging can overshoot
+_COMPARED_ROWS = 1024  # for the range of the values
 
 # Settings that may differ between a resumed run and the run that it continues.
 _MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "compile")
@@ -37,6 +50,36 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
         raise ValueError(
             f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
         )
+
+
+def value_range(data: References) -> tuple[float, float]:
+    """The least and the largest value in 1024 rows, evenly spaced; bytes as u/127.5 − 1."""
+    rows = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
+    count = min(len(rows), _COMPARED_ROWS)
+    rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+    values = to_unit(data[rows.to(data.device)])
+    return float(values.min()), float(values.max())
+
+
+def warn_of_range(data: References) -> None:
+    """Warns the caller of the caller of images (n, C, H, W) that do not look like [−1, 1].
+
+    Flows train on any values. But pictures and figures take images to lie in [−1, 1].
+    """
+    if data.ndim != 4 or data.shape[1] not in (1, 3) or data.dtype == torch.uint8:
+        return
+    low, high = value_range(data)
+    if low >= -_SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
+        return
+    option, formula = f"{low:.4g} {high:.4g}", "LOW and HIGH to −1 and 1"
+    if low >= 0:
+        option, formula = ("0 1", "2 * data - 1") if high <= 1 else ("0 255", "data / 127.5 - 1")
+    warnings.warn(
+        f"data holds images with values from {low:.4g} to {high:.4g}, but images should be in "
+        f"[-1, 1], or samples will look washed out or cut off: convert them, by --range {option} "
+        f"on the command line, or by {formula} in Python.",
+        stacklevel=3,
+    )
 
 
 def check_labels(labels: Tensor | None, data: References) -> None:
@@ -73,8 +116,19 @@ def check_same_flow(flow: Flow, saved: Flow, folder: Path) -> None:
             )
 
 
-def check_same_settings(config: TrainConfig, saved: Mapping[str, Any], folder: Path) -> None:
-    """Raises ValueError unless the run in the folder has the same settings, except _MAY_DIFFER."""
+def with_settings_of_run(
+    config: TrainConfig, saved: Mapping[str, Any], folder: Path
+) -> TrainConfig:
+    """The configuration, with the settings that it leaves open taken from a run.
+
+    Raises:
+        ValueError: it has other settings than the run in the folder, except _MAY_DIFFER.
+    """
+    of_run: dict[str, Any] = {
+        name: saved.get(name) for name in Schedule._fields if getattr(config, name) is None
+    }
+    config = dataclasses.replace(config, **of_run)
     for name, value in dataclasses.asdict(config).items():
         if name not in _MAY_DIFFER and saved.get(name) != value:
             raise ValueError(f"{name} is {value!r}; the run in {folder} has {saved.get(name)!r}.")
+    return config.resolved()

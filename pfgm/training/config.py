@@ -4,16 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 from ..common.checks import check_choice, check_seed
 
-__all__ = ["TrainConfig"]
+__all__ = ["Schedule", "TrainConfig"]
+
+_PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
+
+Decay = Literal["none", "cosine"]
+
+
+class Schedule(NamedTuple):
+    """The settings of a run that follow from its number of steps unless they are given."""
+
+    learning_rate: float
+    beta2: float
+    warmup: int
+    decay: Decay
+    ema: float
+    checkpoint_every: int
+
+    @classmethod
+    def of(cls, steps: int) -> Schedule:
+        """The default schedule of a run of so many steps.
+
+        From 100 000 steps on it is the one published for CIFAR-10 (PFGM, appendix B.1). A shorter
+        run has the same proportions: 5 % of it is warm-up, the weights are averaged over a tenth,
+        and Adam's squared gradients over at least 100 steps. Its learning rate is higher, in
+        proportion to 1/√steps and at most tenfold, and falls to 0.
+
+        >>> Schedule.of(1000)  # doctest: +NORMALIZE_WHITESPACE
+        Schedule(learning_rate=0.002, beta2=0.99, warmup=50, decay='cosine', ema=0.99,
+                 checkpoint_every=100)
+        """
+        share = min(steps / _PUBLISHED_STEPS, 1.0)
+        return cls(
+            learning_rate=2e-4 * min(share**-0.5, 10.0),
+            beta2=max(1 - 1e-3 / share, 0.99),
+            warmup=int(5000 * share),
+            decay="none" if share == 1 else "cosine",
+            ema=max(1 - 1e-4 / share, 0.0),
+            checkpoint_every=max(int(5000 * share), 100),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults are those published for CIFAR-10 (PFGM, appendix B.1)."""
+    """How to train.
+
+    The defaults are those published for CIFAR-10 (PFGM, appendix B.1), and a shorter run gets
+    defaults that suit its length. Settings that are None follow from ``steps``: see
+    :meth:`resolved`.
+    """
 
     steps: int = 100_000
     """Optimiser steps."""
@@ -23,18 +66,23 @@ class TrainConfig:
     """Samples whose field is the target; they contain the batch. All data are taken if there are
     fewer, or if the data are sharded over processes. 0, for PFGM++ only, means the single-sample
     target."""
-    learning_rate: float = 2e-4
-    """Adam's learning rate after the warm-up."""
-    beta2: float = 0.999
-    """Adam's decay of the squared gradient; a short run needs a lower value."""
-    warmup: int = 5000
-    """Steps in which the learning rate rises linearly."""
-    decay: Literal["none", "cosine"] = "none"
-    """How the learning rate falls from the end of the warm-up to the last step."""
+    learning_rate: float | None = None
+    """Adam's learning rate after the warm-up. By default it follows from the steps: 2e-4 from
+    100 000 on, 2e-3 up to 1000, in between in proportion to 1/sqrt(steps)."""
+    beta2: float | None = None
+    """Adam's decay of the squared gradient; by default 0.999 from 100 000 steps on, 0.99 up to
+    10 000."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises linearly; by default 5 % of the steps, at most
+    5000."""
+    decay: Decay | None = None
+    """How the learning rate falls from the end of the warm-up to the last step; by default none
+    from 100 000 steps on, else cosine."""
     clip: float = 1.0
     """Maximum norm of the gradient; a longer gradient is scaled down."""
-    ema: float = 0.9999
-    """Decay of the averaged weights; it is min(ema, (1 + t)/(10 + t)) at step t."""
+    ema: float | None = None
+    """Decay of the averaged weights; it is min(ema, (1 + t)/(10 + t)) at step t. By default
+    1 - 10/steps, at most 0.9999."""
     accumulate: int = 1
     """Parts in which a batch goes through the network, to save memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -44,8 +92,8 @@ class TrainConfig:
     label_dropout: float = 0.1
     """Share of the labels that are dropped, so that the network also learns the field without
     labels, which guidance needs."""
-    checkpoint_every: int = 5000
-    """Steps between checkpoints."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; by default 5 % of the steps, at least 100 and at most 5000."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 means none."""
     log_every: int = 50
@@ -54,24 +102,20 @@ class TrainConfig:
     """Seed of batches, perturbation and dropout."""
 
     def __post_init__(self) -> None:
-        smallest = {"steps": 1, "batch_size": 1, "references": 0, "warmup": 0, "accumulate": 1}
+        _check_integer("steps", self.steps, 1)
+        values = vars(self) | self.schedule._asdict()
+        smallest = {"batch_size": 1, "references": 0, "warmup": 0, "accumulate": 1}
         smallest |= {"checkpoint_every": 1, "evaluate_every": 0, "log_every": 1}
         for name, least in smallest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value < 2**63:
-                raise ValueError(
-                    f"{name} is {value!r}; allowed is an integer of at least {least}, below 2^63."
-                )
+            _check_integer(name, values[name], least)
         check_seed(self.seed)
         for name in ("learning_rate", "clip"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} is {value!r}; allowed is any number above 0.")
+            if not values[name] > 0:
+                raise ValueError(f"{name} is {values[name]!r}; allowed is any number above 0.")
         for name in ("ema", "beta2", "label_dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value!r}; allowed is 0 to below 1.")
-        check_choice("decay", self.decay, ("none", "cosine"))
+            if not 0 <= values[name] < 1:
+                raise ValueError(f"{name} is {values[name]!r}; allowed is 0 to below 1.")
+        check_choice("decay", values["decay"], get_args(Decay))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         if self.batch_size % self.accumulate:
             raise ValueError(
@@ -84,15 +128,42 @@ class TrainConfig:
                 f"{self.batch_size}, as the references contain the batch, or 0 for none."
             )
 
+    @property
+    def schedule(self) -> Schedule:
+        """The settings that follow from the steps, or their values where they are given.
+
+        >>> TrainConfig(steps=2000, ema=0.5).schedule.ema, TrainConfig(steps=2000).schedule.ema
+        (0.5, 0.995)
+        """
+        given = {name: getattr(self, name) for name in Schedule._fields}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Schedule.of(self.steps)._replace(**given)
+
+    def resolved(self) -> TrainConfig:
+        """The same configuration with all settings given; with other steps it stays as it is.
+
+        >>> TrainConfig(steps=2000).resolved().warmup
+        100
+        """
+        return dataclasses.replace(self, **self.schedule._asdict())
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate at a step: a linear warm-up, then constant or half a cosine to 0.
 
         >>> TrainConfig(steps=100, warmup=10, learning_rate=1.0, decay="cosine").learning_rate_at(4)
         0.5
         """
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        if self.decay == "none":
-            return self.learning_rate
-        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        rate, _, warmup, decay, *_ = self.schedule
+        if step < warmup:
+            return rate * (step + 1) / warmup
+        if decay == "none":
+            return rate
+        progress = (step - warmup) / max(self.steps - warmup, 1)
+        return rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or not least <= value < 2**63:
+        raise ValueError(
+            f"{name} is {value!r}; allowed is an integer of at least {least}, below 2^63."
+        )

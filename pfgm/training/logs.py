@@ -41,6 +41,11 @@ class Log:
 
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has trained, by the last row of the log; 0 without a row."""
+        return self._tables["log"].last("seconds") if self._tables else 0.0
+
     def write(self, step: int, values: Mapping[str, float], table: str = "log") -> None:
         """Adds the values of a step; the first row of a table sets its columns."""
         if table in self._tables:
@@ -62,12 +67,20 @@ class _Table:
         self._path = path
         self._fields, kept = _read_csv(path) if path.exists() else ([], [])
         kept = [row for row in kept if int(row[0]) <= step]
+        self._last = dict(zip(self._fields, kept[-1], strict=True)) if kept else {}
         if not kept:
             path.unlink(missing_ok=True)
             self._fields = []
             return
         text = _as_csv([self._fields, *kept])
         write_atomic(path, lambda file: file.write(text.encode()))
+
+    def last(self, name: str) -> float:
+        """A value of the last row that the file held at first; 0 if there is none."""
+        try:
+            return float(self._last.get(name) or 0.0)
+        except ValueError:  # a damaged or foreign row
+            return 0.0
 
     def add(self, row: Mapping[str, float]) -> None:
         rows: list[Sequence[object]] = []

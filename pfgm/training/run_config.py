@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..common.checks import check_choice
 from ..common.files import StrPath, write_json
+from ..datasets import Range
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
@@ -28,8 +29,12 @@ class Settings:
     """What to train, and on which data."""
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, folder:PATH of images, or the path of a .npy, .npz or
-    .safetensors file of samples (n, ...): uint8, or floating point (images in [-1, 1])."""
+    """digits, fashion-mnist, cifar10, folder:PATH of images, the path of a .zip archive of images,
+    or of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point (images
+    in [-1, 1], or see range)."""
+    range: Range | None = None
+    """The values LOW HIGH of floating-point data that stand for black and white, such as 0 255 or
+    0 1; they become -1 and 1. By default the data are in [-1, 1] already."""
     method: Method = "pfgm"
     """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
     D: float = 128.0
@@ -46,7 +51,8 @@ class Settings:
     blocks: int | None = None
     """Residual blocks at each resolution; not for mlp."""
     labels: bool = False
-    """Tell the network the label of each sample, for data with labels."""
+    """Tell the network the label of each sample, for data with labels, such as folders of images
+    with a subfolder for each class."""
     flips: bool = False
     """Train on mirror images too."""
     hold: Place = "source"
@@ -64,8 +70,9 @@ class Settings:
     """Noise levels at which the few-step model is made consistent."""
 
     def __post_init__(self) -> None:
-        if self.multipliers is not None:
-            object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON has lists
+        for name in ("multipliers", "range"):  # JSON has lists
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
         check_choice("method", self.method, get_args(Method))
         check_choice("network", self.network, get_args(Network))
         check_choice("hold", self.hold, get_args(Place))

@@ -21,6 +21,7 @@ from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, Settings
 from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network
+from .run_summary import summary
 from .trainer import Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
@@ -106,7 +107,8 @@ def _run(
     progress: bool,
     report: Callable[[str], None],
 ) -> nn.Module:
-    data = open_data(config.data, progress=progress and processes.leads)
+    shown = progress and processes.leads
+    data = open_data(config.data, value_range=config.range, progress=shown)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
@@ -126,7 +128,9 @@ def _run(
         folder=folder,
         progress=progress,
         labels=rows.labels if config.labels else None,
+        label_names=data.names if config.labels else (),
         evaluate=Evaluation(config, flow, data, folder, device) if processes.leads else None,
+        report=report,
         loss=loss,
         distilled=config.teacher is not None,
     )
@@ -140,7 +144,10 @@ def _run(
         if processes.leads:
             report(f"resuming at step {step}")
     if processes.leads:
-        config.save(folder / CONFIG_FILE)
+        report(summary(config, data, rows, trainer))
+        # All settings of the schedule are written, so that more steps do not change them later.
+        settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
+        dataclasses.replace(config, training=settled).save(folder / CONFIG_FILE)
     averaged = trainer.train()
     if processes.leads:
         report(f"checkpoint: {folder}")

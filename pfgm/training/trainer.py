@@ -22,12 +22,13 @@ from ..flows.flow import Flow
 from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import load_run, save_run
-from .checks import check_data, check_labels, check_same_flow, check_same_settings
+from .checks import check_data, check_labels, check_same_flow, warn_of_range, with_settings_of_run
 from .config import TrainConfig
 from .locks import FolderInUse, locked, locked_for_all
 from .logs import Log
 from .processes import Processes, ProcessLost, reports_process_lost
 from .signals import Terminated, record_signals
+from .time_left import TimeLeft
 from .weights_file import flow_in
 
 __all__ = ["Diverged", "FolderInUse", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
@@ -57,7 +58,8 @@ class Trainer:
         network: the network to train; its parameters stay on their device.
         data: samples (n, *S), floating point or uint8 (u/127.5 − 1), on any device; or a
             :class:`pfgm.ReferenceSet`.
-        config: how to train.
+        config: how to train. Settings that are None follow from the steps; :meth:`resume` takes
+            them from the checkpoint.
         folder: folder for checkpoints, ``log.csv`` and TensorBoard logs (if TensorBoard is
             installed); None writes nothing.
         progress: whether to show a progress bar.
@@ -66,6 +68,9 @@ class Trainer:
             ``evaluations.csv`` and TensorBoard. It must not use torch's global generator.
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
             target of a point is the field of the references with its label.
+        label_names: the names of the labels 0, 1, …, which checkpoints record.
+        report: called once by the first process with a line of text: the time left, estimated from
+            the first steps.
         loss: replaces the loss of the flow and takes the same arguments, such as
             :meth:`pfgm.distillation.Consistency.loss`.
         distilled: whether this loss makes a few-step model; checkpoints record it.
@@ -73,6 +78,9 @@ class Trainer:
     Raises:
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set.
+
+    Warns:
+        UserWarning: data are images whose values do not look like [−1, 1].
 
     >>> import pfgm, torch
     >>> data = torch.randn(256, 2)
@@ -94,21 +102,27 @@ class Trainer:
         folder: str | Path | None = None,
         progress: bool = True,
         labels: Tensor | None = None,
+        label_names: Sequence[str] = (),
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
+        report: Callable[[str], None] | None = None,
         loss: Callable[..., Tensor] | None = None,
         distilled: bool | None = None,
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
-        self.config = config = config or TrainConfig()
+        self._given = config or TrainConfig()  # may leave settings open
+        self.config = config = self._given.resolved()
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
+        self.label_names = tuple(label_names)
         self.evaluate = evaluate
+        self.report = report
         self.loss, self.distilled = loss, distilled
         self.step = 0
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
         check_data(flow, data, config, other_loss=loss is not None)
         check_labels(labels, data)
+        warn_of_range(data)
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
             raise ValueError(
@@ -129,12 +143,8 @@ class Trainer:
         )
         self._parallel = processes.data_parallel(network)
         self._wrapped = torch.compile(self._parallel) if config.compile else self._parallel
-        self._optimizer = torch.optim.Adam(
-            network.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2)
-        )
-        self._averaged = AveragedModel(
-            network, multi_avg_fn=_moving_average(config.ema), use_buffers=True
-        )
+        self._optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, config.schedule.beta2))
+        self._averaged = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
 
@@ -182,6 +192,7 @@ class Trainer:
     def _train(self) -> nn.Module:
         self.network.train()
         config, processes = self.config, self._processes
+        checkpoint_every = config.schedule.checkpoint_every
         folder = self.folder if processes.leads else None
         with (
             record_signals() as received,
@@ -189,13 +200,15 @@ class Trainer:
             self._progress_bar() as bar,
         ):
             total, since = torch.zeros((), device=self._device), self.step
-            started = time.perf_counter()
+            started = time.perf_counter() - log.seconds
+            time_left = TimeLeft(config.steps, self.report if processes.leads else None)
             stopped, last = False, self.step >= config.steps
             while not last:
                 total += self._train_step()
                 self.step += 1
                 bar.update()
-                due = self.step % config.checkpoint_every == 0
+                time_left.after(self.step)
+                due = self.step % checkpoint_every == 0
                 # Read once a step. A signal after this line ends the run after the next step.
                 stopped = processes.any(bool(received))
                 last = self.step >= config.steps or stopped
@@ -255,6 +268,7 @@ class Trainer:
                     state,
                     self.step,
                     self.distilled,
+                    label_names=self.label_names,
                     after=self._saved_step or self.step,
                 )
                 self._saved_step = self.step
@@ -264,7 +278,8 @@ class Trainer:
     def resume(self, step: int | None = None) -> int:
         """Loads a checkpoint from the folder to continue from, and returns its step.
 
-        Checkpoints of later steps are removed when the next one is written.
+        Checkpoints of later steps are removed when the next one is written. Settings that the
+        configuration leaves open are those of the run.
 
         Args:
             step: of the checkpoint; None takes the newest one.
@@ -292,7 +307,7 @@ class Trainer:
             raise ValueError(
                 f"data has {len(self.data)} rows; the run in {self.folder} has {rows}."
             )
-        check_same_settings(self.config, settings, self.folder)
+        config = with_settings_of_run(self._given, settings, self.folder)
         try:
             self.network.load_state_dict(state["network"])
             self.averaged.load_state_dict(weights)
@@ -300,6 +315,7 @@ class Trainer:
         except MALFORMED as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
+        self.config = config
         self.step = self._saved_step = state["step"]
         self._known_latest = latest
         self._averaged.n_averaged.fill_(self.step)
@@ -323,6 +339,19 @@ class Trainer:
         first_bad = (self._diverged_step == 0) & ~loss.isfinite()
         self._diverged_step = torch.where(first_bad, step + 1, self._diverged_step)
         return loss
+
+    @torch.no_grad()
+    def _average(
+        self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
+    ) -> None:
+        """A moving average with warm-up: the decay at step t is min(ema, (1 + t)/(10 + t))."""
+        t = int(count)
+        weight = 1 - min(self.config.schedule.ema, (1 + t) / (10 + t))
+        for mean, value in zip(averaged, current, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), weight)
+            else:
+                mean.copy_(value)
 
     def _noise_seed(self, step: int) -> int:
         """The seed of the perturbation of this process in a step."""
@@ -390,24 +419,6 @@ def _read_latest(folder: Path) -> bytes | None:
     """The content of latest.json, which names the newest checkpoint."""
     path = folder / "latest.json"
     return path.read_bytes() if path.exists() else None
-
-
-def _moving_average(
-    decay: float,
-) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """A moving average with warm-up: the decay at step t is min(decay, (1 + t)/(10 + t))."""
-
-    @torch.no_grad()
-    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        t = int(count)
-        weight = 1 - min(decay, (1 + t) / (10 + t))
-        for mean, value in zip(averaged, current, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), weight)
-            else:
-                mean.copy_(value)
-
-    return average
 
 
 def _rng_type(device: torch.device) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import struct
 import sys
+import zipfile
 import zlib
 from collections import namedtuple
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from pfgm.data.opening import open_source
-from pfgm.data.rows import InMemory
+from pfgm.data.rows import InMemory, Source
 
 Image = pytest.importorskip("PIL.Image")
 Array = np.ndarray[Any, Any]
@@ -54,6 +56,7 @@ def test_coloured_images_in_the_order_of_their_paths(tmp_path: Path) -> None:
 
 def test_grey_images_have_one_channel(tmp_path: Path) -> None:
     grey, alpha = pixels(3, 5), pixels(3, 5, 2, seed=1)
+    alpha[..., 1] = 255
     bits = np.eye(3, 5, dtype=bool)
     write(tmp_path / "a.png", grey)
     write(tmp_path / "b.png", alpha)
@@ -72,11 +75,181 @@ def test_grey_among_coloured_images_gets_three_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded(tmp_path), expected)
 
 
-def test_alpha_is_dropped(tmp_path: Path) -> None:
-    image = pixels(3, 5, 4)
-    image[0, :, 3] = 0
+def on_white(values: Array, alpha: Array) -> Array:
+    """Porter and Duff's "over", with a white background."""
+    return values * (alpha / 255) + 255 * (1 - alpha / 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_images_are_composed_on_white(tmp_path: Path, channels: int) -> None:
+    image = pixels(30, 50, channels + 1)
+    image[0, :, -1], image[1, :, -1] = 0, 255
     write(tmp_path / "a.png", image)
-    np.testing.assert_array_equal(loaded(tmp_path)[0], image[..., :3].transpose(2, 0, 1))
+    found = loaded(tmp_path)[0].transpose(1, 2, 0)
+    expected = on_white(image[..., :-1], image[..., -1:])
+    assert (found[0] == 255).all()
+    np.testing.assert_array_equal(found[1], image[1, :, :-1])
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path: Path) -> None:
+    image = Image.fromarray(np.eye(4, dtype=np.uint8)).convert("P")
+    image.putpalette([200, 10, 10, 0, 0, 255])
+    image.save(tmp_path / "a.png", transparency=0)
+    found = loaded(tmp_path)[0].transpose(1, 2, 0)
+    assert found[0, 0].tolist() == [0, 0, 255]
+    assert found[0, 1].tolist() == [255, 255, 255]
+
+
+# ---- labels and archives ----------------------------------------------------------------------
+
+
+def zipped(folder: Path, path: Path, **options: Any) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder).as_posix())
+    return path
+
+
+def labels(source: Source) -> list[int] | None:
+    return None if source.labels is None else source.labels.tolist()
+
+
+def class_folders(folder: Path) -> dict[str, Array]:
+    names = ["dog/b.png", "ant/z.png", "dog/a.png", "cat/deep/1.jpg.png"]
+    images = {name: pixels(4, 3, seed=i) for i, name in enumerate(names)}
+    for name, image in images.items():
+        write(folder / name, image)
+    return images
+
+
+@pytest.mark.parametrize("place", ["", "all/of/them"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_folders_give_labels(tmp_path: Path, place: str, packed: bool) -> None:
+    images = class_folders(tmp_path / "own" / place)
+    (tmp_path / "own" / "notes.txt").write_text("about the images")
+    (tmp_path / "own" / "empty").mkdir()
+    write(tmp_path / "own" / "__MACOSX" / "._b.png", pixels(1, 1))
+    write(tmp_path / "own" / ".thumbnails" / "b.png", pixels(1, 1))
+    path = zipped(tmp_path / "own", tmp_path / "own.zip") if packed else tmp_path / "own"
+    source = open_source(path)
+    assert source.label_names == ("ant", "cat", "dog")
+    assert labels(source) == [0, 1, 2, 2]
+    order = ["ant/z.png", "cat/deep/1.jpg.png", "dog/a.png", "dog/b.png"]
+    assert source.tensor is not None
+    np.testing.assert_array_equal(source.tensor[:, 0], np.stack([images[n] for n in order]))
+
+
+@pytest.mark.parametrize(
+    "names", [["a.png", "b.png"], ["one/a.png", "one/b.png"], ["a.png", "x/b.png"]]
+)
+def test_images_outside_of_class_folders_have_no_labels(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        write(tmp_path / name, pixels(4, 3))
+    assert labels(open_source(tmp_path)) is None
+    assert open_source(tmp_path).label_names == ()
+
+
+def edm(folder: Path, content: Any) -> None:
+    for i in range(3):
+        write(folder / f"0000{i % 2}" / f"img0000000{i}.png", pixels(4, 3, seed=i))
+    (folder / "dataset.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
+
+
+PAIRS = [["00000/img00000000.png", 5], ["00001/img00000001.png", 0], ["00000/img00000002.png", 5]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_data_sets_of_edm(tmp_path: Path, packed: bool, method: int) -> None:
+    """Folders 00000 and 00001 are no classes; dataset.json holds the labels."""
+    folder = tmp_path / "set"
+    edm(folder, {"labels": PAIRS[::-1]})
+    path = zipped(folder, tmp_path / "set.zip", compression=method) if packed else folder
+    source = open_source(path)
+    assert labels(source) == [5, 5, 0]
+    assert source.label_names == ()
+    assert source.tensor is not None
+    np.testing.assert_array_equal(source.tensor[1, 0], pixels(4, 3, seed=2))
+    edm(folder, {"labels": None})
+    path = zipped(folder, tmp_path / "set.zip", compression=method) if packed else folder
+    assert labels(open_source(path)) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1]",
+        "{}",
+        {"labels": 3},
+        {"labels": [[1]]},
+        "[" * 10**5,
+        {"labels": PAIRS[:2]},
+        {"labels": [[name, -1] for name, _ in PAIRS]},
+        {"labels": [[name, 0.5] for name, _ in PAIRS]},
+        {"labels": [[name, [0, 1]] for name, _ in PAIRS]},
+        {"labels": [[name, True] for name, _ in PAIRS]},
+        {"labels": [[name, 10**30] for name, _ in PAIRS]},
+    ],
+)
+def test_damaged_labels_are_refused(tmp_path: Path, content: Any) -> None:
+    edm(tmp_path, content)
+    with pytest.raises(ValueError, match=r"dataset\.json (is damaged|gives 0000)"):
+        open_source(tmp_path)
+
+
+def test_damaged_archives_are_one_sentence(tmp_path: Path) -> None:
+    class_folders(tmp_path / "own")
+    path = zipped(tmp_path / "own", tmp_path / "own.zip")
+    whole = path.read_bytes()
+    for content in (b"", whole[:40], whole[:-30], b"no archive"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"own\.zip"):
+            open_source(path)
+    start = whole.index(b"IDAT")
+    path.write_bytes(whole[:start] + b"xxxxxxxxxx" + whole[start + 10 :])
+    with pytest.raises(ValueError, match=r"png in .*own\.zip is truncated, damaged or not"):
+        open_source(path)
+    (tmp_path / "notes.txt").write_text("no image")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="is an archive without images"):
+        open_source(path)
+
+
+def test_archives_that_ask_for_too_much_are_refused(tmp_path: Path) -> None:
+    """A member that claims to unpack to gigabytes, and one with a password."""
+    write(tmp_path / "own" / "a.png", pixels(4, 3))
+    path = zipped(tmp_path / "own", tmp_path / "own.zip")
+    whole = bytearray(path.read_bytes())
+    central = whole.index(b"PK\x01\x02")
+    for offset, value, message in (
+        (24, (2**31).to_bytes(4, "little"), r"a\.png in .* unpacks to 2147483648 bytes; allowed"),
+        (8, b"\x01\x00", r"a\.png in .* is encrypted"),
+    ):
+        changed = bytearray(whole)
+        changed[central + offset : central + offset + len(value)] = value
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=message):
+            open_source(path)
+
+
+@pytest.mark.parametrize("name", ["/etc/a.png", "../../a.png", "c:/a.png"])
+def test_names_in_archives_are_no_paths(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a.png", pixels(4, 3))
+    with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", name)
+    before = sorted(tmp_path.rglob("*"))
+    source = open_source(tmp_path / "own.zip")
+    assert source.tensor is not None
+    np.testing.assert_array_equal(source.tensor[0, 0], pixels(4, 3))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- images that cannot be read ---------------------------------------------------------------
 
 
 def test_palettes_become_colours(tmp_path: Path) -> None:

@@ -103,6 +103,20 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path):
         run(tmp_path / "shared", shared=True)
 
 
+def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
+    lines = []
+    config = RunConfig(width=16, training=TrainConfig(steps=2, batch_size=16, references=32))
+    start(config, tmp_path / "run", progress=False, report=lines.append)
+    shown = " ".join(" ".join(lines).split())
+    for part in (
+        "digits: 1398 rows of shape (1, 8, 8), float32, values -1 to 1, labels 0 to 9, which",
+        "UNet with 105,826 parameters on cpu",
+        "2 steps of 16 samples against 32 references, learning rate 0.002 (warm-up 0 steps",
+        f"{tmp_path / 'run'}: config.json, a checkpoint every 100 steps and at the end, log.csv",
+    ):
+        assert part in shown
+
+
 def test_the_single_sample_target(tmp_path):
     run(tmp_path, method="edm", training=changed(references=0))
     with pytest.raises(ValueError, match=r"references is 0.*PoissonFlowPP alone"):
@@ -157,10 +171,12 @@ def test_the_command_starts_from_a_recipe_and_resumes_from_the_folder(tmp_path, 
     arguments = ["train", "--out", str(out)]
     assert cli.main([*arguments, "--config", str(tmp_path / "recipe.json"), "--steps", "4"]) == 0
     saved = RunConfig.load(out)
-    assert saved == dataclasses.replace(recipe, training=changed(steps=4))
+    assert saved == dataclasses.replace(recipe, training=changed(steps=4).resolved())
     assert cli.main([*arguments, "--resume", "--steps", "8"]) == 0
     assert "resuming at step 4" in capsys.readouterr().out
     assert json.loads((out / "latest.json").read_text())["step"] == 8
+    longer = dataclasses.replace(saved.training, steps=8)  # and the same warm-up, decay, …
+    assert RunConfig.load(out).training == longer
     assert cli.main([*arguments, "--resume", "--batch-size", "32"]) == 2
     assert "batch_size is 32; the run in" in capsys.readouterr().err
     assert cli.main(["train", "--out", str(tmp_path / "new"), "--resume"]) == 2

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import pfgm
-from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer
+from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer, time_left
 from pfgm.training.checkpoint import load_run
 
 SMALL = TrainConfig(
@@ -68,7 +69,7 @@ def equal(a, b):
 
 
 def test_learning_rate():
-    constant = TrainConfig(steps=100, warmup=10, learning_rate=2.0)
+    constant = TrainConfig(steps=100, warmup=10, learning_rate=2.0, decay="none")
     assert [constant.learning_rate_at(t) for t in (0, 4, 9, 10, 99)] == [0.2, 1.0, 2.0, 2.0, 2.0]
     cosine = TrainConfig(steps=110, warmup=10, learning_rate=2.0, decay="cosine")
     assert cosine.learning_rate_at(60) == pytest.approx(1.0)
@@ -76,10 +77,41 @@ def test_learning_rate():
     assert TrainConfig(warmup=0).learning_rate_at(0) == 2e-4
 
 
-def test_published_settings_are_the_defaults():
-    c = TrainConfig()
-    assert (c.batch_size, c.references, c.learning_rate) == (128, 4096, 2e-4)
-    assert (c.warmup, c.clip, c.ema) == (5000, 1.0, 0.9999)
+@pytest.mark.parametrize("steps", [100_000, 100_001, 1_300_000])
+def test_published_settings_are_the_defaults_of_long_runs(steps):
+    """PFGM, appendix B.1, and the configuration of its repository for CIFAR-10."""
+    c = TrainConfig(steps=steps)
+    assert c.schedule == (2e-4, 0.999, 5000, "none", 0.9999, 5000)
+    assert (c.batch_size, c.references, c.clip) == (128, 4096, 1.0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 25, 300, 1000, 30_000, 99_999])
+def test_the_defaults_of_a_short_run_leave_its_warm_up_and_its_first_weights(steps):
+    c = TrainConfig(steps=steps)
+    rates = [c.learning_rate_at(step) for step in range(0, steps, max(steps // 100, 1))]
+    assert 1.99e-4 < max(rates) <= 2e-3
+    assert rates.index(max(rates)) <= 0.07 * len(rates)
+    assert rates[-1] <= 0.1 * max(rates) or steps < 10
+    # The average weighs a step that lies n steps back by ema**n: the first weights are forgotten.
+    assert c.schedule.ema**steps < 1e-4
+    assert 0.99 <= c.schedule.beta2 <= 0.999
+    assert c.resolved() == c.resolved().resolved()
+    assert TrainConfig(steps=steps, ema=0.5, warmup=7).schedule[2:5:2] == (7, 0.5)
+
+
+def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data, flow):
+    def trainer(**settings):
+        settings = TrainConfig(batch_size=8, references=16, **settings)
+        return Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False)
+
+    first = trainer(steps=20)
+    first.train()
+    longer = trainer(steps=40)
+    longer.resume()
+    assert longer.config == dataclasses.replace(first.config, steps=40)
+    assert longer.config.schedule == TrainConfig(steps=20).schedule
+    with pytest.raises(ValueError, match=r"ema is 0\.75; the run in .* has 0\.5"):
+        trainer(steps=40, ema=0.75).resume()
 
 
 @pytest.mark.parametrize(
@@ -505,6 +537,21 @@ def test_tensorboard_gets_the_figures(tmp_path, data, flow):
     assert rates[0] == pytest.approx(SMALL.learning_rate_at(4))
 
 
+def test_the_time_left_is_reported_once(data, flow, monkeypatch):
+    clock = iter(range(10**6))  # a second between two readings
+    monkeypatch.setattr(time_left.time, "perf_counter", lambda: float(next(clock)))
+    lines = []
+    left = time_left.TimeLeft(500, lines.append)
+    for step in range(100, 200):
+        left.after(step + 1)
+    (line,) = lines
+    # Steps 105 to 115 are measured; 385 are left, of a second or so each.
+    assert re.fullmatch(r"385 steps to go: [67](\.\d)? minutes at the pace so far, .*", line)
+    monkeypatch.undo()
+    Trainer(flow, new_network(), data, SMALL, progress=False, report=lines.append).train()
+    assert len(lines) == 1  # too short a run to estimate
+
+
 def test_without_tensorboard_training_goes_on(tmp_path, data, flow, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -526,6 +573,10 @@ def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
     trainer().train()
     whole = rows()
     assert [int(step) for step, _ in whole] == [5, 10, 15, 20, 24]
+    text = (tmp_path / "log.csv").read_text().splitlines()
+    (tmp_path / "log.csv").write_text(
+        "\n".join([*text[:-1], text[-1].rpartition(",")[0] + ",70\n"])
+    )
     with (tmp_path / "log.csv").open("a") as file:
         file.write("25,0.1,0.1,0.1\n26,0.")  # a run that was killed before its checkpoint
     resumed = trainer(steps=34)
@@ -533,6 +584,10 @@ def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
     resumed.train()
     assert rows()[:5] == whole
     assert [int(step) for step, _ in rows()[5:]] == [25, 30, 34]
+    with (tmp_path / "log.csv").open() as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    assert seconds[:4] == sorted(seconds[:4])
+    assert seconds[4] == 70 < seconds[5] < seconds[-1] < 100  # the clock goes on
     with pytest.raises(ValueError, match="holds a run already"):
         trainer().train()
     assert len(rows()) == 8

@@ -1,0 +1,189 @@
+"""The image files in a folder or in a zip archive, and their labels.
+
+Labels come from ``dataset.json``, as in the data sets of EDM and StyleGAN, or else from class
+folders. Nothing is unpacked to the disk, and a name in an archive is never used as a path.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from zipfile import BadZipFile, ZipFile, ZipInfo
+
+import torch
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+_DESCRIPTION = "dataset.json"
+_MAX_MEMBER_BYTES = 1 << 28  # of a file in an archive, unpacked
+_FOREIGN_FOLDERS = ("__MACOSX",)  # in archives that macOS makes
+
+
+class ImageFiles(ABC):
+    """The images of a folder or an archive, in the order of their relative paths.
+
+    Attributes:
+        path: of the folder or the archive.
+        names: relative paths of the images with "/", sorted. Hidden files are left out.
+    """
+
+    path: Path
+    names: list[str]
+
+    @abstractmethod
+    def open(self, name: str) -> IO[bytes]:
+        """Opens a file by its relative path; the caller closes it."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this relative path."""
+
+    @abstractmethod
+    def place(self, name: str) -> str:
+        """The name of a file in errors."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes the archive."""
+
+    def labels(self) -> tuple[Tensor | None, tuple[str, ...]]:
+        """The labels (n,) of the images, or None; and the names of the classes if they have names.
+
+        Raises:
+            ValueError: dataset.json is damaged, or does not give each image an integer label.
+        """
+        if self.has(_DESCRIPTION):
+            return self._described_labels(), ()
+        folders = [PurePosixPath(name).parent.parts for name in self.names]
+        level = 0  # below the folders that all images have in common
+        while (
+            level < len(folders[0]) and len({folder[level : level + 1] for folder in folders}) == 1
+        ):
+            level += 1
+        if any(len(folder) <= level for folder in folders):
+            return None, ()  # some images lie in no class folder
+        classes = {name: i for i, name in enumerate(sorted({folder[level] for folder in folders}))}
+        return torch.tensor([classes[folder[level]] for folder in folders]), tuple(classes)
+
+    def _described_labels(self) -> Tensor | None:
+        """The labels in dataset.json: {"labels": [[name, label], …]}, or null for none."""
+        place = self.place(_DESCRIPTION)
+        try:
+            with self.open(_DESCRIPTION) as file:
+                pairs = json.loads(file.read())["labels"]
+            known: dict[str, Any] = {} if pairs is None else dict(pairs)
+        except (ValueError, KeyError, TypeError, RecursionError, EOFError, BadZipFile) as error:
+            raise ValueError(
+                f"{place} is damaged or not the description of a data set; allowed is "
+                '{"labels": [[name, label], …]}, or null in place of the list.'
+            ) from error
+        if pairs is None:
+            return None
+        for name in self.names:
+            label = known.get(name)
+            if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
+                raise ValueError(
+                    f"{place} gives {name} the label {str(label)[:40]}; allowed is an integer from "
+                    "0 for each image."
+                )
+        return torch.tensor([known[name] for name in self.names])
+
+
+class FolderFiles(ImageFiles):
+    """The images in a folder and its subfolders."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        self.names = _images(file.as_posix() for file in files)
+
+    def open(self, name: str) -> IO[bytes]:
+        return open(self.path / name, "rb")
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def place(self, name: str) -> str:
+        return str(self.path / name)
+
+    def close(self) -> None:
+        pass
+
+
+class ZipFiles(ImageFiles):
+    """The images in a zip archive."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._archive = ZipFile(path)
+        except (BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+            raise ValueError(
+                f"{path} is truncated, damaged or not a zip archive; allowed are whole archives."
+            ) from error
+        self._members = {m.filename: m for m in self._archive.infolist() if not m.is_dir()}
+        self.names = _images(iter(self._members))
+        for name in (*self.names, _DESCRIPTION):
+            if name in self._members:
+                self._check(self._members[name])
+
+    def open(self, name: str) -> IO[bytes]:
+        return self._archive.open(self._members[name])
+
+    def has(self, name: str) -> bool:
+        return name in self._members
+
+    def place(self, name: str) -> str:
+        return f"{name} in {self.path}"
+
+    def close(self) -> None:
+        self._archive.close()
+
+    def _check(self, member: ZipInfo) -> None:
+        if member.flag_bits & 1:
+            raise ValueError(
+                f"{self.place(member.filename)} is encrypted; allowed are archives without "
+                "passwords."
+            )
+        if member.file_size > _MAX_MEMBER_BYTES:
+            raise ValueError(
+                f"{self.place(member.filename)} unpacks to {member.file_size} bytes; allowed are "
+                f"at most {_MAX_MEMBER_BYTES}."
+            )
+
+
+@contextmanager
+def image_files(path: Path) -> Iterator[ImageFiles]:
+    """The images in a folder or in a zip archive, which is open in the block.
+
+    Raises:
+        ValueError: the archive is damaged, or there is no image.
+    """
+    files = FolderFiles(path) if path.is_dir() else ZipFiles(path)
+    try:
+        if not files.names:
+            kind = "a folder" if path.is_dir() else "an archive"
+            raise ValueError(
+                f"{path} is {kind} without images; allowed are folders and zip archives that hold "
+                f"at least one file that ends in {', '.join(IMAGE_SUFFIXES[:-1])} or "
+                f"{IMAGE_SUFFIXES[-1]}."
+            )
+        yield files
+    finally:
+        files.close()
+
+
+def _images(names: Iterator[str]) -> list[str]:
+    """The names of images among relative paths, sorted."""
+    return sorted(name for name in names if _is_image(PurePosixPath(name)))
+
+
+def _is_image(name: PurePosixPath) -> bool:
+    folders = [part for part in name.parts if part not in (".", "..")]
+    foreign = any(part.startswith(".") or part in _FOREIGN_FOLDERS for part in folders)
+    return name.suffix.lower() in IMAGE_SUFFIXES and not foreign

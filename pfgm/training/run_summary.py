@@ -1,0 +1,73 @@
+"""The lines that a run prints at its start: data, network, settings and files."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..datasets import Data
+from ..references import ReferenceSet
+from .checks import value_range
+from .run_config import RunConfig
+from .trainer import Trainer
+
+__all__ = ["summary"]
+
+_SHOWN_NAMES = 5  # of labels
+
+
+def summary(config: RunConfig, data: Data, rows: ReferenceSet, trainer: Trainer) -> str:
+    """What a run trains, on what, how, and what it writes."""
+    return "\n".join(
+        f"{name:10} {text}"
+        for name, text in (
+            ("data", _data(config, data, rows)),
+            ("network", _network(trainer.network)),
+            ("training", _training(trainer)),
+            ("writes", _files(trainer)),
+        )
+    )
+
+
+def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
+    low, high = value_range(rows)
+    stored = "bytes" if str(rows.dtype) == "torch.uint8" else str(rows.dtype).removeprefix("torch.")
+    labels = "no labels"
+    if data.classes:
+        labels = f"labels 0 to {data.classes - 1}"
+        if data.names:
+            shown = ", ".join(data.names[:_SHOWN_NAMES])
+            labels += f" ({shown}{', …' if len(data.names) > _SHOWN_NAMES else ''})"
+        if not config.labels:
+            labels += ", which --labels would use"
+    mirrored = ", half of them mirror images" if config.flips else ""
+    return (
+        f"{config.data}: {len(rows)} rows{mirrored} of shape {tuple(rows.shape[1:])}, {stored}, "
+        f"values {low:.4g} to {high:.4g}, {labels}"
+    )
+
+
+def _network(network: nn.Module) -> str:
+    parameters = [*network.parameters()]
+    count = sum(parameter.numel() for parameter in parameters)
+    return f"{type(network).__name__} with {count:,} parameters on {parameters[0].device}"
+
+
+def _training(trainer: Trainer) -> str:
+    config = trainer.config
+    references = min(config.references, len(trainer.data))
+    schedule = config.schedule
+    return (
+        f"{config.steps} steps of {config.batch_size} samples"
+        + (f" against {references} references" if references else "")
+        + f", learning rate {schedule.learning_rate:.4g} (warm-up {schedule.warmup} steps, decay "
+        f"{schedule.decay}), average of the weights {schedule.ema:.6g}"
+    )
+
+
+def _files(trainer: Trainer) -> str:
+    config = trainer.config
+    files = f"{trainer.folder}: config.json, a checkpoint every {config.schedule.checkpoint_every} "
+    files += f"steps and at the end, log.csv every {config.log_every}"
+    if config.evaluate_every:
+        files += f", an evaluation every {config.evaluate_every}"
+    return files
