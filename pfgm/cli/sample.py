@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -17,6 +17,7 @@ from ..common.files import output_folder
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.flow import Flow
+from ..pretrained import pretrained_path
 from ..training import checkpoint
 from .options import SamplingOptions
 
@@ -30,10 +31,12 @@ _SHOWN_NAMES = 20  # of labels, in an error
 class Sample:
     """Draw samples from a checkpoint."""
 
-    checkpoint: Path
-    """A .safetensors file, or the folder of a run."""
     out: Path
     """A .npy file (float32, n first), or a .png picture of images."""
+    checkpoint: Path | None = None
+    """A .safetensors file, or the folder of a run."""
+    pretrained: Literal["digits", "fashion-mnist"] | None = None
+    """A network that comes with the package, in place of a checkpoint."""
     n: int = 64
     """Number of samples."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
@@ -51,9 +54,9 @@ class Sample:
     def run(self) -> None:
         self._check()
         device = usable_device(self.sampling.device)
-        if notice := checkpoint.check_solver(self.checkpoint, self.sampling.solver):
+        if notice := checkpoint.check_solver(self._weights, self.sampling.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
-        flow, network = checkpoint.load(self.checkpoint, device=device)
+        flow, network = checkpoint.load(self._weights, device=device)
         if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
             raise ValueError(
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
@@ -62,6 +65,18 @@ class Sample:
         with output_folder(self.out.parent):
             self._write(self._draw(flow, network, device))
         print(self.out)
+
+    @property
+    def _weights(self) -> Path:
+        """The checkpoint, or the file of the network that comes with the package."""
+        if self.checkpoint is not None and self.pretrained is None:
+            return self.checkpoint
+        if self.pretrained is not None and self.checkpoint is None:
+            return pretrained_path(self.pretrained)
+        raise ValueError(
+            f"checkpoint is {self.checkpoint} and pretrained is {self.pretrained}; needed is one "
+            "of them."
+        )
 
     def _check(self) -> None:
         if self.out.suffix not in (".npy", ".png"):
@@ -96,7 +111,7 @@ class Sample:
         """The number of the label. A name that is a number, such as a folder 7, goes before it."""
         if self.label is None:
             return None
-        names = checkpoint.label_names(self.checkpoint)
+        names = checkpoint.label_names(self._weights)
         if self.label in names:
             return names.index(self.label)
         if self.label.isdecimal() and int(self.label) in _INT64:

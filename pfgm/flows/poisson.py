@@ -416,7 +416,8 @@ class PoissonFlow(Flow):
     def _balance(self, noise: Tensor, z: Tensor) -> Tensor:
         """ω (B,) of the balanced loss for noise (B, *S) in x and z (B,)."""
         distance = torch.linalg.vector_norm(noise.flatten(1), dim=1).hypot(z)
-        return 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self.unit)).square()
+        weight: Tensor = 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self.unit)).square()
+        return weight
 
     def _target(self, x: Tensor, z: Tensor, references: References) -> tuple[Tensor, Tensor]:
         return field_fn(x, z, references, gamma=self.gamma)

@@ -22,6 +22,7 @@ _MAX_SAMPLES = 10_000_000
 Method = Literal["pfgm", "pfgm++", "edm"]
 Network = Literal["auto", "unet", "mlp", "ddpmpp", "ncsnpp"]
 Place = Literal["source", "memory", "device"]
+Weighting = Literal["auto", "balanced", "published"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Settings:
     """Augmented dimensions of pfgm++."""
     flow: dict[str, float] = dataclasses.field(default_factory=dict)
     """Hyper-parameters of the flow, such as M 291, that replace those from the data."""
+    weighting: Weighting = "auto"
+    """Weights of the levels in the loss of pfgm. auto: balanced for unet and mlp, published for the
+    published networks."""
     network: Network = "auto"
     """auto: unet for images of at least 4 x 4, else mlp. ddpmpp and ncsnpp are the published ones,
     for square images."""
@@ -76,6 +80,12 @@ class Settings:
         check_choice("method", self.method, get_args(Method))
         check_choice("network", self.network, get_args(Network))
         check_choice("hold", self.hold, get_args(Place))
+        check_choice("weighting", self.weighting, get_args(Weighting))
+        if self.weighting != "auto" and self.method != "pfgm":
+            raise ValueError(
+                f"weighting is {self.weighting!r} with method {self.method!r}; allowed is auto, as "
+                "the loss of this method has one weight."
+            )
         if not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
             raise ValueError(
                 f"samples is {self.samples}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
@@ -118,13 +128,17 @@ class RunConfig(Settings):
             ValueError: the file is no configuration, or names settings that do not exist.
         """
         path = Path(path)
-        if path.is_dir():
+        of_a_run = path.is_dir()
+        if of_a_run:
             path = path / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration at {path}.")
         try:
             content = json.loads(path.read_text())
             _check_names(content, cls)
+            if of_a_run and content.get("method", "pfgm") == "pfgm":
+                # A run from before there was a choice goes on with the published loss.
+                content.setdefault("weighting", "published")
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
             return cls(**content, training=TrainConfig(**training))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.checks import usable_device
 from ..common.files import StrPath, folder_path
@@ -112,10 +113,13 @@ def _run(
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
-    training, loss = config.training, None
+    training = config.training
+    loss: Callable[..., Tensor] | None = None
     if config.teacher is None:
         flow = build_flow(config, rows)
         network = build_network(config, flow, rows, data.classes).to(device)
+        if config.weighting != "auto":
+            loss = functools.partial(flow.loss, weighting=config.weighting)
     else:
         flow, network = load(config.teacher, device=device)
         loss = Consistency(flow, network, steps=config.levels).loss

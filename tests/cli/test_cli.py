@@ -67,6 +67,23 @@ def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
     assert (tmp_path / "new" / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_samples_of_a_network_that_comes_with_the_package(run, tmp_path, capsys):
+    arguments = ["sample", "--n", "4", "--steps", "2", "--label", "7"]
+    for name in ("digits", "fashion-mnist"):
+        out = tmp_path / f"{name}.npy"
+        assert cli.main([*arguments, "--pretrained", name, "--out", str(out)]) == 0
+        flow, net = pfgm.load_pretrained(name)
+        prior = flow.prior(4, generator=torch.Generator().manual_seed(0))
+        condition = {"labels": torch.full((4,), 7)}
+        samples = flow.sample(net, 4, steps=2, x_init=prior, condition=condition)
+        np.testing.assert_allclose(np.load(out), samples.numpy(), atol=1e-5)
+    capsys.readouterr()
+    for extra in ([], ["--pretrained", "digits", "--checkpoint", str(run)]):
+        assert cli.main([*arguments, *extra, "--out", str(tmp_path / "none.npy")]) == 2
+        assert "needed is one of them" in capsys.readouterr().err
+    assert not (tmp_path / "none.npy").exists()
+
+
 def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
     def sample(name, *options):
         out = tmp_path / name

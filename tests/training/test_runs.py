@@ -103,6 +103,25 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path):
         run(tmp_path / "shared", shared=True)
 
 
+def test_a_run_without_a_weighting_goes_on_with_the_published_one(tmp_path):
+    losses = {}
+    for weighting in ("auto", "balanced", "published"):
+        run(tmp_path / weighting, weighting=weighting)
+        losses[weighting] = (tmp_path / weighting / "log.csv").read_text().splitlines()[-1]
+    loss = {name: float(line.split(",")[1]) for name, line in losses.items()}
+    assert loss["auto"] == loss["balanced"] > loss["published"]
+    path = tmp_path / "published" / "config.json"
+    content = json.loads(path.read_text())
+    del content["weighting"]
+    path.write_text(json.dumps(content))
+    assert RunConfig.load(tmp_path / "published").weighting == "published"
+    assert RunConfig.load(path).weighting == "auto"  # a recipe
+    with pytest.raises(ValueError, match="weighting is 'balanced'; the run in"):
+        run(tmp_path / "published", resume=True, weighting="balanced")
+    with pytest.raises(ValueError, match="weighting is 'balanced' with method 'edm'"):
+        RunConfig(method="edm", weighting="balanced")
+
+
 def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
     lines = []
     config = RunConfig(width=16, training=TrainConfig(steps=2, batch_size=16, references=32))
