@@ -37,9 +37,11 @@ from benchmarks.common.tables import table
 from pfgm.common.files import write_json
 from pfgm.flows.batched_sampling import draw_prior, sample_in_batches
 from pfgm.flows.flow import Flow
+from pfgm.flows.poisson import Weighting
 from pfgm.training import TrainConfig, Trainer
 
 METHODS = ("PFGM, published", "PFGM, balanced", "PFGM++ 128")
+_WEIGHTINGS: dict[str, Weighting] = {METHODS[0]: "published", METHODS[1]: "balanced"}
 _ROWS, _STEPS, _WIDTH = 500, 1000, 32
 _SAMPLES, _BATCH, _CLASSES = 1000, 250, 10
 _FIGURES = ("agreement", "agreement_guided", "frechet_distance", "precision", "recall")
@@ -54,7 +56,7 @@ def enlarged(images: Tensor) -> Tensor:
 
 def model(method: str, train: Tensor, classes: int, seed: int) -> tuple[Flow, nn.Module, Any]:
     """The flow, the network and the loss of a method; None is the flow's own loss."""
-    config = {"shape": train.shape[1:], "width": _WIDTH, "classes": classes}
+    config: dict[str, Any] = {"shape": train.shape[1:], "width": _WIDTH, "classes": classes}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if method.startswith("PFGM++"):
@@ -63,7 +65,7 @@ def model(method: str, train: Tensor, classes: int, seed: int) -> tuple[Flow, nn
         flow = pfgm.PoissonFlow.from_data(train)
         rms = float(train.square().mean().sqrt())
         network = pfgm.networks.UNet(**config, data_std=rms, **flow.scaling)
-        loss = functools.partial(flow.loss, weighting=method.split()[1])
+        loss = functools.partial(flow.loss, weighting=_WEIGHTINGS[method])
         return flow, network, loss
 
 

@@ -15,6 +15,7 @@ from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
 from ..datasets import open_data
 from ..distillation import Consistency
+from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import load
 from .locks import locked_for_all
@@ -118,7 +119,7 @@ def _run(
     if config.teacher is None:
         flow = build_flow(config, rows)
         network = build_network(config, flow, rows, data.classes).to(device)
-        if config.weighting != "auto":
+        if isinstance(flow, PoissonFlow) and config.weighting != "auto":
             loss = functools.partial(flow.loss, weighting=config.weighting)
     else:
         flow, network = load(config.teacher, device=device)
