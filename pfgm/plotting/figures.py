@@ -28,12 +28,12 @@ _BAR_ROOM = 64  # width of a colour bar with its numbers
 def new_figure(width: int, height: int) -> Figure:
     """An empty white figure of this size in pixels."""
     try:
-        from matplotlib.figure import Figure
+        from .shown_figure import ShownFigure
     except ModuleNotFoundError as error:
         raise ImportError(
             "plotting needs matplotlib; in a checkout: pip install '.[demo]'"
         ) from error
-    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    return ShownFigure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
 
 def add_axes(

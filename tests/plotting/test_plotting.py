@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -656,3 +657,13 @@ def test_the_pictures_of_the_docs_are_those_of_the_gallery_and_small() -> None:
     assert len(stored) == 13
     for path in stored:
         assert path.stat().st_size < 150_000, path
+
+
+def test_notebooks_show_figures():
+    """IPython calls _repr_png_; the picture has the size of the figure."""
+    figure = plotting.image_grid(torch.zeros(4, 1, 8, 8))
+    picture = figure._repr_png_()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
+    assert [width, height] == [round(inches * 100) for inches in figure.get_size_inches()]
+    assert pickle.loads(pickle.dumps(figure))._repr_png_() == picture

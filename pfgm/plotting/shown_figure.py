@@ -1,0 +1,19 @@
+"""A figure that notebooks show. Imported only where matplotlib is needed."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib.figure import Figure
+
+__all__ = ["ShownFigure"]
+
+
+class ShownFigure(Figure):  # type: ignore[misc]
+    """A figure that notebooks show, although it belongs to no pyplot window."""
+
+    def _repr_png_(self) -> bytes:
+        """The picture, for IPython."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
