@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,6 +387,49 @@ def test_a_network_with_labels(tmp_path: Path) -> None:
     assert found["sampling"]["guidance"] == 2
     assert found["nfe"] == 20  # with the label and without
     assert found["likelihood"]["labels"] is True
+
+
+def test_fid(
+    model: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The samples and the training rows reach torch-fidelity, with weights that were checked."""
+    options = ["--checkpoint", model, "--n", 12, "--steps", 2, "--against", 20]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert "need torch-fidelity; in a checkout: pip install" in fails(*options, "--fid")
+    fake, seen = types.ModuleType("torch_fidelity"), {}
+
+    def calculate_metrics(**given: Any) -> dict[str, float]:
+        seen.update(given)
+        return {"fid": 3.5, "score": 2.5, "deviation": 0.5}
+
+    names = {"FID": "fid", "ISC_MEAN": "score", "ISC_STD": "deviation"}
+    fake.__dict__.update({f"KEY_METRIC_{key}": name for key, name in names.items()})
+    fake.__dict__["calculate_metrics"] = calculate_metrics
+    monkeypatch.setitem(sys.modules, "torch_fidelity", fake)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    name = "weights-inception-2015-12-05-6726825d.pth"
+    weights = tmp_path / "hub" / "checkpoints" / name
+    message = fails(*options, "--fid")
+    assert f"there is no file {weights}; copy {name} from github.com/toshas" in message
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"other weights")
+    assert "is not the file of weights of torch-fidelity: its SHA-256" in fails(*options, "--fid")
+    assert "fid-weights is" in fails(*options, "--fid-weights", weights)
+    assert not seen
+    checksum = hashlib.sha256(b"other weights").hexdigest()[:8]
+    monkeypatch.setattr("pfgm.metrics.inception._CHECKSUM", checksum)
+    for extra in ([], ["--fid-weights", weights]):
+        found = evaluate(tmp_path / f"fid{len(extra)}", *options, "--fid", *extra)["inception"]
+        assert (found["fid"], found["score"], found["score_deviation"]) == (3.5, 2.5, 0.5)
+        assert found["counts"] == {"samples": 12, "train": 20}
+        assert seen["feature_extractor_weights_path"] == str(weights)
+        assert (len(seen["input1"]), len(seen["input2"]), seen["isc_splits"]) == (12, 20, 10)
+    digits = ((pfgm.data.digits().train + 1) * 127.5).round().byte()
+    known = {image.numpy().tobytes() for image in digits}
+    assert all(seen["input2"].images[row].numpy().tobytes() in known for row in range(20))
+    np.save(tmp_path / "rows.npy", np.zeros((9, 2), np.float32))
+    rows = ["--samples", tmp_path / "rows.npy", "--data", tmp_path / "rows.npy"]
+    assert "samples of shape (2,) are not images" in fails(*rows, "--fid")
 
 
 def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable[..., str]) -> None:

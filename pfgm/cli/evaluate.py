@@ -23,6 +23,8 @@ from ..data import to_unit
 from ..datasets import Data, Range, open_data, open_samples
 from ..evaluation import Point
 from ..flows.sampling import check_steps
+from ..metrics import inception_metrics
+from ..metrics.inception import find_inception_weights
 from ..references import ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
@@ -33,6 +35,8 @@ __all__ = ["Evaluate"]
 
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
+_FEATURES = 2048  # of Inception v3
+_SPLITS = 10  # of the Inception score, as published
 _TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
 
@@ -88,12 +92,19 @@ class Evaluate:
     curve_steps: tuple[int, ...] = (3, 5, 8, 10, 20, 40)
     """Numbers of steps for --curve. Heun takes half as many, because its steps cost twice as
     much."""
+    fid: bool = False
+    """Compute FID and Inception score against training data as well, by torch-fidelity."""
+    fid_weights: Path | None = None
+    """The weights of Inception v3 that torch-fidelity provides. By default they are taken from
+    torch's cache; nothing is downloaded."""
     seed: int = 0
     """Seed of all random numbers: the same seed gives the same figures."""
 
     def run(self) -> None:
         self._check()
         device = usable_device(self.sampling.device)
+        if self.fid:
+            find_inception_weights(self.fid_weights)
         name, value_range = self.data, self.range
         if name is None:
             name, of_run = _data_of_run(self.checkpoint)
@@ -123,6 +134,8 @@ class Evaluate:
             samples = samples.to(real.train.device)
         figures |= described
         figures |= evaluation.evaluate_samples(samples, real.held_out, real.train, progress=True)
+        if self.fid:
+            figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
             figures["likelihood"] = self._likelihood(source, data, device)
         figures |= {"seed": self.seed, "versions": _versions()}
@@ -140,6 +153,8 @@ class Evaluate:
         if (self.checkpoint is None) == (self.samples is None):
             given = "neither" if self.samples is None else "both"
             raise ValueError(f"{given} of checkpoint and samples are given; allowed is one.")
+        if self.fid_weights is not None and not self.fid:
+            raise ValueError(f"fid-weights is {self.fid_weights}; allowed is --fid with it.")
         if self.samples is not None and (self.likelihood or self.curve):
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
         for name, value, least in (
@@ -171,6 +186,11 @@ class Evaluate:
         if shape != expected:
             raise ValueError(
                 f"samples has shape {shape}; allowed is {expected}, the shape of the data {name}."
+            )
+        if self.fid and (len(expected) != 3 or expected[0] not in (1, 3)):
+            raise ValueError(
+                f"fid is True, but samples of shape {expected} are not images; allowed are images "
+                "(C, H, W) with C = 1 or 3."
             )
         real = data.held_out or data.train
         if self.likelihood > len(real):
@@ -219,6 +239,28 @@ class Evaluate:
             "bits_per_dim": found.mean,
             "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
             "nfe": found.nfe,
+        }
+
+    def _inception(self, samples: Tensor, train: Tensor) -> dict[str, Any]:
+        """FID and Inception score of the samples. Published figures are against training data."""
+        counts = {"samples": len(samples), "train": len(train)}
+        if min(counts.values()) < _FEATURES:
+            print(
+                f"pfgm: FID of {counts['samples']} samples against {counts['train']} rows is far "
+                f"above that of many: it has {_FEATURES} features, and published figures take "
+                "50 000 of each (--n, --against).",
+                file=sys.stderr,
+            )
+        weights = find_inception_weights(self.fid_weights)
+        splits = min(_SPLITS, len(samples))
+        found = inception_metrics(samples, train, splits=splits, weights=weights)
+        return {
+            "against": "train",
+            "counts": counts,
+            "fid": found.fid,
+            "score": found.score,
+            "score_deviation": found.score_deviation,
+            "splits": splits,
         }
 
     def _curve(self, model: Loaded, real: _Real, device: torch.device) -> list[Point]:
@@ -301,6 +343,11 @@ def _table(figures: dict[str, Any]) -> str:
         f"median distance to the nearest of {counts['searched']} training rows: samples "
         f"{nearest['samples']:.4g}, {against} rows {nearest[figures['against']]:.4g}"
     )
+    if found := figures.get("inception"):
+        lines.append(
+            f"against {found['counts']['train']} training rows: FID {found['fid']:.4g}, Inception "
+            f"score {found['score']:.4g} ± {found['score_deviation']:.2g}"
+        )
     if found := figures.get("likelihood"):
         error = found["standard_error"]
         lines.append(

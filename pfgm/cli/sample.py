@@ -1,8 +1,9 @@
-"""``pfgm sample``: draws samples from a checkpoint and writes an array or a picture."""
+"""``pfgm sample``: draws samples from a checkpoint; writes an array, a picture or single images."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from .. import data
 from ..common.checks import check_seed, usable_device
-from ..common.files import output_folder
+from ..common.files import check_new_folder, new_folder, output_folder
+from ..common.messages import progress_bar
+from ..data.images import save_image
 from ..evaluation import noise_generator
-from ..flows.batched_sampling import draw_prior, sample_in_batches
+from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
 from ..pretrained import pretrained_path
 from ..training import checkpoint
@@ -25,6 +28,8 @@ __all__ = ["Sample"]
 
 _INT64 = range(2**63)
 _SHOWN_NAMES = 20  # of labels, in an error
+_FILES = (".npy", ".png")
+_DIGITS = 6  # of the numbers in the names of single images, at least
 
 
 @dataclass
@@ -32,7 +37,8 @@ class Sample:
     """Draw samples from a checkpoint."""
 
     out: Path
-    """A .npy file (float32, n first), or a .png picture of images."""
+    """A .npy file (float32, n first), a .png picture of all images, or a new folder for single
+    images, 000000.png and so on."""
     checkpoint: Path | None = None
     """A .safetensors file, or the folder of a run."""
     pretrained: Literal["digits", "fashion-mnist"] | None = None
@@ -57,13 +63,17 @@ class Sample:
         if notice := checkpoint.check_solver(self._weights, self.sampling.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self._weights, device=device)
-        if self.out.suffix == ".png" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
+        if self.out.suffix != ".npy" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
             raise ValueError(
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
                 "a name that ends in .npy."
             )
         with output_folder(self.out.parent):
-            self._write(self._draw(flow, network, device))
+            batches = self._draw(flow, network, device)
+            if self._is_folder():
+                self._write_images(batches)
+            else:
+                self._write(torch.cat(list(batches)))
         print(self.out)
 
     @property
@@ -78,10 +88,18 @@ class Sample:
             "of them."
         )
 
+    def _is_folder(self) -> bool:
+        return self.out.suffix not in _FILES
+
     def _check(self) -> None:
-        if self.out.suffix not in (".npy", ".png"):
-            raise ValueError(f"out is {self.out}; allowed are names that end in .npy or .png.")
-        if self.out.is_dir():
+        if self._is_folder():
+            if self.out.suffix and not self.out.is_dir():
+                raise ValueError(
+                    f"out is {self.out}; allowed are names that end in .npy or .png, and folders, "
+                    "whose names have no dot unless they exist."
+                )
+            check_new_folder(self.out)
+        elif self.out.is_dir():
             raise ValueError(f"out is {self.out}, a folder; allowed is the name of a file.")
         batch_size = self.sampling.batch_size
         if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
@@ -90,22 +108,23 @@ class Sample:
             )
         check_seed(self.seed)
 
-    def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Tensor:
+    def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Iterator[Tensor]:
+        """The samples, a batch at a time."""
         label = self._label()
-        prior = draw_prior(flow, self.n, self.seed)
-        samples, _ = sample_in_batches(
+        batches = sample_batches(
             flow,
             network,
-            prior,
+            draw_prior(flow, self.n, self.seed),
             batch_size=self.sampling.batch_size,
             device=device,
             labels=None if label is None else torch.full((self.n,), label),
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
-            progress=True,
+            # A folder of several batches has a bar of its images.
+            progress=not self._is_folder() or self.n <= self.sampling.batch_size,
             **self.sampling.solver_arguments(flow),
         )
-        return samples
+        return (samples for samples, _ in batches)
 
     def _label(self) -> int | None:
         """The number of the label. A name that is a number, such as a folder 7, goes before it."""
@@ -129,3 +148,15 @@ class Sample:
             from ..plotting import image_grid
 
             image_grid(samples, self.out)
+
+    def _write_images(self, batches: Iterator[Tensor]) -> None:
+        """Writes single images; the folder appears when all of them are written."""
+        digits = max(_DIGITS, len(str(self.n - 1)))
+        with (
+            new_folder(self.out) as folder,
+            progress_bar(total=self.n, desc="images", unit="image") as bar,
+        ):
+            images = (image for batch in batches for image in batch)
+            for number, image in enumerate(images):
+                save_image(folder / f"{number:0{digits}d}.png", image)
+                bar.update()

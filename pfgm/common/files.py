@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import struct
 import tempfile
 import zipfile
@@ -140,6 +141,56 @@ def output_folder(path: StrPath) -> Iterator[Path]:
     """
     with remove_new_folders_on_failure(folder_path(path)):
         yield check_folder(path)
+
+
+@contextmanager
+def new_folder(path: StrPath) -> Iterator[Path]:
+    """A folder to fill in a block, whose files appear at ``path`` when the block is done.
+
+    Until then it is a temporary folder ``.pfgm-*.tmp``: inside ``path`` if that is an empty folder,
+    else beside it. If the block fails, nothing appears. The temporary folder stays only if the
+    process is killed.
+
+    Raises:
+        ValueError: ``path`` exists and is not an empty folder.
+        OSError: the folder cannot be created; its parent must exist.
+
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     with new_folder(Path(parent) / "images") as folder:
+    ...         _ = (folder / "0.txt").write_text("done")
+    ...     (Path(parent) / "images" / "0.txt").read_text()
+    'done'
+    """
+    check_new_folder(path)
+    target = Path(os.path.realpath(path))
+    exists = target.is_dir()
+    place = target if exists else target.parent
+    temporary = place / f".pfgm-{secrets.token_hex(8)}.tmp"
+    with folder_errors(target):
+        temporary.mkdir()
+    try:
+        yield temporary
+        with folder_errors(target):
+            if exists:  # it may be a mount point, which cannot be replaced
+                for file in temporary.iterdir():
+                    file.rename(target / file.name)
+                temporary.rmdir()
+            else:
+                temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(place)
+
+
+def check_new_folder(path: StrPath) -> None:
+    """Raises ValueError unless there is nothing at ``path``, or an empty folder."""
+    place = folder_path(path)
+    if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
+        found = "a folder that is not empty" if place.is_dir() else "a file"
+        raise ValueError(
+            f"the output folder is {place}, {found}; allowed is a new or an empty folder."
+        )
 
 
 @contextmanager

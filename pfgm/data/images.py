@@ -61,6 +61,36 @@ def load_images(
         return images, *files.labels()
 
 
+def save_image(path: Path, image: Tensor) -> None:
+    """Writes an image (C, H, W) as PNG: grey for C = 1, RGB for C = 3.
+
+    Args:
+        path: the file.
+        image: uint8, or floating values in [-1, 1]; values outside are clamped.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        ValueError: the image has another shape, or holds NaN or infinity.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_image(Path(folder) / "0.png", torch.tensor([[[-1.0, 0.0, 1.0]]]))
+    ...     load_images(Path(folder)).flatten()
+    tensor([  0, 128, 255], dtype=torch.uint8)
+    """
+    pillow = _import_pillow()
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(
+            f"image has shape {tuple(image.shape)}; allowed is (C, H, W) with C = 1 or 3."
+        )
+    if image.is_floating_point():
+        if not bool(image.isfinite().all()):
+            raise ValueError("image holds NaN or infinity; only finite values are allowed.")
+        image = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    values = image.permute(1, 2, 0).cpu().numpy()
+    pillow.fromarray(values[:, :, 0] if len(image) == 1 else values).save(path, format="PNG")
+
+
 def pixels(image: Image, channels: int) -> Tensor:
     """The pixels of a Pillow image, uint8 (channels, H, W), grey for one channel, else RGB.
 
@@ -120,9 +150,7 @@ def _import_pillow() -> Any:
     try:
         import PIL.Image
     except ModuleNotFoundError as error:
-        raise ImportError(
-            "A folder of images needs Pillow; in a checkout: pip install '.[demo]'"
-        ) from error
+        raise ImportError("Images need Pillow; in a checkout: pip install '.[demo]'") from error
     return PIL.Image
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,7 +47,24 @@ def sample_in_batches(
     Returns:
         The samples (n, *S) on the device of prior, and the most evaluations of any batch.
     """
-    parts, evaluations = [], 0
+    batches = sample_batches(
+        flow, network, prior, batch_size=batch_size, device=device, labels=labels, **options
+    )
+    parts, evaluations = zip(*batches, strict=True)
+    return torch.cat(parts), max(evaluations)
+
+
+def sample_batches(
+    flow: Flow,
+    network: Network,
+    prior: Tensor,
+    *,
+    batch_size: int,
+    device: torch.device | None = None,
+    labels: Tensor | None = None,
+    **options: Any,
+) -> Iterator[tuple[Tensor, int]]:
+    """The batches of :func:`sample_in_batches` one after another, each with its evaluations."""
     for start in range(0, len(prior), batch_size):
         rows = slice(start, start + batch_size)
         x = prior[rows].to(device)
@@ -58,6 +76,4 @@ def sample_in_batches(
             return_nfe=True,
             **options,
         )
-        parts.append(part.to(prior.device))
-        evaluations = max(evaluations, nfe)
-    return torch.cat(parts), evaluations
+        yield part.to(prior.device), nfe

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,10 @@ from torch.utils.data import Dataset
 from ..common.checks import check_dtype
 from ..common.files import StrPath
 from .distances import check_at_least_one, check_finite
+
+_CHECKSUM = "6726825d"
+_WEIGHTS = f"weights-inception-2015-12-05-{_CHECKSUM}.pth"
+_RELEASES = "github.com/toshas/torch-fidelity/releases"
 
 
 class InceptionMetrics(NamedTuple):
@@ -74,12 +80,7 @@ def inception_metrics(
             f"samples is on {samples.device} and real on {real.device}; allowed is one device."
         )
     sets = [_as_bytes("samples", samples), _as_bytes("real", real)]
-    try:
-        fidelity: Any = importlib.import_module("torch_fidelity")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "inception_metrics() needs torch-fidelity; in a checkout: pip install '.[fid]'"
-        ) from error
+    fidelity = _import_fidelity()
     try:
         # torch-fidelity uses the current device; -1 leaves it as it is.
         with torch.cuda.device(samples.device if samples.is_cuda else -1):
@@ -99,14 +100,55 @@ def inception_metrics(
     except OSError as error:  # includes the errors of urllib
         raise OSError(
             f"the weights of Inception v3 cannot be downloaded ({error}). Without a network, copy "
-            "the file weights-inception-2015-12-05-6726825d.pth from "
-            "github.com/toshas/torch-fidelity/releases and give its path as weights."
+            f"the file {_WEIGHTS} from {_RELEASES} and give its path as weights."
         ) from error
     return InceptionMetrics(
         float(found[fidelity.KEY_METRIC_FID]),
         float(found[fidelity.KEY_METRIC_ISC_MEAN]),
         float(found[fidelity.KEY_METRIC_ISC_STD]),
     )
+
+
+def find_inception_weights(path: StrPath | None = None) -> Path:
+    """The file of the weights that :func:`inception_metrics` needs, found without a download.
+
+    The file is unpickled later, so it is only accepted with the checksum of the official one.
+
+    Args:
+        path: the file; None looks in torch's cache, where a download would put it.
+
+    Raises:
+        ImportError: torch-fidelity is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not the file that torch-fidelity provides.
+    """
+    _import_fidelity()
+    place = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS)
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"FID needs the weights of Inception v3 (91 MB), and there is no file {place}; copy "
+            f"{_WEIGHTS} from {_RELEASES} there."
+        )
+    digest = hashlib.sha256()
+    with place.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    found = digest.hexdigest()
+    if not found.startswith(_CHECKSUM):
+        raise ValueError(
+            f"{place} is not the file of weights of torch-fidelity: its SHA-256 checksum begins "
+            f"with {found[:8]}; needed is {_CHECKSUM}."
+        )
+    return place
+
+
+def _import_fidelity() -> Any:
+    try:
+        return importlib.import_module("torch_fidelity")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "FID and Inception score need torch-fidelity; in a checkout: pip install '.[fid]'"
+        ) from error
 
 
 class _Bytes(Dataset[Tensor]):

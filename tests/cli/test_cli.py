@@ -299,6 +299,52 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
     ]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_samples_as_single_images(run, tmp_path, capsys, exists):
+    """They are the array, in bytes; evaluate reads them."""
+    arguments = ["sample", "--checkpoint", str(run), "--n", "5", "--steps", "2"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
+    folder = tmp_path / ("images" if exists else "new/images")
+    if exists:
+        folder.mkdir()
+    capsys.readouterr()
+    assert cli.main([*arguments, "--out", f"{folder}/", "--batch-size", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(folder)
+    assert "images: 100%" in printed.err
+    assert [path.name for path in sorted(folder.iterdir())] == [f"00000{i}.png" for i in range(5)]
+    images = pfgm.data.images.load_images(folder)
+    assert images.shape == (5, 1, 8, 8)
+    correct = (np.load(tmp_path / "x.npy").clip(-1, 1) + 1) * 127.5
+    assert abs(images.numpy() - correct).max() <= 0.51
+    assert not list(tmp_path.rglob(".pfgm-*"))
+    error = fails(capsys, *arguments, "--out", folder)
+    assert f"the output folder is {folder}, a folder that is not empty; allowed is a new" in error
+
+
+def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, capsys, monkeypatch):
+    arguments = ["sample", "--checkpoint", run, "--n", "6", "--steps", "2", "--batch-size", "2"]
+    saved, save, errors = [], cli.sample.save_image, []
+
+    def interrupted(path, image):
+        saved.append(path.name)
+        if len(saved) == 4:
+            raise errors[-1]
+        save(path, image)
+
+    monkeypatch.setattr(cli.sample, "save_image", interrupted)
+    (tmp_path / "empty").mkdir()
+    for error, code in ((KeyboardInterrupt(), 130), (OSError("disk is full"), 2)):
+        errors.append(error)
+        for folder in ("new/images", "empty"):
+            saved.clear()
+            out = ["--out", str(tmp_path / folder)]
+            assert cli.main([str(each) for each in [*arguments, *out]]) == code
+            assert sorted(tmp_path.rglob("*")) == [tmp_path / "empty"]
+    (tmp_path / "file").write_text("a file")
+    assert "file, a file; allowed is a new" in fails(capsys, *arguments, "--out", tmp_path / "file")
+
+
 def test_samples_do_not_replace_a_folder(run, tmp_path, capsys):
     (tmp_path / "x.npy").mkdir()
     arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]

@@ -43,6 +43,73 @@ def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     exec(compile(code, name(page), "exec"), {})
 
 
+def published_losses():
+    """The sections of drop-in.md that replace a loss: for each, the functions before and after."""
+    text = (DOCS / "drop-in.md").read_text()
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        codes = re.findall(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
+        if sum("def loss(" in code for code in codes) == 2:
+            yield pytest.param(*codes[:2], id=section.splitlines()[0])
+
+
+@pytest.fixture
+def in_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+LOSSES = list(published_losses())
+
+
+def test_three_published_losses_are_replaced():
+    titles = ["PFGM's loss", "The stable target field", "PFGM++'s loss"]
+    assert [loss.id for loss in LOSSES] == titles
+
+
+@pytest.mark.parametrize(("before", "after"), LOSSES)
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8)])
+def test_a_published_loss_before_and_after(before, after, shape, in_float64):
+    """The two functions give the same loss and gradient from the same seed."""
+    found = []
+    for code in (before, after):
+        names = {}
+        exec(compile(code, "drop-in.md", "exec"), names)
+        draw = torch.Generator().manual_seed(1)
+        references = torch.rand(50, *shape, generator=draw) * 2 - 1
+        weight = torch.tensor(0.7, requires_grad=True)
+
+        def net(x, level, weight=weight, field="field_fn" in after):
+            wide = level.view(-1, 1, 1, 1)
+            output = weight * x / (1 + wide)
+            return (output, -weight * level / (1 + level)) if field else output
+
+        torch.manual_seed(0)
+        value = names["loss"](net, references[:20], references)
+        value.backward()
+        found.append(torch.stack([value.detach(), weight.grad]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+
+
+def test_a_published_loss_in_one_call(in_float64):
+    """flow.loss draws the noise in the order in which the published losses do."""
+    references = torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    flows = [
+        (pfgm.PoissonFlow((3, 8, 8), M=291), lambda x, z: (x / (1 + z.view(-1, 1, 1, 1)), -z)),
+        (pfgm.PoissonFlowPP((3, 8, 8), D=float("inf")), lambda x, sigma: 0.7 * x),
+    ]
+    for (flow, net), loss in zip(flows, LOSSES, strict=False):
+        names = {}
+        exec(compile(loss.values[0], "drop-in.md", "exec"), names)
+        torch.manual_seed(0)
+        before = names["loss"](net, references[:20], references)
+        torch.manual_seed(0)
+        torch.testing.assert_close(
+            flow.loss(net, references[:20], references), before, rtol=1e-5, atol=0
+        )
+
+
 def text_without_code(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`\n]*`", "", text)
