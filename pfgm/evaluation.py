@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import metrics
 from .common.checks import check_seed
@@ -21,7 +21,7 @@ from .data import to_unit
 from .flows import Flow, Network
 from .flows.batched_sampling import draw_prior, sample_in_batches
 from .flows.poisson import PoissonFlow
-from .networks import NoiseEmbedding, SongUNet
+from .networks.registry import label_count
 from .training.batches import seed_of
 
 __all__ = [
@@ -141,13 +141,6 @@ def default_steps(flow: Flow, solver: str) -> int:
 def noise_generator(seed: int, device: torch.device) -> torch.Generator:
     """The generator of the noise that samplers add. Its noise is independent of the prior's."""
     return torch.Generator(device).manual_seed(seed_of(seed, 1))
-
-
-def label_count(network: Network) -> int:
-    """The number of different labels that a network of this package takes; 0 for none."""
-    parts = network.modules() if isinstance(network, nn.Module) else ()
-    known = (part.classes for part in parts if isinstance(part, (NoiseEmbedding, SongUNet)))
-    return max(known, default=0)
 
 
 def clamp_images(samples: Tensor, real: Tensor) -> Tensor:

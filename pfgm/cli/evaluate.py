@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import math
 import sys
@@ -19,12 +18,14 @@ from torch import Tensor
 from .. import evaluation
 from ..common.checks import check_seed, usable_device
 from ..common.files import output_folder, write_atomic, write_json
+from ..common.versions import versions
 from ..data import to_unit
 from ..datasets import Data, Range, open_data, open_samples
 from ..evaluation import Point
 from ..flows.sampling import check_steps
 from ..metrics import inception_metrics
 from ..metrics.inception import find_inception_weights
+from ..networks.registry import label_count
 from ..references import ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
@@ -138,7 +139,7 @@ class Evaluate:
             figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
             figures["likelihood"] = self._likelihood(source, data, device)
-        figures |= {"seed": self.seed, "versions": _versions()}
+        figures |= {"seed": self.seed, "versions": versions()}
         write_json(self.out / "metrics.json", figures, allow_nan=False)
         print(_table(figures))
         points = []
@@ -212,7 +213,7 @@ class Evaluate:
             progress=True,
             **solving,
         )
-        classes = evaluation.label_count(model.network)
+        classes = label_count(model.network)
         labels = f"i mod {classes}" if classes else None
         sampling = {**solving, "labels": labels, "batch_size": self.sampling.batch_size}
         return samples, {"source": str(self.checkpoint), "nfe": nfe, "sampling": sampling}
@@ -220,7 +221,7 @@ class Evaluate:
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
         rows = data.held_out or data.train
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
-        known = rows.labels is not None and evaluation.label_count(model.network) > 0
+        known = rows.labels is not None and label_count(model.network) > 0
         levels = data.levels if self.grey_levels is None else self.grey_levels
         found = evaluation.bits_per_dim(
             *model,
@@ -297,10 +298,6 @@ def _data_of_run(checkpoint: Path | None) -> tuple[str, Range | None]:
 def _part(data: Data) -> str:
     """The name of the part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
-
-
-def _versions() -> dict[str, str]:
-    return {"pfgm": importlib.metadata.version("pfgm"), "torch": torch.__version__}
 
 
 # ---- files and text ---------------------------------------------------------------------------

@@ -53,11 +53,15 @@ LARGEST = sys.float_info.max
 def is_symbolic(*values: float) -> bool:
     """Whether torch.compile is running and one of these numbers is symbolic.
 
-    An operator that took a symbolic number would be compiled again for each value of it.
+    An operator that took a symbolic number would be compiled again for each value of it. Versions
+    of torch that cannot tell whether a number is symbolic do compile again.
     """
-    return torch.compiler.is_compiling() and not all(
-        torch.fx.experimental.symbolic_shapes.has_static_value(value) for value in values
-    )
+    if not torch.compiler.is_compiling():
+        return False
+    shapes = torch.fx.experimental.symbolic_shapes
+    if not hasattr(shapes, "has_static_value"):
+        return False
+    return not all(shapes.has_static_value(value) for value in values)
 
 
 def untouched(

@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..common.checks import allocating
 from .denoiser import Denoiser
+from .embedding import NoiseEmbedding
 from .fields import FieldNetwork
 from .mlp import MLP
-from .published.edm_unets import EDMDenoiser
+from .published.edm_unets import EDMDenoiser, SongUNet
 from .published.pfgm_unets import DDPMpp, NCSNpp, Published
 from .unet import UNet
 
-__all__ = ["NETWORKS", "build"]
+__all__ = ["NETWORKS", "build", "label_count"]
 
 NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser] | type[EDMDenoiser] | type[Published]] = {
     "ddpmpp": DDPMpp,
@@ -56,6 +58,13 @@ def build(
             if sum(each.nbytes for each in parameters) > _memory_bytes():
                 raise MemoryError
         return kind(**config)
+
+
+def label_count(network: object) -> int:
+    """The number of different labels that a network of this package takes; 0 for none."""
+    parts = network.modules() if isinstance(network, nn.Module) else ()
+    known = (part.classes for part in parts if isinstance(part, (NoiseEmbedding, SongUNet)))
+    return max(known, default=0)
 
 
 def _memory_bytes() -> float:

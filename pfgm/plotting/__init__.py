@@ -1,7 +1,7 @@
 """Pictures of samples, of their paths and of their quality, without pyplot or global state.
 
-Every function returns a matplotlib Figure of 100 dots per inch, which notebooks show, and saves it if
-it is given a path.
+Every function returns a matplotlib Figure of 100 dots per inch, which notebooks show, and saves it
+if it is given a path.
 """
 
 from .curves import quality_curve

@@ -22,6 +22,7 @@ __all__ = [
     "check_data",
     "check_labels",
     "check_same_flow",
+    "other_setting",
     "value_range",
     "warn_of_range",
     "with_settings_of_run",
@@ -69,9 +70,9 @@ def warn_of_range(data: References) -> None:
     if data.ndim != 4 or data.shape[1] not in (1, 3) or data.dtype == torch.uint8:
         return
     low, high = value_range(data)
-    if low >= -_SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
+    if low >= -1 - _SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
         return
-    option, formula = f"{low:.4g} {high:.4g}", "LOW and HIGH to −1 and 1"
+    option, formula = f"{low:.4g} {high:.4g}", "2 * (data - low) / (high - low) - 1"
     if low >= 0:
         option, formula = ("0 1", "2 * data - 1") if high <= 1 else ("0 255", "data / 127.5 - 1")
     warnings.warn(
@@ -130,5 +131,13 @@ def with_settings_of_run(
     config = dataclasses.replace(config, **of_run)
     for name, value in dataclasses.asdict(config).items():
         if name not in _MAY_DIFFER and saved.get(name) != value:
-            raise ValueError(f"{name} is {value!r}; the run in {folder} has {saved.get(name)!r}.")
+            raise ValueError(other_setting(name, value, saved.get(name), folder))
     return config.resolved()
+
+
+def other_setting(name: str, value: object, before: object, folder: Path) -> str:
+    """The error for a setting that a resumed run cannot change."""
+    return (
+        f"{name} is {value!r}; the run in {folder} has {before!r}, which a resumed run keeps; "
+        "leave it out, or start a new run from the weights of this one (pfgm train --init)."
+    )

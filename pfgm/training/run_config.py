@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..common.checks import check_choice
 from ..common.files import StrPath, write_json
+from ..common.versions import versions
 from ..datasets import Range
 from ..flows.sampling import check_steps
 from .config import TrainConfig
@@ -66,6 +67,9 @@ class Settings:
     """Hold a part of the data in each process. The target is the field of all data."""
     samples: int = 1000
     """Number of samples of an evaluation."""
+    init: str | None = None
+    """A .safetensors file or the folder of a run whose weights a new run starts with. The network
+    keeps its size; the flow must be of the same kind, and follows the new data."""
     teacher: str | None = None
     """A .safetensors file or the folder of a run to distill into a few-step model. Its flow and
     network are used, and other settings of them are ignored. About a third of the teacher's
@@ -90,6 +94,8 @@ class Settings:
             raise ValueError(
                 f"samples is {self.samples}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
             )
+        if self.init is not None and self.teacher is not None:
+            raise ValueError("init and teacher are both given; allowed is one of them.")
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
         check_steps("levels", self.levels)
@@ -116,8 +122,11 @@ class RunConfig(Settings):
         return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
 
     def save(self, path: StrPath) -> None:
-        """Writes the configuration as JSON. If that fails, ``path`` is left as it was."""
-        write_json(path, dataclasses.asdict(self))
+        """Writes the configuration as JSON, with the versions of pfgm and torch.
+
+        If that fails, ``path`` is left as it was.
+        """
+        write_json(path, {**dataclasses.asdict(self), "versions": versions()})
 
     @classmethod
     def load(cls, path: StrPath) -> RunConfig:
@@ -135,6 +144,8 @@ class RunConfig(Settings):
             raise FileNotFoundError(f"there is no configuration at {path}.")
         try:
             content = json.loads(path.read_text())
+            if isinstance(content, dict):
+                content.pop("versions", None)  # only a record
             _check_names(content, cls)
             if of_a_run and content.get("method", "pfgm") == "pfgm":
                 # A run from before there was a choice goes on with the published loss.

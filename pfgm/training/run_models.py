@@ -17,7 +17,7 @@ from .run_config import RunConfig
 
 # The names of width, multipliers and blocks among the arguments of each network.
 _PUBLISHED_NAMES = {"width": "nf", "multipliers": "ch_mult", "blocks": "num_res_blocks"}
-_SIZE_NAMES: dict[str, dict[str, str]] = {
+SIZE_NAMES: dict[str, dict[str, str]] = {
     "unet": {"width": "width", "multipliers": "multipliers", "blocks": "blocks"},
     "mlp": {"width": "width"},
     "ddpmpp": _PUBLISHED_NAMES,
@@ -67,7 +67,7 @@ def _size_settings(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
     for option in ("width", "multipliers", "blocks"):
         if (value := getattr(config, option)) is None:
             continue
-        if option not in _SIZE_NAMES[name]:
+        if option not in SIZE_NAMES[name]:
             raise ValueError(f"{option} is {value}, but the network is an {name}, which has none.")
-        settings[_SIZE_NAMES[name][option]] = value
+        settings[SIZE_NAMES[name][option]] = value
     return settings

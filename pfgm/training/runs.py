@@ -13,21 +13,25 @@ from torch import Tensor, nn
 from ..common.checks import usable_device
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
-from ..datasets import open_data
+from ..datasets import Data, open_data
 from ..distillation import Consistency
+from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import load
+from .checks import other_setting
 from .locks import locked_for_all
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, Settings
 from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network
+from .run_start import start_from
 from .run_summary import summary
 from .trainer import Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
 
+_OF_THE_TEACHER = ("method", "D", "flow", "network", "width", "multipliers", "blocks")
 _CHANGEABLE_SETTINGS = ("hold", "samples", "shared")  # of a run that is resumed
 
 
@@ -96,7 +100,7 @@ def _check_settings(config: RunConfig, folder: Path) -> None:
     for field in dataclasses.fields(Settings):
         value, before = getattr(config, field.name), getattr(saved, field.name)
         if field.name not in _CHANGEABLE_SETTINGS and value != before:
-            raise ValueError(f"{field.name} is {value!r}; the run in {folder} has {before!r}.")
+            raise ValueError(other_setting(field.name, value, before, folder))
 
 
 def _run(
@@ -109,22 +113,21 @@ def _run(
     progress: bool,
     report: Callable[[str], None],
 ) -> nn.Module:
+    report = report if processes.leads else _report_nothing
     shown = progress and processes.leads
     data = open_data(config.data, value_range=config.range, progress=shown)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
+    flow, network, notes = _model(config, rows, data, folder, resume, resume_from)
+    network = network.to(device)
     training = config.training
     loss: Callable[..., Tensor] | None = None
-    if config.teacher is None:
-        flow = build_flow(config, rows)
-        network = build_network(config, flow, rows, data.classes).to(device)
-        if isinstance(flow, PoissonFlow) and config.weighting != "auto":
-            loss = functools.partial(flow.loss, weighting=config.weighting)
-    else:
-        flow, network = load(config.teacher, device=device)
+    if config.teacher is not None:
         loss = Consistency(flow, network, steps=config.levels).loss
         training = dataclasses.replace(training, references=0)
+    elif isinstance(flow, PoissonFlow) and config.weighting != "auto":
+        loss = functools.partial(flow.loss, weighting=config.weighting)
     trainer = Trainer(
         flow,
         network,
@@ -140,23 +143,60 @@ def _run(
         distilled=config.teacher is not None,
     )
     if resume:
-        step = trainer.resume(resume_from)
-        if resume_from is not None and step >= training.steps:
-            raise ValueError(
-                f"steps is {training.steps}, but the checkpoint to continue from is of step "
-                f"{step}; allowed are more steps than that."
-            )
-        if processes.leads:
-            report(f"resuming at step {step}")
+        notes.append(_resume(trainer, resume_from))
+    report("\n".join([*notes, summary(config, data, rows, trainer)]))
     if processes.leads:
-        report(summary(config, data, rows, trainer))
         # All settings of the schedule are written, so that more steps do not change them later.
         settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
         dataclasses.replace(config, training=settled).save(folder / CONFIG_FILE)
     averaged = trainer.train()
-    if processes.leads:
-        report(f"checkpoint: {folder}")
+    report(f"checkpoint: {folder}")
     return averaged
+
+
+def _model(
+    config: RunConfig,
+    rows: ReferenceSet,
+    data: Data,
+    folder: Path,
+    resume: bool,
+    resume_from: int | None,
+) -> tuple[Flow, nn.Module, list[str]]:
+    """The flow and the network to train, and lines of text about them."""
+    if config.teacher is not None:
+        ignored = [
+            field.name
+            for field in dataclasses.fields(Settings)
+            if field.name in _OF_THE_TEACHER
+            and getattr(config, field.name) != getattr(Settings(), field.name)
+        ]
+        notes = [f"ignored, since the teacher decides: {', '.join(ignored)}"] if ignored else []
+        return *load(config.teacher), notes
+    if config.init is not None and resume:
+        # The checkpoint of the run itself has the network that it started with.
+        newest = folder if resume_from is None else folder / f"step-{resume_from:08d}.safetensors"
+        return *load(newest), []
+    if config.init is not None:
+        return start_from(config, rows, data.classes)
+    flow = build_flow(config, rows)
+    return flow, build_network(config, flow, rows, data.classes), []
+
+
+def _resume(trainer: Trainer, resume_from: int | None) -> str:
+    """Loads the checkpoint to continue from; returns a line of text."""
+    step, steps = trainer.resume(resume_from), trainer.config.steps
+    if resume_from is not None and step >= steps:
+        raise ValueError(
+            f"steps is {steps}, but the checkpoint to continue from is of step {step}; allowed are "
+            "more steps than that."
+        )
+    if step >= steps:
+        return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
+    return f"resuming at step {step}"
+
+
+def _report_nothing(line: str) -> None:
+    """The report of a process that does not lead."""
 
 
 def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:

@@ -204,6 +204,190 @@ def test_the_command_starts_from_a_recipe_and_resumes_from_the_folder(tmp_path, 
     assert "holds a run already" in capsys.readouterr().err
 
 
+# ---- ranges, labels, earlier weights ----------------------------------------------------------
+
+
+def images_of(tmp_path, low, high, name="images.npy", shape=(40, 1, 8, 8), dtype=np.float32):
+    draw = np.random.default_rng(0).random(shape, dtype=np.float32)
+    images = (low + (high - low) * draw).astype(dtype)
+    images.flat[0], images.flat[1] = low, high
+    np.save(tmp_path / name, images)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "remedy"),
+    [
+        (0, 255, r"from 0 to 255, .* --range 0 255 on the command line, or by data / 127\.5 - 1"),
+        (0, 1, r"from 0 to 1, .* --range 0 1 on the command line, or by 2 \* data - 1"),
+        (-2.5, 3, r"from -2\.5 to 3, .* --range -2\.5 3 on the command line"),
+    ],
+)
+def test_images_of_another_range_give_a_warning_with_the_remedy(tmp_path, low, high, remedy):
+    path = str(images_of(tmp_path, low, high))
+    with pytest.warns(UserWarning, match=remedy):
+        run(tmp_path / "run", data=path)
+
+
+def test_other_data_give_no_warning(tmp_path, recwarn):
+    run(tmp_path / "run", data=str(images_of(tmp_path, -1, 1)))
+    run(tmp_path / "bytes", data=str(images_of(tmp_path, 0, 255, dtype=np.uint8)))
+    points = images_of(tmp_path, 0, 9, name="points.npy", shape=(60, 2))
+    run(tmp_path / "points", data=str(points))
+    assert not [str(warning.message) for warning in recwarn if "range" in str(warning.message)]
+
+
+def test_a_range_is_kept_by_resumed_runs_and_evaluations(tmp_path, capsys, recwarn):
+    """It gives the weights of the same run on data that have been converted before."""
+    path = images_of(tmp_path, 0, 255)
+    np.save(tmp_path / "unit.npy", np.load(path) / 127.5 - 1)
+    settings = changed(decay="none", ema=0.0, beta2=0.99)
+    plain = run(tmp_path / "plain", data=str(tmp_path / "unit.npy"), training=settings)
+    train = ["train", "--width", "16", "--batch-size", "16", "--references", "32", "--warmup", "2"]
+    train += ["--learning-rate", "1e-3", "--decay", "none", "--ema", "0", "--beta2", "0.99"]
+    train += ["--out", str(tmp_path / "run")]
+    assert cli.main([*train, "--steps", "3", "--data", str(path), "--range", "0", "255"]) == 0
+    assert RunConfig.load(tmp_path / "run").range == (0.0, 255.0)
+    train.append("--resume")
+    assert cli.main([*train, "--steps", "6"]) == 0
+    assert "range is (0.0, 1.0)" in refused(capsys, [*train, "--range", "0", "1"])
+    flow = pfgm.load(tmp_path / "run").flow
+    assert flow.upper_norm == pytest.approx(pfgm.load(tmp_path / "plain").flow.upper_norm)
+    for a, b in zip(
+        pfgm.load(tmp_path / "run").network.parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    evaluate = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--n", "20", "--steps", "2"]
+    assert cli.main([*evaluate, "--out", str(tmp_path / "figures")]) == 0
+    of_data = json.loads((tmp_path / "figures" / "metrics.json").read_text())
+    assert of_data["median_distance_to_train"]["samples"] < 50  # in bytes it would be thousands
+    assert not [str(warning.message) for warning in recwarn if "--range" in str(warning.message)]
+
+
+def refused(capsys, arguments):
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_labels_by_name(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(draw.integers(0, 256, (8, 8), np.uint8)).save(path)
+    run(tmp_path / "run", data=f"folder:{tmp_path / 'pets'}", labels=True)
+    newest = next((tmp_path / "run").glob("*6.safetensors"))
+    sample = ["sample", "--n", "3", "--steps", "2", "--out", tmp_path / "x.npy", "--checkpoint"]
+    drawn = []
+    for checkpoint in (tmp_path / "run", newest):
+        for label in ("dog", "1", "cat"):
+            arguments = [*sample, checkpoint, "--label", label]
+            assert cli.main([str(argument) for argument in arguments]) == 0
+            drawn.append(np.load(tmp_path / "x.npy"))
+    dog, one, cat, *of_file = drawn
+    assert np.array_equal(dog, one)
+    assert not np.array_equal(dog, cat)
+    assert np.array_equal(dog, of_file[0])
+    for label in ("bird", "2", "-1", "1.5"):
+        message = refused(capsys, [*sample, newest, f"--label={label}"])
+        assert "labels holds 2" in message or "or names: cat, dog." in message
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path, capsys):
+    first = run(tmp_path / "first", network="mlp")
+    path = str(images_of(tmp_path, -0.3, 0.5))
+    lines = []
+    config = RunConfig(
+        data=path,
+        init=str(tmp_path / "first"),
+        samples=20,
+        training=changed(steps=4, learning_rate=1e-9, ema=0.0, checkpoint_every=1),
+    )
+    start(config, tmp_path / "second", progress=False, report=lines.append)
+    assert f"starting from the weights in {tmp_path / 'first'}" in lines[0]
+    assert "hyper-parameters of the flow that differ: " in lines[0]
+    flow, second = pfgm.load(tmp_path / "second")
+    assert flow != pfgm.load(tmp_path / "first").flow
+    assert flow.upper_norm == pfgm.PoissonFlow.from_data(pfgm.ReferenceSet(path)).upper_norm
+    assert type(second).__name__ == "MLP"
+    assert second.config == first.config  # with the scaling that the weights were trained for
+    for a, b in zip(second.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    # A resumed run needs the earlier one no more, and goes on as if it had not stopped.
+    whole = start(
+        dataclasses.replace(config, training=changed(steps=6, checkpoint_every=1)),
+        tmp_path / "whole",
+        progress=False,
+        report=lines.append,
+    )
+    half = dataclasses.replace(config, training=changed(steps=6, checkpoint_every=1))
+    (tmp_path / "whole" / "latest.json").write_text(
+        json.dumps(
+            {"step": 5, "weights": "step-00000005.safetensors", "state": "step-00000005.state.pt"}
+        )
+    )
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = start(half, tmp_path / "whole", progress=False, report=lines.append, resume=True)
+    for a, b in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "edm"}, "has the flow pfgm; the settings and the data ask for edm"),
+        ({"method": "pfgm++"}, r"ask for pfgm\+\+ with D = 128"),
+        ({"network": "mlp"}, "has network unet; .* ask for mlp"),
+        ({"width": 32}, "has width 16; .* ask for 32"),
+        ({"multipliers": (1, 1)}, r"has multipliers \(1, 2\); .* ask for \(1, 1\)"),
+        ({"labels": True}, "has labels 0; .* ask for 10"),
+        ({"flow": {"gamma": 2.0}}, "has gamma 5.0; .* ask for 2.0"),
+        ({"data": "points.npy"}, r"has samples of shape \(1, 8, 8\); .* ask for \(2,\)"),
+        ({"teacher": "x"}, "init and teacher are both given"),
+    ],
+)
+def test_weights_that_do_not_fit(
+    tmp_path_factory, tmp_path, monkeypatch, earlier, changes, message
+):
+    images_of(tmp_path, 0, 9, name="points.npy", shape=(60, 2))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", **{"width": None, "init": str(earlier), **changes})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """The weights of a run on digits, in a file."""
+    folder = tmp_path_factory.mktemp("earlier")
+    run(folder)
+    return folder / "step-00000006.safetensors"
+
+
+def test_settings_that_the_teacher_decides_are_named(tmp_path, earlier):
+    lines = []
+    config = RunConfig(teacher=str(earlier), width=32, method="edm", samples=20, training=SMALL)
+    start(config, tmp_path, progress=False, report=lines.append)
+    assert lines[0].startswith("ignored, since the teacher decides: method, width\n")
+
+
+def test_a_run_with_nothing_left_to_do_says_so(tmp_path):
+    run(tmp_path)
+    lines = []
+    config = RunConfig(width=16, samples=20, training=SMALL)
+    start(config, tmp_path, progress=False, report=lines.append, resume=True)
+    assert "resuming at step 6: nothing is left of 6 steps; give more with --steps" in lines[0]
+
+
+def test_the_configuration_of_a_run_holds_versions(tmp_path):
+    run(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["versions"] == {"pfgm": pfgm.__version__, "torch": torch.__version__}
+    assert RunConfig.load(tmp_path).training == SMALL.resolved()
+
+
 def test_the_recipes_are_configurations():
     recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.json"))
     assert {recipe.stem for recipe in recipes} == {"cifar10", "cifar10-8gpus", "fashion-mnist"}

@@ -1,0 +1,18 @@
+"""The versions of pfgm and torch, which are recorded beside results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+
+__all__ = ["versions"]
+
+
+def versions() -> dict[str, str]:
+    """The versions of pfgm and torch.
+
+    >>> sorted(versions())
+    ['pfgm', 'torch']
+    """
+    return {"pfgm": importlib.metadata.version("pfgm"), "torch": torch.__version__}

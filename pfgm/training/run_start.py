@@ -1,0 +1,98 @@
+"""The flow and the network of a run that starts from the weights of an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import nn
+
+from ..flows.flow import Flow
+from ..flows.plusplus import PoissonFlowPP
+from ..flows.poisson import PoissonFlow
+from ..networks.registry import NETWORKS, label_count
+from ..references import ReferenceSet
+from .checkpoint import load
+from .run_config import RunConfig
+from .run_models import SIZE_NAMES, build_flow
+
+__all__ = ["start_from"]
+
+# Hyper-parameters of a flow that its network has been built for.
+_OF_THE_NETWORK: dict[type[Flow], str] = {PoissonFlow: "gamma", PoissonFlowPP: "sigma_data"}
+
+
+def start_from(
+    config: RunConfig, rows: ReferenceSet, classes: int
+) -> tuple[Flow, nn.Module, list[str]]:
+    """The flow of the configuration and data, and the network of the checkpoint ``config.init``.
+
+    The network keeps its size and its scaling, and the flow keeps the hyper-parameters that belong
+    to the network.
+
+    Returns:
+        The flow, the network, and lines of text that tell how the flow differs from the earlier
+        one.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint cannot be loaded, or it has another kind of
+            flow, other samples, other labels or another network than the configuration asks for.
+    """
+    assert config.init is not None
+    earlier, network = load(config.init)
+    kept = _OF_THE_NETWORK[type(earlier)]
+    hyper_parameters = {kept: earlier.config[kept], **config.flow}
+    if _kind(earlier) == _asked(config):
+        config = dataclasses.replace(config, flow=hyper_parameters)
+    flow = build_flow(config, rows)
+    for name, asked, found in (
+        ("the flow", _asked(config), _kind(earlier)),
+        ("samples of shape", flow.shape, earlier.shape),
+        (kept, flow.config.get(kept), earlier.config[kept]),
+        *_sizes(config, network, classes),
+    ):
+        if asked != found:
+            raise ValueError(
+                f"init is {config.init}, which has {name} {found}; the settings and the data ask "
+                f"for {asked}."
+            )
+    return flow, network, [f"starting from the weights in {config.init}", *_changes(flow, earlier)]
+
+
+def _asked(config: RunConfig) -> str:
+    return f"pfgm++ with D = {config.D:g}" if config.method == "pfgm++" else config.method
+
+
+def _kind(flow: Flow) -> str:
+    """The flow as its method, as in :func:`_asked`."""
+    if isinstance(flow, PoissonFlow):
+        return "pfgm"
+    return "edm" if math.isinf(flow.D) else f"pfgm++ with D = {flow.D:g}"
+
+
+def _sizes(config: RunConfig, network: nn.Module, classes: int) -> list[tuple[str, Any, Any]]:
+    """Name, what is asked for and what the network has, for each setting that is given."""
+    name = next(name for name, kind in NETWORKS.items() if type(network) is kind)
+    settings: dict[str, Any] = dict(network.config)  # type: ignore[arg-type]
+    if name == "denoiser":
+        name, settings = settings["network"], settings["config"]
+    found: list[tuple[str, Any, Any]] = [
+        ("labels", classes if config.labels else 0, label_count(network))
+    ]
+    if config.network != "auto":
+        found.append(("network", config.network, name))
+    for option in ("width", "multipliers", "blocks"):
+        if (asked := getattr(config, option)) is not None:
+            has = settings.get(SIZE_NAMES.get(name, {}).get(option, ""))
+            found.append((option, asked, tuple(has) if isinstance(has, list) else has))
+    return found
+
+
+def _changes(flow: Flow, earlier: Flow) -> list[str]:
+    changed = []
+    for name, value in flow.config.items():
+        before = earlier.config.get(name)
+        if value != before and isinstance(value, (int, float)) and isinstance(before, (int, float)):
+            changed.append(f"{name} {before:.6g} → {value:.6g}")
+    return [f"hyper-parameters of the flow that differ: {', '.join(changed)}"] if changed else []
