@@ -75,7 +75,7 @@ def save_image(path: Path, image: Tensor) -> None:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_image(Path(folder) / "0.png", torch.tensor([[[-1.0, 0.0, 1.0]]]))
-    ...     load_images(Path(folder)).flatten()
+    ...     load_images(Path(folder))[0].flatten()
     tensor([  0, 128, 255], dtype=torch.uint8)
     """
     pillow = _import_pillow()

@@ -313,7 +313,7 @@ def test_samples_as_single_images(run, tmp_path, capsys, exists):
     assert printed.out.strip() == str(folder)
     assert "images: 100%" in printed.err
     assert [path.name for path in sorted(folder.iterdir())] == [f"00000{i}.png" for i in range(5)]
-    images = pfgm.data.images.load_images(folder)
+    images = pfgm.data.images.load_images(folder)[0]
     assert images.shape == (5, 1, 8, 8)
     correct = (np.load(tmp_path / "x.npy").clip(-1, 1) + 1) * 127.5
     assert abs(images.numpy() - correct).max() <= 0.51
