@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -263,7 +264,8 @@ def test_a_run_makes_a_student_of_a_checkpoint(tmp_path, D):
         for a, b in zip(before.values(), loaded.network.state_dict().values(), strict=True)
     )
     assert (tmp_path / "run" / "samples-00000006.png").exists()
-    assert RunConfig.load(tmp_path / "run") == config
+    settled = dataclasses.replace(config, training=config.training.resolved())
+    assert RunConfig.load(tmp_path / "run") == settled
     resumed = run_config(tmp_path / "teacher.safetensors", width=None)
     start(resumed, tmp_path / "run", resume=True, progress=False, report=lambda line: None)
 
