@@ -100,7 +100,9 @@ def _is_pickled(path: Path) -> bool:
     """Whether a file begins as those of torch.save, in either format, and of pickle.dump do."""
     with path.open("rb") as file:
         beginning = file.read(4)
-    return beginning == b"PK\x03\x04" or (beginning[:1] == b"\x80" and beginning[1:2] in _PROTOCOLS)
+    # A safetensors file begins with the length of its header, in which the third byte is 0.
+    pickled = beginning[:1] == b"\x80" and beginning[1:2] in _PROTOCOLS and beginning[2:3] != b"\0"
+    return pickled or beginning == b"PK\x03\x04"
 
 
 def warn_without_checksum(path: Path, description: Mapping[str, Any]) -> None:

@@ -93,15 +93,19 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._flow = self._flow_type(**flow)
         defaults = self._flow.defaults
         solver = solver or defaults.solver
-        prediction_type = prediction_type or self._predictions[0]
+        if prediction_type is None:
+            prediction_type = "noise" if variance_preserving else self._predictions[0]
         check_choice("solver", solver, _SOLVERS)
         check_choice("prediction_type", prediction_type, self._predictions)
         predicts = _NAMES_OF_DIFFUSERS.get(prediction_type, prediction_type)
         positive_int("num_train_timesteps", num_train_timesteps)
-        if variance_preserving and (math.isfinite(self._flow.D) or predicts == "score"):
+        if variance_preserving and (
+            math.isfinite(self._flow.D) or predicts not in ("noise", "mean")
+        ):
             raise ValueError(
                 f"variance_preserving is True with D = {self._flow.D:g} and prediction_type "
-                f"{prediction_type!r}; allowed is D = ∞ with another prediction_type than 'score'."
+                f"{prediction_type!r}; allowed is D = ∞ with 'noise' ('epsilon') or 'mean' "
+                "('sample')."
             )
         self._variance_preserving = variance_preserving
         self.register_to_config(
@@ -119,7 +123,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._flow,
             predicts=predicts,
             level=self._encoding,
-            variance_preserving=variance_preserving and predicts != "residual",
+            variance_preserving=variance_preserving,
         )
         self.set_timesteps()
 
@@ -405,7 +409,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return points / self._size(points, level) if self._variance_preserving else points
 
     def _size(self, x: Tensor, level: Tensor | float) -> Tensor:
-        return (over_samples(per_row(level, x), x).square() + 1).sqrt()
+        wide = torch.as_tensor(level, dtype=wide_dtype(x.device), device=x.device)
+        return over_samples(per_row((wide.square() + 1).sqrt(), x), x)
 
     def _level(self, x: Tensor, timestep: Tensor | float) -> Tensor:
         name = self.config["level"]
@@ -480,7 +485,8 @@ class PoissonFlowPPScheduler(FlowScheduler):
         variance_preserving: at D = ∞, whether the samples of a loop are x/√(1 + σ²), which is
             nearly standard normal at the first level. Loops that were written for DDPM, such as
             diffusers' ``DDPMPipeline`` and its script ``train_unconditional.py``, then work without
-            a change. from_module has the same argument for such a network.
+            a change. prediction_type must then be "noise", which it is by default, or "mean".
+            from_module has the same argument for such a network.
 
     Raises:
         ValueError: an argument is not allowed.
