@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..common.checks import check_choice
 from ..common.files import StrPath, write_json
+from ..flows.fitting import check_fitted_steps
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
@@ -54,6 +55,9 @@ class Settings:
     device that trains."""
     shared: bool = False
     """Hold a part of the data in each process. The target is the field of all data."""
+    fit_levels: tuple[int, ...] = ()
+    """Numbers of solver steps for which levels are fitted to the data before training. Sampling
+    with multistep and so many steps uses them. Each takes up to a few minutes."""
     samples: int = 1000
     """Number of samples of an evaluation."""
     teacher: str | None = None
@@ -66,6 +70,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.multipliers is not None:
             object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON has lists
+        object.__setattr__(self, "fit_levels", tuple(self.fit_levels))
         check_choice("method", self.method, get_args(Method))
         check_choice("network", self.network, get_args(Network))
         check_choice("hold", self.hold, get_args(Place))
@@ -76,6 +81,13 @@ class Settings:
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
         check_steps("levels", self.levels)
+        for steps in self.fit_levels:
+            check_fitted_steps("fit_levels", steps)
+        if self.fit_levels and self.teacher is not None:
+            raise ValueError(
+                "both fit_levels and teacher are given; allowed is one: the solver of few-step "
+                "models, consistency, takes no fitted levels."
+            )
         if self.levels < 2:
             raise ValueError(f"levels is {self.levels}; allowed is at least 2.")
 

@@ -114,6 +114,9 @@ def _run(
     if config.teacher is None:
         flow = build_flow(config, rows)
         network = build_network(config, flow, rows, data.classes).to(device)
+        if processes.leads and not resume:
+            for steps in config.fit_levels:
+                flow.fit_levels(data.train, steps, solver="multistep", progress=progress)
     else:
         flow, network = load(config.teacher, device=device)
         loss = Consistency(flow, network, steps=config.levels).loss
