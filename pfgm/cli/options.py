@@ -18,8 +18,9 @@ class SamplingOptions:
     steps: int | None = None
     """Number of solver steps; by default 10, or more for samples of few values. rk45 chooses its
     own."""
-    schedule: Literal["rho", "log"] = "rho"
-    """Spacing of the steps."""
+    schedule: Literal["fitted", "rho", "log"] | None = None
+    """Spacing of the steps. By default fitted, if the checkpoint has levels for this solver and
+    number of steps and no last is given, else rho."""
     last: float | None = None
     """Noise level at which the last step begins. It goes to the end of the flow at once."""
     batch_size: int = 1000
@@ -33,6 +34,6 @@ class SamplingOptions:
         return {
             "solver": self.solver,
             "steps": steps,
-            "schedule": self.schedule,
+            "schedule": self.schedule or flow.schedule_for(self.solver, steps, self.last),
             "last": self.last,
         }

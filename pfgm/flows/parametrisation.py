@@ -50,6 +50,8 @@ class Parametrisation(ABC):
     """The number of augmented dimensions; infinity for diffusion."""
     defaults: Defaults
     """Solver, steps and schedule of sampling."""
+    fitted_levels: dict[str, dict[int, list[float]]]
+    """Levels by solver and number of steps, from ``fit_levels``. Not part of ``config``."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
@@ -57,6 +59,7 @@ class Parametrisation(ABC):
         if not all(isinstance(n, int) and n > 0 for n in self.shape):
             raise ValueError(f"shape is {self.shape}; allowed are positive integers.")
         self.N = math.prod(self.shape)
+        self.fitted_levels = {}
 
     # ---- what each flow defines ----
 

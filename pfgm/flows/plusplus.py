@@ -383,7 +383,9 @@ class PoissonFlowPP(Flow):
         solver = options.get("solver") or self.defaults.solver
         if solver not in ("euler", "heun"):
             raise ValueError(f"solver is {solver!r}; with churn allowed are euler and heun.")
-        count = len(self.grid(options.get("steps"), options.get("schedule"))) - 1
+        if options.get("schedule") is None:
+            options["schedule"] = self.defaults.schedule  # levels are fitted without churn
+        count = len(self.grid(options.get("steps"), options["schedule"])) - 1
         churn = functools.partial(
             self._churn,
             growth=min(amount / count, _LARGEST_CHURN),

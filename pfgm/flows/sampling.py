@@ -86,8 +86,10 @@ class Sampling(Parametrisation):
                 (:mod:`pfgm.solvers`). Other networks give averages of the data with "consistency";
                 this is not checked.
             steps: the number of solver steps; rk45 chooses its own.
-            schedule: the spacing of the levels, "log" (published for PFGM) or "rho", or the levels
-                themselves, decreasing.
+            schedule: the spacing of the levels, "log" (published for PFGM), "rho" or "fitted" (by
+                :meth:`fit_levels`), or the levels themselves, decreasing. None is "fitted" if
+                levels were fitted for this solver and number of steps and ``last`` is None, else
+                the default of the flow.
             last: the level, z or sigma, at which the last step starts. That step goes to the end at
                 once. Fewer steps suffice where the noise of this level is invisible.
             condition: keyword arguments of the network, such as {"labels": labels}, labels (n,).
@@ -118,7 +120,7 @@ class Sampling(Parametrisation):
         (torch.Size([3, 2]), 15)
         """
         solver = self.defaults.solver if solver is None else solver
-        grid = self.grid(steps, schedule, last)
+        grid = self.grid(steps, schedule, last, solver=solver)
         x, nfe = self._start(net, n, generator, device, x_init), 0
         check_choice("solver", solver, SAMPLERS)
         if solver == "consistency":
@@ -143,11 +145,14 @@ class Sampling(Parametrisation):
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         last: float | None = None,
+        *,
+        solver: str | None = None,
     ) -> list[float]:
         """The levels of a run, from the first to the last: ``steps`` + 1 levels of a schedule.
 
         Arguments are those of :meth:`sample`. Levels given as ``schedule`` are checked and
-        returned.
+        returned. Without a solver, fitted levels are those of the default solver, and they are used
+        only with the schedule "fitted".
 
         >>> import pfgm
         >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log")]
@@ -156,15 +161,18 @@ class Sampling(Parametrisation):
         [40.0, 2.0, 0.1, 0.001]
         """
         steps = self.defaults.steps if steps is None else steps
-        schedule = self.defaults.schedule if schedule is None else schedule
+        if schedule is None:
+            schedule = self.schedule_for(solver, steps, last)
         if not isinstance(schedule, str):
             if last is not None:
                 raise ValueError(
                     f"last is {last}, but schedule holds all levels; give one of them."
                 )
-            return _checked_grid(schedule)
-        check_choice("schedule", schedule, SCHEDULES)
+            return checked_grid(schedule)
+        check_choice("schedule", schedule, [*SCHEDULES, "fitted"])
         check_steps("steps", steps)
+        if schedule == "fitted":
+            return self._fitted_grid(solver or self.defaults.solver, steps, last)
         if last is None:
             return self._grid(schedule, steps, self.last_level)
         if not is_number(last) or not self.last_level <= last < self.first_level:
@@ -172,6 +180,23 @@ class Sampling(Parametrisation):
                 f"last is {last!r}; allowed is {self.last_level} to below {self.first_level}."
             )
         return self._grid(schedule, steps, float(last))
+
+    def schedule_for(self, solver: str | None, steps: int, last: float | None = None) -> str:
+        """The schedule of a run unless one is given: "fitted" if there are such levels."""
+        fitted = last is None and steps in self.fitted_levels.get(solver or "", {})
+        return "fitted" if fitted else self.defaults.schedule
+
+    def _fitted_grid(self, solver: str, steps: int, last: float | None) -> list[float]:
+        if last is not None:
+            raise ValueError(f"last is {last}, but fitted levels include it; give one of them.")
+        found = self.fitted_levels.get(solver, {})
+        if steps not in found:
+            known = ", ".join(map(str, sorted(found))) or "none"
+            raise ValueError(
+                f"schedule is 'fitted', but no levels were fitted for the solver {solver!r} with "
+                f"{steps} steps (fitted are those with: {known}); fit_levels finds them."
+            )
+        return list(found[steps])
 
     def solve(
         self,
@@ -350,7 +375,8 @@ def check_count(n: int) -> None:
         raise ValueError(f"n is {n!r}; allowed is an integer of at least 0.")
 
 
-def _checked_grid(levels: Sequence[float]) -> list[float]:
+def checked_grid(levels: Sequence[float]) -> list[float]:
+    """The levels as a list. Raises ValueError unless they are decreasing and above 0."""
     grid = [float(level) for level in levels]
     inner = grid[:-1]
     if len(grid) < 2 or not all(0 < level < math.inf for level in inner) or not grid[-1] >= 0:

@@ -11,6 +11,7 @@ from ..common.checks import check_choice
 from ..common.files import StrPath, write_json
 from ..common.versions import versions
 from ..datasets import Range
+from ..flows.fitting import check_fitted_steps
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
@@ -65,6 +66,9 @@ class Settings:
     device that trains."""
     shared: bool = False
     """Hold a part of the data in each process. The target is the field of all data."""
+    fit_levels: tuple[int, ...] = ()
+    """Numbers of solver steps for which levels are fitted to the data before training. Sampling
+    with multistep and so many steps uses them. Each takes up to a few minutes."""
     samples: int = 1000
     """Number of samples of an evaluation."""
     init: str | None = None
@@ -81,6 +85,7 @@ class Settings:
         for name in ("multipliers", "range"):  # JSON has lists
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "fit_levels", tuple(self.fit_levels))
         check_choice("method", self.method, get_args(Method))
         check_choice("network", self.network, get_args(Network))
         check_choice("hold", self.hold, get_args(Place))
@@ -99,6 +104,13 @@ class Settings:
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
         check_steps("levels", self.levels)
+        for steps in self.fit_levels:
+            check_fitted_steps("fit_levels", steps)
+        if self.fit_levels and self.teacher is not None:
+            raise ValueError(
+                "both fit_levels and teacher are given; allowed is one: the solver of few-step "
+                "models, consistency, takes no fitted levels."
+            )
         if self.levels < 2:
             raise ValueError(f"levels is {self.levels}; allowed is at least 2.")
 

@@ -31,7 +31,17 @@ from .trainer import Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
 
-_OF_THE_TEACHER = ("method", "D", "flow", "network", "width", "multipliers", "blocks")
+_OF_THE_TEACHER = (
+    "method",
+    "D",
+    "flow",
+    "weighting",
+    "network",
+    "width",
+    "multipliers",
+    "blocks",
+    "fit_levels",
+)
 _CHANGEABLE_SETTINGS = ("hold", "samples", "shared")  # of a run that is resumed
 
 
@@ -121,6 +131,9 @@ def _run(
     rows = _place_rows(data.train, config, device)
     flow, network, notes = _model(config, rows, data, folder, resume, resume_from)
     network = network.to(device)
+    if config.teacher is None and processes.leads and not resume:
+        for steps in config.fit_levels:
+            flow.fit_levels(data.train, steps, solver="multistep", progress=progress)
     training = config.training
     loss: Callable[..., Tensor] | None = None
     if config.teacher is not None:

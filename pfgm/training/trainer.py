@@ -303,6 +303,7 @@ class Trainer:
                 f"{self.folder} holds a checkpoint that is damaged or of another program ({error})."
             ) from error
         check_same_flow(self.flow, saved, self.folder)
+        self.flow.restore_fitted(saved.describe_fitted())
         if rows != len(self.data):
             raise ValueError(
                 f"data has {len(self.data)} rows; the run in {self.folder} has {rows}."

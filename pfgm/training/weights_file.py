@@ -50,6 +50,8 @@ def write_weights(
         "checksum": "crc32",
         **facts,
     }
+    if flow.fitted_levels:
+        description["fitted_levels"] = flow.describe_fitted()
     if distilled is not None:
         description["distilled"] = distilled
     tensors = {
@@ -123,7 +125,9 @@ def flow_in(description: Mapping[str, Any]) -> Flow:
     kind = description.get("kind", "PoissonFlow")
     if kind not in _FLOWS:
         raise ValueError(f"it holds a flow {kind!r}; known are {', '.join(_FLOWS)}.")
-    return _FLOWS[kind](**description["flow"])
+    flow = _FLOWS[kind](**description["flow"])
+    flow.restore_fitted(description.get("fitted_levels", {}))
+    return flow
 
 
 def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:

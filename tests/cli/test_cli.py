@@ -600,3 +600,28 @@ def test_samples_of_few_values_use_the_default_steps_of_the_flow(tmp_path):
     for steps, same in ((None, True), (10, False)):
         expected = flow.sample(net, 20, x_init=start, steps=steps).numpy()
         assert np.array_equal(np.load(tmp_path / "x.npy"), expected) == same
+
+
+def test_samples_take_the_fitted_levels_of_the_checkpoint(tmp_path, capsys):
+    data = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    flow = pfgm.PoissonFlow.from_data(data)
+    levels = flow.fit_levels(data, 3, points=16)
+    torch.manual_seed(0)
+    net = pfgm.networks.MLP((2,), width=8, depth=1, **flow.scaling)
+    weights, out = str(tmp_path / "net.safetensors"), str(tmp_path / "x.npy")
+    pfgm.save(weights, flow, net)
+    start = flow.prior(20, generator=torch.Generator().manual_seed(0))
+    arguments = ["sample", "--checkpoint", weights, "--n", "20", "--out", out, "--steps", "3"]
+    for options, schedule in (
+        ([], levels),
+        (["--schedule", "fitted"], levels),
+        (["--schedule", "rho"], flow.grid(3, "rho")),
+        (["--last", "0.5"], flow.grid(3, "rho", last=0.5)),
+        (["--solver", "euler"], flow.grid(3, "rho")),
+    ):
+        assert cli.main([*arguments, *options]) == 0
+        solver = options[1] if "--solver" in options else "multistep"
+        expected = flow.sample(net, 20, x_init=start, solver=solver, schedule=schedule)
+        assert np.array_equal(np.load(out), expected.numpy()), options
+    message = fails(capsys, *arguments, "--schedule", "fitted", "--solver", "heun")
+    assert "no levels were fitted for the solver 'heun' with 3 steps" in message

@@ -399,3 +399,30 @@ def test_the_recipes_are_configurations():
     assert (one.network, one.training.batch_size, one.training.references) == ("ddpmpp", 128, 4096)
     assert eight == dataclasses.replace(one, blocks=8)
     assert eight.training.batch_size % 8 == 0
+
+
+def test_levels_are_fitted_once_and_kept_when_the_run_is_resumed(tmp_path, monkeypatch):
+    rows = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).numpy()
+    np.save(tmp_path / "x.npy", rows)
+    settings = {"data": str(tmp_path / "x.npy"), "fit_levels": (2, 3)}
+    run(tmp_path / "run", **settings)
+    levels = pfgm.load(tmp_path / "run").flow.fitted_levels
+    assert {solver: sorted(found) for solver, found in levels.items()} == {"multistep": [2, 3]}
+    monkeypatch.setattr(pfgm.PoissonFlow, "fit_levels", None)
+    run(tmp_path / "run", training=changed(steps=8), resume=True, **settings)
+    assert pfgm.load(tmp_path / "run").flow.fitted_levels == levels
+    with pytest.raises(ValueError, match=r"fit_levels is \(2,\); the run in"):
+        run(tmp_path / "run", resume=True, **{**settings, "fit_levels": (2,)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fit_levels": (0,)}, "fit_levels is 0"),
+        ({"fit_levels": (500,)}, "fit_levels is 500; allowed are at most 100"),
+        ({"fit_levels": (5,), "teacher": "x"}, "both fit_levels and teacher"),
+    ],
+)
+def test_levels_that_cannot_be_fitted(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**settings)

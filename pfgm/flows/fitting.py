@@ -1,0 +1,227 @@
+"""Levels fitted to data: those at which a solver follows the exact field of the data best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_choice, check_seed, positive_int
+from ..common.messages import progress_bar
+from ..common.tensors import dequantise
+from ..references import References, ReferenceSet
+from .sampling import Sampling, check_steps, checked_grid
+from .targets import Targets
+
+__all__ = ["Fitting"]
+
+FITTED_SOLVERS = ("euler", "heun", "multistep")
+_MOST_REFERENCES = 10_000
+_EXACT_STEPS = 200
+_MOST_STEPS = 100
+_INVISIBLE = 0.01  # an error in units of the data's spread
+_LAST = (0.1, 0.2, 0.4)  # starts of the last step, in units of the standard deviation of a value
+_FIRST_MOVE, _LEAST_MOVE = 0.25, 0.03  # of a level in the search, in log z
+
+
+class Fitting(Sampling, Targets):
+    """Levels that follow from the data."""
+
+    def fit_levels(
+        self,
+        references: References,
+        steps: int,
+        *,
+        solver: str | None = None,
+        points: int = 512,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> list[float]:
+        """Finds the levels at which a solver with few steps follows the exact field best.
+
+        Field lines of the exact field of the references are followed from points of the prior with
+        200 steps, and then with ``steps`` steps at the levels in question. Minimised is the mean of
+
+            log(0.01 + ‖x − x*‖/R)
+
+        where x is the end found with few steps, x* that found with many, and R the root mean square
+        of the distances of the references from their mean. The logarithm keeps the few points for
+        which x and x* are different references from deciding alone. Align Your Steps (arXiv
+        2404.14507) minimises a bound of the error of a trained network instead; here no network is
+        needed.
+
+        The search starts at the best of the schedules "log" and "rho" and moves one level at a time
+        as long as this helps. The result is kept in ``fitted_levels``, and :meth:`sample` uses it
+        for this solver and number of steps unless a schedule or ``last`` is given.
+        :func:`pfgm.save` and :func:`pfgm.load` keep it with the network. The same arguments give
+        the same levels. The time grows with the square of ``steps``.
+
+        Args:
+            references: (M, *S), the training data. Of more than 10 000, that many are drawn.
+            steps: the number of solver steps, 1 to 100.
+            solver: "euler", "heun" or "multistep"; None is the default of the flow.
+            points: the number of points of the prior.
+            seed: seed of the points and of the references that are drawn.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The ``steps`` + 1 levels, decreasing. For :class:`pfgm.PoissonFlow` they are z, for
+            :class:`pfgm.PoissonFlowPP` sigma.
+
+        Raises:
+            ValueError: an argument is out of range, or references are divided among processes.
+
+        >>> import pfgm, torch
+        >>> data = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+        >>> flow = pfgm.PoissonFlow.from_data(data)
+        >>> levels = flow.fit_levels(data, steps=5)
+        >>> flow.grid(5, "fitted") == levels
+        True
+        """
+        solver = self.defaults.solver if solver is None else solver
+        check_choice("solver", solver, FITTED_SOLVERS)
+        check_fitted_steps("steps", steps)
+        points = positive_int("points", points)
+        check_seed(seed)
+        self._check_references(references)
+        rows = _drawn(references, seed)
+        with torch.no_grad():
+            error = self._error_of(rows, solver, points, seed)
+            levels = self._search(error, steps, rows, progress)
+        self.fitted_levels.setdefault(solver, {})[steps] = levels
+        return list(levels)
+
+    def _error_of(
+        self, rows: Tensor, solver: str, points: int, seed: int
+    ) -> Callable[[Sequence[float]], float]:
+        """The mean log error of the solver's ends as a function of its levels."""
+        net = self.empirical(rows)
+        x = self.prior(points, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+        exact = self.solve(net, x, self.grid(_EXACT_STEPS, "log"), solver="multistep")[0]
+        spread = _spread(rows)
+
+        def error(levels: Sequence[float]) -> float:
+            found = self.solve(net, x, levels, solver=solver)[0]
+            distance = (found - exact).flatten(1).double().norm(dim=1) / spread
+            return float((distance + _INVISIBLE).log().mean())
+
+        return error
+
+    def _search(
+        self,
+        error: Callable[[Sequence[float]], float],
+        steps: int,
+        rows: Tensor,
+        progress: bool,
+    ) -> list[float]:
+        start = min(self._candidates(steps, _spread(rows) / math.sqrt(self.N)), key=error)
+        with progress_bar(desc="fitting levels", unit="trial", disable=not progress) as bar:
+
+            def shown(levels: Sequence[float]) -> float:
+                bar.update()
+                return error(levels)
+
+            return _moved(shown, start)
+
+    def _candidates(self, steps: int, deviation: float) -> list[list[float]]:
+        ends = [
+            factor * deviation
+            for factor in _LAST
+            if self.last_level < factor * deviation < self.first_level
+        ]
+        return [
+            self.grid(steps, "log"),
+            self.grid(steps, "rho"),
+            *(self.grid(steps, schedule, end) for schedule in ("log", "rho") for end in ends),
+        ]
+
+    def restore_fitted(self, described: Any) -> None:
+        """Takes over levels as :meth:`describe_fitted` gives them.
+
+        Raises:
+            ValueError, TypeError: they are not levels of this flow.
+        """
+        _check_mapping(described)
+        for solver, found in described.items():
+            check_choice("the solver of fitted levels", solver, FITTED_SOLVERS)
+            _check_mapping(found)
+            for steps, levels in found.items():
+                self._restore(solver, int(steps), checked_grid(levels))
+
+    def _restore(self, solver: str, steps: int, levels: list[float]) -> None:
+        ends = self.grid(steps, "log")
+        same = [math.isclose(a, b, rel_tol=1e-6) for a, b in zip(levels, ends, strict=False)]
+        if len(levels) != len(ends) or not (same[0] and same[-1]):
+            raise ValueError(
+                f"the levels fitted for {solver} with {steps} steps are {levels}; needed are "
+                f"{steps + 1} levels from {ends[0]} to {ends[-1]}."
+            )
+        # The ends are computed from the data, so another machine rounds them otherwise.
+        levels = [ends[0], *levels[1:-1], ends[-1]]
+        self.fitted_levels.setdefault(solver, {})[steps] = levels
+
+    def describe_fitted(self) -> dict[str, dict[str, list[float]]]:
+        """The fitted levels for JSON, by solver and number of steps."""
+        return {
+            solver: {str(steps): levels for steps, levels in found.items()}
+            for solver, found in self.fitted_levels.items()
+        }
+
+
+def _check_mapping(described: Any) -> None:
+    if not isinstance(described, Mapping):
+        raise TypeError(f"fitted levels are a {type(described).__name__}, not a mapping.")
+
+
+def check_fitted_steps(name: str, steps: int) -> None:
+    """Raises ValueError unless levels can be fitted for so many steps."""
+    check_steps(name, steps)
+    if steps > _MOST_STEPS:
+        raise ValueError(
+            f"{name} is {steps}; allowed are at most {_MOST_STEPS}: with more, the schedules "
+            "hardly differ."
+        )
+
+
+def _moved(error: Callable[[Sequence[float]], float], levels: list[float]) -> list[float]:
+    """The levels after moving one inner level at a time, as long as this lowers the error.
+
+    A move multiplies or divides a level by a factor. If no move helps, the factor shrinks.
+    """
+    least, move = error(levels), _FIRST_MOVE
+    while move > _LEAST_MOVE:
+        helped = False
+        for i in range(1, len(levels) - 1):
+            for factor in (math.exp(move), math.exp(-move)):
+                level = levels[i] * factor
+                if not levels[i + 1] < level < levels[i - 1]:
+                    continue
+                moved = [*levels[:i], level, *levels[i + 1 :]]
+                if (found := error(moved)) < least:
+                    least, levels, helped = found, moved, True
+                    break
+        if not helped:
+            move /= 2
+    return levels
+
+
+def _drawn(references: References, seed: int) -> Tensor:
+    """At most 10 000 of the references, as float32 on their device."""
+    if isinstance(references, ReferenceSet) and references.sharded:
+        raise ValueError(
+            "references are divided among processes; allowed are a tensor and a ReferenceSet that "
+            "is not."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    held = references if isinstance(references, ReferenceSet) else ReferenceSet(references)
+    numbers = held.draw(min(len(held), _MOST_REFERENCES), generator=generator)
+    return dequantise(held[numbers], torch.float32)
+
+
+def _spread(rows: Tensor) -> float:
+    """The root mean square of the distances of rows from their mean; 1 if all are equal."""
+    wide = rows.flatten(1).double()
+    return float((wide - wide.mean(0)).square().sum(1).mean().sqrt()) or 1.0

@@ -1,0 +1,211 @@
+"""Levels fitted to data: against exact ends of field lines, and where they are used."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+
+import pfgm
+from pfgm import PoissonFlow, PoissonFlowPP
+
+DIFFUSION = PoissonFlowPP((1,), D=math.inf)
+
+
+@pytest.fixture(scope="module")
+def data():
+    angle = torch.arange(60) * (2 * math.pi / 60)
+    return torch.stack([angle.cos(), 0.3 * angle.sin()], 1)
+
+
+def ends_of_diffusion(x, references):
+    """Where field lines from x at σ_max end, in one dimension and with D = ∞.
+
+    They do not cross, so the point whose share of the mixture below it is u ends at the reference
+    below which there is the share u of the references.
+    """
+    below = torch.special.ndtr((x - references.T) / DIFFUSION.sigma_max).mean(1)
+    place = (below * len(references)).long().clamp(max=len(references) - 1)
+    return references.sort(dim=0).values[place]
+
+
+@pytest.mark.parametrize("solver", ["multistep", "heun", "euler"])
+def test_more_points_end_at_their_reference_than_with_log_and_rho(solver):
+    references = torch.tensor([[-1.1], [-0.9], [-0.2], [0.7], [1.5]])
+    flow = PoissonFlowPP((1,), D=math.inf)
+    x = flow.prior(4000, generator=torch.Generator().manual_seed(7))
+    expected, net = ends_of_diffusion(x, references), flow.empirical(references)
+
+    def right(schedule):
+        found = flow.sample(net, len(x), x_init=x, solver=solver, steps=6, schedule=schedule)
+        return float(((found - expected).abs() < 0.05).double().mean())
+
+    flow.fit_levels(references, 6, solver=solver)
+    assert right("fitted") > max(right("log"), right("rho")) + 0.02
+
+
+@pytest.mark.parametrize("make", [PoissonFlow.from_data, lambda d: PoissonFlowPP.from_data(d, D=8)])
+def test_the_error_against_rk45_from_other_points(data, make):
+    flow = make(data)
+    net, x = flow.empirical(data), flow.prior(500, generator=torch.Generator().manual_seed(9))
+    exact = flow.sample(net, 500, x_init=x, solver="rk45", rtol=1e-7, atol=1e-7)
+
+    def error(schedule):
+        found = flow.sample(net, 500, x_init=x, solver="multistep", steps=6, schedule=schedule)
+        return float((found - exact).norm(dim=1).median())
+
+    flow.fit_levels(data, 6, solver="multistep")
+    assert error("fitted") < 0.8 * min(error("log"), error("rho"))
+
+
+def test_levels_run_from_the_first_level_to_the_last(data):
+    for flow in (PoissonFlow.from_data(data), PoissonFlow((2,), data_norm=1.0)):
+        for steps in (1, 2, 4):
+            levels = flow.fit_levels(data, steps, points=32)
+            ends = flow.grid(steps, "log")
+            assert len(levels) == steps + 1
+            assert (levels[0], levels[-1]) == (ends[0], ends[-1])
+            assert levels == sorted(levels, reverse=True)
+
+
+def test_scaled_data_give_scaled_levels(data):
+    levels = PoissonFlow.from_data(data).fit_levels(data, 4)
+    larger = PoissonFlow.from_data(100 * data + 7).fit_levels(100 * data + 7, 4)
+    assert larger == pytest.approx([100 * z for z in levels], rel=0.1)
+
+
+def test_the_same_arguments_give_the_same_levels(data):
+    flow, again = PoissonFlow.from_data(data), PoissonFlow.from_data(data)
+    levels = flow.fit_levels(data, 4, points=64)
+    torch.rand(3)
+    assert again.fit_levels(pfgm.ReferenceSet(data), 4, points=64) == levels
+    assert again.fit_levels(data, 4, points=64, seed=1) != levels
+
+
+def test_bytes_and_many_references():
+    rows = (torch.arange(12_000)[:, None] * torch.tensor([3, 5])).to(torch.uint8)
+    flow = PoissonFlow.from_data(rows)
+    assert len(flow.fit_levels(rows, 2, points=8)) == 3
+
+
+def test_one_reference_leaves_nothing_to_fit():
+    flow = PoissonFlowPP((2,), D=4)
+    assert len(flow.fit_levels(torch.zeros(1, 2), 3, points=8)) == 4
+
+
+# ---- where they are used ----
+
+
+def test_sampling_uses_them_for_their_solver_and_steps_alone(data):
+    flow = PoissonFlow.from_data(data)
+    unfitted = PoissonFlow.from_data(data)
+    net, x = flow.empirical(data), flow.prior(20, generator=torch.Generator().manual_seed(0))
+    levels = flow.fit_levels(data, 4, points=32)
+
+    def sample(flow, **options):
+        return flow.sample(net, 20, x_init=x, **options)
+
+    explicit = sample(flow, schedule=levels)
+    assert torch.equal(sample(flow, steps=4), explicit)
+    assert torch.equal(sample(flow, steps=4, schedule="fitted"), explicit)
+    for options in (
+        {"steps": 4, "schedule": "rho"},
+        {"steps": 4, "last": 0.2},
+        {"steps": 5},
+        {"steps": 4, "solver": "heun"},
+        {},
+    ):
+        assert torch.equal(sample(flow, **options), sample(unfitted, **options))
+    assert flow.grid(4) == unfitted.grid(4)
+    assert flow.grid(4, solver="multistep") == flow.grid(4, "fitted") == levels
+    assert flow == unfitted
+    assert torch.equal(sample(pickle.loads(pickle.dumps(flow)), steps=4), explicit)
+
+
+def test_churn_takes_the_default_schedule(data):
+    flow = PoissonFlowPP.from_data(data, D=8)
+    net = flow.empirical(data)
+
+    def sample():
+        generator = torch.Generator().manual_seed(0)
+        return flow.sample(net, 20, steps=4, churn=2.0, generator=generator)
+
+    before = sample()
+    flow.fit_levels(data, 4, points=32)
+    assert torch.equal(sample(), before)
+
+
+def test_a_returned_list_is_not_the_kept_one(data):
+    flow = PoissonFlow.from_data(data)
+    flow.fit_levels(data, 3, points=8)[1] = 0.0
+    flow.grid(3, "fitted")[1] = 0.0
+    assert flow.grid(3, "fitted")[1] > 0
+
+
+def test_a_weights_file_keeps_them(tmp_path, data):
+    flow = PoissonFlow.from_data(data)
+    net = pfgm.networks.MLP((2,), width=8, depth=1, **flow.scaling)
+    flow.fit_levels(data, 3, points=8)
+    flow.fit_levels(data, 4, solver="heun", points=8)
+    pfgm.save(tmp_path / "net.safetensors", flow, net)
+    assert pfgm.load(tmp_path / "net.safetensors").flow.fitted_levels == flow.fitted_levels
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        [],
+        {"rk45": {"2": [9.0, 1.0, 0.0]}},
+        {"heun": [1.0]},
+        {"heun": {"two": [9.0, 1.0, 0.0]}},
+        {"heun": {"2": [80.0, 1.0, 0.5]}},
+        {"heun": {"2": [70.0, 1.0, 0.0]}},
+        {"heun": {"2": [80.0, 0.0]}},
+        {"heun": {"2": [80.0, 90.0, 0.0]}},
+        {"heun": {"2": [80.0, math.nan, 0.0]}},
+        {"heun": {"2": [80.0, "x", 0.0]}},
+        {"heun": {"2": None}},
+        {"heun": {"-2": [80.0, 0.0]}},
+    ],
+)
+def test_levels_of_another_flow_are_refused(described):
+    flow = PoissonFlowPP((2,), D=4)
+    with pytest.raises((ValueError, TypeError)):
+        flow.restore_fitted(described)
+    assert flow.fitted_levels == {}
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 101}, "steps is 101; allowed are at most 100"),
+        ({"steps": 2.0}, "steps is 2.0"),
+        ({"solver": "rk45"}, "solver is 'rk45'; allowed are euler, heun, multistep"),
+        ({"points": 0}, "points is 0"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"references": torch.zeros(3, 3)}, "references has shape"),
+        ({"references": torch.zeros(0, 2)}, "references has shape"),
+        ({"references": torch.full((3, 2), math.nan)}, "NaN"),
+    ],
+)
+def test_bad_arguments(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        PoissonFlow.from_data(data).fit_levels(**{"references": data, "steps": 2, **options})
+
+
+def test_levels_that_were_not_fitted_are_asked_for(data):
+    flow = PoissonFlow.from_data(data)
+    net = flow.empirical(data)
+    with pytest.raises(ValueError, match=r"no levels were fitted .* 3 steps \(fitted are .*none"):
+        flow.sample(net, 2, steps=3, schedule="fitted")
+    flow.fit_levels(data, 2, points=8)
+    with pytest.raises(ValueError, match=r"'multistep' with 3 steps \(fitted are .*: 2\)"):
+        flow.sample(net, 2, steps=3, schedule="fitted")
+    with pytest.raises(ValueError, match=r"last is 0\.1, but fitted levels include it"):
+        flow.sample(net, 2, steps=2, schedule="fitted", last=0.1)
