@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 __all__ = ["ShownFigure"]
 
 
-class ShownFigure(Figure):  # type: ignore[misc]
+class ShownFigure(Figure):
     """A figure that notebooks show, although it belongs to no pyplot window."""
 
     def _repr_png_(self) -> bytes:
