@@ -151,6 +151,8 @@ class Parametrisation(ABC):
         return ode_steps.mean_of(x, prediction, level)
 
     def _check_x(self, x: Tensor, name: str = "x") -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
         if x.ndim == 0 or x.shape[1:] != self.shape:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."

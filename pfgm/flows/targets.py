@@ -41,6 +41,11 @@ class Targets(Parametrisation):
         """The exact network of references (M, *S)."""
 
     def _check_references(self, references: References) -> None:
+        if not isinstance(references, (Tensor, ReferenceSet)):
+            raise TypeError(
+                f"references is a {type(references).__name__}; allowed are a torch.Tensor and a "
+                "pfgm.ReferenceSet, which takes arrays."
+            )
         if references.shape[1:] != self.shape or len(references) == 0:
             raise ValueError(
                 f"references has shape {tuple(references.shape)}; allowed is (M, *S) with M ≥ 1 "

@@ -183,6 +183,13 @@ def test_a_flow_from_an_array(make, dtype):
     assert make(tensor.numpy()) == make(tensor) == make(pfgm.ReferenceSet(tensor))
     with pytest.raises(TypeError, match="int64; allowed are uint8 and floating"):
         make(bytes_.to(torch.int64).numpy())
+    flow = make(tensor)
+    with pytest.raises(
+        TypeError, match=r"references is a ndarray; allowed are a torch\.Tensor and"
+    ):
+        flow.empirical(tensor.numpy())
+    with pytest.raises(TypeError, match=r"x is a ndarray; allowed is a torch\.Tensor"):
+        flow.loss(flow.empirical(tensor), tensor.numpy())
 
 
 def test_images_with_channels_last(tmp_path):
