@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Annotated, Any, Union
 
-# These texts also stand in pfgm.cli, which imports torch; the tests compare them.
+# The texts of the commands also stand in pfgm.cli, which imports torch; the tests compare them.
 COMMANDS = {
     "demo": (
         "Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."
@@ -26,7 +26,10 @@ COMMANDS = {
     "convert": "Make a checkpoint from a published file of PFGM, PFGM++ or EDM.",
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
-DESCRIPTION = "Poisson flow generative models."
+DESCRIPTION = (
+    "Poisson flow generative models. pfgm COMMAND --help shows the options of a command, pfgm "
+    "--version the version."
+)
 
 
 def main() -> int:

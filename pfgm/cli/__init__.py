@@ -25,7 +25,10 @@ from .info import Info
 from .sample import Sample
 from .train import Train, starting_config
 
-_DESCRIPTION = "Poisson flow generative models."
+_DESCRIPTION = (
+    "Poisson flow generative models. pfgm COMMAND --help shows the options of a command, pfgm "
+    "--version the version."
+)
 _COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Convert, Info)
 _EXPECTED_ERRORS = (
     ValueError,
@@ -81,7 +84,13 @@ def _parse(arguments: list[str]) -> Any:
         subcommand = tyro.conf.subcommand(name, default=default, constructor=kind)
         commands.append(Annotated[Any, subcommand])
     union: Any = functools.reduce(operator.or_, commands)
-    return tyro.cli(union, prog="pfgm", description=_DESCRIPTION, args=arguments)
+    return tyro.cli(
+        union,
+        prog="pfgm",
+        description=_DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.DisallowNone,),  # None is a default, but not a value to type
+    )
 
 
 def _check_values(arguments: list[str]) -> None:

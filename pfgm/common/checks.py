@@ -17,6 +17,7 @@ from torch import Tensor
 _debug = False
 R = TypeVar("R")
 _FLOAT32 = torch.finfo(torch.float32)
+_MAX_REASON = 200  # characters of torch's own message
 _MAX_DIMENSIONS = 64  # dimensions of a tensor
 _MAX_INT = (1 << 63) - 1  # the largest integer that torch takes
 _MAX_SIZES = 64  # values in a tuple of sizes
@@ -179,9 +180,21 @@ def usable_device(name: str) -> torch.device:
         # Reading a value fails on "meta", which holds no values.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from error
+        raise ValueError(
+            f"device is {name!r}, which cannot be used here: {_device_reason(name, error)}"
+        ) from error
     return device
+
+
+def _device_reason(name: str, error: Exception) -> str:
+    """Why a device cannot be used, in one sentence."""
+    kind = name.partition(":")[0]
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "torch finds no GPU of Apple; allowed are cpu and auto."
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU that it can use; allowed are cpu and auto."
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return reason if len(reason) <= _MAX_REASON else f"{reason.partition('. ')[0][:_MAX_REASON]}."
 
 
 def checks_values(device: torch.device) -> bool:

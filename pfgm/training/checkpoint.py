@@ -36,6 +36,9 @@ from .weights_file import (
 
 __all__ = ["Loaded", "check_solver", "label_names", "load", "load_run", "save", "save_run"]
 
+STATE_FORMAT = 1
+"""The version of the format of a training state. Older states, without a version, have this one."""
+
 _KEPT_CHECKPOINTS = 2  # of a run
 _WEIGHTS_NAME = re.compile(r"step-(\d{8,18})\.safetensors")
 _MAX_REASON = 300  # characters of another library's message, which may repeat content of a file
@@ -261,6 +264,10 @@ def _read_checkpoint(folder: Path, names: Mapping[str, str]) -> RunCheckpoint:
         raise ValueError(f"{path} is not a complete training state.") from error
     if not isinstance(state, dict) or state.get("step") != description.get("step"):
         raise ValueError(f"{path} is not the training state that belongs to its weights.")
+    if (version := state.get("format", STATE_FORMAT)) != STATE_FORMAT:
+        raise ValueError(
+            f"{path} has format {version}; this version of pfgm reads format {STATE_FORMAT}."
+        )
     return RunCheckpoint(tensors, description, state)
 
 

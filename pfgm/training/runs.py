@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -158,13 +159,27 @@ def _run(
     if resume:
         notes.append(_resume(trainer, resume_from))
     report("\n".join([*notes, summary(config, data, rows, trainer)]))
-    if processes.leads:
-        # All settings of the schedule are written, so that more steps do not change them later.
-        settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
-        dataclasses.replace(config, training=settled).save(folder / CONFIG_FILE)
-    averaged = trainer.train()
+    with _remove_failed_start(folder) if processes.leads else nullcontext():
+        if processes.leads:
+            # The schedule is written in full, so that more steps do not change it later.
+            settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
+            dataclasses.replace(config, training=settled).save(folder / CONFIG_FILE)
+        averaged = trainer.train()
     report(f"checkpoint: {folder}")
     return averaged
+
+
+@contextmanager
+def _remove_failed_start(folder: Path) -> Iterator[None]:
+    """If the block fails before the first row of the log, removes the new files of the run."""
+    before = {*folder.iterdir()}
+    try:
+        yield
+    except BaseException:
+        if not any((folder / name).exists() for name in ("latest.json", "log.csv")):
+            for path in {folder / CONFIG_FILE, *folder.glob("events.out.*")} - before:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _model(

@@ -21,7 +21,7 @@ from ..common.messages import progress_bar
 from ..flows.flow import Flow
 from ..references import References
 from .batches import Batch, Batches, seed_of
-from .checkpoint import load_run, save_run
+from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import check_data, check_labels, check_same_flow, warn_of_range, with_settings_of_run
 from .config import TrainConfig
 from .locks import FolderInUse, locked, locked_for_all
@@ -253,6 +253,7 @@ class Trainer:
         if self.folder is None or not self._processes.leads:
             return
         state = {
+            "format": STATE_FORMAT,
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "rows": len(self.data),

@@ -137,6 +137,8 @@ def test_info(capsys):
     for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU", "threads"):
         assert part in shown
     assert "reference: exact differences" in shown
+    gpu = "cuda       torch finds no GPU that it can use; the CPU computes" in shown
+    assert gpu != torch.cuda.is_available()
     assert cli.main(["--version"]) == 0
 
 
@@ -210,6 +212,41 @@ def test_one_sentence_for_impossible_amounts(run, tmp_path, capsys):
     assert "batch-size is 1000" in fails(capsys, *sample, "--batch-size", huge)
     assert "seed is 1000" in fails(capsys, "demo", "--out", tmp_path / "demo", "--seed", huge)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_gpu_is_one_calm_sentence(run, tmp_path, capsys):
+    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy", "--device"]
+    for device, usable, message in (
+        ("mps", torch.backends.mps.is_available(), "torch finds no GPU of Apple; allowed are cpu"),
+        ("cuda", torch.cuda.is_available(), "torch finds no GPU that it can use; allowed are cpu"),
+        ("meta", False, ""),
+    ):
+        if not usable:
+            shown = fails(capsys, *sample, device)
+            assert f"device is {device!r}, which cannot be used here: {message}" in shown
+            assert len(shown) < 250
+
+
+def test_the_help_names_values_as_a_user_types_them(capsys):
+    for arguments in (["train"], ["sample"], ["evaluate"]):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, "--help"])
+        assert "{None}" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "--version" in capsys.readouterr().out
+    start = cli._parse(["train", "--out", "x", "--multipliers", "1", "2", "--range", "0", "255"])
+    assert (start.settings.multipliers, start.settings.range) == ((1, 2), (0.0, 255.0))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_of_the_shell(tmp_path, shell, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--tyro-write-completion", shell, str(tmp_path / "pfgm")])
+    assert ended.value.code in (None, 0)
+    script = (tmp_path / "pfgm").read_text()
+    assert "evaluate" in script
+    assert "--learning-rate" in script
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu:-1", "hpu", "mkldnn"])

@@ -1,10 +1,13 @@
+import dataclasses
 import json
 import random
 import re
+import runpy
 import shutil
 import time
 import warnings
 import zlib
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -466,3 +469,47 @@ def test_endless_descriptions(tmp_path, run):
         crafted(path, None, flow=flow)
         with pytest.raises(ValueError, match=r"net\.safetensors cannot be loaded"):
             pfgm.load(path, nn.Linear(1, 2))
+
+
+# ---- checkpoints of earlier versions ----------------------------------------------------------
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TAKEN = torch.tensor([[3.0, -40.0], [0.5, 20.0], [-9.0, 1.0]])
+
+
+def test_the_checkpoint_of_version_0_1_loads_and_samples_as_it_did():
+    """Numbers of pfgm 0.1.0, which wrote the files. See CONTRIBUTING on formats."""
+    flow, network = pfgm.load(FIXTURES / "format-1")
+    labels = torch.tensor([0, 1, 1])
+    field_x, field_z = network(TAKEN / 9, torch.tensor([0.1, 1.0, 3.0]), labels)
+    expected = torch.tensor([[-0.09977, 1.36680], [-0.02393, -1.19438], [0.42516, -0.00704]])
+    torch.testing.assert_close(field_x, expected, rtol=0, atol=1e-4)
+    expected = torch.tensor([-0.03051, -0.58633, -1.28472])
+    torch.testing.assert_close(field_z, expected, rtol=0, atol=1e-4)
+    options = {"solver": "heun", "schedule": "rho", "steps": 5, "condition": {"labels": labels}}
+    samples = flow.sample(network, 3, x_init=TAKEN, **options)
+    expected = torch.tensor([[0.02273, -0.48849], [0.01078, 0.44737], [-0.08301, 0.08255]])
+    torch.testing.assert_close(samples, expected, rtol=0, atol=1e-3)
+    assert checkpoint.label_names(FIXTURES / "format-1") == ["inner", "outer"]
+
+
+def test_a_run_of_version_0_1_is_resumed(tmp_path):
+    written = runpy.run_path(str(FIXTURES / "write_checkpoint.py"))
+    shutil.copytree(FIXTURES / "format-1", tmp_path / "run")
+    flow, before = pfgm.load(tmp_path / "run")
+    longer = dataclasses.replace(written["CONFIG"], steps=33)
+    trainer = written["trainer"](longer, tmp_path / "run", flow)
+    assert trainer.resume() == 30
+    assert trainer.config.schedule == written["CONFIG"].schedule
+    assert not same_weights(trainer.train(), before)
+    assert json.loads((tmp_path / "run" / "latest.json").read_text())["step"] == 33
+
+
+@pytest.mark.parametrize("part", ["weights", "state"])
+def test_a_later_format_is_named(tmp_path, flow, network, part, monkeypatch):
+    state = {"step": 1, "format": 2 if part == "state" else 1}
+    monkeypatch.setattr(weights_file, "_FORMAT", 2 if part == "weights" else 1)
+    save_run(tmp_path, flow, network, state, 1)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"has format 2; this version .*reads format 1"):
+        load_run(tmp_path)

@@ -381,6 +381,19 @@ def test_a_run_with_nothing_left_to_do_says_so(tmp_path):
     assert "resuming at step 6: nothing is left of 6 steps; give more with --steps" in lines[0]
 
 
+def test_a_run_that_fails_at_its_first_steps_leaves_nothing(tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(pfgm.PoissonFlow, "loss", broken)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes.txt").write_text("about the run")
+    for folder in ("new/run", "old"):
+        with pytest.raises(ValueError, match="broken"):
+            run(tmp_path / folder, network="mlp")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old", "notes.txt"]
+
+
 def test_the_configuration_of_a_run_holds_versions(tmp_path):
     run(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
