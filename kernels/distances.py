@@ -413,7 +413,7 @@ def find_limits(
         score = exponent * tl.abs(tl.log(s.to(tl.float32))).to(tl.float64)
     near = tl.where(near == near, near, float("inf"))
     farthest = norm * 0.0
-    close = 0
+    close = tl.full((), 0, tl.int32)
     for start in range(0, tiles, SWEEP):
         tile = start + tl.arange(0, SWEEP)
         low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf"))
