@@ -1,10 +1,11 @@
 """Squared distances between a block of queries and a chunk of references, in Triton.
 
-1. ``distances`` computes |x|² + |y|² − 2 x·y from matrix products. For few queries or features,
+1. ``distances`` computes |x|² + |y|² − 2 x·y from matrix products, with the data centred by
+   ``find_center`` and each value split into two float16 parts. For few queries or features,
    ``differences`` computes Σ (x − y)² instead. Both find the smallest distance of each tile and,
    for the backward pass, G·y.
-2. ``refine`` recomputes distances near the minimum from differences in float64, where they decide
-   the result. Products lose digits, and the exponent (N + D)/2 multiplies the error.
+2. ``find_limits`` decides where the error that is left would change the result. The exponent
+   (N + D)/2 multiplies it. ``refine`` recomputes those distances from differences, in two floats.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ MAX_PAIRS = 1 << 21  # queries × references: 12 bytes each, 20 in the backward 
 MAX_PARTS = 1 << 22  # values in the partial sums of a chunk
 MAX_QUERIES = 4096  # in a block
 MAX_REFERENCES = 1 << 16  # in a chunk
-FEW_TILES = 16  # up to this many tiles near the minimum are always refined
 NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
-MAX_REFINE_PROGRAMS = 256  # for a query; each program reads all minima
-MIN_REFINE_TILES = 4  # tiles of references for a program of ``refine``
-SWEEP = 256  # minima that ``refine`` reads at a time
+TOLERANCE = 1.5e-4  # relative error of a weight that needs no refinement
+MAX_REFINE_PROGRAMS = 256  # for a query
+MIN_REFINE_TILES = 2  # tiles of references for a program of ``refine``
+CENTER_PROGRAMS = 64  # at most, of ``find_center``
+CENTER_FEATURES = tl.constexpr(64)  # that ``find_center`` reads at a time
+SAMPLES = tl.constexpr(16)  # references whose mean is the centre
+# Powers of two of the largest centred values as float16, which holds less than 2^16. References
+# outside of the sample may be larger by 2^11.
+QUERY_POWER = tl.constexpr(12)
+REFERENCE_POWER = tl.constexpr(4)
 
 
 @triton.jit
@@ -46,36 +53,151 @@ def load_references(pointers, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def finish_distances(
-    distance, norm, squared, lowest, norms, row, column, B, M, width, pairs_stride, tiles
+def scale_to(largest, POWER: tl.constexpr):
+    """The power of two that brings a float32 ``largest`` > 0 to at least 2^POWER, below twice that.
+    For 0 and values that are not finite it is some power of two."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    biased = tl.minimum(tl.maximum(254 + POWER - exponent, 1), 254)
+    return (biased << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_compensated(total, lost, value):
+    """Kahan's sum: total − lost is the sum of all values to about twice the digits of float32."""
+    value -= lost
+    larger = total + value
+    return larger, (larger - total) - value
+
+
+@triton.jit(do_not_specialize=["M"])
+def find_center(y, center, spread, M, N, y_stride, width, portion):
+    """A centre of the references, the mean of evenly spaced ones, and how far these are from it.
+
+    spread[i] is the largest |y − center| of the sample among the features of program i. A program
+    takes ``portion`` features. ``center`` has ``width`` ≥ N features, zero from N on.
+    """
+    row = (tl.arange(0, SAMPLES).to(tl.int64) * M) // SAMPLES
+    first = tl.program_id(0) * portion
+    largest = tl.zeros([CENTER_FEATURES], tl.float32)
+    for start in range(first, min(first + portion, width), CENTER_FEATURES):
+        feature = start + tl.arange(0, CENTER_FEATURES)
+        mask = (row >= 0)[:, None] & (feature < N)[None, :]
+        place = y + row[:, None] * y_stride + feature[None, :]
+        values = load_references(place, mask, tl.float32)
+        mean = tl.sum(values * (1.0 / SAMPLES), 0)
+        tl.store(center + feature, mean, mask=feature < width)
+        away = tl.where(mask, tl.abs(values - mean[None, :]), 0.0)
+        # Equal samples say nothing about the others. Their own size is a guess.
+        guess = tl.where(feature < N, tl.abs(mean) * 2.0**-10, 0.0)
+        largest = tl.maximum(largest, tl.maximum(tl.max(away, 0), guess))
+    tl.store(spread + tl.program_id(0), tl.max(largest, 0))
+
+
+@triton.jit
+def split_rows(
+    x,
+    center,
+    spread,
+    high,
+    low,
+    norms,
+    units,
+    scale,
+    scaled_center,
+    N,
+    x_stride,
+    width,
+    programs,
+    CENTERED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Stores distances, the smallest of the tile for each query, and |x|² of the queries.
+    """Two float16 parts, high + low, of a row of queries times a power of two.
+
+    Rows are centred if CENTERED. units[row] turns a product with scaled references into x·y,
+    ``scale`` is the power of two of the references, scaled_center the centre times that, and
+    norms[row] = |x − center|².
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PROGRAMS)
+    of_y = scale_to(
+        tl.max(tl.load(spread + part, mask=part < programs, other=0.0), 0), REFERENCE_POWER
+    )
+    norm = tl.zeros([BLOCK], tl.float64)
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+        if CENTERED:
+            a -= tl.load(center + feature, mask=feature < N, other=0.0)
+        norm += a.to(tl.float64) * a.to(tl.float64)
+        largest = tl.maximum(largest, tl.abs(a))
+    of_x = scale_to(tl.max(largest, 0), QUERY_POWER)
+    for start in range(0, width, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+        if CENTERED:
+            c = tl.load(center + feature, mask=feature < N, other=0.0)
+            tl.store(scaled_center + feature, c * of_y, mask=feature < tl.where(row == 0, width, 0))
+            a -= c
+        a *= of_x
+        h = a.to(tl.float16)
+        tl.store(high + row * width + feature, h, mask=feature < width)
+        rest = (a - h.to(tl.float32)).to(tl.float16)
+        tl.store(low + row * width + feature, rest, mask=feature < width)
+    tl.store(units + row, 1.0 / of_x.to(tl.float64) / of_y.to(tl.float64))
+    if CENTERED:
+        tl.store(norms + row, tl.sum(norm, 0))
+        tl.store(scale, of_y, mask=row == 0)
+
+
+@triton.jit
+def finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles):
+    """Stores distances and the smallest of the tile for each query; in float64.
 
     Rows of distances are padded with infinity to a multiple of 16 references.
     """
     known = (row < B)[:, None] & (column < M)[None, :]
-    distance = tl.where(distance < 0.0, 0.0, distance)
-    place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
-    filled = tl.where(known, distance, float("inf")).to(tl.float64)
+    finite = tl.abs(distance) < float("inf")
+    distance = tl.where(finite, tl.maximum(distance, 0.0), float("nan"))
+    place = row[:, None] * pairs_stride + column[None, :]  # below 2^31, as MAX_PAIRS is
+    filled = tl.where(known, distance, float("inf"))
     tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
-    finite = distance < float("inf")
     least = tl.min(tl.where(known & finite, distance, float("inf")), 1)
-    # −inf marks a tile with a distance that float32 cannot hold. ``refine`` looks at it.
+    # A negative minimum marks a tile with a distance that is not finite. ``refine`` looks at it.
     overflows = tl.max((known & (finite == 0)).to(tl.int32), 1)
-    least = tl.where(overflows > 0, float("-inf"), least)
+    least = tl.where(overflows > 0, -tl.maximum(least, 1e-300), least)
     tile = tl.program_id(1)
     tl.store(lowest + row.to(tl.int64) * tiles + tile, least, mask=row < B)
-    tl.store(norms + row, norm, mask=row < tl.where(tile == 0, B, 0))
+
+
+@triton.jit
+def split_product(b_high, b_low, a_high, a_low, HIGH: tl.constexpr):
+    """Σ (b_high + b_low)(a_high + a_low) without low · low; only high · high unless HIGH."""
+    if HIGH:
+        product = tl.dot(b_low, a_high)
+        product = tl.dot(b_high, a_low, product)
+        product = tl.dot(b_high, a_high, product)
+    else:
+        product = tl.dot(b_high, a_high)
+    return product
 
 
 @triton.jit(do_not_specialize=["B", "M", "tiles"])
 def distances(
-    x,
-    upstream,
     y,
+    scaled_center,
+    scale,
+    high,
+    low,
+    units,
+    norms,
+    upstream_high,
+    upstream_low,
+    upstream_units,
     squared,
     lowest,
-    norms,
+    reach,
     projected,
     B,
     M,
@@ -85,47 +207,68 @@ def distances(
     y_stride,
     pairs_stride,
     tiles,
-    PRECISION: tl.constexpr,
+    HIGH: tl.constexpr,
     PROJECT: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """|x|² + |y|² − 2 x·y for ROWS queries and TILE references, and G·y for the backward pass.
+    """|x|² + |y|² − 2 x·y of centred data for ROWS queries and TILE references, and G·(y − center)
+    for the backward pass. reach[tile] is the largest |y|² of the tile.
 
     Tiles are references × queries, because matrix units take 64 rows, more than there may be
-    queries. Matrix units round every addition toward zero, so panels are added up outside of them.
-    The factor 2 keeps the compiler from passing the sum to the next product as its initial value.
+    queries. Matrix units round every addition toward zero, so panels are added up outside of them,
+    in two floats. References are split in registers, after they came through shared memory.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    x_rows = x + row.to(tl.int64)[:, None] * x_stride
     y_rows = y + column.to(tl.int64)[:, None] * y_stride
-    g_rows = upstream + row.to(tl.int64)[:, None] * N
-    distance = tl.zeros([TILE, ROWS], tl.float32)
+    x_rows = row.to(tl.int64)[None, :] * x_stride
+    of_y = tl.load(scale)
+    total = tl.zeros([TILE, ROWS], tl.float32)
+    lost = tl.zeros([TILE, ROWS], tl.float32)
     projection = tl.zeros([TILE, ROWS], tl.float32)
-    of_x = tl.zeros([ROWS, PANEL], tl.float32)
-    of_y = tl.zeros([TILE, PANEL], tl.float32)
+    projection_lost = tl.zeros([TILE, ROWS], tl.float32)
+    square = tl.zeros([TILE], tl.float32)
+    square_lost = tl.zeros([TILE], tl.float32)
     for k in range(0, N, PANEL):
-        feature = (k + tl.arange(0, PANEL))[None, :]
-        a = tl.load(x_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
-        b = load_references(y_rows + feature, (column < M)[:, None] & (feature < N), tl.float32)
-        of_x += a * a
-        of_y += b * b
-        distance -= 2.0 * tl.dot(b, tl.trans(a), input_precision=PRECISION)
+        feature = k + tl.arange(0, PANEL)
+        known = (column < M)[:, None] & (feature < N)[None, :]
+        b = load_references(y_rows + feature[None, :], known, tl.float32)
+        c = tl.load(scaled_center + feature, mask=feature < x_stride, other=0.0)
+        b = b * of_y - c[None, :]
+        square, square_lost = add_compensated(square, square_lost, tl.sum(b * b, 1))
+        b_high = b.to(tl.float16)
+        b_low = (b - b_high.to(tl.float32)).to(tl.float16)
+        place = x_rows + feature[:, None]
+        inside = (row < B)[None, :] & (feature < x_stride)[:, None]
+        a_high = tl.load(high + place, mask=inside, other=0.0)
+        a_low = tl.load(low + place, mask=inside, other=0.0)
+        product = split_product(b_high, b_low, a_high, a_low, HIGH)
+        total, lost = add_compensated(total, lost, product)
         if PROJECT:
-            g = tl.load(g_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
-            projection += 2.0 * tl.dot(b, tl.trans(g), input_precision=PRECISION)
-    norm = tl.sum(of_x, 1)
-    distance += tl.sum(of_y, 1)[:, None] + norm[None, :]
-    distance = tl.trans(distance)
-    finish_distances(
-        distance, norm, squared, lowest, norms, row, column, B, M, width, pairs_stride, tiles
-    )
+            g_high = tl.load(upstream_high + place, mask=inside, other=0.0)
+            g_low = tl.load(upstream_low + place, mask=inside, other=0.0)
+            product = split_product(b_high, b_low, g_high, g_low, HIGH)
+            projection, projection_lost = add_compensated(projection, projection_lost, product)
+    wide = of_y.to(tl.float64)
+    of_squares = (square.to(tl.float64) - square_lost.to(tl.float64)) / wide / wide
+    norm = tl.load(norms + row, mask=row < B, other=0.0)
+    unit = tl.load(units + row, mask=row < B, other=0.0)
+    products = (total.to(tl.float64) - lost.to(tl.float64)) * unit[None, :]
+    distance = tl.trans(of_squares[:, None] + norm[None, :] - 2.0 * products)
+    finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles)
+    tile = tl.program_id(1)
+    # Larger references have no products in float16; they do not count.
+    counts = (column < M) & (of_squares * wide * wide <= N * 2.0**32)
+    farthest = tl.max(tl.where(counts, of_squares, 0.0), 0)
+    tl.store(reach + tile, farthest, mask=tl.program_id(0) == 0)
     if PROJECT:
+        unit = tl.load(upstream_units + row, mask=row < B, other=0.0)
+        sums = (projection.to(tl.float64) - projection_lost.to(tl.float64)) * unit[None, :]
         place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
         known = (row < B)[:, None] & (column < M)[None, :]
-        tl.store(projected + place, 0.5 * tl.trans(projection), mask=known)
+        tl.store(projected + place, tl.trans(sums).to(tl.float32), mask=known)
 
 
 @triton.jit(do_not_specialize=["B", "M", "tiles"])
@@ -177,35 +320,128 @@ def differences(
         norm += tl.sum(of_x.to(tl.float64), 1)
         if PROJECT:
             projection += tl.sum(of_upstream.to(tl.float64), 2)
-    finish_distances(
-        distance,
-        norm.to(tl.float32),
-        squared,
-        lowest,
-        norms,
-        row,
-        column,
-        B,
-        M,
-        width,
-        pairs_stride,
-        tiles,
-    )
+    finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles)
+    tl.store(norms + row, norm, mask=row < tl.where(tl.program_id(1) == 0, B, 0))
     if PROJECT:
         place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
         known = (row < B)[:, None] & (column < M)[None, :]
         tl.store(projected + place, projection.to(tl.float32), mask=known)
 
 
+@triton.jit
+def two_floats(pointers, mask):
+    """References as high + low in float32, exact; a uint8 value u means (2u − 255)/255."""
+    values = tl.load(pointers, mask=mask, other=0)
+    if values.dtype == tl.uint8:
+        whole = 2.0 * values.to(tl.float32) - 255.0
+        high = whole * (1.0 / 255.0)
+        # The remainder in products of few digits, which are exact without a fused operation.
+        front = (high.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        low = ((whole - front * 255.0) - (high - front) * 255.0) * (1.0 / 255.0)
+    else:
+        high = values.to(tl.float32)
+        low = high * 0.0
+    return high, low
+
+
+@triton.jit
+def exact_difference(a, b):
+    """a − b as high + low, exact."""
+    high = a - b
+    of_b = high - a
+    return high, (a - (high - of_b)) - (b + of_b)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def find_limits(
+    radius,
+    nearest,
+    lowest,
+    reach,
+    norms,
+    scale,
+    limits,
+    N,
+    tiles,
+    exponent: tl.float64,
+    spreading: tl.float64,
+    margin: tl.float64,
+    noise: tl.float64,
+    near_nats: tl.float64,
+    tolerance: tl.float64,
+    PRODUCTS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    SWEEP: tl.constexpr,
+):
+    """Which distances of a query are recomputed: those up to limits[row, 0], which may be −1.
+
+    The error of a distance is at most ``margin``·(|x|² + |y|²). Its part that differs between
+    references is typically ``noise``·(2|x||y| + |y|²) for PRODUCTS, and ``noise``·(|x|² + d²)
+    otherwise. (exponent/s)·error is the relative error of a weight. If n weights are within a nat
+    of the largest, their errors average out in the mean by a factor of at least √(n/e). If more
+    than ``tolerance`` is left, or the log-sum-exp lacks digits, all references are refined whose
+    weight may be more than e^-near_nats times the largest.
+
+    limits[row, 1] is the power of two by which ``refine`` multiplies differences, so that float32
+    holds their squares.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    low_row = lowest + row * tiles
+    base = tl.load(nearest + row)
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf"))
+        base = tl.minimum(base, tl.min(tl.abs(low), 0))
+
+    r = tl.load(radius + row)
+    norm = tl.load(norms + row)
+    s = base + r * r
+    # The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice: the minimum has an error
+    # too. Values too small for float16 have an error of their own.
+    bound = 2.0 * margin * (3.0 * norm + 2.0 * base)
+    smallest = norm * 0.0
+    if PRODUCTS:
+        smallest = tl.sqrt(norm) * 2.0**-24 / tl.load(scale).to(tl.float64)
+        bound += 4.0 * tl.sqrt(tl.full((), N, tl.float64)) * smallest
+    if GAUSSIAN:
+        within = 2.0 * r * r
+        near = base + bound + near_nats * within
+        score = tl.where(base == 0.0, 0.0, base / within)
+    else:
+        within = s / exponent
+        near = base + bound + spreading * s
+        score = exponent * tl.abs(tl.log(s.to(tl.float32))).to(tl.float64)
+    near = tl.where(near == near, near, float("inf"))
+    farthest = norm * 0.0
+    close = tl.full((), 0, tl.int32)
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf"))
+        close += tl.sum((tl.abs(low) <= base + within).to(tl.int32), 0)
+        if PRODUCTS:
+            competes = tl.abs(low) <= near
+            norms_y = tl.load(reach + tile, mask=tile < tiles, other=0.0)
+            farthest = tl.maximum(farthest, tl.max(tl.where(competes, norms_y, 0.0), 0))
+    if PRODUCTS:
+        error = smallest + noise * (2.0 * tl.sqrt(norm * farthest) + farthest)
+    else:
+        # The rounding errors of single differences mostly average out.
+        error = 2.0**-26 * base + noise * (norm + base)
+    allowed = tolerance * tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
+    allowed = tl.minimum(allowed, tolerance * tl.maximum(1.0, score) / 16.0)
+    unit = tl.where(near < float("inf"), scale_to(tl.sqrt(near).to(tl.float32), 0), 2.0**-76)
+    near = tl.where((error > allowed * within) | (near == float("inf")), near, -1.0)
+    tl.store(limits + 2 * row, near)
+    tl.store(limits + 2 * row + 1, unit.to(tl.float64))
+
+
 @triton.jit(do_not_specialize=["M", "tiles", "segment"])
 def refine(
     x,
     y,
-    radius,
-    nearest,
+    limits,
     squared,
     lowest,
-    norms,
     M,
     N,
     x_stride,
@@ -213,77 +449,44 @@ def refine(
     pairs_stride,
     tiles,
     segment,
-    exponent: tl.float64,
-    spread: tl.float64,
-    margin: tl.float64,
-    noise: tl.float64,
-    near_nats: tl.float64,
-    FEW: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
     TILE: tl.constexpr,
-    GROUP: tl.constexpr,
     PANEL: tl.constexpr,
-    SWEEP: tl.constexpr,
 ):
-    """Recomputes the distances of one query that decide its result.
-
-    The error of a distance is at most ``margin``·(|x|² + |y|²) and typically ``noise``·(|x|² + d²).
-    Distances are recomputed where the weight may be more than e^-near_nats times the largest, if
-    these are few or if the typical error would change their weights. Distances that overflow
-    float32 are always recomputed.
-    """
+    """Recomputes distances of one query up to limits[row, 0], and all that are not finite."""
     row = tl.program_id(0).to(tl.int64)
-    low_row = lowest + row * tiles
-    base = tl.load(nearest + row)
-    for start in range(0, tiles, SWEEP):
-        tile = start + tl.arange(0, SWEEP)
-        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf")).to(tl.float64)
-        base = tl.minimum(base, tl.min(tl.where(low >= 0.0, low, float("inf")), 0))
-
-    r = tl.load(radius + row)
-    norm = tl.load(norms + row).to(tl.float64)
-    # The rounding errors of single differences mostly average out.
-    error = noise * (norm + base) + 2.0**-26 * base
-    # The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice: the minimum has an error
-    # too.
-    near = base + 2.0 * margin * (3.0 * norm + 2.0 * base)
-    if GAUSSIAN:
-        near += 2.0 * near_nats * r * r
-        ill = error > 6e-4 * r * r
-    else:
-        s = base + r * r
-        near += spread * s
-        ill = exponent * error > 3e-4 * s
-    near = tl.where(near == near, near, float("inf"))
-    competing = 0
-    for start in range(0, tiles, SWEEP):
-        tile = start + tl.arange(0, SWEEP)
-        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf")).to(tl.float64)
-        competing += tl.sum((low <= near).to(tl.int32), 0)
-    near = tl.where((competing > FEW) & (ill == 0) & (near < float("inf")), -1.0, near)
-
+    near, unit = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
+    power = unit.to(tl.float32)
     first = tl.program_id(1) * segment
     for tile in range(first, min(first + segment, tiles)):
-        if tl.load(low_row + tile).to(tl.float64) <= near:
-            for start in range(0, TILE, GROUP):
-                column = tile * TILE + start + tl.arange(0, GROUP)
-                place = squared + row * pairs_stride + column
-                known = tl.load(place, mask=column < M, other=float("inf"))
-                needed = (column < M) & ((known <= near) | ((known < float("inf")) == 0))
-                if tl.max(needed.to(tl.int32), 0) > 0:
-                    exact = tl.zeros([GROUP], tl.float64)
-                    y_rows = y + column.to(tl.int64)[:, None] * y_stride
-                    for k in range(0, N, PANEL):
-                        feature = k + tl.arange(0, PANEL)
-                        mask = needed[:, None] & (feature < N)[None, :]
-                        a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
-                        b = load_references(y_rows + feature[None, :], mask, tl.float64)
-                        difference = tl.where(mask, a.to(tl.float64)[None, :] - b, 0.0)
-                        exact += tl.sum(difference * difference, 1)
-                    # Infinite only if the input is not finite. NaN reaches the result; infinity
-                    # would not.
-                    finite = tl.where(exact < float("inf"), exact, float("nan"))
-                    tl.store(place, finite, mask=needed)
+        low = tl.load(lowest + row * tiles + tile)
+        if (low < 0.0) | (low <= near):
+            index = tl.arange(0, TILE)
+            place = squared + row * pairs_stride + tile * TILE
+            inside = tile * TILE + index < M
+            known = tl.load(place + index, mask=inside, other=float("inf"))
+            needed = inside & ((known <= near) | ((known < float("inf")) == 0))
+            for _ in range(0, tl.sum(needed.to(tl.int32), 0)):
+                j = tl.min(tl.where(needed, index, TILE), 0)
+                needed = needed & (index != j)
+                y_row = y + (tile * TILE + j).to(tl.int64) * y_stride
+                total = tl.zeros([PANEL], tl.float32)
+                lost = tl.zeros([PANEL], tl.float32)
+                for k in range(0, N, PANEL):
+                    feature = k + tl.arange(0, PANEL)
+                    mask = feature < N
+                    a = tl.load(x + row * x_stride + feature, mask=mask, other=0.0)
+                    b, b_rest = two_floats(y_row + feature, mask)
+                    high, rest = exact_difference(a, b)
+                    high, rest = high * power, (rest - b_rest) * power
+                    # A reference with larger differences is too far away to have a weight.
+                    cut = (tl.abs(high) > 2.0**40) & (rest == rest)
+                    high, rest = tl.where(cut, 2.0**40, high), tl.where(cut, 0.0, rest)
+                    value = tl.where(mask, high * high + 2.0 * high * rest, 0.0)
+                    total, lost = add_compensated(total, lost, value)
+                exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) / unit / unit
+                # Infinite only if the input is not finite. NaN reaches the result; infinity would
+                # not.
+                tl.store(place + j, tl.where(exact < float("inf"), exact, float("nan")))
 
 
 # ---- launches ---------------------------------------------------------------------------------
@@ -308,18 +511,17 @@ def distance_configs(shape: Shape) -> list[Config]:
     """Configurations of the kernel that computes distances.
 
     Few queries get small tiles, so that every multiprocessor has some. Larger tiles read each value
-    less often. But three TF32 products need registers for two parts of each value, and with still
-    larger tiles registers would spill.
+    less often. But sums in two floats need registers, and with 64 × 64 some would spill.
     """
     if shape.few:
         panel = 64 if shape.features >= 64 else 16
         return [Config({"ROWS": 4, "TILE": 16, "PANEL": panel}, num_stages=1)]
-    small = Config({"ROWS": 32, "TILE": 64, "PANEL": 32}, num_warps=8)
-    medium = Config({"ROWS": 64, "TILE": 64, "PANEL": 32}, num_warps=8)
-    return [small] if shape.rows <= 32 or shape.project else [medium, small]
+    return [Config({"ROWS": 32, "TILE": 64, "PANEL": 32})]
 
 
 DISTANCES = Choice(distance_configs)
+SPLIT = Config({"BLOCK": 1024})
+LIMITS = Config({"SWEEP": 256}, num_warps=2)
 
 
 def power_of_two(count: int) -> int:
@@ -333,7 +535,7 @@ def padded(references: int) -> int:
 
 
 def input_precision(precision: str) -> str:
-    """Triton's name of the precision. On AMD it is always float32."""
+    """Triton's name of the precision of weighted sums. On AMD it is always float32."""
     if torch.version.hip is not None:
         return "ieee"
     return {"high": "tf32x3", "medium": "tf32"}[precision]
@@ -388,15 +590,90 @@ class Problem:
         kinds = (self.references.dtype, self.precision, self.upstream is not None)
         return Shape(power_of_two(rows), power_of_two(self.features), *kinds)
 
-    def errors(self, shape: Shape) -> tuple[float, float]:
-        """Largest error of a distance, relative to |x|² + |y|², and typical error, to |x|² + d²."""
-        long = max(1.0, self.features / 8192)
-        holds = self.references.dtype != torch.uint8
+    def errors(self, shape: Shape) -> Errors:
+        """The errors of distances before they are refined."""
+        N = self.features
+        long = max(1.0, N / 8192)
         if shape.few:
-            return 2.0**-21 * long, 0.0 if holds else 2.0**-22
+            rounded = self.references.dtype == torch.uint8
+            return Errors(2.0**-21 * long, 2.0**-22 if rounded else 0.0, TOLERANCE)
         if shape.precision == "high":
-            return 2.0**-18 * long, 2.0**-22
-        return 2.0**-9, 0.0  # TF32: many equally near references are not refined
+            # Rounding of sums over panels of 32 features, which mostly averages out.
+            return Errors(2.0**-18 * long, 2.0**-23 / math.sqrt(max(1.0, N / 32)), TOLERANCE)
+        # The roundings to 11 bits mostly average out.
+        return Errors(2.0**-9, 2.0**-12 / math.sqrt(N), 2e-2)
+
+
+class Errors(NamedTuple):
+    """Errors of distances before they are refined, as ``refine`` takes them."""
+
+    margin: float
+    """Largest error, relative to |x|² + |y|²."""
+    noise: float
+    """Typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of differences."""
+    tolerance: float
+    """Relative error of a weight that needs no refinement."""
+
+
+class Parts(NamedTuple):
+    """Rows as two float16 parts, times a power of two."""
+
+    high: Tensor
+    low: Tensor
+    units: Tensor
+    """(B,) in float64: what turns a product with scaled references into the true one."""
+
+
+class Centered:
+    """The centre of the references, and a block of queries relative to it, in parts."""
+
+    def __init__(self, problem: Problem, x: Tensor, upstream: Tensor | None, norms: Tensor) -> None:
+        N, references = problem.features, problem.references
+        self.width = padded(N)
+        self.norms = norms
+        features = CENTER_FEATURES.value
+        portion = -(-self.width // CENTER_PROGRAMS // features) * features
+        self.programs = -(-self.width // portion)
+        self.center, self.scaled_center = x.new_empty(self.width), x.new_empty(self.width)
+        self.spread = x.new_empty(self.programs)
+        self.scale = x.new_empty(1)
+        find_center[(self.programs,)](
+            references,
+            self.center,
+            self.spread,
+            len(references),
+            N,
+            references.stride(0),
+            self.width,
+            portion,
+            num_warps=4,
+        )
+        self.queries = self._split(x, N, centered=True)
+        self.upstream = self.queries
+        if upstream is not None:
+            self.upstream = self._split(upstream, N, centered=False)
+
+    def _split(self, x: Tensor, N: int, centered: bool) -> Parts:
+        high, low = (x.new_empty(len(x), self.width, dtype=torch.float16) for _ in range(2))
+        parts = Parts(high, low, torch.empty_like(self.norms))
+        split_rows[(len(x),)](
+            x,
+            self.center,
+            self.spread,
+            *parts[:2],
+            self.norms,
+            parts.units,
+            self.scale,
+            self.scaled_center,
+            N,
+            x.stride(0),
+            self.width,
+            self.programs,
+            CENTERED=centered,
+            PROGRAMS=CENTER_PROGRAMS,
+            **SPLIT.options,
+        )
+        return parts
 
 
 class Pairs:
@@ -411,29 +688,58 @@ class Pairs:
         empty = self.x.new_empty
         self.squared = empty((self.count, self.stride), dtype=torch.float64)
         self.projected = empty((self.count, self.stride) if self.upstream is not None else 0)
-        self.norms = empty(self.count)
+        self.norms = empty(self.count, dtype=torch.float64)
+        self.centered = None
+        if not self.shape.few:
+            self.centered = Centered(problem, self.x, self.upstream, self.norms)
 
     @property
     def upstream(self) -> Tensor | None:
         return None if self.problem.upstream is None else self.problem.upstream[self.rows]
 
     def measure(self, references: Tensor, nearest: Tensor) -> None:
-        """Squared distances (and G·y), exact where it matters; nearest (B,) is the smallest yet."""
+        """Squared distances (and G·(y − a constant)), exact where it matters; nearest (B,) is the
+        smallest yet."""
         DISTANCES.launch(self.shape, lambda config: self._distances(config, references))
         self._refine(references, nearest)
 
     def _distances(self, config: Config, references: Tensor) -> None:
         # Set in every launch: timing launches other configurations before the chosen one.
         self.tile = config["TILE"]
-        self.lowest = self.x.new_empty(self.count, triton.cdiv(len(references), self.tile))
-        tiles = self.lowest.shape[1]
-        kernel: Any = distances
-        constants: dict[str, Any] = {"PROJECT": self.upstream is not None}
-        if self.shape.few:
-            kernel = differences
-        else:
-            constants["PRECISION"] = input_precision(self.shape.precision)
-        kernel[(triton.cdiv(self.count, config["ROWS"]), tiles)](
+        M, tiles = len(references), triton.cdiv(len(references), self.tile)
+        self.lowest = self.norms.new_empty(self.count, tiles)
+        self.reach = self.norms.new_empty(tiles)
+        grid = (triton.cdiv(self.count, config["ROWS"]), tiles)
+        if self.centered is None:
+            self._differences(config, references, grid)
+            return
+        centered = self.centered
+        distances[grid](
+            references,
+            centered.scaled_center,
+            centered.scale,
+            *centered.queries,
+            self.norms,
+            *centered.upstream,
+            self.squared,
+            self.lowest,
+            self.reach,
+            self.projected,
+            self.count,
+            M,
+            padded(M),
+            self.problem.features,
+            centered.width,
+            references.stride(0),
+            self.stride,
+            tiles,
+            HIGH=self.shape.precision == "high",
+            PROJECT=self.upstream is not None,
+            **config.options,
+        )
+
+    def _differences(self, config: Config, references: Tensor, grid: tuple[int, int]) -> None:
+        differences[grid](
             self.x,
             self.x if self.upstream is None else self.upstream,
             references,
@@ -448,24 +754,43 @@ class Pairs:
             self.x.stride(0),
             references.stride(0),
             self.stride,
-            tiles,
-            **constants,
+            self.lowest.shape[1],
+            PROJECT=self.upstream is not None,
             **config.options,
         )
 
     def _refine(self, references: Tensor, nearest: Tensor) -> None:
         problem, tiles = self.problem, self.lowest.shape[1]
-        margin, noise = problem.errors(self.shape)
+        errors = problem.errors(self.shape)
         spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.exponent)
+        limits = self.norms.new_empty(self.count, 2)
+        find_limits[(self.count,)](
+            self.radius,
+            nearest,
+            self.lowest,
+            self.reach,
+            self.norms,
+            self.norms if self.centered is None else self.centered.scale,
+            limits,
+            problem.features,
+            tiles,
+            problem.exponent,
+            spread,
+            errors.margin,
+            errors.noise,
+            NEAR,
+            errors.tolerance,
+            PRODUCTS=self.centered is not None,
+            GAUSSIAN=problem.gaussian,
+            **LIMITS.options,
+        )
         segment = max(MIN_REFINE_TILES, triton.cdiv(tiles, MAX_REFINE_PROGRAMS))
         refine[(self.count, triton.cdiv(tiles, segment))](
             self.x,
             references,
-            self.radius,
-            nearest,
+            limits,
             self.squared,
             self.lowest,
-            self.norms,
             len(references),
             problem.features,
             self.x.stride(0),
@@ -473,23 +798,15 @@ class Pairs:
             self.stride,
             tiles,
             segment,
-            problem.exponent,
-            spread,
-            margin,
-            noise,
-            NEAR,
-            FEW=FEW_TILES,
-            GAUSSIAN=problem.gaussian,
             TILE=self.tile,
-            SWEEP=SWEEP,
-            **group_of(problem.features),
+            **refine_config(problem.features).options,
         )
 
 
-def group_of(features: int) -> dict[str, int]:
-    """Sizes of the tile of references × features in ``refine``, 1024 values."""
-    panel = min(512, max(16, power_of_two(features)))
-    return {"GROUP": min(16, 1024 // panel), "PANEL": panel}
+def refine_config(features: int) -> Config:
+    """``refine`` takes as many features at a time as its warps can hold."""
+    panel = min(4096, max(32, power_of_two(features)))
+    return Config({"PANEL": panel}, num_warps=max(1, panel // 512))
 
 
 def shapes(references: torch.dtype) -> Iterator[Shape]:
@@ -503,22 +820,27 @@ def shapes(references: torch.dtype) -> Iterator[Shape]:
 
 
 def variants() -> list[Variant]:
-    """Every type of references and configuration, with and without G·y. What does not depend on
-    the type (D = ∞, the tiles that ``refine`` follows) is listed for float32 only."""
+    """Every type of references and configuration, with and without G·y."""
     found = []
+    for centered in (False, True):
+        constants: dict[str, Any] = {"CENTERED": centered, "PROGRAMS": CENTER_PROGRAMS}
+        found.append(variant(split_rows, constants | SPLIT.options))
     for dtype in REFERENCES:
+        found.append(variant(find_center, {}, dtype, wide_loads=False))
         for shape in shapes(dtype):
             for config in distance_configs(shape):
-                constants: dict[str, Any] = {"PROJECT": shape.project} | config.options
+                constants = {"PROJECT": shape.project} | config.options
                 if shape.few:
                     wide = dtype != torch.uint8  # a thread takes 8 of a tile's 1024 values
                     found.append(variant(differences, constants, dtype, wide_loads=wide))
                     continue
-                constants["PRECISION"] = input_precision(shape.precision)
+                constants["HIGH"] = shape.precision == "high"
                 found.append(variant(distances, constants, dtype, products=True))
-        others = [(True, 64), (False, 16)] if dtype == torch.float32 else []
-        for gaussian, tile in [(False, 64), *others]:
-            constants = {"FEW": FEW_TILES, "TILE": tile, "SWEEP": SWEEP, "GAUSSIAN": gaussian}
-            constants |= group_of(3072)
+        for tile in (64, 16):
+            constants = {"TILE": tile} | refine_config(3072).options
             found.append(variant(refine, constants, dtype))
+    for products in (False, True):
+        for gaussian in (False, True):
+            constants = {"PRODUCTS": products, "GAUSSIAN": gaussian} | LIMITS.options
+            found.append(variant(find_limits, constants))
     return list({each.name: each for each in found}.values())

@@ -3,7 +3,7 @@
 For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.04265, section 3):
 
 1. ``distances`` or ``differences`` computes squared distances (distances.py).
-2. ``refine`` recomputes those that decide the result, in float64 (distances.py).
+2. ``refine`` recomputes those whose error would change the result (distances.py).
 3. ``weigh`` computes weights relative to the nearest reference so far and merges them in float64
    with earlier chunks. Weights below float32 rounding become zero.
 4. ``weighted_sum`` computes Σ_j w_j y_j over several stretches of the chunk at once. It skips tiles
@@ -148,7 +148,8 @@ def weighted_sum(
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """parts[stretch, row] = share · Σ_j w_j y_j over one stretch of references.
+    """parts[stretch, row] = share · Σ_j w_j y_j over one stretch of references. ORDERED queries are
+    alike, and tiles without a weight are left out.
 
     Tiles are features × queries, because matrix units take 64 rows, more than there may be queries.
     """
@@ -167,11 +168,17 @@ def weighted_sum(
         w = tl.load(
             w_rows + column[None, :], mask=present[:, None] & (column < width)[None, :], other=0.0
         )
-        if tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) > 0:
+        # Without an order nearly all tiles have a weight, and a condition would keep the compiler
+        # from loading the next tile early.
+        alive = True
+        if ORDERED:
+            alive = tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) > 0
+        if alive:
             known = (column < M)[:, None] & (feature < N)
             y_rows = y + column.to(tl.int64)[:, None] * y_stride
             b = load_references(y_rows + feature, known, tl.float32)
-            # The factor 2 has the same reason as in ``distances``.
+            # Matrix units round every addition toward zero. The factor 2 keeps the compiler from
+            # passing the sum to the next product as its initial value.
             weighed = tl.trans(w * half_share)
             total += 2.0 * tl.dot(tl.trans(b), weighed, input_precision=PRECISION)
     out = parts + (tl.program_id(2).to(tl.int64) * B + row.to(tl.int64)[:, None]) * N + feature
@@ -210,6 +217,9 @@ def sum_configs(shape: Shape) -> list[Config]:
     """Tiles with as few references as matrix units allow: small tiles are more often all zero."""
     if shape.rows <= 32:
         return [Config({"ROWS": 16, "TILE": 32, "FEATURES": 64})]
+    medium = Config({"ROWS": 64, "TILE": 32, "FEATURES": 64})
+    if shape.rows < MIN_SORTED_QUERIES:
+        return [medium]
     small = Config({"ROWS": 32, "TILE": 32, "FEATURES": 64})
     large = Config({"ROWS": 64, "TILE": 32, "FEATURES": 128}, num_warps=8)
     return [small, large] if shape.rows <= 256 else [large, small]

@@ -250,7 +250,7 @@ def reference_gradient(
             known = (row < B)[:, None] & (feature < N)
             a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=known, other=0.0)
             g = tl.load(upstream + row.to(tl.int64)[:, None] * N + feature, mask=known, other=0.0)
-            # The factor 2 has the same reason as in ``distances``.
+            # The factor 2 has the same reason as in ``weighted_sum``.
             gradient += 2.0 * tl.dot(tl.trans(0.5 * p), g, input_precision=PRECISION)
             gradient -= 2.0 * tl.dot(tl.trans(0.5 * c), a, input_precision=PRECISION)
             of_c += tl.trans(c)

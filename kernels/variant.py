@@ -45,16 +45,18 @@ REFERENCES = {
 }
 # Types of the arguments of the posterior mean's kernels, by name.
 _POINTERS = {
-    "*fp32": "x upstream mean lowest norms projected weights share carry parts coefficients"
-    " probabilities grad_x grad_references",
+    "*fp16": "high low upstream_high upstream_low",
+    "*fp32": "x upstream mean center scaled_center spread scale projected weights share carry parts"
+    " coefficients probabilities grad_x grad_references",
     "*fp64": "radius squared nearest total logsumexp grad_logsumexp pulled mass moment summed whole"
-    " unit grad_radius",
+    " unit grad_radius norms lowest reach units upstream_units limits",
     "*i32": "live",
     "*i64": "order",
 }
 _NUMBERS = {
-    "i32": "B M N width tiles segment stretch stretches x_stride y_stride pairs_stride",
-    "fp64": "exponent spread margin noise near_nats floor",
+    "i32": "B M N width portion programs tiles segment stretch stretches x_stride y_stride"
+    " pairs_stride",
+    "fp64": "exponent spreading margin noise near_nats tolerance floor",
 }
 _TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
 _DIVISIBLE = {name for names in _POINTERS.values() for name in names.split()}

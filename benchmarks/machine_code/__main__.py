@@ -1,6 +1,7 @@
 """Predicts times of the GPU kernels, from their machine code and real data. Needs no GPU.
 
-    python -m benchmarks.machine_code [--only SECTION ...] [--fashion-mnist FOLDER] [--write]
+    python -m benchmarks.machine_code [--only SECTION ...] [--paths PATH ...]
+                                      [--fashion-mnist FOLDER] [--write]
 
 Sections:
 
@@ -9,8 +10,10 @@ Sections:
 - predicted, loops: compiles the kernels and runs the model (tens of minutes);
 - published, "held out": the model beside published times.
 
-Each section is stored in benchmarks/results/machine_code.json. ``--write`` only puts the stored
-tables into docs/roofline.md. Needs Triton and, for the CUDA kernels, an extension built with nvcc.
+Each section is stored in benchmarks/results/machine_code.json. ``--paths`` counts only these paths
+("triton", for one) in the sections predicted and loops, and keeps what is stored of the others.
+``--write`` only puts the stored tables into docs/roofline.md. Needs Triton and, for the CUDA
+kernels, an extension built with nvcc.
 """
 
 from __future__ import annotations
@@ -27,19 +30,24 @@ from benchmarks.machine_code import host, page, results
 from benchmarks.machine_code import sections as counted
 
 
-def sections() -> dict[str, Callable[[], Any]]:
-    """The functions that count the sections, by name."""
+def sections(paths: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """The functions that count the sections, by name. Rows of other paths are kept."""
     from benchmarks.machine_code import published  # here, because it needs Triton
 
     def counts() -> dict[str, Any]:
         found: dict[str, Any] = results.load()["data"]
         return found
 
+    def rows(section: str) -> list[counted.Row]:
+        made = {"predicted": counted.predictions, "loops": counted.main_loops}[section]
+        stored: list[counted.Row] = results.load().get(section, [])
+        return counted.replaced(section, stored, made(counts(), paths))
+
     return {
         "data": lambda: counted.count_data(results.load().get("data", {})),
         "host": host.measure,
-        "predicted": lambda: list(counted.predictions(counts())),
-        "loops": lambda: list(counted.main_loops(counts())),
+        "predicted": lambda: rows("predicted"),
+        "loops": lambda: rows("loops"),
         "published": lambda: [published.compare(one) for one in published.PUBLISHED],
         "held out": lambda: [published.compare(one) for one in published.HELD_OUT],
     }
@@ -52,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = new_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=results.SECTIONS, default=results.SECTIONS)
+    every = (*counted.BACKENDS, *counted.TORCH)
+    parser.add_argument("--paths", nargs="+", choices=every, default=every)
     parser.add_argument("--fashion-mnist", type=Path, default=subjects.FASHION_FOLDER)
     parser.add_argument("--write", action="store_true", help="write docs/roofline.md alone")
     options = parser.parse_args(arguments)
@@ -59,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         page.SECTION.write(page.report(results.load()))
         return 0
-    made = sections()
+    made = sections(options.paths)
     for section in options.only:
         print(section, flush=True)
         results.store(section, made[section]())

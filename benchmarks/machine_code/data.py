@@ -28,6 +28,9 @@ SUM_TILE = 32
 SORTED = 256
 BOUND, NOISE = 2.0**-18, 2.0**-22
 ERROR_SHARE = 3e-4
+TRITON_NOISE, TRITON_TOLERANCE = 2.0**-23, 1.5e-4  # of a panel of centred products
+SAMPLES = 16  # references whose mean is the centre
+SEGMENTS = {"cuda": 4, "triton": 2}  # the fewest tiles that a program of ``refine`` searches
 PASS_TILE, PASS_SHARE, PASS_WARPS = 16, 1e-4, 8
 
 
@@ -131,37 +134,87 @@ class Rule(NamedTuple):
         return math.exp(-CUTOFF) / self.M
 
 
-class Chunk(NamedTuple):
-    """Work on one chunk of references, for all queries."""
+class Refined(NamedTuple):
+    """Work of ``refine`` on one chunk of references, for all queries."""
 
-    refined: Tensor
+    pairs: Tensor
     """Which pairs are refined (B, m)."""
     visited: Tensor
     """Which tiles are searched for them (B, tiles)."""
+
+
+class Chunk(NamedTuple):
+    """Work on one chunk of references, for all queries."""
+
+    refined: dict[str, Refined]
+    """By backend."""
     live: Tensor
     """Which weights are not zero (B, m)."""
+
+
+class Centered(NamedTuple):
+    """Squared norms of queries (B,) and references (M,) from the centre of the Triton kernels."""
+
+    queries: Tensor
+    references: Tensor
+
+
+def centered(case: Case) -> Centered:
+    """Relative to the mean of evenly spaced references."""
+    y = case.references
+    center = y[torch.arange(SAMPLES) * len(y) // SAMPLES].double().mean(0)
+    norms = [(part.double() - center).square().sum(1) for part in y.split(4096)]
+    return Centered((case.x.double() - center).square().sum(1), torch.cat(norms))
+
+
+def refined_in_cuda(rule: Rule, part: Tensor, base: Tensor, norm: Tensor, r: Tensor) -> Refined:
+    """What the CUDA kernels refine: few pairs, or all whose error changes their weights."""
+    lowest = _tiles(part, TILE, math.inf).amin(2)
+    near = rule.largest_refined(base, norm, r)
+    many = (lowest <= near[:, None]).sum(1) > FEW
+    near[many & ~rule.error_changes_weight(base, norm, r, ERROR_SHARE)] = -1
+    return Refined(part <= near[:, None], lowest <= near[:, None])
+
+
+def refined_in_triton(
+    rule: Rule, part: Tensor, base: Tensor, norm: Tensor, r: Tensor, of_y: Tensor
+) -> Refined:
+    """What the Triton kernels refine: pairs whose error changes the result."""
+    lowest = _tiles(part, TILE, math.inf).amin(2)
+    reach = _tiles(of_y[None], TILE, 0.0).amax(2)
+    near = rule.largest_refined(base, norm, r)
+    within = (base + r * r) / rule.exponent
+    close = (lowest <= (base + within)[:, None]).sum(1)
+    farthest = torch.where(lowest <= near[:, None], reach, 0.0).amax(1)
+    error = (
+        TRITON_NOISE / math.sqrt(max(1.0, rule.N / 32)) * (2 * (norm * farthest).sqrt() + farthest)
+    )
+    score = rule.exponent * (base + r * r).log().abs()
+    allowed = torch.minimum((close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16)
+    near[error <= TRITON_TOLERANCE * allowed * within] = -1
+    return Refined(part <= near[:, None], lowest <= near[:, None])
 
 
 def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
     """The work on each chunk, given the squared distances (B, M)."""
     rule = Rule(shape.N, shape.M)
     norm, r = case.x.double().square().sum(1), case.z.double()
+    center = centered(case)
     nearest = torch.full_like(r, math.inf)
     total = torch.zeros_like(r)
     for start in range(0, shape.M, shape.chunk):
         part = d[:, start : start + shape.chunk]
-        lowest = _tiles(part, TILE, math.inf).amin(2)
-        base = torch.minimum(nearest, lowest.amin(1))
-        near = rule.largest_refined(base, norm, r)
-        many = (lowest <= near[:, None]).sum(1) > FEW
-        near[many & ~rule.error_changes_weight(base, norm, r, ERROR_SHARE)] = -1
-        refined = part <= near[:, None]
-        visited = lowest <= near[:, None]
+        of_y = center.references[start : start + shape.chunk]
+        base = torch.minimum(nearest, part.amin(1))
+        refined = {
+            "cuda": refined_in_cuda(rule, part, base, norm, r),
+            "triton": refined_in_triton(rule, part, base, center.queries, r, of_y),
+        }
         total = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
         w = rule.weights(part, base, r)
         live = w >= rule.floor * total.clamp(min=1)[:, None]
         total, nearest = total + w.sum(1), base
-        yield Chunk(refined, visited, live)
+        yield Chunk(refined, live)
 
 
 def _tiles(values: Tensor, size: int, fill: float) -> Tensor:
@@ -230,24 +283,18 @@ def sums_of(live: Tensor) -> dict[str, float]:
     return found
 
 
-def segment_of(tiles: int) -> int:
+def segment_of(tiles: int, backend: str) -> int:
     """Tiles that one program of ``refine`` searches."""
-    return max(4, -(-tiles // 256))
+    return max(SEGMENTS[backend], -(-tiles // 256))
 
 
-def refined_of(chunk: Chunk, group: int) -> dict[str, float]:
-    """Work of ``refine`` for all queries: pairs, tiles and groups of references.
-
-    "most" is the work of the busiest program. A group is refined as a whole.
-    """
-    segment = segment_of(chunk.visited.shape[1])
-    pairs = _tiles(chunk.refined.float(), TILE, 0.0)
-    needed = _tiles(chunk.refined.float(), group, 0.0).amax(2)
-    groups = _tiles(needed, TILE // group, 0.0).sum(2)
+def refined_of(refined: Refined, backend: str) -> dict[str, float]:
+    """Pairs and tiles of ``refine``, for all queries. "most" is the work of the busiest program."""
+    segment = segment_of(refined.visited.shape[1], backend)
+    pairs = _tiles(refined.pairs.float(), TILE, 0.0)
     by_program = {
         "pairs": _tiles(pairs.sum(2), segment, 0.0).sum(2),
-        "tiles": _tiles(chunk.visited.float(), segment, 0.0).sum(2),
-        "groups": _tiles(groups, segment, 0.0).sum(2),
+        "tiles": _tiles(refined.visited.float(), segment, 0.0).sum(2),
     }
     found = {name: float(values.sum()) for name, values in by_program.items()}
     return found | {f"{name}, most": float(v.max()) for name, v in by_program.items()}
@@ -264,12 +311,6 @@ def per_query(refined: Tensor) -> dict[str, float]:
     }
 
 
-def group_of(features: int) -> int:
-    """References of a group in Triton's ``refine``."""
-    panel = min(512, max(16, 1 << (features - 1).bit_length()))
-    return min(16, 1024 // panel)
-
-
 def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str, Any]:
     """All counts of one shape, in totals over its queries.
 
@@ -281,21 +322,22 @@ def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str,
     times = shape.B / counted
     d = squared_distances(case)
     sums = Mean()
-    totals: dict[str, float] = {}
-    refined = torch.zeros(counted)
+    totals: dict[str, dict[str, float]] = {backend: {} for backend in SEGMENTS}
+    refined = {backend: torch.zeros(counted) for backend in SEGMENTS}
     for chunk in chunks_of(case, shape, d):
         sums.add(chunk.live.shape[1], sums_of(chunk.live))
-        refined += chunk.refined.sum(1)
-        for name, value in refined_of(chunk, group_of(shape.N)).items():
-            share = 1 / shape.chunks if "most" in name else times
-            totals[name] = totals.get(name, 0.0) + share * value
+        for backend, found in chunk.refined.items():
+            refined[backend] += found.pairs.sum(1)
+            for name, value in refined_of(found, backend).items():
+                share = 1 / shape.chunks if "most" in name else times
+                totals[backend][name] = totals[backend].get(name, 0.0) + share * value
     return {
         "B, M, N": shape[1:],
         "seed": SEED,
         "queries looked at": counted,
         "blocks": shape.blocks(),
         "chunks": shape.chunks,
-        "refined a query": per_query(refined),
+        "refined a query": {backend: per_query(counts) for backend, counts in refined.items()},
         "refine": totals,
         "sums": sums.result(),
     } | ({"single pass": single_pass(case, shape, d)} if shape.B <= 128 else {})

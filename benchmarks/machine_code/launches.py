@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.machine_code import kernels
-from benchmarks.machine_code.data import SORTED, SUM_TILE, TILE, Shape, group_of, segment_of
+from benchmarks.machine_code.data import SORTED, SUM_TILE, TILE, Shape, segment_of
 from benchmarks.machine_code.devices import Device
 from benchmarks.machine_code.kernels import Compiled
 from benchmarks.machine_code.model import ONCE, Launch, Phase, phase
@@ -49,9 +49,9 @@ def _by_block(shape: Shape) -> list[tuple[int, int]]:
     return [(count, blocks.count(count)) for count in sorted(set(blocks), reverse=True)]
 
 
-def _part(data: Data, shape: Shape, queries: int, name: str) -> float:
+def _part(refined: Data, shape: Shape, queries: int, name: str) -> float:
     """The share of one launch in the work of ``refine``."""
-    return float(data["refine"][name]) * queries / shape.B / shape.chunks
+    return float(refined[name]) * queries / shape.B / shape.chunks
 
 
 # ---- Triton -----------------------------------------------------------------------------------
@@ -61,8 +61,11 @@ def triton(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     """The launches of the Triton kernels."""
     for queries, count in _by_block(shape):
         times = count * shape.chunks
+        for launch in _centered(shape, queries, card):
+            yield launch._replace(times=count)
         made = [
             _triton_distances(shape, queries, card),
+            _triton_limits(shape, queries, card),
             _triton_refine(shape, data, queries, card),
             _triton_weigh(shape, queries, card),
         ]
@@ -73,17 +76,39 @@ def triton(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
             yield launch._replace(times=times)
 
 
+def _centered(shape: Shape, queries: int, card: Device) -> Iterator[Launch]:
+    """The launches that centre and split a block of queries."""
+    if _few(shape, queries):
+        return
+    width, portion = 16 * _up(shape.N, 16), 64 * _up(_up(shape.N, 64), 64)
+    kernel = kernels.triton_variant(card, "find_center", "fp32")
+    programs = _up(width, portion)
+    loop = kernels.loop_with_most(kernel, "global")
+    phases = (_once(kernel, programs), _loop("features", kernel, loop, programs, portion / 64))
+    yield Launch("find_center", kernel, programs, phases, 4 * 16 * shape.N)
+
+    kernel = kernels.triton_variant(card, "split_rows", "CENTERED True")
+    turns = _up(width, 1024)
+    loops = [_loop("features", kernel, loop, queries, turns) for loop in kernel.loops]
+    moved = 8 * queries * shape.N
+    yield Launch("split_rows", kernel, queries, (_once(kernel, queries), *loops), moved)
+
+
+def _few(shape: Shape, queries: int) -> bool:
+    """Whether distances are computed from differences."""
+    return queries < 16 or shape.N < 32
+
+
 def _triton_distances(shape: Shape, queries: int, card: Device) -> Launch:
     m = _references(shape)
     words = ("fp32", "PROJECT False")
-    if queries < 16:
+    if _few(shape, queries):
         kernel, rows, tile = kernels.triton_variant(card, "differences", *words), 4, 16
         panel = 64 if shape.N >= 64 else 16
         main = kernels.loop_with_most(kernel, "fp32")
     else:
-        rows, tile, panel = (32 if queries <= 32 else 64), TILE, PANEL
-        sizes = (f"ROWS {rows}", "PRECISION tf32x3")
-        kernel = kernels.triton_variant(card, "distances", *words, *sizes)
+        rows, tile, panel = 32, TILE, PANEL
+        kernel = kernels.triton_variant(card, "distances", *words, "HIGH True")
         main = kernels.loop_with_most(kernel, "tensor")
     blocks = _up(queries, rows) * _up(m, tile)
     moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * queries * m
@@ -94,30 +119,53 @@ def _triton_distances(shape: Shape, queries: int, card: Device) -> Launch:
     return Launch("distances", kernel, blocks, phases, moved)
 
 
+def _triton_limits(shape: Shape, queries: int, card: Device) -> Launch:
+    words = (f"PRODUCTS {not _few(shape, queries)}", "GAUSSIAN False")
+    kernel = kernels.triton_variant(card, "find_limits", *words)
+    tiles = _up(_references(shape), 16 if _few(shape, queries) else TILE)
+    trips = _up(tiles, 256)
+    loops = [_loop("minima", kernel, loop, queries, trips) for loop in kernel.loops]
+    phases = (_once(kernel, queries), *loops)
+    return Launch("find_limits", kernel, queries, phases, 8 * queries * tiles)
+
+
 def _triton_refine(shape: Shape, data: Data, queries: int, card: Device) -> Launch:
-    m = _references(shape)
-    tile = 16 if queries < 16 else TILE
-    kernel = kernels.triton_variant(card, "refine", "fp32", f"TILE {tile}", "GAUSSIAN False")
+    m, refined = _references(shape), data["refine"]["triton"]
+    kernel = kernels.triton_variant(
+        card, "refine", "fp32", f"TILE {16 if _few(shape, queries) else TILE}"
+    )
     tiles = _up(m, TILE)
-    segment = segment_of(tiles)
+    segment = segment_of(tiles, "triton")
     blocks = queries * _up(tiles, segment)
-    inner = kernels.loop_with_most(kernel, "DFMA")
-    around = kernels.loops_around(kernel, inner)
-    sweeps = [loop for loop in kernel.loops if loop != inner and loop not in around]
-    group, panel = group_of(shape.N), min(512, max(16, 1 << (shape.N - 1).bit_length()))
-    turns = _up(shape.N, panel)
+    inner = _inner_loop_of_refine(kernel)
+    pairs, around = kernels.loops_around(kernel, inner)
+    turns = _up(shape.N, min(4096, max(32, 1 << (shape.N - 1).bit_length())))
+    mean, most = _part(refined, shape, queries, "pairs"), float(refined["pairs, most"])
+    looked, looked_most = _part(refined, shape, queries, "tiles"), float(refined["tiles, most"])
+    body = kernel.body(around)
+    skipped = _until_branch(body)
+    phases = (
+        _once(kernel, blocks),
+        phase("tiles", kernel, body, looked, looked_most),
+        phase("dead tiles", kernel, skipped, blocks * segment - looked, segment - looked_most),
+        phase("pairs", kernel, kernel.body(pairs), mean, most),
+        phase("features", kernel, kernel.body(inner), turns * mean, turns * most),
+    )
+    return Launch("refine", kernel, blocks, phases, 8 * queries * tiles)
 
-    def found(name: str, factor: float) -> tuple[float, float]:
-        most = float(data["refine"][f"{name}, most"])
-        return factor * _part(data, shape, queries, name), factor * most
 
-    phases = [_once(kernel, blocks)]
-    phases += [_loop("minima", kernel, loop, blocks, _up(tiles, 256)) for loop in sweeps]
-    phases.append(_loop("tiles", kernel, around[1], blocks, segment))
-    looked = found("tiles", TILE / group)
-    phases.append(phase("groups", kernel, kernel.body(around[0]), *looked))
-    phases.append(phase("features", kernel, kernel.body(inner), *found("groups", turns)))
-    return Launch("refine", kernel, blocks, tuple(phases), 4 * queries * tiles)
+def _until_branch(body: Sequence[Instruction]) -> Sequence[Instruction]:
+    """What a trip runs that leaves the rest of its body out."""
+    jump = next((i for i, one in enumerate(body) if one.base == "BRA"), len(body) - 1)
+    return body[: jump + 1]
+
+
+def _inner_loop_of_refine(kernel: Compiled) -> Loop:
+    """The loop over features: the innermost of three."""
+    deepest = [loop for loop in kernel.loops if len(kernels.loops_around(kernel, loop)) == 2]
+    if len(deepest) != 1:
+        raise ValueError(f"{kernel.name} has {len(deepest)} loops in two others; allowed is one.")
+    return deepest[0]
 
 
 def _triton_weigh(shape: Shape, queries: int, card: Device) -> Launch:
@@ -140,7 +188,9 @@ def _stretches(shape: Shape, queries: int, card: Device) -> int:
 
 def _triton_sum(shape: Shape, data: Data, queries: int, parts: int, card: Device) -> Launch:
     m, ordered = _references(shape), queries >= SORTED
-    rows, features = (16, 64) if queries <= 32 else (32, 64) if queries <= 256 else (64, 128)
+    rows, features = (16, 64) if queries <= 32 else (64, 64)
+    if queries > 128:  # sizes count as powers of two
+        rows, features = (32, 64) if queries <= 256 else (64, 128)
     words = ("fp32", "PRECISION tf32x3", f"ROWS {rows}", f"FEATURES {features}")
     kernel = kernels.triton_variant(
         card, "weighted_sum", *words, f"ORDERED {ordered and queries > 16}"
@@ -152,8 +202,9 @@ def _triton_sum(shape: Shape, data: Data, queries: int, parts: int, card: Device
     most = data["sums"][f"tiles of {rows}, {how}, most"]
     main = kernels.loop_with_most(kernel, "tensor")
     body = kernel.body(main)
-    jump = next((i for i, one in enumerate(body) if one.base == "BRA"), len(body) - 1)
-    dead = body[: jump + 1]
+    if not ordered:
+        share = most = 1.0
+    dead = _until_branch(body)
     phases = (
         _once(kernel, blocks),
         phase("tiles", kernel, body, blocks * tiles * share, tiles * most),
@@ -221,17 +272,17 @@ def _cuda_distances(shape: Shape, queries: int, card: Device) -> Launch:
 
 
 def _cuda_refine(shape: Shape, data: Data, queries: int, card: Device) -> Launch:
-    m = _references(shape)
+    m, refined = _references(shape), data["refine"]["cuda"]
     kernel = kernels.cuda_kernel(card, "refine<float32>", 32)
     tiles = _up(m, TILE)
-    segment = segment_of(tiles)
+    segment = segment_of(tiles, "cuda")
     blocks = queries * _up(tiles, segment)
     # Two loops go over features; that of the differences has a DADD for every DFMA.
     inner = next(loop for loop in kernel.loops if _finds_differences(kernel.body(loop)))
     around = kernels.loops_around(kernel, inner)
     unrolled = kernels.count_of(kernel.body(inner), "DFMA")
-    by_warp = _part(data, shape, queries, "pairs") / kernel.warps
-    most = float(data["refine"]["pairs, most"]) / kernel.warps
+    by_warp = _part(refined, shape, queries, "pairs") / kernel.warps
+    most = float(refined["pairs, most"]) / kernel.warps
     turns = shape.N / 32 / unrolled
     phases = (
         _once(kernel, blocks),

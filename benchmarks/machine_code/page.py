@@ -78,13 +78,18 @@ def data_table(results: Results) -> str:
     rows = []
     for shape, found in results["data"].items():
         each = found["refined a query"]
-        counts = [f"{each[name]:.4g}" for name in ("mean", "median", "most")]
+        names = ("mean", "median", "most")
+        counts = [f"{each[b][name]:.4g}" for b in ("triton", "cuda") for name in names]
         shares = [f"{found['sums'][name]:.0%}" for name in _SUMS]
         cut = f"{len(found['blocks'])} × {found['chunks']}"
         sizes = " × ".join(map(str, found["B, M, N"]))
         rows.append([shape, sizes, str(found["queries looked at"]), cut, *counts, *shares])
     header = ["", "B × M × N", "queries counted", "blocks × chunks"]
-    header += [f"refined pairs per query, {name}" for name in ("mean", "median", "most")]
+    header += [
+        f"pairs that {backend} refines per query, {name}"
+        for backend in ("Triton", "CUDA")
+        for name in ("mean", "median", "most")
+    ]
     return table([*header, *_SUMS.values()], rows)
 
 

@@ -57,7 +57,7 @@ def counted() -> dict[str, Any]:
 def refined(shape: Shape) -> float:
     """References of a query that are refined in float64, as counted on real data, otherwise 0."""
     found = counted().get(f"{shape.M} × {shape.N}")
-    return 0.0 if found is None else float(found["refined a query"]["mean"])
+    return 0.0 if found is None else float(found["refined a query"]["cuda"]["mean"])
 
 
 class Work(NamedTuple):

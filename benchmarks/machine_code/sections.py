@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.common import subjects
@@ -39,15 +39,19 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def predictions(counts: dict[str, Any]) -> Iterator[Row]:
+def predictions(counts: dict[str, Any], paths: Sequence[str]) -> Iterator[Row]:
     """The section "predicted": shape, card, path, kernel, seconds, launches and bound."""
     for shape in SHAPES:
         for card in DEVICES:
             for path, made in BACKENDS.items():
+                if path not in paths:
+                    continue
                 found = [model.predict(one, card) for one in made(shape, counts[shape.name], card)]
                 for part in model.merge_by_name(found):
                     yield _row(shape, card, path, part)
             for path, (kind, compiled) in TORCH.items():
+                if path not in paths:
+                    continue
                 parts = model.torch_path(card, shape.B, shape.M, shape.N, kind, compiled)
                 for name, seconds in parts.items():
                     yield _row(shape, card, path, Predicted(name, seconds, 0, ""))
@@ -58,7 +62,24 @@ def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
     return [shape.name, card.name, path, part.name, seconds, part.launches, part.bound]
 
 
-def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
+def replaced(section: str, stored: Iterable[Row], found: Iterable[Row]) -> list[Row]:
+    """Stored rows with those of the found paths replaced, in the order of a full count."""
+    place = {"predicted": 2, "loops": 0}[section]
+    new = list(found)
+    paths = {row[place] for row in new}
+    kept = [row for row in stored if row[place] not in paths]
+    shapes, cards = [shape.name for shape in SHAPES], [card.name for card in DEVICES]
+    order = [*BACKENDS, *TORCH]
+
+    def key(row: Row) -> tuple[int, ...]:
+        if section == "predicted":
+            return shapes.index(row[0]), cards.index(row[1]), order.index(row[2])
+        return cards.index(row[1]), order.index(row[0])
+
+    return sorted(kept + new, key=key)
+
+
+def main_loops(counts: dict[str, Any], paths: Sequence[str]) -> Iterator[Row]:
     """The section "loops": the longest phase of each kernel, at one shape.
 
     Path, card, kernel, phase, instructions, matrix instructions, ideal and actual wavefronts,
@@ -67,6 +88,8 @@ def main_loops(counts: dict[str, Any]) -> Iterator[Row]:
     """
     for card in DEVICES:
         for path, made in BACKENDS.items():
+            if path not in paths:
+                continue
             for launch in made(LOOPS_SHAPE, counts[LOOPS_SHAPE.name], card):
                 yield [path, card.name, launch.name, *_longest(launch, card)]
 

@@ -384,13 +384,46 @@ def test_pairs_and_weights_agree_with_a_loop():
         base, norm, half = min(d), sum(v * v for v in x), 4.5
         near = base + 2.0**-17 * (3 * norm + 2 * base)
         near += math.expm1(20 / half) * (base + r * r)
-        assert chunk.refined[b].tolist() == [value <= near for value in d]  # two tiles are few
+        refined = chunk.refined["cuda"]
+        assert refined.pairs[b].tolist() == [value <= near for value in d]  # two tiles are few
         weights = [((base + r * r) / (value + r * r)) ** half for value in d]
         smallest = math.exp(-16) / 70
         assert chunk.live[b].tolist() == [w >= smallest for w in weights]
-        assert chunk.visited[b].tolist() == [
+        assert refined.visited[b].tolist() == [
             any(value <= near for value in d[start : start + 64]) for start in (0, 64)
         ]
+
+
+@pytest.mark.parametrize("far", [0.0, 1e5])
+def test_what_triton_refines_agrees_with_a_loop(far):
+    case = small_case()
+    case.references[::3] += far  # pairs of clusters far from their centre are refined
+    case.x[0] += far
+    (chunk,) = data.chunks_of(case, SMALL, data.squared_distances(case))
+    rows = case.references.double()
+    center = rows[[i * 70 // 16 for i in range(16)]].mean(0)
+    lengths = [float((row - center).square().sum()) for row in rows]
+    tiles = (range(64), range(64, 70))
+    for b in range(5):
+        x, r = case.x[b].double(), float(case.z[b])
+        d = [float((x - row).square().sum()) for row in rows]
+        base, norm = min(d), float((x - center).square().sum())
+        near = base + 2.0**-17 * (3 * norm + 2 * base) + math.expm1(20 / 4.5) * (base + r * r)
+        within = (base + r * r) / 4.5
+        lowest = [min(d[j] for j in tile) for tile in tiles]
+        farthest = max(
+            max(lengths[j] for j in tile)
+            for tile, least in zip(tiles, lowest, strict=True)
+            if least <= near
+        )
+        close = sum(least <= base + within for least in lowest)
+        error = 2.0**-23 * (2 * math.sqrt(norm * farthest) + farthest)
+        allowed = 1.5e-4 * math.sqrt(max(close / math.e, 1))
+        allowed = min(allowed, 1.5e-4 / 16 * max(1, 4.5 * abs(math.log(base + r * r))))
+        refines = error > allowed * within
+        found = chunk.refined["triton"].pairs[b].tolist()
+        assert found == [refines and value <= near for value in d]
+    assert chunk.refined["triton"].pairs.any() == (far > 0)
 
 
 def test_chunks_continue_from_the_nearest_so_far(monkeypatch):
@@ -402,7 +435,7 @@ def test_chunks_continue_from_the_nearest_so_far(monkeypatch):
     x = y[:4] + 0.2  # near the first references: later chunks have nothing near
     case = Case(x, torch.full((4,), 1e-3), torch.cat([y[:128], y[128:] + 5]))
     first, second, third = data.chunks_of(case, shape, data.squared_distances(case))
-    assert first.refined.any()
+    assert first.refined["cuda"].pairs.any()
     assert first.live.any()
     assert not second.live.any()
     assert not third.live.any()
@@ -425,18 +458,16 @@ def test_work_of_refine():
     refined[0, [0, 1, 2, 400]] = True
     visited = torch.zeros(2, 10, dtype=torch.bool)
     visited[0, [0, 6]] = True
-    found = data.refined_of(data.Chunk(refined, visited, refined), group=2)
+    found = data.refined_of(data.Refined(refined, visited), "cuda")
     assert found == {
         "pairs": 4.0,
         "tiles": 2.0,
-        "groups": 3.0,
         "pairs, most": 3.0,  # a program has four tiles
         "tiles, most": 1.0,
-        "groups, most": 2.0,
     }
-    assert data.segment_of(10) == 4
-    assert data.segment_of(2000) == 8
-    assert [data.group_of(N) for N in (64, 784, 3072)] == [16, 2, 2]
+    assert data.segment_of(10, "cuda") == 4
+    assert data.segment_of(10, "triton") == 2
+    assert data.segment_of(2000, "cuda") == 8
 
 
 def test_shapes_are_split_as_in_the_kernels():
@@ -448,7 +479,9 @@ def test_shapes_are_split_as_in_the_kernels():
 
 def test_all_figures_of_a_shape_are_counted():
     found = data.count(SMALL, lambda shape: small_case())
-    assert found["refine"]["pairs"] == found["refined a query"]["mean"] * 5
+    for backend in ("cuda", "triton"):
+        pairs = found["refine"][backend]["pairs"]
+        assert pairs == pytest.approx(found["refined a query"][backend]["mean"] * 5)
     assert found["queries looked at"] == 5
     assert 0 < found["sums"]["live"] <= found["sums"]["listed of 32, unsorted"] <= 1
     assert found["single pass"]["pairs"] >= found["single pass"]["pairs of the slowest warp"]
