@@ -173,9 +173,10 @@ def main() -> None:
             rows.append(measure(method, with_labels, seed))
             write_json(path, rows)
             print(rows[-1], flush=True)
-    print(shown(rows))
+    chosen = [row for row in rows if row["seed"] in options.seeds]
+    print(shown(chosen))
     if options.store:
-        print(store("weighting", {"means": means(rows), "rows": rows}))
+        print(store("weighting", {"means": means(chosen), "rows": chosen}))
 
 
 if __name__ == "__main__":
