@@ -6,6 +6,9 @@ interpreter. Triton is imported at the first call, not with pfgm.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +22,7 @@ from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular
 
+_OLDEST = (3, 6)  # major and minor version of Triton
 _REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -27,11 +31,30 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@functools.cache
+def _version() -> tuple[int, ...]:
+    """Major and minor version of the installed Triton, read without importing it if possible."""
+    for package in ("triton", "pytorch-triton"):
+        try:
+            found = importlib.metadata.version(package)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    else:
+        found = str(importlib.import_module("triton").__version__)
+    return tuple(int(part) for part in found.split(".")[:2])
+
+
 def supports(
     device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
 ) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if (version := _version()) < _OLDEST:
+        return (
+            f"Triton {'.'.join(map(str, version))} is installed, but its kernels need "
+            f"{'.'.join(map(str, _OLDEST))} or later, which newer versions of torch bring"
+        )
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"its kernels run on a GPU, not on {device.type} (except under TRITON_INTERPRET=1)"
     if dtype != torch.float32:

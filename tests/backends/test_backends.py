@@ -165,6 +165,22 @@ def test_without_triton(monkeypatch, device, architectures):
     assert choose(None, CUDA, torch.float32) is (native if architectures else reference)
 
 
+def test_an_old_triton_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: True)
+    for version, usable in (("3.2.0", False), ("3.5.1+git1234", False), ("3.10.0", True)):
+        monkeypatch.setattr(triton.importlib.metadata, "version", lambda name, found=version: found)
+        triton._version.cache_clear()
+        reason = triton.supports(torch.device("cuda"), torch.float32)
+        assert (reason is None) == usable
+        if not usable:
+            short = ".".join(version.split(".")[:2])
+            assert reason.startswith(
+                f"Triton {short} is installed, but its kernels need 3.6 or later"
+            )
+    monkeypatch.undo()
+    triton._version.cache_clear()
+
+
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
     assert choose(None, CPU, torch.float32) is reference
