@@ -119,7 +119,7 @@ def _check(step: OdeStep) -> None:
 
 def _wants_gradient(step: OdeStep) -> bool:
     return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in step[:5]
+        isinstance(value, Tensor) and value.requires_grad for value in step
     )
 
 
