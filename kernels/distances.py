@@ -836,11 +836,12 @@ def variants() -> list[Variant]:
                     continue
                 constants["HIGH"] = shape.precision == "high"
                 found.append(variant(distances, constants, dtype, products=True))
-        for tile in (64, 16):
-            constants = {"TILE": tile} | refine_config(3072).options
-            found.append(variant(refine, constants, dtype))
+        for features in (32, 3072):
+            for tile in (64, 16):
+                constants = {"TILE": tile} | refine_config(features).options
+                found.append(variant(refine, constants, dtype, wide_loads=features > 32))
     for products in (False, True):
         for gaussian in (False, True):
             constants = {"PRODUCTS": products, "GAUSSIAN": gaussian} | LIMITS.options
-            found.append(variant(find_limits, constants))
+            found.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
     return list({each.name: each for each in found}.values())

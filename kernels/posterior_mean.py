@@ -218,9 +218,10 @@ def sum_configs(shape: Shape) -> list[Config]:
     if shape.rows <= 32:
         return [Config({"ROWS": 16, "TILE": 32, "FEATURES": 64})]
     medium = Config({"ROWS": 64, "TILE": 32, "FEATURES": 64})
-    if shape.rows < MIN_SORTED_QUERIES:
-        return [medium]
     small = Config({"ROWS": 32, "TILE": 32, "FEATURES": 64})
+    if shape.rows < MIN_SORTED_QUERIES:
+        # On sm_100 bytes would spill registers in the larger tile.
+        return [small if shape.references == torch.uint8 else medium]
     large = Config({"ROWS": 64, "TILE": 32, "FEATURES": 128}, num_warps=8)
     return [small, large] if shape.rows <= 256 else [large, small]
 
