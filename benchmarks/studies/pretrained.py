@@ -28,13 +28,15 @@ from pfgm.pretrained import PRETRAINED
 SAMPLES, BATCH, CLASSES = 1000, 100, 10
 PICTURE = DOCS / "images" / "fashion-mnist.png"
 RUNS: dict[str, dict[str, Any]] = {
-    "no label, 10 steps": {"steps": 10},
-    "labels, 10 steps": {"steps": 10},
-    "labels, 20 steps": {"steps": 20},
-    "labels, guidance 1.5, 10 steps": {"steps": 10, "guidance": 1.5},
-    "labels, guidance 2, 10 steps": {"steps": 10, "guidance": 2.0},
+    "no label, as by default": {},
+    "labels, as by default": {},
+    "labels, rho": {"schedule": "rho"},
+    "labels, log to 0.1": {"schedule": "log", "last": 0.1},
+    "labels, log to 0.3": {"schedule": "log", "last": 0.3},
+    "labels, rho, guidance 1.5": {"schedule": "rho", "guidance": 1.5},
 }
-SHOWN = "labels, guidance 1.5, 10 steps"
+"""All with 10 steps."""
+SHOWN = "labels, as by default"
 
 
 def measure(name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -55,6 +57,7 @@ def measure(name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
             batch_size=BATCH,
             labels=labels,
             progress=True,
+            steps=10,
             **options,
         )
         samples[run], evaluations[run] = found.clamp(-1, 1), steps
