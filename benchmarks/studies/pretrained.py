@@ -28,15 +28,14 @@ from pfgm.pretrained import PRETRAINED
 SAMPLES, BATCH, CLASSES = 1000, 100, 10
 PICTURE = DOCS / "images" / "fashion-mnist.png"
 RUNS: dict[str, dict[str, Any]] = {
-    "no label, as by default": {},
-    "labels, as by default": {},
-    "labels, rho": {"schedule": "rho"},
+    "no label": {},
+    "labels": {},
     "labels, log to 0.1": {"schedule": "log", "last": 0.1},
     "labels, log to 0.3": {"schedule": "log", "last": 0.3},
-    "labels, rho, guidance 1.5": {"schedule": "rho", "guidance": 1.5},
+    "labels, guidance 1.5": {"guidance": 1.5},
 }
-"""All with 10 steps."""
-SHOWN = "labels, as by default"
+"""All with 10 steps, and the schedule rho unless another is named."""
+SHOWN = "labels"
 
 
 def measure(name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
