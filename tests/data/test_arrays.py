@@ -271,7 +271,7 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'\.png'; allowed are \.npy, \.npz and \.safetensors"):
         data.load_array(path)
     path.write_bytes(b"content")
-    message = r"'\.png'; allowed are \.npy, \.npz, \.safetensors and folders of images"
+    message = r"'\.png'; allowed are \.npy, \.npz, \.safetensors, \.zip and folders of images"
     with pytest.raises(ValueError, match=message):
         open_source(path)
 

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from torch.fx.experimental import symbolic_shapes
 
 import pfgm
 from pfgm import field_fn, log_density, posterior_mean
@@ -264,7 +265,7 @@ def varying_steps(x, z, gamma, **options):
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.fx.experimental.symbolic_shapes, "has_static_value"),
+    not hasattr(symbolic_shapes, "has_static_value"),
     reason="this version of torch cannot tell whether a number is symbolic",
 )
 @pytest.mark.parametrize("name", VARYING)

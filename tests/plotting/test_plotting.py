@@ -199,8 +199,13 @@ def test_pyplot_is_not_imported_and_matplotlib_only_when_drawing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "pfgm.plotting.shown_figure", raising=False)
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_matplotlib(monkeypatch)
     with pytest.raises(ImportError, match=r"matplotlib.*pip install '\.\[demo\]'"):
         plotting.image_grid(torch.zeros(1, 1, 8, 8))
 
@@ -335,7 +340,7 @@ class TestFigures:
     def test_without_matplotlib_the_extra_is_named(
         self, draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        without_matplotlib(monkeypatch)
         with pytest.raises(ImportError, match=r"matplotlib.*pip install '\.\[demo\]'"):
             draw(ring())
 
