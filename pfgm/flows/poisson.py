@@ -410,7 +410,8 @@ class PoissonFlow(Flow):
         error_z = (field_z.to(target_z.dtype) - target_z).square()
         squared = error_x + error_z
         if weighting == "balanced":
-            squared = squared * self._balance(x_perturbed - x, z).to(squared.dtype)
+            noise = x_perturbed.to(squared.dtype) - x.to(squared.dtype)
+            squared = squared * self._balance(noise, z.to(squared.dtype))
         return 0.5 * squared.mean()
 
     def _balance(self, noise: Tensor, z: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Settings:
     """Hold a part of the data in each process. The target is the field of all data."""
     fit_levels: tuple[int, ...] = ()
     """Numbers of solver steps for which levels are fitted to the data before training. Sampling
-    with multistep and so many steps uses them. Each takes up to a few minutes."""
+    with multistep and so many steps uses them. The time of a fit grows with the square of the
+    steps; it is seconds for small images and many minutes for large ones."""
     samples: int = 1000
     """Number of samples of an evaluation."""
     init: str | None = None
