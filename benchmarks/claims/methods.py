@@ -1,9 +1,10 @@
 """The methods: one backbone with the preconditioning, levels and loss of each method.
 
-"PFGM", "PFGM++ D" for a number D, and "EDM" are the library's flows. "VE" and "VP" are the score
-models of Song et al. (arXiv 2011.13456) as EDM writes them (arXiv 2206.00364, table 1): denoisers
-at D = ∞ with their own preconditioning, levels and weights. PFGM learns the field of references.
-The others learn the single-sample target, as published.
+"PFGM", "PFGM++ D" for a number D, and "EDM" are the library's flows. "PFGM" has the published loss,
+"PFGM balanced" the library's default. "VE" and "VP" are the score models of Song et al. (arXiv
+2011.13456) as EDM writes them (arXiv 2206.00364, table 1): denoisers at D = ∞ with their own
+preconditioning, levels and weights. PFGM learns the field of references. The others learn the
+single-sample target, as published.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,7 @@ from pfgm.training import Trainer
 from pfgm.training.checkpoint import Loaded
 
 __all__ = [
-    "METHODS",
-    "ODE_METHODS",
+    "SCORE_METHODS",
     "Score",
     "Spec",
     "dequantised",
@@ -51,8 +51,14 @@ __all__ = [
     "vp_sigma",
 ]
 
-ODE_METHODS = ("PFGM", "PFGM++ 16", "PFGM++ 128", "PFGM++ 2048", "EDM")
-METHODS = (*ODE_METHODS, "VE", "VP")
+SCORE_METHODS = ("VE", "VP")
+"""The methods that are not flows of the library."""
+
+_POISSON: dict[str, Literal["published", "balanced"]] = {
+    "PFGM": "published",
+    "PFGM balanced": "balanced",
+}
+"""Method → weighting of its loss."""
 
 _VE_LAST = 0.02  # σ_min, for data in [-1, 1]
 _BETA_MIN, _BETA_RANGE = 0.1, 19.9  # β(t) of VP, t in [0, 1]
@@ -73,7 +79,7 @@ class Spec(NamedTuple):
     @property
     def key(self) -> str:
         """The name of its folder."""
-        stem = self.method.lower().replace("++ ", "pp-")
+        stem = self.method.lower().replace("++ ", "pp-").replace(" ", "-")
         noise = "-dequantised" if self.dequantised else ""
         return f"{stem}-width{self.width}-references{self.references}{noise}-seed{self.seed}"
 
@@ -85,7 +91,7 @@ def plusplus(D: float) -> str:
 
 def spec_of(preset: Preset, method: str, seed: int, **changes: Any) -> Spec:
     """A method's network of full width, with the target as published."""
-    references = min(preset.references, len(data_of(preset).train)) if method == "PFGM" else 0
+    references = min(preset.references, len(data_of(preset).train)) if method in _POISSON else 0
     return Spec(method, seed, preset.width, references)._replace(**changes)
 
 
@@ -96,9 +102,9 @@ def spec_of(preset: Preset, method: str, seed: int, **changes: Any) -> Spec:
 def flow_of(method: str, preset: Preset) -> Flow:
     """The flow that a method's network is sampled with."""
     train = data_of(preset).train
-    if method == "PFGM":
+    if method in _POISSON:
         return pfgm.PoissonFlow.from_data(train)
-    if method in ("VE", "VP"):
+    if method in SCORE_METHODS:
         first, last = (_largest_distance(train), _VE_LAST) if method == "VE" else _vp_ends()
         return pfgm.PoissonFlowPP.from_data(train, D=math.inf, sigma_min=last, sigma_max=first)
     return pfgm.PoissonFlowPP.from_data(
@@ -162,10 +168,10 @@ def network_of(spec: Spec, preset: Preset, flow: Flow) -> nn.Module:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        if spec.method == "PFGM":
+        if spec.method in _POISSON:
             return UNet(**config, data_std=data.rms)
         denoiser = Denoiser("unet", config, data.rms)
-        if spec.method in ("VE", "VP"):
+        if spec.method in SCORE_METHODS:
             return Score(spec.method, denoiser.backbone)
         return denoiser
 
@@ -173,8 +179,8 @@ def network_of(spec: Spec, preset: Preset, flow: Flow) -> nn.Module:
 def loss_of(method: str, flow: Flow) -> Callable[..., Tensor]:
     """The published loss of a method; of a score model it is E ‖mean − x‖²/σ² at its levels."""
     if isinstance(flow, pfgm.PoissonFlow):
-        return functools.partial(flow.loss, weighting="published")
-    if method not in ("VE", "VP"):
+        return functools.partial(flow.loss, weighting=_POISSON[method])
+    if method not in SCORE_METHODS:
         return flow.loss
 
     def loss(

@@ -15,7 +15,7 @@ from pfgm.common.tensors import network_device
 from pfgm.flows import Flow, Network
 from pfgm.training.checkpoint import Loaded
 
-__all__ = ["PEERS", "SDE", "Sampler", "draw"]
+__all__ = ["PEERS", "SDE", "Sampler", "draw", "evaluations_of"]
 
 Sampler = Callable[[Flow, Network, int, int, torch.Generator], tuple[Tensor, int]]
 """(flow, network, number of samples, steps, generator) → samples (n, *S) and evaluations."""
@@ -140,3 +140,8 @@ PEERS: dict[str, tuple[str, Sampler]] = {
 """Name of a sampler → the method whose network it takes, and the sampler."""
 
 SDE = ("VE, predictor–corrector", "VP, DDPM")
+
+
+def evaluations_of(name: str, steps: int) -> int:
+    """The network's evaluations in so many steps of a sampler."""
+    return 2 * steps if name == "VE, predictor–corrector" else steps

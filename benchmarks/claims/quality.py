@@ -17,12 +17,13 @@ from benchmarks.claims import methods, peers
 from benchmarks.claims.claim import Claim
 from benchmarks.claims.jobs import Job, Row, Tables
 from benchmarks.claims.measures import FIGURES, data_of, figures_of
-from benchmarks.claims.methods import METHODS, ODE_METHODS, Spec
+from benchmarks.claims.methods import SCORE_METHODS, Spec
 from benchmarks.claims.pictures import curves
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import grouped, over_seeds, select
 from pfgm.evaluation import RUNS
 from pfgm.flows.flow import Flow
+from pfgm.plotting.curves import COLOURS
 
 _MULTISTEP = "multistep, log"
 _SOLVERS: dict[str, dict[str, Any]] = {
@@ -38,33 +39,38 @@ _BY = ("series", "method", "sampler", "setting", "first_level", "last_level")
 
 
 def specs(preset: Preset) -> list[Spec]:
-    return [methods.spec_of(preset, m, seed) for seed in preset.seeds for m in METHODS]
+    return [methods.spec_of(preset, m, seed) for seed in preset.seeds for m in preset.methods]
 
 
 def jobs(preset: Preset) -> list[Job]:
     found = [Job("quality-seeds", training_data, (seed,)) for seed in preset.seeds]
     for seed in preset.seeds:
-        for method in METHODS:
-            for sampler in _samplers(method):
+        for method in preset.methods:
+            for sampler in _samplers(method, preset):
                 found += [
                     Job("quality-seeds", by_ode, (method, seed, sampler, nfe), nfe)
                     for nfe in preset.evaluations
                 ]
-        for method in ODE_METHODS:
+        for method in preset.methods:
             found += [
                 Job("quality-seeds", by_rk45, (method, seed, tolerance), 50)
                 for tolerance in preset.tolerances
+                if method not in SCORE_METHODS
             ]
         for name in peers.PEERS:
-            steps = preset.sde_steps if name in peers.SDE else preset.chain_steps
-            found += [Job("quality-seeds", by_peer, (name, seed, n), 2 * n) for n in steps]
+            found += [
+                Job("quality-seeds", by_peer, (name, seed, n), peers.evaluations_of(name, n))
+                for n in (preset.sde_steps if name in peers.SDE else preset.chain_steps)
+                if peers.evaluations_of(name, n) <= preset.max_evaluations
+            ]
     return found
 
 
-def _samplers(method: str) -> list[str]:
-    if method not in ODE_METHODS:
+def _samplers(method: str, preset: Preset) -> list[str]:
+    if method in SCORE_METHODS:
         return [_MULTISTEP]
-    return [*_SOLVERS, *([_LATE] if method != "PFGM" else [])]
+    late = [] if method.startswith("PFGM") and "++" not in method else [_LATE]
+    return [*(preset.solvers or _SOLVERS), *late]
 
 
 # ---- measuring --------------------------------------------------------------------------------
@@ -207,28 +213,33 @@ def _fewest(rows: Sequence[Row], figure: str, best: float) -> float | None:
     return min(enough, default=None)
 
 
-_SHOWN = {
-    "quality": [
-        f"PFGM, {_MULTISTEP}",
-        f"EDM, {_MULTISTEP}",
-        f"EDM, {_LATE}",
-        *peers.PEERS,
-    ],
-    "quality-multistep": [f"{method}, {_MULTISTEP}" for method in METHODS],
-    **{
-        f"quality-{method.lower().replace('++ ', 'pp-')}": [
-            f"{method}, {sampler}" for sampler in (*_SOLVERS, "rk45")
-        ]
-        for method in ODE_METHODS
-    },
-}
 _FAR = 8  # times the least distance; farther points are not drawn
+
+
+def _shown(methods: Sequence[str]) -> dict[str, list[str]]:
+    """The series of each picture. As many are drawn as there are colours."""
+    flows = [method for method in methods if method not in SCORE_METHODS]
+    return {
+        "quality": [
+            *(f"{method}, {_MULTISTEP}" for method in flows if "++" not in method),
+            f"EDM, {_LATE}",
+            *peers.PEERS,
+        ],
+        "quality-multistep": [f"{method}, {_MULTISTEP}" for method in methods],
+        **{
+            f"quality-{method.lower().replace('++ ', 'pp-').replace(' ', '-')}": [
+                f"{method}, {sampler}" for sampler in (*_SOLVERS, "rk45")
+            ]
+            for method in flows
+        },
+    }
 
 
 def draw(tables: Tables, folder: Path) -> None:
     means = [row for row in tables["quality-means"] if row["sampler"]]
     limit = _FAR * min(row["frechet_pixels"] for row in means)
-    for name, series in _SHOWN.items():
+    for name, every in _shown(list(dict.fromkeys(row["method"] for row in means))).items():
+        series = every[: len(COLOURS)]
         rows = [r for r in means if r["series"] in series and r["frechet_pixels"] < limit]
         rows.sort(key=lambda row: (series.index(row["series"]), row["evaluations"]))
         curves(

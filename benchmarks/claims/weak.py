@@ -18,7 +18,6 @@ from benchmarks.claims.pictures import bars
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import grouped, over_seeds, relative
 
-NETWORKS = ("full", "half width", "quarter width", "stopped early")
 _SHARE = {"half width": 2, "quarter width": 4}
 _ODE = "multistep, log"
 _BY = ("method", "sampler", "network")
@@ -34,14 +33,14 @@ def specs(preset: Preset) -> list[Spec]:
         _spec(preset, method, seed, network)
         for seed in preset.seeds
         for method in preset.weak_methods
-        for network in NETWORKS
+        for network in preset.weak_networks
     ]
 
 
 def jobs(preset: Preset) -> list[Job]:
     found = []
     for seed in preset.seeds:
-        for network in NETWORKS:
+        for network in preset.weak_networks:
             found += [
                 Job("weak-seeds", by_ode, (method, seed, network), preset.weak_evaluations)
                 for method in preset.weak_methods
