@@ -7,11 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not host_shim and tests: only builds for tests hold them.
-FOLDERS = ("api", "cpu", "cuda")
+FOLDERS = ("api", "bindings", "cpu", "cuda")
 
 
 def source_digest() -> str:
-    sources = [ROOT / "CMakeLists.txt", ROOT / "csrc" / "bindings.cpp"]
+    sources = [ROOT / "CMakeLists.txt"]
     for folder in FOLDERS:
         sources += sorted(p for p in (ROOT / "csrc" / folder).rglob("*") if p.is_file())
     digest = hashlib.sha256()

@@ -35,6 +35,7 @@ struct Problem {
   const void* sketch = nullptr;  // sketch of the references, in the type of x; may be null
 };
 
+// On the CPU, a null result other than the mean is not written.
 struct Forward {
   void* mean;         // (queries, features)
   double* logsumexp;  // (queries)

@@ -92,9 +92,10 @@ Status forward(const Problem& problem, const Forward& out) {
       T* mean = static_cast<T*>(out.mean) + (first + b) * features;
       for (Index k = 0; k < features; ++k)
         mean[k] = static_cast<T>(sums[b * features + k] / states[b].total);
-      out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
-      out.nearest[first + b] = states[b].nearest;
-      out.total[first + b] = states[b].total;
+      if (out.logsumexp)
+        out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
+      if (out.nearest) out.nearest[first + b] = states[b].nearest;
+      if (out.total) out.total[first + b] = states[b].total;
     });
   }
   return {};
@@ -490,9 +491,9 @@ Status by_blocks(const Problem& problem, bool independent, const F& run) {
 
 Forward outputs_from(Index first, const Problem& problem, Forward out) {
   out.mean = at(out.mean, first * problem.features, problem.type);
-  out.logsumexp += first;
-  out.nearest += first;
-  out.total += first;
+  if (out.logsumexp) out.logsumexp += first;
+  if (out.nearest) out.nearest += first;
+  if (out.total) out.total += first;
   return out;
 }
 

@@ -21,8 +21,9 @@ struct Held {
 
 template <int WIDTH>
 __device__ void load(Held& held, const NormalisedField& field, Index row, const RowTile& tile) {
-  load_tile<WIDTH>(held.x, field.x + row * field.x_stride, tile);
-  load_tile<WIDTH>(held.mean, field.mean + row * field.mean_stride, tile);
+  load_tile<WIDTH>(held.x, static_cast<const float*>(field.x) + row * field.x_stride, tile);
+  load_tile<WIDTH>(held.mean, static_cast<const float*>(field.mean) + row * field.mean_stride,
+                   tile);
 }
 
 __device__ double squared_norm(const Held& held) {
@@ -36,7 +37,7 @@ __device__ void write(const Held& held, const NormalisedField& field, Index row,
                       const RowTile& tile, double scale) {
   float out[kHeldValues];
   for (int i = 0; i < kHeldValues; ++i) out[i] = static_cast<float>(scale * held.difference(i));
-  store_tile<WIDTH>(field.field_x + row * field.field_x_stride, tile, out);
+  store_tile<WIDTH>(static_cast<float*>(field.field_x) + row * field.field_x_stride, tile, out);
 }
 
 // WHOLE: a row is one tile.
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
       write<WIDTH>(held, field, at.row, tile, scale);
     }
   }
-  if (at.inside && at.lane == 0) field.field_z[at.row] = static_cast<float>(scale * z);
+  if (at.inside && at.lane == 0)
+    static_cast<float*>(field.field_z)[at.row] = static_cast<float>(scale * z);
 }
 
 }  // namespace

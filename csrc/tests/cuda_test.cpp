@@ -241,11 +241,10 @@ FieldResults run(const std::string& name, const FieldCase& c) {
   const Values means =
       mean.fill([&](Index i, Index k) { return i == 0 ? xs[k] : random.normal(); });
   const Values zs = z.fill([&](Index i, Index) { return i == 0 ? 0 : random.uniform(0, 4); });
-  normalised_field_cuda({c.rows, c.features, reinterpret_cast<float*>(x.data()), x.stride,
-                         z.doubles(), reinterpret_cast<float*>(mean.data()), mean.stride, c.gamma,
-                         reinterpret_cast<float*>(field_x.data()), field_x.stride,
-                         reinterpret_cast<float*>(field_z.data())},
-                        kPlace);
+  normalised_field_cuda(
+      {Type::float32, c.rows, c.features, x.data(), x.stride, z.doubles(), mean.data(), mean.stride,
+       c.gamma, field_x.data(), field_x.stride, field_z.data(), 1},
+      kPlace);
   Values wanted_x, wanted_z;
   for (Index i = 0; i < c.rows; ++i) {
     double squared = zs[i] * zs[i];

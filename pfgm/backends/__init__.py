@@ -68,6 +68,17 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """v_x (B, N) and v_z (B,) from x (B, N), z (B,) in float64 and mean (B, N)."""
 
+    def normalised_field_backward(
+        self,
+        grad_field_x: Tensor,
+        grad_field_z: Tensor,
+        x: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        gamma: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x (B, N), z (B,) and mean (B, N) from those of v_x and v_z."""
+
     def ode_step(
         self,
         step: OdeStep,

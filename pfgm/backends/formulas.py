@@ -92,6 +92,29 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     return (scale[:, None] * difference).to(x.dtype), (scale * z).to(x.dtype)
 
 
+def normalised_field_backward(
+    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x (B, N), z (B,) and mean (B, N) from those of v_x and v_z.
+
+    With E = (x − mean, z), n = ‖E‖ and v = s E, s = −√N/(n + γ), the derivative of s in n is s²/√N:
+
+        k = (G·(x − mean) + g z) s² / (√N n),   0 at E = 0
+        grad_x = s G + k (x − mean) = −grad_mean,   grad_z = s g + k z
+    """
+    dtype, root_N = wide_dtype(x.device), math.sqrt(x.shape[1])
+    difference, height = x.to(dtype) - mean.to(dtype), z.to(dtype)
+    G, g = grad_field_x.to(dtype), grad_field_z.to(dtype)
+    norm = (difference.square().sum(1) + height.square()).sqrt()
+    at_zero = norm == 0
+    # With γ = 0 the field has no gradient at E = 0, and 0 is taken.
+    scale = -root_N / torch.where(at_zero, gamma if gamma > 0 else math.inf, norm + gamma)
+    along = (G * difference).sum(1) + g * height
+    k = torch.where(at_zero, 0.0, along / norm * scale.square() / root_N)
+    grad_x = (scale[:, None] * G + k[:, None] * difference).to(x.dtype)
+    return grad_x, (scale * g + k * height).to(z.dtype), -grad_x
+
+
 def ode_step(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     """The step in differentiable operations, with factors in float64 and points in their dtype."""
     x, slope, history = step.x, step.slope, step.history

@@ -1,8 +1,9 @@
 """The operations in C++ and CUDA (csrc/): SIMD kernels on the CPU, and kernels for NVIDIA GPUs.
 
-This module is the only caller of ``pfgm._native``, which takes raw addresses. The functions here
-bring tensors into the layout of the kernels and keep them alive during the call. On a GPU the
-kernels run on torch's current stream, with workspace from torch's allocator.
+This module and :mod:`pfgm.backends.native_direct` are the only callers of ``pfgm._native``, which
+takes raw addresses. The functions here bring tensors into the layout of the kernels and keep them
+alive during the call. On a GPU the kernels run on torch's current stream, with workspace from
+torch's allocator.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "describe",
     "extension",
     "normalised_field",
+    "normalised_field_backward",
     "ode_step",
     "posterior_mean",
     "posterior_mean_backward",
@@ -41,7 +43,7 @@ __all__ = [
     "supports",
 ]
 
-_TYPES = {
+TYPES = {  # the numbers of csrc/api/posterior_mean.h
     torch.float32: 0,
     torch.float64: 1,
     torch.bfloat16: 2,
@@ -72,6 +74,11 @@ def extension() -> ModuleType:
     if _native is None:
         raise RuntimeError("pfgm was installed without its native extension (PFGM_NATIVE=0).")
     return _native
+
+
+def has_extension() -> bool:
+    """Whether pfgm was installed with its native extension."""
+    return _native is not None
 
 
 def supports(
@@ -142,8 +149,8 @@ def _native_problem(problem: PosteriorMean) -> object:
     if sketch is not None:
         _check_sketch(sketch, x, references)
     return extension().Problem(
-        type=_TYPES[x.dtype],
-        reference_type=_TYPES[references.dtype],
+        type=TYPES[x.dtype],
+        reference_type=TYPES[references.dtype],
         queries=x.shape[0],
         references=references.shape[0],
         features=x.shape[1],
@@ -170,8 +177,8 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     references = contiguous_features(references)
     out = torch.empty(len(references) * width, dtype=dtype)
     extension().sketch(
-        type=_TYPES[dtype],
-        reference_type=_TYPES[references.dtype],
+        type=TYPES[dtype],
+        reference_type=TYPES[references.dtype],
         references=len(references),
         features=references.shape[1],
         y=_address_and_stride(references),
@@ -277,13 +284,11 @@ def posterior_mean_backward(
     return grad_x, grad_references, grad_radius
 
 
-def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    if not _on_cuda(x.device):
-        return formulas.normalised_field(x, z, mean, gamma)
-    x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
-    field_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    field_z = torch.empty(len(x), dtype=x.dtype, device=x.device)
-    field = extension().NormalisedField(
+def _native_field(
+    x: Tensor, z: Tensor, mean: Tensor, gamma: float, field_x: Tensor | None, field_z: Tensor | None
+) -> object:
+    return extension().NormalisedField(
+        type=TYPES[x.dtype],
         rows=x.shape[0],
         features=x.shape[1],
         x=_address_and_stride(x),
@@ -291,10 +296,41 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
         mean=_address_and_stride(mean),
         gamma=gamma,
         field_x=_address_and_stride(field_x),
-        field_z=field_z.data_ptr(),
+        field_z=_address(field_z),
+        threads=torch.get_num_threads(),
     )
-    extension().normalised_field_cuda(field, _place(x.device))
+
+
+def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
+    field_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    field_z = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    field = _native_field(x, z, mean, gamma, field_x, field_z)
+    if _on_cuda(x.device):
+        extension().normalised_field_cuda(field, _place(x.device))
+    else:
+        extension().normalised_field(field)
     return field_x, field_z
+
+
+def normalised_field_backward(
+    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _on_cuda(x.device):
+        return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
+    x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
+    grad_field_x, grad_field_z = contiguous_features(grad_field_x), grad_field_z.contiguous()
+    grad_x, grad_mean = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
+    grad_z = torch.empty(len(x), dtype=torch.float64)
+    extension().normalised_field_backward(
+        _native_field(x, z, mean, gamma, None, None),
+        grad_field_x=_address_and_stride(grad_field_x),
+        grad_field_z=grad_field_z.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        grad_mean=grad_mean.data_ptr(),
+        grad_z=grad_z.data_ptr(),
+    )
+    return grad_x, grad_z, grad_mean
 
 
 def ode_step(
@@ -309,7 +345,7 @@ def ode_step(
         shared = array("d", levels)
         address, level_stride = shared.buffer_info()[0], 0
     native_step = extension().OdeStep(
-        type=_TYPES[x.dtype],
+        type=TYPES[x.dtype],
         rows=x.shape[0],
         features=x.shape[1],
         x=_address_and_stride(x),

@@ -141,6 +141,12 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     return formulas.normalised_field(x, z, mean, gamma)
 
 
+def normalised_field_backward(
+    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
+
+
 def ode_step(
     step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:

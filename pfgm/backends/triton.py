@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common.checks import check_distances, check_radius, checks_values
 from ..common.tensors import contiguous_features
+from . import formulas
 from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular
@@ -123,6 +124,12 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     with _current_device(x):
         kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
     return field_x, field_z
+
+
+def normalised_field_backward(
+    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
 
 
 def ode_step(

@@ -19,6 +19,7 @@ __all__ = [
     "check_no_tangent",
     "forward_mode",
     "in_torch_func",
+    "is_ordinary",
     "map_rows",
 ]
 
@@ -35,6 +36,49 @@ def in_torch_func() -> bool:
 def forward_mode() -> bool:
     """Whether the call is in forward-mode differentiation, by torch.func.jvp or dual numbers."""
     return forward_ad._current_level >= 0
+
+
+_NUMBERS = (float, int)
+# Names that are looked up once: a call of the CPU kernels on small tensors takes microseconds.
+_strided = torch.strided
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
+_autocasting = torch.is_autocast_enabled
+_profiling = torch._C._autograd._profiler_enabled
+
+
+def is_ordinary(*values: Any) -> bool:
+    """Whether nothing but the result of an operation on these values is wanted.
+
+    Then it may be computed without the dispatcher of torch. The values are numbers of Python, None
+    or plain tensors in CPU memory. No gradient is wanted, and no mode, transform, trace, autocast,
+    profiler or forward-mode differentiation is at work.
+    """
+    if (
+        _dispatch_modes()
+        or _function_modes()
+        or in_torch_func()
+        or forward_mode()
+        or _tracing_state() is not None
+        or _autocasting("cpu")
+        or _profiling()
+    ):
+        return False
+    differentiates = torch.is_grad_enabled()
+    for value in values:
+        if type(value) is Tensor:
+            if (
+                not value.is_cpu
+                or value.layout is not _strided
+                or value.is_neg()
+                or value._is_zerotensor()
+                or (differentiates and value.requires_grad)
+            ):
+                return False
+        elif value is not None and type(value) not in _NUMBERS:
+            return False
+    return True
 
 
 def check_no_tangent(name: str, *values: Any) -> None:

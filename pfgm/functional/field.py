@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends import native_direct
 from ..backends.problems import PosteriorMean
 from ..common.checks import LARGEST, is_number, is_symbolic, layout_hint
 from ..references import References, ReferenceSet
@@ -185,6 +186,14 @@ def posterior_mean(
     >>> posterior_mean(torch.tensor([[0.5, 2.0]]), references, r=1.0)
     tensor([[0.5000, 0.0000]])
     """
+    if (r is None) != (sigma is None) and type(D) in (float, int) and 0 < D <= LARGEST:
+        level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
+        found = native_direct.posterior_mean(
+            x, references, level, factor, D, return_logsumexp, backend, precision
+        )
+        if found is not None:
+            mean, logsumexp = found
+            return mean if logsumexp is None else (mean, logsumexp)
     _check_tensors(x, references)
     D = _check_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)
@@ -229,6 +238,10 @@ def field_fn(
     >>> field_x, field_z
     (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
     """
+    if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
+        found = native_direct.field(x, z, references, gamma, backend, precision)
+        if found is not None:
+            return found
     _check_tensors(x, references)
     if not 0 <= gamma <= LARGEST:
         raise ValueError(f"gamma is {gamma}; allowed is any finite number of at least 0.")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends import native_direct
 from ..backends.problems import OdeStep
 from ..common.checks import LARGEST
 from .levels import Level, per_query, step_levels
@@ -23,6 +24,7 @@ __all__ = ["Field", "Level", "euler", "heun", "mean_of", "multistep"]
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 _SUBSTITUTIONS = ("exact", "published")
+_NO_FIELD = (0.0, 0.0, "exact")  # γ, z_exp and substitution of a step from a mean
 
 
 class Field(NamedTuple):
@@ -55,6 +57,12 @@ def euler(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """An Euler step: along the straight line from x at level z to the mean at level 0."""
+    given = (z, z_next, 1.0)
+    found = _take_directly(
+        native_direct.EULER, x, slope, None, given, return_mean, out, mean_out, backend
+    )
+    if found is not None:
+        return found
     z, z_next = step_levels(x, _level_symbol(slope), z, z_next, next_may_be_zero=True)
     levels = (z, (z - z_next) / z, 0.0)
     return _take(x, slope, None, levels, return_mean, out, mean_out, backend)
@@ -83,6 +91,12 @@ def heun(
     The argument slope is that at predicted. The slope at x is (predicted − x)/(z_next − z), so
     next = ½ (x + predicted) + ½ (z/z_next − 1)(mean − predicted).
     """
+    given = (z, z_next, 1.0)
+    found = _take_directly(
+        native_direct.HEUN, predicted, slope, x, given, False, out, None, backend
+    )
+    if found is not None:
+        return found[0]
     z, z_next = step_levels(x, _level_symbol(slope), z, z_next)
     levels = (z_next, (z - z_next) / (2 * z_next), 0.5)
     _check_tensor("x", x, predicted, predicted.shape)
@@ -107,6 +121,20 @@ def multistep(
 
     w = log(z/z_next) / (2 log(z_previous/z)) extrapolates linearly in log z.
     """
+    given = (z, z_next, z_previous)
+    found = _take_directly(
+        native_direct.MULTISTEP,
+        x,
+        slope,
+        previous_mean,
+        given,
+        return_mean,
+        out,
+        mean_out,
+        backend,
+    )
+    if found is not None:
+        return found
     z, z_next, z_previous = step_levels(x, _level_symbol(slope), z, z_next, z_previous)
     w = _log(z / z_next) / (2 * _log(z_previous / z))
     length = (z - z_next) / z
@@ -160,6 +188,45 @@ def _check(x: Tensor, slope: Field | Tensor) -> None:
         raise ValueError(
             f"substitution is {slope.substitution!r}; allowed are 'exact' and 'published'."
         )
+
+
+# ---- a step in one call ----------------------------------------------------------------------
+
+
+def _take_directly(
+    method: int,
+    x: Tensor,
+    slope: Field | Tensor,
+    history: Tensor | None,
+    levels: tuple[Level, Level, Level],
+    return_mean: bool,
+    out: Tensor | None,
+    mean_out: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The step by :mod:`pfgm.backends.native_direct`, or None where that does not answer."""
+    if isinstance(slope, Field):
+        if mean_out is not None and not return_mean:
+            return None
+        return native_direct.step(
+            method,
+            x,
+            slope.x,
+            slope.z,
+            history,
+            levels,
+            (slope.gamma, slope.z_exp, slope.substitution),
+            return_mean,
+            out,
+            mean_out,
+            backend,
+        )
+    if mean_out is not None:
+        return None
+    found = native_direct.step(
+        method, x, slope, None, history, levels, _NO_FIELD, False, out, None, backend
+    )
+    return (found[0], slope) if found is not None and return_mean else found
 
 
 # ---- steps on flat rows ----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 import pfgm
 from pfgm import backends
-from pfgm.backends import native
+from pfgm.backends import native, native_direct
 from pfgm.backends.problems import OdeStep
 from pfgm.functional.steps import Field, euler, heun, multistep
 from pfgm.ops.ode_step import flat_arguments
@@ -32,14 +32,17 @@ def runs_here(isa):
         return False
 
 
-@pytest.fixture(params=["reference", *ISAS])
+@pytest.fixture(params=["reference", *ISAS, "portable, by operators"])
 def backend(request, monkeypatch):
-    """The name of a backend, the native one once for each instruction set."""
-    if request.param == "reference":
-        return "reference"
-    if not runs_here(request.param):
-        pytest.skip(f"no {request.param} kernels here")
-    monkeypatch.setenv("PFGM_CPU_ISA", request.param)
+    """The name of a backend, the native one once for each instruction set and by operators."""
+    name, _, by_operators = request.param.partition(", ")
+    if name == "reference":
+        return name
+    if not runs_here(name):
+        pytest.skip(f"no {name} kernels here")
+    monkeypatch.setenv("PFGM_CPU_ISA", name)
+    if by_operators:
+        monkeypatch.setattr(native_direct, "enabled", False)
     return "native"
 
 

@@ -1,10 +1,9 @@
 // The extension module pfgm._native: it takes raw addresses and sizes and returns a status. Only
-// pfgm/backends/native.py calls it, after checking every shape, type and device.
+// pfgm/backends/native.py and native_direct.py call it, after checking every shape, type and device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <utility>
 
@@ -12,7 +11,8 @@
 #include "api/normalised_field.h"
 #include "api/ode_step.h"
 #include "api/posterior_mean.h"
-#include "api/watch.h"
+#include "bindings/direct.h"
+#include "bindings/interruptible.h"
 #ifdef PFGM_CUDA_SHIM
 #include "host_shim/intrinsics.h"
 #endif
@@ -22,13 +22,7 @@ namespace py = pybind11;
 namespace pfgm {
 namespace {
 
-using Address = std::uintptr_t;
 using Result = std::pair<int, std::int64_t>;  // failure code, first query that failed
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, Address x, std::int64_t x_stride, Address y,
@@ -60,39 +54,6 @@ Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Addre
           pointer<const void>(mean),      pointer<const double>(nearest),
           pointer<const double>(total),   pointer<void>(grad_x),
           pointer<double>(grad_radius),   pointer<void>(grad_references)};
-}
-
-// Calls of fewer queries × references × features take at most milliseconds and are not interrupted.
-constexpr double kInterruptible = 1 << 26;
-constexpr std::int64_t kInterval = 100;  // milliseconds between two checks for a signal
-
-// Whether a signal handler has raised an exception. The exception stays set as Python's error.
-bool interrupted() {
-  const py::gil_scoped_acquire acquire;
-  return PyErr_CheckSignals() != 0;
-}
-
-// Python handles signals in the main thread. Other threads need not take the GIL to check.
-bool on_main_thread() {
-  const py::object main = py::module_::import("threading").attr("main_thread")();
-  return main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
-}
-
-// Runs without the GIL. If a signal handler raises (Ctrl-C raises KeyboardInterrupt), this raises
-// the same exception, and outputs are incomplete.
-template <class Run>
-auto run_interruptible(std::int64_t queries, const Problem& problem, const Run& run) {
-  const double size = static_cast<double>(queries) * static_cast<double>(problem.references) *
-                      static_cast<double>(problem.features);
-  const bool watched = size >= kInterruptible && on_main_thread();
-  try {
-    const py::gil_scoped_release release;
-    std::optional<Watch> watch;
-    if (watched) watch.emplace(&interrupted, kInterval);
-    return run();
-  } catch (const Stopped&) {
-    throw py::error_already_set();
-  }
 }
 
 Result run_posterior_mean(const Problem& problem, const Forward& io) {
@@ -146,19 +107,32 @@ OdeStep step(int type, std::int64_t rows, std::int64_t features, StridedRows x, 
           threads};
 }
 
-NormalisedField field(std::int64_t rows, std::int64_t features, StridedRows x, Address z,
-                      StridedRows mean, double gamma, StridedRows field_x, Address field_z) {
-  return {rows,
+NormalisedField field(int type, std::int64_t rows, std::int64_t features, StridedRows x, Address z,
+                      StridedRows mean, double gamma, StridedRows field_x, Address field_z,
+                      int threads) {
+  return {static_cast<Type>(type),
+          rows,
           features,
-          pointer<const float>(x.first),
+          pointer<const void>(x.first),
           x.second,
           pointer<const double>(z),
-          pointer<const float>(mean.first),
+          pointer<const void>(mean.first),
           mean.second,
           gamma,
-          pointer<float>(field_x.first),
+          pointer<void>(field_x.first),
           field_x.second,
-          pointer<float>(field_z)};
+          pointer<void>(field_z),
+          threads};
+}
+
+void run_normalised_field_backward(const NormalisedField& field, StridedRows grad_field_x,
+                                   Address grad_field_z, Address grad_x, Address grad_mean,
+                                   Address grad_z) {
+  const py::gil_scoped_release released;
+  normalised_field_backward(
+      field, {pointer<const void>(grad_field_x.first), grad_field_x.second,
+              pointer<const void>(grad_field_z), pointer<void>(grad_x), pointer<void>(grad_mean),
+              pointer<double>(grad_z)});
 }
 
 py::dict build_info() {
@@ -205,12 +179,18 @@ PYBIND11_MODULE(_native, module) {
              py::arg("threads"));
   // Not interrupted: the step goes over memory once and may overwrite its inputs.
   module.def("ode_step", &ode_step, released);
+  py::class_<NormalisedField>(module, "NormalisedField", py::module_local())
+      .def(py::init(&field), py::kw_only(), py::arg("type"), py::arg("rows"), py::arg("features"),
+           py::arg("x"), py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"),
+           py::arg("field_z"), py::arg("threads"));
+  module.def("normalised_field", &normalised_field, released);
+  module.def("normalised_field_backward", &run_normalised_field_backward, py::arg("field"),
+             py::kw_only(), py::arg("grad_field_x"), py::arg("grad_field_z"), py::arg("grad_x"),
+             py::arg("grad_mean"), py::arg("grad_z"));
+  bind_direct(module);
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())
       .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("stream"));
-  py::class_<NormalisedField>(module, "NormalisedField", py::module_local())
-      .def(py::init(&field), py::kw_only(), py::arg("rows"), py::arg("features"), py::arg("x"),
-           py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"), py::arg("field_z"));
   module.def("posterior_mean_workspace_cuda", &posterior_mean_workspace_cuda, released);
   py::class_<CudaWorkspace>(module, "CudaWorkspace", py::module_local())
       .def(py::init([](Address at, std::size_t bytes) {

@@ -1,0 +1,9 @@
+// Whole functions of the package in one call, for plain tensors in CPU memory.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace pfgm {
+
+void bind_direct(pybind11::module_& module);
+
+}  // namespace pfgm

@@ -1,0 +1,224 @@
+"""posterior_mean, field_fn and the steps of the ODE, each in one call of the CPU kernels.
+
+The way through the operators of :mod:`pfgm.ops` lets torch differentiate, transform, trace and
+compile. On small tensors it takes many times as long as the kernels. The functions here take the
+same arguments and call the same kernels at once, where nothing needs the operators
+(:func:`pfgm.common.transforms.is_ordinary`). Everywhere else they return None: also where an
+argument is not allowed, so that only the other way has checks with messages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.transforms import is_ordinary
+from . import native, requested
+
+__all__ = ["EULER", "HEUN", "MULTISTEP", "field", "posterior_mean", "step"]
+
+EULER, HEUN, MULTISTEP = 0, 1, 2
+"""The methods of :func:`step`."""
+
+enabled = native.has_extension()
+"""Whether the functions may answer. Tests turn them off."""
+
+_native: Any = native.extension() if native.has_extension() else None
+_POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}
+_PRECISIONS = ("high", "medium")
+_SUBSTITUTIONS = ("exact", "published")
+
+
+def _sizes(x: Any, references: Any) -> tuple[int, int, int, int, int] | None:
+    """Both types, B, M and N of tensors that the kernels can read; None of anything else."""
+    if type(x) is not Tensor or type(references) is not Tensor:
+        return None
+    shape, of_references = x.shape, references.shape
+    kind, reference_kind = _POINTS.get(x.dtype), native.TYPES.get(references.dtype)
+    if (
+        kind is None
+        or reference_kind is None
+        or not shape
+        or not of_references
+        or shape[1:] != of_references[1:]
+        or not x.is_contiguous()
+        or not references.is_contiguous()
+    ):
+        return None
+    B, values = shape[0], x.numel()
+    return (kind, reference_kind, B, of_references[0], values // B) if values else None
+
+
+def _level(value: Any, rows: int) -> float | tuple[int, int, int] | None:
+    """A level as the extension takes it: a number, or address, type and stride."""
+    if type(value) is float:
+        return value
+    if type(value) is int:
+        return float(value)
+    if type(value) is not Tensor or (kind := _POINTS.get(value.dtype)) is None:
+        return None
+    dimensions = value.ndim
+    if dimensions == 0:
+        return value.data_ptr(), kind, 0
+    if dimensions == 1 and value.numel() == rows:
+        return value.data_ptr(), kind, value.stride()[0]
+    return None
+
+
+def _takes(backend: str | None, precision: str, *values: Any) -> bool:
+    """Whether the kernels answer at once: for ordinary tensors and numbers."""
+    if torch.compiler.is_compiling() or not enabled:
+        return False
+    # The extension looks at PFGM_BACKEND itself, in a tenth of the time that os.environ takes.
+    name = backend or requested()
+    return (not name or name == "native") and precision in _PRECISIONS and is_ordinary(*values)
+
+
+def posterior_mean(
+    x: Tensor,
+    references: Any,
+    level: Any,
+    factor: float,
+    D: Any,
+    with_logsumexp: bool,
+    backend: str | None,
+    precision: str,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r, or σ at D = ∞, is the level
+    times the factor."""
+    if not _takes(backend, precision, x, references, level):
+        return None
+    sizes = _sizes(x, references)
+    if sizes is None or sizes[3] == 0:
+        return None
+    radius = _level(level, sizes[2])
+    if radius is None:
+        return None
+    mean = torch.empty_like(x)
+    logsumexp = x.new_empty(sizes[2], dtype=torch.float64) if with_logsumexp else None
+    done = _native.direct_posterior_mean(
+        *sizes,
+        x.data_ptr(),
+        references.data_ptr(),
+        radius,
+        factor,
+        D,
+        mean.data_ptr(),
+        0 if logsumexp is None else logsumexp.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return (mean, logsumexp) if done else None
+
+
+def field(
+    x: Tensor, z: Any, references: Any, gamma: Any, backend: str | None, precision: str
+) -> tuple[Tensor, Tensor] | None:
+    """The normalised field v_x (B, *S) and v_z (B,), for a γ that is allowed."""
+    if not _takes(backend, precision, x, references, z):
+        return None
+    sizes = _sizes(x, references)
+    if sizes is None or sizes[3] == 0:
+        return None
+    radius = _level(z, sizes[2])
+    if radius is None:
+        return None
+    field_x, field_z = torch.empty_like(x), x.new_empty(sizes[2])
+    done = _native.direct_field(
+        *sizes,
+        x.data_ptr(),
+        references.data_ptr(),
+        radius,
+        gamma,
+        field_x.data_ptr(),
+        field_z.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return (field_x, field_z) if done else None
+
+
+def step(
+    method: int,
+    x: Tensor,
+    slope: Tensor,
+    field_z: Tensor | None,
+    history: Tensor | None,
+    levels: tuple[Any, Any, Any],
+    constants: tuple[Any, Any, str],
+    with_mean: bool,
+    out: Tensor | None,
+    mean_out: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The next points (B, *S), and the mean (B, *S) if it is wanted.
+
+    Args:
+        method: EULER, HEUN or MULTISTEP.
+        x, slope, field_z, history: those of :class:`~pfgm.backends.problems.OdeStep`, of shape
+            (B, *S) and (B,).
+        levels: z, z_next and z_previous, of which EULER and HEUN do not use the last.
+        constants: γ, z_exp and the formula of the substitution.
+        with_mean: whether the mean is wanted, from a field.
+        out, mean_out: tensors to write to, or None.
+    """
+    gamma, z_exp, substitution = constants
+    given = (x, slope, field_z, history, out, mean_out, gamma, z_exp, *levels)
+    if type(x) is not Tensor or type(slope) is not Tensor or not _takes(backend, "high", *given):
+        return None
+    shape, dtype = x.shape, x.dtype
+    kind, values = _POINTS.get(dtype), x.numel()
+    if kind is None or values == 0 or substitution not in _SUBSTITUTIONS:
+        return None
+    for rows in (x, slope, history, out, mean_out):
+        if rows is not None and (
+            type(rows) is not Tensor
+            or rows.dtype is not dtype
+            or rows.shape != shape
+            or not rows.is_contiguous()
+        ):
+            return None
+    B = shape[0]
+    if field_z is not None and (
+        type(field_z) is not Tensor
+        or field_z.dtype is not dtype
+        or field_z.shape != shape[:1]
+        or not field_z.is_contiguous()
+    ):
+        return None
+    found = [_level(level, B) for level in levels]
+    if None in found:
+        return None
+    result = torch.empty_like(x) if out is None else out
+    mean = mean_out
+    if with_mean and mean is None:
+        mean = torch.empty_like(x)
+    done = _native.direct_step(
+        method,
+        kind,
+        B,
+        values // B,
+        x.data_ptr(),
+        slope.data_ptr(),
+        0 if field_z is None else field_z.data_ptr(),
+        0 if history is None else history.data_ptr(),
+        *found,
+        gamma,
+        z_exp,
+        substitution == "exact",
+        result.data_ptr(),
+        0 if mean is None else mean.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not done:
+        return None
+    for written in (out, mean_out):
+        if written is not None:
+            _mark_written(written)
+    return result, mean
+
+
+def _mark_written(values: Tensor) -> None:
+    """Tells torch that a tensor was written to, as its own operators do."""
+    if not values.is_inference():
+        torch.autograd.graph.increment_version(values)
