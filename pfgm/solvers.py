@@ -26,6 +26,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from .backends.native_direct import all_finite
 from .common import transforms
 from .common.checks import checks_values, untouched
 from .functional import steps
@@ -112,7 +113,7 @@ class _Run:
         self.nfe += 1
         prediction = untouched(self._denoise, "denoise", ("x", "z"), x, z)
         parts = prediction[:2] if isinstance(prediction, Field) else (prediction,)
-        if checks_values(x.device) and not all(bool(p.isfinite().all()) for p in parts):
+        if checks_values(x.device) and not all(all_finite(part) for part in parts):
             raise ValueError(f"the network returned NaN or infinity in step {step}, at {z:.6g}.")
         return prediction
 

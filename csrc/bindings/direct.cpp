@@ -1,7 +1,7 @@
-// posterior_mean, field_fn and a step of the ODE, each from its arguments to its result in one call.
-// pfgm/backends/native_direct.py calls them with positional arguments, which cost least. Tensors are
-// contiguous. A call returns false where an argument is not allowed; its outputs are then undefined,
-// and the caller takes the way through the operators, which says what is wrong.
+// posterior_mean, field_fn and a step of the ODE, each from its arguments to its result in one
+// call. pfgm/backends/native_direct.py calls them with positional arguments, which cost least.
+// Tensors are contiguous. A call returns false where an argument is not allowed; its outputs are
+// then undefined, and the caller takes the way through the operators, which says what is wrong.
 #include "bindings/direct.h"
 
 #include <cmath>
@@ -81,18 +81,10 @@ std::vector<double> radii(const Level& level, double factor, Index queries) {
 Status run_posterior_mean(const Sizes& sizes, Address x, Address y,
                           const std::vector<double>& radius, double dimensions, int threads,
                           const Forward& out) {
-  const Problem problem = {sizes.type,
-                           sizes.reference_type,
-                           sizes.queries,
-                           sizes.references,
-                           sizes.features,
-                           pointer<const void>(x),
-                           sizes.features,
-                           pointer<const void>(y),
-                           sizes.features,
-                           radius.data(),
-                           dimensions,
-                           threads};
+  const Problem problem = {
+      sizes.type,     sizes.reference_type,   sizes.queries,  sizes.references,
+      sizes.features, pointer<const void>(x), sizes.features, pointer<const void>(y),
+      sizes.features, radius.data(),          dimensions,     threads};
   const Kernels& kernels = cpu_kernels();
   return run_interruptible(sizes.queries, problem,
                            [&] { return kernels.posterior_mean(problem, out); });
@@ -187,11 +179,47 @@ bool direct_step(int method, int type, Index rows, Index features, Address x, Ad
   }
   if (mean != 0 && !(next + bytes <= mean || mean + bytes <= next)) return false;
   const py::gil_scoped_release released;
-  ode_step({kind, rows, features, pointer<const void>(x), features, pointer<const void>(slope),
-            features, pointer<const void>(field_z), pointer<const void>(history), features,
-            levels.data(), shared ? 0 : 1, gamma, z_exp, exact, pointer<void>(next), features,
-            pointer<void>(mean), features, threads});
+  ode_step({kind,
+            rows,
+            features,
+            pointer<const void>(x),
+            features,
+            pointer<const void>(slope),
+            features,
+            pointer<const void>(field_z),
+            pointer<const void>(history),
+            features,
+            levels.data(),
+            shared ? 0 : 1,
+            gamma,
+            z_exp,
+            exact,
+            pointer<void>(next),
+            features,
+            pointer<void>(mean),
+            features,
+            threads});
   return true;
+}
+
+// ---- finite values --------------------------------------------------------------------------
+
+// Whether x − x is 0 for all values: it is NaN for NaN and for infinity.
+template <class T>
+bool all_finite(const T* values, Index count) {
+  constexpr Index kLanes = 16;
+  T off[kLanes] = {};
+  Index i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (Index lane = 0; lane < kLanes; ++lane) off[lane] += values[i + lane] - values[i + lane];
+  for (; i < count; ++i) off[0] += values[i] - values[i];
+  for (Index lane = 1; lane < kLanes; ++lane) off[0] += off[lane];
+  return off[0] == 0;
+}
+
+bool direct_all_finite(int type, Address values, Index count) {
+  return static_cast<Type>(type) == Type::float64 ? all_finite(pointer<const double>(values), count)
+                                                  : all_finite(pointer<const float>(values), count);
 }
 
 }  // namespace
@@ -200,6 +228,7 @@ void bind_direct(py::module_& module) {
   module.def("direct_posterior_mean", &direct_posterior_mean);
   module.def("direct_field", &direct_field);
   module.def("direct_step", &direct_step);
+  module.def("direct_all_finite", &direct_all_finite);
 }
 
 }  // namespace pfgm

@@ -1,5 +1,6 @@
 // The extension module pfgm._native: it takes raw addresses and sizes and returns a status. Only
-// pfgm/backends/native.py and native_direct.py call it, after checking every shape, type and device.
+// pfgm/backends/native.py and native_direct.py call it, after checking every shape, type and
+// device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -129,10 +130,9 @@ void run_normalised_field_backward(const NormalisedField& field, StridedRows gra
                                    Address grad_field_z, Address grad_x, Address grad_mean,
                                    Address grad_z) {
   const py::gil_scoped_release released;
-  normalised_field_backward(
-      field, {pointer<const void>(grad_field_x.first), grad_field_x.second,
-              pointer<const void>(grad_field_z), pointer<void>(grad_x), pointer<void>(grad_mean),
-              pointer<double>(grad_z)});
+  normalised_field_backward(field, {pointer<const void>(grad_field_x.first), grad_field_x.second,
+                                    pointer<const void>(grad_field_z), pointer<void>(grad_x),
+                                    pointer<void>(grad_mean), pointer<double>(grad_z)});
 }
 
 py::dict build_info() {

@@ -46,7 +46,8 @@ struct Candidate {
 // The best comes first.
 const Candidate candidates[] = {
 #ifdef PFGM_HAS_AVX512
-    {&avx512::kernels, &avx512::ode_step, &avx512::normalised_field, &avx512::normalised_field_backward,
+    {&avx512::kernels, &avx512::ode_step, &avx512::normalised_field,
+     &avx512::normalised_field_backward,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -56,7 +57,8 @@ const Candidate candidates[] = {
     {&avx2::kernels, &avx2::ode_step, &avx2::normalised_field, &avx2::normalised_field_backward,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {&portable::kernels, &portable::ode_step, &portable::normalised_field, &portable::normalised_field_backward, [] { return true; }},
+    {&portable::kernels, &portable::ode_step, &portable::normalised_field,
+     &portable::normalised_field_backward, [] { return true; }},
 };
 
 const Candidate& chosen() {

@@ -85,9 +85,9 @@ void write_gradients(const NormalisedField& field, const NormalisedFieldBackward
   const double z = field.z[row];
   const double g = static_cast<double>(static_cast<const T*>(io.grad_field_z)[row]);
   const double along = g * z + sum_features(field.features, [&](Index k) {
-    return static_cast<double>(upstream[k]) *
-           (static_cast<double>(x[k]) - static_cast<double>(mean[k]));
-  });
+                         return static_cast<double>(upstream[k]) *
+                                (static_cast<double>(x[k]) - static_cast<double>(mean[k]));
+                       });
   const double factor =
       nowhere ? 0
               : along / norm.size * scale * scale / std::sqrt(static_cast<double>(field.features));

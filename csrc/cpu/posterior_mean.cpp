@@ -42,6 +42,10 @@ Status check_states(const QueryState* states, Index count, Index first) {
   return {};
 }
 
+// Rows of a register tile of the weighted sum. Few rows share a short list of references, but only
+// the wide tile of AVX-512 keeps the multipliers busy with so few.
+constexpr int kSumRows = kVectorBytes == 64 ? 3 : kTileQueries;
+
 constexpr auto counts = [](double weight) { return weight != 0; };
 
 // ---- forward --------------------------------------------------------------------------------
@@ -53,11 +57,12 @@ Status forward(const Problem& problem, const Forward& out) {
   const Index chunk = chunk_size<R>(problem);
   const WeightLaw law = weight_law<T>(problem);
   Distances<T, R> distances(problem, law, block);
-  Groups<T, kTileQueries> groups(block);
-  WeightedSums<T, R, kTileQueries, false> weighted(problem);
+  typename Distances<T, R>::Lists lists(block);
+  Groups<T, kSumRows> groups(block);
+  WeightedSums<T, R, kSumRows, false> weighted(problem);
   Buffer<double> sums(block * features);
   Buffer<QueryState> states(block);
-  if (!distances || !groups || !weighted || !sums || !states) return {Failure::memory, 0};
+  if (!distances || !lists || !groups || !weighted || !sums || !states) return {Failure::memory, 0};
   const auto weights = [&](Index b) { return distances.row(b); };
 
   for (Index first = 0; first < problem.queries; first += block) {
@@ -67,14 +72,14 @@ Status forward(const Problem& problem, const Forward& out) {
     for (Index b = 0; b < count; ++b) states[b] = QueryState();
 
     for (Index begin = 0; begin < problem.references; begin += chunk) {
-      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), groups);
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
       parallel(count, problem.threads, [&](Index b, int) {
         const double nearest = distances.refine(b, states[b]);
         if (std::isnan(nearest)) {
           states[b].nearest = nearest;
           return;
         }
-        merge(law, states[b], distances.radius(b), nearest, distances.row(b), distances.count());
+        merge<T>(law, states[b], distances.radius(b), nearest, distances.row(b), distances.count());
         if (states[b].scale != 1)
           for (Index k = 0; k < features; ++k) sums[b * features + k] *= states[b].scale;
       });
@@ -92,8 +97,7 @@ Status forward(const Problem& problem, const Forward& out) {
       T* mean = static_cast<T*>(out.mean) + (first + b) * features;
       for (Index k = 0; k < features; ++k)
         mean[k] = static_cast<T>(sums[b * features + k] / states[b].total);
-      if (out.logsumexp)
-        out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
+      if (out.logsumexp) out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
       if (out.nearest) out.nearest[first + b] = states[b].nearest;
       if (out.total) out.total[first + b] = states[b].total;
     });
@@ -151,15 +155,20 @@ bool at_limit(const WeightLaw& law, double nearest, double radius) {
   return nearest + radius * radius == 0;
 }
 
-// Computes p_j from squared distances and counts those that are not zero.
+// Computes p_j from squared distances and counts those that are not zero. T is the type whose
+// digits they need.
+template <class T>
 void probabilities(const WeightLaw& law, QueryState& state, double radius, const double* squared,
                    double* p, Index count) {
   state.live = 0;
-  std::memset(p, 0, padded_count(count) * sizeof(double));
-  if (at_limit(law, state.nearest, radius)) return;
-  weigh(law, state.nearest, radius, law.cutoff - std::log(state.total), squared, p, count);
+  if (at_limit(law, state.nearest, radius)) {
+    std::memset(p, 0, padded_count(count) * sizeof(double));
+    return;
+  }
+  const double fall = law.cutoff - std::log(state.total), inverse = 1 / state.total;
+  weigh_for<T>(law, state.nearest, radius, fall, squared, p, count);
   for (Index j = 0; j < count; ++j) {
-    p[j] /= state.total;
+    p[j] *= inverse;
     state.live += p[j] != 0;
   }
 }
@@ -290,8 +299,8 @@ Status find_averages(const Problem& problem, const Backward& io, const WeightLaw
         // The main pass reports a row that is not finite.
         if (std::isnan(distances.refine(i, states[i]))) return;
         const Index from = (first + steep[i]) * features;
-        probabilities(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
-                      distances.count());
+        probabilities<double>(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
+                              distances.count());
         project_row(distances, static_cast<const T*>(io.grad_mean) + from,
                     static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
                     static_cast<double*>(nullptr), sums[i]);
@@ -371,9 +380,14 @@ Status backward(const Problem& problem, const Backward& io) {
           states[b].nearest = std::numeric_limits<double>::quiet_NaN();
           return;
         }
-        probabilities(law, states[b], distances.radius(b), distances.row(b), p.at(b * kStride),
-                      distances.count());
-        std::memset(c.at(b * kStride), 0, padded_count(distances.count()) * sizeof(double));
+        if (row_is_steep[b])
+          probabilities<double>(law, states[b], distances.radius(b), distances.row(b),
+                                p.at(b * kStride), distances.count());
+        else
+          probabilities<T>(law, states[b], distances.radius(b), distances.row(b), p.at(b * kStride),
+                           distances.count());
+        if (!distances.dense())  // where all pairs are computed, they are assigned
+          std::memset(c.at(b * kStride), 0, padded_count(distances.count()) * sizeof(double));
       });
       if (const Status status = check_states(states.data(), count, first);
           status.failure != Failure::none)
@@ -508,7 +522,20 @@ Backward outputs_from(Index first, const Problem& problem, Backward io) {
   return io;
 }
 
-Status run_forward(const Problem& problem, const Forward& out) {
+// Below this many queries × references × features a second thread costs more than it saves: it may
+// have to be woken.
+constexpr Index kThreaded = 1 << 20;
+
+Problem with_threads(Problem problem) {
+  const double size = static_cast<double>(problem.queries) *
+                      static_cast<double>(problem.references) *
+                      static_cast<double>(problem.features);
+  if (size < kThreaded) problem.threads = 1;
+  return problem;
+}
+
+Status run_forward(const Problem& given, const Forward& out) {
+  const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
       return forward<decltype(t), decltype(r)>(block, outputs_from(first, problem, out));
@@ -516,7 +543,8 @@ Status run_forward(const Problem& problem, const Forward& out) {
   });
 }
 
-Status run_backward(const Problem& problem, const Backward& io) {
+Status run_backward(const Problem& given, const Backward& io) {
+  const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
     return by_blocks(problem, io.grad_y == nullptr, [&](const Problem& block, Index first) {
       return backward<decltype(t), decltype(r)>(block, outputs_from(first, problem, io));

@@ -137,9 +137,15 @@ class DenseTiles {
 // ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
 constexpr Index kPairReferences = 32;  // references packed at a time
-// Features packed at a time: a tile fits L1, and a lane adds at most kMaxAdditions values.
+// Most features packed at a time: a tile fits L1, and a lane adds at most kMaxAdditions values.
 template <class T>
 constexpr Index kPairPanel = smaller(3072 / sizeof(T), Simd<T>::lanes* kMaxAdditions);
+// Features packed at a time: panels of equal width, in whole cache lines.
+template <class T>
+Index pair_panel(Index features) {
+  const Index panels = divide_up(features, kPairPanel<T>);
+  return round_up(divide_up(features, panels), 64 / static_cast<Index>(sizeof(T)));
+}
 constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
 
 // out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
@@ -182,8 +188,9 @@ class PairTiles {
       const Index begin = task / parts * kPairReferences;
       const Index end = smaller(begin + kPairReferences, references);
       T* packed = packed_.at(thread * kPairReferences * kPairPanel<T>);
-      for (Index k = 0; k < features; k += kPairPanel<T>) {
-        const Index n = smaller(kPairPanel<T>, features - k);
+      const Index width = pair_panel<T>(features);
+      for (Index k = 0; k < features; k += width) {
+        const Index n = smaller(width, features - k);
         const T* from[kPairReferences];
         for (Index j = begin; j < end; ++j)
           if (groups.live(j))

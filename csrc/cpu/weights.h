@@ -69,8 +69,9 @@ struct QueryState {
   Index live = 0;    // references of this chunk that count
 };
 
-// Number of doubles in a row of weights or squared distances: whole vectors, the last padded.
-inline Index padded_count(Index count) { return round_up(count, kDoubles); }
+// Number of doubles in a row of weights or squared distances: whole pairs of vectors, the last
+// padded.
+inline Index padded_count(Index count) { return round_up(count, 2 * kDoubles); }
 
 inline double sum_of(Doubles v) {
   double total = 0;
@@ -99,6 +100,73 @@ inline double weigh(const WeightLaw& law, double nearest, double radius, double 
   return sum_of(total);
 }
 
+// Two vectors of doubles as one of floats, and back.
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2), may_alias));
+inline Floats narrowed(const Doubles (&wide)[2]) {
+  Floats narrow;
+  for (int half = 0; half < 2; ++half) {
+    const HalfFloats part = __builtin_convertvector(wide[half], HalfFloats);
+    std::memcpy(reinterpret_cast<char*>(&narrow) + half * sizeof part, &part, sizeof part);
+  }
+  return narrow;
+}
+inline void widen(const Floats& narrow, Doubles (&wide)[2]) {
+  for (int half = 0; half < 2; ++half) {
+    HalfFloats part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&narrow) + half * sizeof part, sizeof part);
+    wide[half] = __builtin_convertvector(part, Doubles);
+  }
+}
+
+// The same with weights in float32, of which the sum in T = float needs no more. The excess is
+// formed in float64, because it is a small difference. Its share u of the nearest squared distance
+// is rounded to 6e-8, and so is log(1 + u) times the exponent. At a score of −f the weight e^−f has
+// an error of about 4e-7 f relative to itself, so at most 2e-7 relative to the largest weight.
+inline double weigh_in_float(const WeightLaw& law, double nearest, double radius, double fall,
+                             const double* squared, double* weights, Index count) {
+  const double visible = law.excess_at(fall, nearest, radius);
+  const double inverse = law.gaussian ? 1 / radius / radius / 2 : 1 / (nearest + radius * radius);
+  // Where the shares do not fit float32, all is computed in float64.
+  if (!(inverse > 1e-300 && inverse < 1e300 && visible * inverse < 1e30 && law.exponent < 1e30))
+    return weigh(law, nearest, radius, fall, squared, weights, count);
+  const float exponent = static_cast<float>(law.exponent);
+  Doubles total[2] = {};
+  for (Index j = 0; j < padded_count(count); j += 2 * kDoubles) {
+    Doubles share[2];
+    Longs seen[2];
+    for (int half = 0; half < 2; ++half) {
+      const Doubles difference = vector_at(squared + j + half * kDoubles) - nearest;
+      const Doubles excess = difference > 0.0 ? difference : Doubles{};
+      seen[half] = excess <= visible;
+      share[half] = seen[half] ? excess * inverse : Doubles{};
+    }
+    const Longs either = seen[0] | seen[1];
+    std::int64_t any = 0;
+    for (Index lane = 0; lane < kDoubles; ++lane) any |= either[lane];
+    Doubles weight[2] = {};
+    if (any) {
+      const Floats u = narrowed(share);
+      widen(exponential(law.gaussian ? -u : -exponent * log_one_plus(u)), weight);
+      for (int half = 0; half < 2; ++half) weight[half] = seen[half] ? weight[half] : Doubles{};
+    }
+    for (int half = 0; half < 2; ++half) {
+      vector_at(weights + j + half * kDoubles) = weight[half];
+      total[half] += weight[half];
+    }
+  }
+  return sum_of(total[0] + total[1]);
+}
+
+// Weights with the digits that sums in T need.
+template <class T>
+double weigh_for(const WeightLaw& law, double nearest, double radius, double fall,
+                 const double* squared, double* weights, Index count) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return weigh_in_float(law, nearest, radius, fall, squared, weights, count);
+  else
+    return weigh(law, nearest, radius, fall, squared, weights, count);
+}
+
 // Sets weights below `least` to zero. Counts the others in `live` and returns their sum.
 inline double keep_visible(double* weights, Index count, double least, Index* live) {
   Doubles total = {};
@@ -117,8 +185,9 @@ inline double keep_visible(double* weights, Index count, double least, Index* li
 }
 
 // Merges a chunk into the state. Its squared distances become weights.
-inline void merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
-                  double* squared, Index count) {
+template <class T>
+void merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
+           double* squared, Index count) {
   state.scale = 1;
   state.live = 0;
   if (chunk_nearest < state.nearest) {
@@ -129,7 +198,7 @@ inline void merge(const WeightLaw& law, QueryState& state, double radius, double
   }
   const double before = state.total > 1 ? state.total : 1, fall = law.cutoff - std::log(before);
   if (chunk_nearest - state.nearest > law.excess_at(fall, state.nearest, radius)) return;
-  const double sum = weigh(law, state.nearest, radius, fall, squared, squared, count);
+  const double sum = weigh_for<T>(law, state.nearest, radius, fall, squared, squared, count);
   const double least = std::exp(-law.cutoff) * (state.total + sum);
   state.total +=
       keep_visible(squared, count, least > kSmallestDouble ? least : kSmallestDouble, &state.live);

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "api/normalised_field.h"
 #include "api/watch.h"
 #include "tests/problems.h"
 
@@ -159,6 +160,91 @@ void run_at_once(const std::vector<Case>& all, const std::vector<std::unique_ptr
   for (auto& caller : callers) caller.join();
 }
 
+// ---- the normalised field and its gradients --------------------------------------------------
+
+// A row for which the field and the gradients are computed in the plainest way.
+struct FieldRow {
+  std::vector<double> x, mean, upstream;
+  double z, gamma, upstream_z;
+
+  double scale() const {
+    double squared = z * z;
+    for (std::size_t k = 0; k < x.size(); ++k) squared += (x[k] - mean[k]) * (x[k] - mean[k]);
+    return -std::sqrt(static_cast<double>(x.size())) / (std::sqrt(squared) + gamma);
+  }
+  // The function whose gradients are checked, by differences of a small step in one value.
+  double value() const {
+    const double s = scale();
+    double sum = upstream_z * s * z;
+    for (std::size_t k = 0; k < x.size(); ++k) sum += upstream[k] * s * (x[k] - mean[k]);
+    return sum;
+  }
+  double derivative(double FieldRow::* of) const {
+    return difference([of](FieldRow& r) -> double& { return r.*of; });
+  }
+  double derivative(std::size_t k) const {
+    return difference([k](FieldRow& r) -> double& { return r.x[k]; });
+  }
+
+ private:
+  template <class F>
+  double difference(const F& of) const {
+    FieldRow low = *this, high = *this;
+    of(low) -= 1e-5;
+    of(high) += 1e-5;
+    return (high.value() - low.value()) / 2e-5;
+  }
+};
+
+template <class T>
+void check_field(std::int64_t rows, std::int64_t features, int threads) {
+  const auto count = static_cast<std::size_t>(rows * features);
+  Random random(static_cast<unsigned>(count));
+  std::vector<T> x(count), mean(count), upstream(count), upstream_z(rows);
+  std::vector<double> z(rows);
+  for (auto* values : {&x, &mean, &upstream, &upstream_z})
+    for (T& value : *values) value = static_cast<T>(random.normal());
+  for (double& value : z) value = random.uniform(0.1, 4);
+  const Type type = sizeof(T) == sizeof(double) ? Type::float64 : Type::float32;
+  std::vector<T> field_x(mean), field_z(rows), grad_x(count), grad_mean(count);
+  std::vector<double> grad_z(rows);
+  const double gamma = 0.5;
+  NormalisedField field = {type,     rows,           features, x.data(), features,
+                           z.data(), field_x.data(), features, gamma,    field_x.data(),
+                           features, field_z.data(), threads};
+  normalised_field(field);  // onto the mean
+  field.mean = mean.data();
+  normalised_field_backward(field, {upstream.data(), features, upstream_z.data(), grad_x.data(),
+                                    grad_mean.data(), grad_z.data()});
+  const auto same = [](double found, double wanted, double tolerance) {
+    if (!(std::fabs(found - wanted) <= tolerance * (1 + std::fabs(wanted))))
+      fail("a normalised field");
+  };
+  for (std::int64_t b = 0; b < rows; ++b) {
+    const auto row = [&](const std::vector<T>& of) {
+      return std::vector<double>(of.begin() + b * features, of.begin() + (b + 1) * features);
+    };
+    const FieldRow plain = {row(x), row(mean), row(upstream), z[b], gamma, double{upstream_z[b]}};
+    const double scale = plain.scale();
+    same(double{field_z[b]}, scale * z[b], 1e-6);
+    same(grad_z[b], plain.derivative(&FieldRow::z), 1e-4);
+    for (std::int64_t k = 0; k < features; ++k) {
+      const auto at = static_cast<std::size_t>(b * features + k);
+      same(double{field_x[at]}, scale * (plain.x[k] - plain.mean[k]), 1e-6);
+      if (grad_mean[at] != -grad_x[at]) fail("gradients of x and mean differ");
+      if (k % 7 == 0) same(double{grad_x[at]}, plain.derivative(static_cast<std::size_t>(k)), 1e-4);
+    }
+  }
+}
+
+void check_fields(int threads) {
+  for (const std::int64_t features : {1, 3, 16, 33, 700}) {
+    check_field<float>(5, features, threads);
+    check_field<double>(3, features, threads);
+  }
+  check_field<float>(40, 2000, threads);
+}
+
 }  // namespace
 
 int main() {
@@ -181,6 +267,7 @@ int main() {
           run(sketched(threads(i)), all[i], *inputs[i], static_cast<unsigned>(i % 8));
       for (std::size_t i = 0; i < all_steps.size(); ++i) run(cpu(threads(i)), all_steps[i]);
     }
+    for (const int threads : kThreads) check_fields(threads);
     run_at_once(all, inputs);
     check_failures();
     check_stops();

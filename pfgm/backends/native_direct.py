@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common.transforms import is_ordinary
 from . import native, requested
 
-__all__ = ["EULER", "HEUN", "MULTISTEP", "field", "posterior_mean", "step"]
+__all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "step"]
 
 EULER, HEUN, MULTISTEP = 0, 1, 2
 """The methods of :func:`step`."""
@@ -29,6 +29,7 @@ _native: Any = native.extension() if native.has_extension() else None
 _POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}
 _PRECISIONS = ("high", "medium")
 _SUBSTITUTIONS = ("exact", "published")
+_MAX_CHECKED = 1 << 16  # values that one thread checks sooner than torch's operators start
 
 
 def _sizes(x: Any, references: Any) -> tuple[int, int, int, int, int] | None:
@@ -216,6 +217,16 @@ def step(
         if written is not None:
             _mark_written(written)
     return result, mean
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value of a tensor is NaN or infinite."""
+    if not torch.compiler.is_compiling() and enabled and values.numel() <= _MAX_CHECKED:
+        kind = _POINTS.get(values.dtype)
+        if kind is not None and is_ordinary(values.detach()) and values.is_contiguous():
+            found: bool = _native.direct_all_finite(kind, values.data_ptr(), values.numel())
+            return found
+    return bool(values.isfinite().all())
 
 
 def _mark_written(values: Tensor) -> None:

@@ -301,3 +301,20 @@ def test_threads_do_not_change_bits():
     for other in results[1:]:
         for found, wanted in zip(other, results[0], strict=True):
             assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+
+
+# ---- finite values ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 100, 70_000])
+def test_values_that_are_not_finite_are_found(dtype, count):
+    largest = torch.finfo(dtype).max
+    values = torch.full((count,), largest, dtype=dtype)
+    assert native_direct.all_finite(values)
+    for place in {0, count // 2, count - 1} if count else ():
+        for bad in (math.nan, math.inf, -math.inf):
+            wrong = values.clone()
+            wrong[place] = bad
+            assert not native_direct.all_finite(wrong)
+            assert not native_direct.all_finite(wrong.requires_grad_())
