@@ -3,7 +3,7 @@
 For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.04265, section 3):
 
 1. ``distances`` or ``differences`` computes squared distances (distances.py).
-2. ``refine`` recomputes those whose error would change the result (distances.py).
+2. ``refine`` recomputes those whose error would change the result (refinement.py).
 3. ``weigh`` computes weights relative to the nearest reference so far and merges them in float64
    with earlier chunks. Weights below float32 rounding become zero.
 4. ``weighted_sum`` computes Σ_j w_j y_j over several stretches of the chunk at once. It skips tiles
@@ -23,16 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .distances import (
-    MAX_PARTS,
-    Pairs,
-    Problem,
-    Shape,
-    input_precision,
-    load_references,
-    padded,
-    shapes,
-)
+from .arithmetic import load_references
+from .distances import Pairs, shapes
+from .problem import MAX_PARTS, Problem, Shape, input_precision, padded
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 

@@ -31,8 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .distances import Pairs, Problem, input_precision, load_references, padded
+from .arithmetic import load_references
+from .distances import Pairs
 from .posterior_mean import PER_QUERY, relative_score, sum_of_references, weight_cutoff
+from .problem import Problem, input_precision, padded
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
