@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -146,7 +147,10 @@ def refine(
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """Recomputes distances of one query up to limits[row, 0], and all that are not finite."""
+    """Recomputes distances of one query up to limits[row, 0], and all that are not finite.
+
+    The minima of tiles, ``lowest``, become those of the new distances, −1 if one is NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     near, unit = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
     power = unit.to(tl.float32)
@@ -159,6 +163,7 @@ def refine(
             inside = tile * TILE + index < M
             known = tl.load(place + index, mask=inside, other=float("inf"))
             needed = inside & ((known <= near) | ((known < float("inf")) == 0))
+            low = tl.min(tl.where(needed, float("inf"), known), 0)
             for _ in range(0, tl.sum(needed.to(tl.int32), 0)):
                 j = tl.min(tl.where(needed, index, TILE), 0)
                 needed = needed & (index != j)
@@ -180,7 +185,10 @@ def refine(
                 exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) / unit / unit
                 # Infinite only if the input is not finite. NaN reaches the result; infinity would
                 # not.
-                tl.store(place + j, tl.where(exact < float("inf"), exact, float("nan")))
+                finite = exact < float("inf")
+                tl.store(place + j, tl.where(finite, exact, float("nan")))
+                low = tl.minimum(low, tl.where(finite, exact, -1.0))
+            tl.store(lowest + row * tiles + tile, low)
 
 
 # ---- launches ---------------------------------------------------------------------------------
@@ -193,13 +201,16 @@ def refine_config(features: int) -> Config:
 
 
 def variants() -> list[Variant]:
-    """Every type of references, short and long rows, both kinds of D."""
+    """Every type of references, short and long rows, both kinds of D. Rows as long as those of the
+    benchmarks are listed for float32."""
     found = []
     for dtype in REFERENCES:
-        for features in (32, 3072):
-            for tile in (64, 16):
-                constants: dict[str, Any] = {"TILE": tile} | refine_config(features).options
-                found.append(variant(refine, constants, dtype, wide_loads=features > 32))
+        lengths = [(features, tile) for features in (32, 3072) for tile in (64, 16)]
+        if dtype == torch.float32:
+            lengths += [(64, 64), (784, 64)]
+        for features, tile in lengths:
+            constants: dict[str, Any] = {"TILE": tile} | refine_config(features).options
+            found.append(variant(refine, constants, dtype, wide_loads=features > 64))
     for products in (False, True):
         for gaussian in (False, True):
             constants = {"PRODUCTS": products, "GAUSSIAN": gaussian} | LIMITS.options

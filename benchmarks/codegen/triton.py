@@ -45,6 +45,7 @@ MODULES = tuple(
         "posterior_mean",
         "posterior_mean_backward",
         "refinement",
+        "weights",
     )
 )
 CAPABILITIES = (80, 90, 100)
