@@ -3,12 +3,13 @@
 For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.04265, section 3):
 
 1. ``distances`` or ``differences`` computes squared distances (distances.py).
-2. ``refine`` recomputes those whose error would change the result (distances.py).
-3. ``weigh`` computes weights relative to the nearest reference so far and merges them in float64
-   with earlier chunks. Weights below float32 rounding become zero.
+2. ``refine`` recomputes those whose error would change the result (refinement.py).
+3. ``weigh`` computes weights relative to the nearest reference so far (weights.py). Weights below
+   float32 rounding become zero.
 4. ``weighted_sum`` computes Σ_j w_j y_j over several stretches of the chunk at once. It skips tiles
    whose weights are all zero.
-5. ``merge`` adds the stretches to the running mean.
+5. ``merge`` adds the stretches to the running mean, and in float64 the chunk's sum of weights to
+   that of earlier chunks.
 
 Launches depend on shapes alone. Nothing waits for the device, and CUDA graphs can capture them.
 """
@@ -23,116 +24,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .distances import (
-    MAX_PARTS,
-    Pairs,
-    Problem,
-    Shape,
-    input_precision,
-    load_references,
-    padded,
-    shapes,
-)
+from .arithmetic import load_references
+from .distances import Pairs, shapes
+from .problem import MAX_PARTS, Problem, Shape, input_precision, padded, power_of_two
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
+from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
 
-WEIGHT_CUTOFF = 16.0  # nats: a weight below e^-16 / M of the sum is below float32 rounding
 MIN_SORTED_QUERIES = 256  # from here on queries are sorted by their number of nonzero weights
-PER_QUERY = Config({"BLOCK": 2048}, num_warps=8)  # for kernels that take a row of weights
-BLOCK = 1024  # features for a program of ``merge``
-
-
-@triton.jit
-def log1p(u):
-    """log(1 + u) for u ≥ 0 in float64. A factor corrects the rounding of 1 + u."""
-    whole = 1.0 + u
-    rounded = tl.where((whole == 1.0) | (whole > 1e15), 2.0, whole)
-    return tl.where(
-        whole == 1.0, u, tl.log(whole) * tl.where(whole > 1e15, 1.0, u / (rounded - 1.0))
-    )
-
-
-@triton.jit
-def relative_score(excess, nearest, radius, exponent, GAUSSIAN: tl.constexpr):
-    """Score at the squared distance nearest + excess, minus the score at nearest."""
-    if GAUSSIAN:
-        value = -excess / radius / radius / 2.0
-    else:
-        value = -exponent * log1p(excess / (nearest + radius * radius))
-    return tl.where(excess == 0.0, 0.0, value)
-
-
-@triton.jit
-def weigh(
-    radius,
-    squared,
-    nearest,
-    total,
-    logsumexp,
-    weights,
-    share,
-    carry,
-    live,
-    width,
-    pairs_stride,
-    exponent: tl.float64,
-    floor: tl.float64,
-    FIRST: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One query's weights over the chunk, merged with the state (nearest, total) of earlier chunks.
-
-    share = 1/total turns a weight into a probability; carry is the factor of the running mean.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    r = tl.load(radius + row)
-    low = tl.full([BLOCK], float("inf"), tl.float64)
-    nans = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        d = tl.load(squared + row * pairs_stride + column, mask=column < width, other=float("inf"))
-        low = tl.minimum(low, tl.where(d == d, d, float("inf")))
-        nans |= (d != d).to(tl.int32)
-    least = tl.min(low, 0)
-    kept = r * 0.0
-    if not FIRST:
-        before = tl.load(nearest + row)
-        least = tl.where(before == before, tl.minimum(before, least), before)
-        of_before = relative_score(before - least, least, r, exponent, GAUSSIAN)
-        kept = tl.load(total + row) * tl.exp(of_before)
-    least = tl.where(tl.max(nans, 0) > 0, float("nan"), least)
-
-    smallest = floor * tl.maximum(kept, 1.0)
-    sums = tl.zeros([BLOCK], tl.float64)
-    alive = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        d = tl.load(squared + row * pairs_stride + column, mask=column < width, other=float("inf"))
-        score = relative_score(d - least, least, r, exponent, GAUSSIAN)
-        w = tl.exp(score.to(tl.float32))
-        sums += w.to(tl.float64)
-        w = tl.where(w < smallest, 0.0, w)
-        alive += (w != 0.0).to(tl.int32)
-        tl.store(weights + row * pairs_stride + column, w, mask=column < width)
-    summed = kept + tl.sum(sums, 0)
-    if GAUSSIAN:
-        of_least = tl.where(least == 0.0, 0.0, -least / r / r / 2.0)
-    else:
-        of_least = -exponent * tl.log(least + r * r)
-    tl.store(nearest + row, least)
-    tl.store(total + row, summed)
-    tl.store(logsumexp + row, of_least + tl.log(summed))
-    tl.store(share + row, (1.0 / summed).to(tl.float32))
-    tl.store(carry + row, (kept / summed).to(tl.float32))
-    tl.store(live + row, tl.sum(alive, 0))
+MERGE = Config({"BLOCK": 1024})  # features for a program
 
 
 @triton.jit(do_not_specialize=["B", "M"])
 def weighted_sum(
     y,
     weights,
-    share,
     order,
     parts,
     B,
@@ -142,14 +48,15 @@ def weighted_sum(
     y_stride,
     pairs_stride,
     stretch,
+    half,
     PRECISION: tl.constexpr,
     ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """parts[stretch, row] = share · Σ_j w_j y_j over one stretch of references. ORDERED queries are
-    alike, and tiles without a weight are left out.
+    """parts[stretch, row] = 2 half · Σ_j w_j y_j over one stretch of references. ORDERED queries
+    are alike, and tiles without a weight are left out.
 
     Tiles are features × queries, because matrix units take 64 rows, more than there may be queries.
     """
@@ -160,7 +67,6 @@ def weighted_sum(
     if ORDERED:
         row = tl.load(order + place, mask=present, other=0).to(tl.int32)
     first = tl.program_id(2) * stretch
-    half_share = 0.5 * tl.load(share + row, mask=present, other=0.0)[:, None]
     w_rows = weights + row.to(tl.int64)[:, None] * pairs_stride
     total = tl.zeros([FEATURES, ROWS], tl.float32)
     for start in range(first, min(first + stretch, M), TILE):
@@ -179,35 +85,69 @@ def weighted_sum(
             b = load_references(y_rows + feature, known, tl.float32)
             # Matrix units round every addition toward zero. The factor 2 keeps the compiler from
             # passing the sum to the next product as its initial value.
-            weighed = tl.trans(w * half_share)
+            weighed = tl.trans(w * half)
             total += 2.0 * tl.dot(tl.trans(b), weighed, input_precision=PRECISION)
     out = parts + (tl.program_id(2).to(tl.int64) * B + row.to(tl.int64)[:, None]) * N + feature
     tl.store(out, tl.trans(total), mask=present[:, None] & (feature < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def merge(
     mean,
     parts,
-    carry,
+    sums,
+    closest,
+    kept,
+    radius,
+    nearest,
+    total,
+    logsumexp,
     B,
     N,
     stretches,
+    pieces,
+    divisor,
+    exponent: tl.float64,
     FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The running mean: carry times the mean of earlier chunks, plus the stretches of this one."""
+    """The running mean: that of earlier chunks, with weight kept[row], and the stretches of this
+    one, times ``divisor``.
+
+    One program of each query also writes the state (nearest, total), and for the LAST chunk the
+    log-sum-exp.
+    """
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.arange(0, PIECES)
+    of_pieces = tl.load(sums + row * pieces + index, mask=index < pieces, other=0.0)
+    carried = tl.load(kept + row)
+    weight = carried.to(tl.float32) + tl.sum(of_pieces, 0)
     value = tl.zeros([BLOCK], tl.float32)
-    if not FIRST:
-        before = tl.load(mean + row * N + feature, mask=feature < N, other=0.0)
-        value += tl.load(carry + row) * before
     source = parts + row * N + feature
     for _ in range(0, stretches):
         value += tl.load(source, mask=feature < N, other=0.0)
         source += B * N
+    value *= divisor / weight
+    if not FIRST:
+        before = tl.load(mean + row * N + feature, mask=feature < N, other=0.0)
+        value += (carried.to(tl.float32) / weight) * before
     tl.store(mean + row * N + feature, value, mask=feature < N)
+    if tl.program_id(1) == 0:
+        least = tl.load(closest + row)
+        whole = carried + tl.sum(of_pieces.to(tl.float64), 0)
+        tl.store(nearest + row, least)
+        tl.store(total + row, whole)
+        if LAST:
+            r = tl.load(radius + row)
+            if GAUSSIAN:
+                of_least = tl.where(least == 0.0, 0.0, -least / r / r / 2.0)
+            else:
+                of_least = -exponent * tl.log(least + r * r)
+            tl.store(logsumexp + row, of_least + tl.log(whole))
 
 
 # ---- launches ---------------------------------------------------------------------------------
@@ -229,23 +169,18 @@ def sum_configs(shape: Shape) -> list[Config]:
 SUMS = Choice(sum_configs)
 
 
-def weight_cutoff(references: int) -> float:
-    """How many nats below the sum of weights a weight becomes zero."""
-    return WEIGHT_CUTOFF + math.log(references)
-
-
 def sum_of_references(
-    pairs: Pairs, references: Tensor, weights: Tensor, share: Tensor, live: Tensor | None
+    pairs: Pairs, references: Tensor, weights: Tensor, live: Tensor | None, divisor: float = 1.0
 ) -> Tensor:
-    """share (B,) · Σ_j weights_j y_j over each stretch of the references, (stretches, B, N).
+    """Σ_j weights_j y_j / divisor over each stretch of the references, (stretches, B, N).
 
-    Many queries are sorted by live (B,), their number of nonzero weights, so that similar queries
-    share tiles.
+    Many queries are sorted by the sum of live (B, pieces), their number of nonzero weights, so that
+    similar queries share tiles.
     """
     M, N = len(references), pairs.problem.features
     order = None
     if live is not None and pairs.count >= MIN_SORTED_QUERIES:
-        order = live.argsort(stable=True)
+        order = live.sum(1).argsort(stable=True)
     parts = pairs.x.new_empty(stretches_of(pairs, M), pairs.count, N)
 
     def run(config: Config) -> None:
@@ -255,7 +190,6 @@ def sum_of_references(
         weighted_sum[(triton.cdiv(N, config["FEATURES"]), rows, len(parts))](
             references,
             weights,
-            share,
             order,
             parts,
             pairs.count,
@@ -265,6 +199,7 @@ def sum_of_references(
             references.stride(0),
             pairs.stride,
             stretch,
+            0.5 / divisor,
             PRECISION=input_precision(pairs.shape.precision),
             ORDERED=order is not None,
             **config.options,
@@ -303,39 +238,61 @@ def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, tot
     """The results of one block of queries, chunk by chunk."""
     problem = pairs.problem
     weights = torch.empty_like(pairs.squared, dtype=mean.dtype)
-    share, carry = (torch.empty_like(total, dtype=mean.dtype) for _ in range(2))
-    live = torch.empty_like(total, dtype=torch.int32)
+    closest, kept = (torch.empty_like(total) for _ in range(2))
+    floor = math.exp(-weight_cutoff(len(problem.references)))
     for chunk in problem.chunks():
         references, first = problem.references[chunk], chunk.start == 0
+        last = chunk.stop == len(problem.references)
         pairs.measure(references, nearest)
-        weigh[(pairs.count,)](
+        pieces = pieces_of(len(references))
+        sums = weights.new_empty(pairs.count, pieces)
+        live = torch.empty_like(sums, dtype=torch.int32)
+        weigh[(pairs.count, pieces)](
             pairs.radius,
-            pairs.squared,
+            pairs.lowest,
             nearest,
             total,
-            logsumexp,
+            pairs.squared,
             weights,
-            share,
-            carry,
+            sums,
+            closest,
+            kept,
             live,
             padded(len(references)),
             pairs.stride,
+            pairs.lowest.shape[1],
+            pieces,
             problem.exponent,
-            math.exp(-weight_cutoff(len(problem.references))),
+            floor,
             FIRST=first,
             GAUSSIAN=problem.gaussian,
-            **PER_QUERY.options,
+            MINIMA=minima_of(pairs.lowest.shape[1]),
+            **WEIGH.options,
         )
-        parts = sum_of_references(pairs, references, weights, share, live)
-        merge[(pairs.count, triton.cdiv(problem.features, BLOCK))](
+        # Divided by it, a sum of weights is at most 1, so that no sum of large values overflows.
+        divisor = float(power_of_two(len(references)))
+        parts = sum_of_references(pairs, references, weights, live, divisor)
+        merge[(pairs.count, triton.cdiv(problem.features, MERGE["BLOCK"]))](
             mean,
             parts,
-            carry,
+            sums,
+            closest,
+            kept,
+            pairs.radius,
+            nearest,
+            total,
+            logsumexp,
             pairs.count,
             problem.features,
             len(parts),
+            pieces,
+            divisor,
+            problem.exponent,
             FIRST=first,
-            BLOCK=BLOCK,
+            LAST=last,
+            GAUSSIAN=problem.gaussian,
+            PIECES=PIECES,
+            **MERGE.options,
         )
 
 
@@ -351,8 +308,7 @@ def variants() -> list[Variant]:
                 constants["ORDERED"] = shape.rows >= MIN_SORTED_QUERIES and dtype == torch.float32
                 found.append(variant(weighted_sum, constants, dtype, products=True))
     for first in (False, True):
-        found.append(variant(merge, {"FIRST": first, "BLOCK": BLOCK}))
-        for gaussian in (False, True):
-            constants = {"FIRST": first, "GAUSSIAN": gaussian} | PER_QUERY.options
-            found.append(variant(weigh, constants))
+        for last, gaussian in ((False, False), (True, False), (True, True)):
+            constants = {"FIRST": first, "LAST": last, "GAUSSIAN": gaussian, "PIECES": PIECES}
+            found.append(variant(merge, constants | MERGE.options))
     return list({each.name: each for each in found}.values())

@@ -31,12 +31,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .distances import Pairs, Problem, input_precision, load_references, padded
-from .posterior_mean import PER_QUERY, relative_score, sum_of_references, weight_cutoff
+from .arithmetic import load_references
+from .distances import Pairs
+from .posterior_mean import sum_of_references
+from .problem import Problem, input_precision, padded
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
+from .weights import relative_weight, score_rate, weight_cutoff
 
 GRADIENT_CUTOFF = 8.0  # nats below WEIGHT_CUTOFF, because (y_j − mean)²/s may be large
+PER_QUERY = Config({"BLOCK": 2048}, num_warps=8)  # for kernels that take a row of weights
 REFERENCE_GRADIENT = Config({"ROWS": 16, "TILE": 64, "FEATURES": 64}, num_warps=8)
 MERGE_GRADIENT = Config({"BLOCK": 1024})
 
@@ -54,8 +58,8 @@ def at_limit(nearest, r, GAUSSIAN: tl.constexpr):
 @triton.jit
 def probability(squared, nearest, total, r, exponent, floor, GAUSSIAN: tl.constexpr):
     """p_j; zero below ``floor``."""
-    score = relative_score(squared - nearest, nearest, r, exponent, GAUSSIAN)
-    p = tl.exp(score.to(tl.float32)).to(tl.float64) / total
+    rate = score_rate(nearest, r, exponent, GAUSSIAN)
+    p = relative_weight(squared - nearest, rate, exponent, GAUSSIAN).to(tl.float64) / total
     p = tl.where(p < floor, 0.0, p)
     return tl.where(at_limit(nearest, r, GAUSSIAN), 0.0, p)
 
@@ -290,7 +294,6 @@ class Block:
         self.coefficients, self.probabilities = (
             torch.empty_like(pairs.squared, dtype=pairs.x.dtype) for _ in range(2)
         )
-        self.share = torch.ones_like(total, dtype=pairs.x.dtype)
         self.floor = math.exp(-weight_cutoff(len(self.problem.references)) - GRADIENT_CUTOFF)
 
     def run(self, first_block: bool) -> None:
@@ -356,7 +359,7 @@ class Block:
     def _merge(self, chunk: slice, grad_x: Tensor) -> None:
         pairs, N = self.pairs, self.problem.features
         references = self.problem.references[chunk]
-        parts = sum_of_references(pairs, references, self.coefficients, self.share, None)
+        parts = sum_of_references(pairs, references, self.coefficients, None)
         merge_gradient[(pairs.count, triton.cdiv(N, MERGE_GRADIENT["BLOCK"]))](
             pairs.x,
             self.mean,

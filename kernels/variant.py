@@ -46,16 +46,17 @@ REFERENCES = {
 # Types of the arguments of the posterior mean's kernels, by name.
 _POINTERS = {
     "*fp16": "high low upstream_high upstream_low",
-    "*fp32": "x upstream mean center scaled_center spread scale projected weights share carry parts"
+    "*fp32": "x upstream mean center scaled_center spread scale projected weights sums parts"
     " coefficients probabilities grad_x grad_references",
     "*fp64": "radius squared nearest total logsumexp grad_logsumexp pulled mass moment summed whole"
-    " unit grad_radius norms lowest reach units upstream_units limits",
+    " unit grad_radius norms lowest reach units upstream_units limits closest kept",
     "*i32": "live",
     "*i64": "order",
 }
 _NUMBERS = {
-    "i32": "B M N width portion programs tiles segment stretch stretches x_stride y_stride"
-    " pairs_stride",
+    "i32": "B M N width portion programs tiles segment stretch stretches pieces x_stride"
+    " y_stride pairs_stride",
+    "fp32": "half divisor",
     "fp64": "exponent spreading margin noise near_nats tolerance floor",
 }
 _TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}

@@ -38,11 +38,14 @@ if TYPE_CHECKING:  # in the tree, which is what mypy sees, pfgm.kernels is calle
 MODULES = tuple(
     f"pfgm.kernels.{name}"
     for name in (
+        "centering",
         "distances",
         "normalised_field",
         "ode_step",
         "posterior_mean",
         "posterior_mean_backward",
+        "refinement",
+        "weights",
     )
 )
 CAPABILITIES = (80, 90, 100)

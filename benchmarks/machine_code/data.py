@@ -1,9 +1,8 @@
 """The work of the kernels on real data: pairs to refine, tiles and references with weight.
 
-The kernels' own rules (kernels/distances.py, kernels/posterior_mean.py, csrc) are applied to the
-benchmarks' data, perturbed as in training with seed 0. Distances are computed in float64; those of
-the kernels differ by less than the rules allow. If there are many queries, only evenly spaced ones
-are counted, and represent the others.
+The kernels' own rules are applied to the benchmarks' data, perturbed as in training with seed 0.
+Distances are computed in float64; those of the kernels differ by less than the rules allow. If
+there are many queries, only evenly spaced ones are counted, and represent the others.
 
 Terms: a pair is *refined* if its distance is recomputed in float64. A weight is *live* if it is not
     set to zero. A tile or a reference is live if it has a live weight.

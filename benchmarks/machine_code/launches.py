@@ -17,6 +17,7 @@ from benchmarks.machine_code.sass import Instruction, Loop
 
 Data = Mapping[str, Any]
 PANEL = 32  # features that a trip of ``distances`` takes
+PIECE = 1024  # references of a program of ``weigh``
 KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
 
 
@@ -99,6 +100,11 @@ def _few(shape: Shape, queries: int) -> bool:
     return queries < 16 or shape.N < 32
 
 
+def _tiles(shape: Shape, queries: int) -> int:
+    """Tiles of a chunk's references."""
+    return _up(_references(shape), 16 if _few(shape, queries) else TILE)
+
+
 def _triton_distances(shape: Shape, queries: int, card: Device) -> Launch:
     m = _references(shape)
     words = ("fp32", "PROJECT False")
@@ -122,7 +128,7 @@ def _triton_distances(shape: Shape, queries: int, card: Device) -> Launch:
 def _triton_limits(shape: Shape, queries: int, card: Device) -> Launch:
     words = (f"PRODUCTS {not _few(shape, queries)}", "GAUSSIAN False")
     kernel = kernels.triton_variant(card, "find_limits", *words)
-    tiles = _up(_references(shape), 16 if _few(shape, queries) else TILE)
+    tiles = _tiles(shape, queries)
     trips = _up(tiles, 256)
     loops = [_loop("minima", kernel, loop, queries, trips) for loop in kernel.loops]
     phases = (_once(kernel, queries), *loops)
@@ -131,15 +137,15 @@ def _triton_limits(shape: Shape, queries: int, card: Device) -> Launch:
 
 def _triton_refine(shape: Shape, data: Data, queries: int, card: Device) -> Launch:
     m, refined = _references(shape), data["refine"]["triton"]
-    kernel = kernels.triton_variant(
-        card, "refine", "fp32", f"TILE {16 if _few(shape, queries) else TILE}"
-    )
+    panel = min(4096, max(32, 1 << (shape.N - 1).bit_length()))
+    words = (f"TILE {16 if _few(shape, queries) else TILE}", f"PANEL {panel}")
+    kernel = kernels.triton_variant(card, "refine", "fp32", *words)
     tiles = _up(m, TILE)
     segment = segment_of(tiles, "triton")
     blocks = queries * _up(tiles, segment)
     inner = _inner_loop_of_refine(kernel)
     pairs, around = kernels.loops_around(kernel, inner)
-    turns = _up(shape.N, min(4096, max(32, 1 << (shape.N - 1).bit_length())))
+    turns = _up(shape.N, panel)
     mean, most = _part(refined, shape, queries, "pairs"), float(refined["pairs, most"])
     looked, looked_most = _part(refined, shape, queries, "tiles"), float(refined["tiles, most"])
     body = kernel.body(around)
@@ -170,13 +176,12 @@ def _inner_loop_of_refine(kernel: Compiled) -> Loop:
 
 def _triton_weigh(shape: Shape, queries: int, card: Device) -> Launch:
     m = _references(shape)
-    kernel = kernels.triton_variant(card, "weigh", "FIRST True", "GAUSSIAN False", "BLOCK 2048")
-    phases = [_once(kernel, queries)]
-    for loop in kernel.loops:
-        phases.append(_loop("pairs", kernel, loop, queries, _up(m, 2048)))
-    pairs = queries * m
+    minima = next(size for size in (256, 1024, 4096) if size >= _tiles(shape, queries))
+    words = (f"FIRST {shape.chunks == 1}", "GAUSSIAN False", f"MINIMA {minima}", f"BLOCK {PIECE}")
+    kernel = kernels.triton_variant(card, "weigh", *words)
+    pairs, blocks = queries * m, queries * _up(m, PIECE)
     moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
-    return Launch("weigh", kernel, queries, tuple(phases), moved)
+    return Launch("weigh", kernel, blocks, (_once(kernel, blocks),), moved)
 
 
 def _stretches(shape: Shape, queries: int, card: Device) -> int:
@@ -215,7 +220,9 @@ def _triton_sum(shape: Shape, data: Data, queries: int, parts: int, card: Device
 
 
 def _triton_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launch:
-    kernel = kernels.triton_variant(card, "merge", "FIRST True", "BLOCK 1024")
+    one = shape.chunks == 1
+    words = (f"FIRST {one}", f"LAST {one}", "GAUSSIAN False", "BLOCK 1024")
+    kernel = kernels.triton_variant(card, "merge", *words)
     blocks = queries * _up(shape.N, 1024)
     phases = [_once(kernel, blocks)]
     if kernel.loops:

@@ -111,10 +111,10 @@ def small(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.Monk
         limits = request.getfixturevalue("shim").limits
         limits(pairs=600, parts=1, queries=17, references=128)
         return
-    from pfgm.kernels import distances
+    from pfgm.kernels import problem
 
-    monkeypatch.setattr(distances, "MAX_PAIRS", 600)
-    monkeypatch.setattr(distances, "MAX_QUERIES", 17)
+    monkeypatch.setattr(problem, "MAX_PAIRS", 600)
+    monkeypatch.setattr(problem, "MAX_QUERIES", 17)
 
 
 class Operation:

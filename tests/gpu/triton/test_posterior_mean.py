@@ -8,7 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from pfgm.kernels import distances, posterior_mean, posterior_mean_backward
+from pfgm.kernels import (
+    centering,
+    distances,
+    posterior_mean,
+    posterior_mean_backward,
+    refinement,
+)
+from pfgm.kernels import problem as problems
 
 import pfgm
 from pfgm.backends import triton
@@ -91,7 +98,7 @@ def test_chunks_and_blocks(op, device, D):
 
 def test_stretches_are_used_and_merged(device):
     x, references, sigma = problem(5, 600, 7, device=device)
-    pairs = distances.Pairs(distances.Problem(x, references, sigma, 1.0, "high"), slice(0, 5))
+    pairs = distances.Pairs(problems.Problem(x, references, sigma, 1.0, "high"), slice(0, 5))
     assert posterior_mean.stretches_of(pairs, 600) > 1
 
 
@@ -107,7 +114,7 @@ def test_the_order_of_queries_does_not_change_a_bit(op, device, monkeypatch):
 @pytest.mark.parametrize("N", [1, 3072, 200_000])
 def test_workspace_and_launches_are_bounded(B, N):
     few, many = (
-        distances.Problem(
+        problems.Problem(
             torch.empty(B, N, device="meta"),
             torch.empty(M, N, device="meta"),
             torch.empty(B, device="meta"),
@@ -117,8 +124,8 @@ def test_workspace_and_launches_are_bounded(B, N):
         for M in (100_000, 10_000_000)
     )
     assert few.chunk == many.chunk
-    assert few.block * few.chunk <= 1.1 * distances.MAX_PAIRS
-    assert few.block * N <= max(distances.MAX_PARTS, 16 * N)
+    assert few.block * few.chunk <= 1.1 * problems.MAX_PAIRS
+    assert few.block * N <= max(problems.MAX_PARTS, 16 * N)
     # Blocks of the second and third dimension of a launch are at most 65535.
     smallest = min(c["TILE"] for c in distances.distance_configs(few.shape(few.block)))
     assert few.chunk / smallest <= 65535
@@ -137,10 +144,16 @@ def close_pairs(device):
     return x.to(device), references.reshape(70, 64).to(device), radius
 
 
+def refine_nothing(monkeypatch):
+    """Every error of a distance is allowed."""
+    errors = problems.Errors(0.0, 0.0, math.inf)
+    monkeypatch.setattr(problems.Problem, "errors", lambda *_: errors)
+
+
 def test_without_refinement_results_are_wrong(op, device, monkeypatch):
     x, references, radius = close_pairs(device)
     assert op.mean_error(x, references, radius, 1.0) <= 1e-5 * 2**-6 * 8 + 4e-7 * 8
-    monkeypatch.setattr(distances.Pairs, "_refine", lambda *_: None)
+    refine_nothing(monkeypatch)
     assert op.mean_error(x, references, radius, 1.0) > 1e-4 * 2**-6 * 8
 
 
@@ -150,7 +163,7 @@ def test_what_changes_no_weight_is_not_refined(op, device, monkeypatch, D):
     x, sigma = 30 * x, torch.full((20,), 30.0, dtype=torch.float64, device=device)
     result = op.compute(x, references, sigma, D)
     op.assert_accurate(result, op.expected(x, references, sigma, D), references)
-    monkeypatch.setattr(distances.Pairs, "_refine", lambda *_: None)
+    refine_nothing(monkeypatch)
     for refined, plain in zip(result, op.compute(x, references, sigma, D), strict=True):
         assert torch.equal(refined, plain)
 
@@ -300,6 +313,6 @@ def test_other_types_are_refused_with_the_reason(device):
 
 
 def test_every_kernel_lists_its_variants():
-    for module in (distances, posterior_mean, posterior_mean_backward):
+    for module in (centering, distances, posterior_mean, posterior_mean_backward, refinement):
         names = [variant.name for variant in module.variants()]
         assert len(names) == len(set(names)) > 5

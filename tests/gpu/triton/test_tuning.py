@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pfgm.kernels import distances, posterior_mean, tuning
+from pfgm.kernels import distances, posterior_mean, problem, tuning
 from pfgm.kernels.tuning import Choice, Config
 from triton.runtime.errors import OutOfResources
 
@@ -88,7 +88,7 @@ def test_measured_choices_are_not_used_where_timing_is_off(monkeypatch):
 def test_few_shape_classes():
     """Similar sizes share a class, so that a smaller last batch is not tuned separately."""
     x = torch.zeros(100, 50)
-    classes = {distances.Problem(x, x, x[:, 0], 1.0, "high").shape(rows) for rows in range(65, 129)}
+    classes = {problem.Problem(x, x, x[:, 0], 1.0, "high").shape(rows) for rows in range(65, 129)}
     assert len(classes) == 1
 
 
@@ -97,5 +97,5 @@ def test_every_shape_class_has_configurations(configs):
     for rows in (1, 2, 16, 32, 64, 128, 4096):
         for features in (1, 32, 4096):
             for project in (False, True):
-                shape = distances.Shape(rows, features, torch.float32, "high", project)
+                shape = problem.Shape(rows, features, torch.float32, "high", project)
                 assert 1 <= len(configs(shape)) <= 3

@@ -1,0 +1,179 @@
+"""The centre of the references, and queries relative to it in two float16 parts, in Triton."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import load_references, scale_to
+from .problem import Problem, padded
+from .tuning import Config
+from .variant import REFERENCES, Variant, variant
+
+CENTER_PROGRAMS = 64  # at most, of ``find_center``
+CENTER_FEATURES = tl.constexpr(64)  # that ``find_center`` reads at a time
+SAMPLES = tl.constexpr(16)  # references whose mean is the centre
+# Powers of two of the largest centred values as float16, which holds less than 2^16. References
+# outside of the sample may be larger by 2^11.
+QUERY_POWER = tl.constexpr(12)
+REFERENCE_POWER = tl.constexpr(4)
+SPLIT = Config({"BLOCK": 1024})
+
+
+@triton.jit(do_not_specialize=["M"])
+def find_center(y, center, spread, M, N, y_stride, width, portion):
+    """A centre of the references, the mean of evenly spaced ones, and how far these are from it.
+
+    spread[i] is the largest |y − center| of the sample among the features of program i. A program
+    takes ``portion`` features. ``center`` has ``width`` ≥ N features, zero from N on.
+    """
+    row = (tl.arange(0, SAMPLES).to(tl.int64) * M) // SAMPLES
+    first = tl.program_id(0) * portion
+    largest = tl.zeros([CENTER_FEATURES], tl.float32)
+    for start in range(first, min(first + portion, width), CENTER_FEATURES):
+        feature = start + tl.arange(0, CENTER_FEATURES)
+        mask = (row >= 0)[:, None] & (feature < N)[None, :]
+        place = y + row[:, None] * y_stride + feature[None, :]
+        values = load_references(place, mask, tl.float32)
+        mean = tl.sum(values * (1.0 / SAMPLES), 0)
+        tl.store(center + feature, mean, mask=feature < width)
+        away = tl.where(mask, tl.abs(values - mean[None, :]), 0.0)
+        # Equal samples say nothing about the others. Their own size is a guess.
+        guess = tl.where(feature < N, tl.abs(mean) * 2.0**-10, 0.0)
+        largest = tl.maximum(largest, tl.maximum(tl.max(away, 0), guess))
+    tl.store(spread + tl.program_id(0), tl.max(largest, 0))
+
+
+@triton.jit
+def split_rows(
+    x,
+    center,
+    spread,
+    high,
+    low,
+    norms,
+    units,
+    scale,
+    scaled_center,
+    N,
+    x_stride,
+    width,
+    programs,
+    CENTERED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Two float16 parts, high + low, of a row of queries times a power of two.
+
+    Rows are centred if CENTERED. units[row] turns a product with scaled references into x·y,
+    ``scale`` is the power of two of the references, scaled_center the centre times that, and
+    norms[row] = |x − center|².
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PROGRAMS)
+    of_y = scale_to(
+        tl.max(tl.load(spread + part, mask=part < programs, other=0.0), 0), REFERENCE_POWER
+    )
+    norm = tl.zeros([BLOCK], tl.float64)
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+        if CENTERED:
+            a -= tl.load(center + feature, mask=feature < N, other=0.0)
+        norm += a.to(tl.float64) * a.to(tl.float64)
+        largest = tl.maximum(largest, tl.abs(a))
+    of_x = scale_to(tl.max(largest, 0), QUERY_POWER)
+    for start in range(0, width, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+        if CENTERED:
+            c = tl.load(center + feature, mask=feature < N, other=0.0)
+            tl.store(scaled_center + feature, c * of_y, mask=feature < tl.where(row == 0, width, 0))
+            a -= c
+        a *= of_x
+        h = a.to(tl.float16)
+        tl.store(high + row * width + feature, h, mask=feature < width)
+        rest = (a - h.to(tl.float32)).to(tl.float16)
+        tl.store(low + row * width + feature, rest, mask=feature < width)
+    tl.store(units + row, 1.0 / of_x.to(tl.float64) / of_y.to(tl.float64))
+    if CENTERED:
+        tl.store(norms + row, tl.sum(norm, 0))
+        tl.store(scale, of_y, mask=row == 0)
+
+
+# ---- launches ---------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """Rows as two float16 parts, times a power of two."""
+
+    high: Tensor
+    low: Tensor
+    units: Tensor
+    """(B,) in float64: what turns a product with scaled references into the true one."""
+
+
+class Centered:
+    """The centre of the references, and a block of queries relative to it, in parts."""
+
+    def __init__(self, problem: Problem, x: Tensor, upstream: Tensor | None, norms: Tensor) -> None:
+        N, references = problem.features, problem.references
+        self.width = padded(N)
+        self.norms = norms
+        features = CENTER_FEATURES.value
+        portion = -(-self.width // CENTER_PROGRAMS // features) * features
+        self.programs = -(-self.width // portion)
+        self.center, self.scaled_center = x.new_empty(self.width), x.new_empty(self.width)
+        self.spread = x.new_empty(self.programs)
+        self.scale = x.new_empty(1)
+        find_center[(self.programs,)](
+            references,
+            self.center,
+            self.spread,
+            len(references),
+            N,
+            references.stride(0),
+            self.width,
+            portion,
+            num_warps=4,
+        )
+        self.queries = self._split(x, N, centered=True)
+        self.upstream = self.queries
+        if upstream is not None:
+            self.upstream = self._split(upstream, N, centered=False)
+
+    def _split(self, x: Tensor, N: int, centered: bool) -> Parts:
+        high, low = (x.new_empty(len(x), self.width, dtype=torch.float16) for _ in range(2))
+        parts = Parts(high, low, torch.empty_like(self.norms))
+        split_rows[(len(x),)](
+            x,
+            self.center,
+            self.spread,
+            *parts[:2],
+            self.norms,
+            parts.units,
+            self.scale,
+            self.scaled_center,
+            N,
+            x.stride(0),
+            self.width,
+            self.programs,
+            CENTERED=centered,
+            PROGRAMS=CENTER_PROGRAMS,
+            **SPLIT.options,
+        )
+        return parts
+
+
+def variants() -> list[Variant]:
+    """Every type of references, and rows that are centred or not."""
+    found = [variant(find_center, {}, dtype, wide_loads=False) for dtype in REFERENCES]
+    for centered in (False, True):
+        constants: dict[str, Any] = {"CENTERED": centered, "PROGRAMS": CENTER_PROGRAMS}
+        found.append(variant(split_rows, constants | SPLIT.options))
+    return found

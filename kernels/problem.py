@@ -1,0 +1,123 @@
+"""The posterior mean's problem: its sizes, and how it is split into blocks and chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_PAIRS = 1 << 21  # queries × references: 12 bytes each, 20 in the backward pass
+MAX_PARTS = 1 << 22  # values in the partial sums of a chunk
+MAX_QUERIES = 4096  # in a block
+MAX_REFERENCES = 1 << 16  # in a chunk
+TOLERANCE = 1.5e-4  # relative error of a weight that needs no refinement
+
+
+class Shape(NamedTuple):
+    """What the fastest configuration depends on: sizes as powers of two, types, precision."""
+
+    rows: int
+    features: int
+    references: torch.dtype
+    precision: str
+    project: bool
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few queries or features to keep matrix units busy."""
+        return self.rows < 16 or self.features < 32
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least count."""
+    return 1 << (count - 1).bit_length()
+
+
+def padded(references: int) -> int:
+    """references rounded up to a multiple of 16, which is whole 16-byte accesses for any type."""
+    return -(-references // 16) * 16
+
+
+def input_precision(precision: str) -> str:
+    """Triton's name of the precision of weighted sums. On AMD it is always float32."""
+    if torch.version.hip is not None:
+        return "ieee"
+    return {"high": "tf32x3", "medium": "tf32"}[precision]
+
+
+class Errors(NamedTuple):
+    """Errors of distances before they are refined, as ``refine`` takes them."""
+
+    margin: float
+    """Largest error, relative to |x|² + |y|²."""
+    noise: float
+    """Typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of differences."""
+    tolerance: float
+    """Relative error of a weight that needs no refinement."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All queries and references. Rows have contiguous features."""
+
+    x: Tensor
+    references: Tensor
+    radius: Tensor
+    D: float
+    precision: str
+    upstream: Tensor | None = None
+    """(B, N), contiguous: G of the backward pass, which needs G·y too."""
+
+    @property
+    def features(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def exponent(self) -> float:
+        """(N + D)/2, the exponent of s; 1/2 at D = ∞, the factor of d²/σ²."""
+        return 0.5 if math.isinf(self.D) else (self.features + self.D) / 2
+
+    @property
+    def gaussian(self) -> bool:
+        return math.isinf(self.D)
+
+    @property
+    def block(self) -> int:
+        """The number of queries in a block."""
+        fitting = max(16, MAX_PARTS // self.features)
+        return min(len(self.x), MAX_QUERIES, fitting)
+
+    @property
+    def chunk(self) -> int:
+        """The number of references in a chunk."""
+        fitting = -(-max(MAX_PAIRS // self.block, 128) // 128) * 128
+        return min(len(self.references), fitting, MAX_REFERENCES)
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, len(self.references), self.chunk):
+            yield slice(start, min(start + self.chunk, len(self.references)))
+
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self.x), self.block):
+            yield slice(start, min(start + self.block, len(self.x)))
+
+    def shape(self, rows: int) -> Shape:
+        kinds = (self.references.dtype, self.precision, self.upstream is not None)
+        return Shape(power_of_two(rows), power_of_two(self.features), *kinds)
+
+    def errors(self, shape: Shape) -> Errors:
+        """The errors of distances before they are refined."""
+        N = self.features
+        long = max(1.0, N / 8192)
+        if shape.few:
+            rounded = self.references.dtype == torch.uint8
+            return Errors(2.0**-21 * long, 2.0**-22 if rounded else 0.0, TOLERANCE)
+        if shape.precision == "high":
+            # Rounding of sums over panels of 32 features, which mostly averages out.
+            return Errors(2.0**-18 * long, 2.0**-23 / math.sqrt(max(1.0, N / 32)), TOLERANCE)
+        # The roundings to 11 bits mostly average out.
+        return Errors(2.0**-9, 2.0**-12 / math.sqrt(N), 2e-2)

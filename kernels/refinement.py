@@ -1,0 +1,218 @@
+"""Distances that are computed again because their error would change the result, in Triton.
+
+``find_limits`` decides where the error that is left would change the result. The exponent (N + D)/2
+multiplies it. ``refine`` recomputes those distances from differences, in two floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .arithmetic import add_compensated, scale_to
+from .problem import power_of_two
+from .tuning import Config
+from .variant import REFERENCES, Variant, variant
+
+NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
+MAX_REFINE_PROGRAMS = 256  # for a query
+MIN_REFINE_TILES = 2  # tiles of references for a program of ``refine``
+LIMITS = Config({"SWEEP": 256}, num_warps=2)
+
+
+@triton.jit
+def two_floats(pointers, mask):
+    """References as high + low in float32, exact; a uint8 value u means (2u − 255)/255."""
+    values = tl.load(pointers, mask=mask, other=0)
+    if values.dtype == tl.uint8:
+        whole = 2.0 * values.to(tl.float32) - 255.0
+        high = whole * (1.0 / 255.0)
+        # The remainder in products of few digits, which are exact without a fused operation.
+        front = (high.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        low = ((whole - front * 255.0) - (high - front) * 255.0) * (1.0 / 255.0)
+    else:
+        high = values.to(tl.float32)
+        low = high * 0.0
+    return high, low
+
+
+@triton.jit
+def exact_difference(a, b):
+    """a − b as high + low, exact."""
+    high = a - b
+    of_b = high - a
+    return high, (a - (high - of_b)) - (b + of_b)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def find_limits(
+    radius,
+    nearest,
+    lowest,
+    reach,
+    norms,
+    scale,
+    limits,
+    N,
+    tiles,
+    exponent: tl.float64,
+    spreading: tl.float64,
+    margin: tl.float64,
+    noise: tl.float64,
+    near_nats: tl.float64,
+    tolerance: tl.float64,
+    PRODUCTS: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    SWEEP: tl.constexpr,
+):
+    """Which distances of a query are recomputed: those up to limits[row, 0], which may be −1.
+
+    The error of a distance is at most ``margin``·(|x|² + |y|²). Its part that differs between
+    references is typically ``noise``·(2|x||y| + |y|²) for PRODUCTS, and ``noise``·(|x|² + d²)
+    otherwise. (exponent/s)·error is the relative error of a weight. If n weights are within a nat
+    of the largest, their errors average out in the mean by a factor of at least √(n/e). If more
+    than ``tolerance`` is left, or the log-sum-exp lacks digits, all references are refined whose
+    weight may be more than e^-near_nats times the largest.
+
+    limits[row, 1] is the power of two by which ``refine`` multiplies differences, so that float32
+    holds their squares.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    low_row = lowest + row * tiles
+    base = tl.load(nearest + row)
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf"))
+        base = tl.minimum(base, tl.min(tl.abs(low), 0))
+
+    r = tl.load(radius + row)
+    norm = tl.load(norms + row)
+    s = base + r * r
+    # The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice: the minimum has an error
+    # too. Values too small for float16 have an error of their own.
+    bound = 2.0 * margin * (3.0 * norm + 2.0 * base)
+    smallest = norm * 0.0
+    if PRODUCTS:
+        smallest = tl.sqrt(norm) * 2.0**-24 / tl.load(scale).to(tl.float64)
+        bound += 4.0 * tl.sqrt(tl.full((), N, tl.float64)) * smallest
+    if GAUSSIAN:
+        within = 2.0 * r * r
+        near = base + bound + near_nats * within
+        score = tl.where(base == 0.0, 0.0, base / within)
+    else:
+        within = s / exponent
+        near = base + bound + spreading * s
+        score = exponent * tl.abs(tl.log(s.to(tl.float32))).to(tl.float64)
+    near = tl.where(near == near, near, float("inf"))
+    farthest = norm * 0.0
+    close = tl.full((), 0, tl.int32)
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf"))
+        close += tl.sum((tl.abs(low) <= base + within).to(tl.int32), 0)
+        if PRODUCTS:
+            competes = tl.abs(low) <= near
+            norms_y = tl.load(reach + tile, mask=tile < tiles, other=0.0)
+            farthest = tl.maximum(farthest, tl.max(tl.where(competes, norms_y, 0.0), 0))
+    if PRODUCTS:
+        error = smallest + noise * (2.0 * tl.sqrt(norm * farthest) + farthest)
+    else:
+        # The rounding errors of single differences mostly average out.
+        error = 2.0**-26 * base + noise * (norm + base)
+    allowed = tolerance * tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
+    allowed = tl.minimum(allowed, tolerance * tl.maximum(1.0, score) / 16.0)
+    unit = tl.where(near < float("inf"), scale_to(tl.sqrt(near).to(tl.float32), 0), 2.0**-76)
+    near = tl.where((error > allowed * within) | (near == float("inf")), near, -1.0)
+    tl.store(limits + 2 * row, near)
+    tl.store(limits + 2 * row + 1, unit.to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "segment"])
+def refine(
+    x,
+    y,
+    limits,
+    squared,
+    lowest,
+    M,
+    N,
+    x_stride,
+    y_stride,
+    pairs_stride,
+    tiles,
+    segment,
+    TILE: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """Recomputes distances of one query up to limits[row, 0], and all that are not finite.
+
+    The minima of tiles, ``lowest``, become those of the new distances, −1 if one is NaN.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    near, unit = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
+    power = unit.to(tl.float32)
+    first = tl.program_id(1) * segment
+    for tile in range(first, min(first + segment, tiles)):
+        low = tl.load(lowest + row * tiles + tile)
+        if (low < 0.0) | (low <= near):
+            index = tl.arange(0, TILE)
+            place = squared + row * pairs_stride + tile * TILE
+            inside = tile * TILE + index < M
+            known = tl.load(place + index, mask=inside, other=float("inf"))
+            needed = inside & ((known <= near) | ((known < float("inf")) == 0))
+            low = tl.min(tl.where(needed, float("inf"), known), 0)
+            for _ in range(0, tl.sum(needed.to(tl.int32), 0)):
+                j = tl.min(tl.where(needed, index, TILE), 0)
+                needed = needed & (index != j)
+                y_row = y + (tile * TILE + j).to(tl.int64) * y_stride
+                total = tl.zeros([PANEL], tl.float32)
+                lost = tl.zeros([PANEL], tl.float32)
+                for k in range(0, N, PANEL):
+                    feature = k + tl.arange(0, PANEL)
+                    mask = feature < N
+                    a = tl.load(x + row * x_stride + feature, mask=mask, other=0.0)
+                    b, b_rest = two_floats(y_row + feature, mask)
+                    high, rest = exact_difference(a, b)
+                    high, rest = high * power, (rest - b_rest) * power
+                    # A reference with larger differences is too far away to have a weight.
+                    cut = (tl.abs(high) > 2.0**40) & (rest == rest)
+                    high, rest = tl.where(cut, 2.0**40, high), tl.where(cut, 0.0, rest)
+                    value = tl.where(mask, high * high + 2.0 * high * rest, 0.0)
+                    total, lost = add_compensated(total, lost, value)
+                exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) / unit / unit
+                # Infinite only if the input is not finite. NaN reaches the result; infinity would
+                # not.
+                finite = exact < float("inf")
+                tl.store(place + j, tl.where(finite, exact, float("nan")))
+                low = tl.minimum(low, tl.where(finite, exact, -1.0))
+            tl.store(lowest + row * tiles + tile, low)
+
+
+# ---- launches ---------------------------------------------------------------------------------
+
+
+def refine_config(features: int) -> Config:
+    """``refine`` takes as many features at a time as its warps can hold."""
+    panel = min(4096, max(32, power_of_two(features)))
+    return Config({"PANEL": panel}, num_warps=max(1, panel // 512))
+
+
+def variants() -> list[Variant]:
+    """Every type of references, short and long rows, both kinds of D. Rows as long as those of the
+    benchmarks are listed for float32."""
+    found = []
+    for dtype in REFERENCES:
+        lengths = [(features, tile) for features in (32, 3072) for tile in (64, 16)]
+        if dtype == torch.float32:
+            lengths += [(64, 64), (784, 64)]
+        for features, tile in lengths:
+            constants: dict[str, Any] = {"TILE": tile} | refine_config(features).options
+            found.append(variant(refine, constants, dtype, wide_loads=features > 64))
+    for products in (False, True):
+        for gaussian in (False, True):
+            constants = {"PRODUCTS": products, "GAUSSIAN": gaussian} | LIMITS.options
+            found.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
+    return found
