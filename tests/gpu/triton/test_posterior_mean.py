@@ -107,7 +107,11 @@ def test_the_order_of_queries_does_not_change_a_bit(op, device, monkeypatch):
     plain = op.compute(x, references, sigma, 1.0)
     monkeypatch.setattr(posterior_mean, "MIN_SORTED_QUERIES", 1)
     for a, b in zip(op.compute(x, references, sigma, 1.0), plain, strict=True):
-        assert torch.equal(a, b)
+        if triton.interpreted():
+            # On some processors NumPy's product of a row depends on its place in the matrix.
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("B", [1, 128, 100_000])
