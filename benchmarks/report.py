@@ -155,6 +155,7 @@ def report() -> str:
         "Euler step": f"{step_table()}\n\n{circumstances('ode_step')}",
         "Training step": other_table("training_step"),
         "Sampling": other_table("sampling"),
+        "Calls on tiny tensors, one thread": f"{other_table('calls')}\n\n{circumstances('calls')}",
         "Memory": memory_table(),
         "Triton kernels as compiled": codegen_table("codegen_triton"),
         "CUDA kernels as compiled": codegen_table("codegen_cuda"),
