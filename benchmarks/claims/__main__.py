@@ -9,7 +9,8 @@ the command is given again.
 Runs from a checkout that is installed with the extra ``test``. From a checkout that is not
 installed, it builds the package in a temporary folder; this needs pfgm's dependencies, Triton,
 diffusers, matplotlib and pytest. ``--data`` replaces the preset's data, for example by
-fashion-mnist:FOLDER. ``--store`` copies tables and pictures to docs/claims.
+fashion-mnist:FOLDER. ``--store`` copies tables and pictures to docs/claims, or to its folder
+fashion-mnist.
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     return options, dataclasses.replace(preset, data=options.data or preset.data)
 
 
+def published_folder(preset: Preset) -> Path:
+    """Where the documentation keeps the results of these data."""
+    name = preset.data.partition(":")[0]
+    return PUBLISHED if name == "digits" else PUBLISHED / name
+
+
 def check_packages() -> None:
     """Fails before the training if a package that is needed later is missing."""
     for package in ("diffusers", "matplotlib"):
@@ -102,7 +109,7 @@ def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
         )
         print(f"{name}: tables, pictures and {name}.json in {options.out}")
         if options.store:
-            copy_results(folder, name, PUBLISHED)
+            copy_results(folder, name, published_folder(preset))
 
 
 def run_assembled(arguments: Sequence[str]) -> int:

@@ -76,7 +76,8 @@ def torch_stretch(field_x: Tensor, z: float) -> Tensor:
     n = torch.linalg.vector_norm(field_x, dim=1) / root
     square = n * n
     e_x = n * (GAMMA + (square * GAMMA**2 + (1 - square) * z**2).sqrt()) / (1 - square)
-    return ((e_x * e_x + z * z).sqrt() + GAMMA) / root
+    stretch: Tensor = ((e_x * e_x + z * z).sqrt() + GAMMA) / root
+    return stretch
 
 
 def torch_euler(x: Tensor, field_x: Tensor, z: float, z_next: float) -> Tensor:
