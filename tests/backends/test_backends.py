@@ -17,7 +17,16 @@ from torch import Tensor
 
 import pfgm
 from pfgm import posterior_mean
-from pfgm.backends import Availability, available, choose, native, reference, requested, triton
+from pfgm.backends import (
+    Availability,
+    available,
+    choose,
+    native,
+    native_direct,
+    reference,
+    requested,
+    triton,
+)
 from pfgm.common.tensors import dequantise
 
 CPU = torch.device("cpu")
@@ -42,6 +51,14 @@ def used(monkeypatch):
             return original(*args)
 
         monkeypatch.setattr(module, "posterior_mean", spy)
+
+    def direct(*args, original=native_direct.posterior_mean):
+        found = original(*args)
+        if found is not None:
+            names.append("native")
+        return found
+
+    monkeypatch.setattr(native_direct, "posterior_mean", direct)
     return names
 
 
@@ -183,6 +200,7 @@ def test_an_old_triton_is_refused_in_a_sentence(monkeypatch):
 
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native_direct, "enabled", False)
     assert choose(None, CPU, torch.float32) is reference
     assert not available()["native"].usable
     assert "PFGM_NATIVE=0" in available()["native"].detail

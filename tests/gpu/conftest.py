@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from pfgm.backends import native, triton
+from pfgm.backends import native, native_direct, triton
 from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
 
@@ -60,6 +60,7 @@ def device():
         extension = load(SHIM)
         patch.setattr(native, "_native", extension)
         patch.setattr(native, "_on_cuda", lambda device: True)
+        patch.setattr(native_direct, "enabled", False)  # it would call the kernels of the CPU
         patch.setattr(native, "_place", lambda device: extension.CudaPlace(device=0, stream=0))
         yield torch.device("cpu")
 
