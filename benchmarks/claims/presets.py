@@ -164,5 +164,5 @@ PRESETS = {
         sampling_batch=1000,
     ),
 }
-"""``quick`` takes at most 45 minutes on two cores, ``cpu`` about two hours. ``gpu`` has not been
-run."""
+"""``quick`` takes at most 45 minutes on two cores. ``cpu`` takes hours; only its claim of quality
+has been run. ``gpu`` has not been run."""

@@ -602,6 +602,15 @@ def test_settings_are_json():
 # ---- stored results ---------------------------------------------------------------------------
 
 
+def test_published_figures_of_fashion_mnist():
+    folder = ROOT / "docs" / "claims" / "fashion-mnist"
+    known = json.loads((folder / "quality.json").read_text())
+    assert known["preset"] == claim_presets.PRESETS["cpu"].described()
+    assert not known["machine"]["commit"].endswith("-dirty")
+    assert "](claims/fashion-mnist/quality.png)" in (ROOT / "docs" / "claims.md").read_text()
+    assert {row["seed"] for row in rows_of(folder / "quality-seeds.csv")} == {"0"}
+
+
 @pytest.mark.parametrize("name", CLAIMS)
 def test_published_figures_are_complete(name):
     folder = ROOT / "docs" / "claims"
