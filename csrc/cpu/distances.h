@@ -17,7 +17,7 @@ namespace {
 constexpr Index kListedFeatures = 512;  // with fewer features all pairs are computed
 constexpr Index kScreenedQueries = 48;  // with fewer queries sketches cost more than they save
 // Bytes of references in a chunk: the chunk stays in cache for all passes.
-constexpr Index kMaxChunkBytes = 3 << 20;
+constexpr Index kMaxChunkBytes = 16 << 20;
 // Up to this many references near the nearest always have their distances recomputed.
 constexpr Index kFewCandidates = 16;
 // Stands for a distance that is not needed.
