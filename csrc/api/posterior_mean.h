@@ -35,12 +35,20 @@ struct Problem {
   const void* sketch = nullptr;  // sketch of the references, in the type of x; may be null
 };
 
+// Memory for what a forward pass keeps for its backward pass (cpu/kept_distances.h), on an 8-byte
+// boundary. Null if nothing is kept.
+struct Kept {
+  void* at = nullptr;
+  std::int64_t bytes = 0;
+};
+
 // On the CPU, a null result other than the mean is not written.
 struct Forward {
   void* mean;         // (queries, features)
   double* logsumexp;  // (queries)
   double* nearest;    // (queries): squared distance of the nearest reference
   double* total;      // (queries): Σ_j exp(l_j − l of the nearest reference)
+  Kept kept = {};     // for the CPU
 };
 
 // A null gradient is neither read nor written.
@@ -53,6 +61,7 @@ struct Backward {
   void* grad_x;                  // (queries, features)
   double* grad_radius;           // (queries)
   void* grad_y;                  // (references, features)
+  Kept kept = {};                // from the forward pass, its used part; for the CPU
 };
 
 enum class Failure : int {
@@ -61,6 +70,8 @@ enum class Failure : int {
   value = 2,     // a distance is not finite, even in float64
   singular = 3,  // logsumexp is infinite and has no gradient
   memory = 4,
+  sketch = 5,  // the sketch is of other references
+  kept = 6,    // what was kept is of another problem
 };
 
 struct Status {
@@ -68,16 +79,18 @@ struct Status {
   std::int64_t row = -1;  // the first query that failed
 };
 
-// A sketch holds what the kernels can reuse of references that do not change (cpu/screen.h).
-// sketch_width is the number of values per reference; 0 if the kernels have no use for a sketch.
-// `sketch` writes it to memory on a 64-byte boundary and ignores the queries and radius of its
-// problem.
+// A sketch holds what the kernels can reuse of references that do not change (cpu/line_screen.h,
+// cpu/byte_screen.h). sketch_bytes is its size; 0 if the kernels have no use for a sketch. `sketch`
+// writes it to memory on a 64-byte boundary. Both ignore the queries and radius of their problem.
+// kept_bytes is the size of the memory that a forward pass may need to keep all it can; 0 if it
+// keeps nothing. The first 8 bytes then say how many bytes it used; 0 if it kept nothing.
 struct Kernels {
   const char* isa;
   Status (*posterior_mean)(const Problem&, const Forward&);
   Status (*posterior_mean_backward)(const Problem&, const Backward&);
-  std::int64_t (*sketch_width)(std::int64_t features);
+  std::int64_t (*sketch_bytes)(const Problem&);
   void (*sketch)(const Problem&, void* out);
+  std::int64_t (*kept_bytes)(const Problem&);
 };
 
 // The kernels for the best instruction set of this machine, or for the one that PFGM_CPU_ISA names.

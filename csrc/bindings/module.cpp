@@ -44,17 +44,28 @@ Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t
           pointer<const void>(sketch)};
 }
 
-Forward forward(Address mean, Address logsumexp, Address nearest, Address total) {
+// Memory: address and bytes.
+using Memory = std::pair<Address, std::int64_t>;
+
+Kept kept_in(Memory memory) { return {pointer<void>(memory.first), memory.second}; }
+
+Forward forward(Address mean, Address logsumexp, Address nearest, Address total, Memory kept) {
   return {pointer<void>(mean), pointer<double>(logsumexp), pointer<double>(nearest),
-          pointer<double>(total)};
+          pointer<double>(total), kept_in(kept)};
 }
 
 Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Address nearest,
-                  Address total, Address grad_x, Address grad_radius, Address grad_references) {
-  return {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
-          pointer<const void>(mean),      pointer<const double>(nearest),
-          pointer<const double>(total),   pointer<void>(grad_x),
-          pointer<double>(grad_radius),   pointer<void>(grad_references)};
+                  Address total, Address grad_x, Address grad_radius, Address grad_references,
+                  Memory kept) {
+  return {pointer<const void>(grad_mean),
+          pointer<const double>(grad_logsumexp),
+          pointer<const void>(mean),
+          pointer<const double>(nearest),
+          pointer<const double>(total),
+          pointer<void>(grad_x),
+          pointer<double>(grad_radius),
+          pointer<void>(grad_references),
+          kept_in(kept)};
 }
 
 Result run_posterior_mean(const Problem& problem, const Forward& io) {
@@ -74,11 +85,23 @@ Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
 // Address of a tensor and the distance between its rows.
 using StridedRows = std::pair<Address, std::int64_t>;
 
+// A problem of which only the references matter.
+Problem references_only(int type, int reference_type, std::int64_t references,
+                        std::int64_t features, StridedRows y, int threads) {
+  return problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second, 0, 0,
+                 threads, 0);
+}
+
+std::int64_t sketch_bytes(int type, int reference_type, std::int64_t references,
+                          std::int64_t features) {
+  return cpu_kernels().sketch_bytes(
+      references_only(type, reference_type, references, features, {0, 0}, 1));
+}
+
 void run_sketch(int type, int reference_type, std::int64_t references, std::int64_t features,
                 StridedRows y, Address out, int threads) {
   const Kernels& kernels = cpu_kernels();
-  const Problem of = problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second,
-                             0, 0, threads, 0);
+  const Problem of = references_only(type, reference_type, references, features, y, threads);
   run_interruptible(1, of, [&] { kernels.sketch(of, pointer<void>(out)); });
 }
 
@@ -160,11 +183,11 @@ PYBIND11_MODULE(_native, module) {
            py::arg("dimensions"), py::arg("threads"), py::arg("sketch") = 0);
   py::class_<Forward>(module, "Forward", py::module_local())
       .def(py::init(&forward), py::kw_only(), py::arg("mean"), py::arg("logsumexp"),
-           py::arg("nearest"), py::arg("total"));
+           py::arg("nearest"), py::arg("total"), py::arg("kept") = Memory());
   py::class_<Backward>(module, "Backward", py::module_local())
       .def(py::init(&backward), py::kw_only(), py::arg("grad_mean"), py::arg("grad_logsumexp"),
            py::arg("mean"), py::arg("nearest"), py::arg("total"), py::arg("grad_x"),
-           py::arg("grad_radius"), py::arg("grad_references"));
+           py::arg("grad_radius"), py::arg("grad_references"), py::arg("kept") = Memory());
   py::class_<OdeStep>(module, "OdeStep", py::module_local())
       .def(py::init(&step), py::kw_only(), py::arg("type"), py::arg("rows"), py::arg("features"),
            py::arg("x"), py::arg("slope"), py::arg("field_z"), py::arg("history"),
@@ -172,8 +195,10 @@ PYBIND11_MODULE(_native, module) {
            py::arg("exact"), py::arg("next"), py::arg("mean"), py::arg("threads"));
   module.def("posterior_mean", &run_posterior_mean);
   module.def("posterior_mean_backward", &run_posterior_mean_backward);
-  module.def("sketch_width",
-             [](std::int64_t features) { return cpu_kernels().sketch_width(features); });
+  module.def("kept_bytes",
+             [](const Problem& problem) { return cpu_kernels().kept_bytes(problem); });
+  module.def("sketch_bytes", &sketch_bytes, py::kw_only(), py::arg("type"),
+             py::arg("reference_type"), py::arg("references"), py::arg("features"));
   module.def("sketch", &run_sketch, py::kw_only(), py::arg("type"), py::arg("reference_type"),
              py::arg("references"), py::arg("features"), py::arg("y"), py::arg("out"),
              py::arg("threads"));

@@ -10,28 +10,18 @@
 
 namespace pfgm {
 
-namespace portable {
-extern const Kernels kernels;
-void ode_step(const OdeStep&);
-void normalised_field(const NormalisedField&);
-void normalised_field_backward(const NormalisedField&, const NormalisedFieldBackward&);
-}  // namespace portable
-#ifdef PFGM_HAS_AVX2
-namespace avx2 {
-extern const Kernels kernels;
-void ode_step(const OdeStep&);
-void normalised_field(const NormalisedField&);
-void normalised_field_backward(const NormalisedField&, const NormalisedFieldBackward&);
-}  // namespace avx2
-#endif
-#ifdef PFGM_HAS_AVX512
-namespace avx512 {
-extern const Kernels kernels;
-void ode_step(const OdeStep&);
-void normalised_field(const NormalisedField&);
-void normalised_field_backward(const NormalisedField&, const NormalisedFieldBackward&);
-}  // namespace avx512
-#endif
+#define PFGM_DECLARE(isa)                                                                 \
+  namespace isa {                                                                         \
+  extern const Kernels kernels;                                                           \
+  void ode_step(const OdeStep&);                                                          \
+  void normalised_field(const NormalisedField&);                                          \
+  void normalised_field_backward(const NormalisedField&, const NormalisedFieldBackward&); \
+  }
+PFGM_DECLARE(portable)
+PFGM_DECLARE(avx2)
+PFGM_DECLARE(avxvnni)
+PFGM_DECLARE(avx512)
+PFGM_DECLARE(avx512vnni)
 
 namespace {
 
@@ -43,22 +33,35 @@ struct Candidate {
   bool (*runs_here)();
 };
 
+#define PFGM_CANDIDATE(isa, runs_here)                                                     \
+  {&isa::kernels, &isa::ode_step, &isa::normalised_field, &isa::normalised_field_backward, \
+   runs_here}
+
+#ifdef __x86_64__
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+[[maybe_unused]] bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // The best comes first.
 const Candidate candidates[] = {
+#ifdef PFGM_HAS_AVX512VNNI
+    PFGM_CANDIDATE(avx512vnni, [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }),
+#endif
 #ifdef PFGM_HAS_AVX512
-    {&avx512::kernels, &avx512::ode_step, &avx512::normalised_field,
-     &avx512::normalised_field_backward,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
+    PFGM_CANDIDATE(avx512, has_avx512),
+#endif
+#ifdef PFGM_HAS_AVXVNNI
+    PFGM_CANDIDATE(avxvnni, [] { return has_avx2() && __builtin_cpu_supports("avxvnni"); }),
 #endif
 #ifdef PFGM_HAS_AVX2
-    {&avx2::kernels, &avx2::ode_step, &avx2::normalised_field, &avx2::normalised_field_backward,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    PFGM_CANDIDATE(avx2, has_avx2),
 #endif
-    {&portable::kernels, &portable::ode_step, &portable::normalised_field,
-     &portable::normalised_field_backward, [] { return true; }},
+    PFGM_CANDIDATE(portable, [] { return true; }),
 };
 
 const Candidate& chosen() {

@@ -4,11 +4,12 @@
 // (N + D)/2 multiplies that error. Float32 sums are merged in float64. Distances that decide the
 // result are recomputed in float64.
 //
-// With many features, lower bounds come first (cpu/screen.h). The distance of any one reference is
-// an upper bound of the smallest distance. It gives the largest distance at which a weight still
-// counts. A reference whose lower bound is larger is skipped.
+// With many features, lower bounds come first (cpu/byte_screen.h and cpu/line_screen.h). The
+// distance of any one reference is an upper bound of the smallest distance. It gives the largest
+// distance at which a weight still counts. A reference whose lower bound is larger is skipped.
 #pragma once
-#include "cpu/screen.h"
+#include "cpu/byte_screen.h"
+#include "cpu/kept_distances.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
@@ -31,6 +32,8 @@ constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no 
 // Whether T represents every R exactly. If not, distances have an error relative to |y| too.
 template <class T, class R>
 constexpr bool kHoldsExactly = sizeof(R) <= sizeof(T) && !std::is_same_v<R, std::uint8_t>;
+
+static_assert(kBatch / 8 % kByteTile == 0, "a chunk begins with a tile of the screen");
 
 template <class R>
 Index chunk_size(const Problem& problem) {
@@ -103,6 +106,15 @@ class Distances {
         out);
   }
 
+  // The same from what a forward pass kept. These distances need no refinement.
+  void read_chunk(Index first, Index count, const KeptDistances& kept) {
+    first_reference_ = first;
+    count_ = count;
+    parallel(queries_count_, problem_.threads, [&](Index b, int) {
+      alive_[b] = kept.read(first_query_ + b, first, kSkipped, row(b), count);
+    });
+  }
+
   // Makes the chunk's distances of query b as exact as the result needs. Returns the smallest; NaN
   // if a distance is not finite.
   //
@@ -172,14 +184,7 @@ class Distances {
       return;
     }
     pad(squared);
-    const double limit = screen_.limit(b, farthest(b, known));
-    Index alive = 0;
-    for (Index j = 0; j < count_; ++j) {
-      const bool needed = !(squared[j] > limit);
-      alive += needed;
-      squared[j] = needed ? 0 : kSkipped;
-    }
-    alive_[b] = alive;
+    alive_[b] = screen_.choose(b, farthest(b, known), kSkipped, squared, count_);
   }
 
   // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all

@@ -48,6 +48,19 @@ constexpr int kSumRows = kVectorBytes == 64 ? 3 : kTileQueries;
 
 constexpr auto counts = [](double weight) { return weight != 0; };
 
+// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. The cutoff of p_j is this much
+// lower, in nats.
+constexpr double kGradientCutoff = 8;
+
+// The squared distance up to which a reference of a chunk may count, under `law`.
+double visible_distance(const WeightLaw& law, const QueryState& state, double radius,
+                        double chunk_nearest) {
+  const double nearest = chunk_nearest < state.nearest ? chunk_nearest : state.nearest;
+  double total = state.total;
+  if (total > 0) total *= std::exp(law.relative_score(state.nearest - nearest, nearest, radius));
+  return nearest + law.excess_at(law.cutoff - std::log(total > 1 ? total : 1), nearest, radius);
+}
+
 // ---- forward --------------------------------------------------------------------------------
 
 template <class T, class R>
@@ -56,7 +69,9 @@ Status forward(const Problem& problem, const Forward& out) {
   const Index features = problem.features, block = block_size<T>(problem);
   const Index chunk = chunk_size<R>(problem);
   const WeightLaw law = weight_law<T>(problem);
-  Distances<T, R> distances(problem, law, block);
+  KeptDistances kept(problem, out.kept.at, out.kept.bytes, chunk);
+  const WeightLaw kept_law = weight_law<T>(problem, kept ? kGradientCutoff : 0);
+  Distances<T, R> distances(problem, kept_law, block);
   typename Distances<T, R>::Lists lists(block);
   Groups<T, kSumRows> groups(block);
   WeightedSums<T, R, kSumRows, false> weighted(problem);
@@ -64,6 +79,7 @@ Status forward(const Problem& problem, const Forward& out) {
   Buffer<QueryState> states(block);
   if (!distances || !lists || !groups || !weighted || !sums || !states) return {Failure::memory, 0};
   const auto weights = [&](Index b) { return distances.row(b); };
+  kept.start();
 
   for (Index first = 0; first < problem.queries; first += block) {
     const Index count = smaller(block, problem.queries - first);
@@ -79,6 +95,9 @@ Status forward(const Problem& problem, const Forward& out) {
           states[b].nearest = nearest;
           return;
         }
+        if (kept)
+          kept.add(first + b, begin, distances.row(b), distances.count(),
+                   visible_distance(kept_law, states[b], distances.radius(b), nearest));
         merge<T>(law, states[b], distances.radius(b), nearest, distances.row(b), distances.count());
         if (states[b].scale != 1)
           for (Index k = 0; k < features; ++k) sums[b * features + k] *= states[b].scale;
@@ -102,6 +121,7 @@ Status forward(const Problem& problem, const Forward& out) {
       if (out.total) out.total[first + b] = states[b].total;
     });
   }
+  kept.finish();
   return {};
 }
 
@@ -251,10 +271,6 @@ Status check_singular(const Problem& problem, const WeightLaw& law, const Backwa
   return {};
 }
 
-// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. The cutoff of p_j is this much
-// lower, in nats.
-constexpr double kGradientCutoff = 8;
-
 // The state that the forward pass ended with.
 QueryState state_of(const Backward& io, Index query) {
   QueryState state;
@@ -318,6 +334,8 @@ Status backward(const Problem& problem, const Backward& io) {
     return status;
   const Index features = problem.features, block = block_size<T>(problem);
   const Index chunk = chunk_size<R>(problem);
+  const KeptDistances kept(problem, io.kept.at, io.kept.bytes, chunk);
+  if (kept && !kept.is_of(problem)) return {Failure::kept, 0};
   Distances<T, R> distances(problem, law, block);
   typename Distances<T, R>::Lists lists(block);
   Groups<T, kGradientRows> groups(block);
@@ -374,9 +392,13 @@ Status backward(const Problem& problem, const Backward& io) {
     }
 
     for (Index begin = 0; begin < problem.references; begin += chunk) {
-      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
+      const Index references = smaller(chunk, problem.references - begin);
+      if (kept)
+        distances.read_chunk(begin, references, kept);
+      else
+        distances.set_chunk(begin, references, states.data(), lists);
       parallel(count, problem.threads, [&](Index b, int) {
-        if (std::isnan(distances.refine(b, states[b]))) {
+        if (!kept && std::isnan(distances.refine(b, states[b]))) {
           states[b].nearest = std::numeric_limits<double>::quiet_NaN();
           return;
         }
@@ -445,7 +467,7 @@ Status backward(const Problem& problem, const Backward& io) {
 // ---- entry points ---------------------------------------------------------------------------
 
 template <class T, class F>
-Status with_reference_type(Type type, const F& f) {
+auto with_reference_type(Type type, const F& f) {
   switch (type) {
     case Type::float32:
       return f(T(), float());
@@ -462,7 +484,7 @@ Status with_reference_type(Type type, const F& f) {
 }
 
 template <class F>
-Status with_types(const Problem& problem, const F& f) {
+auto with_types(const Problem& problem, const F& f) {
   return problem.type == Type::float64 ? with_reference_type<double>(problem.reference_type, f)
                                        : with_reference_type<float>(problem.reference_type, f);
 }
@@ -522,6 +544,13 @@ Backward outputs_from(Index first, const Problem& problem, Backward io) {
   return io;
 }
 
+// Whether the sketch, if there is one, is of the references.
+bool sketch_fits(const Problem& problem) {
+  return !problem.sketch || with_types(problem, [&](auto t, auto r) {
+    return Screen<decltype(t), decltype(r)>::is_sketch_of(problem);
+  });
+}
+
 // Below this many queries × references × features a second thread costs more than it saves: it may
 // have to be woken.
 constexpr Index kThreaded = 1 << 20;
@@ -535,6 +564,7 @@ Problem with_threads(Problem problem) {
 }
 
 Status run_forward(const Problem& given, const Forward& out) {
+  if (!sketch_fits(given)) return {Failure::sketch, 0};
   const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
@@ -544,6 +574,7 @@ Status run_forward(const Problem& given, const Forward& out) {
 }
 
 Status run_backward(const Problem& given, const Backward& io) {
+  if (!sketch_fits(given)) return {Failure::sketch, 0};
   const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
     return by_blocks(problem, io.grad_y == nullptr, [&](const Problem& block, Index first) {
@@ -552,19 +583,26 @@ Status run_backward(const Problem& given, const Backward& io) {
   });
 }
 
-std::int64_t sketch_width(std::int64_t features) {
-  return features < kListedFeatures ? 0 : sketch_stride(features) + 1;
+std::int64_t sketch_bytes(const Problem& problem) {
+  if (problem.features < kListedFeatures) return 0;
+  return with_types(problem, [&](auto t, auto r) {
+    return Screen<decltype(t), decltype(r)>::sketch_bytes(problem.references, problem.features);
+  });
 }
 
 void run_sketch(const Problem& problem, void* out) {
   with_types(problem, [&](auto t, auto r) {
     using R = decltype(r);
     const auto y = [&](Index j) { return static_cast<const R*>(problem.y) + j * problem.y_stride; };
-    const Screen<decltype(t), R> screen(problem, 0, 0);
-    auto* rows = static_cast<decltype(t)*>(out);
-    screen.sketch(problem.references, y, rows,
-                  rows + problem.references * sketch_stride(problem.features));
+    Screen<decltype(t), R>(problem, 0, 0).sketch(y, out);
     return Status();
+  });
+}
+
+std::int64_t kept_bytes(const Problem& problem) {
+  if (problem.features < kListedFeatures) return 0;
+  return with_types(problem, [&](auto, auto r) {
+    return KeptDistances::most_bytes(problem, chunk_size<decltype(r)>(problem));
   });
 }
 
@@ -573,7 +611,8 @@ void run_sketch(const Problem& problem, void* out) {
 #define PFGM_TEXT_(name) #name
 #define PFGM_TEXT(name) PFGM_TEXT_(name)
 extern const Kernels kernels;
-const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward, run_backward, sketch_width, run_sketch};
+const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward, run_backward,
+                         sketch_bytes,        run_sketch,  kept_bytes};
 
 }  // namespace PFGM_ISA
 }  // namespace pfgm

@@ -136,10 +136,10 @@ class DenseTiles {
 
 // ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
-constexpr Index kPairReferences = 32;  // references packed at a time
+constexpr Index kPairReferences = 64;  // references packed at a time
 // Most features packed at a time: a tile fits L1, and a lane adds at most kMaxAdditions values.
 template <class T>
-constexpr Index kPairPanel = smaller(3072 / sizeof(T), Simd<T>::lanes* kMaxAdditions);
+constexpr Index kPairPanel = smaller(3136 / sizeof(T), Simd<T>::lanes* kMaxAdditions);
 // Features packed at a time: panels of equal width, in whole cache lines.
 template <class T>
 Index pair_panel(Index features) {

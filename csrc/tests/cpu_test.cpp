@@ -43,9 +43,7 @@ Implementation sketched(int threads) {
   result.name += ", sketched";
   result.forward = [plain](const Problem& problem, const Forward& out) {
     const Kernels& kernels = cpu_kernels();
-    const auto bytes =
-        static_cast<std::size_t>(problem.references * kernels.sketch_width(problem.features)) *
-        kSizes[static_cast<int>(problem.type)];
+    const auto bytes = static_cast<std::size_t>(kernels.sketch_bytes(problem));
     if (bytes == 0) return plain.forward(problem, out);
     const std::unique_ptr<void, decltype(&std::free)> sketch(
         std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);

@@ -52,7 +52,7 @@ TYPES = {  # the numbers of csrc/api/posterior_mean.h
 }
 _CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # The failures that the CPU kernels return.
-_RADIUS, _VALUE, _SINGULAR, _MEMORY = 1, 2, 3, 4
+_RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT = 1, 2, 3, 4, 5, 6
 
 
 def _load() -> ModuleType | None:
@@ -166,16 +166,17 @@ def _native_problem(problem: PosteriorMean) -> object:
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Mean and deviation of each 32 features of each reference, for CPU kernels with x of a dtype.
+    """What the CPU kernels keep of references for x of a dtype: a lower bound of each distance.
 
-    They give a lower bound of each distance, so the kernels need not read references that are too
-    far away (csrc/cpu/screen.h).
+    With it they need not read references that are too far away. It holds bytes where the processor
+    multiplies bytes fast (csrc/cpu/byte_screen.h), else the mean and deviation of each 32 features
+    (csrc/cpu/line_screen.h).
     """
-    width = extension().sketch_width(references.shape[1])
-    if _on_cuda(references.device) or width == 0:
+    size = 0 if _on_cuda(references.device) else _sketch_size(references, dtype)
+    if size == 0:
         return None
     references = contiguous_features(references)
-    out = torch.empty(len(references) * width, dtype=dtype)
+    out = torch.empty(size, dtype=dtype)
     extension().sketch(
         type=TYPES[dtype],
         reference_type=TYPES[references.dtype],
@@ -188,13 +189,25 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     return out
 
 
+def _sketch_size(references: Tensor, dtype: torch.dtype) -> int:
+    """The number of values of a dtype that a sketch takes the place of."""
+    M, N = references.shape
+    size: int = extension().sketch_bytes(
+        type=TYPES[dtype], reference_type=TYPES[references.dtype], references=M, features=N
+    )
+    return size // dtype.itemsize
+
+
+_SKETCH_OF_THESE = "the result of sketch() for these references"
+
+
 def _check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
-    shape = (len(references) * extension().sketch_width(x.shape[1]),)
+    shape = (_sketch_size(references, x.dtype),)
     aligned = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
     if sketch.shape != shape or sketch.dtype != x.dtype or not aligned:
         raise ValueError(
-            f"sketch has shape {tuple(sketch.shape)} and dtype {sketch.dtype}; allowed is the "
-            f"result of sketch() for these references, of shape {shape} and dtype {x.dtype}."
+            f"sketch has shape {tuple(sketch.shape)} and dtype {sketch.dtype}; allowed is "
+            f"{_SKETCH_OF_THESE}, of shape {shape} and dtype {x.dtype}."
         )
 
 
@@ -206,6 +219,8 @@ def _check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius
         raise ValueError(non_finite_message(x, references, "x"))
     if failure == _SINGULAR:
         raise ValueError(singular_message(row))
+    if failure == _SKETCH:
+        raise ValueError(f"sketch is of other references; allowed is {_SKETCH_OF_THESE}.")
     if failure == _MEMORY:
         raise MemoryError("posterior_mean needs a workspace that does not fit into memory.")
 

@@ -35,7 +35,7 @@ EDGES = [
 def usable_isas():
     previous = os.environ.get("PFGM_CPU_ISA")
     usable = []
-    for isa in ("avx512", "avx2", "portable"):
+    for isa in ("avx512vnni", "avx512", "avxvnni", "avx2", "portable"):
         os.environ["PFGM_CPU_ISA"] = isa
         try:
             usable.append(native.extension().cpu_isa())
@@ -165,9 +165,13 @@ def test_the_bounds_of_a_sketch_hold_over_many_features():
 
 def test_a_sketch_of_strided_rows():
     _, references, _ = problem(3, 64, 1200)
-    wanted = native.sketch(references[::2, 100:700].contiguous(), torch.float32)
-    assert torch.equal(native.sketch(references[::2, 100:700], torch.float32), wanted)
-    assert torch.equal(native.sketch(references.T[100:700].T[::2], torch.float32), wanted)
+
+    def bits(rows):
+        return native.sketch(rows, torch.float32).view(torch.int32)
+
+    wanted = bits(references[::2, 100:700].contiguous())
+    assert torch.equal(bits(references[::2, 100:700]), wanted)
+    assert torch.equal(bits(references.T[100:700].T[::2]), wanted)
     assert native.sketch(references[:, :511], torch.float32) is None
 
 
@@ -178,7 +182,9 @@ def test_a_sketch_of_other_references():
         native.sketch(references, torch.float64),
         native.sketch(references, torch.float32)[:-1],
     ):
-        with pytest.raises(ValueError, match=r"sketch has shape \(\d+,\) and dtype"):
+        with pytest.raises(
+            ValueError, match=r"sketch (has shape \(\d+,\) and dtype|is of other references)"
+        ):
             native.posterior_mean(PosteriorMean(x, references, radius, 1.0, sketch=sketch))
 
 
@@ -498,7 +504,7 @@ def test_gradients_where_the_nearest_is_close_beside_the_spread(threads, N, D):
         assert error_beside_scale(actual, expected) <= 1e-4, sigma
 
 
-# ---- lower bounds that rule references out (csrc/cpu/screen.h) ----
+# ---- lower bounds that rule references out (csrc/cpu/line_screen.h, byte_screen.h) ----
 
 
 def built_to_defeat(name, N, dtype):
@@ -534,6 +540,13 @@ def built_to_defeat(name, N, dtype):
     elif name == "all count":
         references = base + 0.05 * noise(900, N)
         x = base + noise(48, N)
+    elif name == "one feature is enormous":  # bytes keep nothing of the others
+        references = base + 0.05 * steps * noise(900, N)
+        references[:, 3] += 1e3
+        x[:, 3] += 1e3
+    elif name == "no spread within a row":  # bytes are all zero
+        references = steps.expand(900, N)
+        x = (0.5 + sigma[:, None]).expand(48, N)
     return x.to(dtype), references.to(dtype), sigma
 
 
@@ -548,6 +561,8 @@ def built_to_defeat(name, N, dtype):
         "nearest comes last",
         "one is enormous",
         "all count",
+        "one feature is enormous",
+        "no spread within a row",
     ],
 )
 def test_inputs_built_to_defeat_the_bounds(isa, name, N, D):
@@ -557,6 +572,55 @@ def test_inputs_built_to_defeat_the_bounds(isa, name, N, D):
         radius = radius_of(sigma, D)
         expected = forward(x.double(), references.double(), radius, D, reference)
         assert_accurate(forward(x, references, radius, D), expected, references[:400], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
+def test_bounds_of_narrow_references(isa, dtype, sigma):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(1, 700, generator=generator) * 2 - 1
+    spread = torch.linspace(0, 0.2, 900)[:, None] * torch.randn(900, 700, generator=generator)
+    references = base + spread
+    if dtype == torch.uint8:
+        references = (127.5 * (references + 1)).round().clamp(0, 255)
+    references = references.to(dtype)
+    x = base + sigma * torch.randn(50, 700, generator=generator)
+    radius = torch.full((50,), sigma, dtype=torch.float64)
+    wide = dequantise(references, torch.float64)
+    for D in (1.0, math.inf):
+        at = radius_of(radius, D)
+        expected = forward(x.double(), wide, at, D, reference)
+        assert_accurate(forward(x, references, at, D), expected, wide[:400], 2e-5)
+
+
+@pytest.mark.parametrize("sizes", [(48, 70, 4096), (50, 130, 4097), (49, 65, 9000)])
+def test_bounds_over_several_panels(isa, sizes):
+    x, references, sigma = problem(*sizes)
+    expected = forward(x.double(), references.double(), sigma, 1.0, reference)
+    assert_accurate(forward(x, references, sigma, 1.0), expected, references, 2e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e-12, 1e12, 1e18])
+def test_bounds_at_any_scale(isa, scale):
+    x, references, sigma = problem(50, 200, 600)
+    wide = tuple(scale * t.double() for t in (x, references, sigma))
+    x, references = wide[0].float(), wide[1].float()
+    expected = forward(x.double(), references.double(), wide[2], math.inf, reference)
+    actual = forward(x, references, wide[2], math.inf)
+    error = (actual[0].double() - expected[0]).abs().max() / references.double().abs().max()
+    assert error <= (1e-5 if scale > 1e-38 else 2e-2)  # numbers below 1e-38 have few digits
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize("where", ["x", "references"])
+def test_bounds_hide_no_value_that_is_not_finite(isa, where, value):
+    x, references, sigma = problem(50, 200, 600)
+    (x if where == "x" else references)[37, 123] = value
+    if abs(value) < math.inf:
+        assert forward(x, references, sigma, 1.0)[0].isfinite().all()
+        return
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        forward(x, references, sigma, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

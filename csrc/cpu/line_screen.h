@@ -35,9 +35,9 @@ template <class T> constexpr double kSketchError = 64 * std::numeric_limits<T>::
 template <class T> constexpr double kSumError = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
 
 template <class T, class R>
-class Screen {
+class LineScreen {
  public:
-  Screen(const Problem& problem, Index max_queries, Index max_references)
+  LineScreen(const Problem& problem, Index max_queries, Index max_references)
       : problem_(problem),
         lines_(sketch_lines(problem.features)),
         stride_(sketch_stride(problem.features)),
@@ -78,6 +78,19 @@ class Screen {
         queries_count_, count, 2 * lines_, x, x, [&](Index j) { return rows + j * stride_; }, out);
   }
 
+  static Index sketch_bytes(Index references, Index features) {
+    return references * (sketch_stride(features) + 1) * static_cast<Index>(sizeof(T));
+  }
+
+  static bool is_sketch_of(const Problem&) { return true; }  // its size says so
+
+  // Writes the sketch of all references, y(0), …
+  template <class References>
+  void sketch(const References& y, void* out) const {
+    T* rows = static_cast<T*>(out);
+    sketch(problem_.references, y, rows, rows + problem_.references * stride_);
+  }
+
   // Writes rows and lengths of the sketch of the vectors y(0), …
   template <class Vectors>
   void sketch(Index count, const Vectors& y, T* rows, T* lengths) const {
@@ -87,12 +100,19 @@ class Screen {
     });
   }
 
-  // If the bound is above this limit, the reference is farther from query b than the squared
-  // distance `far`.
-  double limit(Index b, double far) const {
+  // Replaces bounds of query b by 0 where the squared distance may be at most `far`, and by `skip`
+  // elsewhere. Returns the number of zeros.
+  Index choose(Index b, double far, double skip, double* bounds, Index count) const {
     const double loss = kSketchError<T> * (static_cast<double>(query_lengths_[b]) + longest_);
     const double distance = std::sqrt(far) + loss;
-    return distance * distance / (1 - kSumError<T>);
+    const double limit = distance * distance / (1 - kSumError<T>);
+    Index kept = 0;
+    for (Index j = 0; j < count; ++j) {
+      const bool needed = !(bounds[j] > limit);
+      kept += needed;
+      bounds[j] = needed ? 0 : skip;
+    }
+    return kept;
   }
 
  private:
