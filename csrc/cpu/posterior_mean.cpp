@@ -364,7 +364,7 @@ Status backward(const Problem& problem, const Backward& io) {
       std::memset(static_cast<T*>(io.grad_y) + task * chunk * features, 0,
                   rows * features * sizeof(T));
     });
-  // Whether the averages of steep rows are known only from a chunk itself.
+  // Whether the one chunk gives the averages of steep rows itself.
   const bool whole = problem.references <= chunk && !io.pulls;
   const auto each = [](const Buffer<double>& values) {
     return [&values](Index b) { return values.at(b * kStride); };

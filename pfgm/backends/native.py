@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from array import array
 from types import ModuleType
 
@@ -150,7 +151,7 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
     """
     x, references, radius, D, _, sketch = problem
     if sketch is not None:
-        _check_sketch(sketch, x, references)
+        check_sketch(sketch, x, references)
     return extension().Problem(
         type=TYPES[x.dtype],
         reference_type=TYPES[references.dtype],
@@ -192,8 +193,9 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     return out
 
 
-def _check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
-    shape = (len(references) * extension().sketch_width(x.shape[1]),)
+def check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
+    """Raises ValueError unless it is one for points x (B, *S) and references (M, *S)."""
+    shape = (len(references) * extension().sketch_width(math.prod(x.shape[1:])),)
     aligned = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
     if sketch.shape != shape or sketch.dtype != x.dtype or not aligned:
         raise ValueError(

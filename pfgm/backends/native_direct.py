@@ -72,6 +72,13 @@ def _level(value: Any, rows: int) -> float | tuple[int, int, int] | None:
     return None
 
 
+def _sketch_address(sketch_of: SketchOf | None, x: Tensor, references: Tensor) -> int:
+    if sketch_of is None or (sketch := sketch_of(0, references, x, "native")) is None:
+        return 0
+    native.check_sketch(sketch, x, references)
+    return sketch.data_ptr()
+
+
 def _takes(backend: str | None, precision: str, *values: Any) -> bool:
     """Whether the kernels answer at once: for ordinary tensors and numbers."""
     if torch.compiler.is_compiling() or not enabled:
@@ -102,14 +109,14 @@ def posterior_mean(
     radius = _level(level, sizes[2])
     if radius is None:
         return None
-    sketch = None if sketch_of is None else sketch_of(0, references, x, "native")
+    sketch = _sketch_address(sketch_of, x, references)
     mean = torch.empty_like(x)
     logsumexp = x.new_empty(sizes[2], dtype=torch.float64) if with_logsumexp else None
     done = _native.direct_posterior_mean(
         *sizes,
         x.data_ptr(),
         references.data_ptr(),
-        0 if sketch is None else sketch.data_ptr(),
+        sketch,
         radius,
         factor,
         D,
@@ -138,13 +145,13 @@ def field(
     radius = _level(z, sizes[2])
     if radius is None:
         return None
-    sketch = None if sketch_of is None else sketch_of(0, references, x, "native")
+    sketch = _sketch_address(sketch_of, x, references)
     field_x, field_z = torch.empty_like(x), x.new_empty(sizes[2])
     done = _native.direct_field(
         *sizes,
         x.data_ptr(),
         references.data_ptr(),
-        0 if sketch is None else sketch.data_ptr(),
+        sketch,
         radius,
         gamma,
         field_x.data_ptr(),

@@ -54,7 +54,7 @@ def check(path, rank):
 
 
 def check_steep(path, rank):
-    """Float32 points between rows of both processes, at small sigma: gradients keep their digits."""
+    """At small sigma, gradients at float32 points between rows of both processes keep digits."""
     rows = pfgm.data.load_array(path)
     x = (pfgm.data.to_unit(rows[:7]) + pfgm.data.to_unit(rows[-7:])) / 2
     own = slice(0, 3) if rank == 0 else slice(3, 7)
