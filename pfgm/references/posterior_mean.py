@@ -90,7 +90,7 @@ class _PosteriorMean(torch.autograd.Function):
         if grad_logsumexp is None:
             grad_logsumexp = torch.zeros_like(nearest)
         derived = torch.is_grad_enabled() or forward_mode() or in_torch_func()
-        function = _Gradient.apply if derived else _Gradient.forward
+        function: Any = _Gradient.apply if derived else _Gradient.forward
         found = function(*ctx.saved_tensors, grad_mean, grad_logsumexp, ctx.given, needs)
         of_x, of_radius = (g if need else None for g, need in zip(found, needs, strict=True))
         return of_x, of_radius, None
