@@ -92,6 +92,14 @@ def fashion_shape(B: int = 256, M: int = 60000) -> Case:
     return perturbed(pfgm.data.to_unit(fashion_mnist()[:M]).view(-1, 1, 28, 28), B)
 
 
+def fashion_near_data(B: int = 256, M: int = 60000, z: float = 0.1) -> Case:
+    """Fashion-MNIST as references, and images with noise of one level z: few references count."""
+    images = pfgm.data.to_unit(fashion_mnist()[:M])
+    chosen = images[torch.linspace(0, M - 1, B).long()]
+    noise = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(0))
+    return Case(chosen + z * noise, torch.full((B,), z), images)
+
+
 def digits_shape(B: int = 128, M: int = 1437) -> Case:
     """scikit-learn's digits: N = 64."""
     digits = pfgm.data.digits()

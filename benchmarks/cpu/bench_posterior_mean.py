@@ -15,8 +15,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+import pfgm
 from benchmarks.common.posterior_paths import (
     PATHS,
+    Forward,
+    Path,
+    Result,
     errors,
     exact_gradient,
     exact_result,
@@ -26,7 +30,14 @@ from benchmarks.common.posterior_paths import (
     to_bytes,
     with_backward,
 )
-from benchmarks.common.subjects import Case, cifar_shape, digits_shape, fashion_shape, patches
+from benchmarks.common.subjects import (
+    Case,
+    cifar_shape,
+    digits_shape,
+    fashion_near_data,
+    fashion_shape,
+    patches,
+)
 from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
 
 pytestmark = pytest.mark.benchmark(timer=replay)
@@ -176,3 +187,42 @@ def bench_number_of_references(M: int, benchmark: Any) -> None:
     each = {f"M = {m}": min(measured.seconds[f"M = {m}"]) / m for m in SIZES}
     nanoseconds = {"nanoseconds a reference": 1e9 * each[f"M = {M}"]}
     add_row(benchmark, "number of references", f"M = {M}", measured, **nanoseconds)
+
+
+def over_used_set(case: Case) -> Forward:
+    """The library over a set in memory that has made its sketch."""
+    held = pfgm.ReferenceSet(case.references)
+
+    def run() -> Result:
+        return pfgm.posterior_mean(case.x, held, r=case.z, return_logsumexp=True)
+
+    for _ in range(2):
+        run()
+    return run
+
+
+SETS: dict[str, Path] = {
+    "tensor, forward": native,
+    "used set, forward": over_used_set,
+    "tensor, forward and backward": with_backward(native),
+    "used set, forward and backward": with_backward(over_used_set),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def measure_sets() -> Measured:
+    case = fashion_near_data()
+    paths = {name: path(case) for name, path in SETS.items()}
+    return measure_paths(paths, 7, {"B, M, N": shape(case), "z": float(case.z[0])})
+
+
+@pytest.mark.parametrize("path", SETS)
+def bench_reference_set(path: str, benchmark: Any) -> None:
+    """A set in memory beside a tensor, for points near the data. It gives the same bits."""
+    if benchmark.disabled:
+        case = fashion_near_data(8, 256)
+        found = benchmark(SETS[path](case))
+        expected = SETS[path.replace("used set", "tensor")](case)()
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        return
+    add_row(benchmark, "references in a set, z = 0.1", path, measure_sets())

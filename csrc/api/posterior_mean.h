@@ -33,6 +33,8 @@ struct Problem {
   double dimensions;     // D, infinity for diffusion
   int threads;
   const void* sketch = nullptr;  // sketch of the references, in the type of x; may be null
+  // References of all calls that continue one result, see below; 0 if it takes one call.
+  std::int64_t all_references = 0;
 };
 
 // Memory for what a forward pass keeps for its backward pass (cpu/kept_distances.h), on an 8-byte
@@ -42,16 +44,25 @@ struct Kept {
   std::int64_t bytes = 0;
 };
 
-// On the CPU, a null result other than the mean is not written.
+// On the CPU, a null result is not written, and a result may take several calls, for references
+// that are not in memory at once. With `sums`, a call adds its references to those of the calls
+// before: `sums`, `nearest` and `total` begin as 0, infinity and 0. The last call, which has a
+// mean, may be without references. If each call but the last has a multiple of chunk_rows()
+// references, the result is to the bit that of one call.
 struct Forward {
-  void* mean;         // (queries, features)
-  double* logsumexp;  // (queries)
-  double* nearest;    // (queries): squared distance of the nearest reference
-  double* total;      // (queries): Σ_j exp(l_j − l of the nearest reference)
-  Kept kept = {};     // for the CPU
+  void* mean;              // (queries, features)
+  double* logsumexp;       // (queries)
+  double* nearest;         // (queries): squared distance of the nearest reference
+  double* total;           // (queries): Σ_j exp(l_j − l of the nearest reference)
+  double* sums = nullptr;  // (queries, features): Σ_j exp(l_j − l of the nearest reference) y_j
+  Kept kept = {};          // for the CPU
 };
 
-// A null gradient is neither read nor written.
+// A null gradient is neither read nor written. On the CPU, gradients of x and radius may take
+// several calls in the same way. They add to `sums` (null if x needs no gradient) and `moments`,
+// which begin as 0. The last call, which has the gradients, may be without references. `pulls` must
+// be complete before: it begins as 0, and if any_steep(), posterior_mean_pulls() adds each part of
+// the references to it. cpu/posterior_mean.cpp defines c_j and the moment.
 struct Backward {
   const void* grad_mean;         // (queries, features)
   const double* grad_logsumexp;  // (queries)
@@ -61,6 +72,9 @@ struct Backward {
   void* grad_x;                  // (queries, features)
   double* grad_radius;           // (queries)
   void* grad_y;                  // (references, features)
+  double* sums = nullptr;        // (queries, features): Σ_j c_j (y_j − mean)
+  double* moments = nullptr;     // (queries)
+  double* pulls = nullptr;       // (queries, 2): Σ_j p_j and Σ_j p_j G·(y_j − mean)
   Kept kept = {};                // from the forward pass, its used part; for the CPU
 };
 
@@ -88,6 +102,9 @@ struct Kernels {
   const char* isa;
   Status (*posterior_mean)(const Problem&, const Forward&);
   Status (*posterior_mean_backward)(const Problem&, const Backward&);
+  Status (*posterior_mean_pulls)(const Problem&, const Backward&);
+  bool (*any_steep)(const Problem&, const Backward&);
+  std::int64_t (*chunk_rows)(std::int64_t features, Type reference_type);
   std::int64_t (*sketch_bytes)(const Problem&);
   void (*sketch)(const Problem&, void* out);
   std::int64_t (*kept_bytes)(const Problem&);

@@ -78,40 +78,49 @@ std::vector<double> radii(const Level& level, double factor, Index queries) {
   return radius;
 }
 
-Status run_posterior_mean(const Sizes& sizes, Address x, Address y,
+Status run_posterior_mean(const Sizes& sizes, Address x, Address y, Address sketch,
                           const std::vector<double>& radius, double dimensions, int threads,
                           const Forward& out) {
-  const Problem problem = {
-      sizes.type,     sizes.reference_type,   sizes.queries,  sizes.references,
-      sizes.features, pointer<const void>(x), sizes.features, pointer<const void>(y),
-      sizes.features, radius.data(),          dimensions,     threads};
+  const Problem problem = {sizes.type,
+                           sizes.reference_type,
+                           sizes.queries,
+                           sizes.references,
+                           sizes.features,
+                           pointer<const void>(x),
+                           sizes.features,
+                           pointer<const void>(y),
+                           sizes.features,
+                           radius.data(),
+                           dimensions,
+                           threads,
+                           pointer<const void>(sketch)};
   const Kernels& kernels = cpu_kernels();
   return run_interruptible(sizes.queries, problem,
                            [&] { return kernels.posterior_mean(problem, out); });
 }
 
 bool direct_posterior_mean(int type, int reference_type, Index queries, Index references,
-                           Index features, Address x, Address y, const py::handle& level,
-                           double factor, double dimensions, Address mean, Address logsumexp,
-                           int threads) {
+                           Index features, Address x, Address y, Address sketch,
+                           const py::handle& level, double factor, double dimensions, Address mean,
+                           Address logsumexp, int threads) {
   if (other_backend()) return false;
   const Sizes sizes = {static_cast<Type>(type), static_cast<Type>(reference_type), queries,
                        references, features};
   const std::vector<double> radius = radii(Level(level), factor, queries);
   const Forward out = {pointer<void>(mean), pointer<double>(logsumexp), nullptr, nullptr};
-  const Status status = run_posterior_mean(sizes, x, y, radius, dimensions, threads, out);
+  const Status status = run_posterior_mean(sizes, x, y, sketch, radius, dimensions, threads, out);
   return status.failure == Failure::none;
 }
 
 bool direct_field(int type, int reference_type, Index queries, Index references, Index features,
-                  Address x, Address y, const py::handle& z, double gamma, Address field_x,
-                  Address field_z, int threads) {
+                  Address x, Address y, Address sketch, const py::handle& z, double gamma,
+                  Address field_x, Address field_z, int threads) {
   if (other_backend()) return false;
   const Sizes sizes = {static_cast<Type>(type), static_cast<Type>(reference_type), queries,
                        references, features};
   const std::vector<double> radius = radii(Level(z), 1, queries);
   const Forward mean = {pointer<void>(field_x), nullptr, nullptr, nullptr};
-  const Status status = run_posterior_mean(sizes, x, y, radius, 1, threads, mean);
+  const Status status = run_posterior_mean(sizes, x, y, sketch, radius, 1, threads, mean);
   if (status.failure != Failure::none) return false;
   const py::gil_scoped_release released;
   normalised_field({sizes.type, queries, features, pointer<const void>(x), features, radius.data(),

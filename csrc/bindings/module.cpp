@@ -28,7 +28,7 @@ using Result = std::pair<int, std::int64_t>;  // failure code, first query that 
 Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, Address x, std::int64_t x_stride, Address y,
                 std::int64_t y_stride, Address radius, double dimensions, int threads,
-                Address sketch) {
+                Address sketch, std::int64_t all_references) {
   return {static_cast<Type>(type),
           static_cast<Type>(reference_type),
           queries,
@@ -41,7 +41,8 @@ Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t
           pointer<const double>(radius),
           dimensions,
           threads,
-          pointer<const void>(sketch)};
+          pointer<const void>(sketch),
+          all_references};
 }
 
 // Memory: address and bytes.
@@ -49,23 +50,21 @@ using Memory = std::pair<Address, std::int64_t>;
 
 Kept kept_in(Memory memory) { return {pointer<void>(memory.first), memory.second}; }
 
-Forward forward(Address mean, Address logsumexp, Address nearest, Address total, Memory kept) {
-  return {pointer<void>(mean), pointer<double>(logsumexp), pointer<double>(nearest),
-          pointer<double>(total), kept_in(kept)};
+Forward forward(Address mean, Address logsumexp, Address nearest, Address total, Address sums,
+                Memory kept) {
+  return {pointer<void>(mean),    pointer<double>(logsumexp), pointer<double>(nearest),
+          pointer<double>(total), pointer<double>(sums),      kept_in(kept)};
 }
 
 Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Address nearest,
                   Address total, Address grad_x, Address grad_radius, Address grad_references,
-                  Memory kept) {
-  return {pointer<const void>(grad_mean),
-          pointer<const double>(grad_logsumexp),
-          pointer<const void>(mean),
-          pointer<const double>(nearest),
-          pointer<const double>(total),
-          pointer<void>(grad_x),
-          pointer<double>(grad_radius),
-          pointer<void>(grad_references),
-          kept_in(kept)};
+                  Address sums, Address moments, Address pulls, Memory kept) {
+  return {pointer<const void>(grad_mean), pointer<const double>(grad_logsumexp),
+          pointer<const void>(mean),      pointer<const double>(nearest),
+          pointer<const double>(total),   pointer<void>(grad_x),
+          pointer<double>(grad_radius),   pointer<void>(grad_references),
+          pointer<double>(sums),          pointer<double>(moments),
+          pointer<double>(pulls),         kept_in(kept)};
 }
 
 Result run_posterior_mean(const Problem& problem, const Forward& io) {
@@ -82,6 +81,13 @@ Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
   return {static_cast<int>(status.failure), status.row};
 }
 
+Result run_posterior_mean_pulls(const Problem& problem, const Backward& io) {
+  const Kernels& kernels = cpu_kernels();
+  const Status status = run_interruptible(
+      problem.queries, problem, [&] { return kernels.posterior_mean_pulls(problem, io); });
+  return {static_cast<int>(status.failure), status.row};
+}
+
 // Address of a tensor and the distance between its rows.
 using StridedRows = std::pair<Address, std::int64_t>;
 
@@ -89,7 +95,7 @@ using StridedRows = std::pair<Address, std::int64_t>;
 Problem references_only(int type, int reference_type, std::int64_t references,
                         std::int64_t features, StridedRows y, int threads) {
   return problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second, 0, 0,
-                 threads, 0);
+                 threads, 0, 0);
 }
 
 std::int64_t sketch_bytes(int type, int reference_type, std::int64_t references,
@@ -180,14 +186,16 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init(&problem), py::kw_only(), py::arg("type"), py::arg("reference_type"),
            py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
            py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
-           py::arg("dimensions"), py::arg("threads"), py::arg("sketch") = 0);
+           py::arg("dimensions"), py::arg("threads"), py::arg("sketch") = 0,
+           py::arg("all_references") = 0);
   py::class_<Forward>(module, "Forward", py::module_local())
       .def(py::init(&forward), py::kw_only(), py::arg("mean"), py::arg("logsumexp"),
-           py::arg("nearest"), py::arg("total"), py::arg("kept") = Memory());
+           py::arg("nearest"), py::arg("total"), py::arg("sums") = 0, py::arg("kept") = Memory());
   py::class_<Backward>(module, "Backward", py::module_local())
       .def(py::init(&backward), py::kw_only(), py::arg("grad_mean"), py::arg("grad_logsumexp"),
            py::arg("mean"), py::arg("nearest"), py::arg("total"), py::arg("grad_x"),
-           py::arg("grad_radius"), py::arg("grad_references"), py::arg("kept") = Memory());
+           py::arg("grad_radius"), py::arg("grad_references"), py::arg("sums") = 0,
+           py::arg("moments") = 0, py::arg("pulls") = 0, py::arg("kept") = Memory());
   py::class_<OdeStep>(module, "OdeStep", py::module_local())
       .def(py::init(&step), py::kw_only(), py::arg("type"), py::arg("rows"), py::arg("features"),
            py::arg("x"), py::arg("slope"), py::arg("field_z"), py::arg("history"),
@@ -195,6 +203,13 @@ PYBIND11_MODULE(_native, module) {
            py::arg("exact"), py::arg("next"), py::arg("mean"), py::arg("threads"));
   module.def("posterior_mean", &run_posterior_mean);
   module.def("posterior_mean_backward", &run_posterior_mean_backward);
+  module.def("posterior_mean_pulls", &run_posterior_mean_pulls);
+  module.def("any_steep", [](const Problem& problem, const Backward& io) {
+    return cpu_kernels().any_steep(problem, io);
+  });
+  module.def("chunk_rows", [](std::int64_t features, int reference_type) {
+    return cpu_kernels().chunk_rows(features, static_cast<Type>(reference_type));
+  });
   module.def("kept_bytes",
              [](const Problem& problem) { return cpu_kernels().kept_bytes(problem); });
   module.def("sketch_bytes", &sketch_bytes, py::kw_only(), py::arg("type"),

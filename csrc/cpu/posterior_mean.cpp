@@ -61,6 +61,15 @@ double visible_distance(const WeightLaw& law, const QueryState& state, double ra
   return nearest + law.excess_at(law.cutoff - std::log(total > 1 ? total : 1), nearest, radius);
 }
 
+// The state that earlier calls or the forward pass ended with.
+template <class Results>
+QueryState state_of(const Results& results, Index query) {
+  QueryState state;
+  state.nearest = results.nearest[query];
+  state.total = results.total[query];
+  return state;
+}
+
 // ---- forward --------------------------------------------------------------------------------
 
 template <class T, class R>
@@ -75,17 +84,20 @@ Status forward(const Problem& problem, const Forward& out) {
   typename Distances<T, R>::Lists lists(block);
   Groups<T, kSumRows> groups(block);
   WeightedSums<T, R, kSumRows, false> weighted(problem);
-  Buffer<double> sums(block * features);
+  Buffer<double> own_sums(out.sums ? 0 : block * features);
   Buffer<QueryState> states(block);
-  if (!distances || !lists || !groups || !weighted || !sums || !states) return {Failure::memory, 0};
+  if (!distances || !lists || !groups || !weighted || !own_sums || !states)
+    return {Failure::memory, 0};
   const auto weights = [&](Index b) { return distances.row(b); };
   kept.start();
 
   for (Index first = 0; first < problem.queries; first += block) {
     const Index count = smaller(block, problem.queries - first);
     distances.set_queries(first, count);
-    std::memset(sums.data(), 0, count * features * sizeof(double));
-    for (Index b = 0; b < count; ++b) states[b] = QueryState();
+    double* sums = out.sums ? out.sums + first * features : own_sums.data();
+    if (!out.sums) std::memset(sums, 0, count * features * sizeof(double));
+    for (Index b = 0; b < count; ++b)
+      states[b] = out.sums ? state_of(out, first + b) : QueryState();
 
     for (Index begin = 0; begin < problem.references; begin += chunk) {
       distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
@@ -109,13 +121,14 @@ Status forward(const Problem& problem, const Forward& out) {
           count, distances.count(), problem.threads, [&](Index b) { return states[b].live; },
           weights, counts);
       groups.weigh(problem.threads, weights, [&](Index b) { return states[b].total; });
-      weighted.add(distances, groups, nullptr, sums.data());
+      weighted.add(distances, groups, nullptr, sums);
     }
 
     parallel(count, problem.threads, [&](Index b, int) {
-      T* mean = static_cast<T*>(out.mean) + (first + b) * features;
-      for (Index k = 0; k < features; ++k)
-        mean[k] = static_cast<T>(sums[b * features + k] / states[b].total);
+      if (T* mean = static_cast<T*>(out.mean))
+        for (Index k = 0; k < features; ++k)
+          mean[(first + b) * features + k] =
+              static_cast<T>(sums[b * features + k] / states[b].total);
       if (out.logsumexp) out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
       if (out.nearest) out.nearest[first + b] = states[b].nearest;
       if (out.total) out.total[first + b] = states[b].total;
@@ -271,19 +284,19 @@ Status check_singular(const Problem& problem, const WeightLaw& law, const Backwa
   return {};
 }
 
-// The state that the forward pass ended with.
-QueryState state_of(const Backward& io, Index query) {
-  QueryState state;
-  state.nearest = io.nearest[query];
-  state.total = io.total[query];
-  return state;
+template <class T>
+bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
+  const double radius = problem.radius[query], nearest = io.nearest[query];
+  const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
+  return !at_limit(law, nearest, radius) &&
+         is_steep(law, nearest, io.total[query], radius, mean, problem.features);
 }
 
-// averages[b] = Σ_j p_bj G·(y_j − mean) / Σ_j p_bj over all chunks, for the steep rows of a block.
-// `first` is the first query of the block.
+// Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of
+// a block. `first` is the first query of the block.
 template <class T, class R>
-Status find_averages(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
-                     const Index* steep, Index count, double* averages) {
+Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
+                 const Index* steep, Index count, double* pulls) {
   const Index features = problem.features, block = smaller(count, kSteepBlock);
   Buffer<T> x(block * features);
   Buffer<double> radius(block), p(block * kStride);
@@ -300,7 +313,6 @@ Status find_averages(const Problem& problem, const Backward& io, const WeightLaw
 
   for (Index at = 0; at < count; at += block, steep += block) {
     const Index n = smaller(block, count - at);
-    double sums[kSteepBlock][2] = {};
     for (Index i = 0; i < n; ++i) {
       const Index query = first + steep[i];
       std::memcpy(x.at(i * features), static_cast<const T*>(problem.x) + query * problem.x_stride,
@@ -319,12 +331,24 @@ Status find_averages(const Problem& problem, const Backward& io, const WeightLaw
                               distances.count());
         project_row(distances, static_cast<const T*>(io.grad_mean) + from,
                     static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
-                    static_cast<double*>(nullptr), sums[i]);
+                    static_cast<double*>(nullptr), pulls + 2 * steep[i]);
       });
     }
-    for (Index i = 0; i < n; ++i) averages[steep[i]] = average(sums[i]);
   }
   return {};
+}
+
+// The pulls of all steep rows, over one part of the references.
+template <class T, class R>
+Status all_pulls(const Problem& problem, const Backward& io) {
+  const WeightLaw law = weight_law<T>(problem, kGradientCutoff);
+  Buffer<Index> steep(problem.queries);
+  if (!steep) return {Failure::memory, 0};
+  Index count = 0;
+  for (Index b = 0; b < problem.queries; ++b)
+    if (query_is_steep<T>(problem, io, law, b)) steep[count++] = b;
+  return count == 0 ? Status()
+                    : add_pulls<T, R>(problem, io, law, 0, steep.data(), count, io.pulls);
 }
 
 template <class T, class R>
@@ -342,13 +366,15 @@ Status backward(const Problem& problem, const Backward& io) {
   DenseTiles<T> dense(problem.threads);
   PairTiles<T, R, kGradientRows> projections(problem.threads);
   WeightedSums<T, R, kGradientRows, true> weighted(problem);
-  Buffer<double> sums(io.grad_x ? block * features : 0), p(block * kStride), c(block * kStride);
-  Buffer<double> moments(block), bounds(block), averages(block);
+  const bool of_x = io.grad_x || io.sums;
+  Buffer<double> own_sums(of_x && !io.sums ? block * features : 0);
+  Buffer<double> p(block * kStride), c(block * kStride);
+  Buffer<double> moments(block), bounds(block), averages(block), own_pulls(2 * block);
   Buffer<QueryState> states(block);
   Buffer<Index> steep(block);
   Buffer<bool> row_is_steep(block);  // whether the row is steep
-  if (!distances || !lists || !groups || !dense || !projections || !weighted || !sums || !p || !c ||
-      !moments || !bounds || !averages || !states || !steep || !row_is_steep)
+  if (!distances || !lists || !groups || !dense || !projections || !weighted || !own_sums || !p ||
+      !c || !moments || !bounds || !averages || !own_pulls || !states || !steep || !row_is_steep)
     return {Failure::memory, 0};
   if (io.grad_y)
     parallel(divide_up(problem.references, chunk), problem.threads, [&](Index task, int) {
@@ -356,7 +382,8 @@ Status backward(const Problem& problem, const Backward& io) {
       std::memset(static_cast<T*>(io.grad_y) + task * chunk * features, 0,
                   rows * features * sizeof(T));
     });
-  const bool whole = problem.references <= chunk;
+  // Whether the one chunk gives the averages of steep rows itself.
+  const bool whole = problem.references <= chunk && !io.pulls;
   const auto each = [](const Buffer<double>& values) {
     return [&values](Index b) { return values.at(b * kStride); };
   };
@@ -375,21 +402,23 @@ Status backward(const Problem& problem, const Backward& io) {
       project_pairs<T>(g, m, y, n, sums);
     };
     distances.set_queries(first, count);
-    if (io.grad_x) std::memset(sums.data(), 0, count * features * sizeof(double));
+    double* sums = io.sums ? io.sums + first * features : own_sums.data();
+    if (of_x && !io.sums) std::memset(sums, 0, count * features * sizeof(double));
     Index steep_count = 0;
     for (Index b = 0; b < count; ++b) {
-      moments[b] = averages[b] = 0;
+      moments[b] = io.moments ? io.moments[first + b] : 0;
+      own_pulls[2 * b] = own_pulls[2 * b + 1] = 0;
       states[b] = state_of(io, first + b);
-      row_is_steep[b] = !at_limit(law, states[b].nearest, distances.radius(b)) &&
-                        is_steep(law, states[b].nearest, states[b].total, distances.radius(b),
-                                 mean + b * features, features);
+      row_is_steep[b] = query_is_steep<T>(problem, io, law, first + b);
       if (row_is_steep[b]) steep[steep_count++] = b;
     }
-    if (steep_count > 0 && !whole) {
+    if (steep_count > 0 && !whole && !io.pulls) {
       const Status status =
-          find_averages<T, R>(problem, io, law, first, steep.data(), steep_count, averages.data());
+          add_pulls<T, R>(problem, io, law, first, steep.data(), steep_count, own_pulls.data());
       if (status.failure != Failure::none) return status;
     }
+    const double* pulls = io.pulls ? io.pulls + 2 * first : own_pulls.data();
+    for (Index b = 0; b < count; ++b) averages[b] = row_is_steep[b] ? average(pulls + 2 * b) : 0;
 
     for (Index begin = 0; begin < problem.references; begin += chunk) {
       const Index references = smaller(chunk, problem.references - begin);
@@ -435,12 +464,12 @@ Status backward(const Problem& problem, const Backward& io) {
         moments[b] += coefficients(law, states[b], distances.radius(b),
                                    io.grad_logsumexp[first + b] - averages[b], distances.row(b),
                                    of_p, of_c, distances.count(), bounds.at(b));
-        if (row_is_steep[b] && io.grad_x)
-          add_row(distances, mean + b * features, features, of_p, of_c, sums.at(b * features));
+        if (row_is_steep[b] && of_x)
+          add_row(distances, mean + b * features, features, of_p, of_c, sums + b * features);
       });
-      if (io.grad_x) {
+      if (of_x) {
         groups.weigh(problem.threads, each(c), [&](Index b) { return bounds[b]; });
-        weighted.add(distances, groups, mean, sums.data());
+        weighted.add(distances, groups, mean, sums);
       }
       if (io.grad_y)
         reference_gradients(problem, io, distances, first, count, begin, p.data(), c.data());
@@ -448,6 +477,7 @@ Status backward(const Problem& problem, const Backward& io) {
 
     parallel(count, problem.threads, [&](Index b, int) {
       const Index query = first + b;
+      if (io.moments) io.moments[query] = moments[b];
       const Totals total =
           totals(law, states[b], moments[b], io.grad_logsumexp[query], distances.radius(b));
       if (io.grad_radius) io.grad_radius[query] = total.grad_radius;
@@ -526,10 +556,11 @@ Status by_blocks(const Problem& problem, bool independent, const F& run) {
 }
 
 Forward outputs_from(Index first, const Problem& problem, Forward out) {
-  out.mean = at(out.mean, first * problem.features, problem.type);
+  if (out.mean) out.mean = at(out.mean, first * problem.features, problem.type);
   if (out.logsumexp) out.logsumexp += first;
   if (out.nearest) out.nearest += first;
   if (out.total) out.total += first;
+  if (out.sums) out.sums += first * problem.features;
   return out;
 }
 
@@ -541,6 +572,9 @@ Backward outputs_from(Index first, const Problem& problem, Backward io) {
   io.total += first;
   if (io.grad_x) io.grad_x = at(io.grad_x, first * problem.features, problem.type);
   if (io.grad_radius) io.grad_radius += first;
+  if (io.sums) io.sums += first * problem.features;
+  if (io.moments) io.moments += first;
+  if (io.pulls) io.pulls += 2 * first;
   return io;
 }
 
@@ -583,6 +617,38 @@ Status run_backward(const Problem& given, const Backward& io) {
   });
 }
 
+Status run_pulls(const Problem& given, const Backward& io) {
+  const Problem problem = with_threads(given);
+  return with_types(problem, [&](auto t, auto r) {
+    return by_blocks(problem, true, [&](const Problem& block, Index first) {
+      return all_pulls<decltype(t), decltype(r)>(block, outputs_from(first, problem, io));
+    });
+  });
+}
+
+bool any_steep(const Problem& problem, const Backward& io) {
+  bool found = false;
+  with_types(problem, [&](auto t, auto) {
+    using T = decltype(t);
+    const WeightLaw law = weight_law<T>(problem);
+    for (Index b = 0; b < problem.queries && !found; ++b)
+      found = query_is_steep<T>(problem, io, law, b);
+    return Status();
+  });
+  return found;
+}
+
+std::int64_t chunk_rows(std::int64_t features, Type reference_type) {
+  Problem problem = {};
+  problem.features = features;
+  Index rows = 0;
+  with_reference_type<float>(reference_type, [&](auto, auto r) {
+    rows = chunk_size<decltype(r)>(problem);
+    return Status();
+  });
+  return rows;
+}
+
 std::int64_t sketch_bytes(const Problem& problem) {
   if (problem.features < kListedFeatures) return 0;
   return with_types(problem, [&](auto t, auto r) {
@@ -611,8 +677,8 @@ std::int64_t kept_bytes(const Problem& problem) {
 #define PFGM_TEXT_(name) #name
 #define PFGM_TEXT(name) PFGM_TEXT_(name)
 extern const Kernels kernels;
-const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward, run_backward,
-                         sketch_bytes,        run_sketch,  kept_bytes};
+const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward,  run_backward, run_pulls, any_steep,
+                         chunk_rows,          sketch_bytes, run_sketch,   kept_bytes};
 
 }  // namespace PFGM_ISA
 }  // namespace pfgm

@@ -15,7 +15,7 @@ namespace {
 // Tolerated error of t_j, relative to |G|, times (N + D) d/s.
 template <class T> constexpr double kToleratedError = sizeof(T) == sizeof(float) ? 3e-5 : 1e-10;
 constexpr double kMaxSpread = 16;  // references that count are at most this many (d² + σ²)^½ apart
-constexpr Index kSteepBlock = 64;  // rows that find_averages takes at a time
+constexpr Index kSteepBlock = 64;  // rows that add_pulls takes at a time
 
 constexpr Index kWideLanes = 4 * kDoubles;
 
@@ -72,7 +72,7 @@ double project(const T* g, const T* mean, const R* y, Index n) {
 // One row of a chunk: t[j] = G·(y_j − mean) where p[j] is not zero. Adds Σ p and Σ p t to sums.
 template <class T, class R>
 void project_row(const Distances<T, R>& distances, const T* g, const T* mean, Index features,
-                 const double* p, double* t, double (&sums)[2]) {
+                 const double* p, double* t, double* sums) {
   for (Index j = 0; j < distances.count(); ++j) {
     if (p[j] == 0) continue;
     const double projection = project(g, mean, distances.reference(j), features);
@@ -83,7 +83,7 @@ void project_row(const Distances<T, R>& distances, const T* g, const T* mean, In
 }
 
 // The average of t from sums of p and p t.
-inline double average(const double (&sums)[2]) { return sums[0] > 0 ? sums[1] / sums[0] : 0; }
+inline double average(const double* sums) { return sums[0] > 0 ? sums[1] / sums[0] : 0; }
 
 // One row of a chunk: adds Σ_j c_j (y_j − mean) to sum, in float64.
 template <class T, class R>

@@ -56,8 +56,9 @@ struct WeightLaw {
 
 template <class T>
 WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
+  const Index all = larger(problem.references, problem.all_references);
   return {std::isinf(problem.dimensions), (problem.features + problem.dimensions) / 2,
-          kWeightCutoff<T> + std::log(static_cast<double>(problem.references)) + extra_cutoff};
+          kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff};
 }
 
 constexpr double kSmallestDouble = std::numeric_limits<double>::min();

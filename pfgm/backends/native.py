@@ -1,9 +1,9 @@
 """The operations in C++ and CUDA (csrc/): SIMD kernels on the CPU, and kernels for NVIDIA GPUs.
 
-This module and :mod:`pfgm.backends.native_direct` are the only callers of ``pfgm._native``, which
-takes raw addresses. The functions here bring tensors into the layout of the kernels and keep them
-alive during the call. On a GPU the kernels run on torch's current stream, with workspace from
-torch's allocator.
+This module, :mod:`pfgm.backends.native_direct` and :mod:`pfgm.backends.native_parts` are the only
+callers of ``pfgm._native``, which takes raw addresses. The functions here bring tensors into the
+layout of the kernels and keep them alive during the call. On a GPU the kernels run on torch's
+current stream, with workspace from torch's allocator.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from array import array
 from types import ModuleType
 
@@ -143,11 +144,14 @@ def build_lines() -> list[str]:
     ]
 
 
-def _native_problem(problem: PosteriorMean) -> object:
-    """The problem in the form that the extension takes, with addresses in place of tensors."""
+def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
+    """The problem in the form that the extension takes, with addresses in place of tensors.
+
+    all_references is the number in all parts if the references are one part of several.
+    """
     x, references, radius, D, _, sketch = problem
     if sketch is not None:
-        _check_sketch(sketch, x, references)
+        check_sketch(sketch, x, references)
     return extension().Problem(
         type=TYPES[x.dtype],
         reference_type=TYPES[references.dtype],
@@ -161,7 +165,8 @@ def _native_problem(problem: PosteriorMean) -> object:
         radius=radius.data_ptr(),
         dimensions=D,
         threads=torch.get_num_threads(),
-        sketch=_address(sketch),
+        sketch=address(sketch),
+        all_references=all_references,
     )
 
 
@@ -182,7 +187,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
         reference_type=TYPES[references.dtype],
         references=len(references),
         features=references.shape[1],
-        y=_address_and_stride(references),
+        y=address_and_stride(references),
         out=out.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -201,8 +206,9 @@ def _sketch_size(references: Tensor, dtype: torch.dtype) -> int:
 _SKETCH_OF_THESE = "the result of sketch() for these references"
 
 
-def _check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
-    shape = (_sketch_size(references, x.dtype),)
+def check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
+    """Raises ValueError unless it is one for points x (B, *S) and references (M, *S)."""
+    shape = (_sketch_size(references.flatten(1), x.dtype),)
     aligned = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
     if sketch.shape != shape or sketch.dtype != x.dtype or not aligned:
         raise ValueError(
@@ -211,7 +217,7 @@ def _check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
         )
 
 
-def _check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tensor) -> None:
+def check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius: Tensor) -> None:
     failure, row = status
     if failure == _RADIUS:
         raise ValueError(radius_message(radius, row))
@@ -253,13 +259,13 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
     )
-    native_problem = _native_problem(problem)
+    given = native_problem(problem)
     if not _on_cuda(x.device):
-        _check_status(extension().posterior_mean(native_problem, io), x, references, radius)
+        check_status(extension().posterior_mean(given, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
         check_radius(radius)
-    _run_on_cuda(x, native_problem, io, backward=False)
+    _run_on_cuda(x, given, io, backward=False)
     check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total
 
@@ -283,17 +289,17 @@ def posterior_mean_backward(
         mean=mean.data_ptr(),
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
-        grad_x=_address(grad_x),
-        grad_radius=_address(grad_radius),
-        grad_references=_address(grad_references),
+        grad_x=address(grad_x),
+        grad_radius=address(grad_radius),
+        grad_references=address(grad_references),
     )
-    native_problem = _native_problem(problem)
+    given = native_problem(problem)
     if _on_cuda(x.device):
         check_singular(at_limit(nearest, radius, problem.D), grad_logsumexp)
-        _run_on_cuda(x, native_problem, io, backward=True)
+        _run_on_cuda(x, given, io, backward=True)
     else:
-        status = extension().posterior_mean_backward(native_problem, io)
-        _check_status(status, x, references, radius)
+        status = extension().posterior_mean_backward(given, io)
+        check_status(status, x, references, radius)
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
@@ -306,12 +312,12 @@ def _native_field(
         type=TYPES[x.dtype],
         rows=x.shape[0],
         features=x.shape[1],
-        x=_address_and_stride(x),
+        x=address_and_stride(x),
         z=z.data_ptr(),
-        mean=_address_and_stride(mean),
+        mean=address_and_stride(mean),
         gamma=gamma,
-        field_x=_address_and_stride(field_x),
-        field_z=_address(field_z),
+        field_x=address_and_stride(field_x),
+        field_z=address(field_z),
         threads=torch.get_num_threads(),
     )
 
@@ -339,7 +345,7 @@ def normalised_field_backward(
     grad_z = torch.empty(len(x), dtype=torch.float64)
     extension().normalised_field_backward(
         _native_field(x, z, mean, gamma, None, None),
-        grad_field_x=_address_and_stride(grad_field_x),
+        grad_field_x=address_and_stride(grad_field_x),
         grad_field_z=grad_field_z.data_ptr(),
         grad_x=grad_x.data_ptr(),
         grad_mean=grad_mean.data_ptr(),
@@ -355,25 +361,25 @@ def ode_step(
     x, slope, field_z, history, levels, gamma, z_exp, exact = step
     out, mean_out = step_outputs(x, with_mean, out, mean_out)
     if isinstance(levels, Tensor):
-        address, level_stride = levels.data_ptr(), 1
+        at, level_stride = levels.data_ptr(), 1
     else:
         shared = array("d", levels)
-        address, level_stride = shared.buffer_info()[0], 0
+        at, level_stride = shared.buffer_info()[0], 0
     native_step = extension().OdeStep(
         type=TYPES[x.dtype],
         rows=x.shape[0],
         features=x.shape[1],
-        x=_address_and_stride(x),
-        slope=_address_and_stride(slope),
-        field_z=_address(field_z),
-        history=_address_and_stride(history),
-        levels=address,
+        x=address_and_stride(x),
+        slope=address_and_stride(slope),
+        field_z=address(field_z),
+        history=address_and_stride(history),
+        levels=at,
         level_stride=level_stride,
         gamma=gamma,
         z_exp=z_exp,
         exact=exact,
-        next=_address_and_stride(out),
-        mean=_address_and_stride(mean_out),
+        next=address_and_stride(out),
+        mean=address_and_stride(mean_out),
         threads=torch.get_num_threads(),
     )
     if _on_cuda(x.device):
@@ -383,9 +389,9 @@ def ode_step(
     return out, mean_out
 
 
-def _address_and_stride(tensor: Tensor | None) -> tuple[int, int]:
+def address_and_stride(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

@@ -9,6 +9,7 @@ argument is not allowed, so that only the other way has checks with messages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ __all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean"
 
 EULER, HEUN, MULTISTEP = 0, 1, 2
 """The methods of :func:`step`."""
+
+SketchOf = Callable[[int, Tensor, Tensor, str], Tensor | None]
+"""The function :meth:`pfgm.references.part.Part.sketch` of references in a set."""
 
 enabled = native.has_extension()
 """Whether the functions may answer. Tests turn them off."""
@@ -68,6 +72,13 @@ def _level(value: Any, rows: int) -> float | tuple[int, int, int] | None:
     return None
 
 
+def _sketch_address(sketch_of: SketchOf | None, x: Tensor, references: Tensor) -> int:
+    if sketch_of is None or (sketch := sketch_of(0, references, x, "native")) is None:
+        return 0
+    native.check_sketch(sketch, x, references)
+    return sketch.data_ptr()
+
+
 def _takes(backend: str | None, precision: str, *values: Any) -> bool:
     """Whether the kernels answer at once: for ordinary tensors and numbers."""
     if torch.compiler.is_compiling() or not enabled:
@@ -86,6 +97,7 @@ def posterior_mean(
     with_logsumexp: bool,
     backend: str | None,
     precision: str,
+    sketch_of: SketchOf | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r, or σ at D = ∞, is the level
     times the factor."""
@@ -97,12 +109,14 @@ def posterior_mean(
     radius = _level(level, sizes[2])
     if radius is None:
         return None
+    sketch = _sketch_address(sketch_of, x, references)
     mean = torch.empty_like(x)
     logsumexp = x.new_empty(sizes[2], dtype=torch.float64) if with_logsumexp else None
     done = _native.direct_posterior_mean(
         *sizes,
         x.data_ptr(),
         references.data_ptr(),
+        sketch,
         radius,
         factor,
         D,
@@ -114,7 +128,13 @@ def posterior_mean(
 
 
 def field(
-    x: Tensor, z: Any, references: Any, gamma: Any, backend: str | None, precision: str
+    x: Tensor,
+    z: Any,
+    references: Any,
+    gamma: Any,
+    backend: str | None,
+    precision: str,
+    sketch_of: SketchOf | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """The normalised field v_x (B, *S) and v_z (B,), for a γ that is allowed."""
     if not _takes(backend, precision, x, references, z):
@@ -125,11 +145,13 @@ def field(
     radius = _level(z, sizes[2])
     if radius is None:
         return None
+    sketch = _sketch_address(sketch_of, x, references)
     field_x, field_z = torch.empty_like(x), x.new_empty(sizes[2])
     done = _native.direct_field(
         *sizes,
         x.data_ptr(),
         references.data_ptr(),
+        sketch,
         radius,
         gamma,
         field_x.data_ptr(),

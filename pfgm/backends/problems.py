@@ -39,6 +39,38 @@ class State(NamedTuple):
     """(B,) in float64: total weight relative to the nearest reference."""
 
 
+class RunningMean(NamedTuple):
+    """The sums over the references so far, for a result over references that come in parts.
+
+    Operations change the tensors in place.
+    """
+
+    sums: Tensor
+    """(B, N) in float64: the references, weighted relative to the nearest."""
+    nearest: Tensor
+    """(B,) in float64, as in :class:`State`."""
+    total: Tensor
+    """(B,) in float64, as in :class:`State`."""
+    references: int
+    """The number of references in all parts."""
+
+
+class RunningGradient(NamedTuple):
+    """The sums over the references so far, for the gradients over references that come in parts.
+
+    Operations change the tensors in place. csrc/api/posterior_mean.h defines them.
+    """
+
+    sums: Tensor | None
+    """(B, N) in float64; None if x needs no gradient."""
+    moments: Tensor
+    """(B,) in float64."""
+    pulls: Tensor
+    """(B, 2) in float64."""
+    references: int
+    """The number of references in all parts."""
+
+
 class Upstream(NamedTuple):
     """The gradients of mean and log-sum-exp that the backward pass starts from."""
 

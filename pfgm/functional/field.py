@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -47,6 +47,13 @@ def _check_tensors(x: Tensor, references: References) -> None:
 def _streams(references: References) -> bool:
     """Whether references are copied to the device of the points chunk by chunk."""
     return isinstance(references, ReferenceSet) and references.device.type == "cpu"
+
+
+def _in_one(references: Any) -> tuple[Any, native_direct.SketchOf | None]:
+    """The references as one tensor, None if a set needs chunks, and the function of its sketch."""
+    if type(references) is not ReferenceSet:
+        return references, None
+    return references.part.in_one(), references.part.sketch
 
 
 def _check_dimensions(D: float, with_r: bool) -> float:
@@ -188,8 +195,9 @@ def posterior_mean(
     """
     if (r is None) != (sigma is None) and type(D) in (float, int) and 0 < D <= LARGEST:
         level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
+        rows, sketch_of = _in_one(references)
         found = native_direct.posterior_mean(
-            x, references, level, factor, D, return_logsumexp, backend, precision
+            x, rows, level, factor, D, return_logsumexp, backend, precision, sketch_of
         )
         if found is not None:
             mean, logsumexp = found
@@ -239,7 +247,8 @@ def field_fn(
     (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
     """
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
-        found = native_direct.field(x, z, references, gamma, backend, precision)
+        rows, sketch_of = _in_one(references)
+        found = native_direct.field(x, z, rows, gamma, backend, precision, sketch_of)
         if found is not None:
             return found
     _check_tensors(x, references)

@@ -4,6 +4,6 @@ Samples are rows (B, N), and levels are float64. :mod:`pfgm.functional` brings a
 form.
 """
 
-from . import normalised_field, ode_step, posterior_mean
+from . import normalised_field, ode_step, posterior_mean, posterior_mean_parts
 
-__all__ = ["normalised_field", "ode_step", "posterior_mean"]
+__all__ = ["normalised_field", "ode_step", "posterior_mean", "posterior_mean_parts"]

@@ -175,7 +175,8 @@ def _number(D: float | Tensor) -> float:
 # ---- forward and backward --------------------------------------------------------------------
 
 
-def _check(problem: PosteriorMean) -> None:
+def check(problem: PosteriorMean) -> None:
+    """Raises ValueError or TypeError if the arguments are not allowed."""
     x, references, radius, D, precision, _ = problem
     if x.ndim != 2 or references.ndim != 2 or x.shape[1] != references.shape[1]:
         raise ValueError(
@@ -210,7 +211,7 @@ def _check(problem: PosteriorMean) -> None:
 
 
 def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(problem)
+    check(problem)
     x, references, radius = problem[:3]
     transforms.check_no_tangent("posterior_mean", x, references, radius)
     chosen = choose(backend, x.device, x.dtype, references.dtype)
@@ -220,7 +221,7 @@ def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tenso
 
 
 def _fake(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(problem)
+    check(problem)
     return _empty(problem)
 
 

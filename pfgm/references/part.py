@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backends import native_parts
 from ..common.checks import first_bad_row
 from ..data.rows import Source
 from ..ops import posterior_mean
@@ -39,7 +40,13 @@ class Part:
     """Processes in the group; 1 where this process holds all rows."""
     finite: bool = False
     """Whether all values are known to be finite."""
+    chunk_rows: int = field(init=False)
+    """Rows in a chunk."""
+    _in_one: bool = field(init=False)
+    """Whether the rows are in memory, and one call of the CPU kernels for all of them gives the
+    bits of one for each chunk."""
     _buffers: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
+    _states: dict[int, tuple[int, int]] = field(init=False, default_factory=dict)
     _sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = field(
         init=False, default_factory=dict
     )
@@ -47,6 +54,13 @@ class Part:
     def __post_init__(self) -> None:
         if self.end < 0:
             self.end = len(self.source)
+        N, dtype = math.prod(self.shape), self.source.dtype
+        step = native_parts.chunk_rows(N, dtype)
+        fitting = max(_CHUNK_BYTES // (N * dtype.itemsize), 1)
+        self.chunk_rows = fitting // step * step or fitting
+        same_bits = self.chunk_rows % step == 0 or len(self) <= self.chunk_rows
+        held = self.source.tensor
+        self._in_one = same_bits and held is not None and held.is_contiguous()
         if not self.source.dtype.is_floating_point:
             self.finite = True
         if self.source.tensor is not None and not self.finite:
@@ -68,6 +82,11 @@ class Part:
         held = self.source.tensor
         return _CPU if held is None else held.device
 
+    @property
+    def _is_all(self) -> bool:
+        """Whether the rows are all rows of the source, and all references."""
+        return len(self) == len(self.source) and not self.flips and self.processes == 1
+
     def ranks(self, x: Tensor) -> Ranks | None:
         """The communication between processes for points x (B, N); None if there is one process."""
         return Ranks(self.group, x) if self.processes > 1 else None
@@ -77,15 +96,26 @@ class Part:
         # A compiled graph saves the rows for its backward pass and checks their version itself.
         return None if torch.compiler.is_compiling() else self.source.version()
 
+    def in_one(self) -> Tensor | None:
+        """All references (M, *S) as one tensor for the CPU kernels; None if they need several."""
+        return self.source.tensor if self._in_one and self._is_all else None
+
+    def large_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """As :meth:`stored_chunks`, but rows in memory in one chunk if results keep their bits."""
+        if self._in_one:
+            yield 0, self.source.read(self.begin, self.end)
+        else:
+            yield from self.stored_chunks()
+
     def sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
-        """The backend's sketch of a chunk (m, N), kept while the rows stay the same.
+        """The backend's sketch of a chunk (m, *S), kept while the rows stay the same.
 
         The first call returns None, and the second makes the sketch. For a single call with few
         points the sketch would cost more time than it saves. Files have no sketches, because these
         take memory.
 
         Args:
-            place: number of the chunk.
+            place: number of the first row of the chunk.
             chunk: the chunk.
             x: (B, N), the points.
             backend: the backend of the posterior mean.
@@ -98,9 +128,14 @@ class Part:
             return None
         state = id(held), held._version
         known, kept = self._sketches.get(place, (None, None))
-        if known != state or kept is None:
-            kept = posterior_mean.sketch(chunk, x, backend) if known == state else None
-            self._sketches[place] = state, kept
+        if known == state:
+            return kept
+        if self._states.get(place) != state:
+            self._states[place] = state
+            self._sketches.pop(place, None)
+            return None
+        kept = posterior_mean.sketch(chunk.flatten(1), x, backend)
+        self._sketches[place] = state, kept
         return kept
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
@@ -131,12 +166,6 @@ class Part:
                 check_finite(chunk, start)
             yield start - self.begin, chunk
         self.finite = True
-
-    @property
-    def chunk_rows(self) -> int:
-        """Rows in a chunk."""
-        size = torch.empty(0, dtype=self.source.dtype).element_size()
-        return max(_CHUNK_BYTES // max(size * math.prod(self.shape), 1), 1)
 
     def _read_ahead(self, starts: range) -> Iterator[Tensor]:
         """Reads into one of two buffers while the caller works on the other."""

@@ -29,13 +29,13 @@ class ReferenceSet:
     """References (M, *S) in memory or in a file. Every operation takes a set in place of a tensor.
 
     Operations read the rows in chunks of 32 MiB and merge the results exactly. A file is read one
-    chunk ahead. Results are the same to the bit in memory and from a file. They are differentiable
-    in the points, not in the references.
+    chunk ahead, and on the CPU twice with ``flips``. Results are the same to the bit in memory and
+    from a file. They are differentiable in the points, not in the references.
 
     For a tensor on the CPU with 512 or more values in a row, a summary of each row is kept from the
     second call on. It speeds up calls with points in float32. Summaries take a third of the memory
-    of uint8 rows and a twelfth of the memory of float32 rows, or twice that with ``flips``. They
-    are computed again when the tensor has changed; a change through its ``data`` is not noticed.
+    of uint8 rows and a twelfth of the memory of float32 rows. They are computed again when the
+    tensor has changed; a change through its ``data`` is not noticed.
 
     A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
     changed in place or a file was written to after the forward pass. These changes are not noticed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -318,3 +319,36 @@ def test_values_that_are_not_finite_are_found(dtype, count):
             wrong[place] = bad
             assert not native_direct.all_finite(wrong)
             assert not native_direct.all_finite(wrong.requires_grad_())
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5, 5), (700,)])
+@pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
+def test_a_set_in_memory(monkeypatch, direct_calls, name, shape):
+    given = list(inputs(shape=shape))
+    rows = given[1]
+    expected = by_operators(monkeypatch, lambda: call(name, given))
+    given[1] = pfgm.ReferenceSet(rows)
+    for _ in range(3):  # the second call makes a sketch
+        assert all(map(torch.equal, call(name, given), expected))
+    assert direct_calls == [False, True, True, True]
+    sketched = any(kept is not None for _, kept in given[1].part._sketches.values())
+    assert sketched == (math.prod(shape) >= 512)
+    rows.neg_()
+    changed = by_operators(monkeypatch, lambda: call(name, [given[0], rows.clone(), *given[2:]]))
+    assert all(map(torch.equal, call(name, given), changed))
+
+
+@pytest.mark.parametrize("kind", ["flips", "file", "half precision"])
+def test_a_set_that_needs_the_operators(direct_calls, tmp_path, kind):
+    given = list(inputs())
+    rows = given[1]
+    if kind == "flips":
+        given[1] = pfgm.ReferenceSet(rows, flips=True)
+    elif kind == "file":
+        np.save(tmp_path / "rows.npy", rows.numpy())
+        given[1] = pfgm.ReferenceSet(tmp_path / "rows.npy")
+    else:
+        given[0], given[1] = given[0].half(), pfgm.ReferenceSet(rows)
+    for name in ("field_fn", "posterior_mean"):
+        call(name, given)
+    assert direct_calls == [False, False]

@@ -11,7 +11,7 @@ from torch.fx.experimental import symbolic_shapes
 
 import pfgm
 from pfgm import field_fn, log_density, posterior_mean
-from pfgm.backends import formulas
+from pfgm.backends import formulas, native_parts
 
 OP = torch.ops.pfgm.posterior_mean
 BACKWARD = torch.ops.pfgm.posterior_mean_backward
@@ -75,6 +75,22 @@ def test_opcheck_of_the_backward_pass(backend, needs):
 def test_opcheck_without_points(backend):
     x, references, radius = problem(dtype=torch.float32)
     torch.library.opcheck(OP, (x[:0].requires_grad_(), references, radius[:0], 1.0, backend))
+
+
+@native_only
+@pytest.mark.parametrize("count", [0, 3])
+def test_opcheck_of_references_in_parts(count):
+    x, references, radius = problem(dtype=torch.float32)
+    x, radius = x[:count], radius[:count]
+    running = native_parts.begin(x, len(references))
+    parts = torch.ops.pfgm.posterior_mean_add, torch.ops.pfgm.posterior_mean_end
+    for part in references.split(2):
+        torch.library.opcheck(parts[0], (x, part, radius, *running, 4.5))  # leaves running as it is
+        parts[0](x, part, radius, *running, 4.5)
+    torch.library.opcheck(parts[1], (x, radius, *running, 4.5))
+    mean, lse, nearest, total = OP(x, references, radius, 4.5, "native")
+    found = *parts[1](x, radius, *running, 4.5), running.nearest, running.total
+    torch.testing.assert_close(found, (mean, lse, nearest, total))
 
 
 @pytest.mark.parametrize("count", [0, 3])

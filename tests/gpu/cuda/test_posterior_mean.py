@@ -130,7 +130,7 @@ def test_workspace_is_bounded(device):
         for M in (1_000_000, 4_000_000):
             references = torch.empty(1, N, device=device).expand(M, N)
             place = native._place(x.device)
-            problem = native._native_problem(PosteriorMean(x, references, radius, 1.0))
+            problem = native.native_problem(PosteriorMean(x, references, radius, 1.0))
             sizes.append(native.extension().posterior_mean_workspace_cuda(problem, place, backward))
         assert sizes[0] == sizes[1] <= 100 << 20
 

@@ -1,0 +1,186 @@
+"""The posterior mean over references that come in parts, by the CPU kernels.
+
+Each part continues the sums of the parts before it (csrc/api/posterior_mean.h). The kernels know
+the nearest reference of those, and leave out every reference that does not count beside it. If all
+parts but the last have a multiple of :func:`chunk_rows` references, the results are to the bit
+those of one call over all references.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import choose, native
+from .layout import laid_out
+from .native import address
+from .problems import PosteriorMean, RunningGradient, RunningMean, State, Upstream
+
+__all__ = [
+    "add",
+    "add_gradients",
+    "add_pulls",
+    "any_steep",
+    "begin",
+    "begin_gradients",
+    "chunk_rows",
+    "end",
+    "end_gradients",
+    "supports",
+]
+
+
+def supports(name: str | None, x: Tensor, references: torch.dtype) -> bool:
+    """Whether the backend of this name, or the one chosen for None, computes in these parts.
+
+    Raises:
+        ValueError, Unavailable: as :func:`pfgm.backends.choose`.
+    """
+    chosen = choose(name, x.device, x.dtype, references)
+    return chosen is native and x.device.type == "cpu"
+
+
+def chunk_rows(features: int, references: torch.dtype) -> int:
+    """The number of references that the kernels take at a time."""
+    if not native.has_extension():
+        return 1
+    rows: int = native.extension().chunk_rows(features, native.TYPES[references])
+    return rows
+
+
+# ---- forward ---------------------------------------------------------------------------------
+
+
+def begin(x: Tensor, references: int) -> RunningMean:
+    """The sums for points x (B, N) before the first of this number of references."""
+    nearest = torch.full((len(x),), math.inf, dtype=torch.float64)
+    return RunningMean(_zeros(x), nearest, torch.zeros_like(nearest), references)
+
+
+def add(problem: PosteriorMean, running: RunningMean) -> None:
+    """Adds the references of a problem."""
+    _run(problem, running, None, None)
+
+
+def end(problem: PosteriorMean, running: RunningMean) -> tuple[Tensor, Tensor]:
+    """Mean (B, N) and log-sum-exp (B,) over all references. Those of the problem are not used."""
+    x = problem.x
+    mean = torch.empty(x.shape, dtype=x.dtype)
+    logsumexp = torch.empty(len(x), dtype=torch.float64)
+    _run(_without_references(problem), running, mean, logsumexp)
+    return mean, logsumexp
+
+
+def _run(
+    problem: PosteriorMean, running: RunningMean, mean: Tensor | None, logsumexp: Tensor | None
+) -> None:
+    problem = laid_out(problem)
+    io = native.extension().Forward(
+        mean=address(mean),
+        logsumexp=address(logsumexp),
+        nearest=running.nearest.data_ptr(),
+        total=running.total.data_ptr(),
+        sums=running.sums.data_ptr(),
+    )
+    given = native.native_problem(problem, running.references)
+    status = native.extension().posterior_mean(given, io)
+    native.check_status(status, *problem[:3])
+
+
+# ---- gradients -------------------------------------------------------------------------------
+
+
+def begin_gradients(x: Tensor, references: int, needs_x: bool) -> RunningGradient:
+    """The sums for points x (B, N) before the first of this number of references."""
+    moments = torch.zeros(len(x), dtype=torch.float64)
+    pulls = torch.zeros(len(x), 2, dtype=torch.float64)
+    return RunningGradient(_zeros(x) if needs_x else None, moments, pulls, references)
+
+
+def any_steep(problem: PosteriorMean, state: State, upstream: Upstream) -> bool:
+    """Whether :func:`add_pulls` must take all parts before the first :func:`add_gradients`."""
+    problem = _without_references(problem)
+    io, _kept = _backward(problem, state, upstream, None, None, None)
+    found: bool = native.extension().any_steep(native.native_problem(problem), io)
+    return found
+
+
+def add_pulls(
+    problem: PosteriorMean, state: State, upstream: Upstream, running: RunningGradient
+) -> None:
+    """Adds the references of a problem to the pulls. The state is that over all references."""
+    problem = laid_out(problem)
+    io, _kept = _backward(problem, state, upstream, running, None, None)
+    given = native.native_problem(problem, running.references)
+    status = native.extension().posterior_mean_pulls(given, io)
+    native.check_status(status, *problem[:3])
+
+
+def add_gradients(
+    problem: PosteriorMean, state: State, upstream: Upstream, running: RunningGradient
+) -> None:
+    """Adds the references of a problem. The state is that over all references."""
+    _run_backward(problem, state, upstream, running, None, None)
+
+
+def end_gradients(
+    problem: PosteriorMean, state: State, upstream: Upstream, running: RunningGradient
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of x (None if it needs none) and radius over all references."""
+    of_x = None if running.sums is None else torch.empty(problem.x.shape, dtype=problem.x.dtype)
+    of_radius = torch.empty(len(problem.x), dtype=torch.float64)
+    _run_backward(_without_references(problem), state, upstream, running, of_x, of_radius)
+    return of_x, of_radius
+
+
+def _run_backward(
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    running: RunningGradient,
+    of_x: Tensor | None,
+    of_radius: Tensor | None,
+) -> None:
+    problem = laid_out(problem)
+    io, _kept = _backward(problem, state, upstream, running, of_x, of_radius)
+    given = native.native_problem(problem, running.references)
+    status = native.extension().posterior_mean_backward(given, io)
+    native.check_status(status, *problem[:3])
+
+
+def _backward(
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    running: RunningGradient | None,
+    of_x: Tensor | None,
+    of_radius: Tensor | None,
+) -> tuple[object, tuple[Tensor, ...]]:
+    """Inputs and results as the extension takes them, and tensors to keep alive during the call."""
+    kept = tuple(value.contiguous() for value in (*upstream, *state))
+    grad_mean, grad_logsumexp, mean, nearest, total = (value.data_ptr() for value in kept)
+    sums, moments, pulls = (None, None, None) if running is None else running[:3]
+    io = native.extension().Backward(
+        grad_mean=grad_mean,
+        grad_logsumexp=grad_logsumexp,
+        mean=mean,
+        nearest=nearest,
+        total=total,
+        grad_x=address(of_x),
+        grad_radius=address(of_radius),
+        grad_references=0,
+        sums=address(sums),
+        moments=address(moments),
+        pulls=address(pulls),
+    )
+    return io, kept
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=torch.float64)
+
+
+def _without_references(problem: PosteriorMean) -> PosteriorMean:
+    return laid_out(problem._replace(references=problem.references[:0], sketch=None))

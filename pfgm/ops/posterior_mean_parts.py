@@ -1,0 +1,83 @@
+"""The operators of a posterior mean over references that come in parts, on the CPU.
+
+``posterior_mean_add`` adds a part to the sums over the parts before it, and ``posterior_mean_end``
+returns the results. They have no gradient of their own: :mod:`pfgm.references` computes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import native_parts
+from ..backends.problems import PosteriorMean, RunningMean
+from ..common import transforms
+from .library import library, register
+from .posterior_mean import check
+
+_RUNNING = "Tensor(a!) sums, Tensor(b!) nearest, Tensor(c!) total, int all_references"
+library.define(
+    f"posterior_mean_add(Tensor x, Tensor references, Tensor radius, {_RUNNING}, float D,"
+    " str precision='high', Tensor? sketch=None) -> ()"
+)
+library.define(
+    "posterior_mean_end(Tensor x, Tensor radius, Tensor sums, Tensor nearest, Tensor total,"
+    " int all_references, float D) -> (Tensor mean, Tensor logsumexp)"
+)
+
+
+def add(problem: PosteriorMean, running: RunningMean) -> None:
+    """Calls the operator that adds the references of a problem."""
+    x, references, radius, D, precision, sketch = problem
+    torch.ops.pfgm.posterior_mean_add.default(x, references, radius, *running, D, precision, sketch)
+
+
+def end(x: Tensor, radius: Tensor, D: float, running: RunningMean) -> tuple[Tensor, Tensor]:
+    """Calls the operator that returns mean and log-sum-exp."""
+    found: tuple[Tensor, Tensor]
+    found = torch.ops.pfgm.posterior_mean_end.default(x, radius, *running, D)
+    return found
+
+
+def _add(
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    sums: Tensor,
+    nearest: Tensor,
+    total: Tensor,
+    all_references: int,
+    D: float,
+    precision: str = "high",
+    sketch: Tensor | None = None,
+) -> None:
+    problem = PosteriorMean(x, references, radius, D, precision, sketch)
+    check(problem)
+    transforms.check_no_tangent("posterior_mean_add", x, references, radius)
+    native_parts.add(problem, RunningMean(sums, nearest, total, all_references))
+
+
+def _end(
+    x: Tensor,
+    radius: Tensor,
+    sums: Tensor,
+    nearest: Tensor,
+    total: Tensor,
+    all_references: int,
+    D: float,
+) -> tuple[Tensor, Tensor]:
+    transforms.check_no_tangent("posterior_mean_end", x, radius)
+    problem = PosteriorMean(x, x, radius, D)
+    return native_parts.end(problem, RunningMean(sums, nearest, total, all_references))
+
+
+def _fake_add(x: Tensor, references: Tensor, radius: Tensor, *_: object) -> None:
+    """Nothing: there are no results."""
+
+
+def _fake_end(x: Tensor, radius: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(radius)
+
+
+register("posterior_mean_add", _add, fake=_fake_add)
+register("posterior_mean_end", _end, fake=_fake_end)

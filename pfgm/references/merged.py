@@ -1,0 +1,246 @@
+"""Results over chunks that are computed on their own and merged, for every backend.
+
+The forward pass merges the states of the chunks (:mod:`pfgm.references.merging`). In the backward
+pass, let q_i be the share of chunk i in the total weight, and G and g the upstream gradients of
+mean and log-sum-exp. The upstream gradients of the chunk are then
+
+    G_i = q_i G,   g_i = q_i (G·(mean_i − mean) + g)
+
+Σ_i q_i G·(mean_i − mean) is 0 for exact means, but not for means rounded to float32. At a small σ
+the gradient multiplies this error by d/σ². On the CPU the gradients of points where it would matter
+are computed in float64; such points are called steep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import formulas
+from ..backends.problems import PosteriorMean, State, Tangents, Upstream
+from ..backends.weights import at_limit
+from ..common.tensors import wide_dtype
+from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
+from .given import ChunkTotals, Given, Saved
+from .merging import merge, relative_weight
+
+_MIN_SHARE = 1e-18  # a chunk with a smaller share of the total weight is left out of the gradient
+_MAX_ERROR = 1e-5  # the rounding error of g_i/‖G‖ times (N + D) d/s; points above it are steep
+
+
+def state(x: Tensor, radius: Tensor, given: Given) -> tuple[State, ChunkTotals]:
+    """The state over the references of this process, and nearest and total of each chunk."""
+    each: list[ChunkTotals] = []
+
+    def states() -> Iterator[State]:
+        for chunk in given.chunks(x.device):
+            state = _state(given.problem(x, chunk, radius), given)
+            each.append(ChunkTotals(state.nearest, state.total))
+            yield state
+
+    return merge(x, radius, given.D, states()), _stack(each)
+
+
+def _state(problem: PosteriorMean, given: Given) -> State:
+    """The result over one chunk."""
+    mean, _, nearest, total = call(problem, given.backend)
+    return State(mean, nearest, total)
+
+
+def _stack(each: list[ChunkTotals]) -> ChunkTotals:
+    return ChunkTotals(*(torch.stack(values, 1) for values in zip(*each, strict=True)))
+
+
+# ---- chunks with a share of the weight -------------------------------------------------------
+
+
+class _ChunkShare(NamedTuple):
+    """A chunk, and its share in the total weight of the points where this is not negligible."""
+
+    chunk: Tensor
+    """(m, N)."""
+    rows: Tensor
+    """(k,), numbers of these points."""
+    share: Tensor
+    """(k,)."""
+
+    def select(self, mask: Tensor) -> _ChunkShare:
+        """The same chunk for only those points that the mask (B,) selects."""
+        selected = mask[self.rows]
+        return self._replace(rows=self.rows[selected], share=self.share[selected])
+
+
+def _shares(
+    x: Tensor, radius: Tensor, state: State, chunk_totals: ChunkTotals, given: Given
+) -> Iterator[_ChunkShare]:
+    """Yields the chunks of this process that matter to any point away from the limits."""
+    regular = ~at_limit(state.nearest, radius, given.D)  # at a limit the mean is locally constant
+    totals = zip(*(values.unbind(1) for values in chunk_totals), strict=True)
+    for chunk, (nearest, total) in zip(given.chunks(x.device), totals, strict=True):
+        weight = relative_weight(nearest, state.nearest, radius, given.D, x.shape[1])
+        share = weight * total / state.total
+        rows = (regular & (share > _MIN_SHARE)).nonzero().squeeze(1)
+        if len(rows) > 0:
+            yield _ChunkShare(chunk, rows, share[rows])
+
+
+# ---- tangents --------------------------------------------------------------------------------
+
+
+def tangents(
+    x: Tensor,
+    radius: Tensor,
+    tangent_x: Tensor | None,
+    tangent_radius: Tensor | None,
+    given: Given,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of mean and log-sum-exp, summed over the chunks in float64."""
+    each: list[ChunkTotals] = []
+
+    def widened(points: Tensor, chunk: Tensor) -> Tensor:
+        return points.to(tangent_dtype(x, chunk, given.backend))
+
+    def states() -> Iterator[State]:
+        for chunk in given.chunks(x.device):
+            state = _state(given.problem(widened(x, chunk), chunk, radius), given)
+            each.append(ChunkTotals(state.nearest, state.total))
+            yield state
+
+    state = merge(x, radius, given.D, states())
+    of_mean, of_lse = torch.zeros_like(state.mean), torch.zeros_like(radius)
+    by_formula = math.isinf(given.D) and tangent_radius is not None
+    for chunk, rows, share in _shares(x, radius, state, _stack(each), given):
+        of_x, of_radius = (None if t is None else t[rows] for t in (tangent_x, tangent_radius))
+        moved = Tangents(of_x, None, of_radius)
+        problem = given.problem(widened(x[rows], chunk), chunk, radius[rows])
+        over_all = State(*(value[rows] for value in state))
+        if by_formula:
+            found = formulas.posterior_mean_tangent(problem, over_all, moved)
+        else:
+            own = _state(problem, given)
+            found = tangent_from_gradients(problem, own, over_all.mean, moved, given.backend)
+            found = (share[:, None] * found[0], share * found[1])
+        of_mean.index_add_(0, rows, found[0])
+        of_lse.index_add_(0, rows, found[1])
+    limit = at_limit(state.nearest, radius, given.D)
+    return of_mean, torch.where(limit, math.nan, of_lse)
+
+
+# ---- gradients -------------------------------------------------------------------------------
+
+
+def gradients(
+    saved: Saved, chunk_totals: ChunkTotals, given: Given, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """The gradients in x and radius over the references of all processes, in float64."""
+    found = _sum_of_gradients(saved, chunk_totals, given, needs)
+    of_x, of_radius = found if given.ranks is None else map(given.ranks.sum, found)
+    if math.isinf(given.D):
+        of_nearest = _of_distance(saved.grad_logsumexp, saved.nearest, saved.radius)
+        limit = at_limit(saved.nearest, saved.radius, given.D)
+        of_radius += torch.where(limit, 0.0, of_nearest)
+    return of_x, of_radius
+
+
+def _sum_of_gradients(
+    saved: Saved, chunk_totals: ChunkTotals, given: Given, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """The gradients in x and radius, summed over the chunks of this process in float64.
+
+    At D = ∞ the gradient in radius lacks the term g d²/σ³ with the distance d of the nearest of all
+    references. The caller adds it.
+    """
+    of_x = torch.zeros(saved.x.shape, dtype=wide_dtype(saved.x.device), device=saved.x.device)
+    of_radius = torch.zeros_like(saved.radius)
+    steep = _is_steep(saved, given)
+    averages = torch.zeros_like(saved.radius)
+    if bool(steep.any()):
+        averages = _averages(saved, chunk_totals, given, steep)
+    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, given):
+        for share, wide in ((shared.select(~steep), False), (shared.select(steep), True)):
+            rows = share.rows
+            if len(rows) == 0:
+                continue
+            points = saved.select(rows)
+            if wide:
+                points = points._replace(x=points.x.double(), grad_mean=points.grad_mean.double())
+            found_x, found_radius = _gradients_of(share, points, averages[rows], given, needs)
+            if needs[0]:
+                of_x.index_add_(0, rows, found_x.to(of_x.dtype))
+            if needs[1]:
+                of_radius.index_add_(0, rows, found_radius)
+    return of_x, of_radius
+
+
+def _is_steep(saved: Saved, given: Given) -> Tensor:
+    """Mask (B,) of the steep points, whose gradients would show the rounding of the means.
+
+    The bound is that of csrc/cpu/steep_rows.h.
+    """
+    N, wide = saved.x.shape[1], saved.radius.dtype
+    # On a GPU the kernels compute in float32 only.
+    if saved.x.device.type != "cpu" or saved.x.dtype == wide:
+        return torch.zeros_like(saved.radius, dtype=torch.bool)
+    if math.isinf(given.D):
+        variance = saved.radius.square()
+    else:
+        variance = (saved.nearest + saved.radius.square()) / (N + given.D)
+    distance = (saved.nearest + variance).sqrt()
+    largest = saved.mean.abs().amax(1).to(wide)
+    rounding = torch.finfo(saved.x.dtype).eps / 2
+    error = rounding * (largest * (1 + 3 / math.sqrt(N)) + distance / math.sqrt(N))
+    return (saved.total > 1) & (error * distance > _MAX_ERROR * variance)
+
+
+def _averages(saved: Saved, chunk_totals: ChunkTotals, given: Given, steep: Tensor) -> Tensor:
+    """Σ_i q_i G·(mean_i − mean) (B,) of steep points over all chunks of all processes, in float64.
+
+    It is not 0, because mean is rounded.
+    """
+    averages = torch.zeros_like(saved.radius)
+    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, given):
+        chunk, rows, share = shared.select(steep)
+        if len(rows) == 0:
+            continue
+        points = saved.select(rows)
+        own = _state(given.problem(points.x.double(), chunk, points.radius), given)
+        averages.index_add_(0, rows, share * _pull(own.mean, points))
+    return averages if given.ranks is None else given.ranks.sum(averages)
+
+
+def _pull(chunk_mean: Tensor, saved: Saved) -> Tensor:
+    """G·(mean_i − mean) (B,) of a chunk with the mean mean_i."""
+    wide = saved.radius.dtype
+    return (saved.grad_mean.to(wide) * (chunk_mean.to(wide) - saved.mean.to(wide))).sum(1)
+
+
+def _gradients_of(
+    chunk_share: _ChunkShare,
+    saved: Saved,
+    average: Tensor,
+    given: Given,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """One chunk's part of the gradients in x and radius, for the points of chunk_share."""
+    chunk, _, share = chunk_share
+    problem = given.problem(saved.x, chunk, saved.radius)
+    own = _state(problem, given)
+    g = share * (_pull(own.mean, saved) - average + saved.grad_logsumexp)
+    upstream = Upstream((share[:, None] * saved.grad_mean).to(saved.x.dtype), g)
+    needed = [needs[0], False, needs[1]]
+    of_x, _, of_radius = call_backward(problem, own, upstream, needed, given.backend)
+    if needs[1] and math.isinf(given.D):
+        # Σ_i g_i d_i²/σ³ is much larger than the result. The part that all chunks share, with the
+        # nearest of all references, is left out here and added by the caller.
+        of_radius = of_radius - _of_distance(g, own.nearest, saved.radius)
+        of_radius += _of_distance(g, own.nearest - saved.nearest, saved.radius)
+    return of_x, of_radius
+
+
+def _of_distance(g: Tensor, squared: Tensor, sigma: Tensor) -> Tensor:
+    """g d²/σ³, the gradient in σ of g times the score at the squared distance d², at D = ∞."""
+    return g * (squared / sigma / sigma) / sigma
