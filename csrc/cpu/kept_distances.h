@@ -33,15 +33,18 @@ class KeptDistances {
     return all < kMaxKeptBytes ? static_cast<Index>(all) / kAlignment * kAlignment : kMaxKeptBytes;
   }
 
+  // The memory has at least 8 bytes.
   void start() {
     if (!memory_) return;
     const Index lists = problem_.queries * chunks_;
     used_ = static_cast<Index>(sizeof(Header) + lists * sizeof(List));
-    header() = {0, problem_.queries, problem_.references, problem_.features};
-    if (used_ > bytes_)
+    header().used = 0;
+    if (used_ > bytes_) {
       memory_ = nullptr;
-    else
-      std::memset(memory_ + sizeof(Header), 0, lists * sizeof(List));
+      return;
+    }
+    header() = {0, problem_.queries, problem_.references, problem_.features};
+    std::memset(memory_ + sizeof(Header), 0, lists * sizeof(List));
   }
 
   // Keeps the squared distances up to `limit` of a row.
@@ -67,6 +70,7 @@ class KeptDistances {
 
   // Whether the memory holds the distances of this problem.
   bool is_of(const Problem& problem) const {
+    if (bytes_ < static_cast<Index>(sizeof(Header))) return false;
     const Header& found = header();
     return found.used == bytes_ && found.queries == problem.queries &&
            found.references == problem.references && found.features == problem.features;

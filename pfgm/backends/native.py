@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
 from array import array
 from types import ModuleType
 
@@ -227,6 +226,8 @@ def check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius:
         raise ValueError(singular_message(row))
     if failure == _SKETCH:
         raise ValueError(f"sketch is of other references; allowed is {_SKETCH_OF_THESE}.")
+    if failure == _KEPT:
+        raise ValueError("what the forward pass kept was changed before the backward pass.")
     if failure == _MEMORY:
         raise MemoryError("posterior_mean needs a workspace that does not fit into memory.")
 
@@ -246,7 +247,23 @@ def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None
     getattr(extension(), name)(problem, io, place, at)
 
 
-def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def room_for_distances(problem: PosteriorMean) -> Tensor | None:
+    """Memory for the distances that a forward pass on the CPU can keep for its backward pass.
+
+    None if it keeps none. The first 8 bytes say afterwards how many bytes were used.
+    """
+    size: int = extension().kept_bytes(native_problem(laid_out(problem)))
+    return torch.empty(size, dtype=torch.uint8) if size > 0 else None
+
+
+def _memory(kept: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if kept is None else (kept.data_ptr(), len(kept))
+
+
+def posterior_mean(
+    problem: PosteriorMean, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As in :class:`~pfgm.backends.Backend`; on the CPU fills the memory ``kept``."""
     problem = laid_out(problem)
     x, references, radius = problem[:3]
     mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -258,6 +275,7 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
         logsumexp=logsumexp.data_ptr(),
         nearest=nearest.data_ptr(),
         total=total.data_ptr(),
+        kept=_memory(kept),
     )
     given = native_problem(problem)
     if not _on_cuda(x.device):
@@ -271,8 +289,13 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def posterior_mean_backward(
-    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    needs: Needs,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As in :class:`~pfgm.backends.Backend`; ``kept`` is the used memory of the forward pass."""
     problem = laid_out(problem)
     x, references, radius = problem[:3]
     grad_mean, grad_logsumexp = (gradient.contiguous() for gradient in upstream)
@@ -292,6 +315,7 @@ def posterior_mean_backward(
         grad_x=address(grad_x),
         grad_radius=address(grad_radius),
         grad_references=address(grad_references),
+        kept=_memory(kept),
     )
     given = native_problem(problem)
     if _on_cuda(x.device):

@@ -48,14 +48,10 @@ _autocasting = torch.is_autocast_enabled
 _profiling = torch._C._autograd._profiler_enabled
 
 
-def is_ordinary(*values: Any) -> bool:
-    """Whether nothing but the result of an operation on these values is wanted.
-
-    Then it may be computed without the dispatcher of torch. The values are numbers of Python, None
-    or plain tensors in CPU memory. No gradient is wanted, and no mode, transform, trace, autocast,
-    profiler or forward-mode differentiation is at work.
-    """
-    if (
+def only_autograd() -> bool:
+    """Whether no mode, transform, trace, autocast, profiler or forward-mode differentiation is at
+    work."""
+    return not (
         _dispatch_modes()
         or _function_modes()
         or in_torch_func()
@@ -63,7 +59,17 @@ def is_ordinary(*values: Any) -> bool:
         or _tracing_state() is not None
         or _autocasting("cpu")
         or _profiling()
-    ):
+    )
+
+
+def is_ordinary(*values: Any) -> bool:
+    """Whether nothing but the result of an operation on these values is wanted.
+
+    Then it may be computed without the dispatcher of torch. The values are numbers of Python, None
+    or plain tensors in CPU memory. No gradient is wanted, and no mode, transform, trace, autocast,
+    profiler or forward-mode differentiation is at work.
+    """
+    if not only_autograd():
         return False
     differentiates = torch.is_grad_enabled()
     for value in values:

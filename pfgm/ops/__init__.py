@@ -4,6 +4,18 @@ Samples are rows (B, N), and levels are float64. :mod:`pfgm.functional` brings a
 form.
 """
 
-from . import normalised_field, ode_step, posterior_mean, posterior_mean_parts
+from . import (
+    kept_distances,
+    normalised_field,
+    ode_step,
+    posterior_mean,
+    posterior_mean_parts,
+)
 
-__all__ = ["normalised_field", "ode_step", "posterior_mean", "posterior_mean_parts"]
+__all__ = [
+    "kept_distances",
+    "normalised_field",
+    "ode_step",
+    "posterior_mean",
+    "posterior_mean_parts",
+]

@@ -1,0 +1,203 @@
+"""Gradients from kept distances, against those of the operator and the oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pfgm
+from pfgm.backends import native, native_direct
+from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
+
+if not native.has_extension():
+    pytest.skip("the C++ kernels were not built", allow_module_level=True)
+
+INF = math.inf
+
+
+def problem(B=50, M=1500, N=600, dtype=torch.float32, reference_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    references = torch.rand(M, N, generator=generator, dtype=torch.float64) * 2 - 1
+    if reference_dtype == torch.uint8:
+        references = ((references + 1) * 127.5).round()
+    references = references.to(reference_dtype or dtype)
+    sigma = 10 ** (3 * torch.rand(B, generator=generator, dtype=torch.float64) - 2)
+    noise = torch.randn(B, N, generator=generator, dtype=torch.float64)
+    x = dequantise(references, torch.float64)[:B] + sigma[:, None] * noise
+    return x.to(dtype), references, sigma
+
+
+def gradients(x, references, sigma, D, of_references=False, **options):
+    x, sigma = x.detach().requires_grad_(), sigma.detach().requires_grad_()
+    inputs = [x, sigma]
+    if of_references:
+        references = references.detach().requires_grad_()
+        inputs.append(references)
+    mean, lse = pfgm.posterior_mean(
+        x, references, sigma=sigma, D=D, return_logsumexp=True, **options
+    )
+    return torch.autograd.grad((mean * x.detach().cos()).sum() + (lse * 0.1).sum(), inputs)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The sizes of what the backward passes are given."""
+    sizes = []
+    backward = native.posterior_mean_backward
+
+    def spy(problem, state, upstream, needs, kept=None):
+        sizes.append(0 if kept is None else len(kept))
+        return backward(problem, state, upstream, needs, kept)
+
+    monkeypatch.setattr(native, "posterior_mean_backward", spy)
+    return sizes
+
+
+def assert_close(actual, expected, tolerance):
+    for one, other in zip(actual, expected, strict=True):
+        other = other.double().reshape(len(other), -1)
+        error = (one.double().reshape(len(one), -1) - other).norm(dim=1)
+        scale = other.norm(dim=1)
+        assert (error <= tolerance * scale.clamp(min=float(scale.median()))).all()
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, INF])
+@pytest.mark.parametrize(
+    ("dtype", "reference_dtype"),
+    [
+        (torch.float32, None),
+        (torch.float64, None),
+        (torch.float32, torch.uint8),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_gradients_are_those_of_the_operator_and_the_oracle(
+    kept, monkeypatch, dtype, reference_dtype, D
+):
+    given = problem(dtype=dtype, reference_dtype=reference_dtype)
+    found = gradients(*given, D)
+    assert kept[-1] > 0
+    monkeypatch.setattr(native_direct, "enabled", False)
+    by_operator = gradients(*given, D)
+    assert kept[-1] == 0
+    assert_close(found, by_operator, 1e-6 if dtype == torch.float32 else 1e-12)
+    x, references, sigma = given
+    wide = dequantise(references, torch.float64)
+    true = gradients(x.double(), wide, sigma, D, backend="reference")
+    assert_close(found, true, 1e-4 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("M", [1, 2, 63, 65, 1500, 4500])  # the last takes three chunks
+def test_gradients_of_references(kept, monkeypatch, M):
+    given = problem(B=min(M, 50), M=M, N=1030)
+    found = gradients(*given, 1.0, of_references=True)
+    assert kept[-1] > 0
+    monkeypatch.setattr(native_direct, "enabled", False)
+    assert_close(found, gradients(*given, 1.0, of_references=True), 1e-6)
+
+
+def test_forward_passes_are_the_same_to_the_bit():
+    x, references, sigma = problem()
+    for D in (1.0, INF):
+        plain = pfgm.posterior_mean(x, references, sigma=sigma, D=D)
+        assert torch.equal(
+            pfgm.posterior_mean(x.requires_grad_(), references, sigma=sigma, D=D), plain
+        )
+        x = x.detach()
+
+
+@pytest.mark.parametrize("room", [0, 8, 32, 5000, 30000])
+def test_too_little_memory_keeps_nothing(kept, monkeypatch, room):
+    given = problem()
+    monkeypatch.setattr(
+        native, "room_for_distances", lambda _: torch.empty(max(room, 8), dtype=torch.uint8)
+    )
+    found = gradients(*given, 1.0)
+    assert kept == [0]
+    monkeypatch.setattr(native_direct, "enabled", False)
+    assert all(map(torch.equal, found, gradients(*given, 1.0)))
+
+
+def test_few_features_keep_nothing(kept):
+    gradients(*problem(N=511), 1.0)
+    assert kept == [0]
+
+
+def test_the_number_of_threads_changes_no_bit():
+    given, before = problem(B=100, M=3000), torch.get_num_threads()
+    try:
+        each = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            each.append(gradients(*given, 1.0, of_references=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in each[1:]:
+        assert all(map(torch.equal, each[0], other))
+
+
+def test_a_graph_can_be_kept_and_used_twice(kept):
+    x, references, sigma = problem()
+    x.requires_grad_()
+    total = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).sum()
+    (first,) = torch.autograd.grad(total, x, retain_graph=True)
+    (second,) = torch.autograd.grad(total, x)
+    assert torch.equal(first, second)
+    assert kept[0] == kept[1] > 0
+
+
+def test_a_second_derivative_is_refused():
+    x, references, sigma = problem()
+    x.requires_grad_()
+    mean = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0)
+    (first,) = torch.autograd.grad(mean.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        first.sum().backward()
+
+
+def test_a_change_of_the_points_is_noticed():
+    x, references, sigma = problem()
+    leaf = x.requires_grad_()
+    points = leaf * 1
+    mean = pfgm.posterior_mean(points, references, sigma=sigma, D=1.0)
+    points.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        mean.sum().backward()
+
+
+def test_batched_gradients_compute_the_distances_again(kept):
+    x, references, sigma = problem(B=4)
+    x.requires_grad_()
+    mean = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0)
+    upstream = torch.randn(3, *mean.shape, generator=torch.Generator().manual_seed(0))
+    (batched,) = torch.autograd.grad(mean, x, upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(mean, x, one, retain_graph=True)[0] for one in upstream]
+    assert_close(batched.flatten(0, 1)[:, None], torch.cat(each)[:, None], 1e-5)
+
+
+def test_hooks_may_move_what_is_kept(kept):
+    x, references, sigma = problem()
+    plain = gradients(x, references, sigma, 1.0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy):
+        moved = gradients(x, references, sigma, 1.0)
+    assert all(map(torch.equal, plain, moved))
+    assert kept[0] == kept[1] > 0
+
+
+def test_what_another_problem_kept_is_refused():
+    x, references, sigma = problem()
+    given = PosteriorMean(x, references, sigma, 1.0)
+    memory = native.room_for_distances(given)
+    mean, lse, nearest, total = native.posterior_mean(given, memory)
+    used = int(memory[:8].view(torch.int64))
+    upstream = Upstream(torch.ones_like(mean), torch.zeros_like(lse))
+    state = State(mean, nearest, total)
+    for wrong in (memory[: used - 8], memory[:16], memory):
+        with pytest.raises(ValueError, match="the forward pass kept"):
+            native.posterior_mean_backward(given, state, upstream, (True, False, False), wrong)
+    fewer = given._replace(references=references[:-1])
+    with pytest.raises(ValueError, match="the forward pass kept"):
+        native.posterior_mean_backward(fewer, state, upstream, (True, False, False), memory[:used])
