@@ -1,5 +1,7 @@
 // The posterior mean with few features (cpu/dense_rows.h).
 #pragma once
+#include <vector>
+
 #include "cpu/dense_rows.h"
 
 namespace pfgm {
@@ -97,22 +99,47 @@ void add_list(const DenseRows<R>& rows, const List& list, const double* weight, 
   }
 }
 
-// What a thread works with.
+// What threads work in.
 template <class R>
 struct DenseWork {
-  DenseWork(const Problem& problem, int threads)
+  DenseWork(const Problem& problem, Index threads)
       : space(DenseRows<R>::space(problem)),
         rows(threads * space),
+        terms(threads * kTileQueries * kFloatStride),
         lists(threads),
         sums(threads * kMaxRows * problem.features) {}
 
-  explicit operator bool() const { return rows && lists && sums; }
+  explicit operator bool() const { return rows && terms && lists && sums; }
 
   const Index space;
-  Buffer<float> rows;
+  Buffer<float> rows, terms;
   Buffer<List> lists;
   Buffer<double> sums;
 };
+
+constexpr Index kMaxDenseThreads = 32;  // bounds the workspace
+
+// Calls run(first, count, work, thread, failed) for blocks of queries. No result depends on how
+// they are cut. `failed` becomes the first query that failed.
+template <class R, class Run>
+Status by_rows(const Problem& problem, const Run& run) {
+  const Index threads = smaller(problem.threads, kMaxDenseThreads);
+  const Index each = round_up(divide_up(problem.queries, threads), kTileQueries);
+  const Index block = smaller(each, kMaxRows), blocks = divide_up(problem.queries, block);
+  DenseWork<R> work(problem, threads);
+  if (!work) return {Failure::memory, 0};
+  std::vector<Index> failed(blocks, problem.queries);
+  std::vector<Status> found(blocks);
+  parallel(blocks, static_cast<int>(threads), [&](Index task, int thread) {
+    const Index first = task * block, count = smaller(block, problem.queries - first);
+    found[task] = run(first, count, work, thread, &failed[task]);
+  });
+  for (const Status& status : found)
+    if (status.failure != Failure::none) return status;
+  for (const Index row : failed)
+    if (row < problem.queries) return {Failure::value, row};
+  return {};
+}
 
 // Calls run(first, count) for one chunk of references after the other. Between chunks the work can
 // be stopped (api/watch.h).
@@ -124,9 +151,11 @@ void by_chunks(const Problem& problem, const Run& run) {
   });
 }
 
+// The mean of a block of queries. `failed` becomes its first query whose distances were not finite,
+// if there is one.
 template <class R>
-void dense_block(const Problem& problem, const WeightLaw& law, const Forward& out, Index first,
-                 Index count, DenseWork<R>& work, int thread, Index* failed) {
+void mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& out, Index first,
+                   Index count, DenseWork<R>& work, int thread, Index* failed) {
   const Index features = problem.features;
   DenseRows<R> rows(problem, law, first, count, work.rows.at(thread * work.space));
   List& list = work.lists[thread];
@@ -179,34 +208,15 @@ void dense_block(const Problem& problem, const WeightLaw& law, const Forward& ou
   }
 }
 
-constexpr int kMaxDenseThreads = 32;  // bounds the workspace
-
-// Calls run(first, count, thread) for blocks of queries. No result depends on how they are cut.
-template <class Run>
-void by_rows(const Problem& problem, int threads, const Run& run) {
-  const Index each = round_up(divide_up(problem.queries, threads), kTileQueries);
-  const Index block = smaller(each, kMaxRows);
-  parallel(divide_up(problem.queries, block), threads, [&](Index task, int thread) {
-    run(task * block, smaller(block, problem.queries - task * block), thread);
-  });
-}
-
 template <class R>
 Status dense_forward(const Problem& problem, const Forward& out) {
   if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
-  const int threads = static_cast<int>(smaller(problem.threads, kMaxDenseThreads));
   const WeightLaw law = weight_law<float>(problem);
-  DenseWork<R> work(problem, threads);
-  std::vector<Index> failed(static_cast<std::size_t>(threads), problem.queries);
-  if (!work) return {Failure::memory, 0};
-  by_rows(problem, threads, [&](Index first, Index count, int thread) {
-    dense_block<R>(problem, law, out, first, count, work, thread,
-                   &failed[static_cast<std::size_t>(thread)]);
-  });
-  Index row = problem.queries;
-  for (const Index b : failed) row = smaller(row, b);
-  if (row < problem.queries) return {Failure::value, row};
-  return {};
+  return by_rows<R>(problem,
+                    [&](Index first, Index count, DenseWork<R>& work, int thread, Index* failed) {
+                      mean_of_block<R>(problem, law, out, first, count, work, thread, failed);
+                      return Status();
+                    });
 }
 
 }  // namespace

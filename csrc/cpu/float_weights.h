@@ -34,8 +34,8 @@ class FloatWeights {
     const double inverse = gaussian_ ? 1 / radius / radius / 2 : 1 / (nearest + radius * radius);
     const double exponent = gaussian_ ? 1 : law.exponent;
     // Shares that make a difference to a weight do not underflow, visible ones do not overflow.
-    fits_ =
-        inverse > 1e-37 && inverse * exponent < 1e30 && exponent < 1e30 && visible * inverse < 1e30;
+    slope_ = inverse * exponent;
+    fits_ = inverse > 1e-37 && slope_ < 1e30 && exponent < 1e30 && visible * inverse < 1e30;
     high_ = static_cast<float>(nearest);
     low_ = static_cast<float>(nearest - static_cast<double>(high_));
     inverse_ = static_cast<float>(inverse);
@@ -46,8 +46,8 @@ class FloatWeights {
   // Whether float32 holds the shares.
   bool fits() const { return fits_; }
 
-  // Calls use(j, seen, u, w) for the vectors of a row in which any weight counts, and skip(j) for
-  // the others. u and w are 0 where `seen` is not set.
+  // Calls use(j, u, w) for the vectors of a row in which any weight counts, and skip(j) for
+  // the others. Where a weight does not count, u and w are 0.
   template <class Use, class Skip>
   void weigh(const float* squared, Index padded, const Use& use, const Skip& skip) const {
     if (gaussian_)
@@ -59,6 +59,9 @@ class FloatWeights {
   }
 
   bool gaussian() const { return gaussian_; }
+
+  // By how much the score falls with the excess, at the nearest reference.
+  double slope() const { return slope_; }
 
  private:
   template <class Use, class Skip, class Weight>
@@ -79,6 +82,7 @@ class FloatWeights {
   }
 
   bool gaussian_, fits_;
+  double slope_;
   float high_, low_, inverse_, visible_, exponent_;
 };
 

@@ -10,8 +10,7 @@
 
 #include <vector>
 
-#include "cpu/dense_mean.h"
-#include "cpu/gradients.h"
+#include "cpu/dense_gradients.h"
 #include "cpu/weighted_sums.h"
 
 namespace pfgm {
@@ -394,8 +393,15 @@ Status run_forward(const Problem& given, const Forward& out) {
 Status run_backward(const Problem& given, const Backward& io) {
   const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
-    return by_blocks(problem, io.grad_y == nullptr, [&](const Problem& block, Index first) {
-      return backward<decltype(t), decltype(r)>(block, outputs_from(first, problem, io));
+    Backward rest = io;
+    if (is_dense<decltype(t)>(problem) && (io.grad_x || io.grad_radius)) {
+      const Status status = dense_backward<decltype(r)>(problem, io);
+      if (status.failure != Failure::none || !io.grad_y) return status;
+      rest.grad_x = nullptr;
+      rest.grad_radius = nullptr;
+    }
+    return by_blocks(problem, rest.grad_y == nullptr, [&](const Problem& block, Index first) {
+      return backward<decltype(t), decltype(r)>(block, outputs_from(first, problem, rest));
     });
   });
 }
