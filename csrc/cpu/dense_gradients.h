@@ -71,17 +71,20 @@ template <class R, class GradOf, class MeanOf>
 void project_rows(const DenseRows<R>& rows, const Index* row, Index number, Index features,
                   const GradOf& grad_of, const MeanOf& mean_of, float* terms) {
   constexpr Index tile = Simd<float>::tile;
-  const float *grad[kTileQueries], *mean[kTileQueries];
-  float* out[kTileQueries];
-  for (Index q = 0; q < number; ++q) {
-    grad[q] = grad_of(row[q]);
-    mean[q] = mean_of(row[q]);
-  }
-  for (Index j = 0; j < rows.padded(); j += tile) {
-    for (Index q = 0; q < number; ++q) out[q] = terms + q * kFloatStride + j;
-    sum_packed<Projection, kTileQueries>(number, mean, grad, rows.packed() + j * features, features,
-                                         out, [](int, const auto&) {});
-  }
+  const Index panel = dense_panel(features);
+  for (Index j = 0; j < rows.padded(); j += tile)
+    for (Index k = 0; k < features; k += panel) {
+      const float *grad[kTileQueries], *mean[kTileQueries];
+      float* out[kTileQueries];
+      for (Index q = 0; q < number; ++q) {
+        grad[q] = grad_of(row[q]) + k;
+        mean[q] = mean_of(row[q]) + k;
+        out[q] = terms + q * kFloatStride + j;
+      }
+      sum_panel<Projection, kTileQueries>(number, mean, grad, rows.packed(j) + k * tile,
+                                          smaller(panel, features - k), k == 0, out,
+                                          [](int, auto&) {});
+    }
 }
 
 // The gradients of a block of queries. `failed` becomes its first query whose distances were not

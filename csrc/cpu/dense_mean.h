@@ -17,7 +17,7 @@ constexpr int kSumFeatures = kVectorBytes == 64 ? 4 : 2;
 // 0.
 template <int kRows, bool kOrigin>
 void sum_rows(const float* const* weights, const float* const* origin, const float* packed,
-              const Index* k, Index features, Index begin, Index end,
+              const Index* k, Index stride, Index begin, Index end,
               double (&sums)[kRows * kSumFeatures]) {
   constexpr Index tile = Simd<float>::tile;
   constexpr int count = kRows * kSumFeatures, together = count < kFloats ? count : kFloats;
@@ -27,7 +27,7 @@ void sum_rows(const float* const* weights, const float* const* origin, const flo
     for (Index v = 0; v < tile; v += kFloats) {
       Floats reference[kSumFeatures];
       for (int c = 0; c < kSumFeatures; ++c)
-        reference[c] = vector_at(packed + j * features + k[c] * tile + v);
+        reference[c] = vector_at(packed + j * stride + k[c] * tile + v);
       for (int q = 0; q < kRows; ++q) {
         const Floats weight = vector_at(weights[q] + j + v);
         for (int c = 0; c < kSumFeatures; ++c)
@@ -47,25 +47,25 @@ void add_rows(const DenseRows<R>& rows, const Index* row, Index number, Index fe
   const Index parts = divide_up(rows.padded(), kFeatureSegment);
   const Index part = round_up(divide_up(rows.padded(), parts), Simd<float>::tile);
   for (Index begin = 0; begin < rows.padded(); begin += part)
-    for (Index i = 0; i < number; i += kRows) {
-      const float *weights[kRows], *origin[kRows];
-      for (Index q = 0; q < kRows; ++q) {
-        const Index b = row[smaller(i + q, number - 1)];
-        weights[q] = rows.row(b);
-        origin[q] = origin_of(b);
-      }
-      for (Index k = 0; k < features; k += kSumFeatures) {
+    for (Index k = 0; k < features; k += kSumFeatures)
+      for (Index i = 0; i < number; i += kRows) {
+        const float *weights[kRows], *origin[kRows];
+        for (Index q = 0; q < kRows; ++q) {
+          const Index b = row[smaller(i + q, number - 1)];
+          weights[q] = rows.row(b);
+          origin[q] = origin_of(b);
+        }
         Index each[kSumFeatures];
         for (Index c = 0; c < kSumFeatures; ++c) each[c] = smaller(k + c, features - 1);
         double found[kRows * kSumFeatures];
-        sum_rows<kRows, kOrigin>(weights, origin, rows.packed(), each, features, begin,
-                                 smaller(begin + part, rows.padded()), found);
-        for (Index q = 0; q < smaller(kRows, number - i); ++q)
+        sum_rows<kRows, kOrigin>(weights, origin, rows.packed(0), each, packed_features(features),
+                                 begin, smaller(begin + part, rows.padded()), found);
+        for (Index q = 0; q < smaller(kRows, number - i); ++q) {
+          const Index b = row[i + q];
           for (Index c = 0; c < smaller(kSumFeatures, features - k); ++c)
-            sums[row[i + q] * features + k + c] +=
-                scale_of(row[i + q]) * found[q * kSumFeatures + c];
+            sums[b * features + k + c] += scale_of(b) * found[q * kSumFeatures + c];
+        }
       }
-    }
 }
 
 // Weights in a row are divided by this, so that sums over large references do not overflow.

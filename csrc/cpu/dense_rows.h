@@ -27,45 +27,60 @@ bool is_dense(const Problem& problem) {
   return std::is_same_v<T, float> && problem.features < kListedFeatures;
 }
 
+// Features of a packed tile. An odd multiple of 4: with a power of two the same features of all
+// tiles would compete for a few cache sets.
+inline Index packed_features(Index features) {
+  return features < 16 ? features : round_up(features + 4, 8) - 4;
+}
+
 // References in a chunk: whole tiles.
 inline Index dense_chunk(const Problem& problem) {
   constexpr Index tile = Simd<float>::tile;
-  const Index row = problem.features * static_cast<Index>(sizeof(float));
+  const Index row = packed_features(problem.features) * static_cast<Index>(sizeof(float));
   return smaller(kChunk, larger(kMaxPackedBytes / row / tile, 1) * tile);
 }
 
-// out[q][reference] = Σ Term over n features. Calls finish(q, sums) for each row.
+// Features summed at a time: panels of equal width, of which a packed tile fits the L1 cache.
+inline Index dense_panel(Index features) {
+  return divide_up(features, divide_up(features, kMaxAdditions));
+}
+
+template <class F, int... kIndex>
+void unroll(const F& f, Indices<kIndex...>) {
+  (f(kIndex), ...);
+}
+
+// Adds Σ Term over a panel of n features to out[q][reference]; assigns it if `fresh`. Calls
+// finish(q, sums) for each row.
 template <class Term, int kRows, class Finish>
-void sum_packed(const float* const* x, const float* const* g, const float* y, Index n,
-                float* const* out, const Finish& finish) {
+void sum_panel(const float* const* x, const float* const* g, const float* y, Index n, bool fresh,
+               float* const* out, const Finish& finish) {
   constexpr Index lanes = kFloats, tile = Simd<float>::tile;
-  for (Index begin = 0; begin < n; begin += kMaxAdditions) {
-    const Index end = smaller(begin + kMaxAdditions, n);
-    Floats sum[kRows][kTileVectors];
-    set_zero(sum);
-    for (Index k = begin; k < end; ++k) {
-      Floats reference[kTileVectors];
-      for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
-      for (int q = 0; q < kRows; ++q)
-        for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
-    }
-    for (int q = 0; q < kRows; ++q) {
-      for (int v = 0; v < kTileVectors; ++v) {
-        Floats& whole = vector_at(out[q] + v * lanes);
-        if (begin > 0) sum[q][v] += whole;
-        whole = sum[q][v];
-      }
-      if (end == n) finish(q, sum[q]);
-    }
+  Floats sum[kRows][kTileVectors];
+  set_zero(sum);
+  for (Index k = 0; k < n; ++k) {
+    Floats reference[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
+    for (int q = 0; q < kRows; ++q)
+      for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
   }
+  const auto store = [&](int q) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      Floats& whole = vector_at(out[q] + v * lanes);
+      if (!fresh) sum[q][v] += whole;
+      whole = sum[q][v];
+    }
+    finish(q, sum[q]);
+  };
+  unroll(store, typename CountTo<kRows>::Type());
 }
 
 template <class Term, int kRows, class Finish>
-void sum_packed(Index rows, const float* const* x, const float* const* g, const float* y, Index n,
-                float* const* out, const Finish& finish) {
+void sum_panel(Index rows, const float* const* x, const float* const* g, const float* y, Index n,
+               bool fresh, float* const* out, const Finish& finish) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return sum_packed<Term, kRows - 1>(rows, x, g, y, n, out, finish);
-  sum_packed<Term, kRows>(x, g, y, n, out, finish);
+    if (rows < kRows) return sum_panel<Term, kRows - 1>(rows, x, g, y, n, fresh, out, finish);
+  sum_panel<Term, kRows>(x, g, y, n, fresh, out, finish);
 }
 
 // References of a chunk in float64.
@@ -81,7 +96,8 @@ class DenseRows {
  public:
   // Values of float32 for `workspace`.
   static Index space(const Problem& problem) {
-    return dense_chunk(problem) * problem.features + kMaxRows * (kFloatStride + 2 * kFloats);
+    return dense_chunk(problem) * packed_features(problem.features) +
+           kMaxRows * (kFloatStride + 2 * kFloats);
   }
 
   // Rows are those of queries first … first + count − 1.
@@ -92,7 +108,7 @@ class DenseRows {
         first_query_(first),
         queries_(count),
         packed_(workspace),
-        rows_(packed_ + dense_chunk(problem) * problem.features),
+        rows_(packed_ + dense_chunk(problem) * packed_features(problem.features)),
         lows_(rows_ + kMaxRows * kFloatStride),
         odds_(lows_ + kMaxRows * kFloats) {}
 
@@ -106,9 +122,12 @@ class DenseRows {
       vector_at(odds_ + b * kFloats) = Floats{};
     }
     for (Index j = 0; j < count; j += tile) {
-      float* packed = packed_ + j * problem_.features;
+      float* packed = packed_ + j * packed_features(problem_.features);
       pack(j, smaller(tile, count - j), packed);
-      for (Index b = 0; b < queries_; b += kTileQueries) measure(b, j, packed);
+      const Index panel = dense_panel(problem_.features);
+      for (Index k = 0; k < problem_.features; k += panel)
+        for (Index b = 0; b < queries_; b += kTileQueries)
+          measure(b, j, k, smaller(panel, problem_.features - k), packed + k * tile);
     }
     for (Index b = 0; b < queries_; ++b)
       for (Index j = count; j < padded(); ++j) row(b)[j] = std::numeric_limits<float>::infinity();
@@ -141,7 +160,8 @@ class DenseRows {
   }
 
   float* row(Index b) const { return rows_ + b * kFloatStride; }
-  const float* packed() const { return packed_; }
+  // Packed features of the references from the j-th on, the first of a tile.
+  const float* packed(Index j) const { return packed_ + j * packed_features(problem_.features); }
   Index count() const { return count_; }
   Index padded() const { return round_up(count_, Simd<float>::tile); }
   double radius(Index b) const { return problem_.radius[first_query_ + b]; }
@@ -179,26 +199,33 @@ class DenseRows {
       for (Index i = filled; i < tile; ++i) packed[k * tile + i] = packed[k * tile + filled - 1];
   }
 
-  void measure(Index b, Index j, const float* packed) const {
+  // Adds n features from k on to the distances of a tile of queries and references.
+  void measure(Index b, Index j, Index k, Index n, const float* packed) const {
     const Index count = smaller(kTileQueries, queries_ - b);
     const float* x[kTileQueries];
     float* out[kTileQueries];
     for (Index q = 0; q < count; ++q) {
-      x[q] = query(b + q);
+      x[q] = query(b + q) + k;
       out[q] = row(b + q) + j;
     }
-    sum_packed<Distance, kTileQueries>(count, x, x, packed, problem_.features, out,
-                                       [&](int q, const Floats(&squared)[kTileVectors]) {
-                                         Floats lowest = squared[0], zero = {};
-                                         for (int v = 0; v < kTileVectors; ++v) {
-                                           lowest = squared[v] < lowest ? squared[v] : lowest;
-                                           zero += squared[v] *
-                                                   0.0f;  // NaN if the distance is not finite
-                                         }
-                                         Floats& low = vector_at(lows_ + (b + q) * kFloats);
-                                         low = lowest < low ? lowest : low;
-                                         vector_at(odds_ + (b + q) * kFloats) += zero;
-                                       });
+    if (k + n < problem_.features)
+      sum_panel<Distance, kTileQueries>(count, x, x, packed, n, k == 0, out, [](int, auto&) {});
+    else
+      sum_panel<Distance, kTileQueries>(
+          count, x, x, packed, n, k == 0, out,
+          [&](int q, const Floats(&squared)[kTileVectors]) { note(b + q, squared); });
+  }
+
+  // Keeps the smallest distance of row b in each lane, and whether all are finite.
+  void note(Index b, const Floats (&squared)[kTileVectors]) const {
+    Floats lowest = squared[0], zero = {};
+    for (int v = 0; v < kTileVectors; ++v) {
+      lowest = squared[v] < lowest ? squared[v] : lowest;
+      zero += squared[v] * 0.0f;  // NaN if the distance is not finite
+    }
+    Floats& low = vector_at(lows_ + b * kFloats);
+    low = lowest < low ? lowest : low;
+    vector_at(odds_ + b * kFloats) += zero;
   }
 
   Index number_within(Index b, double limit) const {

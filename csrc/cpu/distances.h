@@ -48,19 +48,21 @@ double squared_norm(const T* x, Index features) {
 template <class T, class R>
 double exact_distance(const T* x, const R* y, Index features) {
   constexpr Index lanes = 4 * kDoubles;
-  double sum[lanes] = {};
+  double total = 0;
   Index k = 0;
-  for (; k + lanes <= features; k += lanes)
-    for (Index lane = 0; lane < lanes; ++lane) {
-      const double difference = static_cast<double>(x[k + lane]) - load<double>(y[k + lane]);
-      sum[lane] += difference * difference;
-    }
+  if (features >= lanes) {
+    double sum[lanes] = {};
+    for (; k + lanes <= features; k += lanes)
+      for (Index lane = 0; lane < lanes; ++lane) {
+        const double difference = static_cast<double>(x[k + lane]) - load<double>(y[k + lane]);
+        sum[lane] += difference * difference;
+      }
+    for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
+  }
   for (; k < features; ++k) {
     const double difference = static_cast<double>(x[k]) - load<double>(y[k]);
-    sum[0] += difference * difference;
+    total += difference * difference;
   }
-  double total = 0;
-  for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
   return total;
 }
 
