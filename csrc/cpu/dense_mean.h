@@ -44,7 +44,7 @@ void sum_rows(const float* const* weights, const float* const* origin, const flo
 template <int kRows, bool kOrigin, class R, class Origin, class ScaleOf>
 void add_rows(const DenseRows<R>& rows, const Index* row, Index number, Index features,
               const Origin& origin_of, const ScaleOf& scale_of, double* sums) {
-  const Index parts = divide_up(rows.padded(), kFeatureSegment);
+  const Index parts = divide_up(rows.padded(), kSumSegment);
   const Index part = round_up(divide_up(rows.padded(), parts), Simd<float>::tile);
   for (Index begin = 0; begin < rows.padded(); begin += part)
     for (Index k = 0; k < features; k += kSumFeatures)

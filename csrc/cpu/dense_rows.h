@@ -15,16 +15,19 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
+constexpr Index kFewestRows = 8;              // with fewer queries packing does not pay
 constexpr Index kMaxRows = 64;                // most queries in a block
 constexpr Index kMaxPackedBytes = 512 << 10;  // packed references stay in cache for all queries
 constexpr Index kFloatStride = kChunk + 64;   // between rows; not a power of two, as kStride
 constexpr Index kFewReferences = 64;          // up to this many are a list rather than a whole row
-constexpr Index kFeatureSegment = 1024;       // references summed in float32 before float64
+constexpr Index kSumSegment = 1024;           // references summed in float32 before float64
 
-// Whether the kernels for few features take the problem.
+// Whether the kernels for few features take the problem. Few queries leave too few blocks
+// for the threads, which share the references instead (posterior_mean.cpp).
 template <class T>
 bool is_dense(const Problem& problem) {
-  return std::is_same_v<T, float> && problem.features < kListedFeatures;
+  return std::is_same_v<T, float> && problem.features < kListedFeatures &&
+         problem.queries >= kFewestRows;
 }
 
 // Features of a packed tile. An odd multiple of 4: with a power of two the same features of all

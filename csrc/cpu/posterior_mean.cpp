@@ -6,6 +6,8 @@
 //   2. weights relative to the nearest reference so far, merged into a float64 state
 //      (cpu/weights.h);
 //   3. the weighted sum over the references that count (cpu/weighted_sums.h).
+// With few features all that is one pass over rows of float32 (cpu/dense_rows.h), except for
+// float64, few queries and the gradients of the references.
 #include "api/posterior_mean.h"
 
 #include <vector>

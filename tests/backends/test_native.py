@@ -674,15 +674,15 @@ def test_few_features_where_one_is_enormous(isa, N):
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("N", [1, 2, 64, 300])
 def test_few_features_far_from_the_origin(isa, oracle, N, offset):
-    # As good as beside the origin: the differences are exact.
+    # Weights are as good as beside the origin: the differences are exact.
     x, references, sigma = problem(66, 2100, N)
     x, references = x + offset, references + offset
     for D in (1.0, 1e6, math.inf):
         radius = radius_of(sigma, D)
         mean, lse = forward(x, references, radius, D)
         wanted, wanted_lse = oracle(x, references, radius, D)
-        # The mean is rounded to float32.
-        allowed = math.sqrt(N) * (5e-6 + offset * 2**-24)
+        # Sums in float32 are rounded to a few units in the last place of the offset.
+        allowed = math.sqrt(N) * (5e-6 + offset * 2**-20)
         assert row_error(mean, wanted, allowed) <= 1
         assert ((lse - wanted_lse).abs() / wanted_lse.abs().clamp(min=1)).max() <= 5e-6
 
