@@ -41,6 +41,70 @@ Index chunk_size(const Problem& problem) {
   return smaller(kChunk, larger(kBatch / 8, round_up(fitting, kBatch / 8)));
 }
 
+template <class T>
+double squared_norm(const T* x, Index features) {
+  double sum = 0;
+  for (Index k = 0; k < features; ++k) sum += static_cast<double>(x[k]) * x[k];
+  return sum;
+}
+
+template <class T, class R>
+double exact_distance(const T* x, const R* y, Index features) {
+  constexpr Index lanes = 4 * kDoubles;
+  double total = 0;
+  Index k = 0;
+  if (features >= lanes) {
+    double sum[lanes] = {};
+    for (; k + lanes <= features; k += lanes)
+      for (Index lane = 0; lane < lanes; ++lane) {
+        const double difference = static_cast<double>(x[k + lane]) - load<double>(y[k + lane]);
+        sum[lane] += difference * difference;
+      }
+    for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
+  }
+  for (; k < features; ++k) {
+    const double difference = static_cast<double>(x[k]) - load<double>(y[k]);
+    total += difference * difference;
+  }
+  return total;
+}
+
+// What the digits of the distances of one query must suffice for. `base` is the smallest of them.
+template <class T, class R>
+class Precision {
+ public:
+  Precision(const WeightLaw& law, const T* x, Index features, double base, double radius)
+      : law_(law),
+        norm_(kHoldsExactly<T, R> ? 0 : std::sqrt(squared_norm(x, features))),
+        base_(base),
+        radius_(radius),
+        tolerated_(larger(features * 3 / 4, 256)) {}
+
+  // No reference beyond this distance has a score that is at most `fall` lower than the best.
+  double reach(double fall) const {
+    return widened(base_ * (2 * kSumError<T> + 1) + law_.excess_at(fall, base_, radius_) +
+                   kUnderflow);
+  }
+
+  // Whether errors of T would change the weights. The sensitivity of a point drawn from the
+  // references is about features/2; there the errors of many distances average out.
+  bool insufficient() const {
+    return law_.sensitivity(base_, radius_) > tolerated_ ||
+           base_ < kCloseShare * norm_ * kCloseShare * norm_;
+  }
+
+ private:
+  // The squared distance plus the largest error from the rounding of y.
+  double widened(double squared) const {
+    if (kHoldsExactly<T, R>) return squared;
+    const double distance = std::sqrt(squared) + 2 * std::numeric_limits<T>::epsilon() * norm_;
+    return distance * distance;
+  }
+
+  const WeightLaw& law_;
+  const double norm_, base_, radius_, tolerated_;
+};
+
 // Squared distances of one query are a row; rows are kStride apart.
 template <class T, class R>
 class Distances {
@@ -119,9 +183,7 @@ class Distances {
   // if a distance is not finite.
   //
   // If a float32 distance overflowed, all are recomputed in float64. Distances near the smallest
-  // are recomputed if they are few, or if their error would change the weights. The sensitivity of
-  // a point drawn from the references is about features/2; there the errors of many distances
-  // average out.
+  // are recomputed if they are few, or if their error would change the weights.
   double refine(Index b, const QueryState& known) {
     double* squared = this->row(b);
     if (listed_ && alive_[b] == 0) return kSkipped;
@@ -131,22 +193,18 @@ class Distances {
     double limit = kInfinity;
     if (found.finite) {
       const double base = found.value < known.nearest ? found.value : known.nearest;
-      const double norm = kHoldsExactly<T, R> ? 0 : std::sqrt(square(query(b)));
-      const double near = widened(
-          base * (2 * kSumError<T> + 1) + law_.excess_at(kNear, base, radius(b)) + kUnderflow,
-          norm);
+      const Precision<T, R> precision(law_, query(b), problem_.features, base, radius(b));
+      const double near = precision.reach(kNear);
       if (found.value > near) return found.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
-      const double tolerated = larger(problem_.features * 3 / 4, 256);
-      const bool decisive = candidates <= kFewCandidates ||
-                            law_.sensitivity(base, radius(b)) > tolerated ||
-                            base < kCloseShare * norm * kCloseShare * norm;
+      const bool decisive = candidates <= kFewCandidates || precision.insufficient();
       limit = decisive ? near : kUnderflow;
       if (found.value > limit) return found.value;
     }
     for (Index j = 0; j < count_; ++j)
-      if (!found.finite || squared[j] <= limit) squared[j] = exact(query(b), reference(j));
+      if (!found.finite || squared[j] <= limit)
+        squared[j] = exact_distance(query(b), reference(j), problem_.features);
     const Least refined = least(squared);
     return refined.finite ? refined.value : kNaN;
   }
@@ -201,7 +259,7 @@ class Distances {
     if (!(lowest < known.nearest)) return far;
     Index candidate = 0;
     while (bounds[candidate] != lowest) ++candidate;
-    const double upper = exact(query(b), reference(candidate));
+    const double upper = exact_distance(query(b), reference(candidate), problem_.features);
     const double other = upper + law_.excess_at(law_.cutoff, upper, radius(b));
     return other > far ? far : other;
   }
@@ -231,37 +289,6 @@ class Distances {
       if (low[lane] < result.value) result.value = low[lane];
     }
     return result;
-  }
-
-  double exact(const T* x, const R* y) const {
-    constexpr Index lanes = 4 * kDoubles;
-    double sum[lanes] = {};
-    Index k = 0;
-    for (; k + lanes <= problem_.features; k += lanes)
-      for (Index lane = 0; lane < lanes; ++lane) {
-        const double difference = static_cast<double>(x[k + lane]) - load<double>(y[k + lane]);
-        sum[lane] += difference * difference;
-      }
-    for (; k < problem_.features; ++k) {
-      const double difference = static_cast<double>(x[k]) - load<double>(y[k]);
-      sum[0] += difference * difference;
-    }
-    double total = 0;
-    for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
-    return total;
-  }
-
-  // The squared distance plus the largest error from the rounding of y, for an x of this norm.
-  static double widened(double squared, double norm) {
-    if (kHoldsExactly<T, R>) return squared;
-    const double distance = std::sqrt(squared) + 2 * std::numeric_limits<T>::epsilon() * norm;
-    return distance * distance;
-  }
-
-  double square(const T* x) const {
-    double sum = 0;
-    for (Index k = 0; k < problem_.features; ++k) sum += static_cast<double>(x[k]) * x[k];
-    return sum;
   }
 
   const Problem& problem_;

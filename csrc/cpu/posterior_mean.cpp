@@ -6,11 +6,13 @@
 //   2. weights relative to the nearest reference so far, merged into a float64 state
 //      (cpu/weights.h);
 //   3. the weighted sum over the references that count (cpu/weighted_sums.h).
+// With few features all that is one pass over rows of float32 (cpu/dense_rows.h), except for
+// float64, few queries and the gradients of the references.
 #include "api/posterior_mean.h"
 
 #include <vector>
 
-#include "cpu/steep_rows.h"
+#include "cpu/dense_gradients.h"
 #include "cpu/weighted_sums.h"
 
 namespace pfgm {
@@ -29,12 +31,6 @@ Index block_size(const Problem& problem) {
   return smaller(problem.queries, smaller(kMaxBlock, larger(whole, kTileQueries)));
 }
 
-Status check_radius(const Problem& problem) {
-  for (Index b = 0; b < problem.queries; ++b)
-    if (!(problem.radius[b] >= 0 && std::isfinite(problem.radius[b]))) return {Failure::radius, b};
-  return {};
-}
-
 // Fails with the first query whose distances were not finite.
 Status check_states(const QueryState* states, Index count, Index first) {
   for (Index b = 0; b < count; ++b)
@@ -48,10 +44,6 @@ constexpr int kSumRows = kVectorBytes == 64 ? 3 : kTileQueries;
 
 constexpr auto counts = [](double weight) { return weight != 0; };
 
-// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. The cutoff of p_j is this much
-// lower, in nats.
-constexpr double kGradientCutoff = 8;
-
 // The squared distance up to which a reference of a chunk may count, under `law`.
 double visible_distance(const WeightLaw& law, const QueryState& state, double radius,
                         double chunk_nearest) {
@@ -59,15 +51,6 @@ double visible_distance(const WeightLaw& law, const QueryState& state, double ra
   double total = state.total;
   if (total > 0) total *= std::exp(law.relative_score(state.nearest - nearest, nearest, radius));
   return nearest + law.excess_at(law.cutoff - std::log(total > 1 ? total : 1), nearest, radius);
-}
-
-// The state that earlier calls or the forward pass ended with.
-template <class Results>
-QueryState state_of(const Results& results, Index query) {
-  QueryState state;
-  state.nearest = results.nearest[query];
-  state.total = results.total[query];
-  return state;
 }
 
 // ---- forward --------------------------------------------------------------------------------
@@ -138,21 +121,7 @@ Status forward(const Problem& problem, const Forward& out) {
   return {};
 }
 
-// ---- backward -------------------------------------------------------------------------------
-//
-// With upstream gradients G = ∂L/∂mean and g = ∂L/∂logsumexp:
-//     t_j = G·(y_j − mean) + g,   c_j = −(N + D) p_j t_j / s_j   (D = ∞: −p_j t_j / σ²)
-//     ∂L/∂x = Σ_j c_j (x − y_j),  ∂L/∂r = r Σ_j c_j              (D = ∞: Σ_j p_j t_j d_j² / σ³)
-//     ∂L/∂y_j = Σ_b [p_bj G_b − c_bj (x_b − y_j)]
-// Σ p_j t_j = g, so the t_j nearly cancel in Σ c_j. The following form avoids the cancellation. Let
-// s and d² be those of the nearest reference, e_j = d_j² − d² and moment = Σ p_j t_j e_j / s_j (D =
-// ∞: Σ p_j t_j e_j / σ²):
-//     C = Σ c_j = −(N + D)(g − moment)/s                         (D = ∞: −g/σ²)
-//     ∂L/∂x = C (x − mean) − Σ_j c_j (y_j − mean)
-//     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
-// p_j is computed relative to the nearest reference of the forward pass. From logsumexp it would be
-// too inexact: for small σ, logsumexp is as large as d²/σ². In rows where the rounding of the mean
-// would be visible, t_j does not use the rounded mean (cpu/steep_rows.h).
+// ---- backward (cpu/gradients.h has the formulas) ----------------------------------------------
 
 constexpr int kGradientRows = 3;  // rows of a register tile that also holds their means
 
@@ -179,73 +148,6 @@ void project_pairs(const T* const* g, const T* const* m, const T* const* y, Inde
     for (int c = 0; c < kPairColumns; ++c)
       for (Index i = k; i < n; ++i) out[q][c] += g[q][i] * (y[c][i] - m[q][i]);
   }
-}
-
-// Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ so
-// small that scores overflow.
-bool at_limit(const WeightLaw& law, double nearest, double radius) {
-  if (law.gaussian) return radius == 0 || std::isinf(nearest / radius / radius);
-  return nearest + radius * radius == 0;
-}
-
-// Computes p_j from squared distances and counts those that are not zero. T is the type whose
-// digits they need.
-template <class T>
-void probabilities(const WeightLaw& law, QueryState& state, double radius, const double* squared,
-                   double* p, Index count) {
-  state.live = 0;
-  if (at_limit(law, state.nearest, radius)) {
-    std::memset(p, 0, padded_count(count) * sizeof(double));
-    return;
-  }
-  const double fall = law.cutoff - std::log(state.total), inverse = 1 / state.total;
-  weigh_for<T>(law, state.nearest, radius, fall, squared, p, count);
-  for (Index j = 0; j < count; ++j) {
-    p[j] *= inverse;
-    state.live += p[j] != 0;
-  }
-}
-
-// Replaces t_j by c_j, after adding g to t_j. Returns the chunk's part of the moment. `bound`
-// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded.
-double coefficients(const WeightLaw& law, const QueryState& state, double radius, double g,
-                    const double* squared, const double* p, double* t, Index count, double* bound) {
-  *bound = 1e-300;
-  if (state.live == 0) return 0;
-  Doubles moment = {}, size = {};
-  for (Index j = 0; j < padded_count(count); j += kDoubles) {
-    const Doubles probability = vector_at(p + j), s = vector_at(squared + j);
-    // t is undefined where p = 0.
-    const Doubles weighted = probability == 0.0 ? Doubles{} : probability * (vector_at(t + j) + g);
-    const Doubles excess = s - state.nearest;
-    Doubles c;
-    if (law.gaussian) {
-      c = -weighted / radius / radius;
-      moment -= c * excess;
-    } else {
-      const Doubles share = weighted / (s + radius * radius);
-      c = -2.0 * law.exponent * share;
-      moment += share * excess;
-    }
-    vector_at(t + j) = c;
-    size += c > 0.0 ? c : -c;
-  }
-  *bound += sum_of(size);
-  return sum_of(moment);
-}
-
-// What the gradients of a query need besides the sums over references: C and ∂L/∂radius.
-struct Totals {
-  double c, grad_radius;
-};
-
-Totals totals(const WeightLaw& law, const QueryState& state, double moment, double g,
-              double radius) {
-  if (at_limit(law, state.nearest, radius)) return {0, 0};
-  if (law.gaussian)
-    return {-g / radius / radius, (g * (state.nearest / radius / radius) + moment) / radius};
-  const double c = -2 * law.exponent * (g - moment) / (state.nearest + radius * radius);
-  return {c, radius * c};
 }
 
 constexpr Index kGradientPanel = 1024;  // features in a task
@@ -275,67 +177,6 @@ void reference_gradients(const Problem& problem, const Backward& io,
     T* out = static_cast<T*>(io.grad_y) + (first_reference + j) * features + k0;
     for (Index k = 0; k < n; ++k) out[k] += static_cast<T>(sum[k]);
   });
-}
-
-Status check_singular(const Problem& problem, const WeightLaw& law, const Backward& io) {
-  for (Index b = 0; b < problem.queries; ++b)
-    if (io.grad_logsumexp[b] != 0 && at_limit(law, io.nearest[b], problem.radius[b]))
-      return {Failure::singular, b};
-  return {};
-}
-
-template <class T>
-bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
-  const double radius = problem.radius[query], nearest = io.nearest[query];
-  const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
-  return !at_limit(law, nearest, radius) &&
-         is_steep(law, nearest, io.total[query], radius, mean, problem.features);
-}
-
-// Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of
-// a block. `first` is the first query of the block.
-template <class T, class R>
-Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
-                 const Index* steep, Index count, double* pulls) {
-  const Index features = problem.features, block = smaller(count, kSteepBlock);
-  Buffer<T> x(block * features);
-  Buffer<double> radius(block), p(block * kStride);
-  Buffer<QueryState> states(block);
-  Problem some = problem;
-  some.queries = block;
-  some.x = x.data();
-  some.x_stride = features;
-  some.radius = radius.data();
-  Distances<T, R> distances(some, law, block);
-  typename Distances<T, R>::Lists lists(block);
-  if (!x || !radius || !p || !states || !distances || !lists) return {Failure::memory, 0};
-  const Index chunk = chunk_size<R>(problem);
-
-  for (Index at = 0; at < count; at += block, steep += block) {
-    const Index n = smaller(block, count - at);
-    for (Index i = 0; i < n; ++i) {
-      const Index query = first + steep[i];
-      std::memcpy(x.at(i * features), static_cast<const T*>(problem.x) + query * problem.x_stride,
-                  features * sizeof(T));
-      radius[i] = problem.radius[query];
-      states[i] = state_of(io, query);
-    }
-    distances.set_queries(0, n);
-    for (Index begin = 0; begin < problem.references; begin += chunk) {
-      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
-      parallel(n, problem.threads, [&](Index i, int) {
-        // The main pass reports a row that is not finite.
-        if (std::isnan(distances.refine(i, states[i]))) return;
-        const Index from = (first + steep[i]) * features;
-        probabilities<double>(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
-                              distances.count());
-        project_row(distances, static_cast<const T*>(io.grad_mean) + from,
-                    static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
-                    static_cast<double*>(nullptr), pulls + 2 * steep[i]);
-      });
-    }
-  }
-  return {};
 }
 
 // The pulls of all steep rows, over one part of the references.
@@ -601,6 +442,7 @@ Status run_forward(const Problem& given, const Forward& out) {
   if (!sketch_fits(given)) return {Failure::sketch, 0};
   const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
+    if (is_dense<decltype(t)>(problem)) return dense_forward<decltype(r)>(problem, out);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
       return forward<decltype(t), decltype(r)>(block, outputs_from(first, problem, out));
     });
@@ -611,8 +453,15 @@ Status run_backward(const Problem& given, const Backward& io) {
   if (!sketch_fits(given)) return {Failure::sketch, 0};
   const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
-    return by_blocks(problem, io.grad_y == nullptr, [&](const Problem& block, Index first) {
-      return backward<decltype(t), decltype(r)>(block, outputs_from(first, problem, io));
+    Backward rest = io;
+    if (is_dense<decltype(t)>(problem) && (io.grad_x || io.grad_radius || io.moments)) {
+      const Status status = dense_backward<decltype(r)>(problem, io);
+      if (status.failure != Failure::none || !io.grad_y) return status;
+      rest.grad_x = nullptr;
+      rest.grad_radius = nullptr;
+    }
+    return by_blocks(problem, rest.grad_y == nullptr, [&](const Problem& block, Index first) {
+      return backward<decltype(t), decltype(r)>(block, outputs_from(first, problem, rest));
     });
   });
 }
@@ -620,6 +469,7 @@ Status run_backward(const Problem& given, const Backward& io) {
 Status run_pulls(const Problem& given, const Backward& io) {
   const Problem problem = with_threads(given);
   return with_types(problem, [&](auto t, auto r) {
+    if (is_dense<decltype(t)>(problem)) return dense_pulls<decltype(r)>(problem, io);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
       return all_pulls<decltype(t), decltype(r)>(block, outputs_from(first, problem, io));
     });
@@ -643,7 +493,10 @@ std::int64_t chunk_rows(std::int64_t features, Type reference_type) {
   problem.features = features;
   Index rows = 0;
   with_reference_type<float>(reference_type, [&](auto, auto r) {
-    rows = chunk_size<decltype(r)>(problem);
+    const Index chunk = chunk_size<decltype(r)>(problem);
+    rows = chunk;
+    // The kernels for few features have other chunks.
+    while (features < kListedFeatures && rows % dense_chunk(problem) != 0) rows += chunk;
     return Status();
   });
   return rows;

@@ -12,6 +12,10 @@
 #include <limits>
 #include <type_traits>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "api/posterior_mean.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -180,6 +184,7 @@ typedef std::int64_t Longs __attribute__((vector_size(kVectorBytes), may_alias))
 typedef std::uint64_t Bits __attribute__((vector_size(kVectorBytes), may_alias));
 constexpr Index kDoubles = Simd<double>::lanes;
 
+constexpr float kLog2e = 1.44269504f;
 constexpr double kLog2High = 0x1.62e42fefap-1, kLog2Low = 0x1.cf79abc9e3b39p-40;
 
 // Σ_i coefficient[i] x^i. Each step halves the number of terms; one term after the other would wait
@@ -236,36 +241,45 @@ using Floats = Simd<float>::Vector;
 typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
 constexpr Index kFloats = Simd<float>::lanes;
 
-// exp(x) for x ≤ 0 with a relative error of 2e-7 beside that of x itself; e^-80 for x below −80.
-inline Floats exponential(Floats x) {
+// 2^x for −125 ≤ x ≤ 0 with a relative error of 2e-7 beside that of x itself.
+inline Floats exponential2(Floats x) {
   constexpr float magic = 0x1.8p23f;
-  x = x > -80.0f ? x : Floats{} - 80.0f;
-  const Floats shifted = x * 0x1.715476p0f + magic;
-  const Floats n = shifted - magic;
-  const Floats r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
-  const Floats square = r * r;  // |r| ≤ log(2)/2, remainder of Taylor's series 1e-7
+  const Floats shifted = x + magic;
+  const Floats r = x - (shifted - magic), square = r * r;  // |r| ≤ 1/2
   const Floats p =
-      (1.0f + r) + square * ((1.0f / 2 + r * (1.0f / 6)) +
-                             square * ((1.0f / 24 + r * (1.0f / 120)) + square * (1.0f / 720)));
+      (1.0f + r * 0.693147180f) +
+      square * ((0.240226507f + r * 0.0555041087f) +
+                square * ((0.00961812911f + r * 0.00133335581f) + square * 0.000154035304f));
   return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) +
                                   (reinterpret_cast<Ints>(shifted) << 23));
 }
 
-// log(1 + u) for 0 ≤ u < 2^100, with a relative error of 3e-7.
-inline Floats log_one_plus(Floats u) {
+// log2(1 + u) for 0 ≤ u < 2^100, with a relative error of 3e-7.
+inline Floats log2_one_plus(Floats u) {
   constexpr std::int32_t one = 0x3f800000, root_half = 0x3f3504f3;
   const Floats s = 1.0f + u;
-  const Floats lost = u < 1.0f ? u - (s - 1.0f) : 1.0f - (s - u);
+  // s = 2^k m with m between √½ and √2. m − 1 is rounded once, since u/2^k and 1/2^k are exact.
   const Ints k = ((reinterpret_cast<Ints>(s) + (one - root_half)) >> 23) - 127;
-  const Floats exponent = __builtin_convertvector(k, Floats);
-  const Floats m = reinterpret_cast<Floats>(reinterpret_cast<Ints>(s) - (k << 23));
-  const Floats downscale = reinterpret_cast<Floats>(one - (k << 23));
-  const Floats f = (m - 1.0f + lost * downscale) / (m + 1.0f);  // log m = 2 atanh f
+  const Floats downscale = reinterpret_cast<Floats>((127 - k) << 23);
+  const Floats difference = u * downscale + (downscale - 1.0f);
+  const Floats f = difference / (difference + 2.0f);  // log m = 2 atanh f
   const Floats square = f * f;
   const Floats series =
-      (2.0f + square * (2.0f / 3)) +
-      square * square * ((2.0f / 5 + square * (2.0f / 7)) + square * square * (2.0f / 9));
-  return exponent * 0x1.62e4p-1f + (f * series + exponent * 0x1.7f7d1cp-20f);
+      (2.88539008f + square * 0.961796694f) +
+      square * square * ((0.577078016f + square * 0.412198583f) + square * square * 0.320598898f);
+  return __builtin_convertvector(k, Floats) + f * series;
+}
+
+// Whether any lane of a comparison is true.
+inline bool any(const Ints& mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  const Longs pairs = reinterpret_cast<Longs>(mask);
+  return (pairs[0] | pairs[1]) != 0;
+#endif
 }
 
 // ---- memory and threads ---------------------------------------------------------------------

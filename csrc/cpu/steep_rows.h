@@ -56,16 +56,18 @@ bool is_steep(const WeightLaw& law, double nearest, double total, double radius,
 // g · (y − mean) in float64.
 template <class T, class R>
 double project(const T* g, const T* mean, const R* y, Index n) {
-  double sum[kWideLanes] = {};
-  Index k = 0;
-  for (; k + kWideLanes <= n; k += kWideLanes)
-    for (Index lane = 0; lane < kWideLanes; ++lane)
-      sum[lane] += static_cast<double>(g[k + lane]) *
-                   (load<double>(y[k + lane]) - static_cast<double>(mean[k + lane]));
-  for (; k < n; ++k)
-    sum[0] += static_cast<double>(g[k]) * (load<double>(y[k]) - static_cast<double>(mean[k]));
   double total = 0;
-  for (Index lane = 0; lane < kWideLanes; ++lane) total += sum[lane];
+  Index k = 0;
+  if (n >= kWideLanes) {
+    double sum[kWideLanes] = {};
+    for (; k + kWideLanes <= n; k += kWideLanes)
+      for (Index lane = 0; lane < kWideLanes; ++lane)
+        sum[lane] += static_cast<double>(g[k + lane]) *
+                     (load<double>(y[k + lane]) - static_cast<double>(mean[k + lane]));
+    for (Index lane = 0; lane < kWideLanes; ++lane) total += sum[lane];
+  }
+  for (; k < n; ++k)
+    total += static_cast<double>(g[k]) * (load<double>(y[k]) - static_cast<double>(mean[k]));
   return total;
 }
 

@@ -89,24 +89,6 @@ class DenseTiles {
     });
   }
 
- private:
-  template <class Term, class Queries, class Factors, class Out>
-  static void add_rows(Index b, Index rows, Index last, Index j, Index k, Index n, const T* packed,
-                       const Queries& x, const Factors& g, const Out& out) {
-    const T *from[kTileQueries], *factor[kTileQueries];
-    double* to[kTileQueries];
-    for (Index q = 0; q < rows; ++q) {
-      from[q] = x(b + q) + k;
-      factor[q] = g(b + q) + k;
-      to[q] = out(b + q) + j;
-    }
-    for (Index next = b + rows; next < smaller(b + 2 * kTileQueries, last); ++next) {
-      prefetch(x(next) + k, n);
-      prefetch(out(next) + j, Simd<T>::tile);
-    }
-    sum_features<Term, T, kTileQueries>(rows, from, factor, packed, n, k == 0, to);
-  }
-
   // packed[feature][reference], zero where there is no reference.
   template <class References>
   static void pack(const References& y, Index j, Index filled, Index k, Index n, T* packed) {
@@ -128,6 +110,24 @@ class DenseTiles {
     for (Index r = 0; r < filled; ++r)
       for (Index i = r < whole ? n_whole : 0; i < n; ++i)
         packed[i * tile + r] = load<T>(y(j + r)[k + i]);
+  }
+
+ private:
+  template <class Term, class Queries, class Factors, class Out>
+  static void add_rows(Index b, Index rows, Index last, Index j, Index k, Index n, const T* packed,
+                       const Queries& x, const Factors& g, const Out& out) {
+    const T *from[kTileQueries], *factor[kTileQueries];
+    double* to[kTileQueries];
+    for (Index q = 0; q < rows; ++q) {
+      from[q] = x(b + q) + k;
+      factor[q] = g(b + q) + k;
+      to[q] = out(b + q) + j;
+    }
+    for (Index next = b + rows; next < smaller(b + 2 * kTileQueries, last); ++next) {
+      prefetch(x(next) + k, n);
+      prefetch(out(next) + j, Simd<T>::tile);
+    }
+    sum_features<Term, T, kTileQueries>(rows, from, factor, packed, n, k == 0, to);
   }
 
   const int threads_;

@@ -61,6 +61,12 @@ WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
           kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff};
 }
 
+inline Status check_radius(const Problem& problem) {
+  for (Index b = 0; b < problem.queries; ++b)
+    if (!(problem.radius[b] >= 0 && std::isfinite(problem.radius[b]))) return {Failure::radius, b};
+  return {};
+}
+
 constexpr double kSmallestDouble = std::numeric_limits<double>::min();
 
 // The merge state of one query. Everything is relative to the nearest reference so far.
@@ -69,6 +75,15 @@ struct QueryState {
   double scale = 1;  // factor for the sums over earlier chunks
   Index live = 0;    // references of this chunk that count
 };
+
+// The state that earlier calls or the forward pass ended with.
+template <class Results>
+QueryState state_of(const Results& results, Index query) {
+  QueryState state;
+  state.nearest = results.nearest[query];
+  state.total = results.total[query];
+  return state;
+}
 
 // Number of doubles in a row of weights or squared distances: whole pairs of vectors, the last
 // padded.
@@ -147,7 +162,7 @@ inline double weigh_in_float(const WeightLaw& law, double nearest, double radius
     Doubles weight[2] = {};
     if (any) {
       const Floats u = narrowed(share);
-      widen(exponential(law.gaussian ? -u : -exponent * log_one_plus(u)), weight);
+      widen(exponential2(law.gaussian ? u * -kLog2e : -exponent * log2_one_plus(u)), weight);
       for (int half = 0; half < 2; ++half) weight[half] = seen[half] ? weight[half] : Doubles{};
     }
     for (int half = 0; half < 2; ++half) {
@@ -185,19 +200,28 @@ inline double keep_visible(double* weights, Index count, double least, Index* li
   return sum_of(total);
 }
 
+// Makes the state relative to the nearest reference of a chunk, if that one is nearer.
+inline void rebase(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest) {
+  state.scale = 1;
+  state.live = 0;
+  if (!(chunk_nearest < state.nearest)) return;
+  const double fall = state.nearest - chunk_nearest;
+  state.scale = state.total == 0 ? 0 : std::exp(law.relative_score(fall, chunk_nearest, radius));
+  state.total *= state.scale;
+  state.nearest = chunk_nearest;
+}
+
+// By how much a score may be lower than that of the nearest reference and still count.
+inline double visible_fall(const WeightLaw& law, const QueryState& state) {
+  return law.cutoff - std::log(state.total > 1 ? state.total : 1);
+}
+
 // Merges a chunk into the state. Its squared distances become weights.
 template <class T>
 void merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
            double* squared, Index count) {
-  state.scale = 1;
-  state.live = 0;
-  if (chunk_nearest < state.nearest) {
-    const double fall = state.nearest - chunk_nearest;
-    state.scale = state.total == 0 ? 0 : std::exp(law.relative_score(fall, chunk_nearest, radius));
-    state.total *= state.scale;
-    state.nearest = chunk_nearest;
-  }
-  const double before = state.total > 1 ? state.total : 1, fall = law.cutoff - std::log(before);
+  rebase(law, state, radius, chunk_nearest);
+  const double fall = visible_fall(law, state);
   if (chunk_nearest - state.nearest > law.excess_at(fall, state.nearest, radius)) return;
   const double sum = weigh_for<T>(law, state.nearest, radius, fall, squared, squared, count);
   const double least = std::exp(-law.cutoff) * (state.total + sum);

@@ -637,6 +637,181 @@ def test_few_and_many_queries_give_the_same_results(D, dtype):
         torch.testing.assert_close(lse[few], one_lse, rtol=1e-7, atol=1e-6)
 
 
+# ---- few features: rows of float32 beside lists in float64 (csrc/cpu/dense_rows.h) ----
+
+# At the edges of tiles, of blocks of 64 queries, of panels of 64 features and of chunks.
+FEW = [
+    (1, 1, 511), (1, 5000, 2), (2, 1, 3), (65, 3, 1), (63, 40, 15), (64, 64, 16), (65, 65, 17),
+    (66, 2049, 63), (67, 700, 64), (5, 2100, 65), (130, 130, 2), (7, 4200, 129), (9, 300, 511),
+]  # fmt: skip
+
+
+def assert_right(x, references, radius, D, oracle, oracle_gradients, tolerance=5e-6):
+    """Means, log-sum-exps and gradients of random upstreams beside the plain formulas."""
+    expected = oracle(x, references, radius, D)
+    assert_accurate(forward(x, references, radius, D), expected, references, tolerance)
+    generator = torch.Generator().manual_seed(2)
+    G = torch.randn(x.shape, generator=generator)
+    g = torch.randn(len(x), generator=generator, dtype=torch.float64)
+    for upstream in ((G, 0 * g), (0 * G, g)):
+        wanted = oracle_gradients(x, references, radius, D, *upstream)
+        actual = backward(x, references, radius, D, *upstream, needs=(True, False, True))
+        assert_gradient(actual[0], wanted[0], 4 * tolerance)
+        if upstream[1].any():
+            assert_gradient(actual[2], wanted[2], 4 * tolerance)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("sizes", FEW)
+def test_few_features_at_tile_edges(isa, oracle, oracle_gradients, sizes, D):
+    x, references, sigma = problem(*sizes)
+    radius = radius_of(sigma.clamp(min=0.05), D)
+    assert_accurate(
+        forward(x, references, radius, D), oracle(x, references, radius, D), references, 5e-6
+    )
+    if sizes[1] > 1:
+        assert_right(x, references, radius, D, oracle, oracle_gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *NARROW])
+@pytest.mark.parametrize("N", [2, 17, 200])
+def test_few_features_with_references_of_each_dtype(isa, oracle, oracle_gradients, N, dtype):
+    x, references, sigma = problem(66, 2300, N, reference_dtype=dtype)
+    for D in (1.0, math.inf):
+        radius = radius_of(sigma.clamp(min=0.05), D)
+        assert_right(x, references, radius, D, oracle, oracle_gradients)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+@pytest.mark.parametrize("near", [0, 1, 16, 17, 64, 300])
+@pytest.mark.parametrize("N", [3, 70])
+def test_some_references_near_and_many_barely_visible(isa, oracle, oracle_gradients, N, near, D):
+    """The near ones are a list. The others, of weights from e^-15 to e^-24, are a row."""
+    generator = torch.Generator().manual_seed(near)
+
+    def directions(count):
+        values = torch.randn(count, N, generator=generator, dtype=torch.float64)
+        return values / values.norm(dim=1, keepdim=True)
+
+    one = torch.ones(1, dtype=torch.float64)
+    squared = 0.5 + torch.rand(2500, generator=generator, dtype=torch.float64)
+    fall = 15 + 9 * torch.rand(2500, generator=generator, dtype=torch.float64)
+    fall[torch.randperm(2500, generator=generator)[: near + 1]] *= 0.01
+    if math.isinf(D):
+        radius, squared = 0.3 * one, 1 + 2 * 0.09 * fall
+    else:
+        radius = one
+        squared = 2 * torch.exp(2 * fall / (N + D)) - 1
+    x = torch.randn(1, N, generator=generator)
+    references = (x.double() + squared.sqrt()[:, None] * directions(2500)).float()
+    scale = torch.linspace(0.9, 1.1, 9).double()[:, None] * x.double()
+    many, radius = scale.float().contiguous(), radius.expand(9).contiguous()
+    assert_right(many, references, radius, D, oracle, oracle_gradients, 1e-5)
+
+
+@pytest.mark.parametrize("N", [1, 2, 5, 100])
+@pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e-10, 1.0, 1e10, 1e17, 1e25])
+def test_few_features_of_any_scale(isa, oracle, oracle_gradients, N, scale):
+    x, references, sigma = problem(40, 300, N)
+    x, references = scale * x, scale * references
+    for D in (1.0, math.inf):
+        radius = scale * radius_of(sigma.clamp(min=0.05), D)
+        expected = oracle(x, references, radius, D)
+        assert_accurate(forward(x, references, radius, D), expected, references, 5e-6)
+        G, zero = torch.ones_like(x), torch.zeros(40, dtype=torch.float64)
+        wanted = oracle_gradients(x, references, radius, D, G, zero)
+        actual = backward(x, references, radius, D, G, zero, needs=(True, False, False))
+        assert_gradient(actual[0], wanted[0], 2e-5)
+
+
+@pytest.mark.parametrize("N", [2, 30])
+def test_few_features_where_one_is_enormous(isa, N):
+    """Each reference is near the largest float32, so that a sum of a few would overflow."""
+    x, references, sigma = problem(20, 3000, N)
+    x[:, 0] = references[:, 0] = 3e38
+    mean, _ = forward(x, references, sigma.clamp(min=0.5), 1.0)
+    expected, _ = forward(x.double(), references.double(), sigma.clamp(min=0.5), 1.0, reference)
+    torch.testing.assert_close(mean[:, 0], expected[:, 0].float(), rtol=1e-6, atol=0)
+    assert (mean[:, 1:] - expected[:, 1:]).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("N", [1, 2, 64, 300])
+def test_few_features_far_from_the_origin(isa, oracle, N, offset):
+    # Weights are as good as beside the origin: the differences are exact.
+    x, references, sigma = problem(66, 2100, N)
+    x, references = x + offset, references + offset
+    for D in (1.0, 1e6, math.inf):
+        radius = radius_of(sigma, D)
+        mean, lse = forward(x, references, radius, D)
+        wanted, wanted_lse = oracle(x, references, radius, D)
+        # Sums in float32 are rounded to a few units in the last place of the offset.
+        allowed = math.sqrt(N) * (5e-6 + offset * 2**-20)
+        assert row_error(mean, wanted, allowed) <= 1
+        assert ((lse - wanted_lse).abs() / wanted_lse.abs().clamp(min=1)).max() <= 5e-6
+
+
+@pytest.mark.parametrize("N", [1, 2, 64])
+@pytest.mark.parametrize("copies", [1, 16, 17, 700, 5000])
+def test_few_features_on_a_reference(isa, N, copies):
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, N, generator=generator)
+    others = one + 1 + torch.rand(100, N, generator=generator)
+    references = torch.cat([one.expand(copies, N), others])[torch.randperm(copies + 100)]
+    x, none = one.expand(70, N).contiguous(), torch.zeros(70, dtype=torch.float64)
+    for D in (1.0, 64.0, math.inf):
+        mean, lse = forward(x, references, none, D)
+        assert torch.equal(mean, x)
+        expected = math.log(copies) if math.isinf(D) else math.inf
+        torch.testing.assert_close(lse, torch.full_like(lse, expected), rtol=1e-12, atol=1e-12)
+        grads = backward(
+            x, references, none, D, torch.ones_like(x), none, needs=(True, False, True)
+        )
+        assert not grads[0].any()
+        assert not grads[2].any()
+
+
+@pytest.mark.parametrize("N", [2, 70])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_few_features_that_are_not_finite(isa, threads, N, bad):
+    x, references, sigma = problem(150, 5000, N)
+    for count in (1, 3):
+        threads(count)
+        for row in (0, 77, 149):
+            broken = x.clone()
+            broken[row, N - 1] = bad
+            with pytest.raises(ValueError, match=rf"x holds .*\(first in row {row}\)"):
+                forward(broken, references, sigma, 1.0)
+        broken = references.clone()
+        broken[4990, 0] = bad
+        with pytest.raises(ValueError, match=r"references holds? .*\(first in row 4990\)"):
+            forward(x, broken, sigma, 1.0)
+
+
+@pytest.mark.parametrize("N", [2, 17, 200])
+def test_threads_do_not_change_a_bit_of_few_features(threads, N):
+    for D in (1.0, math.inf):
+        threads(1)
+        expected = everything(201, 2300, N, D)
+        for count in (2, 3, 5, 9):
+            threads(count)
+            assert_same(everything(201, 2300, N, D), expected)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e15, 1e25])
+def test_few_features_with_any_upstream(isa, oracle_gradients, size):
+    x, references, sigma = problem(30, 300, 20)
+    radius = sigma.clamp(min=0.1)
+    generator = torch.Generator().manual_seed(3)
+    G = size * torch.randn(x.shape, generator=generator)
+    g = size * torch.randn(30, generator=generator, dtype=torch.float64)
+    for upstream in ((G, 0 * g), (0 * G, g), (G, g)):
+        wanted = oracle_gradients(x, references, radius, 1.0, *upstream)
+        actual = backward(x, references, radius, 1.0, *upstream, needs=(True, False, True))
+        assert_gradient(actual[0], wanted[0], 1e-5)
+        assert_gradient(actual[2], wanted[2], 1e-5)
+
+
 # ---- parts of the gradient ----
 
 

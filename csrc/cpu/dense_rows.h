@@ -1,0 +1,282 @@
+// Few features: a block of queries against a chunk of references, as rows of float32.
+//
+// With few features distances, weights and sums cost about the same, and so does each pass over
+// memory. One task takes a block of queries through all chunks of references. The references of a
+// chunk are packed once, with references as lanes, for distances and sums alike. The distances of a
+// query are a row, which becomes its weights in place.
+//
+// Where float32 does not suffice, or few references of a row count, these go into a list in
+// float64. Most rows of data with little noise are such lists and need no sums over whole rows.
+#pragma once
+#include "cpu/distances.h"
+#include "cpu/float_weights.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+constexpr Index kFewestRows = 8;               // with fewer queries packing does not pay
+constexpr Index kMaxRows = 64;                 // most queries in a block
+constexpr Index kDenseMultiple = 15 * kChunk;  // of every dense_chunk()
+constexpr Index kMaxPackedBytes = 512 << 10;   // packed references stay in cache for all queries
+constexpr Index kFloatStride = kChunk + 64;    // between rows; not a power of two, as kStride
+constexpr Index kFewReferences = 64;           // up to this many are a list rather than a whole row
+constexpr Index kSumSegment = 1024;            // references summed in float32 before float64
+
+// Whether the kernels for few features take the problem. Few queries leave too few blocks
+// for the threads, which share the references instead (posterior_mean.cpp).
+template <class T>
+bool is_dense(const Problem& problem) {
+  return std::is_same_v<T, float> && problem.features < kListedFeatures &&
+         problem.queries >= kFewestRows;
+}
+
+// Features of a packed tile. An odd multiple of 4: with a power of two the same features of all
+// tiles would compete for a few cache sets.
+inline Index packed_features(Index features) {
+  return features < 16 ? features : round_up(features + 4, 8) - 4;
+}
+
+// References in a chunk: whole tiles, and such that few of these chunks and of those of
+// chunk_size() end at the same reference.
+inline Index dense_chunk(const Problem& problem) {
+  constexpr Index tile = Simd<float>::tile;
+  const Index row = packed_features(problem.features) * static_cast<Index>(sizeof(float));
+  Index tiles = smaller(kChunk, larger(kMaxPackedBytes / row, tile)) / tile;
+  while (kChunk % (tiles * tile) != 0 && kDenseMultiple % (tiles * tile) != 0) --tiles;
+  return tiles * tile;
+}
+
+// Features summed at a time: panels of equal width, of which a packed tile fits the L1 cache.
+inline Index dense_panel(Index features) {
+  return divide_up(features, divide_up(features, kMaxAdditions));
+}
+
+template <class F, int... kIndex>
+void unroll(const F& f, Indices<kIndex...>) {
+  (f(kIndex), ...);
+}
+
+// Adds Σ Term over a panel of n features to out[q][reference]; assigns it if `fresh`. Calls
+// finish(q, sums) for each row.
+template <class Term, int kRows, class Finish>
+void sum_panel(const float* const* x, const float* const* g, const float* y, Index n, bool fresh,
+               float* const* out, const Finish& finish) {
+  constexpr Index lanes = kFloats, tile = Simd<float>::tile;
+  Floats sum[kRows][kTileVectors];
+  set_zero(sum);
+  for (Index k = 0; k < n; ++k) {
+    Floats reference[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
+    for (int q = 0; q < kRows; ++q)
+      for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
+  }
+  const auto store = [&](int q) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      Floats& whole = vector_at(out[q] + v * lanes);
+      if (!fresh) sum[q][v] += whole;
+      whole = sum[q][v];
+    }
+    finish(q, sum[q]);
+  };
+  unroll(store, typename CountTo<kRows>::Type());
+}
+
+template <class Term, int kRows, class Finish>
+void sum_panel(Index rows, const float* const* x, const float* const* g, const float* y, Index n,
+               bool fresh, float* const* out, const Finish& finish) {
+  if constexpr (kRows > 1)
+    if (rows < kRows) return sum_panel<Term, kRows - 1>(rows, x, g, y, n, fresh, out, finish);
+  sum_panel<Term, kRows>(x, g, y, n, fresh, out, finish);
+}
+
+// References of a chunk in float64.
+struct List {
+  Index length;
+  double nearest;  // the smallest squared distance of the row; NaN if one is not finite
+  alignas(64) double squared[kChunk], weight[kChunk], term[kChunk];
+  std::int32_t index[kChunk];
+};
+
+template <class R>
+class DenseRows {
+ public:
+  // Values of float32 for `workspace`.
+  static Index space(const Problem& problem) {
+    return dense_chunk(problem) * packed_features(problem.features) +
+           kMaxRows * (kFloatStride + 2 * kFloats);
+  }
+
+  // Rows are those of queries first … first + count − 1.
+  DenseRows(const Problem& problem, const WeightLaw& law, Index first, Index count,
+            float* workspace)
+      : problem_(problem),
+        law_(law),
+        first_query_(first),
+        queries_(count),
+        packed_(workspace),
+        rows_(packed_ + dense_chunk(problem) * packed_features(problem.features)),
+        lows_(rows_ + kMaxRows * kFloatStride),
+        odds_(lows_ + kMaxRows * kFloats) {}
+
+  // Packs a chunk of references and computes its squared distances.
+  void set_chunk(Index first, Index count) {
+    constexpr Index tile = Simd<float>::tile;
+    first_reference_ = first;
+    count_ = count;
+    for (Index b = 0; b < queries_; ++b) {
+      vector_at(lows_ + b * kFloats) = Floats{} + kLargestFloat;
+      vector_at(odds_ + b * kFloats) = Floats{};
+    }
+    for (Index j = 0; j < count; j += tile) {
+      float* packed = packed_ + j * packed_features(problem_.features);
+      pack(j, smaller(tile, count - j), packed);
+      const Index panel = dense_panel(problem_.features);
+      for (Index k = 0; k < problem_.features; k += panel)
+        for (Index b = 0; b < queries_; b += kTileQueries)
+          measure(b, j, k, smaller(panel, problem_.features - k), packed + k * tile);
+    }
+    for (Index b = 0; b < queries_; ++b)
+      for (Index j = count; j < padded(); ++j) row(b)[j] = std::numeric_limits<float>::infinity();
+  }
+
+  // Splits the references that may count for query b into a list and the rest of its row, in which
+  // the listed ones are infinitely far. Returns whether the rest has any that count. Everything
+  // goes into the list if not `in_float`. `known` is relative to an upper bound of the nearest.
+  bool split(Index b, const QueryState& known, bool in_float, List& list) const {
+    const Least found = least(b);
+    list.length = 0;
+    list.nearest = kSkipped;
+    if (!found.finite) return take(b, kInfinity, kInfinity, list);
+    const bool nearer = found.value < known.nearest;
+    const double base = nearer ? found.value : known.nearest, r = radius(b);
+    const double fall = nearer ? law_.cutoff : visible_fall(law_, known);
+    const Precision<float, R> precision(law_, query(b), problem_.features, base, r);
+    const double near = precision.reach(kNear);
+    const double far = precision.reach(fall > kNear ? fall : kNear);
+    if (found.value > far) return false;
+    if (!in_float || !FloatWeights(law_, base, r, fall).fits()) return take(b, far, near, list);
+    const Index close = number_within(b, near);
+    if (close > kFewCandidates && found.value > kUnderflow && !precision.insufficient()) {
+      list.nearest = found.value;
+      return true;
+    }
+    if (number_within(b, far) <= close + kFewReferences) return take(b, far, near, list);
+    take(b, near, near, list);
+    return true;
+  }
+
+  float* row(Index b) const { return rows_ + b * kFloatStride; }
+  // Packed features of the references from the j-th on, the first of a tile.
+  const float* packed(Index j) const { return packed_ + j * packed_features(problem_.features); }
+  Index count() const { return count_; }
+  Index padded() const { return round_up(count_, Simd<float>::tile); }
+  double radius(Index b) const { return problem_.radius[first_query_ + b]; }
+  const float* query(Index b) const {
+    return static_cast<const float*>(problem_.x) + (first_query_ + b) * problem_.x_stride;
+  }
+  const R* reference(Index j) const {
+    return static_cast<const R*>(problem_.y) + (first_reference_ + j) * problem_.y_stride;
+  }
+
+ private:
+  struct Least {
+    double value;
+    bool finite;  // whether all values are finite
+  };
+
+  Least least(Index b) const {
+    const float *low = lows_ + b * kFloats, *odd = odds_ + b * kFloats;
+    Least found = {kLargestFloat, true};
+    for (Index lane = 0; lane < kFloats; ++lane) {
+      if (low[lane] < found.value) found.value = low[lane];
+      if (odd[lane] != 0) found.finite = false;
+    }
+    return found;
+  }
+
+  // packed[feature][reference]. The last reference fills the tile, so that no lane has a distance
+  // of its own.
+  void pack(Index j, Index filled, float* packed) const {
+    constexpr Index tile = Simd<float>::tile;
+    const auto y = [&](Index i) { return reference(i); };
+    DenseTiles<float>::pack(y, j, filled, 0, problem_.features, packed);
+    if (filled == tile) return;
+    for (Index k = 0; k < problem_.features; ++k)
+      for (Index i = filled; i < tile; ++i) packed[k * tile + i] = packed[k * tile + filled - 1];
+  }
+
+  // Adds n features from k on to the distances of a tile of queries and references.
+  void measure(Index b, Index j, Index k, Index n, const float* packed) const {
+    const Index count = smaller(kTileQueries, queries_ - b);
+    const float* x[kTileQueries];
+    float* out[kTileQueries];
+    for (Index q = 0; q < count; ++q) {
+      x[q] = query(b + q) + k;
+      out[q] = row(b + q) + j;
+    }
+    if (k + n < problem_.features)
+      sum_panel<Distance, kTileQueries>(count, x, x, packed, n, k == 0, out, [](int, auto&) {});
+    else
+      sum_panel<Distance, kTileQueries>(
+          count, x, x, packed, n, k == 0, out,
+          [&](int q, const Floats(&squared)[kTileVectors]) { note(b + q, squared); });
+  }
+
+  // Keeps the smallest distance of row b in each lane, and whether all are finite.
+  void note(Index b, const Floats (&squared)[kTileVectors]) const {
+    Floats lowest = squared[0], zero = {};
+    for (int v = 0; v < kTileVectors; ++v) {
+      lowest = squared[v] < lowest ? squared[v] : lowest;
+      zero += squared[v] * 0.0f;  // NaN if the distance is not finite
+    }
+    Floats& low = vector_at(lows_ + b * kFloats);
+    low = lowest < low ? lowest : low;
+    vector_at(odds_ + b * kFloats) += zero;
+  }
+
+  Index number_within(Index b, double limit) const {
+    const float *squared = row(b), most = float_limit(limit);
+    Ints number = {};
+    for (Index j = 0; j < padded(); j += kFloats) number -= vector_at(squared + j) <= most;
+    Index total = 0;
+    for (Index lane = 0; lane < kFloats; ++lane) total += number[lane];
+    return total;
+  }
+
+  // Moves the references within `far` to the list; those within `near` get their exact distances.
+  // Returns false.
+  bool take(Index b, double far, double near, List& list) const {
+    float* squared = row(b);
+    const float most = float_limit(far);
+    for (Index j = 0; j < padded(); j += kFloats)
+      if (std::isinf(far) || any(vector_at(squared + j) <= most))
+        for (Index i = j; i < smaller(j + kFloats, count_); ++i)
+          if (std::isinf(far) || squared[i] <= most) {
+            list.squared[list.length] = static_cast<double>(squared[i]);
+            list.index[list.length++] = static_cast<std::int32_t>(i);
+            squared[i] = std::numeric_limits<float>::infinity();
+          }
+    for (Index i = 0; i < list.length; ++i) {
+      if (std::isinf(near) || list.squared[i] <= near)
+        list.squared[i] = exact_distance(query(b), reference(list.index[i]), problem_.features);
+      if (!(list.squared[i] <= kSkipped)) {
+        list.nearest = std::numeric_limits<double>::quiet_NaN();
+        return false;
+      }
+      if (list.squared[i] < list.nearest) list.nearest = list.squared[i];
+    }
+    for (Index i = list.length; i < padded_count(list.length); ++i) list.squared[i] = kSkipped;
+    return false;
+  }
+
+  const Problem& problem_;
+  const WeightLaw& law_;
+  const Index first_query_, queries_;
+  float *const packed_, *const rows_, *const lows_, *const odds_;
+  Index first_reference_ = 0, count_ = 0;
+};
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm

@@ -1,0 +1,91 @@
+// Weights of rows of float32 distances, computed in float32.
+#pragma once
+#include "cpu/weights.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
+
+// A limit for finite float32 distances.
+inline float float_limit(double limit) {
+  return limit < kLargestFloat ? static_cast<float>(limit) : kLargestFloat;
+}
+
+// Adds the lanes in float64.
+inline void add_lanes(const Floats& values, Doubles& total) {
+  Doubles wide[2];
+  widen(values, wide);
+  total += wide[0] + wide[1];
+}
+
+// The weight law of one row in float32, relative to its nearest reference at squared distance d².
+// With excess e_j = d_j² − d², the share is u_j = e_j/(d² + r²), or e_j/(2 σ²) if D = ∞. The weight
+// is (1 + u_j)^−(N + D)/2, or e^−u_j. d² is held as the sum of two float32, so the small difference
+// e_j is rounded only to its own 6e-8. u_j and log(1 + u_j) times the exponent have no larger
+// errors. At a score of −f the weight e^−f has an error of about 4e-7 f relative to itself, so at
+// most 2e-7 relative to the largest weight.
+class FloatWeights {
+ public:
+  FloatWeights(const WeightLaw& law, double nearest, double radius, double fall)
+      : gaussian_(law.gaussian) {
+    const double visible = law.excess_at(fall, nearest, radius);
+    const double inverse = gaussian_ ? 1 / radius / radius / 2 : 1 / (nearest + radius * radius);
+    const double exponent = gaussian_ ? 1 : law.exponent;
+    // Shares that make a difference to a weight do not underflow, visible ones do not overflow.
+    slope_ = inverse * exponent;
+    fits_ = inverse > 1e-37 && slope_ < 1e30 && exponent < 1e30 && visible * inverse < 1e30;
+    high_ = static_cast<float>(nearest);
+    low_ = static_cast<float>(nearest - static_cast<double>(high_));
+    inverse_ = static_cast<float>(inverse);
+    visible_ = float_limit(visible);
+    exponent_ = static_cast<float>(exponent);
+  }
+
+  // Whether float32 holds the shares.
+  bool fits() const { return fits_; }
+
+  // Calls use(j, u, w) for the vectors of a row in which any weight counts, and skip(j) for
+  // the others. Where a weight does not count, u and w are 0.
+  template <class Use, class Skip>
+  void weigh(const float* squared, Index padded, const Use& use, const Skip& skip) const {
+    if (gaussian_)
+      return each(squared, padded, use, skip,
+                  [](const Floats& u) { return exponential2(u * -kLog2e); });
+    const float exponent = exponent_;
+    each(squared, padded, use, skip,
+         [exponent](const Floats& u) { return exponential2(-exponent * log2_one_plus(u)); });
+  }
+
+  bool gaussian() const { return gaussian_; }
+
+  // By how much the score falls with the excess, at the nearest reference.
+  double slope() const { return slope_; }
+
+ private:
+  template <class Use, class Skip, class Weight>
+  void each(const float* squared, Index padded, const Use& use, const Skip& skip,
+            const Weight& weight) const {
+    for (Index j = 0; j < padded; j += kFloats) {
+      // Rounding may make the nearest a little nearer than in the forward pass.
+      const Floats difference = vector_at(squared + j) - high_ - low_;
+      const Floats excess = difference > 0.0f ? difference : Floats{};
+      const Ints seen = excess <= visible_;
+      if (!any(seen)) {
+        skip(j);
+        continue;
+      }
+      const Floats u = seen ? excess * inverse_ : Floats{};
+      use(j, u, seen ? weight(u) : Floats{});
+    }
+  }
+
+  bool gaussian_, fits_;
+  double slope_;
+  float high_, low_, inverse_, visible_, exponent_;
+};
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm

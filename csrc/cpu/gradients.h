@@ -1,0 +1,157 @@
+// What the gradients of a query are made of.
+//
+// With upstream gradients G = ∂L/∂mean and g = ∂L/∂logsumexp:
+//     t_j = G·(y_j − mean) + g,   c_j = −(N + D) p_j t_j / s_j   (D = ∞: −p_j t_j / σ²)
+//     ∂L/∂x = Σ_j c_j (x − y_j),  ∂L/∂r = r Σ_j c_j              (D = ∞: Σ_j p_j t_j d_j² / σ³)
+//     ∂L/∂y_j = Σ_b [p_bj G_b − c_bj (x_b − y_j)]
+// Σ p_j t_j = g, so the t_j nearly cancel in Σ c_j. The following form avoids the cancellation. Let
+// s and d² be those of the nearest reference, e_j = d_j² − d² and moment = Σ p_j t_j e_j / s_j (D =
+// ∞: Σ p_j t_j e_j / σ²):
+//     C = Σ c_j = −(N + D)(g − moment)/s                         (D = ∞: −g/σ²)
+//     ∂L/∂x = C (x − mean) − Σ_j c_j (y_j − mean)
+//     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
+// p_j is computed relative to the nearest reference of the forward pass. From logsumexp it would be
+// too inexact: for small σ, logsumexp is as large as d²/σ². In rows where the rounding of the mean
+// would be visible, t_j does not use the rounded mean (cpu/steep_rows.h).
+#pragma once
+#include "cpu/steep_rows.h"
+
+namespace pfgm {
+namespace PFGM_ISA {
+namespace {
+
+// Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ so
+// small that scores overflow.
+bool at_limit(const WeightLaw& law, double nearest, double radius) {
+  if (law.gaussian) return radius == 0 || std::isinf(nearest / radius / radius);
+  return nearest + radius * radius == 0;
+}
+
+// Computes p_j from squared distances and counts those that are not zero. T is the type whose
+// digits they need.
+template <class T>
+void probabilities(const WeightLaw& law, QueryState& state, double radius, const double* squared,
+                   double* p, Index count) {
+  state.live = 0;
+  if (at_limit(law, state.nearest, radius)) {
+    std::memset(p, 0, padded_count(count) * sizeof(double));
+    return;
+  }
+  const double fall = law.cutoff - std::log(state.total), inverse = 1 / state.total;
+  weigh_for<T>(law, state.nearest, radius, fall, squared, p, count);
+  for (Index j = 0; j < count; ++j) {
+    p[j] *= inverse;
+    state.live += p[j] != 0;
+  }
+}
+
+// Replaces t_j by c_j, after adding g to t_j. Returns the chunk's part of the moment. `bound`
+// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded.
+double coefficients(const WeightLaw& law, const QueryState& state, double radius, double g,
+                    const double* squared, const double* p, double* t, Index count, double* bound) {
+  *bound = 1e-300;
+  if (state.live == 0) return 0;
+  Doubles moment = {}, size = {};
+  for (Index j = 0; j < padded_count(count); j += kDoubles) {
+    const Doubles probability = vector_at(p + j), s = vector_at(squared + j);
+    // t is undefined where p = 0.
+    const Doubles weighted = probability == 0.0 ? Doubles{} : probability * (vector_at(t + j) + g);
+    const Doubles excess = s - state.nearest;
+    Doubles c;
+    if (law.gaussian) {
+      c = -weighted / radius / radius;
+      moment -= c * excess;
+    } else {
+      const Doubles share = weighted / (s + radius * radius);
+      c = -2.0 * law.exponent * share;
+      moment += share * excess;
+    }
+    vector_at(t + j) = c;
+    size += c > 0.0 ? c : -c;
+  }
+  *bound += sum_of(size);
+  return sum_of(moment);
+}
+
+// What the gradients of a query need besides the sums over references: C and ∂L/∂radius.
+struct Totals {
+  double c, grad_radius;
+};
+
+Totals totals(const WeightLaw& law, const QueryState& state, double moment, double g,
+              double radius) {
+  if (at_limit(law, state.nearest, radius)) return {0, 0};
+  if (law.gaussian)
+    return {-g / radius / radius, (g * (state.nearest / radius / radius) + moment) / radius};
+  const double c = -2 * law.exponent * (g - moment) / (state.nearest + radius * radius);
+  return {c, radius * c};
+}
+
+Status check_singular(const Problem& problem, const WeightLaw& law, const Backward& io) {
+  for (Index b = 0; b < problem.queries; ++b)
+    if (io.grad_logsumexp[b] != 0 && at_limit(law, io.nearest[b], problem.radius[b]))
+      return {Failure::singular, b};
+  return {};
+}
+
+// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. The cutoff of p_j is this much
+// lower, in nats.
+constexpr double kGradientCutoff = 8;
+
+template <class T>
+bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
+  const double radius = problem.radius[query], nearest = io.nearest[query];
+  const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
+  return !at_limit(law, nearest, radius) &&
+         is_steep(law, nearest, io.total[query], radius, mean, problem.features);
+}
+
+// Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of
+// a block. `first` is the first query of the block.
+template <class T, class R>
+Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
+                 const Index* steep, Index count, double* pulls) {
+  const Index features = problem.features, block = smaller(count, kSteepBlock);
+  Buffer<T> x(block * features);
+  Buffer<double> radius(block), p(block * kStride);
+  Buffer<QueryState> states(block);
+  Problem some = problem;
+  some.queries = block;
+  some.x = x.data();
+  some.x_stride = features;
+  some.radius = radius.data();
+  Distances<T, R> distances(some, law, block);
+  typename Distances<T, R>::Lists lists(block);
+  if (!x || !radius || !p || !states || !distances || !lists) return {Failure::memory, 0};
+  const Index chunk = chunk_size<R>(problem);
+
+  for (Index at = 0; at < count; at += block, steep += block) {
+    const Index n = smaller(block, count - at);
+    for (Index i = 0; i < n; ++i) {
+      const Index query = first + steep[i];
+      std::memcpy(x.at(i * features), static_cast<const T*>(problem.x) + query * problem.x_stride,
+                  features * sizeof(T));
+      radius[i] = problem.radius[query];
+      states[i] = state_of(io, query);
+    }
+    distances.set_queries(0, n);
+    for (Index begin = 0; begin < problem.references; begin += chunk) {
+      distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
+      parallel(n, problem.threads, [&](Index i, int) {
+        // The main pass reports a row that is not finite.
+        if (std::isnan(distances.refine(i, states[i]))) return;
+        const Index from = (first + steep[i]) * features;
+        probabilities<double>(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
+                              distances.count());
+        project_row(distances, static_cast<const T*>(io.grad_mean) + from,
+                    static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
+                    static_cast<double*>(nullptr), pulls + 2 * steep[i]);
+      });
+    }
+  }
+  return {};
+}
+
+}  // namespace
+}  // namespace PFGM_ISA
+}  // namespace pfgm
