@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from benchmarks.common.folders import DOCS, RESULTS
+from benchmarks.common.posterior_paths import ONE_THREAD
 from benchmarks.common.tables import Section, format_seconds, print_or_write, table, with_headings
 
 SECTION = Section(DOCS / "benchmarks.md", "benchmarks")
@@ -19,7 +20,7 @@ PEERS = {
     "published formula": "published formula",
     "KeOps": "KeOps",
     "native, uint8": "native, uint8",
-    "native, 1 thread": "native, 1 thread",
+    "native, in a set": "native, in a set",
 }
 """Path → its column in the main table."""
 Row = dict[str, Any]
@@ -68,6 +69,19 @@ def forward_table() -> str:
         )
     header = ["", "B × M × N", "native", *PEERS.values(), "rate / sgemm", "worst error"]
     return table(header, rows)
+
+
+def one_thread_table() -> str:
+    """The same on one thread: the library's time, and how many times as long its peers take."""
+    rows = []
+    for subject, paths in rows_of("posterior_mean").items():
+        native = paths.get("native" + ONE_THREAD)
+        if native is None:
+            continue
+        peers = (native["times as long"][peer + ONE_THREAD] for peer in list(PEERS)[:2])
+        time = format_seconds(native["median seconds"])
+        rows.append([subject, time, *(f"{ratio:.3g} ×" for ratio in peers)])
+    return table(["one thread", "native", *list(PEERS.values())[:2]], rows)
 
 
 def step_table() -> str:
@@ -145,7 +159,7 @@ def circumstances(module: str) -> str:
 
 
 def main_report() -> str:
-    return f"{forward_table()}\n\n{circumstances('posterior_mean')}"
+    return f"{forward_table()}\n\n{one_thread_table()}\n\n{circumstances('posterior_mean')}"
 
 
 def report() -> str:

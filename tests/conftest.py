@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import os
@@ -173,6 +174,28 @@ def _tensor(values):
     return torch.from_numpy(np.asarray(values, dtype=np.float64))
 
 
+def _remembering(evaluate):
+    """The same function. It keeps its last results, because tests repeat calls for each backend and
+    instruction set."""
+    results = {}
+
+    def content(value):
+        if not isinstance(value, torch.Tensor):
+            return value if np.isscalar(value) else np.asarray(value).tobytes()
+        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        return value.dtype, value.shape, hashlib.sha256(flat.numpy()).digest()
+
+    def remembered(*arguments):
+        key = tuple(map(content, arguments))
+        if key not in results:
+            if len(results) == 256:
+                results.pop(next(iter(results)))
+            results[key] = evaluate(*arguments)
+        return results[key]
+
+    return remembered
+
+
 @pytest.fixture(scope="session")
 def oracle():
     """oracle(x, references, radius, D) → flat mean (B, N) and lse (B,), by the plain formulas.
@@ -186,7 +209,7 @@ def oracle():
         rows = [_posterior(point, y, r, D) for point, r in zip(x, radius, strict=True)]
         return _tensor([p @ y for _, p, _ in rows]), _tensor([lse for _, _, lse in rows])
 
-    return evaluate
+    return _remembering(evaluate)
 
 
 @pytest.fixture(scope="session")
@@ -211,4 +234,4 @@ def oracle_gradients():
             grad_y += np.outer(p, G[b]) - c[:, None] * (x[b] - y)
         return _tensor(grad_x), _tensor(grad_y), _tensor(grad_r)
 
-    return evaluate
+    return _remembering(evaluate)

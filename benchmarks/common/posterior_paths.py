@@ -45,9 +45,8 @@ def native(case: Case) -> Forward:
     return library(case, "native")
 
 
-def native_one_thread(case: Case) -> Forward:
-    """The library on one thread of the CPU."""
-    call = native(case)
+def on_one_thread(call: Forward) -> Forward:
+    """The call with one thread."""
 
     def run() -> Result:
         threads = torch.get_num_threads()
@@ -57,6 +56,18 @@ def native_one_thread(case: Case) -> Forward:
         finally:
             torch.set_num_threads(threads)
 
+    return run
+
+
+def native_set(case: Case) -> Forward:
+    """The library on the CPU over a set in memory that has made its sketch."""
+    held = pfgm.ReferenceSet(case.references)
+
+    def run() -> Result:
+        return pfgm.posterior_mean(case.x, held, r=case.z, return_logsumexp=True)
+
+    for _ in range(2):
+        run()
     return run
 
 
@@ -149,10 +160,12 @@ def with_backward(path: Path, direction: Callable[[Case], Tensor] = random_direc
     return prepare
 
 
+ONE_THREAD = ", 1 thread"
+"""Ends the name of a path that runs on one thread."""
 PATHS: dict[str, Path] = {
     "native": native,
-    "native, 1 thread": native_one_thread,
     "native, uint8": native_bytes,
+    "native, in a set": native_set,
     "torch path": torch_path,
     "torch path, compiled": compiled,
     "published formula": published,

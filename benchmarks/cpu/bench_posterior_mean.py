@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-import pfgm
 from benchmarks.common.posterior_paths import (
+    ONE_THREAD,
     PATHS,
-    Forward,
     Path,
-    Result,
     errors,
     exact_gradient,
     exact_result,
     from_bytes,
     native,
+    native_set,
+    on_one_thread,
     relative_error,
     to_bytes,
     with_backward,
@@ -37,6 +37,7 @@ from benchmarks.common.subjects import (
     fashion_near_data,
     fashion_shape,
     patches,
+    plane,
 )
 from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
 
@@ -55,53 +56,61 @@ class Subject(NamedTuple):
 
 
 PEERS = ("torch path", "torch path, compiled")
+EACH = ("native", *PEERS, *(path + ONE_THREAD for path in ("native", *PEERS)))
 SUBJECTS = {
     "forward, CIFAR-10 shape": Subject(
         cifar_shape,
         lambda: cifar_shape(8, 64),
-        ("native", "native, 1 thread", "native, uint8", *PEERS),
+        (*EACH, "native, uint8", "native, in a set"),
         21,
     ),
     "forward, CIFAR-10 shape, B = 32": Subject(
         lambda: cifar_shape(32),
         lambda: cifar_shape(2, 64),
-        ("native", *PEERS, "published formula", "KeOps"),
-        5,
+        (*EACH, "published formula", "KeOps"),
+        11,
     ),
     "forward, Fashion-MNIST": Subject(
         fashion_shape,
         lambda: fashion_shape(8, 256),
-        ("native", "native, 1 thread", "native, uint8", *PEERS),
+        (*EACH, "native, uint8", "native, in a set"),
         7,
     ),
     "forward, digits": Subject(
         digits_shape,
         lambda: digits_shape(8, 64),
-        ("native", "native, 1 thread", *PEERS, "KeOps"),
+        (*EACH, "KeOps"),
         101,
     ),
     "forward, CIFAR-10 shape, B = 4096": Subject(
         lambda: cifar_shape(4096), lambda: cifar_shape(16, 64), ("native", *PEERS), 3
     ),
     "forward and backward in x, CIFAR-10 shape": Subject(
-        cifar_shape, lambda: cifar_shape(8, 64), ("native", *PEERS), 15, backward=True
+        cifar_shape, lambda: cifar_shape(8, 64), EACH, 15, backward=True
     ),
     "forward and backward in x, digits": Subject(
-        digits_shape, lambda: digits_shape(8, 64), ("native", *PEERS), 101, backward=True
+        digits_shape, lambda: digits_shape(8, 64), EACH, 101, backward=True
     ),
+    "forward, points in the plane": Subject(plane, lambda: plane(8, 64), EACH, 51),
 }
 ROWS = [
     pytest.param(subject, path, id=f"{subject}: {path}")
     for subject, (*_, paths, _, _) in SUBJECTS.items()
     for path in paths
-    if path in PATHS
+    if path.removesuffix(ONE_THREAD) in PATHS
 ]
 
 
 def prepare(subject: Subject, case: Case) -> dict[str, Callable[[], Any]]:
     """The call of each path that is installed."""
-    wrap = with_backward if subject.backward else lambda path: path
-    return {name: wrap(PATHS[name])(case) for name in subject.paths if name in PATHS}
+    calls = {}
+    for name in subject.paths:
+        path = PATHS.get(name.removesuffix(ONE_THREAD))
+        if path is None:
+            continue
+        call = (with_backward(path) if subject.backward else path)(case)
+        calls[name] = on_one_thread(call) if name.endswith(ONE_THREAD) else call
+    return calls
 
 
 def errors_of(
@@ -189,23 +198,11 @@ def bench_number_of_references(M: int, benchmark: Any) -> None:
     add_row(benchmark, "number of references", f"M = {M}", measured, **nanoseconds)
 
 
-def over_used_set(case: Case) -> Forward:
-    """The library over a set in memory that has made its sketch."""
-    held = pfgm.ReferenceSet(case.references)
-
-    def run() -> Result:
-        return pfgm.posterior_mean(case.x, held, r=case.z, return_logsumexp=True)
-
-    for _ in range(2):
-        run()
-    return run
-
-
 SETS: dict[str, Path] = {
     "tensor, forward": native,
-    "used set, forward": over_used_set,
+    "used set, forward": native_set,
     "tensor, forward and backward": with_backward(native),
-    "used set, forward and backward": with_backward(over_used_set),
+    "used set, forward and backward": with_backward(native_set),
 }
 
 

@@ -65,13 +65,15 @@ inline Index byte_tile_bytes(Index features) {
 template <class R>
 class ByteScreen {
  public:
-  ByteScreen(const Problem& problem, Index max_queries, Index max_references)
+  // `sketch` is that of all references, or null.
+  ByteScreen(const Problem& problem, const void* sketch, Index max_queries, Index max_references)
       : problem_(problem),
+        sketch_(static_cast<const char*>(sketch)),
         words_(words_of(problem.features)),
         tile_bytes_(byte_tile_bytes(problem.features)),
         queries_(max_queries * words_),
         query_terms_(max_queries),
-        tiles_(problem.sketch ? 0 : divide_up(max_references, kByteTile) * tile_bytes_),
+        tiles_(sketch ? 0 : divide_up(max_references, kByteTile) * tile_bytes_),
         rows_(problem.threads * kLanes * words_) {}
 
   explicit operator bool() const { return queries_ && query_terms_ && tiles_ && rows_; }
@@ -100,8 +102,8 @@ class ByteScreen {
   template <class References, class Out>
   void bound(Index first, Index count, const References& y, const Out& out) {
     current_ = tiles_.data();
-    if (problem_.sketch)
-      current_ = static_cast<const char*>(problem_.sketch) + first / kByteTile * tile_bytes_;
+    if (sketch_)
+      current_ = sketch_ + first / kByteTile * tile_bytes_;
     else
       sketch(count, y, tiles_.data());
     const Index tiles = divide_up(count, kByteTile),
@@ -421,6 +423,7 @@ class ByteScreen {
   }
 
   const Problem& problem_;
+  const char* const sketch_;
   const Index words_, tile_bytes_;
   Buffer<std::int32_t> queries_;
   Buffer<QueryTerms> query_terms_;
@@ -430,10 +433,63 @@ class ByteScreen {
   Index queries_count_ = 0;
 };
 
+// References of bytes with points in float32. Their sketch in bytes would double their memory, so
+// it holds lines, which are a third. It serves few queries; for many, bytes rule out more
+// references.
+class ScreenOfBytes {
+  using R = std::uint8_t;
+
+ public:
+  ScreenOfBytes(const Problem& problem, Index max_queries, Index max_references)
+      : by_lines_(problem.sketch && max_queries < kScreenedQueries),
+        lines_(problem, by_lines_ ? max_queries : 0, by_lines_ ? max_references : 0),
+        bytes_(problem, nullptr, by_lines_ ? 0 : max_queries, by_lines_ ? 0 : max_references) {}
+
+  explicit operator bool() const { return lines_ && bytes_; }
+
+  static Index sketch_bytes(Index references, Index features) {
+    return LineScreen<float, R>::sketch_bytes(references, features);
+  }
+  static bool is_sketch_of(const Problem& problem) {
+    return LineScreen<float, R>::is_sketch_of(problem);
+  }
+  template <class References>
+  void sketch(const References& y, void* out) const {
+    lines_.sketch(y, out);
+  }
+
+  template <class Queries>
+  void set_queries(Index count, const Queries& x) {
+    by_lines_ ? lines_.set_queries(count, x) : bytes_.set_queries(count, x);
+  }
+  template <class References, class Out>
+  void bound(Index first, Index count, const References& y, const Out& out) {
+    by_lines_ ? lines_.bound(first, count, y, out) : bytes_.bound(first, count, y, out);
+  }
+  Index choose(Index b, double far, double skip, double* bounds, Index count) const {
+    return by_lines_ ? lines_.choose(b, far, skip, bounds, count)
+                     : bytes_.choose(b, far, skip, bounds, count);
+  }
+
+ private:
+  const bool by_lines_;
+  LineScreen<float, R> lines_;
+  ByteScreen<R> bytes_;
+};
+
+// References of other types with points in float32.
+template <class R>
+class ScreenOfFloats : public ByteScreen<R> {
+ public:
+  ScreenOfFloats(const Problem& problem, Index max_queries, Index max_references)
+      : ByteScreen<R>(problem, problem.sketch, max_queries, max_references) {}
+};
+
 // The screen for points in T and references in R.
 template <class T, class R>
-using Screen =
-    std::conditional_t<kByteScreens && std::is_same_v<T, float>, ByteScreen<R>, LineScreen<T, R>>;
+using Screen = std::conditional_t<
+    !kByteScreens || !std::is_same_v<T, float>, LineScreen<T, R>,
+    std::conditional_t<std::is_same_v<R, std::uint8_t>, ScreenOfBytes, ScreenOfFloats<R>>>;
 
 }  // namespace
 }  // namespace PFGM_ISA

@@ -16,7 +16,6 @@ namespace PFGM_ISA {
 namespace {
 
 constexpr Index kListedFeatures = 512;  // with fewer features all pairs are computed
-constexpr Index kScreenedQueries = 48;  // with fewer queries sketches cost more than they save
 // Bytes of references in a chunk: the chunk stays in cache for all passes.
 constexpr Index kMaxChunkBytes = 16 << 20;
 // Up to this many references near the nearest always have their distances recomputed.

@@ -22,9 +22,10 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-constexpr Index kTaskReferences = 16;  // references in a task
-constexpr Index kDenseQueries = 32;    // with fewer queries packing tiles costs more than it saves
-constexpr Index kLine = 32;            // features in a line; the last line may be shorter
+constexpr Index kScreenedQueries = 48;  // with fewer queries sketches cost more than they save
+constexpr Index kTaskReferences = 16;   // references in a task
+constexpr Index kDenseQueries = 32;     // with fewer queries packing tiles costs more than it saves
+constexpr Index kLine = 32;             // features in a line; the last line may be shorter
 constexpr double kLineRoot = 5.656854249492381;  // √kLine
 
 inline Index sketch_lines(Index features) { return divide_up(features, kLine); }

@@ -173,8 +173,8 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What the CPU kernels keep of references for x of a dtype: a lower bound of each distance.
 
     With it they need not read references that are too far away. It holds bytes where the processor
-    multiplies bytes fast (csrc/cpu/byte_screen.h), else the mean and deviation of each 32 features
-    (csrc/cpu/line_screen.h).
+    multiplies bytes fast and the references are not bytes themselves (csrc/cpu/byte_screen.h), else
+    the mean and deviation of each 32 features (csrc/cpu/line_screen.h).
     """
     size = 0 if _on_cuda(references.device) else _sketch_size(references, dtype)
     if size == 0:

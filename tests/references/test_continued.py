@@ -86,6 +86,19 @@ def test_a_set_gives_the_bits_of_a_tensor(chunks_of, tmp_path, kind, N, sigma, B
         assert torch.equal(mean, pfgm.posterior_mean(x, rows, sigma=sigma, D=D))
 
 
+@pytest.mark.parametrize("sigma", [0.02, 0.3, 3.0])
+@pytest.mark.parametrize("N", [64, 200, 510])
+def test_chunks_of_the_kernels_for_few_features(chunks_of, tmp_path, N, sigma):
+    """They are not those of the kernels for many features, so a set's chunks hold several."""
+    step = native_parts.chunk_rows(N, torch.float32)
+    rows = rows_of(torch.float32, 2 * step + 77, N)
+    chunks_of(rows, step)
+    x = points_near(rows, 9, sigma)
+    expected = results(x, rows, sigma, 1.0)
+    for references in (ReferenceSet(rows), in_file(rows, tmp_path)):
+        assert same_bits(results(x, references, sigma, 1.0), expected)
+
+
 @pytest.mark.parametrize("count", [1, 2047, 2048, 2049, 4096])
 def test_sizes_beside_those_of_chunks(chunks_of, tmp_path, count):
     rows = rows_of(torch.float32, count, 6)
@@ -99,13 +112,13 @@ def test_sizes_beside_those_of_chunks(chunks_of, tmp_path, count):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("D", [1.0, math.inf])
-@pytest.mark.parametrize("N", [6, 600])
-def test_equally_near_references_in_several_chunks(chunks_of, tmp_path, N, D, dtype):
+@pytest.mark.parametrize(("N", "B"), [(6, 3), (6, 20), (600, 3)])
+def test_equally_near_references_in_several_chunks(chunks_of, tmp_path, N, B, D, dtype):
     """Steep rows, whose gradients need the average over all chunks first."""
     rows = rows_of(torch.float32, 4100, N) * 10
     rows[::1000] = rows[0] + 1e-3 * rows_of(torch.float32, 5, N, seed=3)
     chunks_of(rows, 2048)
-    x = rows[::1000].mean(0, keepdim=True).to(dtype).repeat(3, 1, 1)
+    x = rows[::1000].mean(0, keepdim=True).to(dtype).repeat(B, 1, 1)
     file = in_file(rows, tmp_path)
     for sigma in (1e-4, 1e-3):
         expected = results(x, rows, sigma, D)
