@@ -27,7 +27,7 @@ SketchOf = Callable[[int, Tensor, Tensor, str], Tensor | None]
 """The function :meth:`pfgm.references.part.Part.sketch` of references in a set."""
 
 enabled = native.has_extension()
-"""Whether the functions, and :mod:`pfgm.ops.kept_distances`, may answer. Tests turn them off."""
+"""Whether the functions, and :mod:`pfgm.ops.native_gradients`, may answer. Tests turn them off."""
 
 _native: Any = native.extension() if native.has_extension() else None
 _POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}

@@ -101,7 +101,7 @@ def _flat_mean(
         mean, lse = over_set.compute(flat, radius, references.part, D, backend, precision)
         return flat, mean, lse
     problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
-    found = ops.kept_distances.compute(problem, backend)
+    found = ops.native_gradients.compute(problem, backend)
     return flat, *(found or ops.posterior_mean.compute(problem, backend))
 
 

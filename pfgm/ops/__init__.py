@@ -5,7 +5,7 @@ form.
 """
 
 from . import (
-    kept_distances,
+    native_gradients,
     normalised_field,
     ode_step,
     posterior_mean,
@@ -13,7 +13,7 @@ from . import (
 )
 
 __all__ = [
-    "kept_distances",
+    "native_gradients",
     "normalised_field",
     "ode_step",
     "posterior_mean",

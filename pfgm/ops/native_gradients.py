@@ -1,9 +1,9 @@
-"""The posterior mean on the CPU, whose backward pass reuses the distances of the forward pass.
+"""The posterior mean and its gradients by the CPU kernels, without the dispatcher of torch.
 
-The forward pass keeps the squared distances of the references that count, at most 40 MiB
-(csrc/cpu/kept_distances.h). The operator ``posterior_mean`` has no output for them, so this way is
-taken only where nothing but autograd is at work. Elsewhere the backward pass computes the distances
-again. Results are the same; gradients differ by their rounding.
+This way is open where nothing but autograd is at work, and costs less than the operators. With many
+features the forward pass keeps the squared distances of the references that count, at most 40 MiB
+(csrc/cpu/kept_distances.h), and the backward pass does not compute them again. Results are those of
+the operator; gradients from kept distances differ by their rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import posterior_mean
 
 
 def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor] | None:
-    """Mean (B, N) and log-sum-exp (B,), or None where this way is not open or has no use."""
+    """Mean (B, N) and log-sum-exp (B,); None where this way is closed or no gradient is wanted."""
     tensors = problem[:3]
     if (
         torch.compiler.is_compiling()
@@ -36,58 +36,57 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     backend = backend or requested()
     if len(x) == 0 or choose(backend, x.device, x.dtype, references.dtype) is not native:
         return None
-    kept = native.room_for_distances(problem)
-    if kept is None:
-        return None
-    found = _PosteriorMean.apply(*tensors, problem, kept)  # type: ignore[no-untyped-call]
+    found = _PosteriorMean.apply(*tensors, problem)  # type: ignore[no-untyped-call]
     mean, logsumexp, *_ = found
     return mean, logsumexp
 
 
 class _PosteriorMean(torch.autograd.Function):
-    """(x, references, radius, problem, memory) → mean, log-sum-exp, nearest, total, kept."""
+    """(x, references, radius, problem) → mean, log-sum-exp, nearest, total, kept."""
 
     @staticmethod
     def forward(
-        x: Tensor, references: Tensor, radius: Tensor, problem: PosteriorMean, memory: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, x: Tensor, references: Tensor, radius: Tensor, problem: PosteriorMean
+    ) -> tuple[Tensor | None, ...]:
         problem = problem._replace(x=x, references=references, radius=radius)
-        found = native.posterior_mean(problem, memory)
-        used = int(memory[:8].view(torch.int64))
-        return (*found, memory[:used])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, references, radius, problem, _ = inputs
-        mean, _, nearest, total, kept = output
+        memory = native.room_for_distances(problem)
+        mean, logsumexp, nearest, total = native.posterior_mean(problem, memory)
+        used = 0 if memory is None else int(memory[:8].view(torch.int64))
+        kept = None if memory is None or used == 0 else memory[:used]
         ctx.rest = problem[3:]
         ctx.save_for_backward(x, references, radius, mean, nearest, total, kept)
-        ctx.mark_non_differentiable(nearest, total, kept)
+        ctx.mark_non_differentiable(*(t for t in (nearest, total, kept) if t is not None))
+        return mean, logsumexp, nearest, total, kept
 
     @staticmethod
     def backward(
         ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:3])
+        needs = ctx.needs_input_grad[:3]
         x, references, radius, *state, kept = ctx.saved_tensors
         problem = PosteriorMean(x, references, radius, *ctx.rest)
         given = (problem, State(*state), Upstream(grad_mean, grad_logsumexp), needs)
+        found: tuple[Tensor | None, ...]
         # A transform may be at work here that was not in the forward pass.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, (grad_mean, grad_logsumexp)))
-        if len(kept) == 0 or batched or not transforms.only_autograd():
+        if batched or not transforms.only_autograd():
             found = posterior_mean.call_backward(*given, "native")
+        elif torch.is_grad_enabled():
+            found = _Gradient.apply(  # type: ignore[no-untyped-call]
+                *problem[:3], *state, *given[2], ctx.rest, needs, kept
+            )
         else:
-            found = _Gradient.apply(*problem[:3], *state, *given[2], ctx.rest, needs, kept)
+            found = native.posterior_mean_backward(*given, kept)
         wanted = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        return (*wanted, None, None)
+        return (*wanted, None)
 
 
 class _Gradient(posterior_mean.OnceDifferentiable):
-    """The backward pass with the kept distances."""
+    """The backward pass where it is recorded itself, so that a second derivative is refused."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        *tensors, rest, needs, kept = arguments
+    def forward(*tensors_and_rest: Any) -> tuple[Tensor | None, ...]:
+        *tensors, rest, needs, kept = tensors_and_rest
         problem = PosteriorMean(*tensors[:3], *rest)
         state, upstream = State(*tensors[3:6]), Upstream(*tensors[6:])
-        return native.posterior_mean_backward(problem, state, upstream, tuple(needs), kept)
+        return native.posterior_mean_backward(problem, state, upstream, needs, kept)
