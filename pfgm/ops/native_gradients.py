@@ -8,6 +8,7 @@ the operator; gradients from kept distances differ by their rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from ..common import transforms
 from . import posterior_mean
 
 
-def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor] | None:
-    """Mean (B, N) and log-sum-exp (B,); None where this way is closed or no gradient is wanted."""
+def compute(
+    problem: PosteriorMean, backend: str | None, check: Callable[[], None] | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Mean (B, N) and log-sum-exp (B,); None where this way is closed or no gradient is wanted.
+
+    The backward pass calls ``check`` first, which may raise an error.
+    """
     tensors = problem[:3]
     if (
         torch.compiler.is_compiling()
@@ -36,24 +42,29 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     backend = backend or requested()
     if len(x) == 0 or choose(backend, x.device, x.dtype, references.dtype) is not native:
         return None
-    found = _PosteriorMean.apply(*tensors, problem)  # type: ignore[no-untyped-call]
+    found = _PosteriorMean.apply(*tensors, problem, check)  # type: ignore[no-untyped-call]
     mean, logsumexp, *_ = found
     return mean, logsumexp
 
 
 class _PosteriorMean(torch.autograd.Function):
-    """(x, references, radius, problem) → mean, log-sum-exp, nearest, total, kept."""
+    """(x, references, radius, problem, check) → mean, log-sum-exp, nearest, total, kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, references: Tensor, radius: Tensor, problem: PosteriorMean
+        ctx: Any,
+        x: Tensor,
+        references: Tensor,
+        radius: Tensor,
+        problem: PosteriorMean,
+        check: Callable[[], None] | None,
     ) -> tuple[Tensor | None, ...]:
         problem = problem._replace(x=x, references=references, radius=radius)
         memory = native.room_for_distances(problem)
         mean, logsumexp, nearest, total = native.posterior_mean(problem, memory)
         used = 0 if memory is None else int(memory[:8].view(torch.int64))
         kept = None if memory is None or used == 0 else memory[:used]
-        ctx.rest = problem[3:]
+        ctx.rest, ctx.check = problem[3:], check
         ctx.save_for_backward(x, references, radius, mean, nearest, total, kept)
         ctx.mark_non_differentiable(*(t for t in (nearest, total, kept) if t is not None))
         return mean, logsumexp, nearest, total, kept
@@ -62,6 +73,8 @@ class _PosteriorMean(torch.autograd.Function):
     def backward(
         ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
+        if ctx.check is not None:
+            ctx.check()
         needs = ctx.needs_input_grad[:3]
         x, references, radius, *state, kept = ctx.saved_tensors
         problem = PosteriorMean(x, references, radius, *ctx.rest)
@@ -78,7 +91,7 @@ class _PosteriorMean(torch.autograd.Function):
         else:
             found = native.posterior_mean_backward(*given, kept)
         wanted = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        return (*wanted, None)
+        return (*wanted, None, None)
 
 
 class _Gradient(posterior_mean.OnceDifferentiable):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backends import native_parts
 from ..backends.problems import PosteriorMean, RunningGradient, RunningMean, State
-from ..ops import posterior_mean_parts
+from ..ops import native_gradients, posterior_mean_parts
 from ..ops.posterior_mean import call, call_backward
 from .given import ChunkTotals, Given, Saved
 from .ranks import Ranks
@@ -70,6 +70,16 @@ def results(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
         nearest, total = running.nearest, running.total
         mean, logsumexp = posterior_mean_parts.end(x, radius, given.D, running)
     return mean, logsumexp, nearest, total, *_as_one_chunk(nearest, total)
+
+
+def by_tensor(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, Tensor] | None:
+    """Mean and log-sum-exp with their gradients, as over a tensor; None where that is not open."""
+    rows = given.part.in_one() if given.continues and given.ranks is None else None
+    if rows is None or torch.compiler.is_compiling():
+        return None
+    sketch = given.part.sketch(0, rows, x, "native")
+    problem = given.problem(x, rows.detach().flatten(1), radius, sketch)
+    return native_gradients.compute(problem, "native", given.check_version)
 
 
 def state(x: Tensor, radius: Tensor, given: Given) -> tuple[State, ChunkTotals]:

@@ -41,6 +41,8 @@ def compute(
     continues = native_parts.supports(backend, x, part.source.dtype) and part.device == x.device
     given = Given(part, part.ranks(x), D, backend, precision, part.version(), continues)
     wanted = torch.is_grad_enabled() and (x.requires_grad or radius.requires_grad)
+    if wanted and (found := continued.by_tensor(x, radius, given)) is not None:
+        return found
     # Without autograd the call is a tenth of a millisecond faster.
     derived = wanted or forward_mode() or in_torch_func()
     function = _PosteriorMean.apply if derived else _PosteriorMean.forward
