@@ -27,12 +27,11 @@ def compute(
 
     The backward pass calls ``check`` first, which may raise an error.
     """
-    tensors = problem[:3]
+    if torch.compiler.is_compiling() or not native_direct.enabled or not torch.is_grad_enabled():
+        return None
+    tensors = problem.x, problem.references, problem.radius
     if (
-        torch.compiler.is_compiling()
-        or not native_direct.enabled
-        or not torch.is_grad_enabled()
-        or not any(tensor.requires_grad for tensor in tensors)
+        not any(tensor.requires_grad for tensor in tensors)
         or not all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
         or not transforms.only_autograd()
     ):
