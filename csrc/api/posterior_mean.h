@@ -106,7 +106,7 @@ struct Kernels {
   bool (*any_steep)(const Problem&, const Backward&);
   std::int64_t (*chunk_rows)(std::int64_t features, Type reference_type);
   std::int64_t (*sketch_bytes)(const Problem&);
-  void (*sketch)(const Problem&, void* out);
+  Status (*sketch)(const Problem&, void* out);
   std::int64_t (*kept_bytes)(const Problem&);
 };
 

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -91,24 +92,32 @@ Result run_posterior_mean_pulls(const Problem& problem, const Backward& io) {
 // Address of a tensor and the distance between its rows.
 using StridedRows = std::pair<Address, std::int64_t>;
 
-// A problem of which only the references matter.
-Problem references_only(int type, int reference_type, std::int64_t references,
-                        std::int64_t features, StridedRows y, int threads) {
-  return problem(type, reference_type, 0, references, features, 0, 0, y.first, y.second, 0, 0,
+// A problem of which only sizes, types and references matter.
+Problem outline(int type, int reference_type, std::int64_t queries, std::int64_t references,
+                std::int64_t features, StridedRows y, int threads) {
+  return problem(type, reference_type, queries, references, features, 0, 0, y.first, y.second, 0, 0,
                  threads, 0, 0);
+}
+
+std::int64_t kept_bytes(int type, int reference_type, std::int64_t queries, std::int64_t references,
+                        std::int64_t features) {
+  return cpu_kernels().kept_bytes(
+      outline(type, reference_type, queries, references, features, {0, 0}, 1));
 }
 
 std::int64_t sketch_bytes(int type, int reference_type, std::int64_t references,
                           std::int64_t features) {
   return cpu_kernels().sketch_bytes(
-      references_only(type, reference_type, references, features, {0, 0}, 1));
+      outline(type, reference_type, 0, references, features, {0, 0}, 1));
 }
 
 void run_sketch(int type, int reference_type, std::int64_t references, std::int64_t features,
                 StridedRows y, Address out, int threads) {
   const Kernels& kernels = cpu_kernels();
-  const Problem of = references_only(type, reference_type, references, features, y, threads);
-  run_interruptible(1, of, [&] { kernels.sketch(of, pointer<void>(out)); });
+  const Problem of = outline(type, reference_type, 0, references, features, y, threads);
+  const Status status =
+      run_interruptible(1, of, [&] { return kernels.sketch(of, pointer<void>(out)); });
+  if (status.failure == Failure::memory) throw std::bad_alloc();
 }
 
 OdeStep step(int type, std::int64_t rows, std::int64_t features, StridedRows x, StridedRows slope,
@@ -210,8 +219,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("chunk_rows", [](std::int64_t features, int reference_type) {
     return cpu_kernels().chunk_rows(features, static_cast<Type>(reference_type));
   });
-  module.def("kept_bytes",
-             [](const Problem& problem) { return cpu_kernels().kept_bytes(problem); });
+  module.def("kept_bytes", &kept_bytes, py::kw_only(), py::arg("type"), py::arg("reference_type"),
+             py::arg("queries"), py::arg("references"), py::arg("features"));
   module.def("sketch_bytes", &sketch_bytes, py::kw_only(), py::arg("type"),
              py::arg("reference_type"), py::arg("references"), py::arg("features"));
   module.def("sketch", &run_sketch, py::kw_only(), py::arg("type"), py::arg("reference_type"),

@@ -74,7 +74,8 @@ class ByteScreen {
         queries_(max_queries * words_),
         query_terms_(max_queries),
         tiles_(sketch ? 0 : divide_up(max_references, kByteTile) * tile_bytes_),
-        rows_(problem.threads * kLanes * words_) {}
+        packing_(packing_threads(problem)),
+        rows_(packing_ * kLanes * words_) {}
 
   explicit operator bool() const { return queries_ && query_terms_ && tiles_ && rows_; }
 
@@ -160,6 +161,7 @@ class ByteScreen {
   // which bound every term.
   static constexpr double kByteSumError = 1e-14;
   static constexpr Index kLanes = kFloats;
+  static constexpr Index kMaxRowBytes = 8 << 20;
 
   struct QueryTerms {
     double middle, step;  // b, g
@@ -167,6 +169,12 @@ class ByteScreen {
     double lost;          // at least e_x
     double error;         // this query's part in the error of |x̂ − ŷ|²
   };
+
+  // With very many features fewer threads pack references, which bounds the workspace.
+  static int packing_threads(const Problem& problem) {
+    const Index bytes = kLanes * words_of(problem.features) * 4;
+    return static_cast<int>(larger(1, smaller(problem.threads, kMaxRowBytes / bytes)));
+  }
 
   const ByteTerms& terms_of(Index tile) const {
     return *reinterpret_cast<const ByteTerms*>(current_ + (tile + 1) * tile_bytes_ -
@@ -300,7 +308,7 @@ class ByteScreen {
   // Writes the tiles of the references y(0), …
   template <class References>
   void sketch(Index count, const References& y, char* out) const {
-    parallel(divide_up(count, kLanes), problem_.threads, [&](Index task, int thread) {
+    parallel(divide_up(count, kLanes), packing_, [&](Index task, int thread) {
       const Index j = task * kLanes;
       sketch_references(
           smaller(kLanes, count - j), [&](Index r) { return y(j + r); },
@@ -428,6 +436,7 @@ class ByteScreen {
   Buffer<std::int32_t> queries_;
   Buffer<QueryTerms> query_terms_;
   Buffer<char> tiles_;
+  const int packing_;              // threads that pack references
   Buffer<std::int32_t> rows_;      // of each thread, the words of kLanes references
   const char* current_ = nullptr;  // the tiles of the chunk
   Index queries_count_ = 0;

@@ -509,11 +509,13 @@ std::int64_t sketch_bytes(const Problem& problem) {
   });
 }
 
-void run_sketch(const Problem& problem, void* out) {
-  with_types(problem, [&](auto t, auto r) {
+Status run_sketch(const Problem& problem, void* out) {
+  return with_types(problem, [&](auto t, auto r) {
     using R = decltype(r);
     const auto y = [&](Index j) { return static_cast<const R*>(problem.y) + j * problem.y_stride; };
-    Screen<decltype(t), R>(problem, 0, 0).sketch(y, out);
+    const Screen<decltype(t), R> screen(problem, 0, 0);
+    if (!screen) return Status{Failure::memory, 0};
+    screen.sketch(y, out);
     return Status();
   });
 }

@@ -58,6 +58,27 @@ Implementation sketched(int threads) {
   return result;
 }
 
+// The same with a backward pass that uses what the forward pass before it kept.
+Implementation keeping(int threads) {
+  const Implementation plain = cpu(threads);
+  Implementation result = plain;
+  result.name += ", keeping";
+  const auto memory = std::make_shared<std::vector<std::int64_t>>();
+  result.forward = [plain, memory](const Problem& problem, const Forward& out) {
+    const auto words = static_cast<std::size_t>(cpu_kernels().kept_bytes(problem)) / 8;
+    memory->assign(words, 0);
+    Forward keeps = out;
+    if (words > 0) keeps.kept = {memory->data(), static_cast<std::int64_t>(8 * words)};
+    return plain.forward(problem, keeps);
+  };
+  result.backward = [plain, memory](const Problem& problem, const Backward& io) {
+    Backward with = io;
+    if (!memory->empty() && memory->front() > 0) with.kept = {memory->data(), memory->front()};
+    return plain.backward(problem, with);
+  };
+  return result;
+}
+
 std::vector<Case> cases() {
   // At the edges of tiles (queries 4, 6; references 64, 2048; features 16, 512), at blocks of 64
   // and 384 queries, and above 512 features, where 48 or more queries are screened.
@@ -259,11 +280,14 @@ int main() {
     // set.
     for (std::size_t half = 0; half < 4; half += 2) {
       const auto threads = [&](std::size_t i) { return kThreads[(i + n + half) % 4]; };
-      for (std::size_t i = 0; i < all.size(); ++i)
+      for (std::size_t i = 0; i < all.size(); ++i) {
+        const auto parts = static_cast<unsigned>(i % 8);
         if (half == 0)
           run(cpu(threads(i)), all[i], *inputs[i], 7);
         else
-          run(sketched(threads(i)), all[i], *inputs[i], static_cast<unsigned>(i % 8));
+          run(sketched(threads(i)), all[i], *inputs[i], parts);
+        if (half == 0 && all[i].N >= 512) run(keeping(threads(i)), all[i], *inputs[i], parts);
+      }
       for (std::size_t i = 0; i < all_steps.size(); ++i) run(cpu(threads(i)), all_steps[i]);
     }
     for (const int threads : kThreads) check_fields(threads);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common.tensors import contiguous_features
+from ..common.tensors import contiguous, contiguous_features
 from .problems import OdeStep, PosteriorMean
 
 
@@ -12,7 +12,7 @@ def laid_out(problem: PosteriorMean) -> PosteriorMean:
     """The same problem in the layout of the kernels. Only tensors of another layout are copied."""
     x, references, radius, D, precision, sketch = problem
     x, references = contiguous_features(x), contiguous_features(references)
-    return PosteriorMean(x, references, radius.contiguous(), D, precision, sketch)
+    return PosteriorMean(x, references, contiguous(radius), D, precision, sketch)
 
 
 def laid_out_step(step: OdeStep) -> OdeStep:

@@ -24,7 +24,7 @@ from ..common.checks import (
     non_finite_message,
     radius_message,
 )
-from ..common.tensors import contiguous_features
+from ..common.tensors import contiguous, contiguous_features
 from . import formulas
 from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
@@ -252,7 +252,14 @@ def room_for_distances(problem: PosteriorMean) -> Tensor | None:
 
     None if it keeps none. The first 8 bytes say afterwards how many bytes were used.
     """
-    size: int = extension().kept_bytes(native_problem(laid_out(problem)))
+    x, references = problem.x, problem.references
+    size: int = extension().kept_bytes(
+        type=TYPES[x.dtype],
+        reference_type=TYPES[references.dtype],
+        queries=len(x),
+        references=len(references),
+        features=x.shape[1],
+    )
     return torch.empty(size, dtype=torch.uint8) if size > 0 else None
 
 
@@ -298,8 +305,8 @@ def posterior_mean_backward(
     """As in :class:`~pfgm.backends.Backend`; ``kept`` is the used memory of the forward pass."""
     problem = laid_out(problem)
     x, references, radius = problem[:3]
-    grad_mean, grad_logsumexp = (gradient.contiguous() for gradient in upstream)
-    mean, nearest, total = (value.contiguous() for value in state)
+    grad_mean, grad_logsumexp = map(contiguous, upstream)
+    mean, nearest, total = map(contiguous, state)
     grad_x, grad_references, grad_radius = (
         torch.empty(of.shape, dtype=dtype, device=x.device) if needed else None
         for of, dtype, needed in zip(

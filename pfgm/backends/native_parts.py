@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..common.tensors import contiguous
 from . import choose, native
 from .layout import laid_out
 from .native import address
@@ -159,7 +160,7 @@ def _backward(
     of_radius: Tensor | None,
 ) -> tuple[object, tuple[Tensor, ...]]:
     """Inputs and results as the extension takes them, and tensors to keep alive during the call."""
-    kept = tuple(value.contiguous() for value in (*upstream, *state))
+    kept = tuple(map(contiguous, (*upstream, *state)))
     grad_mean, grad_logsumexp, mean, nearest, total = (value.data_ptr() for value in kept)
     sums, moments, pulls = (None, None, None) if running is None else running[:3]
     io = native.extension().Backward(

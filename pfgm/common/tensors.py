@@ -21,8 +21,17 @@ def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
     return values / 127.5 - 1 if references.dtype == torch.uint8 else values
 
 
+def contiguous(values: Tensor) -> Tensor:
+    """The values, copied if their memory holds them in another order or negated."""
+    return values.resolve_neg().contiguous()
+
+
 def contiguous_features(rows: Tensor) -> Tensor:
-    """Rows (B, N) with contiguous features, copied if they are not. Rows may overlap each other."""
+    """Rows (B, N) with contiguous features, copied if they are not or if their memory is negated.
+
+    Rows may overlap each other.
+    """
+    rows = rows.resolve_neg()
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 

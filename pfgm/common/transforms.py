@@ -62,6 +62,20 @@ def only_autograd() -> bool:
     )
 
 
+def is_plain(value: Tensor) -> bool:
+    """Whether the values of a tensor lie in CPU memory as they are.
+
+    A view may stand for its negated memory, and zeros may have no memory.
+    """
+    return (
+        type(value) is Tensor
+        and value.is_cpu
+        and value.layout is _strided
+        and not value.is_neg()
+        and not value._is_zerotensor()
+    )
+
+
 def is_ordinary(*values: Any) -> bool:
     """Whether nothing but the result of an operation on these values is wanted.
 
@@ -74,13 +88,7 @@ def is_ordinary(*values: Any) -> bool:
     differentiates = torch.is_grad_enabled()
     for value in values:
         if type(value) is Tensor:
-            if (
-                not value.is_cpu
-                or value.layout is not _strided
-                or value.is_neg()
-                or value._is_zerotensor()
-                or (differentiates and value.requires_grad)
-            ):
+            if not is_plain(value) or (differentiates and value.requires_grad):
                 return False
         elif value is not None and type(value) not in _NUMBERS:
             return False

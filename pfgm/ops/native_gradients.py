@@ -32,7 +32,7 @@ def compute(
     tensors = problem.x, problem.references, problem.radius
     if (
         not any(tensor.requires_grad for tensor in tensors)
-        or not all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors)
+        or not all(map(transforms.is_plain, tensors))
         or not transforms.only_autograd()
     ):
         return None
@@ -78,27 +78,17 @@ class _PosteriorMean(torch.autograd.Function):
         x, references, radius, *state, kept = ctx.saved_tensors
         problem = PosteriorMean(x, references, radius, *ctx.rest)
         given = (problem, State(*state), Upstream(grad_mean, grad_logsumexp), needs)
-        found: tuple[Tensor | None, ...]
-        # A transform may be at work here that was not in the forward pass.
+        # What was not at work in the forward pass may be here. The operator refuses a second
+        # derivative.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, (grad_mean, grad_logsumexp)))
-        if batched or not transforms.only_autograd():
+        found: tuple[Tensor | None, ...]
+        if (
+            torch.is_grad_enabled()
+            or batched
+            or not transforms.is_ordinary(grad_mean, grad_logsumexp)
+        ):
             found = posterior_mean.call_backward(*given, "native")
-        elif torch.is_grad_enabled():
-            found = _Gradient.apply(  # type: ignore[no-untyped-call]
-                *problem[:3], *state, *given[2], ctx.rest, needs, kept
-            )
         else:
             found = native.posterior_mean_backward(*given, kept)
         wanted = (g if needed else None for g, needed in zip(found, needs, strict=True))
         return (*wanted, None, None)
-
-
-class _Gradient(posterior_mean.OnceDifferentiable):
-    """The backward pass where it is recorded itself, so that a second derivative is refused."""
-
-    @staticmethod
-    def forward(*tensors_and_rest: Any) -> tuple[Tensor | None, ...]:
-        *tensors, rest, needs, kept = tensors_and_rest
-        problem = PosteriorMean(*tensors[:3], *rest)
-        state, upstream = State(*tensors[3:6]), Upstream(*tensors[6:])
-        return native.posterior_mean_backward(problem, state, upstream, needs, kept)

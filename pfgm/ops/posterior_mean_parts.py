@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import native_parts
 from ..backends.problems import PosteriorMean, RunningMean
 from ..common import transforms
-from .library import library, register
+from .library import check_like, library, register
 from .posterior_mean import check
 
 _RUNNING = "Tensor(a!) sums, Tensor(b!) nearest, Tensor(c!) total, int all_references"
@@ -52,9 +52,11 @@ def _add(
     sketch: Tensor | None = None,
 ) -> None:
     problem = PosteriorMean(x, references, radius, D, precision, sketch)
+    running = RunningMean(sums, nearest, total, all_references)
     check(problem)
+    _check_running(running, x)
     transforms.check_no_tangent("posterior_mean_add", x, references, radius)
-    native_parts.add(problem, RunningMean(sums, nearest, total, all_references))
+    native_parts.add(problem, running)
 
 
 def _end(
@@ -66,9 +68,25 @@ def _end(
     all_references: int,
     D: float,
 ) -> tuple[Tensor, Tensor]:
+    # One reference stands for all. The last call uses none.
+    problem = PosteriorMean(x, x.new_empty(1, *x.shape[1:]), radius, D)
+    running = RunningMean(sums, nearest, total, all_references)
+    check(problem)
+    _check_running(running, x)
     transforms.check_no_tangent("posterior_mean_end", x, radius)
-    problem = PosteriorMean(x, x, radius, D)
-    return native_parts.end(problem, RunningMean(sums, nearest, total, all_references))
+    return native_parts.end(problem, running)
+
+
+def _check_running(running: RunningMean, x: Tensor) -> None:
+    """Raises ValueError unless the kernels can write to the sums of points x (B, N)."""
+    check_like("sums", running.sums, x, x.shape, torch.float64)
+    for name, values in (("nearest", running.nearest), ("total", running.total)):
+        check_like(name, values, x, x.shape[:1], torch.float64)
+    for name, values in zip(running._fields, running[:3], strict=False):
+        if not values.is_contiguous():
+            raise ValueError(f"{name} has strides {values.stride()}; allowed is contiguous memory.")
+    if x.device.type != "cpu":
+        raise ValueError(f"x is on {x.device}; allowed is the CPU.")
 
 
 def _fake_add(x: Tensor, references: Tensor, radius: Tensor, *_: object) -> None:

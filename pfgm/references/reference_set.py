@@ -34,8 +34,9 @@ class ReferenceSet:
 
     For a tensor on the CPU with 512 or more values in a row, a summary of each row is kept from the
     second call on. It speeds up calls with points in float32. Summaries take a third of the memory
-    of uint8 rows, and of float32 rows a quarter on processors with VNNI and else a twelfth. They
-    are computed again when the tensor has changed; a change through its ``data`` is not noticed.
+    of uint8 rows. Of float32 rows they take a twelfth, or a quarter on processors with VNNI, and
+    of 16-bit rows twice these shares. They are computed again when the tensor has changed; a change
+    through its ``data`` is not noticed.
 
     A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
     changed in place or a file was written to after the forward pass. These changes are not noticed:

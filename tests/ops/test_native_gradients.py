@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -201,3 +202,36 @@ def test_what_another_problem_kept_is_refused():
     fewer = given._replace(references=references[:-1])
     with pytest.raises(ValueError, match="the forward pass kept"):
         native.posterior_mean_backward(fewer, state, upstream, (True, False, False), memory[:used])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "set", "mirrored set", "file"])
+def test_negated_views_are_not_read_as_their_memory(tmp_path, kind):
+    """A view may stand for negated memory, as the imaginary part of a conjugate does."""
+    x, rows, sigma = problem(B=9, M=70)
+    G = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    if kind == "file":
+        np.save(tmp_path / "rows.npy", rows.numpy())
+
+    def negated(values):
+        return torch._neg_view(-values)
+
+    def references_of(rows):
+        if kind == "tensor":
+            return rows
+        if kind == "file":
+            return pfgm.ReferenceSet(tmp_path / "rows.npy")
+        return pfgm.ReferenceSet(rows, flips=kind == "mirrored set")
+
+    def results(x, rows, G, sigma):
+        x, sigma = x.detach().requires_grad_(), sigma.detach().requires_grad_()
+        mean = pfgm.posterior_mean(x, references_of(rows), sigma=sigma, D=1.0)
+        return mean, *torch.autograd.grad(mean, (x, sigma), G)
+
+    expected = results(x, rows, G, sigma)
+    for given in (
+        (negated(x), rows, G, sigma),
+        (x, negated(rows), G, sigma),
+        (x, rows, negated(G), sigma),
+        (x, rows, G, negated(sigma)),
+    ):
+        assert all(map(torch.equal, results(*given), expected))

@@ -403,3 +403,22 @@ def test_inductor_gives_the_same_results():
         with_gradients(fast, *arguments), with_gradients(call, *arguments), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@native_only
+def test_parts_check_the_sums_that_they_write_to():
+    x, references, radius = problem()
+    for change, message in (
+        ({0: torch.zeros(2, 4, dtype=torch.float64)}, r"sums has shape \(2, 4\)"),
+        ({0: torch.zeros(3, 4)}, "sums has shape .* dtype torch.float32"),
+        ({0: torch.zeros(4, 3, dtype=torch.float64).T}, "sums has strides"),
+        ({1: torch.zeros(2, dtype=torch.float64)}, r"nearest has shape \(2,\)"),
+        ({2: torch.zeros(6, dtype=torch.float64)[::2]}, "total has strides"),
+    ):
+        running = list(native_parts.begin(x, len(references)))
+        for place, value in change.items():
+            running[place] = value
+        with pytest.raises(ValueError, match=message):
+            torch.ops.pfgm.posterior_mean_add(x, references, radius, *running, 1.0)
+        with pytest.raises(ValueError, match=message):
+            torch.ops.pfgm.posterior_mean_end(x, radius, *running, 1.0)
