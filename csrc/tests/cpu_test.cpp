@@ -160,7 +160,7 @@ std::vector<Step> steps() {
 
 std::string usable_isas(std::vector<std::string>* usable) {
   std::string text;
-  for (const char* isa : {"avx512", "avx2", "portable"}) {
+  for (const char* isa : {"avx512vnni", "avx512", "avxvnni", "avx2", "portable"}) {
     setenv("PFGM_CPU_ISA", isa, 1);
     try {
       usable->push_back(cpu_kernels().isa);
