@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pfgm.training import TrainConfig
 
@@ -27,6 +27,8 @@ class Preset:
     learning_rate: float = 2e-3
     warmup: int = 100
     ema: float = 0.99
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the networks in training. They are sampled in float32."""
     references: int = 1398
     """Number of references of PFGM's field."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -109,6 +111,7 @@ class Preset:
             warmup=min(self.warmup, self.steps // 10),
             decay="cosine",
             ema=self.ema,
+            precision=self.precision,
             checkpoint_every=self.early,
             evaluate_every=self.early,
             log_every=max(self.steps // 100, 1),
@@ -132,15 +135,16 @@ _CPU = Preset(
     learning_rate=2e-3,
     warmup=150,
     ema=0.997,
+    precision="bfloat16",
     references=4096,
-    seeds=(0,),
+    seeds=(0, 1),
     sampling_batch=50,
     classifier_epochs=5,
     methods=("PFGM", "PFGM balanced", "PFGM++ 128", "EDM", "VE", "VP"),
     evaluations=(5, 6, 8, 10, 20, 40),
     tolerances=(),
     solvers=("multistep, log",),
-    sde_steps=(10, 20, 50, 100, 250),
+    sde_steps=(10, 20, 50, 100, 250, 500, 1000),
     chain_steps=(5, 10, 20, 50, 100),
     euler_steps=(10, 20, 50, 200),
     euler_grids=("uniform", "log"),
