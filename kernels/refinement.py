@@ -92,12 +92,16 @@ def find_limits(
     norm = tl.load(norms + row)
     s = base + r * r
     # The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice: the minimum has an error
-    # too. Values too small for float16 have an error of their own.
+    # too. Values too small for float16, and squares too small for float32, have an error of their
+    # own.
     bound = 2.0 * margin * (3.0 * norm + 2.0 * base)
-    smallest = norm * 0.0
+    count = tl.full((), N, tl.float64)
     if PRODUCTS:
         smallest = tl.sqrt(norm) * 2.0**-24 / tl.load(scale).to(tl.float64)
-        bound += 4.0 * tl.sqrt(tl.full((), N, tl.float64)) * smallest
+        bound += 4.0 * tl.sqrt(count) * smallest
+    else:
+        smallest = count * 2.0**-126
+        bound += 4.0 * smallest
     if GAUSSIAN:
         within = 2.0 * r * r
         near = base + bound + near_nats * within
@@ -121,7 +125,7 @@ def find_limits(
         error = smallest + noise * (2.0 * tl.sqrt(norm * farthest) + farthest)
     else:
         # The rounding errors of single differences mostly average out.
-        error = 2.0**-26 * base + noise * (norm + base)
+        error = smallest + 2.0**-26 * base + noise * (norm + base)
     allowed = tolerance * tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
     allowed = tl.minimum(allowed, tolerance * tl.maximum(1.0, score) / 16.0)
     unit = tl.where(near < float("inf"), scale_to(tl.sqrt(near).to(tl.float32), 0), 2.0**-76)
@@ -178,8 +182,8 @@ def refine(
                     high, rest = exact_difference(a, b)
                     high, rest = high * power, (rest - b_rest) * power
                     # A reference with larger differences is too far away to have a weight.
-                    cut = (tl.abs(high) > 2.0**40) & (rest == rest)
-                    high, rest = tl.where(cut, 2.0**40, high), tl.where(cut, 0.0, rest)
+                    cut = (tl.abs(high) > 2.0**55) & (rest == rest)
+                    high, rest = tl.where(cut, 2.0**55, high), tl.where(cut, 0.0, rest)
                     value = tl.where(mask, high * high + 2.0 * high * rest, 0.0)
                     total, lost = add_compensated(total, lost, value)
                 exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) / unit / unit

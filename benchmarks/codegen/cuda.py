@@ -44,9 +44,6 @@ _EMPTY = 4  # instructions of an empty kernel, at most
 _COPY = re.compile(r"LDGSTS\.E(?:\.\w+)*\.128(?:\.|$)")
 _WIDE_LOAD = re.compile(r"LDG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
 _WIDE_STORE = re.compile(r"STG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
-_CLUSTER_BARRIER = re.compile(r"UCGABAR_WAIT(?:\.|$)")
-# Loads from other blocks' shared memory: the addresses that mapa gives are generic.
-_GENERIC_LOAD = re.compile(r"LD\.")
 _FLUSHING = re.compile(r"F(?:ADD|MUL|FMA|SETP)(?:\.\w+)*\.FTZ(?:\.|$)")
 
 _USAGE = re.compile(r"^ Function (\S+):\n(.*)$", re.MULTILINE)
@@ -80,9 +77,6 @@ class Figures:
     """Asynchronous copies of 16 bytes."""
     wide_loads: int
     wide_stores: int
-    cluster_barriers: int
-    generic_loads: int
-    """Loads through generic addresses, such as those of other blocks' shared memory."""
     flushing: int
     """Float32 instructions that flush subnormal numbers to zero."""
 
@@ -104,15 +98,13 @@ class Intent:
     """Threads of the largest block that it is launched with."""
     blocks: int = 1
     """Blocks that the registers of a multiprocessor must hold at once."""
-    products: bool = False
-    """Whether it multiplies in matrix units, in TF32. Other kernels must not use matrix units."""
+    products: str | None = None
+    """What the names of its matrix instructions contain: ".TF32", or "16816" for products of
+    float16. Without it a kernel must not use matrix units."""
     copies: bool = False
     """Whether it copies asynchronously, 16 bytes at a time."""
     wide: bool = False
     """Whether it loads and stores 16 bytes at a time."""
-    clusters: bool = False
-    """Whether it works in clusters of large blocks. On architectures without them it must be
-    empty."""
 
 
 _BY_ROW = {
@@ -123,18 +115,20 @@ _BY_ROW = {
 }
 # By name, or by name and template arguments.
 INTENTS = {
-    "distances": Intent(128, blocks=2, products=True, copies=True),
+    "find_center": Intent(256, blocks=2),
+    "split_rows": Intent(256, blocks=2),
+    "distances": Intent(256, products="16816", copies=True),
     "differences": Intent(256, blocks=2, copies=True),
-    "refine": Intent(128, blocks=2),
+    "find_limits": Intent(128, blocks=2),
+    "refine": Intent(256, blocks=2),
     "weigh": Intent(256, blocks=2),
-    "weighted_sum": Intent(128, blocks=2, products=True, copies=True),
+    "order_queries": Intent(256, blocks=2),
+    "weighted_sum": Intent(128, blocks=2, products=".TF32", copies=True),
     "merge": Intent(256, blocks=2),
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),
     "merge_gradient": Intent(256, blocks=2),
-    "reference_gradient": Intent(128, blocks=2, products=True, copies=True),
-    "single_pass": Intent(256, products=True, copies=True, clusters=True),
-    "merge_passes": Intent(256, blocks=2),
+    "reference_gradient": Intent(128, blocks=2, products=".TF32", copies=True),
     **{f"ode_step_kernel<{arguments}>": intent for arguments, intent in _BY_ROW.items()},
     **{f"normalised_field_kernel<{arguments}>": intent for arguments, intent in _BY_ROW.items()},
 }
@@ -306,8 +300,6 @@ def _figures(usage: str, code: str, threads: int | None, architecture: str) -> F
         copies=count(_COPY),
         wide_loads=count(_WIDE_LOAD),
         wide_stores=count(_WIDE_STORE),
-        cluster_barriers=count(_CLUSTER_BARRIER),
-        generic_loads=count(_GENERIC_LOAD),
         flushing=count(_FLUSHING),
     )
 
@@ -347,12 +339,6 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
     if intent is None:
         return [f"{where} is not listed in INTENTS of codegen/cuda.py; it is not checked."]
     found = [f"{where} {what}." for what in _resources(intent, figures)]
-    if intent.clusters and not 90 <= capability(architecture) < 120:
-        if figures.instructions > _EMPTY:
-            found.append(
-                f"{where} is meant to be empty; it has {figures.instructions} instructions."
-            )
-        return found
     return found + [f"{where} {what}." for what in _instructions(intent, figures)]
 
 
@@ -378,8 +364,8 @@ def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
     seen = ", ".join(matrix) or "no matrix instructions"
     if figures.instructions <= _EMPTY:
         yield "is empty"
-    if intent.products and not (matrix and all(".TF32" in name for name in matrix)):
-        yield f"is meant to multiply in matrix units with TF32; it has {seen}"
+    if intent.products and not (matrix and all(intent.products in name for name in matrix)):
+        yield f"is meant to have matrix instructions with {intent.products}; it has {seen}"
     if matrix and not intent.products:
         yield f"is not meant to multiply in matrix units; it has {seen}"
     if intent.copies and not figures.copies:
@@ -388,10 +374,6 @@ def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
         yield "has no 16-byte loads from global memory"
     if intent.wide and not figures.wide_stores:
         yield "has no 16-byte stores to global memory"
-    if intent.clusters and not figures.cluster_barriers:
-        yield "has no barriers of clusters"
-    if intent.clusters and not figures.generic_loads:
-        yield "reads nothing from other blocks of its cluster"
     if figures.flushing:
         yield (
             f"flushes subnormal numbers to zero in {figures.flushing} instructions: "
@@ -445,7 +427,7 @@ def _check(file: Path, architecture: str) -> Check:
 def report(rows: list[Row]) -> str:
     """One line per kernel and architecture."""
     header = ["kernel", "architecture", "registers", "limit", "spills", "shared"]
-    header += ["matrix instructions", "16-byte copies", "loads", "stores", "cluster barriers"]
+    header += ["matrix instructions", "16-byte copies", "loads", "stores"]
     return table(header, [_cells(row) for row in rows])
 
 
@@ -454,7 +436,7 @@ def _cells(row: Row) -> list[str]:
     matrix = ", ".join(f"{count} {name}" for name, count in figures.matrix_instructions.items())
     limit = register_limit(intent) if intent else ""
     counts = [figures.registers, limit, figures.spills, figures.shared, matrix, figures.copies]
-    counts += [figures.wide_loads, figures.wide_stores, figures.cluster_barriers]
+    counts += [figures.wide_loads, figures.wide_stores]
     return [row.kernel, f"sm_{row.architecture}", *map(str, counts)]
 
 

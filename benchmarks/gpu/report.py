@@ -181,8 +181,6 @@ def beside_predicted(rows: list[Row], card: str) -> str:
     for row in rows:
         path, shape = AS_PREDICTED.get(row.path, row.path), COUNTED.get(row.subject, "")
         expected = totals.get((shape, name or "", path))
-        if path == "cuda":  # the library prefers the single pass
-            expected = totals.get((shape, name or "", "cuda, single pass"), expected)
         measured = row.graph.get("median", row.seconds.get("median"))
         if expected is not None and measured is not None:
             cells = [

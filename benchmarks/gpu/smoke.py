@@ -18,15 +18,14 @@ import pfgm
 from benchmarks.common.commands import new_parser
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-# Queries, references, features. They decide which kernels a posterior mean runs. No size is a
-# multiple of a tile's. From sm_90 on the last three are one pass, in clusters of 2, 3 and 16.
+# Queries, references, features. They decide which kernels a posterior mean runs, and with how many
+# blocks in which tiles. No size is a multiple of a tile's.
 SHAPES = {
     "few queries": (5, 70, 37),
     "products, 32 queries a tile": (20, 70, 100),
-    "products, 64 queries a tile": (70, 70, 100),
-    "one pass, 64 queries a tile": (20, 70, 520),
-    "one pass, 128 queries a tile": (70, 70, 520),
-    "one pass, the largest clusters": (66, 33, 3070),
+    "products, 64 queries a tile": (590, 1030, 100),
+    "products, 128 references a tile": (590, 4100, 100),
+    "long rows": (66, 33, 3070),
 }
 # Rows for part of a warp, a block, and longer ones. Odd lengths are read value by value.
 WIDTHS = (36, 37, 1040, 1041, 6150, 8200)

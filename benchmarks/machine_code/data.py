@@ -22,15 +22,13 @@ from benchmarks.common.subjects import Case
 
 # Constants of the kernels.
 PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # the largest chunk and block
-TILE, FEW, NEAR, CUTOFF = 64, 16, 20.0, 16.0
+TILE, NEAR, CUTOFF = 64, 20.0, 16.0
 SUM_TILE = 32
 SORTED = 256
-BOUND, NOISE = 2.0**-18, 2.0**-22
-ERROR_SHARE = 3e-4
-TRITON_NOISE, TRITON_TOLERANCE = 2.0**-23, 1.5e-4  # of a panel of centred products
+BOUND = 2.0**-18
+NOISE, TOLERANCE = 2.0**-22, 1.5e-4  # of a panel of centred products
 SAMPLES = 16  # references whose mean is the centre
-SEGMENTS = {"cuda": 4, "triton": 2}  # the fewest tiles that a program of ``refine`` searches
-PASS_TILE, PASS_SHARE, PASS_WARPS = 16, 1e-4, 8
+SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 
 
 class Shape(NamedTuple):
@@ -116,11 +114,6 @@ class Rule(NamedTuple):
         """The largest squared distance that is refined (B,)."""
         return base + 2 * BOUND * (3 * norm + 2 * base) + self.spread * (base + r * r)
 
-    def error_changes_weight(self, base: Tensor, norm: Tensor, r: Tensor, share: float) -> Tensor:
-        """Whether the usual error of a distance changes a weight by more than ``share`` (B,)."""
-        error = NOISE * (norm + base) + 2.0**-26 * base
-        return self.exponent * error > share * (base + r * r)
-
     def weights(self, d: Tensor, nearest: Tensor, r: Tensor) -> Tensor:
         """Weights relative to that of the nearest reference (B, M)."""
         excess = (d - nearest[:, None]).clamp(min=0)
@@ -145,14 +138,13 @@ class Refined(NamedTuple):
 class Chunk(NamedTuple):
     """Work on one chunk of references, for all queries."""
 
-    refined: dict[str, Refined]
-    """By backend."""
+    refined: Refined
     live: Tensor
     """Which weights are not zero (B, m)."""
 
 
 class Centered(NamedTuple):
-    """Squared norms of queries (B,) and references (M,) from the centre of the Triton kernels."""
+    """Squared norms of queries (B,) and references (M,) from the centre of the kernels."""
 
     queries: Tensor
     references: Tensor
@@ -166,38 +158,28 @@ def centered(case: Case) -> Centered:
     return Centered((case.x.double() - center).square().sum(1), torch.cat(norms))
 
 
-def refined_in_cuda(rule: Rule, part: Tensor, base: Tensor, norm: Tensor, r: Tensor) -> Refined:
-    """What the CUDA kernels refine: few pairs, or all whose error changes their weights."""
-    lowest = _tiles(part, TILE, math.inf).amin(2)
-    near = rule.largest_refined(base, norm, r)
-    many = (lowest <= near[:, None]).sum(1) > FEW
-    near[many & ~rule.error_changes_weight(base, norm, r, ERROR_SHARE)] = -1
-    return Refined(part <= near[:, None], lowest <= near[:, None])
-
-
-def refined_in_triton(
+def refined_of_chunk(
     rule: Rule, part: Tensor, base: Tensor, norm: Tensor, r: Tensor, of_y: Tensor
 ) -> Refined:
-    """What the Triton kernels refine: pairs whose error changes the result."""
+    """What is refined: pairs whose error changes the result."""
     lowest = _tiles(part, TILE, math.inf).amin(2)
     reach = _tiles(of_y[None], TILE, 0.0).amax(2)
     near = rule.largest_refined(base, norm, r)
     within = (base + r * r) / rule.exponent
     close = (lowest <= (base + within)[:, None]).sum(1)
     farthest = torch.where(lowest <= near[:, None], reach, 0.0).amax(1)
-    error = (
-        TRITON_NOISE / math.sqrt(max(1.0, rule.N / 32)) * (2 * (norm * farthest).sqrt() + farthest)
-    )
+    noise = NOISE / math.sqrt(max(1.0, rule.N / 32))
+    error = noise * (2 * (norm * farthest).sqrt() + farthest)
     score = rule.exponent * (base + r * r).log().abs()
     allowed = torch.minimum((close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16)
-    near[error <= TRITON_TOLERANCE * allowed * within] = -1
+    near[error <= TOLERANCE * allowed * within] = -1
     return Refined(part <= near[:, None], lowest <= near[:, None])
 
 
 def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
     """The work on each chunk, given the squared distances (B, M)."""
     rule = Rule(shape.N, shape.M)
-    norm, r = case.x.double().square().sum(1), case.z.double()
+    r = case.z.double()
     center = centered(case)
     nearest = torch.full_like(r, math.inf)
     total = torch.zeros_like(r)
@@ -205,10 +187,7 @@ def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
         part = d[:, start : start + shape.chunk]
         of_y = center.references[start : start + shape.chunk]
         base = torch.minimum(nearest, part.amin(1))
-        refined = {
-            "cuda": refined_in_cuda(rule, part, base, norm, r),
-            "triton": refined_in_triton(rule, part, base, center.queries, r, of_y),
-        }
+        refined = refined_of_chunk(rule, part, base, center.queries, r, of_y)
         total = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
         w = rule.weights(part, base, r)
         live = w >= rule.floor * total.clamp(min=1)[:, None]
@@ -282,21 +261,25 @@ def sums_of(live: Tensor) -> dict[str, float]:
     return found
 
 
-def segment_of(tiles: int, backend: str) -> int:
+def segment_of(tiles: int) -> int:
     """Tiles that one program of ``refine`` searches."""
-    return max(SEGMENTS[backend], -(-tiles // 256))
+    return max(SEGMENT, -(-tiles // 256))
 
 
-def refined_of(refined: Refined, backend: str) -> dict[str, float]:
+def work_of(refined: Refined) -> dict[str, float]:
     """Pairs and tiles of ``refine``, for all queries. "most" is the work of the busiest program."""
-    segment = segment_of(refined.visited.shape[1], backend)
+    segment = segment_of(refined.visited.shape[1])
     pairs = _tiles(refined.pairs.float(), TILE, 0.0)
     by_program = {
         "pairs": _tiles(pairs.sum(2), segment, 0.0).sum(2),
         "tiles": _tiles(refined.visited.float(), segment, 0.0).sum(2),
     }
     found = {name: float(values.sum()) for name, values in by_program.items()}
-    return found | {f"{name}, most": float(v.max()) for name, v in by_program.items()}
+    found |= {f"{name}, most": float(v.max()) for name, v in by_program.items()}
+    # A block of the CUDA kernel has four tiles.
+    groups = _tiles(pairs.sum(2), 4, 0.0).sum(2)
+    alive = _tiles(refined.visited.float(), 4, 0.0).amax(2)
+    return found | {"groups of 4": float(alive.sum()), "pairs of 4, most": float(groups.max())}
 
 
 def per_query(refined: Tensor) -> dict[str, float]:
@@ -321,55 +304,21 @@ def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str,
     times = shape.B / counted
     d = squared_distances(case)
     sums = Mean()
-    totals: dict[str, dict[str, float]] = {backend: {} for backend in SEGMENTS}
-    refined = {backend: torch.zeros(counted) for backend in SEGMENTS}
+    totals: dict[str, float] = {}
+    refined = torch.zeros(counted)
     for chunk in chunks_of(case, shape, d):
         sums.add(chunk.live.shape[1], sums_of(chunk.live))
-        for backend, found in chunk.refined.items():
-            refined[backend] += found.pairs.sum(1)
-            for name, value in refined_of(found, backend).items():
-                share = 1 / shape.chunks if "most" in name else times
-                totals[backend][name] = totals[backend].get(name, 0.0) + share * value
+        refined += chunk.refined.pairs.sum(1)
+        for name, value in work_of(chunk.refined).items():
+            share = 1 / shape.chunks if "most" in name else times
+            totals[name] = totals.get(name, 0.0) + share * value
     return {
         "B, M, N": shape[1:],
         "seed": SEED,
         "queries looked at": counted,
         "blocks": shape.blocks(),
         "chunks": shape.chunks,
-        "refined a query": {backend: per_query(counts) for backend, counts in refined.items()},
+        "refined a query": per_query(refined),
         "refine": totals,
         "sums": sums.result(),
-    } | ({"single pass": single_pass(case, shape, d)} if shape.B <= 128 else {})
-
-
-def single_pass(case: Case, shape: Shape, d: Tensor, stretches: int = 8) -> dict[str, float]:
-    """Work of the kernel in clusters, a tile of 16 references, with the references in stretches.
-
-    A block waits for the warp that refines most pairs. Tiles that change no sum are left out.
-    """
-    rule = Rule(shape.N, shape.M)
-    norm, r = case.x.double().square().sum(1), case.z.double()
-    length = math.ceil(shape.M / stretches / PASS_TILE) * PASS_TILE
-    found = Mean()
-    for first in range(0, shape.M, length):
-        nearest = torch.full_like(r, math.inf)
-        total = torch.zeros_like(r)
-        for start in range(first, min(first + length, shape.M), PASS_TILE):
-            part = d[:, start : start + PASS_TILE]
-            base = torch.minimum(nearest, part.amin(1))
-            near = rule.largest_refined(base, norm, r)
-            near[~rule.error_changes_weight(base, norm, r, PASS_SHARE)] = -1
-            pairs = (part <= near[:, None]).sum(1).float()
-            by_warp = torch.nn.functional.pad(pairs, (0, -len(pairs) % PASS_WARPS))
-            kept = total * rule.weights(nearest[:, None], base, r)[:, 0].nan_to_num(0)
-            w = rule.weights(part, base, r)
-            changes = bool(((w >= rule.floor * kept.clamp(min=1)[:, None]).any(1)).any())
-            figures = {
-                "pairs": float(pairs.sum()),
-                "pairs of the slowest warp": float(by_warp.view(PASS_WARPS, -1).sum(1).max()),
-                "refines": float(pairs.sum() > 0),
-                "changes": float(changes),
-            }
-            found.add(1.0, figures)
-            total, nearest = kept + w.sum(1), base
-    return found.result()
+    }

@@ -41,11 +41,24 @@ class Compiled(NamedTuple):
         """The instructions of a trip, without those of inner loops."""
         return self._executed(sass.own(loop, self.loops))
 
-    def straight(self) -> list[Instruction]:
-        """The instructions that run once a block."""
+    def straight(self, without: str | None = None) -> list[Instruction]:
+        """The instructions that run once a block.
+
+        Args:
+            without: a unit; stretches of code that use it are left out.
+        """
         looped = {i for loop in self.loops for i in loop.body}
         reached = [i for i in sass.reached(self.code) if i not in looped]
-        return self._executed(reached)
+        if without is None:
+            return self._executed(reached)
+        stretches = sass.basic_blocks(self.code, reached)
+        kept = [
+            i
+            for stretch in stretches
+            if all(sass.unit_of(self.code[j]) != without for j in stretch)
+            for i in stretch
+        ]
+        return self._executed(kept)
 
     def _executed(self, places: Sequence[int]) -> list[Instruction]:
         """The instructions at these places that run with aligned rows.

@@ -136,12 +136,12 @@ def _triton_limits(shape: Shape, queries: int, card: Device) -> Launch:
 
 
 def _triton_refine(shape: Shape, data: Data, queries: int, card: Device) -> Launch:
-    m, refined = _references(shape), data["refine"]["triton"]
+    m, refined = _references(shape), data["refine"]
     panel = min(4096, max(32, 1 << (shape.N - 1).bit_length()))
     words = (f"TILE {16 if _few(shape, queries) else TILE}", f"PANEL {panel}")
     kernel = kernels.triton_variant(card, "refine", "fp32", *words)
     tiles = _up(m, TILE)
-    segment = segment_of(tiles, "triton")
+    segment = segment_of(tiles)
     blocks = queries * _up(tiles, segment)
     inner = _inner_loop_of_refine(kernel)
     pairs, around = kernels.loops_around(kernel, inner)
@@ -233,24 +233,39 @@ def _triton_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launc
     return Launch("merge", kernel, blocks, tuple(phases), 4 * (parts + 1) * queries * shape.N)
 
 
-# ---- CUDA: the five kernels, not the single pass -----------------------------------------------
+# ---- CUDA -------------------------------------------------------------------------------------
 
-_SUM_MEMORY = 3 * 32 * 136 * 4 + 3 * 32 * 40 * 4 + 2048 * 4 + 64 * 4
-_SUM_COPIES = 8  # asynchronous copies of a thread for a panel
+_STAGED = 64  # features that a trip of ``distances`` takes
+_CENTER = 256  # features of a block of ``find_center``
+_REFINE_TILES = 4  # of a block of ``refine``
+_RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
+_SUM_ROWS, _SUM_FEATURES = 32, 128  # of a block of ``weighted_sum``
+_SUM_MEMORY = 3 * 32 * 136 * 4 + 3 * 32 * 40 * 4 + 2048 * 4 + 64 * 4 + 32 * 4
 
 
-def _tile_memory(queries: int) -> int:
-    return 4 * (4 * queries * 36 + 4 * 64 * 36 + queries + 8 * queries)
+def _distance_memory(queries: int, references: int) -> int:
+    stages = 3 if references == 64 else 2
+    return stages * _STAGED * (4 * references + 2 * 2 * queries + 4)
+
+
+_DIFFERENCE_MEMORY = 4 * (4 * 8 * 36 + 4 * 64 * 36) + 8 * 8 * 8
 
 
 def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
-    """The launches of the five CUDA kernels."""
+    """The launches of the CUDA kernels."""
+    centered = not _few_in_cuda(shape)
+    if centered:
+        yield _cuda_center(shape, card)
     for queries, count in _by_block(shape):
+        if centered:
+            yield _cuda_split(shape, queries, card)._replace(times=count)
         parts, words = _cuda_stretches(shape, queries, card)
         made = [
             _cuda_distances(shape, queries, card),
+            _cuda_limits(shape, queries, card),
             _cuda_refine(shape, data, queries, card),
             _cuda_weigh(shape, queries, card),
+            *([_cuda_order(shape, queries, card)] if queries > _SUM_ROWS else []),
             _cuda_sum(shape, data, queries, parts, words, card),
             _cuda_merge(shape, queries, parts, card),
         ]
@@ -258,73 +273,135 @@ def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
             yield launch._replace(times=count * shape.chunks)
 
 
+def _few_in_cuda(shape: Shape) -> bool:
+    return shape.block < 16 or shape.N < 32
+
+
+def _strided(
+    name: str, kernel: Compiled, blocks: int, work: float, *, base: str, each: int = 1
+) -> Phase:
+    """The phase of the loop with most instructions ``base``, of which a thread needs ``each`` for
+    each of its ``work`` items. It may be unrolled."""
+    loop = kernels.loop_with_most(kernel, base)
+    return _loop(
+        name, kernel, loop, blocks, work * each / kernels.count_of(kernel.body(loop), base)
+    )
+
+
+def _cuda_center(shape: Shape, card: Device) -> Launch:
+    kernel = kernels.cuda_kernel(card, "find_center<float32>", 32)
+    blocks = _up(_STAGED * _up(shape.N, _STAGED), _CENTER)
+    return Launch("find_center", kernel, blocks, (_once(kernel, blocks),), 4 * 16 * shape.N)
+
+
+def _cuda_split(shape: Shape, queries: int, card: Device) -> Launch:
+    kernel = kernels.cuda_kernel(card, "split_rows<true>", 64)
+    each = shape.N / kernel.threads
+    phases = (
+        _once(kernel, queries),
+        _strided("norms", kernel, queries, each, base="DFMA"),
+        _strided("parts", kernel, queries, each, base="F2FP"),
+    )
+    return Launch("split_rows", kernel, queries, phases, 8 * queries * shape.N)
+
+
 def _cuda_distances(shape: Shape, queries: int, card: Device) -> Launch:
     m = _references(shape)
-    tiles = _up(m, TILE)
-    if shape.block < 16 or (queries < 16 and len(shape.blocks()) == 1):
-        rows, name = 8, "differences<float32, false>"
-        kernel = kernels.cuda_kernel(card, name, _tile_memory(8))
-        main = kernels.loop_with_most(kernel, "fp32")
+    if _few_in_cuda(shape):
+        rows, references = 8, 64
+        kernel = kernels.cuda_kernel(card, "differences<float32, false>", _DIFFERENCE_MEMORY)
+        main, trips = kernels.loop_with_most(kernel, "fp32"), _up(shape.N, PANEL)
     else:
-        few = queries <= 32 or tiles * _up(queries, 64) < 2 * card.sms
-        rows = 32 if few else 64
-        name = f"distances<float32, {rows}, false>"
-        kernel = kernels.cuda_kernel(card, name, _tile_memory(rows))
+        rows, references = _cuda_tile(m, queries, card)
+        name = f"distances<float32, {rows}, {references}, false>"
+        kernel = kernels.cuda_kernel(card, name, _distance_memory(rows, references))
         main = kernels.loop_with_most(kernel, "tensor")
-    blocks = tiles * _up(queries, rows)
-    trips = _up(shape.N, PANEL)
+        trips = _up(shape.N, _STAGED)
+    blocks = _up(m, references) * _up(queries, rows)
     phases = (_once(kernel, blocks), _loop("features", kernel, main, blocks, trips))
     moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * queries * m
     return Launch("distances", kernel, blocks, phases, moved)
 
 
+def _cuda_tile(m: float, queries: int, card: Device) -> tuple[int, int]:
+    """Queries and references of a block of ``distances``."""
+
+    def rounds(rows: int, references: int) -> int:
+        return _up(_up(m, references) * _up(queries, rows), card.sms)
+
+    if queries <= 32 or rounds(32, 64) < 2 * rounds(64, 64):
+        return 32, 64
+    return (64, 128) if 8 * rounds(64, 128) <= 5 * rounds(64, 64) else (64, 64)
+
+
+def _cuda_limits(shape: Shape, queries: int, card: Device) -> Launch:
+    kernel = kernels.cuda_kernel(card, "find_limits", 64)
+    tiles = _up(_references(shape), TILE)
+    trips = _up(tiles, kernel.threads)
+    loops = [_loop("minima", kernel, loop, queries, trips) for loop in kernel.loops]
+    phases = (_once(kernel, queries), *loops)
+    return Launch("find_limits", kernel, queries, phases, 8 * queries * tiles)
+
+
 def _cuda_refine(shape: Shape, data: Data, queries: int, card: Device) -> Launch:
-    m, refined = _references(shape), data["refine"]["cuda"]
-    kernel = kernels.cuda_kernel(card, "refine<float32>", 32)
+    m, refined = _references(shape), data["refine"]
+    kernel = kernels.cuda_kernel(card, "refine<float32>", 1312)
     tiles = _up(m, TILE)
-    segment = segment_of(tiles, "cuda")
-    blocks = queries * _up(tiles, segment)
-    # Two loops go over features; that of the differences has a DADD for every DFMA.
-    inner = next(loop for loop in kernel.loops if _finds_differences(kernel.body(loop)))
-    around = kernels.loops_around(kernel, inner)
-    unrolled = kernels.count_of(kernel.body(inner), "DFMA")
-    by_warp = _part(refined, shape, queries, "pairs") / kernel.warps
-    most = float(refined["pairs, most"]) / kernel.warps
-    turns = shape.N / 32 / unrolled
+    blocks = queries * _up(tiles, _REFINE_TILES)
+    inner = kernels.loop_with_most(kernel, "fp32")
+    (of_pair,) = kernels.loops_around(kernel, inner)
+    # Two loads, of a query's and of a reference's value, for each step of a lane.
+    steps = shape.N / 32 * 2 / kernels.count_of(kernel.body(inner), "LDG")
+    pairs, most = _part(refined, shape, queries, "pairs"), float(refined["pairs of 4, most"])
+    # A trip is that of all warps, which take turns with the pairs.
+    by_warp, slowest = pairs / kernel.warps, _up(most, kernel.warps)
+    alive = min(float(blocks), _part(refined, shape, queries, "groups of 4"))
+    straight = kernel.straight()
     phases = (
-        _once(kernel, blocks),
-        _loop("tiles", kernel, around[-1], blocks, segment),
-        phase("pairs", kernel, kernel.body(around[0]), by_warp, most),
-        phase("features", kernel, kernel.body(inner), by_warp * turns, most * turns),
+        phase(ONCE, kernel, _until_exit(straight), blocks - alive, 0),
+        phase(ONCE, kernel, straight, alive, 1),
+        phase("pairs", kernel, kernel.body(of_pair), by_warp, slowest),
+        phase("features", kernel, kernel.body(inner), steps * by_warp, steps * slowest),
     )
-    return Launch("refine", kernel, blocks, phases, 4 * queries * tiles)
+    return Launch("refine", kernel, blocks, phases, 8 * queries * tiles)
 
 
-def _finds_differences(code: Sequence[Instruction]) -> bool:
-    return kernels.count_of(code, "DADD") == kernels.count_of(code, "DFMA") > 0
+def _until_exit(code: Sequence[Instruction]) -> Sequence[Instruction]:
+    """What a block runs that leaves at once."""
+    end = next((i for i, one in enumerate(code) if one.base == "EXIT"), len(code) - 1)
+    return code[: end + 1]
 
 
 def _cuda_weigh(shape: Shape, queries: int, card: Device) -> Launch:
     m = _references(shape)
     kernel = kernels.cuda_kernel(card, "weigh", 64)
-    main = kernels.loop_with_most(kernel, "mufu")
-    minima = kernels.loop_with_most(kernel, "LDG")
-    unrolled = kernels.count_of(kernel.body(minima), "LDG")
+    blocks, pairs = queries * _up(m, PIECE), queries * m
+    minima = _up(_up(m, TILE), kernel.threads)
     phases = (
-        _once(kernel, queries),
-        _loop("minima", kernel, minima, queries, m / kernel.threads / unrolled),
-        _loop("pairs", kernel, main, queries, _up(m, kernel.threads)),
+        _once(kernel, blocks),
+        _strided("minima", kernel, blocks, minima, base="LDG"),
     )
-    pairs = queries * m
     moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
-    return Launch("weigh", kernel, queries, phases, moved)
+    return Launch("weigh", kernel, blocks, phases, moved)
+
+
+def _cuda_order(shape: Shape, queries: int, card: Device) -> Launch:
+    kernel = kernels.cuda_kernel(card, "order_queries", 4 * queries)
+    blocks, pieces = _up(queries, _RANKED), _up(_references(shape), PIECE)
+    mine = _up(queries, kernel.threads)  # queries that a thread counts
+    phases = (
+        _once(kernel, blocks),
+        _strided("counts", kernel, blocks, mine * pieces, base="LDG"),
+        _strided("ranks", kernel, blocks, _up(queries, 16), base="LDS"),
+    )
+    return Launch("order_queries", kernel, blocks, phases, 4 * queries * pieces)
 
 
 def _cuda_stretches(shape: Shape, queries: int, card: Device) -> tuple[int, int]:
     """Parts of a chunk's sum, and groups of 32 references in each."""
     block, words = shape.block, _up(shape.chunk, 32)
-    tiles = _up(shape.N, 128) * _up(block, 32)
-    wanted = min(_up(2 * card.sms, tiles), max(1, (1 << 22) // (block * shape.N)))
+    tiles = _up(shape.N, _SUM_FEATURES) * _up(block, _SUM_ROWS)
+    wanted = min(_up(4 * card.sms, tiles), max(1, (1 << 22) // (block * shape.N)))
     parts = max(min(wanted, _up(words, 4)), _up(words, 64))
     each = _up(words, parts)
     return _up(words, each), each
@@ -334,106 +411,26 @@ def _cuda_sum(
     shape: Shape, data: Data, queries: int, parts: int, words: int, card: Device
 ) -> Launch:
     kernel = kernels.cuda_kernel(card, "weighted_sum<float32>", _SUM_MEMORY)
-    blocks = _up(shape.N, 128) * _up(queries, 32) * parts
+    blocks = _up(shape.N, _SUM_FEATURES) * _up(queries, _SUM_ROWS) * parts
     main = kernels.loop_with_most(kernel, "tensor")
-    share = data["sums"]["listed of 32, unsorted"]
-    panels = _up(words * share, 1)
-    phases = [_once(kernel, blocks), _loop("panels", kernel, main, blocks, panels)]
-    for loop in kernel.loops:
-        if main.holds(loop):
-            copies = kernels.count_of(kernel.body(loop), "LDGSTS")
-            if copies:
-                trips = panels * _SUM_COPIES / copies
-                phases.append(_loop("copies", kernel, loop, blocks, trips))
+    how = "listed of 32, sorted" if queries > _SUM_ROWS else "listed of 32, unsorted"
+    mean, most = (data["sums"][name] for name in (how, f"{how}, most"))
+    body = kernel.body(main)
+    phases = (
+        _once(kernel, blocks),
+        _strided("lists", kernel, blocks, min(queries, _SUM_ROWS), base="LDG"),
+        phase("panels", kernel, body, blocks * words * mean, words * most),
+    )
     moved = _again(shape, card) + 4 * parts * queries * shape.N
-    return Launch("weighted_sum", kernel, blocks, tuple(phases), moved)
+    return Launch("weighted_sum", kernel, blocks, phases, moved)
 
 
 def _cuda_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launch:
     kernel = kernels.cuda_kernel(card, "merge", 0)
     blocks = queries * _up(shape.N, kernel.threads)
-    main = kernels.loop_with_most(kernel, "LDG")
-    trips = parts / kernels.count_of(kernel.body(main), "LDG")
-    phases = (_once(kernel, blocks), _loop("stretches", kernel, main, blocks, trips))
-    return Launch("merge", kernel, blocks, phases, 4 * (parts + 1) * queries * shape.N)
-
-
-# ---- CUDA: the single pass in clusters ---------------------------------------------------------
-
-_SLICE, _CLUSTER, _STRETCHES = 192, 16, 8  # features of a block; blocks; clusters at once
-_PASS_TILE, _PASS_WARPS = 16, 8
-
-
-def _pass_memory(queries: int) -> int:
-    pairs = queries * _PASS_TILE
-    rows = 4 * (queries + 3 * _PASS_TILE) * (_SLICE + 4)
-    return rows + (2 * 4 + 8 + 8) * pairs + 4 * queries * (_PASS_TILE + 4 + 3)
-
-
-def single_pass(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
-    """The launches of the single pass, where the library uses it.
-
-    That is for 65 to 128 queries and 512 to 3072 features on sm_90 and sm_100. Eight clusters are
-    assumed to work at once.
-    """
-    fits = 512 <= shape.N <= _SLICE * _CLUSTER and 64 < shape.B <= 128
-    if not fits or card.architecture not in (90, 100):
-        return
-    yield _single_pass(shape, data, card)
-    yield _merge_passes(shape, card)
-
-
-def _single_pass(shape: Shape, data: Data, card: Device) -> Launch:
-    kernel = kernels.cuda_kernel(card, "single_pass<float32, 128>", _pass_memory(128))
-    cluster = _up(shape.N, _SLICE)
-    blocks, tiles = cluster * _STRETCHES, _up(shape.M / _STRETCHES, _PASS_TILE)
-    main = max(kernel.loops, key=lambda loop: len(loop.body))
-    pairs = float(data["single pass"]["pairs of the slowest warp"])
-    phases = [_once(kernel, blocks), _loop("tiles", kernel, main, blocks, tiles)]
-    for loop in kernel.loops:
-        part = _part_of_pass(kernel, loop, cluster, pairs) if main.holds(loop) else None
-        if part is not None:
-            phases.append(_loop(part[0], kernel, loop, blocks, tiles * part[1]))
-    missing = set(_PASS_PARTS).difference(phase.name for phase in phases)
-    if missing:
-        raise ValueError(f"{kernel.name} has no loop for {', '.join(missing)}.")
-    moved = 4 * shape.M * shape.N + 4 * _STRETCHES * shape.B * shape.N
-    return Launch("single_pass", kernel, blocks, tuple(phases), moved)
-
-
-_PASS_PARTS = ("copies", "products", "pairs", "features of a pair", "over all blocks")
-
-
-def _part_of_pass(
-    kernel: Compiled, loop: Loop, cluster: int, pairs: float
-) -> tuple[str, float] | None:
-    """What a loop within a tile does, judged by its instructions, and its number of trips.
-
-    None for a loop that is there for clusters of other sizes.
-    """
-    code = kernel.body(loop)
-    loads, stores, doubles, fused = (
-        kernels.count_of(code, name) for name in ("LD", "ST", "DADD", "DFMA")
+    # One thread of each query finds the log-sum-exp in float64; another block hides its time.
+    phases = (
+        phase(ONCE, kernel, kernel.straight(without="fp64"), blocks, 1),
+        _strided("stretches", kernel, blocks, parts, base="LDG"),
     )
-    holds = any(loop.holds(other) for other in kernel.loops)
-    if copies := kernels.count_of(code, "LDGSTS"):  # copies the next references
-        return "copies", _PASS_TILE * _SLICE / 4 / (32 * _PASS_WARPS) / copies
-    if kernels.count_of(code, "tensor"):  # each warp takes half of the slice
-        return "products", _SLICE / 2 / PANEL
-    if fused and kernels.count_of(code, "LDS") and not loads:
-        inner = ("features of a pair", pairs * _SLICE / 32 / fused)
-        return ("pairs", pairs) if holds else inner
-    if loads == 0 and stores:  # writes the sums
-        return "to all blocks", cluster / stores
-    if (loads and holds) or loads == doubles == 2 * cluster or loads == doubles == cluster:
-        return "over all blocks", 1.0
-    return None
-
-
-def _merge_passes(shape: Shape, card: Device) -> Launch:
-    kernel = kernels.cuda_kernel(card, "merge_passes", 8 * 264)
-    blocks = shape.B * _up(shape.N, 256)
-    main = kernels.loop_with_most(kernel, "LDG")
-    trips = _STRETCHES / kernels.count_of(kernel.body(main), "LDG")
-    phases = (_once(kernel, blocks), _loop("stretches", kernel, main, blocks, trips))
-    return Launch("merge_passes", kernel, blocks, phases, 4 * _STRETCHES * shape.B * shape.N)
+    return Launch("merge", kernel, blocks, phases, 4 * (parts + 1) * queries * shape.N)

@@ -39,7 +39,6 @@ LATENCY = {
 BARRIER = 20  # clocks between the last warp's arrival and the first warp's start; assumed
 RUN_IN = 1  # trips before those that are counted
 OPERANDS = 12  # clocks until a unit has read its operands; assumed
-CLUSTER = 200  # clocks of a cluster's barrier; assumed
 JUMP = 8  # clocks of a jump back; assumed
 _SHARED_BY_ALL = ("shared", "global", "convert64")  # units that the four schedulers share
 _MATRIX = re.compile(r"(\d+)x(\d+)x(\d+)")
@@ -193,7 +192,7 @@ class _Step(NamedTuple):
     waits_for: str
     """The background work that it waits for: "copies", "group", "block" or ""."""
     pause: float
-    """Clocks that the warp pauses after it, for a fence of the device or a cluster's barrier."""
+    """Clocks that the warp pauses after it, for a fence of the device."""
 
 
 class _Multiprocessor:
@@ -328,7 +327,7 @@ class _Multiprocessor:
 def _pause(instruction: Instruction, card: Device) -> float:
     if instruction.base == "MEMBAR" and instruction.name.endswith((".GPU", ".SYS")):
         return card.rate("l2_latency")
-    return CLUSTER if instruction.base == "UCGABAR_WAIT" else 0.0
+    return 0.0
 
 
 def _waits_for(instruction: Instruction) -> str:

@@ -14,7 +14,6 @@ from benchmarks.machine_code.model import Launch, Predicted
 BACKENDS: dict[str, Callable[[Shape, launches.Data, Device], Iterator[Launch]]] = {
     "triton": launches.triton,
     "cuda": launches.cuda,
-    "cuda, single pass": launches.single_pass,
 }
 TORCH = {
     "torch, float32": ("fp32", False),

@@ -1,148 +1,366 @@
 // Squared distances between a block of queries and a chunk of references, on CUDA devices.
 //
-// 1. distances computes |x|² + |y|² − 2 x·y from products in matrix units. For few queries or
-//    features, differences computes Σ (x − y)² instead. Both also find the smallest distance of
-//    each tile of references. With PROJECT they compute G·y.
-// 2. refine recomputes distances near the minimum from differences in float64, where they decide
-//    the result. Products lose digits, and the exponent (N + D)/2 multiplies the error.
+// distances computes |x|² + |y|² − 2 x·y from products in matrix units, of centred data in two
+// float16 parts (cuda/centering.h). For few queries or features, differences computes Σ (x − y)²
+// instead. Both also find the smallest distance of each tile of references. With PROJECT they
+// compute G·y instead, up to a number for each query.
 #pragma once
-#include "cuda/tiles.h"
-#include "cuda/weight_law.h"
+#include "cuda/centering.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int kTileReferences = 64;    // references in a tile, whose smallest distance is kept
-constexpr int kFewTiles = 16;          // up to this many tiles near the minimum are always refined
-constexpr int kMaxRefineBlocks = 256;  // for a query; each block reads all minima
-constexpr int kMinRefineTiles = 4;     // for a block of refine
+constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
 
 // Arrays in the workspace. Rows are `stride` apart.
 struct Pairs {
   Index stride;
-  double* squared;    // (queries, stride)
-  double* projected;  // (queries, stride): G·y; may be null
-  float* lowest;      // (queries, tiles)
-  float* norms;       // (queries): |x|²
+  double* squared;   // (queries, stride)
+  float* projected;  // (queries, stride): G·y; may be null
+  double* lowest;    // (queries, tiles); negative if a distance of the tile is not finite
+  double* reach;     // (tiles): the largest |y − centre|²
+  double* norms;     // (queries): |x − centre|², or |x|² beside differences
   int tiles;
 };
 
-// ---- tiles -----------------------------------------------------------------------------------
+// ---- what both do with a tile ----------------------------------------------------------------
 
-template <class R, int QUERIES>
-struct TileMemory {
-  static constexpr int kStages = 4;
-  static constexpr int kPitch = kPanel + 4, kReferencePitch = kPanel + 16 / sizeof(R);
-  float x[kStages][QUERIES][kPitch];
-  R y[kStages][kTileReferences][kReferencePitch];
-  float norms[QUERIES];
-  float low[8][QUERIES];
+__device__ inline double not_negative(double distance) { return distance < 0 ? 0 : distance; }
+
+// The smallest finite distance; its sign is negative if a distance of the tile is not finite, so
+// that refine looks at the tile.
+struct LeastFinite {
+  __device__ double operator()(double a, double b) const {
+    const double least = fmin(fabs(a), fabs(b));
+    return signbit(a) || signbit(b) ? -least : least;
+  }
 };
-static_assert(sizeof(TileMemory<float, 64>) <= kSharedLimit, "a block fits everywhere");
 
-// −∞ marks a tile with a distance that float32 cannot hold. refine always looks at such a tile.
-__device__ inline float lowest_with(float low, float distance) {
-  return distance < INFINITY ? fminf(low, distance) : -INFINITY;
+__device__ inline double finite_or_marked(double distance) {
+  return distance < INFINITY ? distance : -INFINITY;
 }
 
-// Stores the smallest distance of the tile for each query, from low[row of warps][query].
+// Stores the smallest distance of a tile for each query, from low[row of warps][query].
 template <int QUERIES>
-__device__ inline void store_lowest(const float (*low)[QUERIES], int rows, Index first, int queries,
-                                    const Pairs& out) {
+__device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int tile, int query0,
+                                    int queries, const Pairs& out) {
   const int q = static_cast<int>(threadIdx.x);
-  if (q >= QUERIES || first + q >= queries) return;
-  float least = low[0][q];
-  for (int w = 1; w < rows; ++w) least = fminf(least, low[w][q]);
-  out.lowest[(first + q) * out.tiles + blockIdx.x] = least;
+  if (q >= QUERIES || query0 + q >= queries || tile >= out.tiles) return;
+  double least = low[0][q];
+  for (int w = 1; w < rows; ++w) least = LeastFinite()(least, low[w][q]);
+  if (signbit(least)) least = -fmax(-least, 1e-300);  // below 0 even if a distance is 0
+  out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] = least;
 }
 
-// A block has 4 warps and computes 64 references × QUERIES; a warp computes 32 × QUERIES/2.
-template <class R, int QUERIES, bool PROJECT>
-__global__ void __launch_bounds__(128, 2)
-    distances(const Rows<float> x, const Rows<R> y, int features, const Pairs out) {
-  using Memory = TileMemory<R, QUERIES>;
-  constexpr int kColumns = QUERIES / 16;
+// ---- products --------------------------------------------------------------------------------
+
+constexpr int kHalfPanel = 32;  // features whose products are added up in matrix units
+constexpr int kDistanceThreads = 256;
+
+// A block has REFERENCES × QUERIES pairs. A warp has 16 references × QUERIES; if that takes half of
+// the warps, each half takes every second panel. Two panels are staged together. In rows of float32
+// the 16-byte pieces of odd rows trade places in pairs, so that the accesses of a warp lie in
+// different banks.
+template <class R, int QUERIES, int REFERENCES>
+struct DistanceMemory {
+  static constexpr int kStages = REFERENCES == 64 ? 3 : 2, kFeatures = 2 * kHalfPanel;
+  static constexpr int kSwap = sizeof(R) == 4 ? 1 : 0;
+  static constexpr int kGroups = REFERENCES / 16, kParts = kDistanceThreads / 32 / kGroups;
+  struct Stage {
+    R y[REFERENCES][kFeatures];
+    std::uint16_t x[2][2][QUERIES][kHalfPanel];  // panel, part, query
+    float center[kFeatures];
+  };
+  struct Sums {
+    double products[kParts > 1 ? REFERENCES : 1][QUERIES + 1];  // of the other half of the warps
+    double squares[kParts][REFERENCES];
+    double low[kGroups][QUERIES];
+    double farthest[kGroups];
+  };
+  union {
+    Stage stages[kStages];
+    Sums sums;
+  };
+};
+static_assert(sizeof(DistanceMemory<float, 64, 64>) <= kSharedLimit &&
+                  sizeof(DistanceMemory<float, 64, 128>) <= kSharedLimit,
+              "a block fits everywhere");
+
+// Copies the panels of a tile, one after the other. A thread copies the same piece of each of its
+// rows. Rows after the last repeat it; their distances are not stored.
+template <class R, int QUERIES, int REFERENCES>
+class TileCopy {
+ public:
+  using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
+  using Stage = typename Memory::Stage;
+
+  __device__ TileCopy(const Halves& x, int query0, const Rows<R>& y, int reference0,
+                      const Center& center)
+      : center_(center), aligned_(y.aligned), to_low_(x.low - x.high), left_(center.features) {
+    const int thread = static_cast<int>(threadIdx.x);
+    row_ = thread / kPieces, piece_ = thread % kPieces;
+    for (int i = 0; i < kRows; ++i)
+      from_[i] = y.row(last_of(reference0 + row_ + i * kStep, y.count)) + piece_ * kCount;
+    half_row_ = thread / kHalfPieces;
+    for (int i = 0; i < kHalfRows; ++i) {
+      const Index row = last_of(query0 + half_row_ + i * kHalfStep, x.rows);
+      high_[i] = x.high + row * center.width + thread % kHalfPieces * 8;
+    }
+  }
+
+  // Starts the copies of the next panels.
+  __device__ void next(Stage& stage) {
+    const int known = left_ - piece_ * kCount;
+    const int count = known < 0 ? 0 : known < kCount ? known : kCount;
+    R* const to = stage.y[row_] + (piece_ ^ (row_ & Memory::kSwap)) * kCount;
+    if (aligned_) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        copy_async<16>(to + i * kStep * Memory::kFeatures, from_[i],
+                       count * static_cast<int>(sizeof(R)));
+    } else {
+      for (int i = 0; i < kRows; ++i)
+        for (int k = 0; k < kCount; ++k)
+          to[i * kStep * Memory::kFeatures + k] = k < count ? from_[i][k] : R{};
+    }
+    const int thread = static_cast<int>(threadIdx.x), piece = thread % kHalfPieces;
+    std::uint16_t* const half = &stage.x[piece / 4][0][half_row_][piece % 4 * 8];
+#pragma unroll
+    for (int i = 0; i < kHalfRows; ++i) {
+      copy_async<16>(half + i * kHalfStep * kHalfPanel, high_[i]);
+      copy_async<16>(half + (QUERIES + i * kHalfStep) * kHalfPanel, high_[i] + to_low_);
+    }
+    if (thread < Memory::kFeatures / 4)
+      copy_async<16>(&stage.center[4 * thread],
+                     center_.scaled + (center_.features - left_) + 4 * thread);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) from_[i] += Memory::kFeatures;
+#pragma unroll
+    for (int i = 0; i < kHalfRows; ++i) high_[i] += Memory::kFeatures;
+    left_ -= Memory::kFeatures;
+  }
+
+ private:
+  static constexpr int kCount = 16 / sizeof(R), kPieces = Memory::kFeatures / kCount;
+  static constexpr int kStep = kDistanceThreads / kPieces;
+  static constexpr int kRows = REFERENCES / kStep;
+  static constexpr int kHalfPieces = Memory::kFeatures / 8;
+  static constexpr int kHalfStep = kDistanceThreads / kHalfPieces;
+  static constexpr int kHalfRows = QUERIES / kHalfStep;
+  static_assert(kStep <= REFERENCES && kHalfStep <= QUERIES, "every thread copies");
+
+  static __device__ Index last_of(int row, int count) { return row < count ? row : count - 1; }
+
+  const Center& center_;
+  const bool aligned_;
+  const Index to_low_;                 // from a high part to the low part
+  int left_, row_, piece_, half_row_;  // features that are left; what this thread copies
+  const R* from_[kRows];
+  const std::uint16_t* high_[kHalfRows];
+};
+
+// The panel of a lane: references g and g + 8, features 8t to 8t + 7, times the scale and centred,
+// in two parts, as the operands of two products. Adds up their squares.
+template <class R>
+struct ReferencePanel {
+  std::uint32_t high[2][4], low[2][4];
+
+  // Row g + 8e has features from `rows[e]` on.
+  template <int SWAP>
+  __device__ void load(const R* const (&rows)[2], const float* center, float scale, int known,
+                       const Lane& lane, float (&square)[2], float (&square_lost)[2]) {
+    float c[8];
+    for (int i = 0; i < 8; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(center + 8 * lane.t + i);
+      c[i] = four.x, c[i + 1] = four.y, c[i + 2] = four.z, c[i + 3] = four.w;
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float v[8], sum = 0;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int feature = 8 * lane.t + 4 * i;
+        float four[4];
+        load4(rows[e] + 8 * lane.t + 4 * (i ^ (lane.g & SWAP)), known - feature, four);
+        for (int k = 0; k < 4; ++k) v[4 * i + k] = four[k] * scale - c[4 * i + k];
+      }
+      for (float value : v) sum += value * value;
+      add_compensated(square[e], square_lost[e], sum);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const TwoHalves parts = split_halves(v[2 * i], v[2 * i + 1]);
+        // Operands have features 0, 1 of rows g and g + 8, then features 2, 3.
+        high[i / 2][i % 2 * 2 + e] = parts.high;
+        low[i / 2][i % 2 * 2 + e] = parts.low;
+      }
+    }
+  }
+};
+
+// Adds the products with 8 queries: high·high + high·low + low·high. Matrix units round every
+// addition toward zero, so panels are added up outside of them, in two floats.
+__device__ inline void add_products(float (&total)[4], float (&lost)[4],
+                                    const std::uint32_t (&high)[2][4],
+                                    const std::uint32_t (&low)[2][4], const uint4& x_high,
+                                    const uint4& x_low) {
+  float panel[4];
+  const std::uint32_t of_high[2][2] = {{x_high.x, x_high.y}, {x_high.z, x_high.w}};
+  const std::uint32_t of_low[2][2] = {{x_low.x, x_low.y}, {x_low.z, x_low.w}};
+  multiply_halves(panel, low[0], of_high[0]);
+  multiply_add_halves(panel, low[1], of_high[1]);
+  multiply_add_halves(panel, high[0], of_low[0]);
+  multiply_add_halves(panel, high[1], of_low[1]);
+  multiply_add_halves(panel, high[0], of_high[0]);
+  multiply_add_halves(panel, high[1], of_high[1]);
+  for (int e = 0; e < 4; ++e) add_compensated(total[e], lost[e], panel[e]);
+}
+
+// Σ over the lanes t of a group of four.
+__device__ inline double over_quad(double value) {
+  value += __shfl_xor_sync(kAll, value, 1);
+  return value + __shfl_xor_sync(kAll, value, 2);
+}
+
+// The reach of a tile, and whether a reference counts for it: larger ones have no products in
+// float16.
+__device__ inline double reach_of(double scaled, double squared, int features, bool known) {
+  return known && scaled <= features * 0x1p32 ? squared : 0;
+}
+
+template <class R, int QUERIES, int REFERENCES, bool PROJECT>
+__global__ void __launch_bounds__(kDistanceThreads, QUERIES == 64 ? 1 : 2)
+    distances(const Halves x, const Rows<R> y, const Center center, const Pairs out) {
+  using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
+  constexpr int kColumns = QUERIES / 8, kParts = Memory::kParts;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
-  const int row0 = lane.warp / 2 * 32, column0 = lane.warp % 2 * (QUERIES / 2);
-  const Index reference0 = static_cast<Index>(blockIdx.x) * kTileReferences;
-  const Index query0 = static_cast<Index>(blockIdx.y) * QUERIES;
-  Products<2, kColumns> products;
-  products.clear();
+  const int group = lane.warp % Memory::kGroups, part = lane.warp / Memory::kGroups;
+  const int row0 = 16 * group;
+  const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
+  const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
+  const float scale = *center.scale, factor = scale * kUnit<R>;
+  float total[kColumns][4] = {}, lost[kColumns][4] = {}, square[2] = {}, square_lost[2] = {};
 
+  TileCopy<R, QUERIES, REFERENCES> copy(x, query0, y, reference0, center);
   pipeline<Memory::kStages>(
-      static_cast<int>(divide_up(features, kPanel)),
+      static_cast<int>(divide_up(center.features, Memory::kFeatures)),
+      [&](int, int slot) { copy.next(shared.stages[slot]); },
       [&](int p, int slot) {
-        copy_rows<QUERIES, kPanel, Memory::kPitch, 128>(shared.x[slot][0], x, query0, p * kPanel,
-                                                        features);
-        copy_rows<kTileReferences, kPanel, Memory::kReferencePitch, 128>(
-            shared.y[slot][0], y, reference0, p * kPanel, features);
-      },
-      [&](int p, int slot) {
-        products.template add_panel<Memory::kReferencePitch, Memory::kPitch>(
-            shared.y[slot][row0], shared.x[slot][column0], features - p * kPanel, lane);
-      });
-
-  if constexpr (!PROJECT) {
-    for (int j = 0; j < kColumns; ++j) {
-      float& norm = products.of_columns[j];
-      norm += __shfl_xor_sync(kAll, norm, 1);
-      norm += __shfl_xor_sync(kAll, norm, 2);
-      if (row0 == 0 && lane.t == 0) shared.norms[column0 + 8 * j + lane.g] = norm;
-    }
-    for (int i = 0; i < 2; ++i)
-      for (int e = 0; e < 2; ++e) {
-        float& norm = products.of_rows[i][e];
-        norm += __shfl_xor_sync(kAll, norm, 1);
-        norm += __shfl_xor_sync(kAll, norm, 2);
-      }
-    __syncthreads();
-  }
-
-  constexpr float unit = kUnit<R>;
+        const auto& stage = shared.stages[slot];
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j)
-    for (int odd = 0; odd < 2; ++odd) {
-      const int column = column0 + 8 * j + 2 * lane.t + odd;
-      const Index query = query0 + column;
-      float low = INFINITY;
-      for (int i = 0; i < 2; ++i)
-        for (int e = 0; e < 2; ++e) {
-          const Index reference = reference0 + row0 + 16 * i + 8 * e + lane.g;
-          if (query >= x.count || reference >= y.count) continue;
-          const float dot = unit * products.sum[i][j][2 * e + odd];
-          if constexpr (PROJECT) {
-            out.projected[query * out.stride + reference] = dot;
-          } else {
-            const float of_y = unit * unit * products.of_rows[i][e];
-            float distance = of_y + shared.norms[column] - 2 * dot;
-            distance = distance < 0 ? 0 : distance;
-            out.squared[query * out.stride + reference] = distance;
-            low = lowest_with(low, distance);
+        for (int half = part, i = 0; i < 2 / kParts; half += kParts, ++i) {
+          const int first = half * kHalfPanel;
+          const int known = center.features - p * Memory::kFeatures - first;
+          if (known <= 0) return;
+          const R* const rows[2] = {&stage.y[row0 + lane.g][first],
+                                    &stage.y[row0 + lane.g + 8][first]};
+          ReferencePanel<R> panel;
+          panel.template load<Memory::kSwap>(rows, stage.center + first, factor, known, lane,
+                                             square, square_lost);
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            const auto of_x = [&](int i) {
+              const std::uint16_t* at = &stage.x[half][i][8 * j + lane.g][8 * lane.t];
+              return *reinterpret_cast<const uint4*>(at);
+            };
+            add_products(total[j], lost[j], panel.high, panel.low, of_x(0), of_x(1));
           }
         }
+      });
+
+  // Each half of the warps finishes half of the columns, with the sums of the other half.
+  const auto finishes = [&](int j) { return j / (kColumns / kParts) == part; };
+  for (int e = 0; e < 2; ++e) {
+    const int row = row0 + 8 * e + lane.g;
+    const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
+    if (lane.t == 0) shared.sums.squares[part][row] = sum;
+    if constexpr (kParts > 1)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        if (!finishes(j))
+          for (int odd = 0; odd < 2; ++odd)
+            shared.sums.products[row][8 * j + 2 * lane.t + odd] =
+                static_cast<double>(total[j][2 * e + odd]) - lost[j][2 * e + odd];
+  }
+  __syncthreads();
+  const double per_scale = 1 / static_cast<double>(scale);
+  double squares[2], farthest = 0;
+  for (int e = 0; e < 2; ++e) {
+    const int row = row0 + 8 * e + lane.g;
+    double scaled = shared.sums.squares[0][row];
+    if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
+    squares[e] = scaled * per_scale * per_scale;
+    farthest =
+        fmax(farthest, reach_of(scaled, squares[e], center.features, reference0 + row < y.count));
+  }
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    if (!finishes(j)) continue;
+    for (int odd = 0; odd < 2; ++odd) {
+      const int column = 8 * j + 2 * lane.t + odd, query = query0 + column;
+      const bool known = query < x.rows;
+      const double unit = known ? x.units[query] : 0, norm = known ? out.norms[query] : 0;
+      double low = INFINITY;
+      for (int e = 0; e < 2; ++e) {
+        const int row = row0 + 8 * e + lane.g, reference = reference0 + row;
+        const Index place = query * out.stride + reference;
+        if (!known || reference >= y.count) continue;
+        double product = static_cast<double>(total[j][2 * e + odd]) - lost[j][2 * e + odd];
+        if constexpr (kParts > 1) product += shared.sums.products[row][column];
+        if constexpr (PROJECT) {
+          out.projected[place] = static_cast<float>(unit * product);
+        } else {
+          const double distance = not_negative(squares[e] + norm - 2 * unit * product);
+          out.squared[place] = distance;
+          low = LeastFinite()(low, finite_or_marked(distance));
+        }
+      }
       if constexpr (!PROJECT) {
         for (int apart = 4; apart < 32; apart *= 2)
-          low = fminf(low, __shfl_xor_sync(kAll, low, apart));
-        if (lane.g == 0) shared.low[row0 / 32][column] = low;
+          low = LeastFinite()(low, __shfl_xor_sync(kAll, low, apart));
+        if (lane.g == 0) shared.sums.low[group][column] = low;
       }
     }
+  }
   if constexpr (!PROJECT) {
+    farthest = over_warp(farthest, Most());
+    if (lane.lane == 0 && part == 0) shared.sums.farthest[group] = farthest;
     __syncthreads();
-    store_lowest<QUERIES>(shared.low, 2, query0, x.count, out);
-    const int q = static_cast<int>(threadIdx.x);
-    if (blockIdx.x == 0 && q < QUERIES && query0 + q < x.count)
-      out.norms[query0 + q] = shared.norms[q];
+    constexpr int kTileGroups = kTileReferences / 16;
+#pragma unroll
+    for (int i = 0; i < REFERENCES / kTileReferences; ++i) {
+      const int tile = static_cast<int>(blockIdx.x) * (REFERENCES / kTileReferences) + i;
+      store_lowest<QUERIES>(shared.sums.low + i * kTileGroups, kTileGroups, tile, query0, x.rows,
+                            out);
+      if (blockIdx.y > 0 || threadIdx.x > 0 || tile >= out.tiles) continue;
+      double most = 0;
+      for (int w = 0; w < kTileGroups; ++w)
+        most = fmax(most, shared.sums.farthest[i * kTileGroups + w]);
+      out.reach[tile] = most;
+    }
   }
 }
+
+// ---- differences -----------------------------------------------------------------------------
+
+template <class R>
+struct DifferenceMemory {
+  static constexpr int kStages = 4, kQueries = 8;
+  static constexpr int kPitch = kPanel + 4, kReferencePitch = kPanel + 16 / sizeof(R);
+  float x[kStages][kQueries][kPitch];
+  R y[kStages][kTileReferences][kReferencePitch];
+  double low[8][kQueries];
+};
+static_assert(sizeof(DifferenceMemory<float>) <= kSharedLimit, "a block fits everywhere");
 
 // A block has 8 warps and computes 64 references × 8 queries. A lane has reference 8·warp + g and a
 // quarter of the features. It adds at most 256 values in float32 before float64 takes over.
 template <class R, bool PROJECT>
 __global__ void __launch_bounds__(256, 2)
     differences(const Rows<float> x, const Rows<R> y, int features, const Pairs out) {
-  constexpr int kQueries = 8, kPanels = 256 / (kPanel / 4);
-  using Memory = TileMemory<R, kQueries>;
+  constexpr int kPanels = 256 / (kPanel / 4);
+  using Memory = DifferenceMemory<R>;
+  constexpr int kQueries = Memory::kQueries;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int row = 8 * lane.warp + lane.g;
@@ -194,101 +412,25 @@ __global__ void __launch_bounds__(256, 2)
     const Index query = query0 + q;
     const bool known = query < x.count && reference < y.count;
     if constexpr (PROJECT) {
-      if (known && lane.t == q % 4) out.projected[query * out.stride + reference] = value;
+      if (known && lane.t == q % 4)
+        out.projected[query * out.stride + reference] = static_cast<float>(value);
     } else {
       if (known && lane.t == q % 4) out.squared[query * out.stride + reference] = value;
-      float low = known ? lowest_with(INFINITY, static_cast<float>(value)) : INFINITY;
+      double low = known ? finite_or_marked(value) : INFINITY;
       for (int apart = 4; apart < 32; apart *= 2)
-        low = fminf(low, __shfl_xor_sync(kAll, low, apart));
+        low = LeastFinite()(low, __shfl_xor_sync(kAll, low, apart));
       if (lane.lane == 0) shared.low[lane.warp][q] = low;
     }
   }
   if constexpr (!PROJECT) {
     __syncthreads();
-    store_lowest<kQueries>(shared.low, 8, query0, x.count, out);
+    store_lowest<kQueries>(shared.low, 8, static_cast<int>(blockIdx.x), static_cast<int>(query0),
+                           x.count, out);
     norm += __shfl_xor_sync(kAll, norm, 1);
     norm += __shfl_xor_sync(kAll, norm, 2);
     const Index query = query0 + lane.g;
     if (blockIdx.x == 0 && lane.warp == 0 && lane.t == 0 && query < x.count)
-      out.norms[query] = static_cast<float>(norm);
-  }
-}
-
-// ---- refinement ----------------------------------------------------------------------------
-
-// Σ (x − y)² and Σ g y in float64, computed by a warp. All lanes get the result.
-template <class R>
-__device__ inline double squared_distance(const float* x, const R* y, int lane, int features) {
-  double sum = 0;
-#pragma unroll 4
-  for (int k = lane; k < features; k += 32) {
-    const double difference = static_cast<double>(x[k]) - load1(y + k);
-    sum += difference * difference;
-  }
-  return over_warp(sum, Sum());
-}
-template <class R>
-__device__ inline double inner_product(const float* g, const R* y, int lane, int features) {
-  double sum = 0;
-#pragma unroll 4
-  for (int k = lane; k < features; k += 32) sum += static_cast<double>(g[k]) * load1(y + k);
-  return over_warp(sum, Sum());
-}
-
-// A distance in float64 is infinite only if the input is not finite. NaN then reaches the result;
-// infinity would not.
-__device__ inline double or_nan(double distance) { return distance < INFINITY ? distance : NAN; }
-
-constexpr int kRefineThreads = 128;
-
-// Recomputes the distances of one query that decide its result. `nearest` is the smallest distance
-// to references of other chunks, or null. Distances are recomputed where the weight may be more
-// than e^-20 times the largest, if these are few or if the typical error would change their
-// weights. Distances that overflow float32 are always recomputed. G·y is recomputed for the same
-// references, if there is a G.
-template <class R>
-__global__ void __launch_bounds__(kRefineThreads)
-    refine(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, int features,
-           const double* radius, const double* nearest, const WeightLaw law, const Pairs pairs,
-           int block_tiles) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  const Index query = blockIdx.y;
-  const float* low = pairs.lowest + query * pairs.tiles;
-  const int thread = static_cast<int>(threadIdx.x);
-  const double r = radius[query], norm = pairs.norms[query];
-  double base = INFINITY;
-  for (int tile = thread; tile < pairs.tiles; tile += kRefineThreads)
-    if (low[tile] >= 0) base = fmin(base, static_cast<double>(low[tile]));
-  base = over_block(base, scratch, Least());
-  if (nearest) base = fmin(nearest[query], base);
-
-  double near = law.near_limit(base, norm, r);
-  int competing = 0;
-  for (int tile = thread; tile < pairs.tiles; tile += kRefineThreads)
-    competing += low[tile] <= near;
-  competing = over_block(competing, reinterpret_cast<int*>(scratch), Sum());
-  if (competing > kFewTiles && !law.changes_weight(law.typical_error(base, norm), base, r, 3e-4) &&
-      near < INFINITY)
-    near = -1;
-
-  const Lane lane = this_lane();
-  const int first = static_cast<int>(blockIdx.x) * block_tiles;
-  for (int tile = first; tile < smaller(first + block_tiles, pairs.tiles); ++tile) {
-    if (!(low[tile] <= near)) continue;
-    for (int j = lane.warp; j < kTileReferences; j += kRefineThreads / 32) {
-      const Index reference = static_cast<Index>(tile) * kTileReferences + j;
-      if (reference >= y.count) break;
-      const Index pair = query * pairs.stride + reference;
-      const double known = pairs.squared[pair];
-      __syncwarp();
-      if (!(known <= near) && known < INFINITY) continue;
-      const R* row = y.row(reference);
-      const double exact = squared_distance(x.row(query), row, lane.lane, features);
-      if (lane.lane == 0) pairs.squared[pair] = or_nan(exact);
-      if (!upstream.at) continue;
-      const double dot = inner_product(upstream.row(query), row, lane.lane, features);
-      if (lane.lane == 0) pairs.projected[pair] = dot;
-    }
+      out.norms[query] = norm;
   }
 }
 

@@ -1,5 +1,5 @@
-// PTX instructions that CUDA C++ lacks: asynchronous copies, products in matrix units, clusters of
-// blocks (PTX ISA, sections 9.7.9 and 9.7.14). host_shim/intrinsics.h defines the same names for
+// PTX instructions that CUDA C++ lacks: asynchronous copies, products in matrix units (PTX ISA,
+// sections 9.7.9 and 9.7.14). host_shim/intrinsics.h defines the same names for
 // the host, and the names of CUDA C++ that the kernels use.
 #pragma once
 #include <cstdint>
@@ -8,11 +8,6 @@
 #include "host_shim/intrinsics.h"
 #else
 #include <cuda_runtime.h>
-
-// Architectures whose clusters have blocks with 227 KiB of shared memory.
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-#define PFGM_CLUSTERS 1
-#endif
 
 namespace pfgm {
 
@@ -60,6 +55,35 @@ __device__ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d += a b for a (16 × 16) and b (16 × 8) of float16 values, two in a word, the first in its lower
+// half. With g = lane/4 and t = lane mod 4 a lane holds
+//     a[g][2t…], a[g + 8][2t…], a[g][2t + 8…], a[g + 8][2t + 8…], each with the value after it;
+//     b[2t…][g], b[2t + 8…][g];
+//     d as above.
+__device__ inline void multiply_add_halves(float (&d)[4], const std::uint32_t (&a)[4],
+                                           const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d = a b, which needs no instruction that clears d.
+__device__ inline void multiply_halves(float (&d)[4], const std::uint32_t (&a)[4],
+                                       const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+
+// Two values rounded to float16 in a word, `first` in its lower half. Larger ones become infinite.
+__device__ inline std::uint32_t halves_of(float first, float second) {
+  std::uint32_t halves;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(second), "f"(first));
+  return halves;
+}
+
 __device__ inline float half_to_float(std::uint16_t bits) {
   float v;
   asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
@@ -68,26 +92,6 @@ __device__ inline float half_to_float(std::uint16_t bits) {
 
 __device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
-
-#ifdef PFGM_CLUSTERS
-// cluster_rank is the block's place in its cluster, cluster_sync a barrier for all threads of the
-// cluster. cluster_shared is the address in the shared memory of block `rank` that corresponds to
-// `own` in this block.
-__device__ inline int cluster_rank() {
-  std::uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-}
-template <class T>
-__device__ inline T* cluster_shared(T* own, int rank) {
-  std::uint64_t address;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
-  return reinterpret_cast<T*>(address);
-}
-#endif
 
 }  // namespace pfgm
 #endif

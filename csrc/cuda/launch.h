@@ -19,7 +19,6 @@ struct Launch {
   Grid grid;               // in blocks; an empty grid is not launched
   int threads;             // in a block
   std::size_t shared = 0;  // bytes of dynamic shared memory
-  int cluster = 1;         // blocks in a cluster, along x
 };
 
 #ifdef PFGM_CUDA_SHIM
@@ -54,31 +53,13 @@ class Stream {
     check(name, cudaFuncGetAttributes(&attributes, kernel));
     return attributes.ptxVersion;
   }
-  std::size_t shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-  // How many times longer float64 takes than float32.
-  int float64_cost() const { return attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio); }
 
   template <class... Parameters, class... Arguments>
   void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) const {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
     prepare(shape, kernel);
-    cudaLaunchAttribute cluster;
-    const cudaLaunchConfig_t config = configuration(shape, &cluster);
+    const cudaLaunchConfig_t config = configuration(shape);
     check(shape.kernel, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
-  }
-
-  // The number of clusters of this shape that the device runs at once; 0 if none fits or the
-  // runtime cannot tell.
-  template <class... Parameters>
-  int resident_clusters(const Launch& shape, void (*kernel)(Parameters...)) const {
-    if (shape.shared > shared_limit()) return 0;
-    prepare(shape, kernel);
-    cudaLaunchAttribute cluster;
-    const cudaLaunchConfig_t config = configuration(shape, &cluster);
-    int count = 0;
-    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) return count;
-    cudaGetLastError();
-    return 0;
   }
 
  private:
@@ -99,26 +80,15 @@ class Stream {
     if (shape.shared > 48 * 1024)
       check(shape.kernel, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                static_cast<int>(shape.shared)));
-    if (shape.cluster > 8 &&
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
-            cudaSuccess)
-      cudaGetLastError();  // then resident_clusters() finds that none fits
   }
 
-  cudaLaunchConfig_t configuration(const Launch& shape, cudaLaunchAttribute* cluster) const {
+  cudaLaunchConfig_t configuration(const Launch& shape) const {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(shape.grid.x), static_cast<unsigned>(shape.grid.y),
                           static_cast<unsigned>(shape.grid.z));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream_;
-    if (shape.cluster > 1) {
-      cluster->id = cudaLaunchAttributeClusterDimension;
-      cluster->val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-      cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
-      config.attrs = cluster;
-      config.numAttrs = 1;
-    }
     return config;
   }
 

@@ -1,15 +1,14 @@
 // The posterior mean and its gradients on CUDA devices.
 //
 // Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
-// goes through distances or differences, then refine (cuda/distances.h), weigh (cuda/weights.h),
-// weighted_sum and merge (cuda/weighted_sums.h). For few queries, from sm_90 on, one pass over the
-// references does all of this (cuda/single_pass.h). Launches depend on shapes alone. Nothing waits
-// for the device, and CUDA graphs can capture the launches.
+// goes through distances (cuda/distances.h, of data centred by cuda/centering.h) or differences,
+// find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), weighted_sum and merge
+// (cuda/weighted_sums.h). Launches depend on shapes alone. Nothing waits for the device, and CUDA
+// graphs can capture the launches.
 #include <cmath>
 
 #include "api/posterior_mean.h"
 #include "cuda/launch.h"
-#include "cuda/single_pass.h"
 #include "cuda/weighted_sums.h"
 
 namespace pfgm {
@@ -51,11 +50,12 @@ Partition partition_of(const Problem& problem, int multiprocessors) {
   partition.references = smaller(problem.references, smaller(most, limits.references));
   partition.stride = round_up(partition.references, 32);
   partition.few = partition.queries < 16 || problem.features < kPanel;
-  // Two blocks per multiprocessor, if memory and the length of a list allow.
+  // Four blocks per multiprocessor, if memory and the length of a list allow. Blocks whose queries
+  // need few references are soon done.
   const Index tiles =
       divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, kSumRows);
   const Index words = partition.stride / 32;
-  const Index wanted = smaller(divide_up(2 * multiprocessors, tiles),
+  const Index wanted = smaller(divide_up(4 * multiprocessors, tiles),
                                larger(1, limits.parts / (partition.queries * problem.features)));
   const Index stretches =
       larger(smaller(wanted, divide_up(words, 4)), divide_up(words, kStretchWords));
@@ -66,49 +66,6 @@ Partition partition_of(const Problem& problem, int multiprocessors) {
 
 double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
-}
-
-// One pass in clusters. One tile must hold all queries, so that each reference is read once, and
-// there must be enough features to split. `clusters` is how many run at once; 0 if one pass is not
-// possible.
-struct SinglePass {
-  Index tile = 0;  // queries that the tile holds
-  Launch shape = {};
-  Index clusters = 0, stretches = 0, stretch = 0;
-};
-
-constexpr Index kPassFeatures = 512;  // fewer features do not use the single pass
-
-template <class R, int QUERIES>
-SinglePass pass_in_tile(const Problem& problem, const Stream& stream) {
-  using Memory = PassMemory<R, QUERIES>;
-  SinglePass pass;
-  const int architecture = stream.architecture("single_pass", single_pass<R, QUERIES>);
-  if (architecture < 90 || architecture >= 120) return pass;  // the kernel is empty there
-  const Index cluster = divide_up(problem.features, Memory::kSlice);
-  if (cluster > kPassCluster<QUERIES>) return pass;
-  pass.tile = QUERIES;
-  pass.shape = {"single_pass", {cluster}, kPassThreads, sizeof(Memory), static_cast<int>(cluster)};
-  const Index clusters = stream.resident_clusters(pass.shape, single_pass<R, QUERIES>);
-  // Some parts of a device may be too small for a cluster. If many multiprocessors stay idle, two
-  // passes are faster.
-  if (4 * clusters * cluster < 3 * stream.multiprocessors()) return pass;
-  pass.clusters = clusters;
-  const Index stretches =
-      smaller(smaller(pass.clusters, kMostPasses), divide_up(problem.references, 4 * kPassTile));
-  pass.stretch = round_up(divide_up(problem.references, stretches), kPassTile);
-  pass.stretches = divide_up(problem.references, pass.stretch);
-  pass.shape.grid.x = cluster * pass.stretches;
-  return pass;
-}
-
-template <class R>
-SinglePass single_pass_of(const Problem& problem, const Stream& stream) {
-  if (problem.queries < 16 || problem.features < kPassFeatures || stream.float64_cost() > 4)
-    return {};
-  if (problem.queries <= 64) return pass_in_tile<R, 64>(problem, stream);
-  if (problem.queries <= 128) return pass_in_tile<R, 128>(problem, stream);
-  return {};
 }
 
 template <class R>
@@ -122,27 +79,37 @@ class Calculation {
         partition_(partition_of(problem, stream.multiprocessors())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few)) {
-    if (!backward) pass_ = single_pass_of<R>(problem, stream);
-    if (pass_.clusters > 0) {
-      const Index rows = pass_.stretches * problem.queries;
-      passes_.sums = arena_.take<float>(rows * problem.features);
-      passes_.nearest = arena_.take<double>(rows);
-      passes_.total = arena_.take<double>(rows);
-      return;
-    }
-    const Index pairs = partition_.queries * partition_.stride;
+    const Index queries = partition_.queries, pairs = queries * partition_.stride;
+    const Index tiles = divide_up(partition_.references, kTileReferences);
     pairs_.stride = partition_.stride;
     pairs_.squared = arena_.take<double>(pairs);
-    pairs_.lowest =
-        arena_.take<float>(partition_.queries * divide_up(partition_.references, kTileReferences));
-    pairs_.norms = arena_.take<float>(partition_.queries);
-    pairs_.projected = backward ? arena_.take<double>(pairs) : nullptr;
+    pairs_.projected = backward ? arena_.take<float>(pairs) : nullptr;
+    pairs_.lowest = arena_.take<double>(queries * tiles);
+    pairs_.reach = arena_.take<double>(tiles);
+    pairs_.norms = arena_.take<double>(queries);
+    limits_ = arena_.take<Limits>(queries);
     weights_.weight = arena_.take<float>(pairs);
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
-    share_ = backward ? nullptr : arena_.take<float>(partition_.queries);
-    carry_ = backward ? nullptr : arena_.take<float>(partition_.queries);
-    parts_ = arena_.take<float>(partition_.stretches * partition_.queries * problem.features);
-    if (!backward) return;
+    parts_ = arena_.take<float>(partition_.stretches * queries * problem.features);
+    if (!partition_.few) {
+      const Index width = round_up(problem.features, 2 * kHalfPanel);
+      center_.features = features_, center_.width = static_cast<int>(width);
+      center_.at = arena_.take<float>(width);
+      center_.scaled = arena_.take<float>(width);
+      center_.spread = arena_.take<float>(divide_up(width, kCenterThreads));
+      center_.scale = arena_.take<float>(1);
+      x_halves_ = take_halves(width);
+      if (backward) upstream_halves_ = take_halves(width);
+    }
+    if (!backward) {
+      const Index pieces = divide_up(partition_.references, kPiece);
+      sums_.sum = arena_.take<float>(queries * pieces);
+      sums_.live = arena_.take<int>(queries * pieces);
+      sums_.closest = arena_.take<double>(queries);
+      sums_.kept = arena_.take<double>(queries);
+      order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
+      return;
+    }
     probability_ = arena_.take<float>(pairs);
     scaled_ = arena_.take<float>(pairs);
     for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum,
@@ -153,25 +120,38 @@ class Calculation {
   std::size_t workspace() const { return arena_.used(); }
 
   void forward(const Forward& out) {
-    if (pass_.clusters > 0) return pass_.tile == 64 ? in_one_pass<64>(out) : in_one_pass<128>(out);
+    find_references_center();
     const double floor = weight_floor(problem_);
     for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
       const QueryStates state = {out.nearest + first_, out.total + first_, out.logsumexp + first_};
       float* mean = static_cast<float*>(out.mean) + first_ * problem_.features;
+      split(x(), {});
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
-        measure(begin_ == 0 ? nullptr : state.nearest, {});
-        run("weigh", {queries()}, kQueryThreads, kScratch, weigh, law_, radius(), pairs_,
-            references(), floor, begin_ == 0, state, weights_, share_, carry_);
-        sum(share_);
+        const bool first_chunk = begin_ == 0;
+        measure(first_chunk ? nullptr : state.nearest, {});
+        sums_.pieces = static_cast<int>(divide_up(references(), kPiece));
+        // Divided by it, a sum of weights is at most 1.
+        const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
+        run("weigh", {queries(), sums_.pieces}, kQueryThreads, kScratch, weigh, law_, radius(),
+            pairs_, references(), floor, 1 / divisor, first_chunk, state, weights_, sums_);
+        const int* order = queries() > kSumRows ? order_ : nullptr;
+        if (order)
+          run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
+              sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_,
+              static_cast<int>(queries()), order_);
+        sum(order);
         run("merge", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0, merge,
-            mean, parts_, carry_, features_, stretches(), begin_ == 0);
+            law_, radius(), mean, parts_, sums_, divisor, features_, stretches(), first_chunk,
+            state);
       }
     }
   }
 
   void backward(const Backward& io) {
+    find_references_center();
     for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
       const bool one = partition_.references == problem_.references;
+      split(x(), upstream(io));
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         measure(io.nearest + first_, upstream(io));
         run("pull", {queries()}, kQueryThreads, kScratch, pull, law_, radius(), io.nearest + first_,
@@ -215,54 +195,90 @@ class Calculation {
   }
   double gradient_floor() const { return weight_floor(problem_, kGradientCutoff); }
 
-  template <int QUERIES>
-  void in_one_pass(const Forward& out) const {
-    const Rows<float> x = rows_of<float>(problem_.x, problem_.x_stride, problem_.queries);
-    const Rows<R> y = rows_of<R>(problem_.y, problem_.y_stride, problem_.references);
-    // A power of two, so that it rounds nothing.
-    const float shrink = std::ldexp(1.0f, -std::ilogb(static_cast<double>(pass_.stretch)) - 1);
-    stream_.launch(pass_.shape, single_pass<R, QUERIES>, x, y, features_, problem_.radius, law_,
-                   weight_floor(problem_), pass_.shape.cluster, static_cast<int>(pass_.stretch),
-                   shrink, passes_);
-    run("merge_passes", {problem_.queries, divide_up(features_, kMostPasses)}, kMostPasses,
-        sizeof(double) * (kMostPasses + kMostPasses / 32), merge_passes, law_, problem_.radius,
-        passes_, static_cast<int>(pass_.stretches), shrink, features_,
-        static_cast<float*>(out.mean), QueryStates{out.nearest, out.total, out.logsumexp});
+  Halves take_halves(Index width) {
+    const Index count = partition_.queries * width;
+    Halves halves = {};
+    halves.high = arena_.take<std::uint16_t>(count);
+    halves.low = arena_.take<std::uint16_t>(count);
+    halves.units = arena_.take<double>(partition_.queries);
+    return halves;
   }
 
-  // Distances of the block and the chunk, exact where it matters, and G·y if there is a G.
-  // `nearest` is the smallest distance so far, or null.
+  // The centre of all references.
+  void find_references_center() const {
+    if (partition_.few) return;
+    const Rows<R> y = rows_of<R>(problem_.y, problem_.y_stride, problem_.references);
+    run("find_center", {divide_up(center_.width, kCenterThreads)}, kCenterThreads,
+        sizeof(float) * kCenterThreads / 32, find_center<R>, y, center_);
+  }
+
+  // The parts of the block's queries, and of G if there is a G.
+  void split(const Rows<float>& x, const Rows<float>& upstream) {
+    if (partition_.few) return;
+    x_halves_.rows = upstream_halves_.rows = x.count;
+    run("split_rows", {x.count}, kSplitThreads, kScratch, split_rows<true>, x, center_,
+        pairs_.norms, x_halves_);
+    if (upstream.at)
+      run("split_rows", {x.count}, kSplitThreads, kScratch, split_rows<false>, upstream, center_,
+          pairs_.norms, upstream_halves_);
+  }
+
+  // Distances of the block and the chunk, exact where it matters, and G·y, up to a number for each
+  // query, if there is a G. `nearest` is the smallest distance so far, or null.
   void measure(const double* nearest, const Rows<float>& upstream) {
     pairs_.tiles = static_cast<int>(divide_up(references(), kTileReferences));
-    pair_products<false>(x());
-    if (upstream.at) pair_products<true>(upstream);
-    const Index block_tiles = larger(kMinRefineTiles, divide_up(pairs_.tiles, kMaxRefineBlocks));
-    run("refine", {divide_up(pairs_.tiles, block_tiles), queries()}, kRefineThreads,
-        8 * kRefineThreads / 32, refine<R>, x(), upstream, y(), features_, radius(), nearest, law_,
-        pairs_, static_cast<int>(block_tiles));
+    if (partition_.few) {
+      find_differences<false>(x());
+      if (upstream.at) find_differences<true>(upstream);
+    } else {
+      find_products<false>(x_halves_);
+      if (upstream.at) find_products<true>(upstream_halves_);
+    }
+    run("find_limits", {queries()}, kLimitThreads, kScratch, find_limits, law_, radius(), nearest,
+        pairs_, features_, partition_.few ? nullptr : center_.scale, limits_);
+    run("refine", {divide_up(pairs_.tiles, kRefineTiles), queries()}, kRefineThreads,
+        sizeof(RefineMemory), refine<R>, x(), y(), features_, limits_, pairs_);
   }
 
   template <bool PROJECT>
-  void pair_products(const Rows<float>& rows) {
-    if (partition_.few)
-      run("differences", tiles(8), 256, sizeof(TileMemory<R, 8>), differences<R, PROJECT>, rows,
-          y(), features_, pairs_);
-    else if (queries() <= 32 || tiles(64).x * tiles(64).y < 2 * stream_.multiprocessors())
-      run("distances", tiles(32), 128, sizeof(TileMemory<R, 32>), distances<R, 32, PROJECT>, rows,
-          y(), features_, pairs_);
-    else
-      run("distances", tiles(64), 128, sizeof(TileMemory<R, 64>), distances<R, 64, PROJECT>, rows,
-          y(), features_, pairs_);
+  void find_differences(const Rows<float>& rows) const {
+    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<R>),
+        differences<R, PROJECT>, rows, y(), features_, pairs_);
   }
 
-  Grid tiles(int rows) const { return {pairs_.tiles, divide_up(queries(), rows)}; }
+  // Tiles of as many pairs as possible, since they read each value less often, but for every
+  // multiprocessor.
+  template <bool PROJECT>
+  void find_products(const Halves& rows) const {
+    if (queries() <= 32 || rounds(32, 64) < 2 * rounds(64, 64))
+      return find_products<PROJECT, 32, 64>(rows);
+    if (8 * rounds(64, 128) <= 5 * rounds(64, 64)) return find_products<PROJECT, 64, 128>(rows);
+    find_products<PROJECT, 64, 64>(rows);
+  }
 
-  // parts = share Σ w y.
-  void sum(const float* share) const {
+  template <bool PROJECT, int QUERIES, int REFERENCES>
+  void find_products(const Halves& rows) const {
+    run("distances", tiles(QUERIES, REFERENCES), kDistanceThreads,
+        sizeof(DistanceMemory<R, QUERIES, REFERENCES>), distances<R, QUERIES, REFERENCES, PROJECT>,
+        rows, y(), center_, pairs_);
+  }
+
+  // How many blocks the busiest multiprocessor has.
+  Index rounds(int queries, int references) const {
+    const Grid grid = tiles(queries, references);
+    return divide_up(grid.x * grid.y, stream_.multiprocessors());
+  }
+
+  Grid tiles(int rows, int references) const {
+    return {divide_up(this->references(), references), divide_up(queries(), rows)};
+  }
+
+  // parts = Σ w y.
+  void sum(const int* order) const {
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
                        stretches()};
     run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R>, y(), features_,
-        weights_, partition_.stride, static_cast<int>(queries()), share,
+        weights_, partition_.stride, static_cast<int>(queries()), order,
         static_cast<int>(partition_.stretch_words), parts_);
   }
 
@@ -297,11 +313,14 @@ class Calculation {
   const Partition partition_;
   const int features_;
   const WeightLaw law_;
-  SinglePass pass_;
-  PassResults passes_ = {};
+  Center center_ = {};
+  Halves x_halves_ = {}, upstream_halves_ = {};
   Pairs pairs_ = {};
+  Limits* limits_ = nullptr;
   ChunkWeights weights_ = {};
-  float *share_ = nullptr, *carry_ = nullptr, *parts_ = nullptr;
+  PieceSums sums_ = {};
+  int* order_ = nullptr;
+  float* parts_ = nullptr;
   float *probability_ = nullptr, *scaled_ = nullptr;
   double* spare_ = nullptr;
   Moments moments_ = {};

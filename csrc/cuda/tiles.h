@@ -1,4 +1,5 @@
-// Tiles of rows in shared memory, and their products in matrix units with the accuracy of float32.
+// Tiles of rows in shared memory, products in matrix units with the accuracy of float32, and sums
+// over threads.
 //
 // A warp's lanes are g = lane/4 and t = lane mod 4 (multiply_add in cuda/intrinsics.h). The order
 // of terms in a sum is free. So a lane reads 4 neighbouring values in one access, where the matrix
@@ -17,8 +18,7 @@ using Index = std::int64_t;
 
 constexpr int kPanel = 32;  // terms of a sum that are staged together: features, or references
 constexpr unsigned kAll = 0xffffffffu;
-constexpr std::size_t kSharedLimit = 99 << 10;          // bytes that a block can have from sm_80 on
-constexpr std::size_t kClusterSharedLimit = 227 << 10;  // the same from sm_90 to sm_110
+constexpr std::size_t kSharedLimit = 99 << 10;  // bytes that a block can have from sm_80 on
 
 __host__ __device__ constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
 __host__ __device__ constexpr Index round_up(Index n, Index multiple) {
@@ -81,14 +81,15 @@ __device__ inline void load4(const R* from, int known, float (&v)[4]) {
     for (int i = 0; i < 4; ++i) v[i] = i < known ? v[i] : 0;
 }
 
-__device__ inline double load1(const float* from) { return *from; }
-__device__ inline double load1(const BFloat16* from) {
+// One value, in float32.
+__device__ inline float load_float(const float* from) { return *from; }
+__device__ inline float load_float(const BFloat16* from) {
   return float_of(static_cast<std::uint32_t>(from->bits) << 16);
 }
-__device__ inline double load1(const Float16* from) { return half_to_float(from->bits); }
-__device__ inline double load1(const std::uint8_t* from) {
-  // In float64, and not as a difference of rounded numbers, which would cancel near the middle.
-  return (2 * static_cast<int>(*from) - 255) * (1 / 255.0);
+__device__ inline float load_float(const Float16* from) { return half_to_float(from->bits); }
+__device__ inline float load_float(const std::uint8_t* from) {
+  // Not as a difference of rounded numbers, which would cancel near the middle.
+  return static_cast<float>(2 * static_cast<int>(*from) - 255) * (1 / 255.0f);
 }
 
 // ---- rows in global memory -------------------------------------------------------------------
@@ -112,19 +113,26 @@ Rows<T> rows_of(const void* at, Index stride, Index count) {
   return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
 }
 
-// Starts to copy 16 bytes of a row with COLUMNS values, the piece number `piece`, to shared memory.
-// Values after the first `known` become zero.
+// Starts to copy 16 bytes of a row with COLUMNS values, the piece number `piece`, to the piece
+// `place` of a row in shared memory. Values after the first `known` become zero.
 template <int COLUMNS, class T>
-__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
+__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned,
+                                  int place) {
   constexpr int count = 16 / sizeof(T);
   static_assert(COLUMNS % count == 0, "rows of tiles are whole accesses");
   const int first = piece * count, left = known - first;
   const int valid = left < 0 ? 0 : left < count ? left : count;
+  to += place * count;
   if (aligned) {
-    copy_async<16>(to + first, valid ? from + first : from, valid * static_cast<int>(sizeof(T)));
+    copy_async<16>(to, valid ? from + first : from, valid * static_cast<int>(sizeof(T)));
     return;
   }
-  for (int i = 0; i < count; ++i) to[first + i] = i < valid ? from[first + i] : T{};
+  for (int i = 0; i < count; ++i) to[i] = i < valid ? from[first + i] : T{};
+}
+
+template <int COLUMNS, class T>
+__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
+  copy_piece<COLUMNS>(to, from, piece, known, aligned, piece);
 }
 
 // Starts to copy ROWS rows from `first` on, COLUMNS features from `feature` on. In shared memory
@@ -217,86 +225,22 @@ __device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, cons
   multiply_add(d, a.big, b.big);
 }
 
-// Σ over 32 features of A[row][feature] · B[column][feature], for tiles of 16 rows and of 8
-// columns. Squares of rows and columns are summed too.
-template <int ROW_TILES, int COLUMN_TILES>
-struct Products {
-  float sum[ROW_TILES][COLUMN_TILES][4];
-  float of_rows[ROW_TILES][2];     // Σ A² over this lane's features, rows g and g + 8
-  float of_columns[COLUMN_TILES];  // Σ B² over this lane's features, column g
-
-  __device__ void clear() {
-    for (int i = 0; i < ROW_TILES; ++i) {
-      for (int j = 0; j < COLUMN_TILES; ++j)
-        for (int e = 0; e < 4; ++e) sum[i][j][e] = 0;
-      of_rows[i][0] = of_rows[i][1] = 0;
-    }
-    for (int j = 0; j < COLUMN_TILES; ++j) of_columns[j] = 0;
-  }
-
-  // Adds one panel. Rows of A are A_PITCH apart, those of B B_PITCH. Matrix units round every
-  // addition toward zero, so the sum of a panel is added to the others outside of them.
-  template <int A_PITCH, int B_PITCH, class R>
-  __device__ void add_panel(const R* a, const float* b, int known, const Lane& lane) {
-    float panel[ROW_TILES][COLUMN_TILES][4] = {};
-#pragma unroll
-    for (int half = 0; half < 8; half += 4) {
-      const int feature = 8 * lane.t + half;
-      float rows[ROW_TILES][2][4], columns[COLUMN_TILES][4];
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; ++i)
-        for (int e = 0; e < 2; ++e) {
-          load4(a + (16 * i + 8 * e + lane.g) * A_PITCH + feature, known - feature, rows[i][e]);
-          for (float v : rows[i][e]) of_rows[i][e] += v * v;
-        }
-#pragma unroll
-      for (int j = 0; j < COLUMN_TILES; ++j) {
-        load4(b + (8 * j + lane.g) * B_PITCH + feature, columns[j]);
-        for (float v : columns[j]) of_columns[j] += v * v;
-      }
-#pragma unroll
-      for (int step = 0; step < 4; step += 2) {
-        OperandB column[COLUMN_TILES];
-#pragma unroll
-        for (int j = 0; j < COLUMN_TILES; ++j)
-          for (int e = 0; e < 2; ++e) column[j].set(e, columns[j][step + e]);
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; ++i) {
-          OperandA<kShort<R>> row;
-          for (int e = 0; e < 4; ++e) row.set(e, rows[i][e % 2][step + e / 2]);
-#pragma unroll
-          for (int j = 0; j < COLUMN_TILES; ++j) add_product(panel[i][j], row, column[j]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i)
-      for (int j = 0; j < COLUMN_TILES; ++j)
-        for (int e = 0; e < 4; ++e) sum[i][j][e] += panel[i][j][e];
-  }
-};
-
-// Adds Σ reference[feature] · weight[query] · share[n] over the staged references. share[n] is that
-// of query 8n + g. The result has 32 features, lane g has features 4g to 4g + 3, by 8 queries a
-// tile: sum[i][n][e] is feature 4g + 2i + e/2, query 8n + 2t + e % 2.
+// Adds Σ reference[feature] · weight[query] over the staged references. The result has 32 features,
+// lane g has features 4g to 4g + 3, by 8 queries a tile: sum[i][n][e] is feature 4g + 2i + e/2,
+// query 8n + 2t + e % 2.
 template <int REFERENCES, int TILES, int PITCH, int QUERY_PITCH, int REFERENCE_PITCH, class R>
 __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* references,
-                                    const float* weights, const float (&share)[TILES],
-                                    const Lane& lane) {
+                                    const float* weights, const Lane& lane) {
   float panel[2][TILES][4] = {};
 #pragma unroll
   for (int step = 0; step < REFERENCES; step += 8) {
     OperandB weight[TILES];
-    bool counts = false;
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
       for (int e = 0; e < 2; ++e) {
         const int reference = step + 4 * e + lane.t;
-        const float w = weights[(8 * n + lane.g) * QUERY_PITCH + reference * REFERENCE_PITCH];
-        weight[n].set(e, w * share[n]);
-        counts |= w != 0;
+        weight[n].set(e, weights[(8 * n + lane.g) * QUERY_PITCH + reference * REFERENCE_PITCH]);
       }
-    if (!__any_sync(kAll, counts)) continue;
     float of[2][4];
     for (int e = 0; e < 2; ++e)
       load4(references + (step + 4 * e + lane.t) * PITCH + 4 * lane.g, of[e]);
@@ -323,17 +267,17 @@ __device__ inline T over_warp(T value, Combine combine) {
   return value;
 }
 
-// Combines values of all threads of the block in a fixed order. All threads get the result.
+// Combines values of all THREADS threads of the block in a fixed order. All threads get the result.
 // `scratch` holds one value per warp.
-template <class T, class Combine>
+template <int THREADS, class T, class Combine>
 __device__ inline T over_block(T value, T* scratch, Combine combine) {
   const Lane lane = this_lane();
   value = over_warp(value, combine);
   if (lane.lane == 0) scratch[lane.warp] = value;
   __syncthreads();
   value = scratch[0];
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  for (int w = 1; w < warps; ++w) value = combine(value, scratch[w]);
+#pragma unroll
+  for (int w = 1; w < THREADS / 32; ++w) value = combine(value, scratch[w]);
   __syncthreads();
   return value;
 }
@@ -344,6 +288,17 @@ struct Sum {
 struct Least {
   template <class T> __device__ T operator()(T a, T b) const { return b < a ? b : a; }
 };
+struct Most {
+  template <class T> __device__ T operator()(T a, T b) const { return a < b ? b : a; }
+};
+
+// Kahan's sum: total − lost is the sum of all values to about twice the digits of float32.
+__device__ inline void add_compensated(float& total, float& lost, float value) {
+  value -= lost;
+  const float larger = total + value;
+  lost = (larger - total) - value;
+  total = larger;
+}
 
 }  // namespace
 }  // namespace pfgm

@@ -1,4 +1,4 @@
-// How a squared distance becomes a weight on CUDA devices, and which distances need float64 for it.
+// How a squared distance becomes a weight on CUDA devices, and which errors of distances matter.
 #pragma once
 #include <cmath>
 
@@ -8,35 +8,53 @@
 namespace pfgm {
 namespace {
 
-// Differences of scores, in nats.
-constexpr double kNear = 20;             // a weight e^-20 times the largest needs no more digits
-constexpr double kFloatUnderflow = 104;  // e^-104 is 0 in float32
-
-constexpr double kSmallestFloat = 0x1p-126;  // the smallest normal float32
+constexpr double kNear = 20;  // nats: a weight e^-20 times the largest needs no more digits
+constexpr double kTolerance = 1.5e-4;  // relative error of a weight that needs no refinement
 
 // How the score of a reference, the log of its weight, depends on its squared distance
 // (api/posterior_mean.h). `nearest` is the squared distance of the nearest reference, r the radius.
-// At a score f nats below that of the nearest, d² + r² is (1 + spread) (nearest + r²) with
-// spread = e^(f/exponent) − 1. At D = ∞, d² is nearest + spread r² with spread = 2 f.
 struct WeightLaw {
-  bool gaussian;            // D = ∞
-  double exponent;          // (N + D)/2; 1/2 at D = ∞
-  double near_spread;       // spread for f = kNear; D finite only
-  double error_bound;       // bound of the error of a distance, relative to |x|² + |y|²
-  double error_size;        // typical error of a distance d², relative to |x|² + d²
-  double underflow_spread;  // spread for f = kFloatUnderflow
+  bool gaussian;       // D = ∞
+  double exponent;     // (N + D)/2; 1/2 at D = ∞
+  double near_spread;  // e^(kNear/exponent) − 1: beyond nearest + r² by so much a weight is kNear
+                       // nats smaller; D finite only
+  double margin;       // largest error of a distance, relative to |x|² + |y|²
+  double noise;        // typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of
+                       // differences
 
-  // Score at the squared distance nearest + excess, minus the score at nearest.
-  __device__ double relative_score(double excess, double nearest, double r) const {
-    if (excess == 0) return 0;
-    if (gaussian) return -excess / r / r / 2;
-    return -exponent * log1p(excess / (nearest + r * r));
+  // How fast the score falls at the squared distance `nearest`. It is infinite where r = 0 on a
+  // reference. The largest number that is returned instead still keeps the weight of an equal
+  // distance at 1, because 0 times it is 0.
+  __device__ double rate(double nearest, double r) const {
+    const double found = gaussian ? 0.5 / r / r : exponent / (nearest + r * r);
+    return found < 1e300 ? found : found == found ? 1e300 : NAN;
   }
 
-  // Weight relative to that of the nearest. Most references are too far away to need a logarithm.
-  __device__ float weight(double excess, double nearest, double r) const {
-    if (excess > underflow_spread * (gaussian ? r * r : nearest + r * r)) return 0;
-    return expf(static_cast<float>(relative_score(excess, nearest, r)));
+  // The weight at the squared distance nearest + excess, over that at nearest. Scores count up to
+  // some tens of nats, for which float32 has enough digits.
+  //
+  // −score is excess·rate at D = ∞, otherwise exponent·log1p(u), u = excess·rate/exponent. With
+  // 1 + u = 2^k (1 + m), −1/4 ≤ m < 1/2, log1p(u) = k log 2 + log1p(m). For k = 0, where exponent
+  // times u is known, the exponent may be larger than float32 holds.
+  __device__ float weight(double excess, double rate) const {
+    const float linear = static_cast<float>(excess * rate);
+    if (gaussian) return expf(-linear);
+    const float power = static_cast<float>(exponent), u = linear * (1 / power);
+    const int k_shifted = (static_cast<int>(bits_of(1 + u)) - 0x3f400000) & -0x800000;  // 2^23 k
+    const float scale = float_of(0x3f800000u - static_cast<std::uint32_t>(k_shifted));
+    const float m = u * scale + (scale - 1);
+    // log1p(m)/m = 1 − m/2 + m² q(m), to 5e-9.
+    float q = -0.0450747833f * m + 0.104630210f;
+    q = q * m - 0.131611943f;
+    q = q * m + 0.144783959f;
+    q = q * m - 0.166473120f;
+    q = q * m + 0.199908614f;
+    q = q * m - 0.250000954f;
+    q = q * m + 0.333334506f;
+    const float ratio = (q * m - 0.5f) * m + 1;
+    const float k_log2 = static_cast<float>(k_shifted) * (0.693147181f * 0x1p-23f);
+    const float fall = k_shifted == 0 ? linear * ratio : power * (k_log2 + m * ratio);
+    return u > 0x1p100f ? 0 : expf(-fall);
   }
 
   // Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ
@@ -46,39 +64,25 @@ struct WeightLaw {
     return nearest + r * r == 0;
   }
 
-  // Typical error of distances near `nearest`, for norm = |x|². The rounding errors of single
-  // differences mostly average out.
-  __device__ double typical_error(double nearest, double norm) const {
-    return error_size * (norm + nearest) + 0x1p-26 * nearest + 1e6 * kSmallestFloat;
-  }
-
-  // Whether this error of a distance changes a weight by more than the fraction `share`.
-  __device__ bool changes_weight(double error, double nearest, double r, double share) const {
-    if (gaussian) return error > 2 * share * r * r;
-    return exponent * error > share * (nearest + r * r);
-  }
-
-  // The largest computed distance d² at which a weight needs all digits. The bound of its error
-  // uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest distance has an error too.
-  __device__ double near_limit(double nearest, double norm, double r) const {
-    const double uncertain = nearest + 2 * error_bound * (3 * norm + 2 * nearest);
-    const double far = uncertain + (gaussian ? 2 * kNear * r * r : near_spread * (nearest + r * r));
-    return far == far ? far : INFINITY;
+  // The log-sum-exp of weights whose sum relative to the nearest is `total`.
+  __device__ double logsumexp(double nearest, double total, double r) const {
+    if (gaussian) return (nearest == 0 ? 0 : -nearest / r / r / 2) + log(total);
+    return -exponent * log(nearest + r * r) + log(total);
   }
 };
 
 // `products` says whether distances are computed from products instead of differences.
 WeightLaw weight_law(const Problem& problem, bool products) {
-  const bool gaussian = std::isinf(problem.dimensions),
-             bytes = problem.reference_type == Type::uint8;
-  const double exponent = gaussian ? 0.5 : (problem.features + problem.dimensions) / 2;
-  const double length = problem.features > 8192 ? problem.features / 8192.0 : 1;
-  return {gaussian,
-          exponent,
-          gaussian ? 0 : std::expm1(kNear / exponent),
-          length * (products ? 0x1p-18 : 0x1p-21),
-          products || bytes ? 0x1p-22 : 0,
-          gaussian ? 2 * kFloatUnderflow : std::expm1(kFloatUnderflow / exponent)};
+  const bool gaussian = std::isinf(problem.dimensions);
+  const double features = static_cast<double>(problem.features);
+  const double exponent = gaussian ? 0.5 : (features + problem.dimensions) / 2;
+  const double length = features > 8192 ? features / 8192 : 1;
+  // Sums over panels of 32 features are rounded, which mostly averages out. Matrix units round
+  // toward zero, which averages out less.
+  const double of_panels = 0x1p-22 / std::sqrt(std::fmax(1.0, features / kPanel));
+  const double of_bytes = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
+  return {gaussian, exponent, gaussian ? 0 : std::expm1(kNear / exponent),
+          length * (products ? 0x1p-18 : 0x1p-21), products ? of_panels : of_bytes};
 }
 
 }  // namespace

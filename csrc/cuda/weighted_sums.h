@@ -26,11 +26,12 @@ struct SumMemory {
   float weights[kStages][kPanel * (kSumRows + 8)];
   int listed[32 * kStretchWords];
   int before[kStretchWords];
+  int queries[kSumRows];
 };
 static_assert(sizeof(SumMemory<float>) <= kSharedLimit, "a block fits everywhere");
 
 // Writes the indices of all set bits to listed, in ascending order, and returns their number.
-// bits(w) is word w.
+// bits(w) is word w. The last index is repeated up to whole panels.
 template <class T, class Bits>
 __device__ inline int list(SumMemory<T>& shared, int words, Bits bits) {
   const int w = static_cast<int>(threadIdx.x);
@@ -43,68 +44,103 @@ __device__ inline int list(SumMemory<T>& shared, int words, Bits bits) {
     if (i == w) place = count;
     count += shared.before[i];
   }
+  const bool last = word != 0 && place + __popc(word) == count;
   for (int b = 0; b < 32; ++b)
     if (word >> b & 1u) shared.listed[place++] = 32 * w + b;
+  for (; last && place % kPanel != 0; ++place) shared.listed[place] = shared.listed[count - 1];
   __syncthreads();
   return count;
 }
 
-// Starts to copy the listed rows, kSumFeatures values of each from `feature` on.
+// Copies kSumFeatures values of listed rows, from `feature` on. A thread copies the same piece of
+// each of its rows.
 template <class T>
-__device__ inline void copy_listed(SumMemory<T>& shared, int slot, const Rows<T>& rows, Index first,
-                                   int listed, int count, int feature, int features) {
-  constexpr int pieces = kSumFeatures * sizeof(T) / 16;
-  for (int i = static_cast<int>(threadIdx.x); i < kPanel * pieces; i += kSumThreads) {
-    const int k = i / pieces;
-    const bool known = listed + k < count;
-    const Index row = known ? first + shared.listed[listed + k] : 0;
-    copy_piece<kSumFeatures>(shared.rows[slot][k], rows.row(row) + feature, i % pieces,
-                             known ? features - feature : 0, rows.aligned);
+class ListedCopy {
+ public:
+  __device__ ListedCopy(const Rows<T>& rows, Index first, int feature, int features)
+      : stride_(rows.stride), aligned_(rows.aligned) {
+    const int thread = static_cast<int>(threadIdx.x);
+    row_ = thread / kPieces, piece_ = thread % kPieces;
+    const int known = features - feature - piece_ * kCount;
+    known_ = known < 0 ? 0 : known < kCount ? known : kCount;
+    from_ = rows.row(first) + feature + piece_ * kCount;
   }
-}
 
-// parts[stretch][query][feature] = share_query Σ_j w_j y_j over one stretch of the chunk. Without
-// `share`, every share is 1.
+  // Starts the copies of the panel whose indices are at `listed`.
+  __device__ void panel(SumMemory<T>& shared, int slot, const int* listed) const {
+    T* const to = &shared.rows[slot][row_][piece_ * kCount];
+#pragma unroll
+    for (int i = 0; i < kPanel; i += kStep) {
+      const T* const from = from_ + listed[row_ + i] * stride_;
+      if (aligned_)
+        copy_async<16>(to + i * SumMemory<T>::kPitch, from, known_ * static_cast<int>(sizeof(T)));
+      else
+        for (int k = 0; k < kCount; ++k)
+          to[i * SumMemory<T>::kPitch + k] = k < known_ ? from[k] : T{};
+    }
+  }
+
+ private:
+  static constexpr int kCount = 16 / sizeof(T), kPieces = kSumFeatures / kCount;
+  static constexpr int kStep = kSumThreads / kPieces;
+  static_assert(kPanel % kStep == 0, "every thread copies as many rows");
+  const T* from_;
+  const Index stride_;
+  const bool aligned_;
+  int row_, piece_, known_;
+};
+
+// parts[stretch][query][feature] = Σ_j w_j y_j over one stretch of the chunk. With `order`, which
+// may be null, a block takes queries that follow each other there.
 template <class R>
 __global__ void __launch_bounds__(kSumThreads)
     weighted_sum(const Rows<R> y, int features, const ChunkWeights weights, Index stride,
-                 int queries, const float* share, int stretch_words, float* parts) {
+                 int queries, const int* order, int stretch_words, float* parts) {
   using Memory = SumMemory<R>;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
-  const Index query0 = static_cast<Index>(blockIdx.y) * kSumRows;
+  const int query0 = static_cast<int>(blockIdx.y) * kSumRows;
   const int known_queries = static_cast<int>(smaller(kSumRows, queries - query0));
   const Index first = static_cast<Index>(blockIdx.z) * stretch_words * 32;
   const int words = static_cast<int>(smaller(stretch_words, divide_up(y.count - first, 32)));
+  if (const int q = static_cast<int>(threadIdx.x); q < kSumRows) {
+    const int place = query0 + (q < known_queries ? q : 0);
+    shared.queries[q] = order ? order[place] : place;
+  }
+  __syncthreads();
   const int count = list(shared, words, [&](int w) {
     unsigned any = 0;
     for (int q = 0; q < known_queries; ++q)
-      any |= weights.live[(query0 + q) * (stride / 32) + first / 32 + w];
+      any |= weights.live[shared.queries[q] * (stride / 32) + first / 32 + w];
     return any;
   });
 
-  float sum[2][kSumRows / 8][4] = {}, shares[kSumRows / 8];
-  for (int n = 0; n < kSumRows / 8; ++n) {
-    const int q = 8 * n + lane.g;
-    shares[n] = share && q < known_queries ? share[query0 + q] : 1;
-  }
+  // A thread copies the weights of one reference of a panel, for every fourth query.
+  constexpr int kStep = kSumThreads / kPanel;
+  const int k = static_cast<int>(threadIdx.x) % kPanel, q0 = static_cast<int>(threadIdx.x) / kPanel;
+  const float* const weights_of_stretch = weights.weight + first;
+  int places[kSumRows / kStep];
+  for (int i = 0; i < kSumRows / kStep; ++i)
+    places[i] = shared.queries[q0 + kStep * i] * static_cast<int>(stride);
+  const ListedCopy<R> copy(y, first, feature0, features);
+
+  float sum[2][kSumRows / 8][4] = {};
   pipeline<Memory::kStages>(
       static_cast<int>(divide_up(count, kPanel)),
       [&](int p, int slot) {
-        copy_listed(shared, slot, y, first, p * kPanel, count, feature0, features);
-        for (int i = static_cast<int>(threadIdx.x); i < kSumRows * kPanel; i += kSumThreads) {
-          const int q = i / kPanel, k = i % kPanel;
-          const bool known = q < known_queries && p * kPanel + k < count;
-          const Index j = known ? first + shared.listed[p * kPanel + k] : 0;
-          const Index row = known ? query0 + q : 0;
-          copy_async<4>(&shared.weights[slot][q * Memory::kWeightPitch + k],
-                        weights.weight + row * stride + j, known ? 4 : 0);
-        }
+        const int* const listed = shared.listed + p * kPanel;
+        copy.panel(shared, slot, listed);
+        const float* const from = weights_of_stretch + listed[k];
+        const int valid = p * kPanel + k < count ? 4 : 0;
+#pragma unroll
+        for (int i = 0; i < kSumRows / kStep; ++i)
+          copy_async<4>(&shared.weights[slot][(q0 + kStep * i) * Memory::kWeightPitch + k],
+                        from + places[i], valid);
       },
       [&](int, int slot) {
         add_weighted<kPanel, kSumRows / 8, Memory::kPitch, Memory::kWeightPitch, 1>(
-            sum, shared.rows[slot][0] + 32 * lane.warp, shared.weights[slot], shares, lane);
+            sum, shared.rows[slot][0] + 32 * lane.warp, shared.weights[slot], lane);
       });
 
 #pragma unroll
@@ -112,7 +148,8 @@ __global__ void __launch_bounds__(kSumThreads)
     for (int odd = 0; odd < 2; ++odd) {
       const int q = 8 * n + 2 * lane.t + odd;
       if (q >= known_queries) continue;
-      float* out = parts + (static_cast<Index>(blockIdx.z) * queries + query0 + q) * features;
+      const Index row = static_cast<Index>(blockIdx.z) * queries + shared.queries[q];
+      float* out = parts + row * features;
       for (int f = 0; f < 4; ++f) {
         const int feature = feature0 + 32 * lane.warp + 4 * lane.g + f;
         if (feature < features) out[feature] = kUnit<R> * sum[f / 2][n][f % 2 * 2 + odd];
@@ -123,21 +160,38 @@ __global__ void __launch_bounds__(kSumThreads)
 // The sum of the parts of one query and feature, in float32 like the parts.
 __device__ inline float sum_of_parts(const float* parts, int stretches, Index apart) {
   float sum = 0;
+#pragma unroll 4
   for (int i = 0; i < stretches; ++i) sum += parts[i * apart];
   return sum;
 }
 
-// The running mean: carry times the mean of earlier chunks, plus the sums over the stretches of
-// this chunk.
+// The running mean: that of earlier chunks, with their weight, and the sums over the stretches of
+// this chunk, times `divisor`. One block of each query also writes the state.
 __global__ void __launch_bounds__(kMergeThreads)
-    merge(float* mean, const float* parts, const float* carry, int features, int stretches,
-          bool first_chunk) {
+    merge(const WeightLaw law, const double* radius, float* mean, const float* parts,
+          const PieceSums sums, float divisor, int features, int stretches, bool first_chunk,
+          const QueryStates state) {
   const Index query = blockIdx.x;
-  const int feature = static_cast<int>(blockIdx.y) * kMergeThreads + static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  const float* const of_pieces = sums.sum + query * sums.pieces;
+  const float kept = static_cast<float>(sums.kept[query]);
+  float weight = kept;
+#pragma unroll 4
+  for (int piece = 0; piece < sums.pieces; ++piece) weight += of_pieces[piece];
+  if (blockIdx.y == 0 && thread == 0) {
+    const double nearest = sums.closest[query];
+    double total = sums.kept[query];
+#pragma unroll 1
+    for (int piece = 0; piece < sums.pieces; ++piece) total += of_pieces[piece];
+    state.nearest[query] = nearest;
+    state.total[query] = total;
+    state.logsumexp[query] = law.logsumexp(nearest, total, radius[query]);
+  }
+  const int feature = static_cast<int>(blockIdx.y) * kMergeThreads + thread;
   if (feature >= features) return;
-  const Index at = query * features + feature;
-  const float before = first_chunk ? 0 : carry[query] * mean[at];
-  mean[at] = before + sum_of_parts(parts + at, stretches, static_cast<Index>(gridDim.x) * features);
+  const Index at = query * features + feature, apart = static_cast<Index>(gridDim.x) * features;
+  const float before = first_chunk ? 0 : kept / weight * mean[at];
+  mean[at] = before + divisor / weight * sum_of_parts(parts + at, stretches, apart);
 }
 
 // Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x.
@@ -186,16 +240,18 @@ __global__ void __launch_bounds__(kSumThreads)
       return any;
     });
     const int panels = static_cast<int>(divide_up(count, kPanel));
+    const ListedCopy<float> of_upstream(upstream, first, feature0, features);
+    const ListedCopy<float> of_x(x, first, feature0, features);
     // The first half of the panels has G and p, the second half x and −F c.
     pipeline<Memory::kStages>(
         2 * panels,
         [&](int p, int slot) {
           const bool second = p >= panels;
           const int listed = (second ? p - panels : p) * kPanel;
-          const Rows<float> rows = {second ? x.at : upstream.at,
-                                    second ? x.stride : upstream.stride, x.count,
-                                    second ? x.aligned : upstream.aligned};
-          copy_listed(shared, slot, rows, first, listed, count, feature0, features);
+          if (second)
+            of_x.panel(shared, slot, shared.listed + listed);
+          else
+            of_upstream.panel(shared, slot, shared.listed + listed);
           const float* weights = second ? coefficients.scaled : coefficients.probability;
           for (int i = static_cast<int>(threadIdx.x); i < kSumRows * kPanel; i += kSumThreads) {
             const int k = i / kSumRows, j = i % kSumRows;
@@ -212,11 +268,9 @@ __global__ void __launch_bounds__(kSumThreads)
             for (int n = 0; n < kSumRows / 8; ++n)
               for (int odd = 0; odd < 2; ++odd)
                 for (int k = lane.g; k < kPanel; k += 8)
-                  of_y[n][odd] += weights[k * (kSumRows + 8) + 8 * n + 2 * lane.t + odd];
-          float signs[kSumRows / 8];
-          for (float& sign : signs) sign = p >= panels ? -1 : 1;
+                  of_y[n][odd] -= weights[k * (kSumRows + 8) + 8 * n + 2 * lane.t + odd];
           add_weighted<kPanel, kSumRows / 8, Memory::kPitch, 1, kSumRows + 8>(
-              sum, shared.rows[slot][0] + 32 * lane.warp, weights, signs, lane);
+              sum, shared.rows[slot][0] + 32 * lane.warp, weights, lane);
         });
   }
 
@@ -230,8 +284,8 @@ __global__ void __launch_bounds__(kSumThreads)
       for (int f = 0; f < 4; ++f) {
         const int feature = feature0 + 32 * lane.warp + 4 * lane.g + f;
         if (feature >= features) continue;
-        float gradient = sum[f / 2][n][f % 2 * 2 + odd] +
-                         of_y[n][odd] * static_cast<float>(load1(y.row(j) + feature));
+        float gradient =
+            sum[f / 2][n][f % 2 * 2 + odd] + of_y[n][odd] * load_float(y.row(j) + feature);
         float& out = grad_y[j * features + feature];
         out = first_block ? gradient : out + gradient;
       }

@@ -1,7 +1,7 @@
-// From squared distances to weights and to the coefficients of the gradient, with one block of
-// threads per query. How a distance becomes a weight is in cuda/weight_law.h.
+// From squared distances to weights, and to the coefficients of the gradient, on CUDA devices. How
+// a distance becomes a weight is in cuda/weight_law.h.
 #pragma once
-#include "cuda/distances.h"
+#include "cuda/refinement.h"
 
 namespace pfgm {
 namespace {
@@ -11,6 +11,8 @@ namespace {
 // which may be large; there the cutoff is kGradientCutoff nats lower.
 constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 constexpr int kQueryThreads = 256;
+constexpr int kPiece = 1024;        // references that a block of weigh takes
+constexpr int kRankedQueries = 16;  // of a block of order_queries
 
 // Merge state of each query. nearest and total are results too.
 struct QueryStates {
@@ -32,57 +34,87 @@ __device__ inline void mark_live(const ChunkWeights& out, Index row, Index strid
   if (j % 32 == 0 && j < stride) out.live[row * (stride / 32) + j / 32] = bits;
 }
 
-__device__ inline double logsumexp(const WeightLaw& law, double nearest, double total, double r) {
-  if (law.gaussian) return (nearest == 0 ? 0 : -nearest / r / r / 2) + log(total);
-  return -law.exponent * log(nearest + r * r) + log(total);
-}
+// Queries × pieces of the chunk: what weigh leaves for merge and for the order of queries.
+struct PieceSums {
+  int pieces;
+  float* sum;       // of the weights
+  int* live;        // how many weights are not zero
+  double* closest;  // (queries): the smallest squared distance so far
+  double* kept;     // (queries): the weight of all earlier chunks, relative to `closest`
+};
 
-// Weights of one query over the chunk, relative to the nearest reference so far, and merged in
-// float64 with earlier chunks. share = 1/total turns a weight into a probability; carry is the
-// factor of the running mean.
+// Weights of one query over a piece of the chunk, relative to the nearest reference so far, which
+// comes from the minima of tiles and from earlier chunks. They are stored times `factor`, a power
+// of two with which no sum of M weighted values overflows.
 __global__ void __launch_bounds__(kQueryThreads)
     weigh(const WeightLaw law, const double* radius, const Pairs pairs, int references,
-          double floor, bool first_chunk, const QueryStates state, const ChunkWeights out,
-          float* share, float* carry) {
+          double floor, float factor, bool first_chunk, const QueryStates state,
+          const ChunkWeights out, const PieceSums sums) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x);
-  const double* squared = pairs.squared + query * pairs.stride;
+  const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
   const double r = radius[query];
-  double low = INFINITY, nans = 0;
-  for (int j = thread; j < references; j += kQueryThreads) {
-    const double d = squared[j];
-    low = fmin(low, d);
-    nans += isnan(d);
-  }
-  double nearest = over_block(low, scratch, Least());
-  nans = over_block(nans, scratch, Sum());
-  double kept = 0;
-  if (!first_chunk) {
-    const double before = state.nearest[query];
-    nearest = before < nearest || isnan(before) ? before : nearest;
-    kept = state.total[query] * exp(law.relative_score(before - nearest, nearest, r));
-  }
-  if (nans > 0) nearest = NAN;
+  double nearest = INFINITY;
+#pragma unroll 1
+  for (int tile = thread; tile < pairs.tiles; tile += kQueryThreads)
+    nearest = fmin(nearest, pairs.lowest[query * pairs.tiles + tile]);
+  nearest = over_block<kQueryThreads>(nearest, scratch, Least());
+  const double before = first_chunk ? INFINITY : state.nearest[query];
+  nearest = isnan(before) ? -1 : fmin(nearest, before);
+  if (nearest < 0) nearest = NAN;  // in the minima NaN is −1
+  const double rate = law.rate(nearest, r);
+  const double kept =
+      first_chunk ? 0
+                  : state.total[query] * static_cast<double>(law.weight(before - nearest, rate));
+  const float smallest = static_cast<float>(floor) * fmaxf(static_cast<float>(kept), 1);
 
-  const double smallest = floor * fmax(kept, 1.0);
-  double sum = 0;
-  for (int start = 0; start < pairs.stride; start += kQueryThreads) {
-    const int j = start + thread;
-    float w = 0;
-    if (j < references) w = law.weight(squared[j] - nearest, nearest, r);
+  float sum = 0;
+  int live = 0;
+#pragma unroll
+  for (int start = 0; start < kPiece; start += kQueryThreads) {
+    const int j = piece * kPiece + start + thread;
+    const Index place = query * pairs.stride + j;
+    float w = j < references ? law.weight(pairs.squared[place] - nearest, rate) : 0;
     sum += w;
     if (w < smallest) w = 0;
-    if (j < pairs.stride) out.weight[query * pairs.stride + j] = w;
+    if (j < pairs.stride) out.weight[place] = w * factor;
     mark_live(out, query, pairs.stride, j, w != 0);
+    live += w != 0;
   }
-  const double total = kept + over_block(sum, scratch, Sum());
+  sum = over_block<kQueryThreads>(sum, reinterpret_cast<float*>(scratch), Sum());
+  live = over_block<kQueryThreads>(live, reinterpret_cast<int*>(scratch), Sum());
   if (thread > 0) return;
-  state.nearest[query] = nearest;
-  state.total[query] = total;
-  state.logsumexp[query] = logsumexp(law, nearest, total, r);
-  share[query] = static_cast<float>(1 / total);
-  carry[query] = static_cast<float>(kept / total);
+  sums.sum[query * sums.pieces + piece] = sum;
+  sums.live[query * sums.pieces + piece] = live;
+  if (piece > 0) return;
+  sums.closest[query] = nearest;
+  sums.kept[query] = kept;
+}
+
+// order[rank] is the query with the rank-th fewest weights that are not zero. Queries that follow
+// each other then need similar references. Equal queries keep their order.
+__global__ void __launch_bounds__(kQueryThreads)
+    order_queries(const PieceSums sums, int queries, int* order) {
+  int* counts = reinterpret_cast<int*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int query = thread; query < queries; query += kQueryThreads) {
+    int count = 0;
+#pragma unroll 1
+    for (int piece = 0; piece < sums.pieces; ++piece)
+      count += sums.live[static_cast<Index>(query) * sums.pieces + piece];
+    counts[query] = count;
+  }
+  __syncthreads();
+  constexpr int kSharers = kQueryThreads / kRankedQueries;  // threads for a query
+  const int own = static_cast<int>(blockIdx.x) * kRankedQueries + thread / kSharers;
+  const int mine = own < queries ? counts[own] : 0;
+  int rank = 0;
+#pragma unroll 1
+  for (int query = thread % kSharers; query < queries; query += kSharers)
+    rank += counts[query] < mine || (counts[query] == mine && query < own);
+  for (int apart = 1; apart < kSharers; apart *= 2) rank += __shfl_xor_sync(kAll, rank, apart);
+  if (own < queries && thread % kSharers == 0) order[rank] = own;
 }
 
 // ---- the gradient ----------------------------------------------------------------------------
@@ -114,7 +146,7 @@ struct Moments {
 __device__ inline double probability(const WeightLaw& law, double squared, double nearest,
                                      double total, double r, double floor) {
   if (law.at_limit(nearest, r)) return 0;
-  const double p = law.weight(squared - nearest, nearest, r) / total;
+  const double p = law.weight(squared - nearest, law.rate(nearest, r)) / total;
   return p < floor ? 0 : p;
 }
 
@@ -131,14 +163,14 @@ __global__ void __launch_bounds__(kQueryThreads)
     if (p != 0) projection += p * pairs.projected[row + j];  // undefined where p = 0
     mass += p;
   }
-  projection = over_block(projection, scratch, Sum());
-  mass = over_block(mass, scratch, Sum());
+  projection = over_block<kQueryThreads>(projection, scratch, Sum());
+  mass = over_block<kQueryThreads>(mass, scratch, Sum());
   if (threadIdx.x > 0) return;
   moments.projection[query] = projection + (first_chunk ? 0 : moments.projection[query]);
   moments.mass[query] = mass + (first_chunk ? 0 : moments.mass[query]);
 }
 
-// c_j, p_j and F c_j of the chunk. p_j and F c_j may be null.
+// c_j, p_j and −F c_j of the chunk. p_j and −F c_j may be null.
 struct Coefficients {
   ChunkWeights c;
   float* probability;
@@ -181,13 +213,13 @@ __global__ void __launch_bounds__(kQueryThreads)
       out.c.weight[row + j] = rounded;
       if (out.probability) {
         out.probability[row + j] = static_cast<float>(p);
-        out.scaled[row + j] = static_cast<float>(c == 0 ? 0 : c * unit);
+        out.scaled[row + j] = static_cast<float>(c == 0 ? 0 : -c * unit);
       }
     }
     mark_live(out.c, query, pairs.stride, j, p != 0);
   }
-  moment = over_block(moment, scratch, Sum());
-  sum = over_block(sum, scratch, Sum());
+  moment = over_block<kQueryThreads>(moment, scratch, Sum());
+  sum = over_block<kQueryThreads>(sum, scratch, Sum());
   if (threadIdx.x > 0) return;
   if (!first_chunk) moment += moments.moment[query], sum += moments.sum[query];
   moments.moment[query] = moment;

@@ -52,9 +52,10 @@ constexpr std::size_t kStack = 64 * kPage;  // sanitizers make their reports on 
 constexpr std::size_t kStack = 16 * kPage;
 #endif
 
-const char* const kCalls[] = {"none",          "__syncthreads",   "__syncthreads_or", "__syncwarp",
-                              "__shfl_sync",   "__shfl_xor_sync", "__any_sync",       "__all_sync",
-                              "__ballot_sync", "multiply_add",    "cluster_sync",     "its end"};
+const char* const kCalls[] = {"none",         "__syncthreads",       "__syncthreads_or",
+                              "__syncwarp",   "__shfl_sync",         "__shfl_xor_sync",
+                              "__any_sync",   "__all_sync",          "__ballot_sync",
+                              "multiply_add", "multiply_add_halves", "its end"};
 
 // ---- contexts -------------------------------------------------------------------------------
 
@@ -114,12 +115,12 @@ void prepare(Context* context, char* stack, std::size_t size, void (*entry)()) {
 NO_TSAN void swap(Context* from, const Context* to) { swapcontext(&from->saved, &to->saved); }
 #endif
 
-// ---- a cluster ------------------------------------------------------------------------------
+// ---- a block --------------------------------------------------------------------------------
 
 struct Fiber;
 struct Copies;
 
-// Where the threads of a warp, a block or a cluster wait for each other. The values that they
+// Where the threads of a warp or a block wait for each other. The values that they
 // exchange are kept for two meetings, so that no thread has to wait until all others have read
 // them.
 struct Meeting {
@@ -133,21 +134,15 @@ struct Meeting {
 
 struct LaneWords {
   std::uint32_t words[6];
+  float values[12];  // the words of multiply_add_halves as numbers
 };
 
 struct Warp : Meeting {
   LaneWords lanes[2][kWarp];
 };
 
-struct Block : Meeting {
-  uint3 index;
-  int rank, running;
-  char* memory;
-};
-
 struct Fiber {
   Context context;
-  Block* block = nullptr;
   Warp* warp = nullptr;
   Copies* copies = nullptr;
   unsigned thread = 0;
@@ -170,14 +165,14 @@ struct Queue {
   }
 };
 
-struct Cluster {
+struct Block : Meeting {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<Block> blocks;
   std::vector<Fiber*> slots;
-  Meeting meeting;
   Queue queue;
+  uint3 index;
   int running;
+  char* memory;
 };
 
 // ---- settings, and what runs ----------------------------------------------------------------
@@ -190,7 +185,7 @@ std::vector<std::string> launched;
 
 const Launch* shape;
 const std::function<void()>* body;
-Cluster* cluster;
+Block* block;
 Fiber host;  // the calling context, which waits until no fiber can continue
 Fiber* current = &host;
 Fiber* previous = &host;
@@ -307,20 +302,20 @@ NO_TSAN void switch_to(Fiber* to, bool forever) {
   previous = from;
   current = to;
   threadIdx.x = to->thread;
-  if (to->block) blockIdx = to->block->index;
+  blockIdx = block->index;
   leave(from, to, forever);
   swap(&from->context, &to->context);
   landed();
 }
 
 NO_TSAN void go_on(bool forever = false) {
-  Queue& queue = cluster->queue;
+  Queue& queue = block->queue;
   Fiber* to = queue.count ? queue.pop() : &host;
   if (to != current) switch_to(to, forever);
 }
 
 NO_TSAN void enqueue(Fiber* members, int n) {
-  Queue& queue = cluster->queue;
+  Queue& queue = block->queue;
   const bool ahead = order < 2 || random_below(2);
   if (ahead) queue.first -= n;
   const unsigned start = ahead ? 0 : queue.count;
@@ -337,7 +332,7 @@ NO_TSAN void enqueue(Fiber* members, int n) {
 
 [[noreturn]] void stuck() {
   int counts[sizeof kCalls / sizeof *kCalls] = {};
-  for (const Fiber& fiber : cluster->fibers) ++counts[static_cast<int>(fiber.waits)];
+  for (const Fiber& fiber : block->fibers) ++counts[static_cast<int>(fiber.waits)];
   const int ends = counts[static_cast<int>(Call::end)];
   std::string what = "threads wait ";
   what += ends ? "for threads that ended" : "at different barriers";
@@ -391,7 +386,7 @@ NO_TSAN Copies& copies() { return *current->copies; }
 NO_TSAN void set_copies(Copies* copies) { current->copies = copies; }
 
 NO_TSAN bool is_shared(const void* address, std::size_t bytes) {
-  const char* memory = current->block->memory;
+  const char* memory = block->memory;
   const auto* first = static_cast<const char*>(address);
   return first >= memory && first + bytes <= memory + shape->shared;
 }
@@ -402,21 +397,10 @@ bool on_boundary(const void* address, int bytes) {
 
 // ---- a fiber's life -------------------------------------------------------------------------
 
-// From now on other blocks of the cluster must not read this memory.
-void forget(const Block& block) {
-  look_away();
-  std::memset(block.memory, 0xff, shape->shared);
-#ifdef __SANITIZE_ADDRESS__
-  __asan_poison_memory_region(block.memory, shape->shared);
-#endif
-  look_again();
-}
-
 NO_TSAN void end() {
-  if (--current->block->running == 0 && shape->cluster > 1) forget(*current->block);
   publish(end_of_grid);
   current->waits = Call::end;
-  --cluster->running;
+  --block->running;
   go_on(true);
 }
 
@@ -434,9 +418,9 @@ void enter() {
   end();
 }
 
-// ---- a cluster's life -----------------------------------------------------------------------
+// ---- a block's life -------------------------------------------------------------------------
 
-void prepare(Fiber& fiber, int thread, char* stack, int number) {
+void prepare(Fiber& fiber, int thread, char* stack) {
   fiber.thread = static_cast<unsigned>(thread);
   fiber.stack = stack;
   fiber.stack_size = kStack;
@@ -444,7 +428,7 @@ void prepare(Fiber& fiber, int thread, char* stack, int number) {
   __asan_unpoison_memory_region(stack + kPage, kStack - kPage);
 #endif
   // With all stack tops at the same place of a page they would share one set of the cache.
-  prepare(&fiber.context, stack, kStack - static_cast<std::size_t>(number % 32) * 128, enter);
+  prepare(&fiber.context, stack, kStack - static_cast<std::size_t>(thread % 32) * 128, enter);
 }
 
 void set_meeting(Meeting& meeting, Fiber* members, int size) {
@@ -452,65 +436,48 @@ void set_meeting(Meeting& meeting, Fiber* members, int size) {
   meeting.size = size;
 }
 
-// Sets up the block of this rank; blocks follow `first` along x.
-void set_block(Cluster& all, int rank, uint3 first) {
-  const int threads = shape->threads, start = rank * threads;
-  Block& block = all.blocks[rank];
-  set_meeting(block, &all.fibers[start], threads);
-  block.index = {first.x + rank, first.y, first.z};
-  block.rank = rank;
-  block.running = threads;
-  block.memory = static_cast<char*>(std::malloc(shape->shared));
-  if (!block.memory) throw std::bad_alloc();
-  std::memset(block.memory, 0xff, shape->shared);
-  for (int i = start; i < start + threads; ++i) {
-    Warp& warp = all.warps[i / kWarp];
-    if (i % kWarp == 0) set_meeting(warp, &all.fibers[i], kWarp);
-    all.fibers[i].block = &block;
-    all.fibers[i].warp = &warp;
-  }
-}
-
-Cluster* new_cluster(uint3 first) {
-  const int size = shape->cluster, n = size * shape->threads;
-  auto* all = new Cluster;
-  all->running = n;
-  all->fibers.resize(n);
-  all->warps.resize(n / kWarp);
-  all->blocks.resize(size);
-  set_meeting(all->meeting, all->fibers.data(), n);
-  for (int rank = 0; rank < size; ++rank) set_block(*all, rank, first);
+Block* new_block(uint3 index) {
+  const int n = shape->threads;
+  auto* made = new Block;
+  made->index = index;
+  made->running = n;
+  made->fibers.resize(n);
+  made->warps.resize(n / kWarp);
+  set_meeting(*made, made->fibers.data(), n);
+  made->memory = static_cast<char*>(std::malloc(shape->shared));
+  if (!made->memory) throw std::bad_alloc();
+  std::memset(made->memory, 0xff, shape->shared);
   unsigned slots = 1;
   while (slots < static_cast<unsigned>(n)) slots *= 2;
-  all->slots.resize(slots);
-  all->queue.slots = all->slots.data();
-  all->queue.mask = slots - 1;
+  made->slots.resize(slots);
+  made->queue.slots = made->slots.data();
+  made->queue.mask = slots - 1;
   char* stack = stacks(n);
-  for (int i = 0; i < n; ++i) prepare(all->fibers[i], i % shape->threads, stack + i * kStack, i);
+  for (int i = 0; i < n; ++i) {
+    Warp& warp = made->warps[i / kWarp];
+    if (i % kWarp == 0) set_meeting(warp, &made->fibers[i], kWarp);
+    made->fibers[i].warp = &warp;
+    prepare(made->fibers[i], i, stack + i * kStack);
+  }
 #ifdef __SANITIZE_THREAD__
-  create_fibers(all->fibers);
+  create_fibers(made->fibers);
 #endif
-  return all;
+  return made;
 }
 
-void run_cluster(uint3 first) {
-  cluster = new_cluster(first);
-  enqueue(cluster->fibers.data(), cluster->running);
+void run_block(uint3 index) {
+  block = new_block(index);
+  enqueue(block->fibers.data(), block->running);
   go_on();
-  if (cluster->running) stuck();
+  if (block->running) stuck();
 #ifdef __SANITIZE_THREAD__
-  for (const Fiber& fiber : cluster->fibers) ended.push_back(fiber.sanitizer);
+  for (const Fiber& fiber : block->fibers) ended.push_back(fiber.sanitizer);
   forget_fibers(kRemembered);
 #endif
   // Nothing orders the fibers before this context until the grid has ended.
   look_away();
-  for (const Block& block : cluster->blocks) {
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(block.memory, shape->shared);
-#endif
-    std::free(block.memory);
-  }
-  delete cluster;
+  std::free(block->memory);
+  delete block;
   look_again();
 }
 
@@ -528,9 +495,6 @@ void check_shape() {
   require(shape->threads > 0 && shape->threads % kWarp == 0 && shape->threads <= 1024,
           "invalid number of threads");
   require(shape->shared <= device_now.shared_limit, "too much shared memory");
-  require(shape->cluster >= 1 && shape->cluster <= 16 && grid.x % shape->cluster == 0,
-          "invalid cluster");
-  require(shape->cluster == 1 || device_now.capability >= 90, "the device has no clusters");
 }
 
 std::vector<std::int64_t> ordered(std::int64_t n) {
@@ -560,11 +524,8 @@ void run(const Launch& launch, const std::function<void()>& thread) {
 #ifdef __SANITIZE_THREAD__
   host.sanitizer = __tsan_get_current_fiber();
 #endif
-  const std::int64_t columns = grid.x / launch.cluster;
-  for (const std::int64_t i : ordered(columns * grid.y * grid.z)) {
-    run_cluster({narrow(i % columns * launch.cluster), narrow(i / columns % grid.y),
-                 narrow(i / columns / grid.y)});
-  }
+  for (const std::int64_t i : ordered(grid.x * grid.y * grid.z))
+    run_block({narrow(i % grid.x), narrow(i / grid.x % grid.y), narrow(i / grid.x / grid.y)});
 #ifdef __SANITIZE_THREAD__
   forget_fibers(0);
 #endif
@@ -636,13 +597,6 @@ void wait_copies(int pending) {
   mine.begun.erase(mine.begun.begin(), copy);
 }
 
-NO_TSAN char* peer(void* own, int rank) {
-  if (!is_shared(own, 1)) die(who() + "asks for a place that is not in its shared memory");
-  if (rank < 0 || rank >= shape->cluster) die(who() + "asks for block " + std::to_string(rank));
-  const Block* blocks = current->block - current->block->rank;
-  return blocks[rank].memory + (static_cast<char*>(own) - current->block->memory);
-}
-
 namespace {
 
 NO_TSAN double product(std::uint32_t a, std::uint32_t b) {
@@ -666,39 +620,63 @@ NO_TSAN float row_by_column(float d, const LaneWords* lanes, int g, bool lower, 
   return truncated(sum);
 }
 
+NO_TSAN float row_by_column_of_halves(float d, const LaneWords* lanes, int g, bool lower, int c) {
+  double sum = d;
+  for (int t = 0; t < 4; ++t)
+    for (int right = 0; right < 2; ++right) {
+      const float* of_a = lanes[4 * g + t].values + 2 * (2 * right + lower);
+      const float* of_b = lanes[4 * c + t].values + 2 * (4 + right);
+      for (int i = 0; i < 2; ++i) sum += static_cast<double>(of_a[i]) * of_b[i];
+    }
+  return truncated(sum);
+}
+
 }  // namespace
 }  // namespace shim
 
 using namespace shim;
 
-NO_TSAN char* shared_memory() { return current->block->memory; }
+NO_TSAN char* shared_memory() { return block->memory; }
 
 void commit_copies() { ++copies().groups; }
 
-NO_TSAN void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+namespace {
+
+template <class RowByColumn>
+NO_TSAN void multiply(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                      Call call, const RowByColumn& row_by_column_of) {
   Warp& warp = *current->warp;
   LaneWords& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
   for (int i = 0; i < 4; ++i) lane.words[i] = a[i];
   for (int i = 0; i < 2; ++i) lane.words[4 + i] = b[i];
-  const LaneWords* lanes = warp.lanes[meet(warp, Call::multiply_add)];
+  if (call == Call::multiply_add_halves)
+    for (int i = 0; i < 12; ++i)
+      lane.values[i] = half_to_float(static_cast<std::uint16_t>(lane.words[i / 2] >> i % 2 * 16));
+  const LaneWords* lanes = warp.lanes[meet(warp, call)];
   const int g = current->thread % kWarp / 4, c = 2 * (current->thread % 4);
-  for (int i = 0; i < 4; ++i) d[i] = row_by_column(d[i], lanes, g, i / 2, c + i % 2);
+  for (int i = 0; i < 4; ++i) d[i] = row_by_column_of(d[i], lanes, g, i / 2, c + i % 2);
 }
 
-NO_TSAN int cluster_rank() { return current->block->rank; }
+}  // namespace
 
-NO_TSAN void cluster_sync() { meet_in_order(cluster->meeting, Call::cluster_sync); }
+NO_TSAN void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  multiply(d, a, b, Call::multiply_add, row_by_column);
+}
+
+NO_TSAN void multiply_add_halves(float (&d)[4], const std::uint32_t (&a)[4],
+                                 const std::uint32_t (&b)[2]) {
+  multiply(d, a, b, Call::multiply_add_halves, row_by_column_of_halves);
+}
 
 }  // namespace pfgm
 
 using namespace pfgm::shim;
 
-NO_TSAN void __syncthreads() { meet_in_order(*current->block, Call::syncthreads); }
+NO_TSAN void __syncthreads() { meet_in_order(*block, Call::syncthreads); }
 
 NO_TSAN int __syncthreads_or(int predicate) {
-  Block& block = *current->block;
-  block.votes[block.number & 1] |= predicate != 0;
-  return block.votes[meet_in_order(block, Call::syncthreads_or)] != 0;
+  block->votes[block->number & 1] |= predicate != 0;
+  return block->votes[meet_in_order(*block, Call::syncthreads_or)] != 0;
 }
 
 NO_TSAN void __syncwarp(unsigned mask) {

@@ -18,8 +18,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
-#define PFGM_CLUSTERS 1
-
 struct alignas(8) float2 {
   float x, y;
 };
@@ -71,7 +69,7 @@ enum class Call {
   all,
   ballot,
   multiply_add,
-  cluster_sync,
+  multiply_add_halves,
   end
 };
 
@@ -81,7 +79,6 @@ std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned so
 unsigned vote(Call call, unsigned mask, bool mine);
 void begin_copy(void* to, const void* from, int bytes, int valid);
 void wait_copies(int pending);
-char* peer(void* own, int rank);
 
 template <class T>
 T shuffle(Call call, unsigned mask, T mine, unsigned source) {
@@ -123,20 +120,35 @@ inline std::uint32_t bits_of(float v) {
 
 // The sum is truncated, as in matrix units. They also truncate intermediate sums; this does not.
 void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+void multiply_add_halves(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+inline void multiply_halves(float (&d)[4], const std::uint32_t (&a)[4],
+                            const std::uint32_t (&b)[2]) {
+  for (float& each : d) each = 0;
+  multiply_add_halves(d, a, b);
+}
 
 inline float half_to_float(std::uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                     : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
-                                    : std::ldexp(static_cast<float>(fraction), -24);
+  const std::uint32_t exponent = bits >> 10 & 31, rest = bits & 0x7fffu;
+  const float size = exponent == 31 ? (rest & 1023u ? NAN : INFINITY)
+                     : exponent     ? float_of((rest << 13) + 0x38000000u)
+                                    : static_cast<float>(rest) * 0x1p-24f;
   return bits >> 15 ? -size : size;
 }
 
-int cluster_rank();
-void cluster_sync();
-template <class T>
-T* cluster_shared(T* own, int rank) {
-  return reinterpret_cast<T*>(shim::peer(own, rank));
+// Rounds to the nearest, ties to even.
+inline std::uint16_t half_of(float v) {
+  const std::uint16_t sign = static_cast<std::uint16_t>(bits_of(v) >> 16 & 0x8000u);
+  const float size = std::fabs(v);
+  if (v != v) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (size >= 65520) return static_cast<std::uint16_t>(sign | 0x7c00u);
+  if (size < 0x1p-14f)  // a multiple of 2^-24; the sum rounds to it
+    return static_cast<std::uint16_t>(sign | (bits_of(size + 0.5f) - bits_of(0.5f)));
+  const std::uint32_t bits = bits_of(size), rounded = bits + 0xfffu + (bits >> 13 & 1u);
+  return static_cast<std::uint16_t>(sign | (rounded - 0x38000000u) >> 13);
+}
+
+inline std::uint32_t halves_of(float first, float second) {
+  return half_of(first) | static_cast<std::uint32_t>(half_of(second)) << 16;
 }
 
 }  // namespace pfgm

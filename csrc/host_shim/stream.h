@@ -1,7 +1,6 @@
 // Stream for the host. cuda/launch.h includes this after Grid and Launch. A launch runs the whole
 // grid before it returns.
 #pragma once
-#include <algorithm>
 #include <functional>
 #include <tuple>
 
@@ -31,19 +30,12 @@ class Stream {
     return shim::device().capability;
   }
   std::size_t shared_limit() const { return shim::device().shared_limit; }
-  int float64_cost() const { return 2; }
 
   template <class... Parameters, class... Arguments>
   void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) const {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
     const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
     shim::run(shape, [&] { std::apply(kernel, held); });
-  }
-
-  template <class... Parameters>
-  int resident_clusters(const Launch& shape, void (*)(Parameters...)) const {
-    if (shape.shared > shared_limit() || shim::device().capability < 90) return 0;
-    return std::max(1, multiprocessors() / shape.cluster);
   }
 };
 

@@ -136,30 +136,13 @@ void check_orders() {
     check(shape, reference_type(static_cast<std::size_t>(shape.B)), kAllOrders);
 }
 
-bool launched(const std::string& kernel) {
-  const std::vector<std::string> all = shim::launches();
-  return std::find(all.begin(), all.end(), kernel) != all.end();
-}
-
-// One pass in clusters of blocks, which split the features: 384 per block for 64 queries, 192 for
-// 128.
-// Clusters split the references if the device runs several at once.
-void check_one_pass() {
-  const std::vector<Shape> shapes = {{16, 150, 512}, {65, 17, 577},  {17, 5, 769},
-                                     {64, 33, 515},  {128, 16, 576}, {16, 1, 1025}};
-  for (std::size_t i = 0; i < (kFew ? 2 : shapes.size()); ++i)
-    for (std::size_t t = 0; t < (kFew ? 1 : 2); ++t) {
-      const Setting setting(90, t == 0 ? 40 : 2);
-      shim::clear_launches();
-      check_forward(shapes[i], reference_type(i + 2 * t + 1), one_of_all(i));
-      if (!launched("single_pass")) fail("not in one pass");
-    }
-  const Setting setting(90, 40);
-  if (!kFew) check_forward({17, 130, 520}, Type::float32, kAllOrders);
-  const Setting older(80, 40);
-  shim::clear_launches();
-  check_forward({16, 33, 515}, Type::uint8, one_of_all(1));
-  if (launched("single_pass")) fail("in one pass on a device without clusters");
+// Tiles of 32 × 64, 64 × 64 and 64 × 128 queries and references.
+void check_tiles() {
+  for (const int multiprocessors : {1000, 3, 1}) {
+    const Setting setting(90, multiprocessors);
+    check_forward({kFew ? 33 : 70, kFew ? 140 : 200, 97}, reference_type(multiprocessors % 4),
+                  one_of_all(static_cast<std::size_t>(multiprocessors)));
+  }
 }
 
 // Chunks of 128 references and blocks of a few queries; the last of each is smaller.
@@ -282,9 +265,9 @@ void check_fields() {
 int main() {
   check_shapes();
   check_orders();
-  check_one_pass();
+  check_tiles();
   check_parts();
-  for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}, Shape{16, 17, 512}}) {
+  for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}}) {
     if (kFew) break;  // the same accesses as with finite values
     check_not_finite(shape, true, NAN);
     check_not_finite(shape, true, INFINITY);

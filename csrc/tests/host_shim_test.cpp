@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(64) indices(int* out) {
 
 void check_indices() {
   std::vector<int> out(6 * 5 * 3 * 64);
-  launch({"indices", {6, 5, 3}, 64, 0, 2}, indices, out.data());
+  launch({"indices", {6, 5, 3}, 64}, indices, out.data());
   for (std::size_t i = 0; i < out.size(); ++i) expect(out[i] == static_cast<int>(i) + 1, "indices");
 }
 
@@ -255,6 +255,64 @@ void check_product() {
   expect(d == expected, "multiply_add");
 }
 
+struct Halves {
+  const std::uint16_t *a, *b;  // (16 × 16) and (16 × 8)
+  float* d;
+};
+
+__global__ void multiply_in_halves(Halves p) {
+  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const auto two = [](std::uint16_t first, std::uint16_t second) {
+    return first | static_cast<std::uint32_t>(second) << 16;
+  };
+  std::uint32_t a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    const std::uint16_t* at = p.a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
+    a[i] = two(at[0], at[1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const std::uint16_t* at = p.b + (2 * t + 8 * i) * 8 + g;
+    b[i] = two(at[0], at[8]);
+  }
+  float* rows[2] = {p.d + g * 8 + 2 * t, p.d + (g + 8) * 8 + 2 * t};
+  float d[4] = {rows[0][0], rows[0][1], rows[1][0], rows[1][1]};
+  multiply_add_halves(d, a, b);
+  for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = d[i];
+}
+
+void check_product_of_halves() {
+  std::mt19937 engine(6);
+  std::normal_distribution<float> normal;
+  std::vector<std::uint16_t> a(256), b(128);
+  for (auto* values : {&a, &b})
+    for (std::uint16_t& v : *values) v = half_of(normal(engine));
+  std::vector<float> d(128);
+  for (float& v : d) v = normal(engine);
+  std::vector<float> expected = d;
+  for (int i = 0; i < 128; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k)
+      sum +=
+          static_cast<double>(half_to_float(a[i / 8 * 16 + k])) * half_to_float(b[k * 8 + i % 8]);
+    expected[i] = static_cast<float>(sum);
+    if (std::fabs(expected[i]) > std::fabs(sum)) expected[i] = std::nextafter(expected[i], 0.0f);
+  }
+  launch({"multiply_in_halves", {1}, 32}, multiply_in_halves, Halves{a.data(), b.data(), d.data()});
+  expect(d == expected, "multiply_add_halves");
+}
+
+void check_rounding_to_halves() {
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float v = half_to_float(static_cast<std::uint16_t>(bits));
+    if (v == v) expect(half_of(v) == bits, "a float16 value stays as it is");
+  }
+  expect(half_of(65519) == 0x7bff && half_of(65520) == 0x7c00, "the largest half");
+  expect(half_of(1 + 0x1p-11f) == 0x3c00 && half_of(1 + 0x1.8p-10f) == 0x3c02, "ties to even");
+  expect(half_of(1 + 0x1.1p-11f) == 0x3c01 && half_of(-0x1p-25f) == 0x8000, "to the nearest");
+  expect(half_of(0x1.8p-25f) == 1 && half_of(0x1.fffp-15f) == 0x0400, "subnormal halves");
+  expect(halves_of(1, -2) == 0xc0003c00, "halves_of");
+}
+
 void check_conversions() {
   expect(bits_of(1) == 0x3f800000 && float_of(0xc0400000) == -3, "bits of a float");
   expect(half_to_float(0x3c00) == 1 && half_to_float(0xc500) == -5, "half_to_float");
@@ -263,36 +321,12 @@ void check_conversions() {
   expect(std::signbit(half_to_float(0x8000)), "half_to_float of -0");
 }
 
-// ---- clusters -------------------------------------------------------------------------------
-
-__global__ void exchange(int* out) {
-  auto* own = reinterpret_cast<int*>(shared_memory());
-  const int rank = cluster_rank(), size = 4;
-  own[threadIdx.x] = static_cast<int>(blockIdx.x * 1000 + threadIdx.x);
-  cluster_sync();
-  const int* other = cluster_shared(own, (rank + 1) % size);
-  out[blockIdx.x * blockDim.x + threadIdx.x] = other[threadIdx.x ^ 1];
-  cluster_sync();
-}
-
-void check_clusters() {
-  for (unsigned order = 0; order < 4; ++order) {
-    shim::set_order(order);
-    std::vector<int> out(8 * 32);
-    launch({"exchange", {8}, 32, 128, 4}, exchange, out.data());
-    for (int i = 0; i < 256; ++i) {
-      const int block = i / 32, other = block / 4 * 4 + (block + 1) % 4;
-      expect(out[i] == other * 1000 + (i % 32 ^ 1), "an exchange in a cluster");
-    }
-  }
-}
-
 // ---- launches -------------------------------------------------------------------------------
 
 void expect_refusal(const Launch& shape, const std::string& what) {
   int unused = 0;
   try {
-    launch(shape, exchange, &unused);
+    launch(shape, indices, &unused);
   } catch (const std::runtime_error& error) {
     expect(std::string(error.what()).find(shape.kernel) == 0, "a refusal names the kernel");
     return;
@@ -303,21 +337,13 @@ void expect_refusal(const Launch& shape, const std::string& what) {
 void check_launches() {
   const Stream stream(kPlace);
   expect(stream.multiprocessors() == 4, "default device");
-  expect(stream.architecture("exchange", exchange) == 90, "default architecture");
-  expect(stream.shared_limit() == 232448, "default limit");
+  expect(stream.architecture("indices", indices) == 90, "default architecture");
   expect_refusal({"shared", {1}, 32, 232449}, "its shared memory");
   expect_refusal({"threads", {1}, 33}, "its threads");
   expect_refusal({"threads", {1}, 1056}, "its threads");
   expect_refusal({"grid", {1, 65536}, 32}, "its grid's y");
   expect_refusal({"grid", {1, 1, 65536}, 32}, "its grid's z");
-  expect_refusal({"cluster", {17}, 32, 0, 17}, "its cluster");
-  expect_refusal({"cluster", {6}, 32, 0, 4}, "its cluster");
-  expect(stream.resident_clusters({"k", {8}, 32, 0, 2}, exchange) == 2, "resident clusters");
-  expect(stream.resident_clusters({"k", {8}, 32, 0, 8}, exchange) == 1, "one resident cluster");
-  expect(stream.resident_clusters({"k", {8}, 32, 300000, 2}, exchange) == 0, "no room");
   shim::set_device(8, 80, 1000);
-  expect(stream.resident_clusters({"k", {8}, 32, 0, 2}, exchange) == 0, "no clusters");
-  expect_refusal({"cluster", {4}, 32, 0, 2}, "a device without clusters");
   expect_refusal({"shared", {1}, 32, 1001}, "the device's limit");
   shim::set_device(4, 90, 232448);
   shim::clear_launches();
@@ -347,10 +373,10 @@ __global__ void never_waits(const float* from) {
 __global__ void off_boundary(const float* from) { copy_async<16>(shared_memory(), from + 1); }
 __global__ void copies_outside(float* memory) { copy_async<4>(memory, memory); }
 __global__ void parts() {
-  if (threadIdx.x < 32)
+  if (threadIdx.x <= 32)
     __syncthreads();
   else
-    cluster_sync();
+    __syncwarp();
 }
 __global__ void mixed() {
   if (threadIdx.x % 2)
@@ -363,20 +389,15 @@ __global__ void ends_early() {
 }
 __global__ void part_of_a_warp() { __syncwarp(0xffff); }
 __global__ void overrun() { shared_memory()[4 * threadIdx.x + 3] = 0; }
-__global__ void reads_an_ended_block(int* out) {
-  cluster_sync();
-  if (cluster_rank() == 1) out[threadIdx.x] = *cluster_shared(shared_memory(), 0);
-}
 
 __global__ void neighbours(int* out, int barrier) {
   auto* memory = reinterpret_cast<int*>(shared_memory());
   memory[threadIdx.x] = 1;
   if (barrier == 1) __syncthreads();
   if (barrier == 2) __syncwarp();
-  if (barrier == 3) cluster_sync();
-  if (barrier == 4) __syncthreads_or(0);
-  if (barrier == 5) __shfl_sync(kAll, 1, 0);
-  if (barrier == 6) __ballot_sync(kAll, 1);
+  if (barrier == 3) __syncthreads_or(0);
+  if (barrier == 4) __shfl_sync(kAll, 1, 0);
+  if (barrier == 5) __ballot_sync(kAll, 1);
   out[threadIdx.x] = memory[threadIdx.x ^ 1];
 }
 // Barriers before the accesses do not order the accesses.
@@ -427,7 +448,7 @@ const Scenario kScenarios[] = {
     {"outside", "not its block's shared memory", Finder::shim,
      [] { launch({"copies_outside", {1}, 32, 128}, copies_outside, some_floats); }},
     {"parts",
-     "kernel parts: threads wait at different barriers, 32 at __syncthreads, 32 at cluster_sync",
+     "kernel parts: threads wait at different barriers, 33 at __syncthreads, 31 at __syncwarp",
      Finder::shim, [] { launch({"parts", {1}, 64}, parts); }},
     {"mixed", "kernel mixed: threads wait at different barriers: __any_sync and __syncwarp",
      Finder::shim, [] { launch({"mixed", {1}, 64}, mixed); }},
@@ -437,11 +458,9 @@ const Scenario kScenarios[] = {
      [] { launch({"part_of_a_warp", {1}, 32}, part_of_a_warp); }},
     {"overrun", "heap-buffer-overflow", Finder::address,
      [] { launch({"overrun", {1}, 32, 124}, overrun); }},
-    {"ended block", "use-after-poison", Finder::address,
-     [] { launch({"reads", {2}, 32, 32, 2}, reads_an_ended_block, some_ints); }},
     {"no barrier", "data race", Finder::thread, [] { neighbours_with(0); }},
-    {"shuffle only", "data race", Finder::thread, [] { neighbours_with(5); }},
-    {"vote only", "data race", Finder::thread, [] { neighbours_with(6); }},
+    {"shuffle only", "data race", Finder::thread, [] { neighbours_with(4); }},
+    {"vote only", "data race", Finder::thread, [] { neighbours_with(5); }},
     {"after a barrier", "data race", Finder::thread,
      [] { launch({"after", {1}, 32, 128}, after_a_barrier, some_ints); }},
     {"after barriers of many", "data race", Finder::thread,
@@ -450,15 +469,13 @@ const Scenario kScenarios[] = {
      [] { launch({"same_place", {2}, 32}, same_place, some_ints); }},
     {"distant blocks", "data race", Finder::thread,
      [] { launch({"ends_of_grid", {12}, 256}, ends_of_grid, some_ints); }},
-    {"clusters", "data race", Finder::thread,
-     [] { launch({"same_place", {2}, 32, 0, 2}, same_place, some_ints); }},
     {"early read", "data race", Finder::thread,
      [] { launch({"early", {1}, 32, 128}, early_read, some_ints, some_ints + 32); }},
     {"barriers", "", Finder::none,
      [] {
        for (unsigned order = 0; order < 4; ++order) {
          shim::set_order(order);
-         for (int barrier = 1; barrier < 5; ++barrier) neighbours_with(barrier);
+         for (int barrier = 1; barrier < 4; ++barrier) neighbours_with(barrier);
        }
      }},
     {"two grids", "", Finder::none,
@@ -553,11 +570,12 @@ int main(int count, char** arguments) {
     check_copies();
     check_warps();
     check_product();
+    check_product_of_halves();
   }
   check_orders();
   check_equal_bits();
   check_conversions();
-  check_clusters();
+  check_rounding_to_halves();
   check_launches();
   check_host_threads();
   check_scenarios();

@@ -44,9 +44,10 @@ def test_twice_the_same_bits(op):
 def test_near_ties_far_from_the_origin(op, backend, N, offset):
     x, references = op.near_ties(20, 70, N, offset)
     radius = torch.full((20,), 0.05, dtype=torch.float64, device=x.device)
-    # Relative to the spread. Of the offset only the rounding of TF32 parts may be lost.
+    # Relative to the spread. Matrix units truncate, which is left in the weights of two references
+    # that are nearly equally far. Of the offset only the rounding of TF32 parts may be lost.
     lost = {"native": 2.0**-20, "triton": 4e-7}[backend]
-    bound = (1e-5 * 2**-6 + lost * offset) * math.sqrt(N)
+    bound = (2e-5 * 2**-6 + lost * offset) * math.sqrt(N)
     assert op.mean_error(x, references, radius, 1.0) <= bound
 
 

@@ -110,7 +110,7 @@ INSIDE = "_ZN4pfgm55_GLOBAL__N__b92e854f_22_posterior_mean_cuda_cu_e5a43346"
     [
         (f"{INSIDE}5mergeEPfPKfS3_iib", "merge"),
         (f"{INSIDE}9distancesIhLi64ELb1EEEvNS0_4RowsIfEENS2_IT_EEiNS0_5PairsE", None),
-        (f"{INSIDE}11single_passINS0_8BFloat16ELi128EEEvi", "single_pass<BFloat16, 128>"),
+        (f"{INSIDE}9distancesINS0_8BFloat16ELi64ELi128ELb0EEEvi", "distances<BFloat16, 64, 128, false>"),
         (f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE", "weighted_sum<float32>"),
         ("_Z4loneILb0EEvi", "lone<false>"),
         ("_Z5plainPf", "plain"),
@@ -170,15 +170,15 @@ Resource usage:
 
 
 SUM = f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE"
-PASS = f"{INSIDE}11single_passIhLi64EEEvi"
+TILES = f"{INSIDE}9distancesIhLi64ELi128ELb0EEEvi"
 STEP = "_ZN4pfgm49_GLOBAL__N__5e7a4c86_16_ode_step_cuda_cu_b1f21c9115ode_step_kernelILi4ELb1EEEvi"
 NARROW = STEP.replace("ILi4ELb1EE", "ILi1ELb1EE")
 MULTIPLY = "HMMA.1688.F32.TF32 R4, R8, R12, R4"
+HALVES = "HMMA.16816.F32 R4, R8, R12, R4"
 COPY = "@!P1 LDGSTS.E.BYPASS.128.ZFILL [R3], desc[UR16][R126.64], P0"
 REST = ["MOV R1, c[0x0][0x28]", "FADD R2, R2, R3", "STG.E [R2], R3", "S2R R3, SR_TID.X"]
 REST += ["EXIT", "BRA 0x20", "NOP", "NOP"]
 WIDE = ["@P0 LDG.E.128.CONSTANT R4, desc[UR16][R126.64]", "STG.E.128 desc[UR16][R126.64], R4"]
-CLUSTER = ["UCGABAR_ARV", "UCGABAR_WAIT", "@P0 LD.E R2, desc[UR4][R2.64]"]
 
 
 def only(text, architecture="90a"):
@@ -187,26 +187,28 @@ def only(text, architecture="90a"):
 
 
 def test_the_dump_is_read():
-    code = [*WIDE, *CLUSTER, COPY, MULTIPLY, MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]
+    code = [*WIDE, COPY, MULTIPLY, MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]
     code += ["@!UP0 FADD.FTZ R1, R1, R2", "F2I.FTZ.U32.TRUNC.NTZ R3, R2", "@!PT LDS RZ, [RZ]"]
-    text = part(PASS, code=code, threads="0x100", usage="SHARED:1536")
+    text = part(TILES, code=code, threads="0x100", usage="SHARED:1536")
     figures = codegen_cuda.Figures(
         registers=124, spills=0, shared=512, threads=256, instructions=len(code) - 2,
         matrix_instructions={"HMMA.1688.F32.TF32": 2}, copies=1, wide_loads=1, wide_stores=1,
-        cluster_barriers=1, generic_loads=1, flushing=1,
+        flushing=1,
     )  # fmt: skip
     assert only(text) == codegen_cuda.Row(
-        "90a", "single_pass<uint8, 64>", figures, only(text).problems
+        "90a", "distances<uint8, 64, 128, false>", figures, only(text).problems
     )
 
 
 def test_files_for_several_architectures_are_told_apart():
-    text = part(SUM) + part(STEP) + part(PASS, architecture="90")
+    text = part(SUM) + part(STEP) + part(TILES, architecture="90")
     assert [row.kernel for row in codegen_cuda.read(text, "90a")] == [
         "weighted_sum<float32>",
         "ode_step_kernel<4, true>",
     ]
-    assert [row.kernel for row in codegen_cuda.read(text, "90")] == ["single_pass<uint8, 64>"]
+    assert [row.kernel for row in codegen_cuda.read(text, "90")] == [
+        "distances<uint8, 64, 128, false>"
+    ]
     assert codegen_cuda.read(text, "80") == []
 
 
@@ -217,10 +219,10 @@ def test_files_for_several_architectures_are_told_apart():
     ("architecture", "text"),
     [
         ("90a", part(SUM, code=[COPY, MULTIPLY, *REST])),
-        ("90a", part(PASS, code=[COPY, MULTIPLY, *CLUSTER, *REST], threads="0x100")),
+        ("90a", part(TILES, code=[COPY, HALVES, *REST], threads="0x100")),
         ("90a", part(STEP, code=[*WIDE, *REST], threads="0x400", usage="REG:64")),
         ("90a", part(NARROW, code=REST, threads="0x300", usage="REG:80")),
-        ("80", part(PASS, architecture="80", code=[REST[0], *REST[4:]], threads="0x100")),
+        ("80", part(TILES, architecture="80", code=[COPY, HALVES, *REST], threads="0x100")),
     ],
 )
 def test_kernels_as_intended_pass(architecture, text):
@@ -238,8 +240,7 @@ def test_kernels_as_intended_pass(architecture, text):
         ("it has no matrix instructions", SUM, {"code": [COPY, *REST]}),
         ("it has HMMA.16816.F32", SUM, {"code": [COPY, "HMMA.16816.F32 R4, R8, R1, R4", *REST]}),
         ("not meant to multiply", NARROW, {"code": [MULTIPLY, *REST]}),
-        ("no barriers of clusters", PASS, {"code": [COPY, MULTIPLY, CLUSTER[2], *REST]}),
-        ("nothing from other blocks", PASS, {"code": [COPY, MULTIPLY, *CLUSTER[:2], *REST]}),
+        ("instructions with 16816; it has HMMA.1688", TILES, {"code": [COPY, MULTIPLY, *REST]}),
         ("no 16-byte loads", STEP, {"code": [WIDE[1], *REST]}),
         ("no 16-byte stores", STEP, {"code": [WIDE[0], *REST]}),
         ("no 16-byte loads", STEP, {"code": ["LDG.E.64 R4, [R2]", WIDE[1], *REST]}),
@@ -253,7 +254,7 @@ def test_kernels_as_intended_pass(architecture, text):
 def test_flaws_are_found(words, symbol, options):
     good = {
         SUM: {"code": [COPY, MULTIPLY, *REST]},
-        PASS: {"code": [COPY, MULTIPLY, *CLUSTER, *REST], "threads": "0x100"},
+        TILES: {"code": [COPY, HALVES, *REST], "threads": "0x100"},
         STEP: {"code": [*WIDE, *REST], "threads": "0x400", "usage": "REG:60"},
         NARROW: {"code": REST, "threads": "0x300", "usage": "REG:60"},
     }
@@ -261,13 +262,6 @@ def test_flaws_are_found(words, symbol, options):
     (problem,) = row.problems
     assert words in problem
     assert problem.startswith(f"{row.kernel} on sm_90a")
-
-
-@pytest.mark.parametrize("architecture", ["80", "120"])
-def test_what_needs_large_clusters_is_empty_without_them(architecture):
-    text = part(PASS, architecture=architecture, code=[COPY, MULTIPLY, *REST], threads="0x100")
-    (problem,) = only(text, architecture).problems
-    assert "meant to be empty" in problem
 
 
 def test_an_unlisted_kernel_is_a_problem():
@@ -316,6 +310,6 @@ def test_the_report_has_a_line_for_each_kernel():
     lines = codegen_cuda.report([row, unknown]).splitlines()[2:]
     assert lines == [
         "| weighted_sum<float32> | sm_90a | 124 | 255 | 0 | 0 | 1 HMMA.1688.F32.TF32 "
-        "| 1 | 0 | 0 | 0 |",
-        "| new_name | sm_90a | 124 |  | 0 | 7 | 1 HMMA.1688.F32.TF32 | 1 | 0 | 0 | 0 |",
+        "| 1 | 0 | 0 |",
+        "| new_name | sm_90a | 124 |  | 0 | 7 | 1 HMMA.1688.F32.TF32 | 1 | 0 | 0 |",
     ]

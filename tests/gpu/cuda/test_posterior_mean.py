@@ -1,4 +1,4 @@
-"""The posterior mean and its gradients in CUDA: tiles, clusters, and the order of threads."""
+"""The posterior mean and its gradients in CUDA: tiles, and the order of threads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from pfgm.backends.problems import PosteriorMean
 from pfgm.common.tensors import dequantise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
-KERNELS = ("refine", "weigh", "weighted_sum", "merge")
-# At the edges of tiles (queries 8, 32, 64; references 32, 64; features 4, 32, 128), and where
+CENTERING = ("find_center", "split_rows")
+AFTER = ("find_limits", "refine", "weigh", "weighted_sum", "merge")
+# At the edges of tiles (queries 8, 32, 64; references 32, 64; features 32, 64, 128), and where
 # products take over from differences: 16 queries and 32 features.
 SHAPES = [
     (1, 1, 1), (4, 16, 64), (8, 63, 4), (9, 65, 31), (15, 33, 257), (16, 64, 32), (17, 65, 33),
     (32, 31, 127), (33, 129, 20), (40, 150, 97), (64, 70, 128), (65, 130, 129),
 ]  # fmt: skip
-# One pass: slices of 384 and 192 features, tiles of 16 references, 64 and 128 queries.
-PASS_SHAPES = [
-    (16, 16, 512), (17, 15, 515), (40, 300, 768), (64, 33, 769), (65, 70, 576), (128, 17, 577),
-    (100, 40, 1100),
-]  # fmt: skip
-
 
 @pytest.fixture
 def backend():
@@ -44,43 +39,25 @@ def test_forward(op, sizes, dtype):
         op.check(x, references, op.radius_of(sigma, D), D)
 
 
-@pytest.mark.parametrize("sizes", PASS_SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("poisoned")
-def test_one_pass_and_two(op, shim, sizes, dtype):
-    D = (1.0, math.inf, 64.0)[(sizes[0] + DTYPES.index(dtype)) % 3]
-    x, references, sigma = op.problem(*sizes, dtype=dtype)
-    one, two = {"single_pass", "merge_passes"}, {"distances", *KERNELS}
-    for capability, kernels in ((90, one), (80, two)):
-        shim.device(capability, multiprocessors=40)
-        shim.launches()
-        op.check(x, references, op.radius_of(sigma, D), D)
-        assert set(shim.launches()) == kernels
-
-
 def test_which_kernels_run(op, shim):
     def kernels(B, M, N):
         shim.launches()
         op.compute(*op.problem(B, M, N), 1.0)
         return shim.launches()
 
-    two_passes = ["distances", *KERNELS]
-    assert kernels(15, 40, 600) == ["differences", *KERNELS]
-    assert kernels(16, 40, 31) == ["differences", *KERNELS]
-    assert kernels(16, 40, 511) == two_passes
-    assert kernels(16, 40, 512) == ["single_pass", "merge_passes"]
-    assert kernels(129, 3, 512) == two_passes  # more than a tile of queries
-    assert kernels(16, 2, 3073) == two_passes  # more than 8 slices of 384
-    assert kernels(65, 1, 3073) == two_passes  # more than 16 slices of 192
-    shim.device(89)
-    assert kernels(16, 40, 512) == two_passes
+    in_order = ["find_limits", "refine", "weigh", "order_queries", "weighted_sum", "merge"]
+    assert kernels(15, 40, 600) == ["differences", *AFTER]
+    assert kernels(16, 40, 31) == ["differences", *AFTER]
+    assert kernels(16, 40, 32) == [*CENTERING, "distances", *AFTER]
+    assert kernels(33, 40, 31) == ["differences", *in_order]
+    assert kernels(33, 40, 600) == [*CENTERING, "distances", *in_order]
 
 
-def test_clusters_split_the_references(op, shim):
-    x, references, sigma = op.problem(20, 700, 512)
-    for multiprocessors in (2, 6, 40, 132):
-        shim.device(90, multiprocessors)
-        op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_tiles_of_32_and_64_queries(op, shim, multiprocessors):
+    shim.device(90, multiprocessors)
+    x, references, sigma = op.problem(130, 70, 97)
+    op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
 @pytest.mark.parametrize("D", [0.5, 1e6, math.inf])

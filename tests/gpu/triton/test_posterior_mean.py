@@ -254,7 +254,7 @@ def test_accurate_with_products_that_truncate(op, device, level):
 # ---- limits ----
 
 
-@pytest.mark.parametrize("scale", [2.0**-60, 2.0**60, 2.0**100])
+@pytest.mark.parametrize("scale", [1e-33, 1e-25, 2.0**-60, 2.0**60, 1e25, 2.0**100, 2.0**122])
 @pytest.mark.parametrize("B", [4, 20])
 def test_very_small_and_very_large_values(op, device, B, scale):
     x, references, sigma = problem(B, 40, 33, device=device)

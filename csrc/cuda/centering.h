@@ -1,0 +1,123 @@
+// The centre of the references, and queries relative to it in two float16 parts, on CUDA devices.
+//
+// Products of centred data lose fewer digits. Two float16 numbers hold 22 bits of a value, and
+// matrix units multiply them at twice the rate of TF32.
+#pragma once
+#include "cuda/tiles.h"
+
+namespace pfgm {
+namespace {
+
+constexpr int kSamples = 16;  // references whose mean is the centre
+constexpr int kCenterThreads = 256, kSplitThreads = 256;
+// Powers of two of the largest centred values as float16, which holds less than 2^16. References
+// outside of the sample may be larger by 2^11.
+constexpr int kQueryPower = 12, kReferencePower = 4;
+
+// The centre of the references. `spread` has the largest distance to it of the sample, in each
+// group of kCenterThreads features.
+struct Center {
+  float* at;      // (width): zero from the last feature on
+  float* spread;  // (divide_up(width, kCenterThreads))
+  float* scale;   // the power of two that references are multiplied by
+  float* scaled;  // (width): `at` times `scale`
+  int features, width;
+};
+
+// Rows times a power of two as high + low.
+struct Halves {
+  std::uint16_t *high, *low;  // (rows, width)
+  double* units;              // (rows): turns a product with scaled references into the true one
+  int rows;
+};
+
+// The power of two that brings `largest` > 0 to at least 2^power, below twice that. For 0 and
+// values that are not finite it is some power of two.
+__device__ inline float scale_to(float largest, int power) {
+  const int biased = 254 + power - static_cast<int>(bits_of(largest) >> 23 & 255u);
+  return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23);
+}
+
+// The two parts of two values, the first in the lower half of each word.
+struct TwoHalves {
+  std::uint32_t high, low;
+};
+__device__ inline TwoHalves split_halves(float first, float second) {
+  const std::uint32_t high = halves_of(first, second);
+  const float of_first = half_to_float(static_cast<std::uint16_t>(high));
+  const float of_second = half_to_float(static_cast<std::uint16_t>(high >> 16));
+  return {high, halves_of(first - of_first, second - of_second)};
+}
+
+// The mean of evenly spaced references, and how far they are from it.
+template <class R>
+__global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  const int feature = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  float mean = 0, largest = 0;
+  if (feature < out.features) {
+    float values[kSamples];
+#pragma unroll
+    for (int i = 0; i < kSamples; ++i) {
+      values[i] = load_float(y.row(static_cast<Index>(i) * y.count / kSamples) + feature);
+      mean += values[i] * (1.0f / kSamples);
+    }
+    // Equal samples say nothing about the others. Their own size is a guess.
+    largest = fabsf(mean) * 0x1p-10f;
+#pragma unroll
+    for (float v : values) largest = fmaxf(largest, fabsf(v - mean));
+  }
+  if (feature < out.width) out.at[feature] = mean;
+  largest = over_block<kCenterThreads>(largest, scratch, Most());
+  if (threadIdx.x == 0) out.spread[blockIdx.x] = largest;
+}
+
+// The two parts of a row of queries minus the centre, or of upstream gradients, which are not
+// centred. norms[row] = |x − centre|².
+template <bool CENTERED>
+__global__ void __launch_bounds__(kSplitThreads)
+    split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const Index row = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x),
+            groups = (center.width - 1) / kCenterThreads + 1;
+  const float* x = rows.row(row);
+  const auto value = [&](int feature) {
+    if (feature >= center.features) return 0.0f;
+    return CENTERED ? x[feature] - center.at[feature] : x[feature];
+  };
+  float spread = 0, largest = 0;
+#pragma unroll 1
+  for (int i = thread; i < groups; i += kSplitThreads) spread = fmaxf(spread, center.spread[i]);
+  double norm = 0;
+#pragma unroll 4
+  for (int feature = thread; feature < center.features; feature += kSplitThreads) {
+    const float v = value(feature);
+    norm += static_cast<double>(v) * v;
+    largest = fmaxf(largest, fabsf(v));
+  }
+  spread = over_block<kSplitThreads>(spread, reinterpret_cast<float*>(scratch), Most());
+  largest = over_block<kSplitThreads>(largest, reinterpret_cast<float*>(scratch), Most());
+  if (CENTERED) norm = over_block<kSplitThreads>(norm, scratch, Sum());
+  const float of_y = scale_to(spread, kReferencePower), of_x = scale_to(largest, kQueryPower);
+
+  auto* high = reinterpret_cast<std::uint32_t*>(out.high + row * center.width);
+  auto* low = reinterpret_cast<std::uint32_t*>(out.low + row * center.width);
+#pragma unroll 4
+  for (int pair = thread; pair < center.width / 2; pair += kSplitThreads) {
+    const TwoHalves parts = split_halves(value(2 * pair) * of_x, value(2 * pair + 1) * of_x);
+    high[pair] = parts.high, low[pair] = parts.low;
+  }
+  if (CENTERED && row == 0)
+#pragma unroll 1
+    for (int feature = thread; feature < center.width; feature += kSplitThreads)
+      center.scaled[feature] = center.at[feature] * of_y;
+  if (thread > 0) return;
+  out.units[row] = 1 / static_cast<double>(of_x) / of_y;
+  if (!CENTERED) return;
+  norms[row] = norm;
+  if (row == 0) *center.scale = of_y;
+}
+
+}  // namespace
+}  // namespace pfgm
