@@ -117,8 +117,8 @@ class Problem:
             rounded = self.references.dtype == torch.uint8
             return Errors(2.0**-21 * long, 2.0**-22 if rounded else 0.0, TOLERANCE)
         if shape.precision == "high":
-            # Sums over panels of 32 features are rounded, which mostly averages out. Matrix units round
-            # toward zero, which averages out less.
+            # Sums over panels of 32 features are rounded, which mostly averages out. Matrix units
+            # round toward zero, which averages out less.
             return Errors(2.0**-18 * long, 2.0**-22 / math.sqrt(max(1.0, N / 32)), TOLERANCE)
         # The roundings to 11 bits mostly average out.
         return Errors(2.0**-9, 2.0**-12 / math.sqrt(N), 2e-2)

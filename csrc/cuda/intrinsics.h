@@ -90,6 +90,14 @@ __device__ inline float half_to_float(std::uint16_t bits) {
   return v;
 }
 
+// 1/v for normal v whose reciprocal is normal, to the last bit or nearly so. Unlike a division it
+// has no branches.
+__device__ inline float reciprocal(float v) {
+  float near;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(v));
+  return fmaf(near, fmaf(-v, near, 1), near);
+}
+
 __device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
 

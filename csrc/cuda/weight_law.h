@@ -14,8 +14,10 @@ constexpr double kTolerance = 1.5e-4;  // relative error of a weight that needs 
 // How the score of a reference, the log of its weight, depends on its squared distance
 // (api/posterior_mean.h). `nearest` is the squared distance of the nearest reference, r the radius.
 struct WeightLaw {
-  bool gaussian;       // D = ∞
-  double exponent;     // (N + D)/2; 1/2 at D = ∞
+  bool gaussian;    // D = ∞
+  double exponent;  // (N + D)/2; 1/2 at D = ∞
+  float power;      // the same, and 1 over it
+  float per_power;
   double near_spread;  // e^(kNear/exponent) − 1: beyond nearest + r² by so much a weight is kNear
                        // nats smaller; D finite only
   double margin;       // largest error of a distance, relative to |x|² + |y|²
@@ -39,7 +41,7 @@ struct WeightLaw {
   __device__ float weight(double excess, double rate) const {
     const float linear = static_cast<float>(excess * rate);
     if (gaussian) return expf(-linear);
-    const float power = static_cast<float>(exponent), u = linear * (1 / power);
+    const float u = linear * per_power;
     const int k_shifted = (static_cast<int>(bits_of(1 + u)) - 0x3f400000) & -0x800000;  // 2^23 k
     const float scale = float_of(0x3f800000u - static_cast<std::uint32_t>(k_shifted));
     const float m = u * scale + (scale - 1);
@@ -81,8 +83,14 @@ WeightLaw weight_law(const Problem& problem, bool products) {
   // toward zero, which averages out less.
   const double of_panels = 0x1p-22 / std::sqrt(std::fmax(1.0, features / kPanel));
   const double of_bytes = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
-  return {gaussian, exponent, gaussian ? 0 : std::expm1(kNear / exponent),
-          length * (products ? 0x1p-18 : 0x1p-21), products ? of_panels : of_bytes};
+  const float power = static_cast<float>(exponent);
+  return {gaussian,
+          exponent,
+          power,
+          1 / power,
+          gaussian ? 0 : std::expm1(kNear / exponent),
+          length * (products ? 0x1p-18 : 0x1p-21),
+          products ? of_panels : of_bytes};
 }
 
 }  // namespace

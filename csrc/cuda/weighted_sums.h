@@ -190,8 +190,9 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int feature = static_cast<int>(blockIdx.y) * kMergeThreads + thread;
   if (feature >= features) return;
   const Index at = query * features + feature, apart = static_cast<Index>(gridDim.x) * features;
-  const float before = first_chunk ? 0 : kept / weight * mean[at];
-  mean[at] = before + divisor / weight * sum_of_parts(parts + at, stretches, apart);
+  const float per_weight = reciprocal(weight);
+  const float before = first_chunk ? 0 : kept * per_weight * mean[at];
+  mean[at] = before + divisor * per_weight * sum_of_parts(parts + at, stretches, apart);
 }
 
 // Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x.

@@ -177,7 +177,7 @@ struct Coefficients {
   float* scaled;
 };
 
-__global__ void __launch_bounds__(kQueryThreads)
+__global__ void __launch_bounds__(kQueryThreads, 2)
     find_coefficients(const WeightLaw law, const double* radius, const double* nearest,
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,

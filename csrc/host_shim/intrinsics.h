@@ -135,6 +135,8 @@ inline float half_to_float(std::uint16_t bits) {
   return bits >> 15 ? -size : size;
 }
 
+inline float reciprocal(float v) { return 1 / v; }
+
 // Rounds to the nearest, ties to even.
 inline std::uint16_t half_of(float v) {
   const std::uint16_t sign = static_cast<std::uint16_t>(bits_of(v) >> 16 & 0x8000u);

@@ -26,6 +26,7 @@ __all__ = [
     "Unavailable",
     "available",
     "choose",
+    "preferred",
     "requested",
     "use_backend",
 ]
@@ -97,8 +98,10 @@ _BACKENDS: dict[str, Backend] = {
     "triton": cast(Backend, triton),
     "reference": cast(Backend, reference),
 }
-# On GPUs Triton's kernels come first, until measurements of both say otherwise.
-_ORDER = {"cuda": ("triton", "native", "reference")}
+_ON_GPU = (
+    "its kernels are predicted from machine code to be faster than Triton's; neither was measured "
+    "on a GPU (docs/roofline.md)"
+)
 _requested: str | None = None
 
 
@@ -146,6 +149,17 @@ def requested() -> str | None:
     return _requested
 
 
+def preferred(device: torch.device | str) -> tuple[str, str]:
+    """The backend that computes in float32 on this device unless one is requested, and why it.
+
+    >>> preferred("cpu")[1]
+    'the first that can run'
+    """
+    name = next(name for name, found in available(device).items() if found.usable)
+    native_on_gpu = name == "native" and torch.device(device).type == "cuda"
+    return name, _ON_GPU if native_on_gpu else "the first that can run"
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend while the context is open, for the whole process.
@@ -174,7 +188,8 @@ def choose(
     dtype: torch.dtype,
     references: torch.dtype | None = None,
 ) -> Backend:
-    """The backend called ``name``, else the one in ``PFGM_BACKEND``, else the first that can run.
+    """The backend called ``name``, else the one in ``PFGM_BACKEND``, else the first that can run of
+    native, triton and reference.
 
     Raises:
         ValueError: no backend has that name.
@@ -188,8 +203,7 @@ def choose(
         if reason := backend.supports(device, dtype, references):
             raise Unavailable(f"{source}={name!r} cannot run here: {reason}.")
         return backend
-    for known in _ORDER.get(device.type, tuple(_BACKENDS)):
-        backend = _BACKENDS[known]
+    for backend in _BACKENDS.values():
         if backend.supports(device, dtype, references) is None:
             return backend
     raise TypeError(f"x has dtype {dtype}; allowed are torch.float32 and torch.float64.")

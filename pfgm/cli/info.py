@@ -32,6 +32,8 @@ class Info:
             for name, (usable, detail) in backends.available(device).items():
                 state = detail if usable else f"cannot run: {detail}"
                 lines.append(f"{device:10} {name}: {state}")
+            name, reason = backends.preferred(device)
+            lines.append(f"{device:10} default: {name}, {reason}")
         if not torch.cuda.is_available():
             lines.append(f"{'cuda':10} torch finds no GPU that it can use; the CPU computes")
         print_result("\n".join([*lines, *native.build_lines()]))

@@ -23,6 +23,7 @@ from pfgm.backends import (
     choose,
     native,
     native_direct,
+    preferred,
     reference,
     requested,
     triton,
@@ -164,12 +165,24 @@ def test_an_extension_without_cuda(monkeypatch):
 def test_order():
     assert choose(None, CPU, torch.float32) is native
     assert choose(None, CPU, torch.float64) is native
-    assert choose(None, CUDA, torch.float32) is triton
-    assert choose(None, CUDA, torch.float32, torch.uint8) is triton
+    assert choose(None, CUDA, torch.float32) is native
+    assert choose(None, CUDA, torch.float32, torch.uint8) is native
     assert choose(None, CUDA, torch.float32, torch.float64) is reference
     assert choose(None, CUDA, torch.float64) is reference
     with pytest.raises(TypeError, match=r"x has dtype torch\.float16"):
         choose(None, CPU, torch.float16)
+
+
+@native_only
+def test_the_preferred_backend_has_a_reason(monkeypatch):
+    built_for(monkeypatch, "90a-real")
+    name, reason = preferred("cuda")
+    assert name == "native"
+    assert "predicted" in reason
+    assert "neither was measured" in reason
+    built_for(monkeypatch, None)
+    assert preferred("cuda") == ("triton", "the first that can run")
+    assert preferred("cpu") == ("native", "the first that can run")
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -137,6 +137,7 @@ def test_info(capsys):
     for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU", "threads"):
         assert part in shown
     assert "reference: exact differences" in shown
+    assert "default: native, the first that can run" in shown
     gpu = "cuda       torch finds no GPU that it can use; the CPU computes" in shown
     assert gpu != torch.cuda.is_available()
     assert cli.main(["--version"]) == 0

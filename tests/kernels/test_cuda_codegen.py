@@ -110,7 +110,10 @@ INSIDE = "_ZN4pfgm55_GLOBAL__N__b92e854f_22_posterior_mean_cuda_cu_e5a43346"
     [
         (f"{INSIDE}5mergeEPfPKfS3_iib", "merge"),
         (f"{INSIDE}9distancesIhLi64ELb1EEEvNS0_4RowsIfEENS2_IT_EEiNS0_5PairsE", None),
-        (f"{INSIDE}9distancesINS0_8BFloat16ELi64ELi128ELb0EEEvi", "distances<BFloat16, 64, 128, false>"),
+        (
+            f"{INSIDE}9distancesINS0_8BFloat16ELi64ELi9ELb0EEEvi",
+            "distances<BFloat16, 64, 9, false>",
+        ),
         (f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE", "weighted_sum<float32>"),
         ("_Z4loneILb0EEvi", "lone<false>"),
         ("_Z5plainPf", "plain"),
@@ -309,7 +312,6 @@ def test_the_report_has_a_line_for_each_kernel():
     unknown = row._replace(kernel="new_name", figures=dataclasses.replace(row.figures, shared=7))
     lines = codegen_cuda.report([row, unknown]).splitlines()[2:]
     assert lines == [
-        "| weighted_sum<float32> | sm_90a | 124 | 255 | 0 | 0 | 1 HMMA.1688.F32.TF32 "
-        "| 1 | 0 | 0 |",
+        "| weighted_sum<float32> | sm_90a | 124 | 255 | 0 | 0 | 1 HMMA.1688.F32.TF32 | 1 | 0 | 0 |",
         "| new_name | sm_90a | 124 |  | 0 | 7 | 1 HMMA.1688.F32.TF32 | 1 | 0 | 0 |",
     ]

@@ -22,6 +22,7 @@ SHAPES = [
     (32, 31, 127), (33, 129, 20), (40, 150, 97), (64, 70, 128), (65, 130, 129),
 ]  # fmt: skip
 
+
 @pytest.fixture
 def backend():
     return "native"
