@@ -329,9 +329,10 @@ def _cuda_tile(m: float, queries: int, card: Device) -> tuple[int, int]:
     def rounds(rows: int, references: int) -> int:
         return _up(_up(m, references) * _up(queries, rows), card.sms)
 
-    if queries <= 32 or rounds(32, 64) < 2 * rounds(64, 64):
+    small, medium, large = 5 * rounds(32, 64), 8 * rounds(64, 64), 12 * rounds(64, 128)
+    if queries <= 32 or small < min(medium, large):
         return 32, 64
-    return (64, 128) if 8 * rounds(64, 128) <= 5 * rounds(64, 64) else (64, 64)
+    return (64, 64) if medium < large else (64, 128)
 
 
 def _cuda_limits(shape: Shape, queries: int, card: Device) -> Launch:
@@ -374,7 +375,7 @@ def _until_exit(code: Sequence[Instruction]) -> Sequence[Instruction]:
 
 def _cuda_weigh(shape: Shape, queries: int, card: Device) -> Launch:
     m = _references(shape)
-    kernel = kernels.cuda_kernel(card, "weigh", 64)
+    kernel = kernels.cuda_kernel(card, "weigh", 128)
     blocks, pairs = queries * _up(m, PIECE), queries * m
     minima = _up(_up(m, TILE), kernel.threads)
     phases = (

@@ -22,7 +22,8 @@ RATES = {"tensor cores": 495e12, "float32": 67e12, "float64": 34e12, "memory": 3
 MULTIPROCESSORS = 132
 
 TF32X3 = 3  # products in TF32 for one of float32 accuracy
-WEIGHT_OPERATIONS = 40  # in float64: a logarithm, an exponential, a division; assumed
+WEIGHT_OPERATIONS = 40  # in float32: a logarithm and an exponential; assumed
+DIFFERENCE_OPERATIONS = 14  # in float32: a squared difference in two floats, and its sum
 STRETCHES = 4  # parts that the references of a weighted sum are split into
 LIVE = 0.2  # share of tiles with a weight above zero, on real images
 TILE = 64
@@ -55,9 +56,9 @@ def counted() -> dict[str, Any]:
 
 
 def refined(shape: Shape) -> float:
-    """References of a query that are refined in float64, as counted on real data, otherwise 0."""
+    """References of a query that are refined, as counted on real data, otherwise 0."""
     found = counted().get(f"{shape.M} × {shape.N}")
-    return 0.0 if found is None else float(found["refined a query"]["cuda"]["mean"])
+    return 0.0 if found is None else float(found["refined a query"]["mean"])
 
 
 class Work(NamedTuple):
@@ -96,11 +97,11 @@ def distances(shape: Shape, products: int = TF32X3, reference_bytes: int = 4) ->
 
 
 def refine(shape: Shape, reference_bytes: int = 4) -> Work:
-    """Σ (x − y)² in float64 for the references that matter."""
+    """Σ (x − y)² in two floats for the references that matter."""
     _, B, M, N = shape
     near = refined(shape)
     return Work(
-        double=3 * B * near * N,
+        single=DIFFERENCE_OPERATIONS * B * near * N,
         moved=4 * B * N + reference_bytes * min(B * near, M) * N + 8 * B * near,
     )
 
@@ -108,7 +109,8 @@ def refine(shape: Shape, reference_bytes: int = 4) -> Work:
 def weights(shape: Shape) -> Work:
     """The weight of each pair. Reads its squared distance and writes a float32 weight."""
     pairs = shape.B * shape.M
-    return Work(double=WEIGHT_OPERATIONS * pairs, moved=(8 + 4) * pairs)
+    # The excess over the nearest and its product with a rate are in float64.
+    return Work(single=WEIGHT_OPERATIONS * pairs, double=2 * pairs, moved=(8 + 4) * pairs)
 
 
 def weighted_sum(

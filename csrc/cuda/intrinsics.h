@@ -100,6 +100,8 @@ __device__ inline float reciprocal(float v) {
 
 __device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
+__device__ inline double double_of(std::int64_t bits) { return __longlong_as_double(bits); }
+__device__ inline std::int64_t bits_of(double v) { return __double_as_longlong(v); }
 
 }  // namespace pfgm
 #endif

@@ -132,8 +132,9 @@ class Calculation {
         sums_.pieces = static_cast<int>(divide_up(references(), kPiece));
         // Divided by it, a sum of weights is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
-        run("weigh", {queries(), sums_.pieces}, kQueryThreads, kScratch, weigh, law_, radius(),
-            pairs_, references(), floor, 1 / divisor, first_chunk, state, weights_, sums_);
+        run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory), weigh, law_,
+            radius(), pairs_, references(), floor, 1 / divisor, first_chunk, state, weights_,
+            sums_);
         const int* order = queries() > kSumRows ? order_ : nullptr;
         if (order)
           run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
@@ -246,14 +247,16 @@ class Calculation {
         differences<R, PROJECT>, rows, y(), features_, pairs_);
   }
 
-  // Tiles of as many pairs as possible, since they read each value less often, but for every
-  // multiprocessor.
+  // The tiles that take least time, by their predicted times: 5 to 8 to 12, in rounds of the
+  // busiest multiprocessor. Larger tiles read each value less often.
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
-    if (queries() <= 32 || rounds(32, 64) < 2 * rounds(64, 64))
+    const Index small = 5 * rounds(32, 64), medium = 8 * rounds(64, 64),
+                large = 12 * rounds(64, 128);
+    if (queries() <= 32 || small < smaller(medium, large))
       return find_products<PROJECT, 32, 64>(rows);
-    if (8 * rounds(64, 128) <= 5 * rounds(64, 64)) return find_products<PROJECT, 64, 128>(rows);
-    find_products<PROJECT, 64, 64>(rows);
+    if (medium < large) return find_products<PROJECT, 64, 64>(rows);
+    find_products<PROJECT, 64, 128>(rows);
   }
 
   template <bool PROJECT, int QUERIES, int REFERENCES>

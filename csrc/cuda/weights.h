@@ -28,10 +28,12 @@ struct ChunkWeights {
   std::uint32_t* live;
 };
 
-__device__ inline void mark_live(const ChunkWeights& out, Index row, Index stride, int j,
-                                 bool counts) {
+// All threads of a warp call this. Returns how many weights of the warp are not zero.
+__device__ inline int mark_live(const ChunkWeights& out, Index row, Index stride, int j,
+                                bool counts) {
   const unsigned bits = __ballot_sync(kAll, counts);
   if (j % 32 == 0 && j < stride) out.live[row * (stride / 32) + j / 32] = bits;
+  return __popc(bits);
 }
 
 // Queries × pieces of the chunk: what weigh leaves for merge and for the order of queries.
@@ -43,6 +45,12 @@ struct PieceSums {
   double* kept;     // (queries): the weight of all earlier chunks, relative to `closest`
 };
 
+struct WeighMemory {
+  std::int64_t least[kQueryThreads / 32];
+  float sums[kQueryThreads / 32];
+  int live[kQueryThreads / 32];
+};
+
 // Weights of one query over a piece of the chunk, relative to the nearest reference so far, which
 // comes from the minima of tiles and from earlier chunks. They are stored times `factor`, a power
 // of two with which no sum of M weighted values overflows.
@@ -50,15 +58,17 @@ __global__ void __launch_bounds__(kQueryThreads)
     weigh(const WeightLaw law, const double* radius, const Pairs pairs, int references,
           double floor, float factor, bool first_chunk, const QueryStates state,
           const ChunkWeights out, const PieceSums sums) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
+  WeighMemory& shared = *reinterpret_cast<WeighMemory*>(shared_memory());
+  const Lane lane = this_lane();
   const Index query = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
   const double r = radius[query];
-  double nearest = INFINITY;
+  // Numbers ≥ 0 have the order of their bits, and −1 comes before. Comparing bits takes no float64.
+  std::int64_t least = bits_of(static_cast<double>(INFINITY));
 #pragma unroll 1
   for (int tile = thread; tile < pairs.tiles; tile += kQueryThreads)
-    nearest = fmin(nearest, pairs.lowest[query * pairs.tiles + tile]);
-  nearest = over_block<kQueryThreads>(nearest, scratch, Least());
+    least = Least()(least, bits_of(pairs.lowest[query * pairs.tiles + tile]));
+  double nearest = double_of(over_block<kQueryThreads>(least, shared.least, Least()));
   const double before = first_chunk ? INFINITY : state.nearest[query];
   nearest = isnan(before) ? -1 : fmin(nearest, before);
   if (nearest < 0) nearest = NAN;  // in the minima NaN is −1
@@ -78,12 +88,13 @@ __global__ void __launch_bounds__(kQueryThreads)
     sum += w;
     if (w < smallest) w = 0;
     if (j < pairs.stride) out.weight[place] = w * factor;
-    mark_live(out, query, pairs.stride, j, w != 0);
-    live += w != 0;
+    live += mark_live(out, query, pairs.stride, j, w != 0);
   }
-  sum = over_block<kQueryThreads>(sum, reinterpret_cast<float*>(scratch), Sum());
-  live = over_block<kQueryThreads>(live, reinterpret_cast<int*>(scratch), Sum());
+  sum = over_warp(sum, Sum());
+  if (lane.lane == 0) shared.sums[lane.warp] = sum, shared.live[lane.warp] = live;
+  __syncthreads();
   if (thread > 0) return;
+  for (int w = 1; w < kQueryThreads / 32; ++w) sum += shared.sums[w], live += shared.live[w];
   sums.sum[query * sums.pieces + piece] = sum;
   sums.live[query * sums.pieces + piece] = live;
   if (piece > 0) return;

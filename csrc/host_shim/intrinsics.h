@@ -112,6 +112,18 @@ inline float float_of(std::uint32_t bits) {
   return v;
 }
 
+inline double double_of(std::int64_t bits) {
+  double v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline std::int64_t bits_of(double v) {
+  std::int64_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
 inline std::uint32_t bits_of(float v) {
   std::uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);

@@ -314,7 +314,7 @@ void check_rounding_to_halves() {
 }
 
 void check_conversions() {
-  expect(bits_of(1) == 0x3f800000 && float_of(0xc0400000) == -3, "bits of a float");
+  expect(bits_of(1.0f) == 0x3f800000 && float_of(0xc0400000) == -3, "bits of a float");
   expect(half_to_float(0x3c00) == 1 && half_to_float(0xc500) == -5, "half_to_float");
   expect(half_to_float(1) == 0x1p-24f && half_to_float(0x7bff) == 65504, "half_to_float's range");
   expect(half_to_float(0xfc00) == -INFINITY && std::isnan(half_to_float(0x7e00)), "special halves");

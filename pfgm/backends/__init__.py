@@ -99,8 +99,8 @@ _BACKENDS: dict[str, Backend] = {
     "reference": cast(Backend, reference),
 }
 _ON_GPU = (
-    "its kernels are predicted from machine code to be faster than Triton's; neither was measured "
-    "on a GPU (docs/roofline.md)"
+    "its calls are predicted from machine code to take less time than Triton's at most shapes; "
+    "neither was measured on a GPU (docs/roofline.md)"
 )
 _requested: str | None = None
 

@@ -54,10 +54,11 @@ def test_which_kernels_run(op, shim):
     assert kernels(33, 40, 600) == [*CENTERING, "distances", *in_order]
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 1000])
-def test_tiles_of_32_and_64_queries(op, shim, multiprocessors):
+@pytest.mark.parametrize("multiprocessors", [1, 10, 1000])
+def test_tiles_of_different_sizes(op, shim, multiprocessors):
+    """128 × 64, 64 × 64 and 64 × 32 references and queries: 6, 9 and 15 blocks."""
     shim.device(90, multiprocessors)
-    x, references, sigma = op.problem(130, 70, 97)
+    x, references, sigma = op.problem(130, 190, 97)
     op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
