@@ -343,6 +343,9 @@ class Pairs:
             limits,
             self.squared,
             self.lowest,
+            self.upstream,
+            None if self.centered is None else self.centered.center,
+            self.projected,
             len(references),
             problem.features,
             self.x.stride(0),
@@ -350,6 +353,7 @@ class Pairs:
             self.stride,
             tiles,
             segment,
+            PROJECT=self.upstream is not None and self.centered is not None,
             TILE=self.tile,
             **refine_config(problem.features).options,
         )

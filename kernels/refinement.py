@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import add_compensated, scale_to
+from .arithmetic import add_compensated, load_references, scale_to
 from .problem import power_of_two
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
@@ -141,6 +141,9 @@ def refine(
     limits,
     squared,
     lowest,
+    upstream,
+    center,
+    projected,
     M,
     N,
     x_stride,
@@ -148,12 +151,14 @@ def refine(
     pairs_stride,
     tiles,
     segment,
+    PROJECT: tl.constexpr,
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
 ):
     """Recomputes distances of one query up to limits[row, 0], and all that are not finite.
 
-    The minima of tiles, ``lowest``, become those of the new distances, −1 if one is NaN.
+    The minima of tiles, ``lowest``, become those of the new distances, −1 if one is NaN. References
+    that float16 cannot hold have no products; PROJECT finds their G·(y − center).
     """
     row = tl.program_id(0).to(tl.int64)
     near, unit = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
@@ -192,6 +197,21 @@ def refine(
                 finite = exact < float("inf")
                 tl.store(place + j, tl.where(finite, exact, float("nan")))
                 low = tl.minimum(low, tl.where(finite, exact, -1.0))
+                if PROJECT:
+                    of_pair = projected + row * pairs_stride + tile * TILE + j
+                    if (tl.abs(tl.load(of_pair)) < float("inf")) == 0:
+                        products = tl.zeros([PANEL], tl.float32)
+                        lost_products = tl.zeros([PANEL], tl.float32)
+                        for k in range(0, N, PANEL):
+                            feature = k + tl.arange(0, PANEL)
+                            mask = feature < N
+                            g = tl.load(upstream + row * N + feature, mask=mask, other=0.0)
+                            c = tl.load(center + feature, mask=mask, other=0.0)
+                            b = load_references(y_row + feature, mask, tl.float32)
+                            products, lost_products = add_compensated(
+                                products, lost_products, g * (b - c)
+                            )
+                        tl.store(of_pair, tl.sum(products - lost_products, 0))
             tl.store(lowest + row * tiles + tile, low)
 
 
@@ -213,8 +233,10 @@ def variants() -> list[Variant]:
         if dtype == torch.float32:
             lengths += [(64, 64), (784, 64)]
         for features, tile in lengths:
-            constants: dict[str, Any] = {"TILE": tile} | refine_config(features).options
-            found.append(variant(refine, constants, dtype, wide_loads=features > 64))
+            for project in (False, True) if dtype == torch.float32 and tile == 64 else (False,):
+                constants: dict[str, Any] = {"PROJECT": project, "TILE": tile}
+                constants |= refine_config(features).options
+                found.append(variant(refine, constants, dtype, wide_loads=features > 64))
     for products in (False, True):
         for gaussian in (False, True):
             constants = {"PRODUCTS": products, "GAUSSIAN": gaussian} | LIMITS.options

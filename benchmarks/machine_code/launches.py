@@ -138,7 +138,8 @@ def _triton_limits(shape: Shape, queries: int, card: Device) -> Launch:
 def _triton_refine(shape: Shape, data: Data, queries: int, card: Device) -> Launch:
     m, refined = _references(shape), data["refine"]
     panel = min(4096, max(32, 1 << (shape.N - 1).bit_length()))
-    words = (f"TILE {16 if _few(shape, queries) else TILE}", f"PANEL {panel}")
+    tile = 16 if _few(shape, queries) else TILE
+    words = ("PROJECT False", f"TILE {tile}", f"PANEL {panel}")
     kernel = kernels.triton_variant(card, "refine", "fp32", *words)
     tiles = _up(m, TILE)
     segment = segment_of(tiles)

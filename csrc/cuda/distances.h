@@ -221,7 +221,7 @@ __device__ inline double over_quad(double value) {
   return value + __shfl_xor_sync(kAll, value, 2);
 }
 
-// The reach of a tile, and whether a reference counts for it: larger ones have no products in
+// |y − centre|², if the reference counts for the reach of its tile: larger ones have no products in
 // float16.
 __device__ inline double reach_of(double scaled, double squared, int features, bool known) {
   return known && scaled <= features * 0x1p32 ? squared : 0;

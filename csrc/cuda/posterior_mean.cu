@@ -238,7 +238,8 @@ class Calculation {
     run("find_limits", {queries()}, kLimitThreads, kScratch, find_limits, law_, radius(), nearest,
         pairs_, features_, partition_.few ? nullptr : center_.scale, limits_);
     run("refine", {divide_up(pairs_.tiles, kRefineTiles), queries()}, kRefineThreads,
-        sizeof(RefineMemory), refine<R>, x(), y(), features_, limits_, pairs_);
+        sizeof(RefineMemory), refine<R>, x(), upstream, y(), partition_.few ? nullptr : center_.at,
+        features_, limits_, pairs_);
   }
 
   template <bool PROJECT>

@@ -2,7 +2,8 @@
 //
 // Products and differences in float32 lose digits, and the exponent (N + D)/2 multiplies the error.
 // find_limits decides from the error that would be left in the mean which distances of a query
-// matter. refine computes these from differences in two floats, one warp for each.
+// matter. refine computes these from differences in two floats, one warp for each. A reference that
+// float16 cannot hold has no products; refine also finds its G·y.
 #pragma once
 #include "cuda/distances.h"
 #include "cuda/weight_law.h"
@@ -130,6 +131,17 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
   return sum < INFINITY ? sum : NAN;
 }
 
+// Σ g (y − centre), computed by a warp; lane 0 gets the result.
+template <class R>
+__device__ inline float centered_product(const float* g, const R* y, const float* center,
+                                         int features, int lane) {
+  float total = 0, lost = 0;
+#pragma unroll 1
+  for (int k = lane; k < features; k += 32)
+    add_compensated(total, lost, g[k] * (load_float(y + k) - center[k]));
+  return static_cast<float>(over_warp(static_cast<double>(total) - lost, Sum()));
+}
+
 constexpr int kRefineWarps = kRefineThreads / 32;
 constexpr int kHalves = kTileReferences / 32;  // of a tile
 static_assert(kRefineTiles * kHalves == kRefineWarps, "each warp looks through a half");
@@ -142,11 +154,11 @@ struct RefineMemory {
 
 // Recomputes the distances of one query up to its limit, and all that are not finite. The minima of
 // tiles become those of the new distances, −1 if one is NaN. Each warp looks through half a tile;
-// then all take turns with the pairs that were found.
+// then all take turns with the pairs that were found. `upstream` and `center` may be null.
 template <class R>
 __global__ void __launch_bounds__(kRefineThreads, 1)
-    refine(const Rows<float> x, const Rows<R> y, int features, const Limits* limits,
-           const Pairs pairs) {
+    refine(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, const float* center,
+           int features, const Limits* limits, const Pairs pairs) {
   RefineMemory& shared = *reinterpret_cast<RefineMemory*>(shared_memory());
   const Lane lane = this_lane();
   const Index query = blockIdx.y;
@@ -189,6 +201,13 @@ __global__ void __launch_bounds__(kRefineThreads, 1)
       double& own = shared.low[j / kTileReferences][lane.warp];
       own = distance == distance ? fmin(own, distance) : -1;
     }
+    if (!upstream.at || !center) continue;
+    float& projected = pairs.projected[query * pairs.stride + reference0 + j];
+    if (fabsf(projected) < INFINITY) continue;  // the same for all lanes
+    __syncwarp();
+    const float product =
+        centered_product(upstream.row(query), y.row(reference0 + j), center, features, lane.lane);
+    if (lane.lane == 0) projected = product;
   }
   __syncthreads();
   const int tile = static_cast<int>(threadIdx.x);

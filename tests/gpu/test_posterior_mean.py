@@ -159,6 +159,16 @@ def test_gradients_of_narrow_references(op, sizes, dtype):
     op.assert_gradient(actual, wanted, 2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("scale", [1e3, 1e4, 1e6])
+@pytest.mark.parametrize("B", [3, 20])
+def test_gradients_beside_a_reference_far_from_the_others(op, B, scale):
+    """Products in float16 cannot hold it."""
+    x, references, sigma = op.problem(B, 70, 40)
+    references[69] *= scale
+    x[0] = references[69] * (1 + 1e-3)
+    op.check_gradients(x, references, sigma.clamp(min=0.05), 1.0, tolerance=1e-4)
+
+
 @pytest.mark.parametrize("D", [1.0, math.inf])
 def test_gradients_vanish_at_the_limits(op, device, D):
     _, references, _ = op.problem(3, 20, 9)
