@@ -226,7 +226,7 @@ def refine_config(features: int) -> Config:
 
 def variants() -> list[Variant]:
     """Every type of references, short and long rows, both kinds of D. Rows as long as those of the
-    benchmarks are listed for float32."""
+    benchmarks, and G·y, are listed for float32."""
     found = []
     for dtype in REFERENCES:
         lengths = [(features, tile) for features in (32, 3072) for tile in (64, 16)]

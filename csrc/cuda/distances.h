@@ -54,7 +54,6 @@ __device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int 
 
 // ---- products --------------------------------------------------------------------------------
 
-constexpr int kHalfPanel = 32;  // features whose products are added up in matrix units
 constexpr int kDistanceThreads = 256;
 
 // A block has REFERENCES × QUERIES pairs. A warp has 16 references × QUERIES; if that takes half of
@@ -63,12 +62,12 @@ constexpr int kDistanceThreads = 256;
 // different banks.
 template <class R, int QUERIES, int REFERENCES>
 struct DistanceMemory {
-  static constexpr int kStages = REFERENCES == 64 ? 3 : 2, kFeatures = 2 * kHalfPanel;
+  static constexpr int kStages = REFERENCES == 64 ? 3 : 2, kFeatures = 2 * kPanel;
   static constexpr int kSwap = sizeof(R) == 4 ? 1 : 0;
   static constexpr int kGroups = REFERENCES / 16, kParts = kDistanceThreads / 32 / kGroups;
   struct Stage {
     R y[REFERENCES][kFeatures];
-    std::uint16_t x[2][2][QUERIES][kHalfPanel];  // panel, part, query
+    std::uint16_t x[2][2][QUERIES][kPanel];  // panel, part, query
     float center[kFeatures];
   };
   struct Sums {
@@ -127,8 +126,8 @@ class TileCopy {
     std::uint16_t* const half = &stage.x[piece / 4][0][half_row_][piece % 4 * 8];
 #pragma unroll
     for (int i = 0; i < kHalfRows; ++i) {
-      copy_async<16>(half + i * kHalfStep * kHalfPanel, high_[i]);
-      copy_async<16>(half + (QUERIES + i * kHalfStep) * kHalfPanel, high_[i] + to_low_);
+      copy_async<16>(half + i * kHalfStep * kPanel, high_[i]);
+      copy_async<16>(half + (QUERIES + i * kHalfStep) * kPanel, high_[i] + to_low_);
     }
     if (thread < Memory::kFeatures / 4)
       copy_async<16>(&stage.center[4 * thread],
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 64 ? 1 : 2)
         const auto& stage = shared.stages[slot];
 #pragma unroll
         for (int half = part, i = 0; i < 2 / kParts; half += kParts, ++i) {
-          const int first = half * kHalfPanel;
+          const int first = half * kPanel;
           const int known = center.features - p * Memory::kFeatures - first;
           if (known <= 0) return;
           const R* const rows[2] = {&stage.y[row0 + lane.g][first],

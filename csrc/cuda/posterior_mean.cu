@@ -92,7 +92,7 @@ class Calculation {
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
     parts_ = arena_.take<float>(partition_.stretches * queries * problem.features);
     if (!partition_.few) {
-      const Index width = round_up(problem.features, 2 * kHalfPanel);
+      const Index width = round_up(problem.features, 2 * kPanel);
       center_.features = features_, center_.width = static_cast<int>(width);
       center_.at = arena_.take<float>(width);
       center_.scaled = arena_.take<float>(width);

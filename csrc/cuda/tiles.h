@@ -16,7 +16,7 @@ namespace {
 
 using Index = std::int64_t;
 
-constexpr int kPanel = 32;  // terms of a sum that are staged together: features, or references
+constexpr int kPanel = 32;  // terms that are added up together: features, or references
 constexpr unsigned kAll = 0xffffffffu;
 constexpr std::size_t kSharedLimit = 99 << 10;  // bytes that a block can have from sm_80 on
 
@@ -113,26 +113,19 @@ Rows<T> rows_of(const void* at, Index stride, Index count) {
   return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
 }
 
-// Starts to copy 16 bytes of a row with COLUMNS values, the piece number `piece`, to the piece
-// `place` of a row in shared memory. Values after the first `known` become zero.
+// Starts to copy 16 bytes of a row with COLUMNS values, the piece number `piece`, to shared memory.
+// Values after the first `known` become zero.
 template <int COLUMNS, class T>
-__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned,
-                                  int place) {
+__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
   constexpr int count = 16 / sizeof(T);
   static_assert(COLUMNS % count == 0, "rows of tiles are whole accesses");
   const int first = piece * count, left = known - first;
   const int valid = left < 0 ? 0 : left < count ? left : count;
-  to += place * count;
   if (aligned) {
-    copy_async<16>(to, valid ? from + first : from, valid * static_cast<int>(sizeof(T)));
+    copy_async<16>(to + first, valid ? from + first : from, valid * static_cast<int>(sizeof(T)));
     return;
   }
-  for (int i = 0; i < count; ++i) to[i] = i < valid ? from[first + i] : T{};
-}
-
-template <int COLUMNS, class T>
-__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
-  copy_piece<COLUMNS>(to, from, piece, known, aligned, piece);
+  for (int i = 0; i < count; ++i) to[first + i] = i < valid ? from[first + i] : T{};
 }
 
 // Starts to copy ROWS rows from `first` on, COLUMNS features from `feature` on. In shared memory
