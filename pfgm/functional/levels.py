@@ -64,10 +64,13 @@ def step_levels(
         levels = _converted(x, symbol, values, next_may_be_zero)
     if any(not isinstance(level, Tensor) and is_symbolic(level) for level in levels):
         levels = [per_query("level", level, x) for level in levels]
-    if len(levels) == 3 and not torch.compiler.is_compiling():
-        same = levels[2] == levels[0]
-        if _holds_anywhere(same):
-            raise ValueError(f"{symbol}_previous equals {symbol}; they must differ.")
+    # In a compiled graph even the comparison of two numbers would be a guard on their values.
+    if (
+        len(levels) == 3
+        and not torch.compiler.is_compiling()
+        and _holds_anywhere(levels[2] == levels[0])
+    ):
+        raise ValueError(f"{symbol}_previous equals {symbol}; they must differ.")
     return levels
 
 
@@ -93,10 +96,15 @@ def _converted(
 
 
 def _holds_anywhere(condition: Tensor | bool) -> bool:
-    """Whether a condition holds in any row. Under vmap it cannot be read and counts as False."""
-    if isinstance(condition, Tensor):
-        return not batched(condition) and bool(condition.any())
-    return condition
+    """Whether a condition holds in any row. Under vmap it cannot be read and counts as False.
+
+    So it does on a GPU, where reading would make the host wait, unless values are checked there.
+    """
+    if not isinstance(condition, Tensor):
+        return condition
+    if not checks_values(condition.device) or batched(condition):
+        return False
+    return bool(condition.any())
 
 
 def _check_number(name: str, value: Any, zero: bool) -> None:

@@ -235,6 +235,8 @@ def multistep_step(
         x_next (B, *S) and the mean (B, *S) for the next step, in the dtype of x.
 
     Raises:
+        ValueError: z_previous equals z. Where levels are tensors on a GPU, this is not checked, and
+            the result is NaN or infinite (:func:`pfgm.debug_checks` checks it).
         ValueError, TypeError, RuntimeError: as :func:`euler_step`.
 
     >>> import torch

@@ -12,6 +12,7 @@ import pfgm
 from pfgm import backends
 from pfgm.backends import native, native_direct
 from pfgm.backends.problems import OdeStep
+from pfgm.functional.levels import step_levels
 from pfgm.functional.steps import Field, euler, heun, multistep
 from pfgm.ops.ode_step import flat_arguments
 
@@ -524,6 +525,13 @@ def test_bad_arguments(changed, error, message):
     arguments = {"x": X, "field_x": V, "field_z": VZ, "z": 2.0, "z_next": 1.0}
     with pytest.raises(error, match=message):
         pfgm.euler_step(**{**arguments, **changed})
+
+
+def test_levels_on_a_device_are_not_read():
+    x = torch.zeros(3, 4, device="meta")  # whose values cannot be read
+    z = torch.ones(3, device="meta")
+    found = step_levels(x, "z", 2 * z, z, 3 * z)
+    assert [level.device.type for level in found] == ["meta"] * 3
 
 
 def test_more_bad_arguments():
