@@ -64,7 +64,7 @@ def step_levels(
         levels = _converted(x, symbol, values, next_may_be_zero)
     if any(not isinstance(level, Tensor) and is_symbolic(level) for level in levels):
         levels = [per_query("level", level, x) for level in levels]
-    # In a compiled graph even the comparison of two numbers would be a guard on their values.
+    # A compiled graph cannot look at values.
     if (
         len(levels) == 3
         and not torch.compiler.is_compiling()

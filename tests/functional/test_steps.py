@@ -528,6 +528,7 @@ def test_bad_arguments(changed, error, message):
 
 
 def test_levels_on_a_device_are_not_read():
+    """The host would wait for a GPU, and a CUDA graph could not be captured."""
     x = torch.zeros(3, 4, device="meta")  # whose values cannot be read
     z = torch.ones(3, device="meta")
     found = step_levels(x, "z", 2 * z, z, 3 * z)
