@@ -16,6 +16,7 @@
 #include "bindings/direct.h"
 #include "bindings/interruptible.h"
 #ifdef PFGM_CUDA_SHIM
+#include "host_shim/counts.h"
 #include "host_shim/intrinsics.h"
 #endif
 
@@ -265,6 +266,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("shim_launches", [] {
     const auto launches = shim::launches();
     shim::clear_launches();
+    return launches;
+  });
+  module.def("shim_counts", [](bool on) {
+    py::list launches;
+    for (const shim::LaunchCounts& one : shim::count(on))
+      launches.append(py::make_tuple(one.kernel, one.grid, one.threads, one.shared, one.blocks));
     return launches;
   });
 #endif

@@ -13,8 +13,10 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda/launch.h"
+#include "host_shim/counts.h"
 #include "host_shim/intrinsics.h"
 
 #if !defined(__x86_64__) || defined(PFGM_SHIM_UCONTEXT)
@@ -52,10 +54,11 @@ constexpr std::size_t kStack = 64 * kPage;  // sanitizers make their reports on 
 constexpr std::size_t kStack = 16 * kPage;
 #endif
 
-const char* const kCalls[] = {"none",         "__syncthreads",       "__syncthreads_or",
-                              "__syncwarp",   "__shfl_sync",         "__shfl_xor_sync",
-                              "__any_sync",   "__all_sync",          "__ballot_sync",
-                              "multiply_add", "multiply_add_halves", "its end"};
+const char* const kCalls[] = {
+    "none",       "__syncthreads", "__syncwarp",    "__shfl_sync",  "__shfl_xor_sync",
+    "__any_sync", "__all_sync",    "__ballot_sync", "multiply_add", "multiply_add_halves",
+    "its end"};
+constexpr int kEnd = static_cast<int>(Call::end);
 
 // ---- contexts -------------------------------------------------------------------------------
 
@@ -165,6 +168,10 @@ struct Queue {
   }
 };
 
+struct BlockCounts {
+  std::int64_t calls[kEnd] = {}, copied = 0;
+};
+
 struct Block : Meeting {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -173,6 +180,7 @@ struct Block : Meeting {
   uint3 index;
   int running;
   char* memory;
+  BlockCounts counts;
 };
 
 // ---- settings, and what runs ----------------------------------------------------------------
@@ -182,6 +190,8 @@ Device device_now{4, 90, 232448};
 unsigned order = 0;
 std::uint64_t random_state = 0;
 std::vector<std::string> launched;
+bool counting = false;
+std::vector<LaunchCounts> counted;
 
 const Launch* shape;
 const std::function<void()>* body;
@@ -331,12 +341,12 @@ NO_TSAN void enqueue(Fiber* members, int n) {
 }
 
 [[noreturn]] void stuck() {
-  int counts[sizeof kCalls / sizeof *kCalls] = {};
+  int counts[kEnd + 1] = {};
   for (const Fiber& fiber : block->fibers) ++counts[static_cast<int>(fiber.waits)];
-  const int ends = counts[static_cast<int>(Call::end)];
+  const int ends = counts[kEnd];
   std::string what = "threads wait ";
   what += ends ? "for threads that ended" : "at different barriers";
-  for (int call = 1; call < static_cast<int>(Call::end); ++call)
+  for (int call = 1; call < kEnd; ++call)
     if (counts[call]) what += ", " + std::to_string(counts[call]) + " at " + kCalls[call];
   die(what + "; " + std::to_string(ends) + " ended");
 }
@@ -349,6 +359,7 @@ NO_TSAN unsigned meet(Meeting& meeting, Call call) {
   meeting.call = current->waits = call;
   if (++meeting.arrived == meeting.size) {
     meeting.arrived = 0;
+    ++block->counts.calls[static_cast<int>(call)];
     meeting.votes[++meeting.number & 1] = 0;
     enqueue(meeting.members, meeting.size);
   }
@@ -391,6 +402,8 @@ NO_TSAN bool is_shared(const void* address, std::size_t bytes) {
   return first >= memory && first + bytes <= memory + shape->shared;
 }
 
+NO_TSAN void count_copy(int bytes) { block->counts.copied += bytes; }
+
 bool on_boundary(const void* address, int bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % static_cast<unsigned>(bytes) == 0;
 }
@@ -419,6 +432,8 @@ void enter() {
 }
 
 // ---- a block's life -------------------------------------------------------------------------
+
+unsigned narrow(std::int64_t n) { return static_cast<unsigned>(n); }
 
 void prepare(Fiber& fiber, int thread, char* stack) {
   fiber.thread = static_cast<unsigned>(thread);
@@ -465,11 +480,22 @@ Block* new_block(uint3 index) {
   return made;
 }
 
-void run_block(uint3 index) {
-  block = new_block(index);
+// Adds the counts of the block to those of its launch.
+void keep_counts(std::int64_t number) {
+  const auto& [calls, copied] = block->counts;
+  auto& blocks = counted.back().blocks;
+  for (int call = 1; call < kEnd; ++call) blocks[kCalls[call]][number] = calls[call];
+  blocks["copied"][number] = copied;
+}
+
+void run_block(std::int64_t number) {
+  const Grid& grid = shape->grid;
+  block = new_block({narrow(number % grid.x), narrow(number / grid.x % grid.y),
+                     narrow(number / grid.x / grid.y)});
   enqueue(block->fibers.data(), block->running);
   go_on();
   if (block->running) stuck();
+  if (counting) keep_counts(number);
 #ifdef __SANITIZE_THREAD__
   for (const Fiber& fiber : block->fibers) ended.push_back(fiber.sanitizer);
   forget_fibers(kRemembered);
@@ -506,7 +532,13 @@ std::vector<std::int64_t> ordered(std::int64_t n) {
   return result;
 }
 
-unsigned narrow(std::int64_t n) { return static_cast<unsigned>(n); }
+void begin_counts() {
+  const Grid& grid = shape->grid;
+  counted.push_back({shape->kernel, {grid.x, grid.y, grid.z}, shape->threads, shape->shared, {}});
+  const std::vector<std::int64_t> zeros(static_cast<std::size_t>(grid.x * grid.y * grid.z));
+  for (int call = 1; call < kEnd; ++call) counted.back().blocks[kCalls[call]] = zeros;
+  counted.back().blocks["copied"] = zeros;
+}
 
 }  // namespace
 
@@ -524,8 +556,8 @@ void run(const Launch& launch, const std::function<void()>& thread) {
 #ifdef __SANITIZE_THREAD__
   host.sanitizer = __tsan_get_current_fiber();
 #endif
-  for (const std::int64_t i : ordered(grid.x * grid.y * grid.z))
-    run_block({narrow(i % grid.x), narrow(i / grid.x % grid.y), narrow(i / grid.x / grid.y)});
+  if (counting) begin_counts();
+  for (const std::int64_t number : ordered(grid.x * grid.y * grid.z)) run_block(number);
 #ifdef __SANITIZE_THREAD__
   forget_fibers(0);
 #endif
@@ -559,6 +591,12 @@ void clear_launches() {
   launched.clear();
 }
 
+std::vector<LaunchCounts> count(bool on) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  counting = on;
+  return std::exchange(counted, {});
+}
+
 // ---- what kernels call ----------------------------------------------------------------------
 
 NO_TSAN std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source) {
@@ -582,6 +620,7 @@ void begin_copy(void* to, const void* from, int bytes, int valid) {
     die(who() + "copies " + std::to_string(bytes) + " bytes off their boundary");
   if (!is_shared(to, bytes)) die(who() + "copies to what is not its block's shared memory");
   std::memset(to, 0xff, bytes);
+  count_copy(valid);
   Copies& mine = copies();
   mine.begun.push_back(
       {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, mine.groups});
@@ -673,11 +712,6 @@ NO_TSAN void multiply_add_halves(float (&d)[4], const std::uint32_t (&a)[4],
 using namespace pfgm::shim;
 
 NO_TSAN void __syncthreads() { meet_in_order(*block, Call::syncthreads); }
-
-NO_TSAN int __syncthreads_or(int predicate) {
-  block->votes[block->number & 1] |= predicate != 0;
-  return block->votes[meet_in_order(*block, Call::syncthreads_or)] != 0;
-}
 
 NO_TSAN void __syncwarp(unsigned mask) {
   meet_in_order(whole_warp(mask, Call::syncwarp), Call::syncwarp);

@@ -61,7 +61,6 @@ void clear_launches();
 enum class Call {
   none,
   syncthreads,
-  syncthreads_or,
   syncwarp,
   shuffle,
   shuffle_xor,
@@ -168,7 +167,6 @@ inline std::uint32_t halves_of(float first, float second) {
 }  // namespace pfgm
 
 void __syncthreads();
-int __syncthreads_or(int predicate);
 void __syncwarp(unsigned mask = 0xffffffff);
 
 template <class T>
