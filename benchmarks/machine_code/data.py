@@ -11,7 +11,7 @@ Terms: a pair is *refined* if its distance is recomputed in float64. A weight is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +19,25 @@ from torch import Tensor
 
 from benchmarks.common import subjects
 from benchmarks.common.subjects import Case
+from benchmarks.machine_code.devices import DEVICES, Device
 
 # Constants of the kernels.
 PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # the largest chunk and block
 TILE, NEAR, CUTOFF = 64, 20.0, 16.0
+GRADIENT_CUTOFF = 8.0  # the weights of gradients are cut off so much later
 SUM_TILE = 32
 SORTED = 256
 BOUND = 2.0**-18
 NOISE, TOLERANCE = 2.0**-22, 1.5e-4  # of a panel of centred products
 SAMPLES = 16  # references whose mean is the centre
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
+SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
+LISTED = 64  # words of 32 references that it lists, at most
+
+
+def up(n: float, by: float) -> int:
+    """n/by, rounded up."""
+    return int(-(-n // by))
 
 
 class Shape(NamedTuple):
@@ -38,6 +47,8 @@ class Shape(NamedTuple):
     B: int
     M: int
     N: int
+    type: str = "float32"
+    """Type of the references, as in the names of CUDA kernels."""
 
     @property
     def block(self) -> int:
@@ -55,10 +66,30 @@ class Shape(NamedTuple):
         """Number of chunks."""
         return -(-self.M // self.chunk)
 
+    @property
+    def few(self) -> bool:
+        """Whether the CUDA kernels find distances from differences."""
+        return self.block < 16 or self.N < 32
+
     def blocks(self) -> list[int]:
         """Queries of each block."""
-        whole, rest = divmod(self.B, self.block)
-        return [self.block] * whole + [rest] * (rest > 0)
+        return _parts(self.B, self.block)
+
+    def chunk_sizes(self) -> list[int]:
+        """References of each chunk."""
+        return _parts(self.M, self.chunk)
+
+    def stretch_words(self, multiprocessors: int) -> int:
+        """Words of 32 references in a stretch, which a block of the CUDA ``weighted_sum`` takes."""
+        tiles = up(self.N, SUM_FEATURES) * up(self.block, SUM_ROWS)
+        wanted = min(up(4 * multiprocessors, tiles), max(1, PARTS // (self.block * self.N)))
+        words = up(self.chunk, 32)
+        return up(words, max(min(wanted, up(words, 4)), up(words, LISTED)))
+
+
+def _parts(n: int, size: int) -> list[int]:
+    whole, rest = divmod(n, size)
+    return [size] * whole + [rest] * (rest > 0)
 
 
 C = Shape("C: photographs", 128, 4096, 3072)
@@ -99,6 +130,13 @@ class Rule(NamedTuple):
 
     N: int
     M: int
+    few: bool = False
+    """Whether distances are found from differences, in CUDA."""
+    type: str = "float32"
+
+    @classmethod
+    def of(cls, shape: Shape) -> Rule:
+        return cls(shape.N, shape.M, shape.few, shape.type)
 
     @property
     def exponent(self) -> float:
@@ -112,7 +150,20 @@ class Rule(NamedTuple):
 
     def largest_refined(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
         """The largest squared distance that is refined (B,)."""
-        return base + 2 * BOUND * (3 * norm + 2 * base) + self.spread * (base + r * r)
+        bound = BOUND / 8 if self.few else BOUND
+        return base + 2 * bound * (3 * norm + 2 * base) + self.spread * (base + r * r)
+
+    def noise(self, base: Tensor, norm: Tensor, farthest: Tensor) -> Tensor:
+        """The typical error of a distance (B,).
+
+        Args:
+            farthest: the largest squared norm of a reference that may be refined.
+        """
+        if self.few:
+            of_bytes = NOISE if self.type == "uint8" else 0.0
+            return of_bytes * (norm + base) + 2.0**-26 * base
+        noise = NOISE / math.sqrt(max(1.0, self.N / 32))
+        return noise * (2 * (norm * farthest).sqrt() + farthest)
 
     def weights(self, d: Tensor, nearest: Tensor, r: Tensor) -> Tensor:
         """Weights relative to that of the nearest reference (B, M)."""
@@ -150,9 +201,11 @@ class Centered(NamedTuple):
     references: Tensor
 
 
-def centered(case: Case) -> Centered:
-    """Relative to the mean of evenly spaced references."""
+def centered(case: Case, few: bool = False) -> Centered:
+    """Relative to the mean of evenly spaced references; ``few``: not centred."""
     y = case.references
+    if few:
+        return Centered(case.x.double().square().sum(1), y.double().square().sum(1))
     center = y[torch.arange(SAMPLES) * len(y) // SAMPLES].double().mean(0)
     norms = [(part.double() - center).square().sum(1) for part in y.split(4096)]
     return Centered((case.x.double() - center).square().sum(1), torch.cat(norms))
@@ -168,8 +221,7 @@ def refined_of_chunk(
     within = (base + r * r) / rule.exponent
     close = (lowest <= (base + within)[:, None]).sum(1)
     farthest = torch.where(lowest <= near[:, None], reach, 0.0).amax(1)
-    noise = NOISE / math.sqrt(max(1.0, rule.N / 32))
-    error = noise * (2 * (norm * farthest).sqrt() + farthest)
+    error = rule.noise(base, norm, farthest)
     score = rule.exponent * (base + r * r).log().abs()
     allowed = torch.minimum((close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16)
     near[error <= TOLERANCE * allowed * within] = -1
@@ -178,9 +230,9 @@ def refined_of_chunk(
 
 def chunks_of(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
     """The work on each chunk, given the squared distances (B, M)."""
-    rule = Rule(shape.N, shape.M)
+    rule = Rule.of(shape)
     r = case.z.double()
-    center = centered(case)
+    center = centered(case, shape.few)
     nearest = torch.full_like(r, math.inf)
     total = torch.zeros_like(r)
     for start in range(0, shape.M, shape.chunk):
@@ -230,6 +282,17 @@ def _by_rows(values: Tensor, live: Tensor, rows: int, ordered: bool) -> Tensor:
     return padded.view(-1, rows, values.shape[1]).amax(1)
 
 
+def lists(live: Tensor, words: int, ordered: bool) -> Tensor:
+    """References that each block of the CUDA ``weighted_sum`` lists (groups, stretches).
+
+    Args:
+        live: those of a block of queries.
+        words: groups of 32 references in a stretch.
+    """
+    by_group = _by_rows(live.float(), live, SUM_ROWS, ordered)
+    return _tiles(by_group, 32 * words, 0.0).sum(2)
+
+
 class Mean:
     """The weighted mean of figures by name."""
 
@@ -259,6 +322,21 @@ def sums_of(live: Tensor) -> dict[str, float]:
         found[f"listed of 32, {how}"] = mean
         found[f"listed of 32, {how}, most"] = most
     return found
+
+
+def panels_of(live: Tensor, words: int, ordered: bool) -> tuple[int, dict[str, float]]:
+    """The number of lists of a block of queries, and figures of them."""
+    return _panels(lists(live, words, ordered))
+
+
+def _panels(listed: Tensor) -> tuple[int, dict[str, float]]:
+    """A panel has 32 of those that are listed."""
+    panels = (listed / 32).ceil()
+    return listed.numel(), {
+        "listed": float(listed.double().mean()),
+        "panels": float(panels.double().mean()),
+        "panels, most": float(panels.max()),
+    }
 
 
 def segment_of(tiles: int) -> int:
@@ -293,32 +371,98 @@ def per_query(refined: Tensor) -> dict[str, float]:
     }
 
 
-def count(shape: Shape, prepare: Callable[[Shape], Case] = case_of) -> dict[str, Any]:
+class Totals:
+    """The work of ``refine`` on all chunks. "most" is the mean over chunks."""
+
+    def __init__(self, chunks: int, times: float) -> None:
+        self.chunks, self.times = chunks, times
+        self.sums: dict[str, float] = {}
+
+    def add(self, refined: Refined) -> None:
+        for name, value in work_of(refined).items():
+            share = 1 / self.chunks if "most" in name else self.times
+            self.sums[name] = self.sums.get(name, 0.0) + share * value
+
+
+def count(
+    shape: Shape,
+    prepare: Callable[[Shape], Case] = case_of,
+    cards: Sequence[Device] = DEVICES,
+) -> dict[str, Any]:
     """All counts of one shape, in totals over its queries.
 
     "most" is the work of the busiest program of a launch. Each chunk is a launch; the mean over
     them is taken.
+
+    Args:
+        cards: those whose stretches are counted.
     """
     case = prepare(shape)
     counted = len(case.x)
     times = shape.B / counted
     d = squared_distances(case)
-    sums = Mean()
-    totals: dict[str, float] = {}
+    sums, totals = Mean(), Totals(shape.chunks, times)
+    panels = {shape.stretch_words(card.sms): Mean() for card in cards}
     refined = torch.zeros(counted)
     for chunk in chunks_of(case, shape, d):
         sums.add(chunk.live.shape[1], sums_of(chunk.live))
+        for live in chunk.live.split(shape.block):
+            for words, mean in panels.items():
+                mean.add(*panels_of(live, words, ordered=len(live) > SUM_ROWS))
         refined += chunk.refined.pairs.sum(1)
-        for name, value in work_of(chunk.refined).items():
-            share = 1 / shape.chunks if "most" in name else times
-            totals[name] = totals.get(name, 0.0) + share * value
+        totals.add(chunk.refined)
     return {
-        "B, M, N": shape[1:],
+        "B, M, N": (shape.B, shape.M, shape.N),
         "seed": SEED,
         "queries looked at": counted,
         "blocks": shape.blocks(),
         "chunks": shape.chunks,
         "refined a query": per_query(refined),
-        "refine": totals,
+        "refine": totals.sums,
         "sums": sums.result(),
+        "lists": {f"{words} words": mean.result() for words, mean in sorted(panels.items())},
     }
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def gradient_chunks(case: Case, shape: Shape, d: Tensor) -> Iterator[Chunk]:
+    """The work of a backward pass in CUDA on each chunk, given the squared distances (B, M)."""
+    rule, r, center = Rule.of(shape), case.z.double(), centered(case, shape.few)
+    base = d.amin(1)
+    w = rule.weights(d, base, r)
+    floor = rule.floor * math.exp(-GRADIENT_CUTOFF) * w.sum(1, keepdim=True)
+    for start in range(0, shape.M, shape.chunk):
+        part = slice(start, start + shape.chunk)
+        of_y = center.references[part]
+        refined = refined_of_chunk(rule, d[:, part], base, center.queries, r, of_y)
+        yield Chunk(refined, w[:, part] >= floor)
+
+
+def count_gradient(
+    shape: Shape,
+    prepare: Callable[[Shape], Case] = case_of,
+    cards: Sequence[Device] = DEVICES,
+) -> dict[str, Any]:
+    """What :func:`count` counts for the forward pass, as far as the CUDA kernels need it."""
+    case = prepare(shape)
+    totals, queries = Totals(shape.chunks, shape.B / len(case.x)), Mean()
+    panels = {shape.stretch_words(card.sms): Mean() for card in cards}
+    for chunk in gradient_chunks(case, shape, squared_distances(case)):
+        totals.add(chunk.refined)
+        for live in chunk.live.split(shape.block):
+            queries.add(*_panels(listed_queries(live)))
+            for words, mean in panels.items():
+                mean.add(*panels_of(live, words, ordered=False))
+    return {
+        "refine": totals.sums,
+        "lists": {f"{words} words": mean.result() for words, mean in sorted(panels.items())},
+        "queries": queries.result(),
+    }
+
+
+def listed_queries(live: Tensor) -> Tensor:
+    """Queries that each block of ``reference_gradient`` lists (groups of references, lists)."""
+    by_group = _tiles(live.float(), SUM_ROWS, 0.0).amax(2).T
+    return _tiles(by_group, 32 * LISTED, 0.0).sum(2)

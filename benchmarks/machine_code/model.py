@@ -30,7 +30,8 @@ class Phase(NamedTuple):
     """Of all blocks together."""
     most: float
     """Trips of the block that makes most."""
-    conflicts: tuple[tuple[int, float], ...] = ()
+    factors: tuple[tuple[int, float], ...] = ()
+    """Place in the code → wavefronts of its access over the ideal, or the share of its bytes."""
 
 
 class Launch(NamedTuple):
@@ -61,14 +62,14 @@ def _run(
     card: Device,
     warps: int,
     blocks: int,
-    conflicts: tuple[tuple[int, float], ...],
+    factors: tuple[tuple[int, float], ...],
     once: bool,
 ) -> pipeline.Run:
-    return pipeline.run(code, card, warps, blocks, 2, dict(conflicts), once)
+    return pipeline.run(code, card, warps, blocks, 2, dict(factors), once)
 
 
 def run_of(phase: Phase, launch: Launch, card: Device, blocks: int) -> pipeline.Run:
-    return _run(phase.code, card, launch.kernel.warps, blocks, phase.conflicts, phase.name == ONCE)
+    return _run(phase.code, card, launch.kernel.warps, blocks, phase.factors, phase.name == ONCE)
 
 
 def blocks_at_once(launch: Launch, card: Device) -> int:

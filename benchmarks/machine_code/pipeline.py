@@ -114,7 +114,7 @@ def _first_in_registers(instruction: Instruction) -> bool:
     return len(operands) > 1 and operands[1].startswith("R")
 
 
-def _shared(instruction: Instruction, card: Device, conflicts: float) -> Need:
+def _shared(instruction: Instruction, card: Device, factor: float) -> Need:
     if instruction.base == "SHFL":
         return Need("shared", 1, card.rate("shared_latency") - 5)
     if instruction.base in ("LDSM", "STSM"):
@@ -124,7 +124,7 @@ def _shared(instruction: Instruction, card: Device, conflicts: float) -> Need:
         lines = 4.0
     else:
         lines = max(1.0, 32 * access_bytes(instruction) / card.rate("shared"))
-    return Need("shared", lines * conflicts, card.rate("shared_latency"))
+    return Need("shared", lines * factor, card.rate("shared_latency"))
 
 
 def l2_port(card: Device) -> float:
@@ -132,22 +132,27 @@ def l2_port(card: Device) -> float:
     return min(64.0, card.rate("l2") / card.sms / card.rate("clock"))
 
 
-def _global(instruction: Instruction, card: Device) -> Need:
+def _global(instruction: Instruction, card: Device, factor: float) -> Need:
     moved = 32 * access_bytes(instruction)
     if instruction.base in ("LDL", "STL"):  # spilled registers hit the L1 cache
         return Need("shared", moved / card.rate("shared"), card.rate("shared_latency"))
-    return Need("global", moved / l2_port(card), card.rate("l2_latency"))
+    return Need("global", factor * moved / l2_port(card), card.rate("l2_latency"))
 
 
-def need_of(instruction: Instruction, card: Device, conflicts: float = 1.0) -> Need:
-    """The unit of an instruction. ``conflicts`` is its wavefronts over the ideal."""
+def need_of(instruction: Instruction, card: Device, factor: float = 1.0) -> Need:
+    """The unit of an instruction.
+
+    Args:
+        factor: wavefronts over the ideal of an access to shared memory, share of the bytes of an
+            access to global memory that are moved.
+    """
     unit = unit_of(instruction)
     if unit == "tensor":
         return _matrix(instruction, card)
     if unit == "shared":
-        return _shared(instruction, card, conflicts)
+        return _shared(instruction, card, factor)
     if unit == "global":
-        return _global(instruction, card)
+        return _global(instruction, card, factor)
     if unit in ("branch", "barrier", "constant", "uniform"):
         return Need(unit, 1, LATENCY.get(unit, 0))
     if unit == "convert" and "64" in instruction.name:
@@ -198,12 +203,12 @@ class _Step(NamedTuple):
 class _Multiprocessor:
     def __init__(
         self, code: Sequence[Instruction], card: Device, warps: int, blocks: int, trips: int,
-        conflicts: Mapping[int, float],
+        factors: Mapping[int, float],
     ) -> None:  # fmt: skip
         self.trips, self.per_block = trips, warps
         self.places: dict[tuple[str, int], int] = {}
         self.steps = [
-            self.step_of(one, need_of(one, card, conflicts.get(i, 1.0)), card)
+            self.step_of(one, need_of(one, card, factors.get(i, 1.0)), card)
             for i, one in enumerate(code)
         ]
         self.warps = [
@@ -352,14 +357,14 @@ def run(
     warps: int,
     blocks: int = 1,
     trips: int = 3,
-    conflicts: Mapping[int, float] | None = None,
+    factors: Mapping[int, float] | None = None,
     once: bool = False,
 ) -> Run:
     """Runs the code again and again with ``blocks`` blocks of ``warps`` warps.
 
     Args:
         trips: number of trips over which the mean is taken, after one to run in.
-        conflicts: place in the code → wavefronts of its access over the ideal; by default 1.
+        factors: place in the code → factor of :func:`need_of`; by default 1.
         once: whether the code runs one time only, from the start.
 
     Returns:
@@ -368,11 +373,11 @@ def run(
     if not code:
         return Run(0.0, {"issue": 0.0}, {})
     trips = 0 if once else trips
-    machine = _Multiprocessor(code, card, warps, blocks, RUN_IN + trips, conflicts or {})
+    machine = _Multiprocessor(code, card, warps, blocks, RUN_IN + trips, factors or {})
     machine.run()
     clocks = machine.end
     if not once:  # without the first trip, in which units are not busy yet
-        short = _Multiprocessor(code, card, warps, blocks, RUN_IN, conflicts or {})
+        short = _Multiprocessor(code, card, warps, blocks, RUN_IN, factors or {})
         short.run()
         clocks = (machine.end - short.end) / trips
     trips += RUN_IN

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.common import subjects
-from benchmarks.machine_code import data, launches, model, sass
+from benchmarks.machine_code import data, launches, model, sass, work
 from benchmarks.machine_code.data import SHAPES, Shape
 from benchmarks.machine_code.devices import DEVICES, Device
 from benchmarks.machine_code.model import Launch, Predicted
 
-BACKENDS: dict[str, Callable[[Shape, launches.Data, Device], Iterator[Launch]]] = {
+BACKENDS: dict[str, Callable[[Shape, work.Data, Device], Iterator[Launch]]] = {
     "triton": launches.triton,
     "cuda": launches.cuda,
 }

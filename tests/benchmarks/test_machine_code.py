@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.codegen import cuda as codegen_cuda
 from benchmarks.common.subjects import Case
 from benchmarks.gpu import measure as gpu_measure
 from benchmarks.gpu import report as gpu_report
@@ -23,12 +25,14 @@ from benchmarks.machine_code import (
     data,
     devices,
     kernels,
+    launches,
     model,
     page,
     pipeline,
     results,
     sass,
     sections,
+    work,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +58,13 @@ def dump(*lines, name="kernel"):
 
 def code_of(*lines):
     return sass.functions(dump(*lines))["kernel"]
+
+
+def kernel_of(*lines, threads=128, registers=32, shared=0):
+    code = code_of(*lines)
+    return kernels.Compiled(
+        "some", code, sass.loops(code), threads, registers, shared, conflicts=None
+    )
 
 
 def test_doctests():
@@ -262,7 +273,7 @@ def test_many_warps_take_what_their_unit_takes(line, card, unit, clocks):
 def test_conflicts_cost():
     code = code_of(*["LDS R1, [R2]"] * 8)
     free = pipeline.run(code, A100, 8)
-    bad = pipeline.run(code, A100, 8, conflicts=dict.fromkeys(range(8), 8.0))
+    bad = pipeline.run(code, A100, 8, factors=dict.fromkeys(range(8), 8.0))
     assert bad.clocks == pytest.approx(8 * 64, rel=0.1)
     assert bad.busy["shared"] == pytest.approx(8 * free.busy["shared"])
 
@@ -360,11 +371,11 @@ def test_blocks_of_a_multiprocessor(card, threads, registers, shared, blocks):
 # ---- the work of the kernels on real data --------------------------------------------------------
 
 
-def small_case():
+def small_case(B=5, N=8):
     generator = torch.Generator().manual_seed(0)
-    y = torch.rand(70, 8, generator=generator) * 2 - 1
-    x = y[:5] + 0.3 * torch.randn(5, 8, generator=generator)
-    return Case(x, torch.tensor([0.01, 0.1, 0.3, 1.0, 30.0]), y)
+    y = torch.rand(70, N, generator=generator) * 2 - 1
+    x = y[:B] + 0.3 * torch.randn(B, N, generator=generator)
+    return Case(x, torch.tensor([0.01, 0.1, 0.3, 1.0, 30.0]).repeat(4)[:B], y)
 
 
 SMALL = data.Shape("small", 5, 70, 8)
@@ -386,24 +397,37 @@ def test_weights_agree_with_a_loop():
         assert chunk.live[b].tolist() == [w >= smallest for w in weights]
 
 
-@pytest.mark.parametrize("far", [0.0, 1e5])
-def test_what_is_refined_agrees_with_a_loop(far):
-    case = small_case()
-    case.references[::3] += far  # pairs of clusters far from their centre are refined
+@pytest.mark.parametrize(
+    ("B", "N", "type", "far", "some"),
+    [
+        (16, 32, "float32", 0.0, False),
+        (16, 32, "float32", 1e5, True),  # pairs of clusters far from their centre
+        (5, 8, "float32", 1e5, False),  # differences lose no digits there
+        (5, 8, "uint8", 1e5, True),  # but bytes are rounded themselves
+    ],
+)
+def test_what_is_refined_agrees_with_a_loop(B, N, type, far, some):
+    case, exponent = small_case(B, N), (N + 1) / 2
+    case.references[::3] += far
     case.x[0] += far
     if far == 0:
         case.z.clamp_(min=3)  # wide kernels, which small errors do not change
-    (chunk,) = data.chunks_of(case, SMALL, data.squared_distances(case))
+    shape = data.Shape("small", B, 70, N, type)
+    assert shape.few == (N < 32)
+    (chunk,) = data.chunks_of(case, shape, data.squared_distances(case))
     rows = case.references.double()
     center = rows[[i * 70 // 16 for i in range(16)]].mean(0)
+    if shape.few:
+        center = torch.zeros(N, dtype=torch.float64)
     lengths = [float((row - center).square().sum()) for row in rows]
     tiles = (range(64), range(64, 70))
-    for b in range(5):
+    for b in range(B):
         x, r = case.x[b].double(), float(case.z[b])
         d = [float((x - row).square().sum()) for row in rows]
         base, norm = min(d), float((x - center).square().sum())
-        near = base + 2.0**-17 * (3 * norm + 2 * base) + math.expm1(20 / 4.5) * (base + r * r)
-        within = (base + r * r) / 4.5
+        bound = 2.0 ** (-20 if shape.few else -17) * (3 * norm + 2 * base)
+        near = base + bound + math.expm1(20 / exponent) * (base + r * r)
+        within = (base + r * r) / exponent
         lowest = [min(d[j] for j in tile) for tile in tiles]
         farthest = max(
             max(lengths[j] for j in tile)
@@ -412,14 +436,17 @@ def test_what_is_refined_agrees_with_a_loop(far):
         )
         close = sum(least <= base + within for least in lowest)
         error = 2.0**-22 * (2 * math.sqrt(norm * farthest) + farthest)
+        if shape.few:
+            error = 2.0**-26 * base + (2.0**-22 * (norm + base) if type == "uint8" else 0)
         allowed = 1.5e-4 * math.sqrt(max(close / math.e, 1))
-        allowed = min(allowed, 1.5e-4 / 16 * max(1, 4.5 * abs(math.log(base + r * r))))
+        score = exponent * abs(math.log(base + r * r))
+        allowed = min(allowed, 1.5e-4 / 16 * max(1, score))
         refines = error > allowed * within
         found = chunk.refined.pairs[b].tolist()
         assert found == [refines and value <= near for value in d]
         visited = chunk.refined.visited[b].tolist()
         assert visited == [refines and least <= near for least in lowest]
-    assert chunk.refined.pairs.any() == (far > 0)
+    assert chunk.refined.pairs.any() == some
 
 
 def test_chunks_continue_from_the_nearest_so_far(monkeypatch):
@@ -473,11 +500,55 @@ def test_shapes_are_split_as_in_the_kernels():
     assert (data.C.chunks, data.G.chunks) == (1, 1)
 
 
+def test_shapes_have_all_chunks_and_stretches():
+    assert data.F.chunk_sizes() == [8192] * 7 + [2656]
+    assert data.C.chunk_sizes() == [4096]
+    # 96 tiles of 32 queries × 128 features, 4 blocks on each of 132 multiprocessors, 128 words.
+    assert data.C.stretch_words(132) == 22
+    assert not data.C.few
+    assert data.C._replace(B=15).few
+    assert data.C._replace(N=31).few
+
+
+def test_lists_of_the_weighted_sum():
+    live = torch.zeros(40, 130, dtype=torch.bool)
+    live[::2, :128] = True  # 20 queries with 128 references, 20 with one
+    live[1::2, 129] = True
+    by_group = data.lists(live, 2, ordered=True)  # sorted: the first 20 are the short ones
+    assert by_group.tolist() == [[64, 64, 1], [64, 64, 0]]
+    assert data.panels_of(live, 2, ordered=True) == (
+        6,
+        {"listed": 257 / 6, "panels": 9 / 6, "panels, most": 2.0},
+    )
+    few = data.lists(live[:3], 5, ordered=False)  # in their own order, in one stretch
+    assert few.tolist() == [[129]]
+
+
 def test_all_figures_of_a_shape_are_counted():
     found = data.count(SMALL, lambda shape: small_case())
     assert found["refine"]["pairs"] == pytest.approx(found["refined a query"]["mean"] * 5)
     assert found["queries looked at"] == 5
     assert 0 < found["sums"]["live"] <= found["sums"]["listed of 32, unsorted"] <= 1
+    assert found["lists"]["3 words"]["panels, most"] <= 3
+
+
+def test_gradients_have_more_weights_and_the_final_nearest(monkeypatch):
+    monkeypatch.setattr(data, "PAIRS", 1)  # chunks of 128
+    shape = data.Shape("longer", 4, 300, 8)
+    generator = torch.Generator().manual_seed(1)
+    y = torch.rand(300, 8, generator=generator)
+    case = Case(y[:4] + 1e-4, torch.tensor([1e-3, 0.03, 0.06, 0.1]), y)
+    d = data.squared_distances(case)
+    live = torch.cat([chunk.live for chunk in data.gradient_chunks(case, shape, d)], 1)
+    s = d + case.z.double()[:, None].square()
+    p = torch.softmax(-4.5 * s.log(), 1)
+    assert torch.equal(live, p >= math.exp(-24) / 300)
+    forward = torch.cat([chunk.live for chunk in data.chunks_of(case, shape, d)], 1)
+    assert live.sum() > forward.sum()
+    found = data.count_gradient(shape, lambda shape: case)
+    assert set(found) == {"refine", "lists", "queries"}
+    assert data.listed_queries(live).tolist()[0] == [int(live[:, :32].any(1).sum())]
+    assert data.listed_queries(live).shape == (10, 1)
 
 
 def test_stored_counts_are_kept_without_fashion_mnist(tmp_path, monkeypatch, capsys):
@@ -489,14 +560,70 @@ def test_stored_counts_are_kept_without_fashion_mnist(tmp_path, monkeypatch, cap
     assert "not counted" in capsys.readouterr().out
 
 
-# ---- the model ----------------------------------------------------------------------------------
+# ---- the work of the CUDA kernels, against their machine code -----------------------------------
+
+REASON = codegen_cuda.why_unchecked()
+if REASON is None and "90a" not in codegen_cuda.architectures():
+    REASON = "the extension has no code for sm_90a"
+ON_DATA = {
+    "refine": {"pairs": 100.0, "groups of 4": 50.0, "pairs of 4, most": 9.0},
+    "lists": {
+        f"{words} words": {"listed": 70.0, "panels": 3.0, "panels, most": 5.0}
+        for words in range(1, 65)
+    },
+    "queries": {"listed": 70.0, "panels": 3.0, "panels, most": 3.0},
+}
 
 
-def kernel_of(*lines, threads=128, registers=32, shared=0):
-    code = code_of(*lines)
-    return kernels.Compiled(
-        "some", code, sass.loops(code), threads, registers, shared, conflicts=None
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("type", ["float32", "BFloat16", "Float16", "uint8"])
+def test_machine_code_has_what_is_counted(type):
+    """Barriers and matrix instructions are those of the code. Its copies are at least those that
+    are counted; some are made by some threads only."""
+    seen = set()
+    for B in (8, 24, 128, 4096):
+        shape = data.C._replace(B=B, type=type)
+        found = work.counts(shape, ON_DATA, H100), work.gradient_counts(shape, ON_DATA, H100)
+        for one in itertools.chain(*found):
+            seen.add(one.name)
+            kernel = kernels.cuda_kernel(H100, one.kernel, one.shared)
+            assert kernel.threads == one.threads
+            once = one.once.plus(one.loops["alive"].trip) if "alive" in one.loops else one.once
+            if one.name != "reference_gradient":  # its lists are in a loop
+                assert kernels.count_of(kernel.straight(), "BAR") == once.barriers, one.kernel
+            for loop in one.loops.values():
+                if not loop.trip.barriers or loop.most == 1:
+                    continue
+                what = "fp32" if one.name == "differences" else "tensor"
+                body = kernel.body(kernels.loop_with_most(kernel, what))
+                products = loop.trip.halves + loop.trip.tf32
+                assert kernel.warps * kernels.count_of(body, "tensor") == products, one.kernel
+                assert kernels.count_of(body, "BAR") == loop.trip.barriers, one.kernel
+                coded = launches.copied_bytes(body, kernel.threads)
+                most = {"differences": 3, "reference_gradient": 2}.get(one.name, 1.4)
+                assert loop.trip.copied <= coded <= most * loop.trip.copied, one.kernel
+    declared = codegen_cuda.declared() - {"normalised_field_kernel", "ode_step_kernel"}
+    assert seen == declared
+
+
+def test_copies_read_the_bytes_that_are_counted():
+    """Two copies a trip, of which one block of 128 threads makes the second with one warp."""
+    copy = "LDGSTS.E.BYPASS.128 [R3], [R2.64]"
+    kernel = kernel_of(copy, "HMMA.1688.F32.TF32 R4, R8, R12, R4", copy, "@P0 BRA 0x0", "EXIT")
+    trip = work.Amount(tf32=4, copied=160 * 16, barriers=0)
+    one = work.Work(
+        "weighted_sum", "some", 3, 128, 0, work.Amount(), {"panels": work.Loop(30, 10, trip)}, 0
     )
+    body = model.phase("panels", kernel, kernel.body(kernel.loops[0]), 30, 10)
+    (found,) = launches.with_copied([body], one, kernel)
+    assert dict(found.factors) == {0: 160 / 256, 2: 160 / 256}
+    full, less = (
+        pipeline.run(part.code, A100, 4, 8, factors=dict(part.factors)) for part in (body, found)
+    )
+    assert less.busy["global"] == pytest.approx(full.busy["global"] * 160 / 256)
+
+
+# ---- the model ----------------------------------------------------------------------------------
 
 
 def test_rounds_of_blocks():

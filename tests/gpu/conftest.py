@@ -72,7 +72,7 @@ def backend(request):
 
 @pytest.fixture
 def shim():
-    """The settings of the host shim: the device, the order of threads, the limits."""
+    """The host shim: the device, the order of threads, the limits, and what ran."""
     if SHIM is None:
         pytest.skip("a GPU cannot be changed")
     module = native.extension()
@@ -83,10 +83,12 @@ def shim():
         ),
         limits=module.shim_limits,
         launches=module.shim_launches,
+        counts=module.shim_counts,
     )
     module.shim_order(0)
     module.shim_device(4, 90, 227 << 10)
     module.shim_limits()
+    module.shim_counts(False)
 
 
 @pytest.fixture

@@ -1,0 +1,359 @@
+"""The work of the CUDA kernels: their launches, blocks and loops, and what a block does in them.
+
+:func:`counts` needs no machine code. Predicted times rest on it (launches.py), and
+tests/gpu/cuda/test_counts.py holds it against what the host shim counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from benchmarks.machine_code import data as constants
+from benchmarks.machine_code.data import LISTED, SUM_FEATURES, SUM_ROWS, TILE, Shape, up
+from benchmarks.machine_code.devices import Device
+
+Data = Mapping[str, Any]
+PIECE = 1024  # references of a block of ``weigh``
+KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
+
+_SIZES = {"float32": 4, "BFloat16": 2, "Float16": 2, "uint8": 1}  # bytes of a reference's value
+_PANEL = 32  # features, or references, that are added up together
+_STAGED = 64  # features that a trip of ``distances`` takes
+_CENTER = 256  # features of a block of ``find_center``
+_REFINE_TILES = 4  # of a block of ``refine``
+_RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
+_OVER_WARP = 5  # shuffles that combine the values of a warp
+
+
+class Amount(NamedTuple):
+    """What a block does, its warps together."""
+
+    halves: float = 0
+    """Matrix instructions for float16 values (16 × 8 × 16)."""
+    tf32: float = 0
+    """Matrix instructions for TF32 values (16 × 8 × 8)."""
+    copied: float = 0
+    """Bytes that asynchronous copies read."""
+    barriers: float = 0
+    exchanges: float = 0
+    """Shuffles and votes. One of 64 bits counts once."""
+
+    def times(self, n: float) -> Amount:
+        return Amount(*(n * each for each in self))
+
+    def plus(self, other: Amount) -> Amount:
+        return Amount(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Loop(NamedTuple):
+    """How often blocks run a loop."""
+
+    trips: float
+    """Of all blocks together."""
+    most: float
+    """Trips of the block that makes most."""
+    trip: Amount = Amount()
+    """What a block does in a trip, the mean over all trips."""
+
+
+class Work(NamedTuple):
+    """The work of one launch, or of several equal ones."""
+
+    name: str
+    kernel: str
+    """With its template arguments."""
+    blocks: int
+    threads: int
+    shared: int
+    """Bytes of dynamic shared memory."""
+    once: Amount
+    """What each block does outside of loops."""
+    loops: dict[str, Loop]
+    moved: float
+    """Bytes that it must read from memory and write to it."""
+    times: int = 1
+
+    @property
+    def total(self) -> Amount:
+        """What all blocks do in one launch."""
+        found = self.once.times(self.blocks)
+        for loop in self.loops.values():
+            found = found.plus(loop.trip.times(loop.trips))
+        return found
+
+    @property
+    def longest(self) -> Amount:
+        """What the block does that makes most trips."""
+        found = self.once
+        for loop in self.loops.values():
+            found = found.plus(loop.trip.times(loop.most))
+        return found
+
+
+def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
+    """The launches of a forward pass with aligned rows.
+
+    Args:
+        data: what :func:`benchmarks.machine_code.data.count` returns for the shape.
+
+    Raises:
+        ValueError: there are so many features that blocks have another size than in the kernels.
+    """
+    _check_features(shape)
+    if not shape.few:
+        yield _center(shape)
+    for queries, blocks in by_size(shape.blocks()):
+        if not shape.few:
+            yield _split(shape, queries)._replace(times=blocks)
+        for m, chunks in by_size(shape.chunk_sizes()):
+            for work in _of_chunk(shape, data, queries, m, card):
+                yield work._replace(times=blocks * chunks)
+
+
+def _check_features(shape: Shape) -> None:
+    most = constants.PARTS // SUM_ROWS
+    if most < shape.N:
+        raise ValueError(f"N is {shape.N}; allowed is at most {most}.")
+
+
+def by_size(sizes: list[int]) -> list[tuple[int, int]]:
+    """The different sizes, and how many have each."""
+    return [(size, sizes.count(size)) for size in sorted(set(sizes), reverse=True)]
+
+
+def _of_chunk(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Iterator[Work]:
+    """The launches for a block of queries and a chunk of m references."""
+    yield _distances(shape, queries, m, card)
+    yield _limits(queries, m)
+    yield _refine(shape, data, queries, m)
+    yield _weigh(queries, m, card)
+    if queries > SUM_ROWS:
+        yield _order(queries, m)
+    yield _sum(shape, data, queries, m, card)
+    yield _merge(shape, queries, m, card)
+
+
+def _by_all(blocks: int, trips: float, block: Amount | None = None) -> Loop:
+    """A loop that all blocks run equally often. ``block`` is what each does in all its trips."""
+    each = (block or Amount()).times(1 / trips) if trips else Amount()
+    return Loop(blocks * trips, trips, each)
+
+
+# ---- centring ----------------------------------------------------------------------------------
+
+
+def _center(shape: Shape) -> Work:
+    blocks = up(_STAGED * up(shape.N, _STAGED), _CENTER)
+    once = Amount(barriers=2, exchanges=8 * _OVER_WARP)
+    moved = _SIZES[shape.type] * 16 * shape.N
+    return Work("find_center", f"find_center<{shape.type}>", blocks, 256, 32, once, {}, moved)
+
+
+def _split(shape: Shape, queries: int, centered: bool = True) -> Work:
+    each = shape.N / 256
+    loops = {"norms": _by_all(queries, each), "parts": _by_all(queries, each)}
+    sums = 3 if centered else 2  # over the block
+    once = Amount(barriers=2 * sums, exchanges=sums * 8 * _OVER_WARP)
+    name, moved = f"split_rows<{_text(centered)}>", 8 * queries * shape.N
+    return Work("split_rows", name, queries, 256, 64, once, loops, moved)
+
+
+def _text(value: bool) -> str:
+    return str(value).lower()
+
+
+# ---- distances ---------------------------------------------------------------------------------
+
+
+def tile_of(m: int, queries: int, card: Device) -> tuple[int, int]:
+    """Queries and references of a block of ``distances``."""
+
+    def rounds(rows: int, references: int) -> int:
+        return up(up(m, references) * up(queries, rows), card.sms)
+
+    small, medium, large = 5 * rounds(32, 64), 8 * rounds(64, 64), 12 * rounds(64, 128)
+    if queries <= 32 or small < min(medium, large):
+        return 32, 64
+    return (64, 64) if medium < large else (64, 128)
+
+
+def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool = False) -> Work:
+    if shape.few:
+        return _differences(shape, queries, m, project)
+    rows, references = tile_of(m, queries, card)
+    size, panels, staged = _SIZES[shape.type], up(shape.N, _PANEL), up(shape.N, _STAGED)
+    blocks = up(m, references) * up(queries, rows)
+    stages = 3 if references == 64 else 2
+    memory = stages * _STAGED * (size * references + 2 * 2 * rows + 4)
+    # Rows after the last are copied too. Queries and the centre are padded to whole stages.
+    copied = references * shape.N * size + staged * _STAGED * (2 * 2 * rows + 4)
+    of_all = Amount(
+        halves=6 * panels * (references // 16) * (rows // 8), copied=copied, barriers=staged
+    )
+    # Half of the last trip is left out if its second panel is empty.
+    loops = {"features": _by_all(blocks, panels / 2, of_all)}
+    parts = 8 // (references // 16)  # of the features, among the warps
+    minima = 0 if project else 2 * (rows // 8 // parts) * 3 + _OVER_WARP
+    once = Amount(barriers=2 if project else 3, exchanges=8 * (4 + minima))
+    name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}>"
+    moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
+    return Work("distances", name, blocks, 256, memory, once, loops, moved)
+
+
+def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:
+    rows, references, size = 8, 64, _SIZES[shape.type]
+    row_groups, tiles = up(queries, rows), up(m, references)
+    blocks, panels = tiles * row_groups, up(shape.N, _PANEL)
+    pitch = _PANEL * size + 16
+    memory = 4 * (4 * rows * (_PANEL + 4) + references * pitch) + 8 * 8 * rows
+    copied = shape.N * (4 * queries * tiles + size * m * row_groups) / blocks
+    loops = {"features": _by_all(blocks, panels, Amount(copied=copied, barriers=panels))}
+    exchanges = 2 * rows + (0 if project else 3 * rows + 2)
+    once = Amount(barriers=1 if project else 2, exchanges=8 * exchanges)
+    moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
+    name = f"differences<{shape.type}, {_text(project)}>"
+    return Work("differences", name, blocks, 256, memory, once, loops, moved)
+
+
+# ---- refinement --------------------------------------------------------------------------------
+
+
+def _limits(queries: int, m: int) -> Work:
+    tiles = up(m, TILE)
+    loops = {"minima": _by_all(queries, up(tiles, 128))}
+    once = Amount(barriers=6, exchanges=3 * 4 * _OVER_WARP)
+    return Work("find_limits", "find_limits", queries, 128, 64, once, loops, 8 * queries * tiles)
+
+
+def _refine(shape: Shape, data: Data, queries: int, m: int) -> Work:
+    refined, tiles = data["refine"], up(m, TILE)
+    blocks = queries * up(tiles, _REFINE_TILES)
+    share = queries / shape.B * m / shape.M  # of this launch
+    alive = min(float(blocks), refined["groups of 4"] * share)
+    loops = {
+        "alive": Loop(alive, float(alive > 0), Amount(barriers=3, exchanges=8 * (1 + _OVER_WARP))),
+        "pairs": Loop(
+            refined["pairs"] * share, refined["pairs of 4, most"], Amount(exchanges=_OVER_WARP)
+        ),
+    }
+    once, moved = Amount(exchanges=8), 8 * queries * tiles
+    return Work("refine", f"refine<{shape.type}>", blocks, 256, 1312, once, loops, moved)
+
+
+# ---- weights and sums --------------------------------------------------------------------------
+
+
+def _weigh(queries: int, m: int, card: Device) -> Work:
+    blocks, pairs = queries * up(m, PIECE), queries * m
+    loops = {"minima": _by_all(blocks, up(up(m, TILE), 256))}
+    once = Amount(barriers=3, exchanges=8 * (2 * _OVER_WARP + PIECE // 256))
+    moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
+    return Work("weigh", "weigh", blocks, 256, 128, once, loops, moved)
+
+
+def _order(queries: int, m: int) -> Work:
+    blocks, pieces = up(queries, _RANKED), up(m, PIECE)
+    loops = {
+        "counts": _by_all(blocks, up(queries, 256) * pieces),
+        "ranks": _by_all(blocks, up(queries, 16)),
+    }
+    once = Amount(barriers=1, exchanges=8 * 4)
+    moved = 4 * queries * pieces
+    return Work("order_queries", "order_queries", blocks, 256, 4 * queries, once, loops, moved)
+
+
+def _sum(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Work:
+    size, words = _SIZES[shape.type], shape.stretch_words(card.sms)
+    stretches = up(up(m, 32), words)
+    features = up(shape.N, SUM_FEATURES)
+    blocks = features * up(queries, SUM_ROWS) * stretches
+    found = data["lists"][f"{words} words"]
+    panels = found["panels"]
+    terms = 3 if shape.type == "float32" else 2
+    of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
+    of_weights = 4 * SUM_ROWS * found["listed"] / panels if panels else 0.0
+    trip = Amount(tf32=128 * terms, copied=of_rows + of_weights, barriers=1)
+    loops = {
+        "lists": _by_all(blocks, min(queries, SUM_ROWS)),
+        "panels": Loop(blocks * panels, found["panels, most"], trip),
+    }
+    moved = read_again(shape, m, card) + 4 * stretches * queries * shape.N
+    name, memory = f"weighted_sum<{shape.type}>", _sum_memory(size)
+    return Work("weighted_sum", name, blocks, 128, memory, Amount(barriers=4), loops, moved)
+
+
+def _sum_memory(size: int) -> int:
+    pitch = SUM_FEATURES * size + 32
+    return 3 * _PANEL * (pitch + 4 * (SUM_ROWS + 8)) + 4 * (32 * LISTED + LISTED + SUM_ROWS)
+
+
+def read_again(shape: Shape, m: int, card: Device) -> float:
+    """Bytes of a chunk's references that the weighted sum must read from memory again."""
+    size = _SIZES[shape.type] * m * shape.N
+    return size if size > KEPT * card.rate("l2_size") else 0.0
+
+
+def _merge(shape: Shape, queries: int, m: int, card: Device, name: str = "merge") -> Work:
+    blocks = queries * up(shape.N, 256)
+    stretches = up(up(m, 32), shape.stretch_words(card.sms))
+    loops = {"stretches": _by_all(blocks, stretches)}
+    moved = 4 * (stretches + 1) * queries * shape.N
+    return Work(name, name, blocks, 256, 0, Amount(), loops, moved)
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def gradient_counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
+    """The launches of a backward pass that finds all gradients, with aligned rows.
+
+    Args:
+        data: what :func:`benchmarks.machine_code.data.count_gradient` returns for the shape.
+    """
+    _check_features(shape)
+    if not shape.few:
+        yield _center(shape)
+    for queries, blocks in by_size(shape.blocks()):
+        if not shape.few:
+            for centered in (True, False):
+                yield _split(shape, queries, centered)._replace(times=blocks)
+        for m, chunks in by_size(shape.chunk_sizes()):
+            for work in _gradient_of_chunk(shape, data, queries, m, card):
+                yield work._replace(times=work.times * blocks * chunks)
+
+
+def _gradient_of_chunk(
+    shape: Shape, data: Data, queries: int, m: int, card: Device
+) -> Iterator[Work]:
+    passes = 1 if shape.chunks == 1 else 2  # over the chunks; both need the distances
+    for work in (
+        _distances(shape, queries, m, card),
+        _distances(shape, queries, m, card, project=True),
+        _limits(queries, m),
+        _refine(shape, data, queries, m),
+    ):
+        yield work._replace(times=passes)
+    once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
+    loops = {"pairs": _by_all(queries, up(m, 256))}
+    yield Work("pull", "pull", queries, 256, 64, once, loops, 12 * queries * m)
+    trips = up(32 * up(shape.chunk, 32), 256)
+    loops = {"pairs": _by_all(queries, trips, Amount(exchanges=8 * trips))}
+    name = "find_coefficients"
+    yield Work(name, name, queries, 256, 64, once, loops, 24 * queries * m)
+    yield _sum(shape, data, queries, m, card)
+    yield _merge(shape, queries, m, card, "merge_gradient")
+    yield _reference_gradient(shape, data, queries, m)
+
+
+def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:
+    found, features = data["queries"], up(shape.N, SUM_FEATURES)
+    blocks, lists = features * up(m, SUM_ROWS), up(queries, 32 * LISTED)
+    trips = 2 * lists * found["panels"]  # over G and over x
+    of_rows = _PANEL * 4 * shape.N / features
+    of_weights = 4 * SUM_ROWS * found["listed"] / found["panels"] if trips else 0.0
+    trip = Amount(tf32=128 * 3, copied=of_rows + of_weights, barriers=1)
+    loops = {"panels": Loop(blocks * trips, 2 * lists * found["panels, most"], trip)}
+    once = Amount(barriers=3 * lists, exchanges=4 * 8 * 3)
+    name, moved = f"reference_gradient<{shape.type}>", 4 * (2 * queries * m + 2 * m * shape.N)
+    return Work("reference_gradient", name, blocks, 128, _sum_memory(4), once, loops, moved)

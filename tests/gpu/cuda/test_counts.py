@@ -1,0 +1,267 @@
+"""The host shim counts what the kernels do, and the model of benchmarks/machine_code counts the
+same from shapes and data alone.
+
+Launches, blocks, shared memory, and what does not depend on values agree exactly. ``refine`` and
+the weighted sums depend on which distances and weights are below a limit; there a hundredth may
+differ, because the kernels round their distances.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.common import subjects
+from benchmarks.common.subjects import Case
+from benchmarks.machine_code import data, devices, work
+from benchmarks.machine_code.data import Shape
+from benchmarks.machine_code.work import Amount
+from pfgm.common.tensors import dequantise
+
+TYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Float16",
+    torch.uint8: "uint8",
+}
+BY_VALUES = {"refine", "weighted_sum", "reference_gradient"}
+
+
+@pytest.fixture
+def backend():
+    return "native"
+
+
+class Counted(NamedTuple):
+    """A launch, as the shim counts it."""
+
+    name: str
+    threads: int
+    shared: int
+    blocks: list[Amount]
+
+    @property
+    def total(self) -> Amount:
+        return Amount(*(sum(column) for column in zip(*self.blocks, strict=True)))
+
+    @property
+    def longest(self) -> Amount:
+        return Amount(*(max(column) for column in zip(*self.blocks, strict=True)))
+
+
+def counted(shim, run) -> list[Counted]:
+    """The launches of run()."""
+    shim.counts(True)
+    run()
+    found = []
+    for name, grid, threads, shared, of_blocks in shim.counts(False):
+        exchanges = [of_blocks[call] for call in of_blocks if "shfl" in call or "ballot" in call]
+        columns = zip(
+            of_blocks["multiply_add_halves"],
+            of_blocks["multiply_add"],
+            of_blocks["copied"],
+            of_blocks["__syncthreads"],
+            map(sum, zip(*exchanges, strict=True)),
+            strict=True,
+        )
+        blocks = [Amount(*column) for column in columns]
+        assert len(blocks) == grid[0] * grid[1] * grid[2]
+        found.append(Counted(name, threads, shared, blocks))
+    return found
+
+
+def clusters(B: int, M: int, N: int) -> Case:
+    """References around 20 centres, and points near them at very different distances."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 1.6 * torch.rand(20, N, generator=generator) - 0.8
+    y = centres[torch.arange(M) % 20] + 2**-6 * torch.randn(M, N, generator=generator)
+    z = torch.logspace(-2.5, 0.5, B)
+    x = y[torch.randint(0, M, (B,), generator=generator)]
+    return Case(x + 0.3 * z[:, None] * torch.randn(B, N, generator=generator), z, y)
+
+
+class Run(NamedTuple):
+    """A forward or backward pass: what the model counts, and what the shim counted."""
+
+    model: list[work.Work]
+    shim: list[Counted]
+
+    def of_model(self, name: str) -> Amount:
+        total = Amount()
+        for one in self.model:
+            if one.name == name:
+                total = total.plus(one.total.times(one.times))
+        return total
+
+    def of_shim(self, name: str) -> Amount:
+        total = Amount()
+        for one in self.shim:
+            if one.name == name:
+                total = total.plus(one.total)
+        return total
+
+
+@pytest.fixture
+def run(op, shim):
+    """run(case, dtype, multiprocessors, backward) counts a pass in both ways."""
+
+    def run(
+        case: Case,
+        dtype: torch.dtype = torch.float32,
+        multiprocessors: int = 4,
+        backward: bool = False,
+    ) -> Run:
+        references = case.references
+        if dtype == torch.uint8:
+            references = ((references + 1) * 127.5).round()
+        references = references.to(dtype)
+        case = case._replace(references=dequantise(references, torch.float32))
+        (B, N), M = case.x.shape, len(references)
+        shape = Shape("small", B, M, N, TYPES[dtype])
+        figure = devices.Figure(multiprocessors, "assumed")
+        card = devices.H100._replace(multiprocessors=figure)
+        shim.device(90, multiprocessors)
+        given = case.x, references, case.z.double(), 1.0
+        found = counted(shim, lambda: op.compute(*given))
+        if not backward:
+            on_data = data.count(shape, lambda shape: case, [card])
+            return Run(list(work.counts(shape, on_data, card)), found)
+        both = counted(shim, lambda: op.gradients(*given))
+        on_data = data.count_gradient(shape, lambda shape: case, [card])
+        return Run(list(work.gradient_counts(shape, on_data, card)), both[len(found) :])
+
+    return run
+
+
+def check(run: Run) -> None:
+    """The model agrees with the shim, in each kernel."""
+    expected: Counter[tuple[str, int, int, int]] = Counter()
+    for one in run.model:
+        expected[one.name, one.blocks, one.threads, one.shared] += one.times
+    found = Counter((one.name, len(one.blocks), one.threads, one.shared) for one in run.shim)
+    assert found == expected
+    for name in {one.name for one in run.shim}:
+        tolerance = 0.01 if name in BY_VALUES else 1e-9
+        assert run.of_shim(name) == pytest.approx(run.of_model(name), rel=tolerance), name
+
+
+def check_longest(run: Run) -> None:
+    """The block with most work agrees, in each kernel. There is one launch of each.
+
+    The model takes the mean of the bytes of a trip; a trip at the edge of a tile has fewer.
+    """
+    assert len(run.model) == len(run.shim)
+    for model, shim in zip(run.model, run.shim, strict=True):
+        assert model.name == shim.name
+        found, expected = shim.longest, model.longest
+        assert found._replace(copied=0) == pytest.approx(expected._replace(copied=0)), model.name
+        assert found.copied == pytest.approx(expected.copied, rel=0.1), model.name
+
+
+# ---- partitions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multiprocessors", "kernel"),
+    [
+        ((24, 190, 96), 4, "distances<float32, 32, 64, false>"),
+        ((70, 190, 128), 7, "distances<float32, 64, 64, false>"),
+        ((70, 600, 256), 4, "distances<float32, 64, 128, false>"),
+        ((8, 320, 128), 4, "differences<float32, false>"),
+        ((40, 192, 16), 4, "differences<float32, false>"),
+    ],
+)
+def test_partitions(run, sizes, multiprocessors, kernel):
+    found = run(clusters(*sizes), multiprocessors=multiprocessors)
+    assert kernel in {one.kernel for one in found.model}
+    check(found)
+    check_longest(found)
+
+
+@pytest.mark.parametrize("sizes", [(40, 300, 96), (8, 300, 96)])
+def test_types(run, sizes):
+    for dtype in TYPES:
+        found = run(clusters(*sizes), dtype)
+        check(found)
+        check_longest(found)
+
+
+@pytest.fixture
+def small_chunks(shim, monkeypatch):
+    """256 references and 40 queries at a time."""
+    shim.limits(pairs=10_000, queries=40, references=256)
+    for name, limit in (("PAIRS", 10_000), ("ROWS", 40), ("REFERENCES", 256)):
+        monkeypatch.setattr(data, name, limit)
+
+
+def test_chunks_and_blocks(run, small_chunks):
+    found = run(clusters(100, 700, 64))  # 3 blocks, of which two are sorted, and 3 chunks
+    assert Counter(one.name for one in found.shim)["refine"] == 9
+    check(found)
+
+
+# ---- values ------------------------------------------------------------------------------------
+
+
+def test_photographs(run):
+    """Some rows have many distances to refine, and lists are of different lengths."""
+    found = run(subjects.cifar_shape(40, 200))
+    check(found)
+    check_longest(found)
+    model = {one.name: one for one in found.model}
+    pairs, panels = model["refine"].loops["pairs"], model["weighted_sum"].loops["panels"]
+    assert pairs.most > 5 * pairs.trips / model["refine"].blocks
+    assert panels.most > 1.2 * panels.trips / model["weighted_sum"].blocks
+
+
+def test_digits(run):
+    found = run(subjects.digits_shape(70, 500))
+    check(found)
+    check_longest(found)
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(70, 192, 128), (24, 192, 96), (8, 320, 128), (40, 128, 16)])
+def test_gradients(run, sizes):
+    for dtype in (torch.float32, torch.uint8):
+        found = run(clusters(*sizes), dtype, backward=True)
+        check(found)
+        projects = [one.kernel for one in found.model if one.kernel.endswith(", true>")]
+        assert len(projects) == 1
+
+
+def test_gradients_of_chunks_and_blocks(run, small_chunks):
+    found = run(clusters(100, 600, 64), backward=True)
+    assert Counter(one.name for one in found.shim)["refine"] == 18  # two passes over the chunks
+    check(found)
+
+
+def test_gradients_of_photographs(run):
+    check(run(subjects.cifar_shape(17, 130), backward=True))
+
+
+# ---- by hand -----------------------------------------------------------------------------------
+
+
+def test_counts_by_hand(run):
+    """One block of 64 × 128 pairs with 96 features, and a sum of one stretch.
+
+    Its 8 warps have 16 references each, 3 panels, 8 groups of 8 queries and 6 products. It reads
+    128 rows, and twice 64 of float16 that are padded to 128 features, like the centre.
+    """
+    found = run(clusters(64, 128, 96), multiprocessors=1)
+    shim = {one.name: one for one in found.shim}
+    (block,) = shim["distances"].blocks
+    assert block.halves == 8 * 3 * 8 * 6
+    assert block.copied == 128 * 96 * 4 + 64 * 2 * 128 * 2 + 128 * 4
+    assert block.barriers == 2 + 3
+    assert shim["weigh"].total.barriers == 64 * 3
+    for block in shim["weighted_sum"].blocks:
+        panels = block.barriers - 4
+        assert block.tf32 == panels * 4 * 4 * 2 * 4 * 3  # warps, steps, features, queries, products
+    check(found)
