@@ -1,5 +1,7 @@
 """The launches for a shape, by Triton and by CUDA, and how often each loop runs in them.
 
+Those of the CUDA kernels are counted in work.py and get their machine code here.
+
 If a kernel has several configurations, the first is taken, as in deterministic mode.
 """
 
