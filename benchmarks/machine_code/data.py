@@ -53,12 +53,14 @@ class Shape(NamedTuple):
     @property
     def block(self) -> int:
         """The number of queries in the largest block."""
-        return min(self.B, ROWS, max(16, PARTS // self.N))
+        fitting = min(ROWS, max(32, PARTS // self.N))
+        part = up(self.B, up(self.B, fitting))
+        return min(32 * up(part, 32), self.B, fitting)
 
     @property
     def chunk(self) -> int:
         """The number of references in a chunk."""
-        fitting = -(-max(PAIRS // self.block, 128) // 128) * 128
+        fitting = 128 * up(max(PAIRS // self.block, 128), 128)
         return min(self.M, fitting, REFERENCES)
 
     @property
@@ -354,10 +356,12 @@ def work_of(refined: Refined) -> dict[str, float]:
     }
     found = {name: float(values.sum()) for name, values in by_program.items()}
     found |= {f"{name}, most": float(v.max()) for name, v in by_program.items()}
-    # A block of the CUDA kernel has four tiles.
-    groups = _tiles(pairs.sum(2), 4, 0.0).sum(2)
-    alive = _tiles(refined.visited.float(), 4, 0.0).amax(2)
-    return found | {"groups of 4": float(alive.sum()), "pairs of 4, most": float(groups.max())}
+    for tiles in (1, 4):  # of a block of the CUDA kernel
+        groups = _tiles(pairs.sum(2), tiles, 0.0).sum(2)
+        alive = _tiles(refined.visited.float(), tiles, 0.0).amax(2)
+        found[f"groups of {tiles}"] = float(alive.sum())
+        found[f"pairs of {tiles}, most"] = float(groups.max())
+    return found
 
 
 def per_query(refined: Tensor) -> dict[str, float]:

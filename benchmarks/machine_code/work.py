@@ -21,7 +21,6 @@ _SIZES = {"float32": 4, "BFloat16": 2, "Float16": 2, "uint8": 1}  # bytes of a r
 _PANEL = 32  # features, or references, that are added up together
 _STAGED = 64  # features that a trip of ``distances`` takes
 _CENTER = 256  # features of a block of ``find_center``
-_REFINE_TILES = 4  # of a block of ``refine``
 _RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
 _OVER_WARP = 5  # shuffles that combine the values of a warp
 
@@ -126,8 +125,8 @@ def _of_chunk(shape: Shape, data: Data, queries: int, m: int, card: Device) -> I
     """The launches for a block of queries and a chunk of m references."""
     yield _distances(shape, queries, m, card)
     yield _limits(queries, m)
-    yield _refine(shape, data, queries, m)
-    yield _weigh(queries, m, card)
+    yield _refine(shape, data, queries, m, card)
+    yield _weigh(shape, queries, m, card)
     if queries > SUM_ROWS:
         yield _order(queries, m)
     yield _sum(shape, data, queries, m, card)
@@ -145,7 +144,7 @@ def _by_all(blocks: int, trips: float, block: Amount | None = None) -> Loop:
 
 def _center(shape: Shape) -> Work:
     blocks = up(_STAGED * up(shape.N, _STAGED), _CENTER)
-    once = Amount(barriers=2, exchanges=8 * _OVER_WARP)
+    once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
     moved = _SIZES[shape.type] * 16 * shape.N
     return Work("find_center", f"find_center<{shape.type}>", blocks, 256, 32, once, {}, moved)
 
@@ -154,7 +153,10 @@ def _split(shape: Shape, queries: int, centered: bool = True) -> Work:
     each = shape.N / 256
     loops = {"norms": _by_all(queries, each), "parts": _by_all(queries, each)}
     sums = 3 if centered else 2  # over the block
-    once = Amount(barriers=2 * sums, exchanges=sums * 8 * _OVER_WARP)
+    over_block = Amount(barriers=2, exchanges=8 * _OVER_WARP)
+    if centered:  # the first block finds the largest value of all
+        loops["first"] = Loop(1, 1, over_block)
+    once = over_block.times(sums)
     name, moved = f"split_rows<{_text(centered)}>", 8 * queries * shape.N
     return Work("split_rows", name, queries, 256, 64, once, loops, moved)
 
@@ -185,16 +187,18 @@ def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool =
     size, panels, staged = _SIZES[shape.type], up(shape.N, _PANEL), up(shape.N, _STAGED)
     blocks = up(m, references) * up(queries, rows)
     stages = 3 if references == 64 else 2
-    memory = stages * _STAGED * (size * references + 2 * 2 * rows + 4)
+    memory = stages * _STAGED * (size * references + 2 * 2 * rows + 4) + 16 * rows
     # Rows after the last are copied too. Queries and the centre are padded to whole stages.
     copied = references * shape.N * size + staged * _STAGED * (2 * 2 * rows + 4)
+    # A tile whose warps take both panels of a trip multiplies zeros after the last one.
+    multiplied = 2 * up(panels, 2) if references == 128 and size == 4 else panels
     of_all = Amount(
-        halves=6 * panels * (references // 16) * (rows // 8), copied=copied, barriers=staged
+        halves=6 * multiplied * (references // 16) * (rows // 8), copied=copied, barriers=staged
     )
     # Half of the last trip is left out if its second panel is empty.
     loops = {"features": _by_all(blocks, panels / 2, of_all)}
     parts = 8 // (references // 16)  # of the features, among the warps
-    minima = 0 if project else 2 * (rows // 8 // parts) * 3 + _OVER_WARP
+    minima = 0 if project else 2 * (rows // 8 // parts) * 4 + _OVER_WARP
     once = Amount(barriers=2 if project else 3, exchanges=8 * (4 + minima))
     name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}>"
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
@@ -226,30 +230,35 @@ def _limits(queries: int, m: int) -> Work:
     return Work("find_limits", "find_limits", queries, 128, 64, once, loops, 8 * queries * tiles)
 
 
-def _refine(shape: Shape, data: Data, queries: int, m: int) -> Work:
+def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Work:
     refined, tiles = data["refine"], up(m, TILE)
-    blocks = queries * up(tiles, _REFINE_TILES)
+    of_block = 1 if queries * tiles <= 128 * card.sms else 4
+    blocks = queries * up(tiles, of_block)
     share = queries / shape.B * m / shape.M  # of this launch
-    alive = min(float(blocks), refined["groups of 4"] * share)
+    alive = min(float(blocks), refined[f"groups of {of_block}"] * share)
     loops = {
         "alive": Loop(alive, float(alive > 0), Amount(barriers=3, exchanges=8 * (1 + _OVER_WARP))),
         "pairs": Loop(
-            refined["pairs"] * share, refined["pairs of 4, most"], Amount(exchanges=_OVER_WARP)
+            refined["pairs"] * share,
+            refined[f"pairs of {of_block}, most"],
+            Amount(exchanges=_OVER_WARP),
         ),
     }
     once, moved = Amount(exchanges=8), 8 * queries * tiles
-    return Work("refine", f"refine<{shape.type}>", blocks, 256, 1312, once, loops, moved)
+    name, memory = f"refine<{shape.type}, {of_block}>", 32 + of_block * (4 * TILE + 64)
+    return Work("refine", name, blocks, 256, memory, once, loops, moved)
 
 
 # ---- weights and sums --------------------------------------------------------------------------
 
 
-def _weigh(queries: int, m: int, card: Device) -> Work:
+def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
     blocks, pairs = queries * up(m, PIECE), queries * m
     loops = {"minima": _by_all(blocks, up(up(m, TILE), 256))}
     once = Amount(barriers=3, exchanges=8 * (2 * _OVER_WARP + PIECE // 256))
     moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
-    return Work("weigh", "weigh", blocks, 256, 128, once, loops, moved)
+    name = f"weigh<{_text(not shape.few)}>"
+    return Work("weigh", name, blocks, 256, 128, once, loops, moved)
 
 
 def _order(queries: int, m: int) -> Work:
@@ -263,24 +272,35 @@ def _order(queries: int, m: int) -> Work:
     return Work("order_queries", "order_queries", blocks, 256, 4 * queries, once, loops, moved)
 
 
-def _sum(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Work:
+def _sum(
+    shape: Shape, data: Data, queries: int, m: int, card: Device, backward: bool = False
+) -> Work:
+    halves = not (backward or shape.few)
     size, words = _SIZES[shape.type], shape.stretch_words(card.sms)
     stretches = up(up(m, 32), words)
     features = up(shape.N, SUM_FEATURES)
     blocks = features * up(queries, SUM_ROWS) * stretches
     found = data["lists"][f"{words} words"]
     panels = found["panels"]
-    terms = 3 if shape.type == "float32" else 2
+    exact = shape.type in ("Float16", "uint8") if halves else shape.type != "float32"
+    products = 4 * SUM_ROWS * (2 if exact else 3)  # of 8 terms
     of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
     of_weights = 4 * SUM_ROWS * found["listed"] / panels if panels else 0.0
-    trip = Amount(tf32=128 * terms, copied=of_rows + of_weights, barriers=1)
+    trip = Amount(
+        halves=products / 2 * halves,
+        tf32=products * (not halves),
+        copied=of_rows + of_weights,
+        barriers=1,
+    )
     loops = {
         "lists": _by_all(blocks, min(queries, SUM_ROWS)),
         "panels": Loop(blocks * panels, found["panels, most"], trip),
     }
+    checks = halves and not exact  # whether float16 holds the values
+    once = Amount(barriers=4 + 2 * checks, exchanges=4 * _OVER_WARP * checks)
     moved = read_again(shape, m, card) + 4 * stretches * queries * shape.N
-    name, memory = f"weighted_sum<{shape.type}>", _sum_memory(size)
-    return Work("weighted_sum", name, blocks, 128, memory, Amount(barriers=4), loops, moved)
+    name, memory = f"weighted_sum<{shape.type}, {_text(halves)}>", _sum_memory(size)
+    return Work("weighted_sum", name, blocks, 128, memory, once, loops, moved)
 
 
 def _sum_memory(size: int) -> int:
@@ -331,7 +351,7 @@ def _gradient_of_chunk(
         _distances(shape, queries, m, card),
         _distances(shape, queries, m, card, project=True),
         _limits(queries, m),
-        _refine(shape, data, queries, m),
+        _refine(shape, data, queries, m, card),
     ):
         yield work._replace(times=passes)
     once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
@@ -341,7 +361,7 @@ def _gradient_of_chunk(
     loops = {"pairs": _by_all(queries, trips, Amount(exchanges=8 * trips))}
     name = "find_coefficients"
     yield Work(name, name, queries, 256, 64, once, loops, 24 * queries * m)
-    yield _sum(shape, data, queries, m, card)
+    yield _sum(shape, data, queries, m, card, backward=True)
     yield _merge(shape, queries, m, card, "merge_gradient")
     yield _reference_gradient(shape, data, queries, m)
 

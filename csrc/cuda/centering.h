@@ -13,14 +13,18 @@ constexpr int kCenterThreads = 256, kSplitThreads = 256;
 // Powers of two of the largest centred values as float16, which holds less than 2^16. References
 // outside of the sample may be larger by 2^11.
 constexpr int kQueryPower = 12, kReferencePower = 4;
+// The same of values that are not centred, in weighted sums. Others may be larger by 2^4.
+constexpr int kValuePower = 11;
 
-// The centre of the references. `spread` has the largest distance to it of the sample, in each
-// group of kCenterThreads features.
+// The centre of the references. `spread` has the largest distance to it of the sample, `largest`
+// the largest value, in each group of kCenterThreads features.
 struct Center {
-  float* at;      // (width): zero from the last feature on
-  float* spread;  // (divide_up(width, kCenterThreads))
-  float* scale;   // the power of two that references are multiplied by
-  float* scaled;  // (width): `at` times `scale`
+  float* at;                // (width): zero from the last feature on
+  float *spread, *largest;  // (divide_up(width, kCenterThreads))
+  float* scale;             // (2): the power of two that centred references are multiplied by, and
+                            // 1 over it
+  float* value_scale;       // the same for references as they are
+  float* scaled;            // (width): `at` times `scale`
   int features, width;
 };
 
@@ -38,23 +42,12 @@ __device__ inline float scale_to(float largest, int power) {
   return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23);
 }
 
-// The two parts of two values, the first in the lower half of each word.
-struct TwoHalves {
-  std::uint32_t high, low;
-};
-__device__ inline TwoHalves split_halves(float first, float second) {
-  const std::uint32_t high = halves_of(first, second);
-  const float of_first = half_to_float(static_cast<std::uint16_t>(high));
-  const float of_second = half_to_float(static_cast<std::uint16_t>(high >> 16));
-  return {high, halves_of(first - of_first, second - of_second)};
-}
-
 // The mean of evenly spaced references, and how far they are from it.
 template <class R>
 __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int feature = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  float mean = 0, largest = 0;
+  float mean = 0, spread = 0, largest = 0;
   if (feature < out.features) {
     float values[kSamples];
 #pragma unroll
@@ -63,13 +56,15 @@ __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, c
       mean += values[i] * (1.0f / kSamples);
     }
     // Equal samples say nothing about the others. Their own size is a guess.
-    largest = fabsf(mean) * 0x1p-10f;
+    spread = fabsf(mean) * 0x1p-10f;
 #pragma unroll
-    for (float v : values) largest = fmaxf(largest, fabsf(v - mean));
+    for (float v : values)
+      spread = fmaxf(spread, fabsf(v - mean)), largest = fmaxf(largest, fabsf(v));
   }
   if (feature < out.width) out.at[feature] = mean;
+  spread = over_block<kCenterThreads>(spread, scratch, Most());
   largest = over_block<kCenterThreads>(largest, scratch, Most());
-  if (threadIdx.x == 0) out.spread[blockIdx.x] = largest;
+  if (threadIdx.x == 0) out.spread[blockIdx.x] = spread, out.largest[blockIdx.x] = largest;
 }
 
 // The two parts of a row of queries minus the centre, or of upstream gradients, which are not
@@ -108,15 +103,21 @@ __global__ void __launch_bounds__(kSplitThreads)
     const TwoHalves parts = split_halves(value(2 * pair) * of_x, value(2 * pair + 1) * of_x);
     high[pair] = parts.high, low[pair] = parts.low;
   }
-  if (CENTERED && row == 0)
-#pragma unroll 1
-    for (int feature = thread; feature < center.width; feature += kSplitThreads)
-      center.scaled[feature] = center.at[feature] * of_y;
-  if (thread > 0) return;
-  out.units[row] = 1 / static_cast<double>(of_x) / of_y;
+  if (thread == 0) out.units[row] = 1 / static_cast<double>(of_x) / of_y;
   if (!CENTERED) return;
-  norms[row] = norm;
-  if (row == 0) *center.scale = of_y;
+  if (thread == 0) norms[row] = norm;
+  if (row > 0) return;
+#pragma unroll 1
+  for (int feature = thread; feature < center.width; feature += kSplitThreads)
+    center.scaled[feature] = center.at[feature] * of_y;
+  largest = 0;
+#pragma unroll 1
+  for (int i = thread; i < groups; i += kSplitThreads) largest = fmaxf(largest, center.largest[i]);
+  largest = over_block<kSplitThreads>(largest, reinterpret_cast<float*>(scratch), Most());
+  if (thread > 0) return;
+  const float of_value = scale_to(largest, kValuePower);
+  center.scale[0] = of_y, center.scale[1] = 1 / of_y;
+  center.value_scale[0] = of_value, center.value_scale[1] = 1 / of_value;
 }
 
 }  // namespace

@@ -25,7 +25,16 @@ struct Pairs {
 
 // ---- what both do with a tile ----------------------------------------------------------------
 
-__device__ inline double not_negative(double distance) { return distance < 0 ? 0 : distance; }
+// Numbers ≥ 0 have the order of their bits; infinity and NaN follow. Comparing bits takes no
+// float64 instructions, which are slow on GeForce cards.
+constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
+
+// The bits of the distance, or of 0 if it is negative.
+__device__ inline std::uint64_t not_negative(double distance) {
+  const auto bits = static_cast<std::uint64_t>(bits_of(distance));
+  const auto front = static_cast<std::uint32_t>(bits >> 32);
+  return front < 0x80000000u || front > 0xfff00000u ? bits : 0;
+}
 
 // The smallest finite distance; its sign is negative if a distance of the tile is not finite, so
 // that refine looks at the tile.
@@ -80,13 +89,14 @@ struct DistanceMemory {
     Stage stages[kStages];
     Sums sums;
   };
+  double units[QUERIES], norms[QUERIES];
 };
 static_assert(sizeof(DistanceMemory<float, 64, 64>) <= kSharedLimit &&
                   sizeof(DistanceMemory<float, 64, 128>) <= kSharedLimit,
               "a block fits everywhere");
 
 // Copies the panels of a tile, one after the other. A thread copies the same piece of each of its
-// rows. Rows after the last repeat it; their distances are not stored.
+// rows. In place of rows after the last it copies its first one; their distances are not stored.
 template <class R, int QUERIES, int REFERENCES>
 class TileCopy {
  public:
@@ -95,16 +105,17 @@ class TileCopy {
 
   __device__ TileCopy(const Halves& x, int query0, const Rows<R>& y, int reference0,
                       const Center& center)
-      : center_(center), aligned_(y.aligned), to_low_(x.low - x.high), left_(center.features) {
+      : center_(center),
+        aligned_(y.aligned),
+        to_low_(x.low - x.high),
+        apart_(kStep * y.stride),
+        left_(center.features) {
     const int thread = static_cast<int>(threadIdx.x);
-    row_ = thread / kPieces, piece_ = thread % kPieces;
-    for (int i = 0; i < kRows; ++i)
-      from_[i] = y.row(last_of(reference0 + row_ + i * kStep, y.count)) + piece_ * kCount;
-    half_row_ = thread / kHalfPieces;
-    for (int i = 0; i < kHalfRows; ++i) {
-      const Index row = last_of(query0 + half_row_ + i * kHalfStep, x.rows);
-      high_[i] = x.high + row * center.width + thread % kHalfPieces * 8;
-    }
+    row_ = thread / kPieces, piece_ = thread % kPieces, half_row_ = thread / kHalfPieces;
+    rows_ = y.count - reference0 - row_, half_rows_ = x.rows - query0 - half_row_;
+    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + piece_ * kCount;
+    high_ = x.high + static_cast<Index>(half_rows_ > 0 ? query0 + half_row_ : 0) * center.width +
+            thread % kHalfPieces * 8;
   }
 
   // Starts the copies of the next panels.
@@ -115,27 +126,28 @@ class TileCopy {
     if (aligned_) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
-        copy_async<16>(to + i * kStep * Memory::kFeatures, from_[i],
+        copy_async<16>(to + i * kStep * Memory::kFeatures,
+                       i * kStep < rows_ ? from_ + i * apart_ : from_,
                        count * static_cast<int>(sizeof(R)));
     } else {
       for (int i = 0; i < kRows; ++i)
         for (int k = 0; k < kCount; ++k)
-          to[i * kStep * Memory::kFeatures + k] = k < count ? from_[i][k] : R{};
+          to[i * kStep * Memory::kFeatures + k] =
+              k < count ? from_[(i * kStep < rows_ ? i * apart_ : 0) + k] : R{};
     }
     const int thread = static_cast<int>(threadIdx.x), piece = thread % kHalfPieces;
     std::uint16_t* const half = &stage.x[piece / 4][0][half_row_][piece % 4 * 8];
 #pragma unroll
     for (int i = 0; i < kHalfRows; ++i) {
-      copy_async<16>(half + i * kHalfStep * kPanel, high_[i]);
-      copy_async<16>(half + (QUERIES + i * kHalfStep) * kPanel, high_[i] + to_low_);
+      const std::uint16_t* const high =
+          i * kHalfStep < half_rows_ ? high_ + i * kHalfStep * center_.width : high_;
+      copy_async<16>(half + i * kHalfStep * kPanel, high);
+      copy_async<16>(half + (QUERIES + i * kHalfStep) * kPanel, high + to_low_);
     }
     if (thread < Memory::kFeatures / 4)
       copy_async<16>(&stage.center[4 * thread],
                      center_.scaled + (center_.features - left_) + 4 * thread);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) from_[i] += Memory::kFeatures;
-#pragma unroll
-    for (int i = 0; i < kHalfRows; ++i) high_[i] += Memory::kFeatures;
+    from_ += Memory::kFeatures, high_ += Memory::kFeatures;
     left_ -= Memory::kFeatures;
   }
 
@@ -148,14 +160,13 @@ class TileCopy {
   static constexpr int kHalfRows = QUERIES / kHalfStep;
   static_assert(kStep <= REFERENCES && kHalfStep <= QUERIES, "every thread copies");
 
-  static __device__ Index last_of(int row, int count) { return row < count ? row : count - 1; }
-
   const Center& center_;
   const bool aligned_;
-  const Index to_low_;                 // from a high part to the low part
+  const Index to_low_, apart_;         // from a high part to the low part; between rows of y
   int left_, row_, piece_, half_row_;  // features that are left; what this thread copies
-  const R* from_[kRows];
-  const std::uint16_t* high_[kHalfRows];
+  int rows_, half_rows_;               // rows that there are from the first one of this thread on
+  const R* from_;
+  const std::uint16_t* high_;
 };
 
 // The panel of a lane: references g and g + 8, features 8t to 8t + 7, times the scale and centred,
@@ -196,22 +207,37 @@ struct ReferencePanel {
   }
 };
 
-// Adds the products with 8 queries: high·high + high·low + low·high. Matrix units round every
-// addition toward zero, so panels are added up outside of them, in two floats.
-__device__ inline void add_products(float (&total)[4], float (&lost)[4],
+// Adds the products with COLUMNS columns of 8 queries: high·high + high·low + low·high. They take
+// turns, so that none waits for another. The panel of the first column is at `x_high` and `x_low`.
+// Matrix units round every addition toward zero, so panels are added up outside of them, in two
+// floats.
+template <int COLUMNS>
+__device__ inline void add_products(float (*total)[4], float (*lost)[4],
                                     const std::uint32_t (&high)[2][4],
-                                    const std::uint32_t (&low)[2][4], const uint4& x_high,
-                                    const uint4& x_low) {
-  float panel[4];
-  const std::uint32_t of_high[2][2] = {{x_high.x, x_high.y}, {x_high.z, x_high.w}};
-  const std::uint32_t of_low[2][2] = {{x_low.x, x_low.y}, {x_low.z, x_low.w}};
-  multiply_halves(panel, low[0], of_high[0]);
-  multiply_add_halves(panel, low[1], of_high[1]);
-  multiply_add_halves(panel, high[0], of_low[0]);
-  multiply_add_halves(panel, high[1], of_low[1]);
-  multiply_add_halves(panel, high[0], of_high[0]);
-  multiply_add_halves(panel, high[1], of_high[1]);
-  for (int e = 0; e < 4; ++e) add_compensated(total[e], lost[e], panel[e]);
+                                    const std::uint32_t (&low)[2][4], const std::uint16_t* x_high,
+                                    const std::uint16_t* x_low) {
+  float panel[COLUMNS][4];
+  std::uint32_t of_high[COLUMNS][2][2], of_low[COLUMNS][2][2];
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) {
+    const uint4 a = *reinterpret_cast<const uint4*>(x_high + 8 * j * kPanel);
+    const uint4 b = *reinterpret_cast<const uint4*>(x_low + 8 * j * kPanel);
+    of_high[j][0][0] = a.x, of_high[j][0][1] = a.y, of_high[j][1][0] = a.z, of_high[j][1][1] = a.w;
+    of_low[j][0][0] = b.x, of_low[j][0][1] = b.y, of_low[j][1][0] = b.z, of_low[j][1][1] = b.w;
+  }
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) multiply_halves(panel[j], low[0], of_high[j][0]);
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j) multiply_add_halves(panel[j], low[1], of_high[j][1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < COLUMNS; ++j) multiply_add_halves(panel[j], high[i], of_low[j][i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < COLUMNS; ++j) multiply_add_halves(panel[j], high[i], of_high[j][i]);
+#pragma unroll
+  for (int j = 0; j < COLUMNS; ++j)
+    for (int e = 0; e < 4; ++e) add_compensated(total[j][e], lost[j][e], panel[j][e]);
 }
 
 // Σ over the lanes t of a group of four.
@@ -227,10 +253,11 @@ __device__ inline double reach_of(double scaled, double squared, int features, b
 }
 
 template <class R, int QUERIES, int REFERENCES, bool PROJECT>
-__global__ void __launch_bounds__(kDistanceThreads, QUERIES == 64 ? 1 : 2)
+__global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out) {
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
   constexpr int kColumns = QUERIES / 8, kParts = Memory::kParts;
+  constexpr int kTogether = QUERIES == 32 ? 2 : 4;  // columns; smaller tiles have fewer registers
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int group = lane.warp % Memory::kGroups, part = lane.warp / Memory::kGroups;
@@ -240,6 +267,11 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 64 ? 1 : 2)
   const float scale = *center.scale, factor = scale * kUnit<R>;
   float total[kColumns][4] = {}, lost[kColumns][4] = {}, square[2] = {}, square_lost[2] = {};
 
+  if (const int q = static_cast<int>(threadIdx.x); q < QUERIES) {
+    const int query = query0 + q < x.rows ? query0 + q : 0;
+    shared.units[q] = x.units[query];
+    if constexpr (!PROJECT) shared.norms[q] = out.norms[query];
+  }
   TileCopy<R, QUERIES, REFERENCES> copy(x, query0, y, reference0, center);
   pipeline<Memory::kStages>(
       static_cast<int>(divide_up(center.features, Memory::kFeatures)),
@@ -250,77 +282,82 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 64 ? 1 : 2)
         for (int half = part, i = 0; i < 2 / kParts; half += kParts, ++i) {
           const int first = half * kPanel;
           const int known = center.features - p * Memory::kFeatures - first;
-          if (known <= 0) return;
+          // Without a branch between them, the products of two panels take turns. Short types need
+          // too many registers for that.
+          constexpr bool kBranch = kParts > 1 || sizeof(R) < 4;
+          if (kBranch && known <= 0) return;
           const R* const rows[2] = {&stage.y[row0 + lane.g][first],
                                     &stage.y[row0 + lane.g + 8][first]};
           ReferencePanel<R> panel;
           panel.template load<Memory::kSwap>(rows, stage.center + first, factor, known, lane,
                                              square, square_lost);
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
-            const auto of_x = [&](int i) {
-              const std::uint16_t* at = &stage.x[half][i][8 * j + lane.g][8 * lane.t];
-              return *reinterpret_cast<const uint4*>(at);
-            };
-            add_products(total[j], lost[j], panel.high, panel.low, of_x(0), of_x(1));
-          }
+          for (int j = 0; j < kColumns; j += kTogether)
+            add_products<kTogether>(&total[j], &lost[j], panel.high, panel.low,
+                                    &stage.x[half][0][8 * j + lane.g][8 * lane.t],
+                                    &stage.x[half][1][8 * j + lane.g][8 * lane.t]);
         }
       });
 
   // Each half of the warps finishes half of the columns, with the sums of the other half.
-  const auto finishes = [&](int j) { return j / (kColumns / kParts) == part; };
-  for (int e = 0; e < 2; ++e) {
-    const int row = row0 + 8 * e + lane.g;
-    const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
-    if (lane.t == 0) shared.sums.squares[part][row] = sum;
-    if constexpr (kParts > 1)
+  constexpr int kOwn = kColumns / kParts;
+  if constexpr (kParts > 1)
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-        if (!finishes(j))
-          for (int odd = 0; odd < 2; ++odd)
-            shared.sums.products[row][8 * j + 2 * lane.t + odd] =
-                static_cast<double>(total[j][2 * e + odd]) - lost[j][2 * e + odd];
+    for (int j = 0; j < kOwn; ++j)
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * (kOwn * (1 - part) + j) + 2 * lane.t + i % 2;
+        double& given = shared.sums.products[row0 + 8 * (i / 2) + lane.g][column];
+        const int own = kOwn + j;
+        given = part > 0 ? static_cast<double>(total[j][i]) - lost[j][i]
+                         : static_cast<double>(total[own][i]) - lost[own][i];
+        if (part > 0) total[j][i] = total[own][i], lost[j][i] = lost[own][i];
+      }
+  for (int e = 0; e < 2; ++e) {
+    const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
+    if (lane.t == 0) shared.sums.squares[part][row0 + 8 * e + lane.g] = sum;
   }
   __syncthreads();
-  const double per_scale = 1 / static_cast<double>(scale);
+  const double per_scale = center.scale[1];
   double squares[2], farthest = 0;
+  bool known[2];
   for (int e = 0; e < 2; ++e) {
     const int row = row0 + 8 * e + lane.g;
     double scaled = shared.sums.squares[0][row];
     if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
     squares[e] = scaled * per_scale * per_scale;
-    farthest =
-        fmax(farthest, reach_of(scaled, squares[e], center.features, reference0 + row < y.count));
+    known[e] = reference0 + row < y.count;
+    farthest = fmax(farthest, reach_of(scaled, squares[e], center.features, known[e]));
   }
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    if (!finishes(j)) continue;
+  for (int j = 0; j < kOwn; ++j)
     for (int odd = 0; odd < 2; ++odd) {
-      const int column = 8 * j + 2 * lane.t + odd, query = query0 + column;
-      const bool known = query < x.rows;
-      const double unit = known ? x.units[query] : 0, norm = known ? out.norms[query] : 0;
-      double low = INFINITY;
+      const int column = 8 * (kOwn * part + j) + 2 * lane.t + odd;
+      const bool inside = query0 + column < x.rows;
+      const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
+      const Index place = (query0 + column) * out.stride + reference0 + row0 + lane.g;
+      std::uint64_t low = kInfiniteBits;
+      bool infinite = false;
       for (int e = 0; e < 2; ++e) {
-        const int row = row0 + 8 * e + lane.g, reference = reference0 + row;
-        const Index place = query * out.stride + reference;
-        if (!known || reference >= y.count) continue;
         double product = static_cast<double>(total[j][2 * e + odd]) - lost[j][2 * e + odd];
-        if constexpr (kParts > 1) product += shared.sums.products[row][column];
+        if constexpr (kParts > 1) product += shared.sums.products[row0 + 8 * e + lane.g][column];
         if constexpr (PROJECT) {
-          out.projected[place] = static_cast<float>(unit * product);
+          if (inside && known[e]) out.projected[place + 8 * e] = static_cast<float>(unit * product);
         } else {
-          const double distance = not_negative(squares[e] + norm - 2 * unit * product);
-          out.squared[place] = distance;
-          low = LeastFinite()(low, finite_or_marked(distance));
+          const std::uint64_t distance = not_negative(squares[e] + norm - 2 * unit * product);
+          if (inside && known[e]) out.squared[place + 8 * e] = double_of(distance);
+          if (!known[e]) continue;
+          infinite = infinite || distance >= kInfiniteBits;
+          low = Least()(low, distance);
         }
       }
       if constexpr (!PROJECT) {
         for (int apart = 4; apart < 32; apart *= 2)
-          low = LeastFinite()(low, __shfl_xor_sync(kAll, low, apart));
-        if (lane.g == 0) shared.sums.low[group][column] = low;
+          low = Least()(low, __shfl_xor_sync(kAll, low, apart));
+        const bool marked = (__ballot_sync(kAll, infinite) & 0x11111111u << lane.t) != 0;
+        const double least = double_of(low < kInfiniteBits ? low : kInfiniteBits);
+        if (lane.g == 0) shared.sums.low[group][column] = marked ? -least : least;
       }
     }
-  }
   if constexpr (!PROJECT) {
     farthest = over_warp(farthest, Most());
     if (lane.lane == 0 && part == 0) shared.sums.farthest[group] = farthest;

@@ -44,8 +44,11 @@ struct Partition {
 
 Partition partition_of(const Problem& problem, int multiprocessors) {
   Partition partition;
-  const Index fitting = larger(kSumRows, limits.parts / problem.features);
-  partition.queries = smaller(problem.queries, smaller(limits.queries, fitting));
+  const Index fitting = smaller(limits.queries, larger(kSumRows, limits.parts / problem.features));
+  // Blocks of nearly equal size: a last one of few queries would read all references for these.
+  const Index blocks = divide_up(problem.queries, fitting);
+  const Index part = divide_up(problem.queries, blocks);
+  partition.queries = smaller(round_up(part, kSumRows), smaller(problem.queries, fitting));
   const Index most = round_up(larger(limits.pairs / partition.queries, 128), 128);
   partition.references = smaller(problem.references, smaller(most, limits.references));
   partition.stride = round_up(partition.references, 32);
@@ -97,7 +100,9 @@ class Calculation {
       center_.at = arena_.take<float>(width);
       center_.scaled = arena_.take<float>(width);
       center_.spread = arena_.take<float>(divide_up(width, kCenterThreads));
-      center_.scale = arena_.take<float>(1);
+      center_.largest = arena_.take<float>(divide_up(width, kCenterThreads));
+      center_.scale = arena_.take<float>(2);
+      center_.value_scale = arena_.take<float>(2);
       x_halves_ = take_halves(width);
       if (backward) upstream_halves_ = take_halves(width);
     }
@@ -132,15 +137,19 @@ class Calculation {
         sums_.pieces = static_cast<int>(divide_up(references(), kPiece));
         // Divided by it, a sum of weights is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
-        run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory), weigh, law_,
-            radius(), pairs_, references(), floor, 1 / divisor, first_chunk, state, weights_,
-            sums_);
+        const bool few = partition_.few;
+        run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory),
+            few ? weigh<false> : weigh<true>, law_, radius(), pairs_, references(), floor,
+            few ? 1 / divisor : kWeightUnit, first_chunk, state, weights_, sums_);
         const int* order = queries() > kSumRows ? order_ : nullptr;
         if (order)
           run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
               sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_,
               static_cast<int>(queries()), order_);
-        sum(order);
+        if (few)
+          sum<false>(order, divisor);
+        else
+          sum<true>(order, divisor);
         run("merge", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0, merge,
             law_, radius(), mean, parts_, sums_, divisor, features_, stretches(), first_chunk,
             state);
@@ -237,9 +246,19 @@ class Calculation {
     }
     run("find_limits", {queries()}, kLimitThreads, kScratch, find_limits, law_, radius(), nearest,
         pairs_, features_, partition_.few ? nullptr : center_.scale, limits_);
-    run("refine", {divide_up(pairs_.tiles, kRefineTiles), queries()}, kRefineThreads,
-        sizeof(RefineMemory), refine<R>, x(), upstream, y(), partition_.few ? nullptr : center_.at,
-        features_, limits_, pairs_);
+    // Blocks of one tile share the pairs of a query out evenly. Most blocks find none; if there are
+    // many, their number decides.
+    if (queries() * pairs_.tiles <= 128 * stream_.multiprocessors())
+      refine_pairs<1>(upstream);
+    else
+      refine_pairs<4>(upstream);
+  }
+
+  template <int TILES>
+  void refine_pairs(const Rows<float>& upstream) const {
+    run("refine", {divide_up(pairs_.tiles, TILES), queries()}, kRefineThreads,
+        sizeof(RefineMemory<TILES>), refine<R, TILES>, x(), upstream, y(),
+        partition_.few ? nullptr : center_.at, features_, limits_, pairs_);
   }
 
   template <bool PROJECT>
@@ -277,13 +296,14 @@ class Calculation {
     return {divide_up(this->references(), references), divide_up(queries(), rows)};
   }
 
-  // parts = Σ w y.
-  void sum(const int* order) const {
+  // parts = Σ w y / divisor.
+  template <bool HALVES>
+  void sum(const int* order, float divisor) const {
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
                        stretches()};
-    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R>, y(), features_,
-        weights_, partition_.stride, static_cast<int>(queries()), order,
-        static_cast<int>(partition_.stretch_words), parts_);
+    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R, HALVES>, y(),
+        features_, center_.value_scale, weights_, 1 / (kWeightUnit * divisor), partition_.stride,
+        static_cast<int>(queries()), order, static_cast<int>(partition_.stretch_words), parts_);
   }
 
   void differentiate(const Backward& io) {
@@ -297,7 +317,7 @@ class Calculation {
         references(), gradient_floor(), first_chunk, moments, coefficients);
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
-      sum(nullptr);
+      sum<false>(nullptr, 1);
       run("merge_gradient", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0,
           merge_gradient, static_cast<float*>(io.grad_x) + at, parts_, x(),
           static_cast<const float*>(io.mean) + at, moments, features_, stretches(), first_chunk,

@@ -11,7 +11,6 @@
 namespace pfgm {
 namespace {
 
-constexpr int kRefineTiles = 4;  // of references, for a block of refine
 constexpr int kLimitThreads = 128, kRefineThreads = 256;
 
 // Of each query: the largest distance that is refined, which may be −1, and the power of two by
@@ -144,26 +143,28 @@ __device__ inline float centered_product(const float* g, const R* y, const float
 
 constexpr int kRefineWarps = kRefineThreads / 32;
 constexpr int kHalves = kTileReferences / 32;  // of a tile
-static_assert(kRefineTiles * kHalves == kRefineWarps, "each warp looks through a half");
 
+template <int TILES>
 struct RefineMemory {
-  int counts[kRefineWarps];                    // of needed distances in each half of a tile
-  int needed[kRefineTiles * kTileReferences];  // which they are
-  double low[kRefineTiles][kRefineWarps];      // the smallest that each warp knows of
+  int counts[kRefineWarps];             // of needed distances in each half of a tile
+  int needed[TILES * kTileReferences];  // which they are
+  double low[TILES][kRefineWarps];      // the smallest that each warp knows of
 };
 
 // Recomputes the distances of one query up to its limit, and all that are not finite. The minima of
-// tiles become those of the new distances, −1 if one is NaN. Each warp looks through half a tile;
-// then all take turns with the pairs that were found. `upstream` and `center` may be null.
-template <class R>
+// tiles become those of the new distances, −1 if one is NaN. A block has TILES tiles. Each warp
+// looks through half a tile; then all take turns with the pairs that were found. `upstream` and
+// `center` may be null.
+template <class R, int TILES>
 __global__ void __launch_bounds__(kRefineThreads, 1)
     refine(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, const float* center,
            int features, const Limits* limits, const Pairs pairs) {
-  RefineMemory& shared = *reinterpret_cast<RefineMemory*>(shared_memory());
+  static_assert(TILES * kHalves <= kRefineWarps, "each half has a warp");
+  RefineMemory<TILES>& shared = *reinterpret_cast<RefineMemory<TILES>*>(shared_memory());
   const Lane lane = this_lane();
   const Index query = blockIdx.y;
-  const int first = static_cast<int>(blockIdx.x) * kRefineTiles;
-  const int tiles = static_cast<int>(smaller(kRefineTiles, pairs.tiles - first));
+  const int first = static_cast<int>(blockIdx.x) * TILES;
+  const int tiles = static_cast<int>(smaller(TILES, pairs.tiles - first));
   double* const lowest = pairs.lowest + query * pairs.tiles + first;
   const Limits limit = limits[query];
   const double least = lane.lane < tiles ? lowest[lane.lane] : INFINITY;
@@ -173,14 +174,13 @@ __global__ void __launch_bounds__(kRefineThreads, 1)
   const Index reference0 = static_cast<Index>(first) * kTileReferences;
   double* const squared = pairs.squared + query * pairs.stride + reference0;
   const int j0 = 32 * lane.warp + lane.lane, tile0 = lane.warp / kHalves;
-  const bool inside = (alive >> tile0 & 1u) != 0 && reference0 + j0 < y.count;
+  const bool inside = tile0 < tiles && (alive >> tile0 & 1u) != 0 && reference0 + j0 < y.count;
   const double known = inside ? squared[j0] : INFINITY;
   const bool needed = inside && (known <= limit.near || !(known < INFINITY));
   const unsigned bits = __ballot_sync(kAll, needed);
   double low = over_warp(needed ? INFINITY : known, Least());
   if (lane.lane == 0) shared.counts[lane.warp] = __popc(bits);
-  if (lane.lane < kRefineTiles)
-    shared.low[lane.lane][lane.warp] = lane.lane == tile0 ? low : INFINITY;
+  if (lane.lane < TILES) shared.low[lane.lane][lane.warp] = lane.lane == tile0 ? low : INFINITY;
   __syncthreads();
   int place = __popc(bits & ((1u << lane.lane) - 1)), count = 0;
 #pragma unroll

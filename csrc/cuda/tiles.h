@@ -49,6 +49,10 @@ struct Float16 {
 template <class R> constexpr bool kShort = true;
 template <> constexpr bool kShort<float> = false;
 template <class R> constexpr float kUnit = 1;
+// Which of them are exact in float16 too.
+template <class R> constexpr bool kExactHalf = false;
+template <> constexpr bool kExactHalf<Float16> = true;
+template <> constexpr bool kExactHalf<std::uint8_t> = true;
 template <> constexpr float kUnit<std::uint8_t> = 1 / 255.0f;  // u/127.5 − 1 = (2u − 255)/255
 
 __device__ inline void load4(const float* from, float (&v)[4]) {
@@ -249,6 +253,110 @@ __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* referenc
   for (int i = 0; i < 2; ++i)
     for (int n = 0; n < TILES; ++n)
       for (int e = 0; e < 4; ++e) sum[i][n][e] += panel[i][n][e];
+}
+
+// ---- products of float16 parts ---------------------------------------------------------------
+
+// Two values in float16 as high + low, the first in the lower half of each word.
+struct TwoHalves {
+  std::uint32_t high, low;
+};
+__device__ inline TwoHalves split_halves(float first, float second) {
+  const std::uint32_t high = halves_of(first, second);
+  const float of_first = half_to_float(static_cast<std::uint16_t>(high));
+  const float of_second = half_to_float(static_cast<std::uint16_t>(high >> 16));
+  return {high, halves_of(first - of_first, second - of_second)};
+}
+
+// One value as high + low in a word, high in its lower half.
+__device__ inline std::uint32_t both_halves(float v) {
+  const std::uint32_t high = halves_of(v, 0);
+  return halves_of(v, v - half_to_float(static_cast<std::uint16_t>(high)));
+}
+__device__ inline float sum_of_halves(std::uint32_t word) {
+  return half_to_float(static_cast<std::uint16_t>(word)) +
+         half_to_float(static_cast<std::uint16_t>(word >> 16));
+}
+
+// The high parts, and the low parts, of two such words.
+__device__ inline TwoHalves apart(std::uint32_t first, std::uint32_t second) {
+  return {(first & 0xffffu) | second << 16, first >> 16 | (second & 0xffff0000u)};
+}
+
+// Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
+// does. References are multiplied by `factor` before they are cut into halves; weights are words of
+// both_halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,
+// float16 holds references as they are.
+template <bool EXACT, int TILES, int PITCH, int WEIGHT_PITCH, class R>
+__device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* references,
+                                           const float* weights, float factor, float (&largest)[4],
+                                           const Lane& lane) {
+  float panel[2][TILES][4];
+#pragma unroll
+  for (int step = 0; step < kPanel; step += 16) {
+    // This lane's terms of the instruction are those of references first + 4i.
+    const int first = step + lane.t;
+    std::uint32_t big[2][4], small[2][4];
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      float v[2][4];
+      for (int e = 0; e < 2; ++e) {
+        load4(references + (first + 8 * pair + 4 * e) * PITCH + 4 * lane.g, v[e]);
+        if constexpr (!EXACT)
+          for (int f = 0; f < 4; ++f)
+            largest[f] = fmaxf(largest[f], fabsf(v[e][f])), v[e][f] *= factor;
+      }
+      for (int f = 0; f < 4; ++f) {
+        const TwoHalves parts = split_halves(v[0][f], v[1][f]);
+        big[f / 2][2 * pair + f % 2] = parts.high, small[f / 2][2 * pair + f % 2] = parts.low;
+      }
+    }
+    // Products of four sums take turns, so that none waits for another.
+#pragma unroll
+    for (int n0 = 0; n0 < TILES; n0 += 2) {
+      std::uint32_t high[2][2], low[2][2];
+      for (int n = 0; n < 2; ++n)
+        for (int e = 0; e < 2; ++e) {
+          const float* const at = weights + (8 * (n0 + n) + lane.g) * WEIGHT_PITCH + first + 8 * e;
+          const TwoHalves parts = apart(bits_of(at[0]), bits_of(at[4]));
+          high[n][e] = parts.high, low[n][e] = parts.low;
+        }
+      const auto each = [&](auto multiply) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+          for (int i = 0; i < 2; ++i) multiply(panel[i][n0 + n], i, n);
+      };
+      if (step == 0)
+        each([&](float (&d)[4], int i, int n) { multiply_halves(d, big[i], low[n]); });
+      else
+        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[i], low[n]); });
+      if constexpr (!EXACT)
+        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, small[i], high[n]); });
+      each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[i], high[n]); });
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    for (int n = 0; n < TILES; ++n)
+      for (int e = 0; e < 4; ++e) sum[i][n][e] += panel[i][n][e];
+}
+
+// The same for references that float16 cannot hold, in float32. Weights are multiplied by `factor`.
+template <int TILES, int PITCH, int WEIGHT_PITCH, class R>
+__device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* references,
+                                           const float* weights, float factor, const Lane& lane) {
+#pragma unroll 1
+  for (int reference = 0; reference < kPanel; ++reference) {
+    float v[4];
+    load4(references + reference * PITCH + 4 * lane.g, v);
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+      for (int odd = 0; odd < 2; ++odd) {
+        const float* const at = weights + (8 * n + 2 * lane.t + odd) * WEIGHT_PITCH + reference;
+        const float weight = sum_of_halves(bits_of(*at)) * factor;
+        for (int f = 0; f < 4; ++f) sum[f / 2][n][f % 2 * 2 + odd] += weight * v[f];
+      }
+  }
 }
 
 // ---- sums over threads -----------------------------------------------------------------------

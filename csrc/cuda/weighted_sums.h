@@ -16,6 +16,16 @@ constexpr int kStretchWords = 64;  // words of 32 references that a block lists,
 constexpr int kMergeThreads = 256;
 static_assert(kStretchWords <= kSumThreads, "one thread a word");
 
+// Weights in halves are multiplied by it. The largest weight is then far from overflow, and the
+// low half of a weight e^-20 times the largest still has digits.
+constexpr float kWeightUnit = 0x1p14f;
+
+// Whether halves hold a feature to about 2^-20 of its largest value, in units of `unit`. float16
+// ends at 65504 and at steps of 2^-24.
+__device__ inline bool halves_hold(float largest, float unit) {
+  return largest == 0 || (largest >= 0x1p-5f * unit && largest <= 65504 * unit);
+}
+
 template <class T>
 struct SumMemory {
   static constexpr int kStages = 3;
@@ -32,8 +42,8 @@ static_assert(sizeof(SumMemory<float>) <= kSharedLimit, "a block fits everywhere
 
 // Writes the indices of all set bits to listed, in ascending order, and returns their number.
 // bits(w) is word w. The last index is repeated up to whole panels.
-template <class T, class Bits>
-__device__ inline int list(SumMemory<T>& shared, int words, Bits bits) {
+template <class Memory, class Bits>
+__device__ inline int list(Memory& shared, int words, Bits bits) {
   const int w = static_cast<int>(threadIdx.x);
   unsigned word = 0;
   if (w < words) word = bits(w);
@@ -67,16 +77,16 @@ class ListedCopy {
   }
 
   // Starts the copies of the panel whose indices are at `listed`.
-  __device__ void panel(SumMemory<T>& shared, int slot, const int* listed) const {
+  template <class Memory>
+  __device__ void panel(Memory& shared, int slot, const int* listed) const {
     T* const to = &shared.rows[slot][row_][piece_ * kCount];
 #pragma unroll
     for (int i = 0; i < kPanel; i += kStep) {
       const T* const from = from_ + listed[row_ + i] * stride_;
       if (aligned_)
-        copy_async<16>(to + i * SumMemory<T>::kPitch, from, known_ * static_cast<int>(sizeof(T)));
+        copy_async<16>(to + i * Memory::kPitch, from, known_ * static_cast<int>(sizeof(T)));
       else
-        for (int k = 0; k < kCount; ++k)
-          to[i * SumMemory<T>::kPitch + k] = k < known_ ? from[k] : T{};
+        for (int k = 0; k < kCount; ++k) to[i * Memory::kPitch + k] = k < known_ ? from[k] : T{};
     }
   }
 
@@ -90,13 +100,18 @@ class ListedCopy {
   int row_, piece_, known_;
 };
 
-// parts[stretch][query][feature] = Σ_j w_j y_j over one stretch of the chunk. With `order`, which
-// may be null, a block takes queries that follow each other there.
-template <class R>
-__global__ void __launch_bounds__(kSumThreads)
-    weighted_sum(const Rows<R> y, int features, const ChunkWeights weights, Index stride,
-                 int queries, const int* order, int stretch_words, float* parts) {
+// parts[stretch][query][feature] = Σ_j w_j y_j / divisor over one stretch of the chunk. With
+// `order`, which may be null, a block takes queries that follow each other there. `divisor` is a
+// power of two with which no sum of M weighted values overflows; weights have been divided by it.
+// If HALVES, they are halves instead, times kWeightUnit, and 1 over kWeightUnit · divisor is
+// `weight_unit`.
+template <class R, bool HALVES>
+__global__ void __launch_bounds__(kSumThreads, 2)
+    weighted_sum(const Rows<R> y, int features, const float* scale, const ChunkWeights weights,
+                 float weight_unit, Index stride, int queries, const int* order, int stretch_words,
+                 float* parts) {
   using Memory = SumMemory<R>;
+  constexpr int kTiles = kSumRows / 8;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
@@ -120,39 +135,61 @@ __global__ void __launch_bounds__(kSumThreads)
   constexpr int kStep = kSumThreads / kPanel;
   const int k = static_cast<int>(threadIdx.x) % kPanel, q0 = static_cast<int>(threadIdx.x) / kPanel;
   const float* const weights_of_stretch = weights.weight + first;
-  int places[kSumRows / kStep];
-  for (int i = 0; i < kSumRows / kStep; ++i)
-    places[i] = shared.queries[q0 + kStep * i] * static_cast<int>(stride);
+  const int apart = static_cast<int>(stride);
   const ListedCopy<R> copy(y, first, feature0, features);
 
-  float sum[2][kSumRows / 8][4] = {};
-  pipeline<Memory::kStages>(
-      static_cast<int>(divide_up(count, kPanel)),
-      [&](int p, int slot) {
-        const int* const listed = shared.listed + p * kPanel;
-        copy.panel(shared, slot, listed);
-        const float* const from = weights_of_stretch + listed[k];
-        const int valid = p * kPanel + k < count ? 4 : 0;
+  float sum[2][kTiles][4] = {};
+  const int panels = static_cast<int>(divide_up(count, kPanel));
+  const auto stage = [&](int p, int slot) {
+    const int* const listed = shared.listed + p * kPanel;
+    copy.panel(shared, slot, listed);
+    const float* const from = weights_of_stretch + listed[k];
+    const int valid = p * kPanel + k < count ? 4 : 0;
 #pragma unroll
-        for (int i = 0; i < kSumRows / kStep; ++i)
-          copy_async<4>(&shared.weights[slot][(q0 + kStep * i) * Memory::kWeightPitch + k],
-                        from + places[i], valid);
-      },
-      [&](int, int slot) {
-        add_weighted<kPanel, kSumRows / 8, Memory::kPitch, Memory::kWeightPitch, 1>(
-            sum, shared.rows[slot][0] + 32 * lane.warp, shared.weights[slot], lane);
+    for (int i = 0; i < kSumRows / kStep; ++i)
+      copy_async<4>(&shared.weights[slot][(q0 + kStep * i) * Memory::kWeightPitch + k],
+                    from + shared.queries[q0 + kStep * i] * apart, valid);
+  };
+  const int own = 32 * lane.warp;
+  const auto values = [&](int slot) { return shared.rows[slot][0] + own; };
+  constexpr bool kScaled = HALVES && !kExactHalf<R>;
+  const float factor = kScaled ? scale[0] : 1;
+  float largest[4] = {}, unit = HALVES ? weight_unit : 1, per_factor = kScaled ? scale[1] : 1;
+  pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
+    if constexpr (HALVES)
+      add_weighted_halves<kExactHalf<R>, kTiles, Memory::kPitch, Memory::kWeightPitch>(
+          sum, values(slot), shared.weights[slot], factor, largest, lane);
+    else
+      add_weighted<kPanel, kTiles, Memory::kPitch, Memory::kWeightPitch, 1>(
+          sum, values(slot), shared.weights[slot], lane);
+  });
+  if constexpr (kScaled) {
+    bool hold = true;
+    for (float value : largest) hold = hold && halves_hold(value, per_factor);
+    if (over_block<kSumThreads>(hold ? 0 : 1, shared.before, Most()) != 0) {
+      for (auto& features : sum)
+        for (auto& tile : features)
+          for (float& value : tile) value = 0;
+      pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
+        add_weighted_floats<kTiles, Memory::kPitch, Memory::kWeightPitch>(
+            sum, values(slot), shared.weights[slot], weight_unit, lane);
       });
+      unit = per_factor = 1;
+    }
+  }
 
 #pragma unroll
-  for (int n = 0; n < kSumRows / 8; ++n)
+  for (int n = 0; n < kTiles; ++n)
     for (int odd = 0; odd < 2; ++odd) {
       const int q = 8 * n + 2 * lane.t + odd;
       if (q >= known_queries) continue;
       const Index row = static_cast<Index>(blockIdx.z) * queries + shared.queries[q];
       float* out = parts + row * features;
       for (int f = 0; f < 4; ++f) {
-        const int feature = feature0 + 32 * lane.warp + 4 * lane.g + f;
-        if (feature < features) out[feature] = kUnit<R> * sum[f / 2][n][f % 2 * 2 + odd];
+        const int feature = feature0 + own + 4 * lane.g + f;
+        // In two steps: the product of the units may be too small for float32.
+        if (feature < features)
+          out[feature] = kUnit<R> * unit * sum[f / 2][n][f % 2 * 2 + odd] * per_factor;
       }
     }
 }

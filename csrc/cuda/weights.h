@@ -22,7 +22,7 @@ struct QueryStates {
 };
 
 // The weights of a chunk, and a bit for each that is not zero. Rows of `weight` are pairs.stride
-// apart, rows of `live` a 32nd of that.
+// apart, rows of `live` a 32nd of that. A weight is a float32 number, or a word of both_halves.
 struct ChunkWeights {
   float* weight;
   std::uint32_t* live;
@@ -52,8 +52,9 @@ struct WeighMemory {
 };
 
 // Weights of one query over a piece of the chunk, relative to the nearest reference so far, which
-// comes from the minima of tiles and from earlier chunks. They are stored times `factor`, a power
-// of two with which no sum of M weighted values overflows.
+// comes from the minima of tiles and from earlier chunks. They are stored times `factor`, in halves
+// if HALVES.
+template <bool HALVES>
 __global__ void __launch_bounds__(kQueryThreads)
     weigh(const WeightLaw law, const double* radius, const Pairs pairs, int references,
           double floor, float factor, bool first_chunk, const QueryStates state,
@@ -87,7 +88,8 @@ __global__ void __launch_bounds__(kQueryThreads)
     float w = j < references ? law.weight(pairs.squared[place] - nearest, rate) : 0;
     sum += w;
     if (w < smallest) w = 0;
-    if (j < pairs.stride) out.weight[place] = w * factor;
+    if (j < pairs.stride)
+      out.weight[place] = HALVES ? float_of(both_halves(w * factor)) : w * factor;
     live += mark_live(out, query, pairs.stride, j, w != 0);
   }
   sum = over_warp(sum, Sum());

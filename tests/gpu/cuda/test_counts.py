@@ -251,17 +251,19 @@ def test_gradients_of_photographs(run):
 def test_counts_by_hand(run):
     """One block of 64 × 128 pairs with 96 features, and a sum of one stretch.
 
-    Its 8 warps have 16 references each, 3 panels, 8 groups of 8 queries and 6 products. It reads
+    Its 8 warps have 16 references each, 4 panels, the last of which is zero, 8 groups of 8
+    queries and 6 products. It reads
     128 rows, and twice 64 of float16 that are padded to 128 features, like the centre.
     """
     found = run(clusters(64, 128, 96), multiprocessors=1)
     shim = {one.name: one for one in found.shim}
     (block,) = shim["distances"].blocks
-    assert block.halves == 8 * 3 * 8 * 6
+    assert block.halves == 8 * 4 * 8 * 6
     assert block.copied == 128 * 96 * 4 + 64 * 2 * 128 * 2 + 128 * 4
     assert block.barriers == 2 + 3
     assert shim["weigh"].total.barriers == 64 * 3
     for block in shim["weighted_sum"].blocks:
-        panels = block.barriers - 4
-        assert block.tf32 == panels * 4 * 4 * 2 * 4 * 3  # warps, steps, features, queries, products
+        panels = block.barriers - 6
+        # warps, steps, features, queries, products
+        assert block.halves == panels * 4 * 2 * 2 * 4 * 3
     check(found)
