@@ -70,27 +70,29 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def run_kernel_tests(tmp_path_factory):
-    """run_kernel_tests(files, environment) → file → (process, log).
+    """run_kernel_tests(names, environment) → name → (process, log).
 
-    Starts one process for each file of tests/gpu, all at once.
+    Starts a process for each name, all at once: "shared" has the tests of tests/gpu itself, any
+    other name those of a folder in it. A process for each file would start torch more often.
     """
     started = []
 
-    def run(files, environment):
+    def run(names, environment):
         folder = tmp_path_factory.mktemp("output")
         command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
         running = {}
-        for file in files:
-            log = folder / file.replace(os.sep, "-")
+        for name in names:
+            log = folder / name
+            tests = ROOT / "tests" / "gpu" / ("" if name == "shared" else name)
             with log.open("w") as output:
                 process = subprocess.Popen(
-                    [*command, ROOT / "tests" / "gpu" / file],
+                    [*command, *sorted(tests.glob("test_*.py"))],
                     env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
             started.append(process)
-            running[file] = process, log
+            running[name] = process, log
         return running
 
     yield run
