@@ -19,7 +19,7 @@ COMMANDS = {
     "train": (
         "Train a network on the field of your data. Under torchrun its processes train together."
     ),
-    "sample": "Draw samples from a checkpoint.",
+    "sample": "Draw samples from a checkpoint, or from a network that comes with the package.",
     "evaluate": (
         "Measure samples, of a checkpoint or those in a file or folder, against held-out data."
     ),

@@ -70,27 +70,29 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def run_kernel_tests(tmp_path_factory):
-    """run_kernel_tests(files, environment) → file → (process, log).
+    """run_kernel_tests(names, environment) → name → (process, log).
 
-    Starts one process for each file of tests/gpu, all at once.
+    Starts a process for each name, all at once: "shared" has the tests of tests/gpu itself, any
+    other name those of a folder in it. A process for each file would start torch more often.
     """
     started = []
 
-    def run(files, environment):
+    def run(names, environment):
         folder = tmp_path_factory.mktemp("output")
         command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
         running = {}
-        for file in files:
-            log = folder / file.replace(os.sep, "-")
+        for name in names:
+            log = folder / name
+            tests = ROOT / "tests" / "gpu" / ("" if name == "shared" else name)
             with log.open("w") as output:
                 process = subprocess.Popen(
-                    [*command, ROOT / "tests" / "gpu" / file],
+                    [*command, *sorted(tests.glob("test_*.py"))],
                     env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
             started.append(process)
-            running[file] = process, log
+            running[name] = process, log
         return running
 
     yield run
@@ -159,22 +161,27 @@ def _wide(values):
     return values.detach().double().flatten(1).numpy().astype(np.longdouble)
 
 
-def _posterior(x, y, r, D):
-    """For one point: squared distances, probabilities, log-sum-exp."""
-    squared = np.square(x - y).sum(1)
+def _posterior(squared, N, r, D):
+    """For one point, from its squared distances: probabilities, log-sum-exp."""
     if math.isinf(D):
         scores = -squared / (2 * r * r)
     else:
-        scores = -(len(x) + np.longdouble(D)) / 2 * np.log(squared + r * r)
+        scores = -(N + np.longdouble(D)) / 2 * np.log(squared + r * r)
     weights = np.exp(scores - scores.max())
-    return squared, weights / weights.sum(), scores.max() + np.log(weights.sum())
+    return weights / weights.sum(), scores.max() + np.log(weights.sum())
+
+
+def _seen(p):
+    """Where probabilities do not underflow even in long double; a slice if that is everywhere."""
+    seen = p != 0
+    return slice(None) if seen.all() else seen
 
 
 def _tensor(values):
     return torch.from_numpy(np.asarray(values, dtype=np.float64))
 
 
-def _remembering(evaluate):
+def _remembering(evaluate, most=256):
     """The same function. It keeps its last results, because tests repeat calls for each backend and
     instruction set."""
     results = {}
@@ -188,12 +195,21 @@ def _remembering(evaluate):
     def remembered(*arguments):
         key = tuple(map(content, arguments))
         if key not in results:
-            if len(results) == 256:
+            if len(results) == most:
                 results.pop(next(iter(results)))
             results[key] = evaluate(*arguments)
         return results[key]
 
     return remembered
+
+
+def _all_squared_distances(x, references):
+    x, y = _wide(x), _wide(references)
+    return np.stack([np.square(point - y).sum(1) for point in x])
+
+
+# The same for all radii, D and upstreams.
+_squared_distances = _remembering(_all_squared_distances, most=8)
 
 
 @pytest.fixture(scope="session")
@@ -204,10 +220,16 @@ def oracle():
     """
 
     def evaluate(x, references, radius, D):
-        x, y = _wide(x.reshape(len(x), -1)), _wide(references.reshape(len(references), -1))
+        x, references = x.reshape(len(x), -1), references.reshape(len(references), -1)
+        y = _wide(references)
         radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
-        rows = [_posterior(point, y, r, D) for point, r in zip(x, radius, strict=True)]
-        return _tensor([p @ y for _, p, _ in rows]), _tensor([lse for _, _, lse in rows])
+        means, logsumexps = [], []
+        for squared, r in zip(_squared_distances(x, references), radius, strict=True):
+            p, lse = _posterior(squared, y.shape[1], r, D)
+            seen = _seen(p)
+            means.append(p[seen] @ y[seen])
+            logsumexps.append(lse)
+        return _tensor(means), _tensor(logsumexps)
 
     return _remembering(evaluate)
 
@@ -217,12 +239,16 @@ def oracle_gradients():
     """Flat gradients of Σ G·mean + Σ g lse in x, references and radius (spec, section 10)."""
 
     def evaluate(x, references, radius, D, G, g):
+        x, references = x.reshape(len(x), -1), references.reshape(len(references), -1)
+        of_pairs = _squared_distances(x, references)
         x, y, G = (_wide(v.reshape(len(v), -1)) for v in (x, references, G))
         radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
         grad_x, grad_y, grad_r = np.zeros_like(x), np.zeros_like(y), np.zeros(len(x))
         for b, r in enumerate(radius):
-            squared, p, _ = _posterior(x[b], y, r, D)
-            t = y @ G[b]
+            p, _ = _posterior(of_pairs[b], x.shape[1], r, D)
+            seen = _seen(p)
+            p, squared, near = p[seen], of_pairs[b, seen], y[seen]
+            t = near @ G[b]
             t += np.longdouble(g[b]) - p @ t
             if math.isinf(D):
                 c = -p * t / r**2
@@ -230,8 +256,8 @@ def oracle_gradients():
             else:
                 c = -(x.shape[1] + np.longdouble(D)) * p * t / (squared + r**2)
                 grad_r[b] = r * c.sum()
-            grad_x[b] = c @ (x[b] - y)
-            grad_y += np.outer(p, G[b]) - c[:, None] * (x[b] - y)
+            grad_x[b] = c @ (x[b] - near)
+            grad_y[seen] += np.outer(p, G[b]) - c[:, None] * (x[b] - near)
         return _tensor(grad_x), _tensor(grad_y), _tensor(grad_r)
 
     return _remembering(evaluate)

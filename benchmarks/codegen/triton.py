@@ -2,9 +2,10 @@
 
     python -m benchmarks.codegen.triton [--only SUBSTRING] [--capability 90] [--store]
 
-Compiles every variant that the kernel modules list for sm_80, sm_90 and sm_100, prints registers,
-spills, shared memory, matrix instructions and 16-byte loads, and ends with status 1 if a kernel
-spills, needs more shared memory than a block can have, or lacks instructions that it should have.
+Compiles every variant that the kernel modules list for sm_80, sm_90, sm_100 and sm_120, prints
+registers, spills, shared memory, matrix instructions and 16-byte loads, and ends with status 1 if a
+kernel spills, needs more shared memory than a block can have, or lacks instructions that it should
+have.
 ``--store`` keeps a row for each kernel and architecture in results/codegen_triton.json.
 """
 
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.codegen import summary
 from benchmarks.codegen.cuobjdump import instructions, is_matrix_instruction, read_usage
+from benchmarks.codegen.disassembly import disassemble, machine_code
 from benchmarks.common.commands import new_parser
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
@@ -48,7 +50,9 @@ MODULES = tuple(
         "weights",
     )
 )
-CAPABILITIES = (80, 90, 100)
+_ARCHITECTURES = {80: "80", 90: "90a", 100: "100a", 120: "120"}  # names for nvdisasm
+_SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB of a block, at most
+CAPABILITIES = tuple(_ARCHITECTURES)
 PROCESSES = 2
 
 _KIB = 1024
@@ -80,13 +84,25 @@ class Row(NamedTuple):
     problems: list[str]
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """One variant for one architecture."""
+
+    usage: str
+    """Its resources, as cuobjdump prints them."""
+    code: bytes
+    """Its instructions."""
+    shared: int
+    """Bytes of dynamic shared memory per block."""
+
+
 def shared_memory_limit(capability: int) -> int:
     """Bytes of shared memory that one block can have."""
-    return (163 if capability < 90 else 227) * _KIB
+    return _SHARED_MEMORY[capability] * _KIB
 
 
-def compile_variant(variant: Variant, capability: int) -> Figures:
-    """Compiles for sm_CAPABILITY and reads the machine code.
+def compile_variant(variant: Variant, capability: int) -> Compiled:
+    """Compiles for sm_CAPABILITY.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, under which Triton compiles nothing.
@@ -102,7 +118,9 @@ def compile_variant(variant: Variant, capability: int) -> Figures:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
-    return read_figures(dump_cubin(compiled.asm["cubin"]), compiled.metadata.shared, capability)
+    cubin = compiled.asm["cubin"]
+    usage = _cuobjdump(cubin, "--dump-resource-usage")
+    return Compiled(usage, machine_code(cubin), compiled.metadata.shared)
 
 
 def source_of(variant: Variant) -> Any:
@@ -131,12 +149,16 @@ def source_of(variant: Variant) -> Any:
 
 def dump_cubin(cubin: bytes) -> str:
     """What cuobjdump prints about a compiled kernel."""
+    return _cuobjdump(cubin, "--dump-resource-usage", "--dump-sass")
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(file)]
+        command = [knobs.nvidia.cuobjdump.path, *options, str(file)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -209,24 +231,56 @@ def smallest(variant: Variant) -> Variant:
     )
 
 
-def _row(module: str, place: int, capability: int) -> Row:
-    """Compiles a variant, given by its place in the module's list because kernels cannot be
-    pickled."""
-    variant = _variants(module)[place]
+class Job(NamedTuple):
+    """A variant, by its place in the module's list because kernels cannot be pickled."""
+
+    module: str
+    place: int
+    capability: int
+
+    @property
+    def variant(self) -> Variant:
+        return _variants(self.module)[self.place]
+
+
+def _compile(job: Job) -> Compiled | str:
+    """What a variant compiles to, or why it does not compile."""
     try:
-        figures = compile_variant(variant, capability)
+        return compile_variant(job.variant, job.capability)
     except Exception as error:  # a kernel that does not compile is a problem to report
-        reason = f"{type(error).__name__}: {error}"
-        found = [f"{variant.name} on sm_{capability} does not compile: {reason}"]
+        return f"{type(error).__name__}: {error}"
+
+
+def _row(job: Job, compiled: Compiled | str, code: str) -> Row:
+    module, _, capability = job
+    variant = job.variant
+    if isinstance(compiled, str):
+        found = [f"{variant.name} on sm_{capability} does not compile: {compiled}"]
         return Row(module, variant.name, capability, None, found)
+    figures = read_figures(compiled.usage + code, compiled.shared, capability)
     found = problems(variant, capability, figures)
     return Row(module, variant.name, capability, figures, found)
+
+
+def _disassembled(jobs: Sequence[Job], compiled: Sequence[Compiled | str]) -> list[str]:
+    """The instructions of each job, or "" where it does not compile."""
+    found = [""] * len(jobs)
+    for capability in {job.capability for job in jobs}:
+        codes = {
+            place: one.code
+            for place, (job, one) in enumerate(zip(jobs, compiled, strict=True))
+            if job.capability == capability and isinstance(one, Compiled)
+        }
+        texts = disassemble(list(codes.values()), _ARCHITECTURES[capability])
+        for place, text in zip(codes, texts, strict=True):
+            found[place] = text
+    return found
 
 
 def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "") -> list[Row]:
     """Compiles every variant whose name contains ``only``, in parallel."""
     jobs = [
-        (module, place, capability)
+        Job(module, place, capability)
         for module in modules
         for place, variant in enumerate(_variants(module))
         if only in variant.name
@@ -235,7 +289,8 @@ def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "")
     # Not by fork, because torch's threads do not survive it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, context) as pool:
-        return list(pool.map(_row, *zip(*jobs, strict=True))) if jobs else []
+        compiled = list(pool.map(_compile, jobs))
+    return list(map(_row, jobs, compiled, _disassembled(jobs, compiled)))
 
 
 def report(rows: list[Row]) -> str:

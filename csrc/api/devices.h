@@ -12,4 +12,12 @@ struct CudaDevices {
 
 CudaDevices cuda_devices();
 
+// Versions of CUDA as 1000 × major + 10 × minor.
+struct CudaVersions {
+  int runtime = 0;  // of the runtime in the extension; 0 if it was built without CUDA
+  int driver = 0;   // the newest that the driver supports; 0 without a driver
+};
+
+CudaVersions cuda_versions();
+
 }  // namespace pfgm

@@ -180,8 +180,10 @@ py::dict build_info() {
   info["compiler"] = PFGM_COMPILER;
 #ifdef PFGM_HAS_CUDA
   info["cuda_architectures"] = PFGM_CUDA_ARCHITECTURES;
+  info["cuda_driver"] = PFGM_CUDA_DRIVER;
 #else
   info["cuda_architectures"] = py::none();
+  info["cuda_driver"] = py::none();
 #endif
   return info;
 }
@@ -279,6 +281,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_devices", [] {
     const CudaDevices found = cuda_devices();
     return py::make_tuple(found.names, found.error);
+  });
+  module.def("cuda_versions", [] {
+    const CudaVersions found = cuda_versions();
+    return py::make_tuple(found.runtime, found.driver);
   });
   module.def("build_info", &build_info);
 }

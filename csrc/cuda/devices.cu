@@ -23,4 +23,12 @@ CudaDevices cuda_devices() {
   return found;
 }
 
+CudaVersions cuda_versions() {
+  CudaVersions found;
+  if (cudaRuntimeGetVersion(&found.runtime) != cudaSuccess) found.runtime = CUDART_VERSION;
+  if (cudaDriverGetVersion(&found.driver) != cudaSuccess) found.driver = 0;
+  cudaGetLastError();  // as above
+  return found;
+}
+
 }  // namespace pfgm

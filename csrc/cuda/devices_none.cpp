@@ -4,4 +4,6 @@ namespace pfgm {
 
 CudaDevices cuda_devices() { return {{}, "the extension was built without CUDA"}; }
 
+CudaVersions cuda_versions() { return {}; }
+
 }  // namespace pfgm

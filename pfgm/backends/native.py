@@ -26,6 +26,7 @@ from ..common.checks import (
 )
 from ..common.tensors import contiguous, contiguous_features
 from . import formulas
+from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from .weights import at_limit, check_singular, singular_message
@@ -135,11 +136,12 @@ def build_lines() -> list[str]:
     if _native is None:
         return ["extension  not built (PFGM_NATIVE=0)"]
     info = _native.build_info()
-    names, error = _native.cuda_devices()
     architectures = info["cuda_architectures"] or "none"
+    version, driver = _native.cuda_versions()
+    runtime = CudaRuntime(version, driver, info["cuda_driver"])
     return [
         f"extension  {info['compiler']}, CUDA architectures: {architectures}",
-        f"CUDA       {', '.join(names) or error}",
+        *cuda_lines(runtime, *_native.cuda_devices()),
     ]
 
 

@@ -19,6 +19,7 @@ from ..common.messages import print_result, unfailing_streams
 from ..training import Diverged
 from ..training.processes import ProcessLost
 from .convert import Convert
+from .defaults import without_none
 from .demo import Demo
 from .evaluate import Evaluate
 from .info import Info
@@ -84,13 +85,14 @@ def _parse(arguments: list[str]) -> Any:
         subcommand = tyro.conf.subcommand(name, default=default, constructor=kind)
         commands.append(Annotated[Any, subcommand])
     union: Any = functools.reduce(operator.or_, commands)
-    return tyro.cli(
-        union,
-        prog="pfgm",
-        description=_DESCRIPTION,
-        args=arguments,
-        config=(tyro.conf.DisallowNone,),  # None is a default, but not a value to type
-    )
+    with without_none():
+        return tyro.cli(
+            union,
+            prog="pfgm",
+            description=_DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.DisallowNone,),  # None is a default, but not a value to type
+        )
 
 
 def _check_values(arguments: list[str]) -> None:

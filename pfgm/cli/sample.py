@@ -1,4 +1,7 @@
-"""``pfgm sample``: draws samples from a checkpoint; writes an array, a picture or single images."""
+"""``pfgm sample``: draws samples from a checkpoint, or from a network that comes with the package.
+
+It writes an array, a picture or single images.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,14 @@ _DIGITS = 6  # of the numbers in the names of single images, at least
 
 @dataclass
 class Sample:
-    """Draw samples from a checkpoint."""
+    """Draw samples from a checkpoint, or from a network that comes with the package."""
 
     out: Path
     """A .npy file (float32, n first), a .png picture of all images, or a new folder for single
     images, 000000.png and so on."""
     checkpoint: Path | None = None
-    """A .safetensors file, or the folder of a run."""
+    """A .safetensors file of a run, of pfgm.save or of pfgm convert, or the folder of a run for its
+    newest checkpoint. Give either this or --pretrained."""
     pretrained: Literal["digits", "fashion-mnist"] | None = None
     """A network that comes with the package, in place of a checkpoint."""
     n: int = 64

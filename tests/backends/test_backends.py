@@ -28,6 +28,7 @@ from pfgm.backends import (
     requested,
     triton,
 )
+from pfgm.backends.cuda_driver import CudaRuntime, cuda_lines
 from pfgm.common.tensors import dequantise
 
 CPU = torch.device("cpu")
@@ -465,3 +466,62 @@ def assert_gradient(actual, expected, tolerance, part):
     rows = expected.norm(dim=1)
     floor = (expected.norm() / len(rows) ** 0.5).clamp(min=part)
     assert ((actual - expected).norm(dim=1) <= tolerance * torch.maximum(rows, floor)).all()
+
+
+# ---- the driver that the CUDA kernels need ----
+
+NEEDED = "CUDA       runtime 13.0, needs NVIDIA driver 580 or later; "
+
+
+@pytest.mark.parametrize(
+    ("runtime", "names", "error", "lines"),
+    [
+        ((13000, 0, "580"), [], "misleading", [f"{NEEDED}there is no NVIDIA driver"]),
+        (
+            (13000, 12080, "580"),
+            [],
+            "CUDA driver version is insufficient for CUDA runtime version",
+            [f"{NEEDED}the driver, for CUDA 12.8, is too old"],
+        ),
+        (
+            (13000, 13000, "580"),
+            ["NVIDIA H100 (sm_90)", "NVIDIA L4 (sm_89)"],
+            "",
+            [
+                f"{NEEDED}the driver, for CUDA 13.0, is new enough",
+                "GPUs       NVIDIA H100 (sm_90), NVIDIA L4 (sm_89)",
+            ],
+        ),
+        (
+            (13020, 13010, "580"),  # within a major version an older driver suffices
+            [],
+            "no CUDA-capable device is detected",
+            [
+                f"{NEEDED}the driver, for CUDA 13.1, is new enough".replace("13.0", "13.2"),
+                "GPUs       no CUDA-capable device is detected",
+            ],
+        ),
+        (
+            (14010, 13000, ""),
+            [],
+            "misleading",
+            [
+                "CUDA       runtime 14.1, needs an NVIDIA driver for CUDA 14 or later; the driver, "
+                "for CUDA 13.0, is too old"
+            ],
+        ),
+        ((0, 0, None), [], "built without CUDA", ["CUDA       built without CUDA"]),
+    ],
+)
+def test_info_says_which_driver_cuda_needs(runtime, names, error, lines):
+    assert cuda_lines(CudaRuntime(*runtime), names, error) == lines
+
+
+@native_only
+def test_the_extension_says_which_driver_its_runtime_needs():
+    version, _ = native.extension().cuda_versions()
+    info = native.extension().build_info()
+    assert (version == 0) == (info["cuda_architectures"] is None) == (info["cuda_driver"] is None)
+    if version // 1000 == 13:
+        assert info["cuda_driver"] == "580"
+    assert any(line.startswith("CUDA       ") for line in native.build_lines())

@@ -201,32 +201,46 @@ def test_a_sketch_of_other_references():
 # ---- values ----
 
 
+@functools.lru_cache(maxsize=256)  # the same for each instruction set
+def expected_at_edges(sizes, dtype, D):
+    x, references, sigma = problem(*sizes, dtype=dtype)
+    return forward(x.double(), references.double(), radius_of(sigma, D), D, reference)
+
+
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
 @pytest.mark.parametrize("sizes", EDGES)
 def test_forward_at_tile_edges(isa, sizes, D):
     for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-12)):
         x, references, sigma = problem(*sizes, dtype=dtype)
-        radius = radius_of(sigma, D)
-        expected = forward(x.double(), references.double(), radius, D, reference)
+        radius, expected = radius_of(sigma, D), expected_at_edges(sizes, dtype, D)
         assert_accurate(forward(x, references, radius, D), expected, references, tolerance)
+
+
+def edge_with_upstream(sizes, dtype, D):
+    """x, references, radius, D and the gradients of the mean and the log-sum-exp."""
+    x, references, sigma = problem(*sizes, dtype=dtype)
+    # The backward pass gets the mean in float32; its rounding is visible beside a small sigma.
+    sigma = sigma.clamp(min=0.05)
+    generator = torch.Generator().manual_seed(1)
+    G = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+    # The factor sigma² makes the score as large as the gradient of the mean.
+    g = sigma**2 * torch.randn(len(x), generator=generator, dtype=torch.float64)
+    return x, references, radius_of(sigma, D), D, G, g
+
+
+@functools.lru_cache(maxsize=128)  # the same for each instruction set
+def expected_gradients_at_edges(sizes, dtype, D):
+    x, references, radius, D, G, g = edge_with_upstream(sizes, dtype, D)
+    return backward(x.double(), references.double(), radius, D, G.double(), g, module=reference)
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.parametrize("sizes", EDGES)
 def test_backward_at_tile_edges(isa, sizes, D):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
-        x, references, sigma = problem(*sizes, dtype=dtype)
-        # The backward pass gets the mean in float32; its rounding is visible beside a small sigma.
-        sigma = sigma.clamp(min=0.05)
-        radius = radius_of(sigma, D)
-        generator = torch.Generator().manual_seed(1)
-        G = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
-        # The factor sigma² makes the score as large as the gradient of the mean.
-        g = sigma**2 * torch.randn(len(x), generator=generator, dtype=torch.float64)
-        expected = backward(
-            x.double(), references.double(), radius, D, G.double(), g, module=reference
-        )
-        for actual, wanted in zip(backward(x, references, radius, D, G, g), expected, strict=True):
+        expected = expected_gradients_at_edges(sizes, dtype, D)
+        results = backward(*edge_with_upstream(sizes, dtype, D))
+        for actual, wanted in zip(results, expected, strict=True):
             assert_gradient(actual, wanted, tolerance)
 
 

@@ -13,6 +13,7 @@ import torch
 
 import pfgm
 from pfgm import cli
+from pfgm.training import TrainConfig
 from pfgm.training.runs import RunConfig
 
 TRAIN = ["--steps", "12", "--batch-size", "16", "--references", "32", "--warmup", "2"]
@@ -238,6 +239,37 @@ def test_the_help_names_values_as_a_user_types_them(capsys):
     assert "--version" in capsys.readouterr().out
     start = cli._parse(["train", "--out", "x", "--multipliers", "1", "2", "--range", "0", "255"])
     assert (start.settings.multipliers, start.settings.range) == ((1, 2), (0.0, 255.0))
+
+
+def shown_help(capsys, *arguments):
+    """The help of a command as one line, without the frame."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main([*map(str, arguments), "--help"])
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "convert", "info"])
+def test_the_help_shows_no_default_where_there_is_none(command, capsys):
+    assert "None" not in shown_help(capsys, command)
+
+
+def test_the_help_shows_the_other_defaults(tmp_path, capsys):
+    shown = shown_help(capsys, "sample")
+    for part in ("Number of samples. (default: 64)", "(default: multistep)", "(default: auto)"):
+        assert part in shown
+    assert "By default any label. --guidance" in shown
+    assert "(required)" in shown
+    assert "(default: 0.9)" not in shown_help(capsys, "train")
+    RunConfig(training=TrainConfig(ema=0.9)).save(tmp_path / "recipe.json")
+    assert "(default: 0.9)" in shown_help(capsys, "train", "--config", tmp_path / "recipe.json")
+
+
+def test_the_help_of_sample_names_what_it_accepts(capsys):
+    shown = shown_help(capsys, "sample")
+    assert "from a checkpoint, or from a network that comes with the package" in shown
+    assert "pfgm convert" in shown
+    assert "the folder of a run" in shown
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -13,12 +13,7 @@ import pytest
 from pfgm.backends import native
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL_TESTS = ROOT / "tests" / "gpu"
-FILES = sorted(
-    str(path.relative_to(KERNEL_TESTS))
-    for pattern in ("test_*.py", "cuda/test_*.py")
-    for path in KERNEL_TESTS.glob(pattern)
-)
+NAMES = ("shared", "cuda")
 BUILD = ROOT / "build" / "cuda_shim"
 # The tools of the environment that runs the tests, activated or not.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -42,11 +37,11 @@ def build() -> Path:
 
 @pytest.fixture(scope="module")
 def running(run_kernel_tests):
-    """The running tests of the CUDA kernels, by file of tests/gpu."""
-    return run_kernel_tests(FILES, {"PFGM_CUDA_SHIM": str(build())})
+    """The running tests of the CUDA kernels."""
+    return run_kernel_tests(NAMES, {"PFGM_CUDA_SHIM": str(build())})
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_on_the_host(running, file):
-    process, output = running[file]
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_host(running, name):
+    process, output = running[name]
     assert process.wait() == 0, output.read_text()

@@ -6,17 +6,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-KERNEL_TESTS = Path(__file__).parents[1] / "gpu"
-FILES = sorted(
-    str(path.relative_to(KERNEL_TESTS))
-    for pattern in ("test_*.py", "triton/test_*.py")
-    for path in KERNEL_TESTS.glob(pattern)
-)
+NAMES = ("shared", "triton")
 triton_only = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
@@ -24,15 +18,15 @@ triton_only = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def running(run_kernel_tests):
-    """The running tests of the Triton kernels, by file of tests/gpu."""
-    return run_kernel_tests(FILES, {"TRITON_INTERPRET": "1"})
+    """The running tests of the Triton kernels."""
+    return run_kernel_tests(NAMES, {"TRITON_INTERPRET": "1"})
 
 
 @triton_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
-@pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter(running, file):
-    process, output = running[file]
+@pytest.mark.parametrize("name", NAMES)
+def test_in_the_interpreter(running, name):
+    process, output = running[name]
     assert process.wait() == 0, output.read_text()
 
 

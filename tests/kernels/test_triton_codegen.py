@@ -4,14 +4,17 @@ intended."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.codegen import cuobjdump, disassembly
 from benchmarks.codegen import triton as codegen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +138,10 @@ def test_flaws_are_found(flawed, kernel, words):
     assert problem.startswith(f"{kernel} on sm_90")
 
 
-@pytest.mark.parametrize(("capability", "limit"), [(80, 166912), (90, 232448), (100, 232448)])
+@pytest.mark.parametrize(
+    ("capability", "limit"),
+    [(80, 166912), (90, 232448), (100, 232448), (120, 101376)],
+)
 def test_shared_memory_has_a_limit(capability, limit):
     figures = codegen.Figures(64, 0, limit, {}, 1)
     variant = _variant()
@@ -175,6 +181,51 @@ DUMP = """
 def test_the_dump_is_read():
     figures = codegen.read_figures(DUMP, 4096, 90)
     assert figures == codegen.Figures(130, 24, 4160, {"HGMMA": 2, "UTCHMMA": 1}, 3)
+
+
+# ---- machine code -------------------------------------------------------------------------------
+
+NOP = bytes.fromhex("18790000000000000000000000c00f00")
+EXIT = bytes.fromhex("4d790000000000000000800300ea0f00")
+
+
+def elf(*kernels):
+    """An ELF file with these sections of machine code, after one of data."""
+    names = [b".nv.info", *(b".text.kernel%d" % i for i in range(len(kernels))), b".shstrtab"]
+    contents = [b"data", *kernels, b"\0".join([b"", *names, b""])]
+    *places, table = itertools.accumulate(map(len, contents), initial=64)
+    file = b"\x7fELF".ljust(40, b"\0") + struct.pack("<Q", table)
+    file = file.ljust(58, b"\0") + struct.pack("<3H", 64, len(names), len(names) - 1)
+    file += b"".join(contents)
+    for name, place, content in zip(names, places, contents, strict=True):
+        at = contents[-1].index(name)
+        file += struct.pack("<2I4Q2I2Q", at, 1, 0, 0, place, len(content), 0, 0, 1, 0)
+    return file
+
+
+def test_machine_code_is_found_in_a_cubin():
+    assert disassembly.machine_code(elf(EXIT + NOP)) == EXIT + NOP
+    for kernels in ((), (EXIT, NOP)):
+        with pytest.raises(ValueError, match=f"holds {len(kernels)} kernels"):
+            disassembly.machine_code(elf(*kernels))
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a", "100a", "120"])
+def test_kernels_are_disassembled_together(architecture):
+    texts = disassembly.disassemble([NOP + EXIT, NOP, EXIT + NOP + NOP], architecture)
+    assert [cuobjdump.instructions(text) for text in texts] == [
+        ["NOP", "EXIT"],
+        ["NOP"],
+        ["EXIT", "NOP", "NOP"],
+    ]
+    assert disassembly.disassemble([], architecture) == []
+
+
+def test_missing_instructions_are_noticed(monkeypatch):
+    shown = subprocess.CompletedProcess([], 0, "        /*0000*/    NOP ;\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: shown)
+    with pytest.raises(RuntimeError, match="prints 1 instructions of 2"):
+        disassembly.disassemble([NOP + NOP], "90a")
 
 
 def test_the_interpreter_is_refused(monkeypatch):

@@ -1,0 +1,52 @@
+"""Whether the NVIDIA driver is new enough for the CUDA runtime in the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["CudaRuntime", "cuda_lines"]
+
+
+class CudaRuntime(NamedTuple):
+    """The CUDA runtime in the extension, and the driver that it found.
+
+    Versions of CUDA are 1000 × major + 10 × minor.
+    """
+
+    version: int
+    """Of the runtime; 0 if the extension was built without CUDA."""
+    driver: int
+    """The newest version of CUDA that the driver supports; 0 without a driver."""
+    oldest_driver: str | None
+    """The oldest driver that can run the runtime, such as "580"; empty if the build knew none."""
+
+
+def cuda_lines(runtime: CudaRuntime, names: Sequence[str], error: str) -> list[str]:
+    """The lines of ``pfgm info`` about CUDA.
+
+    Args:
+        runtime: as the extension reports it.
+        names: of the GPUs that the runtime finds.
+        error: why it finds none.
+    """
+    found = ", ".join(names) or error
+    if not runtime.version:
+        return [f"CUDA       {found}"]
+    line = f"CUDA       runtime {_text(runtime.version)}, needs {_needed(runtime)}; "
+    if not runtime.driver:
+        return [f"{line}there is no NVIDIA driver"]
+    # Within a major version an older driver runs a newer runtime.
+    new_enough = runtime.driver // 1000 >= runtime.version // 1000
+    line += f"the driver, for CUDA {_text(runtime.driver)}, is "
+    return [f"{line}new enough", f"GPUs       {found}"] if new_enough else [f"{line}too old"]
+
+
+def _needed(runtime: CudaRuntime) -> str:
+    if runtime.oldest_driver:
+        return f"NVIDIA driver {runtime.oldest_driver} or later"
+    return f"an NVIDIA driver for CUDA {runtime.version // 1000} or later"
+
+
+def _text(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
