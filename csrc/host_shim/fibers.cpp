@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -182,6 +183,7 @@ Device device_now{4, 90, 232448};
 unsigned order = 0;
 std::uint64_t random_state = 0;
 std::vector<std::string> launched;
+std::atomic<bool> idle_now{false};
 
 const Launch* shape;
 const std::function<void()>* body;
@@ -558,6 +560,10 @@ void clear_launches() {
   const std::lock_guard<std::mutex> lock(mutex);
   launched.clear();
 }
+
+void set_idle(bool idle) { idle_now = idle; }
+
+bool idle() { return idle_now; }
 
 // ---- what kernels call ----------------------------------------------------------------------
 
