@@ -557,3 +557,16 @@ def test_support_is_asked_once(given, monkeypatch, direct_calls):
         call("field_fn", values)
     assert direct_calls == [True] * 3
     assert len(asked) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_another_device_than_the_current_one(given, by_operators, direct_calls, name):
+    values = [value.to("cuda:1") for value in given()]
+    found = call(name, values)
+    assert torch.cuda.current_device() == 0
+    assert direct_calls == [True]
+    assert_same(found, by_operators(lambda: call(name, values)))
+    on_the_first = values[1].to("cuda:0")
+    with pytest.raises(ValueError, match="must be on one device"):
+        pfgm.field_fn(values[0], 2.0, on_the_first, backend="native")
