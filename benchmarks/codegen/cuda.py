@@ -128,6 +128,8 @@ INTENTS = {
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),
     "merge_gradient": Intent(256, blocks=2),
+    "expand_level": Intent(128, blocks=2),
+    "find_step_levels": Intent(128, blocks=2),
     "reference_gradient": Intent(128, blocks=2, products=".TF32", copies=True),
     **{f"ode_step_kernel<{arguments}>": intent for arguments, intent in _BY_ROW.items()},
     **{f"normalised_field_kernel<{arguments}>": intent for arguments, intent in _BY_ROW.items()},

@@ -1,21 +1,27 @@
 """The host's time for a call, without the driver. Measured on the CPU; needs no GPU.
 
 Triton's kernels are launched into a driver that does nothing, so that only the Python code of the
-library and of Triton takes time. For CUDA kernels and plain torch the same calls run on the CPU
-with one query and one reference, so that computing takes no time. The driver's time for a launch is
-not measured and must be added.
+library and of Triton takes time. Calls of the native backend go the way to a GPU in an extension
+built with csrc/host_shim (``PFGM_CUDA_SHIM``), where launches do nothing, on tensors in CPU memory.
+Without that extension they are not measured. Plain torch runs on the CPU with one query and one
+reference, so that computing takes no time. The driver's time for a launch is not measured and must
+be added, and so are the calls of the CUDA runtime around the launches.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+
+import pfgm
+from benchmarks.common import cuda_shim
+from pfgm.backends import native_direct
 
 ROUNDS, CALLS = 15, 20
 DRIVER = 2.5e-6  # seconds that the driver takes for a launch; assumed
@@ -77,7 +83,10 @@ def no_driver() -> Iterator[None]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Processor time of a call in this thread: the median of rounds, after one untimed call."""
+    """Processor time of a call in this thread: the least of the rounds, after one untimed call.
+
+    Other work on the machine only adds to it.
+    """
     run()
     found = []
     for _ in range(ROUNDS):
@@ -85,11 +94,11 @@ def seconds(run: Callable[[], Any]) -> float:
         for _ in range(CALLS):
             run()
         found.append((time.thread_time() - started) / CALLS)
-    return statistics.median(found)
+    return float(f"{min(found):.3g}")
 
 
 def measure() -> dict[str, float]:
-    """Seconds of a call by each path."""
+    """Seconds of a call, by function and path."""
     from pfgm.kernels import posterior_mean as kernels
 
     x, radius, y = torch.randn(32, 64), torch.rand(32).double() + 0.5, torch.randn(256, 64)
@@ -97,17 +106,49 @@ def measure() -> dict[str, float]:
         with no_driver():
             triton = seconds(lambda: kernels.posterior_mean(x, y, radius, 1.0, "high"))
         return {
-            "triton": triton,
-            "native": seconds(_native(x, radius, y)),
-            "torch": seconds(_torch(x, radius, y)),
+            "posterior_mean, triton": triton,
+            **native_calls(x, radius.float(), y),
+            "posterior_mean, torch": seconds(_torch(x, radius, y)),
         }
 
 
-def _native(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
-    import pfgm
+@contextmanager
+def no_launches(path: str) -> Iterator[None]:
+    """Tensors count as being on a GPU, where the launches of the native backend do nothing."""
+    extension = cuda_shim.load(path)
+    extension.shim_idle(True)
+    with cuda_shim.in_place_of_a_gpu(extension):
+        yield
 
-    x, y, z = x[:1], y[:1], z[:1].float()
-    return lambda: pfgm.posterior_mean(x, y, r=z, return_logsumexp=True, backend="native")
+
+def native_calls(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """Seconds of calls of the native backend: each in one call of the extension, and one through
+    torch's operators, as where a gradient is wanted."""
+    if cuda_shim.PATH is None:
+        print("The native backend is not measured: PFGM_CUDA_SHIM is not set (see host.py).")
+        return {}
+    with no_launches(cuda_shim.PATH):
+        found = {f"{name}, native": seconds(call) for name, call in _calls(x, z, y).items()}
+        with mock.patch.object(native_direct, "enabled", False):
+            call = _calls(x, z, y)["field_fn"]
+            found["field_fn, native through torch's operators"] = seconds(call)
+    return found
+
+
+def _calls(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    field_x, field_z, before = torch.randn_like(x), -torch.rand(len(x)) - 0.1, torch.randn_like(x)
+    field, to, since = (x, field_x, field_z), z / 2, 2 * z
+    return {
+        "posterior_mean": lambda: pfgm.posterior_mean(x, y, r=z, return_logsumexp=True),
+        "field_fn": lambda: pfgm.field_fn(x, z, y),
+        "euler_step": lambda: pfgm.euler_step(*field, 2.0, 1.0),
+        "euler_step with levels in tensors": lambda: pfgm.euler_step(*field, z, to),
+        "heun_step": lambda: pfgm.heun_step(x, before, field_x, field_z, 2.0, 1.0),
+        "multistep_step": lambda: pfgm.multistep_step(*field, 2.0, 1.0, before, 4.0),
+        "multistep_step with levels in tensors": lambda: pfgm.multistep_step(
+            *field, z, to, before, since
+        ),
+    }
 
 
 def _torch(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:

@@ -120,12 +120,23 @@ def published_table(results: Results) -> str:
     return table([*header, "bound", "source"], rows)
 
 
+_HOST = (
+    "Nothing of it ran on a GPU. Triton: launches into a driver that does nothing. Native: the way "
+    "to a GPU in the extension built with csrc/host_shim, where launches do nothing, on tensors in "
+    "CPU memory; so torch's allocator is that of the CPU, and the calls of the CUDA runtime around "
+    "the launches are missing. torch: the same calls on the CPU, with one query and one reference."
+)
+
+
 def host_table(results: Results) -> str:
     rows = [[path, format_seconds(seconds)] for path, seconds in results["host"].items()]
     made = results["made"]["host"]
-    how = f"Measured on {made['processor']}, {made['date']}, as processor time of the thread."
+    how = (
+        f"Measured on {made['processor']}, {made['date']}, as processor time of the thread, the "
+        f"least of {host.ROUNDS} rounds of {host.CALLS} calls."
+    )
     driver = f"The driver is assumed to take {format_seconds(host.DRIVER)} more per launch."
-    return f"{table(['posterior_mean', 'a call'], rows)}\n\n{how} {driver}"
+    return f"{table(['', 'a call'], rows)}\n\n{how} {_HOST} {driver}"
 
 
 def report(results: Results) -> str:

@@ -1,6 +1,6 @@
 // The extension module pfgm._native: it takes raw addresses and sizes and returns a status. Only
-// pfgm/backends/native.py and native_direct.py call it, after checking every shape, type and
-// device.
+// pfgm/backends/native.py, native_direct.py and native_parts.py call it, after checking every
+// shape, type and device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -254,9 +254,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_problem", &cuda_problem);
   module.def("ode_step_cuda", &ode_step_cuda, released);
   module.def("normalised_field_cuda", &normalised_field_cuda, released);
+  bind_direct_cuda(module);
 #endif
 #ifdef PFGM_CUDA_SHIM
   module.def("shim_order", &shim::set_order);
+  module.def("shim_idle", &shim::set_idle);
   module.def("shim_device", &shim::set_device);
   module.def(
       "shim_limits",

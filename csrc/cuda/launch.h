@@ -25,62 +25,50 @@ struct Launch {
 }  // namespace pfgm
 #include "host_shim/stream.h"
 #else
+}  // namespace pfgm
+#include "cuda/current_device.h"
+#include "cuda/runtime.h"
 
-// A stream. Its device is current while this object lives, for torch as well, because runtimes
-// share the thread's context. Launching may load a kernel; the relaxed capture mode allows this
-// while a CUDA graph is captured.
+namespace pfgm {
+
+// A stream. Its device is current while this object lives. Launching may load a kernel; the relaxed
+// capture mode allows this while a CUDA graph is captured.
 class Stream {
  public:
   explicit Stream(const CudaPlace& place)
-      : stream_(reinterpret_cast<cudaStream_t>(place.stream)), device_(place.device) {
-    check("cudaGetDevice", cudaGetDevice(&before_));
-    if (before_ != device_) check("cudaSetDevice", cudaSetDevice(device_));
-    check("cudaThreadExchangeStreamCaptureMode", cudaThreadExchangeStreamCaptureMode(&mode_));
+      : current_(place.device),
+        stream_(reinterpret_cast<cudaStream_t>(place.stream)),
+        device_(place.device) {
+    check_runtime("cudaThreadExchangeStreamCaptureMode",
+                  cudaThreadExchangeStreamCaptureMode(&mode_));
   }
-  ~Stream() {
-    cudaThreadExchangeStreamCaptureMode(&mode_);
-    if (before_ != device_) cudaSetDevice(before_);
-  }
+  ~Stream() { cudaThreadExchangeStreamCaptureMode(&mode_); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
-  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  int multiprocessors() const { return multiprocessors_of(device_); }
   // The architecture that the kernel's code was compiled for, 90 for sm_90. It is older than the
   // device if the build has no code for the device's own architecture.
   template <class... Parameters>
   int architecture(const char* name, void (*kernel)(Parameters...)) const {
     cudaFuncAttributes attributes;
-    check(name, cudaFuncGetAttributes(&attributes, kernel));
+    check_runtime(name, cudaFuncGetAttributes(&attributes, kernel));
     return attributes.ptxVersion;
   }
 
   template <class... Parameters, class... Arguments>
   void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) const {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
-    prepare(shape, kernel);
+    if (shape.shared > kUnasked)
+      allow_shared_memory(shape.kernel, reinterpret_cast<const void*>(kernel), device_,
+                          shape.shared);
     const cudaLaunchConfig_t config = configuration(shape);
-    check(shape.kernel, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+    check_runtime(shape.kernel,
+                  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
 
  private:
-  static void check(const char* what, cudaError_t error) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // the runtime keeps it; a later launch must not report it
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
-
-  int attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, device_));
-    return value;
-  }
-
-  template <class Kernel>
-  static void prepare(const Launch& shape, Kernel* kernel) {
-    if (shape.shared > 48 * 1024)
-      check(shape.kernel, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               static_cast<int>(shape.shared)));
-  }
+  static constexpr std::size_t kUnasked = 48 << 10;  // bytes that every kernel may have
 
   cudaLaunchConfig_t configuration(const Launch& shape) const {
     cudaLaunchConfig_t config = {};
@@ -92,8 +80,9 @@ class Stream {
     return config;
   }
 
-  cudaStream_t stream_;
-  int device_, before_ = 0;
+  const CurrentDevice current_;
+  const cudaStream_t stream_;
+  const int device_;
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -192,6 +193,7 @@ std::uint64_t random_state = 0;
 std::vector<std::string> launched;
 bool counting = false;
 std::vector<LaunchCounts> counted;
+std::atomic<bool> idle_now{false};
 
 const Launch* shape;
 const std::function<void()>* body;
@@ -596,6 +598,10 @@ std::vector<LaunchCounts> count(bool on) {
   counting = on;
   return std::exchange(counted, {});
 }
+
+void set_idle(bool idle) { idle_now = idle; }
+
+bool idle() { return idle_now; }
 
 // ---- what kernels call ----------------------------------------------------------------------
 

@@ -58,6 +58,9 @@ void set_device(int multiprocessors, int capability, std::size_t shared_limit);
 std::vector<std::string> launches();
 void clear_launches();
 
+// From now on launches do nothing, or run. Without them only the host's work takes time.
+void set_idle(bool idle);
+
 enum class Call {
   none,
   syncthreads,

@@ -2,6 +2,7 @@
 // sanitizer. The order of threads and blocks must not change a bit.
 #include <algorithm>
 
+#include "api/levels.h"
 #include "api/normalised_field.h"
 #include "host_shim/intrinsics.h"
 #include "tests/problems.h"
@@ -260,6 +261,45 @@ void check_fields() {
     }
 }
 
+// ---- levels ---------------------------------------------------------------------------------
+
+// Three levels: a number, values of each type with a stride, and one value for all rows.
+void check_levels() {
+  constexpr Index kRows = 131;
+  Values doubles(2 * kRows);
+  std::vector<float> floats(3 * kRows);
+  for (Index i = 0; i < 2 * kRows; ++i) doubles[i] = 1 + 0.01 * static_cast<double>(i);
+  for (Index i = 0; i < 3 * kRows; ++i) floats[i] = 2 + 0.02f * static_cast<float>(i);
+  const Level z = {0, doubles.data(), Type::float64, 2};
+  const Level next = {0, floats.data(), Type::float32, 3};
+  const Level first = {0, floats.data(), Type::float32, 0}, number = {7, nullptr, Type(), 0};
+  const auto same = [](const std::string& what, double found, double wanted) {
+    if (found != wanted) fail(what + " differs");
+  };
+
+  Values radius(kRows), found(3 * kRows);
+  for (const Level& level : {z, next, first, number}) {
+    expand_level_cuda(level, 0.3, kRows, radius.data(), kPlace);
+    for (Index i = 0; i < kRows; ++i) {
+      const Index at = i * level.stride;
+      const double value = level.values == nullptr       ? level.number
+                           : level.type == Type::float64 ? doubles[at]
+                                                         : static_cast<double>(floats[at]);
+      same("an expanded level", radius[i], value * 0.3);
+    }
+  }
+  for (const Method method : {Method::euler, Method::heun, Method::multistep}) {
+    step_levels_cuda(method, z, next, number, kRows, found.data(), kPlace);
+    for (Index i = 0; i < kRows; ++i) {
+      const StepLevels wanted =
+          step_levels(method, doubles[2 * i], static_cast<double>(floats[3 * i]), 7);
+      same("z of a step", found[i], wanted.z);
+      same("toward of a step", found[kRows + i], wanted.toward);
+      same("blend of a step", found[2 * kRows + i], wanted.blend);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -276,5 +316,6 @@ int main() {
   }
   check_steps();
   check_fields();
-  std::printf("%d problems agree, and so do steps and fields\n", problems);
+  check_levels();
+  std::printf("%d problems agree, and so do steps, fields and levels\n", problems);
 }

@@ -100,6 +100,11 @@ def _on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def on_gpu(value: Tensor) -> bool:
+    """Whether a tensor is on a GPU that torch calls "cuda"."""
+    return value.is_cuda
+
+
 def _cuda_supports(
     device: torch.device, dtype: torch.dtype, references: torch.dtype | None
 ) -> str | None:
@@ -234,10 +239,16 @@ def check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius:
         raise MemoryError("posterior_mean needs a workspace that does not fit into memory.")
 
 
+def current_stream(device: torch.device) -> tuple[int, int]:
+    """The index of a GPU that holds a tensor, and the address of torch's current stream on it."""
+    index: int = device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
 def _place(device: torch.device) -> object:
     """A GPU and torch's current stream on it, in the form that the extension takes."""
-    stream = torch.cuda.current_stream(device)
-    return extension().CudaPlace(device=stream.device_index, stream=stream.cuda_stream)
+    index, stream = current_stream(device)
+    return extension().CudaPlace(device=index, stream=stream)
 
 
 def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None:

@@ -1,20 +1,25 @@
-"""posterior_mean, field_fn and the steps of the ODE, each in one call of the CPU kernels.
+"""posterior_mean, field_fn and the steps of the ODE, each in one call of the extension.
 
 The way through the operators of :mod:`pfgm.ops` lets torch differentiate, transform, trace and
 compile. On small tensors it takes many times as long as the kernels. The functions here take the
 same arguments and call the same kernels at once, where nothing needs the operators
 (:func:`pfgm.common.transforms.is_ordinary`). Everywhere else they return None: also where an
 argument is not allowed, so that only the other way has checks with messages.
+
+On a GPU, values are not checked and nothing waits for it. Levels in tensors on the GPU stay there.
+Under :func:`pfgm.debug_checks` the operators answer.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.checks import debugging
 from ..common.transforms import is_ordinary
 from . import native, requested
 
@@ -36,7 +41,9 @@ _SUBSTITUTIONS = ("exact", "published")
 _MAX_CHECKED = 1 << 16  # values that one thread checks sooner than torch's operators start
 
 
-def _sizes(x: Any, references: Any) -> tuple[int, int, int, int, int] | None:
+def _sizes(
+    x: Any, references: Any, gpu: torch.device | None, sketch_of: SketchOf | None
+) -> tuple[int, int, int, int, int] | None:
     """Both types, B, M and N of tensors that the kernels can read; None of anything else."""
     if type(x) is not Tensor or type(references) is not Tensor:
         return None
@@ -52,24 +59,30 @@ def _sizes(x: Any, references: Any) -> tuple[int, int, int, int, int] | None:
         or not references.is_contiguous()
     ):
         return None
-    B, values = shape[0], x.numel()
-    return (kind, reference_kind, B, of_references[0], values // B) if values else None
+    # A set on a GPU is computed in chunks, of which the results are merged.
+    if gpu is not None and (sketch_of is not None or not _runs_on(gpu, x.dtype, references.dtype)):
+        return None
+    B, M, values = shape[0], of_references[0], x.numel()
+    return (kind, reference_kind, B, M, values // B) if values and M else None
 
 
-def _level(value: Any, rows: int) -> float | tuple[int, int, int] | None:
-    """A level as the extension takes it: a number, or address, type and stride."""
+def _level(value: Any, B: int, dimensions: int) -> float | tuple[int, int, int] | None:
+    """A level of points (B, *S) as the extension takes it: a number, or address, type and stride.
+
+    A tensor is one value, (B,), or (B, 1, …, 1) with as many dimensions as the points.
+    """
     if type(value) is float:
         return value
     if type(value) is int:
         return float(value)
     if type(value) is not Tensor or (kind := _POINTS.get(value.dtype)) is None:
         return None
-    dimensions = value.ndim
-    if dimensions == 0:
+    own = value.ndim
+    if own == 0:
         return value.data_ptr(), kind, 0
-    if dimensions == 1 and value.numel() == rows:
-        return value.data_ptr(), kind, value.stride()[0]
-    return None
+    if value.numel() != B or not (own == 1 or (own == dimensions and value.shape[0] == B)):
+        return None
+    return value.data_ptr(), kind, 1 if value.is_contiguous() else value.stride()[0]
 
 
 def _sketch_address(sketch_of: SketchOf | None, x: Tensor, references: Tensor) -> int:
@@ -79,13 +92,34 @@ def _sketch_address(sketch_of: SketchOf | None, x: Tensor, references: Tensor) -
     return sketch.data_ptr()
 
 
-def _takes(backend: str | None, precision: str, *values: Any) -> bool:
+def _gpu_of(x: Any) -> torch.device | None:
+    """The GPU of a tensor; None for one in CPU memory, and for anything else."""
+    return x.device if type(x) is Tensor and native.on_gpu(x) else None
+
+
+def _takes(backend: str | None, precision: str, gpu: torch.device | None, *values: Any) -> bool:
     """Whether the kernels answer at once: for ordinary tensors and numbers."""
     if torch.compiler.is_compiling() or not enabled:
         return False
     # The extension looks at PFGM_BACKEND itself, in a tenth of the time that os.environ takes.
     name = backend or requested()
-    return (not name or name == "native") and precision in _PRECISIONS and is_ordinary(*values)
+    return (
+        (not name or name == "native")
+        and precision in _PRECISIONS
+        and (gpu is None or not debugging())
+        and is_ordinary(*values, gpu=gpu)
+    )
+
+
+@functools.cache
+def _runs_on(gpu: torch.device, dtype: torch.dtype, references: torch.dtype | None) -> bool:
+    """Whether the kernels can run on a GPU for points and references of these dtypes."""
+    return native.supports(gpu, dtype, references) is None
+
+
+def _allocator(gpu: torch.device) -> Callable[[int], Tensor]:
+    """A function that allocates a workspace of so many bytes."""
+    return functools.partial(torch.empty, dtype=torch.uint8, device=gpu)
 
 
 def posterior_mean(
@@ -101,29 +135,30 @@ def posterior_mean(
 ) -> tuple[Tensor, Tensor | None] | None:
     """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r, or σ at D = ∞, is the level
     times the factor."""
-    if not _takes(backend, precision, x, references, level):
+    gpu = _gpu_of(x)
+    if not _takes(backend, precision, gpu, x, references, level):
         return None
-    sizes = _sizes(x, references)
-    if sizes is None or sizes[3] == 0:
+    sizes = _sizes(x, references, gpu, sketch_of)
+    if sizes is None or (radius := _level(level, sizes[2], x.ndim)) is None:
         return None
-    radius = _level(level, sizes[2])
-    if radius is None:
-        return None
-    sketch = _sketch_address(sketch_of, x, references)
     mean = torch.empty_like(x)
     logsumexp = x.new_empty(sizes[2], dtype=torch.float64) if with_logsumexp else None
-    done = _native.direct_posterior_mean(
+    given = (
         *sizes,
         x.data_ptr(),
         references.data_ptr(),
-        sketch,
         radius,
         factor,
         D,
         mean.data_ptr(),
         0 if logsumexp is None else logsumexp.data_ptr(),
-        torch.get_num_threads(),
     )
+    if gpu is None:
+        sketch = _sketch_address(sketch_of, x, references)
+        done = _native.direct_posterior_mean(*given, sketch, torch.get_num_threads())
+    else:
+        place = native.current_stream(gpu)
+        done = _native.direct_posterior_mean_cuda(*given, *place, _allocator(gpu))
     return (mean, logsumexp) if done else None
 
 
@@ -137,27 +172,28 @@ def field(
     sketch_of: SketchOf | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """The normalised field v_x (B, *S) and v_z (B,), for a γ that is allowed."""
-    if not _takes(backend, precision, x, references, z):
+    gpu = _gpu_of(x)
+    if not _takes(backend, precision, gpu, x, references, z):
         return None
-    sizes = _sizes(x, references)
-    if sizes is None or sizes[3] == 0:
+    sizes = _sizes(x, references, gpu, sketch_of)
+    if sizes is None or (radius := _level(z, sizes[2], x.ndim)) is None:
         return None
-    radius = _level(z, sizes[2])
-    if radius is None:
-        return None
-    sketch = _sketch_address(sketch_of, x, references)
     field_x, field_z = torch.empty_like(x), x.new_empty(sizes[2])
-    done = _native.direct_field(
+    given = (
         *sizes,
         x.data_ptr(),
         references.data_ptr(),
-        sketch,
         radius,
         gamma,
         field_x.data_ptr(),
         field_z.data_ptr(),
-        torch.get_num_threads(),
     )
+    if gpu is None:
+        sketch = _sketch_address(sketch_of, x, references)
+        done = _native.direct_field(*given, sketch, torch.get_num_threads())
+    else:
+        place = native.current_stream(gpu)
+        done = _native.direct_field_cuda(*given, *place, _allocator(gpu))
     return (field_x, field_z) if done else None
 
 
@@ -187,13 +223,24 @@ def step(
     """
     gamma, z_exp, substitution = constants
     given = (x, slope, field_z, history, out, mean_out, gamma, z_exp, *levels)
-    if type(x) is not Tensor or type(slope) is not Tensor or not _takes(backend, "high", *given):
+    gpu = _gpu_of(x)
+    if (
+        type(x) is not Tensor
+        or type(slope) is not Tensor
+        or not _takes(backend, "high", gpu, *given)
+    ):
         return None
     shape, dtype = x.shape, x.dtype
     kind, values = _POINTS.get(dtype), x.numel()
-    if kind is None or values == 0 or substitution not in _SUBSTITUTIONS:
+    if (
+        kind is None
+        or values == 0
+        or not x.is_contiguous()
+        or substitution not in _SUBSTITUTIONS
+        or (gpu is not None and not _runs_on(gpu, dtype, None))
+    ):
         return None
-    for rows in (x, slope, history, out, mean_out):
+    for rows in (slope, history, out, mean_out):
         if rows is not None and (
             type(rows) is not Tensor
             or rows.dtype is not dtype
@@ -209,14 +256,15 @@ def step(
         or not field_z.is_contiguous()
     ):
         return None
-    found = [_level(level, B) for level in levels]
+    dimensions = len(shape)
+    found = [_level(level, B, dimensions) for level in levels]
     if None in found:
         return None
     result = torch.empty_like(x) if out is None else out
     mean = mean_out
     if with_mean and mean is None:
         mean = torch.empty_like(x)
-    done = _native.direct_step(
+    arguments = (
         method,
         kind,
         B,
@@ -231,8 +279,14 @@ def step(
         substitution == "exact",
         result.data_ptr(),
         0 if mean is None else mean.data_ptr(),
-        torch.get_num_threads(),
     )
+    if gpu is None:
+        done = _native.direct_step(*arguments, torch.get_num_threads())
+    else:
+        by_row = tuple in map(type, found)
+        levels_of_rows = torch.empty(3, B, dtype=torch.float64, device=gpu) if by_row else None
+        place = native.current_stream(gpu)
+        done = _native.direct_step_cuda(*arguments, *place, native.address(levels_of_rows))
     if not done:
         return None
     for written in (out, mean_out):

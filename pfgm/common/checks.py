@@ -199,7 +199,16 @@ def _device_reason(name: str, error: Exception) -> str:
 
 def checks_values(device: torch.device) -> bool:
     """Whether values on this device are checked: always on the CPU, see :func:`debug_checks`."""
-    return device.type == "cpu" or _debug
+    return _on_cpu(device) or _debug
+
+
+def debugging() -> bool:
+    """Whether values are checked on every device."""
+    return _debug
+
+
+def _on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def first_bad_row(values: Tensor) -> int | None:

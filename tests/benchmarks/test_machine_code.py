@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.codegen import cuda as codegen_cuda
+from benchmarks.common import cuda_shim
 from benchmarks.common.subjects import Case
 from benchmarks.gpu import measure as gpu_measure
 from benchmarks.gpu import report as gpu_report
@@ -24,6 +25,7 @@ from benchmarks.machine_code import (
     banks,
     data,
     devices,
+    host,
     kernels,
     launches,
     model,
@@ -729,6 +731,22 @@ def test_a_product_compiled_now():
     assert ideal == wavefronts
     assert unseen == 0
     assert 2 * 1024**3 / 312e12 < found["seconds"] < 10 * 2 * 1024**3 / 312e12
+
+
+# ---- the host -----------------------------------------------------------------------------------
+
+
+def test_native_calls_are_not_measured_without_the_build_for_the_host(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_shim, "PATH", None)
+    x = torch.zeros(2, 3)
+    assert host.native_calls(x, torch.ones(2), x) == {}
+    assert "PFGM_CUDA_SHIM is not set" in capsys.readouterr().out
+
+
+def test_the_least_of_the_rounds_counts():
+    calls = []
+    assert host.seconds(lambda: calls.append(0)) >= 0
+    assert len(calls) == host.ROUNDS * host.CALLS + 1
 
 
 # ---- the page -----------------------------------------------------------------------------------

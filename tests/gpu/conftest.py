@@ -7,19 +7,18 @@ tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.common import cuda_shim
 from pfgm.backends import native, native_direct, triton
 from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
 
-SHIM = os.environ.get("PFGM_CUDA_SHIM")
+SHIM = cuda_shim.PATH
 
 
 def backends() -> list[str]:
@@ -41,32 +40,26 @@ collect_ignore_glob = [
 ]
 
 
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_native", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session", autouse=True)
 def device():
     """A GPU, or the CPU in its place."""
     if SHIM is None:
         yield torch.device("cpu" if triton.interpreted() else "cuda")
         return
-    with pytest.MonkeyPatch.context() as patch:
-        extension = load(SHIM)
-        patch.setattr(native, "_native", extension)
-        patch.setattr(native, "_on_cuda", lambda device: True)
-        patch.setattr(native_direct, "enabled", False)  # it would call the kernels of the CPU
-        patch.setattr(native, "_place", lambda device: extension.CudaPlace(device=0, stream=0))
+    with cuda_shim.in_place_of_a_gpu(cuda_shim.load(SHIM)):
         yield torch.device("cpu")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=["direct", "operators"] if "native" in BACKENDS else ["operators"])
+def way(request, monkeypatch):
+    """The native backend's two ways: one call of the extension, and torch's operators."""
+    if request.param == "operators":
+        monkeypatch.setattr(native_direct, "enabled", False)
     return request.param
 
 
@@ -84,7 +77,9 @@ def shim():
         limits=module.shim_limits,
         launches=module.shim_launches,
         counts=module.shim_counts,
+        idle=module.shim_idle,
     )
+    module.shim_idle(False)
     module.shim_order(0)
     module.shim_device(4, 90, 227 << 10)
     module.shim_limits()

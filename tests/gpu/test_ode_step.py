@@ -11,6 +11,8 @@ import pfgm
 from pfgm.backends.problems import OdeStep
 from pfgm.ops.ode_step import flat_arguments
 
+pytestmark = pytest.mark.usefixtures("way")
+
 # Rounding of a factor, of a product and of a sum in float32: 6e-8 of the largest term each.
 TOLERANCE = 4e-7
 

@@ -197,6 +197,7 @@ def test_opcheck(op, backend, wanted):
     torch.library.opcheck(torch.ops.pfgm.posterior_mean, (*arguments, 1.0, backend))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("sizes", [(5, 17, 9), (20, 40, 520)])
 def test_field_fn_and_log_density_differentiate(op, backend, sizes):
     x, references, sigma = op.problem(*sizes)
@@ -210,6 +211,7 @@ def test_field_fn_and_log_density_differentiate(op, backend, sizes):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4 * results[1].abs().max().item())
 
 
+@pytest.mark.usefixtures("way")
 def test_a_second_derivative_raises(op, backend):
     x, references, sigma = op.problem(3, 5, 4)
     mean = pfgm.posterior_mean(x.requires_grad_(), references, sigma=sigma, backend=backend)
@@ -218,6 +220,7 @@ def test_a_second_derivative_raises(op, backend):
         grad.sum().backward()
 
 
+@pytest.mark.usefixtures("way")
 def test_field_fn_in_a_compiled_function(op, backend):
     x, references, sigma = op.problem(5, 17, 9)
 
@@ -232,6 +235,7 @@ def test_field_fn_in_a_compiled_function(op, backend):
     torch.testing.assert_close(field_z.double(), expected_z, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("sizes", [(5, 70, 33), (40, 150, 97), (40, 150, 520)])
 def test_field_fn_in_a_cuda_graph(op, backend, sizes):

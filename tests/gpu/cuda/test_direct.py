@@ -1,0 +1,572 @@
+"""Calls of the CUDA kernels without the operators: when they are made, and that they agree."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pfgm
+from pfgm.backends import native, native_direct
+
+FUNCTIONS = ("field_fn", "posterior_mean", "euler_step", "heun_step", "multistep_step")
+STEPS = FUNCTIONS[2:]
+B = 5
+
+
+@pytest.fixture
+def backend():
+    return "native"
+
+
+@pytest.fixture
+def given(device):
+    """A function that returns points, references, predicted, field_x, field_z and a mean."""
+
+    def make(shape=(3,), rows=B, references=9, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        x, predicted, slope, before = (
+            torch.randn(rows, *shape, generator=generator) for _ in range(4)
+        )
+        y = torch.randn(references, *shape, generator=generator)
+        field_z = -torch.rand(rows, generator=generator) - 0.1
+        values = (x, y, predicted, 0.3 * slope, field_z, before)
+        return [value.to(device, dtype) for value in values]
+
+    return make
+
+
+def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
+    """A function of the package on these inputs, as a tuple of tensors."""
+    x, references, predicted, slope, field_z, before = given
+    arguments = {
+        "field_fn": (x, z, references),
+        "posterior_mean": (x, references),
+        "euler_step": (x, slope, field_z, z, z_next),
+        "heun_step": (x, predicted, slope, field_z, z, z_next),
+        "multistep_step": (x, slope, field_z, z, z_next, before, z_previous),
+    }[name]
+    options = {"backend": "native"} | options | ({"r": z} if name == "posterior_mean" else {})
+    found = getattr(pfgm, name)(*arguments, **options)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.fixture
+def direct_calls(monkeypatch):
+    """The answers of the direct way: True for each call that it answered."""
+    answers = []
+
+    def watched(function):
+        def call(*arguments):
+            found = function(*arguments)
+            answers.append(found is not None)
+            return found
+
+        return call
+
+    for name in ("posterior_mean", "field", "step"):
+        monkeypatch.setattr(native_direct, name, watched(getattr(native_direct, name)))
+    return answers
+
+
+@pytest.fixture
+def by_operators(monkeypatch):
+    """A function that calls another one with the direct way closed."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(native_direct, "enabled", False)
+            return function()
+
+    return run
+
+
+def assert_same(found, expected):
+    """The same bits, where NaN is NaN."""
+    for value, wanted in zip(found, expected, strict=True):
+        assert value.dtype == wanted.dtype
+        assert value.device == wanted.device
+        torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(name, found, expected):
+    """The same bits, but for logarithms of levels in tensors: torch's may differ by a last bit."""
+    if name != "multistep_step":
+        return assert_same(found, expected)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=3e-7, atol=1e-6)
+
+
+# ---- results ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5, 5), (700,)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_both_ways_give_the_same_bits(given, by_operators, direct_calls, name, shape):
+    values = given(shape)
+    found = call(name, values)
+    assert direct_calls == [True]
+    assert_same(found, by_operators(lambda: call(name, values)))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (20, 70, 64), (33, 129, 40)])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str
+)
+def test_references_of_every_dtype(given, by_operators, direct_calls, sizes, precision, dtype):
+    rows, references, features = sizes
+    values = given((features,), rows, references)
+    values[1] = (100 * values[1].abs()).to(dtype)
+
+    def both():
+        options = {"precision": precision}
+        mean = call("posterior_mean", values, return_logsumexp=True, **options)
+        return *mean, *call("field_fn", values, **options)
+
+    found = both()
+    assert direct_calls == [True, True]
+    assert_same(found, by_operators(both))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", ["number", "rows"])
+@pytest.mark.parametrize(("level", "D"), [("r", 1), ("r", 4.5), ("sigma", 1.0), ("sigma", 128)])
+def test_the_log_sum_exp(given, device, by_operators, direct_calls, level, D, form):
+    x, references = given()[:2]
+    value = 0.7 if form == "number" else torch.linspace(0.1, 1, B, device=device)
+
+    def both():
+        options = {level: value, "D": D, "return_logsumexp": True, "backend": "native"}
+        return pfgm.posterior_mean(x, references, **options)
+
+    found = both()
+    assert direct_calls == [True]
+    assert found[1].dtype == torch.float64
+    assert_same(found, by_operators(both))
+
+
+def levels(form, shape, device):
+    """z, z_next and z_previous of one form."""
+
+    def level(value):
+        if form == "int":
+            return int(value)
+        if form in ("0-d float32", "0-d float64"):
+            return torch.tensor(value, dtype=getattr(torch, form[4:]), device=device)
+        if form == "every other":
+            return torch.linspace(value, 1.1 * value, 2 * B, device=device)[::2]
+        if form == "expanded":
+            return torch.full((1,), value, device=device).expand(B)
+        rows = torch.linspace(value, 1.1 * value, B, dtype=torch.float64, device=device)
+        if form == "a 1 for each dimension":
+            return rows.float().view(B, *[1] * len(shape))
+        return rows if form == "float64" else rows.float()
+
+    found = {"z": level(3.0), "z_next": level(2.0), "z_previous": level(4.0)}
+    return found | {"z": 3.0, "z_previous": 4} if form == "some are numbers" else found
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "form",
+    [
+        "int", "float32", "float64", "0-d float32", "0-d float64", "every other", "expanded",
+        "a 1 for each dimension", "some are numbers",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(3,), (2, 5, 5)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_levels_of_every_form(given, device, by_operators, direct_calls, name, shape, form):
+    values, forms = given(shape), levels(form, shape, device)
+    found = call(name, values, **forms)
+    assert direct_calls == [True]
+    assert_close(name, found, by_operators(lambda: call(name, values, **forms)))
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
+def test_levels_of_many_rows(given, device, by_operators, rows):
+    values = given((2,), rows)
+    z = torch.logspace(-2, 2, rows, dtype=torch.float64, device=device)
+    for name in FUNCTIONS:
+        found, expected = (
+            run(lambda name=name: call(name, values, z, z / 2, 2 * z))
+            for run in (lambda function: function(), by_operators)
+        )
+        assert_close(name, found, expected)
+
+
+def test_which_kernels_run(given, shim, device, direct_calls):
+    """Levels in tensors are computed on the GPU, in one launch."""
+    mean = ["differences", "find_limits", "refine", "weigh", "weighted_sum", "merge"]
+    z = torch.full((B,), 2.0, device=device)
+    for name in FUNCTIONS:
+        for rows in (False, True):
+            shim.launches()
+            call(name, given(), *((z, z / 2, 2 * z) if rows else ()))
+            expected = {
+                "field_fn": ["expand_level", *mean, "normalised_field"],
+                "posterior_mean": ["expand_level", *mean],
+            }.get(name, ["find_step_levels", "ode_step"] if rows else ["ode_step"])
+            assert shim.launches() == expected
+    assert all(direct_calls)
+
+
+def test_launches_that_do_nothing(given, shim):
+    """With them the host's time is measured (benchmarks/machine_code/host.py)."""
+    values = given()
+    out = torch.full_like(values[0], 7.0)
+    shim.idle(True)
+    shim.launches()
+    call("euler_step", values, out=out)
+    assert shim.launches() == []
+    assert (out == 7).all()
+    shim.idle(False)
+    call("euler_step", values, out=out)
+    assert shim.launches() == ["ode_step"]
+
+
+def test_nothing_waits_for_the_gpu(given, device):
+    if device.type != "cuda":
+        pytest.skip("only a GPU can be waited for")
+    values, z = given(), torch.full((B,), 2.0, device=device)
+    z_next, z_previous = z / 2, 2 * z
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for name in FUNCTIONS:
+            call(name, values, z, z_next, z_previous)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bad_levels_in_tensors_give_what_the_operators_give(
+    given, device, by_operators, direct_calls, name, bad
+):
+    values = given()
+    for key in ("z", "z_next", "z_previous"):
+        forms = levels("float64", (3,), device)
+        forms[key][2] = bad
+        found = call(name, values, **forms)
+        expected = by_operators(lambda forms=forms: call(name, values, **forms))
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=3e-7, atol=1e-6, equal_nan=True)
+            assert value[[0, 1, 3, 4]].isfinite().all()
+    assert any(direct_calls)
+
+
+def test_a_previous_level_equal_to_the_level(given, device):
+    """The result is NaN or infinite, in that row."""
+    forms = levels("float32", (3,), device)
+    forms["z_previous"][2] = forms["z"][2]
+    result, _ = call("multistep_step", given(), **forms)
+    assert not result[2].isfinite().any()
+    assert result[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_values_that_are_not_finite_stay_in_their_row(given, direct_calls):
+    values = given()
+    values[0][2, 1] = math.nan
+    for name in ("field_fn", "posterior_mean"):
+        mean = call(name, values)[0]
+        assert mean[2].isnan().all()
+        assert mean[[0, 1, 3, 4]].isfinite().all()
+    assert direct_calls == [True, True]
+
+
+# ---- where the operators are needed ----------------------------------------------------------
+
+
+class Doubled(torch.Tensor):
+    """A subclass of the tensor."""
+
+
+class Seeing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.seen = True
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gradient_takes_the_operators(given, direct_calls, name):
+    values = given()
+    values[0].requires_grad_()
+    assert call(name, values)[0].requires_grad
+    with torch.no_grad():
+        call(name, values)
+    values[0].requires_grad_(False)
+    if name != "posterior_mean":
+        level = torch.tensor(2.0, device=values[0].device, requires_grad=True)
+        assert call(name, values, z=level)[0].requires_grad
+        assert direct_calls == [False, True, False]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_modes_and_transforms_take_the_operators(given, direct_calls, name):
+    values = given()
+    mode = Seeing()
+    with mode:
+        call(name, values)
+    assert mode.seen
+    with BaseTorchFunctionMode():
+        call(name, values)
+    with forward_ad.dual_level():
+        call(name, values)
+    torch.set_autocast_enabled("cuda", True)  # as torch.autocast does where there is a GPU
+    try:
+        call(name, values)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    torch.func.vmap(lambda x: call(name, (x[None], *values[1:2], *(v[:1] for v in values[2:]))))(
+        values[0]
+    )
+    call(name, (values[0].as_subclass(Doubled), *values[1:]))
+    assert direct_calls == [False] * 6
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_compiled_graph_holds_the_operators(given, name):
+    values = given()
+    compiled = torch.compile(
+        lambda *values: call(name, values), fullgraph=True, backend="aot_eager"
+    )
+    assert_same(compiled(*values), call(name, values))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_other_backends_are_not_preempted(given, monkeypatch, direct_calls, name):
+    values = given()
+    call(name, values, backend="reference")
+    with pfgm.use_backend("reference"):
+        call(name, values, backend=None)
+    monkeypatch.setenv("PFGM_BACKEND", "reference")
+    call(name, values, backend=None)
+    monkeypatch.setenv("PFGM_BACKEND", "native")
+    call(name, values, backend=None)
+    assert direct_calls == [False, False, False, True]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_debug_checks_take_the_operators(given, device, direct_calls, name):
+    values = given()
+    with pfgm.debug_checks():
+        call(name, values)
+        with pytest.raises(ValueError, match=r"is -1\.0"):
+            call(name, values, torch.full((B,), -1.0, device=device))
+    assert direct_calls == [False, False]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_unusual_tensors_take_the_operators(given, device, direct_calls, name):
+    values = given()
+    expected = call(name, values)
+    x = values[0]
+    for unusual in (
+        torch._neg_view(-x),
+        torch.stack([x, x], -1)[..., 0],
+        torch.stack([x, x], 1)[:, 0],
+        x.t().contiguous().t(),
+    ):
+        assert_same(call(name, (unusual, *values[1:])), expected)
+    zeros = call(name, (torch._efficientzerotensor(B, 3, device=device), *values[1:]))
+    assert_same(zeros, call(name, (torch.zeros(B, 3, device=device), *values[1:])))
+    assert direct_calls == [True, False, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_other_dtypes_of_points(given, by_operators, direct_calls, name):
+    for dtype in (torch.float16, torch.bfloat16):
+        values = given(dtype=dtype)
+        assert_same(call(name, values), by_operators(lambda values=values: call(name, values)))
+    with pytest.raises(pfgm.backends.Unavailable, match="float32 on a GPU"):
+        call(name, given(dtype=torch.float64))
+    assert not any(direct_calls)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_empty_batch(given, direct_calls, name):
+    found = call(name, given(rows=0))
+    assert found[0].shape == (0, 3)
+    assert direct_calls == [False]
+
+
+@pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
+def test_a_set_takes_the_operators(given, direct_calls, name):
+    """Its chunks have results of their own, which are merged."""
+    values = given()
+    values[1] = pfgm.ReferenceSet(values[1])
+    call(name, values)
+    assert direct_calls == [False]
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+def error_of(function):
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as found:
+        function()
+    return found.type, str(found.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"z": -1.0},
+        {"z": math.nan},
+        {"z_next": -1},
+        {"z_previous": 2.0},
+        {"z": "rows"},
+        {"z": "bool"},
+        {"z": "(1, B)"},
+        {"z": None},
+        {"gamma": -1.0},
+        {"gamma": math.inf},
+        {"substitution": "fast"},
+        {"D": 0.0},
+        {"precision": "low"},
+        {"backend": "fast"},
+        {"x": "shape"},
+        {"x": "int"},
+        {"x": "list"},
+        {"references": "shape"},
+        {"references": "none"},
+        {"references": "int"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_errors_are_those_of_the_operators(given, device, by_operators, name, changed):
+    values, options = given(), dict(changed)
+    x, references = values[:2]
+    values[0] = {"shape": x[:, :2], "int": x.int(), "list": x.tolist()}.get(
+        options.pop("x", None), x
+    )
+    values[1] = {
+        "shape": references[:, :2], "none": references[:0], "int": references.int(),
+    }.get(options.pop("references", None), references)  # fmt: skip
+    tensors = {
+        "rows": torch.ones(B - 1, device=device),
+        "bool": torch.ones(B, dtype=torch.bool, device=device),
+        "(1, B)": torch.ones(1, B, device=device),
+    }
+    options = {key: tensors.get(value, value) for key, value in options.items()}
+
+    def outcome():
+        try:
+            return call(name, values, **options)
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            return type(error), str(error)
+
+    found, expected = outcome(), by_operators(outcome)
+    if isinstance(expected[0], torch.Tensor):
+        assert_same(found, expected)  # the function has no such argument, or allows the value
+    else:
+        assert found == expected
+
+
+# ---- steps into given memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_out_is_written_and_marked(given, device, direct_calls, name, rows):
+    values, forms = given(), levels("float32", (3,), device) if rows else {}
+    expected = call(name, values, **forms)
+    out = torch.empty_like(values[0])
+    version = out._version
+    found = call(name, values, out=out, **forms)
+    assert found[0] is out
+    assert torch.equal(out, expected[0])
+    assert out._version > version
+    in_place = call(name, values, out=values[0], **forms)
+    assert in_place[0] is values[0]
+    assert torch.equal(values[0], expected[0])
+    assert direct_calls == [True] * 3
+
+
+def test_an_output_that_overlaps_an_input_in_part(given, device, direct_calls):
+    x, _, _, slope, field_z, _ = given()
+    law = {"backend": "native"}
+    expected = pfgm.euler_step(x, slope, field_z, 2.0, 1.0, **law)
+    memory = torch.empty(6, 3, device=device)
+    memory[:5] = slope
+    found = pfgm.euler_step(x, memory[:5], field_z, 2.0, 1.0, out=memory[1:], **law)
+    assert torch.equal(found, expected)
+    memory = torch.cat([field_z, torch.zeros(10, device=device)])
+    found = pfgm.euler_step(x, slope, memory[:5], 2.0, 1.0, out=memory.view(5, 3), **law)
+    assert torch.equal(found, expected)
+    assert direct_calls == [True, False, False]
+
+
+def test_an_output_that_overlaps_a_level(given, device, direct_calls):
+    """Levels are read before the step is written."""
+    x, _, _, slope, field_z, _ = given()
+    z = torch.linspace(2, 3, B, device=device)
+    expected = pfgm.euler_step(x, slope, field_z, z, 1.0, backend="native")
+    memory = torch.cat([z, torch.zeros(10, device=device)])
+    out = memory.view(5, 3)
+    pfgm.euler_step(x, slope, field_z, memory[:5], 1.0, out=out, backend="native")
+    assert torch.equal(out, expected)
+    assert direct_calls == [True, True]
+
+
+def test_a_mean_that_overlaps_out_is_refused(given, device, by_operators):
+    x, _, _, slope, field_z, _ = given()
+    memory = torch.empty(6, 3, device=device)
+
+    def step():
+        given = {"return_mean": True, "out": memory[:5], "mean_out": memory[1:]}
+        pfgm.euler_step(x, slope, field_z, 2.0, 1.0, backend="native", **given)
+
+    assert error_of(step) == by_operators(lambda: error_of(step))
+
+
+def test_in_inference_mode(given, direct_calls):
+    with torch.inference_mode():
+        values = given()
+        call("euler_step", values, out=torch.empty_like(values[0]))
+    assert direct_calls == [True]
+
+
+def test_a_workspace_is_not_used_by_two_calls(given, by_operators):
+    """Calls one after the other with different sizes; their workspaces may share memory."""
+    sizes = [(5, 9), (40, 70), (3, 200), (40, 70)]
+    values = [given((33,), rows, references) for rows, references in sizes]
+    found = [call("field_fn", each) for each in values]
+    expected = by_operators(lambda: [call("field_fn", each) for each in values])
+    for one, wanted in zip(found, expected, strict=True):
+        assert_same(one, wanted)
+
+
+# ---- the GPU ---------------------------------------------------------------------------------
+
+
+def test_support_is_asked_once(given, monkeypatch, direct_calls):
+    values, asked = given(), []
+    supports = native.supports
+    monkeypatch.setattr(native, "supports", lambda *given: asked.append(given) or supports(*given))
+    native_direct._runs_on.cache_clear()
+    for _ in range(3):
+        call("field_fn", values)
+    assert direct_calls == [True] * 3
+    assert len(asked) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_another_device_than_the_current_one(given, by_operators, direct_calls, name):
+    values = [value.to("cuda:1") for value in given()]
+    found = call(name, values)
+    assert torch.cuda.current_device() == 0
+    assert direct_calls == [True]
+    assert_same(found, by_operators(lambda: call(name, values)))
+    on_the_first = values[1].to("cuda:0")
+    with pytest.raises(ValueError, match="must be on one device"):
+        pfgm.field_fn(values[0], 2.0, on_the_first, backend="native")
