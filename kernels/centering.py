@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import load_references, scale_to
-from .problem import Problem, padded
+from .launching import Launcher
+from .problem import Problem, cdiv, padded
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
@@ -21,6 +22,7 @@ SAMPLES = tl.constexpr(16)  # references whose mean is the centre
 # outside of the sample may be larger by 2^11.
 QUERY_POWER = tl.constexpr(12)
 REFERENCE_POWER = tl.constexpr(4)
+CENTER = Config({})
 SPLIT = Config({"BLOCK": 1024})
 
 
@@ -108,6 +110,9 @@ def split_rows(
 
 # ---- launches ---------------------------------------------------------------------------------
 
+_FEATURES: int = CENTER_FEATURES.value
+_find_center, _split_rows = Launcher(find_center), Launcher(split_rows)
+
 
 class Parts(NamedTuple):
     """Rows as two float16 parts, times a power of two."""
@@ -123,24 +128,19 @@ class Centered:
 
     def __init__(self, problem: Problem, x: Tensor, upstream: Tensor | None, norms: Tensor) -> None:
         N, references = problem.features, problem.references
-        self.width = padded(N)
-        self.norms = norms
-        features = CENTER_FEATURES.value
-        portion = -(-self.width // CENTER_PROGRAMS // features) * features
-        self.programs = -(-self.width // portion)
-        self.center, self.scaled_center = x.new_empty(self.width), x.new_empty(self.width)
-        self.spread = x.new_empty(self.programs)
-        self.scale = x.new_empty(1)
-        find_center[(self.programs,)](
-            references,
-            self.center,
-            self.spread,
-            len(references),
-            N,
-            references.stride(0),
-            self.width,
-            portion,
-            num_warps=4,
+        self.width, self.norms = padded(N), norms
+        portion = cdiv(cdiv(self.width, CENTER_PROGRAMS), _FEATURES) * _FEATURES
+        self.programs = cdiv(self.width, portion)
+        empty = x.new_empty
+        self.center, self.scaled_center = empty(self.width), empty(self.width)
+        self.spread, self.scale = empty(self.programs), empty(1)
+        _find_center(
+            (self.programs, 1, 1),
+            (references, self.center, self.spread),
+            (problem.count, N, references.stride(0), self.width, portion),
+            (),
+            (),
+            CENTER,
         )
         self.queries = self._split(x, N, centered=True)
         self.upstream = self.queries
@@ -148,24 +148,26 @@ class Centered:
             self.upstream = self._split(upstream, N, centered=False)
 
     def _split(self, x: Tensor, N: int, centered: bool) -> Parts:
-        high, low = (x.new_empty(len(x), self.width, dtype=torch.float16) for _ in range(2))
-        parts = Parts(high, low, torch.empty_like(self.norms))
-        split_rows[(len(x),)](
-            x,
-            self.center,
-            self.spread,
-            *parts[:2],
-            self.norms,
-            parts.units,
-            self.scale,
-            self.scaled_center,
-            N,
-            x.stride(0),
-            self.width,
-            self.programs,
-            CENTERED=centered,
-            PROGRAMS=CENTER_PROGRAMS,
-            **SPLIT.options,
+        rows = x.shape[0]
+        high = x.new_empty((rows, self.width), dtype=torch.float16)
+        parts = Parts(high, torch.empty_like(high), torch.empty_like(self.norms))
+        _split_rows(
+            (rows, 1, 1),
+            (
+                x,
+                self.center,
+                self.spread,
+                parts.high,
+                parts.low,
+                self.norms,
+                parts.units,
+                self.scale,
+                self.scaled_center,
+            ),
+            (N, x.stride(0), self.width, self.programs),
+            (),
+            (centered, CENTER_PROGRAMS),
+            SPLIT,
         )
         return parts
 

@@ -8,6 +8,7 @@ and, for the backward pass, G·y. ``refine`` then corrects what must be exact (r
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from .arithmetic import add_compensated, load_references
 from .centering import Centered
-from .problem import Problem, Shape, padded
+from .launching import Launcher
+from .problem import Problem, Shape, cdiv, padded, part
 from .refinement import (
     LIMITS,
     MAX_REFINE_PROGRAMS,
@@ -226,136 +228,152 @@ def distance_configs(shape: Shape) -> list[Config]:
 
 
 DISTANCES = Choice(distance_configs)
+_distances, _differences = Launcher(distances), Launcher(differences)
+_find_limits, _refine = Launcher(find_limits), Launcher(refine)
 
 
 class Pairs:
     """Distances of a block of queries to one chunk of references at a time, and their memory."""
 
     def __init__(self, problem: Problem, rows: slice) -> None:
-        self.problem, self.rows = problem, rows
-        self.x, self.radius = problem.x[rows], problem.radius[rows]
-        self.count = len(self.x)
+        self.problem = problem
+        self.x, self.radius = part(problem.x, rows), part(problem.radius, rows)
+        self.upstream = None if problem.upstream is None else part(problem.upstream, rows)
+        self.count = rows.stop - rows.start
         self.shape = problem.shape(self.count)
         self.stride = padded(problem.chunk)
-        empty = self.x.new_empty
-        self.squared = empty((self.count, self.stride), dtype=torch.float64)
-        self.projected = empty((self.count, self.stride) if self.upstream is not None else 0)
-        self.norms = empty(self.count, dtype=torch.float64)
+        self.x_stride, self.y_stride = self.x.stride(0), problem.references.stride(0)
+        self.norms = torch.empty_like(self.radius)
+        self.squared = self.norms.new_empty((self.count, self.stride))
+        self.projected = self.x  # not used
+        if self.upstream is not None:
+            self.projected = self.x.new_empty((self.count, self.stride))
         self.centered = None
         if not self.shape.few:
             self.centered = Centered(problem, self.x, self.upstream, self.norms)
 
-    @property
-    def upstream(self) -> Tensor | None:
-        return None if self.problem.upstream is None else self.problem.upstream[self.rows]
+    def measure(self, references: Tensor, nearest: Tensor, first: bool = False) -> None:
+        """Squared distances (and G·(y − a constant)), exact where it matters.
 
-    def measure(self, references: Tensor, nearest: Tensor) -> None:
-        """Squared distances (and G·(y − a constant)), exact where it matters; nearest (B,) is the
-        smallest yet."""
-        DISTANCES.launch(self.shape, lambda config: self._distances(config, references))
-        self._refine(references, nearest)
+        nearest (B,) is the smallest distance in other chunks. It is not read in the first.
+        """
+        run = functools.partial(self._distances, references)
+        DISTANCES.launch(self.shape, self.x.device, run)
+        self._refine(references, nearest, first)
 
-    def _distances(self, config: Config, references: Tensor) -> None:
+    def _distances(self, references: Tensor, config: Config) -> None:
         # Set in every launch: timing launches other configurations before the chosen one.
         self.tile = config["TILE"]
-        M, tiles = len(references), triton.cdiv(len(references), self.tile)
-        self.lowest = self.norms.new_empty(self.count, tiles)
-        self.reach = self.norms.new_empty(tiles)
-        grid = (triton.cdiv(self.count, config["ROWS"]), tiles)
+        M = references.shape[0]
+        self.tiles = cdiv(M, self.tile)
+        self.lowest = self.norms.new_empty((self.count, self.tiles))
+        grid = (cdiv(self.count, config["ROWS"]), self.tiles, 1)
         if self.centered is None:
-            self._differences(config, references, grid)
+            self._differences(config, references, M, grid)
             return
         centered = self.centered
-        distances[grid](
-            references,
-            centered.scaled_center,
-            centered.scale,
-            *centered.queries,
-            self.norms,
-            *centered.upstream,
-            self.squared,
-            self.lowest,
-            self.reach,
-            self.projected,
-            self.count,
-            M,
-            padded(M),
-            self.problem.features,
-            centered.width,
-            references.stride(0),
-            self.stride,
-            tiles,
-            HIGH=self.shape.precision == "high",
-            PROJECT=self.upstream is not None,
-            **config.options,
+        self.reach = self.norms.new_empty(self.tiles)
+        _distances(
+            grid,
+            (
+                references,
+                centered.scaled_center,
+                centered.scale,
+                *centered.queries,
+                self.norms,
+                *centered.upstream,
+                self.squared,
+                self.lowest,
+                self.reach,
+                self.projected,
+            ),
+            (
+                self.count,
+                M,
+                padded(M),
+                self.problem.features,
+                centered.width,
+                self.y_stride,
+                self.stride,
+                self.tiles,
+            ),
+            (),
+            (self.shape.precision == "high", self.upstream is not None),
+            config,
         )
 
-    def _differences(self, config: Config, references: Tensor, grid: tuple[int, int]) -> None:
-        differences[grid](
-            self.x,
-            self.x if self.upstream is None else self.upstream,
-            references,
-            self.squared,
-            self.lowest,
-            self.norms,
-            self.projected,
-            self.count,
-            len(references),
-            padded(len(references)),
-            self.problem.features,
-            self.x.stride(0),
-            references.stride(0),
-            self.stride,
-            self.lowest.shape[1],
-            PROJECT=self.upstream is not None,
-            **config.options,
+    def _differences(
+        self, config: Config, references: Tensor, M: int, grid: tuple[int, int, int]
+    ) -> None:
+        _differences(
+            grid,
+            (
+                self.x,
+                self.x if self.upstream is None else self.upstream,
+                references,
+                self.squared,
+                self.lowest,
+                self.norms,
+                self.projected,
+            ),
+            (
+                self.count,
+                M,
+                padded(M),
+                self.problem.features,
+                self.x_stride,
+                self.y_stride,
+                self.stride,
+                self.tiles,
+            ),
+            (),
+            (self.upstream is not None,),
+            config,
         )
 
-    def _refine(self, references: Tensor, nearest: Tensor) -> None:
-        problem, tiles = self.problem, self.lowest.shape[1]
+    def _refine(self, references: Tensor, nearest: Tensor, first: bool) -> None:
+        problem, tiles, centered = self.problem, self.tiles, self.centered
         errors = problem.errors(self.shape)
         spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.exponent)
-        limits = self.norms.new_empty(self.count, 2)
-        find_limits[(self.count,)](
-            self.radius,
-            nearest,
-            self.lowest,
-            self.reach,
-            self.norms,
-            self.norms if self.centered is None else self.centered.scale,
-            limits,
-            problem.features,
-            tiles,
-            problem.exponent,
-            spread,
-            errors.margin,
-            errors.noise,
-            NEAR,
-            errors.tolerance,
-            PRODUCTS=self.centered is not None,
-            GAUSSIAN=problem.gaussian,
-            **LIMITS.options,
+        limits = self.norms.new_empty((self.count, 2))
+        # Without products ``find_limits`` reads neither the reach of tiles nor a scale.
+        reach, scale = (
+            (self.norms, self.x) if centered is None else (self.reach, centered.scale)
         )
-        segment = max(MIN_REFINE_TILES, triton.cdiv(tiles, MAX_REFINE_PROGRAMS))
-        refine[(self.count, triton.cdiv(tiles, segment))](
-            self.x,
-            references,
-            limits,
-            self.squared,
-            self.lowest,
-            self.upstream,
-            None if self.centered is None else self.centered.center,
-            self.projected,
-            len(references),
-            problem.features,
-            self.x.stride(0),
-            references.stride(0),
-            self.stride,
-            tiles,
-            segment,
-            PROJECT=self.upstream is not None and self.centered is not None,
-            TILE=self.tile,
-            **refine_config(problem.features).options,
+        _find_limits(
+            (self.count, 1, 1),
+            (self.radius, nearest, self.lowest, reach, self.norms, scale, limits),
+            (problem.features, tiles),
+            (problem.exponent, spread, errors.margin, errors.noise, NEAR, errors.tolerance),
+            (first, centered is not None, problem.gaussian),
+            LIMITS,
+        )
+        segment = max(MIN_REFINE_TILES, cdiv(tiles, MAX_REFINE_PROGRAMS))
+        project = self.upstream is not None and centered is not None
+        _refine(
+            (self.count, cdiv(tiles, segment), 1),
+            (
+                self.x,
+                references,
+                limits,
+                self.squared,
+                self.lowest,
+                self.upstream,
+                None if centered is None else centered.center,
+                self.projected,
+            ),
+            (
+                references.shape[0],
+                problem.features,
+                self.x_stride,
+                self.y_stride,
+                self.stride,
+                tiles,
+                segment,
+            ),
+            (),
+            (project, self.tile),
+            refine_config(problem.features),
         )
 
 

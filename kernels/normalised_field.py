@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import Launcher
 from .ode_step import at, row_tiles
+from .problem import cdiv
 from .variant import Variant
 
 
@@ -78,6 +80,9 @@ def normalised_field_kernel(
     tl.store(field_z + rows, (scale * level).to(tl.float32), within)
 
 
+_normalised_field = Launcher(normalised_field_kernel)
+
+
 def launch(
     x: Tensor, z: Tensor, mean: Tensor, gamma: float, field_x: Tensor, field_z: Tensor
 ) -> None:
@@ -87,10 +92,14 @@ def launch(
     """
     B, N = x.shape
     tiles = row_tiles(N)
-    normalised_field_kernel[(triton.cdiv(B, tiles["ROWS"]),)](
-        x, z, mean, field_x, field_z,
-        x.stride(0), mean.stride(0), field_x.stride(0), B, N, gamma, **tiles,
-    )  # fmt: skip
+    _normalised_field(
+        (cdiv(B, tiles["ROWS"]), 1, 1),
+        (x, z, mean, field_x, field_z),
+        (x.stride(0), mean.stride(0), field_x.stride(0), B, N),
+        (gamma,),
+        (),
+        tiles,
+    )
 
 
 def variants() -> list[Variant]:
@@ -105,15 +114,14 @@ def variants() -> list[Variant]:
     found = []
     for N in (64, 3072, 20_000):
         tiles = row_tiles(N)
-        num_warps = tiles.pop("num_warps")
         found.append(
             Variant(
                 name=f"normalised_field, N = {N}",
                 kernel=normalised_field_kernel,
                 types=types,
-                constants=tiles,
+                constants=tiles.sizes,
                 divisible=frozenset(types) - {"B", "gamma"},
-                num_warps=num_warps,
+                num_warps=tiles.num_warps,
             )
         )
     return found

@@ -26,7 +26,17 @@ from torch import Tensor
 
 from .arithmetic import load_references
 from .distances import Pairs, shapes
-from .problem import MAX_PARTS, Problem, Shape, input_precision, padded, power_of_two
+from .launching import Launcher
+from .problem import (
+    MAX_PARTS,
+    Problem,
+    Shape,
+    cdiv,
+    input_precision,
+    padded,
+    part,
+    power_of_two,
+)
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
@@ -167,6 +177,7 @@ def sum_configs(shape: Shape) -> list[Config]:
 
 
 SUMS = Choice(sum_configs)
+_weigh, _weighted_sum, _merge = Launcher(weigh), Launcher(weighted_sum), Launcher(merge)
 
 
 def sum_of_references(
@@ -177,45 +188,36 @@ def sum_of_references(
     Many queries are sorted by the sum of live (B, pieces), their number of nonzero weights, so that
     similar queries share tiles.
     """
-    M, N = len(references), pairs.problem.features
+    M, N, count = references.shape[0], pairs.problem.features, pairs.count
     order = None
-    if live is not None and pairs.count >= MIN_SORTED_QUERIES:
+    if live is not None and count >= MIN_SORTED_QUERIES:
         order = live.sum(1).argsort(stable=True)
-    parts = pairs.x.new_empty(stretches_of(pairs, M), pairs.count, N)
+    stretches = stretches_of(pairs, M)
+    parts = weights.new_empty((stretches, count, N))
 
     def run(config: Config) -> None:
         tile = config["TILE"]
-        stretch = triton.cdiv(M, len(parts) * tile) * tile
-        rows = triton.cdiv(pairs.count, config["ROWS"])
-        weighted_sum[(triton.cdiv(N, config["FEATURES"]), rows, len(parts))](
-            references,
-            weights,
-            order,
-            parts,
-            pairs.count,
-            M,
-            padded(M),
-            N,
-            references.stride(0),
-            pairs.stride,
-            stretch,
-            0.5 / divisor,
-            PRECISION=input_precision(pairs.shape.precision),
-            ORDERED=order is not None,
-            **config.options,
+        stretch = cdiv(M, stretches * tile) * tile
+        _weighted_sum(
+            (cdiv(N, config["FEATURES"]), cdiv(count, config["ROWS"]), stretches),
+            (references, weights, order, parts),
+            (count, M, padded(M), N, pairs.y_stride, pairs.stride, stretch),
+            (0.5 / divisor,),
+            (input_precision(pairs.shape.precision), order is not None),
+            config,
         )
 
-    SUMS.launch(pairs.shape, run)
+    SUMS.launch(pairs.shape, pairs.x.device, run)
     return parts
 
 
 def stretches_of(pairs: Pairs, references: int) -> int:
     """The number of stretches: two programs per multiprocessor, if memory and references allow."""
     N = pairs.problem.features
-    tiles = triton.cdiv(pairs.count, 64) * triton.cdiv(N, 128)
-    wanted = triton.cdiv(2 * multiprocessors(pairs.x.device), tiles)
+    tiles = cdiv(pairs.count, 64) * cdiv(N, 128)
+    wanted = cdiv(2 * multiprocessors(pairs.x.device), tiles)
     fitting = MAX_PARTS // (pairs.count * N)
-    return int(max(1, min(wanted, fitting, triton.cdiv(references, 128))))
+    return max(1, min(wanted, fitting, cdiv(references, 128)))
 
 
 def posterior_mean(
@@ -226,73 +228,56 @@ def posterior_mean(
     features."""
     problem = Problem(x, references, radius, D, precision)
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
-    nearest = torch.full_like(radius, math.inf)
-    logsumexp, total = torch.empty_like(radius), torch.empty_like(radius)
+    logsumexp, nearest, total = (torch.empty_like(radius) for _ in range(3))
     for rows in problem.blocks():
-        results = (mean[rows], logsumexp[rows], nearest[rows], total[rows])
+        results = (part(each, rows) for each in (mean, logsumexp, nearest, total))
         _average(Pairs(problem, rows), *results)
     return mean, logsumexp, nearest, total
 
 
 def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, total: Tensor) -> None:
     """The results of one block of queries, chunk by chunk."""
-    problem = pairs.problem
+    problem, count = pairs.problem, pairs.count
     weights = torch.empty_like(pairs.squared, dtype=mean.dtype)
-    closest, kept = (torch.empty_like(total) for _ in range(2))
-    floor = math.exp(-weight_cutoff(len(problem.references)))
+    closest, kept = torch.empty_like(total), torch.empty_like(total)
+    floor = math.exp(-weight_cutoff(problem.count))
     for chunk in problem.chunks():
-        references, first = problem.references[chunk], chunk.start == 0
-        last = chunk.stop == len(problem.references)
-        pairs.measure(references, nearest)
-        pieces = pieces_of(len(references))
-        sums = weights.new_empty(pairs.count, pieces)
+        references, first = part(problem.references, chunk), chunk.start == 0
+        last = chunk.stop == problem.count
+        M = chunk.stop - chunk.start
+        pairs.measure(references, nearest, first)
+        pieces = pieces_of(M)
+        sums = weights.new_empty((count, pieces))
         live = torch.empty_like(sums, dtype=torch.int32)
-        weigh[(pairs.count, pieces)](
-            pairs.radius,
-            pairs.lowest,
-            nearest,
-            total,
-            pairs.squared,
-            weights,
-            sums,
-            closest,
-            kept,
-            live,
-            padded(len(references)),
-            pairs.stride,
-            pairs.lowest.shape[1],
-            pieces,
-            problem.exponent,
-            floor,
-            FIRST=first,
-            GAUSSIAN=problem.gaussian,
-            MINIMA=minima_of(pairs.lowest.shape[1]),
-            **WEIGH.options,
+        _weigh(
+            (count, pieces, 1),
+            (
+                pairs.radius,
+                pairs.lowest,
+                nearest,
+                total,
+                pairs.squared,
+                weights,
+                sums,
+                closest,
+                kept,
+                live,
+            ),
+            (padded(M), pairs.stride, pairs.tiles, pieces),
+            (problem.exponent, floor),
+            (first, problem.gaussian, minima_of(pairs.tiles)),
+            WEIGH,
         )
         # Divided by it, a sum of weights is at most 1, so that no sum of large values overflows.
-        divisor = float(power_of_two(len(references)))
+        divisor = float(power_of_two(M))
         parts = sum_of_references(pairs, references, weights, live, divisor)
-        merge[(pairs.count, triton.cdiv(problem.features, MERGE["BLOCK"]))](
-            mean,
-            parts,
-            sums,
-            closest,
-            kept,
-            pairs.radius,
-            nearest,
-            total,
-            logsumexp,
-            pairs.count,
-            problem.features,
-            len(parts),
-            pieces,
-            divisor,
-            problem.exponent,
-            FIRST=first,
-            LAST=last,
-            GAUSSIAN=problem.gaussian,
-            PIECES=PIECES,
-            **MERGE.options,
+        _merge(
+            (count, cdiv(problem.features, MERGE["BLOCK"]), 1),
+            (mean, parts, sums, closest, kept, pairs.radius, nearest, total, logsumexp),
+            (count, problem.features, parts.shape[0], pieces),
+            (divisor, problem.exponent),
+            (first, last, problem.gaussian, PIECES),
+            MERGE,
         )
 
 

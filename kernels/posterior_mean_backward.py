@@ -33,8 +33,9 @@ from torch import Tensor
 
 from .arithmetic import load_references
 from .distances import Pairs
+from .launching import Launcher
 from .posterior_mean import sum_of_references
-from .problem import Problem, input_precision, padded
+from .problem import Problem, cdiv, input_precision, padded, part
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 from .weights import relative_weight, score_rate, weight_cutoff
@@ -269,6 +270,9 @@ def reference_gradient(
 
 # ---- launches ---------------------------------------------------------------------------------
 
+_pull, _find_coefficients = Launcher(pull), Launcher(find_coefficients)
+_merge_gradient, _reference_gradient = Launcher(merge_gradient), Launcher(reference_gradient)
+
 
 class Block:
     """Gradients of one block of queries."""
@@ -294,111 +298,99 @@ class Block:
         self.coefficients, self.probabilities = (
             torch.empty_like(pairs.squared, dtype=pairs.x.dtype) for _ in range(2)
         )
-        self.floor = math.exp(-weight_cutoff(len(self.problem.references)) - GRADIENT_CUTOFF)
+        self.floor = math.exp(-weight_cutoff(self.problem.count) - GRADIENT_CUTOFF)
 
     def run(self, first_block: bool) -> None:
         chunks = list(self.problem.chunks())
         for chunk in chunks:
-            self.pairs.measure(self.problem.references[chunk], self.nearest)
+            self.pairs.measure(part(self.problem.references, chunk), self.nearest)
             self._pull(chunk)
         for chunk in chunks:
             if len(chunks) > 1:  # with one chunk the distances are still in memory
-                self.pairs.measure(self.problem.references[chunk], self.nearest)
+                self.pairs.measure(part(self.problem.references, chunk), self.nearest)
             self._coefficients(chunk)
             if self.grad_x is not None:
                 self._merge(chunk, self.grad_x)
             if self.grad_references is not None:
-                self._reference_gradient(chunk, self.grad_references[chunk], first_block)
+                self._reference_gradient(chunk, part(self.grad_references, chunk), first_block)
 
     def _pull(self, chunk: slice) -> None:
         pairs = self.pairs
-        pull[(pairs.count,)](
-            pairs.radius,
-            self.nearest,
-            self.total,
-            pairs.squared,
-            pairs.projected,
-            self.pulled,
-            self.mass,
-            padded(chunk.stop - chunk.start),
-            pairs.stride,
-            self.problem.exponent,
-            self.floor,
-            FIRST=chunk.start == 0,
-            GAUSSIAN=self.problem.gaussian,
-            **PER_QUERY.options,
+        _pull(
+            (pairs.count, 1, 1),
+            (
+                pairs.radius,
+                self.nearest,
+                self.total,
+                pairs.squared,
+                pairs.projected,
+                self.pulled,
+                self.mass,
+            ),
+            (padded(chunk.stop - chunk.start), pairs.stride),
+            (self.problem.exponent, self.floor),
+            (chunk.start == 0, self.problem.gaussian),
+            PER_QUERY,
         )
 
     def _coefficients(self, chunk: slice) -> None:
         pairs = self.pairs
-        find_coefficients[(pairs.count,)](
-            pairs.radius,
-            self.nearest,
-            self.total,
-            self.grad_logsumexp,
-            self.pulled,
-            self.mass,
-            pairs.squared,
-            pairs.projected,
-            self.coefficients,
-            self.probabilities,
-            self.moment,
-            self.summed,
-            self.whole,
-            self.unit,
-            self.grad_radius,
-            padded(chunk.stop - chunk.start),
-            pairs.stride,
-            self.problem.exponent,
-            self.floor,
-            FIRST=chunk.start == 0,
-            GAUSSIAN=self.problem.gaussian,
-            **PER_QUERY.options,
+        _find_coefficients(
+            (pairs.count, 1, 1),
+            (
+                pairs.radius,
+                self.nearest,
+                self.total,
+                self.grad_logsumexp,
+                self.pulled,
+                self.mass,
+                pairs.squared,
+                pairs.projected,
+                self.coefficients,
+                self.probabilities,
+                self.moment,
+                self.summed,
+                self.whole,
+                self.unit,
+                self.grad_radius,
+            ),
+            (padded(chunk.stop - chunk.start), pairs.stride),
+            (self.problem.exponent, self.floor),
+            (chunk.start == 0, self.problem.gaussian),
+            PER_QUERY,
         )
 
     def _merge(self, chunk: slice, grad_x: Tensor) -> None:
         pairs, N = self.pairs, self.problem.features
-        references = self.problem.references[chunk]
+        references = part(self.problem.references, chunk)
         parts = sum_of_references(pairs, references, self.coefficients, None)
-        merge_gradient[(pairs.count, triton.cdiv(N, MERGE_GRADIENT["BLOCK"]))](
-            pairs.x,
-            self.mean,
-            self.whole,
-            self.unit,
-            self.summed,
-            parts,
-            grad_x,
-            pairs.count,
-            N,
-            pairs.x.stride(0),
-            len(parts),
-            FIRST=chunk.start == 0,
-            LAST=chunk.stop == len(self.problem.references),
-            **MERGE_GRADIENT.options,
+        _merge_gradient(
+            (pairs.count, cdiv(N, MERGE_GRADIENT["BLOCK"]), 1),
+            (pairs.x, self.mean, self.whole, self.unit, self.summed, parts, grad_x),
+            (pairs.count, N, pairs.x_stride, parts.shape[0]),
+            (),
+            (chunk.start == 0, chunk.stop == self.problem.count),
+            MERGE_GRADIENT,
         )
 
     def _reference_gradient(self, chunk: slice, gradient: Tensor, first_block: bool) -> None:
         pairs, N, config = self.pairs, self.problem.features, REFERENCE_GRADIENT
-        references = self.problem.references[chunk]
-        grid = (triton.cdiv(N, config["FEATURES"]), triton.cdiv(len(references), config["TILE"]))
-        reference_gradient[grid](
-            pairs.x,
-            pairs.upstream,
-            references,
-            self.unit,
-            self.coefficients,
-            self.probabilities,
-            gradient,
-            pairs.count,
-            len(references),
-            padded(len(references)),
-            N,
-            pairs.x.stride(0),
-            references.stride(0),
-            pairs.stride,
-            PRECISION=input_precision(self.problem.precision),
-            FIRST=first_block,
-            **config.options,
+        M = chunk.stop - chunk.start
+        _reference_gradient(
+            (cdiv(N, config["FEATURES"]), cdiv(M, config["TILE"]), 1),
+            (
+                pairs.x,
+                pairs.upstream,
+                part(self.problem.references, chunk),
+                self.unit,
+                self.coefficients,
+                self.probabilities,
+                gradient,
+            ),
+            (pairs.count, M, padded(M), N, pairs.x_stride, pairs.y_stride, pairs.stride),
+            (),
+            (input_precision(self.problem.precision), first_block),
+            config,
         )
 
 
@@ -424,13 +416,13 @@ def posterior_mean_backward(
     for rows in problem.blocks():
         Block(
             Pairs(problem, rows),
-            grad_logsumexp[rows],
-            mean[rows],
-            nearest[rows],
-            total[rows],
-            None if grad_x is None else grad_x[rows],
+            part(grad_logsumexp, rows),
+            part(mean, rows),
+            part(nearest, rows),
+            part(total, rows),
+            None if grad_x is None else part(grad_x, rows),
             grad_references,
-            grad_radius[rows],
+            part(grad_radius, rows),
         ).run(rows.start == 0)
     return grad_x, grad_references, grad_radius if needs[2] else None
 

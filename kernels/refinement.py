@@ -6,6 +6,8 @@ multiplies it. ``refine`` recomputes those distances from differences, in two fl
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -64,11 +66,14 @@ def find_limits(
     noise: tl.float64,
     near_nats: tl.float64,
     tolerance: tl.float64,
+    FIRST: tl.constexpr,
     PRODUCTS: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     SWEEP: tl.constexpr,
 ):
     """Which distances of a query are recomputed: those up to limits[row, 0], which may be −1.
+
+    nearest[row] is the smallest distance of other chunks; FIRST says that there are none yet.
 
     The error of a distance is at most ``margin``·(|x|² + |y|²). Its part that differs between
     references is typically ``noise``·(2|x||y| + |y|²) for PRODUCTS, and ``noise``·(|x|² + d²)
@@ -82,7 +87,9 @@ def find_limits(
     """
     row = tl.program_id(0).to(tl.int64)
     low_row = lowest + row * tiles
-    base = tl.load(nearest + row)
+    base = tl.full((), float("inf"), tl.float64)
+    if not FIRST:
+        base = tl.load(nearest + row)
     for start in range(0, tiles, SWEEP):
         tile = start + tl.arange(0, SWEEP)
         low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf"))
@@ -218,6 +225,7 @@ def refine(
 # ---- launches ---------------------------------------------------------------------------------
 
 
+@functools.cache
 def refine_config(features: int) -> Config:
     """``refine`` takes as many features at a time as its warps can hold."""
     panel = min(4096, max(32, power_of_two(features)))
@@ -237,8 +245,8 @@ def variants() -> list[Variant]:
                 constants: dict[str, Any] = {"PROJECT": project, "TILE": tile}
                 constants |= refine_config(features).options
                 found.append(variant(refine, constants, dtype, wide_loads=features > 64))
-    for products in (False, True):
-        for gaussian in (False, True):
-            constants = {"PRODUCTS": products, "GAUSSIAN": gaussian} | LIMITS.options
-            found.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
+    for first, products, gaussian in itertools.product((False, True), repeat=3):
+        constants = {"FIRST": first, "PRODUCTS": products, "GAUSSIAN": gaussian}
+        constants |= LIMITS.options
+        found.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
     return found

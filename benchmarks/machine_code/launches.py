@@ -126,7 +126,7 @@ def _triton_distances(shape: Shape, queries: int, card: Device) -> Launch:
 
 
 def _triton_limits(shape: Shape, queries: int, card: Device) -> Launch:
-    words = (f"PRODUCTS {not _few(shape, queries)}", "GAUSSIAN False")
+    words = (f"FIRST {shape.chunks == 1}", f"PRODUCTS {not _few(shape, queries)}", "GAUSSIAN False")
     kernel = kernels.triton_variant(card, "find_limits", *words)
     tiles = _tiles(shape, queries)
     trips = _up(tiles, 256)
