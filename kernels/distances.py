@@ -337,9 +337,7 @@ class Pairs:
         spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.exponent)
         limits = self.norms.new_empty((self.count, 2))
         # Without products ``find_limits`` reads neither the reach of tiles nor a scale.
-        reach, scale = (
-            (self.norms, self.x) if centered is None else (self.reach, centered.scale)
-        )
+        reach, scale = (self.norms, self.x) if centered is None else (self.reach, centered.scale)
         _find_limits(
             (self.count, 1, 1),
             (self.radius, nearest, self.lowest, reach, self.norms, scale, limits),

@@ -21,10 +21,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from .tuning import Config
-
-FP_FUSION = True
-"""Whether the compiler may fuse a multiplication and an addition. Error bounds assume it. Triton's
-own default differs between versions."""
+from .variant import FP_FUSION
 
 _LARGEST_INT32 = 2**31 - 1
 # What a launcher of Triton is called with. Triton 3.6 to 3.9 agree, and hide the second part from
@@ -49,7 +46,7 @@ def _can_be_prepared(compiled: Any) -> bool:
     return (
         isinstance(compiled, CompiledKernel)
         and compiled.metadata.target.backend == "cuda"
-        and _known_launcher(type(compiled.run))
+        and _known_launcher(compiled.run.__class__)
     )
 
 
@@ -65,7 +62,7 @@ def size_class(size: int) -> int:
 
 
 @functools.cache
-def _known_launcher(launcher: type) -> bool:
+def _known_launcher(launcher: Any) -> bool:
     """Whether a launcher takes the arguments that Triton's own launch gives it in these versions.
 
     Those of other versions may differ. Their kernels are left to Triton.
@@ -151,7 +148,6 @@ class Launcher:
         return self.kernel[grid](
             *arguments,
             *config.values,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.compiled,
             enable_fp_fusion=FP_FUSION,
         )

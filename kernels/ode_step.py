@@ -218,9 +218,10 @@ def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
     """
     x, slope, field_z, history, levels, gamma, z_exp, exact = step
     B, N = x.shape
-    by_row, numbers = None, levels
     if isinstance(levels, Tensor):
         by_row, numbers = levels, (0.0, 0.0, 0.0)
+    else:
+        by_row, numbers = None, levels
     substitutes = field_z is not None and (by_row is not None or numbers[0] < z_exp)
     tiles = row_tiles(N)
     _ode_step(

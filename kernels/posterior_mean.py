@@ -217,7 +217,7 @@ def stretches_of(pairs: Pairs, references: int) -> int:
     tiles = cdiv(pairs.count, 64) * cdiv(N, 128)
     wanted = cdiv(2 * multiprocessors(pairs.x.device), tiles)
     fitting = MAX_PARTS // (pairs.count * N)
-    return max(1, min(wanted, fitting, cdiv(references, 128)))
+    return int(max(1, min(wanted, fitting, cdiv(references, 128))))
 
 
 def posterior_mean(

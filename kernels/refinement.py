@@ -22,6 +22,7 @@ from .variant import REFERENCES, Variant, variant
 NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
 MAX_REFINE_PROGRAMS = 256  # for a query
 MIN_REFINE_TILES = 2  # tiles of references for a program of ``refine``
+MAX_REGISTERS = 128  # of a thread of ``refine``
 LIMITS = Config({"SWEEP": 256}, num_warps=2)
 
 
@@ -169,7 +170,9 @@ def refine(
     """
     row = tl.program_id(0).to(tl.int64)
     near, unit = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
-    power = unit.to(tl.float32)
+    # A division where much is held in registers would spill some. Here, with a power of two, it is
+    # exact, and so are the products with it.
+    power, back = unit.to(tl.float32), 1.0 / unit
     first = tl.program_id(1) * segment
     for tile in range(first, min(first + segment, tiles)):
         low = tl.load(lowest + row * tiles + tile)
@@ -198,7 +201,7 @@ def refine(
                     high, rest = tl.where(cut, 2.0**55, high), tl.where(cut, 0.0, rest)
                     value = tl.where(mask, high * high + 2.0 * high * rest, 0.0)
                     total, lost = add_compensated(total, lost, value)
-                exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) / unit / unit
+                exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) * back * back
                 # Infinite only if the input is not finite. NaN reaches the result; infinity would
                 # not.
                 finite = exact < float("inf")
@@ -229,19 +232,18 @@ def refine(
 def refine_config(features: int) -> Config:
     """``refine`` takes as many features at a time as its warps can hold."""
     panel = min(4096, max(32, power_of_two(features)))
-    return Config({"PANEL": panel}, num_warps=max(1, panel // 512))
+    return Config({"PANEL": panel}, num_warps=max(1, panel // 512), maxnreg=MAX_REGISTERS)
 
 
 def variants() -> list[Variant]:
-    """Every type of references, short and long rows, both kinds of D. Rows as long as those of the
-    benchmarks, and G·y, are listed for float32."""
+    """Every type of references, short and long rows; after products with and without G·y."""
     found = []
     for dtype in REFERENCES:
-        lengths = [(features, tile) for features in (32, 3072) for tile in (64, 16)]
+        lengths = [(features, 64) for features in (32, 1024, 2048, 3072)] + [(32, 16), (3072, 16)]
         if dtype == torch.float32:
-            lengths += [(64, 64), (784, 64)]
+            lengths.append((64, 64))  # those of the digits
         for features, tile in lengths:
-            for project in (False, True) if dtype == torch.float32 and tile == 64 else (False,):
+            for project in (False, True) if tile == 64 else (False,):
                 constants: dict[str, Any] = {"PROJECT": project, "TILE": tile}
                 constants |= refine_config(features).options
                 found.append(variant(refine, constants, dtype, wide_loads=features > 64))

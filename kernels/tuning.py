@@ -23,11 +23,13 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors, which each run at least one program."""
     if device.type != "cuda":
         return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +40,25 @@ class Config:
     """By parameter, in the order of the kernel's parameters."""
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
+    """The most registers of a thread, on NVIDIA's GPUs. None leaves the number to the compiler,
+    which may spill some to fit one more block."""
 
     def __getitem__(self, name: str) -> int:
         return self.sizes[name]
 
+    @functools.cached_property
+    def compiled(self) -> dict[str, Any]:
+        """How the compiler is called."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None and torch.version.hip is None:
+            options["maxnreg"] = self.maxnreg
+        return options
+
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """Sizes and options by name."""
-        return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.sizes, **self.compiled}
 
     @functools.cached_property
     def values(self) -> tuple[int, ...]:
@@ -54,8 +67,8 @@ class Config:
 
     @functools.cached_property
     def key(self) -> tuple[int, ...]:
-        """The same for configurations that compile to the same code."""
-        return (*self.values, self.num_warps, self.num_stages)
+        """The same for configurations of a kernel that compile to the same code."""
+        return (*self.values, *self.compiled.values())
 
 
 def median_seconds(run: Callable[[], Any]) -> float:
@@ -69,7 +82,7 @@ def median_seconds(run: Callable[[], Any]) -> float:
             run()
         mark.record()
     torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+    times: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     return statistics.median(times) / RUNS * 1e-3
 
 

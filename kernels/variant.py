@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-OPTIONS = ("num_warps", "num_stages")
+FP_FUSION = True
+"""Whether the compiler may fuse a multiplication and an addition. Error bounds assume it. Triton's
+own default differs between versions."""
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,19 @@ class Variant:
     """Arguments known to be multiples of 16, like aligned addresses and common strides."""
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     products: bool = False
     """Whether matrix instructions are intended."""
     wide_loads: bool = True
     """Whether 16-byte loads from global memory are intended."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the compiler is called, as in a launch."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        if self.maxnreg is None:
+            del options["maxnreg"]
+        return options | {"enable_fp_fusion": FP_FUSION}
 
 
 REFERENCES = {

@@ -100,7 +100,7 @@ def compile_variant(variant: Variant, capability: int) -> Figures:
     compiled = triton_compile(
         source_of(variant),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options=variant.options,
     )
     return read_figures(dump_cubin(compiled.asm["cubin"]), compiled.metadata.shared, capability)
 
