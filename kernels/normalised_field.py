@@ -89,6 +89,7 @@ def launch(
     """Writes field_x (B, N) and field_z (B,) in float32.
 
     x and mean (B, N) are float32 with contiguous features, z (B,) is contiguous in float64.
+    field_x may be mean: a program reads what it overwrites before it writes.
     """
     B, N = x.shape
     tiles = row_tiles(N)

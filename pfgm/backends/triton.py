@@ -129,6 +129,17 @@ def posterior_mean_backward(
     return grad_x, grad_references, grad_radius
 
 
+def field_in_place(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> Tensor:
+    """Replaces the mean by the v_x of :func:`normalised_field`, and returns v_z.
+
+    The tensors have the layout of the kernels.
+    """
+    field_z = x.new_empty(x.shape[0])
+    with _current_device(x):
+        _kernels("normalised_field").launch(x, z, mean, gamma, mean, field_z)
+    return field_z
+
+
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     kernels = _kernels("normalised_field")
     x, mean = contiguous_features(x), contiguous_features(mean)

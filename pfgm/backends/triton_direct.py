@@ -88,6 +88,11 @@ def _rows(x: Tensor, references: Tensor) -> tuple[Tensor, Tensor] | None:
     return x.view(shape[0], -1), references.view(references.shape[0], -1)
 
 
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows (B, N) in the shape of x."""
+    return rows if x.ndim == 2 else rows.view(x.shape)
+
+
 def _radius(level: Any, factor: float, x: Tensor) -> Tensor | None:
     """A level times a factor as (B,) in float64; None for a level that is not allowed."""
     B = x.shape[0]
@@ -118,7 +123,7 @@ def posterior_mean(
     if found is None:
         return None
     _, _, mean, logsumexp = found
-    return mean.view(x.shape), logsumexp if with_logsumexp else None
+    return _shaped(mean, x), logsumexp if with_logsumexp else None
 
 
 def _mean(
@@ -153,8 +158,8 @@ def field(
     if found is None:
         return None
     rows, radius, mean, _ = found
-    field_x, field_z = triton.normalised_field(rows, radius, mean, float(gamma))
-    return field_x.view(x.shape), field_z
+    field_z = triton.field_in_place(rows, radius, mean, float(gamma))
+    return _shaped(mean, x), field_z
 
 
 def step(
