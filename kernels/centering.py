@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import load_references, scale_to
-from .launching import Launcher
+from .launching import KEPT, Launch, Launcher
 from .problem import Problem, cdiv, padded
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
@@ -22,7 +23,6 @@ SAMPLES = tl.constexpr(16)  # references whose mean is the centre
 # outside of the sample may be larger by 2^11.
 QUERY_POWER = tl.constexpr(12)
 REFERENCE_POWER = tl.constexpr(4)
-CENTER = Config({})
 SPLIT = Config({"BLOCK": 1024})
 
 
@@ -123,53 +123,60 @@ class Parts(NamedTuple):
     """(B,) in float64: what turns a product with scaled references into the true one."""
 
 
+class Launches(NamedTuple):
+    """How a block of queries is centred, for all tensors of the same sizes."""
+
+    width: int
+    programs: int
+    center: Launch
+    centered: Launch
+    uncentered: Launch
+
+
+@functools.lru_cache(KEPT)
+def launches(rows: int, M: int, N: int, x_stride: int, y_stride: int) -> Launches:
+    width = padded(N)
+    portion = cdiv(cdiv(width, CENTER_PROGRAMS), _FEATURES) * _FEATURES
+    programs = cdiv(width, portion)
+    center = _find_center((programs, 1, 1), (M, N, y_stride, width, portion))
+    centered, uncentered = (
+        _split_rows((rows, 1, 1), (N, stride, width, programs), (), flags, SPLIT)
+        for stride, flags in ((x_stride, (True, CENTER_PROGRAMS)), (N, (False, CENTER_PROGRAMS)))
+    )
+    return Launches(width, programs, center, centered, uncentered)
+
+
 class Centered:
     """The centre of the references, and a block of queries relative to it, in parts."""
 
     def __init__(self, problem: Problem, x: Tensor, upstream: Tensor | None, norms: Tensor) -> None:
-        N, references = problem.features, problem.references
-        self.width, self.norms = padded(N), norms
-        portion = cdiv(cdiv(self.width, CENTER_PROGRAMS), _FEATURES) * _FEATURES
-        self.programs = cdiv(self.width, portion)
-        empty = x.new_empty
+        """upstream is contiguous."""
+        N, references, empty = problem.features, problem.references, x.new_empty
+        found = launches(x.shape[0], problem.count, N, x.stride(0), references.stride(0))
+        self.width, self.norms = found.width, norms
         self.center, self.scaled_center = empty(self.width), empty(self.width)
-        self.spread, self.scale = empty(self.programs), empty(1)
-        _find_center(
-            (self.programs, 1, 1),
-            (references, self.center, self.spread),
-            (problem.count, N, references.stride(0), self.width, portion),
-            (),
-            (),
-            CENTER,
-        )
-        self.queries = self._split(x, N, centered=True)
+        self.spread, self.scale = empty(found.programs), empty(1)
+        found.center(references, self.center, self.spread)
+        self.queries = self._split(x, found.centered)
         self.upstream = self.queries
         if upstream is not None:
-            self.upstream = self._split(upstream, N, centered=False)
+            self.upstream = self._split(upstream, found.uncentered)
 
-    def _split(self, x: Tensor, N: int, centered: bool) -> Parts:
-        rows = x.shape[0]
-        high = x.new_empty((rows, self.width), dtype=torch.float16)
-        parts = Parts(high, torch.empty_like(high), torch.empty_like(self.norms))
-        _split_rows(
-            (rows, 1, 1),
-            (
-                x,
-                self.center,
-                self.spread,
-                parts.high,
-                parts.low,
-                self.norms,
-                parts.units,
-                self.scale,
-                self.scaled_center,
-            ),
-            (N, x.stride(0), self.width, self.programs),
-            (),
-            (centered, CENTER_PROGRAMS),
-            SPLIT,
+    def _split(self, x: Tensor, launch: Launch) -> Parts:
+        high = x.new_empty((x.shape[0], self.width), dtype=torch.float16)
+        low, units = torch.empty_like(high), torch.empty_like(self.norms)
+        launch(
+            x,
+            self.center,
+            self.spread,
+            high,
+            low,
+            self.norms,
+            units,
+            self.scale,
+            self.scaled_center,
         )
-        return parts
+        return Parts(high, low, units)
 
 
 def variants() -> list[Variant]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .arithmetic import add_compensated, load_references
 from .centering import Centered
-from .launching import Launcher
-from .problem import Problem, Shape, cdiv, padded, part
+from .launching import KEPT, Launch, Launcher
+from .problem import Errors, Problem, Shape, cdiv, padded, part
 from .refinement import (
     LIMITS,
     MAX_REFINE_PROGRAMS,
@@ -232,6 +232,66 @@ _distances, _differences = Launcher(distances), Launcher(differences)
 _find_limits, _refine = Launcher(find_limits), Launcher(refine)
 
 
+class Block(NamedTuple):
+    """What the launches for a block of queries depend on, beside the chunk of references."""
+
+    shape: Shape
+    rows: int
+    N: int
+    x_stride: int
+    y_stride: int
+    pairs_stride: int
+    D: float
+    exponent: float
+    errors: Errors
+
+    @property
+    def gaussian(self) -> bool:
+        return math.isinf(self.D)
+
+
+class Launches(NamedTuple):
+    """How distances to a chunk are found, for all tensors of the same sizes."""
+
+    tiles: int
+    distances: Launch
+    limits: Launch
+    refine: Launch
+
+
+@functools.lru_cache(KEPT)
+def launches(block: Block, M: int, first: bool, config: Config) -> Launches:
+    shape, rows, N = block.shape, block.rows, block.N
+    tile = config["TILE"]
+    tiles = cdiv(M, tile)
+    segment = max(MIN_REFINE_TILES, cdiv(tiles, MAX_REFINE_PROGRAMS))
+    products = not shape.few
+    grid = (cdiv(rows, config["ROWS"]), tiles, 1)
+    sizes = (rows, M, padded(M), N)
+    strides = (block.y_stride, block.pairs_stride, tiles)
+    if products:
+        flags = (shape.precision == "high", shape.project)
+        of_pairs = _distances(grid, (*sizes, padded(N), *strides), (), flags, config)
+    else:
+        of_pairs = _differences(
+            grid, (*sizes, block.x_stride, *strides), (), (shape.project,), config
+        )
+    spread = 0.0 if block.gaussian else math.expm1(NEAR / block.exponent)
+    margin, noise, tolerance = block.errors
+    numbers = (block.exponent, spread, margin, noise, NEAR, tolerance)
+    limits = _find_limits(
+        (rows, 1, 1), (N, tiles), numbers, (first, products, block.gaussian), LIMITS
+    )
+    again = _refine(
+        (rows, cdiv(tiles, segment), 1),
+        (M, N, block.x_stride, *strides, segment),
+        (),
+        (shape.project and products, tile),
+        refine_config(N),
+    )
+    return Launches(tiles, of_pairs, limits, again)
+
+
 class Pairs:
     """Distances of a block of queries to one chunk of references at a time, and their memory."""
 
@@ -243,6 +303,17 @@ class Pairs:
         self.shape = problem.shape(self.count)
         self.stride = padded(problem.chunk)
         self.x_stride, self.y_stride = self.x.stride(0), problem.references.stride(0)
+        self.block = Block(
+            self.shape,
+            self.count,
+            problem.features,
+            self.x_stride,
+            self.y_stride,
+            self.stride,
+            problem.D,
+            problem.exponent,
+            problem.errors(self.shape),
+        )
         self.norms = torch.empty_like(self.radius)
         self.squared = self.norms.new_empty((self.count, self.stride))
         self.projected = self.x  # not used
@@ -257,57 +328,21 @@ class Pairs:
 
         nearest (B,) is the smallest distance in other chunks. It is not read in the first.
         """
-        run = functools.partial(self._distances, references)
+
+        def run(config: Config) -> None:
+            # Set in every launch: timing launches other configurations before the chosen one.
+            self.launches = launches(self.block, references.shape[0], first, config)
+            self._distances(references)
+
         DISTANCES.launch(self.shape, self.x.device, run)
-        self._refine(references, nearest, first)
+        self._refine(references, nearest)
 
-    def _distances(self, references: Tensor, config: Config) -> None:
-        # Set in every launch: timing launches other configurations before the chosen one.
-        self.tile = config["TILE"]
-        M = references.shape[0]
-        self.tiles = cdiv(M, self.tile)
-        self.lowest = self.norms.new_empty((self.count, self.tiles))
-        grid = (cdiv(self.count, config["ROWS"]), self.tiles, 1)
-        if self.centered is None:
-            self._differences(config, references, M, grid)
-            return
+    def _distances(self, references: Tensor) -> None:
+        self.tiles = tiles = self.launches.tiles
+        self.lowest = self.norms.new_empty((self.count, tiles))
         centered = self.centered
-        self.reach = self.norms.new_empty(self.tiles)
-        _distances(
-            grid,
-            (
-                references,
-                centered.scaled_center,
-                centered.scale,
-                *centered.queries,
-                self.norms,
-                *centered.upstream,
-                self.squared,
-                self.lowest,
-                self.reach,
-                self.projected,
-            ),
-            (
-                self.count,
-                M,
-                padded(M),
-                self.problem.features,
-                centered.width,
-                self.y_stride,
-                self.stride,
-                self.tiles,
-            ),
-            (),
-            (self.shape.precision == "high", self.upstream is not None),
-            config,
-        )
-
-    def _differences(
-        self, config: Config, references: Tensor, M: int, grid: tuple[int, int, int]
-    ) -> None:
-        _differences(
-            grid,
-            (
+        if centered is None:
+            self.launches.distances(
                 self.x,
                 self.x if self.upstream is None else self.upstream,
                 references,
@@ -315,63 +350,39 @@ class Pairs:
                 self.lowest,
                 self.norms,
                 self.projected,
-            ),
-            (
-                self.count,
-                M,
-                padded(M),
-                self.problem.features,
-                self.x_stride,
-                self.y_stride,
-                self.stride,
-                self.tiles,
-            ),
-            (),
-            (self.upstream is not None,),
-            config,
+            )
+            return
+        self.reach = self.norms.new_empty(tiles)
+        self.launches.distances(
+            references,
+            centered.scaled_center,
+            centered.scale,
+            *centered.queries,
+            self.norms,
+            *centered.upstream,
+            self.squared,
+            self.lowest,
+            self.reach,
+            self.projected,
         )
 
-    def _refine(self, references: Tensor, nearest: Tensor, first: bool) -> None:
-        problem, tiles, centered = self.problem, self.tiles, self.centered
-        errors = problem.errors(self.shape)
-        spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.exponent)
+    def _refine(self, references: Tensor, nearest: Tensor) -> None:
+        centered = self.centered
         limits = self.norms.new_empty((self.count, 2))
-        # Without products ``find_limits`` reads neither the reach of tiles nor a scale.
-        reach, scale = (self.norms, self.x) if centered is None else (self.reach, centered.scale)
-        _find_limits(
-            (self.count, 1, 1),
-            (self.radius, nearest, self.lowest, reach, self.norms, scale, limits),
-            (problem.features, tiles),
-            (problem.exponent, spread, errors.margin, errors.noise, NEAR, errors.tolerance),
-            (first, centered is not None, problem.gaussian),
-            LIMITS,
-        )
-        segment = max(MIN_REFINE_TILES, cdiv(tiles, MAX_REFINE_PROGRAMS))
-        project = self.upstream is not None and centered is not None
-        _refine(
-            (self.count, cdiv(tiles, segment), 1),
-            (
-                self.x,
-                references,
-                limits,
-                self.squared,
-                self.lowest,
-                self.upstream,
-                None if centered is None else centered.center,
-                self.projected,
-            ),
-            (
-                references.shape[0],
-                problem.features,
-                self.x_stride,
-                self.y_stride,
-                self.stride,
-                tiles,
-                segment,
-            ),
-            (),
-            (project, self.tile),
-            refine_config(problem.features),
+        # Without products neither the reach of tiles nor a scale is read.
+        reach, scale, center = self.norms, self.x, None
+        if centered is not None:
+            reach, scale, center = self.reach, centered.scale, centered.center
+        self.launches.limits(self.radius, nearest, self.lowest, reach, self.norms, scale, limits)
+        self.launches.refine(
+            self.x,
+            references,
+            limits,
+            self.squared,
+            self.lowest,
+            self.upstream,
+            center,
+            self.projected,
         )
 
 

@@ -23,6 +23,10 @@ from triton.runtime import JITFunction, driver
 from .tuning import Config
 from .variant import FP_FUSION
 
+NO_SIZES = Config({})
+KEPT = 1 << 10
+"""Launches of each kind that are kept, so that their arguments are not put together again."""
+
 _LARGEST_INT32 = 2**31 - 1
 # What a launcher of Triton is called with. Triton 3.6 to 3.9 agree, and hide the second part from
 # the launcher's signature in 3.6.
@@ -97,18 +101,37 @@ class Launcher:
     def __call__(
         self,
         grid: tuple[int, int, int],
-        tensors: tuple[Tensor | None, ...],
+        sizes: tuple[int, ...] = (),
+        numbers: tuple[float, ...] = (),
+        flags: tuple[bool | int | str, ...] = (),
+        config: Config = NO_SIZES,
+    ) -> Launch:
+        """A launch with these arguments. Flags are the constants before those of the config."""
+        return Launch(self, grid, sizes, numbers, flags, config)
+
+
+class Launch:
+    """A launch of a kernel, complete but for its tensors. It may be kept and repeated."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        grid: tuple[int, int, int],
         sizes: tuple[int, ...],
         numbers: tuple[float, ...],
         flags: tuple[bool | int | str, ...],
         config: Config,
     ) -> None:
-        """Launches on the current device and stream. Flags are the constants before the config's.
+        self.launcher, self.grid, self.config = launcher, grid, config
+        self.arguments = (*sizes, *numbers, *flags, *config.values)
+        self._class = (*map(size_class, sizes), flags, config.key)
 
-        None stands for a tensor that the kernel does without.
-        """
-        if not self._compiles or self.kernel.pre_run_hooks or _watched():
-            self._by_triton(grid, (*tensors, *sizes, *numbers, *flags), config)
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launches on the current device and stream. None stands for a tensor that the kernel does
+        without."""
+        launcher = self.launcher
+        if not launcher._compiles or launcher.kernel.pre_run_hooks or _watched():
+            self._by_triton(tensors)
             return
         active = driver.active
         device = active.get_current_device()
@@ -116,38 +139,31 @@ class Launcher:
         kinds: list[Any] = [None if tensor is None else tensor.dtype for tensor in tensors]
         if reduce(or_, filter(None, addresses), 0) & 15:
             kinds += [address is not None and address & 15 for address in addresses]
-        key = (device, *kinds, *map(size_class, sizes), flags, config.key)
-        prepared = self._prepared.get(key)
+        key = (device, self._class, *kinds)
+        prepared = launcher._prepared.get(key)
         if prepared is None:
-            found = self._by_triton(grid, (*tensors, *sizes, *numbers, *flags), config)
+            found = self._by_triton(tensors)
             if _can_be_prepared(found):
-                self._prepared[key] = _Prepared(
+                launcher._prepared[key] = _Prepared(
                     found.run, found.function, found.packed_metadata, found
                 )
             return
         run, function, metadata, _ = prepared
+        stream = active.get_current_stream(device)
         run(
-            *grid,
-            active.get_current_stream(device),
+            *self.grid,
+            stream,
             function,
             metadata,
             None,
             None,
             None,
             *addresses,
-            *sizes,
-            *numbers,
-            *flags,
-            *config.values,
+            *self.arguments,
         )
 
-    def _by_triton(
-        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], config: Config
-    ) -> Any:
+    def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """Triton's own launch. Returns the compiled kernel."""
-        return self.kernel[grid](
-            *arguments,
-            *config.values,
-            **config.compiled,
-            enable_fp_fusion=FP_FUSION,
+        return self.launcher.kernel[self.grid](
+            *tensors, *self.arguments, **self.config.compiled, enable_fp_fusion=FP_FUSION
         )

@@ -8,11 +8,13 @@ is in float64: ‖E‖² may overflow or underflow float32.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Launcher
+from .launching import KEPT, Launch, Launcher
 from .ode_step import at, row_tiles
 from .problem import cdiv
 from .variant import Variant
@@ -91,16 +93,15 @@ def launch(
     x and mean (B, N) are float32 with contiguous features, z (B,) is contiguous in float64.
     field_x may be mean: a program reads what it overwrites before it writes.
     """
-    B, N = x.shape
+    strides = x.stride(0), mean.stride(0), field_x.stride(0)
+    _launch_of(*x.shape, strides, gamma)(x, z, mean, field_x, field_z)
+
+
+@functools.lru_cache(KEPT)
+def _launch_of(B: int, N: int, strides: tuple[int, int, int], gamma: float) -> Launch:
     tiles = row_tiles(N)
-    _normalised_field(
-        (cdiv(B, tiles["ROWS"]), 1, 1),
-        (x, z, mean, field_x, field_z),
-        (x.stride(0), mean.stride(0), field_x.stride(0), B, N),
-        (gamma,),
-        (),
-        tiles,
-    )
+    grid = (cdiv(B, tiles["ROWS"]), 1, 1)
+    return _normalised_field(grid, (*strides, B, N), (gamma,), (), tiles)
 
 
 def variants() -> list[Variant]:

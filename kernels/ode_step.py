@@ -224,9 +224,8 @@ def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
         by_row, numbers = None, levels
     substitutes = field_z is not None and (by_row is not None or numbers[0] < z_exp)
     tiles = row_tiles(N)
-    _ode_step(
+    step_of_rows = _ode_step(
         (cdiv(B, tiles["ROWS"]), 1, 1),
-        (x, slope, field_z, history, by_row, out, mean_out),
         (
             x.stride(0),
             slope.stride(0),
@@ -240,6 +239,7 @@ def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
         (substitutes, substitutes and exact),
         tiles,
     )
+    step_of_rows(x, slope, field_z, history, by_row, out, mean_out)
 
 
 _TYPES = {

@@ -16,8 +16,9 @@ Launches depend on shapes alone. Nothing waits for the device, and CUDA graphs c
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import load_references
-from .distances import Pairs, shapes
-from .launching import Launcher
+from .distances import Block, Pairs, shapes
+from .launching import KEPT, Launch, Launcher
 from .problem import (
     MAX_PARTS,
     Problem,
@@ -192,32 +193,38 @@ def sum_of_references(
     order = None
     if live is not None and count >= MIN_SORTED_QUERIES:
         order = live.sum(1).argsort(stable=True)
-    stretches = stretches_of(pairs, M)
+    stretches = stretches_of(count, M, N, pairs.x.device)
     parts = weights.new_empty((stretches, count, N))
 
     def run(config: Config) -> None:
-        tile = config["TILE"]
-        stretch = cdiv(M, stretches * tile) * tile
-        _weighted_sum(
-            (cdiv(N, config["FEATURES"]), cdiv(count, config["ROWS"]), stretches),
-            (references, weights, order, parts),
-            (count, M, padded(M), N, pairs.y_stride, pairs.stride, stretch),
-            (0.5 / divisor,),
-            (input_precision(pairs.shape.precision), order is not None),
-            config,
-        )
+        launch = sum_launch(pairs.block, M, stretches, divisor, order is not None, config)
+        launch(references, weights, order, parts)
 
     SUMS.launch(pairs.shape, pairs.x.device, run)
     return parts
 
 
-def stretches_of(pairs: Pairs, references: int) -> int:
+@functools.lru_cache(KEPT)
+def stretches_of(rows: int, M: int, N: int, device: torch.device) -> int:
     """The number of stretches: two programs per multiprocessor, if memory and references allow."""
-    N = pairs.problem.features
-    tiles = cdiv(pairs.count, 64) * cdiv(N, 128)
-    wanted = cdiv(2 * multiprocessors(pairs.x.device), tiles)
-    fitting = MAX_PARTS // (pairs.count * N)
-    return int(max(1, min(wanted, fitting, cdiv(references, 128))))
+    tiles = cdiv(rows, 64) * cdiv(N, 128)
+    wanted = cdiv(2 * multiprocessors(device), tiles)
+    return int(max(1, min(wanted, MAX_PARTS // (rows * N), cdiv(M, 128))))
+
+
+@functools.lru_cache(KEPT)
+def sum_launch(
+    block: Block, M: int, stretches: int, divisor: float, ordered: bool, config: Config
+) -> Launch:
+    tile = config["TILE"]
+    stretch = cdiv(M, stretches * tile) * tile
+    return _weighted_sum(
+        (cdiv(block.N, config["FEATURES"]), cdiv(block.rows, config["ROWS"]), stretches),
+        (block.rows, M, padded(M), block.N, block.y_stride, block.pairs_stride, stretch),
+        (0.5 / divisor,),
+        (input_precision(block.shape.precision), ordered),
+        config,
+    )
 
 
 def posterior_mean(
@@ -235,50 +242,68 @@ def posterior_mean(
     return mean, logsumexp, nearest, total
 
 
+class Launches(NamedTuple):
+    """How a chunk is weighed and merged, for all tensors of the same sizes."""
+
+    pieces: int
+    divisor: float
+    """Divided by it, a sum of weights is at most 1, so that no sum of large values overflows."""
+    weigh: Launch
+    merge: Launch
+
+
+@functools.lru_cache(KEPT)
+def launches(
+    block: Block, M: int, references: int, stretches: int, tiles: int, first: bool, last: bool
+) -> Launches:
+    """M of all references are in the chunk."""
+    pieces, divisor = pieces_of(M), float(power_of_two(M))
+    floor = math.exp(-weight_cutoff(references))
+    weigh = _weigh(
+        (block.rows, pieces, 1),
+        (padded(M), block.pairs_stride, tiles, pieces),
+        (block.exponent, floor),
+        (first, block.gaussian, minima_of(tiles)),
+        WEIGH,
+    )
+    merge = _merge(
+        (block.rows, cdiv(block.N, MERGE["BLOCK"]), 1),
+        (block.rows, block.N, stretches, pieces),
+        (divisor, block.exponent),
+        (first, last, block.gaussian, PIECES),
+        MERGE,
+    )
+    return Launches(pieces, divisor, weigh, merge)
+
+
 def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, total: Tensor) -> None:
     """The results of one block of queries, chunk by chunk."""
     problem, count = pairs.problem, pairs.count
     weights = torch.empty_like(pairs.squared, dtype=mean.dtype)
     closest, kept = torch.empty_like(total), torch.empty_like(total)
-    floor = math.exp(-weight_cutoff(problem.count))
     for chunk in problem.chunks():
-        references, first = part(problem.references, chunk), chunk.start == 0
-        last = chunk.stop == problem.count
+        references = part(problem.references, chunk)
+        first, last = chunk.start == 0, chunk.stop == problem.count
         M = chunk.stop - chunk.start
         pairs.measure(references, nearest, first)
-        pieces = pieces_of(M)
-        sums = weights.new_empty((count, pieces))
+        stretches = stretches_of(count, M, problem.features, mean.device)
+        found = launches(pairs.block, M, problem.count, stretches, pairs.tiles, first, last)
+        sums = weights.new_empty((count, found.pieces))
         live = torch.empty_like(sums, dtype=torch.int32)
-        _weigh(
-            (count, pieces, 1),
-            (
-                pairs.radius,
-                pairs.lowest,
-                nearest,
-                total,
-                pairs.squared,
-                weights,
-                sums,
-                closest,
-                kept,
-                live,
-            ),
-            (padded(M), pairs.stride, pairs.tiles, pieces),
-            (problem.exponent, floor),
-            (first, problem.gaussian, minima_of(pairs.tiles)),
-            WEIGH,
+        found.weigh(
+            pairs.radius,
+            pairs.lowest,
+            nearest,
+            total,
+            pairs.squared,
+            weights,
+            sums,
+            closest,
+            kept,
+            live,
         )
-        # Divided by it, a sum of weights is at most 1, so that no sum of large values overflows.
-        divisor = float(power_of_two(M))
-        parts = sum_of_references(pairs, references, weights, live, divisor)
-        _merge(
-            (count, cdiv(problem.features, MERGE["BLOCK"]), 1),
-            (mean, parts, sums, closest, kept, pairs.radius, nearest, total, logsumexp),
-            (count, problem.features, parts.shape[0], pieces),
-            (divisor, problem.exponent),
-            (first, last, problem.gaussian, PIECES),
-            MERGE,
-        )
+        parts = sum_of_references(pairs, references, weights, live, found.divisor)
+        found.merge(mean, parts, sums, closest, kept, pairs.radius, nearest, total, logsumexp)
 
 
 def variants() -> list[Variant]:

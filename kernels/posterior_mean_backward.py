@@ -316,81 +316,81 @@ class Block:
 
     def _pull(self, chunk: slice) -> None:
         pairs = self.pairs
-        _pull(
+        launch = _pull(
             (pairs.count, 1, 1),
-            (
-                pairs.radius,
-                self.nearest,
-                self.total,
-                pairs.squared,
-                pairs.projected,
-                self.pulled,
-                self.mass,
-            ),
             (padded(chunk.stop - chunk.start), pairs.stride),
             (self.problem.exponent, self.floor),
             (chunk.start == 0, self.problem.gaussian),
             PER_QUERY,
         )
+        launch(
+            pairs.radius,
+            self.nearest,
+            self.total,
+            pairs.squared,
+            pairs.projected,
+            self.pulled,
+            self.mass,
+        )
 
     def _coefficients(self, chunk: slice) -> None:
         pairs = self.pairs
-        _find_coefficients(
+        launch = _find_coefficients(
             (pairs.count, 1, 1),
-            (
-                pairs.radius,
-                self.nearest,
-                self.total,
-                self.grad_logsumexp,
-                self.pulled,
-                self.mass,
-                pairs.squared,
-                pairs.projected,
-                self.coefficients,
-                self.probabilities,
-                self.moment,
-                self.summed,
-                self.whole,
-                self.unit,
-                self.grad_radius,
-            ),
             (padded(chunk.stop - chunk.start), pairs.stride),
             (self.problem.exponent, self.floor),
             (chunk.start == 0, self.problem.gaussian),
             PER_QUERY,
+        )
+        launch(
+            pairs.radius,
+            self.nearest,
+            self.total,
+            self.grad_logsumexp,
+            self.pulled,
+            self.mass,
+            pairs.squared,
+            pairs.projected,
+            self.coefficients,
+            self.probabilities,
+            self.moment,
+            self.summed,
+            self.whole,
+            self.unit,
+            self.grad_radius,
         )
 
     def _merge(self, chunk: slice, grad_x: Tensor) -> None:
         pairs, N = self.pairs, self.problem.features
         references = part(self.problem.references, chunk)
         parts = sum_of_references(pairs, references, self.coefficients, None)
-        _merge_gradient(
+        launch = _merge_gradient(
             (pairs.count, cdiv(N, MERGE_GRADIENT["BLOCK"]), 1),
-            (pairs.x, self.mean, self.whole, self.unit, self.summed, parts, grad_x),
             (pairs.count, N, pairs.x_stride, parts.shape[0]),
             (),
             (chunk.start == 0, chunk.stop == self.problem.count),
             MERGE_GRADIENT,
         )
+        launch(pairs.x, self.mean, self.whole, self.unit, self.summed, parts, grad_x)
 
     def _reference_gradient(self, chunk: slice, gradient: Tensor, first_block: bool) -> None:
         pairs, N, config = self.pairs, self.problem.features, REFERENCE_GRADIENT
         M = chunk.stop - chunk.start
-        _reference_gradient(
+        launch = _reference_gradient(
             (cdiv(N, config["FEATURES"]), cdiv(M, config["TILE"]), 1),
-            (
-                pairs.x,
-                pairs.upstream,
-                part(self.problem.references, chunk),
-                self.unit,
-                self.coefficients,
-                self.probabilities,
-                gradient,
-            ),
             (pairs.count, M, padded(M), N, pairs.x_stride, pairs.y_stride, pairs.stride),
             (),
             (input_precision(self.problem.precision), first_block),
             config,
+        )
+        launch(
+            pairs.x,
+            pairs.upstream,
+            part(self.problem.references, chunk),
+            self.unit,
+            self.coefficients,
+            self.probabilities,
+            gradient,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -104,19 +105,30 @@ class Problem:
             yield slice(start, min(start + self.block, self.queries))
 
     def shape(self, rows: int) -> Shape:
-        kinds = (self.references.dtype, self.precision, self.upstream is not None)
-        return Shape(power_of_two(rows), power_of_two(self.features), *kinds)
+        project = self.upstream is not None
+        return _shape(rows, self.features, self.references.dtype, self.precision, project)
 
     def errors(self, shape: Shape) -> Errors:
         """The errors of distances before they are refined."""
-        N = self.features
-        long = max(1.0, N / 8192)
-        if shape.few:
-            rounded = self.references.dtype == torch.uint8
-            return Errors(2.0**-21 * long, 2.0**-22 if rounded else 0.0, TOLERANCE)
-        if shape.precision == "high":
-            # Sums over panels of 32 features are rounded, which mostly averages out. Matrix units
-            # round toward zero, which averages out less.
-            return Errors(2.0**-18 * long, 2.0**-22 / math.sqrt(max(1.0, N / 32)), TOLERANCE)
-        # The roundings to 11 bits mostly average out.
-        return Errors(2.0**-9, 2.0**-12 / math.sqrt(N), 2e-2)
+        return _errors(self.features, shape)
+
+
+@functools.cache
+def _shape(
+    rows: int, features: int, references: torch.dtype, precision: str, project: bool
+) -> Shape:
+    return Shape(power_of_two(rows), power_of_two(features), references, precision, project)
+
+
+@functools.cache
+def _errors(N: int, shape: Shape) -> Errors:
+    long = max(1.0, N / 8192)
+    if shape.few:
+        rounded = shape.references == torch.uint8
+        return Errors(2.0**-21 * long, 2.0**-22 if rounded else 0.0, TOLERANCE)
+    if shape.precision == "high":
+        # Sums over panels of 32 features are rounded, which mostly averages out. Matrix units
+        # round toward zero, which averages out less.
+        return Errors(2.0**-18 * long, 2.0**-22 / math.sqrt(max(1.0, N / 32)), TOLERANCE)
+    # The roundings to 11 bits mostly average out.
+    return Errors(2.0**-9, 2.0**-12 / math.sqrt(N), 2e-2)

@@ -31,7 +31,7 @@ if importlib.util.find_spec("triton") is not None:
         posterior_mean_backward,
         tuning,
     )
-    from pfgm.kernels.launching import Launcher, size_class
+    from pfgm.kernels.launching import Launch, Launcher, size_class
     from pfgm.kernels.tuning import Config
 
     from benchmarks.codegen import triton as codegen
@@ -111,13 +111,13 @@ def recorder(monkeypatch):
 def by_triton(recorder, monkeypatch):
     """Calls of Triton's own launch."""
     calls = []
-    original = Launcher._by_triton
+    original = Launch._by_triton
 
-    def counted(self, *arguments):
-        calls.append(self.kernel)
-        return original(self, *arguments)
+    def counted(self, tensors):
+        calls.append(self.launcher.kernel)
+        return original(self, tensors)
 
-    monkeypatch.setattr(Launcher, "_by_triton", counted)
+    monkeypatch.setattr(Launch, "_by_triton", counted)
     return calls
 
 
@@ -136,10 +136,14 @@ def given(**changes):
     } | changes  # fmt: skip
     tensors = made["x"], made["extra"], made["out"]
     sizes, numbers = (made["count"], made["stride"]), (made["factor"], made["exact"])
-    return (2, 3, 1), tensors, sizes, numbers, (made["SQUARE"],), made["config"]
+    return tensors, (2, 3, 1), sizes, numbers, (made["SQUARE"],), made["config"]
 
 
-def launch_by_triton(grid, tensors, sizes, numbers, flags, config):
+def launch(launcher, tensors, *rest):
+    launcher(*rest)(*tensors)
+
+
+def launch_by_triton(tensors, grid, sizes, numbers, flags, config):
     kernel[grid](
         *tensors, *sizes, *numbers, *flags, **config.options, enable_fp_fusion=launching.FP_FUSION
     )
@@ -182,7 +186,7 @@ def test_each_class_launches_what_triton_would(recorder, by_triton):
         for name in CLASSES:
             arguments = arguments_of(name)
             recorder.launches.clear()
-            launcher(*arguments)
+            launch(launcher, *arguments)
             launch_by_triton(*arguments)
             prepared, own = recorder.launches
             assert prepared == own, name
@@ -194,14 +198,14 @@ def test_each_class_launches_what_triton_would(recorder, by_triton):
 
 def launch_of(recorder, launcher, name):
     recorder.launches.clear()
-    launcher(*arguments_of(name))
+    launch(launcher, *arguments_of(name))
     return recorder.launches[-1]
 
 
 def test_other_sizes_of_a_class_are_prepared(recorder, by_triton):
     launcher = Launcher(kernel)
     for stride, count in ((32, 48), (160, 4800), (4096, 64)):
-        launcher(*given(stride=stride, count=count))
+        launch(launcher, *given(stride=stride, count=count))
         assert recorder.launches[-1][-1][3:5] == [count, stride]
     assert len(by_triton) == 1
 
@@ -209,7 +213,7 @@ def test_other_sizes_of_a_class_are_prepared(recorder, by_triton):
 def test_numbers_are_not_part_of_a_class(recorder, by_triton):
     launcher = Launcher(kernel)
     for factor, exact in ((2.0, 1.0), (1.0, 16.0), (0.0, -1e300)):
-        launcher(*given(factor=factor, exact=exact))
+        launch(launcher, *given(factor=factor, exact=exact))
         assert recorder.launches[-1][-1][5:7] == [factor, exact]
     assert len(by_triton) == 1
 
@@ -220,36 +224,36 @@ def test_devices_and_streams(recorder, by_triton):
     for device in (0, 1, 0, 1):
         recorder.device = device
         recorder.launches.clear()
-        launcher(*(arguments := given()))
+        launch(launcher, *(arguments := given()))
         launch_by_triton(*arguments)
         assert recorder.launches[0] == recorder.launches[1]
         seen.append(recorder.launches[0][3])
     assert seen[0] == seen[2] != seen[1] == seen[3]
     assert len(by_triton) == 2
     recorder.stream = 11
-    launcher(*given())
+    launch(launcher, *given())
     assert recorder.launches[-1][2] == 11 + 5001
 
 
 def test_hooks_see_every_launch(recorder, by_triton):
     launcher = Launcher(kernel)
-    launcher(*given())
+    launch(launcher, *given())
     seen = []
     runtime = triton.knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         hook.add(seen.append)
         try:
-            launcher(*given())
+            launch(launcher, *given())
         finally:
             hook.remove(seen.append)
     kernel.add_pre_run_hook(lambda *_, **__: seen.append("before"))
     try:
-        launcher(*given())
+        launch(launcher, *given())
     finally:
         kernel.pre_run_hooks.clear()
     assert "before" in seen
     assert len(by_triton) == 4
-    launcher(*given())
+    launch(launcher, *given())
     assert len(by_triton) == 4
 
 
@@ -263,10 +267,10 @@ def test_hooks_see_every_launch(recorder, by_triton):
 )
 def test_other_ways_to_compile_are_left_to_triton(monkeypatch, by_triton, knobs, name, value):
     launcher = Launcher(kernel)
-    launcher(*given())
-    monkeypatch.setattr(Launcher, "_by_triton", lambda *_: by_triton.append("again"))
+    launch(launcher, *given())
+    monkeypatch.setattr(Launch, "_by_triton", lambda *_: by_triton.append("again"))
     monkeypatch.setattr(getattr(triton.knobs, knobs), name, value)
-    launcher(*given())
+    launch(launcher, *given())
     assert by_triton == [kernel, "again"]
 
 
@@ -277,7 +281,7 @@ def test_other_launchers_are_left_to_triton(recorder, by_triton, monkeypatch):
     monkeypatch.setattr(recorder.launcher, "__call__", call)
     launcher = Launcher(kernel)
     for _ in range(3):
-        launcher(*given())
+        launch(launcher, *given())
     assert len(by_triton) == len(recorder.launches) == 3
 
 
@@ -286,10 +290,10 @@ def test_other_gpus_are_left_to_triton(by_triton, monkeypatch):
     target = SimpleNamespace(backend="hip")
     monkeypatch.setattr(launching, "CompiledKernel", SimpleNamespace)
     found = SimpleNamespace(metadata=SimpleNamespace(target=target), run=None)
-    monkeypatch.setattr(Launcher, "_by_triton", lambda *_: by_triton.append(found))
+    monkeypatch.setattr(Launch, "_by_triton", lambda *_: by_triton.append(found))
     launcher = Launcher(kernel)
     for _ in range(2):
-        launcher(*given())
+        launch(launcher, *given())
     assert len(by_triton) == 2
     assert not launcher._prepared
 
@@ -342,14 +346,14 @@ TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
 def test_launches_have_the_types_of_the_variants_that_are_checked(monkeypatch, B):
     monkeypatch.setenv("PFGM_TUNE", "0")
     called = []
-    monkeypatch.setattr(Launcher, "__call__", lambda self, *given: called.append((self, *given)))
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: called.append((self, tensors)))
     every_call(B)
-    for launcher, grid, tensors, sizes, numbers, flags, config in called:
-        assert len(grid) == 3
-        name = launcher.kernel.__name__
-        types, constants = listed_types(launcher.kernel)
-        values = [*tensors, *sizes, *numbers, *flags, *config.values]
-        for parameter, value in zip(launcher.kernel.params, values, strict=True):
+    for launch, tensors in called:
+        assert len(launch.grid) == 3
+        kernel = launch.launcher.kernel
+        name, sizes = kernel.__name__, launch.config.sizes
+        types, constants = listed_types(kernel)
+        for parameter, value in zip(kernel.params, [*tensors, *launch.arguments], strict=True):
             where = (name, parameter.name)
             if parameter.is_constexpr:
                 assert type(value) in constants[parameter.name], where
@@ -358,10 +362,10 @@ def test_launches_have_the_types_of_the_variants_that_are_checked(monkeypatch, B
             elif value is not None:
                 kind = TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
                 assert kind in types[parameter.name], where
-        names = [parameter.name for parameter in launcher.kernel.params]
-        assert names[len(names) - len(config.sizes) :] == list(config.sizes), name
+        names = [parameter.name for parameter in kernel.params]
+        assert names[len(names) - len(sizes) :] == list(sizes), name
     few = {"differences"} if B < 16 else {"find_center", "split_rows", "distances"}
-    assert {each[0].kernel.__name__ for each in called} == few | {
+    assert {launch.launcher.kernel.__name__ for launch, _ in called} == few | {
         "find_limits", "refine", "weigh", "weighted_sum", "merge", "pull", "find_coefficients",
         "merge_gradient", "reference_gradient", "normalised_field_kernel", "ode_step_kernel",
     }  # fmt: skip
