@@ -12,8 +12,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -65,20 +66,27 @@ class Driver:
 
 @contextmanager
 def no_driver() -> Iterator[None]:
-    """Triton's launches do nothing, and kernels are not tuned."""
+    """Triton's launches do nothing, kernels are not tuned, and tensors on the CPU pass for tensors
+    on a GPU."""
     from triton.runtime import driver
 
-    before, active = os.environ.get("PFGM_TUNE"), driver._active
-    os.environ["PFGM_TUNE"] = "0"
-    driver._active = Driver()
-    try:
+    from pfgm.backends import triton, triton_direct
+
+    def forget() -> None:
+        triton_direct._chosen.cache_clear()
+
+    with ExitStack() as patches:
+        patches.callback(forget)
+        for owner, name, value in (
+            (driver, "_active", Driver()),
+            (triton, "supports", lambda *_: None),
+            (triton_direct, "_on_gpu", lambda _: True),
+            (triton_direct, "checks_values", lambda _: False),
+        ):
+            patches.enter_context(patch.object(owner, name, value))
+        patches.enter_context(patch.dict(os.environ, {"PFGM_TUNE": "0"}))
+        forget()
         yield
-    finally:
-        driver._active = active
-        if before is None:
-            del os.environ["PFGM_TUNE"]
-        else:
-            os.environ["PFGM_TUNE"] = before
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -94,18 +102,28 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def measure() -> dict[str, float]:
-    """Seconds of a call by each path."""
+    """Seconds of a call by each path. With Triton: ``field_fn``, the launches of ``posterior_mean``
+    alone, and ``euler_step``; by the other paths ``posterior_mean``."""
+    import pfgm
     from pfgm.kernels import posterior_mean as kernels
 
     x, radius, y = torch.randn(32, 64), torch.rand(32).double() + 0.5, torch.randn(256, 64)
+    z, slope, field_z = radius.float(), torch.randn(32, 64), -torch.rand(32)
+    calls = {
+        "triton, field_fn": lambda: pfgm.field_fn(x, z, y, backend="triton"),
+        "triton, posterior_mean, launches alone": lambda: kernels.posterior_mean(
+            x, y, radius, 1.0, "high"
+        ),
+        "triton, euler_step": lambda: pfgm.euler_step(
+            x, slope, field_z, 1.0, 0.9, backend="triton"
+        ),
+    }
     with torch.no_grad():
         with no_driver():
-            triton = seconds(lambda: kernels.posterior_mean(x, y, radius, 1.0, "high"))
-        return {
-            "triton": triton,
-            "native": seconds(_native(x, radius, y)),
-            "torch": seconds(_torch(x, radius, y)),
-        }
+            found = {name: seconds(call) for name, call in calls.items()}
+        found["native, posterior_mean"] = seconds(_native(x, radius, y))
+        found["torch, posterior_mean"] = seconds(_torch(x, radius, y))
+        return found
 
 
 def _native(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:

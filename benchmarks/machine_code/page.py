@@ -125,7 +125,7 @@ def host_table(results: Results) -> str:
     made = results["made"]["host"]
     how = f"Measured on {made['processor']}, {made['date']}, as processor time of the thread."
     driver = f"The driver is assumed to take {format_seconds(host.DRIVER)} more per launch."
-    return f"{table(['posterior_mean', 'a call'], rows)}\n\n{how} {driver}"
+    return f"{table(['call', 'time'], rows)}\n\n{how} {driver}"
 
 
 def report(results: Results) -> str:
