@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .arithmetic import load_references, scale_to
-from .launching import KEPT, Launch, Launcher
-from .problem import Problem, cdiv, padded
+from .launching import Launcher
+from .memory import Step
+from .problem import cdiv, padded
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
@@ -114,69 +112,34 @@ _FEATURES: int = CENTER_FEATURES.value
 _find_center, _split_rows = Launcher(find_center), Launcher(split_rows)
 
 
-class Parts(NamedTuple):
-    """Rows as two float16 parts, times a power of two."""
-
-    high: Tensor
-    low: Tensor
-    units: Tensor
-    """(B,) in float64: what turns a product with scaled references into the true one."""
-
-
-class Launches(NamedTuple):
-    """How a block of queries is centred, for all tensors of the same sizes."""
-
-    width: int
-    programs: int
-    center: Launch
-    centered: Launch
-    uncentered: Launch
+def memory(rows: int, N: int, project: bool) -> dict[str, int]:
+    """The numbers of values that are written, by name."""
+    width = padded(N)
+    values = rows * width
+    found = {"center": width, "scaled_center": width, "spread": CENTER_PROGRAMS, "scale": 1}
+    found |= {"high": values, "low": values, "units": rows}
+    if project:
+        found |= {"upstream_high": values, "upstream_low": values, "upstream_units": rows}
+    return found
 
 
-@functools.lru_cache(KEPT)
-def launches(rows: int, M: int, N: int, x_stride: int, y_stride: int) -> Launches:
+def steps(
+    rows: int, M: int, N: int, x_stride: int, y_stride: int, project: bool
+) -> tuple[Step, ...]:
+    """How a block of queries is centred, and with ``project`` how G is split (B, N), contiguous."""
     width = padded(N)
     portion = cdiv(cdiv(width, CENTER_PROGRAMS), _FEATURES) * _FEATURES
     programs = cdiv(width, portion)
     center = _find_center((programs, 1, 1), (M, N, y_stride, width, portion))
-    centered, uncentered = (
-        _split_rows((rows, 1, 1), (N, stride, width, programs), (), flags, SPLIT)
-        for stride, flags in ((x_stride, (True, CENTER_PROGRAMS)), (N, (False, CENTER_PROGRAMS)))
-    )
-    return Launches(width, programs, center, centered, uncentered)
-
-
-class Centered:
-    """The centre of the references, and a block of queries relative to it, in parts."""
-
-    def __init__(self, problem: Problem, x: Tensor, upstream: Tensor | None, norms: Tensor) -> None:
-        """upstream is contiguous."""
-        N, references, empty = problem.features, problem.references, x.new_empty
-        found = launches(x.shape[0], problem.count, N, x.stride(0), references.stride(0))
-        self.width, self.norms = found.width, norms
-        self.center, self.scaled_center = empty(self.width), empty(self.width)
-        self.spread, self.scale = empty(found.programs), empty(1)
-        found.center(references, self.center, self.spread)
-        self.queries = self._split(x, found.centered)
-        self.upstream = self.queries
-        if upstream is not None:
-            self.upstream = self._split(upstream, found.uncentered)
-
-    def _split(self, x: Tensor, launch: Launch) -> Parts:
-        high = x.new_empty((x.shape[0], self.width), dtype=torch.float16)
-        low, units = torch.empty_like(high), torch.empty_like(self.norms)
-        launch(
-            x,
-            self.center,
-            self.spread,
-            high,
-            low,
-            self.norms,
-            units,
-            self.scale,
-            self.scaled_center,
-        )
-        return Parts(high, low, units)
+    found = [Step(center, ("references", "center", "spread"))]
+    for prefix, rows_of, stride in (("", "x", x_stride), ("upstream_", "upstream", N)):
+        if rows_of == "x" or project:
+            flags = rows_of == "x", CENTER_PROGRAMS
+            split = _split_rows((rows, 1, 1), (N, stride, width, programs), (), flags, SPLIT)
+            parts = f"{prefix}high", f"{prefix}low", "norms", f"{prefix}units"
+            read = rows_of, "center", "spread"
+            found.append(Step(split, (*read, *parts, "scale", "scaled_center")))
+    return tuple(found)
 
 
 def variants() -> list[Variant]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import JITFunction, driver
+from triton.runtime import driver
 
-from .tuning import Config
+from .tuning import Config, interpreted
 from .variant import FP_FUSION
 
 NO_SIZES = Config({})
 KEPT = 1 << 10
 """Launches of each kind that are kept, so that their arguments are not put together again."""
 
+_INTERPRETED = interpreted()
 _LARGEST_INT32 = 2**31 - 1
 # What a launcher of Triton is called with. Triton 3.6 to 3.9 agree, and hide the second part from
 # the launcher's signature in 3.6.
@@ -77,8 +78,21 @@ def _known_launcher(launcher: Any) -> bool:
     return ends_openly and names in (_FRONT, _FRONT + _HOOKS)
 
 
+Place = tuple[int, int]
+"""A device and a stream."""
+
+
+def current_place() -> Place | None:
+    """The current device and stream; None where Triton must see every launch."""
+    if _INTERPRETED or _watched():
+        return None
+    active = driver.active
+    device = active.get_current_device()
+    return device, active.get_current_stream(device)
+
+
 def _watched() -> bool:
-    """Whether Triton must see a launch: hooks are set, or code is compiled in another way."""
+    """Whether hooks are set, or code is compiled in another way."""
     runtime = knobs.runtime
     return bool(
         getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
@@ -95,8 +109,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._prepared: dict[Hashable, _Prepared] = {}
-        self._compiles = isinstance(kernel, JITFunction)  # and does not interpret
+        self.prepared: dict[Hashable, _Prepared] = {}
 
     def __call__(
         self,
@@ -127,43 +140,45 @@ class Launch:
         self._class = (*map(size_class, sizes), flags, config.key)
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Launches on the current device and stream. None stands for a tensor that the kernel does
-        without."""
-        launcher = self.launcher
-        if not launcher._compiles or launcher.kernel.pre_run_hooks or _watched():
-            self._by_triton(tensors)
-            return
-        active = driver.active
-        device = active.get_current_device()
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        kinds: list[Any] = [None if tensor is None else tensor.dtype for tensor in tensors]
-        if reduce(or_, filter(None, addresses), 0) & 15:
-            kinds += [address is not None and address & 15 for address in addresses]
-        key = (device, self._class, *kinds)
-        prepared = launcher._prepared.get(key)
-        if prepared is None:
-            found = self._by_triton(tensors)
-            if _can_be_prepared(found):
-                launcher._prepared[key] = _Prepared(
-                    found.run, found.function, found.packed_metadata, found
-                )
-            return
-        run, function, metadata, _ = prepared
-        stream = active.get_current_stream(device)
-        run(
-            *self.grid,
-            stream,
-            function,
-            metadata,
-            None,
-            None,
-            None,
-            *addresses,
-            *self.arguments,
-        )
+        """Launches at the current place. None stands for a tensor that the kernel does without."""
+        place = current_place()
+        addresses, kinds = look_at(tensors)
+        if place is None or not self.repeat(place, kinds, addresses):
+            self.by_triton(place, kinds, tensors)
 
-    def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> Any:
-        """Triton's own launch. Returns the compiled kernel."""
-        return self.launcher.kernel[self.grid](
+    def repeat(self, place: Place, kinds: Hashable, addresses: Sequence[int | None]) -> bool:
+        """Launches if such a launch was prepared, and says whether it was.
+
+        Kinds are all that Triton may look at in the tensors at these addresses.
+        """
+        launcher = self.launcher
+        device, stream = place
+        prepared = launcher.prepared.get((device, self._class, kinds))
+        if prepared is None or launcher.kernel.pre_run_hooks:
+            return False
+        run, function, metadata, _ = prepared
+        run(*self.grid, stream, function, metadata, None, None, None, *addresses, *self.arguments)
+        return True
+
+    def by_triton(
+        self, place: Place | None, kinds: Hashable, tensors: Sequence[Tensor | None]
+    ) -> None:
+        """Triton's own launch, at the current place. It prepares later ones unless that is None."""
+        found = self.launcher.kernel[self.grid](
             *tensors, *self.arguments, **self.config.compiled, enable_fp_fusion=FP_FUSION
         )
+        if place is not None and _can_be_prepared(found):
+            key = place[0], self._class, kinds
+            self.launcher.prepared[key] = _Prepared(
+                found.run, found.function, found.packed_metadata, found
+            )
+
+
+def look_at(tensors: Iterable[Tensor | None]) -> tuple[list[int | None], tuple[Any, ...]]:
+    """The addresses of tensors, and all that Triton may look at: their types and alignments."""
+    tensors = tuple(tensors)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    kinds: list[Any] = [None if tensor is None else tensor.dtype for tensor in tensors]
+    if reduce(or_, filter(None, addresses), 0) & 15:
+        kinds += [address is not None and address & 15 for address in addresses]
+    return addresses, tuple(kinds)

@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import load_references
-from .distances import Block, Pairs, shapes
-from .launching import KEPT, Launch, Launcher
+from .distances import Block, Pairs, memory, shapes
+from .launching import KEPT, Launcher
+from .memory import NOTHING, Layout, Step
 from .problem import (
     MAX_PARTS,
     Problem,
@@ -182,26 +183,43 @@ _weigh, _weighted_sum, _merge = Launcher(weigh), Launcher(weighted_sum), Launche
 
 
 def sum_of_references(
-    pairs: Pairs, references: Tensor, weights: Tensor, live: Tensor | None, divisor: float = 1.0
-) -> Tensor:
-    """Σ_j weights_j y_j / divisor over each stretch of the references, (stretches, B, N).
+    pairs: Pairs, M: int, weights: str, ordered: bool, divisor: float = 1.0
+) -> int:
+    """Writes Σ_j weights_j y_j / divisor over each stretch of M references to ``parts``, which is
+    (stretches, B, N). Returns the number of stretches.
 
-    Many queries are sorted by the sum of live (B, pieces), their number of nonzero weights, so that
-    similar queries share tiles.
+    If ordered, queries are in the order of the tensor ``order``.
     """
-    M, N, count = references.shape[0], pairs.problem.features, pairs.count
-    order = None
-    if live is not None and count >= MIN_SORTED_QUERIES:
-        order = live.sum(1).argsort(stable=True)
-    stretches = stretches_of(count, M, N, pairs.x.device)
-    parts = weights.new_empty((stretches, count, N))
+    block = pairs.block
+    stretches = stretches_of(block.rows, M, block.N, block.device)
 
     def run(config: Config) -> None:
-        launch = sum_launch(pairs.block, M, stretches, divisor, order is not None, config)
-        launch(references, weights, order, parts)
+        pairs.space.run(sum_step(block, M, weights, stretches, divisor, ordered, config))
 
-    SUMS.launch(pairs.shape, pairs.x.device, run)
-    return parts
+    SUMS.launch(pairs.shape, block.device, run)
+    return stretches
+
+
+@functools.lru_cache(KEPT)
+def sum_step(
+    block: Block,
+    M: int,
+    weights: str,
+    stretches: int,
+    divisor: float,
+    ordered: bool,
+    config: Config,
+) -> Step:
+    tile = config["TILE"]
+    stretch = cdiv(M, stretches * tile) * tile
+    launch = _weighted_sum(
+        (cdiv(block.N, config["FEATURES"]), cdiv(block.rows, config["ROWS"]), stretches),
+        (block.rows, M, padded(M), block.N, block.y_stride, block.pairs_stride, stretch),
+        (0.5 / divisor,),
+        (input_precision(block.shape.precision), ordered),
+        config,
+    )
+    return Step(launch, ("y", weights, "order" if ordered else NOTHING, "parts"))
 
 
 @functools.lru_cache(KEPT)
@@ -212,19 +230,53 @@ def stretches_of(rows: int, M: int, N: int, device: torch.device) -> int:
     return int(max(1, min(wanted, MAX_PARTS // (rows * N), cdiv(M, 128))))
 
 
+def memory_of_sums(block: Block) -> dict[str, int]:
+    """The number of values in ``parts``, by name."""
+    stretches = stretches_of(block.rows, block.chunk, block.N, block.device)
+    return {"parts": stretches * block.rows * block.N}
+
+
 @functools.lru_cache(KEPT)
-def sum_launch(
-    block: Block, M: int, stretches: int, divisor: float, ordered: bool, config: Config
-) -> Launch:
-    tile = config["TILE"]
-    stretch = cdiv(M, stretches * tile) * tile
-    return _weighted_sum(
-        (cdiv(block.N, config["FEATURES"]), cdiv(block.rows, config["ROWS"]), stretches),
-        (block.rows, M, padded(M), block.N, block.y_stride, block.pairs_stride, stretch),
-        (0.5 / divisor,),
-        (input_precision(block.shape.precision), ordered),
-        config,
+def layout(block: Block) -> Layout:
+    """The temporary tensors of the forward pass."""
+    pairs, sums = block.rows * block.pairs_stride, block.rows * pieces_of(block.chunk)
+    own = {"weights": pairs, "sums": sums, "live": sums, "closest": block.rows, "kept": block.rows}
+    return Layout(memory(block) | memory_of_sums(block) | own)
+
+
+class Steps(NamedTuple):
+    """How a chunk is weighed and merged."""
+
+    pieces: int
+    divisor: float
+    """Divided by it, a sum of weights is at most 1, so that no sum of large values overflows."""
+    weigh: Step
+    merge: Step
+
+
+@functools.lru_cache(KEPT)
+def steps(block: Block, M: int, tiles: int, first: bool, last: bool) -> Steps:
+    pieces, divisor = pieces_of(M), float(power_of_two(M))
+    stretches = stretches_of(block.rows, M, block.N, block.device)
+    weigh = _weigh(
+        (block.rows, pieces, 1),
+        (padded(M), block.pairs_stride, tiles, pieces),
+        (block.exponent, math.exp(-weight_cutoff(block.references))),
+        (first, block.gaussian, minima_of(tiles)),
+        WEIGH,
     )
+    read = ("radius", "lowest", "nearest", "total", "squared")
+    written = ("weights", "sums", "closest", "kept", "live")
+    merge = _merge(
+        (block.rows, cdiv(block.N, MERGE["BLOCK"]), 1),
+        (block.rows, block.N, stretches, pieces),
+        (divisor, block.exponent),
+        (first, last, block.gaussian, PIECES),
+        MERGE,
+    )
+    state = ("radius", "nearest", "total", "logsumexp")
+    merged = ("mean", "parts", "sums", "closest", "kept", *state)
+    return Steps(pieces, divisor, Step(weigh, (*read, *written)), Step(merge, merged))
 
 
 def posterior_mean(
@@ -237,73 +289,34 @@ def posterior_mean(
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
     logsumexp, nearest, total = (torch.empty_like(radius) for _ in range(3))
     for rows in problem.blocks():
-        results = (part(each, rows) for each in (mean, logsumexp, nearest, total))
-        _average(Pairs(problem, rows), *results)
+        pairs = Pairs(
+            problem,
+            rows,
+            layout,
+            mean=part(mean, rows),
+            logsumexp=part(logsumexp, rows),
+            nearest=part(nearest, rows),
+            total=part(total, rows),
+        )
+        for chunk in problem.chunks():
+            _average(pairs, chunk)
     return mean, logsumexp, nearest, total
 
 
-class Launches(NamedTuple):
-    """How a chunk is weighed and merged, for all tensors of the same sizes."""
-
-    pieces: int
-    divisor: float
-    """Divided by it, a sum of weights is at most 1, so that no sum of large values overflows."""
-    weigh: Launch
-    merge: Launch
-
-
-@functools.lru_cache(KEPT)
-def launches(
-    block: Block, M: int, references: int, stretches: int, tiles: int, first: bool, last: bool
-) -> Launches:
-    """M of all references are in the chunk."""
-    pieces, divisor = pieces_of(M), float(power_of_two(M))
-    floor = math.exp(-weight_cutoff(references))
-    weigh = _weigh(
-        (block.rows, pieces, 1),
-        (padded(M), block.pairs_stride, tiles, pieces),
-        (block.exponent, floor),
-        (first, block.gaussian, minima_of(tiles)),
-        WEIGH,
-    )
-    merge = _merge(
-        (block.rows, cdiv(block.N, MERGE["BLOCK"]), 1),
-        (block.rows, block.N, stretches, pieces),
-        (divisor, block.exponent),
-        (first, last, block.gaussian, PIECES),
-        MERGE,
-    )
-    return Launches(pieces, divisor, weigh, merge)
-
-
-def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, total: Tensor) -> None:
-    """The results of one block of queries, chunk by chunk."""
-    problem, count = pairs.problem, pairs.count
-    weights = torch.empty_like(pairs.squared, dtype=mean.dtype)
-    closest, kept = torch.empty_like(total), torch.empty_like(total)
-    for chunk in problem.chunks():
-        references = part(problem.references, chunk)
-        first, last = chunk.start == 0, chunk.stop == problem.count
-        M = chunk.stop - chunk.start
-        pairs.measure(references, nearest, first)
-        stretches = stretches_of(count, M, problem.features, mean.device)
-        found = launches(pairs.block, M, problem.count, stretches, pairs.tiles, first, last)
-        sums = weights.new_empty((count, found.pieces))
-        live = torch.empty_like(sums, dtype=torch.int32)
-        found.weigh(
-            pairs.radius,
-            pairs.lowest,
-            nearest,
-            total,
-            pairs.squared,
-            weights,
-            sums,
-            closest,
-            kept,
-            live,
-        )
-        parts = sum_of_references(pairs, references, weights, live, found.divisor)
-        found.merge(mean, parts, sums, closest, kept, pairs.radius, nearest, total, logsumexp)
+def _average(pairs: Pairs, chunk: slice) -> None:
+    """Merges a chunk into the results of one block of queries."""
+    block, space = pairs.block, pairs.space
+    M, first, last = chunk.stop - chunk.start, chunk.start == 0, chunk.stop == block.references
+    pairs.measure(chunk, first)
+    found = steps(block, M, pairs.steps.tiles, first, last)
+    space.run(found.weigh)
+    ordered = block.rows >= MIN_SORTED_QUERIES
+    if ordered:
+        # By the number of nonzero weights, so that similar queries share tiles.
+        live = space.temporary("live")[: block.rows * found.pieces].view(block.rows, found.pieces)
+        space.give("order", live.sum(1).argsort(stable=True))
+    sum_of_references(pairs, M, "weights", ordered, found.divisor)
+    space.run(found.merge)
 
 
 def variants() -> list[Variant]:

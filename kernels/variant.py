@@ -71,7 +71,7 @@ _NUMBERS = {
     "fp32": "half divisor",
     "fp64": "exponent spreading margin noise near_nats tolerance floor",
 }
-_TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
+TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
 _DIVISIBLE = {name for names in _POINTERS.values() for name in names.split()}
 _DIVISIBLE |= {"y", "width", "N", "stretch", "x_stride", "y_stride", "pairs_stride"}
 
@@ -87,7 +87,7 @@ def variant(
     and num_stages. N and strides are taken to be multiples of 16."""
     constants = dict(constants)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    types = dict(_TYPES)
+    types = dict(TYPES)
     words = [kernel.__name__]
     if references is not None:
         types["y"] = f"*{REFERENCES[references]}"

@@ -104,8 +104,9 @@ def seconds(run: Callable[[], Any]) -> float:
 def measure() -> dict[str, float]:
     """Seconds of a call by each path. With Triton: ``field_fn``, the launches of ``posterior_mean``
     alone, and ``euler_step``; by the other paths ``posterior_mean``."""
-    import pfgm
     from pfgm.kernels import posterior_mean as kernels
+
+    import pfgm
 
     x, radius, y = torch.randn(32, 64), torch.rand(32).double() + 0.5, torch.randn(256, 64)
     z, slope, field_z = radius.float(), torch.randn(32, 64), -torch.rand(32)

@@ -25,10 +25,12 @@ if importlib.util.find_spec("triton") is not None:
     import triton.language as tl
     from pfgm.kernels import (
         launching,
+        memory,
         normalised_field,
         ode_step,
         posterior_mean,
         posterior_mean_backward,
+        problem,
         tuning,
     )
     from pfgm.kernels.launching import Launch, Launcher, size_class
@@ -111,13 +113,13 @@ def recorder(monkeypatch):
 def by_triton(recorder, monkeypatch):
     """Calls of Triton's own launch."""
     calls = []
-    original = Launch._by_triton
+    original = Launch.by_triton
 
-    def counted(self, tensors):
+    def counted(self, *arguments):
         calls.append(self.launcher.kernel)
-        return original(self, tensors)
+        original(self, *arguments)
 
-    monkeypatch.setattr(Launch, "_by_triton", counted)
+    monkeypatch.setattr(Launch, "by_triton", counted)
     return calls
 
 
@@ -268,7 +270,7 @@ def test_hooks_see_every_launch(recorder, by_triton):
 def test_other_ways_to_compile_are_left_to_triton(monkeypatch, by_triton, knobs, name, value):
     launcher = Launcher(kernel)
     launch(launcher, *given())
-    monkeypatch.setattr(Launch, "_by_triton", lambda *_: by_triton.append("again"))
+    monkeypatch.setattr(Launch, "by_triton", lambda *_: by_triton.append("again"))
     monkeypatch.setattr(getattr(triton.knobs, knobs), name, value)
     launch(launcher, *given())
     assert by_triton == [kernel, "again"]
@@ -290,12 +292,11 @@ def test_other_gpus_are_left_to_triton(by_triton, monkeypatch):
     target = SimpleNamespace(backend="hip")
     monkeypatch.setattr(launching, "CompiledKernel", SimpleNamespace)
     found = SimpleNamespace(metadata=SimpleNamespace(target=target), run=None)
-    monkeypatch.setattr(Launch, "_by_triton", lambda *_: by_triton.append(found))
-    launcher = Launcher(kernel)
+    launcher = Launcher(defaultdict(lambda: lambda *_, **__: found))
     for _ in range(2):
         launch(launcher, *given())
     assert len(by_triton) == 2
-    assert not launcher._prepared
+    assert not launcher.prepared
 
 
 def test_the_launcher_of_this_version_is_known():
@@ -346,7 +347,11 @@ TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
 def test_launches_have_the_types_of_the_variants_that_are_checked(monkeypatch, B):
     monkeypatch.setenv("PFGM_TUNE", "0")
     called = []
-    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: called.append((self, tensors)))
+    monkeypatch.setattr(launching, "current_place", lambda: None)
+    monkeypatch.setattr(memory, "current_place", lambda: None)
+    monkeypatch.setattr(
+        Launch, "by_triton", lambda self, place, kinds, tensors: called.append((self, tensors))
+    )
     every_call(B)
     for launch, tensors in called:
         assert len(launch.grid) == 3
@@ -385,43 +390,88 @@ def listed_types(kernel):
     return types, constants
 
 
-def mean_and_field(offset):
-    """The posterior mean, the field and a step over rows ``offset`` elements after an alignment."""
-    x, y = view(offset, length=20 * 64).view(20, 64), view(offset, length=40 * 64).view(40, 64)
-    radius = view(dtype=torch.float64, length=20)
+@pytest.fixture
+def twice(recorder, monkeypatch):
+    """Every launch is made twice, the second time by Triton. Returns the codes of both, by kernel,
+    and whether the first was prepared."""
+    for launcher in launchers():
+        monkeypatch.setattr(launcher, "prepared", {})
+        launcher.kernel.device_caches.clear()
+    made = []
+    run, call = memory.Space.run, Launch.__call__
+
+    def compare(launch, repeat, tensors):
+        before = dict(launch.launcher.prepared)
+        repeat()
+        launch.by_triton(None, None, tensors)
+        *_, first, own = recorder.launches
+        assert first == own
+        prepared = launch.launcher.prepared == before
+        made.append((launch.launcher.kernel.__name__, own[0], prepared))
+
+    def run_twice(self, step):
+        tensors = [
+            self._given[name] if name in self._given else self.temporary(name)
+            for name in step.names
+        ]
+        compare(step.launch, lambda: run(self, step), tensors)
+
+    monkeypatch.setattr(memory.Space, "run", run_twice)
+    monkeypatch.setattr(
+        Launch,
+        "__call__",
+        lambda self, *tensors: compare(self, lambda: call(self, *tensors), tensors),
+    )
+    return made
+
+
+def operations(B=20, x_at=0, y_at=0, radius_at=0, dtype=torch.float32):
+    """The posterior mean, the field and a step; the tensors start so many values after an
+    alignment."""
+    x, y = view(x_at, length=B * 64).view(B, 64), view(y_at, dtype, 40 * 64).view(40, 64)
+    radius = view(radius_at, torch.float64, B)
     mean, *_ = posterior_mean.posterior_mean(x, y, radius, 1.0, "high")
-    field_x, field_z = torch.empty_like(x), view(length=20)
-    normalised_field.launch(x, radius, mean, 5.0, field_x, field_z)
-    step = OdeStep(x, field_x, field_z, None, (1.0, 0.5, 0.0), 5.0, 2.0, True)
+    field_z = view(length=B)
+    normalised_field.launch(x, radius, mean, 5.0, mean, field_z)
+    step = OdeStep(x, mean, field_z, None, (1.0, 0.5, 0.0), 5.0, 2.0, True)
     ode_step.launch(step, x, None)
 
 
-def test_the_package_launches_what_triton_would(recorder, monkeypatch):
-    for launcher in launchers():
-        monkeypatch.setattr(launcher, "_prepared", {})
-        launcher.kernel.device_caches.clear()
-    by_alignment = []
-    for offset in (0, 1):
-        mean_and_field(offset)
-        runs = []
-        for watched in (False, True):
-            recorder.launches.clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(launching, "_watched", lambda watched=watched: watched)
-                mean_and_field(offset)
-            runs.append([as_classes(launch) for launch in recorder.launches])
-        assert len(runs[0]) == 10
-        assert runs[0] == runs[1]
-        by_alignment.append([code for code, *_ in runs[0]])
-    # Kernels that read none of the misaligned rows are the same.
-    differ = sum(a != b for a, b in zip(*by_alignment, strict=True))
-    assert differ >= 6
+def test_the_package_launches_what_triton_would(twice):
+    """With other alignments, prepared before and after each other."""
+    places = [{}, {"x_at": 1}, {"y_at": 1}, {"x_at": 2, "y_at": 3}, {"radius_at": 1}]
+    codes = []
+    for turn in range(2):
+        for each in places:
+            twice.clear()
+            operations(**each)
+            assert len(twice) == 10
+            assert turn == 0 or all(prepared for _, _, prepared in twice)
+            codes.append(tuple(code for _, code, _ in twice))
+    assert codes[: len(places)] == codes[len(places) :]
+    assert len(set(codes)) == len(places)
 
 
-def as_classes(launch):
-    """A launch with its addresses modulo 16, which differ from run to run."""
-    *start, arguments = launch
-    return [*start, [a % 16 if type(a) is int and a > 2**31 else a for a in arguments]]
+@pytest.mark.parametrize("B", [3, 300])
+def test_few_and_many_queries(monkeypatch, twice, B):
+    monkeypatch.setenv("PFGM_TUNE", "0")
+    for _ in range(2):
+        twice.clear()
+        operations(B, dtype=torch.uint8)
+    assert all(prepared for _, _, prepared in twice)
+
+
+def test_chunks_blocks_and_gradients(monkeypatch, twice):
+    monkeypatch.setattr(problem, "MAX_PAIRS", 600)
+    monkeypatch.setattr(problem, "MAX_QUERIES", 17)
+    x, y, radius = torch.zeros(34, 33), torch.zeros(300, 33), torch.zeros(34).double()
+    for _ in range(2):
+        twice.clear()
+        mean, lse, nearest, total = posterior_mean.posterior_mean(x, y, radius, 1.0, "high")
+        posterior_mean_backward.posterior_mean_backward(
+            mean, lse, x, y, radius, mean, nearest, total, 1.0, (True, True, True), "high"
+        )
+    assert all(prepared for _, _, prepared in twice)
 
 
 def test_prepared_launches_take_no_arguments_by_name():
