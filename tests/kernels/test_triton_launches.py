@@ -79,6 +79,7 @@ class Recorder:
         class Launcher:
             def __init__(self, source, metadata):
                 self.code = metadata.hash, metadata.num_warps
+                recorder.fusion = metadata.enable_fp_fusion
 
             def __call__(self, gridX, gridY, gridZ, stream, function, *arguments):
                 _metadata, _launch, _enter, _exit, *given = arguments
@@ -143,6 +144,11 @@ def given(**changes):
 
 def launch(launcher, tensors, *rest):
     launcher(*rest)(*tensors)
+
+
+def arguments_by_position(arguments):
+    tensors, _, sizes, numbers, flags, _ = arguments
+    return *tensors, *sizes, *numbers, *flags
 
 
 def launch_by_triton(tensors, grid, sizes, numbers, flags, config):
@@ -218,6 +224,15 @@ def test_numbers_are_not_part_of_a_class(recorder, by_triton):
         launch(launcher, *given(factor=factor, exact=exact))
         assert recorder.launches[-1][-1][5:7] == [factor, exact]
     assert len(by_triton) == 1
+
+
+def test_fusion_does_not_depend_on_the_version_of_triton(recorder, monkeypatch):
+    """Its default is another from 3.10 on, which this setting stands for."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    kernel[(1,)](*arguments_by_position(given()), **Config(SMALL).options)
+    assert not recorder.fusion
+    launch(Launcher(kernel), *given())
+    assert recorder.fusion
 
 
 def test_devices_and_streams(recorder, by_triton):
@@ -357,7 +372,8 @@ def test_launches_have_the_types_of_the_variants_that_are_checked(monkeypatch, B
         assert len(launch.grid) == 3
         kernel = launch.launcher.kernel
         name, sizes = kernel.__name__, launch.config.sizes
-        types, constants = listed_types(kernel)
+        types, constants, options = listed_types(kernel)
+        assert launch.config.compiled | {"enable_fp_fusion": launching.FP_FUSION} in options, name
         for parameter, value in zip(kernel.params, [*tensors, *launch.arguments], strict=True):
             where = (name, parameter.name)
             if parameter.is_constexpr:
@@ -378,16 +394,18 @@ def test_launches_have_the_types_of_the_variants_that_are_checked(monkeypatch, B
 
 @functools.cache
 def listed_types(kernel):
-    """The types of a kernel's arguments, and of its constants, in the variants that are listed."""
-    types, constants = defaultdict(set), defaultdict(set)
+    """The types of a kernel's arguments, those of its constants, and the compiler's options, in the
+    variants that are listed."""
+    types, constants, options = defaultdict(set), defaultdict(set), []
     for name in codegen.MODULES:
         for variant in importlib.import_module(name).variants():
             if variant.kernel is kernel:
+                options.append(variant.options)
                 for argument, kind in variant.types.items():
                     types[argument].add(kind)
                 for argument, value in variant.constants.items():
                     constants[argument].add(type(value))
-    return types, constants
+    return types, constants, options
 
 
 @pytest.fixture
