@@ -329,6 +329,42 @@ def test_sizes_of_one_class_are_alike():
     assert len({size_class(size) for size in range(1, 10_000)}) <= 32
 
 
+def test_tensors_by_name(recorder, by_triton):
+    """Two spaces whose tensors are alike but for their names: the first is misaligned."""
+    layout = memory.Layout({"weights": 64, "squared": 7, "center": 64})
+    made = Launcher(kernel)(*given()[1:])
+    for _ in range(2):
+        for names in (("x", "mean"), ("mean", "x")):
+            tensors = dict(zip(names, (view(1), view()), strict=True))
+            space = memory.Space(layout, **tensors)
+            for order in (("x", memory.NOTHING, "mean"), ("x", "center", "weights")):
+                space.run(memory.Step(made, order))
+                found = [
+                    tensors[name] if name in tensors else space.temporary(name)
+                    for name in order
+                    if name != memory.NOTHING
+                ]
+                if len(found) == 2:
+                    found.insert(1, None)
+                made.by_triton(None, None, found)
+                *_, prepared, own = recorder.launches
+                assert prepared == own
+    assert len(by_triton) == 4 + 8
+
+
+@pytest.mark.usefixtures("recorder")
+def test_temporary_tensors_lie_apart():
+    layout = memory.Layout({"weights": 65, "squared": 7, "live": 3, "high": 1, "center": 64})
+    space = memory.Space(layout, x=view())
+    for value, name in enumerate(layout.counts):
+        space.temporary(name).fill_(value)
+    for value, name in enumerate(layout.counts):
+        tensor = space.temporary(name)
+        assert len(tensor) == layout.counts[name]
+        assert tensor.eq(value).all()
+        assert (tensor.data_ptr() - space.temporary("weights").data_ptr()) % 256 == 0
+
+
 # ---- the kernels of the package ---------------------------------------------------------------
 
 
