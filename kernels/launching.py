@@ -3,7 +3,8 @@
 Triton's own launch looks at each argument, at the options and at the environment in Python, which
 takes longer than most kernels here run. What it finds depends on a few facts about the arguments.
 So the first launch with these facts is Triton's own, the compiled kernel is kept, and later ones
-launch that kernel at once.
+launch that kernel at once. Triton also checks that globals of the kernels have not changed; those
+of these kernels are constants.
 """
 
 from __future__ import annotations
