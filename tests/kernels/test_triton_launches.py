@@ -36,9 +36,11 @@ if importlib.util.find_spec("triton") is not None:
     from pfgm.kernels.launching import Launch, Launcher, size_class
     from pfgm.kernels.tuning import Config
 
+    import pfgm
     from benchmarks.codegen import triton as codegen
     from benchmarks.machine_code import host
     from pfgm.backends.problems import OdeStep
+    from pfgm.ops import posterior_mean as posterior_mean_op
 
     pytestmark = pytest.mark.skipif(
         tuning.interpreted(), reason="the interpreter does not compile kernels"
@@ -526,6 +528,18 @@ def test_chunks_blocks_and_gradients(monkeypatch, twice):
             mean, lse, x, y, radius, mean, nearest, total, 1.0, (True, True, True), "high"
         )
     assert all(prepared for _, _, prepared in twice)
+
+
+def test_a_second_call_needs_neither_triton_nor_the_operators(monkeypatch):
+    """What benchmarks.machine_code.host measures."""
+    x, z, references = torch.zeros(32, 64), torch.ones(32), torch.zeros(256, 64)
+    with host.no_driver(), torch.no_grad():
+        pfgm.field_fn(x, z, references, backend="triton")
+        monkeypatch.setattr(Launch, "by_triton", None)
+        monkeypatch.setattr(posterior_mean_op, "compute", None)
+        field_x, field_z = pfgm.field_fn(x, z, references, backend="triton")
+        assert field_x.shape == x.shape
+        assert field_z.shape == z.shape
 
 
 def test_prepared_launches_take_no_arguments_by_name():
