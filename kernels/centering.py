@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .arithmetic import load_references, scale_to
-from .problem import Problem, padded
+from .launching import Launcher
+from .memory import Step
+from .problem import cdiv, padded
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
@@ -108,66 +108,38 @@ def split_rows(
 
 # ---- launches ---------------------------------------------------------------------------------
 
-
-class Parts(NamedTuple):
-    """Rows as two float16 parts, times a power of two."""
-
-    high: Tensor
-    low: Tensor
-    units: Tensor
-    """(B,) in float64: what turns a product with scaled references into the true one."""
+_FEATURES: int = CENTER_FEATURES.value
+_find_center, _split_rows = Launcher(find_center), Launcher(split_rows)
 
 
-class Centered:
-    """The centre of the references, and a block of queries relative to it, in parts."""
+def memory(rows: int, N: int, project: bool) -> dict[str, int]:
+    """The numbers of values that are written, by name."""
+    width = padded(N)
+    values = rows * width
+    found = {"center": width, "scaled_center": width, "spread": CENTER_PROGRAMS, "scale": 1}
+    found |= {"high": values, "low": values, "units": rows}
+    if project:
+        found |= {"upstream_high": values, "upstream_low": values, "upstream_units": rows}
+    return found
 
-    def __init__(self, problem: Problem, x: Tensor, upstream: Tensor | None, norms: Tensor) -> None:
-        N, references = problem.features, problem.references
-        self.width = padded(N)
-        self.norms = norms
-        features = CENTER_FEATURES.value
-        portion = -(-self.width // CENTER_PROGRAMS // features) * features
-        self.programs = -(-self.width // portion)
-        self.center, self.scaled_center = x.new_empty(self.width), x.new_empty(self.width)
-        self.spread = x.new_empty(self.programs)
-        self.scale = x.new_empty(1)
-        find_center[(self.programs,)](
-            references,
-            self.center,
-            self.spread,
-            len(references),
-            N,
-            references.stride(0),
-            self.width,
-            portion,
-            num_warps=4,
-        )
-        self.queries = self._split(x, N, centered=True)
-        self.upstream = self.queries
-        if upstream is not None:
-            self.upstream = self._split(upstream, N, centered=False)
 
-    def _split(self, x: Tensor, N: int, centered: bool) -> Parts:
-        high, low = (x.new_empty(len(x), self.width, dtype=torch.float16) for _ in range(2))
-        parts = Parts(high, low, torch.empty_like(self.norms))
-        split_rows[(len(x),)](
-            x,
-            self.center,
-            self.spread,
-            *parts[:2],
-            self.norms,
-            parts.units,
-            self.scale,
-            self.scaled_center,
-            N,
-            x.stride(0),
-            self.width,
-            self.programs,
-            CENTERED=centered,
-            PROGRAMS=CENTER_PROGRAMS,
-            **SPLIT.options,
-        )
-        return parts
+def steps(
+    rows: int, M: int, N: int, x_stride: int, y_stride: int, project: bool
+) -> tuple[Step, ...]:
+    """How a block of queries is centred, and with ``project`` how G is split (B, N), contiguous."""
+    width = padded(N)
+    portion = cdiv(cdiv(width, CENTER_PROGRAMS), _FEATURES) * _FEATURES
+    programs = cdiv(width, portion)
+    center = _find_center((programs, 1, 1), (M, N, y_stride, width, portion))
+    found = [Step(center, ("references", "center", "spread"))]
+    for prefix, rows_of, stride in (("", "x", x_stride), ("upstream_", "upstream", N)):
+        if rows_of == "x" or project:
+            flags = rows_of == "x", CENTER_PROGRAMS
+            split = _split_rows((rows, 1, 1), (N, stride, width, programs), (), flags, SPLIT)
+            parts = f"{prefix}high", f"{prefix}low", "norms", f"{prefix}units"
+            read = rows_of, "center", "spread"
+            found.append(Step(split, (*read, *parts, "scale", "scaled_center")))
+    return tuple(found)
 
 
 def variants() -> list[Variant]:

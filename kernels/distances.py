@@ -8,18 +8,21 @@ and, for the backward pass, G·y. ``refine`` then corrects what must be exact (r
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import centering
 from .arithmetic import add_compensated, load_references
-from .centering import Centered
-from .problem import Problem, Shape, padded
+from .launching import KEPT, Launcher
+from .memory import NOTHING, Layout, Space, Step
+from .problem import Errors, Problem, Shape, cdiv, padded, part
 from .refinement import (
     LIMITS,
     MAX_REFINE_PROGRAMS,
@@ -229,137 +232,181 @@ def distance_configs(shape: Shape) -> list[Config]:
 
 
 DISTANCES = Choice(distance_configs)
+NOT_USED = "x"
+"""A tensor that is passed where a kernel reads and writes none."""
+
+_distances, _differences = Launcher(distances), Launcher(differences)
+_find_limits, _refine = Launcher(find_limits), Launcher(refine)
+
+
+class Block(NamedTuple):
+    """What the launches for a block of queries depend on."""
+
+    shape: Shape
+    rows: int
+    references: int
+    """M, those of all chunks."""
+    chunk: int
+    """The number of references in the largest chunk."""
+    N: int
+    x_stride: int
+    y_stride: int
+    exponent: float
+    gaussian: bool
+    errors: Errors
+    device: torch.device
+
+    @property
+    def pairs_stride(self) -> int:
+        return padded(self.chunk)
+
+
+def memory(block: Block) -> dict[str, int]:
+    """The numbers of values that ``Pairs`` writes, by name."""
+    rows, pairs, shape = block.rows, block.rows * block.pairs_stride, block.shape
+    tiles = cdiv(block.chunk, min(config["TILE"] for config in DISTANCES.configs(shape)))
+    found = {"norms": rows, "squared": pairs, "lowest": rows * tiles, "limits": 2 * rows}
+    if shape.project:
+        found["projected"] = pairs
+    if not shape.few:
+        found |= {"reach": tiles} | centering.memory(rows, block.N, shape.project)
+    return found
+
+
+@functools.lru_cache(KEPT)
+def centering_steps(block: Block) -> tuple[Step, ...]:
+    """Those before the first chunk."""
+    if block.shape.few:
+        return ()
+    strides = block.x_stride, block.y_stride
+    project = block.shape.project
+    return centering.steps(block.rows, block.references, block.N, *strides, project)
+
+
+class Steps(NamedTuple):
+    """How distances to a chunk are found."""
+
+    tiles: int
+    distances: Step
+    limits: Step
+    refine: Step
+
+
+@functools.lru_cache(KEPT)
+def steps(block: Block, M: int, first: bool, config: Config) -> Steps:
+    tiles = cdiv(M, config["TILE"])
+    return Steps(
+        tiles,
+        _distances_step(block, M, tiles, config),
+        _limits_step(block, tiles, first),
+        _refine_step(block, M, tiles, config),
+    )
+
+
+def _distances_step(block: Block, M: int, tiles: int, config: Config) -> Step:
+    shape, rows, N = block.shape, block.rows, block.N
+    grid = (cdiv(rows, config["ROWS"]), tiles, 1)
+    sizes = (rows, M, padded(M), N)
+    strides = (block.y_stride, block.pairs_stride, tiles)
+    projected = "projected" if shape.project else NOT_USED
+    if shape.few:
+        launch = _differences(
+            grid, (*sizes, block.x_stride, *strides), (), (shape.project,), config
+        )
+        upstream = "upstream" if shape.project else NOT_USED
+        return Step(launch, ("x", upstream, "y", "squared", "lowest", "norms", projected))
+    flags = (shape.precision == "high", shape.project)
+    launch = _distances(grid, (*sizes, padded(N), *strides), (), flags, config)
+    queries = ("high", "low", "units")
+    of_upstream = tuple(f"upstream_{name}" for name in queries) if shape.project else queries
+    read = ("y", "scaled_center", "scale", *queries, "norms", *of_upstream)
+    return Step(launch, (*read, "squared", "lowest", "reach", projected))
+
+
+def _limits_step(block: Block, tiles: int, first: bool) -> Step:
+    products = not block.shape.few
+    spread = 0.0 if block.gaussian else math.expm1(NEAR / block.exponent)
+    margin, noise, tolerance = block.errors
+    launch = _find_limits(
+        (block.rows, 1, 1),
+        (block.N, tiles),
+        (block.exponent, spread, margin, noise, NEAR, tolerance),
+        (first, products, block.gaussian),
+        LIMITS,
+    )
+    # Without products neither is read.
+    reach, scale = ("reach", "scale") if products else ("norms", NOT_USED)
+    return Step(launch, ("radius", "nearest", "lowest", reach, "norms", scale, "limits"))
+
+
+def _refine_step(block: Block, M: int, tiles: int, config: Config) -> Step:
+    segment = max(MIN_REFINE_TILES, cdiv(tiles, MAX_REFINE_PROGRAMS))
+    project = block.shape.project and not block.shape.few
+    launch = _refine(
+        (block.rows, cdiv(tiles, segment), 1),
+        (M, block.N, block.x_stride, block.y_stride, block.pairs_stride, tiles, segment),
+        (),
+        (project, config["TILE"]),
+        refine_config(block.N),
+    )
+    of_upstream = ("upstream", "center", "projected") if project else (NOTHING, NOTHING, NOT_USED)
+    return Step(launch, ("x", "y", "limits", "squared", "lowest", *of_upstream))
 
 
 class Pairs:
-    """Distances of a block of queries to one chunk of references at a time, and their memory."""
+    """Distances of a block of queries to one chunk of references at a time."""
 
-    def __init__(self, problem: Problem, rows: slice) -> None:
-        self.problem, self.rows = problem, rows
-        self.x, self.radius = problem.x[rows], problem.radius[rows]
-        self.count = len(self.x)
+    def __init__(
+        self, problem: Problem, rows: slice, layout: Callable[[Block], Layout], **given: Tensor
+    ) -> None:
+        """given: other tensors of the operation, ``nearest`` among them."""
+        x, references = part(problem.x, rows), problem.references
+        if problem.upstream is not None:
+            given["upstream"] = part(problem.upstream, rows)
+        self.count = rows.stop - rows.start
         self.shape = problem.shape(self.count)
-        self.stride = padded(problem.chunk)
-        empty = self.x.new_empty
-        self.squared = empty((self.count, self.stride), dtype=torch.float64)
-        self.projected = empty((self.count, self.stride) if self.upstream is not None else 0)
-        self.norms = empty(self.count, dtype=torch.float64)
-        self.centered = None
-        if not self.shape.few:
-            self.centered = Centered(problem, self.x, self.upstream, self.norms)
-
-    @property
-    def upstream(self) -> Tensor | None:
-        return None if self.problem.upstream is None else self.problem.upstream[self.rows]
-
-    def measure(self, references: Tensor, nearest: Tensor) -> None:
-        """Squared distances (and G·(y − a constant)), exact where it matters; nearest (B,) is the
-        smallest yet."""
-        DISTANCES.launch(self.shape, lambda config: self._distances(config, references))
-        self._refine(references, nearest)
-
-    def _distances(self, config: Config, references: Tensor) -> None:
-        # Set in every launch: timing launches other configurations before the chosen one.
-        self.tile = config["TILE"]
-        M, tiles = len(references), triton.cdiv(len(references), self.tile)
-        self.lowest = self.norms.new_empty(self.count, tiles)
-        self.reach = self.norms.new_empty(tiles)
-        grid = (triton.cdiv(self.count, config["ROWS"]), tiles)
-        if self.centered is None:
-            self._differences(config, references, grid)
-            return
-        centered = self.centered
-        distances[grid](
-            references,
-            centered.scaled_center,
-            centered.scale,
-            *centered.queries,
-            self.norms,
-            *centered.upstream,
-            self.squared,
-            self.lowest,
-            self.reach,
-            self.projected,
+        self.block = Block(
+            self.shape,
             self.count,
-            M,
-            padded(M),
-            self.problem.features,
-            centered.width,
-            references.stride(0),
-            self.stride,
-            tiles,
-            HIGH=self.shape.precision == "high",
-            PROJECT=self.upstream is not None,
-            **config.options,
-        )
-
-    def _differences(self, config: Config, references: Tensor, grid: tuple[int, int]) -> None:
-        differences[grid](
-            self.x,
-            self.x if self.upstream is None else self.upstream,
-            references,
-            self.squared,
-            self.lowest,
-            self.norms,
-            self.projected,
-            self.count,
-            len(references),
-            padded(len(references)),
-            self.problem.features,
-            self.x.stride(0),
-            references.stride(0),
-            self.stride,
-            self.lowest.shape[1],
-            PROJECT=self.upstream is not None,
-            **config.options,
-        )
-
-    def _refine(self, references: Tensor, nearest: Tensor) -> None:
-        problem, tiles = self.problem, self.lowest.shape[1]
-        errors = problem.errors(self.shape)
-        spread = 0.0 if problem.gaussian else math.expm1(NEAR / problem.exponent)
-        limits = self.norms.new_empty(self.count, 2)
-        find_limits[(self.count,)](
-            self.radius,
-            nearest,
-            self.lowest,
-            self.reach,
-            self.norms,
-            self.norms if self.centered is None else self.centered.scale,
-            limits,
+            problem.count,
+            problem.chunk,
             problem.features,
-            tiles,
+            x.stride(0),
+            references.stride(0),
             problem.exponent,
-            spread,
-            errors.margin,
-            errors.noise,
-            NEAR,
-            errors.tolerance,
-            PRODUCTS=self.centered is not None,
-            GAUSSIAN=problem.gaussian,
-            **LIMITS.options,
+            problem.gaussian,
+            problem.errors(self.shape),
+            x.device,
         )
-        segment = max(MIN_REFINE_TILES, triton.cdiv(tiles, MAX_REFINE_PROGRAMS))
-        refine[(self.count, triton.cdiv(tiles, segment))](
-            self.x,
-            references,
-            limits,
-            self.squared,
-            self.lowest,
-            self.upstream,
-            None if self.centered is None else self.centered.center,
-            self.projected,
-            len(references),
-            problem.features,
-            self.x.stride(0),
-            references.stride(0),
-            self.stride,
-            tiles,
-            segment,
-            PROJECT=self.upstream is not None and self.centered is not None,
-            TILE=self.tile,
-            **refine_config(problem.features).options,
+        self.references = references
+        self.space = Space(
+            layout(self.block),
+            x=x,
+            radius=part(problem.radius, rows),
+            references=references,
+            y=part(references, slice(0, problem.chunk)),
+            **given,
         )
+        for step in centering_steps(self.block):
+            self.space.run(step)
+
+    def measure(self, chunk: slice, first: bool = False) -> None:
+        """Squared distances (and G·(y − a constant)), exact where it matters.
+
+        ``nearest`` is the smallest distance in other chunks. It is not read in the first.
+        """
+        M = chunk.stop - chunk.start
+        if self.block.references > M:
+            self.space.give("y", self.references[chunk])
+
+        def run(config: Config) -> None:
+            # Set in every launch: timing launches other configurations before the chosen one.
+            self.steps = steps(self.block, M, first, config)
+            self.space.run(self.steps.distances)
+
+        DISTANCES.launch(self.shape, self.block.device, run)
+        self.space.run(self.steps.limits)
+        self.space.run(self.steps.refine)
 
 
 def shapes(references: torch.dtype) -> Iterator[Shape]:

@@ -8,11 +8,15 @@ is in float64: ‖E‖² may overflow or underflow float32.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import KEPT, Launch, Launcher
 from .ode_step import at, row_tiles
+from .problem import cdiv
 from .variant import Variant
 
 
@@ -78,19 +82,26 @@ def normalised_field_kernel(
     tl.store(field_z + rows, (scale * level).to(tl.float32), within)
 
 
+_normalised_field = Launcher(normalised_field_kernel)
+
+
 def launch(
     x: Tensor, z: Tensor, mean: Tensor, gamma: float, field_x: Tensor, field_z: Tensor
 ) -> None:
     """Writes field_x (B, N) and field_z (B,) in float32.
 
     x and mean (B, N) are float32 with contiguous features, z (B,) is contiguous in float64.
+    field_x may be mean: a program reads what it overwrites before it writes.
     """
-    B, N = x.shape
+    strides = x.stride(0), mean.stride(0), field_x.stride(0)
+    _launch_of(*x.shape, strides, gamma)(x, z, mean, field_x, field_z)
+
+
+@functools.lru_cache(KEPT)
+def _launch_of(B: int, N: int, strides: tuple[int, int, int], gamma: float) -> Launch:
     tiles = row_tiles(N)
-    normalised_field_kernel[(triton.cdiv(B, tiles["ROWS"]),)](
-        x, z, mean, field_x, field_z,
-        x.stride(0), mean.stride(0), field_x.stride(0), B, N, gamma, **tiles,
-    )  # fmt: skip
+    grid = (cdiv(B, tiles["ROWS"]), 1, 1)
+    return _normalised_field(grid, (*strides, B, N), (gamma,), (), tiles)
 
 
 def variants() -> list[Variant]:
@@ -105,15 +116,14 @@ def variants() -> list[Variant]:
     found = []
     for N in (64, 3072, 20_000):
         tiles = row_tiles(N)
-        num_warps = tiles.pop("num_warps")
         found.append(
             Variant(
                 name=f"normalised_field, N = {N}",
                 kernel=normalised_field_kernel,
                 types=types,
-                constants=tiles,
+                constants=tiles.sizes,
                 divisible=frozenset(types) - {"B", "gamma"},
-                num_warps=num_warps,
+                num_warps=tiles.num_warps,
             )
         )
     return found

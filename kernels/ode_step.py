@@ -10,12 +10,16 @@ it writes, and no other program reads it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import Launcher
+from .problem import cdiv, power_of_two
+from .tuning import Config
 from .variant import Variant
 
 if TYPE_CHECKING:
@@ -188,20 +192,23 @@ def ode_step_kernel(
             )  # fmt: skip
 
 
-def row_tiles(N: int) -> dict[str, Any]:
-    """How rows of N features are split: WHOLE (held in registers), ROWS, BLOCK and num_warps.
+# ---- launches ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def row_tiles(N: int) -> Config:
+    """How rows of N features are split: WHOLE (held in registers), ROWS and BLOCK.
 
     A thread has 8 or 16 values; threads share none.
     """
     whole = N <= _MAX_WHOLE
-    block = triton.next_power_of_2(N) if whole else _LONG_BLOCK
+    block = power_of_two(N) if whole else _LONG_BLOCK
     rows = max(1, _MIN_VALUES // block)
-    return {
-        "WHOLE": whole,
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": max(4, rows * block // 512),
-    }
+    sizes = {"WHOLE": whole, "ROWS": rows, "BLOCK": block}
+    return Config(sizes, num_warps=max(4, rows * block // 512))
+
+
+_ode_step = Launcher(ode_step_kernel)
 
 
 def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
@@ -211,34 +218,28 @@ def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
     """
     x, slope, field_z, history, levels, gamma, z_exp, exact = step
     B, N = x.shape
-    by_row = isinstance(levels, Tensor)
-    z, toward, blend = (0.0, 0.0, 0.0) if isinstance(levels, Tensor) else levels
-    substitutes = field_z is not None and (by_row or z < z_exp)
+    if isinstance(levels, Tensor):
+        by_row, numbers = levels, (0.0, 0.0, 0.0)
+    else:
+        by_row, numbers = None, levels
+    substitutes = field_z is not None and (by_row is not None or numbers[0] < z_exp)
     tiles = row_tiles(N)
-    ode_step_kernel[(triton.cdiv(B, tiles["ROWS"]),)](
-        x,
-        slope,
-        field_z,
-        history,
-        levels if by_row else None,
-        out,
-        mean_out,
-        x.stride(0),
-        slope.stride(0),
-        0 if history is None else history.stride(0),
-        out.stride(0),
-        0 if mean_out is None else mean_out.stride(0),
-        B,
-        N,
-        z,
-        toward,
-        blend,
-        gamma,
-        z_exp,
-        SUBSTITUTES=substitutes,
-        EXACT=substitutes and exact,
-        **tiles,
+    step_of_rows = _ode_step(
+        (cdiv(B, tiles["ROWS"]), 1, 1),
+        (
+            x.stride(0),
+            slope.stride(0),
+            0 if history is None else history.stride(0),
+            out.stride(0),
+            0 if mean_out is None else mean_out.stride(0),
+            B,
+            N,
+        ),
+        (*numbers, gamma, z_exp),
+        (substitutes, substitutes and exact),
+        tiles,
     )
+    step_of_rows(x, slope, field_z, history, by_row, out, mean_out)
 
 
 _TYPES = {
@@ -261,7 +262,6 @@ def _variant(
         "mean_out": not mean,
     }
     tiles = row_tiles(N)
-    num_warps = tiles.pop("num_warps")
     types = {name: kind for name, kind in _TYPES.items() if not absent.get(name)}
     words = {
         "history": history,
@@ -278,11 +278,11 @@ def _variant(
             **{name: None for name, missing in absent.items() if missing},
             "SUBSTITUTES": substitutes,
             "EXACT": substitutes and exact,
-            **tiles,
+            **tiles.sizes,
         },
         # All but B: batches of every size share the compiled code.
         divisible=frozenset(name for name, kind in types.items() if kind != "fp64") - {"B"},
-        num_warps=num_warps,
+        num_warps=tiles.num_warps,
     )
 
 

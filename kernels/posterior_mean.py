@@ -16,8 +16,9 @@ Launches depend on shapes alone. Nothing waits for the device, and CUDA graphs c
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,8 +26,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import load_references
-from .distances import Pairs, shapes
-from .problem import MAX_PARTS, Problem, Shape, input_precision, padded, power_of_two
+from .distances import Block, Pairs, memory, shapes
+from .launching import KEPT, Launcher
+from .memory import NOTHING, Layout, Step
+from .problem import (
+    MAX_PARTS,
+    Problem,
+    Shape,
+    cdiv,
+    input_precision,
+    padded,
+    part,
+    power_of_two,
+)
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
@@ -169,55 +181,104 @@ def sum_configs(shape: Shape) -> list[Config]:
 
 
 SUMS = Choice(sum_configs)
+_weigh, _weighted_sum, _merge = Launcher(weigh), Launcher(weighted_sum), Launcher(merge)
 
 
 def sum_of_references(
-    pairs: Pairs, references: Tensor, weights: Tensor, live: Tensor | None, divisor: float = 1.0
-) -> Tensor:
-    """Σ_j weights_j y_j / divisor over each stretch of the references, (stretches, B, N).
+    pairs: Pairs, M: int, weights: str, ordered: bool, divisor: float = 1.0
+) -> int:
+    """Writes Σ_j weights_j y_j / divisor over each stretch of M references to ``parts``, which is
+    (stretches, B, N). Returns the number of stretches.
 
-    Many queries are sorted by the sum of live (B, pieces), their number of nonzero weights, so that
-    similar queries share tiles.
+    If ordered, queries are in the order of the tensor ``order``.
     """
-    M, N = len(references), pairs.problem.features
-    order = None
-    if live is not None and pairs.count >= MIN_SORTED_QUERIES:
-        order = live.sum(1).argsort(stable=True)
-    parts = pairs.x.new_empty(stretches_of(pairs, M), pairs.count, N)
+    block = pairs.block
+    stretches = stretches_of(block.rows, M, block.N, block.device)
 
     def run(config: Config) -> None:
-        tile = config["TILE"]
-        stretch = triton.cdiv(M, len(parts) * tile) * tile
-        rows = triton.cdiv(pairs.count, config["ROWS"])
-        weighted_sum[(triton.cdiv(N, config["FEATURES"]), rows, len(parts))](
-            references,
-            weights,
-            order,
-            parts,
-            pairs.count,
-            M,
-            padded(M),
-            N,
-            references.stride(0),
-            pairs.stride,
-            stretch,
-            0.5 / divisor,
-            PRECISION=input_precision(pairs.shape.precision),
-            ORDERED=order is not None,
-            **config.options,
-        )
+        pairs.space.run(sum_step(block, M, weights, stretches, divisor, ordered, config))
 
-    SUMS.launch(pairs.shape, run)
-    return parts
+    SUMS.launch(pairs.shape, block.device, run)
+    return stretches
 
 
-def stretches_of(pairs: Pairs, references: int) -> int:
+@functools.lru_cache(KEPT)
+def sum_step(
+    block: Block,
+    M: int,
+    weights: str,
+    stretches: int,
+    divisor: float,
+    ordered: bool,
+    config: Config,
+) -> Step:
+    tile = config["TILE"]
+    stretch = cdiv(M, stretches * tile) * tile
+    launch = _weighted_sum(
+        (cdiv(block.N, config["FEATURES"]), cdiv(block.rows, config["ROWS"]), stretches),
+        (block.rows, M, padded(M), block.N, block.y_stride, block.pairs_stride, stretch),
+        (0.5 / divisor,),
+        (input_precision(block.shape.precision), ordered),
+        config,
+    )
+    return Step(launch, ("y", weights, "order" if ordered else NOTHING, "parts"))
+
+
+@functools.lru_cache(KEPT)
+def stretches_of(rows: int, M: int, N: int, device: torch.device) -> int:
     """The number of stretches: two programs per multiprocessor, if memory and references allow."""
-    N = pairs.problem.features
-    tiles = triton.cdiv(pairs.count, 64) * triton.cdiv(N, 128)
-    wanted = triton.cdiv(2 * multiprocessors(pairs.x.device), tiles)
-    fitting = MAX_PARTS // (pairs.count * N)
-    return int(max(1, min(wanted, fitting, triton.cdiv(references, 128))))
+    tiles = cdiv(rows, 64) * cdiv(N, 128)
+    wanted = cdiv(2 * multiprocessors(device), tiles)
+    return int(max(1, min(wanted, MAX_PARTS // (rows * N), cdiv(M, 128))))
+
+
+def memory_of_sums(block: Block) -> dict[str, int]:
+    """The number of values in ``parts``, by name."""
+    stretches = stretches_of(block.rows, block.chunk, block.N, block.device)
+    return {"parts": stretches * block.rows * block.N}
+
+
+@functools.lru_cache(KEPT)
+def layout(block: Block) -> Layout:
+    """The temporary tensors of the forward pass."""
+    pairs, sums = block.rows * block.pairs_stride, block.rows * pieces_of(block.chunk)
+    own = {"weights": pairs, "sums": sums, "live": sums, "closest": block.rows, "kept": block.rows}
+    return Layout(memory(block) | memory_of_sums(block) | own)
+
+
+class Steps(NamedTuple):
+    """How a chunk is weighed and merged."""
+
+    pieces: int
+    divisor: float
+    """Divided by it, a sum of weights is at most 1, so that no sum of large values overflows."""
+    weigh: Step
+    merge: Step
+
+
+@functools.lru_cache(KEPT)
+def steps(block: Block, M: int, tiles: int, first: bool, last: bool) -> Steps:
+    pieces, divisor = pieces_of(M), float(power_of_two(M))
+    stretches = stretches_of(block.rows, M, block.N, block.device)
+    weigh = _weigh(
+        (block.rows, pieces, 1),
+        (padded(M), block.pairs_stride, tiles, pieces),
+        (block.exponent, math.exp(-weight_cutoff(block.references))),
+        (first, block.gaussian, minima_of(tiles)),
+        WEIGH,
+    )
+    read = ("radius", "lowest", "nearest", "total", "squared")
+    written = ("weights", "sums", "closest", "kept", "live")
+    merge = _merge(
+        (block.rows, cdiv(block.N, MERGE["BLOCK"]), 1),
+        (block.rows, block.N, stretches, pieces),
+        (divisor, block.exponent),
+        (first, last, block.gaussian, PIECES),
+        MERGE,
+    )
+    state = ("radius", "nearest", "total", "logsumexp")
+    merged = ("mean", "parts", "sums", "closest", "kept", *state)
+    return Steps(pieces, divisor, Step(weigh, (*read, *written)), Step(merge, merged))
 
 
 def posterior_mean(
@@ -228,74 +289,36 @@ def posterior_mean(
     features."""
     problem = Problem(x, references, radius, D, precision)
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
-    nearest = torch.full_like(radius, math.inf)
-    logsumexp, total = torch.empty_like(radius), torch.empty_like(radius)
+    logsumexp, nearest, total = (torch.empty_like(radius) for _ in range(3))
     for rows in problem.blocks():
-        results = (mean[rows], logsumexp[rows], nearest[rows], total[rows])
-        _average(Pairs(problem, rows), *results)
+        pairs = Pairs(
+            problem,
+            rows,
+            layout,
+            mean=part(mean, rows),
+            logsumexp=part(logsumexp, rows),
+            nearest=part(nearest, rows),
+            total=part(total, rows),
+        )
+        for chunk in problem.chunks():
+            _average(pairs, chunk)
     return mean, logsumexp, nearest, total
 
 
-def _average(pairs: Pairs, mean: Tensor, logsumexp: Tensor, nearest: Tensor, total: Tensor) -> None:
-    """The results of one block of queries, chunk by chunk."""
-    problem = pairs.problem
-    weights = torch.empty_like(pairs.squared, dtype=mean.dtype)
-    closest, kept = (torch.empty_like(total) for _ in range(2))
-    floor = math.exp(-weight_cutoff(len(problem.references)))
-    for chunk in problem.chunks():
-        references, first = problem.references[chunk], chunk.start == 0
-        last = chunk.stop == len(problem.references)
-        pairs.measure(references, nearest)
-        pieces = pieces_of(len(references))
-        sums = weights.new_empty(pairs.count, pieces)
-        live = torch.empty_like(sums, dtype=torch.int32)
-        weigh[(pairs.count, pieces)](
-            pairs.radius,
-            pairs.lowest,
-            nearest,
-            total,
-            pairs.squared,
-            weights,
-            sums,
-            closest,
-            kept,
-            live,
-            padded(len(references)),
-            pairs.stride,
-            pairs.lowest.shape[1],
-            pieces,
-            problem.exponent,
-            floor,
-            FIRST=first,
-            GAUSSIAN=problem.gaussian,
-            MINIMA=minima_of(pairs.lowest.shape[1]),
-            **WEIGH.options,
-        )
-        # Divided by it, a sum of weights is at most 1, so that no sum of large values overflows.
-        divisor = float(power_of_two(len(references)))
-        parts = sum_of_references(pairs, references, weights, live, divisor)
-        merge[(pairs.count, triton.cdiv(problem.features, MERGE["BLOCK"]))](
-            mean,
-            parts,
-            sums,
-            closest,
-            kept,
-            pairs.radius,
-            nearest,
-            total,
-            logsumexp,
-            pairs.count,
-            problem.features,
-            len(parts),
-            pieces,
-            divisor,
-            problem.exponent,
-            FIRST=first,
-            LAST=last,
-            GAUSSIAN=problem.gaussian,
-            PIECES=PIECES,
-            **MERGE.options,
-        )
+def _average(pairs: Pairs, chunk: slice) -> None:
+    """Merges a chunk into the results of one block of queries."""
+    block, space = pairs.block, pairs.space
+    M, first, last = chunk.stop - chunk.start, chunk.start == 0, chunk.stop == block.references
+    pairs.measure(chunk, first)
+    found = steps(block, M, pairs.steps.tiles, first, last)
+    space.run(found.weigh)
+    ordered = block.rows >= MIN_SORTED_QUERIES
+    if ordered:
+        # By the number of nonzero weights, so that similar queries share tiles.
+        live = space.temporary("live")[: block.rows * found.pieces].view(block.rows, found.pieces)
+        space.give("order", live.sum(1).argsort(stable=True))
+    sum_of_references(pairs, M, "weights", ordered, found.divisor)
+    space.run(found.merge)
 
 
 def variants() -> list[Variant]:

@@ -23,6 +23,7 @@ of the forward pass sums c_j y_j, and ``merge_gradient`` turns the sum into ∂L
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -32,9 +33,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import load_references
-from .distances import Pairs
-from .posterior_mean import sum_of_references
-from .problem import Problem, input_precision, padded
+from .distances import Block, Pairs, memory
+from .launching import KEPT, Launcher
+from .memory import Layout, Step
+from .posterior_mean import memory_of_sums, sum_of_references
+from .problem import Problem, cdiv, input_precision, padded, part
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 from .weights import relative_weight, score_rate, weight_cutoff
@@ -269,137 +272,90 @@ def reference_gradient(
 
 # ---- launches ---------------------------------------------------------------------------------
 
+_pull, _find_coefficients = Launcher(pull), Launcher(find_coefficients)
+_merge_gradient, _reference_gradient = Launcher(merge_gradient), Launcher(reference_gradient)
 
-class Block:
+
+@functools.lru_cache(KEPT)
+def layout(block: Block) -> Layout:
+    """The temporary tensors of the backward pass."""
+    pairs, rows = block.rows * block.pairs_stride, block.rows
+    own = dict.fromkeys(("pulled", "mass", "moment", "summed", "whole", "unit"), rows)
+    own |= {"coefficients": pairs, "probabilities": pairs}
+    return Layout(memory(block) | memory_of_sums(block) | own)
+
+
+class Gradients:
     """Gradients of one block of queries."""
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        grad_logsumexp: Tensor,
-        mean: Tensor,
-        nearest: Tensor,
-        total: Tensor,
-        grad_x: Tensor | None,
-        grad_references: Tensor | None,
-        grad_radius: Tensor,
-    ) -> None:
-        self.pairs, self.problem = pairs, pairs.problem
-        self.grad_logsumexp, self.mean = grad_logsumexp, mean
-        self.nearest, self.total = nearest, total
-        self.grad_x, self.grad_references, self.grad_radius = grad_x, grad_references, grad_radius
-        self.pulled, self.mass, self.moment, self.summed, self.whole, self.unit = (
-            torch.empty_like(total) for _ in range(6)
-        )
-        self.coefficients, self.probabilities = (
-            torch.empty_like(pairs.squared, dtype=pairs.x.dtype) for _ in range(2)
-        )
-        self.floor = math.exp(-weight_cutoff(len(self.problem.references)) - GRADIENT_CUTOFF)
+    def __init__(self, pairs: Pairs, needs: tuple[bool, bool], floor: float) -> None:
+        """needs: whether the gradients of x and of the references are needed."""
+        self.pairs, self.block, self.space = pairs, pairs.block, pairs.space
+        self.needs, self.floor = needs, floor
 
-    def run(self, first_block: bool) -> None:
-        chunks = list(self.problem.chunks())
+    def run(self, chunks: list[slice], grad_references: Tensor | None, first_block: bool) -> None:
         for chunk in chunks:
-            self.pairs.measure(self.problem.references[chunk], self.nearest)
+            self.pairs.measure(chunk)
             self._pull(chunk)
         for chunk in chunks:
             if len(chunks) > 1:  # with one chunk the distances are still in memory
-                self.pairs.measure(self.problem.references[chunk], self.nearest)
+                self.pairs.measure(chunk)
             self._coefficients(chunk)
-            if self.grad_x is not None:
-                self._merge(chunk, self.grad_x)
-            if self.grad_references is not None:
-                self._reference_gradient(chunk, self.grad_references[chunk], first_block)
+            if self.needs[0]:
+                self._merge(chunk)
+            if grad_references is not None:
+                self.space.give("grad_references", part(grad_references, chunk))
+                self._reference_gradient(chunk, first_block)
 
     def _pull(self, chunk: slice) -> None:
-        pairs = self.pairs
-        pull[(pairs.count,)](
-            pairs.radius,
-            self.nearest,
-            self.total,
-            pairs.squared,
-            pairs.projected,
-            self.pulled,
-            self.mass,
-            padded(chunk.stop - chunk.start),
-            pairs.stride,
-            self.problem.exponent,
-            self.floor,
-            FIRST=chunk.start == 0,
-            GAUSSIAN=self.problem.gaussian,
-            **PER_QUERY.options,
+        launch = _pull(
+            (self.block.rows, 1, 1),
+            (padded(chunk.stop - chunk.start), self.block.pairs_stride),
+            (self.block.exponent, self.floor),
+            (chunk.start == 0, self.block.gaussian),
+            PER_QUERY,
         )
+        state = ("radius", "nearest", "total")
+        self.space.run(Step(launch, (*state, "squared", "projected", "pulled", "mass")))
 
     def _coefficients(self, chunk: slice) -> None:
-        pairs = self.pairs
-        find_coefficients[(pairs.count,)](
-            pairs.radius,
-            self.nearest,
-            self.total,
-            self.grad_logsumexp,
-            self.pulled,
-            self.mass,
-            pairs.squared,
-            pairs.projected,
-            self.coefficients,
-            self.probabilities,
-            self.moment,
-            self.summed,
-            self.whole,
-            self.unit,
-            self.grad_radius,
-            padded(chunk.stop - chunk.start),
-            pairs.stride,
-            self.problem.exponent,
-            self.floor,
-            FIRST=chunk.start == 0,
-            GAUSSIAN=self.problem.gaussian,
-            **PER_QUERY.options,
+        launch = _find_coefficients(
+            (self.block.rows, 1, 1),
+            (padded(chunk.stop - chunk.start), self.block.pairs_stride),
+            (self.block.exponent, self.floor),
+            (chunk.start == 0, self.block.gaussian),
+            PER_QUERY,
         )
+        read = ("radius", "nearest", "total", "grad_logsumexp", "pulled", "mass", "squared")
+        written = ("coefficients", "probabilities", "moment", "summed", "whole", "unit")
+        self.space.run(Step(launch, (*read, "projected", *written, "grad_radius")))
 
-    def _merge(self, chunk: slice, grad_x: Tensor) -> None:
-        pairs, N = self.pairs, self.problem.features
-        references = self.problem.references[chunk]
-        parts = sum_of_references(pairs, references, self.coefficients, None)
-        merge_gradient[(pairs.count, triton.cdiv(N, MERGE_GRADIENT["BLOCK"]))](
-            pairs.x,
-            self.mean,
-            self.whole,
-            self.unit,
-            self.summed,
-            parts,
-            grad_x,
-            pairs.count,
-            N,
-            pairs.x.stride(0),
-            len(parts),
-            FIRST=chunk.start == 0,
-            LAST=chunk.stop == len(self.problem.references),
-            **MERGE_GRADIENT.options,
+    def _merge(self, chunk: slice) -> None:
+        block, N = self.block, self.block.N
+        M = chunk.stop - chunk.start
+        stretches = sum_of_references(self.pairs, M, "coefficients", ordered=False)
+        launch = _merge_gradient(
+            (block.rows, cdiv(N, MERGE_GRADIENT["BLOCK"]), 1),
+            (block.rows, N, block.x_stride, stretches),
+            (),
+            (chunk.start == 0, chunk.stop == block.references),
+            MERGE_GRADIENT,
         )
+        names = ("x", "mean", "whole", "unit", "summed", "parts", "grad_x")
+        self.space.run(Step(launch, names))
 
-    def _reference_gradient(self, chunk: slice, gradient: Tensor, first_block: bool) -> None:
-        pairs, N, config = self.pairs, self.problem.features, REFERENCE_GRADIENT
-        references = self.problem.references[chunk]
-        grid = (triton.cdiv(N, config["FEATURES"]), triton.cdiv(len(references), config["TILE"]))
-        reference_gradient[grid](
-            pairs.x,
-            pairs.upstream,
-            references,
-            self.unit,
-            self.coefficients,
-            self.probabilities,
-            gradient,
-            pairs.count,
-            len(references),
-            padded(len(references)),
-            N,
-            pairs.x.stride(0),
-            references.stride(0),
-            pairs.stride,
-            PRECISION=input_precision(self.problem.precision),
-            FIRST=first_block,
-            **config.options,
+    def _reference_gradient(self, chunk: slice, first_block: bool) -> None:
+        block, N, config = self.block, self.block.N, REFERENCE_GRADIENT
+        M = chunk.stop - chunk.start
+        launch = _reference_gradient(
+            (cdiv(N, config["FEATURES"]), cdiv(M, config["TILE"]), 1),
+            (block.rows, M, padded(M), N, block.x_stride, block.y_stride, block.pairs_stride),
+            (),
+            (input_precision(block.shape.precision), first_block),
+            config,
         )
+        read = ("x", "upstream", "y", "unit", "coefficients", "probabilities")
+        self.space.run(Step(launch, (*read, "grad_references")))
 
 
 def posterior_mean_backward(
@@ -421,17 +377,19 @@ def posterior_mean_backward(
     grad_x = torch.empty_like(mean) if needs[0] else None
     grad_references = x.new_empty(references.shape) if needs[1] else None
     grad_radius = torch.empty_like(radius)
+    floor = math.exp(-weight_cutoff(problem.count) - GRADIENT_CUTOFF)
     for rows in problem.blocks():
-        Block(
-            Pairs(problem, rows),
-            grad_logsumexp[rows],
-            mean[rows],
-            nearest[rows],
-            total[rows],
-            None if grad_x is None else grad_x[rows],
-            grad_references,
-            grad_radius[rows],
-        ).run(rows.start == 0)
+        given = {
+            "grad_logsumexp": part(grad_logsumexp, rows),
+            "mean": part(mean, rows),
+            "nearest": part(nearest, rows),
+            "total": part(total, rows),
+            "grad_radius": part(grad_radius, rows),
+        }
+        if grad_x is not None:
+            given["grad_x"] = part(grad_x, rows)
+        gradients = Gradients(Pairs(problem, rows, layout, **given), needs[:2], floor)
+        gradients.run(list(problem.chunks()), grad_references, rows.start == 0)
     return grad_x, grad_references, grad_radius if needs[2] else None
 
 

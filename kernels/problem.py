@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,16 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def cdiv(count: int, each: int) -> int:
+    """count / each, rounded up. Triton's own is for kernels, and slow on the host."""
+    return -(-count // each)
+
+
+def part(rows: Tensor, of: slice) -> Tensor:
+    """rows[of], without a view if these are all rows."""
+    return rows if of.stop - of.start == rows.shape[0] else rows[of]
+
+
 def padded(references: int) -> int:
     """references rounded up to a multiple of 16, which is whole 16-byte accesses for any type."""
     return -(-references // 16) * 16
@@ -60,65 +70,65 @@ class Errors(NamedTuple):
     """Relative error of a weight that needs no refinement."""
 
 
-@dataclass(frozen=True)
 class Problem:
     """All queries and references. Rows have contiguous features."""
 
-    x: Tensor
-    references: Tensor
-    radius: Tensor
-    D: float
-    precision: str
-    upstream: Tensor | None = None
-    """(B, N), contiguous: G of the backward pass, which needs G·y too."""
-
-    @property
-    def features(self) -> int:
-        return self.x.shape[1]
-
-    @property
-    def exponent(self) -> float:
+    def __init__(
+        self,
+        x: Tensor,
+        references: Tensor,
+        radius: Tensor,
+        D: float,
+        precision: str,
+        upstream: Tensor | None = None,
+    ) -> None:
+        """upstream (B, N), contiguous: G of the backward pass, which needs G·y too."""
+        self.x, self.references, self.radius, self.upstream = x, references, radius, upstream
+        self.D, self.precision = D, precision
+        self.queries, self.features = x.shape
+        self.count = references.shape[0]
+        self.gaussian = math.isinf(D)
+        self.exponent = 0.5 if self.gaussian else (self.features + D) / 2
         """(N + D)/2, the exponent of s; 1/2 at D = ∞, the factor of d²/σ²."""
-        return 0.5 if math.isinf(self.D) else (self.features + self.D) / 2
-
-    @property
-    def gaussian(self) -> bool:
-        return math.isinf(self.D)
-
-    @property
-    def block(self) -> int:
+        self.block = min(self.queries, MAX_QUERIES, max(16, MAX_PARTS // self.features))
         """The number of queries in a block."""
-        fitting = max(16, MAX_PARTS // self.features)
-        return min(len(self.x), MAX_QUERIES, fitting)
-
-    @property
-    def chunk(self) -> int:
-        """The number of references in a chunk."""
         fitting = -(-max(MAX_PAIRS // self.block, 128) // 128) * 128
-        return min(len(self.references), fitting, MAX_REFERENCES)
+        self.chunk = min(self.count, fitting, MAX_REFERENCES)
+        """The number of references in a chunk."""
 
     def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self.references), self.chunk):
-            yield slice(start, min(start + self.chunk, len(self.references)))
+        for start in range(0, self.count, self.chunk):
+            yield slice(start, min(start + self.chunk, self.count))
 
     def blocks(self) -> Iterator[slice]:
-        for start in range(0, len(self.x), self.block):
-            yield slice(start, min(start + self.block, len(self.x)))
+        for start in range(0, self.queries, self.block):
+            yield slice(start, min(start + self.block, self.queries))
 
     def shape(self, rows: int) -> Shape:
-        kinds = (self.references.dtype, self.precision, self.upstream is not None)
-        return Shape(power_of_two(rows), power_of_two(self.features), *kinds)
+        project = self.upstream is not None
+        return _shape(rows, self.features, self.references.dtype, self.precision, project)
 
     def errors(self, shape: Shape) -> Errors:
         """The errors of distances before they are refined."""
-        N = self.features
-        long = max(1.0, N / 8192)
-        if shape.few:
-            rounded = self.references.dtype == torch.uint8
-            return Errors(2.0**-21 * long, 2.0**-22 if rounded else 0.0, TOLERANCE)
-        if shape.precision == "high":
-            # Sums over panels of 32 features are rounded, which mostly averages out. Matrix units
-            # round toward zero, which averages out less.
-            return Errors(2.0**-18 * long, 2.0**-22 / math.sqrt(max(1.0, N / 32)), TOLERANCE)
-        # The roundings to 11 bits mostly average out.
-        return Errors(2.0**-9, 2.0**-12 / math.sqrt(N), 2e-2)
+        return _errors(self.features, shape)
+
+
+@functools.cache
+def _shape(
+    rows: int, features: int, references: torch.dtype, precision: str, project: bool
+) -> Shape:
+    return Shape(power_of_two(rows), power_of_two(features), references, precision, project)
+
+
+@functools.cache
+def _errors(N: int, shape: Shape) -> Errors:
+    long = max(1.0, N / 8192)
+    if shape.few:
+        rounded = shape.references == torch.uint8
+        return Errors(2.0**-21 * long, 2.0**-22 if rounded else 0.0, TOLERANCE)
+    if shape.precision == "high":
+        # Sums over panels of 32 features are rounded, which mostly averages out. Matrix units
+        # round toward zero, which averages out less.
+        return Errors(2.0**-18 * long, 2.0**-22 / math.sqrt(max(1.0, N / 32)), TOLERANCE)
+    # The roundings to 11 bits mostly average out.
+    return Errors(2.0**-9, 2.0**-12 / math.sqrt(N), 2e-2)

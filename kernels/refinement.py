@@ -6,6 +6,8 @@ multiplies it. ``refine`` recomputes those distances from differences, in two fl
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .variant import REFERENCES, Variant, variant
 NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
 MAX_REFINE_PROGRAMS = 256  # for a query
 MIN_REFINE_TILES = 2  # tiles of references for a program of ``refine``
+MAX_REGISTERS = 128  # of a thread of ``refine``
 LIMITS = Config({"SWEEP": 256}, num_warps=2)
 
 
@@ -64,11 +67,14 @@ def find_limits(
     noise: tl.float64,
     near_nats: tl.float64,
     tolerance: tl.float64,
+    FIRST: tl.constexpr,
     PRODUCTS: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     SWEEP: tl.constexpr,
 ):
     """Which distances of a query are recomputed: those up to limits[row, 0], which may be −1.
+
+    nearest[row] is the smallest distance of other chunks; FIRST says that there are none yet.
 
     The error of a distance is at most ``margin``·(|x|² + |y|²). Its part that differs between
     references is typically ``noise``·(2|x||y| + |y|²) for PRODUCTS, and ``noise``·(|x|² + d²)
@@ -82,7 +88,9 @@ def find_limits(
     """
     row = tl.program_id(0).to(tl.int64)
     low_row = lowest + row * tiles
-    base = tl.load(nearest + row)
+    base = tl.full((), float("inf"), tl.float64)
+    if not FIRST:
+        base = tl.load(nearest + row)
     for start in range(0, tiles, SWEEP):
         tile = start + tl.arange(0, SWEEP)
         low = tl.load(low_row + tile, mask=tile < tiles, other=float("inf"))
@@ -162,7 +170,9 @@ def refine(
     """
     row = tl.program_id(0).to(tl.int64)
     near, unit = tl.load(limits + 2 * row), tl.load(limits + 2 * row + 1)
-    power = unit.to(tl.float32)
+    # A division where much is held in registers would spill some. Here, with a power of two, it is
+    # exact, and so are the products with it.
+    power, back = unit.to(tl.float32), 1.0 / unit
     first = tl.program_id(1) * segment
     for tile in range(first, min(first + segment, tiles)):
         low = tl.load(lowest + row * tiles + tile)
@@ -191,7 +201,7 @@ def refine(
                     high, rest = tl.where(cut, 2.0**55, high), tl.where(cut, 0.0, rest)
                     value = tl.where(mask, high * high + 2.0 * high * rest, 0.0)
                     total, lost = add_compensated(total, lost, value)
-                exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) / unit / unit
+                exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) * back * back
                 # Infinite only if the input is not finite. NaN reaches the result; infinity would
                 # not.
                 finite = exact < float("inf")
@@ -218,27 +228,27 @@ def refine(
 # ---- launches ---------------------------------------------------------------------------------
 
 
+@functools.cache
 def refine_config(features: int) -> Config:
     """``refine`` takes as many features at a time as its warps can hold."""
     panel = min(4096, max(32, power_of_two(features)))
-    return Config({"PANEL": panel}, num_warps=max(1, panel // 512))
+    return Config({"PANEL": panel}, num_warps=max(1, panel // 512), maxnreg=MAX_REGISTERS)
 
 
 def variants() -> list[Variant]:
-    """Every type of references, short and long rows, both kinds of D. Rows as long as those of the
-    benchmarks, and G·y, are listed for float32."""
+    """Every type of references, short and long rows; after products with and without G·y."""
     found = []
     for dtype in REFERENCES:
-        lengths = [(features, tile) for features in (32, 3072) for tile in (64, 16)]
+        lengths = [(features, 64) for features in (32, 1024, 2048, 3072)] + [(32, 16), (3072, 16)]
         if dtype == torch.float32:
-            lengths += [(64, 64), (784, 64)]
+            lengths.append((64, 64))  # those of the digits
         for features, tile in lengths:
-            for project in (False, True) if dtype == torch.float32 and tile == 64 else (False,):
+            for project in (False, True) if tile == 64 else (False,):
                 constants: dict[str, Any] = {"PROJECT": project, "TILE": tile}
                 constants |= refine_config(features).options
                 found.append(variant(refine, constants, dtype, wide_loads=features > 64))
-    for products in (False, True):
-        for gaussian in (False, True):
-            constants = {"PRODUCTS": products, "GAUSSIAN": gaussian} | LIMITS.options
-            found.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
+    for first, products, gaussian in itertools.product((False, True), repeat=3):
+        constants = {"FIRST": first, "PRODUCTS": products, "GAUSSIAN": gaussian}
+        constants |= LIMITS.options
+        found.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
     return found

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-OPTIONS = ("num_warps", "num_stages")
+FP_FUSION = True
+"""Whether the compiler may fuse a multiplication and an addition. Error bounds assume it. Triton's
+own default differs between versions."""
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,19 @@ class Variant:
     """Arguments known to be multiples of 16, like aligned addresses and common strides."""
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     products: bool = False
     """Whether matrix instructions are intended."""
     wide_loads: bool = True
     """Whether 16-byte loads from global memory are intended."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the compiler is called, as in a launch."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        if self.maxnreg is None:
+            del options["maxnreg"]
+        return options | {"enable_fp_fusion": FP_FUSION}
 
 
 REFERENCES = {
@@ -59,7 +71,7 @@ _NUMBERS = {
     "fp32": "half divisor",
     "fp64": "exponent spreading margin noise near_nats tolerance floor",
 }
-_TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
+TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
 _DIVISIBLE = {name for names in _POINTERS.values() for name in names.split()}
 _DIVISIBLE |= {"y", "width", "N", "stretch", "x_stride", "y_stride", "pairs_stride"}
 
@@ -75,7 +87,7 @@ def variant(
     and num_stages. N and strides are taken to be multiples of 16."""
     constants = dict(constants)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    types = dict(_TYPES)
+    types = dict(TYPES)
     words = [kernel.__name__]
     if references is not None:
         types["y"] = f"*{REFERENCES[references]}"

@@ -116,7 +116,7 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
     compiled = triton_compile(
         source_of(variant),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options=variant.options,
     )
     cubin = compiled.asm["cubin"]
     usage = _cuobjdump(cubin, "--dump-resource-usage")

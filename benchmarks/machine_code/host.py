@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -44,16 +44,21 @@ class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
 
-    def __call__(self, *arguments: Any) -> None:
-        return None
+    def __call__(
+        self, gridX: int, gridY: int, gridZ: int, stream: int, function: int, *arguments: Any
+    ) -> None:
+        """Takes what a launcher of Triton takes."""
 
 
-class _Driver:
+class Driver:
+    """Stands for Triton's driver of an H100."""
+
     def __init__(self) -> None:
         self.utils, self.launcher_cls = _Utils(), _Launcher
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by device. No GPU has this number.
+        return -1
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -66,20 +71,27 @@ class _Driver:
 
 @contextmanager
 def no_driver() -> Iterator[None]:
-    """Triton's launches do nothing, and kernels are not tuned."""
+    """Triton's launches do nothing, kernels are not tuned, and tensors on the CPU pass for tensors
+    on a GPU."""
     from triton.runtime import driver
 
-    before, active = os.environ.get("PFGM_TUNE"), driver._active
-    os.environ["PFGM_TUNE"] = "0"
-    driver._active = _Driver()
-    try:
+    from pfgm.backends import triton, triton_direct
+
+    def forget() -> None:
+        triton_direct._chosen.cache_clear()
+
+    with ExitStack() as patches:
+        patches.callback(forget)
+        for owner, name, value in (
+            (driver, "_active", Driver()),
+            (triton, "supports", lambda *_: None),
+            (triton_direct, "_on_gpu", lambda _: True),
+            (triton_direct, "checks_values", lambda _: False),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        patches.enter_context(mock.patch.dict(os.environ, {"PFGM_TUNE": "0"}))
+        forget()
         yield
-    finally:
-        driver._active = active
-        if before is None:
-            del os.environ["PFGM_TUNE"]
-        else:
-            os.environ["PFGM_TUNE"] = before
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -102,14 +114,22 @@ def measure() -> dict[str, float]:
     from pfgm.kernels import posterior_mean as kernels
 
     x, radius, y = torch.randn(32, 64), torch.rand(32).double() + 0.5, torch.randn(256, 64)
+    z, slope, field_z = radius.float(), torch.randn(32, 64), -torch.rand(32)
+    calls = {
+        "field_fn, triton": lambda: pfgm.field_fn(x, z, y, backend="triton"),
+        "posterior_mean, triton, launches alone": lambda: kernels.posterior_mean(
+            x, y, radius, 1.0, "high"
+        ),
+        "euler_step, triton": lambda: pfgm.euler_step(
+            x, slope, field_z, 1.0, 0.9, backend="triton"
+        ),
+    }
     with torch.no_grad():
         with no_driver():
-            triton = seconds(lambda: kernels.posterior_mean(x, y, radius, 1.0, "high"))
-        return {
-            "posterior_mean, triton": triton,
-            **native_calls(x, radius.float(), y),
-            "posterior_mean, torch": seconds(_torch(x, radius, y)),
-        }
+            found = {name: seconds(call) for name, call in calls.items()}
+        found |= native_calls(x, radius.float(), y)
+        found["posterior_mean, torch"] = seconds(_torch(x, radius, y))
+        return found
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def loops_around(kernel: Compiled, inner: Loop) -> list[Loop]:
 
 
 def triton_kernel(source: Any, name: str, card: Device, options: Mapping[str, int]) -> Compiled:
-    """A kernel compiled for the card. ``options`` are num_warps and num_stages."""
+    """A kernel compiled for the card. ``options`` are Triton's, num_warps among them."""
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
 
@@ -160,8 +160,8 @@ def triton_variant(card: Device, *words: str) -> Compiled:
     if len(found) != 1:
         raise ValueError(f"words are {words}, which {len(found)} variants have; allowed is one.")
     (variant,) = found
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton_kernel(codegen_triton.source_of(variant), variant.name, card, options)
+    source = codegen_triton.source_of(variant)
+    return triton_kernel(source, variant.name, card, variant.options)
 
 
 def _holds(name: str, word: str) -> bool:

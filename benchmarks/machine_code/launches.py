@@ -106,7 +106,8 @@ def _triton_distances(shape: Shape, queries: int, m: int, card: Device) -> Launc
 
 
 def _triton_limits(shape: Shape, queries: int, m: int, card: Device) -> Launch:
-    words = (f"PRODUCTS {not _few(shape, queries)}", "GAUSSIAN False")
+    first, products = shape.chunks == 1, not _few(shape, queries)
+    words = (f"FIRST {first}", f"PRODUCTS {products}", "GAUSSIAN False")
     kernel = kernels.triton_variant(card, "find_limits", *words)
     tiles = _tiles(shape, queries, m)
     trips = up(tiles, 256)

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,16 +80,29 @@ def sketch(references: Tensor, dtype: torch.dtype) -> None:
     return None
 
 
-def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels import posterior_mean as kernels
+@functools.cache
+def _kernels(name: str) -> Any:
+    """A module of kernels."""
+    return importlib.import_module(f"..kernels.{name}", __package__)
 
+
+def average(
+    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of :func:`posterior_mean` for tensors in the layout of the kernels, whose values
+    are not checked."""
+    kernels = _kernels("posterior_mean")
+    with _current_device(x):
+        found: tuple[Tensor, Tensor, Tensor, Tensor]
+        found = kernels.posterior_mean(x, references, radius, D, precision)
+        return found
+
+
+def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius, D, precision, _ = laid_out(problem)
     if checks_values(x.device):
         check_radius(radius)
-    with _current_device(x):
-        mean, logsumexp, nearest, total = kernels.posterior_mean(
-            x, references, radius, D, precision
-        )
+    mean, logsumexp, nearest, total = average(x, references, radius, D, precision)
     check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total
 
@@ -96,8 +110,7 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
 def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    from ..kernels import posterior_mean_backward as kernels
-
+    kernels = _kernels("posterior_mean_backward")
     x, references, radius, D, precision, _ = laid_out(problem)
     check_singular(at_limit(state.nearest, radius, D), upstream.logsumexp)
     with _current_device(x):
@@ -116,11 +129,21 @@ def posterior_mean_backward(
     return grad_x, grad_references, grad_radius
 
 
-def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    from ..kernels import normalised_field as kernels
+def field_in_place(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> Tensor:
+    """Replaces the mean by the v_x of :func:`normalised_field`, and returns v_z.
 
+    The tensors have the layout of the kernels.
+    """
+    field_z = x.new_empty(x.shape[0])
+    with _current_device(x):
+        _kernels("normalised_field").launch(x, z, mean, gamma, mean, field_z)
+    return field_z
+
+
+def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    kernels = _kernels("normalised_field")
     x, mean = contiguous_features(x), contiguous_features(mean)
-    field_x, field_z = x.new_empty(x.shape), x.new_empty(len(x))
+    field_x, field_z = x.new_empty(x.shape), x.new_empty(x.shape[0])
     with _current_device(x):
         kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
     return field_x, field_z
@@ -135,11 +158,10 @@ def normalised_field_backward(
 def ode_step(
     step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    from ..kernels import ode_step as kernels
-
+    kernels = _kernels("ode_step")
     step = laid_out_step(step)
     out, mean_out = step_outputs(step.x, with_mean, out, mean_out)
-    if len(step.x) > 0:
+    if step.x.shape[0] > 0:
         with _current_device(step.x):
             kernels.launch(step, out, mean_out)
     return out, mean_out

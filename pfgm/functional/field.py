@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import native_direct
+from ..backends import native_direct, triton_direct
 from ..backends.problems import PosteriorMean
 from ..common.checks import LARGEST, is_number, is_symbolic, layout_hint
 from ..references import References, ReferenceSet
@@ -197,9 +197,10 @@ def posterior_mean(
     if (r is None) != (sigma is None) and type(D) in (float, int) and 0 < D <= LARGEST:
         level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
         rows, sketch_of = _in_one(references)
-        found = native_direct.posterior_mean(
-            x, rows, level, factor, D, return_logsumexp, backend, precision, sketch_of
-        )
+        given = (x, rows, level, factor, D, return_logsumexp, backend, precision)
+        found = native_direct.posterior_mean(*given, sketch_of)
+        if found is None and sketch_of is None:
+            found = triton_direct.posterior_mean(*given)
         if found is not None:
             mean, logsumexp = found
             return mean if logsumexp is None else (mean, logsumexp)
@@ -249,7 +250,10 @@ def field_fn(
     """
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _in_one(references)
-        found = native_direct.field(x, z, rows, gamma, backend, precision, sketch_of)
+        given = (x, z, rows, gamma, backend, precision)
+        found = native_direct.field(*given, sketch_of)
+        if found is None and sketch_of is None:
+            found = triton_direct.field(*given)
         if found is not None:
             return found
     _check_tensors(x, references)

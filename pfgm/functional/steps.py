@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import native_direct
+from ..backends import native_direct, triton_direct
 from ..backends.problems import OdeStep
 from ..common.checks import LARGEST
 from .levels import Level, per_query, step_levels
@@ -248,7 +248,8 @@ def _take(
     step = _flat_step(x, slope, history, levels)
     with_mean = return_mean and isinstance(slope, Field)
     if out is None and mean_out is None:
-        result, mean = ops.ode_step.compute(step, with_mean, backend)
+        found = triton_direct.step(step, with_mean, None, None, backend)
+        result, mean = found or ops.ode_step.compute(step, with_mean, backend)
         result = result.reshape(x.shape).to(x.dtype)
         mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
     else:
@@ -290,7 +291,8 @@ def _take_into(
         mean_out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat_out = step.x if out is x and _is_flat(x, dtype) else _flat_output("out", out, x, dtype)
     flat_mean = None if mean_out is None else _flat_output("mean_out", mean_out, x, dtype)
-    ops.ode_step.compute_into(step, flat_out, flat_mean, backend)
+    if triton_direct.step(step, with_mean, flat_out, flat_mean, backend) is None:
+        ops.ode_step.compute_into(step, flat_out, flat_mean, backend)
     if not _is_flat(out, dtype):
         out.copy_(flat_out.view(x.shape))
     if mean_out is not None and flat_mean is not None and not _is_flat(mean_out, dtype):

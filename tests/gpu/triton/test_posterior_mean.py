@@ -97,9 +97,7 @@ def test_chunks_and_blocks(op, device, D):
 
 
 def test_stretches_are_used_and_merged(device):
-    x, references, sigma = problem(5, 600, 7, device=device)
-    pairs = distances.Pairs(problems.Problem(x, references, sigma, 1.0, "high"), slice(0, 5))
-    assert posterior_mean.stretches_of(pairs, 600) > 1
+    assert posterior_mean.stretches_of(5, 600, 7, device) > 1
 
 
 def test_the_order_of_queries_does_not_change_a_bit(op, device, monkeypatch):

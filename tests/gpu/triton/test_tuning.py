@@ -29,8 +29,8 @@ class Recorder:
         self.measured.append(self.ran.pop())
         return TIMES[self.measured[-1]]
 
-    def launch(self, *shape):
-        self.choice.launch(shape, self.run)
+    def launch(self, *shape, device="cpu"):
+        self.choice.launch(shape, torch.device(device), self.run)
 
 
 @pytest.fixture
@@ -83,6 +83,68 @@ def test_measured_choices_are_not_used_where_timing_is_off(monkeypatch):
     monkeypatch.setenv("PFGM_TUNE", "0")
     recorder.launch(3)
     assert recorder.ran == [32, 16]
+
+
+@pytest.mark.usefixtures("timed")
+def test_each_kind_of_device_has_its_own_choice(monkeypatch):
+    kinds = {0: ("one", 9), 1: ("one", 9), 2: ("other", 8)}
+    monkeypatch.setattr(tuning, "kind_of", lambda device: kinds[device.index])
+    recorder = Recorder()
+    for index in (0, 1, 2):
+        recorder.launch(3, device=f"cuda:{index}")
+    assert recorder.measured == [16, 32, 64] * 2
+    assert recorder.ran == [32, 32, 32]
+
+
+@pytest.mark.usefixtures("timed")
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    """The choice is not kept then, and one that was made before holds."""
+    recorder = Recorder()
+    monkeypatch.setattr(tuning, "capturing", lambda: True)
+    recorder.launch(3)
+    assert (recorder.ran, recorder.measured) == ([16], [])
+    monkeypatch.setattr(tuning, "capturing", lambda: False)
+    recorder.launch(3)
+    monkeypatch.setattr(tuning, "capturing", lambda: True)
+    recorder.launch(3)
+    assert recorder.ran == [16, 32, 32]
+    assert recorder.measured == [16, 32, 64]
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize(("processes", "ran"), [(2, [16]), (1, [32])])
+def test_processes_that_train_together_choose_alike(monkeypatch, processes, ran):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    recorder = Recorder()
+    recorder.launch(3)
+    assert recorder.ran == ran
+
+
+def test_the_time_of_a_run_is_that_between_marks(monkeypatch):
+    """Each round takes longer by 8 ms than the one before; the median of five is the third."""
+    clock = [0.0]
+    runs = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def run():
+        runs.append(None)
+        clock[0] += (len(runs) + 6) // tuning.RUNS  # 0 for the first, which compiles
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert tuning.median_seconds(run) == pytest.approx(3e-3)
+    assert len(runs) == 1 + tuning.ROUNDS * tuning.RUNS
 
 
 def test_few_shape_classes():

@@ -1,0 +1,196 @@
+"""Calls of the Triton kernels without the operators: when they are made, and that they agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pfgm
+from pfgm.backends import triton, triton_direct
+from pfgm.common import checks
+
+FUNCTIONS = ("field_fn", "posterior_mean", "euler_step", "heun_step", "multistep_step")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """In the interpreter the CPU stands for a GPU, where values are not checked."""
+    if triton.interpreted():
+        monkeypatch.setattr(triton_direct, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(triton_direct, "checks_values", lambda device: checks._debug)
+
+
+@pytest.fixture
+def given(device):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(5, 2, 3, generator=generator) for _ in range(4)]
+    made += [torch.randn(9, 2, 3, generator=generator), -torch.rand(5, generator=generator) - 0.1]
+    return [value.to(device) for value in made]
+
+
+def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
+    """A function of the package on these inputs, as a tuple of tensors."""
+    x, predicted, slope, before, references, field_z = given
+    arguments = {
+        "field_fn": (x, z, references),
+        "posterior_mean": (x, references),
+        "euler_step": (x, slope, field_z, z, z_next),
+        "heun_step": (x, predicted, slope, field_z, z, z_next),
+        "multistep_step": (x, slope, field_z, z, z_next, before, z_previous),
+    }[name]
+    if name == "posterior_mean":
+        options = {"r": z, "return_logsumexp": True} | options
+    found = getattr(pfgm, name)(*arguments, **{"backend": "triton"} | options)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Whether the direct way answered, for each call."""
+    found = []
+
+    def watched(function):
+        def call(*arguments):
+            result = function(*arguments)
+            found.append(result is not None)
+            return result
+
+        return call
+
+    for name in ("posterior_mean", "field", "step"):
+        monkeypatch.setattr(triton_direct, name, watched(getattr(triton_direct, name)))
+    return found
+
+
+def by_operators(monkeypatch, *arguments, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_direct, "enabled", False)
+        return call(*arguments, **options)
+
+
+def assert_same(found, expected):
+    for value, wanted in zip(found, expected, strict=True):
+        assert value.dtype == wanted.dtype
+        assert value.equal(wanted)
+
+
+@pytest.mark.parametrize("form", ["number", "float32", "float64", "one for each"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_both_ways_give_the_same_bits(monkeypatch, answers, given, name, form):
+    def level(value):
+        if form == "number":
+            return value
+        dtype = torch.float64 if form == "float64" else torch.float32
+        made = torch.linspace(value, 1.1 * value, 5, dtype=dtype, device=given[0].device)
+        return made.view(5, 1, 1) if form == "one for each" else made
+
+    levels = {"z": level(3.0), "z_next": level(2.0), "z_previous": level(4.0)}
+    found = call(name, given, **levels)
+    assert answers == [True]
+    assert_same(found, by_operators(monkeypatch, name, given, **levels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_references_of_every_dtype(monkeypatch, answers, given, dtype):
+    given[4] = (given[4].abs() * 60).to(dtype)
+    found = call("field_fn", given)
+    assert answers == [True]
+    assert_same(found, by_operators(monkeypatch, "field_fn", given))
+
+
+@pytest.mark.parametrize("options", [{"r": 2, "D": 64}, {"r": None, "sigma": 0.3, "D": 16.0}])
+def test_other_levels_and_dimensions(monkeypatch, answers, given, options):
+    found = call("posterior_mean", given, **options)
+    assert answers == [True]
+    assert_same(found, by_operators(monkeypatch, "posterior_mean", given, **options))
+
+
+def test_outputs_are_written_and_marked(monkeypatch, answers, given):
+    x = given[0]
+    expected = by_operators(monkeypatch, "euler_step", given, return_mean=True)
+    mean_out = torch.full_like(x, torch.nan)
+    before = x._version, mean_out._version
+    found = call("euler_step", given, out=x, mean_out=mean_out, return_mean=True)
+    assert answers == [False, True]
+    assert found[0] is x
+    assert found[1] is mean_out
+    assert_same(found, expected)
+    assert (x._version, mean_out._version) == (before[0] + 1, before[1] + 1)
+
+
+def test_outputs_over_other_rows_of_an_input_are_left_to_the_operators(answers, given):
+    memory = torch.zeros(6, 2, 3, device=given[0].device)
+    given[0] = memory[1:].copy_(given[0])
+    expected = call("euler_step", given)
+    found = call("euler_step", given, out=memory[:5])
+    assert answers == [True, False]
+    assert_same(found, expected)
+
+
+class Modes:
+    """Where the operators must be called."""
+
+    class Function(BaseTorchFunctionMode):
+        pass
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            return function(*arguments, **(options or {}))
+
+    class Profile(torch.profiler.profile):
+        def __init__(self):
+            super().__init__(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    class Dual(forward_ad.dual_level):
+        pass
+
+    class Autocast(torch.autocast):
+        def __init__(self):
+            super().__init__("cpu", torch.bfloat16)
+
+    Debug = staticmethod(pfgm.debug_checks)
+
+
+@pytest.mark.parametrize("mode", ["Function", "Dispatch", "Profile", "Dual", "Autocast", "Debug"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_modes_are_left_to_the_operators(answers, given, name, mode):
+    with getattr(Modes, mode)():
+        call(name, given)
+    assert answers == [False]
+
+
+def test_other_inputs_are_left_to_the_operators(answers, given):
+    x, _, _, _, references, _ = given
+    changed = {
+        "gradients": (x.clone().requires_grad_(), references),
+        "columns first": (x.transpose(1, 2).contiguous().transpose(1, 2), references),
+        "every second reference": (x, references[::2]),
+        "half precision": (x.half(), references),
+        "no points": (x[:0], references),
+    }
+    for points, over in changed.values():
+        pfgm.field_fn(points, 2.0, over, backend="triton")
+    with pytest.raises(ValueError, match="shape"):
+        pfgm.field_fn(x, 2.0, references[:, :1], backend="triton")
+    with pytest.raises(ValueError, match="precision"):
+        pfgm.field_fn(x, 2.0, references, backend="triton", precision="low")
+    with pytest.raises(ValueError, match="z has shape"):
+        pfgm.field_fn(x, torch.ones(4, device=x.device), references, backend="triton")
+    assert answers == [False] * (len(changed) + 3)
+    torch.func.vmap(lambda z: pfgm.field_fn(x, z, references, backend="triton")[0])(torch.ones(2))
+    assert not any(answers)
+
+
+def test_only_a_request_for_triton_is_answered(answers, given, monkeypatch):
+    for options in ({"backend": "reference"}, {"backend": "native"}):
+        if options["backend"] == "reference" or given[0].is_cpu:
+            call("field_fn", given, **options)
+    monkeypatch.setenv("PFGM_BACKEND", "reference")
+    call("field_fn", given, backend=None)
+    assert not any(answers)
+    monkeypatch.setenv("PFGM_BACKEND", "triton")
+    call("field_fn", given, backend=None)
+    assert answers[-1]
