@@ -124,6 +124,10 @@ INTENTS = {
     "weigh": Intent(256, blocks=2),
     "order_queries": Intent(256, blocks=2),
     "weighted_sum": Intent(128, blocks=2, products=".TF32", copies=True),
+    **{
+        f"weighted_sum<{type_}, true>": Intent(128, blocks=2, products="16816", copies=True)
+        for type_ in ("float32", "BFloat16", "Float16", "uint8")
+    },
     "merge": Intent(256, blocks=2),
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),

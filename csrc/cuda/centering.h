@@ -42,6 +42,12 @@ __device__ inline float scale_to(float largest, int power) {
   return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23);
 }
 
+// 1 over a normal power of two, exactly. That of 2^127 is subnormal.
+__device__ inline float inverse_power(float power) {
+  const std::uint32_t biased = bits_of(power) >> 23;
+  return float_of(biased < 254 ? (254 - biased) << 23 : 1u << 22);
+}
+
 // The mean of evenly spaced references, and how far they are from it.
 template <class R>
 __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
@@ -116,8 +122,8 @@ __global__ void __launch_bounds__(kSplitThreads)
   largest = over_block<kSplitThreads>(largest, reinterpret_cast<float*>(scratch), Most());
   if (thread > 0) return;
   const float of_value = scale_to(largest, kValuePower);
-  center.scale[0] = of_y, center.scale[1] = 1 / of_y;
-  center.value_scale[0] = of_value, center.value_scale[1] = 1 / of_value;
+  center.scale[0] = of_y, center.scale[1] = inverse_power(of_y);
+  center.value_scale[0] = of_value, center.value_scale[1] = inverse_power(of_value);
 }
 
 }  // namespace

@@ -181,6 +181,48 @@ def test_every_value_of_narrow_references_is_read_correctly(op, device, B):
     assert (mean.double() - (values.double() / 127.5 - 1)).abs().max() <= 1.2e-7
 
 
+# ---- sums in float16 parts ----
+
+
+def feature_errors(op, x, references, radius, D):
+    """The largest error of each feature of the mean, relative to its largest value (N,)."""
+    mean, _ = op.compute(x, references, radius, D)
+    expected, _ = op.expected(x, references, radius, D)
+    largest = dequantise(references.cpu(), torch.float64).abs().amax(0)
+    return (mean.double().cpu() - expected).abs().amax(0) / largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_of_different_sizes(op, dtype):
+    x, references, sigma = op.problem(40, 300, 96, dtype=dtype)
+    sizes = (10.0 ** torch.linspace(-30, 8, 96)).to(references.device)
+    references = (references.float() * sizes).to(dtype)
+    x = x * sizes
+    sigma = sigma * sizes.max().item()
+    assert feature_errors(op, x, references, sigma, 96.0).max() <= 1e-5
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("factor", [30.0, 1e3, 1e20])
+def test_a_reference_that_float16_cannot_hold_in_sums(op, factor, D):
+    x, references, sigma = op.problem(40, 300, 96)
+    references[70] *= factor  # it is not in the sample that finds the power of two
+    x[3] = references[70] * 1.001
+    radius = op.radius_of(sigma, D)
+    mean, _ = op.compute(x, references, radius, D)
+    expected, _ = op.expected(x, references, radius, D)
+    rows = expected.norm(dim=1)
+    assert ((mean.double().cpu() - expected).norm(dim=1) / rows).max() <= 1e-5
+    assert rows[3] > 10 * rows[4]
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 1e36])
+def test_sums_of_tiny_and_huge_references(op, scale):
+    x, references, sigma = op.problem(40, 300, 96)
+    found = feature_errors(op, x * scale, references * scale, sigma * scale, 1.0)
+    assert found.max() <= 1e-5
+
+
 # ---- layouts ----
 
 
