@@ -199,7 +199,8 @@ def test_features_of_different_sizes(op, dtype):
     references = (references.float() * sizes).to(dtype)
     x = x * sizes
     sigma = sigma * sizes.max().item()
-    assert feature_errors(op, x, references, sigma, 96.0).max() <= 1e-5
+    # Most of the error is that of the weights.
+    assert feature_errors(op, x, references, sigma, 96.0).max() <= 3e-5
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
