@@ -63,18 +63,16 @@ class Compiled(NamedTuple):
     def _executed(self, places: Sequence[int]) -> list[Instruction]:
         """The instructions at these places that run with aligned rows.
 
-        In code that copies rows asynchronously, plain loads that go to shared memory are for rows
-        that are not aligned.
+        In code that copies rows asynchronously, plain loads of single values that go to shared
+        memory are for rows that are not aligned.
         """
         stretches = sass.basic_blocks(self.code, places)
         copied = any(self.code[i].base == "LDGSTS" for i in places)
         kept = []
         for stretch in stretches:
-            bases = {self.code[i].base for i in stretch}
-            unaligned = bases.intersection(_LOADS) and bases.intersection(("STS",))
-            if copied and unaligned and "LDGSTS" not in bases:
-                continue
-            kept += [self.code[i] for i in stretch]
+            found = [self.code[i] for i in stretch]
+            if not (copied and _copies_values(found)):
+                kept += found
         return kept
 
     def factors(self, code: Sequence[Instruction]) -> dict[int, float]:
@@ -82,6 +80,16 @@ class Compiled(NamedTuple):
         if self.conflicts is None or not any(sass.unit_of(one) == "tensor" for one in code):
             return {}
         return banks.by_place([one.base for one in code], self.conflicts)
+
+
+def _copies_values(stretch: Sequence[Instruction]) -> bool:
+    """Whether the code takes values one by one to shared memory and does nothing else."""
+    bases = {one.base for one in stretch}
+    wide = any(one.base in _LOADS and ".64" in one.name for one in stretch)
+    other = bases.intersection(("LDGSTS", "BAR")) or any(
+        sass.unit_of(one) == "fp64" for one in stretch
+    )
+    return bool(bases.intersection(_LOADS)) and "STS" in bases and not (wide or other)
 
 
 # ---- finding loops ----------------------------------------------------------------------------

@@ -488,6 +488,8 @@ def test_work_of_refine():
         "tiles": 2.0,
         "pairs, most": 3.0,  # a program of Triton's has two tiles
         "tiles, most": 1.0,
+        "groups of 1": 2.0,
+        "pairs of 1, most": 3.0,
         "groups of 4": 2.0,
         "pairs of 4, most": 3.0,
     }
@@ -496,8 +498,9 @@ def test_work_of_refine():
 
 
 def test_shapes_are_split_as_in_the_kernels():
-    assert data.BIG.blocks() == [1365, 1365, 1365, 1]
-    assert (data.BIG.chunk, data.BIG.chunks) == (1536, 33)
+    assert data.BIG.blocks() == [1024] * 4
+    assert data.BIG._replace(B=2800).blocks() == [960, 960, 880]
+    assert (data.BIG.chunk, data.BIG.chunks) == (2048, 25)
     assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 8192, 8)
     assert (data.C.chunks, data.G.chunks) == (1, 1)
 
@@ -568,7 +571,13 @@ REASON = codegen_cuda.why_unchecked()
 if REASON is None and "90a" not in codegen_cuda.architectures():
     REASON = "the extension has no code for sm_90a"
 ON_DATA = {
-    "refine": {"pairs": 100.0, "groups of 4": 50.0, "pairs of 4, most": 9.0},
+    "refine": {
+        "pairs": 100.0,
+        "groups of 1": 60.0,
+        "groups of 4": 50.0,
+        "pairs of 1, most": 5.0,
+        "pairs of 4, most": 9.0,
+    },
     "lists": {
         f"{words} words": {"listed": 70.0, "panels": 3.0, "panels, most": 5.0}
         for words in range(1, 65)
@@ -590,9 +599,14 @@ def test_machine_code_has_what_is_counted(type):
             seen.add(one.name)
             kernel = kernels.cuda_kernel(H100, one.kernel, one.shared)
             assert kernel.threads == one.threads
-            once = one.once.plus(one.loops["alive"].trip) if "alive" in one.loops else one.once
+            once = one.once
+            for name in {"alive", "first"}.intersection(one.loops):  # branches, not loops
+                once = once.plus(one.loops[name].trip)
             if one.name != "reference_gradient":  # its lists are in a loop
-                assert kernels.count_of(kernel.straight(), "BAR") == once.barriers, one.kernel
+                # One more after sums in float32, of features that float16 does not hold.
+                again = one.name == "weighted_sum" and once.exchanges > 0
+                coded = kernels.count_of(kernel.straight(), "BAR")
+                assert coded == once.barriers + again, one.kernel
             for loop in one.loops.values():
                 if not loop.trip.barriers or loop.most == 1:
                     continue
@@ -604,7 +618,12 @@ def test_machine_code_has_what_is_counted(type):
                 coded = launches.copied_bytes(body, kernel.threads)
                 most = {"differences": 3, "reference_gradient": 2}.get(one.name, 1.4)
                 assert loop.trip.copied <= coded <= most * loop.trip.copied, one.kernel
-    declared = codegen_cuda.declared() - {"normalised_field_kernel", "ode_step_kernel"}
+    declared = codegen_cuda.declared() - {
+        "normalised_field_kernel",
+        "ode_step_kernel",
+        "expand_level",
+        "find_step_levels",
+    }
     assert seen == declared
 
 
