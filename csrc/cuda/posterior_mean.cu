@@ -138,9 +138,11 @@ class Calculation {
         // Divided by it, a sum of weights is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
         const bool few = partition_.few;
-        run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory),
-            few ? weigh<false> : weigh<true>, law_, radius(), pairs_, references(), floor,
-            few ? 1 / divisor : kWeightUnit, first_chunk, state, weights_, sums_);
+        const auto kernel = few ? (law_.gaussian ? weigh<false, true> : weigh<false, false>)
+                                : (law_.gaussian ? weigh<true, true> : weigh<true, false>);
+        run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory), kernel, law_,
+            radius(), pairs_, references(), floor, few ? 1 / divisor : kWeightUnit, first_chunk,
+            state, weights_, sums_);
         const int* order = queries() > kSumRows ? order_ : nullptr;
         if (order)
           run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,

@@ -53,13 +53,14 @@ struct WeighMemory {
 
 // Weights of one query over a piece of the chunk, relative to the nearest reference so far, which
 // comes from the minima of tiles and from earlier chunks. They are stored times `factor`, in halves
-// if HALVES.
-template <bool HALVES>
+// if HALVES. GAUSSIAN is law.gaussian.
+template <bool HALVES, bool GAUSSIAN>
 __global__ void __launch_bounds__(kQueryThreads)
-    weigh(const WeightLaw law, const double* radius, const Pairs pairs, int references,
-          double floor, float factor, bool first_chunk, const QueryStates state,
-          const ChunkWeights out, const PieceSums sums) {
+    weigh(WeightLaw law, const double* radius, const Pairs pairs, int references, double floor,
+          float factor, bool first_chunk, const QueryStates state, const ChunkWeights out,
+          const PieceSums sums) {
   WeighMemory& shared = *reinterpret_cast<WeighMemory*>(shared_memory());
+  law.gaussian = GAUSSIAN;  // known to the compiler, which leaves the other law out
   const Lane lane = this_lane();
   const Index query = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
