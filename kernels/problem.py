@@ -90,12 +90,13 @@ class Problem:
         self.gaussian = math.isinf(D)
         self.exponent = 0.5 if self.gaussian else (self.features + D) / 2
         """(N + D)/2, the exponent of s; 1/2 at D = ∞, the factor of d²/σ²."""
-        fitting = min(MAX_QUERIES, max(32, MAX_PARTS // self.features))
-        # A last block of few queries would read all references for these.
+        fitting = min(MAX_QUERIES, max(16, MAX_PARTS // self.features))
+        # A last block of few queries would read all references for these. Large ones have whole tiles.
         part = -(-self.queries // max(1, -(-self.queries // fitting)))
-        self.block = min(-(-part // 32) * 32, self.queries, fitting)
+        whole = part if fitting < 128 else -(-part // 32) * 32
+        self.block = max(1, min(whole, self.queries, fitting))
         """The number of queries in a block. Blocks are of nearly equal size."""
-        fitting = -(-max(MAX_PAIRS // self.block, 128) // 128) * 128
+        fitting = max(MAX_PAIRS // self.block // 128, 1) * 128
         self.chunk = min(self.count, fitting, MAX_REFERENCES)
         """The number of references in a chunk."""
 

@@ -53,20 +53,25 @@ class Shape(NamedTuple):
     @property
     def block(self) -> int:
         """The number of queries in the largest block."""
-        fitting = min(ROWS, max(32, PARTS // self.N))
+        fitting = min(ROWS, max(16, PARTS // self.N))
         part = up(self.B, up(self.B, fitting))
-        return min(32 * up(part, 32), self.B, fitting)
+        return min(part if fitting < 128 else 32 * up(part, 32), self.B, fitting)
 
     @property
     def chunk(self) -> int:
         """The number of references in a chunk."""
-        fitting = 128 * up(max(PAIRS // self.block, 128), 128)
+        fitting = 128 * max(PAIRS // self.block // 128, 1)
         return min(self.M, fitting, REFERENCES)
 
     @property
     def chunks(self) -> int:
         """Number of chunks."""
         return -(-self.M // self.chunk)
+
+    @property
+    def halves(self) -> bool:
+        """Whether the sums of the CUDA forward pass multiply float16 parts."""
+        return not self.few and self.M <= 1 << 20
 
     @property
     def few(self) -> bool:

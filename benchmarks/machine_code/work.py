@@ -257,7 +257,7 @@ def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
     loops = {"minima": _by_all(blocks, up(up(m, TILE), 256))}
     once = Amount(barriers=3, exchanges=8 * (2 * _OVER_WARP + PIECE // 256))
     moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
-    name = f"weigh<{_text(not shape.few)}, false>"  # D is finite
+    name = f"weigh<{_text(shape.halves)}, false>"  # D is finite
     return Work("weigh", name, blocks, 256, 128, once, loops, moved)
 
 
@@ -275,7 +275,7 @@ def _order(queries: int, m: int) -> Work:
 def _sum(
     shape: Shape, data: Data, queries: int, m: int, card: Device, backward: bool = False
 ) -> Work:
-    halves = not (backward or shape.few)
+    halves = shape.halves and not backward
     size, words = _SIZES[shape.type], shape.stretch_words(card.sms)
     stretches = up(up(m, 32), words)
     features = up(shape.N, SUM_FEATURES)

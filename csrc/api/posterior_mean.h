@@ -138,6 +138,7 @@ struct CudaLimits {
   std::int64_t parts = 1 << 22;       // values in the partial sums of a chunk
   std::int64_t queries = 4096;        // in a block
   std::int64_t references = 1 << 16;  // in a chunk
+  std::int64_t halved = 1 << 20;      // of all references, where sums have weights in halves
 };
 void limit_cuda(const CudaLimits& to);
 

@@ -262,11 +262,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("shim_device", &shim::set_device);
   module.def(
       "shim_limits",
-      [](std::int64_t pairs, std::int64_t parts, std::int64_t queries, std::int64_t references) {
-        limit_cuda({pairs, parts, queries, references});
-      },
+      [](std::int64_t pairs, std::int64_t parts, std::int64_t queries, std::int64_t references,
+         std::int64_t halved) { limit_cuda({pairs, parts, queries, references, halved}); },
       py::kw_only(), py::arg("pairs") = CudaLimits().pairs, py::arg("parts") = CudaLimits().parts,
-      py::arg("queries") = CudaLimits().queries, py::arg("references") = CudaLimits().references);
+      py::arg("queries") = CudaLimits().queries, py::arg("references") = CudaLimits().references,
+      py::arg("halved") = CudaLimits().halved);
   module.def("shim_launches", [] {
     const auto launches = shim::launches();
     shim::clear_launches();

@@ -39,20 +39,25 @@ class Arena {
 struct Partition {
   Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
   Index stretches, stretch_words;     // of the sums over a chunk
-  bool few;  // few queries or features would leave matrix units mostly idle
+  bool few;     // few queries or features would leave matrix units mostly idle
+  bool halves;  // whether weighted sums multiply float16 parts
 };
 
 Partition partition_of(const Problem& problem, int multiprocessors) {
   Partition partition;
   const Index fitting = smaller(limits.queries, larger(kSumRows, limits.parts / problem.features));
   // Blocks of nearly equal size: a last one of few queries would read all references for these.
-  const Index blocks = divide_up(problem.queries, fitting);
-  const Index part = divide_up(problem.queries, blocks);
-  partition.queries = smaller(round_up(part, kSumRows), smaller(problem.queries, fitting));
-  const Index most = round_up(larger(limits.pairs / partition.queries, 128), 128);
+  // Large ones have whole tiles.
+  const Index blocks = larger(1, divide_up(problem.queries, fitting));
+  const Index part = larger(1, divide_up(problem.queries, blocks));
+  partition.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
+                              smaller(larger(1, problem.queries), fitting));
+  const Index most = 128 * larger(limits.pairs / partition.queries / 128, 1);
   partition.references = smaller(problem.references, smaller(most, limits.references));
   partition.stride = round_up(partition.references, 32);
   partition.few = partition.queries < 16 || problem.features < kPanel;
+  // Weights below 2^-39 have no halves. Together they must not matter.
+  partition.halves = !partition.few && problem.references <= limits.halved;
   // Four blocks per multiprocessor, if memory and the length of a list allow. Blocks whose queries
   // need few references are soon done.
   const Index tiles =
@@ -137,21 +142,21 @@ class Calculation {
         sums_.pieces = static_cast<int>(divide_up(references(), kPiece));
         // Divided by it, a sum of weights is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
-        const bool few = partition_.few;
-        const auto kernel = few ? (law_.gaussian ? weigh<false, true> : weigh<false, false>)
-                                : (law_.gaussian ? weigh<true, true> : weigh<true, false>);
+        const bool halves = partition_.halves;
+        const auto kernel = halves ? (law_.gaussian ? weigh<true, true> : weigh<true, false>)
+                                   : (law_.gaussian ? weigh<false, true> : weigh<false, false>);
         run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory), kernel, law_,
-            radius(), pairs_, references(), floor, few ? 1 / divisor : kWeightUnit, first_chunk,
+            radius(), pairs_, references(), floor, halves ? kWeightUnit : 1 / divisor, first_chunk,
             state, weights_, sums_);
         const int* order = queries() > kSumRows ? order_ : nullptr;
         if (order)
           run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
               sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_,
               static_cast<int>(queries()), order_);
-        if (few)
-          sum<false>(order, divisor);
-        else
+        if (halves)
           sum<true>(order, divisor);
+        else
+          sum<false>(order, divisor);
         run("merge", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0, merge,
             law_, radius(), mean, parts_, sums_, divisor, features_, stretches(), first_chunk,
             state);

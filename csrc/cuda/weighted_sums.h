@@ -16,8 +16,8 @@ constexpr int kStretchWords = 64;  // words of 32 references that a block lists,
 constexpr int kMergeThreads = 256;
 static_assert(kStretchWords <= kSumThreads, "one thread a word");
 
-// Weights in halves are multiplied by it. The largest weight is then far from overflow, and the
-// low half of a weight e^-20 times the largest still has digits.
+// Weights in halves are multiplied by it. The largest weight is then far from overflow, and others
+// are off by at most 2^-39 of it.
 constexpr float kWeightUnit = 0x1p14f;
 
 // Whether halves hold a feature to about 2^-20 of its largest value, in units of `unit`. float16

@@ -500,6 +500,7 @@ def test_work_of_refine():
 def test_shapes_are_split_as_in_the_kernels():
     assert data.BIG.blocks() == [1024] * 4
     assert data.BIG._replace(B=2800).blocks() == [960, 960, 880]
+    assert data.BIG._replace(B=65, N=65536).blocks() == [33, 32]
     assert (data.BIG.chunk, data.BIG.chunks) == (2048, 25)
     assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 8192, 8)
     assert (data.C.chunks, data.G.chunks) == (1, 1)

@@ -217,6 +217,17 @@ def test_a_reference_that_float16_cannot_hold_in_sums(op, factor, D):
     assert rows[3] > 10 * rows[4]
 
 
+def test_sums_over_very_many_references(op, shim):
+    """Weights below 2^-39 have no halves. Beyond a limit they could matter together."""
+    x, references, sigma = op.problem(20, 300, 96)
+    for limit in (300, 299):
+        shim.limits(halved=limit)
+        shim.counts(True)
+        op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
+        (blocks,) = (one[-1] for one in shim.counts(False) if one[0] == "weighted_sum")
+        assert (sum(blocks["multiply_add"]) == 0) == (limit == 300)
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 1e36])
 def test_sums_of_tiny_and_huge_references(op, scale):
     x, references, sigma = op.problem(40, 300, 96)
