@@ -91,7 +91,8 @@ class Problem:
         self.exponent = 0.5 if self.gaussian else (self.features + D) / 2
         """(N + D)/2, the exponent of s; 1/2 at D = ∞, the factor of d²/σ²."""
         fitting = min(MAX_QUERIES, max(16, MAX_PARTS // self.features))
-        # A last block of few queries would read all references for these. Large ones have whole tiles.
+        # A last block of few queries would read all references for these. Large blocks have whole
+        # tiles.
         part = -(-self.queries // max(1, -(-self.queries // fitting)))
         whole = part if fitting < 128 else -(-part // 32) * 32
         self.block = max(1, min(whole, self.queries, fitting))
