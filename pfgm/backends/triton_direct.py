@@ -169,9 +169,10 @@ def step(
 
     The outputs are those of :func:`pfgm.backends.triton.ode_step`.
     """
-    x, slope, field_z, history, levels = step[:5]
-    by_row = levels if isinstance(levels, Tensor) else None
-    inputs = (x, slope, field_z, history, by_row)
+    # By name: torch.compile of torch 2.6 does not trace a slice of a NamedTuple.
+    x = step.x
+    by_row = step.levels if isinstance(step.levels, Tensor) else None
+    inputs = (x, step.slope, step.field_z, step.history, by_row)
     if not _takes(x, None, backend, (*inputs[1:], out, mean_out)) or not x.numel():
         return None
     if mean_out is not None and (not with_mean or (out is not None and not _apart(out, mean_out))):
