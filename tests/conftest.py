@@ -212,6 +212,29 @@ def _all_squared_distances(x, references):
 _squared_distances = _remembering(_all_squared_distances, most=8)
 
 
+@pytest.fixture
+def answers_of(monkeypatch):
+    """A function that watches a module's direct way. It returns a list, which gets True for each
+    call that the direct way answers and False for others."""
+
+    def watch(module):
+        answers = []
+
+        def watched(function):
+            def call(*arguments):
+                found = function(*arguments)
+                answers.append(found is not None)
+                return found
+
+            return call
+
+        for name in ("posterior_mean", "field", "step"):
+            monkeypatch.setattr(module, name, watched(getattr(module, name)))
+        return answers
+
+    return watch
+
+
 @pytest.fixture(scope="session")
 def oracle():
     """oracle(x, references, radius, D) → flat mean (B, N) and lse (B,), by the plain formulas.

@@ -42,8 +42,8 @@ static_assert(sizeof(SumMemory<float>) <= kSharedLimit, "a block fits everywhere
 
 // Writes the indices of all set bits to listed, in ascending order, and returns their number.
 // bits(w) is word w. The last index is repeated up to whole panels.
-template <class Memory, class Bits>
-__device__ inline int list(Memory& shared, int words, Bits bits) {
+template <class T, class Bits>
+__device__ inline int list(SumMemory<T>& shared, int words, Bits bits) {
   const int w = static_cast<int>(threadIdx.x);
   unsigned word = 0;
   if (w < words) word = bits(w);
@@ -77,16 +77,16 @@ class ListedCopy {
   }
 
   // Starts the copies of the panel whose indices are at `listed`.
-  template <class Memory>
-  __device__ void panel(Memory& shared, int slot, const int* listed) const {
+  __device__ void panel(SumMemory<T>& shared, int slot, const int* listed) const {
+    constexpr int kPitch = SumMemory<T>::kPitch;
     T* const to = &shared.rows[slot][row_][piece_ * kCount];
 #pragma unroll
     for (int i = 0; i < kPanel; i += kStep) {
       const T* const from = from_ + listed[row_ + i] * stride_;
       if (aligned_)
-        copy_async<16>(to + i * Memory::kPitch, from, known_ * static_cast<int>(sizeof(T)));
+        copy_async<16>(to + i * kPitch, from, known_ * static_cast<int>(sizeof(T)));
       else
-        for (int k = 0; k < kCount; ++k) to[i * Memory::kPitch + k] = k < known_ ? from[k] : T{};
+        for (int k = 0; k < kCount; ++k) to[i * kPitch + k] = k < known_ ? from[k] : T{};
     }
   }
 

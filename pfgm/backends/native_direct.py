@@ -133,8 +133,10 @@ def posterior_mean(
     precision: str,
     sketch_of: SketchOf | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r, or σ at D = ∞, is the level
-    times the factor."""
+    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r is the level times the factor.
+
+    D is finite. Diffusion takes the way through torch's operators.
+    """
     gpu = _gpu_of(x)
     if not _takes(backend, precision, gpu, x, references, level):
         return None

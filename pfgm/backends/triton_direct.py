@@ -117,8 +117,10 @@ def posterior_mean(
     backend: str | None,
     precision: str,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r, or σ at D = ∞, is the level
-    times the factor."""
+    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r is the level times the factor.
+
+    D is finite. Diffusion takes the way through torch's operators.
+    """
     found = _mean(x, references, level, factor, float(D), backend, precision)
     if found is None:
         return None

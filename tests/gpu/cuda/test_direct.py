@@ -56,21 +56,9 @@ def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
 
 
 @pytest.fixture
-def direct_calls(monkeypatch):
+def direct_calls(answers_of):
     """The answers of the direct way: True for each call that it answered."""
-    answers = []
-
-    def watched(function):
-        def call(*arguments):
-            found = function(*arguments)
-            answers.append(found is not None)
-            return found
-
-        return call
-
-    for name in ("posterior_mean", "field", "step"):
-        monkeypatch.setattr(native_direct, name, watched(getattr(native_direct, name)))
-    return answers
+    return answers_of(native_direct)
 
 
 @pytest.fixture

@@ -48,21 +48,9 @@ def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
 
 
 @pytest.fixture
-def answers(monkeypatch):
+def answers(answers_of):
     """Whether the direct way answered, for each call."""
-    found = []
-
-    def watched(function):
-        def call(*arguments):
-            result = function(*arguments)
-            found.append(result is not None)
-            return result
-
-        return call
-
-    for name in ("posterior_mean", "field", "step"):
-        monkeypatch.setattr(triton_direct, name, watched(getattr(triton_direct, name)))
-    return found
+    return answers_of(triton_direct)
 
 
 def by_operators(monkeypatch, *arguments, **options):
