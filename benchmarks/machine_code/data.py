@@ -22,7 +22,7 @@ from benchmarks.common.subjects import Case
 from benchmarks.machine_code.devices import DEVICES, Device
 
 # Constants of the kernels.
-PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 22, 4096, 1 << 16  # the largest chunk and block
+PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 23, 4096, 1 << 16  # the largest chunk and block
 TILE, NEAR, CUTOFF = 64, 20.0, 16.0
 GRADIENT_CUTOFF = 8.0  # the weights of gradients are cut off so much later
 SUM_TILE = 32
@@ -32,7 +32,7 @@ NOISE, TOLERANCE = 2.0**-22, 1.5e-4  # of a panel of centred products
 SAMPLES = 16  # references whose mean is the centre
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
-LISTED = 64  # words of 32 references that it lists, at most
+FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
 
 
 def up(n: float, by: float) -> int:
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
     @property
     def block(self) -> int:
         """The number of queries in the largest block."""
-        fitting = min(ROWS, max(16, PARTS // self.N))
+        fitting = min(ROWS, max(16, PARTS // 2 // self.N))
         part = up(self.B, up(self.B, fitting))
         return min(part if fitting < 128 else 32 * up(part, 32), self.B, fitting)
 
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
     def chunk(self) -> int:
         """The number of references in a chunk."""
         fitting = 128 * max(PAIRS // self.block // 128, 1)
-        return min(self.M, fitting, REFERENCES)
+        return min(self.M, fitting, REFERENCES, 32 * PART_PANELS * self._most_parts)
 
     @property
     def chunks(self) -> int:
@@ -86,12 +86,16 @@ class Shape(NamedTuple):
         """References of each chunk."""
         return _parts(self.M, self.chunk)
 
-    def stretch_words(self, multiprocessors: int) -> int:
-        """Words of 32 references in a stretch, which a block of the CUDA ``weighted_sum`` takes."""
-        tiles = up(self.N, SUM_FEATURES) * up(self.block, SUM_ROWS)
-        wanted = min(up(4 * multiprocessors, tiles), max(1, PARTS // (self.block * self.N)))
-        words = up(self.chunk, 32)
-        return up(words, max(min(wanted, up(words, 4)), up(words, LISTED)))
+    def part_panels(self, multiprocessors: int) -> int:
+        """Panels of 32 listed references that a block of the CUDA ``weighted_sum`` sums."""
+        tiles, panels = up(self.N, SUM_FEATURES) * up(self.block, SUM_ROWS), up(self.chunk, 32)
+        even = up(panels * tiles, 4 * multiprocessors)
+        return max(min(max(even, FEWEST_PANELS), MOST_PANELS), up(panels, self._most_parts))
+
+    @property
+    def _most_parts(self) -> int:
+        """Parts of the weighted sums of a chunk that fit into memory."""
+        return max(1, PARTS // (self.block * self.N))
 
 
 def _parts(n: int, size: int) -> list[int]:
@@ -289,15 +293,15 @@ def _by_rows(values: Tensor, live: Tensor, rows: int, ordered: bool) -> Tensor:
     return padded.view(-1, rows, values.shape[1]).amax(1)
 
 
-def lists(live: Tensor, words: int, ordered: bool) -> Tensor:
-    """References that each block of the CUDA ``weighted_sum`` lists (groups, stretches).
+def listed_references(live: Tensor, order: Tensor | None) -> Tensor:
+    """How many references the CUDA ``weighted_sum`` lists for each SUM_ROWS queries.
 
     Args:
         live: those of a block of queries.
-        words: groups of 32 references in a stretch.
+        order: of the queries; None leaves them as they are.
     """
-    by_group = _by_rows(live.float(), live, SUM_ROWS, ordered)
-    return _tiles(by_group, 32 * words, 0.0).sum(2)
+    rows = live if order is None else live[order]
+    return _by_rows(rows.float(), rows, SUM_ROWS, ordered=False).sum(1)
 
 
 class Mean:
@@ -316,6 +320,33 @@ class Mean:
         return {name: total / self.weight for name, total in self.sums.items()}
 
 
+class Lists:
+    """What the blocks of queries list, in parts of the sizes that these cards have."""
+
+    def __init__(self, shape: Shape, cards: Sequence[Device]) -> None:
+        self.block = shape.block
+        self.parts = {shape.part_panels(card.sms): Mean() for card in cards}
+        self.orders: list[Tensor | None] = []
+        """Of the queries of each block, from the first chunk."""
+
+    def add(self, live: Tensor) -> None:
+        """Adds a chunk, given which weights of it are not zero (B, m)."""
+        blocks = live.split(self.block)
+        self.orders = self.orders or [order_of(each) for each in blocks]
+        for each, order in zip(blocks, self.orders, strict=True):
+            listed = listed_references(each, order)
+            for panels, mean in self.parts.items():
+                mean.add(*parts_of(listed, panels))
+
+    def result(self) -> dict[str, dict[str, float]]:
+        return {f"parts of {n}": mean.result() for n, mean in sorted(self.parts.items())}
+
+
+def order_of(live: Tensor) -> Tensor | None:
+    """The order of a block's queries in the weighted sums: by their number of live references."""
+    return live.sum(1).argsort(stable=True) if len(live) > SUM_ROWS else None
+
+
 def sums_of(live: Tensor) -> dict[str, float]:
     """Figures that decide how long a weighted sum takes."""
     found: dict[str, float] = {"live": float(live.float().mean())}
@@ -331,13 +362,19 @@ def sums_of(live: Tensor) -> dict[str, float]:
     return found
 
 
-def panels_of(live: Tensor, words: int, ordered: bool) -> tuple[int, dict[str, float]]:
-    """The number of lists of a block of queries, and figures of them."""
-    return _panels(lists(live, words, ordered))
+def parts_of(listed: Tensor, panels: int) -> tuple[int, dict[str, float]]:
+    """The number of lists, and figures of their parts of at most ``panels`` panels."""
+    number, found = panels_of(listed)
+    parts = (listed / (32 * panels)).ceil()
+    found["panels, most"] = min(panels, found["panels, most"])
+    return number, found | {
+        "parts": float(parts.double().mean()),
+        "parts, most": float(parts.max()),
+    }
 
 
-def _panels(listed: Tensor) -> tuple[int, dict[str, float]]:
-    """A panel has 32 of those that are listed."""
+def panels_of(listed: Tensor) -> tuple[int, dict[str, float]]:
+    """The number of lists, and figures of their panels of 32."""
     panels = (listed / 32).ceil()
     return listed.numel(), {
         "listed": float(listed.double().mean()),
@@ -404,20 +441,17 @@ def count(
     them is taken.
 
     Args:
-        cards: those whose stretches are counted.
+        cards: those whose parts of weighted sums are counted.
     """
     case = prepare(shape)
     counted = len(case.x)
     times = shape.B / counted
     d = squared_distances(case)
-    sums, totals = Mean(), Totals(shape.chunks, times)
-    panels = {shape.stretch_words(card.sms): Mean() for card in cards}
+    sums, totals, lists = Mean(), Totals(shape.chunks, times), Lists(shape, cards)
     refined = torch.zeros(counted)
     for chunk in chunks_of(case, shape, d):
         sums.add(chunk.live.shape[1], sums_of(chunk.live))
-        for live in chunk.live.split(shape.block):
-            for words, mean in panels.items():
-                mean.add(*panels_of(live, words, ordered=len(live) > SUM_ROWS))
+        lists.add(chunk.live)
         refined += chunk.refined.pairs.sum(1)
         totals.add(chunk.refined)
     return {
@@ -429,7 +463,7 @@ def count(
         "refined a query": per_query(refined),
         "refine": totals.sums,
         "sums": sums.result(),
-        "lists": {f"{words} words": mean.result() for words, mean in sorted(panels.items())},
+        "lists": lists.result(),
     }
 
 
@@ -457,16 +491,15 @@ def count_gradient(
     """What :func:`count` counts for the forward pass, as far as the CUDA kernels need it."""
     case = prepare(shape)
     totals, queries = Totals(shape.chunks, shape.B / len(case.x)), Mean()
-    panels = {shape.stretch_words(card.sms): Mean() for card in cards}
+    lists = Lists(shape, cards)
     for chunk in gradient_chunks(case, shape, squared_distances(case)):
         totals.add(chunk.refined)
+        lists.add(chunk.live)
         for live in chunk.live.split(shape.block):
-            queries.add(*_panels(listed_queries(live)))
-            for words, mean in panels.items():
-                mean.add(*panels_of(live, words, ordered=False))
+            queries.add(*panels_of(listed_queries(live)))
     return {
         "refine": totals.sums,
-        "lists": {f"{words} words": mean.result() for words, mean in sorted(panels.items())},
+        "lists": lists.result(),
         "queries": queries.result(),
     }
 
@@ -474,4 +507,4 @@ def count_gradient(
 def listed_queries(live: Tensor) -> Tensor:
     """Queries that each block of ``reference_gradient`` lists (groups of references, lists)."""
     by_group = _tiles(live.float(), SUM_ROWS, 0.0).amax(2).T
-    return _tiles(by_group, 32 * LISTED, 0.0).sum(2)
+    return _tiles(by_group, 32 * PART_PANELS, 0.0).sum(2)

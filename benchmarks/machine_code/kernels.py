@@ -64,15 +64,18 @@ class Compiled(NamedTuple):
         """The instructions at these places that run with aligned rows.
 
         In code that copies rows asynchronously, plain loads of single values that go to shared
-        memory are for rows that are not aligned.
+        memory are for rows that are not aligned. So are stores of single values, if there are also
+        stores of four.
         """
         stretches = sass.basic_blocks(self.code, places)
         copied = any(self.code[i].base == "LDGSTS" for i in places)
+        stored = any(_stores_four(self.code[i]) for i in places)
         kept = []
         for stretch in stretches:
             found = [self.code[i] for i in stretch]
-            if not (copied and _copies_values(found)):
-                kept += found
+            if (copied and _copies_values(found)) or (stored and _stores_values(found)):
+                continue
+            kept += found
         return kept
 
     def factors(self, code: Sequence[Instruction]) -> dict[int, float]:
@@ -90,6 +93,16 @@ def _copies_values(stretch: Sequence[Instruction]) -> bool:
         sass.unit_of(one) == "fp64" for one in stretch
     )
     return bool(bases.intersection(_LOADS)) and "STS" in bases and not (wide or other)
+
+
+def _stores_four(one: Instruction) -> bool:
+    return one.base == "STG" and ".128" in one.name
+
+
+def _stores_values(stretch: Sequence[Instruction]) -> bool:
+    """Whether the code stores single values to global memory, and none of four."""
+    stores = [one for one in stretch if one.base == "STG"]
+    return bool(stores) and not any(map(_stores_four, stores))
 
 
 # ---- finding loops ----------------------------------------------------------------------------

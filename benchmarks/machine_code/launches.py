@@ -226,17 +226,18 @@ def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
 
 
 # Kernel → its loops that are counted → the loop of the machine code with most of these instructions
-# or with most work of this unit. A loop may be unrolled: a trip that is counted takes one of these
-# instructions.
+# or with most work of this unit, of those that are left. A loop may be unrolled: a trip that is
+# counted takes one of these instructions.
 _LOOPS = {
     "find_center": {},
     "split_rows": {"norms": "DFMA", "parts": "F2FP"},
     "distances": {"features": "tensor"},
     "differences": {"features": "fp32"},
-    "weigh": {"minima": "LDG"},
+    "weigh": {"pairs": "fp32", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},
-    "weighted_sum": {"lists": "LDG", "panels": "tensor"},
-    "merge": {"stretches": "LDG"},
+    "list_references": {"words": "LDG", "counts": "LDG", "ranks": "LDS"},
+    "weighted_sum": {"panels": "tensor"},
+    "merge": {"parts": "LDG"},
 }
 
 
@@ -250,9 +251,17 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
     # One thread of each query of ``merge`` finds the log-sum-exp in float64; another block hides
     # its time.
     straight = kernel.straight(without="fp64" if one.name == "merge" else None)
-    phases = [phase(ONCE, kernel, straight, one.blocks, 1)]
+    if "alive" in one.loops:
+        phases = _once_if_alive(one, kernel, straight)
+    else:
+        phases = [phase(ONCE, kernel, straight, one.blocks, 1)]
+    left = list(kernel.loops)
     for name, what in _LOOPS[one.name].items():
-        body = kernel.body(kernels.loop_with_most(kernel, what))
+        if name not in one.loops:
+            continue
+        loop = kernels.loop_with_most(kernel._replace(loops=left), what)
+        left.remove(loop)
+        body = kernel.body(loop)
         each = kernels.count_of(body, what) if what.isupper() else 1
         trips, most, _ = one.loops[name]
         phases.append(phase(name, kernel, body, trips / each, most / each))
@@ -288,17 +297,25 @@ def _refine_phases(one: Work, kernel: Compiled, features: int) -> tuple[Phase, .
     # Two loads, of a query's and of a reference's value, for each step of a lane.
     ahead = 32 * kernels.count_of(kernel.body(inner), "LDG") // 2  # features of a trip
     turns = up(features, ahead)
-    alive, pairs = one.loops["alive"], one.loops["pairs"]
+    pairs = one.loops["pairs"]
     # A trip is that of all warps, which take turns with the pairs.
     by_warp, slowest = pairs.trips / kernel.warps, up(pairs.most, kernel.warps)
     straight = kernel.straight()
     values = phase("features", kernel, kernel.body(inner), turns * by_warp, turns * slowest)
     return (
-        phase(ONCE, kernel, _until_exit(straight), one.blocks - alive.trips, 0),
-        phase(ONCE, kernel, straight, alive.trips, alive.most),
+        *_once_if_alive(one, kernel, straight),
         phase("pairs", kernel, kernel.body(of_pair), by_warp, slowest),
         _with_share(values, "LDG", features / (turns * ahead)),
     )
+
+
+def _once_if_alive(one: Work, kernel: Compiled, straight: Sequence[Instruction]) -> list[Phase]:
+    """What blocks run once, if those without work leave early."""
+    alive = one.loops["alive"]
+    return [
+        phase(ONCE, kernel, _until_exit(straight), one.blocks - alive.trips, 0),
+        phase(ONCE, kernel, straight, alive.trips, alive.most),
+    ]
 
 
 def _until_exit(code: Sequence[Instruction]) -> Sequence[Instruction]:

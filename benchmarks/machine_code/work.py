@@ -10,17 +10,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.machine_code import data as constants
-from benchmarks.machine_code.data import LISTED, SUM_FEATURES, SUM_ROWS, TILE, Shape, up
+from benchmarks.machine_code.data import PART_PANELS, SUM_FEATURES, SUM_ROWS, TILE, Shape, up
 from benchmarks.machine_code.devices import Device
 
 Data = Mapping[str, Any]
-PIECE = 1024  # references of a block of ``weigh``
+PIECE = 1024  # references that a block of ``weigh`` takes at a time
 KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
 
 _SIZES = {"float32": 4, "BFloat16": 2, "Float16": 2, "uint8": 1}  # bytes of a reference's value
 _PANEL = 32  # features, or references, that are added up together
 _STAGED = 64  # features that a trip of ``distances`` takes
 _CENTER = 256  # features of a block of ``find_center``
+_LISTING = 256  # threads of ``list_references``, which orders as many queries
 _RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
 _OVER_WARP = 5  # shuffles that combine the values of a warp
 
@@ -106,12 +107,12 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
         if not shape.few:
             yield _split(shape, queries)._replace(times=blocks)
         for m, chunks in by_size(shape.chunk_sizes()):
-            for work in _of_chunk(shape, data, queries, m, card):
-                yield work._replace(times=blocks * chunks)
+            for work in _of_chunks(shape, data, queries, m, chunks, card):
+                yield work._replace(times=blocks * work.times)
 
 
 def _check_features(shape: Shape) -> None:
-    most = constants.PARTS // SUM_ROWS
+    most = constants.PARTS // 2 // SUM_ROWS
     if most < shape.N:
         raise ValueError(f"N is {shape.N}; allowed is at most {most}.")
 
@@ -121,16 +122,18 @@ def by_size(sizes: list[int]) -> list[tuple[int, int]]:
     return [(size, sizes.count(size)) for size in sorted(set(sizes), reverse=True)]
 
 
-def _of_chunk(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Iterator[Work]:
-    """The launches for a block of queries and a chunk of m references."""
-    yield _distances(shape, queries, m, card)
-    yield _limits(queries, m)
-    yield _refine(shape, data, queries, m, card)
-    yield _weigh(shape, queries, m, card)
-    if queries > SUM_ROWS:
-        yield _order(queries, m)
-    yield _sum(shape, data, queries, m, card)
-    yield _merge(shape, queries, m, card)
+def _of_chunks(
+    shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device
+) -> Iterator[Work]:
+    """The launches for a block of queries and so many chunks of m references."""
+    yield _distances(shape, queries, m, card)._replace(times=chunks)
+    yield _limits(queries, m)._replace(times=chunks)
+    yield _refine(shape, data, queries, m, card)._replace(times=chunks)
+    yield _weigh(shape, queries, m, card)._replace(times=chunks)
+    pieces = up(m, piece_of(queries, m, card))
+    yield from _ordered_lists(shape, queries, m, pieces, chunks)
+    yield _sum(shape, data, queries, m, card)._replace(times=chunks)
+    yield _merge(shape, data, queries, m, card)._replace(times=chunks)
 
 
 def _by_all(blocks: int, trips: float, block: Amount | None = None) -> Loop:
@@ -253,16 +256,40 @@ def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Wor
 
 
 def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
-    blocks, pairs = queries * up(m, PIECE), queries * m
-    loops = {"minima": _by_all(blocks, up(up(m, TILE), 256))}
-    once = Amount(barriers=3, exchanges=8 * (2 * _OVER_WARP + PIECE // 256))
+    size, pairs = piece_of(queries, m, card), queries * m
+    blocks, trips = queries * up(m, size), queries * up(m, PIECE)
+    votes = Amount(exchanges=8 * PIECE // 256)
+    loops = {
+        "minima": _by_all(blocks, up(up(m, TILE), 256)),
+        "pairs": Loop(trips, size // PIECE, votes),
+    }
+    once = Amount(barriers=3, exchanges=8 * 2 * _OVER_WARP)
     moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
     name = f"weigh<{_text(shape.halves)}, false>"  # D is finite
     return Work("weigh", name, blocks, 256, 128, once, loops, moved)
 
 
-def _order(queries: int, m: int) -> Work:
-    blocks, pieces = up(queries, _RANKED), up(m, PIECE)
+def piece_of(queries: int, m: int, card: Device) -> int:
+    """References of a block of ``weigh``."""
+    least = up(m, PIECE)
+    return PIECE * min(max(1, queries * least // (4 * card.sms)), least)
+
+
+def _ordered_lists(shape: Shape, queries: int, m: int, pieces: int, chunks: int) -> Iterator[Work]:
+    """Lists for so many chunks, and the order of queries for the first chunk of all."""
+    ordered = queries > SUM_ROWS and m == shape.chunk
+    alone = ordered and queries > _LISTING
+    if alone:
+        yield _order(queries, pieces)
+    elif ordered:
+        yield _list(queries, m, pieces)
+        chunks -= 1
+    if chunks > 0:
+        yield _list(queries, m)._replace(times=chunks)
+
+
+def _order(queries: int, pieces: int) -> Work:
+    blocks = up(queries, _RANKED)
     loops = {
         "counts": _by_all(blocks, up(queries, 256) * pieces),
         "ranks": _by_all(blocks, up(queries, 16)),
@@ -272,15 +299,32 @@ def _order(queries: int, m: int) -> Work:
     return Work("order_queries", "order_queries", blocks, 256, 4 * queries, once, loops, moved)
 
 
+def _list(queries: int, m: int, pieces: int = 0) -> Work:
+    """The lists of a chunk. It also finds the order of queries from their weights in pieces."""
+    blocks, words = up(queries, SUM_ROWS), up(m, 32)
+    loops = {"words": _listing(blocks, words, _LISTING)}
+    if pieces:
+        loops |= {"counts": _by_all(blocks, pieces), "ranks": _by_all(blocks, up(queries, 4))}
+    name, memory = f"list_references<{_text(pieces > 0)}>", 4 * (8 + SUM_ROWS + _LISTING)
+    once, moved = Amount(barriers=4 if pieces else 3), 4 * queries * words
+    return Work("list_references", name, blocks, _LISTING, memory, once, loops, moved)
+
+
+def _listing(blocks: int, words: int, threads: int) -> Loop:
+    """Blocks list the bits that are set in words, each of which is found from 32 loads."""
+    rounds = up(words, threads)
+    each = Amount(barriers=2, exchanges=threads // 32 * _OVER_WARP)
+    return _by_all(blocks, 32 * rounds, each.times(rounds))
+
+
 def _sum(
     shape: Shape, data: Data, queries: int, m: int, card: Device, backward: bool = False
 ) -> Work:
     halves = shape.halves and not backward
-    size, words = _SIZES[shape.type], shape.stretch_words(card.sms)
-    stretches = up(up(m, 32), words)
-    features = up(shape.N, SUM_FEATURES)
-    blocks = features * up(queries, SUM_ROWS) * stretches
-    found = data["lists"][f"{words} words"]
+    size, most = _SIZES[shape.type], shape.part_panels(card.sms)
+    words, groups, features = up(m, 32), up(queries, SUM_ROWS), up(shape.N, SUM_FEATURES)
+    blocks = features * groups * up(words, most)
+    found = data["lists"][f"parts of {most}"]
     panels = found["panels"]
     exact = shape.type in ("Float16", "uint8") if halves else shape.type != "float32"
     products = 4 * SUM_ROWS * (2 if exact else 3)  # of 8 terms
@@ -292,20 +336,20 @@ def _sum(
         copied=of_rows + of_weights,
         barriers=1,
     )
-    loops = {
-        "lists": _by_all(blocks, min(queries, SUM_ROWS)),
-        "panels": Loop(blocks * panels, found["panels, most"], trip),
-    }
     checks = halves and not exact  # whether float16 holds the values
-    once = Amount(barriers=4 + 2 * checks, exchanges=4 * _OVER_WARP * checks)
-    moved = read_again(shape, m, card) + 4 * stretches * queries * shape.N
+    alive = Amount(barriers=2 + 2 * checks, exchanges=4 * _OVER_WARP * checks)
+    loops = {
+        "alive": Loop(features * groups * found["parts"], float(panels > 0), alive),
+        "panels": Loop(features * groups * panels, found["panels, most"], trip),
+    }
+    moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
     name, memory = f"weighted_sum<{shape.type}, {_text(halves)}>", _sum_memory(size)
-    return Work("weighted_sum", name, blocks, 128, memory, once, loops, moved)
+    return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
 
 
 def _sum_memory(size: int) -> int:
     pitch = SUM_FEATURES * size + 32
-    return 3 * _PANEL * (pitch + 4 * (SUM_ROWS + 8)) + 4 * (32 * LISTED + LISTED + SUM_ROWS)
+    return 3 * _PANEL * (pitch + 4 * (SUM_ROWS + 8)) + 4 * (32 * PART_PANELS + 4 + 2 * SUM_ROWS)
 
 
 def read_again(shape: Shape, m: int, card: Device) -> float:
@@ -314,12 +358,16 @@ def read_again(shape: Shape, m: int, card: Device) -> float:
     return size if size > KEPT * card.rate("l2_size") else 0.0
 
 
-def _merge(shape: Shape, queries: int, m: int, card: Device, name: str = "merge") -> Work:
-    blocks = queries * up(shape.N, 256)
-    stretches = up(up(m, 32), shape.stretch_words(card.sms))
-    loops = {"stretches": _by_all(blocks, stretches)}
-    moved = 4 * (stretches + 1) * queries * shape.N
-    return Work(name, name, blocks, 256, 0, Amount(), loops, moved)
+def _merge(
+    shape: Shape, data: Data, queries: int, m: int, card: Device, name: str = "merge"
+) -> Work:
+    width = 4 if name == "merge" and shape.N % 4 == 0 else 1  # features of a thread
+    blocks = queries * up(shape.N, 256 * width)
+    found = data["lists"][f"parts of {shape.part_panels(card.sms)}"]
+    loops = {"parts": Loop(blocks * found["parts"], found["parts, most"])}
+    moved = 4 * (found["parts"] + 1) * queries * shape.N
+    kernel = f"merge<{width}>" if name == "merge" else name
+    return Work(name, kernel, blocks, 256, 0, Amount(), loops, moved)
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -339,13 +387,14 @@ def gradient_counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
             for centered in (True, False):
                 yield _split(shape, queries, centered)._replace(times=blocks)
         for m, chunks in by_size(shape.chunk_sizes()):
-            for work in _gradient_of_chunk(shape, data, queries, m, card):
-                yield work._replace(times=work.times * blocks * chunks)
+            for work in _gradient_of_chunks(shape, data, queries, m, chunks, card):
+                yield work._replace(times=work.times * blocks)
 
 
-def _gradient_of_chunk(
-    shape: Shape, data: Data, queries: int, m: int, card: Device
+def _gradient_of_chunks(
+    shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device
 ) -> Iterator[Work]:
+    """The launches for a block of queries and so many chunks of m references."""
     passes = 1 if shape.chunks == 1 else 2  # over the chunks; both need the distances
     for work in (
         _distances(shape, queries, m, card),
@@ -353,27 +402,44 @@ def _gradient_of_chunk(
         _limits(queries, m),
         _refine(shape, data, queries, m, card),
     ):
-        yield work._replace(times=passes)
+        yield work._replace(times=passes * chunks)
+    for work in (_pull(queries, m), _coefficients(shape, queries, m)):
+        yield work._replace(times=chunks)
+    yield from _ordered_lists(shape, queries, m, 1, chunks)
+    for work in (
+        _sum(shape, data, queries, m, card, backward=True),
+        _merge(shape, data, queries, m, card, "merge_gradient"),
+        _reference_gradient(shape, data, queries, m),
+    ):
+        yield work._replace(times=chunks)
+
+
+def _pull(queries: int, m: int) -> Work:
     once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
     loops = {"pairs": _by_all(queries, up(m, 256))}
-    yield Work("pull", "pull", queries, 256, 64, once, loops, 12 * queries * m)
+    return Work("pull", "pull", queries, 256, 64, once, loops, 12 * queries * m)
+
+
+def _coefficients(shape: Shape, queries: int, m: int) -> Work:
+    once = Amount(barriers=6, exchanges=3 * 8 * _OVER_WARP)
     trips = up(32 * up(shape.chunk, 32), 256)
     loops = {"pairs": _by_all(queries, trips, Amount(exchanges=8 * trips))}
     name = "find_coefficients"
-    yield Work(name, name, queries, 256, 64, once, loops, 24 * queries * m)
-    yield _sum(shape, data, queries, m, card, backward=True)
-    yield _merge(shape, queries, m, card, "merge_gradient")
-    yield _reference_gradient(shape, data, queries, m)
+    return Work(name, name, queries, 256, 64, once, loops, 24 * queries * m)
 
 
 def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:
     found, features = data["queries"], up(shape.N, SUM_FEATURES)
-    blocks, lists = features * up(m, SUM_ROWS), up(queries, 32 * LISTED)
+    blocks, lists = features * up(m, SUM_ROWS), up(queries, 32 * PART_PANELS)
     trips = 2 * lists * found["panels"]  # over G and over x
     of_rows = _PANEL * 4 * shape.N / features
     of_weights = 4 * SUM_ROWS * found["listed"] / found["panels"] if trips else 0.0
     trip = Amount(tf32=128 * 3, copied=of_rows + of_weights, barriers=1)
-    loops = {"panels": Loop(blocks * trips, 2 * lists * found["panels, most"], trip)}
+    listing = _listing(blocks, min(up(queries, 32), PART_PANELS), 128)
+    loops = {
+        "lists": listing._replace(trips=lists * listing.trips, most=lists * listing.most),
+        "panels": Loop(blocks * trips, 2 * lists * found["panels, most"], trip),
+    }
     once = Amount(barriers=3 * lists, exchanges=4 * 8 * 3)
     name, moved = f"reference_gradient<{shape.type}>", 4 * (2 * queries * m + 2 * m * shape.N)
     return Work("reference_gradient", name, blocks, 128, _sum_memory(4), once, loops, moved)

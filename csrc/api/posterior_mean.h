@@ -135,7 +135,7 @@ std::string cuda_problem(int device);
 // workspace. Tests lower them.
 struct CudaLimits {
   std::int64_t pairs = 1 << 21;       // queries × references; each pair takes 12 to 24 bytes
-  std::int64_t parts = 1 << 22;       // values in the partial sums of a chunk
+  std::int64_t parts = 1 << 23;       // values in the partial sums of a chunk
   std::int64_t queries = 4096;        // in a block
   std::int64_t references = 1 << 16;  // in a chunk
   std::int64_t halved = 1 << 20;      // of all references, where sums have weights in halves

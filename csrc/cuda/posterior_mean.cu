@@ -2,9 +2,9 @@
 //
 // Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
 // goes through distances (cuda/distances.h, of data centred by cuda/centering.h) or differences,
-// find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), weighted_sum and merge
-// (cuda/weighted_sums.h). Launches depend on shapes alone. Nothing waits for the device, and CUDA
-// graphs can capture the launches.
+// find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
+// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Launches depend on shapes alone.
+// Nothing waits for the device, and CUDA graphs can capture the launches.
 #include <cmath>
 
 #include "api/posterior_mean.h"
@@ -38,14 +38,15 @@ class Arena {
 // How a problem is split.
 struct Partition {
   Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
-  Index stretches, stretch_words;     // of the sums over a chunk
+  Index parts, part_panels;           // of the sums over a chunk; panels of references in a part
   bool few;     // few queries or features would leave matrix units mostly idle
   bool halves;  // whether weighted sums multiply float16 parts
 };
 
 Partition partition_of(const Problem& problem, int multiprocessors) {
   Partition partition;
-  const Index fitting = smaller(limits.queries, larger(kSumRows, limits.parts / problem.features));
+  const Index fitting =
+      smaller(limits.queries, larger(kSumRows, limits.parts / 2 / problem.features));
   // Blocks of nearly equal size: a last one of few queries would read all references for these.
   // Large ones have whole tiles.
   const Index blocks = larger(1, divide_up(problem.queries, fitting));
@@ -53,22 +54,21 @@ Partition partition_of(const Problem& problem, int multiprocessors) {
   partition.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
                               smaller(larger(1, problem.queries), fitting));
   const Index most = 128 * larger(limits.pairs / partition.queries / 128, 1);
-  partition.references = smaller(problem.references, smaller(most, limits.references));
+  const Index most_parts = larger(1, limits.parts / (partition.queries * problem.features));
+  partition.references = smaller(smaller(problem.references, most),
+                                 smaller(limits.references, most_parts * kPartPanels * kPanel));
   partition.stride = round_up(partition.references, 32);
   partition.few = partition.queries < 16 || problem.features < kPanel;
   // Weights below 2^-39 have no halves. Together they must not matter.
   partition.halves = !partition.few && problem.references <= limits.halved;
-  // Four blocks per multiprocessor, if memory and the length of a list allow. Blocks whose queries
-  // need few references are soon done.
+  // Small parts share the work out evenly, large ones find their list less often.
   const Index tiles =
       divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, kSumRows);
-  const Index words = partition.stride / 32;
-  const Index wanted = smaller(divide_up(4 * multiprocessors, tiles),
-                               larger(1, limits.parts / (partition.queries * problem.features)));
-  const Index stretches =
-      larger(smaller(wanted, divide_up(words, 4)), divide_up(words, kStretchWords));
-  partition.stretch_words = divide_up(words, stretches);
-  partition.stretches = divide_up(words, partition.stretch_words);
+  const Index panels = partition.stride / kPanel;
+  const Index even = divide_up(panels * tiles, 4 * multiprocessors);
+  partition.part_panels =
+      larger(smaller(larger(even, kFewestPanels), kMostPanels), divide_up(panels, most_parts));
+  partition.parts = divide_up(panels, partition.part_panels);
   return partition;
 }
 
@@ -98,7 +98,13 @@ class Calculation {
     limits_ = arena_.take<Limits>(queries);
     weights_.weight = arena_.take<float>(pairs);
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
-    parts_ = arena_.take<float>(partition_.stretches * queries * problem.features);
+    parts_.sums = arena_.take<float>(partition_.parts * queries * problem.features);
+    parts_.counts = arena_.take<int>(queries);
+    const Index groups = divide_up(queries, kSumRows);
+    lists_.listed = arena_.take<int>(groups * partition_.stride);
+    lists_.counts = arena_.take<int>(groups);
+    lists_.stride = partition_.stride;
+    parts_.panels = static_cast<int>(partition_.part_panels);
     if (!partition_.few) {
       const Index width = round_up(problem.features, 2 * kPanel);
       center_.features = features_, center_.width = static_cast<int>(width);
@@ -111,13 +117,13 @@ class Calculation {
       x_halves_ = take_halves(width);
       if (backward) upstream_halves_ = take_halves(width);
     }
+    order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
+    sums_.pieces = backward ? 1 : static_cast<int>(divide_up(partition_.references, kPiece));
+    sums_.live = arena_.take<int>(queries * sums_.pieces);
     if (!backward) {
-      const Index pieces = divide_up(partition_.references, kPiece);
-      sums_.sum = arena_.take<float>(queries * pieces);
-      sums_.live = arena_.take<int>(queries * pieces);
+      sums_.sum = arena_.take<float>(queries * sums_.pieces);
       sums_.closest = arena_.take<double>(queries);
       sums_.kept = arena_.take<double>(queries);
-      order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
       return;
     }
     probability_ = arena_.take<float>(pairs);
@@ -139,7 +145,7 @@ class Calculation {
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         const bool first_chunk = begin_ == 0;
         measure(first_chunk ? nullptr : state.nearest, {});
-        sums_.pieces = static_cast<int>(divide_up(references(), kPiece));
+        cut_pieces();
         // Divided by it, a sum of weights is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
         const bool halves = partition_.halves;
@@ -148,18 +154,15 @@ class Calculation {
         run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory), kernel, law_,
             radius(), pairs_, references(), floor, halves ? kWeightUnit : 1 / divisor, first_chunk,
             state, weights_, sums_);
-        const int* order = queries() > kSumRows ? order_ : nullptr;
-        if (order)
-          run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
-              sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_,
-              static_cast<int>(queries()), order_);
+        list(first_chunk);
         if (halves)
-          sum<true>(order, divisor);
+          sum<true>(divisor);
         else
-          sum<false>(order, divisor);
-        run("merge", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0, merge,
-            law_, radius(), mean, parts_, sums_, divisor, features_, stretches(), first_chunk,
-            state);
+          sum<false>(divisor);
+        if (features_ % 4 == 0 && reinterpret_cast<std::uintptr_t>(out.mean) % 16 == 0)
+          merge_parts<4>(mean, divisor, first_chunk, state);
+        else
+          merge_parts<1>(mean, divisor, first_chunk, state);
       }
     }
   }
@@ -193,9 +196,6 @@ class Calculation {
   Index queries() const { return smaller(partition_.queries, problem_.queries - first_); }
   int references() const {
     return static_cast<int>(smaller(partition_.references, problem_.references - begin_));
-  }
-  int stretches() const {
-    return static_cast<int>(divide_up(divide_up(references(), 32), partition_.stretch_words));
   }
   const double* radius() const { return problem_.radius + first_; }
   Rows<float> x() const {
@@ -303,14 +303,46 @@ class Calculation {
     return {divide_up(this->references(), references), divide_up(queries(), rows)};
   }
 
-  // parts = Σ w y / divisor.
+  // Pieces of the chunk for weigh. Each block finds the nearest reference, so large pieces are
+  // cheaper if there are four blocks per multiprocessor.
+  void cut_pieces() {
+    const Index least = divide_up(references(), kPiece);
+    const Index together = larger(1, queries() * least / (4 * stream_.multiprocessors()));
+    sums_.size = static_cast<int>(kPiece * smaller(together, least));
+    sums_.pieces = static_cast<int>(divide_up(references(), sums_.size));
+  }
+
+  // The references that groups of queries need. The order of the queries, if there is one, is found
+  // for the first chunk. It hardly differs in the others.
+  void list(bool first_chunk) {
+    parts_.queries = static_cast<int>(queries());
+    const bool ordered = order() && first_chunk;
+    if (ordered && queries() > kListThreads)
+      run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
+          sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_, parts_.queries,
+          order_);
+    const auto kernel =
+        ordered && queries() <= kListThreads ? list_references<true> : list_references<false>;
+    run("list_references", {divide_up(queries(), kSumRows)}, kListThreads, sizeof(ListMemory),
+        kernel, weights_.live, sums_, order(), references(), lists_, parts_);
+  }
+
+  int* order() const { return queries() > kSumRows ? order_ : nullptr; }
+
+  // The parts of Σ w y / divisor.
   template <bool HALVES>
-  void sum(const int* order, float divisor) const {
+  void sum(float divisor) const {
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
-                       stretches()};
+                       divide_up(divide_up(references(), kPanel), parts_.panels)};
     run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R, HALVES>, y(),
-        features_, center_.value_scale, weights_, 1 / (kWeightUnit * divisor), partition_.stride,
-        static_cast<int>(queries()), order, static_cast<int>(partition_.stretch_words), parts_);
+        features_, center_.value_scale, weights_, 1 / (kWeightUnit * divisor), order(), lists_,
+        parts_);
+  }
+
+  template <int WIDTH>
+  void merge_parts(float* mean, float divisor, bool first_chunk, const QueryStates& state) const {
+    run("merge", {queries(), divide_up(features_, WIDTH * kMergeThreads)}, kMergeThreads, 0,
+        merge<WIDTH>, law_, radius(), mean, parts_, sums_, divisor, features_, first_chunk, state);
   }
 
   void differentiate(const Backward& io) {
@@ -321,14 +353,14 @@ class Calculation {
     moments.grad_radius = io.grad_radius ? io.grad_radius + first_ : spare_;
     run("find_coefficients", {queries()}, kQueryThreads, kScratch, find_coefficients, law_,
         radius(), io.nearest + first_, io.total + first_, io.grad_logsumexp + first_, pairs_,
-        references(), gradient_floor(), first_chunk, moments, coefficients);
+        references(), gradient_floor(), first_chunk, moments, coefficients, sums_.live);
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
-      sum<false>(nullptr, 1);
+      list(first_chunk);
+      sum<false>(1);
       run("merge_gradient", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0,
           merge_gradient, static_cast<float*>(io.grad_x) + at, parts_, x(),
-          static_cast<const float*>(io.mean) + at, moments, features_, stretches(), first_chunk,
-          last_chunk);
+          static_cast<const float*>(io.mean) + at, moments, features_, first_chunk, last_chunk);
     }
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};
@@ -351,7 +383,8 @@ class Calculation {
   ChunkWeights weights_ = {};
   PieceSums sums_ = {};
   int* order_ = nullptr;
-  float* parts_ = nullptr;
+  Lists lists_ = {};
+  Parts parts_ = {};
   float *probability_ = nullptr, *scaled_ = nullptr;
   double* spare_ = nullptr;
   Moments moments_ = {};
@@ -381,7 +414,7 @@ void limit_cuda(const CudaLimits& to) { limits = to; }
 
 std::string cuda_problem(int device) {
   try {
-    Stream({device, 0}).architecture("merge", merge);
+    Stream({device, 0}).architecture("merge", merge<4>);
   } catch (const std::runtime_error& error) {
     return error.what();
   }

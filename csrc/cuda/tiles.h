@@ -99,7 +99,7 @@ __device__ inline float load_float(const std::uint8_t* from) {
 // ---- rows in global memory -------------------------------------------------------------------
 
 // Rows of a matrix in global memory. Accesses of 16 bytes need all rows to start on a 16-byte
-// boundary.
+// boundary; `aligned` also says that rows are less than 4 GiB apart.
 template <class T>
 struct Rows {
   const T* at;
@@ -113,7 +113,8 @@ struct Rows {
 template <class T>
 Rows<T> rows_of(const void* at, Index stride, Index count) {
   const bool aligned = reinterpret_cast<std::uintptr_t>(at) % 16 == 0 &&
-                       (count == 1 || stride * static_cast<Index>(sizeof(T)) % 16 == 0);
+                       (count == 1 || stride * static_cast<Index>(sizeof(T)) % 16 == 0) &&
+                       stride * static_cast<Index>(sizeof(T)) <= 0xffffffff;
   return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
 }
 
@@ -162,6 +163,7 @@ __device__ inline void copy_rows(T* to, const Rows<T>& rows, Index first, int fe
 // stage(p, slot) starts the copies of panel p. compute(p, slot) uses them STAGES − 1 panels later.
 template <int STAGES, class Stage, class Compute>
 __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
+#pragma unroll 1
   for (int p = 0; p < STAGES - 1; ++p) {
     if (p < panels) stage(p, p);
     commit_copies();
@@ -280,14 +282,22 @@ __device__ inline float sum_of_halves(std::uint32_t word) {
 
 // The high parts, and the low parts, of two such words.
 __device__ inline TwoHalves apart(std::uint32_t first, std::uint32_t second) {
-  return {(first & 0xffffu) | second << 16, first >> 16 | (second & 0xffff0000u)};
+  return {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632)};
+}
+
+// Where the word of a query and a reference of a panel lies. The four words that a lane needs for
+// 16 references follow each other; pieces of four trade places in odd queries, so that the accesses
+// of a warp lie in different banks.
+__device__ inline int weight_place(int query, int reference) {
+  const int step = reference / 16, t = reference % 4, i = reference / 4 % 4;
+  return kPanel * query + 4 * ((4 * step + t) ^ 4 * (query % 2)) + i;
 }
 
 // Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
 // does. References are multiplied by `factor` before they are cut into halves; weights are words of
 // both_halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,
 // float16 holds references as they are.
-template <bool EXACT, int TILES, int PITCH, int WEIGHT_PITCH, class R>
+template <bool EXACT, int TILES, int PITCH, class R>
 __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* references,
                                            const float* weights, float factor, float (&largest)[4],
                                            const Lane& lane) {
@@ -315,12 +325,13 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
 #pragma unroll
     for (int n0 = 0; n0 < TILES; n0 += 2) {
       std::uint32_t high[2][2], low[2][2];
-      for (int n = 0; n < 2; ++n)
-        for (int e = 0; e < 2; ++e) {
-          const float* const at = weights + (8 * (n0 + n) + lane.g) * WEIGHT_PITCH + first + 8 * e;
-          const TwoHalves parts = apart(bits_of(at[0]), bits_of(at[4]));
-          high[n][e] = parts.high, low[n][e] = parts.low;
-        }
+      for (int n = 0; n < 2; ++n) {
+        const uint4 words =
+            *reinterpret_cast<const uint4*>(weights + weight_place(8 * (n0 + n) + lane.g, first));
+        const TwoHalves front = apart(words.x, words.y), back = apart(words.z, words.w);
+        high[n][0] = front.high, low[n][0] = front.low;
+        high[n][1] = back.high, low[n][1] = back.low;
+      }
       const auto each = [&](auto multiply) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
@@ -342,7 +353,7 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
 }
 
 // The same for references that float16 cannot hold, in float32. Weights are multiplied by `factor`.
-template <int TILES, int PITCH, int WEIGHT_PITCH, class R>
+template <int TILES, int PITCH, class R>
 __device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* references,
                                            const float* weights, float factor, const Lane& lane) {
 #pragma unroll 1
@@ -352,8 +363,8 @@ __device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* r
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
       for (int odd = 0; odd < 2; ++odd) {
-        const float* const at = weights + (8 * n + 2 * lane.t + odd) * WEIGHT_PITCH + reference;
-        const float weight = sum_of_halves(bits_of(*at)) * factor;
+        const float word = weights[weight_place(8 * n + 2 * lane.t + odd, reference)];
+        const float weight = sum_of_halves(bits_of(word)) * factor;
         for (int f = 0; f < 4; ++f) sum[f / 2][n][f % 2 * 2 + odd] += weight * v[f];
       }
   }

@@ -1,20 +1,22 @@
 // Weighted sums over references, and over queries for the gradient of the references, on CUDA
 // devices.
 //
-// Most weights are zero. A block lists the references, or queries, whose weight is not zero for any
-// row of its result, and stages only those.
+// A block stages only references, or queries, that are listed (cuda/lists.h).
 #pragma once
-#include "cuda/weights.h"
+#include "cuda/lists.h"
 
 namespace pfgm {
 namespace {
 
-// Size of the result of a block. A warp takes 32 features.
-constexpr int kSumFeatures = 128, kSumRows = 32;
+constexpr int kSumFeatures = 128;  // of the result of a block, which has kSumRows rows
 constexpr int kSumThreads = kSumFeatures;
-constexpr int kStretchWords = 64;  // words of 32 references that a block lists, at most
+// Blocks that the shared memory of a multiprocessor holds. As many must fit into its registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kSumBlocks = 3;
+#else
+constexpr int kSumBlocks = 2;
+#endif
 constexpr int kMergeThreads = 256;
-static_assert(kStretchWords <= kSumThreads, "one thread a word");
 
 // Weights in halves are multiplied by it. The largest weight is then far from overflow, and others
 // are off by at most 2^-39 of it.
@@ -34,60 +36,54 @@ struct SumMemory {
   static constexpr int kWeightPitch = kPanel + 4;
   T rows[kStages][kPanel][kPitch];
   float weights[kStages][kPanel * (kSumRows + 8)];
-  int listed[32 * kStretchWords];
-  int before[kStretchWords];
+  int listed[kPanel * kPartPanels];
+  int scratch[kSumThreads / 32];
   int queries[kSumRows];
+  std::uint32_t rows_of[kSumRows];  // where their weights begin
 };
 static_assert(sizeof(SumMemory<float>) <= kSharedLimit, "a block fits everywhere");
 
-// Writes the indices of all set bits to listed, in ascending order, and returns their number.
-// bits(w) is word w. The last index is repeated up to whole panels.
-template <class T, class Bits>
-__device__ inline int list(SumMemory<T>& shared, int words, Bits bits) {
-  const int w = static_cast<int>(threadIdx.x);
-  unsigned word = 0;
-  if (w < words) word = bits(w);
-  if (w < words) shared.before[w] = __popc(word);
-  __syncthreads();
-  int place = 0, count = 0;
-  for (int i = 0; i < words; ++i) {
-    if (i == w) place = count;
-    count += shared.before[i];
-  }
-  const bool last = word != 0 && place + __popc(word) == count;
-  for (int b = 0; b < 32; ++b)
-    if (word >> b & 1u) shared.listed[place++] = 32 * w + b;
-  for (; last && place % kPanel != 0; ++place) shared.listed[place] = shared.listed[count - 1];
-  __syncthreads();
-  return count;
-}
-
 // Copies kSumFeatures values of listed rows, from `feature` on. A thread copies the same piece of
-// each of its rows.
+// each of its rows. Values after the last feature become zero.
 template <class T>
 class ListedCopy {
  public:
-  __device__ ListedCopy(const Rows<T>& rows, Index first, int feature, int features)
-      : stride_(rows.stride), aligned_(rows.aligned) {
+  using Memory = SumMemory<T>;
+
+  __device__ ListedCopy(Memory& shared, const Rows<T>& rows, Index first, int feature, int features)
+      : stride_(rows.stride), whole_(rows.aligned && features % kCount == 0) {
     const int thread = static_cast<int>(threadIdx.x);
     row_ = thread / kPieces, piece_ = thread % kPieces;
     const int known = features - feature - piece_ * kCount;
     known_ = known < 0 ? 0 : known < kCount ? known : kCount;
     from_ = rows.row(first) + feature + piece_ * kCount;
+    if (known_ > 0) return;
+#pragma unroll 1
+    for (int slot = 0; slot < Memory::kStages; ++slot)
+#pragma unroll 1
+      for (int row = row_; row < kPanel; row += kStep)
+        for (int k = 0; k < kCount; ++k) shared.rows[slot][row][piece_ * kCount + k] = T{};
   }
 
   // Starts the copies of the panel whose indices are at `listed`.
-  __device__ void panel(SumMemory<T>& shared, int slot, const int* listed) const {
-    constexpr int kPitch = SumMemory<T>::kPitch;
+  __device__ void panel(Memory& shared, int slot, const int* listed) const {
+    if (known_ == 0) return;
     T* const to = &shared.rows[slot][row_][piece_ * kCount];
+    if (whole_) {
+      // One instruction multiplies 32-bit numbers.
+      const auto bytes = static_cast<std::uint32_t>(stride_ * sizeof(T));
+      const auto* const from = reinterpret_cast<const char*>(from_);
 #pragma unroll
-    for (int i = 0; i < kPanel; i += kStep) {
-      const T* const from = from_ + listed[row_ + i] * stride_;
-      if (aligned_)
-        copy_async<16>(to + i * kPitch, from, known_ * static_cast<int>(sizeof(T)));
-      else
-        for (int k = 0; k < kCount; ++k) to[i * kPitch + k] = k < known_ ? from[k] : T{};
+      for (int i = 0; i < kPanel; i += kStep) {
+        const auto row = static_cast<std::uint32_t>(listed[row_ + i]);
+        copy_async<16>(to + i * Memory::kPitch, from + static_cast<std::uint64_t>(row) * bytes);
+      }
+      return;
     }
+#pragma unroll 1
+    for (int i = 0; i < kPanel; i += kStep)
+      for (int k = 0; k < kCount; ++k)
+        to[i * Memory::kPitch + k] = k < known_ ? from_[listed[row_ + i] * stride_ + k] : T{};
   }
 
  private:
@@ -96,60 +92,76 @@ class ListedCopy {
   static_assert(kPanel % kStep == 0, "every thread copies as many rows");
   const T* from_;
   const Index stride_;
-  const bool aligned_;
+  const bool whole_;
   int row_, piece_, known_;
 };
 
-// parts[stretch][query][feature] = Σ_j w_j y_j / divisor over one stretch of the chunk. With
-// `order`, which may be null, a block takes queries that follow each other there. `divisor` is a
-// power of two with which no sum of M weighted values overflows; weights have been divided by it.
-// If HALVES, they are halves instead, times kWeightUnit, and 1 over kWeightUnit · divisor is
-// `weight_unit`.
+// One value or four, in one access.
+template <int WIDTH>
+__device__ inline void load_values(const float* from, float (&v)[WIDTH]) {
+  if constexpr (WIDTH == 4)
+    load4(from, v);
+  else
+    v[0] = *from;
+}
+template <int WIDTH>
+__device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
+  if constexpr (WIDTH == 4)
+    *reinterpret_cast<float4*>(to) = float4{v[0], v[1], v[2], v[3]};
+  else
+    *to = v[0];
+}
+
+// sums[part][query][feature] = Σ_j w_j y_j / divisor over one part of the list of the query's
+// group. `divisor` is a power of two with which no sum of M weighted values overflows; weights have
+// been divided by it. If HALVES, they are halves instead, times kWeightUnit, and 1 over kWeightUnit
+// · divisor is `weight_unit`.
 template <class R, bool HALVES>
-__global__ void __launch_bounds__(kSumThreads, 2)
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     weighted_sum(const Rows<R> y, int features, const float* scale, const ChunkWeights weights,
-                 float weight_unit, Index stride, int queries, const int* order, int stretch_words,
-                 float* parts) {
+                 float weight_unit, const int* order, const Lists lists, const Parts parts) {
   using Memory = SumMemory<R>;
   constexpr int kTiles = kSumRows / 8;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
+  const int thread = static_cast<int>(threadIdx.x);
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
-  const int query0 = static_cast<int>(blockIdx.y) * kSumRows;
-  const int known_queries = static_cast<int>(smaller(kSumRows, queries - query0));
-  const Index first = static_cast<Index>(blockIdx.z) * stretch_words * 32;
-  const int words = static_cast<int>(smaller(stretch_words, divide_up(y.count - first, 32)));
-  if (const int q = static_cast<int>(threadIdx.x); q < kSumRows) {
-    const int place = query0 + (q < known_queries ? q : 0);
-    shared.queries[q] = order ? order[place] : place;
-  }
-  __syncthreads();
-  const int count = list(shared, words, [&](int w) {
-    unsigned any = 0;
-    for (int q = 0; q < known_queries; ++q)
-      any |= weights.live[shared.queries[q] * (stride / 32) + first / 32 + w];
-    return any;
-  });
-
-  // A thread copies the weights of one reference of a panel, for every fourth query.
-  constexpr int kStep = kSumThreads / kPanel;
-  const int k = static_cast<int>(threadIdx.x) % kPanel, q0 = static_cast<int>(threadIdx.x) / kPanel;
-  const float* const weights_of_stretch = weights.weight + first;
-  const int apart = static_cast<int>(stride);
-  const ListedCopy<R> copy(y, first, feature0, features);
-
-  float sum[2][kTiles][4] = {};
+  // The last queries of the order have most weights. Their blocks start first.
+  const int group = static_cast<int>(gridDim.y - 1 - blockIdx.y), query0 = kSumRows * group;
+  const int known_queries = static_cast<int>(smaller(kSumRows, parts.queries - query0));
+  const int first = static_cast<int>(blockIdx.z) * parts.panels * kPanel;
+  const int left = lists.counts[group] - first;
+  if (left <= 0) return;  // the same for all threads
+  const int count = static_cast<int>(smaller(left, parts.panels * kPanel));
   const int panels = static_cast<int>(divide_up(count, kPanel));
+  if (thread < kSumRows) {
+    const int place = query0 + (thread < known_queries ? thread : 0);
+    const int query = order ? order[place] : place;
+    shared.queries[thread] = query;
+    shared.rows_of[thread] = static_cast<std::uint32_t>(query * lists.stride);
+  }
+  const int* const listed = lists.listed + group * lists.stride + first;
+  for (int i = thread; i < panels * kPanel; i += kSumThreads) shared.listed[i] = listed[i];
+  __syncthreads();
+
+  // A thread copies the weights of one reference of a panel, for eight queries.
+  constexpr int kStep = kSumThreads / kPanel, kCopied = kSumRows / kStep;
+  const int k = thread % kPanel, q0 = kCopied * (thread / kPanel);
+  const ListedCopy<R> copy(shared, y, 0, feature0, features);
   const auto stage = [&](int p, int slot) {
     const int* const listed = shared.listed + p * kPanel;
     copy.panel(shared, slot, listed);
-    const float* const from = weights_of_stretch + listed[k];
+    const auto reference = static_cast<std::uint32_t>(listed[k]);
     const int valid = p * kPanel + k < count ? 4 : 0;
 #pragma unroll
-    for (int i = 0; i < kSumRows / kStep; ++i)
-      copy_async<4>(&shared.weights[slot][(q0 + kStep * i) * Memory::kWeightPitch + k],
-                    from + shared.queries[q0 + kStep * i] * apart, valid);
+    for (int i = 0; i < kCopied; ++i) {
+      const int place = HALVES ? weight_place(q0 + i, k) : (q0 + i) * Memory::kWeightPitch + k;
+      copy_async<4>(&shared.weights[slot][place],
+                    weights.weight + (shared.rows_of[q0 + i] + reference), valid);
+    }
   };
+
+  float sum[2][kTiles][4] = {};
   const int own = 32 * lane.warp;
   const auto values = [&](int slot) { return shared.rows[slot][0] + own; };
   constexpr bool kScaled = HALVES && !kExactHalf<R>;
@@ -157,7 +169,7 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   float largest[4] = {}, unit = HALVES ? weight_unit : 1, per_factor = kScaled ? scale[1] : 1;
   pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
     if constexpr (HALVES)
-      add_weighted_halves<kExactHalf<R>, kTiles, Memory::kPitch, Memory::kWeightPitch>(
+      add_weighted_halves<kExactHalf<R>, kTiles, Memory::kPitch>(
           sum, values(slot), shared.weights[slot], factor, largest, lane);
     else
       add_weighted<kPanel, kTiles, Memory::kPitch, Memory::kWeightPitch, 1>(
@@ -166,13 +178,13 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   if constexpr (kScaled) {
     bool hold = true;
     for (float value : largest) hold = hold && halves_hold(value, per_factor);
-    if (over_block<kSumThreads>(hold ? 0 : 1, shared.before, Most()) != 0) {
+    if (over_block<kSumThreads>(hold ? 0 : 1, shared.scratch, Most()) != 0) {
       for (auto& features : sum)
         for (auto& tile : features)
           for (float& value : tile) value = 0;
       pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
-        add_weighted_floats<kTiles, Memory::kPitch, Memory::kWeightPitch>(
-            sum, values(slot), shared.weights[slot], weight_unit, lane);
+        add_weighted_floats<kTiles, Memory::kPitch>(sum, values(slot), shared.weights[slot],
+                                                    weight_unit, lane);
       });
       unit = per_factor = 1;
     }
@@ -183,30 +195,43 @@ __global__ void __launch_bounds__(kSumThreads, 2)
     for (int odd = 0; odd < 2; ++odd) {
       const int q = 8 * n + 2 * lane.t + odd;
       if (q >= known_queries) continue;
-      const Index row = static_cast<Index>(blockIdx.z) * queries + shared.queries[q];
-      float* out = parts + row * features;
-      for (int f = 0; f < 4; ++f) {
-        const int feature = feature0 + own + 4 * lane.g + f;
-        // In two steps: the product of the units may be too small for float32.
-        if (feature < features)
-          out[feature] = kUnit<R> * unit * sum[f / 2][n][f % 2 * 2 + odd] * per_factor;
+      const Index row = static_cast<Index>(blockIdx.z) * parts.queries + shared.queries[q];
+      float* out = parts.sums + row * features;
+      // In two steps: the product of the units may be too small for float32.
+      float v[4];
+      for (int f = 0; f < 4; ++f)
+        v[f] = kUnit<R> * unit * sum[f / 2][n][f % 2 * 2 + odd] * per_factor;
+      const int feature = feature0 + own + 4 * lane.g;
+      if (features % 4 == 0) {
+        if (feature < features) store_values(out + feature, v);
+      } else {
+        for (int f = 0; f < 4; ++f)
+          if (feature + f < features) out[feature + f] = v[f];
       }
     }
 }
 
-// The sum of the parts of one query and feature, in float32 like the parts.
-__device__ inline float sum_of_parts(const float* parts, int stretches, Index apart) {
-  float sum = 0;
+// Sums of the parts of one query and WIDTH features, in float32 like the parts. `at` is their place
+// in a part.
+template <int WIDTH>
+__device__ inline void sum_parts(const Parts& parts, Index query, Index at, Index features,
+                                 float (&sum)[WIDTH]) {
+  const int count = parts.counts[query];
+  for (float& value : sum) value = 0;
 #pragma unroll 4
-  for (int i = 0; i < stretches; ++i) sum += parts[i * apart];
-  return sum;
+  for (int i = 0; i < count; ++i) {
+    float v[WIDTH];
+    load_values(parts.sums + (i * parts.queries * features + at), v);
+    for (int f = 0; f < WIDTH; ++f) sum[f] += v[f];
+  }
 }
 
-// The running mean: that of earlier chunks, with their weight, and the sums over the stretches of
-// this chunk, times `divisor`. One block of each query also writes the state.
+// The running mean: that of earlier chunks, with their weight, and the parts of this chunk, times
+// `divisor`. A thread has WIDTH features. One block of each query also writes the state.
+template <int WIDTH>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge(const WeightLaw law, const double* radius, float* mean, const float* parts,
-          const PieceSums sums, float divisor, int features, int stretches, bool first_chunk,
+    merge(const WeightLaw law, const double* radius, float* mean, const Parts parts,
+          const PieceSums sums, float divisor, int features, bool first_chunk,
           const QueryStates state) {
   const Index query = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
@@ -224,25 +249,29 @@ __global__ void __launch_bounds__(kMergeThreads)
     state.total[query] = total;
     state.logsumexp[query] = law.logsumexp(nearest, total, radius[query]);
   }
-  const int feature = static_cast<int>(blockIdx.y) * kMergeThreads + thread;
+  const int feature = WIDTH * (static_cast<int>(blockIdx.y) * kMergeThreads + thread);
   if (feature >= features) return;
-  const Index at = query * features + feature, apart = static_cast<Index>(gridDim.x) * features;
+  const Index at = query * features + feature;
   const float per_weight = reciprocal(weight);
-  const float before = first_chunk ? 0 : kept * per_weight * mean[at];
-  mean[at] = before + divisor * per_weight * sum_of_parts(parts + at, stretches, apart);
+  float sum[WIDTH], before[WIDTH] = {};
+  sum_parts(parts, query, at, features, sum);
+  if (!first_chunk) load_values(mean + at, before);
+  for (int f = 0; f < WIDTH; ++f)
+    sum[f] = kept * per_weight * before[f] + divisor * per_weight * sum[f];
+  store_values(mean + at, sum);
 }
 
 // Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x.
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_gradient(float* grad_x, const float* parts, const Rows<float> x, const float* mean,
-                   const Moments moments, int features, int stretches, bool first_chunk,
-                   bool last_chunk) {
+    merge_gradient(float* grad_x, const Parts parts, const Rows<float> x, const float* mean,
+                   const Moments moments, int features, bool first_chunk, bool last_chunk) {
   const Index query = blockIdx.x;
   const int feature = static_cast<int>(blockIdx.y) * kMergeThreads + static_cast<int>(threadIdx.x);
   if (feature >= features) return;
   const Index at = query * features + feature;
-  float sum = sum_of_parts(parts + at, stretches, static_cast<Index>(gridDim.x) * features);
-  if (!first_chunk) sum += grad_x[at];
+  float sums[1];
+  sum_parts(parts, query, at, features, sums);
+  float sum = sums[0] + (first_chunk ? 0 : grad_x[at]);
   if (last_chunk) {
     const double point = x.row(query)[feature], center = mean[at], unit = moments.unit[query];
     const double apart = sum - moments.sum[query] * center;
@@ -266,10 +295,11 @@ __global__ void __launch_bounds__(kSumThreads)
   const Index reference0 = static_cast<Index>(blockIdx.y) * kSumRows;
   float sum[2][kSumRows / 8][4] = {}, of_y[kSumRows / 8][2] = {};
 
-  for (Index first = 0; first < x.count; first += 32 * kStretchWords) {
+  constexpr int kListed = kPanel * kPartPanels;
+  for (Index first = 0; first < x.count; first += kListed) {
     const Index left = x.count - first;
-    const int words = static_cast<int>(smaller(kStretchWords, divide_up(left, 32)));
-    const int count = list(shared, words, [&](int w) {
+    const int words = static_cast<int>(divide_up(smaller(kListed, left), 32));
+    const int count = list<kSumThreads>(shared.listed, shared.scratch, words, [&](int w) {
       unsigned any = 0;
       for (int b = 0; b < 32 && 32 * w + b < left; ++b) {
         const Index word = (first + 32 * w + b) * (stride / 32) + reference0 / 32;
@@ -278,8 +308,8 @@ __global__ void __launch_bounds__(kSumThreads)
       return any;
     });
     const int panels = static_cast<int>(divide_up(count, kPanel));
-    const ListedCopy<float> of_upstream(upstream, first, feature0, features);
-    const ListedCopy<float> of_x(x, first, feature0, features);
+    const ListedCopy<float> of_upstream(shared, upstream, first, feature0, features);
+    const ListedCopy<float> of_x(shared, x, first, feature0, features);
     // The first half of the panels has G and p, the second half x and −F c.
     pipeline<Memory::kStages>(
         2 * panels,

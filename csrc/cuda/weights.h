@@ -11,8 +11,7 @@ namespace {
 // which may be large; there the cutoff is kGradientCutoff nats lower.
 constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 constexpr int kQueryThreads = 256;
-constexpr int kPiece = 1024;        // references that a block of weigh takes
-constexpr int kRankedQueries = 16;  // of a block of order_queries
+constexpr int kPiece = 1024;  // references that a block of weigh takes at a time
 
 // Merge state of each query. nearest and total are results too.
 struct QueryStates {
@@ -38,11 +37,11 @@ __device__ inline int mark_live(const ChunkWeights& out, Index row, Index stride
 
 // Queries × pieces of the chunk: what weigh leaves for merge and for the order of queries.
 struct PieceSums {
-  int pieces;
-  float* sum;       // of the weights
-  int* live;        // how many weights are not zero
-  double* closest;  // (queries): the smallest squared distance so far
-  double* kept;     // (queries): the weight of all earlier chunks, relative to `closest`
+  int pieces, size;  // how many, and how many references each has, a multiple of kPiece
+  float* sum;        // of the weights
+  int* live;         // how many weights are not zero
+  double* closest;   // (queries): the smallest squared distance so far
+  double* kept;      // (queries): the weight of all earlier chunks, relative to `closest`
 };
 
 struct WeighMemory {
@@ -82,17 +81,20 @@ __global__ void __launch_bounds__(kQueryThreads)
 
   float sum = 0;
   int live = 0;
+  const int first = piece * sums.size;
+#pragma unroll 1
+  for (int start = first; start < first + sums.size && start < references; start += kPiece)
 #pragma unroll
-  for (int start = 0; start < kPiece; start += kQueryThreads) {
-    const int j = piece * kPiece + start + thread;
-    const Index place = query * pairs.stride + j;
-    float w = j < references ? law.weight(pairs.squared[place] - nearest, rate) : 0;
-    sum += w;
-    if (w < smallest) w = 0;
-    if (j < pairs.stride)
-      out.weight[place] = HALVES ? float_of(both_halves(w * factor)) : w * factor;
-    live += mark_live(out, query, pairs.stride, j, w != 0);
-  }
+    for (int step = 0; step < kPiece; step += kQueryThreads) {
+      const int j = start + step + thread;
+      const Index place = query * pairs.stride + j;
+      float w = j < references ? law.weight(pairs.squared[place] - nearest, rate) : 0;
+      sum += w;
+      if (w < smallest) w = 0;
+      if (j < pairs.stride)
+        out.weight[place] = HALVES ? float_of(both_halves(w * factor)) : w * factor;
+      live += mark_live(out, query, pairs.stride, j, w != 0);
+    }
   sum = over_warp(sum, Sum());
   if (lane.lane == 0) shared.sums[lane.warp] = sum, shared.live[lane.warp] = live;
   __syncthreads();
@@ -103,32 +105,6 @@ __global__ void __launch_bounds__(kQueryThreads)
   if (piece > 0) return;
   sums.closest[query] = nearest;
   sums.kept[query] = kept;
-}
-
-// order[rank] is the query with the rank-th fewest weights that are not zero. Queries that follow
-// each other then need similar references. Equal queries keep their order.
-__global__ void __launch_bounds__(kQueryThreads)
-    order_queries(const PieceSums sums, int queries, int* order) {
-  int* counts = reinterpret_cast<int*>(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll 1
-  for (int query = thread; query < queries; query += kQueryThreads) {
-    int count = 0;
-#pragma unroll 1
-    for (int piece = 0; piece < sums.pieces; ++piece)
-      count += sums.live[static_cast<Index>(query) * sums.pieces + piece];
-    counts[query] = count;
-  }
-  __syncthreads();
-  constexpr int kSharers = kQueryThreads / kRankedQueries;  // threads for a query
-  const int own = static_cast<int>(blockIdx.x) * kRankedQueries + thread / kSharers;
-  const int mine = own < queries ? counts[own] : 0;
-  int rank = 0;
-#pragma unroll 1
-  for (int query = thread % kSharers; query < queries; query += kSharers)
-    rank += counts[query] < mine || (counts[query] == mine && query < own);
-  for (int apart = 1; apart < kSharers; apart *= 2) rank += __shfl_xor_sync(kAll, rank, apart);
-  if (own < queries && thread % kSharers == 0) order[rank] = own;
 }
 
 // ---- the gradient ----------------------------------------------------------------------------
@@ -184,7 +160,7 @@ __global__ void __launch_bounds__(kQueryThreads)
   moments.mass[query] = mass + (first_chunk ? 0 : moments.mass[query]);
 }
 
-// c_j, p_j and −F c_j of the chunk. p_j and −F c_j may be null.
+// c_j, p_j and −F c_j of the chunk, and how many are not zero. p_j and −F c_j may be null.
 struct Coefficients {
   ChunkWeights c;
   float* probability;
@@ -195,7 +171,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
     find_coefficients(const WeightLaw law, const double* radius, const double* nearest,
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,
-                      const Coefficients out) {
+                      const Coefficients out, int* live) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x, row = query * pairs.stride;
   const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
@@ -204,6 +180,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   const bool limit = law.at_limit(low, r);
   const double unit = law.gaussian ? 1 / r / r : 2 * law.exponent / (low + r * r);
   double moment = 0, sum = 0;
+  int marked = 0;  // of this warp
   for (int start = 0; start < pairs.stride; start += kQueryThreads) {
     const int j = start + static_cast<int>(threadIdx.x);
     double p = 0, c = 0;
@@ -230,11 +207,14 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
         out.scaled[row + j] = static_cast<float>(c == 0 ? 0 : -c * unit);
       }
     }
-    mark_live(out.c, query, pairs.stride, j, p != 0);
+    marked += mark_live(out.c, query, pairs.stride, j, p != 0);
   }
+  marked = threadIdx.x % 32 == 0 ? marked : 0;
+  marked = over_block<kQueryThreads>(marked, reinterpret_cast<int*>(scratch), Sum());
   moment = over_block<kQueryThreads>(moment, scratch, Sum());
   sum = over_block<kQueryThreads>(sum, scratch, Sum());
   if (threadIdx.x > 0) return;
+  live[query] = marked;
   if (!first_chunk) moment += moments.moment[query], sum += moments.sum[query];
   moments.moment[query] = moment;
   moments.sum[query] = sum;

@@ -192,6 +192,14 @@ inline int __all_sync(unsigned mask, int predicate) {
   return pfgm::shim::vote(pfgm::shim::Call::all, mask, predicate != 0) == 0xffffffff;
 }
 
+// Bytes of b:a, as many as four digits of `selector` say.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(b) << 32 | a;
+  unsigned found = 0;
+  for (int i = 0; i < 4; ++i)
+    found |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
+  return found;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }

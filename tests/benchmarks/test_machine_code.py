@@ -506,11 +506,16 @@ def test_shapes_are_split_as_in_the_kernels():
     assert (data.C.chunks, data.G.chunks) == (1, 1)
 
 
-def test_shapes_have_all_chunks_and_stretches():
+def test_shapes_have_all_chunks_and_parts():
     assert data.F.chunk_sizes() == [8192] * 7 + [2656]
     assert data.C.chunk_sizes() == [4096]
-    # 96 tiles of 32 queries × 128 features, 4 blocks on each of 132 multiprocessors, 128 words.
-    assert data.C.stretch_words(132) == 22
+    # 4 and 96 tiles of 32 queries × 128 features, 4 blocks on each of 132 multiprocessors, 45 and
+    # 128 panels.
+    assert data.G.part_panels(132) == 4
+    assert data.C.part_panels(132) == 16
+    assert data.C.part_panels(1000) == 7  # 21 parts fit
+    assert data.C.part_panels(300) == 11
+    assert data.BIG.part_panels(132) == 32  # 2 parts of 1024 × 3072 values fit
     assert not data.C.few
     assert data.C._replace(B=15).few
     assert data.C._replace(N=31).few
@@ -520,14 +525,26 @@ def test_lists_of_the_weighted_sum():
     live = torch.zeros(40, 130, dtype=torch.bool)
     live[::2, :128] = True  # 20 queries with 128 references, 20 with one
     live[1::2, 129] = True
-    by_group = data.lists(live, 2, ordered=True)  # sorted: the first 20 are the short ones
-    assert by_group.tolist() == [[64, 64, 1], [64, 64, 0]]
-    assert data.panels_of(live, 2, ordered=True) == (
-        6,
-        {"listed": 257 / 6, "panels": 9 / 6, "panels, most": 2.0},
-    )
-    few = data.lists(live[:3], 5, ordered=False)  # in their own order, in one stretch
-    assert few.tolist() == [[129]]
+    order = data.order_of(live)
+    assert order.tolist() == [*range(1, 40, 2), *range(0, 40, 2)]
+    listed = data.listed_references(live, order)
+    assert listed.tolist() == [129, 128]
+    figures = {"listed": 257 / 2, "panels": 9 / 2, "panels, most": 2.0}
+    assert data.parts_of(listed, 2) == (2, figures | {"parts": 5 / 2, "parts, most": 3.0})
+    assert data.order_of(live[:32]) is None
+    assert data.listed_references(live[:3], None).tolist() == [129]
+
+
+def test_the_order_is_that_of_the_first_chunk():
+    few, many = torch.zeros(2, 33, 64, dtype=torch.bool)
+    few[0] = True  # comes last
+    many[1:] = True
+    lists = data.Lists(data.Shape("two chunks", 33, 128, 8), [H100])
+    lists.add(few)
+    lists.add(many)
+    (found,) = lists.result().values()
+    # The first chunk has 0 and 64, the second 64 for those with few and 0 for the last.
+    assert found["listed"] == 32
 
 
 def test_all_figures_of_a_shape_are_counted():
@@ -535,7 +552,7 @@ def test_all_figures_of_a_shape_are_counted():
     assert found["refine"]["pairs"] == pytest.approx(found["refined a query"]["mean"] * 5)
     assert found["queries looked at"] == 5
     assert 0 < found["sums"]["live"] <= found["sums"]["listed of 32, unsorted"] <= 1
-    assert found["lists"]["3 words"]["panels, most"] <= 3
+    assert found["lists"]["parts of 4"]["panels, most"] <= 4
 
 
 def test_gradients_have_more_weights_and_the_final_nearest(monkeypatch):
@@ -580,8 +597,14 @@ ON_DATA = {
         "pairs of 4, most": 9.0,
     },
     "lists": {
-        f"{words} words": {"listed": 70.0, "panels": 3.0, "panels, most": 5.0}
-        for words in range(1, 65)
+        f"parts of {panels}": {
+            "listed": 70.0,
+            "panels": 3.0,
+            "panels, most": 5.0,
+            "parts": 2.0,
+            "parts, most": 3.0,
+        }
+        for panels in range(4, 65)
     },
     "queries": {"listed": 70.0, "panels": 3.0, "panels, most": 3.0},
 }
@@ -608,8 +631,8 @@ def test_machine_code_has_what_is_counted(type):
                 again = one.name == "weighted_sum" and once.exchanges > 0
                 coded = kernels.count_of(kernel.straight(), "BAR")
                 assert coded == once.barriers + again, one.kernel
-            for loop in one.loops.values():
-                if not loop.trip.barriers or loop.most == 1:
+            for name, loop in one.loops.items():
+                if not loop.trip.barriers or loop.most == 1 or name in ("words", "lists"):
                     continue
                 what = "fp32" if one.name == "differences" else "tensor"
                 body = kernel.body(kernels.loop_with_most(kernel, what))

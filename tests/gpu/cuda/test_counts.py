@@ -249,7 +249,7 @@ def test_gradients_of_photographs(run):
 
 
 def test_counts_by_hand(run):
-    """One block of 64 × 128 pairs with 96 features, and a sum of one stretch.
+    """One block of 64 × 128 pairs with 96 features, and a sum of one part.
 
     Its 8 warps have 16 references each, 4 panels, the last of which is zero, 8 groups of 8
     queries and 6 products. It reads
@@ -263,7 +263,7 @@ def test_counts_by_hand(run):
     assert block.barriers == 2 + 3
     assert shim["weigh"].total.barriers == 64 * 3
     for block in shim["weighted_sum"].blocks:
-        panels = block.barriers - 6
+        panels = block.barriers - 4
         # warps, steps, features, queries, products
         assert block.halves == panels * 4 * 2 * 2 * 4 * 3
     check(found)

@@ -192,7 +192,8 @@ def test_levels_of_many_rows(given, device, by_operators, rows):
 
 def test_which_kernels_run(given, shim, device, direct_calls):
     """Levels in tensors are computed on the GPU, in one launch."""
-    mean = ["differences", "find_limits", "refine", "weigh", "weighted_sum", "merge"]
+    mean = ["differences", "find_limits", "refine", "weigh", "list_references", "weighted_sum"]
+    mean.append("merge")
     z = torch.full((B,), 2.0, device=device)
     for name in FUNCTIONS:
         for rows in (False, True):

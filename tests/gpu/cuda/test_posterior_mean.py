@@ -14,7 +14,7 @@ from pfgm.common.tensors import dequantise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 CENTERING = ("find_center", "split_rows")
-AFTER = ("find_limits", "refine", "weigh", "weighted_sum", "merge")
+AFTER = ("find_limits", "refine", "weigh", "list_references", "weighted_sum", "merge")
 # At the edges of tiles (queries 8, 32, 64; references 32, 64; features 32, 64, 128), and where
 # products take over from differences: 16 queries and 32 features.
 SHAPES = [
@@ -46,12 +46,13 @@ def test_which_kernels_run(op, shim):
         op.compute(*op.problem(B, M, N), 1.0)
         return shim.launches()
 
-    in_order = ["find_limits", "refine", "weigh", "order_queries", "weighted_sum", "merge"]
+    in_order = [*AFTER[:3], "order_queries", *AFTER[3:]]
     assert kernels(15, 40, 600) == ["differences", *AFTER]
     assert kernels(16, 40, 31) == ["differences", *AFTER]
     assert kernels(16, 40, 32) == [*CENTERING, "distances", *AFTER]
-    assert kernels(33, 40, 31) == ["differences", *in_order]
-    assert kernels(33, 40, 600) == [*CENTERING, "distances", *in_order]
+    assert kernels(256, 40, 31) == ["differences", *AFTER]
+    assert kernels(257, 40, 31) == ["differences", *in_order]
+    assert kernels(257, 40, 64) == [*CENTERING, "distances", *in_order]
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 10, 1000])
@@ -94,6 +95,33 @@ def test_chunks_and_blocks(op, N, D):
     for dtype in DTYPES:
         x, references, sigma = op.problem(36, 300, N, dtype=dtype)
         op.check(x, references, op.radius_of(sigma, D), D)
+
+
+@pytest.mark.parametrize("B", [70, 256, 300])
+@pytest.mark.parametrize("N", [20, 40, 66])
+@pytest.mark.usefixtures("poisoned")
+def test_sorted_queries_in_chunks(op, shim, B, N):
+    """Radii differ much, so that groups of queries list very different numbers of references. The
+    order is found by list_references, or by order_queries."""
+    shim.limits(references=256)
+    x, references, sigma = op.problem(B, 600, N)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
+    sigma = torch.logspace(-3, 1, B, dtype=sigma.dtype)[order]
+    shim.launches()
+    op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
+    assert ("order_queries" in shim.launches()) == (B > 256)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_parts_of_lists(op, shim):
+    """Lists of more panels than a part has, and of none."""
+    x, references, sigma = op.problem(64, 2048, 40)
+    x[32:] = references[0]  # they need one reference
+    sigma[32:] = 1e-5
+    for multiprocessors, parts in ((1, 1 << 23), (1000, 1 << 23), (1, 1)):
+        shim.device(90, multiprocessors)
+        shim.limits(parts=parts, queries=64)
+        op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
 def test_more_references_than_a_chunk_can_have(op):
