@@ -130,7 +130,7 @@ def _of_chunks(
     yield _limits(queries, m)._replace(times=chunks)
     yield _refine(shape, data, queries, m, card)._replace(times=chunks)
     yield _weigh(shape, queries, m, card)._replace(times=chunks)
-    pieces = up(m, piece_of(queries, m, card))
+    pieces = up(m, piece_of(shape, card))
     yield from _ordered_lists(shape, queries, m, pieces, chunks)
     yield _sum(shape, data, queries, m, card)._replace(times=chunks)
     yield _merge(shape, data, queries, m, card)._replace(times=chunks)
@@ -256,7 +256,7 @@ def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Wor
 
 
 def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
-    size, pairs = piece_of(queries, m, card), queries * m
+    size, pairs = piece_of(shape, card), queries * m
     blocks, trips = queries * up(m, size), queries * up(m, PIECE)
     votes = Amount(exchanges=8 * PIECE // 256)
     loops = {
@@ -269,10 +269,10 @@ def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
     return Work("weigh", name, blocks, 256, 128, once, loops, moved)
 
 
-def piece_of(queries: int, m: int, card: Device) -> int:
-    """References of a block of ``weigh``."""
-    least = up(m, PIECE)
-    return PIECE * min(max(1, queries * least // (4 * card.sms)), least)
+def piece_of(shape: Shape, card: Device) -> int:
+    """References of a block of ``weigh``, ``pull`` and ``find_coefficients``."""
+    least = up(shape.chunk, PIECE)
+    return PIECE * min(max(1, shape.block * least // (4 * card.sms)), least)
 
 
 def _ordered_lists(shape: Shape, queries: int, m: int, pieces: int, chunks: int) -> Iterator[Work]:
@@ -403,9 +403,12 @@ def _gradient_of_chunks(
         _refine(shape, data, queries, m, card),
     ):
         yield work._replace(times=passes * chunks)
-    for work in (_pull(queries, m), _coefficients(shape, queries, m)):
-        yield work._replace(times=chunks)
-    yield from _ordered_lists(shape, queries, m, 1, chunks)
+    pieces = up(m, piece_of(shape, card))
+    yield _pull(shape, queries, m, card)._replace(times=chunks)
+    yield _coefficients(shape, queries, m, card)._replace(times=chunks)
+    if m == shape.chunk_sizes()[-1]:
+        yield _finish(queries)
+    yield from _ordered_lists(shape, queries, m, pieces, chunks)
     for work in (
         _sum(shape, data, queries, m, card, backward=True),
         _merge(shape, data, queries, m, card, "merge_gradient"),
@@ -414,18 +417,27 @@ def _gradient_of_chunks(
         yield work._replace(times=chunks)
 
 
-def _pull(queries: int, m: int) -> Work:
+def _pull(shape: Shape, queries: int, m: int, card: Device) -> Work:
+    size = piece_of(shape, card)
+    blocks, trips = queries * up(m, size), queries * up(m, 256)
     once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
-    loops = {"pairs": _by_all(queries, up(m, 256))}
-    return Work("pull", "pull", queries, 256, 64, once, loops, 12 * queries * m)
+    loops = {"pairs": Loop(trips, min(size // 256, up(m, 256)))}
+    return Work("pull", "pull", blocks, 256, 64, once, loops, 12 * queries * m)
 
 
-def _coefficients(shape: Shape, queries: int, m: int) -> Work:
+def _coefficients(shape: Shape, queries: int, m: int, card: Device) -> Work:
+    size = piece_of(shape, card)
+    blocks, padded = queries * up(m, size), 32 * up(shape.chunk, 32)
+    each = [up(max(0, min(size, padded - start)), 256) for start in range(0, m, size)]
     once = Amount(barriers=6, exchanges=3 * 8 * _OVER_WARP)
-    trips = up(32 * up(shape.chunk, 32), 256)
-    loops = {"pairs": _by_all(queries, trips, Amount(exchanges=8 * trips))}
+    loops = {"pairs": Loop(queries * sum(each), max(each), Amount(exchanges=8))}
     name = "find_coefficients"
-    return Work(name, name, queries, 256, 64, once, loops, 24 * queries * m)
+    return Work(name, name, blocks, 256, 64, once, loops, 24 * queries * m)
+
+
+def _finish(queries: int) -> Work:
+    name = "finish_moments"
+    return Work(name, name, up(queries, 256), 256, 0, Amount(), {}, 64 * queries)
 
 
 def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:

@@ -39,6 +39,7 @@ class Arena {
 struct Partition {
   Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
   Index parts, part_panels;           // of the sums over a chunk; panels of references in a part
+  Index piece;                        // references that a block of weigh takes
   bool few;     // few queries or features would leave matrix units mostly idle
   bool halves;  // whether weighted sums multiply float16 parts
 };
@@ -69,6 +70,11 @@ Partition partition_of(const Problem& problem, int multiprocessors) {
   partition.part_panels =
       larger(smaller(larger(even, kFewestPanels), kMostPanels), divide_up(panels, most_parts));
   partition.parts = divide_up(panels, partition.part_panels);
+  // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
+  // four blocks per multiprocessor.
+  const Index least = divide_up(partition.references, kPiece);
+  const Index together = partition.queries * least / (4 * multiprocessors);
+  partition.piece = kPiece * smaller(larger(1, together), least);
   return partition;
 }
 
@@ -118,19 +124,23 @@ class Calculation {
       if (backward) upstream_halves_ = take_halves(width);
     }
     order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
-    sums_.pieces = backward ? 1 : static_cast<int>(divide_up(partition_.references, kPiece));
-    sums_.live = arena_.take<int>(queries * sums_.pieces);
+    sums_.size = static_cast<int>(partition_.piece);
+    const Index pieces = divide_up(partition_.references, partition_.piece);
+    sums_.live = arena_.take<int>(queries * pieces);
     if (!backward) {
-      sums_.sum = arena_.take<float>(queries * sums_.pieces);
+      sums_.sum = arena_.take<float>(queries * pieces);
       sums_.closest = arena_.take<double>(queries);
       sums_.kept = arena_.take<double>(queries);
       return;
     }
     probability_ = arena_.take<float>(pairs);
     scaled_ = arena_.take<float>(pairs);
-    for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum,
-                          &moments_.exact_sum, &moments_.unit, &spare_})
-      *each = arena_.take<double>(partition_.queries);
+    for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum})
+      *each = arena_.take<double>(queries * pieces);
+    for (double** each : {&moments_.total, &moments_.exact_sum, &moments_.unit, &spare_})
+      *each = arena_.take<double>(queries);
+    moments_.pieces = static_cast<int>(pieces);
+    moments_.size = sums_.size;
   }
 
   std::size_t workspace() const { return arena_.used(); }
@@ -145,7 +155,7 @@ class Calculation {
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         const bool first_chunk = begin_ == 0;
         measure(first_chunk ? nullptr : state.nearest, {});
-        cut_pieces();
+        sums_.pieces = pieces();
         // Divided by it, a sum of weights is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
         const bool halves = partition_.halves;
@@ -174,8 +184,9 @@ class Calculation {
       split(x(), upstream(io));
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         measure(io.nearest + first_, upstream(io));
-        run("pull", {queries()}, kQueryThreads, kScratch, pull, law_, radius(), io.nearest + first_,
-            io.total + first_, pairs_, references(), gradient_floor(), begin_ == 0, moments_);
+        run("pull", {queries(), pieces()}, kQueryThreads, kScratch, pull, law_, radius(),
+            io.nearest + first_, io.total + first_, pairs_, references(), gradient_floor(),
+            begin_ == 0, moments_);
       }
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         if (!one) measure(io.nearest + first_, upstream(io));
@@ -303,14 +314,8 @@ class Calculation {
     return {divide_up(this->references(), references), divide_up(queries(), rows)};
   }
 
-  // Pieces of the chunk for weigh. Each block finds the nearest reference, so large pieces are
-  // cheaper if there are four blocks per multiprocessor.
-  void cut_pieces() {
-    const Index least = divide_up(references(), kPiece);
-    const Index together = larger(1, queries() * least / (4 * stream_.multiprocessors()));
-    sums_.size = static_cast<int>(kPiece * smaller(together, least));
-    sums_.pieces = static_cast<int>(divide_up(references(), sums_.size));
-  }
+  // Pieces of the chunk that blocks of weigh, pull and find_coefficients take.
+  int pieces() const { return static_cast<int>(divide_up(references(), sums_.size)); }
 
   // The references that groups of queries need. The order of the queries, if there is one, is found
   // for the first chunk. It hardly differs in the others.
@@ -348,19 +353,24 @@ class Calculation {
   void differentiate(const Backward& io) {
     const bool first_chunk = begin_ == 0;
     const bool last_chunk = begin_ + references() == problem_.references;
-    const Coefficients coefficients = {weights_, io.grad_y ? probability_ : nullptr, scaled_};
-    Moments moments = moments_;
-    moments.grad_radius = io.grad_radius ? io.grad_radius + first_ : spare_;
-    run("find_coefficients", {queries()}, kQueryThreads, kScratch, find_coefficients, law_,
-        radius(), io.nearest + first_, io.total + first_, io.grad_logsumexp + first_, pairs_,
-        references(), gradient_floor(), first_chunk, moments, coefficients, sums_.live);
+    const Coefficients coefficients = {weights_, sums_.live, io.grad_y ? probability_ : nullptr,
+                                       scaled_};
+    const double *nearest = io.nearest + first_, *gradient = io.grad_logsumexp + first_;
+    moments_.grad_radius = io.grad_radius ? io.grad_radius + first_ : spare_;
+    sums_.pieces = pieces();
+    run("find_coefficients", {queries(), sums_.pieces}, kQueryThreads, kScratch, find_coefficients,
+        law_, radius(), nearest, io.total + first_, gradient, pairs_, references(),
+        gradient_floor(), first_chunk, moments_, coefficients);
+    if (last_chunk)
+      run("finish_moments", {divide_up(queries(), kQueryThreads)}, kQueryThreads, 0, finish_moments,
+          law_, radius(), nearest, gradient, static_cast<int>(queries()), moments_);
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
       list(first_chunk);
       sum<false>(1);
       run("merge_gradient", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0,
           merge_gradient, static_cast<float*>(io.grad_x) + at, parts_, x(),
-          static_cast<const float*>(io.mean) + at, moments, features_, first_chunk, last_chunk);
+          static_cast<const float*>(io.mean) + at, moments_, features_, first_chunk, last_chunk);
     }
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};

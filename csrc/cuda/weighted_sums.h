@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   float sum = sums[0] + (first_chunk ? 0 : grad_x[at]);
   if (last_chunk) {
     const double point = x.row(query)[feature], center = mean[at], unit = moments.unit[query];
-    const double apart = sum - moments.sum[query] * center;
+    const double apart = sum - moments.total[query] * center;
     const double gradient = unit * (moments.exact_sum[query] * (point - center) - apart);
     sum = unit == 0 ? 0 : static_cast<float>(gradient);
   }

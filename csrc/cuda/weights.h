@@ -120,17 +120,39 @@ __global__ void __launch_bounds__(kQueryThreads)
 //     ∂L/∂r = r F C                              D = ∞: ∂L/∂σ = (g d₀²/σ² + moment)/σ
 //     ∂L/∂y_j = Σ_b (p_bj G_b − F_b c_bj (x_b − y_j))
 
-// Sums of each query over the chunks so far.
+// Sums of each query over the chunks so far, one for each piece of a chunk, and what follows from
+// them after the last one.
 struct Moments {
-  double* projection;  // Σ p_j G·y_j
-  // Σ p_j: close to 1, as distances differ a little from the forward pass; 0 at a limit.
+  double* projection;  // (queries, pieces): Σ p_j G·y_j
+  // (queries, pieces): Σ p_j, in all close to 1, as distances differ a little from the forward
+  // pass; 0 at a limit.
   double* mass;
-  double* moment;
-  double* sum;        // Σ c_j of the rounded c_j
-  double* exact_sum;  // C, without rounding
-  double* unit;       // F, 0 at a limit
+  double* moment;     // (queries, pieces)
+  double* sum;        // (queries, pieces): Σ c_j of the rounded c_j
+  double* total;      // (queries): the same of all pieces
+  double* exact_sum;  // (queries): C, without rounding
+  double* unit;       // (queries): F, 0 at a limit
   double* grad_radius;
+  int pieces, size;  // as many as the first chunk has, and references of each
+
+  // Adds to the sum of a piece.
+  __device__ void add(double* sums, Index query, int piece, double value, bool first_chunk) const {
+    double& at = sums[query * pieces + piece];
+    at = value + (first_chunk ? 0 : at);
+  }
+  // The sum over all pieces.
+  __device__ double over_pieces(const double* sums, Index query) const {
+    double sum = 0;
+#pragma unroll 4
+    for (int piece = 0; piece < pieces; ++piece) sum += sums[query * pieces + piece];
+    return sum;
+  }
 };
+
+// F, up to where the row is at a limit. `nearest` is the smallest squared distance.
+__device__ inline double unit_of(const WeightLaw& law, double nearest, double r) {
+  return law.gaussian ? 1 / r / r : 2 * law.exponent / (nearest + r * r);
+}
 
 // p_j; zero below `floor`.
 __device__ inline double probability(const WeightLaw& law, double squared, double nearest,
@@ -140,14 +162,16 @@ __device__ inline double probability(const WeightLaw& law, double squared, doubl
   return p < floor ? 0 : p;
 }
 
-// Adds the chunk's Σ p_j G·y_j and Σ p_j of one query.
+// Adds Σ p_j G·y_j and Σ p_j of one query over a piece of the chunk.
 __global__ void __launch_bounds__(kQueryThreads)
     pull(const WeightLaw law, const double* radius, const double* nearest, const double* total,
          const Pairs pairs, int references, double floor, bool first_chunk, const Moments moments) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x, row = query * pairs.stride;
+  const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
+  const int end = static_cast<int>(smaller(first + moments.size, references));
   double projection = 0, mass = 0;
-  for (int j = static_cast<int>(threadIdx.x); j < references; j += kQueryThreads) {
+  for (int j = first + static_cast<int>(threadIdx.x); j < end; j += kQueryThreads) {
     const double p = probability(law, pairs.squared[row + j], nearest[query], total[query],
                                  radius[query], floor);
     if (p != 0) projection += p * pairs.projected[row + j];  // undefined where p = 0
@@ -156,32 +180,35 @@ __global__ void __launch_bounds__(kQueryThreads)
   projection = over_block<kQueryThreads>(projection, scratch, Sum());
   mass = over_block<kQueryThreads>(mass, scratch, Sum());
   if (threadIdx.x > 0) return;
-  moments.projection[query] = projection + (first_chunk ? 0 : moments.projection[query]);
-  moments.mass[query] = mass + (first_chunk ? 0 : moments.mass[query]);
+  moments.add(moments.projection, query, piece, projection, first_chunk);
+  moments.add(moments.mass, query, piece, mass, first_chunk);
 }
 
-// c_j, p_j and −F c_j of the chunk, and how many are not zero. p_j and −F c_j may be null.
+// c_j, p_j and −F c_j of the chunk. p_j and −F c_j may be null.
 struct Coefficients {
   ChunkWeights c;
+  int* live;  // (queries, pieces): how many c_j may be other than zero
   float* probability;
   float* scaled;
 };
 
+// Coefficients of one query over a piece of the chunk, and their sums.
 __global__ void __launch_bounds__(kQueryThreads, 2)
     find_coefficients(const WeightLaw law, const double* radius, const double* nearest,
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,
-                      const Coefficients out, int* live) {
+                      const Coefficients out) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x, row = query * pairs.stride;
+  const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
   const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
-  const double mass = moments.mass[query] == 0 ? 1 : moments.mass[query];
-  const double center = moments.projection[query] / mass;
-  const bool limit = law.at_limit(low, r);
-  const double unit = law.gaussian ? 1 / r / r : 2 * law.exponent / (low + r * r);
+  const double found = moments.over_pieces(moments.mass, query), mass = found == 0 ? 1 : found;
+  const double center = moments.over_pieces(moments.projection, query) / mass;
+  const double unit = unit_of(law, low, r);
   double moment = 0, sum = 0;
-  int marked = 0;  // of this warp
-  for (int start = 0; start < pairs.stride; start += kQueryThreads) {
+  int live = 0;
+  for (int start = first; start < first + moments.size && start < pairs.stride;
+       start += kQueryThreads) {
     const int j = start + static_cast<int>(threadIdx.x);
     double p = 0, c = 0;
     if (j < references)
@@ -207,23 +234,34 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
         out.scaled[row + j] = static_cast<float>(c == 0 ? 0 : -c * unit);
       }
     }
-    marked += mark_live(out.c, query, pairs.stride, j, p != 0);
+    live += mark_live(out.c, query, pairs.stride, j, p != 0);
   }
-  marked = threadIdx.x % 32 == 0 ? marked : 0;
-  marked = over_block<kQueryThreads>(marked, reinterpret_cast<int*>(scratch), Sum());
+  if (threadIdx.x % 32 > 0) live = 0;  // it is that of a warp
+  live = over_block<kQueryThreads>(live, reinterpret_cast<int*>(scratch), Sum());
   moment = over_block<kQueryThreads>(moment, scratch, Sum());
   sum = over_block<kQueryThreads>(sum, scratch, Sum());
   if (threadIdx.x > 0) return;
-  live[query] = marked;
-  if (!first_chunk) moment += moments.moment[query], sum += moments.sum[query];
-  moments.moment[query] = moment;
-  moments.sum[query] = sum;
+  out.live[query * static_cast<int>(gridDim.y) + piece] = live;
+  moments.add(moments.moment, query, piece, moment, first_chunk);
+  moments.add(moments.sum, query, piece, sum, first_chunk);
+}
+
+// After the last chunk: what the sums over all references say.
+__global__ void __launch_bounds__(kQueryThreads)
+    finish_moments(const WeightLaw law, const double* radius, const double* nearest,
+                   const double* grad_logsumexp, int queries, const Moments moments) {
+  const int query = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (query >= queries) return;
+  const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
+  const double moment = moments.over_pieces(moments.moment, query);
   const double exact_sum = law.gaussian ? -g : moment - g;
+  const double unit = law.at_limit(low, r) ? 0 : unit_of(law, low, r);
+  moments.total[query] = moments.over_pieces(moments.sum, query);
   moments.exact_sum[query] = exact_sum;
-  moments.unit[query] = limit ? 0 : unit;
-  moments.grad_radius[query] = limit          ? 0
-                               : law.gaussian ? (g * (low / r / r) + moment) / r
-                                              : r * unit * exact_sum;
+  moments.unit[query] = unit;
+  moments.grad_radius[query] = law.at_limit(low, r) ? 0
+                               : law.gaussian       ? (g * (low / r / r) + moment) / r
+                                                    : r * unit * exact_sum;
 }
 
 }  // namespace
