@@ -219,7 +219,17 @@ def _triton_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launc
 
 def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     """The launches of the CUDA kernels."""
-    for one in work.counts(shape, data, card):
+    return _of_work(work.counts(shape, data, card), shape, card)
+
+
+def cuda_backward(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
+    """The launches of the CUDA kernels for the gradient of the queries."""
+    found = work.gradient_counts(shape, data, card, references=False)
+    return _of_work(found, shape, card)
+
+
+def _of_work(works: Iterator[Work], shape: Shape, card: Device) -> Iterator[Launch]:
+    for one in works:
         kernel = kernels.cuda_kernel(card, one.kernel, one.shared)
         phases = _cuda_phases(one, kernel, shape)
         yield Launch(one.name, kernel, one.blocks, phases, one.moved, one.times)
@@ -230,7 +240,7 @@ def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
 # counted takes one of these instructions.
 _LOOPS = {
     "find_center": {},
-    "split_rows": {"norms": "DFMA", "parts": "F2FP"},
+    "split_rows": {"parts": "F2FP", "norms": "FMNMX"},
     "distances": {"features": "tensor"},
     "differences": {"features": "fp32"},
     "weigh": {"pairs": "fp32", "minima": "LDG"},
@@ -238,6 +248,10 @@ _LOOPS = {
     "list_references": {"words": "LDG", "counts": "LDG", "ranks": "LDS"},
     "weighted_sum": {"panels": "tensor"},
     "merge": {"parts": "LDG"},
+    "pull": {"pairs": "fp64"},
+    "find_coefficients": {"pairs": "fp64"},
+    "finish_moments": {},
+    "merge_gradient": {"parts": "LDG"},
 }
 
 

@@ -210,3 +210,20 @@ def torch_path(card: Device, B: int, M: int, N: int, kind: str, compiled: bool) 
         norms = pass_over(card, 3 * references, 2) + pass_over(card, 5 * 4.0 * B * N, 3)
         rest = pass_over(card, 20 * pairs, 15)
     return {"products": products, "norms": norms, "pairs": rest}
+
+
+def torch_backward(
+    card: Device, B: int, M: int, N: int, kind: str, compiled: bool
+) -> dict[str, float]:
+    """Seconds of the gradient of the mean of posterior_paths.torch_path in the queries.
+
+    Two products, and elementwise work on the pairs: the gradients of softmax, a product with a
+    number, log, negation and a sum. They read and write eleven arrays. Compiled, it is two passes.
+    """
+    pairs, queries = 4.0 * B * M, 4.0 * B * N
+    products = product(card, B, M, N, kind) + product(card, B, N, M, kind)
+    if compiled:
+        rest = pass_over(card, 4 * pairs, 2) + pass_over(card, 3 * queries)
+    else:
+        rest = pass_over(card, 11 * pairs, 6) + pass_over(card, 5 * queries, 3)
+    return {"products": products, "rest": rest}

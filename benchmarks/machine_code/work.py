@@ -373,11 +373,14 @@ def _merge(
 # ---- gradients ---------------------------------------------------------------------------------
 
 
-def gradient_counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
-    """The launches of a backward pass that finds all gradients, with aligned rows.
+def gradient_counts(
+    shape: Shape, data: Data, card: Device, references: bool = True
+) -> Iterator[Work]:
+    """The launches of a backward pass with aligned rows.
 
     Args:
         data: what :func:`benchmarks.machine_code.data.count_gradient` returns for the shape.
+        references: whether the gradient of the references is found, beside that of the queries.
     """
     _check_features(shape)
     if not shape.few:
@@ -388,7 +391,8 @@ def gradient_counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
                 yield _split(shape, queries, centered)._replace(times=blocks)
         for m, chunks in by_size(shape.chunk_sizes()):
             for work in _gradient_of_chunks(shape, data, queries, m, chunks, card):
-                yield work._replace(times=work.times * blocks)
+                if references or work.name != "reference_gradient":
+                    yield work._replace(times=work.times * blocks)
 
 
 def _gradient_of_chunks(
@@ -419,18 +423,18 @@ def _gradient_of_chunks(
 
 def _pull(shape: Shape, queries: int, m: int, card: Device) -> Work:
     size = piece_of(shape, card)
-    blocks, trips = queries * up(m, size), queries * up(m, 256)
     once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
-    loops = {"pairs": Loop(trips, min(size // 256, up(m, 256)))}
-    return Work("pull", "pull", blocks, 256, 64, once, loops, 12 * queries * m)
+    loops = {"pairs": Loop(queries * up(m, PIECE), min(size // PIECE, up(m, PIECE)))}
+    return Work("pull", "pull", queries * up(m, size), 256, 64, once, loops, 12 * queries * m)
 
 
 def _coefficients(shape: Shape, queries: int, m: int, card: Device) -> Work:
     size = piece_of(shape, card)
     blocks, padded = queries * up(m, size), 32 * up(shape.chunk, 32)
-    each = [up(max(0, min(size, padded - start)), 256) for start in range(0, m, size)]
+    trips = [up(min(size, padded - start), PIECE) for start in range(0, m, size)]
+    votes = Amount(exchanges=8 * PIECE // 256)
     once = Amount(barriers=6, exchanges=3 * 8 * _OVER_WARP)
-    loops = {"pairs": Loop(queries * sum(each), max(each), Amount(exchanges=8))}
+    loops = {"pairs": Loop(queries * sum(trips), max(trips), votes)}
     name = "find_coefficients"
     return Work(name, name, blocks, 256, 64, once, loops, 24 * queries * m)
 

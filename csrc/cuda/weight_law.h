@@ -11,6 +11,12 @@ namespace {
 constexpr double kNear = 20;  // nats: a weight e^-20 times the largest needs no more digits
 constexpr double kTolerance = 1.5e-4;  // relative error of a weight that needs no refinement
 
+// With s = d² + r² and s₀ that of the nearest reference: s₀/s and (d² − d₀²)/s. At D = ∞ they are 1
+// and (d² − d₀²)/σ².
+struct Ratios {
+  float nearest, excess;
+};
+
 // How the score of a reference, the log of its weight, depends on its squared distance
 // (api/posterior_mean.h). `nearest` is the squared distance of the nearest reference, r the radius.
 struct WeightLaw {
@@ -57,6 +63,15 @@ struct WeightLaw {
     const float k_log2 = static_cast<float>(k_shifted) * (0.693147181f * 0x1p-23f);
     const float fall = k_shifted == 0 ? linear * ratio : power * (k_log2 + m * ratio);
     return u > 0x1p100f ? 0 : expf(-fall);
+  }
+
+  // What the gradient needs of the same distance. float32 has enough digits, because c_j are
+  // rounded to it.
+  __device__ Ratios ratios(double excess, double rate) const {
+    const float linear = static_cast<float>(excess * rate);
+    if (gaussian) return {1, 2 * linear};
+    const float u = linear * per_power, nearest = reciprocal(1 + u);
+    return {nearest, u * nearest};
   }
 
   // Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ

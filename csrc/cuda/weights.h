@@ -154,13 +154,23 @@ __device__ inline double unit_of(const WeightLaw& law, double nearest, double r)
   return law.gaussian ? 1 / r / r : 2 * law.exponent / (nearest + r * r);
 }
 
-// p_j; zero below `floor`.
-__device__ inline double probability(const WeightLaw& law, double squared, double nearest,
-                                     double total, double r, double floor) {
-  if (law.at_limit(nearest, r)) return 0;
-  const double p = law.weight(squared - nearest, law.rate(nearest, r)) / total;
-  return p < floor ? 0 : p;
-}
+// What the probabilities of a query need.
+struct Row {
+  double nearest, rate, per_total;
+  bool limit;
+
+  __device__ Row(const WeightLaw& law, double nearest, double total, double r)
+      : nearest(nearest),
+        rate(law.rate(nearest, r)),
+        per_total(1 / total),
+        limit(law.at_limit(nearest, r)) {}
+
+  // p_j; zero below `floor`.
+  __device__ double probability(const WeightLaw& law, double squared, double floor) const {
+    const double p = limit ? 0 : law.weight(squared - nearest, rate) * per_total;
+    return p < floor ? 0 : p;
+  }
+};
 
 // Adds Σ p_j G·y_j and Σ p_j of one query over a piece of the chunk.
 __global__ void __launch_bounds__(kQueryThreads)
@@ -169,14 +179,18 @@ __global__ void __launch_bounds__(kQueryThreads)
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x, row = query * pairs.stride;
   const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
-  const int end = static_cast<int>(smaller(first + moments.size, references));
+  const Row of(law, nearest[query], total[query], radius[query]);
   double projection = 0, mass = 0;
-  for (int j = first + static_cast<int>(threadIdx.x); j < end; j += kQueryThreads) {
-    const double p = probability(law, pairs.squared[row + j], nearest[query], total[query],
-                                 radius[query], floor);
-    if (p != 0) projection += p * pairs.projected[row + j];  // undefined where p = 0
-    mass += p;
-  }
+#pragma unroll 1
+  for (int start = first; start < first + moments.size && start < references; start += kPiece)
+#pragma unroll
+    for (int step = 0; step < kPiece; step += kQueryThreads) {
+      const int j = start + step + static_cast<int>(threadIdx.x);
+      if (j >= references) continue;
+      const double p = of.probability(law, pairs.squared[row + j], floor);
+      if (p != 0) projection += p * pairs.projected[row + j];  // undefined where p = 0
+      mass += p;
+    }
   projection = over_block<kQueryThreads>(projection, scratch, Sum());
   mass = over_block<kQueryThreads>(mass, scratch, Sum());
   if (threadIdx.x > 0) return;
@@ -201,41 +215,38 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x, row = query * pairs.stride;
   const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
-  const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
+  const double r = radius[query], g = grad_logsumexp[query];
+  const Row of(law, nearest[query], total[query], r);
   const double found = moments.over_pieces(moments.mass, query), mass = found == 0 ? 1 : found;
-  const double center = moments.over_pieces(moments.projection, query) / mass;
-  const double unit = unit_of(law, low, r);
+  const double per_mass = 1 / mass;
+  const double center = moments.over_pieces(moments.projection, query) * per_mass;
+  const double unit = unit_of(law, of.nearest, r);
   double moment = 0, sum = 0;
   int live = 0;
-  for (int start = first; start < first + moments.size && start < pairs.stride;
-       start += kQueryThreads) {
-    const int j = start + static_cast<int>(threadIdx.x);
-    double p = 0, c = 0;
-    if (j < references)
-      p = probability(law, pairs.squared[row + j], low, total[query], r, floor) / mass;
-    if (p != 0) {
-      const double d = pairs.squared[row + j];
-      const double pt = p * (pairs.projected[row + j] - center + g);
-      if (law.gaussian) {
-        c = -pt;
-        moment += pt * ((d - low) / r / r);
-      } else {
-        const double s = d + r * r;
-        c = -pt * ((low + r * r) / s);
-        moment += pt * ((d - low) / s);
+#pragma unroll 1
+  for (int start = first; start < first + moments.size && start < pairs.stride; start += kPiece)
+#pragma unroll
+    for (int step = 0; step < kPiece; step += kQueryThreads) {
+      const int j = start + step + static_cast<int>(threadIdx.x);
+      double p = 0, c = 0;
+      if (j < references) p = of.probability(law, pairs.squared[row + j], floor) * per_mass;
+      if (p != 0) {
+        const double pt = p * (pairs.projected[row + j] - center + g);
+        const Ratios ratios = law.ratios(pairs.squared[row + j] - of.nearest, of.rate);
+        c = -pt * ratios.nearest;
+        moment += pt * ratios.excess;
       }
-    }
-    const float rounded = static_cast<float>(c);
-    sum += rounded;
-    if (j < pairs.stride) {
-      out.c.weight[row + j] = rounded;
-      if (out.probability) {
-        out.probability[row + j] = static_cast<float>(p);
-        out.scaled[row + j] = static_cast<float>(c == 0 ? 0 : -c * unit);
+      const float rounded = static_cast<float>(c);
+      sum += rounded;
+      if (j < pairs.stride) {
+        out.c.weight[row + j] = rounded;
+        if (out.probability) {
+          out.probability[row + j] = static_cast<float>(p);
+          out.scaled[row + j] = static_cast<float>(c == 0 ? 0 : -c * unit);
+        }
       }
+      live += mark_live(out.c, query, pairs.stride, j, p != 0);
     }
-    live += mark_live(out.c, query, pairs.stride, j, p != 0);
-  }
   if (threadIdx.x % 32 > 0) live = 0;  // it is that of a warp
   live = over_block<kQueryThreads>(live, reinterpret_cast<int*>(scratch), Sum());
   moment = over_block<kQueryThreads>(moment, scratch, Sum());
