@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.common.folders import DOCS
 from benchmarks.common.tables import Section, format_seconds, table, with_headings
 from benchmarks.machine_code import devices, host
+from benchmarks.machine_code.data import SHAPES
 from benchmarks.machine_code.devices import DEVICES, Figure
 
 SECTION = Section(DOCS / "roofline.md", "machine code")
@@ -16,10 +17,10 @@ WITHIN = 0.25  # relative error of a prediction that counts as good
 Results = dict[str, Any]
 
 
-def predicted(results: Results) -> dict[tuple[str, str, str], float]:
+def predicted(results: Results, section: str = "predicted") -> dict[tuple[str, str, str], float]:
     """Shape, card and path → predicted seconds of all kernels together."""
     found: dict[tuple[str, str, str], float] = {}
-    for shape, card, path, _, seconds, _, _ in results["predicted"]:
+    for shape, card, path, _, seconds, _, _ in results[section]:
         found[shape, card, path] = found.get((shape, card, path), 0.0) + seconds
     return found
 
@@ -34,14 +35,27 @@ def total_table(results: Results) -> str:
     return table(["predicted", "", *PATHS], rows)
 
 
+def gradient_table(results: Results) -> str:
+    """The backward pass, and both passes together."""
+    forward, backward = predicted(results), predicted(results, "backward")
+    paths = [path for path in PATHS if path != "triton"]
+    keys = dict.fromkeys((shape, card) for shape, card, _ in backward)
+    rows = []
+    for shape, card in keys:
+        both = [forward[shape, card, path] + backward[shape, card, path] for path in paths]
+        times = [backward[shape, card, "cuda"], *both]
+        rows.append([shape, card, *map(format_seconds, times)])
+    return table(["predicted", "", "cuda, backward", *(f"{path}, both" for path in paths)], rows)
+
+
 def _text(seconds: float | None) -> str:
     return "" if seconds is None else format_seconds(seconds)
 
 
-def kernel_table(results: Results, shape: str) -> str:
+def kernel_table(results: Results, shape: str, section: str = "predicted") -> str:
     """Predicted time and bound of each of the library's kernels, one column a card."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for name, card, path, kernel, seconds, launches, bound in results["predicted"]:
+    for name, card, path, kernel, seconds, launches, bound in results[section]:
         if name == shape and path in OURS:
             times = f", {launches} launches" if launches > 1 else ""
             cells.setdefault((path, kernel), {})[card] = (
@@ -146,6 +160,10 @@ def report(results: Results) -> str:
             f"Predicted kernel by kernel, {shape}": kernel_table(results, shape)
             for shape in results["data"]
         },
+        "Predicted times of the gradient of the queries": gradient_table(results),
+        f"Predicted kernel by kernel, backward, {SHAPES[0].name}": kernel_table(
+            results, SHAPES[0].name, "backward"
+        ),
         "The stretch of each kernel that takes longest, at C": loop_table(results),
         "Work of the kernels on real data": data_table(results),
         "Compared with published kernels": published_table(results),

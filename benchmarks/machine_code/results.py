@@ -10,7 +10,7 @@ from benchmarks.common.folders import RESULTS
 from benchmarks.common.machine import describe
 
 PATH = RESULTS / "machine_code.json"
-SECTIONS = ("data", "host", "predicted", "loops", "published", "held out")
+SECTIONS = ("data", "host", "predicted", "backward", "loops", "published", "held out")
 
 
 def load() -> dict[str, Any]:

@@ -34,7 +34,7 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
             print(f"Fashion-MNIST is not counted: no {subjects.FASHION} in its folder.")
             found[shape.name] = stored[shape.name]
         else:
-            found[shape.name] = data.count(shape)
+            found[shape.name] = data.count(shape) | {"gradient": data.count_gradient(shape)}
     return found
 
 
@@ -52,6 +52,19 @@ def predictions(counts: dict[str, Any], paths: Sequence[str]) -> Iterator[Row]:
                 if path not in paths:
                     continue
                 parts = model.torch_path(card, shape.B, shape.M, shape.N, kind, compiled)
+                for name, seconds in parts.items():
+                    yield _row(shape, card, path, Predicted(name, seconds, 0, ""))
+
+
+def backward(counts: dict[str, Any]) -> Iterator[Row]:
+    """The section "backward": rows as in "predicted", of the gradient of the queries."""
+    for shape in SHAPES:
+        for card in DEVICES:
+            made = launches.cuda_backward(shape, counts[shape.name]["gradient"], card)
+            for part in model.merge_by_name([model.predict(one, card) for one in made]):
+                yield _row(shape, card, "cuda", part)
+            for path, (kind, compiled) in TORCH.items():
+                parts = model.torch_backward(card, shape.B, shape.M, shape.N, kind, compiled)
                 for name, seconds in parts.items():
                     yield _row(shape, card, path, Predicted(name, seconds, 0, ""))
 

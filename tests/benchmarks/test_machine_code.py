@@ -577,9 +577,10 @@ def test_gradients_have_more_weights_and_the_final_nearest(monkeypatch):
 def test_stored_counts_are_kept_without_fashion_mnist(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sections.subjects, "FASHION_FOLDER", tmp_path)
     monkeypatch.setattr(data, "count", lambda shape: {"new": shape.name})
+    monkeypatch.setattr(data, "count_gradient", lambda shape: {"least": 1})
     found = sections.count_data({data.F.name: {"old": True}})
     assert found[data.F.name] == {"old": True}
-    assert found[data.C.name] == {"new": data.C.name}
+    assert found[data.C.name] == {"new": data.C.name, "gradient": {"least": 1}}
     assert "not counted" in capsys.readouterr().out
 
 
@@ -738,6 +739,10 @@ def test_products_of_plain_torch():
     eager = model.torch_path(A100, 128, 4096, 3072, "fp32", compiled=False)
     assert parts["products"] == eager["products"]
     assert sum(parts.values()) < sum(eager.values())
+    back = model.torch_backward(A100, 128, 4096, 3072, "fp32", compiled=False)
+    assert back["products"] == eager["products"]  # as many and as large
+    compiled = model.torch_backward(A100, 128, 4096, 3072, "fp32", compiled=True)
+    assert compiled["rest"] < back["rest"] < eager["pairs"]
 
 
 # ---- a kernel that is compiled now ---------------------------------------------------------------
@@ -817,6 +822,16 @@ def test_stored_sections_are_read_back(tmp_path, monkeypatch):
     assert len(results.PATH.read_text().splitlines()) < 15
     with pytest.raises(ValueError, match="allowed is one of data"):
         results.store("elsewhere", {})
+
+
+def test_gradients_are_added_to_the_forward_pass():
+    def rows(seconds):
+        paths = [path for path in page.PATHS if path != "triton"]
+        return [["C", "A100 SXM", path, "some", seconds, 1, ""] for path in paths]
+
+    text = page.gradient_table({"predicted": rows(1e-6), "backward": rows(2e-6)})
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    assert cells == ["C", "A100 SXM", "2 µs", *["3 µs"] * 5]
 
 
 def test_predicted_and_measured_times_side_by_side():
