@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_PAIRS = 1 << 21  # queries × references: 12 bytes each, 20 in the backward pass
+MAX_PAIRS = 1 << 22  # queries × references: 12 bytes each, 20 in the backward pass
 MAX_PARTS = 1 << 22  # values in the partial sums of a chunk
 MAX_QUERIES = 4096  # in a block
 MAX_REFERENCES = 1 << 16  # in a chunk

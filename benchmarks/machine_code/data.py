@@ -22,7 +22,7 @@ from benchmarks.common.subjects import Case
 from benchmarks.machine_code.devices import DEVICES, Device
 
 # Constants of the kernels.
-PAIRS, PARTS, ROWS, REFERENCES = 1 << 21, 1 << 23, 4096, 1 << 16  # the largest chunk and block
+PAIRS, PARTS, ROWS, REFERENCES = 1 << 22, 1 << 23, 4096, 1 << 16  # the largest chunk and block
 TILE, NEAR, CUTOFF = 64, 20.0, 16.0
 GRADIENT_CUTOFF = 8.0  # the weights of gradients are cut off so much later
 SUM_TILE = 32
@@ -49,6 +49,8 @@ class Shape(NamedTuple):
     N: int
     type: str = "float32"
     """Type of the references, as in the names of CUDA kernels."""
+    backward: bool = False
+    """In the backward pass chunks have half as many pairs."""
 
     @property
     def block(self) -> int:
@@ -60,7 +62,8 @@ class Shape(NamedTuple):
     @property
     def chunk(self) -> int:
         """The number of references in a chunk."""
-        fitting = 128 * max(PAIRS // self.block // 128, 1)
+        pairs = PAIRS // 2 if self.backward else PAIRS
+        fitting = 128 * max(pairs // self.block // 128, 1)
         return min(self.M, fitting, REFERENCES, 32 * PART_PANELS * self._most_parts)
 
     @property
@@ -489,7 +492,7 @@ def count_gradient(
     cards: Sequence[Device] = DEVICES,
 ) -> dict[str, Any]:
     """What :func:`count` counts for the forward pass, as far as the CUDA kernels need it."""
-    case = prepare(shape)
+    case, shape = prepare(shape), shape._replace(backward=True)
     totals, queries = Totals(shape.chunks, shape.B / len(case.x)), Mean()
     lists = Lists(shape, cards)
     for chunk in gradient_chunks(case, shape, squared_distances(case)):

@@ -382,6 +382,7 @@ def gradient_counts(
         data: what :func:`benchmarks.machine_code.data.count_gradient` returns for the shape.
         references: whether the gradient of the references is found, beside that of the queries.
     """
+    shape = shape._replace(backward=True)
     _check_features(shape)
     if not shape.few:
         yield _center(shape)

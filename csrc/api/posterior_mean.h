@@ -134,7 +134,8 @@ std::string cuda_problem(int device);
 // Limits of the blocks and chunks that a problem is split into on a CUDA device. They bound the
 // workspace. Tests lower them.
 struct CudaLimits {
-  std::int64_t pairs = 1 << 21;       // queries × references; each pair takes 12 to 24 bytes
+  // Queries × references. Each takes 12 bytes; half as many in the backward pass 24.
+  std::int64_t pairs = 1 << 22;
   std::int64_t parts = 1 << 23;       // values in the partial sums of a chunk
   std::int64_t queries = 4096;        // in a block
   std::int64_t references = 1 << 16;  // in a chunk

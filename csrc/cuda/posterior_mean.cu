@@ -44,7 +44,7 @@ struct Partition {
   bool halves;  // whether weighted sums multiply float16 parts
 };
 
-Partition partition_of(const Problem& problem, int multiprocessors) {
+Partition partition_of(const Problem& problem, int multiprocessors, bool backward) {
   Partition partition;
   const Index fitting =
       smaller(limits.queries, larger(kSumRows, limits.parts / 2 / problem.features));
@@ -54,7 +54,8 @@ Partition partition_of(const Problem& problem, int multiprocessors) {
   const Index part = larger(1, divide_up(problem.queries, blocks));
   partition.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
                               smaller(larger(1, problem.queries), fitting));
-  const Index most = 128 * larger(limits.pairs / partition.queries / 128, 1);
+  const Index pairs = backward ? limits.pairs / 2 : limits.pairs;
+  const Index most = 128 * larger(pairs / partition.queries / 128, 1);
   const Index most_parts = larger(1, limits.parts / (partition.queries * problem.features));
   partition.references = smaller(smaller(problem.references, most),
                                  smaller(limits.references, most_parts * kPartPanels * kPanel));
@@ -90,7 +91,7 @@ class Calculation {
       : problem_(problem),
         stream_(stream),
         arena_(workspace),
-        partition_(partition_of(problem, stream.multiprocessors())),
+        partition_(partition_of(problem, stream.multiprocessors(), backward)),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;

@@ -501,13 +501,14 @@ def test_shapes_are_split_as_in_the_kernels():
     assert data.BIG.blocks() == [1024] * 4
     assert data.BIG._replace(B=2800).blocks() == [960, 960, 880]
     assert data.BIG._replace(B=65, N=65536).blocks() == [33, 32]
-    assert (data.BIG.chunk, data.BIG.chunks) == (2048, 25)
-    assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 8192, 8)
+    assert (data.BIG.chunk, data.BIG.chunks) == (4096, 13)
+    assert data.BIG._replace(backward=True).chunk == 2048
+    assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 16384, 4)
     assert (data.C.chunks, data.G.chunks) == (1, 1)
 
 
 def test_shapes_have_all_chunks_and_parts():
-    assert data.F.chunk_sizes() == [8192] * 7 + [2656]
+    assert data.F.chunk_sizes() == [16384] * 3 + [10848]
     assert data.C.chunk_sizes() == [4096]
     # 4 and 96 tiles of 32 queries × 128 features, 4 blocks on each of 132 multiprocessors, 45 and
     # 128 panels.
@@ -515,7 +516,7 @@ def test_shapes_have_all_chunks_and_parts():
     assert data.C.part_panels(132) == 16
     assert data.C.part_panels(1000) == 7  # 21 parts fit
     assert data.C.part_panels(300) == 11
-    assert data.BIG.part_panels(132) == 32  # 2 parts of 1024 × 3072 values fit
+    assert data.BIG.part_panels(132) == 64  # 2 parts of 1024 × 3072 values fit
     assert not data.C.few
     assert data.C._replace(B=15).few
     assert data.C._replace(N=31).few

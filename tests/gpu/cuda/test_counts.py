@@ -192,8 +192,8 @@ def test_types(run, sizes):
 @pytest.fixture
 def small_chunks(shim, monkeypatch):
     """256 references and 40 queries at a time."""
-    shim.limits(pairs=10_240, queries=40, references=256)
-    for name, limit in (("PAIRS", 10_240), ("ROWS", 40), ("REFERENCES", 256)):
+    shim.limits(pairs=20_480, queries=40, references=256)
+    for name, limit in (("PAIRS", 20_480), ("ROWS", 40), ("REFERENCES", 256)):
         monkeypatch.setattr(data, name, limit)
 
 

@@ -130,7 +130,10 @@ def test_more_references_than_a_chunk_can_have(op):
 
 
 def test_workspace_is_bounded(device):
-    for B, N, backward in ((1, 3072, False), (128, 3072, True), (5000, 20, True)):
+    for B, N, backward in (
+        (1, 3072, False), (128, 3072, True), (1400, 3072, True), (1400, 3072, False),
+        (5000, 20, True), (5000, 20, False), (32, 100_000, True), (32, 100_000, False),
+    ):  # fmt: skip
         x = torch.empty(1, N, device=device).expand(B, N)
         radius = torch.empty(B, dtype=torch.float64, device=device)
         sizes = []
