@@ -117,6 +117,8 @@ def _first_in_registers(instruction: Instruction) -> bool:
 def _shared(instruction: Instruction, card: Device, factor: float) -> Need:
     if instruction.base == "SHFL":
         return Need("shared", 1, card.rate("shared_latency") - 5)
+    if instruction.base in ("REDUX", "CREDUX"):  # half the rate of a shuffle; latency assumed
+        return Need("shared", 2, card.rate("shared_latency") - 5)
     if instruction.base in ("LDSM", "STSM"):
         found = re.search(r"\.M88(?:\.(\d))?", instruction.name)
         lines = float(found[1] or 1) if found else 4.0
