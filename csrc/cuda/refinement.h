@@ -93,6 +93,8 @@ struct LimitMemory {
   }
 };
 
+// ---- the list of pairs -----------------------------------------------------------------------
+
 // The tile number `turn` of a warp, which may be after the last one. Warps take turns, and so share
 // out the tiles of a query whose pairs are listed.
 template <int WARPS>
@@ -100,68 +102,95 @@ __device__ inline int tile_of(int turn, int warp) {
   return turn * WARPS + warp;
 }
 
+constexpr int kTogether = 4;  // tiles that a warp looks through together
+
+// Some tiles of a query, and the two references of this lane in each.
+struct SomeTiles {
+  int tile[kTogether];   // −1 after the last one
+  int first[kTogether];  // the lane's first reference, or 0 if it has none
+  int known[kTogether];  // how many references there are from the first one on
+  double2 distance[kTogether];
+  unsigned refined[kTogether][2];  // a bit for each lane whose distance is refined
+  std::int64_t least[kTogether];   // the smallest of all other distances
+
+  // Starts to load the tiles numbered by the lowest bits of `alive`, which are cleared.
+  template <int WARPS>
+  __device__ void load(const double* squared, int references, int turn, unsigned& alive,
+                       const Lane& lane) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i, alive &= alive - 1) {
+      const int own = turn + __ffs(static_cast<int>(alive)) - 1;
+      tile[i] = alive != 0 ? tile_of<WARPS>(own, lane.warp) : -1;
+      const int j = tile[i] * kTileReferences + 2 * lane.lane;
+      known[i] = tile[i] < 0 ? 0 : references - j;
+      first[i] = known[i] > 0 ? j : 0;
+      distance[i] = *reinterpret_cast<const double2*>(squared + first[i]);
+    }
+  }
+
+  // Finds the distances up to the limit, and those that are not finite. Returns their number.
+  __device__ unsigned select(std::int64_t limit) {
+    // The bits of other distances minus `after` are less than `between`.
+    const auto after = static_cast<std::uint64_t>(limit + 1), between = kInfiniteBits - after;
+    unsigned count = 0;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      least[i] = kInfiniteBits;
+      for (int e = 0; e < 2; ++e) {
+        const std::int64_t bits = bits_of(e == 0 ? distance[i].x : distance[i].y);
+        const bool stays = static_cast<std::uint64_t>(bits) - after < between;
+        refined[i][e] = __ballot_sync(kAll, known[i] > e && !stays);
+        count += static_cast<unsigned>(__popc(refined[i][e]));
+        if (known[i] > e && stays) least[i] = Least()(least[i], bits);
+      }
+      least[i] = least_of_warp(least[i]);
+    }
+    return count;
+  }
+
+  // Writes the places of these distances, `row` and more, and the minima of tiles.
+  __device__ void store(unsigned* list, unsigned row, double* lowest, const Lane& lane) const {
+    const unsigned before = (1u << lane.lane) - 1;  // the lanes before this one
+    int stored = -1;                                // each of the first lanes stores one minimum
+    std::int64_t minimum = 0;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        if ((refined[i][e] >> lane.lane & 1u) != 0)
+          list[__popc(refined[i][e] & before)] = row + static_cast<unsigned>(first[i] + e);
+        list += __popc(refined[i][e]);
+      }
+      if (lane.lane == i) stored = tile[i], minimum = least[i];
+    }
+    if (stored >= 0) lowest[stored] = double_of(minimum);
+  }
+};
+
 // Lists the pairs of a query whose distance is not above the limit, or not finite. The minima of
 // their tiles, which are in `low`, become those of all other distances. All warps of a block call
 // this. The order of the list may differ between runs.
 template <int WARPS>
 __device__ inline void list_pairs(const Pairs& pairs, Index query, int references,
                                   std::int64_t limit, const double* low) {
-  constexpr int kTogether = 4;  // tiles whose loads are under way together
   const Lane lane = this_lane();
-  const unsigned before = (1u << lane.lane) - 1;  // the lanes before this one
-  const double* const squared = pairs.squared + query * pairs.stride;
-  double* const lowest = pairs.lowest + query * pairs.tiles;
-  const auto place0 = static_cast<unsigned>(query * pairs.stride);
-  // Distances in between stay as they are. Their bits minus `after` are less than `between`.
-  const auto after = static_cast<std::uint64_t>(limit + 1), between = kInfiniteBits - after;
+  const Index row = query * pairs.stride;
 #pragma unroll 1
   for (int turn = 0; tile_of<WARPS>(turn, 0) < pairs.tiles; turn += 32) {
     const int own = tile_of<WARPS>(turn + lane.lane, lane.warp);
     unsigned alive = __ballot_sync(kAll, own < pairs.tiles && bits_of(low[own]) <= limit);
 #pragma unroll 1
     while (alive != 0) {
-      int tile[kTogether], first[kTogether], known[kTogether];  // this lane's references
-      double2 distance[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i, alive &= alive - 1) {
-        tile[i] =
-            alive != 0 ? tile_of<WARPS>(turn + __ffs(static_cast<int>(alive)) - 1, lane.warp) : -1;
-        const int j = tile[i] * kTileReferences + 2 * lane.lane;
-        known[i] = tile[i] < 0 ? 0 : references - j;
-        first[i] = known[i] > 0 ? j : 0;
-        distance[i] = *reinterpret_cast<const double2*>(squared + first[i]);
-      }
-      unsigned refined[kTogether][2], count = 0;
-      std::int64_t least[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        least[i] = kInfiniteBits;
-        for (int e = 0; e < 2; ++e) {
-          const std::int64_t bits = bits_of(e == 0 ? distance[i].x : distance[i].y);
-          const bool stays = static_cast<std::uint64_t>(bits) - after < between;
-          refined[i][e] = __ballot_sync(kAll, known[i] > e && !stays);
-          count += static_cast<unsigned>(__popc(refined[i][e]));
-          if (known[i] > e && stays) least[i] = Least()(least[i], bits);
-        }
-        least[i] = least_of_warp(least[i]);
-      }
-      unsigned at = lane.lane == 0 ? atomicAdd(pairs.listed, count) : 0;
-      at = __shfl_sync(kAll, at, 0);
-      int stored = -1;  // the tile whose minimum this lane stores
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        for (int e = 0; e < 2; ++e) {
-          if ((refined[i][e] >> lane.lane & 1u) != 0)
-            pairs.list[at + static_cast<unsigned>(__popc(refined[i][e] & before))] =
-                place0 + static_cast<unsigned>(first[i] + e);
-          at += static_cast<unsigned>(__popc(refined[i][e]));
-        }
-        if (lane.lane == i) stored = tile[i], least[0] = least[i];
-      }
-      if (stored >= 0) lowest[stored] = double_of(least[0]);
+      SomeTiles tiles;
+      tiles.load<WARPS>(pairs.squared + row, references, turn, alive, lane);
+      const unsigned count = tiles.select(limit);
+      const unsigned at = lane.lane == 0 ? atomicAdd(pairs.listed, count) : 0;
+      tiles.store(pairs.list + __shfl_sync(kAll, at, 0), static_cast<unsigned>(row),
+                  pairs.lowest + query * pairs.tiles, lane);
     }
   }
 }
+
+// ---- find_limits -----------------------------------------------------------------------------
 
 // Finds the limit of a query, and lists its pairs up to it. units[query] is the power of two by
 // which differences are multiplied, so that float32 holds their squares. `nearest` is the smallest

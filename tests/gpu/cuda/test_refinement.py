@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from pfgm.backends.problems import PosteriorMean
 from pfgm.common.tensors import dequantise
 
 FEATURES = [20, 40]  # distances from differences, and from products
@@ -163,7 +164,7 @@ def test_a_point_on_a_reference_beside_one_that_is_too_large(op):
 def test_a_reference_that_is_not_finite_makes_all_results_nan(op, bad, N):
     x, references, sigma = op.problem(18, 300, N)
     references[130, N - 1] = bad
-    for result in op.compute(x, references, sigma, 1.0):
+    for result in op.module.posterior_mean(PosteriorMean(x, references, sigma, 1.0)):
         assert result.isnan().all()
 
 
