@@ -214,7 +214,9 @@ class _Multiprocessor:
             for i, one in enumerate(code)
         ]
         self.warps = [
-            _Warp(block, w % SCHEDULERS, w == 0) for block in range(blocks) for w in range(warps)
+            _Warp(block, (block * warps + w) % SCHEDULERS, w == 0)
+            for block in range(blocks)
+            for w in range(warps)
         ]
         self.free = [0.0] * len(self.places)
         self.issue = [0.0] * SCHEDULERS

@@ -260,7 +260,7 @@ def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Wor
     # block, comes to it.
     rows = min(pairs, refined["turns"] * share + blocks)
     loops = {
-        "pairs": Loop(pairs, up(pairs, blocks), Amount(exchanges=_OVER_WARP)),
+        "pairs": Loop(pairs, up(pairs, blocks), Amount(exchanges=2 * _OVER_WARP)),
         "rows": Loop(rows, up(rows, blocks)),
     }
     name = f"refine<{shape.type}>"

@@ -61,12 +61,12 @@ struct QueryLimit {
   }
 
   // The power of two that brings the square root of `near` to at least 1, below 2, or the nearest
-  // one that float32 holds.
+  // one that float32 holds, and twice of it too.
   __device__ float unit() const {
     if (!(near < INFINITY)) return 0x1p-76f;
     const int power = (static_cast<int>(bits_of(near) >> 52) - 1023) >> 1;
     const int biased = 127 - power;
-    return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23);
+    return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 253 ? 253 : biased) << 23);
   }
 };
 
@@ -79,7 +79,12 @@ __device__ inline std::int64_t least_of_warp(std::int64_t value) {
   return static_cast<std::int64_t>(least) * (std::int64_t{1} << 32) + least_rest;
 }
 
-// Distances are compared by their bits, which takes no float64.
+// Distances are compared by their bits, which takes no float64. These are the bits of |v|.
+__device__ inline std::int64_t bits_of_size(double v) { return bits_of(v) & 0x7fffffffffffffff; }
+__device__ inline bool is_finite(double v) {
+  return static_cast<std::uint64_t>(bits_of_size(v)) < kInfiniteBits;
+}
+
 template <int WARPS>
 struct LimitMemory {
   std::int64_t least[WARPS], farthest[WARPS];
@@ -195,7 +200,7 @@ __device__ inline void list_pairs(const Pairs& pairs, Index query, int reference
 // Finds the limit of a query, and lists its pairs up to it. units[query] is the power of two by
 // which differences are multiplied, so that float32 holds their squares. `nearest` is the smallest
 // distance to references of other chunks, or null; `scale` that of the centred references. Without
-// PRODUCTS distances were found from differences. One warp does the arithmetic in float64.
+// PRODUCTS distances were found from differences.
 template <bool PRODUCTS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, 1)
     find_limits(const WeightLaw law, const double* radius, const double* nearest, const Pairs pairs,
@@ -206,6 +211,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   const Lane lane = this_lane();
   const Index query = blockIdx.x;
   const int own = tile_of<WARPS>(lane.lane, lane.warp);
+  // One warp does the arithmetic in float64. Those of the blocks of a multiprocessor are spread
+  // over its schedulers.
+  const bool computes = lane.warp == static_cast<int>((blockIdx.x * 2654435769u >> 29) % WARPS);
   QueryLimit limit = {};
   limit.base = nearest ? nearest[query] : INFINITY;
   limit.norm = pairs.norms[query];
@@ -216,12 +224,12 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   for (int tile = own; tile < pairs.tiles; tile += 32 * WARPS) {
     low[tile] = pairs.lowest[query * pairs.tiles + tile];
     if (PRODUCTS) reach[tile] = pairs.reach[tile];
-    least = Least()(least, bits_of(fabs(low[tile])));
+    least = Least()(least, bits_of_size(low[tile]));
   }
   least = least_of_warp(least);
   if (lane.lane == 0) shared.least[lane.warp] = least;
   __syncthreads();
-  if (lane.warp == 0) {
+  if (computes) {
     for (const std::int64_t bits : shared.least) least = Least()(least, bits);
     limit.base = fmin(limit.base, double_of(least));
     limit.start<PRODUCTS>(law, r, features, PRODUCTS ? scale[1] : 0);
@@ -236,7 +244,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   int close = 0;
 #pragma unroll 1
   for (int tile = own; tile < pairs.tiles; tile += 32 * WARPS) {
-    const std::int64_t bits = bits_of(fabs(low[tile]));
+    const std::int64_t bits = bits_of_size(low[tile]);
     close += bits <= shared.close_to;
     if (PRODUCTS && bits <= shared.near) farthest = Most()(farthest, bits_of(reach[tile]));
   }
@@ -244,7 +252,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   close = __reduce_add_sync(kAll, close);
   if (lane.lane == 0) shared.farthest[lane.warp] = farthest, shared.close[lane.warp] = close;
   __syncthreads();
-  if (lane.warp == 0) {
+  if (computes) {
     for (const std::int64_t bits : shared.farthest) farthest = Most()(farthest, bits);
     close = 0;
     for (const int each : shared.close) close += each;
@@ -278,9 +286,9 @@ __device__ inline TwoFloats two_floats(const std::uint8_t* from) {
   return {high, ((whole - front * 255) - (high - front) * 255) * (1 / 255.0f)};
 }
 
-// This lane's part of Σ (unit (x − y))², high − low; `unit` is a power of two. With CUT,
-// differences count as at most 2^55: such a reference is too far away to have a weight. Without it,
-// a sum that is too large is not finite.
+// This lane's part of Σ (unit (x − y))²; `unit` is a power of two. With CUT, differences count as
+// at most 2^55: such a reference is too far away to have a weight. Without it, a sum that is too
+// large is not finite.
 template <bool CUT, class R>
 __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int features, float unit,
                                            int lane) {
@@ -320,7 +328,19 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
       add_compensated(total, lost, high * high + high * rest);
     }
   }
-  return {total, lost};
+  return {total, -lost};
+}
+
+// Σ over the lanes of a warp, in two floats. All lanes get the same bits.
+__device__ inline TwoFloats over_warp(TwoFloats sum) {
+  for (int apart = 16; apart > 0; apart /= 2) {
+    const float other = __shfl_xor_sync(kAll, sum.high, apart);
+    const float low = sum.low + __shfl_xor_sync(kAll, sum.low, apart);
+    const float high = sum.high + other, of_other = high - sum.high;
+    const float rest = (sum.high - (high - of_other)) + (other - of_other);
+    sum = {high, low + rest};
+  }
+  return sum;
 }
 
 // Σ (x − y)², computed by a warp. All lanes get the result. If the input is not finite, it is NaN,
@@ -330,10 +350,12 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
                                           int lane) {
   TwoFloats part = sum_of_squares<false>(x, y, features, unit, lane);
   if (!(part.high < INFINITY)) part = sum_of_squares<true>(x, y, features, unit, lane);
-  const double per_unit = inverse_power(unit);
-  const double all = over_warp(static_cast<double>(part.high) - part.low, Sum());
-  const double sum = all * per_unit * per_unit;
-  return sum < INFINITY ? sum : NAN;
+  part = over_warp(TwoFloats{part.high * 0x1p-6f, part.low * 0x1p-6f});  // float32 holds the sum
+  const std::int64_t power =
+      127 - static_cast<std::int64_t>(bits_of(unit) >> 23);  // 1/unit = 2^power
+  const double factor = double_of((1023 + 2 * power + 6) << 52);
+  const double sum = (static_cast<double>(part.high) + part.low) * factor;
+  return is_finite(sum) ? sum : NAN;
 }
 
 // Σ g (y − centre), computed by a warp; lane 0 gets the result.
@@ -369,7 +391,7 @@ __global__ void __launch_bounds__(kRefineThreads, 1)
     if (lane.lane == 0) {
       pairs.squared[place] = distance;
       double* const lowest = pairs.lowest + static_cast<Index>(query) * pairs.tiles;
-      atomic_least(lowest + reference / kTileReferences, distance == distance ? distance : -1);
+      atomic_least(lowest + reference / kTileReferences, is_finite(distance) ? distance : -1);
     }
     if (!upstream.at || !center) continue;
     float& projected = pairs.projected[place];

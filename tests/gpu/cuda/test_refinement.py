@@ -27,7 +27,7 @@ def refined(shim):
         shim.counts(True)
         run()
         launches = [one[-1] for one in shim.counts(False) if one[0] == "refine"]
-        return [sum(blocks["__shfl_xor_sync"]) // 5 for blocks in launches]  # 32 = 2^5 lanes
+        return [sum(blocks["__shfl_xor_sync"]) // 10 for blocks in launches]  # 5 of two floats
 
     return refined
 
@@ -155,6 +155,17 @@ def test_a_point_on_a_reference_beside_one_that_is_too_large(op):
     references[70] = 1e30
     x[:] = references[66]
     mean, lse = op.compute(x, references, torch.zeros(18, dtype=torch.float64), 1.0)
+    assert torch.equal(mean, x)
+    assert lse.isposinf().all()
+
+
+@pytest.mark.parametrize("N", FEATURES)
+def test_distances_of_zero_beside_one_that_is_too_large(op, device, N):
+    """All other references are the centre, and the points lie on them."""
+    references = torch.full((300, N), 0.5, device=device)
+    references[70] = 1e30
+    x, radius = references[:18].clone(), torch.zeros(18, dtype=torch.float64, device=device)
+    mean, lse = op.compute(x, references, radius, 1.0)
     assert torch.equal(mean, x)
     assert lse.isposinf().all()
 
