@@ -267,9 +267,10 @@ class Calculation {
 
   template <int WARPS>
   void limit_distances(const double* nearest) const {
+    const float width = static_cast<float>(std::sqrt(static_cast<double>(features_)));
     const auto kernel = partition_.few ? find_limits<false, WARPS> : find_limits<true, WARPS>;
     run("find_limits", {queries()}, 32 * WARPS, LimitMemory<WARPS>::bytes(pairs_.tiles), kernel,
-        law_, radius(), nearest, pairs_, references(), features_, center_.scale, units_);
+        law_, radius(), nearest, pairs_, references(), width, center_.scale, units_);
   }
 
   template <bool PROJECT>

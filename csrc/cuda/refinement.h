@@ -28,16 +28,16 @@ struct QueryLimit {
   double smallest;    // error of values too small for float16, or of squares too small for float32
   double near;        // the largest distance that is refined, if any is
 
-  // Without PRODUCTS distances are found from differences. `per_scale` is 1 over the scale of the
-  // centred references.
+  // `width` is √features. Without PRODUCTS distances are found from differences. `per_scale` is 1
+  // over the scale of the centred references.
   template <bool PRODUCTS>
-  __device__ void start(const WeightLaw& law, double r, int features, float per_scale) {
+  __device__ void start(const WeightLaw& law, double r, float width, float per_scale) {
     root = sqrt(norm);
     s = base + r * r;
     // The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest
     // distance has an error too.
-    smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : features * 0x1p-126;
-    const float of_smallest = PRODUCTS ? 4 * sqrtf(static_cast<float>(features)) : 4;
+    smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : width * width * 0x1p-126;
+    const float of_smallest = PRODUCTS ? 4 * width : 4;
     const double bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
     within = law.gaussian ? 2 * r * r : s * law.per_power;
     near = base + bound + (law.gaussian ? kNear * within : law.near_spread * s);
@@ -55,9 +55,12 @@ struct QueryLimit {
     const float score = law.gaussian
                             ? (base == 0 ? 0 : static_cast<float>(base / within))
                             : static_cast<float>(law.exponent) * fabsf(logf(static_cast<float>(s)));
-    const float averaged = sqrtf(fmaxf(static_cast<float>(close) * (1 / 2.718f), 1));
-    const float allowed = fminf(averaged, fmaxf(1, score) * 0x1p-4f);
-    return error > kTolerance * allowed * within || near == INFINITY;
+    // The error may be at most √averaged times that of one weight, and as large as the score
+    // allows.
+    const double one = kTolerance * within;
+    const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
+    return error * error > averaged * (one * one) || error > one * (fmaxf(1, score) * 0x1p-4f) ||
+           near == INFINITY;
   }
 
   // The power of two that brings the square root of `near` to at least 1, below 2, or the nearest
@@ -199,12 +202,12 @@ __device__ inline void list_pairs(const Pairs& pairs, Index query, int reference
 
 // Finds the limit of a query, and lists its pairs up to it. units[query] is the power of two by
 // which differences are multiplied, so that float32 holds their squares. `nearest` is the smallest
-// distance to references of other chunks, or null; `scale` that of the centred references. Without
-// PRODUCTS distances were found from differences.
+// distance to references of other chunks, or null; `width` is √features; `scale` is that of the
+// centred references. Without PRODUCTS distances were found from differences.
 template <bool PRODUCTS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, 1)
     find_limits(const WeightLaw law, const double* radius, const double* nearest, const Pairs pairs,
-                int references, int features, const float* scale, float* units) {
+                int references, float width, const float* scale, float* units) {
   auto& shared = *reinterpret_cast<LimitMemory<WARPS>*>(shared_memory());
   double* const low = reinterpret_cast<double*>(&shared + 1);
   double* const reach = low + pairs.tiles;
@@ -232,7 +235,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   if (computes) {
     for (const std::int64_t bits : shared.least) least = Least()(least, bits);
     limit.base = fmin(limit.base, double_of(least));
-    limit.start<PRODUCTS>(law, r, features, PRODUCTS ? scale[1] : 0);
+    limit.start<PRODUCTS>(law, r, width, PRODUCTS ? scale[1] : 0);
     if (lane.lane == 0) {
       shared.near = bits_of(limit.near);
       shared.close_to = bits_of(limit.base + limit.within);
