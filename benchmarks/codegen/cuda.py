@@ -119,8 +119,12 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "differences": Intent(256, blocks=2, copies=True),
-    "find_limits": Intent(128, blocks=2),
-    "refine": Intent(256, blocks=2),
+    **{
+        f"find_limits<{products}, {warps}>": Intent(32 * warps, blocks=2)
+        for products in ("true", "false")
+        for warps in (4, 8)
+    },
+    "refine": Intent(512),
     "weigh": Intent(256, blocks=2),
     "order_queries": Intent(256, blocks=2),
     "weighted_sum": Intent(128, blocks=2, products=".TF32", copies=True),

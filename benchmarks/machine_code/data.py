@@ -31,6 +31,7 @@ BOUND = 2.0**-18
 NOISE, TOLERANCE = 2.0**-22, 1.5e-4  # of a panel of centred products
 SAMPLES = 16  # references whose mean is the centre
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
+LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
 
@@ -391,6 +392,19 @@ def segment_of(tiles: int) -> int:
     return max(SEGMENT, -(-tiles // 256))
 
 
+def limit_warps(tiles: int) -> int:
+    """Warps of a block of the CUDA ``find_limits``."""
+    return 8 if tiles > 32 else 4
+
+
+def listing_turns(visited: Tensor) -> Tensor:
+    """Turns in which the warps of the CUDA ``find_limits`` list the pairs of each query (B,)."""
+    warps = limit_warps(visited.shape[1])
+    groups = _tiles(visited.float(), 32 * warps, 0.0)  # tiles in which each warp has 32
+    by_warp = groups.view(len(visited), -1, 32, warps).sum(2)
+    return (by_warp / LISTED_TOGETHER).ceil().sum((1, 2))
+
+
 def work_of(refined: Refined) -> dict[str, float]:
     """Pairs and tiles of ``refine``, for all queries. "most" is the work of the busiest program."""
     segment = segment_of(refined.visited.shape[1])
@@ -401,11 +415,9 @@ def work_of(refined: Refined) -> dict[str, float]:
     }
     found = {name: float(values.sum()) for name, values in by_program.items()}
     found |= {f"{name}, most": float(v.max()) for name, v in by_program.items()}
-    for tiles in (1, 4):  # of a block of the CUDA kernel
-        groups = _tiles(pairs.sum(2), tiles, 0.0).sum(2)
-        alive = _tiles(refined.visited.float(), tiles, 0.0).amax(2)
-        found[f"groups of {tiles}"] = float(alive.sum())
-        found[f"pairs of {tiles}, most"] = float(groups.max())
+    turns = listing_turns(refined.visited)
+    found["turns"] = float(turns.sum())
+    found["turns, most"] = float(turns.max())
     return found
 
 

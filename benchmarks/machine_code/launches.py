@@ -7,9 +7,9 @@ If a kernel has several configurations, the first is taken, as in deterministic 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.machine_code import kernels, work
+from benchmarks.machine_code import kernels, sass, work
 from benchmarks.machine_code.data import SORTED, SUM_TILE, TILE, Shape, segment_of, up
 from benchmarks.machine_code.devices import Device
 from benchmarks.machine_code.kernels import Compiled
@@ -259,9 +259,7 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
     if one.name == "refine":
         return _refine_phases(one, kernel, shape.N)
     if one.name == "find_limits":
-        trips = one.loops["minima"].most
-        loops = [_loop("minima", kernel, loop, one.blocks, trips) for loop in kernel.loops]
-        return (_once(kernel, one.blocks), *loops)
+        return _limits_phases(one, kernel)
     # One thread of each query of ``merge`` finds the log-sum-exp in float64; another block hides
     # its time.
     straight = kernel.straight(without="fp64" if one.name == "merge" else None)
@@ -291,7 +289,7 @@ def with_copied(phases: Sequence[Phase], one: Work, kernel: Compiled) -> tuple[P
     if coded == 0:
         return tuple(phases)
     share = one.total.copied / coded
-    return tuple(_with_share(part, "LDGSTS", share) for part in phases)
+    return tuple(_with_shares(part, {"LDGSTS": share}) for part in phases)
 
 
 def copied_bytes(code: Sequence[Instruction], threads: int) -> int:
@@ -299,28 +297,93 @@ def copied_bytes(code: Sequence[Instruction], threads: int) -> int:
     return threads * sum(access_bytes(one) for one in code if one.base == "LDGSTS")
 
 
-def _with_share(part: Phase, base: str, share: float) -> Phase:
-    """The phase, with accesses to global memory that read this share of their bytes."""
-    found = {i: share for i, one in enumerate(part.code) if one.base == base}
+def _with_shares(part: Phase, shares: Mapping[str, float]) -> Phase:
+    """The phase, with accesses to global memory that move these shares of their bytes."""
+    found = {i: shares[one.base] for i, one in enumerate(part.code) if one.base in shares}
     return part._replace(factors=tuple(sorted((dict(part.factors) | found).items())))
+
+
+def _limits_phases(one: Work, kernel: Compiled) -> tuple[Phase, ...]:
+    turn = kernels.loop_with_most(kernel, "ATOMG")
+    minima, turns = one.loops["minima"].most, one.loops["turns"]
+    others = [loop for loop in kernel.loops if loop != turn]
+    # Between the first two barriers, and between the last two, one warp works for all.
+    parts = _between_barriers(kernel.straight())
+    for_all = phase(ONCE, kernel, parts[1] + parts[3], one.blocks, 1)._replace(warps=1)
+    # The stores, and the addition to the length of the list, are made by a few lanes.
+    by_few = {"STG": 1 / 32, "ATOMG": 1 / 32}
+    return (
+        phase(ONCE, kernel, parts[0] + parts[2] + parts[4], one.blocks, 1),
+        for_all,
+        *(_loop("minima", kernel, loop, one.blocks, minima) for loop in others),
+        *(
+            _with_shares(part, by_few)
+            for part in _by_warps("turns", kernel, kernel.body(turn), turns, one.blocks)
+        ),
+    )
+
+
+def _between_barriers(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The code in parts, each of which ends with a barrier of the block or with the code."""
+    found: list[list[Instruction]] = [[]]
+    for one in code:
+        found[-1].append(one)
+        if one.base == "BAR":
+            found.append([])
+    return found
+
+
+def _by_warps(
+    name: str, kernel: Compiled, code: Sequence[Instruction], loop: work.Loop, blocks: int
+) -> list[Phase]:
+    """The phases of a loop whose trips are those of single warps, which share them out.
+
+    In the last round of a block a part of its warps has one.
+    """
+    rounds, left = divmod(up(loop.most, 1), kernel.warps)
+    share = loop.trips / (blocks * loop.most) if loop.most else 0.0
+    found = [phase(name, kernel, code, blocks * rounds * share, rounds)]
+    if left:
+        last = phase(name, kernel, code, blocks * share, 1)
+        found.append(last._replace(warps=left))
+    return found
 
 
 def _refine_phases(one: Work, kernel: Compiled, features: int) -> tuple[Phase, ...]:
     inner = kernels.loop_with_most(kernel, "fp32")
-    (of_pair,) = kernels.loops_around(kernel, inner)
+    (around,) = kernels.loops_around(kernel, inner)
+    pairs, rows = one.loops["pairs"], one.loops["rows"]
+    whole, last = _trips_of_refine(kernel, inner)
     # Two loads, of a query's and of a reference's value, for each step of a lane.
-    ahead = 32 * kernels.count_of(kernel.body(inner), "LDG") // 2  # features of a trip
-    turns = up(features, ahead)
-    pairs = one.loops["pairs"]
-    # A trip is that of all warps, which take turns with the pairs.
-    by_warp, slowest = pairs.trips / kernel.warps, up(pairs.most, kernel.warps)
-    straight = kernel.straight()
-    values = phase("features", kernel, kernel.body(inner), turns * by_warp, turns * slowest)
-    return (
-        *_once_if_alive(one, kernel, straight),
-        phase("pairs", kernel, kernel.body(of_pair), by_warp, slowest),
-        _with_share(values, "LDG", features / (turns * ahead)),
+    ahead = 32 * kernels.count_of(whole, "LDG") // 2  # features of a trip
+    turns, left = divmod(features, ahead)
+    # Other rows of queries come from the L1 cache.
+    read = (1 + rows.trips / max(1.0, pairs.trips)) / 2
+    found = [phase(ONCE, kernel, kernel.straight(), one.blocks, 1)]
+    for name, code, times, share in (
+        ("pairs", kernel.body(around), 1, 1.0),
+        ("features", whole, turns, read),
+        ("features", last, int(left > 0), read * left / ahead),
+    ):
+        for part in _by_warps(name, kernel, code, pairs, one.blocks):
+            longer = part._replace(trips=times * part.trips, most=times * part.most)
+            found.append(_with_shares(longer, {"LDG": share}))
+    return tuple(found)
+
+
+def _trips_of_refine(
+    kernel: Compiled, inner: Loop
+) -> tuple[Sequence[Instruction], Sequence[Instruction]]:
+    """A trip through whole steps, and the last one, whose loads are checked. Each has its loads."""
+    places = sass.basic_blocks(kernel.code, sass.own(inner, kernel.loops))
+    stretches = [[kernel.code[i] for i in part] for part in places]
+    loading = [part for part in stretches if kernels.count_of(part, "LDG")]
+    unchecked = max(
+        loading, key=lambda part: sum(one.base == "LDG" and not one.predicate for one in part)
     )
+    whole = [one for part in stretches if part == unchecked or part not in loading for one in part]
+    last = [one for part in stretches if part != unchecked for one in part]
+    return whole, last
 
 
 def _once_if_alive(one: Work, kernel: Compiled, straight: Sequence[Instruction]) -> list[Phase]:

@@ -32,6 +32,8 @@ class Phase(NamedTuple):
     """Trips of the block that makes most."""
     factors: tuple[tuple[int, float], ...] = ()
     """Place in the code → wavefronts of its access over the ideal, or the share of its bytes."""
+    warps: int | None = None
+    """Warps of a block that run it, by default all."""
 
 
 class Launch(NamedTuple):
@@ -69,7 +71,8 @@ def _run(
 
 
 def run_of(phase: Phase, launch: Launch, card: Device, blocks: int) -> pipeline.Run:
-    return _run(phase.code, card, launch.kernel.warps, blocks, phase.factors, phase.name == ONCE)
+    warps = phase.warps or launch.kernel.warps
+    return _run(phase.code, card, warps, blocks, phase.factors, phase.name == ONCE)
 
 
 def blocks_at_once(launch: Launch, card: Device) -> int:

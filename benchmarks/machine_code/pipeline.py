@@ -117,6 +117,8 @@ def _first_in_registers(instruction: Instruction) -> bool:
 def _shared(instruction: Instruction, card: Device, factor: float) -> Need:
     if instruction.base == "SHFL":
         return Need("shared", 1, card.rate("shared_latency") - 5)
+    if instruction.base in ("REDUX", "CREDUX"):  # half the rate of a shuffle; latency assumed
+        return Need("shared", 2, card.rate("shared_latency") - 5)
     if instruction.base in ("LDSM", "STSM"):
         found = re.search(r"\.M88(?:\.(\d))?", instruction.name)
         lines = float(found[1] or 1) if found else 4.0
@@ -212,7 +214,9 @@ class _Multiprocessor:
             for i, one in enumerate(code)
         ]
         self.warps = [
-            _Warp(block, w % SCHEDULERS, w == 0) for block in range(blocks) for w in range(warps)
+            _Warp(block, (block * warps + w) % SCHEDULERS, w == 0)
+            for block in range(blocks)
+            for w in range(warps)
         ]
         self.free = [0.0] * len(self.places)
         self.issue = [0.0] * SCHEDULERS

@@ -10,7 +10,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.machine_code import data as constants
-from benchmarks.machine_code.data import PART_PANELS, SUM_FEATURES, SUM_ROWS, TILE, Shape, up
+from benchmarks.machine_code.data import (
+    LISTED_TOGETHER,
+    PART_PANELS,
+    SUM_FEATURES,
+    SUM_ROWS,
+    TILE,
+    Shape,
+    limit_warps,
+    up,
+)
 from benchmarks.machine_code.devices import Device
 
 Data = Mapping[str, Any]
@@ -37,7 +46,7 @@ class Amount(NamedTuple):
     """Bytes that asynchronous copies read."""
     barriers: float = 0
     exchanges: float = 0
-    """Shuffles and votes. One of 64 bits counts once."""
+    """Shuffles, votes and reductions of warps. A shuffle of 64 bits counts once."""
 
     def times(self, n: float) -> Amount:
         return Amount(*(n * each for each in self))
@@ -127,7 +136,7 @@ def _of_chunks(
 ) -> Iterator[Work]:
     """The launches for a block of queries and so many chunks of m references."""
     yield _distances(shape, queries, m, card)._replace(times=chunks)
-    yield _limits(queries, m)._replace(times=chunks)
+    yield _limits(shape, data, queries, m)._replace(times=chunks)
     yield _refine(shape, data, queries, m, card)._replace(times=chunks)
     yield _weigh(shape, queries, m, card)._replace(times=chunks)
     pieces = up(m, piece_of(shape, card))
@@ -226,30 +235,39 @@ def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:
 # ---- refinement --------------------------------------------------------------------------------
 
 
-def _limits(queries: int, m: int) -> Work:
-    tiles = up(m, TILE)
-    loops = {"minima": _by_all(queries, up(tiles, 128))}
-    once = Amount(barriers=6, exchanges=3 * 4 * _OVER_WARP)
-    return Work("find_limits", "find_limits", queries, 128, 64, once, loops, 8 * queries * tiles)
+def _share(shape: Shape, queries: int, m: int) -> float:
+    """The share of one launch in the pairs of all."""
+    return queries / shape.B * m / shape.M
+
+
+def _limits(shape: Shape, data: Data, queries: int, m: int) -> Work:
+    refined, share, tiles = data["refine"], _share(shape, queries, m), up(m, TILE)
+    warps = limit_warps(tiles)
+    groups = up(tiles, 32 * warps)
+    # A turn is one of a single warp. It combines 32 values of each of its tiles twice.
+    turn = Amount(exchanges=4 * LISTED_TOGETHER + 1)
+    loops = {
+        "minima": _by_all(queries, groups),
+        "turns": Loop(refined["turns"] * share, refined["turns, most"], turn),
+    }
+    once = Amount(barriers=4, exchanges=warps * (5 + groups))
+    name, memory = f"find_limits<{_text(not shape.few)}, {warps}>", 24 + 20 * warps + 16 * tiles
+    moved = 8 * queries * tiles
+    return Work("find_limits", name, queries, 32 * warps, memory, once, loops, moved)
 
 
 def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Work:
-    refined, tiles = data["refine"], up(m, TILE)
-    of_block = 1 if queries * tiles <= 128 * card.sms else 4
-    blocks = queries * up(tiles, of_block)
-    share = queries / shape.B * m / shape.M  # of this launch
-    alive = min(float(blocks), refined[f"groups of {of_block}"] * share)
+    refined, share = data["refine"], _share(shape, queries, m)
+    blocks, pairs = min(card.sms, up(queries * m, 16)), refined["pairs"] * share
+    # A row of a query is read from the L2 cache again if another turn of find_limits, or another
+    # block, comes to it.
+    rows = min(pairs, refined["turns"] * share + blocks)
     loops = {
-        "alive": Loop(alive, float(alive > 0), Amount(barriers=3, exchanges=8 * (1 + _OVER_WARP))),
-        "pairs": Loop(
-            refined["pairs"] * share,
-            refined[f"pairs of {of_block}, most"],
-            Amount(exchanges=_OVER_WARP),
-        ),
+        "pairs": Loop(pairs, up(pairs, blocks), Amount(exchanges=2 * _OVER_WARP)),
+        "rows": Loop(rows, up(rows, blocks)),
     }
-    once, moved = Amount(exchanges=8), 8 * queries * tiles
-    name, memory = f"refine<{shape.type}, {of_block}>", 32 + of_block * (4 * TILE + 64)
-    return Work("refine", name, blocks, 256, memory, once, loops, moved)
+    name = f"refine<{shape.type}>"
+    return Work("refine", name, blocks, 512, 0, Amount(), loops, 12 * pairs)
 
 
 # ---- weights and sums --------------------------------------------------------------------------
@@ -404,7 +422,7 @@ def _gradient_of_chunks(
     for work in (
         _distances(shape, queries, m, card),
         _distances(shape, queries, m, card, project=True),
-        _limits(queries, m),
+        _limits(shape, data, queries, m),
         _refine(shape, data, queries, m, card),
     ):
         yield work._replace(times=passes * chunks)

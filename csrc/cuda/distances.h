@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
 
+constexpr Index kMostPairs = Index{1} << 31;  // of a block and a chunk, for places of 32 bits
+
 // Arrays in the workspace. Rows are `stride` apart.
 struct Pairs {
   Index stride;
@@ -20,10 +22,17 @@ struct Pairs {
   double* lowest;    // (queries, tiles); negative if a distance of the tile is not finite
   double* reach;     // (tiles): the largest |y − centre|²
   double* norms;     // (queries): |x − centre|², or |x|² beside differences
+  unsigned* list;    // (queries · stride): places in `squared` of the pairs that refine takes
+  unsigned* listed;  // their number
   int tiles;
 };
 
 // ---- what both do with a tile ----------------------------------------------------------------
+
+// Empties the list. find_limits, a later launch of the stream, fills it.
+__device__ inline void clear_list(const Pairs& out) {
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *out.listed = 0;
+}
 
 // Numbers ≥ 0 have the order of their bits; infinity and NaN follow. Comparing bits takes no
 // float64 instructions, which are slow on GeForce cards.
@@ -265,6 +274,7 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
   const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
   const float scale = *center.scale, factor = scale * kUnit<R>;
+  if constexpr (!PROJECT) clear_list(out);
   float total[kColumns][4] = {}, lost[kColumns][4] = {}, square[2] = {}, square_lost[2] = {};
 
   if (const int q = static_cast<int>(threadIdx.x); q < QUERIES) {
@@ -404,6 +414,7 @@ __global__ void __launch_bounds__(256, 2)
   const Index query0 = static_cast<Index>(blockIdx.y) * kQueries;
   double total[kQueries] = {}, norm = 0;
   float sum[kQueries] = {}, of_x = 0;
+  if constexpr (!PROJECT) clear_list(out);
 
   pipeline<Memory::kStages>(
       static_cast<int>(divide_up(features, kPanel)),

@@ -1,6 +1,6 @@
-// PTX instructions that CUDA C++ lacks: asynchronous copies, products in matrix units (PTX ISA,
-// sections 9.7.9 and 9.7.14). host_shim/intrinsics.h defines the same names for
-// the host, and the names of CUDA C++ that the kernels use.
+// What CUDA C++ lacks: PTX instructions for asynchronous copies and products in matrix units (PTX
+// ISA, sections 9.7.9 and 9.7.14), and an atomic minimum of numbers. host_shim/intrinsics.h defines
+// the same names for the host, and the names of CUDA C++ that the kernels use.
 #pragma once
 #include <cstdint>
 
@@ -96,6 +96,12 @@ __device__ inline float reciprocal(float v) {
   float near;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(v));
   return fmaf(near, fmaf(-v, near, 1), near);
+}
+
+// *at becomes `value` if its bits are smaller: numbers ≥ 0 have the order of their bits, and −1
+// comes before them. All threads of a grid may call this at once.
+__device__ inline void atomic_least(double* at, double value) {
+  atomicMin(reinterpret_cast<long long*>(at), __double_as_longlong(value));
 }
 
 __device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }

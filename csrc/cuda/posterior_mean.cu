@@ -3,8 +3,8 @@
 // Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
 // goes through distances (cuda/distances.h, of data centred by cuda/centering.h) or differences,
 // find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
-// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Launches depend on shapes alone.
-// Nothing waits for the device, and CUDA graphs can capture the launches.
+// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Launches depend on shapes and the
+// device alone. Nothing waits for the device, and CUDA graphs can capture the launches.
 #include <cmath>
 
 #include "api/posterior_mean.h"
@@ -96,14 +96,18 @@ class Calculation {
         law_(weight_law(problem, !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
+    if (pairs > kMostPairs) throw std::invalid_argument("posterior_mean: too many pairs at once");
     pairs_.stride = partition_.stride;
     pairs_.squared = arena_.take<double>(pairs);
     pairs_.projected = backward ? arena_.take<float>(pairs) : nullptr;
     pairs_.lowest = arena_.take<double>(queries * tiles);
     pairs_.reach = arena_.take<double>(tiles);
     pairs_.norms = arena_.take<double>(queries);
-    limits_ = arena_.take<Limits>(queries);
+    pairs_.listed = arena_.take<unsigned>(1);
+    units_ = arena_.take<float>(queries);
     weights_.weight = arena_.take<float>(pairs);
+    // Weights are made after all distances of a chunk, from which on the list is not needed.
+    pairs_.list = reinterpret_cast<unsigned*>(weights_.weight);
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
     parts_.sums = arena_.take<float>(partition_.parts * queries * problem.features);
     parts_.counts = arena_.take<int>(queries);
@@ -263,21 +267,22 @@ class Calculation {
       find_products<false>(x_halves_);
       if (upstream.at) find_products<true>(upstream_halves_);
     }
-    run("find_limits", {queries()}, kLimitThreads, kScratch, find_limits, law_, radius(), nearest,
-        pairs_, features_, partition_.few ? nullptr : center_.scale, limits_);
-    // Blocks of one tile share the pairs of a query out evenly. Most blocks find none; if there are
-    // many, their number decides.
-    if (queries() * pairs_.tiles <= 128 * stream_.multiprocessors())
-      refine_pairs<1>(upstream);
+    // Few tiles give few warps work.
+    if (pairs_.tiles > 32)
+      limit_distances<8>(nearest);
     else
-      refine_pairs<4>(upstream);
+      limit_distances<4>(nearest);
+    const Index most = divide_up(queries() * references(), kRefineWarps);
+    run("refine", {smaller(stream_.multiprocessors(), most)}, kRefineThreads, 0, refine<R>, x(),
+        upstream, y(), partition_.few ? nullptr : center_.at, features_, units_, pairs_);
   }
 
-  template <int TILES>
-  void refine_pairs(const Rows<float>& upstream) const {
-    run("refine", {divide_up(pairs_.tiles, TILES), queries()}, kRefineThreads,
-        sizeof(RefineMemory<TILES>), refine<R, TILES>, x(), upstream, y(),
-        partition_.few ? nullptr : center_.at, features_, limits_, pairs_);
+  template <int WARPS>
+  void limit_distances(const double* nearest) const {
+    const float width = static_cast<float>(std::sqrt(static_cast<double>(features_)));
+    const auto kernel = partition_.few ? find_limits<false, WARPS> : find_limits<true, WARPS>;
+    run("find_limits", {queries()}, 32 * WARPS, LimitMemory<WARPS>::bytes(pairs_.tiles), kernel,
+        law_, radius(), nearest, pairs_, references(), width, center_.scale, units_);
   }
 
   template <bool PROJECT>
@@ -390,7 +395,7 @@ class Calculation {
   Center center_ = {};
   Halves x_halves_ = {}, upstream_halves_ = {};
   Pairs pairs_ = {};
-  Limits* limits_ = nullptr;
+  float* units_ = nullptr;
   ChunkWeights weights_ = {};
   PieceSums sums_ = {};
   int* order_ = nullptr;

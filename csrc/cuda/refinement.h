@@ -2,8 +2,8 @@
 //
 // Products and differences in float32 lose digits, and the exponent (N + D)/2 multiplies the error.
 // find_limits decides from the error that would be left in the mean which distances of a query
-// matter. refine computes these from differences in two floats, one warp for each. A reference that
-// float16 cannot hold has no products; refine also finds its G·y.
+// matter, and lists them. refine computes these from differences in two floats, one warp for each.
+// A reference that float16 cannot hold has no products; refine also finds its G·y.
 #pragma once
 #include "cuda/distances.h"
 #include "cuda/weight_law.h"
@@ -11,69 +11,263 @@
 namespace pfgm {
 namespace {
 
-constexpr int kLimitThreads = 128, kRefineThreads = 256;
+constexpr int kRefineThreads = 512, kRefineWarps = kRefineThreads / 32;
 
-// Of each query: the largest distance that is refined, which may be −1, and the power of two by
-// which differences are multiplied, so that float32 holds their squares.
-struct Limits {
-  double near, unit;
+// ---- limits ----------------------------------------------------------------------------------
+
+// The limit of one query. The error of a distance is at most law.margin (|x|² + |y|²). Its part
+// that differs between references is typically law.noise (2|x||y| + |y|²) for products, and
+// law.noise (|x|² + d²) for differences. (exponent/s)·error is the relative error of a weight. If n
+// weights are within a nat of the largest, their errors average out in the mean by a factor of at
+// least √(n/e). If more than kTolerance is left, or the log-sum-exp lacks digits, all references
+// are refined whose weight may be more than e^-kNear times the largest.
+struct QueryLimit {
+  double base, norm;  // the smallest distance, |x|²
+  double root;        // |x|
+  double s, within;   // base + r²; how much more a distance is whose weight is a nat smaller
+  double smallest;    // error of values too small for float16, or of squares too small for float32
+  double near;        // the largest distance that is refined, if any is
+
+  // `width` is √features. Without PRODUCTS distances are found from differences. `per_scale` is 1
+  // over the scale of the centred references.
+  template <bool PRODUCTS>
+  __device__ void start(const WeightLaw& law, double r, float width, float per_scale) {
+    root = sqrt(norm);
+    s = base + r * r;
+    // The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest
+    // distance has an error too.
+    smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : width * width * 0x1p-126;
+    const float of_smallest = PRODUCTS ? 4 * width : 4;
+    const double bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
+    within = law.gaussian ? 2 * r * r : s * law.per_power;
+    near = base + bound + (law.gaussian ? kNear * within : law.near_spread * s);
+    if (!(near == near)) near = INFINITY;
+  }
+
+  // Whether errors change the result. `farthest` is the largest |y|² that may be refined; so many
+  // tiles are `close`: they have a weight within a nat of the largest.
+  template <bool PRODUCTS>
+  __device__ bool matters(const WeightLaw& law, double farthest, int close) const {
+    // The rounding errors of single differences mostly average out.
+    const double noise = PRODUCTS ? law.noise * (2 * root * sqrt(farthest) + farthest)
+                                  : law.noise * (norm + base) + 0x1p-26 * base;
+    const double error = smallest + noise;
+    const float score = law.gaussian
+                            ? (base == 0 ? 0 : static_cast<float>(base / within))
+                            : static_cast<float>(law.exponent) * fabsf(logf(static_cast<float>(s)));
+    // The error may be at most √averaged times that of one weight, and as large as the score
+    // allows.
+    const double one = kTolerance * within;
+    const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
+    return error * error > averaged * (one * one) || error > one * (fmaxf(1, score) * 0x1p-4f) ||
+           near == INFINITY;
+  }
+
+  // The power of two that brings the square root of `near` to at least 1, below 2, or the nearest
+  // one that float32 holds, and twice of it too.
+  __device__ float unit() const {
+    if (!(near < INFINITY)) return 0x1p-76f;
+    const int power = (static_cast<int>(bits_of(near) >> 52) - 1023) >> 1;
+    const int biased = 127 - power;
+    return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 253 ? 253 : biased) << 23);
+  }
 };
 
-// `nearest` is the smallest distance to references of other chunks, or null; `scale` that of the
-// centred references, or null if distances are found from differences.
-//
-// The error of a distance is at most law.margin (|x|² + |y|²). Its part that differs between
-// references is typically law.noise (2|x||y| + |y|²) for products, and law.noise (|x|² + d²) for
-// differences. (exponent/s)·error is the relative error of a weight. If n weights are within a nat
-// of the largest, their errors average out in the mean by a factor of at least √(n/e). If more than
-// kTolerance is left, or the log-sum-exp lacks digits, all references are refined whose weight may
-// be more than e^-kNear times the largest.
-__global__ void __launch_bounds__(kLimitThreads)
-    find_limits(const WeightLaw law, const double* radius, const double* nearest, const Pairs pairs,
-                int features, const float* scale, Limits* limits) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  const Index query = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x);
-  const double* low = pairs.lowest + query * pairs.tiles;
-  double base = INFINITY;
+// The smallest of 64-bit integers over a warp.
+__device__ inline std::int64_t least_of_warp(std::int64_t value) {
+  const int front = static_cast<int>(value >> 32);
+  const int least = __reduce_min_sync(kAll, front);
+  const auto rest = static_cast<std::uint32_t>(value);
+  const std::uint32_t least_rest = __reduce_min_sync(kAll, front == least ? rest : ~0u);
+  return static_cast<std::int64_t>(least) * (std::int64_t{1} << 32) + least_rest;
+}
+
+// Distances are compared by their bits, which takes no float64. These are the bits of |v|.
+__device__ inline std::int64_t bits_of_size(double v) { return bits_of(v) & 0x7fffffffffffffff; }
+__device__ inline bool is_finite(double v) {
+  return static_cast<std::uint64_t>(bits_of_size(v)) < kInfiniteBits;
+}
+
+template <int WARPS>
+struct LimitMemory {
+  std::int64_t least[WARPS], farthest[WARPS];
+  int close[WARPS];
+  std::int64_t near, close_to;  // the largest distance that may be refined; of a close tile
+  std::int64_t limit;           // the largest finite distance that is refined, −1 if none is
+
+  // The minima and the reach of all tiles follow.
+  static std::size_t bytes(int tiles) {
+    return sizeof(LimitMemory) + 2 * sizeof(double) * static_cast<std::size_t>(tiles);
+  }
+};
+
+// ---- the list of pairs -----------------------------------------------------------------------
+
+// The tile number `turn` of a warp, which may be after the last one. Warps take turns, and so share
+// out the tiles of a query whose pairs are listed.
+template <int WARPS>
+__device__ inline int tile_of(int turn, int warp) {
+  return turn * WARPS + warp;
+}
+
+constexpr int kTogether = 4;  // tiles that a warp looks through together
+
+// Some tiles of a query, and the two references of this lane in each.
+struct SomeTiles {
+  int tile[kTogether];   // −1 after the last one
+  int first[kTogether];  // the lane's first reference, or 0 if it has none
+  int known[kTogether];  // how many references there are from the first one on
+  double2 distance[kTogether];
+  unsigned refined[kTogether][2];  // a bit for each lane whose distance is refined
+  std::int64_t least[kTogether];   // the smallest of all other distances
+
+  // Starts to load the tiles numbered by the lowest bits of `alive`, which are cleared.
+  template <int WARPS>
+  __device__ void load(const double* squared, int references, int turn, unsigned& alive,
+                       const Lane& lane) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i, alive &= alive - 1) {
+      const int own = turn + __ffs(static_cast<int>(alive)) - 1;
+      tile[i] = alive != 0 ? tile_of<WARPS>(own, lane.warp) : -1;
+      const int j = tile[i] * kTileReferences + 2 * lane.lane;
+      known[i] = tile[i] < 0 ? 0 : references - j;
+      first[i] = known[i] > 0 ? j : 0;
+      distance[i] = *reinterpret_cast<const double2*>(squared + first[i]);
+    }
+  }
+
+  // Finds the distances up to the limit, and those that are not finite. Returns their number.
+  __device__ unsigned select(std::int64_t limit) {
+    // The bits of other distances minus `after` are less than `between`.
+    const auto after = static_cast<std::uint64_t>(limit + 1), between = kInfiniteBits - after;
+    unsigned count = 0;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      least[i] = kInfiniteBits;
+      for (int e = 0; e < 2; ++e) {
+        const std::int64_t bits = bits_of(e == 0 ? distance[i].x : distance[i].y);
+        const bool stays = static_cast<std::uint64_t>(bits) - after < between;
+        refined[i][e] = __ballot_sync(kAll, known[i] > e && !stays);
+        count += static_cast<unsigned>(__popc(refined[i][e]));
+        if (known[i] > e && stays) least[i] = Least()(least[i], bits);
+      }
+      least[i] = least_of_warp(least[i]);
+    }
+    return count;
+  }
+
+  // Writes the places of these distances, `row` and more, and the minima of tiles.
+  __device__ void store(unsigned* list, unsigned row, double* lowest, const Lane& lane) const {
+    const unsigned before = (1u << lane.lane) - 1;  // the lanes before this one
+    int stored = -1;                                // each of the first lanes stores one minimum
+    std::int64_t minimum = 0;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        if ((refined[i][e] >> lane.lane & 1u) != 0)
+          list[__popc(refined[i][e] & before)] = row + static_cast<unsigned>(first[i] + e);
+        list += __popc(refined[i][e]);
+      }
+      if (lane.lane == i) stored = tile[i], minimum = least[i];
+    }
+    if (stored >= 0) lowest[stored] = double_of(minimum);
+  }
+};
+
+// Lists the pairs of a query whose distance is not above the limit, or not finite. The minima of
+// their tiles, which are in `low`, become those of all other distances. All warps of a block call
+// this. The order of the list may differ between runs.
+template <int WARPS>
+__device__ inline void list_pairs(const Pairs& pairs, Index query, int references,
+                                  std::int64_t limit, const double* low) {
+  const Lane lane = this_lane();
+  const Index row = query * pairs.stride;
 #pragma unroll 1
-  for (int tile = thread; tile < pairs.tiles; tile += kLimitThreads)
-    base = fmin(base, fabs(low[tile]));
-  base = over_block<kLimitThreads>(base, scratch, Least());
-  if (nearest) base = fmin(nearest[query], base);
+  for (int turn = 0; tile_of<WARPS>(turn, 0) < pairs.tiles; turn += 32) {
+    const int own = tile_of<WARPS>(turn + lane.lane, lane.warp);
+    unsigned alive = __ballot_sync(kAll, own < pairs.tiles && bits_of(low[own]) <= limit);
+#pragma unroll 1
+    while (alive != 0) {
+      SomeTiles tiles;
+      tiles.load<WARPS>(pairs.squared + row, references, turn, alive, lane);
+      const unsigned count = tiles.select(limit);
+      const unsigned at = lane.lane == 0 ? atomicAdd(pairs.listed, count) : 0;
+      tiles.store(pairs.list + __shfl_sync(kAll, at, 0), static_cast<unsigned>(row),
+                  pairs.lowest + query * pairs.tiles, lane);
+    }
+  }
+}
 
-  const double r = radius[query], norm = pairs.norms[query], s = base + r * r;
-  // The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest
-  // distance has an error too. Values too small for float16, and squares too small for float32,
-  // have an error of their own.
-  const double smallest = scale ? sqrt(norm) * 0x1p-24 / *scale : features * 0x1p-126;
-  const double of_smallest = scale ? 4 * sqrt(static_cast<double>(features)) : 4;
-  const double bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
-  const double within = law.gaussian ? 2 * r * r : s / law.exponent;
-  double near = base + bound + (law.gaussian ? kNear * within : law.near_spread * s);
-  if (!(near == near)) near = INFINITY;
+// ---- find_limits -----------------------------------------------------------------------------
 
-  double farthest = 0;
+// Finds the limit of a query, and lists its pairs up to it. units[query] is the power of two by
+// which differences are multiplied, so that float32 holds their squares. `nearest` is the smallest
+// distance to references of other chunks, or null; `width` is √features; `scale` is that of the
+// centred references. Without PRODUCTS distances were found from differences.
+template <bool PRODUCTS, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS, 1)
+    find_limits(const WeightLaw law, const double* radius, const double* nearest, const Pairs pairs,
+                int references, float width, const float* scale, float* units) {
+  auto& shared = *reinterpret_cast<LimitMemory<WARPS>*>(shared_memory());
+  double* const low = reinterpret_cast<double*>(&shared + 1);
+  double* const reach = low + pairs.tiles;
+  const Lane lane = this_lane();
+  const Index query = blockIdx.x;
+  const int own = tile_of<WARPS>(lane.lane, lane.warp);
+  // One warp does the arithmetic in float64. Those of the blocks of a multiprocessor are spread
+  // over its schedulers.
+  const bool computes = lane.warp == static_cast<int>((blockIdx.x * 2654435769u >> 29) % WARPS);
+  QueryLimit limit = {};
+  limit.base = nearest ? nearest[query] : INFINITY;
+  limit.norm = pairs.norms[query];
+  const double r = radius[query];
+
+  std::int64_t least = kInfiniteBits;
+#pragma unroll 1
+  for (int tile = own; tile < pairs.tiles; tile += 32 * WARPS) {
+    low[tile] = pairs.lowest[query * pairs.tiles + tile];
+    if (PRODUCTS) reach[tile] = pairs.reach[tile];
+    least = Least()(least, bits_of_size(low[tile]));
+  }
+  least = least_of_warp(least);
+  if (lane.lane == 0) shared.least[lane.warp] = least;
+  __syncthreads();
+  if (computes) {
+    for (const std::int64_t bits : shared.least) least = Least()(least, bits);
+    limit.base = fmin(limit.base, double_of(least));
+    limit.start<PRODUCTS>(law, r, width, PRODUCTS ? scale[1] : 0);
+    if (lane.lane == 0) {
+      shared.near = bits_of(limit.near);
+      shared.close_to = bits_of(limit.base + limit.within);
+    }
+  }
+  __syncthreads();
+
+  std::int64_t farthest = 0;
   int close = 0;
 #pragma unroll 1
-  for (int tile = thread; tile < pairs.tiles; tile += kLimitThreads) {
-    close += fabs(low[tile]) <= base + within;
-    if (scale && fabs(low[tile]) <= near) farthest = fmax(farthest, pairs.reach[tile]);
+  for (int tile = own; tile < pairs.tiles; tile += 32 * WARPS) {
+    const std::int64_t bits = bits_of_size(low[tile]);
+    close += bits <= shared.close_to;
+    if (PRODUCTS && bits <= shared.near) farthest = Most()(farthest, bits_of(reach[tile]));
   }
-  farthest = over_block<kLimitThreads>(farthest, scratch, Most());
-  close = over_block<kLimitThreads>(close, reinterpret_cast<int*>(scratch), Sum());
-  if (thread > 0) return;
-  // The rounding errors of single differences mostly average out.
-  const double noise = scale ? law.noise * (2 * sqrt(norm * farthest) + farthest)
-                             : law.noise * (norm + base) + 0x1p-26 * base;
-  const double error = smallest + noise;
-  const double score = law.gaussian ? (base == 0 ? 0 : base / within)
-                                    : law.exponent * fabsf(logf(static_cast<float>(s)));
-  const double averaged = kTolerance * sqrt(fmax(close / 2.718, 1.0));
-  const double allowed = fmin(averaged, kTolerance * fmax(1.0, score) / 16);
-  const bool matters = error > allowed * within || near == INFINITY;
-  const float unit = near < INFINITY ? scale_to(static_cast<float>(sqrt(near)), 0) : 0x1p-76f;
-  limits[query] = {matters ? near : -1, unit};
+  farthest = -least_of_warp(-farthest);
+  close = __reduce_add_sync(kAll, close);
+  if (lane.lane == 0) shared.farthest[lane.warp] = farthest, shared.close[lane.warp] = close;
+  __syncthreads();
+  if (computes) {
+    for (const std::int64_t bits : shared.farthest) farthest = Most()(farthest, bits);
+    close = 0;
+    for (const int each : shared.close) close += each;
+    const bool matters = limit.matters<PRODUCTS>(law, double_of(farthest), close);
+    if (lane.lane == 0) {
+      const std::int64_t most = kInfiniteBits - 1;
+      shared.limit = matters ? Least()(bits_of(limit.near), most) : -1;
+      units[query] = limit.unit();
+    }
+  }
+  __syncthreads();
+  list_pairs<WARPS>(pairs, query, references, shared.limit, low);
 }
 
 // ---- differences in two floats ---------------------------------------------------------------
@@ -95,39 +289,76 @@ __device__ inline TwoFloats two_floats(const std::uint8_t* from) {
   return {high, ((whole - front * 255) - (high - front) * 255) * (1 / 255.0f)};
 }
 
-// Σ (x − y)², computed by a warp; `unit` is a power of two. All lanes get the result. It is
-// infinite only if the input is not finite. NaN then reaches the result; infinity would not.
-template <class R>
-__device__ inline double squared_distance(const float* x, const R* y, int features, float unit,
-                                          int lane) {
-  constexpr int kAhead = 8;  // loads of each row that are under way together
+// This lane's part of Σ (unit (x − y))²; `unit` is a power of two. With CUT, differences count as
+// at most 2^55: such a reference is too far away to have a weight. Without it, a sum that is too
+// large is not finite.
+template <bool CUT, class R>
+__device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int features, float unit,
+                                           int lane) {
+  constexpr int kAhead = CUT ? 1 : 16;  // loads of each row that are under way together
+  const R zero = {};
+  const float nothing = two_floats(&zero).high;  // its difference from `zero` is 0
+  const float twice = 2 * unit;
   float total = 0, lost = 0;
+  x += lane, y += lane;
 #pragma unroll 1
-  for (int start = lane; start < features; start += 32 * kAhead) {
+  for (int left = features; left > 0; left -= 32 * kAhead) {
     float a[kAhead];
     R b[kAhead];
+    if (left >= 32 * kAhead) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const bool inside = start + 32 * i < features;
-      a[i] = inside ? x[start + 32 * i] : 0;
-      b[i] = inside ? y[start + 32 * i] : R{};
+      for (int i = 0; i < kAhead; ++i) a[i] = x[32 * i], b[i] = y[32 * i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const bool inside = lane + 32 * i < left;
+        a[i] = inside ? x[32 * i] : nothing;
+        b[i] = inside ? y[32 * i] : zero;
+      }
     }
+    x += 32 * kAhead, y += 32 * kAhead;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const TwoFloats of_y = two_floats(&b[i]);
       float high = a[i] - of_y.high;
       const float of_b = high - a[i];
       float rest = (a[i] - (high - of_b)) - (of_y.high + of_b);
-      high *= unit, rest = (rest - of_y.low) * unit;
-      // A reference with larger differences is too far away to have a weight.
-      const bool cut = fabsf(high) > 0x1p55f && rest == rest;
-      high = cut ? 0x1p55f : high, rest = cut ? 0 : rest;
-      const float square = high * high + 2 * high * rest;
-      add_compensated(total, lost, start + 32 * i < features ? square : 0);
+      high *= unit, rest = (rest - of_y.low) * twice;
+      if constexpr (CUT) {
+        const bool cut = fabsf(high) > 0x1p55f && rest == rest;
+        high = cut ? 0x1p55f : high, rest = cut ? 0 : rest;
+      }
+      add_compensated(total, lost, high * high + high * rest);
     }
   }
-  const double sum = over_warp(static_cast<double>(total) - lost, Sum()) / unit / unit;
-  return sum < INFINITY ? sum : NAN;
+  return {total, -lost};
+}
+
+// Σ over the lanes of a warp, in two floats. All lanes get the same bits.
+__device__ inline TwoFloats over_warp(TwoFloats sum) {
+  for (int apart = 16; apart > 0; apart /= 2) {
+    const float other = __shfl_xor_sync(kAll, sum.high, apart);
+    const float low = sum.low + __shfl_xor_sync(kAll, sum.low, apart);
+    const float high = sum.high + other, of_other = high - sum.high;
+    const float rest = (sum.high - (high - of_other)) + (other - of_other);
+    sum = {high, low + rest};
+  }
+  return sum;
+}
+
+// Σ (x − y)², computed by a warp. All lanes get the result. If the input is not finite, it is NaN,
+// which reaches the result; infinity would not.
+template <class R>
+__device__ inline double squared_distance(const float* x, const R* y, int features, float unit,
+                                          int lane) {
+  TwoFloats part = sum_of_squares<false>(x, y, features, unit, lane);
+  if (!(part.high < INFINITY)) part = sum_of_squares<true>(x, y, features, unit, lane);
+  part = over_warp(TwoFloats{part.high * 0x1p-6f, part.low * 0x1p-6f});  // float32 holds the sum
+  const std::int64_t power =
+      127 - static_cast<std::int64_t>(bits_of(unit) >> 23);  // 1/unit = 2^power
+  const double factor = double_of((1023 + 2 * power + 6) << 52);
+  const double sum = (static_cast<double>(part.high) + part.low) * factor;
+  return is_finite(sum) ? sum : NAN;
 }
 
 // Σ g (y − centre), computed by a warp; lane 0 gets the result.
@@ -141,80 +372,38 @@ __device__ inline float centered_product(const float* g, const R* y, const float
   return static_cast<float>(over_warp(static_cast<double>(total) - lost, Sum()));
 }
 
-constexpr int kRefineWarps = kRefineThreads / 32;
-constexpr int kHalves = kTileReferences / 32;  // of a tile
-
-template <int TILES>
-struct RefineMemory {
-  int counts[kRefineWarps];             // of needed distances in each half of a tile
-  int needed[TILES * kTileReferences];  // which they are
-  double low[TILES][kRefineWarps];      // the smallest that each warp knows of
-};
-
-// Recomputes the distances of one query up to its limit, and all that are not finite. The minima of
-// tiles become those of the new distances, −1 if one is NaN. A block has TILES tiles. Each warp
-// looks through half a tile; then all take turns with the pairs that were found. `upstream` and
-// `center` may be null.
-template <class R, int TILES>
+// Computes the listed distances of a chunk again. The minima of their tiles get to know the new
+// ones, as −1 if one is NaN. Each warp takes one pair after the other. A block has neighbouring
+// pairs of the list, most of them of one query, whose row then comes from the L1 cache. `upstream`
+// and `center` may be null.
+template <class R>
 __global__ void __launch_bounds__(kRefineThreads, 1)
     refine(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, const float* center,
-           int features, const Limits* limits, const Pairs pairs) {
-  static_assert(TILES * kHalves <= kRefineWarps, "each half has a warp");
-  RefineMemory<TILES>& shared = *reinterpret_cast<RefineMemory<TILES>*>(shared_memory());
+           int features, const float* units, const Pairs pairs) {
   const Lane lane = this_lane();
-  const Index query = blockIdx.y;
-  const int first = static_cast<int>(blockIdx.x) * TILES;
-  const int tiles = static_cast<int>(smaller(TILES, pairs.tiles - first));
-  double* const lowest = pairs.lowest + query * pairs.tiles + first;
-  const Limits limit = limits[query];
-  const double least = lane.lane < tiles ? lowest[lane.lane] : INFINITY;
-  const unsigned alive = __ballot_sync(kAll, least < 0 || least <= limit.near);
-  if (alive == 0) return;  // the same for all warps
-
-  const Index reference0 = static_cast<Index>(first) * kTileReferences;
-  double* const squared = pairs.squared + query * pairs.stride + reference0;
-  const int j0 = 32 * lane.warp + lane.lane, tile0 = lane.warp / kHalves;
-  const bool inside = tile0 < tiles && (alive >> tile0 & 1u) != 0 && reference0 + j0 < y.count;
-  const double known = inside ? squared[j0] : INFINITY;
-  const bool needed = inside && (known <= limit.near || !(known < INFINITY));
-  const unsigned bits = __ballot_sync(kAll, needed);
-  double low = over_warp(needed ? INFINITY : known, Least());
-  if (lane.lane == 0) shared.counts[lane.warp] = __popc(bits);
-  if (lane.lane < TILES) shared.low[lane.lane][lane.warp] = lane.lane == tile0 ? low : INFINITY;
-  __syncthreads();
-  int place = __popc(bits & ((1u << lane.lane) - 1)), count = 0;
-#pragma unroll
-  for (int w = 0; w < kRefineWarps; ++w) {
-    if (w < lane.warp) place += shared.counts[w];
-    count += shared.counts[w];
-  }
-  if (needed) shared.needed[place] = j0;
-  __syncthreads();
-
+  const unsigned block = blockIdx.x, listed = *pairs.listed;
+  const unsigned each = listed / gridDim.x, more = listed % gridDim.x;  // blocks have one more
+  const unsigned begin = block * each + (block < more ? block : more);
+  const unsigned end = begin + each + (block < more ? 1 : 0);
+  const auto stride = static_cast<unsigned>(pairs.stride);
 #pragma unroll 1
-  for (int i = lane.warp; i < count; i += kRefineWarps) {
-    const int j = shared.needed[i];
-    const double distance = squared_distance(x.row(query), y.row(reference0 + j), features,
-                                             static_cast<float>(limit.unit), lane.lane);
+  for (unsigned i = begin + static_cast<unsigned>(lane.warp); i < end; i += kRefineWarps) {
+    const unsigned place = pairs.list[i], query = place / stride, reference = place % stride;
+    const double distance =
+        squared_distance(x.row(query), y.row(reference), features, units[query], lane.lane);
     if (lane.lane == 0) {
-      squared[j] = distance;
-      double& own = shared.low[j / kTileReferences][lane.warp];
-      own = distance == distance ? fmin(own, distance) : -1;
+      pairs.squared[place] = distance;
+      double* const lowest = pairs.lowest + static_cast<Index>(query) * pairs.tiles;
+      atomic_least(lowest + reference / kTileReferences, is_finite(distance) ? distance : -1);
     }
     if (!upstream.at || !center) continue;
-    float& projected = pairs.projected[query * pairs.stride + reference0 + j];
+    float& projected = pairs.projected[place];
     if (fabsf(projected) < INFINITY) continue;  // the same for all lanes
     __syncwarp();
     const float product =
-        centered_product(upstream.row(query), y.row(reference0 + j), center, features, lane.lane);
+        centered_product(upstream.row(query), y.row(reference), center, features, lane.lane);
     if (lane.lane == 0) projected = product;
   }
-  __syncthreads();
-  const int tile = static_cast<int>(threadIdx.x);
-  if (tile >= tiles || (alive >> tile & 1u) == 0) return;
-  low = shared.low[tile][0];
-  for (int w = 1; w < kRefineWarps; ++w) low = fmin(low, shared.low[tile][w]);
-  lowest[tile] = low;
 }
 
 }  // namespace

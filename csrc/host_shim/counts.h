@@ -17,7 +17,8 @@ struct LaunchCounts {
   std::size_t shared;  // bytes of dynamic shared memory
   // Name → the count of each block. Block (x, y, z) is at x + grid[0] (y + grid[1] z). "copied" are
   // bytes that asynchronous copies read. Other names are those of calls: barriers of the block, and
-  // shuffles, votes and products of all its warps. multiply_halves counts as multiply_add_halves.
+  // shuffles, votes, reductions and products of all its warps. multiply_halves counts as
+  // multiply_add_halves.
   std::map<std::string, std::vector<std::int64_t>> blocks;
 };
 

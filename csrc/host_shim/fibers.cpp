@@ -55,10 +55,19 @@ constexpr std::size_t kStack = 64 * kPage;  // sanitizers make their reports on 
 constexpr std::size_t kStack = 16 * kPage;
 #endif
 
-const char* const kCalls[] = {
-    "none",       "__syncthreads", "__syncwarp",    "__shfl_sync",  "__shfl_xor_sync",
-    "__any_sync", "__all_sync",    "__ballot_sync", "multiply_add", "multiply_add_halves",
-    "its end"};
+const char* const kCalls[] = {"none",
+                              "__syncthreads",
+                              "__syncwarp",
+                              "__shfl_sync",
+                              "__shfl_xor_sync",
+                              "__any_sync",
+                              "__all_sync",
+                              "__ballot_sync",
+                              "__reduce_min_sync",
+                              "__reduce_add_sync",
+                              "multiply_add",
+                              "multiply_add_halves",
+                              "its end"};
 constexpr int kEnd = static_cast<int>(Call::end);
 
 // ---- contexts -------------------------------------------------------------------------------
@@ -612,6 +621,13 @@ NO_TSAN std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, uns
   lane.words[1] = static_cast<std::uint32_t>(mine >> 32);
   const LaneWords& other = warp.lanes[meet(warp, call)][source];
   return other.words[0] | static_cast<std::uint64_t>(other.words[1]) << 32;
+}
+
+NO_TSAN void gather(Call call, unsigned mask, std::uint32_t mine, std::uint32_t (&all)[kWarp]) {
+  Warp& warp = whole_warp(mask, call);
+  warp.lanes[warp.number & 1][current->thread % kWarp].words[0] = mine;
+  const LaneWords* lanes = warp.lanes[meet(warp, call)];
+  for (int i = 0; i < kWarp; ++i) all[i] = lanes[i].words[0];
 }
 
 NO_TSAN unsigned vote(Call call, unsigned mask, bool mine) {

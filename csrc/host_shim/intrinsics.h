@@ -70,6 +70,8 @@ enum class Call {
   any,
   all,
   ballot,
+  reduce_min,
+  reduce_add,
   multiply_add,
   multiply_add_halves,
   end
@@ -79,6 +81,8 @@ enum class Call {
 std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source);
 // One bit per lane.
 unsigned vote(Call call, unsigned mask, bool mine);
+// What each lane brought to this call.
+void gather(Call call, unsigned mask, std::uint32_t mine, std::uint32_t (&all)[32]);
 void begin_copy(void* to, const void* from, int bytes, int valid);
 void wait_copies(int pending);
 
@@ -141,6 +145,14 @@ inline void multiply_halves(float (&d)[4], const std::uint32_t (&a)[4],
   multiply_add_halves(d, a, b);
 }
 
+inline void atomic_least(double* at, double value) {
+  double found;
+  __atomic_load(at, &found, __ATOMIC_RELAXED);
+  while (bits_of(value) < bits_of(found) &&
+         !__atomic_compare_exchange(at, &found, &value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
 inline float half_to_float(std::uint16_t bits) {
   const std::uint32_t exponent = bits >> 10 & 31, rest = bits & 0x7fffu;
   const float size = exponent == 31 ? (rest & 1023u ? NAN : INFINITY)
@@ -182,6 +194,23 @@ T __shfl_xor_sync(unsigned mask, T v, int lane_mask) {
                              threadIdx.x ^ static_cast<unsigned>(lane_mask));
 }
 
+template <class T>
+T __reduce_min_sync(unsigned mask, T v) {
+  static_assert(std::is_integral<T>::value && sizeof(T) == 4);
+  std::uint32_t all[32];
+  pfgm::shim::gather(pfgm::shim::Call::reduce_min, mask, static_cast<std::uint32_t>(v), all);
+  for (const std::uint32_t each : all) v = static_cast<T>(each) < v ? static_cast<T>(each) : v;
+  return v;
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T v) {
+  static_assert(std::is_integral<T>::value && sizeof(T) == 4);
+  std::uint32_t all[32], sum = 0;
+  pfgm::shim::gather(pfgm::shim::Call::reduce_add, mask, static_cast<std::uint32_t>(v), all);
+  for (const std::uint32_t each : all) sum += each;
+  return static_cast<T>(sum);
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return pfgm::shim::vote(pfgm::shim::Call::ballot, mask, predicate != 0);
 }
@@ -199,6 +228,10 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; ++i)
     found |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
   return found;
+}
+// Atomic, like those of CUDA: no fiber can come between, and ThreadSanitizer sees no race.
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }

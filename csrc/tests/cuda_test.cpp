@@ -308,8 +308,8 @@ int main() {
   check_tiles();
   check_parts();
   for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}}) {
-    if (kFew) break;  // the same accesses as with finite values
-    check_not_finite(shape, true, NAN);
+    check_not_finite(shape, true, NAN);  // all pairs of a query are refined
+    if (kFew) break;                     // the same accesses again
     check_not_finite(shape, true, INFINITY);
     check_not_finite(shape, false, NAN);
     check_not_finite(shape, false, -INFINITY);

@@ -3,6 +3,7 @@
 // only in a build with that sanitizer. The argument "times" measures instead of testing.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -184,6 +185,9 @@ __global__ void warps(int* bad) {
   good &= __ballot_sync(kAll, lane % 3 == warp) == (0x49249249u << warp);
   good &= __any_sync(kAll, 0) == 0 && __any_sync(kAll, lane == 31) == 1;
   good &= __all_sync(kAll, 1) == 1 && __all_sync(kAll, lane != 9) == 0;
+  good &= __reduce_min_sync(kAll, static_cast<int>(lane ^ 21) - 7) == -7;
+  good &= __reduce_min_sync(kAll, 4000000000u + (lane ^ 9)) == 4000000000u;
+  good &= __reduce_add_sync(kAll, static_cast<int>(lane) - 20) == 496 - 640;
   __syncwarp();
   bad[threadIdx.x] = !good;
 }
@@ -191,9 +195,28 @@ __global__ void warps(int* bad) {
 void check_warps() {
   std::vector<int> bad(64, 1);
   launch({"warps", {1}, 64}, warps, bad.data());
-  expect(bad == std::vector<int>(64), "shuffles and votes");
+  expect(bad == std::vector<int>(64), "shuffles, votes and reductions");
   expect(__popc(0xf0f0u) == 8 && __ffs(0) == 0 && __ffs(8) == 4, "bits");
   expect(__clz(0) == 32 && __clz(1) == 31 && __clz(-1) == 0, "leading zeros");
+}
+
+// Every thread of the grid takes a place in a list, and lowers a minimum.
+__global__ void atomics(unsigned* length, unsigned* list, double* least) {
+  const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
+  list[atomicAdd(length, 1u)] = thread;
+  atomic_least(least + thread % 2, 1 + static_cast<double>(thread ^ 77));
+  if (thread == 33) atomic_least(least, -1);
+}
+
+void check_atomics() {
+  unsigned length = 0;
+  std::vector<unsigned> list(5 * 64);
+  double least[2] = {INFINITY, INFINITY};
+  launch({"atomics", {5}, 64}, atomics, &length, list.data(), least);
+  expect(length == list.size(), "additions");
+  std::sort(list.begin(), list.end());
+  for (unsigned i = 0; i < list.size(); ++i) expect(list[i] == i, "places");
+  expect(least[0] == -1 && least[1] == 1, "minima");
 }
 
 __global__ void mathematics(float* out) {
@@ -617,6 +640,7 @@ int main(int count, char** arguments) {
     check_indices();
     check_copies();
     check_warps();
+    check_atomics();
     check_product();
     check_product_of_halves();
     check_counts();

@@ -262,6 +262,7 @@ def test_stalls_and_scoreboards_of_one_warp():
         ("HMMA.16816.F32 R4, R8, R12, R4", H100, "tensor", 16 * 8 * 16 / 1270),
         ("LDS.128 R4, [R2]", A100, "shared", 4),
         ("SHFL.BFLY PT, R1, R1, 0x1, 0x1f", A100, "shared", 1),
+        ("REDUX.MIN UR4, R1", A100, "shared", 2),
     ],
 )
 def test_many_warps_take_what_their_unit_takes(line, card, unit, clocks):
@@ -488,13 +489,25 @@ def test_work_of_refine():
         "tiles": 2.0,
         "pairs, most": 3.0,  # a program of Triton's has two tiles
         "tiles, most": 1.0,
-        "groups of 1": 2.0,
-        "pairs of 1, most": 3.0,
-        "groups of 4": 2.0,
-        "pairs of 4, most": 3.0,
+        "turns": 2.0,  # of two warps of CUDA's
+        "turns, most": 2.0,
     }
     assert data.segment_of(10) == 2
     assert data.segment_of(2000) == 8
+
+
+def test_turns_of_warps_that_list_pairs():
+    """Warps take every fourth or eighth tile, and list up to four of them in a turn."""
+
+    def turns(tiles, step=1):
+        visited = torch.zeros(1, tiles, dtype=torch.bool)
+        visited[0, ::step] = True
+        return data.listing_turns(visited).tolist()
+
+    assert turns(32) == [4 * 2]
+    assert turns(32, step=4) == [2]  # one warp has all
+    assert turns(70) == [6 * 3 + 2 * 2]
+    assert turns(300) == [8 * 8 + 8 * 2]  # of 256 tiles, and of the others
 
 
 def test_shapes_are_split_as_in_the_kernels():
@@ -593,10 +606,8 @@ if REASON is None and "90a" not in codegen_cuda.architectures():
 ON_DATA = {
     "refine": {
         "pairs": 100.0,
-        "groups of 1": 60.0,
-        "groups of 4": 50.0,
-        "pairs of 1, most": 5.0,
-        "pairs of 4, most": 9.0,
+        "turns": 60.0,
+        "turns, most": 5.0,
     },
     "lists": {
         f"parts of {panels}": {
@@ -626,8 +637,8 @@ def test_machine_code_has_what_is_counted(type):
             kernel = kernels.cuda_kernel(H100, one.kernel, one.shared)
             assert kernel.threads == one.threads
             once = one.once
-            for name in {"alive", "first"}.intersection(one.loops):  # branches, not loops
-                once = once.plus(one.loops[name].trip)
+            if "first" in one.loops:  # a branch, not a loop
+                once = once.plus(one.loops["first"].trip)
             if one.name != "reference_gradient":  # its lists are in a loop
                 # One more after sums in float32, of features that float16 does not hold.
                 again = one.name == "weighted_sum" and once.exchanges > 0
@@ -705,6 +716,48 @@ def test_what_binds_a_launch():
         ("some", 2, "longest block" if one.seconds > memory.seconds else "memory"),
         ("other", 1, "memory"),
     ]
+
+
+def test_trips_of_single_warps():
+    """Blocks of 4 warps share 7 trips: one round of all warps, and one of 3."""
+    kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)
+    loop = work.Loop(trips=35, most=7)
+    whole, last = launches._by_warps("some", kernel, kernel.code, loop, blocks=10)
+    assert (whole.warps, whole.trips, whole.most) == (None, 5, 1)
+    assert (last.warps, last.trips, last.most) == (3, 5, 1)
+    launch = model.Launch("some", kernel, 10, (whole, last), 0.0)
+    clocks = [model.run_of(part, launch, A100, 1).clocks for part in launch.phases]
+    assert clocks[0] == pytest.approx(clocks[1])  # each warp has a scheduler of its own
+    two = last._replace(warps=8), last._replace(warps=5)
+    assert model.run_of(two[0], launch, A100, 1).clocks > 1.9 * clocks[1]
+    assert launches._by_warps("some", kernel, kernel.code, work.Loop(0, 0), blocks=10) == [
+        whole._replace(trips=0, most=0)
+    ]
+
+
+def test_code_between_barriers():
+    code = code_of("MOV R1, R2", "BAR.SYNC 0x0", "MOV R2, R3", "BAR.SYNC 0x0", "EXIT")
+    parts = launches._between_barriers(code)
+    assert [[one.base for one in part] for part in parts] == [["MOV", "BAR"]] * 2 + [["EXIT"]]
+
+
+def test_loads_of_whole_trips_and_of_the_last():
+    """The last trip of a row checks where the row ends."""
+    kernel = kernel_of(
+        "MOV R1, R2",
+        "@P0 BRA 0x40",  # 0x10: the loop
+        "LDG.E R4, [R2]",
+        "BRA 0x50",
+        "@P2 LDG.E R4, [R2]",  # 0x40
+        "FFMA R1, R1, R2, R3",  # 0x50
+        "@P1 BRA 0x10",
+        "EXIT",
+    )
+    (loop,) = kernel.loops
+    whole, last = launches._trips_of_refine(kernel, loop)
+    assert [one.predicate for one in whole if one.base == "LDG"] == [""]
+    assert [one.predicate for one in last if one.base == "LDG"] == ["@P2"]
+    assert [one.base for one in whole if one.base == "FFMA"] == ["FFMA"]
 
 
 def test_code_for_unaligned_rows_is_left_out():

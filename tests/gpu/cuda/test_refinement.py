@@ -1,0 +1,216 @@
+"""The list of the pairs whose distance is computed again, in CUDA."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pfgm.backends.problems import PosteriorMean
+from pfgm.common.tensors import dequantise
+
+FEATURES = [20, 40]  # distances from differences, and from products
+MULTIPROCESSORS = [1, 3, 7, 1000]
+
+
+@pytest.fixture
+def backend():
+    return "native"
+
+
+@pytest.fixture
+def refined(shim):
+    """refined(run) is the number of pairs that each launch of ``refine`` takes in run()."""
+
+    def refined(run):
+        shim.counts(True)
+        run()
+        launches = [one[-1] for one in shim.counts(False) if one[0] == "refine"]
+        return [sum(blocks["__shfl_xor_sync"]) // 10 for blocks in launches]  # 5 of two floats
+
+    return refined
+
+
+def two_vectors(op, B, M, N):
+    """References that are one of two opposite vectors, all equally far from points in between."""
+    generator = torch.Generator().manual_seed(3)
+    bright = torch.rand(M, 1, generator=generator) < 0.5
+    references = (255 * bright).expand(M, N).to(torch.uint8).contiguous()
+    x = 1e-4 * torch.randn(B, N, generator=generator)
+    sigma = torch.full((B,), 0.014 * math.sqrt(N), dtype=torch.float64)
+    return x.to(op.device), references.to(op.device), sigma.to(op.device)
+
+
+def all_near_but_one(op, B, M, N):
+    """The far reference belongs to the sample whose mean is the centre. So all others are far from
+    the centre, and near each other and the points."""
+    generator = torch.Generator().manual_seed(5)
+    references = torch.randint(250, 256, (M, N), generator=generator).to(torch.uint8)
+    references[0] = 0
+    x = 0.98 + 0.002 * torch.randn(B, N, generator=generator)
+    radius = torch.full((B,), 0.01 * math.sqrt(N), dtype=torch.float64)
+    return x.to(op.device), references.to(op.device), radius.to(op.device)
+
+
+def one_near_tile(op, B, M, N):
+    """References 64 to 127, which are a tile, are near each other. So are the points."""
+    generator = torch.Generator().manual_seed(4)
+    references = torch.randint(0, 128, (M, N), generator=generator)
+    references[64:128] = torch.randint(250, 256, (64, N), generator=generator)
+    references = references.to(torch.uint8)
+    x = dequantise(references, torch.float32)[64 : 64 + B]
+    x = x + 0.005 * torch.randn(B, N, generator=generator)
+    sigma = torch.full((B,), 0.01 * math.sqrt(N), dtype=torch.float64)
+    return x.to(op.device), references.to(op.device), sigma.to(op.device)
+
+
+def check_gradients(op, x, references, radius, D):
+    """Points are so near the mean that x − mean has few digits. Bytes have no gradient."""
+    y = dequantise(references, torch.float32)
+    op.check_gradients(x, y, radius, D, tolerance=1e-4)
+    grad_x, _, grad_radius = op.expected_gradients(x, y, radius, D)
+    found_x, _, found_radius = op.gradients(x, references, radius, D, (True, False, True))
+    op.assert_gradient(found_x, grad_x, 1e-4)
+    op.assert_gradient(found_radius, grad_radius, 1e-4)
+
+
+# ---- which pairs are listed ----
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.parametrize("M", [64, 65, 127, 300])
+@pytest.mark.usefixtures("poisoned")
+def test_all_pairs(op, refined, M, N):
+    """The list is full. It holds nothing of what lies between a row's end and the next row.
+
+    Scores of some thousands leave less accuracy than others.
+    """
+    problem = two_vectors(op, 18, M, N)
+    assert refined(lambda: op.check(*problem, math.inf, tolerance=1e-4)) == [18 * M]
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.parametrize("M", [2, 64, 65, 127, 300])
+@pytest.mark.usefixtures("poisoned")
+def test_nearly_all_pairs(op, refined, M, N):
+    problem = all_near_but_one(op, 18, M, N)
+    assert refined(lambda: op.check(*problem, 1.0)) == [18 * (M - 1)]
+    check_gradients(op, *problem, 1.0)
+
+
+@pytest.mark.parametrize("N", FEATURES)
+def test_no_pair(op, refined, N):
+    x, references, sigma = op.problem(18, 300, N)
+    assert refined(lambda: op.check(x, references, sigma.clamp(min=3), 1.0)) == [0]
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.usefixtures("poisoned")
+def test_all_pairs_of_one_tile(op, refined, N):
+    problem = one_near_tile(op, 18, 300, N)
+    assert refined(lambda: op.check(*problem, math.inf)) == [18 * 64]
+    check_gradients(op, *problem, math.inf)
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.usefixtures("poisoned", "small")
+def test_chunks_and_blocks(op, refined, N):
+    """Two blocks of queries; chunks of 128, 128 and 44 references."""
+    problem = all_near_but_one(op, 20, 300, N)
+    found = refined(lambda: op.check(*problem, 1.0))
+    assert found == [10 * 127, 10 * 128, 10 * 44] * 2
+    check_gradients(op, *problem, 1.0)
+
+
+def test_more_tiles_than_a_block_has_threads(op, refined):
+    problem = all_near_but_one(op, 2, 20_000, 20)
+    assert refined(lambda: op.check(*problem, 1.0)) == [2 * 19_999]
+
+
+# ---- references that are not finite, or have no products ----
+
+
+@pytest.mark.parametrize("N", [40, 96])
+def test_distances_that_are_not_finite(op, refined, N):
+    """They are listed where no other pair is."""
+    x, references, sigma = op.problem(18, 300, N)
+    references[[5, 64, 200, 299]] *= 1e30
+    problem = x, references, sigma.clamp(min=3)
+    assert refined(lambda: op.compute(*problem, 1.0)) == [18 * 4]
+    assert op.mean_error(*problem, 1.0) <= 1e-4
+
+
+def test_gradients_with_a_reference_that_float16_cannot_hold(op):
+    """Its G·y is found with its distance. It is the mean of one point, whose gradient is less
+    accurate: x − mean is small beside both."""
+    x, references, sigma = op.problem(18, 300, 40)
+    references[70] *= 3e3
+    x[3] = references[70] + 0.001
+    op.check_gradients(x, references, sigma.clamp(min=0.05), 1.0, tolerance=3e-4)
+
+
+def test_a_point_on_a_reference_beside_one_that_is_too_large(op):
+    x, references, _ = op.problem(18, 300, 40)
+    references[70] = 1e30
+    x[:] = references[66]
+    mean, lse = op.compute(x, references, torch.zeros(18, dtype=torch.float64), 1.0)
+    assert torch.equal(mean, x)
+    assert lse.isposinf().all()
+
+
+@pytest.mark.parametrize("N", FEATURES)
+def test_distances_of_zero_beside_one_that_is_too_large(op, device, N):
+    """All other references are the centre, and the points lie on them."""
+    references = torch.full((300, N), 0.5, device=device)
+    references[70] = 1e30
+    x, radius = references[:18].clone(), torch.zeros(18, dtype=torch.float64, device=device)
+    mean, lse = op.compute(x, references, radius, 1.0)
+    assert torch.equal(mean, x)
+    assert lse.isposinf().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("N", FEATURES)
+def test_a_reference_that_is_not_finite_makes_all_results_nan(op, bad, N):
+    x, references, sigma = op.problem(18, 300, N)
+    references[130, N - 1] = bad
+    for result in op.module.posterior_mean(PosteriorMean(x, references, sigma, 1.0)):
+        assert result.isnan().all()
+
+
+def test_differences_too_large_for_float32_are_cut_off(op, device):
+    """Beside a point at 0, squares of the far reference do not fit float32."""
+    references = torch.zeros(70, 20, device=device)
+    references[1:] = 1e25 * torch.randn(69, 20, generator=torch.Generator().manual_seed(0))
+    x = 1e-20 * torch.ones(4, 20, device=device)
+    radius = torch.full((4,), 1e-20, dtype=torch.float64, device=device)
+    mean, _ = op.compute(x, references, radius, 1.0)
+    assert torch.equal(mean, torch.zeros_like(mean))
+
+
+# ---- the order of the list, and the blocks that share it, change nothing ----
+
+
+@pytest.mark.parametrize("N", [20, 40, 600])
+@pytest.mark.parametrize("problem", [two_vectors, all_near_but_one, one_near_tile, None])
+def test_the_list_does_not_change_a_bit(op, shim, problem, N):
+    """Sums over references have one part each, whatever the number of multiprocessors."""
+    shim.limits(parts=1)
+    given = problem(op, 18, 300, N) if problem else op.problem(18, 300, N)
+    results = []
+    for order, multiprocessors in enumerate(MULTIPROCESSORS):
+        shim.order(order)
+        shim.device(90, multiprocessors)
+        results.append(op.everything(*given, math.inf))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_too_many_pairs_are_refused(op, shim):
+    shim.limits(pairs=2**40, references=2**40)
+    x = torch.zeros(1, 1, device=op.device).expand(4096, 1)
+    references = torch.zeros(1, 1, device=op.device).expand(2**20, 1)
+    radius = torch.ones(4096, dtype=torch.float64, device=op.device)
+    with pytest.raises(ValueError, match="too many pairs at once"):
+        op.compute(x, references, radius, 1.0)
