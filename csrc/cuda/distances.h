@@ -201,7 +201,7 @@ struct ReferencePanel {
   std::uint32_t high[2][4], low[2][4];
 };
 
-// Row g + 8e has features from `rows[e]` on. Adds up their squares, if there are any features.
+// Row g + 8e has features from `rows[e]` on. squares[e] is the sum of their squares.
 template <int SWAP, class R>
 __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,
                                          float scale, int known, const Lane& lane,
@@ -435,10 +435,10 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
     for (int j = 0; j < kOwn; ++j)
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * (kOwn * (1 - part) + j) + 2 * lane.t + i % 2;
-        double& given = shared.sums.products[row_of(0) + 8 * (i / 2)][column];
         const int own = kOwn + j;
-        given = part > 0 ? static_cast<double>(total[0][j][i]) + rest[0][j][i]
-                         : static_cast<double>(total[0][own][i]) + rest[0][own][i];
+        const float sum = part > 0 ? total[0][j][i] : total[0][own][i];
+        const float more = part > 0 ? rest[0][j][i] : rest[0][own][i];
+        shared.sums.products[row_of(0) + 8 * (i / 2)][column] = static_cast<double>(sum) + more;
         if (part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
       }
   for (int e = 0; e < 2; ++e) {

@@ -54,10 +54,8 @@ def large(shim, grids_of):
 def test_forward(op, large, sizes, dtype):
     for seed, D in enumerate((1.0, math.inf)):
         x, references, sigma = op.problem(*sizes, dtype=dtype, seed=seed)
-        large(
-            lambda given=(x, references, op.radius_of(sigma, D), D): op.check(*given),
-            sizes,
-        )
+        given = x, references, op.radius_of(sigma, D), D
+        large(lambda given=given: op.check(*given), sizes)
 
 
 @pytest.mark.parametrize("sizes", [(100, 129, 33), (241, 127, 65)])
@@ -89,7 +87,7 @@ def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, dtype)
 
 
 def test_rows_that_are_not_aligned(op, large, device):
-    B, M, N = sizes = (100, 129, 66)
+    _, M, N = sizes = (100, 129, 66)
     x, references, sigma = op.problem(*sizes)
     for gap in (1, 2, 3):
         rows = torch.full((M, N + gap), math.nan, device=device)
