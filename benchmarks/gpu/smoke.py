@@ -25,6 +25,7 @@ SHAPES = {
     "products, 32 queries a tile": (20, 70, 100),
     "products, 64 queries a tile": (590, 1030, 100),
     "products, 128 references a tile": (590, 4100, 100),
+    "products, 128 references and queries a tile": (1020, 2040, 100),
     "long rows": (66, 33, 3070),
 }
 # Rows for part of a warp, a block, and longer ones. Odd lengths are read value by value.

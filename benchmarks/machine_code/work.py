@@ -186,32 +186,41 @@ def tile_of(m: int, queries: int, card: Device) -> tuple[int, int]:
     def rounds(rows: int, references: int) -> int:
         return up(up(m, references) * up(queries, rows), card.sms)
 
-    small, medium, large = 5 * rounds(32, 64), 8 * rounds(64, 64), 12 * rounds(64, 128)
-    if queries <= 32 or small < min(medium, large):
+    small, medium = 5 * rounds(32, 64), 8 * rounds(64, 64)
+    large, largest = 12 * rounds(64, 128), 22 * rounds(128, 128)
+    if queries <= 32 or small < min(medium, large, largest):
         return 32, 64
-    return (64, 64) if medium < large else (64, 128)
+    if medium < min(large, largest):
+        return 64, 64
+    return (64, 128) if large <= largest else (128, 128)
 
 
 def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool = False) -> Work:
     if shape.few:
         return _differences(shape, queries, m, project)
     rows, references = tile_of(m, queries, card)
-    size, panels, staged = _SIZES[shape.type], up(shape.N, _PANEL), up(shape.N, _STAGED)
+    ahead = rows == 128  # whether the block converts references one panel ahead
+    size, panels = _SIZES[shape.type], up(shape.N, _PANEL)
+    of_stage = 1 if ahead else 2  # panels
+    trips, features = up(panels, of_stage), of_stage * _PANEL
     blocks = up(m, references) * up(queries, rows)
-    stages = 3 if references == 64 else 2
-    memory = stages * _STAGED * (size * references + 2 * 2 * rows + 4) + 16 * rows
+    stages = (4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
+    of_references = features * ((4 if ahead else size) * references + 4)
+    memory = stages[0] * of_references + stages[1] * features * 2 * 2 * rows + 16 * rows
     # Rows after the last are copied too. Queries and the centre are padded to whole stages.
-    copied = references * shape.N * size + staged * _STAGED * (2 * 2 * rows + 4)
+    copied = references * shape.N * size + trips * features * (2 * 2 * rows + 4)
     # A tile whose warps take both panels of a trip multiplies zeros after the last one.
-    multiplied = 2 * up(panels, 2) if references == 128 and size == 4 else panels
+    multiplied = 2 * trips if (rows, references, size) == (64, 128, 4) else panels
     of_all = Amount(
-        halves=6 * multiplied * (references // 16) * (rows // 8), copied=copied, barriers=staged
+        halves=6 * multiplied * (references // 16) * (rows // 8), copied=copied, barriers=trips
     )
     # Half of the last trip is left out if its second panel is empty.
-    loops = {"features": _by_all(blocks, panels / 2, of_all)}
-    parts = 8 // (references // 16)  # of the features, among the warps
-    minima = 0 if project else 2 * (rows // 8 // parts) * 4 + _OVER_WARP
-    once = Amount(barriers=2 if project else 3, exchanges=8 * (4 + minima))
+    loops = {"features": _by_all(blocks, panels / of_stage, of_all)}
+    columns, groups = rows // 8, references // 16
+    slabs = 2 if ahead else 1  # of 16 references, of a warp
+    parts = 8 // groups * slabs  # of the columns, among the warps
+    minima = 0 if project else slabs * (2 * (columns // parts) * 4 + _OVER_WARP)
+    once = Amount(barriers=(2 if project else 3) + ahead, exchanges=8 * (4 + minima))
     name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}>"
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
     return Work("distances", name, blocks, 256, memory, once, loops, moved)

@@ -74,34 +74,54 @@ __device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int 
 
 constexpr int kDistanceThreads = 256;
 
-// A block has REFERENCES × QUERIES pairs. A warp has 16 references × QUERIES; if that takes half of
-// the warps, each half takes every second panel. Two panels are staged together. In rows of float32
-// the 16-byte pieces of odd rows trade places in pairs, so that the accesses of a warp lie in
-// different banks.
+// A block has REFERENCES × QUERIES pairs. A warp has one or two slabs of 16 references. With 64
+// references, each half of the warps takes every second panel. With 128 queries, each half of the
+// warps takes half of these, and the block converts references one panel ahead, for all its warps.
+//
+// A lane accesses 16 bytes. Eight lanes, which have two rows, must reach different banks. So in
+// rows of float32 the 16-byte pieces of odd rows trade places in pairs; rows of queries have 64
+// bytes.
 template <class R, int QUERIES, int REFERENCES>
 struct DistanceMemory {
-  static constexpr int kStages = REFERENCES == 64 ? 3 : 2, kFeatures = 2 * kPanel;
+  static constexpr bool kAhead = QUERIES == 128;
+  static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
+  static constexpr int kQueryStages = kAhead ? 2 : kReferenceStages;
+  static constexpr int kPanels = kAhead ? 1 : 2, kFeatures = kPanels * kPanel;  // of a stage
   static constexpr int kSwap = sizeof(R) == 4 ? 1 : 0;
-  static constexpr int kGroups = REFERENCES / 16, kParts = kDistanceThreads / 32 / kGroups;
-  struct Stage {
-    R y[REFERENCES][kFeatures];
-    std::uint16_t x[2][2][QUERIES][kPanel];  // panel, part, query
+  static constexpr int kSlabs = kAhead ? 2 : 1, kSides = kAhead ? 2 : 1;
+  static constexpr int kColumns = QUERIES / kSides / 8;  // of 8 queries, of a warp
+  static constexpr int kGroups = REFERENCES / 16 / kSlabs;
+  static constexpr int kParts = kDistanceThreads / 32 / kGroups / kSides;
+  // Two parts in float16 take the place of a value that is converted ahead.
+  // Before that, values of short types start in different places of neighbouring rows.
+  static constexpr int kSpread = kAhead ? 4 / static_cast<int>(sizeof(R)) : 1;
+  static constexpr int kPitch = kSpread * kFeatures;
+  struct References {
+    R y[REFERENCES][kPitch];
     float center[kFeatures];
+  };
+  struct Queries {
+    std::uint16_t x[kPanels][2][QUERIES][kPanel];  // panel, part, query
+  };
+  struct Stages {
+    References references[kReferenceStages];
+    Queries queries[kQueryStages];
   };
   struct Sums {
     double products[kParts > 1 ? REFERENCES : 1][QUERIES + 1];  // of the other half of the warps
     double squares[kParts][REFERENCES];
-    double low[kGroups][QUERIES];
-    double farthest[kGroups];
+    double low[REFERENCES / 16][QUERIES];
+    double farthest[REFERENCES / 16];
   };
   union {
-    Stage stages[kStages];
+    Stages stages;
     Sums sums;
   };
   double units[QUERIES], norms[QUERIES];
 };
 static_assert(sizeof(DistanceMemory<float, 64, 64>) <= kSharedLimit &&
-                  sizeof(DistanceMemory<float, 64, 128>) <= kSharedLimit,
+                  sizeof(DistanceMemory<float, 64, 128>) <= kSharedLimit &&
+                  sizeof(DistanceMemory<float, 128, 128>) <= kSharedLimit,
               "a block fits everywhere");
 
 // Copies the panels of a tile, one after the other. A thread copies the same piece of each of its
@@ -110,7 +130,6 @@ template <class R, int QUERIES, int REFERENCES>
 class TileCopy {
  public:
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
-  using Stage = typename Memory::Stage;
 
   __device__ TileCopy(const Halves& x, int query0, const Rows<R>& y, int reference0,
                       const Center& center)
@@ -127,24 +146,35 @@ class TileCopy {
             thread % kHalfPieces * 8;
   }
 
-  // Starts the copies of the next panels.
-  __device__ void next(Stage& stage) {
+  // Starts the copies of the next panels of references.
+  __device__ void next(typename Memory::References& stage) {
     const int known = left_ - piece_ * kCount;
     const int count = known < 0 ? 0 : known < kCount ? known : kCount;
-    R* const to = stage.y[row_] + (piece_ ^ (row_ & Memory::kSwap)) * kCount;
+    R* const to = stage.y[row_] + row_ % Memory::kSpread * Memory::kFeatures +
+                  (piece_ ^ (row_ & Memory::kSwap)) * kCount;
     if (aligned_) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
-        copy_async<16>(to + i * kStep * Memory::kFeatures,
+        copy_async<16>(to + i * kStep * Memory::kPitch,
                        i * kStep < rows_ ? from_ + i * apart_ : from_,
                        count * static_cast<int>(sizeof(R)));
     } else {
       for (int i = 0; i < kRows; ++i)
         for (int k = 0; k < kCount; ++k)
-          to[i * kStep * Memory::kFeatures + k] =
+          to[i * kStep * Memory::kPitch + k] =
               k < count ? from_[(i * kStep < rows_ ? i * apart_ : 0) + k] : R{};
     }
-    const int thread = static_cast<int>(threadIdx.x), piece = thread % kHalfPieces;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < Memory::kFeatures / 4)
+      copy_async<16>(&stage.center[4 * thread],
+                     center_.scaled + (center_.features - left_) + 4 * thread);
+    from_ += Memory::kFeatures;
+    left_ -= Memory::kFeatures;
+  }
+
+  // The same for queries.
+  __device__ void next(typename Memory::Queries& stage) {
+    const int piece = static_cast<int>(threadIdx.x) % kHalfPieces;
     std::uint16_t* const half = &stage.x[piece / 4][0][half_row_][piece % 4 * 8];
 #pragma unroll
     for (int i = 0; i < kHalfRows; ++i) {
@@ -153,11 +183,7 @@ class TileCopy {
       copy_async<16>(half + i * kHalfStep * kPanel, high);
       copy_async<16>(half + (QUERIES + i * kHalfStep) * kPanel, high + to_low_);
     }
-    if (thread < Memory::kFeatures / 4)
-      copy_async<16>(&stage.center[4 * thread],
-                     center_.scaled + (center_.features - left_) + 4 * thread);
-    from_ += Memory::kFeatures, high_ += Memory::kFeatures;
-    left_ -= Memory::kFeatures;
+    high_ += Memory::kFeatures;
   }
 
  private:
@@ -179,74 +205,121 @@ class TileCopy {
 };
 
 // The panel of a lane: references g and g + 8, features 8t to 8t + 7, times the scale and centred,
-// in two parts, as the operands of two products. Adds up their squares.
-template <class R>
+// in two parts, as the operands of two products.
 struct ReferencePanel {
   std::uint32_t high[2][4], low[2][4];
-
-  // Row g + 8e has features from `rows[e]` on.
-  template <int SWAP>
-  __device__ void load(const R* const (&rows)[2], const float* center, float scale, int known,
-                       const Lane& lane, float (&square)[2], float (&square_lost)[2]) {
-    float c[8];
-    for (int i = 0; i < 8; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(center + 8 * lane.t + i);
-      c[i] = four.x, c[i + 1] = four.y, c[i + 2] = four.z, c[i + 3] = four.w;
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float v[8], sum = 0;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int feature = 8 * lane.t + 4 * i;
-        float four[4];
-        load4(rows[e] + 8 * lane.t + 4 * (i ^ (lane.g & SWAP)), known - feature, four);
-        for (int k = 0; k < 4; ++k) v[4 * i + k] = four[k] * scale - c[4 * i + k];
-      }
-      for (float value : v) sum += value * value;
-      add_compensated(square[e], square_lost[e], sum);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const TwoHalves parts = split_halves(v[2 * i], v[2 * i + 1]);
-        // Operands have features 0, 1 of rows g and g + 8, then features 2, 3.
-        high[i / 2][i % 2 * 2 + e] = parts.high;
-        low[i / 2][i % 2 * 2 + e] = parts.low;
-      }
-    }
-  }
 };
 
-// Adds the products with COLUMNS columns of 8 queries: high·high + high·low + low·high. They take
-// turns, so that none waits for another. The panel of the first column is at `x_high` and `x_low`.
-// Matrix units round every addition toward zero, so panels are added up outside of them, in two
-// floats.
-template <int COLUMNS>
-__device__ inline void add_products(float (*total)[4], float (*lost)[4],
-                                    const std::uint32_t (&high)[2][4],
-                                    const std::uint32_t (&low)[2][4], const std::uint16_t* x_high,
-                                    const std::uint16_t* x_low) {
-  float panel[COLUMNS][4];
-  std::uint32_t of_high[COLUMNS][2][2], of_low[COLUMNS][2][2];
+// Row g + 8e has features from `rows[e]` on. squares[e] is the sum of their squares.
+template <int SWAP, class R>
+__device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,
+                                         float scale, int known, const Lane& lane,
+                                         float (&squares)[2]) {
+  ReferencePanel panel;
+  float c[8];
+  for (int i = 0; i < 8; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(center + 8 * lane.t + i);
+    c[i] = four.x, c[i + 1] = four.y, c[i + 2] = four.z, c[i + 3] = four.w;
+  }
 #pragma unroll
-  for (int j = 0; j < COLUMNS; ++j) {
+  for (int e = 0; e < 2; ++e) {
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int feature = 8 * lane.t + 4 * i;
+      float four[4];
+      load4(rows[e] + 8 * lane.t + 4 * (i ^ (lane.g & SWAP)), known - feature, four);
+      for (int k = 0; k < 4; ++k) v[4 * i + k] = four[k] * scale - c[4 * i + k];
+    }
+    squares[e] = 0;
+    for (float value : v) squares[e] += value * value;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const TwoHalves parts = split_halves(v[2 * i], v[2 * i + 1]);
+      // Operands have features 0, 1 of rows g and g + 8, then features 2, 3.
+      panel.high[i / 2][i % 2 * 2 + e] = parts.high;
+      panel.low[i / 2][i % 2 * 2 + e] = parts.low;
+    }
+  }
+  return panel;
+}
+
+// Operand i of a lane, of 4, in the place of the values of its slab.
+template <class R>
+__device__ inline uint4& operand_of(R* slab, int i, const Lane& lane) {
+  return reinterpret_cast<uint4*>(slab)[32 * i + lane.lane];
+}
+
+template <class R>
+__device__ inline void store_panel(R* slab, const ReferencePanel& panel, const Lane& lane) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t (&high)[4] = panel.high[i], (&low)[4] = panel.low[i];
+    operand_of(slab, i, lane) = {high[0], high[1], high[2], high[3]};
+    operand_of(slab, 2 + i, lane) = {low[0], low[1], low[2], low[3]};
+  }
+}
+
+template <class R>
+__device__ inline ReferencePanel load_panel(R* slab, const Lane& lane) {
+  ReferencePanel panel;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint4 high = operand_of(slab, i, lane), low = operand_of(slab, 2 + i, lane);
+    panel.high[i][0] = high.x, panel.high[i][1] = high.y;
+    panel.high[i][2] = high.z, panel.high[i][3] = high.w;
+    panel.low[i][0] = low.x, panel.low[i][1] = low.y;
+    panel.low[i][2] = low.z, panel.low[i][3] = low.w;
+  }
+  return panel;
+}
+
+// Adds the products with TOGETHER columns of 8 queries from column `first` on: high·high + high·low
+// + low·high. They take turns, so that none waits for another. The panel of these queries is at
+// `x_high` and `x_low`.
+//
+// Matrix units round every addition toward zero, so panels are added up outside of them, in two
+// floats, total + rest. The products of a panel are added to the rest, the smallest ones first.
+// What the new total cannot hold of that is the next rest.
+template <int TOGETHER, int SLABS, int COLUMNS>
+__device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
+                                    float (&rest)[SLABS][COLUMNS][4], int first,
+                                    const ReferencePanel (&y)[SLABS], const std::uint16_t* x_high,
+                                    const std::uint16_t* x_low) {
+  std::uint32_t of_high[TOGETHER][2][2], of_low[TOGETHER][2][2];
+#pragma unroll
+  for (int j = 0; j < TOGETHER; ++j) {
     const uint4 a = *reinterpret_cast<const uint4*>(x_high + 8 * j * kPanel);
     const uint4 b = *reinterpret_cast<const uint4*>(x_low + 8 * j * kPanel);
     of_high[j][0][0] = a.x, of_high[j][0][1] = a.y, of_high[j][1][0] = a.z, of_high[j][1][1] = a.w;
     of_low[j][0][0] = b.x, of_low[j][0][1] = b.y, of_low[j][1][0] = b.z, of_low[j][1][1] = b.w;
   }
+  const auto each = [&](auto multiply) {
 #pragma unroll
-  for (int j = 0; j < COLUMNS; ++j) multiply_halves(panel[j], low[0], of_high[j][0]);
+    for (int i = 0; i < 2; ++i)
+      for (int s = 0; s < SLABS; ++s)
+        for (int j = 0; j < TOGETHER; ++j) multiply(rest[s][first + j], y[s], i, j);
+  };
+  using Four = float (&)[4];
+  each([&](Four d, const ReferencePanel& a, int i, int j) {
+    multiply_add_halves(d, a.low[i], of_high[j][i]);
+  });
+  each([&](Four d, const ReferencePanel& a, int i, int j) {
+    multiply_add_halves(d, a.high[i], of_low[j][i]);
+  });
+  each([&](Four d, const ReferencePanel& a, int i, int j) {
+    multiply_add_halves(d, a.high[i], of_high[j][i]);
+  });
 #pragma unroll
-  for (int j = 0; j < COLUMNS; ++j) multiply_add_halves(panel[j], low[1], of_high[j][1]);
+  for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < COLUMNS; ++j) multiply_add_halves(panel[j], high[i], of_low[j][i]);
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < COLUMNS; ++j) multiply_add_halves(panel[j], high[i], of_high[j][i]);
-#pragma unroll
-  for (int j = 0; j < COLUMNS; ++j)
-    for (int e = 0; e < 4; ++e) add_compensated(total[j][e], lost[j][e], panel[j][e]);
+    for (int j = 0; j < TOGETHER; ++j)
+      for (int e = 0; e < 4; ++e) {
+        float &sum = total[s][first + j][e], &value = rest[s][first + j][e];
+        const float larger = sum + value;
+        value -= larger - sum;
+        sum = larger;
+      }
 }
 
 // Σ over the lanes t of a group of four.
@@ -265,17 +338,24 @@ template <class R, int QUERIES, int REFERENCES, bool PROJECT>
 __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out) {
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
-  constexpr int kColumns = QUERIES / 8, kParts = Memory::kParts;
-  constexpr int kTogether = QUERIES == 32 ? 2 : 4;  // columns; smaller tiles have fewer registers
+  constexpr bool kAhead = Memory::kAhead;
+  constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
+  constexpr int kTogether = QUERIES == 64 ? 4 : 2;  // columns; the others have fewer registers
+  constexpr int kConvert = PROJECT ? kTogether : kColumns / 2;  // column; elsewhere compilers spill
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
+  auto& stages = shared.stages;
   const Lane lane = this_lane();
-  const int group = lane.warp % Memory::kGroups, part = lane.warp / Memory::kGroups;
-  const int row0 = 16 * group;
+  // Of unsigned numbers, to be found again in two instructions rather than kept.
+  const int group = static_cast<int>(threadIdx.x / 32 % Memory::kGroups);
+  const int other = static_cast<int>(threadIdx.x / 32 / Memory::kGroups);
+  const int part = kParts > 1 ? other : 0, column0 = kAhead ? 8 * kColumns * other : 0;
+  const int converted = kAhead ? 16 * lane.warp : 16 * group;  // first row that this warp converts
   const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
   const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
-  const float scale = *center.scale, factor = scale * kUnit<R>;
   if constexpr (!PROJECT) clear_list(out);
-  float total[kColumns][4] = {}, lost[kColumns][4] = {}, square[2] = {}, square_lost[2] = {};
+  const float factor = *center.scale * kUnit<R>;
+  float total[kSlabs][kColumns][4] = {}, rest[kSlabs][kColumns][4] = {};
+  float square[2] = {}, square_lost[2] = {}, squares[2];
 
   if (const int q = static_cast<int>(threadIdx.x); q < QUERIES) {
     const int query = query0 + q < x.rows ? query0 + q : 0;
@@ -283,94 +363,153 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
     if constexpr (!PROJECT) shared.norms[q] = out.norms[query];
   }
   TileCopy<R, QUERIES, REFERENCES> copy(x, query0, y, reference0, center);
-  pipeline<Memory::kStages>(
-      static_cast<int>(divide_up(center.features, Memory::kFeatures)),
-      [&](int, int slot) { copy.next(shared.stages[slot]); },
-      [&](int p, int slot) {
-        const auto& stage = shared.stages[slot];
+  const int trips = static_cast<int>(divide_up(center.features, Memory::kFeatures));
+  const auto stage_queries = [&](int p) {
+    if (p < trips) copy.next(stages.queries[p % Memory::kQueryStages]);
+    if constexpr (kAhead) commit_copies();
+  };
+  const auto stage_references = [&](int p) {
+    if (p < trips) copy.next(stages.references[p % Memory::kReferenceStages]);
+    commit_copies();
+  };
+  const auto stage_next = [&](int p) {
+    stage_queries(p + Memory::kQueryStages - 1);
+    stage_references(p + Memory::kReferenceStages - 1);
+  };
+  const auto convert_panel = [&](int p, int half) {
+    auto& stage = stages.references[p % Memory::kReferenceStages];
+    const int first = half * kPanel, known = center.features - p * Memory::kFeatures - first;
+    const int start = lane.g % Memory::kSpread * Memory::kFeatures + first;
+    const R* const rows[2] = {&stage.y[converted + lane.g][start],
+                              &stage.y[converted + lane.g + 8][start]};
+    return convert<Memory::kSwap>(rows, stage.center + first, factor, known, lane, squares);
+  };
+  const auto add_squares = [&] {
+    for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
+  };
+  // After the last panel this converts what nothing reads.
+  const auto convert_ahead = [&](int p) {
+    const ReferencePanel panel = convert_panel(p, 0);
+    __syncwarp();  // all values are read
+    store_panel(stages.references[p % Memory::kReferenceStages].y[converted], panel, lane);
+  };
+
+  for (int p = 0; p < Memory::kReferenceStages - 1; ++p) {
+    if (p < Memory::kQueryStages - 1) stage_queries(p);
+    stage_references(p);
+  }
+  if constexpr (kAhead) {
+    wait_copies<Memory::kReferenceStages - 2>();
+    __syncthreads();
+    convert_ahead(0);
+  }
+  int p = 0;
+#pragma unroll 1
+  do {  // There is a panel. A loop that may make no trip takes more registers.
+    wait_copies<kAhead ? 1 : Memory::kReferenceStages - 2>();
+    __syncthreads();  // copies have arrived, and no thread uses what the next ones replace
+    if constexpr (!kAhead) stage_next(p);
 #pragma unroll
-        for (int half = part, i = 0; i < 2 / kParts; half += kParts, ++i) {
-          const int first = half * kPanel;
-          const int known = center.features - p * Memory::kFeatures - first;
-          // Without a branch between them, the products of two panels take turns. Short types need
-          // too many registers for that.
-          constexpr bool kBranch = kParts > 1 || sizeof(R) < 4;
-          if (kBranch && known <= 0) return;
-          const R* const rows[2] = {&stage.y[row0 + lane.g][first],
-                                    &stage.y[row0 + lane.g + 8][first]};
-          ReferencePanel<R> panel;
-          panel.template load<Memory::kSwap>(rows, stage.center + first, factor, known, lane,
-                                             square, square_lost);
+    for (int half = part, i = 0; i < Memory::kPanels / kParts; half += kParts, ++i) {
+      // Without a branch between them, the products of two panels take turns. Short types need too
+      // many registers for that.
+      constexpr bool kBranch = !kAhead && (kParts > 1 || sizeof(R) < 4);
+      if (kBranch && center.features <= p * Memory::kFeatures + half * kPanel) continue;
+      ReferencePanel panel[kSlabs];
+      if constexpr (!kAhead) panel[0] = convert_panel(p, half);
+      add_squares();
+      if constexpr (kAhead)
+        for (int s = 0; s < kSlabs; ++s)
+          panel[s] = load_panel(
+              stages.references[p % Memory::kReferenceStages].y[16 * (kSlabs * group + s)], lane);
+      const auto& queries = stages.queries[p % Memory::kQueryStages].x[half];
 #pragma unroll
-          for (int j = 0; j < kColumns; j += kTogether)
-            add_products<kTogether>(&total[j], &lost[j], panel.high, panel.low,
-                                    &stage.x[half][0][8 * j + lane.g][8 * lane.t],
-                                    &stage.x[half][1][8 * j + lane.g][8 * lane.t]);
-        }
-      });
+      for (int j = 0; j < kColumns; j += kTogether) {
+        add_products<kTogether>(total, rest, j, panel,
+                                &queries[0][column0 + 8 * j + lane.g][8 * lane.t],
+                                &queries[1][column0 + 8 * j + lane.g][8 * lane.t]);
+        // Matrix units multiply meanwhile.
+        if (kAhead && j == 0) stage_next(p);
+        if (kAhead && j == kConvert) convert_ahead(p + 1);
+      }
+    }
+  } while (++p < trips);
+  wait_copies<0>();
+  __syncthreads();
 
   // Each half of the warps finishes half of the columns, with the sums of the other half.
   constexpr int kOwn = kColumns / kParts;
+  const auto row_of = [&](int slab) { return 16 * (kSlabs * group + slab) + lane.g; };
   if constexpr (kParts > 1)
 #pragma unroll
     for (int j = 0; j < kOwn; ++j)
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * (kOwn * (1 - part) + j) + 2 * lane.t + i % 2;
-        double& given = shared.sums.products[row0 + 8 * (i / 2) + lane.g][column];
         const int own = kOwn + j;
-        given = part > 0 ? static_cast<double>(total[j][i]) - lost[j][i]
-                         : static_cast<double>(total[own][i]) - lost[own][i];
-        if (part > 0) total[j][i] = total[own][i], lost[j][i] = lost[own][i];
+        const float sum = part > 0 ? total[0][j][i] : total[0][own][i];
+        const float more = part > 0 ? rest[0][j][i] : rest[0][own][i];
+        shared.sums.products[row_of(0) + 8 * (i / 2)][column] = static_cast<double>(sum) + more;
+        if (part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
       }
   for (int e = 0; e < 2; ++e) {
     const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
-    if (lane.t == 0) shared.sums.squares[part][row0 + 8 * e + lane.g] = sum;
+    if (lane.t == 0) shared.sums.squares[part][converted + 8 * e + lane.g] = sum;
   }
   __syncthreads();
   const double per_scale = center.scale[1];
-  double squares[2], farthest = 0;
-  bool known[2];
-  for (int e = 0; e < 2; ++e) {
-    const int row = row0 + 8 * e + lane.g;
-    double scaled = shared.sums.squares[0][row];
-    if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
-    squares[e] = scaled * per_scale * per_scale;
-    known[e] = reference0 + row < y.count;
-    farthest = fmax(farthest, reach_of(scaled, squares[e], center.features, known[e]));
+  double squared[kSlabs][2];
+  bool known[kSlabs][2];
+#pragma unroll
+  for (int s = 0; s < kSlabs; ++s) {
+    double farthest = 0;
+    for (int e = 0; e < 2; ++e) {
+      const int row = row_of(s) + 8 * e;
+      double scaled = shared.sums.squares[0][row];
+      if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
+      squared[s][e] = scaled * per_scale * per_scale;
+      known[s][e] = reference0 + row < y.count;
+      farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
+    }
+    if constexpr (!PROJECT) {
+      farthest = over_warp(farthest, Most());
+      if (lane.lane == 0 && other == 0) shared.sums.farthest[kSlabs * group + s] = farthest;
+    }
   }
 #pragma unroll
   for (int j = 0; j < kOwn; ++j)
     for (int odd = 0; odd < 2; ++odd) {
-      const int column = 8 * (kOwn * part + j) + 2 * lane.t + odd;
+      const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
       const bool inside = query0 + column < x.rows;
       const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
-      const Index place = (query0 + column) * out.stride + reference0 + row0 + lane.g;
-      std::uint64_t low = kInfiniteBits;
-      bool infinite = false;
-      for (int e = 0; e < 2; ++e) {
-        double product = static_cast<double>(total[j][2 * e + odd]) - lost[j][2 * e + odd];
-        if constexpr (kParts > 1) product += shared.sums.products[row0 + 8 * e + lane.g][column];
-        if constexpr (PROJECT) {
-          if (inside && known[e]) out.projected[place + 8 * e] = static_cast<float>(unit * product);
-        } else {
-          const std::uint64_t distance = not_negative(squares[e] + norm - 2 * unit * product);
-          if (inside && known[e]) out.squared[place + 8 * e] = double_of(distance);
-          if (!known[e]) continue;
-          infinite = infinite || distance >= kInfiniteBits;
-          low = Least()(low, distance);
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
+        std::uint64_t low = kInfiniteBits;
+        bool infinite = false;
+        for (int e = 0; e < 2; ++e) {
+          double product = static_cast<double>(total[s][j][2 * e + odd]) + rest[s][j][2 * e + odd];
+          if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
+          if constexpr (PROJECT) {
+            if (inside && known[s][e])
+              out.projected[place + 8 * e] = static_cast<float>(unit * product);
+          } else {
+            const std::uint64_t distance = not_negative(squared[s][e] + norm - 2 * unit * product);
+            if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
+            if (!known[s][e]) continue;
+            infinite = infinite || distance >= kInfiniteBits;
+            low = Least()(low, distance);
+          }
         }
-      }
-      if constexpr (!PROJECT) {
-        for (int apart = 4; apart < 32; apart *= 2)
-          low = Least()(low, __shfl_xor_sync(kAll, low, apart));
-        const bool marked = (__ballot_sync(kAll, infinite) & 0x11111111u << lane.t) != 0;
-        const double least = double_of(low < kInfiniteBits ? low : kInfiniteBits);
-        if (lane.g == 0) shared.sums.low[group][column] = marked ? -least : least;
+        if constexpr (!PROJECT) {
+          for (int apart = 4; apart < 32; apart *= 2)
+            low = Least()(low, __shfl_xor_sync(kAll, low, apart));
+          const bool marked = (__ballot_sync(kAll, infinite) & 0x11111111u << lane.t) != 0;
+          const double least = double_of(low < kInfiniteBits ? low : kInfiniteBits);
+          if (lane.g == 0) shared.sums.low[kSlabs * group + s][column] = marked ? -least : least;
+        }
       }
     }
   if constexpr (!PROJECT) {
-    farthest = over_warp(farthest, Most());
-    if (lane.lane == 0 && part == 0) shared.sums.farthest[group] = farthest;
     __syncthreads();
     constexpr int kTileGroups = kTileReferences / 16;
 #pragma unroll

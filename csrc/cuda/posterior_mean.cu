@@ -291,16 +291,17 @@ class Calculation {
         differences<R, PROJECT>, rows, y(), features_, pairs_);
   }
 
-  // The tiles that take least time, by their predicted times: 5 to 8 to 12, in rounds of the
+  // The tiles that take least time, by their predicted times: 5 to 8 to 12 to 22, in rounds of the
   // busiest multiprocessor. Larger tiles read each value less often.
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
     const Index small = 5 * rounds(32, 64), medium = 8 * rounds(64, 64),
-                large = 12 * rounds(64, 128);
-    if (queries() <= 32 || small < smaller(medium, large))
-      return find_products<PROJECT, 32, 64>(rows);
-    if (medium < large) return find_products<PROJECT, 64, 64>(rows);
-    find_products<PROJECT, 64, 128>(rows);
+                large = 12 * rounds(64, 128), largest = 22 * rounds(128, 128);
+    const Index least = smaller(medium, smaller(large, largest));
+    if (queries() <= 32 || small < least) return find_products<PROJECT, 32, 64>(rows);
+    if (medium < smaller(large, largest)) return find_products<PROJECT, 64, 64>(rows);
+    if (large <= largest) return find_products<PROJECT, 64, 128>(rows);
+    find_products<PROJECT, 128, 128>(rows);
   }
 
   template <bool PROJECT, int QUERIES, int REFERENCES>

@@ -171,6 +171,8 @@ def check_longest(run: Run) -> None:
         ((24, 190, 96), 4, "distances<float32, 32, 64, false>"),
         ((70, 190, 128), 7, "distances<float32, 64, 64, false>"),
         ((70, 600, 256), 4, "distances<float32, 64, 128, false>"),
+        ((100, 300, 96), 1, "distances<float32, 128, 128, false>"),
+        ((241, 129, 72), 1, "distances<float32, 128, 128, false>"),
         ((8, 320, 128), 4, "differences<float32, false>"),
         ((40, 192, 16), 4, "differences<float32, false>"),
     ],
@@ -236,6 +238,15 @@ def test_gradients(run, sizes):
         check(found)
         projects = [one.kernel for one in found.model if one.kernel.endswith(", true>")]
         assert len(projects) == 1
+
+
+def test_gradients_with_large_tiles(run):
+    for dtype in TYPES:
+        found = run(clusters(100, 192, 96), dtype, multiprocessors=1, backward=True)
+        name = TYPES[dtype]
+        kernels = {one.kernel for one in found.model}
+        assert {f"distances<{name}, 128, 128, {last}>" for last in ("false", "true")} <= kernels
+        check(found)
 
 
 def test_gradients_of_chunks_and_blocks(run, small_chunks):

@@ -1,0 +1,162 @@
+"""Tiles of 128 × 128 references and queries in the CUDA kernel ``distances``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
+# Queries, references and features at the edges of tiles, panels and stages. On one multiprocessor
+# tiles of 128 × 128 take least time.
+SIZES = [
+    (100, 65, 32), (100, 127, 33), (100, 129, 63), (128, 128, 65), (241, 129, 97), (97, 300, 161),
+]  # fmt: skip
+
+
+@pytest.fixture
+def backend():
+    return "native"
+
+
+@pytest.fixture
+def grids_of(shim):
+    """grids_of(run) calls run() and returns the grids of its launches of ``distances``."""
+
+    def grids_of(run):
+        shim.counts(True)
+        run()
+        return [tuple(grid[:2]) for name, grid, *_ in shim.counts(False) if name == "distances"]
+
+    return grids_of
+
+
+def tiles(references, queries, M, B):
+    return -(-M // references), -(-B // queries)
+
+
+@pytest.fixture
+def large(shim, grids_of):
+    """large(run, sizes) calls run() and makes sure that it takes tiles of 128 × 128."""
+    shim.device(90, 1)
+
+    def large(run, sizes):
+        B, M, _ = sizes
+        assert set(grids_of(run)) == {tiles(128, 128, M, B)}
+
+    return large
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.usefixtures("poisoned")
+def test_forward(op, large, sizes, dtype):
+    for seed, D in enumerate((1.0, math.inf)):
+        x, references, sigma = op.problem(*sizes, dtype=dtype, seed=seed)
+        given = x, references, op.radius_of(sigma, D), D
+        large(lambda given=given: op.check(*given), sizes)
+
+
+@pytest.mark.parametrize("sizes", [(100, 129, 33), (241, 127, 65)])
+@pytest.mark.usefixtures("poisoned")
+def test_gradients(op, large, sizes):
+    x, references, sigma = op.problem(*sizes)
+    radius = op.radius_of(sigma.clamp(min=0.05), 1.0)
+    large(lambda: op.check_gradients(x, references, radius, 1.0), sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(100, 127, 97), (241, 129, 65)])
+def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, dtype):
+    """Those of 64 queries × 128 references add up panels in the same order.
+
+    Only the sums over references depend on the number of multiprocessors. The log-sum-exp and the
+    radius's gradient, which depends on G·y, do not.
+    """
+    B, M, _ = sizes
+    x, references, sigma = op.problem(*sizes, dtype=dtype)
+    found = []
+    for queries, multiprocessors in ((128, 1), (64, math.prod(tiles(128, 64, M, B)))):
+        shim.device(90, multiprocessors)
+        grids = grids_of(lambda: found.append(op.everything(x, references, sigma, 1.0)))
+        assert set(grids) == {tiles(128, queries, M, B)}
+    (_, lse, *_, of_radius), (_, other_lse, *_, of_other) = found
+    assert torch.equal(lse, other_lse)
+    assert torch.equal(of_radius, of_other)
+
+
+def test_rows_that_are_not_aligned(op, large, device):
+    _, M, N = sizes = (100, 129, 66)
+    x, references, sigma = op.problem(*sizes)
+    for gap in (1, 2, 3):
+        rows = torch.full((M, N + gap), math.nan, device=device)
+        rows[:, gap:] = references
+        large(lambda rows=rows, gap=gap: op.check(x, rows[:, gap:], sigma, 1.0), sizes)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-3, 1e25])
+def test_tiny_and_huge_values(op, large, scale):
+    sizes = (100, 129, 97)
+    x, references, sigma = (scale * value for value in op.problem(*sizes))
+    found = []
+    large(lambda: found.extend(op.compute(x, references, sigma, 1.0)), sizes)
+    (mean, lse), (wanted_mean, wanted_lse) = found, op.expected(x, references, sigma, 1.0)
+    assert ((mean.double().cpu() - wanted_mean) / scale).norm(dim=1).max() <= 1e-4
+    torch.testing.assert_close(lse.cpu(), wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 63, 64, 127, 128])
+def test_the_nearest_reference_is_found_in_every_tile_of_minima(op, large, device, at):
+    """A query lies at a reference of each tile of 64; all others are far away."""
+    B, M, N = sizes = (100, 129, 64)
+    references = 3 * torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(device)
+    x = references[torch.arange(B) % M].clone()
+    x[::2] = references[at]
+    radius = torch.full((B,), 1e-3, dtype=torch.float64, device=device)
+    large(lambda: op.check(x, references, radius, 1.0), sizes)
+
+
+@pytest.mark.parametrize("at", [5, 70, 128])
+def test_a_reference_out_of_range_of_float16(op, large, at):
+    """Its products are not finite, and it is refined. It changes nothing in other tiles."""
+    sizes = (100, 129, 64)
+    x, references, sigma = op.problem(*sizes)
+    references[at] *= 1e6
+    large(lambda: op.check(x, references, sigma, 1.0), sizes)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [3, 100])
+def test_references_that_are_not_finite(op, large, bad, at):
+    sizes = (100, 129, 64)
+    x, references, sigma = op.problem(*sizes)
+    references[at, 7] = bad
+    found = []
+    large(lambda: found.extend(op.compute(x, references, sigma, 1.0)), sizes)
+    mean, lse = found
+    assert mean.isnan().any(1).all()
+    assert lse.isnan().all()
+
+
+def test_queries_that_are_not_finite(op, large):
+    sizes = (100, 129, 64)
+    x, references, sigma = op.problem(*sizes)
+    x[99, 63] = math.nan
+    found = []
+    large(lambda: found.extend(op.compute(x, references, sigma, 1.0)), sizes)
+    mean, lse = found
+    assert mean[99].isnan().all()
+    assert mean[:99].isfinite().all()
+    assert lse[:99].isfinite().all()
+
+
+def test_the_order_of_threads_does_not_change_a_bit(op, shim, large):
+    sizes = (100, 129, 97)
+    x, references, sigma = op.problem(*sizes)
+    results = []
+    for order in (0, 1, 2, 3):
+        shim.order(order)
+        large(lambda: results.append(op.everything(x, references, sigma, 1.0)), sizes)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
