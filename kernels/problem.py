@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_PAIRS = 1 << 22  # queries × references: 12 bytes each, 20 in the backward pass
+MAX_PAIRS = 1 << 22  # queries × references of 12 bytes; half as many of 20 in the backward pass
 MAX_PARTS = 1 << 22  # values in the partial sums of a chunk
 MAX_QUERIES = 4096  # in a block
 MAX_REFERENCES = 1 << 16  # in a chunk
@@ -97,7 +97,8 @@ class Problem:
         whole = part if fitting < 128 else -(-part // 32) * 32
         self.block = max(1, min(whole, self.queries, fitting))
         """The number of queries in a block. Blocks are of nearly equal size."""
-        fitting = max(MAX_PAIRS // self.block // 128, 1) * 128
+        pairs = MAX_PAIRS if upstream is None else MAX_PAIRS // 2
+        fitting = max(pairs // self.block // 128, 1) * 128
         self.chunk = min(self.count, fitting, MAX_REFERENCES)
         """The number of references in a chunk."""
 

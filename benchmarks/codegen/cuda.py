@@ -133,8 +133,10 @@ INTENTS = {
         for type_ in ("float32", "BFloat16", "Float16", "uint8")
     },
     "merge": Intent(256, blocks=2),
+    "list_references": Intent(256, blocks=2),
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),
+    "finish_moments": Intent(256, blocks=2),
     "merge_gradient": Intent(256, blocks=2),
     "expand_level": Intent(128, blocks=2),
     "find_step_levels": Intent(128, blocks=2),

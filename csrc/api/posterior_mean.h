@@ -134,7 +134,8 @@ std::string cuda_problem(int device);
 // Limits of the blocks and chunks that a problem is split into on a CUDA device. They bound the
 // workspace. Tests lower them.
 struct CudaLimits {
-  // Queries × references. Each takes 12 bytes; half as many in the backward pass 24.
+  // Queries × references. A pair takes 12 bytes. The backward pass has half as many pairs, of 24
+  // bytes each.
   std::int64_t pairs = 1 << 22;
   std::int64_t parts = 1 << 23;       // values in the partial sums of a chunk
   std::int64_t queries = 4096;        // in a block

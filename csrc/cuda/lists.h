@@ -12,8 +12,8 @@ namespace {
 constexpr int kSumRows = 32;        // queries of a group
 constexpr int kRankedQueries = 16;  // of a block of order_queries
 constexpr int kListThreads = 256;
-// Panels of listed references that a block sums: how many it has if nothing else decides, and how
-// many fit.
+// Panels of listed references that a block sums: kFewestPanels to kMostPanels, or more, up to
+// kPartPanels, if the parts would not fit into memory.
 constexpr int kFewestPanels = 4, kMostPanels = 16, kPartPanels = 64;
 
 // Writes the indices of all set bits of `words` words to `to`, in ascending order, and returns
@@ -64,8 +64,8 @@ struct Lists {
 
 // Sums over parts of the lists, so that queries with many weights have more blocks than others.
 struct Parts {
-  float* sums;  // (parts, queries, features); only parts with a listed reference are known
-  int* counts;  // (queries): how many are known
+  float* sums;  // (parts, queries, features); only parts with a listed reference are written
+  int* counts;  // (queries): how many are written
   int queries;
   int panels;  // of listed references in a part
 };

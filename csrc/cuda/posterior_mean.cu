@@ -325,7 +325,7 @@ class Calculation {
   int pieces() const { return static_cast<int>(divide_up(references(), sums_.size)); }
 
   // The references that groups of queries need. The order of the queries, if there is one, is found
-  // for the first chunk. It hardly differs in the others.
+  // for the first chunk. In the others it only decides how long the lists are.
   void list(bool first_chunk) {
     parts_.queries = static_cast<int>(queries());
     const bool ordered = order() && first_chunk;

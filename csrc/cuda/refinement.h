@@ -24,7 +24,7 @@ constexpr int kRefineThreads = 512, kRefineWarps = kRefineThreads / 32;
 struct QueryLimit {
   double base, norm;  // the smallest distance, |x|²
   double root;        // |x|
-  double s, within;   // base + r²; how much more a distance is whose weight is a nat smaller
+  double s, within;   // base + r²; a distance that much larger has a weight a nat smaller
   double smallest;    // error of values too small for float16, or of squares too small for float32
   double near;        // the largest distance that is refined, if any is
 
@@ -39,7 +39,7 @@ struct QueryLimit {
     smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : width * width * 0x1p-126;
     const float of_smallest = PRODUCTS ? 4 * width : 4;
     const double bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
-    within = law.gaussian ? 2 * r * r : s * law.per_power;
+    within = law.gaussian ? 2 * r * r : s / law.exponent;
     near = base + bound + (law.gaussian ? kNear * within : law.near_spread * s);
     if (!(near == near)) near = INFINITY;
   }
@@ -354,6 +354,12 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
   TwoFloats part = sum_of_squares<false>(x, y, features, unit, lane);
   if (!(part.high < INFINITY)) part = sum_of_squares<true>(x, y, features, unit, lane);
   part = over_warp(TwoFloats{part.high * 0x1p-6f, part.low * 0x1p-6f});  // float32 holds the sum
+  // If one reference is far from all others, `unit` may be too small for the squares of the others.
+  if (part.high < 0x1p-60f && unit < 0x1p60f) {
+    unit *= 0x1p60f;
+    part = sum_of_squares<true>(x, y, features, unit, lane);
+    part = over_warp(TwoFloats{part.high * 0x1p-6f, part.low * 0x1p-6f});
+  }
   const std::int64_t power =
       127 - static_cast<std::int64_t>(bits_of(unit) >> 23);  // 1/unit = 2^power
   const double factor = double_of((1023 + 2 * power + 6) << 52);

@@ -301,14 +301,13 @@ template <bool EXACT, int TILES, int PITCH, class R>
 __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* references,
                                            const float* weights, float factor, float (&largest)[4],
                                            const Lane& lane) {
-  float panel[2][TILES][4];
+  constexpr int kSteps = kPanel / 16;
+  std::uint32_t big[kSteps][2][4], small[kSteps][2][4];
 #pragma unroll
-  for (int step = 0; step < kPanel; step += 16) {
-    // This lane's terms of the instruction are those of references first + 4i.
-    const int first = step + lane.t;
-    std::uint32_t big[2][4], small[2][4];
-#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
     for (int pair = 0; pair < 2; ++pair) {
+      // This lane's terms of the instruction are those of references first + 4i.
+      const int first = 16 * step + lane.t;
       float v[2][4];
       for (int e = 0; e < 2; ++e) {
         load4(references + (first + 8 * pair + 4 * e) * PITCH + 4 * lane.g, v[e]);
@@ -318,16 +317,20 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
       }
       for (int f = 0; f < 4; ++f) {
         const TwoHalves parts = split_halves(v[0][f], v[1][f]);
-        big[f / 2][2 * pair + f % 2] = parts.high, small[f / 2][2 * pair + f % 2] = parts.low;
+        big[step][f / 2][2 * pair + f % 2] = parts.high;
+        small[step][f / 2][2 * pair + f % 2] = parts.low;
       }
     }
-    // Products of four sums take turns, so that none waits for another.
+  // Products of four sums take turns, so that none waits for another.
 #pragma unroll
-    for (int n0 = 0; n0 < TILES; n0 += 2) {
+  for (int n0 = 0; n0 < TILES; n0 += 2) {
+    float panel[2][2][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
       std::uint32_t high[2][2], low[2][2];
       for (int n = 0; n < 2; ++n) {
-        const uint4 words =
-            *reinterpret_cast<const uint4*>(weights + weight_place(8 * (n0 + n) + lane.g, first));
+        const uint4 words = *reinterpret_cast<const uint4*>(
+            weights + weight_place(8 * (n0 + n) + lane.g, 16 * step + lane.t));
         const TwoHalves front = apart(words.x, words.y), back = apart(words.z, words.w);
         high[n][0] = front.high, low[n][0] = front.low;
         high[n][1] = back.high, low[n][1] = back.low;
@@ -335,21 +338,21 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
       const auto each = [&](auto multiply) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
-          for (int i = 0; i < 2; ++i) multiply(panel[i][n0 + n], i, n);
+          for (int i = 0; i < 2; ++i) multiply(panel[i][n], i, n);
       };
       if (step == 0)
-        each([&](float (&d)[4], int i, int n) { multiply_halves(d, big[i], low[n]); });
+        each([&](float (&d)[4], int i, int n) { multiply_halves(d, big[step][i], low[n]); });
       else
-        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[i], low[n]); });
+        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[step][i], low[n]); });
       if constexpr (!EXACT)
-        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, small[i], high[n]); });
-      each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[i], high[n]); });
+        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, small[step][i], high[n]); });
+      each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[step][i], high[n]); });
     }
-  }
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    for (int n = 0; n < TILES; ++n)
-      for (int e = 0; e < 4; ++e) sum[i][n][e] += panel[i][n][e];
+    for (int i = 0; i < 2; ++i)
+      for (int n = 0; n < 2; ++n)
+        for (int e = 0; e < 4; ++e) sum[i][n0 + n][e] += panel[i][n][e];
+  }
 }
 
 // The same for references that float16 cannot hold, in float32. Weights are multiplied by `factor`.

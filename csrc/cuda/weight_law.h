@@ -11,8 +11,8 @@ namespace {
 constexpr double kNear = 20;  // nats: a weight e^-20 times the largest needs no more digits
 constexpr double kTolerance = 1.5e-4;  // relative error of a weight that needs no refinement
 
-// With s = d² + r² and s₀ that of the nearest reference: s₀/s and (d² − d₀²)/s. At D = ∞ they are 1
-// and (d² − d₀²)/σ².
+// With s = d² + r² and s₀ that of the nearest reference: s₀/s and exponent·(d² − d₀²)/s. At D = ∞
+// they are 1 and (d² − d₀²)/(2σ²). float32 may hold this where it does not hold (d² − d₀²)/s.
 struct Ratios {
   float nearest, excess;
 };
@@ -65,13 +65,11 @@ struct WeightLaw {
     return u > 0x1p100f ? 0 : expf(-fall);
   }
 
-  // What the gradient needs of the same distance. float32 has enough digits, because c_j are
-  // rounded to it.
+  // What the gradient needs of the same distance. Distances have larger errors than float32.
   __device__ Ratios ratios(double excess, double rate) const {
     const float linear = static_cast<float>(excess * rate);
-    if (gaussian) return {1, 2 * linear};
-    const float u = linear * per_power, nearest = reciprocal(1 + u);
-    return {nearest, u * nearest};
+    const float nearest = gaussian ? 1 : reciprocal(1 + linear * per_power);
+    return {nearest, linear * nearest};
   }
 
   // Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ

@@ -10,8 +10,9 @@ namespace {
 
 constexpr int kSumFeatures = 128;  // of the result of a block, which has kSumRows rows
 constexpr int kSumThreads = kSumFeatures;
-// Blocks that the shared memory of a multiprocessor holds. As many must fit into its registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+// Blocks whose registers a multiprocessor must hold. The shared memory of sm_90 has room for three;
+// elsewhere it holds fewer, or compilers spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
 constexpr int kSumBlocks = 3;
 #else
 constexpr int kSumBlocks = 2;
@@ -51,7 +52,7 @@ class ListedCopy {
   using Memory = SumMemory<T>;
 
   __device__ ListedCopy(Memory& shared, const Rows<T>& rows, Index first, int feature, int features)
-      : stride_(rows.stride), whole_(rows.aligned && features % kCount == 0) {
+      : rows_(rows), whole_(rows.aligned && features % kCount == 0) {
     const int thread = static_cast<int>(threadIdx.x);
     row_ = thread / kPieces, piece_ = thread % kPieces;
     const int known = features - feature - piece_ * kCount;
@@ -70,8 +71,8 @@ class ListedCopy {
     if (known_ == 0) return;
     T* const to = &shared.rows[slot][row_][piece_ * kCount];
     if (whole_) {
-      // One instruction multiplies 32-bit numbers.
-      const auto bytes = static_cast<std::uint32_t>(stride_ * sizeof(T));
+      // The product of two 32-bit numbers is one instruction, that of 64-bit numbers several.
+      const auto bytes = static_cast<std::uint32_t>(rows_.stride * sizeof(T));
       const auto* const from = reinterpret_cast<const char*>(from_);
 #pragma unroll
       for (int i = 0; i < kPanel; i += kStep) {
@@ -83,7 +84,7 @@ class ListedCopy {
 #pragma unroll 1
     for (int i = 0; i < kPanel; i += kStep)
       for (int k = 0; k < kCount; ++k)
-        to[i * Memory::kPitch + k] = k < known_ ? from_[listed[row_ + i] * stride_ + k] : T{};
+        to[i * Memory::kPitch + k] = k < known_ ? from_[listed[row_ + i] * rows_.stride + k] : T{};
   }
 
  private:
@@ -91,7 +92,7 @@ class ListedCopy {
   static constexpr int kStep = kSumThreads / kPieces;
   static_assert(kPanel % kStep == 0, "every thread copies as many rows");
   const T* from_;
-  const Index stride_;
+  const Rows<T>& rows_;
   const bool whole_;
   int row_, piece_, known_;
 };
@@ -128,14 +129,13 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
   // The last queries of the order have most weights. Their blocks start first.
   const int group = static_cast<int>(gridDim.y - 1 - blockIdx.y), query0 = kSumRows * group;
-  const int known_queries = static_cast<int>(smaller(kSumRows, parts.queries - query0));
   const int first = static_cast<int>(blockIdx.z) * parts.panels * kPanel;
   const int left = lists.counts[group] - first;
   if (left <= 0) return;  // the same for all threads
   const int count = static_cast<int>(smaller(left, parts.panels * kPanel));
   const int panels = static_cast<int>(divide_up(count, kPanel));
   if (thread < kSumRows) {
-    const int place = query0 + (thread < known_queries ? thread : 0);
+    const int place = query0 + (query0 + thread < parts.queries ? thread : 0);
     const int query = order ? order[place] : place;
     shared.queries[thread] = query;
     shared.rows_of[thread] = static_cast<std::uint32_t>(query * lists.stride);
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   for (int n = 0; n < kTiles; ++n)
     for (int odd = 0; odd < 2; ++odd) {
       const int q = 8 * n + 2 * lane.t + odd;
-      if (q >= known_queries) continue;
+      if (query0 + q >= parts.queries) continue;
       const Index row = static_cast<Index>(blockIdx.z) * parts.queries + shared.queries[q];
       float* out = parts.sums + row * features;
       // In two steps: the product of the units may be too small for float32.

@@ -35,7 +35,8 @@ __device__ inline int mark_live(const ChunkWeights& out, Index row, Index stride
   return __popc(bits);
 }
 
-// Queries × pieces of the chunk: what weigh leaves for merge and for the order of queries.
+// Queries × pieces of the chunk: what weigh leaves for merge and for the order of queries. In the
+// backward pass find_coefficients leaves `live`, and the other sums are null.
 struct PieceSums {
   int pieces, size;  // how many, and how many references each has, a multiple of kPiece
   float* sum;        // of the weights
@@ -124,12 +125,12 @@ __global__ void __launch_bounds__(kQueryThreads)
 // them after the last one.
 struct Moments {
   double* projection;  // (queries, pieces): Σ p_j G·y_j
-  // (queries, pieces): Σ p_j, in all close to 1, as distances differ a little from the forward
-  // pass; 0 at a limit.
+  // (queries, pieces): Σ p_j. Over all pieces it is close to 1; distances differ a little from the
+  // forward pass. It is 0 at a limit.
   double* mass;
-  double* moment;     // (queries, pieces)
+  double* moment;     // (queries, pieces): moment times law.exponent
   double* sum;        // (queries, pieces): Σ c_j of the rounded c_j
-  double* total;      // (queries): the same of all pieces
+  double* total;      // (queries): Σ c_j over all pieces
   double* exact_sum;  // (queries): C, without rounding
   double* unit;       // (queries): F, 0 at a limit
   double* grad_radius;
@@ -149,17 +150,17 @@ struct Moments {
   }
 };
 
-// F, up to where the row is at a limit. `nearest` is the smallest squared distance.
+// F; not finite where the row is at a limit. `nearest` is the smallest squared distance.
 __device__ inline double unit_of(const WeightLaw& law, double nearest, double r) {
   return law.gaussian ? 1 / r / r : 2 * law.exponent / (nearest + r * r);
 }
 
 // What the probabilities of a query need.
-struct Row {
+struct RowWeights {
   double nearest, rate, per_total;
   bool limit;
 
-  __device__ Row(const WeightLaw& law, double nearest, double total, double r)
+  __device__ RowWeights(const WeightLaw& law, double nearest, double total, double r)
       : nearest(nearest),
         rate(law.rate(nearest, r)),
         per_total(1 / total),
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kQueryThreads)
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const Index query = blockIdx.x, row = query * pairs.stride;
   const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
-  const Row of(law, nearest[query], total[query], radius[query]);
+  const RowWeights of(law, nearest[query], total[query], radius[query]);
   double projection = 0, mass = 0;
 #pragma unroll 1
   for (int start = first; start < first + moments.size && start < references; start += kPiece)
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   const Index query = blockIdx.x, row = query * pairs.stride;
   const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
   const double r = radius[query], g = grad_logsumexp[query];
-  const Row of(law, nearest[query], total[query], r);
+  const RowWeights of(law, nearest[query], total[query], r);
   const double found = moments.over_pieces(moments.mass, query), mass = found == 0 ? 1 : found;
   const double per_mass = 1 / mass;
   const double center = moments.over_pieces(moments.projection, query) * per_mass;
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(kQueryThreads)
   const int query = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (query >= queries) return;
   const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
-  const double moment = moments.over_pieces(moments.moment, query);
+  const double moment = moments.over_pieces(moments.moment, query) / law.exponent;
   const double exact_sum = law.gaussian ? -g : moment - g;
   const double unit = law.at_limit(low, r) ? 0 : unit_of(law, low, r);
   moments.total[query] = moments.over_pieces(moments.sum, query);

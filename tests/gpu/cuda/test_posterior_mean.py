@@ -9,7 +9,7 @@ import torch
 
 import pfgm
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
@@ -116,11 +116,11 @@ def test_sorted_queries_in_chunks(op, shim, B, N):
 def test_parts_of_lists(op, shim):
     """Lists of more panels than a part has, and of none."""
     x, references, sigma = op.problem(64, 2048, 40)
-    x[32:] = references[0]  # they need one reference
+    x[32:] = references[0]  # they need one reference of the first chunk
     sigma[32:] = 1e-5
-    for multiprocessors, parts in ((1, 1 << 23), (1000, 1 << 23), (1, 1)):
+    for multiprocessors, parts, chunk in ((1, 1 << 23, 2048), (1000, 1 << 23, 256), (1, 1, 2048)):
         shim.device(90, multiprocessors)
-        shim.limits(parts=parts, queries=64)
+        shim.limits(parts=parts, queries=64, references=chunk)
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
@@ -143,6 +143,28 @@ def test_workspace_is_bounded(device):
             problem = native.native_problem(PosteriorMean(x, references, radius, 1.0))
             sizes.append(native.extension().posterior_mean_workspace_cuda(problem, place, backward))
         assert sizes[0] == sizes[1] <= 100 << 20
+
+
+def test_huge_numbers_of_dimensions(op):
+    """The exponent may be larger than float32 holds. The limit is D = ∞."""
+    x, references, sigma = op.problem(40, 300, 3, seed=3)
+    sigma = sigma.clamp(min=0.2)
+    G = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
+
+    def gradients(D):
+        scale = 1 if math.isinf(D) else math.sqrt(D)
+        given = PosteriorMean(x, references, sigma * scale, D)
+        mean, _, nearest, total = op.module.posterior_mean(given)
+        state, upstream = State(mean, nearest, total), Upstream(G, torch.zeros_like(sigma))
+        grad_x, grad_y, grad_radius = op.module.posterior_mean_backward(
+            given, state, upstream, (True, True, True)
+        )
+        return grad_x, grad_y, scale * grad_radius
+
+    expected = gradients(math.inf)
+    for D in (1e30, 5e38, 1e39, 1e45):
+        for gradient, wanted in zip(gradients(D), expected, strict=True):
+            assert (gradient - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 # ---- distances that must be refined ----

@@ -214,3 +214,17 @@ def test_too_many_pairs_are_refused(op, shim):
     radius = torch.ones(4096, dtype=torch.float64, device=op.device)
     with pytest.raises(ValueError, match="too many pairs at once"):
         op.compute(x, references, radius, 1.0)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e22, 1e25, 1e30])
+def test_a_reference_far_from_all_others_in_the_centre(op, scale):
+    """The largest distance that may be refined is then huge. In its units, squares of the other
+    differences are too small for float32."""
+    x, references, sigma = op.problem(40, 3, 200)
+    references[2] = scale * references[2].sign()
+    radius = op.radius_of(sigma.clamp(min=0.02), 128.0)
+    mean, _ = op.compute(x, references, radius, 128.0)
+    expected, _ = op.expected(x, references, radius, 128.0)
+    near = expected.abs().amax(1) < 1e3
+    assert near.sum() > 10
+    assert (mean.double().cpu() - expected)[near].abs().max() < 1e-5
