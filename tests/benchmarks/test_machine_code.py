@@ -637,8 +637,8 @@ def test_machine_code_has_what_is_counted(type):
             kernel = kernels.cuda_kernel(H100, one.kernel, one.shared)
             assert kernel.threads == one.threads
             once = one.once
-            if "first" in one.loops:  # a branch, not a loop
-                once = once.plus(one.loops["first"].trip)
+            for name in {"alive", "first"}.intersection(one.loops):  # branches, not loops
+                once = once.plus(one.loops[name].trip)
             if one.name != "reference_gradient":  # its lists are in a loop
                 # One more after sums in float32, of features that float16 does not hold.
                 again = one.name == "weighted_sum" and once.exchanges > 0
