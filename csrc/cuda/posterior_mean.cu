@@ -63,7 +63,7 @@ Partition partition_of(const Problem& problem, int multiprocessors, bool backwar
   partition.few = partition.queries < 16 || problem.features < kPanel;
   // Weights below 2^-39 have no halves. Together they must not matter.
   partition.halves = !partition.few && problem.references <= limits.halved;
-  // Small parts share the work out evenly, large ones find their list less often.
+  // Small parts share the work out evenly, large ones leave fewer partial sums.
   const Index tiles =
       divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, kSumRows);
   const Index panels = partition.stride / kPanel;
