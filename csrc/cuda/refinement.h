@@ -110,23 +110,23 @@ __device__ inline int tile_of(int turn, int warp) {
   return turn * WARPS + warp;
 }
 
-constexpr int kTogether = 4;  // tiles that a warp looks through together
+constexpr int kTilesAtOnce = 4;  // tiles that a warp looks through at once
 
 // Some tiles of a query, and the two references of this lane in each.
 struct SomeTiles {
-  int tile[kTogether];   // −1 after the last one
-  int first[kTogether];  // the lane's first reference, or 0 if it has none
-  int known[kTogether];  // how many references there are from the first one on
-  double2 distance[kTogether];
-  unsigned refined[kTogether][2];  // a bit for each lane whose distance is refined
-  std::int64_t least[kTogether];   // the smallest of all other distances
+  int tile[kTilesAtOnce];   // −1 after the last one
+  int first[kTilesAtOnce];  // the lane's first reference, or 0 if it has none
+  int known[kTilesAtOnce];  // how many references there are from the first one on
+  double2 distance[kTilesAtOnce];
+  unsigned refined[kTilesAtOnce][2];  // a bit for each lane whose distance is refined
+  std::int64_t least[kTilesAtOnce];   // the smallest of all other distances
 
   // Starts to load the tiles numbered by the lowest bits of `alive`, which are cleared.
   template <int WARPS>
   __device__ void load(const double* squared, int references, int turn, unsigned& alive,
                        const Lane& lane) {
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i, alive &= alive - 1) {
+    for (int i = 0; i < kTilesAtOnce; ++i, alive &= alive - 1) {
       const int own = turn + __ffs(static_cast<int>(alive)) - 1;
       tile[i] = alive != 0 ? tile_of<WARPS>(own, lane.warp) : -1;
       const int j = tile[i] * kTileReferences + 2 * lane.lane;
@@ -142,7 +142,7 @@ struct SomeTiles {
     const auto after = static_cast<std::uint64_t>(limit + 1), between = kInfiniteBits - after;
     unsigned count = 0;
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
+    for (int i = 0; i < kTilesAtOnce; ++i) {
       least[i] = kInfiniteBits;
       for (int e = 0; e < 2; ++e) {
         const std::int64_t bits = bits_of(e == 0 ? distance[i].x : distance[i].y);
@@ -162,7 +162,7 @@ struct SomeTiles {
     int stored = -1;                                // each of the first lanes stores one minimum
     std::int64_t minimum = 0;
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
+    for (int i = 0; i < kTilesAtOnce; ++i) {
       for (int e = 0; e < 2; ++e) {
         if ((refined[i][e] >> lane.lane & 1u) != 0)
           list[__popc(refined[i][e] & before)] = row + static_cast<unsigned>(first[i] + e);
