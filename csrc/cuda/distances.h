@@ -83,6 +83,7 @@ constexpr int kDistanceThreads = 256;
 // bytes.
 template <class R, int QUERIES, int REFERENCES>
 struct DistanceMemory {
+  static constexpr int kQueries = QUERIES, kReferences = REFERENCES;
   static constexpr bool kAhead = QUERIES == 128;
   static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
   static constexpr int kQueryStages = kAhead ? 2 : kReferenceStages;
@@ -334,6 +335,110 @@ __device__ inline double reach_of(double scaled, double squared, int features, b
   return known && scaled <= features * 0x1p32 ? squared : 0;
 }
 
+// Finishes the sums of a tile: distances and their minima, or G·y. `group` and `other` are those of
+// the warp, `converted` is the first reference whose squares it has summed.
+template <bool PROJECT, class Memory>
+__device__ inline void finish_tile(Memory& shared,
+                                   float (&total)[Memory::kSlabs][Memory::kColumns][4],
+                                   float (&rest)[Memory::kSlabs][Memory::kColumns][4],
+                                   const float (&square)[2], const float (&square_lost)[2],
+                                   int group, int other, int converted, int queries, int references,
+                                   const Center& center, const Pairs& out) {
+  constexpr int QUERIES = Memory::kQueries, REFERENCES = Memory::kReferences;
+  constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
+  const Lane lane = this_lane();
+  const int part = kParts > 1 ? other : 0, column0 = Memory::kSides > 1 ? 8 * kColumns * other : 0;
+  const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
+  const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
+  // Each half of the warps finishes half of the columns, with the sums of the other half.
+  constexpr int kOwn = kColumns / kParts;
+  const auto row_of = [&](int slab) { return 16 * (kSlabs * group + slab) + lane.g; };
+  if constexpr (kParts > 1)
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j)
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * (kOwn * (1 - part) + j) + 2 * lane.t + i % 2;
+        const int own = kOwn + j;
+        const float sum = part > 0 ? total[0][j][i] : total[0][own][i];
+        const float more = part > 0 ? rest[0][j][i] : rest[0][own][i];
+        shared.sums.products[row_of(0) + 8 * (i / 2)][column] = static_cast<double>(sum) + more;
+        if (part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
+      }
+  for (int e = 0; e < 2; ++e) {
+    const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
+    if (lane.t == 0) shared.sums.squares[part][converted + 8 * e + lane.g] = sum;
+  }
+  __syncthreads();
+  const double per_scale = center.scale[1];
+  double squared[kSlabs][2];
+  bool known[kSlabs][2];
+#pragma unroll
+  for (int s = 0; s < kSlabs; ++s) {
+    double farthest = 0;
+    for (int e = 0; e < 2; ++e) {
+      const int row = row_of(s) + 8 * e;
+      double scaled = shared.sums.squares[0][row];
+      if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
+      squared[s][e] = scaled * per_scale * per_scale;
+      known[s][e] = reference0 + row < references;
+      farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
+    }
+    if constexpr (!PROJECT) {
+      farthest = over_warp(farthest, Most());
+      if (lane.lane == 0 && other == 0) shared.sums.farthest[kSlabs * group + s] = farthest;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j)
+    for (int odd = 0; odd < 2; ++odd) {
+      const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
+      const bool inside = query0 + column < queries;
+      const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
+        std::uint64_t low = kInfiniteBits;
+        bool infinite = false;
+        for (int e = 0; e < 2; ++e) {
+          double product = static_cast<double>(total[s][j][2 * e + odd]) + rest[s][j][2 * e + odd];
+          if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
+          if constexpr (PROJECT) {
+            if (inside && known[s][e])
+              out.projected[place + 8 * e] = static_cast<float>(unit * product);
+          } else {
+            const std::uint64_t distance = not_negative(squared[s][e] + norm - 2 * unit * product);
+            if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
+            if (!known[s][e]) continue;
+            infinite = infinite || distance >= kInfiniteBits;
+            low = Least()(low, distance);
+          }
+        }
+        if constexpr (!PROJECT) {
+          for (int apart = 4; apart < 32; apart *= 2)
+            low = Least()(low, __shfl_xor_sync(kAll, low, apart));
+          const bool marked = (__ballot_sync(kAll, infinite) & 0x11111111u << lane.t) != 0;
+          const double least = double_of(low < kInfiniteBits ? low : kInfiniteBits);
+          if (lane.g == 0) shared.sums.low[kSlabs * group + s][column] = marked ? -least : least;
+        }
+      }
+    }
+  if constexpr (!PROJECT) {
+    __syncthreads();
+    constexpr int kTileGroups = kTileReferences / 16;
+#pragma unroll
+    for (int i = 0; i < REFERENCES / kTileReferences; ++i) {
+      const int tile = static_cast<int>(blockIdx.x) * (REFERENCES / kTileReferences) + i;
+      store_lowest<QUERIES>(shared.sums.low + i * kTileGroups, kTileGroups, tile, query0, queries,
+                            out);
+      if (blockIdx.y > 0 || threadIdx.x > 0 || tile >= out.tiles) continue;
+      double most = 0;
+      for (int w = 0; w < kTileGroups; ++w)
+        most = fmax(most, shared.sums.farthest[i * kTileGroups + w]);
+      out.reach[tile] = most;
+    }
+  }
+}
+
 template <class R, int QUERIES, int REFERENCES, bool PROJECT>
 __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out) {
@@ -436,94 +541,8 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   } while (++p < trips);
   wait_copies<0>();
   __syncthreads();
-
-  // Each half of the warps finishes half of the columns, with the sums of the other half.
-  constexpr int kOwn = kColumns / kParts;
-  const auto row_of = [&](int slab) { return 16 * (kSlabs * group + slab) + lane.g; };
-  if constexpr (kParts > 1)
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j)
-      for (int i = 0; i < 4; ++i) {
-        const int column = 8 * (kOwn * (1 - part) + j) + 2 * lane.t + i % 2;
-        const int own = kOwn + j;
-        const float sum = part > 0 ? total[0][j][i] : total[0][own][i];
-        const float more = part > 0 ? rest[0][j][i] : rest[0][own][i];
-        shared.sums.products[row_of(0) + 8 * (i / 2)][column] = static_cast<double>(sum) + more;
-        if (part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
-      }
-  for (int e = 0; e < 2; ++e) {
-    const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
-    if (lane.t == 0) shared.sums.squares[part][converted + 8 * e + lane.g] = sum;
-  }
-  __syncthreads();
-  const double per_scale = center.scale[1];
-  double squared[kSlabs][2];
-  bool known[kSlabs][2];
-#pragma unroll
-  for (int s = 0; s < kSlabs; ++s) {
-    double farthest = 0;
-    for (int e = 0; e < 2; ++e) {
-      const int row = row_of(s) + 8 * e;
-      double scaled = shared.sums.squares[0][row];
-      if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
-      squared[s][e] = scaled * per_scale * per_scale;
-      known[s][e] = reference0 + row < y.count;
-      farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
-    }
-    if constexpr (!PROJECT) {
-      farthest = over_warp(farthest, Most());
-      if (lane.lane == 0 && other == 0) shared.sums.farthest[kSlabs * group + s] = farthest;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j)
-    for (int odd = 0; odd < 2; ++odd) {
-      const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
-      const bool inside = query0 + column < x.rows;
-      const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
-#pragma unroll
-      for (int s = 0; s < kSlabs; ++s) {
-        const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
-        std::uint64_t low = kInfiniteBits;
-        bool infinite = false;
-        for (int e = 0; e < 2; ++e) {
-          double product = static_cast<double>(total[s][j][2 * e + odd]) + rest[s][j][2 * e + odd];
-          if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
-          if constexpr (PROJECT) {
-            if (inside && known[s][e])
-              out.projected[place + 8 * e] = static_cast<float>(unit * product);
-          } else {
-            const std::uint64_t distance = not_negative(squared[s][e] + norm - 2 * unit * product);
-            if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
-            if (!known[s][e]) continue;
-            infinite = infinite || distance >= kInfiniteBits;
-            low = Least()(low, distance);
-          }
-        }
-        if constexpr (!PROJECT) {
-          for (int apart = 4; apart < 32; apart *= 2)
-            low = Least()(low, __shfl_xor_sync(kAll, low, apart));
-          const bool marked = (__ballot_sync(kAll, infinite) & 0x11111111u << lane.t) != 0;
-          const double least = double_of(low < kInfiniteBits ? low : kInfiniteBits);
-          if (lane.g == 0) shared.sums.low[kSlabs * group + s][column] = marked ? -least : least;
-        }
-      }
-    }
-  if constexpr (!PROJECT) {
-    __syncthreads();
-    constexpr int kTileGroups = kTileReferences / 16;
-#pragma unroll
-    for (int i = 0; i < REFERENCES / kTileReferences; ++i) {
-      const int tile = static_cast<int>(blockIdx.x) * (REFERENCES / kTileReferences) + i;
-      store_lowest<QUERIES>(shared.sums.low + i * kTileGroups, kTileGroups, tile, query0, x.rows,
-                            out);
-      if (blockIdx.y > 0 || threadIdx.x > 0 || tile >= out.tiles) continue;
-      double most = 0;
-      for (int w = 0; w < kTileGroups; ++w)
-        most = fmax(most, shared.sums.farthest[i * kTileGroups + w]);
-      out.reach[tile] = most;
-    }
-  }
+  finish_tile<PROJECT>(shared, total, rest, square, square_lost, group, other, converted, x.rows,
+                       static_cast<int>(y.count), center, out);
 }
 
 // ---- differences -----------------------------------------------------------------------------
