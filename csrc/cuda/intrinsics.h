@@ -1,6 +1,6 @@
 // What CUDA C++ lacks: PTX instructions for asynchronous copies and products in matrix units (PTX
-// ISA, sections 9.7.9 and 9.7.14), and an atomic minimum of numbers. host_shim/intrinsics.h defines
-// the same names for the host, and the names of CUDA C++ that the kernels use.
+// ISA, sections 9.7.9, 9.7.14 and 9.7.15), and an atomic minimum of numbers. host_shim/intrinsics.h
+// defines the same names for the host, and the names of CUDA C++ that the kernels use.
 #pragma once
 #include <cstdint>
 
@@ -75,6 +75,56 @@ __device__ inline void multiply_halves(float (&d)[4], const std::uint32_t (&a)[4
       "{%8, %9}, {%10, %10, %10, %10};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+
+// Asynchronous products of a warpgroup, which are four warps (wgmma; sm_90a alone). a is 64 × 16,
+// and each warp holds 16 rows of it as in multiply_add_halves. b is 16 × 64 in shared memory: eight
+// values of a column follow each other, for 64 columns, and the next eight values of the columns
+// are `apart` bytes away. d is 64 × 64. Of its rows each warp holds those of its rows of a, and
+// d[n] has columns 8n to 8n + 7 as in multiply_add_halves.
+//
+// begin_products(): before the first product, and after other instructions have changed d or a.
+// begin_product: d += a b. Until wait_products has waited for it, nothing may use d or change a or
+// b. commit_products and wait_products<PENDING>: as for copies. publish_shared(): what this thread
+// has written to shared memory is seen by products that begin after a barrier that follows.
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int PENDING>
+__device__ inline void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+__device__ inline void publish_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Keeps a compiler from moving uses of d across this place.
+__device__ inline void keep_in_place(float (&d)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
+}
+// Fields of 14 bits count 16 bytes: where b is, from one eight values of a column to the next ones,
+// from eight columns to the next ones. No swizzle.
+__device__ inline std::uint64_t operand_at(const void* b, int apart) {
+  const auto at = static_cast<std::uint32_t>(__cvta_generic_to_shared(b));
+  return static_cast<std::uint64_t>((at & 0x3ffff) >> 4) |
+         static_cast<std::uint64_t>(apart >> 4) << 16 | std::uint64_t{128 >> 4} << 32;
+}
+__device__ inline void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b,
+                                     int apart) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+        "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+        "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+        "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+        "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+        "+f"(d[7][2]), "+f"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand_at(b, apart)));
 }
 
 // Two values rounded to float16 in a word, `first` in its lower half. Larger ones become infinite.

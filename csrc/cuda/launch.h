@@ -47,6 +47,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return multiprocessors_of(device_); }
+  bool warpgroups() const { return has_warpgroups(device_); }
   // The architecture that the kernel's code was compiled for, 90 for sm_90. It is older than the
   // device if the build has no code for the device's own architecture.
   template <class... Parameters>

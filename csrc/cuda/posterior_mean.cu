@@ -9,6 +9,7 @@
 
 #include "api/posterior_mean.h"
 #include "cuda/launch.h"
+#include "cuda/warpgroup_distances.h"
 #include "cuda/weighted_sums.h"
 
 namespace pfgm {
@@ -301,6 +302,10 @@ class Calculation {
     if (queries() <= 32 || small < least) return find_products<PROJECT, 32, 64>(rows);
     if (medium < smaller(large, largest)) return find_products<PROJECT, 64, 64>(rows);
     if (large <= largest) return find_products<PROJECT, 64, 128>(rows);
+    if constexpr (std::is_same<R, float>::value)
+      if (stream_.warpgroups() && y().aligned)
+        return run("distances", tiles(128, 128), kDistanceThreads, sizeof(WarpgroupMemory),
+                   warpgroup_distances<PROJECT>, rows, y(), center_, pairs_);
     find_products<PROJECT, 128, 128>(rows);
   }
 

@@ -19,15 +19,30 @@ inline void check_runtime(const char* what, cudaError_t error) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-inline int multiprocessors_of(int device) {
+// An attribute of a device that is never 0. The runtime is asked once for each device.
+template <cudaDeviceAttr ATTRIBUTE>
+inline int attribute_of(int device) {
   static std::array<std::atomic<int>, 64> known;  // 0 where the runtime was not asked yet
   const bool kept = device >= 0 && device < static_cast<int>(known.size());
-  int count = kept ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count > 0) return count;
-  check_runtime("cudaDeviceGetAttribute",
-                cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  if (kept) known[device].store(count, std::memory_order_relaxed);
-  return count;
+  int value = kept ? known[device].load(std::memory_order_relaxed) : 0;
+  if (value > 0) return value;
+  check_runtime("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
+  if (kept) known[device].store(value, std::memory_order_relaxed);
+  return value;
+}
+
+inline int multiprocessors_of(int device) {
+  return attribute_of<cudaDevAttrMultiProcessorCount>(device);
+}
+
+// Whether kernels may multiply with warpgroups: the device is an sm_90 and the build has code for
+// sm_90a.
+inline bool has_warpgroups([[maybe_unused]] int device) {
+#ifdef PFGM_WARPGROUPS
+  return attribute_of<cudaDevAttrComputeCapabilityMajor>(device) == 9;
+#else
+  return false;
+#endif
 }
 
 // Lets a kernel have so many bytes of dynamic shared memory on the device, which is the current

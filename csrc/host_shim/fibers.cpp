@@ -67,6 +67,7 @@ const char* const kCalls[] = {"none",
                               "__reduce_add_sync",
                               "multiply_add",
                               "multiply_add_halves",
+                              "begin_product",
                               "its end"};
 constexpr int kEnd = static_cast<int>(Call::end);
 
@@ -132,6 +133,7 @@ NO_TSAN void swap(Context* from, const Context* to) { swapcontext(&from->saved, 
 
 struct Fiber;
 struct Copies;
+struct Products;
 
 // Where the threads of a warp or a block wait for each other. The values that they
 // exchange are kept for two meetings, so that no thread has to wait until all others have read
@@ -158,6 +160,7 @@ struct Fiber {
   Context context;
   Warp* warp = nullptr;
   Copies* copies = nullptr;
+  Products* products = nullptr;
   unsigned thread = 0;
   Call waits = Call::none;
   char* stack = nullptr;
@@ -190,6 +193,7 @@ struct Block : Meeting {
   uint3 index;
   int running;
   char* memory;
+  bool unpublished = false;  // whether a thread came to a barrier with copies it had not published
   BlockCounts counts;
 };
 
@@ -401,11 +405,35 @@ struct Copy {
 
 struct Copies {
   std::vector<Copy> begun;
-  int groups = 0;  // committed so far
+  int groups = 0;         // committed so far
+  bool published = true;  // all that have arrived
 };
 
 NO_TSAN Copies& copies() { return *current->copies; }
 NO_TSAN void set_copies(Copies* copies) { current->copies = copies; }
+
+// ---- asynchronous products ------------------------------------------------------------------
+
+using Columns = float[8][4];
+
+struct BegunProduct {
+  Columns* d;
+  bool first;              // no product with this d was under way
+  float was[8][4];         // d, if it is the first
+  const std::uint32_t* a;  // the operand of this thread, which must not change
+  std::uint32_t kept[4];
+  float rows[2][16];  // rows g and g + 8 of a
+  const std::uint16_t* b;
+  int apart, group;
+};
+
+struct Products {
+  std::vector<BegunProduct> begun;
+  int groups = 0;  // committed so far
+};
+
+NO_TSAN Products& products() { return *current->products; }
+NO_TSAN void set_products(Products* products) { current->products = products; }
 
 NO_TSAN bool is_shared(const void* address, std::size_t bytes) {
   const char* memory = block->memory;
@@ -434,8 +462,11 @@ void enter() {
   landed();
   {
     Copies mine;
+    Products products_of_mine;
     set_copies(&mine);
+    set_products(&products_of_mine);
     call_body();
+    if (!products_of_mine.begun.empty()) die(who() + "ends and never waited for its products");
     if (!mine.begun.empty())
       die(who() + "ends and never waited for " + std::to_string(mine.begun.size()) + " copies");
   }
@@ -655,6 +686,7 @@ void wait_copies(int pending) {
     if (copy->valid > 0) std::memcpy(copy->to, copy->from, copy->valid);
     std::memset(copy->to + copy->valid, 0, copy->bytes - copy->valid);
   }
+  if (copy != mine.begun.begin()) mine.published = false;
   mine.begun.erase(mine.begun.begin(), copy);
 }
 
@@ -670,6 +702,10 @@ NO_TSAN float truncated(double v) {
   if (std::fabs(v) >= 0x1p128) return nearest;  // it rounds to infinity
   return std::nextafter(nearest, 0.0f);
 }
+
+// The values of a that multiply_add_halves takes for row g, or g + 8 if `lower`, in the order in
+// which it adds them up: place i of 16 is feature order[i].
+constexpr int kOrder[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
 
 // Row g of a, or g + 8 if `lower`, times column c of b.
 NO_TSAN float row_by_column(float d, const LaneWords* lanes, int g, bool lower, int c) {
@@ -729,11 +765,87 @@ NO_TSAN void multiply_add_halves(float (&d)[4], const std::uint32_t (&a)[4],
   multiply(d, a, b, Call::multiply_add_halves, row_by_column_of_halves);
 }
 
+namespace {
+
+// The rows of a that this thread's results need.
+NO_TSAN void share_rows(const std::uint32_t (&a)[4], float (&rows)[2][16]) {
+  Warp& warp = *current->warp;
+  LaneWords& lane = warp.lanes[warp.number & 1][current->thread % kWarp];
+  for (int i = 0; i < 4; ++i) lane.words[i] = a[i];
+  const LaneWords* lanes = warp.lanes[meet(warp, Call::begin_product)];
+  const unsigned g = current->thread % kWarp / 4;
+  for (int lower = 0; lower < 2; ++lower)
+    for (int i = 0; i < 16; ++i) {
+      const std::uint32_t word = lanes[4 * g + i / 4].words[i / 2 % 2 * 2 + lower];
+      rows[lower][i] = half_to_float(static_cast<std::uint16_t>(word >> i % 2 * 16));
+    }
+}
+
+// Operands are read when the thread waits for the product and not before.
+void finish(const BegunProduct& begun) {
+  if (std::memcmp(begun.a, begun.kept, sizeof begun.kept) != 0)
+    die(who() + "changes an operand of a product that is under way");
+  Columns& d = *begun.d;
+  if (begun.first) std::memcpy(d, begun.was, sizeof begun.was);
+  const unsigned t = current->thread % kWarp % 4;
+  for (unsigned n = 0; n < 8; ++n)
+    for (unsigned odd = 0; odd < 2; ++odd) {
+      const std::uint16_t* const column = begun.b + 8 * (8 * n + 2 * t + odd);
+      float b[16];
+      for (int i = 0; i < 16; ++i)
+        b[i] = half_to_float(column[kOrder[i] % 8 + kOrder[i] / 8 * begun.apart / 2]);
+      for (unsigned lower = 0; lower < 2; ++lower) {
+        float& value = d[n][2 * lower + odd];
+        double sum = value;
+        for (int i = 0; i < 16; ++i) sum += static_cast<double>(begun.rows[lower][i]) * b[i];
+        value = truncated(sum);
+      }
+    }
+}
+
+NO_TSAN bool unpublished() { return block->unpublished; }
+
+}  // namespace
+
+void begin_products() {}
+void commit_products() { ++products().groups; }
+void publish_shared() { copies().published = true; }
+
+void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, int apart) {
+  if (unpublished()) die(who() + "multiplies copies that were not published before a barrier");
+  if (!is_shared(b, apart + 64 * 16) || !on_boundary(b, 16) || apart % 16 != 0)
+    die(who() + "multiplies what is not an operand in its block's shared memory");
+  Products& mine = products();
+  BegunProduct begun = {&d, true, {}, a, {a[0], a[1], a[2], a[3]}, {}, nullptr, apart, mine.groups};
+  begun.b = static_cast<const std::uint16_t*>(b);
+  for (const BegunProduct& other : mine.begun) begun.first = begun.first && other.d != &d;
+  if (begun.first) {
+    std::memcpy(begun.was, d, sizeof d);
+    std::memset(d, 0xff, sizeof d);
+  }
+  share_rows(a, begun.rows);
+  mine.begun.push_back(begun);
+}
+
+namespace shim {
+
+void wait_products(int pending) {
+  Products& mine = products();
+  auto product = mine.begun.begin();
+  for (; product != mine.begun.end() && product->group < mine.groups - pending; ++product)
+    finish(*product);
+  mine.begun.erase(mine.begun.begin(), product);
+}
+
+}  // namespace shim
 }  // namespace pfgm
 
 using namespace pfgm::shim;
 
-NO_TSAN void __syncthreads() { meet_in_order(*block, Call::syncthreads); }
+NO_TSAN void __syncthreads() {
+  if (!copies().published) block->unpublished = true;
+  meet_in_order(*block, Call::syncthreads);
+}
 
 NO_TSAN void __syncwarp(unsigned mask) {
   meet_in_order(whole_warp(mask, Call::syncwarp), Call::syncwarp);

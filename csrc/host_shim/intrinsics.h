@@ -74,6 +74,7 @@ enum class Call {
   reduce_add,
   multiply_add,
   multiply_add_halves,
+  begin_product,
   end
 };
 
@@ -85,6 +86,7 @@ unsigned vote(Call call, unsigned mask, bool mine);
 void gather(Call call, unsigned mask, std::uint32_t mine, std::uint32_t (&all)[32]);
 void begin_copy(void* to, const void* from, int bytes, int valid);
 void wait_copies(int pending);
+void wait_products(int pending);
 
 template <class T>
 T shuffle(Call call, unsigned mask, T mine, unsigned source) {
@@ -144,6 +146,18 @@ inline void multiply_halves(float (&d)[4], const std::uint32_t (&a)[4],
   for (float& each : d) each = 0;
   multiply_add_halves(d, a, b);
 }
+
+// The products are computed when the thread waits for them and not before. Until then d is NaN.
+// Each warp of the warpgroup meets for itself.
+void begin_products();
+void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, int apart);
+void commit_products();
+template <int PENDING>
+void wait_products() {
+  shim::wait_products(PENDING);
+}
+void publish_shared();
+inline void keep_in_place(float (&)[8][4]) {}
 
 inline void atomic_least(double* at, double value) {
   double found;

@@ -26,6 +26,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return shim::device().multiprocessors; }
+  bool warpgroups() const { return shim::device().capability == 90; }
   template <class... Parameters>
   int architecture(const char*, void (*)(Parameters...)) const {
     return shim::device().capability;
