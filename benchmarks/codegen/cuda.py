@@ -118,6 +118,7 @@ INTENTS = {
     "find_center": Intent(256, blocks=2),
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
+    "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
     "differences": Intent(256, blocks=2, copies=True),
     **{
         f"find_limits<{products}, {warps}>": Intent(32 * warps, blocks=2)

@@ -42,6 +42,8 @@ class Amount(NamedTuple):
     """Matrix instructions for float16 values (16 × 8 × 16)."""
     tf32: float = 0
     """Matrix instructions for TF32 values (16 × 8 × 8)."""
+    of_warpgroups: float = 0
+    """Matrix instructions of warpgroups for float16 values (64 × 64 × 16), one for each warp."""
     copied: float = 0
     """Bytes that asynchronous copies read."""
     barriers: float = 0
@@ -199,6 +201,8 @@ def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool =
     if shape.few:
         return _differences(shape, queries, m, project)
     rows, references = tile_of(m, queries, card)
+    if rows == 128 and shape.type == "float32" and card.architecture == 90:
+        return _warpgroup_distances(shape, queries, m, project)
     ahead = rows == 128  # whether the block converts references one panel ahead
     size, panels = _SIZES[shape.type], up(shape.N, _PANEL)
     of_stage = 1 if ahead else 2  # panels
@@ -219,10 +223,32 @@ def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool =
     columns, groups = rows // 8, references // 16
     slabs = 2 if ahead else 1  # of 16 references, of a warp
     parts = 8 // groups * slabs  # of the columns, among the warps
-    minima = 0 if project else slabs * (2 * (columns // parts) * 4 + _OVER_WARP)
+    minima = 0 if project else _minima(2 * columns // parts, slabs)
     once = Amount(barriers=(2 if project else 3) + ahead, exchanges=8 * (4 + minima))
     name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}>"
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
+    return Work("distances", name, blocks, 256, memory, once, loops, moved)
+
+
+def _minima(columns: int, slabs: int) -> int:
+    """Exchanges of a warp that finds the least distances of its columns, and the farthest row."""
+    over_rows = sum(max(1, columns // each) for each in (2, 4, 8))
+    return 3 + slabs * (over_rows + _OVER_WARP)
+
+
+def _warpgroup_distances(shape: Shape, queries: int, m: int, project: bool) -> Work:
+    """Tiles of 128 × 128."""
+    side, panels = 128, up(shape.N, _PANEL)
+    blocks = up(m, side) * up(queries, side)
+    copied = 4 * side * shape.N + panels * _PANEL * (2 * 2 * side + 4)
+    # Three products of two warpgroups, of two halves of the queries and of a panel.
+    of_all = Amount(of_warpgroups=3 * 8 * 2 * 2 * panels, copied=copied, barriers=panels)
+    loops = {"features": _by_all(blocks, panels, of_all)}
+    minima = 0 if project else _minima(2 * side // 8, 1)
+    once = Amount(barriers=3 if project else 4, exchanges=8 * (4 + minima))
+    memory = 4 * (_PANEL * (2 * 2 * side + 4 * side + 4)) + 16 * side
+    moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * queries * m
+    name = f"warpgroup_distances<{_text(project)}>"
     return Work("distances", name, blocks, 256, memory, once, loops, moved)
 
 

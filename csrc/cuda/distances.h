@@ -335,19 +335,40 @@ __device__ inline double reach_of(double scaled, double squared, int features, b
   return known && scaled <= features * 0x1p32 ? squared : 0;
 }
 
-// Finishes the sums of a tile: distances and their minima, or G·y. `group` and `other` are those of
-// the warp, `converted` is the first reference whose squares it has summed.
+// The least values over the lanes with the same t: those APART lanes from each other, then half as
+// many, and so on to 4. Where two lanes meet, each keeps half of the LEFT columns, if there are
+// two. Afterwards this lane has the values of columns from the returned one on.
+template <int APART, int LEFT, int COLUMNS>
+__device__ inline int least_over_rows(std::uint64_t (&low)[COLUMNS], const Lane& lane) {
+  constexpr int kKept = LEFT > 1 ? LEFT / 2 : 1;
+  const bool upper = LEFT > 1 && (lane.lane & APART) != 0;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int other = LEFT > 1 ? kKept + i : i;
+    const std::uint64_t kept = upper ? low[other] : low[i];
+    const std::uint64_t given = upper ? low[i] : low[other];
+    low[i] = Least()(kept, __shfl_xor_sync(kAll, given, APART));
+  }
+  int first = upper ? kKept : 0;
+  if constexpr (APART > 4) first += least_over_rows<APART / 2, kKept>(low, lane);
+  return first;
+}
+
+// Finishes the sums of a tile: distances and their minima, or G·y.
 template <bool PROJECT, class Memory>
 __device__ inline void finish_tile(Memory& shared,
                                    float (&total)[Memory::kSlabs][Memory::kColumns][4],
                                    float (&rest)[Memory::kSlabs][Memory::kColumns][4],
                                    const float (&square)[2], const float (&square_lost)[2],
-                                   int group, int other, int converted, int queries, int references,
-                                   const Center& center, const Pairs& out) {
+                                   int queries, int references, const Center& center,
+                                   const Pairs& out) {
   constexpr int QUERIES = Memory::kQueries, REFERENCES = Memory::kReferences;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
   const Lane lane = this_lane();
+  const int group = static_cast<int>(threadIdx.x / 32 % Memory::kGroups);
+  const int other = static_cast<int>(threadIdx.x / 32 / Memory::kGroups);
   const int part = kParts > 1 ? other : 0, column0 = Memory::kSides > 1 ? 8 * kColumns * other : 0;
+  const int converted = 16 * (kSlabs > 1 ? lane.warp : group);  // whose squares this warp has
   const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
   const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
   // Each half of the warps finishes half of the columns, with the sums of the other half.
@@ -388,19 +409,29 @@ __device__ inline void finish_tile(Memory& shared,
       if (lane.lane == 0 && other == 0) shared.sums.farthest[kSlabs * group + s] = farthest;
     }
   }
+  // Columns of a lane, and those whose minima lanes find together.
+  constexpr int kOfLane = 2 * kOwn, kTogether = kOfLane < 8 ? kOfLane : 8;
+  const auto column_of = [&](int i) {
+    return column0 + 8 * (kOwn * part + i / 2) + 2 * lane.t + i % 2;
+  };
+  std::uint64_t least[kSlabs][kOfLane / kTogether];
+  unsigned infinite = 0;  // a bit for each slab and column
+  int first = 0;
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j)
-    for (int odd = 0; odd < 2; ++odd) {
-      const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
+  for (int begin = 0; begin < kOfLane; begin += kTogether) {
+    std::uint64_t low[kSlabs][kTogether];
+#pragma unroll
+    for (int i = begin; i < begin + kTogether; ++i) {
+      const int column = column_of(i);
       const bool inside = query0 + column < queries;
       const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) {
         const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
-        std::uint64_t low = kInfiniteBits;
-        bool infinite = false;
+        low[s][i - begin] = kInfiniteBits;
         for (int e = 0; e < 2; ++e) {
-          double product = static_cast<double>(total[s][j][2 * e + odd]) + rest[s][j][2 * e + odd];
+          const int at = 2 * e + i % 2;
+          double product = static_cast<double>(total[s][i / 2][at]) + rest[s][i / 2][at];
           if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
           if constexpr (PROJECT) {
             if (inside && known[s][e])
@@ -409,19 +440,29 @@ __device__ inline void finish_tile(Memory& shared,
             const std::uint64_t distance = not_negative(squared[s][e] + norm - 2 * unit * product);
             if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
             if (!known[s][e]) continue;
-            infinite = infinite || distance >= kInfiniteBits;
-            low = Least()(low, distance);
+            infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
+            low[s][i - begin] = Least()(low[s][i - begin], distance);
           }
-        }
-        if constexpr (!PROJECT) {
-          for (int apart = 4; apart < 32; apart *= 2)
-            low = Least()(low, __shfl_xor_sync(kAll, low, apart));
-          const bool marked = (__ballot_sync(kAll, infinite) & 0x11111111u << lane.t) != 0;
-          const double least = double_of(low < kInfiniteBits ? low : kInfiniteBits);
-          if (lane.g == 0) shared.sums.low[kSlabs * group + s][column] = marked ? -least : least;
         }
       }
     }
+    if constexpr (!PROJECT)
+      for (int s = 0; s < kSlabs; ++s) {
+        first = least_over_rows<16, kTogether>(low[s], lane);
+        least[s][begin / kTogether] = low[s][0];
+      }
+  }
+  if constexpr (!PROJECT) {
+    for (int apart = 4; apart < 32; apart *= 2) infinite |= __shfl_xor_sync(kAll, infinite, apart);
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s)
+      for (int i = 0; i < kOfLane / kTogether; ++i) {
+        const int found = kTogether * i + first;
+        const bool marked = (infinite >> (s * kOfLane + found) & 1u) != 0;
+        const double value = double_of(least[s][i] < kInfiniteBits ? least[s][i] : kInfiniteBits);
+        shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
+      }
+  }
   if constexpr (!PROJECT) {
     __syncthreads();
     constexpr int kTileGroups = kTileReferences / 16;
@@ -439,6 +480,12 @@ __device__ inline void finish_tile(Memory& shared,
   }
 }
 
+// Whether warpgroup_distances takes the place of these tiles in this code.
+template <class R, int QUERIES> constexpr bool kOfWarpgroups = false;
+#if defined(PFGM_WARPGROUPS) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <> constexpr bool kOfWarpgroups<float, 128> = true;
+#endif
+
 template <class R, int QUERIES, int REFERENCES, bool PROJECT>
 __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out) {
@@ -446,7 +493,8 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   constexpr bool kAhead = Memory::kAhead;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
   constexpr int kTogether = QUERIES == 64 ? 4 : 2;  // columns; the others have fewer registers
-  constexpr int kConvert = PROJECT ? kTogether : kColumns / 2;  // column; elsewhere compilers spill
+  constexpr int kConvert = kTogether;               // column; elsewhere compilers spill
+  if constexpr (kOfWarpgroups<R, QUERIES>) return __trap();
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   auto& stages = shared.stages;
   const Lane lane = this_lane();
@@ -541,8 +589,8 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   } while (++p < trips);
   wait_copies<0>();
   __syncthreads();
-  finish_tile<PROJECT>(shared, total, rest, square, square_lost, group, other, converted, x.rows,
-                       static_cast<int>(y.count), center, out);
+  finish_tile<PROJECT>(shared, total, rest, square, square_lost, x.rows, static_cast<int>(y.count),
+                       center, out);
 }
 
 // ---- differences -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ namespace {
 struct WarpgroupMemory {
   static constexpr int kQueries = 128, kReferences = 128, kStages = 4;
   static constexpr int kSlabs = 1, kSides = 1, kParts = 1, kColumns = kQueries / 8;
+  static constexpr int kGroups = kReferences / 16;
   static constexpr int kPieces = kPanel / 8;  // of 8 features
   struct Stage {
     std::uint16_t x[2][kPieces][kQueries][8];  // part, piece, query
@@ -190,10 +191,11 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
 #pragma unroll 1
   for (int p = 0; p < panels; ++p) {
     const ReferencePanel y = load_panel(slab_of(p), lane);
-    for (int half = 0; half < 2; ++half) begin_panel(rest[half], y, stage_of(p), half);
+    begin_panel(rest[0], y, stage_of(p), 0);
     for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
     arrive(std::integral_constant<int, Memory::kStages - 3>());
     stage(p + Memory::kStages - 1);  // in place of panel p − 1, whose products are done
+    begin_panel(rest[1], y, stage_of(p), 1);
     convert_ahead(p + 1);
     wait_products<1>();
     add_panel(total[0], rest[0]);
@@ -205,8 +207,7 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
 
   using Sums = float[1][Memory::kColumns][4];
   finish_tile<PROJECT>(shared, reinterpret_cast<Sums&>(total), reinterpret_cast<Sums&>(rest),
-                       square, square_lost, lane.warp, 0, 16 * lane.warp, x.rows,
-                       static_cast<int>(y.count), center, out);
+                       square, square_lost, x.rows, static_cast<int>(y.count), center, out);
 #endif
 }
 

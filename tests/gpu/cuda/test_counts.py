@@ -63,6 +63,7 @@ def counted(shim, run) -> list[Counted]:
         columns = zip(
             of_blocks["multiply_add_halves"],
             of_blocks["multiply_add"],
+            of_blocks["begin_product"],
             of_blocks["copied"],
             of_blocks["__syncthreads"],
             map(sum, zip(*exchanges, strict=True)),
