@@ -168,11 +168,15 @@ def check_longest(run: Run) -> None:
 @pytest.mark.parametrize(
     ("sizes", "multiprocessors", "kernel"),
     [
-        ((24, 190, 96), 4, "distances<float32, 32, 64, false>"),
-        ((70, 190, 128), 7, "distances<float32, 64, 64, false>"),
-        ((70, 600, 256), 4, "distances<float32, 64, 128, false>"),
-        ((100, 300, 96), 1, "distances<float32, 128, 128, false>"),
-        ((241, 129, 72), 1, "distances<float32, 128, 128, false>"),
+        ((24, 190, 96), 4, "distances<float32, 32, 64, false, false>"),
+        ((70, 190, 128), 7, "distances<float32, 64, 64, false, false>"),
+        ((70, 600, 256), 4, "distances<float32, 64, 128, false, false>"),
+        ((100, 300, 96), 1, "distances<float32, 128, 128, false, false>"),
+        ((241, 129, 72), 1, "distances<float32, 128, 128, false, false>"),
+        ((24, 190, 1024), 12, "distances<float32, 32, 64, false, true>"),
+        ((40, 129, 1536), 9, "distances<float32, 64, 64, false, true>"),
+        ((40, 129, 1536), 4, "distances<float32, 64, 128, false, true>"),
+        ((97, 127, 1536), 3, "distances<float32, 128, 128, false, true>"),
         ((8, 320, 128), 4, "differences<float32, false>"),
         ((40, 192, 16), 4, "differences<float32, false>"),
     ],
@@ -236,7 +240,8 @@ def test_gradients(run, sizes):
     for dtype in (torch.float32, torch.uint8):
         found = run(clusters(*sizes), dtype, backward=True)
         check(found)
-        projects = [one.kernel for one in found.model if one.kernel.endswith(", true>")]
+        kernel = re.compile(r"distances<.*, true, false>|differences<.*, true>")
+        projects = [one.kernel for one in found.model if kernel.fullmatch(one.kernel)]
         assert len(projects) == 1
 
 
@@ -245,7 +250,18 @@ def test_gradients_with_large_tiles(run):
         found = run(clusters(100, 192, 96), dtype, multiprocessors=1, backward=True)
         name = TYPES[dtype]
         kernels = {one.kernel for one in found.model}
-        assert {f"distances<{name}, 128, 128, {last}>" for last in ("false", "true")} <= kernels
+        wanted = {f"distances<{name}, 128, 128, {last}, false>" for last in ("false", "true")}
+        assert wanted <= kernels
+        check(found)
+
+
+def test_gradients_with_slices(run):
+    """Both launches of ``distances`` are the same kernel, the ones that finish it are not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = run(clusters(40, 129, 1040), dtype, multiprocessors=9, backward=True)
+        kernels = Counter(one.kernel for one in found.model)
+        assert kernels[f"distances<{TYPES[dtype]}, 64, 64, false, true>"] == 2
+        assert {f"finish_distances<{last}>" for last in ("false", "true")} <= set(kernels)
         check(found)
 
 
