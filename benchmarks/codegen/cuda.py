@@ -119,6 +119,8 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
+    "finish_distances<false>": Intent(128, blocks=4, wide=True),
+    "finish_distances<true>": Intent(128, blocks=4),
     "differences": Intent(256, blocks=2, copies=True),
     **{
         f"find_limits<{products}, {warps}>": Intent(32 * warps, blocks=2)

@@ -260,6 +260,8 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
         return _refine_phases(one, kernel, shape.N)
     if one.name == "find_limits":
         return _limits_phases(one, kernel)
+    if one.name == "finish_distances":
+        return _finish_phases(one, kernel)
     # One thread of each query of ``merge`` finds the log-sum-exp in float64; another block hides
     # its time.
     straight = kernel.straight(without="fp64" if one.name == "merge" else None)
@@ -301,6 +303,20 @@ def _with_shares(part: Phase, shares: Mapping[str, float]) -> Phase:
     """The phase, with accesses to global memory that move these shares of their bytes."""
     found = {i: shares[one.base] for i, one in enumerate(part.code) if one.base in shares}
     return part._replace(factors=tuple(sorted((dict(part.factors) | found).items())))
+
+
+def _finish_phases(one: Work, kernel: Compiled) -> tuple[Phase, ...]:
+    loop = kernels.loop_with_most(kernel, "global")
+    body = kernel.body(loop)
+    loads = kernels.count_of(body, "LDG")
+    # One is of squares, in the forward pass. All warps of a block load the same ones, which come
+    # from the L1 cache then.
+    squares = loads - work.FINISH_QUERIES
+    share = (loads - squares + squares / work.FINISH_WARPS) / loads
+    # Elsewhere all lanes load the same number, in 32 of 256 bytes.
+    once = phase(ONCE, kernel, kernel.straight(), one.blocks, 1)
+    slices = _loop("slices", kernel, loop, one.blocks, one.loops["slices"].most)
+    return _with_shares(once, {"LDG": 1 / 8}), _with_shares(slices, {"LDG": share})
 
 
 def _limits_phases(one: Work, kernel: Compiled) -> tuple[Phase, ...]:

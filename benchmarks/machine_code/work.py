@@ -24,6 +24,7 @@ from benchmarks.machine_code.devices import Device
 
 Data = Mapping[str, Any]
 PIECE = 1024  # references that a block of ``weigh`` takes at a time
+FINISH_WARPS, FINISH_QUERIES = 4, 4  # of a block of ``finish_distances``; of a warp
 KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
 
 _SIZES = {"float32": 4, "BFloat16": 2, "Float16": 2, "uint8": 1}  # bytes of a reference's value
@@ -137,7 +138,8 @@ def _of_chunks(
     shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device
 ) -> Iterator[Work]:
     """The launches for a block of queries and so many chunks of m references."""
-    yield _distances(shape, queries, m, card)._replace(times=chunks)
+    for work in _distances(shape, queries, m, card):
+        yield work._replace(times=chunks)
     yield _limits(shape, data, queries, m)._replace(times=chunks)
     yield _refine(shape, data, queries, m, card)._replace(times=chunks)
     yield _weigh(shape, queries, m, card)._replace(times=chunks)
@@ -182,32 +184,101 @@ def _text(value: bool) -> str:
 # ---- distances ---------------------------------------------------------------------------------
 
 
-def tile_of(m: int, queries: int, card: Device) -> tuple[int, int]:
-    """Queries and references of a block of ``distances``."""
+class TileCost(NamedTuple):
+    """A tile of ``distances``, by whose cost the kernels choose."""
 
-    def rounds(rows: int, references: int) -> int:
-        return up(up(m, references) * up(queries, rows), card.sms)
-
-    small, medium = 5 * rounds(32, 64), 8 * rounds(64, 64)
-    large, largest = 12 * rounds(64, 128), 22 * rounds(128, 128)
-    if queries <= 32 or small < min(medium, large, largest):
-        return 32, 64
-    if medium < min(large, largest):
-        return 64, 64
-    return (64, 128) if large <= largest else (128, 128)
+    queries: int
+    references: int
+    clocks: int
+    """Of a panel of features."""
 
 
-def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool = False) -> Work:
+TILE_COSTS = (
+    TileCost(32, 64, 500),
+    TileCost(64, 64, 800),
+    TileCost(64, 128, 1200),
+)
+_LARGEST, _OF_WARPGROUPS = TileCost(128, 128, 2200), TileCost(128, 128, 1550)
+_ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
+_FINISH_CLOCKS, _BYTES_PER_CLOCK = 4500, 25
+
+
+class Tiling(NamedTuple):
+    """How ``distances`` splits a block of queries and a chunk of references."""
+
+    queries: int
+    references: int
+    slices: int
+    """Of the features; 1 if each block takes all."""
+
+
+def _slice_size(queries: int, m: int) -> int:
+    """Numbers that the sums over a slice take in float32."""
+    return 2 * (queries + 1) * _PANEL * up(m, _PANEL)
+
+
+def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
+    """The tiles of ``distances`` and the slices of the features that cost least."""
+    block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
+    largest = _OF_WARPGROUPS if _warpgroups(shape, card) else _LARGEST
+    whole = _cheapest(block, chunk, panels, card, largest, constants.PARTS)
+    of_sums = up(up(chunk, _PANEL), shape.part_panels(card.sms)) * block * shape.N
+    of_slices = whole.slices * _slice_size(block, chunk) if whole.slices > 1 else 0
+    return _cheapest(queries, m, panels, card, largest, max(of_sums, of_slices))
+
+
+def _cheapest(
+    queries: int, m: int, panels: int, card: Device, largest: TileCost, room: int
+) -> Tiling:
+    size = _slice_size(queries, m)
+    most = max(1, min(_MOST_SLICES, panels // _SLICE_PANELS, room // size))
+
+    def clocks(cost: TileCost, slices: int) -> int:
+        tiles = up(queries, cost.queries) * up(m, cost.references)
+        found = up(tiles * slices, card.sms) * (up(panels, slices) + _ONCE_PANELS) * cost.clocks
+        if slices > 1:
+            found += _FINISH_CLOCKS + 8 * slices * size // (_BYTES_PER_CLOCK * card.sms)
+        return found
+
+    cost, slices = min(
+        ((cost, slices) for cost in (*TILE_COSTS, largest) for slices in range(1, most + 1)),
+        key=lambda choice: clocks(*choice),
+    )
+    return Tiling(cost.queries, cost.references, slices)
+
+
+def _distances(
+    shape: Shape, queries: int, m: int, card: Device, project: bool = False
+) -> Iterator[Work]:
     if shape.few:
-        return _differences(shape, queries, m, project)
-    rows, references = tile_of(m, queries, card)
-    if rows == 128 and shape.type == "float32" and card.architecture == 90:
-        return _warpgroup_distances(shape, queries, m, project)
+        yield _differences(shape, queries, m, project)
+        return
+    tiling = tiling_of(shape, queries, m, card)
+    if tiling.slices == 1:
+        yield _products(shape, queries, m, tiling, card, project)
+        return
+    work = _products(shape, queries, m, tiling, card, False)
+    yield work
+    yield _finished(queries, m, work.blocks // _tiles(queries, m, tiling), card, project)
+
+
+def _tiles(queries: int, m: int, tiling: Tiling) -> int:
+    return up(m, tiling.references) * up(queries, tiling.queries)
+
+
+def _products(
+    shape: Shape, queries: int, m: int, tiling: Tiling, card: Device, project: bool
+) -> Work:
+    rows, references, slices = tiling
+    if rows == 128 and _warpgroups(shape, card):
+        return _warpgroup_products(shape, queries, m, tiling, project)
+    sliced = slices > 1
     ahead = rows == 128  # whether the block converts references one panel ahead
     size, panels = _SIZES[shape.type], up(shape.N, _PANEL)
     of_stage = 1 if ahead else 2  # panels
     trips, features = up(panels, of_stage), of_stage * _PANEL
-    blocks = up(m, references) * up(queries, rows)
+    each = up(trips, slices)  # trips of a slice
+    tiles, slices = _tiles(queries, m, tiling), up(trips, each)
     stages = (4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
     of_references = features * ((4 if ahead else size) * references + 4)
     memory = stages[0] * of_references + stages[1] * features * 2 * 2 * rows + 16 * rows
@@ -219,15 +290,32 @@ def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool =
         halves=6 * multiplied * (references // 16) * (rows // 8), copied=copied, barriers=trips
     )
     # Half of the last trip is left out if its second panel is empty.
-    loops = {"features": _by_all(blocks, panels / of_stage, of_all)}
+    loops = {"features": _by_all(tiles, panels / of_stage, of_all)}
+    if sliced:
+        loops["features"] = loops["features"]._replace(most=each)
     columns, groups = rows // 8, references // 16
     slabs = 2 if ahead else 1  # of 16 references, of a warp
     parts = 8 // groups * slabs  # of the columns, among the warps
-    minima = 0 if project else _minima(2 * columns // parts, slabs)
-    once = Amount(barriers=(2 if project else 3) + ahead, exchanges=8 * (4 + minima))
-    name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}>"
-    moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
-    return Work("distances", name, blocks, 256, memory, once, loops, moved)
+    minima = 0 if project or sliced else _minima(2 * columns // parts, slabs)
+    once = Amount(barriers=(2 if project or sliced else 3) + ahead, exchanges=8 * (4 + minima))
+    name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}, {_text(sliced)}>"
+    moved = size * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
+    return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
+
+
+def _finished(queries: int, m: int, slices: int, card: Device, project: bool) -> Work:
+    """Distances from the sums over slices."""
+    rows, tiles, sums = FINISH_WARPS * FINISH_QUERIES, up(m, TILE), 8 * slices * queries * m
+    blocks = tiles * up(queries, rows)
+    loops = {"slices": _by_all(blocks, slices)}
+    if not project:
+        loops["minima"] = Loop(tiles * queries, min(queries, rows), Amount(exchanges=3))
+        loops["reach"] = Loop(tiles, 1, Amount(exchanges=_OVER_WARP))
+    name = f"finish_distances<{_text(project)}>"
+    moved = (4 if project else 8) * queries * m
+    if sums > KEPT * card.rate("l2_size"):
+        moved += sums
+    return Work("finish_distances", name, blocks, 32 * FINISH_WARPS, 0, Amount(), loops, moved)
 
 
 def _minima(columns: int, slabs: int) -> int:
@@ -236,20 +324,26 @@ def _minima(columns: int, slabs: int) -> int:
     return 3 + slabs * (over_rows + _OVER_WARP)
 
 
-def _warpgroup_distances(shape: Shape, queries: int, m: int, project: bool) -> Work:
-    """Tiles of 128 × 128."""
-    side, panels = 128, up(shape.N, _PANEL)
-    blocks = up(m, side) * up(queries, side)
+def _warpgroups(shape: Shape, card: Device) -> bool:
+    """Whether tiles of 128 × 128 are those of warpgroups."""
+    return shape.type == "float32" and card.architecture == 90
+
+
+def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, project: bool) -> Work:
+    side, panels, sliced = 128, up(shape.N, _PANEL), tiling.slices > 1
+    tiles, each = _tiles(queries, m, tiling), up(panels, tiling.slices)  # panels of a slice
+    slices = up(panels, each)
     copied = 4 * side * shape.N + panels * _PANEL * (2 * 2 * side + 4)
     # Three products of two warpgroups, of two halves of the queries and of a panel.
     of_all = Amount(of_warpgroups=3 * 8 * 2 * 2 * panels, copied=copied, barriers=panels)
-    loops = {"features": _by_all(blocks, panels, of_all)}
-    minima = 0 if project else _minima(2 * side // 8, 1)
-    once = Amount(barriers=3 if project else 4, exchanges=8 * (4 + minima))
+    loop = _by_all(tiles, panels, of_all)
+    minima = 0 if project or sliced else _minima(2 * side // 8, 1)
+    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * (4 + minima))
     memory = 4 * (_PANEL * (2 * 2 * side + 4 * side + 4)) + 16 * side
-    moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * queries * m
-    name = f"warpgroup_distances<{_text(project)}>"
-    return Work("distances", name, blocks, 256, memory, once, loops, moved)
+    moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
+    name = f"warpgroup_distances<{_text(project)}, {_text(sliced)}>"
+    loops = {"features": loop._replace(most=each)}
+    return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
 
 
 def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:
@@ -455,8 +549,8 @@ def _gradient_of_chunks(
     """The launches for a block of queries and so many chunks of m references."""
     passes = 1 if shape.chunks == 1 else 2  # over the chunks; both need the distances
     for work in (
-        _distances(shape, queries, m, card),
-        _distances(shape, queries, m, card, project=True),
+        *_distances(shape, queries, m, card),
+        *_distances(shape, queries, m, card, project=True),
         _limits(shape, data, queries, m),
         _refine(shape, data, queries, m, card),
     ):

@@ -137,7 +137,7 @@ struct CudaLimits {
   // Queries × references. A pair takes 12 bytes. The backward pass has half as many pairs, of 24
   // bytes each.
   std::int64_t pairs = 1 << 22;
-  std::int64_t parts = 1 << 23;       // values in the partial sums of a chunk
+  std::int64_t parts = 1 << 23;       // values in sums of parts of a chunk or of features
   std::int64_t queries = 4096;        // in a block
   std::int64_t references = 1 << 16;  // in a chunk
   std::int64_t halved = 1 << 20;      // of all references, where sums have weights in halves

@@ -3,7 +3,8 @@
 // distances computes |x|² + |y|² − 2 x·y from products in matrix units, of centred data in two
 // float16 parts (cuda/centering.h). For few queries or features, differences computes Σ (x − y)²
 // instead. Both also find the smallest distance of each tile of references. With PROJECT they
-// compute G·y instead, up to a number for each query.
+// compute G·y instead, up to a number for each query. If there are few pairs, blocks of distances
+// share out the features, and finish_distances adds up what they leave.
 #pragma once
 #include "cuda/centering.h"
 
@@ -27,6 +28,15 @@ struct Pairs {
   int tiles;
 };
 
+// Sums over slices of the features. They take the place of the distances of blocks that have all
+// features.
+struct Slices {
+  Index stride;      // distance between rows
+  float2* products;  // (slices, queries, stride): the sum of both floats
+  double* squares;   // (slices, stride): of centred references, times the square of the scale
+  int count, trips;  // trips of a slice; the last slice may have fewer
+};
+
 // ---- what both do with a tile ----------------------------------------------------------------
 
 // Empties the list. find_limits, a later launch of the stream, fills it.
@@ -45,6 +55,14 @@ __device__ inline std::uint64_t not_negative(double distance) {
   return front < 0x80000000u || front > 0xfff00000u ? bits : 0;
 }
 
+// The smallest bits in a warp.
+__device__ inline std::uint64_t least_of_warp(std::uint64_t bits) {
+  const auto front = static_cast<std::uint32_t>(bits >> 32);
+  const std::uint32_t least = __reduce_min_sync(kAll, front);
+  const auto back = front == least ? static_cast<std::uint32_t>(bits) : 0xffffffffu;
+  return static_cast<std::uint64_t>(least) << 32 | __reduce_min_sync(kAll, back);
+}
+
 // The smallest finite distance; its sign is negative if a distance of the tile is not finite, so
 // that refine looks at the tile.
 struct LeastFinite {
@@ -58,6 +76,11 @@ __device__ inline double finite_or_marked(double distance) {
   return distance < INFINITY ? distance : -INFINITY;
 }
 
+// The smallest distance as it is stored: below 0 if it has a negative sign, even if it is 0.
+__device__ inline double stored_lowest(double least) {
+  return signbit(least) ? -fmax(-least, 1e-300) : least;
+}
+
 // Stores the smallest distance of a tile for each query, from low[row of warps][query].
 template <int QUERIES>
 __device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int tile, int query0,
@@ -66,8 +89,7 @@ __device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int 
   if (q >= QUERIES || query0 + q >= queries || tile >= out.tiles) return;
   double least = low[0][q];
   for (int w = 1; w < rows; ++w) least = LeastFinite()(least, low[w][q]);
-  if (signbit(least)) least = -fmax(-least, 1e-300);  // below 0 even if a distance is 0
-  out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] = least;
+  out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] = stored_lowest(least);
 }
 
 // ---- products --------------------------------------------------------------------------------
@@ -132,19 +154,20 @@ class TileCopy {
  public:
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
 
+  // Starts at the feature `first`.
   __device__ TileCopy(const Halves& x, int query0, const Rows<R>& y, int reference0,
-                      const Center& center)
+                      const Center& center, int first)
       : center_(center),
         aligned_(y.aligned),
         to_low_(x.low - x.high),
         apart_(kStep * y.stride),
-        left_(center.features) {
+        left_(center.features - first) {
     const int thread = static_cast<int>(threadIdx.x);
     row_ = thread / kPieces, piece_ = thread % kPieces, half_row_ = thread / kHalfPieces;
     rows_ = y.count - reference0 - row_, half_rows_ = x.rows - query0 - half_row_;
-    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + piece_ * kCount;
+    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + piece_ * kCount;
     high_ = x.high + static_cast<Index>(half_rows_ > 0 ? query0 + half_row_ : 0) * center.width +
-            thread % kHalfPieces * 8;
+            first + thread % kHalfPieces * 8;
   }
 
   // Starts the copies of the next panels of references.
@@ -335,6 +358,19 @@ __device__ inline double reach_of(double scaled, double squared, int features, b
   return known && scaled <= features * 0x1p32 ? squared : 0;
 }
 
+// The sum of two sums of two floats each.
+__device__ inline float2 add_sums(float2 a, float2 b) {
+  const float total = a.x + b.x, of_b = total - a.x;
+  const float lost = (a.x - (total - of_b)) + (b.x - of_b);
+  return {total, a.y + b.y + lost};
+}
+
+// The bits of |x|² + |y|² − 2 x·y.
+__device__ inline std::uint64_t distance_of(double squared, double norm, double unit,
+                                            double product) {
+  return not_negative(squared + norm - 2 * unit * product);
+}
+
 // The least values over the lanes with the same t: those APART lanes from each other, then half as
 // many, and so on to 4. Where two lanes meet, each keeps half of the LEFT columns, if there are
 // two. Afterwards this lane has the values of columns from the returned one on.
@@ -354,14 +390,15 @@ __device__ inline int least_over_rows(std::uint64_t (&low)[COLUMNS], const Lane&
   return first;
 }
 
-// Finishes the sums of a tile: distances and their minima, or G·y.
-template <bool PROJECT, class Memory>
+// Finishes the sums of a tile: distances and their minima, or G·y. If SLICED, it stores the sums
+// over a slice of the features.
+template <bool PROJECT, bool SLICED, class Memory>
 __device__ inline void finish_tile(Memory& shared,
                                    float (&total)[Memory::kSlabs][Memory::kColumns][4],
                                    float (&rest)[Memory::kSlabs][Memory::kColumns][4],
                                    const float (&square)[2], const float (&square_lost)[2],
                                    int queries, int references, const Center& center,
-                                   const Pairs& out) {
+                                   const Pairs& out, const Slices& slices) {
   constexpr int QUERIES = Memory::kQueries, REFERENCES = Memory::kReferences;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
   const Lane lane = this_lane();
@@ -382,7 +419,11 @@ __device__ inline void finish_tile(Memory& shared,
         const int own = kOwn + j;
         const float sum = part > 0 ? total[0][j][i] : total[0][own][i];
         const float more = part > 0 ? rest[0][j][i] : rest[0][own][i];
-        shared.sums.products[row_of(0) + 8 * (i / 2)][column] = static_cast<double>(sum) + more;
+        double& to = shared.sums.products[row_of(0) + 8 * (i / 2)][column];
+        if constexpr (SLICED)
+          reinterpret_cast<float2&>(to) = {sum, more};
+        else
+          to = static_cast<double>(sum) + more;
         if (part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
       }
   for (int e = 0; e < 2; ++e) {
@@ -390,6 +431,34 @@ __device__ inline void finish_tile(Memory& shared,
     if (lane.t == 0) shared.sums.squares[part][converted + 8 * e + lane.g] = sum;
   }
   __syncthreads();
+  if constexpr (SLICED) {
+    const Index slice = blockIdx.z;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (blockIdx.y == 0 && thread < REFERENCES && reference0 + thread < slices.stride) {
+      double sum = shared.sums.squares[0][thread];
+      if constexpr (kParts > 1) sum += shared.sums.squares[1][thread];
+      slices.squares[slice * slices.stride + reference0 + thread] = sum;
+    }
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j)
+      for (int odd = 0; odd < 2; ++odd) {
+        const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
+        if (query0 + column >= queries) continue;
+        float2* const to = slices.products + (slice * queries + query0 + column) * slices.stride;
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s)
+          for (int e = 0; e < 2; ++e) {
+            const int row = row_of(s) + 8 * e;
+            // A store of a pair needs neighbouring registers. Sums that it took as they are would
+            // have these in the loop too, where compilers would spill.
+            float2 sum = {total[s][j][2 * e + odd] + 0.0f, rest[s][j][2 * e + odd] + 0.0f};
+            if constexpr (kParts > 1)
+              sum = add_sums(sum, reinterpret_cast<float2&>(shared.sums.products[row][column]));
+            if (reference0 + row < slices.stride) to[reference0 + row] = sum;
+          }
+      }
+    return;
+  }
   const double per_scale = center.scale[1];
   double squared[kSlabs][2];
   bool known[kSlabs][2];
@@ -437,7 +506,7 @@ __device__ inline void finish_tile(Memory& shared,
             if (inside && known[s][e])
               out.projected[place + 8 * e] = static_cast<float>(unit * product);
           } else {
-            const std::uint64_t distance = not_negative(squared[s][e] + norm - 2 * unit * product);
+            const std::uint64_t distance = distance_of(squared[s][e], norm, unit, product);
             if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
             if (!known[s][e]) continue;
             infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
@@ -486,9 +555,12 @@ template <class R, int QUERIES> constexpr bool kOfWarpgroups = false;
 template <> constexpr bool kOfWarpgroups<float, 128> = true;
 #endif
 
-template <class R, int QUERIES, int REFERENCES, bool PROJECT>
+// If SLICED, blockIdx.z says which slice of the features a block takes, and the sums over it are
+// stored, which are the same with PROJECT.
+template <class R, int QUERIES, int REFERENCES, bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
-    distances(const Halves x, const Rows<R> y, const Center center, const Pairs out) {
+    distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
+              const Slices slices) {
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
   constexpr bool kAhead = Memory::kAhead;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
@@ -505,7 +577,7 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   const int converted = kAhead ? 16 * lane.warp : 16 * group;  // first row that this warp converts
   const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
   const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
-  if constexpr (!PROJECT) clear_list(out);
+  if constexpr (!PROJECT && !SLICED) clear_list(out);
   const float factor = *center.scale * kUnit<R>;
   float total[kSlabs][kColumns][4] = {}, rest[kSlabs][kColumns][4] = {};
   float square[2] = {}, square_lost[2] = {}, squares[2];
@@ -513,10 +585,14 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   if (const int q = static_cast<int>(threadIdx.x); q < QUERIES) {
     const int query = query0 + q < x.rows ? query0 + q : 0;
     shared.units[q] = x.units[query];
-    if constexpr (!PROJECT) shared.norms[q] = out.norms[query];
+    if constexpr (!PROJECT && !SLICED) shared.norms[q] = out.norms[query];
   }
-  TileCopy<R, QUERIES, REFERENCES> copy(x, query0, y, reference0, center);
-  const int trips = static_cast<int>(divide_up(center.features, Memory::kFeatures));
+  const int first_trip = SLICED ? static_cast<int>(blockIdx.z) * slices.trips : 0;
+  const int features = center.features - first_trip * Memory::kFeatures;  // from the slice on
+  const int left = static_cast<int>(divide_up(features, Memory::kFeatures));
+  const int trips = SLICED && slices.trips < left ? slices.trips : left;
+  TileCopy<R, QUERIES, REFERENCES> copy(x, query0, y, reference0, center,
+                                        first_trip * Memory::kFeatures);
   const auto stage_queries = [&](int p) {
     if (p < trips) copy.next(stages.queries[p % Memory::kQueryStages]);
     if constexpr (kAhead) commit_copies();
@@ -531,7 +607,7 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   };
   const auto convert_panel = [&](int p, int half) {
     auto& stage = stages.references[p % Memory::kReferenceStages];
-    const int first = half * kPanel, known = center.features - p * Memory::kFeatures - first;
+    const int first = half * kPanel, known = features - p * Memory::kFeatures - first;
     const int start = lane.g % Memory::kSpread * Memory::kFeatures + first;
     const R* const rows[2] = {&stage.y[converted + lane.g][start],
                               &stage.y[converted + lane.g + 8][start]};
@@ -567,7 +643,7 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
       // Without a branch between them, the products of two panels take turns. Short types need too
       // many registers for that.
       constexpr bool kBranch = !kAhead && (kParts > 1 || sizeof(R) < 4);
-      if (kBranch && center.features <= p * Memory::kFeatures + half * kPanel) continue;
+      if (kBranch && features <= p * Memory::kFeatures + half * kPanel) continue;
       ReferencePanel panel[kSlabs];
       if constexpr (!kAhead) panel[0] = convert_panel(p, half);
       add_squares();
@@ -589,8 +665,95 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   } while (++p < trips);
   wait_copies<0>();
   __syncthreads();
-  finish_tile<PROJECT>(shared, total, rest, square, square_lost, x.rows, static_cast<int>(y.count),
-                       center, out);
+  finish_tile<PROJECT, SLICED>(shared, total, rest, square, square_lost, x.rows,
+                               static_cast<int>(y.count), center, out, slices);
+}
+
+// ---- slices of the features ------------------------------------------------------------------
+
+constexpr int kFinishWarps = 4, kFinishQueries = 4;  // queries of a warp
+constexpr int kFinishThreads = 32 * kFinishWarps;
+
+// Distances, or G·y, from the sums over slices. A block takes a tile of references. A lane takes
+// two neighbouring ones. The sums are added up in the order of the slices.
+template <bool PROJECT>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_distances(const Halves x, int references, const Center center, const Pairs out,
+                     const Slices slices) {
+  const Lane lane = this_lane();
+  const int reference = static_cast<int>(blockIdx.x) * kTileReferences + 2 * lane.lane;
+  const int query0 = (static_cast<int>(blockIdx.y) * kFinishWarps + lane.warp) * kFinishQueries;
+  const bool known[2] = {reference < references, reference + 1 < references};
+  if constexpr (!PROJECT) clear_list(out);
+  if (query0 >= x.rows) return;
+  float2 sum[kFinishQueries][2] = {};
+  double scaled[2] = {};
+  const Index from = known[0] ? reference : 0;
+#pragma unroll 1
+  for (int slice = 0; slice < slices.count; ++slice) {
+    if constexpr (!PROJECT) {
+      const double2 more =
+          *reinterpret_cast<const double2*>(slices.squares + slice * slices.stride + from);
+      scaled[0] += more.x, scaled[1] += more.y;
+    }
+#pragma unroll
+    for (int q = 0; q < kFinishQueries; ++q) {
+      const Index query = query0 + q < x.rows ? query0 + q : query0;
+      const float4 more = *reinterpret_cast<const float4*>(
+          slices.products + (static_cast<Index>(slice) * x.rows + query) * slices.stride + from);
+      sum[q][0] = add_sums(sum[q][0], {more.x, more.y});
+      sum[q][1] = add_sums(sum[q][1], {more.z, more.w});
+    }
+  }
+
+  const double per_scale = center.scale[1];
+  double squared[2], farthest = 0;
+  for (int e = 0; e < 2; ++e) {
+    squared[e] = scaled[e] * per_scale * per_scale;
+    farthest = fmax(farthest, reach_of(scaled[e], squared[e], center.features, known[e]));
+  }
+  if constexpr (!PROJECT)
+    if (query0 == 0) {
+      farthest = over_warp(farthest, Most());
+      if (lane.lane == 0) out.reach[blockIdx.x] = farthest;
+    }
+#pragma unroll
+  for (int q = 0; q < kFinishQueries; ++q) {
+    const int query = query0 + q;
+    if (query >= x.rows) break;
+    const double unit = x.units[query];
+    const Index place = query * out.stride + reference;
+    double product[2];
+    for (int e = 0; e < 2; ++e) product[e] = static_cast<double>(sum[q][e].x) + sum[q][e].y;
+    if constexpr (PROJECT) {
+      const float2 both = {static_cast<float>(unit * product[0]),
+                           static_cast<float>(unit * product[1])};
+      if (known[1])
+        *reinterpret_cast<float2*>(out.projected + place) = both;
+      else if (known[0])
+        out.projected[place] = both.x;
+    } else {
+      const double norm = out.norms[query];
+      std::uint64_t distance[2], low = kInfiniteBits;
+      bool infinite = false;
+      for (int e = 0; e < 2; ++e) {
+        distance[e] = distance_of(squared[e], norm, unit, product[e]);
+        if (!known[e]) continue;
+        infinite = infinite || distance[e] >= kInfiniteBits;
+        low = Least()(low, distance[e]);
+      }
+      const double2 both = {double_of(distance[0]), double_of(distance[1])};
+      if (known[1])
+        *reinterpret_cast<double2*>(out.squared + place) = both;
+      else if (known[0])
+        out.squared[place] = both.x;
+      const double least = double_of(least_of_warp(low));
+      const bool marked = __ballot_sync(kAll, infinite) != 0;
+      if (lane.lane == 0)
+        out.lowest[static_cast<Index>(query) * out.tiles + blockIdx.x] =
+            stored_lowest(marked ? -least : least);
+    }
+  }
 }
 
 // ---- differences -----------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 // The posterior mean and its gradients on CUDA devices.
 //
 // Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
-// goes through distances (cuda/distances.h, of data centred by cuda/centering.h) or differences,
+// goes through distances (cuda/distances.h and warpgroup_distances.h, of data centred by
+// cuda/centering.h) or differences, finish_distances if blocks of distances share out the features,
 // find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
 // (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Launches depend on shapes and the
 // device alone. Nothing waits for the device, and CUDA graphs can capture the launches.
@@ -80,6 +81,57 @@ Partition partition_of(const Problem& problem, int multiprocessors, bool backwar
   return partition;
 }
 
+// How distances splits a block of queries and a chunk of references.
+struct Tiling {
+  int queries, references;  // of a block
+  Index slices;             // of the features
+};
+
+// A tile of distances, and the predicted clocks of a panel of its features.
+struct TileCost {
+  int queries, references;
+  Index clocks;
+};
+constexpr TileCost kTileCosts[] = {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}};
+constexpr Index kLargestClocks = 2200, kWarpgroupClocks = 1550;  // of tiles of 128 × 128
+constexpr Index kOncePanels = 6;                    // what a block does once costs as much
+constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
+// Clocks of finish_distances without its sums, and bytes of these that a multiprocessor writes or
+// reads in a clock.
+constexpr Index kFinishClocks = 4500, kBytesPerClock = 25;
+
+// Numbers that the sums over a slice take in float32: rows of products, and one of squares.
+Index slice_size(Index queries, Index references) {
+  return 2 * (queries + 1) * round_up(references, kPanel);
+}
+
+// The tiles and slices that take least time by these costs, in rounds of the busiest
+// multiprocessor. Larger tiles read each value less often. Slices give more blocks work, but their
+// sums are written and read again. All sums together have at most `room` numbers. Tiles of 128 ×
+// 128 cost `of_largest` clocks; 0 if there are none.
+Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors,
+                 Index of_largest, Index room) {
+  Tiling best = {};
+  Index least = 0;
+  const Index panels = divide_up(features, kPanel), size = slice_size(queries, references);
+  const Index most = larger(1, smaller(smaller(kMostSlices, panels / kSlicePanels), room / size));
+  const auto consider = [&](const TileCost& cost) {
+    const Index tiles = divide_up(queries, cost.queries) * divide_up(references, cost.references);
+    for (Index slices = 1; slices <= most; ++slices) {
+      const Index rounds = divide_up(tiles * slices, multiprocessors);
+      const Index finish =
+          slices > 1 ? kFinishClocks + 8 * slices * size / (kBytesPerClock * multiprocessors) : 0;
+      const Index clocks =
+          rounds * (divide_up(panels, slices) + kOncePanels) * cost.clocks + finish;
+      if (least == 0 || clocks < least)
+        least = clocks, best = {cost.queries, cost.references, slices};
+    }
+  };
+  for (const TileCost& cost : kTileCosts) consider(cost);
+  if (of_largest > 0) consider({128, 128, of_largest});
+  return best;
+}
+
 double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
 }
@@ -110,7 +162,12 @@ class Calculation {
     // Weights are made after all distances of a chunk, from which on the list is not needed.
     pairs_.list = reinterpret_cast<unsigned*>(weights_.weight);
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
-    parts_.sums = arena_.take<float>(partition_.parts * queries * problem.features);
+    room_ = partition_.parts * queries * problem.features;
+    if (!partition_.few) room_ = larger(room_, size_of_slices());
+    parts_.sums = arena_.take<float>(room_);
+    // Weighted sums are made after all distances of a chunk, from which on its slices are not
+    // needed.
+    slices_.products = reinterpret_cast<float2*>(parts_.sums);
     parts_.counts = arena_.take<int>(queries);
     const Index groups = divide_up(queries, kSumRows);
     lists_.listed = arena_.take<int>(groups * partition_.stride);
@@ -204,6 +261,13 @@ class Calculation {
  private:
   static constexpr std::size_t kScratch = 8 * kQueryThreads / 32;
 
+  // Numbers that the slices of a whole block and chunk take.
+  Index size_of_slices() const {
+    const Index queries = partition_.queries, references = partition_.references;
+    const Index slices = tiling(queries, references, clocks_of_largest(), limits.parts).slices;
+    return slices > 1 ? slices * slice_size(queries, references) : 0;
+  }
+
   template <class Kernel, class... Arguments>
   void run(const char* name, Grid grid, int threads, std::size_t shared, Kernel* kernel,
            Arguments... arguments) const {
@@ -292,34 +356,54 @@ class Calculation {
         differences<R, PROJECT>, rows, y(), features_, pairs_);
   }
 
-  // The tiles that take least time, by their predicted times: 5 to 8 to 12 to 22, in rounds of the
-  // busiest multiprocessor. Larger tiles read each value less often.
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
-    const Index small = 5 * rounds(32, 64), medium = 8 * rounds(64, 64),
-                large = 12 * rounds(64, 128), largest = 22 * rounds(128, 128);
-    const Index least = smaller(medium, smaller(large, largest));
-    if (queries() <= 32 || small < least) return find_products<PROJECT, 32, 64>(rows);
-    if (medium < smaller(large, largest)) return find_products<PROJECT, 64, 64>(rows);
-    if (large <= largest) return find_products<PROJECT, 64, 128>(rows);
+    const bool there = !warpgroups() || y().aligned;
+    const Tiling found = tiling(queries(), references(), there ? clocks_of_largest() : 0, room_);
+    if (found.queries == 32) return find_products<PROJECT, 32, 64>(rows, found.slices);
+    if (found.references == 64) return find_products<PROJECT, 64, 64>(rows, found.slices);
+    if (found.queries == 64) return find_products<PROJECT, 64, 128>(rows, found.slices);
     if constexpr (std::is_same<R, float>::value)
-      if (stream_.warpgroups() && y().aligned)
-        return run("distances", tiles(128, 128), kDistanceThreads, sizeof(WarpgroupMemory),
-                   warpgroup_distances<PROJECT>, rows, y(), center_, pairs_);
-    find_products<PROJECT, 128, 128>(rows);
+      if (warpgroups())
+        return find_products<PROJECT, WarpgroupMemory>(rows, found.slices,
+                                                       warpgroup_distances<PROJECT, false>,
+                                                       warpgroup_distances<false, true>);
+    find_products<PROJECT, 128, 128>(rows, found.slices);
   }
 
   template <bool PROJECT, int QUERIES, int REFERENCES>
-  void find_products(const Halves& rows) const {
-    run("distances", tiles(QUERIES, REFERENCES), kDistanceThreads,
-        sizeof(DistanceMemory<R, QUERIES, REFERENCES>), distances<R, QUERIES, REFERENCES, PROJECT>,
-        rows, y(), center_, pairs_);
+  void find_products(const Halves& rows, Index slices) const {
+    find_products<PROJECT, DistanceMemory<R, QUERIES, REFERENCES>>(
+        rows, slices, distances<R, QUERIES, REFERENCES, PROJECT, false>,
+        distances<R, QUERIES, REFERENCES, false, true>);
   }
 
-  // How many blocks the busiest multiprocessor has.
-  Index rounds(int queries, int references) const {
-    const Grid grid = tiles(queries, references);
-    return divide_up(grid.x * grid.y, stream_.multiprocessors());
+  template <bool PROJECT, class Memory, class Kernel>
+  void find_products(const Halves& rows, Index slices, Kernel* whole, Kernel* sliced) const {
+    Grid grid = tiles(Memory::kQueries, Memory::kReferences);
+    if (slices == 1) {
+      run("distances", grid, kDistanceThreads, sizeof(Memory), whole, rows, y(), center_, pairs_,
+          Slices{});
+      return;
+    }
+    const Index trips = divide_up(features_, Memory::kFeatures);
+    Slices sums = slices_;
+    sums.stride = round_up(references(), kPanel);
+    sums.trips = static_cast<int>(divide_up(trips, slices));
+    sums.count = static_cast<int>(divide_up(trips, sums.trips));
+    sums.squares = reinterpret_cast<double*>(sums.products + sums.count * queries() * sums.stride);
+    grid.z = sums.count;
+    run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y(), center_, pairs_,
+        sums);
+    run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
+        0, finish_distances<PROJECT>, rows, references(), center_, pairs_, sums);
+  }
+
+  // Whether tiles of 128 × 128 are those of warpgroups. They take aligned rows alone.
+  bool warpgroups() const { return std::is_same<R, float>::value && stream_.warpgroups(); }
+  Index clocks_of_largest() const { return warpgroups() ? kWarpgroupClocks : kLargestClocks; }
+  Tiling tiling(Index queries, Index references, Index of_largest, Index room) const {
+    return tiling_of(queries, references, features_, stream_.multiprocessors(), of_largest, room);
   }
 
   Grid tiles(int rows, int references) const {
@@ -407,6 +491,8 @@ class Calculation {
   int* order_ = nullptr;
   Lists lists_ = {};
   Parts parts_ = {};
+  Slices slices_ = {};
+  Index room_ = 0;  // numbers that parts_.sums has
   float *probability_ = nullptr, *scaled_ = nullptr;
   double* spare_ = nullptr;
   Moments moments_ = {};

@@ -12,7 +12,7 @@ namespace {
 struct WarpgroupMemory {
   static constexpr int kQueries = 128, kReferences = 128, kStages = 4;
   static constexpr int kSlabs = 1, kSides = 1, kParts = 1, kColumns = kQueries / 8;
-  static constexpr int kGroups = kReferences / 16;
+  static constexpr int kGroups = kReferences / 16, kFeatures = kPanel;
   static constexpr int kPieces = kPanel / 8;  // of 8 features
   struct Stage {
     std::uint16_t x[2][kPieces][kQueries][8];  // part, piece, query
@@ -41,16 +41,20 @@ __device__ inline int place_of_piece(int row, int piece) { return piece ^ 2 * (r
 // one; their distances are not stored.
 class WarpgroupCopy {
  public:
+  // Starts at the feature `first`.
   __device__ WarpgroupCopy(const Halves& x, int query0, const Rows<float>& y, int reference0,
-                           const Center& center)
-      : center_(center), to_low_(x.low - x.high), apart_(kStep * y.stride), left_(center.features) {
+                           const Center& center, int first)
+      : center_(center),
+        to_low_(x.low - x.high),
+        apart_(kStep * y.stride),
+        left_(center.features - first) {
     const Lane lane = this_lane();
     const int thread = static_cast<int>(threadIdx.x);
     row_ = 16 * lane.warp + lane.lane / 8, piece_ = lane.lane % 8;
     query_ = thread / WarpgroupMemory::kPieces;
     rows_ = static_cast<int>(y.count) - reference0 - row_, queries_ = x.rows - query0 - query_;
-    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + 4 * piece_;
-    high_ = x.high + static_cast<Index>(queries_ > 0 ? query0 + query_ : 0) * center.width +
+    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + 4 * piece_;
+    high_ = x.high + static_cast<Index>(queries_ > 0 ? query0 + query_ : 0) * center.width + first +
             thread % WarpgroupMemory::kPieces * 8;
   }
 
@@ -145,26 +149,30 @@ __device__ inline void add_panel(HalfOfSums& total, HalfOfSums& rest) {
     }
 }
 
-template <bool PROJECT>
+// Slices as in distances.
+template <bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__(kDistanceThreads, 1)
-    warpgroup_distances(const Halves x, const Rows<float> y, const Center center, const Pairs out) {
+    warpgroup_distances(const Halves x, const Rows<float> y, const Center center, const Pairs out,
+                        const Slices slices) {
 #if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Memory = WarpgroupMemory;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int reference0 = static_cast<int>(blockIdx.x) * Memory::kReferences;
   const int query0 = static_cast<int>(blockIdx.y) * Memory::kQueries;
-  if constexpr (!PROJECT) clear_list(out);
+  if constexpr (!PROJECT && !SLICED) clear_list(out);
   if (const int q = static_cast<int>(threadIdx.x); q < Memory::kQueries) {
     const int query = query0 + q < x.rows ? query0 + q : 0;
     shared.units[q] = x.units[query];
-    if constexpr (!PROJECT) shared.norms[q] = out.norms[query];
+    if constexpr (!PROJECT && !SLICED) shared.norms[q] = out.norms[query];
   }
   const float factor = *center.scale;
   float total[2][Memory::kColumns / 2][4] = {}, rest[2][Memory::kColumns / 2][4] = {};
   float square[2] = {}, square_lost[2] = {}, squares[2];
-  WarpgroupCopy copy(x, query0, y, reference0, center);
-  const int panels = static_cast<int>(divide_up(center.features, kPanel));
+  const int first = SLICED ? static_cast<int>(blockIdx.z) * slices.trips : 0;  // panel
+  const int left = static_cast<int>(divide_up(center.features, kPanel)) - first;
+  const int panels = SLICED && slices.trips < left ? slices.trips : left;
+  WarpgroupCopy copy(x, query0, y, reference0, center, first * kPanel);
   const auto stage_of = [&](int p) -> Memory::Stage& { return shared.stages[p % Memory::kStages]; };
   const auto stage = [&](int p) {
     if (p < panels) copy.next(stage_of(p));
@@ -206,8 +214,9 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   __syncthreads();
 
   using Sums = float[1][Memory::kColumns][4];
-  finish_tile<PROJECT>(shared, reinterpret_cast<Sums&>(total), reinterpret_cast<Sums&>(rest),
-                       square, square_lost, x.rows, static_cast<int>(y.count), center, out);
+  finish_tile<PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total),
+                               reinterpret_cast<Sums&>(rest), square, square_lost, x.rows,
+                               static_cast<int>(y.count), center, out, slices);
 #endif
 }
 

@@ -108,13 +108,14 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def run(op, shim):
-    """run(case, dtype, multiprocessors, backward) counts a pass in both ways."""
+    """run(case, dtype, multiprocessors, backward, like) counts a pass in both ways."""
 
     def run(
         case: Case,
         dtype: torch.dtype = torch.float32,
         multiprocessors: int = 4,
         backward: bool = False,
+        like: devices.Device = devices.H100,
     ) -> Run:
         references = case.references
         if dtype == torch.uint8:
@@ -124,8 +125,8 @@ def run(op, shim):
         (B, N), M = case.x.shape, len(references)
         shape = Shape("small", B, M, N, TYPES[dtype])
         figure = devices.Figure(multiprocessors, "assumed")
-        card = devices.H100._replace(multiprocessors=figure)
-        shim.device(90, multiprocessors)
+        card = like._replace(multiprocessors=figure)
+        shim.device(card.architecture, multiprocessors)
         given = case.x, references, case.z.double(), 1.0
         found = counted(shim, lambda: op.compute(*given))
         if not backward:
@@ -169,17 +170,25 @@ def check_longest(run: Run) -> None:
 @pytest.mark.parametrize(
     ("sizes", "multiprocessors", "kernel"),
     [
-        ((24, 190, 96), 4, "distances<float32, 32, 64, false>"),
-        ((70, 190, 128), 7, "distances<float32, 64, 64, false>"),
-        ((70, 600, 256), 4, "distances<float32, 64, 128, false>"),
-        ((100, 300, 96), 1, "distances<float32, 128, 128, false>"),
-        ((241, 129, 72), 1, "distances<float32, 128, 128, false>"),
+        ((24, 190, 96), 4, "distances<float32, 32, 64, false, false>"),
+        ((70, 190, 128), 7, "distances<float32, 64, 64, false, false>"),
+        ((70, 600, 256), 4, "distances<float32, 64, 128, false, false>"),
+        ((100, 300, 96), 1, "distances<float32, 128, 128, false, false>"),
+        ((241, 129, 72), 1, "distances<float32, 128, 128, false, false>"),
+        ((24, 190, 1024), 12, "distances<float32, 32, 64, false, true>"),
+        ((40, 129, 1536), 9, "distances<float32, 64, 64, false, true>"),
+        ((40, 129, 1536), 4, "distances<float32, 64, 128, false, true>"),
+        ((97, 127, 1536), 3, "distances<float32, 128, 128, false, true>"),
+        ((100, 300, 96), 1, "warpgroup_distances<false, false>"),
+        ((241, 129, 72), 1, "warpgroup_distances<false, false>"),
+        ((97, 127, 1536), 3, "warpgroup_distances<false, true>"),
         ((8, 320, 128), 4, "differences<float32, false>"),
         ((40, 192, 16), 4, "differences<float32, false>"),
     ],
 )
 def test_partitions(run, sizes, multiprocessors, kernel):
-    found = run(clusters(*sizes), multiprocessors=multiprocessors)
+    card = devices.H100 if kernel.startswith("warpgroup") else devices.A100
+    found = run(clusters(*sizes), multiprocessors=multiprocessors, like=card)
     assert kernel in {one.kernel for one in found.model}
     check(found)
     check_longest(found)
@@ -237,16 +246,30 @@ def test_gradients(run, sizes):
     for dtype in (torch.float32, torch.uint8):
         found = run(clusters(*sizes), dtype, backward=True)
         check(found)
-        projects = [one.kernel for one in found.model if one.kernel.endswith(", true>")]
+        kernel = re.compile(r"distances<.*, true, false>|differences<.*, true>")
+        projects = [one.kernel for one in found.model if kernel.fullmatch(one.kernel)]
         assert len(projects) == 1
 
 
 def test_gradients_with_large_tiles(run):
     for dtype in TYPES:
-        found = run(clusters(100, 192, 96), dtype, multiprocessors=1, backward=True)
-        name = TYPES[dtype]
-        kernels = {one.kernel for one in found.model}
-        assert {f"distances<{name}, 128, 128, {last}>" for last in ("false", "true")} <= kernels
+        for card in (devices.A100, devices.H100):
+            found = run(clusters(100, 192, 96), dtype, 1, backward=True, like=card)
+            name = f"distances<{TYPES[dtype]}, 128, 128, "
+            if card is devices.H100 and dtype == torch.float32:
+                name = "warpgroup_distances<"
+            kernels = {one.kernel for one in found.model}
+            assert {f"{name}{project}, false>" for project in ("false", "true")} <= kernels
+            check(found)
+
+
+def test_gradients_with_slices(run):
+    """Both launches of ``distances`` are the same kernel, the ones that finish it are not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = run(clusters(40, 129, 1040), dtype, multiprocessors=9, backward=True)
+        kernels = Counter(one.kernel for one in found.model)
+        assert kernels[f"distances<{TYPES[dtype]}, 64, 64, false, true>"] == 2
+        assert {f"finish_distances<{last}>" for last in ("false", "true")} <= set(kernels)
         check(found)
 
 
@@ -270,7 +293,7 @@ def test_counts_by_hand(run):
     queries and 6 products. It reads
     128 rows, and twice 64 of float16 that are padded to 128 features, like the centre.
     """
-    found = run(clusters(64, 128, 96), multiprocessors=1)
+    found = run(clusters(64, 128, 96), multiprocessors=1, like=devices.A100)
     shim = {one.name: one for one in found.shim}
     (block,) = shim["distances"].blocks
     assert block.halves == 8 * 4 * 8 * 6
