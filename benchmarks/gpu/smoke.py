@@ -26,7 +26,8 @@ SHAPES = {
     "products, 64 queries a tile": (590, 1030, 100),
     "products, 128 references a tile": (590, 4100, 100),
     "products, 128 references and queries a tile": (1020, 2040, 100),
-    "long rows": (66, 33, 3070),
+    "slices of the features, 32 queries a tile": (66, 33, 3070),
+    "slices of the features, 64 queries a tile": (40, 1500, 2070),
 }
 # Rows for part of a warp, a block, and longer ones. Odd lengths are read value by value.
 WIDTHS = (36, 37, 1040, 1041, 6150, 8200)

@@ -2,9 +2,10 @@
 //
 // Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
 // goes through distances (cuda/distances.h, of data centred by cuda/centering.h) or differences,
-// find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
-// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Launches depend on shapes and the
-// device alone. Nothing waits for the device, and CUDA graphs can capture the launches.
+// finish_distances if blocks of distances share out the features, find_limits and refine
+// (cuda/refinement.h), weigh (cuda/weights.h), list_references (cuda/lists.h), weighted_sum and
+// merge (cuda/weighted_sums.h). Launches depend on shapes and the device alone. Nothing waits for
+// the device, and CUDA graphs can capture the launches.
 #include <cmath>
 
 #include "api/posterior_mean.h"
