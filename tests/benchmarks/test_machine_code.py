@@ -23,6 +23,7 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.machine_code import __main__ as command_line
 from benchmarks.machine_code import (
     banks,
+    branches,
     data,
     devices,
     host,
@@ -138,6 +139,129 @@ def test_divergent_pieces_do_not_make_loops():
     )
     (loop,) = sass.loops(code)
     assert loop.body == {1, 2, 3}
+
+
+def test_arms_of_a_branch():
+    """What only one way leads to; ways end where they come back to the header."""
+    code = code_of(
+        "MOV R1, R2",
+        "@P0 BRA 0x50",  # 0x10: the loop
+        "FADD R1, R1, R2",
+        "FADD R1, R1, R2",
+        "BRA 0x60",
+        "FMUL R1, R1, R2",  # 0x50
+        "@P1 BRA 0x80",  # 0x60: leaves out one instruction
+        "FFMA R1, R1, R2, R3",
+        "@P2 BRA 0x10",  # 0x80
+        "EXIT",
+    )
+    (loop,) = sass.loops(code)
+    assert sass.arms(code, loop, 1) == [{5}, {2, 3, 4}]
+    assert sass.arms(code, loop, 6) == [set(), {7}]
+    assert sass.arms(code, loop, 8) == [set(), set()]
+    assert sass.arms(code, loop, 2) == []
+
+
+# ---- branches that parameters decide -------------------------------------------------------------
+
+FIRST = branches.FIRST_PARAMETER[90]
+LAW = (
+    "ULDC.U8 UR4, c[0x0][0x210]",
+    "ULDC.64 UR6, c[0x0][0x320]",
+    "ISETP.NE.AND P0, PT, RZ, UR4, PT",  # D is infinite
+    "LDG.E R3, [R4]",  # 0x30: the loop
+    "@!P0 BRA 0x70",
+    "MUFU.EX2 R5, R3",
+    "BRA 0x80",
+    "FFMA R5, R3, R3, R3",  # 0x70
+    "ISETP.NE.U32.AND P1, PT, RZ, UR6, PT",  # 0x80
+    "ISETP.NE.AND.EX P1, PT, RZ, UR7, PT, P1",  # a pointer is not null
+    "@!P1 BRA 0xc0",
+    "STG.E [R6], R5",
+    "@P2 BRA 0x30",  # 0xc0
+    "EXIT",
+)
+
+
+def bases_of_the_loop(*lines, finite=True, null=True):
+    code = branches.decided(code_of(*lines), FIRST, finite, null)
+    kernel = kernel_of("EXIT")._replace(code=code, loops=sass.loops(code))
+    (loop,) = kernel.loops
+    return [one.base for one in kernel.body(loop) if one.base not in ("ISETP", "BRA")]
+
+
+def test_code_for_other_parameters_is_left_out():
+    assert bases_of_the_loop(*LAW) == ["LDG", "FFMA"]
+    assert bases_of_the_loop(*LAW, null=False) == ["LDG", "FFMA", "STG"]
+    assert bases_of_the_loop(*LAW, finite=False) == ["LDG", "MUFU", "FFMA"]
+    assert bases_of_the_loop(*LAW, finite=False, null=False) == ["LDG", "MUFU", "FFMA", "STG"]
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "follows"),
+    [
+        (0, "ULDC.U8 UR4, c[0x0][0x211]", False),  # another byte
+        (0, "LDCU.U8 UR4, c[0x0][0x210]", True),
+        (2, "UISETP.NE.AND P0, UPT, UR4, URZ, UPT", True),
+        (2, "ISETP.NE.OR P0, PT, RZ, UR4, P5", False),  # or something unknown
+        (2, "ISETP.NE.AND P0, PT, RZ, UR4, P5", True),  # false, and something unknown
+        (2, "ISETP.NE.AND P0, PT, R1, UR4, PT", False),
+        (3, "FSETP.GT.AND P0, PT, R1, R2, PT", False),  # in the loop: the predicate is another's
+        (3, "IADD3 R3, P0, R1, R2, RZ", False),
+        (3, "R2P PR, R0, 0x7f", False),
+    ],
+)
+def test_only_what_is_certain_is_left_out(place, line, follows):
+    lines = list(LAW)
+    lines[place] = line
+    found = bases_of_the_loop(*lines)
+    assert ("MUFU" not in found) == follows
+    assert "STG" not in found
+
+
+def test_values_follow_moves_and_joins():
+    start = ("ULDC.U8 UR4, c[0x0][0x210]", "MOV R0, UR4", "PRMT R0, R0, 0x8880, RZ")
+    tests = (
+        "@P5 BRA 0x50",
+        "{}",
+        "ISETP.EQ.AND P0, PT, R0, RZ, PT",
+        "@P0 BRA 0x80",
+        "FADD R1, R1, R1",
+    )
+    for between, follows in (("MOV R2, R5", True), ("MOV R0, R5", False)):
+        lines = [*start, *(line.format(between) for line in tests), "EXIT"]
+        code = branches.decided(code_of(*lines), FIRST, finite=True, null=False)
+        found = [code[i].base for i in sass.reached(code)]
+        assert ("FADD" not in found) == follows
+
+
+def test_calls_change_what_their_function_writes():
+    def leaves_out(written):
+        code = code_of(
+            "ULDC.U8 UR4, c[0x0][0x210]",
+            "ISETP.NE.AND P0, PT, RZ, UR4, PT",
+            "CALL.REL.NOINC 0x90",
+            "@!P0 BRA 0x50",
+            "FADD R1, R1, R1",
+            "EXIT",  # 0x50
+            "NOP",
+            "NOP",
+            "NOP",
+            written,  # 0x90
+            "RET.REL.NODEC R2 0x0",
+        )
+        code = branches.decided(code, FIRST, finite=True, null=False)
+        return 4 not in sass.reached(code)
+
+    assert leaves_out("DFMA R4, R4, R6, R8")
+    assert not leaves_out("FSETP.GT.AND P0, PT, R1, R2, PT")
+
+
+def test_instructions_of_a_false_predicate_use_no_unit():
+    code = code_of(*LAW[:3], "@P0 DADD R2, R4, R6", "@!P0 FADD R1, R1, R1", "EXIT")
+    decided = branches.decided(code, FIRST, finite=True, null=False)
+    assert [one.never for one in decided] == [False] * 3 + [True, False, False]
+    assert [one.address for one in decided] == [one.address for one in code]
 
 
 def test_the_mix():
