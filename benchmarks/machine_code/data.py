@@ -33,6 +33,7 @@ SAMPLES = 16  # references whose mean is the centre
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
+TRANSFERRED = 8  # weights of a transfer of 32 bytes
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
 
 
@@ -304,8 +305,27 @@ def listed_references(live: Tensor, order: Tensor | None) -> Tensor:
         live: those of a block of queries.
         order: of the queries; None leaves them as they are.
     """
+    return _lists(live, order).sum(1)
+
+
+def _lists(live: Tensor, order: Tensor | None) -> Tensor:
+    """Which references each list has, as 0 and 1 (lists, m)."""
     rows = live if order is None else live[order]
-    return _by_rows(rows.float(), rows, SUM_ROWS, ordered=False).sum(1)
+    return _by_rows(rows.float(), rows, SUM_ROWS, ordered=False)
+
+
+def transfers_of(live: Tensor, order: Tensor | None) -> Tensor:
+    """Transfers that the listed weights of one query take, for each list.
+
+    A transfer has TRANSFERRED weights that lie together. The weights of a panel are copied at once.
+    """
+    found = []
+    for row in _lists(live, order):
+        places = row.nonzero()[:, 0]
+        panels = torch.arange(len(places)) // SUM_TILE
+        both = torch.stack((panels, places // TRANSFERRED))
+        found.append(torch.unique_consecutive(both, dim=1).shape[1])
+    return torch.tensor(found)
 
 
 class Mean:
@@ -339,8 +359,10 @@ class Lists:
         self.orders = self.orders or [order_of(each) for each in blocks]
         for each, order in zip(blocks, self.orders, strict=True):
             listed = listed_references(each, order)
+            transfers = {"transfers": float(transfers_of(each, order).double().mean())}
             for panels, mean in self.parts.items():
-                mean.add(*parts_of(listed, panels))
+                number, found = parts_of(listed, panels)
+                mean.add(number, found | transfers)
 
     def result(self) -> dict[str, dict[str, float]]:
         return {f"parts of {n}": mean.result() for n, mean in sorted(self.parts.items())}
@@ -405,6 +427,16 @@ def listing_turns(visited: Tensor) -> Tensor:
     return (by_warp / LISTED_TOGETHER).ceil().sum((1, 2))
 
 
+def listing_stores(refined: Tensor) -> Tensor:
+    """How often the CUDA ``find_limits`` stores pairs of each query (B,).
+
+    A lane has two references of a tile that follow each other. A warp stores the first ones of all
+    its lanes at once, and then the second ones, if there are any.
+    """
+    tiles = _tiles(refined.float(), TILE, 0.0)
+    return tiles.view(len(tiles), -1, TILE // 2, 2).amax(2).sum((1, 2))
+
+
 def work_of(refined: Refined) -> dict[str, float]:
     """Pairs and tiles of ``refine``, for all queries. "most" is the work of the busiest program."""
     segment = segment_of(refined.visited.shape[1])
@@ -415,6 +447,7 @@ def work_of(refined: Refined) -> dict[str, float]:
     }
     found = {name: float(values.sum()) for name, values in by_program.items()}
     found |= {f"{name}, most": float(v.max()) for name, v in by_program.items()}
+    found["stores"] = float(listing_stores(refined.pairs).sum())
     turns = listing_turns(refined.visited)
     found["turns"] = float(turns.sum())
     found["turns, most"] = float(turns.max())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks.codegen import cuda as codegen_cuda
 from benchmarks.codegen import triton as codegen_triton
 from benchmarks.codegen.cuobjdump import read_usage
-from benchmarks.machine_code import banks, sass
+from benchmarks.machine_code import banks, branches, sass
 from benchmarks.machine_code.devices import Device
 from benchmarks.machine_code.sass import Instruction, Loop
 
@@ -37,9 +37,22 @@ class Compiled(NamedTuple):
     def warps(self) -> int:
         return -(-self.threads // 32)
 
-    def body(self, loop: Loop) -> list[Instruction]:
-        """The instructions of a trip, without those of inner loops."""
-        return self._executed(sass.own(loop, self.loops))
+    def body(self, loop: Loop, without: frozenset[int] = frozenset()) -> list[Instruction]:
+        """The instructions of a trip, without those of inner loops.
+
+        Args:
+            without: places that do not run.
+        """
+        return self._executed([i for i in sass.own(loop, self.loops) if i not in without])
+
+    def arms(self, loop: Loop) -> list[list[frozenset[int]]]:
+        """For each branch in a trip, not in inner loops: the places that only one way leads to."""
+        found = (sass.arms(self.code, loop, i) for i in sass.own(loop, self.loops))
+        return [both for both in found if both]
+
+    def has(self, places: frozenset[int], *bases: str) -> bool:
+        """Whether one of these places has such an instruction."""
+        return any(self.code[i].base in bases for i in places)
 
     def straight(self, without: str | None = None) -> list[Instruction]:
         """The instructions that run once a block.
@@ -116,10 +129,17 @@ def count_of(code: Sequence[Instruction], *names: str) -> int:
 def loop_with_most(kernel: Compiled, *names: str) -> Loop:
     """The loop with most such instructions in a trip, not counting inner loops.
 
+    Of several with as many it is the longest.
+
     Raises:
         ValueError: no loop has one.
     """
-    best = max(kernel.loops, key=lambda loop: count_of(kernel.body(loop), *names), default=None)
+
+    def size(loop: Loop) -> tuple[int, int]:
+        body = kernel.body(loop)
+        return count_of(body, *names), len(body)
+
+    best = max(kernel.loops, key=size, default=None)
     if best is None or count_of(kernel.body(best), *names) == 0:
         raise ValueError(f"{kernel.name} has no loop with {' or '.join(names)}.")
     return best
@@ -223,7 +243,29 @@ def cuda_kernels(card: Device) -> dict[str, Compiled]:
     return found
 
 
+# Kernels whose first parameter is a WeightLaw. Its first byte says whether D is infinite.
+_WITH_LAW = (
+    "find_limits", "weigh", "merge", "pull", "find_coefficients", "finish_moments",
+)  # fmt: skip
+# Kernels whose optional results are not asked for.
+_WITHOUT_OPTIONAL = ("find_coefficients",)
+
+
+@functools.cache
+def _decided(card: Device, name: str) -> Compiled:
+    """A CUDA kernel with the branches that finite D and null pointers decide."""
+    found, base = cuda_kernels(card)[name], name.split("<")[0]
+    if base not in (*_WITH_LAW, *_WITHOUT_OPTIONAL):
+        return found
+    first = branches.FIRST_PARAMETER[card.architecture]
+    code = branches.decided(found.code, first, base in _WITH_LAW, base in _WITHOUT_OPTIONAL)
+    return found._replace(code=code, loops=sass.loops(code))
+
+
 def cuda_kernel(card: Device, name: str, shared: int, threads: int | None = None) -> Compiled:
-    """A CUDA kernel with the dynamic shared memory and the threads of its launch."""
-    found = cuda_kernels(card)[name]
+    """A CUDA kernel with the dynamic shared memory and the threads of its launch.
+
+    It has the branches that run where D is finite and only the gradient of the queries is found.
+    """
+    found = _decided(card, name)
     return found._replace(shared=found.shared + shared, threads=threads or found.threads)

@@ -247,9 +247,9 @@ _LOOPS = {
     "order_queries": {"counts": "LDG", "ranks": "LDS"},
     "list_references": {"words": "LDG", "counts": "LDG", "ranks": "LDS"},
     "weighted_sum": {"panels": "tensor"},
-    "merge": {"parts": "LDG"},
-    "pull": {"pairs": "fp64"},
-    "find_coefficients": {"pairs": "fp64"},
+    "merge": {"parts": "LDG", "pieces": "LDG"},
+    "pull": {"pairs": "fp32"},
+    "find_coefficients": {"pairs": "fp32"},
     "finish_moments": {},
     "merge_gradient": {"parts": "LDG"},
 }
@@ -268,30 +268,69 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
     if "alive" in one.loops:
         phases = _once_if_alive(one, kernel, straight)
     else:
-        phases = [phase(ONCE, kernel, straight, one.blocks, 1)]
+        once = phase(ONCE, kernel, straight, one.blocks, 1)
+        phases = [_with_stored(once, one.stored, kernel.threads)]
     left = list(kernel.loops)
     for name, what in _LOOPS[one.name].items():
         if name not in one.loops:
             continue
         loop = kernels.loop_with_most(kernel._replace(loops=left), what)
         left.remove(loop)
-        body = kernel.body(loop)
+        body = kernel.body(loop, _without_loads(kernel, loop) if name == "pairs" else frozenset())
         each = kernels.count_of(body, what) if what.isupper() else 1
-        trips, most, _ = one.loops[name]
-        phases.append(phase(name, kernel, body, trips / each, most / each))
+        trips, most, _, stored = one.loops[name]
+        found = phase(name, kernel, body, trips / each, most / each)
+        of_trip = None if stored is None else each * stored
+        phases.append(_with_stored(found, of_trip, kernel.threads))
     return with_copied(phases, one, kernel)
+
+
+def _without_loads(kernel: Compiled, loop: Loop) -> frozenset[int]:
+    """The way past the loads of a loop over pairs.
+
+    A query at a limit takes it, where all weights are zero. Such queries are rare.
+    """
+    return frozenset().union(
+        *(
+            less
+            for both in kernel.arms(loop)
+            for less, more in (both, both[::-1])
+            if kernel.has(more, "LDG") and not kernel.has(less, "LDG")
+        )
+    )
+
+
+_STORES = ("STG", "RED", "REDG", "ATOMG")
+
+
+def _with_stored(part: Phase, stored: float | None, threads: int) -> Phase:
+    """The phase, whose stores write so many bytes in a trip of so many threads."""
+    coded = threads * sum(access_bytes(one) for one in part.code if one.base in _STORES)
+    if stored is None or coded == 0:
+        return part
+    return _with_shares(part, dict.fromkeys(_STORES, stored / coded))
 
 
 def with_copied(phases: Sequence[Phase], one: Work, kernel: Compiled) -> tuple[Phase, ...]:
     """The phases, whose asynchronous copies read as many bytes as are counted.
 
-    The machine code has more: copies of some threads only, and of panels after the last one.
+    The machine code has more: copies of some threads only, and of panels after the last one. Copies
+    of single values move more than they read if these are scattered.
     """
     coded = sum(part.trips * copied_bytes(part.code, kernel.threads) for part in phases)
     if coded == 0:
         return tuple(phases)
     share = one.total.copied / coded
-    return tuple(_with_shares(part, {"LDGSTS": share}) for part in phases)
+    return tuple(_with_copies(part, share, one.scattered) for part in phases)
+
+
+def _with_copies(part: Phase, share: float, scattered: float) -> Phase:
+    found = {
+        i: share * (scattered if access_bytes(instruction) == 4 else 1)
+        for i, instruction in enumerate(part.code)
+        if instruction.base == "LDGSTS"
+    }
+    return _with_factors(part, found)
 
 
 def copied_bytes(code: Sequence[Instruction], threads: int) -> int:
@@ -302,6 +341,10 @@ def copied_bytes(code: Sequence[Instruction], threads: int) -> int:
 def _with_shares(part: Phase, shares: Mapping[str, float]) -> Phase:
     """The phase, with accesses to global memory that move these shares of their bytes."""
     found = {i: shares[one.base] for i, one in enumerate(part.code) if one.base in shares}
+    return _with_factors(part, found)
+
+
+def _with_factors(part: Phase, found: dict[int, float]) -> Phase:
     return part._replace(factors=tuple(sorted((dict(part.factors) | found).items())))
 
 
@@ -326,17 +369,32 @@ def _limits_phases(one: Work, kernel: Compiled) -> tuple[Phase, ...]:
     # Between the first two barriers, and between the last two, one warp works for all.
     parts = _between_barriers(kernel.straight())
     for_all = phase(ONCE, kernel, parts[1] + parts[3], one.blocks, 1)._replace(warps=1)
-    # The stores, and the addition to the length of the list, are made by a few lanes.
-    by_few = {"STG": 1 / 32, "ATOMG": 1 / 32}
+    body = kernel.body(turn, _stores_left_out(kernel, turn, one))
     return (
         phase(ONCE, kernel, parts[0] + parts[2] + parts[4], one.blocks, 1),
         for_all,
         *(_loop("minima", kernel, loop, one.blocks, minima) for loop in others),
         *(
-            _with_shares(part, by_few)
-            for part in _by_warps("turns", kernel, kernel.body(turn), turns, one.blocks)
+            _with_stored(part, turns.stored, 32)
+            for part in _by_warps("turns", kernel, body, turns, one.blocks)
         ),
     )
+
+
+def _stores_left_out(kernel: Compiled, turn: Loop, one: Work) -> frozenset[int]:
+    """The stores to the list that a turn does not make, because no lane has a pair for them."""
+    made = one.loops["stores"].trips / max(1.0, one.loops["turns"].trips)
+    stores = [
+        places
+        for both in kernel.arms(turn)
+        for places in both
+        if any(_stores_one(kernel.code[i]) for i in places)
+    ]
+    return frozenset().union(*stores[round(made) :])
+
+
+def _stores_one(one: Instruction) -> bool:
+    return one.base == "STG" and access_bytes(one) == 4
 
 
 def _between_barriers(code: Sequence[Instruction]) -> list[list[Instruction]]:
@@ -377,14 +435,34 @@ def _refine_phases(one: Work, kernel: Compiled, features: int) -> tuple[Phase, .
     read = (1 + rows.trips / max(1.0, pairs.trips)) / 2
     found = [phase(ONCE, kernel, kernel.straight(), one.blocks, 1)]
     for name, code, times, share in (
-        ("pairs", kernel.body(around), 1, 1.0),
+        ("pairs", kernel.body(around, _far_from(kernel, around, inner)), 1, 1.0),
         ("features", whole, turns, read),
         ("features", last, int(left > 0), read * left / ahead),
     ):
         for part in _by_warps(name, kernel, code, pairs, one.blocks):
             longer = part._replace(trips=times * part.trips, most=times * part.most)
-            found.append(_with_shares(longer, {"LDG": share}))
+            reading = _with_shares(longer, {"LDG": share})
+            found.append(_with_stored(reading, pairs.stored, 32))
     return tuple(found)
+
+
+def _far_from(kernel: Compiled, around: Loop, inner: Loop) -> frozenset[int]:
+    """Ways through a loop that hold other inner loops than one.
+
+    These repeat the sum of squares for far references, or find products of references that
+    float16 cannot hold. Both are rare.
+    """
+    others = [
+        loop.body - inner.body for loop in kernel.loops if around.holds(loop) and loop != inner
+    ]
+    return frozenset().union(
+        *(
+            places
+            for both in kernel.arms(around)
+            for places in both
+            if not places & inner.body and any(places & other for other in others)
+        )
+    )
 
 
 def _trips_of_refine(

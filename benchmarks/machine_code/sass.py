@@ -164,7 +164,7 @@ def _predecessors(code: Sequence[Instruction]) -> list[list[int]]:
     seen, left = {0}, [0]
     while left:
         i = left.pop()
-        for after in _successors(code, i):
+        for after in successors(code, i):
             found[after].append(i)
             if after not in seen:
                 seen.add(after)
@@ -172,8 +172,15 @@ def _predecessors(code: Sequence[Instruction]) -> list[list[int]]:
     return found
 
 
-def _successors(code: Sequence[Instruction], i: int) -> list[int]:
-    instruction = code[i]
+def successors(
+    code: Sequence[Instruction], i: int, instruction: Instruction | None = None
+) -> list[int]:
+    """The places that may directly follow an instruction.
+
+    Args:
+        instruction: what stands at place i, by default that of the code.
+    """
+    instruction = instruction or code[i]
     target = _place(code, jump_target(instruction))
     found = [] if target is None else [target]
     if i + 1 < len(code) and not _leaves(instruction):
@@ -218,11 +225,43 @@ def jump_target(instruction: Instruction) -> int | None:
     """
     if instruction.base not in ("BRA", "CALL") or instruction.name.startswith("BRA.DIV"):
         return None
+    if instruction.never:
+        return None
     found = _TARGET.search(instruction.operands)
     target = int(found[1], 16) if found else None
     if instruction.base == "CALL" and target is not None:
         return target if 0 < target - instruction.address <= _NEAR else None
     return target
+
+
+def called(code: Sequence[Instruction], call: Instruction) -> int | None:
+    """The place of a function that is called, in the same code."""
+    found = _TARGET.search(call.operands)
+    return _place(code, int(found[1], 16)) if found else None
+
+
+def arms(code: Sequence[Instruction], loop: Loop, i: int) -> list[frozenset[int]]:
+    """For both ways on from a branch in a loop: the places of a trip that only this way leads to.
+
+    It is empty for a place that is no branch with two ways.
+    """
+    starts = successors(code, i)
+    if code[i].base != "BRA" or len(starts) != 2:
+        return []
+    a, b = (_way(code, loop.body - {loop.header}, start) for start in starts)
+    return [a - b, b - a]
+
+
+def _way(code: Sequence[Instruction], places: frozenset[int], start: int) -> frozenset[int]:
+    """The places that may be reached from a place."""
+    found: set[int] = set()
+    left = [start]
+    while left:
+        i = left.pop()
+        if i in places and i not in found:
+            found.add(i)
+            left += successors(code, i)
+    return frozenset(found)
 
 
 def own(loop: Loop, others: Iterable[Loop]) -> list[int]:

@@ -16,6 +16,7 @@ from benchmarks.machine_code.data import (
     SUM_FEATURES,
     SUM_ROWS,
     TILE,
+    TRANSFERRED,
     Shape,
     limit_warps,
     up,
@@ -34,6 +35,7 @@ _CENTER = 256  # features of a block of ``find_center``
 _LISTING = 256  # threads of ``list_references``, which orders as many queries
 _RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
 _OVER_WARP = 5  # shuffles that combine the values of a warp
+_OF_WEIGHTS = PIECE * 4 + PIECE / 8  # bytes of PIECE weights, and of a bit for each
 
 
 class Amount(NamedTuple):
@@ -67,6 +69,9 @@ class Loop(NamedTuple):
     """Trips of the block that makes most."""
     trip: Amount = Amount()
     """What a block does in a trip, the mean over all trips."""
+    stored: float | None = None
+    """Bytes that stores to global memory, copies not included, write in a trip. None: those of the
+    code, if all lanes run it."""
 
 
 class Work(NamedTuple):
@@ -85,6 +90,11 @@ class Work(NamedTuple):
     moved: float
     """Bytes that it must read from memory and write to it."""
     times: int = 1
+    stored: float | None = None
+    """As in :class:`Loop`, of a block outside of loops, the mean over the blocks."""
+    scattered: float = 1
+    """Bytes that asynchronous copies of 4 bytes move, over those that they copy. Transfers have
+    32 bytes, which neighbouring lanes share if their addresses are neighbours."""
 
     @property
     def total(self) -> Amount:
@@ -144,7 +154,7 @@ def _of_chunks(
     yield _refine(shape, data, queries, m, card)._replace(times=chunks)
     yield _weigh(shape, queries, m, card)._replace(times=chunks)
     pieces = up(m, piece_of(shape, card))
-    yield from _ordered_lists(shape, queries, m, pieces, chunks)
+    yield from _ordered_lists(shape, queries, m, pieces, chunks, _listed(shape, data, card))
     yield _sum(shape, data, queries, m, card)._replace(times=chunks)
     yield _merge(shape, data, queries, m, card)._replace(times=chunks)
 
@@ -375,9 +385,12 @@ def _limits(shape: Shape, data: Data, queries: int, m: int) -> Work:
     groups = up(tiles, 32 * warps)
     # A turn is one of a single warp. It combines 32 values of each of its tiles twice.
     turn = Amount(exchanges=4 * LISTED_TOGETHER + 1)
+    # Of places in the list, of minima, and of the length of the list.
+    stored = (4 * refined["pairs"] + 8 * refined["tiles"]) / max(1.0, refined["turns"]) + 4
     loops = {
         "minima": _by_all(queries, groups),
-        "turns": Loop(refined["turns"] * share, refined["turns, most"], turn),
+        "turns": Loop(refined["turns"] * share, refined["turns, most"], turn, stored),
+        "stores": Loop(refined["stores"] * share, 0),  # of places in the list
     }
     once = Amount(barriers=4, exchanges=warps * (5 + groups))
     name, memory = f"find_limits<{_text(not shape.few)}, {warps}>", 24 + 20 * warps + 16 * tiles
@@ -392,7 +405,7 @@ def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Wor
     # block, comes to it.
     rows = min(pairs, refined["turns"] * share + blocks)
     loops = {
-        "pairs": Loop(pairs, up(pairs, blocks), Amount(exchanges=2 * _OVER_WARP)),
+        "pairs": Loop(pairs, up(pairs, blocks), Amount(exchanges=2 * _OVER_WARP), stored=2 * 8),
         "rows": Loop(rows, up(rows, blocks)),
     }
     name = f"refine<{shape.type}>"
@@ -408,12 +421,13 @@ def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
     votes = Amount(exchanges=8 * PIECE // 256)
     loops = {
         "minima": _by_all(blocks, up(up(m, TILE), 256)),
-        "pairs": Loop(trips, size // PIECE, votes),
+        "pairs": Loop(trips, size // PIECE, votes, _OF_WEIGHTS),
     }
     once = Amount(barriers=3, exchanges=8 * 2 * _OVER_WARP)
     moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
     name = f"weigh<{_text(shape.halves)}, false>"  # D is finite
-    return Work("weigh", name, blocks, 256, 128, once, loops, moved)
+    stored = 2 * 4 + 2 * 8 * queries / blocks
+    return Work("weigh", name, blocks, 256, 128, once, loops, moved, stored=stored)
 
 
 def piece_of(shape: Shape, card: Device) -> int:
@@ -422,17 +436,29 @@ def piece_of(shape: Shape, card: Device) -> int:
     return PIECE * min(max(1, shape.block * least // (4 * card.sms)), least)
 
 
-def _ordered_lists(shape: Shape, queries: int, m: int, pieces: int, chunks: int) -> Iterator[Work]:
-    """Lists for so many chunks, and the order of queries for the first chunk of all."""
+def _listed(shape: Shape, data: Data, card: Device) -> float:
+    """The share of the references that a list has."""
+    found = data["lists"][f"parts of {shape.part_panels(card.sms)}"]
+    return float(found["listed"]) * shape.chunks / shape.M
+
+
+def _ordered_lists(
+    shape: Shape, queries: int, m: int, pieces: int, chunks: int, listed: float
+) -> Iterator[Work]:
+    """Lists for so many chunks, and the order of queries for the first chunk of all.
+
+    Args:
+        listed: the share of the references that a list has.
+    """
     ordered = queries > SUM_ROWS and m == shape.chunk
     alone = ordered and queries > _LISTING
     if alone:
         yield _order(queries, pieces)
     elif ordered:
-        yield _list(queries, m, pieces)
+        yield _list(queries, m, listed, pieces)
         chunks -= 1
     if chunks > 0:
-        yield _list(queries, m)._replace(times=chunks)
+        yield _list(queries, m, listed)._replace(times=chunks)
 
 
 def _order(queries: int, pieces: int) -> Work:
@@ -443,18 +469,25 @@ def _order(queries: int, pieces: int) -> Work:
     }
     once = Amount(barriers=1, exchanges=8 * 4)
     moved = 4 * queries * pieces
-    return Work("order_queries", "order_queries", blocks, 256, 4 * queries, once, loops, moved)
+    name, stored = "order_queries", 4 * queries / blocks
+    return Work(name, name, blocks, 256, 4 * queries, once, loops, moved, stored=stored)
 
 
-def _list(queries: int, m: int, pieces: int = 0) -> Work:
+def _list(queries: int, m: int, listed: float, pieces: int = 0) -> Work:
     """The lists of a chunk. It also finds the order of queries from their weights in pieces."""
     blocks, words = up(queries, SUM_ROWS), up(m, 32)
-    loops = {"words": _listing(blocks, words, _LISTING)}
+    words_loop = _listing(blocks, words, _LISTING)
+    stored = 4 * listed * m / words_loop.most
+    loops = {"words": words_loop._replace(stored=stored)}
     if pieces:
         loops |= {"counts": _by_all(blocks, pieces), "ranks": _by_all(blocks, up(queries, 4))}
     name, memory = f"list_references<{_text(pieces > 0)}>", 4 * (8 + SUM_ROWS + _LISTING)
     once, moved = Amount(barriers=4 if pieces else 3), 4 * queries * words
-    return Work("list_references", name, blocks, _LISTING, memory, once, loops, moved)
+    # The length of a list, half a panel after it on average, parts and places of queries.
+    stored = 4 * (1 + _PANEL / 2 + (2 if pieces else 1) * queries / blocks)
+    return Work(
+        "list_references", name, blocks, _LISTING, memory, once, loops, moved, stored=stored
+    )
 
 
 def _listing(blocks: int, words: int, threads: int) -> Loop:
@@ -491,7 +524,10 @@ def _sum(
     }
     moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
     name, memory = f"weighted_sum<{shape.type}, {_text(halves)}>", _sum_memory(size)
-    return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
+    scattered = TRANSFERRED * found["transfers"] / found["listed"] if found["listed"] else 1.0
+    return Work(
+        "weighted_sum", name, blocks, 128, memory, Amount(), loops, moved, scattered=scattered
+    )
 
 
 def _sum_memory(size: int) -> int:
@@ -512,9 +548,13 @@ def _merge(
     blocks = queries * up(shape.N, 256 * width)
     found = data["lists"][f"parts of {shape.part_panels(card.sms)}"]
     loops = {"parts": Loop(blocks * found["parts"], found["parts, most"])}
+    if name == "merge":
+        loops["pieces"] = _by_all(blocks, up(m, piece_of(shape, card)))
     moved = 4 * (found["parts"] + 1) * queries * shape.N
     kernel = f"merge<{width}>" if name == "merge" else name
-    return Work(name, kernel, blocks, 256, 0, Amount(), loops, moved)
+    of_state = 3 * 8 if name == "merge" else 0
+    stored = queries * (4 * shape.N + of_state) / blocks
+    return Work(name, kernel, blocks, 256, 0, Amount(), loops, moved, stored=stored)
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -560,7 +600,7 @@ def _gradient_of_chunks(
     yield _coefficients(shape, queries, m, card)._replace(times=chunks)
     if m == shape.chunk_sizes()[-1]:
         yield _finish(queries)
-    yield from _ordered_lists(shape, queries, m, pieces, chunks)
+    yield from _ordered_lists(shape, queries, m, pieces, chunks, _listed(shape, data, card))
     for work in (
         _sum(shape, data, queries, m, card, backward=True),
         _merge(shape, data, queries, m, card, "merge_gradient"),
@@ -573,7 +613,8 @@ def _pull(shape: Shape, queries: int, m: int, card: Device) -> Work:
     size = piece_of(shape, card)
     once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
     loops = {"pairs": Loop(queries * up(m, PIECE), min(size // PIECE, up(m, PIECE)))}
-    return Work("pull", "pull", queries * up(m, size), 256, 64, once, loops, 12 * queries * m)
+    blocks, moved, stored = queries * up(m, size), 12 * queries * m, 2 * 8
+    return Work("pull", "pull", blocks, 256, 64, once, loops, moved, stored=stored)
 
 
 def _coefficients(shape: Shape, queries: int, m: int, card: Device) -> Work:
@@ -582,9 +623,10 @@ def _coefficients(shape: Shape, queries: int, m: int, card: Device) -> Work:
     trips = [up(min(size, padded - start), PIECE) for start in range(0, m, size)]
     votes = Amount(exchanges=8 * PIECE // 256)
     once = Amount(barriers=6, exchanges=3 * 8 * _OVER_WARP)
-    loops = {"pairs": Loop(queries * sum(trips), max(trips), votes)}
-    name = "find_coefficients"
-    return Work(name, name, blocks, 256, 64, once, loops, 24 * queries * m)
+    # The benchmarks ask for the gradient of the queries alone.
+    loops = {"pairs": Loop(queries * sum(trips), max(trips), votes, _OF_WEIGHTS)}
+    name, stored = "find_coefficients", 4 + 2 * 8
+    return Work(name, name, blocks, 256, 64, once, loops, 24 * queries * m, stored=stored)
 
 
 def _finish(queries: int) -> Work:

@@ -23,6 +23,7 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.machine_code import __main__ as command_line
 from benchmarks.machine_code import (
     banks,
+    branches,
     data,
     devices,
     host,
@@ -138,6 +139,129 @@ def test_divergent_pieces_do_not_make_loops():
     )
     (loop,) = sass.loops(code)
     assert loop.body == {1, 2, 3}
+
+
+def test_arms_of_a_branch():
+    """What only one way leads to; ways end where they come back to the header."""
+    code = code_of(
+        "MOV R1, R2",
+        "@P0 BRA 0x50",  # 0x10: the loop
+        "FADD R1, R1, R2",
+        "FADD R1, R1, R2",
+        "BRA 0x60",
+        "FMUL R1, R1, R2",  # 0x50
+        "@P1 BRA 0x80",  # 0x60: leaves out one instruction
+        "FFMA R1, R1, R2, R3",
+        "@P2 BRA 0x10",  # 0x80
+        "EXIT",
+    )
+    (loop,) = sass.loops(code)
+    assert sass.arms(code, loop, 1) == [{5}, {2, 3, 4}]
+    assert sass.arms(code, loop, 6) == [set(), {7}]
+    assert sass.arms(code, loop, 8) == [set(), set()]
+    assert sass.arms(code, loop, 2) == []
+
+
+# ---- branches that parameters decide -------------------------------------------------------------
+
+FIRST = branches.FIRST_PARAMETER[90]
+LAW = (
+    "ULDC.U8 UR4, c[0x0][0x210]",
+    "ULDC.64 UR6, c[0x0][0x320]",
+    "ISETP.NE.AND P0, PT, RZ, UR4, PT",  # D is infinite
+    "LDG.E R3, [R4]",  # 0x30: the loop
+    "@!P0 BRA 0x70",
+    "MUFU.EX2 R5, R3",
+    "BRA 0x80",
+    "FFMA R5, R3, R3, R3",  # 0x70
+    "ISETP.NE.U32.AND P1, PT, RZ, UR6, PT",  # 0x80
+    "ISETP.NE.AND.EX P1, PT, RZ, UR7, PT, P1",  # a pointer is not null
+    "@!P1 BRA 0xc0",
+    "STG.E [R6], R5",
+    "@P2 BRA 0x30",  # 0xc0
+    "EXIT",
+)
+
+
+def bases_of_the_loop(*lines, finite=True, null=True):
+    code = branches.decided(code_of(*lines), FIRST, finite, null)
+    kernel = kernel_of("EXIT")._replace(code=code, loops=sass.loops(code))
+    (loop,) = kernel.loops
+    return [one.base for one in kernel.body(loop) if one.base not in ("ISETP", "BRA")]
+
+
+def test_code_for_other_parameters_is_left_out():
+    assert bases_of_the_loop(*LAW) == ["LDG", "FFMA"]
+    assert bases_of_the_loop(*LAW, null=False) == ["LDG", "FFMA", "STG"]
+    assert bases_of_the_loop(*LAW, finite=False) == ["LDG", "MUFU", "FFMA"]
+    assert bases_of_the_loop(*LAW, finite=False, null=False) == ["LDG", "MUFU", "FFMA", "STG"]
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "follows"),
+    [
+        (0, "ULDC.U8 UR4, c[0x0][0x211]", False),  # another byte
+        (0, "LDCU.U8 UR4, c[0x0][0x210]", True),
+        (2, "UISETP.NE.AND P0, UPT, UR4, URZ, UPT", True),
+        (2, "ISETP.NE.OR P0, PT, RZ, UR4, P5", False),  # or something unknown
+        (2, "ISETP.NE.AND P0, PT, RZ, UR4, P5", True),  # false, and something unknown
+        (2, "ISETP.NE.AND P0, PT, R1, UR4, PT", False),
+        (3, "FSETP.GT.AND P0, PT, R1, R2, PT", False),  # in the loop: the predicate is another's
+        (3, "IADD3 R3, P0, R1, R2, RZ", False),
+        (3, "R2P PR, R0, 0x7f", False),
+    ],
+)
+def test_only_what_is_certain_is_left_out(place, line, follows):
+    lines = list(LAW)
+    lines[place] = line
+    found = bases_of_the_loop(*lines)
+    assert ("MUFU" not in found) == follows
+    assert "STG" not in found
+
+
+def test_values_follow_moves_and_joins():
+    start = ("ULDC.U8 UR4, c[0x0][0x210]", "MOV R0, UR4", "PRMT R0, R0, 0x8880, RZ")
+    tests = (
+        "@P5 BRA 0x50",
+        "{}",
+        "ISETP.EQ.AND P0, PT, R0, RZ, PT",
+        "@P0 BRA 0x80",
+        "FADD R1, R1, R1",
+    )
+    for between, follows in (("MOV R2, R5", True), ("MOV R0, R5", False)):
+        lines = [*start, *(line.format(between) for line in tests), "EXIT"]
+        code = branches.decided(code_of(*lines), FIRST, finite=True, null=False)
+        found = [code[i].base for i in sass.reached(code)]
+        assert ("FADD" not in found) == follows
+
+
+def test_calls_change_what_their_function_writes():
+    def leaves_out(written):
+        code = code_of(
+            "ULDC.U8 UR4, c[0x0][0x210]",
+            "ISETP.NE.AND P0, PT, RZ, UR4, PT",
+            "CALL.REL.NOINC 0x90",
+            "@!P0 BRA 0x50",
+            "FADD R1, R1, R1",
+            "EXIT",  # 0x50
+            "NOP",
+            "NOP",
+            "NOP",
+            written,  # 0x90
+            "RET.REL.NODEC R2 0x0",
+        )
+        code = branches.decided(code, FIRST, finite=True, null=False)
+        return 4 not in sass.reached(code)
+
+    assert leaves_out("DFMA R4, R4, R6, R8")
+    assert not leaves_out("FSETP.GT.AND P0, PT, R1, R2, PT")
+
+
+def test_instructions_of_a_false_predicate_use_no_unit():
+    code = code_of(*LAW[:3], "@P0 DADD R2, R4, R6", "@!P0 FADD R1, R1, R1", "EXIT")
+    decided = branches.decided(code, FIRST, finite=True, null=False)
+    assert [one.never for one in decided] == [False] * 3 + [True, False, False]
+    assert [one.address for one in decided] == [one.address for one in code]
 
 
 def test_the_mix():
@@ -489,11 +613,20 @@ def test_work_of_refine():
         "tiles": 2.0,
         "pairs, most": 3.0,  # a program of Triton's has two tiles
         "tiles, most": 1.0,
+        "stores": 3.0,  # the first and second references of lanes, of one tile and of another
         "turns": 2.0,  # of two warps of CUDA's
         "turns, most": 2.0,
     }
     assert data.segment_of(10) == 2
     assert data.segment_of(2000) == 8
+
+
+def test_stores_of_warps_that_list_pairs():
+    """By a loop: a warp stores the even places of a tile at once, and the odd ones."""
+    refined = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.02
+    expected = [len({(j // 64, j % 2) for j in range(200) if row[j]}) for row in refined.tolist()]
+    assert data.listing_stores(refined).tolist() == expected
+    assert sum(expected) < refined.sum()
 
 
 def test_turns_of_warps_that_list_pairs():
@@ -545,8 +678,19 @@ def test_lists_of_the_weighted_sum():
     assert listed.tolist() == [129, 128]
     figures = {"listed": 257 / 2, "panels": 9 / 2, "panels, most": 2.0}
     assert data.parts_of(listed, 2) == (2, figures | {"parts": 5 / 2, "parts, most": 3.0})
+    # The first list has all places, the last of them in a panel of its own; the second one 128.
+    assert data.transfers_of(live, order).tolist() == [17, 16]
     assert data.order_of(live[:32]) is None
     assert data.listed_references(live[:3], None).tolist() == [129]
+
+
+def test_transfers_of_listed_weights():
+    """By a loop: a panel has 32 references of a list, a transfer eight that lie together."""
+    live = torch.rand(3, 500, generator=torch.Generator().manual_seed(0)) < 0.1
+    listed = [j for j in range(500) if live[:, j].any()]
+    expected = len({(i // 32, j // 8) for i, j in enumerate(listed)})
+    assert data.transfers_of(live, None).tolist() == [expected]
+    assert len(listed) / 8 < expected < len(listed)
 
 
 def test_the_order_is_that_of_the_first_chunk():
@@ -606,12 +750,15 @@ if REASON is None and "90a" not in codegen_cuda.architectures():
 ON_DATA = {
     "refine": {
         "pairs": 100.0,
+        "tiles": 90.0,
+        "stores": 95.0,
         "turns": 60.0,
         "turns, most": 5.0,
     },
     "lists": {
         f"parts of {panels}": {
             "listed": 70.0,
+            "transfers": 30.0,
             "panels": 3.0,
             "panels, most": 5.0,
             "parts": 2.0,
@@ -644,6 +791,13 @@ def test_machine_code_has_what_is_counted(type):
                 again = one.name == "weighted_sum" and once.exchanges > 0
                 coded = kernels.count_of(kernel.straight(), "BAR")
                 assert coded == once.barriers + again, one.kernel
+            if one.name in ("weigh", "pull", "find_coefficients"):
+                # Each thread finds the weights of four pairs, each from one exponential.
+                (pairs,) = [
+                    p for p in launches._cuda_phases(one, kernel, shape) if p.name == "pairs"
+                ]
+                each = [part.name for part in pairs.code if part.name == "MUFU.EX2"]
+                assert len(each) == work.PIECE // 256
             for name, loop in one.loops.items():
                 if not loop.trip.barriers or loop.most == 1 or name in ("words", "lists"):
                     continue
@@ -679,6 +833,153 @@ def test_copies_read_the_bytes_that_are_counted():
         pipeline.run(part.code, A100, 4, 8, factors=dict(part.factors)) for part in (body, found)
     )
     assert less.busy["global"] == pytest.approx(full.busy["global"] * 160 / 256)
+
+
+def test_copies_of_scattered_values_move_whole_transfers():
+    lines = ("LDGSTS.E.BYPASS.128 [R3], [R2.64]", "LDGSTS.E [R3], [R2.64]", "@P0 BRA 0x0", "EXIT")
+    kernel = kernel_of(*lines)
+    body = model.phase("panels", kernel, kernel.body(kernel.loops[0]), 30, 10)
+
+    def factors(scattered):
+        trip = work.Amount(copied=128 * 20)
+        loops = {"panels": work.Loop(30, 10, trip)}
+        one = work.Work(
+            "weighted_sum", "some", 3, 128, 0, work.Amount(), loops, 0, scattered=scattered
+        )
+        (found,) = launches.with_copied([body], one, kernel)
+        return dict(found.factors)
+
+    assert factors(1.0) == {0: 1, 1: 1}  # values that lie together
+    assert factors(2.5) == {0: 1, 1: 2.5}
+
+
+def test_weights_that_are_summed_are_scattered():
+    """64 weights of each query in 20 transfers of 8."""
+    shape = data.Shape("some", 64, 512, 128)
+    lists = ON_DATA["lists"]["parts of 4"] | {"listed": 64.0, "transfers": 20.0}
+    on_data = ON_DATA | {"lists": {f"parts of {shape.part_panels(H100.sms)}": lists}}
+    found = {one.name: one for one in work.counts(shape, on_data, H100)}
+    assert found["weighted_sum"].scattered == pytest.approx(20 * 8 / 64)
+    assert {one.scattered for one in found.values() if one.name != "weighted_sum"} == {1}
+
+
+def test_stores_write_the_bytes_that_are_counted():
+    """All lanes store a weight, and one lane of each warp stores 32 bits."""
+    lines = ("STG.E [R2.64], R3", "@!P1 STG.E [R4.64], R5", "FADD R1, R1, R1")
+    part = model.phase("pairs", kernel_of("EXIT"), code_of(*lines), 30, 10)
+    found = launches._with_stored(part, 128 * 4 + 4 * 4, 128)
+    moved = sum(
+        factor * sass.access_bytes(part.code[i]) * 128 for i, factor in dict(found.factors).items()
+    )
+    assert set(dict(found.factors)) == {0, 1}
+    assert moved == pytest.approx(128 * 4 + 4 * 4)
+    assert launches._with_stored(part, None, 128) == part
+
+
+def test_bytes_that_blocks_store():
+    """By hand for 64 queries, 2048 references and 128 features, 70 of which are listed."""
+    shape = data.Shape("some", 64, 2048, 128)
+    found = {one.name: one for one in work.counts(shape, ON_DATA, H100)}
+    weigh, listing, merge = found["weigh"], found["list_references"], found["merge"]
+    assert weigh.loops["pairs"].stored == 1024 * 4 + 1024 / 32 * 4
+    assert weigh.stored * weigh.blocks == 128 * 2 * 4 + 64 * 2 * 8  # two pieces of each query
+    words = listing.loops["words"]
+    assert words.stored * words.most == pytest.approx(70 * 4)
+    assert merge.stored * merge.blocks == 64 * (128 * 4 + 3 * 8)
+    turns = found["find_limits"].loops["turns"]
+    assert turns.stored * 60 == pytest.approx(100 * 4 + 90 * 8 + 60 * 4)
+
+
+PIECES_AND_PARTS = (
+    "MOV R1, R2",
+    "LDG.E R3, [R4]",  # 0x10: pieces
+    "FADD R1, R1, R3",
+    "@P0 BRA 0x10",
+    "LDG.E.128 R4, [R8]",  # 0x40: parts
+    "FADD R0, R0, R4",
+    "FADD R1, R1, R5",
+    "@P1 BRA 0x40",
+    "STG.E.128 [R8], R0",
+    "EXIT",
+)
+
+
+def test_the_loop_over_parts_is_not_that_over_pieces():
+    kernel = kernel_of(*PIECES_AND_PARTS)
+    loops = {"parts": work.Loop(30, 3), "pieces": work.Loop(20, 2)}
+    one = work.Work("merge", "some", 10, 128, 0, work.Amount(), loops, 0)
+    phases = {part.name: part for part in launches._cuda_phases(one, kernel, data.C)}
+    assert [i.name for i in phases["parts"].code if i.base == "LDG"] == ["LDG.E.128"]
+    assert [i.name for i in phases["pieces"].code if i.base == "LDG"] == ["LDG.E"]
+    assert (phases["parts"].trips, phases["pieces"].trips) == (30, 20)
+
+
+def test_the_way_past_the_loads_is_left_out():
+    kernel = kernel_of(
+        "MOV R1, R2",
+        "@P0 BRA 0x60",  # 0x10: the loop; a query at a limit
+        "@P1 BRA 0x40",
+        "LDG.E R3, [R4]",
+        "FFMA R1, R1, R3, R3",  # 0x40
+        "BRA 0x70",
+        "DADD R6, R6, RZ",  # 0x60
+        "@P2 BRA 0x10",  # 0x70
+        "EXIT",
+    )
+    loops = {"pairs": work.Loop(30, 3)}
+    one = work.Work("pull", "some", 10, 128, 0, work.Amount(), loops, 0)
+    _, pairs = launches._cuda_phases(one, kernel, data.C)
+    assert [part.base for part in pairs.code] == ["BRA", "BRA", "LDG", "FFMA", "BRA", "BRA"]
+
+
+def test_stores_that_no_lane_makes_are_left_out():
+    """A turn has two stores to the list and one of minima. Half of those to the list are made."""
+    kernel = kernel_of(
+        "MOV R1, R2",
+        "ATOMG.E.ADD R1, [R2], R3",  # 0x10: a turn
+        "@P0 BRA 0x40",
+        "STG.E [R2.64], R3",
+        "@P1 BRA 0x60",  # 0x40
+        "STG.E [R4.64], R5",
+        "@P2 BRA 0x80",  # 0x60
+        "STG.E.64 [R6.64], R8",
+        "@P3 BRA 0x10",  # 0x80
+        "EXIT",
+    )
+    (turn,) = kernel.loops
+    for stores, kept in ((0, 0), (40, 0), (100, 1), (160, 2), (200, 2)):
+        loops = {"turns": work.Loop(100, 9), "stores": work.Loop(stores, 0)}
+        one = work.Work("find_limits", "some", 10, 128, 0, work.Amount(), loops, 0)
+        body = kernel.body(turn, launches._stores_left_out(kernel, turn, one))
+        assert [part.name for part in body].count("STG.E") == kept
+        assert [part.name for part in body].count("STG.E.64") == 1
+
+
+def test_code_for_far_references_is_left_out():
+    kernel = kernel_of(
+        "MOV R1, R2",
+        "LDG.E R1, [R2]",  # 0x10: pairs
+        "@P5 BRA 0x70",
+        "LDG.E R3, [R4]",  # 0x30: features
+        "FFMA R1, R1, R3, R3",
+        "FFMA R1, R1, R3, R3",
+        "@P0 BRA 0x30",
+        "@P1 BRA 0xb0",  # 0x70: not far
+        "FMUL R1, R1, R1",
+        "FFMA R1, R1, R3, R3",  # 0x90: features again
+        "@P2 BRA 0x90",
+        "SHFL.BFLY PT, R1, R1, 0x1, 0x1f",  # 0xb0
+        "STG.E.64 [R6.64], R8",
+        "@P3 BRA 0x10",
+        "EXIT",
+    )
+    around, inner, _ = kernel.loops
+    body = kernel.body(around, launches._far_from(kernel, around, inner))
+    assert [part.base for part in body] == ["LDG", "BRA", "BRA", "SHFL", "STG", "BRA"]
+    loops = {"pairs": work.Loop(160, 16, stored=16), "rows": work.Loop(160, 16)}
+    one = work.Work("refine", "some", 10, 128, 0, work.Amount(), loops, 0)
+    pairs = next(p for p in launches._refine_phases(one, kernel, 64) if p.name == "pairs")
+    assert dict(pairs.factors)[4] == pytest.approx(2 / 32)  # 16 bytes, of eight by each lane
 
 
 # ---- the model ----------------------------------------------------------------------------------
