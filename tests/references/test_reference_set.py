@@ -246,6 +246,22 @@ def test_rows_changed_before_the_gradient_are_refused(small_chunks, where):
     torch.autograd.grad(pfgm.posterior_mean(x, references, r=1.0).sum(), x)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_rows_have_no_gradient(small_chunks, backend, compiled):
+    """Chunks would give them a part of it, or none."""
+    rows = pfgm.data.to_unit(images()).requires_grad_()
+    references = ReferenceSet(rows)
+
+    def function(x):
+        return pfgm.posterior_mean(x, references, r=1.0, backend=backend)
+
+    call = torch.compile(function, backend="eager") if compiled else function
+    assert not call(points()).requires_grad
+    of_rows = torch.autograd.grad(call(points().requires_grad_()).sum(), rows, allow_unused=True)
+    assert of_rows == (None,)
+
+
 @native_only
 def test_rows_changed_under_a_sketch_are_refused(wide_chunks):
     rows = pfgm.data.to_unit(wide_images())
