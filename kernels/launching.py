@@ -21,6 +21,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from .loading import loading_permitted
 from .tuning import Config, interpreted
 from .variant import FP_FUSION
 
@@ -164,10 +165,14 @@ class Launch:
     def by_triton(
         self, place: Place | None, kinds: Hashable, tensors: Sequence[Tensor | None]
     ) -> None:
-        """Triton's own launch, at the current place. It prepares later ones unless that is None."""
-        found = self.launcher.kernel[self.grid](
-            *tensors, *self.arguments, **self.config.compiled, enable_fp_fusion=FP_FUSION
-        )
+        """Triton's own launch, at the current place. It prepares later ones unless that is None.
+
+        It may compile and load the kernel, also while a CUDA graph is captured.
+        """
+        with loading_permitted():
+            found = self.launcher.kernel[self.grid](
+                *tensors, *self.arguments, **self.config.compiled, enable_fp_fusion=FP_FUSION
+            )
         if place is not None and _can_be_prepared(found):
             key = place[0], self._class, kinds
             self.launcher.prepared[key] = _Prepared(

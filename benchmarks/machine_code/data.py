@@ -57,7 +57,7 @@ class Shape(NamedTuple):
     @property
     def block(self) -> int:
         """The number of queries in the largest block."""
-        fitting = min(ROWS, max(16, PARTS // 2 // self.N))
+        fitting = min(ROWS, max(SUM_ROWS, PARTS // 2 // self.N))
         part = up(self.B, up(self.B, fitting))
         return min(part if fitting < 128 else 32 * up(part, 32), self.B, fitting)
 

@@ -76,6 +76,7 @@ def no_driver() -> Iterator[None]:
     from triton.runtime import driver
 
     from pfgm.backends import triton, triton_direct
+    from pfgm.kernels import loading
 
     def forget() -> None:
         triton_direct._chosen.cache_clear()
@@ -84,6 +85,7 @@ def no_driver() -> Iterator[None]:
         patches.callback(forget)
         for owner, name, value in (
             (driver, "_active", Driver()),
+            (loading, "_exchange_mode", lambda: None),
             (triton, "supports", lambda *_: None),
             (triton_direct, "_on_gpu", lambda _: True),
             (triton_direct, "checks_values", lambda _: False),

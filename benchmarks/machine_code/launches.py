@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.machine_code import kernels, sass, work
-from benchmarks.machine_code.data import SORTED, SUM_TILE, TILE, Shape, segment_of, up
+from benchmarks.machine_code.data import (
+    PARTS,
+    SORTED,
+    SUM_ROWS,
+    SUM_TILE,
+    TILE,
+    Shape,
+    segment_of,
+    up,
+)
 from benchmarks.machine_code.devices import Device
 from benchmarks.machine_code.kernels import Compiled
 from benchmarks.machine_code.model import ONCE, Launch, Phase, phase
@@ -38,7 +47,14 @@ def _part(refined: Data, shape: Shape, queries: int, m: int, name: str) -> float
 
 
 def triton(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
-    """The launches of the Triton kernels."""
+    """The launches of the Triton kernels.
+
+    Raises:
+        ValueError: there are so many features that Triton's blocks have fewer queries than CUDA's.
+    """
+    most = PARTS // 2 // SUM_ROWS
+    if most < shape.N:
+        raise ValueError(f"N is {shape.N}; allowed is at most {most}.")
     for queries, blocks in by_size(shape.blocks()):
         for launch in _centered(shape, queries, card):
             yield launch._replace(times=blocks)

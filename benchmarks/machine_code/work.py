@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.machine_code import data as constants
 from benchmarks.machine_code.data import (
     LISTED_TOGETHER,
     PART_PANELS,
@@ -118,11 +117,7 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
 
     Args:
         data: what :func:`benchmarks.machine_code.data.count` returns for the shape.
-
-    Raises:
-        ValueError: there are so many features that blocks have another size than in the kernels.
     """
-    _check_features(shape)
     if not shape.few:
         yield _center(shape)
     for queries, blocks in by_size(shape.blocks()):
@@ -131,12 +126,6 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
         for m, chunks in by_size(shape.chunk_sizes()):
             for work in _of_chunks(shape, data, queries, m, chunks, card):
                 yield work._replace(times=blocks * work.times)
-
-
-def _check_features(shape: Shape) -> None:
-    most = constants.PARTS // 2 // SUM_ROWS
-    if most < shape.N:
-        raise ValueError(f"N is {shape.N}; allowed is at most {most}.")
 
 
 def by_size(sizes: list[int]) -> list[tuple[int, int]]:
@@ -570,7 +559,6 @@ def gradient_counts(
         references: whether the gradient of the references is found, beside that of the queries.
     """
     shape = shape._replace(backward=True)
-    _check_features(shape)
     if not shape.few:
         yield _center(shape)
     for queries, blocks in by_size(shape.blocks()):

@@ -19,7 +19,8 @@ class CudaRuntime(NamedTuple):
     driver: int
     """The newest version of CUDA that the driver supports; 0 without a driver."""
     oldest_driver: str | None
-    """The oldest driver that can run the runtime, such as "580"; empty if the build knew none."""
+    """The oldest driver that can run the runtime, such as "580". None if the extension was built
+    without CUDA; empty if the build knew none for its version of CUDA."""
 
 
 def cuda_lines(runtime: CudaRuntime, names: Sequence[str], error: str) -> list[str]:

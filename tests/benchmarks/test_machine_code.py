@@ -647,10 +647,17 @@ def test_shapes_are_split_as_in_the_kernels():
     assert data.BIG.blocks() == [1024] * 4
     assert data.BIG._replace(B=2800).blocks() == [960, 960, 880]
     assert data.BIG._replace(B=65, N=65536).blocks() == [33, 32]
+    assert data.BIG._replace(B=65, N=200_000).blocks() == [22, 22, 21]  # 32 fit, however large N is
     assert (data.BIG.chunk, data.BIG.chunks) == (4096, 13)
     assert data.BIG._replace(backward=True).chunk == 2048
     assert (data.F.block, data.F.chunk, data.F.chunks) == (256, 16384, 4)
     assert (data.C.chunks, data.G.chunks) == (1, 1)
+
+
+def test_many_features_are_not_predicted_for_triton():
+    """Its blocks have fewer queries then."""
+    with pytest.raises(ValueError, match="N is 131073; allowed is at most 131072"):
+        next(launches.triton(data.BIG._replace(N=131_073), {}, H100))
 
 
 def test_shapes_have_all_chunks_and_parts():

@@ -6,6 +6,7 @@ The driver is replaced, so that no GPU is needed: kernels compile, and launches 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -25,6 +26,7 @@ if importlib.util.find_spec("triton") is not None:
     import triton.language as tl
     from pfgm.kernels import (
         launching,
+        loading,
         memory,
         normalised_field,
         ode_step,
@@ -66,6 +68,7 @@ if importlib.util.find_spec("triton") is not None:
             values *= values
         tl.store(out + place, values + exact.to(tl.float32), mask=place < count)
 
+    find_exchange_mode = loading._exchange_mode.__wrapped__  # without what it found before
 
 SMALL, LARGE = ({"BLOCK": 32}, {"BLOCK": 64})
 
@@ -108,6 +111,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(active, "get_current_device", lambda: found.device + 5000)
     monkeypatch.setattr(active, "get_current_stream", lambda device: found.stream + device)
     monkeypatch.setattr(driver, "_active", active)
+    monkeypatch.setattr(loading, "_exchange_mode", lambda: None)
     kernel.device_caches.clear()
     return found
 
@@ -365,6 +369,81 @@ def test_temporary_tensors_lie_apart():
         assert len(tensor) == layout.counts[name]
         assert tensor.eq(value).all()
         assert (tensor.data_ptr() - space.temporary("weights").data_ptr()) % 256 == 0
+
+
+GLOBAL, RELAXED = 0, 2  # CUDA's capture modes of a thread; the first is the default
+
+
+class CapturingDriver:
+    """NVIDIA's driver while a CUDA graph is captured, as far as the loading of kernels goes."""
+
+    def __init__(self, recorder):
+        self.mode, self.exchanges, self.code = GLOBAL, 0, 0
+        self.loaded_in = []
+        self.load_binary = recorder.load_binary
+
+    def exchange(self, mode):
+        self.exchanges += 1
+        self.mode, mode[0] = mode[0], self.mode
+        return self.code
+
+    def load(self, *arguments):
+        self.loaded_in.append(self.mode)
+        if self.mode != RELAXED:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return self.load_binary(*arguments)
+
+
+@pytest.fixture
+def capturing(recorder, monkeypatch):
+    """Kernels are loaded by a driver that captures, which is called as a library is."""
+    found = CapturingDriver(recorder)
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))
+    library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=prototype(found.exchange))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": library}[name])
+    monkeypatch.setattr(loading, "_exchange_mode", find_exchange_mode)
+    monkeypatch.setattr(triton.runtime.driver.active.utils, "load_binary", found.load)
+    return found
+
+
+def test_kernels_are_loaded_while_a_graph_is_captured(recorder, capturing):
+    launcher = Launcher(kernel)
+    launch(launcher, *given())
+    assert capturing.loaded_in == [RELAXED]
+    assert len(recorder.launches) == 1
+    assert (capturing.mode, capturing.exchanges) == (GLOBAL, 2)
+    launch(launcher, *given())
+    assert len(recorder.launches) == 2
+    assert capturing.exchanges == 2  # a prepared launch loads nothing
+
+
+def test_a_thread_gets_its_capture_mode_back(capturing, monkeypatch):
+    launcher = Launcher(kernel)
+    capturing.mode = 1
+    launch(launcher, *given())
+    assert capturing.mode == 1
+    monkeypatch.setattr(capturing, "load_binary", None)
+    with pytest.raises(TypeError):
+        launch(launcher, *arguments_of("misaligned x"))
+    assert capturing.loaded_in == [RELAXED] * 2
+    assert capturing.mode == 1
+
+
+def test_a_driver_that_keeps_the_capture_mode_loads_nothing(capturing):
+    capturing.code = 4
+    with pytest.raises(RuntimeError, match="StreamCaptureMode failed with error 4 of the CUDA"):
+        launch(Launcher(kernel), *given())
+    assert not capturing.loaded_in
+
+
+def test_without_nvidias_driver_triton_loads_as_it_does(recorder, monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setattr(loading, "_exchange_mode", find_exchange_mode)
+    launch(Launcher(kernel), *given())
+    assert recorder.loaded == 1
 
 
 # ---- the kernels of the package ---------------------------------------------------------------

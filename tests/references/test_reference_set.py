@@ -246,6 +246,22 @@ def test_rows_changed_before_the_gradient_are_refused(small_chunks, where):
     torch.autograd.grad(pfgm.posterior_mean(x, references, r=1.0).sum(), x)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_rows_have_no_gradient(small_chunks, backend, compiled):
+    """Chunks would give them a part of it, or none."""
+    rows = pfgm.data.to_unit(images()).requires_grad_()
+    references = ReferenceSet(rows)
+
+    def function(x):
+        return pfgm.posterior_mean(x, references, r=1.0, backend=backend)
+
+    call = torch.compile(function, backend="eager") if compiled else function
+    assert not call(points()).requires_grad
+    of_rows = torch.autograd.grad(call(points().requires_grad_()).sum(), rows, allow_unused=True)
+    assert of_rows == (None,)
+
+
 @native_only
 def test_rows_changed_under_a_sketch_are_refused(wide_chunks):
     rows = pfgm.data.to_unit(wide_images())
@@ -402,6 +418,32 @@ def test_a_compiled_caller(small_chunks):
     )
     expected = 2 * pfgm.posterior_mean(points() + 1, references, r=1.0)
     assert torch.equal(compiled(points()), expected)
+
+
+@pytest.mark.parametrize("where", ["memory", "flips", "file", "other backend"])
+def test_gradients_of_a_compiled_caller(small_chunks, tmp_path, where):
+    """Also where its graph breaks, a change of the rows is seen, and only then."""
+    rows = pfgm.data.to_unit(images())
+    references = on_disk(rows, tmp_path) if where == "file" else ReferenceSet(rows)
+    references = references.flipped() if where == "flips" else references
+    options = {"r": 1.0, "backend": "reference" if where == "other backend" else None}
+
+    def function(x):
+        return 2 * pfgm.posterior_mean(x + 1, references, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager")
+    x = points().requires_grad_()
+    for _ in range(2):
+        mean = compiled(x)
+        assert torch.equal(mean, function(x))
+        (found,) = torch.autograd.grad(mean.square().sum(), x, retain_graph=True)
+        (expected,) = torch.autograd.grad(function(x).square().sum(), x)
+        torch.testing.assert_close(found, expected)
+        if where != "file":
+            rows.mul_(0.5)
+            with pytest.raises(RuntimeError, match="changed in place"):
+                torch.autograd.grad(mean.square().sum(), x)
 
 
 # ---- rows ----

@@ -216,6 +216,15 @@ def test_chunks_and_blocks(run, small_chunks):
     check(found)
 
 
+def test_blocks_of_many_features(run, shim, monkeypatch):
+    """So many that their number alone would leave less than a group of queries."""
+    shim.limits(parts=4096)
+    monkeypatch.setattr(data, "PARTS", 4096)
+    found = run(clusters(70, 130, 256))
+    assert Counter(one.name for one in found.shim)["refine"] == 3  # blocks of 24, 24 and 22
+    check(found)
+
+
 # ---- values ------------------------------------------------------------------------------------
 
 
