@@ -219,8 +219,9 @@ def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool =
     columns, groups = rows // 8, references // 16
     slabs = 2 if ahead else 1  # of 16 references, of a warp
     parts = 8 // groups * slabs  # of the columns, among the warps
-    minima = 0 if project else slabs * (2 * (columns // parts) * 4 + _OVER_WARP)
-    once = Amount(barriers=(2 if project else 3) + ahead, exchanges=8 * (4 + minima))
+    minima = slabs * (2 * (columns // parts) * 4 + _OVER_WARP)
+    last = 1 if project else minima  # a vote on whether all of G·y is finite
+    once = Amount(barriers=(2 if project else 3) + ahead, exchanges=8 * (4 + last))
     name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}>"
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
     return Work("distances", name, blocks, 256, memory, once, loops, moved)
@@ -401,39 +402,41 @@ def _merge(
 
 
 def gradient_counts(
-    shape: Shape, data: Data, card: Device, references: bool = True
+    shape: Shape, data: Data, card: Device, references: bool = True, kept: bool = False
 ) -> Iterator[Work]:
     """The launches of a backward pass with aligned rows.
 
     Args:
         data: what :func:`benchmarks.machine_code.data.count_gradient` returns for the shape.
         references: whether the gradient of the references is found, beside that of the queries.
+        kept: whether it takes the distances that the forward pass kept.
     """
     shape = shape._replace(backward=True)
     _check_features(shape)
-    if not shape.few:
+    if not shape.few and not kept:
         yield _center(shape)
     for queries, blocks in by_size(shape.blocks()):
         if not shape.few:
-            for centered in (True, False):
+            for centered in (False,) if kept else (True, False):
                 yield _split(shape, queries, centered)._replace(times=blocks)
         for m, chunks in by_size(shape.chunk_sizes()):
-            for work in _gradient_of_chunks(shape, data, queries, m, chunks, card):
+            for work in _gradient_of_chunks(shape, data, queries, m, chunks, card, kept):
                 if references or work.name != "reference_gradient":
                     yield work._replace(times=work.times * blocks)
 
 
 def _gradient_of_chunks(
-    shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device
+    shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device, kept: bool
 ) -> Iterator[Work]:
     """The launches for a block of queries and so many chunks of m references."""
     passes = 1 if shape.chunks == 1 else 2  # over the chunks; both need the distances
-    for work in (
+    measured = (
         _distances(shape, queries, m, card),
-        _distances(shape, queries, m, card, project=True),
         _limits(shape, data, queries, m),
         _refine(shape, data, queries, m, card),
-    ):
+    )
+    projected = _distances(shape, queries, m, card, project=True)
+    for work in (projected,) if kept else (*measured, projected):
         yield work._replace(times=passes * chunks)
     pieces = up(m, piece_of(shape, card))
     yield _pull(shape, queries, m, card)._replace(times=chunks)

@@ -3,7 +3,8 @@
 // distances computes |x|² + |y|² − 2 x·y from products in matrix units, of centred data in two
 // float16 parts (cuda/centering.h). For few queries or features, differences computes Σ (x − y)²
 // instead. Both also find the smallest distance of each tile of references. With PROJECT they
-// compute G·y instead, up to a number for each query.
+// compute G·y instead, up to a number for each query. A reference that float16 cannot hold has no
+// products; its G·y is then found without them.
 #pragma once
 #include "cuda/centering.h"
 
@@ -328,6 +329,47 @@ __device__ inline double over_quad(double value) {
   return value + __shfl_xor_sync(kAll, value, 2);
 }
 
+// Σ g (y − centre), computed by a warp; lane 0 gets the result.
+template <class R>
+__device__ inline float centered_product(const float* g, const R* y, const float* center,
+                                         int features, int lane) {
+  float total = 0, lost = 0;
+#pragma unroll 1
+  for (int k = lane; k < features; k += 32)
+    add_compensated(total, lost, g[k] * (load_float(y + k) - center[k]));
+  return static_cast<float>(over_warp(static_cast<double>(total) - lost, Sum()));
+}
+
+// A warp's part of a tile: some queries, and at most 32 references, one for each of the first
+// lanes.
+struct TilePart {
+  int query0, queries, reference0, references;
+};
+
+// Replaces what is not finite in G·y, which the warp has stored, by sums of float32 products.
+template <class R>
+__device__ inline void replace_infinite(const TilePart& part, const Rows<float>& upstream,
+                                        const Rows<R>& y, const Center& center, const Pairs& out,
+                                        const Lane& lane) {
+  __syncwarp();
+  const bool known =
+      lane.lane < part.references && part.reference0 + lane.lane < static_cast<int>(y.count);
+#pragma unroll 1
+  for (int query = part.query0; query < part.query0 + part.queries && query < upstream.count;
+       ++query) {
+    float* const row = out.projected + query * out.stride + part.reference0;
+    unsigned infinite =
+        __ballot_sync(kAll, known && !(fabsf(row[known ? lane.lane : 0]) < INFINITY));
+#pragma unroll 1
+    for (; infinite != 0; infinite &= infinite - 1) {
+      const int i = __ffs(static_cast<int>(infinite)) - 1;
+      const float product = centered_product(upstream.row(query), y.row(part.reference0 + i),
+                                             center.at, center.features, lane.lane);
+      if (lane.lane == 0) row[i] = product;
+    }
+  }
+}
+
 // |y − centre|², if the reference counts for the reach of its tile: larger ones have no products in
 // float16.
 __device__ inline double reach_of(double scaled, double squared, int features, bool known) {
@@ -457,6 +499,7 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   }
   __syncthreads();
   const double per_scale = center.scale[1];
+  bool all_finite = true;  // of this thread's G·y
   double squared[kSlabs][2];
   bool known[kSlabs][2];
 #pragma unroll
@@ -490,8 +533,9 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
           double product = static_cast<double>(total[s][j][2 * e + odd]) + rest[s][j][2 * e + odd];
           if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
           if constexpr (PROJECT) {
-            if (inside && known[s][e])
-              out.projected[place + 8 * e] = static_cast<float>(unit * product);
+            const float projected = static_cast<float>(unit * product);
+            if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
+            all_finite = all_finite && (fabsf(projected) < INFINITY);
           } else {
             const std::uint64_t distance = not_negative(squared[s][e] + norm - 2 * unit * product);
             if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
@@ -509,7 +553,12 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
         }
       }
     }
-  if constexpr (!PROJECT) {
+  if constexpr (PROJECT) {
+    const TilePart part_of_warp = {query0 + column0 + 8 * kOwn * part, 8 * kOwn,
+                                   reference0 + row_of(0) - lane.g, 16 * kSlabs};
+    if (__ballot_sync(kAll, all_finite) != kAll)
+      replace_infinite(part_of_warp, x.whole, y, center, out, lane);
+  } else {
     __syncthreads();
     constexpr int kTileGroups = kTileReferences / 16;
 #pragma unroll
