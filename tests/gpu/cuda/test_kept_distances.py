@@ -306,3 +306,36 @@ def test_batched_gradients_measure_again(op, kept):
     each = [torch.autograd.grad(mean, x, one, retain_graph=True)[0] for one in upstream]
     for one, other in zip(batched, each, strict=True):
         op.assert_gradient(one, other.double(), 1e-5)
+
+
+def compiled(gradient):
+    return torch.compile(gradient, backend="aot_eager", fullgraph=True)
+
+
+def under_autocast(gradient):
+    def run(x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return gradient(x)
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch.func", "autocast"])
+def test_with_more_than_autograd_at_work_nothing_is_kept(op, kept, way):
+    x, references, sigma = op.problem(18, 300, 40)
+
+    def total(x):
+        return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
+
+    def gradient(total):
+        leaf = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(total(leaf), leaf)[0]
+
+    expected = gradient(total)
+    assert kept["backward"].pop() == kept["forward"].pop() > 0
+    if way == "torch.func":
+        found = torch.func.grad(total)(x)
+    else:
+        found = gradient({"compiled": compiled, "autocast": under_autocast}[way](total))
+    assert kept["backward"] == kept["forward"] == [0]
+    assert torch.equal(found, expected)
