@@ -119,8 +119,11 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
-    "finish_distances<false>": Intent(128, blocks=4, wide=True),
-    "finish_distances<true>": Intent(128, blocks=4),
+    "finish_distances": Intent(128, blocks=4),
+    **{
+        f"finish_distances<{type_}, false>": Intent(128, blocks=4, wide=True)
+        for type_ in ("float32", "BFloat16", "Float16", "uint8")
+    },
     "differences": Intent(256, blocks=2, copies=True),
     **{
         f"find_limits<{products}, {warps}>": Intent(32 * warps, blocks=2)

@@ -74,6 +74,12 @@ class Shape(NamedTuple):
         return -(-self.M // self.chunk)
 
     @property
+    def keeps(self) -> bool:
+        """Whether the CUDA forward pass can keep its distances for the backward pass."""
+        all_pairs = self._replace(backward=True)
+        return all_pairs.block == self.B and all_pairs.chunk == self.M
+
+    @property
     def halves(self) -> bool:
         """Whether the sums of the CUDA forward pass multiply float16 parts."""
         return not self.few and self.M <= 1 << 20

@@ -240,7 +240,7 @@ def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
 
 def cuda_backward(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     """The launches of the CUDA kernels for the gradient of the queries."""
-    found = work.gradient_counts(shape, data, card, references=False)
+    found = work.gradient_counts(shape, data, card, references=False, kept=shape.keeps)
     return _of_work(found, shape, card)
 
 

@@ -258,7 +258,8 @@ def _distances(
         return
     work = _products(shape, queries, m, tiling, card, False)
     yield work
-    yield _finished(queries, m, work.blocks // _tiles(queries, m, tiling), card, project)
+    slices = work.blocks // _tiles(queries, m, tiling)
+    yield _finished(shape, queries, m, slices, card, project)
 
 
 def _tiles(queries: int, m: int, tiling: Tiling) -> int:
@@ -295,30 +296,36 @@ def _products(
     columns, groups = rows // 8, references // 16
     slabs = 2 if ahead else 1  # of 16 references, of a warp
     parts = 8 // groups * slabs  # of the columns, among the warps
-    minima = 0 if project or sliced else _minima(2 * columns // parts, slabs)
-    once = Amount(barriers=(2 if project or sliced else 3) + ahead, exchanges=8 * (4 + minima))
+    last = 0 if sliced else _last(project, 2 * columns // parts, slabs)
+    once = Amount(barriers=(2 if project or sliced else 3) + ahead, exchanges=8 * (4 + last))
     name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}, {_text(sliced)}>"
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
     return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
 
 
-def _finished(queries: int, m: int, slices: int, card: Device, project: bool) -> Work:
+def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, project: bool) -> Work:
     """Distances from the sums over slices."""
     rows, tiles, sums = FINISH_WARPS * FINISH_QUERIES, up(m, TILE), 8 * slices * queries * m
     blocks = tiles * up(queries, rows)
     loops = {"slices": _by_all(blocks, slices)}
-    if not project:
+    if project:
+        votes = Amount(exchanges=1)
+        loops["votes"] = Loop(tiles * up(queries, FINISH_QUERIES), FINISH_WARPS, votes)
+    else:
         loops["minima"] = Loop(tiles * queries, min(queries, rows), Amount(exchanges=3))
         loops["reach"] = Loop(tiles, 1, Amount(exchanges=_OVER_WARP))
-    name = f"finish_distances<{_text(project)}>"
+    name = f"finish_distances<{shape.type}, {_text(project)}>"
     moved = (4 if project else 8) * queries * m
     if sums > KEPT * card.rate("l2_size"):
         moved += sums
     return Work("finish_distances", name, blocks, 32 * FINISH_WARPS, 0, Amount(), loops, moved)
 
 
-def _minima(columns: int, slabs: int) -> int:
-    """Exchanges of a warp that finds the least distances of its columns, and the farthest row."""
+def _last(project: bool, columns: int, slabs: int) -> int:
+    """Exchanges of a warp after its sums: the least distances of its columns and the farthest row,
+    or a vote on whether all of G·y is finite."""
+    if project:
+        return 1
     over_rows = sum(max(1, columns // each) for each in (2, 4, 8))
     return 3 + slabs * (over_rows + _OVER_WARP)
 
@@ -336,8 +343,8 @@ def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, proj
     # Three products of two warpgroups, of two halves of the queries and of a panel.
     of_all = Amount(of_warpgroups=3 * 8 * 2 * 2 * panels, copied=copied, barriers=panels)
     loop = _by_all(tiles, panels, of_all)
-    minima = 0 if project or sliced else _minima(2 * side // 8, 1)
-    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * (4 + minima))
+    last = 0 if sliced else _last(project, 2 * side // 8, 1)
+    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * (4 + last))
     memory = 4 * (_PANEL * (2 * 2 * side + 4 * side + 4)) + 16 * side
     moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
     name = f"warpgroup_distances<{_text(project)}, {_text(sliced)}>"
@@ -550,38 +557,40 @@ def _merge(
 
 
 def gradient_counts(
-    shape: Shape, data: Data, card: Device, references: bool = True
+    shape: Shape, data: Data, card: Device, references: bool = True, kept: bool = False
 ) -> Iterator[Work]:
     """The launches of a backward pass with aligned rows.
 
     Args:
         data: what :func:`benchmarks.machine_code.data.count_gradient` returns for the shape.
         references: whether the gradient of the references is found, beside that of the queries.
+        kept: whether it takes the distances that the forward pass kept.
     """
     shape = shape._replace(backward=True)
-    if not shape.few:
+    if not shape.few and not kept:
         yield _center(shape)
     for queries, blocks in by_size(shape.blocks()):
         if not shape.few:
-            for centered in (True, False):
+            for centered in (False,) if kept else (True, False):
                 yield _split(shape, queries, centered)._replace(times=blocks)
         for m, chunks in by_size(shape.chunk_sizes()):
-            for work in _gradient_of_chunks(shape, data, queries, m, chunks, card):
+            for work in _gradient_of_chunks(shape, data, queries, m, chunks, card, kept):
                 if references or work.name != "reference_gradient":
                     yield work._replace(times=work.times * blocks)
 
 
 def _gradient_of_chunks(
-    shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device
+    shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device, kept: bool
 ) -> Iterator[Work]:
     """The launches for a block of queries and so many chunks of m references."""
     passes = 1 if shape.chunks == 1 else 2  # over the chunks; both need the distances
-    for work in (
+    measured = (
         *_distances(shape, queries, m, card),
-        *_distances(shape, queries, m, card, project=True),
         _limits(shape, data, queries, m),
         _refine(shape, data, queries, m, card),
-    ):
+    )
+    projected = _distances(shape, queries, m, card, project=True)
+    for work in projected if kept else (*measured, *projected):
         yield work._replace(times=passes * chunks)
     pieces = up(m, piece_of(shape, card))
     yield _pull(shape, queries, m, card)._replace(times=chunks)

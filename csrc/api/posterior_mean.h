@@ -37,8 +37,8 @@ struct Problem {
   std::int64_t all_references = 0;
 };
 
-// Memory for what a forward pass keeps for its backward pass (cpu/kept_distances.h), on an 8-byte
-// boundary. Null if nothing is kept.
+// Memory for what a forward pass keeps for its backward pass, on an 8-byte boundary on the CPU
+// (cpu/kept_distances.h), on a 16-byte boundary on CUDA devices. Null if nothing is kept.
 struct Kept {
   void* at = nullptr;
   std::int64_t bytes = 0;
@@ -55,7 +55,7 @@ struct Forward {
   double* nearest;         // (queries): squared distance of the nearest reference
   double* total;           // (queries): Σ_j exp(l_j − l of the nearest reference)
   double* sums = nullptr;  // (queries, features): Σ_j exp(l_j − l of the nearest reference) y_j
-  Kept kept = {};          // for the CPU
+  Kept kept = {};
 };
 
 // A null gradient is neither read nor written. On the CPU, gradients of x and radius may take
@@ -75,7 +75,7 @@ struct Backward {
   double* sums = nullptr;        // (queries, features): Σ_j c_j (y_j − mean)
   double* moments = nullptr;     // (queries)
   double* pulls = nullptr;       // (queries, 2): Σ_j p_j and Σ_j p_j G·(y_j − mean)
-  Kept kept = {};                // from the forward pass, its used part; for the CPU
+  Kept kept = {};                // from the forward pass; on the CPU its used part
 };
 
 enum class Failure : int {
@@ -116,13 +116,20 @@ const Kernels& cpu_kernels();
 
 // The same on a CUDA device. x, the mean and their gradients are float32; references are float32,
 // bfloat16, float16 or uint8. Values are not checked: a value that is not finite gives NaN. The
-// workspace must have at least posterior_mean_workspace_cuda() bytes. Throws std::runtime_error if
-// the device refuses a launch.
+// workspace must have at least posterior_mean_workspace_cuda() bytes, where `kept` is the number of
+// bytes that the pass keeps or takes from the forward pass. Throws std::runtime_error if the device
+// refuses a launch, std::invalid_argument if what is kept has the size of another problem.
+//
+// posterior_mean_kept_cuda() is the number of bytes that a forward pass keeps if it is given the
+// memory: all squared distances, in float64. It is 0 if the backward pass takes several blocks or
+// chunks. With what is kept the backward pass has the same results to the bit.
 struct CudaWorkspace {
   void* at = nullptr;
   std::size_t bytes = 0;
 };
-std::size_t posterior_mean_workspace_cuda(const Problem&, const CudaPlace&, bool backward);
+std::int64_t posterior_mean_kept_cuda(const Problem&);
+std::size_t posterior_mean_workspace_cuda(const Problem&, const CudaPlace&, bool backward,
+                                          std::int64_t kept = 0);
 void posterior_mean_cuda(const Problem&, const Forward&, const CudaPlace&, const CudaWorkspace&);
 void posterior_mean_backward_cuda(const Problem&, const Backward&, const CudaPlace&,
                                   const CudaWorkspace&);
@@ -135,7 +142,7 @@ std::string cuda_problem(int device);
 // workspace. Tests lower them.
 struct CudaLimits {
   // Queries × references. A pair takes 12 bytes. The backward pass has half as many pairs, of 24
-  // bytes each.
+  // bytes each, of which 8 may be kept from the forward pass: 16 MiB.
   std::int64_t pairs = 1 << 22;
   std::int64_t parts = 1 << 23;       // values in sums of parts of a chunk or of features
   std::int64_t queries = 4096;        // in a block

@@ -106,6 +106,14 @@ std::int64_t kept_bytes(int type, int reference_type, std::int64_t queries, std:
       outline(type, reference_type, queries, references, features, {0, 0}, 1));
 }
 
+#ifdef PFGM_HAS_CUDA
+std::int64_t kept_bytes_cuda(int type, int reference_type, std::int64_t queries,
+                             std::int64_t references, std::int64_t features) {
+  return posterior_mean_kept_cuda(
+      outline(type, reference_type, queries, references, features, {0, 0}, 1));
+}
+#endif
+
 std::int64_t sketch_bytes(int type, int reference_type, std::int64_t references,
                           std::int64_t features) {
   return cpu_kernels().sketch_bytes(
@@ -243,7 +251,11 @@ PYBIND11_MODULE(_native, module) {
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())
       .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("stream"));
-  module.def("posterior_mean_workspace_cuda", &posterior_mean_workspace_cuda, released);
+  module.def("kept_bytes_cuda", &kept_bytes_cuda, py::kw_only(), py::arg("type"),
+             py::arg("reference_type"), py::arg("queries"), py::arg("references"),
+             py::arg("features"));
+  module.def("posterior_mean_workspace_cuda", &posterior_mean_workspace_cuda, released,
+             py::arg("problem"), py::arg("place"), py::arg("backward"), py::arg("kept") = 0);
   py::class_<CudaWorkspace>(module, "CudaWorkspace", py::module_local())
       .def(py::init([](Address at, std::size_t bytes) {
              return CudaWorkspace{pointer<void>(at), bytes};

@@ -33,6 +33,7 @@ struct Halves {
   std::uint16_t *high, *low;  // (rows, width)
   double* units;              // (rows): turns a product with scaled references into the true one
   int rows;
+  Rows<float> whole;  // the rows themselves
 };
 
 // The power of two that brings `largest` > 0 to at least 2^power, below twice that. For 0 and

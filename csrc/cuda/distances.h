@@ -3,8 +3,9 @@
 // distances computes |x|² + |y|² − 2 x·y from products in matrix units, of centred data in two
 // float16 parts (cuda/centering.h). For few queries or features, differences computes Σ (x − y)²
 // instead. Both also find the smallest distance of each tile of references. With PROJECT they
-// compute G·y instead, up to a number for each query. If there are few pairs, blocks of distances
-// share out the features, and finish_distances adds up what they leave.
+// compute G·y instead, up to a number for each query. A reference that float16 cannot hold has no
+// products; its G·y is then found without them. If there are few pairs, blocks of distances share
+// out the features, and finish_distances adds up what they leave.
 #pragma once
 #include "cuda/centering.h"
 
@@ -352,6 +353,47 @@ __device__ inline double over_quad(double value) {
   return value + __shfl_xor_sync(kAll, value, 2);
 }
 
+// Σ g (y − centre), computed by a warp; lane 0 gets the result.
+template <class R>
+__device__ inline float centered_product(const float* g, const R* y, const float* center,
+                                         int features, int lane) {
+  float total = 0, lost = 0;
+#pragma unroll 1
+  for (int k = lane; k < features; k += 32)
+    add_compensated(total, lost, g[k] * (load_float(y + k) - center[k]));
+  return static_cast<float>(over_warp(static_cast<double>(total) - lost, Sum()));
+}
+
+// A warp's part of a tile: some queries, and at most 32 references, one for each of the first
+// lanes.
+struct TilePart {
+  int query0, queries, reference0, references;
+};
+
+// Replaces what is not finite in G·y, which the warp has stored, by sums of float32 products.
+template <class R>
+__device__ inline void replace_infinite(const TilePart& part, const Rows<float>& upstream,
+                                        const Rows<R>& y, const Center& center, const Pairs& out,
+                                        const Lane& lane) {
+  __syncwarp();
+  const bool known =
+      lane.lane < part.references && part.reference0 + lane.lane < static_cast<int>(y.count);
+#pragma unroll 1
+  for (int query = part.query0; query < part.query0 + part.queries && query < upstream.count;
+       ++query) {
+    float* const row = out.projected + query * out.stride + part.reference0;
+    unsigned infinite =
+        __ballot_sync(kAll, known && !(fabsf(row[known ? lane.lane : 0]) < INFINITY));
+#pragma unroll 1
+    for (; infinite != 0; infinite &= infinite - 1) {
+      const int i = __ffs(static_cast<int>(infinite)) - 1;
+      const float product = centered_product(upstream.row(query), y.row(part.reference0 + i),
+                                             center.at, center.features, lane.lane);
+      if (lane.lane == 0) row[i] = product;
+    }
+  }
+}
+
 // |y − centre|², if the reference counts for the reach of its tile: larger ones have no products in
 // float16.
 __device__ inline double reach_of(double scaled, double squared, int features, bool known) {
@@ -392,12 +434,12 @@ __device__ inline int least_over_rows(std::uint64_t (&low)[COLUMNS], const Lane&
 
 // Finishes the sums of a tile: distances and their minima, or G·y. If SLICED, it stores the sums
 // over a slice of the features.
-template <bool PROJECT, bool SLICED, class Memory>
+template <bool PROJECT, bool SLICED, class Memory, class R>
 __device__ inline void finish_tile(Memory& shared,
                                    float (&total)[Memory::kSlabs][Memory::kColumns][4],
                                    float (&rest)[Memory::kSlabs][Memory::kColumns][4],
                                    const float (&square)[2], const float (&square_lost)[2],
-                                   int queries, int references, const Center& center,
+                                   const Halves& x, const Rows<R>& y, const Center& center,
                                    const Pairs& out, const Slices& slices) {
   constexpr int QUERIES = Memory::kQueries, REFERENCES = Memory::kReferences;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
@@ -443,8 +485,8 @@ __device__ inline void finish_tile(Memory& shared,
     for (int j = 0; j < kOwn; ++j)
       for (int odd = 0; odd < 2; ++odd) {
         const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
-        if (query0 + column >= queries) continue;
-        float2* const to = slices.products + (slice * queries + query0 + column) * slices.stride;
+        if (query0 + column >= x.rows) continue;
+        float2* const to = slices.products + (slice * x.rows + query0 + column) * slices.stride;
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s)
           for (int e = 0; e < 2; ++e) {
@@ -470,7 +512,7 @@ __device__ inline void finish_tile(Memory& shared,
       double scaled = shared.sums.squares[0][row];
       if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
       squared[s][e] = scaled * per_scale * per_scale;
-      known[s][e] = reference0 + row < references;
+      known[s][e] = reference0 + row < y.count;
       farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
     }
     if constexpr (!PROJECT) {
@@ -484,7 +526,8 @@ __device__ inline void finish_tile(Memory& shared,
     return column0 + 8 * (kOwn * part + i / 2) + 2 * lane.t + i % 2;
   };
   std::uint64_t least[kSlabs][kOfLane / kTogether];
-  unsigned infinite = 0;  // a bit for each slab and column
+  unsigned infinite = 0;   // a bit for each slab and column
+  bool all_finite = true;  // of this thread's G·y
   int first = 0;
 #pragma unroll
   for (int begin = 0; begin < kOfLane; begin += kTogether) {
@@ -492,7 +535,7 @@ __device__ inline void finish_tile(Memory& shared,
 #pragma unroll
     for (int i = begin; i < begin + kTogether; ++i) {
       const int column = column_of(i);
-      const bool inside = query0 + column < queries;
+      const bool inside = query0 + column < x.rows;
       const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) {
@@ -503,8 +546,9 @@ __device__ inline void finish_tile(Memory& shared,
           double product = static_cast<double>(total[s][i / 2][at]) + rest[s][i / 2][at];
           if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
           if constexpr (PROJECT) {
-            if (inside && known[s][e])
-              out.projected[place + 8 * e] = static_cast<float>(unit * product);
+            const float projected = static_cast<float>(unit * product);
+            if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
+            all_finite = all_finite && (fabsf(projected) < INFINITY);
           } else {
             const std::uint64_t distance = distance_of(squared[s][e], norm, unit, product);
             if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
@@ -532,13 +576,18 @@ __device__ inline void finish_tile(Memory& shared,
         shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
       }
   }
-  if constexpr (!PROJECT) {
+  if constexpr (PROJECT) {
+    const TilePart part_of_warp = {query0 + column0 + 8 * kOwn * part, 8 * kOwn,
+                                   reference0 + row_of(0) - lane.g, 16 * kSlabs};
+    if (__ballot_sync(kAll, all_finite) != kAll)
+      replace_infinite(part_of_warp, x.whole, y, center, out, lane);
+  } else {
     __syncthreads();
     constexpr int kTileGroups = kTileReferences / 16;
 #pragma unroll
     for (int i = 0; i < REFERENCES / kTileReferences; ++i) {
       const int tile = static_cast<int>(blockIdx.x) * (REFERENCES / kTileReferences) + i;
-      store_lowest<QUERIES>(shared.sums.low + i * kTileGroups, kTileGroups, tile, query0, queries,
+      store_lowest<QUERIES>(shared.sums.low + i * kTileGroups, kTileGroups, tile, query0, x.rows,
                             out);
       if (blockIdx.y > 0 || threadIdx.x > 0 || tile >= out.tiles) continue;
       double most = 0;
@@ -665,8 +714,7 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   } while (++p < trips);
   wait_copies<0>();
   __syncthreads();
-  finish_tile<PROJECT, SLICED>(shared, total, rest, square, square_lost, x.rows,
-                               static_cast<int>(y.count), center, out, slices);
+  finish_tile<PROJECT, SLICED>(shared, total, rest, square, square_lost, x, y, center, out, slices);
 }
 
 // ---- slices of the features ------------------------------------------------------------------
@@ -676,14 +724,14 @@ constexpr int kFinishThreads = 32 * kFinishWarps;
 
 // Distances, or G·y, from the sums over slices. A block takes a tile of references. A lane takes
 // two neighbouring ones. The sums are added up in the order of the slices.
-template <bool PROJECT>
+template <class R, bool PROJECT>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_distances(const Halves x, int references, const Center center, const Pairs out,
+    finish_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
                      const Slices slices) {
   const Lane lane = this_lane();
   const int reference = static_cast<int>(blockIdx.x) * kTileReferences + 2 * lane.lane;
   const int query0 = (static_cast<int>(blockIdx.y) * kFinishWarps + lane.warp) * kFinishQueries;
-  const bool known[2] = {reference < references, reference + 1 < references};
+  const bool known[2] = {reference < y.count, reference + 1 < y.count};
   if constexpr (!PROJECT) clear_list(out);
   if (query0 >= x.rows) return;
   float2 sum[kFinishQueries][2] = {};
@@ -717,6 +765,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       farthest = over_warp(farthest, Most());
       if (lane.lane == 0) out.reach[blockIdx.x] = farthest;
     }
+  bool all_finite = true;  // of this thread's G·y
 #pragma unroll
   for (int q = 0; q < kFinishQueries; ++q) {
     const int query = query0 + q;
@@ -732,6 +781,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         *reinterpret_cast<float2*>(out.projected + place) = both;
       else if (known[0])
         out.projected[place] = both.x;
+      all_finite = all_finite && fabsf(both.x) < INFINITY && fabsf(both.y) < INFINITY;
     } else {
       const double norm = out.norms[query];
       std::uint64_t distance[2], low = kInfiniteBits;
@@ -754,6 +804,12 @@ __global__ void __launch_bounds__(kFinishThreads)
             stored_lowest(marked ? -least : least);
     }
   }
+  if constexpr (PROJECT)
+    if (__ballot_sync(kAll, all_finite) != kAll)
+      for (int half = 0; half < kTileReferences; half += 32) {
+        const int reference0 = static_cast<int>(blockIdx.x) * kTileReferences + half;
+        replace_infinite({query0, kFinishQueries, reference0, 32}, x.whole, y, center, out, lane);
+      }
 }
 
 // ---- differences -----------------------------------------------------------------------------

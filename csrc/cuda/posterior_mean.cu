@@ -4,8 +4,10 @@
 // goes through distances (cuda/distances.h and warpgroup_distances.h, of data centred by
 // cuda/centering.h) or differences, finish_distances if blocks of distances share out the features,
 // find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
-// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Launches depend on shapes and the
-// device alone. Nothing waits for the device, and CUDA graphs can capture the launches.
+// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). The backward pass takes the
+// distances that the forward pass kept, or finds them again. Launches depend on shapes, the device
+// and whether distances are kept. Nothing waits for the device, and CUDA graphs can capture the
+// launches.
 #include <cmath>
 
 #include "api/posterior_mean.h"
@@ -132,6 +134,26 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
   return best;
 }
 
+// What the backward pass can take from the forward pass: the squared distances, and the centre of
+// the references if products are centred.
+struct Lasting {
+  double* squared;  // (queries, stride)
+  Center center;
+
+  Lasting(Arena& arena, const Partition& partition, Index features)
+      : squared(arena.take<double>(partition.queries * partition.stride)), center() {
+    if (partition.few) return;
+    const Index width = round_up(features, 2 * kPanel), groups = divide_up(width, kCenterThreads);
+    center.features = static_cast<int>(features), center.width = static_cast<int>(width);
+    center.at = arena.take<float>(width);
+    center.scaled = arena.take<float>(width);
+    center.spread = arena.take<float>(groups);
+    center.largest = arena.take<float>(groups);
+    center.scale = arena.take<float>(2);
+    center.value_scale = arena.take<float>(2);
+  }
+};
+
 double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
 }
@@ -139,10 +161,12 @@ double weight_floor(const Problem& problem, double extra_cutoff = 0) {
 template <class R>
 class Calculation {
  public:
+  // If the workspace is only counted, it has no address, and `kept` has only its size.
   Calculation(const Problem& problem, const Stream& stream, const CudaWorkspace& workspace,
-              bool backward)
+              bool backward, const Kept& kept)
       : problem_(problem),
         stream_(stream),
+        measures_(!backward || kept.bytes == 0),
         arena_(workspace),
         partition_(partition_of(problem, stream.multiprocessors(), backward)),
         features_(static_cast<int>(problem.features)),
@@ -150,8 +174,13 @@ class Calculation {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
     if (pairs > kMostPairs) throw std::invalid_argument("posterior_mean: too many pairs at once");
+    if (kept.bytes != 0 && kept.bytes != posterior_mean_kept_cuda(problem))
+      throw std::invalid_argument("what the forward pass kept is of another problem");
+    Arena keeping({kept.at, static_cast<std::size_t>(kept.bytes)});
+    const Lasting lasting(kept.bytes > 0 ? keeping : arena_, partition_, problem.features);
+    center_ = lasting.center;
     pairs_.stride = partition_.stride;
-    pairs_.squared = arena_.take<double>(pairs);
+    pairs_.squared = lasting.squared;
     pairs_.projected = backward ? arena_.take<float>(pairs) : nullptr;
     pairs_.lowest = arena_.take<double>(queries * tiles);
     pairs_.reach = arena_.take<double>(tiles);
@@ -175,16 +204,8 @@ class Calculation {
     lists_.stride = partition_.stride;
     parts_.panels = static_cast<int>(partition_.part_panels);
     if (!partition_.few) {
-      const Index width = round_up(problem.features, 2 * kPanel);
-      center_.features = features_, center_.width = static_cast<int>(width);
-      center_.at = arena_.take<float>(width);
-      center_.scaled = arena_.take<float>(width);
-      center_.spread = arena_.take<float>(divide_up(width, kCenterThreads));
-      center_.largest = arena_.take<float>(divide_up(width, kCenterThreads));
-      center_.scale = arena_.take<float>(2);
-      center_.value_scale = arena_.take<float>(2);
-      x_halves_ = take_halves(width);
-      if (backward) upstream_halves_ = take_halves(width);
+      if (measures_) x_halves_ = take_halves();
+      if (backward) upstream_halves_ = take_halves();
     }
     order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
     sums_.size = static_cast<int>(partition_.piece);
@@ -214,10 +235,10 @@ class Calculation {
     for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
       const QueryStates state = {out.nearest + first_, out.total + first_, out.logsumexp + first_};
       float* mean = static_cast<float*>(out.mean) + first_ * problem_.features;
-      split(x(), {});
+      split<true>(x(), x_halves_);
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         const bool first_chunk = begin_ == 0;
-        measure(first_chunk ? nullptr : state.nearest, {});
+        measure(first_chunk ? nullptr : state.nearest);
         sums_.pieces = pieces();
         // Divided by it, a sum of weights is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(references())) + 1);
@@ -241,18 +262,26 @@ class Calculation {
   }
 
   void backward(const Backward& io) {
-    find_references_center();
+    if (measures_) find_references_center();
     for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
+      // A forward pass over one chunk knew no nearest reference before. Without it the distances
+      // here are the same to the bit.
       const bool one = partition_.references == problem_.references;
-      split(x(), upstream(io));
+      const double* nearest = one ? nullptr : io.nearest + first_;
+      if (measures_) split<true>(x(), x_halves_);
+      split<false>(upstream(io), upstream_halves_);
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
-        measure(io.nearest + first_, upstream(io));
+        if (measures_) measure(nearest);
+        project(upstream(io));
         run("pull", {queries(), pieces()}, kQueryThreads, kScratch, pull, law_, radius(),
             io.nearest + first_, io.total + first_, pairs_, references(), gradient_floor(),
             begin_ == 0, moments_);
       }
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
-        if (!one) measure(io.nearest + first_, upstream(io));
+        if (!one) {
+          measure(nearest);
+          project(upstream(io));
+        }
         differentiate(io);
       }
     }
@@ -293,8 +322,8 @@ class Calculation {
   }
   double gradient_floor() const { return weight_floor(problem_, kGradientCutoff); }
 
-  Halves take_halves(Index width) {
-    const Index count = partition_.queries * width;
+  Halves take_halves() {
+    const Index count = partition_.queries * center_.width;
     Halves halves = {};
     halves.high = arena_.take<std::uint16_t>(count);
     halves.low = arena_.take<std::uint16_t>(count);
@@ -310,28 +339,23 @@ class Calculation {
         sizeof(float) * kCenterThreads / 32, find_center<R>, y, center_);
   }
 
-  // The parts of the block's queries, and of G if there is a G.
-  void split(const Rows<float>& x, const Rows<float>& upstream) {
+  // The parts of the block's queries, which are CENTERED, or of its G.
+  template <bool CENTERED>
+  void split(const Rows<float>& rows, Halves& halves) {
     if (partition_.few) return;
-    x_halves_.rows = upstream_halves_.rows = x.count;
-    run("split_rows", {x.count}, kSplitThreads, kScratch, split_rows<true>, x, center_,
-        pairs_.norms, x_halves_);
-    if (upstream.at)
-      run("split_rows", {x.count}, kSplitThreads, kScratch, split_rows<false>, upstream, center_,
-          pairs_.norms, upstream_halves_);
+    halves.rows = rows.count, halves.whole = rows;
+    run("split_rows", {rows.count}, kSplitThreads, kScratch, split_rows<CENTERED>, rows, center_,
+        pairs_.norms, halves);
   }
 
-  // Distances of the block and the chunk, exact where it matters, and G·y, up to a number for each
-  // query, if there is a G. `nearest` is the smallest distance so far, or null.
-  void measure(const double* nearest, const Rows<float>& upstream) {
+  // Distances of the block and the chunk, exact where it matters. `nearest` is the smallest
+  // distance so far, or null.
+  void measure(const double* nearest) {
     pairs_.tiles = static_cast<int>(divide_up(references(), kTileReferences));
-    if (partition_.few) {
+    if (partition_.few)
       find_differences<false>(x());
-      if (upstream.at) find_differences<true>(upstream);
-    } else {
+    else
       find_products<false>(x_halves_);
-      if (upstream.at) find_products<true>(upstream_halves_);
-    }
     // Few tiles give few warps work.
     if (pairs_.tiles > 32)
       limit_distances<8>(nearest);
@@ -339,7 +363,15 @@ class Calculation {
       limit_distances<4>(nearest);
     const Index most = divide_up(queries() * references(), kRefineWarps);
     run("refine", {smaller(stream_.multiprocessors(), most)}, kRefineThreads, 0, refine<R>, x(),
-        upstream, y(), partition_.few ? nullptr : center_.at, features_, units_, pairs_);
+        y(), features_, units_, pairs_);
+  }
+
+  // G·y of the block and the chunk, up to a number for each query.
+  void project(const Rows<float>& upstream) const {
+    if (partition_.few)
+      find_differences<true>(upstream);
+    else
+      find_products<true>(upstream_halves_);
   }
 
   template <int WARPS>
@@ -396,7 +428,7 @@ class Calculation {
     run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y(), center_, pairs_,
         sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
-        0, finish_distances<PROJECT>, rows, references(), center_, pairs_, sums);
+        0, finish_distances<R, PROJECT>, rows, y(), center_, pairs_, sums);
   }
 
   // Whether tiles of 128 × 128 are those of warpgroups. They take aligned rows alone.
@@ -478,6 +510,7 @@ class Calculation {
 
   const Problem& problem_;
   const Stream& stream_;
+  const bool measures_;  // whether distances are found, and not taken from the forward pass
   Arena arena_;
   const Partition partition_;
   const int features_;
@@ -529,13 +562,24 @@ std::string cuda_problem(int device) {
   return {};
 }
 
+std::int64_t posterior_mean_kept_cuda(const Problem& problem) {
+  // Queries and references of a part are the same for any number of multiprocessors. If they are
+  // all of the backward pass, they are all of the forward pass.
+  const Partition partition = partition_of(problem, 1, true);
+  if (partition.queries != problem.queries || partition.references != problem.references) return 0;
+  Arena counted{CudaWorkspace{}};
+  Lasting(counted, partition, problem.features);
+  return static_cast<std::int64_t>(counted.used());
+}
+
 std::size_t posterior_mean_workspace_cuda(const Problem& problem, const CudaPlace& place,
-                                          bool backward) {
+                                          bool backward, std::int64_t kept) {
   const Stream stream(place);
   std::size_t bytes = 0;
   with_type(problem.reference_type, [&](auto value) {
     using R = decltype(value);
-    bytes = Calculation<R>(problem, stream, CudaWorkspace{}, backward).workspace();
+    const Kept of_size = {nullptr, kept};
+    bytes = Calculation<R>(problem, stream, CudaWorkspace{}, backward, of_size).workspace();
   });
   return bytes;
 }
@@ -545,7 +589,7 @@ void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaP
   const Stream stream(place);
   with_type(problem.reference_type, [&](auto value) {
     using R = decltype(value);
-    Calculation<R>(problem, stream, workspace, false).forward(out);
+    Calculation<R>(problem, stream, workspace, false, out.kept).forward(out);
   });
 }
 
@@ -554,7 +598,7 @@ void posterior_mean_backward_cuda(const Problem& problem, const Backward& io,
   const Stream stream(place);
   with_type(problem.reference_type, [&](auto value) {
     using R = decltype(value);
-    Calculation<R>(problem, stream, workspace, true).backward(io);
+    Calculation<R>(problem, stream, workspace, true, io.kept).backward(io);
   });
 }
 

@@ -3,7 +3,6 @@
 // Products and differences in float32 lose digits, and the exponent (N + D)/2 multiplies the error.
 // find_limits decides from the error that would be left in the mean which distances of a query
 // matter, and lists them. refine computes these from differences in two floats, one warp for each.
-// A reference that float16 cannot hold has no products; refine also finds its G·y.
 #pragma once
 #include "cuda/distances.h"
 #include "cuda/weight_law.h"
@@ -367,25 +366,13 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
   return is_finite(sum) ? sum : NAN;
 }
 
-// Σ g (y − centre), computed by a warp; lane 0 gets the result.
-template <class R>
-__device__ inline float centered_product(const float* g, const R* y, const float* center,
-                                         int features, int lane) {
-  float total = 0, lost = 0;
-#pragma unroll 1
-  for (int k = lane; k < features; k += 32)
-    add_compensated(total, lost, g[k] * (load_float(y + k) - center[k]));
-  return static_cast<float>(over_warp(static_cast<double>(total) - lost, Sum()));
-}
-
 // Computes the listed distances of a chunk again. The minima of their tiles get to know the new
 // ones, as −1 if one is NaN. Each warp takes one pair after the other. A block has neighbouring
-// pairs of the list, most of them of one query, whose row then comes from the L1 cache. `upstream`
-// and `center` may be null.
+// pairs of the list, most of them of one query, whose row then comes from the L1 cache.
 template <class R>
 __global__ void __launch_bounds__(kRefineThreads, 1)
-    refine(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, const float* center,
-           int features, const float* units, const Pairs pairs) {
+    refine(const Rows<float> x, const Rows<R> y, int features, const float* units,
+           const Pairs pairs) {
   const Lane lane = this_lane();
   const unsigned block = blockIdx.x, listed = *pairs.listed;
   const unsigned each = listed / gridDim.x, more = listed % gridDim.x;  // blocks have one more
@@ -402,13 +389,6 @@ __global__ void __launch_bounds__(kRefineThreads, 1)
       double* const lowest = pairs.lowest + static_cast<Index>(query) * pairs.tiles;
       atomic_least(lowest + reference / kTileReferences, is_finite(distance) ? distance : -1);
     }
-    if (!upstream.at || !center) continue;
-    float& projected = pairs.projected[place];
-    if (fabsf(projected) < INFINITY) continue;  // the same for all lanes
-    __syncwarp();
-    const float product =
-        centered_product(upstream.row(query), y.row(reference), center, features, lane.lane);
-    if (lane.lane == 0) projected = product;
   }
 }
 

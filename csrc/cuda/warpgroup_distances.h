@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
 
   using Sums = float[1][Memory::kColumns][4];
   finish_tile<PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total),
-                               reinterpret_cast<Sums&>(rest), square, square_lost, x.rows,
-                               static_cast<int>(y.count), center, out, slices);
+                               reinterpret_cast<Sums&>(rest), square, square_lost, x, y, center,
+                               out, slices);
 #endif
 }
 

@@ -1,5 +1,6 @@
 // The CUDA kernels on the host, through the shim, against plain formulas, for builds with a
-// sanitizer. The order of threads and blocks must not change a bit.
+// sanitizer. The order of threads and blocks must not change a bit, nor must distances that are
+// kept for the backward pass.
 #include <algorithm>
 
 #include "api/levels.h"
@@ -22,19 +23,29 @@ const CudaPlace kPlace{0, 0};
 
 // ---- the implementation ---------------------------------------------------------------------
 
-Matrix workspace_of(const Problem& problem, bool backward) {
-  const std::size_t bytes = posterior_mean_workspace_cuda(problem, kPlace, backward);
+Matrix workspace_of(const Problem& problem, bool backward, const Kept& kept) {
+  const std::size_t bytes = posterior_mean_workspace_cuda(problem, kPlace, backward, kept.bytes);
   return Matrix(Type::uint8, 1, static_cast<Index>(bytes));
 }
 
-Implementation cuda(const std::string& name) {
-  const auto forward = [](const Problem& problem, const Forward& out) {
-    const Matrix workspace = workspace_of(problem, false);
+// With `keeps`, a backward pass takes the distances of the forward pass before it, if that could
+// keep them.
+Implementation cuda(const std::string& name, bool keeps) {
+  const auto memory = std::make_shared<Matrix>(Type::uint8, 1, 1);
+  const auto kept_of = [keeps, memory](const Problem& problem) {
+    const Index bytes = keeps ? posterior_mean_kept_cuda(problem) : 0;
+    return bytes > 0 ? Kept{memory->data(), bytes} : Kept();
+  };
+  const auto forward = [memory, kept_of](const Problem& problem, Forward out) {
+    *memory = Matrix(Type::uint8, 1, 1 + posterior_mean_kept_cuda(problem));
+    out.kept = kept_of(problem);
+    const Matrix workspace = workspace_of(problem, false, out.kept);
     posterior_mean_cuda(problem, out, kPlace, {workspace.data(), workspace.bytes()});
     return Status();
   };
-  const auto backward = [](const Problem& problem, const Backward& io) {
-    const Matrix workspace = workspace_of(problem, true);
+  const auto backward = [kept_of](const Problem& problem, Backward io) {
+    io.kept = kept_of(problem);
+    const Matrix workspace = workspace_of(problem, true, io.kept);
     posterior_mean_backward_cuda(problem, io, kPlace, {workspace.data(), workspace.bytes()});
     return Status();
   };
@@ -51,7 +62,7 @@ template <class Run>
 void run_in(const Orders& orders, const Run& run) {
   const auto run_in_order = [&](unsigned order) {
     shim::set_order(order);
-    return run(cuda("order " + std::to_string(order)));
+    return run(cuda("order " + std::to_string(order), order % 2 == 0));
   };
   const auto first = run_in_order(orders[0]);
   for (std::size_t i = 1; i < orders.size(); ++i)

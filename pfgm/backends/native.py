@@ -251,9 +251,11 @@ def _place(device: torch.device) -> object:
     return extension().CudaPlace(device=index, stream=stream)
 
 
-def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None:
-    place = _place(x.device)
-    size = extension().posterior_mean_workspace_cuda(problem, place, backward)
+def _run_on_cuda(
+    x: Tensor, problem: object, io: object, backward: bool, kept: Tensor | None
+) -> None:
+    place, keeps = _place(x.device), 0 if kept is None else len(kept)
+    size = extension().posterior_mean_workspace_cuda(problem, place, backward, keeps)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     name = "posterior_mean_backward_cuda" if backward else "posterior_mean_cuda"
     at = extension().CudaWorkspace(at=workspace.data_ptr(), bytes=size)
@@ -261,19 +263,29 @@ def _run_on_cuda(x: Tensor, problem: object, io: object, backward: bool) -> None
 
 
 def room_for_distances(problem: PosteriorMean) -> Tensor | None:
-    """Memory for the distances that a forward pass on the CPU can keep for its backward pass.
+    """Memory for the distances that a forward pass can keep for its backward pass.
 
-    None if it keeps none. The first 8 bytes say afterwards how many bytes were used.
+    None if it keeps none.
     """
     x, references = problem.x, problem.references
-    size: int = extension().kept_bytes(
+    of = extension().kept_bytes_cuda if _on_cuda(x.device) else extension().kept_bytes
+    size: int = of(
         type=TYPES[x.dtype],
         reference_type=TYPES[references.dtype],
         queries=len(x),
         references=len(references),
         features=x.shape[1],
     )
-    return torch.empty(size, dtype=torch.uint8) if size > 0 else None
+    return torch.empty(size, dtype=torch.uint8, device=x.device) if size > 0 else None
+
+
+def used_room(memory: Tensor | None) -> Tensor | None:
+    """The part of the memory that the forward pass used; None if it kept nothing."""
+    if memory is None or _on_cuda(memory.device):
+        return memory
+    # The CPU kernels say it in the first 8 bytes. They may run out of room, and then keep nothing.
+    used = int(memory[:8].view(torch.int64))
+    return memory[:used] if used > 0 else None
 
 
 def _memory(kept: Tensor | None) -> tuple[int, int]:
@@ -283,7 +295,7 @@ def _memory(kept: Tensor | None) -> tuple[int, int]:
 def posterior_mean(
     problem: PosteriorMean, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As in :class:`~pfgm.backends.Backend`; on the CPU fills the memory ``kept``."""
+    """As in :class:`~pfgm.backends.Backend`; fills the memory ``kept``."""
     problem = laid_out(problem)
     x, references, radius = problem[:3]
     mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -303,7 +315,7 @@ def posterior_mean(
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
         check_radius(radius)
-    _run_on_cuda(x, given, io, backward=False)
+    _run_on_cuda(x, given, io, False, kept)
     check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total
 
@@ -340,7 +352,7 @@ def posterior_mean_backward(
     given = native_problem(problem)
     if _on_cuda(x.device):
         check_singular(at_limit(nearest, radius, problem.D), grad_logsumexp)
-        _run_on_cuda(x, given, io, backward=True)
+        _run_on_cuda(x, given, io, True, kept)
     else:
         status = extension().posterior_mean_backward(given, io)
         check_status(status, x, references, radius)

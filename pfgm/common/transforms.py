@@ -48,9 +48,9 @@ _autocasting = torch.is_autocast_enabled  # of the type of device, "cuda" if non
 _profiling = torch._C._autograd._profiler_enabled
 
 
-def only_autograd() -> bool:
+def only_autograd(gpu: torch.device | None = None) -> bool:
     """Whether no mode, transform, trace, autocast, profiler or forward-mode differentiation is at
-    work."""
+    work, for tensors in the memory of the CPU, or of the given GPU."""
     return not (
         _dispatch_modes()
         or _function_modes()
@@ -58,6 +58,7 @@ def only_autograd() -> bool:
         or forward_mode()
         or _tracing_state() is not None
         or _autocasting("cpu")
+        or (gpu is not None and _autocasting())
         or _profiling()
     )
 
@@ -83,7 +84,7 @@ def is_ordinary(*values: Any, gpu: torch.device | None = None) -> bool:
     or plain tensors in the memory of the CPU, or of the given GPU. No gradient is wanted, and no
     mode, transform, trace, autocast, profiler or forward-mode differentiation is at work.
     """
-    if not only_autograd() or (gpu is not None and _autocasting()):
+    if not only_autograd(gpu):
         return False
     differentiates = torch.is_grad_enabled()
     for value in values:

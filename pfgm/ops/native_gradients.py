@@ -1,9 +1,13 @@
-"""The posterior mean and its gradients by the CPU kernels, without the dispatcher of torch.
+"""The posterior mean and its gradients by the native kernels, without the dispatcher of torch.
 
-This way is open where nothing but autograd is at work, and costs less than the operators. With many
-features the forward pass keeps the squared distances of the references that count, at most 40 MiB
-(csrc/cpu/kept_distances.h), and the backward pass does not compute them again. Results are those of
-the operator; gradients from kept distances differ by their rounding.
+This way is open where nothing but autograd is at work, and costs less than the operators. The
+forward pass keeps squared distances, and the backward pass does not compute them again:
+
+- On the CPU, with many features, those of the references that count, at most 40 MiB
+  (csrc/cpu/kept_distances.h). Results are those of the operator; gradients from kept distances
+  differ by their rounding.
+- On a GPU, all of them where the kernels take them at once: up to 2²¹ pairs of a point and a
+  reference, 16 MiB (csrc/cuda/posterior_mean.cu). Results are those of the operator to the bit.
 """
 
 from __future__ import annotations
@@ -30,10 +34,11 @@ def compute(
     if torch.compiler.is_compiling() or not native_direct.enabled or not torch.is_grad_enabled():
         return None
     tensors = problem.x, problem.references, problem.radius
+    gpu = _gpu_of(problem.x)
     if (
         not any(tensor.requires_grad for tensor in tensors)
-        or not all(map(transforms.is_plain, tensors))
-        or not transforms.only_autograd()
+        or not all(transforms.is_plain(tensor, gpu) for tensor in tensors)
+        or not transforms.only_autograd(gpu)
     ):
         return None
     posterior_mean.check(problem)
@@ -44,6 +49,10 @@ def compute(
     found = _PosteriorMean.apply(*tensors, problem, check)  # type: ignore[no-untyped-call]
     mean, logsumexp, *_ = found
     return mean, logsumexp
+
+
+def _gpu_of(value: Tensor) -> torch.device | None:
+    return value.device if native.on_gpu(value) else None
 
 
 class _PosteriorMean(torch.autograd.Function):
@@ -61,8 +70,7 @@ class _PosteriorMean(torch.autograd.Function):
         problem = problem._replace(x=x, references=references, radius=radius)
         memory = native.room_for_distances(problem)
         mean, logsumexp, nearest, total = native.posterior_mean(problem, memory)
-        used = 0 if memory is None else int(memory[:8].view(torch.int64))
-        kept = None if memory is None or used == 0 else memory[:used]
+        kept = native.used_room(memory)
         ctx.rest, ctx.check = problem[3:], check
         ctx.save_for_backward(x, references, radius, mean, nearest, total, kept)
         ctx.mark_non_differentiable(*(t for t in (nearest, total, kept) if t is not None))
@@ -85,7 +93,7 @@ class _PosteriorMean(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or batched
-            or not transforms.is_ordinary(grad_mean, grad_logsumexp)
+            or not transforms.is_ordinary(grad_mean, grad_logsumexp, gpu=_gpu_of(x))
         ):
             found = posterior_mean.call_backward(*given, "native")
         else:

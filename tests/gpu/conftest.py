@@ -180,12 +180,14 @@ class Operation:
         size = radius.cpu().square().clamp(max=1)
         return G, (size * torch.randn(len(x), generator=generator)).to(x.device)
 
-    def gradients(self, x, references, radius, D, needs=(True, True, True)):
+    def gradients(self, x, references, radius, D, needs=(True, True, True), keeps=False):
+        """With ``keeps`` from the distances that the forward pass keeps, in the native backend."""
         given = PosteriorMean(x, references, radius, D)
-        mean, _, nearest, total = self.module.posterior_mean(given)
+        kept = (native.room_for_distances(given),) if keeps else ()
+        mean, _, nearest, total = self.module.posterior_mean(given, *kept)
         upstream = Upstream(*self.upstream(x, radius))
         state = State(mean, nearest, total)
-        return self.module.posterior_mean_backward(given, state, upstream, needs)
+        return self.module.posterior_mean_backward(given, state, upstream, needs, *kept)
 
     def everything(self, x, references, radius, D):
         results = self.module.posterior_mean(PosteriorMean(x, references, radius, D))

@@ -20,6 +20,7 @@ from benchmarks.common.subjects import Case
 from benchmarks.machine_code import data, devices, work
 from benchmarks.machine_code.data import Shape
 from benchmarks.machine_code.work import Amount
+from pfgm.backends import native
 from pfgm.common.tensors import dequantise
 
 TYPES = {
@@ -108,13 +109,14 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def run(op, shim):
-    """run(case, dtype, multiprocessors, backward, like) counts a pass in both ways."""
+    """run(case, dtype, multiprocessors, backward, kept, like) counts a pass in both ways."""
 
     def run(
         case: Case,
         dtype: torch.dtype = torch.float32,
         multiprocessors: int = 4,
         backward: bool = False,
+        kept: bool = False,
         like: devices.Device = devices.H100,
     ) -> Run:
         references = case.references
@@ -132,9 +134,9 @@ def run(op, shim):
         if not backward:
             on_data = data.count(shape, lambda shape: case, [card])
             return Run(list(work.counts(shape, on_data, card)), found)
-        both = counted(shim, lambda: op.gradients(*given))
+        both = counted(shim, lambda: op.gradients(*given, keeps=kept))
         on_data = data.count_gradient(shape, lambda shape: case, [card])
-        return Run(list(work.gradient_counts(shape, on_data, card)), both[len(found) :])
+        return Run(list(work.gradient_counts(shape, on_data, card, kept=kept)), both[len(found) :])
 
     return run
 
@@ -258,6 +260,21 @@ def test_gradients(run, sizes):
         kernel = re.compile(r"distances<.*, true, false>|differences<.*, true>")
         projects = [one.kernel for one in found.model if kernel.fullmatch(one.kernel)]
         assert len(projects) == 1
+
+
+@pytest.mark.parametrize("sizes", [(70, 192, 128), (8, 320, 128)])
+def test_gradients_from_kept_distances(run, sizes):
+    found = run(clusters(*sizes), backward=True, kept=True)
+    assert not {"find_limits", "refine"} & {one.name for one in found.shim}
+    check(found)
+
+
+@pytest.mark.parametrize("sizes", [(17, 1 << 16, 64), (100, 20_000, 64), (128, 4096, 3072)])
+def test_which_problems_keep_distances(sizes):
+    given = {"type": 0, "reference_type": 0}
+    given |= dict(zip(("queries", "references", "features"), sizes, strict=True))
+    keeps = native.extension().kept_bytes_cuda(**given) > 0
+    assert Shape("", *sizes).keeps == keeps
 
 
 def test_gradients_with_large_tiles(run):

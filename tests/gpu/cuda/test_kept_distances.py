@@ -1,0 +1,341 @@
+"""Gradients from the distances that the forward pass kept, in the CUDA kernels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import pfgm
+from pfgm.backends import native, native_direct
+from pfgm.backends.problems import PosteriorMean, State, Upstream
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
+# Products, in tiles of each size on one multiprocessor or eight, and differences.
+SIZES = [(40, 300, 97), (20, 190, 64), (100, 130, 65), (8, 200, 70), (40, 70, 20), (1, 1, 1)]
+MEASURED = {"find_center", "find_limits", "refine"}
+
+
+@pytest.fixture
+def backend():
+    return "native"
+
+
+def keeping(x, references, radius, D):
+    """The results of a forward pass that keeps its distances, and what it kept."""
+    given = PosteriorMean(x, references, radius, D)
+    memory = native.room_for_distances(given)
+    return native.posterior_mean(given, memory), native.used_room(memory)
+
+
+def gradients(op, results, x, references, radius, D, kept, needs=(True, True, True)):
+    mean, _, nearest, total = results
+    upstream = Upstream(*op.upstream(x, radius))
+    given = PosteriorMean(x, references, radius, D)
+    state = State(mean, nearest, total)
+    return native.posterior_mean_backward(given, state, upstream, needs, kept)
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def check(op, x, references, radius, D, tolerance=None):
+    """What is kept changes no bit, of the results and of the gradients."""
+    given = x, references, radius, D
+    results, kept = keeping(*given)
+    assert kept.nbytes >= 8 * len(x) * len(references)
+    assert_same(results, native.posterior_mean(PosteriorMean(*given)))
+    found = gradients(op, results, *given, kept)
+    assert_same(found, gradients(op, results, *given, None))
+    if tolerance is not None:
+        rounded = references.dtype != torch.float32  # as the gradient of the references is
+        for place, wanted in enumerate(op.expected_gradients(*given)):
+            if place != 1 or not rounded:
+                op.assert_gradient(found[place], wanted, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 8])
+@pytest.mark.usefixtures("poisoned")
+def test_gradients_are_the_same_to_the_bit(op, shim, multiprocessors, dtype):
+    shim.device(90, multiprocessors)
+    for seed, sizes in enumerate(SIZES):
+        x, references, sigma = op.problem(*sizes, dtype=dtype, seed=seed)
+        D = (1.0, math.inf)[seed % 2]
+        check(op, x, references, op.radius_of(sigma.clamp(min=0.05), D), D, 1e-5)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_near_ties(op, D):
+    x, references = op.near_ties(18, 300, 40, 3.0)
+    radius = op.radius_of(torch.full((18,), 1e-3, dtype=torch.float64, device=op.device), D)
+    check(op, x, references, radius, D)
+
+
+@pytest.mark.parametrize("N", [20, 40])
+def test_equal_references_and_points_on_references(op, N):
+    x, references, sigma = op.problem(18, 300, N)
+    references[100:200] = references[:100]
+    references[200:] = references[:100]
+    x[:5] = references[:5]
+    sigma[:3] = 0
+    check(op, x, references, sigma, 1.0)
+    check(op, x, references, sigma, math.inf)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e8, 1e17])
+@pytest.mark.parametrize("N", [20, 40])
+def test_tiny_and_huge_scales(op, scale, N):
+    x, references, sigma = (scale * value for value in op.problem(18, 300, N))
+    check(op, x, references, sigma, 1.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("N", [20, 40])
+def test_values_that_are_not_finite(op, bad, N):
+    for place in range(2):
+        problem = op.problem(18, 300, N)
+        problem[place][7, N - 1] = bad
+        check(op, *problem, 1.0)
+
+
+# ---- references that have no products ----
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 8])
+@pytest.mark.parametrize("sizes", [(20, 190, 64), (40, 300, 97), (100, 130, 65)])
+def test_references_that_float16_cannot_hold(op, shim, sizes, multiprocessors):
+    """Points lie between two of these, and their gradients depend on both."""
+    shim.device(90, multiprocessors)
+    x, references, sigma = op.problem(*sizes)
+    B, M, _ = sizes
+    large = torch.tensor([3, 50, 64, 111, M - 1])
+    references[large] *= 2e4
+    one, other = (references[large[(torch.arange(B) + i) % 5]] for i in range(2))
+    share = 0.5 + 0.01 * torch.rand(B, 1, generator=torch.Generator().manual_seed(0))
+    x[:] = one + share.to(x.device) * (other - one)
+    check(op, x, references, 2e4 * sigma.clamp(min=0.5), 1.0, 1e-4)
+
+
+# ---- what runs, and what is kept ----
+
+
+def names_of(shim, run):
+    shim.counts(True)
+    run()
+    return [name for name, *_ in shim.counts(False)]
+
+
+@pytest.mark.parametrize("N", [20, 40])
+def test_the_backward_pass_measures_nothing_again(op, shim, N):
+    given = *op.problem(40, 300, N), 1.0
+    results, kept = keeping(*given)
+    of_products = "differences" if N < 32 else "distances"
+    measured = names_of(shim, lambda: gradients(op, results, *given, None))
+    assert measured.count(of_products) == 2
+    found = names_of(shim, lambda: gradients(op, results, *given, kept))
+    assert found.count(of_products) == 1
+    assert not MEASURED & set(found)
+    assert found.count("split_rows") == (0 if N < 32 else 1)
+
+
+@pytest.mark.parametrize(
+    ("B", "most"), [(1, 65536), (128, 16384), (1000, 2048), (4096, 512), (4097, 0)]
+)
+def test_what_is_kept_is_bounded(device, B, most):
+    """Up to 2^21 pairs, 16 MiB, beside which the centre is small."""
+    for M in (most, most + 1):
+        x, references = (torch.empty(1, 1, device=device).expand(rows, 64) for rows in (B, M))
+        room = native.room_for_distances(PosteriorMean(x, references, x[:, 0].double(), 1.0))
+        assert (room is not None) == (0 < M <= most)
+        if room is not None:
+            assert 8 * B * M <= room.nbytes <= (16 << 20) + 4096
+
+
+def test_problems_of_several_parts_keep_nothing(op, shim):
+    given = op.problem(40, 300, 40)
+    for limits in ({"pairs": 20_480}, {"queries": 17}, {"references": 128}):
+        shim.limits(**limits)
+        assert native.room_for_distances(PosteriorMean(*given, 1.0)) is None
+    shim.limits()
+    assert native.room_for_distances(PosteriorMean(*given, 1.0)) is not None
+
+
+def test_what_another_problem_kept_is_refused(op, shim):
+    given = *op.problem(40, 300, 40), 1.0
+    results, kept = keeping(*given)
+    x, references, radius, D = given
+    with pytest.raises(ValueError, match="kept is of another problem"):
+        gradients(op, results, x, references[:200], radius, D, kept)
+    with pytest.raises(ValueError, match="kept is of another problem"):
+        gradients(op, results, *given, kept[:-8])
+    shim.limits(references=128)
+    with pytest.raises(ValueError, match="kept is of another problem"):
+        gradients(op, results, *given, kept)
+
+
+# ---- through the functions of the package ----
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The bytes that forward and backward passes are given for distances that are kept."""
+    sizes = {"forward": [], "backward": []}
+    forward, backward = native.posterior_mean, native.posterior_mean_backward
+
+    def size(memory):
+        return 0 if memory is None else len(memory)
+
+    def spy_on_forward(problem, kept=None):
+        sizes["forward"].append(size(kept))
+        return forward(problem, kept)
+
+    def spy_on_backward(problem, state, upstream, needs, kept=None):
+        sizes["backward"].append(size(kept))
+        return backward(problem, state, upstream, needs, kept)
+
+    monkeypatch.setattr(native, "posterior_mean", spy_on_forward)
+    monkeypatch.setattr(native, "posterior_mean_backward", spy_on_backward)
+    return sizes
+
+
+def leaves(*values):
+    return [value.detach().clone().requires_grad_() for value in values]
+
+
+def through(x, references, sigma, D):
+    inputs = leaves(x, sigma, references)
+    x, sigma, references = inputs
+    mean, lse = pfgm.posterior_mean(x, references, sigma=sigma, D=D, return_logsumexp=True)
+    return torch.autograd.grad((mean * x.detach().cos()).sum() + (lse * 0.1).sum(), inputs)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_gradients_are_those_of_the_operator(op, kept, monkeypatch, D):
+    given = op.problem(18, 300, 40)
+    found = through(*given, D)
+    assert kept["forward"] == kept["backward"]
+    assert kept["backward"][0] > 8 * 18 * 300
+    monkeypatch.setattr(native_direct, "enabled", False)
+    assert_same(found, through(*given, D))
+    assert kept["backward"][1] == kept["forward"][1] == 0
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(op, kept):
+    x, references, sigma = op.problem(18, 300, 40)
+    pfgm.posterior_mean(x, references, sigma=sigma, D=math.inf)
+    with torch.no_grad():
+        pfgm.posterior_mean(*leaves(x, references), sigma=sigma, D=math.inf)
+    with torch.inference_mode():
+        pfgm.posterior_mean(x, references, sigma=sigma, D=math.inf)
+    assert kept["forward"] == [0, 0, 0]
+
+
+def test_the_field_has_gradients_from_what_is_kept(op, kept, monkeypatch):
+    x, references, sigma = op.problem(18, 300, 40)
+    x, z = leaves(x, sigma)
+
+    def of_field():
+        field_x, field_z = pfgm.field_fn(x, z, references)
+        return torch.autograd.grad(field_x.square().sum() + field_z.sum(), (x, z))
+
+    found = of_field()
+    assert kept["backward"][0] > 0
+    monkeypatch.setattr(native_direct, "enabled", False)
+    assert_same(found, of_field())
+
+
+def test_a_graph_can_be_used_twice(op, kept):
+    x, references, sigma = op.problem(18, 300, 40)
+    x.requires_grad_()
+    total = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).sum()
+    (first,) = torch.autograd.grad(total, x, retain_graph=True)
+    (second,) = torch.autograd.grad(total, x)
+    assert torch.equal(first, second)
+    assert kept["backward"][0] == kept["backward"][1] > 0
+
+
+def test_a_second_derivative_is_refused(op):
+    x, references, sigma = op.problem(18, 300, 40)
+    x.requires_grad_()
+    mean = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0)
+    (first,) = torch.autograd.grad(mean.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_changes_in_place_are_noticed(op, changed):
+    given = [leaf * 1 for leaf in leaves(*op.problem(18, 300, 40))]
+    x, references, sigma = given
+    mean = pfgm.posterior_mean(x, references, r=sigma, D=1.0)
+    given[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        mean.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(op, kept, reentrant):
+    x, references, sigma = op.problem(18, 300, 40)
+    given = (x.requires_grad_(), references)
+
+    def mean(x, references):
+        return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
+
+    (expected,) = torch.autograd.grad(mean(*given), x)
+    checkpoint(mean, *given, use_reentrant=reentrant).backward()
+    assert torch.equal(x.grad, expected)
+    # The first pass of a reentrant checkpoint is without gradients, and does not come here.
+    (size,) = set(kept["forward"])
+    assert size > 0
+    assert len(kept["forward"]) == (2 if reentrant else 3)
+
+
+def test_batched_gradients_measure_again(op, kept):
+    x, references, sigma = op.problem(18, 300, 40)
+    x.requires_grad_()
+    mean = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0)
+    upstream = torch.randn(3, *mean.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    (batched,) = torch.autograd.grad(mean, x, upstream, is_grads_batched=True, retain_graph=True)
+    assert set(kept["backward"]) == {0}
+    each = [torch.autograd.grad(mean, x, one, retain_graph=True)[0] for one in upstream]
+    for one, other in zip(batched, each, strict=True):
+        op.assert_gradient(one, other.double(), 1e-5)
+
+
+def compiled(gradient):
+    return torch.compile(gradient, backend="aot_eager", fullgraph=True)
+
+
+def under_autocast(gradient):
+    def run(x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return gradient(x)
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch.func", "autocast"])
+def test_with_more_than_autograd_at_work_nothing_is_kept(op, kept, way):
+    x, references, sigma = op.problem(18, 300, 40)
+
+    def total(x):
+        return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
+
+    def gradient(total):
+        leaf = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(total(leaf), leaf)[0]
+
+    expected = gradient(total)
+    assert kept["backward"].pop() == kept["forward"].pop() > 0
+    if way == "torch.func":
+        found = torch.func.grad(total)(x)
+    else:
+        found = gradient({"compiled": compiled, "autocast": under_autocast}[way](total))
+    assert kept["backward"] == kept["forward"] == [0]
+    assert torch.equal(found, expected)
