@@ -248,8 +248,8 @@ _LOOPS = {
     "list_references": {"words": "LDG", "counts": "LDG", "ranks": "LDS"},
     "weighted_sum": {"panels": "tensor"},
     "merge": {"parts": "LDG"},
-    "pull": {"pairs": "fp64"},
-    "find_coefficients": {"pairs": "fp64"},
+    "pull": {"pairs": "fp32"},
+    "find_coefficients": {"pairs": "fp32"},
     "finish_moments": {},
     "merge_gradient": {"parts": "LDG"},
 }
@@ -265,6 +265,8 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
     straight = kernel.straight(without="fp64" if one.name == "merge" else None)
     if "alive" in one.loops:
         phases = _once_if_alive(one, kernel, straight)
+    elif one.name in _BY_ONE_WARP:
+        phases = _once_by_few(one, kernel, straight)
     else:
         phases = [phase(ONCE, kernel, straight, one.blocks, 1)]
     left = list(kernel.loops)
@@ -278,6 +280,22 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
         trips, most, _ = one.loops[name]
         phases.append(phase(name, kernel, body, trips / each, most / each))
     return with_copied(phases, one, kernel)
+
+
+# Kernel → which parts of the code that runs once, each up to a barrier, a single warp runs: the
+# arithmetic in float64 for all, and the end.
+_BY_ONE_WARP = {"weigh": (1, 3), "pull": (0, 2), "find_coefficients": (0, 2)}
+
+
+def _once_by_few(one: Work, kernel: Compiled, straight: Sequence[Instruction]) -> list[Phase]:
+    """What blocks run once, if a single warp runs some parts of it."""
+    code: dict[bool, list[Instruction]] = {False: [], True: []}
+    for i, part in enumerate(_between_barriers(straight)):
+        code[i in _BY_ONE_WARP[one.name]] += part
+    return [
+        phase(ONCE, kernel, code[False], one.blocks, 1),
+        phase(ONCE, kernel, code[True], one.blocks, 1)._replace(warps=1),
+    ]
 
 
 def with_copied(phases: Sequence[Phase], one: Work, kernel: Compiled) -> tuple[Phase, ...]:

@@ -189,9 +189,9 @@ class Calculation {
       split(x(), upstream(io));
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         measure(io.nearest + first_, upstream(io));
-        run("pull", {queries(), pieces()}, kQueryThreads, kScratch, pull, law_, radius(),
-            io.nearest + first_, io.total + first_, pairs_, references(), gradient_floor(),
-            begin_ == 0, moments_);
+        run("pull", {queries(), pieces()}, kQueryThreads, sizeof(PullMemory),
+            law_.gaussian ? pull<true> : pull<false>, law_, radius(), io.nearest + first_,
+            io.total + first_, pairs_, references(), gradient_floor(), begin_ == 0, moments_);
       }
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         if (!one) measure(io.nearest + first_, upstream(io));
@@ -201,8 +201,6 @@ class Calculation {
   }
 
  private:
-  static constexpr std::size_t kScratch = 8 * kQueryThreads / 32;
-
   template <class Kernel, class... Arguments>
   void run(const char* name, Grid grid, int threads, std::size_t shared, Kernel* kernel,
            Arguments... arguments) const {
@@ -249,11 +247,11 @@ class Calculation {
   void split(const Rows<float>& x, const Rows<float>& upstream) {
     if (partition_.few) return;
     x_halves_.rows = upstream_halves_.rows = x.count;
-    run("split_rows", {x.count}, kSplitThreads, kScratch, split_rows<true>, x, center_,
+    run("split_rows", {x.count}, kSplitThreads, sizeof(SplitMemory), split_rows<true>, x, center_,
         pairs_.norms, x_halves_);
     if (upstream.at)
-      run("split_rows", {x.count}, kSplitThreads, kScratch, split_rows<false>, upstream, center_,
-          pairs_.norms, upstream_halves_);
+      run("split_rows", {x.count}, kSplitThreads, sizeof(SplitMemory), split_rows<false>, upstream,
+          center_, pairs_.norms, upstream_halves_);
   }
 
   // Distances of the block and the chunk, exact where it matters, and G·y, up to a number for each
@@ -360,17 +358,20 @@ class Calculation {
   void differentiate(const Backward& io) {
     const bool first_chunk = begin_ == 0;
     const bool last_chunk = begin_ + references() == problem_.references;
-    const Coefficients coefficients = {weights_, sums_.live, io.grad_y ? probability_ : nullptr,
-                                       scaled_};
+    const Coefficients coefficients = {weights_, sums_.live, probability_, scaled_};
     const double *nearest = io.nearest + first_, *gradient = io.grad_logsumexp + first_;
     moments_.grad_radius = io.grad_radius ? io.grad_radius + first_ : spare_;
     sums_.pieces = pieces();
-    run("find_coefficients", {queries(), sums_.pieces}, kQueryThreads, kScratch, find_coefficients,
-        law_, radius(), nearest, io.total + first_, gradient, pairs_, references(),
+    const auto kernel =
+        io.grad_y
+            ? (law_.gaussian ? find_coefficients<true, true> : find_coefficients<false, true>)
+            : (law_.gaussian ? find_coefficients<true, false> : find_coefficients<false, false>);
+    run("find_coefficients", {queries(), sums_.pieces}, kQueryThreads, sizeof(CoefficientMemory),
+        kernel, law_, radius(), nearest, io.total + first_, gradient, pairs_, references(),
         gradient_floor(), first_chunk, moments_, coefficients);
     if (last_chunk)
-      run("finish_moments", {divide_up(queries(), kQueryThreads)}, kQueryThreads, 0, finish_moments,
-          law_, radius(), nearest, gradient, static_cast<int>(queries()), moments_);
+      run("finish_moments", {divide_up(queries(), kFinishThreads)}, kFinishThreads, 0,
+          finish_moments, law_, radius(), nearest, gradient, static_cast<int>(queries()), moments_);
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
       list(first_chunk);
