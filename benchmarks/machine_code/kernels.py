@@ -244,21 +244,17 @@ def cuda_kernels(card: Device) -> dict[str, Compiled]:
 
 
 # Kernels whose first parameter is a WeightLaw. Its first byte says whether D is infinite.
-_WITH_LAW = (
-    "find_limits", "weigh", "merge", "pull", "find_coefficients", "finish_moments",
-)  # fmt: skip
-# Kernels whose optional results are not asked for.
-_WITHOUT_OPTIONAL = ("find_coefficients",)
+_WITH_LAW = ("find_limits", "merge", "finish_moments")
 
 
 @functools.cache
 def _decided(card: Device, name: str) -> Compiled:
-    """A CUDA kernel with the branches that finite D and null pointers decide."""
+    """A CUDA kernel with the branches that finite D decides."""
     found, base = cuda_kernels(card)[name], name.split("<")[0]
-    if base not in (*_WITH_LAW, *_WITHOUT_OPTIONAL):
+    if base not in _WITH_LAW:
         return found
     first = branches.FIRST_PARAMETER[card.architecture]
-    code = branches.decided(found.code, first, base in _WITH_LAW, base in _WITHOUT_OPTIONAL)
+    code = branches.decided(found.code, first, finite=True, null=False)
     return found._replace(code=code, loops=sass.loops(code))
 
 

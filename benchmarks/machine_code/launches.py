@@ -283,6 +283,8 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
     straight = kernel.straight(without="fp64" if one.name == "merge" else None)
     if "alive" in one.loops:
         phases = _once_if_alive(one, kernel, straight)
+    elif one.name in _BY_ONE_WARP:
+        phases = _once_by_few(one, kernel, straight)
     else:
         once = phase(ONCE, kernel, straight, one.blocks, 1)
         phases = [_with_stored(once, one.stored, kernel.threads)]
@@ -325,6 +327,23 @@ def _with_stored(part: Phase, stored: float | None, threads: int) -> Phase:
     if stored is None or coded == 0:
         return part
     return _with_shares(part, dict.fromkeys(_STORES, stored / coded))
+
+
+# Kernel → which parts of the code that runs once, each up to a barrier, a single warp runs: the
+# arithmetic in float64 for all, and the end.
+_BY_ONE_WARP = {"weigh": (1, 3), "pull": (0, 2), "find_coefficients": (0, 2)}
+
+
+def _once_by_few(one: Work, kernel: Compiled, straight: Sequence[Instruction]) -> list[Phase]:
+    """What blocks run once, if a single warp runs some parts of it."""
+    code: dict[bool, list[Instruction]] = {False: [], True: []}
+    for i, part in enumerate(_between_barriers(straight)):
+        code[i in _BY_ONE_WARP[one.name]] += part
+    by_one = phase(ONCE, kernel, code[True], one.blocks, 1)._replace(warps=1)
+    return [
+        phase(ONCE, kernel, code[False], one.blocks, 1),
+        _with_stored(by_one, one.stored, 32),
+    ]
 
 
 def with_copied(phases: Sequence[Phase], one: Work, kernel: Compiled) -> tuple[Phase, ...]:

@@ -59,6 +59,10 @@ class Amount(NamedTuple):
         return Amount(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+# ``pull`` and ``find_coefficients``: two sums in two floats over a block.
+_TWO_SUMS = Amount(barriers=2, exchanges=8 * 2 * 2 * _OVER_WARP)
+
+
 class Loop(NamedTuple):
     """How often blocks run a loop."""
 
@@ -167,13 +171,13 @@ def _center(shape: Shape) -> Work:
 def _split(shape: Shape, queries: int, centered: bool = True) -> Work:
     each = shape.N / 256
     loops = {"norms": _by_all(queries, each), "parts": _by_all(queries, each)}
-    sums = 3 if centered else 2  # over the block
     over_block = Amount(barriers=2, exchanges=8 * _OVER_WARP)
-    if centered:  # the first block finds the largest value of all
+    once = over_block.times(2)
+    if centered:  # a sum in two floats; the first block finds the largest value of all
+        once = once.plus(Amount(barriers=1, exchanges=8 * 2 * _OVER_WARP))
         loops["first"] = Loop(1, 1, over_block)
-    once = over_block.times(sums)
     name, moved = f"split_rows<{_text(centered)}>", 8 * queries * shape.N
-    return Work("split_rows", name, queries, 256, 64, once, loops, moved)
+    return Work("split_rows", name, queries, 256, 96, once, loops, moved)
 
 
 def _text(value: bool) -> str:
@@ -419,11 +423,11 @@ def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
         "minima": _by_all(blocks, up(up(m, TILE), 256)),
         "pairs": Loop(trips, size // PIECE, votes, _OF_WEIGHTS),
     }
-    once = Amount(barriers=3, exchanges=8 * 2 * _OVER_WARP)
+    once = Amount(barriers=3, exchanges=8 * (2 + _OVER_WARP))
     moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
     name = f"weigh<{_text(shape.halves)}, false>"  # D is finite
     stored = 2 * 4 + 2 * 8 * queries / blocks
-    return Work("weigh", name, blocks, 256, 128, once, loops, moved, stored=stored)
+    return Work("weigh", name, blocks, 256, 152, once, loops, moved, stored=stored)
 
 
 def piece_of(shape: Shape, card: Device) -> int:
@@ -574,13 +578,22 @@ def gradient_counts(
             for centered in (False,) if kept else (True, False):
                 yield _split(shape, queries, centered)._replace(times=blocks)
         for m, chunks in by_size(shape.chunk_sizes()):
-            for work in _gradient_of_chunks(shape, data, queries, m, chunks, card, kept):
+            for work in _gradient_of_chunks(
+                shape, data, queries, m, chunks, card, references, kept
+            ):
                 if references or work.name != "reference_gradient":
                     yield work._replace(times=work.times * blocks)
 
 
 def _gradient_of_chunks(
-    shape: Shape, data: Data, queries: int, m: int, chunks: int, card: Device, kept: bool
+    shape: Shape,
+    data: Data,
+    queries: int,
+    m: int,
+    chunks: int,
+    card: Device,
+    references: bool,
+    kept: bool,
 ) -> Iterator[Work]:
     """The launches for a block of queries and so many chunks of m references."""
     passes = 1 if shape.chunks == 1 else 2  # over the chunks; both need the distances
@@ -594,7 +607,7 @@ def _gradient_of_chunks(
         yield work._replace(times=passes * chunks)
     pieces = up(m, piece_of(shape, card))
     yield _pull(shape, queries, m, card)._replace(times=chunks)
-    yield _coefficients(shape, queries, m, card)._replace(times=chunks)
+    yield _coefficients(shape, queries, m, card, references)._replace(times=chunks)
     if m == shape.chunk_sizes()[-1]:
         yield _finish(queries)
     yield from _ordered_lists(shape, queries, m, pieces, chunks, _listed(shape, data, card))
@@ -608,27 +621,26 @@ def _gradient_of_chunks(
 
 def _pull(shape: Shape, queries: int, m: int, card: Device) -> Work:
     size = piece_of(shape, card)
-    once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
+    blocks = queries * up(m, size)
     loops = {"pairs": Loop(queries * up(m, PIECE), min(size // PIECE, up(m, PIECE)))}
-    blocks, moved, stored = queries * up(m, size), 12 * queries * m, 2 * 8
-    return Work("pull", "pull", blocks, 256, 64, once, loops, moved, stored=stored)
+    name, moved, stored = "pull<false>", 12 * queries * m, 2 * 8  # D is finite
+    return Work("pull", name, blocks, 256, 152, _TWO_SUMS, loops, moved, stored=stored)
 
 
-def _coefficients(shape: Shape, queries: int, m: int, card: Device) -> Work:
+def _coefficients(shape: Shape, queries: int, m: int, card: Device, references: bool) -> Work:
     size = piece_of(shape, card)
     blocks, padded = queries * up(m, size), 32 * up(shape.chunk, 32)
     trips = [up(min(size, padded - start), PIECE) for start in range(0, m, size)]
     votes = Amount(exchanges=8 * PIECE // 256)
-    once = Amount(barriers=6, exchanges=3 * 8 * _OVER_WARP)
-    # The benchmarks ask for the gradient of the queries alone.
     loops = {"pairs": Loop(queries * sum(trips), max(trips), votes, _OF_WEIGHTS)}
-    name, stored = "find_coefficients", 4 + 2 * 8
-    return Work(name, name, blocks, 256, 64, once, loops, 24 * queries * m, stored=stored)
+    name, moved = "find_coefficients", (24 if references else 16) * queries * m
+    kernel, stored = f"{name}<false, {_text(references)}>", 4 + 2 * 8  # D is finite
+    return Work(name, kernel, blocks, 256, 204, _TWO_SUMS, loops, moved, stored=stored)
 
 
 def _finish(queries: int) -> Work:
     name = "finish_moments"
-    return Work(name, name, up(queries, 256), 256, 0, Amount(), {}, 64 * queries)
+    return Work(name, name, up(queries, 32), 32, 0, Amount(), {}, 64 * queries)
 
 
 def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:

@@ -49,6 +49,13 @@ __device__ inline float inverse_power(float power) {
   return float_of(biased < 254 ? (254 - biased) << 23 : 1u << 22);
 }
 
+// 1/(a b) for normal powers of two, exactly.
+__device__ inline double inverse_powers(float a, float b) {
+  const std::int64_t biased = 1023 + 2 * 127 - static_cast<std::int64_t>(bits_of(a) >> 23) -
+                              static_cast<std::int64_t>(bits_of(b) >> 23);
+  return double_of(biased << 52);
+}
+
 // The mean of evenly spaced references, and how far they are from it.
 template <class R>
 __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
@@ -74,12 +81,18 @@ __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, c
   if (threadIdx.x == 0) out.spread[blockIdx.x] = spread, out.largest[blockIdx.x] = largest;
 }
 
+struct SplitMemory {
+  float most[kSplitThreads / 32];
+  TwoFloats squares[kSplitThreads / 32];
+};
+
 // The two parts of a row of queries minus the centre, or of upstream gradients, which are not
-// centred. norms[row] = |x − centre|².
+// centred. norms[row] = |x − centre|², of values that are scaled, so that float32 holds their
+// squares.
 template <bool CENTERED>
 __global__ void __launch_bounds__(kSplitThreads)
     split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
+  SplitMemory& shared = *reinterpret_cast<SplitMemory*>(shared_memory());
   const Index row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x),
             groups = (center.width - 1) / kCenterThreads + 1;
@@ -91,28 +104,29 @@ __global__ void __launch_bounds__(kSplitThreads)
   float spread = 0, largest = 0;
 #pragma unroll 1
   for (int i = thread; i < groups; i += kSplitThreads) spread = fmaxf(spread, center.spread[i]);
-  double norm = 0;
 #pragma unroll 4
-  for (int feature = thread; feature < center.features; feature += kSplitThreads) {
-    const float v = value(feature);
-    norm += static_cast<double>(v) * v;
-    largest = fmaxf(largest, fabsf(v));
-  }
-  spread = over_block<kSplitThreads>(spread, reinterpret_cast<float*>(scratch), Most());
-  largest = over_block<kSplitThreads>(largest, reinterpret_cast<float*>(scratch), Most());
-  if (CENTERED) norm = over_block<kSplitThreads>(norm, scratch, Sum());
+  for (int feature = thread; feature < center.features; feature += kSplitThreads)
+    largest = fmaxf(largest, fabsf(value(feature)));
+  spread = over_block<kSplitThreads>(spread, shared.most, Most());
+  largest = over_block<kSplitThreads>(largest, shared.most, Most());
   const float of_y = scale_to(spread, kReferencePower), of_x = scale_to(largest, kQueryPower);
 
   auto* high = reinterpret_cast<std::uint32_t*>(out.high + row * center.width);
   auto* low = reinterpret_cast<std::uint32_t*>(out.low + row * center.width);
+  CompensatedSum squares;
 #pragma unroll 4
   for (int pair = thread; pair < center.width / 2; pair += kSplitThreads) {
-    const TwoHalves parts = split_halves(value(2 * pair) * of_x, value(2 * pair + 1) * of_x);
+    const float first = value(2 * pair) * of_x, second = value(2 * pair + 1) * of_x;
+    const TwoHalves parts = split_halves(first, second);
     high[pair] = parts.high, low[pair] = parts.low;
+    if (CENTERED) squares.add(first * first + second * second);
   }
-  if (thread == 0) out.units[row] = 1 / static_cast<double>(of_x) / of_y;
+  if (thread == 0) out.units[row] = inverse_powers(of_x, of_y);
   if (!CENTERED) return;
-  if (thread == 0) norms[row] = norm;
+  TwoFloats norm[1] = {squares.result()};
+  sum_over_block<kSplitThreads>(norm, shared.squares);
+  if (thread == 0)
+    norms[row] = (static_cast<double>(norm[0].high) + norm[0].low) * inverse_powers(of_x, of_x);
   if (row > 0) return;
 #pragma unroll 1
   for (int feature = thread; feature < center.width; feature += kSplitThreads)
@@ -120,7 +134,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   largest = 0;
 #pragma unroll 1
   for (int i = thread; i < groups; i += kSplitThreads) largest = fmaxf(largest, center.largest[i]);
-  largest = over_block<kSplitThreads>(largest, reinterpret_cast<float*>(scratch), Most());
+  largest = over_block<kSplitThreads>(largest, shared.most, Most());
   if (thread > 0) return;
   const float of_value = scale_to(largest, kValuePower);
   center.scale[0] = of_y, center.scale[1] = inverse_power(of_y);

@@ -154,6 +154,16 @@ __device__ inline void atomic_least(double* at, double value) {
   atomicMin(reinterpret_cast<long long*>(at), __double_as_longlong(value));
 }
 
+// e^v, with a relative error of about 2^-22 + |v| 2^-24. Subnormal results are zero.
+__device__ inline float exponential(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * 1.44269504f));
+  return power;
+}
+
+// a b, rounded. The compiler makes no fused operation of it and a sum.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 __device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
 __device__ inline double double_of(std::int64_t bits) { return __longlong_as_double(bits); }

@@ -273,9 +273,9 @@ class Calculation {
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         if (measures_) measure(nearest);
         project(upstream(io));
-        run("pull", {queries(), pieces()}, kQueryThreads, kScratch, pull, law_, radius(),
-            io.nearest + first_, io.total + first_, pairs_, references(), gradient_floor(),
-            begin_ == 0, moments_);
+        run("pull", {queries(), pieces()}, kQueryThreads, sizeof(PullMemory),
+            law_.gaussian ? pull<true> : pull<false>, law_, radius(), io.nearest + first_,
+            io.total + first_, pairs_, references(), gradient_floor(), begin_ == 0, moments_);
       }
       for (begin_ = 0; begin_ < problem_.references; begin_ += partition_.references) {
         if (!one) {
@@ -288,8 +288,6 @@ class Calculation {
   }
 
  private:
-  static constexpr std::size_t kScratch = 8 * kQueryThreads / 32;
-
   // Numbers that the slices of a whole block and chunk take.
   Index size_of_slices() const {
     const Index queries = partition_.queries, references = partition_.references;
@@ -344,8 +342,8 @@ class Calculation {
   void split(const Rows<float>& rows, Halves& halves) {
     if (partition_.few) return;
     halves.rows = rows.count, halves.whole = rows;
-    run("split_rows", {rows.count}, kSplitThreads, kScratch, split_rows<CENTERED>, rows, center_,
-        pairs_.norms, halves);
+    run("split_rows", {rows.count}, kSplitThreads, sizeof(SplitMemory), split_rows<CENTERED>, rows,
+        center_, pairs_.norms, halves);
   }
 
   // Distances of the block and the chunk, exact where it matters. `nearest` is the smallest
@@ -481,17 +479,20 @@ class Calculation {
   void differentiate(const Backward& io) {
     const bool first_chunk = begin_ == 0;
     const bool last_chunk = begin_ + references() == problem_.references;
-    const Coefficients coefficients = {weights_, sums_.live, io.grad_y ? probability_ : nullptr,
-                                       scaled_};
+    const Coefficients coefficients = {weights_, sums_.live, probability_, scaled_};
     const double *nearest = io.nearest + first_, *gradient = io.grad_logsumexp + first_;
     moments_.grad_radius = io.grad_radius ? io.grad_radius + first_ : spare_;
     sums_.pieces = pieces();
-    run("find_coefficients", {queries(), sums_.pieces}, kQueryThreads, kScratch, find_coefficients,
-        law_, radius(), nearest, io.total + first_, gradient, pairs_, references(),
+    const auto kernel =
+        io.grad_y
+            ? (law_.gaussian ? find_coefficients<true, true> : find_coefficients<false, true>)
+            : (law_.gaussian ? find_coefficients<true, false> : find_coefficients<false, false>);
+    run("find_coefficients", {queries(), sums_.pieces}, kQueryThreads, sizeof(CoefficientMemory),
+        kernel, law_, radius(), nearest, io.total + first_, gradient, pairs_, references(),
         gradient_floor(), first_chunk, moments_, coefficients);
     if (last_chunk)
-      run("finish_moments", {divide_up(queries(), kQueryThreads)}, kQueryThreads, 0, finish_moments,
-          law_, radius(), nearest, gradient, static_cast<int>(queries()), moments_);
+      run("finish_moments", {divide_up(queries(), kFinishThreads)}, kFinishThreads, 0,
+          finish_moments, law_, radius(), nearest, gradient, static_cast<int>(queries()), moments_);
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
       list(first_chunk);

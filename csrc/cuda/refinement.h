@@ -271,10 +271,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
 
 // ---- differences in two floats ---------------------------------------------------------------
 
-struct TwoFloats {
-  float high, low;
-};
-
 // A reference's value as high + low, exact.
 template <class R>
 __device__ inline TwoFloats two_floats(const R* from) {
@@ -331,18 +327,6 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
     }
   }
   return {total, -lost};
-}
-
-// Σ over the lanes of a warp, in two floats. All lanes get the same bits.
-__device__ inline TwoFloats over_warp(TwoFloats sum) {
-  for (int apart = 16; apart > 0; apart /= 2) {
-    const float other = __shfl_xor_sync(kAll, sum.high, apart);
-    const float low = sum.low + __shfl_xor_sync(kAll, sum.low, apart);
-    const float high = sum.high + other, of_other = high - sum.high;
-    const float rest = (sum.high - (high - of_other)) + (other - of_other);
-    sum = {high, low + rest};
-  }
-  return sum;
 }
 
 // Σ (x − y)², computed by a warp. All lanes get the result. If the input is not finite, it is NaN,

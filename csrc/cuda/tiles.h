@@ -397,6 +397,42 @@ __device__ inline T over_block(T value, T* scratch, Combine combine) {
   return value;
 }
 
+// high + low, with about twice the digits of float32.
+struct TwoFloats {
+  float high, low;
+};
+
+__device__ inline TwoFloats sum_of(const TwoFloats& a, const TwoFloats& b) {
+  const float high = a.high + b.high, of_b = high - a.high;
+  const float rest = (a.high - (high - of_b)) + (b.high - of_b);
+  return {high, a.low + b.low + rest};
+}
+
+// Σ over the lanes of a warp, in two floats. All lanes get the same bits.
+__device__ inline TwoFloats over_warp(TwoFloats sum) {
+  for (int apart = 16; apart > 0; apart /= 2)
+    sum = sum_of(sum,
+                 {__shfl_xor_sync(kAll, sum.high, apart), __shfl_xor_sync(kAll, sum.low, apart)});
+  return sum;
+}
+
+// Σ over the block's threads of each of COUNT values, for its first thread. All threads call this.
+// `scratch` has COUNT places for each warp.
+template <int THREADS, int COUNT>
+__device__ inline void sum_over_block(TwoFloats (&sums)[COUNT], TwoFloats* scratch) {
+  const Lane lane = this_lane();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    sums[i] = over_warp(sums[i]);
+    if (lane.lane == 0) scratch[COUNT * lane.warp + i] = sums[i];
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+#pragma unroll
+  for (int w = 1; w < THREADS / 32; ++w)
+    for (int i = 0; i < COUNT; ++i) sums[i] = sum_of(sums[i], scratch[COUNT * w + i]);
+}
+
 struct Sum {
   template <class T> __device__ T operator()(T a, T b) const { return a + b; }
 };
@@ -414,6 +450,20 @@ __device__ inline void add_compensated(float& total, float& lost, float value) {
   lost = (larger - total) - value;
   total = larger;
 }
+
+// A sum of float32 values in two floats.
+struct CompensatedSum {
+  float total = 0, lost = 0;
+
+  __device__ void add(float value) { add_compensated(total, lost, value); }
+  // Adds a b, with the rounding error of the product.
+  __device__ void add_product(float a, float b) {
+    const float product = rounded_product(a, b);
+    add(product);
+    lost -= fmaf(a, b, -product);
+  }
+  __device__ TwoFloats result() const { return {total, -lost}; }
+};
 
 }  // namespace
 }  // namespace pfgm

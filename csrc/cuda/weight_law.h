@@ -11,6 +11,49 @@ namespace {
 constexpr double kNear = 20;  // nats: a weight e^-20 times the largest needs no more digits
 constexpr double kTolerance = 1.5e-4;  // relative error of a weight that needs no refinement
 
+// How much a squared distance exceeds that of the nearest reference, times a rate. On GeForce cards
+// float64 runs at 1/64 of the rate of float32. So the difference is taken of two floats, which the
+// bits of a float64 number give: they hold 48 of its digits. Equal distances have the difference 0.
+struct Fall {
+  std::uint32_t power;  // distances are in units of a power of two: its exponent in float64, less
+                        // that in float32, in the upper half of float64
+  TwoFloats nearest;
+  float rate;
+
+  // The unit is about 1/rate. It is larger if the nearest distance has no place in float32 then:
+  // any difference is so large that the weight is 0. `rate` is at most 1e300, or NaN.
+  __device__ Fall(double nearest_distance, double rate_of_distance) {
+    const int of_rate = static_cast<int>(bits_of(rate_of_distance) >> 52 & 2047);
+    const int of_nearest = static_cast<int>(bits_of(nearest_distance) >> 52 & 2047);
+    int unit = 2046 - of_rate;
+    if (unit < of_nearest - 60) unit = of_nearest - 60;
+    if (unit < 127) unit = 127;
+    power = static_cast<std::uint32_t>(unit - 127) << 20;
+    const double scaled = rate_of_distance * double_of(static_cast<std::int64_t>(unit) << 52);
+    rate = scaled > 0x1p120 ? 0x1p120f : static_cast<float>(scaled);
+    nearest = parts(nearest_distance);
+  }
+
+  __device__ float operator()(double squared) const {
+    const TwoFloats of = parts(squared);
+    return ((of.high - nearest.high) + (of.low - nearest.low)) * rate;
+  }
+
+ private:
+  // A distance in the unit: the first 24 digits, and the rest. Numbers that float32 does not hold
+  // become about as large as it holds, or as small.
+  __device__ TwoFloats parts(double squared) const {
+    constexpr int least = 1 << 20, most = (255 << 20) - 1;
+    const std::int64_t bits = bits_of(squared);
+    const auto back = static_cast<std::uint32_t>(bits);
+    int front = static_cast<int>(static_cast<std::uint32_t>(bits >> 32) - power);
+    front = front < least ? least : front > most ? most : front;
+    const std::uint32_t first = static_cast<std::uint32_t>(front) << 3 | back >> 29;
+    const float last_place = float_of(first & 0x7f800000u) * 0x1p-52f;
+    return {float_of(first), static_cast<float>(static_cast<int>(back & 0x1fffffffu)) * last_place};
+  }
+};
+
 // With s = d² + r² and s₀ that of the nearest reference: s₀/s and exponent·(d² − d₀²)/s. At D = ∞
 // they are 1 and (d² − d₀²)/(2σ²). float32 may hold this where it does not hold (d² − d₀²)/s.
 struct Ratios {
@@ -38,15 +81,14 @@ struct WeightLaw {
     return found < 1e300 ? found : found == found ? 1e300 : NAN;
   }
 
-  // The weight at the squared distance nearest + excess, over that at nearest. Scores count up to
-  // some tens of nats, for which float32 has enough digits.
+  // The weight at a squared distance, over that at the nearest. `linear` is what Fall says of it.
+  // Scores count up to some tens of nats, for which float32 has enough digits.
   //
-  // −score is excess·rate at D = ∞, otherwise exponent·log1p(u), u = excess·rate/exponent. With
+  // −score is `linear` at D = ∞, otherwise exponent·log1p(u), u = linear/exponent. With
   // 1 + u = 2^k (1 + m), −1/4 ≤ m < 1/2, log1p(u) = k log 2 + log1p(m). For k = 0, where exponent
   // times u is known, the exponent may be larger than float32 holds.
-  __device__ float weight(double excess, double rate) const {
-    const float linear = static_cast<float>(excess * rate);
-    if (gaussian) return expf(-linear);
+  __device__ float weight(float linear) const {
+    if (gaussian) return exponential(-linear);
     const float u = linear * per_power;
     const int k_shifted = (static_cast<int>(bits_of(1 + u)) - 0x3f400000) & -0x800000;  // 2^23 k
     const float scale = float_of(0x3f800000u - static_cast<std::uint32_t>(k_shifted));
@@ -62,12 +104,11 @@ struct WeightLaw {
     const float ratio = (q * m - 0.5f) * m + 1;
     const float k_log2 = static_cast<float>(k_shifted) * (0.693147181f * 0x1p-23f);
     const float fall = k_shifted == 0 ? linear * ratio : power * (k_log2 + m * ratio);
-    return u > 0x1p100f ? 0 : expf(-fall);
+    return exponential(u > 0x1p100f ? -INFINITY : -fall);
   }
 
   // What the gradient needs of the same distance. Distances have larger errors than float32.
-  __device__ Ratios ratios(double excess, double rate) const {
-    const float linear = static_cast<float>(excess * rate);
+  __device__ Ratios ratios(float linear) const {
     const float nearest = gaussian ? 1 : reciprocal(1 + linear * per_power);
     return {nearest, linear * nearest};
   }

@@ -11,7 +11,9 @@ namespace {
 // which may be large; there the cutoff is kGradientCutoff nats lower.
 constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 constexpr int kQueryThreads = 256;
-constexpr int kPiece = 1024;  // references that a block of weigh takes at a time
+constexpr int kFinishThreads = 32;  // of finish_moments, whose float64 many multiprocessors share
+constexpr int kPiece = 1024;        // references that a block of weigh takes at a time
+constexpr int kSteps = kPiece / kQueryThreads;  // references of a thread at a time
 
 // Merge state of each query. nearest and total are results too.
 struct QueryStates {
@@ -27,11 +29,11 @@ struct ChunkWeights {
   std::uint32_t* live;
 };
 
-// All threads of a warp call this. Returns how many weights of the warp are not zero.
-__device__ inline int mark_live(const ChunkWeights& out, Index row, Index stride, int j,
-                                bool counts) {
+// All threads of a warp call this. Returns how many weights of the warp are not zero. One lane
+// stores their bits.
+__device__ inline int mark_live(std::uint32_t* word, bool stores, bool counts) {
   const unsigned bits = __ballot_sync(kAll, counts);
-  if (j % 32 == 0 && j < stride) out.live[row * (stride / 32) + j / 32] = bits;
+  if (stores) *word = bits;
   return __popc(bits);
 }
 
@@ -45,8 +47,15 @@ struct PieceSums {
   double* kept;      // (queries): the weight of all earlier chunks, relative to `closest`
 };
 
+// What the weights of a query need.
+struct RowWeights {
+  Fall fall;
+  float smallest;  // a weight below it becomes zero
+};
+
 struct WeighMemory {
   std::int64_t least[kQueryThreads / 32];
+  RowWeights row;
   float sums[kQueryThreads / 32];
   int live[kQueryThreads / 32];
 };
@@ -64,38 +73,55 @@ __global__ void __launch_bounds__(kQueryThreads)
   const Lane lane = this_lane();
   const Index query = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
-  const double r = radius[query];
   // Numbers ≥ 0 have the order of their bits, and −1 comes before. Comparing bits takes no float64.
   std::int64_t least = bits_of(static_cast<double>(INFINITY));
 #pragma unroll 1
   for (int tile = thread; tile < pairs.tiles; tile += kQueryThreads)
     least = Least()(least, bits_of(pairs.lowest[query * pairs.tiles + tile]));
-  double nearest = double_of(over_block<kQueryThreads>(least, shared.least, Least()));
-  const double before = first_chunk ? INFINITY : state.nearest[query];
-  nearest = isnan(before) ? -1 : fmin(nearest, before);
-  if (nearest < 0) nearest = NAN;  // in the minima NaN is −1
-  const double rate = law.rate(nearest, r);
-  const double kept =
-      first_chunk ? 0
-                  : state.total[query] * static_cast<double>(law.weight(before - nearest, rate));
-  const float smallest = static_cast<float>(floor) * fmaxf(static_cast<float>(kept), 1);
+  least = least_of_warp(least);
+  if (lane.lane == 0) shared.least[lane.warp] = least;
+  __syncthreads();
+  if (lane.warp == 0) {  // does the arithmetic in float64 for all
+    for (const std::int64_t bits : shared.least) least = Least()(least, bits);
+    const double before = first_chunk ? INFINITY : state.nearest[query];
+    double nearest = isnan(before) ? -1 : fmin(double_of(least), before);
+    if (nearest < 0) nearest = NAN;  // in the minima NaN is −1
+    const Fall fall(nearest, law.rate(nearest, radius[query]));
+    const double kept =
+        first_chunk ? 0 : state.total[query] * static_cast<double>(law.weight(fall(before)));
+    if (lane.lane == 0) {
+      shared.row = {fall, static_cast<float>(floor) * fmaxf(static_cast<float>(kept), 1)};
+      if (piece == 0) sums.closest[query] = nearest, sums.kept[query] = kept;
+    }
+  }
+  __syncthreads();
+  const RowWeights row = shared.row;
 
   float sum = 0;
   int live = 0;
-  const int first = piece * sums.size;
+  const int first = piece * sums.size, stride = static_cast<int>(pairs.stride);
+  const double* const distances = pairs.squared + query * stride + thread;
+  float* const weights = out.weight + query * stride + thread;
+  std::uint32_t* const words = out.live + query * (stride / 32) + lane.warp;
 #pragma unroll 1
-  for (int start = first; start < first + sums.size && start < references; start += kPiece)
+  for (int start = first; start < first + sums.size && start < references; start += kPiece) {
+    const int left = references - start - thread, columns = stride - start - thread;
+    double squared[kSteps];
 #pragma unroll
-    for (int step = 0; step < kPiece; step += kQueryThreads) {
-      const int j = start + step + thread;
-      const Index place = query * pairs.stride + j;
-      float w = j < references ? law.weight(pairs.squared[place] - nearest, rate) : 0;
+    for (int i = 0; i < kSteps; ++i)
+      squared[i] = i * kQueryThreads < left ? distances[start + i * kQueryThreads] : 0;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = i * kQueryThreads;
+      float w = law.weight(row.fall(squared[i]));
+      if (step >= left) w = 0;
       sum += w;
-      if (w < smallest) w = 0;
-      if (j < pairs.stride)
-        out.weight[place] = HALVES ? float_of(both_halves(w * factor)) : w * factor;
-      live += mark_live(out, query, pairs.stride, j, w != 0);
+      if (w < row.smallest) w = 0;
+      if (step < columns)
+        weights[start + step] = HALVES ? float_of(both_halves(w * factor)) : w * factor;
+      live += mark_live(words + (start + step) / 32, lane.lane == 0 && step < columns, w != 0);
     }
+  }
   sum = over_warp(sum, Sum());
   if (lane.lane == 0) shared.sums[lane.warp] = sum, shared.live[lane.warp] = live;
   __syncthreads();
@@ -103,9 +129,6 @@ __global__ void __launch_bounds__(kQueryThreads)
   for (int w = 1; w < kQueryThreads / 32; ++w) sum += shared.sums[w], live += shared.live[w];
   sums.sum[query * sums.pieces + piece] = sum;
   sums.live[query * sums.pieces + piece] = live;
-  if (piece > 0) return;
-  sums.closest[query] = nearest;
-  sums.kept[query] = kept;
 }
 
 // ---- the gradient ----------------------------------------------------------------------------
@@ -137,9 +160,10 @@ struct Moments {
   int pieces, size;  // as many as the first chunk has, and references of each
 
   // Adds to the sum of a piece.
-  __device__ void add(double* sums, Index query, int piece, double value, bool first_chunk) const {
+  __device__ void add(double* sums, Index query, int piece, const TwoFloats& value,
+                      bool first_chunk) const {
     double& at = sums[query * pieces + piece];
-    at = value + (first_chunk ? 0 : at);
+    at = static_cast<double>(value.high) + value.low + (first_chunk ? 0 : at);
   }
   // The sum over all pieces.
   __device__ double over_pieces(const double* sums, Index query) const {
@@ -156,50 +180,74 @@ __device__ inline double unit_of(const WeightLaw& law, double nearest, double r)
 }
 
 // What the probabilities of a query need.
-struct RowWeights {
-  double nearest, rate, per_total;
-  bool limit;
+struct RowProbabilities {
+  Fall fall;
+  float per_total;  // 1 over the sum of weights, 0 at a limit
+  float floor;      // a probability below it becomes zero
 
-  __device__ RowWeights(const WeightLaw& law, double nearest, double total, double r)
-      : nearest(nearest),
-        rate(law.rate(nearest, r)),
-        per_total(1 / total),
-        limit(law.at_limit(nearest, r)) {}
+  __device__ RowProbabilities(const WeightLaw& law, double nearest, double total, double r,
+                              double floor)
+      : fall(nearest, law.rate(nearest, r)),
+        per_total(law.at_limit(nearest, r) ? 0 : reciprocal(static_cast<float>(total))),
+        floor(static_cast<float>(floor)) {}
 
-  // p_j; zero below `floor`.
-  __device__ double probability(const WeightLaw& law, double squared, double floor) const {
-    const double p = limit ? 0 : law.weight(squared - nearest, rate) * per_total;
-    return p < floor ? 0 : p;
+  // p_j from what `fall` says of the distance, if the reference is `known`.
+  __device__ float probability(const WeightLaw& law, float linear, bool known) const {
+    const float p = law.weight(linear) * per_total;
+    return p < floor || !known ? 0 : p;
   }
 };
 
-// Adds Σ p_j G·y_j and Σ p_j of one query over a piece of the chunk.
+struct PullMemory {
+  RowProbabilities row;
+  TwoFloats sums[2 * kQueryThreads / 32];
+};
+
+// Adds Σ p_j G·y_j and Σ p_j of one query over a piece of the chunk. GAUSSIAN is law.gaussian.
+template <bool GAUSSIAN>
 __global__ void __launch_bounds__(kQueryThreads)
-    pull(const WeightLaw law, const double* radius, const double* nearest, const double* total,
+    pull(WeightLaw law, const double* radius, const double* nearest, const double* total,
          const Pairs pairs, int references, double floor, bool first_chunk, const Moments moments) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  const Index query = blockIdx.x, row = query * pairs.stride;
-  const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
-  const RowWeights of(law, nearest[query], total[query], radius[query]);
-  double projection = 0, mass = 0;
+  PullMemory& shared = *reinterpret_cast<PullMemory*>(shared_memory());
+  law.gaussian = GAUSSIAN;
+  const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
+  const Index query = blockIdx.x, at = query * pairs.stride + thread;
+  const int first = piece * moments.size;
+  if (thread < 32) {  // one warp does the arithmetic in float64 for all
+    const RowProbabilities row(law, nearest[query], total[query], radius[query], floor);
+    if (thread == 0) shared.row = row;
+  }
+  __syncthreads();
+  const RowProbabilities row = shared.row;
+  const double* const distances = pairs.squared + at;
+  const float* const products = pairs.projected + at;
+  CompensatedSum projection, mass;
 #pragma unroll 1
-  for (int start = first; start < first + moments.size && start < references; start += kPiece)
+  for (int start = first; start < first + moments.size && start < references; start += kPiece) {
+    const int left = references - start - thread;
+    double squared[kSteps];
+    float projected[kSteps];
 #pragma unroll
-    for (int step = 0; step < kPiece; step += kQueryThreads) {
-      const int j = start + step + static_cast<int>(threadIdx.x);
-      if (j >= references) continue;
-      const double p = of.probability(law, pairs.squared[row + j], floor);
-      if (p != 0) projection += p * pairs.projected[row + j];  // undefined where p = 0
-      mass += p;
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = i * kQueryThreads;
+      squared[i] = step < left ? distances[start + step] : 0;
+      projected[i] = step < left ? products[start + step] : 0;
     }
-  projection = over_block<kQueryThreads>(projection, scratch, Sum());
-  mass = over_block<kQueryThreads>(mass, scratch, Sum());
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const float p = row.probability(law, row.fall(squared[i]), i * kQueryThreads < left);
+      projection.add_product(p, p != 0 ? projected[i] : 0);  // G·y_j is undefined where p = 0
+      mass.add(p);
+    }
+  }
+  TwoFloats sums[] = {projection.result(), mass.result()};
+  sum_over_block<kQueryThreads>(sums, shared.sums);
   if (threadIdx.x > 0) return;
-  moments.add(moments.projection, query, piece, projection, first_chunk);
-  moments.add(moments.mass, query, piece, mass, first_chunk);
+  moments.add(moments.projection, query, piece, sums[0], first_chunk);
+  moments.add(moments.mass, query, piece, sums[1], first_chunk);
 }
 
-// c_j, p_j and −F c_j of the chunk. p_j and −F c_j may be null.
+// c_j, p_j and −F c_j of the chunk.
 struct Coefficients {
   ChunkWeights c;
   int* live;  // (queries, pieces): how many c_j may be other than zero
@@ -207,59 +255,115 @@ struct Coefficients {
   float* scaled;
 };
 
-// Coefficients of one query over a piece of the chunk, and their sums.
+// A number that may be out of the range of float32, as a product of two that are not.
+struct TwoFactors {
+  float first, second;
+
+  __device__ explicit TwoFactors(double v) {
+    const int power = (static_cast<int>(bits_of(v) >> 52 & 2047) - 1023) / 2;
+    const int half = power < -126 ? -126 : power > 126 ? 126 : power;
+    first = static_cast<float>(v * double_of(static_cast<std::int64_t>(1023 - half) << 52));
+    second = float_of(static_cast<std::uint32_t>(127 + half) << 23);
+  }
+  __device__ float times(float v) const { return v * first * second; }
+};
+
+// What the coefficients of a query need besides.
+struct RowCoefficients {
+  RowProbabilities probabilities;
+  float per_mass;
+  TwoFloats center;  // Σ p_i G·y_i − g
+  TwoFactors unit;   // F
+
+  __device__ RowCoefficients(const WeightLaw& law, const RowProbabilities& probabilities,
+                             const Moments& moments, Index query, double nearest, double r,
+                             double g)
+      : probabilities(probabilities), unit(unit_of(law, nearest, r)) {
+    const double found = moments.over_pieces(moments.mass, query), mass = found == 0 ? 1 : found;
+    const double at = moments.over_pieces(moments.projection, query) / mass - g;
+    per_mass = reciprocal(static_cast<float>(mass));
+    center.high = static_cast<float>(at);
+    center.low = static_cast<float>(at - center.high);
+  }
+};
+
+struct CoefficientMemory {
+  RowCoefficients row;
+  TwoFloats sums[2 * kQueryThreads / 32];
+  int live[kQueryThreads / 32];
+};
+
+// Coefficients of one query over a piece of the chunk, and their sums. GAUSSIAN is law.gaussian.
+// With REFERENCES it stores what the gradient of the references needs.
+template <bool GAUSSIAN, bool REFERENCES>
 __global__ void __launch_bounds__(kQueryThreads, 2)
-    find_coefficients(const WeightLaw law, const double* radius, const double* nearest,
+    find_coefficients(WeightLaw law, const double* radius, const double* nearest,
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,
                       const Coefficients out) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  const Index query = blockIdx.x, row = query * pairs.stride;
-  const int piece = static_cast<int>(blockIdx.y), first = piece * moments.size;
-  const double r = radius[query], g = grad_logsumexp[query];
-  const RowWeights of(law, nearest[query], total[query], r);
-  const double found = moments.over_pieces(moments.mass, query), mass = found == 0 ? 1 : found;
-  const double per_mass = 1 / mass;
-  const double center = moments.over_pieces(moments.projection, query) * per_mass;
-  const double unit = unit_of(law, of.nearest, r);
-  double moment = 0, sum = 0;
+  CoefficientMemory& shared = *reinterpret_cast<CoefficientMemory*>(shared_memory());
+  law.gaussian = GAUSSIAN;
+  const Lane lane = this_lane();
+  const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
+  const int first = piece * moments.size, stride = static_cast<int>(pairs.stride);
+  const Index query = blockIdx.x, at = query * stride + thread;
+  if (lane.warp == 0) {  // does the arithmetic in float64 for all
+    const double low = nearest[query], r = radius[query];
+    const RowCoefficients row(law, RowProbabilities(law, low, total[query], r, floor), moments,
+                              query, low, r, grad_logsumexp[query]);
+    if (lane.lane == 0) shared.row = row;
+  }
+  __syncthreads();
+  const RowCoefficients row = shared.row;
+  const double* const distances = pairs.squared + at;
+  const float* const products = pairs.projected + at;
+  std::uint32_t* const words = out.c.live + query * (stride / 32) + lane.warp;
+  CompensatedSum moment, sum;
   int live = 0;
 #pragma unroll 1
-  for (int start = first; start < first + moments.size && start < pairs.stride; start += kPiece)
+  for (int start = first; start < first + moments.size && start < stride; start += kPiece) {
+    const int left = references - start - thread, columns = stride - start - thread;
+    double squared[kSteps];
+    float projected[kSteps];
 #pragma unroll
-    for (int step = 0; step < kPiece; step += kQueryThreads) {
-      const int j = start + step + static_cast<int>(threadIdx.x);
-      double p = 0, c = 0;
-      if (j < references) p = of.probability(law, pairs.squared[row + j], floor) * per_mass;
-      if (p != 0) {
-        const double pt = p * (pairs.projected[row + j] - center + g);
-        const Ratios ratios = law.ratios(pairs.squared[row + j] - of.nearest, of.rate);
-        c = -pt * ratios.nearest;
-        moment += pt * ratios.excess;
-      }
-      const float rounded = static_cast<float>(c);
-      sum += rounded;
-      if (j < pairs.stride) {
-        out.c.weight[row + j] = rounded;
-        if (out.probability) {
-          out.probability[row + j] = static_cast<float>(p);
-          out.scaled[row + j] = static_cast<float>(c == 0 ? 0 : -c * unit);
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = i * kQueryThreads;
+      squared[i] = step < left ? distances[start + step] : 0;
+      projected[i] = step < left ? products[start + step] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = i * kQueryThreads;
+      const float linear = row.probabilities.fall(squared[i]);
+      const float p = row.probabilities.probability(law, linear, step < left) * row.per_mass;
+      const float pt = p * ((projected[i] - row.center.high) - row.center.low);
+      const Ratios ratios = law.ratios(linear);
+      const float c =
+          p == 0 ? 0 : -rounded_product(pt, ratios.nearest);  // G·y_j is undefined where p = 0
+      moment.add(p == 0 ? 0 : pt * ratios.excess);
+      sum.add(c);
+      if (step < columns) {
+        out.c.weight[at + start + step] = c;
+        if (REFERENCES) {
+          out.probability[at + start + step] = p;
+          out.scaled[at + start + step] = c == 0 ? 0 : row.unit.times(-c);
         }
       }
-      live += mark_live(out.c, query, pairs.stride, j, p != 0);
+      live += mark_live(words + (start + step) / 32, lane.lane == 0 && step < columns, p != 0);
     }
-  if (threadIdx.x % 32 > 0) live = 0;  // it is that of a warp
-  live = over_block<kQueryThreads>(live, reinterpret_cast<int*>(scratch), Sum());
-  moment = over_block<kQueryThreads>(moment, scratch, Sum());
-  sum = over_block<kQueryThreads>(sum, scratch, Sum());
+  }
+  if (lane.lane == 0) shared.live[lane.warp] = live;
+  TwoFloats sums[] = {moment.result(), sum.result()};
+  sum_over_block<kQueryThreads>(sums, shared.sums);
   if (threadIdx.x > 0) return;
+  for (int w = 1; w < kQueryThreads / 32; ++w) live += shared.live[w];
   out.live[query * static_cast<int>(gridDim.y) + piece] = live;
-  moments.add(moments.moment, query, piece, moment, first_chunk);
-  moments.add(moments.sum, query, piece, sum, first_chunk);
+  moments.add(moments.moment, query, piece, sums[0], first_chunk);
+  moments.add(moments.sum, query, piece, sums[1], first_chunk);
 }
 
 // After the last chunk: what the sums over all references say.
-__global__ void __launch_bounds__(kQueryThreads)
+__global__ void __launch_bounds__(kFinishThreads)
     finish_moments(const WeightLaw law, const double* radius, const double* nearest,
                    const double* grad_logsumexp, int queries, const Moments moments) {
   const int query = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);

@@ -115,6 +115,8 @@ void wait_copies() {
   shim::wait_copies(PENDING);
 }
 
+inline float exponential(float v) { return exp2f(v * 1.44269504f); }
+inline float rounded_product(float a, float b) { return a * b; }
 inline float float_of(std::uint32_t bits) {
   float v;
   std::memcpy(&v, &bits, sizeof v);

@@ -825,6 +825,29 @@ def test_machine_code_has_what_is_counted(type):
     assert seen == declared
 
 
+@pytest.mark.skipif(codegen_cuda.why_unchecked() is not None, reason="no machine code")
+@pytest.mark.parametrize("card", devices.DEVICES, ids=lambda card: card.name)
+def test_loops_over_pairs_have_no_float64(card):
+    """On GeForce cards float64, and conversions from and to it, run at 1/64 of float32's rate."""
+    both = ("false", "true")
+    looped = {
+        **{f"weigh<{halves}, {law}>": ("fp32", "LDG") for halves in both for law in both},
+        **{f"pull<{law}>": ("fp32",) for law in both},
+        **{f"find_coefficients<{law}, {of_y}>": ("fp32",) for law in both for of_y in both},
+        **{f"split_rows<{centered}>": ("F2FP", "FMNMX") for centered in both},
+    }
+    for name, loops in looped.items():
+        kernel = kernels.cuda_kernel(card, name, 0)
+        for what in loops:
+            body = kernel.body(kernels.loop_with_most(kernel, what))
+            slow = [
+                one.name
+                for one in body
+                if pipeline.need_of(one, card).unit in ("fp64", "convert64")
+            ]
+            assert slow == [], (name, what)
+
+
 def test_copies_read_the_bytes_that_are_counted():
     """Two copies a trip, of which one block of 128 threads makes the second with one warp."""
     copy = "LDGSTS.E.BYPASS.128 [R3], [R2.64]"

@@ -234,6 +234,55 @@ def test_every_value_of_narrow_references_is_read_correctly(op, device, B):
     assert (mean.double() - (values.double() / 127.5 - 1)).abs().max() <= 1.2e-7
 
 
+# ---- weights without float64 ----
+
+
+def on_a_sphere(B, M, N, squared):
+    """Queries at the origin, and references whose squared distances are `squared` and some 2^-32
+    more or less. Their features have 12 digits, so that float32 holds the squares."""
+    generator = torch.Generator().manual_seed(2)
+    wanted = 2**22 * squared - 1
+    found = torch.randn(40_000, N - 1, generator=generator)
+    found *= wanted**0.5 / found.norm(dim=1, keepdim=True)
+    one = found.round()[found.round().double().square().sum(1) == wanted][0]
+    signs = 2 * torch.randint(0, 2, (M, N - 1), generator=generator) - 1
+    last = 1 + torch.randint(-20, 21, (M, 1), generator=generator) / 2**11
+    return torch.zeros(B, N), torch.cat([signs * one, last], 1) / 2**11
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 1.0, 2.0**50])
+@pytest.mark.parametrize("squared", [1.0, 1.5])
+@pytest.mark.parametrize("sizes", [(4, 90, 6), (20, 90, 40)])
+def test_differences_far_below_float32_decide(op, device, sizes, squared, scale):
+    """A nat is a difference of 1e-9 of the squared distances. Some of these are below 1, and some
+    are not."""
+    x, references = (scale * t.to(device) for t in on_a_sphere(*sizes, squared))
+    radius = torch.full((len(x),), 1e-3 * scale, dtype=torch.float64, device=device)
+    op.check(x, references, radius, 2e9)
+    mean, _ = op.compute(x, references, radius, 2e9)
+    of_all = references.mean(0)
+    assert (mean - of_all).norm(dim=1).min() > 0.1 * of_all.norm()
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("sizes", [(4, 40, 33), (20, 40, 512)])
+def test_distances_over_sigma_beyond_float32(op, device, sizes, D):
+    """Only the nearest references have a weight, also where they are not met exactly."""
+    _, references, _ = op.problem(*sizes)
+    references[7] = references[3] = references[0]
+    for radius_of_all, apart in ((1e-30, 1e-3), (1e-160, 0.0), (1e-160, 1e-3), (1e-23, 1e-12)):
+        x = references[: sizes[0]].clone() + apart
+        radius = torch.full((len(x),), radius_of_all, dtype=torch.float64, device=device)
+        found = PosteriorMean(x, references, radius, D)
+        mean, _, _, total = op.module.posterior_mean(found)
+        if not math.isinf(D) and apart > 0:  # others have a weight too
+            op.check(x, references, radius, D)
+            continue
+        torch.testing.assert_close(mean, references[: sizes[0]], rtol=2.0**-20, atol=0.0)
+        assert total[0].item() == 3.0
+        assert total[1].item() == 1.0
+
+
 # ---- sums in float16 parts ----
 
 
@@ -328,6 +377,61 @@ def test_gradients_of_many_queries(op):
     """More queries than one list holds."""
     x, references, sigma = op.problem(2100, 5, 3)
     op.check_gradients(x, references, sigma.clamp(min=0.05), 1.0)
+
+
+@pytest.mark.parametrize("power", [-100, -50, 50, 100])
+@pytest.mark.parametrize("sizes", [(4, 40, 33), (20, 40, 40)])
+@pytest.mark.parametrize("D", [1.0, 1e9, math.inf])
+def test_gradients_do_not_depend_on_the_unit(op, sizes, D, power):
+    """N + D over s and 1/σ² may be out of the range of float32. Where G·y or a sum of coefficients
+    would be, G is left out and g has another size."""
+    x, references, sigma = op.problem(*sizes)
+    radius = op.radius_of(sigma.clamp(min=0.05), D)
+    G, g = op.upstream(x, sigma)
+    unit, far = 2.0**power, abs(power) > 50
+    if far:
+        G = torch.zeros_like(G)
+
+    def gradients(unit, g, of_y):
+        given = PosteriorMean(x * unit, references * unit, radius * unit, D)
+        mean, _, nearest, total = op.module.posterior_mean(given)
+        state, needs = State(mean, nearest, total), (not of_y, of_y, not of_y)
+        found = op.module.posterior_mean_backward(given, state, Upstream(G, g), needs)
+        return [gradient for gradient in found if gradient is not None]
+
+    for of_y in (False, True):
+        shrink = far and not of_y  # gradients are then 1/unit times as large
+        found = gradients(unit, g if shrink else g * unit, of_y)
+        for gradient, wanted in zip(found, gradients(1.0, g, of_y), strict=True):
+            assert gradient.any()
+            op.assert_gradient(gradient * unit if shrink else gradient, wanted.cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(4, 90, 6), (20, 90, 40)])
+def test_gradients_where_differences_far_below_float32_decide(op, device, sizes):
+    x, references = (t.to(device) for t in on_a_sphere(*sizes, 1.0))
+    radius = torch.full((len(x),), 0.5, dtype=torch.float64, device=device)
+    op.check_gradients(x, references, radius, 2e9, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("B", [4, 20])
+@pytest.mark.parametrize("D", [64.0, math.inf])
+def test_gradients_beside_one_reference(op, B, D):
+    """All weights but one are tiny. So are the gradients, beside which G·y is huge."""
+    x, references, _ = op.problem(B, 70, 40)
+    references += 3
+    x = references[:B] + 0.05 * (references[20 : 20 + B] - references[:B])
+    sigma = torch.logspace(-0.1, 0.2, B, dtype=torch.float64).to(x.device)
+    radius = op.radius_of(sigma, D)
+    G, g = op.upstream(x, radius)[0], torch.zeros_like(radius)
+    given = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = op.module.posterior_mean(given)
+    state, needs = State(mean, nearest, total), (True, True, True)
+    found = op.module.posterior_mean_backward(given, state, Upstream(G, g), needs)
+    expected = op.oracle_gradients(x.cpu(), references.cpu(), radius.cpu(), D, G.cpu(), g.cpu())
+    assert expected[0].norm(dim=1).min() < 1e-4 * G.norm(dim=1).min().cpu()
+    for gradient, wanted in zip(found, expected, strict=True):
+        op.assert_gradient(gradient, wanted, 1e-5)
 
 
 # ---- as torch sees it ----
