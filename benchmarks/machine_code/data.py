@@ -34,6 +34,8 @@ SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
+GATHERED_PANELS = 64  # whose weights a block of the CUDA ``list_references`` gathers, at most
+TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
 
 
 def up(n: float, by: float) -> int:
@@ -304,8 +306,18 @@ def listed_references(live: Tensor, order: Tensor | None) -> Tensor:
         live: those of a block of queries.
         order: of the queries; None leaves them as they are.
     """
+    return _listed(live, order).sum(1)
+
+
+def transfers(live: Tensor, order: Tensor | None) -> Tensor:
+    """Transfers that hold the weights of these references for one query."""
+    return _tiles(_listed(live, order), TRANSFER, 0.0).amax(2).sum(1)
+
+
+def _listed(live: Tensor, order: Tensor | None) -> Tensor:
+    """Whether references are listed, 1 or 0 (groups, m)."""
     rows = live if order is None else live[order]
-    return _by_rows(rows.float(), rows, SUM_ROWS, ordered=False).sum(1)
+    return _by_rows(rows.float(), rows, SUM_ROWS, ordered=False)
 
 
 class Mean:
@@ -339,8 +351,10 @@ class Lists:
         self.orders = self.orders or [order_of(each) for each in blocks]
         for each, order in zip(blocks, self.orders, strict=True):
             listed = listed_references(each, order)
+            of_weights = {"transfers": float(transfers(each, order).double().mean())}
             for panels, mean in self.parts.items():
-                mean.add(*parts_of(listed, panels))
+                number, found = parts_of(listed, panels)
+                mean.add(number, found | of_weights)
 
     def result(self) -> dict[str, dict[str, float]]:
         return {f"parts of {n}": mean.result() for n, mean in sorted(self.parts.items())}

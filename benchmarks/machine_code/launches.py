@@ -245,7 +245,13 @@ _LOOPS = {
     "differences": {"features": "fp32"},
     "weigh": {"pairs": "fp32", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},
-    "list_references": {"words": "LDG", "counts": "LDG", "ranks": "LDS"},
+    "list_references": {
+        "words": "LDG",
+        "places": "STS",
+        "panels": "STG",
+        "counts": "LDG",
+        "ranks": "LDS",
+    },
     "weighted_sum": {"panels": "tensor"},
     "merge": {"parts": "LDG"},
     "pull": {"pairs": "fp64"},
@@ -274,10 +280,18 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
         loop = kernels.loop_with_most(kernel._replace(loops=left), what)
         left.remove(loop)
         body = kernel.body(loop)
-        each = kernels.count_of(body, what) if what.isupper() else 1
-        trips, most, _ = one.loops[name]
-        phases.append(phase(name, kernel, body, trips / each, most / each))
+        trips, most, _, spread = one.loops[name]
+        each = _trips_at_once(name, what, kernels.count_of(body, what))
+        part = phase(name, kernel, body, trips / each, most / each)
+        phases.append(_with_shares(part, {"LDG": spread}) if spread != 1 else part)
     return with_copied(phases, one, kernel)
+
+
+def _trips_at_once(loop: str, what: str, found: int) -> float:
+    """Trips that are counted of a loop in one of the machine code."""
+    if not what.isupper():
+        return 1
+    return {"places": found / 32, "panels": found / 2}.get(loop, found)
 
 
 def with_copied(phases: Sequence[Phase], one: Work, kernel: Compiled) -> tuple[Phase, ...]:

@@ -545,6 +545,7 @@ def test_lists_of_the_weighted_sum():
     assert listed.tolist() == [129, 128]
     figures = {"listed": 257 / 2, "panels": 9 / 2, "panels, most": 2.0}
     assert data.parts_of(listed, 2) == (2, figures | {"parts": 5 / 2, "parts, most": 3.0})
+    assert data.transfers(live, order).tolist() == [17, 16]
     assert data.order_of(live[:32]) is None
     assert data.listed_references(live[:3], None).tolist() == [129]
 
@@ -616,6 +617,7 @@ ON_DATA = {
             "panels, most": 5.0,
             "parts": 2.0,
             "parts, most": 3.0,
+            "transfers": 20.0,
         }
         for panels in range(4, 65)
     },
