@@ -33,8 +33,9 @@ SAMPLES = 16  # references whose mean is the centre
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
-TRANSFERRED = 8  # weights of a transfer of 32 bytes
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
+GATHERED_PANELS = 64  # whose weights a block of the CUDA ``list_references`` gathers, at most
+TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
 
 
 def up(n: float, by: float) -> int:
@@ -311,27 +312,18 @@ def listed_references(live: Tensor, order: Tensor | None) -> Tensor:
         live: those of a block of queries.
         order: of the queries; None leaves them as they are.
     """
-    return _lists(live, order).sum(1)
+    return _listed(live, order).sum(1)
 
 
-def _lists(live: Tensor, order: Tensor | None) -> Tensor:
-    """Which references each list has, as 0 and 1 (lists, m)."""
+def transfers(live: Tensor, order: Tensor | None) -> Tensor:
+    """Transfers that hold the weights of these references for one query."""
+    return _tiles(_listed(live, order), TRANSFER, 0.0).amax(2).sum(1)
+
+
+def _listed(live: Tensor, order: Tensor | None) -> Tensor:
+    """Whether references are listed, 1 or 0 (groups, m)."""
     rows = live if order is None else live[order]
     return _by_rows(rows.float(), rows, SUM_ROWS, ordered=False)
-
-
-def transfers_of(live: Tensor, order: Tensor | None) -> Tensor:
-    """Transfers that the listed weights of one query take, for each list.
-
-    A transfer has TRANSFERRED weights that lie together. The weights of a panel are copied at once.
-    """
-    found = []
-    for row in _lists(live, order):
-        places = row.nonzero()[:, 0]
-        panels = torch.arange(len(places)) // SUM_TILE
-        both = torch.stack((panels, places // TRANSFERRED))
-        found.append(torch.unique_consecutive(both, dim=1).shape[1])
-    return torch.tensor(found)
 
 
 class Mean:
@@ -365,10 +357,10 @@ class Lists:
         self.orders = self.orders or [order_of(each) for each in blocks]
         for each, order in zip(blocks, self.orders, strict=True):
             listed = listed_references(each, order)
-            transfers = {"transfers": float(transfers_of(each, order).double().mean())}
+            of_weights = {"transfers": float(transfers(each, order).double().mean())}
             for panels, mean in self.parts.items():
                 number, found = parts_of(listed, panels)
-                mean.add(number, found | transfers)
+                mean.add(number, found | of_weights)
 
     def result(self) -> dict[str, dict[str, float]]:
         return {f"parts of {n}": mean.result() for n, mean in sorted(self.parts.items())}

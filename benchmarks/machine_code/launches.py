@@ -261,7 +261,13 @@ _LOOPS = {
     "differences": {"features": "fp32"},
     "weigh": {"pairs": "fp32", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},
-    "list_references": {"words": "LDG", "counts": "LDG", "ranks": "LDS"},
+    "list_references": {
+        "words": "LDG",
+        "places": "STS",
+        "panels": "STG",
+        "counts": "LDG",
+        "ranks": "LDS",
+    },
     "weighted_sum": {"panels": "tensor"},
     "merge": {"parts": "LDG", "pieces": "LDG"},
     "pull": {"pairs": "fp32"},
@@ -295,12 +301,21 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
         loop = kernels.loop_with_most(kernel._replace(loops=left), what)
         left.remove(loop)
         body = kernel.body(loop, _without_loads(kernel, loop) if name == "pairs" else frozenset())
-        each = kernels.count_of(body, what) if what.isupper() else 1
-        trips, most, _, stored = one.loops[name]
+        trips, most, _, stored, spread = one.loops[name]
+        each = _trips_at_once(name, what, kernels.count_of(body, what))
         found = phase(name, kernel, body, trips / each, most / each)
+        if spread != 1:
+            found = _with_shares(found, {"LDG": spread})
         of_trip = None if stored is None else each * stored
         phases.append(_with_stored(found, of_trip, kernel.threads))
     return with_copied(phases, one, kernel)
+
+
+def _trips_at_once(loop: str, what: str, found: int) -> float:
+    """Trips that are counted of a loop in one of the machine code."""
+    if not what.isupper():
+        return 1
+    return {"places": found / 32, "panels": found / 2}.get(loop, found)
 
 
 def _without_loads(kernel: Compiled, loop: Loop) -> frozenset[int]:
@@ -349,23 +364,13 @@ def _once_by_few(one: Work, kernel: Compiled, straight: Sequence[Instruction]) -
 def with_copied(phases: Sequence[Phase], one: Work, kernel: Compiled) -> tuple[Phase, ...]:
     """The phases, whose asynchronous copies read as many bytes as are counted.
 
-    The machine code has more: copies of some threads only, and of panels after the last one. Copies
-    of single values move more than they read if these are scattered.
+    The machine code has more: copies of some threads only, and of panels after the last one.
     """
     coded = sum(part.trips * copied_bytes(part.code, kernel.threads) for part in phases)
     if coded == 0:
         return tuple(phases)
     share = one.total.copied / coded
-    return tuple(_with_copies(part, share, one.scattered) for part in phases)
-
-
-def _with_copies(part: Phase, share: float, scattered: float) -> Phase:
-    found = {
-        i: share * (scattered if access_bytes(instruction) == 4 else 1)
-        for i, instruction in enumerate(part.code)
-        if instruction.base == "LDGSTS"
-    }
-    return _with_factors(part, found)
+    return tuple(_with_shares(part, {"LDGSTS": share}) for part in phases)
 
 
 def copied_bytes(code: Sequence[Instruction], threads: int) -> int:

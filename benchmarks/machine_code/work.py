@@ -6,16 +6,19 @@ tests/gpu/cuda/test_counts.py holds it against what the host shim counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from benchmarks.machine_code import data as constants
 from benchmarks.machine_code.data import (
+    GATHERED_PANELS,
     LISTED_TOGETHER,
     PART_PANELS,
     SUM_FEATURES,
     SUM_ROWS,
     TILE,
-    TRANSFERRED,
+    TRANSFER,
     Shape,
     limit_warps,
     up,
@@ -75,6 +78,8 @@ class Loop(NamedTuple):
     stored: float | None = None
     """Bytes that stores to global memory, copies not included, write in a trip. None: those of the
     code, if all lanes run it."""
+    spread: float = 1
+    """Bytes that its loads from global memory transfer, over those that they need."""
 
 
 class Work(NamedTuple):
@@ -95,9 +100,6 @@ class Work(NamedTuple):
     times: int = 1
     stored: float | None = None
     """As in :class:`Loop`, of a block outside of loops, the mean over the blocks."""
-    scattered: float = 1
-    """Bytes that asynchronous copies of 4 bytes move, over those that they copy. Transfers have
-    32 bytes, which neighbouring lanes share if their addresses are neighbours."""
 
     @property
     def total(self) -> Amount:
@@ -147,7 +149,7 @@ def _of_chunks(
     yield _refine(shape, data, queries, m, card)._replace(times=chunks)
     yield _weigh(shape, queries, m, card)._replace(times=chunks)
     pieces = up(m, piece_of(shape, card))
-    yield from _ordered_lists(shape, queries, m, pieces, chunks, _listed(shape, data, card))
+    yield from _ordered_lists(shape, data, queries, m, pieces, chunks, card)
     yield _sum(shape, data, queries, m, card)._replace(times=chunks)
     yield _merge(shape, data, queries, m, card)._replace(times=chunks)
 
@@ -436,29 +438,27 @@ def piece_of(shape: Shape, card: Device) -> int:
     return PIECE * min(max(1, shape.block * least // (4 * card.sms)), least)
 
 
-def _listed(shape: Shape, data: Data, card: Device) -> float:
-    """The share of the references that a list has."""
-    found = data["lists"][f"parts of {shape.part_panels(card.sms)}"]
-    return float(found["listed"]) * shape.chunks / shape.M
-
-
 def _ordered_lists(
-    shape: Shape, queries: int, m: int, pieces: int, chunks: int, listed: float
+    shape: Shape,
+    data: Data,
+    queries: int,
+    m: int,
+    pieces: int,
+    chunks: int,
+    card: Device,
+    backward: bool = False,
 ) -> Iterator[Work]:
-    """Lists for so many chunks, and the order of queries for the first chunk of all.
-
-    Args:
-        listed: the share of the references that a list has.
-    """
+    """Lists for so many chunks, and the order of queries for the first chunk of all."""
+    halves = shape.halves and not backward
     ordered = queries > SUM_ROWS and m == shape.chunk
     alone = ordered and queries > _LISTING
     if alone:
         yield _order(queries, pieces)
     elif ordered:
-        yield _list(queries, m, listed, pieces)
+        yield _list(shape, data, queries, m, card, halves, pieces)
         chunks -= 1
     if chunks > 0:
-        yield _list(queries, m, listed)._replace(times=chunks)
+        yield _list(shape, data, queries, m, card, halves)._replace(times=chunks)
 
 
 def _order(queries: int, pieces: int) -> Work:
@@ -473,21 +473,31 @@ def _order(queries: int, pieces: int) -> Work:
     return Work(name, name, blocks, 256, 4 * queries, once, loops, moved, stored=stored)
 
 
-def _list(queries: int, m: int, listed: float, pieces: int = 0) -> Work:
-    """The lists of a chunk. It also finds the order of queries from their weights in pieces."""
-    blocks, words = up(queries, SUM_ROWS), up(m, 32)
-    words_loop = _listing(blocks, words, _LISTING)
-    stored = 4 * listed * m / words_loop.most
-    loops = {"words": words_loop._replace(stored=stored)}
+def _list(
+    shape: Shape, data: Data, queries: int, m: int, card: Device, halves: bool, pieces: int = 0
+) -> Work:
+    """The lists of a chunk, and the weights of what they list.
+
+    It also finds the order of queries from their weights in pieces.
+    """
+    groups, words = up(queries, SUM_ROWS), up(m, 32)
+    even = math.isqrt(up(24 * groups, card.sms) - 1) + 1  # blocks of a multiprocessor
+    shares = max(min(max(1, even * card.sms // groups), words), up(words, GATHERED_PANELS))
+    blocks, part = groups * shares, shape.part_panels(card.sms)
+    found = data["lists"][f"parts of {part}"]
+    spread = TRANSFER * found["transfers"] / found["listed"] if found["listed"] else 1.0
+    most = found["panels, most"] if found["parts, most"] == 1 else part * found["parts, most"]
+    loops = {
+        "words": _listing(blocks, words, _LISTING)._replace(stored=0),
+        "places": _by_all(blocks, up(words, _LISTING)),
+        "panels": Loop(groups * found["panels"], up(most, shares), spread=spread),
+    }
     if pieces:
         loops |= {"counts": _by_all(blocks, pieces), "ranks": _by_all(blocks, up(queries, 4))}
-    name, memory = f"list_references<{_text(pieces > 0)}>", 4 * (8 + SUM_ROWS + _LISTING)
-    once, moved = Amount(barriers=4 if pieces else 3), 4 * queries * words
-    # The length of a list, half a panel after it on average, parts and places of queries.
-    stored = 4 * (1 + _PANEL / 2 + (2 if pieces else 1) * queries / blocks)
-    return Work(
-        "list_references", name, blocks, _LISTING, memory, once, loops, moved, stored=stored
-    )
+    name = f"list_references<{_text(pieces > 0)}, {_text(halves)}>"
+    memory = 4 * (8 + SUM_ROWS + _LISTING + _PANEL * GATHERED_PANELS) + 8 * words
+    once, moved = Amount(barriers=3 if pieces else 2), 4 * queries * words
+    return Work("list_references", name, blocks, _LISTING, memory, once, loops, moved)
 
 
 def _listing(blocks: int, words: int, threads: int) -> Loop:
@@ -509,7 +519,7 @@ def _sum(
     exact = shape.type in ("Float16", "uint8") if halves else shape.type != "float32"
     products = 4 * SUM_ROWS * (2 if exact else 3)  # of 8 terms
     of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
-    of_weights = 4 * SUM_ROWS * found["listed"] / panels if panels else 0.0
+    of_weights = 4 * SUM_ROWS * _PANEL
     trip = Amount(
         halves=products / 2 * halves,
         tf32=products * (not halves),
@@ -524,15 +534,12 @@ def _sum(
     }
     moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
     name, memory = f"weighted_sum<{shape.type}, {_text(halves)}>", _sum_memory(size)
-    scattered = TRANSFERRED * found["transfers"] / found["listed"] if found["listed"] else 1.0
-    return Work(
-        "weighted_sum", name, blocks, 128, memory, Amount(), loops, moved, scattered=scattered
-    )
+    return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
 
 
 def _sum_memory(size: int) -> int:
     pitch = SUM_FEATURES * size + 32
-    return 3 * _PANEL * (pitch + 4 * (SUM_ROWS + 8)) + 4 * (32 * PART_PANELS + 4 + 2 * SUM_ROWS)
+    return 3 * _PANEL * (pitch + 4 * (SUM_ROWS + 8)) + 4 * (32 * PART_PANELS + 4 + SUM_ROWS)
 
 
 def read_again(shape: Shape, m: int, card: Device) -> float:
@@ -610,7 +617,7 @@ def _gradient_of_chunks(
     yield _coefficients(shape, queries, m, card, references)._replace(times=chunks)
     if m == shape.chunk_sizes()[-1]:
         yield _finish(queries)
-    yield from _ordered_lists(shape, queries, m, pieces, chunks, _listed(shape, data, card))
+    yield from _ordered_lists(shape, data, queries, m, pieces, chunks, card, backward=True)
     for work in (
         _sum(shape, data, queries, m, card, backward=True),
         _merge(shape, data, queries, m, card, "merge_gradient"),

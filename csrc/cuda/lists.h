@@ -2,7 +2,8 @@
 //
 // Most weights are zero. Weighted sums take 32 queries at a time and stage only references that
 // have a weight for any of them. Queries with similar numbers of weights need similar references,
-// so these are taken together.
+// so these are taken together. The weights of the listed references are gathered, because they lie
+// apart, and are read for each slice of the features.
 #pragma once
 #include "cuda/weights.h"
 
@@ -15,33 +16,43 @@ constexpr int kListThreads = 256;
 // Panels of listed references that a block sums: kFewestPanels to kMostPanels, or more, up to
 // kPartPanels, if the parts would not fit into memory.
 constexpr int kFewestPanels = 4, kMostPanels = 16, kPartPanels = 64;
+constexpr int kGatheredPanels = 64;  // of a block of list_references, at most
+
+// How many bits are set before those of this thread's word: `count` earlier ones, and those of
+// threads before it. `count` then counts the bits of all threads too. `before` has a place for each
+// warp.
+template <int THREADS>
+__device__ inline int place_of_word(unsigned word, int& count, int* before) {
+  const Lane lane = this_lane();
+  int place = __popc(word);
+  for (int apart = 1; apart < 32; apart *= 2) {
+    const int lower = __shfl_sync(kAll, place, lane.lane - apart);
+    if (lane.lane >= apart) place += lower;
+  }
+  __syncthreads();  // no thread uses the counts of earlier words any more
+  if (lane.lane == 31) before[lane.warp] = place;
+  __syncthreads();
+  place += count - __popc(word);
+#pragma unroll
+  for (int v = 0; v < THREADS / 32; ++v) {
+    if (v < lane.warp) place += before[v];
+    count += before[v];
+  }
+  return place;
+}
 
 // Writes the indices of all set bits of `words` words to `to`, in ascending order, and returns
 // their number. bits(w) is word w. The last index is repeated up to a whole panel. `before` has a
 // place for each warp.
 template <int THREADS, class Bits>
 __device__ inline int list(int* to, int* before, int words, Bits bits) {
-  const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x);
   int count = 0;
 #pragma unroll 1
   for (int start = 0; start < words; start += THREADS) {
     const int w = start + thread;
     const unsigned word = w < words ? bits(w) : 0;
-    int place = __popc(word);
-    for (int apart = 1; apart < 32; apart *= 2) {
-      const int lower = __shfl_sync(kAll, place, lane.lane - apart);
-      if (lane.lane >= apart) place += lower;
-    }
-    __syncthreads();  // no thread uses the counts of earlier words any more
-    if (lane.lane == 31) before[lane.warp] = place;
-    __syncthreads();
-    place += count - __popc(word);
-#pragma unroll
-    for (int v = 0; v < THREADS / 32; ++v) {
-      if (v < lane.warp) place += before[v];
-      count += before[v];
-    }
+    int place = place_of_word<THREADS>(word, count, before);
     for (int b = 0; b < 32; ++b) {
       const int set = static_cast<int>(word >> b & 1u);
       if (set) to[place] = 32 * w + b;
@@ -59,6 +70,9 @@ __device__ inline int list(int* to, int* before, int words, Bits bits) {
 struct Lists {
   int* listed;  // (groups, stride): which they are, and the last one again up to a whole panel
   int* counts;  // (groups): how many
+  // (groups, stride, 32): their weights, in panels of pair_place. Those of a reference that is
+  // there again, and of queries after the last one, are zero.
+  float* weights;
   Index stride;
 };
 
@@ -100,10 +114,22 @@ __global__ void __launch_bounds__(kQueryThreads)
   if (own < queries && thread % kSharers == 0) order[rank] = own;
 }
 
+// A word of 32 references has a bit for each that is listed. `place` is that of the first one.
+struct ListedWord {
+  unsigned bits;
+  int place;
+};
+
 struct ListMemory {
   int scratch[kListThreads / 32];
   int queries[kSumRows];
   std::uint32_t keys[kListThreads];
+  int listed[kPanel * kGatheredPanels];
+
+  __device__ ListedWord* words() { return reinterpret_cast<ListedWord*>(this + 1); }
+  static std::size_t bytes(Index references) {
+    return sizeof(ListMemory) + sizeof(ListedWord) * divide_up(references, 32);
+  }
 };
 
 // The order of at most kListThreads queries, as order_queries finds it. Every block finds it, and
@@ -125,35 +151,106 @@ __device__ inline void order_few_queries(ListMemory& shared, const PieceSums& su
   }
   if (query >= queries) return;
   if (rank / kSumRows == group) shared.queries[rank % kSumRows] = query;
-  if (group == 0) order[rank] = query;
+  if (group == 0 && blockIdx.x == 0) order[rank] = query;
 }
 
-// The lists of a group. With ORDER it finds the order first.
-template <bool ORDER>
+// Writes the listed references of a word whose places are among `size` places from `first` on.
+__device__ inline void write_places(int* to, int first, int size, int w, ListedWord word) {
+  int place = word.place - first;
+  if (place >= size || place + __popc(word.bits) <= 0) return;
+#pragma unroll
+  for (int b = 0; b < 32; ++b) {
+    const unsigned set = word.bits >> b & 1u;
+    if (set && static_cast<unsigned>(place) < static_cast<unsigned>(size)) to[place] = 32 * w + b;
+    place += static_cast<int>(set);
+  }
+}
+
+// Gathers weights of a query for `panels` panels of listed references, of which `count` count; the
+// others get zero, and all do if the query is not `known`. A thread has four weights of a panel.
+// Loads have no conditions, so that those of several panels can come before all stores.
+template <bool HALVES>
+__device__ inline void gather_weights(const float* __restrict__ weights,
+                                      const int* __restrict__ listed, bool known, int count,
+                                      int panels, float* __restrict__ to, const Lane& lane) {
+  const int n = lane.warp / 2, step = lane.warp % 2;
+#pragma unroll 4
+  for (int panel = 0; panel < panels; ++panel) {
+    std::uint32_t words[4];
+    for (int i = 0; i < 4; ++i) {
+      const int place = kPanel * panel + 16 * step + 4 * i + lane.t;
+      const float weight = weights[listed[place < count ? place : count - 1]];
+      words[i] = known && place < count ? bits_of(weight) : 0;
+    }
+    const auto store = [&](int s, std::uint32_t first, std::uint32_t second) {
+      float* const pair = to + kPanelWeights * panel + pair_place(n, 2 * step + s, lane.lane);
+      *reinterpret_cast<std::uint64_t*>(pair) = first | static_cast<std::uint64_t>(second) << 32;
+    };
+    if constexpr (HALVES) {
+      const TwoHalves front = apart(words[0], words[1]), back = apart(words[2], words[3]);
+      store(0, front.low, back.low);
+      store(1, front.high, back.high);
+    } else {
+      store(0, words[0], words[1]);
+      store(1, words[2], words[3]);
+    }
+  }
+}
+
+// The list of a group, and the weights of what is listed. All blocks of a group find which
+// references are listed, and share out the panels of their list. With ORDER they find the order
+// first. If HALVES, weights are words of both_halves.
+template <bool ORDER, bool HALVES>
 __global__ void __launch_bounds__(kListThreads)
-    list_references(const std::uint32_t* live, const PieceSums sums, int* order, int references,
+    list_references(const ChunkWeights weights, const PieceSums sums, int* order, int references,
                     const Lists out, const Parts parts) {
   ListMemory& shared = *reinterpret_cast<ListMemory*>(shared_memory());
-  const int group = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  ListedWord* const listed_words = shared.words();
+  const int share = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y);
+  const int thread = static_cast<int>(threadIdx.x);
   const int known = static_cast<int>(smaller(kSumRows, parts.queries - kSumRows * group));
   if constexpr (ORDER)
     order_few_queries(shared, sums, parts.queries, group, order);
   else if (thread < known)
     shared.queries[thread] = order ? order[kSumRows * group + thread] : kSumRows * group + thread;
   __syncthreads();
-  const Index words = out.stride / 32;
-  const auto any = [&](int w) {
+  const Index stride = out.stride / 32;
+  const int words = static_cast<int>(divide_up(references, 32));
+  int count = 0;
+#pragma unroll 1
+  for (int start = 0; start < words; start += kListThreads) {
+    const int w = start + thread;
     unsigned bits = 0;
+    if (w < words)
 #pragma unroll
-    for (int q = 0; q < kSumRows; ++q) bits |= live[shared.queries[q < known ? q : 0] * words + w];
-    return bits;
-  };
-  const int count = list<kListThreads>(out.listed + group * out.stride, shared.scratch,
-                                       static_cast<int>(divide_up(references, 32)), any);
-  if (thread == 0) out.counts[group] = count;
-  if (thread < known)
+      for (int q = 0; q < kSumRows; ++q)
+        bits |= weights.live[shared.queries[q < known ? q : 0] * stride + w];
+    const int place = place_of_word<kListThreads>(bits, count, shared.scratch);
+    if (w < words) listed_words[w] = {bits, place};
+  }
+  if (share == 0 && thread == 0) out.counts[group] = count;
+  if (share == 0 && thread < known)
     parts.counts[shared.queries[thread]] =
         static_cast<int>(divide_up(count, static_cast<Index>(parts.panels) * kPanel));
+
+  const int panels = static_cast<int>(divide_up(count, kPanel));
+  const int each = static_cast<int>(divide_up(panels, gridDim.x)), first = share * each;
+  const int own = static_cast<int>(larger(0, smaller(each, panels - first)));
+  const int size = kPanel * own, left = count - kPanel * first;
+#pragma unroll 1
+  for (int w = thread; w < words; w += kListThreads)
+    write_places(shared.listed, kPanel * first, size, w, listed_words[w]);
+  __syncthreads();
+  const Index at = group * out.stride + kPanel * first;
+#pragma unroll 1
+  for (int i = thread; i < size; i += kListThreads)
+    out.listed[at + i] = shared.listed[i < left ? i : left - 1];
+  const Lane lane = this_lane();
+  static_assert(kListThreads == kPanelWeights / 4, "a thread for four weights of a panel");
+  const int query = 8 * (lane.warp / 2) + lane.g;
+  const float* const from = weights.weight + shared.queries[query < known ? query : 0] * out.stride;
+  gather_weights<HALVES>(from, shared.listed, query < known, static_cast<int>(smaller(left, size)),
+                         own, out.weights + kSumRows * at, lane);
 }
 
 }  // namespace

@@ -173,7 +173,9 @@ class Calculation {
         law_(weight_law(problem, !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
-    if (pairs > kMostPairs) throw std::invalid_argument("posterior_mean: too many pairs at once");
+    const Index groups = divide_up(queries, kSumRows), listed = groups * partition_.stride;
+    if (larger(pairs, kSumRows * listed) > kMostPairs)
+      throw std::invalid_argument("posterior_mean: too many pairs at once");
     if (kept.bytes != 0 && kept.bytes != posterior_mean_kept_cuda(problem))
       throw std::invalid_argument("what the forward pass kept is of another problem");
     Arena keeping({kept.at, static_cast<std::size_t>(kept.bytes)});
@@ -198,9 +200,13 @@ class Calculation {
     // needed.
     slices_.products = reinterpret_cast<float2*>(parts_.sums);
     parts_.counts = arena_.take<int>(queries);
-    const Index groups = divide_up(queries, kSumRows);
-    lists_.listed = arena_.take<int>(groups * partition_.stride);
+    lists_.listed = arena_.take<int>(listed);
     lists_.counts = arena_.take<int>(groups);
+    // Weights are gathered after they are made, from which on the distances are not needed unless
+    // they are kept. Distances of few queries take less memory than gathered weights.
+    const bool apart = kept.bytes > 0 || kSumRows * listed > 2 * pairs;
+    lists_.weights =
+        apart ? arena_.take<float>(kSumRows * listed) : reinterpret_cast<float*>(pairs_.squared);
     lists_.stride = partition_.stride;
     parts_.panels = static_cast<int>(partition_.part_panels);
     if (!partition_.few) {
@@ -248,11 +254,10 @@ class Calculation {
         run("weigh", {queries(), sums_.pieces}, kQueryThreads, sizeof(WeighMemory), kernel, law_,
             radius(), pairs_, references(), floor, halves ? kWeightUnit : 1 / divisor, first_chunk,
             state, weights_, sums_);
-        list(first_chunk);
         if (halves)
-          sum<true>(divisor);
+          sum<true>(first_chunk, divisor);
         else
-          sum<false>(divisor);
+          sum<false>(first_chunk, divisor);
         if (features_ % 4 == 0 && reinterpret_cast<std::uintptr_t>(out.mean) % 16 == 0)
           merge_parts<4>(mean, divisor, first_chunk, state);
         else
@@ -443,8 +448,10 @@ class Calculation {
   // Pieces of the chunk that blocks of weigh, pull and find_coefficients take.
   int pieces() const { return static_cast<int>(divide_up(references(), sums_.size)); }
 
-  // The references that groups of queries need. The order of the queries, if there is one, is found
-  // for the first chunk. In the others it only decides how long the lists are.
+  // The references that groups of queries need, and their weights. The order of the queries, if
+  // there is one, is found for the first chunk. In the others it only decides how long the lists
+  // are.
+  template <bool HALVES>
   void list(bool first_chunk) {
     parts_.queries = static_cast<int>(queries());
     const bool ordered = order() && first_chunk;
@@ -452,22 +459,35 @@ class Calculation {
       run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
           sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_, parts_.queries,
           order_);
-    const auto kernel =
-        ordered && queries() <= kListThreads ? list_references<true> : list_references<false>;
-    run("list_references", {divide_up(queries(), kSumRows)}, kListThreads, sizeof(ListMemory),
-        kernel, weights_.live, sums_, order(), references(), lists_, parts_);
+    const auto kernel = ordered && queries() <= kListThreads ? list_references<true, HALVES>
+                                                             : list_references<false, HALVES>;
+    const Index groups = divide_up(queries(), kSumRows), panels = divide_up(references(), kPanel);
+    const Index shares =
+        larger(smaller(shares_of_lists(groups), panels), divide_up(panels, kGatheredPanels));
+    run("list_references", {shares, groups}, kListThreads, ListMemory::bytes(references()), kernel,
+        weights_, sums_, order(), references(), lists_, parts_);
+  }
+
+  // Blocks that share out the list of a group, so that each multiprocessor has the same number of
+  // blocks. Each of them finds the whole list. The time of this grows with their number, and the
+  // time in which the longest list is gathered becomes shorter. 24 is the best constant by
+  // predicted times.
+  Index shares_of_lists(Index groups) const {
+    Index blocks = 1;  // of a multiprocessor
+    while (blocks * blocks * stream_.multiprocessors() < 24 * groups) ++blocks;
+    return larger(1, blocks * stream_.multiprocessors() / groups);
   }
 
   int* order() const { return queries() > kSumRows ? order_ : nullptr; }
 
   // The parts of Σ w y / divisor.
   template <bool HALVES>
-  void sum(float divisor) const {
+  void sum(bool first_chunk, float divisor) {
+    list<HALVES>(first_chunk);
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
                        divide_up(divide_up(references(), kPanel), parts_.panels)};
     run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R, HALVES>, y(),
-        features_, center_.value_scale, weights_, 1 / (kWeightUnit * divisor), order(), lists_,
-        parts_);
+        features_, center_.value_scale, 1 / (kWeightUnit * divisor), order(), lists_, parts_);
   }
 
   template <int WIDTH>
@@ -491,12 +511,11 @@ class Calculation {
         kernel, law_, radius(), nearest, io.total + first_, gradient, pairs_, references(),
         gradient_floor(), first_chunk, moments_, coefficients);
     if (last_chunk)
-      run("finish_moments", {divide_up(queries(), kFinishThreads)}, kFinishThreads, 0,
+      run("finish_moments", {divide_up(queries(), kMomentThreads)}, kMomentThreads, 0,
           finish_moments, law_, radius(), nearest, gradient, static_cast<int>(queries()), moments_);
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
-      list(first_chunk);
-      sum<false>(1);
+      sum<false>(first_chunk, 1);
       run("merge_gradient", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0,
           merge_gradient, static_cast<float*>(io.grad_x) + at, parts_, x(),
           static_cast<const float*>(io.mean) + at, moments_, features_, first_chunk, last_chunk);

@@ -226,20 +226,20 @@ __device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, cons
 
 // Adds Σ reference[feature] · weight[query] over the staged references. The result has 32 features,
 // lane g has features 4g to 4g + 3, by 8 queries a tile: sum[i][n][e] is feature 4g + 2i + e/2,
-// query 8n + 2t + e % 2.
-template <int REFERENCES, int TILES, int PITCH, int QUERY_PITCH, int REFERENCE_PITCH, class R>
+// query 8n + 2t + e % 2. weights(n, s) returns the weights of query 8n + g for references 8s + t
+// and 8s + t + 4.
+template <int REFERENCES, int TILES, int PITCH, class R, class Weights>
 __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* references,
-                                    const float* weights, const Lane& lane) {
+                                    const Weights& weights, const Lane& lane) {
   float panel[2][TILES][4] = {};
 #pragma unroll
   for (int step = 0; step < REFERENCES; step += 8) {
     OperandB weight[TILES];
 #pragma unroll
-    for (int n = 0; n < TILES; ++n)
-      for (int e = 0; e < 2; ++e) {
-        const int reference = step + 4 * e + lane.t;
-        weight[n].set(e, weights[(8 * n + lane.g) * QUERY_PITCH + reference * REFERENCE_PITCH]);
-      }
+    for (int n = 0; n < TILES; ++n) {
+      const float2 v = weights(n, step / 8);
+      weight[n].set(0, v.x), weight[n].set(1, v.y);
+    }
     float of[2][4];
     for (int e = 0; e < 2; ++e)
       load4(references + (step + 4 * e + lane.t) * PITCH + 4 * lane.g, of[e]);
@@ -275,27 +275,35 @@ __device__ inline std::uint32_t both_halves(float v) {
   const std::uint32_t high = halves_of(v, 0);
   return halves_of(v, v - half_to_float(static_cast<std::uint16_t>(high)));
 }
-__device__ inline float sum_of_halves(std::uint32_t word) {
-  return half_to_float(static_cast<std::uint16_t>(word)) +
-         half_to_float(static_cast<std::uint16_t>(word >> 16));
-}
 
 // The high parts, and the low parts, of two such words.
 __device__ inline TwoHalves apart(std::uint32_t first, std::uint32_t second) {
   return {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632)};
 }
 
-// Where the word of a query and a reference of a panel lies. The four words that a lane needs for
-// 16 references follow each other; pieces of four trade places in odd queries, so that the accesses
-// of a warp lie in different banks.
-__device__ inline int weight_place(int query, int reference) {
-  const int step = reference / 16, t = reference % 4, i = reference / 4 % 4;
-  return kPanel * query + 4 * ((4 * step + t) ^ 4 * (query % 2)) + i;
+// The weights of a panel of 32 references for 32 queries lie in pairs of words, in the order in
+// which the lanes of a warp read them, for query 8n + g. Pair s < 4 of a lane has the weights of
+// references 8s + t and 8s + t + 4. Halves take two pairs for four references: pair 2s has the low
+// halves of references 16s + t + 4i, and pair 2s + 1 the high halves.
+constexpr int kPanelWeights = kPanel * 32;
+__device__ inline int pair_place(int n, int s, int lane) {
+  return 2 * (32 * (kPanel / 8 * n + s) + lane);
+}
+
+// The weight of a query and a reference of a panel in halves.
+__device__ inline float weight_of_halves(const float* weights, int query, int reference) {
+  const int n = query / 8, lane = 4 * (query % 8) + reference % 4;
+  const int step = reference / 16, i = reference / 4 % 4;
+  const auto of = [&](int s) {
+    const float word = weights[pair_place(n, 2 * step + s, lane) + i / 2];
+    return half_to_float(static_cast<std::uint16_t>(bits_of(word) >> 16 * (i % 2)));
+  };
+  return of(1) + of(0);
 }
 
 // Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
-// does. References are multiplied by `factor` before they are cut into halves; weights are words of
-// both_halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,
+// does. References are multiplied by `factor` before they are cut into halves; weights are pairs of
+// halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,
 // float16 holds references as they are.
 template <bool EXACT, int TILES, int PITCH, class R>
 __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* references,
@@ -328,13 +336,13 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       std::uint32_t high[2][2], low[2][2];
-      for (int n = 0; n < 2; ++n) {
-        const uint4 words = *reinterpret_cast<const uint4*>(
-            weights + weight_place(8 * (n0 + n) + lane.g, 16 * step + lane.t));
-        const TwoHalves front = apart(words.x, words.y), back = apart(words.z, words.w);
-        high[n][0] = front.high, low[n][0] = front.low;
-        high[n][1] = back.high, low[n][1] = back.low;
-      }
+      const auto load = [&](std::uint32_t (&words)[2], int n, int s) {
+        const uint2 pair =
+            *reinterpret_cast<const uint2*>(weights + pair_place(n0 + n, s, lane.lane));
+        words[0] = pair.x, words[1] = pair.y;
+      };
+      for (int n = 0; n < 2; ++n) load(low[n], n, 2 * step);
+      for (int n = 0; n < 2; ++n) load(high[n], n, 2 * step + 1);
       const auto each = [&](auto multiply) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
@@ -366,8 +374,8 @@ __device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* r
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
       for (int odd = 0; odd < 2; ++odd) {
-        const float word = weights[weight_place(8 * n + 2 * lane.t + odd, reference)];
-        const float weight = sum_of_halves(bits_of(word)) * factor;
+        const int query = 8 * n + 2 * lane.t + odd;
+        const float weight = weight_of_halves(weights, query, reference) * factor;
         for (int f = 0; f < 4; ++f) sum[f / 2][n][f % 2 * 2 + odd] += weight * v[f];
       }
   }

@@ -34,13 +34,11 @@ struct SumMemory {
   static constexpr int kStages = 3;
   // 32 bytes more than a multiple of the 32 banks: the accesses of a warp lie in different banks.
   static constexpr int kPitch = kSumFeatures + 32 / sizeof(T);
-  static constexpr int kWeightPitch = kPanel + 4;
   T rows[kStages][kPanel][kPitch];
   float weights[kStages][kPanel * (kSumRows + 8)];
   int listed[kPanel * kPartPanels];
   int scratch[kSumThreads / 32];
   int queries[kSumRows];
-  std::uint32_t rows_of[kSumRows];  // where their weights begin
 };
 static_assert(sizeof(SumMemory<float>) <= kSharedLimit, "a block fits everywhere");
 
@@ -119,8 +117,8 @@ __device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
 // · divisor is `weight_unit`.
 template <class R, bool HALVES>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
-    weighted_sum(const Rows<R> y, int features, const float* scale, const ChunkWeights weights,
-                 float weight_unit, const int* order, const Lists lists, const Parts parts) {
+    weighted_sum(const Rows<R> y, int features, const float* scale, float weight_unit,
+                 const int* order, const Lists lists, const Parts parts) {
   using Memory = SumMemory<R>;
   constexpr int kTiles = kSumRows / 8;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
@@ -136,29 +134,23 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   const int panels = static_cast<int>(divide_up(count, kPanel));
   if (thread < kSumRows) {
     const int place = query0 + (query0 + thread < parts.queries ? thread : 0);
-    const int query = order ? order[place] : place;
-    shared.queries[thread] = query;
-    shared.rows_of[thread] = static_cast<std::uint32_t>(query * lists.stride);
+    shared.queries[thread] = order ? order[place] : place;
   }
-  const int* const listed = lists.listed + group * lists.stride + first;
+  const Index list = group * lists.stride + first;
+  const int* const listed = lists.listed + list;
   for (int i = thread; i < panels * kPanel; i += kSumThreads) shared.listed[i] = listed[i];
   __syncthreads();
 
-  // A thread copies the weights of one reference of a panel, for eight queries.
-  constexpr int kStep = kSumThreads / kPanel, kCopied = kSumRows / kStep;
-  const int k = thread % kPanel, q0 = kCopied * (thread / kPanel);
   const ListedCopy<R> copy(shared, y, 0, feature0, features);
+  // Numbers of 32 bits, which save registers.
+  const auto weights_at = static_cast<std::uint32_t>(kSumRows * list + 4 * thread);
   const auto stage = [&](int p, int slot) {
-    const int* const listed = shared.listed + p * kPanel;
-    copy.panel(shared, slot, listed);
-    const auto reference = static_cast<std::uint32_t>(listed[k]);
-    const int valid = p * kPanel + k < count ? 4 : 0;
+    copy.panel(shared, slot, shared.listed + p * kPanel);
 #pragma unroll
-    for (int i = 0; i < kCopied; ++i) {
-      const int place = HALVES ? weight_place(q0 + i, k) : (q0 + i) * Memory::kWeightPitch + k;
-      copy_async<4>(&shared.weights[slot][place],
-                    weights.weight + (shared.rows_of[q0 + i] + reference), valid);
-    }
+    for (int i = 0; i < kPanelWeights; i += 4 * kSumThreads)
+      copy_async<16>(
+          &shared.weights[slot][i + 4 * thread],
+          lists.weights + (weights_at + static_cast<std::uint32_t>(p * kPanelWeights + i)));
   };
 
   float sum[2][kTiles][4] = {};
@@ -172,8 +164,13 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
       add_weighted_halves<kExactHalf<R>, kTiles, Memory::kPitch>(
           sum, values(slot), shared.weights[slot], factor, largest, lane);
     else
-      add_weighted<kPanel, kTiles, Memory::kPitch, Memory::kWeightPitch, 1>(
-          sum, values(slot), shared.weights[slot], lane);
+      add_weighted<kPanel, kTiles, Memory::kPitch>(
+          sum, values(slot),
+          [&](int n, int s) {
+            return *reinterpret_cast<const float2*>(
+                &shared.weights[slot][pair_place(n, s, lane.lane)]);
+          },
+          lane);
   });
   if constexpr (kScaled) {
     bool hold = true;
@@ -337,8 +334,14 @@ __global__ void __launch_bounds__(kSumThreads)
               for (int odd = 0; odd < 2; ++odd)
                 for (int k = lane.g; k < kPanel; k += 8)
                   of_y[n][odd] -= weights[k * (kSumRows + 8) + 8 * n + 2 * lane.t + odd];
-          add_weighted<kPanel, kSumRows / 8, Memory::kPitch, 1, kSumRows + 8>(
-              sum, shared.rows[slot][0] + 32 * lane.warp, weights, lane);
+          add_weighted<kPanel, kSumRows / 8, Memory::kPitch>(
+              sum, shared.rows[slot][0] + 32 * lane.warp,
+              [&](int n, int s) {
+                const float* const at =
+                    weights + (8 * s + lane.t) * (kSumRows + 8) + 8 * n + lane.g;
+                return float2{at[0], at[4 * (kSumRows + 8)]};
+              },
+              lane);
         });
   }
 

@@ -11,7 +11,7 @@ namespace {
 // which may be large; there the cutoff is kGradientCutoff nats lower.
 constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 constexpr int kQueryThreads = 256;
-constexpr int kFinishThreads = 32;  // of finish_moments, whose float64 many multiprocessors share
+constexpr int kMomentThreads = 32;  // of finish_moments, whose float64 many multiprocessors share
 constexpr int kPiece = 1024;        // references that a block of weigh takes at a time
 constexpr int kSteps = kPiece / kQueryThreads;  // references of a thread at a time
 
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
 }
 
 // After the last chunk: what the sums over all references say.
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kMomentThreads)
     finish_moments(const WeightLaw law, const double* radius, const double* nearest,
                    const double* grad_logsumexp, int queries, const Moments moments) {
   const int query = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);

@@ -685,19 +685,9 @@ def test_lists_of_the_weighted_sum():
     assert listed.tolist() == [129, 128]
     figures = {"listed": 257 / 2, "panels": 9 / 2, "panels, most": 2.0}
     assert data.parts_of(listed, 2) == (2, figures | {"parts": 5 / 2, "parts, most": 3.0})
-    # The first list has all places, the last of them in a panel of its own; the second one 128.
-    assert data.transfers_of(live, order).tolist() == [17, 16]
+    assert data.transfers(live, order).tolist() == [17, 16]
     assert data.order_of(live[:32]) is None
     assert data.listed_references(live[:3], None).tolist() == [129]
-
-
-def test_transfers_of_listed_weights():
-    """By a loop: a panel has 32 references of a list, a transfer eight that lie together."""
-    live = torch.rand(3, 500, generator=torch.Generator().manual_seed(0)) < 0.1
-    listed = [j for j in range(500) if live[:, j].any()]
-    expected = len({(i // 32, j // 8) for i, j in enumerate(listed)})
-    assert data.transfers_of(live, None).tolist() == [expected]
-    assert len(listed) / 8 < expected < len(listed)
 
 
 def test_the_order_is_that_of_the_first_chunk():
@@ -765,11 +755,11 @@ ON_DATA = {
     "lists": {
         f"parts of {panels}": {
             "listed": 70.0,
-            "transfers": 30.0,
             "panels": 3.0,
             "panels, most": 5.0,
             "parts": 2.0,
             "parts, most": 3.0,
+            "transfers": 20.0,
         }
         for panels in range(4, 65)
     },
@@ -863,34 +853,6 @@ def test_copies_read_the_bytes_that_are_counted():
         pipeline.run(part.code, A100, 4, 8, factors=dict(part.factors)) for part in (body, found)
     )
     assert less.busy["global"] == pytest.approx(full.busy["global"] * 160 / 256)
-
-
-def test_copies_of_scattered_values_move_whole_transfers():
-    lines = ("LDGSTS.E.BYPASS.128 [R3], [R2.64]", "LDGSTS.E [R3], [R2.64]", "@P0 BRA 0x0", "EXIT")
-    kernel = kernel_of(*lines)
-    body = model.phase("panels", kernel, kernel.body(kernel.loops[0]), 30, 10)
-
-    def factors(scattered):
-        trip = work.Amount(copied=128 * 20)
-        loops = {"panels": work.Loop(30, 10, trip)}
-        one = work.Work(
-            "weighted_sum", "some", 3, 128, 0, work.Amount(), loops, 0, scattered=scattered
-        )
-        (found,) = launches.with_copied([body], one, kernel)
-        return dict(found.factors)
-
-    assert factors(1.0) == {0: 1, 1: 1}  # values that lie together
-    assert factors(2.5) == {0: 1, 1: 2.5}
-
-
-def test_weights_that_are_summed_are_scattered():
-    """64 weights of each query in 20 transfers of 8."""
-    shape = data.Shape("some", 64, 512, 128)
-    lists = ON_DATA["lists"]["parts of 4"] | {"listed": 64.0, "transfers": 20.0}
-    on_data = ON_DATA | {"lists": {f"parts of {shape.part_panels(H100.sms)}": lists}}
-    found = {one.name: one for one in work.counts(shape, on_data, H100)}
-    assert found["weighted_sum"].scattered == pytest.approx(20 * 8 / 64)
-    assert {one.scattered for one in found.values() if one.name != "weighted_sum"} == {1}
 
 
 def test_stores_write_the_bytes_that_are_counted():

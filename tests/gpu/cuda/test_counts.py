@@ -330,4 +330,6 @@ def test_counts_by_hand(run):
         panels = block.barriers - 4
         # warps, steps, features, queries, products
         assert block.halves == panels * 4 * 2 * 2 * 4 * 3
+        # Whole panels of rows and of weights.
+        assert block.copied == panels * (32 * 96 * 4 + 32 * 32 * 4)
     check(found)

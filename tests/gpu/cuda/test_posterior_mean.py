@@ -124,6 +124,46 @@ def test_parts_of_lists(op, shim):
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("halved", [0, 1 << 20])
+@pytest.mark.parametrize("sizes", [(31, 65, 33), (33, 31, 40), (70, 333, 40), (97, 1000, 36)])
+def test_gathered_weights(op, shim, sizes, halved):
+    """Weights in halves and in float32, of groups and panels that are not full. All but the first
+    32 queries need one reference, so that their lists are empty in later chunks."""
+    B, M, N = sizes
+    x, references, sigma = op.problem(B, M, N)
+    x[32:] = references[0]
+    sigma[32:] = 1e-5
+    radius = op.radius_of(sigma, 1.0)
+    for multiprocessors, chunk in ((1, M), (1000, M), (40, 128)):
+        shim.device(90, multiprocessors)
+        shim.limits(references=chunk, halved=halved)
+        op.check(x, references, radius, 1.0)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_gathered_coefficients(op, shim):
+    """Those of the gradient, over several chunks and groups that are not full."""
+    x, references, sigma = op.problem(70, 333, 40)
+    for multiprocessors, chunk in ((1, 333), (40, 128)):
+        shim.device(90, multiprocessors)
+        shim.limits(references=chunk)
+        op.check_gradients(x, references, op.radius_of(sigma, 1.0), 1.0)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_blocks_that_share_a_list(op, shim):
+    """There are more of them if there are more multiprocessors, at most one for each of the 65
+    panels, and enough that none has more than 64."""
+    x, references, sigma = op.problem(40, 2080, 64)
+    for multiprocessors, shares in ((1, 3), (5, 10), (1000, 65)):
+        shim.device(90, multiprocessors)
+        shim.counts(True)
+        op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
+        (grid,) = (one[1] for one in shim.counts(False) if one[0] == "list_references")
+        assert tuple(grid[:2]) == (shares, 2)
+
+
 def test_more_references_than_a_chunk_can_have(op):
     x, references, sigma = op.problem(2, 66_000, 3)
     op.check(x, references, op.radius_of(sigma, 1.0), 1.0)

@@ -12,9 +12,9 @@ from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
-# Queries and references of a tile, and the architecture, → a problem whose tiles have slices, and the multiprocessors.
-# There are parts of tiles, odd numbers of panels, and last panels that are not whole. The slices of
-# a problem have different numbers of trips.
+# Queries and references of a tile, and the architecture, → a problem whose tiles have slices, and
+# the multiprocessors. There are parts of tiles, odd numbers of panels, and last panels that are not
+# whole. The slices of a problem have different numbers of trips.
 PROBLEMS = {
     (32, 64, 80): ((17, 65, 1040), 6),
     (64, 64, 80): ((40, 129, 1040), 9),
