@@ -26,13 +26,15 @@ struct Center {
   float* value_scale;       // the same for references as they are
   float* scaled;            // (width): `at` times `scale`
   int features, width;
+  bool scattered;  // whether float16 rounds differences to the centre, see `scatter`
 };
 
-// Rows times a power of two as high + low.
+// Rows times a power of two as high + low. If `rounded`, only high is multiplied.
 struct Halves {
   std::uint16_t *high, *low;  // (rows, width)
   double* units;              // (rows): turns a product with scaled references into the true one
   int rows;
+  bool rounded;
 };
 
 // The power of two that brings `largest` > 0 to at least 2^power, below twice that. For 0 and
@@ -46,6 +48,16 @@ __device__ inline float scale_to(float largest, int power) {
 __device__ inline float inverse_power(float power) {
   const std::uint32_t biased = bits_of(power) >> 23;
   return float_of(biased < 254 ? (254 - biased) << 23 : 1u << 22);
+}
+
+// A number in [−1/2, 1/2) for each feature, without a pattern. Rounding errors of a value that
+// repeats over the features would add up. Relative to a centre that is scattered by more than a
+// rounding error they average out.
+__device__ inline float scatter(int feature) {
+  std::uint32_t bits = static_cast<std::uint32_t>(feature) * 2654435769u;
+  bits = (bits ^ bits >> 15) * 2246822507u;
+  bits ^= bits >> 13;
+  return static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-32f;
 }
 
 // The mean of evenly spaced references, and how far they are from it.
@@ -67,14 +79,22 @@ __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, c
     for (float v : values)
       spread = fmaxf(spread, fabsf(v - mean)), largest = fmaxf(largest, fabsf(v));
   }
-  if (feature < out.width) out.at[feature] = mean;
   spread = over_block<kCenterThreads>(spread, scratch, Most());
+  if (out.scattered && feature < out.features) mean += spread * 0x1p-7f * scatter(feature);
+  if (feature < out.width) out.at[feature] = mean;
   largest = over_block<kCenterThreads>(largest, scratch, Most());
   if (threadIdx.x == 0) out.spread[blockIdx.x] = spread, out.largest[blockIdx.x] = largest;
 }
 
+// Of the two halves of a word.
+__device__ inline double sum_of_squares(std::uint32_t halves) {
+  const float first = half_to_float(static_cast<std::uint16_t>(halves));
+  const float second = half_to_float(static_cast<std::uint16_t>(halves >> 16));
+  return static_cast<double>(first) * first + static_cast<double>(second) * second;
+}
+
 // The two parts of a row of queries minus the centre, or of upstream gradients, which are not
-// centred. norms[row] = |x − centre|².
+// centred. norms[row] = |x − centre|², of rounded values if only these are multiplied.
 template <bool CENTERED>
 __global__ void __launch_bounds__(kSplitThreads)
     split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
@@ -104,13 +124,16 @@ __global__ void __launch_bounds__(kSplitThreads)
 
   auto* high = reinterpret_cast<std::uint32_t*>(out.high + row * center.width);
   auto* low = reinterpret_cast<std::uint32_t*>(out.low + row * center.width);
+  double of_rounded = 0;
 #pragma unroll 4
   for (int pair = thread; pair < center.width / 2; pair += kSplitThreads) {
     const TwoHalves parts = split_halves(value(2 * pair) * of_x, value(2 * pair + 1) * of_x);
     high[pair] = parts.high, low[pair] = parts.low;
+    if (CENTERED && out.rounded) of_rounded += sum_of_squares(parts.high);
   }
   if (thread == 0) out.units[row] = 1 / static_cast<double>(of_x) / of_y;
   if (!CENTERED) return;
+  if (out.rounded) norm = over_block<kSplitThreads>(of_rounded, scratch, Sum()) / of_x / of_x;
   if (thread == 0) norms[row] = norm;
   if (row > 0) return;
 #pragma unroll 1

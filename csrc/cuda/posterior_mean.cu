@@ -6,6 +6,7 @@
 // (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Launches depend on shapes and the
 // device alone. Nothing waits for the device, and CUDA graphs can capture the launches.
 #include <cmath>
+#include <type_traits>
 
 #include "api/posterior_mean.h"
 #include "cuda/launch.h"
@@ -83,6 +84,10 @@ double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
 }
 
+// The type by which kernels read references that they do not multiply in float16.
+template <class R>
+using Stored = std::conditional_t<kRounded<R>, float, R>;
+
 template <class R>
 class Calculation {
  public:
@@ -93,7 +98,7 @@ class Calculation {
         arena_(workspace),
         partition_(partition_of(problem, stream.multiprocessors(), backward)),
         features_(static_cast<int>(problem.features)),
-        law_(weight_law(problem, !partition_.few)) {
+        law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
     if (pairs > kMostPairs) throw std::invalid_argument("posterior_mean: too many pairs at once");
@@ -119,6 +124,7 @@ class Calculation {
     if (!partition_.few) {
       const Index width = round_up(problem.features, 2 * kPanel);
       center_.features = features_, center_.width = static_cast<int>(width);
+      center_.scattered = kRounded<R>;
       center_.at = arena_.take<float>(width);
       center_.scaled = arena_.take<float>(width);
       center_.spread = arena_.take<float>(divide_up(width, kCenterThreads));
@@ -126,6 +132,7 @@ class Calculation {
       center_.scale = arena_.take<float>(2);
       center_.value_scale = arena_.take<float>(2);
       x_halves_ = take_halves(width);
+      x_halves_.rounded = kRounded<R>;
       if (backward) upstream_halves_ = take_halves(width);
     }
     order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
@@ -218,9 +225,10 @@ class Calculation {
     const float* rows = static_cast<const float*>(problem_.x) + first_ * problem_.x_stride;
     return rows_of<float>(rows, problem_.x_stride, queries());
   }
-  Rows<R> y() const {
-    const R* rows = static_cast<const R*>(problem_.y) + begin_ * problem_.y_stride;
-    return rows_of<R>(rows, problem_.y_stride, references());
+  template <class T = Stored<R>>
+  Rows<T> y() const {
+    const T* rows = static_cast<const T*>(problem_.y) + begin_ * problem_.y_stride;
+    return rows_of<T>(rows, problem_.y_stride, references());
   }
   Rows<float> upstream(const Backward& io) const {
     const float* rows = static_cast<const float*>(io.grad_mean) + first_ * problem_.features;
@@ -240,9 +248,10 @@ class Calculation {
   // The centre of all references.
   void find_references_center() const {
     if (partition_.few) return;
-    const Rows<R> y = rows_of<R>(problem_.y, problem_.y_stride, problem_.references);
+    using T = Stored<R>;
+    const Rows<T> y = rows_of<T>(problem_.y, problem_.y_stride, problem_.references);
     run("find_center", {divide_up(center_.width, kCenterThreads)}, kCenterThreads,
-        sizeof(float) * kCenterThreads / 32, find_center<R>, y, center_);
+        sizeof(float) * kCenterThreads / 32, find_center<T>, y, center_);
   }
 
   // The parts of the block's queries, and of G if there is a G.
@@ -273,8 +282,8 @@ class Calculation {
     else
       limit_distances<4>(nearest);
     const Index most = divide_up(queries() * references(), kRefineWarps);
-    run("refine", {smaller(stream_.multiprocessors(), most)}, kRefineThreads, 0, refine<R>, x(),
-        upstream, y(), partition_.few ? nullptr : center_.at, features_, units_, pairs_);
+    run("refine", {smaller(stream_.multiprocessors(), most)}, kRefineThreads, 0, refine<Stored<R>>,
+        x(), upstream, y(), partition_.few ? nullptr : center_.at, features_, units_, pairs_);
   }
 
   template <int WARPS>
@@ -287,16 +296,20 @@ class Calculation {
 
   template <bool PROJECT>
   void find_differences(const Rows<float>& rows) const {
-    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<R>),
-        differences<R, PROJECT>, rows, y(), features_, pairs_);
+    using T = Stored<R>;
+    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<T>),
+        differences<T, PROJECT>, rows, y(), features_, pairs_);
   }
 
   // The tiles that take least time, by their predicted times: 5 to 8 to 12 to 22, in rounds of the
-  // busiest multiprocessor. Larger tiles read each value less often.
+  // busiest multiprocessor; with one product in place of three 5 to 7 to 15 to 18. Larger tiles
+  // read each value less often.
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
-    const Index small = 5 * rounds(32, 64), medium = 8 * rounds(64, 64),
-                large = 12 * rounds(64, 128), largest = 22 * rounds(128, 128);
+    constexpr bool kOne = kRounded<R>;
+    const Index small = 5 * rounds(32, 64), medium = (kOne ? 7 : 8) * rounds(64, 64),
+                large = (kOne ? 15 : 12) * rounds(64, 128),
+                largest = (kOne ? 18 : 22) * rounds(128, 128);
     const Index least = smaller(medium, smaller(large, largest));
     if (queries() <= 32 || small < least) return find_products<PROJECT, 32, 64>(rows);
     if (medium < smaller(large, largest)) return find_products<PROJECT, 64, 64>(rows);
@@ -308,7 +321,7 @@ class Calculation {
   void find_products(const Halves& rows) const {
     run("distances", tiles(QUERIES, REFERENCES), kDistanceThreads,
         sizeof(DistanceMemory<R, QUERIES, REFERENCES>), distances<R, QUERIES, REFERENCES, PROJECT>,
-        rows, y(), center_, pairs_);
+        rows, y<R>(), center_, pairs_);
   }
 
   // How many blocks the busiest multiprocessor has.
@@ -346,7 +359,8 @@ class Calculation {
   void sum(float divisor) const {
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
                        divide_up(divide_up(references(), kPanel), parts_.panels)};
-    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R, HALVES>, y(),
+    using T = std::conditional_t<HALVES, R, Stored<R>>;
+    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<T>), weighted_sum<T, HALVES>, y<T>(),
         features_, center_.value_scale, weights_, 1 / (kWeightUnit * divisor), order(), lists_,
         parts_);
   }
@@ -381,8 +395,9 @@ class Calculation {
     }
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};
-      run("reference_gradient", grid, kSumThreads, sizeof(SumMemory<float>), reference_gradient<R>,
-          upstream(io), x(), y(), features_, coefficients, partition_.stride, first_ == 0,
+      run("reference_gradient", grid, kSumThreads, sizeof(SumMemory<float>),
+          reference_gradient<Stored<R>>, upstream(io), x(), y(), features_, coefficients,
+          partition_.stride, first_ == 0,
           static_cast<float*>(io.grad_y) + begin_ * problem_.features);
     }
   }
@@ -408,12 +423,13 @@ class Calculation {
   Index first_ = 0, begin_ = 0;  // first query of the block, first reference of the chunk
 };
 
-// Calls `call` with a value of the references' type.
+// Calls `call` with a value of the type by which kernels take the references. In precision "medium"
+// shorter types are computed as in "high".
 template <class Call>
-void with_type(Type type, Call call) {
-  switch (type) {
+void with_type(const Problem& problem, Call call) {
+  switch (problem.reference_type) {
     case Type::float32:
-      return call(float{});
+      return problem.precision == Precision::medium ? call(Rounded{}) : call(float{});
     case Type::bfloat16:
       return call(BFloat16{});
     case Type::float16:
@@ -442,7 +458,7 @@ std::size_t posterior_mean_workspace_cuda(const Problem& problem, const CudaPlac
                                           bool backward) {
   const Stream stream(place);
   std::size_t bytes = 0;
-  with_type(problem.reference_type, [&](auto value) {
+  with_type(problem, [&](auto value) {
     using R = decltype(value);
     bytes = Calculation<R>(problem, stream, CudaWorkspace{}, backward).workspace();
   });
@@ -452,7 +468,7 @@ std::size_t posterior_mean_workspace_cuda(const Problem& problem, const CudaPlac
 void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaPlace& place,
                          const CudaWorkspace& workspace) {
   const Stream stream(place);
-  with_type(problem.reference_type, [&](auto value) {
+  with_type(problem, [&](auto value) {
     using R = decltype(value);
     Calculation<R>(problem, stream, workspace, false).forward(out);
   });
@@ -461,7 +477,7 @@ void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaP
 void posterior_mean_backward_cuda(const Problem& problem, const Backward& io,
                                   const CudaPlace& place, const CudaWorkspace& workspace) {
   const Stream stream(place);
-  with_type(problem.reference_type, [&](auto value) {
+  with_type(problem, [&](auto value) {
     using R = decltype(value);
     Calculation<R>(problem, stream, workspace, true).backward(io);
   });

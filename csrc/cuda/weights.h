@@ -90,6 +90,8 @@ __global__ void __launch_bounds__(kQueryThreads)
       const int j = start + step + thread;
       const Index place = query * pairs.stride + j;
       float w = j < references ? law.weight(pairs.squared[place] - nearest, rate) : 0;
+      // The sum is that of the weights by which references are multiplied.
+      if constexpr (HALVES) w = law.rounded(w);
       sum += w;
       if (w < smallest) w = 0;
       if (j < pairs.stride)
