@@ -26,7 +26,13 @@ Data = Mapping[str, Any]
 PIECE = 1024  # references that a block of ``weigh`` takes at a time
 KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
 
-_SIZES = {"float32": 4, "BFloat16": 2, "Float16": 2, "uint8": 1}  # bytes of a reference's value
+_SIZES = {
+    "float32": 4,
+    "Rounded": 4,
+    "BFloat16": 2,
+    "Float16": 2,
+    "uint8": 1,
+}  # bytes of a reference's value
 _PANEL = 32  # features, or references, that are added up together
 _STAGED = 64  # features that a trip of ``distances`` takes
 _CENTER = 256  # features of a block of ``find_center``
@@ -158,13 +164,15 @@ def _center(shape: Shape) -> Work:
     blocks = up(_STAGED * up(shape.N, _STAGED), _CENTER)
     once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
     moved = _SIZES[shape.type] * 16 * shape.N
-    return Work("find_center", f"find_center<{shape.type}>", blocks, 256, 32, once, {}, moved)
+    name = f"find_center<{_stored(shape)}>"
+    return Work("find_center", name, blocks, 256, 32, once, {}, moved)
 
 
 def _split(shape: Shape, queries: int, centered: bool = True) -> Work:
     each = shape.N / 256
     loops = {"norms": _by_all(queries, each), "parts": _by_all(queries, each)}
-    sums = 3 if centered else 2  # over the block
+    rounded = centered and shape.type == "Rounded"
+    sums = 2 + centered + rounded  # over the block
     over_block = Amount(barriers=2, exchanges=8 * _OVER_WARP)
     if centered:  # the first block finds the largest value of all
         loops["first"] = Loop(1, 1, over_block)
@@ -180,14 +188,15 @@ def _text(value: bool) -> str:
 # ---- distances ---------------------------------------------------------------------------------
 
 
-def tile_of(m: int, queries: int, card: Device) -> tuple[int, int]:
+def tile_of(m: int, queries: int, card: Device, rounded: bool = False) -> tuple[int, int]:
     """Queries and references of a block of ``distances``."""
 
     def rounds(rows: int, references: int) -> int:
         return up(up(m, references) * up(queries, rows), card.sms)
 
-    small, medium = 5 * rounds(32, 64), 8 * rounds(64, 64)
-    large, largest = 12 * rounds(64, 128), 22 * rounds(128, 128)
+    costs = (5, 7, 15, 18) if rounded else (5, 8, 12, 22)
+    small, medium = costs[0] * rounds(32, 64), costs[1] * rounds(64, 64)
+    large, largest = costs[2] * rounds(64, 128), costs[3] * rounds(128, 128)
     if queries <= 32 or small < min(medium, large, largest):
         return 32, 64
     if medium < min(large, largest):
@@ -195,24 +204,34 @@ def tile_of(m: int, queries: int, card: Device) -> tuple[int, int]:
     return (64, 128) if large <= largest else (128, 128)
 
 
+def _stored(shape: Shape) -> str:
+    """The type by which kernels read references that they do not multiply in float16."""
+    return "float32" if shape.type == "Rounded" else shape.type
+
+
 def _distances(shape: Shape, queries: int, m: int, card: Device, project: bool = False) -> Work:
     if shape.few:
         return _differences(shape, queries, m, project)
-    rows, references = tile_of(m, queries, card)
+    rounded = shape.type == "Rounded"
+    rows, references = tile_of(m, queries, card, rounded)
+    parts_of_x, products = (1, 1) if rounded else (2, 3)
     ahead = rows == 128  # whether the block converts references one panel ahead
     size, panels = _SIZES[shape.type], up(shape.N, _PANEL)
     of_stage = 1 if ahead else 2  # panels
     trips, features = up(panels, of_stage), of_stage * _PANEL
     blocks = up(m, references) * up(queries, rows)
-    stages = (4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
+    stages = (3 if rounded else 4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
     of_references = features * ((4 if ahead else size) * references + 4)
-    memory = stages[0] * of_references + stages[1] * features * 2 * 2 * rows + 16 * rows
+    memory = stages[0] * of_references + stages[1] * features * 2 * parts_of_x * rows + 16 * rows
     # Rows after the last are copied too. Queries and the centre are padded to whole stages.
-    copied = references * shape.N * size + trips * features * (2 * 2 * rows + 4)
+    copied = references * shape.N * size + trips * features * (2 * parts_of_x * rows + 4)
     # A tile whose warps take both panels of a trip multiplies zeros after the last one.
-    multiplied = 2 * trips if (rows, references, size) == (64, 128, 4) else panels
+    both = (rows, references, shape.type) == (64, 128, "float32")
+    multiplied = 2 * trips if both else panels
     of_all = Amount(
-        halves=6 * multiplied * (references // 16) * (rows // 8), copied=copied, barriers=trips
+        halves=2 * products * multiplied * (references // 16) * (rows // 8),
+        copied=copied,
+        barriers=trips,
     )
     # Half of the last trip is left out if its second panel is empty.
     loops = {"features": _by_all(blocks, panels / of_stage, of_all)}
@@ -237,7 +256,7 @@ def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:
     exchanges = 2 * rows + (0 if project else 3 * rows + 2)
     once = Amount(barriers=1 if project else 2, exchanges=8 * exchanges)
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
-    name = f"differences<{shape.type}, {_text(project)}>"
+    name = f"differences<{_stored(shape)}, {_text(project)}>"
     return Work("differences", name, blocks, 256, memory, once, loops, moved)
 
 
@@ -275,7 +294,7 @@ def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Wor
         "pairs": Loop(pairs, up(pairs, blocks), Amount(exchanges=2 * _OVER_WARP)),
         "rows": Loop(rows, up(rows, blocks)),
     }
-    name = f"refine<{shape.type}>"
+    name = f"refine<{_stored(shape)}>"
     return Work("refine", name, blocks, 512, 0, Amount(), loops, 12 * pairs)
 
 
@@ -353,8 +372,9 @@ def _sum(
     blocks = features * groups * up(words, most)
     found = data["lists"][f"parts of {most}"]
     panels = found["panels"]
-    exact = shape.type in ("Float16", "uint8") if halves else shape.type != "float32"
-    products = 4 * SUM_ROWS * (2 if exact else 3)  # of 8 terms
+    type_ = shape.type if halves else _stored(shape)
+    exact = type_ in ("Float16", "uint8") if halves else type_ != "float32"
+    products = 4 * SUM_ROWS * (2 if exact or type_ == "Rounded" else 3)  # of 8 terms
     of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
     of_weights = 4 * SUM_ROWS * found["listed"] / panels if panels else 0.0
     trip = Amount(
@@ -370,7 +390,7 @@ def _sum(
         "panels": Loop(features * groups * panels, found["panels, most"], trip),
     }
     moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
-    name, memory = f"weighted_sum<{shape.type}, {_text(halves)}>", _sum_memory(size)
+    name, memory = f"weighted_sum<{type_}, {_text(halves)}>", _sum_memory(size)
     return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
 
 
@@ -485,5 +505,5 @@ def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:
         "panels": Loop(blocks * trips, 2 * lists * found["panels, most"], trip),
     }
     once = Amount(barriers=3 * lists, exchanges=4 * 8 * 3)
-    name, moved = f"reference_gradient<{shape.type}>", 4 * (2 * queries * m + 2 * m * shape.N)
+    name, moved = f"reference_gradient<{_stored(shape)}>", 4 * (2 * queries * m + 2 * m * shape.N)
     return Work("reference_gradient", name, blocks, 128, _sum_memory(4), once, loops, moved)
