@@ -136,7 +136,7 @@ INTENTS = {
     "weighted_sum": Intent(128, blocks=2, products=".TF32", copies=True),
     **{
         f"weighted_sum<{type_}, true>": Intent(128, blocks=2, products="16816", copies=True)
-        for type_ in ("float32", "BFloat16", "Float16", "uint8")
+        for type_ in ("float32", "Rounded", "BFloat16", "Float16", "uint8")
     },
     "merge": Intent(256, blocks=2),
     "list_references": Intent(256, blocks=2),

@@ -61,6 +61,9 @@ def forward(small: Small, backend: str, shape: tuple[int, int, int]) -> None:
     for dtype in TYPES:
         images = small.images(references, features, dtype)
         pfgm.posterior_mean(x, images, r=small.levels(queries), backend=backend)
+    pfgm.posterior_mean(
+        x, images.float(), r=small.levels(queries), backend=backend, precision="medium"
+    )
 
 
 def backward(small: Small, backend: str, shape: tuple[int, int, int]) -> None:

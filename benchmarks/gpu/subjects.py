@@ -234,8 +234,9 @@ def posterior_subject(
     paths: Paths = {}
     for name in ours:
         paths |= our_means(name, cases, types)
-    medium = functools.partial(our_mean, "triton", precision="medium")
-    paths["triton, medium"] = lambda: way_on(cases, medium, forward_errors)
+    for name in ours:
+        medium = functools.partial(our_mean, BACKENDS[name], precision="medium")
+        paths[f"{name}, medium"] = functools.partial(way_on, cases, medium, forward_errors)
     paths |= torch_paths(cases, device, gemm_formula, forward_errors)
     if published_fits(cases[0], device):
         # A graph would hold its temporaries a second time.

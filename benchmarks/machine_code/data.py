@@ -29,6 +29,8 @@ SUM_TILE = 32
 SORTED = 256
 BOUND = 2.0**-18
 NOISE, TOLERANCE = 2.0**-22, 1.5e-4  # of a panel of centred products
+# The same where products are those of values rounded to float16.
+ROUNDED_NEAR, ROUNDED_TOLERANCE = 10.0, 2e-2
 SAMPLES = 16  # references whose mean is the centre
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
@@ -51,7 +53,8 @@ class Shape(NamedTuple):
     M: int
     N: int
     type: str = "float32"
-    """Type of the references, as in the names of CUDA kernels."""
+    """Type of the references, as in the names of CUDA kernels. ``Rounded`` is float32 in precision
+    "medium"."""
     backward: bool = False
     """In the backward pass chunks have half as many pairs."""
 
@@ -127,11 +130,23 @@ COUNTED_QUERIES = 1024
 
 def case_of(shape: Shape) -> Case:
     """The data of a shape, with at most COUNTED_QUERIES queries."""
-    if shape == F:
+    if shape.name == F.name:
         return subjects.fashion_shape(shape.B, shape.M)
-    if shape == G:
+    if shape.name == G.name:
         return subjects.digits_shape(shape.B, shape.M)
     return subjects.cifar_shape(min(shape.B, COUNTED_QUERIES), shape.M)
+
+
+def rounded(case: Case) -> Case:
+    """Queries and references relative to the centre, with the 11 bits that float16 holds."""
+    y = case.references
+    center = y[torch.arange(SAMPLES) * len(y) // SAMPLES].mean(0)
+
+    def round_(values: Tensor) -> Tensor:
+        mantissa, exponent = torch.frexp(values - center)
+        return torch.ldexp((2048 * mantissa).round() / 2048, exponent)
+
+    return case._replace(x=round_(case.x), references=round_(y))
 
 
 def squared_distances(case: Case) -> Tensor:
@@ -162,6 +177,16 @@ class Rule(NamedTuple):
         return cls(shape.N, shape.M, shape.few, shape.type)
 
     @property
+    def rounded(self) -> bool:
+        """Whether distances are those of values rounded to float16."""
+        return self.type == "Rounded" and not self.few
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error of a weight that needs no refinement."""
+        return ROUNDED_TOLERANCE if self.rounded else TOLERANCE
+
+    @property
     def exponent(self) -> float:
         """Exponent of the weights, on squared distances."""
         return (self.N + 1) / 2
@@ -169,14 +194,17 @@ class Rule(NamedTuple):
     @property
     def spread(self) -> float:
         """Relative distance beyond the nearest within which pairs are refined."""
-        return math.expm1(NEAR / self.exponent)
+        return math.expm1((ROUNDED_NEAR if self.rounded else NEAR) / self.exponent)
 
     def largest_refined(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
         """The largest squared distance that is refined (B,)."""
-        bound = BOUND / 8 if self.few else BOUND
-        return base + 2 * bound * (3 * norm + 2 * base) + self.spread * (base + r * r)
+        if self.rounded:
+            bound = 8 * self.noise(base, norm, r, 2 * (base + norm))
+        else:
+            bound = 2 * (BOUND / 8 if self.few else BOUND) * (3 * norm + 2 * base)
+        return base + bound + self.spread * (base + r * r)
 
-    def noise(self, base: Tensor, norm: Tensor, farthest: Tensor) -> Tensor:
+    def noise(self, base: Tensor, norm: Tensor, r: Tensor, farthest: Tensor) -> Tensor:
         """The typical error of a distance (B,).
 
         Args:
@@ -185,8 +213,14 @@ class Rule(NamedTuple):
         if self.few:
             of_bytes = NOISE if self.type == "uint8" else 0.0
             return of_bytes * (norm + base) + 2.0**-26 * base
-        noise = NOISE / math.sqrt(max(1.0, self.N / 32))
-        return noise * (2 * (norm * farthest).sqrt() + farthest)
+        root = math.sqrt(max(1.0, self.N / 32))  # of the number of panels
+        noise = 2.0**-23 + 2.0**-25 * root if self.rounded else NOISE / root
+        of_sums = noise * (2 * (norm * farthest).sqrt() + farthest)
+        if not self.rounded:
+            return of_sums
+        edge = (base + self.spread * (base + r * r)).sqrt()
+        of_rounding = 2.0**-11 / math.sqrt(self.N) * edge * (norm.sqrt() + farthest.sqrt())
+        return of_sums + of_rounding + 2.0**-24 * (norm + farthest)
 
     def weights(self, d: Tensor, nearest: Tensor, r: Tensor) -> Tensor:
         """Weights relative to that of the nearest reference (B, M)."""
@@ -244,10 +278,10 @@ def refined_of_chunk(
     within = (base + r * r) / rule.exponent
     close = (lowest <= (base + within)[:, None]).sum(1)
     farthest = torch.where(lowest <= near[:, None], reach, 0.0).amax(1)
-    error = rule.noise(base, norm, farthest)
+    error = rule.noise(base, norm, r, farthest)
     score = rule.exponent * (base + r * r).log().abs()
     allowed = torch.minimum((close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16)
-    near[error <= TOLERANCE * allowed * within] = -1
+    near[error <= rule.tolerance * allowed * within] = -1
     return Refined(part <= near[:, None], lowest <= near[:, None])
 
 
@@ -492,7 +526,7 @@ def count(
     case = prepare(shape)
     counted = len(case.x)
     times = shape.B / counted
-    d = squared_distances(case)
+    d = squared_distances(rounded(case) if Rule.of(shape).rounded else case)
     sums, totals, lists = Mean(), Totals(shape.chunks, times), Lists(shape, cards)
     refined = torch.zeros(counted)
     for chunk in chunks_of(case, shape, d):
@@ -538,7 +572,8 @@ def count_gradient(
     case, shape = prepare(shape), shape._replace(backward=True)
     totals, queries = Totals(shape.chunks, shape.B / len(case.x)), Mean()
     lists = Lists(shape, cards)
-    for chunk in gradient_chunks(case, shape, squared_distances(case)):
+    d = squared_distances(rounded(case) if Rule.of(shape).rounded else case)
+    for chunk in gradient_chunks(case, shape, d):
         totals.add(chunk.refined)
         lists.add(chunk.live)
         for live in chunk.live.split(shape.block):

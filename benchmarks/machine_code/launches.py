@@ -238,6 +238,12 @@ def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     return _of_work(work.counts(shape, data, card), shape, card)
 
 
+def cuda_medium(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
+    """The same in precision "medium"."""
+    shape = shape._replace(type="Rounded")
+    return _of_work(work.counts(shape, data["medium"], card), shape, card)
+
+
 def cuda_backward(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     """The launches of the CUDA kernels for the gradient of the queries."""
     found = work.gradient_counts(shape, data, card, references=False, kept=shape.keeps)

@@ -11,7 +11,9 @@ from benchmarks.machine_code.data import SHAPES
 from benchmarks.machine_code.devices import DEVICES, Figure
 
 SECTION = Section(DOCS / "roofline.md", "machine code")
-OURS = ("triton", "cuda")
+OURS = ("triton", "cuda", "cuda, medium")
+FORWARD_ALONE = ("triton", "cuda, medium")
+"""Paths whose backward pass is not predicted."""
 PATHS = (*OURS, "torch, float32", "torch, TF32", "compiled, float32", "compiled, TF32")
 WITHIN = 0.25  # relative error of a prediction that counts as good
 Results = dict[str, Any]
@@ -28,17 +30,18 @@ def predicted(results: Results, section: str = "predicted") -> dict[tuple[str, s
 def total_table(results: Results) -> str:
     totals = predicted(results)
     keys = dict.fromkeys((shape, card) for shape, card, _ in totals)
+    paths = [path for path in PATHS if any(path == key[2] for key in totals)]
     rows = [
-        [shape, card, *(_text(totals.get((shape, card, path))) for path in PATHS)]
+        [shape, card, *(_text(totals.get((shape, card, path))) for path in paths)]
         for shape, card in keys
     ]
-    return table(["predicted", "", *PATHS], rows)
+    return table(["predicted", "", *paths], rows)
 
 
 def gradient_table(results: Results) -> str:
     """The backward pass, and both passes together."""
     forward, backward = predicted(results), predicted(results, "backward")
-    paths = [path for path in PATHS if path != "triton"]
+    paths = [path for path in PATHS if path not in FORWARD_ALONE]
     keys = dict.fromkeys((shape, card) for shape, card, _ in backward)
     rows = []
     for shape, card in keys:
@@ -46,6 +49,21 @@ def gradient_table(results: Results) -> str:
         times = [backward[shape, card, "cuda"], *both]
         rows.append([shape, card, *map(format_seconds, times)])
     return table(["predicted", "", "cuda, backward", *(f"{path}, both" for path in paths)], rows)
+
+
+def medium_table(results: Results) -> str:
+    """Precision "medium" beside what trainers run: torch in TF32, compiled."""
+    totals, rival = predicted(results), "compiled, TF32"
+    rows = []
+    for shape, card, path in totals:
+        if path != "cuda, medium":
+            continue
+        ours, theirs = (totals[shape, card, name] for name in (path, rival))
+        refined = results["data"][shape]["medium"]["refined a query"]["mean"]
+        times = [format_seconds(ours), format_seconds(theirs), f"{theirs / ours:.2f}"]
+        rows.append([shape, card, *times, f"{refined:.3g}"])
+    header = ["predicted", "", "cuda, medium", rival, "times as fast", "pairs refined per query"]
+    return table(header, rows)
 
 
 def _text(seconds: float | None) -> str:
@@ -153,9 +171,14 @@ def host_table(results: Results) -> str:
     return f"{table(['', 'a call'], rows)}\n\n{how} {_HOST} {driver}"
 
 
+def _has_medium(results: Results) -> bool:
+    return any(path == "cuda, medium" for _, _, path, *_ in results["predicted"])
+
+
 def report(results: Results) -> str:
     parts = {
         "Predicted times of the forward pass": total_table(results),
+        **({"Precision medium": medium_table(results)} if _has_medium(results) else {}),
         **{
             f"Predicted kernel by kernel, {shape}": kernel_table(results, shape)
             for shape in results["data"]

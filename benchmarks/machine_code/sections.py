@@ -14,6 +14,7 @@ from benchmarks.machine_code.model import Launch, Predicted
 BACKENDS: dict[str, Callable[[Shape, work.Data, Device], Iterator[Launch]]] = {
     "triton": launches.triton,
     "cuda": launches.cuda,
+    "cuda, medium": launches.cuda_medium,
 }
 TORCH = {
     "torch, float32": ("fp32", False),
@@ -34,7 +35,10 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
             print(f"Fashion-MNIST is not counted: no {subjects.FASHION} in its folder.")
             found[shape.name] = stored[shape.name]
         else:
-            found[shape.name] = data.count(shape) | {"gradient": data.count_gradient(shape)}
+            found[shape.name] = data.count(shape) | {
+                "gradient": data.count_gradient(shape),
+                "medium": data.count(shape._replace(type="Rounded")),
+            }
     return found
 
 

@@ -30,7 +30,13 @@ PIECE = 1024  # references that a block of ``weigh`` takes at a time
 FINISH_WARPS, FINISH_QUERIES = 4, 4  # of a block of ``finish_distances``; of a warp
 KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
 
-_SIZES = {"float32": 4, "BFloat16": 2, "Float16": 2, "uint8": 1}  # bytes of a reference's value
+_SIZES = {
+    "float32": 4,
+    "Rounded": 4,
+    "BFloat16": 2,
+    "Float16": 2,
+    "uint8": 1,
+}  # bytes of a reference's value
 _PANEL = 32  # features, or references, that are added up together
 _STAGED = 64  # features that a trip of ``distances`` takes
 _CENTER = 256  # features of a block of ``find_center``
@@ -167,7 +173,8 @@ def _center(shape: Shape) -> Work:
     blocks = up(_STAGED * up(shape.N, _STAGED), _CENTER)
     once = Amount(barriers=4, exchanges=2 * 8 * _OVER_WARP)
     moved = _SIZES[shape.type] * 16 * shape.N
-    return Work("find_center", f"find_center<{shape.type}>", blocks, 256, 32, once, {}, moved)
+    name = f"find_center<{_stored(shape)}>"
+    return Work("find_center", name, blocks, 256, 32, once, {}, moved)
 
 
 def _split(shape: Shape, queries: int, centered: bool = True) -> Work:
@@ -204,6 +211,12 @@ TILE_COSTS = (
     TileCost(64, 128, 1200),
 )
 _LARGEST, _OF_WARPGROUPS = TileCost(128, 128, 2200), TileCost(128, 128, 1550)
+ROUNDED_COSTS = (
+    TileCost(32, 64, 430),
+    TileCost(64, 64, 600),
+    TileCost(64, 128, 1300),
+    TileCost(128, 128, 1550),
+)
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
 _FINISH_CLOCKS, _BYTES_PER_CLOCK = 4500, 25
 
@@ -225,15 +238,17 @@ def _slice_size(queries: int, m: int) -> int:
 def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
     """The tiles of ``distances`` and the slices of the features that cost least."""
     block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
-    largest = _OF_WARPGROUPS if _warpgroups(shape, card) else _LARGEST
-    whole = _cheapest(block, chunk, panels, card, largest, constants.PARTS)
+    costs = (*TILE_COSTS, _OF_WARPGROUPS if _warpgroups(shape, card) else _LARGEST)
+    if shape.type == "Rounded":
+        costs = ROUNDED_COSTS
+    whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS)
     of_sums = up(up(chunk, _PANEL), shape.part_panels(card.sms)) * block * shape.N
     of_slices = whole.slices * _slice_size(block, chunk) if whole.slices > 1 else 0
-    return _cheapest(queries, m, panels, card, largest, max(of_sums, of_slices))
+    return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices))
 
 
 def _cheapest(
-    queries: int, m: int, panels: int, card: Device, largest: TileCost, room: int
+    queries: int, m: int, panels: int, card: Device, costs: tuple[TileCost, ...], room: int
 ) -> Tiling:
     size = _slice_size(queries, m)
     most = max(1, min(_MOST_SLICES, panels // _SLICE_PANELS, room // size))
@@ -246,10 +261,15 @@ def _cheapest(
         return found
 
     cost, slices = min(
-        ((cost, slices) for cost in (*TILE_COSTS, largest) for slices in range(1, most + 1)),
+        ((cost, slices) for cost in costs for slices in range(1, most + 1)),
         key=lambda choice: clocks(*choice),
     )
     return Tiling(cost.queries, cost.references, slices)
+
+
+def _stored(shape: Shape) -> str:
+    """The type by which kernels read references that they do not multiply in float16."""
+    return "float32" if shape.type == "Rounded" else shape.type
 
 
 def _distances(
@@ -278,22 +298,26 @@ def _products(
     rows, references, slices = tiling
     if rows == 128 and _warpgroups(shape, card):
         return _warpgroup_products(shape, queries, m, tiling, project)
-    sliced = slices > 1
+    sliced, rounded = slices > 1, shape.type == "Rounded"
+    parts_of_x, products = (1, 1) if rounded else (2, 3)
     ahead = rows == 128  # whether the block converts references one panel ahead
     size, panels = _SIZES[shape.type], up(shape.N, _PANEL)
     of_stage = 1 if ahead else 2  # panels
     trips, features = up(panels, of_stage), of_stage * _PANEL
     each = up(trips, slices)  # trips of a slice
     tiles, slices = _tiles(queries, m, tiling), up(trips, each)
-    stages = (4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
+    stages = (3 if rounded else 4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
     of_references = features * ((4 if ahead else size) * references + 4)
-    memory = stages[0] * of_references + stages[1] * features * 2 * 2 * rows + 16 * rows
+    memory = stages[0] * of_references + stages[1] * features * 2 * parts_of_x * rows + 16 * rows
     # Rows after the last are copied too. Queries and the centre are padded to whole stages.
-    copied = references * shape.N * size + trips * features * (2 * 2 * rows + 4)
+    copied = references * shape.N * size + trips * features * (2 * parts_of_x * rows + 4)
     # A tile whose warps take both panels of a trip multiplies zeros after the last one.
-    multiplied = 2 * trips if (rows, references, size) == (64, 128, 4) else panels
+    both = (rows, references, shape.type) == (64, 128, "float32")
+    multiplied = 2 * trips if both else panels
     of_all = Amount(
-        halves=6 * multiplied * (references // 16) * (rows // 8), copied=copied, barriers=trips
+        halves=2 * products * multiplied * (references // 16) * (rows // 8),
+        copied=copied,
+        barriers=trips,
     )
     # Half of the last trip is left out if its second panel is empty.
     loops = {"features": _by_all(tiles, panels / of_stage, of_all)}
@@ -320,7 +344,7 @@ def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, pro
     else:
         loops["minima"] = Loop(tiles * queries, min(queries, rows), Amount(exchanges=3))
         loops["reach"] = Loop(tiles, 1, Amount(exchanges=_OVER_WARP))
-    name = f"finish_distances<{shape.type}, {_text(project)}>"
+    name = f"finish_distances<{_stored(shape)}, {_text(project)}>"
     moved = (4 if project else 8) * queries * m
     if sums > KEPT * card.rate("l2_size"):
         moved += sums
@@ -369,7 +393,7 @@ def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:
     exchanges = 2 * rows + (0 if project else 3 * rows + 2)
     once = Amount(barriers=1 if project else 2, exchanges=8 * exchanges)
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * queries * m
-    name = f"differences<{shape.type}, {_text(project)}>"
+    name = f"differences<{_stored(shape)}, {_text(project)}>"
     return Work("differences", name, blocks, 256, memory, once, loops, moved)
 
 
@@ -410,7 +434,7 @@ def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Wor
         "pairs": Loop(pairs, up(pairs, blocks), Amount(exchanges=2 * _OVER_WARP), stored=2 * 8),
         "rows": Loop(rows, up(rows, blocks)),
     }
-    name = f"refine<{shape.type}>"
+    name = f"refine<{_stored(shape)}>"
     return Work("refine", name, blocks, 512, 0, Amount(), loops, 12 * pairs)
 
 
@@ -516,8 +540,9 @@ def _sum(
     blocks = features * groups * up(words, most)
     found = data["lists"][f"parts of {most}"]
     panels = found["panels"]
-    exact = shape.type in ("Float16", "uint8") if halves else shape.type != "float32"
-    products = 4 * SUM_ROWS * (2 if exact else 3)  # of 8 terms
+    type_ = shape.type if halves else _stored(shape)
+    exact = type_ in ("Float16", "uint8") if halves else type_ != "float32"
+    products = 4 * SUM_ROWS * (2 if exact or type_ == "Rounded" else 3)  # of 8 terms
     of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
     of_weights = 4 * SUM_ROWS * _PANEL
     trip = Amount(
@@ -533,7 +558,7 @@ def _sum(
         "panels": Loop(features * groups * panels, found["panels, most"], trip),
     }
     moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
-    name, memory = f"weighted_sum<{shape.type}, {_text(halves)}>", _sum_memory(size)
+    name, memory = f"weighted_sum<{type_}, {_text(halves)}>", _sum_memory(size)
     return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
 
 
@@ -663,5 +688,5 @@ def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:
         "panels": Loop(blocks * trips, 2 * lists * found["panels, most"], trip),
     }
     once = Amount(barriers=3 * lists, exchanges=4 * 8 * 3)
-    name, moved = f"reference_gradient<{shape.type}>", 4 * (2 * queries * m + 2 * m * shape.N)
+    name, moved = f"reference_gradient<{_stored(shape)}>", 4 * (2 * queries * m + 2 * m * shape.N)
     return Work("reference_gradient", name, blocks, 128, _sum_memory(4), once, loops, moved)

@@ -41,7 +41,7 @@ class Workspace {
 class MeanCall {
  public:
   MeanCall(int type, int reference_type, Index queries, Index references, Index features, Address x,
-           Address y, double dimensions, int device, Address stream)
+           Address y, double dimensions, int precision, int device, Address stream)
       : place_{device, stream},
         column_((static_cast<std::size_t>(queries) * sizeof(double) + 255) / 256 * 256) {
     problem_ = {static_cast<Type>(type),
@@ -55,7 +55,10 @@ class MeanCall {
                 features,
                 nullptr,
                 dimensions,
-                1};
+                1,
+                nullptr,
+                0,
+                static_cast<Precision>(precision)};
   }
 
   std::size_t workspace() const {
@@ -86,11 +89,12 @@ class MeanCall {
 bool direct_posterior_mean_cuda(int type, int reference_type, Index queries, Index references,
                                 Index features, Address x, Address y, const py::handle& level,
                                 double factor, double dimensions, Address mean, Address logsumexp,
-                                int device, Address stream, const py::object& allocate) {
+                                int precision, int device, Address stream,
+                                const py::object& allocate) {
   if (other_backend()) return false;
   const Level given = level_from(level);
-  MeanCall call(type, reference_type, queries, references, features, x, y, dimensions, device,
-                stream);
+  MeanCall call(type, reference_type, queries, references, features, x, y, dimensions, precision,
+                device, stream);
   const Workspace memory(allocate, call.workspace());
   const py::gil_scoped_release released;
   call.enqueue(given, factor, mean, logsumexp, memory);
@@ -99,11 +103,12 @@ bool direct_posterior_mean_cuda(int type, int reference_type, Index queries, Ind
 
 bool direct_field_cuda(int type, int reference_type, Index queries, Index references,
                        Index features, Address x, Address y, const py::handle& z, double gamma,
-                       Address field_x, Address field_z, int device, Address stream,
+                       Address field_x, Address field_z, int precision, int device, Address stream,
                        const py::object& allocate) {
   if (other_backend()) return false;
   const Level given = level_from(z);
-  MeanCall call(type, reference_type, queries, references, features, x, y, 1, device, stream);
+  MeanCall call(type, reference_type, queries, references, features, x, y, 1, precision, device,
+                stream);
   const Workspace memory(allocate, call.workspace());
   const py::gil_scoped_release released;
   const double* radius = call.enqueue(given, 1, field_x, 0, memory);

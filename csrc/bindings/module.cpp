@@ -30,7 +30,7 @@ using Result = std::pair<int, std::int64_t>;  // failure code, first query that 
 Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, Address x, std::int64_t x_stride, Address y,
                 std::int64_t y_stride, Address radius, double dimensions, int threads,
-                Address sketch, std::int64_t all_references) {
+                Address sketch, std::int64_t all_references, int precision) {
   return {static_cast<Type>(type),
           static_cast<Type>(reference_type),
           queries,
@@ -44,7 +44,8 @@ Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t
           dimensions,
           threads,
           pointer<const void>(sketch),
-          all_references};
+          all_references,
+          static_cast<Precision>(precision)};
 }
 
 // Memory: address and bytes.
@@ -97,7 +98,7 @@ using StridedRows = std::pair<Address, std::int64_t>;
 Problem outline(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, StridedRows y, int threads) {
   return problem(type, reference_type, queries, references, features, 0, 0, y.first, y.second, 0, 0,
-                 threads, 0, 0);
+                 threads, 0, 0, 0);
 }
 
 std::int64_t kept_bytes(int type, int reference_type, std::int64_t queries, std::int64_t references,
@@ -207,7 +208,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
            py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
            py::arg("dimensions"), py::arg("threads"), py::arg("sketch") = 0,
-           py::arg("all_references") = 0);
+           py::arg("all_references") = 0, py::arg("precision") = 0);
   py::class_<Forward>(module, "Forward", py::module_local())
       .def(py::init(&forward), py::kw_only(), py::arg("mean"), py::arg("logsumexp"),
            py::arg("nearest"), py::arg("total"), py::arg("sums") = 0, py::arg("kept") = Memory());

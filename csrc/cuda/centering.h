@@ -26,14 +26,16 @@ struct Center {
   float* value_scale;       // the same for references as they are
   float* scaled;            // (width): `at` times `scale`
   int features, width;
+  bool scattered;  // whether float16 rounds differences to the centre, see `scatter`
 };
 
-// Rows times a power of two as high + low.
+// Rows times a power of two as high + low. If `rounded`, only high is multiplied.
 struct Halves {
   std::uint16_t *high, *low;  // (rows, width)
   double* units;              // (rows): turns a product with scaled references into the true one
   int rows;
   Rows<float> whole;  // the rows themselves
+  bool rounded;
 };
 
 // The power of two that brings `largest` > 0 to at least 2^power, below twice that. For 0 and
@@ -56,6 +58,16 @@ __device__ inline double inverse_powers(float a, float b) {
   return double_of(biased << 52);
 }
 
+// A number in [−1/2, 1/2) for each feature, without a pattern. Rounding errors of a value that
+// repeats over the features would add up. Relative to a centre that is scattered by more than a
+// rounding error they average out.
+__device__ inline float scatter(int feature) {
+  std::uint32_t bits = static_cast<std::uint32_t>(feature) * 2654435769u;
+  bits = (bits ^ bits >> 15) * 2246822507u;
+  bits ^= bits >> 13;
+  return static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-32f;
+}
+
 // The mean of evenly spaced references, and how far they are from it.
 template <class R>
 __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
@@ -75,8 +87,9 @@ __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, c
     for (float v : values)
       spread = fmaxf(spread, fabsf(v - mean)), largest = fmaxf(largest, fabsf(v));
   }
-  if (feature < out.width) out.at[feature] = mean;
   spread = over_block<kCenterThreads>(spread, scratch, Most());
+  if (out.scattered && feature < out.features) mean += spread * 0x1p-7f * scatter(feature);
+  if (feature < out.width) out.at[feature] = mean;
   largest = over_block<kCenterThreads>(largest, scratch, Most());
   if (threadIdx.x == 0) out.spread[blockIdx.x] = spread, out.largest[blockIdx.x] = largest;
 }
@@ -86,9 +99,16 @@ struct SplitMemory {
   TwoFloats squares[kSplitThreads / 32];
 };
 
+// Of the two halves of a word.
+__device__ inline float sum_of_squares(std::uint32_t halves) {
+  const float first = half_to_float(static_cast<std::uint16_t>(halves));
+  const float second = half_to_float(static_cast<std::uint16_t>(halves >> 16));
+  return first * first + second * second;
+}
+
 // The two parts of a row of queries minus the centre, or of upstream gradients, which are not
 // centred. norms[row] = |x − centre|², of values that are scaled, so that float32 holds their
-// squares.
+// squares, and rounded if only their high parts are multiplied.
 template <bool CENTERED>
 __global__ void __launch_bounds__(kSplitThreads)
     split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
@@ -119,7 +139,8 @@ __global__ void __launch_bounds__(kSplitThreads)
     const float first = value(2 * pair) * of_x, second = value(2 * pair + 1) * of_x;
     const TwoHalves parts = split_halves(first, second);
     high[pair] = parts.high, low[pair] = parts.low;
-    if (CENTERED) squares.add(first * first + second * second);
+    if (CENTERED)
+      squares.add(out.rounded ? sum_of_squares(parts.high) : first * first + second * second);
   }
   if (thread == 0) out.units[row] = inverse_powers(of_x, of_y);
   if (!CENTERED) return;

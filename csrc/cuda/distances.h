@@ -1,11 +1,12 @@
 // Squared distances between a block of queries and a chunk of references, on CUDA devices.
 //
 // distances computes |x|² + |y|² − 2 x·y from products in matrix units, of centred data in two
-// float16 parts (cuda/centering.h). For few queries or features, differences computes Σ (x − y)²
-// instead. Both also find the smallest distance of each tile of references. With PROJECT they
-// compute G·y instead, up to a number for each query. A reference that float16 cannot hold has no
-// products; its G·y is then found without them. If there are few pairs, blocks of distances share
-// out the features, and finish_distances adds up what they leave.
+// float16 parts (cuda/centering.h). For Rounded references they are the distances between centred
+// values rounded to float16: one product takes the place of three. For few queries or features,
+// differences computes Σ (x − y)² instead. Both also find the smallest distance of each tile of
+// references. With PROJECT they compute G·y instead, up to a number for each query. A reference
+// that float16 cannot hold has no products; its G·y is then found without them. If there are few
+// pairs, blocks of distances share out the features, and finish_distances adds up what they leave.
 #pragma once
 #include "cuda/centering.h"
 
@@ -108,10 +109,11 @@ template <class R, int QUERIES, int REFERENCES>
 struct DistanceMemory {
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES;
   static constexpr bool kAhead = QUERIES == 128;
-  static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
+  static constexpr int kReferenceStages = kAhead ? (kRounded<R> ? 3 : 4) : REFERENCES == 64 ? 3 : 2;
   static constexpr int kQueryStages = kAhead ? 2 : kReferenceStages;
   static constexpr int kPanels = kAhead ? 1 : 2, kFeatures = kPanels * kPanel;  // of a stage
   static constexpr int kSwap = sizeof(R) == 4 ? 1 : 0;
+  static constexpr int kQueryParts = kRounded<R> ? 1 : 2;
   static constexpr int kSlabs = kAhead ? 2 : 1, kSides = kAhead ? 2 : 1;
   static constexpr int kColumns = QUERIES / kSides / 8;  // of 8 queries, of a warp
   static constexpr int kGroups = REFERENCES / 16 / kSlabs;
@@ -125,7 +127,7 @@ struct DistanceMemory {
     float center[kFeatures];
   };
   struct Queries {
-    std::uint16_t x[kPanels][2][QUERIES][kPanel];  // panel, part, query
+    std::uint16_t x[kPanels][kQueryParts][QUERIES][kPanel];  // panel, part, query
   };
   struct Stages {
     References references[kReferenceStages];
@@ -206,7 +208,8 @@ class TileCopy {
       const std::uint16_t* const high =
           i * kHalfStep < half_rows_ ? high_ + i * kHalfStep * center_.width : high_;
       copy_async<16>(half + i * kHalfStep * kPanel, high);
-      copy_async<16>(half + (QUERIES + i * kHalfStep) * kPanel, high + to_low_);
+      if constexpr (!kRounded<R>)
+        copy_async<16>(half + (QUERIES + i * kHalfStep) * kPanel, high + to_low_);
     }
     high_ += Memory::kFeatures;
   }
@@ -235,7 +238,8 @@ struct ReferencePanel {
   std::uint32_t high[2][4], low[2][4];
 };
 
-// Row g + 8e has features from `rows[e]` on. squares[e] is the sum of their squares.
+// Row g + 8e has features from `rows[e]` on. squares[e] is the sum of their squares, of their high
+// parts if R is Rounded.
 template <int SWAP, class R>
 __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,
                                          float scale, int known, const Lane& lane,
@@ -257,13 +261,15 @@ __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float*
       for (int k = 0; k < 4; ++k) v[4 * i + k] = four[k] * scale - c[4 * i + k];
     }
     squares[e] = 0;
-    for (float value : v) squares[e] += value * value;
+    if constexpr (!kRounded<R>)
+      for (float value : v) squares[e] += value * value;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const TwoHalves parts = split_halves(v[2 * i], v[2 * i + 1]);
       // Operands have features 0, 1 of rows g and g + 8, then features 2, 3.
       panel.high[i / 2][i % 2 * 2 + e] = parts.high;
       panel.low[i / 2][i % 2 * 2 + e] = parts.low;
+      if constexpr (kRounded<R>) squares[e] += sum_of_squares(parts.high);
     }
   }
   return panel;
@@ -281,7 +287,7 @@ __device__ inline void store_panel(R* slab, const ReferencePanel& panel, const L
   for (int i = 0; i < 2; ++i) {
     const std::uint32_t (&high)[4] = panel.high[i], (&low)[4] = panel.low[i];
     operand_of(slab, i, lane) = {high[0], high[1], high[2], high[3]};
-    operand_of(slab, 2 + i, lane) = {low[0], low[1], low[2], low[3]};
+    if constexpr (!kRounded<R>) operand_of(slab, 2 + i, lane) = {low[0], low[1], low[2], low[3]};
   }
 }
 
@@ -290,9 +296,11 @@ __device__ inline ReferencePanel load_panel(R* slab, const Lane& lane) {
   ReferencePanel panel;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint4 high = operand_of(slab, i, lane), low = operand_of(slab, 2 + i, lane);
+    const uint4 high = operand_of(slab, i, lane);
     panel.high[i][0] = high.x, panel.high[i][1] = high.y;
     panel.high[i][2] = high.z, panel.high[i][3] = high.w;
+    if constexpr (kRounded<R>) continue;
+    const uint4 low = operand_of(slab, 2 + i, lane);
     panel.low[i][0] = low.x, panel.low[i][1] = low.y;
     panel.low[i][2] = low.z, panel.low[i][3] = low.w;
   }
@@ -345,6 +353,31 @@ __device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
         value -= larger - sum;
         sum = larger;
       }
+}
+
+// The same for the high parts alone. What is lost where one float adds up the panels is less than
+// rounding to float16 loses.
+template <int TOGETHER, int SLABS, int COLUMNS>
+__device__ inline void add_rounded_products(float (&total)[SLABS][COLUMNS][4], int first,
+                                            const ReferencePanel (&y)[SLABS],
+                                            const std::uint16_t* x) {
+  float panel[SLABS][TOGETHER][4];
+  std::uint32_t of_x[TOGETHER][2][2];
+#pragma unroll
+  for (int j = 0; j < TOGETHER; ++j) {
+    const uint4 a = *reinterpret_cast<const uint4*>(x + 8 * j * kPanel);
+    of_x[j][0][0] = a.x, of_x[j][0][1] = a.y, of_x[j][1][0] = a.z, of_x[j][1][1] = a.w;
+  }
+#pragma unroll
+  for (int s = 0; s < SLABS; ++s)
+    for (int j = 0; j < TOGETHER; ++j) multiply_halves(panel[s][j], y[s].high[0], of_x[j][0]);
+#pragma unroll
+  for (int s = 0; s < SLABS; ++s)
+    for (int j = 0; j < TOGETHER; ++j) multiply_add_halves(panel[s][j], y[s].high[1], of_x[j][1]);
+#pragma unroll
+  for (int s = 0; s < SLABS; ++s)
+    for (int j = 0; j < TOGETHER; ++j)
+      for (int e = 0; e < 4; ++e) total[s][first + j][e] += panel[s][j][e];
 }
 
 // Σ over the lanes t of a group of four.
@@ -535,6 +568,8 @@ __device__ inline void finish_tile(Memory& shared,
 #pragma unroll
     for (int i = begin; i < begin + kTogether; ++i) {
       const int column = column_of(i);
+      // Compilers would load for many columns at once, and run out of registers.
+      if constexpr (kSlabs > 1 && kRounded<R>) __syncwarp();
       const bool inside = query0 + column < x.rows;
       const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
 #pragma unroll
@@ -604,17 +639,29 @@ template <class R, int QUERIES> constexpr bool kOfWarpgroups = false;
 template <> constexpr bool kOfWarpgroups<float, 128> = true;
 #endif
 
+// Blocks whose registers a multiprocessor must hold. Where a kernel has room for one only,
+// compilers would spill.
+template <class R, int QUERIES, bool PROJECT>
+constexpr int kDistanceBlocks = QUERIES == 32 || (kRounded<R> && QUERIES == 64) ? 2 : 1;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+template <> constexpr int kDistanceBlocks<Rounded, 128, false> = 2;
+#endif
+
 // If SLICED, blockIdx.z says which slice of the features a block takes, and the sums over it are
 // stored, which are the same with PROJECT.
 template <class R, int QUERIES, int REFERENCES, bool PROJECT, bool SLICED>
-__global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
+__global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES, PROJECT>))
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
               const Slices slices) {
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
   constexpr bool kAhead = Memory::kAhead;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
-  constexpr int kTogether = QUERIES == 64 ? 4 : 2;  // columns; the others have fewer registers
-  constexpr int kConvert = kTogether;               // column; elsewhere compilers spill
+  constexpr int kTogether =
+      QUERIES == 64 && !kRounded<R> ? 4 : 2;  // columns; the others have fewer registers
+  constexpr int kConvert = kTogether;         // column; elsewhere compilers spill
+  // Whether copies and conversions stand between products, which takes registers. Rounded products
+  // leave enough room for two blocks instead, one of which multiplies while the other converts.
+  constexpr bool kBetween = kAhead && !kRounded<R>;
   if constexpr (kOfWarpgroups<R, QUERIES>) return __trap();
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   auto& stages = shared.stages;
@@ -684,14 +731,14 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
   int p = 0;
 #pragma unroll 1
   do {  // There is a panel. A loop that may make no trip takes more registers.
-    wait_copies<kAhead ? 1 : Memory::kReferenceStages - 2>();
+    wait_copies<kAhead ? Memory::kReferenceStages - 3 : Memory::kReferenceStages - 2>();
     __syncthreads();  // copies have arrived, and no thread uses what the next ones replace
-    if constexpr (!kAhead) stage_next(p);
+    if constexpr (!kBetween) stage_next(p);
 #pragma unroll
     for (int half = part, i = 0; i < Memory::kPanels / kParts; half += kParts, ++i) {
       // Without a branch between them, the products of two panels take turns. Short types need too
       // many registers for that.
-      constexpr bool kBranch = !kAhead && (kParts > 1 || sizeof(R) < 4);
+      constexpr bool kBranch = !kAhead && (kParts > 1 || sizeof(R) < 4 || kRounded<R>);
       if (kBranch && features <= p * Memory::kFeatures + half * kPanel) continue;
       ReferencePanel panel[kSlabs];
       if constexpr (!kAhead) panel[0] = convert_panel(p, half);
@@ -703,14 +750,18 @@ __global__ void __launch_bounds__(kDistanceThreads, QUERIES == 32 ? 2 : 1)
       const auto& queries = stages.queries[p % Memory::kQueryStages].x[half];
 #pragma unroll
       for (int j = 0; j < kColumns; j += kTogether) {
-        add_products<kTogether>(total, rest, j, panel,
-                                &queries[0][column0 + 8 * j + lane.g][8 * lane.t],
-                                &queries[1][column0 + 8 * j + lane.g][8 * lane.t]);
+        const int query = column0 + 8 * j + lane.g;
+        if constexpr (kRounded<R>)
+          add_rounded_products<kTogether>(total, j, panel, &queries[0][query][8 * lane.t]);
+        else
+          add_products<kTogether>(total, rest, j, panel, &queries[0][query][8 * lane.t],
+                                  &queries[1][query][8 * lane.t]);
         // Matrix units multiply meanwhile.
-        if (kAhead && j == 0) stage_next(p);
-        if (kAhead && j == kConvert) convert_ahead(p + 1);
+        if (kBetween && j == 0) stage_next(p);
+        if (kBetween && j == kConvert) convert_ahead(p + 1);
       }
     }
+    if constexpr (kAhead && !kBetween) convert_ahead(p + 1);
   } while (++p < trips);
   wait_copies<0>();
   __syncthreads();

@@ -9,6 +9,7 @@
 // and whether distances are kept. Nothing waits for the device, and CUDA graphs can capture the
 // launches.
 #include <cmath>
+#include <type_traits>
 
 #include "api/posterior_mean.h"
 #include "cuda/launch.h"
@@ -95,7 +96,9 @@ struct TileCost {
   Index clocks;
 };
 constexpr TileCost kTileCosts[] = {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}};
-constexpr Index kLargestClocks = 2200, kWarpgroupClocks = 1550;  // of tiles of 128 × 128
+constexpr TileCost kRoundedCosts[] = {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}};
+// Of tiles of 128 × 128.
+constexpr Index kLargestClocks = 2200, kRoundedClocks = 1550, kWarpgroupClocks = 1550;
 constexpr Index kOncePanels = 6;                    // what a block does once costs as much
 constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
 // Clocks of finish_distances without its sums, and bytes of these that a multiprocessor writes or
@@ -111,7 +114,7 @@ Index slice_size(Index queries, Index references) {
 // multiprocessor. Larger tiles read each value less often. Slices give more blocks work, but their
 // sums are written and read again. All sums together have at most `room` numbers. Tiles of 128 ×
 // 128 cost `of_largest` clocks; 0 if there are none.
-Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors,
+Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors, bool rounded,
                  Index of_largest, Index room) {
   Tiling best = {};
   Index least = 0;
@@ -129,7 +132,7 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
         least = clocks, best = {cost.queries, cost.references, slices};
     }
   };
-  for (const TileCost& cost : kTileCosts) consider(cost);
+  for (const TileCost& cost : rounded ? kRoundedCosts : kTileCosts) consider(cost);
   if (of_largest > 0) consider({128, 128, of_largest});
   return best;
 }
@@ -158,6 +161,10 @@ double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
 }
 
+// The type by which kernels read references that they do not multiply in float16.
+template <class R>
+using Stored = std::conditional_t<kRounded<R>, float, R>;
+
 template <class R>
 class Calculation {
  public:
@@ -170,7 +177,7 @@ class Calculation {
         arena_(workspace),
         partition_(partition_of(problem, stream.multiprocessors(), backward)),
         features_(static_cast<int>(problem.features)),
-        law_(weight_law(problem, !partition_.few)) {
+        law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
     const Index groups = divide_up(queries, kSumRows), listed = groups * partition_.stride;
@@ -210,7 +217,9 @@ class Calculation {
     lists_.stride = partition_.stride;
     parts_.panels = static_cast<int>(partition_.part_panels);
     if (!partition_.few) {
+      center_.scattered = kRounded<R>;
       if (measures_) x_halves_ = take_halves();
+      x_halves_.rounded = kRounded<R>;
       if (backward) upstream_halves_ = take_halves();
     }
     order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
@@ -315,9 +324,10 @@ class Calculation {
     const float* rows = static_cast<const float*>(problem_.x) + first_ * problem_.x_stride;
     return rows_of<float>(rows, problem_.x_stride, queries());
   }
-  Rows<R> y() const {
-    const R* rows = static_cast<const R*>(problem_.y) + begin_ * problem_.y_stride;
-    return rows_of<R>(rows, problem_.y_stride, references());
+  template <class T = Stored<R>>
+  Rows<T> y() const {
+    const T* rows = static_cast<const T*>(problem_.y) + begin_ * problem_.y_stride;
+    return rows_of<T>(rows, problem_.y_stride, references());
   }
   Rows<float> upstream(const Backward& io) const {
     const float* rows = static_cast<const float*>(io.grad_mean) + first_ * problem_.features;
@@ -337,9 +347,10 @@ class Calculation {
   // The centre of all references.
   void find_references_center() const {
     if (partition_.few) return;
-    const Rows<R> y = rows_of<R>(problem_.y, problem_.y_stride, problem_.references);
+    using T = Stored<R>;
+    const Rows<T> y = rows_of<T>(problem_.y, problem_.y_stride, problem_.references);
     run("find_center", {divide_up(center_.width, kCenterThreads)}, kCenterThreads,
-        sizeof(float) * kCenterThreads / 32, find_center<R>, y, center_);
+        sizeof(float) * kCenterThreads / 32, find_center<T>, y, center_);
   }
 
   // The parts of the block's queries, which are CENTERED, or of its G.
@@ -365,8 +376,8 @@ class Calculation {
     else
       limit_distances<4>(nearest);
     const Index most = divide_up(queries() * references(), kRefineWarps);
-    run("refine", {smaller(stream_.multiprocessors(), most)}, kRefineThreads, 0, refine<R>, x(),
-        y(), features_, units_, pairs_);
+    run("refine", {smaller(stream_.multiprocessors(), most)}, kRefineThreads, 0, refine<Stored<R>>,
+        x(), y(), features_, units_, pairs_);
   }
 
   // G·y of the block and the chunk, up to a number for each query.
@@ -387,8 +398,9 @@ class Calculation {
 
   template <bool PROJECT>
   void find_differences(const Rows<float>& rows) const {
-    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<R>),
-        differences<R, PROJECT>, rows, y(), features_, pairs_);
+    using T = Stored<R>;
+    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<T>),
+        differences<T, PROJECT>, rows, y(), features_, pairs_);
   }
 
   template <bool PROJECT>
@@ -417,7 +429,7 @@ class Calculation {
   void find_products(const Halves& rows, Index slices, Kernel* whole, Kernel* sliced) const {
     Grid grid = tiles(Memory::kQueries, Memory::kReferences);
     if (slices == 1) {
-      run("distances", grid, kDistanceThreads, sizeof(Memory), whole, rows, y(), center_, pairs_,
+      run("distances", grid, kDistanceThreads, sizeof(Memory), whole, rows, y<R>(), center_, pairs_,
           Slices{});
       return;
     }
@@ -428,17 +440,20 @@ class Calculation {
     sums.count = static_cast<int>(divide_up(trips, sums.trips));
     sums.squares = reinterpret_cast<double*>(sums.products + sums.count * queries() * sums.stride);
     grid.z = sums.count;
-    run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y(), center_, pairs_,
+    run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y<R>(), center_, pairs_,
         sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
-        0, finish_distances<R, PROJECT>, rows, y(), center_, pairs_, sums);
+        0, finish_distances<Stored<R>, PROJECT>, rows, y(), center_, pairs_, sums);
   }
 
   // Whether tiles of 128 × 128 are those of warpgroups. They take aligned rows alone.
   bool warpgroups() const { return std::is_same<R, float>::value && stream_.warpgroups(); }
-  Index clocks_of_largest() const { return warpgroups() ? kWarpgroupClocks : kLargestClocks; }
+  Index clocks_of_largest() const {
+    return warpgroups() ? kWarpgroupClocks : kRounded<R> ? kRoundedClocks : kLargestClocks;
+  }
   Tiling tiling(Index queries, Index references, Index of_largest, Index room) const {
-    return tiling_of(queries, references, features_, stream_.multiprocessors(), of_largest, room);
+    return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
+                     of_largest, room);
   }
 
   Grid tiles(int rows, int references) const {
@@ -486,7 +501,8 @@ class Calculation {
     list<HALVES>(first_chunk);
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
                        divide_up(divide_up(references(), kPanel), parts_.panels)};
-    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<R>), weighted_sum<R, HALVES>, y(),
+    using T = std::conditional_t<HALVES, R, Stored<R>>;
+    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<T>), weighted_sum<T, HALVES>, y<T>(),
         features_, center_.value_scale, 1 / (kWeightUnit * divisor), order(), lists_, parts_);
   }
 
@@ -522,8 +538,9 @@ class Calculation {
     }
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};
-      run("reference_gradient", grid, kSumThreads, sizeof(SumMemory<float>), reference_gradient<R>,
-          upstream(io), x(), y(), features_, coefficients, partition_.stride, first_ == 0,
+      run("reference_gradient", grid, kSumThreads, sizeof(SumMemory<float>),
+          reference_gradient<Stored<R>>, upstream(io), x(), y(), features_, coefficients,
+          partition_.stride, first_ == 0,
           static_cast<float*>(io.grad_y) + begin_ * problem_.features);
     }
   }
@@ -552,12 +569,13 @@ class Calculation {
   Index first_ = 0, begin_ = 0;  // first query of the block, first reference of the chunk
 };
 
-// Calls `call` with a value of the references' type.
+// Calls `call` with a value of the type by which kernels take the references. In precision "medium"
+// shorter types are computed as in "high".
 template <class Call>
-void with_type(Type type, Call call) {
-  switch (type) {
+void with_type(const Problem& problem, Call call) {
+  switch (problem.reference_type) {
     case Type::float32:
-      return call(float{});
+      return problem.precision == Precision::medium ? call(Rounded{}) : call(float{});
     case Type::bfloat16:
       return call(BFloat16{});
     case Type::float16:
@@ -596,7 +614,7 @@ std::size_t posterior_mean_workspace_cuda(const Problem& problem, const CudaPlac
                                           bool backward, std::int64_t kept) {
   const Stream stream(place);
   std::size_t bytes = 0;
-  with_type(problem.reference_type, [&](auto value) {
+  with_type(problem, [&](auto value) {
     using R = decltype(value);
     const Kept of_size = {nullptr, kept};
     bytes = Calculation<R>(problem, stream, CudaWorkspace{}, backward, of_size).workspace();
@@ -607,7 +625,7 @@ std::size_t posterior_mean_workspace_cuda(const Problem& problem, const CudaPlac
 void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaPlace& place,
                          const CudaWorkspace& workspace) {
   const Stream stream(place);
-  with_type(problem.reference_type, [&](auto value) {
+  with_type(problem, [&](auto value) {
     using R = decltype(value);
     Calculation<R>(problem, stream, workspace, false, out.kept).forward(out);
   });
@@ -616,7 +634,7 @@ void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaP
 void posterior_mean_backward_cuda(const Problem& problem, const Backward& io,
                                   const CudaPlace& place, const CudaWorkspace& workspace) {
   const Stream stream(place);
-  with_type(problem.reference_type, [&](auto value) {
+  with_type(problem, [&](auto value) {
     using R = decltype(value);
     Calculation<R>(problem, stream, workspace, true, io.kept).backward(io);
   });

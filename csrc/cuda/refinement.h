@@ -18,14 +18,15 @@ constexpr int kRefineThreads = 512, kRefineWarps = kRefineThreads / 32;
 // that differs between references is typically law.noise (2|x||y| + |y|²) for products, and
 // law.noise (|x|² + d²) for differences. (exponent/s)·error is the relative error of a weight. If n
 // weights are within a nat of the largest, their errors average out in the mean by a factor of at
-// least √(n/e). If more than kTolerance is left, or the log-sum-exp lacks digits, all references
-// are refined whose weight may be more than e^-kNear times the largest.
+// least √(n/e). If more than law.tolerance is left, or the log-sum-exp lacks digits, all references
+// are refined whose weight may be more than e^-law.near times the largest.
 struct QueryLimit {
   double base, norm;  // the smallest distance, |x|²
   double root;        // |x|
   double s, within;   // base + r²; a distance that much larger has a weight a nat smaller
   double smallest;    // error of values too small for float16, or of squares too small for float32
   double near;        // the largest distance that is refined, if any is
+  double edge;        // at this distance a weight is law.near nats smaller than the largest
 
   // `width` is √features. Without PRODUCTS distances are found from differences. `per_scale` is 1
   // over the scale of the centred references.
@@ -37,26 +38,41 @@ struct QueryLimit {
     // distance has an error too.
     smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : width * width * 0x1p-126;
     const float of_smallest = PRODUCTS ? 4 * width : 4;
-    const double bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
+    double bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
     within = law.gaussian ? 2 * r * r : s / law.exponent;
-    near = base + bound + (law.gaussian ? kNear * within : law.near_spread * s);
+    const double spread = law.gaussian ? law.near * within : law.near_spread * s;
+    if (PRODUCTS && law.rounding > 0) {
+      const double step = 0x1p-24 * per_scale;  // of values too small for float16
+      edge = base + spread;
+      smallest += (sqrt(edge) + width * width * step) * step;
+      bound = 8 * noise<PRODUCTS>(law, 2 * (base + norm)) + 4 * smallest;
+    }
+    near = base + bound + spread;
     if (!(near == near)) near = INFINITY;
+  }
+
+  // The typical error of a distance; `of_y` is |y|². Distances between rounded values have the
+  // smaller an error the smaller they are.
+  template <bool PRODUCTS>
+  __device__ double noise(const WeightLaw& law, double of_y) const {
+    // The rounding errors of single differences mostly average out.
+    if (!PRODUCTS) return law.noise * (norm + base) + 0x1p-26 * base;
+    const double y = sqrt(of_y), of_sums = law.noise * (2 * root * y + of_y);
+    if (law.rounding == 0) return of_sums;
+    return of_sums + 2 * law.rounding * sqrt(edge) * (root + y) + 0x1p-24 * (norm + of_y);
   }
 
   // Whether errors change the result. `farthest` is the largest |y|² that may be refined; so many
   // tiles are `close`: they have a weight within a nat of the largest.
   template <bool PRODUCTS>
   __device__ bool matters(const WeightLaw& law, double farthest, int close) const {
-    // The rounding errors of single differences mostly average out.
-    const double noise = PRODUCTS ? law.noise * (2 * root * sqrt(farthest) + farthest)
-                                  : law.noise * (norm + base) + 0x1p-26 * base;
-    const double error = smallest + noise;
+    const double error = smallest + noise<PRODUCTS>(law, farthest);
     const float score = law.gaussian
                             ? (base == 0 ? 0 : static_cast<float>(base / within))
                             : static_cast<float>(law.exponent) * fabsf(logf(static_cast<float>(s)));
     // The error may be at most √averaged times that of one weight, and as large as the score
     // allows.
-    const double one = kTolerance * within;
+    const double one = law.tolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
     return error * error > averaged * (one * one) || error > one * (fmaxf(1, score) * 0x1p-4f) ||
            near == INFINITY;

@@ -44,10 +44,17 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
+// float32 of which matrix units multiply what float16 holds, in precision "medium".
+struct Rounded {
+  float value;
+};
+template <class R> constexpr bool kRounded = false;
+template <> constexpr bool kRounded<Rounded> = true;
 
 // load4 returns elements as numbers in this unit. In it, all types but float32 are exact in TF32.
 template <class R> constexpr bool kShort = true;
 template <> constexpr bool kShort<float> = false;
+template <> constexpr bool kShort<Rounded> = false;
 template <class R> constexpr float kUnit = 1;
 // Which of them are exact in float16 too.
 template <class R> constexpr bool kExactHalf = false;
@@ -59,6 +66,7 @@ __device__ inline void load4(const float* from, float (&v)[4]) {
   const float4 four = *reinterpret_cast<const float4*>(from);
   v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
 }
+__device__ inline void load4(const Rounded* from, float (&v)[4]) { load4(&from->value, v); }
 __device__ inline void load4(const BFloat16* from, float (&v)[4]) {
   const uint2 pairs = *reinterpret_cast<const uint2*>(from);
   v[0] = float_of(pairs.x << 16), v[1] = float_of(pairs.x & 0xffff0000u);
@@ -87,6 +95,7 @@ __device__ inline void load4(const R* from, int known, float (&v)[4]) {
 
 // One value, in float32.
 __device__ inline float load_float(const float* from) { return *from; }
+__device__ inline float load_float(const Rounded* from) { return from->value; }
 __device__ inline float load_float(const BFloat16* from) {
   return float_of(static_cast<std::uint32_t>(from->bits) << 16);
 }
@@ -304,7 +313,7 @@ __device__ inline float weight_of_halves(const float* weights, int query, int re
 // Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
 // does. References are multiplied by `factor` before they are cut into halves; weights are pairs of
 // halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,
-// float16 holds references as they are.
+// float16 holds references as they are. Weights of Rounded references have no low part.
 template <bool EXACT, int TILES, int PITCH, class R>
 __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* references,
                                            const float* weights, float factor, float (&largest)[4],
@@ -329,6 +338,7 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
         small[step][f / 2][2 * pair + f % 2] = parts.low;
       }
     }
+  constexpr bool kLowWeights = !kRounded<R>, kLowValues = !EXACT;
   // Products of four sums take turns, so that none waits for another.
 #pragma unroll
   for (int n0 = 0; n0 < TILES; n0 += 2) {
@@ -348,13 +358,23 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
         for (int n = 0; n < 2; ++n)
           for (int i = 0; i < 2; ++i) multiply(panel[i][n], i, n);
       };
-      if (step == 0)
-        each([&](float (&d)[4], int i, int n) { multiply_halves(d, big[step][i], low[n]); });
-      else
-        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[step][i], low[n]); });
-      if constexpr (!EXACT)
-        each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, small[step][i], high[n]); });
-      each([&](float (&d)[4], int i, int n) { multiply_add_halves(d, big[step][i], high[n]); });
+      bool first = step == 0;  // of the panel
+      const auto add = [&](float (&d)[4], const std::uint32_t (&a)[4],
+                           const std::uint32_t (&b)[2]) {
+        if (first)
+          multiply_halves(d, a, b);
+        else
+          multiply_add_halves(d, a, b);
+      };
+      if constexpr (kLowWeights) {
+        each([&](float (&d)[4], int i, int n) { add(d, big[step][i], low[n]); });
+        first = false;
+      }
+      if constexpr (kLowValues) {
+        each([&](float (&d)[4], int i, int n) { add(d, small[step][i], high[n]); });
+        first = false;
+      }
+      each([&](float (&d)[4], int i, int n) { add(d, big[step][i], high[n]); });
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)

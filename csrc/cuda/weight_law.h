@@ -8,8 +8,10 @@
 namespace pfgm {
 namespace {
 
-constexpr double kNear = 20;  // nats: a weight e^-20 times the largest needs no more digits
-constexpr double kTolerance = 1.5e-4;  // relative error of a weight that needs no refinement
+// nats: a weight so much smaller than the largest needs no more digits
+constexpr double kNear = 20, kRoundedNear = 10;
+// Relative error of a weight that needs no refinement.
+constexpr double kTolerance = 1.5e-4, kRoundedTolerance = 2e-2;
 
 // How much a squared distance exceeds that of the nearest reference, times a rate. On GeForce cards
 // float64 runs at 1/64 of the rate of float32. So the difference is taken of two floats, which the
@@ -67,11 +69,16 @@ struct WeightLaw {
   double exponent;  // (N + D)/2; 1/2 at D = ∞
   float power;      // the same, and 1 over it
   float per_power;
-  double near_spread;  // e^(kNear/exponent) − 1: beyond nearest + r² by so much a weight is kNear
+  double near;         // kNear or kRoundedNear
+  double near_spread;  // e^(near/exponent) − 1: beyond nearest + r² by so much a weight is `near`
                        // nats smaller; D finite only
+  double tolerance;    // kTolerance or kRoundedTolerance
   double margin;       // largest error of a distance, relative to |x|² + |y|²
   double noise;        // typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of
                        // differences
+  double rounding;     // typical error of |x| in the direction of x − y, relative to |x|, from
+                       // rounding x to float16; the same for y. 0 if their low parts count too
+  std::uint32_t half_a_step, kept;  // a weight is rounded to these bits
 
   // How fast the score falls at the squared distance `nearest`. It is infinite where r = 0 on a
   // reference. The largest number that is returned instead still keeps the weight of an equal
@@ -107,6 +114,9 @@ struct WeightLaw {
     return exponential(u > 0x1p100f ? -INFINITY : -fall);
   }
 
+  // A weight that halves hold without a low part, if only high parts are multiplied.
+  __device__ float rounded(float w) const { return float_of((bits_of(w) + half_a_step) & kept); }
+
   // What the gradient needs of the same distance. Distances have larger errors than float32.
   __device__ Ratios ratios(float linear) const {
     const float nearest = gaussian ? 1 : reciprocal(1 + linear * per_power);
@@ -127,24 +137,33 @@ struct WeightLaw {
   }
 };
 
-// `products` says whether distances are computed from products instead of differences.
-WeightLaw weight_law(const Problem& problem, bool products) {
+// `products` says whether distances are computed from products instead of differences, `rounded`
+// whether of values rounded to float16.
+WeightLaw weight_law(const Problem& problem, bool products, bool rounded) {
   const bool gaussian = std::isinf(problem.dimensions);
   const double features = static_cast<double>(problem.features);
   const double exponent = gaussian ? 0.5 : (features + problem.dimensions) / 2;
   const double length = features > 8192 ? features / 8192 : 1;
   // Sums over panels of 32 features are rounded, which mostly averages out. Matrix units round
   // toward zero, which averages out less.
-  const double of_panels = 0x1p-22 / std::sqrt(std::fmax(1.0, features / kPanel));
+  const double root = std::sqrt(std::fmax(1.0, features / kPanel));  // of the number of panels
+  // Products of rounded values are added up in one float.
+  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root;
   const double of_bytes = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
   const float power = static_cast<float>(exponent);
+  const double near = rounded ? kRoundedNear : kNear;
   return {gaussian,
           exponent,
           power,
           1 / power,
-          gaussian ? 0 : std::expm1(kNear / exponent),
+          near,
+          gaussian ? 0 : std::expm1(near / exponent),
+          rounded ? kRoundedTolerance : kTolerance,
           length * (products ? 0x1p-18 : 0x1p-21),
-          products ? of_panels : of_bytes};
+          products ? of_panels : of_bytes,
+          rounded ? 0x1p-12 / std::sqrt(features) : 0,
+          rounded ? 0x1000u : 0u,
+          rounded ? 0xffffe000u : ~0u};
 }
 
 }  // namespace

@@ -114,6 +114,8 @@ __global__ void __launch_bounds__(kQueryThreads)
     for (int i = 0; i < kSteps; ++i) {
       const int step = i * kQueryThreads;
       float w = law.weight(row.fall(squared[i]));
+      // The sum is that of the weights by which references are multiplied.
+      if constexpr (HALVES) w = law.rounded(w);
       if (step >= left) w = 0;
       sum += w;
       if (w < row.smallest) w = 0;

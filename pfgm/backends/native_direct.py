@@ -36,7 +36,6 @@ enabled = native.has_extension()
 
 _native: Any = native.extension() if native.has_extension() else None
 _POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}
-_PRECISIONS = ("high", "medium")
 _SUBSTITUTIONS = ("exact", "published")
 _MAX_CHECKED = 1 << 16  # values that one thread checks sooner than torch's operators start
 
@@ -105,7 +104,7 @@ def _takes(backend: str | None, precision: str, gpu: torch.device | None, *value
     name = backend or requested()
     return (
         (not name or name == "native")
-        and precision in _PRECISIONS
+        and precision in native.PRECISIONS
         and (gpu is None or not debugging())
         and is_ordinary(*values, gpu=gpu)
     )
@@ -160,7 +159,8 @@ def posterior_mean(
         done = _native.direct_posterior_mean(*given, sketch, torch.get_num_threads())
     else:
         place = native.current_stream(gpu)
-        done = _native.direct_posterior_mean_cuda(*given, *place, _allocator(gpu))
+        of_products = native.PRECISIONS[precision]
+        done = _native.direct_posterior_mean_cuda(*given, of_products, *place, _allocator(gpu))
     return (mean, logsumexp) if done else None
 
 
@@ -195,7 +195,8 @@ def field(
         done = _native.direct_field(*given, sketch, torch.get_num_threads())
     else:
         place = native.current_stream(gpu)
-        done = _native.direct_field_cuda(*given, *place, _allocator(gpu))
+        of_products = native.PRECISIONS[precision]
+        done = _native.direct_field_cuda(*given, of_products, *place, _allocator(gpu))
     return (field_x, field_z) if done else None
 
 

@@ -176,8 +176,9 @@ def posterior_mean(
         return_logsumexp: return lse too.
         backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
         precision: precision of matrix products on a GPU. "high" has the accuracy of float32.
-            "medium" uses one product in TF32 (10 bits), which changes the weights of references at
-            almost equal distances. On the CPU both are the same.
+            "medium" multiplies values of 11 bits, which changes the weights of references at almost
+            equal distances by up to a few per cent. The native backend does so for references in
+            float32. On the CPU both are the same.
 
     Returns:
         mean (B, *S), and with ``return_logsumexp`` also lse (B,) in float64.

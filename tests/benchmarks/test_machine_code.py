@@ -735,7 +735,8 @@ def test_stored_counts_are_kept_without_fashion_mnist(tmp_path, monkeypatch, cap
     monkeypatch.setattr(data, "count_gradient", lambda shape: {"least": 1})
     found = sections.count_data({data.F.name: {"old": True}})
     assert found[data.F.name] == {"old": True}
-    assert found[data.C.name] == {"new": data.C.name, "gradient": {"least": 1}}
+    new = {"new": data.C.name}
+    assert found[data.C.name] == new | {"gradient": {"least": 1}, "medium": new}
     assert "not counted" in capsys.readouterr().out
 
 
@@ -1173,12 +1174,25 @@ def test_stored_sections_are_read_back(tmp_path, monkeypatch):
 
 def test_gradients_are_added_to_the_forward_pass():
     def rows(seconds):
-        paths = [path for path in page.PATHS if path != "triton"]
+        paths = [path for path in page.PATHS if path not in page.FORWARD_ALONE]
         return [["C", "A100 SXM", path, "some", seconds, 1, ""] for path in paths]
 
     text = page.gradient_table({"predicted": rows(1e-6), "backward": rows(2e-6)})
     cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
     assert cells == ["C", "A100 SXM", "2 µs", *["3 µs"] * 5]
+
+
+def test_precision_medium_beside_torch():
+    """The page has a table of it once it is predicted."""
+    rows = [["C", "A100 SXM", path, "some", 1e-4, 1, ""] for path in ("cuda", "compiled, TF32")]
+    without = {"predicted": rows, "data": {"C": {}}}
+    assert "medium" not in page.total_table(without)
+    medium = ["C", "A100 SXM", "cuda, medium", "some", 5e-5, 1, ""]
+    counted = {"medium": {"refined a query": {"mean": 21.1}}}
+    with_medium = {"predicted": [*rows, medium], "data": {"C": counted}}
+    cells = [cell.strip() for cell in page.medium_table(with_medium).splitlines()[-1].split("|")]
+    assert cells[1:-1] == ["C", "A100 SXM", "50 µs", "100 µs", "2.00", "21.1"]
+    assert "cuda, medium" in page.total_table(with_medium)
 
 
 def test_predicted_and_measured_times_side_by_side():

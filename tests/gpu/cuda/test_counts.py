@@ -109,7 +109,7 @@ class Run(NamedTuple):
 
 @pytest.fixture
 def run(op, shim):
-    """run(case, dtype, multiprocessors, backward, kept, like) counts a pass in both ways."""
+    """run(case, dtype, multiprocessors, backward, kept, like, precision) counts a pass twice."""
 
     def run(
         case: Case,
@@ -118,6 +118,7 @@ def run(op, shim):
         backward: bool = False,
         kept: bool = False,
         like: devices.Device = devices.H100,
+        precision: str = "high",
     ) -> Run:
         references = case.references
         if dtype == torch.uint8:
@@ -125,16 +126,17 @@ def run(op, shim):
         references = references.to(dtype)
         case = case._replace(references=dequantise(references, torch.float32))
         (B, N), M = case.x.shape, len(references)
-        shape = Shape("small", B, M, N, TYPES[dtype])
+        medium = precision == "medium" and dtype == torch.float32
+        shape = Shape("small", B, M, N, "Rounded" if medium else TYPES[dtype])
         figure = devices.Figure(multiprocessors, "assumed")
         card = like._replace(multiprocessors=figure)
         shim.device(card.architecture, multiprocessors)
         given = case.x, references, case.z.double(), 1.0
-        found = counted(shim, lambda: op.compute(*given))
+        found = counted(shim, lambda: op.compute(*given, precision))
         if not backward:
             on_data = data.count(shape, lambda shape: case, [card])
             return Run(list(work.counts(shape, on_data, card)), found)
-        both = counted(shim, lambda: op.gradients(*given, keeps=kept))
+        both = counted(shim, lambda: op.gradients(*given, keeps=kept, precision=precision))
         on_data = data.count_gradient(shape, lambda shape: case, [card])
         return Run(list(work.gradient_counts(shape, on_data, card, kept=kept)), both[len(found) :])
 
@@ -295,7 +297,8 @@ def test_gradients_with_slices(run):
         found = run(clusters(40, 129, 1040), dtype, multiprocessors=9, backward=True)
         kernels = Counter(one.kernel for one in found.model)
         assert kernels[f"distances<{TYPES[dtype]}, 64, 64, false, true>"] == 2
-        assert {f"finish_distances<{last}>" for last in ("false", "true")} <= set(kernels)
+        finished = {f"finish_distances<{TYPES[dtype]}, {last}>" for last in ("false", "true")}
+        assert finished <= set(kernels)
         check(found)
 
 
@@ -307,6 +310,42 @@ def test_gradients_of_chunks_and_blocks(run, small_chunks):
 
 def test_gradients_of_photographs(run):
     check(run(subjects.cifar_shape(17, 130), backward=True))
+
+
+# ---- precision "medium" -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multiprocessors"),
+    [
+        ((24, 190, 96), 4),
+        ((70, 190, 128), 7),
+        ((70, 600, 256), 4),
+        ((100, 300, 96), 1),
+        ((8, 320, 128), 4),
+        ((40, 192, 16), 4),
+    ],
+)
+def test_medium(run, sizes, multiprocessors):
+    """The model's centre is not scattered, so a pair more or less may be refined."""
+    check(run(clusters(*sizes), multiprocessors=multiprocessors, precision="medium"))
+
+
+def test_medium_in_chunks_and_blocks(run, small_chunks):
+    check(run(clusters(100, 700, 64), precision="medium"))
+
+
+def test_medium_of_photographs(run):
+    """Many distances are refined."""
+    found = run(subjects.cifar_shape(40, 200), precision="medium")
+    check(found)
+    (refine,) = (one for one in found.model if one.name == "refine")
+    assert refine.loops["pairs"].trips > 10 * refine.blocks
+
+
+def test_gradients_in_medium(run):
+    for sizes in ((70, 192, 128), (24, 192, 96), (8, 320, 128)):
+        check(run(clusters(*sizes), backward=True, precision="medium"))
 
 
 # ---- by hand -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # tiles of 128 × 128 take least time.
 SIZES = [
     (100, 65, 32), (100, 127, 33), (100, 129, 63), (128, 128, 65), (241, 129, 97), (97, 300, 161),
+    (100, 129, 36), (241, 129, 100), (97, 300, 164),
 ]  # fmt: skip
 
 
@@ -40,13 +41,19 @@ def tiles(references, queries, M, B):
 def large(request, shim, grids_of):
     """large(run, sizes) calls run() and makes sure that it takes tiles of 128 × 128.
 
-    Warpgroups multiply on an sm_90, if references are aligned and in float32.
+    Warpgroups multiply on an sm_90, if references are in float32. Rows of these that are not
+    aligned have smaller tiles there.
     """
-    shim.device(request.param, 1)
+    architecture = request.param
+    shim.device(architecture, 1)
 
     def large(run, sizes):
-        B, M, _ = sizes
-        assert set(grids_of(run)) == {tiles(128, 128, M, B)}
+        B, M, N = sizes
+        allowed = [tiles(128, 128, M, B)]
+        if architecture == 90 and N % 4 > 0:
+            allowed.append(tiles(128, 64, M, B))
+        (found,) = set(grids_of(run))
+        assert found in allowed
 
     return large
 
