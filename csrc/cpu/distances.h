@@ -27,10 +27,6 @@ constexpr double kUnderflow = 1e-30;  // squared distances below this lose digit
 // Distances below this share of |x| suffer from the rounding of y.
 constexpr double kCloseShare = 0.1;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
-// A weight above e^-15 of the largest makes a reference a candidate. Bounds skip no candidate, so
-// whether they were computed does not change what is recomputed.
-constexpr double kCandidate = 15.0;
-static_assert(kCandidate < kWeightCutoff<float>, "a candidate counts");
 
 // Whether T represents every R exactly. If not, distances have an error relative to |y| too.
 template <class T, class R>
@@ -186,7 +182,7 @@ class Distances {
   // if a distance is not finite.
   //
   // If a float32 distance overflowed, all are recomputed in float64. Distances near the smallest
-  // are recomputed if their error would change the weights, and those of few candidates always.
+  // are recomputed if they are few, or if their error would change the weights.
   double refine(Index b, const QueryState& known) {
     double* squared = this->row(b);
     if (listed_ && alive_[b] == 0) return kSkipped;
@@ -197,12 +193,12 @@ class Distances {
     if (found.finite) {
       const double base = found.value < known.nearest ? found.value : known.nearest;
       const Precision<T, R> precision(law_, query(b), problem_.features, base, radius(b));
-      const bool insufficient = precision.insufficient();
-      limit = precision.reach(insufficient ? kNear : kCandidate);
-      if (found.value > limit) return found.value;
+      const double near = precision.reach(kNear);
+      if (found.value > near) return found.value;
       Index candidates = 0;
-      for (Index j = 0; j < count_; ++j) candidates += squared[j] <= limit;
-      if (!insufficient && candidates > kFewCandidates) limit = kUnderflow;
+      for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
+      const bool decisive = candidates <= kFewCandidates || precision.insufficient();
+      limit = decisive ? near : kUnderflow;
       if (found.value > limit) return found.value;
     }
     for (Index j = 0; j < count_; ++j)
@@ -245,9 +241,7 @@ class Distances {
       return;
     }
     pad(squared);
-    // A computed distance may be a little smaller than the exact one.
-    const double far = farthest(b, known) * (1 + kSumError<T>);
-    alive_[b] = screen_.choose(b, far, kSkipped, squared, count_);
+    alive_[b] = screen_.choose(b, farthest(b, known), kSkipped, squared, count_);
   }
 
   // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all

@@ -156,23 +156,6 @@ def test_a_sketch_changes_no_bit(isa, sizes, dtype):
         assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
 
 
-def test_a_sketch_does_not_change_which_distances_are_recomputed(isa):
-    """In the second chunk 5 references count. The bounds skip 40 others, which are near, but do not
-    count beside the 900 of the first chunk."""
-    generator = torch.Generator().manual_seed(0)
-    nats = torch.full((4096,), 400.0, dtype=torch.float64)
-    nats[:900] = 0.5 * torch.rand(900, generator=generator, dtype=torch.float64)
-    nats[2048:2053] = nats[:5]
-    nats[2053:2093] = 19.5
-    rows = torch.randn(4096, 512, generator=generator, dtype=torch.float64)
-    rows *= (20 + 2 * nats).sqrt()[:, None] / rows.norm(dim=1, keepdim=True)
-    references, x = rows.float(), torch.zeros(1, 512)
-    given = PosteriorMean(x, references, torch.ones(1, dtype=torch.float64), math.inf)
-    sketched = given._replace(sketch=native.sketch(references, torch.float32))
-    for a, b in zip(native.posterior_mean(given), native.posterior_mean(sketched), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_the_bounds_of_a_sketch_hold_over_many_features():
     """With a single float32 sum per lane, the bound of the nearest reference would exceed the
     other's."""
