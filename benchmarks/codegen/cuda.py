@@ -351,11 +351,21 @@ def register_limit(intent: Intent) -> int:
     return min(_REGISTERS // (intent.threads * intent.blocks) // 8 * 8, _MOST_REGISTERS)
 
 
+def is_replaced(kernel: str, architecture: str) -> bool:
+    """Whether another kernel takes its place there: warpgroups have tiles of 128 × 128 on sm_90a."""
+    if stem(kernel) == "warpgroup_distances":
+        return architecture != "90a"
+    return kernel.startswith("distances<float32, 128, 128,") and architecture == "90a"
+
+
 def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
     """What is wrong with a kernel, in sentences."""
     where, intent = f"{kernel} on sm_{architecture}", intent_of(kernel)
     if intent is None:
         return [f"{where} is not listed in INTENTS of codegen/cuda.py; it is not checked."]
+    if is_replaced(kernel, architecture):
+        multiplies = bool(figures.matrix_instructions)
+        return [f"{where} is not meant to multiply: it is never launched."] if multiplies else []
     found = [f"{where} {what}." for what in _resources(intent, figures)]
     return found + [f"{where} {what}." for what in _instructions(intent, figures)]
 

@@ -568,8 +568,6 @@ __device__ inline void finish_tile(Memory& shared,
 #pragma unroll
     for (int i = begin; i < begin + kTogether; ++i) {
       const int column = column_of(i);
-      // Compilers would load for many columns at once, and run out of registers.
-      if constexpr (kSlabs > 1 && kRounded<R>) __syncwarp();
       const bool inside = query0 + column < x.rows;
       const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
 #pragma unroll
@@ -608,7 +606,8 @@ __device__ inline void finish_tile(Memory& shared,
         const int found = kTogether * i + first;
         const bool marked = (infinite >> (s * kOfLane + found) & 1u) != 0;
         const double value = double_of(least[s][i] < kInfiniteBits ? least[s][i] : kInfiniteBits);
-        shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
+        if (lane.g % (8 / kTogether) == 0)  // others have the same
+          shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
       }
   }
   if constexpr (PROJECT) {
@@ -639,18 +638,14 @@ template <class R, int QUERIES> constexpr bool kOfWarpgroups = false;
 template <> constexpr bool kOfWarpgroups<float, 128> = true;
 #endif
 
-// Blocks whose registers a multiprocessor must hold. Where a kernel has room for one only,
-// compilers would spill.
-template <class R, int QUERIES, bool PROJECT>
+// Blocks whose registers a multiprocessor must hold. With more, compilers would spill.
+template <class R, int QUERIES>
 constexpr int kDistanceBlocks = QUERIES == 32 || (kRounded<R> && QUERIES == 64) ? 2 : 1;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-template <> constexpr int kDistanceBlocks<Rounded, 128, false> = 2;
-#endif
 
 // If SLICED, blockIdx.z says which slice of the features a block takes, and the sums over it are
 // stored, which are the same with PROJECT.
 template <class R, int QUERIES, int REFERENCES, bool PROJECT, bool SLICED>
-__global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES, PROJECT>))
+__global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>))
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
               const Slices slices) {
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
@@ -659,9 +654,6 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES,
   constexpr int kTogether =
       QUERIES == 64 && !kRounded<R> ? 4 : 2;  // columns; the others have fewer registers
   constexpr int kConvert = kTogether;         // column; elsewhere compilers spill
-  // Whether copies and conversions stand between products, which takes registers. Rounded products
-  // leave enough room for two blocks instead, one of which multiplies while the other converts.
-  constexpr bool kBetween = kAhead && !kRounded<R>;
   if constexpr (kOfWarpgroups<R, QUERIES>) return __trap();
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   auto& stages = shared.stages;
@@ -733,7 +725,7 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES,
   do {  // There is a panel. A loop that may make no trip takes more registers.
     wait_copies<kAhead ? Memory::kReferenceStages - 3 : Memory::kReferenceStages - 2>();
     __syncthreads();  // copies have arrived, and no thread uses what the next ones replace
-    if constexpr (!kBetween) stage_next(p);
+    if constexpr (!kAhead) stage_next(p);
 #pragma unroll
     for (int half = part, i = 0; i < Memory::kPanels / kParts; half += kParts, ++i) {
       // Without a branch between them, the products of two panels take turns. Short types need too
@@ -757,11 +749,10 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES,
           add_products<kTogether>(total, rest, j, panel, &queries[0][query][8 * lane.t],
                                   &queries[1][query][8 * lane.t]);
         // Matrix units multiply meanwhile.
-        if (kBetween && j == 0) stage_next(p);
-        if (kBetween && j == kConvert) convert_ahead(p + 1);
+        if (kAhead && j == 0) stage_next(p);
+        if (kAhead && j == kConvert) convert_ahead(p + 1);
       }
     }
-    if constexpr (kAhead && !kBetween) convert_ahead(p + 1);
   } while (++p < trips);
   wait_copies<0>();
   __syncthreads();

@@ -324,6 +324,71 @@ void check_product_of_halves() {
   expect(d == expected, "multiply_add_halves");
 }
 
+struct WideHalves {
+  const std::uint16_t *a, *b;  // (64, 32), (32, 64)
+  float* d;                    // (64, 64)
+};
+
+// d += a b by a warpgroup, in two products. If `apart`, d may be used between them.
+__global__ void multiply_in_warpgroup(const WideHalves p, bool apart) {
+  const unsigned thread = threadIdx.x, g = thread % 32 / 4, t = thread % 4;
+  auto* const b = reinterpret_cast<std::uint16_t*>(shared_memory());  // piece, column, 8 rows
+  for (unsigned i = thread; i < 32 * 64; i += 128)
+    b[(i / 64 / 8 * 64 + i % 64) * 8 + i / 64 % 8] = p.b[i];
+  publish_shared();
+  __syncthreads();
+  std::uint32_t a[2][4];
+  for (unsigned step = 0; step < 2; ++step)
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = 16 * (thread / 32) + g + i % 2 * 8, k = 16 * step + 2 * t + i / 2 * 8;
+      a[step][i] = p.a[row * 32 + k] | static_cast<std::uint32_t>(p.a[row * 32 + k + 1]) << 16;
+    }
+  float d[8][4];
+  const auto at = [&](unsigned n, unsigned e) -> float& {
+    return p.d[(16 * (thread / 32) + g + e / 2 * 8) * 64 + 8 * n + 2 * t + e % 2];
+  };
+  for (unsigned n = 0; n < 8; ++n)
+    for (unsigned e = 0; e < 4; ++e) d[n][e] = at(n, e);
+  keep_in_place(d);
+  begin_products();
+  begin_product(d, a[0], b, 64 * 16);
+  commit_products();
+  expect(std::isnan(d[3][2]), "a product that is under way has no result");
+  if (apart) wait_products<0>();
+  begin_product(d, a[1], b + 2 * 64 * 8, 64 * 16);
+  commit_products();
+  wait_products<1>();
+  wait_products<0>();
+  for (unsigned n = 0; n < 8; ++n)
+    for (unsigned e = 0; e < 4; ++e) at(n, e) = d[n][e];
+}
+
+void check_product_of_warpgroup() {
+  std::mt19937 engine(7);
+  std::normal_distribution<float> normal;
+  std::vector<std::uint16_t> a(64 * 32), b(32 * 64);
+  for (auto* values : {&a, &b})
+    for (std::uint16_t& v : *values) v = half_of(normal(engine));
+  std::vector<float> start(64 * 64);
+  for (float& v : start) v = normal(engine);
+  std::vector<float> expected = start;
+  for (int i = 0; i < 64 * 64; ++i)
+    for (int step = 0; step < 2; ++step) {
+      double sum = expected[i];
+      for (int k = 16 * step; k < 16 * step + 16; ++k)
+        sum += static_cast<double>(half_to_float(a[i / 64 * 32 + k])) *
+               half_to_float(b[k * 64 + i % 64]);
+      expected[i] = static_cast<float>(sum);
+      if (std::fabs(expected[i]) > std::fabs(sum)) expected[i] = std::nextafter(expected[i], 0.0f);
+    }
+  for (const bool apart : {false, true}) {
+    std::vector<float> d = start;
+    launch({"multiply_in_warpgroup", {1}, 128, 32 * 64 * 2}, multiply_in_warpgroup,
+           WideHalves{a.data(), b.data(), d.data()}, apart);
+    expect(d == expected, "begin_product");
+  }
+}
+
 void check_rounding_to_halves() {
   for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
     const float v = half_to_float(static_cast<std::uint16_t>(bits));
@@ -462,9 +527,32 @@ struct Scenario {
 alignas(16) float some_floats[256];
 int some_ints[1024];
 
+// 0: nothing waits for the product. 1: its operand changes. 2: copies are not published.
+__global__ void wrong_product(const float* from, int what) {
+  copy_async<16>(shared_memory() + 16 * threadIdx.x, from);
+  commit_copies();
+  wait_copies<0>();
+  if (what < 2) publish_shared();
+  __syncthreads();
+  float d[8][4] = {};
+  std::uint32_t a[4] = {};
+  begin_products();
+  begin_product(d, a, shared_memory(), 1024);
+  commit_products();
+  if (what == 0) return;
+  a[2] = 1;
+  wait_products<0>();
+}
+
 const Scenario kScenarios[] = {
     {"unwaited", "kernel never_waits: thread 0 of block (0, 0, 0) ends and never waited",
      Finder::shim, [] { launch({"never_waits", {1}, 32, 128}, never_waits, some_floats); }},
+    {"unwaited product", "ends and never waited for its products", Finder::shim,
+     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 0); }},
+    {"changed operand", "changes an operand of a product that is under way", Finder::shim,
+     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 1); }},
+    {"unpublished", "multiplies copies that were not published before a barrier", Finder::shim,
+     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 2); }},
     {"boundary", "off their boundary", Finder::shim,
      [] { launch({"off_boundary", {1}, 32, 128}, off_boundary, some_floats); }},
     {"outside", "not its block's shared memory", Finder::shim,
@@ -643,6 +731,7 @@ int main(int count, char** arguments) {
     check_atomics();
     check_product();
     check_product_of_halves();
+    check_product_of_warpgroup();
     check_counts();
   }
   check_orders();

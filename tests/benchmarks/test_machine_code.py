@@ -769,6 +769,18 @@ ON_DATA = {
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("name", ["<false, false>", "<true, false>", "<false, true>"])
+def test_products_of_warpgroups_overlap(name):
+    """A panel waits for each half of its products once. A compiler that finds their registers used
+    too early lets them run one after the other, and waits for each."""
+    kernel = kernels.cuda_kernel(H100, f"warpgroup_distances{name}", 0)
+    body = kernel.body(kernels.loop_with_most(kernel, "tensor"))
+    names = [one.name for one in body]
+    assert sum(name.startswith("HGMMA.64x64x16") for name in names) == 12
+    assert sum(name.startswith("WARPGROUP.DEPBAR") for name in names) == 2
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.parametrize("type", ["float32", "BFloat16", "Float16", "uint8"])
 def test_machine_code_has_what_is_counted(type):
     """Barriers and matrix instructions are those of the code. Its copies are at least those that

@@ -267,6 +267,23 @@ def test_flaws_are_found(words, symbol, options):
     assert problem.startswith(f"{row.kernel} on sm_90a")
 
 
+@pytest.mark.parametrize(
+    ("kernel", "where"),
+    [
+        ("warpgroup_distances<false, true>", "80"),
+        ("distances<float32, 128, 128, true, false>", "90a"),
+    ],
+)
+def test_a_kernel_that_another_replaces_must_not_multiply(kernel, where):
+    figures = only(part(TILES, code=REST[4:])).figures
+    assert codegen_cuda.problems(kernel, where, figures) == []
+    multiplies = dataclasses.replace(figures, matrix_instructions={"HMMA.16816.F32": 1})
+    (problem,) = codegen_cuda.problems(kernel, where, multiplies)
+    assert "not meant to multiply: it is never launched" in problem
+    other = "90a" if where == "80" else "80"
+    assert "is empty" in " ".join(codegen_cuda.problems(kernel, other, figures))
+
+
 def test_an_unlisted_kernel_is_a_problem():
     (problem,) = only(part(SUM.replace("12weighted_sum", "8new_name"), code=REST)).problems
     assert problem == (
