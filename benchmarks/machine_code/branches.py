@@ -1,8 +1,8 @@
 """Branches of CUDA kernels that the parameters of a launch decide.
 
-At the benchmarks' shapes D is finite, and pointers to optional results are null. Code for D = ∞ and
-for those results then does not run. What follows from such parameters is found by following them
-through the registers of the machine code, so it holds for any layout of the code.
+At the benchmarks' shapes D is finite, and code for D = ∞ does not run. What follows from this
+parameter is found by following it through the registers of the machine code, so it holds for any
+layout of the code.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Literal
 from benchmarks.machine_code import sass
 from benchmarks.machine_code.sass import Instruction
 
-# What is known of a register: it holds zero, or a half of a 64-bit parameter. Of a predicate: its
-# value, or "low", the comparison of the first halves of a parameter and zero.
-Value = Literal[0, "low", "high"] | bool
+# What is known of a register: it holds zero. Of a predicate: its value.
+Value = Literal[0] | bool
 State = Mapping[str, Value]
 
 FIRST_PARAMETER = {80: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
@@ -36,17 +35,16 @@ _SINGLE = re.compile(
 )
 
 
-def decided(code: Sequence[Instruction], first: int, finite: bool, null: bool) -> list[Instruction]:
-    """The code with branches that parameters decide. Addresses and places stay.
+def decided(code: Sequence[Instruction], first: int) -> list[Instruction]:
+    """The code with branches that a finite D decides. Addresses and places stay.
 
     A branch that is always taken loses its predicate; what never runs gets one that is never true.
 
     Args:
-        first: where parameters begin in the bank of constants.
-        finite: whether D is finite: the first byte of the parameters is zero.
-        null: whether pointers that the code compares with null are null.
+        first: where parameters begin in the bank of constants. The first byte of these is zero if D
+            is finite.
     """
-    follow = _Follow(code, first, finite, null)
+    follow = _Follow(code, first)
     states = follow.states()
     return [_settled(one, states.get(i)) for i, one in enumerate(code)]
 
@@ -88,8 +86,8 @@ def _holds(predicate: str, state: State) -> bool | None:
 class _Follow:
     """Follows what is known through the code."""
 
-    def __init__(self, code: Sequence[Instruction], first: int, finite: bool, null: bool) -> None:
-        self.code, self.first, self.finite, self.null = code, first, finite, null
+    def __init__(self, code: Sequence[Instruction], first: int) -> None:
+        self.code, self.first = code, first
 
     def states(self) -> dict[int, State]:
         """Place → what is known before its instruction, for places that may be reached."""
@@ -152,29 +150,13 @@ class _Follow:
         return {}
 
     def loaded(self, one: Instruction, operands: list[str]) -> dict[str, Value]:
-        at = _offset(operands[-1])
-        register = _REGISTER.match(operands[0])
-        if at is None or not register or at < self.first:
-            return {}
-        if ".U8" in one.name or ".S8" in one.name:
-            return _named(operands[0], 0) if self.is_flag(at) else {}
-        words = max(1, sass.access_bytes(one) // 4)
-        number = int(register[2])
-        return {f"{register[1]}{number + k}": self.half(at + 4 * k) for k in range(words)}
-
-    def is_flag(self, at: int) -> bool:
-        return self.finite and at == self.first
-
-    def half(self, at: int) -> Value:
-        return "low" if (at - self.first) % 8 == 0 else "high"
+        is_flag = _offset(operands[-1]) == self.first and (".U8" in one.name or ".S8" in one.name)
+        return _named(operands[0], 0) if is_flag else {}
 
     def value(self, operand: str, state: State) -> Value | None:
         """What is known of an operand that is no predicate."""
         if operand in _ZEROS:
             return 0
-        at = _offset(operand)
-        if at is not None:
-            return self.half(at) if at >= self.first else None
         register = _REGISTER.match(operand)
         return state.get(register[1] + register[2]) if register else None
 
@@ -194,18 +176,9 @@ class _Follow:
         if parts[1] not in ("EQ", "NE") or not operands[1].endswith("T"):
             return {}
         values = [self.value(part, state) for part in operands[2:4]]
-        if 0 not in values:
+        if values[0] != 0 or values[1] != 0:
             return {}
-        other = values[1] if values[0] == 0 else values[0]
-        equal: Value | None = True if other == 0 else None
-        if self.null and "EX" in parts:
-            half = state.get(operands[5].lstrip("!"))
-            equal = True if other == "high" and half == "low" else None
-        elif self.null and other == "low" and operands[4].endswith("PT"):
-            return {operands[0]: "low"}
-        if equal is None:
-            return {}
-        return self.joined(operands[0], equal == (parts[1] == "EQ"), operands[4], parts, state)
+        return self.joined(operands[0], parts[1] == "EQ", operands[4], parts, state)
 
     def joined(
         self, name: str, value: bool, with_: str, parts: list[str], state: State

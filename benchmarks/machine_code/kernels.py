@@ -254,7 +254,7 @@ def _decided(card: Device, name: str) -> Compiled:
     if base not in _WITH_LAW:
         return found
     first = branches.FIRST_PARAMETER[card.architecture]
-    code = branches.decided(found.code, first, finite=True, null=False)
+    code = branches.decided(found.code, first)
     return found._replace(code=code, loops=sass.loops(code))
 
 
