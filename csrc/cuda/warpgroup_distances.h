@@ -49,13 +49,13 @@ class WarpgroupCopy {
         apart_(kStep * y.stride),
         left_(center.features - first) {
     const Lane lane = this_lane();
-    const int thread = static_cast<int>(threadIdx.x);
     row_ = 16 * lane.warp + lane.lane / 8, piece_ = lane.lane % 8;
-    query_ = thread / WarpgroupMemory::kPieces;
+    // Eight lanes write the same piece of eight queries, which lie in different banks.
+    query_ = 8 * lane.warp + lane.lane % 8, query_piece_ = lane.lane / 8;
     rows_ = static_cast<int>(y.count) - reference0 - row_, queries_ = x.rows - query0 - query_;
     from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + 4 * piece_;
     high_ = x.high + static_cast<Index>(queries_ > 0 ? query0 + query_ : 0) * center.width + first +
-            thread % WarpgroupMemory::kPieces * 8;
+            8 * query_piece_;
   }
 
   __device__ void next(WarpgroupMemory::Stage& stage) {
@@ -70,12 +70,11 @@ class WarpgroupCopy {
       copy_async<16>(&stage.center[4 * thread],
                      center_.scaled + (center_.features - left_) + 4 * thread);
     auto& x = stage.x;
-    const int piece = thread % WarpgroupMemory::kPieces;
 #pragma unroll
     for (int i = 0; i < WarpgroupMemory::kQueries; i += kQueryStep) {
       const std::uint16_t* const high = i < queries_ ? high_ + i * center_.width : high_;
-      copy_async<16>(x[0][piece][query_ + i], high);
-      copy_async<16>(x[1][piece][query_ + i], high + to_low_);
+      copy_async<16>(x[0][query_piece_][query_ + i], high);
+      copy_async<16>(x[1][query_piece_][query_ + i], high + to_low_);
     }
     from_ += kPanel, high_ += kPanel, left_ -= kPanel;
   }
@@ -83,10 +82,11 @@ class WarpgroupCopy {
  private:
   static constexpr int kStep = 4;  // rows of references, from one copy of a thread to the next
   static constexpr int kQueryStep = kDistanceThreads / WarpgroupMemory::kPieces;
+  static_assert(WarpgroupMemory::kPieces == 4, "a warp copies all pieces of eight queries");
 
   const Center& center_;
   const Index to_low_, apart_;  // from a high part to the low part; between rows of y
-  int left_, row_, piece_, query_;
+  int left_, row_, piece_, query_, query_piece_;
   int rows_, queries_;  // rows that there are from the first one of this thread on
   const float* from_;
   const std::uint16_t* high_;
