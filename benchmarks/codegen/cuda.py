@@ -352,7 +352,7 @@ def register_limit(intent: Intent) -> int:
 
 
 def is_replaced(kernel: str, architecture: str) -> bool:
-    """Whether another kernel takes its place there: warpgroups have tiles of 128 × 128 on sm_90a."""
+    """Whether another kernel takes its place: warpgroups have tiles of 128 × 128 on sm_90a."""
     if stem(kernel) == "warpgroup_distances":
         return architecture != "90a"
     return kernel.startswith("distances<float32, 128, 128,") and architecture == "90a"
