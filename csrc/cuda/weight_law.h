@@ -33,6 +33,7 @@ struct Fall {
     power = static_cast<std::uint32_t>(unit - 127) << 20;
     const double scaled = rate_of_distance * double_of(static_cast<std::int64_t>(unit) << 52);
     rate = scaled > 0x1p120 ? 0x1p120f : static_cast<float>(scaled);
+    if (of_nearest == 2047) rate = NAN;  // the parts of infinity and NaN are numbers
     nearest = parts(nearest_distance);
   }
 

@@ -170,13 +170,27 @@ def test_distances_of_zero_beside_one_that_is_too_large(op, device, N):
     assert lse.isposinf().all()
 
 
+@pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("N", FEATURES)
-def test_a_reference_that_is_not_finite_makes_all_results_nan(op, bad, N):
+def test_a_reference_that_is_not_finite_makes_all_results_nan(op, bad, N, D):
     x, references, sigma = op.problem(18, 300, N)
     references[130, N - 1] = bad
-    for result in op.module.posterior_mean(PosteriorMean(x, references, sigma, 1.0)):
+    for result in op.module.posterior_mean(PosteriorMean(x, references, sigma, D)):
         assert result.isnan().all()
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("N", FEATURES)
+def test_a_point_that_is_not_finite_makes_its_results_nan(op, bad, N, D):
+    x, references, sigma = op.problem(18, 300, N)
+    clean = op.compute(x, references, sigma, D)
+    x[2, N - 1] = bad
+    others = torch.arange(18) != 2
+    for result, wanted in zip(op.compute(x, references, sigma, D), clean, strict=True):
+        assert result[2].isnan().all()
+        torch.testing.assert_close(result[others], wanted[others], rtol=1e-5, atol=1e-5)
 
 
 def test_differences_too_large_for_float32_are_cut_off(op, device):
