@@ -193,10 +193,10 @@ struct RowProbabilities {
         per_total(law.at_limit(nearest, r) ? 0 : reciprocal(static_cast<float>(total))),
         floor(static_cast<float>(floor)) {}
 
-  // p_j from what `fall` says of the distance, if the reference is `known`.
-  __device__ float probability(const WeightLaw& law, float linear, bool known) const {
+  // p_j from what `fall` says of the distance.
+  __device__ float probability(const WeightLaw& law, float linear) const {
     const float p = law.weight(linear) * per_total;
-    return p < floor || !known ? 0 : p;
+    return p < floor ? 0 : p;
   }
 };
 
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(kQueryThreads)
     }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const float p = row.probability(law, row.fall(squared[i]), i * kQueryThreads < left);
+      const bool known = i * kQueryThreads < left;
+      const float p = known ? row.probability(law, row.fall(squared[i])) : 0;
       projection.add_product(p, p != 0 ? projected[i] : 0);  // G·y_j is undefined where p = 0
       mass.add(p);
     }
@@ -337,7 +338,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
     for (int i = 0; i < kSteps; ++i) {
       const int step = i * kQueryThreads;
       const float linear = row.probabilities.fall(squared[i]);
-      const float p = row.probabilities.probability(law, linear, step < left) * row.per_mass;
+      // per_mass may be no number.
+      const float p = step < left ? row.probabilities.probability(law, linear) * row.per_mass : 0;
       const float pt = p * ((projected[i] - row.center.high) - row.center.low);
       const Ratios ratios = law.ratios(linear);
       const float c =

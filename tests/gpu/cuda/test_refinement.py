@@ -193,6 +193,24 @@ def test_a_point_that_is_not_finite_makes_its_results_nan(op, bad, N, D):
         torch.testing.assert_close(result[others], wanted[others], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.usefixtures("poisoned")
+def test_gradients_of_other_points_than_one_that_is_not_finite(op, bad, N, D):
+    """70 references fill no whole panel: places after them must not get a weight."""
+    x, references, sigma = op.problem(18, 70, N)
+    radius = op.radius_of(sigma.clamp(min=0.05), D)
+    needs = (True, False, True)
+    wanted_x, _, wanted_radius = op.gradients(x, references, radius, D, needs)[:3]
+    x[2, N - 1] = bad
+    found_x, _, found_radius = op.gradients(x, references, radius, D, needs)[:3]
+    others = torch.arange(18) != 2
+    assert found_x[2].isnan().all()
+    torch.testing.assert_close(found_x[others], wanted_x[others], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_radius[others], wanted_radius[others], rtol=1e-4, atol=1e-4)
+
+
 def test_differences_too_large_for_float32_are_cut_off(op, device):
     """Beside a point at 0, squares of the far reference do not fit float32."""
     references = torch.zeros(70, 20, device=device)
