@@ -56,7 +56,10 @@ def large(request, shim, grids_of):
     return large
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("large", "dtype"), [*((80, dtype) for dtype in DTYPES), (90, torch.float32)],
+    indirect=["large"], ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.usefixtures("poisoned")
 def test_forward(op, large, sizes, dtype):
