@@ -73,10 +73,10 @@ class Driver:
 def no_driver() -> Iterator[None]:
     """Triton's launches do nothing, kernels are not tuned, and tensors on the CPU pass for tensors
     on a GPU."""
+    from pfgm.kernels import loading
     from triton.runtime import driver
 
     from pfgm.backends import triton, triton_direct
-    from pfgm.kernels import loading
 
     def forget() -> None:
         triton_direct._chosen.cache_clear()
