@@ -495,8 +495,7 @@ def _refine_phases(one: Work, kernel: Compiled, features: int) -> tuple[Phase, .
 def _far_from(kernel: Compiled, around: Loop, inner: Loop) -> frozenset[int]:
     """Ways through a loop that hold other inner loops than one.
 
-    These repeat the sum of squares for far references, or find products of references that
-    float16 cannot hold. Both are rare.
+    These repeat the sum of squares for far references, which are rare.
     """
     others = [
         loop.body - inner.body for loop in kernel.loops if around.holds(loop) and loop != inner

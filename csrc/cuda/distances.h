@@ -57,12 +57,13 @@ __device__ inline std::uint64_t not_negative(double distance) {
   return front < 0x80000000u || front > 0xfff00000u ? bits : 0;
 }
 
-// The smallest bits in a warp.
-__device__ inline std::uint64_t least_of_warp(std::uint64_t bits) {
-  const auto front = static_cast<std::uint32_t>(bits >> 32);
-  const std::uint32_t least = __reduce_min_sync(kAll, front);
-  const auto back = front == least ? static_cast<std::uint32_t>(bits) : 0xffffffffu;
-  return static_cast<std::uint64_t>(least) << 32 | __reduce_min_sync(kAll, back);
+// The smallest of 64-bit integers over a warp.
+__device__ inline std::int64_t least_of_warp(std::int64_t value) {
+  const int front = static_cast<int>(value >> 32);
+  const int least = __reduce_min_sync(kAll, front);
+  const auto rest = static_cast<std::uint32_t>(value);
+  const std::uint32_t least_rest = __reduce_min_sync(kAll, front == least ? rest : ~0u);
+  return static_cast<std::int64_t>(least) * (std::int64_t{1} << 32) + least_rest;
 }
 
 // The smallest finite distance; its sign is negative if a distance of the tile is not finite, so
@@ -839,7 +840,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         *reinterpret_cast<double2*>(out.squared + place) = both;
       else if (known[0])
         out.squared[place] = both.x;
-      const double least = double_of(least_of_warp(low));
+      const double least = double_of(least_of_warp(static_cast<std::int64_t>(low)));
       const bool marked = __ballot_sync(kAll, infinite) != 0;
       if (lane.lane == 0)
         out.lowest[static_cast<Index>(query) * out.tiles + blockIdx.x] =

@@ -88,15 +88,6 @@ struct QueryLimit {
   }
 };
 
-// The smallest of 64-bit integers over a warp.
-__device__ inline std::int64_t least_of_warp(std::int64_t value) {
-  const int front = static_cast<int>(value >> 32);
-  const int least = __reduce_min_sync(kAll, front);
-  const auto rest = static_cast<std::uint32_t>(value);
-  const std::uint32_t least_rest = __reduce_min_sync(kAll, front == least ? rest : ~0u);
-  return static_cast<std::int64_t>(least) * (std::int64_t{1} << 32) + least_rest;
-}
-
 // Distances are compared by their bits, which takes no float64. These are the bits of |v|.
 __device__ inline std::int64_t bits_of_size(double v) { return bits_of(v) & 0x7fffffffffffffff; }
 __device__ inline bool is_finite(double v) {
