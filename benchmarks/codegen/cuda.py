@@ -121,8 +121,9 @@ INTENTS = {
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
     "finish_distances": Intent(128, blocks=4),
     **{
-        f"finish_distances<{type_}, false>": Intent(128, blocks=4, wide=True)
+        f"finish_distances<{type_}, {geforce}, false>": Intent(128, blocks=4, wide=True)
         for type_ in ("float32", "BFloat16", "Float16", "uint8")
+        for geforce in ("true", "false")
     },
     "differences": Intent(256, blocks=2, copies=True),
     **{
@@ -352,10 +353,27 @@ def register_limit(intent: Intent) -> int:
 
 
 def is_replaced(kernel: str, architecture: str) -> bool:
-    """Whether another kernel takes its place: warpgroups have tiles of 128 × 128 on sm_90a."""
+    """Whether another kernel takes its place.
+
+    Warpgroups have tiles of 128 × 128 on sm_90a. GeForce cards have kernels of their own, and run
+    the code for sm_80 or sm_120. Other cards run the code for sm_80 too.
+    """
     if stem(kernel) == "warpgroup_distances":
         return architecture != "90a"
-    return kernel.startswith("distances<float32, 128, 128,") and architecture == "90a"
+    if stem(kernel) != "distances":
+        return False
+    type_, queries, _, geforce, *_ = _arguments(kernel)
+    newest = int(architecture.rstrip("af"))
+    if newest >= 120:
+        return geforce == "false"
+    if newest < 90:
+        return False
+    return geforce == "true" or (architecture == "90a" and (type_, queries) == ("float32", "128"))
+
+
+def _arguments(kernel: str) -> list[str]:
+    """The template arguments of a name."""
+    return kernel.partition("<")[2].rstrip(">").split(", ")
 
 
 def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:

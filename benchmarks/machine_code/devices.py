@@ -58,6 +58,8 @@ class Device(NamedTuple):
     """Conversions from and to types of 64 bits."""
     mma_f16: Figure
     """``mma.sync`` of float16 or bfloat16 with sums in float32."""
+    mma_f16_sums: Figure
+    """``mma.sync`` of float16 with sums in float16."""
     mma_tf32: Figure
     wgmma_f16: Figure
     """``wgmma`` or ``tcgen05``; 0 where there is none."""
@@ -76,6 +78,11 @@ class Device(NamedTuple):
         """The number of a field."""
         figure: Figure = getattr(self, unit)
         return figure.value
+
+    @property
+    def geforce(self) -> bool:
+        """Whether it runs the kernels for GeForce cards, which add up small products in float16."""
+        return self.rate("mma_f16_sums") > self.rate("mma_f16")
 
     @property
     def sms(self) -> int:
@@ -121,6 +128,7 @@ _GEFORCE = {
     "convert": _guide(16),
     "convert64": _guide(2),
     "mma_f16": _sheet(256),
+    "mma_f16_sums": _sheet(512),
     "mma_tf32": _sheet(128),
     "wgmma_f16": _sheet(0),
     "wgmma_tf32": _sheet(0),
@@ -148,6 +156,7 @@ A100 = Device(
     convert=_guide(16),
     convert64=_guide(16),
     mma_f16=Figure(1000, "ampere"),  # of 1024
+    mma_f16_sums=Figure(1000, "ampere"),
     mma_tf32=Figure(495, "ampere"),  # of 512
     wgmma_f16=_sheet(0),
     wgmma_tf32=_sheet(0),
@@ -168,6 +177,7 @@ H100 = Device(
     memory_latency=Figure(479, "hopper"),
     shared_latency=Figure(29, "hopper"),
     mma_f16=Figure(1270, "hopper"),  # 62 % of 2048
+    mma_f16_sums=_assumed(1270),
     mma_tf32=Figure(635, "hopper"),
     wgmma_f16=Figure(1970, "hopper"),  # of 2048
     wgmma_tf32=Figure(985, "hopper"),
@@ -185,6 +195,7 @@ B200 = Device(
     memory_latency=_assumed(600),
     shared_latency=_assumed(29),
     mma_f16=_assumed(1024),
+    mma_f16_sums=_assumed(1024),
     mma_tf32=_assumed(512),
     wgmma_f16=_sheet(4096),
     wgmma_tf32=_sheet(2048),

@@ -93,6 +93,8 @@ def _matrix(instruction: Instruction, card: Device) -> Need:
     m, n, k = matrix_shape(instruction)
     wide = instruction.base.startswith(("HGMMA", "UTC"))
     kind = "tf32" if ".TF32" in instruction.name else "f16"
+    if instruction.name.endswith(".16816.F16"):
+        kind = "f16_sums"
     rate = card.rate(f"{'wgmma' if wide else 'mma'}_{kind}")
     if wide and rate == 0:
         raise ValueError(f"{card.name} has no {instruction.name}.")

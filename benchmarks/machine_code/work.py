@@ -205,20 +205,30 @@ class TileCost(NamedTuple):
     """Of a panel of features."""
 
 
-TILE_COSTS = (
-    TileCost(32, 64, 500),
-    TileCost(64, 64, 800),
-    TileCost(64, 128, 1200),
-)
-_LARGEST, _OF_WARPGROUPS = TileCost(128, 128, 2200), TileCost(128, 128, 1550)
-ROUNDED_COSTS = (
-    TileCost(32, 64, 430),
-    TileCost(64, 64, 600),
-    TileCost(64, 128, 1300),
-    TileCost(128, 128, 1550),
-)
+class TilingCosts(NamedTuple):
+    """The costs of all tiles, and of ``finish_distances``."""
+
+    tiles: tuple[TileCost, ...]
+    finish: int
+    """Clocks without the sums over slices."""
+
+
+def _costs(of_32: int, of_64: int, of_64_128: int, of_128: int, finish: int) -> TilingCosts:
+    tiles = (
+        TileCost(32, 64, of_32),
+        TileCost(64, 64, of_64),
+        TileCost(64, 128, of_64_128),
+        TileCost(128, 128, of_128),
+    )
+    return TilingCosts(tiles, finish)
+
+
+COSTS = _costs(500, 800, 1200, 2200, 4500)
+WARPGROUP_COSTS = _costs(500, 800, 1200, 1550, 4500)
+GEFORCE_COSTS = _costs(830, 1450, 2480, 4650, 25000)
+ROUNDED_COSTS = _costs(430, 600, 1300, 1550, 4500)
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
-_FINISH_CLOCKS, _BYTES_PER_CLOCK = 4500, 25
+_BYTES_PER_CLOCK = 25
 
 
 class Tiling(NamedTuple):
@@ -238,17 +248,23 @@ def _slice_size(queries: int, m: int) -> int:
 def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
     """The tiles of ``distances`` and the slices of the features that cost least."""
     block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
-    costs = (*TILE_COSTS, _OF_WARPGROUPS if _warpgroups(shape, card) else _LARGEST)
-    if shape.type == "Rounded":
-        costs = ROUNDED_COSTS
+    costs = _costs_on(shape, card)
     whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS)
     of_sums = up(up(chunk, _PANEL), shape.part_panels(card.sms)) * block * shape.N
     of_slices = whole.slices * _slice_size(block, chunk) if whole.slices > 1 else 0
     return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices))
 
 
+def _costs_on(shape: Shape, card: Device) -> TilingCosts:
+    if shape.type == "Rounded":
+        return ROUNDED_COSTS
+    if _warpgroups(shape, card):
+        return WARPGROUP_COSTS
+    return GEFORCE_COSTS if card.geforce else COSTS
+
+
 def _cheapest(
-    queries: int, m: int, panels: int, card: Device, costs: tuple[TileCost, ...], room: int
+    queries: int, m: int, panels: int, card: Device, costs: TilingCosts, room: int
 ) -> Tiling:
     size = _slice_size(queries, m)
     most = max(1, min(_MOST_SLICES, panels // _SLICE_PANELS, room // size))
@@ -257,11 +273,11 @@ def _cheapest(
         tiles = up(queries, cost.queries) * up(m, cost.references)
         found = up(tiles * slices, card.sms) * (up(panels, slices) + _ONCE_PANELS) * cost.clocks
         if slices > 1:
-            found += _FINISH_CLOCKS + 8 * slices * size // (_BYTES_PER_CLOCK * card.sms)
+            found += costs.finish + 8 * slices * size // (_BYTES_PER_CLOCK * card.sms)
         return found
 
     cost, slices = min(
-        ((cost, slices) for cost in costs for slices in range(1, most + 1)),
+        ((cost, slices) for cost in costs.tiles for slices in range(1, most + 1)),
         key=lambda choice: clocks(*choice),
     )
     return Tiling(cost.queries, cost.references, slices)
@@ -328,7 +344,8 @@ def _products(
     parts = 8 // groups * slabs  # of the columns, among the warps
     last = 0 if sliced else _last(project, 2 * columns // parts, slabs)
     once = Amount(barriers=(2 if project or sliced else 3) + ahead, exchanges=8 * (4 + last))
-    name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}, {_text(sliced)}>"
+    how = ", ".join(map(_text, (card.geforce, project, sliced)))
+    name = f"distances<{shape.type}, {rows}, {references}, {how}>"
     moved = size * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
     return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
 
@@ -344,7 +361,7 @@ def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, pro
     else:
         loops["minima"] = Loop(tiles * queries, min(queries, rows), Amount(exchanges=3))
         loops["reach"] = Loop(tiles, 1, Amount(exchanges=_OVER_WARP))
-    name = f"finish_distances<{_stored(shape)}, {_text(project)}>"
+    name = f"finish_distances<{_stored(shape)}, {_text(card.geforce)}, {_text(project)}>"
     moved = (4 if project else 8) * queries * m
     if sums > KEPT * card.rate("l2_size"):
         moved += sums
@@ -426,7 +443,7 @@ def _limits(shape: Shape, data: Data, queries: int, m: int) -> Work:
 
 def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Work:
     refined, share = data["refine"], _share(shape, queries, m)
-    blocks, pairs = min(card.sms, up(queries * m, 16)), refined["pairs"] * share
+    blocks, pairs = min(2 * card.sms, up(queries * m, 16)), refined["pairs"] * share
     # A row of a query is read from the L2 cache again if another turn of find_limits, or another
     # block, comes to it.
     rows = min(pairs, refined["turns"] * share + blocks)

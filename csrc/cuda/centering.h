@@ -11,8 +11,9 @@ namespace {
 constexpr int kSamples = 16;  // references whose mean is the centre
 constexpr int kCenterThreads = 256, kSplitThreads = 256;
 // Powers of two of the largest centred values as float16, which holds less than 2^16. References
-// outside of the sample may be larger by 2^11.
-constexpr int kQueryPower = 12, kReferencePower = 4;
+// outside of the sample may be larger by 2^11. Then sums of products with a low part, which are
+// less than 2^12 each, still fit float16 if not nearly all of a panel are that large.
+constexpr int kQueryPower = 5, kReferencePower = 4;
 // The same of values that are not centred, in weighted sums. Others may be larger by 2^4.
 constexpr int kValuePower = 11;
 
@@ -26,7 +27,7 @@ struct Center {
   float* value_scale;       // the same for references as they are
   float* scaled;            // (width): `at` times `scale`
   int features, width;
-  bool scattered;  // whether float16 rounds differences to the centre, see `scatter`
+  bool scattered;  // by `scatter`: because sums or differences to the centre are rounded to float16
 };
 
 // Rows times a power of two as high + low. If `rounded`, only high is multiplied.
@@ -58,9 +59,9 @@ __device__ inline double inverse_powers(float a, float b) {
   return double_of(biased << 52);
 }
 
-// A number in [−1/2, 1/2) for each feature, without a pattern. Rounding errors of a value that
-// repeats over the features would add up. Relative to a centre that is scattered by more than a
-// rounding error they average out.
+// A number in [−1/2, 1/2) for each feature, without a pattern. Errors of rounding to float16 would
+// add up where values repeat over the features. Relative to a centre that is scattered by more than
+// such an error they average out.
 __device__ inline float scatter(int feature) {
   std::uint32_t bits = static_cast<std::uint32_t>(feature) * 2654435769u;
   bits = (bits ^ bits >> 15) * 2246822507u;
@@ -101,8 +102,7 @@ struct SplitMemory {
 
 // Of the two halves of a word.
 __device__ inline float sum_of_squares(std::uint32_t halves) {
-  const float first = half_to_float(static_cast<std::uint16_t>(halves));
-  const float second = half_to_float(static_cast<std::uint16_t>(halves >> 16));
+  const float first = half_of_word(halves, 0), second = half_of_word(halves, 1);
   return first * first + second * second;
 }
 

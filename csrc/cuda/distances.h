@@ -9,6 +9,7 @@
 // pairs, blocks of distances share out the features, and finish_distances adds up what they leave.
 #pragma once
 #include "cuda/centering.h"
+#include "cuda/squared_distances.h"
 
 namespace pfgm {
 namespace {
@@ -44,17 +45,6 @@ struct Slices {
 // Empties the list. find_limits, a later launch of the stream, fills it.
 __device__ inline void clear_list(const Pairs& out) {
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *out.listed = 0;
-}
-
-// Numbers ≥ 0 have the order of their bits; infinity and NaN follow. Comparing bits takes no
-// float64 instructions, which are slow on GeForce cards.
-constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
-
-// The bits of the distance, or of 0 if it is negative.
-__device__ inline std::uint64_t not_negative(double distance) {
-  const auto bits = static_cast<std::uint64_t>(bits_of(distance));
-  const auto front = static_cast<std::uint32_t>(bits >> 32);
-  return front < 0x80000000u || front > 0xfff00000u ? bits : 0;
 }
 
 // The smallest of 64-bit integers over a warp.
@@ -135,7 +125,7 @@ struct DistanceMemory {
     Queries queries[kQueryStages];
   };
   struct Sums {
-    double products[kParts > 1 ? REFERENCES : 1][QUERIES + 1];  // of the other half of the warps
+    float2 products[kParts > 1 ? REFERENCES : 1][QUERIES + 1];  // of the other half of the warps
     double squares[kParts][REFERENCES];
     double low[REFERENCES / 16][QUERIES];
     double farthest[REFERENCES / 16];
@@ -308,41 +298,55 @@ __device__ inline ReferencePanel load_panel(R* slab, const Lane& lane) {
   return panel;
 }
 
+// The queries of TOGETHER columns as operands. Their panel starts at `x`.
+template <int TOGETHER>
+__device__ inline void load_queries(std::uint32_t (&of_x)[TOGETHER][2][2], const std::uint16_t* x) {
+#pragma unroll
+  for (int j = 0; j < TOGETHER; ++j) {
+    const uint4 four = *reinterpret_cast<const uint4*>(x + 8 * j * kPanel);
+    of_x[j][0][0] = four.x, of_x[j][0][1] = four.y, of_x[j][1][0] = four.z, of_x[j][1][1] = four.w;
+  }
+}
+
 // Adds the products with TOGETHER columns of 8 queries from column `first` on: high·high + high·low
 // + low·high. They take turns, so that none waits for another. The panel of these queries is at
 // `x_high` and `x_low`.
 //
 // Matrix units round every addition toward zero, so panels are added up outside of them, in two
-// floats, total + rest. The products of a panel are added to the rest, the smallest ones first.
-// What the new total cannot hold of that is the next rest.
-template <int TOGETHER, int SLABS, int COLUMNS>
+// floats, total + rest. The products of a panel are added to the rest. What the new total cannot
+// hold of that is the next rest.
+//
+// If HALF_SUMS, the products with a low part of a panel are added up in float16. They are 2^11
+// times smaller than the product of the high parts, so the digits that float16 lacks do not count.
+template <bool HALF_SUMS, int TOGETHER, int SLABS, int COLUMNS>
 __device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
                                     float (&rest)[SLABS][COLUMNS][4], int first,
                                     const ReferencePanel (&y)[SLABS], const std::uint16_t* x_high,
                                     const std::uint16_t* x_low) {
   std::uint32_t of_high[TOGETHER][2][2], of_low[TOGETHER][2][2];
-#pragma unroll
-  for (int j = 0; j < TOGETHER; ++j) {
-    const uint4 a = *reinterpret_cast<const uint4*>(x_high + 8 * j * kPanel);
-    const uint4 b = *reinterpret_cast<const uint4*>(x_low + 8 * j * kPanel);
-    of_high[j][0][0] = a.x, of_high[j][0][1] = a.y, of_high[j][1][0] = a.z, of_high[j][1][1] = a.w;
-    of_low[j][0][0] = b.x, of_low[j][0][1] = b.y, of_low[j][1][0] = b.z, of_low[j][1][1] = b.w;
-  }
+  load_queries(of_high, x_high);
+  load_queries(of_low, x_low);
   const auto each = [&](auto multiply) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       for (int s = 0; s < SLABS; ++s)
-        for (int j = 0; j < TOGETHER; ++j) multiply(rest[s][first + j], y[s], i, j);
+        for (int j = 0; j < TOGETHER; ++j) multiply(i, s, j);
   };
-  using Four = float (&)[4];
-  each([&](Four d, const ReferencePanel& a, int i, int j) {
-    multiply_add_halves(d, a.low[i], of_high[j][i]);
+  std::uint32_t small[SLABS][TOGETHER][2] = {};
+  each([&](int i, int s, int j) {
+    if constexpr (HALF_SUMS)
+      multiply_add_halves(small[s][j], y[s].low[i], of_high[j][i]);
+    else
+      multiply_add_halves(rest[s][first + j], y[s].low[i], of_high[j][i]);
   });
-  each([&](Four d, const ReferencePanel& a, int i, int j) {
-    multiply_add_halves(d, a.high[i], of_low[j][i]);
+  each([&](int i, int s, int j) {
+    if constexpr (HALF_SUMS)
+      multiply_add_halves(small[s][j], y[s].high[i], of_low[j][i]);
+    else
+      multiply_add_halves(rest[s][first + j], y[s].high[i], of_low[j][i]);
   });
-  each([&](Four d, const ReferencePanel& a, int i, int j) {
-    multiply_add_halves(d, a.high[i], of_high[j][i]);
+  each([&](int i, int s, int j) {
+    multiply_add_halves(rest[s][first + j], y[s].high[i], of_high[j][i]);
   });
 #pragma unroll
   for (int s = 0; s < SLABS; ++s)
@@ -350,6 +354,7 @@ __device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
     for (int j = 0; j < TOGETHER; ++j)
       for (int e = 0; e < 4; ++e) {
         float &sum = total[s][first + j][e], &value = rest[s][first + j][e];
+        if constexpr (HALF_SUMS) value += half_of_word(small[s][j][e / 2], e % 2);
         const float larger = sum + value;
         value -= larger - sum;
         sum = larger;
@@ -364,11 +369,7 @@ __device__ inline void add_rounded_products(float (&total)[SLABS][COLUMNS][4], i
                                             const std::uint16_t* x) {
   float panel[SLABS][TOGETHER][4];
   std::uint32_t of_x[TOGETHER][2][2];
-#pragma unroll
-  for (int j = 0; j < TOGETHER; ++j) {
-    const uint4 a = *reinterpret_cast<const uint4*>(x + 8 * j * kPanel);
-    of_x[j][0][0] = a.x, of_x[j][0][1] = a.y, of_x[j][1][0] = a.z, of_x[j][1][1] = a.w;
-  }
+  load_queries(of_x, x);
 #pragma unroll
   for (int s = 0; s < SLABS; ++s)
     for (int j = 0; j < TOGETHER; ++j) multiply_halves(panel[s][j], y[s].high[0], of_x[j][0]);
@@ -434,18 +435,21 @@ __device__ inline double reach_of(double scaled, double squared, int features, b
   return known && scaled <= features * 0x1p32 ? squared : 0;
 }
 
-// The sum of two sums of two floats each.
-__device__ inline float2 add_sums(float2 a, float2 b) {
-  const float total = a.x + b.x, of_b = total - a.x;
-  const float lost = (a.x - (total - of_b)) + (b.x - of_b);
-  return {total, a.y + b.y + lost};
-}
+// A product, which is a sum of two floats, in its unit. Its power of two may be out of the range of
+// float32, but is not if split in two.
+class ProductUnit {
+ public:
+  __device__ explicit ProductUnit(double unit) {
+    const int power = exponent_of(unit) - 1023;
+    half_ = power_of_two(power / 2), rest_ = power_of_two(power - power / 2);
+  }
+  __device__ float operator()(float2 product) const {
+    return (product.x + product.y) * half_ * rest_;
+  }
 
-// The bits of |x|² + |y|² − 2 x·y.
-__device__ inline std::uint64_t distance_of(double squared, double norm, double unit,
-                                            double product) {
-  return not_negative(squared + norm - 2 * unit * product);
-}
+ private:
+  float half_, rest_;
+};
 
 // The least values over the lanes with the same t: those APART lanes from each other, then half as
 // many, and so on to 4. Where two lanes meet, each keeps half of the LEFT columns, if there are
@@ -468,7 +472,7 @@ __device__ inline int least_over_rows(std::uint64_t (&low)[COLUMNS], const Lane&
 
 // Finishes the sums of a tile: distances and their minima, or G·y. If SLICED, it stores the sums
 // over a slice of the features.
-template <bool PROJECT, bool SLICED, class Memory, class R>
+template <bool GEFORCE, bool PROJECT, bool SLICED, class Memory, class R>
 __device__ inline void finish_tile(Memory& shared,
                                    float (&total)[Memory::kSlabs][Memory::kColumns][4],
                                    float (&rest)[Memory::kSlabs][Memory::kColumns][4],
@@ -495,11 +499,7 @@ __device__ inline void finish_tile(Memory& shared,
         const int own = kOwn + j;
         const float sum = part > 0 ? total[0][j][i] : total[0][own][i];
         const float more = part > 0 ? rest[0][j][i] : rest[0][own][i];
-        double& to = shared.sums.products[row_of(0) + 8 * (i / 2)][column];
-        if constexpr (SLICED)
-          reinterpret_cast<float2&>(to) = {sum, more};
-        else
-          to = static_cast<double>(sum) + more;
+        shared.sums.products[row_of(0) + 8 * (i / 2)][column] = {sum, more};
         if (part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
       }
   for (int e = 0; e < 2; ++e) {
@@ -528,8 +528,7 @@ __device__ inline void finish_tile(Memory& shared,
             // A store of a pair needs neighbouring registers. Sums that it took as they are would
             // have these in the loop too, where compilers would spill.
             float2 sum = {total[s][j][2 * e + odd] + 0.0f, rest[s][j][2 * e + odd] + 0.0f};
-            if constexpr (kParts > 1)
-              sum = add_sums(sum, reinterpret_cast<float2&>(shared.sums.products[row][column]));
+            if constexpr (kParts > 1) sum = add_sums(sum, shared.sums.products[row][column]);
             if (reference0 + row < slices.stride) to[reference0 + row] = sum;
           }
       }
@@ -571,20 +570,24 @@ __device__ inline void finish_tile(Memory& shared,
       const int column = column_of(i);
       const bool inside = query0 + column < x.rows;
       const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
+      const ProductUnit of_product(unit);
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) {
         const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
+        const ReferenceNorms<GEFORCE> of_references(squared[s]);
+        const DistanceOfQuery<GEFORCE> distance_of(norm, unit, of_references);
         low[s][i - begin] = kInfiniteBits;
         for (int e = 0; e < 2; ++e) {
           const int at = 2 * e + i % 2;
-          double product = static_cast<double>(total[s][i / 2][at]) + rest[s][i / 2][at];
-          if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
+          float2 product = {total[s][i / 2][at], rest[s][i / 2][at]};
+          if constexpr (kParts > 1)
+            product = add_sums(product, shared.sums.products[row_of(s) + 8 * e][column]);
           if constexpr (PROJECT) {
-            const float projected = static_cast<float>(unit * product);
+            const float projected = of_product(product);
             if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
             all_finite = all_finite && (fabsf(projected) < INFINITY);
           } else {
-            const std::uint64_t distance = distance_of(squared[s][e], norm, unit, product);
+            const std::uint64_t distance = distance_of(e, product);
             if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
             if (!known[s][e]) continue;
             infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
@@ -633,19 +636,30 @@ __device__ inline void finish_tile(Memory& shared,
   }
 }
 
-// Whether warpgroup_distances takes the place of these tiles in this code.
-template <class R, int QUERIES> constexpr bool kOfWarpgroups = false;
+// Whether no launch takes this instance of `distances` from this code: devices that run it have a
+// GeForce card's chip, or not (is_geforce in cuda/runtime.h), or have warpgroup_distances.
+template <class R, int QUERIES, bool GEFORCE>
+__device__ constexpr bool unused() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  return !GEFORCE;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #if defined(PFGM_WARPGROUPS) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-template <> constexpr bool kOfWarpgroups<float, 128> = true;
+  if (std::is_same<R, float>::value && QUERIES == 128) return true;
 #endif
+  return GEFORCE;
+#else
+  return false;
+#endif
+}
 
 // Blocks whose registers a multiprocessor must hold. With more, compilers would spill.
 template <class R, int QUERIES>
 constexpr int kDistanceBlocks = QUERIES == 32 || (kRounded<R> && QUERIES == 64) ? 2 : 1;
 
 // If SLICED, blockIdx.z says which slice of the features a block takes, and the sums over it are
-// stored, which are the same with PROJECT.
-template <class R, int QUERIES, int REFERENCES, bool PROJECT, bool SLICED>
+// stored, which are the same with PROJECT. GEFORCE
+// says whether it is for such a card.
+template <class R, int QUERIES, int REFERENCES, bool GEFORCE, bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>))
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
               const Slices slices) {
@@ -655,7 +669,7 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
   constexpr int kTogether =
       QUERIES == 64 && !kRounded<R> ? 4 : 2;  // columns; the others have fewer registers
   constexpr int kConvert = kTogether;         // column; elsewhere compilers spill
-  if constexpr (kOfWarpgroups<R, QUERIES>) return __trap();
+  if constexpr (unused<R, QUERIES, GEFORCE>()) return __trap();
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   auto& stages = shared.stages;
   const Lane lane = this_lane();
@@ -747,8 +761,8 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
         if constexpr (kRounded<R>)
           add_rounded_products<kTogether>(total, j, panel, &queries[0][query][8 * lane.t]);
         else
-          add_products<kTogether>(total, rest, j, panel, &queries[0][query][8 * lane.t],
-                                  &queries[1][query][8 * lane.t]);
+          add_products<GEFORCE, kTogether>(total, rest, j, panel, &queries[0][query][8 * lane.t],
+                                           &queries[1][query][8 * lane.t]);
         // Matrix units multiply meanwhile.
         if (kAhead && j == 0) stage_next(p);
         if (kAhead && j == kConvert) convert_ahead(p + 1);
@@ -757,7 +771,8 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
   } while (++p < trips);
   wait_copies<0>();
   __syncthreads();
-  finish_tile<PROJECT, SLICED>(shared, total, rest, square, square_lost, x, y, center, out, slices);
+  finish_tile<GEFORCE, PROJECT, SLICED>(shared, total, rest, square, square_lost, x, y, center, out,
+                                        slices);
 }
 
 // ---- slices of the features ------------------------------------------------------------------
@@ -767,7 +782,7 @@ constexpr int kFinishThreads = 32 * kFinishWarps;
 
 // Distances, or G·y, from the sums over slices. A block takes a tile of references. A lane takes
 // two neighbouring ones. The sums are added up in the order of the slices.
-template <class R, bool PROJECT>
+template <class R, bool GEFORCE, bool PROJECT>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
                      const Slices slices) {
@@ -803,6 +818,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     squared[e] = scaled[e] * per_scale * per_scale;
     farthest = fmax(farthest, reach_of(scaled[e], squared[e], center.features, known[e]));
   }
+  const ReferenceNorms<GEFORCE> of_references(squared);
   if constexpr (!PROJECT)
     if (query0 == 0) {
       farthest = over_warp(farthest, Most());
@@ -815,22 +831,20 @@ __global__ void __launch_bounds__(kFinishThreads)
     if (query >= x.rows) break;
     const double unit = x.units[query];
     const Index place = query * out.stride + reference;
-    double product[2];
-    for (int e = 0; e < 2; ++e) product[e] = static_cast<double>(sum[q][e].x) + sum[q][e].y;
     if constexpr (PROJECT) {
-      const float2 both = {static_cast<float>(unit * product[0]),
-                           static_cast<float>(unit * product[1])};
+      const ProductUnit of_product(unit);
+      const float2 both = {of_product(sum[q][0]), of_product(sum[q][1])};
       if (known[1])
         *reinterpret_cast<float2*>(out.projected + place) = both;
       else if (known[0])
         out.projected[place] = both.x;
       all_finite = all_finite && fabsf(both.x) < INFINITY && fabsf(both.y) < INFINITY;
     } else {
-      const double norm = out.norms[query];
+      const DistanceOfQuery<GEFORCE> distance_of(out.norms[query], unit, of_references);
       std::uint64_t distance[2], low = kInfiniteBits;
       bool infinite = false;
       for (int e = 0; e < 2; ++e) {
-        distance[e] = distance_of(squared[e], norm, unit, product[e]);
+        distance[e] = distance_of(e, sum[q][e]);
         if (!known[e]) continue;
         infinite = infinite || distance[e] >= kInfiniteBits;
         low = Least()(low, distance[e]);

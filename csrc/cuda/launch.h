@@ -48,13 +48,14 @@ class Stream {
 
   int multiprocessors() const { return multiprocessors_of(device_); }
   bool warpgroups() const { return has_warpgroups(device_); }
-  // The architecture that the kernel's code was compiled for, 90 for sm_90. It is older than the
-  // device if the build has no code for the device's own architecture.
   template <class... Parameters>
   int architecture(const char* name, void (*kernel)(Parameters...)) const {
-    cudaFuncAttributes attributes;
-    check_runtime(name, cudaFuncGetAttributes(&attributes, kernel));
-    return attributes.ptxVersion;
+    return code_architecture(name, reinterpret_cast<const void*>(kernel), device_);
+  }
+  // Whether kernels for GeForce cards are launched. `kernel` is any kernel.
+  template <class... Parameters>
+  bool geforce(void (*kernel)(Parameters...)) const {
+    return is_geforce(device_, architecture("geforce", kernel));
   }
 
   template <class... Parameters, class... Arguments>

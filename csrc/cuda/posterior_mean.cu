@@ -90,50 +90,56 @@ struct Tiling {
   Index slices;             // of the features
 };
 
-// A tile of distances, and the predicted clocks of a panel of its features.
+// A tile of distances, and the predicted clocks of a panel of its features. There is none if these
+// are 0.
 struct TileCost {
   int queries, references;
   Index clocks;
 };
-constexpr TileCost kTileCosts[] = {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}};
-constexpr TileCost kRoundedCosts[] = {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}};
-// Of tiles of 128 × 128.
-constexpr Index kLargestClocks = 2200, kRoundedClocks = 1550, kWarpgroupClocks = 1550;
+struct TilingCosts {
+  TileCost tiles[4];
+  Index finish;  // clocks of finish_distances without its sums
+};
+constexpr TilingCosts kCosts = {{{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 2200}},
+                                4500};
+constexpr TilingCosts kWarpgroupCosts = {
+    {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 1550}}, 4500};
+constexpr TilingCosts kGeforceCosts = {
+    {{32, 64, 830}, {64, 64, 1450}, {64, 128, 2480}, {128, 128, 4650}}, 25000};
+constexpr TilingCosts kRoundedCosts = {
+    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 4500};
 constexpr Index kOncePanels = 6;                    // what a block does once costs as much
 constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
-// Clocks of finish_distances without its sums, and bytes of these that a multiprocessor writes or
-// reads in a clock.
-constexpr Index kFinishClocks = 4500, kBytesPerClock = 25;
+constexpr Index kBytesPerClock = 25;                // of sums over slices, by a multiprocessor
 
 // Numbers that the sums over a slice take in float32: rows of products, and one of squares.
 Index slice_size(Index queries, Index references) {
   return 2 * (queries + 1) * round_up(references, kPanel);
 }
 
-// The tiles and slices that take least time by these costs, in rounds of the busiest
-// multiprocessor. Larger tiles read each value less often. Slices give more blocks work, but their
-// sums are written and read again. All sums together have at most `room` numbers. Tiles of 128 ×
-// 128 cost `of_largest` clocks; 0 if there are none.
-Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors, bool rounded,
-                 Index of_largest, Index room) {
+// The tiles of at most `most_queries`, and the slices, that take least time by these costs, in
+// rounds of the busiest multiprocessor. Larger tiles read each value less often. Slices give more
+// blocks work, but their sums are written and read again. All sums together have at most `room`
+// numbers.
+Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors,
+                 const TilingCosts& costs, int most_queries, Index room) {
   Tiling best = {};
   Index least = 0;
   const Index panels = divide_up(features, kPanel), size = slice_size(queries, references);
   const Index most = larger(1, smaller(smaller(kMostSlices, panels / kSlicePanels), room / size));
-  const auto consider = [&](const TileCost& cost) {
+  for (const TileCost& cost : costs.tiles) {
+    if (cost.clocks == 0 || cost.queries > most_queries) continue;
     const Index tiles = divide_up(queries, cost.queries) * divide_up(references, cost.references);
     for (Index slices = 1; slices <= most; ++slices) {
       const Index rounds = divide_up(tiles * slices, multiprocessors);
       const Index finish =
-          slices > 1 ? kFinishClocks + 8 * slices * size / (kBytesPerClock * multiprocessors) : 0;
+          slices > 1 ? costs.finish + 8 * slices * size / (kBytesPerClock * multiprocessors) : 0;
       const Index clocks =
           rounds * (divide_up(panels, slices) + kOncePanels) * cost.clocks + finish;
       if (least == 0 || clocks < least)
         least = clocks, best = {cost.queries, cost.references, slices};
     }
-  };
-  for (const TileCost& cost : rounded ? kRoundedCosts : kTileCosts) consider(cost);
-  if (of_largest > 0) consider({128, 128, of_largest});
+  }
   return best;
 }
 
@@ -177,6 +183,7 @@ class Calculation {
         arena_(workspace),
         partition_(partition_of(problem, stream.multiprocessors(), backward)),
         features_(static_cast<int>(problem.features)),
+        geforce_(stream.geforce(find_center<Stored<R>>)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
@@ -217,7 +224,7 @@ class Calculation {
     lists_.stride = partition_.stride;
     parts_.panels = static_cast<int>(partition_.part_panels);
     if (!partition_.few) {
-      center_.scattered = kRounded<R>;
+      center_.scattered = kRounded<R> || geforce_;
       if (measures_) x_halves_ = take_halves();
       x_halves_.rounded = kRounded<R>;
       if (backward) upstream_halves_ = take_halves();
@@ -305,7 +312,7 @@ class Calculation {
   // Numbers that the slices of a whole block and chunk take.
   Index size_of_slices() const {
     const Index queries = partition_.queries, references = partition_.references;
-    const Index slices = tiling(queries, references, clocks_of_largest(), limits.parts).slices;
+    const Index slices = tiling(queries, references, true, limits.parts).slices;
     return slices > 1 ? slices * slice_size(queries, references) : 0;
   }
 
@@ -376,8 +383,8 @@ class Calculation {
     else
       limit_distances<4>(nearest);
     const Index most = divide_up(queries() * references(), kRefineWarps);
-    run("refine", {smaller(stream_.multiprocessors(), most)}, kRefineThreads, 0, refine<Stored<R>>,
-        x(), y(), features_, units_, pairs_);
+    run("refine", {smaller(kRefineBlocks * stream_.multiprocessors(), most)}, kRefineThreads, 0,
+        refine<Stored<R>>, x(), y(), features_, units_, pairs_);
   }
 
   // G·y of the block and the chunk, up to a number for each query.
@@ -405,8 +412,7 @@ class Calculation {
 
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
-    const bool there = !warpgroups() || y().aligned;
-    const Tiling found = tiling(queries(), references(), there ? clocks_of_largest() : 0, room_);
+    const Tiling found = tiling(queries(), references(), y().aligned, room_);
     if (found.queries == 32) return find_products<PROJECT, 32, 64>(rows, found.slices);
     if (found.references == 64) return find_products<PROJECT, 64, 64>(rows, found.slices);
     if (found.queries == 64) return find_products<PROJECT, 64, 128>(rows, found.slices);
@@ -420,9 +426,17 @@ class Calculation {
 
   template <bool PROJECT, int QUERIES, int REFERENCES>
   void find_products(const Halves& rows, Index slices) const {
+    if (geforce_)
+      find_products<PROJECT, QUERIES, REFERENCES, true>(rows, slices);
+    else
+      find_products<PROJECT, QUERIES, REFERENCES, false>(rows, slices);
+  }
+
+  template <bool PROJECT, int QUERIES, int REFERENCES, bool GEFORCE>
+  void find_products(const Halves& rows, Index slices) const {
     find_products<PROJECT, DistanceMemory<R, QUERIES, REFERENCES>>(
-        rows, slices, distances<R, QUERIES, REFERENCES, PROJECT, false>,
-        distances<R, QUERIES, REFERENCES, false, true>);
+        rows, slices, distances<R, QUERIES, REFERENCES, GEFORCE, PROJECT, false>,
+        distances<R, QUERIES, REFERENCES, GEFORCE, false, true>);
   }
 
   template <bool PROJECT, class Memory, class Kernel>
@@ -443,17 +457,22 @@ class Calculation {
     run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y<R>(), center_, pairs_,
         sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
-        0, finish_distances<Stored<R>, PROJECT>, rows, y(), center_, pairs_, sums);
+        0,
+        geforce_ ? finish_distances<Stored<R>, true, PROJECT>
+                 : finish_distances<Stored<R>, false, PROJECT>,
+        rows, y(), center_, pairs_, sums);
   }
 
   // Whether tiles of 128 × 128 are those of warpgroups. They take aligned rows alone.
   bool warpgroups() const { return std::is_same<R, float>::value && stream_.warpgroups(); }
-  Index clocks_of_largest() const {
-    return warpgroups() ? kWarpgroupClocks : kRounded<R> ? kRoundedClocks : kLargestClocks;
+  const TilingCosts& costs() const {
+    if (kRounded<R>) return kRoundedCosts;
+    return warpgroups() ? kWarpgroupCosts : geforce_ ? kGeforceCosts : kCosts;
   }
-  Tiling tiling(Index queries, Index references, Index of_largest, Index room) const {
-    return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
-                     of_largest, room);
+  Tiling tiling(Index queries, Index references, bool aligned, Index room) const {
+    const int most_queries = warpgroups() && !aligned ? 64 : 128;
+    return tiling_of(queries, references, features_, stream_.multiprocessors(), costs(),
+                     most_queries, room);
   }
 
   Grid tiles(int rows, int references) const {
@@ -551,6 +570,7 @@ class Calculation {
   Arena arena_;
   const Partition partition_;
   const int features_;
+  const bool geforce_;
   const WeightLaw law_;
   Center center_ = {};
   Halves x_halves_ = {}, upstream_halves_ = {};

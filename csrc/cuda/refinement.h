@@ -11,6 +11,7 @@ namespace pfgm {
 namespace {
 
 constexpr int kRefineThreads = 512, kRefineWarps = kRefineThreads / 32;
+constexpr int kRefineBlocks = 2;  // of a multiprocessor
 
 // ---- limits ----------------------------------------------------------------------------------
 
@@ -34,9 +35,11 @@ struct QueryLimit {
   __device__ void start(const WeightLaw& law, double r, float width, float per_scale) {
     root = sqrt(norm);
     s = base + r * r;
+    // Values of references, and sums of products in float16, are rounded to multiples of 2^-24.
     // The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest
     // distance has an error too.
-    smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : width * width * 0x1p-126;
+    smallest =
+        PRODUCTS ? root * (0x1p-24 * per_scale) * (1 + width * 0x1p-7f) : width * width * 0x1p-126;
     const float of_smallest = PRODUCTS ? 4 * width : 4;
     double bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
     within = law.gaussian ? 2 * r * r : s / law.exponent;
@@ -361,7 +364,7 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
 // ones, as −1 if one is NaN. Each warp takes one pair after the other. A block has neighbouring
 // pairs of the list, most of them of one query, whose row then comes from the L1 cache.
 template <class R>
-__global__ void __launch_bounds__(kRefineThreads, 1)
+__global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
     refine(const Rows<float> x, const Rows<R> y, int features, const float* units,
            const Pairs pairs) {
   const Lane lane = this_lane();

@@ -62,6 +62,11 @@ template <> constexpr bool kExactHalf<Float16> = true;
 template <> constexpr bool kExactHalf<std::uint8_t> = true;
 template <> constexpr float kUnit<std::uint8_t> = 1 / 255.0f;  // u/127.5 − 1 = (2u − 255)/255
 
+// The first or the second float16 value of a word.
+__device__ inline float half_of_word(std::uint32_t word, int second) {
+  return half_to_float(static_cast<std::uint16_t>(word >> 16 * second));
+}
+
 __device__ inline void load4(const float* from, float (&v)[4]) {
   const float4 four = *reinterpret_cast<const float4*>(from);
   v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
@@ -74,10 +79,8 @@ __device__ inline void load4(const BFloat16* from, float (&v)[4]) {
 }
 __device__ inline void load4(const Float16* from, float (&v)[4]) {
   const uint2 pairs = *reinterpret_cast<const uint2*>(from);
-  v[0] = half_to_float(static_cast<std::uint16_t>(pairs.x));
-  v[1] = half_to_float(static_cast<std::uint16_t>(pairs.x >> 16));
-  v[2] = half_to_float(static_cast<std::uint16_t>(pairs.y));
-  v[3] = half_to_float(static_cast<std::uint16_t>(pairs.y >> 16));
+  v[0] = half_of_word(pairs.x, 0), v[1] = half_of_word(pairs.x, 1);
+  v[2] = half_of_word(pairs.y, 0), v[3] = half_of_word(pairs.y, 1);
 }
 __device__ inline void load4(const std::uint8_t* from, float (&v)[4]) {
   const std::uint32_t four = *reinterpret_cast<const std::uint32_t*>(from);
@@ -274,15 +277,13 @@ struct TwoHalves {
 };
 __device__ inline TwoHalves split_halves(float first, float second) {
   const std::uint32_t high = halves_of(first, second);
-  const float of_first = half_to_float(static_cast<std::uint16_t>(high));
-  const float of_second = half_to_float(static_cast<std::uint16_t>(high >> 16));
-  return {high, halves_of(first - of_first, second - of_second)};
+  return {high, halves_of(first - half_of_word(high, 0), second - half_of_word(high, 1))};
 }
 
 // One value as high + low in a word, high in its lower half.
 __device__ inline std::uint32_t both_halves(float v) {
   const std::uint32_t high = halves_of(v, 0);
-  return halves_of(v, v - half_to_float(static_cast<std::uint16_t>(high)));
+  return halves_of(v, v - half_of_word(high, 0));
 }
 
 // The high parts, and the low parts, of two such words.
@@ -305,7 +306,7 @@ __device__ inline float weight_of_halves(const float* weights, int query, int re
   const int step = reference / 16, i = reference / 4 % 4;
   const auto of = [&](int s) {
     const float word = weights[pair_place(n, 2 * step + s, lane) + i / 2];
-    return half_to_float(static_cast<std::uint16_t>(bits_of(word) >> 16 * (i % 2)));
+    return half_of_word(bits_of(word), i % 2);
   };
   return of(1) + of(0);
 }
@@ -434,6 +435,20 @@ __device__ inline TwoFloats sum_of(const TwoFloats& a, const TwoFloats& b) {
   const float high = a.high + b.high, of_b = high - a.high;
   const float rest = (a.high - (high - of_b)) + (b.high - of_b);
   return {high, a.low + b.low + rest};
+}
+
+// v ≥ 0 in two floats: its first 24 digits, and the rest. `power` is by how much its exponent is
+// larger in float64 than in float32, in the upper half of float64. Numbers that float32 does not
+// hold become about as large as it holds, or as small.
+__device__ inline TwoFloats two_floats(double v, std::uint32_t power) {
+  constexpr int least = 1 << 20, most = (255 << 20) - 1;
+  const std::int64_t bits = bits_of(v);
+  const auto back = static_cast<std::uint32_t>(bits);
+  int front = static_cast<int>(static_cast<std::uint32_t>(bits >> 32) - power);
+  front = front < least ? least : front > most ? most : front;
+  const std::uint32_t first = static_cast<std::uint32_t>(front) << 3 | back >> 29;
+  const float last_place = float_of(first & 0x7f800000u) * 0x1p-52f;
+  return {float_of(first), static_cast<float>(static_cast<int>(back & 0x1fffffffu)) * last_place};
 }
 
 // Σ over the lanes of a warp, in two floats. All lanes get the same bits.

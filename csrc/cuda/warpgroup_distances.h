@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   __syncthreads();
 
   using Sums = float[1][Memory::kColumns][4];
-  finish_tile<PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total),
-                               reinterpret_cast<Sums&>(rest), square, square_lost, x, y, center,
-                               out, slices);
+  finish_tile<false, PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total),
+                                      reinterpret_cast<Sums&>(rest), square, square_lost, x, y,
+                                      center, out, slices);
 #endif
 }
 

@@ -34,26 +34,12 @@ struct Fall {
     const double scaled = rate_of_distance * double_of(static_cast<std::int64_t>(unit) << 52);
     rate = scaled > 0x1p120 ? 0x1p120f : static_cast<float>(scaled);
     if (of_nearest == 2047) rate = NAN;  // the parts of infinity and NaN are numbers
-    nearest = parts(nearest_distance);
+    nearest = two_floats(nearest_distance, power);
   }
 
   __device__ float operator()(double squared) const {
-    const TwoFloats of = parts(squared);
+    const TwoFloats of = two_floats(squared, power);
     return ((of.high - nearest.high) + (of.low - nearest.low)) * rate;
-  }
-
- private:
-  // A distance in the unit: the first 24 digits, and the rest. Numbers that float32 does not hold
-  // become about as large as it holds, or as small.
-  __device__ TwoFloats parts(double squared) const {
-    constexpr int least = 1 << 20, most = (255 << 20) - 1;
-    const std::int64_t bits = bits_of(squared);
-    const auto back = static_cast<std::uint32_t>(bits);
-    int front = static_cast<int>(static_cast<std::uint32_t>(bits >> 32) - power);
-    front = front < least ? least : front > most ? most : front;
-    const std::uint32_t first = static_cast<std::uint32_t>(front) << 3 | back >> 29;
-    const float last_place = float_of(first & 0x7f800000u) * 0x1p-52f;
-    return {float_of(first), static_cast<float>(static_cast<int>(back & 0x1fffffffu)) * last_place};
   }
 };
 

@@ -178,8 +178,6 @@ inline float half_to_float(std::uint16_t bits) {
   return bits >> 15 ? -size : size;
 }
 
-inline float reciprocal(float v) { return 1 / v; }
-
 // Rounds to the nearest, ties to even.
 inline std::uint16_t half_of(float v) {
   const std::uint16_t sign = static_cast<std::uint16_t>(bits_of(v) >> 16 & 0x8000u);
@@ -195,6 +193,19 @@ inline std::uint16_t half_of(float v) {
 inline std::uint32_t halves_of(float first, float second) {
   return half_of(first) | static_cast<std::uint32_t>(half_of(second)) << 16;
 }
+
+// Matrix units round sums in float16 to the nearest (Fasi et al., Numerical behavior of NVIDIA
+// tensor cores, 2021).
+inline void multiply_add_halves(std::uint32_t (&d)[2], const std::uint32_t (&a)[4],
+                                const std::uint32_t (&b)[2]) {
+  float sums[4];
+  for (int i = 0; i < 4; ++i)
+    sums[i] = half_to_float(static_cast<std::uint16_t>(d[i / 2] >> i % 2 * 16));
+  multiply_add_halves(sums, a, b);
+  d[0] = halves_of(sums[0], sums[1]), d[1] = halves_of(sums[2], sums[3]);
+}
+
+inline float reciprocal(float v) { return 1 / v; }
 
 }  // namespace pfgm
 
@@ -251,6 +262,7 @@ inline unsigned atomicAdd(unsigned* at, unsigned value) {
   return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
 [[noreturn]] inline void __trap() { std::abort(); }
+inline int __float2int_rn(float v) { return static_cast<int>(std::nearbyint(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }

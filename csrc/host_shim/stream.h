@@ -28,6 +28,11 @@ class Stream {
   int multiprocessors() const { return shim::device().multiprocessors; }
   bool warpgroups() const { return shim::device().capability == 90; }
   template <class... Parameters>
+  bool geforce(void (*)(Parameters...)) const {
+    const int capability = shim::device().capability;
+    return capability == 86 || capability == 89 || capability >= 120;
+  }
+  template <class... Parameters>
   int architecture(const char*, void (*)(Parameters...)) const {
     return shim::device().capability;
   }

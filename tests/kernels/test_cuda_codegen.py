@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -47,6 +48,22 @@ def test_architectures_have_the_same_kernels(check):
         for architecture in ARCHITECTURES
     }
     assert all(kernels[architecture] == kernels[ARCHITECTURES[0]] for architecture in kernels)
+
+
+@shipped
+@pytest.mark.parametrize("architecture", sorted({"80", "120"} & set(ARCHITECTURES)))
+def test_small_products_have_sums_in_float16(check, architecture):
+    """Those are two of three products."""
+    found = [
+        row.figures.matrix_instructions
+        for row in check.rows
+        if row.architecture == architecture
+        and re.match(r"distances<\w+, \d+, \d+, true,", row.kernel)
+        and "Rounded" not in row.kernel
+    ]
+    assert found
+    for counts in found:
+        assert counts["HMMA.16816.F16"] == 2 * counts["HMMA.16816.F32"]
 
 
 def test_every_kernel_has_an_intent():
@@ -173,7 +190,7 @@ Resource usage:
 
 
 SUM = f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE"
-TILES = f"{INSIDE}9distancesIhLi64ELi128ELb0EEEvi"
+TILES = f"{INSIDE}9distancesIhLi64ELi128ELb0ELb0ELb0EEEvi"
 STEP = "_ZN4pfgm49_GLOBAL__N__5e7a4c86_16_ode_step_cuda_cu_b1f21c9115ode_step_kernelILi4ELb1EEEvi"
 NARROW = STEP.replace("ILi4ELb1EE", "ILi1ELb1EE")
 MULTIPLY = "HMMA.1688.F32.TF32 R4, R8, R12, R4"
@@ -199,7 +216,7 @@ def test_the_dump_is_read():
         flushing=1,
     )  # fmt: skip
     assert only(text) == codegen_cuda.Row(
-        "90a", "distances<uint8, 64, 128, false>", figures, only(text).problems
+        "90a", "distances<uint8, 64, 128, false, false, false>", figures, only(text).problems
     )
 
 
@@ -210,7 +227,7 @@ def test_files_for_several_architectures_are_told_apart():
         "ode_step_kernel<4, true>",
     ]
     assert [row.kernel for row in codegen_cuda.read(text, "90")] == [
-        "distances<uint8, 64, 128, false>"
+        "distances<uint8, 64, 128, false, false, false>"
     ]
     assert codegen_cuda.read(text, "80") == []
 
@@ -271,7 +288,9 @@ def test_flaws_are_found(words, symbol, options):
     ("kernel", "where"),
     [
         ("warpgroup_distances<false, true>", "80"),
-        ("distances<float32, 128, 128, true, false>", "90a"),
+        ("distances<float32, 128, 128, false, true, false>", "90a"),
+        ("distances<uint8, 64, 128, true, true, false>", "100"),
+        ("distances<float32, 64, 64, false, false, false>", "120"),
     ],
 )
 def test_a_kernel_that_another_replaces_must_not_multiply(kernel, where):

@@ -37,12 +37,12 @@ def tiles(references, queries, M, B):
     return -(-M // references), -(-B // queries)
 
 
-@pytest.fixture(params=[80, 90], ids=["warps", "warpgroups"])
+@pytest.fixture(params=[80, 89, 90], ids=["warps", "half sums", "warpgroups"])
 def large(request, shim, grids_of):
     """large(run, sizes) calls run() and makes sure that it takes tiles of 128 × 128.
 
-    Warpgroups multiply on an sm_90, if references are in float32. Rows of these that are not
-    aligned have smaller tiles there.
+    Small products are added up in float16 on an sm_89. Warpgroups multiply on an sm_90, if
+    references are in float32. Rows of these that are not aligned have smaller tiles there.
     """
     architecture = request.param
     shim.device(architecture, 1)
@@ -78,8 +78,8 @@ def test_gradients(op, large, sizes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(100, 127, 97), (241, 129, 65)])
-def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, dtype):
+@pytest.mark.parametrize(("sizes", "capability"), [((100, 127, 97), 89), ((241, 129, 65), 80)])
+def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, capability, dtype):
     """Those of 64 queries × 128 references add up panels in the same order.
 
     Only the sums over references depend on the number of multiprocessors. The log-sum-exp and the
@@ -89,7 +89,7 @@ def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, dtype)
     x, references, sigma = op.problem(*sizes, dtype=dtype)
     found = []
     for queries, multiprocessors in ((128, 1), (64, math.prod(tiles(128, 64, M, B)))):
-        shim.device(80, multiprocessors)
+        shim.device(capability, multiprocessors)
         grids = grids_of(lambda: found.append(op.everything(x, references, sigma, 1.0)))
         assert set(grids) == {tiles(128, queries, M, B)}
     (_, lse, *_, of_radius), (_, other_lse, *_, of_other) = found

@@ -223,7 +223,7 @@ def photographs():
     return torch.stack(crops).flatten(1)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("D", [1.0, 2048.0, math.inf])
 def test_accuracy_contract_on_photographs(op, device, shim, photographs, D, capability):
     shim.device(capability, multiprocessors=16)

@@ -1,0 +1,128 @@
+// Squared distances |x|² + |y|² − 2 x·y from norms and products, on CUDA devices.
+//
+// They are float64. On GeForce cards, where float64 is slow, they are computed in two floats, to
+// about 2^-46 of the norms, and become float64 by their bits.
+#pragma once
+#include "cuda/tiles.h"
+
+namespace pfgm {
+namespace {
+
+// Numbers ≥ 0 have the order of their bits; infinity and NaN follow. Comparing bits takes no
+// float64 instructions.
+constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
+
+// The bits of the distance, or of 0 if it is negative.
+__device__ inline std::uint64_t not_negative(double distance) {
+  const auto bits = static_cast<std::uint64_t>(bits_of(distance));
+  const auto front = static_cast<std::uint32_t>(bits >> 32);
+  return front < 0x80000000u || front > 0xfff00000u ? bits : 0;
+}
+
+// The sum of two sums of two floats each.
+__device__ inline float2 add_sums(float2 a, float2 b) {
+  const TwoFloats sum = sum_of({a.x, a.y}, {b.x, b.y});
+  return {sum.high, sum.low};
+}
+
+// |y|² of two references.
+template <bool GEFORCE>
+struct ReferenceNorms {
+  double squared[2];
+
+  __device__ explicit ReferenceNorms(const double (&norms)[2]) : squared{norms[0], norms[1]} {}
+};
+
+// The distances of a query to two references, as bits of float64. Products are sums of two floats,
+// in the query's unit.
+template <bool GEFORCE>
+class DistanceOfQuery {
+ public:
+  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<GEFORCE>& y)
+      : norm_(norm), unit_(unit), y_(y) {}
+
+  __device__ std::uint64_t operator()(int reference, float2 product) const {
+    const double sum = static_cast<double>(product.x) + product.y;
+    return not_negative(y_.squared[reference] + norm_ - 2 * unit_ * sum);
+  }
+
+ private:
+  const double norm_, unit_;
+  const ReferenceNorms<GEFORCE>& y_;
+};
+
+// ---- GeForce cards ---------------------------------------------------------------------------
+
+// The exponent of v ≥ 0 in the bits of float64. Those of squares of float32 are larger than 512;
+// that of 0 counts as 512.
+__device__ inline int exponent_of(double v) {
+  return Most()(static_cast<int>(bits_of(v) >> 52), 512);
+}
+
+// 2^power, or the nearest power of two that float32 holds.
+__device__ inline float power_of_two(int power) {
+  const int biased = 127 + power;
+  return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23);
+}
+
+// v ≥ 0 in two floats, divided by the power of two that has this exponent in float64.
+__device__ inline TwoFloats two_floats_over(double v, int exponent) {
+  return two_floats(v, static_cast<std::uint32_t>(exponent - 127) << 20);
+}
+
+__device__ inline TwoFloats times(const TwoFloats& v, float power) {
+  return {v.high * power, v.low * power};
+}
+
+// The bits of v times the power of two that has this exponent in float64. Negative numbers, and
+// those below 2^-64, give 0.
+__device__ inline std::uint64_t bits_of_sum(const TwoFloats& v, int exponent) {
+  const float high = v.high + v.low, of_low = high - v.high;
+  const float low = (v.high - (high - of_low)) + (v.low - of_low);
+  if (!(high < INFINITY)) return kInfiniteBits + 1;
+  if (!(high > 0x1p-64f)) return 0;
+  const std::uint32_t bits = bits_of(high);
+  // The last place of float64 in that of `high`. Below a power of two it is half as large.
+  const float per_place = float_of((2 * 127 + 52u) * 0x800000u - (bits & 0x7f800000u));
+  auto places = static_cast<std::int64_t>(__float2int_rn(low * per_place));
+  if ((bits & 0x7fffffu) == 0 && places < 0) places *= 2;
+  const auto power = static_cast<std::uint64_t>(exponent - 127) << 52;
+  return (static_cast<std::uint64_t>(bits) << 29) + power + static_cast<std::uint64_t>(places);
+}
+
+template <>
+struct ReferenceNorms<true> {
+  TwoFloats squared[2];  // over a power of two
+  int exponent;          // of it
+
+  __device__ explicit ReferenceNorms(const double (&norms)[2])
+      : exponent(Most()(exponent_of(norms[0]), exponent_of(norms[1]))) {
+    for (int e = 0; e < 2; ++e) squared[e] = two_floats_over(norms[e], exponent);
+  }
+};
+
+template <>
+class DistanceOfQuery<true> {
+ public:
+  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<true>& y) : y_(y) {
+    exponent_ = Most()(exponent_of(norm), y.exponent);
+    norm_ = two_floats_over(norm, exponent_);
+    of_y_ = power_of_two(y.exponent - exponent_);
+    of_product_ = -power_of_two(exponent_of(unit) + 1 - exponent_);
+  }
+
+  // Twice a product is at most the sum of both norms, so the sums are in the range of float32.
+  __device__ std::uint64_t operator()(int reference, float2 product) const {
+    const TwoFloats norms = sum_of(times(y_.squared[reference], of_y_), norm_);
+    return bits_of_sum(sum_of(norms, times({product.x, product.y}, of_product_)), exponent_);
+  }
+
+ private:
+  const ReferenceNorms<true>& y_;
+  TwoFloats norm_;
+  int exponent_;
+  float of_y_, of_product_;
+};
+
+}  // namespace
+}  // namespace pfgm
