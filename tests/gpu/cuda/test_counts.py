@@ -184,7 +184,7 @@ def check_longest(run: Run) -> None:
         ((40, 129, 1536), 4, "distances<float32, 64, 128, false, false, true>"),
         ((97, 127, 1536), 3, "distances<float32, 128, 128, false, false, true>"),
         ((70, 190, 128), 7, "distances<float32, 64, 64, true, false, false>"),
-        ((241, 129, 72), 1, "distances<float32, 128, 128, true, false, false>"),
+        ((250, 250, 72), 1, "distances<float32, 128, 128, true, false, false>"),
         ((97, 127, 2048), 3, "distances<float32, 128, 128, true, false, true>"),
         ((100, 300, 96), 1, "warpgroup_distances<false, false>"),
         ((241, 129, 72), 1, "warpgroup_distances<false, false>"),
@@ -246,7 +246,7 @@ def test_photographs(run):
     turns, pairs = model["find_limits"].loops["turns"], model["refine"].loops["pairs"]
     panels = model["weighted_sum"].loops["panels"]
     assert turns.most > 3 * turns.trips / model["find_limits"].blocks
-    assert pairs.trips > 10 * model["refine"].blocks  # which share them out evenly
+    assert pairs.trips > 8 * model["refine"].blocks  # which share them out evenly
     assert panels.most > 1.2 * panels.trips / model["weighted_sum"].blocks
 
 
@@ -288,7 +288,7 @@ def test_gradients_with_large_tiles(run):
     for dtype in TYPES:
         for card in (devices.A100, devices.H100):
             found = run(clusters(100, 192, 96), dtype, 1, backward=True, like=card)
-            name = f"distances<{TYPES[dtype]}, 128, 128, "
+            name = f"distances<{TYPES[dtype]}, 128, 128, false, "
             if card is devices.H100 and dtype == torch.float32:
                 name = "warpgroup_distances<"
             kernels = {one.kernel for one in found.model}
@@ -301,8 +301,8 @@ def test_gradients_with_slices(run):
     for dtype in (torch.float32, torch.bfloat16):
         found = run(clusters(40, 129, 1040), dtype, multiprocessors=9, backward=True)
         kernels = Counter(one.kernel for one in found.model)
-        assert kernels[f"distances<{TYPES[dtype]}, 64, 64, false, true>"] == 2
-        finished = {f"finish_distances<{TYPES[dtype]}, {last}>" for last in ("false", "true")}
+        assert kernels[f"distances<{TYPES[dtype]}, 64, 64, false, false, true>"] == 2
+        finished = {f"finish_distances<{TYPES[dtype]}, false, {last}>" for last in ("false", "true")}
         assert finished <= set(kernels)
         check(found)
 
