@@ -48,22 +48,20 @@ class Stream {
 
   int multiprocessors() const { return multiprocessors_of(device_); }
   bool warpgroups() const { return has_warpgroups(device_); }
-  // The architecture that the kernel's code was compiled for, 90 for sm_90. It is older than the
-  // device if the build has no code for the device's own architecture.
+  // See architecture_of.
   template <class... Parameters>
   int architecture(const char* name, void (*kernel)(Parameters...)) const {
-    cudaFuncAttributes attributes;
-    check_runtime(name, cudaFuncGetAttributes(&attributes, kernel));
-    return attributes.ptxVersion;
+    return architecture_of(name, reinterpret_cast<const void*>(kernel));
   }
 
   template <class... Parameters, class... Arguments>
   void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) const {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
-    if (shape.shared > kUnasked)
-      allow_shared_memory(shape.kernel, reinterpret_cast<const void*>(kernel), device_,
-                          shape.shared);
-    const cudaLaunchConfig_t config = configuration(shape);
+    const void* const code = reinterpret_cast<const void*>(kernel);
+    if (shape.shared > kUnasked) allow_shared_memory(shape.kernel, code, device_, shape.shared);
+    cudaLaunchConfig_t config = configuration(shape);
+    cudaLaunchAttribute overlap = overlapping();
+    if (may_overlap(shape.kernel, code, device_)) config.attrs = &overlap, config.numAttrs = 1;
     check_runtime(shape.kernel,
                   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
@@ -79,6 +77,18 @@ class Stream {
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream_;
     return config;
+  }
+
+  // The launch may start before the one before it in the stream has ended, if that is of a kernel:
+  // when all its blocks have let it (let_next_launch_start) or have ended. The launch waits for the
+  // rest, and for what was written, itself. In a graph that is captured the two kernels get a
+  // programmatic edge. Nothing else changes: copies, events and launches of others that follow wait
+  // for the end of this one.
+  static cudaLaunchAttribute overlapping() {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return attribute;
   }
 
   const CurrentDevice current_;

@@ -19,16 +19,31 @@ inline void check_runtime(const char* what, cudaError_t error) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// An attribute of a device that is never 0. The runtime is asked once for each device.
+// A number of each device that is never 0, asked for once.
+class OfDevices {
+ public:
+  template <class Ask>
+  int get(int device, const Ask& ask) {
+    const bool kept = device >= 0 && device < static_cast<int>(known_.size());
+    int value = kept ? known_[device].load(std::memory_order_relaxed) : 0;
+    if (value > 0) return value;
+    value = ask();
+    if (kept) known_[device].store(value, std::memory_order_relaxed);
+    return value;
+  }
+
+ private:
+  std::array<std::atomic<int>, 64> known_{};  // 0 where it was not asked for yet
+};
+
 template <cudaDeviceAttr ATTRIBUTE>
 inline int attribute_of(int device) {
-  static std::array<std::atomic<int>, 64> known;  // 0 where the runtime was not asked yet
-  const bool kept = device >= 0 && device < static_cast<int>(known.size());
-  int value = kept ? known[device].load(std::memory_order_relaxed) : 0;
-  if (value > 0) return value;
-  check_runtime("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
-  if (kept) known[device].store(value, std::memory_order_relaxed);
-  return value;
+  static OfDevices known;
+  return known.get(device, [=] {
+    int value = 0;
+    check_runtime("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
+    return value;
+  });
 }
 
 inline int multiprocessors_of(int device) {
@@ -40,6 +55,34 @@ inline int multiprocessors_of(int device) {
 inline bool has_warpgroups([[maybe_unused]] int device) {
 #ifdef PFGM_WARPGROUPS
   return attribute_of<cudaDevAttrComputeCapabilityMajor>(device) == 9;
+#else
+  return false;
+#endif
+}
+
+// The architecture that a kernel's code on the current device was compiled for, 90 for sm_90. It is
+// older than the device if the build has no code for the device's own architecture.
+inline int architecture_of(const char* name, const void* kernel) {
+  cudaFuncAttributes attributes;
+  check_runtime(name, cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion;
+}
+
+// Whether kernels may start before the launch before them has ended, because their code waits for
+// it (wait_for_earlier_launches) and the driver can capture such launches in a graph. The device
+// alone does not decide it: code for sm_80 never waits, also where the driver compiles it for a
+// newer device. All kernels of a build have code for the same architectures, so the first one that
+// is launched on a device, which is the current one, answers for all.
+inline bool may_overlap([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
+                        [[maybe_unused]] int device) {
+#if CUDART_VERSION >= 12030
+  static OfDevices known;
+  constexpr int kNo = 1, kYes = 2;
+  return known.get(device, [=] {
+    int driver = 0;
+    check_runtime("cudaDriverGetVersion", cudaDriverGetVersion(&driver));
+    return driver >= 12030 && architecture_of(name, kernel) >= 90 ? kYes : kNo;
+  }) == kYes;
 #else
   return false;
 #endif
