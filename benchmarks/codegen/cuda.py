@@ -24,7 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.codegen import summary
-from benchmarks.codegen.cuobjdump import instructions, is_matrix_instruction, read_usage
+from benchmarks.codegen.cuobjdump import (
+    instructions,
+    is_matrix_instruction,
+    read_usage,
+    waits,
+    waits_first,
+)
 from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import ROOT
 from benchmarks.common.machine import store
@@ -39,11 +45,13 @@ PROCESSES = 2
 
 _REGISTERS = 1 << 16  # of a multiprocessor
 _MOST_REGISTERS = 255  # of a thread
-_EMPTY = 4  # instructions of an empty kernel, at most
+_EMPTY = 4  # instructions of an empty kernel, at most, and two more if it waits
 
 _COPY = re.compile(r"LDGSTS\.E(?:\.\w+)*\.128(?:\.|$)")
 _WIDE_LOAD = re.compile(r"LDG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
 _WIDE_STORE = re.compile(r"STG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
+# A load of what must not change while the kernel runs. Waiting does not make it see new values.
+_UNCHANGING_LOAD = re.compile(r"LDG(?:\.\w+)*\.CONSTANT(?:\.|$)")
 _FLUSHING = re.compile(r"F(?:ADD|MUL|FMA|SETP)(?:\.\w+)*\.FTZ(?:\.|$)")
 
 _USAGE = re.compile(r"^ Function (\S+):\n(.*)$", re.MULTILINE)
@@ -79,6 +87,12 @@ class Figures:
     wide_stores: int
     flushing: int
     """Float32 instructions that flush subnormal numbers to zero."""
+    unchanging_loads: int
+    """Loads of global memory as if nothing wrote it while the kernel is resident."""
+    waits: bool
+    """Whether it waits for earlier launches."""
+    waits_first: bool
+    """Whether it does so before all that matters to other launches."""
 
 
 class Row(NamedTuple):
@@ -320,6 +334,9 @@ def _figures(usage: str, code: str, threads: int | None, architecture: str) -> F
         wide_loads=count(_WIDE_LOAD),
         wide_stores=count(_WIDE_STORE),
         flushing=count(_FLUSHING),
+        unchanging_loads=count(_UNCHANGING_LOAD),
+        waits=waits(code),
+        waits_first=waits_first(code),
     )
 
 
@@ -381,11 +398,30 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
     where, intent = f"{kernel} on sm_{architecture}", intent_of(kernel)
     if intent is None:
         return [f"{where} is not listed in INTENTS of codegen/cuda.py; it is not checked."]
+    found = [f"{where} {what}." for what in _waits(capability(architecture), figures)]
     if is_replaced(kernel, architecture):
-        multiplies = bool(figures.matrix_instructions)
-        return [f"{where} is not meant to multiply: it is never launched."] if multiplies else []
-    found = [f"{where} {what}." for what in _resources(intent, figures)]
+        if figures.matrix_instructions:
+            found.append(f"{where} is not meant to multiply: it is never launched.")
+        return found
+    found += [f"{where} {what}." for what in _resources(intent, figures)]
     return found + [f"{where} {what}." for what in _instructions(intent, figures)]
+
+
+def _waits(capability: int, figures: Figures) -> Iterable[str]:
+    if capability < 90:
+        if figures.waits:
+            yield "waits for earlier launches, which its devices cannot"
+        return
+    if not figures.waits_first:
+        yield (
+            "does not wait for earlier launches before it accesses global memory, jumps or ends: "
+            "its first statement must be wait_for_earlier_launches()"
+        )
+    if figures.unchanging_loads:
+        yield (
+            f"loads global memory as unchanging {figures.unchanging_loads} times, but the launch "
+            "before may still write it: leave __restrict__ away from what it reads"
+        )
 
 
 def _resources(intent: Intent, figures: Figures) -> Iterable[str]:
@@ -408,7 +444,7 @@ def _resources(intent: Intent, figures: Figures) -> Iterable[str]:
 def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
     matrix = figures.matrix_instructions
     seen = ", ".join(matrix) or "no matrix instructions"
-    if figures.instructions <= _EMPTY:
+    if figures.instructions <= _EMPTY + 2 * figures.waits:
         yield "is empty"
     if intent.products and not (matrix and all(intent.products in name for name in matrix)):
         yield f"is meant to have matrix instructions with {intent.products}; it has {seen}"

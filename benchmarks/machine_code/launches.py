@@ -250,11 +250,26 @@ def cuda_backward(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     return _of_work(found, shape, card)
 
 
+# The most threads of a grid that lets the next launch start (let_next_launch_start in
+# cuda/intrinsics.h).
+MOST_EARLY = 1 << 17
+
+
 def _of_work(works: Iterator[Work], shape: Shape, card: Device) -> Iterator[Launch]:
-    for one in works:
+    every = list(works)
+    for i, one in enumerate(every):
         kernel = kernels.cuda_kernel(card, one.kernel, one.shared)
         phases = _cuda_phases(one, kernel, shape)
-        yield Launch(one.name, kernel, one.blocks, phases, one.moved, one.times)
+        # What follows the last launch is none of these kernels and does not start early.
+        followed = one.times - (i == len(every) - 1)
+        early = followed if lets_next_start(kernel, one.blocks) else 0
+        yield Launch(one.name, kernel, one.blocks, phases, one.moved, one.times, early)
+
+
+def lets_next_start(kernel: Compiled, blocks: int) -> bool:
+    """Whether a launch lets the next one start before it has ended."""
+    small = blocks * kernel.threads <= MOST_EARLY
+    return small and any(one.base == "PREEXIT" for one in kernel.code)
 
 
 # Kernel → its loops that are counted → the loop of the machine code with most of these instructions

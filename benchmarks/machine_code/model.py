@@ -4,7 +4,7 @@ A launch consists of blocks, which run phases: pieces of machine code, each a nu
 multiprocessor runs every phase with as many blocks as it holds (pipeline.py). Blocks are dealt out
 evenly to the multiprocessors, and each runs them in rounds. A launch takes the longest of three
 times: its rounds, its longest block alone, and its bytes at the rate of memory. The gap before the
-next launch is added.
+next launch is added, which is shorter if the next launch starts early.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Launch(NamedTuple):
     moved: float
     """Bytes that it must read from memory and write to it."""
     times: int = 1
+    early: int = 0
+    """How many of them let the next launch start early."""
 
 
 class Predicted(NamedTuple):
@@ -122,12 +124,13 @@ def predict(launch: Launch, card: Device) -> Predicted:
         "longest block": longest_block_seconds(launch, card),
         "memory": launch.moved / card.rate("memory"),
     }
-    gap = card.rate("launch")
+    late = launch.times - launch.early
+    gaps = late * card.rate("launch") + launch.early * card.rate("early_launch")
     most = max(times, key=lambda name: times[name])
     bound = bound_of(launch, card) if most == "turns" else most
-    if times[most] < gap:
+    if launch.times * times[most] < gaps:
         bound = "launch"
-    return Predicted(launch.name, launch.times * (times[most] + gap), launch.times, bound)
+    return Predicted(launch.name, launch.times * times[most] + gaps, launch.times, bound)
 
 
 def merge_by_name(parts: Iterable[Predicted]) -> list[Predicted]:

@@ -72,6 +72,8 @@ __device__ inline float scatter(int feature) {
 // The mean of evenly spaced references, and how far they are from it.
 template <class R>
 __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int feature = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   float mean = 0, spread = 0, largest = 0;
@@ -112,6 +114,8 @@ __device__ inline float sum_of_squares(std::uint32_t halves) {
 template <bool CENTERED>
 __global__ void __launch_bounds__(kSplitThreads)
     split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   SplitMemory& shared = *reinterpret_cast<SplitMemory*>(shared_memory());
   const Index row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x),

@@ -663,6 +663,7 @@ template <class R, int QUERIES, int REFERENCES, bool GEFORCE, bool PROJECT, bool
 __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>))
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
               const Slices slices) {
+  wait_for_earlier_launches();
   using Memory = DistanceMemory<R, QUERIES, REFERENCES>;
   constexpr bool kAhead = Memory::kAhead;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
@@ -786,6 +787,8 @@ template <class R, bool GEFORCE, bool PROJECT>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
                      const Slices slices) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   const Lane lane = this_lane();
   const int reference = static_cast<int>(blockIdx.x) * kTileReferences + 2 * lane.lane;
   const int query0 = (static_cast<int>(blockIdx.y) * kFinishWarps + lane.warp) * kFinishQueries;
@@ -886,6 +889,7 @@ static_assert(sizeof(DifferenceMemory<float>) <= kSharedLimit, "a block fits eve
 template <class R, bool PROJECT>
 __global__ void __launch_bounds__(256, 2)
     differences(const Rows<float> x, const Rows<R> y, int features, const Pairs out) {
+  wait_for_earlier_launches();
   constexpr int kPanels = 256 / (kPanel / 4);
   using Memory = DifferenceMemory<R>;
   constexpr int kQueries = Memory::kQueries;

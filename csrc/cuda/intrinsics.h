@@ -11,6 +11,36 @@
 
 namespace pfgm {
 
+// Every kernel calls this first, in all threads. It returns when all earlier launches of the stream
+// have ended and what they wrote is seen. Stream::launch lets a launch start before the one before
+// has ended. A kernel that did not wait would be wrong:
+// - It reads what earlier launches write, and writes where they may still read.
+// - It waits for the launch before alone. That one must not end before those before it, so none of
+//   its threads may return before it has waited.
+// - The launch before may be of someone else, and may let others start at any time.
+// If a launch did not start early, nothing waits.
+__device__ inline void wait_for_earlier_launches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch start when all blocks of this one have come here, and not when they have
+// ended. Its blocks take the room that is left, and wait. If that is little, they gather on the
+// multiprocessors that have room first, and others have none: that costs more than a launch. So
+// kernels whose blocks take much room do not call this, and large grids do nothing.
+//
+// It comes after the wait. Before it would be safe for the kernels here, which wait for each other,
+// but not for one of someone else that follows: it may count on the launches before this one to
+// have ended, as soon as it has started.
+__device__ inline void let_next_launch_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr unsigned long long kSmall = 1 << 17;  // threads, half of those that an H100 holds
+  if (static_cast<unsigned long long>(gridDim.x) * gridDim.y * gridDim.z * blockDim.x <= kSmall)
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The dynamic shared memory of the block, on a 16-byte boundary.
 __device__ inline char* shared_memory() {
   extern __shared__ __align__(16) char memory[];

@@ -48,23 +48,25 @@ class Stream {
 
   int multiprocessors() const { return multiprocessors_of(device_); }
   bool warpgroups() const { return has_warpgroups(device_); }
+  // See architecture_of.
   template <class... Parameters>
   int architecture(const char* name, void (*kernel)(Parameters...)) const {
-    return code_architecture(name, reinterpret_cast<const void*>(kernel), device_);
+    return architecture_of(name, reinterpret_cast<const void*>(kernel));
   }
-  // Whether kernels for GeForce cards are launched. `kernel` is any kernel.
+  // See is_geforce. `kernel` may be any kernel.
   template <class... Parameters>
   bool geforce(void (*kernel)(Parameters...)) const {
-    return is_geforce(device_, architecture("geforce", kernel));
+    return is_geforce("geforce", reinterpret_cast<const void*>(kernel), device_);
   }
 
   template <class... Parameters, class... Arguments>
   void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) const {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
-    if (shape.shared > kUnasked)
-      allow_shared_memory(shape.kernel, reinterpret_cast<const void*>(kernel), device_,
-                          shape.shared);
-    const cudaLaunchConfig_t config = configuration(shape);
+    const void* const code = reinterpret_cast<const void*>(kernel);
+    if (shape.shared > kUnasked) allow_shared_memory(shape.kernel, code, device_, shape.shared);
+    cudaLaunchConfig_t config = configuration(shape);
+    cudaLaunchAttribute overlap = overlapping();
+    if (may_overlap(shape.kernel, code, device_)) config.attrs = &overlap, config.numAttrs = 1;
     check_runtime(shape.kernel,
                   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
@@ -80,6 +82,18 @@ class Stream {
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream_;
     return config;
+  }
+
+  // The launch may start before the one before it in the stream has ended, if that is of a kernel:
+  // when all its blocks have let it (let_next_launch_start) or have ended. The launch waits for the
+  // rest, and for what was written, itself. In a graph that is captured the two kernels get a
+  // programmatic edge. Nothing else changes: copies, events and launches of others that follow wait
+  // for the end of this one.
+  static cudaLaunchAttribute overlapping() {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return attribute;
   }
 
   const CurrentDevice current_;

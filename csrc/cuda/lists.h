@@ -97,6 +97,8 @@ __device__ inline int live_weights(const PieceSums& sums, int query) {
 // each other then need similar references. Equal queries keep their order.
 __global__ void __launch_bounds__(kQueryThreads)
     order_queries(const PieceSums sums, int queries, int* order) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   int* counts = reinterpret_cast<int*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
@@ -170,9 +172,9 @@ __device__ inline void write_places(int* to, int first, int size, int w, ListedW
 // others get zero, and all do if the query is not `known`. A thread has four weights of a panel.
 // Loads have no conditions, so that those of several panels can come before all stores.
 template <bool HALVES>
-__device__ inline void gather_weights(const float* __restrict__ weights,
-                                      const int* __restrict__ listed, bool known, int count,
-                                      int panels, float* __restrict__ to, const Lane& lane) {
+__device__ inline void gather_weights(const float* weights, const int* listed, bool known,
+                                      int count, int panels, float* __restrict__ to,
+                                      const Lane& lane) {
   const int n = lane.warp / 2, step = lane.warp % 2;
 #pragma unroll 4
   for (int panel = 0; panel < panels; ++panel) {
@@ -204,6 +206,8 @@ template <bool ORDER, bool HALVES>
 __global__ void __launch_bounds__(kListThreads)
     list_references(const ChunkWeights weights, const PieceSums sums, int* order, int references,
                     const Lists out, const Parts parts) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   ListMemory& shared = *reinterpret_cast<ListMemory*>(shared_memory());
   ListedWord* const listed_words = shared.words();
   const int share = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y);

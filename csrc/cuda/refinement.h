@@ -217,6 +217,8 @@ template <bool PRODUCTS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, 1)
     find_limits(const WeightLaw law, const double* radius, const double* nearest, const Pairs pairs,
                 int references, float width, const float* scale, float* units) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   auto& shared = *reinterpret_cast<LimitMemory<WARPS>*>(shared_memory());
   double* const low = reinterpret_cast<double*>(&shared + 1);
   double* const reach = low + pairs.tiles;
@@ -367,6 +369,7 @@ template <class R>
 __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
     refine(const Rows<float> x, const Rows<R> y, int features, const float* units,
            const Pairs pairs) {
+  wait_for_earlier_launches();
   const Lane lane = this_lane();
   const unsigned block = blockIdx.x, listed = *pairs.listed;
   const unsigned each = listed / gridDim.x, more = listed % gridDim.x;  // blocks have one more

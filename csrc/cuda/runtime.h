@@ -19,16 +19,31 @@ inline void check_runtime(const char* what, cudaError_t error) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// An attribute of a device that is not negative. The runtime is asked once for each device.
+// A number of each device that is not negative, asked for once.
+class OfDevices {
+ public:
+  template <class Ask>
+  int get(int device, const Ask& ask) {
+    const bool kept = device >= 0 && device < static_cast<int>(known_.size());
+    int value = kept ? known_[device].load(std::memory_order_relaxed) - 1 : -1;
+    if (value >= 0) return value;
+    value = ask();
+    if (kept) known_[device].store(value + 1, std::memory_order_relaxed);
+    return value;
+  }
+
+ private:
+  std::array<std::atomic<int>, 64> known_{};  // one more; 0 where it was not asked for yet
+};
+
 template <cudaDeviceAttr ATTRIBUTE>
 inline int attribute_of(int device) {
-  static std::array<std::atomic<int>, 64> known;  // one more; 0 where it was not asked yet
-  const bool kept = device >= 0 && device < static_cast<int>(known.size());
-  int value = kept ? known[device].load(std::memory_order_relaxed) - 1 : -1;
-  if (value >= 0) return value;
-  check_runtime("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
-  if (kept) known[device].store(value + 1, std::memory_order_relaxed);
-  return value;
+  static OfDevices known;
+  return known.get(device, [=] {
+    int value = 0;
+    check_runtime("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
+    return value;
+  });
 }
 
 inline int multiprocessors_of(int device) {
@@ -45,28 +60,45 @@ inline bool has_warpgroups([[maybe_unused]] int device) {
 #endif
 }
 
-// The architecture that the code of a kernel was compiled for, 90 for sm_90. It is older than the
-// device if the build has no code for the device's own architecture. All kernels were compiled for
-// the same ones, so the runtime is asked once for each device, which is the current one.
-inline int code_architecture(const char* name, const void* kernel, int device) {
-  static std::array<std::atomic<int>, 64> known;  // 0 where it was not asked yet
-  const bool kept = device >= 0 && device < static_cast<int>(known.size());
-  if (const int found = kept ? known[device].load(std::memory_order_relaxed) : 0; found > 0)
-    return found;
+// The architecture that a kernel's code on the current device was compiled for, 90 for sm_90. It is
+// older than the device if the build has no code for the device's own architecture.
+inline int architecture_of(const char* name, const void* kernel) {
   cudaFuncAttributes attributes;
   check_runtime(name, cudaFuncGetAttributes(&attributes, kernel));
-  if (kept) known[device].store(attributes.ptxVersion, std::memory_order_relaxed);
   return attributes.ptxVersion;
 }
 
-// Whether a device has a GeForce card's chip, and code of this architecture has kernels for these
-// (`unused` in cuda/distances.h). Their matrix units multiply twice as fast where they add up in
-// float16, and float64 runs at 1/64 of the rate of float32.
-inline bool is_geforce(int device, int architecture) {
-  const int major = attribute_of<cudaDevAttrComputeCapabilityMajor>(device);
-  const int minor = attribute_of<cudaDevAttrComputeCapabilityMinor>(device);
-  const bool chip = major >= 12 || (major == 8 && (minor == 6 || minor == 9));
-  return chip && (architecture < 90 || architecture >= 120);
+// Whether a device has a GeForce card's chip, and a kernel's code on it, which is the current
+// device, has instances for these (`unused` in cuda/distances.h). Their matrix units multiply twice
+// as fast where they add up in float16, and float64 runs at 1/64 of the rate of float32.
+inline bool is_geforce(const char* name, const void* kernel, int device) {
+  static OfDevices known;
+  return known.get(device, [=] {
+    const int major = attribute_of<cudaDevAttrComputeCapabilityMajor>(device);
+    const int minor = attribute_of<cudaDevAttrComputeCapabilityMinor>(device);
+    if (major < 12 && !(major == 8 && (minor == 6 || minor == 9))) return 0;
+    const int architecture = architecture_of(name, kernel);
+    return architecture < 90 || architecture >= 120 ? 1 : 0;
+  }) != 0;
+}
+
+// Whether kernels may start before the launch before them has ended, because their code waits for
+// it (wait_for_earlier_launches) and the driver can capture such launches in a graph. The device
+// alone does not decide it: code for sm_80 never waits, also where the driver compiles it for a
+// newer device. All kernels of a build have code for the same architectures, so the first one that
+// is launched on a device, which is the current one, answers for all.
+inline bool may_overlap([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
+                        [[maybe_unused]] int device) {
+#if CUDART_VERSION >= 12030
+  static OfDevices known;
+  return known.get(device, [=] {
+    int driver = 0;
+    check_runtime("cudaDriverGetVersion", cudaDriverGetVersion(&driver));
+    return driver >= 12030 && architecture_of(name, kernel) >= 90;
+  }) != 0;
+#else
+  return false;
+#endif
 }
 
 // Lets a kernel have so many bytes of dynamic shared memory on the device, which is the current

@@ -154,6 +154,7 @@ template <bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__(kDistanceThreads, 1)
     warpgroup_distances(const Halves x, const Rows<float> y, const Center center, const Pairs out,
                         const Slices slices) {
+  wait_for_earlier_launches();
 #if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Memory = WarpgroupMemory;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());

@@ -119,6 +119,7 @@ template <class R, bool HALVES>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     weighted_sum(const Rows<R> y, int features, const float* scale, float weight_unit,
                  const int* order, const Lists lists, const Parts parts) {
+  wait_for_earlier_launches();
   using Memory = SumMemory<R>;
   constexpr int kTiles = kSumRows / 8;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
@@ -230,6 +231,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     merge(const WeightLaw law, const double* radius, float* mean, const Parts parts,
           const PieceSums sums, float divisor, int features, bool first_chunk,
           const QueryStates state) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   const Index query = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   const float* const of_pieces = sums.sum + query * sums.pieces;
@@ -262,6 +265,8 @@ __global__ void __launch_bounds__(kMergeThreads)
 __global__ void __launch_bounds__(kMergeThreads)
     merge_gradient(float* grad_x, const Parts parts, const Rows<float> x, const float* mean,
                    const Moments moments, int features, bool first_chunk, bool last_chunk) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   const Index query = blockIdx.x;
   const int feature = static_cast<int>(blockIdx.y) * kMergeThreads + static_cast<int>(threadIdx.x);
   if (feature >= features) return;
@@ -285,6 +290,7 @@ __global__ void __launch_bounds__(kSumThreads)
     reference_gradient(const Rows<float> upstream, const Rows<float> x, const Rows<R> y,
                        int features, const Coefficients coefficients, Index stride,
                        bool first_block, float* grad_y) {
+  wait_for_earlier_launches();
   using Memory = SumMemory<float>;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();

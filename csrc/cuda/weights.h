@@ -68,6 +68,8 @@ __global__ void __launch_bounds__(kQueryThreads)
     weigh(WeightLaw law, const double* radius, const Pairs pairs, int references, double floor,
           float factor, bool first_chunk, const QueryStates state, const ChunkWeights out,
           const PieceSums sums) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   WeighMemory& shared = *reinterpret_cast<WeighMemory*>(shared_memory());
   law.gaussian = GAUSSIAN;  // known to the compiler, which leaves the other law out
   const Lane lane = this_lane();
@@ -210,6 +212,8 @@ template <bool GAUSSIAN>
 __global__ void __launch_bounds__(kQueryThreads)
     pull(WeightLaw law, const double* radius, const double* nearest, const double* total,
          const Pairs pairs, int references, double floor, bool first_chunk, const Moments moments) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   PullMemory& shared = *reinterpret_cast<PullMemory*>(shared_memory());
   law.gaussian = GAUSSIAN;
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
@@ -304,6 +308,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,
                       const Coefficients out) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   CoefficientMemory& shared = *reinterpret_cast<CoefficientMemory*>(shared_memory());
   law.gaussian = GAUSSIAN;
   const Lane lane = this_lane();
@@ -370,6 +376,8 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
 __global__ void __launch_bounds__(kMomentThreads)
     finish_moments(const WeightLaw law, const double* radius, const double* nearest,
                    const double* grad_logsumexp, int queries, const Moments moments) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
   const int query = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (query >= queries) return;
   const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];

@@ -18,7 +18,8 @@ struct LaunchCounts {
   // Name → the count of each block. Block (x, y, z) is at x + grid[0] (y + grid[1] z). "copied" are
   // bytes that asynchronous copies read. Other names are those of calls: barriers of the block, and
   // shuffles, votes, reductions and products of all its warps. multiply_halves counts as
-  // multiply_add_halves.
+  // multiply_add_halves. "wait_for_earlier_launches" counts threads, but not those that met others
+  // or copied before.
   std::map<std::string, std::vector<std::int64_t>> blocks;
 };
 

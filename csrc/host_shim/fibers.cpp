@@ -163,6 +163,7 @@ struct Fiber {
   Products* products = nullptr;
   unsigned thread = 0;
   Call waits = Call::none;
+  bool began = false;  // whether it has met others or copied
   char* stack = nullptr;
   std::size_t stack_size = 0;
   void* sanitizer = nullptr;  // ThreadSanitizer's fiber, or AddressSanitizer's fake stack
@@ -182,7 +183,7 @@ struct Queue {
 };
 
 struct BlockCounts {
-  std::int64_t calls[kEnd] = {}, copied = 0;
+  std::int64_t calls[kEnd] = {}, copied = 0, waited = 0;
 };
 
 struct Block : Meeting {
@@ -372,6 +373,7 @@ NO_TSAN unsigned meet(Meeting& meeting, Call call) {
   if (meeting.arrived && meeting.call != call)
     die("threads wait at different barriers: " + name(meeting.call) + " and " + name(call));
   meeting.call = current->waits = call;
+  current->began = true;
   if (++meeting.arrived == meeting.size) {
     meeting.arrived = 0;
     ++block->counts.calls[static_cast<int>(call)];
@@ -441,7 +443,10 @@ NO_TSAN bool is_shared(const void* address, std::size_t bytes) {
   return first >= memory && first + bytes <= memory + shape->shared;
 }
 
-NO_TSAN void count_copy(int bytes) { block->counts.copied += bytes; }
+NO_TSAN void count_copy(int bytes) {
+  block->counts.copied += bytes;
+  current->began = true;
+}
 
 bool on_boundary(const void* address, int bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % static_cast<unsigned>(bytes) == 0;
@@ -524,10 +529,11 @@ Block* new_block(uint3 index) {
 
 // Adds the counts of the block to those of its launch.
 void keep_counts(std::int64_t number) {
-  const auto& [calls, copied] = block->counts;
+  const auto& [calls, copied, waited] = block->counts;
   auto& blocks = counted.back().blocks;
   for (int call = 1; call < kEnd; ++call) blocks[kCalls[call]][number] = calls[call];
   blocks["copied"][number] = copied;
+  blocks["wait_for_earlier_launches"][number] = waited;
 }
 
 void run_block(std::int64_t number) {
@@ -579,7 +585,8 @@ void begin_counts() {
   counted.push_back({shape->kernel, {grid.x, grid.y, grid.z}, shape->threads, shape->shared, {}});
   const std::vector<std::int64_t> zeros(static_cast<std::size_t>(grid.x * grid.y * grid.z));
   for (int call = 1; call < kEnd; ++call) counted.back().blocks[kCalls[call]] = zeros;
-  counted.back().blocks["copied"] = zeros;
+  for (const char* other : {"copied", "wait_for_earlier_launches"})
+    counted.back().blocks[other] = zeros;
 }
 
 }  // namespace
@@ -732,6 +739,10 @@ NO_TSAN float row_by_column_of_halves(float d, const LaneWords* lanes, int g, bo
 }  // namespace shim
 
 using namespace shim;
+
+NO_TSAN void wait_for_earlier_launches() {
+  if (!current->began) ++block->counts.waited;
+}
 
 NO_TSAN char* shared_memory() { return block->memory; }
 

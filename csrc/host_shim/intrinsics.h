@@ -101,6 +101,10 @@ T shuffle(Call call, unsigned mask, T mine, unsigned source) {
 
 }  // namespace shim
 
+// The shim runs launches one after the other. It counts the call.
+void wait_for_earlier_launches();
+inline void let_next_launch_start() {}
+
 char* shared_memory();
 
 // The bytes arrive when the thread waits for them and not before. Until then they are NaN.

@@ -635,6 +635,7 @@ __global__ void nothing() {}
 
 // Block b does everything b times, products only in its first warp.
 __global__ void counted_work(const float* from) {
+  if (threadIdx.x % 2) wait_for_earlier_launches();
   const unsigned times = blockIdx.x + gridDim.x * blockIdx.y;
   const std::uint32_t a[4] = {}, b[2] = {};
   float d[4] = {};
@@ -644,6 +645,7 @@ __global__ void counted_work(const float* from) {
     if (threadIdx.x < 32) multiply_add(d, a, b), multiply_halves(d, a, b);
     copy_async<16>(shared_memory() + 16 * threadIdx.x, from, 8);
   }
+  if (times > 0) wait_for_earlier_launches();  // too late
   commit_copies();
   wait_copies<0>();
 }
@@ -672,7 +674,10 @@ void check_counts() {
   for (const auto& [name, values] : one.blocks)
     for (int block = 0; block < 6; ++block) {
       const auto expected = once.find(name);
-      expect(values.at(block) == (expected == once.end() ? 0 : block * expected->second),
+      const bool waits = name == "wait_for_earlier_launches";
+      expect(values.at(block) == (waits                    ? 32
+                                  : expected == once.end() ? 0
+                                                           : block * expected->second),
              "the count of " + name);
     }
   expect(one.blocks.size() > once.size() &&

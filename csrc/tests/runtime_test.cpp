@@ -14,6 +14,7 @@ namespace {
 CUcontext current = nullptr;
 std::set<int> with_context;
 int sets = 0, asked = 0, allowed = 0;
+int driver = 0, compiled_for = 0, asked_kernels = 0;
 bool refuses = false;
 
 CUcontext context_of(int device) {
@@ -69,6 +70,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
   ++asked;
   *value = 100 + device;
   return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  ++asked_kernels;
+  attributes->ptxVersion = compiled_for;
+  attributes->binaryVersion = 90;
+  return refuses ? cudaErrorInvalidDeviceFunction : cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
   ++allowed;
@@ -152,10 +163,35 @@ void check_attributes() {
   require(allowed == 4, "a larger size, another kernel or another device was not set");
 }
 
+// Each case has a device of its own, because the answer for a device is kept.
+void check_overlap() {
+  const char kernels[2] = {};
+  const auto overlaps = [&](int device, int kernel = 0) {
+    return may_overlap("kernel", &kernels[kernel], device);
+  };
+  const bool can = CUDART_VERSION >= 12030;
+  driver = 13000, compiled_for = 90;
+  for (int i = 0; i < 3; ++i) require(overlaps(0, i % 2) == can, "code for sm_90 does not overlap");
+  require(asked_kernels == (can ? 1 : 0), "more than one kernel was asked on a device");
+  compiled_for = 120;
+  require(overlaps(1) == can, "code for sm_120 does not overlap");
+  compiled_for = 80;
+  require(!overlaps(2) && !overlaps(2), "code for sm_80 overlaps, and never waits");
+  require(overlaps(0) == can, "another device changed the answer");
+  require(!overlaps(1000), "the answer for a high number is that of another device");
+  compiled_for = 90, driver = 12020;
+  require(!overlaps(3), "a driver that cannot capture overlapping launches gets them");
+  driver = 12030, refuses = true;
+  require(throws([&] { overlaps(4); }) == can, "a kernel without code for the device is no error");
+  refuses = false;
+  require(overlaps(4) == can, "a refused question was kept");
+}
+
 }  // namespace
 
 int main() {
   check_current_device();
   check_attributes();
+  check_overlap();
   std::printf("devices and attributes are as they should be\n");
 }

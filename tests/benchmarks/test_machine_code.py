@@ -1017,6 +1017,42 @@ def test_what_binds_a_launch():
     ]
 
 
+def test_a_gap_is_shorter_where_the_next_launch_starts_early():
+    kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)
+    phase = model.phase("loop", kernel, kernel.code, 1e5 * 132, 1e5)
+
+    def seconds(early):
+        launch = model.Launch("some", kernel, 132, (phase,), 0.0, 3, early)
+        return model.predict(launch, devices.H100).seconds
+
+    saved = devices.H100.rate("launch") - devices.H100.rate("early_launch")
+    assert 0 < saved < devices.H100.rate("launch")
+    for early in (1, 2, 3):
+        assert seconds(0) - seconds(early) == pytest.approx(early * saved)
+
+
+def test_which_launches_let_the_next_one_start():
+    lets = kernel_of("ACQBULK", "@!P0 PREEXIT", "EXIT", threads=256)
+    assert launches.lets_next_start(lets, 512)
+    assert not launches.lets_next_start(lets, 513)
+    assert not launches.lets_next_start(kernel_of("ACQBULK", "EXIT", threads=256), 1)
+    source = (ROOT / "csrc" / "cuda" / "intrinsics.h").read_text()
+    assert f"kSmall = 1 << {launches.MOST_EARLY.bit_length() - 1};" in source
+
+
+def test_nothing_starts_early_after_the_last_launch(monkeypatch):
+    """What follows is not one of the kernels."""
+    works = [
+        work.Work(name, name, 4, 128, 0, work.Amount(), {}, 0.0, times=3)
+        for name in ("weigh", "merge")
+    ]
+    kernel = kernel_of("ACQBULK", "PREEXIT", "EXIT")
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda *given: kernel)
+    monkeypatch.setattr(launches, "_cuda_phases", lambda *given: ())
+    made = launches._of_work(iter(works), data.C, devices.H100)
+    assert [(one.name, one.early) for one in made] == [("weigh", 3), ("merge", 2)]
+
+
 def test_trips_of_single_warps():
     """Blocks of 4 warps share 7 trips: one round of all warps, and one of 3."""
     kernel = kernel_of(*["FFMA R1, R1, R2, R3"] * 64)

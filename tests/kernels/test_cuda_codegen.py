@@ -146,8 +146,14 @@ def test_names_that_cannot_be_read(symbol):
         codegen_cuda.short_name(symbol)
 
 
-def part(symbol, *, architecture="90a", usage="", threads="0x80", code=(), options=""):
-    """Text that cuobjdump prints for a file with one kernel."""
+WAIT = ["LDC R1, c[0x0][0x28]", "ACQBULK", "S2R R0, SR_TID.X", "PREEXIT"]
+
+
+def part(symbol, *, architecture="90a", usage="", threads="0x80", code=(), options="", start=None):
+    """Text that cuobjdump prints for a file with one kernel, which waits where it should."""
+    if start is None:
+        start = WAIT if codegen_cuda.capability(architecture) >= 90 else []
+    code = [*start, *code]
     lines = "\n".join(
         f"        /*{16 * i:04x}*/                   {line} ;          /* 0x0000000000007919 */\n"
         "                                                        /* 0x000e220000002100 */"
@@ -198,7 +204,8 @@ HALVES = "HMMA.16816.F32 R4, R8, R12, R4"
 COPY = "@!P1 LDGSTS.E.BYPASS.128.ZFILL [R3], desc[UR16][R126.64], P0"
 REST = ["MOV R1, c[0x0][0x28]", "FADD R2, R2, R3", "STG.E [R2], R3", "S2R R3, SR_TID.X"]
 REST += ["EXIT", "BRA 0x20", "NOP", "NOP"]
-WIDE = ["@P0 LDG.E.128.CONSTANT R4, desc[UR16][R126.64]", "STG.E.128 desc[UR16][R126.64], R4"]
+WIDE = ["@P0 LDG.E.128 R4, desc[UR16][R126.64]", "STG.E.128 desc[UR16][R126.64], R4"]
+UNCHANGING = "@P0 LDG.E.128.CONSTANT R4, desc[UR16][R126.64]"
 
 
 def only(text, architecture="90a"):
@@ -207,13 +214,13 @@ def only(text, architecture="90a"):
 
 
 def test_the_dump_is_read():
-    code = [*WIDE, COPY, MULTIPLY, MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]
+    code = [UNCHANGING, WIDE[1], COPY, MULTIPLY, MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]
     code += ["@!UP0 FADD.FTZ R1, R1, R2", "F2I.FTZ.U32.TRUNC.NTZ R3, R2", "@!PT LDS RZ, [RZ]"]
     text = part(TILES, code=code, threads="0x100", usage="SHARED:1536")
     figures = codegen_cuda.Figures(
-        registers=124, spills=0, shared=512, threads=256, instructions=len(code) - 2,
+        registers=124, spills=0, shared=512, threads=256, instructions=len(WAIT) + len(code) - 2,
         matrix_instructions={"HMMA.1688.F32.TF32": 2}, copies=1, wide_loads=1, wide_stores=1,
-        flushing=1,
+        flushing=1, unchanging_loads=1, waits=True, waits_first=True,
     )  # fmt: skip
     assert only(text) == codegen_cuda.Row(
         "90a", "distances<uint8, 64, 128, false, false, false>", figures, only(text).problems
@@ -294,13 +301,71 @@ def test_flaws_are_found(words, symbol, options):
     ],
 )
 def test_a_kernel_that_another_replaces_must_not_multiply(kernel, where):
-    figures = only(part(TILES, code=REST[4:])).figures
+    figures = only(part(TILES, architecture=where, code=REST[4:]), where).figures
     assert codegen_cuda.problems(kernel, where, figures) == []
     multiplies = dataclasses.replace(figures, matrix_instructions={"HMMA.16816.F32": 1})
     (problem,) = codegen_cuda.problems(kernel, where, multiplies)
     assert "not meant to multiply: it is never launched" in problem
     other = "90a" if where == "80" else "80"
     assert "is empty" in " ".join(codegen_cuda.problems(kernel, other, figures))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        [],
+        ["PREEXIT", *WAIT],
+        ["@!P0 ACQBULK"],
+        ["LDG.E.64 R4, [R2]", *WAIT],
+        ["STG.E.64 [R2], R4", *WAIT],
+        ["LD.E R4, [R2]", *WAIT],
+        ["@P0 LDGSTS.E [R3], [R2]", *WAIT],
+        ["REDG.E.ADD.STRONG.GPU [R2], R3", *WAIT],
+        ["ATOMG.E.ADD.STRONG.GPU PT, R2, [R2], R3", *WAIT],
+        ["UBLKCP.S.G [UR4], [UR8], UR6", *WAIT],
+        ["@P0 EXIT", *WAIT],
+        ["@!P0 BRA 0x40", *WAIT],
+        ["CALL.REL.NOINC 0x400", *WAIT],
+    ],
+)
+def test_a_kernel_that_does_not_wait_first_is_a_problem(start):
+    for symbol in (SUM, TILES):  # of the second, another kernel takes its place
+        code = [COPY, MULTIPLY if symbol == SUM else HALVES, *REST]
+        threads = "0x80" if symbol == SUM else "0x100"
+        found = only(part(symbol, code=code, start=start, threads=threads)).problems
+        assert len(found) == 1
+        assert "does not wait for earlier launches before" in found[0]
+
+
+def test_what_a_kernel_may_do_before_it_waits():
+    """Nothing of it depends on earlier launches, or matters to later ones."""
+    before = ["LDC.64 R4, c[0x0][0x210]", "LDCU UR4, c[0x0][0x370]", "ULDC UR4, c[0x0][0x28]"]
+    before += ["STS [R2], R3", "LDS R3, [R2]", "LDL R3, [R2]", "REDUX.SUM UR4, R3", "STL [R1], R3"]
+    text = part(SUM, code=[COPY, MULTIPLY, *REST], start=[*before, *WAIT])
+    assert only(text).problems == []
+
+
+def test_code_for_older_devices_does_not_wait():
+    text = part(SUM, architecture="80", code=[COPY, MULTIPLY, *REST], start=WAIT)
+    (problem,) = only(text, "80").problems
+    assert "waits for earlier launches, which its devices cannot" in problem
+    assert only(part(SUM, architecture="80", code=[COPY, MULTIPLY, *REST]), "80").problems == []
+
+
+def test_loads_of_what_the_launch_before_may_write_are_a_problem():
+    code = [UNCHANGING, COPY, MULTIPLY, *REST]
+    (problem,) = only(part(SUM, code=code)).problems
+    assert "loads global memory as unchanging 1 times" in problem
+    assert only(part(SUM, architecture="80", code=code), "80").problems == []
+
+
+def test_every_kernel_waits_in_its_first_statement():
+    """Also where no CUDA code is at hand to look at."""
+    for path in sorted(codegen_cuda.CSRC.glob("*")):
+        code = re.sub(r"//.*", "", path.read_text())
+        for kernel in re.split(r"\b__global__\b", code)[1:]:
+            name, _, body = kernel.partition("{")
+            assert body.split()[:1] == ["wait_for_earlier_launches();"], f"{path}: {name}"
 
 
 def test_an_unlisted_kernel_is_a_problem():
