@@ -119,6 +119,7 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
+    "rounded_warpgroup_distances": Intent(256, products="64x64x16", copies=True),
     "finish_distances": Intent(128, blocks=4),
     **{
         f"finish_distances<{type_}, false>": Intent(128, blocks=4, wide=True)
@@ -353,9 +354,10 @@ def register_limit(intent: Intent) -> int:
 
 def is_replaced(kernel: str, architecture: str) -> bool:
     """Whether another kernel takes its place: warpgroups have tiles of 128 × 128 on sm_90a."""
-    if stem(kernel) == "warpgroup_distances":
+    if stem(kernel).endswith("warpgroup_distances"):
         return architecture != "90a"
-    return kernel.startswith("distances<float32, 128, 128,") and architecture == "90a"
+    large = ("distances<float32, 128, 128,", "distances<Rounded, 128, 128,")
+    return kernel.startswith(large) and architecture == "90a"
 
 
 def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:

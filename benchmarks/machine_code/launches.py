@@ -263,7 +263,7 @@ def _of_work(works: Iterator[Work], shape: Shape, card: Device) -> Iterator[Laun
 _LOOPS = {
     "find_center": {},
     "split_rows": {"parts": "F2FP", "norms": "FMNMX"},
-    "distances": {"features": "tensor"},
+    "distances": {"features": "tensor", "turns": "fp64"},
     "differences": {"features": "fp32"},
     "weigh": {"pairs": "fp32", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},

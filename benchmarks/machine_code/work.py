@@ -215,8 +215,9 @@ ROUNDED_COSTS = (
     TileCost(32, 64, 430),
     TileCost(64, 64, 600),
     TileCost(64, 128, 1300),
-    TileCost(128, 128, 1550),
 )
+_LARGEST_ROUNDED = TileCost(128, 128, 1550)
+_ROUNDED_OF_WARPGROUPS = (TileCost(128, 128, 1000), TileCost(256, 128, 1450))
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
 _FINISH_CLOCKS, _BYTES_PER_CLOCK = 4500, 25
 
@@ -238,9 +239,11 @@ def _slice_size(queries: int, m: int) -> int:
 def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
     """The tiles of ``distances`` and the slices of the features that cost least."""
     block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
-    costs = (*TILE_COSTS, _OF_WARPGROUPS if _warpgroups(shape, card) else _LARGEST)
+    of_warpgroups = _warpgroups(shape, card)
+    costs = (*TILE_COSTS, _OF_WARPGROUPS if of_warpgroups else _LARGEST)
     if shape.type == "Rounded":
-        costs = ROUNDED_COSTS
+        largest = _ROUNDED_OF_WARPGROUPS if of_warpgroups else (_LARGEST_ROUNDED,)
+        costs = (*ROUNDED_COSTS, *largest)
     whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS)
     of_sums = up(up(chunk, _PANEL), shape.part_panels(card.sms)) * block * shape.N
     of_slices = whole.slices * _slice_size(block, chunk) if whole.slices > 1 else 0
@@ -296,7 +299,7 @@ def _products(
     shape: Shape, queries: int, m: int, tiling: Tiling, card: Device, project: bool
 ) -> Work:
     rows, references, slices = tiling
-    if rows == 128 and _warpgroups(shape, card):
+    if rows >= 128 and _warpgroups(shape, card):
         return _warpgroup_products(shape, queries, m, tiling, project)
     sliced, rounded = slices > 1, shape.type == "Rounded"
     parts_of_x, products = (1, 1) if rounded else (2, 3)
@@ -361,25 +364,33 @@ def _last(project: bool, columns: int, slabs: int) -> int:
 
 
 def _warpgroups(shape: Shape, card: Device) -> bool:
-    """Whether tiles of 128 × 128 are those of warpgroups."""
-    return shape.type == "float32" and card.architecture == 90
+    """Whether the largest tiles are those of warpgroups."""
+    return shape.type in ("float32", "Rounded") and card.architecture == 90
 
 
 def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, project: bool) -> Work:
-    side, panels, sliced = 128, up(shape.N, _PANEL), tiling.slices > 1
+    rows, references, sliced, panels = *tiling[:2], tiling.slices > 1, up(shape.N, _PANEL)
+    rounded = shape.type == "Rounded"
+    parts_of_x, products = (1, 1) if rounded else (2, 3)
     tiles, each = _tiles(queries, m, tiling), up(panels, tiling.slices)  # panels of a slice
     slices = up(panels, each)
-    copied = 4 * side * shape.N + panels * _PANEL * (2 * 2 * side + 4)
-    # Three products of two warpgroups, of two halves of the queries and of a panel.
-    of_all = Amount(of_warpgroups=3 * 8 * 2 * 2 * panels, copied=copied, barriers=panels)
-    loop = _by_all(tiles, panels, of_all)
-    last = 0 if sliced else _last(project, 2 * side // 8, 1)
-    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * (4 + last))
-    memory = 4 * (_PANEL * (2 * 2 * side + 4 * side + 4)) + 16 * side
+    copied = 4 * references * shape.N + panels * _PANEL * (2 * parts_of_x * rows + 4)
+    # Two warpgroups multiply 64 queries and half of a panel at a time.
+    multiplied = products * 8 * 2 * (rows // 64) * panels
+    of_all = Amount(of_warpgroups=multiplied, copied=copied, barriers=panels)
+    loops = {"features": _by_all(tiles, panels, of_all)._replace(most=each)}
+    exchanges = 4 + (0 if sliced else _last(project, 2 * rows // 8, 1))
+    if rows > 128 and not sliced:
+        turns = rows // 128  # over the queries, after their sums
+        of_turn = 0 if project else _last(False, 2 * 128 // 8, 1) - _OVER_WARP
+        loops["turns"] = _by_all(tiles, turns, Amount(exchanges=8 * turns * of_turn))
+        exchanges = 4 + (1 if project else _OVER_WARP)
+    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * exchanges)
+    memory = 4 * _PANEL * (2 * parts_of_x * rows + 4 * references + 4) + 16 * rows
     moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
-    name = f"warpgroup_distances<{_text(project)}, {_text(sliced)}>"
-    loops = {"features": loop._replace(most=each)}
-    return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
+    kernel = f"rounded_warpgroup_distances<{rows}, " if rounded else "warpgroup_distances<"
+    kernel += f"{_text(project)}, {_text(sliced)}>"
+    return Work("distances", kernel, tiles * slices, 256, memory, once, loops, moved)
 
 
 def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:

@@ -554,62 +554,76 @@ __device__ inline void finish_tile(Memory& shared,
       if (lane.lane == 0 && other == 0) shared.sums.farthest[kSlabs * group + s] = farthest;
     }
   }
+  // More columns at once would take too many registers.
+  constexpr int kTurns = kOwn > 16 ? 2 : 1, kOfTurn = kOwn / kTurns;
   // Columns of a lane, and those whose minima lanes find together.
-  constexpr int kOfLane = 2 * kOwn, kTogether = kOfLane < 8 ? kOfLane : 8;
-  const auto column_of = [&](int i) {
-    return column0 + 8 * (kOwn * part + i / 2) + 2 * lane.t + i % 2;
-  };
-  std::uint64_t least[kSlabs][kOfLane / kTogether];
-  unsigned infinite = 0;   // a bit for each slab and column
+  constexpr int kOfLane = 2 * kOfTurn, kTogether = kOfLane < 8 ? kOfLane : 8;
   bool all_finite = true;  // of this thread's G·y
-  int first = 0;
+#pragma unroll 1
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int turn0 = column0 + 8 * kOfTurn * turn;
+    const auto column_of = [&](int i) {
+      return turn0 + 8 * (kOwn * part + i / 2) + 2 * lane.t + i % 2;
+    };
+    std::uint64_t least[kSlabs][kOfLane / kTogether];
+    unsigned infinite = 0;  // a bit for each slab and column
+    int first = 0;
 #pragma unroll
-  for (int begin = 0; begin < kOfLane; begin += kTogether) {
-    std::uint64_t low[kSlabs][kTogether];
+    for (int begin = 0; begin < kOfLane; begin += kTogether) {
+      std::uint64_t low[kSlabs][kTogether];
 #pragma unroll
-    for (int i = begin; i < begin + kTogether; ++i) {
-      const int column = column_of(i);
-      const bool inside = query0 + column < x.rows;
-      const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
+      for (int i = begin; i < begin + kTogether; ++i) {
+        const int column = column_of(i);
+        const bool inside = query0 + column < x.rows;
+        const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
 #pragma unroll
-      for (int s = 0; s < kSlabs; ++s) {
-        const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
-        low[s][i - begin] = kInfiniteBits;
-        for (int e = 0; e < 2; ++e) {
-          const int at = 2 * e + i % 2;
-          double product = static_cast<double>(total[s][i / 2][at]) + rest[s][i / 2][at];
-          if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
-          if constexpr (PROJECT) {
-            const float projected = static_cast<float>(unit * product);
-            if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
-            all_finite = all_finite && (fabsf(projected) < INFINITY);
-          } else {
-            const std::uint64_t distance = distance_of(squared[s][e], norm, unit, product);
-            if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
-            if (!known[s][e]) continue;
-            infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
-            low[s][i - begin] = Least()(low[s][i - begin], distance);
+        for (int s = 0; s < kSlabs; ++s) {
+          const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
+          low[s][i - begin] = kInfiniteBits;
+          for (int e = 0; e < 2; ++e) {
+            const int at = 2 * e + i % 2;
+            double product = static_cast<double>(total[s][i / 2][at]) + rest[s][i / 2][at];
+            if constexpr (kParts > 1) product += shared.sums.products[row_of(s) + 8 * e][column];
+            if constexpr (PROJECT) {
+              const float projected = static_cast<float>(unit * product);
+              if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
+              all_finite = all_finite && (fabsf(projected) < INFINITY);
+            } else {
+              const std::uint64_t distance = distance_of(squared[s][e], norm, unit, product);
+              if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
+              if (!known[s][e]) continue;
+              infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
+              low[s][i - begin] = Least()(low[s][i - begin], distance);
+            }
           }
         }
       }
+      if constexpr (!PROJECT)
+        for (int s = 0; s < kSlabs; ++s) {
+          first = least_over_rows<16, kTogether>(low[s], lane);
+          least[s][begin / kTogether] = low[s][0];
+        }
     }
-    if constexpr (!PROJECT)
-      for (int s = 0; s < kSlabs; ++s) {
-        first = least_over_rows<16, kTogether>(low[s], lane);
-        least[s][begin / kTogether] = low[s][0];
-      }
-  }
-  if constexpr (!PROJECT) {
-    for (int apart = 4; apart < 32; apart *= 2) infinite |= __shfl_xor_sync(kAll, infinite, apart);
+    if constexpr (!PROJECT) {
+      for (int apart = 4; apart < 32; apart *= 2)
+        infinite |= __shfl_xor_sync(kAll, infinite, apart);
 #pragma unroll
-    for (int s = 0; s < kSlabs; ++s)
-      for (int i = 0; i < kOfLane / kTogether; ++i) {
-        const int found = kTogether * i + first;
-        const bool marked = (infinite >> (s * kOfLane + found) & 1u) != 0;
-        const double value = double_of(least[s][i] < kInfiniteBits ? least[s][i] : kInfiniteBits);
-        if (lane.g % (8 / kTogether) == 0)  // others have the same
-          shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
-      }
+      for (int s = 0; s < kSlabs; ++s)
+        for (int i = 0; i < kOfLane / kTogether; ++i) {
+          const int found = kTogether * i + first;
+          const bool marked = (infinite >> (s * kOfLane + found) & 1u) != 0;
+          const double value = double_of(least[s][i] < kInfiniteBits ? least[s][i] : kInfiniteBits);
+          if (lane.g % (8 / kTogether) == 0)  // others have the same
+            shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
+        }
+    }
+    if constexpr (kTurns > 1)
+      for (int s = 0; s < kSlabs; ++s)
+        for (int j = 0; j < kOfTurn; ++j)
+          for (int i = 0; i < 4; ++i) {
+            total[s][j][i] = total[s][kOfTurn + j][i];
+            rest[s][j][i] = rest[s][kOfTurn + j][i];
+          }
   }
   if constexpr (PROJECT) {
     const TilePart part_of_warp = {query0 + column0 + 8 * kOwn * part, 8 * kOwn,
@@ -637,6 +651,7 @@ __device__ inline void finish_tile(Memory& shared,
 template <class R, int QUERIES> constexpr bool kOfWarpgroups = false;
 #if defined(PFGM_WARPGROUPS) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <> constexpr bool kOfWarpgroups<float, 128> = true;
+template <> constexpr bool kOfWarpgroups<Rounded, 128> = true;
 #endif
 
 // Blocks whose registers a multiprocessor must hold. With more, compilers would spill.

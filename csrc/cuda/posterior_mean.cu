@@ -97,8 +97,12 @@ struct TileCost {
 };
 constexpr TileCost kTileCosts[] = {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}};
 constexpr TileCost kRoundedCosts[] = {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}};
-// Of tiles of 128 × 128.
-constexpr Index kLargestClocks = 2200, kRoundedClocks = 1550, kWarpgroupClocks = 1550;
+// The same of tiles of 128 references. They are 0 where there are no such tiles.
+struct LargestClocks {
+  Index of_128 = 0, of_256 = 0;  // queries
+};
+constexpr LargestClocks kLargestClocks = {2200}, kRoundedClocks = {1550};
+constexpr LargestClocks kWarpgroupClocks = {1550}, kRoundedWarpgroupClocks = {1000, 1450};
 constexpr Index kOncePanels = 6;                    // what a block does once costs as much
 constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
 // Clocks of finish_distances without its sums, and bytes of these that a multiprocessor writes or
@@ -112,10 +116,9 @@ Index slice_size(Index queries, Index references) {
 
 // The tiles and slices that take least time by these costs, in rounds of the busiest
 // multiprocessor. Larger tiles read each value less often. Slices give more blocks work, but their
-// sums are written and read again. All sums together have at most `room` numbers. Tiles of 128 ×
-// 128 cost `of_largest` clocks; 0 if there are none.
+// sums are written and read again. All sums together have at most `room` numbers.
 Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors, bool rounded,
-                 Index of_largest, Index room) {
+                 const LargestClocks& of_largest, Index room) {
   Tiling best = {};
   Index least = 0;
   const Index panels = divide_up(features, kPanel), size = slice_size(queries, references);
@@ -133,7 +136,8 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
     }
   };
   for (const TileCost& cost : rounded ? kRoundedCosts : kTileCosts) consider(cost);
-  if (of_largest > 0) consider({128, 128, of_largest});
+  if (of_largest.of_128 > 0) consider({128, 128, of_largest.of_128});
+  if (of_largest.of_256 > 0) consider({256, 128, of_largest.of_256});
   return best;
 }
 
@@ -406,16 +410,28 @@ class Calculation {
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
     const bool there = !warpgroups() || y().aligned;
-    const Tiling found = tiling(queries(), references(), there ? clocks_of_largest() : 0, room_);
+    const Tiling found =
+        tiling(queries(), references(), there ? clocks_of_largest() : LargestClocks{}, room_);
     if (found.queries == 32) return find_products<PROJECT, 32, 64>(rows, found.slices);
     if (found.references == 64) return find_products<PROJECT, 64, 64>(rows, found.slices);
     if (found.queries == 64) return find_products<PROJECT, 64, 128>(rows, found.slices);
     if constexpr (std::is_same<R, float>::value)
       if (warpgroups())
-        return find_products<PROJECT, WarpgroupMemory>(rows, found.slices,
-                                                       warpgroup_distances<PROJECT, false>,
-                                                       warpgroup_distances<false, true>);
+        return find_products<PROJECT, WarpgroupMemory<float, 128>>(
+            rows, found.slices, warpgroup_distances<PROJECT, false>,
+            warpgroup_distances<false, true>);
+    if constexpr (kRounded<R>) {
+      if (found.queries == 256) return find_in_warpgroups<PROJECT, 256>(rows, found.slices);
+      if (warpgroups()) return find_in_warpgroups<PROJECT, 128>(rows, found.slices);
+    }
     find_products<PROJECT, 128, 128>(rows, found.slices);
+  }
+
+  template <bool PROJECT, int QUERIES>
+  void find_in_warpgroups(const Halves& rows, Index slices) const {
+    find_products<PROJECT, WarpgroupMemory<R, QUERIES>>(
+        rows, slices, rounded_warpgroup_distances<QUERIES, PROJECT, false>,
+        rounded_warpgroup_distances<QUERIES, false, true>);
   }
 
   template <bool PROJECT, int QUERIES, int REFERENCES>
@@ -446,12 +462,14 @@ class Calculation {
         0, finish_distances<Stored<R>, PROJECT>, rows, y(), center_, pairs_, sums);
   }
 
-  // Whether tiles of 128 × 128 are those of warpgroups. They take aligned rows alone.
-  bool warpgroups() const { return std::is_same<R, float>::value && stream_.warpgroups(); }
-  Index clocks_of_largest() const {
-    return warpgroups() ? kWarpgroupClocks : kRounded<R> ? kRoundedClocks : kLargestClocks;
+  // Whether the largest tiles are those of warpgroups. They take aligned rows alone.
+  bool warpgroups() const { return sizeof(R) == sizeof(float) && stream_.warpgroups(); }
+  LargestClocks clocks_of_largest() const {
+    if (warpgroups()) return kRounded<R> ? kRoundedWarpgroupClocks : kWarpgroupClocks;
+    return kRounded<R> ? kRoundedClocks : kLargestClocks;
   }
-  Tiling tiling(Index queries, Index references, Index of_largest, Index room) const {
+  Tiling tiling(Index queries, Index references, const LargestClocks& of_largest,
+                Index room) const {
     return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
                      of_largest, room);
   }
