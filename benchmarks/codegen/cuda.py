@@ -123,7 +123,7 @@ INTENTS = {
     "finish_distances": Intent(128, blocks=4),
     **{
         f"finish_distances<{type_}, false>": Intent(128, blocks=4, wide=True)
-        for type_ in ("float32", "BFloat16", "Float16", "uint8")
+        for type_ in ("float32", "Rounded", "BFloat16", "Float16", "uint8")
     },
     "differences": Intent(256, blocks=2, copies=True),
     **{

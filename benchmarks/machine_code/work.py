@@ -231,9 +231,9 @@ class Tiling(NamedTuple):
     """Of the features; 1 if each block takes all."""
 
 
-def _slice_size(queries: int, m: int) -> int:
+def _slice_size(queries: int, m: int, rounded: bool) -> int:
     """Numbers that the sums over a slice take in float32."""
-    return 2 * (queries + 1) * _PANEL * up(m, _PANEL)
+    return ((1 if rounded else 2) * queries + 2) * _PANEL * up(m, _PANEL)
 
 
 def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
@@ -241,19 +241,26 @@ def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
     block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
     of_warpgroups = _warpgroups(shape, card)
     costs = (*TILE_COSTS, _OF_WARPGROUPS if of_warpgroups else _LARGEST)
-    if shape.type == "Rounded":
+    rounded = shape.type == "Rounded"
+    if rounded:
         largest = _ROUNDED_OF_WARPGROUPS if of_warpgroups else (_LARGEST_ROUNDED,)
         costs = (*ROUNDED_COSTS, *largest)
-    whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS)
+    whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS, rounded)
     of_sums = up(up(chunk, _PANEL), shape.part_panels(card.sms)) * block * shape.N
-    of_slices = whole.slices * _slice_size(block, chunk) if whole.slices > 1 else 0
-    return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices))
+    of_slices = whole.slices * _slice_size(block, chunk, rounded) if whole.slices > 1 else 0
+    return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices), rounded)
 
 
 def _cheapest(
-    queries: int, m: int, panels: int, card: Device, costs: tuple[TileCost, ...], room: int
+    queries: int,
+    m: int,
+    panels: int,
+    card: Device,
+    costs: tuple[TileCost, ...],
+    room: int,
+    rounded: bool,
 ) -> Tiling:
-    size = _slice_size(queries, m)
+    size = _slice_size(queries, m, rounded)
     most = max(1, min(_MOST_SLICES, panels // _SLICE_PANELS, room // size))
 
     def clocks(cost: TileCost, slices: int) -> int:
@@ -332,13 +339,20 @@ def _products(
     last = 0 if sliced else _last(project, 2 * columns // parts, slabs)
     once = Amount(barriers=(2 if project or sliced else 3) + ahead, exchanges=8 * (4 + last))
     name = f"distances<{shape.type}, {rows}, {references}, {_text(project)}, {_text(sliced)}>"
-    moved = size * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
+    moved = size * m * shape.N + 4 * queries * shape.N
+    moved += _stored_of_pair(shape, slices) * queries * m
     return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
+
+
+def _stored_of_pair(shape: Shape, slices: int) -> int:
+    """Bytes of the distance of a pair, or of its sums over slices."""
+    return slices * (4 if shape.type == "Rounded" and slices > 1 else 8)
 
 
 def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, project: bool) -> Work:
     """Distances from the sums over slices."""
-    rows, tiles, sums = FINISH_WARPS * FINISH_QUERIES, up(m, TILE), 8 * slices * queries * m
+    rows, tiles = FINISH_WARPS * FINISH_QUERIES, up(m, TILE)
+    sums = _stored_of_pair(shape, slices) * queries * m
     blocks = tiles * up(queries, rows)
     loops = {"slices": _by_all(blocks, slices)}
     if project:
@@ -347,7 +361,7 @@ def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, pro
     else:
         loops["minima"] = Loop(tiles * queries, min(queries, rows), Amount(exchanges=3))
         loops["reach"] = Loop(tiles, 1, Amount(exchanges=_OVER_WARP))
-    name = f"finish_distances<{_stored(shape)}, {_text(project)}>"
+    name = f"finish_distances<{shape.type}, {_text(project)}>"
     moved = (4 if project else 8) * queries * m
     if sums > KEPT * card.rate("l2_size"):
         moved += sums
@@ -387,7 +401,8 @@ def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, proj
         exchanges = 4 + (1 if project else _OVER_WARP)
     once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * exchanges)
     memory = 4 * _PANEL * (2 * parts_of_x * rows + 4 * references + 4) + 16 * rows
-    moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
+    moved = 4 * m * shape.N + 4 * queries * shape.N
+    moved += _stored_of_pair(shape, slices) * queries * m
     kernel = f"rounded_warpgroup_distances<{rows}, " if rounded else "warpgroup_distances<"
     kernel += f"{_text(project)}, {_text(sliced)}>"
     return Work("distances", kernel, tiles * slices, 256, memory, once, loops, moved)

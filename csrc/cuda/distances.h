@@ -34,10 +34,13 @@ struct Pairs {
 // features.
 struct Slices {
   Index stride;      // distance between rows
-  float2* products;  // (slices, queries, stride): the sum of both floats
+  void* products;    // (slices, queries, stride) of SliceSum
   double* squares;   // (slices, stride): of centred references, times the square of the scale
   int count, trips;  // trips of a slice; the last slice may have fewer
 };
+
+// The sum of both floats. Products of Rounded references are added up in one float.
+template <class R> using SliceSum = std::conditional_t<kRounded<R>, float, float2>;
 
 // ---- what both do with a tile ----------------------------------------------------------------
 
@@ -520,7 +523,8 @@ __device__ inline void finish_tile(Memory& shared,
       for (int odd = 0; odd < 2; ++odd) {
         const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
         if (query0 + column >= x.rows) continue;
-        float2* const to = slices.products + (slice * x.rows + query0 + column) * slices.stride;
+        SliceSum<R>* const to = static_cast<SliceSum<R>*>(slices.products) +
+                                (slice * x.rows + query0 + column) * slices.stride;
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s)
           for (int e = 0; e < 2; ++e) {
@@ -530,7 +534,11 @@ __device__ inline void finish_tile(Memory& shared,
             float2 sum = {total[s][j][2 * e + odd] + 0.0f, rest[s][j][2 * e + odd] + 0.0f};
             if constexpr (kParts > 1)
               sum = add_sums(sum, reinterpret_cast<float2&>(shared.sums.products[row][column]));
-            if (reference0 + row < slices.stride) to[reference0 + row] = sum;
+            if (reference0 + row >= slices.stride) continue;
+            if constexpr (kRounded<R>)
+              to[reference0 + row] = sum.x + sum.y;
+            else
+              to[reference0 + row] = sum;
           }
       }
     return;
@@ -805,10 +813,17 @@ __global__ void __launch_bounds__(kFinishThreads)
 #pragma unroll
     for (int q = 0; q < kFinishQueries; ++q) {
       const Index query = query0 + q < x.rows ? query0 + q : query0;
-      const float4 more = *reinterpret_cast<const float4*>(
-          slices.products + (static_cast<Index>(slice) * x.rows + query) * slices.stride + from);
-      sum[q][0] = add_sums(sum[q][0], {more.x, more.y});
-      sum[q][1] = add_sums(sum[q][1], {more.z, more.w});
+      const SliceSum<R>* const at = static_cast<const SliceSum<R>*>(slices.products) +
+                                    (static_cast<Index>(slice) * x.rows + query) * slices.stride +
+                                    from;
+      if constexpr (kRounded<R>) {
+        const float2 more = *reinterpret_cast<const float2*>(at);
+        sum[q][0].x += more.x, sum[q][1].x += more.y;
+      } else {
+        const float4 more = *reinterpret_cast<const float4*>(at);
+        sum[q][0] = add_sums(sum[q][0], {more.x, more.y});
+        sum[q][1] = add_sums(sum[q][1], {more.z, more.w});
+      }
     }
   }
 

@@ -109,9 +109,10 @@ constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slic
 // reads in a clock.
 constexpr Index kFinishClocks = 4500, kBytesPerClock = 25;
 
-// Numbers that the sums over a slice take in float32: rows of products, and one of squares.
-Index slice_size(Index queries, Index references) {
-  return 2 * (queries + 1) * round_up(references, kPanel);
+// Numbers that the sums over a slice take in float32: rows of products, and one of squares, which
+// are in float64.
+Index slice_size(Index queries, Index references, bool rounded) {
+  return ((rounded ? 1 : 2) * queries + 2) * round_up(references, kPanel);
 }
 
 // The tiles and slices that take least time by these costs, in rounds of the busiest
@@ -121,7 +122,7 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
                  const LargestClocks& of_largest, Index room) {
   Tiling best = {};
   Index least = 0;
-  const Index panels = divide_up(features, kPanel), size = slice_size(queries, references);
+  const Index panels = divide_up(features, kPanel), size = slice_size(queries, references, rounded);
   const Index most = larger(1, smaller(smaller(kMostSlices, panels / kSlicePanels), room / size));
   const auto consider = [&](const TileCost& cost) {
     const Index tiles = divide_up(queries, cost.queries) * divide_up(references, cost.references);
@@ -209,7 +210,7 @@ class Calculation {
     parts_.sums = arena_.take<float>(room_);
     // Weighted sums are made after all distances of a chunk, from which on its slices are not
     // needed.
-    slices_.products = reinterpret_cast<float2*>(parts_.sums);
+    slices_.products = parts_.sums;
     parts_.counts = arena_.take<int>(queries);
     lists_.listed = arena_.take<int>(listed);
     lists_.counts = arena_.take<int>(groups);
@@ -310,7 +311,7 @@ class Calculation {
   Index size_of_slices() const {
     const Index queries = partition_.queries, references = partition_.references;
     const Index slices = tiling(queries, references, clocks_of_largest(), limits.parts).slices;
-    return slices > 1 ? slices * slice_size(queries, references) : 0;
+    return slices > 1 ? slices * slice_size(queries, references, kRounded<R>) : 0;
   }
 
   template <class Kernel, class... Arguments>
@@ -454,12 +455,13 @@ class Calculation {
     sums.stride = round_up(references(), kPanel);
     sums.trips = static_cast<int>(divide_up(trips, slices));
     sums.count = static_cast<int>(divide_up(trips, sums.trips));
-    sums.squares = reinterpret_cast<double*>(sums.products + sums.count * queries() * sums.stride);
+    sums.squares = reinterpret_cast<double*>(static_cast<SliceSum<R>*>(sums.products) +
+                                             sums.count * queries() * sums.stride);
     grid.z = sums.count;
     run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y<R>(), center_, pairs_,
         sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
-        0, finish_distances<Stored<R>, PROJECT>, rows, y(), center_, pairs_, sums);
+        0, finish_distances<R, PROJECT>, rows, y<R>(), center_, pairs_, sums);
   }
 
   // Whether the largest tiles are those of warpgroups. They take aligned rows alone.

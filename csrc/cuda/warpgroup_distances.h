@@ -291,7 +291,8 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
 #endif
 }
 
-// The same for Rounded references. Their operands stay in registers, those of two panels.
+// The same for Rounded references. A panel has new sums, which are added to the total. Products of
+// two groups of 64 queries are under way at a time.
 template <int QUERIES, bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__(kDistanceThreads, 1)
     rounded_warpgroup_distances(const Halves x, const Rows<Rounded> y, const Center center,
@@ -308,6 +309,7 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   const float factor = *center.scale;
   float total[kGroups][kOfProduct / 8][4] = {};
   float sums[2][kOfProduct / 8][4] = {};  // of a panel: of two groups, whose products are under way
+  // Never. If the compiler knew, it would take more registers for sums and spill.
   const bool adds = center.features < 0;
   float square[2] = {}, square_lost[2] = {}, squares[2];
   const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
