@@ -271,6 +271,8 @@ def test_flaws_are_found(words, symbol, options):
     ("kernel", "where"),
     [
         ("warpgroup_distances<false, true>", "80"),
+        ("rounded_warpgroup_distances<256, false, true>", "80"),
+        ("distances<Rounded, 128, 128, true, false>", "90a"),
         ("distances<float32, 128, 128, true, false>", "90a"),
     ],
 )

@@ -359,7 +359,8 @@ def test_medium_on_an_h100(run, sizes, multiprocessors, kernel):
     found = run(clusters(*sizes), multiprocessors=multiprocessors, precision="medium")
     assert f"rounded_warpgroup_distances{kernel}" in {one.kernel for one in found.model}
     check(found)
-    check_longest(found)
+    # Not of refine: a pair more or less may be refined.
+    check_longest(Run(*([one for one in each if "distances" in one.name] for each in found)))
 
 
 def test_medium_gradients_on_an_h100(run):
