@@ -133,10 +133,11 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
+    "rounded_warpgroup_distances": Intent(256, products="64x64x16", copies=True),
     "finish_distances": Intent(128, blocks=4),
     **{
         f"finish_distances<{type_}, {geforce}, false>": Intent(128, blocks=4, wide=True)
-        for type_ in ("float32", "BFloat16", "Float16", "uint8")
+        for type_ in ("float32", "Rounded", "BFloat16", "Float16", "uint8")
         for geforce in ("true", "false")
     },
     "differences": Intent(256, blocks=2, copies=True),
@@ -375,7 +376,7 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     Warpgroups have tiles of 128 × 128 on sm_90a. GeForce cards have kernels of their own, and run
     the code for sm_80 or sm_120. Other cards run the code for sm_80 too.
     """
-    if stem(kernel) == "warpgroup_distances":
+    if stem(kernel).endswith("warpgroup_distances"):
         return architecture != "90a"
     if stem(kernel) != "distances":
         return False
@@ -385,7 +386,8 @@ def is_replaced(kernel: str, architecture: str) -> bool:
         return geforce == "false"
     if newest < 90:
         return False
-    return geforce == "true" or (architecture == "90a" and (type_, queries) == ("float32", "128"))
+    of_warpgroups = type_ in ("float32", "Rounded") and queries == "128"
+    return geforce == "true" or (architecture == "90a" and of_warpgroups)
 
 
 def _arguments(kernel: str) -> list[str]:

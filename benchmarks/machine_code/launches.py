@@ -278,7 +278,7 @@ def lets_next_start(kernel: Compiled, blocks: int) -> bool:
 _LOOPS = {
     "find_center": {},
     "split_rows": {"parts": "F2FP", "norms": "FMNMX"},
-    "distances": {"features": "tensor"},
+    "distances": {"features": "tensor", "turns": "fp64"},
     "differences": {"features": "fp32"},
     "weigh": {"pairs": "fp32", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},

@@ -213,20 +213,24 @@ class TilingCosts(NamedTuple):
     """Clocks without the sums over slices."""
 
 
-def _costs(of_32: int, of_64: int, of_64_128: int, of_128: int, finish: int) -> TilingCosts:
+def _costs(
+    of_32: int, of_64: int, of_64_128: int, of_128: int, finish: int, of_256: int | None = None
+) -> TilingCosts:
     tiles = (
         TileCost(32, 64, of_32),
         TileCost(64, 64, of_64),
         TileCost(64, 128, of_64_128),
         TileCost(128, 128, of_128),
     )
-    return TilingCosts(tiles, finish)
+    largest = () if of_256 is None else (TileCost(256, 128, of_256),)
+    return TilingCosts(tiles + largest, finish)
 
 
 COSTS = _costs(500, 800, 1200, 2200, 4500)
 WARPGROUP_COSTS = _costs(500, 800, 1200, 1550, 4500)
 GEFORCE_COSTS = _costs(830, 1450, 2480, 4650, 25000)
 ROUNDED_COSTS = _costs(430, 600, 1300, 1550, 4500)
+ROUNDED_WARPGROUP_COSTS = _costs(430, 600, 1300, 1000, 4500, of_256=1450)
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
 _BYTES_PER_CLOCK = 25
 
@@ -240,33 +244,34 @@ class Tiling(NamedTuple):
     """Of the features; 1 if each block takes all."""
 
 
-def _slice_size(queries: int, m: int) -> int:
+def _slice_size(queries: int, m: int, rounded: bool) -> int:
     """Numbers that the sums over a slice take in float32."""
-    return 2 * (queries + 1) * _PANEL * up(m, _PANEL)
+    return ((1 if rounded else 2) * queries + 2) * _PANEL * up(m, _PANEL)
 
 
 def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
     """The tiles of ``distances`` and the slices of the features that cost least."""
     block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
-    costs = _costs_on(shape, card)
-    whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS)
+    costs, rounded = _costs_on(shape, card), shape.type == "Rounded"
+    whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS, rounded)
     of_sums = up(up(chunk, _PANEL), shape.part_panels(card.sms)) * block * shape.N
-    of_slices = whole.slices * _slice_size(block, chunk) if whole.slices > 1 else 0
-    return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices))
+    of_slices = whole.slices * _slice_size(block, chunk, rounded) if whole.slices > 1 else 0
+    return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices), rounded)
 
 
 def _costs_on(shape: Shape, card: Device) -> TilingCosts:
+    of_warpgroups = _warpgroups(shape, card)
     if shape.type == "Rounded":
-        return ROUNDED_COSTS
-    if _warpgroups(shape, card):
+        return ROUNDED_WARPGROUP_COSTS if of_warpgroups else ROUNDED_COSTS
+    if of_warpgroups:
         return WARPGROUP_COSTS
     return GEFORCE_COSTS if card.geforce else COSTS
 
 
 def _cheapest(
-    queries: int, m: int, panels: int, card: Device, costs: TilingCosts, room: int
+    queries: int, m: int, panels: int, card: Device, costs: TilingCosts, room: int, rounded: bool
 ) -> Tiling:
-    size = _slice_size(queries, m)
+    size = _slice_size(queries, m, rounded)
     most = max(1, min(_MOST_SLICES, panels // _SLICE_PANELS, room // size))
 
     def clocks(cost: TileCost, slices: int) -> int:
@@ -312,7 +317,7 @@ def _products(
     shape: Shape, queries: int, m: int, tiling: Tiling, card: Device, project: bool
 ) -> Work:
     rows, references, slices = tiling
-    if rows == 128 and _warpgroups(shape, card):
+    if rows >= 128 and _warpgroups(shape, card):
         return _warpgroup_products(shape, queries, m, tiling, project)
     sliced, rounded = slices > 1, shape.type == "Rounded"
     parts_of_x, products = (1, 1) if rounded else (2, 3)
@@ -346,13 +351,20 @@ def _products(
     once = Amount(barriers=(2 if project or sliced else 3) + ahead, exchanges=8 * (4 + last))
     how = ", ".join(map(_text, (card.geforce, project, sliced)))
     name = f"distances<{shape.type}, {rows}, {references}, {how}>"
-    moved = size * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
+    moved = size * m * shape.N + 4 * queries * shape.N
+    moved += _stored_of_pair(shape, slices) * queries * m
     return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
+
+
+def _stored_of_pair(shape: Shape, slices: int) -> int:
+    """Bytes of the distance of a pair, or of its sums over slices."""
+    return slices * (4 if shape.type == "Rounded" and slices > 1 else 8)
 
 
 def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, project: bool) -> Work:
     """Distances from the sums over slices."""
-    rows, tiles, sums = FINISH_WARPS * FINISH_QUERIES, up(m, TILE), 8 * slices * queries * m
+    rows, tiles = FINISH_WARPS * FINISH_QUERIES, up(m, TILE)
+    sums = _stored_of_pair(shape, slices) * queries * m
     blocks = tiles * up(queries, rows)
     loops = {"slices": _by_all(blocks, slices)}
     if project:
@@ -361,7 +373,7 @@ def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, pro
     else:
         loops["minima"] = Loop(tiles * queries, min(queries, rows), Amount(exchanges=3))
         loops["reach"] = Loop(tiles, 1, Amount(exchanges=_OVER_WARP))
-    name = f"finish_distances<{_stored(shape)}, {_text(card.geforce)}, {_text(project)}>"
+    name = f"finish_distances<{shape.type}, {_text(card.geforce)}, {_text(project)}>"
     moved = (4 if project else 8) * queries * m
     if sums > KEPT * card.rate("l2_size"):
         moved += sums
@@ -378,25 +390,34 @@ def _last(project: bool, columns: int, slabs: int) -> int:
 
 
 def _warpgroups(shape: Shape, card: Device) -> bool:
-    """Whether tiles of 128 × 128 are those of warpgroups."""
-    return shape.type == "float32" and card.architecture == 90
+    """Whether the largest tiles are those of warpgroups."""
+    return shape.type in ("float32", "Rounded") and card.architecture == 90
 
 
 def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, project: bool) -> Work:
-    side, panels, sliced = 128, up(shape.N, _PANEL), tiling.slices > 1
+    rows, references, sliced, panels = *tiling[:2], tiling.slices > 1, up(shape.N, _PANEL)
+    rounded = shape.type == "Rounded"
+    parts_of_x, products = (1, 1) if rounded else (2, 3)
     tiles, each = _tiles(queries, m, tiling), up(panels, tiling.slices)  # panels of a slice
     slices = up(panels, each)
-    copied = 4 * side * shape.N + panels * _PANEL * (2 * 2 * side + 4)
-    # Three products of two warpgroups, of two halves of the queries and of a panel.
-    of_all = Amount(of_warpgroups=3 * 8 * 2 * 2 * panels, copied=copied, barriers=panels)
-    loop = _by_all(tiles, panels, of_all)
-    last = 0 if sliced else _last(project, 2 * side // 8, 1)
-    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * (4 + last))
-    memory = 4 * (_PANEL * (2 * 2 * side + 4 * side + 4)) + 16 * side
-    moved = 4 * m * shape.N + 4 * queries * shape.N + 8 * slices * queries * m
-    name = f"warpgroup_distances<{_text(project)}, {_text(sliced)}>"
-    loops = {"features": loop._replace(most=each)}
-    return Work("distances", name, tiles * slices, 256, memory, once, loops, moved)
+    copied = 4 * references * shape.N + panels * _PANEL * (2 * parts_of_x * rows + 4)
+    # Two warpgroups multiply 64 queries and half of a panel at a time.
+    multiplied = products * 8 * 2 * (rows // 64) * panels
+    of_all = Amount(of_warpgroups=multiplied, copied=copied, barriers=panels)
+    loops = {"features": _by_all(tiles, panels, of_all)._replace(most=each)}
+    exchanges = 4 + (0 if sliced else _last(project, 2 * rows // 8, 1))
+    if rows > 128 and not sliced:
+        turns = rows // 128  # over the queries, after their sums
+        of_turn = 0 if project else _last(False, 2 * 128 // 8, 1) - _OVER_WARP
+        loops["turns"] = _by_all(tiles, turns, Amount(exchanges=8 * turns * of_turn))
+        exchanges = 4 + (1 if project else _OVER_WARP)
+    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * exchanges)
+    memory = 4 * _PANEL * (2 * parts_of_x * rows + 4 * references + 4) + 16 * rows
+    moved = 4 * m * shape.N + 4 * queries * shape.N
+    moved += _stored_of_pair(shape, slices) * queries * m
+    kernel = f"rounded_warpgroup_distances<{rows}, " if rounded else "warpgroup_distances<"
+    kernel += f"{_text(project)}, {_text(sliced)}>"
+    return Work("distances", kernel, tiles * slices, 256, memory, once, loops, moved)
 
 
 def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:

@@ -35,10 +35,13 @@ struct Pairs {
 // features.
 struct Slices {
   Index stride;      // distance between rows
-  float2* products;  // (slices, queries, stride): the sum of both floats
+  void* products;    // (slices, queries, stride) of SliceSum
   double* squares;   // (slices, stride): of centred references, times the square of the scale
   int count, trips;  // trips of a slice; the last slice may have fewer
 };
+
+// The sum of both floats. Products of Rounded references are added up in one float.
+template <class R> using SliceSum = std::conditional_t<kRounded<R>, float, float2>;
 
 // ---- what both do with a tile ----------------------------------------------------------------
 
@@ -520,7 +523,8 @@ __device__ inline void finish_tile(Memory& shared,
       for (int odd = 0; odd < 2; ++odd) {
         const int column = column0 + 8 * (kOwn * part + j) + 2 * lane.t + odd;
         if (query0 + column >= x.rows) continue;
-        float2* const to = slices.products + (slice * x.rows + query0 + column) * slices.stride;
+        SliceSum<R>* const to = static_cast<SliceSum<R>*>(slices.products) +
+                                (slice * x.rows + query0 + column) * slices.stride;
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s)
           for (int e = 0; e < 2; ++e) {
@@ -529,7 +533,11 @@ __device__ inline void finish_tile(Memory& shared,
             // have these in the loop too, where compilers would spill.
             float2 sum = {total[s][j][2 * e + odd] + 0.0f, rest[s][j][2 * e + odd] + 0.0f};
             if constexpr (kParts > 1) sum = add_sums(sum, shared.sums.products[row][column]);
-            if (reference0 + row < slices.stride) to[reference0 + row] = sum;
+            if (reference0 + row >= slices.stride) continue;
+            if constexpr (kRounded<R>)
+              to[reference0 + row] = sum.x + sum.y;
+            else
+              to[reference0 + row] = sum;
           }
       }
     return;
@@ -553,66 +561,80 @@ __device__ inline void finish_tile(Memory& shared,
       if (lane.lane == 0 && other == 0) shared.sums.farthest[kSlabs * group + s] = farthest;
     }
   }
+  // More columns at once would take too many registers.
+  constexpr int kTurns = kOwn > 16 ? 2 : 1, kOfTurn = kOwn / kTurns;
   // Columns of a lane, and those whose minima lanes find together.
-  constexpr int kOfLane = 2 * kOwn, kTogether = kOfLane < 8 ? kOfLane : 8;
-  const auto column_of = [&](int i) {
-    return column0 + 8 * (kOwn * part + i / 2) + 2 * lane.t + i % 2;
-  };
-  std::uint64_t least[kSlabs][kOfLane / kTogether];
-  unsigned infinite = 0;   // a bit for each slab and column
+  constexpr int kOfLane = 2 * kOfTurn, kTogether = kOfLane < 8 ? kOfLane : 8;
   bool all_finite = true;  // of this thread's G·y
-  int first = 0;
+#pragma unroll 1
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int turn0 = column0 + 8 * kOfTurn * turn;
+    const auto column_of = [&](int i) {
+      return turn0 + 8 * (kOwn * part + i / 2) + 2 * lane.t + i % 2;
+    };
+    std::uint64_t least[kSlabs][kOfLane / kTogether];
+    unsigned infinite = 0;  // a bit for each slab and column
+    int first = 0;
 #pragma unroll
-  for (int begin = 0; begin < kOfLane; begin += kTogether) {
-    std::uint64_t low[kSlabs][kTogether];
+    for (int begin = 0; begin < kOfLane; begin += kTogether) {
+      std::uint64_t low[kSlabs][kTogether];
 #pragma unroll
-    for (int i = begin; i < begin + kTogether; ++i) {
-      const int column = column_of(i);
-      const bool inside = query0 + column < x.rows;
-      const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
-      const ProductUnit of_product(unit);
+      for (int i = begin; i < begin + kTogether; ++i) {
+        const int column = column_of(i);
+        const bool inside = query0 + column < x.rows;
+        const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
+        const ProductUnit of_product(unit);
 #pragma unroll
-      for (int s = 0; s < kSlabs; ++s) {
-        const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
-        const ReferenceNorms<GEFORCE> of_references(squared[s]);
-        const DistanceOfQuery<GEFORCE> distance_of(norm, unit, of_references);
-        low[s][i - begin] = kInfiniteBits;
-        for (int e = 0; e < 2; ++e) {
-          const int at = 2 * e + i % 2;
-          float2 product = {total[s][i / 2][at], rest[s][i / 2][at]};
-          if constexpr (kParts > 1)
-            product = add_sums(product, shared.sums.products[row_of(s) + 8 * e][column]);
-          if constexpr (PROJECT) {
-            const float projected = of_product(product);
-            if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
-            all_finite = all_finite && (fabsf(projected) < INFINITY);
-          } else {
-            const std::uint64_t distance = distance_of(e, product);
-            if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
-            if (!known[s][e]) continue;
-            infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
-            low[s][i - begin] = Least()(low[s][i - begin], distance);
+        for (int s = 0; s < kSlabs; ++s) {
+          const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
+          const ReferenceNorms<GEFORCE> of_references(squared[s]);
+          const DistanceOfQuery<GEFORCE> distance_of(norm, unit, of_references);
+          low[s][i - begin] = kInfiniteBits;
+          for (int e = 0; e < 2; ++e) {
+            const int at = 2 * e + i % 2;
+            float2 product = {total[s][i / 2][at], rest[s][i / 2][at]};
+            if constexpr (kParts > 1)
+              product = add_sums(product, shared.sums.products[row_of(s) + 8 * e][column]);
+            if constexpr (PROJECT) {
+              const float projected = of_product(product);
+              if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
+              all_finite = all_finite && (fabsf(projected) < INFINITY);
+            } else {
+              const std::uint64_t distance = distance_of(e, product);
+              if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
+              if (!known[s][e]) continue;
+              infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
+              low[s][i - begin] = Least()(low[s][i - begin], distance);
+            }
           }
         }
       }
+      if constexpr (!PROJECT)
+        for (int s = 0; s < kSlabs; ++s) {
+          first = least_over_rows<16, kTogether>(low[s], lane);
+          least[s][begin / kTogether] = low[s][0];
+        }
     }
-    if constexpr (!PROJECT)
-      for (int s = 0; s < kSlabs; ++s) {
-        first = least_over_rows<16, kTogether>(low[s], lane);
-        least[s][begin / kTogether] = low[s][0];
-      }
-  }
-  if constexpr (!PROJECT) {
-    for (int apart = 4; apart < 32; apart *= 2) infinite |= __shfl_xor_sync(kAll, infinite, apart);
+    if constexpr (!PROJECT) {
+      for (int apart = 4; apart < 32; apart *= 2)
+        infinite |= __shfl_xor_sync(kAll, infinite, apart);
 #pragma unroll
-    for (int s = 0; s < kSlabs; ++s)
-      for (int i = 0; i < kOfLane / kTogether; ++i) {
-        const int found = kTogether * i + first;
-        const bool marked = (infinite >> (s * kOfLane + found) & 1u) != 0;
-        const double value = double_of(least[s][i] < kInfiniteBits ? least[s][i] : kInfiniteBits);
-        if (lane.g % (8 / kTogether) == 0)  // others have the same
-          shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
-      }
+      for (int s = 0; s < kSlabs; ++s)
+        for (int i = 0; i < kOfLane / kTogether; ++i) {
+          const int found = kTogether * i + first;
+          const bool marked = (infinite >> (s * kOfLane + found) & 1u) != 0;
+          const double value = double_of(least[s][i] < kInfiniteBits ? least[s][i] : kInfiniteBits);
+          if (lane.g % (8 / kTogether) == 0)  // others have the same
+            shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
+        }
+    }
+    if constexpr (kTurns > 1)
+      for (int s = 0; s < kSlabs; ++s)
+        for (int j = 0; j < kOfTurn; ++j)
+          for (int i = 0; i < 4; ++i) {
+            total[s][j][i] = total[s][kOfTurn + j][i];
+            rest[s][j][i] = rest[s][kOfTurn + j][i];
+          }
   }
   if constexpr (PROJECT) {
     const TilePart part_of_warp = {query0 + column0 + 8 * kOwn * part, 8 * kOwn,
@@ -644,7 +666,7 @@ __device__ constexpr bool unused() {
   return !GEFORCE;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #if defined(PFGM_WARPGROUPS) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if (std::is_same<R, float>::value && QUERIES == 128) return true;
+  if (sizeof(R) == sizeof(float) && QUERIES == 128) return true;
 #endif
   return GEFORCE;
 #else
@@ -657,8 +679,7 @@ template <class R, int QUERIES>
 constexpr int kDistanceBlocks = QUERIES == 32 || (kRounded<R> && QUERIES == 64) ? 2 : 1;
 
 // If SLICED, blockIdx.z says which slice of the features a block takes, and the sums over it are
-// stored, which are the same with PROJECT. GEFORCE
-// says whether it is for such a card.
+// stored, which are the same with PROJECT. GEFORCE says whether it is for such a card.
 template <class R, int QUERIES, int REFERENCES, bool GEFORCE, bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>))
     distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
@@ -808,10 +829,17 @@ __global__ void __launch_bounds__(kFinishThreads)
 #pragma unroll
     for (int q = 0; q < kFinishQueries; ++q) {
       const Index query = query0 + q < x.rows ? query0 + q : query0;
-      const float4 more = *reinterpret_cast<const float4*>(
-          slices.products + (static_cast<Index>(slice) * x.rows + query) * slices.stride + from);
-      sum[q][0] = add_sums(sum[q][0], {more.x, more.y});
-      sum[q][1] = add_sums(sum[q][1], {more.z, more.w});
+      const SliceSum<R>* const at = static_cast<const SliceSum<R>*>(slices.products) +
+                                    (static_cast<Index>(slice) * x.rows + query) * slices.stride +
+                                    from;
+      if constexpr (kRounded<R>) {
+        const float2 more = *reinterpret_cast<const float2*>(at);
+        sum[q][0].x += more.x, sum[q][1].x += more.y;
+      } else {
+        const float4 more = *reinterpret_cast<const float4*>(at);
+        sum[q][0] = add_sums(sum[q][0], {more.x, more.y});
+        sum[q][1] = add_sums(sum[q][1], {more.z, more.w});
+      }
     }
   }
 

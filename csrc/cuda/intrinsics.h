@@ -124,8 +124,9 @@ __device__ inline void multiply_add_halves(std::uint32_t (&d)[2], const std::uin
 // d[n] has columns 8n to 8n + 7 as in multiply_add_halves.
 //
 // begin_products(): before the first product, and after other instructions have changed d or a.
-// begin_product: d += a b. Until wait_products has waited for it, nothing may use d or change a or
-// b. commit_products and wait_products<PENDING>: as for copies. publish_shared(): what this thread
+// begin_product: d += a b, or d = a b if it does not add, which needs no instruction that clears d.
+// Until wait_products has waited for it, nothing may use d or change a or b. commit_products and
+// wait_products<PENDING>: as for copies. publish_shared(): what this thread
 // has written to shared memory is seen by products that begin after a barrier that follows.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() {
@@ -152,19 +153,21 @@ __device__ inline std::uint64_t operand_at(const void* b, int apart) {
          static_cast<std::uint64_t>(apart >> 4) << 16 | std::uint64_t{128 >> 4} << 32;
 }
 __device__ inline void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b,
-                                     int apart) {
+                                     int apart, bool adds = true) {
   asm volatile(
+      "{.reg .pred adds; setp.ne.b32 adds, %37, 0; "
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+      "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;}"
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
         "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
         "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
         "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
         "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
         "+f"(d[7][2]), "+f"(d[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand_at(b, apart)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand_at(b, apart)),
+        "r"(static_cast<int>(adds)));
 }
 
 // Two values rounded to float16 in a word, `first` in its lower half. Larger ones become infinite.

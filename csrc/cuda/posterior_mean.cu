@@ -97,7 +97,7 @@ struct TileCost {
   Index clocks;
 };
 struct TilingCosts {
-  TileCost tiles[4];
+  TileCost tiles[5];
   Index finish;  // clocks of finish_distances without its sums
 };
 constexpr TilingCosts kCosts = {{{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 2200}},
@@ -108,24 +108,27 @@ constexpr TilingCosts kGeforceCosts = {
     {{32, 64, 830}, {64, 64, 1450}, {64, 128, 2480}, {128, 128, 4650}}, 25000};
 constexpr TilingCosts kRoundedCosts = {
     {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 4500};
+constexpr TilingCosts kRoundedWarpgroupCosts = {
+    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1000}, {256, 128, 1450}}, 4500};
 constexpr Index kOncePanels = 6;                    // what a block does once costs as much
 constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
 constexpr Index kBytesPerClock = 25;                // of sums over slices, by a multiprocessor
 
-// Numbers that the sums over a slice take in float32: rows of products, and one of squares.
-Index slice_size(Index queries, Index references) {
-  return 2 * (queries + 1) * round_up(references, kPanel);
+// Numbers that the sums over a slice take in float32: rows of products, and one of squares, which
+// are in float64.
+Index slice_size(Index queries, Index references, bool rounded) {
+  return ((rounded ? 1 : 2) * queries + 2) * round_up(references, kPanel);
 }
 
 // The tiles of at most `most_queries`, and the slices, that take least time by these costs, in
 // rounds of the busiest multiprocessor. Larger tiles read each value less often. Slices give more
 // blocks work, but their sums are written and read again. All sums together have at most `room`
 // numbers.
-Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors,
+Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors, bool rounded,
                  const TilingCosts& costs, int most_queries, Index room) {
   Tiling best = {};
   Index least = 0;
-  const Index panels = divide_up(features, kPanel), size = slice_size(queries, references);
+  const Index panels = divide_up(features, kPanel), size = slice_size(queries, references, rounded);
   const Index most = larger(1, smaller(smaller(kMostSlices, panels / kSlicePanels), room / size));
   for (const TileCost& cost : costs.tiles) {
     if (cost.clocks == 0 || cost.queries > most_queries) continue;
@@ -212,7 +215,7 @@ class Calculation {
     parts_.sums = arena_.take<float>(room_);
     // Weighted sums are made after all distances of a chunk, from which on its slices are not
     // needed.
-    slices_.products = reinterpret_cast<float2*>(parts_.sums);
+    slices_.products = parts_.sums;
     parts_.counts = arena_.take<int>(queries);
     lists_.listed = arena_.take<int>(listed);
     lists_.counts = arena_.take<int>(groups);
@@ -313,7 +316,7 @@ class Calculation {
   Index size_of_slices() const {
     const Index queries = partition_.queries, references = partition_.references;
     const Index slices = tiling(queries, references, true, limits.parts).slices;
-    return slices > 1 ? slices * slice_size(queries, references) : 0;
+    return slices > 1 ? slices * slice_size(queries, references, kRounded<R>) : 0;
   }
 
   template <class Kernel, class... Arguments>
@@ -418,10 +421,21 @@ class Calculation {
     if (found.queries == 64) return find_products<PROJECT, 64, 128>(rows, found.slices);
     if constexpr (std::is_same<R, float>::value)
       if (warpgroups())
-        return find_products<PROJECT, WarpgroupMemory>(rows, found.slices,
-                                                       warpgroup_distances<PROJECT, false>,
-                                                       warpgroup_distances<false, true>);
+        return find_products<PROJECT, WarpgroupMemory<float, 128>>(
+            rows, found.slices, warpgroup_distances<PROJECT, false>,
+            warpgroup_distances<false, true>);
+    if constexpr (kRounded<R>) {
+      if (found.queries == 256) return find_in_warpgroups<PROJECT, 256>(rows, found.slices);
+      if (warpgroups()) return find_in_warpgroups<PROJECT, 128>(rows, found.slices);
+    }
     find_products<PROJECT, 128, 128>(rows, found.slices);
+  }
+
+  template <bool PROJECT, int QUERIES>
+  void find_in_warpgroups(const Halves& rows, Index slices) const {
+    find_products<PROJECT, WarpgroupMemory<R, QUERIES>>(
+        rows, slices, rounded_warpgroup_distances<QUERIES, PROJECT, false>,
+        rounded_warpgroup_distances<QUERIES, false, true>);
   }
 
   template <bool PROJECT, int QUERIES, int REFERENCES>
@@ -452,27 +466,26 @@ class Calculation {
     sums.stride = round_up(references(), kPanel);
     sums.trips = static_cast<int>(divide_up(trips, slices));
     sums.count = static_cast<int>(divide_up(trips, sums.trips));
-    sums.squares = reinterpret_cast<double*>(sums.products + sums.count * queries() * sums.stride);
+    sums.squares = reinterpret_cast<double*>(static_cast<SliceSum<R>*>(sums.products) +
+                                             sums.count * queries() * sums.stride);
     grid.z = sums.count;
     run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y<R>(), center_, pairs_,
         sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
-        0,
-        geforce_ ? finish_distances<Stored<R>, true, PROJECT>
-                 : finish_distances<Stored<R>, false, PROJECT>,
-        rows, y(), center_, pairs_, sums);
+        0, geforce_ ? finish_distances<R, true, PROJECT> : finish_distances<R, false, PROJECT>,
+        rows, y<R>(), center_, pairs_, sums);
   }
 
-  // Whether tiles of 128 × 128 are those of warpgroups. They take aligned rows alone.
-  bool warpgroups() const { return std::is_same<R, float>::value && stream_.warpgroups(); }
+  // Whether the largest tiles are those of warpgroups. They take aligned rows alone.
+  bool warpgroups() const { return sizeof(R) == sizeof(float) && stream_.warpgroups(); }
   const TilingCosts& costs() const {
-    if (kRounded<R>) return kRoundedCosts;
+    if (kRounded<R>) return warpgroups() ? kRoundedWarpgroupCosts : kRoundedCosts;
     return warpgroups() ? kWarpgroupCosts : geforce_ ? kGeforceCosts : kCosts;
   }
   Tiling tiling(Index queries, Index references, bool aligned, Index room) const {
-    const int most_queries = warpgroups() && !aligned ? 64 : 128;
-    return tiling_of(queries, references, features_, stream_.multiprocessors(), costs(),
-                     most_queries, room);
+    const int most_queries = warpgroups() && !aligned ? 64 : 256;
+    return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
+                     costs(), most_queries, room);
   }
 
   Grid tiles(int rows, int references) const {

@@ -421,7 +421,7 @@ using Columns = float[8][4];
 struct BegunProduct {
   Columns* d;
   bool first;              // no product with this d was under way
-  float was[8][4];         // d, if it is the first
+  float was[8][4];         // d, if it is the first; 0 if it does not add to d
   const std::uint32_t* a;  // the operand of this thread, which must not change
   std::uint32_t kept[4];
   float rows[2][16];  // rows g and g + 8 of a
@@ -822,7 +822,8 @@ void begin_products() {}
 void commit_products() { ++products().groups; }
 void publish_shared() { copies().published = true; }
 
-void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, int apart) {
+void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, int apart,
+                   bool adds) {
   if (unpublished()) die(who() + "multiplies copies that were not published before a barrier");
   if (!is_shared(b, apart + 64 * 16) || !on_boundary(b, 16) || apart % 16 != 0)
     die(who() + "multiplies what is not an operand in its block's shared memory");
@@ -830,8 +831,9 @@ void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b,
   BegunProduct begun = {&d, true, {}, a, {a[0], a[1], a[2], a[3]}, {}, nullptr, apart, mine.groups};
   begun.b = static_cast<const std::uint16_t*>(b);
   for (const BegunProduct& other : mine.begun) begun.first = begun.first && other.d != &d;
+  if (!begun.first && !adds) die(who() + "drops a product that is under way");
   if (begun.first) {
-    std::memcpy(begun.was, d, sizeof d);
+    if (adds) std::memcpy(begun.was, d, sizeof d);
     std::memset(d, 0xff, sizeof d);
   }
   share_rows(a, begun.rows);

@@ -157,7 +157,8 @@ inline void multiply_halves(float (&d)[4], const std::uint32_t (&a)[4],
 // The products are computed when the thread waits for them and not before. Until then d is NaN.
 // Each warp of the warpgroup meets for itself.
 void begin_products();
-void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, int apart);
+void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, int apart,
+                   bool adds = true);
 void commit_products();
 template <int PENDING>
 void wait_products() {

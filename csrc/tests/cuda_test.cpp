@@ -193,6 +193,37 @@ void check_tiles() {
   }
 }
 
+// Precision "medium", in tiles of 128 references × 128 or 256 queries, whole and with slices of the
+// features.
+void check_rounded_tiles() {
+  const auto rounded = [](auto call) {
+    return [call](Problem problem, const auto& out) {
+      problem.precision = Precision::medium;
+      return call(problem, out);
+    };
+  };
+  struct Tiles {
+    Shape shape;
+    int multiprocessors;
+  };
+  for (const Tiles& tiles : {Tiles{{100, 40, 36}, 1}, Tiles{{129, 130, 68}, 1},
+                             Tiles{{100, 60, 512}, 2}, Tiles{{130, 60, 516}, 2}}) {
+    const Setting setting(90, tiles.multiprocessors);
+    const auto [B, M, N] = tiles.shape;
+    const auto seed = static_cast<std::uint64_t>(N);
+    const Case c = {B, M, N, Type::float32, Type::float32, 1, 0, seed};
+    const Inputs in(c);
+    run_in(one_of_all(seed), [&](Implementation tested) {
+      tested.mean_tolerance = 3e-3;
+      tested.forward = rounded(tested.forward), tested.backward = rounded(tested.backward);
+      const Results out(c);
+      run_forward(tested, c, in, out);
+      tested.backward(problem_of(c, in, 0), out.backward(in, 7));
+      return out;
+    });
+  }
+}
+
 // Chunks of 128 references and blocks of a few queries; the last of each is smaller.
 void check_parts() {
   const auto limits = [](Index queries) { return CudaLimits{600, 1, queries, 128}; };
@@ -354,6 +385,7 @@ int main() {
   check_shapes();
   check_orders();
   check_tiles();
+  check_rounded_tiles();
   check_parts();
   for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}}) {
     check_not_finite(shape, true, NAN);  // all pairs of a query are refined

@@ -329,8 +329,8 @@ struct WideHalves {
   float* d;                    // (64, 64)
 };
 
-// d += a b by a warpgroup, in two products. If `apart`, d may be used between them.
-__global__ void multiply_in_warpgroup(const WideHalves p, bool apart) {
+// d = a b, or d += a b, by a warpgroup, in two products. If `apart`, d may be used between them.
+__global__ void multiply_in_warpgroup(const WideHalves p, bool adds, bool apart) {
   const unsigned thread = threadIdx.x, g = thread % 32 / 4, t = thread % 4;
   auto* const b = reinterpret_cast<std::uint16_t*>(shared_memory());  // piece, column, 8 rows
   for (unsigned i = thread; i < 32 * 64; i += 128)
@@ -351,7 +351,7 @@ __global__ void multiply_in_warpgroup(const WideHalves p, bool apart) {
     for (unsigned e = 0; e < 4; ++e) d[n][e] = at(n, e);
   keep_in_place(d);
   begin_products();
-  begin_product(d, a[0], b, 64 * 16);
+  begin_product(d, a[0], b, 64 * 16, adds);
   commit_products();
   expect(std::isnan(d[3][2]), "a product that is under way has no result");
   if (apart) wait_products<0>();
@@ -371,21 +371,24 @@ void check_product_of_warpgroup() {
     for (std::uint16_t& v : *values) v = half_of(normal(engine));
   std::vector<float> start(64 * 64);
   for (float& v : start) v = normal(engine);
-  std::vector<float> expected = start;
-  for (int i = 0; i < 64 * 64; ++i)
-    for (int step = 0; step < 2; ++step) {
-      double sum = expected[i];
-      for (int k = 16 * step; k < 16 * step + 16; ++k)
-        sum += static_cast<double>(half_to_float(a[i / 64 * 32 + k])) *
-               half_to_float(b[k * 64 + i % 64]);
-      expected[i] = static_cast<float>(sum);
-      if (std::fabs(expected[i]) > std::fabs(sum)) expected[i] = std::nextafter(expected[i], 0.0f);
+  for (const bool adds : {false, true}) {
+    std::vector<float> expected = adds ? start : std::vector<float>(64 * 64);
+    for (int i = 0; i < 64 * 64; ++i)
+      for (int step = 0; step < 2; ++step) {
+        double sum = expected[i];
+        for (int k = 16 * step; k < 16 * step + 16; ++k)
+          sum += static_cast<double>(half_to_float(a[i / 64 * 32 + k])) *
+                 half_to_float(b[k * 64 + i % 64]);
+        expected[i] = static_cast<float>(sum);
+        if (std::fabs(expected[i]) > std::fabs(sum))
+          expected[i] = std::nextafter(expected[i], 0.0f);
+      }
+    for (const bool apart : {false, true}) {
+      std::vector<float> d = start;
+      launch({"multiply_in_warpgroup", {1}, 128, 32 * 64 * 2}, multiply_in_warpgroup,
+             WideHalves{a.data(), b.data(), d.data()}, adds, apart);
+      expect(d == expected, "begin_product");
     }
-  for (const bool apart : {false, true}) {
-    std::vector<float> d = start;
-    launch({"multiply_in_warpgroup", {1}, 128, 32 * 64 * 2}, multiply_in_warpgroup,
-           WideHalves{a.data(), b.data(), d.data()}, apart);
-    expect(d == expected, "begin_product");
   }
 }
 
@@ -527,12 +530,13 @@ struct Scenario {
 alignas(16) float some_floats[256];
 int some_ints[1024];
 
-// 0: nothing waits for the product. 1: its operand changes. 2: copies are not published.
+// 0: nothing waits for the product. 1: its operand changes. 2: copies are not published. 3: another
+// product replaces it.
 __global__ void wrong_product(const float* from, int what) {
   copy_async<16>(shared_memory() + 16 * threadIdx.x, from);
   commit_copies();
   wait_copies<0>();
-  if (what < 2) publish_shared();
+  if (what != 2) publish_shared();
   __syncthreads();
   float d[8][4] = {};
   std::uint32_t a[4] = {};
@@ -540,6 +544,7 @@ __global__ void wrong_product(const float* from, int what) {
   begin_product(d, a, shared_memory(), 1024);
   commit_products();
   if (what == 0) return;
+  if (what == 3) begin_product(d, a, shared_memory(), 1024, false);
   a[2] = 1;
   wait_products<0>();
 }
@@ -553,6 +558,8 @@ const Scenario kScenarios[] = {
      [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 1); }},
     {"unpublished", "multiplies copies that were not published before a barrier", Finder::shim,
      [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 2); }},
+    {"dropped product", "drops a product that is under way", Finder::shim,
+     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 3); }},
     {"boundary", "off their boundary", Finder::shim,
      [] { launch({"off_boundary", {1}, 32, 128}, off_boundary, some_floats); }},
     {"outside", "not its block's shared memory", Finder::shim,

@@ -761,19 +761,28 @@ ON_DATA = {
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("name", ["<false, false>", "<true, false>", "<false, true>"])
-def test_products_of_warpgroups_overlap(name):
-    """A panel waits for each half of its products once. A compiler that finds their registers used
-    too early lets them run one after the other, and waits for each."""
-    kernel = kernels.cuda_kernel(H100, f"warpgroup_distances{name}", 0)
+@pytest.mark.parametrize("name", ["false, false>", "true, false>", "false, true>"])
+@pytest.mark.parametrize(
+    ("kernel", "products", "groups"),
+    [
+        ("warpgroup_distances<", 6, 2),
+        ("rounded_warpgroup_distances<128, ", 2, 2),
+        ("rounded_warpgroup_distances<256, ", 2, 4),
+    ],
+)
+def test_products_of_warpgroups_overlap(kernel, name, products, groups):
+    """A panel waits once for the products of each group of 64 queries. A compiler that finds their
+    registers used too early lets them run one after the other, and waits for each."""
+    kernel = kernels.cuda_kernel(H100, f"{kernel}{name}", 0)
     body = kernel.body(kernels.loop_with_most(kernel, "tensor"))
     names = [one.name for one in body]
-    assert sum(name.startswith("HGMMA.64x64x16") for name in names) == 12
-    assert sum(name.startswith("WARPGROUP.DEPBAR") for name in names) == 2
+    assert sum(name.startswith("HGMMA.64x64x16") for name in names) == products * groups
+    assert sum(name.startswith("WARPGROUP.DEPBAR") for name in names) == groups
+    assert not any(name.startswith(("LDL", "STL")) for name in names)
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-@pytest.mark.parametrize("type", ["float32", "BFloat16", "Float16", "uint8"])
+@pytest.mark.parametrize("type", ["float32", "Rounded", "BFloat16", "Float16", "uint8"])
 def test_machine_code_has_what_is_counted(type):
     """Barriers and matrix instructions are those of the code. Its copies are at least those that
     are counted; some are made by some threads only."""
@@ -819,6 +828,8 @@ def test_machine_code_has_what_is_counted(type):
     }
     if type != "float32":
         declared -= {"warpgroup_distances"}
+    if type != "Rounded":
+        declared -= {"rounded_warpgroup_distances"}
     assert seen == declared
 
 

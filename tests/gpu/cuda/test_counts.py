@@ -336,6 +336,47 @@ def test_medium(run, sizes, multiprocessors):
     check(run(clusters(*sizes), multiprocessors=multiprocessors, precision="medium"))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "multiprocessors", "kernel"),
+    [
+        ((100, 300, 96), 1, "128, 128, false, false"),
+        ((97, 127, 1536), 3, "128, 128, false, true"),
+    ],
+)
+def test_medium_on_an_a100(run, sizes, multiprocessors, kernel):
+    given = clusters(*sizes), torch.float32, multiprocessors
+    found = run(*given, precision="medium", like=devices.A100)
+    assert f"distances<Rounded, {kernel}>" in {one.kernel for one in found.model}
+    check(found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multiprocessors", "kernel"),
+    [
+        ((100, 300, 96), 1, "<128, false, false>"),
+        ((129, 40, 36), 1, "<256, false, false>"),
+        ((257, 129, 72), 1, "<256, false, false>"),
+        ((97, 127, 1536), 3, "<128, false, true>"),
+        ((201, 127, 1552), 3, "<256, false, true>"),
+    ],
+)
+def test_medium_on_an_h100(run, sizes, multiprocessors, kernel):
+    found = run(clusters(*sizes), multiprocessors=multiprocessors, precision="medium")
+    assert f"rounded_warpgroup_distances{kernel}" in {one.kernel for one in found.model}
+    check(found)
+    # Not of refine: a pair more or less may be refined.
+    check_longest(Run(*([one for one in each if "distances" in one.name] for each in found)))
+
+
+def test_medium_gradients_on_an_h100(run):
+    for B in (100, 150):
+        found = run(clusters(B, 192, 96), multiprocessors=1, backward=True, precision="medium")
+        kernels = {one.kernel for one in found.model}
+        name = f"rounded_warpgroup_distances<{128 if B < 129 else 256}, "
+        assert {f"{name}{project}, false>" for project in ("false", "true")} <= kernels
+        check(found)
+
+
 def test_medium_in_chunks_and_blocks(run, small_chunks):
     check(run(clusters(100, 700, 64), precision="medium"))
 
