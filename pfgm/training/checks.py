@@ -48,8 +48,10 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
             f"data has shape {tuple(data.shape)}; allowed is (n, *S) with S = {flow.shape}."
         )
     if len(data) < config.batch_size:
+        hint = f" Allowed is a batch_size of 1 to {len(data)} (--batch-size on the command line)."
         raise ValueError(
             f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
+            + (hint if len(data) else "")
         )
 
 
