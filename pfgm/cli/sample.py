@@ -23,6 +23,7 @@ from ..data.images import save_image
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
+from ..plotting.figures import require_matplotlib
 from ..pretrained import pretrained_path
 from ..training import checkpoint
 from .options import SamplingOptions
@@ -72,6 +73,8 @@ class Sample:
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
                 "a name that ends in .npy."
             )
+        if self.out.suffix == ".png":
+            require_matplotlib()
         with output_folder(self.out.parent):
             batches = self._draw(flow, network, device)
             if self._is_folder():

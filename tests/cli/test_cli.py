@@ -185,6 +185,23 @@ def test_rejected_settings_leave_no_folder(run, tmp_path, capsys):
         assert not list(tmp_path.iterdir())
 
 
+def test_pictures_without_matplotlib_are_refused_before_the_work(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "pfgm.plotting.shown_figure", raising=False)
+    monkeypatch.setattr(pfgm.networks.UNet, "forward", None)  # a call of it is a TypeError
+    out = ["--out", tmp_path / "new"]
+    for arguments in (
+        ["sample", "--pretrained", "digits", "--out", tmp_path / "x.png"],
+        ["evaluate", *out, "--checkpoint", run],
+        ["demo", *out],
+        ["train", *out, *TRAIN, "--evaluate-every", 3],
+    ):
+        assert "plotting needs matplotlib" in fails(capsys, *arguments)
+        assert not list(tmp_path.iterdir())
+
+
 def test_bad_option_values(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in ("train", "demo", "evaluate", "sample"):
