@@ -153,6 +153,9 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     assert "output folder" in fails(capsys, *sample, blocked / "x.npy")
     assert "n is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--n", 0)
     assert "steps is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--steps", 0)
+    assert "label is 7, but the network was trained without labels" in fails(
+        capsys, *sample, tmp_path / "x.npy", "--label", 7
+    )
     assert "device is 'abacus'" in fails(capsys, *sample, tmp_path / "x.npy", "--device", "abacus")
     missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
     assert "no checkpoint at" in fails(capsys, *missing)
