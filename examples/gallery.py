@@ -99,5 +99,7 @@ if __name__ == "__main__":
     folder = check_folder(options.out)
     n, lines = (100, 20) if options.quick else (800, 150)
     for name in DATA_SETS:
+        print(f"drawing {name}")
         draw(name, folder, n, lines)
+    print("drawing the paths of the solvers")
     compare_solvers(folder, n)

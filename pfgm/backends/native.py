@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from array import array
 from types import ModuleType
 
@@ -64,7 +65,32 @@ def _load() -> ModuleType | None:
     return importlib.import_module("pfgm._native")
 
 
+# A checkout has the sources of pfgm.kernels in another place, so only an installation has it.
+_installed = importlib.util.find_spec("pfgm.kernels") is not None
+
+
+def _why_missing() -> str:
+    """Why there is no extension."""
+    if _installed:
+        return "pfgm was installed without its native extension (PFGM_NATIVE=0)"
+    return "pfgm was imported from its sources, in which nothing is compiled"
+
+
+def _warn_of_sources() -> None:
+    """Warns if the sources were imported, which Python finds before an installed pfgm where it is
+    started in a checkout."""
+    if not _installed:
+        warnings.warn(
+            f"{_why_missing()}, so it computes slowly, in plain torch. Start Python in another "
+            "folder, or install the sources where they are: pip install -e .",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 _native = _load()
+if _native is None:
+    _warn_of_sources()
 
 
 def extension() -> ModuleType:
@@ -74,7 +100,7 @@ def extension() -> ModuleType:
         RuntimeError: pfgm was installed without it.
     """
     if _native is None:
-        raise RuntimeError("pfgm was installed without its native extension (PFGM_NATIVE=0).")
+        raise RuntimeError(f"{_why_missing()}.")
     return _native
 
 
@@ -87,7 +113,7 @@ def supports(
     device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
 ) -> str | None:
     if _native is None:
-        return "pfgm was installed without its native extension (PFGM_NATIVE=0)"
+        return _why_missing()
     if _on_cuda(device):
         return _cuda_supports(device, dtype, references)
     if device.type != "cpu":
@@ -140,7 +166,7 @@ def describe() -> str:
 def build_lines() -> list[str]:
     """How the extension was built, and the GPUs that its CUDA runtime finds, for ``pfgm info``."""
     if _native is None:
-        return ["extension  not built (PFGM_NATIVE=0)"]
+        return [f"extension  not built: {_why_missing()}"]
     info = _native.build_info()
     architectures = info["cuda_architectures"] or "none"
     version, driver = _native.cuda_versions()

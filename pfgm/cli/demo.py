@@ -19,6 +19,7 @@ from ..common.messages import print_notice
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
 from ..networks import UNet
+from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
 from ..training import Terminated, TrainConfig, Trainer, checkpoint
 from ..training.locks import locked
@@ -111,6 +112,7 @@ def _run(
 ) -> dict[str, Any]:
     from ..plotting import image_grid, trajectory_grid
 
+    require_matplotlib()
     started = time.perf_counter()
     digits = data.digits()
     flow = PoissonFlow.from_data(digits.train)

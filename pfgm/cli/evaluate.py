@@ -26,7 +26,8 @@ from ..flows.sampling import check_steps
 from ..metrics import inception_metrics
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
-from ..references import ReferenceSet
+from ..plotting.figures import require_matplotlib
+from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
@@ -115,6 +116,8 @@ class Evaluate:
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
             warn_of_range(rows)
         self._check_data(name, data, source)
+        if _are_images(data.train) or self.curve:
+            require_matplotlib()
         with output_folder(self.out):
             self._measure(name, data, source, device)
         print(self.out)
@@ -311,10 +314,14 @@ def _write_csv(path: Path, points: list[Point]) -> None:
     write_atomic(path, lambda file: file.write(lines.getvalue().encode()))
 
 
+def _are_images(samples: References) -> bool:
+    return samples.ndim == 4 and samples.shape[1] in (1, 3)
+
+
 def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: float) -> None:
     from ..plotting import image_grid, quality_curve
 
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+    if _are_images(samples):
         image_grid(samples[:_PICTURE_SAMPLES], folder / "samples.png")
     if points:
         curves = evaluation.as_curves(points)

@@ -23,6 +23,8 @@ from ..data.images import save_image
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
+from ..networks.registry import label_count
+from ..plotting.figures import require_matplotlib
 from ..pretrained import pretrained_path
 from ..training import checkpoint
 from .options import SamplingOptions
@@ -72,6 +74,8 @@ class Sample:
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
                 "a name that ends in .npy."
             )
+        if self.out.suffix == ".png":
+            require_matplotlib()
         with output_folder(self.out.parent):
             batches = self._draw(flow, network, device)
             if self._is_folder():
@@ -115,6 +119,10 @@ class Sample:
     def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Iterator[Tensor]:
         """The samples, a batch at a time."""
         label = self._label()
+        if label is not None and not label_count(network):
+            raise ValueError(
+                f"label is {self.label}, but the network was trained without labels; leave it out."
+            )
         batches = sample_batches(
             flow,
             network,

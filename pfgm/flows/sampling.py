@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, overload
 
 import torch
@@ -363,15 +364,19 @@ def _progress_shown(
 
 def check_steps(name: str, steps: object) -> None:
     """Raises ValueError unless steps is a number of steps that a solver can take."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+    if (
+        isinstance(steps, bool)
+        or not isinstance(steps, Integral)
+        or not 1 <= int(steps) <= _MOST_STEPS
+    ):
         raise ValueError(
             f"{name} is {steps!r}; allowed is an integer of at least 1 and at most {_MOST_STEPS}."
         )
 
 
-def check_count(n: int) -> None:
+def check_count(n: object) -> None:
     """Raises ValueError unless n is a number of samples."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+    if isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 0:
         raise ValueError(f"n is {n!r}; allowed is an integer of at least 0.")
 
 

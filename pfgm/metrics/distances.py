@@ -142,7 +142,10 @@ def kernel_distance(
         ],
         dtype=torch.float64,
     )
-    return KernelDistance(float(found.mean()), float(found.std()) if subsets > 1 else math.nan)
+    deviation = float(found.std()) if subsets > 1 else math.nan
+    if math.isinf(deviation):
+        raise ValueError("a and b hold values so large that the deviation overflows.")
+    return KernelDistance(float(found.mean()), deviation)
 
 
 def precision_recall(
@@ -346,7 +349,9 @@ def check_finite(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
 
 
-def _check_floating(name: str, x: Tensor) -> None:
+def _check_floating(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
     if not x.is_floating_point():
         raise TypeError(
             f"{name} has dtype {x.dtype}; allowed are floating dtypes (pfgm.data.to_unit "

@@ -25,14 +25,21 @@ _BAR = 12  # width of a colour bar
 _BAR_ROOM = 64  # width of a colour bar with its numbers
 
 
-def new_figure(width: int, height: int) -> Figure:
-    """An empty white figure of this size in pixels."""
+def require_matplotlib() -> None:
+    """Raises ImportError if matplotlib is missing. Long work that ends in a picture asks first."""
     try:
-        from .shown_figure import ShownFigure
+        from .shown_figure import ShownFigure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError(
             "plotting needs matplotlib; in a checkout: pip install '.[demo]'"
         ) from error
+
+
+def new_figure(width: int, height: int) -> Figure:
+    """An empty white figure of this size in pixels."""
+    require_matplotlib()
+    from .shown_figure import ShownFigure
+
     return ShownFigure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
 

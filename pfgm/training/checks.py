@@ -48,8 +48,10 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
             f"data has shape {tuple(data.shape)}; allowed is (n, *S) with S = {flow.shape}."
         )
     if len(data) < config.batch_size:
+        hint = f" Allowed is a batch_size of 1 to {len(data)} (--batch-size on the command line)."
         raise ValueError(
             f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
+            + (hint if len(data) else "")
         )
 
 
@@ -70,10 +72,12 @@ def warn_of_range(data: References) -> None:
     if data.ndim != 4 or data.shape[1] not in (1, 3) or data.dtype == torch.uint8:
         return
     low, high = value_range(data)
+    if not math.isfinite(low + high):  # an error elsewhere
+        return
     if low >= -1 - _SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
         return
-    option, formula = f"{low:.4g} {high:.4g}", "2 * (data - low) / (high - low) - 1"
-    if low >= 0:
+    option, formula = f"{low:g} {high:g}", "2 * (data - low) / (high - low) - 1"
+    if low >= 0 and high <= 255:
         option, formula = ("0 1", "2 * data - 1") if high <= 1 else ("0 255", "data / 127.5 - 1")
     warnings.warn(
         f"data holds images with values from {low:.4g} to {high:.4g}, but images should be in "

@@ -13,6 +13,7 @@ from ..data import to_unit
 from ..datasets import Data
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.flow import Flow
+from ..plotting.figures import require_matplotlib
 from .run_config import MIN_SAMPLES, RunConfig
 
 _MAX_COMPARED_ROWS = 10_000  # of the data
@@ -43,10 +44,16 @@ class Evaluation:
             generator = torch.Generator().manual_seed(0)
             rows = against.draw(_MAX_COMPARED_ROWS, generator=generator)
         self._rows, self._against = rows, against
+        if self._draws_pictures and config.training.evaluate_every:
+            require_matplotlib()
+
+    @property
+    def _draws_pictures(self) -> bool:
+        return len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3)
 
     def __call__(self, step: int, network: nn.Module) -> dict[str, float]:
         samples = self._samples(network)
-        if len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3):
+        if self._draws_pictures:
             from ..plotting import image_grid
 
             image_grid(samples[:_PICTURE_SAMPLES], self._folder / f"samples-{step:08d}.png")

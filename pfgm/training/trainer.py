@@ -222,8 +222,10 @@ class Trainer:
                 if due or last:
                     self.save()
                 if self._evaluation_due(last and not stopped) and self.evaluate is not None:
+                    bar.set_description("evaluation")  # which may take a minute
                     with self._save_on_error():
                         log.write(self.step, self.evaluate(self.step, self.averaged), "evaluations")
+                    bar.set_description("training")
         if received[:1] == [signal.SIGINT]:
             raise KeyboardInterrupt
         if received or stopped:

@@ -153,6 +153,9 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     assert "output folder" in fails(capsys, *sample, blocked / "x.npy")
     assert "n is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--n", 0)
     assert "steps is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--steps", 0)
+    assert "label is 7, but the network was trained without labels" in fails(
+        capsys, *sample, tmp_path / "x.npy", "--label", 7
+    )
     assert "device is 'abacus'" in fails(capsys, *sample, tmp_path / "x.npy", "--device", "abacus")
     missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
     assert "no checkpoint at" in fails(capsys, *missing)
@@ -182,6 +185,23 @@ def test_rejected_settings_leave_no_folder(run, tmp_path, capsys):
         (["sample", "--out", tmp_path / "new" / "x.npy", "--checkpoint", run, "--steps", 0], "0"),
     ):
         assert message in fails(capsys, *arguments)
+        assert not list(tmp_path.iterdir())
+
+
+def test_pictures_without_matplotlib_are_refused_before_the_work(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "pfgm.plotting.shown_figure", raising=False)
+    monkeypatch.setattr(pfgm.networks.UNet, "forward", None)  # a call of it is a TypeError
+    out = ["--out", tmp_path / "new"]
+    for arguments in (
+        ["sample", "--pretrained", "digits", "--out", tmp_path / "x.png"],
+        ["evaluate", *out, "--checkpoint", run],
+        ["demo", *out],
+        ["train", *out, *TRAIN, "--evaluate-every", 3],
+    ):
+        assert "plotting needs matplotlib" in fails(capsys, *arguments)
         assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """Samples drawn in batches."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,3 +33,11 @@ def test_more_samples_than_the_memory_holds():
         MemoryError, match="n is 100000000000000, and 100000000000000 samples of shape"
     ):
         draw_prior(pfgm.PoissonFlow((2,), data_norm=1.0), 10**14, seed=0)
+
+
+def test_counts_of_numpy_are_counts():
+    flow = pfgm.PoissonFlow((3,), data_norm=1.0)
+    drawn = flow.sample(flow.empirical(torch.ones(4, 3)), np.int64(2), steps=np.int64(3))
+    assert drawn.shape == (2, 3)
+    with pytest.raises(ValueError, match="allowed is an integer of at least 0"):
+        flow.sample(flow.empirical(torch.ones(4, 3)), np.float64(2))

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pfgm import data, metrics
+from pfgm import ReferenceSet, data, metrics
 from pfgm.metrics import distances
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -416,6 +416,14 @@ def test_counts_of_the_kernel_distance(option: str) -> None:
 def test_kernel_distance_that_overflows_raises() -> None:
     with pytest.raises(ValueError, match="kernel distance overflows"):
         metrics.kernel_distance(normal(8, 2) * 1e100, normal(8, 2))
+    with pytest.raises(ValueError, match="the deviation overflows"):
+        metrics.kernel_distance(normal(8, 2) * 1e30, normal(8, 2))
+
+
+@pytest.mark.parametrize("kind", [Tensor.numpy, Tensor.tolist, ReferenceSet])
+def test_what_is_no_tensor_is_named(kind: Any) -> None:
+    with pytest.raises(TypeError, match=r"^b is a (ndarray|list|ReferenceSet); allowed is a torch"):
+        metrics.frechet_distance(normal(8, 2), kind(normal(8, 2)))
 
 
 def density_coverage_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[float, float]:

@@ -110,6 +110,18 @@ def test_a_published_loss_in_one_call(in_float64):
         )
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "index.md"], ids=name)
+def test_first_commands_run_in_the_environment_that_they_make(page):
+    """Nothing has put `.venv/bin` on the search path of a reader of these two pages."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^ {4}(\S.*)$", text, flags=re.MULTILINE)
+    commands = [command for line in lines for command in line.split(" && ")]
+    assert len(commands) > 2
+    for command in commands:
+        assert command.startswith((".venv/bin/", "python3 -m venv .venv")), command
+    assert not re.findall(r"(?<![/\w])(?:pip install|mkdocs serve)[^`]*`", text)
+
+
 def text_without_code(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`\n]*`", "", text)

@@ -15,6 +15,7 @@ import torch
 import pfgm
 from pfgm import cli
 from pfgm.training import TrainConfig
+from pfgm.training.checks import warn_of_range
 from pfgm.training.runs import RunConfig, start
 
 SMALL = TrainConfig(
@@ -227,6 +228,17 @@ def test_images_of_another_range_give_a_warning_with_the_remedy(tmp_path, low, h
     path = str(images_of(tmp_path, low, high))
     with pytest.warns(UserWarning, match=remedy):
         run(tmp_path / "run", data=path)
+
+
+def test_only_bytes_are_taken_for_bytes():
+    images = torch.linspace(0, 65535, 128).reshape(2, 1, 8, 8)
+    with pytest.warns(UserWarning, match="--range 0 65535 on the command line, or by 2"):
+        warn_of_range(images)
+
+
+def test_images_that_are_not_finite_have_no_range(recwarn):
+    warn_of_range(torch.full((2, 1, 8, 8), math.nan))
+    assert not recwarn
 
 
 def test_other_data_give_no_warning(tmp_path, recwarn):

@@ -135,8 +135,11 @@ def test_bad_settings(arguments, message):
 def test_bad_data(flow, data):
     with pytest.raises(ValueError, match="data has shape"):
         Trainer(flow, new_network(), torch.zeros(50, 3), SMALL)
-    with pytest.raises(ValueError, match="data has 5 rows; at least batch_size, 8"):
+    with pytest.raises(ValueError, match="data has 5 rows; at least batch_size, 8") as raised:
         Trainer(flow, new_network(), data[:5], SMALL)
+    assert "Allowed is a batch_size of 1 to 5 (--batch-size on the" in str(raised.value)
+    with pytest.raises(ValueError, match=r"at least batch_size, 8, are needed\.$"):
+        Trainer(flow, new_network(), data[:0], SMALL)
     data[17, 1] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         Trainer(flow, new_network(), data, config(references=50), progress=False).train()
