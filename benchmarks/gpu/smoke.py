@@ -26,6 +26,7 @@ SHAPES = {
     "products, 64 queries a tile": (590, 1030, 100),
     "products, 128 references a tile": (590, 4100, 100),
     "products, 128 references and queries a tile": (1020, 2040, 100),
+    "products, 128 references and 256 queries a tile": (1020, 4100, 36),
     "slices of the features, 32 queries a tile": (66, 33, 3070),
     "slices of the features, 64 queries a tile": (40, 1500, 2070),
 }
