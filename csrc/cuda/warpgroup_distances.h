@@ -298,6 +298,7 @@ template <int QUERIES, bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__(kDistanceThreads, 1)
     rounded_warpgroup_distances(const Halves x, const Rows<Rounded> y, const Center center,
                                 const Pairs out, const Slices slices) {
+  wait_for_earlier_launches();
 #if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Memory = WarpgroupMemory<Rounded, QUERIES>;
   constexpr int kGroups = QUERIES / kOfProduct;  // of queries
