@@ -230,6 +230,7 @@ COSTS = _costs(500, 800, 1200, 2200, 4500)
 WARPGROUP_COSTS = _costs(500, 800, 1200, 1550, 4500)
 GEFORCE_COSTS = _costs(830, 1450, 2480, 4650, 25000)
 ROUNDED_COSTS = _costs(430, 600, 1300, 1550, 4500)
+ROUNDED_GEFORCE_COSTS = _costs(430, 600, 1300, 1550, 25000)
 ROUNDED_WARPGROUP_COSTS = _costs(430, 600, 1300, 1000, 4500, of_256=1450)
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
 _BYTES_PER_CLOCK = 25
@@ -260,12 +261,12 @@ def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
 
 
 def _costs_on(shape: Shape, card: Device) -> TilingCosts:
-    of_warpgroups = _warpgroups(shape, card)
-    if shape.type == "Rounded":
-        return ROUNDED_WARPGROUP_COSTS if of_warpgroups else ROUNDED_COSTS
-    if of_warpgroups:
-        return WARPGROUP_COSTS
-    return GEFORCE_COSTS if card.geforce else COSTS
+    rounded = shape.type == "Rounded"
+    if _warpgroups(shape, card):
+        return ROUNDED_WARPGROUP_COSTS if rounded else WARPGROUP_COSTS
+    if card.geforce:
+        return ROUNDED_GEFORCE_COSTS if rounded else GEFORCE_COSTS
+    return ROUNDED_COSTS if rounded else COSTS
 
 
 def _cheapest(

@@ -108,6 +108,8 @@ constexpr TilingCosts kGeforceCosts = {
     {{32, 64, 830}, {64, 64, 1450}, {64, 128, 2480}, {128, 128, 4650}}, 25000};
 constexpr TilingCosts kRoundedCosts = {
     {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 4500};
+constexpr TilingCosts kRoundedGeforceCosts = {
+    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 25000};
 constexpr TilingCosts kRoundedWarpgroupCosts = {
     {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1000}, {256, 128, 1450}}, 4500};
 constexpr Index kOncePanels = 6;                    // what a block does once costs as much
@@ -479,8 +481,9 @@ class Calculation {
   // Whether the largest tiles are those of warpgroups. They take aligned rows alone.
   bool warpgroups() const { return sizeof(R) == sizeof(float) && stream_.warpgroups(); }
   const TilingCosts& costs() const {
-    if (kRounded<R>) return warpgroups() ? kRoundedWarpgroupCosts : kRoundedCosts;
-    return warpgroups() ? kWarpgroupCosts : geforce_ ? kGeforceCosts : kCosts;
+    if (warpgroups()) return kRounded<R> ? kRoundedWarpgroupCosts : kWarpgroupCosts;
+    if (geforce_) return kRounded<R> ? kRoundedGeforceCosts : kGeforceCosts;
+    return kRounded<R> ? kRoundedCosts : kCosts;
   }
   Tiling tiling(Index queries, Index references, bool aligned, Index room) const {
     const int most_queries = warpgroups() && !aligned ? 64 : 256;

@@ -277,7 +277,8 @@ struct TwoHalves {
 };
 __device__ inline TwoHalves split_halves(float first, float second) {
   const std::uint32_t high = halves_of(first, second);
-  return {high, halves_of(first - half_of_word(high, 0), second - half_of_word(high, 1))};
+  const float of_first = half_of_word(high, 0), of_second = half_of_word(high, 1);
+  return {high, halves_of(first - of_first, second - of_second)};
 }
 
 // One value as high + low in a word, high in its lower half.
