@@ -260,6 +260,53 @@ def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
     if checks_values(x.device) and bool(nearest.isnan().any()):
         raise ValueError(non_finite_message(x, references, "x"))
 
+def range_message(x: Tensor, references: Tensor, row: int) -> str:
+    """The error for references that a row of x needs and whose values its dtype cannot hold."""
+    most = torch.finfo(x.dtype).max
+    bad = first_bad_row(references.to(x.dtype))
+    where = "" if bad is None else f" (first in row {bad})"
+    return (
+        f"references holds values beyond the range of {x.dtype}{where}, which row {row} of x "
+        f"needs; allowed are values up to {most:.2g}, or x in torch.float64."
+    )
+
+
+def least_square(features: int, dtype: torch.dtype) -> float:
+    """Where d² + r² is at least this, underflow of squares takes less from it than rounding.
+
+    The same as in csrc/cpu/weights.h.
+    """
+    limits = torch.finfo(dtype)
+    return features * limits.tiny / limits.eps
+
+
+def underflow_message(x: Tensor, row: int) -> str:
+    """The error for a row of x near a reference, at a radius whose square is small too."""
+    least = math.sqrt(least_square(math.prod(x.shape[1:]), torch.float64))
+    return (
+        f"x and references differ by so little in row {row} of x that the squared distance "
+        f"underflows float64; allowed are distances that are 0 or at least {least:.1e}, or r, "
+        "sigma or z of at least that."
+    )
+
+
+def check_underflow(nearest: Tensor, radius: Tensor, x: Tensor) -> None:
+    """Raises ValueError if a result for x (B, N) depends on squared distances that underflow."""
+    least = least_square(x.shape[1], nearest.dtype)
+    low = (nearest > 0) & (nearest + radius.square() < least)
+    if bool(low.any()):
+        raise ValueError(underflow_message(x, int(low.flatten().nonzero()[0])))
+
+
+def check_range(mean: Tensor, x: Tensor, references: Tensor) -> None:
+    """Raises ValueError if the dtype of x cannot hold a mean over wider references."""
+    if references.dtype.itemsize <= x.dtype.itemsize:
+        return
+    row = first_bad_row(mean.to(x.dtype))
+    if row is not None:
+        raise ValueError(range_message(x, references, row))
+
+
 
 def layout_hint(found: Sequence[int], needed: Sequence[int]) -> str:
     """What to do about samples that are images with their channels last, where needed is (C, H, W).
