@@ -47,6 +47,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def is_whole(value: object) -> bool:
+    """Whether value is an integer of Python or NumPy, but not True or False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 LARGEST = sys.float_info.max
 """The largest finite number. torch.compile cannot compare a symbolic number with infinity."""
 
@@ -255,11 +260,6 @@ def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
     )
 
 
-def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
-    """Raises ValueError if a distance is NaN, where values are checked (:func:`checks_values`)."""
-    if checks_values(x.device) and bool(nearest.isnan().any()):
-        raise ValueError(non_finite_message(x, references, "x"))
-
 def range_message(x: Tensor, references: Tensor, row: int) -> str:
     """The error for references that a row of x needs and whose values its dtype cannot hold."""
     most = torch.finfo(x.dtype).max
@@ -307,6 +307,11 @@ def check_range(mean: Tensor, x: Tensor, references: Tensor) -> None:
         raise ValueError(range_message(x, references, row))
 
 
+def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
+    """Raises ValueError if a distance is NaN, where values are checked (:func:`checks_values`)."""
+    if checks_values(x.device) and bool(nearest.isnan().any()):
+        raise ValueError(non_finite_message(x, references, "x"))
+
 
 def layout_hint(found: Sequence[int], needed: Sequence[int]) -> str:
     """What to do about samples that are images with their channels last, where needed is (C, H, W).
@@ -331,6 +336,14 @@ def warn_channels_last(shape: Sequence[int]) -> None:
         )
 
 
+def check_dense(name: str, values: Tensor) -> None:
+    """Raises TypeError for a sparse tensor."""
+    if values.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {values.layout}; allowed is a dense tensor, {name}.to_dense()."
+        )
+
+
 def check_dtype(name: str, values: Tensor) -> None:
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
@@ -343,8 +356,25 @@ def check_floating(name: str, values: object, hint: str = "") -> None:
         raise TypeError(f"{name} has dtype {kind}; allowed is floating point{hint}.")
 
 
+def _is_boolean(value: object) -> bool:
+    """Whether value is True or False, which Python takes for 1 and 0."""
+    return isinstance(value, (bool, np.bool_))
+
+
+def check_at_least_0(name: str, value: float) -> None:
+    """Raises ValueError unless value is a finite number of at least 0."""
+    if _is_boolean(value) or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
+
+
+def check_not_empty(name: str, values: Tensor) -> None:
+    """Raises ValueError if there is no sample, of which there would be no average."""
+    if len(values) == 0:
+        raise ValueError(f"{name} is empty; allowed is at least one sample.")
+
+
 def positive(name: str, value: float) -> float:
-    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+    if _is_boolean(value) or not _FLOAT32.tiny <= value <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
             f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}."
@@ -353,7 +383,7 @@ def positive(name: str, value: float) -> float:
 
 
 def non_negative(name: str, value: float) -> float:
-    if not 0 <= value <= _FLOAT32.max:
+    if _is_boolean(value) or not 0 <= value <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
             f"up to {_FLOAT32.max:.2g}."
