@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .common.checks import check_not_empty
 from .flows import Condition, Flow, Network
 from .flows.conditions import select_rows
 from .functional import steps as ode_steps
@@ -106,10 +107,11 @@ class Consistency:
             condition: keyword arguments of both networks.
 
         Raises:
-            ValueError: shapes do not fit, or a network's results have wrong shapes.
+            ValueError: x is empty, shapes do not fit, or a network's results have wrong shapes.
         """
         flow = self.flow
         x = flow._to_floating(x)
+        check_not_empty("x", x)
         levels = torch.tensor(self.levels, dtype=torch.float64, device=x.device)
         starts = torch.randint(len(levels) - 1, (len(x),), generator=generator, device=x.device)
         starts = starts.sort().values

@@ -91,6 +91,10 @@ enum class Failure : int {
   memory = 4,
   sketch = 5,  // the sketch is of other references
   kept = 6,    // what was kept is of another problem
+  range = 7,   // a reference that counts holds a value that the type of x cannot hold
+  // A query and a reference that differ are so close, at so small a radius, that the square of
+  // their distance loses digits even in float64.
+  underflow = 8,
 };
 
 struct Status {

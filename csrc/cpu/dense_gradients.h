@@ -124,7 +124,7 @@ Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, const Bac
       QueryState state = state_of(io, query);
       rows.split(i, state, false, list);
       // The main pass reports a row that is not finite.
-      if (list.length == 0 || std::isnan(list.nearest)) continue;
+      if (list.length == 0 || !is_distance(list.nearest)) continue;
       list_probabilities(rows, law, state, radius[i],
                          static_cast<const float*>(io.grad_mean) + query * features,
                          static_cast<const float*>(io.mean) + query * features, features, list,
@@ -134,11 +134,10 @@ Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, const Bac
   return {};
 }
 
-// The gradients of a block of queries. `failed` becomes its first query whose distances were not
-// finite, if there is one.
+// The gradients of a block of queries. Fails with the first query that has no nearest distance.
 template <class R>
 Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Backward& io,
-                          Index first, Index count, DenseWork<R>& work, int thread, Index* failed) {
+                          Index first, Index count, DenseWork<R>& work, int thread) {
   const Index features = problem.features;
   DenseRows<R> rows(problem, law, first, count, work.rows.at(thread * work.space));
   List& list = work.lists[thread];
@@ -155,6 +154,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
   double moments[kMaxRows], averages[kMaxRows], scales[kMaxRows], own_pulls[2 * kMaxRows] = {};
   bool is_limit[kMaxRows], row_is_steep[kMaxRows];
   Index steep[kMaxRows], steep_count = 0;
+  Status failed;
   if (!io.sums) std::memset(sums, 0, count * features * sizeof(double));
   for (Index b = 0; b < count; ++b) {
     states[b] = state_of(io, first + b);
@@ -179,8 +179,9 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
     for (Index b = 0; b < count; ++b) {
       const double g = io.grad_logsumexp[first + b];
       const bool rest = rows.split(b, states[b], !row_is_steep[b] && fits_float(g), list);
-      if (std::isnan(list.nearest)) *failed = smaller(*failed, first + b);
-      if (is_limit[b] || std::isnan(list.nearest)) continue;
+      if (!is_distance(list.nearest))
+        failed = first_of(failed, {failure_of(list.nearest), first + b});
+      if (is_limit[b] || !is_distance(list.nearest)) continue;
       if (list.length > 0) {
         moments[b] +=
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),
@@ -218,7 +219,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
       out[k] = static_cast<float>(total.c * offset - sums[b * features + k]);
     }
   }
-  return {};
+  return failed;
 }
 
 template <class R>
@@ -226,17 +227,16 @@ Status dense_backward(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<float>(problem, kGradientCutoff);
   if (const Status status = check_singular(problem, law, io); status.failure != Failure::none)
     return status;
-  return by_rows<R>(
-      problem, [&](Index first, Index count, DenseWork<R>& work, int thread, Index* failed) {
-        return gradients_of_block<R>(problem, law, io, first, count, work, thread, failed);
-      });
+  return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread) {
+    return gradients_of_block<R>(problem, law, io, first, count, work, thread);
+  });
 }
 
 // The pulls of all steep rows, over one part of the references.
 template <class R>
 Status dense_pulls(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<float>(problem, kGradientCutoff);
-  return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread, Index*) {
+  return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread) {
     Index steep[kMaxRows], steep_count = 0;
     for (Index b = 0; b < count; ++b)
       if (query_is_steep<float>(problem, io, law, first + b)) steep[steep_count++] = b;

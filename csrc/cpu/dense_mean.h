@@ -94,7 +94,7 @@ void add_list(const DenseRows<R>& rows, const List& list, const double* weight, 
     if (w == 0) continue;
     for (Index k = 0; k < features; ++k) {
       const double from = origin ? static_cast<double>(origin[k]) : 0;
-      sum[k] += w * (static_cast<double>(load<float>(y[k])) - from);
+      sum[k] += w * (load<double>(y[k]) - from);
     }
   }
 }
@@ -119,8 +119,15 @@ struct DenseWork {
 
 constexpr Index kMaxDenseThreads = 32;  // bounds the workspace
 
-// Calls run(first, count, work, thread, failed) for blocks of queries. No result depends on how
-// they are cut. `failed` becomes the first query that failed.
+// The failure of the first query of two.
+inline Status first_of(const Status& a, const Status& b) {
+  if (a.failure == Failure::none || b.failure == Failure::none)
+    return a.failure == Failure::none ? b : a;
+  return b.row < a.row ? b : a;
+}
+
+// Calls run(first, count, work, thread) for blocks of queries. No result depends on how they are
+// cut.
 template <class R, class Run>
 Status by_rows(const Problem& problem, const Run& run) {
   const Index threads = smaller(problem.threads, kMaxDenseThreads);
@@ -128,16 +135,13 @@ Status by_rows(const Problem& problem, const Run& run) {
   const Index block = smaller(each, kMaxRows), blocks = divide_up(problem.queries, block);
   DenseWork<R> work(problem, threads);
   if (!work) return {Failure::memory, 0};
-  std::vector<Index> failed(blocks, problem.queries);
   std::vector<Status> found(blocks);
   parallel(blocks, static_cast<int>(threads), [&](Index task, int thread) {
     const Index first = task * block, count = smaller(block, problem.queries - first);
-    found[task] = run(first, count, work, thread, &failed[task]);
+    found[task] = run(first, count, work, thread);
   });
   for (const Status& status : found)
     if (status.failure != Failure::none) return status;
-  for (const Index row : failed)
-    if (row < problem.queries) return {Failure::value, row};
   return {};
 }
 
@@ -151,17 +155,18 @@ void by_chunks(const Problem& problem, const Run& run) {
   });
 }
 
-// The mean of a block of queries. `failed` becomes its first query whose distances were not finite,
-// if there is one.
+// The mean of a block of queries. Fails with the first query that has no nearest distance or no
+// result.
 template <class R>
-void mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& out, Index first,
-                   Index count, DenseWork<R>& work, int thread, Index* failed) {
+Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& out, Index first,
+                     Index count, DenseWork<R>& work, int thread) {
   const Index features = problem.features;
   DenseRows<R> rows(problem, law, first, count, work.rows.at(thread * work.space));
   List& list = work.lists[thread];
   double* sums =
       out.sums ? out.sums + first * features : work.sums.at(thread * kMaxRows * features);
   QueryState states[kMaxRows];
+  Status failed;
   if (!out.sums) std::memset(sums, 0, count * features * sizeof(double));
   for (Index b = 0; b < count && out.sums; ++b) states[b] = state_of(out, first + b);
 
@@ -173,8 +178,8 @@ void mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& 
       double* sum = sums + b * features;
       const double radius = rows.radius(b);
       const bool rest = rows.split(b, state, true, list);
-      if (std::isnan(list.nearest)) {
-        *failed = smaller(*failed, first + b);
+      if (!is_distance(list.nearest)) {
+        failed = first_of(failed, {failure_of(list.nearest), first + b});
         continue;
       }
       if (list.length == 0 && !rest) continue;
@@ -207,18 +212,23 @@ void mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& 
     if (out.logsumexp) out.logsumexp[first + b] = logsumexp(law, state, rows.radius(b));
     if (out.nearest) out.nearest[first + b] = state.nearest;
     if (out.total) out.total[first + b] = state.total;
+    if (!out.mean && !out.logsumexp) continue;
+    const float* mean = static_cast<const float*>(out.mean);
+    const Status status = check_result<float, R>(state, rows.radius(b),
+                                                 mean ? mean + (first + b) * features : nullptr,
+                                                 features, first + b, problem.references == 0);
+    failed = first_of(failed, status);
   }
+  return failed;
 }
 
 template <class R>
 Status dense_forward(const Problem& problem, const Forward& out) {
   if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
   const WeightLaw law = weight_law<float>(problem);
-  return by_rows<R>(problem,
-                    [&](Index first, Index count, DenseWork<R>& work, int thread, Index* failed) {
-                      mean_of_block<R>(problem, law, out, first, count, work, thread, failed);
-                      return Status();
-                    });
+  return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread) {
+    return mean_of_block<R>(problem, law, out, first, count, work, thread);
+  });
 }
 
 }  // namespace

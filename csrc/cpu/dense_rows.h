@@ -93,7 +93,9 @@ void sum_panel(Index rows, const float* const* x, const float* const* g, const f
 // References of a chunk in float64.
 struct List {
   Index length;
-  double nearest;  // the smallest squared distance of the row; NaN if one is not finite
+  // The smallest squared distance of the row; NaN if one is not finite, kUnderflowed if the result
+  // depends on distances that underflow.
+  double nearest;
   alignas(64) double squared[kChunk], weight[kChunk], term[kChunk];
   std::int32_t index[kChunk];
 };
@@ -265,6 +267,13 @@ class DenseRows {
         return false;
       }
       if (list.squared[i] < list.nearest) list.nearest = list.squared[i];
+    }
+    if constexpr (kMayUnderflow<float, R>) {
+      const double least = least_square(problem_.features), r = radius(b);
+      if (list.nearest < least && r * r < least)
+        list.nearest = separate(
+            query(b), [&](Index i) { return reference(list.index[i]); }, problem_.features, r,
+            list.squared, list.length);
     }
     for (Index i = list.length; i < padded_count(list.length); ++i) list.squared[i] = kSkipped;
     return false;

@@ -179,7 +179,7 @@ class Distances {
   }
 
   // Makes the chunk's distances of query b as exact as the result needs. Returns the smallest; NaN
-  // if a distance is not finite.
+  // if a distance is not finite, kUnderflowed if the result depends on distances that underflow.
   //
   // If a float32 distance overflowed, all are recomputed in float64. Distances near the smallest
   // are recomputed if they are few, or if their error would change the weights.
@@ -188,7 +188,7 @@ class Distances {
     if (listed_ && alive_[b] == 0) return kSkipped;
     pad(squared);
     const Least found = least(squared);
-    if (sizeof(T) != sizeof(float)) return found.finite ? found.value : kNaN;
+    if (sizeof(T) != sizeof(float)) return found.finite ? told_apart(b, found.value) : kNaN;
     double limit = kInfinity;
     if (found.finite) {
       const double base = found.value < known.nearest ? found.value : known.nearest;
@@ -205,7 +205,7 @@ class Distances {
       if (!found.finite || squared[j] <= limit)
         squared[j] = exact_distance(query(b), reference(j), problem_.features);
     const Least refined = least(squared);
-    return refined.finite ? refined.value : kNaN;
+    return refined.finite ? told_apart(b, refined.value) : kNaN;
   }
 
   double* row(Index b) const { return squared_.at(b * kStride); }
@@ -222,6 +222,17 @@ class Distances {
 
  private:
   static constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+  // The smallest distance of a row, after separate() where it is needed.
+  double told_apart(Index b, double nearest) {
+    if constexpr (kMayUnderflow<T, R>) {
+      const double least = least_square(problem_.features), r = radius(b);
+      if (nearest < least && r * r < least)
+        return separate(
+            query(b), [&](Index j) { return reference(j); }, problem_.features, r, row(b), count_);
+    }
+    return nearest;
+  }
 
   // Whether screening the next chunk is likely to pay, judged by this one. Many queries share the
   // cost of a screen.
@@ -258,7 +269,10 @@ class Distances {
     if (!(lowest < known.nearest)) return far;
     Index candidate = 0;
     while (bounds[candidate] != lowest) ++candidate;
-    const double upper = exact_distance(query(b), reference(candidate), problem_.features);
+    double upper = exact_distance(query(b), reference(candidate), problem_.features);
+    // The candidate itself and what separate() must see stay within reach.
+    if (kMayUnderflow<T, R> && upper < least_square(problem_.features))
+      upper = least_square(problem_.features);
     const double other = upper + law_.excess_at(law_.cutoff, upper, radius(b));
     return other > far ? far : other;
   }

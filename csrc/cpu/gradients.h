@@ -139,7 +139,7 @@ Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& la
       distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
       parallel(n, problem.threads, [&](Index i, int) {
         // The main pass reports a row that is not finite.
-        if (std::isnan(distances.refine(i, states[i]))) return;
+        if (!is_distance(distances.refine(i, states[i]))) return;
         const Index from = (first + steep[i]) * features;
         probabilities<double>(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
                               distances.count());

@@ -31,10 +31,24 @@ Index block_size(const Problem& problem) {
   return smaller(problem.queries, smaller(kMaxBlock, larger(whole, kTileQueries)));
 }
 
-// Fails with the first query whose distances were not finite.
+// Fails with the first query that has no nearest distance.
 Status check_states(const QueryState* states, Index count, Index first) {
   for (Index b = 0; b < count; ++b)
-    if (std::isnan(states[b].nearest)) return {Failure::value, first + b};
+    if (!is_distance(states[b].nearest)) return {failure_of(states[b].nearest), first + b};
+  return {};
+}
+
+// Fails with the first query whose result is not allowed (check_result).
+template <class T, class R>
+Status check_results(const Problem& problem, const Forward& out, const QueryState* states,
+                     Index count, Index first) {
+  const T* mean = static_cast<const T*>(out.mean);
+  for (Index b = first; b < first + count && (mean || out.logsumexp); ++b) {
+    const Status status = check_result<T, R>(states[b - first], problem.radius[b],
+                                             mean ? mean + b * problem.features : nullptr,
+                                             problem.features, b, problem.references == 0);
+    if (status.failure != Failure::none) return status;
+  }
   return {};
 }
 
@@ -86,7 +100,7 @@ Status forward(const Problem& problem, const Forward& out) {
       distances.set_chunk(begin, smaller(chunk, problem.references - begin), states.data(), lists);
       parallel(count, problem.threads, [&](Index b, int) {
         const double nearest = distances.refine(b, states[b]);
-        if (std::isnan(nearest)) {
+        if (!is_distance(nearest)) {
           states[b].nearest = nearest;
           return;
         }
@@ -116,6 +130,9 @@ Status forward(const Problem& problem, const Forward& out) {
       if (out.nearest) out.nearest[first + b] = states[b].nearest;
       if (out.total) out.total[first + b] = states[b].total;
     });
+    if (const Status status = check_results<T, R>(problem, out, states.data(), count, first);
+        status.failure != Failure::none)
+      return status;
   }
   kept.finish();
   return {};
@@ -172,7 +189,7 @@ void reference_gradients(const Problem& problem, const Backward& io,
       const T* x = distances.query(b) + k0;
       for (Index k = 0; k < n; ++k)
         sum[k] += p * static_cast<double>(grad[k]) -
-                  coefficient * (static_cast<double>(x[k]) - static_cast<double>(load<T>(y[k])));
+                  coefficient * (static_cast<double>(x[k]) - load<double>(y[k]));
     }
     T* out = static_cast<T*>(io.grad_y) + (first_reference + j) * features + k0;
     for (Index k = 0; k < n; ++k) out[k] += static_cast<T>(sum[k]);
@@ -190,6 +207,38 @@ Status all_pulls(const Problem& problem, const Backward& io) {
     if (query_is_steep<T>(problem, io, law, b)) steep[count++] = b;
   return count == 0 ? Status()
                     : add_pulls<T, R>(problem, io, law, 0, steep.data(), count, io.pulls);
+}
+
+template <class T, class R>
+bool all_finite(const R* values, Index n) {
+  for (Index k = 0; k < n; ++k)
+    if (!std::isfinite(load<T>(values[k]))) return false;
+  return true;
+}
+
+// Whether a reference holds a value that T cannot hold.
+template <class T, class R>
+bool exceeds(const Problem& problem) {
+  for (Index j = 0; j < problem.references; ++j)
+    if (!all_finite<T>(static_cast<const R*>(problem.y) + j * problem.y_stride, problem.features))
+      return true;
+  return false;
+}
+
+// Fails with the first query for which a reference counts that holds a value that T cannot hold.
+// Such a reference gives a moment that is not finite, and so do upstream gradients of that kind.
+template <class T, class R>
+Status check_moments(const Problem& problem, const Backward& io, const double* moments, Index count,
+                     Index first) {
+  if constexpr (kMayExceed<T, R>)
+    for (Index b = 0; b < count; ++b) {
+      if (std::isfinite(moments[b])) continue;
+      const T* grad = static_cast<const T*>(io.grad_mean) + (first + b) * problem.features;
+      if (std::isfinite(io.grad_logsumexp[first + b]) && all_finite<T>(grad, problem.features) &&
+          exceeds<T, R>(problem))
+        return {Failure::range, first + b};
+    }
+  return {};
 }
 
 template <class T, class R>
@@ -268,9 +317,12 @@ Status backward(const Problem& problem, const Backward& io) {
       else
         distances.set_chunk(begin, references, states.data(), lists);
       parallel(count, problem.threads, [&](Index b, int) {
-        if (!kept && std::isnan(distances.refine(b, states[b]))) {
-          states[b].nearest = std::numeric_limits<double>::quiet_NaN();
-          return;
+        if (!kept) {
+          const double nearest = distances.refine(b, states[b]);
+          if (!is_distance(nearest)) {
+            states[b].nearest = nearest;
+            return;
+          }
         }
         if (row_is_steep[b])
           probabilities<double>(law, states[b], distances.radius(b), distances.row(b),
@@ -315,6 +367,9 @@ Status backward(const Problem& problem, const Backward& io) {
       if (io.grad_y)
         reference_gradients(problem, io, distances, first, count, begin, p.data(), c.data());
     }
+    if (const Status status = check_moments<T, R>(problem, io, moments.data(), count, first);
+        status.failure != Failure::none)
+      return status;
 
     parallel(count, problem.threads, [&](Index b, int) {
       const Index query = first + b;

@@ -69,6 +69,56 @@ inline Status check_radius(const Problem& problem) {
 
 constexpr double kSmallestDouble = std::numeric_limits<double>::min();
 
+// Whether squares of differences may underflow float64. Those of values of at most 32 bits cannot.
+template <class T, class R>
+constexpr bool kMayUnderflow = sizeof(T) == sizeof(double) || sizeof(R) == sizeof(double);
+
+// Whether R holds values that T cannot hold.
+template <class T, class R> constexpr bool kMayExceed = sizeof(R) > sizeof(T);
+
+// Where d² + r² is at least this, what underflow takes from the squares of the features is below
+// the rounding of their sum.
+inline double least_square(Index features) {
+  return static_cast<double>(features) * kSmallestDouble / std::numeric_limits<double>::epsilon();
+}
+
+// Stands for the nearest distance where the result depends on squared distances that underflow.
+constexpr double kUnderflowed = -1;
+
+inline bool is_distance(double nearest) { return nearest >= 0; }
+
+// What a row has failed with; `nearest` is no distance.
+inline Failure failure_of(double nearest) {
+  return nearest == kUnderflowed ? Failure::underflow : Failure::value;
+}
+
+// Whether a query and a reference are equal.
+template <class T, class R>
+bool coincide(const T* x, const R* y, Index features) {
+  for (Index k = 0; k < features; ++k)
+    if (static_cast<double>(x[k]) != load<double>(y[k])) return false;
+  return true;
+}
+
+// Tells references at a query from those whose squared distance underflows. Where r = 0, the latter
+// are farther away than the former, and end_of_row() fails if there is none of the former. With any
+// other r that is too small for them the result is kUnderflowed; else the smallest squared
+// distance. reference(j) is the reference of squared[j].
+template <class T, class Reference>
+double separate(const T* x, const Reference& reference, Index features, double radius,
+                double* squared, Index count) {
+  const double least = least_square(features);
+  double nearest = kInfinity;
+  for (Index j = 0; j < count; ++j) {
+    if (squared[j] < least && !coincide(x, reference(j), features)) {
+      if (radius > 0) return kUnderflowed;
+      squared[j] = squared[j] > kSmallestDouble ? squared[j] : kSmallestDouble;
+    }
+    nearest = squared[j] < nearest ? squared[j] : nearest;
+  }
+  return nearest;
+}
+
 // The merge state of one query. Everything is relative to the nearest reference so far.
 struct QueryState {
   double nearest = kInfinity, total = 0;
@@ -227,6 +277,21 @@ void merge(const WeightLaw& law, QueryState& state, double radius, double chunk_
   const double least = std::exp(-law.cutoff) * (state.total + sum);
   state.total +=
       keep_visible(squared, count, least > kSmallestDouble ? least : kSmallestDouble, &state.live);
+}
+
+// Fails if the whole result of a query depends on squared distances that underflow, or if its mean,
+// which may be null, has a value that T cannot hold. R is the type of the references, which the
+// `last` of several calls does not know.
+template <class T, class R>
+Status check_result(const QueryState& state, double radius, const T* mean, Index features,
+                    Index query, bool last) {
+  if (kMayUnderflow<T, R> || last)
+    if (state.nearest > 0 && state.nearest + radius * radius < least_square(features))
+      return {Failure::underflow, query};
+  if (mean && (kMayExceed<T, R> || last))
+    for (Index k = 0; k < features; ++k)
+      if (!std::isfinite(mean[k])) return {Failure::range, query};
+  return {};
 }
 
 inline double logsumexp(const WeightLaw& law, const QueryState& state, double radius) {

@@ -117,6 +117,37 @@ void check_failures() {
   expect(Failure::value, 7);
 }
 
+// References that float32 cannot hold, and squared distances that float64 cannot hold.
+void check_range() {
+  for (const auto& [B, N] : {std::pair<Index, Index>{3, 20}, {9, 20}, {3, 520}, {50, 520}}) {
+    const auto expect = [](const Case& c, const Inputs& in, Failure failure) {
+      const Results out(c);
+      const Status status = cpu_kernels().posterior_mean(problem_of(c, in, 2), out.forward());
+      if (status.failure != failure || (failure != Failure::none && status.row != 0))
+        fail(c.text() + ": another failure than expected");
+    };
+    const Case mixed = {B, 70, N, Type::float32, Type::float64, 1, 0, 1};
+    Inputs far(mixed);
+    put(far.y.at(69, 0), 1e60);
+    expect(mixed, far, Failure::none);
+    for (Index j = 0; j < mixed.M; ++j) put(far.y.at(j, N - 1), 1e60);
+    expect(mixed, far, Failure::range);
+
+    const Case wide = {B, 70, N, Type::float64, Type::float64, 1, 0, 2};
+    Inputs tiny(wide);
+    for (Index i = 0; i < B * N; ++i) put(tiny.x.at(i / N, i % N), 1e-170 * tiny.xs[i]);
+    for (Index i = 0; i < 70 * N; ++i) put(tiny.y.at(i / N, i % N), 1e-170 * tiny.ys[i]);
+    expect(wide, tiny, Failure::none);
+    for (const double radius : {0.0, 1e-170}) {
+      tiny.radius.assign(B, radius);
+      expect(wide, tiny, Failure::underflow);
+    }
+    tiny.radius.assign(B, 0);
+    for (Index b = 0; b < B; ++b) std::memcpy(tiny.x.at(b, 0), tiny.y.at(b, 0), N * sizeof(double));
+    expect(wide, tiny, Failure::none);
+  }
+}
+
 int answers_left = 0;
 
 // Stops the work at one place after the other, with independent and with shared blocks.
@@ -293,6 +324,7 @@ int main() {
     for (const int threads : kThreads) check_fields(threads);
     run_at_once(all, inputs);
     check_failures();
+    check_range();
     check_stops();
   }
   std::printf("%zu problems and %zu steps agree on%s\n", all.size(), all_steps.size(),

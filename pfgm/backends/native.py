@@ -24,6 +24,8 @@ from ..common.checks import (
     checks_values,
     non_finite_message,
     radius_message,
+    range_message,
+    underflow_message,
 )
 from ..common.tensors import contiguous, contiguous_features
 from . import formulas
@@ -55,7 +57,7 @@ TYPES = {  # the numbers of csrc/api/posterior_mean.h
 PRECISIONS = {"high": 0, "medium": 1}  # the numbers of the same file
 _CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # The failures that the CPU kernels return.
-_RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT = 1, 2, 3, 4, 5, 6
+_RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT, _RANGE, _UNDERFLOW = range(1, 9)
 
 
 def _load() -> ModuleType | None:
@@ -257,6 +259,10 @@ def check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius:
         raise ValueError(radius_message(radius, row))
     if failure == _VALUE:
         raise ValueError(non_finite_message(x, references, "x"))
+    if failure == _RANGE:
+        raise ValueError(range_message(x, references, row))
+    if failure == _UNDERFLOW:
+        raise ValueError(underflow_message(x, row))
     if failure == _SINGULAR:
         raise ValueError(singular_message(row))
     if failure == _SKETCH:

@@ -240,6 +240,7 @@ def step(
         or values == 0
         or not x.is_contiguous()
         or substitution not in _SUBSTITUTIONS
+        or bool in (type(gamma), type(z_exp))
         or (gpu is not None and not _runs_on(gpu, dtype, None))
     ):
         return None

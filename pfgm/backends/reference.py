@@ -14,7 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common.checks import check_radius, checks_values, non_finite_message
+from ..common.checks import (
+    check_radius,
+    check_range,
+    check_underflow,
+    checks_values,
+    least_square,
+    non_finite_message,
+    underflow_message,
+)
 from ..common.tensors import dequantise, wide_dtype
 from . import formulas
 from .formulas import chunks, squared_distances
@@ -51,8 +59,10 @@ def _weighted_average(
     for chunk in chunks(x, references):
         y = dequantise(references[chunk], x.dtype)
         squared = squared_distances(x, y)
-        if checks_values(x.device) and not bool(torch.isfinite(squared).all()):
-            raise ValueError(non_finite_message(x, references, "x"))
+        if checks_values(x.device):
+            if not bool(torch.isfinite(squared).all()):
+                raise ValueError(non_finite_message(x, references, "x"))
+            squared = _told_apart(squared, x, y, radius)
         merged = torch.minimum(nearest, squared.amin(1, keepdim=True))
         # Before the first chunk there is nothing to rescale. relative is then NaN, from inf − inf.
         relative = log_weight(nearest - merged, merged, radius, D, x.shape[1])
@@ -61,7 +71,26 @@ def _weighted_average(
         total = kept * total + weights.sum(1, keepdim=True)
         weighted = kept * weighted + weighted_sum(weights, y)
         nearest = merged
+    if checks_values(x.device):
+        check_underflow(nearest, radius, x)
     return nearest, total, weighted / total
+
+
+def _told_apart(squared: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Squared distances (B, M) of which only those of equal points are 0 where r = 0.
+
+    Raises:
+        ValueError: a squared distance underflows at another r that is too small for it.
+    """
+    least = least_square(x.shape[1], x.dtype)
+    near = (squared.amin(1, keepdim=True) < least) & (radius.square() < least)
+    for row in map(int, near.flatten().nonzero()):
+        apart = (squared[row] < least) & (y != x[row]).any(1)
+        if radius[row] > 0 and bool(apart.any()):
+            raise ValueError(underflow_message(x, row))
+        smallest = torch.finfo(x.dtype).tiny
+        squared[row] = torch.where(apart, squared[row].clamp(min=smallest), squared[row])
+    return squared
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> None:
@@ -77,6 +106,8 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
     r = radius.to(wide.dtype)[:, None]
     nearest, total, mean = _weighted_average(wide, references, r, D, torch.matmul)
     logsumexp = log_sum_exp(nearest, total, r, D, x.shape[1])
+    if checks_values(x.device):
+        check_range(mean, x, references)
     return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 

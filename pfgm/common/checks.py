@@ -47,6 +47,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def is_whole(value: object) -> bool:
+    """Whether value is an integer of Python or NumPy, but not True or False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 LARGEST = sys.float_info.max
 """The largest finite number. torch.compile cannot compare a symbolic number with infinity."""
 
@@ -255,6 +260,53 @@ def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
     )
 
 
+def range_message(x: Tensor, references: Tensor, row: int) -> str:
+    """The error for references that a row of x needs and whose values its dtype cannot hold."""
+    most = torch.finfo(x.dtype).max
+    bad = first_bad_row(references.to(x.dtype))
+    where = "" if bad is None else f" (first in row {bad})"
+    return (
+        f"references holds values beyond the range of {x.dtype}{where}, which row {row} of x "
+        f"needs; allowed are values up to {most:.2g}, or x in torch.float64."
+    )
+
+
+def least_square(features: int, dtype: torch.dtype) -> float:
+    """Where d² + r² is at least this, underflow of squares takes less from it than rounding.
+
+    The same as in csrc/cpu/weights.h.
+    """
+    limits = torch.finfo(dtype)
+    return features * limits.tiny / limits.eps
+
+
+def underflow_message(x: Tensor, row: int) -> str:
+    """The error for a row of x near a reference, at a radius whose square is small too."""
+    least = math.sqrt(least_square(math.prod(x.shape[1:]), torch.float64))
+    return (
+        f"x and references differ by so little in row {row} of x that the squared distance "
+        f"underflows float64; allowed are distances that are 0 or at least {least:.1e}, or r, "
+        "sigma or z of at least that."
+    )
+
+
+def check_underflow(nearest: Tensor, radius: Tensor, x: Tensor) -> None:
+    """Raises ValueError if a result for x (B, N) depends on squared distances that underflow."""
+    least = least_square(x.shape[1], nearest.dtype)
+    low = (nearest > 0) & (nearest + radius.square() < least)
+    if bool(low.any()):
+        raise ValueError(underflow_message(x, int(low.flatten().nonzero()[0])))
+
+
+def check_range(mean: Tensor, x: Tensor, references: Tensor) -> None:
+    """Raises ValueError if the dtype of x cannot hold a mean over wider references."""
+    if references.dtype.itemsize <= x.dtype.itemsize:
+        return
+    row = first_bad_row(mean.to(x.dtype))
+    if row is not None:
+        raise ValueError(range_message(x, references, row))
+
+
 def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
     """Raises ValueError if a distance is NaN, where values are checked (:func:`checks_values`)."""
     if checks_values(x.device) and bool(nearest.isnan().any()):
@@ -284,6 +336,14 @@ def warn_channels_last(shape: Sequence[int]) -> None:
         )
 
 
+def check_dense(name: str, values: Tensor) -> None:
+    """Raises TypeError for a sparse tensor."""
+    if values.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {values.layout}; allowed is a dense tensor, {name}.to_dense()."
+        )
+
+
 def check_dtype(name: str, values: Tensor) -> None:
     if values.dtype != torch.uint8 and not values.is_floating_point():
         raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
@@ -296,8 +356,25 @@ def check_floating(name: str, values: object, hint: str = "") -> None:
         raise TypeError(f"{name} has dtype {kind}; allowed is floating point{hint}.")
 
 
+def _is_boolean(value: object) -> bool:
+    """Whether value is True or False, which Python takes for 1 and 0."""
+    return isinstance(value, (bool, np.bool_))
+
+
+def check_at_least_0(name: str, value: float) -> None:
+    """Raises ValueError unless value is a finite number of at least 0."""
+    if _is_boolean(value) or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
+
+
+def check_not_empty(name: str, values: Tensor) -> None:
+    """Raises ValueError if there is no sample, of which there would be no average."""
+    if len(values) == 0:
+        raise ValueError(f"{name} is empty; allowed is at least one sample.")
+
+
 def positive(name: str, value: float) -> float:
-    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+    if _is_boolean(value) or not _FLOAT32.tiny <= value <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
             f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}."
@@ -306,7 +383,7 @@ def positive(name: str, value: float) -> float:
 
 
 def non_negative(name: str, value: float) -> float:
-    if not 0 <= value <= _FLOAT32.max:
+    if _is_boolean(value) or not 0 <= value <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
             f"up to {_FLOAT32.max:.2g}."

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checks import checks_values
+from ..common.checks import check_dense, checks_values
 from ..common.files import StrPath
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -91,13 +91,14 @@ class InMemory(Source):
     """The rows of a tensor on any device. The tensor is neither copied nor changed.
 
     Raises:
-        TypeError: the dtype is not in ``DTYPES``.
+        TypeError: the dtype is not in ``DTYPES``, or the tensor is sparse.
         ValueError: there are fewer than two dimensions, or no numbers.
     """
 
     def __init__(
         self, tensor: Tensor, labels: Tensor | None = None, label_names: tuple[str, ...] = ()
     ) -> None:
+        check_dense("source", tensor)
         _check_dtype(tensor.dtype, "source")
         check_samples(tensor.shape, "source")
         self._tensor = tensor

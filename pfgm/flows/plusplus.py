@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import non_negative, positive, untouched, warn_channels_last
+from ..common.checks import (
+    check_not_empty,
+    non_negative,
+    positive,
+    untouched,
+    warn_channels_last,
+)
 from ..common.tensors import common_device, over_samples, per_row
 from ..functional import posterior_mean
 from ..functional.steps import Level
@@ -299,7 +305,7 @@ class PoissonFlowPP(Flow):
             A scalar of float32 or wider.
 
         Raises:
-            ValueError: shapes do not fit, or the network's result has a wrong shape.
+            ValueError: x is empty, shapes do not fit, or the network's result has a wrong shape.
 
         Warns:
             UserWarning: D is below 4 and the network has EDM's preconditioning.
@@ -319,6 +325,7 @@ class PoissonFlowPP(Flow):
                 stacklevel=2,
             )
         x = self._to_floating(x)
+        check_not_empty("x", x)
         condition = condition or {}
         x_perturbed, sigma = self.perturb(x, generator)
         target = x

@@ -14,6 +14,7 @@ from ..common import transforms
 from ..common.checks import (
     check_choice,
     check_dtype,
+    check_not_empty,
     non_negative,
     positive,
     untouched,
@@ -383,8 +384,8 @@ class PoissonFlow(Flow):
             A scalar of float32 or wider.
 
         Raises:
-            ValueError: shapes do not fit, the network's results have wrong shapes, or there is no
-                such weighting.
+            ValueError: x is empty, shapes do not fit, the network's results have wrong shapes, or
+                there is no such weighting.
 
         >>> import torch
         >>> flow = PoissonFlow((2,), data_norm=1.0)
@@ -396,6 +397,7 @@ class PoissonFlow(Flow):
             weighting = "balanced" if _predicts_mean(net) else "published"
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
+        check_not_empty("x", x)
         condition = condition or {}
         labels = condition.get("labels")
         if references is None:

@@ -11,7 +11,14 @@ from torch import Tensor
 from .. import ops
 from ..backends import native_direct, triton_direct
 from ..backends.problems import PosteriorMean
-from ..common.checks import LARGEST, is_number, is_symbolic, layout_hint
+from ..common.checks import (
+    LARGEST,
+    check_at_least_0,
+    check_dense,
+    is_number,
+    is_symbolic,
+    layout_hint,
+)
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
@@ -29,6 +36,9 @@ def _check_tensors(x: Tensor, references: References) -> None:
             f"references is a {type(references).__name__}; allowed are a torch.Tensor and a "
             "pfgm.ReferenceSet."
         )
+    check_dense("x", x)
+    if isinstance(references, Tensor):
+        check_dense("references", references)
     if x.ndim == 0 or references.ndim == 0 or x.shape[1:] != references.shape[1:]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and references {tuple(references.shape)}; allowed are "
@@ -185,8 +195,10 @@ def posterior_mean(
 
     Raises:
         ValueError: shapes or devices differ; references is empty; both or neither of r and sigma
-            are given; D ≤ 0; D = ∞ with r; on the CPU also a value that is not finite or a
-            negative r.
+            are given; D ≤ 0; D = ∞ with r. On the CPU also a value that is not finite; a negative
+            r; squared distances that overflow float64; points at distances and an r below about
+            1e-146, of which the squares underflow float64; or, with x in float32, references that
+            count for a point and hold values beyond float32.
         TypeError: a dtype is not allowed.
         RuntimeError: the requested backend cannot run; a derivative is differentiated again; the
             rows of a ReferenceSet were changed in place between the forward and backward passes.
@@ -259,8 +271,7 @@ def field_fn(
         if found is not None:
             return found
     _check_tensors(x, references)
-    if not 0 <= gamma <= LARGEST:
-        raise ValueError(f"gamma is {gamma}; allowed is any finite number of at least 0.")
+    check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
     flat, mean, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
     field_x, field_z = ops.normalised_field.compute(flat, radius, mean, gamma, backend)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import native_direct, triton_direct
 from ..backends.problems import OdeStep
-from ..common.checks import LARGEST
+from ..common.checks import check_at_least_0, check_dense
 from .levels import Level, per_query, step_levels
 
 __all__ = ["Field", "Level", "euler", "heun", "mean_of", "multistep"]
@@ -170,6 +170,7 @@ def _check_tensor(name: str, value: Tensor, x: Tensor, shape: torch.Size) -> Non
 def _check(x: Tensor, slope: Field | Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}; allowed is a torch.Tensor.")
+    check_dense("x", x)
     if x.ndim == 0 or math.prod(x.shape[1:]) == 0:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; allowed is (B, *S) with at least one value in S."
@@ -182,8 +183,7 @@ def _check(x: Tensor, slope: Field | Tensor) -> None:
     _check_tensor("field_x", slope.x, x, x.shape)
     _check_tensor("field_z", slope.z, x, x.shape[:1])
     for name, value in (("gamma", slope.gamma), ("z_exp", slope.z_exp)):
-        if not 0 <= value <= LARGEST:
-            raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
+        check_at_least_0(name, value)
     if slope.substitution not in _SUBSTITUTIONS:
         raise ValueError(
             f"substitution is {slope.substitution!r}; allowed are 'exact' and 'published'."

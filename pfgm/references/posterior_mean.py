@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends import native_parts, requested
 from ..backends.weights import at_limit, check_singular, log_sum_exp
+from ..common.checks import check_range, check_underflow, checks_values
 from ..common.transforms import forward_mode, in_torch_func, map_rows
 from ..ops.posterior_mean import OnceDifferentiable
 from . import continued, merged
@@ -76,6 +77,11 @@ class _PosteriorMean(torch.autograd.Function):
         )
         if ranks is not None:
             state = merge_over_ranks(state, all_x, all_radius, D, ranks)
+            if checks_values(x.device):
+                # Sums that are continued are checked here, other results already in their chunk.
+                check_underflow(state.nearest, radius, x)
+                none = x.new_empty(0, *x.shape[1:], dtype=given.part.source.dtype)
+                check_range(state.mean, x, none)
         nearest, total, column = (t[:, None] for t in (state.nearest, state.total, radius))
         logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
         return state.mean.to(x.dtype), logsumexp, state.nearest, state.total, *chunk_totals

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..common.checks import is_whole
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import dequantise
 from ..data.opening import open_source
@@ -206,9 +207,10 @@ class ReferenceSet:
         """
         chosen = torch.empty(0, dtype=torch.long) if containing is None else containing.cpu().long()
         held = len(self.part)
-        if not len(chosen) <= count <= held * self._sides:
+        if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
+            kind = "" if whole else "an integer from "
             raise ValueError(
-                f"count is {count}; allowed is {len(chosen)} (the rows in containing) to "
+                f"count is {count}; allowed is {kind}{len(chosen)} (the rows in containing) to "
                 f"{held * self._sides} (the rows held)."
             )
         numbers, times = chosen.unique(return_counts=True)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import usable_device
 from ..common.files import MALFORMED, StrPath, write_atomic
 from ..flows.flow import Flow
 from .checksums import checksum_of
@@ -104,8 +105,9 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file, or no checkpoint in the folder.
-        ValueError: the file is truncated, damaged, not from this library, or does not fit the
-            network. Where an older checkpoint of the run is intact, the message names it.
+        ValueError: the device cannot be used here; the file is truncated, damaged, not from this
+            library, or does not fit the network. Where an older checkpoint of the run is intact,
+            the message names it.
 
     Warns:
         UserWarning: the file is old and has no checksum, so damage may go unnoticed.
@@ -118,6 +120,7 @@ def load(
     >>> flow.sample(net, 5).shape
     torch.Size([5, 2])
     """
+    device = usable_device(str(device))
     path, tensors, description = _read_newest(path)
     warn_without_checksum(path, description)
     try:

@@ -114,6 +114,8 @@ def test_config_is_the_whole_flow():
         ({"M": 200, "sigma": 0.0}, "sigma is 0.0"),
         ({"M": 200, "tau": -0.1}, "tau is -0.1"),
         ({"M": 200, "gamma": -1.0}, "gamma is -1.0"),
+        ({"M": 200, "gamma": True}, "gamma is True; allowed is any finite number"),
+        ({"M": 200, "tau": True}, "tau is True; allowed is any finite number"),
         ({"M": 200, "z_min": 1e6}, "z_min is 1000000.0"),
         ({"M": 200, "z_max": math.inf}, "z_max is inf"),
         ({"M": 200, "upper_norm": 0.0}, "upper_norm is 0.0"),
@@ -258,6 +260,14 @@ def test_loss_is_zero_for_the_exact_field_and_only_for_it():
     data = torch.randn(50, 2, generator=seeded(0))
     assert float(flow.loss(flow.empirical(data), data[:8], data, seeded(1))) == 0
     assert float(flow.loss(flow.empirical(data), data[:8], None, seeded(1))) > 0
+
+
+@pytest.mark.parametrize("flow", [PoissonFlow((2,), data_norm=2.0), pfgm.PoissonFlowPP((2,), D=16)])
+def test_the_loss_of_no_samples_is_refused(flow):
+    data = torch.randn(50, 2, generator=seeded(0))
+    for references in (None, data):
+        with pytest.raises(ValueError, match="x is empty; allowed is at least one sample"):
+            flow.loss(flow.empirical(data), data[:0], references)
 
 
 def test_loss_reaches_the_parameters_only():

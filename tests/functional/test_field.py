@@ -540,11 +540,14 @@ def test_a_wrong_argument_is_named(backend, function, error, message, change):
         (ValueError, "gamma is -1.0", {"gamma": -1.0}),
         (ValueError, "gamma is nan", {"gamma": math.nan}),
         (ValueError, "gamma is inf", {"gamma": math.inf}),
+        (ValueError, "gamma is True; allowed is any finite number", {"gamma": True}),
         (ValueError, "z has shape (3,)", {"z": torch.ones(3)}),
         (ValueError, "is -1.0 in row 0", {"z": -1.0}),
         (TypeError, "z is a NoneType", {"z": None}),
         (ValueError, "references is empty", {"references": torch.zeros(0, 5)}),
         (TypeError, "x has dtype torch.uint8", {"x": torch.ones(4, 5, dtype=torch.uint8)}),
+        (TypeError, "x has layout torch.sparse_coo", {"x": torch.ones(4, 5).to_sparse()}),
+        (TypeError, "references has layout", {"references": torch.ones(4, 5).to_sparse()}),
     ],
 )
 def test_field_names_a_wrong_argument(backend, error, message, change):

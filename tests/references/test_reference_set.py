@@ -496,6 +496,9 @@ def test_bad_draws():
     references = ReferenceSet(torch.rand(10, 1))
     with pytest.raises(ValueError, match="count is 11; allowed is 0"):
         references.draw(11)
+    for count in (2.5, True):
+        with pytest.raises(ValueError, match=f"count is {count}; allowed is an integer from 0"):
+            references.draw(count)
     with pytest.raises(ValueError, match="allowed is 2"):
         references.draw(1, containing=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="containing holds 1 twice"):

@@ -58,6 +58,13 @@ def test_the_file_alone_gives_flow_and_network(tmp_path, flow, network):
     assert torch.equal(loaded.network(x, z)[0], network.eval()(x, z)[0])
 
 
+@pytest.mark.parametrize("device", ["meta", "no device"])
+def test_a_device_that_cannot_be_used_is_named(tmp_path, flow, network, device):
+    pfgm.save(tmp_path / "net.safetensors", flow, network)
+    with pytest.raises(ValueError, match=f"device is '{device}', which cannot be used here"):
+        pfgm.load(tmp_path / "net.safetensors", device=device)
+
+
 def test_unet_round_trip(tmp_path):
     flow = pfgm.PoissonFlow((1, 5, 6), data_norm=2.0)
     network = pfgm.networks.UNet((1, 5, 6), width=16)

@@ -1,0 +1,176 @@
+"""What a dtype cannot hold: references beyond float32, and squared distances that underflow."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pfgm
+from pfgm import field_fn, log_density, posterior_mean
+from pfgm.references import part
+
+BEYOND = (
+    r"^references holds values beyond the range of torch\.float32.*row 0 of x.*, "
+    r"or x in torch\.float64"
+)
+UNDERFLOW = r"^x and references differ by so little in row 0 of x .* underflows float64"
+# Of B, M, N: few rows, rows of few features, features with bounds of distances.
+SIZES = [(1, 50, 2), (9, 50, 2), (3, 50, 600), (50, 70, 520)]
+
+
+def rows(count, N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, N, generator=generator, dtype=torch.float64)
+
+
+def level(radius, D):
+    return {"sigma": radius} if math.isinf(D) else {"r": radius}
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    """Gives references as they are, and as a set of one chunk and of several."""
+
+    def of(references):
+        yield references
+        yield pfgm.ReferenceSet(references)
+        with monkeypatch.context() as context:
+            context.setattr(part, "_CHUNK_BYTES", 16 * references[0].nbytes)
+            yield pfgm.ReferenceSet(references)
+
+    return of
+
+
+# ---- references beyond float32 ----
+
+
+@pytest.mark.parametrize(("B", "M", "N"), SIZES)
+def test_float32_points_with_references_beyond_float32(backend, forms, B, M, N):
+    x, far = torch.zeros(B, N), rows(M, N) * 1e60
+    for references in forms(far):
+        for points in (x, x.clone().requires_grad_()):
+            with pytest.raises(ValueError, match=BEYOND):
+                posterior_mean(points, references, r=1.0, backend=backend)
+            with pytest.raises(ValueError, match=BEYOND):
+                field_fn(points, 1.0, references, backend=backend)
+            with pytest.raises(ValueError, match=BEYOND):
+                log_density(points, references, r=1.0, backend=backend)
+        mean = posterior_mean(x.double(), references, r=1e60, backend=backend)
+        wanted = posterior_mean(x.double(), far / 1e60, r=1.0, backend=backend)
+        torch.testing.assert_close(mean / 1e60, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("B", "M", "N"), SIZES)
+@pytest.mark.parametrize("D", [1.0, math.inf])
+def test_a_reference_beyond_float32_that_does_not_count(backend, B, M, N, D):
+    near = rows(M, N)
+    x = rows(B, N, seed=1).float().requires_grad_()
+    far = torch.cat([near[:7], torch.full((1, N), 1e60, dtype=torch.float64), near[7:]])
+    found = []
+    for references in (near, far):
+        mean = posterior_mean(x, references, D=D, backend=backend, **level(1.0, D))
+        (gradient,) = torch.autograd.grad(mean.square().sum(), x)
+        found.append((mean, gradient))
+    for actual, wanted in zip(found[1], found[0], strict=True):
+        assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+        assert wanted.norm() > 0
+
+
+@pytest.mark.parametrize("B", [1, 9])
+def test_gradients_with_a_reference_beyond_float32_that_counts_little(backend, B):
+    # Its weight, e^-20 of the largest, is below the rounding of the mean but not of the gradient.
+    references = torch.tensor([[0.0], [1e39]], dtype=torch.float64)
+    x, sigma = torch.zeros(B, 1, requires_grad=True), 1e39 / math.sqrt(40)
+    mean = posterior_mean(x, references, sigma=sigma, D=math.inf, backend=backend)
+    assert mean.isfinite().all()
+    if backend == "native" and B == 1:
+        with pytest.raises(ValueError, match=BEYOND):
+            mean.sum().backward()
+        return
+    (gradient,) = torch.autograd.grad(mean.sum(), x)
+    wanted = torch.full((B, 1), 40 * math.exp(-20))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=0)
+
+
+def test_an_upstream_gradient_that_is_not_finite_is_none_of_the_references(backend):
+    x = torch.zeros(1, 2, requires_grad=True)
+    mean = posterior_mean(x, rows(5, 2), r=1.0, backend=backend)
+    (gradient,) = torch.autograd.grad(mean, x, torch.full((1, 2), math.nan))
+    assert gradient.isnan().all()
+
+
+# ---- squared distances that underflow float64 ----
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-310])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize(("B", "M", "N"), SIZES)
+def test_squares_that_underflow(backend, forms, B, M, N, D, scale):
+    y, x = rows(M, N) * scale, rows(B, N, seed=1) * scale
+    for references in forms(y):
+        for points in (x, x.clone().requires_grad_()):
+            for radius in (0.0, scale):
+                with pytest.raises(ValueError, match=UNDERFLOW):
+                    posterior_mean(points, references, D=D, backend=backend, **level(radius, D))
+    with pytest.raises(ValueError, match=UNDERFLOW):
+        field_fn(x, scale, y, backend=backend)
+    # At a larger radius they are all at the same place.
+    mean = posterior_mean(x, y, D=D, backend=backend, **level(1e-100, D))
+    torch.testing.assert_close(mean / scale, y.mean(0).expand(B, N) / scale, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize(("B", "M", "N"), SIZES)
+def test_the_smallest_scale_is_right(backend, B, M, N, D):
+    y, x = rows(M, N), rows(B, N, seed=1)
+    wanted = posterior_mean(x, y, D=D, backend=backend, **level(1.0, D))
+    scale = 2.0**-470  # 3e-142
+    mean = posterior_mean(x * scale, y * scale, D=D, backend=backend, **level(scale, D))
+    torch.testing.assert_close(mean / scale, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-150, 1e-170, 1e-310])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize(("B", "M", "N"), SIZES)
+def test_points_on_tiny_references_at_r_0(backend, forms, B, M, N, D, scale):
+    y = rows(M, N) * scale
+    y[3] = y[M - 1]
+    x = y[M - B :].clone().requires_grad_()
+    for references in forms(y):
+        given = {"D": D, "return_logsumexp": True, "backend": backend}
+        in_chunks = isinstance(references, pfgm.ReferenceSet) and references.part.in_one() is None
+        if backend == "reference" and scale < 1 and in_chunks:
+            # Each chunk has a result of its own, also one without the reference at the point.
+            with pytest.raises(ValueError, match=UNDERFLOW):
+                posterior_mean(x, references, **given, **level(0.0, D))
+            continue
+        mean, lse = posterior_mean(x, references, **given, **level(0.0, D))
+        torch.testing.assert_close(mean, x, rtol=0, atol=5e-322)
+        if math.isinf(D):
+            assert lse.tolist() == [0.0] * (B - 1) + [math.log(2)]
+        else:
+            assert lse.isposinf().all()
+        if references is y or scale >= 1e-150:
+            (gradient,) = torch.autograd.grad(mean.sum(), x)
+            assert gradient.abs().max() == 0
+
+
+def test_on_one_reference_at_a_radius_that_underflows(backend):
+    y = torch.eye(3, dtype=torch.float64)
+    mean = posterior_mean(y, y, r=1e-170, backend=backend)
+    assert torch.equal(mean, y)
+    y[1] = y[0]
+    y[1, 2] = 1e-170
+    with pytest.raises(ValueError, match=UNDERFLOW):
+        posterior_mean(y, y, r=1e-170, backend=backend)
+
+
+@pytest.mark.parametrize("B", [1, 9])
+def test_float32_points_with_references_whose_squares_underflow(backend, B):
+    x, y = torch.zeros(B, 2), rows(50, 2) * 1e-170
+    with pytest.raises(ValueError, match=UNDERFLOW):
+        posterior_mean(x, y, r=0.0, return_logsumexp=True, backend=backend)
+    mean = posterior_mean(x, y, r=1.0, backend=backend)
+    assert mean.abs().max() == 0
