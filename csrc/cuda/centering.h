@@ -12,7 +12,7 @@ constexpr int kSamples = 16;  // references whose mean is the centre
 constexpr int kCenterThreads = 256, kSplitThreads = 256;
 // Powers of two of the largest centred values as float16, which holds less than 2^16. References
 // outside of the sample may be larger by 2^11. Then sums of products with a low part, which are
-// less than 2^12 each, still fit float16 if not nearly all of a panel are that large.
+// less than 2^10 each, still fit float16 if not nearly all of a panel are that large.
 constexpr int kQueryPower = 5, kReferencePower = 4;
 // The same of values that are not centred, in weighted sums. Others may be larger by 2^4.
 constexpr int kValuePower = 11;

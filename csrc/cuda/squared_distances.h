@@ -1,7 +1,7 @@
 // Squared distances |x|² + |y|² − 2 x·y from norms and products, on CUDA devices.
 //
 // They are float64. On GeForce cards, where float64 is slow, they are computed in two floats, to
-// about 2^-46 of the norms, and become float64 by their bits.
+// about 2^-45 of the norms, and become float64 by their bits.
 #pragma once
 #include "cuda/tiles.h"
 
@@ -92,36 +92,39 @@ __device__ inline std::uint64_t bits_of_sum(const TwoFloats& v, int exponent) {
 
 template <>
 struct ReferenceNorms<true> {
-  TwoFloats squared[2];  // over a power of two
-  int exponent;          // of it
+  TwoFloats squared[2];  // over powers of two
+  int exponents[2];      // of these
 
-  __device__ explicit ReferenceNorms(const double (&norms)[2])
-      : exponent(Most()(exponent_of(norms[0]), exponent_of(norms[1]))) {
-    for (int e = 0; e < 2; ++e) squared[e] = two_floats_over(norms[e], exponent);
+  __device__ explicit ReferenceNorms(const double (&norms)[2]) {
+    for (int e = 0; e < 2; ++e) {
+      exponents[e] = exponent_of(norms[e]);
+      squared[e] = two_floats_over(norms[e], exponents[e]);
+    }
   }
 };
 
 template <>
 class DistanceOfQuery<true> {
  public:
-  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<true>& y) : y_(y) {
-    exponent_ = Most()(exponent_of(norm), y.exponent);
-    norm_ = two_floats_over(norm, exponent_);
-    of_y_ = power_of_two(y.exponent - exponent_);
-    of_product_ = -power_of_two(exponent_of(unit) + 1 - exponent_);
+  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<true>& y)
+      : y_(y), of_norm_(exponent_of(norm)), of_twice_unit_(exponent_of(unit) + 1) {
+    norm_ = two_floats_over(norm, of_norm_);
   }
 
-  // Twice a product is at most the sum of both norms, so the sums are in the range of float32.
+  // Sums are in units of the larger norm. Twice a product is at most the sum of both, so float32
+  // holds them.
   __device__ std::uint64_t operator()(int reference, float2 product) const {
-    const TwoFloats norms = sum_of(times(y_.squared[reference], of_y_), norm_);
-    return bits_of_sum(sum_of(norms, times({product.x, product.y}, of_product_)), exponent_);
+    const int of_y = y_.exponents[reference], exponent = Most()(of_norm_, of_y);
+    const TwoFloats norms = sum_of(times(y_.squared[reference], power_of_two(of_y - exponent)),
+                                   times(norm_, power_of_two(of_norm_ - exponent)));
+    const float of_product = -power_of_two(of_twice_unit_ - exponent);
+    return bits_of_sum(sum_of(norms, times({product.x, product.y}, of_product)), exponent);
   }
 
  private:
   const ReferenceNorms<true>& y_;
+  const int of_norm_, of_twice_unit_;
   TwoFloats norm_;
-  int exponent_;
-  float of_y_, of_product_;
 };
 
 }  // namespace

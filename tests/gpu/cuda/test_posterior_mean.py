@@ -253,6 +253,17 @@ def test_very_small_and_very_large_values(op, sizes, scale, D):
     torch.testing.assert_close(lse.cpu(), wanted_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("far", [5e9, 1e12, 1e30])
+def test_a_far_reference_changes_no_other_distance(op, shim, far, capability):
+    """Some lanes find the distances to two references together."""
+    shim.device(capability)
+    for at, sizes in ((69, (20, 200, 40)), (101, (40, 200, 97)), (68, (20, 200, 1024))):
+        x, references, _ = op.problem(*sizes)
+        references[at] = far
+        assert op.mean_error(x, references, torch.full((sizes[0],), 10.0).double(), 1.0) <= 1e-4
+
+
 def test_one_reference_out_of_range(op):
     for sizes in ((5, 70, 9), (20, 70, 40), (20, 70, 512)):
         x, references, sigma = op.problem(*sizes)
