@@ -339,8 +339,8 @@ def test_medium(run, sizes, multiprocessors):
 @pytest.mark.parametrize(
     ("sizes", "multiprocessors", "kernel"),
     [
-        ((100, 300, 96), 1, "128, 128, false, false"),
-        ((97, 127, 1536), 3, "128, 128, false, true"),
+        ((100, 300, 96), 1, "128, 128, false, false, false"),
+        ((97, 127, 1536), 3, "128, 128, false, false, true"),
     ],
 )
 def test_medium_on_an_a100(run, sizes, multiprocessors, kernel):

@@ -15,6 +15,7 @@ from benchmarks.codegen import cuda as codegen_cuda
 # Launches that have another name than their kernel.
 OTHER_NAMES = {
     "warpgroup_distances": "distances",
+    "rounded_warpgroup_distances": "distances",
     "ode_step_kernel": "ode_step",
     "normalised_field_kernel": "normalised_field",
 }
@@ -39,6 +40,8 @@ def test_every_kernel_waits_first(op, shim, device):
         x, references, radius = op.problem(*sizes)
         op.compute(x, references, radius, 1.0)
         op.gradients(x, references, radius, 1.0)
+    shim.device(90, 1)
+    op.compute(*op.problem(129, 129, 96), 1.0, "medium")
     x, slope = torch.randn(2, 70, 20, device=device)
     z = torch.linspace(1, 2, 70, device=device)
     pfgm.field_fn(x, z, slope, backend="native")
