@@ -302,8 +302,8 @@ def test_gradients_with_slices(run):
         found = run(clusters(40, 129, 1040), dtype, multiprocessors=9, backward=True)
         kernels = Counter(one.kernel for one in found.model)
         assert kernels[f"distances<{TYPES[dtype]}, 64, 64, false, false, true>"] == 2
-        finished = {f"finish_distances<{TYPES[dtype]}, false, {last}>" for last in ("false", "true")}
-        assert finished <= set(kernels)
+        finish = f"finish_distances<{TYPES[dtype]}, false, "
+        assert {f"{finish}{last}>" for last in ("false", "true")} <= set(kernels)
         check(found)
 
 
