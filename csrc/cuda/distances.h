@@ -303,7 +303,8 @@ __device__ inline ReferencePanel load_panel(R* slab, const Lane& lane) {
 
 // The queries of TOGETHER columns as operands. Their panel starts at `x`.
 template <int TOGETHER>
-__device__ inline void load_queries(std::uint32_t (&of_x)[TOGETHER][2][2], const std::uint16_t* x) {
+__device__ inline void load_query_operands(std::uint32_t (&of_x)[TOGETHER][2][2],
+                                           const std::uint16_t* x) {
 #pragma unroll
   for (int j = 0; j < TOGETHER; ++j) {
     const uint4 four = *reinterpret_cast<const uint4*>(x + 8 * j * kPanel);
@@ -327,8 +328,8 @@ __device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
                                     const ReferencePanel (&y)[SLABS], const std::uint16_t* x_high,
                                     const std::uint16_t* x_low) {
   std::uint32_t of_high[TOGETHER][2][2], of_low[TOGETHER][2][2];
-  load_queries(of_high, x_high);
-  load_queries(of_low, x_low);
+  load_query_operands(of_high, x_high);
+  load_query_operands(of_low, x_low);
   const auto each = [&](auto multiply) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -372,7 +373,7 @@ __device__ inline void add_rounded_products(float (&total)[SLABS][COLUMNS][4], i
                                             const std::uint16_t* x) {
   float panel[SLABS][TOGETHER][4];
   std::uint32_t of_x[TOGETHER][2][2];
-  load_queries(of_x, x);
+  load_query_operands(of_x, x);
 #pragma unroll
   for (int s = 0; s < SLABS; ++s)
     for (int j = 0; j < TOGETHER; ++j) multiply_halves(panel[s][j], y[s].high[0], of_x[j][0]);
