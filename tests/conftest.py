@@ -70,14 +70,14 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def run_kernel_tests(tmp_path_factory):
-    """run_kernel_tests(names, environment) → name → (process, log).
+    """run_kernel_tests(names, environment, *options) → name → (process, log).
 
     Starts a process for each name, all at once: "shared" has the tests of tests/gpu itself, any
     other name those of a folder in it. A process for each file would start torch more often.
     """
     started = []
 
-    def run(names, environment):
+    def run(names, environment, *options):
         folder = tmp_path_factory.mktemp("output")
         command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
         running = {}
@@ -86,7 +86,7 @@ def run_kernel_tests(tmp_path_factory):
             tests = ROOT / "tests" / "gpu" / ("" if name == "shared" else name)
             with log.open("w") as output:
                 process = subprocess.Popen(
-                    [*command, *sorted(tests.glob("test_*.py"))],
+                    [*command, *options, *sorted(tests.glob("test_*.py"))],
                     env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
                     stdout=output,
                     stderr=subprocess.STDOUT,

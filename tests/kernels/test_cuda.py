@@ -41,6 +41,13 @@ def running(run_kernel_tests):
     return run_kernel_tests(NAMES, {"PFGM_CUDA_SHIM": str(build())})
 
 
+@pytest.mark.slow
+def test_slow_tests_on_the_host(run_kernel_tests):
+    environment = {"PFGM_CUDA_SHIM": str(build())}
+    process, output = run_kernel_tests(["cuda"], environment, "-m", "slow")["cuda"]
+    assert process.wait() == 0, output.read_text()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_on_the_host(running, name):
     process, output = running[name]

@@ -78,6 +78,7 @@ def test_gradients(op, large, sizes):
     large(lambda: op.check_gradients(x, references, radius, 1.0), sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("sizes", "capability"), [((100, 127, 97), 89), ((241, 129, 65), 80)])
 def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, capability, dtype):
@@ -163,6 +164,7 @@ def test_queries_that_are_not_finite(op, large):
     assert lse[:99].isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_order_of_threads_does_not_change_a_bit(op, shim, large):
     sizes = (100, 129, 97)
     x, references, sigma = op.problem(*sizes)

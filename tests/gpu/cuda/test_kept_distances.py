@@ -59,6 +59,7 @@ def check(op, x, references, radius, D, tolerance=None):
                 op.assert_gradient(found[place], wanted, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 8])
 @pytest.mark.usefixtures("poisoned")

@@ -97,6 +97,7 @@ def test_chunks_and_blocks(op, N, D):
         op.check(x, references, op.radius_of(sigma, D), D)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("B", [70, 256, 300])
 @pytest.mark.parametrize("N", [20, 40, 66])
 @pytest.mark.usefixtures("poisoned")

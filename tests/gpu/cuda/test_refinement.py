@@ -224,6 +224,7 @@ def test_differences_too_large_for_float32_are_cut_off(op, device):
 # ---- the order of the list, and the blocks that share it, change nothing ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("N", [20, 40, 600])
 @pytest.mark.parametrize("problem", [two_vectors, all_near_but_one, one_near_tile, None])
 def test_the_list_does_not_change_a_bit(op, shim, problem, N):

@@ -79,6 +79,7 @@ def check(op, shim, run, mean_of):
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.usefixtures("poisoned")
@@ -87,6 +88,7 @@ def test_error(op, check, sizes, D):
     assert check(x, references, op.radius_of(sigma, D), D) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.parametrize("queries", SLICED)
 @pytest.mark.usefixtures("poisoned")
@@ -107,6 +109,7 @@ def test_gradients(op, run, sizes):
         op.assert_gradient(gradient, expected, ANY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", SLICED)
 def test_gradients_with_slices(op, run, queries):
     sizes, multiprocessors = SLICED[queries]

@@ -51,6 +51,7 @@ def sliced(shim):
     return sliced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @TILES
 @pytest.mark.usefixtures("poisoned")
@@ -62,6 +63,7 @@ def test_forward(op, sliced, tile, dtype):
         sliced(tile, lambda radius=radius, D=D: op.check(x, references, radius, D))
 
 
+@pytest.mark.slow
 @TILES
 @pytest.mark.usefixtures("poisoned")
 def test_gradients(op, sliced, tile):
@@ -71,6 +73,7 @@ def test_gradients(op, sliced, tile):
     sliced(tile, lambda: op.check_gradients(x, references, radius, 1.0))
 
 
+@pytest.mark.slow
 @TILES
 def test_slices_change_no_more_than_rounding(op, shim, sliced, tile):
     """On one multiprocessor there are none."""
@@ -166,6 +169,7 @@ def test_tiny_and_huge_values(op, sliced, scale):
     torch.testing.assert_close(lse.cpu(), wanted_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(32, 64, 80), (64, 128, 80)])
 def test_the_order_of_threads_does_not_change_a_bit(op, shim, sliced, tile):
     sizes, _ = PROBLEMS[tile]
