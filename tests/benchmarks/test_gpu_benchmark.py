@@ -386,6 +386,7 @@ def test_tests_run_side_by_side_and_the_worst_counts(monkeypatch, tmp_path):
     assert found == ("tests/gpu, cuda", 9, "test_a: 1 passed; test_b: 1 passed")
 
 
+@pytest.mark.slow
 def test_the_smoke_test_ends(capsys):
     """Only a GPU, or the build for the host, can tell which kernels it launches."""
     smoke.run("reference", "cpu")

@@ -833,6 +833,7 @@ def test_machine_code_has_what_is_counted(type):
     assert seen == declared
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(codegen_cuda.why_unchecked() is not None, reason="no machine code")
 @pytest.mark.parametrize("card", devices.DEVICES, ids=lambda card: card.name)
 def test_loops_over_pairs_have_no_float64(card):
