@@ -463,9 +463,12 @@ def _limits(shape: Shape, data: Data, queries: int, m: int) -> Work:
     return Work("find_limits", name, queries, 32 * warps, memory, once, loops, moved)
 
 
+_REFINE_BLOCKS = 2  # of a multiprocessor
+
+
 def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Work:
     refined, share = data["refine"], _share(shape, queries, m)
-    blocks, pairs = min(2 * card.sms, up(queries * m, 16)), refined["pairs"] * share
+    blocks, pairs = min(_REFINE_BLOCKS * card.sms, up(queries * m, 16)), refined["pairs"] * share
     # A row of a query is read from the L2 cache again if another turn of find_limits, or another
     # block, comes to it.
     rows = min(pairs, refined["turns"] * share + blocks)

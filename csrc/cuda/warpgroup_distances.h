@@ -100,6 +100,32 @@ class WarpgroupCopy {
   const std::uint16_t* high_;
 };
 
+// A panel of 16 references as operands: references g and g + 8, features 2t, 2t + 1, 2t + 8 and
+// 2t + 9 of each 16. squares[e] is the sum of the squares of reference g + 8e, of their high parts
+// if ROUNDED.
+template <bool ROUNDED, class Stage>
+__device__ inline ReferencePanel convert_for_warpgroup(const Stage& stage, float scale,
+                                                       const Lane& lane, float (&squares)[2]) {
+  ReferencePanel panel;
+  squares[0] = squares[1] = 0;
+#pragma unroll
+  for (int i = 0; i < kPanel / 8; ++i) {
+    const int feature = 8 * i + 2 * lane.t;
+    const float2 c = *reinterpret_cast<const float2*>(stage.center + feature);
+    for (int e = 0; e < 2; ++e) {
+      const int row = 16 * lane.warp + lane.g + 8 * e;
+      const float2 y = *reinterpret_cast<const float2*>(
+          stage.y[row] + 4 * place_of_piece(lane.g, feature / 4) + feature % 4);
+      const float first = y.x * scale - c.x, second = y.y * scale - c.y;
+      const TwoHalves parts = split_halves(first, second);
+      squares[e] += ROUNDED ? sum_of_squares(parts.high) : first * first + second * second;
+      panel.high[i / 2][i % 2 * 2 + e] = parts.high;
+      panel.low[i / 2][i % 2 * 2 + e] = parts.low;
+    }
+  }
+  return panel;
+}
+
 // Panels of the features that a block takes.
 struct BlockPanels {
   int first, count;
@@ -138,38 +164,21 @@ class WarpgroupStages {
     publish_shared();
     __syncthreads();
   }
+  // The references of this warp in a panel.
+  __device__ R* slab(int p, const Lane& lane) { return at(p).y[16 * lane.warp]; }
+  // Converts them in their place. After the last panel this converts what nothing reads.
+  __device__ void convert(int p, float scale, const Lane& lane, float (&squares)[2]) {
+    const ReferencePanel panel = convert_for_warpgroup<kRounded<R>>(at(p), scale, lane, squares);
+    __syncwarp();  // all values are read
+    store_panel(slab(p, lane), panel, lane);
+    __syncwarp();
+  }
 
  private:
   Memory& shared_;
   WarpgroupCopy<R, QUERIES> copy_;
   const int panels_;
 };
-
-// A panel of 16 references as operands: references g and g + 8, features 2t, 2t + 1, 2t + 8 and
-// 2t + 9 of each 16. squares[e] is the sum of the squares of reference g + 8e, of their high parts
-// if ROUNDED.
-template <bool ROUNDED, class Stage>
-__device__ inline ReferencePanel convert_for_warpgroup(const Stage& stage, float scale,
-                                                       const Lane& lane, float (&squares)[2]) {
-  ReferencePanel panel;
-  squares[0] = squares[1] = 0;
-#pragma unroll
-  for (int i = 0; i < kPanel / 8; ++i) {
-    const int feature = 8 * i + 2 * lane.t;
-    const float2 c = *reinterpret_cast<const float2*>(stage.center + feature);
-    for (int e = 0; e < 2; ++e) {
-      const int row = 16 * lane.warp + lane.g + 8 * e;
-      const float2 y = *reinterpret_cast<const float2*>(
-          stage.y[row] + 4 * place_of_piece(lane.g, feature / 4) + feature % 4);
-      const float first = y.x * scale - c.x, second = y.y * scale - c.y;
-      const TwoHalves parts = split_halves(first, second);
-      squares[e] += ROUNDED ? sum_of_squares(parts.high) : first * first + second * second;
-      panel.high[i / 2][i % 2 * 2 + e] = parts.high;
-      panel.low[i / 2][i % 2 * 2 + e] = parts.low;
-    }
-  }
-  return panel;
-}
 
 // Sums of a warp with 64 queries, which one instruction computes.
 constexpr int kOfProduct = 64;
@@ -256,27 +265,19 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
   WarpgroupStages<float, 128> stages(shared, x, query0, y, reference0, center, panels);
   constexpr int kAhead = stages.kAhead;
-  const auto slab_of = [&](int p) { return stages.at(p).y[16 * lane.warp]; };
-  // After the last panel this converts what nothing reads.
-  const auto convert_ahead = [&](int p) {
-    const ReferencePanel panel = convert_for_warpgroup<false>(stages.at(p), factor, lane, squares);
-    __syncwarp();  // all values are read
-    store_panel(slab_of(p), panel, lane);
-    __syncwarp();
-  };
 
   for (int p = 0; p < kAhead; ++p) stages.begin(p);
   stages.template arrive<kAhead - 1>();
-  convert_ahead(0);
+  stages.convert(0, factor, lane, squares);
 #pragma unroll 1
   for (int p = 0; p < panels.count; ++p) {
-    const ReferencePanel y = load_panel(slab_of(p), lane);
+    const ReferencePanel y = load_panel(stages.slab(p, lane), lane);
     begin_panel(rest[0], y, stages.at(p), 0);
     for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
     stages.template arrive<kAhead - 2>();
     stages.begin(p + kAhead);  // in place of panel p − 1, whose products are done
     begin_panel(rest[1], y, stages.at(p), 1);
-    convert_ahead(p + 1);
+    stages.convert(p + 1, factor, lane, squares);
     wait_products<1>();
     add_panel(total[0], rest[0]);
     wait_products<0>();
@@ -317,21 +318,13 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
   WarpgroupStages<Rounded, QUERIES> stages(shared, x, query0, y, reference0, center, panels);
   constexpr int kAhead = stages.kAhead;
-  const auto slab_of = [&](int p) { return stages.at(p).y[16 * lane.warp]; };
-  // After the last panel this converts what nothing reads.
-  const auto convert_ahead = [&](int p) {
-    const ReferencePanel panel = convert_for_warpgroup<true>(stages.at(p), factor, lane, squares);
-    __syncwarp();  // all values are read
-    store_panel(slab_of(p), panel, lane);
-    __syncwarp();
-  };
 
   for (int p = 0; p < kAhead; ++p) stages.begin(p);
   stages.template arrive<kAhead - 1>();
-  convert_ahead(0);
+  stages.convert(0, factor, lane, squares);
 #pragma unroll 1
   for (int p = 0; p < panels.count; ++p) {
-    const ReferencePanel panel = load_panel(slab_of(p), lane);
+    const ReferencePanel panel = load_panel(stages.slab(p, lane), lane);
     const auto begin = [&](int n) {
       begin_rounded_panel(sums[n % 2], panel, stages.at(p), n, adds);
     };
@@ -348,7 +341,7 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
         wait_products<0>();
       add_rounded_panel(total[n], sums[n % 2]);
       if (n + 2 < kGroups) begin(n + 2);
-      if (n + 2 == kGroups) convert_ahead(p + 1);
+      if (n + 2 == kGroups) stages.convert(p + 1, factor, lane, squares);
     }
   }
   wait_copies<0>();

@@ -92,7 +92,7 @@ void check_squared_distances() {
   const auto power = [&](double from, double to) { return std::exp2(random.uniform(from, to)); };
   for (int i = 0; i < 20000; ++i) {
     const double scale = power(-280, 240);
-    double norm = scale * power(-40, 0), squared[2] = {scale * power(-160, 0), scale};
+    double norm = scale * power(-160, 0), squared[2] = {scale * power(-160, 0), scale};
     if (i % 7 == 0) norm = scale;  // equal norms, and distances from 0 to 4 of them
     if (i % 11 == 0) squared[0] = 0;
     if (i % 13 == 0) norm = squared[0] = squared[1] = 0;

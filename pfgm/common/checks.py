@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether value is an integer of Python or NumPy, but not True or False."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -398,7 +398,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
     """The value as an int. Raises ValueError unless it is an integer from 1 to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
+    if not is_whole(value) or not 1 <= value <= most:
         limit = "" if most == _MAX_INT else f" and at most {most}"
         raise ValueError(f"{name} is {value!r}; only an integer of at least 1{limit} is allowed.")
     return int(value)

@@ -8,13 +8,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from numbers import Integral
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..common.checks import allocating, check_choice, is_number
+from ..common.checks import allocating, check_choice, is_number, is_whole
 from ..common.messages import progress_bar
 from ..common.tensors import evaluating, network_device
 from ..functional import steps as ode_steps
@@ -364,11 +363,7 @@ def _progress_shown(
 
 def check_steps(name: str, steps: object) -> None:
     """Raises ValueError unless steps is a number of steps that a solver can take."""
-    if (
-        isinstance(steps, bool)
-        or not isinstance(steps, Integral)
-        or not 1 <= int(steps) <= _MOST_STEPS
-    ):
+    if not is_whole(steps) or not 1 <= steps <= _MOST_STEPS:
         raise ValueError(
             f"{name} is {steps!r}; allowed is an integer of at least 1 and at most {_MOST_STEPS}."
         )
@@ -376,7 +371,7 @@ def check_steps(name: str, steps: object) -> None:
 
 def check_count(n: object) -> None:
     """Raises ValueError unless n is a number of samples."""
-    if isinstance(n, bool) or not isinstance(n, Integral) or int(n) < 0:
+    if not is_whole(n) or n < 0:
         raise ValueError(f"n is {n!r}; allowed is an integer of at least 0.")
 
 

@@ -849,12 +849,30 @@ def test_loops_over_pairs_have_no_float64(card):
         kernel = kernels.cuda_kernel(card, name, 0)
         for what in loops:
             body = kernel.body(kernels.loop_with_most(kernel, what))
-            slow = [
-                one.name
-                for one in body
-                if pipeline.need_of(one, card).unit in ("fp64", "convert64")
-            ]
-            assert slow == [], (name, what)
+            assert float64_in(body, card) == [], (name, what)
+
+
+def float64_in(code, card):
+    """The instructions for float64, and conversions from and to it."""
+    return [one.name for one in code if pipeline.need_of(one, card).unit in ("fp64", "convert64")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(codegen_cuda.why_unchecked() is not None, reason="no machine code")
+@pytest.mark.parametrize(
+    ("kernel", "pairs"),  # of a thread
+    [
+        ("finish_distances<float32, {}, false>", 8),
+        ("distances<float32, 64, 64, {}, false, false>", 16),
+        ("distances<float32, 128, 128, {}, false, false>", 64),
+        ("distances<Rounded, 64, 64, {}, false, false>", 16),
+    ],
+)
+def test_distances_on_geforce_cards_have_no_float64_for_each_pair(kernel, pairs):
+    """On other cards each pair takes at least four such instructions."""
+    both = [kernels.cuda_kernel(GEFORCE, kernel.format(each), 0) for each in ("true", "false")]
+    of_geforce, of_others = (len(float64_in(each.code, GEFORCE)) for each in both)
+    assert of_geforce + 4 * pairs <= of_others
 
 
 def test_copies_read_the_bytes_that_are_counted():
