@@ -312,6 +312,15 @@ __device__ inline void load_query_operands(std::uint32_t (&of_x)[TOGETHER][2][2]
   }
 }
 
+// Adds two neighbouring values to two totals. What these cannot hold is the next rest.
+__device__ inline void add_rest(float* total, float* rest) {
+  const float2 old = {total[0], total[1]}, value = {rest[0], rest[1]};
+  const float2 larger = add_pairs(old, value);
+  const float2 lost = subtract_pairs(value, subtract_pairs(larger, old));
+  total[0] = larger.x, total[1] = larger.y;
+  rest[0] = lost.x, rest[1] = lost.y;
+}
+
 // Adds the products with TOGETHER columns of 8 queries from column `first` on: high·high + high·low
 // + low·high. They take turns, so that none waits for another. The panel of these queries is at
 // `x_high` and `x_low`.
@@ -357,11 +366,8 @@ __device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
 #pragma unroll
     for (int j = 0; j < TOGETHER; ++j)
       for (int e = 0; e < 4; ++e) {
-        float &sum = total[s][first + j][e], &value = rest[s][first + j][e];
-        if constexpr (HALF_SUMS) value += half_of_word(small[s][j][e / 2], e % 2);
-        const float larger = sum + value;
-        value -= larger - sum;
-        sum = larger;
+        if constexpr (HALF_SUMS) rest[s][first + j][e] += half_of_word(small[s][j][e / 2], e % 2);
+        if (e % 2 == 1) add_rest(&total[s][first + j][e - 1], &rest[s][first + j][e - 1]);
       }
 }
 

@@ -210,6 +210,9 @@ inline void multiply_add_halves(std::uint32_t (&d)[2], const std::uint32_t (&a)[
   d[0] = halves_of(sums[0], sums[1]), d[1] = halves_of(sums[2], sums[3]);
 }
 
+inline float2 add_pairs(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+inline float2 subtract_pairs(float2 a, float2 b) { return {a.x - b.x, a.y - b.y}; }
+
 inline float reciprocal(float v) { return 1 / v; }
 
 }  // namespace pfgm
