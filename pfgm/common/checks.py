@@ -222,7 +222,7 @@ def first_bad_row(values: Tensor) -> int | None:
         return None
     for start in range(0, len(values), 4096):
         rows = values[start : start + 4096]
-        bad = ~torch.isfinite(rows).flatten(1).all(1)
+        bad = ~torch.isfinite(rows).reshape(len(rows), -1).all(1)
         if bool(bad.any()):
             return start + int(bad.nonzero()[0])
     return None

@@ -35,6 +35,15 @@ def contiguous_features(rows: Tensor) -> Tensor:
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
+def flat_rows(samples: Tensor) -> Tensor:
+    """Samples (B, *S) as (B, N). Samples without dimensions, (B,), become (B, 1).
+
+    >>> flat_rows(torch.zeros(5, 3, 2)).shape, flat_rows(torch.zeros(5)).shape
+    (torch.Size([5, 6]), torch.Size([5, 1]))
+    """
+    return samples.flatten(1) if samples.ndim > 1 else samples[:, None]
+
+
 def over_samples(values: Tensor, x: Tensor) -> Tensor:
     """Values (B,) reshaped to broadcast over samples x (B, *S)."""
     return values.view(-1, *[1] * (x.ndim - 1))

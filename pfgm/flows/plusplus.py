@@ -19,7 +19,7 @@ from ..common.checks import (
     untouched,
     warn_channels_last,
 )
-from ..common.tensors import common_device, over_samples, per_row
+from ..common.tensors import common_device, flat_rows, over_samples, per_row
 from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
@@ -337,7 +337,7 @@ class PoissonFlowPP(Flow):
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition)
         wide = torch.promote_types(mean.dtype, torch.float32)
-        squared = (mean.to(wide) - target.to(wide)).flatten(1).square().sum(1)
+        squared = flat_rows(mean.to(wide) - target.to(wide)).square().sum(1)
         s = sigma.to(wide)
         weight = (s.square() + self.sigma_data**2) / (s * self.sigma_data).square()
         return (weight * squared).mean()
