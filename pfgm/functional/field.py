@@ -19,6 +19,7 @@ from ..common.checks import (
     is_symbolic,
     layout_hint,
 )
+from ..common.transforms import in_torch_func
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
@@ -110,6 +111,10 @@ def _flat_mean(
     if isinstance(references, ReferenceSet):
         mean, lse = over_set.compute(flat, radius, references.part, D, backend, precision)
         return flat, mean, lse
+    if torch.compiler.is_compiling() and not in_torch_func():
+        points = x if flat.dtype == x.dtype else flat  # see pfgm.ops.posterior_mean
+        problem = PosteriorMean(points, references, radius, D, precision)
+        return flat, *ops.posterior_mean.compute(problem, backend)
     problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
     found = ops.native_gradients.compute(problem, backend)
     return flat, *(found or ops.posterior_mean.compute(problem, backend))

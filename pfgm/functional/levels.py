@@ -44,7 +44,8 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name} is on {value.device} and x on {x.device}; both must be on one device."
         )
-    return value.to(device=x.device, dtype=dtype).expand(count)
+    value = value.to(device=x.device, dtype=dtype)
+    return value.expand(count) if value.ndim == 0 else value
 
 
 def step_levels(
