@@ -19,6 +19,7 @@ from ..common.checks import (
     untouched,
     warn_channels_last,
 )
+from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
 from ..functional import posterior_mean
 from ..functional.steps import Level
@@ -164,9 +165,9 @@ class PoissonFlowPP(Flow):
 
     @classmethod
     def from_data(
-        cls, data: References | np.ndarray[Any, Any], *, D: float, **overrides: Any
+        cls, data: References | np.ndarray[Any, Any] | StrPath, *, D: float, **overrides: Any
     ) -> PoissonFlowPP:
-        """The flow for data (n, *S): a tensor, an array or a :class:`pfgm.ReferenceSet`.
+        """The flow for data (n, *S), all that :class:`pfgm.ReferenceSet` takes.
 
         EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1).
         Here the levels are scaled to the root mean square of the data.

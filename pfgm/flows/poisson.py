@@ -20,6 +20,7 @@ from ..common.checks import (
     untouched,
     warn_channels_last,
 )
+from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
 from ..functional import field_fn
 from ..functional import steps as ode_steps
@@ -188,8 +189,10 @@ class PoissonFlow(Flow):
         return Defaults(solver="multistep", steps=steps, schedule="rho")
 
     @classmethod
-    def from_data(cls, data: References | np.ndarray[Any, Any], **overrides: Any) -> PoissonFlow:
-        """The flow for data (n, *S): a tensor, an array or a :class:`pfgm.ReferenceSet`.
+    def from_data(
+        cls, data: References | np.ndarray[Any, Any] | StrPath, **overrides: Any
+    ) -> PoissonFlow:
+        """The flow for data (n, *S), all that :class:`pfgm.ReferenceSet` takes.
 
         Data are floating point, or uint8, which means u/127.5 − 1. Samples of 64 or more values
         that fill [-1, 1], as images do, take the published rules, with their average norm as

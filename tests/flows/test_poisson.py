@@ -2,6 +2,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,6 +126,14 @@ def test_config_is_the_whole_flow():
 def test_bad_hyper_parameters(arguments, message):
     with pytest.raises(ValueError, match=message):
         PoissonFlow((2,), **arguments)
+
+
+def test_flows_of_a_file(tmp_path):
+    data = torch.randn(20, 2, generator=seeded(0))
+    np.save(tmp_path / "data.npy", data.numpy())
+    assert PoissonFlow.from_data(tmp_path / "data.npy") == PoissonFlow.from_data(data)
+    with pytest.raises(TypeError, match="source is a dict; allowed are a tensor, a NumPy array"):
+        PoissonFlow.from_data({"x": data})
 
 
 def test_bad_shapes_and_data():
