@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .common.checks import check_not_empty
+from .common.tensors import flat_rows
 from .flows import Condition, Flow, Network
 from .flows.conditions import select_rows
 from .functional import steps as ode_steps
@@ -123,7 +124,7 @@ class Consistency:
             target = self._target(net, noisy.clone(), starts, levels, condition or {})
         mean = flow.denoise(net, noisy, sigma, condition)
         wide = torch.promote_types(mean.dtype, torch.float32)
-        squared = (mean.to(wide) - target.to(wide)).flatten(1).square().sum(1)
+        squared = flat_rows(mean.to(wide) - target.to(wide)).square().sum(1)
         c = _HUBER_SCALE * math.sqrt(flow.N)
         return ((squared + c * c).sqrt() - c).mean()
 

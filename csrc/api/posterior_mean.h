@@ -85,7 +85,7 @@ struct Backward {
 
 enum class Failure : int {
   none = 0,
-  radius = 1,    // a radius is negative or not finite
+  radius = 1,    // a radius is negative, not finite or too large
   value = 2,     // a distance is not finite, even in float64
   singular = 3,  // logsumexp is infinite and has no gradient
   memory = 4,

@@ -99,7 +99,7 @@ bool direct_step(int method, int type, Index rows, Index features, Address x, Ad
   std::vector<double> levels(3 * count);
   for (Index b = 0; b < count; ++b) {
     StepLevels found;
-    if (!given.find(b, &found)) return false;
+    if (!given.find(b, tensors.type, &found)) return false;
     levels[b] = found.z;
     levels[count + b] = found.toward;
     levels[2 * count + b] = found.blend;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "api/levels.h"
 #include "api/ode_step.h"
@@ -52,9 +53,13 @@ struct GivenLevels {
     return z.values == nullptr && z_next.values == nullptr && z_previous.values == nullptr;
   }
 
-  // What the step computes from the levels of a row in host memory, if they are allowed.
-  bool find(std::int64_t row, StepLevels* out) const {
-    const auto positive = [](double level) { return level > 0 && std::isfinite(level); };
+  // What the step computes from the levels of a row in host memory, if they are allowed: positive
+  // and within the range of the points' type.
+  bool find(std::int64_t row, Type type, StepLevels* out) const {
+    const double most = type == Type::float64
+                            ? std::numeric_limits<double>::max()
+                            : static_cast<double>(std::numeric_limits<float>::max());
+    const auto positive = [&](double level) { return level > 0 && level <= most; };
     const double at = level_of(z, row), to = level_of(z_next, row),
                  from = level_of(z_previous, row);
     if (!positive(at) || !(positive(to) || (method == Method::euler && to == 0))) return false;

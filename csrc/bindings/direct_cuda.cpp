@@ -137,7 +137,7 @@ bool direct_step_cuda(int method, int type, Index rows, Index features, Address 
   const CudaPlace place = {device, stream};
   if (given.are_numbers()) {
     StepLevels shared;
-    if (!given.find(0, &shared)) return false;
+    if (!given.find(0, tensors.type, &shared)) return false;
     const double levels[] = {shared.z, shared.toward, shared.blend};
     const py::gil_scoped_release released;
     ode_step_cuda(tensors.step(levels, 0, law, 1), place);

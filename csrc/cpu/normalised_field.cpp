@@ -42,7 +42,8 @@ Norm norm_of(const NormalisedField& field, Index row) {
     const double d = static_cast<double>(x[k]) - static_cast<double>(mean[k]);
     return d * d;
   });
-  const double size = std::sqrt(squared + field.z[row] * field.z[row]), norm = size + field.gamma;
+  const double size = std::hypot(std::sqrt(squared), field.z[row]);  // z² may underflow
+  const double norm = size + field.gamma;
   // The norm is 0 at E = 0 and γ = 0. There any finite scale gives v = 0.
   return {size, -std::sqrt(static_cast<double>(field.features)) / (norm == 0 ? 1 : norm)};
 }

@@ -37,6 +37,7 @@ struct WeightLaw {
 
   double score(double squared, double radius) const {
     if (gaussian) return squared == 0 ? 0 : -squared / radius / radius / 2;
+    if (squared == 0) return -exponent * 2 * std::log(radius);  // r² may underflow
     return -exponent * std::log(squared + radius * radius);
   }
 
@@ -61,13 +62,19 @@ WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
           kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff};
 }
 
+constexpr double kSmallestDouble = std::numeric_limits<double>::min();
+
+// The largest allowed radius. With a larger one, places that hold no reference, at the squared
+// distance kSkipped, would get a weight that counts. The weights of diffusion fall faster. The same
+// limits as in pfgm/common/checks.py.
+inline double largest_radius(double dimensions) { return std::isinf(dimensions) ? 1e150 : 1e130; }
+
 inline Status check_radius(const Problem& problem) {
+  const double most = largest_radius(problem.dimensions);
   for (Index b = 0; b < problem.queries; ++b)
-    if (!(problem.radius[b] >= 0 && std::isfinite(problem.radius[b]))) return {Failure::radius, b};
+    if (!(problem.radius[b] >= 0 && problem.radius[b] <= most)) return {Failure::radius, b};
   return {};
 }
-
-constexpr double kSmallestDouble = std::numeric_limits<double>::min();
 
 // Whether squares of differences may underflow float64. Those of values of at most 32 bits cannot.
 template <class T, class R>
@@ -295,7 +302,6 @@ Status check_result(const QueryState& state, double radius, const T* mean, Index
 }
 
 inline double logsumexp(const WeightLaw& law, const QueryState& state, double radius) {
-  if (!law.gaussian && state.nearest + radius * radius == 0) return kInfinity;
   return law.score(state.nearest, radius) + std::log(state.total);
 }
 

@@ -83,10 +83,12 @@ def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[
     """v_x (B, N) and v_z (B,) from x (B, N), z (B,) and mean (B, N), differentiable."""
     dtype = wide_dtype(x.device)
     difference = x.to(dtype) - mean.to(dtype)
-    squared = difference.square().sum(1) + z.to(dtype).square()
+    squared, z_wide = difference.square().sum(1), z.to(dtype)
     # ‖E‖ has no gradient at E = 0. There v is −√N E/gamma, or 0 if gamma is 0 too.
-    at_zero = squared == 0
-    root = torch.where(at_zero, 1.0, squared).sqrt()
+    at_mean = squared == 0
+    at_zero = at_mean & (z_wide == 0)
+    distance = torch.where(at_mean, 0.0, torch.where(at_mean, 1.0, squared).sqrt())
+    root = torch.where(at_zero, 1.0, distance).hypot(z_wide)  # z² may underflow
     norm = torch.where(at_zero, 0.0 if gamma > 0 else math.inf, root)
     scale = -math.sqrt(x.shape[1]) / (norm + gamma)
     return (scale[:, None] * difference).to(x.dtype), (scale * z).to(x.dtype)

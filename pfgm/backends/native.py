@@ -348,7 +348,7 @@ def posterior_mean(
         check_status(extension().posterior_mean(given, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
-        check_radius(radius)
+        check_radius(radius, problem.D)
     _run_on_cuda(x, given, io, False, kept)
     check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total

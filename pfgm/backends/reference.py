@@ -101,7 +101,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> None:
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius, D, _, _ = problem
     if checks_values(x.device):
-        check_radius(radius)
+        check_radius(radius, D)
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
     nearest, total, mean = _weighted_average(wide, references, r, D, torch.matmul)

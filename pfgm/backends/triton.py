@@ -101,7 +101,7 @@ def average(
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius, D, precision, _ = laid_out(problem)
     if checks_values(x.device):
-        check_radius(radius)
+        check_radius(radius, D)
     mean, logsumexp, nearest, total = average(x, references, radius, D, precision)
     check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total

@@ -24,19 +24,21 @@ def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int
     if math.isinf(D):
         score = torch.where(nearest == 0, 0.0, -nearest / radius / radius / 2)
     else:
-        score = (nearest + radius.square()).log() * (-(N + D) / 2)  # +inf at s = 0
+        # r² may underflow. The score is +inf on a reference at r = 0.
+        squared = (nearest + radius.square()).log()
+        score = torch.where(nearest == 0, 2 * radius.log(), squared) * (-(N + D) / 2)
     return torch.where(score.isposinf(), score, score + total.log())
 
 
 def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
     """Where the mean is locally constant.
 
-    This is so on a reference at r = 0. At D = ∞ it is so at σ = 0, and where σ is so small that
-    scores overflow.
+    This is so on a reference at r = 0, and at an r whose square underflows. At D = ∞ it is so at
+    σ = 0, and where σ is so small that scores overflow.
     """
     if math.isinf(D):
         return (radius == 0) | (nearest / radius / radius).isinf()
-    return nearest + radius.square() == 0
+    return nearest + radius.square() < torch.finfo(nearest.dtype).tiny
 
 
 def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:

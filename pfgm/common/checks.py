@@ -21,6 +21,8 @@ _MAX_REASON = 200  # characters of torch's own message
 _MAX_DIMENSIONS = 64  # dimensions of a tensor
 _MAX_INT = (1 << 63) - 1  # the largest integer that torch takes
 _MAX_SIZES = 64  # values in a tuple of sizes
+# The largest allowed radius, and the same where D = ∞. The same as in csrc/cpu/weights.h.
+_LARGEST_RADIUS, _LARGEST_SIGMA = 1e130, 1e150
 
 
 @contextmanager
@@ -222,26 +224,31 @@ def first_bad_row(values: Tensor) -> int | None:
         return None
     for start in range(0, len(values), 4096):
         rows = values[start : start + 4096]
-        bad = ~torch.isfinite(rows).flatten(1).all(1)
+        bad = ~torch.isfinite(rows).reshape(len(rows), -1).all(1)
         if bool(bad.any()):
             return start + int(bad.nonzero()[0])
     return None
 
 
 def radius_message(radius: Tensor, row: int) -> str:
-    """The error for a radius that is negative or not finite.
+    """The error for a radius that is not allowed.
 
     It gives all names that the public functions use for the radius.
     """
+    value = radius[row].item()
+    given = f"r, sigma or z is {value} in row {row}"
+    if not 0 < value <= LARGEST:
+        return f"{given}; only finite values of at least 0 are allowed."
     return (
-        f"r, sigma or z is {radius[row].item()} in row {row}; only finite values of at least 0 "
-        "are allowed."
+        f"{given}, so large that weights overflow float64; allowed are at most "
+        f"{_LARGEST_RADIUS:g}, or {_LARGEST_SIGMA:g} with D = ∞."
     )
 
 
-def check_radius(radius: Tensor) -> None:
-    """Raises ValueError for the first radius that is negative or not finite."""
-    bad = ~((radius >= 0) & torch.isfinite(radius))
+def check_radius(radius: Tensor, D: float) -> None:
+    """Raises ValueError for the first radius that is negative, not finite or too large."""
+    most = _LARGEST_SIGMA if D > LARGEST else _LARGEST_RADIUS
+    bad = ~((radius >= 0) & (radius <= most))
     if bool(bad.any()):
         raise ValueError(radius_message(radius, int(bad.nonzero()[0])))
 
@@ -373,22 +380,36 @@ def check_not_empty(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} is empty; allowed is at least one sample.")
 
 
-def positive(name: str, value: float) -> float:
-    if _is_boolean(value) or not _FLOAT32.tiny <= value <= _FLOAT32.max:
+def positive(name: str, value: Any) -> float:
+    """The value as a number of Python. Raises ValueError unless float32 holds it and it is > 0."""
+    number = _as_number(value)
+    if not _FLOAT32.tiny <= number <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
             f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}."
         )
-    return value
+    return number
 
 
-def non_negative(name: str, value: float) -> float:
-    if _is_boolean(value) or not 0 <= value <= _FLOAT32.max:
+def non_negative(name: str, value: Any) -> float:
+    """The value as a number of Python. Raises ValueError unless float32 holds it and it is ≥ 0."""
+    number = _as_number(value)
+    if not 0 <= number <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
             f"up to {_FLOAT32.max:.2g}."
         )
-    return value
+    return number
+
+
+def _as_number(value: Any) -> float:
+    """A number of NumPy or a tensor of one value as a number of Python; NaN for other types."""
+    if _is_boolean(value):
+        return math.nan
+    if isinstance(value, (int, float)):
+        return value
+    is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    return float(value) if is_one or isinstance(value, Real) else math.nan
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -406,7 +427,9 @@ def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
 
 def natural(name: str, value: Any) -> int:
     """The value as an int. Raises ValueError unless it is an integer of at least 0."""
-    return 0 if value == 0 and not isinstance(value, bool) else positive_int(name, value)
+    if not is_whole(value) or not 0 <= value <= _MAX_INT:
+        raise ValueError(f"{name} is {value!r}; only an integer of at least 0 is allowed.")
+    return int(value)
 
 
 def positive_float(name: str, value: Any) -> float:

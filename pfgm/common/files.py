@@ -52,6 +52,8 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     'hello'
     >>> folder.cleanup()
     """
+    if not os.fspath(path):
+        raise OSError("the path is ''; allowed is the name of a file.")
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise OSError(f"{path} cannot be written: {target.parent} is not an existing folder.")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import is_number, is_symbolic
+
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices without float64."""
@@ -35,6 +37,15 @@ def contiguous_features(rows: Tensor) -> Tensor:
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
+def flat_rows(samples: Tensor) -> Tensor:
+    """Samples (B, *S) as (B, N). Samples without dimensions, (B,), become (B, 1).
+
+    >>> flat_rows(torch.zeros(5, 3, 2)).shape, flat_rows(torch.zeros(5)).shape
+    (torch.Size([5, 6]), torch.Size([5, 1]))
+    """
+    return samples.flatten(1) if samples.ndim > 1 else samples[:, None]
+
+
 def over_samples(values: Tensor, x: Tensor) -> Tensor:
     """Values (B,) reshaped to broadcast over samples x (B, *S)."""
     return values.view(-1, *[1] * (x.ndim - 1))
@@ -54,6 +65,9 @@ def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
     torch.Size([2])
     """
     if not isinstance(level, Tensor):
+        too_large = is_number(level) and not is_symbolic(level) and level > torch.finfo(x.dtype).max
+        if not is_number(level) or too_large:
+            raise ValueError(f"{name} is {level!r}; allowed is a number that {x.dtype} can hold.")
         return x.new_full((len(x),), level)
     if level.ndim > 1 and level.shape == (len(x), *[1] * (x.ndim - 1)):
         level = level.flatten()

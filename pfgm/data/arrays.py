@@ -364,10 +364,10 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
     mapping, filename = getattr(array, "_mmap", None), array.filename
     if mapping is None or filename is None or array.mode == "c":
         return InMemory(from_numpy(np.asarray(array), "source"))
+    check_samples(array.shape, str(filename))
     dtype = _NUMPY_DTYPES.get(array.dtype)
     if dtype is None or not array.flags.c_contiguous:
         return _loaded(np.array(array), str(filename))
-    check_samples(array.shape, str(filename))
     # A part of a map keeps the offset of the whole map. Its address tells where it begins in the
     # mapped memory, which begins at a page of the file.
     page = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
@@ -396,7 +396,7 @@ def from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
     with warnings.catch_warnings():
         # Read-only arrays are allowed, because samples are never written to.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        return torch.from_numpy(native)
+        return torch.from_numpy(native).view(array.shape)  # NumPy makes (1,) of ()
 
 
 def _loaded(array: np.ndarray[Any, Any], name: str) -> InMemory:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..common.files import StrPath
 from .arrays import from_numpy, open_array, open_mapped
 from .images import load_images
-from .rows import InMemory, Source
+from .rows import InMemory, Source, check_samples
 from .torch_datasets import load_dataset
 
 
@@ -51,7 +51,8 @@ def open_source(
         ImportError: images need Pillow, and it is not installed.
         TypeError: the numbers are neither floating nor uint8, or source has another type.
         ValueError: the suffix is not allowed; the file is empty, truncated or damaged; there are
-            fewer than two dimensions or no numbers; images or items differ in shape or dtype.
+            no numbers, or only (n,) in a file or a dataset; images or items differ in shape or
+            dtype.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +76,9 @@ def open_source(
             return InMemory(*load_images(path, progress=progress))
         return open_array(path)
     if hasattr(source, "__getitem__") and not isinstance(source, Mapping):
-        return InMemory(*load_dataset(source, progress=progress))
+        rows, labels = load_dataset(source, progress=progress)
+        check_samples(rows.shape, "source")
+        return InMemory(rows, labels)
     raise TypeError(
         f"source is a {type(source).__name__}; allowed are a tensor, a NumPy array, the path of a "
         "file or a folder of images, and a dataset with __len__ and __getitem__."

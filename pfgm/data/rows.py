@@ -92,7 +92,7 @@ class InMemory(Source):
 
     Raises:
         TypeError: the dtype is not in ``DTYPES``, or the tensor is sparse.
-        ValueError: there are fewer than two dimensions, or no numbers.
+        ValueError: there is no dimension, or there are no numbers.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class InMemory(Source):
     ) -> None:
         check_dense("source", tensor)
         _check_dtype(tensor.dtype, "source")
-        check_samples(tensor.shape, "source")
+        check_samples(tensor.shape, "source", in_file=False)
         self._tensor = tensor
         self.shape = tuple(tensor.shape[1:])
         self.dtype = tensor.dtype
@@ -287,12 +287,16 @@ def _bytes_of(rows: Tensor) -> memoryview:
     return rows.reshape(-1).view(torch.uint8).numpy().data
 
 
-def check_samples(shape: tuple[int, ...], name: str) -> None:
-    """Raises ValueError unless this is the shape of samples (n, *S)."""
-    if len(shape) < 2 or 0 in shape:
+def check_samples(shape: tuple[int, ...], name: str, *, in_file: bool = True) -> None:
+    """Raises ValueError unless this is the shape of samples (n, *S).
+
+    An array (n,) in memory is n numbers. In a file it is refused: it may well be something else.
+    """
+    if len(shape) < 1 + in_file or 0 in shape:
         raise ValueError(
             f"{name} holds an array of shape {tuple(shape)}; allowed is (n, *S), n samples of "
-            "shape S with at least one number."
+            "shape S with at least one number"
+            + (" (n numbers in a file or a dataset are (n, 1))." if len(shape) == 1 else ".")
         )
 
 

@@ -28,6 +28,16 @@ def with_inner_networks(net: Network) -> Iterator[nn.Module]:
         inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
 
 
+def check_network(net: object) -> None:
+    """Raises TypeError unless net can be called as a network."""
+    if isinstance(net, type) or not callable(net):
+        given = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
+        raise TypeError(
+            f"net is {given}; allowed is a network: a torch.nn.Module, or a function of x and the "
+            "level."
+        )
+
+
 def check_condition(net: Network, condition: Condition, count: int) -> None:
     """Raises ValueError unless the network takes these names and each tensor has count rows."""
     taken = inspect.signature(net.forward if isinstance(net, nn.Module) else net).parameters

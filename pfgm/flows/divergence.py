@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import checks_values
-from ..common.tensors import wide_dtype
+from ..common.tensors import flat_rows, wide_dtype
 from ..functional import steps
 from ..functional.steps import Field
 from ..solvers import DenoiseFunction
@@ -40,7 +40,7 @@ def _jacobian_product(
     )
     if product is None:
         raise ValueError(_NO_DERIVATIVE)
-    return product.flatten(1).to(wide_dtype(x.device))
+    return flat_rows(product).to(wide_dtype(x.device))
 
 
 def _hutchinson(probe: Tensor) -> Divergence:
@@ -52,7 +52,7 @@ def _hutchinson(probe: Tensor) -> Divergence:
     def divergence(mean: Tensor, x: Tensor, differentiable: bool) -> Tensor:
         vector = probe.to(mean.dtype)
         product = _jacobian_product(mean, x, vector, differentiable, differentiable)
-        return (product * probe.flatten(1)).sum(1)
+        return (product * flat_rows(probe)).sum(1)
 
     return divergence
 
@@ -124,7 +124,7 @@ class MeanAndDivergence:
         if checks_values(x.device) and not bool(divergence.isfinite().all()):
             raise ValueError(f"the divergence of the network is NaN or infinity at {level:.6g}.")
         self._report(level)
-        mean = mean.flatten(1).to(x.dtype)
+        mean = flat_rows(mean).to(x.dtype)
         return (mean, divergence) if self._differentiable else (mean.detach(), divergence.detach())
 
     def _mean(self, points: Tensor, level: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.checks import check_choice, check_seed, positive_int
 from ..common.messages import progress_bar
-from ..common.tensors import dequantise
+from ..common.tensors import dequantise, flat_rows
 from ..references import References, ReferenceSet
 from .sampling import Sampling, check_steps, checked_grid
 from .targets import Targets
@@ -105,7 +105,7 @@ class Fitting(Sampling, Targets):
 
         def error(levels: Sequence[float]) -> float:
             found = self.solve(net, x, levels, solver=solver)[0]
-            distance = (found - exact).flatten(1).double().norm(dim=1) / spread
+            distance = flat_rows(found - exact).double().norm(dim=1) / spread
             return float((distance + _INVISIBLE).log().mean())
 
         return error
@@ -223,5 +223,5 @@ def _drawn(references: References, seed: int) -> Tensor:
 
 def _spread(rows: Tensor) -> float:
     """The root mean square of the distances of rows from their mean; 1 if all are equal."""
-    wide = rows.flatten(1).double()
+    wide = flat_rows(rows).double()
     return float((wide - wide.mean(0)).square().sum(1).mean().sqrt()) or 1.0

@@ -16,13 +16,13 @@ from __future__ import annotations
 import math
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.checks import check_dimensions, check_dtype, layout_hint
+from ..common.checks import check_dimensions, check_dtype, is_whole, layout_hint
 from ..common.tensors import dequantise, over_samples
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
@@ -54,10 +54,13 @@ class Parametrisation(ABC):
     """Levels by solver and number of steps, from ``fit_levels``. Not part of ``config``."""
 
     def __init__(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(shape)
-        check_dimensions(self.shape)
-        if not all(isinstance(n, int) and n > 0 for n in self.shape):
-            raise ValueError(f"shape is {self.shape}; allowed are positive integers.")
+        if not isinstance(shape, Iterable):
+            raise TypeError(f"shape is {shape!r}; allowed is a tuple, such as (2,) or (3, 32, 32).")
+        sizes = tuple(shape)
+        check_dimensions(sizes)
+        if not all(is_whole(n) and n > 0 for n in sizes):
+            raise ValueError(f"shape is {sizes}; allowed are positive integers.")
+        self.shape = tuple(map(int, sizes))
         self.N = math.prod(self.shape)
         self.fitted_levels = {}
 

@@ -19,7 +19,8 @@ from ..common.checks import (
     untouched,
     warn_channels_last,
 )
-from ..common.tensors import common_device, over_samples, per_row
+from ..common.files import StrPath
+from ..common.tensors import common_device, flat_rows, over_samples, per_row
 from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
@@ -157,15 +158,16 @@ class PoissonFlowPP(Flow):
         self.rho = positive("rho", rho)
         if not 0.1 <= rho <= 1000:  # levels to the power of 1/rho and back keep their digits
             raise ValueError(f"rho is {rho}; allowed is 0.1 to 1000.")
+        P_mean = float(P_mean)
         if not math.isfinite(P_mean):
             raise ValueError(f"P_mean is {P_mean}; allowed is any finite number.")
         self.P_mean, self.P_std = P_mean, positive("P_std", P_std)
 
     @classmethod
     def from_data(
-        cls, data: References | np.ndarray[Any, Any], *, D: float, **overrides: Any
+        cls, data: References | np.ndarray[Any, Any] | StrPath, *, D: float, **overrides: Any
     ) -> PoissonFlowPP:
-        """The flow for data (n, *S): a tensor, an array or a :class:`pfgm.ReferenceSet`.
+        """The flow for data (n, *S), all that :class:`pfgm.ReferenceSet` takes.
 
         EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1).
         Here the levels are scaled to the root mean square of the data.
@@ -337,7 +339,7 @@ class PoissonFlowPP(Flow):
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition)
         wide = torch.promote_types(mean.dtype, torch.float32)
-        squared = (mean.to(wide) - target.to(wide)).flatten(1).square().sum(1)
+        squared = flat_rows(mean.to(wide) - target.to(wide)).square().sum(1)
         s = sigma.to(wide)
         weight = (s.square() + self.sigma_data**2) / (s * self.sigma_data).square()
         return (weight * squared).mean()

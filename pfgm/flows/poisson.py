@@ -20,11 +20,12 @@ from ..common.checks import (
     untouched,
     warn_channels_last,
 )
-from ..common.tensors import common_device, over_samples, per_row
+from ..common.files import StrPath
+from ..common.tensors import common_device, flat_rows, over_samples, per_row
 from ..functional import field_fn
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
-from ..references import References, measure
+from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, with_inner_networks
 from .flow import Flow
@@ -188,8 +189,10 @@ class PoissonFlow(Flow):
         return Defaults(solver="multistep", steps=steps, schedule="rho")
 
     @classmethod
-    def from_data(cls, data: References | np.ndarray[Any, Any], **overrides: Any) -> PoissonFlow:
-        """The flow for data (n, *S): a tensor, an array or a :class:`pfgm.ReferenceSet`.
+    def from_data(
+        cls, data: References | np.ndarray[Any, Any] | StrPath, **overrides: Any
+    ) -> PoissonFlow:
+        """The flow for data (n, *S), all that :class:`pfgm.ReferenceSet` takes.
 
         Data are floating point, or uint8, which means u/127.5 − 1. Samples of 64 or more values
         that fill [-1, 1], as images do, take the published rules, with their average norm as
@@ -214,6 +217,8 @@ class PoissonFlow(Flow):
         """
         if isinstance(data, np.ndarray):
             data = torch.as_tensor(data)
+        if not isinstance(data, (Tensor, ReferenceSet)):
+            data = ReferenceSet(data)
         if data.ndim < 1 or len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
         if isinstance(data, Tensor):
@@ -408,7 +413,7 @@ class PoissonFlow(Flow):
                 self._target, x_perturbed, z, references, labels, reference_labels
             )
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
-        error_x = (field_x.to(target_x.dtype) - target_x).flatten(1).square().sum(1)
+        error_x = flat_rows(field_x.to(target_x.dtype) - target_x).square().sum(1)
         error_z = (field_z.to(target_z.dtype) - target_z).square()
         squared = error_x + error_z
         if weighting == "balanced":
@@ -418,7 +423,7 @@ class PoissonFlow(Flow):
 
     def _balance(self, noise: Tensor, z: Tensor) -> Tensor:
         """ω (B,) of the balanced loss for noise (B, *S) in x and z (B,)."""
-        distance = torch.linalg.vector_norm(noise.flatten(1), dim=1).hypot(z)
+        distance = torch.linalg.vector_norm(flat_rows(noise), dim=1).hypot(z)
         weight: Tensor = 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self.unit)).square()
         return weight
 

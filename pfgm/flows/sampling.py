@@ -19,7 +19,7 @@ from ..common.tensors import evaluating, network_device
 from ..functional import steps as ode_steps
 from ..functional.steps import Field
 from ..solvers import SAMPLERS, SCHEDULES, Callback, DenoiseFunction, StepInfo
-from .conditions import Condition, Network, check_condition, move_condition
+from .conditions import Condition, Network, check_condition, check_network, move_condition
 from .parametrisation import Parametrisation
 
 __all__ = ["Projection", "Sampling"]
@@ -230,6 +230,7 @@ class Sampling(Parametrisation):
         """
         check_choice("solver", solver, SAMPLERS)
         self._check_x(x)
+        grid = _checked_levels(grid)
         if solver == "rk45":
             options.setdefault("atol", 2e-4 * self.unit)
         predict = self._predictor(net, x, condition, guidance, unconditional)
@@ -256,14 +257,15 @@ class Sampling(Parametrisation):
         unconditional: Condition | None,
     ) -> DenoiseFunction:
         """The network's prediction as a function of points and level, with guidance applied."""
+        check_network(net)
         given = move_condition(condition or {}, x.device)
         without = move_condition(unconditional or {}, x.device)
         for each in (given, without):
             check_condition(net, each, len(x))
         if guidance is None:
             return lambda x, level: self._predict(net, x, level, given)
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance is {guidance}; allowed is any finite number.")
+        if not is_number(guidance) or not math.isfinite(guidance):
+            raise ValueError(f"guidance is {guidance!r}; allowed is any finite number.")
 
         def guided(x: Tensor, level: float) -> Tensor:
             mean = self.denoise(net, x, level, without)
@@ -373,6 +375,17 @@ def check_count(n: object) -> None:
     """Raises ValueError unless n is a number of samples."""
     if not is_whole(n) or n < 0:
         raise ValueError(f"n is {n!r}; allowed is an integer of at least 0.")
+
+
+def _checked_levels(levels: Sequence[float]) -> list[float]:
+    """The levels as a list. Raises ValueError unless they decrease or rise."""
+    grid = [float(level) for level in levels]
+    if len(grid) < 2 or not all(0 <= level < math.inf for level in grid):
+        raise ValueError(f"grid is {grid}; allowed are two or more finite levels of at least 0.")
+    steps = [after - before for before, after in pairwise(grid)]
+    if not (all(step < 0 for step in steps) or all(step > 0 for step in steps)):
+        raise ValueError(f"grid is {grid}; allowed are levels that all decrease or all rise.")
+    return grid
 
 
 def checked_grid(levels: Sequence[float]) -> list[float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import layout_hint
+from ..common.checks import check_dtype, layout_hint
 from ..references import References, ReferenceSet
 from .conditions import Condition, Network
 from .parametrisation import Parametrisation
@@ -41,11 +41,14 @@ class Targets(Parametrisation):
         """The exact network of references (M, *S)."""
 
     def _check_references(self, references: References) -> None:
+        """Raises an error unless references are samples of the flow."""
         if not isinstance(references, (Tensor, ReferenceSet)):
             raise TypeError(
                 f"references is a {type(references).__name__}; allowed are a torch.Tensor and a "
                 "pfgm.ReferenceSet, which takes arrays."
             )
+        if isinstance(references, Tensor):
+            check_dtype("references", references)
         if references.shape[1:] != self.shape or len(references) == 0:
             raise ValueError(
                 f"references has shape {tuple(references.shape)}; allowed is (M, *S) with M ≥ 1 "

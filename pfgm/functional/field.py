@@ -19,6 +19,7 @@ from ..common.checks import (
     is_symbolic,
     layout_hint,
 )
+from ..common.transforms import in_torch_func
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
@@ -110,6 +111,10 @@ def _flat_mean(
     if isinstance(references, ReferenceSet):
         mean, lse = over_set.compute(flat, radius, references.part, D, backend, precision)
         return flat, mean, lse
+    if torch.compiler.is_compiling() and not in_torch_func():
+        points = x if flat.dtype == x.dtype else flat  # see pfgm.ops.posterior_mean
+        problem = PosteriorMean(points, references, radius, D, precision)
+        return flat, *ops.posterior_mean.compute(problem, backend)
     problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
     found = ops.native_gradients.compute(problem, backend)
     return flat, *(found or ops.posterior_mean.compute(problem, backend))
@@ -196,9 +201,10 @@ def posterior_mean(
     Raises:
         ValueError: shapes or devices differ; references is empty; both or neither of r and sigma
             are given; D ≤ 0; D = ∞ with r. On the CPU also a value that is not finite; a negative
-            r; squared distances that overflow float64; points at distances and an r below about
-            1e-146, of which the squares underflow float64; or, with x in float32, references that
-            count for a point and hold values beyond float32.
+            r; r above 1e130, or sigma above 1e150 with D = ∞; squared distances that overflow
+            float64; points at distances and an r below about 1e-146, of which the squares underflow
+            float64; or, with x in float32, references that count for a point and hold values beyond
+            float32.
         TypeError: a dtype is not allowed.
         RuntimeError: the requested backend cannot run; a derivative is differentiated again; the
             rows of a ReferenceSet were changed in place between the forward and backward passes.

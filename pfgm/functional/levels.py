@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..common.checks import LARGEST, checks_values, is_number, is_symbolic
 from ..common.tensors import wide_dtype
 from ..common.transforms import batched
+
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 Level = Tensor | float
 """A number, or a tensor (B,)."""
@@ -41,7 +44,8 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name} is on {value.device} and x on {x.device}; both must be on one device."
         )
-    return value.to(device=x.device, dtype=dtype).expand(count)
+    value = value.to(device=x.device, dtype=dtype)
+    return value.expand(count) if value.ndim == 0 else value
 
 
 def step_levels(
@@ -58,10 +62,11 @@ def step_levels(
     Raises:
         ValueError: a level is not allowed, or the level of the previous points equals that of x.
     """
-    if all(type(value) is float and 0 < value <= LARGEST for value in values):
+    most = LARGEST if x.dtype == torch.float64 else _LARGEST_FLOAT
+    if all(type(value) is float and 0 < value <= most for value in values):
         levels: Sequence[Any] = values
     else:
-        levels = _converted(x, symbol, values, next_may_be_zero)
+        levels = _converted(x, symbol, values, next_may_be_zero, most)
     if any(not isinstance(level, Tensor) and is_symbolic(level) for level in levels):
         levels = [per_query("level", level, x) for level in levels]
     # A compiled graph cannot look at values.
@@ -75,13 +80,13 @@ def step_levels(
 
 
 def _converted(
-    x: Tensor, symbol: str, values: Sequence[Level], next_may_be_zero: bool
+    x: Tensor, symbol: str, values: Sequence[Level], next_may_be_zero: bool, most: float
 ) -> list[Any]:
     names = (symbol, f"{symbol}_next", f"{symbol}_previous")[: len(values)]
     may_be_zero = (False, next_may_be_zero, False)[: len(values)]
     if not any(isinstance(value, Tensor) for value in values):
         for name, value, zero in zip(names, values, may_be_zero, strict=True):
-            _check_number(name, value, zero)
+            _check_number(name, value, zero, most)
         return [float(value) for value in values]
     wide = [per_query(name, value, x) for name, value in zip(names, values, strict=True)]
     # A compiled graph cannot look at values.
@@ -89,9 +94,9 @@ def _converted(
         for name, level, zero in zip(names, wide, may_be_zero, strict=True):
             if batched(level):
                 continue
-            allowed = level.isfinite() & ((level >= 0) if zero else (level > 0))
+            allowed = (level <= most) & ((level >= 0) if zero else (level > 0))
             if not bool(allowed.all()):
-                _check_number(name, level[~allowed][0].item(), zero)
+                _check_number(name, level[~allowed][0].item(), zero, most)
     return wide
 
 
@@ -107,11 +112,12 @@ def _holds_anywhere(condition: Tensor | bool) -> bool:
     return bool(condition.any())
 
 
-def _check_number(name: str, value: Any, zero: bool) -> None:
+def _check_number(name: str, value: Any, zero: bool, most: float) -> None:
     if not is_number(value):
         raise TypeError(
             f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape (B,)."
         )
-    if not (0 < value <= LARGEST or (zero and value == 0)):
+    if not (0 < value <= most or (zero and value == 0)):
         least = "of at least 0" if zero else "above 0"
-        raise ValueError(f"{name} is {value}; allowed is any finite number {least}.")
+        limit = f" and at most {most:.2g}, the limit of float32" if most < value < math.inf else ""
+        raise ValueError(f"{name} is {value}; allowed is any finite number {least}{limit}.")

@@ -4,6 +4,10 @@ It returns the mean, the log-sum-exp, the squared distance of the nearest refere
 weight relative to that of the nearest. From the last two the backward pass computes the weights in
 one pass.
 
+The operators take points and references of any sample shape and flatten them themselves. In a graph
+of torch.compile a tensor that is flattened outside would be saved for the backward pass as a view
+without a version counter, and a change of it in place would go unnoticed.
+
 posterior_mean_varying is the same operator with D as a tensor. torch.compile specialises a graph to
 the value of a number and would compile again for each D. It does not do so for a tensor.
 """
@@ -23,7 +27,7 @@ from ..backends.problems import PosteriorMean, State, Tangents, Upstream
 from ..backends.weights import at_limit
 from ..common import transforms
 from ..common.checks import is_symbolic
-from ..common.tensors import wide_dtype
+from ..common.tensors import flat_rows, wide_dtype
 from .library import library, no_gradient, register, save_nothing
 
 R = TypeVar("R")
@@ -132,15 +136,18 @@ def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callab
         precision: str = "high",
         sketch: Tensor | None = None,
     ) -> R:
-        problem = PosteriorMean(x, references, radius, _number(D), precision, sketch)
+        flat = flat_rows(x), flat_rows(references)
+        problem = PosteriorMean(*flat, radius, _number(D), precision, sketch)
         return function(problem, backend)
 
     return implementation
 
 
 def _takes_upstream(
-    function: Callable[[PosteriorMean, State, Upstream, list[bool], str | None], R],
-) -> Callable[..., R]:
+    function: Callable[
+        [PosteriorMean, State, Upstream, list[bool], str | None], tuple[Tensor, ...]
+    ],
+) -> Callable[..., tuple[Tensor, ...]]:
     """As :func:`_takes_problem`, for the operators of the backward pass."""
 
     def implementation(
@@ -157,10 +164,19 @@ def _takes_upstream(
         backend: str | None = None,
         precision: str = "high",
         sketch: Tensor | None = None,
-    ) -> R:
-        problem = PosteriorMean(x, references, radius, _number(D), precision, sketch)
+    ) -> tuple[Tensor, ...]:
+        flat = flat_rows(x), flat_rows(references)
+        problem = PosteriorMean(*flat, radius, _number(D), precision, sketch)
         state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
-        return function(problem, state, upstream, needs, backend)
+        gradients = function(problem, state, upstream, needs, backend)
+        if x.ndim == 2:
+            return gradients
+        return tuple(
+            gradient.view(like.shape) if needed else gradient
+            for gradient, like, needed in zip(
+                gradients, (x, references, radius), needs, strict=True
+            )
+        )
 
     return implementation
 

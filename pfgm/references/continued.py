@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends import native_parts
 from ..backends.problems import PosteriorMean, RunningGradient, RunningMean, State
+from ..common.tensors import flat_rows
 from ..ops import native_gradients, posterior_mean_parts
 from ..ops.posterior_mean import call, call_backward
 from .given import ChunkTotals, Given, Saved
@@ -40,7 +41,7 @@ def _chunks(given: Given, x: Tensor) -> Iterator[_Chunk]:
         for start, rows in given.part.large_chunks():
             if not mirrored:
                 sketches[start] = given.part.sketch(start, rows, x, "native")
-            yield _Chunk(rows.flatten(1), sketches[start], mirrored)
+            yield _Chunk(flat_rows(rows), sketches[start], mirrored)
 
 
 def _mirror(values: Tensor, given: Given) -> Tensor:
@@ -61,7 +62,7 @@ def results(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
     """Mean, log-sum-exp, nearest and total, and the last two with all references as one chunk."""
     rows = given.part.in_one()
     if rows is not None:
-        rows = rows.flatten(1)
+        rows = flat_rows(rows)
         sketch = given.part.sketch(0, rows, x, "native")
         problem = given.problem(x, rows, radius, sketch)
         mean, logsumexp, nearest, total = call(problem, "native")
@@ -78,7 +79,7 @@ def by_tensor(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, Tensor] 
     if rows is None or torch.compiler.is_compiling():
         return None
     sketch = given.part.sketch(0, rows, x, "native")
-    problem = given.problem(x, rows.detach().flatten(1), radius, sketch)
+    problem = given.problem(x, flat_rows(rows.detach()), radius, sketch)
     return native_gradients.compute(problem, "native", given.check_version)
 
 
@@ -120,7 +121,7 @@ def gradients(saved: Saved, given: Given, needs: tuple[bool, bool]) -> tuple[Ten
     """
     rows = given.part.in_one()
     if rows is not None:
-        rows = rows.flatten(1)
+        rows = flat_rows(rows)
         sketch = given.part.sketch(0, rows, saved.x, "native")
         problem = given.problem(saved.x, rows, saved.radius, sketch)
         needed = [needs[0], False, needs[1]]

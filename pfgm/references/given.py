@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.problems import PosteriorMean, State, Upstream
+from ..common.tensors import flat_rows
 from .part import Part
 from .ranks import Ranks
 
@@ -30,7 +31,7 @@ class Given(NamedTuple):
     def chunks(self, device: torch.device) -> Iterator[Tensor]:
         """Chunks (m, N) of the rows of this process."""
         for chunk in self.part.chunks(device):
-            yield chunk.flatten(1)
+            yield flat_rows(chunk)
 
     def problem(
         self, x: Tensor, chunk: Tensor, radius: Tensor, sketch: Tensor | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import native_parts
 from ..common.checks import first_bad_row
+from ..common.tensors import flat_rows
 from ..data.rows import Source
 from ..ops import posterior_mean
 from .ranks import Ranks
@@ -134,7 +135,7 @@ class Part:
             self._states[place] = state
             self._sketches.pop(place, None)
             return None
-        kept = posterior_mean.sketch(chunk.flatten(1), x, backend)
+        kept = posterior_mean.sketch(flat_rows(chunk), x, backend)
         self._sketches[place] = state, kept
         return kept
 

@@ -84,6 +84,8 @@ class ReferenceSet:
         progress: bool = False,
     ) -> None:
         opened = open_source(source, progress=progress)
+        if flips:
+            _check_mirrors(opened.shape)
         self._rows = len(opened)
         self._offset = 0  # number of the first row in part
         self.part = Part(opened, flips=bool(flips))
@@ -149,6 +151,7 @@ class ReferenceSet:
 
         Raises:
             IndexError: a number is out of range, or another process holds that row.
+            TypeError: rows is none of these.
         """
         numbers = self._numbers(rows)
         mirrored = (numbers >= self._rows) & self.part.flips
@@ -164,23 +167,20 @@ class ReferenceSet:
         outside = (local < 0) | (local >= len(self.part))
         if bool(outside.any()):
             raise IndexError(
-                f"{name} holds {int(numbers[outside][0])}, a row that this process does not hold; "
-                "allowed are "
-                f"{self._offset} to {self._offset + len(self.part) - 1}"
+                f"{name} holds {int(numbers[outside][0])}, "
+                + ("a row that this process does not hold" if self.sharded else "which is no row")
+                + f"; allowed are {self._offset} to {self._offset + len(self.part) - 1}"
                 + (f", and these plus {self._rows}." if self.part.flips else ".")
             )
 
     def _numbers(self, rows: Tensor | slice) -> Tensor:
         if isinstance(rows, slice):
             return torch.from_numpy(np.arange(*rows.indices(len(self))))
-        if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
-            given = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise TypeError(f"rows is {given}; allowed are a slice, numbers (k,) or a mask (M,).")
-        if rows.dtype == torch.bool:
+        if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
             if len(rows) != len(self):
                 raise IndexError(f"rows has {len(rows)} truth values; allowed are {len(self)}.")
             return rows.cpu().nonzero().squeeze(1)
-        return rows.cpu().long()
+        return _row_numbers("rows", rows, " a slice such as [2:3], a mask (M,) of torch.bool, or")
 
     def draw(
         self,
@@ -198,6 +198,7 @@ class ReferenceSet:
 
         Raises:
             IndexError: a number in containing is out of range.
+            TypeError: containing does not hold integers.
             ValueError: count is out of range, or containing has a number twice.
 
         >>> references = ReferenceSet(torch.rand(1000, 2))
@@ -205,7 +206,8 @@ class ReferenceSet:
         >>> rows[:2].tolist(), len(rows.unique())
         ([7, 3], 64)
         """
-        chosen = torch.empty(0, dtype=torch.long) if containing is None else containing.cpu().long()
+        given = torch.empty(0, dtype=torch.long) if containing is None else containing
+        chosen = _row_numbers("containing", given)
         held = len(self.part)
         if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
             kind = "" if whole else "an integer from "
@@ -264,6 +266,7 @@ class ReferenceSet:
 
     def flipped(self) -> ReferenceSet:
         """The set with the mirror image (last axis reversed) of each row added."""
+        _check_mirrors(self.part.shape)
         both = copy.copy(self)
         both.part = replace(self.part, flips=True)
         return both
@@ -276,11 +279,13 @@ class ReferenceSet:
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: the rows are bfloat16, which NumPy does not have, or the set is a shard.
+            ValueError: the rows are bfloat16, which NumPy does not have, or have no dimension, or
+                the set is a shard.
         """
-        if self.sharded or self.dtype == torch.bfloat16:
+        if self.sharded or self.dtype == torch.bfloat16 or self.ndim < 2:
             raise ValueError(
-                f"{self!r} cannot be saved; allowed are sets that are neither a shard nor bfloat16."
+                f"{self!r} cannot be saved; allowed are sets of rows (k, …) that are neither a "
+                "shard nor bfloat16."
             )
         like = torch.empty(0, dtype=self.dtype).numpy().dtype
         header = {
@@ -397,3 +402,28 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
             "allowed are values in [-1, 1]."
         )
     return ((rows.float() + 1) * 127.5).round().to(torch.uint8)
+
+
+def _check_mirrors(shape: tuple[int, ...]) -> None:
+    """Raises ValueError if rows of this shape have no mirror images."""
+    if not shape:
+        raise ValueError("flips is True, but rows of shape () have no mirror images.")
+
+
+def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:
+    """The row numbers (k,) as int64 on the CPU. What else is allowed is added to the error."""
+    # torch takes uint8 for a mask.
+    integers = isinstance(rows, Tensor) and not (
+        rows.is_floating_point() or rows.is_complex() or rows.dtype in (torch.bool, torch.uint8)
+    )
+    if not isinstance(rows, Tensor) or rows.ndim != 1 or not integers:
+        given = (
+            f"a tensor of {rows.dtype} of shape {tuple(rows.shape)}"
+            if isinstance(rows, Tensor)
+            else f"a {type(rows).__name__}"
+        )
+        raise TypeError(
+            f"{name} is {given}; allowed {'are' if others else 'is'}{others} a tensor (k,) of row "
+            "numbers, such as torch.tensor([0, 2])."
+        )
+    return rows.cpu().long()

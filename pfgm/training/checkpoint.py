@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import usable_device
+from ..common.checks import natural, usable_device
 from ..common.files import MALFORMED, StrPath, write_atomic
 from ..flows.flow import Flow
 from .checksums import checksum_of
@@ -80,14 +80,18 @@ def save(
         path: the file to write.
         flow: the flow of the network.
         network: a network. One that is not from :mod:`pfgm.networks` must be given to :func:`load`.
+            Its weights are saved, not its code.
         step: training steps of the network.
         distilled: whether it is a few-step model (:mod:`pfgm.distillation`); ``pfgm sample`` allows
             the solver consistency for these alone. None does not say.
 
     Raises:
         OSError: the file cannot be written; an existing one is left as it was.
+        TypeError: the flow is of a subclass, the network is a function and no module, or its state
+            holds something other than tensors.
+        ValueError: the step is no integer of at least 0, or a tensor is on the device "meta".
     """
-    write_weights(path, flow, network, {"step": step}, distilled)
+    write_weights(path, flow, network, {"step": natural("step", step)}, distilled)
 
 
 def load(
@@ -105,6 +109,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file, or no checkpoint in the folder.
+        TypeError: the network is no module.
         ValueError: the device cannot be used here; the file is truncated, damaged, not from this
             library, or does not fit the network. Where an older checkpoint of the run is intact,
             the message names it.
@@ -121,6 +126,11 @@ def load(
     torch.Size([5, 2])
     """
     device = usable_device(str(device))
+    if network is not None and not isinstance(network, nn.Module):
+        raise TypeError(
+            f"network is a {type(network).__name__}; allowed is a torch.nn.Module, which takes the "
+            "weights."
+        )
     path, tensors, description = _read_newest(path)
     warn_without_checksum(path, description)
     try:

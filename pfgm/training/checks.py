@@ -25,11 +25,14 @@ __all__ = [
     "other_setting",
     "value_range",
     "warn_of_range",
+    "warn_of_scales",
     "with_settings_of_run",
 ]
 
 _SLACK = 0.01  # by which images may lie outside of [−1, 1]; enlarging can overshoot
-_COMPARED_ROWS = 1024  # for the range of the values
+_COMPARED_ROWS = 1024  # for the range of the values and their spread
+_FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
+_SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlow.from_data)
 
 # Settings that may differ between a resumed run and the run that it continues.
 _MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "compile")
@@ -57,11 +60,36 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
 
 def value_range(data: References) -> tuple[float, float]:
     """The least and the largest value in 1024 rows, evenly spaced; bytes as u/127.5 − 1."""
+    values = _compared_rows(data)
+    return float(values.min()), float(values.max())
+
+
+def _compared_rows(data: References) -> Tensor:
     rows = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
     count = min(len(rows), _COMPARED_ROWS)
     rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
-    values = to_unit(data[rows.to(data.device)])
-    return float(values.min()), float(values.max())
+    return to_unit(data[rows.to(data.device)])
+
+
+def warn_of_scales(data: References) -> None:
+    """Warns the caller of the caller of a table (n, columns) with columns of very different spread.
+
+    Flattened images are no tables. They have 64 or more columns, of which some hardly vary.
+    """
+    if data.ndim != 2 or not 2 <= data.shape[1] < _FEWEST_PIXELS or data.dtype == torch.uint8:
+        return
+    spreads = _compared_rows(data).double().std(0, correction=0)
+    largest, place = spreads.max(0)
+    smallest, least_place = torch.where(spreads > 0, spreads, torch.inf).min(0)
+    if not bool(largest >= _SCALES * smallest):
+        return
+    warnings.warn(
+        f"data has columns of very different standard deviation, {float(largest):.3g} in column "
+        f"{int(place)} and {float(smallest):.3g} in column {int(least_place)}: detail below a "
+        "hundredth of the spread of all values is lost. Standardise them, data = (data - mean) / "
+        "std with mean, std = data.mean(0), data.std(0), and take samples * std + mean.",
+        stacklevel=3,
+    )
 
 
 def warn_of_range(data: References) -> None:

@@ -22,14 +22,21 @@ from ..flows.flow import Flow
 from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import STATE_FORMAT, load_run, save_run
-from .checks import check_data, check_labels, check_same_flow, warn_of_range, with_settings_of_run
+from .checks import (
+    check_data,
+    check_labels,
+    check_same_flow,
+    warn_of_range,
+    warn_of_scales,
+    with_settings_of_run,
+)
 from .config import TrainConfig
 from .locks import FolderInUse, locked, locked_for_all
 from .logs import Log
 from .processes import Processes, ProcessLost, reports_process_lost
 from .signals import Terminated, record_signals
 from .time_left import TimeLeft
-from .weights_file import flow_in
+from .weights_file import check_savable, flow_in
 
 __all__ = ["Diverged", "FolderInUse", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
 
@@ -76,11 +83,13 @@ class Trainer:
         distilled: whether this loss makes a few-step model; checkpoints record it.
 
     Raises:
+        TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`).
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set.
 
     Warns:
-        UserWarning: data are images whose values do not look like [−1, 1].
+        UserWarning: data are images whose values do not look like [−1, 1], or a table whose columns
+            have very different spreads.
 
     >>> import pfgm, torch
     >>> data = torch.randn(256, 2)
@@ -120,9 +129,12 @@ class Trainer:
         self.step = 0
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
+        if self.folder is not None:
+            check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
         check_labels(labels, data)
         warn_of_range(data)
+        warn_of_scales(data)
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
             raise ValueError(

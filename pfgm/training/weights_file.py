@@ -26,7 +26,14 @@ from ..flows.poisson import PoissonFlow
 from ..networks import NETWORKS, build
 from .checksums import BLANK, fill_in_checksum, verify_checksum
 
-__all__ = ["flow_in", "network_in", "read_weights", "warn_without_checksum", "write_weights"]
+__all__ = [
+    "check_savable",
+    "flow_in",
+    "network_in",
+    "read_weights",
+    "warn_without_checksum",
+    "write_weights",
+]
 
 _FORMAT = 1
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")  # of pickle
@@ -40,7 +47,12 @@ def write_weights(
     facts: Mapping[str, Any],
     distilled: bool | None,
 ) -> None:
-    """Writes a weights file; `facts` are added to its description, such as the step."""
+    """Writes a weights file; `facts` are added to its description, such as the step.
+
+    Raises:
+        OSError, TypeError, ValueError: as :func:`pfgm.save`.
+    """
+    check_savable(flow, network)
     description = {
         "format": _FORMAT,
         "kind": type(flow).__name__,
@@ -61,6 +73,37 @@ def write_weights(
     metadata = {"pfgm": json.dumps(description), "checksum": BLANK}
     parts = fill_in_checksum(memoryview(safetensors.torch.save(tensors, metadata=metadata)))
     write_atomic(path, lambda file: file.writelines(parts))
+
+
+def check_savable(flow: Flow, network: nn.Module) -> None:
+    """Raises an error unless a weights file can hold the flow and the network.
+
+    Raises:
+        TypeError: the flow is of another class, the network is no module, or its state holds
+            something that is no tensor.
+        ValueError: a tensor is on the device "meta", where it has no values.
+    """
+    if _FLOWS.get(type(flow).__name__) is not type(flow):
+        raise TypeError(
+            f"flow is a {type(flow).__qualname__}, of which a file cannot hold the class; allowed "
+            f"are {' and '.join(_FLOWS)} themselves."
+        )
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"network is a {type(network).__name__}, of which a file cannot hold the code; allowed "
+            "is a torch.nn.Module, whose weights are saved."
+        )
+    for name, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"network has a {type(value).__name__} {name!r} in its state_dict, which a file "
+                "cannot hold; allowed are tensors."
+            )
+        if value.is_meta:
+            raise ValueError(
+                f'network has a tensor {name!r} on the device "meta", where it has no values; '
+                "allowed are devices that hold values."
+            )
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

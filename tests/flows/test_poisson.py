@@ -2,6 +2,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,6 +126,14 @@ def test_config_is_the_whole_flow():
 def test_bad_hyper_parameters(arguments, message):
     with pytest.raises(ValueError, match=message):
         PoissonFlow((2,), **arguments)
+
+
+def test_flows_of_a_file(tmp_path):
+    data = torch.randn(20, 2, generator=seeded(0))
+    np.save(tmp_path / "data.npy", data.numpy())
+    assert PoissonFlow.from_data(tmp_path / "data.npy") == PoissonFlow.from_data(data)
+    with pytest.raises(TypeError, match="source is a dict; allowed are a tensor, a NumPy array"):
+        PoissonFlow.from_data({"x": data})
 
 
 def test_bad_shapes_and_data():
@@ -810,3 +819,22 @@ def test_a_flow_used_in_a_transform_can_be_stored():
 
     torch.func.grad(total)(data[:2])
     assert pickle.loads(pickle.dumps(flow)) == flow
+
+
+def test_networks_levels_and_guidance_of_other_types_are_refused():
+    data = torch.randn(20, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    net, x = flow.empirical(data), data[:3]
+    for wrong, message in ((pfgm.networks.MLP, "the class MLP"), (None, "a NoneType")):
+        with pytest.raises(TypeError, match=f"net is {message}; allowed is a network"):
+            flow.sample(wrong, 2)
+    with pytest.raises(ValueError, match="guidance is 'a'; allowed is any finite number"):
+        flow.sample(net, 2, guidance="a")
+    for level in ("a", 1e39):
+        with pytest.raises(ValueError, match=r"allowed is a number that torch.float32 can hold"):
+            flow.denoise(net, x, level)
+    for grid in ([1.0], [1.0, 1.0], [1.0, math.nan], [1.0, 2.0, 1.5], [1.0, -1.0]):
+        with pytest.raises(ValueError, match=r"grid is \[.*\]; allowed are"):
+            flow.solve(net, x, grid)
+    with pytest.raises(TypeError, match=r"references has dtype torch\.int64"):
+        flow.empirical(torch.ones(4, 2, dtype=torch.int64))

@@ -174,3 +174,78 @@ def test_float32_points_with_references_whose_squares_underflow(backend, B):
         posterior_mean(x, y, r=0.0, return_logsumexp=True, backend=backend)
     mean = posterior_mean(x, y, r=1.0, backend=backend)
     assert mean.abs().max() == 0
+
+
+# ---- levels of which the square is no number of float64 ----
+
+TOO_LARGE = "r, sigma or z is 1e.1[5-9].* in row 0, so large .* allowed are at most 1e.130"
+
+
+@pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
+@pytest.mark.parametrize(("B", "M", "N"), SIZES[1:3])
+def test_a_level_that_is_too_large(backend, forms, B, M, N, D):
+    y, x = rows(M, N), rows(B, N, seed=1)
+    for references in forms(y):
+        for points in (x, x.clone().requires_grad_(), x.float()):
+            for radius in (1e154, 1e155, torch.full((B,), 1e190, dtype=torch.float64)):
+                with pytest.raises(ValueError, match=TOO_LARGE):
+                    posterior_mean(points, references, D=D, backend=backend, **level(radius, D))
+        with pytest.raises(ValueError, match=TOO_LARGE):
+            field_fn(x, 1e155, references, backend=backend)
+        with pytest.raises(ValueError, match=TOO_LARGE):
+            log_density(x, references, D=D, backend=backend, **level(1e155, D))
+
+
+@pytest.mark.parametrize("D", [1e-3, 1.0, math.inf])
+@pytest.mark.parametrize(("B", "M", "N"), [(1, 3, 1), *SIZES[1:3]])
+def test_the_largest_level_is_right(backend, forms, B, M, N, D):
+    y, x = rows(M, N), rows(B, N, seed=1)
+    for references in forms(y):
+        mean = posterior_mean(
+            x, references, D=D, backend=backend, **level(1e150 if math.isinf(D) else 1e130, D)
+        )
+        torch.testing.assert_close(mean, y.mean(0).expand(B, N), rtol=0, atol=1e-12)
+        field_x, field_z = field_fn(x, 1e130, references, backend=backend)
+        torch.testing.assert_close(field_z, torch.full_like(field_z, -math.sqrt(N)))
+        wanted = math.sqrt(N) * (y.mean(0) - x)
+        torch.testing.assert_close(field_x * 1e130, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("radius", [1e-145, 1e-160, 1e-170])
+@pytest.mark.parametrize(("B", "M", "N"), SIZES[1:3])
+def test_a_level_on_a_reference_of_which_the_square_underflows(backend, forms, B, M, N, radius):
+    y = rows(M, N)
+    x, wanted = y[M - B :].clone(), y.new_full((B,), -(N + 1) * math.log(radius))
+    for references in forms(y):
+        given = {"r": radius, "return_logsumexp": True, "backend": backend}
+        mean, lse = posterior_mean(x, references, **given)
+        assert torch.equal(mean, x)
+        torch.testing.assert_close(lse, wanted)
+        _, field_z = field_fn(x, radius, references, gamma=0.0, backend=backend)
+        torch.testing.assert_close(field_z, torch.full_like(field_z, -math.sqrt(N)))
+        points = x.clone().requires_grad_()
+        mean, lse = posterior_mean(points, references, **given)
+        assert torch.autograd.grad(mean.sum(), points, retain_graph=True)[0].abs().max() < 1e-100
+        if radius < 1e-154:
+            with pytest.raises(ValueError, match="so small that it underflows"):
+                lse.sum().backward()
+
+
+def test_a_tiny_level_at_the_mean_of_two_references(backend):
+    references = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    z = torch.tensor([1e-170], dtype=torch.float64)
+    for points in (references.new_zeros(1, 2), references.new_zeros(1, 2).requires_grad_()):
+        field_x, field_z = field_fn(points, z, references, gamma=0.0, backend=backend)
+        assert torch.equal(field_x, torch.zeros_like(field_x))
+        torch.testing.assert_close(field_z, torch.full_like(field_z, -math.sqrt(2)))
+
+
+def test_a_level_of_a_step_beyond_float32(backend):
+    x, v, v_z = torch.zeros(2, 3), torch.zeros(2, 3), -torch.ones(2)
+    for z in (1e39, torch.full((2,), 1e39, dtype=torch.float64)):
+        with pytest.raises(
+            ValueError, match=r"z is 1e.39; .* at most 3.4e.38, the limit of float32"
+        ):
+            pfgm.euler_step(x, v, v_z, z, 1.0, backend=backend)
+        found = pfgm.euler_step(x.double(), v.double(), v_z.double(), z, 1.0, backend=backend)
+        assert torch.equal(found, x.double())

@@ -291,6 +291,24 @@ def test_compiled_is_the_same(backend, compiled, function, D):
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2), (3,), ()])
+def test_a_compiled_graph_gets_the_tensors_themselves(shape):
+    """Inductor saves views that were made in the graph without a version counter."""
+    torch._dynamo.reset()
+    nodes = []
+
+    def look(graph, _):
+        nodes.extend(graph.graph.nodes)
+        return graph.forward
+
+    given = torch.randn(4, *shape), torch.randn(9, *shape), torch.rand(4, dtype=torch.float64)
+    fast = torch.compile(lambda x, y, z: field_fn(x, z, y), fullgraph=True, backend=look)
+    for actual, expected in zip(fast(*given), field_fn(given[0], given[2], given[1]), strict=True):
+        torch.testing.assert_close(actual, expected)
+    (call,) = (node for node in nodes if node.target is OP.default or node.target is OP)
+    assert [argument.op for argument in call.args[:2]] == ["placeholder"] * 2
+
+
 @native_only
 def test_compiled_code_follows_use_backend(compiled, monkeypatch):
     used = []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -463,6 +464,46 @@ def test_rows_by_number_slice_and_mask(tmp_path):
             references[3]
         with pytest.raises(IndexError, match="30"):
             references[torch.ones(5, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.tensor([0.0, 1.0]), r"a tensor of torch.float32 of shape \(2,\); allowed are"),
+        (torch.tensor([1j]), "a tensor of torch.complex64"),
+        (torch.tensor([1, 0], dtype=torch.uint8), "a tensor of torch.uint8"),
+        (torch.tensor(3), r"a tensor of torch.int64 of shape \(\); allowed are"),
+        ([0, 1], r"a list; .* a tensor \(k,\) of row numbers, such as torch.tensor"),
+    ],
+)
+def test_other_indices_are_refused(rows, message):
+    references = ReferenceSet(torch.rand(5, 2))
+    with pytest.raises(TypeError, match=f"rows is {message}"):
+        references[rows]
+    with pytest.raises(TypeError, match="containing is a"):
+        references.draw(3, containing=rows)
+
+
+def test_rows_without_dimensions(oracle, tmp_path):
+    numbers = torch.randn(30)
+    references, x = ReferenceSet(numbers), torch.randn(4, requires_grad=True)
+    assert references.shape == (30,)
+    assert torch.equal(references[torch.tensor([3])], numbers[3:4])
+    found = pfgm.posterior_mean(x, references, r=1.0)
+    expected = oracle(x.detach(), numbers, 1.0, 1.0)[0][:, 0]
+    np.testing.assert_allclose(found.detach(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    (expected,) = torch.autograd.grad(pfgm.posterior_mean(x, numbers, r=1.0).sum(), x)
+    assert torch.equal(gradient, expected)
+    for flows in (pfgm.PoissonFlow.from_data, partial(pfgm.PoissonFlowPP.from_data, D=4)):
+        for data in (numbers, numbers.numpy(), references):
+            flow = flows(data)
+            assert flow.shape == ()
+            assert flow.loss(flow.empirical(numbers), x.detach(), references).isfinite()
+    with pytest.raises(ValueError, match=r"rows of shape \(\) have no mirror images"):
+        references.flipped()
+    with pytest.raises(ValueError, match="cannot be saved"):
+        references.save(tmp_path / "numbers.npy")
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1000, 64), (1000, 900), (70, 70)])

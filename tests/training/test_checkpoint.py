@@ -9,6 +9,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -114,6 +115,52 @@ def test_shared_and_strided_weights(tmp_path, flow):
     network, other = Tied(), Tied()
     pfgm.save(tmp_path / "net.safetensors", flow, network)
     assert same_weights(pfgm.load(tmp_path / "net.safetensors", other).network, network)
+
+
+class OtherFlow(pfgm.PoissonFlow):
+    """A flow that a file cannot name."""
+
+
+class OtherState(Own):
+    """A network whose state holds more than tensors."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path, flow, network):
+    other = OtherFlow((3,), data_norm=2.0)
+    for wrong, message in (
+        ((flow, lambda x, z: (x, z)), "network is a function, .* allowed is a torch.nn.Module"),
+        ((other, network), "flow is a OtherFlow, .* allowed are PoissonFlow and"),
+        ((network, flow), "flow is a MLP"),
+        ((flow, OtherState()), "network has a dict '_extra_state' .* allowed are tensors"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            pfgm.save(tmp_path / "net.safetensors", *wrong)
+    with pytest.raises(ValueError, match=r'network has a tensor .* on the device "meta"'):
+        pfgm.save(tmp_path / "net.safetensors", flow, nn.Linear(3, 3, device="meta"))
+    with pytest.raises(ValueError, match="step is 'x'; only an integer of at least 0"):
+        pfgm.save(tmp_path / "net.safetensors", flow, network, step="x")
+    with pytest.raises(OSError, match="the path is ''"):
+        pfgm.save("", flow, network)
+    with pytest.raises(TypeError, match="flow is a OtherFlow"):
+        pfgm.training.Trainer(other, network, torch.randn(300, 3), folder=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    pfgm.save(tmp_path / "net.safetensors", flow, network)
+    with pytest.raises(TypeError, match=r"network is a function; allowed is a torch.nn.Module"):
+        pfgm.load(tmp_path / "net.safetensors", lambda x, z: (x, z))
+
+
+def test_hyper_parameters_of_numpy_and_tensors_are_saved(tmp_path, network):
+    sizes = np.array([3])
+    flows = (
+        pfgm.PoissonFlow(sizes, spread=np.float32(1), tau=torch.tensor(0.03), M=np.float32(100)),
+        pfgm.PoissonFlowPP(sizes, D=np.float32(4), P_mean=np.float32(1), sigma_data=np.float32(1)),
+    )
+    for flow in flows:
+        pfgm.save(tmp_path / "net.safetensors", flow, network)
+        assert pfgm.load(tmp_path / "net.safetensors").flow == flow
 
 
 def test_missing_truncated_and_foreign_files(tmp_path, flow, network):

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import pfgm
 from pfgm import cli
 from pfgm.training import TrainConfig
-from pfgm.training.checks import warn_of_range
+from pfgm.training.checks import warn_of_range, warn_of_scales
 from pfgm.training.runs import RunConfig, start
 
 SMALL = TrainConfig(
@@ -238,6 +239,31 @@ def test_only_bytes_are_taken_for_bytes():
 
 def test_images_that_are_not_finite_have_no_range(recwarn):
     warn_of_range(torch.full((2, 1, 8, 8), math.nan))
+    assert not recwarn
+
+
+def test_a_table_of_different_scales_gives_one_warning(recwarn):
+    spreads = torch.tensor([1.0, 300.0, 0.0, 0.2])
+    table = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * spreads
+    for data in (table, pfgm.ReferenceSet(table)):
+        flow = pfgm.PoissonFlow.from_data(data)
+        net = pfgm.networks.MLP((4,), width=4, **flow.scaling)
+        pfgm.training.Trainer(flow, net, data, TrainConfig(steps=1, batch_size=8))
+        warning = recwarn.pop(UserWarning)
+        assert re.search(
+            r" in column 1 and 0\.\d+ in column 3: .* Standardise", str(warning.message)
+        )
+        assert warning.filename == __file__
+        assert not recwarn
+    for fine in (
+        table[:, :1],
+        table[:, [0, 3]],
+        table.new_zeros(5, 2),
+        table.repeat(1, 16),  # as many columns as a small image has pixels
+        table.view(50, 1, 2, 2),
+        table.new_full((5, 2), math.nan),
+    ):
+        warn_of_scales(fine)
     assert not recwarn
 
 
