@@ -600,13 +600,14 @@ def _sum(
         "panels": Loop(features * groups * panels, found["panels, most"], trip),
     }
     moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
-    name, memory = f"weighted_sum<{type_}, {_text(halves)}>", _sum_memory(size)
+    staged = _PANEL * (_sum_pitch(size) + 4 * SUM_ROWS)
+    memory = 2 * staged + 2 * _PANEL * PART_PANELS + 4 * (4 + SUM_ROWS)
+    name = f"weighted_sum<{type_}, {_text(halves)}>"
     return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
 
 
-def _sum_memory(size: int) -> int:
-    pitch = SUM_FEATURES * size + 32
-    return 3 * _PANEL * (pitch + 4 * (SUM_ROWS + 8)) + 4 * (32 * PART_PANELS + 4 + SUM_ROWS)
+def _sum_pitch(size: int) -> int:
+    return SUM_FEATURES * size + 32
 
 
 def read_again(shape: Shape, m: int, card: Device) -> float:
@@ -731,4 +732,5 @@ def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:
     }
     once = Amount(barriers=3 * lists, exchanges=4 * 8 * 3)
     name, moved = f"reference_gradient<{_stored(shape)}>", 4 * (2 * queries * m + 2 * m * shape.N)
-    return Work("reference_gradient", name, blocks, 128, _sum_memory(4), once, loops, moved)
+    memory = 3 * _PANEL * (_sum_pitch(4) + 4 * (SUM_ROWS + 8)) + 4 * (_PANEL * PART_PANELS + 4)
+    return Work("reference_gradient", name, blocks, 128, memory, once, loops, moved)

@@ -10,8 +10,9 @@
 namespace pfgm {
 namespace {
 
-constexpr int kSumRows = 32;        // queries of a group
-constexpr int kRankedQueries = 16;  // of a block of order_queries
+constexpr int kSumRows = 32;                // queries of a group
+constexpr Index kMostReferences = 1 << 16;  // of a chunk, for places of 16 bits
+constexpr int kRankedQueries = 16;          // of a block of order_queries
 constexpr int kListThreads = 256;
 // Panels of listed references that a block sums: kFewestPanels to kMostPanels, or more, up to
 // kPartPanels, if the parts would not fit into memory.

@@ -62,8 +62,9 @@ Partition partition_of(const Problem& problem, int multiprocessors, bool backwar
   const Index pairs = backward ? limits.pairs / 2 : limits.pairs;
   const Index most = 128 * larger(pairs / partition.queries / 128, 1);
   const Index most_parts = larger(1, limits.parts / (partition.queries * problem.features));
+  const Index allowed = smaller(limits.references, kMostReferences);
   partition.references = smaller(smaller(problem.references, most),
-                                 smaller(limits.references, most_parts * kPartPanels * kPanel));
+                                 smaller(allowed, most_parts * kPartPanels * kPanel));
   partition.stride = round_up(partition.references, 32);
   partition.few = partition.queries < 16 || problem.features < kPanel;
   // Weights below 2^-39 have no halves. Together they must not matter.
@@ -573,7 +574,7 @@ class Calculation {
     }
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};
-      run("reference_gradient", grid, kSumThreads, sizeof(SumMemory<float>),
+      run("reference_gradient", grid, kSumThreads, sizeof(GradientMemory),
           reference_gradient<Stored<R>>, upstream(io), x(), y(), features_, coefficients,
           partition_.stride, first_ == 0,
           static_cast<float*>(io.grad_y) + begin_ * problem_.features);
