@@ -8,7 +8,7 @@
 namespace pfgm {
 namespace {
 
-constexpr int kSumFeatures = 128;  // of the result of a block, which has kSumRows rows
+constexpr int kSumFeatures = 128;  // of the result of a block
 constexpr int kSumThreads = kSumFeatures;
 constexpr int kSumBlocks = 2;  // whose registers a multiprocessor must hold
 constexpr int kMergeThreads = 256;
@@ -27,20 +27,20 @@ __device__ inline bool halves_hold(float largest, float unit) {
 // warp lie in different banks.
 template <class T> constexpr int kSumPitch = kSumFeatures + 32 / sizeof(T);
 
-// Of a block of weighted_sum.
-template <class T>
+// Of a block of weighted_sum with a group of ROWS queries.
+template <class T, int ROWS>
 struct SumMemory {
   using Value = T;
   using Place = std::uint16_t;  // of a reference in a chunk
   static constexpr int kStages = 2;
   T rows[kStages][kPanel][kSumPitch<T>];
-  float weights[kStages][kPanelWeights];
+  float weights[kStages][kPanel * ROWS];
   Place listed[kPanel * kPartPanels];
   int scratch[kSumThreads / 32];
-  int queries[kSumRows];
+  int queries[ROWS];
 };
-// A block has 1 KiB more. GeForce cards hold two in 100 KiB, an A100 three in 164 KiB.
-static_assert(sizeof(SumMemory<float>) <= 49 << 10, "GeForce cards hold two blocks");
+// A block has 1 KiB more. GeForce cards hold two of small groups in 100 KiB.
+static_assert(sizeof(SumMemory<float, kSumRows>) <= 49 << 10, "GeForce cards hold two blocks");
 
 // Of a block of reference_gradient.
 struct GradientMemory {
@@ -128,25 +128,25 @@ __device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
 // group. `divisor` is a power of two with which no sum of M weighted values overflows; weights have
 // been divided by it. If HALVES, they are halves instead, times kWeightUnit, and 1 over kWeightUnit
 // · divisor is `weight_unit`.
-template <class R, bool HALVES>
+template <class R, int ROWS, bool HALVES>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     weighted_sum(const Rows<R> y, int features, const float* scale, float weight_unit,
                  const int* order, const Lists lists, const Parts parts) {
   wait_for_earlier_launches();
-  using Memory = SumMemory<R>;
-  constexpr int kTiles = kSumRows / 8;
+  using Memory = SumMemory<R, ROWS>;
+  constexpr int kTiles = ROWS / 8, kPanelWeights = kPanel * ROWS;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x);
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
   // The last queries of the order have most weights. Their blocks start first.
-  const int group = static_cast<int>(gridDim.y - 1 - blockIdx.y), query0 = kSumRows * group;
+  const int group = static_cast<int>(gridDim.y - 1 - blockIdx.y), query0 = ROWS * group;
   const int first = static_cast<int>(blockIdx.z) * parts.panels * kPanel;
   const int left = lists.counts[group] - first;
   if (left <= 0) return;  // the same for all threads
   const int count = static_cast<int>(smaller(left, parts.panels * kPanel));
   const int panels = static_cast<int>(divide_up(count, kPanel));
-  if (thread < kSumRows) {
+  if (thread < ROWS) {
     const int place = query0 + (query0 + thread < parts.queries ? thread : 0);
     shared.queries[thread] = order ? order[place] : place;
   }
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   __syncthreads();
 
   const ListedCopy<Memory> copy(shared, y, 0, feature0, features);
-  const float* const weights_at = lists.weights + (kSumRows * list + 4 * thread);
+  const float* const weights_at = lists.weights + (ROWS * list + 4 * thread);
   const auto stage = [&](int p, int slot) {
     copy.panel(shared, slot, shared.listed + p * kPanel);
 #pragma unroll
