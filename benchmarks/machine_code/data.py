@@ -35,6 +35,7 @@ SAMPLES = 16  # references whose mean is the centre
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
+LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from which on it is
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
 GATHERED_PANELS = 64  # whose weights a block of the CUDA ``list_references`` gathers, at most
 TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
@@ -43,6 +44,20 @@ TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
 def up(n: float, by: float) -> int:
     """n/by, rounded up."""
     return int(-(-n // by))
+
+
+class Sums(NamedTuple):
+    """How the CUDA ``weighted_sum`` splits a chunk."""
+
+    rows: int
+    """Queries of a group."""
+    panels: int
+    """Panels of 32 listed references that a block sums."""
+
+    @property
+    def name(self) -> str:
+        """The key of what is counted for it."""
+        return f"groups of {self.rows}, parts of {self.panels}"
 
 
 class Shape(NamedTuple):
@@ -101,11 +116,27 @@ class Shape(NamedTuple):
         """References of each chunk."""
         return _parts(self.M, self.chunk)
 
-    def part_panels(self, multiprocessors: int) -> int:
-        """Panels of 32 listed references that a block of the CUDA ``weighted_sum`` sums."""
-        tiles, panels = up(self.N, SUM_FEATURES) * up(self.block, SUM_ROWS), up(self.chunk, 32)
-        even = up(panels * tiles, 4 * multiprocessors)
-        return max(min(max(even, FEWEST_PANELS), MOST_PANELS), up(panels, self._most_parts))
+    def sums(self, card: Device) -> Sums:
+        """How the CUDA ``weighted_sum`` splits a chunk on a card."""
+        rounded, warpgroups = self.type == "Rounded", card.architecture == 90
+        faster = rounded or (warpgroups and self.type == "float32")
+        may = faster and self.halves and not (self.backward or card.geforce)
+        enough = self._even_panels(card.sms, LARGE_ROWS) >= FEWEST_PANELS
+        large = may and self.block >= LARGE_FROM and enough
+        rows = LARGE_ROWS if large else SUM_ROWS
+        return Sums(rows, self.part_panels(card.sms, rows))
+
+    def part_panels(self, multiprocessors: int, rows: int = SUM_ROWS) -> int:
+        """Panels of 32 references that a block of the CUDA ``weighted_sum`` sums, with groups of
+        so many queries."""
+        even = self._even_panels(multiprocessors, rows)
+        most = up(up(self.chunk, 32), self._most_parts)
+        return max(min(max(even, FEWEST_PANELS), MOST_PANELS), most)
+
+    def _even_panels(self, multiprocessors: int, rows: int) -> int:
+        """Panels of a part that share the work out evenly."""
+        tiles = up(self.N, SUM_FEATURES) * up(self.block, rows)
+        return up(up(self.chunk, 32) * tiles, 4 * multiprocessors)
 
     @property
     def _most_parts(self) -> int:
@@ -339,25 +370,25 @@ def _by_rows(values: Tensor, live: Tensor, rows: int, ordered: bool) -> Tensor:
     return padded.view(-1, rows, values.shape[1]).amax(1)
 
 
-def listed_references(live: Tensor, order: Tensor | None) -> Tensor:
-    """How many references the CUDA ``weighted_sum`` lists for each SUM_ROWS queries.
+def listed_references(live: Tensor, order: Tensor | None, rows: int = SUM_ROWS) -> Tensor:
+    """How many references the CUDA ``weighted_sum`` lists for each group of ``rows`` queries.
 
     Args:
         live: those of a block of queries.
         order: of the queries; None leaves them as they are.
     """
-    return _listed(live, order).sum(1)
+    return _listed(live, order, rows).sum(1)
 
 
-def transfers(live: Tensor, order: Tensor | None) -> Tensor:
+def transfers(live: Tensor, order: Tensor | None, rows: int = SUM_ROWS) -> Tensor:
     """Transfers that hold the weights of these references for one query."""
-    return _tiles(_listed(live, order), TRANSFER, 0.0).amax(2).sum(1)
+    return _tiles(_listed(live, order, rows), TRANSFER, 0.0).amax(2).sum(1)
 
 
-def _listed(live: Tensor, order: Tensor | None) -> Tensor:
+def _listed(live: Tensor, order: Tensor | None, rows: int) -> Tensor:
     """Whether references are listed, 1 or 0 (groups, m)."""
-    rows = live if order is None else live[order]
-    return _by_rows(rows.float(), rows, SUM_ROWS, ordered=False)
+    queries = live if order is None else live[order]
+    return _by_rows(queries.float(), queries, rows, ordered=False)
 
 
 class Mean:
@@ -381,7 +412,7 @@ class Lists:
 
     def __init__(self, shape: Shape, cards: Sequence[Device]) -> None:
         self.block = shape.block
-        self.parts = {shape.part_panels(card.sms): Mean() for card in cards}
+        self.parts = {shape.sums(card): Mean() for card in cards}
         self.orders: list[Tensor | None] = []
         """Of the queries of each block, from the first chunk."""
 
@@ -390,14 +421,16 @@ class Lists:
         blocks = live.split(self.block)
         self.orders = self.orders or [order_of(each) for each in blocks]
         for each, order in zip(blocks, self.orders, strict=True):
-            listed = listed_references(each, order)
-            of_weights = {"transfers": float(transfers(each, order).double().mean())}
-            for panels, mean in self.parts.items():
-                number, found = parts_of(listed, panels)
-                mean.add(number, found | of_weights)
+            for rows in {sums.rows for sums in self.parts}:
+                listed = listed_references(each, order, rows)
+                of_weights = {"transfers": float(transfers(each, order, rows).double().mean())}
+                for sums, mean in self.parts.items():
+                    if sums.rows == rows:
+                        number, found = parts_of(listed, sums.panels)
+                        mean.add(number, found | of_weights)
 
     def result(self) -> dict[str, dict[str, float]]:
-        return {f"parts of {n}": mean.result() for n, mean in sorted(self.parts.items())}
+        return {sums.name: mean.result() for sums, mean in sorted(self.parts.items())}
 
 
 def order_of(live: Tensor) -> Tensor | None:

@@ -40,7 +40,7 @@ _SIZES = {
 _PANEL = 32  # features, or references, that are added up together
 _STAGED = 64  # features that a trip of ``distances`` takes
 _CENTER = 256  # features of a block of ``find_center``
-_LISTING = 256  # threads of ``list_references``, which orders as many queries
+_LISTING = 8  # threads of ``list_references`` for a query of a group; it orders as many queries
 _RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
 _OVER_WARP = 5  # shuffles that combine the values of a warp
 _OF_WEIGHTS = PIECE * 4 + PIECE / 8  # bytes of PIECE weights, and of a bit for each
@@ -255,7 +255,7 @@ def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
     block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
     costs, rounded = _costs_on(shape, card), shape.type == "Rounded"
     whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS, rounded)
-    of_sums = up(up(chunk, _PANEL), shape.part_panels(card.sms)) * block * shape.N
+    of_sums = up(up(chunk, _PANEL), shape.sums(card).panels) * block * shape.N
     of_slices = whole.slices * _slice_size(block, chunk, rounded) if whole.slices > 1 else 0
     return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices), rounded)
 
@@ -515,9 +515,9 @@ def _ordered_lists(
     backward: bool = False,
 ) -> Iterator[Work]:
     """Lists for so many chunks, and the order of queries for the first chunk of all."""
-    halves = shape.halves and not backward
-    ordered = queries > SUM_ROWS and m == shape.chunk
-    alone = ordered and queries > _LISTING
+    halves, rows = shape.halves and not backward, shape.sums(card).rows
+    ordered = queries > rows and m == shape.chunk
+    alone = ordered and queries > _LISTING * rows
     if alone:
         yield _order(queries, pieces)
     elif ordered:
@@ -546,47 +546,48 @@ def _list(
 
     It also finds the order of queries from their weights in pieces.
     """
-    groups, words = up(queries, SUM_ROWS), up(m, 32)
+    sums = shape.sums(card)
+    groups, words, threads = up(queries, sums.rows), up(m, 32), _LISTING * sums.rows
     even = math.isqrt(up(24 * groups, card.sms) - 1) + 1  # blocks of a multiprocessor
     shares = max(min(max(1, even * card.sms // groups), words), up(words, GATHERED_PANELS))
-    blocks, part = groups * shares, shape.part_panels(card.sms)
-    found = data["lists"][f"parts of {part}"]
+    blocks, part = groups * shares, sums.panels
+    found = data["lists"][sums.name]
     spread = TRANSFER * found["transfers"] / found["listed"] if found["listed"] else 1.0
     most = found["panels, most"] if found["parts, most"] == 1 else part * found["parts, most"]
     loops = {
-        "words": _listing(blocks, words, _LISTING)._replace(stored=0),
-        "places": _by_all(blocks, up(words, _LISTING)),
+        "words": _listing(blocks, words, threads, sums.rows)._replace(stored=0),
+        "places": _by_all(blocks, up(words, threads)),
         "panels": Loop(groups * found["panels"], up(most, shares), spread=spread),
     }
     if pieces:
         loops |= {"counts": _by_all(blocks, pieces), "ranks": _by_all(blocks, up(queries, 4))}
-    name = f"list_references<{_text(pieces > 0)}, {_text(halves)}>"
-    memory = 4 * (8 + SUM_ROWS + _LISTING + _PANEL * GATHERED_PANELS) + 8 * words
+    name = f"list_references<{sums.rows}, {_text(pieces > 0)}, {_text(halves)}>"
+    memory = 4 * (threads // 32 + sums.rows + threads + _PANEL * GATHERED_PANELS) + 8 * words
     once, moved = Amount(barriers=3 if pieces else 2), 4 * queries * words
-    return Work("list_references", name, blocks, _LISTING, memory, once, loops, moved)
+    return Work("list_references", name, blocks, threads, memory, once, loops, moved)
 
 
-def _listing(blocks: int, words: int, threads: int) -> Loop:
-    """Blocks list the bits that are set in words, each of which is found from 32 loads."""
+def _listing(blocks: int, words: int, threads: int, loads: int) -> Loop:
+    """Blocks list the bits that are set in words, each of which is found from so many loads."""
     rounds = up(words, threads)
     each = Amount(barriers=2, exchanges=threads // 32 * _OVER_WARP)
-    return _by_all(blocks, 32 * rounds, each.times(rounds))
+    return _by_all(blocks, loads * rounds, each.times(rounds))
 
 
 def _sum(
     shape: Shape, data: Data, queries: int, m: int, card: Device, backward: bool = False
 ) -> Work:
     halves = shape.halves and not backward
-    size, most = _SIZES[shape.type], shape.part_panels(card.sms)
-    words, groups, features = up(m, 32), up(queries, SUM_ROWS), up(shape.N, SUM_FEATURES)
-    blocks = features * groups * up(words, most)
-    found = data["lists"][f"parts of {most}"]
+    size, sums = _SIZES[shape.type], shape.sums(card)
+    words, groups, features = up(m, 32), up(queries, sums.rows), up(shape.N, SUM_FEATURES)
+    blocks = features * groups * up(words, sums.panels)
+    found = data["lists"][sums.name]
     panels = found["panels"]
     type_ = shape.type if halves else _stored(shape)
     exact = type_ in ("Float16", "uint8") if halves else type_ != "float32"
-    products = 4 * SUM_ROWS * (2 if exact or type_ == "Rounded" else 3)  # of 8 terms
+    products = 4 * sums.rows * (2 if exact or type_ == "Rounded" else 3)  # of 8 terms
     of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
-    of_weights = 4 * SUM_ROWS * _PANEL
+    of_weights = 4 * sums.rows * _PANEL
     trip = Amount(
         halves=products / 2 * halves,
         tf32=products * (not halves),
@@ -600,13 +601,14 @@ def _sum(
         "panels": Loop(features * groups * panels, found["panels, most"], trip),
     }
     moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
-    name, memory = f"weighted_sum<{type_}, {_text(halves)}>", _sum_memory(size)
+    staged = _PANEL * (_sum_pitch(size) + 4 * sums.rows)
+    memory = 2 * staged + 2 * _PANEL * PART_PANELS + 4 * (4 + sums.rows)
+    name = f"weighted_sum<{type_}, {sums.rows}, {_text(halves)}>"
     return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
 
 
-def _sum_memory(size: int) -> int:
-    pitch = SUM_FEATURES * size + 32
-    return 3 * _PANEL * (pitch + 4 * (SUM_ROWS + 8)) + 4 * (32 * PART_PANELS + 4 + SUM_ROWS)
+def _sum_pitch(size: int) -> int:
+    return SUM_FEATURES * size + 32
 
 
 def read_again(shape: Shape, m: int, card: Device) -> float:
@@ -620,7 +622,7 @@ def _merge(
 ) -> Work:
     width = 4 if name == "merge" and shape.N % 4 == 0 else 1  # features of a thread
     blocks = queries * up(shape.N, 256 * width)
-    found = data["lists"][f"parts of {shape.part_panels(card.sms)}"]
+    found = data["lists"][shape.sums(card).name]
     loops = {"parts": Loop(blocks * found["parts"], found["parts, most"])}
     if name == "merge":
         loops["pieces"] = _by_all(blocks, up(m, piece_of(shape, card)))
@@ -724,11 +726,12 @@ def _reference_gradient(shape: Shape, data: Data, queries: int, m: int) -> Work:
     of_rows = _PANEL * 4 * shape.N / features
     of_weights = 4 * SUM_ROWS * found["listed"] / found["panels"] if trips else 0.0
     trip = Amount(tf32=128 * 3, copied=of_rows + of_weights, barriers=1)
-    listing = _listing(blocks, min(up(queries, 32), PART_PANELS), 128)
+    listing = _listing(blocks, min(up(queries, 32), PART_PANELS), 128, 32)
     loops = {
         "lists": listing._replace(trips=lists * listing.trips, most=lists * listing.most),
         "panels": Loop(blocks * trips, 2 * lists * found["panels, most"], trip),
     }
     once = Amount(barriers=3 * lists, exchanges=4 * 8 * 3)
     name, moved = f"reference_gradient<{_stored(shape)}>", 4 * (2 * queries * m + 2 * m * shape.N)
-    return Work("reference_gradient", name, blocks, 128, _sum_memory(4), once, loops, moved)
+    memory = 3 * _PANEL * (_sum_pitch(4) + 4 * (SUM_ROWS + 8)) + 4 * (_PANEL * PART_PANELS + 4)
+    return Work("reference_gradient", name, blocks, 128, memory, once, loops, moved)

@@ -1,18 +1,23 @@
 // Which references have a weight, on CUDA devices.
 //
-// Most weights are zero. Weighted sums take 32 queries at a time and stage only references that
-// have a weight for any of them. Queries with similar numbers of weights need similar references,
-// so these are taken together. The weights of the listed references are gathered, because they lie
-// apart, and are read for each slice of the features.
+// Most weights are zero. Weighted sums take a group of queries at a time and stage only references
+// that have a weight for any of them. Queries with similar numbers of weights need similar
+// references, so these are taken together. The weights of the listed references are gathered,
+// because they lie apart, and are read for each slice of the features.
+//
+// A large group reads each reference half as often for a query as a small one does, but its list is
+// longer.
 #pragma once
 #include "cuda/weights.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int kSumRows = 32;        // queries of a group
-constexpr int kRankedQueries = 16;  // of a block of order_queries
-constexpr int kListThreads = 256;
+constexpr int kSumRows = 32, kMostSumRows = 64;  // queries of a small and of a large group
+constexpr Index kMostReferences = 1 << 16;       // of a chunk, for places of 16 bits
+constexpr int kRankedQueries = 16;               // of a block of order_queries
+constexpr Index kLargeFrom = 256;  // queries of a block from which on groups are large
+template <int ROWS> constexpr int kListThreads = 8 * ROWS;
 // Panels of listed references that a block sums: kFewestPanels to kMostPanels, or more, up to
 // kPartPanels, if the parts would not fit into memory.
 constexpr int kFewestPanels = 4, kMostPanels = 16, kPartPanels = 64;
@@ -66,12 +71,12 @@ __device__ inline int list(int* to, int* before, int words, Bits bits) {
   return count;
 }
 
-// For each group of 32 queries: the references of a chunk that have a weight for any of them.
+// For each group of queries: the references of a chunk that have a weight for any of them.
 struct Lists {
   int* listed;  // (groups, stride): which they are, and the last one again up to a whole panel
   int* counts;  // (groups): how many
-  // (groups, stride, 32): their weights, in panels of pair_place. Those of a reference that is
-  // there again, and of queries after the last one, are zero.
+  // (groups, stride, queries of a group): their weights, in panels of pair_place. Those of a
+  // reference that is there again, and of queries after the last one, are zero.
   float* weights;
   Index stride;
 };
@@ -122,10 +127,11 @@ struct ListedWord {
   int place;
 };
 
+template <int ROWS>
 struct ListMemory {
-  int scratch[kListThreads / 32];
-  int queries[kSumRows];
-  std::uint32_t keys[kListThreads];
+  int scratch[kListThreads<ROWS> / 32];
+  int queries[ROWS];
+  std::uint32_t keys[kListThreads<ROWS>];
   int listed[kPanel * kGatheredPanels];
 
   __device__ ListedWord* words() { return reinterpret_cast<ListedWord*>(this + 1); }
@@ -136,13 +142,14 @@ struct ListMemory {
 
 // The order of at most kListThreads queries, as order_queries finds it. Every block finds it, and
 // keeps the queries of its group.
-__device__ inline void order_few_queries(ListMemory& shared, const PieceSums& sums, int queries,
-                                         int group, int* order) {
+template <int ROWS>
+__device__ inline void order_few_queries(ListMemory<ROWS>& shared, const PieceSums& sums,
+                                         int queries, int group, int* order) {
   const int query = static_cast<int>(threadIdx.x);
   // Keys have the order of the numbers of weights, and of equal queries.
   std::uint32_t key = ~0u;
   if (query < queries)
-    key = static_cast<std::uint32_t>(live_weights(sums, query) * kListThreads + query);
+    key = static_cast<std::uint32_t>(live_weights(sums, query) * kListThreads<ROWS> + query);
   shared.keys[query] = key;
   __syncthreads();
   int rank = 0;
@@ -152,7 +159,7 @@ __device__ inline void order_few_queries(ListMemory& shared, const PieceSums& su
     rank += (keys.x < key) + (keys.y < key) + (keys.z < key) + (keys.w < key);
   }
   if (query >= queries) return;
-  if (rank / kSumRows == group) shared.queries[rank % kSumRows] = query;
+  if (rank / ROWS == group) shared.queries[rank % ROWS] = query;
   if (group == 0 && blockIdx.x == 0) order[rank] = query;
 }
 
@@ -171,7 +178,7 @@ __device__ inline void write_places(int* to, int first, int size, int w, ListedW
 // Gathers weights of a query for `panels` panels of listed references, of which `count` count; the
 // others get zero, and all do if the query is not `known`. A thread has four weights of a panel.
 // Loads have no conditions, so that those of several panels can come before all stores.
-template <bool HALVES>
+template <int ROWS, bool HALVES>
 __device__ inline void gather_weights(const float* weights, const int* listed, bool known,
                                       int count, int panels, float* __restrict__ to,
                                       const Lane& lane) {
@@ -185,7 +192,7 @@ __device__ inline void gather_weights(const float* weights, const int* listed, b
       words[i] = known && place < count ? bits_of(weight) : 0;
     }
     const auto store = [&](int s, std::uint32_t first, std::uint32_t second) {
-      float* const pair = to + kPanelWeights * panel + pair_place(n, 2 * step + s, lane.lane);
+      float* const pair = to + kPanel * ROWS * panel + pair_place(n, 2 * step + s, lane.lane);
       *reinterpret_cast<std::uint64_t*>(pair) = first | static_cast<std::uint64_t>(second) << 32;
     };
     if constexpr (HALVES) {
@@ -202,34 +209,35 @@ __device__ inline void gather_weights(const float* weights, const int* listed, b
 // The list of a group, and the weights of what is listed. All blocks of a group find which
 // references are listed, and share out the panels of their list. With ORDER they find the order
 // first. If HALVES, weights are words of both_halves.
-template <bool ORDER, bool HALVES>
-__global__ void __launch_bounds__(kListThreads)
+template <int ROWS, bool ORDER, bool HALVES>
+__global__ void __launch_bounds__(kListThreads<ROWS>)
     list_references(const ChunkWeights weights, const PieceSums sums, int* order, int references,
                     const Lists out, const Parts parts) {
   wait_for_earlier_launches();
   let_next_launch_start();
-  ListMemory& shared = *reinterpret_cast<ListMemory*>(shared_memory());
+  constexpr int kThreads = kListThreads<ROWS>;
+  ListMemory<ROWS>& shared = *reinterpret_cast<ListMemory<ROWS>*>(shared_memory());
   ListedWord* const listed_words = shared.words();
   const int share = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y);
   const int thread = static_cast<int>(threadIdx.x);
-  const int known = static_cast<int>(smaller(kSumRows, parts.queries - kSumRows * group));
+  const int known = static_cast<int>(smaller(ROWS, parts.queries - ROWS * group));
   if constexpr (ORDER)
     order_few_queries(shared, sums, parts.queries, group, order);
   else if (thread < known)
-    shared.queries[thread] = order ? order[kSumRows * group + thread] : kSumRows * group + thread;
+    shared.queries[thread] = order ? order[ROWS * group + thread] : ROWS * group + thread;
   __syncthreads();
   const Index stride = out.stride / 32;
   const int words = static_cast<int>(divide_up(references, 32));
   int count = 0;
 #pragma unroll 1
-  for (int start = 0; start < words; start += kListThreads) {
+  for (int start = 0; start < words; start += kThreads) {
     const int w = start + thread;
     unsigned bits = 0;
     if (w < words)
 #pragma unroll
-      for (int q = 0; q < kSumRows; ++q)
+      for (int q = 0; q < ROWS; ++q)
         bits |= weights.live[shared.queries[q < known ? q : 0] * stride + w];
-    const int place = place_of_word<kListThreads>(bits, count, shared.scratch);
+    const int place = place_of_word<kThreads>(bits, count, shared.scratch);
     if (w < words) listed_words[w] = {bits, place};
   }
   if (share == 0 && thread == 0) out.counts[group] = count;
@@ -242,19 +250,20 @@ __global__ void __launch_bounds__(kListThreads)
   const int own = static_cast<int>(larger(0, smaller(each, panels - first)));
   const int size = kPanel * own, left = count - kPanel * first;
 #pragma unroll 1
-  for (int w = thread; w < words; w += kListThreads)
+  for (int w = thread; w < words; w += kThreads)
     write_places(shared.listed, kPanel * first, size, w, listed_words[w]);
   __syncthreads();
   const Index at = group * out.stride + kPanel * first;
 #pragma unroll 1
-  for (int i = thread; i < size; i += kListThreads)
+  for (int i = thread; i < size; i += kThreads)
     out.listed[at + i] = shared.listed[i < left ? i : left - 1];
   const Lane lane = this_lane();
-  static_assert(kListThreads == kPanelWeights / 4, "a thread for four weights of a panel");
+  static_assert(kThreads == kPanel * ROWS / 4, "a thread for four weights of a panel");
   const int query = 8 * (lane.warp / 2) + lane.g;
   const float* const from = weights.weight + shared.queries[query < known ? query : 0] * out.stride;
-  gather_weights<HALVES>(from, shared.listed, query < known, static_cast<int>(smaller(left, size)),
-                         own, out.weights + kSumRows * at, lane);
+  gather_weights<ROWS, HALVES>(from, shared.listed, query < known,
+                               static_cast<int>(smaller(left, size)), own, out.weights + ROWS * at,
+                               lane);
 }
 
 }  // namespace

@@ -45,11 +45,14 @@ struct Partition {
   Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
   Index parts, part_panels;           // of the sums over a chunk; panels of references in a part
   Index piece;                        // references that a block of weigh takes
+  int rows;                           // queries of a group of the sums: a small or a large one
   bool few;     // few queries or features would leave matrix units mostly idle
   bool halves;  // whether weighted sums multiply float16 parts
 };
 
-Partition partition_of(const Problem& problem, int multiprocessors, bool backward) {
+// `large` says whether the sums may take large groups of queries. Queries and references of a part
+// do not depend on it.
+Partition partition_of(const Problem& problem, int multiprocessors, bool backward, bool large) {
   Partition partition;
   const Index fitting =
       smaller(limits.queries, larger(kSumRows, limits.parts / 2 / problem.features));
@@ -62,17 +65,27 @@ Partition partition_of(const Problem& problem, int multiprocessors, bool backwar
   const Index pairs = backward ? limits.pairs / 2 : limits.pairs;
   const Index most = 128 * larger(pairs / partition.queries / 128, 1);
   const Index most_parts = larger(1, limits.parts / (partition.queries * problem.features));
+  const Index allowed = smaller(limits.references, kMostReferences);
   partition.references = smaller(smaller(problem.references, most),
-                                 smaller(limits.references, most_parts * kPartPanels * kPanel));
+                                 smaller(allowed, most_parts * kPartPanels * kPanel));
   partition.stride = round_up(partition.references, 32);
   partition.few = partition.queries < 16 || problem.features < kPanel;
   // Weights below 2^-39 have no halves. Together they must not matter.
   partition.halves = !partition.few && problem.references <= limits.halved;
-  // Small parts share the work out evenly, large ones leave fewer partial sums.
-  const Index tiles =
-      divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, kSumRows);
+  // Panels of a part that share the work out evenly.
   const Index panels = partition.stride / kPanel;
-  const Index even = divide_up(panels * tiles, 4 * multiprocessors);
+  const auto even_with = [&](int rows) {
+    const Index tiles =
+        divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, rows);
+    return divide_up(panels * tiles, 4 * multiprocessors);
+  };
+  // Large groups need so many queries that their lists are little longer, and so much work that
+  // there is enough for all multiprocessors.
+  large = large && partition.halves && !backward && partition.queries >= kLargeFrom &&
+          even_with(kMostSumRows) >= kFewestPanels;
+  partition.rows = large ? kMostSumRows : kSumRows;
+  // Small parts share the work out evenly, large ones leave fewer partial sums.
+  const Index even = even_with(partition.rows);
   partition.part_panels =
       larger(smaller(larger(even, kFewestPanels), kMostPanels), divide_up(panels, most_parts));
   partition.parts = divide_up(panels, partition.part_panels);
@@ -176,6 +189,10 @@ double weight_floor(const Problem& problem, double extra_cutoff = 0) {
 template <class R>
 using Stored = std::conditional_t<kRounded<R>, float, R>;
 
+// Whether sums over references of this type have kernels for large groups of queries. Those of
+// shorter types gain less, or their registers spill.
+template <class R> constexpr bool kLargeGroups = sizeof(R) == sizeof(float);
+
 template <class R>
 class Calculation {
  public:
@@ -186,14 +203,14 @@ class Calculation {
         stream_(stream),
         measures_(!backward || kept.bytes == 0),
         arena_(workspace),
-        partition_(partition_of(problem, stream.multiprocessors(), backward)),
-        features_(static_cast<int>(problem.features)),
         geforce_(stream.geforce(find_center<Stored<R>>)),
+        partition_(partition_of(problem, stream.multiprocessors(), backward, large_groups())),
+        features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
-    const Index groups = divide_up(queries, kSumRows), listed = groups * partition_.stride;
-    if (larger(pairs, kSumRows * listed) > kMostPairs)
+    const Index gathered = round_up(queries, partition_.rows) * partition_.stride;
+    if (larger(pairs, gathered) > kMostPairs)
       throw std::invalid_argument("posterior_mean: too many pairs at once");
     if (kept.bytes != 0 && kept.bytes != posterior_mean_kept_cuda(problem))
       throw std::invalid_argument("what the forward pass kept is of another problem");
@@ -219,13 +236,15 @@ class Calculation {
     // needed.
     slices_.products = parts_.sums;
     parts_.counts = arena_.take<int>(queries);
-    lists_.listed = arena_.take<int>(listed);
+    // There is room for small groups, so that the workspace does not depend on which are taken.
+    const Index groups = divide_up(queries, kSumRows);
+    lists_.listed = arena_.take<int>(groups * partition_.stride);
     lists_.counts = arena_.take<int>(groups);
     // Weights are gathered after they are made, from which on the distances are not needed unless
     // they are kept. Distances of few queries take less memory than gathered weights.
-    const bool apart = kept.bytes > 0 || kSumRows * listed > 2 * pairs;
+    const bool apart = kept.bytes > 0 || gathered > 2 * pairs;
     lists_.weights =
-        apart ? arena_.take<float>(kSumRows * listed) : reinterpret_cast<float*>(pairs_.squared);
+        apart ? arena_.take<float>(gathered) : reinterpret_cast<float*>(pairs_.squared);
     lists_.stride = partition_.stride;
     parts_.panels = static_cast<int>(partition_.part_panels);
     if (!partition_.few) {
@@ -234,7 +253,7 @@ class Calculation {
       x_halves_.rounded = kRounded<R>;
       if (backward) upstream_halves_ = take_halves();
     }
-    order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
+    order_ = queries > partition_.rows ? arena_.take<int>(queries) : nullptr;
     sums_.size = static_cast<int>(partition_.piece);
     const Index pieces = divide_up(partition_.references, partition_.piece);
     sums_.live = arena_.take<int>(queries * pieces);
@@ -478,6 +497,13 @@ class Calculation {
         rows, y<R>(), center_, pairs_, sums);
   }
 
+  // Whether large groups of queries are predicted to be faster, if there is enough work. Elsewhere
+  // the sums wait for matrix units, to which a longer list gives more work.
+  bool large_groups() const {
+    if (!kLargeGroups<R> || geforce_) return false;
+    return kRounded<R> || stream_.warpgroups();
+  }
+
   // Whether the largest tiles are those of warpgroups. They take aligned rows alone.
   bool warpgroups() const { return sizeof(R) == sizeof(float) && stream_.warpgroups(); }
   const TilingCosts& costs() const {
@@ -501,21 +527,22 @@ class Calculation {
   // The references that groups of queries need, and their weights. The order of the queries, if
   // there is one, is found for the first chunk. In the others it only decides how long the lists
   // are.
-  template <bool HALVES>
+  template <int ROWS, bool HALVES>
   void list(bool first_chunk) {
+    constexpr int kThreads = kListThreads<ROWS>;
     parts_.queries = static_cast<int>(queries());
     const bool ordered = order() && first_chunk;
-    if (ordered && queries() > kListThreads)
+    if (ordered && queries() > kThreads)
       run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
           sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_, parts_.queries,
           order_);
-    const auto kernel = ordered && queries() <= kListThreads ? list_references<true, HALVES>
-                                                             : list_references<false, HALVES>;
-    const Index groups = divide_up(queries(), kSumRows), panels = divide_up(references(), kPanel);
+    const auto kernel = ordered && queries() <= kThreads ? list_references<ROWS, true, HALVES>
+                                                         : list_references<ROWS, false, HALVES>;
+    const Index groups = divide_up(queries(), ROWS), panels = divide_up(references(), kPanel);
     const Index shares =
         larger(smaller(shares_of_lists(groups), panels), divide_up(panels, kGatheredPanels));
-    run("list_references", {shares, groups}, kListThreads, ListMemory::bytes(references()), kernel,
-        weights_, sums_, order(), references(), lists_, parts_);
+    run("list_references", {shares, groups}, kThreads, ListMemory<ROWS>::bytes(references()),
+        kernel, weights_, sums_, order(), references(), lists_, parts_);
   }
 
   // Blocks that share out the list of a group, so that each multiprocessor has the same number of
@@ -528,17 +555,26 @@ class Calculation {
     return larger(1, blocks * stream_.multiprocessors() / groups);
   }
 
-  int* order() const { return queries() > kSumRows ? order_ : nullptr; }
+  int* order() const { return queries() > partition_.rows ? order_ : nullptr; }
 
   // The parts of Σ w y / divisor.
   template <bool HALVES>
   void sum(bool first_chunk, float divisor) {
-    list<HALVES>(first_chunk);
-    const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), kSumRows),
+    if constexpr (HALVES && kLargeGroups<R>)
+      if (partition_.rows == kMostSumRows)
+        return sum_groups<kMostSumRows, true>(first_chunk, divisor);
+    sum_groups<kSumRows, HALVES>(first_chunk, divisor);
+  }
+
+  template <int ROWS, bool HALVES>
+  void sum_groups(bool first_chunk, float divisor) {
+    list<ROWS, HALVES>(first_chunk);
+    const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), ROWS),
                        divide_up(divide_up(references(), kPanel), parts_.panels)};
     using T = std::conditional_t<HALVES, R, Stored<R>>;
-    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<T>), weighted_sum<T, HALVES>, y<T>(),
-        features_, center_.value_scale, 1 / (kWeightUnit * divisor), order(), lists_, parts_);
+    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<T, ROWS>),
+        weighted_sum<T, ROWS, HALVES>, y<T>(), features_, center_.value_scale,
+        1 / (kWeightUnit * divisor), order(), lists_, parts_);
   }
 
   template <int WIDTH>
@@ -573,7 +609,7 @@ class Calculation {
     }
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};
-      run("reference_gradient", grid, kSumThreads, sizeof(SumMemory<float>),
+      run("reference_gradient", grid, kSumThreads, sizeof(GradientMemory),
           reference_gradient<Stored<R>>, upstream(io), x(), y(), features_, coefficients,
           partition_.stride, first_ == 0,
           static_cast<float*>(io.grad_y) + begin_ * problem_.features);
@@ -584,9 +620,9 @@ class Calculation {
   const Stream& stream_;
   const bool measures_;  // whether distances are found, and not taken from the forward pass
   Arena arena_;
+  const bool geforce_;
   const Partition partition_;
   const int features_;
-  const bool geforce_;
   const WeightLaw law_;
   Center center_ = {};
   Halves x_halves_ = {}, upstream_halves_ = {};
@@ -639,7 +675,7 @@ std::string cuda_problem(int device) {
 std::int64_t posterior_mean_kept_cuda(const Problem& problem) {
   // Queries and references of a part are the same for any number of multiprocessors. If they are
   // all of the backward pass, they are all of the forward pass.
-  const Partition partition = partition_of(problem, 1, true);
+  const Partition partition = partition_of(problem, 1, true, false);
   if (partition.queries != problem.queries || partition.references != problem.references) return 0;
   Arena counted{CudaWorkspace{}};
   Lasting(counted, partition, problem.features);

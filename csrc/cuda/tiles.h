@@ -292,11 +292,10 @@ __device__ inline TwoHalves apart(std::uint32_t first, std::uint32_t second) {
   return {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632)};
 }
 
-// The weights of a panel of 32 references for 32 queries lie in pairs of words, in the order in
-// which the lanes of a warp read them, for query 8n + g. Pair s < 4 of a lane has the weights of
-// references 8s + t and 8s + t + 4. Halves take two pairs for four references: pair 2s has the low
-// halves of references 16s + t + 4i, and pair 2s + 1 the high halves.
-constexpr int kPanelWeights = kPanel * 32;
+// The weights of a panel of 32 references for a group of queries lie in pairs of words, in the
+// order in which the lanes of a warp read them, for query 8n + g. Pair s < 4 of a lane has the
+// weights of references 8s + t and 8s + t + 4. Halves take two pairs for four references: pair 2s
+// has the low halves of references 16s + t + 4i, and pair 2s + 1 the high halves.
 __device__ inline int pair_place(int n, int s, int lane) {
   return 2 * (32 * (kPanel / 8 * n + s) + lane);
 }

@@ -8,15 +8,9 @@
 namespace pfgm {
 namespace {
 
-constexpr int kSumFeatures = 128;  // of the result of a block, which has kSumRows rows
+constexpr int kSumFeatures = 128;  // of the result of a block
 constexpr int kSumThreads = kSumFeatures;
-// Blocks whose registers a multiprocessor must hold. The shared memory of sm_90 has room for three;
-// elsewhere it holds fewer, or compilers spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
-constexpr int kSumBlocks = 3;
-#else
-constexpr int kSumBlocks = 2;
-#endif
+constexpr int kSumBlocks = 2;  // whose registers a multiprocessor must hold
 constexpr int kMergeThreads = 256;
 
 // Weights in halves are multiplied by it. The largest weight is then far from overflow, and others
@@ -29,25 +23,44 @@ __device__ inline bool halves_hold(float largest, float unit) {
   return largest == 0 || (largest >= 0x1p-5f * unit && largest <= 65504 * unit);
 }
 
-template <class T>
+// Between staged rows: 32 bytes more than a multiple of the 32 banks, so that the accesses of a
+// warp lie in different banks.
+template <class T> constexpr int kSumPitch = kSumFeatures + 32 / sizeof(T);
+
+// Of a block of weighted_sum with a group of ROWS queries.
+template <class T, int ROWS>
 struct SumMemory {
-  static constexpr int kStages = 3;
-  // 32 bytes more than a multiple of the 32 banks: the accesses of a warp lie in different banks.
-  static constexpr int kPitch = kSumFeatures + 32 / sizeof(T);
-  T rows[kStages][kPanel][kPitch];
-  float weights[kStages][kPanel * (kSumRows + 8)];
-  int listed[kPanel * kPartPanels];
+  using Value = T;
+  using Place = std::uint16_t;  // of a reference in a chunk
+  static constexpr int kStages = 2;
+  T rows[kStages][kPanel][kSumPitch<T>];
+  float weights[kStages][kPanel * ROWS];
+  Place listed[kPanel * kPartPanels];
   int scratch[kSumThreads / 32];
-  int queries[kSumRows];
+  int queries[ROWS];
 };
-static_assert(sizeof(SumMemory<float>) <= kSharedLimit, "a block fits everywhere");
+// A block has 1 KiB more. GeForce cards hold two of small groups in 100 KiB.
+static_assert(sizeof(SumMemory<float, kSumRows>) <= 49 << 10, "GeForce cards hold two blocks");
+
+// Of a block of reference_gradient.
+struct GradientMemory {
+  using Value = float;
+  using Place = int;
+  static constexpr int kStages = 3;
+  float rows[kStages][kPanel][kSumPitch<float>];
+  float weights[kStages][kPanel * (kSumRows + 8)];
+  Place listed[kPanel * kPartPanels];
+  int scratch[kSumThreads / 32];
+};
+static_assert(sizeof(GradientMemory) <= kSharedLimit, "a block fits everywhere");
 
 // Copies kSumFeatures values of listed rows, from `feature` on. A thread copies the same piece of
 // each of its rows. Values after the last feature become zero.
-template <class T>
+template <class Memory>
 class ListedCopy {
  public:
-  using Memory = SumMemory<T>;
+  using T = typename Memory::Value;
+  using Place = typename Memory::Place;
 
   __device__ ListedCopy(Memory& shared, const Rows<T>& rows, Index first, int feature, int features)
       : rows_(rows), whole_(rows.aligned && features % kCount == 0) {
@@ -65,7 +78,7 @@ class ListedCopy {
   }
 
   // Starts the copies of the panel whose indices are at `listed`.
-  __device__ void panel(Memory& shared, int slot, const int* listed) const {
+  __device__ void panel(Memory& shared, int slot, const Place* listed) const {
     if (known_ == 0) return;
     T* const to = &shared.rows[slot][row_][piece_ * kCount];
     if (whole_) {
@@ -75,14 +88,14 @@ class ListedCopy {
 #pragma unroll
       for (int i = 0; i < kPanel; i += kStep) {
         const auto row = static_cast<std::uint32_t>(listed[row_ + i]);
-        copy_async<16>(to + i * Memory::kPitch, from + static_cast<std::uint64_t>(row) * bytes);
+        copy_async<16>(to + i * kSumPitch<T>, from + static_cast<std::uint64_t>(row) * bytes);
       }
       return;
     }
 #pragma unroll 1
     for (int i = 0; i < kPanel; i += kStep)
       for (int k = 0; k < kCount; ++k)
-        to[i * Memory::kPitch + k] = k < known_ ? from_[listed[row_ + i] * rows_.stride + k] : T{};
+        to[i * kSumPitch<T> + k] = k < known_ ? from_[listed[row_ + i] * rows_.stride + k] : T{};
   }
 
  private:
@@ -115,43 +128,41 @@ __device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
 // group. `divisor` is a power of two with which no sum of M weighted values overflows; weights have
 // been divided by it. If HALVES, they are halves instead, times kWeightUnit, and 1 over kWeightUnit
 // · divisor is `weight_unit`.
-template <class R, bool HALVES>
+template <class R, int ROWS, bool HALVES>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     weighted_sum(const Rows<R> y, int features, const float* scale, float weight_unit,
                  const int* order, const Lists lists, const Parts parts) {
   wait_for_earlier_launches();
-  using Memory = SumMemory<R>;
-  constexpr int kTiles = kSumRows / 8;
+  using Memory = SumMemory<R, ROWS>;
+  constexpr int kTiles = ROWS / 8, kPanelWeights = kPanel * ROWS;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x);
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
   // The last queries of the order have most weights. Their blocks start first.
-  const int group = static_cast<int>(gridDim.y - 1 - blockIdx.y), query0 = kSumRows * group;
+  const int group = static_cast<int>(gridDim.y - 1 - blockIdx.y), query0 = ROWS * group;
   const int first = static_cast<int>(blockIdx.z) * parts.panels * kPanel;
   const int left = lists.counts[group] - first;
   if (left <= 0) return;  // the same for all threads
   const int count = static_cast<int>(smaller(left, parts.panels * kPanel));
   const int panels = static_cast<int>(divide_up(count, kPanel));
-  if (thread < kSumRows) {
+  if (thread < ROWS) {
     const int place = query0 + (query0 + thread < parts.queries ? thread : 0);
     shared.queries[thread] = order ? order[place] : place;
   }
   const Index list = group * lists.stride + first;
   const int* const listed = lists.listed + list;
-  for (int i = thread; i < panels * kPanel; i += kSumThreads) shared.listed[i] = listed[i];
+  for (int i = thread; i < panels * kPanel; i += kSumThreads)
+    shared.listed[i] = static_cast<typename Memory::Place>(listed[i]);
   __syncthreads();
 
-  const ListedCopy<R> copy(shared, y, 0, feature0, features);
-  // Numbers of 32 bits, which save registers.
-  const auto weights_at = static_cast<std::uint32_t>(kSumRows * list + 4 * thread);
+  const ListedCopy<Memory> copy(shared, y, 0, feature0, features);
+  const float* const weights_at = lists.weights + (ROWS * list + 4 * thread);
   const auto stage = [&](int p, int slot) {
     copy.panel(shared, slot, shared.listed + p * kPanel);
 #pragma unroll
     for (int i = 0; i < kPanelWeights; i += 4 * kSumThreads)
-      copy_async<16>(
-          &shared.weights[slot][i + 4 * thread],
-          lists.weights + (weights_at + static_cast<std::uint32_t>(p * kPanelWeights + i)));
+      copy_async<16>(&shared.weights[slot][i + 4 * thread], weights_at + (p * kPanelWeights + i));
   };
 
   float sum[2][kTiles][4] = {};
@@ -162,10 +173,10 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   float largest[4] = {}, unit = HALVES ? weight_unit : 1, per_factor = kScaled ? scale[1] : 1;
   pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
     if constexpr (HALVES)
-      add_weighted_halves<kExactHalf<R>, kTiles, Memory::kPitch>(
+      add_weighted_halves<kExactHalf<R>, kTiles, kSumPitch<R>>(
           sum, values(slot), shared.weights[slot], factor, largest, lane);
     else
-      add_weighted<kPanel, kTiles, Memory::kPitch>(
+      add_weighted<kPanel, kTiles, kSumPitch<R>>(
           sum, values(slot),
           [&](int n, int s) {
             return *reinterpret_cast<const float2*>(
@@ -181,8 +192,8 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
         for (auto& tile : features)
           for (float& value : tile) value = 0;
       pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
-        add_weighted_floats<kTiles, Memory::kPitch>(sum, values(slot), shared.weights[slot],
-                                                    weight_unit, lane);
+        add_weighted_floats<kTiles, kSumPitch<R>>(sum, values(slot), shared.weights[slot],
+                                                  weight_unit, lane);
       });
       unit = per_factor = 1;
     }
@@ -291,7 +302,7 @@ __global__ void __launch_bounds__(kSumThreads)
                        int features, const Coefficients coefficients, Index stride,
                        bool first_block, float* grad_y) {
   wait_for_earlier_launches();
-  using Memory = SumMemory<float>;
+  using Memory = GradientMemory;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
@@ -311,8 +322,8 @@ __global__ void __launch_bounds__(kSumThreads)
       return any;
     });
     const int panels = static_cast<int>(divide_up(count, kPanel));
-    const ListedCopy<float> of_upstream(shared, upstream, first, feature0, features);
-    const ListedCopy<float> of_x(shared, x, first, feature0, features);
+    const ListedCopy<Memory> of_upstream(shared, upstream, first, feature0, features);
+    const ListedCopy<Memory> of_x(shared, x, first, feature0, features);
     // The first half of the panels has G and p, the second half x and −F c.
     pipeline<Memory::kStages>(
         2 * panels,
@@ -340,7 +351,7 @@ __global__ void __launch_bounds__(kSumThreads)
               for (int odd = 0; odd < 2; ++odd)
                 for (int k = lane.g; k < kPanel; k += 8)
                   of_y[n][odd] -= weights[k * (kSumRows + 8) + 8 * n + 2 * lane.t + odd];
-          add_weighted<kPanel, kSumRows / 8, Memory::kPitch>(
+          add_weighted<kPanel, kSumRows / 8, kSumPitch<float>>(
               sum, shared.rows[slot][0] + 32 * lane.warp,
               [&](int n, int s) {
                 const float* const at =

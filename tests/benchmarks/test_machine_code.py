@@ -662,6 +662,16 @@ def test_shapes_have_all_chunks_and_parts():
     assert data.C.part_panels(1000) == 7  # 21 parts fit
     assert data.C.part_panels(300) == 11
     assert data.BIG.part_panels(132) == 64  # 2 parts of 1024 × 3072 values fit
+    # 28 and 96 tiles of 64 queries in blocks of 256 and 1024.
+    assert data.F.sums(H100) == (64, 16)
+    assert data.BIG.sums(H100) == (64, 64)
+    assert data.BIG.sums(A100).rows == data.BIG.sums(GEFORCE).rows == 32
+    assert data.BIG._replace(type="Rounded").sums(A100).rows == 64
+    assert data.BIG._replace(type="Rounded").sums(GEFORCE).rows == 32
+    assert data.BIG._replace(type="uint8").sums(H100).rows == 32
+    assert data.BIG._replace(backward=True).sums(H100).rows == 32
+    assert data.C.sums(H100) == (32, 16)  # it has 128 queries
+    assert data.F._replace(M=2400, N=128).sums(H100).rows == 32  # too little work: 4 × 75 panels
     assert not data.C.few
     assert data.C._replace(B=15).few
     assert data.C._replace(N=31).few
@@ -699,7 +709,7 @@ def test_all_figures_of_a_shape_are_counted():
     assert found["refine"]["pairs"] == pytest.approx(found["refined a query"]["mean"] * 5)
     assert found["queries looked at"] == 5
     assert 0 < found["sums"]["live"] <= found["sums"]["listed of 32, unsorted"] <= 1
-    assert found["lists"]["parts of 4"]["panels, most"] <= 4
+    assert found["lists"]["groups of 32, parts of 4"]["panels, most"] <= 4
 
 
 def test_gradients_have_more_weights_and_the_final_nearest(monkeypatch):
@@ -746,7 +756,7 @@ ON_DATA = {
         "turns, most": 5.0,
     },
     "lists": {
-        f"parts of {panels}": {
+        f"groups of {rows}, parts of {panels}": {
             "listed": 70.0,
             "panels": 3.0,
             "panels, most": 5.0,
@@ -755,6 +765,7 @@ ON_DATA = {
             "transfers": 20.0,
         }
         for panels in range(4, 65)
+        for rows in (32, 64)
     },
     "queries": {"listed": 70.0, "panels": 3.0, "panels, most": 3.0},
 }

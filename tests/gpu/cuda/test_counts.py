@@ -203,6 +203,23 @@ def test_partitions(run, sizes, multiprocessors, kernel):
     check_longest(found)
 
 
+@pytest.mark.parametrize(
+    ("card", "precision", "rows"),
+    [
+        (devices.H100, "high", 64),
+        (devices.A100, "medium", 64),
+        pytest.param(devices.A100, "high", 32, marks=pytest.mark.slow),
+        pytest.param(devices.RTX4090, "medium", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_groups(run, card, precision, rows):
+    """The sums of 260 queries, in large or small groups."""
+    found = run(clusters(260, 140, 36), multiprocessors=1, like=card, precision=precision)
+    (sums,) = (one for one in found.model if one.name == "weighted_sum")
+    assert f", {rows}, true>" in sums.kernel
+    check(found)
+
+
 @pytest.mark.parametrize("sizes", [(40, 300, 96), (8, 300, 96)])
 def test_types(run, sizes):
     for dtype in TYPES:

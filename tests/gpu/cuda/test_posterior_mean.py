@@ -143,6 +143,39 @@ def test_gathered_weights(op, shim, sizes, halved):
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("B", "N"), [(257, 36), pytest.param(320, 133, marks=pytest.mark.slow)])
+def test_large_groups(op, shim, B, N):
+    """Groups of 64 queries, the last of which may not be full, in one chunk and in three. All but
+    the first 100 queries need one reference."""
+    x, references, sigma = op.problem(B, 290, N)
+    x[100:] = references[0]
+    sigma[100:] = 1e-5
+    radius = op.radius_of(sigma, 1.0)
+    for chunk in (290, 128):
+        shim.device(90, 1)
+        shim.limits(references=chunk)
+        shim.counts(True)
+        op.check(x, references, radius, 1.0)
+        (grid, *_) = (one[1] for one in shim.counts(False) if one[0] == "list_references")
+        assert grid[1] == -(-B // 64)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_large_groups_of_references_that_float16_cannot_hold(op, shim):
+    shim.device(90, 1)
+    x, references, sigma = op.problem(256, 150, 96)
+    references[70] *= 1e20  # it is not in the sample that finds the power of two
+    x[3] = references[70] * 1.001
+    shim.counts(True)
+    mean, _ = op.compute(x, references, sigma, 1.0)
+    (grid,) = (one[1] for one in shim.counts(False) if one[0] == "list_references")
+    assert grid[1] == 4
+    expected, _ = op.expected(x, references, sigma, 1.0)
+    rows = expected.norm(dim=1)
+    assert ((mean.double().cpu() - expected).norm(dim=1) / rows).max() <= 1e-5
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_gathered_coefficients(op, shim):
     """Those of the gradient, over several chunks and groups that are not full."""
     x, references, sigma = op.problem(70, 333, 40)
