@@ -241,10 +241,11 @@ def test_the_list_does_not_change_a_bit(op, shim, problem, N):
 
 
 def test_too_many_pairs_are_refused(op, shim):
-    shim.limits(pairs=2**40, references=2**40)
-    x = torch.zeros(1, 1, device=op.device).expand(4096, 1)
+    # A chunk has at most 2^16 references.
+    shim.limits(pairs=2**40, references=2**40, queries=2**40)
+    x = torch.zeros(1, 1, device=op.device).expand(2**15 + 1, 1)
     references = torch.zeros(1, 1, device=op.device).expand(2**20, 1)
-    radius = torch.ones(4096, dtype=torch.float64, device=op.device)
+    radius = torch.ones(len(x), dtype=torch.float64, device=op.device)
     with pytest.raises(ValueError, match="too many pairs at once"):
         op.compute(x, references, radius, 1.0)
 
