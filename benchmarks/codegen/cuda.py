@@ -151,11 +151,17 @@ INTENTS = {
     "order_queries": Intent(256, blocks=2),
     "weighted_sum": Intent(128, blocks=2, products=".TF32", copies=True),
     **{
-        f"weighted_sum<{type_}, true>": Intent(128, blocks=2, products="16816", copies=True)
+        f"weighted_sum<{type_}, {rows}, true>": Intent(128, blocks=2, products="16816", copies=True)
         for type_ in ("float32", "Rounded", "BFloat16", "Float16", "uint8")
+        for rows in (32, 64)
     },
     "merge": Intent(256, blocks=2),
-    "list_references": Intent(256, blocks=2),
+    **{
+        f"list_references<{rows}, {order}, {halves}>": Intent(8 * rows, blocks=2)
+        for rows in (32, 64)
+        for order in ("true", "false")
+        for halves in ("true", "false")
+    },
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),
     "finish_moments": Intent(32, blocks=2),

@@ -112,7 +112,7 @@ def _flat_mean(
         mean, lse = over_set.compute(flat, radius, references.part, D, backend, precision)
         return flat, mean, lse
     if torch.compiler.is_compiling() and not in_torch_func():
-        points = x if flat.dtype == x.dtype else flat  # see pfgm.ops.posterior_mean
+        points = x if flat.dtype == x.dtype else x.float()  # see pfgm.ops.posterior_mean
         problem = PosteriorMean(points, references, radius, D, precision)
         return flat, *ops.posterior_mean.compute(problem, backend)
     problem = PosteriorMean(flat, _flatten(references), radius, D, precision)

@@ -62,7 +62,9 @@ def step_levels(
     Raises:
         ValueError: a level is not allowed, or the level of the previous points equals that of x.
     """
-    most = LARGEST if x.dtype == torch.float64 else _LARGEST_FLOAT
+    # Points that are no tensor are refused later.
+    wide = isinstance(x, Tensor) and x.dtype == torch.float64
+    most = LARGEST if wide else _LARGEST_FLOAT
     if all(type(value) is float and 0 < value <= most for value in values):
         levels: Sequence[Any] = values
     else:

@@ -124,6 +124,16 @@ def _flat_backward(
     return (*given, D, needs, backend, precision, sketch)
 
 
+def _flattened(x: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Points (B, N) and references (M, N). Raises ValueError if their samples differ in shape."""
+    if x.shape[1:] != references.shape[1:] or x.ndim == 0 or references.ndim == 0:
+        raise ValueError(
+            f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
+            "allowed are (B, N) and (M, N), or other samples of the same shape."
+        )
+    return flat_rows(x), flat_rows(references)
+
+
 def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callable[..., R]:
     """Turns a function of a problem and a backend into one of the arguments in the schema."""
 
@@ -136,7 +146,7 @@ def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callab
         precision: str = "high",
         sketch: Tensor | None = None,
     ) -> R:
-        flat = flat_rows(x), flat_rows(references)
+        flat = _flattened(x, references)
         problem = PosteriorMean(*flat, radius, _number(D), precision, sketch)
         return function(problem, backend)
 
@@ -165,7 +175,7 @@ def _takes_upstream(
         precision: str = "high",
         sketch: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        flat = flat_rows(x), flat_rows(references)
+        flat = _flattened(x, references)
         problem = PosteriorMean(*flat, radius, _number(D), precision, sketch)
         state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
         gradients = function(problem, state, upstream, needs, backend)

@@ -427,6 +427,16 @@ def script_loop(diffusers, unet, scheduler, predicts, folder):
     return losses, images, repeated.images
 
 
+@pytest.fixture
+def one_thread():
+    """Sums that several threads compute may differ in the last bit from call to call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("predicts", ["epsilon", "sample"])
 def test_the_training_script_of_diffusers_runs_at_infinite_D(
     diffusers, schedulers, unets, tmp_path, predicts
