@@ -20,11 +20,11 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-// Whether the row is at a limit, where the mean is locally constant: on a reference at r = 0 or at
-// an r whose square underflows, or at a σ so small that scores overflow.
+// Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ so
+// small that scores overflow.
 bool at_limit(const WeightLaw& law, double nearest, double radius) {
   if (law.gaussian) return radius == 0 || std::isinf(nearest / radius / radius);
-  return nearest + radius * radius < kSmallestDouble;
+  return nearest + radius * radius == 0;
 }
 
 // Computes p_j from squared distances and counts those that are not zero. T is the type whose

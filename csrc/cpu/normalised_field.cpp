@@ -89,18 +89,19 @@ void write_gradients(const NormalisedField& field, const NormalisedFieldBackward
                          return static_cast<double>(upstream[k]) *
                                 (static_cast<double>(x[k]) - static_cast<double>(mean[k]));
                        });
+  // In this order nothing overflows that is multiplied by a small number afterwards.
   const double factor =
-      nowhere ? 0
-              : along / norm.size * scale * scale / std::sqrt(static_cast<double>(field.features));
+      nowhere ? 0 : along / norm.size * scale / std::sqrt(static_cast<double>(field.features));
   T* grad_x = static_cast<T*>(io.grad_x) + row * field.features;
   T* grad_mean = static_cast<T*>(io.grad_mean) + row * field.features;
   for (Index k = 0; k < field.features; ++k) {
     const double d = static_cast<double>(x[k]) - static_cast<double>(mean[k]);
-    const T gradient = static_cast<T>(scale * static_cast<double>(upstream[k]) + factor * d);
+    const T gradient =
+        static_cast<T>(scale * static_cast<double>(upstream[k]) + factor * (scale * d));
     grad_x[k] = gradient;
     grad_mean[k] = -gradient;
   }
-  io.grad_z[row] = scale * g + factor * z;
+  io.grad_z[row] = scale * g + factor * (scale * z);
 }
 
 // Calls body(row) for every row, each thread over ranges of rows.

@@ -65,9 +65,11 @@ WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
 constexpr double kSmallestDouble = std::numeric_limits<double>::min();
 
 // The largest allowed radius. With a larger one, places that hold no reference, at the squared
-// distance kSkipped, would get a weight that counts. The weights of diffusion fall faster. The same
-// limits as in pfgm/common/checks.py.
-inline double largest_radius(double dimensions) { return std::isinf(dimensions) ? 1e150 : 1e130; }
+// distance kSkipped, would get a weight that counts. With more dimensions weights fall faster. The
+// same limits as in pfgm/common/checks.py.
+inline double largest_radius(double dimensions) {
+  return std::fmin(1e150, 1e130 * std::sqrt(std::fmax(1, dimensions)));
+}
 
 inline Status check_radius(const Problem& problem) {
   const double most = largest_radius(problem.dimensions);

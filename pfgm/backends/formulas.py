@@ -101,20 +101,21 @@ def normalised_field_backward(
 
     With E = (x − mean, z), n = ‖E‖ and v = s E, s = −√N/(n + γ), the derivative of s in n is s²/√N:
 
-        k = (G·(x − mean) + g z) s² / (√N n),   0 at E = 0
-        grad_x = s G + k (x − mean) = −grad_mean,   grad_z = s g + k z
+        k = (G·(x − mean) + g z) s / (√N n),   0 at E = 0
+        grad_x = s G + k s (x − mean) = −grad_mean,   grad_z = s g + k s z
     """
     dtype, root_N = wide_dtype(x.device), math.sqrt(x.shape[1])
     difference, height = x.to(dtype) - mean.to(dtype), z.to(dtype)
     G, g = grad_field_x.to(dtype), grad_field_z.to(dtype)
-    norm = (difference.square().sum(1) + height.square()).sqrt()
+    norm = difference.square().sum(1).sqrt().hypot(height)  # z² may underflow
     at_zero = norm == 0
     # With γ = 0 the field has no gradient at E = 0, and 0 is taken.
     scale = -root_N / torch.where(at_zero, gamma if gamma > 0 else math.inf, norm + gamma)
     along = (G * difference).sum(1) + g * height
-    k = torch.where(at_zero, 0.0, along / norm * scale.square() / root_N)
-    grad_x = (scale[:, None] * G + k[:, None] * difference).to(x.dtype)
-    return grad_x, (scale * g + k * height).to(z.dtype), -grad_x
+    # In this order nothing overflows that is multiplied by a small number afterwards.
+    k = torch.where(at_zero, 0.0, along / norm * scale / root_N)
+    grad_x = (scale[:, None] * G + k[:, None] * (scale[:, None] * difference)).to(x.dtype)
+    return grad_x, (scale * g + k * (scale * height)).to(z.dtype), -grad_x
 
 
 def ode_step(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:

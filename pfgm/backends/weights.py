@@ -33,12 +33,12 @@ def log_sum_exp(nearest: Tensor, total: Tensor, radius: Tensor, D: float, N: int
 def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
     """Where the mean is locally constant.
 
-    This is so on a reference at r = 0, and at an r whose square underflows. At D = ∞ it is so at
-    σ = 0, and where σ is so small that scores overflow.
+    This is so on a reference at r = 0. At D = ∞ it is so at σ = 0, and where σ is so small that
+    scores overflow.
     """
     if math.isinf(D):
         return (radius == 0) | (nearest / radius / radius).isinf()
-    return nearest + radius.square() < torch.finfo(nearest.dtype).tiny
+    return nearest + radius.square() == 0
 
 
 def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:

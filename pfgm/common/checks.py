@@ -21,8 +21,8 @@ _MAX_REASON = 200  # characters of torch's own message
 _MAX_DIMENSIONS = 64  # dimensions of a tensor
 _MAX_INT = (1 << 63) - 1  # the largest integer that torch takes
 _MAX_SIZES = 64  # values in a tuple of sizes
-# The largest allowed radius, and the same where D = ∞. The same as in csrc/cpu/weights.h.
-_LARGEST_RADIUS, _LARGEST_SIGMA = 1e130, 1e150
+# The largest allowed radius with D ≤ 1, and with any D. The same as in csrc/cpu/weights.h.
+_LARGEST_RADIUS, _LARGEST_OF_ALL = 1e130, 1e150
 
 
 @contextmanager
@@ -240,14 +240,14 @@ def radius_message(radius: Tensor, row: int) -> str:
     if not 0 < value <= LARGEST:
         return f"{given}; only finite values of at least 0 are allowed."
     return (
-        f"{given}, so large that weights overflow float64; allowed are at most "
-        f"{_LARGEST_RADIUS:g}, or {_LARGEST_SIGMA:g} with D = ∞."
+        f"{given}, too large for weights in float64; allowed are at most 1e+130, or 1e+130 √D and "
+        "1e+150 with D above 1. r is sigma √D with a finite D."
     )
 
 
 def check_radius(radius: Tensor, D: float) -> None:
-    """Raises ValueError for the first radius that is negative, not finite or too large."""
-    most = _LARGEST_SIGMA if D > LARGEST else _LARGEST_RADIUS
+    """Raises ValueError for the first radius that is not allowed."""
+    most = min(_LARGEST_OF_ALL, _LARGEST_RADIUS * math.sqrt(max(1.0, D)))
     bad = ~((radius >= 0) & (radius <= most))
     if bool(bad.any()):
         raise ValueError(radius_message(radius, int(bad.nonzero()[0])))

