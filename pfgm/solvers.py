@@ -326,6 +326,17 @@ def dormand_prince(
     return states[-1]
 
 
+def _last_above_0(grid: Sequence[float]) -> float:
+    """The level to which rk45 integrates from the first: the last, or the one before a last 0."""
+    ends = () if len(grid) < 2 else (grid[0], grid[-1] if grid[-1] > 0 else grid[-2])
+    if not ends or min(ends) <= 0 or math.log(ends[0]) == math.log(ends[1]):
+        raise ValueError(
+            f"grid is {list(grid)}; rk45 goes from the first level to the last, or to the one "
+            "before a last level of 0; allowed are two different levels above 0."
+        )
+    return ends[1]
+
+
 def rk45(
     denoise: DenoiseFunction,
     x: Tensor,
@@ -342,12 +353,13 @@ def rk45(
     of the published sampler, for the root mean square over the whole batch.
 
     Raises:
-        ValueError: no step is small enough, for example because the mean is not finite.
+        ValueError: no step is small enough, for example because the mean is not finite; or the
+            levels between which it would integrate are equal or 0.
     """
-    if grid[-1] == 0 and len(grid) == 2:
+    if len(grid) == 2 and grid[-1] == 0:
         return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)
-    end = grid[-1] if grid[-1] > 0 else grid[-2]
+    end = _last_above_0(grid)
     ends = torch.tensor([grid[0], end], dtype=torch.float64, device=x.device).log()
     slope = _Slope(run, callback is not None, (float(ends[0]), float(ends[1])))
     try:

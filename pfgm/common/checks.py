@@ -382,7 +382,7 @@ def check_not_empty(name: str, values: Tensor) -> None:
 
 def positive(name: str, value: Any) -> float:
     """The value as a number of Python. Raises ValueError unless float32 holds it and it is > 0."""
-    number = _as_number(value)
+    number = as_number(value)
     if not _FLOAT32.tiny <= number <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
@@ -393,7 +393,7 @@ def positive(name: str, value: Any) -> float:
 
 def non_negative(name: str, value: Any) -> float:
     """The value as a number of Python. Raises ValueError unless float32 holds it and it is ≥ 0."""
-    number = _as_number(value)
+    number = as_number(value)
     if not 0 <= number <= _FLOAT32.max:
         raise ValueError(
             f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
@@ -402,14 +402,21 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
-def _as_number(value: Any) -> float:
-    """A number of NumPy or a tensor of one value as a number of Python; NaN for other types."""
+def as_number(value: Any) -> float:
+    """A number of NumPy, or a tensor or array of one value, as a number of Python.
+
+    NaN for other types, and for True and False.
+
+    >>> as_number(torch.tensor(2.5)), as_number("2.5")
+    (2.5, nan)
+    """
+    if isinstance(value, (Tensor, np.ndarray)):
+        return as_number(value.item()) if math.prod(value.shape) == 1 else math.nan
     if _is_boolean(value):
         return math.nan
     if isinstance(value, (int, float)):
         return value
-    is_one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    return float(value) if is_one or isinstance(value, Real) else math.nan
+    return float(value) if isinstance(value, Real) else math.nan
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -419,16 +426,21 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
     """The value as an int. Raises ValueError unless it is an integer from 1 to ``most``."""
-    if not is_whole(value) or not 1 <= value <= most:
-        limit = "" if most == _MAX_INT else f" and at most {most}"
-        raise ValueError(f"{name} is {value!r}; only an integer of at least 1{limit} is allowed.")
-    return int(value)
+    return _whole(name, value, 1, most)
 
 
 def natural(name: str, value: Any) -> int:
-    """The value as an int. Raises ValueError unless it is an integer of at least 0."""
-    if not is_whole(value) or not 0 <= value <= _MAX_INT:
-        raise ValueError(f"{name} is {value!r}; only an integer of at least 0 is allowed.")
+    """The value as an int. Raises ValueError unless it is an integer from 0 to 2^63 − 1."""
+    return _whole(name, value, 0, _MAX_INT)
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if not is_whole(value) or not least <= value <= most:
+        too_large = is_whole(value) and value > most
+        limit = f" and at most {most}" if most != _MAX_INT or too_large else ""
+        raise ValueError(
+            f"{name} is {value!r}; only an integer of at least {least}{limit} is allowed."
+        )
     return int(value)
 
 

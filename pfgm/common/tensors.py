@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import is_number, is_symbolic
+from .checks import check_floating, is_number, is_symbolic
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -59,11 +59,13 @@ def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
         name: the name of the level in the error.
 
     Raises:
-        ValueError: the level has another shape.
+        TypeError: x is not floating point.
+        ValueError: the level has another shape, or is no number that the dtype of x can hold.
 
     >>> per_row(torch.ones(2, 1, 1, 1), torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2])
     """
+    check_floating("x", x)
     if not isinstance(level, Tensor):
         too_large = is_number(level) and not is_symbolic(level) and level > torch.finfo(x.dtype).max
         if not is_number(level) or too_large:

@@ -353,18 +353,19 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
     """The rows of a memory map, or of a part of one.
 
     Returns:
-        The rows, which are read from the file of the map. Three kinds of array are used in memory:
-        those that no longer have a map, those with a map of mode "c", which may differ from the
-        file, and copies of those that are not contiguous or not of native byte order.
+        The rows, which are read from the file of the map. Four kinds of array are used in memory:
+        those of shape (n,), those that no longer have a map, those with a map of mode "c", which
+        may differ from the file, and copies of those that are not contiguous or not of native byte
+        order.
 
     Raises:
         TypeError: the numbers are neither floating nor uint8.
-        ValueError: there are fewer than two dimensions, or no numbers.
+        ValueError: there is no dimension, or there are no numbers.
     """
     mapping, filename = getattr(array, "_mmap", None), array.filename
-    if mapping is None or filename is None or array.mode == "c":
+    if mapping is None or filename is None or array.mode == "c" or array.ndim < 2:
         return InMemory(from_numpy(np.asarray(array), "source"))
-    check_samples(array.shape, str(filename))
+    check_samples(array.shape, "source")  # the array may be a part of what the file holds
     dtype = _NUMPY_DTYPES.get(array.dtype)
     if dtype is None or not array.flags.c_contiguous:
         return _loaded(np.array(array), str(filename))

@@ -293,10 +293,12 @@ def check_samples(shape: tuple[int, ...], name: str, *, in_file: bool = True) ->
     An array (n,) in memory is n numbers. In a file it is refused: it may well be something else.
     """
     if len(shape) < 1 + in_file or 0 in shape:
+        hint = (
+            " (n numbers in a file or a dataset are (n, 1))" if in_file and len(shape) == 1 else ""
+        )
         raise ValueError(
             f"{name} holds an array of shape {tuple(shape)}; allowed is (n, *S), n samples of "
-            "shape S with at least one number"
-            + (" (n numbers in a file or a dataset are (n, 1))." if len(shape) == 1 else ".")
+            f"shape S with at least one number{hint}."
         )
 
 

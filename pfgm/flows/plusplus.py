@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import (
+    LARGEST,
+    as_number,
     check_not_empty,
     non_negative,
     positive,
@@ -158,10 +160,10 @@ class PoissonFlowPP(Flow):
         self.rho = positive("rho", rho)
         if not 0.1 <= rho <= 1000:  # levels to the power of 1/rho and back keep their digits
             raise ValueError(f"rho is {rho}; allowed is 0.1 to 1000.")
-        P_mean = float(P_mean)
-        if not math.isfinite(P_mean):
-            raise ValueError(f"P_mean is {P_mean}; allowed is any finite number.")
-        self.P_mean, self.P_std = P_mean, positive("P_std", P_std)
+        log_mean = as_number(P_mean)
+        if not abs(log_mean) <= LARGEST:
+            raise ValueError(f"P_mean is {P_mean!r}; allowed is any finite number.")
+        self.P_mean, self.P_std = float(log_mean), positive("P_std", P_std)
 
     @classmethod
     def from_data(

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import allocating, check_choice, is_number, is_whole
+from ..common.checks import LARGEST, allocating, as_number, check_choice, is_number, is_whole
 from ..common.messages import progress_bar
 from ..common.tensors import evaluating, network_device
 from ..functional import steps as ode_steps
@@ -218,7 +218,8 @@ class Sampling(Parametrisation):
         Other arguments are those of :meth:`sample`.
 
         Args:
-            grid: the levels, decreasing or rising; x are points at the first of them.
+            grid: the levels, decreasing or rising; x are points at the first of them. rk45 goes
+                straight to the last level, which must differ from the first.
             project: from points and their level to new points of the same shape, at which the
                 network is evaluated instead. For a projection onto a linear subspace, such as one
                 that sets some coordinates and keeps the others, this is the same as replacing the
@@ -264,12 +265,13 @@ class Sampling(Parametrisation):
             check_condition(net, each, len(x))
         if guidance is None:
             return lambda x, level: self._predict(net, x, level, given)
-        if not is_number(guidance) or not math.isfinite(guidance):
+        weight = as_number(guidance)
+        if not abs(weight) <= LARGEST:
             raise ValueError(f"guidance is {guidance!r}; allowed is any finite number.")
 
         def guided(x: Tensor, level: float) -> Tensor:
             mean = self.denoise(net, x, level, without)
-            return mean + guidance * (self.denoise(net, x, level, given) - mean)
+            return mean + weight * (self.denoise(net, x, level, given) - mean)
 
         return guided
 
@@ -378,13 +380,13 @@ def check_count(n: object) -> None:
 
 
 def _checked_levels(levels: Sequence[float]) -> list[float]:
-    """The levels as a list. Raises ValueError unless they decrease or rise."""
-    grid = [float(level) for level in levels]
-    if len(grid) < 2 or not all(0 <= level < math.inf for level in grid):
-        raise ValueError(f"grid is {grid}; allowed are two or more finite levels of at least 0.")
-    steps = [after - before for before, after in pairwise(grid)]
-    if not (all(step < 0 for step in steps) or all(step > 0 for step in steps)):
-        raise ValueError(f"grid is {grid}; allowed are levels that all decrease or all rise.")
+    """The levels as a list. Raises ValueError unless they are finite and at least 0."""
+    grid = []
+    for level in levels:
+        number = as_number(level)
+        if not 0 <= number <= LARGEST:
+            raise ValueError(f"grid holds {level!r}; allowed are finite levels of at least 0.")
+        grid.append(float(number))
     return grid
 
 

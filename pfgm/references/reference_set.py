@@ -206,8 +206,9 @@ class ReferenceSet:
         >>> rows[:2].tolist(), len(rows.unique())
         ([7, 3], 64)
         """
-        given = torch.empty(0, dtype=torch.long) if containing is None else containing
-        chosen = _row_numbers("containing", given)
+        if containing is None or (isinstance(containing, Tensor) and containing.shape == (0,)):
+            containing = torch.empty(0, dtype=torch.long)  # torch.tensor([]) is float32
+        chosen = _row_numbers("containing", containing)
         held = len(self.part)
         if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
             kind = "" if whole else "an integer from "
@@ -412,9 +413,9 @@ def _check_mirrors(shape: tuple[int, ...]) -> None:
 
 def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:
     """The row numbers (k,) as int64 on the CPU. What else is allowed is added to the error."""
-    # torch takes uint8 for a mask.
+    uint8 = isinstance(rows, Tensor) and rows.dtype == torch.uint8
     integers = isinstance(rows, Tensor) and not (
-        rows.is_floating_point() or rows.is_complex() or rows.dtype in (torch.bool, torch.uint8)
+        rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool or uint8
     )
     if not isinstance(rows, Tensor) or rows.ndim != 1 or not integers:
         given = (
@@ -424,6 +425,7 @@ def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:
         )
         raise TypeError(
             f"{name} is {given}; allowed {'are' if others else 'is'}{others} a tensor (k,) of row "
-            "numbers, such as torch.tensor([0, 2])."
+            "numbers in torch.int64, int32, int16 or int8, such as torch.tensor([0, 2])."
+            + (" torch takes uint8 for a mask." if uint8 else "")
         )
     return rows.cpu().long()

@@ -86,8 +86,9 @@ def warn_of_scales(data: References) -> None:
     warnings.warn(
         f"data has columns of very different standard deviation, {float(largest):.3g} in column "
         f"{int(place)} and {float(smallest):.3g} in column {int(least_place)}: detail below a "
-        "hundredth of the spread of all values is lost. Standardise them, data = (data - mean) / "
-        "std with mean, std = data.mean(0), data.std(0), and take samples * std + mean.",
+        "hundredth of the spread of all values is lost. Standardise the rows, a tensor "
+        "(n, columns): (rows - mean) / std with mean = rows.mean(0), std = rows.std(0), and 1 in "
+        "place of each std of 0; then take samples * std + mean.",
         stacklevel=3,
     )
 

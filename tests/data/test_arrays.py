@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import mmap
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from numpy.lib import format as npy
 from safetensors.torch import save_file
 from torch import Tensor
 
+import pfgm
 from pfgm import data
 from pfgm.data.opening import open_source
 from pfgm.data.rows import InMemory, OnDisk, Source
@@ -569,12 +572,24 @@ def test_a_map_of_a_file_without_a_name(tmp_path: Path) -> None:
     np.testing.assert_array_equal(contents(source), ramp(4, 2))
 
 
-@pytest.mark.parametrize("shape", [(8,), ()])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 2)])
 def test_maps_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8)), mmap_mode="r")
-    part = mapped if shape else mapped[0:1].reshape(())
-    with pytest.raises(ValueError, match=re.escape(f"array of shape {shape}; allowed is (n, *S)")):
+    part = mapped[: math.prod(shape)].reshape(shape)
+    message = f"source holds an array of shape {shape}; allowed is (n, *S)"
+    with pytest.raises(ValueError, match=re.escape(message)):
         open_source(part)
+
+
+def test_maps_of_numbers_and_columns_of_maps(tmp_path: Path) -> None:
+    numbers = np.load(save(tmp_path / "a.npy", ramp(8)), mmap_mode="r")
+    column = np.load(save(tmp_path / "b.npy", ramp(8, 2)), mmap_mode="r")[:, 0]
+    for mapped in (numbers, column):
+        np.testing.assert_array_equal(contents(open_source(mapped)), mapped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+            flow = pfgm.PoissonFlow.from_data(mapped)
+        assert flow == pfgm.PoissonFlow.from_data(pfgm.ReferenceSet(mapped))
 
 
 def test_maps_of_other_dtypes_are_refused(tmp_path: Path) -> None:

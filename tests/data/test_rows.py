@@ -181,7 +181,10 @@ def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0)])
 def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
-    message = re.escape(f"source holds an array of shape {shape}; allowed is (n, *S)")
+    message = re.escape(
+        f"source holds an array of shape {shape}; allowed is (n, *S), n samples of shape S with at "
+        "least one number."
+    )
     for source in (torch.zeros(shape), np.zeros(shape)):
         # NumPy's conversion to contiguous memory makes (1,) of ()
         with pytest.raises(ValueError, match=message.replace(r"\(\)", r"\((1,)?\)")):

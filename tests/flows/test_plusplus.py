@@ -73,6 +73,8 @@ def test_levels_are_the_same_at_every_D():
         ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, "less than sigma_max, which is 8.0"),
         ({"D": 2, "rho": -1.0}, "rho is -1.0"),
         ({"D": 2, "P_mean": math.inf}, "P_mean is inf"),
+        ({"D": 2, "P_mean": "0.5"}, "P_mean is '0.5'; allowed is any finite number"),
+        ({"D": 2, "P_mean": True}, "P_mean is True; allowed is any finite number"),
     ],
 )
 def test_bad_hyper_parameters(arguments, message):

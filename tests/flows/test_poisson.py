@@ -833,8 +833,53 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
     for level in ("a", 1e39):
         with pytest.raises(ValueError, match=r"allowed is a number that torch.float32 can hold"):
             flow.denoise(net, x, level)
-    for grid in ([1.0], [1.0, 1.0], [1.0, math.nan], [1.0, 2.0, 1.5], [1.0, -1.0]):
-        with pytest.raises(ValueError, match=r"grid is \[.*\]; allowed are"):
-            flow.solve(net, x, grid)
+    for level in (math.nan, math.inf, -1.0, "1"):
+        with pytest.raises(ValueError, match=f"grid holds {level!r}; allowed are finite levels"):
+            flow.solve(net, x, [1.0, level])
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64; allowed is floating point"):
+        flow.denoise(net, x.long(), 1.0)
     with pytest.raises(TypeError, match=r"references has dtype torch\.int64"):
         flow.empirical(torch.ones(4, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
+def test_levels_that_repeat_and_turn(solver):
+    data = torch.randn(20, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    net, x = flow.empirical(data), data[:3]
+    torch.testing.assert_close(
+        flow.solve(net, x, [3.0, 2.0, 2.0, 1.0], solver=solver)[0],
+        flow.solve(net, x, [3.0, 2.0, 1.0], solver=solver)[0],
+    )
+    turned = flow.solve(net, x, [2.0, 3.0, 1.0], solver=solver)[0]
+    assert turned.isfinite().all()
+    assert not torch.equal(turned, x)
+    if solver != "rk45":
+        found, evaluations = flow.solve(net, x, [3.0], solver=solver)
+        assert torch.equal(found, x)
+        assert evaluations == 0
+
+
+@pytest.mark.parametrize(
+    "grid", [[], [1.0], [1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0, 0.0, 0.0]]
+)
+def test_levels_between_which_rk45_cannot_integrate(grid):
+    data = torch.randn(20, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    with pytest.raises(ValueError, match=r"grid is \[.*\]; rk45 goes from the first level"):
+        flow.solve(flow.empirical(data), data[:3], grid)
+
+
+def test_tensors_and_arrays_of_one_value_are_numbers():
+    data = torch.randn(20, 2, generator=seeded(0))
+    flow = PoissonFlow.from_data(data)
+    net, x = flow.empirical(data), data[:3]
+    expected = flow.sample(net, 3, x_init=x, guidance=2.0)
+    for weight in (torch.tensor(2.0), torch.tensor([2.0]), np.array(2.0), np.float32(2.0)):
+        assert torch.equal(flow.sample(net, 3, x_init=x, guidance=weight), expected)
+        assert PoissonFlow((2,), M=weight) == PoissonFlow((2,), M=2.0)
+    for wrong in (torch.ones(2), torch.tensor(True), np.array("2"), np.array(math.nan)):
+        with pytest.raises(ValueError, match="guidance is"):
+            flow.sample(net, 3, x_init=x, guidance=wrong)
+        with pytest.raises(ValueError, match="M is"):
+            PoissonFlow((2,), M=wrong)

@@ -471,9 +471,9 @@ def test_rows_by_number_slice_and_mask(tmp_path):
     [
         (torch.tensor([0.0, 1.0]), r"a tensor of torch.float32 of shape \(2,\); allowed are"),
         (torch.tensor([1j]), "a tensor of torch.complex64"),
-        (torch.tensor([1, 0], dtype=torch.uint8), "a tensor of torch.uint8"),
+        (torch.tensor([1, 0], dtype=torch.uint8), ".* of torch.uint8 .* takes uint8 for a mask"),
         (torch.tensor(3), r"a tensor of torch.int64 of shape \(\); allowed are"),
-        ([0, 1], r"a list; .* a tensor \(k,\) of row numbers, such as torch.tensor"),
+        ([0, 1], r"a list; .* a tensor \(k,\) of row numbers in torch.int64, int32, int16"),
     ],
 )
 def test_other_indices_are_refused(rows, message):
@@ -482,6 +482,11 @@ def test_other_indices_are_refused(rows, message):
         references[rows]
     with pytest.raises(TypeError, match="containing is a"):
         references.draw(3, containing=rows)
+
+
+def test_a_draw_containing_no_rows():
+    rows = ReferenceSet(torch.rand(5, 2)).draw(5, containing=torch.tensor([]))
+    assert rows.sort().values.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_rows_without_dimensions(oracle, tmp_path):

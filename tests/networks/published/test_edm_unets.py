@@ -110,6 +110,7 @@ def test_resampling_keeps_constants():
         ({"resample_filter": (1, 2, 1)}, r"resample_filter is \(1, 2, 1\)"),
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"classes": -1}, "classes is -1"),
+        ({"classes": 2**63}, f"at least 0 and at most {2**63 - 1} is allowed"),
         ({"sigma_data": 0.0}, "sigma_data is 0.0"),
     ],
 )
