@@ -201,8 +201,7 @@ def posterior_mean(
     Raises:
         ValueError: shapes or devices differ; references is empty; both or neither of r and sigma
             are given; D ≤ 0; D = ∞ with r. On the CPU also a value that is not finite; a negative
-            r; r above 1e130, or sigma above 1e150 with D = ∞; squared distances that overflow
-            float64; points at distances and an r below about 1e-146, of which the squares underflow
+            r; r above 1e130 √max(D, 1), or above 1e150; squared distances that overflow float64; points at distances and an r below about 1e-146, of which the squares underflow
             float64; or, with x in float32, references that count for a point and hold values beyond
             float32.
         TypeError: a dtype is not allowed.
