@@ -201,9 +201,9 @@ def posterior_mean(
     Raises:
         ValueError: shapes or devices differ; references is empty; both or neither of r and sigma
             are given; D ≤ 0; D = ∞ with r. On the CPU also a value that is not finite; a negative
-            r; r above 1e130 √max(D, 1), or above 1e150; squared distances that overflow float64; points at distances and an r below about 1e-146, of which the squares underflow
-            float64; or, with x in float32, references that count for a point and hold values beyond
-            float32.
+            r; r above 1e130 √max(D, 1), or above 1e150; squared distances that overflow float64;
+            points at distances and an r below about 1e-146, of which the squares underflow float64;
+            or, with x in float32, references that count for a point and hold values beyond float32.
         TypeError: a dtype is not allowed.
         RuntimeError: the requested backend cannot run; a derivative is differentiated again; the
             rows of a ReferenceSet were changed in place between the forward and backward passes.
