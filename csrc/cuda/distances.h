@@ -312,7 +312,7 @@ __device__ inline void load_query_operands(std::uint32_t (&of_x)[TOGETHER][2][2]
   }
 }
 
-// Adds two neighbouring values to two totals. What these cannot hold is the next rest.
+// Adds two neighbouring values of `rest` to two totals, and leaves what rounding loses in `rest`.
 __device__ inline void add_rest(float* total, float* rest) {
   const float2 old = {total[0], total[1]}, value = {rest[0], rest[1]};
   const float2 larger = add_pairs(old, value);

@@ -13,9 +13,9 @@
 namespace pfgm {
 namespace {
 
-constexpr int kSumRows = 32, kMostSumRows = 64;  // queries of a small and of a large group
-constexpr Index kMostReferences = 1 << 16;       // of a chunk, for places of 16 bits
-constexpr int kRankedQueries = 16;               // of a block of order_queries
+constexpr int kSumRows = 32, kLargeSumRows = 64;  // queries of a small and of a large group
+constexpr Index kMostReferences = 1 << 16;        // of a chunk, for places of 16 bits
+constexpr int kRankedQueries = 16;                // of a block of order_queries
 constexpr Index kLargeFrom = 256;  // queries of a block from which on groups are large
 template <int ROWS> constexpr int kListThreads = 8 * ROWS;
 // Panels of listed references that a block sums: kFewestPanels to kMostPanels, or more, up to

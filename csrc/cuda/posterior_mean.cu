@@ -82,8 +82,8 @@ Partition partition_of(const Problem& problem, int multiprocessors, bool backwar
   // Large groups need so many queries that their lists are little longer, and so much work that
   // there is enough for all multiprocessors.
   large = large && partition.halves && !backward && partition.queries >= kLargeFrom &&
-          even_with(kMostSumRows) >= kFewestPanels;
-  partition.rows = large ? kMostSumRows : kSumRows;
+          even_with(kLargeSumRows) >= kFewestPanels;
+  partition.rows = large ? kLargeSumRows : kSumRows;
   // Small parts share the work out evenly, large ones leave fewer partial sums.
   const Index even = even_with(partition.rows);
   partition.part_panels =
@@ -236,7 +236,7 @@ class Calculation {
     // needed.
     slices_.products = parts_.sums;
     parts_.counts = arena_.take<int>(queries);
-    // There is room for small groups, so that the workspace does not depend on which are taken.
+    // There is room for small groups, of which there are more.
     const Index groups = divide_up(queries, kSumRows);
     lists_.listed = arena_.take<int>(groups * partition_.stride);
     lists_.counts = arena_.take<int>(groups);
@@ -561,8 +561,8 @@ class Calculation {
   template <bool HALVES>
   void sum(bool first_chunk, float divisor) {
     if constexpr (HALVES && kLargeGroups<R>)
-      if (partition_.rows == kMostSumRows)
-        return sum_groups<kMostSumRows, true>(first_chunk, divisor);
+      if (partition_.rows == kLargeSumRows)
+        return sum_groups<kLargeSumRows, true>(first_chunk, divisor);
     sum_groups<kSumRows, HALVES>(first_chunk, divisor);
   }
 

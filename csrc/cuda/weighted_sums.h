@@ -39,7 +39,7 @@ struct SumMemory {
   int scratch[kSumThreads / 32];
   int queries[ROWS];
 };
-// A block has 1 KiB more. GeForce cards hold two of small groups in 100 KiB.
+// The driver takes 1 KiB more for each block. So GeForce cards hold two blocks in 100 KiB.
 static_assert(sizeof(SumMemory<float, kSumRows>) <= 49 << 10, "GeForce cards hold two blocks");
 
 // Of a block of reference_gradient.
