@@ -10,6 +10,7 @@ Terms: a pair is *refined* if its distance is recomputed in float64. A weight is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from benchmarks.common.subjects import Case
 from benchmarks.machine_code.devices import DEVICES, Device
 
 # Constants of the kernels.
-PAIRS, PARTS, ROWS, REFERENCES = 1 << 22, 1 << 23, 4096, 1 << 16  # the largest chunk and block
+PARTS, ROWS, REFERENCES = 3 << 22, 4096, 1 << 16  # the largest chunk and block
+TRITON_PAIRS, CUDA_PAIRS = 1 << 22, 3 << 21  # of a chunk, at most
 TILE, NEAR, CUTOFF = 64, 20.0, 16.0
 GRADIENT_CUTOFF = 8.0  # the weights of gradients are cut off so much later
 SUM_TILE = 32
@@ -72,20 +74,26 @@ class Shape(NamedTuple):
     "medium"."""
     backward: bool = False
     """In the backward pass chunks have half as many pairs."""
+    references: int = 0
+    """Of a chunk, as a card has them (work.py). 0: as the Triton kernels do."""
 
     @property
     def block(self) -> int:
         """The number of queries in the largest block."""
-        fitting = min(ROWS, max(SUM_ROWS, PARTS // 2 // self.N))
+        fitting = min(ROWS, max(SUM_ROWS, PARTS // 3 // self.N))
         part = up(self.B, up(self.B, fitting))
         return min(part if fitting < 128 else 32 * up(part, 32), self.B, fitting)
 
     @property
     def chunk(self) -> int:
         """The number of references in a chunk."""
-        pairs = PAIRS // 2 if self.backward else PAIRS
+        return self.references or min(self.M, self.most_references(TRITON_PAIRS))
+
+    def most_references(self, pairs: int) -> int:
+        """The most references of a chunk, if it has at most so many pairs in the forward pass."""
+        pairs = pairs // 2 if self.backward else pairs
         fitting = 128 * max(pairs // self.block // 128, 1)
-        return min(self.M, fitting, REFERENCES, 32 * PART_PANELS * self._most_parts)
+        return min(fitting, REFERENCES, 32 * PART_PANELS * self.most_parts)
 
     @property
     def chunks(self) -> int:
@@ -95,8 +103,8 @@ class Shape(NamedTuple):
     @property
     def keeps(self) -> bool:
         """Whether the CUDA forward pass can keep its distances for the backward pass."""
-        all_pairs = self._replace(backward=True)
-        return all_pairs.block == self.B and all_pairs.chunk == self.M
+        most = self._replace(backward=True).most_references(CUDA_PAIRS)
+        return self.block == self.B and most >= self.M
 
     @property
     def halves(self) -> bool:
@@ -130,7 +138,7 @@ class Shape(NamedTuple):
         """Panels of 32 references that a block of the CUDA ``weighted_sum`` sums, with groups of
         so many queries."""
         even = self._even_panels(multiprocessors, rows)
-        most = up(up(self.chunk, 32), self._most_parts)
+        most = up(up(self.chunk, 32), self.most_parts)
         return max(min(max(even, FEWEST_PANELS), MOST_PANELS), most)
 
     def _even_panels(self, multiprocessors: int, rows: int) -> int:
@@ -139,7 +147,7 @@ class Shape(NamedTuple):
         return up(up(self.chunk, 32) * tiles, 4 * multiprocessors)
 
     @property
-    def _most_parts(self) -> int:
+    def most_parts(self) -> int:
         """Parts of the weighted sums of a chunk that fit into memory."""
         return max(1, PARTS // (self.block * self.N))
 
@@ -543,6 +551,13 @@ class Totals:
             self.sums[name] = self.sums.get(name, 0.0) + share * value
 
 
+@functools.lru_cache(1)
+def _measured(shape: Shape, prepare: Callable[[Shape], Case]) -> tuple[Case, Tensor]:
+    """The data of a shape and their squared distances (B, M), the same for all chunks."""
+    case = prepare(shape)
+    return case, squared_distances(rounded(case) if Rule.of(shape).rounded else case)
+
+
 def count(
     shape: Shape,
     prepare: Callable[[Shape], Case] = case_of,
@@ -556,10 +571,9 @@ def count(
     Args:
         cards: those whose parts of weighted sums are counted.
     """
-    case = prepare(shape)
+    case, d = _measured(shape._replace(references=0), prepare)
     counted = len(case.x)
     times = shape.B / counted
-    d = squared_distances(rounded(case) if Rule.of(shape).rounded else case)
     sums, totals, lists = Mean(), Totals(shape.chunks, times), Lists(shape, cards)
     refined = torch.zeros(counted)
     for chunk in chunks_of(case, shape, d):
@@ -602,10 +616,10 @@ def count_gradient(
     cards: Sequence[Device] = DEVICES,
 ) -> dict[str, Any]:
     """What :func:`count` counts for the forward pass, as far as the CUDA kernels need it."""
-    case, shape = prepare(shape), shape._replace(backward=True)
+    case, d = _measured(shape._replace(references=0, backward=False), prepare)
+    shape = shape._replace(backward=True)
     totals, queries = Totals(shape.chunks, shape.B / len(case.x)), Mean()
     lists = Lists(shape, cards)
-    d = squared_distances(rounded(case) if Rule.of(shape).rounded else case)
     for chunk in gradient_chunks(case, shape, d):
         totals.add(chunk.refined)
         lists.add(chunk.live)

@@ -52,7 +52,7 @@ def triton(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     Raises:
         ValueError: there are so many features that Triton's blocks have fewer queries than CUDA's.
     """
-    most = PARTS // 2 // SUM_ROWS
+    most = PARTS // 3 // SUM_ROWS
     if most < shape.N:
         raise ValueError(f"N is {shape.N}; allowed is at most {most}.")
     for queries, blocks in by_size(shape.blocks()):
@@ -235,19 +235,22 @@ def _triton_merge(shape: Shape, queries: int, parts: int, card: Device) -> Launc
 
 def cuda(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     """The launches of the CUDA kernels."""
-    return _of_work(work.counts(shape, data, card), shape, card)
+    found = work.of_chunks(data["cuda"], shape, card)
+    return _of_work(work.counts(shape, found, card), shape, card)
 
 
 def cuda_medium(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     """The same in precision "medium"."""
     shape = shape._replace(type="Rounded")
-    return _of_work(work.counts(shape, data["medium"], card), shape, card)
+    found = work.of_chunks(data["medium"], shape, card)
+    return _of_work(work.counts(shape, found, card), shape, card)
 
 
 def cuda_backward(shape: Shape, data: Data, card: Device) -> Iterator[Launch]:
     """The launches of the CUDA kernels for the gradient of the queries."""
-    found = work.gradient_counts(shape, data, card, references=False, kept=shape.keeps)
-    return _of_work(found, shape, card)
+    found = work.of_chunks(data["gradient"], shape._replace(backward=True), card)
+    every = work.gradient_counts(shape, found, card, references=False, kept=shape.keeps)
+    return _of_work(every, shape, card)
 
 
 # The most threads of a grid that lets the next launch start (let_next_launch_start in

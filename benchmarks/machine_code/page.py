@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.common.folders import DOCS
 from benchmarks.common.tables import Section, format_seconds, table, with_headings
-from benchmarks.machine_code import devices, host
+from benchmarks.machine_code import devices, host, work
 from benchmarks.machine_code.data import SHAPES
 from benchmarks.machine_code.devices import DEVICES, Figure
 
@@ -59,11 +59,17 @@ def medium_table(results: Results) -> str:
         if path != "cuda, medium":
             continue
         ours, theirs = (totals[shape, card, name] for name in (path, rival))
-        refined = results["data"][shape]["medium"]["refined a query"]["mean"]
+        refined = _medium_counts(results, shape, card)["refined a query"]["mean"]
         times = [format_seconds(ours), format_seconds(theirs), f"{theirs / ours:.2f}"]
         rows.append([shape, card, *times, f"{refined:.3g}"])
     header = ["predicted", "", "cuda, medium", rival, "times as fast", "pairs refined per query"]
     return table(header, rows)
+
+
+def _medium_counts(results: Results, shape: str, card: str) -> work.Data:
+    (of_shape,) = (one._replace(type="Rounded") for one in SHAPES if one.name == shape)
+    (on_card,) = (one for one in DEVICES if one.name == card)
+    return work.of_chunks(results["data"][shape]["medium"], of_shape, on_card)
 
 
 def _text(seconds: float | None) -> str:
@@ -118,7 +124,7 @@ def data_table(results: Results) -> str:
         cut = f"{len(found['blocks'])} × {found['chunks']}"
         sizes = " × ".join(map(str, found["B, M, N"]))
         rows.append([shape, sizes, str(found["queries looked at"]), cut, *counts, *shares])
-    header = ["", "B × M × N", "queries counted", "blocks × chunks"]
+    header = ["", "B × M × N", "queries counted", "blocks × chunks, Triton"]
     header += [f"pairs refined per query, {name}" for name in _REFINED]
     return table([*header, *_SUMS.values()], rows)
 

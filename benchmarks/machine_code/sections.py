@@ -35,11 +35,20 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
             print(f"Fashion-MNIST is not counted: no {subjects.FASHION} in its folder.")
             found[shape.name] = stored[shape.name]
         else:
-            found[shape.name] = data.count(shape) | {
-                "gradient": data.count_gradient(shape),
-                "medium": data.count(shape._replace(type="Rounded")),
+            found[shape.name] = data.count(shape, cards=()) | {
+                "cuda": _by_chunk(shape, data.count),
+                "gradient": _by_chunk(shape._replace(backward=True), data.count_gradient),
+                "medium": _by_chunk(shape._replace(type="Rounded"), data.count),
             }
     return found
+
+
+def _by_chunk(shape: Shape, count: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The counts for the chunks of each card, by their references."""
+    cards: dict[Shape, list[Device]] = {}
+    for card in DEVICES:
+        cards.setdefault(work.on_card(shape, card), []).append(card)
+    return {str(on_cards.chunk): count(on_cards, cards=those) for on_cards, those in cards.items()}
 
 
 def predictions(counts: dict[str, Any], paths: Sequence[str]) -> Iterator[Row]:
@@ -64,7 +73,7 @@ def backward(counts: dict[str, Any]) -> Iterator[Row]:
     """The section "backward": rows as in "predicted", of the gradient of the queries."""
     for shape in SHAPES:
         for card in DEVICES:
-            made = launches.cuda_backward(shape, counts[shape.name]["gradient"], card)
+            made = launches.cuda_backward(shape, counts[shape.name], card)
             for part in model.merge_by_name([model.predict(one, card) for one in made]):
                 yield _row(shape, card, "cuda", part)
             for path, (kind, compiled) in TORCH.items():

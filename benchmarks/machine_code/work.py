@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from benchmarks.machine_code import data as constants
@@ -130,6 +131,7 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
     Args:
         data: what :func:`benchmarks.machine_code.data.count` returns for the shape.
     """
+    shape = on_card(shape, card)
     if not shape.few:
         yield _center(shape)
     for queries, blocks in by_size(shape.blocks()):
@@ -138,6 +140,17 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
         for m, chunks in by_size(shape.chunk_sizes()):
             for work in _of_chunks(shape, data, queries, m, chunks, card):
                 yield work._replace(times=blocks * work.times)
+
+
+def on_card(shape: Shape, card: Device) -> Shape:
+    """The shape with the chunks that a card has."""
+    return shape._replace(references=_chunk(shape, card))
+
+
+def of_chunks(data: Data, shape: Shape, card: Device) -> Data:
+    """Those of these counts that are for the chunks of a card."""
+    found: Data = data[str(on_card(shape, card).chunk)]
+    return found
 
 
 def by_size(sizes: list[int]) -> list[tuple[int, int]]:
@@ -233,6 +246,7 @@ ROUNDED_COSTS = _costs(430, 600, 1300, 1550, 4500)
 ROUNDED_GEFORCE_COSTS = _costs(430, 600, 1300, 1550, 25000)
 ROUNDED_WARPGROUP_COSTS = _costs(430, 600, 1300, 1000, 4500, of_256=1450)
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
+_CHUNK_CLOCKS = 40000  # of what a chunk takes beside its work
 _BYTES_PER_CLOCK = 25
 
 
@@ -243,6 +257,8 @@ class Tiling(NamedTuple):
     references: int
     slices: int
     """Of the features; 1 if each block takes all."""
+    clocks: int
+    """Predicted."""
 
 
 def _slice_size(queries: int, m: int, rounded: bool) -> int:
@@ -275,18 +291,36 @@ def _cheapest(
     size = _slice_size(queries, m, rounded)
     most = max(1, min(_MOST_SLICES, panels // _SLICE_PANELS, room // size))
 
-    def clocks(cost: TileCost, slices: int) -> int:
+    def tiling(cost: TileCost, slices: int) -> Tiling:
         tiles = up(queries, cost.queries) * up(m, cost.references)
-        found = up(tiles * slices, card.sms) * (up(panels, slices) + _ONCE_PANELS) * cost.clocks
+        clocks = up(tiles * slices, card.sms) * (up(panels, slices) + _ONCE_PANELS) * cost.clocks
         if slices > 1:
-            found += costs.finish + 8 * slices * size // (_BYTES_PER_CLOCK * card.sms)
-        return found
+            clocks += costs.finish + 8 * slices * size // (_BYTES_PER_CLOCK * card.sms)
+        return Tiling(cost.queries, cost.references, slices, clocks)
 
-    cost, slices = min(
-        ((cost, slices) for cost in costs.tiles for slices in range(1, most + 1)),
-        key=lambda choice: clocks(*choice),
-    )
-    return Tiling(cost.queries, cost.references, slices)
+    every = (tiling(cost, slices) for cost in costs.tiles for slices in range(1, most + 1))
+    return min(every, key=lambda one: one.clocks)
+
+
+def _chunk(shape: Shape, card: Device) -> int:
+    """References of a chunk, with which one takes the fewest predicted clocks."""
+    most, costs = shape.most_references(constants.CUDA_PAIRS), _costs_on(shape, card)
+    if most >= shape.M or shape.few:
+        return min(shape.M, most)
+    panels, rounded = up(shape.N, _PANEL), shape.type == "Rounded"
+
+    def clocks_of_a_reference(m: int) -> Fraction:
+        tiling = _cheapest(shape.block, m, panels, card, costs, 0, rounded)
+        return Fraction(tiling.clocks + _CHUNK_CLOCKS, m)
+
+    sizes = [most]
+    for cost in costs.tiles:
+        beside = up(shape.block, cost.queries)  # tiles with the same references
+        rounds = most * beside // (2 * cost.references * card.sms) + 1
+        while (chunk := rounds * card.sms // beside * cost.references) <= most:
+            sizes += [chunk] * (chunk > 0)
+            rounds += 1
+    return min(sizes, key=clocks_of_a_reference)
 
 
 def _stored(shape: Shape) -> str:
@@ -317,7 +351,7 @@ def _tiles(queries: int, m: int, tiling: Tiling) -> int:
 def _products(
     shape: Shape, queries: int, m: int, tiling: Tiling, card: Device, project: bool
 ) -> Work:
-    rows, references, slices = tiling
+    rows, references, slices, _ = tiling
     if rows >= 128 and _warpgroups(shape, card):
         return _warpgroup_products(shape, queries, m, tiling, project)
     sliced, rounded = slices > 1, shape.type == "Rounded"
@@ -646,7 +680,7 @@ def gradient_counts(
         references: whether the gradient of the references is found, beside that of the queries.
         kept: whether it takes the distances that the forward pass kept.
     """
-    shape = shape._replace(backward=True)
+    shape = on_card(shape._replace(backward=True), card)
     if not shape.few and not kept:
         yield _center(shape)
     for queries, blocks in by_size(shape.blocks()):

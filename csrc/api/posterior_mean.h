@@ -151,9 +151,9 @@ std::string cuda_problem(int device);
 // workspace. Tests lower them.
 struct CudaLimits {
   // Queries × references. A pair takes 12 bytes. The backward pass has half as many pairs, of 24
-  // bytes each, of which 8 may be kept from the forward pass: 16 MiB.
-  std::int64_t pairs = 1 << 22;
-  std::int64_t parts = 1 << 23;       // values in sums of parts of a chunk or of features
+  // bytes each, of which 8 may be kept from the forward pass: 24 MiB.
+  std::int64_t pairs = 3 << 21;
+  std::int64_t parts = 3 << 22;       // values in sums of parts of a chunk or of features
   std::int64_t queries = 4096;        // in a block
   std::int64_t references = 1 << 16;  // in a chunk
   std::int64_t halved = 1 << 20;      // of all references, where sums have weights in halves

@@ -13,13 +13,12 @@
 
 #include "api/posterior_mean.h"
 #include "cuda/launch.h"
+#include "cuda/partition.h"
 #include "cuda/warpgroup_distances.h"
 #include "cuda/weighted_sums.h"
 
 namespace pfgm {
 namespace {
-
-CudaLimits limits;
 
 // Hands out pieces of the workspace; without a workspace it only counts bytes.
 class Arena {
@@ -40,136 +39,15 @@ class Arena {
   std::size_t bytes_, used_ = 0;
 };
 
-// How a problem is split.
-struct Partition {
-  Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
-  Index parts, part_panels;           // of the sums over a chunk; panels of references in a part
-  Index piece;                        // references that a block of weigh takes
-  int rows;                           // queries of a group of the sums: a small or a large one
-  bool few;     // few queries or features would leave matrix units mostly idle
-  bool halves;  // whether weighted sums multiply float16 parts
-};
-
-// `large` says whether the sums may take large groups of queries. Queries and references of a part
-// do not depend on it.
-Partition partition_of(const Problem& problem, int multiprocessors, bool backward, bool large) {
-  Partition partition;
-  const Index fitting =
-      smaller(limits.queries, larger(kSumRows, limits.parts / 2 / problem.features));
-  // Blocks of nearly equal size: a last one of few queries would read all references for these.
-  // Large ones have whole tiles.
-  const Index blocks = larger(1, divide_up(problem.queries, fitting));
-  const Index part = larger(1, divide_up(problem.queries, blocks));
-  partition.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
-                              smaller(larger(1, problem.queries), fitting));
-  const Index pairs = backward ? limits.pairs / 2 : limits.pairs;
-  const Index most = 128 * larger(pairs / partition.queries / 128, 1);
-  const Index most_parts = larger(1, limits.parts / (partition.queries * problem.features));
-  const Index allowed = smaller(limits.references, kMostReferences);
-  partition.references = smaller(smaller(problem.references, most),
-                                 smaller(allowed, most_parts * kPartPanels * kPanel));
-  partition.stride = round_up(partition.references, 32);
-  partition.few = partition.queries < 16 || problem.features < kPanel;
-  // Weights below 2^-39 have no halves. Together they must not matter.
-  partition.halves = !partition.few && problem.references <= limits.halved;
-  // Panels of a part that share the work out evenly.
-  const Index panels = partition.stride / kPanel;
-  const auto even_with = [&](int rows) {
-    const Index tiles =
-        divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, rows);
-    return divide_up(panels * tiles, 4 * multiprocessors);
-  };
-  // Large groups need so many queries that their lists are little longer, and so much work that
-  // there is enough for all multiprocessors.
-  large = large && partition.halves && !backward && partition.queries >= kLargeFrom &&
-          even_with(kLargeSumRows) >= kFewestPanels;
-  partition.rows = large ? kLargeSumRows : kSumRows;
-  // Small parts share the work out evenly, large ones leave fewer partial sums.
-  const Index even = even_with(partition.rows);
-  partition.part_panels =
-      larger(smaller(larger(even, kFewestPanels), kMostPanels), divide_up(panels, most_parts));
-  partition.parts = divide_up(panels, partition.part_panels);
-  // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
-  // four blocks per multiprocessor.
-  const Index least = divide_up(partition.references, kPiece);
-  const Index together = partition.queries * least / (4 * multiprocessors);
-  partition.piece = kPiece * smaller(larger(1, together), least);
-  return partition;
-}
-
-// How distances splits a block of queries and a chunk of references.
-struct Tiling {
-  int queries, references;  // of a block
-  Index slices;             // of the features
-};
-
-// A tile of distances, and the predicted clocks of a panel of its features. There is none if these
-// are 0.
-struct TileCost {
-  int queries, references;
-  Index clocks;
-};
-struct TilingCosts {
-  TileCost tiles[5];
-  Index finish;  // clocks of finish_distances without its sums
-};
-constexpr TilingCosts kCosts = {{{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 2200}},
-                                4500};
-constexpr TilingCosts kWarpgroupCosts = {
-    {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 1550}}, 4500};
-constexpr TilingCosts kGeforceCosts = {
-    {{32, 64, 830}, {64, 64, 1450}, {64, 128, 2480}, {128, 128, 4650}}, 25000};
-constexpr TilingCosts kRoundedCosts = {
-    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 4500};
-constexpr TilingCosts kRoundedGeforceCosts = {
-    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 25000};
-constexpr TilingCosts kRoundedWarpgroupCosts = {
-    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1000}, {256, 128, 1450}}, 4500};
-constexpr Index kOncePanels = 6;                    // what a block does once costs as much
-constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
-constexpr Index kBytesPerClock = 25;                // of sums over slices, by a multiprocessor
-
-// Numbers that the sums over a slice take in float32: rows of products, and one of squares, which
-// are in float64.
-Index slice_size(Index queries, Index references, bool rounded) {
-  return ((rounded ? 1 : 2) * queries + 2) * round_up(references, kPanel);
-}
-
-// The tiles of at most `most_queries`, and the slices, that take least time by these costs, in
-// rounds of the busiest multiprocessor. Larger tiles read each value less often. Slices give more
-// blocks work, but their sums are written and read again. All sums together have at most `room`
-// numbers.
-Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors, bool rounded,
-                 const TilingCosts& costs, int most_queries, Index room) {
-  Tiling best = {};
-  Index least = 0;
-  const Index panels = divide_up(features, kPanel), size = slice_size(queries, references, rounded);
-  const Index most = larger(1, smaller(smaller(kMostSlices, panels / kSlicePanels), room / size));
-  for (const TileCost& cost : costs.tiles) {
-    if (cost.clocks == 0 || cost.queries > most_queries) continue;
-    const Index tiles = divide_up(queries, cost.queries) * divide_up(references, cost.references);
-    for (Index slices = 1; slices <= most; ++slices) {
-      const Index rounds = divide_up(tiles * slices, multiprocessors);
-      const Index finish =
-          slices > 1 ? costs.finish + 8 * slices * size / (kBytesPerClock * multiprocessors) : 0;
-      const Index clocks =
-          rounds * (divide_up(panels, slices) + kOncePanels) * cost.clocks + finish;
-      if (least == 0 || clocks < least)
-        least = clocks, best = {cost.queries, cost.references, slices};
-    }
-  }
-  return best;
-}
-
 // What the backward pass can take from the forward pass: the squared distances, and the centre of
 // the references if products are centred.
 struct Lasting {
   double* squared;  // (queries, stride)
   Center center;
 
-  Lasting(Arena& arena, const Partition& partition, Index features)
-      : squared(arena.take<double>(partition.queries * partition.stride)), center() {
-    if (partition.few) return;
+  Lasting(Arena& arena, Index queries, Index references, Index features)
+      : squared(arena.take<double>(queries * round_up(references, 32))), center() {
+    if (are_few(queries, features)) return;
     const Index width = round_up(features, 2 * kPanel), groups = divide_up(width, kCenterThreads);
     center.features = static_cast<int>(features), center.width = static_cast<int>(width);
     center.at = arena.take<float>(width);
@@ -204,7 +82,8 @@ class Calculation {
         measures_(!backward || kept.bytes == 0),
         arena_(workspace),
         geforce_(stream.geforce(find_center<Stored<R>>)),
-        partition_(partition_of(problem, stream.multiprocessors(), backward, large_groups())),
+        partition_(partition_of(problem, stream.multiprocessors(), backward, large_groups(),
+                                kRounded<R>, costs())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
@@ -215,7 +94,8 @@ class Calculation {
     if (kept.bytes != 0 && kept.bytes != posterior_mean_kept_cuda(problem))
       throw std::invalid_argument("what the forward pass kept is of another problem");
     Arena keeping({kept.at, static_cast<std::size_t>(kept.bytes)});
-    const Lasting lasting(kept.bytes > 0 ? keeping : arena_, partition_, problem.features);
+    const Lasting lasting(kept.bytes > 0 ? keeping : arena_, queries, partition_.references,
+                          problem.features);
     center_ = lasting.center;
     pairs_.stride = partition_.stride;
     pairs_.squared = lasting.squared;
@@ -512,7 +392,7 @@ class Calculation {
     return kRounded<R> ? kRoundedCosts : kCosts;
   }
   Tiling tiling(Index queries, Index references, bool aligned, Index room) const {
-    const int most_queries = warpgroups() && !aligned ? 64 : 256;
+    const int most_queries = warpgroups() && !aligned ? 64 : kLargestTile;
     return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
                      costs(), most_queries, room);
   }
@@ -673,12 +553,11 @@ std::string cuda_problem(int device) {
 }
 
 std::int64_t posterior_mean_kept_cuda(const Problem& problem) {
-  // Queries and references of a part are the same for any number of multiprocessors. If they are
-  // all of the backward pass, they are all of the forward pass.
-  const Partition partition = partition_of(problem, 1, true, false);
-  if (partition.queries != problem.queries || partition.references != problem.references) return 0;
+  // If the backward pass takes all pairs at once, the forward pass does too.
+  const Bounds most = bounds_of(problem, true);
+  if (most.queries != problem.queries || most.references < problem.references) return 0;
   Arena counted{CudaWorkspace{}};
-  Lasting(counted, partition, problem.features);
+  Lasting(counted, problem.queries, problem.references, problem.features);
   return static_cast<std::int64_t>(counted.used());
 }
 

@@ -569,7 +569,7 @@ def test_what_is_refined_agrees_with_a_loop(B, N, type, far, some):
 
 
 def test_chunks_continue_from_the_nearest_so_far(monkeypatch):
-    monkeypatch.setattr(data, "PAIRS", 1)  # chunks of 128
+    monkeypatch.setattr(data, "TRITON_PAIRS", 1)  # chunks of 128
     shape = data.Shape("longer", 4, 300, 8)
     assert (shape.chunk, shape.chunks) == (128, 3)
     generator = torch.Generator().manual_seed(1)
@@ -646,6 +646,16 @@ def test_shapes_are_split_as_in_the_kernels():
     assert (data.C.chunks, data.G.chunks) == (1, 1)
 
 
+def test_chunks_of_a_card_have_whole_rounds_of_tiles():
+    """An A100 has 108 multiprocessors. Its chunks are 324 tiles of 128 × 128 at F, 320 at big."""
+    chunks = [work.on_card(data.F, card).chunk for card in (A100, H100, devices.B200, GEFORCE)]
+    assert chunks == [162 * 128, 24576, 148 * 128, 24576]
+    assert work.on_card(data.BIG, A100).chunk == 40 * 128
+    assert work.on_card(data.BIG._replace(backward=True), A100).chunk == 1664
+    for shape in (data.C, data.G, data.F._replace(N=16)):  # one chunk; few features
+        assert work.on_card(shape, A100).chunk == min(shape.M, 24576)
+
+
 def test_many_features_are_not_predicted_for_triton():
     """Its blocks have fewer queries then."""
     with pytest.raises(ValueError, match="N is 131073; allowed is at most 131072"):
@@ -653,18 +663,19 @@ def test_many_features_are_not_predicted_for_triton():
 
 
 def test_shapes_have_all_chunks_and_parts():
-    assert data.F.chunk_sizes() == [16384] * 3 + [10848]
+    assert data.F.chunk_sizes() == [16384] * 3 + [10848]  # of the Triton kernels
     assert data.C.chunk_sizes() == [4096]
+    assert data.F._replace(references=20_000).chunk_sizes() == [20_000] * 3
     # 4 and 96 tiles of 32 queries × 128 features, 4 blocks on each of 132 multiprocessors, 45 and
     # 128 panels.
     assert data.G.part_panels(132) == 4
     assert data.C.part_panels(132) == 16
-    assert data.C.part_panels(1000) == 7  # 21 parts fit
+    assert data.C.part_panels(1000) == 4  # 32 parts fit
     assert data.C.part_panels(300) == 11
-    assert data.BIG.part_panels(132) == 64  # 2 parts of 1024 × 3072 values fit
+    assert data.BIG.part_panels(132) == 32  # 4 parts of 1024 × 3072 values fit
     # 28 and 96 tiles of 64 queries in blocks of 256 and 1024.
     assert data.F.sums(H100) == (64, 16)
-    assert data.BIG.sums(H100) == (64, 64)
+    assert data.BIG.sums(H100) == (64, 32)
     assert data.BIG.sums(A100).rows == data.BIG.sums(GEFORCE).rows == 32
     assert data.BIG._replace(type="Rounded").sums(A100).rows == 64
     assert data.BIG._replace(type="Rounded").sums(GEFORCE).rows == 32
@@ -713,7 +724,7 @@ def test_all_figures_of_a_shape_are_counted():
 
 
 def test_gradients_have_more_weights_and_the_final_nearest(monkeypatch):
-    monkeypatch.setattr(data, "PAIRS", 1)  # chunks of 128
+    monkeypatch.setattr(data, "TRITON_PAIRS", 1)  # chunks of 128
     shape = data.Shape("longer", 4, 300, 8)
     generator = torch.Generator().manual_seed(1)
     y = torch.rand(300, 8, generator=generator)
@@ -733,12 +744,13 @@ def test_gradients_have_more_weights_and_the_final_nearest(monkeypatch):
 
 def test_stored_counts_are_kept_without_fashion_mnist(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sections.subjects, "FASHION_FOLDER", tmp_path)
-    monkeypatch.setattr(data, "count", lambda shape: {"new": shape.name})
-    monkeypatch.setattr(data, "count_gradient", lambda shape: {"least": 1})
+    monkeypatch.setattr(data, "count", lambda shape, cards: {"new": shape.name})
+    monkeypatch.setattr(data, "count_gradient", lambda shape, cards: {"least": len(cards)})
     found = sections.count_data({data.F.name: {"old": True}})
     assert found[data.F.name] == {"old": True}
     new = {"new": data.C.name}
-    assert found[data.C.name] == new | {"gradient": {"least": 1}, "medium": new}
+    chunks = {"cuda": {"4096": new}, "gradient": {"4096": {"least": 5}}, "medium": {"4096": new}}
+    assert found[data.C.name] == new | chunks
     assert "not counted" in capsys.readouterr().out
 
 

@@ -133,6 +133,7 @@ def run(op, shim):
         shim.device(89 if card.geforce else card.architecture, multiprocessors)
         given = case.x, references, case.z.double(), 1.0
         found = counted(shim, lambda: op.compute(*given, precision))
+        shape = work.on_card(shape._replace(backward=backward), card)
         if not backward:
             on_data = data.count(shape, lambda shape: case, [card])
             return Run(list(work.counts(shape, on_data, card)), found)
@@ -232,13 +233,24 @@ def test_types(run, sizes):
 def small_chunks(shim, monkeypatch):
     """256 references and 40 queries at a time."""
     shim.limits(pairs=20_480, queries=40, references=256)
-    for name, limit in (("PAIRS", 20_480), ("ROWS", 40), ("REFERENCES", 256)):
+    for name, limit in (("CUDA_PAIRS", 20_480), ("ROWS", 40), ("REFERENCES", 256)):
         monkeypatch.setattr(data, name, limit)
 
 
 def test_chunks_and_blocks(run, small_chunks):
     found = run(clusters(100, 700, 64))  # 3 blocks, of which two are sorted, and 3 chunks
     assert Counter(one.name for one in found.shim)["refine"] == 9
+    check(found)
+
+
+def test_chunks_of_whole_rounds(run, shim, monkeypatch):
+    """Two chunks of 384 references are a round of 3 tiles each. Those of 512 and 256 would be 3."""
+    shim.limits(references=512)
+    monkeypatch.setattr(data, "REFERENCES", 512)
+    found = run(clusters(40, 768, 512), multiprocessors=3)
+    (limits,) = (one for one in found.model if one.name == "find_limits")
+    assert limits.times == 2
+    assert [len(one.blocks) for one in found.shim if one.name == "distances"] == [3, 3]
     check(found)
 
 

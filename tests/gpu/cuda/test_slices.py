@@ -184,7 +184,7 @@ def test_the_order_of_threads_does_not_change_a_bit(op, shim, sliced, tile):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_workspace_is_bounded(shim, device, backward):
-    """Slices take the memory of weighted sums, which is at most 32 MiB."""
+    """Slices take the memory of weighted sums, which is at most 48 MiB."""
     for multiprocessors in (108, 132, 170):
         shim.device(90, multiprocessors)
         for B, M, N in (
@@ -197,7 +197,7 @@ def test_workspace_is_bounded(shim, device, backward):
             place = native._place(x.device)
             problem = native.native_problem(PosteriorMean(x, references, radius, 1.0))
             size = native.extension().posterior_mean_workspace_cuda(problem, place, backward)
-            assert size <= 100 << 20
+            assert size <= 150 << 20
 
 
 def test_the_training_step_has_slices_on_data_centre_cards():

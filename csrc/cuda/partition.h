@@ -1,0 +1,186 @@
+// How the CUDA kernels split a problem: into blocks of queries and chunks of references, and these
+// into tiles, slices of the features, and parts of lists.
+#pragma once
+#include "api/posterior_mean.h"
+#include "cuda/weighted_sums.h"
+
+namespace pfgm {
+namespace {
+
+CudaLimits limits;
+
+// ---- tiles and slices --------------------------------------------------------------------------
+
+// How distances splits a block of queries and a chunk of references.
+struct Tiling {
+  int queries, references;  // of a block
+  Index slices;             // of the features
+  Index clocks;             // predicted
+};
+
+// A tile of distances, and the predicted clocks of a panel of its features. There is none if these
+// are 0.
+struct TileCost {
+  int queries, references;
+  Index clocks;
+};
+struct TilingCosts {
+  TileCost tiles[5];
+  Index finish;  // clocks of finish_distances without its sums
+};
+constexpr TilingCosts kCosts = {{{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 2200}},
+                                4500};
+constexpr TilingCosts kWarpgroupCosts = {
+    {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 1550}}, 4500};
+constexpr TilingCosts kGeforceCosts = {
+    {{32, 64, 830}, {64, 64, 1450}, {64, 128, 2480}, {128, 128, 4650}}, 25000};
+constexpr TilingCosts kRoundedCosts = {
+    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 4500};
+constexpr TilingCosts kRoundedGeforceCosts = {
+    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 25000};
+constexpr TilingCosts kRoundedWarpgroupCosts = {
+    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1000}, {256, 128, 1450}}, 4500};
+constexpr Index kOncePanels = 6;                    // what a block does once costs as much
+constexpr int kLargestTile = 256;                   // queries
+constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
+constexpr Index kBytesPerClock = 25;                // of sums over slices, by a multiprocessor
+
+// Numbers that the sums over a slice take in float32: rows of products, and one of squares, which
+// are in float64.
+Index slice_size(Index queries, Index references, bool rounded) {
+  return ((rounded ? 1 : 2) * queries + 2) * round_up(references, kPanel);
+}
+
+// The tiles of at most `most_queries`, and the slices, that take least time by these costs, in
+// rounds of the busiest multiprocessor. Larger tiles read each value less often. Slices give more
+// blocks work, but their sums are written and read again. All sums together have at most `room`
+// numbers.
+Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors, bool rounded,
+                 const TilingCosts& costs, int most_queries, Index room) {
+  Tiling best = {};
+  const Index panels = divide_up(features, kPanel), size = slice_size(queries, references, rounded);
+  const Index most = larger(1, smaller(smaller(kMostSlices, panels / kSlicePanels), room / size));
+  for (const TileCost& cost : costs.tiles) {
+    if (cost.clocks == 0 || cost.queries > most_queries) continue;
+    const Index tiles = divide_up(queries, cost.queries) * divide_up(references, cost.references);
+    for (Index slices = 1; slices <= most; ++slices) {
+      const Index rounds = divide_up(tiles * slices, multiprocessors);
+      const Index finish =
+          slices > 1 ? costs.finish + 8 * slices * size / (kBytesPerClock * multiprocessors) : 0;
+      const Index clocks =
+          rounds * (divide_up(panels, slices) + kOncePanels) * cost.clocks + finish;
+      if (best.clocks == 0 || clocks < best.clocks)
+        best = {cost.queries, cost.references, slices, clocks};
+    }
+  }
+  return best;
+}
+
+// ---- blocks and chunks -------------------------------------------------------------------------
+
+// Whether few queries or features would leave matrix units mostly idle.
+bool are_few(Index queries, Index features) { return queries < 16 || features < kPanel; }
+
+// What bounds the workspace, on any device: queries of a block, references of a chunk, and parts of
+// the weighted sums over a chunk.
+struct Bounds {
+  Index queries, references, parts;
+};
+
+Bounds bounds_of(const Problem& problem, bool backward) {
+  Bounds most;
+  const Index fitting =
+      smaller(limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));
+  // Blocks of nearly equal size: a last one of few queries would read all references for these.
+  // Large ones have whole tiles.
+  const Index blocks = larger(1, divide_up(problem.queries, fitting));
+  const Index part = larger(1, divide_up(problem.queries, blocks));
+  most.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
+                         smaller(larger(1, problem.queries), fitting));
+  const Index pairs = backward ? limits.pairs / 2 : limits.pairs;
+  most.parts = larger(1, limits.parts / (most.queries * problem.features));
+  most.references = smaller(
+      128 * larger(pairs / most.queries / 128, 1),
+      smaller(smaller(limits.references, kMostReferences), most.parts * kPartPanels * kPanel));
+  return most;
+}
+
+constexpr Index kChunkClocks = 40000;  // of what a chunk takes beside its work, about 25 µs
+
+// References of a chunk, at most `most`. The last round of tiles takes as long as the others, so
+// chunks of whole rounds take least for a reference. The choice is by predicted clocks, and is the
+// same for all numbers of references that need chunks.
+Index chunk_of(Index queries, Index references, Index features, Index most, int multiprocessors,
+               bool rounded, const TilingCosts& costs) {
+  if (references <= most || are_few(queries, features)) return smaller(references, most);
+  Index best = 0, least = 0;
+  const auto compare = [&](Index chunk) {
+    constexpr Index kRoom = 0;  // no slices: there are enough tiles
+    const Tiling tiling =
+        tiling_of(queries, chunk, features, multiprocessors, rounded, costs, kLargestTile, kRoom);
+    const Index clocks = tiling.clocks + kChunkClocks;
+    if (best == 0 || clocks * best < least * chunk) best = chunk, least = clocks;
+  };
+  compare(most);
+  for (const TileCost& cost : costs.tiles) {
+    if (cost.clocks == 0) continue;
+    const Index beside = divide_up(queries, cost.queries);  // tiles with the same references
+    const auto chunk_with = [&](Index rounds) {
+      return rounds * multiprocessors / beside * cost.references;
+    };
+    const Index half = most * beside / (2 * cost.references * multiprocessors);
+    for (Index rounds = half + 1; chunk_with(rounds) <= most; ++rounds)
+      if (chunk_with(rounds) > 0) compare(chunk_with(rounds));
+  }
+  return best;
+}
+
+// How a problem is split.
+struct Partition {
+  Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
+  Index parts, part_panels;           // of the sums over a chunk; panels of references in a part
+  Index piece;                        // references that a block of weigh takes
+  int rows;                           // queries of a group of the sums: a small or a large one
+  bool few;                           // as in are_few
+  bool halves;                        // whether weighted sums multiply float16 parts
+};
+
+// `large` says whether the sums may take large groups of queries.
+Partition partition_of(const Problem& problem, int multiprocessors, bool backward, bool large,
+                       bool rounded, const TilingCosts& costs) {
+  Partition partition;
+  const Bounds most = bounds_of(problem, backward);
+  partition.queries = most.queries;
+  partition.references = chunk_of(most.queries, problem.references, problem.features,
+                                  most.references, multiprocessors, rounded, costs);
+  partition.stride = round_up(partition.references, 32);
+  partition.few = are_few(most.queries, problem.features);
+  // Weights below 2^-39 have no halves. Together they must not matter.
+  partition.halves = !partition.few && problem.references <= limits.halved;
+  // Panels of a part that share the work out evenly.
+  const Index panels = partition.stride / kPanel;
+  const auto even_with = [&](int rows) {
+    const Index tiles =
+        divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, rows);
+    return divide_up(panels * tiles, 4 * multiprocessors);
+  };
+  // Large groups need so many queries that their lists are little longer, and so much work that
+  // there is enough for all multiprocessors.
+  large = large && partition.halves && !backward && partition.queries >= kLargeFrom &&
+          even_with(kLargeSumRows) >= kFewestPanels;
+  partition.rows = large ? kLargeSumRows : kSumRows;
+  // Small parts share the work out evenly, large ones leave fewer partial sums.
+  const Index even = even_with(partition.rows);
+  partition.part_panels =
+      larger(smaller(larger(even, kFewestPanels), kMostPanels), divide_up(panels, most.parts));
+  partition.parts = divide_up(panels, partition.part_panels);
+  // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
+  // four blocks per multiprocessor.
+  const Index least = divide_up(partition.references, kPiece);
+  const Index together = partition.queries * least / (4 * multiprocessors);
+  partition.piece = kPiece * smaller(larger(1, together), least);
+  return partition;
+}
+
+}  // namespace
+}  // namespace pfgm
