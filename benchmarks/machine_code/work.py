@@ -304,7 +304,8 @@ def _cheapest(
 
 def _chunk(shape: Shape, card: Device) -> int:
     """References of a chunk, with which one takes the fewest predicted clocks."""
-    most, costs = shape.most_references(constants.CUDA_PAIRS), _costs_on(shape, card)
+    pairs = 2 * constants.CUDA_PAIRS // 3 if card.geforce else constants.CUDA_PAIRS
+    most, costs = shape.most_references(pairs), _costs_on(shape, card)
     if most >= shape.M or shape.few:
         return min(shape.M, most)
     panels, rounded = up(shape.N, _PANEL), shape.type == "Rounded"

@@ -81,13 +81,13 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
 // Whether few queries or features would leave matrix units mostly idle.
 bool are_few(Index queries, Index features) { return queries < 16 || features < kPanel; }
 
-// What bounds the workspace, on any device: queries of a block, references of a chunk, and parts of
-// the weighted sums over a chunk.
+// What bounds the workspace: queries of a block, references of a chunk, and parts of the weighted
+// sums over a chunk. GeForce cards have two thirds of the pairs, which their L2 cache holds.
 struct Bounds {
   Index queries, references, parts;
 };
 
-Bounds bounds_of(const Problem& problem, bool backward) {
+Bounds bounds_of(const Problem& problem, bool backward, bool geforce) {
   Bounds most;
   const Index fitting =
       smaller(limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));
@@ -97,7 +97,8 @@ Bounds bounds_of(const Problem& problem, bool backward) {
   const Index part = larger(1, divide_up(problem.queries, blocks));
   most.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
                          smaller(larger(1, problem.queries), fitting));
-  const Index pairs = backward ? limits.pairs / 2 : limits.pairs;
+  const Index held = geforce ? 2 * limits.pairs / 3 : limits.pairs;
+  const Index pairs = backward ? held / 2 : held;
   most.parts = larger(1, limits.parts / (most.queries * problem.features));
   most.references = smaller(
       128 * larger(pairs / most.queries / 128, 1),
@@ -146,10 +147,9 @@ struct Partition {
 };
 
 // `large` says whether the sums may take large groups of queries.
-Partition partition_of(const Problem& problem, int multiprocessors, bool backward, bool large,
-                       bool rounded, const TilingCosts& costs) {
+Partition partition_of(const Problem& problem, const Bounds& most, int multiprocessors,
+                       bool backward, bool large, bool rounded, const TilingCosts& costs) {
   Partition partition;
-  const Bounds most = bounds_of(problem, backward);
   partition.queries = most.queries;
   partition.references = chunk_of(most.queries, problem.references, problem.features,
                                   most.references, multiprocessors, rounded, costs);
