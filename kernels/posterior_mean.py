@@ -158,7 +158,8 @@ def merge(
             if GAUSSIAN:
                 of_least = tl.where(least == 0.0, 0.0, -least / r / r / 2.0)
             else:
-                of_least = -exponent * tl.log(least + r * r)
+                power = tl.where(least == 0.0, 2.0, 1.0)  # r² may underflow on a reference
+                of_least = -exponent * power * tl.log(tl.where(least == 0.0, r, least + r * r))
             tl.store(logsumexp + row, of_least + tl.log(whole))
 
 

@@ -76,6 +76,16 @@ def test_on_references_at_radius_zero(op, device, sizes, D):
     assert lse.isposinf().all()
 
 
+@pytest.mark.parametrize("radius", [1e-150, 1e-160, 1e-300])
+def test_log_sum_exp_on_a_reference_where_the_square_of_the_radius_underflows(op, device, radius):
+    x, references, _ = op.problem(20, 40, 33)
+    x[:] = references[:20]
+    radii = torch.full((20,), radius, dtype=torch.float64, device=device)
+    _, logsumexp = op.compute(x, references, radii, 2.0)
+    expected = torch.full_like(logsumexp, -35 * math.log(radius))
+    torch.testing.assert_close(logsumexp, expected, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_diffusion_at_sigma_zero(op, device, sizes):
     B = sizes[0]
