@@ -38,6 +38,38 @@ def total_table(results: Results) -> str:
     return table(["predicted", "", *paths], rows)
 
 
+RATIOS = {
+    "torch, float32": ("torch, float32", "cuda"),
+    "compiled TF32": ("compiled, TF32", "cuda"),
+    "compiled TF32, in precision medium": ("compiled, TF32", "cuda, medium"),
+}
+
+
+def ratio_table(results: Results) -> str:
+    """How many times as fast as torch the CUDA kernels are: forward, and with the gradient."""
+    forward, backward = predicted(results), predicted(results, "backward")
+    shapes = list(dict.fromkeys(shape for shape, _, _ in forward))
+    cards = list(dict.fromkeys(card for _, card, _ in forward))
+
+    def ratio(shape: str, card: str, paths: tuple[str, str], gradient: bool) -> str:
+        theirs, ours = (
+            forward[shape, card, path] + (backward[shape, card, path] if gradient else 0)
+            for path in paths
+        )
+        return f"{theirs / ours:.2f}"
+
+    rows = []
+    for name, paths in RATIOS.items():
+        for card in cards:
+            of_shapes = [ratio(shape, card, paths, False) for shape in shapes]
+            alone = paths[1] in FORWARD_ALONE
+            rows.append(
+                [name, card, *of_shapes, "" if alone else ratio(shapes[0], card, paths, True)]
+            )
+    header = [*(shape.split(":")[0] for shape in shapes), "C, with the gradient"]
+    return table(["times as fast as", "", *header], rows)
+
+
 def gradient_table(results: Results) -> str:
     """The backward pass, and both passes together."""
     forward, backward = predicted(results), predicted(results, "backward")
@@ -183,6 +215,7 @@ def _has_medium(results: Results) -> bool:
 
 def report(results: Results) -> str:
     parts = {
+        "Times as fast as torch": ratio_table(results),
         "Predicted times of the forward pass": total_table(results),
         **({"Precision medium": medium_table(results)} if _has_medium(results) else {}),
         **{

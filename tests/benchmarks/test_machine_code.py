@@ -1278,15 +1278,30 @@ def test_gradients_are_added_to_the_forward_pass():
 
 def test_precision_medium_beside_torch():
     """The page has a table of it once it is predicted."""
-    rows = [["C", "A100 SXM", path, "some", 1e-4, 1, ""] for path in ("cuda", "compiled, TF32")]
-    without = {"predicted": rows, "data": {"C": {}}}
+    name = data.C.name
+    rows = [[name, "A100 SXM", path, "some", 1e-4, 1, ""] for path in ("cuda", "compiled, TF32")]
+    without = {"predicted": rows, "data": {name: {}}}
     assert "medium" not in page.total_table(without)
-    medium = ["C", "A100 SXM", "cuda, medium", "some", 5e-5, 1, ""]
-    counted = {"medium": {"refined a query": {"mean": 21.1}}}
-    with_medium = {"predicted": [*rows, medium], "data": {"C": counted}}
+    medium = [name, "A100 SXM", "cuda, medium", "some", 5e-5, 1, ""]
+    counted = {"medium": {"4096": {"refined a query": {"mean": 21.1}}}}
+    with_medium = {"predicted": [*rows, medium], "data": {name: counted}}
     cells = [cell.strip() for cell in page.medium_table(with_medium).splitlines()[-1].split("|")]
-    assert cells[1:-1] == ["C", "A100 SXM", "50 µs", "100 µs", "2.00", "21.1"]
+    assert cells[1:-1] == [name, "A100 SXM", "50 µs", "100 µs", "2.00", "21.1"]
     assert "cuda, medium" in page.total_table(with_medium)
+
+
+def test_times_as_fast_as_torch():
+    def rows(**seconds):
+        return [
+            ["C: photographs", "A100 SXM", path, "some", t, 1, ""] for path, t in seconds.items()
+        ]
+
+    ours = {"cuda": 2e-6, "cuda, medium": 1e-6}
+    theirs = {"torch, float32": 6e-6, "compiled, TF32": 3e-6}
+    found = {"predicted": rows(**ours, **theirs), "backward": rows(cuda=1e-6, **theirs)}
+    lines = page.ratio_table(found).splitlines()[-3:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[2:] for row in cells] == [["3.00", "4.00"], ["1.50", "2.00"], ["3.00", ""]]
 
 
 def test_predicted_and_measured_times_side_by_side():
