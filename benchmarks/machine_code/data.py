@@ -24,7 +24,7 @@ from benchmarks.machine_code.devices import DEVICES, Device
 
 # Constants of the kernels.
 PARTS, ROWS, REFERENCES = 3 << 22, 4096, 1 << 16  # the largest chunk and block
-TRITON_PAIRS, CUDA_PAIRS = 1 << 22, 3 << 21  # of a chunk, at most; GeForce cards have 2/3 of these
+TRITON_PAIRS, CUDA_PAIRS = 1 << 22, 3 << 21  # of a chunk, at most
 TILE, NEAR, CUTOFF = 64, 20.0, 16.0
 GRADIENT_CUTOFF = 8.0  # the weights of gradients are cut off so much later
 SUM_TILE = 32
@@ -39,6 +39,7 @@ LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from which on it is
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
+FEW_PARTS = 8  # that fit into memory, so that they have as many panels as they can
 GATHERED_PANELS = 64  # whose weights a block of the CUDA ``list_references`` gathers, at most
 TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
 
@@ -138,8 +139,10 @@ class Shape(NamedTuple):
         """Panels of 32 references that a block of the CUDA ``weighted_sum`` sums, with groups of
         so many queries."""
         even = self._even_panels(multiprocessors, rows)
-        most = up(up(self.chunk, 32), self.most_parts)
-        return max(min(max(even, FEWEST_PANELS), MOST_PANELS), most)
+        panels, even = up(self.chunk, 32), min(max(even, FEWEST_PANELS), MOST_PANELS)
+        if self.most_parts <= FEW_PARTS:
+            return up(panels, up(panels, PART_PANELS))
+        return max(even, up(panels, self.most_parts))
 
     def _even_panels(self, multiprocessors: int, rows: int) -> int:
         """Panels of a part that share the work out evenly."""

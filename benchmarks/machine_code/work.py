@@ -302,10 +302,16 @@ def _cheapest(
     return min(every, key=lambda one: one.clocks)
 
 
+def _pairs_of_chunk(card: Device) -> int:
+    """Pairs of a chunk in the forward pass: as many as the L2 cache holds, if these are enough."""
+    held = int(card.l2_size.value) * 7 // 10 // 12
+    enough = held >= 2 * constants.CUDA_PAIRS // 3
+    return min(held, constants.CUDA_PAIRS) if enough else constants.CUDA_PAIRS
+
+
 def _chunk(shape: Shape, card: Device) -> int:
     """References of a chunk, with which one takes the fewest predicted clocks."""
-    pairs = 2 * constants.CUDA_PAIRS // 3 if card.geforce else constants.CUDA_PAIRS
-    most, costs = shape.most_references(pairs), _costs_on(shape, card)
+    most, costs = shape.most_references(_pairs_of_chunk(card)), _costs_on(shape, card)
     if most >= shape.M or shape.few:
         return min(shape.M, most)
     panels, rounded = up(shape.N, _PANEL), shape.type == "Rounded"

@@ -47,6 +47,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return multiprocessors_of(device_); }
+  int l2_cache() const { return attribute_of<cudaDevAttrL2CacheSize>(device_); }  // bytes
   bool warpgroups() const { return has_warpgroups(device_); }
   // See architecture_of.
   template <class... Parameters>

@@ -78,16 +78,27 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
 
 // ---- blocks and chunks -------------------------------------------------------------------------
 
+constexpr Index kPairBytes = 12;  // of a distance and a weight
+constexpr Index kFewParts = 8;
+
 // Whether few queries or features would leave matrix units mostly idle.
 bool are_few(Index queries, Index features) { return queries < 16 || features < kPanel; }
 
+// Pairs of a chunk in the forward pass: as many as the L2 cache holds, if that is at least
+// `least_pairs`, and else as the limit allows. Seven tenths of the cache count.
+Index least_pairs() { return 2 * limits.pairs / 3; }
+Index pairs_of_chunk(Index cache_bytes) {
+  const Index held = cache_bytes * 7 / 10 / kPairBytes;
+  return held < least_pairs() ? limits.pairs : smaller(held, limits.pairs);
+}
+
 // What bounds the workspace: queries of a block, references of a chunk, and parts of the weighted
-// sums over a chunk. GeForce cards have two thirds of the pairs, which their L2 cache holds.
+// sums over a chunk.
 struct Bounds {
   Index queries, references, parts;
 };
 
-Bounds bounds_of(const Problem& problem, bool backward, bool geforce) {
+Bounds bounds_of(const Problem& problem, bool backward, Index pairs) {
   Bounds most;
   const Index fitting =
       smaller(limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));
@@ -97,8 +108,7 @@ Bounds bounds_of(const Problem& problem, bool backward, bool geforce) {
   const Index part = larger(1, divide_up(problem.queries, blocks));
   most.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
                          smaller(larger(1, problem.queries), fitting));
-  const Index held = geforce ? 2 * limits.pairs / 3 : limits.pairs;
-  const Index pairs = backward ? held / 2 : held;
+  if (backward) pairs /= 2;
   most.parts = larger(1, limits.parts / (most.queries * problem.features));
   most.references = smaller(
       128 * larger(pairs / most.queries / 128, 1),
@@ -169,10 +179,12 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   large = large && partition.halves && !backward && partition.queries >= kLargeFrom &&
           even_with(kLargeSumRows) >= kFewestPanels;
   partition.rows = large ? kLargeSumRows : kSumRows;
-  // Small parts share the work out evenly, large ones leave fewer partial sums.
-  const Index even = even_with(partition.rows);
-  partition.part_panels =
-      larger(smaller(larger(even, kFewestPanels), kMostPanels), divide_up(panels, most.parts));
+  // Small parts share the work out evenly, large ones leave fewer partial sums. These matter more
+  // if they are so large that few of them fit into memory.
+  const Index even = smaller(larger(even_with(partition.rows), kFewestPanels), kMostPanels);
+  const Index fewest = divide_up(panels, kPartPanels);
+  partition.part_panels = most.parts <= kFewParts ? divide_up(panels, fewest)
+                                                  : larger(even, divide_up(panels, most.parts));
   partition.parts = divide_up(panels, partition.part_panels);
   // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
   // four blocks per multiprocessor.

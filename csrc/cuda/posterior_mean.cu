@@ -82,9 +82,9 @@ class Calculation {
         measures_(!backward || kept.bytes == 0),
         arena_(workspace),
         geforce_(stream.geforce(find_center<Stored<R>>)),
-        partition_(partition_of(problem, bounds_of(problem, backward, geforce_),
-                                stream.multiprocessors(), backward, large_groups(), kRounded<R>,
-                                costs())),
+        partition_(
+            partition_of(problem, bounds_of(problem, backward, pairs_of_chunk(stream.l2_cache())),
+                         stream.multiprocessors(), backward, large_groups(), kRounded<R>, costs())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
@@ -554,8 +554,8 @@ std::string cuda_problem(int device) {
 }
 
 std::int64_t posterior_mean_kept_cuda(const Problem& problem) {
-  // If the backward pass takes all pairs at once on a GeForce card, all passes do on all cards.
-  const Bounds most = bounds_of(problem, true, true);
+  // If the backward pass takes that few pairs at once, all passes do so on all devices.
+  const Bounds most = bounds_of(problem, true, least_pairs());
   if (most.queries != problem.queries || most.references < problem.references) return 0;
   Arena counted{CudaWorkspace{}};
   Lasting(counted, problem.queries, problem.references, problem.features);

@@ -121,7 +121,8 @@ struct WeightLaw {
   __device__ double logsumexp(double nearest, double total, double r) const {
     if (gaussian) return (nearest == 0 ? 0 : -nearest / r / r / 2) + log(total);
     const bool on_reference = nearest == 0;  // r² may underflow there
-    return -exponent * (on_reference ? 2 : 1) * log(on_reference ? r : nearest + r * r) + log(total);
+    return -exponent * (on_reference ? 2 : 1) * log(on_reference ? r : nearest + r * r) +
+           log(total);
   }
 };
 

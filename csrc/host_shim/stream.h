@@ -26,6 +26,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return shim::device().multiprocessors; }
+  int l2_cache() const { return 40 << 20; }
   bool warpgroups() const { return shim::device().capability == 90; }
   template <class... Parameters>
   bool geforce(void (*)(Parameters...)) const {

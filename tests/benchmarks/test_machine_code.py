@@ -649,7 +649,7 @@ def test_shapes_are_split_as_in_the_kernels():
 def test_chunks_of_a_card_have_whole_rounds_of_tiles():
     """An A100 has 108 multiprocessors. Its chunks are 324 tiles of 128 × 128 at F, 320 at big."""
     chunks = [work.on_card(data.F, card).chunk for card in (A100, H100, devices.B200, GEFORCE)]
-    assert chunks == [162 * 128, 24576, 148 * 128, 16384]
+    assert chunks == [162 * 128, 24576, 148 * 128, 17152]
     assert work.on_card(data.BIG, A100).chunk == 40 * 128
     assert work.on_card(data.BIG._replace(backward=True), A100).chunk == 1664
     for shape in (data.C, data.G, data.F._replace(N=16)):  # one chunk; few features
@@ -672,10 +672,10 @@ def test_shapes_have_all_chunks_and_parts():
     assert data.C.part_panels(132) == 16
     assert data.C.part_panels(1000) == 4  # 32 parts fit
     assert data.C.part_panels(300) == 11
-    assert data.BIG.part_panels(132) == 32  # 4 parts of 1024 × 3072 values fit
+    assert data.BIG.part_panels(132) == 64  # of 4 parts of 1024 × 3072 values that fit
     # 28 and 96 tiles of 64 queries in blocks of 256 and 1024.
     assert data.F.sums(H100) == (64, 16)
-    assert data.BIG.sums(H100) == (64, 32)
+    assert data.BIG.sums(H100) == (64, 64)
     assert data.BIG.sums(A100).rows == data.BIG.sums(GEFORCE).rows == 32
     assert data.BIG._replace(type="Rounded").sums(A100).rows == 64
     assert data.BIG._replace(type="Rounded").sums(GEFORCE).rows == 32
