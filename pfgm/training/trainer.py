@@ -30,6 +30,7 @@ from .checks import (
     warn_of_scales,
     with_settings_of_run,
 )
+from .compiled import load_plain_state, plain_state
 from .config import TrainConfig
 from .locks import FolderInUse, locked, locked_for_all
 from .logs import Log
@@ -271,7 +272,7 @@ class Trainer:
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "rows": len(self.data),
-            "network": self.network.state_dict(),
+            "network": plain_state(self.network),
             "optimizer": self._optimizer.state_dict(),
         }
         with locked(self.folder):
@@ -325,8 +326,8 @@ class Trainer:
             )
         config = with_settings_of_run(self._given, settings, self.folder)
         try:
-            self.network.load_state_dict(state["network"])
-            self.averaged.load_state_dict(weights)
+            load_plain_state(self.network, state["network"])
+            load_plain_state(self.averaged, weights)
             self._optimizer.load_state_dict(state["optimizer"])
         except MALFORMED as error:
             reason = " ".join(str(error).split())

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import pfgm
+from pfgm import training
 from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer, time_left
 from pfgm.training.checkpoint import load_run
 
@@ -694,6 +695,27 @@ def test_the_compiled_network_is_called(data, flow, monkeypatch):
     found = Trainer(flow, network, data, config(compile=True), progress=False).train()
     assert compiled == [network]
     assert equal(weights(found), weights(expected))
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("saved", ["plain", "compiled"])
+def test_compiled_and_plain_networks_resume_each_other(
+    tmp_path, data, flow, monkeypatch, saved, older
+):
+    plain, compiled = new_network(), torch.compile(new_network())
+    networks = (plain, compiled) if saved == "plain" else (compiled, plain)
+    with monkeypatch.context() as patch:
+        if older:  # files had the names of the compiled network
+            for module in (training.trainer, training.weights_file):
+                patch.setattr(module, "plain_state", nn.Module.state_dict)
+        Trainer(flow, networks[0], data, SMALL, folder=tmp_path, progress=False).save()
+    trainer = Trainer(flow, networks[1], data, SMALL, folder=tmp_path, progress=False)
+    with torch.no_grad():
+        for parameter in (*trainer.network.parameters(), *trainer.averaged.parameters()):
+            parameter.zero_()
+    trainer.resume()
+    assert equal(weights(trainer.network), weights(networks[0]))
+    assert equal(weights(trainer.averaged), weights(networks[0]))
 
 
 # ---- labels, and the other flow ----
