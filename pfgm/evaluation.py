@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common.checks import check_seed
+from .common.checks import check_seed, known_device
 from .common.messages import progress_bar
 from .common.tensors import network_device
 from .data import to_unit
@@ -117,7 +117,7 @@ def draw_samples(
             raise ValueError(f"{name} is {value}; allowed are whole numbers from 1 to below 2^63.")
     check_seed(seed)
     prior = draw_prior(flow, n, seed)
-    device = torch.device(network_device(network) if device is None else device)
+    device = network_device(network) if device is None else known_device(device)
     classes = label_count(network)
     return sample_in_batches(
         flow,
