@@ -873,6 +873,16 @@ def test_a_device_that_is_not_there(device):
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
+def test_no_points_are_carried(solver):
+    data = torch.randn(20, 2, generator=seeded(0))
+    for flow in (PoissonFlow.from_data(data), pfgm.PoissonFlowPP((2,), D=16)):
+        net = flow.empirical(data)
+        assert flow.solve(net, data[:0], [3.0, 1.0, 0.5], solver=solver)[0].shape == (0, 2)
+        assert flow.encode(net, data[:0], solver=solver).shape == (0, 2)
+        assert flow.decode(net, data[:0], solver=solver).shape == (0, 2)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
 def test_levels_that_repeat_and_turn(solver):
     data = torch.randn(20, 2, generator=seeded(0))
     flow = PoissonFlow.from_data(data)
