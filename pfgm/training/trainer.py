@@ -25,6 +25,7 @@ from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import (
     check_data,
     check_labels,
+    check_network,
     check_same_flow,
     warn_of_range,
     warn_of_scales,
@@ -84,7 +85,8 @@ class Trainer:
         distilled: whether this loss makes a few-step model; checkpoints record it.
 
     Raises:
-        TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`).
+        TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`);
+            or the network has no parameters in float32 or float64 that are trained.
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set.
 
@@ -130,6 +132,7 @@ class Trainer:
         self.step = 0
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
+        check_network(network)
         if self.folder is not None:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)

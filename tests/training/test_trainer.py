@@ -718,6 +718,25 @@ def test_compiled_and_plain_networks_resume_each_other(
     assert equal(weights(trainer.averaged), weights(networks[0]))
 
 
+def test_networks_that_cannot_be_trained(data, flow):
+    network = pfgm.networks.MLP((2,), width=16, depth=1)
+    for other, error, message in (
+        (lambda x, z: (x, z), TypeError, "network is a function; allowed is a torch.nn.Module"),
+        (nn.Identity(), ValueError, "network has no parameters that are trained"),
+        (
+            copy.deepcopy(network).requires_grad_(False),
+            ValueError,
+            "no parameters that are trained",
+        ),
+        (copy.deepcopy(network).bfloat16(), TypeError, "bfloat16, in which small steps are lost"),
+        (copy.deepcopy(network).half(), TypeError, "float16, in which small steps are lost"),
+    ):
+        with pytest.raises(error, match=message):
+            Trainer(flow, other, data, SMALL, progress=False)
+    network.stem.bfloat16().requires_grad_(False)  # a part that is not trained may have any dtype
+    Trainer(flow, network, data, SMALL, progress=False)
+
+
 # ---- labels, and the other flow ----
 
 
