@@ -142,8 +142,11 @@ def warn_of_range(data: References) -> None:
     )
 
 
-def check_labels(labels: Tensor | None, data: References) -> None:
-    """Raises ValueError unless labels are None or fit the data."""
+def check_labels(labels: Tensor | None, data: References, classes: int) -> None:
+    """Raises ValueError unless labels are None or fit the data, and the classes of the network.
+
+    0 classes means that their number is not known.
+    """
     if labels is None:
         return
     if isinstance(data, ReferenceSet) and data.sharded:
@@ -155,6 +158,11 @@ def check_labels(labels: Tensor | None, data: References) -> None:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
             f"integers of at least 0, of shape ({len(data)},)."
+        )
+    if classes and int(labels.max()) >= classes:
+        raise ValueError(
+            f"labels holds {int(labels.max())}, but the network has {classes} classes; allowed are "
+            f"0 to {classes - 1}."
         )
 
 

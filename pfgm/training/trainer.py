@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..common.files import MALFORMED, folder_path, remove_leftovers
 from ..common.messages import progress_bar
 from ..flows.flow import Flow
+from ..networks.registry import label_count
 from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import STATE_FORMAT, load_run, save_run
@@ -136,7 +137,7 @@ class Trainer:
         if self.folder is not None:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
-        check_labels(labels, data)
+        check_labels(labels, data, label_count(network))
         warn_of_range(data)
         warn_of_scales(data)
         self._processes = processes = Processes()

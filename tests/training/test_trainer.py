@@ -627,6 +627,13 @@ def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, references, 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_beyond_the_classes_of_the_network(data, flow):
+    network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4)
+    labels = torch.arange(50) % 5
+    with pytest.raises(ValueError, match="labels holds 4, but the network has 4 classes"):
+        Trainer(flow, network, data, SMALL, progress=False, labels=labels)
+
+
 def test_labels_of_a_reference_set(data, flow):
     rows = pfgm.ReferenceSet(data, labels=torch.arange(50) % 4)
     trained = []
