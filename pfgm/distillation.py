@@ -137,7 +137,7 @@ class Consistency:
         above_last = ends < len(levels) - 1
         if bool(above_last.any()):
             own, reached = select_rows(condition, above_last), levels[ends[above_last]]
-            x[above_last] = self.flow.denoise(net, x[above_last], reached, own)
+            x[above_last] = self.flow.denoise(net, x[above_last], reached, own).to(x.dtype)
         return x
 
     def _follow_teacher(self, x: Tensor, starts: Tensor, condition: Condition) -> None:

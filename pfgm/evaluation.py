@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common.checks import check_seed
+from .common.checks import check_seed, known_device
 from .common.messages import progress_bar
 from .common.tensors import network_device
 from .data import to_unit
@@ -37,6 +37,7 @@ __all__ = [
 
 _NEIGHBOURS = 5  # k of density and coverage; the other metrics need fewer neighbours
 _MIN_ROWS = _NEIGHBOURS + 1  # a row and its nearest other rows
+_MOST_OFF_LEVEL = 0.3  # of a grey level, by which narrow floating dtypes may round
 
 RUNS: dict[str, dict[str, str]] = {
     "euler, log": {"solver": "euler", "schedule": "log"},
@@ -117,7 +118,7 @@ def draw_samples(
             raise ValueError(f"{name} is {value}; allowed are whole numbers from 1 to below 2^63.")
     check_seed(seed)
     prior = draw_prior(flow, n, seed)
-    device = torch.device(network_device(network) if device is None else device)
+    device = network_device(network) if device is None else known_device(device)
     classes = label_count(network)
     return sample_in_batches(
         flow,
@@ -282,7 +283,7 @@ def bits_per_dim(
 
     Raises:
         ValueError: there are no rows, levels or an option is out of range, or values lie outside
-            [−1, 1].
+            [−1, 1] or between the grey levels.
 
     >>> import pfgm
     >>> flow = pfgm.PoissonFlowPP((2,), D=float("inf"), sigma_min=1.0)
@@ -320,6 +321,9 @@ def bits_per_dim(
 def dequantised(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     """Adds uniform noise u in [0, 1) to data at grey levels k: 2 (k + u)/levels − 1, float32.
 
+    Raises:
+        ValueError: levels is below 2, or x holds values outside [−1, 1] or between the levels.
+
     >>> dequantised(torch.tensor([-1.0, 1.0]), 2, torch.Generator().manual_seed(0)).floor()
     tensor([-1.,  0.])
     """
@@ -331,7 +335,13 @@ def dequantised(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
             f"x holds {float(unit.abs().max()):.4g}; allowed are {levels} levels in [-1, 1], or "
             "levels = 0 for continuous data."
         )
-    level = ((unit + 1) / 2 * (levels - 1)).round()
+    position = (unit + 1) / 2 * (levels - 1)
+    level = position.round()
+    if float((position - level).abs().max()) > _MOST_OFF_LEVEL:
+        raise ValueError(
+            f"x holds values between the {levels} levels in [-1, 1]; allowed are values at the "
+            "levels, or levels = 0 for continuous data."
+        )
     noise = torch.rand(x.shape, generator=generator, device=generator.device)
     return 2 * (level + noise.to(x.device)) / levels - 1
 

@@ -118,6 +118,17 @@ class LabelledEnd(Labelled):
         return x * (s / (s**2 + sigma**2).sqrt())[:, None]
 
 
+def test_data_in_half_precision():
+    """The empirical denoiser returns float32 for them."""
+    data = torch.randn(50, 3, generator=seeded())
+    flow = diffusion()
+    net = flow.empirical(data)
+    consistency = Consistency(flow, net, steps=6, ahead=3)
+    narrow, wide = (consistency.loss(net, x, generator=seeded(1)) for x in (data.half(), data))
+    assert narrow.dtype == torch.float32
+    assert float(narrow) == pytest.approx(float(wide), rel=0.5)
+
+
 @pytest.mark.parametrize("ahead", [None, 1])
 def test_conditions_go_with_their_rows(ahead):
     labels = torch.randint(3, (500,), generator=seeded(2))

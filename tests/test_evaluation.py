@@ -208,6 +208,20 @@ def test_bits_per_dim_refuses_data_without_a_density() -> None:
         bits_per_dim(flow, net, torch.zeros(1, 2), levels=1)
     with pytest.raises(ValueError, match=r"x holds 1\.5; allowed are 17 levels in \[-1, 1\]"):
         bits_per_dim(flow, net, torch.full((1, 2), -1.5), levels=17)
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(128, 2)
+    for x, levels in ((bytes_, 17), (bytes_, 255), (torch.full((1, 2), 0.1), 2)):
+        with pytest.raises(ValueError, match=f"x holds values between the {levels} levels"):
+            bits_per_dim(flow, net, x, levels=levels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16])
+def test_rounded_grey_levels_are_still_levels(dtype: torch.dtype) -> None:
+    for levels in (256, 17):
+        k = torch.arange(levels)
+        x = 2 * k / (levels - 1) - 1
+        x = (k * 255 / (levels - 1)).round().byte() if dtype == torch.uint8 else x.to(dtype)
+        noisy = evaluation.dequantised(x, levels, torch.Generator().manual_seed(0))
+        assert torch.equal(((noisy + 1) / 2 * levels).floor().long(), k)
 
 
 # ---- curve ------------------------------------------------------------------------------------

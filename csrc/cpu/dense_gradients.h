@@ -152,14 +152,14 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
   };
   QueryState states[kMaxRows];
   double moments[kMaxRows], averages[kMaxRows], scales[kMaxRows], own_pulls[2 * kMaxRows] = {};
-  bool is_limit[kMaxRows], row_is_steep[kMaxRows];
+  bool row_is_flat[kMaxRows], row_is_steep[kMaxRows];
   Index steep[kMaxRows], steep_count = 0;
   Status failed;
   if (!io.sums) std::memset(sums, 0, count * features * sizeof(double));
   for (Index b = 0; b < count; ++b) {
     states[b] = state_of(io, first + b);
     moments[b] = io.moments ? io.moments[first + b] : 0;
-    is_limit[b] = at_limit(law, states[b].nearest, rows.radius(b));
+    row_is_flat[b] = is_flat(law, states[b].nearest, rows.radius(b));
     row_is_steep[b] = query_is_steep<float>(problem, io, law, first + b);
     if (row_is_steep[b]) steep[steep_count++] = b;
   }
@@ -181,7 +181,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
       const bool rest = rows.split(b, states[b], !row_is_steep[b] && fits_float(g), list);
       if (!is_distance(list.nearest))
         failed = first_of(failed, {failure_of(list.nearest), first + b});
-      if (is_limit[b] || !is_distance(list.nearest)) continue;
+      if (row_is_flat[b] || !is_distance(list.nearest)) continue;
       if (list.length > 0) {
         moments[b] +=
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),

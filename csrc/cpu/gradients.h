@@ -27,6 +27,14 @@ bool at_limit(const WeightLaw& law, double nearest, double radius) {
   return nearest + radius * radius == 0;
 }
 
+// Whether the result does not change with x and r, as far as float64 tells: at a limit, or on a
+// reference with an r so small that (N + D)/r² overflows. The gradient of logsumexp would be 0 · ∞.
+bool is_flat(const WeightLaw& law, double nearest, double radius) {
+  if (at_limit(law, nearest, radius)) return true;
+  constexpr double most = std::numeric_limits<double>::max() / 1e4;
+  return nearest == 0 && radius * radius * most < (law.gaussian ? 1 : 2 * law.exponent);
+}
+
 // Computes p_j from squared distances and counts those that are not zero. T is the type whose
 // digits they need.
 template <class T>
@@ -51,6 +59,10 @@ double coefficients(const WeightLaw& law, const QueryState& state, double radius
                     const double* squared, const double* p, double* t, Index count, double* bound) {
   *bound = 1e-300;
   if (state.live == 0) return 0;
+  if (is_flat(law, state.nearest, radius)) {
+    std::memset(t, 0, padded_count(count) * sizeof(double));
+    return 0;
+  }
   Doubles moment = {}, size = {};
   for (Index j = 0; j < padded_count(count); j += kDoubles) {
     const Doubles probability = vector_at(p + j), s = vector_at(squared + j);
@@ -80,7 +92,7 @@ struct Totals {
 
 Totals totals(const WeightLaw& law, const QueryState& state, double moment, double g,
               double radius) {
-  if (at_limit(law, state.nearest, radius)) return {0, 0};
+  if (is_flat(law, state.nearest, radius)) return {0, 0};
   if (law.gaussian)
     return {-g / radius / radius, (g * (state.nearest / radius / radius) + moment) / radius};
   const double c = -2 * law.exponent * (g - moment) / (state.nearest + radius * radius);
@@ -89,7 +101,7 @@ Totals totals(const WeightLaw& law, const QueryState& state, double moment, doub
 
 Status check_singular(const Problem& problem, const WeightLaw& law, const Backward& io) {
   for (Index b = 0; b < problem.queries; ++b)
-    if (io.grad_logsumexp[b] != 0 && at_limit(law, io.nearest[b], problem.radius[b]))
+    if (io.grad_logsumexp[b] != 0 && is_flat(law, io.nearest[b], problem.radius[b]))
       return {Failure::singular, b};
   return {};
 }
@@ -102,7 +114,7 @@ template <class T>
 bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
   const double radius = problem.radius[query], nearest = io.nearest[query];
   const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
-  return !at_limit(law, nearest, radius) &&
+  return !is_flat(law, nearest, radius) &&
          is_steep(law, nearest, io.total[query], radius, mean, problem.features);
 }
 

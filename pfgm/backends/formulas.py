@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.tensors import dequantise, wide_dtype
 from .problems import OdeStep, PosteriorMean, State, Tangents
-from .weights import at_limit, log_weight
+from .weights import at_limit, is_flat, log_weight
 
 _MAX_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
 _MAX_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
@@ -41,8 +41,8 @@ def posterior_mean_tangent(
 ) -> tuple[Tensor, Tensor]:
     """The tangents of mean (B, N) and log-sum-exp (B,): the part of these references, in float64.
 
-    With ℓ̇_j the tangent of a score, they are Σ p_j ((x_j − mean) ℓ̇_j + ẋ_j) and Σ p_j ℓ̇_j. At a
-    limit the mean is locally constant: its tangent is 0, and that of the log-sum-exp NaN.
+    With ℓ̇_j the tangent of a score, they are Σ p_j ((x_j − mean) ℓ̇_j + ẋ_j) and Σ p_j ℓ̇_j. Where
+    the mean is flat, it moves with its references alone, and the tangent of the log-sum-exp is NaN.
 
     Args:
         problem: the problem over these references, which may be a part of all.
@@ -54,7 +54,7 @@ def posterior_mean_tangent(
     N, wide_type = x.shape[1], mean.dtype
     wide, r = x.to(wide_type), radius.to(wide_type)[:, None]
     nearest, total = nearest[:, None], total[:, None]
-    regular = ~at_limit(nearest, r, D)
+    regular, flat = ~at_limit(nearest, r, D), is_flat(nearest, r, D, N)
     of_mean, of_lse = torch.zeros_like(mean), torch.zeros_like(r)
     for chunk in chunks(x, references):
         y = dequantise(references[chunk], wide_type)
@@ -73,10 +73,10 @@ def posterior_mean_tangent(
             score = (squared * (change / r) - half) / r / r
         else:
             score = -(N + D) * (half + r * change) / (squared + r.square())
-        weighted = torch.where(p == 0, 0.0, p * score)
+        weighted = torch.where(flat | (p == 0), 0.0, p * score)
         of_mean += weighted @ y - weighted.sum(1, keepdim=True) * mean
         of_lse += weighted.sum(1, keepdim=True)
-    return of_mean, torch.where(regular, of_lse, math.nan).squeeze(1)
+    return of_mean, torch.where(flat, math.nan, of_lse).squeeze(1)
 
 
 def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

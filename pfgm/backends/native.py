@@ -32,7 +32,7 @@ from . import formulas
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from .weights import at_limit, check_singular, singular_message
+from .weights import check_singular, is_flat, singular_message
 
 __all__ = [
     "build_lines",
@@ -385,7 +385,7 @@ def posterior_mean_backward(
     )
     given = native_problem(problem)
     if _on_cuda(x.device):
-        check_singular(at_limit(nearest, radius, problem.D), grad_logsumexp)
+        check_singular(is_flat(nearest, radius, problem.D, x.shape[1]), grad_logsumexp)
         _run_on_cuda(x, given, io, True, kept)
     else:
         status = extension().posterior_mean_backward(given, io)

@@ -27,7 +27,7 @@ from ..common.tensors import dequantise, wide_dtype
 from . import formulas
 from .formulas import chunks, squared_distances
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from .weights import at_limit, check_singular, log_sum_exp, log_weight
+from .weights import at_limit, check_singular, is_flat, log_sum_exp, log_weight
 
 
 def supports(
@@ -122,7 +122,8 @@ def posterior_mean_backward(
     G, g = upstream.mean.to(wide.dtype), upstream.logsumexp.to(wide.dtype)[:, None]
     nearest, total = state.nearest[:, None], state.total[:, None]
     regular = ~at_limit(nearest, r, D)
-    check_singular(~regular, g)
+    flat = is_flat(nearest, r, D, N)
+    check_singular(flat, g)
     # pull = Σ p G·y equals G·mean for a mean that is not rounded. p comes from the nearest
     # reference. From the log-sum-exp it would lose digits at a small σ, where that is near d²/σ².
     _, _, pull = _weighted_average(
@@ -139,13 +140,14 @@ def posterior_mean_backward(
         excess = squared - nearest
         p = torch.where(regular, log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
         t = G @ y.T - pull + g
+        unmoved = flat | (p == 0)
         if math.isinf(D):
-            c = torch.where(p == 0, 0.0, -p * t / r / r)
-            moment -= torch.where(p == 0, 0.0, c * excess).sum(1, keepdim=True)
+            c = torch.where(unmoved, 0.0, -p * t / r / r)
+            moment -= torch.where(unmoved, 0.0, c * excess).sum(1, keepdim=True)
         else:
             s = squared + r.square()
-            c = torch.where(p == 0, 0.0, -(N + D) * p * t / s)
-            moment += torch.where(p == 0, 0.0, p * t * (excess / s)).sum(1, keepdim=True)
+            c = torch.where(unmoved, 0.0, -(N + D) * p * t / s)
+            moment += torch.where(unmoved, 0.0, p * t * (excess / s)).sum(1, keepdim=True)
         if grad_x is not None:
             grad_x -= c @ y - c.sum(1, keepdim=True) * center
         if grad_references is not None:
@@ -154,10 +156,10 @@ def posterior_mean_backward(
             )
     # Summing c would lose digits to cancellation. Σ p t = g gives Σ c without that sum.
     if math.isinf(D):
-        sum_c = torch.where(regular, -g / r / r, 0.0)
-        grad_radius = torch.where(regular, (g * (nearest / r / r) + moment) / r, 0.0)
+        sum_c = torch.where(flat, 0.0, -g / r / r)
+        grad_radius = torch.where(flat, 0.0, (g * (nearest / r / r) + moment) / r)
     else:
-        sum_c = torch.where(regular, -(N + D) * (g - moment) / (nearest + r.square()), 0.0)
+        sum_c = torch.where(flat, 0.0, -(N + D) * (g - moment) / (nearest + r.square()))
         grad_radius = r * sum_c
     if grad_x is not None:
         grad_x += sum_c * (wide - center)

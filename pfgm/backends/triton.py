@@ -22,7 +22,7 @@ from ..common.tensors import contiguous_features
 from . import formulas
 from .layout import laid_out, laid_out_step, step_outputs
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from .weights import at_limit, check_singular
+from .weights import check_singular, is_flat
 
 _OLDEST = (3, 6)  # major and minor version of Triton
 _REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -112,7 +112,7 @@ def posterior_mean_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     kernels = _kernels("posterior_mean_backward")
     x, references, radius, D, precision, _ = laid_out(problem)
-    check_singular(at_limit(state.nearest, radius, D), upstream.logsumexp)
+    check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
             *(gradient.contiguous() for gradient in upstream),

@@ -41,14 +41,26 @@ def at_limit(nearest: Tensor, radius: Tensor, D: float) -> Tensor:
     return nearest + radius.square() == 0
 
 
-def check_singular(limit: Tensor, grad_logsumexp: Tensor) -> None:
-    """Raises ValueError if the log-sum-exp has a gradient in a row at a limit."""
-    if checks_values(limit.device) and bool((bad := limit & (grad_logsumexp != 0)).any()):
+def is_flat(nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
+    """Where the mean does not change with x and r, as far as float64 tells.
+
+    This is so at a limit, and on a reference where r is so small that (N + D)/r² overflows. The
+    gradient of the log-sum-exp would be 0 · ∞.
+    """
+    largest = torch.finfo(nearest.dtype).max / 1e4
+    overflows = radius.square() * largest < (1 if math.isinf(D) else N + D)
+    return at_limit(nearest, radius, D) | ((nearest == 0) & overflows)
+
+
+def check_singular(flat: Tensor, grad_logsumexp: Tensor) -> None:
+    """Raises ValueError if the log-sum-exp has a gradient in a row that is flat."""
+    if checks_values(flat.device) and bool((bad := flat & (grad_logsumexp != 0)).any()):
         raise ValueError(singular_message(int(bad.flatten().nonzero()[0])))
 
 
 def singular_message(row: int) -> str:
     return (
-        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite and has no gradient (r "
-        "or sigma is 0, or so small that it underflows); allowed is a larger r or sigma."
+        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite or too steep, and has no "
+        "gradient in float64 (r or sigma is 0, or so small that it underflows); allowed is a "
+        "larger r or sigma."
     )

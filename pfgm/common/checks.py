@@ -180,26 +180,65 @@ def usable_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about deprecated device names
+        device = known_device(name, others=" and auto")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about deprecated device names
-            device = torch.device(name)
         # Reading a value fails on "meta", which holds no values.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"device is {name!r}, which cannot be used here: {_device_reason(name, error)}"
-        ) from error
+        raise ValueError(_device_message(name, _device_reason(error))) from error
     return device
 
 
-def _device_reason(name: str, error: Exception) -> str:
-    """Why a device cannot be used, in one sentence."""
-    kind = name.partition(":")[0]
-    if kind == "mps" and not torch.backends.mps.is_available():
-        return "torch finds no GPU of Apple; allowed are cpu and auto."
-    if kind == "cuda" and not torch.cuda.is_available():
-        return "torch finds no GPU that it can use; allowed are cpu and auto."
+def known_device(device: object, others: str = "") -> torch.device:
+    """The device, if torch knows it and this machine has it.
+
+    Args:
+        device: a device or its name.
+        others: what else the error says is allowed.
+
+    Raises:
+        ValueError: there is no such device.
+
+    >>> known_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        reason = f"torch has no such device; {_allowed_devices(others)}."
+        raise ValueError(_device_message(device, reason)) from error
+    if (missing := _missing(found)) is not None:
+        raise ValueError(_device_message(device, f"{missing}; {_allowed_devices(others)}."))
+    return found
+
+
+def _missing(device: torch.device) -> str | None:
+    """What this machine lacks for a device; None if torch finds it or cannot tell."""
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return "torch finds no GPU of Apple"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU that it can use"
+    if device.type == "cuda" and (device.index or 0) >= (gpus := torch.cuda.device_count()):
+        return f"torch finds {gpus} of these, numbered from 0"
+    return None
+
+
+def _allowed_devices(others: str) -> str:
+    names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    verb = "are" if others or len(names) > 1 else "is"
+    return f"allowed {verb} {', '.join(names)}{others}"
+
+
+def _device_message(device: object, reason: str) -> str:
+    shown = str(device) if isinstance(device, torch.device) else device
+    return f"device is {shown!r}, which cannot be used here: {reason}"
+
+
+def _device_reason(error: Exception) -> str:
+    """Torch's reason why a device cannot be used, in one sentence."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return reason if len(reason) <= _MAX_REASON else f"{reason.partition('. ')[0][:_MAX_REASON]}."
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_floating, is_number, is_symbolic
+from .checks import check_floating, is_number, is_symbolic, known_device
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -86,15 +86,16 @@ def common_device(
 ) -> torch.device:
     """The device if given, else that of the generator, else the CPU.
 
-    Raises ValueError if device and generator are given and differ in type.
+    Raises ValueError if device and generator are given and differ in type, or if there is no such
+    device.
     """
     if generator is None:
-        return torch.device("cpu" if device is None else device)
-    if device is not None and torch.device(device).type != generator.device.type:
+        return torch.device("cpu") if device is None else known_device(device)
+    if device is not None and known_device(device).type != generator.device.type:
         raise ValueError(
             f"generator is on {generator.device} and device is {device}; both must be the same."
         )
-    return generator.device if device is None else torch.device(device)
+    return generator.device if device is None else known_device(device)
 
 
 def network_device(net: Callable[..., Any]) -> torch.device:

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ..common.checks import check_floating, is_number
+from ..common.checks import is_number
 from ..common.tensors import over_samples
 from ..solvers import SOLVERS
 from .conditions import Condition, Network, repeat_rows
@@ -219,7 +219,6 @@ class Editing(Sampling):
                 f"temperature is {temperature!r}; allowed is any finite number above 0."
             )
         self._check_x(latent, "latent")
-        check_floating("latent", latent)
         center = self._center(latent)
         offset = latent - center
         norm = offset.reshape(len(latent), self.N).norm(dim=1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_choice, check_floating, positive
+from ..common.checks import check_choice, positive
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import log_density, steps
@@ -119,9 +119,8 @@ class Likelihood(Sampling):
         >>> flow.log_likelihood(net, torch.zeros(1, 2), estimator="exact").nats  # log(1/2π)
         tensor([-1.8379], dtype=torch.float64)
         """
-        self._check_x(x)
         hint = ": whole numbers have no density, add uniform noise, 2 (x + u)/levels − 1"
-        check_floating("x", x, hint)
+        self._check_x(x, hint=hint)
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("solver", solver, SOLVERS)
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_dimensions, check_dtype, is_whole, layout_hint
+from ..common.checks import check_dimensions, check_dtype, check_floating, is_whole, layout_hint
 from ..common.tensors import dequantise, over_samples
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
@@ -153,7 +153,12 @@ class Parametrisation(ABC):
         prediction = self._predict(net, x, level, condition or {})
         return ode_steps.mean_of(x, prediction, level)
 
-    def _check_x(self, x: Tensor, name: str = "x") -> None:
+    def _check_x(self, x: Tensor, name: str = "x", hint: str = "") -> None:
+        """Raises an error unless x is floating point of shape (B, *S)."""
+        self._check_shape(x, name)
+        check_floating(name, x, hint)
+
+    def _check_shape(self, x: Tensor, name: str) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
         if x.ndim == 0 or x.shape[1:] != self.shape:
@@ -161,9 +166,9 @@ class Parametrisation(ABC):
                 f"{name} has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."
                 + layout_hint(x.shape[1:], self.shape)
             )
-        check_dtype(name, x)
 
     def _to_floating(self, x: Tensor, name: str = "x") -> Tensor:
         """Checked data as floating point; uint8 means u/127.5 − 1."""
-        self._check_x(x, name)
+        self._check_shape(x, name)
+        check_dtype(name, x)
         return dequantise(x, torch.float32) if x.dtype == torch.uint8 else x

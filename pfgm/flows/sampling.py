@@ -13,7 +13,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, allocating, as_number, check_choice, is_number, is_whole
+from ..common.checks import (
+    LARGEST,
+    allocating,
+    as_number,
+    check_choice,
+    is_number,
+    is_whole,
+    known_device,
+)
 from ..common.messages import progress_bar
 from ..common.tensors import evaluating, network_device
 from ..functional import steps as ode_steps
@@ -294,7 +302,7 @@ class Sampling(Parametrisation):
                 f"x_init has shape {tuple(x_init.shape)} and dtype {x_init.dtype}; allowed is "
                 f"floating point of shape {(n, *self.shape)}."
             )
-        return x_init.detach().to(device=device)
+        return x_init.detach().to(None if device is None else known_device(device))
 
     def _add_noise(self, x: Tensor, level: float, generator: torch.Generator | None) -> Tensor:
         return x + self.noise(x.new_full((len(x),), level), generator)

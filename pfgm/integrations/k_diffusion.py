@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import known_device
 from ..common.tensors import per_row
 from ..flows import Flow, Network
 
@@ -50,13 +51,13 @@ class KDiffusionModel(nn.Module):
             device: device of the levels.
 
         Raises:
-            ValueError: n is below 1, or there is no such schedule.
+            ValueError: n is below 1, or there is no such schedule or device.
         """
         grid = self.flow.grid(n, schedule)
         if grid[-1] > 0:  # PFGM's own grids end at z_min
             above = self.flow.grid(n - 1, schedule) if n > 1 else grid[:1]
             grid = [*above, 0.0]
-        return torch.tensor(grid, device=device)
+        return torch.tensor(grid, device=None if device is None else known_device(device))
 
 
 def as_k_diffusion(net: Network, flow: Flow) -> KDiffusionModel:

@@ -15,6 +15,7 @@ Features = Callable[[Tensor], Tensor]
 
 _MAX_DISTANCES = 2**22  # distances in memory at once: 32 MiB
 _MAX_TERMS = 2**28  # terms summed in one call of torch, which cannot be interrupted
+_SAFE = 1e-100, 1e100  # squares of such values neither overflow nor underflow
 _FEATURES_BATCH = 64  # samples in one call of features
 
 
@@ -403,10 +404,26 @@ def _kernel(products: Tensor, a: Tensor, degree: int) -> Tensor:
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yields slices of the rows of a, and the distances (rows, m) of these rows to b."""
+    scale = _safe_scale(a, b)
+    if scale != 1:
+        a, b = a * scale, b * scale
     step = max(1, min(_MAX_DISTANCES, _MAX_TERMS // max(b.shape[1], 1)) // len(b))
     for start in range(0, len(a), step):
         part = slice(start, start + step)
-        yield part, torch.cdist(a[part], b, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(a[part], b, compute_mode="donot_use_mm_for_euclid_dist")
+        if scale != 1:
+            distances /= scale
+            if not bool(distances.isfinite().all()):
+                raise ValueError("samples lie so far apart that their distances overflow float64.")
+        yield part, distances
+
+
+def _safe_scale(a: Tensor, b: Tensor) -> float:
+    """A power of two by which rows are multiplied, so that no square overflows or underflows."""
+    largest = max(float(a.abs().max()), float(b.abs().max()))
+    if largest == 0 or _SAFE[0] < largest < _SAFE[1]:
+        return 1.0
+    return 2.0 ** max(-1000, min(1000, -math.frexp(largest)[1]))
 
 
 def _ball_radii(rows: Tensor, k: int, neighbours: Tensor | None = None) -> Tensor:

@@ -23,7 +23,9 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
             f"integers of shape ({batch},)."
         )
-    if checks_values(labels.device) and bool((labels >= classes).any()):
+    # Reading a value would break a compiled graph.
+    checked = checks_values(labels.device) and not torch.compiler.is_compiling()
+    if checked and bool((labels >= classes).any()):
         raise ValueError(
             f"labels holds {int(labels.max())}; allowed is below {classes}, and below 0 for no "
             "label."
@@ -70,4 +72,6 @@ class NoiseEmbedding(nn.Module):
         """The row of the embedding table of each sample."""
         if labels is None:
             return torch.full(rms.shape, self.classes, dtype=torch.long, device=rms.device)
-        return torch.where(labels < 0, self.classes, labels)
+        # Where labels are not checked, one that is too large must not get the row for no label.
+        beyond = labels >= self.classes
+        return torch.where(labels < 0, self.classes, labels + beyond)

@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor
 
 from ..backends import choose, formulas, requested
 from ..backends.problems import PosteriorMean, State, Tangents, Upstream
-from ..backends.weights import at_limit
+from ..backends.weights import is_flat
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import flat_rows, wide_dtype
@@ -448,8 +448,8 @@ def tangent_from_gradients(
         t_j = (x_j − x)·ẋ − r ṙ,   c_j = −(N + D) p_j t_j / s_j,   grad_x = Σ_j c_j (x − x_j)
 
     The tangent of the mean is −Σ c_j (x_j − center) = grad_x + (center − x) Σ c_j, and that of the
-    log-sum-exp is −Σ c_j. Σ c_j is the gradient in r divided by r; at D = ∞ it is −g/σ². At a limit
-    the tangent of the mean is 0 and that of the log-sum-exp NaN.
+    log-sum-exp is −Σ c_j. Σ c_j is the gradient in r divided by r; at D = ∞ it is −g/σ². Where
+    the mean is flat, its tangent is 0 and that of the log-sum-exp NaN.
 
     Args:
         problem: the problem over these references, which may be a part of all.
@@ -460,13 +460,13 @@ def tangent_from_gradients(
     """
     x, radius, D = problem.x, problem.radius, problem.D
     wide = center.dtype
-    limit = at_limit(state.nearest, radius, D)
+    flat = is_flat(state.nearest, radius, D, x.shape[1])
     moved = torch.zeros_like(x) if tangents.x is None else tangents.x.to(x.dtype)
-    moved = torch.where(limit[:, None], 0.0, moved)
+    moved = torch.where(flat[:, None], 0.0, moved)
     g = (moved.to(wide) * (state.mean.to(wide) - x.to(wide))).sum(1)
     if tangents.radius is not None:
         g = g - radius * tangents.radius
-    g = torch.where(limit, 0.0, g)
+    g = torch.where(flat, 0.0, g)
     finite = not math.isinf(D)
     if finite:
         # At r = 0 the gradient r Σ c_j would be 0. A radius too small to change s replaces it.
@@ -474,9 +474,9 @@ def tangent_from_gradients(
     grad_x, _, grad_radius = call_backward(
         problem._replace(radius=radius), state, Upstream(moved, g), [True, False, finite], backend
     )
-    sum_c = torch.where(limit, 0.0, grad_radius / radius if finite else -g / radius / radius)
+    sum_c = torch.where(flat, 0.0, grad_radius / radius if finite else -g / radius / radius)
     of_mean = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
-    return of_mean, torch.where(limit, math.nan, -sum_c)
+    return of_mean, torch.where(flat, math.nan, -sum_c)
 
 
 def _transformed(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:

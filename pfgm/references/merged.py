@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..backends import formulas
 from ..backends.problems import PosteriorMean, State, Tangents, Upstream
-from ..backends.weights import at_limit
+from ..backends.weights import is_flat
 from ..common.tensors import wide_dtype
 from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
 from .given import ChunkTotals, Given, Saved
@@ -77,8 +77,8 @@ class _ChunkShare(NamedTuple):
 def _shares(
     x: Tensor, radius: Tensor, state: State, chunk_totals: ChunkTotals, given: Given
 ) -> Iterator[_ChunkShare]:
-    """Yields the chunks of this process that matter to any point away from the limits."""
-    regular = ~at_limit(state.nearest, radius, given.D)  # at a limit the mean is locally constant
+    """Yields the chunks of this process that matter to any point whose mean changes with it."""
+    regular = ~is_flat(state.nearest, radius, given.D, x.shape[1])
     totals = zip(*(values.unbind(1) for values in chunk_totals), strict=True)
     for chunk, (nearest, total) in zip(given.chunks(x.device), totals, strict=True):
         weight = relative_weight(nearest, state.nearest, radius, given.D, x.shape[1])
@@ -126,8 +126,8 @@ def tangents(
             found = (share[:, None] * found[0], share * found[1])
         of_mean.index_add_(0, rows, found[0])
         of_lse.index_add_(0, rows, found[1])
-    limit = at_limit(state.nearest, radius, given.D)
-    return of_mean, torch.where(limit, math.nan, of_lse)
+    flat = is_flat(state.nearest, radius, given.D, x.shape[1])
+    return of_mean, torch.where(flat, math.nan, of_lse)
 
 
 # ---- gradients -------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def gradients(
     of_x, of_radius = found if given.ranks is None else map(given.ranks.sum, found)
     if math.isinf(given.D):
         of_nearest = _of_distance(saved.grad_logsumexp, saved.nearest, saved.radius)
-        limit = at_limit(saved.nearest, saved.radius, given.D)
-        of_radius += torch.where(limit, 0.0, of_nearest)
+        flat = is_flat(saved.nearest, saved.radius, given.D, saved.x.shape[1])
+        of_radius += torch.where(flat, 0.0, of_nearest)
     return of_x, of_radius
 
 

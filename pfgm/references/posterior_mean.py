@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts, requested
-from ..backends.weights import at_limit, check_singular, log_sum_exp
+from ..backends.weights import check_singular, is_flat, log_sum_exp
 from ..common.checks import check_range, check_underflow, checks_values
 from ..common.transforms import forward_mode, in_torch_func, map_rows
 from ..ops.posterior_mean import OnceDifferentiable
@@ -162,7 +162,8 @@ class _Gradient(OnceDifferentiable):
 def _check_singular(saved: Saved, given: Given) -> None:
     # Each process checks the points of all. If one raised alone, the others would wait for it.
     try:
-        check_singular(at_limit(saved.nearest, saved.radius, given.D), saved.grad_logsumexp)
+        flat = is_flat(saved.nearest, saved.radius, given.D, saved.x.shape[1])
+        check_singular(flat, saved.grad_logsumexp)
     except ValueError as error:
         rows = "" if given.ranks is None else " Rows are numbered over all processes."
         raise ValueError(f"{error}{rows}") from error

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..common.checks import is_whole
+from ..common.checks import is_whole, known_device
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import dequantise
 from ..data.opening import open_source
@@ -246,7 +246,8 @@ class ReferenceSet:
             pin_memory: use page-locked memory, which GPUs read faster.
 
         Raises:
-            ValueError: the dtype is not allowed, or is uint8 and a value is outside [−1, 1].
+            ValueError: there is no such device; the dtype is not allowed, or is uint8 and a value
+                is outside [−1, 1].
 
         >>> ReferenceSet(torch.rand(10, 2)).to(dtype=torch.bfloat16).dtype
         torch.bfloat16
@@ -254,8 +255,9 @@ class ReferenceSet:
         dtype = dtype or self.dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES))}.")
+        device = self.device if device is None else known_device(device)
         shape = (len(self.part), *self.part.shape)
-        held = torch.empty(shape, dtype=dtype, device=device or self.device, pin_memory=pin_memory)
+        held = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)
         for start, chunk in self.part.stored_chunks():
             converted = _converted(chunk, dtype)
             if converted is not chunk:

@@ -27,6 +27,7 @@ from ..common.checks import natural, usable_device
 from ..common.files import MALFORMED, StrPath, write_atomic
 from ..flows.flow import Flow
 from .checksums import checksum_of
+from .compiled import load_plain_state
 from .weights_file import (
     flow_in,
     network_in,
@@ -80,7 +81,8 @@ def save(
         path: the file to write.
         flow: the flow of the network.
         network: a network. One that is not from :mod:`pfgm.networks` must be given to :func:`load`.
-            Its weights are saved, not its code.
+            Its weights are saved, not its code. The file of a network in torch.compile loads into
+            the plain network too, and the other way round.
         step: training steps of the network.
         distilled: whether it is a few-step model (:mod:`pfgm.distillation`); ``pfgm sample`` allows
             the solver consistency for these alone. None does not say.
@@ -137,7 +139,7 @@ def load(
         flow = flow_in(description)
         if network is None:
             network = network_in(description, tensors)
-        network.load_state_dict(tensors)
+        load_plain_state(network, tensors)
     except MALFORMED as error:
         raise ValueError(f"{path} cannot be loaded: {_reason(error)}") from error
     return Loaded(flow, network.to(device).eval())

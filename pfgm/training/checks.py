@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import to_unit
 from ..flows.flow import Flow
@@ -21,6 +21,7 @@ from .config import Schedule, TrainConfig
 __all__ = [
     "check_data",
     "check_labels",
+    "check_network",
     "check_same_flow",
     "other_setting",
     "value_range",
@@ -56,6 +57,31 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
             f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
             + (hint if len(data) else "")
         )
+
+
+def check_network(network: object) -> None:
+    """Raises an error unless the network can be trained.
+
+    Raises:
+        TypeError: it is no module, or a parameter that is trained is narrower than float32: it
+            would round small steps and the moving average to nothing.
+        ValueError: it has no parameters that are trained.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"network is a {type(network).__name__}; allowed is a torch.nn.Module with parameters."
+        )
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "network has no parameters that are trained; needed is one with requires_grad."
+        )
+    for name, parameter in trained:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"network has {name} in {parameter.dtype}, in which small steps are lost; allowed "
+                "are float32 and float64: network.float(), with precision='bfloat16' for speed."
+            )
 
 
 def value_range(data: References) -> tuple[float, float]:
@@ -116,8 +142,11 @@ def warn_of_range(data: References) -> None:
     )
 
 
-def check_labels(labels: Tensor | None, data: References) -> None:
-    """Raises ValueError unless labels are None or fit the data."""
+def check_labels(labels: Tensor | None, data: References, classes: int) -> None:
+    """Raises ValueError unless labels are None or fit the data, and the classes of the network.
+
+    0 classes means that their number is not known.
+    """
     if labels is None:
         return
     if isinstance(data, ReferenceSet) and data.sharded:
@@ -129,6 +158,11 @@ def check_labels(labels: Tensor | None, data: References) -> None:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
             f"integers of at least 0, of shape ({len(data)},)."
+        )
+    if classes and int(labels.max()) >= classes:
+        raise ValueError(
+            f"labels holds {int(labels.max())}, but the network has {classes} classes; allowed are "
+            f"0 to {classes - 1}."
         )
 
 

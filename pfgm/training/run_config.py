@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,8 @@ from .config import TrainConfig
 __all__ = ["RunConfig", "Settings"]
 
 CONFIG_FILE = "config.json"
+_DEFAULT_D = 128.0
+_DIMENSIONS = {"pfgm": 1.0, "edm": math.inf}  # D of the methods that have no other
 MIN_SAMPLES = 4  # also of data rows: precision and recall need 3 neighbours of each
 _MAX_SAMPLES = 10_000_000
 
@@ -40,7 +43,7 @@ class Settings:
     0 1; they become -1 and 1. By default the data are in [-1, 1] already."""
     method: Method = "pfgm"
     """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
-    D: float = 128.0
+    D: float = _DEFAULT_D
     """Augmented dimensions of pfgm++."""
     flow: dict[str, float] = dataclasses.field(default_factory=dict)
     """Hyper-parameters of the flow, such as M 291, that replace those from the data."""
@@ -104,6 +107,12 @@ class Settings:
             raise ValueError("init and teacher are both given; allowed is one of them.")
         if not self.D > 0:
             raise ValueError(f"D is {self.D}; allowed is any positive number.")
+        own = _DIMENSIONS.get(self.method, self.D)
+        if self.D not in (_DEFAULT_D, own) and self.teacher is None:
+            raise ValueError(
+                f"D is {self.D:g} with method {self.method!r}; allowed with a D is pfgm++, as pfgm "
+                "has one augmented dimension and edm infinitely many."
+            )
         check_steps("levels", self.levels)
         for steps in self.fit_levels:
             check_fitted_steps("fit_levels", steps)

@@ -19,17 +19,20 @@ from torch.optim.swa_utils import AveragedModel
 from ..common.files import MALFORMED, folder_path, remove_leftovers
 from ..common.messages import progress_bar
 from ..flows.flow import Flow
+from ..networks.registry import label_count
 from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import (
     check_data,
     check_labels,
+    check_network,
     check_same_flow,
     warn_of_range,
     warn_of_scales,
     with_settings_of_run,
 )
+from .compiled import load_plain_state, plain_state
 from .config import TrainConfig
 from .locks import FolderInUse, locked, locked_for_all
 from .logs import Log
@@ -83,7 +86,8 @@ class Trainer:
         distilled: whether this loss makes a few-step model; checkpoints record it.
 
     Raises:
-        TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`).
+        TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`);
+            or the network has no parameters in float32 or float64 that are trained.
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set.
 
@@ -129,10 +133,11 @@ class Trainer:
         self.step = 0
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
+        check_network(network)
         if self.folder is not None:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
-        check_labels(labels, data)
+        check_labels(labels, data, label_count(network))
         warn_of_range(data)
         warn_of_scales(data)
         self._processes = processes = Processes()
@@ -271,7 +276,7 @@ class Trainer:
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "rows": len(self.data),
-            "network": self.network.state_dict(),
+            "network": plain_state(self.network),
             "optimizer": self._optimizer.state_dict(),
         }
         with locked(self.folder):
@@ -325,8 +330,8 @@ class Trainer:
             )
         config = with_settings_of_run(self._given, settings, self.folder)
         try:
-            self.network.load_state_dict(state["network"])
-            self.averaged.load_state_dict(weights)
+            load_plain_state(self.network, state["network"])
+            load_plain_state(self.averaged, weights)
             self._optimizer.load_state_dict(state["optimizer"])
         except MALFORMED as error:
             reason = " ".join(str(error).split())

@@ -25,6 +25,7 @@ from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks import NETWORKS, build
 from .checksums import BLANK, fill_in_checksum, verify_checksum
+from .compiled import plain_names, plain_state, without_compile
 
 __all__ = [
     "check_savable",
@@ -68,7 +69,7 @@ def write_weights(
         description["distilled"] = distilled
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in network.state_dict().items()
+        for name, tensor in plain_state(network).items()
     }
     metadata = {"pfgm": json.dumps(description), "checksum": BLANK}
     parts = fill_in_checksum(memoryview(safetensors.torch.save(tensors, metadata=metadata)))
@@ -189,12 +190,14 @@ def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     # early and allocates nothing.
     with torch.device("meta"), _limit_parameters(len(tensors)):
         expected = build(described["name"], described["config"]).state_dict()
-    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in tensors.items()}:
+    found = {name: tensor.shape for name, tensor in plain_names(tensors).items()}
+    if {name: tensor.shape for name, tensor in expected.items()} != found:
         raise ValueError("it holds other tensors than the network it describes.")
     return build(described["name"], described["config"])
 
 
 def _describe_network(network: nn.Module) -> dict[str, Any] | None:
+    network = without_compile(network)
     for name, kind in NETWORKS.items():
         if type(network) is kind:
             return {"name": name, "config": network.config}

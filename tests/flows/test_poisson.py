@@ -840,6 +840,46 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
         flow.denoise(net, x.long(), 1.0)
     with pytest.raises(TypeError, match=r"references has dtype torch\.int64"):
         flow.empirical(torch.ones(4, 2, dtype=torch.int64))
+    for dtype in (torch.int64, torch.uint8):
+        for arguments in (
+            (flow.solve, net, x.to(dtype), [1.0, 0.5]),
+            (flow.decode, net, x.to(dtype)),
+        ):
+            with pytest.raises(TypeError, match=f"has dtype {dtype}; allowed is floating point"):
+                arguments[0](*arguments[1:])
+
+
+@pytest.mark.parametrize("device", ["foo", "", "cpu:-1", 1.5, "cuda:4096"])
+def test_a_device_that_is_not_there(device):
+    """Each message is one sentence that names the argument and what is allowed."""
+    data = torch.randn(20, 2, generator=seeded(0))
+    flow, diffusion = PoissonFlow.from_data(data), pfgm.PoissonFlowPP((2,), D=16)
+    net, generator = flow.empirical(data), torch.Generator()
+    for call in (
+        lambda: flow.prior(2, device=device),
+        lambda: flow.sample(net, 2, device=device),
+        lambda: flow.sample(net, 20, x_init=data, device=device),
+        lambda: diffusion.prior(2, device=device, generator=generator),
+        lambda: pfgm.evaluation.draw_samples(flow, net, 2, device=device),
+        lambda: pfgm.ReferenceSet(data).to(device),
+        lambda: pfgm.load("none", device=device),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^device is .*, which .*here: torch .*; allowed"
+        ) as e:
+            call()
+        assert repr(device).strip("'") in str(e.value)
+        assert len(str(e.value)) < 150
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
+def test_no_points_are_carried(solver):
+    data = torch.randn(20, 2, generator=seeded(0))
+    for flow in (PoissonFlow.from_data(data), pfgm.PoissonFlowPP((2,), D=16)):
+        net = flow.empirical(data)
+        assert flow.solve(net, data[:0], [3.0, 1.0, 0.5], solver=solver)[0].shape == (0, 2)
+        assert flow.encode(net, data[:0], solver=solver).shape == (0, 2)
+        assert flow.decode(net, data[:0], solver=solver).shape == (0, 2)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])

@@ -225,12 +225,32 @@ def test_a_level_on_a_reference_of_which_the_square_underflows(backend, forms, B
         torch.testing.assert_close(field_z, torch.full_like(field_z, -math.sqrt(N)))
         points = x.clone().requires_grad_()
         mean, lse = posterior_mean(points, references, **given)
-        if radius == 1e-160:  # its square is subnormal, and of few digits
-            continue
         assert torch.autograd.grad(mean.sum(), points, retain_graph=True)[0].abs().max() < 1e-100
-        if radius == 1e-170:
+        if radius < 1e-154:
             with pytest.raises(ValueError, match="so small that it underflows"):
                 lse.sum().backward()
+
+
+@pytest.mark.parametrize("radius", [3e-161, 1e-155, 1e-154])
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize(("B", "N"), [(1, 2), (9, 2), (9, 300)])
+def test_gradients_on_equal_references_at_a_radius_that_underflows(backend, forms, B, N, D, radius):
+    """Three references at every point: their average is rounded, and (N + D)/r² is infinite."""
+    y = torch.cat([torch.full((3, N), 0.1), torch.full((2, N), 0.7)]).double()
+    points = y[:1].repeat(B, 1).requires_grad_()
+    r = points.new_full((B,), radius, requires_grad=True)
+    for references in forms(y):
+        options = {"D": D, "return_logsumexp": True, "backend": backend}
+        mean, lse = posterior_mean(points, references, **options, **level(r, D))
+        for gradient in torch.autograd.grad(mean.sum(), (points, r), retain_graph=True):
+            assert gradient.abs().max() == 0
+        with pytest.raises(ValueError, match="so small that it underflows"):
+            lse.sum().backward()
+    y.requires_grad_()
+    mean = posterior_mean(points, y, D=D, backend=backend, **level(r, D))
+    (gradient,) = torch.autograd.grad(mean.sum(), y)
+    torch.testing.assert_close(gradient[:3], torch.full_like(y[:3], B / 3))
+    assert gradient[3:].abs().max() == 0
 
 
 def test_a_tiny_level_at_the_mean_of_two_references(backend):

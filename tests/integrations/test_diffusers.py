@@ -129,6 +129,26 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
         same(means[call], step["mean"], 1e-5)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("predicts", ["mean", "residual"])
+def test_a_loop_may_change_outputs_and_predictions_in_place(schedulers, solver, predicts):
+    flow = DENOISERS[128.0]
+    scheduler = scheduler_of(schedulers, flow, solver=solver, prediction_type=predicts)
+
+    def sample(change):
+        scheduler.set_timesteps(6)
+        x, memory = scheduler.prior(3, seeded()), torch.empty(3, *flow.shape)
+        for t in scheduler.timesteps:
+            output = memory.copy_(torch.tanh(scheduler.scale_model_input(x, t)))
+            step = scheduler.step(output if change else output.clone(), t, x)
+            if change:
+                step.pred_original_sample.clamp_(-0.1, 0.1)
+            x = step.prev_sample
+        return x
+
+    assert torch.equal(sample(change=True), sample(change=False))
+
+
 @pytest.mark.parametrize("flow", [FIELD, DENOISERS[128.0]], ids=name)
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
 def test_the_exact_network_leads_to_the_data(schedulers, flow, solver):

@@ -105,6 +105,8 @@ def test_a_model_of_k_diffusion(flow):
         model(x, torch.ones(2))
     with pytest.raises(ValueError, match="steps is 0"):
         model.get_sigmas(0)
+    with pytest.raises(ValueError, match="device is 'foo', which cannot be used here"):
+        model.get_sigmas(2, device="foo")
 
 
 def test_denoisers_of_k_diffusion_are_networks_of_the_flow(sampling, same):

@@ -413,6 +413,23 @@ def test_counts_of_the_kernel_distance(option: str) -> None:
         metrics.kernel_distance(normal(8, 2), normal(8, 2), **{option: 0})
 
 
+@pytest.mark.parametrize("power", [-1060, -600, 600, 1010])
+def test_metrics_of_distances_do_not_depend_on_the_unit(power: int) -> None:
+    """Squares of these distances overflow or underflow float64."""
+    a, b = normal(20, 3).double(), normal(30, 3, seed=1).double() + 2
+    big_a, big_b = (torch.ldexp(x, torch.tensor(power)) for x in (a, b))
+    for metric in (metrics.precision_recall, metrics.density_coverage):
+        assert metric(big_a, big_b) == metric(a, b)
+    wanted = torch.ldexp(metrics.nearest_distance(a, b), torch.tensor(power))
+    torch.testing.assert_close(metrics.nearest_distance(big_a, big_b), wanted, rtol=1e-3, atol=0)
+
+
+def test_distances_beyond_float64_are_refused() -> None:
+    a = torch.tensor([[1.5e308], [-1.5e308]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="their distances overflow float64"):
+        metrics.neighbour_distances(a, k=1)
+
+
 def test_kernel_distance_that_overflows_raises() -> None:
     with pytest.raises(ValueError, match="kernel distance overflows"):
         metrics.kernel_distance(normal(8, 2) * 1e100, normal(8, 2))

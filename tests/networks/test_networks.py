@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pfgm
-from pfgm.networks import MLP, Denoiser, UNet, build, field_from_mean
+from pfgm.networks import MLP, Denoiser, UNet, build, embedding, field_from_mean
 
 FIELD_NETWORKS = ("mlp", "unet")
 MLP_OPTIONS: dict[str, Any] = {"width": 24, "depth": 2}
@@ -331,6 +331,18 @@ def test_labels(name: str) -> None:
         network(x, z, labels=labels[:5])
     with pytest.raises(ValueError, match="without classes"):
         make(name)(x, z, labels=labels)
+
+
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
+@pytest.mark.parametrize("label", [3, 4])
+def test_a_label_that_is_not_checked_is_never_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch, name: str, label: int
+) -> None:
+    """As on a GPU, where values are not checked."""
+    monkeypatch.setattr(embedding, "checks_values", lambda device: False)
+    network = make(name, classes=3)
+    with pytest.raises(IndexError):
+        network(torch.randn(1, *network.shape), torch.rand(1), labels=torch.tensor([label]))
 
 
 @pytest.mark.parametrize("name", FIELD_NETWORKS)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import random
@@ -35,6 +36,10 @@ def network():
 def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def equal_parameters(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 class Own(nn.Module):
@@ -115,6 +120,33 @@ def test_shared_and_strided_weights(tmp_path, flow):
     network, other = Tied(), Tied()
     pfgm.save(tmp_path / "net.safetensors", flow, network)
     assert same_weights(pfgm.load(tmp_path / "net.safetensors", other).network, network)
+
+
+def wrapped(network, part):
+    """A copy of an MLP that torch.compile wraps: "all" of it, one "block", or "none"."""
+    network = copy.deepcopy(network)
+    if part == "block":
+        network.blocks[0] = torch.compile(network.blocks[0])
+    return torch.compile(network) if part == "all" else network
+
+
+@pytest.mark.parametrize("loaded", ["none", "all", "block"])
+@pytest.mark.parametrize("saved", ["none", "all", "block"])
+@pytest.mark.parametrize("older", [False, True])
+def test_compiled_and_plain_networks_share_files(
+    tmp_path, flow, network, monkeypatch, saved, loaded, older
+):
+    path = tmp_path / "net.safetensors"
+    with monkeypatch.context() as patch:
+        if older:  # files had the names of the compiled network
+            patch.setattr(weights_file, "plain_state", nn.Module.state_dict)
+            patch.setattr(weights_file, "without_compile", lambda network: network)
+        pfgm.save(path, flow, wrapped(network, saved))
+    other = wrapped(pfgm.networks.MLP((3,), width=16, depth=2), loaded)
+    assert pfgm.load(path, other).network is other
+    assert equal_parameters(other, network)
+    if not (older and saved == "all"):  # such files do not describe the network
+        assert same_weights(pfgm.load(path).network, network)
 
 
 class OtherFlow(pfgm.PoissonFlow):

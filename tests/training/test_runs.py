@@ -119,6 +119,10 @@ def test_a_run_without_a_weighting_goes_on_with_the_published_one(tmp_path):
     assert RunConfig.load(path).weighting == "auto"  # a recipe
     with pytest.raises(ValueError, match="weighting is 'balanced'; the run in"):
         run(tmp_path / "published", resume=True, weighting="balanced")
+    for method in ("pfgm", "edm"):
+        with pytest.raises(ValueError, match=f"D is 64 with method '{method}'; allowed with a D"):
+            RunConfig(method=method, D=64.0)
+    RunConfig(method="edm", D=math.inf)
     with pytest.raises(ValueError, match="weighting is 'balanced' with method 'edm'"):
         RunConfig(method="edm", weighting="balanced")
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import pfgm
+from pfgm import training
 from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer, time_left
 from pfgm.training.checkpoint import load_run
 
@@ -626,6 +627,13 @@ def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, references, 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_beyond_the_classes_of_the_network(data, flow):
+    network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4)
+    labels = torch.arange(50) % 5
+    with pytest.raises(ValueError, match="labels holds 4, but the network has 4 classes"):
+        Trainer(flow, network, data, SMALL, progress=False, labels=labels)
+
+
 def test_labels_of_a_reference_set(data, flow):
     rows = pfgm.ReferenceSet(data, labels=torch.arange(50) % 4)
     trained = []
@@ -694,6 +702,46 @@ def test_the_compiled_network_is_called(data, flow, monkeypatch):
     found = Trainer(flow, network, data, config(compile=True), progress=False).train()
     assert compiled == [network]
     assert equal(weights(found), weights(expected))
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("saved", ["plain", "compiled"])
+def test_compiled_and_plain_networks_resume_each_other(
+    tmp_path, data, flow, monkeypatch, saved, older
+):
+    plain, compiled = new_network(), torch.compile(new_network())
+    networks = (plain, compiled) if saved == "plain" else (compiled, plain)
+    with monkeypatch.context() as patch:
+        if older:  # files had the names of the compiled network
+            for module in (training.trainer, training.weights_file):
+                patch.setattr(module, "plain_state", nn.Module.state_dict)
+        Trainer(flow, networks[0], data, SMALL, folder=tmp_path, progress=False).save()
+    trainer = Trainer(flow, networks[1], data, SMALL, folder=tmp_path, progress=False)
+    with torch.no_grad():
+        for parameter in (*trainer.network.parameters(), *trainer.averaged.parameters()):
+            parameter.zero_()
+    trainer.resume()
+    assert equal(weights(trainer.network), weights(networks[0]))
+    assert equal(weights(trainer.averaged), weights(networks[0]))
+
+
+def test_networks_that_cannot_be_trained(data, flow):
+    network = pfgm.networks.MLP((2,), width=16, depth=1)
+    for other, error, message in (
+        (lambda x, z: (x, z), TypeError, "network is a function; allowed is a torch.nn.Module"),
+        (nn.Identity(), ValueError, "network has no parameters that are trained"),
+        (
+            copy.deepcopy(network).requires_grad_(False),
+            ValueError,
+            "no parameters that are trained",
+        ),
+        (copy.deepcopy(network).bfloat16(), TypeError, "bfloat16, in which small steps are lost"),
+        (copy.deepcopy(network).half(), TypeError, "float16, in which small steps are lost"),
+    ):
+        with pytest.raises(error, match=message):
+            Trainer(flow, other, data, SMALL, progress=False)
+    network.stem.bfloat16().requires_grad_(False)  # a part that is not trained may have any dtype
+    Trainer(flow, network, data, SMALL, progress=False)
 
 
 # ---- labels, and the other flow ----

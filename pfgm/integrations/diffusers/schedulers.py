@@ -328,7 +328,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return heun_step_from_mean(start, x, mean, level, self._levels[call])
 
     def _multistep(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
-        earlier, self._earlier = self._earlier, (mean, self._levels[call])
+        # Cloned, because a loop may clamp its prediction in place, and a network its output.
+        earlier, self._earlier = self._earlier, (mean.clone(), self._levels[call])
         if earlier is None or call == len(self.timesteps) - 1:
             return self._euler(call, x, mean)
         return multistep_step_from_mean(

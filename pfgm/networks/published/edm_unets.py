@@ -338,11 +338,12 @@ class SongUNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(features))))
 
     def _one_hot(self, labels: Tensor | None, noise: Tensor) -> Tensor:
-        """(B, classes), with a row of zeros for no label."""
+        """(B, classes), with a row of zeros for no label, and of NaN for one that is too large."""
         if labels is None:
             return noise.new_zeros(len(noise), self.classes)
         numbers = torch.arange(self.classes, device=labels.device)
-        return (labels[:, None] == numbers).to(noise.dtype)
+        one_hot = (labels[:, None] == numbers).to(noise.dtype)
+        return torch.where((labels >= self.classes)[:, None], math.nan, one_hot)
 
     def _down(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
         """The skip connections of the encoder; the last one is its output."""

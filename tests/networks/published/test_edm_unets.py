@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import pfgm
-from pfgm.networks import EDMDenoiser, build
+from pfgm.networks import EDMDenoiser, build, embedding
 from pfgm.networks.published.edm_unets import EDMConv
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -66,6 +66,14 @@ def test_they_start_small_and_train(name, losses_in_training):
     losses = losses_in_training(net, loss, steps=30, learning_rate=5e-3, seeds=3)
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
     assert flow.sample(net, 2, steps=2).isfinite().all()
+
+
+def test_a_label_that_is_not_checked_is_never_taken_for_none(monkeypatch):
+    """As on a GPU, where values are not checked and NaN shows what is wrong."""
+    monkeypatch.setattr(embedding, "checks_values", lambda device: False)
+    net = EDMDenoiser(1, 8, classes=3, **TINY)
+    mean = net(torch.randn(3, 1, 8, 8), torch.ones(3), torch.tensor([2, 3, -1]))
+    assert mean.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", KINDS)
