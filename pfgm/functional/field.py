@@ -253,7 +253,8 @@ def field_fn(
         z: augmented coordinate, at least 0, in the units of x: a number, (B,), or (B, 1, …, 1).
         references: (M, *S), M ≥ 1, as for :func:`posterior_mean`. In training, a large batch of
             data that contains the clean versions of x.
-        gamma: softening of the normalisation, at least 0.
+        gamma: softening of the normalisation, at least 0. The target of a flow has its gamma,
+            ``flow.gamma``.
         backend, precision: as for :func:`posterior_mean`.
 
     Returns:

@@ -43,6 +43,25 @@ def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     exec(compile(code, name(page), "exec"), {})
 
 
+EXAMPLES = [(path, path.read_text()) for path in sorted((ROOT / "examples").glob("*.py"))]
+TARGETS = [
+    pytest.param(code, id=f"{name(page)}-{index}")
+    for index, (page, code) in enumerate([*(block.values for block in BLOCKS), *EXAMPLES])
+    if "perturb(" in code and "field_fn(" in code
+]
+
+
+def test_targets_of_a_flow_are_found():
+    assert len(TARGETS) == 6  # README, two pages, three examples
+
+
+@pytest.mark.parametrize("code", TARGETS)
+def test_targets_have_the_gamma_of_their_flow(code):
+    """The default gamma is right only for some flows, and sampling would use another one."""
+    for arguments in re.findall(r"field_fn\((.*)\)$", code, flags=re.MULTILINE):
+        assert "gamma=" in arguments, arguments
+
+
 def published_losses():
     """The sections of drop-in.md that replace a loss: for each, the functions before and after."""
     text = (DOCS / "drop-in.md").read_text()
