@@ -41,7 +41,7 @@ format:
 sanitize:
     .ci/sanitize cpu_test
 
-# Build the documentation into site/.
+# Build the documentation into build/site/.
 docs:
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 

@@ -29,7 +29,7 @@ def train(accelerator: Accelerator, flow: pfgm.PoissonFlow, data: Tensor, epochs
         losses = []
         for (x,) in batches:
             x_perturbed, z = flow.perturb(x)
-            field_x, field_z = pfgm.field_fn(x_perturbed, z, references)
+            field_x, field_z = pfgm.field_fn(x_perturbed, z, references, gamma=flow.gamma)
             predicted_x, predicted_z = net(x_perturbed, z)
             error_x = (predicted_x - field_x).square().flatten(1).sum(1)
             loss = (error_x + (predicted_z - field_z).square()).mean() / 2

@@ -26,7 +26,7 @@ class PoissonModule(lightning.LightningModule):
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         x_perturbed, z = self.flow.perturb(batch[0])
-        field_x, field_z = pfgm.field_fn(x_perturbed, z, self.references)
+        field_x, field_z = pfgm.field_fn(x_perturbed, z, self.references, gamma=self.flow.gamma)
         predicted_x, predicted_z = self.net(x_perturbed, z)
         error_x = (predicted_x - field_x).square().flatten(1).sum(1)
         loss: torch.Tensor = (error_x + (predicted_z - field_z).square()).mean() / 2

@@ -50,7 +50,7 @@ if __name__ == "__main__":
 
     def batch_loss() -> Tensor:
         x_perturbed, z = flow.perturb(data[torch.randint(len(data), (64,))])
-        field_x, field_z = pfgm.field_fn(x_perturbed, z, references=data)
+        field_x, field_z = pfgm.field_fn(x_perturbed, z, data, gamma=flow.gamma)
         predicted_x, predicted_z = net(x_perturbed, z)
         error_x = (predicted_x - field_x).square().flatten(1).sum(1)
         return torch.mean(error_x + (predicted_z - field_z).square()) / 2

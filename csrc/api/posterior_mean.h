@@ -67,7 +67,7 @@ struct Forward {
 // several calls in the same way. They add to `sums` (null if x needs no gradient) and `moments`,
 // which begin as 0. The last call, which has the gradients, may be without references. `pulls` must
 // be complete before: it begins as 0, and if any_steep(), posterior_mean_pulls() adds each part of
-// the references to it. cpu/posterior_mean.cpp defines c_j and the moment.
+// the references to it. cpu/gradients.h defines c_j and the moment, cpu/steep_rows.h steep rows.
 struct Backward {
   const void* grad_mean;         // (queries, features)
   const double* grad_logsumexp;  // (queries)

@@ -59,12 +59,10 @@ constexpr int kSumRows = kVectorBytes == 64 ? 3 : kTileQueries;
 constexpr auto counts = [](double weight) { return weight != 0; };
 
 // The squared distance up to which a reference of a chunk may count, under `law`.
-double visible_distance(const WeightLaw& law, const QueryState& state, double radius,
+double visible_distance(const WeightLaw& law, QueryState state, double radius,
                         double chunk_nearest) {
-  const double nearest = chunk_nearest < state.nearest ? chunk_nearest : state.nearest;
-  double total = state.total;
-  if (total > 0) total *= std::exp(law.relative_score(state.nearest - nearest, nearest, radius));
-  return nearest + law.excess_at(law.cutoff - std::log(total > 1 ? total : 1), nearest, radius);
+  rebase(law, state, radius, chunk_nearest);
+  return state.nearest + law.excess_at(visible_fall(law, state), state.nearest, radius);
 }
 
 // ---- forward --------------------------------------------------------------------------------

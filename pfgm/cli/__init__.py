@@ -19,9 +19,9 @@ from ..common.messages import print_result, unfailing_streams
 from ..training import Diverged
 from ..training.processes import ProcessLost
 from .convert import Convert
-from .defaults import without_none
 from .demo import Demo
 from .evaluate import Evaluate
+from .help import readable_help
 from .info import Info
 from .sample import Sample
 from .train import Train, starting_config
@@ -85,7 +85,7 @@ def _parse(arguments: list[str]) -> Any:
         subcommand = tyro.conf.subcommand(name, default=default, constructor=kind)
         commands.append(Annotated[Any, subcommand])
     union: Any = functools.reduce(operator.or_, commands)
-    with without_none():
+    with readable_help():
         return tyro.cli(
             union,
             prog="pfgm",

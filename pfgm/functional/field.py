@@ -213,6 +213,7 @@ def posterior_mean(
     >>> posterior_mean(torch.tensor([[0.5, 2.0]]), references, r=1.0)
     tensor([[0.5000, 0.0000]])
     """
+    # First the short way, which answers None wherever it does not apply or an argument is wrong.
     if (r is None) != (sigma is None) and type(D) in (float, int) and 0 < D <= LARGEST:
         level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
         rows, sketch_of = _in_one(references)
@@ -253,7 +254,8 @@ def field_fn(
         z: augmented coordinate, at least 0, in the units of x: a number, (B,), or (B, 1, …, 1).
         references: (M, *S), M ≥ 1, as for :func:`posterior_mean`. In training, a large batch of
             data that contains the clean versions of x.
-        gamma: softening of the normalisation, at least 0.
+        gamma: softening of the normalisation, at least 0. The target of a flow has its gamma,
+            ``flow.gamma``.
         backend, precision: as for :func:`posterior_mean`.
 
     Returns:
@@ -267,6 +269,7 @@ def field_fn(
     >>> field_x, field_z
     (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
     """
+    # First the short way, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _in_one(references)
         given = (x, z, rows, gamma, backend, precision)

@@ -108,8 +108,9 @@ def euler_step(
         field_z: (B,), the field along z.
         z: level of x, above 0, in the units of x: a number or (B,).
         z_next: level of the result, at least 0: a number or (B,).
-        gamma: softening in the field's normalisation, at least 0.
-        z_exp: below this z, field_z is replaced by the value that field_x implies.
+        gamma: softening in the field's normalisation, at least 0; of a flow, ``flow.gamma``.
+        z_exp: below this z, field_z is replaced by the value that field_x implies; of a flow,
+            ``flow.z_exp``.
         substitution: formula of the replacement, "exact" or "published".
         return_mean: return the mean too.
         out: (B, *S) in the dtype of x, to which the result is written. It may be an input.

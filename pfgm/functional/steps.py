@@ -1,8 +1,8 @@
 """One step of the flow's ODE, for the solvers and for the public functions.
 
-The argument slope is either a field or the mean itself. Every step has the form
-next = x + toward (mean − x) + blend (history − x). It returns the next points, and the mean if it
-is wanted. :mod:`pfgm.functional.ode_step` has the formulas.
+The argument slope is what the network predicts: a field, or the mean itself. Both give dx/dz.
+Every step has the form next = x + toward (mean − x) + blend (history − x). It returns the next
+points, and the mean if it is wanted. :mod:`pfgm.functional.ode_step` has the formulas.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def heun(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The second half of a Heun step: from x, with the average of the slopes at both ends.
+    """The second half of a Heun step: from x, with the average of dx/dz at both ends.
 
-    The argument slope is that at predicted. The slope at x is (predicted − x)/(z_next − z), so
+    The argument slope is that at predicted. dx/dz at x is (predicted − x)/(z_next − z), so
     next = ½ (x + predicted) + ½ (z/z_next − 1)(mean − predicted).
     """
     given = (z, z_next, 1.0)

@@ -271,7 +271,18 @@ def shown_help(capsys, *arguments):
 
 @pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "convert", "info"])
 def test_the_help_shows_no_default_where_there_is_none(command, capsys):
-    assert "None" not in shown_help(capsys, command)
+    shown = shown_help(capsys, command)
+    assert "None" not in shown
+    assert "(default: )" not in shown
+
+
+def test_a_text_of_the_help_is_one_paragraph(monkeypatch, capsys):
+    """In a wide terminal a text of two lines of source stands in one line."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    line = "By default a resumed run takes them from its own folder."
+    assert line in capsys.readouterr().out
 
 
 def test_the_help_shows_the_other_defaults(tmp_path, capsys):

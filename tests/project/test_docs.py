@@ -43,6 +43,25 @@ def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     exec(compile(code, name(page), "exec"), {})
 
 
+EXAMPLES = [(path, path.read_text()) for path in sorted((ROOT / "examples").glob("*.py"))]
+FIELDS_OF_FLOWS = [
+    pytest.param(code, id=f"{name(page)}-{index}")
+    for index, (page, code) in enumerate([*(block.values for block in BLOCKS), *EXAMPLES])
+    if ("perturb(" in code and "field_fn(" in code) or ("flow" in code and "euler_step(" in code)
+]
+
+
+def test_fields_of_flows_are_found():
+    assert len(FIELDS_OF_FLOWS) == 8  # README, drop-in twice, two other pages, three examples
+
+
+@pytest.mark.parametrize("code", FIELDS_OF_FLOWS)
+def test_fields_have_the_gamma_of_their_flow(code):
+    """The default gamma is right only for some flows."""
+    for line in re.findall(r"^.*\b(?:field_fn|euler_step)\(.*$", code, flags=re.MULTILINE):
+        assert "gamma=" in line or "**of_flow" in line, line
+
+
 def published_losses():
     """The sections of drop-in.md that replace a loss: for each, the functions before and after."""
     text = (DOCS / "drop-in.md").read_text()

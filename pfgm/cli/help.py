@@ -1,0 +1,65 @@
+"""Help of the options: each text one paragraph, and no "(default: None)" or "(default: )"."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+__all__ = ["readable_help"]
+
+_HelpText = str | Callable[[], str | None] | None
+
+
+def readable_help() -> ConstructorRegistry:
+    """A registry that changes what tyro's help of a dataclass shows.
+
+    - The help shows no default that is None or empty. The text of such an option says what happens
+      without it.
+    - Lines of a text are joined. tyro keeps the line breaks of the source where lines are indented.
+    """
+    registry = ConstructorRegistry()
+    asking = False  # whether the rule below asks tyro for its own answer
+
+    @registry.struct_rule
+    def change(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asking
+        if asking or not dataclasses.is_dataclass(info.type):
+            return None
+        asking = True
+        try:
+            found = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(found, StructConstructorSpec):
+            return None
+        return dataclasses.replace(found, fields=tuple(map(_readable, found.fields)))
+
+    return registry
+
+
+def _readable(field: StructFieldSpec) -> StructFieldSpec:
+    """The same option with another help."""
+    kind: Any = field.type
+    if field.default is None or field.default in ((), {}):
+        kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
+    return dataclasses.replace(field, type=kind, helptext=_paragraph(field.helptext))
+
+
+def _paragraph(text: _HelpText) -> _HelpText:
+    """The text in one line. A function, which tyro calls only if it shows the help, stays one."""
+    if callable(text):
+        return lambda: _paragraph_of(text())
+    return _paragraph_of(text)
+
+
+def _paragraph_of(text: str | None) -> str | None:
+    return None if text is None else " ".join(text.split())
