@@ -157,9 +157,9 @@ INTENTS = {
     },
     "merge": Intent(256, blocks=2),
     **{
-        f"list_references<{rows}, {order}, {halves}>": Intent(8 * rows, blocks=2)
+        f"list_references<{rows}, {uneven}, {halves}>": Intent(8 * rows, blocks=2)
         for rows in (32, 64)
-        for order in ("true", "false")
+        for uneven in ("true, true", "true, false", "false, false")
         for halves in ("true", "false")
     },
     "pull": Intent(256, blocks=2),

@@ -41,6 +41,7 @@ LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from whic
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
 FEW_PARTS = 8  # that fit into memory, so that they have as many panels as they can
 GATHERED_PANELS = 64  # whose weights a block of the CUDA ``list_references`` gathers, at most
+LISTING = 8  # threads of it for a query of a group; so many groups have uneven shares of blocks
 TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
 
 
@@ -418,11 +419,35 @@ class Mean:
         return {name: total / self.weight for name, total in self.sums.items()}
 
 
+def list_blocks(queries: int, m: int, rows: int, multiprocessors: int) -> int:
+    """Blocks of the CUDA ``list_references``."""
+    groups, panels = up(queries, rows), up(m, 32)
+    uneven = 1 < groups <= LISTING
+    each = 1 if uneven else math.isqrt(up(24 * groups, multiprocessors) - 1) + 1
+    least = groups * (1 + up(panels, GATHERED_PANELS))
+    found = max(min(each * multiprocessors, groups * panels), least)
+    return found if uneven else found - found % groups
+
+
+def list_shares(live: Tensor, order: Tensor | None, rows: int, blocks: int) -> Tensor:
+    """Blocks of the CUDA ``list_references`` that each group has, given the weights of a chunk that
+    are not zero."""
+    queries = live if order is None else live[order]
+    groups = up(len(live), rows)
+    if not 1 < groups <= LISTING:
+        return torch.full((groups,), blocks // groups)
+    most = torch.stack([each.sum() for each in queries.split(rows)]).clamp(max=live.shape[1])
+    panels = ((most + 31) // 32).clamp(min=1).cumsum(0)
+    ends = torch.arange(1, groups + 1) + (blocks - groups) * panels // panels[-1]
+    return ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
+
+
 class Lists:
     """What the blocks of queries list, in parts of the sizes that these cards have."""
 
     def __init__(self, shape: Shape, cards: Sequence[Device]) -> None:
         self.block = shape.block
+        self.multiprocessors = {card.sms for card in cards}
         self.parts = {shape.sums(card): Mean() for card in cards}
         self.orders: list[Tensor | None] = []
         """Of the queries of each block, from the first chunk."""
@@ -435,6 +460,10 @@ class Lists:
             for rows in {sums.rows for sums in self.parts}:
                 listed = listed_references(each, order, rows)
                 of_weights = {"transfers": float(transfers(each, order, rows).double().mean())}
+                for sms in self.multiprocessors:
+                    blocks = list_blocks(len(each), each.shape[1], rows, sms)
+                    gathered = (listed / 32).ceil() / list_shares(each, order, rows, blocks)
+                    of_weights[f"gathered on {sms}, most"] = float(gathered.ceil().max())
                 for sums, mean in self.parts.items():
                     if sums.rows == rows:
                         number, found = parts_of(listed, sums.panels)

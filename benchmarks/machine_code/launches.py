@@ -286,9 +286,12 @@ _LOOPS = {
     "weigh": {"pairs": "fp32", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},
     "list_references": {
+        "panels": "STG",
+        "rest": "STG",
         "words": "LDG",
         "places": "STS",
-        "panels": "STG",
+        "bits": "POPC",
+        "sums": "STS",
         "counts": "LDG",
         "ranks": "LDS",
     },

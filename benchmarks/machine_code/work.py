@@ -6,7 +6,6 @@ tests/gpu/cuda/test_counts.py holds it against what the host shim counts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from benchmarks.machine_code import data as constants
 from benchmarks.machine_code.data import (
     GATHERED_PANELS,
     LISTED_TOGETHER,
+    LISTING,
     PART_PANELS,
     SUM_FEATURES,
     SUM_ROWS,
@@ -22,6 +22,7 @@ from benchmarks.machine_code.data import (
     TRANSFER,
     Shape,
     limit_warps,
+    list_blocks,
     up,
 )
 from benchmarks.machine_code.devices import Device
@@ -41,9 +42,9 @@ _SIZES = {
 _PANEL = 32  # features, or references, that are added up together
 _STAGED = 64  # features that a trip of ``distances`` takes
 _CENTER = 256  # features of a block of ``find_center``
-_LISTING = 8  # threads of ``list_references`` for a query of a group; it orders as many queries
 _RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
 _OVER_WARP = 5  # shuffles that combine the values of a warp
+_OF_PLACES = _OVER_WARP + 2  # with which a warp finds the places of what its threads list
 _OF_WEIGHTS = PIECE * 4 + PIECE / 8  # bytes of PIECE weights, and of a bit for each
 
 
@@ -557,15 +558,17 @@ def _ordered_lists(
 ) -> Iterator[Work]:
     """Lists for so many chunks, and the order of queries for the first chunk of all."""
     halves, rows = shape.halves and not backward, shape.sums(card).rows
-    ordered = queries > rows and m == shape.chunk
-    alone = ordered and queries > _LISTING * rows
-    if alone:
+    several = queries > rows
+    uneven = several and queries <= LISTING * rows
+    ordered = several and m == shape.chunk
+    if ordered and not uneven:
         yield _order(queries, pieces)
-    elif ordered:
-        yield _list(shape, data, queries, m, card, halves, pieces)
+    listing = _list(shape, data, queries, m, card, halves, pieces if uneven else 0)
+    if ordered and uneven:
+        yield _list(shape, data, queries, m, card, halves, pieces, order=True)
         chunks -= 1
     if chunks > 0:
-        yield _list(shape, data, queries, m, card, halves)._replace(times=chunks)
+        yield listing._replace(times=chunks)
 
 
 def _order(queries: int, pieces: int) -> Work:
@@ -581,37 +584,56 @@ def _order(queries: int, pieces: int) -> Work:
 
 
 def _list(
-    shape: Shape, data: Data, queries: int, m: int, card: Device, halves: bool, pieces: int = 0
+    shape: Shape,
+    data: Data,
+    queries: int,
+    m: int,
+    card: Device,
+    halves: bool,
+    pieces: int,
+    order: bool = False,
 ) -> Work:
     """The lists of a chunk, and the weights of what they list.
 
-    It also finds the order of queries from their weights in pieces.
+    Args:
+        pieces: of the chunk, if groups have uneven shares of the blocks; 0 otherwise.
+        order: whether it finds the order of queries.
     """
     sums = shape.sums(card)
-    groups, words, threads = up(queries, sums.rows), up(m, 32), _LISTING * sums.rows
-    even = math.isqrt(up(24 * groups, card.sms) - 1) + 1  # blocks of a multiprocessor
-    shares = max(min(max(1, even * card.sms // groups), words), up(words, GATHERED_PANELS))
-    blocks, part = groups * shares, sums.panels
+    groups, words, threads = up(queries, sums.rows), up(m, 32), LISTING * sums.rows
+    warps, half = threads // 32, sums.rows // 2
+    blocks = list_blocks(queries, m, sums.rows, card.sms)
     found = data["lists"][sums.name]
     spread = TRANSFER * found["transfers"] / found["listed"] if found["listed"] else 1.0
-    most = found["panels, most"] if found["parts, most"] == 1 else part * found["parts, most"]
+    each = up(words, threads)
     loops = {
-        "words": _listing(blocks, words, threads, sums.rows)._replace(stored=0),
-        "places": _by_all(blocks, up(words, threads)),
-        "panels": Loop(groups * found["panels"], up(most, shares), spread=spread),
+        "words": _by_all(blocks, half * up(2 * up(words, 32), warps))._replace(stored=0),
+        "bits": _by_all(blocks, each),  # of words are counted
+        "sums": _by_all(blocks, each),  # of them are added up
+        "places": _by_all(blocks, each),
+        "panels": Loop(
+            groups * found["panels"], found[f"gathered on {card.sms}, most"], spread=spread
+        ),
+        "rest": Loop(0, 0),  # takes single panels, which are counted as parts of four in "panels"
     }
     if pieces:
-        loops |= {"counts": _by_all(blocks, pieces), "ranks": _by_all(blocks, up(queries, 4))}
-    name = f"list_references<{sums.rows}, {_text(pieces > 0)}, {_text(halves)}>"
-    memory = 4 * (threads // 32 + sums.rows + threads + _PANEL * GATHERED_PANELS) + 8 * words
-    once, moved = Amount(barriers=3 if pieces else 2), 4 * queries * words
+        loops["counts"] = _by_all(blocks, pieces)
+    if order:
+        loops["ranks"] = _by_all(blocks, up(queries, 4))
+    how = ", ".join(map(_text, (pieces > 0, order, halves)))
+    name = f"list_references<{sums.rows}, {how}>"
+    memory = 4 * (2 * threads + 2 * warps + sums.rows + _PANEL * GATHERED_PANELS) + 12 * words
+    once = Amount(barriers=6, exchanges=warps * _OF_PLACES)
+    if pieces:
+        once = once.plus(Amount(barriers=2 + order, exchanges=warps * 8))
+    moved = 4 * queries * words
     return Work("list_references", name, blocks, threads, memory, once, loops, moved)
 
 
 def _listing(blocks: int, words: int, threads: int, loads: int) -> Loop:
     """Blocks list the bits that are set in words, each of which is found from so many loads."""
     rounds = up(words, threads)
-    each = Amount(barriers=2, exchanges=threads // 32 * _OVER_WARP)
+    each = Amount(barriers=2, exchanges=threads // 32 * _OF_PLACES)
     return _by_all(blocks, loads * rounds, each.times(rounds))
 
 

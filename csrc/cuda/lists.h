@@ -23,26 +23,23 @@ template <int ROWS> constexpr int kListThreads = 8 * ROWS;
 constexpr int kFewestPanels = 4, kMostPanels = 16, kPartPanels = 64;
 constexpr int kGatheredPanels = 64;  // of a block of list_references, at most
 
-// How many bits are set before those of this thread's word: `count` earlier ones, and those of
-// threads before it. `count` then counts the bits of all threads too. `before` has a place for each
+// The place of the first of a thread's `own` things: `count` earlier ones and those of threads
+// before it come first. `count` then counts those of all threads too. `before` has a place for each
 // warp.
 template <int THREADS>
-__device__ inline int place_of_word(unsigned word, int& count, int* before) {
+__device__ inline int place_of(int own, int& count, int* before) {
   const Lane lane = this_lane();
-  int place = __popc(word);
+  int place = own;
   for (int apart = 1; apart < 32; apart *= 2) {
     const int lower = __shfl_sync(kAll, place, lane.lane - apart);
     if (lane.lane >= apart) place += lower;
   }
-  __syncthreads();  // no thread uses the counts of earlier words any more
+  __syncthreads();  // no thread uses the counts of an earlier call any more
   if (lane.lane == 31) before[lane.warp] = place;
   __syncthreads();
-  place += count - __popc(word);
-#pragma unroll
-  for (int v = 0; v < THREADS / 32; ++v) {
-    if (v < lane.warp) place += before[v];
-    count += before[v];
-  }
+  const int of_warp = lane.lane < THREADS / 32 ? before[lane.lane] : 0;
+  place += count - own + __reduce_add_sync(kAll, lane.lane < lane.warp ? of_warp : 0);
+  count += __reduce_add_sync(kAll, of_warp);
   return place;
 }
 
@@ -57,7 +54,7 @@ __device__ inline int list(int* to, int* before, int words, Bits bits) {
   for (int start = 0; start < words; start += THREADS) {
     const int w = start + thread;
     const unsigned word = w < words ? bits(w) : 0;
-    int place = place_of_word<THREADS>(word, count, before);
+    int place = place_of<THREADS>(__popc(word), count, before);
     for (int b = 0; b < 32; ++b) {
       const int set = static_cast<int>(word >> b & 1u);
       if (set) to[place] = 32 * w + b;
@@ -121,17 +118,25 @@ __global__ void __launch_bounds__(kQueryThreads)
   if (own < queries && thread % kSharers == 0) order[rank] = own;
 }
 
-// A word of 32 references has a bit for each that is listed. `place` is that of the first one.
+// n/by, rounded up, of numbers ≥ 0. Dividing 64-bit numbers takes much longer.
+__device__ inline int divide_up32(int n, int by) {
+  return static_cast<int>(static_cast<unsigned>(n + by - 1) / static_cast<unsigned>(by));
+}
+
+// Of 32 references: a bit for each that the first half of the queries need, and one for the second
+// half. Later `bits[0]` has a bit for each that is listed, and `place` is that of the first one.
 struct ListedWord {
-  unsigned bits;
+  unsigned bits[2];
   int place;
 };
 
 template <int ROWS>
 struct ListMemory {
+  std::uint32_t keys[kListThreads<ROWS>];
+  int order[kListThreads<ROWS>];
+  int live[kListThreads<ROWS> / 32];  // weights that are not zero, of 32 queries of the order
   int scratch[kListThreads<ROWS> / 32];
   int queries[ROWS];
-  std::uint32_t keys[kListThreads<ROWS>];
   int listed[kPanel * kGatheredPanels];
 
   __device__ ListedWord* words() { return reinterpret_cast<ListedWord*>(this + 1); }
@@ -140,36 +145,139 @@ struct ListMemory {
   }
 };
 
-// The order of at most kListThreads queries, as order_queries finds it. Every block finds it, and
-// keeps the queries of its group.
+// What a block of list_references gathers: one of the shares of a group's list.
+struct ListTask {
+  int group, share, shares;
+};
+
+// A block's task if groups have equally many blocks. Also finds the queries of its group. After the
+// last one there is this one again.
 template <int ROWS>
-__device__ inline void order_few_queries(ListMemory<ROWS>& shared, const PieceSums& sums,
-                                         int queries, int group, int* order) {
-  const int query = static_cast<int>(threadIdx.x);
-  // Keys have the order of the numbers of weights, and of equal queries.
-  std::uint32_t key = ~0u;
-  if (query < queries)
-    key = static_cast<std::uint32_t>(live_weights(sums, query) * kListThreads<ROWS> + query);
-  shared.keys[query] = key;
-  __syncthreads();
+__device__ inline ListTask take_even_share(ListMemory<ROWS>& shared, int queries,
+                                           const int* order) {
+  const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int shares = static_cast<int>(gridDim.x) / divide_up32(queries, ROWS);
+  const int group = block / shares;
+  const int place = static_cast<int>(smaller(ROWS * group + thread, queries - 1));
+  if (thread < ROWS) shared.queries[thread] = order ? order[place] : place;
+  return {group, block % shares, shares};
+}
+
+// How many of the first `count` keys are less than this one. Later keys are not.
+template <int ROWS>
+__device__ inline int rank_of(const ListMemory<ROWS>& shared, std::uint32_t key, int count) {
   int rank = 0;
 #pragma unroll 4
-  for (int other = 0; other < queries; other += 4) {
+  for (int other = 0; other < count; other += 4) {
     const uint4 keys = *reinterpret_cast<const uint4*>(&shared.keys[other]);
     rank += (keys.x < key) + (keys.y < key) + (keys.z < key) + (keys.w < key);
   }
-  if (query >= queries) return;
-  if (rank / ROWS == group) shared.queries[rank % ROWS] = query;
-  if (group == 0 && blockIdx.x == 0) order[rank] = query;
+  return rank;
+}
+
+// Shares out the blocks to at most 8 groups. Each group has one block, and of the others a number
+// in proportion to `panels`, which its lane gives and which are at least 1.
+__device__ inline ListTask share_out(int panels, int groups, const Lane& lane) {
+  const int block = static_cast<int>(blockIdx.x);
+  int sum = panels;
+  for (int apart = 1; apart < 8; apart *= 2) {
+    const int lower = __shfl_sync(kAll, sum, lane.lane - apart);
+    if (lane.lane >= apart) sum += lower;
+  }
+  const auto total = static_cast<unsigned>(__shfl_sync(kAll, sum, groups - 1));
+  const unsigned others = gridDim.x - static_cast<unsigned>(groups);
+  const int end = lane.lane + 1 + static_cast<int>(others * static_cast<unsigned>(sum) / total);
+  const int group = __popc(__ballot_sync(kAll, lane.lane < groups && end <= block));
+  const int before = __shfl_sync(kAll, end, group - 1), last = __shfl_sync(kAll, end, group);
+  const int first = group == 0 ? 0 : before;
+  return {group, block - first, last - first};
+}
+
+// The same if groups have blocks in proportion to the panels that their lists can have: a list has
+// at most all references, and at most as many as its queries have weights. There are several
+// groups, and at most kListThreads queries. With ORDER every block finds the order, as
+// order_queries does.
+template <int ROWS, bool ORDER>
+__device__ inline ListTask take_uneven_share(ListMemory<ROWS>& shared, const PieceSums& sums,
+                                             int queries, int references, int* order,
+                                             const Lane& lane) {
+  constexpr int kThreads = kListThreads<ROWS>, kWarps = ROWS / 32;  // of the block; of a group
+  const int thread = static_cast<int>(threadIdx.x), groups = divide_up32(queries, ROWS);
+  const bool known = thread < queries;
+  // Keys have the order of the numbers of weights, and of equal queries.
+  const std::uint32_t key =
+      known ? static_cast<std::uint32_t>(live_weights(sums, thread) * kThreads + thread) : ~0u;
+  shared.keys[thread] = key;
+  if constexpr (ORDER) {
+    __syncthreads();
+    const int rank = rank_of(shared, key, queries);
+    if (known) shared.order[rank] = thread;
+    if (known && blockIdx.x == 0) order[rank] = thread;
+  } else if (known) {
+    shared.order[thread] = order[thread];
+  }
+  __syncthreads();
+  const int query = shared.order[known ? thread : queries - 1];
+  const int live = known ? static_cast<int>(shared.keys[query] / kThreads) : 0;
+  const int of_warp = __reduce_add_sync(kAll, live);
+  if (lane.lane == 0) shared.live[lane.warp] = of_warp;
+  __syncthreads();
+  int most = 0;  // listed references of the lane's group
+  if (lane.lane < groups)
+    for (int warp = 0; warp < kWarps; ++warp) most += shared.live[kWarps * lane.lane + warp];
+  const int panels = divide_up32(most < references ? most : references, kPanel);
+  const ListTask task = share_out(panels > 0 ? panels : 1, groups, lane);
+  if (thread / ROWS == task.group) shared.queries[thread % ROWS] = query;
+  return task;
+}
+
+// Finds which references each half of the queries needs. A warp takes 32 of them for a half at a
+// time.
+template <int ROWS>
+__device__ inline void find_needed(ListMemory<ROWS>& shared, const std::uint32_t* live,
+                                   std::uint32_t stride, int words, const Lane& lane) {
+  constexpr int kHalf = ROWS / 2;
+#pragma unroll 1
+  for (int i = lane.warp; i < 2 * divide_up32(words, 32); i += kListThreads<ROWS> / 32) {
+    const int w = i / 2 * 32 + lane.lane, half = i % 2;
+    const std::uint32_t* const from = live + (w < words ? w : words - 1);
+    const int* const queries = shared.queries + kHalf * half;
+    unsigned bits = 0;
+#pragma unroll
+    for (int q = 0; q < kHalf; ++q) bits |= from[static_cast<std::uint32_t>(queries[q]) * stride];
+    if (w < words) shared.words()[w].bits[half] = bits;
+  }
+}
+
+// Finds the places of the listed references, and returns their number. A thread has words that
+// follow each other.
+template <int ROWS>
+__device__ inline int find_places(ListMemory<ROWS>& shared, int words) {
+  constexpr int kThreads = kListThreads<ROWS>;
+  const int each = divide_up32(words, kThreads), first = each * static_cast<int>(threadIdx.x);
+  const int last = first + each < words ? first + each : words;
+  int own = 0, count = 0;
+#pragma unroll 1
+  for (int w = first; w < last; ++w) {
+    ListedWord& word = shared.words()[w];
+    word.bits[0] |= word.bits[1];
+    word.place = own;
+    own += __popc(word.bits[0]);
+  }
+  const int before = place_of<kThreads>(own, count, shared.scratch);
+#pragma unroll 1
+  for (int w = first; w < last; ++w) shared.words()[w].place += before;
+  __syncthreads();
+  return count;
 }
 
 // Writes the listed references of a word whose places are among `size` places from `first` on.
 __device__ inline void write_places(int* to, int first, int size, int w, ListedWord word) {
   int place = word.place - first;
-  if (place >= size || place + __popc(word.bits) <= 0) return;
+  if (place >= size || place + __popc(word.bits[0]) <= 0) return;
 #pragma unroll
   for (int b = 0; b < 32; ++b) {
-    const unsigned set = word.bits >> b & 1u;
+    const unsigned set = word.bits[0] >> b & 1u;
     if (set && static_cast<unsigned>(place) < static_cast<unsigned>(size)) to[place] = 32 * w + b;
     place += static_cast<int>(set);
   }
@@ -207,63 +315,52 @@ __device__ inline void gather_weights(const float* weights, const int* listed, b
 }
 
 // The list of a group, and the weights of what is listed. All blocks of a group find which
-// references are listed, and share out the panels of their list. With ORDER they find the order
-// first. If HALVES, weights are words of both_halves.
-template <int ROWS, bool ORDER, bool HALVES>
-__global__ void __launch_bounds__(kListThreads<ROWS>)
+// references are listed, and share out the panels of their list. If UNEVEN, groups that may have
+// longer lists have more blocks. With ORDER these find the order first. If HALVES, weights are
+// words of both_halves.
+//
+// If a multiprocessor needs to hold two blocks only, threads have registers for more loads at a
+// time.
+template <int ROWS, bool UNEVEN, bool ORDER, bool HALVES>
+__global__ void __launch_bounds__(kListThreads<ROWS>, 2)
     list_references(const ChunkWeights weights, const PieceSums sums, int* order, int references,
                     const Lists out, const Parts parts) {
   wait_for_earlier_launches();
   let_next_launch_start();
   constexpr int kThreads = kListThreads<ROWS>;
   ListMemory<ROWS>& shared = *reinterpret_cast<ListMemory<ROWS>*>(shared_memory());
-  ListedWord* const listed_words = shared.words();
-  const int share = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.y);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int known = static_cast<int>(smaller(ROWS, parts.queries - ROWS * group));
-  if constexpr (ORDER)
-    order_few_queries(shared, sums, parts.queries, group, order);
-  else if (thread < known)
-    shared.queries[thread] = order ? order[ROWS * group + thread] : ROWS * group + thread;
+  const Lane lane = this_lane();
+  const int thread = static_cast<int>(threadIdx.x), words = divide_up32(references, 32);
+  ListTask task;
+  if constexpr (UNEVEN)
+    task = take_uneven_share<ROWS, ORDER>(shared, sums, parts.queries, references, order, lane);
+  else
+    task = take_even_share(shared, parts.queries, order);
+  const int known = static_cast<int>(smaller(ROWS, parts.queries - ROWS * task.group));
   __syncthreads();
-  const Index stride = out.stride / 32;
-  const int words = static_cast<int>(divide_up(references, 32));
-  int count = 0;
-#pragma unroll 1
-  for (int start = 0; start < words; start += kThreads) {
-    const int w = start + thread;
-    unsigned bits = 0;
-    if (w < words)
-#pragma unroll
-      for (int q = 0; q < ROWS; ++q)
-        bits |= weights.live[shared.queries[q < known ? q : 0] * stride + w];
-    const int place = place_of_word<kThreads>(bits, count, shared.scratch);
-    if (w < words) listed_words[w] = {bits, place};
-  }
-  if (share == 0 && thread == 0) out.counts[group] = count;
-  if (share == 0 && thread < known)
-    parts.counts[shared.queries[thread]] =
-        static_cast<int>(divide_up(count, static_cast<Index>(parts.panels) * kPanel));
+  find_needed(shared, weights.live, static_cast<std::uint32_t>(out.stride / 32), words, lane);
+  __syncthreads();
+  const int count = find_places(shared, words), panels = divide_up32(count, kPanel);
+  if (task.share == 0 && thread == 0) out.counts[task.group] = count;
+  if (task.share == 0 && thread < known)
+    parts.counts[shared.queries[thread]] = divide_up32(panels, parts.panels);
 
-  const int panels = static_cast<int>(divide_up(count, kPanel));
-  const int each = static_cast<int>(divide_up(panels, gridDim.x)), first = share * each;
+  const int each = divide_up32(panels, task.shares), first = task.share * each;
   const int own = static_cast<int>(larger(0, smaller(each, panels - first)));
   const int size = kPanel * own, left = count - kPanel * first;
 #pragma unroll 1
   for (int w = thread; w < words; w += kThreads)
-    write_places(shared.listed, kPanel * first, size, w, listed_words[w]);
+    write_places(shared.listed, kPanel * first, size, w, shared.words()[w]);
   __syncthreads();
-  const Index at = group * out.stride + kPanel * first;
+  const Index at = task.group * out.stride + kPanel * first;
 #pragma unroll 1
   for (int i = thread; i < size; i += kThreads)
     out.listed[at + i] = shared.listed[i < left ? i : left - 1];
-  const Lane lane = this_lane();
   static_assert(kThreads == kPanel * ROWS / 4, "a thread for four weights of a panel");
   const int query = 8 * (lane.warp / 2) + lane.g;
-  const float* const from = weights.weight + shared.queries[query < known ? query : 0] * out.stride;
-  gather_weights<ROWS, HALVES>(from, shared.listed, query < known,
-                               static_cast<int>(smaller(left, size)), own, out.weights + ROWS * at,
-                               lane);
+  gather_weights<ROWS, HALVES>(weights.weight + shared.queries[query] * out.stride, shared.listed,
+                               query < known, static_cast<int>(smaller(left, size)), own,
+                               out.weights + ROWS * at, lane);
 }
 
 }  // namespace

@@ -412,28 +412,31 @@ class Calculation {
   void list(bool first_chunk) {
     constexpr int kThreads = kListThreads<ROWS>;
     parts_.queries = static_cast<int>(queries());
-    const bool ordered = order() && first_chunk;
-    if (ordered && queries() > kThreads)
+    const bool ordered = order() && first_chunk, uneven = order() && queries() <= kThreads;
+    if (ordered && !uneven)
       run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
           sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_, parts_.queries,
           order_);
-    const auto kernel = ordered && queries() <= kThreads ? list_references<ROWS, true, HALVES>
-                                                         : list_references<ROWS, false, HALVES>;
+    const auto kernel = !uneven   ? list_references<ROWS, false, false, HALVES>
+                        : ordered ? list_references<ROWS, true, true, HALVES>
+                                  : list_references<ROWS, true, false, HALVES>;
     const Index groups = divide_up(queries(), ROWS), panels = divide_up(references(), kPanel);
-    const Index shares =
-        larger(smaller(shares_of_lists(groups), panels), divide_up(panels, kGatheredPanels));
-    run("list_references", {shares, groups}, kThreads, ListMemory<ROWS>::bytes(references()),
-        kernel, weights_, sums_, order(), references(), lists_, parts_);
+    const Index wanted = smaller(blocks_of_lists(groups, uneven), groups * panels);
+    // So many that no share has more than kGatheredPanels.
+    const Index blocks = larger(wanted, groups * (1 + divide_up(panels, kGatheredPanels)));
+    run("list_references", {uneven ? blocks : blocks / groups * groups}, kThreads,
+        ListMemory<ROWS>::bytes(references()), kernel, weights_, sums_, order(), references(),
+        lists_, parts_);
   }
 
-  // Blocks that share out the list of a group, so that each multiprocessor has the same number of
-  // blocks. Each of them finds the whole list. The time of this grows with their number, and the
-  // time in which the longest list is gathered becomes shorter. 24 is the best constant by
-  // predicted times.
-  Index shares_of_lists(Index groups) const {
-    Index blocks = 1;  // of a multiprocessor
-    while (blocks * blocks * stream_.multiprocessors() < 24 * groups) ++blocks;
-    return larger(1, blocks * stream_.multiprocessors() / groups);
+  // Blocks that share out the lists, as many on each multiprocessor. Each of them finds the whole
+  // list of its group. The time of this grows with their number, and the time in which the lists
+  // are gathered becomes shorter. If shares are even, the longest list decides that time. 24 is the
+  // best constant by predicted times.
+  Index blocks_of_lists(Index groups, bool uneven) const {
+    Index each = 1;  // of a multiprocessor
+    while (!uneven && each * each * stream_.multiprocessors() < 24 * groups) ++each;
+    return each * stream_.multiprocessors();
   }
 
   int* order() const { return queries() > partition_.rows ? order_ : nullptr; }

@@ -703,6 +703,40 @@ def test_lists_of_the_weighted_sum():
     assert data.listed_references(live[:3], None).tolist() == [129]
 
 
+def test_groups_with_longer_lists_have_more_blocks():
+    """By hand for groups of 32, 32 and 2 queries, with at most 1, 17 and 20 panels of 20."""
+    live = torch.zeros(66, 640, dtype=torch.bool)
+    live[:32, 0] = True
+    live[32:64, :17] = True  # 544 weights in one panel of references
+    live[64:] = True
+    # 21 blocks beside one for each group; 21 · 1/38 is 0.6 and 21 · 18/38 is 9.9.
+    assert data.list_shares(live, data.order_of(live), 32, 24).tolist() == [1, 10, 13]
+    assert data.list_shares(live[:32], None, 32, 24).tolist() == [24]
+    many = torch.zeros(257, 64, dtype=torch.bool)
+    assert data.list_shares(many, None, 32, 27).tolist() == 9 * [3]
+    lists = data.Lists(data.Shape("uneven", 66, 640, 8), [H100])
+    lists.add(live)
+    (found,) = lists.result().values()
+    assert data.list_blocks(66, 640, 32, 132) == 3 * 20
+    # 57 · 18/38 is 27, so the last group has 31 blocks for its 20 panels.
+    assert found["gathered on 132, most"] == 1
+
+
+def test_no_block_has_more_panels_than_it_has_room_for():
+    """However the weights are spread over the queries."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, groups, m in ((32, 8, 65536), (64, 5, 30_000), (64, 9, 4096), (32, 2, 2081)):
+        blocks = data.list_blocks(rows * groups, m, rows, 1)
+        for _ in range(2):
+            chances = torch.rand(rows * groups, 1, generator=generator) ** 20
+            live = torch.rand(rows * groups, m, generator=generator) < chances
+            order = data.order_of(live)
+            shares = data.list_shares(live, order, rows, blocks)
+            panels = (data.listed_references(live, order, rows) / 32).ceil()
+            assert shares.sum() == blocks
+            assert (panels / shares).max() <= data.GATHERED_PANELS
+
+
 def test_the_order_is_that_of_the_first_chunk():
     few, many = torch.zeros(2, 33, 64, dtype=torch.bool)
     few[0] = True  # comes last
@@ -775,6 +809,7 @@ ON_DATA = {
             "parts": 2.0,
             "parts, most": 3.0,
             "transfers": 20.0,
+            "gathered on 132, most": 2.0,
         }
         for panels in range(4, 65)
         for rows in (32, 64)

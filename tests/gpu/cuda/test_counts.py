@@ -221,6 +221,16 @@ def test_groups(run, card, precision, rows):
     check(found)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 30, 1000])
+@pytest.mark.parametrize("B", [40, 200, 300])
+def test_shares_of_lists(run, B, multiprocessors):
+    """Blocks that share out lists of very different lengths, in uneven shares for up to 256
+    queries."""
+    found = run(clusters(B, 2300, 40), multiprocessors=multiprocessors)
+    check(found)
+    check_longest(found)
+
+
 @pytest.mark.parametrize("sizes", [(40, 300, 96), (8, 300, 96)])
 def test_types(run, sizes):
     for dtype in TYPES:

@@ -156,8 +156,8 @@ def test_large_groups(op, shim, B, N):
         shim.limits(references=chunk)
         shim.counts(True)
         op.check(x, references, radius, 1.0)
-        (grid, *_) = (one[1] for one in shim.counts(False) if one[0] == "list_references")
-        assert grid[1] == -(-B // 64)
+        (threads, *_) = (one[2] for one in shim.counts(False) if one[0] == "list_references")
+        assert threads == 8 * 64
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -168,8 +168,8 @@ def test_large_groups_of_references_that_float16_cannot_hold(op, shim):
     x[3] = references[70] * 1.001
     shim.counts(True)
     mean, _ = op.compute(x, references, sigma, 1.0)
-    (grid,) = (one[1] for one in shim.counts(False) if one[0] == "list_references")
-    assert grid[1] == 4
+    (threads,) = (one[2] for one in shim.counts(False) if one[0] == "list_references")
+    assert threads == 8 * 64
     expected, _ = op.expected(x, references, sigma, 1.0)
     rows = expected.norm(dim=1)
     assert ((mean.double().cpu() - expected).norm(dim=1) / rows).max() <= 1e-5
@@ -188,14 +188,29 @@ def test_gathered_coefficients(op, shim):
 @pytest.mark.usefixtures("poisoned")
 def test_blocks_that_share_a_list(op, shim):
     """There are more of them if there are more multiprocessors, at most one for each of the 65
-    panels, and enough that none has more than 64."""
+    panels of both groups, and enough that none has more than 64."""
     x, references, sigma = op.problem(40, 2080, 64)
-    for multiprocessors, shares in ((1, 3), (5, 10), (1000, 65)):
+    for multiprocessors, blocks in ((1, 6), (20, 20), (1000, 130)):
         shim.device(90, multiprocessors)
         shim.counts(True)
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
         (grid,) = (one[1] for one in shim.counts(False) if one[0] == "list_references")
-        assert tuple(grid[:2]) == (shares, 2)
+        assert tuple(grid) == (blocks, 1, 1)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("B", [64, 200, 256])
+def test_uneven_shares_of_blocks(op, shim, B):
+    """One group needs all references, the others one each, in chunks with a part of these or none.
+    So few blocks that shares are as large as they can be, and so many that most have no panel."""
+    x, references, sigma = op.problem(B, 4200, 40)
+    x[: B - 32] = references[0]
+    sigma[: B - 32] = 1e-5
+    sigma[B - 32 :] = 1e3
+    for multiprocessors, chunk in ((1, 4200), (1000, 4200), (30, 2048)):
+        shim.device(90, multiprocessors)
+        shim.limits(references=chunk)
+        op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
 def test_more_references_than_a_chunk_can_have(op):
