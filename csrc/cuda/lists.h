@@ -285,7 +285,6 @@ __device__ inline void write_places(int* to, int first, int size, int w, ListedW
 
 // Gathers weights of a query for `panels` panels of listed references, of which `count` count; the
 // others get zero, and all do if the query is not `known`. A thread has four weights of a panel.
-// Loads have no conditions, so that those of several panels can come before all stores.
 template <int ROWS, bool HALVES>
 __device__ inline void gather_weights(const float* weights, const int* listed, bool known,
                                       int count, int panels, float* __restrict__ to,
