@@ -76,7 +76,7 @@ def test_on_references_at_radius_zero(op, device, sizes, D):
     assert lse.isposinf().all()
 
 
-@pytest.mark.parametrize("radius", [1e-150, 1e-160, 1e-300])
+@pytest.mark.parametrize("radius", [1e-160, 1e-300])
 def test_log_sum_exp_on_a_reference_where_the_square_of_the_radius_underflows(op, device, radius):
     x, references, _ = op.problem(20, 40, 33)
     x[:] = references[:20]

@@ -221,8 +221,14 @@ def test_groups(run, card, precision, rows):
     check(found)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 30, 1000])
-@pytest.mark.parametrize("B", [40, 200, 300])
+@pytest.mark.parametrize(
+    ("B", "multiprocessors"),
+    [
+        (40, 30), (200, 1), (300, 1000),
+        *(pytest.param(*each, marks=pytest.mark.slow)
+          for each in ((40, 1), (40, 1000), (200, 30), (200, 1000), (300, 1), (300, 30))),
+    ],
+)  # fmt: skip
 def test_shares_of_lists(run, B, multiprocessors):
     """Blocks that share out lists of very different lengths, in uneven shares for up to 256
     queries."""

@@ -199,7 +199,7 @@ def test_blocks_that_share_a_list(op, shim):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("B", [64, 200, 256])
+@pytest.mark.parametrize("B", [200, *(pytest.param(B, marks=pytest.mark.slow) for B in (64, 256))])
 def test_uneven_shares_of_blocks(op, shim, B):
     """One group needs all references, the others one each, in chunks with a part of these or none.
     So few blocks that shares are as large as they can be, and so many that most have no panel."""
