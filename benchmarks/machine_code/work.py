@@ -311,7 +311,7 @@ def _pairs_of_chunk(card: Device) -> int:
 
 
 def _chunk(shape: Shape, card: Device) -> int:
-    """References of a chunk, with which one takes the fewest predicted clocks."""
+    """References of a chunk, such that each of them takes the fewest predicted clocks."""
     most, costs = shape.most_references(_pairs_of_chunk(card)), _costs_on(shape, card)
     if most >= shape.M or shape.few:
         return min(shape.M, most)

@@ -119,8 +119,8 @@ Bounds bounds_of(const Problem& problem, bool backward, Index pairs) {
 constexpr Index kChunkClocks = 40000;  // of what a chunk takes beside its work, about 25 µs
 
 // References of a chunk, at most `most`. The last round of tiles takes as long as the others, so
-// chunks of whole rounds take least for a reference. The choice is by predicted clocks, and is the
-// same for all numbers of references that need chunks.
+// chunks of whole rounds take the least time for each reference. The choice is by predicted clocks,
+// and is the same for all numbers of references that need chunks.
 Index chunk_of(Index queries, Index references, Index features, Index most, int multiprocessors,
                bool rounded, const TilingCosts& costs) {
   if (references <= most || are_few(queries, features)) return smaller(references, most);

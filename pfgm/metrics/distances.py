@@ -405,21 +405,28 @@ def _kernel(products: Tensor, a: Tensor, degree: int) -> Tensor:
 def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yields slices of the rows of a, and the distances (rows, m) of these rows to b."""
     scale = _safe_scale(a, b)
-    if scale != 1:
-        a, b = a * scale, b * scale
+    scaled_b = b if scale == 1 else b * scale
     step = max(1, min(_MAX_DISTANCES, _MAX_TERMS // max(b.shape[1], 1)) // len(b))
     for start in range(0, len(a), step):
         part = slice(start, start + step)
-        distances = torch.cdist(a[part], b, compute_mode="donot_use_mm_for_euclid_dist")
-        if scale != 1:
-            distances /= scale
-            if not bool(distances.isfinite().all()):
-                raise ValueError("samples lie so far apart that their distances overflow float64.")
+        distances = _between(a[part] * scale, scaled_b).div_(scale)
+        if scale < 1:
+            # Few rows may be that large; the distances of the others would underflow.
+            unscaled = _between(a[part], b)
+            distances = torch.where(unscaled < _SAFE[1], unscaled, distances)
+        if scale != 1 and not bool(distances.isfinite().all()):
+            raise ValueError("samples lie so far apart that their distances overflow float64.")
         yield part, distances
 
 
+def _between(a: Tensor, b: Tensor) -> Tensor:
+    """Distances (n, m) of the rows, from differences, which keep the digits of near rows."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def _safe_scale(a: Tensor, b: Tensor) -> float:
-    """A power of two by which rows are multiplied, so that no square overflows or underflows."""
+    """A power of two by which rows are multiplied, so that squares of the largest differences
+    neither overflow nor underflow."""
     largest = max(float(a.abs().max()), float(b.abs().max()))
     if largest == 0 or _SAFE[0] < largest < _SAFE[1]:
         return 1.0

@@ -77,7 +77,7 @@ def check_network(network: object) -> None:
             "network has no parameters that are trained; needed is one with requires_grad."
         )
     for name, parameter in trained:
-        if parameter.dtype not in (torch.float32, torch.float64):
+        if torch.finfo(parameter.dtype).bits < 32:  # of complex numbers, those of each part
             raise TypeError(
                 f"network has {name} in {parameter.dtype}, in which small steps are lost; allowed "
                 "are float32 and float64: network.float(), with precision='bfloat16' for speed."

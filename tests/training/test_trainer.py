@@ -741,6 +741,7 @@ def test_networks_that_cannot_be_trained(data, flow):
         with pytest.raises(error, match=message):
             Trainer(flow, other, data, SMALL, progress=False)
     network.stem.bfloat16().requires_grad_(False)  # a part that is not trained may have any dtype
+    network.phase = torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))
     Trainer(flow, network, data, SMALL, progress=False)
 
 
