@@ -103,14 +103,16 @@ def _flat_mean(
     D: float,
     backend: str | None,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Points (B, N) in float32 or float64, with their mean (B, N) and log-sum-exp (B,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Points (B, N) in float32 or float64, their mean (B, N), log-sum-exp, nearest and total (B,).
+
+    Nearest and total have no gradient (:class:`~pfgm.backends.problems.State`).
+    """
     flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
     if isinstance(references, ReferenceSet):
-        mean, lse = over_set.compute(flat, radius, references.part, D, backend, precision)
-        return flat, mean, lse
+        return flat, *over_set.compute(flat, radius, references.part, D, backend, precision)
     if torch.compiler.is_compiling() and not in_torch_func():
         points = x if flat.dtype == x.dtype else x.float()  # see pfgm.ops.posterior_mean
         problem = PosteriorMean(points, references, radius, D, precision)
@@ -227,7 +229,7 @@ def posterior_mean(
     _check_tensors(x, references)
     D = _check_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)
-    _, mean, logsumexp = _flat_mean(x, references, radius, D, backend, precision)
+    _, mean, logsumexp, _, _ = _flat_mean(x, references, radius, D, backend, precision)
     mean = mean.reshape(x.shape)
     return (mean, logsumexp) if return_logsumexp else mean
 
@@ -281,7 +283,7 @@ def field_fn(
     _check_tensors(x, references)
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
-    flat, mean, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
+    flat, mean, _, _, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
     field_x, field_z = ops.normalised_field.compute(flat, radius, mean, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
@@ -321,19 +323,36 @@ def log_density(
     _check_tensors(x, references)
     D = _check_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)
-    flat, _, logsumexp = _flat_mean(x, references, radius, D, backend, precision)
+    flat, _, logsumexp, nearest, total = _flat_mean(x, references, radius, D, backend, precision)
     N, M = flat.shape[1], references.shape[0]
     # At radius 0 the sum below would be inf − inf, and its gradient NaN.
     at_zero = radius == 0
     log_radius = torch.where(at_zero, 1.0, radius).log()
     if D > LARGEST:
         on_reference = ~logsumexp.isneginf()
-        scale = -N * (log_radius + 0.5 * math.log(2 * math.pi))
+        density = logsumexp - N * (log_radius + 0.5 * math.log(2 * math.pi))
     else:
         on_reference = logsumexp.isposinf()
-        scale = D * log_radius + _log_gamma_ratio(N, D, logsumexp) - N / 2 * math.log(math.pi)
+        density = _student_density(logsumexp, nearest, total, log_radius, D, N)
     limit = torch.where(on_reference, math.inf, -math.inf).to(logsumexp.dtype)
-    return torch.where(at_zero, limit, logsumexp - _log_count(M, logsumexp) + scale)
+    return torch.where(at_zero, limit, density - _log_count(M, logsumexp))
+
+
+def _student_density(
+    logsumexp: Tensor, nearest: Tensor, total: Tensor, log_radius: Tensor, D: float, N: int
+) -> Tensor:
+    """lse + D log r + lgamma((N+D)/2) − (N/2) log π − lgamma(D/2), for a finite D.
+
+    The value is computed from nearest and total: at a large D, lse and D log r would cancel. They
+    have the same gradient.
+    """
+    wide = nearest.log() - 2 * log_radius
+    # log(1 + nearest/r²), where the quotient may overflow
+    score = -(N + D) / 2 * torch.logaddexp(torch.zeros_like(wide), wide)
+    value = total.log() + score - N * log_radius
+    cancelling = logsumexp + D * log_radius
+    with_gradient = value.detach() + (cancelling - cancelling.detach())
+    return with_gradient + _log_gamma_ratio(N, D, logsumexp) - N / 2 * math.log(math.pi)
 
 
 def _log_count(M: int, like: Tensor) -> float | Tensor:

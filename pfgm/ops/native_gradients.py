@@ -26,8 +26,10 @@ from . import posterior_mean
 
 def compute(
     problem: PosteriorMean, backend: str | None, check: Callable[[], None] | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """Mean (B, N) and log-sum-exp (B,); None where this way is closed or no gradient is wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Mean (B, N), log-sum-exp, nearest and total (B,), of which the last two have no gradient.
+
+    None where this way is closed or no gradient is wanted.
 
     The backward pass calls ``check`` first, which may raise an error.
     """
@@ -47,8 +49,8 @@ def compute(
     if len(x) == 0 or choose(backend, x.device, x.dtype, references.dtype) is not native:
         return None
     found = _PosteriorMean.apply(*tensors, problem, check)  # type: ignore[no-untyped-call]
-    mean, logsumexp, *_ = found
-    return mean, logsumexp
+    mean, logsumexp, nearest, total, _ = found
+    return mean, logsumexp, nearest, total
 
 
 def _gpu_of(value: Tensor) -> torch.device | None:

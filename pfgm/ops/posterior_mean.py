@@ -48,8 +48,8 @@ for _name, _type_of_D in (("posterior_mean", "float"), ("posterior_mean_varying"
     )
 
 
-def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Mean (B, N) and log-sum-exp (B,).
+def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean (B, N), log-sum-exp (B,), and nearest and total (B,), which have no gradient.
 
     The backward pass uses the backend that is requested now, not the one requested later.
     """
@@ -68,8 +68,8 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
         found = _transformed(problem, backend)
     else:
         found = call(problem, backend)
-    mean, logsumexp, _, _ = found
-    return mean, logsumexp
+    mean, logsumexp, nearest, total = found
+    return mean, logsumexp, nearest, total
 
 
 def call(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

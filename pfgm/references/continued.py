@@ -73,8 +73,10 @@ def results(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
     return mean, logsumexp, nearest, total, *_as_one_chunk(nearest, total)
 
 
-def by_tensor(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, Tensor] | None:
-    """Mean and log-sum-exp with their gradients, as over a tensor; None where that is not open."""
+def by_tensor(
+    x: Tensor, radius: Tensor, given: Given
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The results of :func:`pfgm.ops.native_gradients.compute`; None where that is not open."""
     rows = given.part.in_one() if given.continues and given.ranks is None else None
     if rows is None or torch.compiler.is_compiling():
         return None

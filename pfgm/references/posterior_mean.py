@@ -26,10 +26,10 @@ from .part import Part
 
 def compute(
     x: Tensor, radius: Tensor, part: Part, D: float, backend: str | None, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Mean (B, N) and log-sum-exp (B,) over the references of all processes.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean (B, N), log-sum-exp, nearest and total (B,) over the references of all processes.
 
-    Differentiable once in x and radius.
+    The first two are differentiable once in x and radius.
     """
     shared, compiled = part.processes > 1, torch.compiler.is_compiling()
     if (shared or compiled) and (forward_mode() or in_torch_func()):
@@ -44,18 +44,20 @@ def compute(
         # So the graph breaks here.
         eager: Any = torch.compiler.disable(compute)
         found = eager(x, radius, part, D, backend, precision)
-        return found[0], found[1]
+        mean, logsumexp, nearest, total = found
+        return mean, logsumexp, nearest, total
     backend = backend or requested()
     continues = native_parts.supports(backend, x, part.source.dtype) and part.device == x.device
     given = Given(part, part.ranks(x), D, backend, precision, part.version(), continues)
     if wanted and (found := continued.by_tensor(x, radius, given)) is not None:
         return found
     if wanted or forward_mode() or in_torch_func():
-        mean, logsumexp, *_ = _PosteriorMean.apply(x, radius, given)  # type: ignore[no-untyped-call]
+        found = _PosteriorMean.apply(x, radius, given)  # type: ignore[no-untyped-call]
     else:  # a tenth of a millisecond faster
         with torch.no_grad():  # rows have no gradient, even if their tensor requires one
-            mean, logsumexp, *_ = _PosteriorMean.forward(x, radius, given)
-    return mean, logsumexp
+            found = _PosteriorMean.forward(x, radius, given)
+    mean, logsumexp, nearest, total = found[:4]
+    return mean, logsumexp, nearest, total
 
 
 # ---- torch.autograd --------------------------------------------------------------------------

@@ -420,6 +420,15 @@ def test_normalising_constant_in_many_dimensions(D):
     assert log_density(x, x, r=1.0, D=D).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("D", [1e12, 1e16, 1e100])
+def test_density_at_a_very_large_D_is_that_of_diffusion(backend, D):
+    # lse and D log r are above 1e13, where float64 has steps of 2e-3 or more.
+    x, references = problem()
+    expected = log_density(x, references, sigma=0.7, D=math.inf, backend=backend)
+    for given in (references, pfgm.ReferenceSet(references)):
+        close(log_density(x, given, sigma=0.7, D=D, backend=backend), expected, 1e-9)
+
+
 @pytest.mark.parametrize("D", [1.0, 4.5, math.inf])
 def test_density_integrates_to_1(backend, D):
     _, references = problem(M=3, shape=())
