@@ -407,8 +407,13 @@ def _is_boolean(value: object) -> bool:
     return isinstance(value, (bool, np.bool_))
 
 
-def check_at_least_0(name: str, value: float) -> None:
-    """Raises ValueError unless value is a finite number of at least 0."""
+def check_at_least_0(name: str, value: float | Tensor) -> None:
+    """Raises ValueError unless value is a finite number of at least 0.
+
+    Raises TypeError for a tensor that requires grad: the number has no gradient.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} is a tensor that requires grad; allowed is a number.")
     if _is_boolean(value) or not 0 <= value <= LARGEST:
         raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
 

@@ -291,6 +291,8 @@ def _take_into(
         mean_out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat_out = step.x if out is x and _is_flat(x, dtype) else _flat_output("out", out, x, dtype)
     flat_mean = None if mean_out is None else _flat_output("mean_out", mean_out, x, dtype)
+    if mean_out is not None:  # flat_out and flat_mean may be other memory
+        ops.ode_step.check_separate(out, mean_out)
     if triton_direct.step(step, with_mean, flat_out, flat_mean, backend) is None:
         ops.ode_step.compute_into(step, flat_out, flat_mean, backend)
     if not _is_flat(out, dtype):

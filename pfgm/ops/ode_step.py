@@ -194,8 +194,38 @@ def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None, fake: bo
     if step.field_z is None:
         raise ValueError("mean_out is given, but the step already takes the mean as an input.")
     check_like("mean_out", mean_out, step.x, step.x.shape, step.x.dtype)
-    if not (fake or out.is_meta) and out.numel() > 0 and _overlap(out, mean_out):
+    if not fake:
+        check_separate(out, mean_out)
+
+
+def check_separate(out: Tensor, mean_out: Tensor) -> None:
+    """Raises ValueError if out and mean_out, of one shape and dtype, share memory.
+
+    Tensors without addresses, as in traces and transforms, are not checked.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or transforms.in_torch_func()
+        or not all(type(value) is Tensor and not value.is_meta for value in (out, mean_out))
+    ):
+        return
+    if out.numel() > 0 and _overlap(out, mean_out) and _share_values(out, mean_out):
         raise ValueError("mean_out overlaps out in memory; they must be separate.")
+
+
+def _share_values(a: Tensor, b: Tensor) -> bool:
+    """Whether a value of a lies in b too. Tensors that interleave have only addresses in common."""
+    start = min(a.data_ptr(), b.data_ptr())
+    end = max(_addresses(a)[1], _addresses(b)[1])
+    taken = torch.zeros((end - start) // a.element_size(), dtype=torch.bool, device="cpu")
+    of_a, of_b = (
+        taken.as_strided(
+            value.shape, value.stride(), (value.data_ptr() - start) // value.element_size()
+        )
+        for value in (a, b)
+    )
+    of_a.fill_(True)
+    return bool(of_b.any())
 
 
 def _writable(out: Tensor, inputs: Sequence[Tensor]) -> bool:
@@ -225,8 +255,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _addresses(values: Tensor) -> tuple[int, int]:
-    (rows, features), (row_stride, feature_stride) = values.shape, values.stride()
-    extent = (rows - 1) * row_stride + (features - 1) * feature_stride + 1
+    extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True))
     start = values.data_ptr()
     return start, start + extent * values.element_size()
 

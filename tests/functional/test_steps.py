@@ -521,6 +521,7 @@ X, V, VZ = torch.zeros(3, 4), torch.zeros(3, 4), -torch.ones(3)
         ({"out": 3}, TypeError, "out is a int"),
         ({"mean_out": X.clone()}, ValueError, "mean_out is given without return_mean"),
         ({"mean_out": X[:2], "return_mean": True}, ValueError, "mean_out has shape"),
+        ({"gamma": torch.tensor(5.0, requires_grad=True)}, TypeError, "gamma is a tensor that"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
     ],
 )
@@ -536,6 +537,27 @@ def test_levels_on_a_device_are_not_read():
     z = torch.ones(3, device="meta")
     found = step_levels(x, "z", 2 * z, z, 3 * z)
     assert [level.device.type for level in found] == ["meta"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2)])
+def test_outputs_with_common_memory_are_refused(shape, dtype):
+    x = torch.arange(12.0).view(shape).to(dtype)
+    field_x, field_z = (-x / 20).flip(0), VZ.to(dtype)
+    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, return_mean=True)
+
+    def write(out, mean_out):
+        options = {"return_mean": True, "out": out, "mean_out": mean_out}
+        return pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, **options)
+
+    memory = torch.zeros(4, *shape[1:], dtype=dtype)
+    reversed_axes = torch.zeros(*shape[:0:-1], 3, dtype=dtype).permute(*range(len(shape))[::-1])
+    for out, mean_out in ((memory[:3], memory[1:]), (reversed_axes, reversed_axes)):
+        with pytest.raises(ValueError, match="mean_out overlaps out"):
+            write(out, mean_out)
+    interleaved = torch.zeros(3, 2, *shape[1:], dtype=dtype)
+    for result, wanted in zip(write(*interleaved.unbind(1)), expected, strict=True):
+        assert torch.equal(result, wanted)
 
 
 def test_more_bad_arguments():
