@@ -117,6 +117,9 @@ def draw_samples(
         if not 1 <= value < 2**63:
             raise ValueError(f"{name} is {value}; allowed are whole numbers from 1 to below 2^63.")
     check_seed(seed)
+    schedule = options.get("schedule")
+    if schedule is not None and not isinstance(schedule, str):
+        flow.check_from_prior(flow.grid(schedule=schedule))
     prior = draw_prior(flow, n, seed)
     device = network_device(network) if device is None else known_device(device)
     classes = label_count(network)

@@ -32,6 +32,7 @@ from .parametrisation import Parametrisation
 
 __all__ = ["Projection", "Sampling"]
 
+_SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
 _MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 
 Projection = Callable[[Tensor, float], Tensor]
@@ -95,9 +96,9 @@ class Sampling(Parametrisation):
                 this is not checked.
             steps: the number of solver steps; rk45 chooses its own.
             schedule: the spacing of the levels, "log" (published for PFGM), "rho" or "fitted" (by
-                :meth:`fit_levels`), or the levels themselves, decreasing. None is "fitted" if
-                levels were fitted for this solver and number of steps and ``last`` is None, else
-                the default of the flow.
+                :meth:`fit_levels`), or the levels themselves, decreasing from the first level of
+                the flow, or from that of x_init. None is "fitted" if levels were fitted for this
+                solver and number of steps and ``last`` is None, else the default of the flow.
             last: the level, z or sigma, at which the last step starts. That step goes to the end at
                 once. Fewer steps suffice where the noise of this level is invisible.
             condition: keyword arguments of the network, such as {"labels": labels}, labels (n,).
@@ -109,7 +110,8 @@ class Sampling(Parametrisation):
             generator: of the prior, and of the noise that "consistency" adds.
             device: None takes the device of x_init, else of the generator, else of the network's
                 parameters, else the CPU.
-            x_init: (n, *S), points at the first level to start from instead of the prior.
+            x_init: (n, *S), points at the first level of the run to start from instead of the
+                prior.
             callback: receives a dict (step, z, x, mean, nfe) before each step. If it returns True,
                 the run stops and returns that x.
             progress: whether to show a progress bar.
@@ -129,6 +131,8 @@ class Sampling(Parametrisation):
         """
         solver = self.defaults.solver if solver is None else solver
         grid = self.grid(steps, schedule, last, solver=solver)
+        if x_init is None:
+            self.check_from_prior(grid)
         x, nfe = self._start(net, n, generator, device, x_init), 0
         check_choice("solver", solver, SAMPLERS)
         if solver == "consistency":
@@ -188,6 +192,15 @@ class Sampling(Parametrisation):
                 f"last is {last!r}; allowed is {self.last_level} to below {self.first_level}."
             )
         return self._grid(schedule, steps, float(last))
+
+    def check_from_prior(self, grid: Sequence[float]) -> None:
+        """Raises ValueError unless a grid starts at the level of the prior, the first level."""
+        if not math.isclose(grid[0], self.first_level, rel_tol=_SAME_LEVEL):
+            raise ValueError(
+                f"schedule starts at {grid[0]:.6g}, but points of the prior are at "
+                f"{self.first_level:.6g}; allowed are levels from there on, or x_init at the first "
+                "level of schedule."
+            )
 
     def schedule_for(self, solver: str | None, steps: int, last: float | None = None) -> str:
         """The schedule of a run unless one is given: "fitted" if there are such levels."""

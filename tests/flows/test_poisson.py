@@ -570,6 +570,23 @@ def test_empirical_sampling_gives_the_references(digit_images, schedule):
     assert len(nearest.unique()) > 300  # not a few of them
 
 
+@pytest.mark.parametrize(
+    "flow",
+    [PoissonFlow((2,), spread=1.0), pfgm.PoissonFlowPP((2,), D=8.0)],
+    ids=["PFGM", "PFGM++"],
+)
+def test_levels_start_where_the_points_are(flow):
+    net = flow.empirical(torch.eye(2))
+    options = {"schedule": [1.0, 0.1, 0.01]}
+    with pytest.raises(ValueError, match="schedule starts at 1, but points of the prior are at"):
+        flow.sample(net, 3, **options)
+    with pytest.raises(ValueError, match="schedule starts at 1, but points of the prior are at"):
+        pfgm.evaluation.draw_samples(flow, net, 3, **options)
+    assert flow.sample(net, 3, x_init=torch.ones(3, 2), **options).shape == (3, 2)
+    rounded = torch.tensor([flow.first_level, 0.1, 0.01], dtype=torch.float16)
+    assert flow.sample(net, 3, schedule=rounded.tolist()).shape == (3, 2)
+
+
 def test_a_denoiser_is_no_field():
     flow = PoissonFlow((2,), data_norm=2.0)
     with pytest.raises(ValueError, match=r"returned a Tensor; needed is \(field_x, field_z\)"):
