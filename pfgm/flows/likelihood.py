@@ -121,6 +121,11 @@ class Likelihood(Sampling):
         """
         hint = ": whole numbers have no density, add uniform noise, 2 (x + u)/levels − 1"
         self._check_x(x, hint=hint)
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64, as half "
+                "precision changes the density by tenths of a nat."
+            )
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("solver", solver, SOLVERS)
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:

@@ -146,10 +146,11 @@ class PoissonFlowPP(Flow):
                 "does not say its D, give the D that it was published under, or float('inf') for a "
                 "file of EDM."
             )
-        D = float(D)
-        if not D > 0:
-            raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
-        self.D = D
+        given: Any = D  # a config has the text "inf", because JSON has no infinity
+        self.D = float(given if isinstance(given, str) else as_number(given))
+        if not self.D > 0:
+            shown = D if math.isnan(self.D) else self.D
+            raise ValueError(f"D is {shown}; allowed is any positive number or infinity.")
         self.sigma_min = positive("sigma_min", sigma_min)
         self.sigma_max = positive("sigma_max", sigma_max)
         if sigma_min >= sigma_max:
@@ -174,6 +175,10 @@ class PoissonFlowPP(Flow):
         EDM's hyper-parameters are for values of root mean square 0.5 (arXiv 2206.00364, table 1).
         Here the levels are scaled to the root mean square of the data.
 
+        Warns:
+            UserWarning: the spread of the data is below a tenth of their root mean square, so that
+                the levels are too high. It is not given with levels of one's own.
+
         >>> import torch
         >>> PoissonFlowPP.from_data(torch.full((8, 1, 4, 4), 2.0), D=128).sigma_max
         320.0
@@ -181,6 +186,14 @@ class PoissonFlowPP(Flow):
         references = data if isinstance(data, ReferenceSet) else ReferenceSet(data)
         warn_channels_last(references.shape[1:])
         rms = positive("the root mean square of data", references.rms)
+        spread = references.measures.std
+        if 0 < spread < rms / 10 and not {"sigma_min", "sigma_max"} & overrides.keys():
+            warnings.warn(
+                f"data have a spread of {spread:.3g} around a mean far from 0; the levels are "
+                f"scaled to their root mean square, {rms:.3g}, and are too high for the spread. "
+                "Subtract the mean of the data, or use PoissonFlow.from_data, which does so.",
+                stacklevel=2,
+            )
         scale = rms / 0.5
         scaled = {
             "sigma_min": 0.002 * scale,

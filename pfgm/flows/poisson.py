@@ -170,6 +170,8 @@ class PoissonFlow(Flow):
         self.upper_norm = positive(
             "upper_norm", math.sqrt(self.N) * scale if upper_norm is None else upper_norm
         )
+        if not isinstance(restrict_M, (bool, np.bool_, type(None))):
+            raise ValueError(f"restrict_M is {restrict_M!r}; allowed are True, False and None.")
         self.restrict_M = rules.restrict_M if restrict_M is None else bool(restrict_M)
         default = self.gamma if rules.z_exp is None else rules.z_exp
         self.z_exp = non_negative("z_exp", default if z_exp is None else z_exp)

@@ -377,8 +377,8 @@ def test_bad_arguments(arguments, message):
         small().log_likelihood(Denoiser(3, torch.float32), x, **arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
-def test_whole_numbers_have_no_density(dtype):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.bfloat16])
+def test_whole_and_half_precision_numbers_have_no_density(dtype):
     with pytest.raises(TypeError, match="x has dtype"):
         small().log_likelihood(Denoiser(3), torch.zeros(2, 3, dtype=dtype))
 

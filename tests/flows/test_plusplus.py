@@ -69,6 +69,7 @@ def test_levels_are_the_same_at_every_D():
     [
         ({"D": 0}, "D is 0.0; allowed is any positive number or infinity"),
         ({"D": math.nan}, "D is nan"),
+        ({"D": True}, "D is True"),
         ({"D": 2, "sigma_min": 0.0}, "sigma_min is 0.0"),
         ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, "less than sigma_max, which is 8.0"),
         ({"D": 2, "rho": -1.0}, "rho is -1.0"),
@@ -166,6 +167,17 @@ def test_loss_is_the_weighted_error(data, D):
     target = pfgm.posterior_mean(x, data, sigma=sigma, D=D)
     torch.testing.assert_close(stable, (weight * (0.5 * x - target).square().sum(1)).mean())
     assert float(flow.loss(flow.empirical(data), data, data)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("mean", "options", "warned"),
+    [(0.0, {}, False), (5.0, {}, False), (20.0, {}, True), (20.0, {"sigma_max": 9.0}, False)],
+)
+def test_data_far_from_0_give_a_warning(data, mean, options, warned):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        PoissonFlowPP.from_data(data + mean, D=8, **options)
+    assert [str(w.message).startswith("data have a spread of") for w in found] == [True] * warned
 
 
 def test_edms_preconditioning_warns_at_small_D(data):

@@ -121,6 +121,7 @@ def test_config_is_the_whole_flow():
         ({"M": 200, "z_max": math.inf}, "z_max is inf"),
         ({"M": 200, "upper_norm": 0.0}, "upper_norm is 0.0"),
         ({"M": 200, "substitution": "none"}, "substitution is 'none'"),
+        ({"M": 200, "restrict_M": "False"}, "restrict_M is 'False'; allowed are True, False"),
     ],
 )
 def test_bad_hyper_parameters(arguments, message):
