@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .backends.native_direct import all_finite
 from .common import transforms
-from .common.checks import checks_values, untouched
+from .common.checks import checks_values, non_negative, untouched
 from .functional import steps
 from .functional.steps import Field
 
@@ -354,8 +354,12 @@ def rk45(
 
     Raises:
         ValueError: no step is small enough, for example because the mean is not finite; or the
-            levels between which it would integrate are equal or 0.
+            levels between which it would integrate are equal or 0; or a tolerance is negative or
+            not finite, or both are 0.
     """
+    rtol, atol = non_negative("rtol", rtol), non_negative("atol", atol)
+    if rtol == atol == 0:
+        raise ValueError("rtol and atol are 0; allowed is at least one above 0.")
     if len(grid) == 2 and grid[-1] == 0:
         return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)

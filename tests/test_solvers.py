@@ -175,6 +175,20 @@ def test_rk45_starts_where_the_slope_is_nearly_zero(dtype):
         torch.testing.assert_close(back, points, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("tolerances", "message"),
+    [
+        ({"rtol": -1.0}, "rtol is -1.0; allowed is any finite number of at least 0"),
+        ({"atol": math.inf}, "atol is inf; allowed is any finite number of at least 0"),
+        ({"rtol": True}, "rtol is True"),
+        ({"rtol": 0.0, "atol": 0.0}, "rtol and atol are 0"),
+    ],
+)
+def test_rk45_needs_tolerances(tolerances, message):
+    with pytest.raises(ValueError, match=message):
+        rk45(gaussian_denoiser(1.0), torch.ones(2, 2), [9.0, 1.0], **tolerances)
+
+
 def test_rk45_raises_if_the_mean_is_not_smooth():
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="rk45 found no step small enough"):

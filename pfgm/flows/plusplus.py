@@ -402,6 +402,10 @@ class PoissonFlowPP(Flow):
         amount = options.pop("churn", 0.0)
         between = options.pop("churn_range", (0.0, math.inf))
         scale = options.pop("churn_noise", 1.0)
+        scale = positive("churn_noise", scale)
+        low, high = between
+        if not low <= high:
+            raise ValueError(f"churn_range is {between}; allowed are two levels, the lower first.")
         if non_negative("churn", amount) == 0:
             return super().sample(net, n, **options)
         solver = options.get("solver") or self.defaults.solver
@@ -414,7 +418,7 @@ class PoissonFlowPP(Flow):
             self._churn,
             growth=min(amount / count, _LARGEST_CHURN),
             between=between,
-            scale=positive("churn_noise", scale),
+            scale=scale,
             generator=options.get("generator"),
         )
         return super().sample(net, n, churn=churn, **options)

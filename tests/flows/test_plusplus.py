@@ -285,6 +285,8 @@ def test_churn(data, solver):
     assert pfgm.metrics.nearest_distance(noisy[0], data).max() < 1e-2
     never = flow.sample(net, 60, churn=30.0, churn_range=(1e3, 1e4), **options)
     assert torch.equal(never, plain)
+    with pytest.raises(ValueError, match=r"churn_range is \(2, 1\); allowed are two levels"):
+        flow.sample(net, 3, churn=1.0, churn_range=(2, 1))
     with pytest.raises(ValueError, match="with churn allowed are euler and heun"):
         flow.sample(net, 3, churn=1.0, solver="multistep")
 
