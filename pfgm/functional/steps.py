@@ -73,7 +73,10 @@ def mean_of(x: Tensor, slope: Field | Tensor, z: Level) -> Tensor:
 
     A network may return x itself, or the same memory at each call, as CUDA graphs do.
     """
-    return euler(x, slope, z, 0.0)[0] if isinstance(slope, Field) else slope.clone()
+    if isinstance(slope, Field):
+        return euler(x, slope, z, 0.0)[0]
+    _check_tensor("mean", slope, x, x.shape)
+    return slope.clone()
 
 
 def heun(
