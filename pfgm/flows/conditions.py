@@ -42,10 +42,16 @@ def check_condition(net: Network, condition: Condition, count: int) -> None:
     """Raises ValueError unless the network takes these names and each tensor has count rows."""
     taken = inspect.signature(net.forward if isinstance(net, nn.Module) else net).parameters
     kinds = {parameter.kind for parameter in taken.values()}
-    for name, value in condition.items():
+    for name in condition:
         if name not in taken and inspect.Parameter.VAR_KEYWORD not in kinds:
             others = ", ".join(list(taken)[2:]) or "none"
             raise ValueError(f"condition has {name!r}; the conditions of this network: {others}.")
+    check_rows(condition, count)
+
+
+def check_rows(condition: Condition, count: int) -> None:
+    """Raises ValueError unless each tensor of the condition has count rows."""
+    for name, value in condition.items():
         if isinstance(value, Tensor) and value.shape[:1] != (count,):
             raise ValueError(
                 f"condition[{name!r}] has shape {tuple(value.shape)}; allowed is a first "

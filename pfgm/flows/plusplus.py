@@ -27,7 +27,7 @@ from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .conditions import Condition, Network, with_inner_networks
+from .conditions import Condition, Network, check_rows, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .sampling import check_count
@@ -344,6 +344,7 @@ class PoissonFlowPP(Flow):
         x = self._to_floating(x)
         check_not_empty("x", x)
         condition = condition or {}
+        check_rows(condition, len(x))
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:
@@ -352,7 +353,7 @@ class PoissonFlowPP(Flow):
                 (target,) = targets_by_label(
                     self._target, x_perturbed, sigma, references, labels, reference_labels
                 )
-        mean = _evaluate(net, x_perturbed, sigma, condition)
+        mean = _evaluate(net, x_perturbed, sigma, condition, self.D)
         wide = torch.promote_types(mean.dtype, torch.float32)
         squared = flat_rows(mean.to(wide) - target.to(wide)).square().sum(1)
         s = sigma.to(wide)
@@ -454,7 +455,7 @@ class PoissonFlowPP(Flow):
         return EmpiricalDenoiser(references, self.D)
 
     def _predict(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
-        return _evaluate(net, x, per_row(level, x), condition)
+        return _evaluate(net, x, per_row(level, x), condition, self.D)
 
     def _grid(self, schedule: str, steps: int, last: float) -> list[float]:
         """steps levels above 0, from sigma_max to ``last``, and then 0."""
@@ -465,8 +466,14 @@ class PoissonFlowPP(Flow):
         return [*SCHEDULES[schedule](self.sigma_max, last, steps - 1), 0.0]
 
 
-def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    """The network's mean at x and sigma, with its shape checked."""
+def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition, D: float) -> Tensor:
+    """The network's mean at x and sigma, with its shape checked, and its D if it is exact."""
+    for inner in with_inner_networks(net):
+        if isinstance(inner, EmpiricalDenoiser) and inner.D != D:
+            raise ValueError(
+                f"net is the exact network of D = {inner.D:g}, and the flow has D = {D:g}; both "
+                "must be the same (flow.empirical makes the network)."
+            )
     mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__

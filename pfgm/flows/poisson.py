@@ -27,7 +27,7 @@ from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, with_inner_networks
+from .conditions import Condition, Network, check_rows, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .poisson_rules import (
@@ -406,6 +406,7 @@ class PoissonFlow(Flow):
         x = self._to_floating(x)
         check_not_empty("x", x)
         condition = condition or {}
+        check_rows(condition, len(x))
         labels = condition.get("labels")
         if references is None:
             references, reference_labels = x, labels

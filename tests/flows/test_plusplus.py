@@ -169,6 +169,21 @@ def test_loss_is_the_weighted_error(data, D):
     assert float(flow.loss(flow.empirical(data), data, data)) <= 1e-6
 
 
+def test_an_exact_network_of_another_D_is_refused(data):
+    net = PoissonFlowPP((2,), D=64).empirical(data)
+    with pytest.raises(ValueError, match="net is the exact network of D = 64, and the flow has"):
+        PoissonFlowPP((2,), D=4).sample(torch.optim.swa_utils.AveragedModel(net), 3)
+
+
+@pytest.mark.parametrize("flow", [pfgm.PoissonFlow((2,), spread=1.0), PoissonFlowPP((2,), D=4)])
+def test_conditions_of_the_loss_have_a_row_for_each_sample(flow, data):
+    def net(x, level, labels):
+        raise AssertionError("the loss evaluates no network with too few labels")
+
+    with pytest.raises(ValueError, match=r"condition\['labels'\] has shape \(1,\)"):
+        flow.loss(net, data, condition={"labels": torch.zeros(1)})
+
+
 @pytest.mark.parametrize(
     ("mean", "options", "warned"),
     [(0.0, {}, False), (5.0, {}, False), (20.0, {}, True), (20.0, {"sigma_max": 9.0}, False)],
