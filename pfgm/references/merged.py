@@ -139,10 +139,9 @@ def gradients(
     """The gradients in x and radius over the references of all processes, in float64."""
     found = _sum_of_gradients(saved, chunk_totals, given, needs)
     of_x, of_radius = found if given.ranks is None else map(given.ranks.sum, found)
-    if math.isinf(given.D):
-        of_nearest = _of_distance(saved.grad_logsumexp, saved.nearest, saved.radius)
-        flat = is_flat(saved.nearest, saved.radius, given.D, saved.x.shape[1])
-        of_radius += torch.where(flat, 0.0, of_nearest)
+    of_nearest = _of_nearest(saved.grad_logsumexp, saved, given.D)
+    flat = is_flat(saved.nearest, saved.radius, given.D, saved.x.shape[1])
+    of_radius += torch.where(flat, 0.0, of_nearest)
     return of_x, of_radius
 
 
@@ -151,8 +150,8 @@ def _sum_of_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients in x and radius, summed over the chunks of this process in float64.
 
-    At D = ∞ the gradient in radius lacks the term g d²/σ³ with the distance d of the nearest of all
-    references. The caller adds it.
+    The gradient in radius lacks that of g times the score of the nearest of all references, which
+    the caller adds.
     """
     of_x = torch.zeros(saved.x.shape, dtype=wide_dtype(saved.x.device), device=saved.x.device)
     of_radius = torch.zeros_like(saved.radius)
@@ -233,12 +232,22 @@ def _gradients_of(
     upstream = Upstream((share[:, None] * saved.grad_mean).to(saved.x.dtype), g)
     needed = [needs[0], False, needs[1]]
     of_x, _, of_radius = call_backward(problem, own, upstream, needed, given.backend)
+    # The gradient of Σ_i g_i times a score is much larger than the result. The part that all chunks
+    # share, with the nearest of all references, is left out here and added by the caller.
     if needs[1] and math.isinf(given.D):
-        # Σ_i g_i d_i²/σ³ is much larger than the result. The part that all chunks share, with the
-        # nearest of all references, is left out here and added by the caller.
         of_radius = of_radius - _of_distance(g, own.nearest, saved.radius)
         of_radius += _of_distance(g, own.nearest - saved.nearest, saved.radius)
+    elif needs[1]:
+        of_radius = of_radius - _of_nearest(g, saved, given.D)
     return of_x, of_radius
+
+
+def _of_nearest(g: Tensor, saved: Saved, D: float) -> Tensor:
+    """The gradient in radius of g times the score of the nearest of all references."""
+    if math.isinf(D):
+        return _of_distance(g, saved.nearest, saved.radius)
+    N, radius = saved.x.shape[1], saved.radius
+    return -(N + D) * g * (radius / (saved.nearest + radius.square()))
 
 
 def _of_distance(g: Tensor, squared: Tensor, sigma: Tensor) -> Tensor:

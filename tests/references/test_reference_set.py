@@ -113,6 +113,21 @@ def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):
         assert of_sigma.abs() <= 1e-5 * scale, sigma
 
 
+@pytest.mark.parametrize("D", [128.0, 1e6])
+def test_gradient_in_sigma_at_a_large_r_in_parts(small_chunks, backend, D):
+    """It is 1e-6 of the parts that cancel between the chunks."""
+    rows, G = images(), torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(2))
+
+    def gradient(x, references, name):
+        sigma = torch.full((7,), 30.0, dtype=torch.float64, requires_grad=True)
+        mean = pfgm.posterior_mean(x, references, sigma=sigma, D=D, backend=name)
+        return torch.autograd.grad((mean * G).sum(), sigma)[0]
+
+    found = gradient(points(spread=30.0), ReferenceSet(rows), backend)
+    expected = gradient(points(spread=30.0).double(), rows, "reference")
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 # ---- sketches of rows in memory ----
 
 
