@@ -112,6 +112,8 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             if not values[name] > 0:
                 raise ValueError(f"{name} is {values[name]!r}; allowed is any number above 0.")
+        if math.isinf(values["learning_rate"]):
+            raise ValueError("learning_rate is inf; allowed is any finite number above 0.")
         for name in ("ema", "beta2", "label_dropout"):
             if not 0 <= values[name] < 1:
                 raise ValueError(f"{name} is {values[name]!r}; allowed is 0 to below 1.")
