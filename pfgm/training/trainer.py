@@ -372,9 +372,11 @@ class Trainer:
         """
         t = self.step
         weight = 1 - min(self.config.schedule.ema, (1 + t) / (10 + t))
-        averaged = chain(self._averaged.parameters(), self._averaged.buffers())
-        current = chain(self.network.parameters(), self.network.buffers())
-        for mean, value in zip(averaged, current, strict=True):
+        # By name, as the network may have made buffers for itself since.
+        current = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        averaged = self._averaged
+        for name, mean in chain(averaged.named_parameters(), averaged.named_buffers()):
+            value = current[name]
             if t == 0 or not (mean.is_floating_point() or mean.is_complex()):
                 mean.copy_(value)
             elif value.requires_grad:

@@ -206,7 +206,7 @@ def test_averaged_weights_follow_the_warm_up(data, flow):
 
 def test_tensors_that_are_averaged(data, flow):
     class Masked(nn.Module):
-        """A mask of attention, a complex weight, and a frozen part in half precision."""
+        """A mask of attention, a complex weight, a frozen part in half precision, and a cache."""
 
         def __init__(self):
             super().__init__()
@@ -217,6 +217,7 @@ def test_tensors_that_are_averaged(data, flow):
 
         def forward(self, x, z):
             assert x.dtype == z.dtype == torch.float32
+            self.register_buffer("cache", z.sum(), persistent=False)
             out = self.inner(torch.cat([x, z[:, None]], 1)) @ self.mask.softmax(1)
             out = out * (self.phase * (1 + 1j)).real * self.frozen
             return out[:, :2], out[:, 2]
@@ -225,6 +226,7 @@ def test_tensors_that_are_averaged(data, flow):
     trainer = Trainer(flow, network, data, config(ema=0.5), progress=False)
     averaged = trainer.train()
     assert torch.equal(averaged.mask, network.mask)
+    assert not hasattr(averaged, "cache")
     assert bool(averaged.phase.isfinite().all())
     assert not torch.equal(averaged.phase, network.phase)
 
