@@ -456,6 +456,10 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "curve-steps is 0" in fails(*checkpoint, "--curve-steps", 0)
     assert "steps is 0" in fails(*checkpoint, "--steps", 0)
     assert "samples alone have no likelihood" in fails("--samples", tmp_path, "--likelihood", 1)
+    for option, value in (("guidance", 2.0), ("solver", "heun"), ("batch-size", 7)):
+        message = fails("--samples", tmp_path, f"--{option}", value)
+        assert f"{option} is {value}, but {tmp_path} holds samples that" in message
+    assert "allowed is --likelihood N with it" in fails(*checkpoint, "--grey-levels", 17)
     assert "likelihood is 400; allowed are at most 399" in fails(*checkpoint, "--likelihood", 400)
     assert "allowed are digits, fashion-mnist" in fails(*checkpoint, "--data", "letters")
     assert "device is 'abacus'" in fails(*checkpoint, "--device", "abacus")

@@ -38,6 +38,7 @@ __all__ = ["Evaluate"]
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
 _FEATURES = 2048  # of Inception v3
+_OF_SAMPLING = ("solver", "steps", "schedule", "last", "batch_size")
 _SPLITS = 10  # of the Inception score, as published
 _TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
@@ -159,8 +160,12 @@ class Evaluate:
             raise ValueError(f"{given} of checkpoint and samples are given; allowed is one.")
         if self.fid_weights is not None and not self.fid:
             raise ValueError(f"fid-weights is {self.fid_weights}; allowed is --fid with it.")
-        if self.samples is not None and (self.likelihood or self.curve):
-            raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
+        if self.samples is not None:
+            self._check_options_of_samples()
+        if self.grey_levels is not None and not self.likelihood:
+            raise ValueError(
+                f"grey-levels is {self.grey_levels}; allowed is --likelihood N with it."
+            )
         for name, value, least in (
             ("n", self.n, 1),
             ("batch-size", self.sampling.batch_size, 1),
@@ -175,6 +180,21 @@ class Evaluate:
         for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
             for count in counts:
                 check_steps(name, count)
+
+    def _check_options_of_samples(self) -> None:
+        """Raises ValueError for an option that only a checkpoint has a use for."""
+        if self.likelihood or self.curve:
+            raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
+        options = [(name, getattr(self.sampling, name)) for name in _OF_SAMPLING]
+        defaults = [(name, getattr(SamplingOptions(), name)) for name in _OF_SAMPLING]
+        options.append(("guidance", self.guidance))
+        defaults.append(("guidance", None))
+        for name, value in options:
+            if (name, value) not in defaults:
+                raise ValueError(
+                    f"{name.replace('_', '-')} is {value}, but {self.samples} holds samples that "
+                    "have been drawn; leave it out, or give a checkpoint."
+                )
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.checkpoint is not None:

@@ -463,6 +463,12 @@ def as_number(value: Any) -> float:
     return float(value) if isinstance(value, Real) else math.nan
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raises ValueError unless the value is True or False, such as for the text "false" of JSON."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; allowed are True and False.")
+
+
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")

@@ -7,6 +7,7 @@ folders. Nothing is unpacked to the disk, and a name in an archive is never used
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,8 +100,7 @@ class FolderFiles(ImageFiles):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        files = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-        self.names = _images(file.as_posix() for file in files)
+        self.names = _images(file.relative_to(path).as_posix() for file in _files_below(path))
 
     def open(self, name: str) -> IO[bytes]:
         return open(self.path / name, "rb")
@@ -178,6 +178,33 @@ def image_files(path: Path) -> Iterator[ImageFiles]:
         files.close()
 
 
+def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files in a folder and its subfolders, also in linked folders.
+
+    Links to nothing count as files, so that a missing image is an error and not left out.
+
+    Args:
+        folder: the folder.
+        above: the real paths of the folders that lead to it. A link back to one of them is left
+            out.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = folder / entry.name
+            if _is_foreign(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _files_below(path, (*above, here))
+            elif entry.is_file() or not path.exists():
+                yield path
+
+
 def _images(names: Iterator[str]) -> list[str]:
     """The names of images among relative paths, sorted."""
     return sorted(name for name in names if _is_image(PurePosixPath(name)))
@@ -185,5 +212,9 @@ def _images(names: Iterator[str]) -> list[str]:
 
 def _is_image(name: PurePosixPath) -> bool:
     folders = [part for part in name.parts if part not in (".", "..")]
-    foreign = any(part.startswith(".") or part in _FOREIGN_FOLDERS for part in folders)
-    return name.suffix.lower() in IMAGE_SUFFIXES and not foreign
+    return name.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_foreign, folders))
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether files and folders of this name are left out."""
+    return name.startswith(".") or name in _FOREIGN_FOLDERS

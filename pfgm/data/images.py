@@ -33,8 +33,9 @@ def load_images(
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
     """Decodes all images in a folder and its subfolders, or in a zip archive.
 
-    Their order is that of their relative paths. Hidden files are left out. Transparent images are
-    composed on white. A rotation in the EXIF data is not applied.
+    Their order is that of their relative paths. Links to files and folders are followed. Hidden
+    files are left out. Transparent images are composed on white. A rotation in the EXIF data is not
+    applied. Of an animated image the first frame is taken.
 
     Labels are those in the file ``dataset.json``, as in the data sets of EDM and StyleGAN:
     ``{"labels": [[name, label], …]}``. Without the file, images that all lie in class folders, as
@@ -47,6 +48,7 @@ def load_images(
 
     Raises:
         ImportError: Pillow is not installed.
+        OSError: a folder or an image cannot be opened, such as the target of a link.
         ValueError: there is no image; an image cannot be read or has more than 8 bits a channel;
             images differ in size; or the archive or dataset.json is damaged.
     """
@@ -160,7 +162,7 @@ def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
     try:
         with files.open(name) as file, _import_pillow().open(file, formats=_FORMATS) as image:
             yield image
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         raise ValueError(

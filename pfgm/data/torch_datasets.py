@@ -56,12 +56,13 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
                 f"{rows.dtype} of shape {tuple(rows.shape[1:])}, as in item 0."
             )
         rows[index] = row
+        if (label is None) != (labels is None):
+            found, first_has = ("no", "one") if label is None else ("an", "none")
+            raise ValueError(
+                f"{_name(index)} has {found} integer label; allowed are labels in all items or in "
+                f"none, and item 0 has {first_has}."
+            )
         if labels is not None:
-            if label is None:
-                raise ValueError(
-                    f"{_name(index)} has no integer label; allowed are labels in all items or in "
-                    "none, and item 0 has one."
-                )
             labels[index] = label
     return rows, labels
 

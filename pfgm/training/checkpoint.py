@@ -43,6 +43,7 @@ STATE_FORMAT = 1
 
 _KEPT_CHECKPOINTS = 2  # of a run
 _WEIGHTS_NAME = re.compile(r"step-(\d{8,18})\.safetensors")
+_STATE_NAME = re.compile(r"step-(\d{8,18})\.state\.pt")
 _MAX_REASON = 300  # characters of another library's message, which may repeat content of a file
 
 
@@ -234,12 +235,20 @@ def save_run(
 
 
 def _remove_old(folder: Path, step: int, after: int) -> None:
-    """Keeps the checkpoint of this step and the newest of those up to the step `after`."""
-    for pattern in ("step-*.safetensors", "step-*.state.pt"):
-        paths = sorted(folder.glob(pattern))
-        own = [path for path in paths if _step_of(path) <= after or _step_of(path) == step]
-        for path in {*paths} - {*own[-_KEPT_CHECKPOINTS:]}:
-            path.unlink()
+    """Keeps the checkpoint of this step and the newest of those up to the step `after`.
+
+    Files of other names, such as a copy step-best.safetensors, are not touched.
+    """
+    for pattern in (_WEIGHTS_NAME, _STATE_NAME):
+        paths = _by_step(folder, pattern)
+        own = [number for number in sorted(paths) if number <= after or number == step]
+        for number in paths.keys() - {*own[-_KEPT_CHECKPOINTS:]}:
+            paths[number].unlink()
+
+
+def _by_step(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """The files of a folder whose names match the pattern, by the number in the name."""
+    return {int(found[1]): p for p in folder.iterdir() if (found := pattern.fullmatch(p.name))}
 
 
 def load_run(folder: Path, step: int | None = None) -> RunCheckpoint:
@@ -345,9 +354,7 @@ def _older_weights(path: Path) -> list[Path]:
     last = _WEIGHTS_NAME.fullmatch(path.name)
     if not folder.is_dir() or (folder == path.parent and last is None):
         return []
-    steps = {
-        int(found[1]): p for p in folder.iterdir() if (found := _WEIGHTS_NAME.fullmatch(p.name))
-    }
+    steps = _by_step(folder, _WEIGHTS_NAME)
     return [
         steps[step] for step in sorted(steps, reverse=True) if last is None or step < int(last[1])
     ]

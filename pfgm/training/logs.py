@@ -84,11 +84,11 @@ class _Table:
 
     def add(self, row: Mapping[str, float]) -> None:
         rows: list[Sequence[object]] = []
-        if not self._fields:
-            self._fields = list(row)
-            rows.append(self._fields)
-        rows.append([_format(row.get(name, "")) for name in self._fields])
         with self._path.open("a", newline="") as file:
+            if not self._fields or file.tell() == 0:  # also if the file was removed
+                self._fields = list(row)
+                rows.append(self._fields)
+            rows.append([_format(row.get(name, "")) for name in self._fields])
             file.write(_as_csv(rows))
 
 

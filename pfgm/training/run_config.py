@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..common.checks import check_choice
+from ..common.checks import check_bool, check_choice
 from ..common.files import StrPath, write_json
 from ..common.versions import versions
 from ..datasets import Range
@@ -90,6 +90,8 @@ class Settings:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "fit_levels", tuple(self.fit_levels))
+        for name in ("labels", "flips", "shared"):
+            check_bool(name, getattr(self, name))
         check_choice("method", self.method, get_args(Method))
         check_choice("network", self.network, get_args(Network))
         check_choice("hold", self.hold, get_args(Place))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from ..common.files import MALFORMED, folder_path, remove_leftovers
 from ..common.messages import progress_bar
@@ -45,7 +46,7 @@ __all__ = ["Diverged", "FolderInUse", "ProcessLost", "Terminated", "TrainConfig"
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite."""
+    """The loss or a weight is not finite."""
 
 
 class Trainer:
@@ -146,7 +147,8 @@ class Trainer:
                 f"batch_size is {config.batch_size}; allowed are multiples of the number of "
                 f"processes, {processes.size}, times accumulate, {config.accumulate}."
             )
-        parameter = next(network.parameters())
+        # The first trained parameter, as frozen ones may be narrow or hold integers.
+        parameter = next(p for p in network.parameters() if p.requires_grad)
         self._device = parameter.device
         self._batches = Batches(
             data,
@@ -155,21 +157,20 @@ class Trainer:
             references=config.references,
             seed=config.seed,
             device=self._device,
-            dtype=parameter.dtype,
+            dtype=parameter.dtype.to_real(),
             rank_and_size=(processes.rank, processes.size),
         )
         self._parallel = processes.data_parallel(network)
         self._wrapped = torch.compile(self._parallel) if config.compile else self._parallel
         self._optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, config.schedule.beta2))
-        self._averaged = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
+        self._averaged = copy.deepcopy(network)
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
 
     @property
     def averaged(self) -> nn.Module:
         """The network with the moving average of its weights: the one to sample with."""
-        module: nn.Module = self._averaged.module
-        return module
+        return self._averaged
 
     def train(self) -> nn.Module:
         """Trains up to the configured number of steps.
@@ -178,7 +179,7 @@ class Trainer:
             The network with averaged weights.
 
         Raises:
-            Diverged: the loss is not finite; the last checkpoint is from before that.
+            Diverged: the loss or a weight is not finite; the last checkpoint is from before that.
             ValueError: data hold values that are not finite (on a GPU the loss becomes non-finite
                 instead), or the folder holds a run that has not been resumed.
             FolderInUse: another run is using the folder.
@@ -266,9 +267,11 @@ class Trainer:
         """Writes a checkpoint of the current step, if there is a folder.
 
         Raises:
+            Diverged: a trained weight is not finite, whether or not there is a folder.
             FolderInUse: another run is using the folder.
             OSError: the checkpoint cannot be written.
         """
+        self._check_weights()
         if self.folder is None or not self._processes.leads:
             return
         state = {
@@ -339,7 +342,6 @@ class Trainer:
         self.config = config
         self.step = self._saved_step = state["step"]
         self._known_latest = latest
-        self._averaged.n_averaged.fill_(self.step)
         return self.step
 
     def _train_step(self) -> Tensor:
@@ -356,23 +358,31 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._averaged.update_parameters(self.network)
+        self._update_average()
         first_bad = (self._diverged_step == 0) & ~loss.isfinite()
         self._diverged_step = torch.where(first_bad, step + 1, self._diverged_step)
         return loss
 
     @torch.no_grad()
-    def _average(
-        self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
-    ) -> None:
-        """A moving average with warm-up: the decay at step t is min(ema, (1 + t)/(10 + t))."""
-        t = int(count)
+    def _update_average(self) -> None:
+        """A moving average with warm-up: the decay at step t is min(ema, (1 + t)/(10 + t)).
+
+        At step 0 it is the network. Tensors that are not trained may hold infinity, as the masks of
+        attention do. Values that have not changed stay, as the average of two infinities is NaN.
+        """
+        t = self.step
         weight = 1 - min(self.config.schedule.ema, (1 + t) / (10 + t))
-        for mean, value in zip(averaged, current, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), weight)
-            else:
+        # By name, as the network may have made buffers for itself since.
+        current = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        averaged = self._averaged
+        for name, mean in chain(averaged.named_parameters(), averaged.named_buffers()):
+            value = current[name]
+            if t == 0 or not (mean.is_floating_point() or mean.is_complex()):
                 mean.copy_(value)
+            elif value.requires_grad:
+                mean.lerp_(value, weight)
+            else:
+                mean.copy_(torch.where(mean == value, mean, mean.lerp(value, weight)))
 
     def _noise_seed(self, step: int) -> int:
         """The seed of the perturbation of this process in a step."""
@@ -425,6 +435,20 @@ class Trainer:
             f"{self._noise_seed(step - 1)} in process {self._processes.rank}): lower the learning "
             "rate; the last checkpoint is unharmed."
         )
+
+    def _check_weights(self) -> None:
+        """Raises Diverged if a trained weight is not finite.
+
+        A gradient that is not finite spoils the weights after a step whose loss is finite.
+        """
+        trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
+        finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in trained])
+        if not bool(finite.all()):
+            name, _ = trained[int(finite.int().argmin())]
+            raise Diverged(
+                f"the weight {name} is not finite after step {self.step}: lower the learning rate, "
+                "or look for a gradient that is not finite; the last checkpoint is unharmed."
+            )
 
     def _progress_bar(self) -> Any:
         return progress_bar(

@@ -295,6 +295,26 @@ def test_other_formats_under_a_false_name_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_links_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    write(folder / "cat" / "1.png", pixels(3, 5))
+    write(tmp_path / "elsewhere" / "2.png", pixels(3, 5, seed=1))
+    (folder / "dog").symlink_to(tmp_path / "elsewhere")
+    (folder / "dog" / "up").symlink_to(folder)  # a loop
+    source = open_source(folder)
+    assert source.label_names == ("cat", "dog")
+    assert labels(source) == [0, 1]
+    np.testing.assert_array_equal(loaded(folder)[1, 0], pixels(3, 5, seed=1))
+
+
+def test_links_to_nothing_are_no_images_to_leave_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", pixels(3, 5))
+    (tmp_path / "b.png").symlink_to(tmp_path / "missing.png")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "missing.txt")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "b.png"))):
+        open_source(tmp_path)
+
+
 def test_deep_images_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.png", pixels(3, 5).astype(np.uint16))
     with pytest.raises(ValueError, match=r"a\.png has pixels of the mode I;16; allowed are .* 8"):
@@ -406,6 +426,9 @@ def test_labels_in_some_items_only_are_refused() -> None:
     message = "^Item 1 of the dataset has no integer label; allowed are labels in all"
     with pytest.raises(ValueError, match=message):
         open_source(Items((torch.zeros(2), 1), (torch.zeros(2), "b")))
+    message = "^Item 1 of the dataset has an integer label; .* or in none, and item 0 has none"
+    with pytest.raises(ValueError, match=message):
+        open_source(Items((torch.zeros(2), None), (torch.zeros(2), 1)))
 
 
 def test_pillow_images_as_items() -> None:

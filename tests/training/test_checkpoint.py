@@ -289,6 +289,21 @@ def test_a_run_keeps_its_newest_two_checkpoints(tmp_path, flow, network):
     ]
 
 
+def test_only_checkpoints_of_the_run_are_removed(tmp_path, flow, network):
+    copies = {"step-00000005-copy.safetensors", "step-best.safetensors", "step-old.state.pt"}
+    for name in copies:
+        (tmp_path / name).write_text("a copy of the user")
+    for step in (99_999_998, 99_999_999, 100_000_000):
+        run_checkpoint(tmp_path, flow, network, step)
+    assert load_run(tmp_path)[2]["step"] == 100_000_000
+    kept = {
+        f"step-{step}.{suffix}"
+        for step in (99_999_999, 100_000_000)
+        for suffix in ("safetensors", "state.pt")
+    }
+    assert {p.name for p in tmp_path.iterdir()} == copies | kept | {"latest.json"}
+
+
 @pytest.mark.parametrize("broken", ["safetensors", "state.pt", "latest.json"])
 def test_an_interrupted_checkpoint_leaves_the_one_before(
     tmp_path, flow, network, monkeypatch, broken

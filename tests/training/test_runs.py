@@ -50,6 +50,8 @@ def test_a_configuration_is_stored_in_its_file(tmp_path):
     [
         ('{"methd": "edm"}', "no setting 'methd'; known are D, blocks, data"),
         ('{"training": {"stepz": 5}}', "no setting 'stepz'"),
+        ('{"flips": "false"}', "flips is 'false'; allowed are True and False"),
+        ('{"training": {"compile": "no"}}', "compile is 'no'; allowed are True and False"),
         ('{"training": {"steps": 0}}', "steps is 0"),
         ('{"method": "vae"}', "method is 'vae'; allowed are pfgm"),
         ('{"D": -1}', "D is -1"),

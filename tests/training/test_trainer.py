@@ -123,6 +123,7 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         ({"references": 64}, "references is 64; allowed is at least batch_size, 128"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"learning_rate": math.inf}, "learning_rate is inf; allowed is any finite number"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"decay": "linear"}, "decay is 'linear'"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
@@ -201,6 +202,33 @@ def test_averaged_weights_follow_the_warm_up(data, flow):
             expected = [decay * a + (1 - decay) * b for a, b in zip(expected, current, strict=True)]
     for a, b in zip(weights(trainer.averaged), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_that_are_averaged(data, flow):
+    class Masked(nn.Module):
+        """A mask of attention, a complex weight, a frozen part in half precision, and a cache."""
+
+        def __init__(self):
+            super().__init__()
+            self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+            self.frozen = nn.Parameter(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+            self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x, z):
+            assert x.dtype == z.dtype == torch.float32
+            self.register_buffer("cache", z.sum(), persistent=False)
+            out = self.inner(torch.cat([x, z[:, None]], 1)) @ self.mask.softmax(1)
+            out = out * (self.phase * (1 + 1j)).real * self.frozen
+            return out[:, :2], out[:, 2]
+
+    network = Masked()
+    trainer = Trainer(flow, network, data, config(ema=0.5), progress=False)
+    averaged = trainer.train()
+    assert torch.equal(averaged.mask, network.mask)
+    assert not hasattr(averaged, "cache")
+    assert bool(averaged.phase.isfinite().all())
+    assert not torch.equal(averaged.phase, network.phase)
 
 
 def test_the_gradient_is_clipped_and_adam_takes_the_step(data, flow):
@@ -502,6 +530,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_pa
     assert all(torch.isfinite(t).all() for t in found.values())
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, data, flow, folder):
+    class Spoiled(nn.Module):
+        """Its gradient is NaN in the third step, where its loss is finite."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = new_network(), 0
+
+        def forward(self, x, z):
+            self.calls += 1
+            x, z = self.inner(x, z)
+            return x, z + (z * 0).square().sum().sqrt() if self.calls == 3 else z
+
+    settings = config(steps=3, checkpoint_every=2)
+    trainer = Trainer(
+        flow, Spoiled(), data, settings, folder=tmp_path if folder else None, progress=False
+    )
+    with pytest.raises(Diverged, match=r"weight inner\.\S+ is not finite after step 3: lower"):
+        trainer.train()
+    if folder:
+        assert load_run(tmp_path)[2]["step"] == 2
+
+
 def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data, flow):
     Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
 
@@ -595,6 +647,14 @@ def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
     with pytest.raises(ValueError, match="holds a run already"):
         trainer().train()
     assert len(rows()) == 8
+
+
+def test_a_log_that_was_removed_begins_anew(tmp_path, data, flow):
+    network = new_network()
+    network.before = lambda call: (tmp_path / "log.csv").unlink() if call == 12 else None
+    Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
+    with (tmp_path / "log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["15", "20", "24"]
 
 
 def test_figures_that_follow_from_the_data_are_compared_up_to_rounding(tmp_path, data):
