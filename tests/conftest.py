@@ -158,7 +158,25 @@ def _wide(values):
     """Samples as (count, N) in long double, in which the plain formulas are accurate enough."""
     if values.dtype == torch.uint8:
         return values.flatten(1).numpy().astype(np.longdouble) / 127.5 - 1
-    return values.detach().double().flatten(1).numpy().astype(np.longdouble)
+    return _flat64(values).astype(np.longdouble)
+
+
+def _rows(values):
+    """Samples as (count, N) in float64, for sums over references: they are rounded beside their
+    largest term only, and in long double numpy has no fast products."""
+    return _wide(values).astype(np.float64) if values.dtype == torch.uint8 else _flat64(values)
+
+
+def _flat64(values):
+    return values.detach().double().flatten(1).numpy()
+
+
+def _sum(weights, rows):
+    """Σ weights_j rows_j. Weights in long double may be out of the range of float64."""
+    largest = np.abs(weights).max()
+    if largest == 0:
+        return np.zeros(rows.shape[1], np.longdouble)
+    return (weights / largest).astype(np.float64) @ rows * largest
 
 
 def _posterior(squared, N, r, D):
@@ -209,7 +227,7 @@ def _all_squared_distances(x, references):
 
 
 # The same for all radii, D and upstreams.
-_squared_distances = _remembering(_all_squared_distances, most=8)
+_squared_distances = _remembering(_all_squared_distances, most=32)
 
 
 @pytest.fixture
@@ -244,13 +262,13 @@ def oracle():
 
     def evaluate(x, references, radius, D):
         x, references = x.reshape(len(x), -1), references.reshape(len(references), -1)
-        y = _wide(references)
+        y = _rows(references)
         radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
         means, logsumexps = [], []
         for squared, r in zip(_squared_distances(x, references), radius, strict=True):
             p, lse = _posterior(squared, y.shape[1], r, D)
             seen = _seen(p)
-            means.append(p[seen] @ y[seen])
+            means.append(_sum(p[seen], y[seen]))
             logsumexps.append(lse)
         return _tensor(means), _tensor(logsumexps)
 
@@ -259,19 +277,22 @@ def oracle():
 
 @pytest.fixture(scope="session")
 def oracle_gradients():
-    """Flat gradients of Σ G·mean + Σ g lse in x, references and radius (spec, section 10)."""
+    """Flat gradients of Σ G·mean + Σ g lse in x, references and radius (spec, section 10).
 
-    def evaluate(x, references, radius, D, G, g):
+    With ``of_references=False`` the second is missing: it takes longest.
+    """
+
+    def evaluate(x, references, radius, D, G, g, of_references):
         x, references = x.reshape(len(x), -1), references.reshape(len(references), -1)
         of_pairs = _squared_distances(x, references)
-        x, y, G = (_wide(v.reshape(len(v), -1)) for v in (x, references, G))
+        x, y, G = (_rows(v.reshape(len(v), -1)) for v in (x, references, G))
         radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
         grad_x, grad_y, grad_r = np.zeros_like(x), np.zeros_like(y), np.zeros(len(x))
         for b, r in enumerate(radius):
             p, _ = _posterior(of_pairs[b], x.shape[1], r, D)
             seen = _seen(p)
-            p, squared, near = p[seen], of_pairs[b, seen], y[seen]
-            t = near @ G[b]
+            p, squared, apart = p[seen], of_pairs[b, seen], x[b] - y[seen]
+            t = (-apart @ G[b]).astype(np.longdouble)  # of y − x: what all have in common cancels
             t += np.longdouble(g[b]) - p @ t
             if math.isinf(D):
                 c = -p * t / r**2
@@ -279,8 +300,11 @@ def oracle_gradients():
             else:
                 c = -(x.shape[1] + np.longdouble(D)) * p * t / (squared + r**2)
                 grad_r[b] = r * c.sum()
-            grad_x[b] = c @ (x[b] - near)
-            grad_y[seen] += np.outer(p, G[b]) - c[:, None] * (x[b] - near)
-        return _tensor(grad_x), _tensor(grad_y), _tensor(grad_r)
+            grad_x[b] = _sum(c, apart)
+            if of_references:
+                p, c = p.astype(np.float64), c.astype(np.float64)
+                grad_y[seen] += np.outer(p, G[b]) - c[:, None] * apart
+        return _tensor(grad_x), _tensor(grad_y) if of_references else None, _tensor(grad_r)
 
-    return _remembering(evaluate)
+    remembered = _remembering(evaluate)
+    return lambda *given, of_references=True: remembered(*given, of_references)

@@ -277,8 +277,13 @@ def _disassembled(jobs: Sequence[Job], compiled: Sequence[Compiled | str]) -> li
     return found
 
 
-def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "") -> list[Row]:
-    """Compiles every variant whose name contains ``only``, in parallel."""
+def rows_of(
+    modules: Iterable[str],
+    capabilities: Iterable[int],
+    only: str = "",
+    processes: int = PROCESSES,
+) -> list[Row]:
+    """Compiles every variant whose name contains ``only``, here or in several processes."""
     jobs = [
         Job(module, place, capability)
         for module in modules
@@ -286,10 +291,13 @@ def rows_of(modules: Iterable[str], capabilities: Iterable[int], only: str = "")
         if only in variant.name
         for capability in capabilities
     ]
-    # Not by fork, because torch's threads do not survive it.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, context) as pool:
-        compiled = list(pool.map(_compile, jobs))
+    if processes == 1:
+        compiled = list(map(_compile, jobs))
+    else:
+        # Not by fork, because torch's threads do not survive it.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context) as pool:
+            compiled = list(pool.map(_compile, jobs))
     return list(map(_row, jobs, compiled, _disassembled(jobs, compiled)))
 
 
@@ -333,13 +341,14 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the variant's name")
     parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="default: all")
     parser.add_argument("--modules", nargs="+", default=MODULES, help="default: %(default)s")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print rows as JSON, not a table")
     parser.add_argument("--store", action="store_true", help="write results/codegen_triton.json")
     options = parser.parse_args()
     if interpreted():
         parser.error("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
     capabilities = CAPABILITIES if options.capability is None else (options.capability,)
-    rows = rows_of(options.modules, capabilities, options.only)
+    rows = rows_of(options.modules, capabilities, options.only, options.processes)
     print(json.dumps(as_json(rows)) if options.json else report(rows))
     if options.store:
         import triton

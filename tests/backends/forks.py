@@ -1,6 +1,7 @@
 """Forks while four threads compute: every child computes too, and gets what its parent gets.
 
-Arguments: the number of forks, and the most seconds. A child that hangs prints where.
+Arguments: the number of forks, the most seconds, and for one run after the other the threads of a
+call. A child that hangs prints where.
 """
 
 import faulthandler
@@ -55,7 +56,8 @@ def child(problems, expected):
         os._exit(4)
 
 
-def main(forks, seconds):
+def main(forks, seconds, threads):
+    torch.set_num_threads(threads)
     problems = [problem(3, 40, 5), problem(70, 60, 20), problem(50, 40, 600)]
     expected = [results(*given) for given in problems]
     # More workspace than is kept, so that memory is freed while other threads allocate.
@@ -80,8 +82,10 @@ def main(forks, seconds):
     for thread in computing:
         thread.join()
     print(f"{done} forks, {len(failed)} failed {failed}")
-    sys.exit(bool(failed))
+    return not failed
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    forks, seconds, *counts = sys.argv[1:]
+    results_of_runs = [main(int(forks), float(seconds), int(threads)) for threads in counts]
+    sys.exit(not all(results_of_runs))

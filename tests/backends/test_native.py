@@ -16,6 +16,7 @@ import torch
 
 from pfgm import field_fn, posterior_mean
 from pfgm.backends import native, reference
+from pfgm.backends.formulas import squared_distances
 from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
 
@@ -579,10 +580,26 @@ def defeat_inputs(name, N, dtype):
     return built_to_defeat(name, N, dtype)
 
 
+@functools.lru_cache(maxsize=2)  # the same for each D
+def defeat_squared_distances(name, N, dtype):
+    x, references, _ = defeat_inputs(name, N, dtype)
+    return squared_distances(x.double(), references.double())
+
+
 @functools.lru_cache(maxsize=256)  # the same for each instruction set
 def defeat_expected_results(name, N, dtype, D):
-    x, references, sigma = defeat_inputs(name, N, dtype)
-    return forward(x.double(), references.double(), radius_of(sigma, D), D, reference)
+    """Mean and log-sum-exp by the plain formulas, relative to the nearest reference."""
+    _, references, sigma = defeat_inputs(name, N, dtype)
+    squared, r = defeat_squared_distances(name, N, dtype), radius_of(sigma, D)[:, None]
+    nearest = squared.amin(1, keepdim=True)
+    if math.isinf(D):
+        largest, below = -nearest / (2 * r**2), (squared - nearest) / (2 * r**2)
+    else:
+        s = nearest + r**2
+        largest, below = -(N + D) / 2 * s.log(), (N + D) / 2 * ((squared - nearest) / s).log1p()
+    weights = (-below).exp()
+    total = weights.sum(1, keepdim=True)
+    return weights @ references.double() / total, (largest + total.log())[:, 0]
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
@@ -688,7 +705,7 @@ def assert_right(x, references, radius, D, oracle, oracle_gradients, tolerance=5
     G = torch.randn(x.shape, generator=generator)
     g = torch.randn(len(x), generator=generator, dtype=torch.float64)
     for upstream in ((G, 0 * g), (0 * G, g)):
-        wanted = oracle_gradients(x, references, radius, D, *upstream)
+        wanted = oracle_gradients(x, references, radius, D, *upstream, of_references=False)
         actual = backward(x, references, radius, D, *upstream, needs=(True, False, True))
         assert_gradient(actual[0], wanted[0], 4 * tolerance)
         if upstream[1].any():
@@ -753,7 +770,7 @@ def test_few_features_of_any_scale(isa, oracle, oracle_gradients, N, scale):
         expected = oracle(x, references, radius, D)
         assert_accurate(forward(x, references, radius, D), expected, references, 5e-6)
         G, zero = torch.ones_like(x), torch.zeros(40, dtype=torch.float64)
-        wanted = oracle_gradients(x, references, radius, D, G, zero)
+        wanted = oracle_gradients(x, references, radius, D, G, zero, of_references=False)
         actual = backward(x, references, radius, D, G, zero, needs=(True, False, False))
         assert_gradient(actual[0], wanted[0], 2e-5)
 
@@ -840,7 +857,7 @@ def test_few_features_with_any_upstream(isa, oracle_gradients, size):
     G = size * torch.randn(x.shape, generator=generator)
     g = size * torch.randn(30, generator=generator, dtype=torch.float64)
     for upstream in ((G, 0 * g), (0 * G, g), (G, g)):
-        wanted = oracle_gradients(x, references, radius, 1.0, *upstream)
+        wanted = oracle_gradients(x, references, radius, 1.0, *upstream, of_references=False)
         actual = backward(x, references, radius, 1.0, *upstream, needs=(True, False, True))
         assert_gradient(actual[0], wanted[0], 1e-5)
         assert_gradient(actual[2], wanted[2], 1e-5)
@@ -902,70 +919,82 @@ def test_outputs_are_written_whole(isa, monkeypatch):
     assert_same(everything(391, 70, 33), expected)
 
 
-SCRIPT = """
-import hashlib, math, resource, sys, torch
+PEAK = """
+def peak():
+    # Not ru_maxrss, which holds the memory of the process that started this one.
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+"""
+SCRIPT = f"""{PEAK}
+import hashlib, math, sys, torch
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
-threads, B, M, N = map(int, sys.argv[1:])
-torch.set_num_threads(threads)
+B, M, N, *counts = map(int, sys.argv[1:])
+torch.set_num_threads(counts[0])
 generator = torch.Generator().manual_seed(0)
 x = torch.rand(B, N, generator=generator)
 references = torch.rand(M, N, generator=generator)
 radius = torch.full((B,), 0.5, dtype=torch.float64)
 native.posterior_mean(PosteriorMean(x[:1], references[:1], radius[:1], 1.0))
 problem = PosteriorMean(x, references, radius, 1.0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-mean, lse, nearest, total = native.posterior_mean(problem)
-result = native.posterior_mean_backward(
-    problem, State(mean, nearest, total), Upstream(x, radius), (True, False, True))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bits = b"".join(t.numpy().tobytes() for t in (mean, lse, result[0], result[2]))
-print((peak - before) / 1024, hashlib.sha256(bits).hexdigest())
+before = peak()
+for threads in counts:
+    torch.set_num_threads(threads)
+    mean, lse, nearest, total = native.posterior_mean(problem)
+    result = native.posterior_mean_backward(
+        problem, State(mean, nearest, total), Upstream(x, radius), (True, False, True))
+    needed = peak() - before
+    bits = b"".join(t.numpy().tobytes() for t in (mean, lse, result[0], result[2]))
+    print(needed, hashlib.sha256(bits).hexdigest())
 """
 
 
-def run_script(*sizes, **environment):
-    command = [sys.executable, "-c", SCRIPT, *map(str, sizes)]
+def run_script(*sizes, threads, **environment):
+    """[(megabytes that were needed until then, digest of the results)] for each of threads."""
+    command = [sys.executable, "-c", SCRIPT, *map(str, (*sizes, *threads))]
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=True
     )
-    megabytes, digest = done.stdout.split()
-    return float(megabytes), digest
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == len(threads)
+    return [(float(megabytes), digest) for megabytes, digest in lines]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss and MALLOC_PERTURB_ are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM and MALLOC_PERTURB_ are Linux's")
 def test_results_do_not_depend_on_uninitialised_memory():
     # glibc fills allocated memory with the complement of this byte, and freed memory with the byte.
-    digests = {run_script(2, 37, 2100, 21, MALLOC_PERTURB_=str(byte))[1] for byte in (1, 128)}
-    assert len(digests) == 1
+    ((_, one),), ((_, other),) = (
+        run_script(37, 2100, 21, threads=[2], MALLOC_PERTURB_=str(byte)) for byte in (1, 128)
+    )
+    assert one == other
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-@pytest.mark.parametrize("threads", [2, 8, 9])
-def test_memory_is_bounded_whatever_the_number_of_references(threads):
-    # A (B, M) matrix alone would be 245 MB, a (B, M, N) tensor 492 MB in float32.
-    megabytes, _ = run_script(threads, 576, 60_000, 4)
-    assert megabytes < 64
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+def test_memory_is_bounded_whatever_the_number_of_references():
+    # A (B, M) matrix alone would be 138 MB, a (B, M, N) tensor 553 MB in float32.
+    for megabytes, _ in run_script(576, 60_000, 4, threads=[2, 8, 9]):
+        assert megabytes < 64
 
 
-VARYING = """
-import resource, torch
+VARYING = f"""{PEAK}
+import torch
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean
 torch.set_num_threads(2)
-x, references = torch.rand(384, 2000), torch.rand(1000, 2000)
+x, references = torch.rand(384, 2000), torch.rand(250, 2000)
 radius = torch.full((384,), 0.5, dtype=torch.float64)
 def call(B, N):
     mean, *_ = native.posterior_mean(PosteriorMean(x[:B, :N], references[:, :N], radius[:B], 1.0))
     return mean.nbytes
 call(1, 1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 largest = max(call(B, N) for N in range(200, 2000, 100) for B in (384, 250, 100))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - largest / 2**20)
+print(peak() - before - largest / 2**20)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 def test_memory_is_bounded_when_every_call_has_another_shape():
     done = subprocess.run(
         [sys.executable, "-c", VARYING], capture_output=True, text=True, check=True
@@ -1003,71 +1032,77 @@ import os, signal, sys, threading, time, torch
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
 
-call, threads, references, features = sys.argv[1], *map(int, sys.argv[2:])
-torch.set_num_threads(threads)
-x = torch.rand(65, features)  # a block of queries and one more
-radius = torch.ones(65, dtype=torch.float64)
-few = torch.rand(70, features)
-short = PosteriorMean(x, few, radius, 4.0)
-expected = native.posterior_mean(short)
-y = few[:1].expand(references, features)  # as long as if each lay elsewhere
-long = PosteriorMean(x, y, radius, 4.0)
-mean, lse, nearest, total = native.posterior_mean(PosteriorMean(x, y[:1], radius, 4.0))
-calls = {
-    "forward": lambda: native.posterior_mean(long),
-    "backward": lambda: native.posterior_mean_backward(
-        long, State(mean, nearest, total * len(y)), Upstream(mean, lse), (True, False, True)
-    ),
-    "op": lambda: torch.ops.pfgm.posterior_mean(x, y, radius, 4.0),
-}
-sent = []
+def check(call, threads, references, features):
+    torch.set_num_threads(threads)
+    x = torch.rand(65, features)  # a block of queries and one more
+    radius = torch.ones(65, dtype=torch.float64)
+    few = torch.rand(70, features)
+    short = PosteriorMean(x, few, radius, 4.0)
+    expected = native.posterior_mean(short)
+    y = few[:1].expand(references, features)  # as long as if each lay elsewhere
+    long = PosteriorMean(x, y, radius, 4.0)
+    mean, lse, nearest, total = native.posterior_mean(PosteriorMean(x, y[:1], radius, 4.0))
+    calls = {
+        "forward": lambda: native.posterior_mean(long),
+        "backward": lambda: native.posterior_mean_backward(
+            long, State(mean, nearest, total * len(y)), Upstream(mean, lse), (True, False, True)
+        ),
+        "op": lambda: torch.ops.pfgm.posterior_mean(x, y, radius, 4.0),
+    }
+    sent = []
 
-def interrupt():
-    time.sleep(0.3)
-    sent.append(time.process_time())
-    os.kill(os.getpid(), signal.SIGINT)
+    def interrupt():
+        time.sleep(0.3)
+        sent.append(time.process_time())
+        os.kill(os.getpid(), signal.SIGINT)
 
-threading.Thread(target=interrupt).start()
-try:
-    calls[call]()
-except KeyboardInterrupt:
-    print((time.process_time() - sent[0]) / threads)
-same = map(torch.equal, native.posterior_mean(short), expected)
-print(all(same))
+    threading.Thread(target=interrupt).start()
+    waited = "never"
+    try:
+        calls[call]()
+    except KeyboardInterrupt:
+        waited = (time.process_time() - sent[0]) / threads
+    same = map(torch.equal, native.posterior_mean(short), expected)
+    print(waited, all(same), flush=True)
+
+for arguments in sys.argv[1:]:
+    call, *sizes = arguments.split()
+    check(call, *map(int, sizes))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_fork_beside_computing_threads(threads):
+def test_a_fork_beside_computing_threads():
+    """Calls with one thread each, and with two."""
     done = subprocess.run(
-        [sys.executable, FORKS, "30", "20"],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        [sys.executable, FORKS, "30", "20", "1", "2"],
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("0 failed") == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
-# With 400 features each thread has its own blocks; with 600 the threads share blocks.
-@pytest.mark.parametrize(
-    ("call", "threads", "features"),
-    [("forward", 2, 400), ("forward", 1, 600), ("backward", 2, 600), ("op", 2, 600)],
-)
-def test_a_long_call_is_interrupted(call, threads, features):
+def test_a_long_call_is_interrupted():
     """Within 0.5 s of the threads' processor time: other processes may keep the machine busy."""
+    # With 400 features each thread has its own blocks; with 600 the threads share blocks.
+    calls = [("forward", 2, 400), ("forward", 1, 600), ("backward", 2, 600), ("op", 2, 600)]
+    arguments = [f"{call} {threads} 3000000 {features}" for call, threads, features in calls]
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, call, str(threads), "3000000", str(features)],
+        [sys.executable, "-c", INTERRUPTED, *arguments],
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert done.returncode == 0, done.stderr
-    waited, same = done.stdout.split()
-    assert float(waited) <= 0.5
-    assert same == "True"
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(calls)
+    for call, line in zip(calls, lines, strict=True):
+        waited, same = line.split()
+        assert float(waited) <= 0.5, call
+        assert same == "True", call
 
 
 # ---- instruction sets ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -66,11 +67,14 @@ def free_port():
         return found.getsockname()[1]
 
 
+def save_points(path):
+    np.save(path, np.random.default_rng(0).normal(size=(101, 2)).astype(np.float32))
+
+
 @pytest.fixture
 def points(tmp_path):
-    path = tmp_path / "points.npy"
-    np.save(path, np.random.default_rng(0).normal(size=(101, 2)).astype(np.float32))
-    return path
+    save_points(tmp_path / "points.npy")
+    return tmp_path / "points.npy"
 
 
 def test_one_process_alone():
@@ -83,24 +87,32 @@ def test_one_process_alone():
         pfgm.ReferenceSet(torch.rand(10, 2)).shard()
 
 
-def test_references_in_two_processes(tmp_path):
-    path = tmp_path / "images.npy"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """What two processes printed that shared references and then trained twice, and the folder."""
+    folder = tmp_path_factory.mktemp("together")
     images = np.random.default_rng(0).integers(0, 256, (61, 3, 4, 5), dtype=np.uint8)
-    np.save(path, images)
-    done = torchrun("shared_references.py", path)
+    np.save(folder / "images.npy", images)
+    save_points(folder / "points.npy")
+    calls = [["shared_references.py", folder / "images.npy"]]
+    for kind in ("whole", "shared"):
+        calls.append(["training.py", folder / kind, folder / "points.npy", kind, 20])
+    done = torchrun("together.py", *(shlex.join(map(str, call)) for call in calls))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("is content") == 2
+    return done.stdout, folder
+
+
+def test_references_in_two_processes(finished):
+    assert finished[0].count("is content") == 2
 
 
 @pytest.mark.parametrize("kind", ["whole", "shared"])
-def test_training_in_two_processes(tmp_path, points, kind):
-    run = tmp_path / "run"
-    done = torchrun("training.py", run, points, kind, 20)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("at step 20") == 2
-    with (run / "log.csv").open() as file:
+def test_training_in_two_processes(finished, kind):
+    output, folder = finished
+    assert output.count(f"at step 20 with {kind} references") == 2
+    with (folder / kind / "log.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [5, 10, 15, 20]
-    assert load_run(run)[2]["step"] == 20
+    assert load_run(folder / kind)[2]["step"] == 20
 
 
 @pytest.mark.slow

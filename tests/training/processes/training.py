@@ -48,4 +48,4 @@ if __name__ == "__main__":
         gathered = [torch.empty_like(weights) for _ in range(2)]
         dist.all_gather(gathered, weights)
         assert torch.equal(*gathered)
-        print(f"rank {dist.get_rank()} at step {trainer.step}")
+        print(f"rank {dist.get_rank()} at step {trainer.step} with {kind} references")
