@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common.files import StrPath
+from .common.files import StrPath, absolute_path
 from .data import digits
 from .data.arrays import array_names, from_numpy, open_array, read_integers
 from .data.opening import open_source
 from .data.rows import InMemory, OnDisk, Scaled, Source
 from .references import ReferenceSet
 
-__all__ = ["Data", "Range", "open_data", "open_samples"]
+__all__ = ["Data", "Range", "absolute_source", "is_missing", "open_data", "open_samples"]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 _FILE_SUFFIXES = (".npy", ".npz", ".safetensors", ".zip")
+_KINDS_OF_PATHS = ("folder", "npz")  # written before a path
 _LABEL_NAMES = ("labels", "label", "y")
 _HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
@@ -98,26 +99,60 @@ def open_data(source: str, *, value_range: Range | None = None, progress: bool =
     >>> found.train, found.classes, found.levels
     (ReferenceSet((1398, 1, 8, 8), torch.float32, cpu), 10, 17)
     """
-    name, colon, place = source.partition(":")
+    name, place = _name_and_path(source)
     path = Path(place).expanduser()
-    if name in _NAMED and not (colon and not place):
+    if name in _NAMED:
         if value_range is not None:
             raise ValueError(
                 f"range is {value_range[0]:g} {value_range[1]:g}, but data is {source}, whose "
                 "values lie in −1 to 1 already; leave it out."
             )
         return _NAMED[name](path if place else None)
-    if name == "folder" and place and not _holds_images(path):
+    if name == "folder" and not _holds_images(path):
         raise FileNotFoundError(
             f"data is {source!r}, but {path} is neither an existing folder nor a .zip archive."
         )
-    if name in ("folder", "npz") and place:
+    if name in _KINDS_OF_PATHS:
         return _from_path(path, value_range, progress)
     if source and (Path(source).exists() or Path(source).suffix in _FILE_SUFFIXES):
         return _from_path(Path(source), value_range, progress)
     raise ValueError(
         f"data is {source!r}, which is neither a name nor an existing path; allowed are {_ALLOWED}."
     )
+
+
+def absolute_source(source: str) -> str:
+    """A name or path of data as :func:`open_data` takes it, which is right in any folder.
+
+    A relative path becomes absolute; it starts in the current folder.
+
+    >>> absolute_source("digits"), absolute_source("folder:/data/cats")
+    ('digits', 'folder:/data/cats')
+    """
+    name, place = _name_and_path(source)
+    if name and place and not Path(place).expanduser().is_absolute():
+        return f"{name}:{absolute_path(place)}"
+    return source if name or not source else str(absolute_path(source))
+
+
+def is_missing(source: str) -> bool:
+    """Whether the path in a source does not exist; False for a name.
+
+    >>> is_missing("digits"), is_missing("folder:/data/that/have/moved")
+    (False, True)
+    """
+    _, place = _name_and_path(source)
+    return bool(place) and not Path(place).expanduser().exists()
+
+
+def _name_and_path(source: str) -> tuple[str, str]:
+    """The name of the data or of the kind of path, and the path; one of them may be empty."""
+    name, colon, place = source.partition(":")
+    if name in (*_NAMED, *_KINDS_OF_PATHS) and place:
+        return name, place
+    if name in _NAMED and not colon:
+        return name, ""
+    return "", source
 
 
 def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:

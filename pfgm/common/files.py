@@ -116,6 +116,18 @@ def folder_path(path: StrPath) -> Path:
     return Path(path)
 
 
+def absolute_path(path: StrPath) -> Path:
+    """The path, which starts in the current folder if it is relative.
+
+    A link at its end stays, because the suffix of its name tells the kind of the file.
+
+    >>> absolute_path("net.npy") == Path.cwd() / "net.npy"
+    True
+    """
+    path = Path(path)
+    return path if path.is_absolute() else path.parent.resolve() / path.name
+
+
 @contextmanager
 def folder_errors(folder: Path) -> Iterator[None]:
     """Rewords an OSError in the block to say that the output folder cannot be used."""

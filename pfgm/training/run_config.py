@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..common.checks import check_bool, check_choice
-from ..common.files import StrPath, write_json
+from ..common.files import StrPath, absolute_path, write_json
 from ..common.versions import versions
-from ..datasets import Range
+from ..datasets import Range, absolute_source
 from ..flows.fitting import check_fitted_steps
 from ..flows.sampling import check_steps
 from .config import TrainConfig
@@ -145,6 +146,16 @@ class RunConfig(Settings):
         """The settings without the training."""
         return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
 
+    @property
+    def absolute(self) -> RunConfig:
+        """The configuration with absolute paths in place of those from the current folder."""
+        init, teacher = (
+            None if path is None else str(absolute_path(path)) for path in (self.init, self.teacher)
+        )
+        return dataclasses.replace(
+            self, data=absolute_source(self.data), init=init, teacher=teacher
+        )
+
     def save(self, path: StrPath) -> None:
         """Writes the configuration as JSON, with the versions of pfgm and torch.
 
@@ -159,6 +170,10 @@ class RunConfig(Settings):
         Raises:
             FileNotFoundError: there is no configuration.
             ValueError: the file is no configuration, or names settings that do not exist.
+
+        Warns:
+            UserWarning: a run of an earlier version has a relative path of its data, and nothing
+                tells where it starts; the current folder is taken.
         """
         path = Path(path)
         of_a_run = path.is_dir()
@@ -176,9 +191,16 @@ class RunConfig(Settings):
                 content.setdefault("weighting", "published")
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
-            return cls(**content, training=TrainConfig(**training))
+            config = cls(**content, training=TrainConfig(**training))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+        if of_a_run and config.data != (found := absolute_source(config.data)):
+            warnings.warn(
+                f"{path} of an earlier version names the data {config.data!r} by a relative path; "
+                f"{found} is taken, from the current folder.",
+                stacklevel=2,
+            )
+        return config
 
 
 def _check_names(content: Any, kind: type) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..common.checks import usable_device
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
-from ..datasets import Data, open_data
+from ..datasets import Data, is_missing, open_data
 from ..distillation import Consistency
 from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
@@ -108,9 +108,14 @@ def start(
 def _check_settings(config: RunConfig, folder: Path) -> None:
     """Raises ValueError if a setting that changes the training differs from the run's."""
     saved = RunConfig.load(folder)
+    given_paths, saved_paths = config.absolute, saved.absolute
+    changeable = {*_CHANGEABLE_SETTINGS}
+    if is_missing(saved_paths.data):  # the data have moved
+        changeable.add("data")
     for field in dataclasses.fields(Settings):
-        value, before = getattr(config, field.name), getattr(saved, field.name)
-        if field.name not in _CHANGEABLE_SETTINGS and value != before:
+        same = getattr(given_paths, field.name) == getattr(saved_paths, field.name)
+        if field.name not in changeable and not same:
+            value, before = getattr(config, field.name), getattr(saved, field.name)
             raise ValueError(other_setting(field.name, value, before, folder))
 
 
@@ -163,7 +168,8 @@ def _run(
         if processes.leads:
             # The schedule is written in full, so that more steps do not change it later.
             settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
-            dataclasses.replace(config, training=settled).save(folder / CONFIG_FILE)
+            # With absolute paths, as the run may be used from another folder.
+            dataclasses.replace(config.absolute, training=settled).save(folder / CONFIG_FILE)
         averaged = trainer.train()
     report(f"checkpoint: {folder}")
     return averaged

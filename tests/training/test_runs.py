@@ -309,6 +309,41 @@ def test_a_range_is_kept_by_resumed_runs_and_evaluations(tmp_path, capsys, recwa
     assert not [str(warning.message) for warning in recwarn if "--range" in str(warning.message)]
 
 
+def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
+    images_of(tmp_path, -1, 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    images_of(other, -1, 1, shape=(30, 1, 8, 8))
+    monkeypatch.chdir(tmp_path)
+    run("run", data="images.npy")
+    run("run", data="images.npy", resume=True)
+    of_run = RunConfig.load("run")
+    monkeypatch.chdir(other)
+    assert RunConfig.load("../run").data == of_run.data == str(tmp_path / "images.npy")
+    assert RunConfig.load("../run/config.json") == of_run
+    run("../run", data="../images.npy", resume=True)
+    with pytest.raises(ValueError, match=r"data is 'images.npy'; the run in .* has '/"):
+        run("../run", data="images.npy", resume=True)
+    evaluate = ["evaluate", "--checkpoint", "../run", "--n", "20", "--steps", "2", "--out", "x"]
+    assert cli.main(evaluate) == 0
+    assert json.loads(Path("x/metrics.json").read_text())["counts"]["searched"] == 40
+    (tmp_path / "images.npy").rename("moved.npy")
+    run("../run", data="moved.npy", resume=True)
+    assert RunConfig.load("../run").data == str(other / "moved.npy")
+
+
+def test_a_relative_path_in_the_configuration_of_an_earlier_version(tmp_path, monkeypatch, recwarn):
+    RunConfig(data="folder:cats").save(tmp_path / "config.json")
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig.load("config.json").data == "folder:cats"  # a recipe
+    with pytest.warns(UserWarning, match=rf"'folder:cats' .*; folder:{tmp_path}/cats is taken"):
+        assert RunConfig.load(tmp_path).data == "folder:cats"
+    for data in ("digits", "cifar10", "folder:~/cats", "/x.npy"):
+        RunConfig(data=data).save(tmp_path / "config.json")
+        assert RunConfig.load(tmp_path).absolute.data == data
+    assert not recwarn
+
+
 def refused(capsys, arguments):
     capsys.readouterr()
     assert cli.main([str(argument) for argument in arguments]) == 2
