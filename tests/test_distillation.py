@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -279,6 +281,34 @@ def test_a_run_makes_a_student_of_a_checkpoint(tmp_path, D):
     assert RunConfig.load(tmp_path / "run") == settled
     resumed = run_config(tmp_path / "teacher.safetensors", width=None)
     start(resumed, tmp_path / "run", resume=True, progress=False, report=lambda line: None)
+
+
+def test_a_resumed_run_keeps_its_teacher(tmp_path):
+    pfgm.data.save_array(tmp_path / "corners.npy", CORNERS.repeat(4, 1))
+    flow = pfgm.PoissonFlow.from_data(CORNERS)
+    teacher, kept = tmp_path / "teacher.safetensors", tmp_path / "kept.safetensors"
+    network = pfgm.networks.MLP((2,), width=8, **flow.scaling)
+    pfgm.save(teacher, flow, network, step=5)
+    pfgm.save(kept, flow, network)
+    training = TrainConfig(steps=1, batch_size=8)
+    config = RunConfig(str(tmp_path / "corners.npy"), teacher=str(teacher), training=training)
+    of_kept = dataclasses.replace(config, teacher=str(kept))
+    begin = partial(start, folder=tmp_path / "run", progress=False, report=lambda line: None)
+    begin(config)
+    with torch.no_grad():
+        next(network.parameters()).add_(1e-3)
+    pfgm.save(teacher, flow, network, step=50)
+    with pytest.raises(ValueError, match=r"teacher is .*/teacher.safetensors, whose weights have"):
+        begin(config, resume=True)
+    begin(of_kept, resume=True)
+    path = tmp_path / "run" / "config.json"
+    earlier = json.loads(path.read_text())
+    del earlier["teacher_checksum"]
+    path.write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match="which a resumed run keeps"):
+        begin(config, resume=True)
+    begin(of_kept, resume=True)
+    assert "teacher_checksum" in json.loads(path.read_text())
 
 
 def test_bad_settings(tmp_path):

@@ -1,4 +1,4 @@
-"""Checksums of the files of a checkpoint.
+"""Checksums of the files of a checkpoint, and of weights.
 
 They are CRC-32. The checksum of a weights file is stored in the header of the same file, so it is
 computed with zeros in its place. CRC-32 detects all changes of one or two bits and all changes
@@ -9,10 +9,14 @@ against forgery.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["BLANK", "checksum_of", "fill_in_checksum", "verify_checksum"]
+import torch
+from torch import Tensor
+
+__all__ = ["BLANK", "checksum_of", "checksum_of_weights", "fill_in_checksum", "verify_checksum"]
 
 BLANK = "00000000"
 """Replaces the checksum in a weights file while the checksum is computed."""
@@ -24,6 +28,20 @@ def checksum_of(file: BinaryIO, value: int = 0) -> str:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     while count := file.readinto(buffer):  # type: ignore[attr-defined]
         value = zlib.crc32(buffer[:count], value)
+    return f"{value:08x}"
+
+
+def checksum_of_weights(weights: Mapping[str, Tensor]) -> str:
+    """The CRC-32 of the names and values of tensors, in the order of the names.
+
+    >>> checksum_of_weights({"bias": torch.zeros(2), "weight": torch.ones(2)})
+    'd58cc22c'
+    """
+    value = 0
+    for name in sorted(weights):
+        value = zlib.crc32(name.encode(), value)
+        flat = weights[name].detach().cpu().reshape(-1).contiguous()
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

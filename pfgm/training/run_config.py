@@ -22,6 +22,7 @@ __all__ = ["RunConfig", "Settings"]
 CONFIG_FILE = "config.json"
 _DEFAULT_D = 128.0
 _DIMENSIONS = {"pfgm": 1.0, "edm": math.inf}  # D of the methods that have no other
+_RECORDS = ("versions", "teacher_checksum")  # of a run in its config.json, which are no settings
 MIN_SAMPLES = 4  # also of data rows: precision and recall need 3 neighbours of each
 _MAX_SAMPLES = 10_000_000
 
@@ -156,12 +157,16 @@ class RunConfig(Settings):
             self, data=absolute_source(self.data), init=init, teacher=teacher
         )
 
-    def save(self, path: StrPath) -> None:
+    def save(self, path: StrPath, *, teacher_checksum: str | None = None) -> None:
         """Writes the configuration as JSON, with the versions of pfgm and torch.
 
-        If that fails, ``path`` is left as it was.
+        If that fails, ``path`` is left as it was. :func:`teacher_checksum` reads the checksum of
+        the teacher's weights.
         """
-        write_json(path, {**dataclasses.asdict(self), "versions": versions()})
+        records: dict[str, Any] = {"versions": versions()}
+        if teacher_checksum is not None:
+            records["teacher_checksum"] = teacher_checksum
+        write_json(path, {**dataclasses.asdict(self), **records})
 
     @classmethod
     def load(cls, path: StrPath) -> RunConfig:
@@ -184,7 +189,8 @@ class RunConfig(Settings):
         try:
             content = json.loads(path.read_text())
             if isinstance(content, dict):
-                content.pop("versions", None)  # only a record
+                for record in _RECORDS:
+                    content.pop(record, None)
             _check_names(content, cls)
             if of_a_run and content.get("method", "pfgm") == "pfgm":
                 # A run from before there was a choice goes on with the published loss.
@@ -201,6 +207,12 @@ class RunConfig(Settings):
                 stacklevel=2,
             )
         return config
+
+
+def teacher_checksum(folder: Path) -> str | None:
+    """The checksum of the teacher's weights of a run; None if earlier versions recorded none."""
+    recorded = json.loads((folder / CONFIG_FILE).read_text()).get("teacher_checksum")
+    return None if recorded is None else str(recorded)
 
 
 def _check_names(content: Any, kind: type) -> None:

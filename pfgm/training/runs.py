@@ -21,9 +21,10 @@ from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import load
 from .checks import other_setting
+from .checksums import checksum_of_weights
 from .locks import locked_for_all
 from .processes import Processes, reports_process_lost
-from .run_config import CONFIG_FILE, RunConfig, Settings
+from .run_config import CONFIG_FILE, RunConfig, Settings, teacher_checksum
 from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network
 from .run_start import start_from
@@ -112,6 +113,8 @@ def _check_settings(config: RunConfig, folder: Path) -> None:
     changeable = {*_CHANGEABLE_SETTINGS}
     if is_missing(saved_paths.data):  # the data have moved
         changeable.add("data")
+    if config.teacher is not None and teacher_checksum(folder) is not None:
+        changeable.add("teacher")  # its weights tell whether it is the same
     for field in dataclasses.fields(Settings):
         same = getattr(given_paths, field.name) == getattr(saved_paths, field.name)
         if field.name not in changeable and not same:
@@ -136,6 +139,9 @@ def _run(
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
     flow, network, notes = _model(config, rows, data, folder, resume, resume_from)
+    of_teacher = None if config.teacher is None else checksum_of_weights(network.state_dict())
+    if resume and of_teacher is not None:
+        _check_teacher(config, of_teacher, folder)
     network = network.to(device)
     if config.teacher is None and processes.leads and not resume:
         for steps in config.fit_levels:
@@ -169,7 +175,8 @@ def _run(
             # The schedule is written in full, so that more steps do not change it later.
             settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
             # With absolute paths, as the run may be used from another folder.
-            dataclasses.replace(config.absolute, training=settled).save(folder / CONFIG_FILE)
+            settled_config = dataclasses.replace(config.absolute, training=settled)
+            settled_config.save(folder / CONFIG_FILE, teacher_checksum=of_teacher)
         averaged = trainer.train()
     report(f"checkpoint: {folder}")
     return averaged
@@ -214,6 +221,17 @@ def _model(
         return start_from(config, rows, data.classes)
     flow = build_flow(config, rows)
     return flow, build_network(config, flow, rows, data.classes), []
+
+
+def _check_teacher(config: RunConfig, checksum: str, folder: Path) -> None:
+    """Raises ValueError unless the teacher has the weights that the run has learnt from."""
+    needed = teacher_checksum(folder)
+    if needed not in (None, checksum):
+        raise ValueError(
+            f"teacher is {config.teacher}, whose weights have the checksum {checksum}; the run in "
+            f"{folder} learns from weights with the checksum {needed}; allowed is a file that "
+            "holds them, or a new run."
+        )
 
 
 def _resume(trainer: Trainer, resume_from: int | None) -> str:
