@@ -74,7 +74,7 @@ def start(
         report: called with each line of text about the progress.
 
     Returns:
-        The network with averaged weights.
+        The network with averaged weights, in evaluation mode.
 
     Raises:
         ValueError: the folder holds a run and resume is False; the run to resume has other

@@ -163,20 +163,23 @@ class Trainer:
         self._parallel = processes.data_parallel(network)
         self._wrapped = torch.compile(self._parallel) if config.compile else self._parallel
         self._optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, config.schedule.beta2))
-        self._averaged = copy.deepcopy(network)
+        self._averaged = copy.deepcopy(network).eval()  # it is never trained itself
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
 
     @property
     def averaged(self) -> nn.Module:
-        """The network with the moving average of its weights: the one to sample with."""
+        """The network with the moving average of its weights: the one to sample with.
+
+        It is in evaluation mode, as from :func:`pfgm.load`.
+        """
         return self._averaged
 
     def train(self) -> nn.Module:
         """Trains up to the configured number of steps.
 
         Returns:
-            The network with averaged weights.
+            The network with averaged weights, in evaluation mode.
 
         Raises:
             Diverged: the loss or a weight is not finite; the last checkpoint is from before that.

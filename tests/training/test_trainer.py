@@ -343,6 +343,8 @@ def test_resuming_continues_to_the_same_weights(tmp_path, data, flow):
     whole = new_network()
     trainer = Trainer(flow, whole, data, SMALL, folder=tmp_path / "whole", progress=False)
     whole_averaged = weights(trainer.train())
+    assert not any(part.training for part in trainer.averaged.modules())
+    assert all(part.training for part in whole.modules())
 
     first = new_network()
     stop_after(first, 11)
