@@ -106,6 +106,12 @@ def network_device(net: Callable[..., Any]) -> torch.device:
     return torch.device("cpu")
 
 
+def is_wider(net: nn.Module, x: Tensor) -> bool:
+    """Whether a network is in float64 and x is not."""
+    own = next((parameter.dtype for parameter in net.parameters()), x.dtype)
+    return own == torch.float64 and x.dtype != torch.float64
+
+
 @contextmanager
 def evaluating(net: Callable[..., Any]) -> Iterator[None]:
     """Turns gradients off and puts the network in evaluation mode during a block.

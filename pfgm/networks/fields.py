@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import int_tuple, layout_hint, positive_float
-from ..common.tensors import over_samples, per_row
+from ..common.tensors import is_wider, over_samples, per_row
 
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
 Center = float | Sequence[Any] | Tensor
@@ -114,6 +114,8 @@ class FieldNetwork(nn.Module):
     def mean(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The predicted posterior mean (B, *S) at x (B, *S) and z (B,), given labels (B,)."""
         z = self._checked_level(x, z)
+        if is_wider(self, x):
+            return self.mean(x.double(), z.double(), labels).to(x.dtype)
         x, z = self._to_unit(x, z)
         rms = root_mean_square(x)
         condition = {} if labels is None else {"labels": labels}
@@ -148,7 +150,8 @@ class FieldNetwork(nn.Module):
         """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,).
 
         z may also be a number or (B, 1, …, 1). A network with classes takes integer labels (B,); a
-        label below 0, or None, is no label.
+        label below 0, or None, is no label. A network in float64 takes narrower x too; the field
+        has the dtype of x.
         """
         return field_from_mean(x, z, self.mean(x, z, labels), gamma=self.gamma)
 

@@ -107,7 +107,8 @@ def load(
 
     Args:
         path: a ``.safetensors`` file, or the folder of a run.
-        network: takes the weights; None builds the network that the file describes.
+        network: takes the weights, in its own dtype; None builds the network that the file
+            describes, in the dtype of the weights, or in float32 if they are narrower.
         device: device of the network.
 
     Raises:

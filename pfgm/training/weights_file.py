@@ -175,7 +175,7 @@ def flow_in(description: Mapping[str, Any]) -> Flow:
 
 
 def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The network of a description, without the weights.
+    """The network of a description, without the weights, which it can hold in full precision.
 
     Raises:
         ValueError, TypeError: there is no such network, or it has other tensors.
@@ -193,7 +193,16 @@ def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     found = {name: tensor.shape for name, tensor in plain_names(tensors).items()}
     if {name: tensor.shape for name, tensor in expected.items()} != found:
         raise ValueError("it holds other tensors than the network it describes.")
-    return build(described["name"], described["config"])
+    network = build(described["name"], described["config"])
+    _widen(network, plain_names(tensors))
+    return network
+
+
+def _widen(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives the network's tensors the dtype of those of a file where that one is wider."""
+    for name, own in network.state_dict(keep_vars=True).items():
+        if own.is_floating_point():
+            own.data = own.data.to(torch.promote_types(own.dtype, tensors[name].dtype))
 
 
 def _describe_network(network: nn.Module) -> dict[str, Any] | None:

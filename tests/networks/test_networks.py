@@ -43,6 +43,16 @@ def grid(n: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", FIELD_NETWORKS)
+def test_a_network_in_float64_takes_points_in_float32(name: str) -> None:
+    net = make(name)
+    scramble(net)
+    x, z = torch.randn(3, 1, 8, 8), torch.rand(3) + 0.1
+    expected = net(x, z)
+    for found, of_float32 in zip(net.double()(x, z), expected, strict=True):
+        torch.testing.assert_close(found, of_float32, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_outputs_and_gradients_are_finite_at_the_extremes(name: str) -> None:
     net = make(name)
     scramble(net)

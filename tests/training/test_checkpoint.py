@@ -78,6 +78,19 @@ def test_unet_round_trip(tmp_path):
     assert same_weights(pfgm.load(tmp_path / "net.safetensors").network, network)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.float64, torch.float64), (torch.float16, torch.float32)]
+)
+def test_weights_keep_their_precision(tmp_path, flow, network, dtype, expected):
+    network = network.to(dtype)
+    pfgm.save(tmp_path / "net.safetensors", flow, network)
+    loaded = pfgm.load(tmp_path / "net.safetensors").network
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == expected
+        assert torch.equal(value, network.state_dict()[name].to(expected))
+    assert flow.sample(loaded, 3, steps=2).dtype == torch.float32
+
+
 def test_metadata_are_readable_without_pfgm(tmp_path, flow, network):
     pfgm.save(tmp_path / "net.safetensors", flow, network, step=7)
     with safetensors.safe_open(tmp_path / "net.safetensors", framework="np") as file:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...common.checks import check_choice, int_tuple, layout_hint, positive_int
-from ...common.tensors import per_row
+from ...common.tensors import is_wider, per_row
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
 
@@ -289,13 +289,19 @@ class Published(nn.Module):
         yield _conv(inputs, channels + 1, scale=_ZERO_SCALE)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The field (field_x, field_z), of shapes (B, C, H, W) and (B,), at x and z (B,)."""
+        """The field (field_x, field_z), of shapes (B, C, H, W) and (B,), at x and z (B,).
+
+        A network in float64 takes narrower x too; the field has the dtype of x.
+        """
         if x.shape[1:] != self.shape:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; allowed is (B, {', '.join(map(str, self.shape))})."
                 + layout_hint(x.shape[1:], self.shape)
             )
         z = per_row(z, x, "z")
+        if is_wider(self, x):
+            field_x, field_z = self(x.double(), z.double())
+            return field_x.to(x.dtype), field_z.to(x.dtype)
         modules = iter(self.all_modules)
         features = next(modules)(z) if self._fourier else positional_features(z, self._nf)
         first, second = next(modules), next(modules)
