@@ -180,7 +180,8 @@ def evaluate_samples(
           and coverage (k = 5): the metrics of :mod:`pfgm.metrics`, for samples and for train.
         - median_distance_to_train: the median :func:`pfgm.metrics.nearest_distance` to the training
           data, for samples and for the data that they are compared with. It is much smaller for
-          samples that are copies.
+          samples that are copies. Without held-out data, it is that of a training row to all
+          others.
 
     Raises:
         TypeError: a dtype is neither floating nor uint8.
@@ -207,10 +208,10 @@ def evaluate_samples(
         for name, rows in (("samples", samples), ("train", chosen)):
             figures[name] = _figures(rows, real, neighbours)
             bar.update()
-        nearest = {
-            "samples": metrics.nearest_distance(samples, train),
-            against: metrics.nearest_distance(evenly_spaced(real, len(samples)), others),
-        }
+        of_real = metrics.nearest_distance(evenly_spaced(real, len(samples)), others)
+        if held_out is None:  # the nearest other row may be in the same half
+            of_real = of_real.minimum(evenly_spaced(neighbours[:, 0], len(samples)))
+        nearest = {"samples": metrics.nearest_distance(samples, train), against: of_real}
         bar.update()
     return {
         "against": against,

@@ -63,6 +63,8 @@ def test_without_held_out_data_every_other_row_takes_their_place() -> None:
     same(found, train[1::2], train[::2], "train")
     assert found["against"] == "train"
     assert found["counts"] == {"samples": 20, "against": 16, "train": 15, "searched": 31}
+    nearest_other = metrics.neighbour_distances(train, 1)[::2].median()
+    assert found["median_distance_to_train"]["train"] == float(nearest_other)
     # Copies of any row are found, though each row stands on one side only.
     copies = evaluate_samples(train[:20], None, train)["median_distance_to_train"]
     assert copies["samples"] == 0
