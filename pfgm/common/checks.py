@@ -474,6 +474,12 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
 
 
+def check_at_least_one(name: str, value: object) -> None:
+    """Raises ValueError unless the value is a whole number from 1."""
+    if not is_whole(value) or value < 1:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1.")
+
+
 def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
     """The value as an int. Raises ValueError unless it is an integer from 1 to ``most``."""
     return _whole(name, value, 1, most)

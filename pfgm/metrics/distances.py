@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.checks import check_at_least_one, is_whole
 from ..common.tensors import evaluating
 
 Features = Callable[[Tensor], Tensor]
@@ -129,7 +130,7 @@ def kernel_distance(
         return KernelDistance(_squared_mmd(rows_a, rows_b, degree), math.nan)
     check_at_least_one("subsets", subsets)
     size = max(2, min(1000, smaller // 2)) if subset_size is None else subset_size
-    if not 2 <= size <= smaller:
+    if not is_whole(size) or not 2 <= size <= smaller:
         raise ValueError(
             f"subset_size is {subset_size}; allowed are whole numbers from 2 to {smaller}, the "
             "size of the smaller set."
@@ -289,12 +290,6 @@ def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) 
     """
     rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(1, 1))
     return torch.cat([distances.amin(1) for _, distances in _distances(rows_a, rows_b)])
-
-
-def check_at_least_one(name: str, value: int) -> None:
-    """Raises ValueError for a number below 1."""
-    if value < 1:
-        raise ValueError(f"{name} is {value}; allowed are whole numbers from 1.")
 
 
 def _checked_rows(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.checks import check_at_least_one
 from ..common.files import StrPath
 from ..data import to_unit
 from .figures import MARGIN, TITLE, add_axes, add_title, new_figure, save, style, text_width
@@ -57,8 +58,7 @@ def image_grid(
     """
     images = _checked(images, "(n, C, H, W) or (n, H, W)", (3, 4))
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    if columns < 1:
-        raise ValueError(f"columns is {columns}; allowed are whole numbers from 1.")
+    check_at_least_one("columns", columns)
     columns = min(columns, len(images))
     figure, _ = _draw(_tile(images, columns, _scale(images, scale)), title, header=0)
     save(figure, path)
@@ -136,8 +136,7 @@ def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
 def _scale(images: Tensor, scale: int | None) -> int:
     if scale is None:
         return max(1, round(_PANEL / max(images.shape[-2:])))
-    if scale < 1:
-        raise ValueError(f"scale is {scale}; allowed are whole numbers from 1.")
+    check_at_least_one("scale", scale)
     return scale
 
 

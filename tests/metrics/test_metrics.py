@@ -227,8 +227,8 @@ def test_small_distances_far_from_the_origin_are_exact() -> None:
     assert torch.equal(metrics.nearest_distance(samples, real), expected)
 
 
-@pytest.mark.parametrize("k", [0, -1])
-def test_k_below_one_is_refused(k: int) -> None:
+@pytest.mark.parametrize("k", [0, -1, 1.5])
+def test_k_below_one_is_refused(k: Any) -> None:
     with pytest.raises(ValueError, match=f"k is {k}; allowed are whole numbers from 1"):
         metrics.precision_recall(normal(5, 2), normal(5, 2), k)
 
@@ -401,16 +401,18 @@ def test_subsets_are_drawn_without_replacement() -> None:
     assert math.isnan(single.deviation)
 
 
-@pytest.mark.parametrize("size", [1, 0, 9])
-def test_subsets_must_fit(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 0, 9, 2.5])
+def test_subsets_must_fit(size: Any) -> None:
     with pytest.raises(ValueError, match=f"subset_size is {size}; allowed .* from 2 to 8"):
         metrics.kernel_distance(normal(8, 2), normal(10, 2), subset_size=size)
 
 
 @pytest.mark.parametrize("option", ["degree", "subsets"])
 def test_counts_of_the_kernel_distance(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option} is 0; allowed are whole numbers from 1"):
-        metrics.kernel_distance(normal(8, 2), normal(8, 2), **{option: 0})
+    for value in (0, 2.5):
+        message = f"{option} is {value}; allowed are whole numbers from 1"
+        with pytest.raises(ValueError, match=message):
+            metrics.kernel_distance(normal(8, 2), normal(8, 2), **{option: value})
 
 
 @pytest.mark.parametrize("power", [-1060, -600, 600, 1010])

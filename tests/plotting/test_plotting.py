@@ -229,8 +229,8 @@ def test_trajectory_grid_needs_a_z_for_each_step(z: Any) -> None:
         plotting.trajectory_grid(torch.zeros(2, 1, 8, 8), z)
 
 
-@pytest.mark.parametrize("count", [0, -3])
-def test_counts_below_one_are_refused(count: int) -> None:
+@pytest.mark.parametrize("count", [0, -3, 2.5])
+def test_counts_below_one_are_refused(count: Any) -> None:
     with pytest.raises(ValueError, match=f"columns is {count}; allowed are whole numbers from 1"):
         plotting.image_grid(torch.zeros(1, 1, 8, 8), columns=count)
     with pytest.raises(ValueError, match=f"scale is {count}; allowed are whole numbers from 1"):
