@@ -167,7 +167,8 @@ def new_folder(path: StrPath) -> Iterator[Path]:
 
     Raises:
         ValueError: ``path`` exists and is not an empty folder.
-        OSError: the folder cannot be created; its parent must exist.
+        OSError: the folder cannot be created; its parent must exist. Or a file cannot be written,
+            for example because the disk is full; the message names ``path``.
 
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     with new_folder(Path(parent) / "images") as folder:
@@ -191,10 +192,18 @@ def new_folder(path: StrPath) -> Iterator[Path]:
                 temporary.rmdir()
             else:
                 temporary.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and _is_of_a_write(error, temporary):
+            raise OSError(f"{path} cannot be written: {error.strerror}.") from error
         raise
     _sync_folder(place)
+
+
+def _is_of_a_write(error: OSError, folder: Path) -> bool:
+    """Whether the system raised an error for a file of the folder; writing names no file."""
+    named = error.filename is None or str(error.filename).startswith(str(folder))
+    return error.errno is not None and named
 
 
 def check_new_folder(path: StrPath) -> None:

@@ -271,3 +271,19 @@ def test_json_without_nan_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(path, {"a": float("nan")}, allow_nan=False)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_new_folder_on_a_full_disk_is_named(tmp_path: Path, named: bool) -> None:
+    full = (errno.ENOSPC, "No space left on device")
+    message = rf"^{tmp_path / 'images'} cannot be written: No space left on device\.$"
+    with pytest.raises(OSError, match=message), files.new_folder(tmp_path / "images") as folder:
+        raise OSError(*full, str(folder / "0.png")) if named else OSError(*full)
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_errors_in_a_new_folder_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="elsewhere"), files.new_folder(tmp_path / "images"):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(OSError, match=r"^a network$"), files.new_folder(tmp_path / "images"):
+        raise OSError("a network")
