@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..common.checks import check_bool, check_choice
+from ..common.checks import check_bool, check_choice, is_number
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.versions import versions
 from ..datasets import Range, absolute_source
@@ -88,6 +88,8 @@ class Settings:
     """Noise levels at which the few-step model is made consistent."""
 
     def __post_init__(self) -> None:
+        if self.range is not None:
+            _check_range(self.range)
         for name in ("multipliers", "range"):  # JSON has lists
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
@@ -207,6 +209,12 @@ class RunConfig(Settings):
                 stacklevel=2,
             )
         return config
+
+
+def _check_range(value: Any) -> None:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
+    if not pair or not -math.inf < value[0] < value[1] < math.inf:
+        raise ValueError(f"range is {value!r}; allowed are two numbers, the lower first.")
 
 
 def teacher_checksum(folder: Path) -> str | None:
