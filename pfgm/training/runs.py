@@ -158,7 +158,9 @@ def _run(
     )
     if resume:
         notes.append(_resume(trainer, resume_from))
-    report("\n".join([*notes, summary(config, data, rows, trainer)]))
+    if trainer.step < trainer.config.steps:
+        notes.append(summary(config, data, rows, trainer))
+    report("\n".join(notes))
     with _remove_failed_start(folder) if processes.leads else nullcontext():
         if processes.leads:
             # The schedule is written in full, so that more steps do not change it later.
@@ -218,7 +220,11 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
             f"steps is {steps}, but the checkpoint to continue from is of step {step}; allowed are "
             "more steps than that."
         )
-    if step >= steps:
+    if step > steps:
+        raise ValueError(
+            f"steps is {steps}, but the run is at step {step}; allowed are at least that many."
+        )
+    if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"
 

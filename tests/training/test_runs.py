@@ -421,7 +421,18 @@ def test_a_run_with_nothing_left_to_do_says_so(tmp_path):
     lines = []
     config = RunConfig(width=16, samples=20, training=SMALL)
     start(config, tmp_path, progress=False, report=lines.append, resume=True)
-    assert "resuming at step 6: nothing is left of 6 steps; give more with --steps" in lines[0]
+    assert lines == [
+        "resuming at step 6: nothing is left of 6 steps; give more with --steps",
+        f"checkpoint: {tmp_path}",
+    ]
+
+
+def test_a_resumed_run_refuses_fewer_steps_than_it_has_done(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"steps is 4, but the run is at step 6; allowed are at"):
+        run(tmp_path, resume=True, training=changed(steps=4))
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_run_that_fails_at_its_first_steps_leaves_nothing(tmp_path, monkeypatch):
