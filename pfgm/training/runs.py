@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network
 from .run_start import start_from
 from .run_summary import summary
+from .signals import Terminated
 from .trainer import Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
@@ -161,7 +163,8 @@ def _run(
     if trainer.step < trainer.config.steps:
         notes.append(summary(config, data, rows, trainer))
     report("\n".join(notes))
-    with _remove_failed_start(folder) if processes.leads else nullcontext():
+    start_removed = _remove_failed_start(folder) if processes.leads else nullcontext()
+    with start_removed, _tells_how_to_continue(trainer, folder, report):
         if processes.leads:
             # The schedule is written in full, so that more steps do not change it later.
             settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
@@ -181,6 +184,20 @@ def _remove_failed_start(folder: Path) -> Iterator[None]:
         if not any((folder / name).exists() for name in ("latest.json", "log.csv")):
             for path in {folder / CONFIG_FILE, *folder.glob("events.out.*")} - before:
                 path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _tells_how_to_continue(
+    trainer: Trainer, folder: Path, report: Callable[[str], None]
+) -> Iterator[None]:
+    """If a signal ends the block after a checkpoint, reports the command that continues the run."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        if trainer.saved_step is not None:
+            command = f"pfgm train --out {shlex.quote(str(folder))} --resume"
+            report(f"stopped; {command} continues from the checkpoint of step {trainer.saved_step}")
         raise
 
 

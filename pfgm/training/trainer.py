@@ -171,6 +171,11 @@ class Trainer:
         module: nn.Module = self._averaged.module
         return module
 
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the last checkpoint, written or resumed from; None if there is none."""
+        return self._saved_step
+
     def train(self) -> nn.Module:
         """Trains up to the configured number of steps.
 

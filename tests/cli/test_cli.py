@@ -599,9 +599,12 @@ def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code, capsys):
     if number == signal.SIGTERM:
         the_folder_is_in_use(process, tmp_path / "run", capsys)
     process.send_signal(number)
-    _, shown = process.communicate(timeout=60)
+    lines, shown = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in shown
+    step = json.loads((tmp_path / "run" / "latest.json").read_text())["step"]
+    resume = f"pfgm train --out {tmp_path / 'run'} --resume"
+    assert f"stopped; {resume} continues from the checkpoint of step {step}\n" in lines
     flow, network = pfgm.load(tmp_path / "run")
     assert flow.sample(network, 2, steps=2).shape == (2, 1, 8, 8)
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -666,8 +669,9 @@ def test_an_interrupted_demo_leaves_its_model(tmp_path):
         assert process.poll() is None, process.communicate()[1]
         shown += process.stderr.read(1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    lines, _ = process.communicate(timeout=60)
     assert process.returncode == 143
+    assert f"; the weights are in {tmp_path / 'model.safetensors'}\n" in lines
     flow, _ = pfgm.load(tmp_path / "model.safetensors")
     assert flow.shape == (1, 8, 8)
 
