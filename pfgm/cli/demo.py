@@ -171,9 +171,7 @@ def _trainer(
     return Trainer(flow, network, digits.train, config, progress=progress, labels=labels)
 
 
-def _train(
-    trainer: Trainer, flow: PoissonFlow, path: Path, report: Callable[[str], None]
-) -> None:
+def _train(trainer: Trainer, flow: PoissonFlow, path: Path, report: Callable[[str], None]) -> None:
     """Trains and writes the averaged weights, also if training is interrupted."""
     try:
         trainer.train()

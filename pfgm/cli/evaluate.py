@@ -31,7 +31,7 @@ from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
-from .options import SamplingOptions
+from .options import SamplingOptions, check_guidance
 
 __all__ = ["Evaluate"]
 
@@ -185,6 +185,8 @@ class Evaluate:
         return open_samples(self.samples, progress=True)
 
     def _check_data(self, name: str, data: Data, source: Loaded | ReferenceSet) -> None:
+        if isinstance(source, Loaded):
+            check_guidance(self.guidance, source.network)
         shape = source.flow.shape if isinstance(source, Loaded) else tuple(source.shape[1:])
         expected = tuple(data.train.shape[1:])
         if shape != expected:

@@ -156,6 +156,21 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     assert "label is 7, but the network was trained without labels" in fails(
         capsys, *sample, tmp_path / "x.npy", "--label", 7
     )
+    assert "guidance is 2.0, but the network was trained without labels" in fails(
+        capsys, *sample, tmp_path / "x.npy", "--guidance", 2
+    )
+    assert "guidance is 2.0, but no label is given" in fails(
+        capsys,
+        *sample[:1],
+        "--pretrained",
+        "digits",
+        *sample[3:],
+        tmp_path / "x.npy",
+        "--guidance",
+        2,
+    )
+    evaluate = ["evaluate", "--checkpoint", weights, "--out", tmp_path / "figures"]
+    assert "guidance is 2.0, but the network" in fails(capsys, *evaluate, "--guidance", 2)
     assert "device is 'abacus'" in fails(capsys, *sample, tmp_path / "x.npy", "--device", "abacus")
     missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
     assert "no checkpoint at" in fails(capsys, *missing)
@@ -658,8 +673,11 @@ def test_the_demo_of_each_digit(tmp_path, capsys):
     model = ["sample", "--checkpoint", str(out / "model.safetensors"), "--n", "4"]
     picture = ["--out", str(out / "threes.png"), "--label", "3", "--guidance", "2"]
     assert cli.main([*model, *picture]) == 0
+    capsys.readouterr()
     assert cli.main([*model, "--out", str(out / "none.png"), "--label", "10"]) == 2
-    assert "labels holds 10; allowed is below 10" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "label is 10; allowed are the labels of the network, numbers from 0 to 9." in shown
+    assert "sampling:" not in shown  # no bar
 
 
 def test_an_interrupted_demo_leaves_its_model(tmp_path):
