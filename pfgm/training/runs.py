@@ -253,6 +253,11 @@ def _report_nothing(line: str) -> None:
 def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:
     """The rows with mirror images, sharded and held as the configuration says."""
     if config.flips:
+        if rows.ndim < 3:
+            raise ValueError(
+                f"flips is True, but {config.data} has rows of shape {tuple(rows.shape[1:])}, which "
+                "are not images; leave it out."
+            )
         rows = rows.flipped()
     if config.shared:
         rows = rows.shard()

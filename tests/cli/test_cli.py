@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -132,11 +133,14 @@ def test_resuming(run, tmp_path, capsys):
     assert "seed is 5" in fails(capsys, *arguments, "--resume", "--seed", 5)
 
 
-def test_info(capsys):
+@pytest.mark.parametrize(("count", "threads"), [(1, "1 thread"), (2, "2 threads")])
+def test_info(capsys, monkeypatch, count, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU", "threads"):
+    for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU"):
         assert part in shown
+    assert re.search(rf", {threads}[;\n]", shown)
     assert "reference: exact differences" in shown
     assert "default: native, the first that can run" in shown
     gpu = "cuda       torch finds no GPU that it can use; the CPU computes" in shown

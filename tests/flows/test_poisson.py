@@ -100,7 +100,7 @@ def test_config_is_the_whole_flow():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "none of M, data_norm and spread given"),
+        ({}, r"none of M, data_norm and spread given; .* PoissonFlow\.from_data\(data\) chooses"),
         ({"data_norm": 1.0, "spread": 1.0}, "both data_norm and spread given"),
         ({"spread": 0.0}, "spread is 0.0"),
         ({"spread": math.inf}, "spread is inf"),

@@ -136,6 +136,7 @@ def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
         "digits: 1398 rows of shape (1, 8, 8), float32, values -1 to 1, labels 0 to 9, which",
         "UNet with 105,826 parameters on cpu",
         "2 steps of 16 samples against 32 references, learning rate 0.002 (warm-up 0 steps",
+        "decay cosine), weights averaged with decay 0 ",
         f"{tmp_path / 'run'}: config.json, a checkpoint every 100 steps and at the end, log.csv",
     ):
         assert part in shown
@@ -170,7 +171,12 @@ def test_data_in_files_with_mirror_images(tmp_path, hold):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     trained = run(tmp_path / hold, data=str(tmp_path / "images.npy"), flips=True, hold=hold)
-    other = run(tmp_path / "other", data=str(tmp_path / "images.npy"), flips=True)
+    lines = []
+    config = RunConfig(
+        data=str(tmp_path / "images.npy"), flips=True, width=16, samples=20, training=SMALL
+    )
+    other = start(config, tmp_path / "other", progress=False, report=lines.append)
+    assert "80 rows of shape (1, 8, 8), half of them mirror images, bytes, " in lines[0]
     for a, b in zip(trained.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -180,6 +186,8 @@ def test_points_in_the_plane(tmp_path):
     run(tmp_path / "run", data=str(tmp_path / "points.npy"), training=changed(evaluate_every=6))
     assert not list((tmp_path / "run").glob("*.png"))
     assert (tmp_path / "run" / "evaluations.csv").exists()
+    with pytest.raises(ValueError, match=r"flips is True, but .* rows of shape \(2,\), which are"):
+        run(tmp_path / "flips", data=str(tmp_path / "points.npy"), flips=True)
     with pytest.raises(ValueError, match="has no labels"):
         run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
     with pytest.raises(ValueError, match=r"allowed for it are square images .* not \(2,\)"):
