@@ -91,9 +91,10 @@ class Sample:
             return self.checkpoint
         if self.pretrained is not None and self.checkpoint is None:
             return pretrained_path(self.pretrained)
+        given = "neither" if self.pretrained is None else "both"
         raise ValueError(
-            f"checkpoint is {self.checkpoint} and pretrained is {self.pretrained}; needed is one "
-            "of them."
+            f"{given} of checkpoint and pretrained are given; allowed is one: --checkpoint PATH or "
+            "--pretrained NAME."
         )
 
     def _is_folder(self) -> bool:

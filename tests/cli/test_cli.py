@@ -82,7 +82,8 @@ def test_samples_of_a_network_that_comes_with_the_package(run, tmp_path, capsys)
     capsys.readouterr()
     for extra in ([], ["--pretrained", "digits", "--checkpoint", str(run)]):
         assert cli.main([*arguments, *extra, "--out", str(tmp_path / "none.npy")]) == 2
-        assert "needed is one of them" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert "of checkpoint and pretrained are given; allowed is one: --checkpoint PATH" in shown
     assert not (tmp_path / "none.npy").exists()
 
 
@@ -278,6 +279,15 @@ def test_the_help_names_values_as_a_user_types_them(capsys):
     assert "--version" in capsys.readouterr().out
     start = cli._parse(["train", "--out", "x", "--multipliers", "1", "2", "--range", "0", "255"])
     assert (start.settings.multipliers, start.settings.range) == ((1, 2), (0.0, 255.0))
+
+
+@pytest.mark.parametrize("wrong", ["mnist", "None"])
+def test_none_is_no_choice(capsys, wrong):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--out", "x.npy", "--pretrained", wrong])
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"invalid choice '{wrong}' for argument '--pretrained'. Expected one of" in shown
+    assert "'None'" not in shown.replace(f"choice '{wrong}'", "")
 
 
 def shown_help(capsys, *arguments):
