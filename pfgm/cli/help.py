@@ -49,11 +49,11 @@ def readable_help() -> ConstructorRegistry:
 
     @registry.primitive_rule
     def leave_out_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        others = tuple(kind for kind in get_args(info.type) if kind is not NoneType)
+        others = tuple(each for each in get_args(info.type) if each is not NoneType)
         if NoneType not in get_args(info.type) or not others:
             return None
-        typed = PrimitiveTypeInfo.make(Union[others], info.markers)  # noqa: UP007
-        found = ConstructorRegistry.get_primitive_spec(typed)
+        kind: Any = Union[others]  # noqa: UP007
+        found = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
         if not isinstance(found, PrimitiveConstructorSpec):
             return None
         return dataclasses.replace(

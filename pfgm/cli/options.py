@@ -11,6 +11,9 @@ from ..evaluation import default_steps
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 
+PretrainedName = Literal["digits", "fashion-mnist"]
+"""The networks that come with the package."""
+
 
 @dataclass
 class SamplingOptions:

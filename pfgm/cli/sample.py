@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -27,7 +27,7 @@ from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..pretrained import pretrained_path
 from ..training import checkpoint
-from .options import SamplingOptions, check_guidance
+from .options import PretrainedName, SamplingOptions, check_guidance
 
 __all__ = ["Sample"]
 
@@ -46,7 +46,7 @@ class Sample:
     checkpoint: Path | None = None
     """A .safetensors file of a run, of pfgm.save or of pfgm convert, or the folder of a run for its
     newest checkpoint. Give either this or --pretrained."""
-    pretrained: Literal["digits", "fashion-mnist"] | None = None
+    pretrained: PretrainedName | None = None
     """A network that comes with the package, in place of a checkpoint."""
     n: int = 64
     """Number of samples."""

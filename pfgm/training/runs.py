@@ -255,8 +255,8 @@ def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> 
     if config.flips:
         if rows.ndim < 3:
             raise ValueError(
-                f"flips is True, but {config.data} has rows of shape {tuple(rows.shape[1:])}, which "
-                "are not images; leave it out."
+                f"flips is True, but {config.data} has rows of shape {tuple(rows.shape[1:])}, "
+                "which are not images; leave it out."
             )
         rows = rows.flipped()
     if config.shared:
