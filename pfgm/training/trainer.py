@@ -138,7 +138,8 @@ class Trainer:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
         check_labels(labels, data, label_count(network))
-        warn_of_range(data)
+        if not flow.warned_of_range:
+            warn_of_range(data)
         warn_of_scales(data)
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):

@@ -238,8 +238,29 @@ def images_of(tmp_path, low, high, name="images.npy", shape=(40, 1, 8, 8), dtype
 )
 def test_images_of_another_range_give_a_warning_with_the_remedy(tmp_path, low, high, remedy):
     path = str(images_of(tmp_path, low, high))
-    with pytest.warns(UserWarning, match=remedy):
+    with pytest.warns(UserWarning, match=remedy) as warned:
         run(tmp_path / "run", data=path)
+    assert len([each for each in warned if "--range" in str(each.message)]) == 1
+
+
+def test_an_own_loop_gets_the_warning_of_the_range_once(recwarn):
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    net, config = pfgm.networks.MLP((1, 8, 8), width=4), TrainConfig(steps=1, batch_size=8)
+    message = r"values from .*, or by 2 \* data - 1 in Python"
+
+    def trainer_of(data, make):
+        return pfgm.training.Trainer(make(data), net, images, config)
+
+    for make in (pfgm.PoissonFlow.from_data, lambda y: pfgm.PoissonFlowPP.from_data(y, D=128)):
+        for data in (images, images.numpy(), pfgm.ReferenceSet(images)):
+            with pytest.warns(UserWarning, match=message) as warned:
+                trainer_of(data, make)
+            assert [warning.filename for warning in warned] == [__file__]
+        make(2 * images - 1)
+        make((255 * images).byte())
+    assert not recwarn
+    with pytest.warns(UserWarning, match=message):
+        pfgm.training.Trainer(pfgm.PoissonFlow((1, 8, 8), M=200), net, images, config)
 
 
 def test_only_bytes_are_taken_for_bytes():
