@@ -247,15 +247,12 @@ def test_an_own_loop_gets_the_warning_of_the_range_once(recwarn):
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     net, config = pfgm.networks.MLP((1, 8, 8), width=4), TrainConfig(steps=1, batch_size=8)
     message = r"values from .*, or by 2 \* data - 1 in Python"
-
-    def trainer_of(data, make):
-        return pfgm.training.Trainer(make(data), net, images, config)
-
     for make in (pfgm.PoissonFlow.from_data, lambda y: pfgm.PoissonFlowPP.from_data(y, D=128)):
         for data in (images, images.numpy(), pfgm.ReferenceSet(images)):
             with pytest.warns(UserWarning, match=message) as warned:
-                trainer_of(data, make)
+                flow = make(data)
             assert [warning.filename for warning in warned] == [__file__]
+            pfgm.training.Trainer(flow, net, images, config)
         make(2 * images - 1)
         make((255 * images).byte())
     assert not recwarn
