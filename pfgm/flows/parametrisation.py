@@ -52,6 +52,8 @@ class Parametrisation(ABC):
     """Solver, steps and schedule of sampling."""
     fitted_levels: dict[str, dict[int, list[float]]]
     """Levels by solver and number of steps, from ``fit_levels``. Not part of ``config``."""
+    warned_of_range: bool = False
+    """Whether ``from_data`` has warned that images are not in [-1, 1]. Not part of ``config``."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         if not isinstance(shape, Iterable):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..common import transforms
 from ..common.checks import (
+    are_float_images,
     check_choice,
     check_dtype,
     check_not_empty,
@@ -19,6 +20,7 @@ from ..common.checks import (
     positive,
     untouched,
     warn_channels_last,
+    warn_image_range,
 )
 from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
@@ -209,6 +211,10 @@ class PoissonFlow(Flow):
             TypeError: data are neither uint8 nor floating point.
             ValueError: data have no rows, or hold NaN or infinity.
 
+        Warns:
+            UserWarning: data look like images with channels last, or like images that are not in
+                [-1, 1].
+
         >>> import torch
         >>> PoissonFlow.from_data(torch.rand(8, 1, 4, 4), tau=0.05).shape
         (1, 4, 4)
@@ -237,10 +243,12 @@ class PoissonFlow(Flow):
             given = {"spread": measured.std or measured.rms or 1.0, "center": measured.mean}
         flow = cls(data.shape[1:], **{**given, **overrides})
         reach = _NORM_PER_REACH * measured.reach
-        if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
-            return flow
-        # Some rows lie far from all others. The field is that of one charge only beyond them.
-        return cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
+        if flow.spread is not None and "upper_norm" not in overrides and reach > flow.upper_norm:
+            # Some rows lie far from all others. The field is that of one charge only beyond them.
+            flow = cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
+        if are_float_images(data.shape, data.dtype):
+            flow.warned_of_range = warn_image_range(*measured.range)
+        return flow
 
     @classmethod
     def cifar10(cls, **overrides: Any) -> PoissonFlow:

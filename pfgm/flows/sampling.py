@@ -105,7 +105,7 @@ class Sampling(Parametrisation):
             guidance: the weight w of classifier-free guidance (arXiv 2207.12598). The posterior
                 mean is mean_u + w (mean_c − mean_u), at twice the evaluations. 1 is the condition
                 alone, above 1 exaggerates it. None is the condition alone, without the extra
-                evaluations.
+                evaluations. Values other than 1 need a condition, or unconditional.
             unconditional: keyword arguments of the network for mean_u; none unless given.
             generator: of the prior, and of the noise that "consistency" adds.
             device: None takes the device of x_init, else of the generator, else of the network's
@@ -289,6 +289,11 @@ class Sampling(Parametrisation):
         weight = as_number(guidance)
         if not abs(weight) <= LARGEST:
             raise ValueError(f"guidance is {guidance!r}; allowed is any finite number.")
+        if weight != 1 and not given and not without:
+            raise ValueError(
+                f"guidance is {guidance!r}, but neither condition nor unconditional is given, "
+                "between which it extrapolates; give one, such as condition={'labels': labels}."
+            )
 
         def guided(x: Tensor, level: float) -> Tensor:
             mean = self.denoise(net, x, level, without)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import are_float_images, warn_image_range
 from ..data import to_unit
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
@@ -30,7 +31,6 @@ __all__ = [
     "with_settings_of_run",
 ]
 
-_SLACK = 0.01  # by which images may lie outside of [−1, 1]; enlarging can overshoot
 _COMPARED_ROWS = 1024  # for the range of the values and their spread
 _FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
 _SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlow.from_data)
@@ -120,26 +120,9 @@ def warn_of_scales(data: References) -> None:
 
 
 def warn_of_range(data: References) -> None:
-    """Warns the caller of the caller of images (n, C, H, W) that do not look like [−1, 1].
-
-    Flows train on any values. But pictures and figures take images to lie in [−1, 1].
-    """
-    if data.ndim != 4 or data.shape[1] not in (1, 3) or data.dtype == torch.uint8:
-        return
-    low, high = value_range(data)
-    if not math.isfinite(low + high):  # an error elsewhere
-        return
-    if low >= -1 - _SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
-        return
-    option, formula = f"{low:g} {high:g}", "2 * (data - low) / (high - low) - 1"
-    if low >= 0 and high <= 255:
-        option, formula = ("0 1", "2 * data - 1") if high <= 1 else ("0 255", "data / 127.5 - 1")
-    warnings.warn(
-        f"data holds images with values from {low:.4g} to {high:.4g}, but images should be in "
-        f"[-1, 1], or samples will look washed out or cut off: convert them, by --range {option} "
-        f"on the command line, or by {formula} in Python.",
-        stacklevel=3,
-    )
+    """Warns the caller of the caller of images (n, C, H, W) that do not look like [−1, 1]."""
+    if are_float_images(data.shape, data.dtype):
+        warn_image_range(*value_range(data), stacklevel=4)
 
 
 def check_labels(labels: Tensor | None, data: References, classes: int) -> None:

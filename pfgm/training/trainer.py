@@ -139,7 +139,8 @@ class Trainer:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
         check_labels(labels, data, label_count(network))
-        warn_of_range(data)
+        if not flow.warned_of_range:
+            warn_of_range(data)
         warn_of_scales(data)
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
@@ -171,6 +172,11 @@ class Trainer:
     def averaged(self) -> nn.Module:
         """The network with the moving average of its weights: the one to sample with."""
         return self._averaged
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the last checkpoint, written or resumed from; None if there is none."""
+        return self._saved_step
 
     def train(self) -> nn.Module:
         """Trains up to the configured number of steps.

@@ -100,7 +100,7 @@ def test_config_is_the_whole_flow():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "none of M, data_norm and spread given"),
+        ({}, r"none of M, data_norm and spread given; .* PoissonFlow\.from_data\(data\) chooses"),
         ({"data_norm": 1.0, "spread": 1.0}, "both data_norm and spread given"),
         ({"spread": 0.0}, "spread is 0.0"),
         ({"spread": math.inf}, "spread is inf"),
@@ -848,6 +848,9 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
             flow.sample(wrong, 2)
     with pytest.raises(ValueError, match="guidance is 'a'; allowed is any finite number"):
         flow.sample(net, 2, guidance="a")
+    with pytest.raises(ValueError, match=r"guidance is 3\.0, but neither condition nor uncond"):
+        flow.sample(net, 2, guidance=3.0)
+    assert torch.equal(flow.sample(net, 3, x_init=x, guidance=1.0), flow.sample(net, 3, x_init=x))
     for level in ("a", 1e39):
         with pytest.raises(ValueError, match=r"allowed is a number that torch.float32 can hold"):
             flow.denoise(net, x, level)
@@ -931,13 +934,14 @@ def test_levels_between_which_rk45_cannot_integrate(grid):
 def test_tensors_and_arrays_of_one_value_are_numbers():
     data = torch.randn(20, 2, generator=seeded(0))
     flow = PoissonFlow.from_data(data)
-    net, x = flow.empirical(data), data[:3]
-    expected = flow.sample(net, 3, x_init=x, guidance=2.0)
+    net, options = flow.empirical(data), {"x_init": data[:3], "condition": {"far": True}}
+    either = lambda x, z, far=False: net(x + far, z)  # noqa: E731
+    expected = flow.sample(either, 3, guidance=2.0, **options)
     for weight in (torch.tensor(2.0), torch.tensor([2.0]), np.array(2.0), np.float32(2.0)):
-        assert torch.equal(flow.sample(net, 3, x_init=x, guidance=weight), expected)
+        assert torch.equal(flow.sample(either, 3, guidance=weight, **options), expected)
         assert PoissonFlow((2,), M=weight) == PoissonFlow((2,), M=2.0)
     for wrong in (torch.ones(2), torch.tensor(True), np.array("2"), np.array(math.nan)):
         with pytest.raises(ValueError, match="guidance is"):
-            flow.sample(net, 3, x_init=x, guidance=wrong)
+            flow.sample(either, 3, guidance=wrong, **options)
         with pytest.raises(ValueError, match="M is"):
             PoissonFlow((2,), M=wrong)
