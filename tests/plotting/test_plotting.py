@@ -531,6 +531,40 @@ def test_flow_lines_are_the_ways_of_the_samples(top: float | None) -> None:
     assert len({tuple(line.get_color()) for line in axes.lines}) > 3
 
 
+def far_path() -> tuple[PoissonFlow, Tensor, Tensor]:
+    """A flow whose prior has one point far away; that prior, and its data."""
+    flow = PoissonFlow((2,), data_norm=1.0)
+    start = torch.tensor([[400.0, 0.0], [4.0, 4.0], [4.0, -4.0], [-4.0, 4.0], [-4.0, -4.0]])
+    return flow, start, ring()
+
+
+def test_flow_lines_cuts_a_far_line_where_it_enters_the_axes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow, start, data = far_path()
+    monkeypatch.setattr(flow, "prior", lambda *args, **options: start)
+    figure = plotting.flow_lines(flow, flow.empirical(data), 5, data=data, steps=20)
+    (axes,) = figure.axes
+    for limits in (axes.get_xlim(), axes.get_ylim()):
+        assert limits == pytest.approx((-8.32, 8.32), rel=0.01)
+    x, y, z = axes.lines[0].get_data_3d()
+    assert (x[0], y[0]) == pytest.approx((axes.get_xlim()[1], 0), abs=1e-3)
+    assert flow.z_min < z[0] < flow.z_max
+    assert (x[1:] < x[0]).all()
+    assert z[-1] == flow.z_min
+    for line, point in zip(axes.lines[1:], start[1:], strict=True):
+        x, y, z = line.get_data_3d()
+        assert (x[0], y[0], z[0]) == pytest.approx((*point.tolist(), flow.z_max))
+        assert len(z) == 21
+
+
+def test_a_far_path_does_not_rule_the_window_of_a_trajectory() -> None:
+    _, start, data = far_path()
+    paths = torch.stack([start, start / 2, data[:5]])
+    whole, _ = plotting.trajectory_plot(paths, [4, 2, 1], data=data).axes[:2]
+    assert whole.get_xlim() == pytest.approx((-8.32, 8.32), rel=0.01)
+
+
 def test_flow_lines_checks_its_arguments() -> None:
     flow = PoissonFlow((2,), data_norm=1.0)
     net = flow.empirical(ring())
