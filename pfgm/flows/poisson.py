@@ -56,6 +56,7 @@ _SMALLEST_Z = 1e-8  # in units of σ
 _SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in a prior with a spread
 _FEWEST_IMAGE_VALUES = 64  # samples with fewer values take the rules with spread
 _NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reach
+_SAME_GAMMA = 1e-6  # relative; the same data in float32 and float64 differ by less
 _FEW_VALUES = 8  # samples with at most this many values take more steps
 
 
@@ -560,7 +561,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """The network's field at x and z, with its shapes checked."""
     own = getattr(_mean_network(net), "gamma", None)
-    if own is not None and own != gamma:
+    if own is not None and abs(own - gamma) > _SAME_GAMMA * gamma:
         raise ValueError(
             f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
             "pfgm.networks takes **flow.scaling)."

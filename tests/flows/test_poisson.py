@@ -462,6 +462,17 @@ def test_a_network_with_another_gamma_is_refused():
     assert flow.loss(pfgm.networks.MLP((2,), width=8, **flow.scaling), data).isfinite()
 
 
+def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
+    data = torch.randn(40, 2, generator=seeded(0), dtype=torch.float64)
+    flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(data.float())
+    assert flow.gamma != other.gamma
+    net = pfgm.networks.MLP((2,), width=8, **other.scaling)
+    assert flow.loss(net, data.float()).isfinite()
+    net.gamma = flow.gamma * (1 + 2e-6)
+    with pytest.raises(ValueError, match="net has gamma"):
+        flow.loss(net, data.float())
+
+
 def trained_on(data, steps):
     flow = PoissonFlow.from_data(data)
     torch.manual_seed(0)
