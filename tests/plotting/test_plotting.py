@@ -179,6 +179,14 @@ def test_images_that_need_a_gradient_are_drawn() -> None:
     plotting.image_grid(torch.zeros(2, 1, 8, 8, requires_grad=True))
 
 
+def test_images_in_an_array_are_refused() -> None:
+    images: Any = np.zeros((2, 1, 8, 8))
+    with pytest.raises(TypeError, match=r"images is a ndarray; allowed is a torch\.Tensor"):
+        plotting.image_grid(images)
+    with pytest.raises(TypeError, match=r"images is a ndarray; allowed is a torch\.Tensor"):
+        plotting.trajectory_grid(images[None], [1.0])
+
+
 def test_pyplot_is_not_imported_and_matplotlib_only_when_drawing() -> None:
     code = (
         "import sys, torch; from pfgm import plotting\n"
