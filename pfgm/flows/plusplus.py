@@ -27,7 +27,7 @@ from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .conditions import Condition, Network, with_inner_networks
+from .conditions import Condition, Network, given_condition, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .sampling import check_count
@@ -330,7 +330,7 @@ class PoissonFlowPP(Flow):
             )
         x = self._to_floating(x)
         check_not_empty("x", x)
-        condition = condition or {}
+        condition = given_condition("condition", condition)
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:

@@ -27,7 +27,7 @@ from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, with_inner_networks
+from .conditions import Condition, Network, given_condition, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .poisson_rules import (
@@ -404,7 +404,7 @@ class PoissonFlow(Flow):
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
         check_not_empty("x", x)
-        condition = condition or {}
+        condition = given_condition("condition", condition)
         labels = condition.get("labels")
         if references is None:
             references, reference_labels = x, labels
@@ -504,7 +504,7 @@ class PoissonFlow(Flow):
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
     ) -> Field:
         """The field that the network predicts at points x (B, *S) and z, (B,) or (B, 1, …, 1)."""
-        condition, z = condition or {}, per_row(z, x, "z")
+        condition, z = given_condition("condition", condition), per_row(z, x, "z")
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
