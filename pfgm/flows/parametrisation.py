@@ -26,7 +26,7 @@ from ..common.checks import check_dimensions, check_dtype, check_floating, is_wh
 from ..common.tensors import dequantise, over_samples
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
-from .conditions import Condition, Network
+from .conditions import Condition, Network, given_condition
 
 __all__ = ["Defaults", "Parametrisation"]
 
@@ -152,7 +152,7 @@ class Parametrisation(ABC):
         The level is a number or a tensor (B,) or (B, 1, …, 1). The mean is differentiable in x and
         in the network's parameters. It never shares memory with what the network returned.
         """
-        prediction = self._predict(net, x, level, condition or {})
+        prediction = self._predict(net, x, level, given_condition("condition", condition))
         return ode_steps.mean_of(x, prediction, level)
 
     def _check_x(self, x: Tensor, name: str = "x", hint: str = "") -> None:

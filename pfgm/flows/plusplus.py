@@ -29,7 +29,7 @@ from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .conditions import Condition, Network, check_rows, with_inner_networks
+from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .sampling import check_count
@@ -349,7 +349,7 @@ class PoissonFlowPP(Flow):
             )
         x = self._to_floating(x)
         check_not_empty("x", x)
-        condition = condition or {}
+        condition = given_condition("condition", condition)
         check_rows(condition, len(x))
         x_perturbed, sigma = self.perturb(x, generator)
         target = x

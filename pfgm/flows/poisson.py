@@ -29,7 +29,7 @@ from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, check_rows, with_inner_networks
+from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .poisson_rules import (
@@ -58,6 +58,7 @@ _SMALLEST_Z = 1e-8  # in units of σ
 _SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in a prior with a spread
 _FEWEST_IMAGE_VALUES = 64  # samples with fewer values take the rules with spread
 _NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reach
+_SAME_GAMMA = 1e-6  # relative; the same data in float32 and float64 differ by less
 _FEW_VALUES = 8  # samples with at most this many values take more steps
 
 
@@ -413,7 +414,7 @@ class PoissonFlow(Flow):
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
         check_not_empty("x", x)
-        condition = condition or {}
+        condition = given_condition("condition", condition)
         check_rows(condition, len(x))
         labels = condition.get("labels")
         if references is None:
@@ -514,7 +515,7 @@ class PoissonFlow(Flow):
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
     ) -> Field:
         """The field that the network predicts at points x (B, *S) and z, (B,) or (B, 1, …, 1)."""
-        condition, z = condition or {}, per_row(z, x, "z")
+        condition, z = given_condition("condition", condition), per_row(z, x, "z")
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
@@ -571,7 +572,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """The network's field at x and z, with its shapes checked."""
     own = getattr(_mean_network(net), "gamma", None)
-    if own is not None and own != gamma:
+    if own is not None and abs(own - gamma) > _SAME_GAMMA * gamma:
         raise ValueError(
             f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
             "pfgm.networks takes **flow.scaling)."

@@ -20,6 +20,7 @@ from ..references import References, ReferenceSet
 from .config import Schedule, TrainConfig
 
 __all__ = [
+    "check_config",
     "check_data",
     "check_labels",
     "check_network",
@@ -39,8 +40,22 @@ _SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlo
 _MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "compile")
 
 
+def check_config(config: object) -> None:
+    """Raises TypeError unless config is a TrainConfig, or None for the defaults."""
+    if config is not None and not isinstance(config, TrainConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; allowed is a TrainConfig, such as "
+            "TrainConfig(steps=1000)."
+        )
+
+
 def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss: bool) -> None:
-    """Raises ValueError unless the flow, or another loss, can train on the data."""
+    """Raises an error unless the flow, or another loss, can train on the data."""
+    if not isinstance(data, (Tensor, ReferenceSet)):
+        raise TypeError(
+            f"data is a {type(data).__name__}; allowed are a torch.Tensor and a "
+            "pfgm.ReferenceSet, which takes arrays and paths."
+        )
     single_sample = config.references == 0 and not other_loss
     if single_sample and not isinstance(flow, PoissonFlowPP):
         raise ValueError(
@@ -126,12 +141,14 @@ def warn_of_range(data: References) -> None:
 
 
 def check_labels(labels: Tensor | None, data: References, classes: int) -> None:
-    """Raises ValueError unless labels are None or fit the data, and the classes of the network.
+    """Raises an error unless labels are None or fit the data, and the classes of the network.
 
     0 classes means that their number is not known.
     """
     if labels is None:
         return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}; allowed is a torch.Tensor.")
     if isinstance(data, ReferenceSet) and data.sharded:
         raise ValueError(
             f"labels are given, but data is {data!r}, whose rows are shared among processes; "

@@ -25,6 +25,7 @@ from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import (
+    check_config,
     check_data,
     check_labels,
     check_network,
@@ -89,6 +90,7 @@ class Trainer:
     Raises:
         TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`);
             or the network has no parameters in float32 or float64 that are trained.
+        TypeError: data, labels or config are of another type.
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set.
 
@@ -123,6 +125,7 @@ class Trainer:
         distilled: bool | None = None,
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
+        check_config(config)
         self._given = config or TrainConfig()  # may leave settings open
         self.config = config = self._given.resolved()
         self.folder = None if folder is None else folder_path(folder)

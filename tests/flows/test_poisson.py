@@ -463,6 +463,17 @@ def test_a_network_with_another_gamma_is_refused():
     assert flow.loss(pfgm.networks.MLP((2,), width=8, **flow.scaling), data).isfinite()
 
 
+def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
+    data = torch.randn(40, 2, generator=seeded(0), dtype=torch.float64)
+    flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(data.float())
+    assert flow.gamma != other.gamma
+    net = pfgm.networks.MLP((2,), width=8, **other.scaling)
+    assert flow.loss(net, data.float()).isfinite()
+    net.gamma = flow.gamma * (1 + 2e-6)
+    with pytest.raises(ValueError, match="net has gamma"):
+        flow.loss(net, data.float())
+
+
 def trained_on(data, steps):
     flow = PoissonFlow.from_data(data)
     torch.manual_seed(0)
@@ -945,3 +956,37 @@ def test_tensors_and_arrays_of_one_value_are_numbers():
             flow.sample(either, 3, guidance=wrong, **options)
         with pytest.raises(ValueError, match="M is"):
             PoissonFlow((2,), M=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generator": 0}, r"generator is a int; allowed is a torch\.Generator"),
+        ({"condition": 3}, "condition is a int; allowed is a dict"),
+        ({"condition": torch.tensor([1, 1])}, "condition is a Tensor; allowed is a dict"),
+        ({"unconditional": [1]}, "unconditional is a list; allowed is a dict"),
+        ({"condition": {"labels": 1}}, r"labels is a int; allowed is a torch\.Tensor of integers"),
+        ({"x_init": np.zeros((2, 2))}, r"x_init is a ndarray; allowed is a torch\.Tensor"),
+        ({"step": 5}, r"'multistep' takes no option 'step'; allowed are: none\.$"),
+        ({"seed": 0}, r"no option 'seed'.* generator=torch\.Generator\(\)\.manual_seed\(seed\)"),
+        ({"labels": 1}, r"no option 'labels'.* condition=\{'labels': labels\}"),
+        ({"solver": "rk45", "tol": 1}, "'rk45' takes no option 'tol'; allowed are: rtol, atol"),
+        ({"solver": "heun", "churn": 3}, "'heun' takes no option 'churn'; allowed are: none"),
+    ],
+)
+def test_options_of_other_types_and_names_are_named(options, message):
+    flow = PoissonFlow((2,), data_norm=1.0)
+    net = pfgm.networks.MLP((2,), width=8, classes=2)
+    with pytest.raises(TypeError, match=message):
+        flow.sample(net, 2, **options)
+
+
+def test_conditions_of_other_types_are_refused_in_a_loss():
+    x = torch.randn(4, 2, generator=seeded(0))
+    flow = PoissonFlow((2,), data_norm=1.0)
+    net = pfgm.networks.MLP((2,), width=8, classes=2)
+    with pytest.raises(TypeError, match=r"condition\['labels'\] is a int; allowed is a torch"):
+        flow.loss(net, x, condition={"labels": 1})
+    for call in (flow.loss, lambda net, x, condition: flow.denoise(net, x, 1.0, condition)):
+        with pytest.raises(TypeError, match="condition is a Tensor; allowed is a dict"):
+            call(net, x, condition=torch.ones(4))

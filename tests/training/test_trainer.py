@@ -151,6 +151,20 @@ def test_bad_data(flow, data):
         Trainer(flow, new_network(), data, config(references=50), progress=False).train()
 
 
+def test_arguments_of_other_types_are_named(flow, data):
+    net = new_network()
+    for wrong, kind in ((data.numpy(), "ndarray"), ("data.npy", "str"), (data.tolist(), "list")):
+        with pytest.raises(
+            TypeError, match=rf"data is a {kind}; allowed are .*ReferenceSet, which"
+        ):
+            Trainer(flow, net, wrong, SMALL)
+    for wrong, kind in ((100, "int"), ({}, "dict")):
+        with pytest.raises(TypeError, match=rf"config is a {kind}; allowed is a TrainConfig"):
+            Trainer(flow, net, data, wrong)
+    with pytest.raises(TypeError, match=r"labels is a ndarray; allowed is a torch\.Tensor"):
+        Trainer(flow, net, data, SMALL, labels=np.zeros(len(data), dtype=int))
+
+
 # ---- steps -----------------------------------------------------------------------------------
 
 
