@@ -405,6 +405,15 @@ def test_a_network_with_labels(tmp_path: Path) -> None:
     assert found["likelihood"]["labels"] is True
 
 
+def test_a_network_that_comes_with_the_package(tmp_path: Path) -> None:
+    options = ["--n", 8, "--steps", 2]
+    found = evaluate(tmp_path / "a", "--pretrained", "digits", *options)
+    assert (found["source"], found["data"]) == ("digits", "digits")
+    path = pfgm.pretrained.pretrained_path("digits")
+    again = evaluate(tmp_path / "b", "--checkpoint", path, *options)
+    assert again == found | {"source": str(path)}
+
+
 def test_fid(
     model: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,8 +461,8 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     checkpoint = ["--checkpoint", model]
     np.save(tmp_path / "wide.npy", np.zeros((9, 4, 4), np.float32))
     np.save(tmp_path / "few.npy", np.zeros((5, 8, 8), np.float32))
-    assert "neither of checkpoint and samples" in fails()
-    assert "both of checkpoint and samples" in fails(*checkpoint, "--samples", tmp_path)
+    assert "none of checkpoint, pretrained and samples" in fails()
+    assert "2 of checkpoint, pretrained and samples" in fails(*checkpoint, "--samples", tmp_path)
     assert "n is 0; allowed is at least 1" in fails(*checkpoint, "--n", 0)
     assert "curve-steps is 0" in fails(*checkpoint, "--curve-steps", 0)
     assert "steps is 0" in fails(*checkpoint, "--steps", 0)
@@ -471,7 +480,8 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")
     assert (
-        "samples has shape (1, 4, 4); allowed is (1, 8, 8), the shape of the data digits" in shape
+        "samples has shape (1, 4, 4); allowed is (1, 8, 8), the shape of the data digits; give the "
+        "data with --data." in shape
     )
     assert "samples has 5 rows" in fails("--samples", tmp_path / "few.npy")
     np.save(tmp_path / "nan.npy", np.full((9, 8, 8), np.nan, np.float32))

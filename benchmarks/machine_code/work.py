@@ -370,7 +370,7 @@ def _products(
     trips, features = up(panels, of_stage), of_stage * _PANEL
     each = up(trips, slices)  # trips of a slice
     tiles, slices = _tiles(queries, m, tiling), up(trips, each)
-    stages = (3 if rounded else 4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
+    stages = (4, 2) if ahead else (3, 3) if references == 64 else (2, 2)
     of_references = features * ((4 if ahead else size) * references + 4)
     memory = stages[0] * of_references + stages[1] * features * 2 * parts_of_x * rows + 16 * rows
     # Rows after the last are copied too. Queries and the centre are padded to whole stages.

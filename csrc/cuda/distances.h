@@ -103,7 +103,7 @@ template <class R, int QUERIES, int REFERENCES>
 struct DistanceMemory {
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES;
   static constexpr bool kAhead = QUERIES == 128;
-  static constexpr int kReferenceStages = kAhead ? (kRounded<R> ? 3 : 4) : REFERENCES == 64 ? 3 : 2;
+  static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
   static constexpr int kQueryStages = kAhead ? 2 : kReferenceStages;
   static constexpr int kPanels = kAhead ? 1 : 2, kFeatures = kPanels * kPanel;  // of a stage
   static constexpr int kSwap = sizeof(R) == 4 ? 1 : 0;
@@ -321,19 +321,29 @@ __device__ inline void add_rest(float* total, float* rest) {
   rest[0] = lost.x, rest[1] = lost.y;
 }
 
-// Adds the products with TOGETHER columns of 8 queries from column `first` on: high·high + high·low
-// + low·high. They take turns, so that none waits for another. The panel of these queries is at
-// `x_high` and `x_low`.
+// The same for TOGETHER columns of 8 queries from column `first` on.
+template <int TOGETHER, int SLABS, int COLUMNS>
+__device__ inline void add_rests(float (&total)[SLABS][COLUMNS][4],
+                                 float (&rest)[SLABS][COLUMNS][4], int first) {
+#pragma unroll
+  for (int s = 0; s < SLABS; ++s)
+#pragma unroll
+    for (int j = 0; j < TOGETHER; ++j)
+      for (int e = 0; e < 4; e += 2) add_rest(&total[s][first + j][e], &rest[s][first + j][e]);
+}
+
+// Adds the products with TOGETHER columns of 8 queries from column `first` on to the rest:
+// high·high + high·low + low·high. They take turns, so that none waits for another. The panel of
+// these queries is at `x_high` and `x_low`.
 //
 // Matrix units round every addition toward zero, so panels are added up outside of them, in two
 // floats, total + rest. The products of a panel are added to the rest. What the new total cannot
-// hold of that is the next rest.
+// hold of that is the next rest (add_rests).
 //
 // If HALF_SUMS, the products with a low part of a panel are added up in float16. They are 2^11
 // times smaller than the product of the high parts, so the digits that float16 lacks do not count.
 template <bool HALF_SUMS, int TOGETHER, int SLABS, int COLUMNS>
-__device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
-                                    float (&rest)[SLABS][COLUMNS][4], int first,
+__device__ inline void add_products(float (&rest)[SLABS][COLUMNS][4], int first,
                                     const ReferencePanel (&y)[SLABS], const std::uint16_t* x_high,
                                     const std::uint16_t* x_low) {
   std::uint32_t of_high[TOGETHER][2][2], of_low[TOGETHER][2][2];
@@ -361,14 +371,13 @@ __device__ inline void add_products(float (&total)[SLABS][COLUMNS][4],
   each([&](int i, int s, int j) {
     multiply_add_halves(rest[s][first + j], y[s].high[i], of_high[j][i]);
   });
+  if constexpr (HALF_SUMS)
 #pragma unroll
-  for (int s = 0; s < SLABS; ++s)
+    for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-    for (int j = 0; j < TOGETHER; ++j)
-      for (int e = 0; e < 4; ++e) {
-        if constexpr (HALF_SUMS) rest[s][first + j][e] += half_of_word(small[s][j][e / 2], e % 2);
-        if (e % 2 == 1) add_rest(&total[s][first + j][e - 1], &rest[s][first + j][e - 1]);
-      }
+      for (int j = 0; j < TOGETHER; ++j)
+        for (int e = 0; e < 4; ++e)
+          rest[s][first + j][e] += half_of_word(small[s][j][e / 2], e % 2);
 }
 
 // The same for the high parts alone. What is lost where one float adds up the panels is less than
@@ -698,6 +707,10 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
   constexpr int kTogether =
       QUERIES == 64 && !kRounded<R> ? 4 : 2;  // columns; the others have fewer registers
   constexpr int kConvert = kTogether;         // column; elsewhere compilers spill
+  // Whether the totals of columns are found while matrix units multiply for the next ones, and
+  // those of the last columns after the next barrier. Elsewhere it gains nothing, or compilers
+  // spill.
+  constexpr bool kLate = kAhead && !kRounded<R> && !GEFORCE && !PROJECT && sizeof(R) != 2;
   if constexpr (unused<R, QUERIES, GEFORCE>()) return __trap();
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   auto& stages = shared.stages;
@@ -779,6 +792,7 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
       ReferencePanel panel[kSlabs];
       if constexpr (!kAhead) panel[0] = convert_panel(p, half);
       add_squares();
+      if constexpr (kLate) add_rests<kTogether>(total, rest, kColumns - 2 * kTogether);
       if constexpr (kAhead)
         for (int s = 0; s < kSlabs; ++s)
           panel[s] = load_panel(
@@ -787,17 +801,23 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
 #pragma unroll
       for (int j = 0; j < kColumns; j += kTogether) {
         const int query = column0 + 8 * j + lane.g;
-        if constexpr (kRounded<R>)
+        if constexpr (kRounded<R>) {
           add_rounded_products<kTogether>(total, j, panel, &queries[0][query][8 * lane.t]);
-        else
-          add_products<GEFORCE, kTogether>(total, rest, j, panel, &queries[0][query][8 * lane.t],
+        } else {
+          add_products<GEFORCE, kTogether>(rest, j, panel, &queries[0][query][8 * lane.t],
                                            &queries[1][query][8 * lane.t]);
+          if (!kLate)
+            add_rests<kTogether>(total, rest, j);
+          else if (j + kTogether < kColumns)
+            add_rests<kTogether>(total, rest, (j > 0 ? j : kColumns) - kTogether);
+        }
         // Matrix units multiply meanwhile.
         if (kAhead && j == 0) stage_next(p);
         if (kAhead && j == kConvert) convert_ahead(p + 1);
       }
     }
   } while (++p < trips);
+  if constexpr (kLate) add_rests<2 * kTogether>(total, rest, kColumns - 2 * kTogether);
   wait_copies<0>();
   __syncthreads();
   finish_tile<GEFORCE, PROJECT, SLICED>(shared, total, rest, square, square_lost, x, y, center, out,

@@ -48,11 +48,15 @@ class Stream {
 
   int multiprocessors() const { return multiprocessors_of(device_); }
   int l2_cache() const { return attribute_of<cudaDevAttrL2CacheSize>(device_); }  // bytes
-  bool warpgroups() const { return has_warpgroups(device_); }
   // See architecture_of.
   template <class... Parameters>
   int architecture(const char* name, void (*kernel)(Parameters...)) const {
     return architecture_of(name, reinterpret_cast<const void*>(kernel));
+  }
+  // See has_warpgroups. `kernel` may be any kernel.
+  template <class... Parameters>
+  bool warpgroups(void (*kernel)(Parameters...)) const {
+    return has_warpgroups("warpgroups", reinterpret_cast<const void*>(kernel), device_);
   }
   // See is_geforce. `kernel` may be any kernel.
   template <class... Parameters>

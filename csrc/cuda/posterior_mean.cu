@@ -9,6 +9,7 @@
 // and whether distances are kept. Nothing waits for the device, and CUDA graphs can capture the
 // launches.
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "api/posterior_mean.h"
@@ -82,6 +83,7 @@ class Calculation {
         measures_(!backward || kept.bytes == 0),
         arena_(workspace),
         geforce_(stream.geforce(find_center<Stored<R>>)),
+        warpgroups_(stream.warpgroups(find_center<Stored<R>>)),
         partition_(
             partition_of(problem, bounds_of(problem, backward, pairs_of_chunk(stream.l2_cache())),
                          stream.multiprocessors(), backward, large_groups(), kRounded<R>, costs())),
@@ -256,11 +258,12 @@ class Calculation {
     return halves;
   }
 
-  // The centre of all references.
+  // The centre of all references, or of as many as an int counts.
   void find_references_center() const {
     if (partition_.few) return;
     using T = Stored<R>;
-    const Rows<T> y = rows_of<T>(problem_.y, problem_.y_stride, problem_.references);
+    const Index count = smaller(problem_.references, std::numeric_limits<int>::max());
+    const Rows<T> y = rows_of<T>(problem_.y, problem_.y_stride, count);
     run("find_center", {divide_up(center_.width, kCenterThreads)}, kCenterThreads,
         sizeof(float) * kCenterThreads / 32, find_center<T>, y, center_);
   }
@@ -382,11 +385,11 @@ class Calculation {
   // the sums wait for matrix units, to which a longer list gives more work.
   bool large_groups() const {
     if (!kLargeGroups<R> || geforce_) return false;
-    return kRounded<R> || stream_.warpgroups();
+    return kRounded<R> || warpgroups_;
   }
 
   // Whether the largest tiles are those of warpgroups. They take aligned rows alone.
-  bool warpgroups() const { return sizeof(R) == sizeof(float) && stream_.warpgroups(); }
+  bool warpgroups() const { return sizeof(R) == sizeof(float) && warpgroups_; }
   const TilingCosts& costs() const {
     if (warpgroups()) return kRounded<R> ? kRoundedWarpgroupCosts : kWarpgroupCosts;
     if (geforce_) return kRounded<R> ? kRoundedGeforceCosts : kGeforceCosts;
@@ -504,7 +507,7 @@ class Calculation {
   const Stream& stream_;
   const bool measures_;  // whether distances are found, and not taken from the forward pass
   Arena arena_;
-  const bool geforce_;
+  const bool geforce_, warpgroups_;  // of the device and its code
   const Partition partition_;
   const int features_;
   const WeightLaw law_;

@@ -50,22 +50,28 @@ inline int multiprocessors_of(int device) {
   return attribute_of<cudaDevAttrMultiProcessorCount>(device);
 }
 
-// Whether kernels may multiply with warpgroups: the device is an sm_90 and the build has code for
-// sm_90a.
-inline bool has_warpgroups([[maybe_unused]] int device) {
-#ifdef PFGM_WARPGROUPS
-  return attribute_of<cudaDevAttrComputeCapabilityMajor>(device) == 9;
-#else
-  return false;
-#endif
-}
-
 // The architecture that a kernel's code on the current device was compiled for, 90 for sm_90. It is
 // older than the device if the build has no code for the device's own architecture.
 inline int architecture_of(const char* name, const void* kernel) {
   cudaFuncAttributes attributes;
   check_runtime(name, cudaFuncGetAttributes(&attributes, kernel));
   return attributes.ptxVersion;
+}
+
+// Whether kernels may multiply with warpgroups: the device, which is the current one, is an sm_90,
+// and a kernel's code on it is that for sm_90a. A driver that is told to compile older code itself
+// takes that in place of it, in which these kernels are empty.
+inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
+                           [[maybe_unused]] int device) {
+#ifdef PFGM_WARPGROUPS
+  static OfDevices known;
+  return known.get(device, [=] {
+    if (attribute_of<cudaDevAttrComputeCapabilityMajor>(device) != 9) return 0;
+    return architecture_of(name, kernel) == 90 ? 1 : 0;
+  }) != 0;
+#else
+  return false;
+#endif
 }
 
 // Whether a device has a GeForce card's chip, and a kernel's code on it, which is the current

@@ -290,6 +290,8 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   finish_tile<false, PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total),
                                       reinterpret_cast<Sums&>(rest), square, square_lost, x, y,
                                       center, out, slices);
+#else
+  __trap();  // has_warpgroups in cuda/runtime.h
 #endif
 }
 
@@ -351,6 +353,8 @@ __global__ void __launch_bounds__(kDistanceThreads, 1)
   float none[1][Memory::kColumns][4] = {};
   finish_tile<false, PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total), none, square,
                                       square_lost, x, y, center, out, slices);
+#else
+  __trap();
 #endif
 }
 

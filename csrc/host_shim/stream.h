@@ -27,7 +27,10 @@ class Stream {
 
   int multiprocessors() const { return shim::device().multiprocessors; }
   int l2_cache() const { return 40 << 20; }
-  bool warpgroups() const { return shim::device().capability == 90; }
+  template <class... Parameters>
+  bool warpgroups(void (*)(Parameters...)) const {
+    return shim::device().capability == 90;
+  }
   template <class... Parameters>
   bool geforce(void (*)(Parameters...)) const {
     const int capability = shim::device().capability;

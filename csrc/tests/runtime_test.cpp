@@ -15,6 +15,7 @@ CUcontext current = nullptr;
 std::set<int> with_context;
 int sets = 0, asked = 0, allowed = 0;
 int driver = 0, compiled_for = 0, asked_kernels = 0;
+int major = 9;  // of the compute capability
 bool refuses = false;
 
 CUcontext context_of(int device) {
@@ -66,9 +67,9 @@ cudaError_t cudaSetDevice(int device) {
   current = context_of(device);
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   ++asked;
-  *value = 100 + device;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? major : 100 + device;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -187,11 +188,25 @@ void check_overlap() {
   require(overlaps(4) == can, "a refused question was kept");
 }
 
+// The build has code for sm_90a. Each case has a device of its own.
+void check_warpgroups() {
+  const char kernel = 0;
+  const auto has = [&](int device) { return has_warpgroups("kernel", &kernel, device); };
+  major = 9, compiled_for = 90;
+  require(has(0) && has(0), "an sm_90 has no warpgroups");
+  compiled_for = 80;
+  require(!has(1), "code for sm_80, whose kernels of warpgroups are empty, has warpgroups");
+  major = 10, compiled_for = 100;
+  require(!has(2), "an sm_100 has warpgroups");
+  require(has(0), "another device changed the answer");
+}
+
 }  // namespace
 
 int main() {
   check_current_device();
   check_attributes();
   check_overlap();
+  check_warpgroups();
   std::printf("devices and attributes are as they should be\n");
 }

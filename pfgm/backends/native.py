@@ -161,7 +161,9 @@ def _device_reason(index: int | None) -> str | None:
 
 def describe() -> str:
     architectures = extension().build_info()["cuda_architectures"]
-    cpu = f"C++ on the CPU, {extension().cpu_isa()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    count = f"{threads} thread{'s' if threads > 1 else ''}"
+    cpu = f"C++ on the CPU, {extension().cpu_isa()}, {count}"
     return cpu if architectures is None else f"{cpu}; CUDA kernels for {architectures}"
 
 

@@ -118,7 +118,7 @@ def _run(
     flow = PoissonFlow.from_data(digits.train)
     trainer = _trainer(flow, digits, config, conditional, progress)
     report(f"training on {len(digits.train)} digits, {config.steps} steps")
-    _train(trainer, flow, folder / "model.safetensors")
+    _train(trainer, flow, folder / "model.safetensors", report)
     trained = time.perf_counter()
 
     recorder, labels = _Recorder(), torch.arange(SAMPLES) // _PICTURE_ROW % 10
@@ -171,12 +171,13 @@ def _trainer(
     return Trainer(flow, network, digits.train, config, progress=progress, labels=labels)
 
 
-def _train(trainer: Trainer, flow: PoissonFlow, path: Path) -> None:
+def _train(trainer: Trainer, flow: PoissonFlow, path: Path, report: Callable[[str], None]) -> None:
     """Trains and writes the averaged weights, also if training is interrupted."""
     try:
         trainer.train()
     except (KeyboardInterrupt, Terminated):
         checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
+        report(f"stopped at step {trainer.step}; the weights are in {path}")
         raise
     checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
 

@@ -27,11 +27,12 @@ from ..metrics import inception_metrics
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
+from ..pretrained import pretrained_path
 from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
-from .options import SamplingOptions
+from .options import PretrainedName, SamplingOptions, check_guidance
 
 __all__ = ["Evaluate"]
 
@@ -66,12 +67,15 @@ class Evaluate:
     out: Path
     """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
     checkpoint: Path | None = None
-    """A .safetensors file, or the folder of a run. Give either this or --samples."""
+    """A .safetensors file, or the folder of a run. Give this, --pretrained or --samples."""
+    pretrained: PretrainedName | None = None
+    """A network that comes with the package, in place of a checkpoint."""
     samples: Path | None = None
     """A .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
     """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. The default is
-    the data of the checkpoint's training run, or else digits."""
+    the data of the checkpoint's training run, those of the network that comes with the package, or
+    else digits."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, as for train. The
     default is that of the training run if its data are used."""
@@ -110,7 +114,7 @@ class Evaluate:
             find_inception_weights(self.fid_weights)
         name, value_range = self.data, self.range
         if name is None:
-            name, of_run = _data_of_run(self.checkpoint)
+            name, of_run = self._data_of_source()
             value_range = value_range or of_run
         data = open_data(name, value_range=value_range, progress=True)
         source = self._open(device)
@@ -155,9 +159,12 @@ class Evaluate:
     # ---- checks and inputs ----
 
     def _check(self) -> None:
-        if (self.checkpoint is None) == (self.samples is None):
-            given = "neither" if self.samples is None else "both"
-            raise ValueError(f"{given} of checkpoint and samples are given; allowed is one.")
+        sources = (self.checkpoint, self.pretrained, self.samples)
+        if (given := sum(source is not None for source in sources)) != 1:
+            raise ValueError(
+                f"{given or 'none'} of checkpoint, pretrained and samples are given; allowed is "
+                "one of them."
+            )
         if self.fid_weights is not None and not self.fid:
             raise ValueError(f"fid-weights is {self.fid_weights}; allowed is --fid with it.")
         if self.samples is not None:
@@ -197,19 +204,36 @@ class Evaluate:
                 )
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
+        if self.samples is not None:
+            return open_samples(self.samples, progress=True)
+        weights = self.checkpoint
+        if self.pretrained is not None:
+            weights = pretrained_path(self.pretrained)
+        assert weights is not None
+        if notice := check_solver(weights, self.sampling.solver):
+            print(f"pfgm: {notice}", file=sys.stderr)
+        return load(weights, device=device)
+
+    def _data_of_source(self) -> tuple[str, Range | None]:
+        """The data that the network was trained on, and their range; digits if not known."""
+        if self.pretrained is not None:
+            return self.pretrained, None  # the networks have the names of their data
         if self.checkpoint is not None:
-            if notice := check_solver(self.checkpoint, self.sampling.solver):
-                print(f"pfgm: {notice}", file=sys.stderr)
-            return load(self.checkpoint, device=device)
-        assert self.samples is not None
-        return open_samples(self.samples, progress=True)
+            folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
+            with suppress(FileNotFoundError):
+                config = RunConfig.load(folder)
+                return config.data, config.range
+        return "digits", None
 
     def _check_data(self, name: str, data: Data, source: Loaded | ReferenceSet) -> None:
+        if isinstance(source, Loaded):
+            check_guidance(self.guidance, source.network)
         shape = source.flow.shape if isinstance(source, Loaded) else tuple(source.shape[1:])
         expected = tuple(data.train.shape[1:])
         if shape != expected:
             raise ValueError(
-                f"samples has shape {shape}; allowed is {expected}, the shape of the data {name}."
+                f"samples has shape {shape}; allowed is {expected}, the shape of the data {name}"
+                + ("; give the data with --data." if self.data is None else ".")
             )
         if self.fid and (len(expected) != 3 or expected[0] not in (1, 3)):
             raise ValueError(
@@ -239,7 +263,8 @@ class Evaluate:
         classes = label_count(model.network)
         labels = f"i mod {classes}" if classes else None
         sampling = {**solving, "labels": labels, "batch_size": self.sampling.batch_size}
-        return samples, {"source": str(self.checkpoint), "nfe": nfe, "sampling": sampling}
+        source = str(self.checkpoint or self.pretrained)
+        return samples, {"source": source, "nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
         rows = data.held_out or data.train
@@ -306,16 +331,6 @@ def _draw_rows(rows: ReferenceSet, count: int, seed: int) -> Tensor:
     """Draws at most ``count`` rows with the seed, as float32."""
     generator = torch.Generator().manual_seed(seed)
     return to_unit(rows[rows.draw(min(count, len(rows)), generator=generator)])
-
-
-def _data_of_run(checkpoint: Path | None) -> tuple[str, Range | None]:
-    """The data of a run and their range, from config.json in its folder; digits without one."""
-    if checkpoint is not None:
-        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        with suppress(FileNotFoundError):
-            config = RunConfig.load(folder)
-            return config.data, config.range
-    return "digits", None
 
 
 def _part(data: Data) -> str:

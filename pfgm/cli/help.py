@@ -1,14 +1,17 @@
-"""Help of the options: each text one paragraph, and no "(default: None)" or "(default: )"."""
+"""Help of the options: each text one paragraph, and None neither a default nor a choice."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, Union, get_args
 
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
@@ -20,8 +23,9 @@ _HelpText = str | Callable[[], str | None] | None
 
 
 def readable_help() -> ConstructorRegistry:
-    """A registry that changes what tyro's help of a dataclass shows.
+    """A registry that changes what tyro's help and errors show of a dataclass.
 
+    - An option that may be None names only its other values.
     - The help shows no default that is None or empty. The text of such an option says what happens
       without it.
     - Lines of a text are joined. tyro keeps the line breaks of the source where lines are indented.
@@ -42,6 +46,19 @@ def readable_help() -> ConstructorRegistry:
         if not isinstance(found, StructConstructorSpec):
             return None
         return dataclasses.replace(found, fields=tuple(map(_readable, found.fields)))
+
+    @registry.primitive_rule
+    def leave_out_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        others = tuple(each for each in get_args(info.type) if each is not NoneType)
+        if NoneType not in get_args(info.type) or not others:
+            return None
+        kind: Any = Union[others]  # noqa: UP007
+        found = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+        if not isinstance(found, PrimitiveConstructorSpec):
+            return None
+        return dataclasses.replace(
+            found, str_from_instance=lambda x: [] if x is None else found.str_from_instance(x)
+        )
 
     return registry
 

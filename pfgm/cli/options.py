@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from ..evaluation import default_steps
 from ..flows.flow import Flow
+from ..networks.registry import label_count
+
+PretrainedName = Literal["digits", "fashion-mnist"]
+"""The networks that come with the package."""
 
 
 @dataclass
@@ -37,3 +43,12 @@ class SamplingOptions:
             "schedule": self.schedule or flow.schedule_for(self.solver, steps, self.last),
             "last": self.last,
         }
+
+
+def check_guidance(guidance: float | None, network: nn.Module) -> None:
+    """Raises ValueError for a guidance that would do nothing, as the network has no labels."""
+    if guidance not in (None, 1.0) and not label_count(network):
+        raise ValueError(
+            f"guidance is {guidance}, but the network was trained without labels, which it would "
+            "exaggerate; leave it out."
+        )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -27,11 +27,10 @@ from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..pretrained import pretrained_path
 from ..training import checkpoint
-from .options import SamplingOptions
+from .options import PretrainedName, SamplingOptions, check_guidance
 
 __all__ = ["Sample"]
 
-_INT64 = range(2**63)
 _SHOWN_NAMES = 20  # of labels, in an error
 _FILES = (".npy", ".png")
 _DIGITS = 6  # of the numbers in the names of single images, at least
@@ -47,7 +46,7 @@ class Sample:
     checkpoint: Path | None = None
     """A .safetensors file of a run, of pfgm.save or of pfgm convert, or the folder of a run for its
     newest checkpoint. Give either this or --pretrained."""
-    pretrained: Literal["digits", "fashion-mnist"] | None = None
+    pretrained: PretrainedName | None = None
     """A network that comes with the package, in place of a checkpoint."""
     n: int = 64
     """Number of samples."""
@@ -59,7 +58,8 @@ class Sample:
     """Label of the samples, a number or a name, for a network that was trained with labels. By
     default any label."""
     guidance: float | None = None
-    """Weight of classifier-free guidance. 1 is none; any other value takes twice as long."""
+    """Weight of classifier-free guidance, which exaggerates the label, so it needs --label. 1 is
+    none; any other value takes twice as long."""
     seed: int = 0
     """Seed of the prior, and of the noise that some solvers add."""
 
@@ -91,9 +91,10 @@ class Sample:
             return self.checkpoint
         if self.pretrained is not None and self.checkpoint is None:
             return pretrained_path(self.pretrained)
+        given = "neither" if self.pretrained is None else "both"
         raise ValueError(
-            f"checkpoint is {self.checkpoint} and pretrained is {self.pretrained}; needed is one "
-            "of them."
+            f"{given} of checkpoint and pretrained are given; allowed is one: --checkpoint PATH or "
+            "--pretrained NAME."
         )
 
     def _is_folder(self) -> bool:
@@ -118,10 +119,12 @@ class Sample:
 
     def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Iterator[Tensor]:
         """The samples, a batch at a time."""
-        label = self._label()
-        if label is not None and not label_count(network):
+        label = self._label(network)
+        check_guidance(self.guidance, network)
+        if self.guidance not in (None, 1.0) and label is None:
             raise ValueError(
-                f"label is {self.label}, but the network was trained without labels; leave it out."
+                f"guidance is {self.guidance}, but no label is given, which it would exaggerate; "
+                "give one with --label."
             )
         batches = sample_batches(
             flow,
@@ -138,19 +141,24 @@ class Sample:
         )
         return (samples for samples, _ in batches)
 
-    def _label(self) -> int | None:
+    def _label(self, network: nn.Module) -> int | None:
         """The number of the label. A name that is a number, such as a folder 7, goes before it."""
         if self.label is None:
             return None
+        classes = label_count(network)
+        if not classes:
+            raise ValueError(
+                f"label is {self.label}, but the network was trained without labels; leave it out."
+            )
         names = checkpoint.label_names(self._weights)
         if self.label in names:
             return names.index(self.label)
-        if self.label.isdecimal() and int(self.label) in _INT64:
+        if self.label.isdecimal() and int(self.label) < classes:
             return int(self.label)
         known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
         raise ValueError(
-            f"label is {self.label}; allowed are the labels of the network, numbers from 0"
-            + (f" or names: {known}." if names else ".")
+            f"label is {self.label}; allowed are the labels of the network, numbers from 0 to "
+            f"{classes - 1}" + (f" or names: {known}." if names else ".")
         )
 
     def _write(self, samples: Tensor) -> None:

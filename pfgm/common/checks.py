@@ -19,6 +19,7 @@ R = TypeVar("R")
 _FLOAT32 = torch.finfo(torch.float32)
 _MAX_REASON = 200  # characters of torch's own message
 _MAX_DIMENSIONS = 64  # dimensions of a tensor
+_SLACK = 0.01  # by which images may lie outside of [−1, 1]; enlarging can overshoot
 _MAX_INT = (1 << 63) - 1  # the largest integer that torch takes
 _MAX_SIZES = 64  # values in a tuple of sizes
 # The largest allowed radius with D ≤ 1, and with any D. The same as in csrc/cpu/weights.h.
@@ -380,6 +381,40 @@ def warn_channels_last(shape: Sequence[int]) -> None:
             "take (n, C, H, W): data.movedim(-1, 1), or pfgm.datasets.open_data for a file.",
             stacklevel=3,
         )
+
+
+def are_float_images(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether data of this shape look like images (n, C, H, W) whose range is not that of bytes."""
+    return len(shape) == 4 and shape[1] in (1, 3) and dtype != torch.uint8
+
+
+def warn_image_range(low: float, high: float, *, stacklevel: int = 3) -> bool:
+    """Warns of images whose values, low to high, do not look like [−1, 1].
+
+    Flows train on any values. But pictures and figures take images to lie in [−1, 1].
+
+    Args:
+        low: the least value.
+        high: the largest value.
+        stacklevel: whom to warn; 3 is the caller of the caller.
+
+    Returns:
+        Whether it warned.
+    """
+    if not math.isfinite(low + high):  # an error elsewhere
+        return False
+    if low >= -1 - _SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
+        return False
+    option, formula = f"{low:g} {high:g}", "2 * (data - low) / (high - low) - 1"
+    if low >= 0 and high <= 255:
+        option, formula = ("0 1", "2 * data - 1") if high <= 1 else ("0 255", "data / 127.5 - 1")
+    warnings.warn(
+        f"data holds images with values from {low:.4g} to {high:.4g}, but images should be in "
+        f"[-1, 1], or samples will look washed out or cut off: convert them, by --range {option} "
+        f"on the command line, or by {formula} in Python.",
+        stacklevel=stacklevel,
+    )
+    return True
 
 
 def check_dense(name: str, values: Tensor) -> None:

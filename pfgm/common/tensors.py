@@ -86,11 +86,17 @@ def common_device(
 ) -> torch.device:
     """The device if given, else that of the generator, else the CPU.
 
-    Raises ValueError if device and generator are given and differ in type, or if there is no such
-    device.
+    Raises:
+        TypeError: the generator is something else.
+        ValueError: device and generator are given and differ in type, or there is no such device.
     """
     if generator is None:
         return torch.device("cpu") if device is None else known_device(device)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator is a {type(generator).__name__}; allowed is a torch.Generator, such as "
+            "torch.Generator().manual_seed(0)."
+        )
     if device is not None and known_device(device).type != generator.device.type:
         raise ValueError(
             f"generator is on {generator.device} and device is {device}; both must be the same."

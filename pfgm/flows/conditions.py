@@ -38,6 +38,18 @@ def check_network(net: object) -> None:
         )
 
 
+def given_condition(name: str, condition: Condition | None) -> Condition:
+    """The condition, empty for None. Raises TypeError unless it holds keyword arguments."""
+    if condition is None:
+        return {}
+    if not isinstance(condition, Mapping):
+        raise TypeError(
+            f"{name} is a {type(condition).__name__}; allowed is a dict of keyword arguments of "
+            "the network, such as {'labels': labels}."
+        )
+    return condition
+
+
 def check_condition(net: Network, condition: Condition, count: int) -> None:
     """Raises ValueError unless the network takes these names and each tensor has count rows."""
     taken = inspect.signature(net.forward if isinstance(net, nn.Module) else net).parameters
@@ -81,5 +93,5 @@ def repeat_rows(condition: Condition | None, times: int) -> Condition | None:
         return None
     return {
         name: value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-        for name, value in condition.items()
+        for name, value in given_condition("condition", condition).items()
     }

@@ -26,7 +26,7 @@ from ..common.checks import check_dimensions, check_dtype, check_floating, is_wh
 from ..common.tensors import dequantise, over_samples
 from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
-from .conditions import Condition, Network
+from .conditions import Condition, Network, given_condition
 
 __all__ = ["Defaults", "Parametrisation"]
 
@@ -52,6 +52,8 @@ class Parametrisation(ABC):
     """Solver, steps and schedule of sampling."""
     fitted_levels: dict[str, dict[int, list[float]]]
     """Levels by solver and number of steps, from ``fit_levels``. Not part of ``config``."""
+    warned_of_range: bool = False
+    """Whether ``from_data`` has warned that images are not in [-1, 1]. Not part of ``config``."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         if not isinstance(shape, Iterable):
@@ -150,7 +152,7 @@ class Parametrisation(ABC):
         The level is a number or a tensor (B,) or (B, 1, …, 1). The mean is differentiable in x and
         in the network's parameters. It never shares memory with what the network returned.
         """
-        prediction = self._predict(net, x, level, condition or {})
+        prediction = self._predict(net, x, level, given_condition("condition", condition))
         return ode_steps.mean_of(x, prediction, level)
 
     def _check_x(self, x: Tensor, name: str = "x", hint: str = "") -> None:

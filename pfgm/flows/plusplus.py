@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..common.checks import (
     LARGEST,
+    are_float_images,
     as_number,
     check_not_empty,
     non_negative,
     positive,
     untouched,
     warn_channels_last,
+    warn_image_range,
 )
 from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
@@ -27,7 +29,7 @@ from ..functional import posterior_mean
 from ..functional.steps import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .conditions import Condition, Network, check_rows, with_inner_networks
+from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .sampling import check_count
@@ -176,8 +178,9 @@ class PoissonFlowPP(Flow):
         Here the levels are scaled to the root mean square of the data.
 
         Warns:
-            UserWarning: the spread of the data is below a tenth of their root mean square, so that
-                the levels are too high. It is not given with levels of one's own.
+            UserWarning: data look like images with channels last, or like images that are not in
+                [-1, 1]; or their spread is below a tenth of their root mean square, so that the
+                levels are too high, unless levels are given.
 
         >>> import torch
         >>> PoissonFlowPP.from_data(torch.full((8, 1, 4, 4), 2.0), D=128).sigma_max
@@ -201,7 +204,10 @@ class PoissonFlowPP(Flow):
             "sigma_data": rms,
             "P_mean": -1.2 + math.log(scale),
         }
-        return cls(references.shape[1:], D=D, **{**scaled, **overrides})
+        flow = cls(references.shape[1:], D=D, **{**scaled, **overrides})
+        if are_float_images(references.shape, references.dtype):
+            flow.warned_of_range = warn_image_range(*references.measures.range)
+        return flow
 
     @property
     def config(self) -> dict[str, Any]:
@@ -343,7 +349,7 @@ class PoissonFlowPP(Flow):
             )
         x = self._to_floating(x)
         check_not_empty("x", x)
-        condition = condition or {}
+        condition = given_condition("condition", condition)
         check_rows(condition, len(x))
         x_perturbed, sigma = self.perturb(x, generator)
         target = x

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..common import transforms
 from ..common.checks import (
+    are_float_images,
     check_choice,
     check_dtype,
     check_not_empty,
@@ -19,6 +20,7 @@ from ..common.checks import (
     positive,
     untouched,
     warn_channels_last,
+    warn_image_range,
 )
 from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
@@ -27,7 +29,7 @@ from ..functional import steps as ode_steps
 from ..functional.steps import Field, Level
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, check_rows, with_inner_networks
+from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
 from .parametrisation import Defaults
 from .poisson_rules import (
@@ -56,6 +58,7 @@ _SMALLEST_Z = 1e-8  # in units of σ
 _SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in a prior with a spread
 _FEWEST_IMAGE_VALUES = 64  # samples with fewer values take the rules with spread
 _NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reach
+_SAME_GAMMA = 1e-6  # relative; the same data in float32 and float64 differ by less
 _FEW_VALUES = 8  # samples with at most this many values take more steps
 
 
@@ -209,6 +212,10 @@ class PoissonFlow(Flow):
             TypeError: data are neither uint8 nor floating point.
             ValueError: data have no rows, or hold NaN or infinity.
 
+        Warns:
+            UserWarning: data look like images with channels last, or like images that are not in
+                [-1, 1].
+
         >>> import torch
         >>> PoissonFlow.from_data(torch.rand(8, 1, 4, 4), tau=0.05).shape
         (1, 4, 4)
@@ -237,10 +244,12 @@ class PoissonFlow(Flow):
             given = {"spread": measured.std or measured.rms or 1.0, "center": measured.mean}
         flow = cls(data.shape[1:], **{**given, **overrides})
         reach = _NORM_PER_REACH * measured.reach
-        if flow.spread is None or "upper_norm" in overrides or reach <= flow.upper_norm:
-            return flow
-        # Some rows lie far from all others. The field is that of one charge only beyond them.
-        return cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
+        if flow.spread is not None and "upper_norm" not in overrides and reach > flow.upper_norm:
+            # Some rows lie far from all others. The field is that of one charge only beyond them.
+            flow = cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
+        if are_float_images(data.shape, data.dtype):
+            flow.warned_of_range = warn_image_range(*measured.range)
+        return flow
 
     @classmethod
     def cifar10(cls, **overrides: Any) -> PoissonFlow:
@@ -405,7 +414,7 @@ class PoissonFlow(Flow):
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
         check_not_empty("x", x)
-        condition = condition or {}
+        condition = given_condition("condition", condition)
         check_rows(condition, len(x))
         labels = condition.get("labels")
         if references is None:
@@ -506,7 +515,7 @@ class PoissonFlow(Flow):
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
     ) -> Field:
         """The field that the network predicts at points x (B, *S) and z, (B,) or (B, 1, …, 1)."""
-        condition, z = condition or {}, per_row(z, x, "z")
+        condition, z = given_condition("condition", condition), per_row(z, x, "z")
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
@@ -563,7 +572,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """The network's field at x and z, with its shapes checked."""
     own = getattr(_mean_network(net), "gamma", None)
-    if own is not None and own != gamma:
+    if own is not None and abs(own - gamma) > _SAME_GAMMA * gamma:
         raise ValueError(
             f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
             "pfgm.networks takes **flow.scaling)."

@@ -55,7 +55,10 @@ def spread_rules(s: float, N: int) -> Rules:
 def exponent_from_norm(data_norm: float | None, N: int, sigma: float, tau: float) -> float:
     """M for data of this average norm (PFGM, appendix B.1.1)."""
     if data_norm is None:
-        raise ValueError("none of M, data_norm and spread given; one of them is needed.")
+        raise ValueError(
+            "none of M, data_norm and spread given; one of them is needed, which "
+            "PoissonFlow.from_data(data) chooses from data."
+        )
     ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(N) * sigma**2)
     exponent = int(0.75 * math.log(ratio) / math.log1p(tau)) + 1
     if exponent < 1:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, overload
@@ -27,11 +28,23 @@ from ..common.tensors import evaluating, network_device
 from ..functional import steps as ode_steps
 from ..functional.steps import Field
 from ..solvers import SAMPLERS, SCHEDULES, Callback, DenoiseFunction, StepInfo
-from .conditions import Condition, Network, check_condition, check_network, move_condition
+from .conditions import (
+    Condition,
+    Network,
+    check_condition,
+    check_network,
+    given_condition,
+    move_condition,
+)
 from .parametrisation import Parametrisation
 
 __all__ = ["Projection", "Sampling"]
 
+_OF_METHODS = ("churn", "noise")  # functions that the flow's methods give to solvers
+_INSTEAD = {
+    "seed": "A seed is given as generator=torch.Generator().manual_seed(seed).",
+    **dict.fromkeys(["label", "labels"], "Labels are given as condition={'labels': labels}."),
+}
 _SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
 _MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 
@@ -105,7 +118,7 @@ class Sampling(Parametrisation):
             guidance: the weight w of classifier-free guidance (arXiv 2207.12598). The posterior
                 mean is mean_u + w (mean_c − mean_u), at twice the evaluations. 1 is the condition
                 alone, above 1 exaggerates it. None is the condition alone, without the extra
-                evaluations.
+                evaluations. Values other than 1 need a condition, or unconditional.
             unconditional: keyword arguments of the network for mean_u; none unless given.
             generator: of the prior, and of the noise that "consistency" adds.
             device: None takes the device of x_init, else of the generator, else of the network's
@@ -119,6 +132,7 @@ class Sampling(Parametrisation):
             **options: of the solver, such as rtol and atol of rk45; and project of :meth:`solve`.
 
         Raises:
+            TypeError: an argument is of another type, or no option of the solver.
             ValueError: an argument is out of range, or the network's results have wrong shapes or
                 are not finite.
 
@@ -251,6 +265,7 @@ class Sampling(Parametrisation):
             The points at the last level of the grid, and the number of network evaluations.
         """
         check_choice("solver", solver, SAMPLERS)
+        _check_options(solver, options)
         self._check_x(x)
         grid = _checked_levels(grid)
         if solver == "rk45":
@@ -280,8 +295,8 @@ class Sampling(Parametrisation):
     ) -> DenoiseFunction:
         """The network's prediction as a function of points and level, with guidance applied."""
         check_network(net)
-        given = move_condition(condition or {}, x.device)
-        without = move_condition(unconditional or {}, x.device)
+        given = move_condition(given_condition("condition", condition), x.device)
+        without = move_condition(given_condition("unconditional", unconditional), x.device)
         for each in (given, without):
             check_condition(net, each, len(x))
         if guidance is None:
@@ -289,6 +304,11 @@ class Sampling(Parametrisation):
         weight = as_number(guidance)
         if not abs(weight) <= LARGEST:
             raise ValueError(f"guidance is {guidance!r}; allowed is any finite number.")
+        if weight != 1 and not given and not without:
+            raise ValueError(
+                f"guidance is {guidance!r}, but neither condition nor unconditional is given, "
+                "between which it extrapolates; give one, such as condition={'labels': labels}."
+            )
 
         def guided(x: Tensor, level: float) -> Tensor:
             mean = self.denoise(net, x, level, without)
@@ -310,6 +330,8 @@ class Sampling(Parametrisation):
                 device = network_device(net)
             with allocating(f"n is {n}, and {n} samples of shape {self.shape}"):
                 return self.prior(n, generator=generator, device=device)
+        if not isinstance(x_init, Tensor):
+            raise TypeError(f"x_init is a {type(x_init).__name__}; allowed is a torch.Tensor.")
         if x_init.shape != (n, *self.shape) or not x_init.is_floating_point():
             raise ValueError(
                 f"x_init has shape {tuple(x_init.shape)} and dtype {x_init.dtype}; allowed is "
@@ -398,6 +420,19 @@ def check_count(n: object) -> None:
     """Raises ValueError unless n is a number of samples."""
     if not is_whole(n) or n < 0:
         raise ValueError(f"n is {n!r}; allowed is an integer of at least 0.")
+
+
+def _check_options(solver: str, options: Mapping[str, object]) -> None:
+    """Raises TypeError unless the solver takes these options."""
+    parameters = inspect.signature(SAMPLERS[solver]).parameters.values()
+    taken = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in taken or (name in _OF_METHODS and not callable(value)):
+            own = ", ".join(each for each in taken if each not in _OF_METHODS) or "none"
+            hint = f" {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise TypeError(
+                f"solver {solver!r} takes no option {name!r}; allowed are: {own}.{hint}"
+            )
 
 
 def _checked_levels(levels: Sequence[float]) -> list[float]:

@@ -82,6 +82,11 @@ def targets_by_label(
     A point whose label is below 0 has no label and sees all references, as do all points where
     labels is None.
     """
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(
+            f"condition['labels'] is a {type(labels).__name__}; allowed is a torch.Tensor of "
+            f"integers, of shape ({len(x)},)."
+        )
     if labels is None or len(labels) == 0:
         return target(x, level, references)
     if isinstance(references, ReferenceSet):

@@ -61,8 +61,8 @@ def label_numbers(labels: Tensor | None, classes: int) -> Tensor | None:
     >>> label_numbers(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 2)
     tensor([ 1, -1])
     """
-    if labels is None or labels.ndim != 2 or labels.shape[1] != classes or not classes:
-        return labels
+    if not isinstance(labels, Tensor) or not classes or labels.shape[1:] != (classes,):
+        return labels  # other types are an error of the network
     largest, numbers = labels.max(1)
     if checks_values(labels.device):
         rows = F.one_hot(numbers, classes) * (largest > 0)[:, None]

@@ -15,7 +15,12 @@ _PERIODS = (2.0, 32.0)  # shortest and longest period of the sines, in units of 
 
 
 def check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    """Raises ValueError unless labels are integers below classes, of shape (B,)."""
+    """Raises an error unless labels are a tensor of integers below classes, of shape (B,)."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels is a {type(labels).__name__}; allowed is a torch.Tensor of integers, of shape "
+            f"({batch},)."
+        )
     if not classes:
         raise ValueError("labels given to a network without classes; build it with classes=….")
     if labels.shape != (batch,) or labels.is_floating_point():

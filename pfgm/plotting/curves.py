@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vPX"
 _WIDTH, _HEIGHT = 380, 260  # of the area between the axes, in pixels
-_LEFT, _BELOW = 62, 46
+_LEFT, _BELOW = 62, 46  # the room for the labels of the axes; left at least
 _LABEL = 12
+_TICK_LABEL = 0.9 * _LABEL
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Curve = (
     tuple[Sequence[float], Sequence[float]]
@@ -78,11 +80,8 @@ def quality_curve(
     if not 1 <= len(curves) <= len(COLOURS):
         raise ValueError(f"curves has {len(curves)} curves; allowed are 1 to {len(COLOURS)}.")
     checked = {name: _checked(name, curve, log_y) for name, curve in curves.items()}
-    right = max(text_width(name, _LABEL) for name in curves) + 2 * MARGIN
-    above = MARGIN + (TITLE + MARGIN if title else 0)
-    full_width = max(_LEFT + _WIDTH + right, text_width(title or "", TITLE) + 2 * MARGIN)
-    figure = new_figure(full_width, _BELOW + _HEIGHT + above)
-    axes = add_axes(figure, _LEFT, _BELOW, _WIDTH, _HEIGHT)
+    figure = new_figure(_WIDTH, _HEIGHT)
+    axes = add_axes(figure, 0, 0, _WIDTH, _HEIGHT)
     axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
@@ -100,6 +99,7 @@ def quality_curve(
     if log_y:
         axes.set_ylim(_log_limits([q for _, y, _ in checked.values() for q in y]))
     _label_axes(axes, xlabel, ylabel, sorted({n for x, _, _ in checked.values() for n in x}))
+    _make_room(figure, axes, list(curves), title)
     _name_lines(axes)
     add_title(figure, title)
     save(figure, path)
@@ -131,14 +131,39 @@ def _log_limits(values: list[float]) -> tuple[float, float]:
     return min(values) / room, max(values) * room
 
 
+def _make_room(figure: Figure, axes: Any, names: list[str], title: str | None) -> None:
+    """Enlarges the figure around the axes: for their labels, the names of the curves, the title."""
+    numbers = axes.get_yticklabels() + axes.get_yticklabels(minor=True)
+    widest = max(text_width(number.get_text(), _TICK_LABEL) for number in numbers)
+    left = max(_LEFT, widest + 3 * _LABEL)  # with the label of the axis and the gaps beside it
+    right = max(text_width(name, _LABEL) for name in names) + 2 * MARGIN
+    above = MARGIN + (TITLE + MARGIN if title else 0)
+    width = max(left + _WIDTH + right, text_width(title or "", TITLE) + 2 * MARGIN)
+    height = _BELOW + _HEIGHT + above
+    figure.set_size_inches(width / DPI, height / DPI)
+    axes.set_position((left / width, _BELOW / height, _WIDTH / width, _HEIGHT / height))
+
+
+def _power_of_ten(number: float) -> str:
+    """A number such as 2×10⁻⁵."""
+    mantissa, exponent = f"{number:e}".split("e")
+    power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
+    return power if float(mantissa) == 1 else f"{float(mantissa):g}×{power}"
+
+
 def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None:
     from matplotlib.ticker import LogFormatter, NullLocator
 
-    class Plain(LogFormatter):
-        """Writes 0.2 rather than 2 × 10⁻¹, which takes more room."""
+    low, high = axes.get_ylim()
+    plain = low >= 1e-4 and high <= 1e5
+
+    class Numbers(LogFormatter):
+        """All plain, such as 0.02, where they are short, else all as powers of ten."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
+            if not super().__call__(x, pos):
+                return ""
+            return f"{x:g}" if plain else _power_of_ten(x)
 
     letters = {"fontsize": _LABEL * 72 / DPI, "color": INK}
     axes.set_xlabel(xlabel, **letters)
@@ -146,10 +171,12 @@ def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None
     axes.set_xticks(shown := _spaced_ticks(ticks), [f"{tick:g}" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_formatter(Plain())
-        axes.yaxis.set_minor_formatter(Plain(labelOnlyBase=False))
+        axes.yaxis.set_major_formatter(Numbers())
+        axes.yaxis.set_minor_formatter(Numbers(labelOnlyBase=False))
+    else:  # without a factor or an offset above the axis, where it has no room
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
     axes.tick_params(
-        which="both", labelsize=_LABEL * 72 / DPI * 0.9, color="#999999", labelcolor=INK
+        which="both", labelsize=_TICK_LABEL * 72 / DPI, color="#999999", labelcolor=INK
     )
     axes.grid(True, color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -120,6 +120,8 @@ def trajectory_grid(
 
 def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
     """The images as float32 on the CPU, with a dimension for the channels."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is a {type(images).__name__}; allowed is a torch.Tensor.")
     given = tuple(images.shape)
     images = to_unit(images.detach()).cpu()
     if images.ndim == ndims[0]:

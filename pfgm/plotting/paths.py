@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # In pixels of the saved picture.
 _PANEL = 380
 _SPACE = (520, 440)
+_REACH = 2.0  # of the lines that are drawn in full, relative to the median of all
 
 
 def trajectory_plot(
@@ -48,7 +49,8 @@ def trajectory_plot(
 ) -> Figure:
     """The paths of 2-D samples from noise to data, in full and with the end magnified.
 
-    The colour of a line is the level. Circles are the samples, dots behind them the data.
+    The colour of a line is the level. Circles are the samples, dots behind them the data. Paths
+    that reach more than twice as far as the median path leave the picture.
 
     Args:
         paths: (steps, n, 2), floating point: the points at each level, the samples last. steps is
@@ -81,7 +83,7 @@ def trajectory_plot(
     check_levels("levels", heights)
     known = None if data is None else checked_points("data", data)
     near = Window.around(steps[-1] if known is None else known)
-    whole = Window.around(steps.flatten(0, 1), room=0.04)
+    whole = _window_of_lines(steps, known)
     figure, panels = square_panels(["the whole way", "its end"], title, size=_PANEL, bar=True)
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LogNorm
@@ -125,6 +127,10 @@ def flow_lines(
 
     A line (x₁, x₂, z) runs from a point of the prior, the uniform hemisphere projected onto the
     plane z_max, to its sample on the plane of the data. Its colour shows the x₁ of the sample.
+
+    Some points of the prior are very far away. The axes end where they hold the data, the samples,
+    and the lines that reach at most twice as far as the median line. Farther lines are drawn from
+    the point at which they enter the axes.
 
     Args:
         flow: of shape (2,).
@@ -180,10 +186,12 @@ def flow_lines(
     end = lines[-1, :, 0]
     share = (end - end.min()) / (end.max() - end.min()).clamp(min=torch.finfo(end.dtype).tiny)
     colours = part_of_colormap("plasma", 0, 0.88)(share.numpy())
+    window = _window_of_lines(lines, known)
     for i, colour in enumerate(colours):
-        axes.plot(*lines[:, i].T, heights, color=colour, linewidth=0.8, alpha=0.8)
+        inside = _cut_sides(window, heights, lines[:, i])
+        axes.plot(*inside.T, color=colour, linewidth=0.8, alpha=0.8)
     axes.scatter(*lines[-1].T, heights[-1], s=8, c=colours, linewidths=0, depthshade=False)
-    _style_space(axes, heights[0])
+    _style_space(axes, window, heights[0])
     add_title(figure, title)
     save(figure, path)
     return figure
@@ -231,6 +239,30 @@ def _cut_at(top: float, heights: list[float], lines: Tensor) -> tuple[list[float
     return [top, *heights[first:]], torch.cat([cut.unsqueeze(0), lines[first:]])
 
 
+def _window_of_lines(lines: Tensor, data: Tensor | None) -> Window:
+    """The window of data, samples and most of the lines (steps, n, 2)."""
+    ends = lines[-1] if data is None else torch.cat([lines[-1], data])
+    x, y, half = Window.around(ends)
+    reach = (lines - lines.new_tensor([x, y])).abs().amax((0, 2))
+    usual = min(float(reach.max()), _REACH * float(reach.median()))
+    return Window(x, y, max(half, 1.04 * usual))
+
+
+def _cut_sides(window: Window, heights: list[float], line: Tensor) -> Tensor:
+    """The last part of a line (steps, 2) inside the window, as points (x₁, x₂, z)."""
+    points = torch.cat([line, line.new_tensor(heights).unsqueeze(1)], 1)
+    offset = (line - line.new_tensor([window.x, window.y])) / window.half
+    outside = (offset.abs().amax(1) > 1).nonzero()
+    if len(outside) == 0:
+        return points
+    last = int(outside[-1])
+    before, after = offset[last], offset[last + 1]
+    # The share of the step that is outside, along the coordinate that enters last.
+    share = ((before.abs() - 1) / (before - after).abs())[before.abs() > 1].max()
+    entry = torch.lerp(points[last], points[last + 1], share)
+    return torch.cat([entry.unsqueeze(0), points[last + 1 :]])
+
+
 def _decades(low: float, high: float) -> list[float]:
     """Powers of ten in a range, and 2 and 5 times them if the range is below two decades."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -238,9 +270,9 @@ def _decades(low: float, high: float) -> list[float]:
     return [m * 10.0**e for e in exponents for m in leading if low <= m * 10.0**e <= high]
 
 
-def _style_space(axes: Any, top: float) -> None:
-    """Gives the axes a plain floor and names, without grey walls and grid."""
-    axes.set_zlim(0, top)
+def _style_space(axes: Any, window: Window, top: float) -> None:
+    """Gives the axes limits, a plain floor and names, without grey walls and grid."""
+    axes.axis((*window.extent, 0, top))
     axes.set_box_aspect((1, 1, 0.8))
     axes.view_init(elev=20, azim=-58)
     for axis, name in ((axes.xaxis, "x₁"), (axes.yaxis, "x₂"), (axes.zaxis, "z")):

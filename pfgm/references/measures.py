@@ -36,6 +36,11 @@ class Measures(NamedTuple):
         """An upper bound of the distance from mean to any row."""
         return float(torch.maximum(self.most - self.mean, self.mean - self.least).norm())
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest value."""
+        return float(self.least.min()), float(self.most.max())
+
     def mirrored(self) -> Measures:
         """The statistics of the rows and their mirror images (last axis reversed) together."""
         mean = (self.mean + self.mean.flip(-1)) / 2

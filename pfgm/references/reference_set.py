@@ -56,7 +56,8 @@ class ReferenceSet:
             u/127.5 − 1. Rows keep their shape. For a file of images (n, H, W, C) or (n, H, W) take
             ``pfgm.datasets.open_data(path).train``: a set of (n, C, H, W), which the command line
             uses too.
-        flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1.
+        flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1. It is
+            for images (M, C, H, W) or (M, H, W); the columns of a table would change their order.
         labels: (M,) integers, for a source without labels.
         progress: show a progress bar while images or a dataset are read.
 

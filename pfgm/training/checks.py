@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import are_float_images, warn_image_range
 from ..data import to_unit
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
@@ -19,6 +20,7 @@ from ..references import References, ReferenceSet
 from .config import Schedule, TrainConfig
 
 __all__ = [
+    "check_config",
     "check_data",
     "check_labels",
     "check_network",
@@ -30,7 +32,6 @@ __all__ = [
     "with_settings_of_run",
 ]
 
-_SLACK = 0.01  # by which images may lie outside of [−1, 1]; enlarging can overshoot
 _COMPARED_ROWS = 1024  # for the range of the values and their spread
 _FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
 _SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlow.from_data)
@@ -39,8 +40,22 @@ _SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlo
 _MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "compile")
 
 
+def check_config(config: object) -> None:
+    """Raises TypeError unless config is a TrainConfig, or None for the defaults."""
+    if config is not None and not isinstance(config, TrainConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; allowed is a TrainConfig, such as "
+            "TrainConfig(steps=1000)."
+        )
+
+
 def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss: bool) -> None:
-    """Raises ValueError unless the flow, or another loss, can train on the data."""
+    """Raises an error unless the flow, or another loss, can train on the data."""
+    if not isinstance(data, (Tensor, ReferenceSet)):
+        raise TypeError(
+            f"data is a {type(data).__name__}; allowed are a torch.Tensor and a "
+            "pfgm.ReferenceSet, which takes arrays and paths."
+        )
     single_sample = config.references == 0 and not other_loss
     if single_sample and not isinstance(flow, PoissonFlowPP):
         raise ValueError(
@@ -120,35 +135,20 @@ def warn_of_scales(data: References) -> None:
 
 
 def warn_of_range(data: References) -> None:
-    """Warns the caller of the caller of images (n, C, H, W) that do not look like [−1, 1].
-
-    Flows train on any values. But pictures and figures take images to lie in [−1, 1].
-    """
-    if data.ndim != 4 or data.shape[1] not in (1, 3) or data.dtype == torch.uint8:
-        return
-    low, high = value_range(data)
-    if not math.isfinite(low + high):  # an error elsewhere
-        return
-    if low >= -1 - _SLACK and high <= 1 + _SLACK and (low < 0 or low == high):
-        return
-    option, formula = f"{low:g} {high:g}", "2 * (data - low) / (high - low) - 1"
-    if low >= 0 and high <= 255:
-        option, formula = ("0 1", "2 * data - 1") if high <= 1 else ("0 255", "data / 127.5 - 1")
-    warnings.warn(
-        f"data holds images with values from {low:.4g} to {high:.4g}, but images should be in "
-        f"[-1, 1], or samples will look washed out or cut off: convert them, by --range {option} "
-        f"on the command line, or by {formula} in Python.",
-        stacklevel=3,
-    )
+    """Warns the caller of the caller of images (n, C, H, W) that do not look like [−1, 1]."""
+    if are_float_images(data.shape, data.dtype):
+        warn_image_range(*value_range(data), stacklevel=4)
 
 
 def check_labels(labels: Tensor | None, data: References, classes: int) -> None:
-    """Raises ValueError unless labels are None or fit the data, and the classes of the network.
+    """Raises an error unless labels are None or fit the data, and the classes of the network.
 
     0 classes means that their number is not known.
     """
     if labels is None:
         return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}; allowed is a torch.Tensor.")
     if isinstance(data, ReferenceSet) and data.sharded:
         raise ValueError(
             f"labels are given, but data is {data!r}, whose rows are shared among processes; "

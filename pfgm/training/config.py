@@ -128,7 +128,8 @@ class TrainConfig:
         if 0 < self.references < self.batch_size:
             raise ValueError(
                 f"references is {self.references}; allowed is at least batch_size, "
-                f"{self.batch_size}, as the references contain the batch, or 0 for none."
+                f"{self.batch_size}, as the references contain the batch (or 0, for PFGM++ only); "
+                "or give a smaller batch_size."
             )
 
     @property

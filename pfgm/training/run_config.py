@@ -65,7 +65,7 @@ class Settings:
     """Tell the network the label of each sample, for data with labels, such as folders of images
     with a subfolder for each class."""
     flips: bool = False
-    """Train on mirror images too."""
+    """Train on mirror images too, for data that are images."""
     hold: Place = "source"
     """Where data are held: at their source (files are read piece by piece), in memory, or on the
     device that trains."""

@@ -41,7 +41,7 @@ def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
             labels += ", which --labels would use"
     mirrored = ", half of them mirror images" if config.flips else ""
     return (
-        f"{config.data}: {len(rows)} rows{mirrored} of shape {tuple(rows.shape[1:])}, {stored}, "
+        f"{config.data}: {len(rows)} rows of shape {tuple(rows.shape[1:])}{mirrored}, {stored}, "
         f"values {low:.4g} to {high:.4g}, {labels}"
     )
 
@@ -60,7 +60,7 @@ def _training(trainer: Trainer) -> str:
         f"{config.steps} steps of {config.batch_size} samples"
         + (f" against {references} references" if references else "")
         + f", learning rate {schedule.learning_rate:.4g} (warm-up {schedule.warmup} steps, decay "
-        f"{schedule.decay}), average of the weights {schedule.ema:.6g}"
+        f"{schedule.decay}), weights averaged with decay {schedule.ema:.6g}"
     )
 
 

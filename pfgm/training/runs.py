@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +30,7 @@ from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network
 from .run_start import start_from
 from .run_summary import summary
+from .signals import Terminated
 from .trainer import Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
@@ -169,8 +171,11 @@ def _run(
     )
     if resume:
         notes.append(_resume(trainer, resume_from))
-    report("\n".join([*notes, summary(config, data, rows, trainer)]))
-    with _remove_failed_start(folder) if processes.leads else nullcontext():
+    if trainer.step < trainer.config.steps:
+        notes.append(summary(config, data, rows, trainer))
+    report("\n".join(notes))
+    start_removed = _remove_failed_start(folder) if processes.leads else nullcontext()
+    with start_removed, _tells_how_to_continue(trainer, folder, report):
         if processes.leads:
             # The schedule is written in full, so that more steps do not change it later.
             settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
@@ -192,6 +197,20 @@ def _remove_failed_start(folder: Path) -> Iterator[None]:
         if not any((folder / name).exists() for name in ("latest.json", "log.csv")):
             for path in {folder / CONFIG_FILE, *folder.glob("events.out.*")} - before:
                 path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _tells_how_to_continue(
+    trainer: Trainer, folder: Path, report: Callable[[str], None]
+) -> Iterator[None]:
+    """If a signal ends the block after a checkpoint, reports the command that continues the run."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        if trainer.saved_step is not None:
+            command = f"pfgm train --out {shlex.quote(str(folder))} --resume"
+            report(f"stopped; {command} continues from the checkpoint of step {trainer.saved_step}")
         raise
 
 
@@ -242,7 +261,11 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
             f"steps is {steps}, but the checkpoint to continue from is of step {step}; allowed are "
             "more steps than that."
         )
-    if step >= steps:
+    if step > steps:
+        raise ValueError(
+            f"steps is {steps}, but the run is at step {step}; allowed are at least that many."
+        )
+    if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"
 
@@ -254,6 +277,11 @@ def _report_nothing(line: str) -> None:
 def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:
     """The rows with mirror images, sharded and held as the configuration says."""
     if config.flips:
+        if rows.ndim < 3:
+            raise ValueError(
+                f"flips is True, but {config.data} has rows of shape {tuple(rows.shape[1:])}, "
+                "which are not images; leave it out."
+            )
         rows = rows.flipped()
     if config.shared:
         rows = rows.shard()

@@ -25,6 +25,7 @@ from ..references import References
 from .batches import Batch, Batches, seed_of
 from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import (
+    check_config,
     check_data,
     check_labels,
     check_network,
@@ -89,6 +90,7 @@ class Trainer:
     Raises:
         TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`);
             or the network has no parameters in float32 or float64 that are trained.
+        TypeError: data, labels or config are of another type.
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set.
 
@@ -123,6 +125,7 @@ class Trainer:
         distilled: bool | None = None,
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
+        check_config(config)
         self._given = config or TrainConfig()  # may leave settings open
         self.config = config = self._given.resolved()
         self.folder = None if folder is None else folder_path(folder)
@@ -139,7 +142,8 @@ class Trainer:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
         check_labels(labels, data, label_count(network))
-        warn_of_range(data)
+        if not flow.warned_of_range:
+            warn_of_range(data)
         warn_of_scales(data)
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
@@ -174,6 +178,11 @@ class Trainer:
         It is in evaluation mode, as from :func:`pfgm.load`.
         """
         return self._averaged
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the last checkpoint, written or resumed from; None if there is none."""
+        return self._saved_step
 
     def train(self) -> nn.Module:
         """Trains up to the configured number of steps.

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -81,7 +82,8 @@ def test_samples_of_a_network_that_comes_with_the_package(run, tmp_path, capsys)
     capsys.readouterr()
     for extra in ([], ["--pretrained", "digits", "--checkpoint", str(run)]):
         assert cli.main([*arguments, *extra, "--out", str(tmp_path / "none.npy")]) == 2
-        assert "needed is one of them" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert "of checkpoint and pretrained are given; allowed is one: --checkpoint PATH" in shown
     assert not (tmp_path / "none.npy").exists()
 
 
@@ -132,11 +134,14 @@ def test_resuming(run, tmp_path, capsys):
     assert "seed is 5" in fails(capsys, *arguments, "--resume", "--seed", 5)
 
 
-def test_info(capsys):
+@pytest.mark.parametrize(("count", "threads"), [(1, "1 thread"), (2, "2 threads")])
+def test_info(capsys, monkeypatch, count, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU", "threads"):
+    for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU"):
         assert part in shown
+    assert re.search(rf", {threads}[;\n]", shown)
     assert "reference: exact differences" in shown
     assert "default: native, the first that can run" in shown
     gpu = "cuda       torch finds no GPU that it can use; the CPU computes" in shown
@@ -156,6 +161,21 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     assert "label is 7, but the network was trained without labels" in fails(
         capsys, *sample, tmp_path / "x.npy", "--label", 7
     )
+    assert "guidance is 2.0, but the network was trained without labels" in fails(
+        capsys, *sample, tmp_path / "x.npy", "--guidance", 2
+    )
+    assert "guidance is 2.0, but no label is given" in fails(
+        capsys,
+        *sample[:1],
+        "--pretrained",
+        "digits",
+        *sample[3:],
+        tmp_path / "x.npy",
+        "--guidance",
+        2,
+    )
+    evaluate = ["evaluate", "--checkpoint", weights, "--out", tmp_path / "figures"]
+    assert "guidance is 2.0, but the network" in fails(capsys, *evaluate, "--guidance", 2)
     assert "device is 'abacus'" in fails(capsys, *sample, tmp_path / "x.npy", "--device", "abacus")
     missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
     assert "no checkpoint at" in fails(capsys, *missing)
@@ -259,6 +279,15 @@ def test_the_help_names_values_as_a_user_types_them(capsys):
     assert "--version" in capsys.readouterr().out
     start = cli._parse(["train", "--out", "x", "--multipliers", "1", "2", "--range", "0", "255"])
     assert (start.settings.multipliers, start.settings.range) == ((1, 2), (0.0, 255.0))
+
+
+@pytest.mark.parametrize("wrong", ["mnist", "None"])
+def test_none_is_no_choice(capsys, wrong):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--out", "x.npy", "--pretrained", wrong])
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"invalid choice '{wrong}' for argument '--pretrained'. Expected one of" in shown
+    assert "'None'" not in shown.replace(f"choice '{wrong}'", "")
 
 
 def shown_help(capsys, *arguments):
@@ -601,9 +630,12 @@ def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code, capsys):
     if number == signal.SIGTERM:
         the_folder_is_in_use(process, tmp_path / "run", capsys)
     process.send_signal(number)
-    _, shown = process.communicate(timeout=60)
+    lines, shown = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in shown
+    step = json.loads((tmp_path / "run" / "latest.json").read_text())["step"]
+    resume = f"pfgm train --out {tmp_path / 'run'} --resume"
+    assert f"stopped; {resume} continues from the checkpoint of step {step}\n" in lines
     flow, network = pfgm.load(tmp_path / "run")
     assert flow.sample(network, 2, steps=2).shape == (2, 1, 8, 8)
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -657,8 +689,11 @@ def test_the_demo_of_each_digit(tmp_path, capsys):
     model = ["sample", "--checkpoint", str(out / "model.safetensors"), "--n", "4"]
     picture = ["--out", str(out / "threes.png"), "--label", "3", "--guidance", "2"]
     assert cli.main([*model, *picture]) == 0
+    capsys.readouterr()
     assert cli.main([*model, "--out", str(out / "none.png"), "--label", "10"]) == 2
-    assert "labels holds 10; allowed is below 10" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "label is 10; allowed are the labels of the network, numbers from 0 to 9." in shown
+    assert "sampling:" not in shown  # no bar
 
 
 def test_an_interrupted_demo_leaves_its_model(tmp_path):
@@ -668,8 +703,9 @@ def test_an_interrupted_demo_leaves_its_model(tmp_path):
         assert process.poll() is None, process.communicate()[1]
         shown += process.stderr.read(1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    lines, _ = process.communicate(timeout=60)
     assert process.returncode == 143
+    assert f"; the weights are in {tmp_path / 'model.safetensors'}\n" in lines
     flow, _ = pfgm.load(tmp_path / "model.safetensors")
     assert flow.shape == (1, 8, 8)
 

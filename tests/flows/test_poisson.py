@@ -100,7 +100,7 @@ def test_config_is_the_whole_flow():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "none of M, data_norm and spread given"),
+        ({}, r"none of M, data_norm and spread given; .* PoissonFlow\.from_data\(data\) chooses"),
         ({"data_norm": 1.0, "spread": 1.0}, "both data_norm and spread given"),
         ({"spread": 0.0}, "spread is 0.0"),
         ({"spread": math.inf}, "spread is inf"),
@@ -461,6 +461,17 @@ def test_a_network_with_another_gamma_is_refused():
     with pytest.raises(ValueError, match="net has gamma"):
         flow.sample(net, 2)
     assert flow.loss(pfgm.networks.MLP((2,), width=8, **flow.scaling), data).isfinite()
+
+
+def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
+    data = torch.randn(40, 2, generator=seeded(0), dtype=torch.float64)
+    flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(data.float())
+    assert flow.gamma != other.gamma
+    net = pfgm.networks.MLP((2,), width=8, **other.scaling)
+    assert flow.loss(net, data.float()).isfinite()
+    net.gamma = flow.gamma * (1 + 2e-6)
+    with pytest.raises(ValueError, match="net has gamma"):
+        flow.loss(net, data.float())
 
 
 def trained_on(data, steps):
@@ -848,6 +859,9 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
             flow.sample(wrong, 2)
     with pytest.raises(ValueError, match="guidance is 'a'; allowed is any finite number"):
         flow.sample(net, 2, guidance="a")
+    with pytest.raises(ValueError, match=r"guidance is 3\.0, but neither condition nor uncond"):
+        flow.sample(net, 2, guidance=3.0)
+    assert torch.equal(flow.sample(net, 3, x_init=x, guidance=1.0), flow.sample(net, 3, x_init=x))
     for level in ("a", 1e39):
         with pytest.raises(ValueError, match=r"allowed is a number that torch.float32 can hold"):
             flow.denoise(net, x, level)
@@ -931,13 +945,48 @@ def test_levels_between_which_rk45_cannot_integrate(grid):
 def test_tensors_and_arrays_of_one_value_are_numbers():
     data = torch.randn(20, 2, generator=seeded(0))
     flow = PoissonFlow.from_data(data)
-    net, x = flow.empirical(data), data[:3]
-    expected = flow.sample(net, 3, x_init=x, guidance=2.0)
+    net, options = flow.empirical(data), {"x_init": data[:3], "condition": {"far": True}}
+    either = lambda x, z, far=False: net(x + far, z)  # noqa: E731
+    expected = flow.sample(either, 3, guidance=2.0, **options)
     for weight in (torch.tensor(2.0), torch.tensor([2.0]), np.array(2.0), np.float32(2.0)):
-        assert torch.equal(flow.sample(net, 3, x_init=x, guidance=weight), expected)
+        assert torch.equal(flow.sample(either, 3, guidance=weight, **options), expected)
         assert PoissonFlow((2,), M=weight) == PoissonFlow((2,), M=2.0)
     for wrong in (torch.ones(2), torch.tensor(True), np.array("2"), np.array(math.nan)):
         with pytest.raises(ValueError, match="guidance is"):
-            flow.sample(net, 3, x_init=x, guidance=wrong)
+            flow.sample(either, 3, guidance=wrong, **options)
         with pytest.raises(ValueError, match="M is"):
             PoissonFlow((2,), M=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generator": 0}, r"generator is a int; allowed is a torch\.Generator"),
+        ({"condition": 3}, "condition is a int; allowed is a dict"),
+        ({"condition": torch.tensor([1, 1])}, "condition is a Tensor; allowed is a dict"),
+        ({"unconditional": [1]}, "unconditional is a list; allowed is a dict"),
+        ({"condition": {"labels": 1}}, r"labels is a int; allowed is a torch\.Tensor of integers"),
+        ({"x_init": np.zeros((2, 2))}, r"x_init is a ndarray; allowed is a torch\.Tensor"),
+        ({"step": 5}, r"'multistep' takes no option 'step'; allowed are: none\.$"),
+        ({"seed": 0}, r"no option 'seed'.* generator=torch\.Generator\(\)\.manual_seed\(seed\)"),
+        ({"labels": 1}, r"no option 'labels'.* condition=\{'labels': labels\}"),
+        ({"solver": "rk45", "tol": 1}, "'rk45' takes no option 'tol'; allowed are: rtol, atol"),
+        ({"solver": "heun", "churn": 3}, "'heun' takes no option 'churn'; allowed are: none"),
+    ],
+)
+def test_options_of_other_types_and_names_are_named(options, message):
+    flow = PoissonFlow((2,), data_norm=1.0)
+    net = pfgm.networks.MLP((2,), width=8, classes=2)
+    with pytest.raises(TypeError, match=message):
+        flow.sample(net, 2, **options)
+
+
+def test_conditions_of_other_types_are_refused_in_a_loss():
+    x = torch.randn(4, 2, generator=seeded(0))
+    flow = PoissonFlow((2,), data_norm=1.0)
+    net = pfgm.networks.MLP((2,), width=8, classes=2)
+    with pytest.raises(TypeError, match=r"condition\['labels'\] is a int; allowed is a torch"):
+        flow.loss(net, x, condition={"labels": 1})
+    for call in (flow.loss, lambda net, x, condition: flow.denoise(net, x, 1.0, condition)):
+        with pytest.raises(TypeError, match="condition is a Tensor; allowed is a dict"):
+            call(net, x, condition=torch.ones(4))

@@ -179,6 +179,14 @@ def test_images_that_need_a_gradient_are_drawn() -> None:
     plotting.image_grid(torch.zeros(2, 1, 8, 8, requires_grad=True))
 
 
+def test_images_in_an_array_are_refused() -> None:
+    images: Any = np.zeros((2, 1, 8, 8))
+    with pytest.raises(TypeError, match=r"images is a ndarray; allowed is a torch\.Tensor"):
+        plotting.image_grid(images)
+    with pytest.raises(TypeError, match=r"images is a ndarray; allowed is a torch\.Tensor"):
+        plotting.trajectory_grid(images[None], [1.0])
+
+
 def test_pyplot_is_not_imported_and_matplotlib_only_when_drawing() -> None:
     code = (
         "import sys, torch; from pfgm import plotting\n"
@@ -531,6 +539,40 @@ def test_flow_lines_are_the_ways_of_the_samples(top: float | None) -> None:
     assert len({tuple(line.get_color()) for line in axes.lines}) > 3
 
 
+def far_path() -> tuple[PoissonFlow, Tensor, Tensor]:
+    """A flow whose prior has one point far away; that prior, and its data."""
+    flow = PoissonFlow((2,), data_norm=1.0)
+    start = torch.tensor([[400.0, 0.0], [4.0, 4.0], [4.0, -4.0], [-4.0, 4.0], [-4.0, -4.0]])
+    return flow, start, ring()
+
+
+def test_flow_lines_cuts_a_far_line_where_it_enters_the_axes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow, start, data = far_path()
+    monkeypatch.setattr(flow, "prior", lambda *args, **options: start)
+    figure = plotting.flow_lines(flow, flow.empirical(data), 5, data=data, steps=20)
+    (axes,) = figure.axes
+    for limits in (axes.get_xlim(), axes.get_ylim()):
+        assert limits == pytest.approx((-8.32, 8.32), rel=0.01)
+    x, y, z = axes.lines[0].get_data_3d()
+    assert (x[0], y[0]) == pytest.approx((axes.get_xlim()[1], 0), abs=1e-3)
+    assert flow.z_min < z[0] < flow.z_max
+    assert (x[1:] < x[0]).all()
+    assert z[-1] == flow.z_min
+    for line, point in zip(axes.lines[1:], start[1:], strict=True):
+        x, y, z = line.get_data_3d()
+        assert (x[0], y[0], z[0]) == pytest.approx((*point.tolist(), flow.z_max))
+        assert len(z) == 21
+
+
+def test_a_far_path_does_not_rule_the_window_of_a_trajectory() -> None:
+    _, start, data = far_path()
+    paths = torch.stack([start, start / 2, data[:5]])
+    whole, _ = plotting.trajectory_plot(paths, [4, 2, 1], data=data).axes[:2]
+    assert whole.get_xlim() == pytest.approx((-8.32, 8.32), rel=0.01)
+
+
 def test_flow_lines_checks_its_arguments() -> None:
     flow = PoissonFlow((2,), data_norm=1.0)
     net = flow.empirical(ring())
@@ -609,6 +651,30 @@ def test_numbers_of_a_logarithmic_quality_axis_are_plain_and_leave_room() -> Non
         assert set(expected) <= set(shown)
         assert not [text for text in shown if "10^" in text]
         assert axis.label.get_window_extent(renderer).x0 >= 0
+
+
+@pytest.mark.parametrize(
+    ("values", "log_y", "expected"),
+    [
+        ([0.3, 2e-5], True, ["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹"]),
+        ([3e-5, 1.5e-5], True, ["2×10⁻⁵", "3×10⁻⁵"]),
+        ([1e9, 2.0], True, ["10²", "10⁸"]),
+        ([3e-5, 1.6e-5], False, ["0.000020", "0.000030"]),
+        ([1e9 + 2, 1e9], False, ["1000000000.50", "1000000001.50"]),
+    ],
+)
+def test_long_numbers_of_a_quality_axis_are_alike_and_leave_room_for_its_label(
+    values: list[float], log_y: bool, expected: list[str]
+) -> None:
+    figure = plotting.quality_curve({"a": ([1, 10], values)}, log_y=log_y, ylabel="distance")
+    renderer: Any = RendererAgg(*(figure.get_size_inches() * figure.dpi), figure.dpi)
+    figure.draw(renderer)
+    axis = figure.axes[0].yaxis
+    shown = {label.get_text() for label in axis.get_ticklabels(which="both")}
+    assert set(expected) <= shown
+    assert not [text for text in shown if "e" in text or (log_y and "0." in text)]
+    assert axis.get_offset_text().get_text() == ""
+    assert axis.label.get_window_extent(renderer).x0 >= 0
 
 
 def test_a_logarithmic_quality_axis_shows_a_band_that_reaches_below_zero() -> None:

@@ -142,6 +142,7 @@ def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
         "digits: 1398 rows of shape (1, 8, 8), float32, values -1 to 1, labels 0 to 9, which",
         "UNet with 105,826 parameters on cpu",
         "2 steps of 16 samples against 32 references, learning rate 0.002 (warm-up 0 steps",
+        "decay cosine), weights averaged with decay 0 ",
         f"{tmp_path / 'run'}: config.json, a checkpoint every 100 steps and at the end, log.csv",
     ):
         assert part in shown
@@ -176,7 +177,12 @@ def test_data_in_files_with_mirror_images(tmp_path, hold):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     trained = run(tmp_path / hold, data=str(tmp_path / "images.npy"), flips=True, hold=hold)
-    other = run(tmp_path / "other", data=str(tmp_path / "images.npy"), flips=True)
+    lines = []
+    config = RunConfig(
+        data=str(tmp_path / "images.npy"), flips=True, width=16, samples=20, training=SMALL
+    )
+    other = start(config, tmp_path / "other", progress=False, report=lines.append)
+    assert "80 rows of shape (1, 8, 8), half of them mirror images, bytes, " in lines[0]
     for a, b in zip(trained.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -186,6 +192,8 @@ def test_points_in_the_plane(tmp_path):
     run(tmp_path / "run", data=str(tmp_path / "points.npy"), training=changed(evaluate_every=6))
     assert not list((tmp_path / "run").glob("*.png"))
     assert (tmp_path / "run" / "evaluations.csv").exists()
+    with pytest.raises(ValueError, match=r"flips is True, but .* rows of shape \(2,\), which are"):
+        run(tmp_path / "flips", data=str(tmp_path / "points.npy"), flips=True)
     with pytest.raises(ValueError, match="has no labels"):
         run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
     with pytest.raises(ValueError, match=r"allowed for it are square images .* not \(2,\)"):
@@ -236,8 +244,26 @@ def images_of(tmp_path, low, high, name="images.npy", shape=(40, 1, 8, 8), dtype
 )
 def test_images_of_another_range_give_a_warning_with_the_remedy(tmp_path, low, high, remedy):
     path = str(images_of(tmp_path, low, high))
-    with pytest.warns(UserWarning, match=remedy):
+    with pytest.warns(UserWarning, match=remedy) as warned:
         run(tmp_path / "run", data=path)
+    assert len([each for each in warned if "--range" in str(each.message)]) == 1
+
+
+def test_an_own_loop_gets_the_warning_of_the_range_once(recwarn):
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    net, config = pfgm.networks.MLP((1, 8, 8), width=4), TrainConfig(steps=1, batch_size=8)
+    message = r"values from .*, or by 2 \* data - 1 in Python"
+    for make in (pfgm.PoissonFlow.from_data, lambda y: pfgm.PoissonFlowPP.from_data(y, D=128)):
+        for data in (images, images.numpy(), pfgm.ReferenceSet(images)):
+            with pytest.warns(UserWarning, match=message) as warned:
+                flow = make(data)
+            assert [warning.filename for warning in warned] == [__file__]
+            pfgm.training.Trainer(flow, net, images, config)
+        make(2 * images - 1)
+        make((255 * images).byte())
+    assert not recwarn
+    with pytest.warns(UserWarning, match=message):
+        pfgm.training.Trainer(pfgm.PoissonFlow((1, 8, 8), M=200), net, images, config)
 
 
 def test_only_bytes_are_taken_for_bytes():
@@ -462,7 +488,18 @@ def test_a_run_with_nothing_left_to_do_says_so(tmp_path):
     lines = []
     config = RunConfig(width=16, samples=20, training=SMALL)
     start(config, tmp_path, progress=False, report=lines.append, resume=True)
-    assert "resuming at step 6: nothing is left of 6 steps; give more with --steps" in lines[0]
+    assert lines == [
+        "resuming at step 6: nothing is left of 6 steps; give more with --steps",
+        f"checkpoint: {tmp_path}",
+    ]
+
+
+def test_a_resumed_run_refuses_fewer_steps_than_it_has_done(tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"steps is 4, but the run is at step 6; allowed are at"):
+        run(tmp_path, resume=True, training=changed(steps=4))
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_run_that_fails_at_its_first_steps_leaves_nothing(tmp_path, monkeypatch):

@@ -120,7 +120,11 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
     [
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
-        ({"references": 64}, "references is 64; allowed is at least batch_size, 128"),
+        (
+            {"references": 64},
+            r"references is 64; allowed is at least batch_size, 128, .* \(or 0, for PFGM\+\+ only"
+            r"\); or give a smaller batch_size",
+        ),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"learning_rate": math.inf}, "learning_rate is inf; allowed is any finite number"),
@@ -145,6 +149,20 @@ def test_bad_data(flow, data):
     data[17, 1] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         Trainer(flow, new_network(), data, config(references=50), progress=False).train()
+
+
+def test_arguments_of_other_types_are_named(flow, data):
+    net = new_network()
+    for wrong, kind in ((data.numpy(), "ndarray"), ("data.npy", "str"), (data.tolist(), "list")):
+        with pytest.raises(
+            TypeError, match=rf"data is a {kind}; allowed are .*ReferenceSet, which"
+        ):
+            Trainer(flow, net, wrong, SMALL)
+    for wrong, kind in ((100, "int"), ({}, "dict")):
+        with pytest.raises(TypeError, match=rf"config is a {kind}; allowed is a TrainConfig"):
+            Trainer(flow, net, data, wrong)
+    with pytest.raises(TypeError, match=r"labels is a ndarray; allowed is a torch\.Tensor"):
+        Trainer(flow, net, data, SMALL, labels=np.zeros(len(data), dtype=int))
 
 
 # ---- steps -----------------------------------------------------------------------------------
