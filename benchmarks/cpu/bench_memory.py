@@ -33,7 +33,7 @@ def extra_megabytes(*arguments: object) -> float:
     return float(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "path", "passes"),
     SUBJECTS,
