@@ -7,7 +7,7 @@ import io
 import math
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -39,7 +39,6 @@ __all__ = ["Evaluate"]
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
 _FEATURES = 2048  # of Inception v3
-_OF_SAMPLING = ("solver", "steps", "schedule", "last", "batch_size")
 _SPLITS = 10  # of the Inception score, as published
 _TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
@@ -192,12 +191,11 @@ class Evaluate:
         """Raises ValueError for an option that only a checkpoint has a use for."""
         if self.likelihood or self.curve:
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
-        options = [(name, getattr(self.sampling, name)) for name in _OF_SAMPLING]
-        defaults = [(name, getattr(SamplingOptions(), name)) for name in _OF_SAMPLING]
-        options.append(("guidance", self.guidance))
-        defaults.append(("guidance", None))
-        for name, value in options:
-            if (name, value) not in defaults:
+        options = {**asdict(self.sampling), "guidance": self.guidance}
+        unused = SamplingOptions(device=self.sampling.device)  # metrics have a use for the device
+        defaults = {**asdict(unused), "guidance": None}
+        for name, value in options.items():
+            if value != defaults[name]:
                 raise ValueError(
                     f"{name.replace('_', '-')} is {value}, but {self.samples} holds samples that "
                     "have been drawn; leave it out, or give a checkpoint."
