@@ -24,7 +24,7 @@ from benchmarks.machine_code.devices import DEVICES, Device
 
 # Constants of the kernels.
 PARTS, ROWS, REFERENCES = 3 << 22, 4096, 1 << 16  # the largest chunk and block
-TRITON_PAIRS, CUDA_PAIRS = 1 << 22, 3 << 21  # of a chunk, at most
+TRITON_PAIRS, CUDA_PAIRS = 1 << 22, 1 << 24  # of a chunk, at most
 TILE, NEAR, CUTOFF = 64, 20.0, 16.0
 GRADIENT_CUTOFF = 8.0  # the weights of gradients are cut off so much later
 SUM_TILE = 32
@@ -40,7 +40,7 @@ SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from which on it is
 FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
 FEW_PARTS = 8  # that fit into memory, so that they have as many panels as they can
-GATHERED_PANELS = 64  # whose weights a block of the CUDA ``list_references`` gathers, at most
+GATHERED_PANELS = 192  # whose weights a block of the CUDA ``list_references`` gathers, at most
 LISTING = 8  # threads of it for a query of a group; so many groups have uneven shares of blocks
 TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
 
@@ -75,7 +75,7 @@ class Shape(NamedTuple):
     """Type of the references, as in the names of CUDA kernels. ``Rounded`` is float32 in precision
     "medium"."""
     backward: bool = False
-    """In the backward pass chunks have half as many pairs."""
+    """Whether it is that of the backward pass."""
     references: int = 0
     """Of a chunk, as a card has them (work.py). 0: as the Triton kernels do."""
 
@@ -92,8 +92,7 @@ class Shape(NamedTuple):
         return self.references or min(self.M, self.most_references(TRITON_PAIRS))
 
     def most_references(self, pairs: int) -> int:
-        """The most references of a chunk, if it has at most so many pairs in the forward pass."""
-        pairs = pairs // 2 if self.backward else pairs
+        """The most references of a chunk, if it has at most so many pairs."""
         fitting = 128 * max(pairs // self.block // 128, 1)
         return min(fitting, REFERENCES, 32 * PART_PANELS * self.most_parts)
 
@@ -105,8 +104,7 @@ class Shape(NamedTuple):
     @property
     def keeps(self) -> bool:
         """Whether the CUDA forward pass can keep its distances for the backward pass."""
-        most = self._replace(backward=True).most_references(2 * CUDA_PAIRS // 3)
-        return self.block == self.B and most >= self.M
+        return self.block == self.B and self.most_references(CUDA_PAIRS // 4) >= self.M
 
     @property
     def halves(self) -> bool:

@@ -303,16 +303,18 @@ def _cheapest(
     return min(every, key=lambda one: one.clocks)
 
 
-def _pairs_of_chunk(card: Device) -> int:
-    """Pairs of a chunk in the forward pass: as many as the L2 cache holds, if these are enough."""
-    held = int(card.l2_size.value) * 7 // 10 // 12
-    enough = held >= 2 * constants.CUDA_PAIRS // 3
-    return min(held, constants.CUDA_PAIRS) if enough else constants.CUDA_PAIRS
+def _pairs_of_chunk(card: Device, backward: bool) -> int:
+    """Pairs of a chunk. In the forward pass on GeForce cards, as many as the L2 cache holds, if
+    these are enough."""
+    most, held = constants.CUDA_PAIRS, int(card.l2_size.value) * 7 // 10 // 12
+    by_cache = card.geforce and not backward and held >= most // 4
+    return min(held, most) if by_cache else most
 
 
 def _chunk(shape: Shape, card: Device) -> int:
     """References of a chunk, such that each of them takes the fewest predicted clocks."""
-    most, costs = shape.most_references(_pairs_of_chunk(card)), _costs_on(shape, card)
+    most = shape.most_references(_pairs_of_chunk(card, shape.backward))
+    costs = _costs_on(shape, card)
     if most >= shape.M or shape.few:
         return min(shape.M, most)
     panels, rounded = up(shape.N, _PANEL), shape.type == "Rounded"
@@ -622,7 +624,7 @@ def _list(
         loops["ranks"] = _by_all(blocks, up(queries, 4))
     how = ", ".join(map(_text, (pieces > 0, order, halves)))
     name = f"list_references<{sums.rows}, {how}>"
-    memory = 4 * (2 * threads + 2 * warps + sums.rows + _PANEL * GATHERED_PANELS) + 12 * words
+    memory = 4 * (2 * threads + 2 * warps + sums.rows) + 2 * _PANEL * GATHERED_PANELS + 12 * words
     once = Amount(barriers=6, exchanges=warps * _OF_PLACES)
     if pieces:
         once = once.plus(Amount(barriers=2 + order, exchanges=warps * 8))

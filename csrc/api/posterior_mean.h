@@ -150,10 +150,9 @@ std::string cuda_problem(int device);
 // Limits of the blocks and chunks that a problem is split into on a CUDA device. They bound the
 // workspace. Tests lower them.
 struct CudaLimits {
-  // Queries × references; two thirds as many if the L2 cache holds these. A pair takes 12 bytes.
-  // The backward pass has half as many pairs, of 24 bytes each. Of two thirds of these 8 bytes may
-  // be kept from the forward pass: 16 MiB.
-  std::int64_t pairs = 3 << 21;
+  // Queries × references. A pair takes 12 bytes, in the backward pass 24: 192 and 384 MiB. Of a
+  // quarter as many 8 bytes each may be kept from the forward pass: 32 MiB.
+  std::int64_t pairs = 1 << 24;
   std::int64_t parts = 3 << 22;       // values in sums of parts of a chunk or of features
   std::int64_t queries = 4096;        // in a block
   std::int64_t references = 1 << 16;  // in a chunk

@@ -272,7 +272,8 @@ PYBIND11_MODULE(_native, module) {
 #ifdef PFGM_CUDA_SHIM
   module.def("shim_order", &shim::set_order);
   module.def("shim_idle", &shim::set_idle);
-  module.def("shim_device", &shim::set_device);
+  module.def("shim_device", &shim::set_device, py::arg("multiprocessors"), py::arg("capability"),
+             py::arg("shared_limit"), py::arg("l2_cache") = shim::kCache);
   module.def(
       "shim_limits",
       [](std::int64_t pairs, std::int64_t parts, std::int64_t queries, std::int64_t references,

@@ -21,7 +21,7 @@ template <int ROWS> constexpr int kListThreads = 8 * ROWS;
 // Panels of listed references that a block sums: kFewestPanels to kMostPanels, or more, up to
 // kPartPanels, if the parts would not fit into memory.
 constexpr int kFewestPanels = 4, kMostPanels = 16, kPartPanels = 64;
-constexpr int kGatheredPanels = 64;  // of a block of list_references, at most
+constexpr int kGatheredPanels = 192;  // of a block of list_references, at most
 
 // The place of the first of a thread's `own` things: `count` earlier ones and those of threads
 // before it come first. `count` then counts those of all threads too. `before` has a place for each
@@ -137,7 +137,7 @@ struct ListMemory {
   int live[kListThreads<ROWS> / 32];  // weights that are not zero, of 32 queries of the order
   int scratch[kListThreads<ROWS> / 32];
   int queries[ROWS];
-  int listed[kPanel * kGatheredPanels];
+  std::uint16_t listed[kPanel * kGatheredPanels];
 
   __device__ ListedWord* words() { return reinterpret_cast<ListedWord*>(this + 1); }
   static std::size_t bytes(Index references) {
@@ -272,13 +272,15 @@ __device__ inline int find_places(ListMemory<ROWS>& shared, int words) {
 }
 
 // Writes the listed references of a word whose places are among `size` places from `first` on.
-__device__ inline void write_places(int* to, int first, int size, int w, ListedWord word) {
+__device__ inline void write_places(std::uint16_t* to, int first, int size, int w,
+                                    ListedWord word) {
   int place = word.place - first;
   if (place >= size || place + __popc(word.bits[0]) <= 0) return;
 #pragma unroll
   for (int b = 0; b < 32; ++b) {
     const unsigned set = word.bits[0] >> b & 1u;
-    if (set && static_cast<unsigned>(place) < static_cast<unsigned>(size)) to[place] = 32 * w + b;
+    if (set && static_cast<unsigned>(place) < static_cast<unsigned>(size))
+      to[place] = static_cast<std::uint16_t>(32 * w + b);
     place += static_cast<int>(set);
   }
 }
@@ -286,7 +288,7 @@ __device__ inline void write_places(int* to, int first, int size, int w, ListedW
 // Gathers weights of a query for `panels` panels of listed references, of which `count` count; the
 // others get zero, and all do if the query is not `known`. A thread has four weights of a panel.
 template <int ROWS, bool HALVES>
-__device__ inline void gather_weights(const float* weights, const int* listed, bool known,
+__device__ inline void gather_weights(const float* weights, const std::uint16_t* listed, bool known,
                                       int count, int panels, float* __restrict__ to,
                                       const Lane& lane) {
   const int n = lane.warp / 2, step = lane.warp % 2;

@@ -84,12 +84,15 @@ constexpr Index kFewParts = 8;
 // Whether few queries or features would leave matrix units mostly idle.
 bool are_few(Index queries, Index features) { return queries < 16 || features < kPanel; }
 
-// Pairs of a chunk in the forward pass: as many as the L2 cache holds, if that is at least
-// `least_pairs`, and else as the limit allows. Seven tenths of the cache count.
-Index least_pairs() { return 2 * limits.pairs / 3; }
-Index pairs_of_chunk(Index cache_bytes) {
+// Pairs that a chunk of the forward pass has room for on every device.
+Index least_pairs() { return limits.pairs / 4; }
+
+// Pairs of a chunk in the forward pass: as many as the limit allows, and on GeForce cards, whose
+// memory is slow, as the L2 cache holds, if that is at least `least_pairs`. Seven tenths of the
+// cache count.
+Index pairs_of_chunk(Index cache_bytes, bool geforce) {
   const Index held = cache_bytes * 7 / 10 / kPairBytes;
-  return held < least_pairs() ? limits.pairs : smaller(held, limits.pairs);
+  return geforce && held >= least_pairs() ? smaller(held, limits.pairs) : limits.pairs;
 }
 
 // What bounds the workspace: queries of a block, references of a chunk, and parts of the weighted
@@ -98,7 +101,7 @@ struct Bounds {
   Index queries, references, parts;
 };
 
-Bounds bounds_of(const Problem& problem, bool backward, Index pairs) {
+Bounds bounds_of(const Problem& problem, Index pairs) {
   Bounds most;
   const Index fitting =
       smaller(limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));
@@ -108,7 +111,6 @@ Bounds bounds_of(const Problem& problem, bool backward, Index pairs) {
   const Index part = larger(1, divide_up(problem.queries, blocks));
   most.queries = smaller(round_up(part, fitting < 128 ? 1 : kSumRows),
                          smaller(larger(1, problem.queries), fitting));
-  if (backward) pairs /= 2;
   most.parts = larger(1, limits.parts / (most.queries * problem.features));
   most.references = smaller(
       128 * larger(pairs / most.queries / 128, 1),

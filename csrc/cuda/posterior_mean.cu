@@ -85,7 +85,9 @@ class Calculation {
         geforce_(stream.geforce(find_center<Stored<R>>)),
         warpgroups_(stream.warpgroups(find_center<Stored<R>>)),
         partition_(
-            partition_of(problem, bounds_of(problem, backward, pairs_of_chunk(stream.l2_cache())),
+            partition_of(problem,
+                         bounds_of(problem, backward ? limits.pairs
+                                                     : pairs_of_chunk(stream.l2_cache(), geforce_)),
                          stream.multiprocessors(), backward, large_groups(), kRounded<R>, costs())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
@@ -560,8 +562,7 @@ std::string cuda_problem(int device) {
 }
 
 std::int64_t posterior_mean_kept_cuda(const Problem& problem) {
-  // If the backward pass takes that few pairs at once, all passes do so on all devices.
-  const Bounds most = bounds_of(problem, true, least_pairs());
+  const Bounds most = bounds_of(problem, least_pairs());
   if (most.queries != problem.queries || most.references < problem.references) return 0;
   Arena counted{CudaWorkspace{}};
   Lasting(counted, problem.queries, problem.references, problem.features);

@@ -201,7 +201,7 @@ struct Block : Meeting {
 // ---- settings, and what runs ----------------------------------------------------------------
 
 std::mutex mutex;  // guards all that follows
-Device device_now{4, 90, 232448};
+Device device_now{4, 90, 232448, kCache};
 unsigned order = 0;
 std::uint64_t random_state = 0;
 std::vector<std::string> launched;
@@ -620,9 +620,9 @@ void set_order(unsigned seed) {
   for (int i = 0; i < 8; ++i) random_below(1);
 }
 
-void set_device(int multiprocessors, int capability, std::size_t shared_limit) {
+void set_device(int multiprocessors, int capability, std::size_t shared_limit, int l2_cache) {
   const std::lock_guard<std::mutex> lock(mutex);
-  device_now = {multiprocessors, capability, shared_limit};
+  device_now = {multiprocessors, capability, shared_limit, l2_cache};
 }
 
 Device device() {

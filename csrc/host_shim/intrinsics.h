@@ -52,8 +52,11 @@ namespace shim {
 // otherwise random with this seed. In a random order warps also overtake each other.
 void set_order(unsigned seed);
 
-// What Stream reports about the device; initially 4, 90, 232448.
-void set_device(int multiprocessors, int capability, std::size_t shared_limit);
+constexpr int kCache = 40 << 20;  // bytes of the L2 cache, if no others are given
+
+// What Stream reports about the device; initially 4, 90, 232448, kCache.
+void set_device(int multiprocessors, int capability, std::size_t shared_limit,
+                int l2_cache = kCache);
 
 // The kernels launched since clear_launches(), in order.
 std::vector<std::string> launches();

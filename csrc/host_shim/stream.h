@@ -10,6 +10,7 @@ namespace shim {
 struct Device {
   int multiprocessors, capability;
   std::size_t shared_limit;
+  int l2_cache;
 };
 Device device();
 bool idle();
@@ -26,7 +27,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return shim::device().multiprocessors; }
-  int l2_cache() const { return 40 << 20; }
+  int l2_cache() const { return shim::device().l2_cache; }
   template <class... Parameters>
   bool warpgroups(void (*)(Parameters...)) const {
     return shim::device().capability == 90;

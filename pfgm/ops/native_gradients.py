@@ -6,8 +6,8 @@ forward pass keeps squared distances, and the backward pass does not compute the
 - On the CPU, with many features, those of the references that count, at most 40 MiB
   (csrc/cpu/kept_distances.h). Results are those of the operator; gradients from kept distances
   differ by their rounding.
-- On a GPU, all of them where the kernels take them at once: up to 2²¹ pairs of a point and a
-  reference, 16 MiB (csrc/cuda/partition.h). Results are those of the operator to the bit.
+- On a GPU, all of them where the kernels take them at once: up to 2²² pairs of a point and a
+  reference, 32 MiB (csrc/cuda/partition.h). Results are those of the operator to the bit.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def shim():
     module = native.extension()
     yield SimpleNamespace(
         order=module.shim_order,
-        device=lambda capability, multiprocessors=4: module.shim_device(
-            multiprocessors, capability, (163 if capability < 90 else 227) << 10
+        device=lambda capability, multiprocessors=4, **more: module.shim_device(
+            multiprocessors, capability, (163 if capability < 90 else 227) << 10, **more
         ),
         limits=module.shim_limits,
         launches=module.shim_launches,

@@ -130,7 +130,8 @@ def run(op, shim):
         shape = Shape("small", B, M, N, "Rounded" if medium else TYPES[dtype])
         figure = devices.Figure(multiprocessors, "assumed")
         card = like._replace(multiprocessors=figure)
-        shim.device(89 if card.geforce else card.architecture, multiprocessors)
+        capability = 89 if card.geforce else card.architecture
+        shim.device(capability, multiprocessors, l2_cache=int(card.l2_size.value))
         given = case.x, references, case.z.double(), 1.0
         found = counted(shim, lambda: op.compute(*given, precision))
         shape = work.on_card(shape._replace(backward=backward), card)
@@ -251,6 +252,26 @@ def small_chunks(shim, monkeypatch):
     shim.limits(pairs=20_480, queries=40, references=256)
     for name, limit in (("CUDA_PAIRS", 20_480), ("ROWS", 40), ("REFERENCES", 256)):
         monkeypatch.setattr(data, name, limit)
+
+
+@pytest.mark.parametrize(
+    ("card", "held", "chunks"),
+    [
+        (devices.RTX4090, 12_800, 3),
+        (devices.RTX4090, 9_999, 1),  # so few pairs that the cache does not count
+        (devices.A100, 12_800, 1),
+    ],
+)
+def test_chunks_that_the_cache_holds(run, shim, monkeypatch, card, held, chunks):
+    """On GeForce cards, in the forward pass."""
+    shim.limits(pairs=40_960)
+    monkeypatch.setattr(data, "CUDA_PAIRS", 40_960)
+    card = card._replace(l2_size=devices.Figure(held * 12 / 0.7, "assumed"))
+    for backward in (False, True):
+        found = run(clusters(40, 700, 64), like=card, backward=backward)
+        launches = Counter(one.name for one in found.shim)
+        assert launches["refine"] == (1 if backward else chunks)
+        check(found)
 
 
 def test_chunks_and_blocks(run, small_chunks):

@@ -187,10 +187,10 @@ def test_gathered_coefficients(op, shim):
 
 @pytest.mark.usefixtures("poisoned")
 def test_blocks_that_share_a_list(op, shim):
-    """There are more of them if there are more multiprocessors, at most one for each of the 65
-    panels of both groups, and enough that none has more than 64."""
-    x, references, sigma = op.problem(40, 2080, 64)
-    for multiprocessors, blocks in ((1, 6), (20, 20), (1000, 130)):
+    """There are more of them if there are more multiprocessors, at most one for each of the 193
+    panels of both groups, and enough that none has more than 192."""
+    x, references, sigma = op.problem(40, 6176, 64)
+    for multiprocessors, blocks in ((1, 6), (20, 20), (1000, 386)):
         shim.device(90, multiprocessors)
         shim.counts(True)
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
@@ -231,7 +231,7 @@ def test_workspace_is_bounded(device):
             place = native._place(x.device)
             problem = native.native_problem(PosteriorMean(x, references, radius, 1.0))
             sizes.append(native.extension().posterior_mean_workspace_cuda(problem, place, backward))
-        assert sizes[0] == sizes[1] <= 150 << 20
+        assert sizes[0] == sizes[1] <= (450 if backward else 250) << 20
 
 
 def test_huge_numbers_of_dimensions(op):
