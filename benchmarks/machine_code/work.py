@@ -389,10 +389,8 @@ def _products(
     loops = {"features": _by_all(tiles, panels / of_stage, of_all)}
     if sliced:
         loops["features"] = loops["features"]._replace(most=each)
-    columns, groups = rows // 8, references // 16
     slabs = 2 if ahead else 1  # of 16 references, of a warp
-    parts = 8 // groups * slabs  # of the columns, among the warps
-    last = 0 if sliced else _last(project, 2 * columns // parts, slabs)
+    last = 0 if sliced else _last(project, slabs)
     once = Amount(barriers=(2 if project or sliced else 3) + ahead, exchanges=8 * (4 + last))
     how = ", ".join(map(_text, (card.geforce, project, sliced)))
     name = f"distances<{shape.type}, {rows}, {references}, {how}>"
@@ -425,13 +423,10 @@ def _finished(shape: Shape, queries: int, m: int, slices: int, card: Device, pro
     return Work("finish_distances", name, blocks, 32 * FINISH_WARPS, 0, Amount(), loops, moved)
 
 
-def _last(project: bool, columns: int, slabs: int) -> int:
-    """Exchanges of a warp after its sums: the least distances of its columns and the farthest row,
-    or a vote on whether all of G·y is finite."""
-    if project:
-        return 1
-    over_rows = sum(max(1, columns // each) for each in (2, 4, 8))
-    return 3 + slabs * (over_rows + _OVER_WARP)
+def _last(project: bool, slabs: int) -> int:
+    """Exchanges of a warp after its sums: for the farthest of its references, and a vote on whether
+    all distances, or all of G·y, are finite."""
+    return 1 if project else slabs * _OVER_WARP + 1
 
 
 def _warpgroups(shape: Shape, card: Device) -> bool:
@@ -450,12 +445,9 @@ def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, proj
     multiplied = products * 8 * 2 * (rows // 64) * panels
     of_all = Amount(of_warpgroups=multiplied, copied=copied, barriers=panels)
     loops = {"features": _by_all(tiles, panels, of_all)._replace(most=each)}
-    exchanges = 4 + (0 if sliced else _last(project, 2 * rows // 8, 1))
+    exchanges = 4 + (0 if sliced else _last(project, 1))
     if rows > 128 and not sliced:
-        turns = rows // 128  # over the queries, after their sums
-        of_turn = 0 if project else _last(False, 2 * 128 // 8, 1) - _OVER_WARP
-        loops["turns"] = _by_all(tiles, turns, Amount(exchanges=8 * turns * of_turn))
-        exchanges = 4 + (1 if project else _OVER_WARP)
+        loops["turns"] = _by_all(tiles, rows // 128)  # over the queries, after their sums
     once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * exchanges)
     memory = 4 * _PANEL * (2 * parts_of_x * rows + 4 * references + 4) + 16 * rows
     moved = 4 * m * shape.N + 4 * queries * shape.N

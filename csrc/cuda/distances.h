@@ -92,6 +92,15 @@ __device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int 
 
 constexpr int kDistanceThreads = 256;
 
+// The smallest distances that threads have found of each query: bits, one row for each g and group
+// of warps. The lanes of a warp write 16 bytes each, and eight of them, which have two rows, reach
+// different banks. `finite` says whether all distances of a warp are.
+template <int QUERIES, int ROWS>
+struct LeastOfRows {
+  std::uint64_t of[ROWS][QUERIES + 8];
+  bool finite[kDistanceThreads / 32];
+};
+
 // A block has REFERENCES × QUERIES pairs. A warp has one or two slabs of 16 references. With 64
 // references, each half of the warps takes every second panel. With 128 queries, each half of the
 // warps takes half of these, and the block converts references one panel ahead, for all its warps.
@@ -130,7 +139,7 @@ struct DistanceMemory {
   struct Sums {
     float2 products[kParts > 1 ? REFERENCES : 1][QUERIES + 1];  // of the other half of the warps
     double squares[kParts][REFERENCES];
-    double low[REFERENCES / 16][QUERIES];
+    LeastOfRows<QUERIES, 8 * kGroups> least;
     double farthest[REFERENCES / 16];
   };
   union {
@@ -470,23 +479,30 @@ class ProductUnit {
   float half_, rest_;
 };
 
-// The least values over the lanes with the same t: those APART lanes from each other, then half as
-// many, and so on to 4. Where two lanes meet, each keeps half of the LEFT columns, if there are
-// two. Afterwards this lane has the values of columns from the returned one on.
-template <int APART, int LEFT, int COLUMNS>
-__device__ inline int least_over_rows(std::uint64_t (&low)[COLUMNS], const Lane& lane) {
-  constexpr int kKept = LEFT > 1 ? LEFT / 2 : 1;
-  const bool upper = LEFT > 1 && (lane.lane & APART) != 0;
+// Instead of |y − centre|² of a row after the last one, whose distances are not the smallest then.
+constexpr double kBeyondAll = 0x1p1000;
+
+// Stores the smallest distance of each tile of references for each query. It is marked in all tiles
+// of the block if a distance of these is not finite.
+template <int REFERENCES, int QUERIES, int ROWS>
+__device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS>& least, int query0,
+                                    int queries, const Pairs& out) {
+  constexpr int kTiles = REFERENCES / kTileReferences, kRowsOfTile = ROWS / kTiles;
+  bool finite = true;
+  for (const bool each : least.finite) finite = finite && each;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    const int other = LEFT > 1 ? kKept + i : i;
-    const std::uint64_t kept = upper ? low[other] : low[i];
-    const std::uint64_t given = upper ? low[i] : low[other];
-    low[i] = Least()(kept, __shfl_xor_sync(kAll, given, APART));
+  for (int start = 0; start < QUERIES * kTiles; start += kDistanceThreads) {
+    const int i = start + static_cast<int>(threadIdx.x), q = i % QUERIES, of_block = i / QUERIES;
+    const int tile = static_cast<int>(blockIdx.x) * kTiles + of_block;
+    if (i >= QUERIES * kTiles || query0 + q >= queries || tile >= out.tiles) continue;
+    std::uint64_t lowest = kInfiniteBits;
+#pragma unroll
+    for (int row = 0; row < kRowsOfTile; ++row)
+      lowest = Least()(lowest, least.of[kRowsOfTile * of_block + row][q]);
+    const double distance = double_of(lowest);
+    out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] =
+        stored_lowest(finite ? distance : -distance);
   }
-  int first = upper ? kKept : 0;
-  if constexpr (APART > 4) first += least_over_rows<APART / 2, kKept>(low, lane);
-  return first;
 }
 
 // Finishes the sums of a tile: distances and their minima, or G·y. If SLICED, it stores the sums
@@ -571,78 +587,57 @@ __device__ inline void finish_tile(Memory& shared,
       squared[s][e] = scaled * per_scale * per_scale;
       known[s][e] = reference0 + row < y.count;
       farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
+      if (!known[s][e]) squared[s][e] = kBeyondAll;
     }
     if constexpr (!PROJECT) {
       farthest = over_warp(farthest, Most());
       if (lane.lane == 0 && other == 0) shared.sums.farthest[kSlabs * group + s] = farthest;
     }
   }
+  const auto stride = static_cast<unsigned>(out.stride);
+  const int first_column = column0 + 8 * kOwn * part + 2 * lane.t;
   // More columns at once would take too many registers.
   constexpr int kTurns = kOwn > 16 ? 2 : 1, kOfTurn = kOwn / kTurns;
-  // Columns of a lane, and those whose minima lanes find together.
-  constexpr int kOfLane = 2 * kOfTurn, kTogether = kOfLane < 8 ? kOfLane : 8;
-  bool all_finite = true;  // of this thread's G·y
+  bool all_finite = true;  // of this thread's distances, or G·y
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
-    const int turn0 = column0 + 8 * kOfTurn * turn;
-    const auto column_of = [&](int i) {
-      return turn0 + 8 * (kOwn * part + i / 2) + 2 * lane.t + i % 2;
-    };
-    std::uint64_t least[kSlabs][kOfLane / kTogether];
-    unsigned infinite = 0;  // a bit for each slab and column
-    int first = 0;
 #pragma unroll
-    for (int begin = 0; begin < kOfLane; begin += kTogether) {
-      std::uint64_t low[kSlabs][kTogether];
+    for (int j = 0; j < kOfTurn; ++j) {
+      std::uint64_t least[2] = {kInfiniteBits, kInfiniteBits};
 #pragma unroll
-      for (int i = begin; i < begin + kTogether; ++i) {
-        const int column = column_of(i);
+      for (int odd = 0; odd < 2; ++odd) {
+        const int column = first_column + 8 * (kOfTurn * turn + j) + odd;
         const bool inside = query0 + column < x.rows;
         const double unit = shared.units[column], norm = PROJECT ? 0 : shared.norms[column];
         const ProductUnit of_product(unit);
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) {
-          const Index place = (query0 + column) * out.stride + reference0 + row_of(s);
+          const unsigned place = static_cast<unsigned>(query0 + column) * stride +
+                                 static_cast<unsigned>(reference0 + row_of(s));
           const ReferenceNorms<GEFORCE> of_references(squared[s]);
           const DistanceOfQuery<GEFORCE> distance_of(norm, unit, of_references);
-          low[s][i - begin] = kInfiniteBits;
           for (int e = 0; e < 2; ++e) {
-            const int at = 2 * e + i % 2;
-            float2 product = {total[s][i / 2][at], rest[s][i / 2][at]};
+            float2 product = {total[s][j][2 * e + odd], rest[s][j][2 * e + odd]};
             if constexpr (kParts > 1)
               product = add_sums(product, shared.sums.products[row_of(s) + 8 * e][column]);
             if constexpr (PROJECT) {
               const float projected = of_product(product);
-              if (inside && known[s][e]) out.projected[place + 8 * e] = projected;
-              all_finite = all_finite && (fabsf(projected) < INFINITY);
+              if (inside && known[s][e]) (out.projected + place)[8 * e] = projected;
+              all_finite = all_finite && fabsf(projected) < INFINITY;
             } else {
               const std::uint64_t distance = distance_of(e, product);
-              if (inside && known[s][e]) out.squared[place + 8 * e] = double_of(distance);
-              if (!known[s][e]) continue;
-              infinite |= static_cast<unsigned>(distance >= kInfiniteBits) << (s * kOfLane + i);
-              low[s][i - begin] = Least()(low[s][i - begin], distance);
+              if (inside && known[s][e]) (out.squared + place)[8 * e] = double_of(distance);
+              all_finite = all_finite && static_cast<std::uint32_t>(distance >> 32) < 0x7ff00000u;
+              least[odd] = Least()(least[odd], distance);
             }
           }
         }
       }
-      if constexpr (!PROJECT)
-        for (int s = 0; s < kSlabs; ++s) {
-          first = least_over_rows<16, kTogether>(low[s], lane);
-          least[s][begin / kTogether] = low[s][0];
-        }
-    }
-    if constexpr (!PROJECT) {
-      for (int apart = 4; apart < 32; apart *= 2)
-        infinite |= __shfl_xor_sync(kAll, infinite, apart);
-#pragma unroll
-      for (int s = 0; s < kSlabs; ++s)
-        for (int i = 0; i < kOfLane / kTogether; ++i) {
-          const int found = kTogether * i + first;
-          const bool marked = (infinite >> (s * kOfLane + found) & 1u) != 0;
-          const double value = double_of(least[s][i] < kInfiniteBits ? least[s][i] : kInfiniteBits);
-          if (lane.g % (8 / kTogether) == 0)  // others have the same
-            shared.sums.low[kSlabs * group + s][column_of(found)] = marked ? -value : value;
-        }
+      if constexpr (!PROJECT) {
+        auto* const to =
+            &shared.sums.least.of[8 * group + lane.g][first_column + 8 * (kOfTurn * turn + j)];
+        *reinterpret_cast<double2*>(to) = {double_of(least[0]), double_of(least[1])};
+      }
     }
     if constexpr (kTurns > 1)
       for (int s = 0; s < kSlabs; ++s)
@@ -652,25 +647,23 @@ __device__ inline void finish_tile(Memory& shared,
             rest[s][j][i] = rest[s][kOfTurn + j][i];
           }
   }
+  all_finite = __ballot_sync(kAll, all_finite) == kAll;
   if constexpr (PROJECT) {
     const TilePart part_of_warp = {query0 + column0 + 8 * kOwn * part, 8 * kOwn,
                                    reference0 + row_of(0) - lane.g, 16 * kSlabs};
-    if (__ballot_sync(kAll, all_finite) != kAll)
-      replace_infinite(part_of_warp, x.whole, y, center, out, lane);
+    if (!all_finite) replace_infinite(part_of_warp, x.whole, y, center, out, lane);
   } else {
+    if (lane.lane == 0) shared.sums.least.finite[lane.warp] = all_finite;
     __syncthreads();
-    constexpr int kTileGroups = kTileReferences / 16;
-#pragma unroll
-    for (int i = 0; i < REFERENCES / kTileReferences; ++i) {
-      const int tile = static_cast<int>(blockIdx.x) * (REFERENCES / kTileReferences) + i;
-      store_lowest<QUERIES>(shared.sums.low + i * kTileGroups, kTileGroups, tile, query0, x.rows,
-                            out);
-      if (blockIdx.y > 0 || threadIdx.x > 0 || tile >= out.tiles) continue;
-      double most = 0;
-      for (int w = 0; w < kTileGroups; ++w)
-        most = fmax(most, shared.sums.farthest[i * kTileGroups + w]);
-      out.reach[tile] = most;
-    }
+    store_lowest<REFERENCES>(shared.sums.least, query0, x.rows, out);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int tile = static_cast<int>(blockIdx.x) * (REFERENCES / kTileReferences) + thread;
+    if (blockIdx.y > 0 || thread >= REFERENCES / kTileReferences || tile >= out.tiles) return;
+    constexpr int kSlabsOfTile = kTileReferences / 16;
+    double most = 0;
+    for (int i = 0; i < kSlabsOfTile; ++i)
+      most = fmax(most, shared.sums.farthest[kSlabsOfTile * thread + i]);
+    out.reach[tile] = most;
   }
 }
 

@@ -12,13 +12,6 @@ namespace {
 // float64 instructions.
 constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
 
-// The bits of the distance, or of 0 if it is negative.
-__device__ inline std::uint64_t not_negative(double distance) {
-  const auto bits = static_cast<std::uint64_t>(bits_of(distance));
-  const auto front = static_cast<std::uint32_t>(bits >> 32);
-  return front < 0x80000000u || front > 0xfff00000u ? bits : 0;
-}
-
 // The sum of two sums of two floats each.
 __device__ inline float2 add_sums(float2 a, float2 b) {
   const TwoFloats sum = sum_of({a.x, a.y}, {b.x, b.y});
@@ -43,7 +36,8 @@ class DistanceOfQuery {
 
   __device__ std::uint64_t operator()(int reference, float2 product) const {
     const double sum = static_cast<double>(product.x) + product.y;
-    return not_negative(y_.squared[reference] + norm_ - 2 * unit_ * sum);
+    const double distance = y_.squared[reference] + norm_ - 2 * unit_ * sum;
+    return static_cast<std::uint64_t>(bits_of(distance <= 0 ? 0 : distance));
   }
 
  private:

@@ -26,7 +26,7 @@ struct WarpgroupMemory {
   };
   struct Sums {
     double squares[1][kReferences];
-    double low[kReferences / 16][kQueries];
+    LeastOfRows<kQueries, 8 * kGroups> least;
     double farthest[kReferences / 16];
   };
   union {
