@@ -147,7 +147,7 @@ INTENTS = {
         for warps in (4, 8)
     },
     "refine": Intent(512, blocks=2),
-    "weigh": Intent(256, blocks=2),
+    "weigh": Intent(256, blocks=6),
     "order_queries": Intent(256, blocks=2),
     "weighted_sum": Intent(128, blocks=2, products=".TF32", copies=True),
     **{

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ NOISE, TOLERANCE = 2.0**-22, 1.5e-4  # of a panel of centred products
 # The same where products are those of values rounded to float16.
 ROUNDED_NEAR, ROUNDED_TOLERANCE = 10.0, 2e-2
 SAMPLES = 16  # references whose mean is the centre
+PIECE = 1024  # a block of ``weigh`` has so many references, or a multiple of it
+WEIGHED_TOGETHER = 4  # words of 32 references of a turn of a warp of the CUDA ``weigh``
 SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
@@ -133,6 +135,11 @@ class Shape(NamedTuple):
         large = may and self.block >= LARGE_FROM and enough
         rows = LARGE_ROWS if large else SUM_ROWS
         return Sums(rows, self.part_panels(card.sms, rows))
+
+    def piece(self, card: Device) -> int:
+        """References of a block of the CUDA ``weigh``, ``pull`` and ``find_coefficients``."""
+        least = up(self.chunk, PIECE)
+        return PIECE * min(max(1, self.block * least // (4 * card.sms)), least)
 
     def part_panels(self, multiprocessors: int, rows: int = SUM_ROWS) -> int:
         """Panels of 32 references that a block of the CUDA ``weighted_sum`` sums, with groups of
@@ -557,6 +564,24 @@ def work_of(refined: Refined) -> dict[str, float]:
     return found
 
 
+def work_of_weights(live: Tensor, pieces: Collection[int]) -> dict[str, float]:
+    """Words of 32 references that the CUDA ``weigh`` does not leave out, and the turns in which its
+    warps take them, for all queries, in pieces of these sizes.
+
+    It leaves out tiles without a live weight. The words of a piece belong to 8 warps in turn.
+    """
+    tiles = _tiles(live.float(), TILE, 0.0).amax(2)
+    words = tiles.repeat_interleave(TILE // 32, 1)[:, : up(live.shape[1], 32)]
+    found = {"words": float(words.sum())}
+    for piece in pieces:
+        of_blocks = _tiles(words, piece // 32, 0.0).flatten(0, 1)
+        of_warps = _tiles(of_blocks, 8 * 32, 0.0).unflatten(2, (32, 8)).sum(2)
+        turns = (of_warps / WEIGHED_TOGETHER).ceil().sum((1, 2))
+        found[f"turns in pieces of {piece}"] = float(turns.sum())
+        found[f"turns in pieces of {piece}, most"] = float(turns.max())
+    return found
+
+
 def per_query(refined: Tensor) -> dict[str, float]:
     """Statistics over the queries, given the refined pairs of each."""
     counts = refined.double()
@@ -569,14 +594,14 @@ def per_query(refined: Tensor) -> dict[str, float]:
 
 
 class Totals:
-    """The work of ``refine`` on all chunks. "most" is the mean over chunks."""
+    """The work of a kernel on all chunks. "most" is the mean over chunks."""
 
     def __init__(self, chunks: int, times: float) -> None:
         self.chunks, self.times = chunks, times
         self.sums: dict[str, float] = {}
 
-    def add(self, refined: Refined) -> None:
-        for name, value in work_of(refined).items():
+    def add(self, found: dict[str, float]) -> None:
+        for name, value in found.items():
             share = 1 / self.chunks if "most" in name else self.times
             self.sums[name] = self.sums.get(name, 0.0) + share * value
 
@@ -604,13 +629,16 @@ def count(
     case, d = _measured(shape._replace(references=0), prepare)
     counted = len(case.x)
     times = shape.B / counted
-    sums, totals, lists = Mean(), Totals(shape.chunks, times), Lists(shape, cards)
+    sums, lists = Mean(), Lists(shape, cards)
+    totals, weights = Totals(shape.chunks, times), Totals(shape.chunks, times)
+    pieces = {shape.piece(card) for card in cards}
     refined = torch.zeros(counted)
     for chunk in chunks_of(case, shape, d):
         sums.add(chunk.live.shape[1], sums_of(chunk.live))
         lists.add(chunk.live)
         refined += chunk.refined.pairs.sum(1)
-        totals.add(chunk.refined)
+        totals.add(work_of(chunk.refined))
+        weights.add(work_of_weights(chunk.live, pieces))
     return {
         "B, M, N": (shape.B, shape.M, shape.N),
         "seed": SEED,
@@ -619,6 +647,7 @@ def count(
         "chunks": shape.chunks,
         "refined a query": per_query(refined),
         "refine": totals.sums,
+        "weigh": weights.sums,
         "sums": sums.result(),
         "lists": lists.result(),
     }
@@ -651,7 +680,7 @@ def count_gradient(
     totals, queries = Totals(shape.chunks, shape.B / len(case.x)), Mean()
     lists = Lists(shape, cards)
     for chunk in gradient_chunks(case, shape, d):
-        totals.add(chunk.refined)
+        totals.add(work_of(chunk.refined))
         lists.add(chunk.live)
         for live in chunk.live.split(shape.block):
             queries.add(*panels_of(listed_queries(live)))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from benchmarks.machine_code import kernels, sass, work
 from benchmarks.machine_code.data import (
     PARTS,
+    PIECE,
     SORTED,
     SUM_ROWS,
     SUM_TILE,
@@ -24,7 +25,7 @@ from benchmarks.machine_code.devices import Device
 from benchmarks.machine_code.kernels import Compiled
 from benchmarks.machine_code.model import ONCE, Launch, Phase, phase
 from benchmarks.machine_code.sass import Instruction, Loop, access_bytes
-from benchmarks.machine_code.work import KEPT, PIECE, Data, Work, by_size, read_again
+from benchmarks.machine_code.work import KEPT, Data, Work, by_size, read_again
 
 PANEL = 32  # features that a trip of Triton's ``distances`` takes
 
@@ -283,7 +284,7 @@ _LOOPS = {
     "split_rows": {"parts": "F2FP", "norms": "FMNMX"},
     "distances": {"features": "tensor", "turns": "fp64"},
     "differences": {"features": "fp32"},
-    "weigh": {"pairs": "fp32", "minima": "LDG"},
+    "weigh": {"turns": "fp32", "rounds": "fp32", "zeros": "STG", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},
     "list_references": {
         "panels": "STG",
@@ -330,11 +331,13 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
         body = kernel.body(loop, _without_loads(kernel, loop) if name == "pairs" else frozenset())
         trips, most, _, stored, spread = one.loops[name]
         each = _trips_at_once(name, what, kernels.count_of(body, what))
-        found = phase(name, kernel, body, trips / each, most / each)
-        if spread != 1:
-            found = _with_shares(found, {"LDG": spread})
+        threads, parts = kernel.threads, [phase(name, kernel, body, trips / each, most / each)]
+        if (one.name, name) == ("weigh", "turns"):  # of single warps
+            threads, parts = 32, _by_warps(name, kernel, body, one.loops[name], one.blocks)
         of_trip = None if stored is None else each * stored
-        phases.append(_with_stored(found, of_trip, kernel.threads))
+        for part in parts:
+            found = _with_shares(part, {"LDG": spread}) if spread != 1 else part
+            phases.append(_with_stored(found, of_trip, threads))
     return with_copied(phases, one, kernel)
 
 

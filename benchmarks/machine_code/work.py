@@ -16,10 +16,12 @@ from benchmarks.machine_code.data import (
     LISTED_TOGETHER,
     LISTING,
     PART_PANELS,
+    PIECE,
     SUM_FEATURES,
     SUM_ROWS,
     TILE,
     TRANSFER,
+    WEIGHED_TOGETHER,
     Shape,
     limit_warps,
     list_blocks,
@@ -28,7 +30,6 @@ from benchmarks.machine_code.data import (
 from benchmarks.machine_code.devices import Device
 
 Data = Mapping[str, Any]
-PIECE = 1024  # references that a block of ``weigh`` takes at a time
 FINISH_WARPS, FINISH_QUERIES = 4, 4  # of a block of ``finish_distances``; of a warp
 KEPT = 0.7  # share of the L2 cache that keeps a chunk's references until the weighted sum
 
@@ -45,7 +46,7 @@ _CENTER = 256  # features of a block of ``find_center``
 _RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
 _OVER_WARP = 5  # shuffles that combine the values of a warp
 _OF_PLACES = _OVER_WARP + 2  # with which a warp finds the places of what its threads list
-_OF_WEIGHTS = PIECE * 4 + PIECE / 8  # bytes of PIECE weights, and of a bit for each
+_OF_WEIGHTS = 32 * 4 + 4  # bytes of 32 weights, and of a bit for each
 
 
 class Amount(NamedTuple):
@@ -87,7 +88,8 @@ class Loop(NamedTuple):
     """Bytes that stores to global memory, copies not included, write in a trip. None: those of the
     code, if all lanes run it."""
     spread: float = 1
-    """Bytes that its loads from global memory transfer, over those that they need."""
+    """Bytes that its loads from global memory transfer, over those that all lanes ask for if they
+    run it."""
 
 
 class Work(NamedTuple):
@@ -167,8 +169,8 @@ def _of_chunks(
         yield work._replace(times=chunks)
     yield _limits(shape, data, queries, m)._replace(times=chunks)
     yield _refine(shape, data, queries, m, card)._replace(times=chunks)
-    yield _weigh(shape, queries, m, card)._replace(times=chunks)
-    pieces = up(m, piece_of(shape, card))
+    yield _weigh(shape, data, queries, m, card)._replace(times=chunks)
+    pieces = up(m, shape.piece(card))
     yield from _ordered_lists(shape, data, queries, m, pieces, chunks, card)
     yield _sum(shape, data, queries, m, card)._replace(times=chunks)
     yield _merge(shape, data, queries, m, card)._replace(times=chunks)
@@ -519,25 +521,34 @@ def _refine(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Wor
 # ---- weights and sums --------------------------------------------------------------------------
 
 
-def _weigh(shape: Shape, queries: int, m: int, card: Device) -> Work:
-    size, pairs = piece_of(shape, card), queries * m
-    blocks, trips = queries * up(m, size), queries * up(m, PIECE)
-    votes = Amount(exchanges=8 * PIECE // 256)
+def _weigh(shape: Shape, data: Data, queries: int, m: int, card: Device) -> Work:
+    found, share, size = data["weigh"], _share(shape, queries, m), shape.piece(card)
+    sizes = [min(size, m - start) for start in range(0, m, size)]  # of the pieces
+    blocks, rounds = queries * len(sizes), [up(each, 256 * 32) for each in sizes]
+    words, turns = (found[name] * share for name in ("words", f"turns in pieces of {size}"))
+    pairs, left_out = queries * m, queries * up(m, 32) - words
+    of_rounds, of_zeros = queries * sum(rounds), queries * up(m, PIECE)
+    # A turn is one of a single warp, which may have fewer words left.
+    together = words / turns if turns else 0.0
     loops = {
         "minima": _by_all(blocks, up(up(m, TILE), 256)),
-        "pairs": Loop(trips, size // PIECE, votes, _OF_WEIGHTS),
+        "rounds": Loop(of_rounds, max(rounds), Amount(exchanges=8), 4 * left_out / of_rounds),
+        "zeros": Loop(of_zeros, up(sizes[0], PIECE), stored=128 * left_out / of_zeros),
+        "turns": Loop(
+            turns,
+            found[f"turns in pieces of {size}, most"],
+            Amount(exchanges=WEIGHED_TOGETHER),
+            together * _OF_WEIGHTS,
+            together / WEIGHED_TOGETHER,
+        ),
     }
     once = Amount(barriers=3, exchanges=8 * (2 + _OVER_WARP))
-    moved = 12 * pairs if 12 * pairs > KEPT * card.rate("l2_size") else 0
+    moved = 4 * pairs + 8 * 32 * words + 8 * queries * up(m, TILE)
+    if 12 * pairs <= KEPT * card.rate("l2_size"):
+        moved = 0
     name = f"weigh<{_text(shape.halves)}, false>"  # D is finite
     stored = 2 * 4 + 2 * 8 * queries / blocks
     return Work("weigh", name, blocks, 256, 152, once, loops, moved, stored=stored)
-
-
-def piece_of(shape: Shape, card: Device) -> int:
-    """References of a block of ``weigh``, ``pull`` and ``find_coefficients``."""
-    least = up(shape.chunk, PIECE)
-    return PIECE * min(max(1, shape.block * least // (4 * card.sms)), least)
 
 
 def _ordered_lists(
@@ -682,7 +693,7 @@ def _merge(
     found = data["lists"][shape.sums(card).name]
     loops = {"parts": Loop(blocks * found["parts"], found["parts, most"])}
     if name == "merge":
-        loops["pieces"] = _by_all(blocks, up(m, piece_of(shape, card)))
+        loops["pieces"] = _by_all(blocks, up(m, shape.piece(card)))
     moved = 4 * (found["parts"] + 1) * queries * shape.N
     kernel = f"merge<{width}>" if name == "merge" else name
     of_state = 3 * 8 if name == "merge" else 0
@@ -738,7 +749,7 @@ def _gradient_of_chunks(
     projected = _distances(shape, queries, m, card, project=True)
     for work in projected if kept else (*measured, *projected):
         yield work._replace(times=passes * chunks)
-    pieces = up(m, piece_of(shape, card))
+    pieces = up(m, shape.piece(card))
     yield _pull(shape, queries, m, card)._replace(times=chunks)
     yield _coefficients(shape, queries, m, card, references)._replace(times=chunks)
     if m == shape.chunk_sizes()[-1]:
@@ -753,7 +764,7 @@ def _gradient_of_chunks(
 
 
 def _pull(shape: Shape, queries: int, m: int, card: Device) -> Work:
-    size = piece_of(shape, card)
+    size = shape.piece(card)
     blocks = queries * up(m, size)
     loops = {"pairs": Loop(queries * up(m, PIECE), min(size // PIECE, up(m, PIECE)))}
     name, moved, stored = "pull<false>", 12 * queries * m, 2 * 8  # D is finite
@@ -761,11 +772,11 @@ def _pull(shape: Shape, queries: int, m: int, card: Device) -> Work:
 
 
 def _coefficients(shape: Shape, queries: int, m: int, card: Device, references: bool) -> Work:
-    size = piece_of(shape, card)
+    size = shape.piece(card)
     blocks, padded = queries * up(m, size), 32 * up(shape.chunk, 32)
     trips = [up(min(size, padded - start), PIECE) for start in range(0, m, size)]
     votes = Amount(exchanges=8 * PIECE // 256)
-    loops = {"pairs": Loop(queries * sum(trips), max(trips), votes, _OF_WEIGHTS)}
+    loops = {"pairs": Loop(queries * sum(trips), max(trips), votes, PIECE // 32 * _OF_WEIGHTS)}
     name, moved = "find_coefficients", (24 if references else 16) * queries * m
     kernel, stored = f"{name}<false, {_text(references)}>", 4 + 2 * 8  # D is finite
     return Work(name, kernel, blocks, 256, 204, _TWO_SUMS, loops, moved, stored=stored)

@@ -7,12 +7,14 @@ namespace pfgm {
 namespace {
 
 // A weight below e^-kWeightCutoff / M of the sum of weights becomes zero. M such weights together
-// are smaller than the rounding of a float32 result. A gradient multiplies p_j by (y_j − mean)²/s,
-// which may be large; there the cutoff is kGradientCutoff nats lower.
+// are smaller than the rounding of a float32 result. So it does not matter that the sum has those
+// of some tiles, and not those of tiles that weigh leaves out. A gradient multiplies p_j by (y_j −
+// mean)²/s, which may be large; there the cutoff is kGradientCutoff nats lower.
 constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 constexpr int kQueryThreads = 256;
+constexpr int kWeighBlocks = 6;     // of a multiprocessor; those of GeForce cards hold no more
 constexpr int kMomentThreads = 32;  // of finish_moments, whose float64 many multiprocessors share
-constexpr int kPiece = 1024;        // references that a block of weigh takes at a time
+constexpr int kPiece = 1024;        // references that a block of pull takes at a time
 constexpr int kSteps = kPiece / kQueryThreads;  // references of a thread at a time
 
 // Merge state of each query. nearest and total are results too.
@@ -53,6 +55,87 @@ struct RowWeights {
   float smallest;  // a weight below it becomes zero
 };
 
+// In a round a warp of weigh takes 32 words, each of 32 references. They are kQueryThreads
+// references apart, because the warps of a block take neighbours.
+constexpr int kRound = 32 * kQueryThreads;
+
+// The words of a warp in a round. Places have 32 bits: a multiplication makes an address of them.
+struct Round {
+  unsigned first, place;  // of the first word, in its chunk, and in the rows of all queries
+  int left;               // references from there to the end of the piece
+
+  // Whether there is a reference so far behind the first one.
+  __device__ bool has(unsigned behind) const { return static_cast<int>(behind) < left; }
+
+  // Stores zeros for the words that are not alive. Eight lanes have the weights of a word.
+  __device__ void store_zeros(const ChunkWeights& out, unsigned alive, unsigned lane) const {
+    const unsigned dead = ~alive;
+    if (has(kQueryThreads * lane) && (dead >> lane & 1u) != 0)
+      out.live[(place + kQueryThreads * lane) / 32] = 0;
+    unsigned own = dead >> lane / 8;
+#pragma unroll 1
+    for (unsigned j = kQueryThreads * (lane / 8) + 4 * (lane % 8); has(j); j += 4 * kQueryThreads) {
+      if ((own & 1u) != 0) *reinterpret_cast<float4*>(out.weight + (place + j)) = {};
+      own >>= 4;
+    }
+  }
+};
+
+// Finds the weights of a query in the words of a warp.
+template <bool HALVES>
+struct Weigher {
+  const WeightLaw& law;
+  RowWeights row;
+  float factor;
+
+  __device__ float weight(double squared) const {
+    const float w = law.weight(row.fall(squared));
+    // The sum is that of the weights by which references are multiplied.
+    return HALVES ? law.rounded(w) : w;
+  }
+
+  // A bit for each word whose tile has a weight that is not zero, as its smallest distance says. A
+  // lane looks at one word. A weight that is NaN counts.
+  __device__ unsigned alive(const Round& round, const Pairs& pairs, unsigned lane) const {
+    const unsigned behind = kQueryThreads * lane;
+    const bool known = round.has(behind);
+    const double least = known ? pairs.lowest[blockIdx.x * static_cast<unsigned>(pairs.tiles) +
+                                              (round.first + behind) / kTileReferences]
+                               : 0;
+    return __ballot_sync(kAll, known && !(weight(least) < row.smallest));
+  }
+
+  // Stores the weights of the words that are alive, and adds to their sum and to the number of
+  // those that are not zero.
+  __device__ void weigh(const Round& round, unsigned alive, const double* distances,
+                        const ChunkWeights& out, unsigned lane, float& sum, int& live) const {
+    const unsigned place = round.place + lane;
+    const unsigned end = round.place + static_cast<unsigned>(round.left);
+#pragma unroll 1
+    while (alive != 0) {
+      unsigned to[kSteps];  // ~0 after the last word
+      double squared[kSteps];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i, alive &= alive - 1) {
+        const auto word = static_cast<unsigned>(__ffs(static_cast<int>(alive)) - 1);
+        to[i] = alive != 0 ? place + kQueryThreads * word : ~0u;
+        squared[i] = to[i] < end ? distances[to[i]] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const bool stores = to[i] != ~0u;
+        float w = weight(squared[i]);
+        if (to[i] >= end) w = 0;
+        sum += w;
+        if (w < row.smallest) w = 0;
+        const float stored = HALVES ? float_of(both_halves(w * factor)) : w * factor;
+        if (stores) out.weight[to[i]] = stored;
+        live += mark_live(out.live + to[i] / 32, lane == 0 && stores, w != 0);
+      }
+    }
+  }
+};
+
 struct WeighMemory {
   std::int64_t least[kQueryThreads / 32];
   RowWeights row;
@@ -62,9 +145,10 @@ struct WeighMemory {
 
 // Weights of one query over a piece of the chunk, relative to the nearest reference so far, which
 // comes from the minima of tiles and from earlier chunks. They are stored times `factor`, in halves
-// if HALVES. GAUSSIAN is law.gaussian.
+// if HALVES. GAUSSIAN is law.gaussian. Most tiles have no weight that is not zero; their distances
+// are not read.
 template <bool HALVES, bool GAUSSIAN>
-__global__ void __launch_bounds__(kQueryThreads)
+__global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
     weigh(WeightLaw law, const double* radius, const Pairs pairs, int references, double floor,
           float factor, bool first_chunk, const QueryStates state, const ChunkWeights out,
           const PieceSums sums) {
@@ -97,34 +181,20 @@ __global__ void __launch_bounds__(kQueryThreads)
     }
   }
   __syncthreads();
-  const RowWeights row = shared.row;
-
+  const Weigher<HALVES> weigher = {law, shared.row, factor};
+  const unsigned row = blockIdx.x * static_cast<unsigned>(pairs.stride);
+  const int first = piece * sums.size;
+  const int end = first + static_cast<int>(smaller(sums.size, references - first));
+  const auto own = static_cast<unsigned>(lane.lane);
   float sum = 0;
   int live = 0;
-  const int first = piece * sums.size, stride = static_cast<int>(pairs.stride);
-  const double* const distances = pairs.squared + query * stride + thread;
-  float* const weights = out.weight + query * stride + thread;
-  std::uint32_t* const words = out.live + query * (stride / 32) + lane.warp;
 #pragma unroll 1
-  for (int start = first; start < first + sums.size && start < references; start += kPiece) {
-    const int left = references - start - thread, columns = stride - start - thread;
-    double squared[kSteps];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      squared[i] = i * kQueryThreads < left ? distances[start + i * kQueryThreads] : 0;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int step = i * kQueryThreads;
-      float w = law.weight(row.fall(squared[i]));
-      // The sum is that of the weights by which references are multiplied.
-      if constexpr (HALVES) w = law.rounded(w);
-      if (step >= left) w = 0;
-      sum += w;
-      if (w < row.smallest) w = 0;
-      if (step < columns)
-        weights[start + step] = HALVES ? float_of(both_halves(w * factor)) : w * factor;
-      live += mark_live(words + (start + step) / 32, lane.lane == 0 && step < columns, w != 0);
-    }
+  for (int start = first; start < end; start += kRound) {
+    const int at = start + 32 * lane.warp;
+    const Round round = {static_cast<unsigned>(at), row + static_cast<unsigned>(at), end - at};
+    const unsigned alive = weigher.alive(round, pairs, own);
+    round.store_zeros(out, alive, own);
+    weigher.weigh(round, alive, pairs.squared, out, own, sum, live);
   }
   sum = over_warp(sum, Sum());
   if (lane.lane == 0) shared.sums[lane.warp] = sum, shared.live[lane.warp] = live;

@@ -635,6 +635,24 @@ def test_turns_of_warps_that_list_pairs():
     assert turns(300) == [8 * 8 + 8 * 2]  # of 256 tiles, and of the others
 
 
+def test_words_of_weights_and_their_turns():
+    """Warps take every eighth word, and up to four of them in a turn. Tiles are taken whole."""
+    live = torch.zeros(2, 3000, dtype=torch.bool)
+    live[0, [70, 100, 2999]] = True  # of tiles 1 and 46
+    live[1] = True
+    found = data.work_of_weights(live, [1024, 3072])
+    assert found == {
+        "words": 2 + 2 + 94,
+        # The first row has one word of two warps in two pieces. The other has 4 words of each
+        # warp in a piece, or 3.
+        "turns in pieces of 1024": 2 + 2 + 3 * 8,
+        "turns in pieces of 1024, most": 8,
+        "turns in pieces of 3072": 4 + 8 * 3,  # warps have 11 or 12 words
+        "turns in pieces of 3072, most": 8 * 3,
+    }
+    assert data.work_of_weights(live[:, :40], []) == {"words": 2}
+
+
 def test_shapes_are_split_as_in_the_kernels():
     assert data.BIG.blocks() == [1024] * 4
     assert data.BIG._replace(B=2800).blocks() == [960, 960, 880]
@@ -801,6 +819,11 @@ ON_DATA = {
         "turns": 60.0,
         "turns, most": 5.0,
     },
+    "weigh": {
+        "words": 3000.0,
+        **{f"turns in pieces of {1024 * n}": 800.0 for n in range(1, 9)},
+        **{f"turns in pieces of {1024 * n}, most": 9.0 for n in range(1, 9)},
+    },
     "lists": {
         f"groups of {rows}, parts of {panels}": {
             "listed": 70.0,
@@ -862,11 +885,11 @@ def test_machine_code_has_what_is_counted(type):
                 assert coded == once.barriers + again, one.kernel
             if one.name in ("weigh", "pull", "find_coefficients"):
                 # Each thread finds the weights of four pairs, each from one exponential.
-                (pairs,) = [
-                    p for p in launches._cuda_phases(one, kernel, shape) if p.name == "pairs"
-                ]
-                each = [part.name for part in pairs.code if part.name == "MUFU.EX2"]
-                assert len(each) == work.PIECE // 256
+                pairs = "turns" if one.name == "weigh" else "pairs"
+                for part in launches._cuda_phases(one, kernel, shape):
+                    if part.name == pairs:
+                        each = [one.name for one in part.code if one.name == "MUFU.EX2"]
+                        assert len(each) == data.WEIGHED_TOGETHER == data.PIECE // 256
             for name, loop in one.loops.items():
                 if not loop.trip.barriers or loop.most == 1 or name in ("words", "lists"):
                     continue
@@ -898,7 +921,7 @@ def test_loops_over_pairs_have_no_float64(card):
     """On GeForce cards float64, and conversions from and to it, run at 1/64 of float32's rate."""
     both = ("false", "true")
     looped = {
-        **{f"weigh<{halves}, {law}>": ("fp32", "LDG") for halves in both for law in both},
+        **{f"weigh<{halves}, {law}>": ("fp32", "STG", "LDG") for halves in both for law in both},
         **{f"pull<{law}>": ("fp32",) for law in both},
         **{f"find_coefficients<{law}, {of_y}>": ("fp32",) for law in both for of_y in both},
         **{f"split_rows<{centered}>": ("F2FP", "FMNMX") for centered in both},
@@ -964,11 +987,16 @@ def test_stores_write_the_bytes_that_are_counted():
 
 
 def test_bytes_that_blocks_store():
-    """By hand for 64 queries, 2048 references and 128 features, 70 of which are listed."""
+    """By hand for 64 queries, 2048 references and 128 features, 70 of which are listed. Of 4096
+    words of weights 3000 are not left out."""
     shape = data.Shape("some", 64, 2048, 128)
     found = {one.name: one for one in work.counts(shape, ON_DATA, H100)}
     weigh, listing, merge = found["weigh"], found["list_references"], found["merge"]
-    assert weigh.loops["pairs"].stored == 1024 * 4 + 1024 / 32 * 4
+    turns, rounds, zeros = (weigh.loops[name] for name in ("turns", "rounds", "zeros"))
+    assert turns.stored * 800 == pytest.approx(3000 * (32 * 4 + 4))
+    assert rounds.trips == 128  # one for each piece
+    assert rounds.stored * 128 == 1096 * 4
+    assert zeros.stored * 128 == 1096 * 32 * 4
     assert weigh.stored * weigh.blocks == 128 * 2 * 4 + 64 * 2 * 8  # two pieces of each query
     assert listing.loops["words"].stored == 0  # they go to shared memory
     assert merge.stored * merge.blocks == 64 * (128 * 4 + 3 * 8)

@@ -3,7 +3,8 @@ same from shapes and data alone.
 
 Launches, blocks, shared memory, and what does not depend on values agree exactly. ``find_limits``,
 ``refine`` and the weighted sums depend on which distances and weights are below a limit; there a
-hundredth may differ, because the kernels round their distances.
+hundredth may differ, because the kernels round their distances. Which tiles ``weigh`` leaves out
+depends on values too, but agrees here.
 """
 
 from __future__ import annotations
@@ -236,6 +237,22 @@ def test_shares_of_lists(run, B, multiprocessors):
     found = run(clusters(B, 2300, 40), multiprocessors=multiprocessors)
     check(found)
     check_longest(found)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_tiles_without_weights(run, multiprocessors):
+    """Blocks have one or two pieces of several rounds. The references of a tile are near each
+    other, so most tiles are left out for the first queries, and none for the last ones."""
+    case = clusters(8, 20_000, 16)
+    cluster = torch.arange(20_000) % 20
+    case = case._replace(references=case.references[cluster.argsort(stable=True)])
+    found = run(case, multiprocessors=multiprocessors)
+    check(found)
+    check_longest(found)
+    (weigh,) = (one for one in found.model if one.name == "weigh")
+    turns, rounds = weigh.loops["turns"], weigh.loops["rounds"]
+    assert rounds.most == (3 if multiprocessors == 1 else 2)
+    assert turns.most > 1.5 * turns.trips / weigh.blocks
 
 
 @pytest.mark.parametrize("sizes", [(40, 300, 96), (8, 300, 96)])

@@ -1,0 +1,169 @@
+"""Tiles of 64 references whose smallest distance is beyond all weights: the CUDA ``weigh`` reads no
+distances of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+FEATURES = [20, 40]  # distances from differences, and from products
+D_VALUES = [1.0, 64.0, math.inf]
+TILE, WORD = 64, 32
+
+
+@pytest.fixture
+def backend():
+    return "native"
+
+
+@pytest.fixture
+def turns(shim):
+    """turns(run) are the turns of warps in each launch of ``weigh`` in run(), if a block has at
+    most 8192 references. A warp takes up to four words in a turn, and votes for each of them."""
+
+    def turns(run):
+        shim.counts(True)
+        run()
+        launches = [one[-1] for one in shim.counts(False) if one[0] == "weigh"]
+        return [sum(v - 8 for v in of_blocks["__ballot_sync"]) // 4 for of_blocks in launches]
+
+    return turns
+
+
+def tiles(op, B, M, N, near):
+    """References of a tile are near each other and far from those of other tiles. Points are near
+    some of tile ``near``."""
+    generator = torch.Generator().manual_seed(6)
+    centres = 4 * torch.randn(-(-M // TILE), N, generator=generator)
+    references = centres[torch.arange(M) // TILE] + 0.2 * torch.randn(M, N, generator=generator)
+    own = references[TILE * near : TILE * near + TILE]
+    x = own[torch.randint(0, len(own), (B,), generator=generator)]
+    x = x + 0.2 * torch.randn(B, N, generator=generator)
+    sigma = torch.full((B,), 0.1, dtype=torch.float64)
+    return x.to(op.device), references.to(op.device), sigma.to(op.device)
+
+
+def words(M, tile):
+    """Words of a tile that have references."""
+    return -(-min(TILE, M - TILE * tile) // WORD)
+
+
+@pytest.mark.parametrize("D", D_VALUES)
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.parametrize(
+    ("M", "near"), [(64, 0), (65, 1), (127, 1), (300, 4), (300, 2), (1100, 16)]
+)
+@pytest.mark.usefixtures("poisoned")
+def test_all_tiles_but_one(op, turns, M, near, N, D):
+    x, references, sigma = tiles(op, 18, M, N, near)
+    problem = x, references, op.radius_of(sigma, D)
+    assert turns(lambda: op.check(*problem, D)) == [18 * words(M, near)]
+    op.check_gradients(*problem, D, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.usefixtures("poisoned")
+def test_all_tiles_of_a_later_chunk(op, shim, turns, N):
+    """What one chunk says of the nearest reference holds for the next ones."""
+    shim.limits(references=128)
+    for near, expected in ((0, [36, 0, 0]), (1, [36, 0, 0])):
+        problem = tiles(op, 18, 300, N, near)
+        assert turns(lambda problem=problem: op.check(*problem, math.inf)) == expected
+    first, second, last = turns(lambda: op.check(*tiles(op, 18, 300, N, 4), math.inf))
+    assert min(first, second) >= 0
+    assert last == 18 * words(300, 4)
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.usefixtures("poisoned")
+def test_no_tile(op, turns, N):
+    """All references are the same, so all weights are equal."""
+    x, references, sigma = op.problem(18, 300, N)
+    references = references[:1].expand(300, N).contiguous()
+    for D in D_VALUES:
+        problem = x, references, op.radius_of(sigma, D)
+        # Of 10 words, two warps have two.
+        assert turns(lambda problem=problem, D=D: op.check(*problem, D)) == [18 * 8]
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.parametrize("D", D_VALUES)
+@pytest.mark.usefixtures("poisoned")
+def test_points_on_a_reference(op, turns, N, D):
+    """At a limit only equal references have a weight, here two of different tiles."""
+    x, references, sigma = tiles(op, 18, 300, N, 2)
+    references[7] = references[130]
+    x[:] = references[130]
+    mean = None
+
+    def run():
+        nonlocal mean
+        mean, _ = op.compute(x, references, 0 * sigma, D)
+
+    assert turns(run) == [18 * 4]
+    torch.testing.assert_close(mean, x)
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.parametrize("scale", [1e-25, 2.0**-60, 2.0**60, 1e25])
+@pytest.mark.usefixtures("poisoned")
+def test_tiny_and_huge_values(op, turns, N, scale):
+    given = tiles(op, 18, 300, N, 3)
+    x, references, sigma = (scale * each for each in given)
+    for D in (1.0, math.inf):
+        assert turns(lambda D=D: op.compute(x, references, sigma, D)) == [18 * 2]
+        assert op.mean_error(x, references, sigma, D) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.usefixtures("poisoned")
+def test_precision_medium(op, turns, D):
+    problem = tiles(op, 18, 300, 40, 4)
+    found = None
+
+    def run():
+        nonlocal found
+        found = op.compute(*problem, D, "medium")
+
+    assert turns(run) == [18 * words(300, 4)]
+    op.assert_accurate(found, op.expected(*problem, D), problem[1], tolerance=3e-3)
+
+
+@pytest.mark.parametrize("N", FEATURES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.usefixtures("poisoned")
+def test_values_that_are_not_finite(op, shim, N, bad):
+    """Of a point, its result is NaN. Of a reference, all are, wherever it is."""
+    for chunk in (300, 128):
+        shim.limits(references=chunk)
+        x, references, sigma = tiles(op, 18, 300, N, 2)
+        expected, _ = op.expected(x, references, sigma, 1.0)
+        x[3, 1] = bad
+        mean, lse = op.compute(x, references, sigma, 1.0)
+        others = torch.arange(18) != 3
+        assert mean[3].isnan().all()
+        assert lse[3].isnan()
+        assert (mean[others].double() - expected[others]).norm(dim=1).max() <= 1e-3
+        for at in (0, 150, 299):
+            x, references, sigma = tiles(op, 18, 300, N, 2)
+            references[at, N - 1] = bad
+            mean, lse = op.compute(x, references, sigma, 1.0)
+            assert mean.isnan().all()
+            assert lse.isnan().all()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+@pytest.mark.usefixtures("poisoned")
+def test_several_rounds(op, shim, multiprocessors):
+    """Blocks with more words than a warp looks at together, and the last references of a chunk."""
+    shim.device(90, multiprocessors)
+    generator = torch.Generator().manual_seed(7)
+    x, references, sigma = op.problem(4, 20_011, 3)
+    # Tiles become near each other, so that some are left out.
+    references = references[references[:, 0].argsort()]
+    sigma = 10 ** torch.linspace(-3, 0, 4, dtype=torch.float64)
+    x[0] = references[-1] + 1e-3 * torch.randn(3, generator=generator)
+    for D in D_VALUES:
+        op.check(x, references, op.radius_of(sigma, D), D)
