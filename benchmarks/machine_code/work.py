@@ -194,7 +194,7 @@ def _center(shape: Shape) -> Work:
 
 def _split(shape: Shape, queries: int, centered: bool = True) -> Work:
     width, threads = _STAGED * up(shape.N, _STAGED), 256
-    held = 0 if shape.N % 2 else min(shape.N, 2 * HELD * threads)  # features
+    held = 2 * min(shape.N // 2, HELD * threads)  # features
     each = _by_all(queries, (width - held) / threads)
     loops = {"norms": each, "parts": each, "rest": Loop(0, 0)}
     once = Amount(barriers=1, exchanges=8 * 2)

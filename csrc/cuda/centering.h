@@ -141,13 +141,12 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const int thread = static_cast<int>(threadIdx.x), pairs = center.width / 2,
             groups = (center.width - 1) / kCenterThreads + 1;
   const float* x = rows.row(row);
-  const bool whole = rows.aligned && center.features % 2 == 0;
   const int held =
-      whole ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
+      rows.aligned ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
   const float own_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
   const float own_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
   float2 first[kHeld] = {};  // of the pairs
-  if (whole) {
+  if (held > 0) {
     float2 of_center[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
