@@ -281,7 +281,7 @@ def lets_next_start(kernel: Compiled, blocks: int) -> bool:
 # counted takes one of these instructions.
 _LOOPS = {
     "find_center": {},
-    "split_rows": {"parts": "F2FP", "norms": "FMNMX"},
+    "split_rows": {"parts": "F2FP", "rest": "F2FP", "norms": "FMNMX", "scaled": "STG"},
     "distances": {"features": "tensor", "turns": "fp64"},
     "differences": {"features": "fp32"},
     "weigh": {"turns": "fp32", "rounds": "fp32", "zeros": "STG", "minima": "LDG"},
@@ -322,6 +322,9 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
     else:
         once = phase(ONCE, kernel, straight, one.blocks, 1)
         phases = [_with_stored(once, one.stored, kernel.threads)]
+    if one.name == "split_rows":  # threads without a pair load the last one again
+        share = min(1.0, shape.N / (2 * work.HELD * kernel.threads))
+        phases = [_with_shares(part, {"LDG": share}) for part in phases]
     left = list(kernel.loops)
     for name, what in _LOOPS[one.name].items():
         if name not in one.loops:

@@ -43,6 +43,7 @@ _SIZES = {
 _PANEL = 32  # features, or references, that are added up together
 _STAGED = 64  # features that a trip of ``distances`` takes
 _CENTER = 256  # features of a block of ``find_center``
+HELD = 8  # pairs of features in the registers of a thread of ``split_rows``
 _RANKED = 16  # queries of a block of ``order_queries``, 16 threads each
 _OVER_WARP = 5  # shuffles that combine the values of a warp
 _OF_PLACES = _OVER_WARP + 2  # with which a warp finds the places of what its threads list
@@ -194,15 +195,18 @@ def _center(shape: Shape) -> Work:
 
 
 def _split(shape: Shape, queries: int, centered: bool = True) -> Work:
-    each = shape.N / 256
-    loops = {"norms": _by_all(queries, each), "parts": _by_all(queries, each)}
-    over_block = Amount(barriers=2, exchanges=8 * _OVER_WARP)
-    once = over_block.times(2)
-    if centered:  # a sum in two floats; the first block finds the largest value of all
-        once = once.plus(Amount(barriers=1, exchanges=8 * 2 * _OVER_WARP))
-        loops["first"] = Loop(1, 1, over_block)
+    width, threads = _STAGED * up(shape.N, _STAGED), 256
+    held = 2 * min(shape.N // 2, HELD * threads)  # features
+    each = _by_all(queries, (width - held) / threads)
+    loops = {"norms": each, "parts": each, "rest": Loop(0, 0)}
+    once = Amount(barriers=1, exchanges=8 * 2)
+    if centered:  # the largest value of all, and a sum in two floats
+        once = once.plus(Amount(barriers=1, exchanges=8 * (1 + 2 * _OVER_WARP)))
+        shares = up(width, threads)
+        loops["scaled"] = Loop(shares, up(shares, queries))
     name, moved = f"split_rows<{_text(centered)}>", 8 * queries * shape.N
-    return Work("split_rows", name, queries, 256, 96, once, loops, moved)
+    stored = 4 * held + 8 * (1 + centered)
+    return Work("split_rows", name, queries, threads, 96, once, loops, moved, stored=stored)
 
 
 def _text(value: bool) -> str:

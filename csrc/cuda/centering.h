@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kSamples = 16;  // references whose mean is the centre
 constexpr int kCenterThreads = 256, kSplitThreads = 256;
+constexpr int kHeld = 8;  // pairs of values in the registers of a thread of split_rows
 // Powers of two of the largest centred values as float16, which holds less than 2^16. References
 // outside of the sample may be larger by 2^11. Then sums of products with a low part, which are
 // less than 2^10 each, still fit float16 if not nearly all of a panel are that large.
@@ -108,62 +109,111 @@ __device__ inline float sum_of_squares(std::uint32_t halves) {
   return first * first + second * second;
 }
 
+// The largest of a warp's values, none of which is negative. Their bits have the order of the
+// values.
+__device__ inline float largest_of_warp(float value) {
+  return float_of(
+      static_cast<std::uint32_t>(-__reduce_min_sync(kAll, -static_cast<int>(bits_of(value)))));
+}
+
+// The largest value of all groups, found by a warp. `own` is that of the group with the lane's
+// number, or 0.
+__device__ inline float largest_of(const float* of_groups, int groups, float own,
+                                   const Lane& lane) {
+  float largest = fmaxf(own, 0);
+#pragma unroll 1
+  for (int i = lane.lane + 32; i < groups; i += 32) largest = fmaxf(largest, of_groups[i]);
+  return largest_of_warp(largest);
+}
+
 // The two parts of a row of queries minus the centre, or of upstream gradients, which are not
 // centred. norms[row] = |x − centre|², of values that are scaled, so that float32 holds their
-// squares, and rounded if only their high parts are multiplied.
+// squares, and rounded if only their high parts are multiplied. Threads keep the first values of
+// an aligned row, and load all others twice. Blocks share out the scaled centre.
 template <bool CENTERED>
-__global__ void __launch_bounds__(kSplitThreads)
+__global__ void __launch_bounds__(kSplitThreads, 1)
     split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
   wait_for_earlier_launches();
   let_next_launch_start();
   SplitMemory& shared = *reinterpret_cast<SplitMemory*>(shared_memory());
+  const Lane lane = this_lane();
   const Index row = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x),
+  const int thread = static_cast<int>(threadIdx.x), pairs = center.width / 2,
             groups = (center.width - 1) / kCenterThreads + 1;
   const float* x = rows.row(row);
+  const int held =
+      rows.aligned ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
+  const float own_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
+  const float own_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
+  float2 first[kHeld] = {};  // of the pairs
+  if (held > 0) {
+    float2 of_center[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      // The last pair again, if there is no other, changes no largest value.
+      const int pair = thread + i * kSplitThreads, known = pair < held ? pair : held - 1;
+      first[i] = reinterpret_cast<const float2*>(x)[known];
+      if (CENTERED) of_center[i] = reinterpret_cast<const float2*>(center.at)[known];
+    }
+    if (CENTERED)
+      for (int i = 0; i < kHeld; ++i) first[i].x -= of_center[i].x, first[i].y -= of_center[i].y;
+  }
   const auto value = [&](int feature) {
     if (feature >= center.features) return 0.0f;
     return CENTERED ? x[feature] - center.at[feature] : x[feature];
   };
-  float spread = 0, largest = 0;
-#pragma unroll 1
-  for (int i = thread; i < groups; i += kSplitThreads) spread = fmaxf(spread, center.spread[i]);
+  const auto values = [&](int pair) { return float2{value(2 * pair), value(2 * pair + 1)}; };
+  float largest = 0;
+  const auto compare = [&](float2 v) { largest = fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y))); };
+  for (const float2 v : first) compare(v);
 #pragma unroll 4
-  for (int feature = thread; feature < center.features; feature += kSplitThreads)
-    largest = fmaxf(largest, fabsf(value(feature)));
-  spread = over_block<kSplitThreads>(spread, shared.most, Most());
-  largest = over_block<kSplitThreads>(largest, shared.most, Most());
+  for (int pair = held + thread; pair < pairs; pair += kSplitThreads) compare(values(pair));
+  largest = largest_of_warp(largest);
+  const float spread = largest_of(center.spread, groups, own_spread, lane);
+  const float largest_value = CENTERED ? largest_of(center.largest, groups, own_largest, lane) : 0;
+  if (lane.lane == 0) shared.most[lane.warp] = largest;
+  __syncthreads();
+  for (const float most : shared.most) largest = fmaxf(largest, most);
   const float of_y = scale_to(spread, kReferencePower), of_x = scale_to(largest, kQueryPower);
+  const float of_value = scale_to(largest_value, kValuePower);
 
   auto* high = reinterpret_cast<std::uint32_t*>(out.high + row * center.width);
   auto* low = reinterpret_cast<std::uint32_t*>(out.low + row * center.width);
+  const float of_low = out.rounded ? 0 : 1;  // how often norms count what the high part leaves
   CompensatedSum squares;
-#pragma unroll 4
-  for (int pair = thread; pair < center.width / 2; pair += kSplitThreads) {
-    const float first = value(2 * pair) * of_x, second = value(2 * pair + 1) * of_x;
-    const TwoHalves parts = split_halves(first, second);
+  const auto store = [&](int pair, float2 v) {
+    v.x *= of_x, v.y *= of_x;
+    const TwoHalves parts = split_halves(v.x, v.y);
     high[pair] = parts.high, low[pair] = parts.low;
-    if (CENTERED)
-      squares.add(out.rounded ? sum_of_squares(parts.high) : first * first + second * second);
+    if (!CENTERED) return;
+    const auto counted = [&](float of_v, float front) { return front + of_low * (of_v - front); };
+    const float a = counted(v.x, half_of_word(parts.high, 0));
+    const float b = counted(v.y, half_of_word(parts.high, 1));
+    squares.add(a * a + b * b);
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int pair = thread + i * kSplitThreads;
+    if (pair < held) store(pair, first[i]);
   }
-  if (thread == 0) out.units[row] = inverse_powers(of_x, of_y);
+#pragma unroll 4
+  for (int pair = held + thread; pair < pairs; pair += kSplitThreads) store(pair, values(pair));
+  if (thread == 0) {
+    out.units[row] = inverse_powers(of_x, of_y);
+    if (CENTERED && row == 0) {
+      center.scale[0] = of_y, center.scale[1] = inverse_power(of_y);
+      center.value_scale[0] = of_value, center.value_scale[1] = inverse_power(of_value);
+    }
+  }
   if (!CENTERED) return;
+  const int step = rows.count * kSplitThreads;
+#pragma unroll 1
+  for (int i = static_cast<int>(row) * kSplitThreads + thread; i < center.width; i += step)
+    center.scaled[i] = center.at[i] * of_y;
   TwoFloats norm[1] = {squares.result()};
   sum_over_block<kSplitThreads>(norm, shared.squares);
   if (thread == 0)
     norms[row] = (static_cast<double>(norm[0].high) + norm[0].low) * inverse_powers(of_x, of_x);
-  if (row > 0) return;
-#pragma unroll 1
-  for (int feature = thread; feature < center.width; feature += kSplitThreads)
-    center.scaled[feature] = center.at[feature] * of_y;
-  largest = 0;
-#pragma unroll 1
-  for (int i = thread; i < groups; i += kSplitThreads) largest = fmaxf(largest, center.largest[i]);
-  largest = over_block<kSplitThreads>(largest, shared.most, Most());
-  if (thread > 0) return;
-  const float of_value = scale_to(largest, kValuePower);
-  center.scale[0] = of_y, center.scale[1] = inverse_power(of_y);
-  center.value_scale[0] = of_value, center.value_scale[1] = inverse_power(of_value);
 }
 
 }  // namespace

@@ -327,12 +327,15 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const TwoFloats of_y = two_floats(&b[i]);
-      float high = a[i] - of_y.high;
-      const float of_b = high - a[i];
-      float rest = (a[i] - (high - of_b)) - (of_y.high + of_b);
+      // From the larger one on, the rest of the difference takes two additions and not five. The
+      // comparison leaves the units that add and multiply free.
+      const bool x_first = fabsf(a[i]) >= fabsf(of_y.high);
+      const float one = x_first ? a[i] : -of_y.high, other = x_first ? -of_y.high : a[i];
+      float high = one + other, rest = other - (high - one);
+      const bool finite = fabsf(high) < INFINITY;
       high *= unit, rest = (rest - of_y.low) * twice;
       if constexpr (CUT) {
-        const bool cut = fabsf(high) > 0x1p55f && rest == rest;
+        const bool cut = finite && fabsf(high) > 0x1p55f;
         high = cut ? 0x1p55f : high, rest = cut ? 0 : rest;
       }
       add_compensated(total, lost, high * high + high * rest);

@@ -2,9 +2,13 @@
 // sanitizer. The order of threads and blocks must not change a bit, nor must distances that are
 // kept for the backward pass.
 #include <algorithm>
+#include <numeric>
 
 #include "api/levels.h"
 #include "api/normalised_field.h"
+#include "cuda/centering.h"
+#include "cuda/launch.h"
+#include "cuda/refinement.h"
 #include "cuda/squared_distances.h"
 #include "host_shim/intrinsics.h"
 #include "tests/problems.h"
@@ -117,6 +121,134 @@ void check_squared_distances() {
         if (tested(e, {bad, NAN}) < kInfiniteBits) fail("a distance that is not finite is lost");
     }
   }
+}
+
+// ---- centred queries ------------------------------------------------------------------------
+
+constexpr Index kSplitRows = 3;
+
+// The rows' two parts, their units and the scales are bit by bit what the rule says.
+template <bool CENTERED>
+void check_split_rows(int features, Index gap, bool rounded, float scale, float special) {
+  const Index stride = features + gap, start = gap == 1 ? 1 : 0;
+  const int width = static_cast<int>(round_up(features, 64)), groups = (width + 255) / 256;
+  Random random(static_cast<std::uint64_t>(features));
+  const auto values = [&](Index count, Index known) {
+    std::vector<float> v(static_cast<std::size_t>(count));
+    for (Index i = 0; i < known; ++i)
+      v[static_cast<std::size_t>(i)] = scale * static_cast<float>(random.normal());
+    return v;
+  };
+  auto x = values(start + kSplitRows * stride, start + kSplitRows * stride);
+  x[static_cast<std::size_t>(start + stride + features - 1)] = special;
+  auto at = values(width, features), spread = values(groups, groups),
+       largest = values(groups, groups);
+  for (auto* both : {&spread, &largest})
+    for (float& v : *both) v = std::fabs(v);
+  std::vector<float> scaled(static_cast<std::size_t>(width), NAN), scales(4, NAN);
+  const auto size = static_cast<std::size_t>(kSplitRows * width);
+  std::vector<std::uint16_t> high(size, 0x7bff), low(size, 0x7bff);
+  std::vector<double> units(kSplitRows, NAN), norms(kSplitRows, NAN);
+  const Rows<float> rows = rows_of<float>(x.data() + start, stride, kSplitRows);
+  const Center center = {at.data(),     spread.data(), largest.data(), scales.data(), &scales[2],
+                         scaled.data(), features,      width,          false};
+  const Halves out = {high.data(), low.data(), units.data(), kSplitRows, rows, rounded};
+  Stream(kPlace).launch({"split_rows", {kSplitRows}, kSplitThreads, sizeof(SplitMemory)},
+                        split_rows<CENTERED>, rows, center, norms.data(), out);
+
+  const auto most = [](float a, float b) { return std::fmax(a, std::fabs(b)); };
+  const float of_y =
+      scale_to(std::accumulate(spread.begin(), spread.end(), 0.0f, most), kReferencePower);
+  const float of_value =
+      scale_to(std::accumulate(largest.begin(), largest.end(), 0.0f, most), kValuePower);
+  bool same = true;
+  for (Index b = 0; b < kSplitRows; ++b) {
+    std::vector<float> v(static_cast<std::size_t>(width));
+    for (int f = 0; f < features; ++f)
+      v[static_cast<std::size_t>(f)] =
+          rows.row(b)[f] - (CENTERED ? at[static_cast<std::size_t>(f)] : 0);
+    const float of_x = scale_to(std::accumulate(v.begin(), v.end(), 0.0f, most), kQueryPower);
+    double norm = 0;
+    for (int f = 0; f < width; ++f) {
+      const auto i = static_cast<std::size_t>(b * width + f);
+      const float value = v[static_cast<std::size_t>(f)] * of_x;
+      const TwoHalves parts = split_halves(value, 0);
+      same = same && high[i] == (parts.high & 0xffffu) && low[i] == (parts.low & 0xffffu);
+      const double counted = rounded ? half_of_word(parts.high, 0) : value;
+      norm += counted * counted;
+    }
+    const auto row = static_cast<std::size_t>(b);
+    same = same && bits_of(units[row]) == bits_of(inverse_powers(of_x, of_y));
+    if (!CENTERED) continue;
+    norm *= inverse_powers(of_x, of_x);
+    // Squares are rounded to float32; their sum is not.
+    const bool near = std::fabs(norms[row] - norm) <= 0x1p-23 * norm;
+    same = same && (near || (std::isnan(norms[row]) && !std::isfinite(norm)));
+  }
+  if (CENTERED) {
+    for (std::size_t f = 0; f < scaled.size(); ++f)
+      same = same && bits_of(scaled[f]) == bits_of(at[f] * of_y);
+    same = same && scales == std::vector<float>{of_y, inverse_power(of_y), of_value,
+                                                inverse_power(of_value)};
+  }
+  if (!same) fail("split_rows is wrong: " + std::to_string(features) + " features");
+}
+
+// Rows that threads hold, in whole or in part, and rows that are read twice, because they are
+// misaligned.
+void check_splits() {
+  for (const int features : {2, 33, 64, 100, 784, 3072, 4095, 4096, 4100, 9001, 9004}) {
+    for (const Index gap : {0, 1, 3, 4}) {
+      check_split_rows<true>(features, gap, false, 1, 0);
+      check_split_rows<true>(features, gap, true, 1, 0);
+      check_split_rows<false>(features, gap, false, 1, 0);
+    }
+    if (kFew) break;
+    for (const float scale : {0.0f, 1e-42f, 1e-20f, 1e18f, 1e37f})
+      check_split_rows<true>(features, 0, false, scale, 0);
+    for (const float special : {1e38f, 1e-44f, NAN, INFINITY, -INFINITY}) {
+      check_split_rows<true>(features, 0, false, 1, special);
+      check_split_rows<true>(features, 0, true, 1, special);
+      check_split_rows<false>(features, 1, false, 1, special);
+    }
+  }
+}
+
+// ---- exact differences ----------------------------------------------------------------------
+
+// The square of a difference has the bits that the rule gives for its two floats, whichever of the
+// two numbers is larger.
+void check_differences() {
+  Random random(2);
+  for (int i = 0; i < 20000; ++i) {
+    const double scale = std::exp2(random.uniform(-60, 60));
+    float x = static_cast<float>(scale * random.normal());
+    float y = static_cast<float>(scale * random.normal() * std::exp2(random.uniform(-40, 40)));
+    if (i % 7 == 0) y = std::nextafter(x, 0.0f);
+    if (i % 11 == 0) y = -x;
+    if (i % 13 == 0) x = 0;
+    if (i % 17 == 0) y = 0;
+    const float high = x - y, of_y = high - x;
+    const float rest = (x - (high - of_y)) - (y + of_y);
+    const float unit = scale_to(std::fmax(std::fabs(high), 0x1p-100f), 0);
+    const float expected = high * unit * (high * unit) + high * unit * (rest * (2 * unit));
+    const TwoFloats found = sum_of_squares<false>(&x, &y, 1, unit, 0);
+    if (bits_of(found.high) != bits_of(expected) || found.low != 0)
+      fail("a difference is wrong: " + std::to_string(i));
+  }
+  // A difference that float32 does not hold is not cut.
+  const float most = 3e38f, least = -3e38f, infinite = INFINITY, nothing = NAN;
+  for (const auto& [x, y] :
+       {std::pair(most, least), std::pair(least, most), std::pair(infinite, most),
+        std::pair(most, infinite), std::pair(infinite, infinite), std::pair(nothing, most),
+        std::pair(most, nothing)})
+    for (const float unit : {0x1p-76f, 1.0f, 0x1p60f})
+      if (!std::isnan(sum_of_squares<true>(&x, &y, 1, unit, 0).high))
+        fail("a value that is not finite is lost");
+  // One that it holds is.
+  const float zero = 0;
+  for (const auto& [x, y] : {std::pair(&most, &zero), std::pair(&zero, &most)})
+    if (sum_of_squares<true>(x, y, 1, 1, 0).high != 0x1p110f) fail("a far value is not cut");
 }
 
 // ---- posterior mean -------------------------------------------------------------------------
@@ -383,6 +515,8 @@ void check_levels() {
 
 int main() {
   check_squared_distances();
+  check_splits();
+  check_differences();
   check_shapes();
   check_orders();
   check_tiles();
