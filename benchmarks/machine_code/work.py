@@ -455,7 +455,9 @@ def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, proj
     if rows > 128 and not sliced:
         loops["turns"] = _by_all(tiles, rows // 128)  # over the queries, after their sums
     once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * exchanges)
-    memory = 4 * _PANEL * (2 * parts_of_x * rows + 4 * references + 4) + 16 * rows
+    stages = 4 * _PANEL * (2 * parts_of_x * rows + 4 * references + 4)
+    least = 8 * references // 2 * (rows + 8) + 16  # smallest distances, in the place of stages
+    memory = max(stages, least + 8 * (references + references // 16)) + 16 * rows
     moved = 4 * m * shape.N + 4 * queries * shape.N
     moved += _stored_of_pair(shape, slices) * queries * m
     kernel = f"rounded_warpgroup_distances<{rows}, " if rounded else "warpgroup_distances<"

@@ -97,7 +97,7 @@ constexpr int kDistanceThreads = 256;
 // different banks. `finite` says whether all distances of a warp are.
 template <int QUERIES, int ROWS>
 struct LeastOfRows {
-  std::uint64_t of[ROWS][QUERIES + 8];
+  alignas(16) std::uint64_t of[ROWS][QUERIES + 8];
   bool finite[kDistanceThreads / 32];
 };
 
