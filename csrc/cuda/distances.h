@@ -479,7 +479,8 @@ class ProductUnit {
   float half_, rest_;
 };
 
-// Instead of |y − centre|² of a row after the last one, whose distances are not the smallest then.
+// In place of |y − centre|² of a row after the last one. Its distances are larger than all others,
+// which are sums of squares of float32, and do not count.
 constexpr double kBeyondAll = 0x1p1000;
 
 // Stores the smallest distance of each tile of references for each query. It is marked in all tiles
@@ -499,7 +500,7 @@ __device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS>& least, int
 #pragma unroll
     for (int row = 0; row < kRowsOfTile; ++row)
       lowest = Least()(lowest, least.of[kRowsOfTile * of_block + row][q]);
-    const double distance = double_of(lowest);
+    const double distance = double_of(lowest) < kBeyondAll / 2 ? double_of(lowest) : INFINITY;
     out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] =
         stored_lowest(finite ? distance : -distance);
   }
