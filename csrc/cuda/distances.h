@@ -23,7 +23,8 @@ struct Pairs {
   Index stride;
   double* squared;   // (queries, stride)
   float* projected;  // (queries, stride): G·y; may be null
-  double* lowest;    // (queries, tiles); negative if a distance of the tile is not finite
+  double* lowest;    // (queries, tiles); negative if a distance of the tile, or of others of its
+                     // block, is not finite, until find_limits has looked at it
   double* reach;     // (tiles): the largest |y − centre|²
   double* norms;     // (queries): |x − centre|², or |x|² beside differences
   unsigned* list;    // (queries · stride): places in `squared` of the pairs that refine takes

@@ -194,8 +194,8 @@ class Calculation {
   void backward(const Backward& io) {
     if (measures_) find_references_center();
     for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
-      // A forward pass over one chunk knew no nearest reference before. Without it the distances
-      // here are the same to the bit.
+      // A forward pass over one chunk, too, knew no nearest reference before. Without it the
+      // distances here are the same to the bit.
       const bool one = partition_.references == problem_.references;
       const double* nearest = one ? nullptr : io.nearest + first_;
       if (measures_) split<true>(x(), x_halves_);

@@ -101,8 +101,12 @@ struct WeightLaw {
     return exponential(u > 0x1p100f ? -INFINITY : -fall);
   }
 
-  // A weight that halves hold without a low part, if only high parts are multiplied.
-  __device__ float rounded(float w) const { return float_of((bits_of(w) + half_a_step) & kept); }
+  // A weight that halves hold without a low part, if only high parts are multiplied. NaN, whose
+  // bits are larger than those of any weight, stays NaN.
+  __device__ float rounded(float w) const {
+    const std::uint32_t bits = bits_of(w), nan = 0x7fc00000u;
+    return float_of(((bits < nan ? bits : nan) + half_a_step) & kept);
+  }
 
   // What the gradient needs of the same distance. Distances have larger errors than float32.
   __device__ Ratios ratios(float linear) const {

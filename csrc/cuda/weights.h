@@ -62,7 +62,7 @@ constexpr int kRound = 32 * kQueryThreads;
 // The words of a warp in a round. Places have 32 bits: a multiplication makes an address of them.
 struct Round {
   unsigned first, place;  // of the first word, in its chunk, and in the rows of all queries
-  int left;               // references from there to the end of the piece
+  int left;               // references from there to the end of the piece, or of the round
 
   // Whether there is a reference so far behind the first one.
   __device__ bool has(unsigned behind) const { return static_cast<int>(behind) < left; }
@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
 #pragma unroll 1
   for (int start = first; start < end; start += kRound) {
     const int at = start + 32 * lane.warp;
-    const Round round = {static_cast<unsigned>(at), row + static_cast<unsigned>(at), end - at};
+    const int left = static_cast<int>(smaller(end - at, kRound));
+    const Round round = {static_cast<unsigned>(at), row + static_cast<unsigned>(at), left};
     const unsigned alive = weigher.alive(round, pairs, own);
     round.store_zeros(out, alive, own);
     weigher.weigh(round, alive, pairs.squared, out, own, sum, live);

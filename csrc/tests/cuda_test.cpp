@@ -214,6 +214,20 @@ void check_splits() {
   }
 }
 
+// ---- weights ----------------------------------------------------------------------------------
+
+// NaN stays NaN where weights are rounded, also the one of GPUs, whose bits are all set.
+void check_rounded_weights() {
+  WeightLaw law = {};
+  law.half_a_step = 0x1000u, law.kept = ~0x1fffu;
+  for (const std::uint32_t bits : {0x7fffffffu, 0xffffffffu, 0x7fc00000u, 0xffc00000u})
+    if (!std::isnan(law.rounded(float_of(bits)))) fail("a weight that is NaN is lost");
+  for (const auto& [weight, rounded] :
+       {std::pair(1.0f, 1.0f), std::pair(0x1.004p-3f, 0x1.004p-3f), std::pair(0x1.001p-3f, 0x1p-3f),
+        std::pair(0x1.003p-3f, 0x1.004p-3f)})
+    if (law.rounded(weight) != rounded) fail("a weight is rounded to another number");
+}
+
 // ---- exact differences ----------------------------------------------------------------------
 
 // The square of a difference has the bits that the rule gives for its two floats, whichever of the
@@ -517,6 +531,7 @@ int main() {
   check_squared_distances();
   check_splits();
   check_differences();
+  check_rounded_weights();
   check_shapes();
   check_orders();
   check_tiles();

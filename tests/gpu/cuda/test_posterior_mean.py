@@ -222,6 +222,7 @@ def test_workspace_is_bounded(device):
     for B, N, backward in (
         (1, 3072, False), (128, 3072, True), (1400, 3072, True), (1400, 3072, False),
         (5000, 20, True), (5000, 20, False), (32, 100_000, True), (32, 100_000, False),
+        (7903, 1056, True), (7903, 1056, False),
     ):  # fmt: skip
         x = torch.empty(1, N, device=device).expand(B, N)
         radius = torch.empty(B, dtype=torch.float64, device=device)
@@ -231,7 +232,7 @@ def test_workspace_is_bounded(device):
             place = native._place(x.device)
             problem = native.native_problem(PosteriorMean(x, references, radius, 1.0))
             sizes.append(native.extension().posterior_mean_workspace_cuda(problem, place, backward))
-        assert sizes[0] == sizes[1] <= (450 if backward else 250) << 20
+        assert sizes[0] == sizes[1] <= (480 if backward else 270) << 20
 
 
 def test_huge_numbers_of_dimensions(op):
