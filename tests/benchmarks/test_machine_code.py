@@ -889,7 +889,7 @@ def test_machine_code_has_what_is_counted(type):
                 pairs = "turns" if one.name == "weigh" else "pairs"
                 for part in launches._cuda_phases(one, kernel, shape):
                     if part.name == pairs:
-                        each = [one.name for one in part.code if one.name == "MUFU.EX2"]
+                        each = [step for step in part.code if step.name == "MUFU.EX2"]
                         assert len(each) == data.WEIGHED_TOGETHER == data.PIECE // 256
             for name, loop in one.loops.items():
                 if not loop.trip.barriers or loop.most == 1 or name in ("words", "lists"):
