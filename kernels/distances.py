@@ -28,6 +28,7 @@ from .refinement import (
     MAX_REFINE_PROGRAMS,
     MIN_REFINE_TILES,
     NEAR,
+    OTHERS,
     find_limits,
     refine,
     refine_config,
@@ -327,10 +328,12 @@ def _limits_step(block: Block, tiles: int, first: bool) -> Step:
     products = not block.shape.few
     spread = 0.0 if block.gaussian else math.expm1(NEAR / block.exponent)
     margin, noise, tolerance = block.errors
+    # The gradient needs digits of weights that the mean does not.
+    others = math.inf if block.shape.project else math.log(block.references) + OTHERS
     launch = _find_limits(
         (block.rows, 1, 1),
         (block.N, tiles),
-        (block.exponent, spread, margin, noise, NEAR, tolerance),
+        (block.exponent, spread, margin, noise, NEAR, others, tolerance),
         (first, products, block.gaussian),
         LIMITS,
     )

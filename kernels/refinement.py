@@ -20,6 +20,7 @@ from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
 NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
+OTHERS = 2.0  # weights that are smaller than one by log M and so many nats count e^-2 of it together
 MAX_REFINE_PROGRAMS = 256  # for a query
 MIN_REFINE_TILES = 2  # tiles of references for a program of ``refine``
 MAX_REGISTERS = 128  # of a thread of ``refine``
@@ -50,6 +51,13 @@ def exact_difference(a, b):
     return high, (a - (high - of_b)) - (b + of_b)
 
 
+@triton.jit
+def growth(u):
+    """e^u − 1 of u ≥ 0, to about 2^-14."""
+    series = u * (1.0 + u / 2.0 * (1.0 + u / 3.0 * (1.0 + u / 4.0 * (1.0 + u / 5.0))))
+    return tl.where(u < 0.5, series, tl.exp(u) - 1.0)
+
+
 @triton.jit(do_not_specialize=["tiles"])
 def find_limits(
     radius,
@@ -66,6 +74,7 @@ def find_limits(
     margin: tl.float64,
     noise: tl.float64,
     near_nats: tl.float64,
+    others: tl.float64,
     tolerance: tl.float64,
     FIRST: tl.constexpr,
     PRODUCTS: tl.constexpr,
@@ -80,8 +89,9 @@ def find_limits(
     references is typically ``noise``·(2|x||y| + |y|²) for PRODUCTS, and ``noise``·(|x|² + d²)
     otherwise. (exponent/s)·error is the relative error of a weight. If n weights are within a nat
     of the largest, their errors average out in the mean by a factor of at least √(n/e). If more
-    than ``tolerance`` is left, or the log-sum-exp lacks digits, all references are refined whose
-    weight may be more than e^-near_nats times the largest.
+    than ``tolerance`` is left, or the log-sum-exp lacks digits, references are refined whose weight
+    may be more than e^-near_nats times the largest, or more than a weight whose error may be left
+    by ``others`` nats.
 
     limits[row, 1] is the power of two by which ``refine`` multiplies differences, so that float32
     holds their squares.
@@ -134,11 +144,20 @@ def find_limits(
     else:
         # The rounding errors of single differences mostly average out.
         error = smallest + 2.0**-26 * base + noise * (norm + base)
-    allowed = tolerance * tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
-    allowed = tl.minimum(allowed, tolerance * tl.maximum(1.0, score) / 16.0)
+    averaged = tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
+    of_score = tl.maximum(1.0, score) / 16.0
+    allowed = tolerance * tl.minimum(averaged, of_score)
+    times = error / (tolerance * tl.minimum(1.0, of_score) * within)
+    nats = tl.log(times.to(tl.float32)).to(tl.float64) + others
+    nats = tl.where(nats < near_nats, tl.maximum(nats, 0.0), near_nats)
+    if GAUSSIAN:
+        last = base + bound + nats * within
+    else:
+        last = base + bound + growth((nats / exponent).to(tl.float32)).to(tl.float64) * s
     unit = tl.where(near < float("inf"), scale_to(tl.sqrt(near).to(tl.float32), 0), 2.0**-76)
-    near = tl.where((error > allowed * within) | (near == float("inf")), near, -1.0)
-    tl.store(limits + 2 * row, near)
+    last = tl.where(near < float("inf"), last, near)
+    matters = (error > allowed * within) | (near == float("inf"))
+    tl.store(limits + 2 * row, tl.where(matters, last, -1.0))
     tl.store(limits + 2 * row + 1, unit.to(tl.float64))
 
 

@@ -69,7 +69,7 @@ _NUMBERS = {
     "i32": "B M N width portion programs tiles segment stretch stretches pieces x_stride"
     " y_stride pairs_stride",
     "fp32": "half divisor",
-    "fp64": "exponent spreading margin noise near_nats tolerance floor",
+    "fp64": "exponent spreading margin noise near_nats others tolerance floor",
 }
 TYPES = {name: kind for kind, names in (_POINTERS | _NUMBERS).items() for name in names.split()}
 _DIVISIBLE = {name for names in _POINTERS.values() for name in names.split()}

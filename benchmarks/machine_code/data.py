@@ -26,6 +26,7 @@ from benchmarks.machine_code.devices import DEVICES, Device
 PARTS, ROWS, REFERENCES = 3 << 22, 4096, 1 << 16  # the largest chunk and block
 TRITON_PAIRS, CUDA_PAIRS = 1 << 22, 1 << 24  # of a chunk, at most
 TILE, NEAR, CUTOFF = 64, 20.0, 16.0
+OTHERS = 2.0  # smaller by log M and so many nats, all weights together need no more digits
 GRADIENT_CUTOFF = 8.0  # the weights of gradients are cut off so much later
 SUM_TILE = 32
 SORTED = 256
@@ -40,7 +41,8 @@ SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from which on it is
-FEWEST_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 64  # of 32 references that it sums
+# Of 32 references that it sums.
+FEWEST_PANELS, MANY_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 24, 64
 FEW_PARTS = 8  # that fit into memory, so that they have as many panels as they can
 GATHERED_PANELS = 192  # whose weights a block of the CUDA ``list_references`` gathers, at most
 LISTING = 8  # threads of it for a query of a group; so many groups have uneven shares of blocks
@@ -144,16 +146,17 @@ class Shape(NamedTuple):
     def part_panels(self, multiprocessors: int, rows: int = SUM_ROWS) -> int:
         """Panels of 32 references that a block of the CUDA ``weighted_sum`` sums, with groups of
         so many queries."""
-        even = self._even_panels(multiprocessors, rows)
-        panels, even = up(self.chunk, 32), min(max(even, FEWEST_PANELS), MOST_PANELS)
+        even = min(max(self._even_panels(multiprocessors, rows), FEWEST_PANELS), MANY_PANELS)
+        even = max(even, min(self._even_panels(multiprocessors, rows, 6), MOST_PANELS))
+        panels = up(self.chunk, 32)
         if self.most_parts <= FEW_PARTS:
             return up(panels, up(panels, PART_PANELS))
         return max(even, up(panels, self.most_parts))
 
-    def _even_panels(self, multiprocessors: int, rows: int) -> int:
-        """Panels of a part that share the work out evenly."""
+    def _even_panels(self, multiprocessors: int, rows: int, blocks: int = 4) -> int:
+        """Panels of a part that give each multiprocessor so many blocks."""
         tiles = up(self.N, SUM_FEATURES) * up(self.block, rows)
-        return up(up(self.chunk, 32) * tiles, 4 * multiprocessors)
+        return up(up(self.chunk, 32) * tiles, blocks * multiprocessors)
 
     @property
     def most_parts(self) -> int:
@@ -219,10 +222,12 @@ class Rule(NamedTuple):
     few: bool = False
     """Whether distances are found from differences, in CUDA."""
     type: str = "float32"
+    gradient: bool = False
+    """Whether a gradient is found with the distances."""
 
     @classmethod
     def of(cls, shape: Shape) -> Rule:
-        return cls(shape.N, shape.M, shape.few, shape.type)
+        return cls(shape.N, shape.M, shape.few, shape.type, shape.backward)
 
     @property
     def rounded(self) -> bool:
@@ -240,17 +245,31 @@ class Rule(NamedTuple):
         return (self.N + 1) / 2
 
     @property
-    def spread(self) -> float:
-        """Relative distance beyond the nearest within which pairs are refined."""
-        return math.expm1((ROUNDED_NEAR if self.rounded else NEAR) / self.exponent)
+    def near(self) -> float:
+        """How many nats below the largest weight pairs are refined, at most."""
+        return ROUNDED_NEAR if self.rounded else NEAR
 
-    def largest_refined(self, base: Tensor, norm: Tensor, r: Tensor) -> Tensor:
-        """The largest squared distance that is refined (B,)."""
+    def spread(self, base: Tensor, r: Tensor, nats: Tensor | float) -> Tensor:
+        """How much larger than the least a squared distance is whose weight is so many nats
+        smaller (B,)."""
+        return torch.expm1(torch.as_tensor(nats) / self.exponent) * (base + r * r)
+
+    def largest_refined(
+        self, base: Tensor, norm: Tensor, r: Tensor, nats: Tensor | float
+    ) -> Tensor:
+        """The largest squared distance that is refined, if those of so many nats are (B,)."""
         if self.rounded:
             bound = 8 * self.noise(base, norm, r, 2 * (base + norm))
         else:
             bound = 2 * (BOUND / 8 if self.few else BOUND) * (3 * norm + 2 * base)
-        return base + bound + self.spread * (base + r * r)
+        return base + bound + self.spread(base, r, nats)
+
+    def nats(self, times: Tensor) -> Tensor:
+        """How many nats below the largest weight pairs are refined, if errors are so many times
+        what is allowed (B,)."""
+        if self.gradient:
+            return torch.full_like(times, self.near)
+        return (times.log() + math.log(self.M) + OTHERS).clamp(0, self.near)
 
     def noise(self, base: Tensor, norm: Tensor, r: Tensor, farthest: Tensor) -> Tensor:
         """The typical error of a distance (B,).
@@ -266,7 +285,7 @@ class Rule(NamedTuple):
         of_sums = noise * (2 * (norm * farthest).sqrt() + farthest)
         if not self.rounded:
             return of_sums
-        edge = (base + self.spread * (base + r * r)).sqrt()
+        edge = (base + self.spread(base, r, self.near)).sqrt()
         of_rounding = 2.0**-11 / math.sqrt(self.N) * edge * (norm.sqrt() + farthest.sqrt())
         return of_sums + of_rounding + 2.0**-24 * (norm + farthest)
 
@@ -322,14 +341,17 @@ def refined_of_chunk(
     """What is refined: pairs whose error changes the result."""
     lowest = _tiles(part, TILE, math.inf).amin(2)
     reach = _tiles(of_y[None], TILE, 0.0).amax(2)
-    near = rule.largest_refined(base, norm, r)
+    near = rule.largest_refined(base, norm, r, rule.near)
     within = (base + r * r) / rule.exponent
     close = (lowest <= (base + within)[:, None]).sum(1)
     farthest = torch.where(lowest <= near[:, None], reach, 0.0).amax(1)
     error = rule.noise(base, norm, r, farthest)
     score = rule.exponent * (base + r * r).log().abs()
-    allowed = torch.minimum((close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16)
-    near[error <= rule.tolerance * allowed * within] = -1
+    averaged, of_score = (close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16
+    one = rule.tolerance * within
+    nats = rule.nats(error / (of_score.clamp(max=1) * one))
+    near = rule.largest_refined(base, norm, r, nats)
+    near[error <= torch.minimum(averaged, of_score) * one] = -1
     return Refined(part <= near[:, None], lowest <= near[:, None])
 
 

@@ -76,10 +76,27 @@ def backward(counts: dict[str, Any]) -> Iterator[Row]:
             made = launches.cuda_backward(shape, counts[shape.name], card)
             for part in model.merge_by_name([model.predict(one, card) for one in made]):
                 yield _row(shape, card, "cuda", part)
+            if shape.keeps:
+                more = _kept(shape, counts[shape.name], card)
+                yield _row(shape, card, "cuda", Predicted("forward, more refined", more, 0, ""))
             for path, (kind, compiled) in TORCH.items():
                 parts = model.torch_backward(card, shape.B, shape.M, shape.N, kind, compiled)
                 for name, seconds in parts.items():
                     yield _row(shape, card, path, Predicted(name, seconds, 0, ""))
+
+
+def _kept(shape: Shape, found: dict[str, Any], card: Device) -> float:
+    """By how much the forward pass takes longer if it keeps its distances for the gradient, which
+    needs more of them refined."""
+    chunk = str(work.on_card(shape, card).chunk)
+    of_gradient = found["gradient"][chunk]["refine"]
+    kept = {"cuda": {chunk: found["cuda"][chunk] | {"refine": of_gradient}}}
+    with_and_without = (kept, found)
+    longer, usual = (
+        model.total([model.predict(one, card) for one in launches.cuda(shape, each, card)])
+        for each in with_and_without
+    )
+    return longer - usual
 
 
 def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:

@@ -630,7 +630,10 @@ def _list(
     if pieces:
         loops["counts"] = _by_all(blocks, pieces)
     if order:
-        loops["ranks"] = _by_all(blocks, up(queries, 4))
+        sharers = 2 if 2 * queries <= threads else 1  # lanes that find the rank of a query
+        loops["ranks"] = _by_all(
+            blocks, up(queries, 4 * sharers), Amount(exchanges=warps * (sharers - 1))
+        )
     how = ", ".join(map(_text, (pieces > 0, order, halves)))
     name = f"list_references<{sums.rows}, {how}>"
     memory = 4 * (2 * threads + 2 * warps + sums.rows) + 2 * _PANEL * GATHERED_PANELS + 12 * words

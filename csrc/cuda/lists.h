@@ -18,9 +18,10 @@ constexpr Index kMostReferences = 1 << 16;        // of a chunk, for places of 1
 constexpr int kRankedQueries = 16;                // of a block of order_queries
 constexpr Index kLargeFrom = 256;  // queries of a block from which on groups are large
 template <int ROWS> constexpr int kListThreads = 8 * ROWS;
-// Panels of listed references that a block sums: kFewestPanels to kMostPanels, or more, up to
-// kPartPanels, if the parts would not fit into memory.
-constexpr int kFewestPanels = 4, kMostPanels = 16, kPartPanels = 64;
+// Panels of listed references that a block sums: kFewestPanels to kManyPanels if that leaves four
+// blocks a multiprocessor, up to kMostPanels if it leaves six. They are more, up to kPartPanels, if
+// the parts would not fit into memory.
+constexpr int kFewestPanels = 4, kManyPanels = 16, kMostPanels = 24, kPartPanels = 64;
 constexpr int kGatheredPanels = 192;  // of a block of list_references, at most
 
 // The place of the first of a thread's `own` things: `count` earlier ones and those of threads
@@ -163,16 +164,26 @@ __device__ inline ListTask take_even_share(ListMemory<ROWS>& shared, int queries
   return {group, block % shares, shares};
 }
 
-// How many of the first `count` keys are less than this one. Later keys are not.
+// Finds the order of the queries, of which a block has as many keys or more. If there are half as
+// many queries as threads, two lanes share one.
 template <int ROWS>
-__device__ inline int rank_of(const ListMemory<ROWS>& shared, std::uint32_t key, int count) {
-  int rank = 0;
-#pragma unroll 4
-  for (int other = 0; other < count; other += 4) {
-    const uint4 keys = *reinterpret_cast<const uint4*>(&shared.keys[other]);
-    rank += (keys.x < key) + (keys.y < key) + (keys.z < key) + (keys.w < key);
-  }
-  return rank;
+__device__ inline void find_order(ListMemory<ROWS>& shared, int queries, int* order) {
+  const bool share = 2 * queries <= kListThreads<ROWS>;
+  const int thread = static_cast<int>(threadIdx.x), sharers = share ? 2 : 1;
+  const int query = thread / sharers, part = thread % sharers;
+  const std::uint32_t key = shared.keys[query];
+  int rank = 0;  // keys that are less; those after the last query are not
+#pragma unroll 1
+  for (int other = 16 * part; other < queries; other += 16 * sharers)
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      const uint4 keys = *reinterpret_cast<const uint4*>(&shared.keys[other + i]);
+      rank += (keys.x < key) + (keys.y < key) + (keys.z < key) + (keys.w < key);
+    }
+  if (share) rank += __shfl_xor_sync(kAll, rank, 1);
+  if (part > 0 || query >= queries) return;
+  shared.order[rank] = query;
+  if (blockIdx.x == 0) order[rank] = query;
 }
 
 // Shares out the blocks to at most 8 groups. Each group has one block, and of the others a number
@@ -205,14 +216,11 @@ __device__ inline ListTask take_uneven_share(ListMemory<ROWS>& shared, const Pie
   const int thread = static_cast<int>(threadIdx.x), groups = divide_up32(queries, ROWS);
   const bool known = thread < queries;
   // Keys have the order of the numbers of weights, and of equal queries.
-  const std::uint32_t key =
+  shared.keys[thread] =
       known ? static_cast<std::uint32_t>(live_weights(sums, thread) * kThreads + thread) : ~0u;
-  shared.keys[thread] = key;
   if constexpr (ORDER) {
     __syncthreads();
-    const int rank = rank_of(shared, key, queries);
-    if (known) shared.order[rank] = thread;
-    if (known && blockIdx.x == 0) order[rank] = thread;
+    find_order(shared, queries, order);
   } else if (known) {
     shared.order[thread] = order[thread];
   }

@@ -171,10 +171,10 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   partition.halves = !partition.few && problem.references <= limits.halved;
   // Panels of a part that share the work out evenly.
   const Index panels = partition.stride / kPanel;
-  const auto even_with = [&](int rows) {
+  const auto even_with = [&](int rows, int blocks = 4) {  // of a multiprocessor
     const Index tiles =
         divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, rows);
-    return divide_up(panels * tiles, 4 * multiprocessors);
+    return divide_up(panels * tiles, blocks * multiprocessors);
   };
   // Large groups need so many queries that their lists are little longer, and so much work that
   // there is enough for all multiprocessors.
@@ -183,7 +183,8 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   partition.rows = large ? kLargeSumRows : kSumRows;
   // Small parts share the work out evenly, large ones leave fewer partial sums. These matter more
   // if they are so large that few of them fit into memory.
-  const Index even = smaller(larger(even_with(partition.rows), kFewestPanels), kMostPanels);
+  const Index even = larger(smaller(larger(even_with(partition.rows), kFewestPanels), kManyPanels),
+                            smaller(even_with(partition.rows, 6), kMostPanels));
   const Index fewest = divide_up(panels, kPartPanels);
   partition.part_panels = most.parts <= kFewParts ? divide_up(panels, fewest)
                                                   : larger(even, divide_up(panels, most.parts));

@@ -90,7 +90,8 @@ class Calculation {
                                                      : pairs_of_chunk(stream.l2_cache(), geforce_)),
                          stream.multiprocessors(), backward, large_groups(), kRounded<R>, costs())),
         features_(static_cast<int>(problem.features)),
-        law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few)) {
+        law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few,
+                        backward || kept.bytes > 0)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
     const Index gathered = round_up(queries, partition_.rows) * partition_.stride;

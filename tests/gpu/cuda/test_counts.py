@@ -322,7 +322,7 @@ def test_blocks_of_many_features(run, shim, monkeypatch):
 
 def test_photographs(run):
     """Some rows have many distances to refine, and lists are of different lengths."""
-    found = run(subjects.cifar_shape(40, 200))
+    found = run(subjects.cifar_shape(60, 300))
     check(found)
     check_longest(found)
     model = {one.name: one for one in found.model}
