@@ -20,7 +20,7 @@ from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
 NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
-OTHERS = 2.0  # weights that are smaller than one by log M and so many nats count e^-2 of it together
+OTHERS = 2.0  # nats: M weights that are smaller by log M and so much count e^-2 together
 MAX_REFINE_PROGRAMS = 256  # for a query
 MIN_REFINE_TILES = 2  # tiles of references for a program of ``refine``
 MAX_REGISTERS = 128  # of a thread of ``refine``
@@ -52,10 +52,10 @@ def exact_difference(a, b):
 
 
 @triton.jit
-def growth(u):
-    """e^u − 1 of u ≥ 0, to about 2^-14."""
-    series = u * (1.0 + u / 2.0 * (1.0 + u / 3.0 * (1.0 + u / 4.0 * (1.0 + u / 5.0))))
-    return tl.where(u < 0.5, series, tl.exp(u) - 1.0)
+def relative_growth(u):
+    """(e^u − 1)/u of u ≥ 0, to about 2^-14."""
+    series = 1.0 + u / 2.0 * (1.0 + u / 3.0 * (1.0 + u / 4.0 * (1.0 + u / 5.0)))
+    return tl.where(u < 0.5, series, (tl.exp(u) - 1.0) / tl.maximum(u, 0.5))
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -149,13 +149,13 @@ def find_limits(
     allowed = tolerance * tl.minimum(averaged, of_score)
     times = error / (tolerance * tl.minimum(1.0, of_score) * within)
     nats = tl.log(times.to(tl.float32)).to(tl.float64) + others
-    nats = tl.where(nats < near_nats, tl.maximum(nats, 0.0), near_nats)
-    if GAUSSIAN:
-        last = base + bound + nats * within
-    else:
-        last = base + bound + growth((nats / exponent).to(tl.float32)).to(tl.float64) * s
+    fewer = nats < near_nats
+    nats = tl.maximum(nats, 0.0)
+    last = nats * within
+    if not GAUSSIAN:
+        last *= relative_growth((nats / exponent).to(tl.float32)).to(tl.float64)
+    last = tl.where(fewer & (near < float("inf")), base + bound + last, near)
     unit = tl.where(near < float("inf"), scale_to(tl.sqrt(near).to(tl.float32), 0), 2.0**-76)
-    last = tl.where(near < float("inf"), last, near)
     matters = (error > allowed * within) | (near == float("inf"))
     tl.store(limits + 2 * row, tl.where(matters, last, -1.0))
     tl.store(limits + 2 * row + 1, unit.to(tl.float64))

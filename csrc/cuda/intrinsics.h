@@ -230,13 +230,7 @@ __device__ inline float exponential(float v) {
   return power;
 }
 
-// √v and log v of a number v ≥ 0, to about 2^-22, in few instructions without a branch. Subnormal
-// numbers count as zero.
-__device__ inline float square_root(float v) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
-  return root;
-}
+// log v of 1 ≤ v ≤ 4, with an error of about 2^-21.
 __device__ inline float logarithm(float v) {
   float power;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));

@@ -168,19 +168,18 @@ __device__ inline ListTask take_even_share(ListMemory<ROWS>& shared, int queries
 // many queries as threads, two lanes share one.
 template <int ROWS>
 __device__ inline void find_order(ListMemory<ROWS>& shared, int queries, int* order) {
-  const bool share = 2 * queries <= kListThreads<ROWS>;
-  const int thread = static_cast<int>(threadIdx.x), sharers = share ? 2 : 1;
-  const int query = thread / sharers, part = thread % sharers;
+  const int share = 2 * queries <= kListThreads<ROWS> ? 1 : 0;
+  const int thread = static_cast<int>(threadIdx.x), query = thread >> share, part = thread & share;
   const std::uint32_t key = shared.keys[query];
   int rank = 0;  // keys that are less; those after the last query are not
 #pragma unroll 1
-  for (int other = 16 * part; other < queries; other += 16 * sharers)
+  for (int other = 16 * part; other < queries; other += 16 << share)
 #pragma unroll
     for (int i = 0; i < 16; i += 4) {
       const uint4 keys = *reinterpret_cast<const uint4*>(&shared.keys[other + i]);
       rank += (keys.x < key) + (keys.y < key) + (keys.z < key) + (keys.w < key);
     }
-  if (share) rank += __shfl_xor_sync(kAll, rank, 1);
+  if (share != 0) rank += __shfl_xor_sync(kAll, rank, 1);
   if (part > 0 || query >= queries) return;
   shared.order[rank] = query;
   if (blockIdx.x == 0) order[rank] = query;

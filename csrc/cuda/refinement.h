@@ -15,41 +15,20 @@ constexpr int kRefineBlocks = 2;  // of a multiprocessor
 
 // ---- limits ----------------------------------------------------------------------------------
 
-// Lengths and squared lengths as multiples of 2^power and 4^power, in float32. On GeForce cards
-// float64 runs at 1/64 of the rate of float32.
-struct LengthUnit {
-  int square;           // the exponent of 4^power, as float64 stores it
-  std::uint32_t shift;  // as two_floats takes it
+// (e^u − 1)/u of u ≥ 0, to about 2^-14.
+__device__ inline float relative_growth(float u) {
+  const float series = 1 + u * (1 / 2.0f + u * (1 / 6.0f + u * (1 / 24.0f + u * (1 / 120.0f))));
+  return u < 0.5f ? series : (exponential(u) - 1) * reciprocal(fmaxf(u, 0.5f));
+}
 
-  // A unit near a number ≥ 0. Its exponent is odd as float64 stores it, so that it has a root.
-  __device__ explicit LengthUnit(double v) {
-    const int exponent = static_cast<int>(bits_of(v) >> 52 & 2047) | 1;
-    square = exponent < 127 ? 127 : exponent;
-    shift = static_cast<std::uint32_t>(square - 127) << 20;
-  }
-
-  __device__ int power() const { return (square - 1023) / 2; }
-  // A squared length. If it is not finite, it becomes about as large as float32 holds.
-  __device__ float of_square(double v) const { return v == 0 ? 0 : two_floats(v, shift).high; }
-  __device__ double square_of(float v) const {
-    return static_cast<double>(v) * double_of(static_cast<std::int64_t>(square) << 52);
-  }
-  // 2^exponent lengths, or squared lengths: the nearest that float32 holds.
-  __device__ float of_length(int exponent) const { return power_of_two(exponent - power()); }
-  __device__ float of_square(int exponent) const { return power_of_two(exponent - 2 * power()); }
-
- private:
-  __device__ static float power_of_two(int exponent) {
-    const int biased = 127 + exponent;
-    return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23);
-  }
-};
-
-// e^u − 1 of u ≥ 0, to about 2^-14.
-__device__ inline float growth(float u) {
-  const float series =
-      u * (1 + u * (1 / 2.0f + u * (1 / 6.0f + u * (1 / 24.0f + u * (1 / 120.0f)))));
-  return u < 0.5f ? series : exponential(u) - 1;
+// log a/b of positive numbers, to about 2^-20. Zero counts as a very small one.
+__device__ inline float logarithm_of_ratio(double a, double b) {
+  const auto front = [](double v) {
+    return static_cast<float>(double_of((bits_of(v) & 0xfffffffffffff) | std::int64_t{1023} << 52));
+  };
+  const auto power = static_cast<int>(bits_of(a) >> 52) - static_cast<int>(bits_of(b) >> 52);
+  return logarithm(2 * front(a) * reciprocal(front(b))) +
+         static_cast<float>(power - 1) * 0.693147181f;
 }
 
 // The limit of one query. The error of a distance is at most law.margin (|x|² + |y|²). Its part
@@ -57,109 +36,84 @@ __device__ inline float growth(float u) {
 // law.noise (|x|² + d²) for differences. (exponent/s)·error is the relative error of a weight. If n
 // weights are within a nat of the largest, their errors average out in the mean by a factor of at
 // least √(n/e). If more than law.tolerance is left, or the log-sum-exp lacks digits, references are
-// refined whose weight may be more than e^-`nats` times the largest. Weights that are smaller may
-// have such an error, as many as there are. But for distances, which have float64, all is in units
-// of `unit`.
+// refined whose weight may be more than e^-law.near times the largest, or more than a weight whose
+// error may be left by law.others nats. All others may have such an error, even if it is a bias.
 struct QueryLimit {
-  LengthUnit unit;
-  double nearest = 0;   // the smallest distance
-  double farthest = 0;  // the largest that is refined, if any is
-  double close_to = 0;  // at this distance a weight is a nat smaller than the largest
-  float base = 0;       // the smallest distance
-  float norm = 0;       // |x|²
-  float root = 0;       // |x|
-  float s = 0;          // base + r²
-  float within = 0;     // a distance that is so much larger has a weight a nat smaller
-  float smallest = 0;   // error of values too small for float16, or of squares for float32
-  float edge = 0;       // at this distance a weight is law.near nats smaller than the largest
-  float bound = 0;      // of the error of a difference between distances
+  double base, norm;  // the smallest distance, |x|²
+  double root;        // |x|
+  double s, within;   // base + r²; a distance that much larger has a weight a nat smaller
+  double smallest;    // error of values too small for float16, or of squares too small for float32
+  double bound;       // of the error of a difference between distances
+  double near;        // a distance that may be refined is at most so large
+  double edge;        // at this distance a weight is law.near nats smaller than the largest
 
-  // `norm_of_x` is |x|², `width` is √features. Without PRODUCTS distances are found from
-  // differences. `per_scale`, a power of two, is 1 over the scale of the centred references.
+  // `width` is √features. Without PRODUCTS distances are found from differences. `per_scale` is 1
+  // over the scale of the centred references.
   template <bool PRODUCTS>
-  __device__ static QueryLimit of(const WeightLaw& law, double nearest, double norm_of_x, double r,
-                                  float width, float per_scale) {
-    const double square = r * r;
-    const std::int64_t most = Most()(Most()(bits_of(nearest), bits_of(norm_of_x)), bits_of(square));
-    QueryLimit limit = {LengthUnit(double_of(most)), nearest};
-    limit.start<PRODUCTS>(law, norm_of_x, square, width, per_scale);
-    if (static_cast<std::uint64_t>(most) >= kInfiniteBits) limit.farthest = INFINITY;
-    return limit;
-  }
-
-  // The distance at which a weight is so many nats smaller than the largest, or more.
-  __device__ double at(const WeightLaw& law, float nats) const {
-    const double found = nearest + unit.square_of((bound + spread(law, nats)) * (1 + 0x1p-20f));
-    return found == found ? found : INFINITY;
-  }
-
-  // Whether errors change the result, and if so up to how many nats; otherwise −1. `reach` is the
-  // largest |y|² that may be refined; so many tiles are `close`: they have a weight within a nat of
-  // the largest.
-  template <bool PRODUCTS>
-  __device__ float nats(const WeightLaw& law, double reach, int close) const {
-    const float error = smallest + noise<PRODUCTS>(law, unit.of_square(reach));
-    const float log_s = logarithm(s) + static_cast<float>(2 * unit.power()) * 0.693147181f;
-    const float score = law.gaussian ? (base == 0 ? 0 : base / within) : law.power * fabsf(log_s);
-    // The error may be at most √averaged times that of one weight, and as large as the score
-    // allows.
-    const float one = law.tolerance * within, allowed = one * (fmaxf(1, score) * 0x1p-4f);
-    const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
-    const bool matters =
-        error * error > averaged * (one * one) || error > allowed || farthest == INFINITY;
-    if (!matters) return -1;
-    const float times = logarithm(error) - logarithm(fminf(one, allowed));
-    return fmaxf(0, fminf(law.near, times + law.others));
-  }
-
-  // The power of two that brings the square root of `farthest` to at least 1, below 2, or the
-  // nearest one that float32 holds, and twice of it too.
-  __device__ float scale() const {
-    if (!(farthest < INFINITY)) return 0x1p-76f;
-    const int power = (static_cast<int>(bits_of(farthest) >> 52) - 1023) >> 1;
-    const int biased = 127 - power;
-    return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 253 ? 253 : biased) << 23);
-  }
-
- private:
-  template <bool PRODUCTS>
-  __device__ void start(const WeightLaw& law, double norm_of_x, double square_of_r, float width,
-                        float per_scale) {
-    base = unit.of_square(nearest), norm = unit.of_square(norm_of_x), root = square_root(norm);
-    const float square = unit.of_square(square_of_r);
-    s = base + square;
+  __device__ void start(const WeightLaw& law, double r, float width, float per_scale) {
+    root = sqrt(norm);
+    s = base + r * r;
     // Values of references, and sums of products in float16, are rounded to multiples of 2^-24.
     // The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest
     // distance has an error too.
-    const int exponent = static_cast<int>(bits_of(per_scale) >> 23) - 127;
-    const float step = PRODUCTS ? unit.of_length(exponent - 24) : 0;  // between such values
     smallest =
-        PRODUCTS ? root * step * (1 + width * 0x1p-7f) : width * width * unit.of_square(-126);
-    bound = 2 * law.margin * (3 * norm + 2 * base) + (PRODUCTS ? 4 * width : 4) * smallest;
-    within = law.gaussian ? 2 * square : s * law.per_power;
+        PRODUCTS ? root * (0x1p-24 * per_scale) * (1 + width * 0x1p-7f) : width * width * 0x1p-126;
+    const float of_smallest = PRODUCTS ? 4 * width : 4;
+    bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
+    within = law.gaussian ? 2 * r * r : s * law.per_exponent;
+    const double spread = law.gaussian ? law.near * within : law.near_spread * s;
     if (PRODUCTS && law.rounding > 0) {
-      edge = base + spread(law, law.near);
-      smallest += (square_root(edge) + width * width * step) * step;
+      const double step = 0x1p-24 * per_scale;  // of values too small for float16
+      edge = base + spread;
+      smallest += (sqrt(edge) + width * width * step) * step;
       bound = 8 * noise<PRODUCTS>(law, 2 * (base + norm)) + 4 * smallest;
     }
-    farthest = at(law, law.near);
-    close_to = nearest + unit.square_of(within);
-  }
-
-  // How much larger than the smallest distance one is whose weight is so many nats smaller.
-  __device__ float spread(const WeightLaw& law, float nats) const {
-    return law.gaussian ? nats * within : s * growth(nats * law.per_power);
+    near = base + bound + spread;
+    if (!(near == near)) near = INFINITY;
   }
 
   // The typical error of a distance; `of_y` is |y|². Distances between rounded values have the
   // smaller an error the smaller they are.
   template <bool PRODUCTS>
-  __device__ float noise(const WeightLaw& law, float of_y) const {
+  __device__ double noise(const WeightLaw& law, double of_y) const {
     // The rounding errors of single differences mostly average out.
-    if (!PRODUCTS) return law.noise * (norm + base) + 0x1p-26f * base;
-    const float y = square_root(of_y), of_sums = law.noise * (2 * root * y + of_y);
+    if (!PRODUCTS) return law.noise * (norm + base) + 0x1p-26 * base;
+    const double y = sqrt(of_y), of_sums = law.noise * (2 * root * y + of_y);
     if (law.rounding == 0) return of_sums;
-    return of_sums + 2 * law.rounding * square_root(edge) * (root + y) + 0x1p-24f * (norm + of_y);
+    return of_sums + 2 * law.rounding * sqrt(edge) * (root + y) + 0x1p-24 * (norm + of_y);
+  }
+
+  // The largest distance that is refined, or −1 if errors do not change the result. `farthest` is
+  // the largest |y|² that may be refined; so many tiles are `close`: they have a weight within a
+  // nat of the largest.
+  template <bool PRODUCTS>
+  __device__ double largest(const WeightLaw& law, double farthest, int close) const {
+    const double error = smallest + noise<PRODUCTS>(law, farthest);
+    const float score = law.gaussian
+                            ? (base == 0 ? 0 : static_cast<float>(base / within))
+                            : static_cast<float>(law.exponent) * fabsf(logf(static_cast<float>(s)));
+    // The error may be at most √averaged times that of one weight, and as large as the score
+    // allows.
+    const double one = law.tolerance * within;
+    const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
+    const float of_score = fmaxf(1, score) * 0x1p-4f;
+    const bool matters =
+        error * error > averaged * (one * one) || error > one * of_score || near == INFINITY;
+    if (!matters) return -1;
+    const float nats = law.others + logarithm_of_ratio(error, one * fminf(1, of_score));
+    if (near == INFINITY || !(nats < law.near)) return near;
+    const float few = fmaxf(nats, 0);
+    const float larger = law.gaussian ? few : few * relative_growth(few * law.per_power);
+    return base + bound + larger * within;
+  }
+
+  // The power of two that brings the square root of `near` to at least 1, below 2, or the nearest
+  // one that float32 holds, and twice of it too.
+  __device__ float unit() const {
+    if (!(near < INFINITY)) return 0x1p-76f;
+    const int power = (static_cast<int>(bits_of(near) >> 52) - 1023) >> 1;
+    const int biased = 127 - power;
+    return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 253 ? 253 : biased) << 23);
   }
 };
 
@@ -297,11 +251,13 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   const Lane lane = this_lane();
   const Index query = blockIdx.x;
   const int own = tile_of<WARPS>(lane.lane, lane.warp);
-  // One warp does the arithmetic for all. Those of the blocks of a multiprocessor are spread
+  // One warp does the arithmetic in float64. Those of the blocks of a multiprocessor are spread
   // over its schedulers.
   const bool computes = lane.warp == static_cast<int>((blockIdx.x * 2654435769u >> 29) % WARPS);
-  const double before = nearest ? nearest[query] : INFINITY;
-  const double norm = pairs.norms[query], r = radius[query];
+  QueryLimit limit = {};
+  limit.base = nearest ? nearest[query] : INFINITY;
+  limit.norm = pairs.norms[query];
+  const double r = radius[query];
 
   std::int64_t least = kInfiniteBits;
 #pragma unroll 1
@@ -313,14 +269,13 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   least = least_of_warp(least);
   if (lane.lane == 0) shared.least[lane.warp] = least;
   __syncthreads();
-  QueryLimit limit = {LengthUnit(1)};
   if (computes) {
     for (const std::int64_t bits : shared.least) least = Least()(least, bits);
-    const double base = fmin(before, double_of(least));
-    limit = QueryLimit::of<PRODUCTS>(law, base, norm, r, width, PRODUCTS ? scale[1] : 0);
+    limit.base = fmin(limit.base, double_of(least));
+    limit.start<PRODUCTS>(law, r, width, PRODUCTS ? scale[1] : 0);
     if (lane.lane == 0) {
-      shared.near = bits_of(limit.farthest);
-      shared.close_to = bits_of(limit.close_to);
+      shared.near = bits_of(limit.near);
+      shared.close_to = bits_of(limit.base + limit.within);
     }
   }
   __syncthreads();
@@ -341,12 +296,11 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
     for (const std::int64_t bits : shared.farthest) farthest = Most()(farthest, bits);
     close = 0;
     for (const int each : shared.close) close += each;
-    const float nats = limit.nats<PRODUCTS>(law, double_of(farthest), close);
-    const double near = limit.farthest == INFINITY ? INFINITY : limit.at(law, nats);
+    const double largest = limit.largest<PRODUCTS>(law, double_of(farthest), close);
     if (lane.lane == 0) {
       const std::int64_t most = kInfiniteBits - 1;
-      shared.limit = nats < 0 ? -1 : Least()(bits_of(near), most);
-      units[query] = limit.scale();
+      shared.limit = largest < 0 ? -1 : Least()(bits_of(largest), most);
+      units[query] = limit.unit();
     }
   }
   __syncthreads();

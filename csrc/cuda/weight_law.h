@@ -56,17 +56,20 @@ struct Ratios {
 struct WeightLaw {
   bool gaussian;    // D = ∞
   double exponent;  // (N + D)/2; 1/2 at D = ∞
-  float power;      // the same, and 1 over it
+  double per_exponent;
+  float power;  // the same in float32
   float per_power;
-  float near;       // kNear or kRoundedNear
-  float others;     // nats: smaller by so much, all weights together count less than one. Infinite
-                    // if the gradient needs digits of them
-  float tolerance;  // kTolerance or kRoundedTolerance
-  float margin;     // largest error of a distance, relative to |x|² + |y|²
-  float noise;      // typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of
-                    // differences
-  float rounding;   // typical error of |x| in the direction of x − y, relative to |x|, from
-                    // rounding x to float16; the same for y. 0 if their low parts count too
+  double near;         // kNear or kRoundedNear
+  double near_spread;  // e^(near/exponent) − 1: beyond nearest + r² by so much a weight is `near`
+                       // nats smaller; D finite only
+  float others;        // nats: smaller by so much, all weights together count less than one.
+                       // Infinite if the gradient needs digits of them
+  double tolerance;    // kTolerance or kRoundedTolerance
+  double margin;       // largest error of a distance, relative to |x|² + |y|²
+  double noise;        // typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of
+                       // differences
+  double rounding;     // typical error of |x| in the direction of x − y, relative to |x|, from
+                       // rounding x to float16; the same for y. 0 if their low parts count too
   std::uint32_t half_a_step, kept;  // a weight is rounded to these bits
 
   // How fast the score falls at the squared distance `nearest`. It is infinite where r = 0 on a
@@ -146,18 +149,20 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool g
   const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root;
   const double of_bytes = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
   const float power = static_cast<float>(exponent);
+  const double near = rounded ? kRoundedNear : kNear;
   const double others = std::log(static_cast<double>(problem.references)) + kOthers;
-  const auto number = [](double v) { return static_cast<float>(v); };
   return {gaussian,
           exponent,
+          1 / exponent,
           power,
           1 / power,
-          number(rounded ? kRoundedNear : kNear),
-          gradient ? INFINITY : number(others),
-          number(rounded ? kRoundedTolerance : kTolerance),
-          number(length * (products ? 0x1p-18 : 0x1p-21)),
-          number(products ? of_panels : of_bytes),
-          number(rounded ? 0x1p-12 / std::sqrt(features) : 0),
+          near,
+          gaussian ? 0 : std::expm1(near / exponent),
+          gradient ? INFINITY : static_cast<float>(others),
+          rounded ? kRoundedTolerance : kTolerance,
+          length * (products ? 0x1p-18 : 0x1p-21),
+          products ? of_panels : of_bytes,
+          rounded ? 0x1p-12 / std::sqrt(features) : 0,
           rounded ? 0x1000u : 0u,
           rounded ? 0xffffe000u : ~0u};
 }

@@ -51,6 +51,27 @@ def test_near_ties_far_from_the_origin(op, backend, N, offset):
     assert op.mean_error(x, references, radius, 1.0) <= bound
 
 
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize("nats", [6.0, 9.0, 13.0, 18.0])
+def test_many_small_weights(op, nats, D):
+    """One reference is near, others have a weight e^-nats times as large. The centre is far away,
+    so distances have large errors before they are refined."""
+    generator = torch.Generator().manual_seed(4)
+    B, M, N, r = 16, 60, 64, 0.3
+    near = torch.randn(1, N, generator=generator)
+    directions = torch.randn(M, N, generator=generator)
+    apart = r * math.sqrt(2 * nats if math.isinf(D) else math.expm1(2 * nats / (N + D)))
+    around = near + apart * torch.nn.functional.normalize(directions, dim=1)
+    far = 5 + torch.randn(M, N, generator=generator)
+    references = torch.cat([near, around, far]).to(op.device)
+    x = (near + 1e-4 * torch.randn(B, N, generator=generator)).to(op.device)
+    radius = torch.full((B,), r, dtype=torch.float64, device=op.device)
+    mean, lse = op.compute(x, references, radius, D)
+    wanted_mean, wanted_lse = op.expected(x, references, radius, D)
+    assert (mean.double().cpu() - wanted_mean).norm(dim=1).max() <= 6e-5 * apart
+    assert ((lse.cpu() - wanted_lse).abs() <= 1e-5 * wanted_lse.abs().clamp(min=1)).all()
+
+
 def test_bytes_near_the_middle(op, backend, device):
     """u/127.5 − 1 of 127 and 128 is a small difference of rounded numbers."""
     generator = torch.Generator().manual_seed(3)

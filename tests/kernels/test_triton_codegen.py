@@ -3,6 +3,7 @@ intended."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -81,15 +82,23 @@ def compiled(*options, folder=None):
     return rows
 
 
-@pytest.fixture(scope="module")
-def all_rows():
-    return compiled()
+@functools.cache
+def rows_for(capability):
+    return compiled("--capability", str(capability))
 
 
-@pytest.mark.parametrize("capability", codegen.CAPABILITIES)
+# Each takes a minute to compile if Triton has not kept it.
+OTHERS = [
+    pytest.param(capability, marks=pytest.mark.slow)
+    for capability in codegen.CAPABILITIES
+    if capability != 90
+]
+
+
+@pytest.mark.parametrize("capability", [90, *OTHERS])
 @pytest.mark.parametrize("module", codegen.MODULES)
-def test_every_variant(all_rows, module, capability):
-    rows = all_rows[module, capability]
+def test_every_variant(module, capability):
+    rows = rows_for(capability)[module, capability]
     problems = [problem for row in rows for problem in row["problems"]]
     assert not problems, "\n" + "\n".join(problems)
 
@@ -111,10 +120,11 @@ def flawed(tmp_path_factory):
     return {row["kernel"]: row for row in rows["flawed_kernels", 90]}
 
 
-def test_sizes_of_one_are_compiled_too(all_rows):
+def test_sizes_of_one_are_compiled_too():
     for module in codegen.MODULES:
-        kernels = {row["kernel"].split(",")[0] for row in all_rows[module, 90]}
-        smallest = {row["kernel"] for row in all_rows[module, 90] if "sizes of 1" in row["kernel"]}
+        names = {row["kernel"] for row in rows_for(90)[module, 90]}
+        kernels = {name.split(",")[0] for name in names}
+        smallest = {name for name in names if "sizes of 1" in name}
         assert smallest == {f"{kernel}, sizes of 1" for kernel in kernels}
 
 
