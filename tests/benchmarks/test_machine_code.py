@@ -691,9 +691,12 @@ def test_shapes_have_all_chunks_and_parts():
     assert data.C.part_panels(132) == 16
     assert data.C.part_panels(1000) == 4  # 32 parts fit
     assert data.C.part_panels(300) == 11
+    # Up to 24 panels where that leaves six blocks on each multiprocessor.
+    assert data.C.part_panels(108) == 19
+    assert data.C.part_panels(60) == 24
     assert data.BIG.part_panels(132) == 64  # of 4 parts of 1024 × 3072 values that fit
     # 28 and 96 tiles of 64 queries in blocks of 256 and 1024.
-    assert data.F.sums(H100) == (64, 16)
+    assert data.F.sums(H100) == (64, 19)  # of 512 panels
     assert data.BIG.sums(H100) == (64, 64)
     assert data.BIG.sums(A100).rows == data.BIG.sums(GEFORCE).rows == 32
     assert data.BIG._replace(type="Rounded").sums(A100).rows == 64
