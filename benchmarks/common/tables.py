@@ -20,7 +20,7 @@ def format_seconds(value: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
-    return f"{value:.1e} s"
+    return f"{value * 1e6:.2g} µs"
 
 
 def with_headings(parts: Mapping[str, str], level: int) -> str:

@@ -77,15 +77,14 @@ def backward(counts: dict[str, Any]) -> Iterator[Row]:
             for part in model.merge_by_name([model.predict(one, card) for one in made]):
                 yield _row(shape, card, "cuda", part)
             if shape.keeps:
-                more = _kept(shape, counts[shape.name], card)
-                yield _row(shape, card, "cuda", Predicted("forward, more refined", more, 0, ""))
+                yield _row(shape, card, "cuda", _more_refined(shape, counts[shape.name], card))
             for path, (kind, compiled) in TORCH.items():
                 parts = model.torch_backward(card, shape.B, shape.M, shape.N, kind, compiled)
                 for name, seconds in parts.items():
                     yield _row(shape, card, path, Predicted(name, seconds, 0, ""))
 
 
-def _kept(shape: Shape, found: dict[str, Any], card: Device) -> float:
+def _more_refined(shape: Shape, found: dict[str, Any], card: Device) -> Predicted:
     """By how much the forward pass takes longer if it keeps its distances for the gradient, which
     needs more of them refined."""
     chunk = str(work.on_card(shape, card).chunk)
@@ -96,7 +95,7 @@ def _kept(shape: Shape, found: dict[str, Any], card: Device) -> float:
         model.total([model.predict(one, card) for one in launches.cuda(shape, each, card)])
         for each in with_and_without
     )
-    return longer - usual
+    return Predicted("forward, more refined", max(0.0, longer - usual), 0, "refine")
 
 
 def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
