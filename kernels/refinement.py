@@ -153,7 +153,8 @@ def find_limits(
     nats = tl.maximum(nats, 0.0)
     last = nats * within
     if not GAUSSIAN:
-        last *= relative_growth(nats.to(tl.float32) / exponent.to(tl.float32)).to(tl.float64)
+        power = tl.full((), exponent, tl.float32)  # a division in float64 would spill registers
+        last *= relative_growth(nats.to(tl.float32) / power).to(tl.float64)
     last = tl.where(fewer & (near < float("inf")), base + bound + last, near)
     unit = tl.where(near < float("inf"), scale_to(tl.sqrt(near).to(tl.float32), 0), 2.0**-76)
     matters = (error > allowed * within) | (near == float("inf"))
