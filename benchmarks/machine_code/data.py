@@ -41,7 +41,7 @@ SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from which on it is
-# Of 32 references that it sums.
+# Panels of 32 references that it sums.
 FEWEST_PANELS, MANY_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 24, 64
 FEW_PARTS = 8  # that fit into memory, so that they have as many panels as they can
 GATHERED_PANELS = 192  # whose weights a block of the CUDA ``list_references`` gathers, at most

@@ -164,8 +164,8 @@ __device__ inline ListTask take_even_share(ListMemory<ROWS>& shared, int queries
   return {group, block % shares, shares};
 }
 
-// Finds the order of the queries, of which a block has as many keys or more. If there are half as
-// many queries as threads, two lanes share one.
+// Finds the order of the queries from their keys. If there are at most half as many queries as
+// threads, two lanes find the rank of one.
 template <int ROWS>
 __device__ inline void find_order(ListMemory<ROWS>& shared, int queries, int* order) {
   const int share = 2 * queries <= kListThreads<ROWS> ? 1 : 0;

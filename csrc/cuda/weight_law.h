@@ -54,12 +54,11 @@ struct Ratios {
 // How the score of a reference, the log of its weight, depends on its squared distance
 // (api/posterior_mean.h). `nearest` is the squared distance of the nearest reference, r the radius.
 struct WeightLaw {
-  bool gaussian;    // D = ∞
-  double exponent;  // (N + D)/2; 1/2 at D = ∞
-  double per_exponent;
-  float power;  // the same in float32
-  float per_power;
-  double near;         // kNear or kRoundedNear
+  bool gaussian;           // D = ∞
+  double exponent;         // (N + D)/2; 1/2 at D = ∞
+  double per_exponent;     // 1 over it
+  float power, per_power;  // both in float32
+  double near;             // kNear or kRoundedNear
   double near_spread;  // e^(near/exponent) − 1: beyond nearest + r² by so much a weight is `near`
                        // nats smaller; D finite only
   float others;        // nats: smaller by so much, all weights together count less than one.
