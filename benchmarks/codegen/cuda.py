@@ -133,7 +133,12 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
-    "rounded_warpgroup_distances": Intent(256, products="64x64x16", copies=True),
+    **{
+        f"warpgroup_distances<float32, 128, 192, {how}>": Intent(
+            384, products="64x64x16", copies=True
+        )
+        for how in ("false, false", "false, true", "true, false")
+    },
     "finish_distances": Intent(128, blocks=4),
     **{
         f"finish_distances<{type_}, {geforce}, false>": Intent(128, blocks=4, wide=True)
@@ -382,7 +387,7 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     Warpgroups have tiles of 128 × 128 on sm_90a. GeForce cards have kernels of their own, and run
     the code for sm_80 or sm_120. Other cards run the code for sm_80 too.
     """
-    if stem(kernel).endswith("warpgroup_distances"):
+    if stem(kernel) == "warpgroup_distances":
         return architecture != "90a"
     if stem(kernel) != "distances":
         return False

@@ -7,7 +7,8 @@ Sections:
 
 - data: the work of the kernels on real data (minutes);
 - host: the host's time, measured on this machine;
-- predicted, backward, loops: compiles the kernels and runs the model (tens of minutes);
+- predicted, variants, backward, loops: compiles the kernels and runs the model (tens of
+  minutes);
 - published, "held out": the model beside published times.
 
 Each section is stored in benchmarks/results/machine_code.json. ``--paths`` counts only these paths
@@ -47,6 +48,7 @@ def sections(paths: Sequence[str]) -> dict[str, Callable[[], Any]]:
         "data": lambda: counted.count_data(results.load().get("data", {})),
         "host": host.measure,
         "predicted": lambda: rows("predicted"),
+        "variants": lambda: list(counted.variants()),
         "backward": lambda: list(counted.backward(counts())),
         "loops": lambda: rows("loops"),
         "published": lambda: [published.compare(one) for one in published.PUBLISHED],

@@ -1,14 +1,14 @@
 """Branches of CUDA kernels that the parameters of a launch decide.
 
-At the benchmarks' shapes D is finite, and code for D = ∞ does not run. What follows from this
-parameter is found by following it through the registers of the machine code, so it holds for any
-layout of the code.
+At the benchmarks' shapes D is finite, and code for D = ∞ does not run. Code for values rounded to
+float16 runs in precision "medium" alone. What follows from these parameters is found by following
+them through the registers of the machine code, so it holds for any layout of the code.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from benchmarks.machine_code import sass
@@ -20,6 +20,9 @@ State = Mapping[str, Value]
 
 FIRST_PARAMETER = {80: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
 """Architecture → where the parameters of a kernel begin in the bank of constants."""
+ROUNDING = 80
+"""Where WeightLaw (csrc/cuda/weight_law.h) has the error from rounding, in float64: 0 if there is
+none."""
 
 _CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]")
 _REGISTER = re.compile(r"^(U?R)(\d+)(?:\.reuse|\.64)?$")
@@ -27,6 +30,10 @@ _PREDICATE = re.compile(r"^(!?)(U?P[\dT])$")
 _LOADS = ("LDC", "ULDC", "LDCU")
 _MOVES = ("MOV", "UMOV", "R2UR", "IMAD.MOV.U32", "IMAD.MOV", "IMAD.U32")
 _ZEROS = ("RZ", "URZ", "0x0", "0")
+_OF_EQUALS = {
+    **dict.fromkeys(("EQ", "EQU", "GE", "GEU", "LE", "LEU"), True),
+    **dict.fromkeys(("NE", "NEU", "GT", "GTU", "LT", "LTU"), False),
+}  # comparison → its result for equal numbers
 _JUMPS = ("BRA", "BRX", "EXIT", "RET", "WARPSYNC", "BSSY", "BSYNC")
 # Of these, names with "64" or "WIDE" write two registers, others one.
 _SINGLE = re.compile(
@@ -35,7 +42,9 @@ _SINGLE = re.compile(
 )
 
 
-def decided(code: Sequence[Instruction], first: int) -> list[Instruction]:
+def decided(
+    code: Sequence[Instruction], first: int, zeros: Collection[int] = ()
+) -> list[Instruction]:
     """The code with branches that a finite D decides. Addresses and places stay.
 
     A branch that is always taken loses its predicate; what never runs gets one that is never true.
@@ -43,8 +52,9 @@ def decided(code: Sequence[Instruction], first: int) -> list[Instruction]:
     Args:
         first: where parameters begin in the bank of constants. The first byte of these is zero if D
             is finite.
+        zeros: where parameters are, counted from the first one, that are zero in float64.
     """
-    follow = _Follow(code, first)
+    follow = _Follow(code, first, zeros)
     states = follow.states()
     return [_settled(one, states.get(i)) for i, one in enumerate(code)]
 
@@ -86,8 +96,9 @@ def _holds(predicate: str, state: State) -> bool | None:
 class _Follow:
     """Follows what is known through the code."""
 
-    def __init__(self, code: Sequence[Instruction], first: int) -> None:
+    def __init__(self, code: Sequence[Instruction], first: int, zeros: Collection[int]) -> None:
         self.code, self.first = code, first
+        self.zeros = {first + at for at in zeros}
 
     def states(self) -> dict[int, State]:
         """Place → what is known before its instruction, for places that may be reached."""
@@ -147,18 +158,30 @@ class _Follow:
             return self.combined(one, operands, state)
         if one.base in ("ISETP", "UISETP"):
             return self.compared(one, operands, state)
+        if one.base == "DSETP":
+            return self.compared_in_float64(one, operands, state)
         return {}
 
     def loaded(self, one: Instruction, operands: list[str]) -> dict[str, Value]:
-        is_flag = _offset(operands[-1]) == self.first and (".U8" in one.name or ".S8" in one.name)
-        return _named(operands[0], 0) if is_flag else {}
+        at = _offset(operands[-1])
+        if at == self.first and (".U8" in one.name or ".S8" in one.name):
+            return _named(operands[0], 0)
+        if at in self.zeros and ".64" in one.name:
+            return {**_named(operands[0], 0), **_named(_next(operands[0]), 0)}
+        return {}
 
     def value(self, operand: str, state: State) -> Value | None:
         """What is known of an operand that is no predicate."""
-        if operand in _ZEROS:
+        at = _offset(operand)
+        if operand in _ZEROS or at in self.zeros or (at is not None and at - 4 in self.zeros):
             return 0
         register = _REGISTER.match(operand)
         return state.get(register[1] + register[2]) if register else None
+
+    def is_zero_in_float64(self, operand: str, state: State) -> bool:
+        whole = operand in _ZEROS or _offset(operand) in self.zeros
+        halves = (operand, _next(operand))
+        return whole or all(half and self.value(half, state) == 0 for half in halves)
 
     def combined(self, one: Instruction, operands: list[str], state: State) -> dict[str, Value]:
         """Bytes of zeros are zero, and so is zero "and" anything."""
@@ -180,6 +203,16 @@ class _Follow:
             return {}
         return self.joined(operands[0], parts[1] == "EQ", operands[4], parts, state)
 
+    def compared_in_float64(
+        self, one: Instruction, operands: list[str], state: State
+    ) -> dict[str, Value]:
+        """The results of a comparison of zero with zero."""
+        parts = one.name.split(".")
+        zero = all(self.is_zero_in_float64(part, state) for part in operands[2:4])
+        if not zero or parts[1] not in _OF_EQUALS or not operands[1].endswith("T"):
+            return {}
+        return self.joined(operands[0], _OF_EQUALS[parts[1]], operands[4], parts, state)
+
     def joined(
         self, name: str, value: bool, with_: str, parts: list[str], state: State
     ) -> dict[str, Value]:
@@ -194,6 +227,12 @@ class _Follow:
 def _offset(operand: str) -> int | None:
     found = _CONSTANT.fullmatch(operand)
     return int(found[1], 16) if found else None
+
+
+def _next(operand: str) -> str:
+    """The register after one, or nothing if the operand is none."""
+    found = _REGISTER.match(operand)
+    return f"{found[1]}{int(found[2]) + 1}" if found else ""
 
 
 def _named(operand: str, value: Value) -> dict[str, Value]:

@@ -32,6 +32,7 @@ SUM_TILE = 32
 SORTED = 256
 BOUND = 2.0**-18
 NOISE, TOLERANCE = 2.0**-22, 1.5e-4  # of a panel of centred products
+ADDED_NOISE = 3 * 2.0**-27  # if one float adds up several panels
 # The same where products are those of values rounded to float16.
 ROUNDED_NEAR, ROUNDED_TOLERANCE = 10.0, 2e-2
 SAMPLES = 16  # references whose mean is the centre
@@ -82,6 +83,13 @@ class Shape(NamedTuple):
     """Whether it is that of the backward pass."""
     references: int = 0
     """Of a chunk, as a card has them (work.py). 0: as the Triton kernels do."""
+    warpgroups: bool = False
+    """Whether warpgroups multiply in float32 on the card, and one float adds up several panels."""
+
+    @property
+    def key(self) -> str:
+        """The key of the counts for all cards with the same chunks and errors."""
+        return f"{self.chunk}, warpgroups" if self.warpgroups else str(self.chunk)
 
     @property
     def block(self) -> int:
@@ -174,6 +182,11 @@ F = Shape("F: Fashion-MNIST", 256, 60000, 784)
 G = Shape("G: digits", 128, 1437, 64)
 BIG = Shape("big: photographs", 4096, 50000, 3072)
 SHAPES = (C, F, G, BIG)
+VARIANTS = (
+    C._replace(name="C, references in bytes", type="uint8"),
+    C._replace(name="C, 1 query", B=1),
+    C._replace(name="C, 16 queries", B=16),
+)
 SEED = 0  # of common/subjects.py, for the choice of crops and for the perturbation
 COUNTED_QUERIES = 1024
 """The most queries of a shape that are counted."""
@@ -224,10 +237,12 @@ class Rule(NamedTuple):
     type: str = "float32"
     gradient: bool = False
     """Whether a gradient is found with the distances."""
+    warpgroups: bool = False
+    """Whether one float adds up several panels."""
 
     @classmethod
     def of(cls, shape: Shape) -> Rule:
-        return cls(shape.N, shape.M, shape.few, shape.type, shape.backward)
+        return cls(shape.N, shape.M, shape.few, shape.type, shape.backward, shape.warpgroups)
 
     @property
     def rounded(self) -> bool:
@@ -282,6 +297,8 @@ class Rule(NamedTuple):
             return of_bytes * (norm + base) + 2.0**-26 * base
         root = math.sqrt(max(1.0, self.N / 32))  # of the number of panels
         noise = 2.0**-23 + 2.0**-25 * root if self.rounded else NOISE / root
+        if self.warpgroups:
+            noise += ADDED_NOISE
         of_sums = noise * (2 * (norm * farthest).sqrt() + farthest)
         if not self.rounded:
             return of_sums

@@ -248,20 +248,25 @@ _WITH_LAW = ("find_limits", "merge", "finish_moments")
 
 
 @functools.cache
-def _decided(card: Device, name: str) -> Compiled:
-    """A CUDA kernel with the branches that finite D decides."""
+def _decided(card: Device, name: str, rounded: bool) -> Compiled:
+    """A CUDA kernel with the branches that finite D and the precision decide."""
     found, base = cuda_kernels(card)[name], name.split("<")[0]
     if base not in _WITH_LAW:
         return found
     first = branches.FIRST_PARAMETER[card.architecture]
-    code = branches.decided(found.code, first)
+    code = branches.decided(found.code, first, () if rounded else (branches.ROUNDING,))
     return found._replace(code=code, loops=sass.loops(code))
 
 
-def cuda_kernel(card: Device, name: str, shared: int, threads: int | None = None) -> Compiled:
+def cuda_kernel(
+    card: Device, name: str, shared: int, threads: int | None = None, rounded: bool = False
+) -> Compiled:
     """A CUDA kernel with the dynamic shared memory and the threads of its launch.
 
     It has the branches that run where D is finite and only the gradient of the queries is found.
+
+    Args:
+        rounded: whether distances are those of values rounded to float16.
     """
-    found = _decided(card, name)
+    found = _decided(card, name, rounded)
     return found._replace(shared=found.shared + shared, threads=threads or found.threads)

@@ -262,7 +262,8 @@ MOST_EARLY = 1 << 17
 def _of_work(works: Iterator[Work], shape: Shape, card: Device) -> Iterator[Launch]:
     every = list(works)
     for i, one in enumerate(every):
-        kernel = kernels.cuda_kernel(card, one.kernel, one.shared)
+        rounded = shape.type == "Rounded" and not shape.few
+        kernel = kernels.cuda_kernel(card, one.kernel, one.shared, rounded=rounded)
         phases = _cuda_phases(one, kernel, shape)
         # What follows the last launch is none of these kernels and does not start early.
         followed = one.times - (i == len(every) - 1)
@@ -282,7 +283,7 @@ def lets_next_start(kernel: Compiled, blocks: int) -> bool:
 _LOOPS = {
     "find_center": {},
     "split_rows": {"parts": "F2FP", "rest": "F2FP", "norms": "FMNMX", "scaled": "STG"},
-    "distances": {"features": "tensor", "turns": "fp64"},
+    "distances": {"features": "tensor", "turns": "fp64", "totals": "fp32"},
     "differences": {"features": "fp32"},
     "weigh": {"turns": "fp32", "rounds": "fp32", "zeros": "STG", "minima": "LDG"},
     "order_queries": {"counts": "LDG", "ranks": "LDS"},

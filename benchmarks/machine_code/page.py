@@ -70,6 +70,25 @@ def ratio_table(results: Results) -> str:
     return table(["times as fast as", "", *header], rows)
 
 
+def variant_table(results: Results) -> str:
+    """References in bytes and few queries, beside torch in float32. Its time has the conversion of
+    bytes, and stands without it in brackets."""
+    totals, rival = predicted(results, "variants"), "torch, float32"
+    converted = {
+        (shape, card): seconds
+        for shape, card, _, kernel, seconds, *_ in results["variants"]
+        if kernel == "conversion"
+    }
+    rows = []
+    for shape, card in dict.fromkeys((shape, card) for shape, card, _ in totals):
+        ours, theirs = (totals[shape, card, path] for path in ("cuda", rival))
+        times = f"{theirs / ours:.2f}"
+        if (shape, card) in converted:
+            times += f" ({(theirs - converted[shape, card]) / ours:.2f})"
+        rows.append([shape, card, format_seconds(ours), format_seconds(theirs), times])
+    return table(["predicted", "", "cuda", rival, "times as fast"], rows)
+
+
 def gradient_table(results: Results) -> str:
     """The backward pass, and both passes together."""
     forward, backward = predicted(results), predicted(results, "backward")
@@ -218,6 +237,11 @@ def report(results: Results) -> str:
         "Times as fast as torch": ratio_table(results),
         "Predicted times of the forward pass": total_table(results),
         **({"Precision medium": medium_table(results)} if _has_medium(results) else {}),
+        **(
+            {"References in bytes, and few queries": variant_table(results)}
+            if "variants" in results
+            else {}
+        ),
         **{
             f"Predicted kernel by kernel, {shape}": kernel_table(results, shape)
             for shape in results["data"]

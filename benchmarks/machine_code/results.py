@@ -10,7 +10,9 @@ from benchmarks.common.folders import RESULTS
 from benchmarks.common.machine import describe
 
 PATH = RESULTS / "machine_code.json"
-SECTIONS = ("data", "host", "predicted", "backward", "loops", "published", "held out")
+SECTIONS = (
+    "data", "host", "predicted", "variants", "backward", "loops", "published", "held out",
+)  # fmt: skip
 
 
 def load() -> dict[str, Any]:

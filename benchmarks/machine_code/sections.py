@@ -44,11 +44,11 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_chunk(shape: Shape, count: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """The counts for the chunks of each card, by their references."""
+    """The counts for the chunks of each card, by their keys."""
     cards: dict[Shape, list[Device]] = {}
     for card in DEVICES:
         cards.setdefault(work.on_card(shape, card), []).append(card)
-    return {str(on_cards.chunk): count(on_cards, cards=those) for on_cards, those in cards.items()}
+    return {on_cards.key: count(on_cards, cards=those) for on_cards, those in cards.items()}
 
 
 def predictions(counts: dict[str, Any], paths: Sequence[str]) -> Iterator[Row]:
@@ -87,9 +87,9 @@ def backward(counts: dict[str, Any]) -> Iterator[Row]:
 def _more_refined(shape: Shape, found: dict[str, Any], card: Device) -> Predicted:
     """By how much the forward pass takes longer if it keeps its distances for the gradient, which
     needs more of them refined."""
-    chunk = str(work.on_card(shape, card).chunk)
-    of_gradient = found["gradient"][chunk]["refine"]
-    kept = {"cuda": {chunk: found["cuda"][chunk] | {"refine": of_gradient}}}
+    key = work.on_card(shape, card).key
+    of_gradient = found["gradient"][key]["refine"]
+    kept = {"cuda": {key: found["cuda"][key] | {"refine": of_gradient}}}
     with_and_without = (kept, found)
     longer, usual = (
         model.total([model.predict(one, card) for one in launches.cuda(shape, each, card)])
@@ -101,6 +101,21 @@ def _more_refined(shape: Shape, found: dict[str, Any], card: Device) -> Predicte
 def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
     seconds = float(f"{part.seconds:.4g}")
     return [shape.name, card.name, path, part.name, seconds, part.launches, part.bound]
+
+
+def variants() -> Iterator[Row]:
+    """The section "variants": rows as in "predicted", of the forward pass. Torch takes float32."""
+    for shape in data.VARIANTS:
+        counts = {"cuda": _by_chunk(shape, data.count)}
+        for card in DEVICES:
+            found = [model.predict(one, card) for one in launches.cuda(shape, counts, card)]
+            for part in model.merge_by_name(found):
+                yield _row(shape, card, "cuda", part)
+            parts = model.torch_path(card, shape.B, shape.M, shape.N, "fp32", False)
+            if shape.type == "uint8":
+                parts["conversion"] = model.pass_over(card, 5.0 * shape.M * shape.N)
+            for name, seconds in parts.items():
+                yield _row(shape, card, "torch, float32", Predicted(name, seconds, 0, ""))
 
 
 def replaced(section: str, stored: Iterable[Row], found: Iterable[Row]) -> list[Row]:

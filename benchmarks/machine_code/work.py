@@ -147,13 +147,14 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
 
 
 def on_card(shape: Shape, card: Device) -> Shape:
-    """The shape with the chunks that a card has."""
-    return shape._replace(references=_chunk(shape, card))
+    """The shape with the chunks and the errors that a card has."""
+    in_one_float = _warpgroups(shape, card) and shape.type == "float32" and not shape.few
+    return shape._replace(references=_chunk(shape, card), warpgroups=in_one_float)
 
 
 def of_chunks(data: Data, shape: Shape, card: Device) -> Data:
     """Those of these counts that are for the chunks of a card."""
-    found: Data = data[str(on_card(shape, card).chunk)]
+    found: Data = data[on_card(shape, card).key]
     return found
 
 
@@ -234,7 +235,7 @@ class TilingCosts(NamedTuple):
 
 
 def _costs(
-    of_32: int, of_64: int, of_64_128: int, of_128: int, finish: int, of_256: int | None = None
+    of_32: int, of_64: int, of_64_128: int, of_128: int, finish: int, *larger: TileCost
 ) -> TilingCosts:
     tiles = (
         TileCost(32, 64, of_32),
@@ -242,17 +243,17 @@ def _costs(
         TileCost(64, 128, of_64_128),
         TileCost(128, 128, of_128),
     )
-    largest = () if of_256 is None else (TileCost(256, 128, of_256),)
-    return TilingCosts(tiles + largest, finish)
+    return TilingCosts(tiles + larger, finish)
 
 
 COSTS = _costs(500, 800, 1200, 2200, 4500)
-WARPGROUP_COSTS = _costs(500, 800, 1200, 1550, 4500)
+WARPGROUP_COSTS = _costs(500, 800, 1200, 1300, 4500, TileCost(128, 192, 1680))
 GEFORCE_COSTS = _costs(830, 1450, 2480, 4650, 25000)
 ROUNDED_COSTS = _costs(430, 600, 1300, 1550, 4500)
 ROUNDED_GEFORCE_COSTS = _costs(430, 600, 1300, 1550, 25000)
-ROUNDED_WARPGROUP_COSTS = _costs(430, 600, 1300, 1000, 4500, of_256=1450)
+ROUNDED_WARPGROUP_COSTS = _costs(430, 600, 1300, 980, 4500, TileCost(256, 128, 1300))
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
+_ADDED_PANELS = 14  # whose products one float adds up, of warpgroups
 _CHUNK_CLOCKS = 40000  # of what a chunk takes beside its work
 _BYTES_PER_CLOCK = 25
 
@@ -447,22 +448,30 @@ def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, proj
     tiles, each = _tiles(queries, m, tiling), up(panels, tiling.slices)  # panels of a slice
     slices = up(panels, each)
     copied = 4 * references * shape.N + panels * _PANEL * (2 * parts_of_x * rows + 4)
-    # Two warpgroups multiply 64 queries and half of a panel at a time.
-    multiplied = products * 8 * 2 * (rows // 64) * panels
+    # Each warpgroup multiplies 64 queries and half of a panel at a time.
+    warps = references // 16
+    multiplied = products * 2 * warps * (rows // 64) * panels
     of_all = Amount(of_warpgroups=multiplied, copied=copied, barriers=panels)
     loops = {"features": _by_all(tiles, panels, of_all)._replace(most=each)}
+    if not rounded:  # sums of some panels go to totals, but for the last ones of whole tiles
+        left_out, last = int(not sliced), panels - (slices - 1) * each
+        trips = (slices - 1) * up(each, _ADDED_PANELS) + up(last, _ADDED_PANELS) - left_out
+        most = up(each, _ADDED_PANELS) - left_out
+        loops["totals"] = _by_all(tiles, trips)._replace(most=most)
     exchanges = 4 + (0 if sliced else _last(project, 1))
-    if rows > 128 and not sliced:
-        loops["turns"] = _by_all(tiles, rows // 128)  # over the queries, after their sums
-    once = Amount(barriers=3 if project or sliced else 4, exchanges=8 * exchanges)
-    stages = 4 * _PANEL * (2 * parts_of_x * rows + 4 * references + 4)
+    if not sliced and (rows > 128 or references > 128):
+        loops["turns"] = _by_all(tiles, 2)  # over the queries, after their sums
+    once = Amount(barriers=3 if project or sliced else 4, exchanges=warps * exchanges)
+    stage = _PANEL * (2 * parts_of_x * rows + 4 * references + 4)
+    stages = (3 if references > 128 else 4) * stage
+    stages += 32 * references * (1 if rounded else rows // 8)  # totals
     least = 8 * references // 2 * (rows + 8) + 16  # smallest distances, in the place of stages
     memory = max(stages, least + 8 * (references + references // 16)) + 16 * rows
     moved = 4 * m * shape.N + 4 * queries * shape.N
     moved += _stored_of_pair(shape, slices) * queries * m
-    kernel = f"rounded_warpgroup_distances<{rows}, " if rounded else "warpgroup_distances<"
+    kernel = f"warpgroup_distances<{shape.type}, {rows}, {references}, "
     kernel += f"{_text(project)}, {_text(sliced)}>"
-    return Work("distances", kernel, tiles * slices, 256, memory, once, loops, moved)
+    return Work("distances", kernel, tiles * slices, 2 * references, memory, once, loops, moved)
 
 
 def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:

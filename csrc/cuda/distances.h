@@ -96,10 +96,10 @@ constexpr int kDistanceThreads = 256;
 // The smallest distances that threads have found of each query: bits, one row for each g and group
 // of warps. The lanes of a warp write 16 bytes each, and eight of them, which have two rows, reach
 // different banks. `finite` says whether all distances of a warp are.
-template <int QUERIES, int ROWS>
+template <int QUERIES, int ROWS, int THREADS = kDistanceThreads>
 struct LeastOfRows {
   alignas(16) std::uint64_t of[ROWS][QUERIES + 8];
-  bool finite[kDistanceThreads / 32];
+  bool finite[THREADS / 32];
 };
 
 // A block has REFERENCES × QUERIES pairs. A warp has one or two slabs of 16 references. With 64
@@ -111,7 +111,7 @@ struct LeastOfRows {
 // bytes.
 template <class R, int QUERIES, int REFERENCES>
 struct DistanceMemory {
-  static constexpr int kQueries = QUERIES, kReferences = REFERENCES;
+  static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = kDistanceThreads;
   static constexpr bool kAhead = QUERIES == 128;
   static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
   static constexpr int kQueryStages = kAhead ? 2 : kReferenceStages;
@@ -486,14 +486,14 @@ constexpr double kBeyondAll = 0x1p1000;
 
 // Stores the smallest distance of each tile of references for each query. It is marked in all tiles
 // of the block if a distance of these is not finite.
-template <int REFERENCES, int QUERIES, int ROWS>
-__device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS>& least, int query0,
+template <int REFERENCES, int QUERIES, int ROWS, int THREADS>
+__device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS, THREADS>& least, int query0,
                                     int queries, const Pairs& out) {
   constexpr int kTiles = REFERENCES / kTileReferences, kRowsOfTile = ROWS / kTiles;
   bool finite = true;
   for (const bool each : least.finite) finite = finite && each;
 #pragma unroll
-  for (int start = 0; start < QUERIES * kTiles; start += kDistanceThreads) {
+  for (int start = 0; start < QUERIES * kTiles; start += THREADS) {
     const int i = start + static_cast<int>(threadIdx.x), q = i % QUERIES, of_block = i / QUERIES;
     const int tile = static_cast<int>(blockIdx.x) * kTiles + of_block;
     if (i >= QUERIES * kTiles || query0 + q >= queries || tile >= out.tiles) continue;
@@ -507,15 +507,27 @@ __device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS>& least, int
   }
 }
 
-// Finishes the sums of a tile: distances and their minima, or G·y. If SLICED, it stores the sums
-// over a slice of the features.
-template <bool GEFORCE, bool PROJECT, bool SLICED, class Memory, class R>
-__device__ inline void finish_tile(Memory& shared,
-                                   float (&total)[Memory::kSlabs][Memory::kColumns][4],
-                                   float (&rest)[Memory::kSlabs][Memory::kColumns][4],
-                                   const float (&square)[2], const float (&square_lost)[2],
-                                   const Halves& x, const Rows<R>& y, const Center& center,
-                                   const Pairs& out, const Slices& slices) {
+// Sums of a thread in registers.
+template <int SLABS, int COLUMNS>
+struct SumsInRegisters {
+  float (&of)[SLABS][COLUMNS][4];
+
+  __device__ float at(int slab, int column, int i) const { return of[slab][column][i]; }
+  // Leaves out the first COUNT columns, which are half of those that are left.
+  template <int COUNT>
+  __device__ void drop() {
+    for (int s = 0; s < SLABS; ++s)
+      for (int j = 0; j < COUNT; ++j)
+        for (int i = 0; i < 4; ++i) of[s][j][i] = of[s][COUNT + j][i];
+  }
+};
+
+// Finishes the sums of a tile, total + rest: distances and their minima, or G·y. If SLICED, it
+// stores the sums over a slice of the features.
+template <bool GEFORCE, bool PROJECT, bool SLICED, class Memory, class Total, class Rest, class R>
+__device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const float (&square)[2],
+                                   const float (&square_lost)[2], const Halves& x, const Rows<R>& y,
+                                   const Center& center, const Pairs& out, const Slices& slices) {
   constexpr int QUERIES = Memory::kQueries, REFERENCES = Memory::kReferences;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
   const Lane lane = this_lane();
@@ -534,10 +546,11 @@ __device__ inline void finish_tile(Memory& shared,
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * (kOwn * (1 - part) + j) + 2 * lane.t + i % 2;
         const int own = kOwn + j;
-        const float sum = part > 0 ? total[0][j][i] : total[0][own][i];
-        const float more = part > 0 ? rest[0][j][i] : rest[0][own][i];
+        const float sum = part > 0 ? total.at(0, j, i) : total.at(0, own, i);
+        const float more = part > 0 ? rest.at(0, j, i) : rest.at(0, own, i);
         shared.sums.products[row_of(0) + 8 * (i / 2)][column] = {sum, more};
-        if (part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
+        if (part > 0)
+          total.of[0][j][i] = total.at(0, own, i), rest.of[0][j][i] = rest.at(0, own, i);
       }
   for (int e = 0; e < 2; ++e) {
     const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
@@ -565,7 +578,7 @@ __device__ inline void finish_tile(Memory& shared,
             const int row = row_of(s) + 8 * e;
             // A store of a pair needs neighbouring registers. Sums that it took as they are would
             // have these in the loop too, where compilers would spill.
-            float2 sum = {total[s][j][2 * e + odd] + 0.0f, rest[s][j][2 * e + odd] + 0.0f};
+            float2 sum = {total.at(s, j, 2 * e + odd) + 0.0f, rest.at(s, j, 2 * e + odd) + 0.0f};
             if constexpr (kParts > 1) sum = add_sums(sum, shared.sums.products[row][column]);
             if (reference0 + row >= slices.stride) continue;
             if constexpr (kRounded<R>)
@@ -599,7 +612,7 @@ __device__ inline void finish_tile(Memory& shared,
   const auto stride = static_cast<unsigned>(out.stride);
   const int first_column = column0 + 8 * kOwn * part + 2 * lane.t;
   // More columns at once would take too many registers.
-  constexpr int kTurns = kOwn > 16 ? 2 : 1, kOfTurn = kOwn / kTurns;
+  constexpr int kTurns = kOwn > 16 || Memory::kThreads > 256 ? 2 : 1, kOfTurn = kOwn / kTurns;
   bool all_finite = true;  // of this thread's distances, or G·y
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
@@ -619,7 +632,7 @@ __device__ inline void finish_tile(Memory& shared,
           const ReferenceNorms<GEFORCE> of_references(squared[s]);
           const DistanceOfQuery<GEFORCE> distance_of(norm, unit, of_references);
           for (int e = 0; e < 2; ++e) {
-            float2 product = {total[s][j][2 * e + odd], rest[s][j][2 * e + odd]};
+            float2 product = {total.at(s, j, 2 * e + odd), rest.at(s, j, 2 * e + odd)};
             if constexpr (kParts > 1)
               product = add_sums(product, shared.sums.products[row_of(s) + 8 * e][column]);
             if constexpr (PROJECT) {
@@ -641,13 +654,7 @@ __device__ inline void finish_tile(Memory& shared,
         *reinterpret_cast<double2*>(to) = {double_of(least[0]), double_of(least[1])};
       }
     }
-    if constexpr (kTurns > 1)
-      for (int s = 0; s < kSlabs; ++s)
-        for (int j = 0; j < kOfTurn; ++j)
-          for (int i = 0; i < 4; ++i) {
-            total[s][j][i] = total[s][kOfTurn + j][i];
-            rest[s][j][i] = rest[s][kOfTurn + j][i];
-          }
+    if constexpr (kTurns > 1) total.template drop<kOfTurn>(), rest.template drop<kOfTurn>();
   }
   all_finite = __ballot_sync(kAll, all_finite) == kAll;
   if constexpr (PROJECT) {
@@ -815,8 +822,9 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
   if constexpr (kLate) add_rests<2 * kTogether>(total, rest, kColumns - 2 * kTogether);
   wait_copies<0>();
   __syncthreads();
-  finish_tile<GEFORCE, PROJECT, SLICED>(shared, total, rest, square, square_lost, x, y, center, out,
-                                        slices);
+  using Sums = SumsInRegisters<kSlabs, kColumns>;
+  finish_tile<GEFORCE, PROJECT, SLICED>(shared, Sums{total}, Sums{rest}, square, square_lost, x, y,
+                                        center, out, slices);
 }
 
 // ---- slices of the features ------------------------------------------------------------------

@@ -91,6 +91,7 @@ class Calculation {
                          stream.multiprocessors(), backward, large_groups(), kRounded<R>, costs())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few,
+                        warpgroups() && !kRounded<R> && !partition_.few,
                         backward || kept.bytes > 0)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
@@ -327,23 +328,26 @@ class Calculation {
     if (found.queries == 32) return find_products<PROJECT, 32, 64>(rows, found.slices);
     if (found.references == 64) return find_products<PROJECT, 64, 64>(rows, found.slices);
     if (found.queries == 64) return find_products<PROJECT, 64, 128>(rows, found.slices);
-    if constexpr (std::is_same<R, float>::value)
-      if (warpgroups())
-        return find_products<PROJECT, WarpgroupMemory<float, 128>>(
-            rows, found.slices, warpgroup_distances<PROJECT, false>,
-            warpgroup_distances<false, true>);
-    if constexpr (kRounded<R>) {
-      if (found.queries == 256) return find_in_warpgroups<PROJECT, 256>(rows, found.slices);
-      if (warpgroups()) return find_in_warpgroups<PROJECT, 128>(rows, found.slices);
-    }
+    if constexpr (sizeof(R) == sizeof(float))
+      if (warpgroups()) return find_in_warpgroups<PROJECT>(rows, found);
     find_products<PROJECT, 128, 128>(rows, found.slices);
   }
 
-  template <bool PROJECT, int QUERIES>
+  template <bool PROJECT>
+  void find_in_warpgroups(const Halves& rows, const Tiling& found) const {
+    if constexpr (kRounded<R>) {
+      if (found.queries == 256) return find_in_warpgroups<PROJECT, 256, 128>(rows, found.slices);
+    } else {
+      if (found.references == 192) return find_in_warpgroups<PROJECT, 128, 192>(rows, found.slices);
+    }
+    find_in_warpgroups<PROJECT, 128, 128>(rows, found.slices);
+  }
+
+  template <bool PROJECT, int QUERIES, int REFERENCES>
   void find_in_warpgroups(const Halves& rows, Index slices) const {
-    find_products<PROJECT, WarpgroupMemory<R, QUERIES>>(
-        rows, slices, rounded_warpgroup_distances<QUERIES, PROJECT, false>,
-        rounded_warpgroup_distances<QUERIES, false, true>);
+    find_products<PROJECT, WarpgroupMemory<R, QUERIES, REFERENCES>>(
+        rows, slices, warpgroup_distances<R, QUERIES, REFERENCES, PROJECT, false>,
+        warpgroup_distances<R, QUERIES, REFERENCES, false, true>);
   }
 
   template <bool PROJECT, int QUERIES, int REFERENCES>
@@ -365,7 +369,7 @@ class Calculation {
   void find_products(const Halves& rows, Index slices, Kernel* whole, Kernel* sliced) const {
     Grid grid = tiles(Memory::kQueries, Memory::kReferences);
     if (slices == 1) {
-      run("distances", grid, kDistanceThreads, sizeof(Memory), whole, rows, y<R>(), center_, pairs_,
+      run("distances", grid, Memory::kThreads, sizeof(Memory), whole, rows, y<R>(), center_, pairs_,
           Slices{});
       return;
     }
@@ -377,7 +381,7 @@ class Calculation {
     sums.squares = reinterpret_cast<double*>(static_cast<SliceSum<R>*>(sums.products) +
                                              sums.count * queries() * sums.stride);
     grid.z = sums.count;
-    run("distances", grid, kDistanceThreads, sizeof(Memory), sliced, rows, y<R>(), center_, pairs_,
+    run("distances", grid, Memory::kThreads, sizeof(Memory), sliced, rows, y<R>(), center_, pairs_,
         sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
         0, geforce_ ? finish_distances<R, true, PROJECT> : finish_distances<R, false, PROJECT>,

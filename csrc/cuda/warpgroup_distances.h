@@ -1,18 +1,19 @@
-// Tiles of 128 references × 128 queries with the asynchronous products of warpgroups (sm_90a),
-// which reach the rate of Hopper's matrix units, and tiles of 256 queries for Rounded references.
-// Products of a panel and their sums are those of `distances`, but for the order of the features in
-// a panel.
+// Tiles of many pairs with the asynchronous products of warpgroups (sm_90a), which reach the rate
+// of Hopper's matrix units. Products of a panel are those of `distances`, but for the order of the
+// features in a panel. The panels are added up in another way.
 #pragma once
 #include "cuda/distances.h"
 
 namespace pfgm {
 namespace {
 
-// A block has two warpgroups. A warp has 16 references and all queries. It copies its references
-// itself, and converts them one panel ahead. Queries are operands in shared memory.
-template <class R, int QUERIES>
+// A block has a warpgroup for each 64 references. A warp has 16 references and all queries. It
+// copies its references itself, and converts them one panel ahead. Queries are operands in shared
+// memory.
+template <class R, int QUERIES, int REFERENCES>
 struct WarpgroupMemory {
-  static constexpr int kQueries = QUERIES, kReferences = 128, kStages = 4;
+  static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = 2 * REFERENCES;
+  static constexpr int kStages = kThreads > 256 ? 3 : 4;
   static constexpr int kSlabs = 1, kSides = 1, kParts = 1, kColumns = kQueries / 8;
   static constexpr int kGroups = kReferences / 16, kFeatures = kPanel;
   static constexpr int kPieces = kPanel / 8;  // of 8 features
@@ -24,38 +25,43 @@ struct WarpgroupMemory {
     R y[kReferences][kPanel];
     float center[kPanel];
   };
+  struct Loop {
+    Stage stages[kStages];
+    float totals[kRounded<R> ? 1 : kColumns][4][kThreads];  // unused if Rounded
+  };
   struct Sums {
     double squares[1][kReferences];
-    LeastOfRows<kQueries, 8 * kGroups> least;
+    LeastOfRows<kQueries, 8 * kGroups, kThreads> least;
     double farthest[kReferences / 16];
   };
+  static_assert(kRounded<R> || sizeof(Sums) <= sizeof(Loop::stages), "totals are kept");
   union {
-    Stage stages[kStages];
+    Loop loop;
     Sums sums;
   };
   double units[kQueries], norms[kQueries];
 };
 constexpr std::size_t kSharedLimitOfWarpgroups = 227 << 10;  // of sm_90
-static_assert(sizeof(WarpgroupMemory<float, 128>) <= kSharedLimitOfWarpgroups &&
-                  sizeof(WarpgroupMemory<Rounded, 256>) <= kSharedLimitOfWarpgroups,
+static_assert(sizeof(WarpgroupMemory<float, 128, 128>) <= kSharedLimitOfWarpgroups &&
+                  sizeof(WarpgroupMemory<float, 128, 192>) <= kSharedLimitOfWarpgroups &&
+                  sizeof(WarpgroupMemory<Rounded, 256, 128>) <= kSharedLimitOfWarpgroups,
               "a block fits on sm_90");
 
 __device__ inline int place_of_piece(int row, int piece) { return piece ^ 2 * (row % 4); }
 
 // Copies panel after panel of aligned rows. In place of rows after the last a thread copies another
 // one; their distances are not stored.
-template <class R, int QUERIES>
+template <class R, class Memory>
 class WarpgroupCopy {
  public:
-  using Memory = WarpgroupMemory<R, QUERIES>;
-
   // Starts at the feature `first`.
   __device__ WarpgroupCopy(const Halves& x, int query0, const Rows<R>& y, int reference0,
                            const Center& center, int first)
-      : center_(center),
-        to_low_(x.low - x.high),
+      : to_low_(x.low - x.high),
         apart_(kStep * y.stride),
-        left_(center.features - first) {
+        width_(center.width),
+        left_(center.features - first),
+        center_(center.scaled + first) {
     const Lane lane = this_lane();
     row_ = 16 * lane.warp + lane.lane / 8, piece_ = lane.lane % 8;
     // Eight lanes write the same piece of eight queries, which lie in different banks.
@@ -66,63 +72,101 @@ class WarpgroupCopy {
             8 * query_piece_;
   }
 
-  __device__ void next(typename Memory::Stage& stage) {
+  // Starts the copies of the next panel of the warp's references.
+  __device__ void next_references(typename Memory::Stage& stage) {
     const int known = left_ - 4 * piece_, count = known < 0 ? 0 : known < 4 ? known : 4;
     R* const to = stage.y[row_] + 4 * place_of_piece(row_, piece_);
 #pragma unroll
     for (int i = 0; i < 16 / kStep; ++i)
       copy_async<16>(to + i * kStep * kPanel, i * kStep < rows_ ? from_ + i * apart_ : from_,
                      count * static_cast<int>(sizeof(R)));
+    from_ += kPanel, left_ -= kPanel;
+  }
+
+  // Starts the copies of the next panel of the queries and the centre.
+  __device__ void next_queries(typename Memory::Stage& stage) {
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread < kPanel / 4)
-      copy_async<16>(&stage.center[4 * thread],
-                     center_.scaled + (center_.features - left_) + 4 * thread);
-    auto& x = stage.x;
+    if (thread < kPanel / 4) copy_async<16>(&stage.center[4 * thread], center_ + 4 * thread);
+    if (thread < kQueryThreads)
 #pragma unroll
-    for (int i = 0; i < QUERIES; i += kQueryStep) {
-      const std::uint16_t* const high = i < queries_ ? high_ + i * center_.width : high_;
-      copy_async<16>(x[0][query_piece_][query_ + i], high);
-      if constexpr (!kRounded<R>) copy_async<16>(x[1][query_piece_][query_ + i], high + to_low_);
-    }
-    from_ += kPanel, high_ += kPanel, left_ -= kPanel;
+      for (int i = 0; i < Memory::kQueries; i += kQueryStep) {
+        const std::uint16_t* const high = i < queries_ ? high_ + i * width_ : high_;
+        copy_async<16>(stage.x[0][query_piece_][query_ + i], high);
+        if constexpr (!kRounded<R>)
+          copy_async<16>(stage.x[1][query_piece_][query_ + i], high + to_low_);
+      }
+    high_ += kPanel, center_ += kPanel;
   }
 
  private:
   static constexpr int kStep = 4;  // rows of references, from one copy of a thread to the next
-  static constexpr int kQueryStep = kDistanceThreads / Memory::kPieces;
+  static constexpr int kQueryThreads = 256;  // that copy queries
+  static constexpr int kQueryStep = kQueryThreads / Memory::kPieces;
   static_assert(Memory::kPieces == 4, "a warp copies all pieces of eight queries");
+  static_assert(Memory::kThreads >= kQueryThreads && Memory::kQueries % kQueryStep == 0);
 
-  const Center& center_;
   const Index to_low_, apart_;  // from a high part to the low part; between rows of y
+  const int width_;
   int left_, row_, piece_, query_, query_piece_;
   int rows_, queries_;  // rows that there are from the first one of this thread on
+  const float* center_;
   const R* from_;
   const std::uint16_t* high_;
 };
 
-// A panel of 16 references as operands: references g and g + 8, features 2t, 2t + 1, 2t + 8 and
-// 2t + 9 of each 16. squares[e] is the sum of the squares of reference g + 8e, of their high parts
-// if ROUNDED.
-template <bool ROUNDED, class Stage>
-__device__ inline ReferencePanel convert_for_warpgroup(const Stage& stage, float scale,
-                                                       const Lane& lane, float (&squares)[2]) {
-  ReferencePanel panel;
+// Operands of 16 features of a warp's references, which take the place of their values: references
+// g and g + 8, features 2t, 2t + 1, 2t + 8 and 2t + 9. `part` is 0 for high parts, 1 for low ones.
+template <class R>
+__device__ inline uint4& operand_of_half(R (*rows)[kPanel], int half, int part, const Lane& lane) {
+  const int row = lane.lane / 2, piece = 4 * half + 2 * part + lane.lane % 2;
+  return *reinterpret_cast<uint4*>(rows[row] + 4 * place_of_piece(row, piece));
+}
+
+// Converts a panel of a warp's references in its place. squares[e] is the sum of the squares of
+// reference g + 8e, of their high parts if R is Rounded.
+template <class R>
+__device__ inline void convert_in_place(R (*rows)[kPanel], const float* center, float scale,
+                                        const Lane& lane, float (&squares)[2]) {
   squares[0] = squares[1] = 0;
 #pragma unroll
-  for (int i = 0; i < kPanel / 8; ++i) {
-    const int feature = 8 * i + 2 * lane.t;
-    const float2 c = *reinterpret_cast<const float2*>(stage.center + feature);
-    for (int e = 0; e < 2; ++e) {
-      const int row = 16 * lane.warp + lane.g + 8 * e;
-      const float2 y = *reinterpret_cast<const float2*>(
-          stage.y[row] + 4 * place_of_piece(lane.g, feature / 4) + feature % 4);
-      const float first = y.x * scale - c.x, second = y.y * scale - c.y;
-      const TwoHalves parts = split_halves(first, second);
-      squares[e] += ROUNDED ? sum_of_squares(parts.high) : first * first + second * second;
-      panel.high[i / 2][i % 2 * 2 + e] = parts.high;
-      panel.low[i / 2][i % 2 * 2 + e] = parts.low;
+  for (int half = 0; half < 2; ++half) {
+    std::uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int feature = 16 * half + 8 * i + 2 * lane.t;
+      const float2 c = *reinterpret_cast<const float2*>(center + feature);
+      for (int e = 0; e < 2; ++e) {
+        const float2 y = *reinterpret_cast<const float2*>(
+            rows[lane.g + 8 * e] + 4 * place_of_piece(lane.g, feature / 4) + feature % 4);
+        const float first = y.x * scale - c.x, second = y.y * scale - c.y;
+        const TwoHalves parts = split_halves(first, second);
+        squares[e] += kRounded<R> ? sum_of_squares(parts.high) : first * first + second * second;
+        high[2 * i + e] = parts.high, low[2 * i + e] = parts.low;
+      }
     }
+    __syncwarp();  // all values of this half are read
+    operand_of_half(rows, half, 0, lane) = {high[0], high[1], high[2], high[3]};
+    if constexpr (!kRounded<R>)
+      operand_of_half(rows, half, 1, lane) = {low[0], low[1], low[2], low[3]};
   }
+  __syncwarp();
+}
+
+// The operands of a panel. All lanes have read them then.
+template <class R>
+__device__ inline ReferencePanel load_operands(R (*rows)[kPanel], const Lane& lane) {
+  ReferencePanel panel;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4 high = operand_of_half(rows, half, 0, lane);
+    panel.high[half][0] = high.x, panel.high[half][1] = high.y;
+    panel.high[half][2] = high.z, panel.high[half][3] = high.w;
+    if constexpr (kRounded<R>) continue;
+    const uint4 low = operand_of_half(rows, half, 1, lane);
+    panel.low[half][0] = low.x, panel.low[half][1] = low.y;
+    panel.low[half][2] = low.z, panel.low[half][3] = low.w;
+  }
+  __syncwarp();
   return panel;
 }
 
@@ -139,44 +183,58 @@ __device__ inline BlockPanels panels_of_block(int features, const Slices& slices
 }
 
 // What a block copies and computes with, panel after panel of its slice of the features.
-template <class R, int QUERIES>
+//
+// The place of a warp's references is free when their operands are in registers. That of the
+// queries and the centre is free when all products with them are done, so their copies begin later.
+template <class R, class Memory>
 class WarpgroupStages {
  public:
-  using Memory = WarpgroupMemory<R, QUERIES>;
-  static constexpr int kAhead = Memory::kStages - 1;  // panels
-
   __device__ WarpgroupStages(Memory& shared, const Halves& x, int query0, const Rows<R>& y,
                              int reference0, const Center& center, const BlockPanels& panels)
       : shared_(shared),
         copy_(x, query0, y, reference0, center, panels.first * kPanel),
         panels_(panels.count) {}
 
-  __device__ typename Memory::Stage& at(int p) { return shared_.stages[p % Memory::kStages]; }
-  // Starts the copies of a panel.
-  __device__ void begin(int p) {
-    if (p < panels_) copy_.next(at(p));
+  __device__ typename Memory::Stage& at(int p) { return shared_.loop.stages[p % kStages]; }
+  // The references of this warp in a panel.
+  __device__ R (*rows(int p, const Lane& lane))[kPanel] { return at(p).y + 16 * lane.warp; }
+
+  // Before the first panel, which arrives.
+  __device__ void start() {
+    begin_references(0);
+    for (int p = 0; p < kStages - 1; ++p) begin_references(p + 1), begin_queries(p);
+    arrive<2 * kStages - 4>();
+  }
+  // In panel p, when the operands of its references are in registers.
+  __device__ void replace_references(int p) { begin_references(p + kStages); }
+  // In panel p, when the products of panel p − 1 are done. Panel p + 1 arrives.
+  __device__ void replace_queries(int p) {
+    arrive<2 * kStages - 5>();
+    begin_queries(p + kStages - 1);
+  }
+
+ private:
+  static constexpr int kStages = Memory::kStages;
+
+  // A group of copies each, in this order: references of panel p + 1, queries of panel p.
+  __device__ void begin_references(int p) {
+    if (p < panels_) copy_.next_references(at(p));
     commit_copies();
   }
-  // All but the newest PENDING panels have arrived, for all threads and their products.
+  __device__ void begin_queries(int p) {
+    if (p < panels_) copy_.next_queries(at(p));
+    commit_copies();
+  }
+  // All but the newest PENDING groups have arrived, for all threads and their products.
   template <int PENDING>
   __device__ void arrive() {
     wait_copies<PENDING>();
     publish_shared();
     __syncthreads();
   }
-  // The references of this warp in a panel.
-  __device__ R* slab(int p, const Lane& lane) { return at(p).y[16 * lane.warp]; }
-  // Converts them in their place. After the last panel this converts what nothing reads.
-  __device__ void convert(int p, float scale, const Lane& lane, float (&squares)[2]) {
-    const ReferencePanel panel = convert_for_warpgroup<kRounded<R>>(at(p), scale, lane, squares);
-    __syncwarp();  // all values are read
-    store_panel(slab(p, lane), panel, lane);
-    __syncwarp();
-  }
 
- private:
   Memory& shared_;
-  WarpgroupCopy<R, QUERIES> copy_;
+  WarpgroupCopy<R, Memory> copy_;
   const int panels_;
 };
 
@@ -185,55 +243,64 @@ constexpr int kOfProduct = 64;
 using SumsOfProduct = float[kOfProduct / 8][4];
 
 // Begins the products of a panel with 64 queries, those of number `group`, in the order of
-// add_products.
-template <class Stage>
-__device__ inline void begin_panel(SumsOfProduct& rest, const ReferencePanel& y, const Stage& stage,
-                                   int group) {
+// add_products or add_rounded_products.
+template <bool ROUNDED, class Stage>
+__device__ inline void begin_panel(SumsOfProduct& sums, const ReferencePanel& y, const Stage& stage,
+                                   int group, bool adds) {
   constexpr int kApart = sizeof stage.x[0][0];
   const auto x = [&](int part, int i) { return stage.x[part][2 * i][group * kOfProduct]; };
-  keep_in_place(rest);
+  keep_in_place(sums);
   begin_products();
+  if constexpr (ROUNDED) {
+    begin_product(sums, y.high[0], x(0, 0), kApart, adds);
+  } else {
+    begin_product(sums, y.low[0], x(0, 0), kApart, adds);
+    begin_product(sums, y.low[1], x(0, 1), kApart);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) begin_product(rest, y.low[i], x(0, i), kApart);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) begin_product(rest, y.high[i], x(1, i), kApart);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) begin_product(rest, y.high[i], x(0, i), kApart);
+    for (int i = 0; i < 2; ++i) begin_product(sums, y.high[i], x(1, i), kApart);
+    begin_product(sums, y.high[0], x(0, 0), kApart);
+  }
+  begin_product(sums, y.high[1], x(0, 1), kApart);
   commit_products();
 }
 
-// Adds the products of a panel to the total, as add_products does.
-__device__ inline void add_panel(SumsOfProduct& total, SumsOfProduct& rest) {
-  keep_in_place(rest);
+// Adds the products of a panel with 64 queries to the sums with all queries.
+template <int COLUMNS>
+__device__ inline void add_panel(float (&sums)[1][COLUMNS][4], SumsOfProduct& of_panel, int group) {
+  keep_in_place(of_panel);
 #pragma unroll
   for (int n = 0; n < kOfProduct / 8; ++n)
+    for (int e = 0; e < 4; ++e) sums[0][group * kOfProduct / 8 + n][e] += of_panel[n][e];
+}
+
+// Panels whose products one float adds up. Their sum then goes to the total, and the next sum
+// begins with what the total cannot hold. weight_law knows the error.
+constexpr int kAddedPanels = 14;
+
+template <int COLUMNS, int THREADS>
+__device__ inline void add_to_totals(float (&totals)[COLUMNS][4][THREADS],
+                                     float (&sums)[1][COLUMNS][4]) {
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n)
     for (int e = 0; e < 4; ++e) {
-      float &sum = total[n][e], &value = rest[n][e];
-      const float larger = sum + value;
-      value -= larger - sum;
-      sum = larger;
+      float &total = totals[n][e][threadIdx.x], &sum = sums[0][n][e];
+      const float old = total, larger = old + sum;
+      total = larger;
+      sum -= larger - old;
     }
 }
 
-// The same for the high parts alone, as in add_rounded_products.
-template <class Stage>
-__device__ inline void begin_rounded_panel(SumsOfProduct& panel, const ReferencePanel& y,
-                                           const Stage& stage, int group, bool adds) {
-  constexpr int kApart = sizeof stage.x[0][0];
-  const auto x = [&](int i) { return stage.x[0][2 * i][group * kOfProduct]; };
-  keep_in_place(panel);
-  begin_products();
-  begin_product(panel, y.high[0], x(0), kApart, adds);
-  begin_product(panel, y.high[1], x(1), kApart);
-  commit_products();
-}
+// Totals of a thread in shared memory.
+template <int THREADS>
+struct SumsInMemory {
+  const float (*of)[4][THREADS];
 
-__device__ inline void add_rounded_panel(SumsOfProduct& total, SumsOfProduct& panel) {
-  keep_in_place(panel);
-#pragma unroll
-  for (int n = 0; n < kOfProduct / 8; ++n)
-    for (int e = 0; e < 4; ++e) total[n][e] += panel[n][e];
-}
+  __device__ float at(int, int column, int i) const { return of[column][i][threadIdx.x]; }
+  template <int COUNT>
+  __device__ void drop() {
+    of += COUNT;
+  }
+};
 
 // What finish_tile needs of the queries of a block.
 template <bool NORMS, class Memory>
@@ -245,116 +312,80 @@ __device__ inline void load_queries(Memory& shared, const Halves& x, int query0,
   if constexpr (NORMS) shared.norms[q] = out.norms[query];
 }
 
-// Slices as in distances.
-template <bool PROJECT, bool SLICED>
-__global__ void __launch_bounds__(kDistanceThreads, 1)
-    warpgroup_distances(const Halves x, const Rows<float> y, const Center center, const Pairs out,
+// Slices as in distances. A warpgroup multiplies 64 queries at a time. While it adds up the
+// products and prepares others, matrix units multiply for another warpgroup. For Rounded references
+// one float adds up all panels.
+template <class R, int QUERIES, int REFERENCES, bool PROJECT, bool SLICED>
+__global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThreads), 1)
+    warpgroup_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
                         const Slices slices) {
   wait_for_earlier_launches();
 #if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Memory = WarpgroupMemory<float, 128>;
+  using Memory = WarpgroupMemory<R, QUERIES, REFERENCES>;
+  constexpr int kQueryGroups = QUERIES / kOfProduct;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
-  const int reference0 = static_cast<int>(blockIdx.x) * Memory::kReferences;
-  const int query0 = static_cast<int>(blockIdx.y) * Memory::kQueries;
-  if constexpr (!PROJECT && !SLICED) clear_list(out);
-  load_queries<!PROJECT && !SLICED>(shared, x, query0, out);
-  const float factor = *center.scale;
-  float total[2][kOfProduct / 8][4] = {}, rest[2][kOfProduct / 8][4] = {};
-  float square[2] = {}, square_lost[2] = {}, squares[2];
-  const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
-  WarpgroupStages<float, 128> stages(shared, x, query0, y, reference0, center, panels);
-  constexpr int kAhead = stages.kAhead;
-
-  for (int p = 0; p < kAhead; ++p) stages.begin(p);
-  stages.template arrive<kAhead - 1>();
-  stages.convert(0, factor, lane, squares);
-#pragma unroll 1
-  for (int p = 0; p < panels.count; ++p) {
-    const ReferencePanel y = load_panel(stages.slab(p, lane), lane);
-    begin_panel(rest[0], y, stages.at(p), 0);
-    for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
-    stages.template arrive<kAhead - 2>();
-    stages.begin(p + kAhead);  // in place of panel p − 1, whose products are done
-    begin_panel(rest[1], y, stages.at(p), 1);
-    stages.convert(p + 1, factor, lane, squares);
-    wait_products<1>();
-    add_panel(total[0], rest[0]);
-    wait_products<0>();
-    add_panel(total[1], rest[1]);
-  }
-  wait_copies<0>();
-  __syncthreads();
-
-  using Sums = float[1][Memory::kColumns][4];
-  finish_tile<false, PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total),
-                                      reinterpret_cast<Sums&>(rest), square, square_lost, x, y,
-                                      center, out, slices);
-#else
-  __trap();  // has_warpgroups in cuda/runtime.h
-#endif
-}
-
-// The same for Rounded references. A panel has new sums, which are added to the total. Products of
-// two groups of 64 queries are under way at a time.
-template <int QUERIES, bool PROJECT, bool SLICED>
-__global__ void __launch_bounds__(kDistanceThreads, 1)
-    rounded_warpgroup_distances(const Halves x, const Rows<Rounded> y, const Center center,
-                                const Pairs out, const Slices slices) {
-  wait_for_earlier_launches();
-#if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Memory = WarpgroupMemory<Rounded, QUERIES>;
-  constexpr int kGroups = QUERIES / kOfProduct;  // of queries
-  Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
-  const Lane lane = this_lane();
-  const int reference0 = static_cast<int>(blockIdx.x) * Memory::kReferences;
+  const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
   const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
   if constexpr (!PROJECT && !SLICED) clear_list(out);
   load_queries<!PROJECT && !SLICED>(shared, x, query0, out);
   const float factor = *center.scale;
-  float total[kGroups][kOfProduct / 8][4] = {};
-  float sums[2][kOfProduct / 8][4] = {};  // of a panel: of two groups, whose products are under way
+  float sums[1][Memory::kColumns][4] = {}, of_panel[kOfProduct / 8][4] = {};
   // Never. If the compiler knew, it would take more registers for sums and spill.
   const bool adds = center.features < 0;
   float square[2] = {}, square_lost[2] = {}, squares[2];
   const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
-  WarpgroupStages<Rounded, QUERIES> stages(shared, x, query0, y, reference0, center, panels);
-  constexpr int kAhead = stages.kAhead;
+  WarpgroupStages<R, Memory> stages(shared, x, query0, y, reference0, center, panels);
 
-  for (int p = 0; p < kAhead; ++p) stages.begin(p);
-  stages.template arrive<kAhead - 1>();
-  stages.convert(0, factor, lane, squares);
-#pragma unroll 1
-  for (int p = 0; p < panels.count; ++p) {
-    const ReferencePanel panel = load_panel(stages.slab(p, lane), lane);
-    const auto begin = [&](int n) {
-      begin_rounded_panel(sums[n % 2], panel, stages.at(p), n, adds);
+  stages.start();
+  convert_in_place(stages.rows(0, lane), stages.at(0).center, factor, lane, squares);
+  const auto take_panel = [&](int p) {
+    const ReferencePanel panel = load_operands(stages.rows(p, lane), lane);
+    const auto begin = [&](int group) {
+      begin_panel<kRounded<R>>(of_panel, panel, stages.at(p), group, adds);
     };
+    stages.replace_references(p);
     begin(0);
+    stages.replace_queries(p);
     for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
-    stages.template arrive<kAhead - 2>();
-    stages.begin(p + kAhead);  // in place of panel p − 1, whose products are done
-    begin(1);
 #pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      if (n + 1 < kGroups)
-        wait_products<1>();
-      else
-        wait_products<0>();
-      add_rounded_panel(total[n], sums[n % 2]);
-      if (n + 2 < kGroups) begin(n + 2);
-      if (n + 2 == kGroups) stages.convert(p + 1, factor, lane, squares);
+    for (int group = 0; group < kQueryGroups; ++group) {
+      if (group == kQueryGroups - 1)  // after the last panel, of what nothing reads
+        convert_in_place(stages.rows(p + 1, lane), stages.at(p + 1).center, factor, lane, squares);
+      wait_products<0>();
+      add_panel(sums, of_panel, group);
+      if (group < kQueryGroups - 1) begin(group + 1);
     }
+  };
+  const auto finish = [&](auto totals, auto rest) {
+    wait_copies<0>();
+    __syncthreads();
+    finish_tile<false, PROJECT, SLICED>(shared, totals, rest, square, square_lost, x, y, center,
+                                        out, slices);
+  };
+  using Sums = SumsInRegisters<1, Memory::kColumns>;
+  if constexpr (kRounded<R>) {
+#pragma unroll 1
+    for (int p = 0; p < panels.count; ++p) take_panel(p);
+    float none[1][Memory::kColumns][4] = {};
+    finish(Sums{sums}, Sums{none});
+  } else {
+    auto& totals = shared.loop.totals;
+    for (auto& column : totals)
+      for (auto& each : column) each[threadIdx.x] = 0;
+#pragma unroll 1
+    for (int p = 0;;) {
+      const int left = panels.count - p, end = p + (left < kAddedPanels ? left : kAddedPanels);
+#pragma unroll 1
+      for (; p < end; ++p) take_panel(p);
+      if (!SLICED && p == panels.count) break;  // finish_tile adds both up
+      add_to_totals(totals, sums);
+      if (SLICED && p == panels.count) break;
+    }
+    finish(SumsInMemory<Memory::kThreads>{totals}, Sums{sums});
   }
-  wait_copies<0>();
-  __syncthreads();
-
-  using Sums = float[1][Memory::kColumns][4];
-  float none[1][Memory::kColumns][4] = {};
-  finish_tile<false, PROJECT, SLICED>(shared, reinterpret_cast<Sums&>(total), none, square,
-                                      square_lost, x, y, center, out, slices);
 #else
-  __trap();
+  __trap();  // has_warpgroups in cuda/runtime.h
 #endif
 }
 

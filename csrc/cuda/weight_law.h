@@ -135,8 +135,10 @@ struct WeightLaw {
 };
 
 // `products` says whether distances are computed from products instead of differences, `rounded`
-// whether of values rounded to float16, `gradient` whether a gradient may take them.
-WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool gradient) {
+// whether of values rounded to float16, `in_one_float` whether one float adds up several panels of
+// others, and `gradient` whether a gradient may take them.
+WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool in_one_float,
+                     bool gradient) {
   const bool gaussian = std::isinf(problem.dimensions);
   const double features = static_cast<double>(problem.features);
   const double exponent = gaussian ? 0.5 : (features + problem.dimensions) / 2;
@@ -144,8 +146,10 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool g
   // Sums over panels of 32 features are rounded, which mostly averages out. Matrix units round
   // toward zero, which averages out less.
   const double root = std::sqrt(std::fmax(1.0, features / kPanel));  // of the number of panels
-  // Products of rounded values are added up in one float.
-  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root;
+  // Products of rounded values are added up in one float. If kAddedPanels panels of others are,
+  // each addition rounds a sum that may be nearly the whole one, if few features hold most of it.
+  const double of_sums = in_one_float ? 0x3p-27 : 0;
+  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + of_sums;
   const double of_bytes = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
   const float power = static_cast<float>(exponent);
   const double near = rounded ? kRoundedNear : kNear;

@@ -338,6 +338,9 @@ void check_tiles() {
     check_forward({70, kFew ? 140 : 200, 97}, reference_type(multiprocessors % 4),
                   one_of_all(static_cast<std::size_t>(multiprocessors)));
   }
+  // Of warpgroups, with more panels than one float adds up.
+  const Setting setting(90, 1);
+  check_forward({100, kFew ? 130 : 190, 452}, Type::float32, one_of_all(1));
 }
 
 // Precision "medium", in tiles of 128 references × 128 or 256 queries, whole and with slices of the

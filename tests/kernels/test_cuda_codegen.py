@@ -294,8 +294,8 @@ def test_flaws_are_found(words, symbol, options):
 @pytest.mark.parametrize(
     ("kernel", "where"),
     [
-        ("warpgroup_distances<false, true>", "80"),
-        ("rounded_warpgroup_distances<256, false, true>", "80"),
+        ("warpgroup_distances<float32, 128, 192, false, true>", "80"),
+        ("warpgroup_distances<Rounded, 256, 128, false, true>", "80"),
         ("distances<Rounded, 128, 128, false, true, false>", "90a"),
         ("distances<float32, 128, 128, false, true, false>", "90a"),
         ("distances<uint8, 64, 128, true, true, false>", "100"),

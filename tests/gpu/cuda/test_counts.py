@@ -189,9 +189,10 @@ def check_longest(run: Run) -> None:
         ((70, 190, 128), 7, "distances<float32, 64, 64, true, false, false>"),
         ((250, 250, 72), 1, "distances<float32, 128, 128, true, false, false>"),
         ((97, 127, 2048), 3, "distances<float32, 128, 128, true, false, true>"),
-        ((100, 300, 96), 1, "warpgroup_distances<false, false>"),
-        ((241, 129, 72), 1, "warpgroup_distances<false, false>"),
-        ((97, 127, 1536), 3, "warpgroup_distances<false, true>"),
+        ((100, 240, 96), 1, "warpgroup_distances<float32, 128, 128, false, false>"),
+        ((241, 129, 72), 1, "warpgroup_distances<float32, 128, 192, false, false>"),
+        ((97, 127, 1536), 3, "warpgroup_distances<float32, 128, 128, false, true>"),
+        ((97, 190, 1552), 3, "warpgroup_distances<float32, 128, 192, false, true>"),
         ((8, 320, 128), 4, "differences<float32, false>"),
         ((40, 192, 16), 4, "differences<float32, false>"),
     ],
@@ -301,7 +302,7 @@ def test_chunks_of_whole_rounds(run, shim, monkeypatch):
     """Two chunks of 384 references are a round of 3 tiles each. Those of 512 and 256 would be 3."""
     shim.limits(references=512)
     monkeypatch.setattr(data, "REFERENCES", 512)
-    found = run(clusters(40, 768, 512), multiprocessors=3)
+    found = run(clusters(40, 768, 512), multiprocessors=3, like=devices.A100)
     (limits,) = (one for one in found.model if one.name == "find_limits")
     assert limits.times == 2
     assert [len(one.blocks) for one in found.shim if one.name == "distances"] == [3, 3]
@@ -373,7 +374,7 @@ def test_gradients_with_large_tiles(run):
             found = run(clusters(100, 192, 96), dtype, 1, backward=True, like=card)
             name = f"distances<{TYPES[dtype]}, 128, 128, false, "
             if card is devices.H100 and dtype == torch.float32:
-                name = "warpgroup_distances<"
+                name = "warpgroup_distances<float32, 128, 192, "
             kernels = {one.kernel for one in found.model}
             assert {f"{name}{project}, false>" for project in ("false", "true")} <= kernels
             check(found)
@@ -436,16 +437,16 @@ def test_medium_on_an_a100(run, sizes, multiprocessors, kernel):
 @pytest.mark.parametrize(
     ("sizes", "multiprocessors", "kernel"),
     [
-        ((100, 300, 96), 1, "<128, false, false>"),
-        ((129, 40, 36), 1, "<256, false, false>"),
-        ((257, 129, 72), 1, "<256, false, false>"),
-        ((97, 127, 1536), 3, "<128, false, true>"),
-        ((201, 127, 1552), 3, "<256, false, true>"),
+        ((100, 300, 96), 1, "<Rounded, 128, 128, false, false>"),
+        ((129, 40, 36), 1, "<Rounded, 256, 128, false, false>"),
+        ((257, 129, 72), 1, "<Rounded, 256, 128, false, false>"),
+        ((97, 127, 1536), 3, "<Rounded, 128, 128, false, true>"),
+        ((201, 127, 1552), 3, "<Rounded, 256, 128, false, true>"),
     ],
 )
 def test_medium_on_an_h100(run, sizes, multiprocessors, kernel):
     found = run(clusters(*sizes), multiprocessors=multiprocessors, precision="medium")
-    assert f"rounded_warpgroup_distances{kernel}" in {one.kernel for one in found.model}
+    assert f"warpgroup_distances{kernel}" in {one.kernel for one in found.model}
     check(found)
     # Not of refine: a pair more or less may be refined.
     check_longest(Run(*([one for one in each if "distances" in one.name] for each in found)))
@@ -455,7 +456,7 @@ def test_medium_gradients_on_an_h100(run):
     for B in (100, 150):
         found = run(clusters(B, 192, 96), multiprocessors=1, backward=True, precision="medium")
         kernels = {one.kernel for one in found.model}
-        name = f"rounded_warpgroup_distances<{128 if B < 129 else 256}, "
+        name = f"warpgroup_distances<Rounded, {128 if B < 129 else 256}, 128, "
         assert {f"{name}{project}, false>" for project in ("false", "true")} <= kernels
         check(found)
 

@@ -1,4 +1,4 @@
-"""Tiles of 128 × 128 references and queries in the CUDA kernel ``distances``."""
+"""Large tiles of references and queries in the CUDA kernel ``distances``, of 128 × 128 and more."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import math
 import pytest
 import torch
 
+from benchmarks.machine_code import work
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # Queries, references and features at the edges of tiles, panels and stages. On one multiprocessor
-# tiles of 128 × 128 take least time.
+# tiles of 128 × 128, and of 192 references if warpgroups multiply, take least time. These add up
+# 14 panels of 32 features in one float before they add them to the others.
 SIZES = [
     (100, 65, 32), (100, 127, 33), (100, 129, 63), (128, 128, 65), (241, 129, 97), (97, 300, 161),
-    (100, 129, 36), (241, 129, 100), (97, 300, 164),
+    (100, 129, 36), (241, 129, 100), (97, 300, 164), (97, 193, 448), (100, 255, 452),
+    (100, 127, 900), (99, 191, 900),
 ]  # fmt: skip
 
 
@@ -39,7 +43,7 @@ def tiles(references, queries, M, B):
 
 @pytest.fixture(params=[80, 89, 90], ids=["warps", "GeForce", "warpgroups"])
 def large(request, shim, grids_of):
-    """large(run, sizes) calls run() and makes sure that it takes tiles of 128 × 128.
+    """large(run, sizes) calls run() and makes sure that it takes large tiles.
 
     Warpgroups multiply on an sm_90, if references are in float32. Rows of these that are not
     aligned have smaller tiles there. GeForce cards take smaller tiles if few of their pairs would
@@ -51,8 +55,15 @@ def large(request, shim, grids_of):
     def large(run, sizes):
         B, M, N = sizes
         grids = set(grids_of(run))
-        if architecture == 80 or (architecture == 90 and N % 4 == 0):
+        if architecture == 80:
             assert grids == {tiles(128, 128, M, B)}
+        if architecture == 90 and N % 4 == 0:
+            costs = {
+                one.references: one.clocks * math.ceil(M / one.references)
+                for one in work.WARPGROUP_COSTS.tiles
+                if one.queries == 128
+            }
+            assert grids == {tiles(min(costs, key=costs.__getitem__), 128, M, B)}
 
     return large
 
@@ -97,6 +108,23 @@ def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, capabi
     (_, lse, *_, of_radius), (_, other_lse, *_, of_other) = found
     assert torch.equal(lse, other_lse)
     assert torch.equal(of_radius, of_other)
+
+
+@pytest.mark.parametrize("M", [127, 129])
+@pytest.mark.usefixtures("poisoned")
+def test_no_value_is_read_before_it_has_arrived(op, shim, M):
+    """It would be NaN, and its distances would be refined. Here no distance needs that, in tiles of
+    128 and of 192 references."""
+    x, references, _ = op.problem(100, M, 452)
+    radius = torch.full((100,), 30.0, dtype=torch.float64, device=x.device)
+    shim.device(90, 1)
+    for order in (0, 1, 77):
+        shim.order(order)
+        shim.counts(True)
+        op.check(x, references, radius, 1.0)
+        counts = {name: blocks for name, *_, blocks in shim.counts(False)}
+        assert sum(counts["distances"]["begin_product"]) > 0
+        assert sum(counts["refine"]["__shfl_xor_sync"]) == 0
 
 
 def test_rows_that_are_not_aligned(op, large, device):
@@ -165,8 +193,8 @@ def test_queries_that_are_not_finite(op, large):
 
 
 @pytest.mark.slow
-def test_the_order_of_threads_does_not_change_a_bit(op, shim, large):
-    sizes = (100, 129, 97)
+@pytest.mark.parametrize("sizes", [(100, 129, 97), (100, 129, 452), (100, 127, 452)])
+def test_the_order_of_threads_does_not_change_a_bit(op, shim, large, sizes):
     x, references, sigma = op.problem(*sizes)
     results = []
     for order in (0, 1, 2, 3):

@@ -21,6 +21,7 @@ PROBLEMS = {
     (64, 128, 80): ((40, 129, 1552), 4),
     (128, 128, 80): ((97, 127, 1552), 3),
     (128, 128, 90): ((97, 127, 1552), 3),  # of warpgroups, if references are in float32
+    (128, 192, 90): ((97, 190, 1552), 3),
 }
 TILES = pytest.mark.parametrize("tile", PROBLEMS, ids=lambda tile: "{}x{}-{}".format(*tile))
 
@@ -56,6 +57,8 @@ def sliced(shim):
 @TILES
 @pytest.mark.usefixtures("poisoned")
 def test_forward(op, sliced, tile, dtype):
+    if tile == (128, 192, 90) and dtype != torch.float32:
+        pytest.skip("references of other types have no such tiles")
     sizes, _ = PROBLEMS[tile]
     x, references, sigma = op.problem(*sizes, dtype=dtype)
     for D in (1.0, math.inf):

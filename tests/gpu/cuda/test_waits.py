@@ -15,7 +15,6 @@ from benchmarks.codegen import cuda as codegen_cuda
 # Launches that have another name than their kernel.
 OTHER_NAMES = {
     "warpgroup_distances": "distances",
-    "rounded_warpgroup_distances": "distances",
     "ode_step_kernel": "ode_step",
     "normalised_field_kernel": "normalised_field",
 }
