@@ -127,6 +127,20 @@ def test_no_value_is_read_before_it_has_arrived(op, shim, M):
         assert sum(counts["refine"]["__shfl_xor_sync"]) == 0
 
 
+def test_features_that_decay(op, shim, device):
+    """Most of a sum is in its first panels, so each addition of another one in the same float
+    rounds nearly all of it. Weights fall between the two nearest references."""
+    shim.device(90, 1)
+    decay = 1 / (1 + torch.arange(3072, device=device) / 32)
+    x, references, _ = op.problem(100, 129, 3072)
+    x, references = decay * x, decay * references
+    nearest = torch.cdist(x.double(), references.double()).square().sort(dim=1).values
+    scale = references.double().norm(dim=1).max()
+    for share, allowed in ((0.1, 1e-6), (0.3, 5e-5)):
+        sigma = (share * (nearest[:, 1] - nearest[:, 0])).clamp(min=1e-9).sqrt()
+        assert op.mean_error(x, references, sigma, math.inf) <= allowed * scale.cpu()
+
+
 def test_rows_that_are_not_aligned(op, large, device):
     _, M, N = sizes = (100, 129, 66)
     x, references, sigma = op.problem(*sizes)
