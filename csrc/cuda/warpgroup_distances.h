@@ -199,7 +199,7 @@ class WarpgroupStages {
   // The references of this warp in a panel.
   __device__ R (*rows(int p, const Lane& lane))[kPanel] { return at(p).y + 16 * lane.warp; }
 
-  // Before the first panel, which arrives.
+  // Before the first panel. Its group of queries, the third of 2·kStages − 1, arrives.
   __device__ void start() {
     begin_references(0);
     for (int p = 0; p < kStages - 1; ++p) begin_references(p + 1), begin_queries(p);
@@ -207,7 +207,8 @@ class WarpgroupStages {
   }
   // In panel p, when the operands of its references are in registers.
   __device__ void replace_references(int p) { begin_references(p + kStages); }
-  // In panel p, when the products of panel p − 1 are done. Panel p + 1 arrives.
+  // In panel p, when the products of panel p − 1 are done. The queries of panel p + 1 arrive, a
+  // group that 2·kStages − 5 others follow, and so do its references.
   __device__ void replace_queries(int p) {
     arrive<2 * kStages - 5>();
     begin_queries(p + kStages - 1);
