@@ -23,6 +23,8 @@ FIRST_PARAMETER = {80: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
 ROUNDING = 80
 """Where WeightLaw (csrc/cuda/weight_law.h) has the error from rounding, in float64: 0 if there is
 none."""
+ADDED = 88
+"""The same of the error from adding up panels in one float."""
 
 _CONSTANT = re.compile(r"c\[0x0\]\[0x([0-9a-f]+)\]")
 _REGISTER = re.compile(r"^(U?R)(\d+)(?:\.reuse|\.64)?$")

@@ -279,15 +279,22 @@ class Rule(NamedTuple):
             bound = 2 * (BOUND / 8 if self.few else BOUND) * (3 * norm + 2 * base)
         return base + bound + self.spread(base, r, nats)
 
-    def nats(self, times: Tensor) -> Tensor:
+    def nats(self, times: Tensor, random: Tensor) -> Tensor:
         """How many nats below the largest weight pairs are refined, if errors are so many times
-        what is allowed (B,)."""
+        what is allowed: those that may have a bias, and those that average out (B,)."""
         if self.gradient:
             return torch.full_like(times, self.near)
-        return (times.log() + math.log(self.M) + OTHERS).clamp(0, self.near)
+        nats = torch.maximum(times.log() + math.log(self.M) + OTHERS, 2 * (random.log() + OTHERS))
+        return nats.clamp(0, self.near)
+
+    def added(self, norm: Tensor, farthest: Tensor) -> Tensor:
+        """The part of the error that averages out: of adding up panels in one float (B,)."""
+        if not self.warpgroups or self.few:
+            return torch.zeros_like(norm)
+        return ADDED_NOISE * (2 * (norm * farthest).sqrt() + farthest)
 
     def noise(self, base: Tensor, norm: Tensor, r: Tensor, farthest: Tensor) -> Tensor:
-        """The typical error of a distance (B,).
+        """The rest of the typical error of a distance (B,).
 
         Args:
             farthest: the largest squared norm of a reference that may be refined.
@@ -297,8 +304,6 @@ class Rule(NamedTuple):
             return of_bytes * (norm + base) + 2.0**-26 * base
         root = math.sqrt(max(1.0, self.N / 32))  # of the number of panels
         noise = 2.0**-23 + 2.0**-25 * root if self.rounded else NOISE / root
-        if self.warpgroups:
-            noise += ADDED_NOISE
         of_sums = noise * (2 * (norm * farthest).sqrt() + farthest)
         if not self.rounded:
             return of_sums
@@ -362,13 +367,16 @@ def refined_of_chunk(
     within = (base + r * r) / rule.exponent
     close = (lowest <= (base + within)[:, None]).sum(1)
     farthest = torch.where(lowest <= near[:, None], reach, 0.0).amax(1)
-    error = rule.noise(base, norm, r, farthest)
+    biased, random = rule.noise(base, norm, r, farthest), rule.added(norm, farthest)
+    error = biased + random
     score = rule.exponent * (base + r * r).log().abs()
     averaged, of_score = (close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16
     one = rule.tolerance * within
-    nats = rule.nats(error / (of_score.clamp(max=1) * one))
+    allowed = of_score.clamp(max=1) * one
+    most = torch.minimum(averaged, of_score) * one
+    nats = rule.nats(torch.where(biased > most, biased / allowed, 0.0), random / allowed)
     near = rule.largest_refined(base, norm, r, nats)
-    near[error <= torch.minimum(averaged, of_score) * one] = -1
+    near[error <= most] = -1
     return Refined(part <= near[:, None], lowest <= near[:, None])
 
 

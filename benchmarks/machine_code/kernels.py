@@ -254,7 +254,10 @@ def _decided(card: Device, name: str, rounded: bool) -> Compiled:
     if base not in _WITH_LAW:
         return found
     first = branches.FIRST_PARAMETER[card.architecture]
-    code = branches.decided(found.code, first, () if rounded else (branches.ROUNDING,))
+    none = {branches.ADDED if rounded else branches.ROUNDING}
+    if card.architecture != 90:  # no tiles of warpgroups
+        none.add(branches.ADDED)
+    code = branches.decided(found.code, first, none)
     return found._replace(code=code, loops=sass.loops(code))
 
 

@@ -38,6 +38,11 @@ __device__ inline float logarithm_of_ratio(double a, double b) {
 // least √(n/e). If more than law.tolerance is left, or the log-sum-exp lacks digits, references are
 // refined whose weight may be more than e^-law.near times the largest, or more than a weight whose
 // error may be left by law.others nats. All others may have such an error, even if it is a bias.
+//
+// Errors without a bias, law.added (2|x||y| + |y|²), come to that. Those of weights below w have
+// together at most √w times the error of a weight, because their squares have a sum of at most w
+// times all weights. So if only these are too large, fewer references are refined: those whose
+// weight is more than the one whose error may be left by kOthers nats, squared.
 struct QueryLimit {
   double base, norm;  // the smallest distance, |x|²
   double root;        // |x|
@@ -88,7 +93,10 @@ struct QueryLimit {
   // nat of the largest.
   template <bool PRODUCTS>
   __device__ double largest(const WeightLaw& law, double farthest, int close) const {
-    const double error = smallest + noise<PRODUCTS>(law, farthest);
+    const double biased = smallest + noise<PRODUCTS>(law, farthest);
+    double random = 0;
+    if (PRODUCTS && law.added > 0) random = law.added * (2 * root * sqrt(farthest) + farthest);
+    const double error = biased + random;
     const float score = law.gaussian
                             ? (base == 0 ? 0 : static_cast<float>(base / within))
                             : static_cast<float>(law.exponent) * fabsf(logf(static_cast<float>(s)));
@@ -97,10 +105,18 @@ struct QueryLimit {
     const double one = law.tolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
     const float of_score = fmaxf(1, score) * 0x1p-4f;
-    const bool matters =
-        error * error > averaged * (one * one) || error > one * of_score || near == INFINITY;
-    if (!matters) return -1;
-    const float nats = law.others + logarithm_of_ratio(error, one * fminf(1, of_score));
+    const auto matters = [&](double v) {
+      return v * v > averaged * (one * one) || v > one * of_score || near == INFINITY;
+    };
+    if (!matters(error)) return -1;
+    const double allowed = one * fminf(1, of_score);
+    float nats = law.others + logarithm_of_ratio(biased, allowed);
+    if (PRODUCTS && law.added > 0) {
+      const float of_random =
+          2 * (static_cast<float>(kOthers) + logarithm_of_ratio(random, allowed));
+      const bool both = matters(biased) || law.others == INFINITY;
+      nats = both ? fmaxf(nats, of_random) : of_random;
+    }
     if (near == INFINITY || !(nats < law.near)) return near;
     const float few = fmaxf(nats, 0);
     const float larger = law.gaussian ? few : few * relative_growth(few * law.per_power);

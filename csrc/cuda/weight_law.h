@@ -69,6 +69,8 @@ struct WeightLaw {
                        // differences
   double rounding;     // typical error of |x| in the direction of x − y, relative to |x|, from
                        // rounding x to float16; the same for y. 0 if their low parts count too
+  double added;        // like `noise`, of adding up panels in one float: rounded to the nearest, so
+                       // it has no bias. 0 if two floats add them up
   std::uint32_t half_a_step, kept;  // a weight is rounded to these bits
 
   // How fast the score falls at the squared distance `nearest`. It is infinite where r = 0 on a
@@ -146,10 +148,11 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool i
   // Sums over panels of 32 features are rounded, which mostly averages out. Matrix units round
   // toward zero, which averages out less.
   const double root = std::sqrt(std::fmax(1.0, features / kPanel));  // of the number of panels
-  // Products of rounded values are added up in one float. If kAddedPanels panels of others are,
-  // each addition rounds a sum that may be nearly the whole one, if few features hold most of it.
-  const double of_sums = in_one_float ? 0x3p-27 : 0;
-  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + of_sums;
+  // Products of rounded values are added up in one float.
+  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root;
+  // If kAddedPanels panels of others are, each addition rounds a sum that may be nearly the whole
+  // one, if few features hold most of it.
+  const double added = in_one_float ? 0x3p-27 : 0;
   const double of_bytes = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
   const float power = static_cast<float>(exponent);
   const double near = rounded ? kRoundedNear : kNear;
@@ -166,6 +169,7 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool i
           length * (products ? 0x1p-18 : 0x1p-21),
           products ? of_panels : of_bytes,
           rounded ? 0x1p-12 / std::sqrt(features) : 0,
+          added,
           rounded ? 0x1000u : 0u,
           rounded ? 0xffffe000u : ~0u};
 }

@@ -46,13 +46,14 @@ def assert_same(found, expected):
 
 def check(op, x, references, radius, D, tolerance=None):
     """What is kept changes no bit of the gradients. Of the results it changes only what small
-    weights add: they are more exact, because the gradient needs them."""
+    weights add: they are more exact, because the gradient needs them. A relative error of 1e-5 is
+    allowed."""
     given = x, references, radius, D
     results, kept = keeping(*given)
     assert kept.nbytes >= 8 * len(x) * len(references)
     assert_same(results, keeping(*given)[0])
     for one, other in zip(results, native.posterior_mean(PosteriorMean(*given)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(one, other, rtol=5e-6, atol=0, equal_nan=True)
     found = gradients(op, results, *given, kept)
     assert_same(found, gradients(op, results, *given, None))
     if tolerance is not None:
