@@ -41,10 +41,10 @@ __device__ inline float logarithm_of_ratio(double a, double b) {
 //
 // Errors without a bias, law.added (2|x||y| + |y|²), come to that. Those of weights below w have
 // together at most √w times the error of a weight, because their squares have a sum of at most w
-// times all weights. So if only these are too large, fewer references are refined: those whose
-// weight is more than the one whose error may be left by kOthers nats, squared. Copies of one
-// reference have the same error, of which at most a quarter reaches the mean: the weights of a
-// share p of all change it by p (1 − p) times their error.
+// times all weights. So if only these are too large, ρ times what is allowed, references are
+// refined whose weight may be more than (e^-kOthers/ρ)². Copies of one reference have equal errors.
+// At most a quarter of these reaches the mean: copies with a share p of all weights change it by
+// p (1 − p) times their error.
 struct QueryLimit {
   double base, norm;  // the smallest distance, |x|²
   double root;        // |x|

@@ -44,16 +44,16 @@ def assert_same(found, expected):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-def check(op, x, references, radius, D, tolerance=None):
+def check(op, x, references, radius, D, tolerance=None, change=1e-6):
     """What is kept changes no bit of the gradients. Of the results it changes only what small
-    weights add: they are more exact, because the gradient needs them. A relative error of 1e-5 is
-    allowed."""
+    weights add, by at most `change` of them: they are more exact, because the gradient needs them.
+    """
     given = x, references, radius, D
     results, kept = keeping(*given)
     assert kept.nbytes >= 8 * len(x) * len(references)
     assert_same(results, keeping(*given)[0])
     for one, other in zip(results, native.posterior_mean(PosteriorMean(*given)), strict=True):
-        torch.testing.assert_close(one, other, rtol=5e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(one, other, rtol=change, atol=0, equal_nan=True)
     found = gradients(op, results, *given, kept)
     assert_same(found, gradients(op, results, *given, None))
     if tolerance is not None:
@@ -77,6 +77,17 @@ def test_gradients_are_the_same_to_the_bit(op, shim, multiprocessors, dtype):
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
 def test_near_ties(op, D):
+    """On an H100 errors without a bias stay in small weights without a gradient, and more of them
+    count here. The results are as accurate as all."""
+    x, references = op.near_ties(18, 300, 40, 3.0)
+    radius = op.radius_of(torch.full((18,), 1e-3, dtype=torch.float64, device=op.device), D)
+    check(op, x, references, radius, D, change=3e-6)
+    op.check(x, references, radius, D)
+
+
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_near_ties_with_two_floats(op, shim, D):
+    shim.device(80, 4)
     x, references = op.near_ties(18, 300, 40, 3.0)
     radius = op.radius_of(torch.full((18,), 1e-3, dtype=torch.float64, device=op.device), D)
     check(op, x, references, radius, D)
