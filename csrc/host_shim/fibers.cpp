@@ -194,7 +194,8 @@ struct Block : Meeting {
   uint3 index;
   int running;
   char* memory;
-  bool unpublished = false;  // whether a thread came to a barrier with copies it had not published
+  // Whether a thread had copies it had not published at the last barrier that all threads reached.
+  bool unpublished = false;
   BlockCounts counts;
 };
 
@@ -856,8 +857,9 @@ void wait_products(int pending) {
 using namespace pfgm::shim;
 
 NO_TSAN void __syncthreads() {
-  if (!copies().published) block->unpublished = true;
-  meet_in_order(*block, Call::syncthreads);
+  if (!copies().published) block->votes[block->number & 1] = 1;
+  const unsigned half = meet_in_order(*block, Call::syncthreads);
+  block->unpublished = block->votes[half] != 0;
 }
 
 NO_TSAN void __syncwarp(unsigned mask) {

@@ -531,11 +531,12 @@ alignas(16) float some_floats[256];
 int some_ints[1024];
 
 // 0: nothing waits for the product. 1: its operand changes. 2: copies are not published. 3: another
-// product replaces it.
-__global__ void wrong_product(const float* from, int what) {
+// product replaces it. 4: nothing is wrong; copies are published before the last barrier.
+__global__ void product(const float* from, int what) {
   copy_async<16>(shared_memory() + 16 * threadIdx.x, from);
   commit_copies();
   wait_copies<0>();
+  if (what == 4) __syncthreads();
   if (what != 2) publish_shared();
   __syncthreads();
   float d[8][4] = {};
@@ -545,7 +546,7 @@ __global__ void wrong_product(const float* from, int what) {
   commit_products();
   if (what == 0) return;
   if (what == 3) begin_product(d, a, shared_memory(), 1024, false);
-  a[2] = 1;
+  if (what != 4) a[2] = 1;
   wait_products<0>();
 }
 
@@ -553,13 +554,13 @@ const Scenario kScenarios[] = {
     {"unwaited", "kernel never_waits: thread 0 of block (0, 0, 0) ends and never waited",
      Finder::shim, [] { launch({"never_waits", {1}, 32, 128}, never_waits, some_floats); }},
     {"unwaited product", "ends and never waited for its products", Finder::shim,
-     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 0); }},
+     [] { launch({"product", {1}, 128, 4096}, product, some_floats, 0); }},
     {"changed operand", "changes an operand of a product that is under way", Finder::shim,
-     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 1); }},
+     [] { launch({"product", {1}, 128, 4096}, product, some_floats, 1); }},
     {"unpublished", "multiplies copies that were not published before a barrier", Finder::shim,
-     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 2); }},
+     [] { launch({"product", {1}, 128, 4096}, product, some_floats, 2); }},
     {"dropped product", "drops a product that is under way", Finder::shim,
-     [] { launch({"wrong_product", {1}, 128, 4096}, wrong_product, some_floats, 3); }},
+     [] { launch({"product", {1}, 128, 4096}, product, some_floats, 3); }},
     {"boundary", "off their boundary", Finder::shim,
      [] { launch({"off_boundary", {1}, 32, 128}, off_boundary, some_floats); }},
     {"outside", "not its block's shared memory", Finder::shim,
@@ -593,6 +594,13 @@ const Scenario kScenarios[] = {
        for (unsigned order = 0; order < 4; ++order) {
          shim::set_order(order);
          for (int barrier = 1; barrier < 3; ++barrier) neighbours_with(barrier);
+       }
+     }},
+    {"published late", "", Finder::none,
+     [] {
+       for (unsigned order = 0; order < 4; ++order) {
+         shim::set_order(order);
+         launch({"product", {1}, 128, 4096}, product, some_floats, 4);
        }
      }},
     {"two grids", "", Finder::none,
