@@ -162,11 +162,17 @@ INTENTS = {
     },
     "merge": Intent(256, blocks=2),
     **{
-        f"list_references<{rows}, {uneven}, {halves}>": Intent(8 * rows, blocks=2)
+        f"list_references<{rows}, {uneven}, {halves}, false>": Intent(8 * rows, blocks=2)
         for rows in (32, 64)
         for uneven in ("true, true", "true, false", "false, false")
         for halves in ("true", "false")
     },
+    **{
+        f"list_references<{rows}, {uneven}, true, true>": Intent(512, blocks=2)
+        for rows in (64, 128)
+        for uneven in ("true, true", "true, false", "false, false")
+    },
+    "warpgroup_sum": Intent(256, products="64x64x16", copies=True),
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),
     "finish_moments": Intent(32, blocks=2),
@@ -387,7 +393,7 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     Warpgroups have tiles of 128 × 128 on sm_90a. GeForce cards have kernels of their own, and run
     the code for sm_80 or sm_120. Other cards run the code for sm_80 too.
     """
-    if stem(kernel) == "warpgroup_distances":
+    if stem(kernel).startswith("warpgroup"):
         return architecture != "90a"
     if stem(kernel) != "distances":
         return False

@@ -42,11 +42,16 @@ SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from which on it is
+# Where warpgroups multiply: features of a block; queries of a group, and of a block at least.
+SLICE, WARPGROUP_ROWS = 256, ((128, 512), (64, LARGE_FROM))
+MOST_GROUPS, SHARE_PANELS = 32, 256  # of a block of queries; of a share, at most
+SHARE_PARTS = 2  # as many times more parts may have memory
+OF_LIST = 6  # panels that take as long as what a list takes once, in the work that is shared out
 # Panels of 32 references that it sums.
 FEWEST_PANELS, MANY_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 24, 64
 FEW_PARTS = 8  # that fit into memory, so that they have as many panels as they can
 GATHERED_PANELS = 192  # whose weights a block of the CUDA ``list_references`` gathers, at most
-LISTING = 8  # threads of it for a query of a group; so many groups have uneven shares of blocks
+LISTING, LISTING_THREADS = 8, 512  # threads of it for a query of a group; at most
 TRANSFER = 8  # numbers of 4 bytes in a transfer from the L2 cache
 
 
@@ -61,11 +66,20 @@ class Sums(NamedTuple):
     rows: int
     """Queries of a group."""
     panels: int
-    """Panels of 32 listed references that a block sums."""
+    """Panels of 32 listed references of a part, or of a share at least."""
+    shares: int = 0
+    """Blocks among which warpgroups share out all lists; 0 if warps find the sums."""
+
+    @property
+    def features(self) -> int:
+        """Features of a block."""
+        return SLICE if self.shares else SUM_FEATURES
 
     @property
     def name(self) -> str:
         """The key of what is counted for it."""
+        if self.shares:
+            return f"groups of {self.rows}, {self.shares} shares of at least {self.panels}"
         return f"groups of {self.rows}, parts of {self.panels}"
 
 
@@ -138,13 +152,41 @@ class Shape(NamedTuple):
 
     def sums(self, card: Device) -> Sums:
         """How the CUDA ``weighted_sum`` splits a chunk on a card."""
-        rounded, warpgroups = self.type == "Rounded", card.architecture == 90
-        faster = rounded or (warpgroups and self.type == "float32")
-        may = faster and self.halves and not (self.backward or card.geforce)
+        forward = self.halves and not self.backward
+        return (self._shares(card) if forward else None) or self.sums_of_warps(card)
+
+    def sums_of_warps(self, card: Device) -> Sums:
+        """The same where warpgroups do not find the sums."""
+        rounded = self.type == "Rounded"
+        faster = (rounded and not card.geforce) or self._warpgroups(card)
+        may = faster and self.halves and not self.backward and self.block >= LARGE_FROM
         enough = self._even_panels(card.sms, LARGE_ROWS) >= FEWEST_PANELS
-        large = may and self.block >= LARGE_FROM and enough
-        rows = LARGE_ROWS if large else SUM_ROWS
+        rows = LARGE_ROWS if may and enough else SUM_ROWS
         return Sums(rows, self.part_panels(card.sms, rows))
+
+    def _warpgroups(self, card: Device) -> bool:
+        """Whether warpgroups multiply on the card."""
+        return card.architecture == 90 and self.type in ("float32", "Rounded")
+
+    def _shares(self, card: Device) -> Sums | None:
+        """How warpgroups share out the lists, if they find the sums."""
+        panels, slices = up(self.chunk, 32), up(self.N, SLICE)
+        if not self._warpgroups(card) or self.N < SLICE:
+            return None
+        for rows, fewest in WARPGROUP_ROWS:
+            if self.block < fewest:
+                continue
+            groups = up(self.block, rows)
+            lists = groups * slices
+            blocks = card.sms * up(lists * (OF_LIST + panels), SHARE_PANELS * card.sms)
+            parts = min(blocks // slices + 2, SHARE_PARTS * self.most_parts)
+            enough = lists * panels >= FEWEST_PANELS**2 * card.sms
+            if not enough or groups > MOST_GROUPS or parts < 2:
+                continue
+            least = max(FEWEST_PANELS, up(panels - 1, parts - 1))
+            if least <= SHARE_PANELS:
+                return Sums(rows, least, blocks)
+        return None
 
     def piece(self, card: Device) -> int:
         """References of a block of the CUDA ``weigh``, ``pull`` and ``find_coefficients``."""
@@ -471,10 +513,20 @@ class Mean:
         return {name: total / self.weight for name, total in self.sums.items()}
 
 
+def list_threads(rows: int) -> int:
+    """Threads of a block of the CUDA ``list_references``, for groups of so many queries."""
+    return min(LISTING * rows, LISTING_THREADS)
+
+
+def has_uneven_shares(queries: int, rows: int) -> bool:
+    """Whether groups have shares of its blocks in proportion to their lists."""
+    return rows < queries <= list_threads(rows)
+
+
 def list_blocks(queries: int, m: int, rows: int, multiprocessors: int) -> int:
     """Blocks of the CUDA ``list_references``."""
     groups, panels = up(queries, rows), up(m, 32)
-    uneven = 1 < groups <= LISTING
+    uneven = has_uneven_shares(queries, rows)
     each = 1 if uneven else math.isqrt(up(24 * groups, multiprocessors) - 1) + 1
     least = groups * (1 + up(panels, GATHERED_PANELS))
     found = max(min(each * multiprocessors, groups * panels), least)
@@ -486,7 +538,7 @@ def list_shares(live: Tensor, order: Tensor | None, rows: int, blocks: int) -> T
     are not zero."""
     queries = live if order is None else live[order]
     groups = up(len(live), rows)
-    if not 1 < groups <= LISTING:
+    if not has_uneven_shares(len(live), rows):
         return torch.full((groups,), blocks // groups)
     most = torch.stack([each.sum() for each in queries.split(rows)]).clamp(max=live.shape[1])
     panels = ((most + 31) // 32).clamp(min=1).cumsum(0)
@@ -498,7 +550,7 @@ class Lists:
     """What the blocks of queries list, in parts of the sizes that these cards have."""
 
     def __init__(self, shape: Shape, cards: Sequence[Device]) -> None:
-        self.block = shape.block
+        self.block, self.slices = shape.block, up(shape.N, SLICE)
         self.multiprocessors = {card.sms for card in cards}
         self.parts = {shape.sums(card): Mean() for card in cards}
         self.orders: list[Tensor | None] = []
@@ -518,7 +570,11 @@ class Lists:
                     of_weights[f"gathered on {sms}, most"] = float(gathered.ceil().max())
                 for sums, mean in self.parts.items():
                     if sums.rows == rows:
-                        number, found = parts_of(listed, sums.panels)
+                        number, found = (
+                            shares_of(listed, sums, self.slices)
+                            if sums.shares
+                            else parts_of(listed, sums.panels)
+                        )
                         mean.add(number, found | of_weights)
 
     def result(self) -> dict[str, dict[str, float]]:
@@ -553,6 +609,39 @@ def parts_of(listed: Tensor, panels: int) -> tuple[int, dict[str, float]]:
     return number, found | {
         "parts": float(parts.double().mean()),
         "parts, most": float(parts.max()),
+    }
+
+
+def shares_of(listed: Tensor, sums: Sums, slices: int) -> tuple[int, dict[str, float]]:
+    """The number of lists, and figures of the shares of their work and of their parts.
+
+    The lists of all slices of the features follow each other.
+    """
+    number, found = panels_of(listed)
+    panels = (listed / 32).ceil().long().repeat_interleave(slices)
+    work = torch.where(panels > 0, OF_LIST + panels, 0)
+    total = int(work.sum())
+    each = max(up(total, sums.shares), sums.panels)
+    ends = work.cumsum(0)
+    own = torch.zeros(sums.shares)  # panels of the blocks
+    segments, parts, left_out = torch.zeros_like(own), torch.zeros_like(panels), 0
+    for i, (count, end) in enumerate(zip(panels.tolist(), ends.tolist(), strict=True)):
+        if count == 0:
+            continue
+        first = (end - count) // each
+        left_out += first - (end - count - OF_LIST) // each  # shares that end before the panels
+        for block in range(first, up(end, each)):
+            segments[block] += 1
+            parts[i] += 1
+            own[block] += min(end, (block + 1) * each) - max(end - count, block * each)
+    longest = int((own + OF_LIST * segments).argmax())
+    return number, found | {
+        "panels, most": float(own[longest]),
+        "parts": float(parts.double().mean()),
+        "parts, most": float(parts.max()),
+        "segments": float(segments.sum()),
+        "segments, most": float(segments[longest]),
+        "segments left out": float(left_out),
     }
 
 

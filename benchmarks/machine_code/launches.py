@@ -297,7 +297,7 @@ _LOOPS = {
         "counts": "LDG",
         "ranks": "LDS",
     },
-    "weighted_sum": {"panels": "tensor"},
+    "weighted_sum": {"panels": "tensor", "segments": "STG"},
     "merge": {"parts": "LDG", "pieces": "LDG"},
     "pull": {"pairs": "fp32"},
     "find_coefficients": {"pairs": "fp32"},
@@ -334,7 +334,7 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
         left.remove(loop)
         body = kernel.body(loop, _without_loads(kernel, loop) if name == "pairs" else frozenset())
         trips, most, _, stored, spread = one.loops[name]
-        each = _trips_at_once(name, what, kernels.count_of(body, what))
+        each = _trips_at_once(one.kernel, name, what, kernels.count_of(body, what))
         threads, parts = kernel.threads, [phase(name, kernel, body, trips / each, most / each)]
         if (one.name, name) == ("weigh", "turns"):  # of single warps
             threads, parts = 32, _by_warps(name, kernel, body, one.loops[name], one.blocks)
@@ -345,11 +345,14 @@ def _cuda_phases(one: Work, kernel: Compiled, shape: Shape) -> tuple[Phase, ...]
     return with_copied(phases, one, kernel)
 
 
-def _trips_at_once(loop: str, what: str, found: int) -> float:
+def _trips_at_once(kernel: str, loop: str, what: str, found: int) -> float:
     """Trips that are counted of a loop in one of the machine code."""
     if not what.isupper():
         return 1
-    return {"places": found / 32, "panels": found / 2}.get(loop, found)
+    for_warpgroups = kernel.startswith("list_references") and kernel.endswith("true>")
+    stores = 4 if for_warpgroups else 2
+    known = {"places": found / 32, "panels": found / stores, "segments": 1}
+    return known.get(loop, found)
 
 
 def _without_loads(kernel: Compiled, loop: Loop) -> frozenset[int]:

@@ -14,17 +14,19 @@ from benchmarks.machine_code import data as constants
 from benchmarks.machine_code.data import (
     GATHERED_PANELS,
     LISTED_TOGETHER,
-    LISTING,
     PART_PANELS,
     PIECE,
+    SHARE_PANELS,
     SUM_FEATURES,
     SUM_ROWS,
     TILE,
     TRANSFER,
     WEIGHED_TOGETHER,
     Shape,
+    has_uneven_shares,
     limit_warps,
     list_blocks,
+    list_threads,
     up,
 )
 from benchmarks.machine_code.devices import Device
@@ -279,7 +281,7 @@ def tiling_of(shape: Shape, queries: int, m: int, card: Device) -> Tiling:
     block, chunk, panels = shape.block, shape.chunk, up(shape.N, _PANEL)
     costs, rounded = _costs_on(shape, card), shape.type == "Rounded"
     whole = _cheapest(block, chunk, panels, card, costs, constants.PARTS, rounded)
-    of_sums = up(up(chunk, _PANEL), shape.sums(card).panels) * block * shape.N
+    of_sums = up(up(chunk, _PANEL), shape.sums_of_warps(card).panels) * block * shape.N
     of_slices = whole.slices * _slice_size(block, chunk, rounded) if whole.slices > 1 else 0
     return _cheapest(queries, m, panels, card, costs, max(of_sums, of_slices), rounded)
 
@@ -579,7 +581,7 @@ def _ordered_lists(
     """Lists for so many chunks, and the order of queries for the first chunk of all."""
     halves, rows = shape.halves and not backward, shape.sums(card).rows
     several = queries > rows
-    uneven = several and queries <= LISTING * rows
+    uneven = has_uneven_shares(queries, rows)
     ordered = several and m == shape.chunk
     if ordered and not uneven:
         yield _order(queries, pieces)
@@ -620,7 +622,8 @@ def _list(
         order: whether it finds the order of queries.
     """
     sums = shape.sums(card)
-    groups, words, threads = up(queries, sums.rows), up(m, 32), LISTING * sums.rows
+    groups, words, threads = up(queries, sums.rows), up(m, 32), list_threads(sums.rows)
+    turns = 8 * sums.rows // threads  # a thread gathers weights of as many queries
     warps, half = threads // 32, sums.rows // 2
     blocks = list_blocks(queries, m, sums.rows, card.sms)
     found = data["lists"][sums.name]
@@ -632,7 +635,9 @@ def _list(
         "sums": _by_all(blocks, each),  # of them are added up
         "places": _by_all(blocks, each),
         "panels": Loop(
-            groups * found["panels"], found[f"gathered on {card.sms}, most"], spread=spread
+            turns * groups * found["panels"],
+            turns * found[f"gathered on {card.sms}, most"],
+            spread=spread,
         ),
         "rest": Loop(0, 0),  # takes single panels, which are counted as parts of four in "panels"
     }
@@ -644,7 +649,7 @@ def _list(
             blocks, up(queries, 4 * sharers), Amount(exchanges=warps * (sharers - 1))
         )
     how = ", ".join(map(_text, (pieces > 0, order, halves)))
-    name = f"list_references<{sums.rows}, {how}>"
+    name = f"list_references<{sums.rows}, {how}, {_text(sums.shares > 0)}>"
     memory = 4 * (2 * threads + 2 * warps + sums.rows) + 2 * _PANEL * GATHERED_PANELS + 12 * words
     once = Amount(barriers=6, exchanges=warps * _OF_PLACES)
     if pieces:
@@ -665,36 +670,46 @@ def _sum(
 ) -> Work:
     halves = shape.halves and not backward
     size, sums = _SIZES[shape.type], shape.sums(card)
-    words, groups, features = up(m, 32), up(queries, sums.rows), up(shape.N, SUM_FEATURES)
-    blocks = features * groups * up(words, sums.panels)
-    found = data["lists"][sums.name]
+    words, groups, features = up(m, 32), up(queries, sums.rows), up(shape.N, sums.features)
+    found, warps = data["lists"][sums.name], sums.features // 32
     panels = found["panels"]
     type_ = shape.type if halves else _stored(shape)
     exact = type_ in ("Float16", "uint8") if halves else type_ != "float32"
-    products = 4 * sums.rows * (2 if exact or type_ == "Rounded" else 3)  # of 8 terms
+    # A product has 32 features of a warp, 8 queries and 8 terms.
+    products = warps * sums.rows * (2 if exact or type_ == "Rounded" else 3)
     of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
     of_weights = 4 * sums.rows * _PANEL
     trip = Amount(
-        halves=products / 2 * halves,
+        halves=products / 2 * (halves and not sums.shares),
         tf32=products * (not halves),
+        of_warpgroups=products / 16 * (sums.shares > 0),
         copied=of_rows + of_weights,
         barriers=1,
     )
     checks = halves and not exact  # whether float16 holds the values
-    alive = Amount(barriers=2 + 2 * checks, exchanges=4 * _OVER_WARP * checks)
-    loops = {
-        "alive": Loop(features * groups * found["parts"], float(panels > 0), alive),
-        "panels": Loop(features * groups * panels, found["panels, most"], trip),
-    }
+    each = Amount(barriers=2 + 2 * checks, exchanges=warps * _OVER_WARP * checks)
     moved = read_again(shape, m, card) + 4 * found["parts"] * queries * shape.N
-    staged = _PANEL * (_sum_pitch(size) + 4 * sums.rows)
-    memory = 2 * staged + 2 * _PANEL * PART_PANELS + 4 * (4 + sums.rows)
-    name = f"weighted_sum<{type_}, {sums.rows}, {_text(halves)}>"
-    return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
+    staged = _PANEL * (_sum_pitch(size, sums.features) + 4 * sums.rows)
+    loops = {"panels": Loop(features * groups * panels, found["panels, most"], trip)}
+    if not sums.shares:
+        loops["alive"] = Loop(features * groups * found["parts"], float(panels > 0), each)
+        memory = 2 * staged + 2 * _PANEL * PART_PANELS + 4 * (warps + sums.rows)
+        name = f"weighted_sum<{type_}, {sums.rows}, {_text(halves)}>"
+        blocks = features * groups * up(words, sums.panels)
+        return Work("weighted_sum", name, blocks, 128, memory, Amount(), loops, moved)
+    of_segment = each.plus(Amount(barriers=2, exchanges=warps * 3))
+    segments = found["segments"]
+    stored = 4 * found["parts"] * queries * shape.N / segments if segments else 0.0
+    loops["segments"] = Loop(segments, found["segments, most"], of_segment, stored)
+    left_out = found["segments left out"] / sums.shares
+    once = Amount(exchanges=warps * (_OVER_WARP + 1 + 3 * left_out))
+    memory = 4 * staged + 2 * _PANEL * SHARE_PANELS + 4 * (warps + sums.rows)
+    name = f"warpgroup_sum<{type_}, {sums.rows}>"
+    return Work("weighted_sum", name, sums.shares, 256, memory, once, loops, moved)
 
 
-def _sum_pitch(size: int) -> int:
-    return SUM_FEATURES * size + 32
+def _sum_pitch(size: int, features: int = SUM_FEATURES) -> int:
+    return features * size + 32
 
 
 def read_again(shape: Shape, m: int, card: Device) -> float:

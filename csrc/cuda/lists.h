@@ -13,11 +13,14 @@
 namespace pfgm {
 namespace {
 
-constexpr int kSumRows = 32, kLargeSumRows = 64;  // queries of a small and of a large group
-constexpr Index kMostReferences = 1 << 16;        // of a chunk, for places of 16 bits
-constexpr int kRankedQueries = 16;                // of a block of order_queries
-constexpr Index kLargeFrom = 256;  // queries of a block from which on groups are large
-template <int ROWS> constexpr int kListThreads = 8 * ROWS;
+// Queries of a small, a large and a very large group; features of a block of the sums of
+// warpgroups.
+constexpr int kSumRows = 32, kLargeSumRows = 64, kLargestSumRows = 128;
+constexpr int kWarpgroupSumFeatures = 256;
+constexpr Index kMostReferences = 1 << 16;  // of a chunk, for places of 16 bits
+constexpr int kRankedQueries = 16;          // of a block of order_queries
+constexpr Index kLargeFrom = 256;           // queries of a block from which on groups are large
+template <int ROWS> constexpr int kListThreads = ROWS <= 64 ? 8 * ROWS : 512;
 // Panels of listed references that a block sums: kFewestPanels to kManyPanels if that leaves four
 // blocks a multiprocessor, up to kMostPanels if it leaves six. They are more, up to kPartPanels, if
 // the parts would not fit into memory.
@@ -73,8 +76,8 @@ __device__ inline int list(int* to, int* before, int words, Bits bits) {
 struct Lists {
   int* listed;  // (groups, stride): which they are, and the last one again up to a whole panel
   int* counts;  // (groups): how many
-  // (groups, stride, queries of a group): their weights, in panels of pair_place. Those of a
-  // reference that is there again, and of queries after the last one, are zero.
+  // (groups, stride, queries of a group): their weights, in panels of pair_place or operand_place.
+  // Those of a reference that is there again, and of queries after the last one, are zero.
   float* weights;
   Index stride;
 };
@@ -82,9 +85,10 @@ struct Lists {
 // Sums over parts of the lists, so that queries with many weights have more blocks than others.
 struct Parts {
   float* sums;  // (parts, queries, features); only parts with a listed reference are written
-  int* counts;  // (queries): how many are written
+  int* counts;  // (slices, queries): how many are written
   int queries;
-  int panels;  // of listed references in a part
+  int slices;  // of kWarpgroupSumFeatures features with parts of their own, or one of all features
+  int panels;  // of listed references in a part; of warpgroups, in a share at least
 };
 
 // How many weights of a query are not zero.
@@ -250,7 +254,7 @@ __device__ inline void find_needed(ListMemory<ROWS>& shared, const std::uint32_t
     const std::uint32_t* const from = live + (w < words ? w : words - 1);
     const int* const queries = shared.queries + kHalf * half;
     unsigned bits = 0;
-#pragma unroll
+#pragma unroll(kHalf < 32 ? kHalf : 32)  // more loads at a time would spill
     for (int q = 0; q < kHalf; ++q) bits |= from[static_cast<std::uint32_t>(queries[q]) * stride];
     if (w < words) shared.words()[w].bits[half] = bits;
   }
@@ -292,13 +296,14 @@ __device__ inline void write_places(std::uint16_t* to, int first, int size, int 
   }
 }
 
-// Gathers weights of a query for `panels` panels of listed references, of which `count` count; the
-// others get zero, and all do if the query is not `known`. A thread has four weights of a panel.
-template <int ROWS, bool HALVES>
+// Gathers weights of query 8n + g for `panels` panels of listed references, of which `count` count;
+// the others get zero, and all do if the query is not `known`. A thread has four weights of a
+// panel.
+template <int ROWS, bool HALVES, bool OPERANDS>
 __device__ inline void gather_weights(const float* weights, const std::uint16_t* listed, bool known,
-                                      int count, int panels, float* __restrict__ to,
+                                      int n, int count, int panels, float* __restrict__ to,
                                       const Lane& lane) {
-  const int n = lane.warp / 2, step = lane.warp % 2;
+  const int step = lane.warp % 2;
 #pragma unroll 4
   for (int panel = 0; panel < panels; ++panel) {
     std::uint32_t words[4];
@@ -307,9 +312,17 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
       const float weight = weights[listed[place < count ? place : count - 1]];
       words[i] = known && place < count ? bits_of(weight) : 0;
     }
+    float* const of_panel = to + kPanel * ROWS * panel;
+    // Part s of the weights: halves that are low or high, or half of the references.
     const auto store = [&](int s, std::uint32_t first, std::uint32_t second) {
-      float* const pair = to + kPanel * ROWS * panel + pair_place(n, 2 * step + s, lane.lane);
-      *reinterpret_cast<std::uint64_t*>(pair) = first | static_cast<std::uint64_t>(second) << 32;
+      if constexpr (OPERANDS) {
+        std::uint32_t* const at = reinterpret_cast<std::uint32_t*>(of_panel) +
+                                  operand_place<ROWS>(8 * n + lane.g, step, s) + lane.t;
+        at[0] = first, at[kOperandStep<ROWS>] = second;
+      } else {
+        float* const pair = of_panel + pair_place(n, 2 * step + s, lane.lane);
+        *reinterpret_cast<std::uint64_t*>(pair) = first | static_cast<std::uint64_t>(second) << 32;
+      }
     };
     if constexpr (HALVES) {
       const TwoHalves front = apart(words[0], words[1]), back = apart(words[2], words[3]);
@@ -325,11 +338,11 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
 // The list of a group, and the weights of what is listed. All blocks of a group find which
 // references are listed, and share out the panels of their list. If UNEVEN, groups that may have
 // longer lists have more blocks. With ORDER these find the order first. If HALVES, weights are
-// words of both_halves.
+// words of both_halves. If OPERANDS, warpgroups find the sums.
 //
 // If a multiprocessor needs to hold two blocks only, threads have registers for more loads at a
 // time.
-template <int ROWS, bool UNEVEN, bool ORDER, bool HALVES>
+template <int ROWS, bool UNEVEN, bool ORDER, bool HALVES, bool OPERANDS>
 __global__ void __launch_bounds__(kListThreads<ROWS>, 2)
     list_references(const ChunkWeights weights, const PieceSums sums, int* order, int references,
                     const Lists out, const Parts parts) {
@@ -350,8 +363,15 @@ __global__ void __launch_bounds__(kListThreads<ROWS>, 2)
   __syncthreads();
   const int count = find_places(shared, words), panels = divide_up32(count, kPanel);
   if (task.share == 0 && thread == 0) out.counts[task.group] = count;
-  if (task.share == 0 && thread < known)
-    parts.counts[shared.queries[thread]] = divide_up32(panels, parts.panels);
+  if (task.share == 0 && thread < known) {
+    int* const parts_of = parts.counts + shared.queries[thread];
+    if constexpr (OPERANDS)  // the sums write those of lists that are not empty
+#pragma unroll 1
+      for (int slice = 0; slice < parts.slices; ++slice)
+        parts_of[slice * static_cast<Index>(parts.queries)] = 0;
+    else
+      *parts_of = divide_up32(panels, parts.panels);
+  }
 
   const int each = divide_up32(panels, task.shares), first = task.share * each;
   const int own = static_cast<int>(larger(0, smaller(each, panels - first)));
@@ -364,11 +384,15 @@ __global__ void __launch_bounds__(kListThreads<ROWS>, 2)
 #pragma unroll 1
   for (int i = thread; i < size; i += kThreads)
     out.listed[at + i] = shared.listed[i < left ? i : left - 1];
-  static_assert(kThreads == kPanel * ROWS / 4, "a thread for four weights of a panel");
-  const int query = 8 * (lane.warp / 2) + lane.g;
-  gather_weights<ROWS, HALVES>(weights.weight + shared.queries[query] * out.stride, shared.listed,
-                               query < known, static_cast<int>(smaller(left, size)), own,
-                               out.weights + ROWS * at, lane);
+  constexpr int kTogether = kThreads / kPanel * 4;  // queries whose weights are gathered at once
+  static_assert(ROWS % kTogether == 0);
+#pragma unroll 1
+  for (int q = 0; q < ROWS; q += kTogether) {
+    const int n = q / 8 + lane.warp / 2, query = 8 * n + lane.g;
+    gather_weights<ROWS, HALVES, OPERANDS>(
+        weights.weight + shared.queries[query] * out.stride, shared.listed, query < known, n,
+        static_cast<int>(smaller(left, size)), own, out.weights + ROWS * at, lane);
+  }
 }
 
 }  // namespace

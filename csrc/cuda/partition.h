@@ -2,7 +2,7 @@
 // into tiles, slices of the features, and parts of lists.
 #pragma once
 #include "api/posterior_mean.h"
-#include "cuda/weighted_sums.h"
+#include "cuda/warpgroup_sums.h"
 
 namespace pfgm {
 namespace {
@@ -80,6 +80,7 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
 
 constexpr Index kPairBytes = 12;  // of a distance and a weight
 constexpr Index kFewParts = 8;
+constexpr Index kWarpgroupParts = 2;  // times as many parts of the sums of warpgroups
 
 // Whether few queries or features would leave matrix units mostly idle.
 bool are_few(Index queries, Index features) { return queries < 16 || features < kPanel; }
@@ -148,20 +149,58 @@ Index chunk_of(Index queries, Index references, Index features, Index most, int 
   return best;
 }
 
+// How blocks share out the lists of groups of queries whose sums warpgroups find. There are so many
+// blocks that no share has more than kSharePanels.
+struct Shares {
+  int rows;             // queries of a group; 0 if warpgroups find no sums
+  Index blocks, parts;  // parts of a list, at most
+  Index least;          // panels of a share
+};
+
 // How a problem is split.
 struct Partition {
   Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
   Index parts, part_panels;           // of the sums over a chunk; panels of references in a part
   Index piece;                        // references that a block of weigh takes
   int rows;                           // queries of a group of the sums: a small or a large one
+  Shares shares;                      // of aligned references
   bool few;                           // as in are_few
   bool halves;                        // whether weighted sums multiply float16 parts
 };
 
-// `large` says whether the sums may take large groups of queries.
+// Groups of the sums of warpgroups, and from how many queries on. Fewer queries wait for memory, or
+// their lists become much longer.
+struct WarpgroupGroups {
+  int rows;
+  Index queries;
+};
+constexpr WarpgroupGroups kWarpgroupGroupSizes[] = {{kLargestSumRows, 512},
+                                                    {kLargeSumRows, kLargeFrom}};
+
+// The shares with groups of `rows` queries. The parts of a list are at most `most_parts`.
+Shares shares_of(const Partition& partition, Index features, int rows, Index most_parts,
+                 int multiprocessors) {
+  const Index slices = divide_up(features, kWarpgroupSumFeatures);
+  const Index groups = divide_up(partition.queries, rows), panels = partition.stride / kPanel;
+  const Index lists = groups * slices;
+  const bool enough = lists * panels >= kFewestPanels * kFewestPanels * multiprocessors;
+  const Index all = lists * (kOfList + panels);  // the work of the blocks, at most
+  const Index blocks = multiprocessors * divide_up(all, kSharePanels * multiprocessors);
+  // All lists together have at least `slices` times the work of the longest one, so no more blocks
+  // than these share that.
+  const Index parts = smaller(blocks / slices + 2, most_parts);
+  if (!enough || groups > kWarpgroupGroups || parts < 2) return {};
+  const Index least = larger(kFewestPanels, divide_up(panels - 1, parts - 1));
+  if (least > kSharePanels) return {};
+  return {rows, blocks, divide_up(panels - 1, least) + 1, least};
+}
+
+// `large` says whether the sums may take large groups of queries, `warpgroups` whether warpgroups
+// can find them.
 Partition partition_of(const Problem& problem, const Bounds& most, int multiprocessors,
-                       bool backward, bool large, bool rounded, const TilingCosts& costs) {
-  Partition partition;
+                       bool backward, bool large, bool warpgroups, bool rounded,
+                       const TilingCosts& costs) {
+  Partition partition = {};
   partition.queries = most.queries;
   partition.references = chunk_of(most.queries, problem.references, problem.features,
                                   most.references, multiprocessors, rounded, costs);
@@ -170,7 +209,7 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   // Weights below 2^-39 have no halves. Together they must not matter.
   partition.halves = !partition.few && problem.references <= limits.halved;
   // Panels of a part that share the work out evenly.
-  const Index panels = partition.stride / kPanel;
+  const Index panels = partition.stride / kPanel, fewest = divide_up(panels, kPartPanels);
   const auto even_with = [&](int rows, int blocks = 4) {  // of a multiprocessor
     const Index tiles =
         divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, rows);
@@ -185,10 +224,15 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   // if they are so large that few of them fit into memory.
   const Index even = larger(smaller(larger(even_with(partition.rows), kFewestPanels), kManyPanels),
                             smaller(even_with(partition.rows, 6), kMostPanels));
-  const Index fewest = divide_up(panels, kPartPanels);
   partition.part_panels = most.parts <= kFewParts ? divide_up(panels, fewest)
                                                   : larger(even, divide_up(panels, most.parts));
   partition.parts = divide_up(panels, partition.part_panels);
+  // The workspace is the same where the weights have no halves.
+  if (warpgroups && !backward && problem.features >= kWarpgroupSumFeatures)
+    for (const WarpgroupGroups& size : kWarpgroupGroupSizes)
+      if (partition.shares.rows == 0 && partition.queries >= size.queries)
+        partition.shares = shares_of(partition, problem.features, size.rows,
+                                     kWarpgroupParts * most.parts, multiprocessors);
   // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
   // four blocks per multiprocessor.
   const Index least = divide_up(partition.references, kPiece);

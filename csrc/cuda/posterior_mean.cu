@@ -16,7 +16,6 @@
 #include "cuda/launch.h"
 #include "cuda/partition.h"
 #include "cuda/warpgroup_distances.h"
-#include "cuda/weighted_sums.h"
 
 namespace pfgm {
 namespace {
@@ -84,18 +83,19 @@ class Calculation {
         arena_(workspace),
         geforce_(stream.geforce(find_center<Stored<R>>)),
         warpgroups_(stream.warpgroups(find_center<Stored<R>>)),
-        partition_(
-            partition_of(problem,
-                         bounds_of(problem, backward ? limits.pairs
-                                                     : pairs_of_chunk(stream.l2_cache(), geforce_)),
-                         stream.multiprocessors(), backward, large_groups(), kRounded<R>, costs())),
+        partition_(partition_of(
+            problem,
+            bounds_of(problem,
+                      backward ? limits.pairs : pairs_of_chunk(stream.l2_cache(), geforce_)),
+            stream.multiprocessors(), backward, large_groups(), warpgroups(), kRounded<R>,
+            costs())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few,
                         warpgroups() && !kRounded<R> && !partition_.few,
                         backward || kept.bytes > 0)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
-    const Index gathered = round_up(queries, partition_.rows) * partition_.stride;
+    const Index gathered = round_up(queries, most_rows()) * partition_.stride;
     if (larger(pairs, gathered) > kMostPairs)
       throw std::invalid_argument("posterior_mean: too many pairs at once");
     if (kept.bytes != 0 && kept.bytes != posterior_mean_kept_cuda(problem))
@@ -118,11 +118,14 @@ class Calculation {
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
     room_ = partition_.parts * queries * problem.features;
     if (!partition_.few) room_ = larger(room_, size_of_slices());
-    parts_.sums = arena_.take<float>(room_);
+    // Slices take no room that only the forward pass has. Both passes must have the same ones.
+    const Index of_shares = partition_.shares.parts * queries * problem.features;
+    parts_.sums = arena_.take<float>(larger(room_, of_shares));
     // Weighted sums are made after all distances of a chunk, from which on its slices are not
     // needed.
     slices_.products = parts_.sums;
-    parts_.counts = arena_.take<int>(queries);
+    const Index slices = divide_up(problem.features, kWarpgroupSumFeatures);
+    parts_.counts = arena_.take<int>(queries * (partition_.shares.rows > 0 ? slices : 1));
     // There is room for small groups, of which there are more.
     const Index groups = divide_up(queries, kSumRows);
     lists_.listed = arena_.take<int>(groups * partition_.stride);
@@ -133,14 +136,13 @@ class Calculation {
     lists_.weights =
         apart ? arena_.take<float>(gathered) : reinterpret_cast<float*>(pairs_.squared);
     lists_.stride = partition_.stride;
-    parts_.panels = static_cast<int>(partition_.part_panels);
     if (!partition_.few) {
       center_.scattered = kRounded<R> || geforce_;
       if (measures_) x_halves_ = take_halves();
       x_halves_.rounded = kRounded<R>;
       if (backward) upstream_halves_ = take_halves();
     }
-    order_ = queries > partition_.rows ? arena_.take<int>(queries) : nullptr;
+    order_ = queries > kSumRows ? arena_.take<int>(queries) : nullptr;
     sums_.size = static_cast<int>(partition_.piece);
     const Index pieces = divide_up(partition_.references, partition_.piece);
     sums_.live = arena_.take<int>(queries * pieces);
@@ -394,6 +396,8 @@ class Calculation {
     if (!kLargeGroups<R> || geforce_) return false;
     return kRounded<R> || warpgroups_;
   }
+  // Queries of the largest groups of the sums.
+  Index most_rows() const { return larger(partition_.rows, partition_.shares.rows); }
 
   // Whether the largest tiles are those of warpgroups. They take aligned rows alone.
   bool warpgroups() const { return sizeof(R) == sizeof(float) && warpgroups_; }
@@ -418,25 +422,26 @@ class Calculation {
   // The references that groups of queries need, and their weights. The order of the queries, if
   // there is one, is found for the first chunk. In the others it only decides how long the lists
   // are.
-  template <int ROWS, bool HALVES>
+  template <int ROWS, bool HALVES, bool OPERANDS>
   void list(bool first_chunk) {
     constexpr int kThreads = kListThreads<ROWS>;
+    int* const order = order_of<ROWS>();
     parts_.queries = static_cast<int>(queries());
-    const bool ordered = order() && first_chunk, uneven = order() && queries() <= kThreads;
+    const bool ordered = order && first_chunk, uneven = order && queries() <= kThreads;
     if (ordered && !uneven)
       run("order_queries", {divide_up(queries(), kRankedQueries)}, kQueryThreads,
           sizeof(int) * static_cast<std::size_t>(queries()), order_queries, sums_, parts_.queries,
-          order_);
-    const auto kernel = !uneven   ? list_references<ROWS, false, false, HALVES>
-                        : ordered ? list_references<ROWS, true, true, HALVES>
-                                  : list_references<ROWS, true, false, HALVES>;
+          order);
+    const auto kernel = !uneven   ? list_references<ROWS, false, false, HALVES, OPERANDS>
+                        : ordered ? list_references<ROWS, true, true, HALVES, OPERANDS>
+                                  : list_references<ROWS, true, false, HALVES, OPERANDS>;
     const Index groups = divide_up(queries(), ROWS), panels = divide_up(references(), kPanel);
     const Index wanted = smaller(blocks_of_lists(groups, uneven), groups * panels);
     // So many that no share has more than kGatheredPanels.
     const Index blocks = larger(wanted, groups * (1 + divide_up(panels, kGatheredPanels)));
     run("list_references", {uneven ? blocks : blocks / groups * groups}, kThreads,
-        ListMemory<ROWS>::bytes(references()), kernel, weights_, sums_, order(), references(),
-        lists_, parts_);
+        ListMemory<ROWS>::bytes(references()), kernel, weights_, sums_, order, references(), lists_,
+        parts_);
   }
 
   // Blocks that share out the lists, as many on each multiprocessor. Each of them finds the whole
@@ -449,26 +454,47 @@ class Calculation {
     return each * stream_.multiprocessors();
   }
 
-  int* order() const { return queries() > partition_.rows ? order_ : nullptr; }
+  // The order of the queries, or null if there is one group.
+  template <int ROWS>
+  int* order_of() const {
+    return queries() > ROWS ? order_ : nullptr;
+  }
 
   // The parts of Σ w y / divisor.
   template <bool HALVES>
   void sum(bool first_chunk, float divisor) {
-    if constexpr (HALVES && kLargeGroups<R>)
+    if constexpr (HALVES && kLargeGroups<R>) {
+      const int shared = y().aligned ? partition_.shares.rows : 0;  // warpgroups take no others
+      if (shared == kLargestSumRows) return sum_shares<kLargestSumRows>(first_chunk, divisor);
+      if (shared == kLargeSumRows) return sum_shares<kLargeSumRows>(first_chunk, divisor);
       if (partition_.rows == kLargeSumRows)
         return sum_groups<kLargeSumRows, true>(first_chunk, divisor);
+    }
     sum_groups<kSumRows, HALVES>(first_chunk, divisor);
   }
 
   template <int ROWS, bool HALVES>
   void sum_groups(bool first_chunk, float divisor) {
-    list<ROWS, HALVES>(first_chunk);
+    using T = std::conditional_t<HALVES, R, Stored<R>>;
+    parts_.slices = 1, parts_.panels = static_cast<int>(partition_.part_panels);
+    list<ROWS, HALVES, false>(first_chunk);
     const Grid grid = {divide_up(features_, kSumFeatures), divide_up(queries(), ROWS),
                        divide_up(divide_up(references(), kPanel), parts_.panels)};
-    using T = std::conditional_t<HALVES, R, Stored<R>>;
     run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<T, ROWS>),
         weighted_sum<T, ROWS, HALVES>, y<T>(), features_, center_.value_scale,
-        1 / (kWeightUnit * divisor), order(), lists_, parts_);
+        1 / (kWeightUnit * divisor), order_of<ROWS>(), lists_, parts_);
+  }
+
+  template <int ROWS>
+  void sum_shares(bool first_chunk, float divisor) {
+    using Memory = WarpgroupSumMemory<R, ROWS>;
+    const Shares& shares = partition_.shares;
+    parts_.slices = static_cast<int>(divide_up(features_, kWarpgroupSumFeatures));
+    parts_.panels = static_cast<int>(shares.least);
+    list<ROWS, true, true>(first_chunk);
+    run("weighted_sum", {shares.blocks}, Memory::kThreads, sizeof(Memory), warpgroup_sum<R, ROWS>,
+        y<R>(), features_, center_.value_scale, 1 / (kWeightUnit * divisor), order_of<ROWS>(),
+        lists_, parts_);
   }
 
   template <int WIDTH>
@@ -528,7 +554,7 @@ class Calculation {
   Lists lists_ = {};
   Parts parts_ = {};
   Slices slices_ = {};
-  Index room_ = 0;  // numbers that parts_.sums has
+  Index room_ = 0;  // numbers of parts_.sums that slices may take
   float *probability_ = nullptr, *scaled_ = nullptr;
   double* spare_ = nullptr;
   Moments moments_ = {};

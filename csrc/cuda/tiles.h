@@ -311,6 +311,27 @@ __device__ inline float weight_of_halves(const float* weights, int query, int re
   return of(1) + of(0);
 }
 
+// For the products of warpgroups a panel has the weights of ROWS queries in other places, in words
+// of two halves: as operands (begin_product) of 16 references, first low halves and then high ones.
+// The words from operand_place on have references 16 step + t and 16 step + t + 4, t < 4; those
+// from kOperandStep after it the ones that come 8 later.
+template <int ROWS> constexpr int kOperandStep = 4 * ROWS;
+template <int ROWS>
+__device__ inline int operand_place(int query, int step, int part) {
+  return 4 * query + 2 * kOperandStep<ROWS> * (2 * step + part);
+}
+
+// The weight of a query and a reference of such a panel.
+template <int ROWS>
+__device__ inline float weight_of_operands(const float* weights, int query, int reference) {
+  const int i = reference / 4 % 4;
+  const auto of = [&](int part) {
+    const int at = operand_place<ROWS>(query, reference / 16, part) + i / 2 * kOperandStep<ROWS>;
+    return half_of_word(bits_of(weights[at + reference % 4]), i % 2);
+  };
+  return of(1) + of(0);
+}
+
 // Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
 // does. References are multiplied by `factor` before they are cut into halves; weights are pairs of
 // halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,

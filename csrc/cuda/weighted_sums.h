@@ -85,11 +85,13 @@ class ListedCopy {
       // The product of two 32-bit numbers is one instruction, that of 64-bit numbers several.
       const auto bytes = static_cast<std::uint32_t>(rows_.stride * sizeof(T));
       const auto* const from = reinterpret_cast<const char*>(from_);
+      std::uint32_t places[kPanel / kStep];  // all are read before the first copy begins
+      for (int i = 0; i < kPanel / kStep; ++i)
+        places[i] = static_cast<std::uint32_t>(listed[row_ + i * kStep]);
 #pragma unroll
-      for (int i = 0; i < kPanel; i += kStep) {
-        const auto row = static_cast<std::uint32_t>(listed[row_ + i]);
-        copy_async<16>(to + i * kSumPitch<T>, from + static_cast<std::uint64_t>(row) * bytes);
-      }
+      for (int i = 0; i < kPanel / kStep; ++i)
+        copy_async<16>(to + i * kStep * kSumPitch<T>,
+                       from + static_cast<std::uint64_t>(places[i]) * bytes);
       return;
     }
 #pragma unroll 1
@@ -220,12 +222,13 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     }
 }
 
-// Sums of the parts of one query and WIDTH features, in float32 like the parts. `at` is their place
-// in a part.
+// Sums of the parts of one query and WIDTH features from `feature` on, in float32 like the parts.
 template <int WIDTH>
-__device__ inline void sum_parts(const Parts& parts, Index query, Index at, Index features,
+__device__ inline void sum_parts(const Parts& parts, Index query, int feature, Index features,
                                  float (&sum)[WIDTH]) {
-  const int count = parts.counts[query];
+  const Index at = query * features + feature;
+  const int slice = parts.slices > 1 ? feature / kWarpgroupSumFeatures : 0;
+  const int count = parts.counts[slice * static_cast<Index>(parts.queries) + query];
   for (float& value : sum) value = 0;
 #pragma unroll 4
   for (int i = 0; i < count; ++i) {
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const Index at = query * features + feature;
   const float per_weight = reciprocal(weight);
   float sum[WIDTH], before[WIDTH] = {};
-  sum_parts(parts, query, at, features, sum);
+  sum_parts(parts, query, feature, features, sum);
   if (!first_chunk) load_values(mean + at, before);
   for (int f = 0; f < WIDTH; ++f)
     sum[f] = kept * per_weight * before[f] + divisor * per_weight * sum[f];
@@ -283,7 +286,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (feature >= features) return;
   const Index at = query * features + feature;
   float sums[1];
-  sum_parts(parts, query, at, features, sums);
+  sum_parts(parts, query, feature, features, sums);
   float sum = sums[0] + (first_chunk ? 0 : grad_x[at]);
   if (last_chunk) {
     const double point = x.row(query)[feature], center = mean[at], unit = moments.unit[query];

@@ -224,6 +224,34 @@ def test_groups(run, card, precision, rows):
     check(found)
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize(
+    ("B", "M", "N", "multiprocessors"),
+    [
+        (512, 150, 260, 1),  # uneven shares of lists
+        (640, 300, 256, 2),
+        (256, 600, 512, 4),
+        pytest.param(300, 290, 768, 4, marks=pytest.mark.slow),
+        pytest.param(513, 700, 512, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_groups_of_warpgroups(run, precision, B, M, N, multiprocessors):
+    """So many distances are refined here that a few more or less are, as the kernels round. So only
+    launches and sums are compared."""
+    case = clusters(B, M, N)
+    found = run(case, multiprocessors=multiprocessors, precision=precision)
+    type_ = "float32" if precision == "high" else "Rounded"
+    rows = 128 if B >= 512 else 64
+    assert f"warpgroup_sum<{type_}, {rows}>" in {one.kernel for one in found.model}
+    names = ("list_references", "weighted_sum", "merge")
+    of_sums = Run(*([one for one in part if one.name in names] for part in found))
+    check(of_sums)
+    for model, shim in zip(of_sums.model, of_sums.shim, strict=True):
+        # Of exchanges for segments that blocks leave out the model takes the mean.
+        longest = model.longest._replace(copied=0, exchanges=0)
+        assert longest in [block._replace(copied=0, exchanges=0) for block in shim.blocks]
+
+
 @pytest.mark.parametrize(
     ("B", "multiprocessors"),
     [

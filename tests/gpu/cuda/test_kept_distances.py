@@ -64,6 +64,18 @@ def check(op, x, references, radius, D, tolerance=None, change=1e-6):
 
 
 @pytest.mark.slow
+def test_sums_of_warpgroups(op, shim):
+    """Their parts take more memory in the forward pass. Its distances must not take it, or they
+    would have other slices of the features than those of the backward pass."""
+    shim.device(90, 32)
+    shim.limits(parts=3 * 256 * 1536)
+    x, references, sigma = op.problem(256, 700, 1536)
+    given = x, references, op.radius_of(sigma.clamp(min=0.05), 1.0), 1.0
+    results, kept = keeping(*given)
+    assert_same(gradients(op, results, *given, kept), gradients(op, results, *given, None))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 8])
 @pytest.mark.usefixtures("poisoned")

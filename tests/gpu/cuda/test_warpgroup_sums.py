@@ -1,0 +1,131 @@
+"""Sums over references for many queries, which warpgroups multiply on an sm_90."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+# Queries, references and features at the edges of groups, of 64 and from 512 queries on of 128, and
+# of panels and slices of the features.
+SIZES = [
+    (512, 127, 256), (513, 33, 260), (639, 65, 300), (640, 97, 512), (530, 160, 516),
+    (256, 257, 256), (290, 190, 300), (511, 65, 516),
+]  # fmt: skip
+
+
+@pytest.fixture
+def backend():
+    return "native"
+
+
+@pytest.fixture
+def sums_of(shim):
+    """sums_of(run) calls run() and returns blocks and threads of each of its weighted sums."""
+
+    def sums_of(run):
+        shim.counts(True)
+        run()
+        launches = shim.counts(False)
+        return [
+            (math.prod(grid), threads) for name, grid, threads, *_ in launches
+            if name == "weighted_sum"
+        ]  # fmt: skip
+
+    return sums_of
+
+
+def of_warpgroups(multiprocessors):
+    return multiprocessors, 256
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.usefixtures("poisoned")
+def test_sizes(op, shim, sums_of, sizes):
+    seed = SIZES.index(sizes)
+    D = (1.0, math.inf)[seed % 2]
+    x, references, sigma = op.problem(*sizes, seed=seed)
+    shim.device(90, 1)
+    sums = sums_of(lambda: op.check(x, references, op.radius_of(sigma, D), D))
+    assert sums == [of_warpgroups(1)]
+
+
+@pytest.mark.parametrize("sizes", SIZES[1:3])
+@pytest.mark.usefixtures("poisoned")
+def test_medium(op, shim, sums_of, sizes):
+    """The sums alone are as accurate as those of warps."""
+    x, references, sigma = op.problem(*sizes)
+    found = []
+    for capability in (90, 80):
+        shim.device(capability, 1)
+        sums = sums_of(lambda: found.append(op.compute(x, references, sigma, 1.0, "medium")))
+        assert (sums == [of_warpgroups(1)]) == (capability == 90)
+    (mean, _), (of_warps, _) = found
+    assert (mean - of_warps).norm(dim=1).max() <= 1e-5 * references.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+@pytest.mark.usefixtures("poisoned")
+def test_chunks_and_parts(op, shim, sums_of, multiprocessors):
+    """All but the first 200 queries need one reference, so most of their lists are empty."""
+    x, references, sigma = op.problem(520, 1200, 256)
+    x[200:] = references[0]
+    sigma[200:] = 1e-5
+    expected = op.expected(x, references, sigma, 1.0)
+    shim.device(90, multiprocessors)
+    for chunk, parts in ((1200, 1 << 23), (1200, 400_000), (512, 1 << 23)):
+        shim.limits(references=chunk, parts=parts, queries=520)
+        found = []
+        sums = sums_of(lambda found=found: found.append(op.compute(x, references, sigma, 1.0)))
+        assert of_warpgroups(multiprocessors) in sums
+        op.assert_accurate(found[0], expected, references)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_references_that_float16_cannot_hold(op, shim, sums_of):
+    shim.device(90, 1)
+    x, references, sigma = op.problem(512, 150, 256)
+    references[70] *= 1e20  # it is not in the sample that finds the power of two
+    x[3] = references[70] * 1.001
+    found = []
+    sums = sums_of(lambda: found.append(op.compute(x, references, sigma, 1.0)))
+    assert sums == [of_warpgroups(1)]
+    expected, _ = op.expected(x, references, sigma, 1.0)
+    errors = (found[0][0].double().cpu() - expected).norm(dim=1)
+    assert (errors / expected.norm(dim=1)).max() <= 1e-5
+
+
+def test_features_of_different_sizes(op, shim, sums_of):
+    """Each feature relative to its own size."""
+    x, references, sigma = op.problem(512, 150, 256)
+    size = torch.logspace(-9, 0, 256).to(references.device)
+    shim.device(90, 1)
+    found = []
+    sums = sums_of(lambda: found.append(op.compute(x * size, references * size, sigma, 1.0)))
+    assert sums == [of_warpgroups(1)]
+    mean, _ = op.expected(x * size, references * size, sigma, 1.0)
+    errors = (found[0][0].double().cpu() - mean).abs() / size.cpu()
+    assert errors.max() <= 2e-5
+
+
+@pytest.mark.parametrize(("gap", "threads"), [(4, 256), (3, 128)])
+def test_rows_that_lie_apart(op, shim, sums_of, device, gap, threads):
+    """Warps add up rows that are not aligned."""
+    x, references, sigma = op.problem(512, 150, 260)
+    wide = torch.full((150, 260 + gap), math.nan, device=device)
+    wide[:, :260] = references
+    shim.device(90, 1)
+    sums = sums_of(lambda: op.check(x, wide[:, :260], sigma, 1.0))
+    assert [found for _, found in sums] == [threads]
+
+
+def test_the_order_of_threads_does_not_change_a_bit(op, shim):
+    x, references, sigma = op.problem(515, 140, 256)
+    shim.device(90, 1)
+    found = []
+    for order in (0, 1, 77):
+        shim.order(order)
+        found.append(op.compute(x, references, sigma, 1.0)[0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
