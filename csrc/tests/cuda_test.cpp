@@ -343,6 +343,13 @@ void check_tiles() {
   check_forward({100, kFew ? 130 : 190, 452}, Type::float32, one_of_all(1));
 }
 
+// Weighted sums of warpgroups, in groups of 64 and of 128 queries. The block has all lists.
+void check_sums_of_warpgroups() {
+  const Setting setting(90, 1);
+  check_forward({258, kFew ? 70 : 130, 260}, Type::float32, one_of_all(1));
+  check_forward({513, 97, 256}, Type::float32, one_of_all(2));
+}
+
 // Precision "medium", in tiles of 128 references × 128 or 256 queries, whole and with slices of the
 // features.
 void check_rounded_tiles() {
@@ -538,6 +545,7 @@ int main() {
   check_shapes();
   check_orders();
   check_tiles();
+  check_sums_of_warpgroups();
   check_rounded_tiles();
   check_parts();
   for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}}) {
