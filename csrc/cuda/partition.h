@@ -189,7 +189,7 @@ Shares shares_of(const Partition& partition, Index features, int rows, Index mos
   // All lists together have at least `slices` times the work of the longest one, so no more blocks
   // than these share that.
   const Index parts = smaller(blocks / slices + 2, most_parts);
-  if (!enough || groups > kWarpgroupGroups || parts < 2) return {};
+  if (!enough || groups > kMostGroups || parts < 2) return {};
   const Index least = larger(kFewestPanels, divide_up(panels - 1, parts - 1));
   if (least > kSharePanels) return {};
   return {rows, blocks, divide_up(panels - 1, least) + 1, least};

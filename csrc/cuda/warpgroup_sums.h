@@ -10,10 +10,10 @@
 namespace pfgm {
 namespace {
 
-constexpr int kSharePanels = 256;     // of a share, at most
-constexpr int kOfList = 6;            // panels that take as long as what a list takes once
-constexpr int kWarpgroupGroups = 32;  // of a block of queries, at most: a lane has one
-constexpr int kOfSumProduct = 64;     // queries that one instruction multiplies
+constexpr int kSharePanels = 256;  // of a share, at most
+constexpr int kOfList = 6;         // panels that take as long as what a list takes once
+constexpr int kMostGroups = 32;    // of a block of queries, at most: a lane has one
+constexpr int kOfSumProduct = 64;  // queries that one instruction multiplies
 
 // A block has 256 features, a warp 32 of them, and all queries of a group. Lanes with g have
 // features 2g, 2g + 1, 16 + 2g and 17 + 2g.
