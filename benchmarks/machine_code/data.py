@@ -45,7 +45,6 @@ LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from whic
 # Where warpgroups multiply: features of a block; queries of a group, and of a block at least.
 SLICE, WARPGROUP_ROWS = 256, ((128, 512), (64, LARGE_FROM))
 MOST_GROUPS, SHARE_PANELS = 32, 256  # of a block of queries; of a share, at most
-SHARE_PARTS = 2  # as many times more parts may have memory
 OF_LIST = 6  # panels that take as long as what a list takes once, in the work that is shared out
 # Panels of 32 references that it sums.
 FEWEST_PANELS, MANY_PANELS, MOST_PANELS, PART_PANELS = 4, 16, 24, 64
@@ -179,7 +178,7 @@ class Shape(NamedTuple):
             groups = up(self.block, rows)
             lists = groups * slices
             blocks = card.sms * up(lists * (OF_LIST + panels), SHARE_PANELS * card.sms)
-            parts = min(blocks // slices + 2, SHARE_PARTS * self.most_parts)
+            parts = min(blocks // slices + 2, self.most_parts)
             enough = lists * panels >= FEWEST_PANELS**2 * card.sms
             if not enough or groups > MOST_GROUPS or parts < 2:
                 continue

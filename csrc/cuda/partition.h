@@ -80,7 +80,6 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
 
 constexpr Index kPairBytes = 12;  // of a distance and a weight
 constexpr Index kFewParts = 8;
-constexpr Index kWarpgroupParts = 2;  // times as many parts of the sums of warpgroups
 
 // Whether few queries or features would leave matrix units mostly idle.
 bool are_few(Index queries, Index features) { return queries < 16 || features < kPanel; }
@@ -231,8 +230,8 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   if (warpgroups && !backward && problem.features >= kWarpgroupSumFeatures)
     for (const WarpgroupGroups& size : kWarpgroupGroupSizes)
       if (partition.shares.rows == 0 && partition.queries >= size.queries)
-        partition.shares = shares_of(partition, problem.features, size.rows,
-                                     kWarpgroupParts * most.parts, multiprocessors);
+        partition.shares =
+            shares_of(partition, problem.features, size.rows, most.parts, multiprocessors);
   // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
   // four blocks per multiprocessor.
   const Index least = divide_up(partition.references, kPiece);

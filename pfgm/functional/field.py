@@ -173,7 +173,7 @@ def posterior_mean(
 
     Memory is bounded: no (B, M, N) tensor is built. On the CPU the workspace is kept for the next
     call. It is at most 64 MiB, or a few rows of x if N is in the millions. On a GPU it is at most
-    320 MiB, in the backward pass 480 MiB, or a few rows of x from about 100000 features on. The CPU
+    270 MiB, in the backward pass 480 MiB, or a few rows of x from about 100000 features on. The CPU
     kernels leave out references whose total weight is below the rounding of the result. Where a
     gradient is wanted, up to 40 MiB on the CPU and 32 MiB on a GPU are kept for the backward pass.
 

@@ -732,9 +732,9 @@ def test_shapes_have_all_chunks_and_parts():
     # 28 and 96 tiles of 64 queries in blocks of 256 and 1024.
     assert data.F.sums_of_warps(H100) == (64, 19, 0)  # of 512 panels
     assert data.BIG.sums_of_warps(H100) == (64, 64, 0)
-    # Warpgroups: of 512 panels 132/4 + 2 parts of 16, or of 128 panels 4·2 parts of 19.
+    # Warpgroups: of 512 panels 132/4 + 2 parts of 16, or of 128 panels 4 parts of 43.
     assert data.F.sums(H100) == (64, 16, 132)
-    assert data.BIG.sums(H100) == (128, 19, 132)
+    assert data.BIG.sums(H100) == (128, 43, 132)
     assert data.BIG.sums(A100).rows == data.BIG.sums(GEFORCE).rows == 32
     assert data.BIG._replace(type="Rounded").sums(A100).rows == 64
     assert data.BIG._replace(type="Rounded").sums(GEFORCE).rows == 32
@@ -883,7 +883,7 @@ ON_DATA = {
         for rows in (32, 64)
     }
     | {
-        "groups of 128, 132 shares of at least 19": {
+        "groups of 128, 132 shares of at least 43": {
             "listed": 70.0,
             "panels": 3.0,
             "panels, most": 5.0,
