@@ -348,6 +348,7 @@ __global__ void __launch_bounds__(kListThreads<ROWS>, 2)
                     const Lists out, const Parts parts) {
   wait_for_earlier_launches();
   let_next_launch_start();
+  static_assert(HALVES || !OPERANDS, "operands are halves");
   constexpr int kThreads = kListThreads<ROWS>;
   ListMemory<ROWS>& shared = *reinterpret_cast<ListMemory<ROWS>*>(shared_memory());
   const Lane lane = this_lane();

@@ -208,7 +208,7 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   // Weights below 2^-39 have no halves. Together they must not matter.
   partition.halves = !partition.few && problem.references <= limits.halved;
   // Panels of a part that share the work out evenly.
-  const Index panels = partition.stride / kPanel, fewest = divide_up(panels, kPartPanels);
+  const Index panels = partition.stride / kPanel;
   const auto even_with = [&](int rows, int blocks = 4) {  // of a multiprocessor
     const Index tiles =
         divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, rows);
@@ -223,6 +223,7 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   // if they are so large that few of them fit into memory.
   const Index even = larger(smaller(larger(even_with(partition.rows), kFewestPanels), kManyPanels),
                             smaller(even_with(partition.rows, 6), kMostPanels));
+  const Index fewest = divide_up(panels, kPartPanels);
   partition.part_panels = most.parts <= kFewParts ? divide_up(panels, fewest)
                                                   : larger(even, divide_up(panels, most.parts));
   partition.parts = divide_up(panels, partition.part_panels);

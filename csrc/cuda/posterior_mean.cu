@@ -118,7 +118,8 @@ class Calculation {
     weights_.live = arena_.take<std::uint32_t>(pairs / 32);
     room_ = partition_.parts * queries * problem.features;
     if (!partition_.few) room_ = larger(room_, size_of_slices());
-    // Slices take no room that only the forward pass has. Both passes must have the same ones.
+    // Slices do not take the room of shares, which only the forward pass has: both passes must have
+    // the same slices.
     const Index of_shares = partition_.shares.parts * queries * problem.features;
     parts_.sums = arena_.take<float>(larger(room_, of_shares));
     // Weighted sums are made after all distances of a chunk, from which on its slices are not

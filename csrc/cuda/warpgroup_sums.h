@@ -15,8 +15,8 @@ constexpr int kOfList = 6;         // panels that take as long as what a list ta
 constexpr int kMostGroups = 32;    // of a block of queries, at most: a lane has one
 constexpr int kOfSumProduct = 64;  // queries that one instruction multiplies
 
-// A block has 256 features, a warp 32 of them, and all queries of a group. Lanes with g have
-// features 2g, 2g + 1, 16 + 2g and 17 + 2g.
+// A block has 256 features, a warp 32 of them, and all queries of a group. Lanes with the same g
+// have features 2g, 2g + 1, 16 + 2g and 17 + 2g of their warp.
 template <class R, int ROWS>
 struct WarpgroupSumMemory {
   static constexpr int kFeatures = kWarpgroupSumFeatures, kThreads = kFeatures, kStages = 4;
@@ -43,7 +43,7 @@ struct Share {
 struct Segment {
   int work;           // of the share
   int group, slice;   // of the list
-  int first, panels;  // none if the share ends before them
+  int first, panels;  // at most 0 panels if the share ends before them
   int part;           // of the sums of the list
   bool is_last;
 };

@@ -65,8 +65,8 @@ def check(op, x, references, radius, D, tolerance=None, change=1e-6):
 
 @pytest.mark.slow
 def test_sums_of_warpgroups(op, shim):
-    """Their parts take more memory in the forward pass. Its distances must not take it, or they
-    would have other slices of the features than those of the backward pass."""
+    """Distances are the same in both passes, though only the forward pass has these sums. If their
+    parts had twice the room, and slices of the features could take it, they would differ."""
     shim.device(90, 32)
     shim.limits(parts=3 * 256 * 1536)
     x, references, sigma = op.problem(256, 700, 1536)
