@@ -108,7 +108,8 @@ struct LeastOfRows {
 //
 // A lane accesses 16 bytes. Eight lanes, which have two rows, must reach different banks. So in
 // rows of float32 the 16-byte pieces of odd rows trade places in pairs; rows of queries have 64
-// bytes.
+// bytes. Of short types a lane reads eight values, and the two panels of a row trade places: in odd
+// rows of 16-bit types, and of bytes, whose rows are half as long, in every second pair of rows.
 template <class R, int QUERIES, int REFERENCES>
 struct DistanceMemory {
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = kDistanceThreads;
@@ -116,7 +117,6 @@ struct DistanceMemory {
   static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
   static constexpr int kQueryStages = kAhead ? 2 : kReferenceStages;
   static constexpr int kPanels = kAhead ? 1 : 2, kFeatures = kPanels * kPanel;  // of a stage
-  static constexpr int kSwap = sizeof(R) == 4 ? 1 : 0;
   static constexpr int kQueryParts = kRounded<R> ? 1 : 2;
   static constexpr int kSlabs = kAhead ? 2 : 1, kSides = kAhead ? 2 : 1;
   static constexpr int kColumns = QUERIES / kSides / 8;  // of 8 queries, of a warp
@@ -126,6 +126,12 @@ struct DistanceMemory {
   // Before that, values of short types start in different places of neighbouring rows.
   static constexpr int kSpread = kAhead ? 4 / static_cast<int>(sizeof(R)) : 1;
   static constexpr int kPitch = kSpread * kFeatures;
+  // Whether neighbouring stretches of so many 16-byte pieces trade places in a row.
+  __device__ static constexpr bool trades(int row) {
+    if (sizeof(R) == sizeof(float)) return row % 2 != 0;
+    return !kAhead && (row & (2 / static_cast<int>(sizeof(R)))) != 0;
+  }
+  static constexpr int kTraded = sizeof(R) == sizeof(float) ? 1 : kPanel * sizeof(R) / 16;
   struct References {
     R y[REFERENCES][kPitch];
     float center[kFeatures];
@@ -170,11 +176,11 @@ class TileCopy {
         apart_(kStep * y.stride),
         left_(center.features - first) {
     const int thread = static_cast<int>(threadIdx.x);
-    row_ = thread / kPieces, piece_ = thread % kPieces, half_row_ = thread / kHalfPieces;
-    rows_ = y.count - reference0 - row_, half_rows_ = x.rows - query0 - half_row_;
+    row_ = thread / kPieces, piece_ = thread % kPieces;
+    rows_ = y.count - reference0 - row_, half_rows_ = x.rows - query0 - half_row();
     from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + piece_ * kCount;
-    high_ = x.high + static_cast<Index>(half_rows_ > 0 ? query0 + half_row_ : 0) * center.width +
-            first + thread % kHalfPieces * 8;
+    high_ = x.high + static_cast<Index>(half_rows_ > 0 ? query0 + half_row() : 0) * center.width +
+            first + half_panel() * kPanel + thread % kHalfPieces * 8;
   }
 
   // Starts the copies of the next panels of references.
@@ -182,7 +188,7 @@ class TileCopy {
     const int known = left_ - piece_ * kCount;
     const int count = known < 0 ? 0 : known < kCount ? known : kCount;
     R* const to = stage.y[row_] + row_ % Memory::kSpread * Memory::kFeatures +
-                  (piece_ ^ (row_ & Memory::kSwap)) * kCount;
+                  (piece_ ^ (Memory::trades(row_) ? Memory::kTraded : 0)) * kCount;
     if (aligned_) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
@@ -206,14 +212,15 @@ class TileCopy {
   // The same for queries.
   __device__ void next(typename Memory::Queries& stage) {
     const int piece = static_cast<int>(threadIdx.x) % kHalfPieces;
-    std::uint16_t* const half = &stage.x[piece / 4][0][half_row_][piece % 4 * 8];
 #pragma unroll
     for (int i = 0; i < kHalfRows; ++i) {
+      const int panel = i * kHalfStep / QUERIES, row = i * kHalfStep % QUERIES;
       const std::uint16_t* const high =
-          i * kHalfStep < half_rows_ ? high_ + i * kHalfStep * center_.width : high_;
-      copy_async<16>(half + i * kHalfStep * kPanel, high);
+          (row < half_rows_ ? high_ + row * center_.width : high_) + panel * kPanel;
+      auto& half = stage.x[half_panel() + panel];
+      copy_async<16>(&half[0][half_row() + row][8 * piece], high);
       if constexpr (!kRounded<R>)
-        copy_async<16>(half + (QUERIES + i * kHalfStep) * kPanel, high + to_low_);
+        copy_async<16>(&half[1][half_row() + row][8 * piece], high + to_low_);
     }
     high_ += Memory::kFeatures;
   }
@@ -222,16 +229,23 @@ class TileCopy {
   static constexpr int kCount = 16 / sizeof(R), kPieces = Memory::kFeatures / kCount;
   static constexpr int kStep = kDistanceThreads / kPieces;
   static constexpr int kRows = REFERENCES / kStep;
-  static constexpr int kHalfPieces = Memory::kFeatures / 8;
+  // Of queries: eight threads copy a panel of two rows, which reach different banks.
+  static constexpr int kHalfPieces = kPanel / 8;
   static constexpr int kHalfStep = kDistanceThreads / kHalfPieces;
-  static constexpr int kHalfRows = QUERIES / kHalfStep;
-  static_assert(kStep <= REFERENCES && kHalfStep <= QUERIES, "every thread copies");
+  static constexpr int kHalfRows = Memory::kPanels * QUERIES / kHalfStep;
+  static_assert(kStep <= REFERENCES && kHalfRows > 0, "every thread copies");
+
+  // The first row and panel of queries that this thread copies, found again to save registers.
+  __device__ static int half_row() { return static_cast<int>(threadIdx.x) / kHalfPieces % QUERIES; }
+  __device__ static int half_panel() {
+    return kHalfStep > QUERIES ? static_cast<int>(threadIdx.x) / kHalfPieces / QUERIES : 0;
+  }
 
   const Center& center_;
   const bool aligned_;
-  const Index to_low_, apart_;         // from a high part to the low part; between rows of y
-  int left_, row_, piece_, half_row_;  // features that are left; what this thread copies
-  int rows_, half_rows_;               // rows that there are from the first one of this thread on
+  const Index to_low_, apart_;  // from a high part to the low part; between rows of y
+  int left_, row_, piece_;      // features that are left; what this thread copies
+  int rows_, half_rows_;        // rows that there are from the first one of this thread on
   const R* from_;
   const std::uint16_t* high_;
 };
@@ -242,9 +256,9 @@ struct ReferencePanel {
   std::uint32_t high[2][4], low[2][4];
 };
 
-// Row g + 8e has features from `rows[e]` on. squares[e] is the sum of their squares, of their high
-// parts if R is Rounded.
-template <int SWAP, class R>
+// Row g + 8e has features from `rows[e]` on; in odd rows of float32 pieces of four trade places.
+// squares[e] is the sum of their squares, of their high parts if R is Rounded.
+template <class R>
 __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,
                                          float scale, int known, const Lane& lane,
                                          float (&squares)[2]) {
@@ -257,12 +271,16 @@ __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float*
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     float v[8];
+    if constexpr (sizeof(R) == sizeof(float)) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int feature = 8 * lane.t + 4 * i;
-      float four[4];
-      load4(rows[e] + 8 * lane.t + 4 * (i ^ (lane.g & SWAP)), known - feature, four);
-      for (int k = 0; k < 4; ++k) v[4 * i + k] = four[k] * scale - c[4 * i + k];
+      for (int i = 0; i < 2; ++i) {
+        float four[4];
+        load4(rows[e] + 8 * lane.t + 4 * (i ^ (lane.g & 1)), four);
+        for (int k = 0; k < 4; ++k) v[4 * i + k] = four[k] * scale - c[4 * i + k];
+      }
+    } else {
+      load8(rows[e] + 8 * lane.t, known - 8 * lane.t, v);
+      for (int k = 0; k < 8; ++k) v[k] = v[k] * scale - c[k];
     }
     squares[e] = 0;
     if constexpr (!kRounded<R>)
@@ -755,10 +773,11 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
   const auto convert_panel = [&](int p, int half) {
     auto& stage = stages.references[p % Memory::kReferenceStages];
     const int first = half * kPanel, known = features - p * Memory::kFeatures - first;
-    const int start = lane.g % Memory::kSpread * Memory::kFeatures + first;
+    const int panel = sizeof(R) < 4 && Memory::trades(lane.g) ? half ^ 1 : half;
+    const int start = lane.g % Memory::kSpread * Memory::kFeatures + panel * kPanel;
     const R* const rows[2] = {&stage.y[converted + lane.g][start],
                               &stage.y[converted + lane.g + 8][start]};
-    return convert<Memory::kSwap>(rows, stage.center + first, factor, known, lane, squares);
+    return convert(rows, stage.center + first, factor, known, lane, squares);
   };
   const auto add_squares = [&] {
     for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);

@@ -378,8 +378,10 @@ __global__ void __launch_bounds__(kListThreads<ROWS>, 2)
   const int own = static_cast<int>(larger(0, smaller(each, panels - first)));
   const int size = kPanel * own, left = count - kPanel * first;
 #pragma unroll 1
-  for (int w = thread; w < words; w += kThreads)
-    write_places(shared.listed, kPanel * first, size, w, shared.words()[w]);
+  for (int w = thread; w < words; w += kThreads) {
+    const ListedWord word = shared.words()[w];
+    write_places(shared.listed, kPanel * first, size, w, word);
+  }
   __syncthreads();
   const Index at = task.group * out.stride + kPanel * first;
 #pragma unroll 1

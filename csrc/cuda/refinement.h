@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   double* const reach = low + pairs.tiles;
   const Lane lane = this_lane();
   const Index query = blockIdx.x;
-  const int own = tile_of<WARPS>(lane.lane, lane.warp);
+  const int own = static_cast<int>(threadIdx.x);
   // One warp does the arithmetic in float64. Those of the blocks of a multiprocessor are spread
   // over its schedulers.
   const bool computes = lane.warp == static_cast<int>((blockIdx.x * 2654435769u >> 29) % WARPS);

@@ -13,7 +13,7 @@ namespace {
 constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
 
 // The sum of two sums of two floats each.
-__device__ inline float2 add_sums(float2 a, float2 b) {
+__device__ inline float2 add_sums(const float2& a, const float2& b) {
   const TwoFloats sum = sum_of({a.x, a.y}, {b.x, b.y});
   return {sum.high, sum.low};
 }

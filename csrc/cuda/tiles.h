@@ -96,6 +96,18 @@ __device__ inline void load4(const R* from, int known, float (&v)[4]) {
     for (int i = 0; i < 4; ++i) v[i] = i < known ? v[i] : 0;
 }
 
+// The same of eight elements of a short type, which are read at once.
+template <class R>
+__device__ inline void load8(const R* from, int known, float (&v)[8]) {
+  using Words = std::conditional_t<sizeof(R) == 2, uint4, uint2>;
+  const Words words = *reinterpret_cast<const Words*>(from);
+  for (int i = 0; i < 8; i += 4) {
+    float four[4];
+    load4(reinterpret_cast<const R*>(&words) + i, known - i, four);
+    for (int k = 0; k < 4; ++k) v[i + k] = four[k];
+  }
+}
+
 // One value, in float32.
 __device__ inline float load_float(const float* from) { return *from; }
 __device__ inline float load_float(const Rounded* from) { return from->value; }

@@ -8,7 +8,7 @@ namespace pfgm {
 namespace {
 
 // A block has a warpgroup for each 64 references. A warp has 16 references and all queries. It
-// copies its references itself, and converts them one panel ahead. Queries are operands in shared
+// copies its references itself, and converts them in registers. Queries are operands in shared
 // memory.
 template <class R, int QUERIES, int REFERENCES>
 struct WarpgroupMemory {
@@ -114,23 +114,16 @@ class WarpgroupCopy {
   const std::uint16_t* high_;
 };
 
-// Operands of 16 features of a warp's references, which take the place of their values: references
-// g and g + 8, features 2t, 2t + 1, 2t + 8 and 2t + 9. `part` is 0 for high parts, 1 for low ones.
+// A panel of a warp's references as operands: references g and g + 8, features 2t, 2t + 1, 2t + 8
+// and 2t + 9 of each half. squares[e] is the sum of the squares of reference g + 8e, of their high
+// parts if R is Rounded.
 template <class R>
-__device__ inline uint4& operand_of_half(R (*rows)[kPanel], int half, int part, const Lane& lane) {
-  const int row = lane.lane / 2, piece = 4 * half + 2 * part + lane.lane % 2;
-  return *reinterpret_cast<uint4*>(rows[row] + 4 * place_of_piece(row, piece));
-}
-
-// Converts a panel of a warp's references in its place. squares[e] is the sum of the squares of
-// reference g + 8e, of their high parts if R is Rounded.
-template <class R>
-__device__ inline void convert_in_place(R (*rows)[kPanel], const float* center, float scale,
-                                        const Lane& lane, float (&squares)[2]) {
+__device__ inline ReferencePanel convert_rows(const R (*rows)[kPanel], const float* center,
+                                              float scale, const Lane& lane, float (&squares)[2]) {
+  ReferencePanel panel;
   squares[0] = squares[1] = 0;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    std::uint32_t high[4], low[4];
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int feature = 16 * half + 8 * i + 2 * lane.t;
@@ -141,32 +134,10 @@ __device__ inline void convert_in_place(R (*rows)[kPanel], const float* center, 
         const float first = y.x * scale - c.x, second = y.y * scale - c.y;
         const TwoHalves parts = split_halves(first, second);
         squares[e] += kRounded<R> ? sum_of_squares(parts.high) : first * first + second * second;
-        high[2 * i + e] = parts.high, low[2 * i + e] = parts.low;
+        panel.high[half][2 * i + e] = parts.high, panel.low[half][2 * i + e] = parts.low;
       }
     }
-    __syncwarp();  // all values of this half are read
-    operand_of_half(rows, half, 0, lane) = {high[0], high[1], high[2], high[3]};
-    if constexpr (!kRounded<R>)
-      operand_of_half(rows, half, 1, lane) = {low[0], low[1], low[2], low[3]};
-  }
-  __syncwarp();
-}
-
-// The operands of a panel. All lanes have read them then.
-template <class R>
-__device__ inline ReferencePanel load_operands(R (*rows)[kPanel], const Lane& lane) {
-  ReferencePanel panel;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint4 high = operand_of_half(rows, half, 0, lane);
-    panel.high[half][0] = high.x, panel.high[half][1] = high.y;
-    panel.high[half][2] = high.z, panel.high[half][3] = high.w;
-    if constexpr (kRounded<R>) continue;
-    const uint4 low = operand_of_half(rows, half, 1, lane);
-    panel.low[half][0] = low.x, panel.low[half][1] = low.y;
-    panel.low[half][2] = low.z, panel.low[half][3] = low.w;
-  }
-  __syncwarp();
+  __syncwarp();  // all values are read
   return panel;
 }
 
@@ -314,8 +285,9 @@ __device__ inline void load_queries(Memory& shared, const Halves& x, int query0,
 }
 
 // Slices as in distances. A warpgroup multiplies 64 queries at a time. While it adds up the
-// products and prepares others, matrix units multiply for another warpgroup. For Rounded references
-// one float adds up all panels.
+// products and converts the next references, matrix units multiply for another warpgroup. If it
+// converted them earlier, they would go through shared memory, which is nearly as busy as the
+// units. For Rounded references one float adds up all panels.
 template <class R, int QUERIES, int REFERENCES, bool PROJECT, bool SLICED>
 __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThreads), 1)
     warpgroup_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
@@ -339,9 +311,9 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
   WarpgroupStages<R, Memory> stages(shared, x, query0, y, reference0, center, panels);
 
   stages.start();
-  convert_in_place(stages.rows(0, lane), stages.at(0).center, factor, lane, squares);
   const auto take_panel = [&](int p) {
-    const ReferencePanel panel = load_operands(stages.rows(p, lane), lane);
+    const ReferencePanel panel =
+        convert_rows<R>(stages.rows(p, lane), stages.at(p).center, factor, lane, squares);
     const auto begin = [&](int group) {
       begin_panel<kRounded<R>>(of_panel, panel, stages.at(p), group, adds);
     };
@@ -351,8 +323,6 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
     for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
 #pragma unroll
     for (int group = 0; group < kQueryGroups; ++group) {
-      if (group == kQueryGroups - 1)  // after the last panel, of what nothing reads
-        convert_in_place(stages.rows(p + 1, lane), stages.at(p + 1).center, factor, lane, squares);
       wait_products<0>();
       add_panel(sums, of_panel, group);
       if (group < kQueryGroups - 1) begin(group + 1);

@@ -74,7 +74,7 @@ class ListedCopy {
     for (int slot = 0; slot < Memory::kStages; ++slot)
 #pragma unroll 1
       for (int row = row_; row < kPanel; row += kStep)
-        for (int k = 0; k < kCount; ++k) shared.rows[slot][row][piece_ * kCount + k] = T{};
+        *reinterpret_cast<uint4*>(&shared.rows[slot][row][piece_ * kCount]) = {};
   }
 
   // Starts the copies of the panel whose indices are at `listed`.
