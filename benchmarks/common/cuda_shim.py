@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -18,6 +22,41 @@ from pfgm.common import checks, transforms
 
 PATH = os.environ.get("PFGM_CUDA_SHIM")
 """The extension, built with ``cmake -DPFGM_CUDA_SHIM=ON``."""
+
+_ROOT = Path(__file__).resolve().parents[2]
+# The tools of the running environment, activated or not.
+_TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def why_unbuilt() -> str | None:
+    """Why the extension cannot be built, or None if it can."""
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=_TOOLS) is None]
+    return f"no {' and no '.join(missing)} on PATH" if missing else None
+
+
+def build(folder: str, *options: str) -> Path:
+    """Builds the extension in a folder of build/. Only changed sources are compiled again.
+
+    Args:
+        options: further ones of CMake.
+
+    Raises:
+        RuntimeError: it could not be built. The message has the compiler's output.
+    """
+    if reason := why_unbuilt():
+        raise RuntimeError(f"the host shim is not built: {reason}.")
+    path = _ROOT / "build" / folder
+    options = ("-DPFGM_CUDA_SHIM=ON", f"-DPython_EXECUTABLE={sys.executable}", *options)
+    for command in (
+        ["cmake", "-S", str(_ROOT), "-B", str(path), "-G", "Ninja", *options],
+        ["cmake", "--build", str(path)],
+    ):
+        environment = os.environ | {"PATH": _TOOLS}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the host shim could not be built:\n{done.stdout}{done.stderr}")
+    (extension,) = path.glob("_native*.so")
+    return extension
 
 
 def load(path: str) -> ModuleType:

@@ -110,9 +110,10 @@ inline void let_next_launch_start() {}
 
 char* shared_memory();
 
-// The bytes arrive when the thread waits for them and not before. Until then they are NaN.
+// The bytes arrive when the thread waits for them and not before. Until then they are NaN. Inlined,
+// so that the code that calls begin_copy is that of the kernel.
 template <int BYTES>
-void copy_async(void* to, const void* from, int valid = BYTES) {
+__forceinline__ void copy_async(void* to, const void* from, int valid = BYTES) {
   static_assert(BYTES == 4 || BYTES == 16);
   shim::begin_copy(to, from, BYTES, valid);
 }
