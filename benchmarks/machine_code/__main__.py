@@ -7,6 +7,7 @@ Sections:
 
 - data: the work of the kernels on real data (minutes);
 - host: the host's time, measured on this machine;
+- accesses: wavefronts and transfers of the CUDA kernels, counted while they run on the host;
 - predicted, variants, backward, loops: compiles the kernels and runs the model (tens of
   minutes);
 - published, "held out": the model beside published times.
@@ -27,7 +28,7 @@ from typing import Any
 
 from benchmarks.common import subjects
 from benchmarks.common.commands import new_parser
-from benchmarks.machine_code import host, page, results
+from benchmarks.machine_code import accesses, host, page, results
 from benchmarks.machine_code import sections as counted
 
 
@@ -47,6 +48,7 @@ def sections(paths: Sequence[str]) -> dict[str, Callable[[], Any]]:
     return {
         "data": lambda: counted.count_data(results.load().get("data", {})),
         "host": host.measure,
+        "accesses": accesses.measure,
         "predicted": lambda: rows("predicted"),
         "variants": lambda: list(counted.variants()),
         "backward": lambda: list(counted.backward(counts())),

@@ -5,16 +5,17 @@ of different words in one bank. With 8 bytes per lane, half a warp is served at 
 bytes, a quarter. A matrix of ``ldmatrix`` or ``stmatrix`` is 8 rows of 16 bytes (CUDA C++
 Programming Guide, shared memory).
 
-The addresses come from Triton's PTX, evaluated for every lane with the registers of the first trip:
-those in the loop that multiplies, or in the whole kernel if no loop multiplies. An address is
-unknown if it depends on loaded values or on an instruction that is not evaluated here.
+Here the addresses come from Triton's PTX, evaluated for every lane with the registers of the first
+trip: those in the loop that multiplies, or in the whole kernel if no loop multiplies. An address is
+unknown if it depends on loaded values or on an instruction that is not evaluated here. Accesses of
+the CUDA kernels are counted while these run on the host (accesses.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,14 +44,14 @@ def matrix_wavefronts(rows: Sequence[int]) -> int:
 def _in_one_turn(addresses: Sequence[int], size: int) -> int:
     words: dict[int, set[int]] = defaultdict(set)
     for address in set(addresses):
-        for word in range(address // _WORD, (address + max(size, _WORD) - 1) // _WORD + 1):
+        for word in range(address // _WORD, (address + size - 1) // _WORD + 1):
             words[word % _BANKS].add(word)
     return max((len(found) for found in words.values()), default=0)
 
 
 # ---- Triton's PTX ------------------------------------------------------------------------------
 
-Kind = str  # "ldmatrix", "stmatrix", "load", "store"
+Kind = str  # "ldmatrix", "stmatrix", "load", "store", and "copy" of accesses.py
 
 
 class Access(NamedTuple):
@@ -73,6 +74,8 @@ class Conflicts(NamedTuple):
     """Accesses with unknown addresses; they count as free of conflicts."""
     ratio: dict[Kind, float]
     """Wavefronts over ideal ones."""
+    whole: bool = False
+    """Whether they are those of the whole kernel."""
 
 
 _ACCESS = re.compile(
@@ -99,6 +102,17 @@ def conflicts(ptx: str, warps: int) -> Conflicts:
     ratio = {kind: actual[kind] / ideals[kind] for kind in ideals}
     extra = sum(a.ideal for a in found if a.wavefronts is None)
     return Conflicts(sum(ideals.values()) + extra, sum(actual.values()) + extra, unseen, ratio)
+
+
+def of_counts(counts: Mapping[Kind, Sequence[int]]) -> Conflicts:
+    """The conflicts of a whole kernel, given the ideal and the actual wavefronts of each kind.
+
+    Kinds of other memory are left out.
+    """
+    shared = {kind: counts[kind] for kind in ("load", "store", "copy") if kind in counts}
+    ratio = {kind: actual / ideal for kind, (ideal, actual) in shared.items()}
+    ideal, actual = (sum(count[i] for count in shared.values()) for i in range(2))
+    return Conflicts(ideal, actual, 0, ratio, whole=True)
 
 
 def _loop(lines: Sequence[str]) -> tuple[int, int]:

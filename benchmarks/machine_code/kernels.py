@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks.codegen import cuda as codegen_cuda
 from benchmarks.codegen import triton as codegen_triton
 from benchmarks.codegen.cuobjdump import read_usage
-from benchmarks.machine_code import banks, branches, sass
+from benchmarks.machine_code import banks, branches, results, sass
 from benchmarks.machine_code.devices import Device
 from benchmarks.machine_code.sass import Instruction, Loop
 
@@ -31,7 +31,7 @@ class Compiled(NamedTuple):
     shared: int
     """Bytes of shared memory of a block."""
     conflicts: banks.Conflicts | None
-    """Conflicts of the loop that multiplies; None for CUDA kernels, whose addresses are unknown."""
+    """Those of the loop that multiplies; of CUDA kernels those of the whole kernel, if counted."""
 
     @property
     def warps(self) -> int:
@@ -92,8 +92,9 @@ class Compiled(NamedTuple):
         return kept
 
     def factors(self, code: Sequence[Instruction]) -> dict[int, float]:
-        """Place in a piece of the loop that multiplies → its wavefronts over the ideal."""
-        if self.conflicts is None or not any(sass.unit_of(one) == "tensor" for one in code):
+        """Place in a piece of code whose conflicts are known → its wavefronts over the ideal."""
+        multiplies = any(sass.unit_of(one) == "tensor" for one in code)
+        if self.conflicts is None or not (multiplies or self.conflicts.whole):
             return {}
         return banks.by_place([one.base for one in code], self.conflicts)
 
@@ -227,10 +228,12 @@ def cuda_kernels(card: Device) -> dict[str, Compiled]:
     text = codegen_cuda.dump(file, _ARCHITECTURE[card.architecture])
     rows = codegen_cuda.read(text, _ARCHITECTURE[card.architecture])
     codes = {codegen_cuda.short_name(s): code for s, code in sass.functions(text).items()}
+    accesses = results.load().get("accesses", {})
     found = {}
     for row in rows:
         code = codes[row.kernel]
         figures = row.figures
+        counts = accesses.get(row.kernel)
         found[row.kernel] = Compiled(
             name=row.kernel,
             code=code,
@@ -238,7 +241,7 @@ def cuda_kernels(card: Device) -> dict[str, Compiled]:
             threads=figures.threads or 128,
             registers=figures.registers,
             shared=figures.shared,
-            conflicts=None,
+            conflicts=None if counts is None else banks.of_counts(counts),
         )
     return found
 

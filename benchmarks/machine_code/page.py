@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.common.folders import DOCS
 from benchmarks.common.tables import Section, format_seconds, table, with_headings
-from benchmarks.machine_code import devices, host, work
+from benchmarks.machine_code import accesses, devices, host, work
 from benchmarks.machine_code.data import SHAPES
 from benchmarks.machine_code.devices import DEVICES, Figure
 
@@ -154,6 +154,22 @@ def loop_table(results: Results) -> str:
     return table(header, rows)
 
 
+_EVEN = 1.005  # of what the bytes need: taken without a remark
+
+
+def access_table(results: Results) -> str:
+    """What the CUDA kernels take of shared and global memory over what their bytes need."""
+    kinds = (*accesses.SHARED, *accesses.GLOBAL)
+    rows = []
+    for kernel, counts in results["accesses"].items():
+        taken = [counts[kind][1] / counts[kind][0] if kind in counts else 0.0 for kind in kinds]
+        if max(taken) > _EVEN:
+            rows.append([kernel, *(f"{one:.2f}" if one > _EVEN else "" for one in taken)])
+    free = len(results["accesses"]) - len(rows)
+    others = f"{free} other kernels take no more than half a percent above what they need."
+    return f"{table(['times what the bytes need', *kinds], rows)}\n\n{others}"
+
+
 _SUMS = {
     "live": "live weights",
     "tiles of 32, unsorted": "live tiles of 32 × 32",
@@ -251,6 +267,7 @@ def report(results: Results) -> str:
             results, SHAPES[0].name, "backward"
         ),
         "The stretch of each kernel that takes longest, at C": loop_table(results),
+        "Accesses of memory by the CUDA kernels": access_table(results),
         "Work of the kernels on real data": data_table(results),
         "Compared with published kernels": published_table(results),
         "The host": host_table(results),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -73,6 +73,9 @@ class Need(NamedTuple):
     """Clocks that the instruction occupies the unit."""
     latency: float
     """Clocks from there to the result."""
+    in_shared: float = 0.0
+    """Clocks of shared memory besides: to read operands, or to write what is copied when it
+    arrives."""
 
 
 def matrix_shape(instruction: Instruction) -> tuple[int, int, int]:
@@ -104,8 +107,8 @@ def _matrix(instruction: Instruction, card: Device) -> Need:
         # from shared memory: all of B, and all of A unless that is in registers.
         size = 4 if kind == "tf32" else 2
         in_shared = n * k * size + (0 if _first_in_registers(instruction) else m * k * size)
-        clocks = max(clocks, in_shared / card.rate("shared"))
-        return Need("tensor", clocks, LATENCY["tensor"])
+        reading = in_shared / card.rate("shared")
+        return Need("tensor", max(clocks, reading), LATENCY["tensor"], reading / SCHEDULERS)
     if wide:
         return Need("tensor", clocks, LATENCY["tensor"])
     return Need("tensor", clocks * SCHEDULERS, LATENCY["tensor"])
@@ -140,7 +143,8 @@ def _global(instruction: Instruction, card: Device, factor: float) -> Need:
     moved = 32 * access_bytes(instruction)
     if instruction.base in ("LDL", "STL"):  # spilled registers hit the L1 cache
         return Need("shared", moved / card.rate("shared"), card.rate("shared_latency"))
-    return Need("global", factor * moved / l2_port(card), card.rate("l2_latency"))
+    written = factor * moved / card.rate("shared") if instruction.base == "LDGSTS" else 0.0
+    return Need("global", factor * moved / l2_port(card), card.rate("l2_latency"), written)
 
 
 def need_of(instruction: Instruction, card: Device, factor: float = 1.0) -> Need:
@@ -215,6 +219,7 @@ class _Multiprocessor:
             self.step_of(one, need_of(one, card, factors.get(i, 1.0)), card)
             for i, one in enumerate(code)
         ]
+        self.shared = self.places.setdefault(("shared", -1), len(self.places))
         self.warps = [
             _Warp(block, (block * warps + w) % SCHEDULERS, w == 0)
             for block in range(blocks)
@@ -226,6 +231,7 @@ class _Multiprocessor:
         self.waits: dict[str, float] = defaultdict(float)
         self.arrived: dict[int, list[int]] = defaultdict(list)
         self.block_matrix: dict[int, float] = defaultdict(float)
+        self.arriving: deque[tuple[float, float]] = deque()  # copies, and clocks to write them
         self.end = 0.0
         self.queue: list[tuple[float, int]] = []
 
@@ -296,9 +302,17 @@ class _Multiprocessor:
         if instruction.never or (base.startswith("UTC") and not warp.leader):
             return time
         place = step.places[warp.scheduler]
+        if need.unit == "shared":
+            self.write_arrived(time)
         self.free[place] = max(time, self.free[place]) + need.occupancy
         self.busy[need.unit] += need.occupancy
         done = self.free[place] + need.latency
+        if need.in_shared:
+            self.busy["shared"] += need.in_shared
+            if base == "LDGSTS":
+                self.arriving.append((done, need.in_shared))
+            else:
+                done = max(done, self.take_shared(time, need.in_shared))
         if base == "LDGSTS":
             warp.copies = max(warp.copies, done)
         elif base == "LDGDEPBAR":
@@ -310,6 +324,18 @@ class _Multiprocessor:
         elif base.startswith("UTC"):
             self.block_matrix[warp.block] = max(self.block_matrix[warp.block], done)
         return done
+
+    def take_shared(self, time: float, clocks: float) -> float:
+        """Gives work to shared memory, and returns when it is done."""
+        self.write_arrived(time)
+        self.free[self.shared] = max(time, self.free[self.shared]) + clocks
+        return self.free[self.shared]
+
+    def write_arrived(self, time: float) -> None:
+        """Shared memory has written what copies brought until then."""
+        while self.arriving and self.arriving[0][0] <= time:
+            arrival, clocks = self.arriving.popleft()
+            self.free[self.shared] = max(arrival, self.free[self.shared]) + clocks
 
     def advance(self, warp: _Warp) -> None:
         warp.at += 1

@@ -11,7 +11,8 @@ from benchmarks.common.machine import describe
 
 PATH = RESULTS / "machine_code.json"
 SECTIONS = (
-    "data", "host", "predicted", "variants", "backward", "loops", "published", "held out",
+    "data", "host", "accesses", "predicted", "variants", "backward", "loops", "published",
+    "held out",
 )  # fmt: skip
 
 

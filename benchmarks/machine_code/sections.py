@@ -36,14 +36,14 @@ def count_data(stored: dict[str, Any]) -> dict[str, Any]:
             found[shape.name] = stored[shape.name]
         else:
             found[shape.name] = data.count(shape, cards=()) | {
-                "cuda": _by_chunk(shape, data.count),
-                "gradient": _by_chunk(shape._replace(backward=True), data.count_gradient),
-                "medium": _by_chunk(shape._replace(type="Rounded"), data.count),
+                "cuda": by_chunk(shape, data.count),
+                "gradient": by_chunk(shape._replace(backward=True), data.count_gradient),
+                "medium": by_chunk(shape._replace(type="Rounded"), data.count),
             }
     return found
 
 
-def _by_chunk(shape: Shape, count: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def by_chunk(shape: Shape, count: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The counts for the chunks of each card, by their keys."""
     cards: dict[Shape, list[Device]] = {}
     for card in DEVICES:
@@ -106,7 +106,7 @@ def _row(shape: Shape, card: Device, path: str, part: Predicted) -> Row:
 def variants() -> Iterator[Row]:
     """The section "variants": rows as in "predicted", of the forward pass. Torch takes float32."""
     for shape in data.VARIANTS:
-        counts = {"cuda": _by_chunk(shape, data.count)}
+        counts = {"cuda": by_chunk(shape, data.count)}
         for card in DEVICES:
             found = [model.predict(one, card) for one in launches.cuda(shape, counts, card)]
             for part in model.merge_by_name(found):
@@ -161,7 +161,8 @@ def _longest(launch: Launch, card: Device) -> Row:
     mix = sass.mix(phase.code)
     matrix = {name: n for name, n in mix.items() if "MMA" in name}
     waves: Row = [None, None]
-    if matrix and launch.kernel.conflicts is not None:
-        waves = [launch.kernel.conflicts.ideal, launch.kernel.conflicts.wavefronts]
+    conflicts = launch.kernel.conflicts
+    if matrix and conflicts is not None and not conflicts.whole:
+        waves = [conflicts.ideal, conflicts.wavefronts]
     clocks = [round(alone.clocks), round(full.clocks)]
     return [phase.name, len(phase.code), matrix, *waves, *clocks, beside, full.bound]

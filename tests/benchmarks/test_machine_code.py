@@ -419,6 +419,20 @@ def test_conflicts_cost():
     assert bad.busy["shared"] == pytest.approx(8 * free.busy["shared"])
 
 
+def test_copies_and_operands_of_products_take_shared_memory():
+    """A copy writes what it brings, and a product reads operands: of four warps together all of
+    them, once."""
+    copy, load = code_of("LDGSTS.E.BYPASS.128 [R3], [R2.64]", "LDS.128 R4, [R2]")
+    assert pipeline.need_of(copy, H100).in_shared == 32 * 16 / 128
+    assert pipeline.need_of(copy, H100, factor=0.5).in_shared == 32 * 16 / 128 / 2
+    assert pipeline.need_of(load, H100).in_shared == 0
+    (product,) = code_of("HGMMA.64x64x16.F32 R24, R76, gdesc[UR8], R24")
+    assert 4 * pipeline.need_of(product, H100).in_shared == 64 * 16 * 2 / 128
+    found = pipeline.run((load, load, copy, product), H100, warps=4, blocks=4)
+    assert found.busy["shared"] == pytest.approx(16 * (4 + 4 + 4 + 4))
+    assert found.clocks >= found.busy["shared"]
+
+
 def test_barriers_wait_for_all_warps():
     code = code_of(("LDS R1, [R2]", control(write=0)), ("BAR.SYNC 0x0", control(wait=(0,))))
     alone = pipeline.run(code, A100, 1).clocks
