@@ -166,8 +166,12 @@ def access_table(results: Results) -> str:
         if max(taken) > _EVEN:
             rows.append([kernel, *(f"{one:.2f}" if one > _EVEN else "" for one in taken)])
     free = len(results["accesses"]) - len(rows)
-    others = f"{free} other kernels take no more than half a percent above what they need."
-    return f"{table(['times what the bytes need', *kinds], rows)}\n\n{others}"
+    text = (
+        "Wavefronts of shared memory (load, store, copy) and transfers of 32 bytes of global "
+        "memory, on small problems. There, what a block does once has a larger share than in the "
+        f"shapes above. {free} other kernels take at most half a percent more than they need."
+    )
+    return f"{table(['times what the bytes need', *kinds], rows)}\n\n{text}"
 
 
 _SUMS = {
