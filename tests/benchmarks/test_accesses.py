@@ -24,6 +24,7 @@ SCATTERED = ("list_references", "order_queries")
 """Kernels that access places that depend on values."""
 LOOPS = ("load", "copy", "global copy")
 """What loops access that multiply."""
+builds = pytest.mark.slow  # the extension, in half a minute
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def lanes(addresses):
     return [*addresses, *[-1] * (32 - len(addresses))]
 
 
+@builds
 @pytest.mark.parametrize(
     ("addresses", "size", "least", "found"),
     [
@@ -58,6 +60,7 @@ def test_wavefronts_by_hand(extension, addresses, size, least, found):
     assert extension.shim_wavefronts(lanes(addresses), size) == (least, found)
 
 
+@builds
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_wavefronts_are_those_of_banks(extension, size):
     generator = random.Random(0)
@@ -67,6 +70,7 @@ def test_wavefronts_are_those_of_banks(extension, size):
         assert found == banks.wavefronts(addresses, size)
 
 
+@builds
 @pytest.mark.parametrize(
     ("addresses", "size", "least", "found"),
     [
@@ -91,6 +95,7 @@ def uneven(counts, *kinds):
     }
 
 
+@builds
 @pytest.mark.parametrize("type", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
 def test_loops_of_tiles_are_free_of_conflicts(library, type):
     """What each trip of a loop accesses: references and queries as they are copied and read. Sums
@@ -121,6 +126,7 @@ def test_stored_counts_of_large_tiles_and_sums_are_even():
     assert found > 20
 
 
+@builds
 def test_a_conflict_is_found(library):
     """Rows that are not aligned are stored value by value, 16 bytes apart."""
     (count,) = (
@@ -168,6 +174,6 @@ def test_sums_by_kernel():
     assert "1 other kernels" in table
 
 
-@pytest.mark.slow
+@builds
 def test_stored_counts_are_those_of_the_kernels(library):
     assert accesses.by_kernel(accesses.count(library)) == results.load()["accesses"]
