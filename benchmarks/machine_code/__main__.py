@@ -7,7 +7,8 @@ Sections:
 
 - data: the work of the kernels on real data (minutes);
 - host: the host's time, measured on this machine;
-- accesses: wavefronts and transfers of the CUDA kernels, counted while they run on the host;
+- accesses: wavefronts and transfers of the CUDA kernels, counted while they run on the host, in an
+  extension that is built for it with cmake and ninja;
 - predicted, variants, backward, loops: compiles the kernels and runs the model (tens of
   minutes);
 - published, "held out": the model beside published times.

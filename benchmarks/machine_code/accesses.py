@@ -44,10 +44,11 @@ class Problem(NamedTuple):
 
 
 _H100, _A100, _GEFORCE = 90, 80, 89
-PROBLEMS = (
-    *(
-        Problem(capability, multiprocessors, B, M, N, backward=True)
-        for capability, multiprocessors, B, M, N in (
+# Capability, multiprocessors, B, M and N of the problems that have the same options.
+_SIZES: tuple[tuple[dict[str, Any], tuple[tuple[int, int, int, int, int], ...]], ...] = (
+    (
+        {"backward": True},
+        (
             (_A100, 4, 2, 190, 128),
             (_A100, 4, 24, 190, 96),
             (_A100, 1, 128, 129, 64),
@@ -58,11 +59,11 @@ PROBLEMS = (
             (_GEFORCE, 1, 130, 384, 256),
             (_GEFORCE, 1, 97, 2100, 64),
             (_GEFORCE, 6, 97, 127, 3072),
-        )
+        ),
     ),
-    *(
-        Problem(capability, multiprocessors, B, M, N)
-        for capability, multiprocessors, B, M, N in (
+    (
+        {},
+        (
             (_A100, 4, 2, 2100, 64),
             (_A100, 12, 24, 190, 1024),
             (_A100, 4, 40, 129, 1552),
@@ -73,11 +74,11 @@ PROBLEMS = (
             (_H100, 1, 512, 192, 256),
             (_GEFORCE, 1, 128, 384, 96),
             (_GEFORCE, 6, 200, 250, 3072),
-        )
+        ),
     ),
-    *(
-        Problem(capability, multiprocessors, B, M, N, "medium")
-        for capability, multiprocessors, B, M, N in (
+    (
+        {"precision": "medium"},
+        (
             (_A100, 4, 24, 190, 96),
             (_A100, 1, 256, 192, 64),
             (_A100, 3, 97, 127, 1552),
@@ -90,19 +91,18 @@ PROBLEMS = (
             (_GEFORCE, 7, 70, 190, 128),
             (_GEFORCE, 1, 128, 129, 64),
             (_GEFORCE, 3, 97, 127, 1552),
-        )
+        ),
     ),
     *(
-        Problem(capability, multiprocessors, B, M, N, type=type)
-        for type in (torch.uint8, torch.bfloat16)
-        for capability, multiprocessors, B, M, N in (
-            (_A100, 4, 40, 129, 1552),
-            (_A100, 3, 97, 127, 1552),
-            (_GEFORCE, 7, 70, 190, 128),
+        (
+            {"type": type},
+            ((_A100, 4, 40, 129, 1552), (_A100, 3, 97, 127, 1552), (_GEFORCE, 7, 70, 190, 128)),
         )
+        for type in (torch.uint8, torch.bfloat16)
     ),
-    Problem(_GEFORCE, 1, 64, 256, 128, chunk=128),
+    ({"chunk": 128}, ((_GEFORCE, 1, 64, 256, 128),)),
 )
+PROBLEMS = tuple(Problem(*sizes, **options) for options, found in _SIZES for sizes in found)
 
 
 class Count(NamedTuple):

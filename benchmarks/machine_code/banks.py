@@ -51,7 +51,7 @@ def _in_one_turn(addresses: Sequence[int], size: int) -> int:
 
 # ---- Triton's PTX ------------------------------------------------------------------------------
 
-Kind = str  # "ldmatrix", "stmatrix", "load", "store", and "copy" of accesses.py
+Kind = str  # "ldmatrix", "stmatrix", "load", "store", and those of accesses.py
 
 
 class Access(NamedTuple):

@@ -305,9 +305,9 @@ PYBIND11_MODULE(_native, module) {
     py::list launches;
     for (const shim::LaunchCounts& one : shim::count(on)) {
       py::list accesses;
-      for (const auto& [place, kind, bytes, wavefronts] : one.accesses)
+      for (const auto& [place, kind, bytes, traffic] : one.accesses)
         accesses.append(
-            py::make_tuple(place, static_cast<int>(kind), bytes, wavefronts.least, wavefronts.all));
+            py::make_tuple(place, static_cast<int>(kind), bytes, traffic.least, traffic.all));
       launches.append(py::make_tuple(one.code, accesses));
     }
     return launches;

@@ -3,8 +3,8 @@
 // Built with PFGM_SHIM_ACCESSES, the code of kernels calls the hooks of ThreadSanitizer for each
 // access, and accesses.cpp takes the place of ThreadSanitizer. Accesses of several lanes are those
 // of one instruction if the lanes make them at the same place of the code, and as often since their
-// warp last met. So an access under a condition in a loop counts as less often than it is made, if
-// its lanes do not make it in the same trips. What a kernel passes to a function by value is not
+// warp last met. So an access under a condition in a loop is counted too few times if lanes make it
+// in different trips. What a kernel passes to a function by value is not
 // seen, so kernels copy it from shared memory first. Nor are atomic operations and the operands of
 // products of warpgroups.
 //
