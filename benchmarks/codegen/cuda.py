@@ -133,6 +133,7 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
+    "tensor_memory_distances": Intent(256, blocks=2, products="UTCHMMA", copies=True),
     **{
         f"warpgroup_distances<float32, 128, 192, {how}>": Intent(
             384, products="64x64x16", copies=True
@@ -395,6 +396,8 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     """
     if stem(kernel).startswith("warpgroup"):
         return architecture != "90a"
+    if stem(kernel).startswith("tensor_memory"):
+        return architecture not in ("100a", "100f")
     if stem(kernel) != "distances":
         return False
     type_, queries, _, geforce, *_ = _arguments(kernel)

@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     """The most references of a chunk."""
 
 
-_H100, _A100, _GEFORCE = 90, 80, 89
+_A100, _H100, _B200, _GEFORCE = 80, 90, 100, 89
 # Capability, multiprocessors, B, M and N of the problems that have the same options.
 _SIZES: tuple[tuple[dict[str, Any], tuple[tuple[int, int, int, int, int], ...]], ...] = (
     (
@@ -54,6 +54,7 @@ _SIZES: tuple[tuple[dict[str, Any], tuple[tuple[int, int, int, int, int], ...]],
             (_A100, 1, 128, 129, 64),
             (_A100, 3, 97, 127, 1552),
             (_H100, 1, 128, 129, 64),
+            (_B200, 1, 128, 129, 64),
             (_GEFORCE, 4, 24, 190, 96),
             (_GEFORCE, 7, 70, 190, 128),
             (_GEFORCE, 1, 130, 384, 256),
@@ -69,6 +70,7 @@ _SIZES: tuple[tuple[dict[str, Any], tuple[tuple[int, int, int, int, int], ...]],
             (_A100, 4, 40, 129, 1552),
             (_GEFORCE, 24, 16, 128, 3072),
             (_H100, 6, 97, 127, 1552),
+            (_B200, 3, 97, 127, 1552),
             (_H100, 1, 97, 2100, 64),
             (_H100, 1, 256, 192, 256),
             (_H100, 1, 512, 192, 256),
@@ -87,6 +89,8 @@ _SIZES: tuple[tuple[dict[str, Any], tuple[tuple[int, int, int, int, int], ...]],
             (_H100, 6, 250, 130, 1552),
             (_H100, 1, 256, 192, 256),
             (_H100, 1, 520, 600, 256),
+            (_B200, 1, 128, 129, 64),
+            (_B200, 3, 97, 127, 1552),
             (_GEFORCE, 4, 24, 190, 96),
             (_GEFORCE, 7, 70, 190, 128),
             (_GEFORCE, 1, 128, 129, 64),

@@ -96,13 +96,14 @@ class Shape(NamedTuple):
     """Whether it is that of the backward pass."""
     references: int = 0
     """Of a chunk, as a card has them (work.py). 0: as the Triton kernels do."""
-    warpgroups: bool = False
-    """Whether warpgroups multiply in float32 on the card, and one float adds up several panels."""
+    added: bool = False
+    """Whether one float adds up several panels on the card, as in tiles of warpgroups and of tensor
+    memory."""
 
     @property
     def key(self) -> str:
         """The key of the counts for all cards with the same chunks and errors."""
-        return f"{self.chunk}, warpgroups" if self.warpgroups else str(self.chunk)
+        return f"{self.chunk}, added" if self.added else str(self.chunk)
 
     @property
     def block(self) -> int:
@@ -278,12 +279,12 @@ class Rule(NamedTuple):
     type: str = "float32"
     gradient: bool = False
     """Whether a gradient is found with the distances."""
-    warpgroups: bool = False
+    added: bool = False
     """Whether one float adds up several panels."""
 
     @classmethod
     def of(cls, shape: Shape) -> Rule:
-        return cls(shape.N, shape.M, shape.few, shape.type, shape.backward, shape.warpgroups)
+        return cls(shape.N, shape.M, shape.few, shape.type, shape.backward, shape.added)
 
     @property
     def rounded(self) -> bool:
@@ -328,9 +329,9 @@ class Rule(NamedTuple):
         nats = torch.maximum(times.log() + math.log(self.M) + OTHERS, 2 * (random.log() + OTHERS))
         return nats.clamp(0, self.near)
 
-    def added(self, norm: Tensor, farthest: Tensor) -> Tensor:
+    def of_added(self, norm: Tensor, farthest: Tensor) -> Tensor:
         """The part of the error that averages out: of adding up panels in one float (B,)."""
-        if not self.warpgroups or self.few:
+        if not self.added or self.few:
             return torch.zeros_like(norm)
         return ADDED_NOISE * (2 * (norm * farthest).sqrt() + farthest)
 
@@ -408,7 +409,7 @@ def refined_of_chunk(
     within = (base + r * r) / rule.exponent
     close = (lowest <= (base + within)[:, None]).sum(1)
     farthest = torch.where(lowest <= near[:, None], reach, 0.0).amax(1)
-    biased, random = rule.noise(base, norm, r, farthest), rule.added(norm, farthest)
+    biased, random = rule.noise(base, norm, r, farthest), rule.of_added(norm, farthest)
     error = biased + random
     score = rule.exponent * (base + r * r).log().abs()
     averaged, of_score = (close / math.e).clamp(min=1).sqrt(), score.clamp(min=1) / 16

@@ -212,7 +212,7 @@ def _holds(name: str, word: str) -> bool:
 
 # ---- CUDA -------------------------------------------------------------------------------------
 
-_ARCHITECTURE = {80: "80", 90: "90a", 100: "100", 120: "120"}
+_ARCHITECTURE = {80: "80", 90: "90a", 100: "100f", 120: "120"}
 
 
 @functools.cache
@@ -258,7 +258,7 @@ def _decided(card: Device, name: str, rounded: bool) -> Compiled:
         return found
     first = branches.FIRST_PARAMETER[card.architecture]
     none = {branches.ADDED if rounded else branches.ROUNDING}
-    if card.architecture != 90:  # no tiles of warpgroups
+    if card.architecture not in (90, 100):  # no tiles of warpgroups or of tensor memory
         none.add(branches.ADDED)
     code = branches.decided(found.code, first, none)
     return found._replace(code=code, loops=sass.loops(code))

@@ -13,14 +13,21 @@ the limits of queues, and the direction of branches: it runs the whole piece.
 from __future__ import annotations
 
 import heapq
+import math
 import re
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from benchmarks.machine_code.devices import Device
-from benchmarks.machine_code.sass import NO_SCOREBOARD, Instruction, access_bytes, unit_of
+from benchmarks.machine_code.sass import (
+    NO_SCOREBOARD,
+    Instruction,
+    access_bytes,
+    jump_target,
+    unit_of,
+)
 
 SCHEDULERS = 4
 BACKLOG = 48  # clocks of work in a unit's queue beyond which instructions must wait
@@ -35,15 +42,17 @@ LATENCY = {
     "fp32": 4,
     "imad": 5,
     "uniform": 8,
+    "tensor_memory": 30,
 }  # unit → clocks to its result, where a scoreboard waits for it; assumed
 BARRIER = 20  # clocks between the last warp's arrival and the first warp's start; assumed
 RUN_IN = 1  # trips before those that are counted
 OPERANDS = 12  # clocks until a unit has read its operands; assumed
+_POLL = 8  # clocks until a warp looks again whether a signal was sent
 JUMP = 8  # clocks of a jump back; assumed
 _SHARED_BY_ALL = ("shared", "global", "convert64")  # units that the four schedulers share
 _MATRIX = re.compile(r"(\d+)x(\d+)x(\d+)")
+_TENSOR_MEMORY = 128  # bytes a clock of tensor memory for the warps of one scheduler; assumed
 _OLD_MATRIX = {"1688": (16, 8, 8), "16816": (16, 8, 16), "1684": (16, 8, 4), "16832": (16, 8, 32)}
-_UTC = (128, 64, 16)
 
 
 class Run(NamedTuple):
@@ -81,7 +90,8 @@ class Need(NamedTuple):
 def matrix_shape(instruction: Instruction) -> tuple[int, int, int]:
     """M, N and K of a matrix instruction.
 
-    Those of ``tcgen05`` are in a descriptor that is not read; 128 × 64 × 16 is assumed.
+    Raises:
+        ValueError: its name has no shape, as that of ``tcgen05`` if its descriptor is no constant.
     """
     if found := _MATRIX.search(instruction.name):
         m, n, k = (int(size) for size in found.groups())
@@ -89,7 +99,7 @@ def matrix_shape(instruction: Instruction) -> tuple[int, int, int]:
     for part in instruction.name.split(".")[1:]:
         if part in _OLD_MATRIX:
             return _OLD_MATRIX[part]
-    return _UTC
+    raise ValueError(f"{instruction.name} has no shape in its name.")
 
 
 def _matrix(instruction: Instruction, card: Device) -> Need:
@@ -110,8 +120,23 @@ def _matrix(instruction: Instruction, card: Device) -> Need:
         reading = in_shared / card.rate("shared")
         return Need("tensor", max(clocks, reading), LATENCY["tensor"], reading / SCHEDULERS)
     if wide:
-        return Need("tensor", clocks, LATENCY["tensor"])
+        return _in_tensor_memory(instruction, clocks, card)
     return Need("tensor", clocks * SCHEDULERS, LATENCY["tensor"])
+
+
+def _in_tensor_memory(instruction: Instruction, clocks: float, card: Device) -> Need:
+    """Of ``tcgen05.mma``. 64 rows take as long as 128. Operands come from shared memory, but for
+    the first one if it is in tensor memory.
+
+    Measured were 48.6, 64.6 and 128.6 clocks with 128 × 64, 128 × 128 and 128 × 256 sums and both
+    operands in shared memory (SemiAnalysis, microbench-blackwell, 2026); this gives 48, 64 and 128.
+    """
+    m, n, k = matrix_shape(instruction)
+    size = 4 if ".TF32" in instruction.name else 2
+    in_shared = n * k * size + (0 if instruction.operands.startswith("tmem") else m * k * size)
+    reading = in_shared / card.rate("shared")
+    clocks *= max(1.0, 128 / m)
+    return Need("tensor", max(clocks, reading), LATENCY["tensor"], reading)
 
 
 def _first_in_registers(instruction: Instruction) -> bool:
@@ -127,11 +152,20 @@ def _shared(instruction: Instruction, card: Device, factor: float) -> Need:
     if instruction.base in ("LDSM", "STSM"):
         found = re.search(r"\.M88(?:\.(\d))?", instruction.name)
         lines = float(found[1] or 1) if found else 4.0
-    elif instruction.base in ("LDTM", "STTM"):
-        lines = 4.0
     else:
         lines = max(1.0, 32 * access_bytes(instruction) / card.rate("shared"))
     return Need("shared", lines * factor, card.rate("shared_latency"))
+
+
+def _registers_of(instruction: Instruction) -> int:
+    """Registers that a lane loads from tensor memory, or stores: 32 of "LDTM.16dp256bit.x8"."""
+    shape, times = 1, 1
+    for part in instruction.name.split("."):
+        if found := re.search(r"dp(\d+)bit", part):
+            shape = max(1, int(found[1]) // 64)
+        elif found := re.fullmatch(r"x(\d+)", part):
+            times = int(found[1])
+    return shape * times
 
 
 def l2_port(card: Device) -> float:
@@ -159,6 +193,9 @@ def need_of(instruction: Instruction, card: Device, factor: float = 1.0) -> Need
         return _matrix(instruction, card)
     if unit == "shared":
         return _shared(instruction, card, factor)
+    if unit == "tensor_memory":
+        moved = 32 * 4 * _registers_of(instruction)
+        return Need(unit, moved / _TENSOR_MEMORY, LATENCY[unit])
     if unit == "global":
         return _global(instruction, card, factor)
     if unit in ("branch", "barrier", "constant", "uniform"):
@@ -190,6 +227,8 @@ class _Warp:
     groups: list[float] = field(default_factory=list)
     matrix: float = 0.0
     matrix_groups: list[float] = field(default_factory=list)
+    signals: int = 0
+    """For how many signals of products in tensor memory it has waited."""
 
 
 class _Step(NamedTuple):
@@ -206,6 +245,8 @@ class _Step(NamedTuple):
     """The background work that it waits for: "copies", "group", "block" or ""."""
     pause: float
     """Clocks that the warp pauses after it, for a fence of the device."""
+    by_leader: bool
+    """Whether one warp of a block runs it, and the others jump over it."""
 
 
 class _Multiprocessor:
@@ -215,8 +256,9 @@ class _Multiprocessor:
     ) -> None:  # fmt: skip
         self.trips, self.per_block = trips, warps
         self.places: dict[tuple[str, int], int] = {}
+        by_leader = _run_by_leader(code)
         self.steps = [
-            self.step_of(one, need_of(one, card, factors.get(i, 1.0)), card)
+            self.step_of(one, need_of(one, card, factors.get(i, 1.0)), card, i in by_leader)
             for i, one in enumerate(code)
         ]
         self.shared = self.places.setdefault(("shared", -1), len(self.places))
@@ -231,11 +273,17 @@ class _Multiprocessor:
         self.waits: dict[str, float] = defaultdict(float)
         self.arrived: dict[int, list[int]] = defaultdict(list)
         self.block_matrix: dict[int, float] = defaultdict(float)
-        self.arriving: deque[tuple[float, float]] = deque()  # copies, and clocks to write them
+        self.signals: dict[int, list[float]] = defaultdict(list)  # when products are done
+        sent = sum(one.base == "UTCBAR" for one in code)
+        # Whether each wait is for the signal that is sent in its place.
+        self.waits_for_each = sent > 0 and sent == sum(_waits_for(one) == "block" for one in code)
+        # Times and clocks of shared memory: to write copies that arrive, and to read operands of
+        # products in tensor memory that begin.
+        self.later: list[tuple[float, float]] = []
         self.end = 0.0
         self.queue: list[tuple[float, int]] = []
 
-    def step_of(self, instruction: Instruction, need: Need, card: Device) -> _Step:
+    def step_of(self, instruction: Instruction, need: Need, card: Device, by_leader: bool) -> _Step:
         shared = need.unit in _SHARED_BY_ALL or instruction.base.startswith("UTC")
         keys = [(need.unit, -1 if shared else scheduler) for scheduler in range(SCHEDULERS)]
         places = tuple(self.places.setdefault(key, len(self.places)) for key in keys)
@@ -243,7 +291,9 @@ class _Multiprocessor:
         control = instruction.control
         waits_for = _waits_for(instruction)
         stall, pause = max(1, control.stall), _pause(instruction, card)
-        return _Step(instruction, need, control.wait, stall, places, backlog, waits_for, pause)
+        return _Step(
+            instruction, need, control.wait, stall, places, backlog, waits_for, pause, by_leader
+        )
 
     def run(self) -> None:
         self.queue = [(0.0, i) for i in range(len(self.warps))]
@@ -252,8 +302,9 @@ class _Multiprocessor:
             warp = self.warps[i]
             step = self.steps[warp.at]
             earliest = self.earliest(warp, step)
-            if earliest > time:
-                heapq.heappush(self.queue, (earliest, i))
+            if earliest > time:  # not known: looks again
+                again = earliest if earliest < math.inf else time + _POLL
+                heapq.heappush(self.queue, (again, i))
             elif self.start(warp, i, step, time):
                 heapq.heappush(self.queue, (warp.ready, i))
 
@@ -274,7 +325,10 @@ class _Multiprocessor:
             return _groups_done(warp.groups, step.instruction)
         if step.waits_for == "group":
             return _groups_done(warp.matrix_groups, step.instruction)
-        return self.block_matrix[warp.block]
+        if not self.waits_for_each:
+            return self.block_matrix[warp.block]
+        sent = self.signals[warp.block]
+        return sent[warp.signals] if warp.signals < len(sent) else math.inf
 
     def start(self, warp: _Warp, i: int, step: _Step, time: float) -> bool:
         """Starts an instruction. Returns whether the warp can continue."""
@@ -283,6 +337,7 @@ class _Multiprocessor:
         self.issue[warp.scheduler] = time + 1
         self.busy["issue"] += 1
         done = self.use_unit(warp, step, time)
+        warp.signals += step.waits_for == "block"
         control = step.instruction.control
         if control.write != NO_SCOREBOARD:
             warp.boards[control.write] = max(warp.boards[control.write], done)
@@ -299,18 +354,21 @@ class _Multiprocessor:
         """Gives an instruction to its unit, and returns the time of its result."""
         instruction, need = step.instruction, step.need
         base = instruction.base
-        if instruction.never or (base.startswith("UTC") and not warp.leader):
+        if instruction.never:
             return time
         place = step.places[warp.scheduler]
         if need.unit == "shared":
-            self.write_arrived(time)
-        self.free[place] = max(time, self.free[place]) + need.occupancy
+            self.catch_up(time)
+        begin = max(time, self.free[place])
+        self.free[place] = begin + need.occupancy
         self.busy[need.unit] += need.occupancy
         done = self.free[place] + need.latency
         if need.in_shared:
             self.busy["shared"] += need.in_shared
             if base == "LDGSTS":
-                self.arriving.append((done, need.in_shared))
+                heapq.heappush(self.later, (done, need.in_shared))
+            elif base.startswith("UTC"):
+                heapq.heappush(self.later, (begin, need.in_shared))
             else:
                 done = max(done, self.take_shared(time, need.in_shared))
         if base == "LDGSTS":
@@ -321,23 +379,31 @@ class _Multiprocessor:
             warp.matrix = max(warp.matrix, done)
             if "gsb0" in instruction.operands:
                 warp.matrix_groups.append(warp.matrix)
+        elif base == "UTCBAR":
+            self.signals[warp.block].append(self.block_matrix[warp.block])
         elif base.startswith("UTC"):
             self.block_matrix[warp.block] = max(self.block_matrix[warp.block], done)
         return done
 
     def take_shared(self, time: float, clocks: float) -> float:
         """Gives work to shared memory, and returns when it is done."""
-        self.write_arrived(time)
+        self.catch_up(time)
         self.free[self.shared] = max(time, self.free[self.shared]) + clocks
         return self.free[self.shared]
 
-    def write_arrived(self, time: float) -> None:
-        """Shared memory has written what copies brought until then."""
-        while self.arriving and self.arriving[0][0] <= time:
-            arrival, clocks = self.arriving.popleft()
-            self.free[self.shared] = max(arrival, self.free[self.shared]) + clocks
+    def catch_up(self, time: float) -> None:
+        """Gives shared memory the work that has come until then."""
+        while self.later and self.later[0][0] <= time:
+            came, clocks = heapq.heappop(self.later)
+            self.free[self.shared] = max(came, self.free[self.shared]) + clocks
 
     def advance(self, warp: _Warp) -> None:
+        """Goes on to the next instruction, over those that only the leader runs."""
+        self.step_on(warp)
+        while not warp.leader and self.steps[warp.at].by_leader:
+            self.step_on(warp)
+
+    def step_on(self, warp: _Warp) -> None:
         warp.at += 1
         if warp.at == len(self.steps):
             self.end = max(self.end, warp.ready)
@@ -359,6 +425,25 @@ class _Multiprocessor:
                 heapq.heappush(self.queue, (one.ready, other))
         waiting.clear()
         return warp.trip < self.trips
+
+
+def _run_by_leader(code: Sequence[Instruction]) -> frozenset[int]:
+    """Places that one warp of a block runs: matrix instructions of tensor memory, and what stands
+    between the branch of the other warps and its target."""
+    found: set[int] = set()
+    for i, one in enumerate(code):
+        if not one.base.startswith("UTC") or i in found:
+            continue
+        found.add(i)
+        for j in range(i - 1, -1, -1):
+            target = jump_target(code[j])
+            if not code[j].predicate or target is None or target <= one.address:
+                continue
+            places = [k for k in range(j + 1, len(code)) if code[k].address < target]
+            if not any(code[k].base == "BAR" for k in places):
+                found.update(places)
+            break
+    return frozenset(found if len(found) < len(code) else ())
 
 
 def _pause(instruction: Instruction, card: Device) -> float:

@@ -95,9 +95,34 @@ def instructions(code: str) -> list[Instruction]:
         Instruction(int(at, 16), guard.strip(), name, operands, control_of(int(high, 16)))
         for at, guard, name, operands, _, high in _LINE.findall(code.split("\nFatbin")[0])
     ]
+    found = [_described(found, i) if one.base in _IN_MEMORY else one for i, one in enumerate(found)]
     while found and _is_padding(found[-1]):
         found.pop()
     return found
+
+
+_IN_MEMORY = ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCMMA")  # tcgen05
+_DESCRIPTOR = re.compile(r"idesc\[(UR\d+)\]")
+
+
+def _described(code: Sequence[Instruction], i: int) -> Instruction:
+    """A matrix instruction with its shape in its name, if the descriptor is a constant.
+
+    The fields are those of the PTX ISA, "Instruction descriptor" of tcgen05.mma.
+    """
+    register = _DESCRIPTOR.search(code[i].operands)
+    if register is None:
+        return code[i]
+    written = (one for one in reversed(code[:i]) if one.operands.startswith(f"{register[1]}, "))
+    last = next(written, None)
+    constant = last and last.name == "UMOV" and re.search(r", (0x[0-9a-f]+)", last.operands)
+    if not constant:
+        return code[i]
+    descriptor = int(constant[1], 16)
+    rows, columns = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
+    tf32 = descriptor >> 7 & 7 == 2
+    name = f"{code[i].name}.{rows}x{columns}x{8 if tf32 else 16}{'.TF32' * tf32}"
+    return code[i]._replace(name=name)
 
 
 def _is_padding(instruction: Instruction) -> bool:
@@ -279,7 +304,8 @@ _UNITS = {
     "fp64": "DFMA DADD DMUL DSETP DMNMX",
     "mufu": "MUFU",
     "convert": "F2F F2I I2F FRND F2FP I2FP I2I F2IP POPC FLO BREV",
-    "shared": "LDS STS LDSM STSM ATOMS SHFL REDUX CREDUX LDTM STTM",
+    "shared": "LDS STS LDSM STSM ATOMS SHFL REDUX CREDUX",
+    "tensor_memory": "LDTM STTM",
     "global": "LDG STG LDGSTS LD ST UTMALDG UTMASTG UBLKCP ATOMG RED REDG LDL STL",
     "constant": "LDC ULDC LDCU S2R S2UR CS2UR",
     "barrier": "BAR DEPBAR LDGDEPBAR WARPSYNC WARPGROUP SYNCS UCGABAR_ARV UCGABAR_WAIT MEMBAR FENCE"

@@ -61,6 +61,8 @@ class Amount(NamedTuple):
     """Matrix instructions for TF32 values (16 × 8 × 8)."""
     of_warpgroups: float = 0
     """Matrix instructions of warpgroups for float16 values (64 × 64 × 16), one for each warp."""
+    in_tensor_memory: float = 0
+    """Matrix instructions of tensor memory for float16 values (128 × 128 × 16)."""
     copied: float = 0
     """Bytes that asynchronous copies read."""
     barriers: float = 0
@@ -150,8 +152,9 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
 
 def on_card(shape: Shape, card: Device) -> Shape:
     """The shape with the chunks and the errors that a card has."""
-    in_one_float = _warpgroups(shape, card) and shape.type == "float32" and not shape.few
-    return shape._replace(references=_chunk(shape, card), warpgroups=in_one_float)
+    asynchronous = _warpgroups(shape, card) or _tensor_memory(shape, card)
+    added = asynchronous and shape.type == "float32" and not shape.few
+    return shape._replace(references=_chunk(shape, card), added=added)
 
 
 def of_chunks(data: Data, shape: Shape, card: Device) -> Data:
@@ -250,12 +253,14 @@ def _costs(
 
 COSTS = _costs(500, 800, 1200, 2200, 4500)
 WARPGROUP_COSTS = _costs(500, 800, 1200, 1300, 4500, TileCost(128, 192, 1680))
+TENSOR_MEMORY_COSTS = _costs(500, 800, 1200, 1250, 4500)
 GEFORCE_COSTS = _costs(830, 1450, 2480, 4650, 25000)
 ROUNDED_COSTS = _costs(430, 600, 1300, 1550, 4500)
 ROUNDED_GEFORCE_COSTS = _costs(430, 600, 1300, 1550, 25000)
 ROUNDED_WARPGROUP_COSTS = _costs(430, 600, 1300, 980, 4500, TileCost(256, 128, 1300))
+ROUNDED_TENSOR_MEMORY_COSTS = _costs(430, 600, 1300, 950, 4500)
 _ONCE_PANELS, _MOST_SLICES, _SLICE_PANELS = 6, 8, 8
-_ADDED_PANELS = 14  # whose products one float adds up, of warpgroups
+_ADDED_PANELS = 14  # whose products one float adds up, of warpgroups and in tensor memory
 _CHUNK_CLOCKS = 40000  # of what a chunk takes beside its work
 _BYTES_PER_CLOCK = 25
 
@@ -290,6 +295,8 @@ def _costs_on(shape: Shape, card: Device) -> TilingCosts:
     rounded = shape.type == "Rounded"
     if _warpgroups(shape, card):
         return ROUNDED_WARPGROUP_COSTS if rounded else WARPGROUP_COSTS
+    if _tensor_memory(shape, card):
+        return ROUNDED_TENSOR_MEMORY_COSTS if rounded else TENSOR_MEMORY_COSTS
     if card.geforce:
         return ROUNDED_GEFORCE_COSTS if rounded else GEFORCE_COSTS
     return ROUNDED_COSTS if rounded else COSTS
@@ -373,6 +380,8 @@ def _products(
     rows, references, slices, _ = tiling
     if rows >= 128 and _warpgroups(shape, card):
         return _warpgroup_products(shape, queries, m, tiling, project)
+    if rows >= 128 and _tensor_memory(shape, card):
+        return _tensor_memory_products(shape, queries, m, tiling, project)
     sliced, rounded = slices > 1, shape.type == "Rounded"
     parts_of_x, products = (1, 1) if rounded else (2, 3)
     ahead = rows == 128  # whether the block converts references one panel ahead
@@ -443,6 +452,11 @@ def _warpgroups(shape: Shape, card: Device) -> bool:
     return shape.type in ("float32", "Rounded") and card.architecture == 90
 
 
+def _tensor_memory(shape: Shape, card: Device) -> bool:
+    """Whether the largest tiles are those of tensor memory."""
+    return shape.type in ("float32", "Rounded") and card.architecture == 100
+
+
 def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, project: bool) -> Work:
     rows, references, sliced, panels = *tiling[:2], tiling.slices > 1, up(shape.N, _PANEL)
     rounded = shape.type == "Rounded"
@@ -455,11 +469,8 @@ def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, proj
     multiplied = products * 2 * warps * (rows // 64) * panels
     of_all = Amount(of_warpgroups=multiplied, copied=copied, barriers=panels)
     loops = {"features": _by_all(tiles, panels, of_all)._replace(most=each)}
-    if not rounded:  # sums of some panels go to totals, but for the last ones of whole tiles
-        left_out, last = int(not sliced), panels - (slices - 1) * each
-        trips = (slices - 1) * up(each, _ADDED_PANELS) + up(last, _ADDED_PANELS) - left_out
-        most = up(each, _ADDED_PANELS) - left_out
-        loops["totals"] = _by_all(tiles, trips)._replace(most=most)
+    if not rounded:
+        loops["totals"] = _totals(tiles, panels, tiling.slices)
     exchanges = 4 + (0 if sliced else _last(project, 1))
     if not sliced and (rows > 128 or references > 128):
         loops["turns"] = _by_all(tiles, 2)  # over the queries, after their sums
@@ -474,6 +485,43 @@ def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, proj
     kernel = f"warpgroup_distances<{shape.type}, {rows}, {references}, "
     kernel += f"{_text(project)}, {_text(sliced)}>"
     return Work("distances", kernel, tiles * slices, 2 * references, memory, once, loops, moved)
+
+
+def _totals(tiles: int, panels: int, slices: int) -> Loop:
+    """How often sums of some panels go to totals. Those of the last ones of whole tiles do not."""
+    each, left_out = up(panels, slices), int(slices == 1)
+    last = panels - (up(panels, each) - 1) * each
+    trips = (up(panels, each) - 1) * up(each, _ADDED_PANELS) + up(last, _ADDED_PANELS) - left_out
+    return _by_all(tiles, trips)._replace(most=up(each, _ADDED_PANELS) - left_out)
+
+
+def _tensor_memory_products(
+    shape: Shape, queries: int, m: int, tiling: Tiling, project: bool
+) -> Work:
+    rows, references, sliced, panels = *tiling[:2], tiling.slices > 1, up(shape.N, _PANEL)
+    rounded = shape.type == "Rounded"
+    parts, products = (1, 1) if rounded else (2, 3)
+    tiles, each = _tiles(queries, m, tiling), up(panels, tiling.slices)  # panels of a slice
+    slices = up(panels, each)
+    copied = 4 * references * shape.N + panels * _PANEL * (2 * parts * rows + 4)
+    of_all = Amount(in_tensor_memory=2 * products * panels, copied=copied, barriers=panels)
+    loops = {"features": _by_all(tiles, panels, of_all)._replace(most=each)}
+    if not rounded:
+        loops["totals"] = _totals(tiles, panels, tiling.slices)
+    if not sliced:
+        loops["turns"] = _by_all(tiles, 2)  # over the queries, after their sums
+    exchanges = 0 if sliced else _last(project, 2)
+    once = Amount(barriers=4 if project or sliced else 5, exchanges=8 * exchanges)
+    stages = 2 * _PANEL * (2 * parts * rows + 4 * references + 4)
+    operands = _PANEL * 2 * parts * references  # of a panel
+    totals = 4 * 2 * 4 * 256 * (1 if rounded else rows // 16)
+    least = 8 * 32 * (rows + 8) + 16  # smallest distances
+    sums = totals + 8 * (2 * references + references // 16) + least
+    memory = 16 * up(max(stages + operands, sums) + 16 * rows + 12, 16)
+    moved = 4 * m * shape.N + 4 * queries * shape.N
+    moved += _stored_of_pair(shape, slices) * queries * m
+    kernel = f"tensor_memory_distances<{shape.type}, {_text(project)}, {_text(sliced)}>"
+    return Work("distances", kernel, tiles * slices, 256, memory, once, loops, moved)
 
 
 def _differences(shape: Shape, queries: int, m: int, project: bool) -> Work:

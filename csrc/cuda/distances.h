@@ -122,6 +122,7 @@ struct DistanceMemory {
   static constexpr int kColumns = QUERIES / kSides / 8;  // of 8 queries, of a warp
   static constexpr int kGroups = REFERENCES / 16 / kSlabs;
   static constexpr int kParts = kDistanceThreads / 32 / kGroups / kSides;
+  static constexpr int kSquareParts = kParts, kTurns = 1;
   // Two parts in float16 take the place of a value that is converted ahead.
   // Before that, values of short types start in different places of neighbouring rows.
   static constexpr int kSpread = kAhead ? 4 / static_cast<int>(sizeof(R)) : 1;
@@ -145,7 +146,7 @@ struct DistanceMemory {
   };
   struct Sums {
     float2 products[kParts > 1 ? REFERENCES : 1][QUERIES + 1];  // of the other half of the warps
-    double squares[kParts][REFERENCES];
+    double squares[kSquareParts][REFERENCES];
     LeastOfRows<QUERIES, 8 * kGroups> least;
     double farthest[REFERENCES / 16];
   };
@@ -540,19 +541,35 @@ struct SumsInRegisters {
   }
 };
 
+struct NoSums {
+  __device__ float at(int, int, int) const { return 0; }
+  template <int COUNT>
+  __device__ void drop() {}
+};
+
+// Stores the squares of references g and g + 8 of the 16 from `first` on, whose parts the lanes t
+// have.
+template <class Memory>
+__device__ inline void store_squares(Memory& shared, int part, int first, const Lane& lane,
+                                     const float (&square)[2], const float (&lost)[2]) {
+  for (int e = 0; e < 2; ++e) {
+    const double sum = over_quad(static_cast<double>(square[e]) - lost[e]);
+    if (lane.t == 0) shared.sums.squares[part][first + 8 * e + lane.g] = sum;
+  }
+}
+
 // Finishes the sums of a tile, total + rest: distances and their minima, or G·y. If SLICED, it
-// stores the sums over a slice of the features.
+// stores the sums over a slice of the features. The squares of the references are stored.
 template <bool GEFORCE, bool PROJECT, bool SLICED, class Memory, class Total, class Rest, class R>
-__device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const float (&square)[2],
-                                   const float (&square_lost)[2], const Halves& x, const Rows<R>& y,
-                                   const Center& center, const Pairs& out, const Slices& slices) {
+__device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const Halves& x,
+                                   const Rows<R>& y, const Center& center, const Pairs& out,
+                                   const Slices& slices) {
   constexpr int QUERIES = Memory::kQueries, REFERENCES = Memory::kReferences;
   constexpr int kColumns = Memory::kColumns, kSlabs = Memory::kSlabs, kParts = Memory::kParts;
   const Lane lane = this_lane();
   const int group = static_cast<int>(threadIdx.x / 32 % Memory::kGroups);
   const int other = static_cast<int>(threadIdx.x / 32 / Memory::kGroups);
   const int part = kParts > 1 ? other : 0, column0 = Memory::kSides > 1 ? 8 * kColumns * other : 0;
-  const int converted = 16 * (kSlabs > 1 ? lane.warp : group);  // whose squares this warp has
   const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
   const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
   // Each half of the warps finishes half of the columns, with the sums of the other half.
@@ -570,17 +587,14 @@ __device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const
         if (part > 0)
           total.of[0][j][i] = total.at(0, own, i), rest.of[0][j][i] = rest.at(0, own, i);
       }
-  for (int e = 0; e < 2; ++e) {
-    const double sum = over_quad(static_cast<double>(square[e]) - square_lost[e]);
-    if (lane.t == 0) shared.sums.squares[part][converted + 8 * e + lane.g] = sum;
-  }
   __syncthreads();
   if constexpr (SLICED) {
     const Index slice = blockIdx.z;
     const int thread = static_cast<int>(threadIdx.x);
     if (blockIdx.y == 0 && thread < REFERENCES && reference0 + thread < slices.stride) {
       double sum = shared.sums.squares[0][thread];
-      if constexpr (kParts > 1) sum += shared.sums.squares[1][thread];
+      for (int more = 1; more < Memory::kSquareParts; ++more)
+        sum += shared.sums.squares[more][thread];
       slices.squares[slice * slices.stride + reference0 + thread] = sum;
     }
 #pragma unroll
@@ -616,7 +630,8 @@ __device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const
     for (int e = 0; e < 2; ++e) {
       const int row = row_of(s) + 8 * e;
       double scaled = shared.sums.squares[0][row];
-      if constexpr (kParts > 1) scaled += shared.sums.squares[1][row];
+      for (int more = 1; more < Memory::kSquareParts; ++more)
+        scaled += shared.sums.squares[more][row];
       squared[s][e] = scaled * per_scale * per_scale;
       known[s][e] = reference0 + row < y.count;
       farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
@@ -629,8 +644,7 @@ __device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const
   }
   const auto stride = static_cast<unsigned>(out.stride);
   const int first_column = column0 + 8 * kOwn * part + 2 * lane.t;
-  // More columns at once would take too many registers.
-  constexpr int kTurns = kOwn > 16 || Memory::kThreads > 256 ? 2 : 1, kOfTurn = kOwn / kTurns;
+  constexpr int kTurns = Memory::kTurns, kOfTurn = kOwn / kTurns;
   bool all_finite = true;  // of this thread's distances, or G·y
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
@@ -841,9 +855,9 @@ __global__ void __launch_bounds__(kDistanceThreads, (kDistanceBlocks<R, QUERIES>
   if constexpr (kLate) add_rests<2 * kTogether>(total, rest, kColumns - 2 * kTogether);
   wait_copies<0>();
   __syncthreads();
+  store_squares(shared, part, converted, lane, square, square_lost);
   using Sums = SumsInRegisters<kSlabs, kColumns>;
-  finish_tile<GEFORCE, PROJECT, SLICED>(shared, Sums{total}, Sums{rest}, square, square_lost, x, y,
-                                        center, out, slices);
+  finish_tile<GEFORCE, PROJECT, SLICED>(shared, Sums{total}, Sums{rest}, x, y, center, out, slices);
 }
 
 // ---- slices of the features ------------------------------------------------------------------

@@ -1,13 +1,13 @@
 // The posterior mean and its gradients on CUDA devices.
 //
 // Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
-// goes through distances (cuda/distances.h and warpgroup_distances.h, of data centred by
-// cuda/centering.h) or differences, finish_distances if blocks of distances share out the features,
-// find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
-// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). The backward pass takes the
-// distances that the forward pass kept, or finds them again. Launches depend on shapes, the device
-// and whether distances are kept. Nothing waits for the device, and CUDA graphs can capture the
-// launches.
+// goes through distances (cuda/distances.h, warpgroup_distances.h, tensor_memory_distances.h, of
+// data centred by cuda/centering.h) or differences, finish_distances if blocks of distances share
+// out the features, find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h),
+// list_references (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). The backward pass
+// takes the distances that the forward pass kept, or finds them again. Launches depend on shapes,
+// the device and whether distances are kept. Nothing waits for the device, and CUDA graphs can
+// capture the launches.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -15,7 +15,7 @@
 #include "api/posterior_mean.h"
 #include "cuda/launch.h"
 #include "cuda/partition.h"
-#include "cuda/warpgroup_distances.h"
+#include "cuda/tensor_memory_distances.h"
 
 namespace pfgm {
 namespace {
@@ -83,6 +83,7 @@ class Calculation {
         arena_(workspace),
         geforce_(stream.geforce(find_center<Stored<R>>)),
         warpgroups_(stream.warpgroups(find_center<Stored<R>>)),
+        tensor_memory_(stream.tensor_memory(find_center<Stored<R>>)),
         partition_(partition_of(
             problem,
             bounds_of(problem,
@@ -91,7 +92,7 @@ class Calculation {
             costs())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few,
-                        warpgroups() && !kRounded<R> && !partition_.few,
+                        has_asynchronous_tiles() && !kRounded<R> && !partition_.few,
                         backward || kept.bytes > 0)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
@@ -331,8 +332,13 @@ class Calculation {
     if (found.queries == 32) return find_products<PROJECT, 32, 64>(rows, found.slices);
     if (found.references == 64) return find_products<PROJECT, 64, 64>(rows, found.slices);
     if (found.queries == 64) return find_products<PROJECT, 64, 128>(rows, found.slices);
-    if constexpr (sizeof(R) == sizeof(float))
-      if (warpgroups()) return find_in_warpgroups<PROJECT>(rows, found);
+    if constexpr (sizeof(R) == sizeof(float)) {
+      if (warpgroups_) return find_in_warpgroups<PROJECT>(rows, found);
+      if (tensor_memory_)
+        return find_products<PROJECT, TensorMemoryTile<R>>(
+            rows, found.slices, tensor_memory_distances<R, PROJECT, false>,
+            tensor_memory_distances<R, false, true>);
+    }
     find_products<PROJECT, 128, 128>(rows, found.slices);
   }
 
@@ -400,15 +406,24 @@ class Calculation {
   // Queries of the largest groups of the sums.
   Index most_rows() const { return larger(partition_.rows, partition_.shares.rows); }
 
-  // Whether the largest tiles are those of warpgroups. They take aligned rows alone.
+  // Whether warpgroups find the large tiles, and sums.
   bool warpgroups() const { return sizeof(R) == sizeof(float) && warpgroups_; }
+  // Whether products of the large tiles are asynchronous. These tiles take aligned rows alone. One
+  // float adds up several panels, unless references are Rounded.
+  bool has_asynchronous_tiles() const {
+    return sizeof(R) == sizeof(float) && (warpgroups_ || tensor_memory_);
+  }
   const TilingCosts& costs() const {
     if (warpgroups()) return kRounded<R> ? kRoundedWarpgroupCosts : kWarpgroupCosts;
+    if (has_asynchronous_tiles())
+      return kRounded<R> ? kRoundedTensorMemoryCosts : kTensorMemoryCosts;
     if (geforce_) return kRounded<R> ? kRoundedGeforceCosts : kGeforceCosts;
     return kRounded<R> ? kRoundedCosts : kCosts;
   }
   Tiling tiling(Index queries, Index references, bool aligned, Index room) const {
-    const int most_queries = warpgroups() && !aligned ? 64 : kLargestTile;
+    const bool small = queries * center_.width < Index{1} << 31;  // 32 bits count its values
+    const bool large = !has_asynchronous_tiles() || (aligned && small);
+    const int most_queries = large ? kLargestTile : 64;
     return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
                      costs(), most_queries, room);
   }
@@ -541,7 +556,7 @@ class Calculation {
   const Stream& stream_;
   const bool measures_;  // whether distances are found, and not taken from the forward pass
   Arena arena_;
-  const bool geforce_, warpgroups_;  // of the device and its code
+  const bool geforce_, warpgroups_, tensor_memory_;  // of the device and its code
   const Partition partition_;
   const int features_;
   const WeightLaw law_;

@@ -58,17 +58,35 @@ inline int architecture_of(const char* name, const void* kernel) {
   return attributes.ptxVersion;
 }
 
-// Whether kernels may multiply with warpgroups: the device, which is the current one, is an sm_90,
-// and a kernel's code on it is that for sm_90a. A driver that is told to compile older code itself
-// takes that in place of it, in which these kernels are empty.
+// Whether the device, which is the current one, is of this generation, and a kernel's code on it is
+// that for this architecture. A driver that is told to compile older code itself takes that in
+// place of the code for the device.
+template <int MAJOR, int ARCHITECTURE>
+inline bool runs_code_for(const char* name, const void* kernel, int device) {
+  static OfDevices known;
+  return known.get(device, [=] {
+    if (attribute_of<cudaDevAttrComputeCapabilityMajor>(device) != MAJOR) return 0;
+    return architecture_of(name, kernel) == ARCHITECTURE ? 1 : 0;
+  }) != 0;
+}
+
+// Whether kernels may multiply with warpgroups: code for sm_90a runs. In other code these kernels
+// are empty.
 inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
                            [[maybe_unused]] int device) {
 #ifdef PFGM_WARPGROUPS
-  static OfDevices known;
-  return known.get(device, [=] {
-    if (attribute_of<cudaDevAttrComputeCapabilityMajor>(device) != 9) return 0;
-    return architecture_of(name, kernel) == 90 ? 1 : 0;
-  }) != 0;
+  return runs_code_for<9, 90>(name, kernel, device);
+#else
+  return false;
+#endif
+}
+
+// Whether kernels may multiply in tensor memory: code for sm_100f or sm_100a runs. In other code
+// these kernels are empty.
+inline bool has_tensor_memory([[maybe_unused]] const char* name,
+                              [[maybe_unused]] const void* kernel, [[maybe_unused]] int device) {
+#ifdef PFGM_TENSOR_MEMORY
+  return runs_code_for<10, 100>(name, kernel, device);
 #else
   return false;
 #endif
@@ -108,7 +126,8 @@ inline bool may_overlap([[maybe_unused]] const char* name, [[maybe_unused]] cons
 }
 
 // Lets a kernel have so many bytes of dynamic shared memory on the device, which is the current
-// one. The runtime takes as long for this as for a launch, and keeps it for later launches.
+// one, and prefers shared memory to the L1 cache, so that as many blocks as fit run at once. The
+// runtime takes as long for this as for a launch, and keeps it for later launches.
 inline void allow_shared_memory(const char* name, const void* kernel, int device,
                                 std::size_t bytes) {
   static std::mutex mutex;
@@ -118,6 +137,8 @@ inline void allow_shared_memory(const char* name, const void* kernel, int device
   if (bytes <= most) return;
   check_runtime(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(bytes)));
+  check_runtime(name, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared));
   most = bytes;
 }
 

@@ -14,7 +14,10 @@ template <class R, int QUERIES, int REFERENCES>
 struct WarpgroupMemory {
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = 2 * REFERENCES;
   static constexpr int kStages = kThreads > 256 ? 3 : 4;
-  static constexpr int kSlabs = 1, kSides = 1, kParts = 1, kColumns = kQueries / 8;
+  static constexpr int kSlabs = 1, kSides = 1, kParts = 1, kSquareParts = 1;
+  static constexpr int kColumns = kQueries / 8;
+  // In which all columns are finished. More columns at once would take too many registers.
+  static constexpr int kTurns = kColumns > 16 || kThreads > 256 ? 2 : 1;
   static constexpr int kGroups = kReferences / 16, kFeatures = kPanel;
   static constexpr int kPieces = kPanel / 8;  // of 8 features
   static constexpr int kQueryParts = kRounded<R> ? 1 : 2;
@@ -27,10 +30,10 @@ struct WarpgroupMemory {
   };
   struct Loop {
     Stage stages[kStages];
-    float totals[kRounded<R> ? 1 : kColumns][4][kThreads];  // unused if Rounded
+    float totals[kRounded<R> ? 1 : kColumns][kSlabs][4][kThreads];  // unused if Rounded
   };
   struct Sums {
-    double squares[1][kReferences];
+    double squares[kSquareParts][kReferences];
     LeastOfRows<kQueries, 8 * kGroups, kThreads> least;
     double farthest[kReferences / 16];
   };
@@ -57,61 +60,67 @@ class WarpgroupCopy {
   // Starts at the feature `first`.
   __device__ WarpgroupCopy(const Halves& x, int query0, const Rows<R>& y, int reference0,
                            const Center& center, int first)
-      : to_low_(x.low - x.high),
-        apart_(kStep * y.stride),
-        width_(center.width),
-        left_(center.features - first),
-        center_(center.scaled + first) {
+      : x_(x), apart_(kStep * y.stride), width_(center.width), center_(center.scaled + first) {
     const Lane lane = this_lane();
-    row_ = 16 * lane.warp + lane.lane / 8, piece_ = lane.lane % 8;
+    const int row = kRows * lane.warp + lane.lane / 8, piece = lane.lane % 8;
     // Eight lanes write the same piece of eight queries, which lie in different banks.
-    query_ = 8 * lane.warp + lane.lane % 8, query_piece_ = lane.lane / 8;
-    rows_ = static_cast<int>(y.count) - reference0 - row_, queries_ = x.rows - query0 - query_;
-    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + 4 * piece_;
-    high_ = x.high + static_cast<Index>(queries_ > 0 ? query0 + query_ : 0) * center.width + first +
-            8 * query_piece_;
+    const int query = 8 * lane.warp + lane.lane % 8, query_piece = lane.lane / 8;
+    rows_ = static_cast<int>(y.count) - reference0 - row, queries_ = x.rows - query0 - query;
+    left_ = center.features - first - 4 * piece;
+    from_ = y.row(rows_ > 0 ? reference0 + row : 0) + first + 4 * piece;
+    to_ = row * kPanel + 4 * place_of_piece(row, piece);
+    from_query_ =
+        static_cast<unsigned>(queries_ > 0 ? query0 + query : 0) * width_ + first + 8 * query_piece;
+    to_query_ = 8 * (query_piece * Memory::kQueries + query);
   }
 
   // Starts the copies of the next panel of the warp's references.
   __device__ void next_references(typename Memory::Stage& stage) {
-    const int known = left_ - 4 * piece_, count = known < 0 ? 0 : known < 4 ? known : 4;
-    R* const to = stage.y[row_] + 4 * place_of_piece(row_, piece_);
+    const int count = left_ < 0 ? 0 : left_ < 4 ? left_ : 4;
+    R* const to = stage.y[0] + to_;
 #pragma unroll
-    for (int i = 0; i < 16 / kStep; ++i)
+    for (int i = 0; i < kRows / kStep; ++i)
       copy_async<16>(to + i * kStep * kPanel, i * kStep < rows_ ? from_ + i * apart_ : from_,
                      count * static_cast<int>(sizeof(R)));
     from_ += kPanel, left_ -= kPanel;
   }
 
-  // Starts the copies of the next panel of the queries and the centre.
-  __device__ void next_queries(typename Memory::Stage& stage) {
+  // The same for panel p of the centre.
+  __device__ void copy_center(typename Memory::Stage& stage, int p) const {
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread < kPanel / 4) copy_async<16>(&stage.center[4 * thread], center_ + 4 * thread);
-    if (thread < kQueryThreads)
+    if (thread < kPanel / 4)
+      copy_async<16>(&stage.center[4 * thread], center_ + p * kPanel + 4 * thread);
+  }
+
+  // The same for panel p of the queries.
+  __device__ void copy_queries(typename Memory::Stage& stage, int p) const {
+    if (static_cast<int>(threadIdx.x) >= kQueryThreads) return;
 #pragma unroll
-      for (int i = 0; i < Memory::kQueries; i += kQueryStep) {
-        const std::uint16_t* const high = i < queries_ ? high_ + i * width_ : high_;
-        copy_async<16>(stage.x[0][query_piece_][query_ + i], high);
-        if constexpr (!kRounded<R>)
-          copy_async<16>(stage.x[1][query_piece_][query_ + i], high + to_low_);
-      }
-    high_ += kPanel, center_ += kPanel;
+    for (int i = 0; i < Memory::kQueries; i += kQueryStep) {
+      const unsigned from = from_query_ + (i < queries_ ? i * width_ : 0) + p * kPanel;
+      copy_async<16>(stage.x[0][0][0] + to_query_ + 8 * i, x_.high + from);
+      if constexpr (!kRounded<R>)
+        copy_async<16>(stage.x[1][0][0] + to_query_ + 8 * i, x_.low + from);
+    }
   }
 
  private:
+  static constexpr int kRows = 32 * Memory::kReferences / Memory::kThreads;  // of a warp
   static constexpr int kStep = 4;  // rows of references, from one copy of a thread to the next
   static constexpr int kQueryThreads = 256;  // that copy queries
   static constexpr int kQueryStep = kQueryThreads / Memory::kPieces;
   static_assert(Memory::kPieces == 4, "a warp copies all pieces of eight queries");
   static_assert(Memory::kThreads >= kQueryThreads && Memory::kQueries % kQueryStep == 0);
 
-  const Index to_low_, apart_;  // from a high part to the low part; between rows of y
-  const int width_;
-  int left_, row_, piece_, query_, query_piece_;
+  const Halves& x_;
+  const Index apart_;     // between rows of y
+  const unsigned width_;  // of x
+  const float* const center_;
+  int left_;            // features from the first one that this thread copies on
   int rows_, queries_;  // rows that there are from the first one of this thread on
-  const float* center_;
   const R* from_;
-  const std::uint16_t* high_;
+  unsigned from_query_;  // in x
+  int to_, to_query_;    // in a stage
 };
 
 // A panel of a warp's references as operands: references g and g + 8, features 2t, 2t + 1, 2t + 8
@@ -155,9 +164,10 @@ __device__ inline BlockPanels panels_of_block(int features, const Slices& slices
 
 // What a block copies and computes with, panel after panel of its slice of the features.
 //
-// The place of a warp's references is free when their operands are in registers. That of the
-// queries and the centre is free when all products with them are done, so their copies begin later.
-template <class R, class Memory>
+// If ALONE, a warp's references are free when it has converted them, and the centre, which others
+// may still read, comes with the queries. These are free when all products with them are done, so
+// their copies begin later.
+template <class R, class Memory, bool ALONE>
 class WarpgroupStages {
  public:
   __device__ WarpgroupStages(Memory& shared, const Halves& x, int query0, const Rows<R>& y,
@@ -170,31 +180,40 @@ class WarpgroupStages {
   // The references of this warp in a panel.
   __device__ R (*rows(int p, const Lane& lane))[kPanel] { return at(p).y + 16 * lane.warp; }
 
-  // Before the first panel. Its group of queries, the third of 2·kStages − 1, arrives.
+  // Starts the copies of the first panels, 2·kStages − 1 groups.
   __device__ void start() {
     begin_references(0);
     for (int p = 0; p < kStages - 1; ++p) begin_references(p + 1), begin_queries(p);
-    arrive<2 * kStages - 4>();
   }
-  // In panel p, when the operands of its references are in registers.
+  // After start: the references of panel 0 arrive.
+  __device__ void arrive_first() { arrive<2 * kStages - 2>(); }
+  // Before panel p: its queries and the references of panel p + 1 arrive. 2·kStages − 4 groups
+  // of copies follow them.
+  __device__ void arrive_panel() { arrive<2 * kStages - 4>(); }
+  // In panel p, when its references are converted.
   __device__ void replace_references(int p) { begin_references(p + kStages); }
-  // In panel p, when the products of panel p − 1 are done. The queries of panel p + 1 arrive, a
-  // group that 2·kStages − 5 others follow, and so do its references.
-  __device__ void replace_queries(int p) {
-    arrive<2 * kStages - 5>();
-    begin_queries(p + kStages - 1);
-  }
+  // The queries of panel p + 1 arrive, a group that 2·kStages − 5 others follow after
+  // replace_references(p), and so do its references.
+  __device__ void arrive_next() { arrive<2 * kStages - 5>(); }
+  // In panel p, when the products of panel p − 1 are done.
+  __device__ void replace_queries(int p) { begin_queries(p + kStages - 1); }
 
  private:
   static constexpr int kStages = Memory::kStages;
 
   // A group of copies each, in this order: references of panel p + 1, queries of panel p.
   __device__ void begin_references(int p) {
-    if (p < panels_) copy_.next_references(at(p));
+    if (p < panels_) {
+      copy_.next_references(at(p));
+      if constexpr (!ALONE) copy_.copy_center(at(p), p);
+    }
     commit_copies();
   }
   __device__ void begin_queries(int p) {
-    if (p < panels_) copy_.next_queries(at(p));
+    if (p < panels_) {
+      if constexpr (ALONE) copy_.copy_center(at(p), p);
+      copy_.copy_queries(at(p), p);
+    }
     commit_copies();
   }
   // All but the newest PENDING groups have arrived, for all threads and their products.
@@ -249,25 +268,28 @@ __device__ inline void add_panel(float (&sums)[1][COLUMNS][4], SumsOfProduct& of
 // begins with what the total cannot hold. weight_law knows the error.
 constexpr int kAddedPanels = 14;
 
+__device__ inline void add_to_total(float& total, float& sum) {
+  const float old = total, larger = old + sum;
+  total = larger;
+  sum -= larger - old;
+}
+
 template <int COLUMNS, int THREADS>
-__device__ inline void add_to_totals(float (&totals)[COLUMNS][4][THREADS],
+__device__ inline void add_to_totals(float (&totals)[COLUMNS][1][4][THREADS],
                                      float (&sums)[1][COLUMNS][4]) {
 #pragma unroll
   for (int n = 0; n < COLUMNS; ++n)
-    for (int e = 0; e < 4; ++e) {
-      float &total = totals[n][e][threadIdx.x], &sum = sums[0][n][e];
-      const float old = total, larger = old + sum;
-      total = larger;
-      sum -= larger - old;
-    }
+    for (int e = 0; e < 4; ++e) add_to_total(totals[n][0][e][threadIdx.x], sums[0][n][e]);
 }
 
 // Totals of a thread in shared memory.
-template <int THREADS>
+template <int SLABS, int THREADS>
 struct SumsInMemory {
-  const float (*of)[4][THREADS];
+  const float (*of)[SLABS][4][THREADS];
 
-  __device__ float at(int, int column, int i) const { return of[column][i][threadIdx.x]; }
+  __device__ float at(int slab, int column, int i) const {
+    return of[column][slab][i][threadIdx.x];
+  }
   template <int COUNT>
   __device__ void drop() {
     of += COUNT;
@@ -301,16 +323,17 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
   const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
   const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
   if constexpr (!PROJECT && !SLICED) clear_list(out);
-  load_queries<!PROJECT && !SLICED>(shared, x, query0, out);
+  if constexpr (!SLICED) load_queries<!PROJECT>(shared, x, query0, out);
   const float factor = *center.scale;
   float sums[1][Memory::kColumns][4] = {}, of_panel[kOfProduct / 8][4] = {};
   // Never. If the compiler knew, it would take more registers for sums and spill.
   const bool adds = center.features < 0;
   float square[2] = {}, square_lost[2] = {}, squares[2];
   const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
-  WarpgroupStages<R, Memory> stages(shared, x, query0, y, reference0, center, panels);
+  WarpgroupStages<R, Memory, true> stages(shared, x, query0, y, reference0, center, panels);
 
   stages.start();
+  stages.arrive_panel();
   const auto take_panel = [&](int p) {
     const ReferencePanel panel =
         convert_rows<R>(stages.rows(p, lane), stages.at(p).center, factor, lane, squares);
@@ -319,6 +342,7 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
     };
     stages.replace_references(p);
     begin(0);
+    stages.arrive_next();
     stages.replace_queries(p);
     for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
 #pragma unroll
@@ -331,8 +355,8 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
   const auto finish = [&](auto totals, auto rest) {
     wait_copies<0>();
     __syncthreads();
-    finish_tile<false, PROJECT, SLICED>(shared, totals, rest, square, square_lost, x, y, center,
-                                        out, slices);
+    store_squares(shared, 0, 16 * lane.warp, lane, square, square_lost);
+    finish_tile<false, PROJECT, SLICED>(shared, totals, rest, x, y, center, out, slices);
   };
   using Sums = SumsInRegisters<1, Memory::kColumns>;
   if constexpr (kRounded<R>) {
@@ -343,7 +367,7 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
   } else {
     auto& totals = shared.loop.totals;
     for (auto& column : totals)
-      for (auto& each : column) each[threadIdx.x] = 0;
+      for (auto& each : column[0]) each[threadIdx.x] = 0;
 #pragma unroll 1
     for (int p = 0;;) {
       const int left = panels.count - p, end = p + (left < kAddedPanels ? left : kAddedPanels);
@@ -353,7 +377,7 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
       add_to_totals(totals, sums);
       if (SLICED && p == panels.count) break;
     }
-    finish(SumsInMemory<Memory::kThreads>{totals}, Sums{sums});
+    finish(SumsInMemory<1, Memory::kThreads>{totals}, Sums{sums});
   }
 #else
   __trap();  // has_warpgroups in cuda/runtime.h

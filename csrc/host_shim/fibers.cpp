@@ -69,6 +69,13 @@ const char* const kCalls[] = {"none",
                               "multiply_add",
                               "multiply_add_halves",
                               "begin_product",
+                              "take_tensor_memory",
+                              "return_tensor_memory",
+                              "load_tensor_memory",
+                              "store_tensor_memory",
+                              "wait_for_signal",
+                              "begin_product_in_memory",
+                              "is_elected",
                               "its end"};
 constexpr int kEnd = static_cast<int>(Call::end);
 
@@ -135,6 +142,7 @@ NO_TSAN void swap(Context* from, const Context* to) { swapcontext(&from->saved, 
 struct Fiber;
 struct Copies;
 struct Products;
+struct TensorAccesses;
 
 // Where the threads of a warp or a block wait for each other. The values that they
 // exchange are kept for two meetings, so that no thread has to wait until all others have read
@@ -162,6 +170,7 @@ struct Fiber {
   Warp* warp = nullptr;
   Copies* copies = nullptr;
   Products* products = nullptr;
+  TensorAccesses* tensor = nullptr;
   unsigned thread = 0;
   Call waits = Call::none;
   bool began = false;  // whether it has met others or copied
@@ -187,6 +196,37 @@ struct BlockCounts {
   std::int64_t calls[kEnd] = {}, copied = 0, waited = 0;
 };
 
+struct ProductInMemory {
+  std::uint32_t d;
+  const char *a, *b;
+  int a_apart, b_apart, columns;
+  bool adds;
+};
+
+// Products that follow each other with the same sums.
+struct ProductsInMemory {
+  std::vector<ProductInMemory> all;
+  std::vector<float> was;                 // the sums to which they add
+  const std::uint64_t* signal = nullptr;  // that was sent after them
+};
+
+struct Signal {
+  const std::uint64_t* at;
+  int sent, done;
+};
+
+constexpr int kTensorRows = 128, kTensorColumns = 512, kMostSignals = 4;
+
+// The tensor memory that a block has taken, and its products there.
+struct TensorMemory {
+  float* at = nullptr;  // rows of kTensorColumns
+  int first = 0, columns = 0;
+  int issuer = -1;                     // the thread that began products
+  std::deque<ProductsInMemory> begun;  // and are not done
+  Signal signals[kMostSignals] = {};
+  alignas(8) char order[8] = {};  // ThreadSanitizer uses its address only
+};
+
 struct Block : Meeting {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -197,6 +237,9 @@ struct Block : Meeting {
   char* memory;
   // Whether a thread had copies it had not published at the last barrier that all threads reached.
   bool unpublished = false;
+  // Whether a thread accessed tensor memory before that barrier and did not order it.
+  bool unordered = false;
+  TensorMemory tensor;
   BlockCounts counts;
 };
 
@@ -440,6 +483,30 @@ struct Products {
 NO_TSAN Products& products() { return *current->products; }
 NO_TSAN void set_products(Products* products) { current->products = products; }
 
+// ---- accesses of tensor memory --------------------------------------------------------------
+
+using TensorColumns = float[4][4];
+
+struct TensorLoad {
+  TensorColumns* d;
+  std::uint32_t from;
+};
+struct TensorStore {
+  std::uint32_t to;
+  TensorColumns d;
+};
+
+struct TensorAccesses {
+  std::vector<TensorLoad> loads;
+  std::vector<TensorStore> stores;
+  bool ordered = true;                               // before the next barrier
+  bool after_barrier = false, after_signal = false;  // order_after_barrier was called since then
+  int waited[kMostSignals] = {};                     // times that this thread waited for signals
+};
+
+NO_TSAN TensorAccesses& accesses() { return *current->tensor; }
+NO_TSAN void set_accesses(TensorAccesses* all) { current->tensor = all; }
+
 NO_TSAN bool is_shared(const void* address, std::size_t bytes) {
   const char* memory = block->memory;
   const auto* first = static_cast<const char*>(address);
@@ -474,7 +541,11 @@ void enter() {
     Products products_of_mine;
     set_copies(&mine);
     set_products(&products_of_mine);
+    TensorAccesses accesses_of_mine;
+    set_accesses(&accesses_of_mine);
     call_body();
+    if (!accesses_of_mine.loads.empty() || !accesses_of_mine.stores.empty())
+      die(who() + "ends and never waited for its accesses of tensor memory");
     if (!products_of_mine.begun.empty()) die(who() + "ends and never waited for its products");
     if (!mine.begun.empty())
       die(who() + "ends and never waited for " + std::to_string(mine.begun.size()) + " copies");
@@ -547,6 +618,7 @@ void run_block(std::int64_t number) {
   enqueue(block->fibers.data(), block->running);
   go_on();
   if (block->running) stuck();
+  if (block->tensor.at) die("a block ends and has not returned its tensor memory");
   if (counting) keep_counts(number);
 #ifdef __SANITIZE_THREAD__
   for (const Fiber& fiber : block->fibers) ended.push_back(fiber.sanitizer);
@@ -885,12 +957,257 @@ void wait_products(int pending) {
 }  // namespace shim
 }  // namespace pfgm
 
+namespace pfgm {
+namespace {
+
+// ---- products in tensor memory --------------------------------------------------------------
+
+NO_TSAN TensorMemory& tensor() { return block->tensor; }
+
+NO_TSAN void count_call(Call call) {
+  ++block->counts.calls[static_cast<int>(call)];
+  current->began = true;
+}
+
+float& tensor_at(int row, int column) { return tensor().at[row * kTensorColumns + column]; }
+
+int row_of(std::uint32_t address) { return static_cast<int>(address >> 16); }
+int column_of(std::uint32_t address) { return static_cast<int>(address & 0xffff); }
+
+void check_columns(std::uint32_t address, int columns, const char* what) {
+  const TensorMemory& all = tensor();
+  const int first = column_of(address);
+  if (!all.at || first < all.first || first + columns > all.first + all.columns)
+    die(who() + what + " tensor memory that its block does not have");
+}
+
+void check_rows(std::uint32_t address) {
+  const int row = row_of(address);
+  if (row / 32 != static_cast<int>(threadIdx.x / kWarp % 4) || row % 16 != 0)
+    die(who() + "accesses rows of tensor memory from " + std::to_string(row) + " on");
+}
+
+// Calls each(value of a lane, where it is) for 16 rows and 32 columns.
+template <class Each>
+void for_values(TensorColumns& d, std::uint32_t address, const Each& each) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  for (int n = 0; n < 4; ++n)
+    for (int e = 0; e < 4; ++e)
+      each(d[n][e], tensor_at(row_of(address) + g + 8 * (e / 2),
+                              column_of(address) + 8 * n + 2 * t + e % 2));
+}
+
+void begin_access(std::uint32_t address, Call call) {
+  if (!accesses().after_signal) die(who() + "calls " + name(call) + " in no order after a signal");
+  check_columns(address, 32, "accesses");
+  check_rows(address);
+  accesses().ordered = false;
+  meet(*current->warp, call);
+}
+
+// What an operand has in eight values of each of `rows` rows or columns, twice.
+std::vector<float> operand(const char* at, int apart, int rows) {
+  std::vector<float> values(static_cast<std::size_t>(rows) * 16);
+  for (int row = 0; row < rows; ++row)
+    for (int k = 0; k < 16; ++k) {
+      const auto* const eight =
+          reinterpret_cast<const std::uint16_t*>(at + k / 8 * apart + 16 * row);
+      values[static_cast<std::size_t>(row) * 16 + k] = half_to_float(eight[k % 8]);
+    }
+  return values;
+}
+
+// Operands are read when the thread that began the product waits for the signal and not before.
+void finish_in_memory(const ProductInMemory& product) {
+  const std::vector<float> a = operand(product.a, product.a_apart, kTensorRows);
+  const std::vector<float> b = operand(product.b, product.b_apart, product.columns);
+  for (int row = 0; row < kTensorRows; ++row)
+    for (int column = 0; column < product.columns; ++column) {
+      float& value = tensor_at(row, column_of(product.d) + column);
+      double sum = product.adds ? value : 0;
+      for (int k = 0; k < 16; ++k)
+        sum += static_cast<double>(a[static_cast<std::size_t>(row) * 16 + k]) *
+               b[static_cast<std::size_t>(column) * 16 + k];
+      value = truncated(sum);
+    }
+}
+
+NO_TSAN Signal* signal_at(const std::uint64_t* at) {
+  for (Signal& signal : block->tensor.signals)
+    if (signal.at == at) return &signal;
+  return nullptr;
+}
+
+// Computes products in the order in which they were begun, up to those before a signal.
+void finish_products_in_memory(const Signal& last, int turn) {
+  TensorMemory& all = tensor();
+  if (all.issuer != static_cast<int>(threadIdx.x)) return;
+  while (last.done <= turn && !all.begun.empty() && all.begun.front().signal) {
+    const ProductsInMemory& products = all.begun.front();
+    const ProductInMemory& first = products.all.front();
+    if (first.adds)
+      for (int row = 0; row < kTensorRows; ++row)
+        for (int column = 0; column < first.columns; ++column)
+          tensor_at(row, column_of(first.d) + column) =
+              products.was[static_cast<std::size_t>(row) * first.columns + column];
+    for (const ProductInMemory& product : products.all) finish_in_memory(product);
+    ++signal_at(products.signal)->done;
+    all.begun.pop_front();
+  }
+  publish(all.order);
+}
+
+NO_TSAN bool unordered() { return block->unordered; }
+
+}  // namespace
+
+void start_signal(std::uint64_t* signal) {
+  if (!is_shared(signal, sizeof *signal) || !on_boundary(signal, 8))
+    die(who() + "starts a signal that is not in its block's shared memory");
+  Signal* const place = signal_at(nullptr);
+  if (!place || signal_at(signal)) die(who() + "starts a signal twice, or too many");
+  place->at = signal;
+  *signal = 0;
+}
+
+bool is_elected() {
+  meet(*current->warp, Call::is_elected);
+  return threadIdx.x % kWarp == 0;
+}
+
+void signal_products(std::uint64_t* signal) {
+  TensorMemory& all = tensor();
+  Signal* const known = signal_at(signal);
+  if (!known || !signal) die(who() + "sends a signal that was not started");
+  if (all.issuer != static_cast<int>(threadIdx.x) || all.begun.empty() || all.begun.back().signal)
+    die(who() + "signals no products of its own");
+  if (known->sent != known->done) die(who() + "sends a signal before the last one was waited for");
+  ++known->sent;
+  all.begun.back().signal = signal;
+}
+
+void wait_for_signal(std::uint64_t* signal, int turn) {
+  Signal* const known = signal_at(signal);
+  if (!known || !signal) die(who() + "waits for a signal that was not started");
+  if (turn != accesses().waited[known - tensor().signals]++)
+    die(who() + "waits for signals out of order");
+  finish_products_in_memory(*known, turn);
+  accesses().after_signal = accesses().after_barrier = false;
+  meet(*block, Call::wait_for_signal);
+  observe(tensor().order);
+  if (turn >= known->done) die(who() + "waits for a signal that never comes");
+}
+
+void order_before_barrier() {
+  if (!accesses().loads.empty() || !accesses().stores.empty())
+    die(who() + "orders accesses of tensor memory that it has not waited for");
+  accesses().ordered = true;
+}
+void order_after_barrier() { accesses().after_barrier = accesses().after_signal = true; }
+
+void load_tensor_memory(float (&d)[4][4], std::uint32_t from) {
+  begin_access(from, Call::load_tensor_memory);
+  std::memset(d, 0xff, sizeof d);
+  accesses().loads.push_back({&d, from});
+}
+
+void store_tensor_memory(std::uint32_t to, const float (&d)[4][4]) {
+  begin_access(to, Call::store_tensor_memory);
+  TensorStore store = {to, {}};
+  std::memcpy(store.d, d, sizeof d);
+  for_values(store.d, to, [](float, float& at) { at = NAN; });
+  accesses().stores.push_back(store);
+}
+
+void wait_loads() {
+  for (const TensorLoad& load : accesses().loads)
+    for_values(*load.d, load.from, [](float& value, const float& at) { value = at; });
+  accesses().loads.clear();
+}
+
+void wait_stores() {
+  for (TensorStore& store : accesses().stores)
+    for_values(store.d, store.to, [](float value, float& at) { at = value; });
+  accesses().stores.clear();
+}
+
+namespace shim {
+
+void take_tensor_memory(std::uint32_t* at, int columns) {
+  if (!is_shared(at, sizeof *at))
+    die(who() + "takes tensor memory without a place for its address");
+  meet(*current->warp, Call::take_tensor_memory);
+  if (threadIdx.x % kWarp != 0) return;
+  TensorMemory& all = tensor();
+  if (all.at) die(who() + "takes tensor memory a second time, which is not emulated");
+  const std::size_t bytes = sizeof(float) * kTensorRows * kTensorColumns;
+  all.at = static_cast<float*>(std::malloc(bytes));
+  if (!all.at) throw std::bad_alloc();
+  std::memset(all.at, 0xff, bytes);
+  all.first = kTensorColumns - columns, all.columns = columns;
+  *at = static_cast<std::uint32_t>(all.first);
+}
+
+void return_tensor_memory(std::uint32_t memory, int columns) {
+  if (unordered() || !accesses().after_barrier)
+    die(who() + "returns tensor memory in no order after its accesses");
+  meet(*current->warp, Call::return_tensor_memory);
+  if (threadIdx.x % kWarp != 0) return;
+  TensorMemory& all = tensor();
+  if (column_of(memory) != all.first || columns != all.columns || !all.begun.empty())
+    die(who() + "returns tensor memory that it did not take or uses");
+  std::free(all.at);
+  all.at = nullptr;
+}
+
+void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const void* b,
+                             int b_apart, int columns, bool adds) {
+  if (unpublished()) die(who() + "multiplies copies that were not published before a barrier");
+  if (unordered() || !accesses().after_barrier)
+    die(who() + "multiplies in tensor memory in no order after its accesses");
+  if (!is_shared(a, a_apart + kTensorRows * 16) || !is_shared(b, b_apart + columns * 16) ||
+      !on_boundary(a, 16) || !on_boundary(b, 16) || a_apart % 16 != 0 || b_apart % 16 != 0)
+    die(who() + "multiplies what is not an operand in its block's shared memory");
+  check_columns(d, columns, "multiplies in");
+  if (row_of(d) != 0)
+    die(who() + "multiplies in rows of tensor memory from " + std::to_string(row_of(d)) + " on");
+  TensorMemory& all = tensor();
+  const int thread = static_cast<int>(threadIdx.x);
+  if (!all.begun.empty() && all.issuer != thread)
+    die(who() + "begins products beside those of another thread, which is not emulated");
+  all.issuer = thread;
+  if (all.begun.empty() || all.begun.back().signal) {
+    ProductsInMemory fresh;
+    for (int row = 0; row < kTensorRows; ++row)
+      for (int column = 0; column < columns; ++column) {
+        float& value = tensor_at(row, column_of(d) + column);
+        if (adds) fresh.was.push_back(value);
+        value = NAN;
+      }
+    all.begun.push_back(fresh);
+  }
+  std::vector<ProductInMemory>& products = all.begun.back().all;
+  if (!products.empty() && (d != products.front().d || columns != products.front().columns))
+    die(who() + "changes the sums of products without a signal, which is not emulated");
+  count_call(Call::begin_product_in_memory);
+  products.push_back({d, static_cast<const char*>(a), static_cast<const char*>(b), a_apart, b_apart,
+                      columns, adds});
+}
+
+}  // namespace shim
+}  // namespace pfgm
+
 using namespace pfgm::shim;
 
 NO_TSAN void __syncthreads() {
-  if (!copies().published) block->votes[block->number & 1] = 1;
+  unsigned& votes = block->votes[block->number & 1];
+  if (!copies().published) votes |= 1;
+  if (!accesses().ordered) votes |= 2;
+  accesses().after_barrier = false;
   const unsigned half = meet_in_order(*block, Call::syncthreads);
-  block->unpublished = block->votes[half] != 0;
+  block->unpublished = (block->votes[half] & 1) != 0;
+  copies().published = false;  // what a thread writes from now on
+  block->unordered = (block->votes[half] & 2) != 0;
 }
 
 NO_TSAN void __syncwarp(unsigned mask) {

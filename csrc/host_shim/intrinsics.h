@@ -79,6 +79,13 @@ enum class Call {
   multiply_add,
   multiply_add_halves,
   begin_product,
+  take_tensor_memory,
+  return_tensor_memory,
+  load_tensor_memory,
+  store_tensor_memory,
+  wait_for_signal,
+  begin_product_in_memory,
+  is_elected,
   end
 };
 
@@ -91,6 +98,10 @@ void gather(Call call, unsigned mask, std::uint32_t mine, std::uint32_t (&all)[3
 void begin_copy(void* to, const void* from, int bytes, int valid);
 void wait_copies(int pending);
 void wait_products(int pending);
+void take_tensor_memory(std::uint32_t* at, int columns);
+void return_tensor_memory(std::uint32_t memory, int columns);
+void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const void* b,
+                             int b_apart, int columns, bool adds);
 
 template <class T>
 T shuffle(Call call, unsigned mask, T mine, unsigned source) {
@@ -169,7 +180,36 @@ void wait_products() {
   shim::wait_products(PENDING);
 }
 void publish_shared();
-inline void keep_in_place(float (&)[8][4]) {}
+template <int COLUMNS>
+void keep_in_place(float (&)[COLUMNS][4]) {}
+
+// Products in tensor memory are computed when the thread that began them waits for their signal,
+// or later. Until then d is NaN. All threads of a block wait for a signal. What is loaded is NaN
+// until the thread waits for it, and what is stored too.
+template <int COLUMNS>
+void take_tensor_memory(std::uint32_t* at) {
+  static_assert(COLUMNS >= 32 && COLUMNS <= 512 && (COLUMNS & (COLUMNS - 1)) == 0);
+  shim::take_tensor_memory(at, COLUMNS);
+}
+template <int COLUMNS>
+void return_tensor_memory(std::uint32_t memory) {
+  shim::return_tensor_memory(memory, COLUMNS);
+}
+void start_signal(std::uint64_t* signal);
+bool is_elected();
+template <int COLUMNS>
+void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const void* b,
+                             int b_apart, bool adds) {
+  shim::begin_product_in_memory(d, a, a_apart, b, b_apart, COLUMNS, adds);
+}
+void signal_products(std::uint64_t* signal);
+void wait_for_signal(std::uint64_t* signal, int turn);
+void order_before_barrier();
+void order_after_barrier();
+void load_tensor_memory(float (&d)[4][4], std::uint32_t from);
+void store_tensor_memory(std::uint32_t to, const float (&d)[4][4]);
+void wait_loads();
+void wait_stores();
 
 inline void atomic_least(double* at, double value) {
   double found;

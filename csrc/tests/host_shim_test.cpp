@@ -392,6 +392,87 @@ void check_product_of_warpgroup() {
   }
 }
 
+struct TensorProduct {
+  const std::uint16_t *a, *b;  // (128, 16), (16, 64)
+  float* d;                    // (128, 64)
+};
+
+// d = a b in tensor memory, or d = a b + a b, and back through it once more.
+__global__ void multiply_in_tensor_memory(const TensorProduct p, bool twice) {
+  struct Memory {
+    std::uint16_t a[2][128][8], b[2][64][8];
+    std::uint64_t done;
+    std::uint32_t at;
+  };
+  Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  if (warp == 0) take_tensor_memory<128>(&shared.at);
+  if (thread == 0) start_signal(&shared.done);
+  for (int i = thread; i < 128 * 16; i += 128) shared.a[i % 16 / 8][i / 16][i % 8] = p.a[i];
+  for (int i = thread; i < 16 * 64; i += 128) shared.b[i / 64 / 8][i % 64][i / 64 % 8] = p.b[i];
+  publish_shared();
+  order_before_barrier();
+  __syncthreads();
+  order_after_barrier();
+  const std::uint32_t at = shared.at, own = at + (32u * static_cast<unsigned>(warp) << 16);
+  if (warp == 0 && is_elected()) {
+    const auto begin = [&](bool adds) {
+      begin_product_in_memory<64>(at, shared.a, sizeof shared.a[0], shared.b, sizeof shared.b[0],
+                                  adds);
+    };
+    begin(false);
+    if (twice) begin(true);
+    signal_products(&shared.done);
+  }
+  wait_for_signal(&shared.done, 0);
+  order_after_barrier();
+  for (unsigned half = 0; half < 2; ++half)
+    for (unsigned column = 0; column < 64; column += 32) {
+      const std::uint32_t place = own + (16 * half << 16) + column;
+      float d[4][4];
+      load_tensor_memory(d, place);
+      expect(std::isnan(d[1][1]), "what is loaded is there after the wait");
+      wait_loads();
+      store_tensor_memory(place + 64, d);
+      wait_stores();
+      load_tensor_memory(d, place + 64);
+      wait_loads();
+      for (int n = 0; n < 4; ++n)
+        for (int e = 0; e < 4; ++e) {
+          const unsigned row = 32 * warp + 16 * half + lane / 4 + e / 2 * 8;
+          p.d[row * 64 + column + 8 * n + 2 * (lane % 4) + e % 2] = d[n][e];
+        }
+    }
+  order_before_barrier();
+  __syncthreads();
+  order_after_barrier();
+  if (warp == 0) return_tensor_memory<128>(at);
+}
+
+void check_product_in_tensor_memory() {
+  std::mt19937 engine(8);
+  std::normal_distribution<float> normal;
+  std::vector<std::uint16_t> a(128 * 16), b(16 * 64);
+  for (auto* values : {&a, &b})
+    for (std::uint16_t& v : *values) v = half_of(normal(engine));
+  for (const bool twice : {false, true}) {
+    std::vector<float> expected(128 * 64), d(128 * 64);
+    for (int i = 0; i < 128 * 64; ++i)
+      for (int turn = 0; turn <= (twice ? 1 : 0); ++turn) {
+        double sum = expected[i];
+        for (int k = 0; k < 16; ++k)
+          sum += static_cast<double>(half_to_float(a[i / 64 * 16 + k])) *
+                 half_to_float(b[k * 64 + i % 64]);
+        expected[i] = static_cast<float>(sum);
+        if (std::fabs(expected[i]) > std::fabs(sum))
+          expected[i] = std::nextafter(expected[i], 0.0f);
+      }
+    launch({"multiply_in_tensor_memory", {1}, 128, 2 * 192 * 16 + 16}, multiply_in_tensor_memory,
+           TensorProduct{a.data(), b.data(), d.data()}, twice);
+    expect(d == expected, "begin_product_in_memory");
+  }
+}
+
 void check_rounding_to_halves() {
   for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
     const float v = half_to_float(static_cast<std::uint16_t>(bits));
@@ -752,6 +833,7 @@ int main(int count, char** arguments) {
     check_product();
     check_product_of_halves();
     check_product_of_warpgroup();
+    check_product_in_tensor_memory();
     check_counts();
   }
   check_orders();

@@ -13,7 +13,7 @@ namespace {
 // counts as being on device 0.
 CUcontext current = nullptr;
 std::set<int> with_context;
-int sets = 0, asked = 0, allowed = 0;
+int sets = 0, asked = 0, allowed = 0, preferred = 0;
 int driver = 0, compiled_for = 0, asked_kernels = 0;
 int major = 9;  // of the compute capability
 bool refuses = false;
@@ -82,8 +82,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->binaryVersion = 90;
   return refuses ? cudaErrorInvalidDeviceFunction : cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-  ++allowed;
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int) {
+  ++(attribute == cudaFuncAttributePreferredSharedMemoryCarveout ? preferred : allowed);
   return refuses ? cudaErrorInvalidValue : cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -153,7 +153,7 @@ void check_attributes() {
   refuses = true;
   require(throws([&] { allow(0, 0, 1000); }), "a refused size is not an error");
   refuses = false;
-  allowed = 0;
+  allowed = preferred = 0;
   for (int i = 0; i < 3; ++i) allow(0, 0, 1000);
   require(allowed == 1, "the same size was set again, or a refused one counts as set");
   allow(0, 0, 999);
@@ -162,6 +162,7 @@ void check_attributes() {
   allow(1, 0, 1000);
   allow(0, 1, 1000);
   require(allowed == 4, "a larger size, another kernel or another device was not set");
+  require(preferred == 4, "a kernel does not prefer shared memory");
 }
 
 // Each case has a device of its own, because the answer for a device is kept.
@@ -188,7 +189,7 @@ void check_overlap() {
   require(overlaps(4) == can, "a refused question was kept");
 }
 
-// The build has code for sm_90a. Each case has a device of its own.
+// The build has code for sm_90a and sm_100f. Each case has a device of its own.
 void check_warpgroups() {
   const char kernel = 0;
   const auto has = [&](int device) { return has_warpgroups("kernel", &kernel, device); };
@@ -201,6 +202,20 @@ void check_warpgroups() {
   require(has(0), "another device changed the answer");
 }
 
+void check_tensor_memory() {
+  const char kernel = 0;
+  const auto has = [&](int device) { return has_tensor_memory("kernel", &kernel, device); };
+  major = 10, compiled_for = 100;
+  require(has(10) && has(10), "an sm_100 has no tensor memory");
+  compiled_for = 80;
+  require(!has(11), "code for sm_80, whose kernels of tensor memory are empty, has some");
+  major = 9, compiled_for = 90;
+  require(!has(12), "an sm_90 has tensor memory");
+  major = 12, compiled_for = 120;
+  require(!has(13), "an sm_120 has tensor memory");
+  require(has(10), "another device changed the answer");
+}
+
 }  // namespace
 
 int main() {
@@ -208,5 +223,6 @@ int main() {
   check_attributes();
   check_overlap();
   check_warpgroups();
+  check_tensor_memory();
   std::printf("devices and attributes are as they should be\n");
 }

@@ -115,7 +115,13 @@ def test_loops_of_tiles_are_free_of_conflicts(library, type):
 
 def test_stored_counts_of_large_tiles_and_sums_are_even():
     """What they load, and what asynchronous copies write. Smaller tiles also load sums once."""
-    large = ("distances<float32, 128", "distances<Rounded, 128", "warpgroup_", "weighted_sum")
+    large = (
+        "distances<float32, 128",
+        "distances<Rounded, 128",
+        "warpgroup_",
+        "weighted_sum",
+        "tensor_memory",
+    )
     found = 0
     for kernel, counts in results.load()["accesses"].items():
         if kernel.startswith((*large, "refine")):

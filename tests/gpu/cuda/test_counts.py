@@ -66,6 +66,7 @@ def counted(shim, run) -> list[Counted]:
             of_blocks["multiply_add_halves"],
             of_blocks["multiply_add"],
             of_blocks["begin_product"],
+            of_blocks["begin_product_in_memory"],
             of_blocks["copied"],
             of_blocks["__syncthreads"],
             map(sum, zip(*exchanges, strict=True)),
@@ -193,6 +194,9 @@ def check_longest(run: Run) -> None:
         ((241, 129, 72), 1, "warpgroup_distances<float32, 128, 192, false, false>"),
         ((97, 127, 1536), 3, "warpgroup_distances<float32, 128, 128, false, true>"),
         ((97, 190, 1552), 3, "warpgroup_distances<float32, 128, 192, false, true>"),
+        ((100, 240, 96), 1, "tensor_memory_distances<float32, false, false>"),
+        ((241, 129, 72), 1, "tensor_memory_distances<float32, false, false>"),
+        ((97, 127, 1552), 3, "tensor_memory_distances<float32, false, true>"),
         ((8, 320, 128), 4, "differences<float32, false>"),
         ((40, 192, 16), 4, "differences<float32, false>"),
     ],
@@ -201,6 +205,8 @@ def test_partitions(run, sizes, multiprocessors, kernel):
     card = devices.H100 if kernel.startswith("warpgroup") else devices.A100
     if re.match(r"distances<\w+, \d+, \d+, true", kernel):
         card = devices.RTX4090
+    if kernel.startswith("tensor_memory"):
+        card = devices.B200
     found = run(clusters(*sizes), multiprocessors=multiprocessors, like=card)
     assert kernel in {one.kernel for one in found.model}
     check(found)
@@ -412,11 +418,13 @@ def test_which_problems_keep_distances(sizes):
 
 def test_gradients_with_large_tiles(run):
     for dtype in TYPES:
-        for card in (devices.A100, devices.H100):
+        for card in (devices.A100, devices.H100, devices.B200):
             found = run(clusters(100, 192, 96), dtype, 1, backward=True, like=card)
             name = f"distances<{TYPES[dtype]}, 128, 128, false, "
             if card is devices.H100 and dtype == torch.float32:
                 name = "warpgroup_distances<float32, 128, 192, "
+            if card is devices.B200 and dtype == torch.float32:
+                name = "tensor_memory_distances<float32, "
             kernels = {one.kernel for one in found.model}
             assert {f"{name}{project}, false>" for project in ("false", "true")} <= kernels
             check(found)
@@ -491,6 +499,22 @@ def test_medium_on_an_h100(run, sizes, multiprocessors, kernel):
     assert f"warpgroup_distances{kernel}" in {one.kernel for one in found.model}
     check(found)
     # Not of refine: a pair more or less may be refined.
+    check_longest(Run(*([one for one in each if "distances" in one.name] for each in found)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multiprocessors", "kernel"),
+    [
+        ((100, 300, 96), 1, "<Rounded, false, false>"),
+        ((129, 140, 36), 1, "<Rounded, false, false>"),
+        ((97, 127, 1552), 3, "<Rounded, false, true>"),
+    ],
+)
+def test_medium_on_a_b200(run, sizes, multiprocessors, kernel):
+    given = clusters(*sizes), torch.float32, multiprocessors
+    found = run(*given, precision="medium", like=devices.B200)
+    assert f"tensor_memory_distances{kernel}" in {one.kernel for one in found.model}
+    check(found)
     check_longest(Run(*([one for one in each if "distances" in one.name] for each in found)))
 
 

@@ -41,13 +41,13 @@ def tiles(references, queries, M, B):
     return -(-M // references), -(-B // queries)
 
 
-@pytest.fixture(params=[80, 89, 90], ids=["warps", "GeForce", "warpgroups"])
+@pytest.fixture(params=[80, 89, 90, 100], ids=["warps", "GeForce", "warpgroups", "tensor memory"])
 def large(request, shim, grids_of):
     """large(run, sizes) calls run() and makes sure that it takes large tiles.
 
-    Warpgroups multiply on an sm_90, if references are in float32. Rows of these that are not
-    aligned have smaller tiles there. GeForce cards take smaller tiles if few of their pairs would
-    lie after the last query or reference.
+    Warpgroups multiply on an sm_90, and tensor memory is used on an sm_100, if references are in
+    float32. Rows of these that are not aligned have smaller tiles there. GeForce cards take smaller
+    tiles if few of their pairs would lie after the last query or reference.
     """
     architecture = request.param
     shim.device(architecture, 1)
@@ -57,19 +57,22 @@ def large(request, shim, grids_of):
         grids = set(grids_of(run))
         if architecture == 80:
             assert grids == {tiles(128, 128, M, B)}
-        if architecture == 90 and N % 4 == 0:
+        if architecture >= 90 and N % 4 == 0:
+            of_card = work.WARPGROUP_COSTS if architecture == 90 else work.TENSOR_MEMORY_COSTS
             costs = {
-                one.references: one.clocks * math.ceil(M / one.references)
-                for one in work.WARPGROUP_COSTS.tiles
-                if one.queries == 128
+                one: one.clocks * math.prod(tiles(one.references, one.queries, M, B))
+                for one in of_card.tiles
+                if one.queries >= 128
             }
-            assert grids == {tiles(min(costs, key=costs.__getitem__), 128, M, B)}
+            best = min(costs, key=costs.__getitem__)
+            assert grids == {tiles(best.references, best.queries, M, B)}
 
     return large
 
 
 @pytest.mark.parametrize(
-    ("large", "dtype"), [*((80, dtype) for dtype in DTYPES), (90, torch.float32)],
+    ("large", "dtype"),
+    [*((80, dtype) for dtype in DTYPES), *((each, torch.float32) for each in (90, 100))],
     indirect=["large"], ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("sizes", SIZES)
@@ -111,26 +114,30 @@ def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, capabi
 
 
 @pytest.mark.parametrize("M", [127, 129])
+@pytest.mark.parametrize(
+    ("architecture", "products"), [(90, "begin_product"), (100, "begin_product_in_memory")]
+)
 @pytest.mark.usefixtures("poisoned")
-def test_no_value_is_read_before_it_has_arrived(op, shim, M):
+def test_no_value_is_read_before_it_has_arrived(op, shim, architecture, products, M):
     """It would be NaN, and its distances would be refined. Here no distance needs that, in tiles of
     128 and of 192 references."""
     x, references, _ = op.problem(100, M, 452)
     radius = torch.full((100,), 30.0, dtype=torch.float64, device=x.device)
-    shim.device(90, 1)
+    shim.device(architecture, 1)
     for order in (0, 1, 77):
         shim.order(order)
         shim.counts(True)
         op.check(x, references, radius, 1.0)
         counts = {name: blocks for name, *_, blocks in shim.counts(False)}
-        assert sum(counts["distances"]["begin_product"]) > 0
+        assert sum(counts["distances"][products]) > 0
         assert sum(counts["refine"]["__shfl_xor_sync"]) == 0
 
 
-def test_features_that_decay(op, shim, device):
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_features_that_decay(op, shim, device, architecture):
     """Most of a sum is in its first panels, so each addition of another one in the same float
     rounds nearly all of it. Weights fall between the two nearest references."""
-    shim.device(90, 1)
+    shim.device(architecture, 1)
     decay = 1 / (1 + torch.arange(3072, device=device) / 32)
     x, references, _ = op.problem(100, 129, 3072)
     x, references = decay * x, decay * references
