@@ -206,8 +206,8 @@ struct ProductInMemory {
 // Products that follow each other with the same sums.
 struct ProductsInMemory {
   std::vector<ProductInMemory> all;
-  std::vector<float> was;                 // the sums to which they add
-  const std::uint64_t* signal = nullptr;  // that was sent after them
+  std::vector<float> was;  // the sums to which they add
+  int signal = -1;         // the number of the one that was sent after them
 };
 
 struct Signal {
@@ -611,6 +611,10 @@ void keep_counts(std::int64_t number) {
   blocks["wait_for_earlier_launches"][number] = waited;
 }
 
+NO_TSAN void check_returned() {
+  if (block->tensor.at) die("a block ends and has not returned its tensor memory");
+}
+
 void run_block(std::int64_t number) {
   const Grid& grid = shape->grid;
   block = new_block({narrow(number % grid.x), narrow(number / grid.x % grid.y),
@@ -618,7 +622,7 @@ void run_block(std::int64_t number) {
   enqueue(block->fibers.data(), block->running);
   go_on();
   if (block->running) stuck();
-  if (block->tensor.at) die("a block ends and has not returned its tensor memory");
+  check_returned();
   if (counting) keep_counts(number);
 #ifdef __SANITIZE_THREAD__
   for (const Fiber& fiber : block->fibers) ended.push_back(fiber.sanitizer);
@@ -963,6 +967,8 @@ namespace {
 // ---- products in tensor memory --------------------------------------------------------------
 
 NO_TSAN TensorMemory& tensor() { return block->tensor; }
+NO_TSAN void meet_warp(Call call) { meet(*current->warp, call); }
+NO_TSAN void meet_block(Call call) { meet(*block, call); }
 
 NO_TSAN void count_call(Call call) {
   ++block->counts.calls[static_cast<int>(call)];
@@ -1002,7 +1008,7 @@ void begin_access(std::uint32_t address, Call call) {
   check_columns(address, 32, "accesses");
   check_rows(address);
   accesses().ordered = false;
-  meet(*current->warp, call);
+  meet_warp(call);
 }
 
 // What an operand has in eight values of each of `rows` rows or columns, twice.
@@ -1032,17 +1038,32 @@ void finish_in_memory(const ProductInMemory& product) {
     }
 }
 
-NO_TSAN Signal* signal_at(const std::uint64_t* at) {
-  for (Signal& signal : block->tensor.signals)
-    if (signal.at == at) return &signal;
-  return nullptr;
+// The number of a signal that was started, or of a place for one if `at` is null; −1 if there is
+// none.
+NO_TSAN int number_of_signal(const std::uint64_t* at) {
+  for (int i = 0; i < kMostSignals; ++i)
+    if (block->tensor.signals[i].at == at) return i;
+  return -1;
+}
+NO_TSAN void name_signal(int number, const std::uint64_t* at) {
+  block->tensor.signals[number].at = at;
+}
+NO_TSAN int sent(int number) { return block->tensor.signals[number].sent; }
+NO_TSAN int done(int number) { return block->tensor.signals[number].done; }
+NO_TSAN void count_sent(int number) { ++block->tensor.signals[number].sent; }
+NO_TSAN void count_done(int number) { ++block->tensor.signals[number].done; }
+NO_TSAN bool is_issuer() { return block->tensor.issuer == static_cast<int>(threadIdx.x); }
+// Makes this thread the one that begins products, unless another one is.
+NO_TSAN bool becomes_issuer() {
+  if (block->tensor.issuer < 0) block->tensor.issuer = static_cast<int>(threadIdx.x);
+  return is_issuer();
 }
 
 // Computes products in the order in which they were begun, up to those before a signal.
-void finish_products_in_memory(const Signal& last, int turn) {
+void finish_products_in_memory(int last, int turn) {
+  if (!is_issuer()) return;
   TensorMemory& all = tensor();
-  if (all.issuer != static_cast<int>(threadIdx.x)) return;
-  while (last.done <= turn && !all.begun.empty() && all.begun.front().signal) {
+  while (done(last) <= turn && !all.begun.empty() && all.begun.front().signal >= 0) {
     const ProductsInMemory& products = all.begun.front();
     const ProductInMemory& first = products.all.front();
     if (first.adds)
@@ -1051,7 +1072,7 @@ void finish_products_in_memory(const Signal& last, int turn) {
           tensor_at(row, column_of(first.d) + column) =
               products.was[static_cast<std::size_t>(row) * first.columns + column];
     for (const ProductInMemory& product : products.all) finish_in_memory(product);
-    ++signal_at(products.signal)->done;
+    count_done(products.signal);
     all.begun.pop_front();
   }
   publish(all.order);
@@ -1064,38 +1085,39 @@ NO_TSAN bool unordered() { return block->unordered; }
 void start_signal(std::uint64_t* signal) {
   if (!is_shared(signal, sizeof *signal) || !on_boundary(signal, 8))
     die(who() + "starts a signal that is not in its block's shared memory");
-  Signal* const place = signal_at(nullptr);
-  if (!place || signal_at(signal)) die(who() + "starts a signal twice, or too many");
-  place->at = signal;
+  const int number = number_of_signal(nullptr);
+  if (number < 0 || number_of_signal(signal) >= 0)
+    die(who() + "starts a signal twice, or too many");
+  name_signal(number, signal);
   *signal = 0;
 }
 
 bool is_elected() {
-  meet(*current->warp, Call::is_elected);
+  meet_warp(Call::is_elected);
   return threadIdx.x % kWarp == 0;
 }
 
 void signal_products(std::uint64_t* signal) {
+  const int number = signal ? number_of_signal(signal) : -1;
+  if (number < 0) die(who() + "sends a signal that was not started");
   TensorMemory& all = tensor();
-  Signal* const known = signal_at(signal);
-  if (!known || !signal) die(who() + "sends a signal that was not started");
-  if (all.issuer != static_cast<int>(threadIdx.x) || all.begun.empty() || all.begun.back().signal)
+  if (!is_issuer() || all.begun.empty() || all.begun.back().signal >= 0)
     die(who() + "signals no products of its own");
-  if (known->sent != known->done) die(who() + "sends a signal before the last one was waited for");
-  ++known->sent;
-  all.begun.back().signal = signal;
+  if (sent(number) != done(number))
+    die(who() + "sends a signal before the last one was waited for");
+  count_sent(number);
+  all.begun.back().signal = number;
 }
 
 void wait_for_signal(std::uint64_t* signal, int turn) {
-  Signal* const known = signal_at(signal);
-  if (!known || !signal) die(who() + "waits for a signal that was not started");
-  if (turn != accesses().waited[known - tensor().signals]++)
-    die(who() + "waits for signals out of order");
-  finish_products_in_memory(*known, turn);
+  const int number = signal ? number_of_signal(signal) : -1;
+  if (number < 0) die(who() + "waits for a signal that was not started");
+  if (turn != accesses().waited[number]++) die(who() + "waits for signals out of order");
+  finish_products_in_memory(number, turn);
   accesses().after_signal = accesses().after_barrier = false;
-  meet(*block, Call::wait_for_signal);
+  meet_block(Call::wait_for_signal);
   observe(tensor().order);
-  if (turn >= known->done) die(who() + "waits for a signal that never comes");
+  if (turn >= done(number)) die(who() + "waits for a signal that never comes");
 }
 
 void order_before_barrier() {
@@ -1136,7 +1158,7 @@ namespace shim {
 void take_tensor_memory(std::uint32_t* at, int columns) {
   if (!is_shared(at, sizeof *at))
     die(who() + "takes tensor memory without a place for its address");
-  meet(*current->warp, Call::take_tensor_memory);
+  meet_warp(Call::take_tensor_memory);
   if (threadIdx.x % kWarp != 0) return;
   TensorMemory& all = tensor();
   if (all.at) die(who() + "takes tensor memory a second time, which is not emulated");
@@ -1151,7 +1173,7 @@ void take_tensor_memory(std::uint32_t* at, int columns) {
 void return_tensor_memory(std::uint32_t memory, int columns) {
   if (unordered() || !accesses().after_barrier)
     die(who() + "returns tensor memory in no order after its accesses");
-  meet(*current->warp, Call::return_tensor_memory);
+  meet_warp(Call::return_tensor_memory);
   if (threadIdx.x % kWarp != 0) return;
   TensorMemory& all = tensor();
   if (column_of(memory) != all.first || columns != all.columns || !all.begun.empty())
@@ -1171,12 +1193,10 @@ void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const 
   check_columns(d, columns, "multiplies in");
   if (row_of(d) != 0)
     die(who() + "multiplies in rows of tensor memory from " + std::to_string(row_of(d)) + " on");
-  TensorMemory& all = tensor();
-  const int thread = static_cast<int>(threadIdx.x);
-  if (!all.begun.empty() && all.issuer != thread)
+  if (!becomes_issuer())
     die(who() + "begins products beside those of another thread, which is not emulated");
-  all.issuer = thread;
-  if (all.begun.empty() || all.begun.back().signal) {
+  TensorMemory& all = tensor();
+  if (all.begun.empty() || all.begun.back().signal >= 0) {
     ProductsInMemory fresh;
     for (int row = 0; row < kTensorRows; ++row)
       for (int column = 0; column < columns; ++column) {
