@@ -199,6 +199,8 @@ class Shape(NamedTuple):
         even = min(max(self._even_panels(multiprocessors, rows), FEWEST_PANELS), MANY_PANELS)
         even = max(even, min(self._even_panels(multiprocessors, rows, 6), MOST_PANELS))
         panels = up(self.chunk, 32)
+        if MANY_PANELS < even < MOST_PANELS:  # no limit decides: the parts are equal
+            even = up(panels, max(1, panels // even))
         if self.most_parts <= FEW_PARTS:
             return up(panels, up(panels, PART_PANELS))
         return max(even, up(panels, self.most_parts))

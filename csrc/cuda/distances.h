@@ -541,6 +541,7 @@ struct SumsInRegisters {
   }
 };
 
+// Zero for all sums.
 struct NoSums {
   __device__ float at(int, int, int) const { return 0; }
   template <int COUNT>

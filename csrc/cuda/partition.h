@@ -225,8 +225,10 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
   partition.rows = large ? kLargeSumRows : kSumRows;
   // Small parts share the work out evenly, large ones leave fewer partial sums. These matter more
   // if they are so large that few of them fit into memory.
-  const Index even = larger(smaller(larger(even_with(partition.rows), kFewestPanels), kManyPanels),
-                            smaller(even_with(partition.rows, 6), kMostPanels));
+  Index even = larger(smaller(larger(even_with(partition.rows), kFewestPanels), kManyPanels),
+                      smaller(even_with(partition.rows, 6), kMostPanels));
+  // Where no limit decides, parts are equal, so that none is much smaller than the others.
+  if (even > kManyPanels && even < kMostPanels) even = divide_up(panels, larger(1, panels / even));
   const Index fewest = divide_up(panels, kPartPanels);
   partition.part_panels = most.parts <= kFewParts ? divide_up(panels, fewest)
                                                   : larger(even, divide_up(panels, most.parts));

@@ -932,7 +932,7 @@ void publish_shared() { copies().published = true; }
 
 void begin_product(float (&d)[8][4], const std::uint32_t (&a)[4], const void* b, int apart,
                    bool adds) {
-  if (unpublished()) die(who() + "multiplies copies that were not published before a barrier");
+  if (unpublished()) die(who() + "multiplies what was not published before a barrier");
   if (!is_shared(b, apart + 64 * 16) || !on_boundary(b, 16) || apart % 16 != 0)
     die(who() + "multiplies what is not an operand in its block's shared memory");
   Products& mine = products();
@@ -1184,7 +1184,7 @@ void return_tensor_memory(std::uint32_t memory, int columns) {
 
 void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const void* b,
                              int b_apart, int columns, bool adds) {
-  if (unpublished()) die(who() + "multiplies copies that were not published before a barrier");
+  if (unpublished()) die(who() + "multiplies what was not published before a barrier");
   if (unordered() || !accesses().after_barrier)
     die(who() + "multiplies in tensor memory in no order after its accesses");
   if (!is_shared(a, a_apart + kTensorRows * 16) || !is_shared(b, b_apart + columns * 16) ||

@@ -183,9 +183,9 @@ void publish_shared();
 template <int COLUMNS>
 void keep_in_place(float (&)[COLUMNS][4]) {}
 
-// Products in tensor memory are computed when the thread that began them waits for their signal,
-// or later. Until then d is NaN. All threads of a block wait for a signal. What is loaded is NaN
-// until the thread waits for it, and what is stored too.
+// Products in tensor memory are computed when the thread that began them waits for their signal.
+// Until then d is NaN. All threads of a block must wait for a signal, and meet there, which they do
+// not on a GPU. What is loaded is NaN until the thread waits for it, and so is what is stored.
 template <int COLUMNS>
 void take_tensor_memory(std::uint32_t* at) {
   static_assert(COLUMNS >= 32 && COLUMNS <= 512 && (COLUMNS & (COLUMNS - 1)) == 0);

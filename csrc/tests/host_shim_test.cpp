@@ -638,7 +638,7 @@ const Scenario kScenarios[] = {
      [] { launch({"product", {1}, 128, 4096}, product, some_floats, 0); }},
     {"changed operand", "changes an operand of a product that is under way", Finder::shim,
      [] { launch({"product", {1}, 128, 4096}, product, some_floats, 1); }},
-    {"unpublished", "multiplies copies that were not published before a barrier", Finder::shim,
+    {"unpublished", "multiplies what was not published before a barrier", Finder::shim,
      [] { launch({"product", {1}, 128, 4096}, product, some_floats, 2); }},
     {"dropped product", "drops a product that is under way", Finder::shim,
      [] { launch({"product", {1}, 128, 4096}, product, some_floats, 3); }},

@@ -274,6 +274,16 @@ def test_shares_of_lists(run, B, multiprocessors):
     check_longest(found)
 
 
+def test_equal_parts(run):
+    """Six blocks on a multiprocessor would have 18 of 106 panels, and a last one of 16. Five have
+    equal parts of 22, but for rounding."""
+    found = run(clusters(30, 32 * 106 - 5, 40), multiprocessors=1)
+    (sums,) = (one for one in found.model if one.name == "weighted_sum")
+    assert sums.blocks == 5
+    check(found)
+    check_longest(found)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_tiles_without_weights(run, multiprocessors):
     """Blocks have one or two pieces of several rounds. The references of a tile are near each
