@@ -1047,7 +1047,7 @@ def test_products_of_warpgroups_overlap(tile, name, products, groups):
     [
         *((type, H100) for type in ("float32", "Rounded", "BFloat16", "Float16", "uint8")),
         ("float32", devices.B200),
-        ("Rounded", devices.B200),
+        pytest.param("Rounded", devices.B200, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

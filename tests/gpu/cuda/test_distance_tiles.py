@@ -133,7 +133,7 @@ def test_no_value_is_read_before_it_has_arrived(op, shim, architecture, products
         assert sum(counts["refine"]["__shfl_xor_sync"]) == 0
 
 
-@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("architecture", [90, pytest.param(100, marks=pytest.mark.slow)])
 def test_features_that_decay(op, shim, device, architecture):
     """Most of a sum is in its first panels, so each addition of another one in the same float
     rounds nearly all of it. Weights fall between the two nearest references."""
