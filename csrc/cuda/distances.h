@@ -560,7 +560,8 @@ __device__ inline void store_squares(Memory& shared, int part, int first, const 
 }
 
 // Finishes the sums of a tile, total + rest: distances and their minima, or G·y. If SLICED, it
-// stores the sums over a slice of the features. The squares of the references are stored.
+// stores the sums over a slice of the features. The caller has stored the squares of the references
+// in `shared`; the barrier that they need is here.
 template <bool GEFORCE, bool PROJECT, bool SLICED, class Memory, class Total, class Rest, class R>
 __device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const Halves& x,
                                    const Rows<R>& y, const Center& center, const Pairs& out,

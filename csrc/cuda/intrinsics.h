@@ -247,8 +247,8 @@ __device__ inline void signal_products(std::uint64_t* signal) {
       "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at)
       : "memory");
 }
-// Waits for the signal number `turn`, from 0 on. No thread waits for one before the thread has
-// waited for all earlier ones.
+// Waits for the signal number `turn`, from 0 on. A thread must wait for each signal before the next
+// one is sent.
 __device__ inline void wait_for_signal(std::uint64_t* signal, int turn) {
   const auto at = static_cast<std::uint32_t>(__cvta_generic_to_shared(signal));
   std::uint32_t done = 0;
