@@ -174,6 +174,7 @@ INTENTS = {
         for uneven in ("true, true", "true, false", "false, false")
     },
     "warpgroup_sum": Intent(256, products="64x64x16", copies=True),
+    "tensor_memory_sum": Intent(512, products="UTCHMMA", copies=True),
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),
     "finish_moments": Intent(32, blocks=2),

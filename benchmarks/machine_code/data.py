@@ -42,8 +42,8 @@ SEGMENT = 2  # the fewest tiles that a program of ``refine`` searches
 LISTED_TOGETHER = 4  # tiles of a turn of a warp of the CUDA ``find_limits``
 SUM_ROWS, SUM_FEATURES = 32, 128  # of a block of the CUDA ``weighted_sum``
 LARGE_ROWS, LARGE_FROM = 64, 256  # of one with a large group; queries from which on it is
-# Where warpgroups multiply: features of a block; queries of a group, and of a block at least.
-SLICE, WARPGROUP_ROWS = 256, ((128, 512), (64, LARGE_FROM))
+# Where lists are shared out: features of a block; queries of a group, and of all of them at least.
+SLICE, SHARED_ROWS = 256, ((128, 512), (64, LARGE_FROM))
 MOST_GROUPS, SHARE_PANELS = 32, 256  # of a block of queries; of a share, at most
 OF_LIST = 6  # panels that take as long as what a list takes once, in the work that is shared out
 # Panels of 32 references that it sums.
@@ -67,7 +67,7 @@ class Sums(NamedTuple):
     panels: int
     """Panels of 32 listed references of a part, or of a share at least."""
     shares: int = 0
-    """Blocks among which warpgroups share out all lists; 0 if warps find the sums."""
+    """Blocks that share out all lists, with asynchronous products; 0 if warps find the sums."""
 
     @property
     def features(self) -> int:
@@ -156,24 +156,25 @@ class Shape(NamedTuple):
         return (self._shares(card) if forward else None) or self.sums_of_warps(card)
 
     def sums_of_warps(self, card: Device) -> Sums:
-        """The same where warpgroups do not find the sums."""
+        """The same where warps find the sums."""
         rounded = self.type == "Rounded"
-        faster = (rounded and not card.geforce) or self._warpgroups(card)
+        of_warpgroups = card.architecture == 90 and self.is_asynchronous(card)
+        faster = (rounded and not card.geforce) or of_warpgroups
         may = faster and self.halves and not self.backward and self.block >= LARGE_FROM
         enough = self._even_panels(card.sms, LARGE_ROWS) >= FEWEST_PANELS
         rows = LARGE_ROWS if may and enough else SUM_ROWS
         return Sums(rows, self.part_panels(card.sms, rows))
 
-    def _warpgroups(self, card: Device) -> bool:
-        """Whether warpgroups multiply on the card."""
-        return card.architecture == 90 and self.type in ("float32", "Rounded")
+    def is_asynchronous(self, card: Device) -> bool:
+        """Whether products of large tiles, and of sums of many queries, are asynchronous."""
+        return card.architecture in (90, 100) and self.type in ("float32", "Rounded")
 
     def _shares(self, card: Device) -> Sums | None:
-        """How warpgroups share out the lists, if they find the sums."""
+        """How blocks share out the lists, if products are asynchronous."""
         panels, slices = up(self.chunk, 32), up(self.N, SLICE)
-        if not self._warpgroups(card) or self.N < SLICE:
+        if not self.is_asynchronous(card) or self.N < SLICE:
             return None
-        for rows, fewest in WARPGROUP_ROWS:
+        for rows, fewest in SHARED_ROWS:
             if self.block < fewest:
                 continue
             groups = up(self.block, rows)

@@ -62,7 +62,7 @@ class Amount(NamedTuple):
     of_warpgroups: float = 0
     """Matrix instructions of warpgroups for float16 values (64 × 64 × 16), one for each warp."""
     in_tensor_memory: float = 0
-    """Matrix instructions of tensor memory for float16 values (128 × 128 × 16)."""
+    """Matrix instructions of tensor memory for float16 values (128 × 128 × 16 or 128 × 64 × 16)."""
     copied: float = 0
     """Bytes that asynchronous copies read."""
     barriers: float = 0
@@ -152,7 +152,7 @@ def counts(shape: Shape, data: Data, card: Device) -> Iterator[Work]:
 
 def on_card(shape: Shape, card: Device) -> Shape:
     """The shape with the chunks and the errors that a card has."""
-    asynchronous = _warpgroups(shape, card) or _tensor_memory(shape, card)
+    asynchronous = shape.is_asynchronous(card)
     added = asynchronous and shape.type == "float32" and not shape.few
     return shape._replace(references=_chunk(shape, card), added=added)
 
@@ -449,12 +449,12 @@ def _last(project: bool, slabs: int) -> int:
 
 def _warpgroups(shape: Shape, card: Device) -> bool:
     """Whether the largest tiles are those of warpgroups."""
-    return shape.type in ("float32", "Rounded") and card.architecture == 90
+    return card.architecture == 90 and shape.is_asynchronous(card)
 
 
 def _tensor_memory(shape: Shape, card: Device) -> bool:
     """Whether the largest tiles are those of tensor memory."""
-    return shape.type in ("float32", "Rounded") and card.architecture == 100
+    return card.architecture == 100 and shape.is_asynchronous(card)
 
 
 def _warpgroup_products(shape: Shape, queries: int, m: int, tiling: Tiling, project: bool) -> Work:
@@ -719,18 +719,20 @@ def _sum(
     halves = shape.halves and not backward
     size, sums = _SIZES[shape.type], shape.sums(card)
     words, groups, features = up(m, 32), up(queries, sums.rows), up(shape.N, sums.features)
-    found, warps = data["lists"][sums.name], sums.features // 32
+    found, in_memory = data["lists"][sums.name], sums.shares > 0 and card.architecture == 100
+    warps = sums.features // (16 if in_memory else 32)
     panels = found["panels"]
     type_ = shape.type if halves else _stored(shape)
     exact = type_ in ("Float16", "uint8") if halves else type_ != "float32"
-    # A product has 32 features of a warp, 8 queries and 8 terms.
-    products = warps * sums.rows * (2 if exact or type_ == "Rounded" else 3)
+    parts = 2 if exact or type_ == "Rounded" else 3
+    products = warps * sums.rows * parts  # of 32 features of a warp, 8 queries and 8 terms
     of_rows = _PANEL * size * shape.N / features  # the mean of the blocks
     of_weights = 4 * sums.rows * _PANEL
     trip = Amount(
         halves=products / 2 * (halves and not sums.shares),
         tf32=products * (not halves),
-        of_warpgroups=products / 16 * (sums.shares > 0),
+        of_warpgroups=products / 16 * (sums.shares > 0 and not in_memory),
+        in_tensor_memory=4 * parts * in_memory,  # half of the features, and of a panel
         copied=of_rows + of_weights,
         barriers=1,
     )
@@ -750,10 +752,11 @@ def _sum(
     stored = 4 * found["parts"] * queries * shape.N / segments if segments else 0.0
     loops["segments"] = Loop(segments, found["segments, most"], of_segment, stored)
     left_out = found["segments left out"] / sums.shares
-    once = Amount(exchanges=warps * (_OVER_WARP + 1 + 3 * left_out))
+    once = Amount(barriers=2 * in_memory, exchanges=warps * (_OVER_WARP + 1 + 3 * left_out))
     memory = 4 * staged + 2 * _PANEL * SHARE_PANELS + 4 * (warps + sums.rows)
-    name = f"warpgroup_sum<{type_}, {sums.rows}>"
-    return Work("weighted_sum", name, sums.shares, 256, memory, once, loops, moved)
+    memory += 24 * in_memory  # signals, and the address of tensor memory
+    name = f"{'tensor_memory' if in_memory else 'warpgroup'}_sum<{type_}, {sums.rows}>"
+    return Work("weighted_sum", name, sums.shares, 32 * warps, memory, once, loops, moved)
 
 
 def _sum_pitch(size: int, features: int = SUM_FEATURES) -> int:

@@ -157,6 +157,11 @@ __device__ inline void keep_in_place(float (&d)[COLUMNS][4]) {
   for (int n = 0; n < COLUMNS; ++n)
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
 }
+template <int COUNT>
+__device__ inline void keep_in_place(float (&d)[COUNT]) {
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) asm volatile("" : "+f"(d[n])::"memory");
+}
 // Fields of 14 bits count 16 bytes: where b is, from one eight values of a column to the next ones,
 // from eight columns to the next ones. No swizzle.
 __device__ inline std::uint64_t operand_at(const void* b, int apart) {
@@ -221,6 +226,12 @@ __device__ inline bool is_elected() {
   return elected != 0;
 }
 
+// What instructions are told of an operand, beside its place, and of a product of 128 rows.
+constexpr std::uint64_t kTensorOperand = std::uint64_t{1} << 46;  // the version of its fields
+template <int COLUMNS>
+constexpr std::uint32_t kTensorProduct =
+    1 << 4 /* sums in float32 */ | COLUMNS / 8 << 17 | 128 / 16 << 24;
+
 // d += a b, or d = a b if it does not add, for 128 rows and COLUMNS columns of d, which begin at an
 // address of tensor memory. a is 128 × 16 and b is 16 × COLUMNS, both float16 in shared memory:
 // eight values of a row of a, or of a column of b, follow each other, for all rows or columns. The
@@ -230,14 +241,23 @@ __device__ inline bool is_elected() {
 template <int COLUMNS>
 __device__ inline void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart,
                                                const void* b, int b_apart, bool adds) {
-  constexpr std::uint64_t kVersion = std::uint64_t{1} << 46;  // of the fields of tcgen05
-  constexpr std::uint32_t kSumsInFloat = 1 << 4, kRows = 128 / 16 << 24;
-  constexpr std::uint32_t kColumns = COLUMNS / 8 << 17;
   asm volatile(
       "{.reg .pred adds; setp.ne.b32 adds, %4, 0; "
       "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, adds;}" ::"r"(d),
-      "l"(operand_at(a, a_apart) | kVersion), "l"(operand_at(b, b_apart) | kVersion),
-      "r"(kSumsInFloat | kRows | kColumns), "r"(static_cast<int>(adds))
+      "l"(operand_at(a, a_apart) | kTensorOperand), "l"(operand_at(b, b_apart) | kTensorOperand),
+      "r"(kTensorProduct<COLUMNS>), "r"(static_cast<int>(adds))
+      : "memory");
+}
+// The same with a in tensor memory: 128 rows of 8 columns from this address on, two values in each,
+// the first in its lower half.
+template <int COLUMNS>
+__device__ inline void begin_product_in_memory(std::uint32_t d, std::uint32_t a, const void* b,
+                                               int b_apart, bool adds) {
+  asm volatile(
+      "{.reg .pred adds; setp.ne.b32 adds, %4, 0; "
+      "tcgen05.mma.cta_group::1.kind::f16 [%0], [%1], %2, %3, adds;}" ::"r"(d),
+      "r"(a), "l"(operand_at(b, b_apart) | kTensorOperand), "r"(kTensorProduct<COLUMNS>),
+      "r"(static_cast<int>(adds))
       : "memory");
 }
 // The signal comes when all products are done that this thread has begun.
@@ -292,6 +312,30 @@ __device__ inline void store_tensor_memory(std::uint32_t to, const float (&d)[4]
       "f"(d[0][1]), "f"(d[0][2]), "f"(d[0][3]), "f"(d[1][0]), "f"(d[1][1]), "f"(d[1][2]),
       "f"(d[1][3]), "f"(d[2][0]), "f"(d[2][1]), "f"(d[2][2]), "f"(d[2][3]), "f"(d[3][0]),
       "f"(d[3][1]), "f"(d[3][2]), "f"(d[3][3]), "r"(to)
+      : "memory");
+}
+// Loads 32 rows and 32 columns: a lane has a row of its warp, from the first one on, which the
+// address gives.
+__device__ inline void load_tensor_memory(float (&d)[32], std::uint32_t from) {
+  asm volatile(
+      "tcgen05.ld.sync.aligned.32x32b.x32.b32 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, [%32];"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]),
+        "=f"(d[7]), "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]),
+        "=f"(d[14]), "=f"(d[15]), "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]),
+        "=f"(d[21]), "=f"(d[22]), "=f"(d[23]), "=f"(d[24]), "=f"(d[25]), "=f"(d[26]), "=f"(d[27]),
+        "=f"(d[28]), "=f"(d[29]), "=f"(d[30]), "=f"(d[31])
+      : "r"(from)
+      : "memory");
+}
+// Stores 32 rows and 16 columns in the same way.
+__device__ inline void store_tensor_memory(std::uint32_t to, const std::uint32_t (&d)[16]) {
+  asm volatile(
+      "tcgen05.st.sync.aligned.32x32b.x16.b32 [%16], "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15};" ::"r"(d[0]),
+      "r"(d[1]), "r"(d[2]), "r"(d[3]), "r"(d[4]), "r"(d[5]), "r"(d[6]), "r"(d[7]), "r"(d[8]),
+      "r"(d[9]), "r"(d[10]), "r"(d[11]), "r"(d[12]), "r"(d[13]), "r"(d[14]), "r"(d[15]), "r"(to)
       : "memory");
 }
 __device__ inline void wait_loads() { asm volatile("tcgen05.wait::ld.sync.aligned;" ::: "memory"); }

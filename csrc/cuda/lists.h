@@ -13,10 +13,10 @@
 namespace pfgm {
 namespace {
 
-// Queries of a small, a large and a very large group; features of a block of the sums of
-// warpgroups.
+// Queries of a small, a large and a very large group; features of a block that takes a share
+// of the lists.
 constexpr int kSumRows = 32, kLargeSumRows = 64, kLargestSumRows = 128;
-constexpr int kWarpgroupSumFeatures = 256;
+constexpr int kShareFeatures = 256;
 constexpr Index kMostReferences = 1 << 16;  // of a chunk, for places of 16 bits
 constexpr int kRankedQueries = 16;          // of a block of order_queries
 constexpr Index kLargeFrom = 256;           // queries of a block from which on groups are large
@@ -87,8 +87,8 @@ struct Parts {
   float* sums;  // (parts, queries, features); only parts with a listed reference are written
   int* counts;  // (slices, queries): how many are written
   int queries;
-  int slices;  // of kWarpgroupSumFeatures features with parts of their own, or one of all features
-  int panels;  // of listed references in a part; of warpgroups, in a share at least
+  int slices;  // of kShareFeatures features with parts of their own, or one of all features
+  int panels;  // of listed references in a part; at least in a share of lists (cuda/list_shares.h)
 };
 
 // How many weights of a query are not zero.
@@ -338,7 +338,7 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
 // The list of a group, and the weights of what is listed. All blocks of a group find which
 // references are listed, and share out the panels of their list. If UNEVEN, groups that may have
 // longer lists have more blocks. With ORDER these find the order first. If HALVES, weights are
-// words of both_halves. If OPERANDS, warpgroups find the sums.
+// words of both_halves. If OPERANDS, products of the sums are asynchronous.
 //
 // If a multiprocessor needs to hold two blocks only, threads have registers for more loads at a
 // time.

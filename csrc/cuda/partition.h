@@ -2,7 +2,7 @@
 // into tiles, slices of the features, and parts of lists.
 #pragma once
 #include "api/posterior_mean.h"
-#include "cuda/warpgroup_sums.h"
+#include "cuda/list_shares.h"
 
 namespace pfgm {
 namespace {
@@ -152,10 +152,10 @@ Index chunk_of(Index queries, Index references, Index features, Index most, int 
   return best;
 }
 
-// How blocks share out the lists of groups of queries whose sums warpgroups find. There are so many
-// blocks that no share has more than kSharePanels.
+// How blocks share out the lists of groups of queries whose sums have asynchronous products. There
+// are so many blocks that no share has more than kSharePanels.
 struct Shares {
-  int rows;             // queries of a group; 0 if warpgroups find no sums
+  int rows;             // queries of a group; 0 if lists are not shared out
   Index blocks, parts;  // parts of a list, at most
   Index least;          // panels of a share
 };
@@ -171,19 +171,18 @@ struct Partition {
   bool halves;                        // whether weighted sums multiply float16 parts
 };
 
-// Groups of the sums of warpgroups, and from how many queries on. Fewer queries wait for memory, or
-// their lists become much longer.
-struct WarpgroupGroups {
+// Groups of such sums, and from how many queries on. Fewer queries wait for memory, or their lists
+// become much longer.
+struct SharedGroups {
   int rows;
   Index queries;
 };
-constexpr WarpgroupGroups kWarpgroupGroupSizes[] = {{kLargestSumRows, 512},
-                                                    {kLargeSumRows, kLargeFrom}};
+constexpr SharedGroups kSharedGroups[] = {{kLargestSumRows, 512}, {kLargeSumRows, kLargeFrom}};
 
 // The shares with groups of `rows` queries. The parts of a list are at most `most_parts`.
 Shares shares_of(const Partition& partition, Index features, int rows, Index most_parts,
                  int multiprocessors) {
-  const Index slices = divide_up(features, kWarpgroupSumFeatures);
+  const Index slices = divide_up(features, kShareFeatures);
   const Index groups = divide_up(partition.queries, rows), panels = partition.stride / kPanel;
   const Index lists = groups * slices;
   const bool enough = lists * panels >= kFewestPanels * kFewestPanels * multiprocessors;
@@ -198,10 +197,10 @@ Shares shares_of(const Partition& partition, Index features, int rows, Index mos
   return {rows, blocks, divide_up(panels - 1, least) + 1, least};
 }
 
-// `large` says whether the sums may take large groups of queries, `warpgroups` whether warpgroups
-// can find them.
+// `large` says whether the sums may take large groups of queries, `asynchronous` whether they may
+// have asynchronous products.
 Partition partition_of(const Problem& problem, const Bounds& most, int multiprocessors,
-                       bool backward, bool large, bool warpgroups, bool rounded,
+                       bool backward, bool large, bool asynchronous, bool rounded,
                        const TilingCosts& costs) {
   Partition partition = {};
   partition.queries = most.queries;
@@ -234,8 +233,8 @@ Partition partition_of(const Problem& problem, const Bounds& most, int multiproc
                                                   : larger(even, divide_up(panels, most.parts));
   partition.parts = divide_up(panels, partition.part_panels);
   // The workspace is the same where the weights have no halves.
-  if (warpgroups && !backward && problem.features >= kWarpgroupSumFeatures)
-    for (const WarpgroupGroups& size : kWarpgroupGroupSizes)
+  if (asynchronous && !backward && problem.features >= kShareFeatures)
+    for (const SharedGroups& size : kSharedGroups)
       if (partition.shares.rows == 0 && partition.queries >= size.queries)
         partition.shares =
             shares_of(partition, problem.features, size.rows, most.parts, multiprocessors);

@@ -16,6 +16,8 @@
 #include "cuda/launch.h"
 #include "cuda/partition.h"
 #include "cuda/tensor_memory_distances.h"
+#include "cuda/tensor_memory_sums.h"
+#include "cuda/warpgroup_sums.h"
 
 namespace pfgm {
 namespace {
@@ -88,11 +90,11 @@ class Calculation {
             problem,
             bounds_of(problem,
                       backward ? limits.pairs : pairs_of_chunk(stream.l2_cache(), geforce_)),
-            stream.multiprocessors(), backward, large_groups(), warpgroups(), kRounded<R>,
+            stream.multiprocessors(), backward, large_groups(), is_asynchronous(), kRounded<R>,
             costs())),
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few,
-                        has_asynchronous_tiles() && !kRounded<R> && !partition_.few,
+                        is_asynchronous() && !kRounded<R> && !partition_.few,
                         backward || kept.bytes > 0)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
@@ -126,7 +128,7 @@ class Calculation {
     // Weighted sums are made after all distances of a chunk, from which on its slices are not
     // needed.
     slices_.products = parts_.sums;
-    const Index slices = divide_up(problem.features, kWarpgroupSumFeatures);
+    const Index slices = divide_up(problem.features, kShareFeatures);
     parts_.counts = arena_.take<int>(queries * (partition_.shares.rows > 0 ? slices : 1));
     // There is room for small groups, of which there are more.
     const Index groups = divide_up(queries, kSumRows);
@@ -406,23 +408,23 @@ class Calculation {
   // Queries of the largest groups of the sums.
   Index most_rows() const { return larger(partition_.rows, partition_.shares.rows); }
 
-  // Whether warpgroups find the large tiles, and sums.
-  bool warpgroups() const { return sizeof(R) == sizeof(float) && warpgroups_; }
-  // Whether products of the large tiles are asynchronous. These tiles take aligned rows alone. One
-  // float adds up several panels, unless references are Rounded.
-  bool has_asynchronous_tiles() const {
+  // Whether products of the large tiles, and of the sums of many queries, are asynchronous. These
+  // take aligned rows alone. One float adds up several panels of such a tile, unless references are
+  // Rounded.
+  bool is_asynchronous() const {
     return sizeof(R) == sizeof(float) && (warpgroups_ || tensor_memory_);
   }
   const TilingCosts& costs() const {
-    if (warpgroups()) return kRounded<R> ? kRoundedWarpgroupCosts : kWarpgroupCosts;
-    if (has_asynchronous_tiles())
+    if (is_asynchronous()) {
+      if (warpgroups_) return kRounded<R> ? kRoundedWarpgroupCosts : kWarpgroupCosts;
       return kRounded<R> ? kRoundedTensorMemoryCosts : kTensorMemoryCosts;
+    }
     if (geforce_) return kRounded<R> ? kRoundedGeforceCosts : kGeforceCosts;
     return kRounded<R> ? kRoundedCosts : kCosts;
   }
   Tiling tiling(Index queries, Index references, bool aligned, Index room) const {
     const bool small = queries * center_.width < Index{1} << 31;  // 32 bits count its values
-    const bool large = !has_asynchronous_tiles() || (aligned && small);
+    const bool large = !is_asynchronous() || (aligned && small);
     const int most_queries = large ? kLargestTile : 64;
     return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
                      costs(), most_queries, room);
@@ -480,7 +482,7 @@ class Calculation {
   template <bool HALVES>
   void sum(bool first_chunk, float divisor) {
     if constexpr (HALVES && kLargeGroups<R>) {
-      const int shared = y().aligned ? partition_.shares.rows : 0;  // warpgroups take no others
+      const int shared = y().aligned ? partition_.shares.rows : 0;
       if (shared == kLargestSumRows) return sum_shares<kLargestSumRows>(first_chunk, divisor);
       if (shared == kLargeSumRows) return sum_shares<kLargeSumRows>(first_chunk, divisor);
       if (partition_.rows == kLargeSumRows)
@@ -503,12 +505,18 @@ class Calculation {
 
   template <int ROWS>
   void sum_shares(bool first_chunk, float divisor) {
-    using Memory = WarpgroupSumMemory<R, ROWS>;
-    const Shares& shares = partition_.shares;
-    parts_.slices = static_cast<int>(divide_up(features_, kWarpgroupSumFeatures));
-    parts_.panels = static_cast<int>(shares.least);
+    parts_.slices = static_cast<int>(divide_up(features_, kShareFeatures));
+    parts_.panels = static_cast<int>(partition_.shares.least);
     list<ROWS, true, true>(first_chunk);
-    run("weighted_sum", {shares.blocks}, Memory::kThreads, sizeof(Memory), warpgroup_sum<R, ROWS>,
+    if (warpgroups_)
+      sum_shares<WarpgroupSumMemory<R, ROWS>, ROWS>(warpgroup_sum<R, ROWS>, divisor);
+    else
+      sum_shares<TensorMemorySumMemory<R, ROWS>, ROWS>(tensor_memory_sum<R, ROWS>, divisor);
+  }
+
+  template <class Memory, int ROWS, class Kernel>
+  void sum_shares(Kernel* kernel, float divisor) const {
+    run("weighted_sum", {partition_.shares.blocks}, Memory::kThreads, sizeof(Memory), kernel,
         y<R>(), features_, center_.value_scale, 1 / (kWeightUnit * divisor), order_of<ROWS>(),
         lists_, parts_);
   }

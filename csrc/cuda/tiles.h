@@ -323,7 +323,7 @@ __device__ inline float weight_of_halves(const float* weights, int query, int re
   return of(1) + of(0);
 }
 
-// For the products of warpgroups a panel has the weights of ROWS queries in other places, in words
+// For asynchronous products a panel has the weights of ROWS queries in other places, in words
 // of two halves: as operands (begin_product) of 16 references, first low halves and then high ones.
 // The words from operand_place on have references 16 step + t and 16 step + t + 4, t < 4; those
 // from kOperandStep after it the ones that come 8 later.

@@ -227,7 +227,7 @@ template <int WIDTH>
 __device__ inline void sum_parts(const Parts& parts, Index query, int feature, Index features,
                                  float (&sum)[WIDTH]) {
   const Index at = query * features + feature;
-  const int slice = parts.slices > 1 ? feature / kWarpgroupSumFeatures : 0;
+  const int slice = parts.slices > 1 ? feature / kShareFeatures : 0;
   const int count = parts.counts[slice * static_cast<Index>(parts.queries) + query];
   for (float& value : sum) value = 0;
 #pragma unroll 4

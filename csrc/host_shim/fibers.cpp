@@ -201,6 +201,7 @@ struct ProductInMemory {
   const char *a, *b;
   int a_apart, b_apart, columns;
   bool adds;
+  std::uint32_t a_in_memory;  // if a is null
 };
 
 // Products that follow each other with the same sums.
@@ -210,12 +211,21 @@ struct ProductsInMemory {
   int signal = -1;         // the number of the one that was sent after them
 };
 
+struct ColumnRange {
+  int first, end;
+};
+
 struct Signal {
   const std::uint64_t* at;
   int sent, done;
+  int wanted;                // how many threads wait for
+  int known;                 // how many a thread had waited for before a barrier
+  ColumnRange sums, values;  // in tensor memory, of the products that it says are done
+  alignas(8) char order[8];  // ThreadSanitizer uses its address only
 };
 
 constexpr int kTensorRows = 128, kTensorColumns = 512, kMostSignals = 4;
+constexpr int kValueColumns = 8;  // of an operand
 
 // The tensor memory that a block has taken, and its products there.
 struct TensorMemory {
@@ -224,7 +234,6 @@ struct TensorMemory {
   int issuer = -1;                     // the thread that began products
   std::deque<ProductsInMemory> begun;  // and are not done
   Signal signals[kMostSignals] = {};
-  alignas(8) char order[8] = {};  // ThreadSanitizer uses its address only
 };
 
 struct Block : Meeting {
@@ -485,15 +494,22 @@ NO_TSAN void set_products(Products* products) { current->products = products; }
 
 // ---- accesses of tensor memory --------------------------------------------------------------
 
-using TensorColumns = float[4][4];
+// Which values of tensor memory a lane accesses: those of a row, or of two rows as products of
+// warps have them.
+enum class Places { of_row, of_product };
 
+struct TensorPlaces {
+  std::uint32_t first;
+  int values;  // of a lane
+  Places places;
+};
 struct TensorLoad {
-  TensorColumns* d;
-  std::uint32_t from;
+  TensorPlaces from;
+  float* d;
 };
 struct TensorStore {
-  std::uint32_t to;
-  TensorColumns d;
+  TensorPlaces to;
+  std::vector<float> d;
 };
 
 struct TensorAccesses {
@@ -502,6 +518,7 @@ struct TensorAccesses {
   bool ordered = true;                               // before the next barrier
   bool after_barrier = false, after_signal = false;  // order_after_barrier was called since then
   int waited[kMostSignals] = {};                     // times that this thread waited for signals
+  int known[kMostSignals] = {};  // how many it knows of, from others before a barrier too
 };
 
 NO_TSAN TensorAccesses& accesses() { return *current->tensor; }
@@ -987,26 +1004,45 @@ void check_columns(std::uint32_t address, int columns, const char* what) {
     die(who() + what + " tensor memory that its block does not have");
 }
 
-void check_rows(std::uint32_t address) {
+void check_rows(std::uint32_t address, int rows) {
   const int row = row_of(address);
-  if (row / 32 != static_cast<int>(threadIdx.x / kWarp % 4) || row % 16 != 0)
+  if (row / 32 != static_cast<int>(threadIdx.x / kWarp % 4) || row % rows != 0)
     die(who() + "accesses rows of tensor memory from " + std::to_string(row) + " on");
 }
 
-// Calls each(value of a lane, where it is) for 16 rows and 32 columns.
+// Calls each(value of a lane, where it is).
 template <class Each>
-void for_values(TensorColumns& d, std::uint32_t address, const Each& each) {
+void for_values(float* d, const TensorPlaces& at, const Each& each) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-  for (int n = 0; n < 4; ++n)
-    for (int e = 0; e < 4; ++e)
-      each(d[n][e], tensor_at(row_of(address) + g + 8 * (e / 2),
-                              column_of(address) + 8 * n + 2 * t + e % 2));
+  for (int i = 0; i < at.values; ++i) {
+    const int n = i / 4, e = i % 4;
+    const bool of_row = at.places == Places::of_row;
+    const int row = of_row ? lane : g + 8 * (e / 2), column = of_row ? i : 8 * n + 2 * t + e % 2;
+    each(d[i], tensor_at(row_of(at.first) + row, column_of(at.first) + column));
+  }
 }
 
-void begin_access(std::uint32_t address, Call call) {
+bool overlap(ColumnRange a, ColumnRange b) { return a.first < b.end && b.first < a.end; }
+
+// Whether products that are done had their sums there, or their values if this thread stores, and
+// it does not know that they are done: neither it nor another thread before a barrier has waited.
+NO_TSAN bool are_unknown(ColumnRange columns, bool stores) {
+  for (int i = 0; i < kMostSignals; ++i) {
+    const Signal& signal = block->tensor.signals[i];
+    if (std::max(accesses().known[i], accesses().waited[i]) >= signal.done) continue;
+    if (overlap(columns, signal.sums) || (stores && overlap(columns, signal.values))) return true;
+  }
+  return false;
+}
+
+void begin_access(const TensorPlaces& at, Call call) {
   if (!accesses().after_signal) die(who() + "calls " + name(call) + " in no order after a signal");
-  check_columns(address, 32, "accesses");
-  check_rows(address);
+  const bool of_row = at.places == Places::of_row;
+  check_columns(at.first, of_row ? at.values : 2 * at.values, "accesses");
+  check_rows(at.first, of_row ? 32 : 16);
+  const int first = column_of(at.first), end = first + (of_row ? at.values : 2 * at.values);
+  if (are_unknown({first, end}, call == Call::store_tensor_memory))
+    die(who() + "calls " + name(call) + " and has not waited for the products there");
   accesses().ordered = false;
   meet_warp(call);
 }
@@ -1023,9 +1059,22 @@ std::vector<float> operand(const char* at, int apart, int rows) {
   return values;
 }
 
+// The same of an operand in tensor memory.
+std::vector<float> operand_in_memory(std::uint32_t at) {
+  std::vector<float> values(static_cast<std::size_t>(kTensorRows) * 16);
+  for (int row = 0; row < kTensorRows; ++row)
+    for (int k = 0; k < 16; ++k) {
+      const std::uint32_t word = bits_of(tensor_at(row, column_of(at) + k / 2));
+      values[static_cast<std::size_t>(row) * 16 + k] =
+          half_to_float(static_cast<std::uint16_t>(word >> 16 * (k % 2)));
+    }
+  return values;
+}
+
 // Operands are read when the thread that began the product waits for the signal and not before.
 void finish_in_memory(const ProductInMemory& product) {
-  const std::vector<float> a = operand(product.a, product.a_apart, kTensorRows);
+  const std::vector<float> a = product.a ? operand(product.a, product.a_apart, kTensorRows)
+                                         : operand_in_memory(product.a_in_memory);
   const std::vector<float> b = operand(product.b, product.b_apart, product.columns);
   for (int row = 0; row < kTensorRows; ++row)
     for (int column = 0; column < product.columns; ++column) {
@@ -1051,7 +1100,22 @@ NO_TSAN void name_signal(int number, const std::uint64_t* at) {
 NO_TSAN int sent(int number) { return block->tensor.signals[number].sent; }
 NO_TSAN int done(int number) { return block->tensor.signals[number].done; }
 NO_TSAN void count_sent(int number) { ++block->tensor.signals[number].sent; }
-NO_TSAN void count_done(int number) { ++block->tensor.signals[number].done; }
+char* order_of(int number) { return block->tensor.signals[number].order; }
+// The products of a signal are done.
+NO_TSAN void count_done(int number, ColumnRange sums, ColumnRange values) {
+  Signal& signal = block->tensor.signals[number];
+  ++signal.done;
+  signal.sums = sums, signal.values = values;
+}
+NO_TSAN void want(int number, int turn) {
+  int& wanted = block->tensor.signals[number].wanted;
+  if (wanted <= turn) wanted = turn + 1;
+}
+NO_TSAN bool wants_more() {
+  for (const Signal& signal : block->tensor.signals)
+    if (signal.done < signal.wanted) return true;
+  return false;
+}
 NO_TSAN bool is_issuer() { return block->tensor.issuer == static_cast<int>(threadIdx.x); }
 // Makes this thread the one that begins products, unless another one is.
 NO_TSAN bool becomes_issuer() {
@@ -1059,11 +1123,12 @@ NO_TSAN bool becomes_issuer() {
   return is_issuer();
 }
 
-// Computes products in the order in which they were begun, up to those before a signal.
-void finish_products_in_memory(int last, int turn) {
+// Computes products in the order in which they were begun, up to those before all signals for which
+// threads wait.
+void finish_products_in_memory() {
   if (!is_issuer()) return;
   TensorMemory& all = tensor();
-  while (done(last) <= turn && !all.begun.empty() && all.begun.front().signal >= 0) {
+  while (wants_more() && !all.begun.empty() && all.begun.front().signal >= 0) {
     const ProductsInMemory& products = all.begun.front();
     const ProductInMemory& first = products.all.front();
     if (first.adds)
@@ -1072,13 +1137,71 @@ void finish_products_in_memory(int last, int turn) {
           tensor_at(row, column_of(first.d) + column) =
               products.was[static_cast<std::size_t>(row) * first.columns + column];
     for (const ProductInMemory& product : products.all) finish_in_memory(product);
-    count_done(products.signal);
+    ColumnRange values = {kTensorColumns, 0};
+    for (const ProductInMemory& product : products.all)
+      if (!product.a) {
+        const int at = column_of(product.a_in_memory);
+        values = {std::min(values.first, at), std::max(values.end, at + kValueColumns)};
+      }
+    const int sums = column_of(first.d);
+    count_done(products.signal, {sums, sums + first.columns}, values);
+    publish(order_of(products.signal));
     all.begun.pop_front();
   }
-  publish(all.order);
 }
 
 NO_TSAN bool unordered() { return block->unordered; }
+
+void begin_load(const TensorPlaces& from, float* d) {
+  begin_access(from, Call::load_tensor_memory);
+  std::memset(d, 0xff, sizeof *d * static_cast<unsigned>(from.values));
+  accesses().loads.push_back({from, d});
+}
+
+// `values` are 32 bits each, of any type.
+void begin_store(const TensorPlaces& to, const void* values) {
+  begin_access(to, Call::store_tensor_memory);
+  TensorStore store = {to, std::vector<float>(static_cast<std::size_t>(to.values))};
+  std::memcpy(store.d.data(), values, sizeof(float) * store.d.size());
+  for_values(store.d.data(), to, [](float, float& at) { at = NAN; });
+  accesses().stores.push_back(store);
+}
+
+void check_first_row(std::uint32_t address) {
+  if (row_of(address) != 0)
+    die(who() + "multiplies in rows of tensor memory from " + std::to_string(row_of(address)) +
+        " on");
+}
+
+void begin_in_memory(const ProductInMemory& product) {
+  if (unpublished()) die(who() + "multiplies what was not published before a barrier");
+  if (unordered() || !accesses().after_barrier)
+    die(who() + "multiplies in tensor memory in no order after its accesses");
+  if (!is_shared(product.b, product.b_apart + product.columns * 16) ||
+      !on_boundary(product.b, 16) || product.b_apart % 16 != 0)
+    die(who() + "multiplies what is not an operand in its block's shared memory");
+  check_columns(product.d, product.columns, "multiplies in");
+  check_first_row(product.d);
+  if (!becomes_issuer())
+    die(who() + "begins products beside those of another thread, which is not emulated");
+  TensorMemory& all = tensor();
+  if (all.begun.empty() || all.begun.back().signal >= 0) {
+    ProductsInMemory fresh;
+    for (int row = 0; row < kTensorRows; ++row)
+      for (int column = 0; column < product.columns; ++column) {
+        float& value = tensor_at(row, column_of(product.d) + column);
+        if (product.adds) fresh.was.push_back(value);
+        value = NAN;
+      }
+    all.begun.push_back(fresh);
+  }
+  std::vector<ProductInMemory>& products = all.begun.back().all;
+  if (!products.empty() &&
+      (product.d != products.front().d || product.columns != products.front().columns))
+    die(who() + "changes the sums of products without a signal, which is not emulated");
+  count_call(Call::begin_product_in_memory);
+  products.push_back(product);
+}
 
 }  // namespace
 
@@ -1113,10 +1236,12 @@ void wait_for_signal(std::uint64_t* signal, int turn) {
   const int number = signal ? number_of_signal(signal) : -1;
   if (number < 0) die(who() + "waits for a signal that was not started");
   if (turn != accesses().waited[number]++) die(who() + "waits for signals out of order");
-  finish_products_in_memory(number, turn);
   accesses().after_signal = accesses().after_barrier = false;
+  want(number, turn);
   meet_block(Call::wait_for_signal);
-  observe(tensor().order);
+  finish_products_in_memory();
+  meet_block(Call::wait_for_signal);
+  observe(order_of(number));
   if (turn >= done(number)) die(who() + "waits for a signal that never comes");
 }
 
@@ -1128,28 +1253,28 @@ void order_before_barrier() {
 void order_after_barrier() { accesses().after_barrier = accesses().after_signal = true; }
 
 void load_tensor_memory(float (&d)[4][4], std::uint32_t from) {
-  begin_access(from, Call::load_tensor_memory);
-  std::memset(d, 0xff, sizeof d);
-  accesses().loads.push_back({&d, from});
+  begin_load({from, 16, Places::of_product}, &d[0][0]);
+}
+void load_tensor_memory(float (&d)[32], std::uint32_t from) {
+  begin_load({from, 32, Places::of_row}, d);
 }
 
 void store_tensor_memory(std::uint32_t to, const float (&d)[4][4]) {
-  begin_access(to, Call::store_tensor_memory);
-  TensorStore store = {to, {}};
-  std::memcpy(store.d, d, sizeof d);
-  for_values(store.d, to, [](float, float& at) { at = NAN; });
-  accesses().stores.push_back(store);
+  begin_store({to, 16, Places::of_product}, &d[0][0]);
+}
+void store_tensor_memory(std::uint32_t to, const std::uint32_t (&d)[16]) {
+  begin_store({to, 16, Places::of_row}, d);
 }
 
 void wait_loads() {
   for (const TensorLoad& load : accesses().loads)
-    for_values(*load.d, load.from, [](float& value, const float& at) { value = at; });
+    for_values(load.d, load.from, [](float& value, const float& at) { value = at; });
   accesses().loads.clear();
 }
 
 void wait_stores() {
   for (TensorStore& store : accesses().stores)
-    for_values(store.d, store.to, [](float value, float& at) { at = value; });
+    for_values(store.d.data(), store.to, [](float value, float& at) { at = value; });
   accesses().stores.clear();
 }
 
@@ -1184,34 +1309,17 @@ void return_tensor_memory(std::uint32_t memory, int columns) {
 
 void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const void* b,
                              int b_apart, int columns, bool adds) {
-  if (unpublished()) die(who() + "multiplies what was not published before a barrier");
-  if (unordered() || !accesses().after_barrier)
-    die(who() + "multiplies in tensor memory in no order after its accesses");
-  if (!is_shared(a, a_apart + kTensorRows * 16) || !is_shared(b, b_apart + columns * 16) ||
-      !on_boundary(a, 16) || !on_boundary(b, 16) || a_apart % 16 != 0 || b_apart % 16 != 0)
+  if (!is_shared(a, a_apart + kTensorRows * 16) || !on_boundary(a, 16) || a_apart % 16 != 0)
     die(who() + "multiplies what is not an operand in its block's shared memory");
-  check_columns(d, columns, "multiplies in");
-  if (row_of(d) != 0)
-    die(who() + "multiplies in rows of tensor memory from " + std::to_string(row_of(d)) + " on");
-  if (!becomes_issuer())
-    die(who() + "begins products beside those of another thread, which is not emulated");
-  TensorMemory& all = tensor();
-  if (all.begun.empty() || all.begun.back().signal >= 0) {
-    ProductsInMemory fresh;
-    for (int row = 0; row < kTensorRows; ++row)
-      for (int column = 0; column < columns; ++column) {
-        float& value = tensor_at(row, column_of(d) + column);
-        if (adds) fresh.was.push_back(value);
-        value = NAN;
-      }
-    all.begun.push_back(fresh);
-  }
-  std::vector<ProductInMemory>& products = all.begun.back().all;
-  if (!products.empty() && (d != products.front().d || columns != products.front().columns))
-    die(who() + "changes the sums of products without a signal, which is not emulated");
-  count_call(Call::begin_product_in_memory);
-  products.push_back({d, static_cast<const char*>(a), static_cast<const char*>(b), a_apart, b_apart,
-                      columns, adds});
+  begin_in_memory({d, static_cast<const char*>(a), static_cast<const char*>(b), a_apart, b_apart,
+                   columns, adds, 0});
+}
+
+void begin_product_in_memory(std::uint32_t d, std::uint32_t a, const void* b, int b_apart,
+                             int columns, bool adds) {
+  check_columns(a, kValueColumns, "multiplies values in");
+  check_first_row(a);
+  begin_in_memory({d, nullptr, static_cast<const char*>(b), 0, b_apart, columns, adds, a});
 }
 
 }  // namespace shim
@@ -1219,12 +1327,25 @@ void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const 
 
 using namespace pfgm::shim;
 
+// What is known of signals before a barrier, and after it.
+NO_TSAN static void tell_signals() {
+  for (int i = 0; i < kMostSignals; ++i) {
+    int& known = block->tensor.signals[i].known;
+    known = std::max(known, accesses().waited[i]);
+  }
+}
+NO_TSAN static void learn_signals() {
+  for (int i = 0; i < kMostSignals; ++i) accesses().known[i] = block->tensor.signals[i].known;
+}
+
 NO_TSAN void __syncthreads() {
   unsigned& votes = block->votes[block->number & 1];
   if (!copies().published) votes |= 1;
   if (!accesses().ordered) votes |= 2;
   accesses().after_barrier = false;
+  tell_signals();
   const unsigned half = meet_in_order(*block, Call::syncthreads);
+  learn_signals();
   block->unpublished = (block->votes[half] & 1) != 0;
   copies().published = false;  // what a thread writes from now on
   block->unordered = (block->votes[half] & 2) != 0;

@@ -102,6 +102,8 @@ void take_tensor_memory(std::uint32_t* at, int columns);
 void return_tensor_memory(std::uint32_t memory, int columns);
 void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const void* b,
                              int b_apart, int columns, bool adds);
+void begin_product_in_memory(std::uint32_t d, std::uint32_t a, const void* b, int b_apart,
+                             int columns, bool adds);
 
 template <class T>
 T shuffle(Call call, unsigned mask, T mine, unsigned source) {
@@ -182,10 +184,13 @@ void wait_products() {
 void publish_shared();
 template <int COLUMNS>
 void keep_in_place(float (&)[COLUMNS][4]) {}
+template <int COUNT>
+void keep_in_place(float (&)[COUNT]) {}
 
-// Products in tensor memory are computed when the thread that began them waits for their signal.
-// Until then d is NaN. All threads of a block must wait for a signal, and meet there, which they do
-// not on a GPU. What is loaded is NaN until the thread waits for it, and so is what is stored.
+// Products in tensor memory are computed when a thread waits for their signal. Until then d is NaN.
+// All threads of a block must wait at the same time, each for any signal, and meet there, which
+// they do not on a GPU. What is loaded is NaN until the thread waits for it, and so is what is
+// stored.
 template <int COLUMNS>
 void take_tensor_memory(std::uint32_t* at) {
   static_assert(COLUMNS >= 32 && COLUMNS <= 512 && (COLUMNS & (COLUMNS - 1)) == 0);
@@ -202,12 +207,19 @@ void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart, const 
                              int b_apart, bool adds) {
   shim::begin_product_in_memory(d, a, a_apart, b, b_apart, COLUMNS, adds);
 }
+template <int COLUMNS>
+void begin_product_in_memory(std::uint32_t d, std::uint32_t a, const void* b, int b_apart,
+                             bool adds) {
+  shim::begin_product_in_memory(d, a, b, b_apart, COLUMNS, adds);
+}
 void signal_products(std::uint64_t* signal);
 void wait_for_signal(std::uint64_t* signal, int turn);
 void order_before_barrier();
 void order_after_barrier();
 void load_tensor_memory(float (&d)[4][4], std::uint32_t from);
+void load_tensor_memory(float (&d)[32], std::uint32_t from);
 void store_tensor_memory(std::uint32_t to, const float (&d)[4][4]);
+void store_tensor_memory(std::uint32_t to, const std::uint32_t (&d)[16]);
 void wait_loads();
 void wait_stores();
 

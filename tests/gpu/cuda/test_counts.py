@@ -230,6 +230,13 @@ def test_groups(run, card, precision, rows):
     check(found)
 
 
+@pytest.mark.parametrize(
+    ("card", "kernel"),
+    [
+        (devices.H100, "warpgroup_sum"),
+        pytest.param(devices.B200, "tensor_memory_sum", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize(
     ("B", "M", "N", "multiprocessors"),
@@ -241,14 +248,14 @@ def test_groups(run, card, precision, rows):
         pytest.param(513, 700, 512, 3, marks=pytest.mark.slow),
     ],
 )
-def test_groups_of_warpgroups(run, precision, B, M, N, multiprocessors):
+def test_shared_groups(run, card, kernel, precision, B, M, N, multiprocessors):
     """So many distances are refined here that a few more or less are, as the kernels round. So only
     launches and sums are compared."""
     case = clusters(B, M, N)
-    found = run(case, multiprocessors=multiprocessors, precision=precision)
+    found = run(case, multiprocessors=multiprocessors, like=card, precision=precision)
     type_ = "float32" if precision == "high" else "Rounded"
     rows = 128 if B >= 512 else 64
-    assert f"warpgroup_sum<{type_}, {rows}>" in {one.kernel for one in found.model}
+    assert f"{kernel}<{type_}, {rows}>" in {one.kernel for one in found.model}
     names = ("list_references", "weighted_sum", "merge")
     of_sums = Run(*([one for one in part if one.name in names] for part in found))
     check(of_sums)

@@ -64,10 +64,11 @@ def check(op, x, references, radius, D, tolerance=None, change=1e-6):
 
 
 @pytest.mark.slow
-def test_sums_of_warpgroups(op, shim):
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_shares_of_lists(op, shim, architecture):
     """Distances are the same in both passes, though only the forward pass has these sums. If their
     parts had twice the room, and slices of the features could take it, they would differ."""
-    shim.device(90, 32)
+    shim.device(architecture, 32)
     shim.limits(parts=3 * 256 * 1536)
     x, references, sigma = op.problem(256, 700, 1536)
     given = x, references, op.radius_of(sigma.clamp(min=0.05), 1.0), 1.0
