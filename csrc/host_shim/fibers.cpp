@@ -1100,7 +1100,7 @@ NO_TSAN void name_signal(int number, const std::uint64_t* at) {
 NO_TSAN int sent(int number) { return block->tensor.signals[number].sent; }
 NO_TSAN int done(int number) { return block->tensor.signals[number].done; }
 NO_TSAN void count_sent(int number) { ++block->tensor.signals[number].sent; }
-char* order_of(int number) { return block->tensor.signals[number].order; }
+NO_TSAN char* order_of(int number) { return block->tensor.signals[number].order; }
 // The products of a signal are done.
 NO_TSAN void count_done(int number, ColumnRange sums, ColumnRange values) {
   Signal& signal = block->tensor.signals[number];

@@ -345,11 +345,14 @@ void check_tiles() {
   }
 }
 
-// Weighted sums of warpgroups, in groups of 64 and of 128 queries. The block has all lists.
-void check_sums_of_warpgroups() {
-  const Setting setting(90, 1);
-  check_forward({258, kFew ? 70 : 130, 260}, Type::float32, one_of_all(1));
-  check_forward({513, 97, 256}, Type::float32, one_of_all(2));
+// Weighted sums of warpgroups and in tensor memory, in groups of 64 and of 128 queries. The block
+// has all lists.
+void check_shared_sums() {
+  for (const int capability : {90, 100}) {
+    const Setting setting(capability, 1);
+    check_forward({258, kFew ? 70 : 130, 260}, Type::float32, one_of_all(1));
+    check_forward({513, 97, 256}, Type::float32, one_of_all(2));
+  }
 }
 
 // Precision "medium", in tiles of 128 references × 128 or 256 queries, whole and with slices of the
@@ -547,7 +550,7 @@ int main() {
   check_shapes();
   check_orders();
   check_tiles();
-  check_sums_of_warpgroups();
+  check_shared_sums();
   check_rounded_tiles();
   check_parts();
   for (const Shape& shape : {Shape{3, 70, 33}, Shape{17, 33, 33}}) {

@@ -461,7 +461,6 @@ __global__ void multiply_what_is_in_tensor_memory(const TensorProduct p, bool tw
   if (warp == 0) take_tensor_memory<128>(&shared.at);
   if (thread == 0) start_signal(&shared.done);
   for (int i = thread; i < 16 * 64; i += 128) shared.b[i / 64 / 8][i % 64][i / 64 % 8] = p.b[i];
-  publish_shared();
   order_before_barrier();
   __syncthreads();
   order_after_barrier();
@@ -471,6 +470,7 @@ __global__ void multiply_what_is_in_tensor_memory(const TensorProduct p, bool tw
     words[8 + k / 2] |= static_cast<std::uint32_t>(p.a[thread * 16 + k]) << 16 * (k % 2);
   store_tensor_memory(own + 64, words);
   wait_stores();
+  publish_shared();
   order_before_barrier();
   __syncthreads();
   if (warp == 0 && is_elected()) {
