@@ -403,6 +403,13 @@ __device__ inline float exponential(float v) {
   return power;
 }
 
+// √v of normal v, to about 2^-22.
+__device__ inline float square_root(float v) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+  return root;
+}
+
 // log v of 1 ≤ v ≤ 4, with an error of about 2^-21.
 __device__ inline float logarithm(float v) {
   float power;

@@ -4,10 +4,11 @@
 // goes through distances (cuda/distances.h, warpgroup_distances.h, tensor_memory_distances.h, of
 // data centred by cuda/centering.h) or differences, finish_distances if blocks of distances share
 // out the features, find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h),
-// list_references (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). The backward pass
-// takes the distances that the forward pass kept, or finds them again. Launches depend on shapes,
-// the device and whether distances are kept. Nothing waits for the device, and CUDA graphs can
-// capture the launches.
+// list_references (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Other kernels take
+// the place of weighted_sum where products are asynchronous (cuda/warpgroup_sums.h,
+// tensor_memory_sums.h). The backward pass takes the distances that the forward pass kept, or finds
+// them again. Launches depend on shapes, the device and whether distances are kept. Nothing waits
+// for the device, and CUDA graphs can capture the launches.
 #include <cmath>
 #include <limits>
 #include <type_traits>

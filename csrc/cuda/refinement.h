@@ -21,6 +21,19 @@ __device__ inline float relative_growth(float u) {
   return u < 0.5f ? series : (exponential(u) - 1) * reciprocal(fmaxf(u, 0.5f));
 }
 
+// √v of finite v ≥ 0, to about 2^-22. It takes no float64, which is slow on GeForce cards. 0 has a
+// very small one.
+__device__ inline double square_root64(double v) {
+  const std::int64_t bits = bits_of(v);
+  const int power = static_cast<int>(bits >> 52) - 1023, half = power >> 1;
+  const auto digits = static_cast<std::uint32_t>(bits >> 29) & 0x7fffffu;
+  const float root =
+      square_root(float_of(digits | static_cast<std::uint32_t>(127 + (power & 1)) << 23));
+  // A float's bits, as those of the same float64, with more of the exponent.
+  return double_of((static_cast<std::int64_t>(bits_of(root)) << 29) +
+                   (static_cast<std::int64_t>(1023 - 127 + half) << 52));
+}
+
 // log a/b of positive numbers, to about 2^-20. Zero counts as a very small one.
 __device__ inline float logarithm_of_ratio(double a, double b) {
   const auto front = [](double v) {
@@ -58,7 +71,7 @@ struct QueryLimit {
   // over the scale of the centred references.
   template <bool PRODUCTS>
   __device__ void start(const WeightLaw& law, double r, float width, float per_scale) {
-    root = sqrt(norm);
+    root = square_root64(norm);
     s = base + r * r;
     // Values of references, and sums of products in float16, are rounded to multiples of 2^-24.
     // The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest
@@ -72,7 +85,7 @@ struct QueryLimit {
     if (PRODUCTS && law.rounding > 0) {
       const double step = 0x1p-24 * per_scale;  // of values too small for float16
       edge = base + spread;
-      smallest += (sqrt(edge) + width * width * step) * step;
+      smallest += (square_root64(edge) + width * width * step) * step;
       bound = 8 * noise<PRODUCTS>(law, 2 * (base + norm)) + 4 * smallest;
     }
     near = base + bound + spread;
@@ -85,9 +98,9 @@ struct QueryLimit {
   __device__ double noise(const WeightLaw& law, double of_y) const {
     // The rounding errors of single differences mostly average out.
     if (!PRODUCTS) return law.noise * (norm + base) + 0x1p-26 * base;
-    const double y = sqrt(of_y), of_sums = law.noise * (2 * root * y + of_y);
+    const double y = square_root64(of_y), of_sums = law.noise * (2 * root * y + of_y);
     if (law.rounding == 0) return of_sums;
-    return of_sums + 2 * law.rounding * sqrt(edge) * (root + y) + 0x1p-24 * (norm + of_y);
+    return of_sums + 2 * law.rounding * square_root64(edge) * (root + y) + 0x1p-24 * (norm + of_y);
   }
 
   // The largest distance that is refined, or −1 if errors do not change the result. `farthest` is
@@ -97,7 +110,8 @@ struct QueryLimit {
   __device__ double largest(const WeightLaw& law, double farthest, int close) const {
     const double biased = smallest + noise<PRODUCTS>(law, farthest);
     double random = 0;
-    if (PRODUCTS && law.added > 0) random = law.added * (2 * root * sqrt(farthest) + farthest);
+    if (PRODUCTS && law.added > 0)
+      random = law.added * (2 * root * square_root64(farthest) + farthest);
     const double error = biased + random;
     const float score = law.gaussian
                             ? (base == 0 ? 0 : static_cast<float>(base / within))
@@ -107,9 +121,8 @@ struct QueryLimit {
     const double one = law.tolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
     const float of_score = fmaxf(1, score) * 0x1p-4f;
-    const auto matters = [&](double v) {
-      return v * v > averaged * (one * one) || v > one * of_score || near == INFINITY;
-    };
+    const double most = one * fminf(square_root(averaged), of_score);
+    const auto matters = [&](double v) { return v > most || near == INFINITY; };
     if (!matters(error)) return -1;
     const double allowed = one * fminf(1, of_score);
     float nats = law.others + logarithm_of_ratio(biased, allowed);

@@ -270,6 +270,7 @@ inline float2 add_pairs(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 inline float2 subtract_pairs(float2 a, float2 b) { return {a.x - b.x, a.y - b.y}; }
 
 inline float reciprocal(float v) { return 1 / v; }
+inline float square_root(float v) { return sqrtf(v); }
 inline float logarithm(float v) { return logf(v); }
 
 }  // namespace pfgm
