@@ -1047,8 +1047,10 @@ def test_products_of_warpgroups_overlap(tile, name, products, groups):
     ("type", "card"),
     [
         *((type, H100) for type in ("float32", "Rounded", "BFloat16", "Float16", "uint8")),
-        ("float32", devices.B200),
-        pytest.param("Rounded", devices.B200, marks=pytest.mark.slow),
+        *(
+            pytest.param(type, devices.B200, marks=pytest.mark.slow)
+            for type in ("float32", "Rounded")
+        ),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -1585,6 +1587,7 @@ def test_bytes_and_few_queries():
     assert cells == ["C, bytes", "A100 SXM", "2 µs", "6 µs", "3.00 (2.50)"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_the_variants_are_predicted_from_counts_of_their_own(monkeypatch):
     few, cards = tuple(one._replace(M=256) for one in data.VARIANTS), (A100, H100)
