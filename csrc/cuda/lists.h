@@ -88,7 +88,7 @@ struct Parts {
   int* counts;  // (slices, queries): how many are written
   int queries;
   int slices;  // of kShareFeatures features with parts of their own, or one of all features
-  int panels;  // of listed references in a part; at least in a share of lists (cuda/list_shares.h)
+  int panels;  // of listed references in a part, or at least in a share (cuda/list_shares.h)
 };
 
 // How many weights of a query are not zero.

@@ -228,6 +228,19 @@ void check_rounded_weights() {
     if (law.rounded(weight) != rounded) fail("a weight is rounded to another number");
 }
 
+// Square roots without float64, at both kinds of exponents and where the float rounds up to 2.
+void check_square_roots() {
+  for (int power = -1022; power < 1024; ++power)
+    for (const double digits :
+         {1.0, 0x1.000001p0, 0x1.6a09e6p0, 0x1.fffffep0, 0x1.fffffffffffffp0}) {
+      const double v = std::ldexp(digits, power), root = std::sqrt(v);
+      if (!(std::fabs(square_root64(v) - root) <= 0x1p-22 * root))
+        fail("a square root is wrong: of " + std::to_string(digits) + " 2^" +
+             std::to_string(power));
+    }
+  if (!(square_root64(0) <= 0x1p-511)) fail("the square root of 0 is not small");
+}
+
 // ---- exact differences ----------------------------------------------------------------------
 
 // The square of a difference has the bits that the rule gives for its two floats, whichever of the
@@ -545,6 +558,7 @@ void check_levels() {
 int main() {
   check_squared_distances();
   check_splits();
+  check_square_roots();
   check_differences();
   check_rounded_weights();
   check_shapes();

@@ -1009,7 +1009,8 @@ def test_limits_without_some_errors_take_fewer_instructions(card):
     def reached(*zeros: int) -> int:
         return len(sass.reached(branches.decided(kernel.code, first, zeros)))
 
-    assert reached(branches.ROUNDING) < reached() - 15
+    # For an H100 the compiler computes most of both ways.
+    assert reached(branches.ROUNDING) < reached() - (15 if card is H100 else 50)
     assert reached(branches.ADDED) < reached() - 15
     medium = kernels.cuda_kernel(card, kernel.name, 0, rounded=True)
     assert len(sass.reached(medium.code)) == reached(branches.ADDED)
