@@ -351,21 +351,16 @@ void check_tiles() {
     check_forward({70, kFew ? 140 : 200, 97}, reference_type(multiprocessors % 4),
                   one_of_all(static_cast<std::size_t>(multiprocessors)));
   }
-  // Of warpgroups and of tensor memory, with more panels than one float adds up.
-  for (const int capability : {90, 100}) {
-    const Setting setting(capability, 1);
-    check_forward({100, kFew ? 130 : 190, 452}, Type::float32, one_of_all(1));
-  }
+  // Of warpgroups, with more panels than one float adds up.
+  const Setting setting(90, 1);
+  check_forward({100, kFew ? 130 : 190, 452}, Type::float32, one_of_all(1));
 }
 
-// Weighted sums of warpgroups and in tensor memory, in groups of 64 and of 128 queries. The block
-// has all lists.
+// Weighted sums of warpgroups, in groups of 64 and of 128 queries. The block has all lists.
 void check_shared_sums() {
-  for (const int capability : {90, 100}) {
-    const Setting setting(capability, 1);
-    check_forward({258, kFew ? 70 : 130, 260}, Type::float32, one_of_all(1));
-    check_forward({513, 97, 256}, Type::float32, one_of_all(2));
-  }
+  const Setting setting(90, 1);
+  check_forward({258, kFew ? 70 : 130, 260}, Type::float32, one_of_all(1));
+  check_forward({513, 97, 256}, Type::float32, one_of_all(2));
 }
 
 // Precision "medium", in tiles of 128 references × 128 or 256 queries, whole and with slices of the
