@@ -69,7 +69,8 @@ class ImageFiles(ABC):
         if any(len(folder) <= level for folder in folders):
             return None, ()  # some images lie in no class folder
         classes = {name: i for i, name in enumerate(sorted({folder[level] for folder in folders}))}
-        return torch.tensor([classes[folder[level]] for folder in folders]), tuple(classes)
+        labels = torch.tensor([classes[folder[level]] for folder in folders], device="cpu")
+        return labels, tuple(classes)
 
     def _described_labels(self) -> Tensor | None:
         """The labels in dataset.json: {"labels": [[name, label], …]}, or null for none."""
@@ -92,7 +93,7 @@ class ImageFiles(ABC):
                     f"{place} gives {name} the label {str(label)[:40]}; allowed is an integer from "
                     "0 for each image."
                 )
-        return torch.tensor([known[name] for name in self.names])
+        return torch.tensor([known[name] for name in self.names], device="cpu")
 
 
 class FolderFiles(ImageFiles):

@@ -55,7 +55,8 @@ def load_images(
     _import_pillow()
     with image_files(path) as files:
         channels, (width, height) = _common_shape(files)
-        images = torch.empty(len(files.names), channels, height, width, dtype=torch.uint8)
+        shape = (len(files.names), channels, height, width)
+        images = torch.empty(shape, dtype=torch.uint8, device="cpu")
         bar = progress_bar(files.names, "images", unit="image", disable=not progress)
         for row, name in enumerate(bar):
             with _opened(files, name) as image:

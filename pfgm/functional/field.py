@@ -373,7 +373,7 @@ def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
         )
     if D < 1e6:
         return math.lgamma(a + half) - math.lgamma(a)
-    return _stirling_ratio(torch.tensor(a, dtype=torch.float64), half).item()
+    return _stirling_ratio(torch.tensor(a, dtype=torch.float64, device="cpu"), half).item()
 
 
 def _stirling_ratio(a: Tensor, half: float) -> Tensor:

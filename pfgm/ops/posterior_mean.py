@@ -62,7 +62,7 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
             "the compiled function."
         )
     if is_symbolic(problem.D) and not transforms.in_torch_func():
-        D = torch.ones((), dtype=torch.float64) * problem.D
+        D = torch.ones((), dtype=torch.float64, device="cpu") * problem.D
         found = torch.ops.pfgm.posterior_mean_varying(*problem[:3], D, backend, problem.precision)
     elif transforms.forward_mode() and not compiled:
         found = _transformed(problem, backend)

@@ -144,7 +144,7 @@ class ReferenceSet:
     @property
     def rows(self) -> Tensor:
         """Numbers of the rows that this process holds."""
-        own = torch.arange(len(self.part)) + self._offset
+        own = torch.arange(len(self.part), device="cpu") + self._offset
         return torch.cat([own, own + self._rows]) if self.part.flips else own
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
@@ -208,7 +208,8 @@ class ReferenceSet:
         ([7, 3], 64)
         """
         if containing is None or (isinstance(containing, Tensor) and containing.shape == (0,)):
-            containing = torch.empty(0, dtype=torch.long)  # torch.tensor([]) is float32
+            # torch.tensor([]) is float32.
+            containing = torch.empty(0, dtype=torch.long, device="cpu")
         chosen = _row_numbers("containing", containing)
         held = len(self.part)
         if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
@@ -291,7 +292,7 @@ class ReferenceSet:
                 f"{self!r} cannot be saved; allowed are sets of rows (k, …) that are neither a "
                 "shard nor bfloat16."
             )
-        like = torch.empty(0, dtype=self.dtype).numpy().dtype
+        like = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         header = {
             "descr": np.lib.format.dtype_to_descr(like),
             "fortran_order": False,
