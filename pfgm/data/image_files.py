@@ -127,7 +127,14 @@ class ZipFiles(ImageFiles):
             raise ValueError(
                 f"{path} is truncated, damaged or not a zip archive; allowed are whole archives."
             ) from error
-        self._members = {m.filename: m for m in self._archive.infolist() if not m.is_dir()}
+        self._members: dict[str, ZipInfo] = {}
+        for member in self._archive.infolist():
+            if member.filename in self._members:
+                raise ValueError(
+                    f"{path} holds two files of the name {member.filename}; allowed is one of each."
+                )
+            if not member.is_dir():
+                self._members[member.filename] = member
         self.names = _images(iter(self._members))
         for name in (*self.names, _DESCRIPTION):
             if name in self._members:

@@ -32,8 +32,9 @@ class ReferenceSet:
     Operations read the rows in chunks of 32 MiB and merge the results exactly. A file is read one
     chunk ahead, and on the CPU twice with ``flips``. Results are the same to the bit in memory and
     from a file. They are differentiable in the points, not in the references. A function under
-    ``torch.compile`` that wants a gradient falls into two graphs around the operation, so it cannot
-    have ``fullgraph=True``; without a gradient, or with a tensor as references, it can.
+    ``torch.compile`` that wants a gradient or reads a file falls into two graphs around the
+    operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
+    tensor as references, it can.
 
     For a tensor on the CPU with 512 or more values in a row, a summary of each row is kept from the
     second call on. It speeds up calls with points in float32. Summaries take a third of the memory
