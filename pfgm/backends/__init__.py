@@ -117,7 +117,7 @@ class Availability(NamedTuple):
 
 
 def _backend_named(name: str, source: str) -> Backend:
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise ValueError(f"{source} is {name!r}; allowed are {', '.join(sorted(_BACKENDS))}.")
     return _BACKENDS[name]
 
@@ -144,9 +144,17 @@ def available(
     return found
 
 
-def requested() -> str | None:
-    """The name given to the innermost open :func:`use_backend`; None outside of one."""
-    return _requested
+def requested(name: str | None = None) -> str | None:
+    """The name, else the one given to the innermost open :func:`use_backend`; None outside of one.
+
+    Raises:
+        TypeError: the name is no text.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(
+            f"backend is a {type(name).__name__}; allowed are None, {', '.join(sorted(_BACKENDS))}."
+        )
+    return name or _requested
 
 
 def preferred(device: torch.device | str) -> tuple[str, str]:

@@ -219,7 +219,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     if size == 0:
         return None
     references = contiguous_features(references)
-    out = torch.empty(size, dtype=dtype)
+    out = torch.empty(size, dtype=dtype, device=references.device)
     extension().sketch(
         type=TYPES[dtype],
         reference_type=TYPES[references.dtype],
@@ -433,8 +433,8 @@ def normalised_field_backward(
         return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
     x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
     grad_field_x, grad_field_z = contiguous_features(grad_field_x), grad_field_z.contiguous()
-    grad_x, grad_mean = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
-    grad_z = torch.empty(len(x), dtype=torch.float64)
+    grad_x, grad_mean = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    grad_z = torch.empty(len(x), dtype=torch.float64, device=x.device)
     extension().normalised_field_backward(
         _native_field(x, z, mean, gamma, None, None),
         grad_field_x=address_and_stride(grad_field_x),

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import debugging
+from ..common.checks import as_float, debugging
 from ..common.transforms import is_ordinary
 from . import native, requested
+from .problems import PRECISIONS
 
 __all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "step"]
 
@@ -73,7 +74,7 @@ def _level(value: Any, B: int, dimensions: int) -> float | tuple[int, int, int] 
     if type(value) is float:
         return value
     if type(value) is int:
-        return float(value)
+        return as_float(value)
     if type(value) is not Tensor or (kind := _POINTS.get(value.dtype)) is None:
         return None
     own = value.ndim
@@ -101,10 +102,10 @@ def _takes(backend: str | None, precision: str, gpu: torch.device | None, *value
     if torch.compiler.is_compiling() or not enabled:
         return False
     # The extension looks at PFGM_BACKEND itself, in a tenth of the time that os.environ takes.
-    name = backend or requested()
+    name = requested(backend)
     return (
         (not name or name == "native")
-        and precision in native.PRECISIONS
+        and precision in PRECISIONS
         and (gpu is None or not debugging())
         and is_ordinary(*values, gpu=gpu)
     )

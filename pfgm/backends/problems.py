@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+PRECISIONS = ("high", "medium")
+"""Of matrix products on a GPU."""
+
 
 class PosteriorMean(NamedTuple):
     """A problem: the posterior mean and the log-sum-exp of B points x over M references."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common.checks import checks_values
 from ..common.transforms import only_autograd
 from . import choose, requested, triton
-from .problems import OdeStep
+from .problems import PRECISIONS, OdeStep
 
 __all__ = ["enabled", "field", "posterior_mean", "step"]
 
@@ -27,7 +27,6 @@ enabled = True
 """Whether the functions may answer. Tests turn them off."""
 
 _LEVELS = (torch.float32, torch.float64)
-_PRECISIONS = ("high", "medium")
 _NUMBERS = (float, int)
 
 
@@ -43,7 +42,7 @@ def _takes(
     if type(x) is not Tensor or not _on_gpu(x) or not enabled or torch.compiler.is_compiling():
         return False
     device = x.device
-    name = backend or requested() or os.environ.get("PFGM_BACKEND") or None
+    name = requested(backend) or os.environ.get("PFGM_BACKEND") or None
     if (
         name not in (None, "triton")
         or x.dtype is not torch.float32
@@ -138,7 +137,7 @@ def _mean(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Points (B, N), radius (B,), mean (B, N) and log-sum-exp (B,)."""
-    if type(references) is not Tensor or precision not in _PRECISIONS:
+    if type(references) is not Tensor or precision not in PRECISIONS:
         return None
     of_level = None if type(level) in _NUMBERS else level
     if not _takes(x, references.dtype, backend, (references, of_level)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -168,6 +169,14 @@ def allocating(what: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise MemoryError(f"{what} do not fit into the memory of this machine.") from error
+
+
+def memory_bytes() -> float:
+    """Memory of the machine; infinity where the system does not report it."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def usable_device(name: str) -> torch.device:
@@ -449,7 +458,7 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} is a tensor that requires grad; allowed is a number.")
-    if _is_boolean(value) or not 0 <= value <= LARGEST:
+    if not (isinstance(value, Tensor) or is_number(value)) or not 0 <= value <= LARGEST:
         raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
 
 
@@ -481,6 +490,18 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
+def as_float(value: Any) -> float:
+    """A number as a float; infinity for an integer beyond the range of float64.
+
+    >>> as_float(7), as_float(-(10**400))
+    (7.0, -inf)
+    """
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def as_number(value: Any) -> float:
     """A number of NumPy, or a tensor or array of one value, as a number of Python.
 
@@ -494,8 +515,8 @@ def as_number(value: Any) -> float:
     if _is_boolean(value):
         return math.nan
     if isinstance(value, (int, float)):
-        return value
-    return float(value) if isinstance(value, Real) else math.nan
+        return value if -LARGEST <= value <= LARGEST else as_float(value)
+    return as_float(value) if isinstance(value, Real) else math.nan
 
 
 def check_bool(name: str, value: object) -> None:
@@ -537,7 +558,7 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
 
 def positive_float(name: str, value: Any) -> float:
     """The value as a float. Raises ValueError unless it is positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < as_float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
     return float(value)
 

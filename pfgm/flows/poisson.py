@@ -225,7 +225,7 @@ class PoissonFlow(Flow):
         10.0
         """
         if isinstance(data, np.ndarray):
-            data = torch.as_tensor(data)
+            data = torch.as_tensor(data, device="cpu")
         if not isinstance(data, (Tensor, ReferenceSet)):
             data = ReferenceSet(data)
         if data.ndim < 1 or len(data) == 0:

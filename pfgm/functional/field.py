@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import native_direct, triton_direct
-from ..backends.problems import PosteriorMean
+from ..backends.problems import PRECISIONS, PosteriorMean
 from ..common.checks import (
     LARGEST,
+    as_float,
     check_at_least_0,
+    check_choice,
     check_dense,
     is_number,
     is_symbolic,
@@ -76,7 +78,7 @@ def _check_dimensions(D: float, with_r: bool) -> float:
         raise ValueError(
             "D is infinite and r is given; allowed is sigma, as r = sigma * sqrt(D) is infinite."
         )
-    return float(D)
+    return as_float(D)
 
 
 def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D: float) -> Tensor:
@@ -108,6 +110,7 @@ def _flat_mean(
 
     Nearest and total have no gradient (:class:`~pfgm.backends.problems.State`).
     """
+    check_choice("precision", precision, PRECISIONS)
     flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
@@ -373,7 +376,7 @@ def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
         )
     if D < 1e6:
         return math.lgamma(a + half) - math.lgamma(a)
-    return _stirling_ratio(torch.tensor(a, dtype=torch.float64), half).item()
+    return _stirling_ratio(torch.tensor(a, dtype=torch.float64, device="cpu"), half).item()
 
 
 def _stirling_ratio(a: Tensor, half: float) -> Tensor:

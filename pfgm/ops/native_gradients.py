@@ -45,7 +45,7 @@ def compute(
         return None
     posterior_mean.check(problem)
     x, references, _ = tensors
-    backend = backend or requested()
+    backend = requested(backend)
     if len(x) == 0 or choose(backend, x.device, x.dtype, references.dtype) is not native:
         return None
     found = _PosteriorMean.apply(*tensors, problem, check)  # type: ignore[no-untyped-call]

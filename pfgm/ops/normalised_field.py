@@ -41,7 +41,7 @@ def compute(
         or (needs_gradient and torch.compiler.is_compiling())
     ):
         return formulas.normalised_field(x, z, mean, gamma)
-    field_x, field_z = torch.ops.pfgm.normalised_field(x, z, mean, gamma, backend or requested())
+    field_x, field_z = torch.ops.pfgm.normalised_field(x, z, mean, gamma, requested(backend))
     return field_x, field_z
 
 

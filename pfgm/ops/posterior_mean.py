@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..backends import choose, formulas, requested
-from ..backends.problems import PosteriorMean, State, Tangents, Upstream
+from ..backends.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
 from ..backends.weights import is_flat
 from ..common import transforms
 from ..common.checks import is_symbolic
@@ -32,7 +32,6 @@ from .library import library, no_gradient, register, save_nothing
 
 R = TypeVar("R")
 
-_PRECISIONS = ("high", "medium")
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 _REST = "str? backend=None, str precision='high', Tensor? sketch=None"
@@ -53,7 +52,7 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
 
     The backward pass uses the backend that is requested now, not the one requested later.
     """
-    backend = backend or requested()
+    backend = requested(backend)
     compiled = torch.compiler.is_compiling()
     if compiled and transforms.forward_mode() and not transforms.in_torch_func():
         raise RuntimeError(
@@ -62,7 +61,7 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
             "the compiled function."
         )
     if is_symbolic(problem.D) and not transforms.in_torch_func():
-        D = torch.ones((), dtype=torch.float64) * problem.D
+        D = torch.ones((), dtype=torch.float64, device="cpu") * problem.D
         found = torch.ops.pfgm.posterior_mean_varying(*problem[:3], D, backend, problem.precision)
     elif transforms.forward_mode() and not compiled:
         found = _transformed(problem, backend)
@@ -232,8 +231,8 @@ def check(problem: PosteriorMean) -> None:
         )
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(_PRECISIONS)}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
 
 
 def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

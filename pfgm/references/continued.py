@@ -143,7 +143,7 @@ def gradients(saved: Saved, given: Given, needs: tuple[bool, bool]) -> tuple[Ten
     if given.ranks is not None:
         running = _over_ranks(running, given.ranks)
     of_x, of_radius = native_parts.end_gradients(problem, saved.state, saved.upstream, running)
-    return torch.empty(0) if of_x is None else of_x, of_radius
+    return torch.empty(0, device=saved.x.device) if of_x is None else of_x, of_radius
 
 
 def _over_ranks(running: RunningGradient, ranks: Ranks) -> RunningGradient:

@@ -175,7 +175,8 @@ class Part:
         try:
             buffers = self._buffers.pop()
         except IndexError:
-            buffers = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+            first = torch.empty(size, dtype=dtype, device=_CPU)
+            buffers = first, torch.empty_like(first)
 
         def read(place: int) -> Tensor:
             start = starts[place]

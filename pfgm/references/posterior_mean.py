@@ -39,14 +39,14 @@ def compute(
             "backward(), torch.autograd.grad, or a tensor as references."
         )
     wanted = torch.is_grad_enabled() and (x.requires_grad or radius.requires_grad)
-    if compiled and wanted:
-        # A graph knows no version of the rows, by which the backward pass sees that they changed.
-        # So the graph breaks here.
+    if compiled and (wanted or part.source.tensor is None):
+        # A graph knows no version of the rows, by which the backward pass sees that they changed,
+        # and cannot read a file. So the graph breaks here.
         eager: Any = torch.compiler.disable(compute)
         found = eager(x, radius, part, D, backend, precision)
         mean, logsumexp, nearest, total = found
         return mean, logsumexp, nearest, total
-    backend = backend or requested()
+    backend = requested(backend)
     continues = native_parts.supports(backend, x, part.source.dtype) and part.device == x.device
     given = Given(part, part.ranks(x), D, backend, precision, part.version(), continues)
     if wanted and (found := continued.by_tensor(x, radius, given)) is not None:

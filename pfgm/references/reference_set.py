@@ -32,8 +32,9 @@ class ReferenceSet:
     Operations read the rows in chunks of 32 MiB and merge the results exactly. A file is read one
     chunk ahead, and on the CPU twice with ``flips``. Results are the same to the bit in memory and
     from a file. They are differentiable in the points, not in the references. A function under
-    ``torch.compile`` that wants a gradient falls into two graphs around the operation, so it cannot
-    have ``fullgraph=True``; without a gradient, or with a tensor as references, it can.
+    ``torch.compile`` that wants a gradient or reads a file falls into two graphs around the
+    operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
+    tensor as references, it can.
 
     For a tensor on the CPU with 512 or more values in a row, a summary of each row is kept from the
     second call on. It speeds up calls with points in float32. Summaries take a third of the memory
@@ -144,7 +145,7 @@ class ReferenceSet:
     @property
     def rows(self) -> Tensor:
         """Numbers of the rows that this process holds."""
-        own = torch.arange(len(self.part)) + self._offset
+        own = torch.arange(len(self.part), device="cpu") + self._offset
         return torch.cat([own, own + self._rows]) if self.part.flips else own
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
@@ -208,7 +209,8 @@ class ReferenceSet:
         ([7, 3], 64)
         """
         if containing is None or (isinstance(containing, Tensor) and containing.shape == (0,)):
-            containing = torch.empty(0, dtype=torch.long)  # torch.tensor([]) is float32
+            # torch.tensor([]) is float32.
+            containing = torch.empty(0, dtype=torch.long, device="cpu")
         chosen = _row_numbers("containing", containing)
         held = len(self.part)
         if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
@@ -291,7 +293,7 @@ class ReferenceSet:
                 f"{self!r} cannot be saved; allowed are sets of rows (k, …) that are neither a "
                 "shard nor bfloat16."
             )
-        like = torch.empty(0, dtype=self.dtype).numpy().dtype
+        like = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         header = {
             "descr": np.lib.format.dtype_to_descr(like),
             "fortran_order": False,

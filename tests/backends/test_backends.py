@@ -283,6 +283,25 @@ def test_use_backend_ends_with_its_context():
     assert requested() is None
 
 
+@pytest.mark.parametrize("name", [3, True, [], 1.5])
+def test_names_that_are_no_text_are_refused(name):
+    x, message = torch.zeros(2, 2), "backend is a .*; allowed are None, native, reference, triton"
+    for call in (
+        lambda: posterior_mean(x, x, r=1.0, backend=name),
+        lambda: posterior_mean(x, pfgm.ReferenceSet(x), r=1.0, backend=name),
+        lambda: pfgm.field_fn(x, 1.0, x, backend=name),
+        lambda: pfgm.log_density(x, x, sigma=1.0, backend=name),
+        lambda: pfgm.euler_step(x, x, x[:, 0], 2.0, 1.0, backend=name),
+        lambda: pfgm.euler_step_from_mean(x, x, 2.0, 1.0, out=x.clone(), backend=name),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(ValueError, match="use_backend's name is"), pfgm.use_backend(name):
+        pass
+    with pytest.raises(ValueError, match=r"precision is .*; allowed are high, medium"):
+        posterior_mean(x, x, r=1.0, precision=name)
+
+
 def test_unknown_names_are_refused(monkeypatch):
     allowed = "allowed are native, reference, triton"
     with (

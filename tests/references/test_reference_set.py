@@ -436,6 +436,15 @@ def test_a_compiled_caller(small_chunks):
     assert torch.equal(compiled(points()), expected)
 
 
+def test_a_compiled_caller_reads_a_file_between_two_graphs(small_chunks, tmp_path):
+    references = on_disk(images(), tmp_path)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(
+        lambda x: 2 * pfgm.posterior_mean(x + 1, references, r=1.0),
+    )(points())
+    assert explained.graph_count == 2
+
+
 @pytest.mark.parametrize("where", ["memory", "flips", "file", "other backend"])
 def test_gradients_of_a_compiled_caller(small_chunks, tmp_path, where):
     """Also where its graph breaks, a change of the rows is seen, and only then."""
