@@ -252,12 +252,19 @@ class Distances {
       return;
     }
     pad(squared);
-    alive_[b] = screen_.choose(b, farthest(b, known), kSkipped, squared, count_);
+    Index candidate = -1;
+    const double far = farthest(b, known, &candidate);
+    alive_[b] = screen_.choose(b, far, kSkipped, squared, count_);
+    // Whatever the bounds are, a query without known distances gets one.
+    if (candidate < 0 || squared[candidate] == 0) return;
+    squared[candidate] = 0;
+    ++alive_[b];
   }
 
   // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all
   // weights, which is at least the weight of the nearest and at least the sum over earlier chunks.
-  double farthest(Index b, const QueryState& known) const {
+  // If a reference of the chunk may be nearer than all before, `nearest` becomes the likeliest.
+  double farthest(Index b, const QueryState& known, Index* nearest) const {
     const double* bounds = row(b);
     const double lowest = least(bounds).value;
     double far = kInfinity;
@@ -266,9 +273,10 @@ class Distances {
       far =
           known.nearest + law_.excess_at(law_.cutoff - std::log(before), known.nearest, radius(b));
     }
-    if (!(lowest < known.nearest)) return far;
+    if (!(lowest < known.nearest && lowest < kSkipped)) return far;  // padding has kSkipped
     Index candidate = 0;
     while (bounds[candidate] != lowest) ++candidate;
+    *nearest = candidate;
     double upper = exact_distance(query(b), reference(candidate), problem_.features);
     // The candidate itself and what separate() must see stay within reach.
     if (kMayUnderflow<T, R> && upper < least_square(problem_.features))

@@ -31,10 +31,11 @@ Index block_size(const Problem& problem) {
   return smaller(problem.queries, smaller(kMaxBlock, larger(whole, kTileQueries)));
 }
 
-// Fails with the first query that has no nearest distance.
+// Fails with the first query that has no nearest distance, after the first chunk or later.
 Status check_states(const QueryState* states, Index count, Index first) {
   for (Index b = 0; b < count; ++b)
-    if (!is_distance(states[b].nearest)) return {failure_of(states[b].nearest), first + b};
+    if (!(is_distance(states[b].nearest) && states[b].nearest < kSkipped))
+      return {failure_of(states[b].nearest), first + b};
   return {};
 }
 

@@ -8,6 +8,7 @@
 #include "api/normalised_field.h"
 #include "api/watch.h"
 #include "tests/problems.h"
+#include "tests/screens.h"
 
 namespace {
 
@@ -132,6 +133,12 @@ void check_range() {
     expect(mixed, far, Failure::none);
     for (Index j = 0; j < mixed.M; ++j) put(far.y.at(j, N - 1), 1e60);
     expect(mixed, far, Failure::range);
+
+    // Bounds that overflow are no smaller than the padding of their row.
+    const Case large = {B, 71, N, Type::float32, Type::float32, kInfinity, 0, 3};
+    Inputs apart(large);
+    for (Index i = 0; i < B * N; ++i) put(apart.x.at(i / N, i % N), 1e30f);
+    expect(large, apart, Failure::none);
 
     const Case wide = {B, 70, N, Type::float64, Type::float64, 1, 0, 2};
     Inputs tiny(wide);
@@ -299,6 +306,7 @@ void check_fields(int threads) {
 }  // namespace
 
 int main() {
+  plain::check_screens();
   std::vector<std::string> isas;
   const std::string text = usable_isas(&isas);
   const std::vector<Case> all = cases();

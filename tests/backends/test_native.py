@@ -569,6 +569,13 @@ def built_to_defeat(name, N, dtype):
         references = base + 0.05 * steps * noise(900, N)
         references[:, 3] += 1e3
         x[:, 3] += 1e3
+    elif name == "nearly constant beside its offset":  # the middle of a row is rounded
+        references = 1e4 + 0.05 * torch.rand(900, N, generator=generator, dtype=torch.float64)
+        x = references[:48] + 0.015 * noise(48, N)
+        sigma = torch.full((48,), 0.05, dtype=torch.float64)
+    elif name == "two values":  # a row has the range of one unit in the last place
+        x = 1 + 2.0**-23 * (noise(48, N) > 0)
+        references = 1 - 0.001 * steps * noise(900, N).abs()
     elif name == "no spread within a row":  # bytes are all zero
         references = steps.expand(900, N)
         x = (0.5 + sigma[:, None]).expand(48, N)
@@ -614,6 +621,8 @@ def defeat_expected_results(name, N, dtype, D):
         "one is enormous",
         "all count",
         "one feature is enormous",
+        "nearly constant beside its offset",
+        "two values",
         "no spread within a row",
     ],
 )
@@ -651,7 +660,7 @@ def test_bounds_over_several_panels(isa, sizes):
     assert_accurate(forward(x, references, sigma, 1.0), expected, references, 2e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e-21, 1e-20, 1e-19, 1e-12, 1e12, 1e18])
 def test_bounds_at_any_scale(isa, scale):
     x, references, sigma = problem(50, 200, 600)
     wide = tuple(scale * t.double() for t in (x, references, sigma))
