@@ -283,6 +283,20 @@ def test_every_float16_is_read_correctly(isa):
     assert torch.equal(mean[0], values.float())  # one reference is the mean
 
 
+@pytest.mark.parametrize("N", [5, 600])
+def test_small_float16_without_subnormal_numbers(isa, N):
+    # The smallest float16 are subnormal there, but no float32 that holds them is.
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        bits = torch.arange(-N // 2, N - N // 2, dtype=torch.int32)
+        references = (bits * 2.0**-24).to(torch.float64).to(torch.float16).expand(9, N)
+        mean, _ = forward(torch.zeros(60, N), references, torch.ones(60).double(), 1.0)
+        assert torch.equal(mean, (bits.double() * 2.0**-24).float().expand(60, N))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_every_uint8_is_read_correctly(isa):
     values = torch.arange(256).to(torch.uint8)
     for dtype, error in ((torch.float32, 8e-8), (torch.float64, 0)):
