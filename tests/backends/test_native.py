@@ -1036,6 +1036,27 @@ def test_threads_do_not_change_a_bit(threads, sizes, D):
         assert_same(everything(*sizes, D), expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_few_queries_with_few_features_wake_no_thread():
+    # On a busy machine each of the many short steps would wait for the other thread.
+    script = """
+import os, torch, pfgm
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+short, long = (torch.randn(s, generator=generator) for s in ((200_000, 2), (500, 600)))
+torch.set_num_threads(2)
+counts = [len(os.listdir("/proc/self/task"))]
+for y, B in ((short, 7), (long, 20)):
+    pfgm.posterior_mean(y[:B], y, r=0.5)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(*counts)
+"""
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    before, short, long = map(int, output.split())
+    assert short == before < long
+
+
 def test_calls_from_several_threads_at_once():
     sizes = [(9 + i, 300 + i, 40 + i) for i in range(8)]
     expected = [everything(*size) for size in sizes]
