@@ -426,6 +426,20 @@ Void* at(Void* array, Index index, Type type) {
 // The most threads with a workspace of their own, at most 6 MB each.
 constexpr int kMaxIndependentThreads = 8;
 
+// Below this many queries × references × features a second thread costs more than it saves: it may
+// have to be woken.
+constexpr Index kThreaded = 1 << 20;
+
+// The problem with one thread if it is that small. Threads wait for each other after at most
+// `queries` and `references`.
+Problem with_threads(Problem problem, Index queries, Index references) {
+  const double size = static_cast<double>(smaller(queries, problem.queries)) *
+                      static_cast<double>(smaller(references, problem.references)) *
+                      static_cast<double>(problem.features);
+  if (size < kThreaded) problem.threads = 1;
+  return problem;
+}
+
 // With few features most steps are too short to share between threads. Instead each thread takes
 // whole blocks of queries through all steps. The blocks are the same either way, so the results are
 // the same to the bit.
@@ -434,7 +448,8 @@ Status by_blocks(const Problem& problem, bool independent, const F& run) {
   const Index blocks = divide_up(problem.queries, kSmallBlock);
   const bool few =
       problem.threads > 1 && problem.threads <= kMaxIndependentThreads && problem.threads <= blocks;
-  if (!independent || problem.features >= kListedFeatures || !few) return run(problem, 0);
+  if (problem.features >= kListedFeatures) return run(problem, 0);
+  if (!independent || !few) return run(with_threads(problem, kSmallBlock, kChunk), 0);
   std::vector<Status> found(blocks);
   parallel(blocks, problem.threads, [&](Index task, int) {
     Problem block = problem;
@@ -481,21 +496,9 @@ bool sketch_fits(const Problem& problem) {
   });
 }
 
-// Below this many queries × references × features a second thread costs more than it saves: it may
-// have to be woken.
-constexpr Index kThreaded = 1 << 20;
-
-Problem with_threads(Problem problem) {
-  const double size = static_cast<double>(problem.queries) *
-                      static_cast<double>(problem.references) *
-                      static_cast<double>(problem.features);
-  if (size < kThreaded) problem.threads = 1;
-  return problem;
-}
-
 Status run_forward(const Problem& given, const Forward& out) {
   if (!sketch_fits(given)) return {Failure::sketch, 0};
-  const Problem problem = with_threads(given);
+  const Problem problem = with_threads(given, given.queries, given.references);
   return with_types(problem, [&](auto t, auto r) {
     if (is_dense<decltype(t)>(problem)) return dense_forward<decltype(r)>(problem, out);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
@@ -506,7 +509,7 @@ Status run_forward(const Problem& given, const Forward& out) {
 
 Status run_backward(const Problem& given, const Backward& io) {
   if (!sketch_fits(given)) return {Failure::sketch, 0};
-  const Problem problem = with_threads(given);
+  const Problem problem = with_threads(given, given.queries, given.references);
   return with_types(problem, [&](auto t, auto r) {
     Backward rest = io;
     if (is_dense<decltype(t)>(problem) && (io.grad_x || io.grad_radius || io.moments)) {
@@ -522,7 +525,7 @@ Status run_backward(const Problem& given, const Backward& io) {
 }
 
 Status run_pulls(const Problem& given, const Backward& io) {
-  const Problem problem = with_threads(given);
+  const Problem problem = with_threads(given, given.queries, given.references);
   return with_types(problem, [&](auto t, auto r) {
     if (is_dense<decltype(t)>(problem)) return dense_pulls<decltype(r)>(problem, io);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
