@@ -199,6 +199,70 @@ def test_sketches_follow_their_rows(wide_chunks, monkeypatch):
         seen = len(counted.seen)
 
 
+UNCOUNTED = {
+    "data": lambda rows, values: rows.data.copy_(values),
+    "storage": lambda rows, values: rows.untyped_storage().copy_(values.untyped_storage()),
+    "dlpack": lambda rows, values: torch.from_dlpack(rows).copy_(values),
+}
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("way", UNCOUNTED)
+def test_sketches_and_measures_follow_changes_that_torch_does_not_count(way, dtype):
+    """Of 1000 rows; a backward pass raises an error."""
+    rows = wide_images(1000)
+    rows = rows if dtype == torch.uint8 else pfgm.data.to_unit(rows)
+    held, x = ReferenceSet(rows), pfgm.data.to_unit(rows[:3]) + 0.01
+    for _ in range(3):
+        pfgm.posterior_mean(x, held, sigma=0.05)
+    assert any(kept is not None for _, kept in held.part._sketches.values())
+    before, version = held.norm, rows._version
+    late = pfgm.posterior_mean(x.requires_grad_(), held, sigma=0.05)
+    changed = rows.clone()
+    changed[:200] = 100 if dtype == torch.uint8 else 0.25  # a fifth of the rows
+    UNCOUNTED[way](rows, changed)
+    assert rows._version == version
+    assert torch.equal(rows, changed)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        late.sum().backward()
+    fresh = ReferenceSet(changed)
+    for _ in range(3):
+        found, expected = (pfgm.posterior_mean(x, each, sigma=0.05) for each in (held, fresh))
+        assert torch.equal(found, expected)
+    assert held.norm == fresh.norm != before
+
+
+@native_only
+def test_the_set_is_told_of_a_change_that_nothing_notices():
+    rows = pfgm.data.to_unit(wide_images(1000))
+    held, x = ReferenceSet(rows), rows[500:501].clone()
+    for _ in range(3):
+        pfgm.posterior_mean(x, held, sigma=0.05)
+    rows.data[500] = -rows[500]
+    torch.autograd.graph.increment_version(rows)
+    expected = pfgm.posterior_mean(x, ReferenceSet(rows.clone()), sigma=0.05)
+    for _ in range(3):
+        assert torch.equal(pfgm.posterior_mean(x, held, sigma=0.05), expected)
+
+
+@native_only
+@pytest.mark.parametrize("count", [1, 7, 1024, 1025, 1031, 100_003, 3_000_000])
+def test_a_sample_changes_with_all_bytes_of_few_and_with_many_of_others(count):
+    sample, rows = pfgm.backends.native_direct.sample, torch.zeros(count, dtype=torch.uint8)
+    seen, few = {sample(rows)}, count <= 1024
+    width, step = (1, 1) if few else (count // 4, count // 100)
+    for place in range(0, count - width + 1, step):
+        changed = rows.clone()
+        changed[place : place + width] = 1
+        assert sample(changed) != sample(rows)
+        seen.add(sample(changed))
+    assert not few or len(seen) == count + 1
+    strided = torch.zeros(2, count, dtype=torch.uint8).t()
+    assert sample(strided) == 0 or count == 1
+    assert sample(rows) == sample(torch.zeros_like(rows))
+
+
 @native_only
 def test_a_copy_makes_its_own_sketches(wide_chunks):
     rows = pfgm.data.to_unit(wide_images())
