@@ -111,10 +111,18 @@ def _takes(backend: str | None, precision: str, gpu: torch.device | None, *value
     )
 
 
-@functools.cache
+_supported: set[tuple[torch.device, torch.dtype, torch.dtype | None]] = set()
+
+
 def _runs_on(gpu: torch.device, dtype: torch.dtype, references: torch.dtype | None) -> bool:
     """Whether the kernels can run on a GPU for points and references of these dtypes."""
-    return native.supports(gpu, dtype, references) is None
+    case = gpu, dtype, references
+    if case in _supported:
+        return True
+    if native.supports(*case) is not None:
+        return False  # which may change
+    _supported.add(case)
+    return True
 
 
 def _allocator(gpu: torch.device) -> Callable[[int], Tensor]:

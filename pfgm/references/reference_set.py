@@ -32,7 +32,7 @@ class ReferenceSet:
     Operations read the rows in chunks of 32 MiB and merge the results exactly. A file is read one
     chunk ahead, and on the CPU twice with ``flips``. Results are the same to the bit in memory and
     from a file. They are differentiable in the points, not in the references. A function under
-    ``torch.compile`` that wants a gradient or reads a file falls into two graphs around the
+    ``torch.compile`` that wants a gradient or reads a file falls into graphs around the
     operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
     tensor as references, it can.
 

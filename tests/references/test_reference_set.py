@@ -500,13 +500,20 @@ def test_a_compiled_caller(small_chunks):
     assert torch.equal(compiled(points()), expected)
 
 
-def test_a_compiled_caller_reads_a_file_between_two_graphs(small_chunks, tmp_path):
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_caller_reads_a_file_outside_of_its_graphs(small_chunks, tmp_path, whole):
     references = on_disk(images(), tmp_path)
+
+    def function(x):
+        return 2 * pfgm.posterior_mean(x + 1, references, r=1.0)
+
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(
-        lambda x: 2 * pfgm.posterior_mean(x + 1, references, r=1.0),
-    )(points())
-    assert explained.graph_count == 2
+    compiled = torch.compile(function, fullgraph=whole, backend="eager")
+    if whole:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compiler.disable"):
+            compiled(points())
+    else:
+        assert torch.equal(compiled(points()), function(points()))
 
 
 @pytest.mark.parametrize("where", ["memory", "flips", "file", "other backend"])
