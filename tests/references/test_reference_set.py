@@ -405,6 +405,34 @@ def test_gradcheck_and_no_second_derivative(small_chunks):
         gradient.sum().backward()
 
 
+class LateCopies(torch.overrides.TorchFunctionMode):
+    """Copies to "meta", which stands for a GPU. Those that do not wait read their memory later."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.late = [], []
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        if function is torch.Tensor.to and str(arguments[1]) == "meta":
+            (self.late if named.get("non_blocking") else self.read).append(arguments[0])
+            if not named.get("non_blocking"):
+                self.read[-1] = arguments[0].clone()
+        return function(*arguments, **named)
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_a_chunk_is_not_overwritten_while_it_is_copied_to_a_gpu(small_chunks, tmp_path, where):
+    rows = images()
+    references = on_disk(rows, tmp_path) if where == "file" else ReferenceSet(rows.clone())
+    with LateCopies() as copies:
+        count = sum(len(chunk) for chunk in references.part.chunks("meta"))
+    assert count == len(rows)
+    if where == "memory":
+        references.part.source.tensor.zero_()  # by the caller, when chunks have been asked for
+    assert torch.equal(torch.cat(copies.read + copies.late), rows)
+
+
 def test_limits_in_parts(small_chunks):
     rows = pfgm.data.to_unit(images(30))
     rows[20] = rows[3]  # a copy in another chunk
@@ -510,7 +538,7 @@ def test_a_compiled_caller_reads_a_file_outside_of_its_graphs(small_chunks, tmp_
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=whole, backend="eager")
     if whole:
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compiler.disable"):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
             compiled(points())
     else:
         assert torch.equal(compiled(points()), function(points()))
