@@ -157,7 +157,7 @@ class Part:
             ValueError: values that are not finite.
         """
         for _, chunk in self.stored_chunks():
-            # A GPU may read pageable memory itself, as on Grace. A copy that is not waited for would
+            # A GPU may read pageable memory itself, as on Grace. A copy that does not wait would
             # read a buffer into which the next chunk is read, or rows that the caller changes.
             chunk = chunk.to(device or self.device, non_blocking=chunk.is_pinned())
             yield chunk
