@@ -405,6 +405,62 @@ def test_gradcheck_and_no_second_derivative(small_chunks):
         gradient.sum().backward()
 
 
+class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: reading a value, and sizes that depend on
+    values."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+        if name == "index":
+            assert all(i is None or i.dtype != torch.bool for i in arguments[1]), name
+        return function(*arguments, **(named or {}))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Tensors on the CPU are treated like those on a GPU."""
+    monkeypatch.setattr(pfgm.references.merged, "_can_select", lambda device: False)
+    monkeypatch.setattr(pfgm.common.checks, "_on_cpu", lambda device: False)
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize(
+    ("D", "sigma"), [(1.0, 0.5), (16.0, 0.0), (16.0, 2.0), (math.inf, 0.0), (math.inf, 0.05)]
+)
+def test_gradients_on_a_gpu_wait_for_nothing(small_chunks, as_on_a_gpu, flips, D, sigma):
+    """Some points lie on references, where the mean is flat at sigma = 0."""
+    rows = pfgm.data.to_unit(images()).double()
+    references = ReferenceSet(rows, flips=flips)
+    x, level = points(dtype=torch.float64), torch.full((7,), sigma, dtype=torch.float64)
+    x[2] = rows[5]
+    x.requires_grad_()
+    level.requires_grad_()
+    mean = pfgm.posterior_mean(x, references, sigma=level, D=D, backend="reference")
+    G = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2), dtype=mean.dtype)
+    with NoWaiting():
+        found = torch.autograd.grad(mean, (x, level), G)
+    mean = pfgm.posterior_mean(x, references[:], sigma=level, D=D, backend="reference")
+    for one, other in zip(found, torch.autograd.grad(mean, (x, level), G), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_tangents_on_a_gpu(small_chunks, as_on_a_gpu):
+    references = ReferenceSet(images(), flips=True)
+    x = points(dtype=torch.float64)
+
+    def tangent(references, D):
+        def mean(x, sigma):
+            return pfgm.posterior_mean(x, references, sigma=sigma, D=D, backend="reference")
+
+        sigma = torch.full((7,), 0.3, dtype=torch.float64)
+        return torch.func.jvp(mean, (x, sigma), (x.cos(), sigma))[1]
+
+    whole = references[:]
+    for D in (1.0, math.inf):
+        torch.testing.assert_close(tangent(references, D), tangent(whole, D))
+
+
 class LateCopies(torch.overrides.TorchFunctionMode):
     """Copies to "meta", which stands for a GPU. Those that do not wait read their memory later."""
 
