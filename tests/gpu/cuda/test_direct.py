@@ -541,7 +541,7 @@ def test_support_is_asked_once(given, monkeypatch, direct_calls):
     values, asked = given(), []
     supports = native.supports
     monkeypatch.setattr(native, "supports", lambda *given: asked.append(given) or supports(*given))
-    native_direct._runs_on.cache_clear()
+    native_direct._supported.clear()
     for _ in range(3):
         call("field_fn", values)
     assert direct_calls == [True] * 3
