@@ -147,11 +147,6 @@ def source_of(variant: Variant) -> Any:
     return ASTSource(variant.kernel, signature, dict(variant.constants), divisible)
 
 
-def dump_cubin(cubin: bytes) -> str:
-    """What cuobjdump prints about a compiled kernel."""
-    return _cuobjdump(cubin, "--dump-resource-usage", "--dump-sass")
-
-
 def _cuobjdump(cubin: bytes, *options: str) -> str:
     from triton import knobs
 
