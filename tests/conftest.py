@@ -63,7 +63,7 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
-@pytest.fixture(params=["native", "reference"] if NATIVE else ["reference"])
+@pytest.fixture(params=["native", "torch", "reference"] if NATIVE else ["torch", "reference"])
 def backend(request):
     return request.param
 
