@@ -162,6 +162,7 @@ INTENTS = {
         for rows in (32, 64)
     },
     "merge": Intent(256, blocks=2),
+    "subtract_mean": Intent(256, blocks=2),
     **{
         f"list_references<{rows}, {uneven}, {halves}, false>": Intent(8 * rows, blocks=2)
         for rows in (32, 64)

@@ -31,8 +31,8 @@ std::vector<double> radii(const Level& level, double factor, Index queries) {
 }
 
 Status run_posterior_mean(const Sizes& sizes, Address x, Address y, Address sketch,
-                          const std::vector<double>& radius, double dimensions, int threads,
-                          const Forward& out) {
+                          const std::vector<double>& radius, double dimensions, bool difference,
+                          int threads, const Forward& out) {
   const Problem problem = {sizes.type,
                            sizes.reference_type,
                            sizes.queries,
@@ -45,7 +45,10 @@ Status run_posterior_mean(const Sizes& sizes, Address x, Address y, Address sket
                            radius.data(),
                            dimensions,
                            threads,
-                           pointer<const void>(sketch)};
+                           pointer<const void>(sketch),
+                           0,
+                           Precision::high,
+                           difference};
   const Kernels& kernels = cpu_kernels();
   return run_interruptible(sizes.queries, problem,
                            [&] { return kernels.posterior_mean(problem, out); });
@@ -60,7 +63,8 @@ bool direct_posterior_mean(int type, int reference_type, Index queries, Index re
                        references, features};
   const std::vector<double> radius = radii(level_from(level), factor, queries);
   const Forward out = {pointer<void>(mean), pointer<double>(logsumexp), nullptr, nullptr};
-  const Status status = run_posterior_mean(sizes, x, y, sketch, radius, dimensions, threads, out);
+  const Status status =
+      run_posterior_mean(sizes, x, y, sketch, radius, dimensions, false, threads, out);
   return status.failure == Failure::none;
 }
 
@@ -71,13 +75,14 @@ bool direct_field(int type, int reference_type, Index queries, Index references,
   const Sizes sizes = {static_cast<Type>(type), static_cast<Type>(reference_type), queries,
                        references, features};
   const std::vector<double> radius = radii(level_from(z), 1, queries);
-  const Forward mean = {pointer<void>(field_x), nullptr, nullptr, nullptr};
-  const Status status = run_posterior_mean(sizes, x, y, sketch, radius, 1, threads, mean);
+  const Forward difference = {pointer<void>(field_x), nullptr, nullptr, nullptr};
+  const Status status =
+      run_posterior_mean(sizes, x, y, sketch, radius, 1, true, threads, difference);
   if (status.failure != Failure::none) return false;
   const py::gil_scoped_release released;
-  normalised_field({sizes.type, queries, features, pointer<const void>(x), features, radius.data(),
-                    pointer<const void>(field_x), features, gamma, pointer<void>(field_x), features,
-                    pointer<void>(field_z), threads});
+  normalised_field({sizes.type, queries, features, pointer<const void>(field_x), features,
+                    radius.data(), gamma, pointer<void>(field_x), features, pointer<void>(field_z),
+                    threads});
   return true;
 }
 

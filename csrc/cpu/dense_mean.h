@@ -205,10 +205,9 @@ Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward
 
   for (Index b = 0; b < count; ++b) {
     const QueryState& state = states[b];
-    const double inverse = 1 / state.total;
     if (float* mean = static_cast<float*>(out.mean))
-      for (Index k = 0; k < features; ++k)
-        mean[(first + b) * features + k] = static_cast<float>(sums[b * features + k] * inverse);
+      write_mean(sums + b * features, 1 / state.total, problem.difference ? rows.query(b) : nullptr,
+                 features, mean + (first + b) * features);
     if (out.logsumexp) out.logsumexp[first + b] = logsumexp(law, state, rows.radius(b));
     if (out.nearest) out.nearest[first + b] = state.nearest;
     if (out.total) out.total[first + b] = state.total;

@@ -120,10 +120,11 @@ Status forward(const Problem& problem, const Forward& out) {
     }
 
     parallel(count, problem.threads, [&](Index b, int) {
-      if (T* mean = static_cast<T*>(out.mean))
-        for (Index k = 0; k < features; ++k)
-          mean[(first + b) * features + k] =
-              static_cast<T>(sums[b * features + k] / states[b].total);
+      if (T* mean = static_cast<T*>(out.mean)) {
+        const T* x = problem.difference ? distances.query(b) : nullptr;
+        write_mean(sums + b * features, 1 / states[b].total, x, features,
+                   mean + (first + b) * features);
+      }
       if (out.logsumexp) out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
       if (out.nearest) out.nearest[first + b] = states[b].nearest;
       if (out.total) out.total[first + b] = states[b].total;

@@ -303,6 +303,16 @@ Status check_result(const QueryState& state, double radius, const T* mean, Index
   return {};
 }
 
+// The mean from its sums, or x − mean if there is an x.
+template <class T>
+void write_mean(const double* sums, double inverse, const T* x, Index features, T* mean) {
+  if (x)
+    for (Index k = 0; k < features; ++k)
+      mean[k] = static_cast<T>(static_cast<double>(x[k]) - sums[k] * inverse);
+  else
+    for (Index k = 0; k < features; ++k) mean[k] = static_cast<T>(sums[k] * inverse);
+}
+
 inline double logsumexp(const WeightLaw& law, const QueryState& state, double radius) {
   return law.score(state.nearest, radius) + std::log(state.total);
 }

@@ -604,6 +604,19 @@ void with_type(const Problem& problem, Call call) {
   }
 }
 
+// Replaces the mean by x − mean. The mean has been rounded to float32, so the difference has no
+// more digits than that.
+__global__ void __launch_bounds__(kMergeThreads)
+    subtract_mean(const float* x, Index x_stride, Index features, float* mean) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
+  const Index row = blockIdx.x;
+  const Index feature = static_cast<Index>(blockIdx.y) * kMergeThreads + threadIdx.x;
+  if (feature >= features) return;
+  float& value = mean[row * features + feature];
+  value = x[row * x_stride + feature] - value;
+}
+
 }  // namespace
 
 void limit_cuda(const CudaLimits& to) { limits = to; }
@@ -644,6 +657,12 @@ void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaP
     using R = decltype(value);
     Calculation<R>(problem, stream, workspace, false, out.kept).forward(out);
   });
+  if (problem.difference)
+    stream.launch({"subtract_mean",
+                   {problem.queries, divide_up(problem.features, kMergeThreads)},
+                   kMergeThreads},
+                  subtract_mean, static_cast<const float*>(problem.x), problem.x_stride,
+                  problem.features, static_cast<float*>(out.mean));
 }
 
 void posterior_mean_backward_cuda(const Problem& problem, const Backward& io,

@@ -65,20 +65,19 @@ class Backend(Protocol):
         """Gradients of x, references and radius; None for those that are not needed."""
 
     def normalised_field(
-        self, x: Tensor, z: Tensor, mean: Tensor, gamma: float
+        self, difference: Tensor, z: Tensor, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        """v_x (B, N) and v_z (B,) from x (B, N), z (B,) in float64 and mean (B, N)."""
+        """v_x (B, N) and v_z (B,) from x − mean (B, N) and z (B,) in float64."""
 
     def normalised_field_backward(
         self,
         grad_field_x: Tensor,
         grad_field_z: Tensor,
-        x: Tensor,
+        difference: Tensor,
         z: Tensor,
-        mean: Tensor,
         gamma: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x (B, N), z (B,) and mean (B, N) from those of v_x and v_z."""
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x − mean (B, N) and z (B,) from those of v_x and v_z."""
 
     def ode_step(
         self,

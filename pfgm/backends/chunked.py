@@ -135,12 +135,15 @@ def posterior_mean(problem: PosteriorMean, by: Arithmetic) -> tuple[Tensor, Tens
     x, references, radius, D = problem[:4]
     if checks_values(x.device):
         check_radius(radius, D)
-    nearest, total, average = _weighted_average(problem, by, by.average)
+    # The difference x − mean may be small beside its terms.
+    weighted_sum = by.sums if problem.difference else by.average
+    nearest, total, placed_mean = _weighted_average(problem, by, weighted_sum)
     logsumexp = log_sum_exp(nearest, total, radius[:, None], D, x.shape[1])
-    mean = by.origin + average
+    mean = by.origin + placed_mean
     if checks_values(x.device):
         check_range(mean, x, references)
-    return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
+    result = (by.x - by.origin) - placed_mean if problem.difference else mean
+    return result.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 
 def posterior_mean_backward(

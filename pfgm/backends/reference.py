@@ -42,14 +42,14 @@ def posterior_mean_backward(
     return chunked.posterior_mean_backward(problem, state, upstream, needs, by)
 
 
-def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    return formulas.normalised_field(x, z, mean, gamma)
+def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    return formulas.normalised_field(difference, z, gamma)
 
 
 def normalised_field_backward(
-    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
+    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
 
 
 def ode_step(

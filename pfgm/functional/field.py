@@ -103,21 +103,25 @@ def _flat_mean(
     D: float,
     backend: str | None,
     precision: str,
+    difference: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Points (B, N) in float32 or float64, their mean (B, N), log-sum-exp, nearest and total (B,).
 
-    Nearest and total have no gradient (:class:`~pfgm.backends.problems.State`).
+    With ``difference``, x − mean is in place of the mean. Nearest and total have no gradient
+    (:class:`~pfgm.backends.problems.State`).
     """
     flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
     if isinstance(references, ReferenceSet):
-        return flat, *over_set.compute(flat, radius, references.part, D, backend, precision)
+        part = references.part
+        return flat, *over_set.compute(flat, radius, part, D, backend, precision, difference)
     if torch.compiler.is_compiling() and not in_torch_func():
         points = x if flat.dtype == x.dtype else x.float()  # see pfgm.ops.posterior_mean
-        problem = PosteriorMean(points, references, radius, D, precision)
+        problem = PosteriorMean(points, references, radius, D, precision, difference=difference)
         return flat, *ops.posterior_mean.compute(problem, backend)
-    problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
+    rows = _flatten(references)
+    problem = PosteriorMean(flat, rows, radius, D, precision, difference=difference)
     found = ops.native_gradients.compute(problem, backend)
     return flat, *(found or ops.posterior_mean.compute(problem, backend))
 
@@ -284,8 +288,8 @@ def field_fn(
     _check_tensors(x, references)
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
-    flat, mean, _, _, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
-    field_x, field_z = ops.normalised_field.compute(flat, radius, mean, gamma, backend)
+    _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, precision, True)
+    field_x, field_z = ops.normalised_field.compute(difference, radius, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
 

@@ -59,18 +59,18 @@ def _count(given: Given) -> int:
 
 
 def results(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
-    """Mean, log-sum-exp, nearest and total, and the last two with all references as one chunk."""
+    """Mean or difference, log-sum-exp, nearest and total, and the last two as those of a chunk."""
     rows = given.part.in_one()
     if rows is not None:
         rows = flat_rows(rows)
         sketch = given.part.sketch(0, rows, x, "native")
         problem = given.problem(x, rows, radius, sketch)
-        mean, logsumexp, nearest, total = call(problem, "native")
+        result, logsumexp, nearest, total = call(problem, "native")
     else:
         running = _sum_of_chunks(x, radius, given)
         nearest, total = running.nearest, running.total
-        mean, logsumexp = posterior_mean_parts.end(x, radius, given.D, running)
-    return mean, logsumexp, nearest, total, *_as_one_chunk(nearest, total)
+        result, logsumexp = posterior_mean_parts.end(x, radius, given.D, running, given.difference)
+    return result, logsumexp, nearest, total, *_as_one_chunk(nearest, total)
 
 
 def by_tensor(
@@ -88,7 +88,9 @@ def by_tensor(
 def state(x: Tensor, radius: Tensor, given: Given) -> tuple[State, ChunkTotals]:
     """The state over the references of this process, in float64, as one chunk."""
     sums, nearest, total, _ = _sum_of_chunks(x, radius, given)
-    return State(sums / total[:, None], nearest, total), _as_one_chunk(nearest, total)
+    average = sums / total[:, None]
+    result = -average if given.difference else average
+    return State(result, nearest, total), _as_one_chunk(nearest, total)
 
 
 def _as_one_chunk(nearest: Tensor, total: Tensor) -> ChunkTotals:
