@@ -11,6 +11,7 @@ within the rounding count as equally near.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,11 @@ def describe() -> str:
     return f"matrix products in torch {torch.__version__}, chunked"
 
 
+def _may_wait(device: torch.device) -> bool:
+    """Whether values may decide what is computed next."""
+    return device.type == "cpu"
+
+
 @functools.cache
 def _has_fast_float64(device: torch.device) -> bool:
     if device.type != "cuda":
@@ -75,6 +81,9 @@ def _rounds_float32(device: torch.device) -> bool:
 class _Products(Arithmetic):
     """Products in float64; averages in float32 where the points are, on the CPU."""
 
+    # Pairs and values in a chunk: what stays in the caches of a processor, what keeps a GPU busy.
+    most, most_on_device = (1 << 18, 1 << 21), (1 << 21, 1 << 24)
+
     def __init__(self, x: Tensor, references: Tensor) -> None:
         super().__init__(x, references)
         device, wide = x.device, self.x.dtype
@@ -83,9 +92,8 @@ class _Products(Arithmetic):
         self.placed = self.x - self.origin
         self.norms = self.placed.square().sum(1, keepdim=True)
         self.rounding = (x.shape[1] + 4) * torch.finfo(torch.float64).eps
-        self.waits = device.type == "cpu"
-        # So many stay in the caches of a processor, and keep a GPU busy.
-        self.max_pairs, self.max_values = (1 << 18, 1 << 21) if self.waits else (1 << 22, 1 << 25)
+        self.waits = _may_wait(device)
+        self.max_pairs, self.max_values = self.most if self.waits else self.most_on_device
         self.narrow = self.waits and x.dtype == torch.float32 and not _rounds_float32(device)
         self._room: dict[torch.dtype, Tensor] = {}
 
@@ -196,11 +204,12 @@ def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (R, K) as whole numbers of 8 bits and what is left, in float32, and their scale (R, 1)."""
-    scale = rows.abs().amax(1, keepdim=True).clamp(min=_SMALLEST) / _PIECE
-    values = (rows / scale).float()
+    """Rows (R, K) as whole numbers of 8 bits and the rest, both in float32, and a scale (R, 1)."""
+    # A power of two, so that the rest of numbers in float32 is exact too.
+    scale = rows.abs().amax(1, keepdim=True).clamp(min=_SMALLEST).log2().ceil().exp2() / _PIECE
+    values = rows / scale
     first = values.round()
-    return first, values - first, scale
+    return first.float(), (values - first).float(), scale
 
 
 def _panels(rows: Tensor) -> Tensor:
@@ -213,18 +222,28 @@ def _panels(rows: Tensor) -> Tensor:
 
 def _arithmetic(problem: PosteriorMean) -> Arithmetic:
     x, references = problem.x, problem.references
-    device = x.device
-    exact = x.dtype == wide_dtype(device) == torch.float64
-    if exact or _has_fast_float64(device) or _rounds_float32(device):
-        return _Products(x, references)
-    return _Pieces(x, references)
+    in_float64 = wide_dtype(x.device) == torch.float64 and (
+        x.dtype == torch.float64 or _has_fast_float64(x.device) or _rounds_float32(x.device)
+    )
+    return _Products(x, references) if in_float64 else _Pieces(x, references)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps autocast from rounding float32 in products."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return chunked.posterior_mean(problem, _arithmetic(problem))
+    with _without_autocast(problem.x.device):
+        return chunked.posterior_mean(problem, _arithmetic(problem))
 
 
 def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return chunked.posterior_mean_backward(problem, state, upstream, needs, _arithmetic(problem))
+    with _without_autocast(problem.x.device):
+        by = _arithmetic(problem)
+        return chunked.posterior_mean_backward(problem, state, upstream, needs, by)
