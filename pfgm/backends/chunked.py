@@ -139,10 +139,12 @@ def posterior_mean(problem: PosteriorMean, by: Arithmetic) -> tuple[Tensor, Tens
     weighted_sum = by.sums if problem.difference else by.average
     nearest, total, placed_mean = _weighted_average(problem, by, weighted_sum)
     logsumexp = log_sum_exp(nearest, total, radius[:, None], D, x.shape[1])
-    mean = by.origin + placed_mean
+    if problem.difference:
+        result = (by.x - by.origin) - placed_mean
+    else:
+        result = by.origin + placed_mean
     if checks_values(x.device):
-        check_range(mean, x, references)
-    result = (by.x - by.origin) - placed_mean if problem.difference else mean
+        check_range(result, x, references, problem.difference)
     return result.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 
