@@ -72,11 +72,11 @@ class Arithmetic:
         return G @ chunk.placed.T
 
     def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
-        """The references from the origin (B, N), summed with weights (B, m) between 0 and 1."""
-        return weights @ chunk.placed
+        """The references (B, N), summed with weights (B, m) between 0 and 1."""
+        return weights @ dequantise(chunk.references, self.x.dtype)
 
     def sums(self, factors: Tensor, chunk: Chunk) -> Tensor:
-        """As :meth:`average` for factors (B, m) of any size and sign."""
+        """The references from the origin (B, N), summed with factors (B, m) of any size."""
         return factors @ chunk.placed
 
 
@@ -137,12 +137,10 @@ def posterior_mean(problem: PosteriorMean, by: Arithmetic) -> tuple[Tensor, Tens
         check_radius(radius, D)
     # The difference x − mean may be small beside its terms.
     weighted_sum = by.sums if problem.difference else by.average
-    nearest, total, placed_mean = _weighted_average(problem, by, weighted_sum)
+    nearest, total, result = _weighted_average(problem, by, weighted_sum)
     logsumexp = log_sum_exp(nearest, total, radius[:, None], D, x.shape[1])
     if problem.difference:
-        result = (by.x - by.origin) - placed_mean
-    else:
-        result = by.origin + placed_mean
+        result = (by.x - by.origin) - result
     if checks_values(x.device):
         check_range(result, x, references, problem.difference)
     return result.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)

@@ -95,16 +95,13 @@ class _Products(Arithmetic):
         self.waits = _may_wait(device)
         self.max_pairs, self.max_values = self.most if self.waits else self.most_on_device
         self.narrow = self.waits and x.dtype == torch.float32 and not _rounds_float32(device)
-        self._room: dict[torch.dtype, Tensor] = {}
-
-    def _copy(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of rows (m, N) in memory that is used again: new memory takes longer."""
-        if dtype not in self._room or len(self._room[dtype]) < len(rows):
-            self._room[dtype] = rows.new_empty(rows.shape, dtype=dtype)
-        return self._room[dtype][: len(rows)].copy_(rows)
+        self._room = self.x.new_empty(0, x.shape[1])
 
     def chunk(self, references: Tensor) -> Chunk:
-        placed = self._copy(references, self.x.dtype)
+        # In memory that is used for each chunk again: new memory takes longer.
+        if len(self._room) < len(references):
+            self._room = self.x.new_empty(references.shape)
+        placed = self._room[: len(references)].copy_(references)
         if references.dtype == torch.uint8:
             placed.div_(127.5).sub_(1)
         return Chunk(references, placed.sub_(self.origin))
@@ -149,7 +146,10 @@ class _Products(Arithmetic):
 
     def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
         if self.narrow:
-            found = weights.float() @ self._copy(chunk.placed, torch.float32)
+            y = chunk.references
+            if y.dtype != torch.float32:
+                y = dequantise(y, weights.dtype).float()
+            found = weights.float() @ y
             if bool(found.isfinite().all()):
                 return found.to(weights.dtype)
         return super().average(weights, chunk)
@@ -178,9 +178,9 @@ class _Pieces(_Products):
         return _product(G, chunk.placed)
 
     def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
-        scale = chunk.placed.abs().amax().clamp(min=_SMALLEST)
-        found = weights.float() @ (chunk.placed / scale).float()
-        return found.to(weights.dtype) * scale
+        y = dequantise(chunk.references, weights.dtype)
+        scale = _power_of_two(y.abs().amax())
+        return (weights.float() @ (y / scale).float()).to(weights.dtype) * scale
 
     def sums(self, factors: Tensor, chunk: Chunk) -> Tensor:
         return _product(factors, chunk.placed.T)
@@ -205,11 +205,15 @@ def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pieces(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (R, K) as whole numbers of 8 bits and the rest, both in float32, and a scale (R, 1)."""
-    # A power of two, so that the rest of numbers in float32 is exact too.
-    scale = rows.abs().amax(1, keepdim=True).clamp(min=_SMALLEST).log2().ceil().exp2() / _PIECE
+    scale = _power_of_two(rows.abs().amax(1, keepdim=True)) / _PIECE
     values = rows / scale
     first = values.round()
     return first.float(), (values - first).float(), scale
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """Powers of two that are not smaller. A division by them does not round."""
+    return values.clamp(min=_SMALLEST).log2().ceil().exp2()
 
 
 def _panels(rows: Tensor) -> Tensor:
