@@ -199,7 +199,7 @@ def posterior_mean(
         sigma: noise level, given instead of r: r = sigma · √D.
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
-        backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
+        backend: "native", "triton", "torch" or "reference"; None lets :mod:`pfgm.backends` choose.
         precision: precision of matrix products on a GPU. "high" has the accuracy of float32.
             "medium" multiplies values of 11 bits, which changes the weights of references at almost
             equal distances by up to a few per cent. The native backend does so for references in
