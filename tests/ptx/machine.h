@@ -35,7 +35,7 @@ constexpr u32 kReserved =
     1024;  // bytes of shared memory before a block's own, as on sm_80 and later
 constexpr u32 kMostShared = 233472;
 constexpr int kMostWarps = 32;
-constexpr s64 kMostInstructions = 1 << 24;  // of a warp: it would never end
+constexpr s64 kMostInstructions = 1 << 23;  // of a warp: it would never end
 
 enum class Ty : u8 {
   none,
