@@ -110,11 +110,11 @@ class Launch(NamedTuple):
     """A launch. ``name`` is what the host calls it, ``kernel`` the name in the source."""
 
     name: str
-    kernel: str
     grid: tuple[int, int, int]  # in blocks
     threads: int  # of a block
     shared: int  # bytes of dynamic shared memory
     instructions: int  # that warps executed
+    kernel: str
 
 
 _LAUNCH = re.compile(r"(\S+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)")
@@ -172,7 +172,7 @@ class Executor:
             x, y, z, threads, shared, instructions = map(int, numbers)
             kernel = _plain(name)
             launches.append(
-                Launch(_NAMES.get(kernel, kernel), kernel, (x, y, z), threads, shared, instructions)
+                Launch(_NAMES.get(kernel, kernel), (x, y, z), threads, shared, instructions, kernel)
             )
         self._library.ptx_clear_log()
         return launches
