@@ -1,9 +1,9 @@
-"""PFGM's normalised field from x, z and the posterior mean, in one launch.
+"""PFGM's normalised field from x − mean and z, in one launch.
 
     v = −√N E/(‖E‖ + γ),   E = (x − mean, z)
 
-A program takes whole rows, as in :mod:`pfgm.kernels.ode_step`. Everything from the differences on
-is in float64: ‖E‖² may overflow or underflow float32.
+A program takes whole rows, as in :mod:`pfgm.kernels.ode_step`. It computes in float64: ‖E‖² may
+overflow or underflow float32.
 """
 
 from __future__ import annotations
@@ -21,22 +21,18 @@ from .variant import Variant
 
 
 @triton.jit
-def _difference(x, mean, rows, x_stride, mean_stride, columns, mask):
-    """x − mean of one tile in float64; 0 outside of mask."""
-    values = tl.load(at(x, rows, x_stride, columns), mask, other=0.0)
-    center = tl.load(at(mean, rows, mean_stride, columns), mask, other=0.0)
-    return values.to(tl.float64) - center.to(tl.float64)
+def _tile(values, rows, stride, columns, mask):
+    """One tile in float64; 0 outside of mask."""
+    return tl.load(at(values, rows, stride, columns), mask, other=0.0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["B"])
 def normalised_field_kernel(
-    x,
+    difference,
     z,
-    mean,
     field_x,
     field_z,
-    x_stride,
-    mean_stride,
+    stride,
     field_stride,
     B,
     N,
@@ -53,15 +49,15 @@ def normalised_field_kernel(
     columns = tl.arange(0, BLOCK)
     mask = within[:, None] & (columns < N)[None, :]
     if WHOLE:
-        difference = _difference(x, mean, rows, x_stride, mean_stride, columns, mask)
-        squared = tl.sum(difference * difference, axis=1)
+        tile = _tile(difference, rows, stride, columns, mask)
+        squared = tl.sum(tile * tile, axis=1)
     else:
         lanes = tl.zeros((ROWS, BLOCK), tl.float64)
         for start in range(0, N, BLOCK):
             turn = start + columns
             mask = within[:, None] & (turn < N)[None, :]
-            difference = _difference(x, mean, rows, x_stride, mean_stride, turn, mask)
-            lanes += difference * difference
+            tile = _tile(difference, rows, stride, turn, mask)
+            lanes += tile * tile
         squared = tl.sum(lanes, axis=1)
 
     norm = tl.sqrt(squared + level * level) + gamma
@@ -70,14 +66,14 @@ def normalised_field_kernel(
     scale = -root_N / tl.where(norm == 0, 1.0, norm)
 
     if WHOLE:
-        result = (scale[:, None] * difference).to(tl.float32)
+        result = (scale[:, None] * tile).to(tl.float32)
         tl.store(at(field_x, rows, field_stride, columns), result, mask)
     else:
         for start in range(0, N, BLOCK):
             turn = start + columns
             mask = within[:, None] & (turn < N)[None, :]
-            difference = _difference(x, mean, rows, x_stride, mean_stride, turn, mask)
-            result = (scale[:, None] * difference).to(tl.float32)
+            tile = _tile(difference, rows, stride, turn, mask)
+            result = (scale[:, None] * tile).to(tl.float32)
             tl.store(at(field_x, rows, field_stride, turn), result, mask)
     tl.store(field_z + rows, (scale * level).to(tl.float32), within)
 
@@ -85,20 +81,18 @@ def normalised_field_kernel(
 _normalised_field = Launcher(normalised_field_kernel)
 
 
-def launch(
-    x: Tensor, z: Tensor, mean: Tensor, gamma: float, field_x: Tensor, field_z: Tensor
-) -> None:
+def launch(difference: Tensor, z: Tensor, gamma: float, field_x: Tensor, field_z: Tensor) -> None:
     """Writes field_x (B, N) and field_z (B,) in float32.
 
-    x and mean (B, N) are float32 with contiguous features, z (B,) is contiguous in float64.
-    field_x may be mean: a program reads what it overwrites before it writes.
+    difference (B, N) is float32 with contiguous features, z (B,) is contiguous in float64.
+    field_x may be difference: a program reads what it overwrites before it writes.
     """
-    strides = x.stride(0), mean.stride(0), field_x.stride(0)
-    _launch_of(*x.shape, strides, gamma)(x, z, mean, field_x, field_z)
+    strides = difference.stride(0), field_x.stride(0)
+    _launch_of(*difference.shape, strides, gamma)(difference, z, field_x, field_z)
 
 
 @functools.lru_cache(KEPT)
-def _launch_of(B: int, N: int, strides: tuple[int, int, int], gamma: float) -> Launch:
+def _launch_of(B: int, N: int, strides: tuple[int, int], gamma: float) -> Launch:
     tiles = row_tiles(N)
     grid = (cdiv(B, tiles["ROWS"]), 1, 1)
     return _normalised_field(grid, (*strides, B, N), (gamma,), (), tiles)
@@ -107,10 +101,10 @@ def _launch_of(B: int, N: int, strides: tuple[int, int, int], gamma: float) -> L
 def variants() -> list[Variant]:
     """Short rows, rows held whole and rows read twice."""
     types = {
-        "x": "*fp32",
+        "difference": "*fp32",
         "z": "*fp64",
-        **dict.fromkeys(("mean", "field_x", "field_z"), "*fp32"),
-        **dict.fromkeys(("x_stride", "mean_stride", "field_stride", "B", "N"), "i32"),
+        **dict.fromkeys(("field_x", "field_z"), "*fp32"),
+        **dict.fromkeys(("stride", "field_stride", "B", "N"), "i32"),
         "gamma": "fp64",
     }
     found = []

@@ -244,7 +244,7 @@ def _channels_first(source: Source) -> Source:
         return InMemory(source.read(0, len(source)).unsqueeze(1))
     if len(shape) != 3 or shape[2] not in (1, 3) or shape[0] in (1, 3):
         return source
-    moved = torch.empty(len(source), shape[2], *shape[:2], dtype=source.dtype)
+    moved = torch.empty(len(source), shape[2], *shape[:2], dtype=source.dtype, device="cpu")
     for start in range(0, len(source), _PERMUTE_ROWS):
         stop = min(start + _PERMUTE_ROWS, len(source))
         moved[start:stop] = source.read(start, stop).permute(0, 3, 1, 2)

@@ -128,7 +128,7 @@ def draw_samples(
         network,
         prior.to(device),
         batch_size=batch_size,
-        labels=torch.arange(n) % classes if classes else None,
+        labels=torch.arange(n, device="cpu") % classes if classes else None,
         generator=noise_generator(seed, device),
         progress=progress,
         **options,
@@ -305,7 +305,7 @@ def bits_per_dim(
         x = dequantised(x, levels, torch.Generator().manual_seed(seed))
     probes = torch.Generator(device=x.device).manual_seed(seed)
     bits, evaluations = [], 0
-    for rows in torch.arange(len(x)).split(batch_size):
+    for rows in torch.arange(len(x), device="cpu").split(batch_size):
         found = flow.log_likelihood(
             network,
             to_unit(x[rows]),

@@ -238,7 +238,7 @@ def _published_loss(
     noisy, z = flow.perturb(batch.x, generator)
     flat = noisy.flatten(1)
     mean, _ = published(Case(flat, z, batch.references.flatten(1)))()
-    target_x, target_z = normalised_field(flat, z, mean, flow.gamma)
+    target_x, target_z = normalised_field(flat - mean, z, flow.gamma)
     field_x, field_z = network(noisy, z)
     error = (field_x.flatten(1) - target_x).square().sum(1) + (field_z - target_z).square()
     loss: Tensor = 0.5 * error.mean()

@@ -133,7 +133,6 @@ INTENTS = {
     "split_rows": Intent(256, blocks=2),
     "distances": Intent(256, products="16816", copies=True),
     "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
-    "tensor_memory_distances": Intent(256, blocks=2, products="UTCHMMA", copies=True),
     **{
         f"warpgroup_distances<float32, 128, 192, {how}>": Intent(
             384, products="64x64x16", copies=True
@@ -162,6 +161,7 @@ INTENTS = {
         for rows in (32, 64)
     },
     "merge": Intent(256, blocks=2),
+    "subtract_mean": Intent(256, blocks=2),
     **{
         f"list_references<{rows}, {uneven}, {halves}, false>": Intent(8 * rows, blocks=2)
         for rows in (32, 64)
@@ -174,7 +174,6 @@ INTENTS = {
         for uneven in ("true, true", "true, false", "false, false")
     },
     "warpgroup_sum": Intent(256, products="64x64x16", copies=True),
-    "tensor_memory_sum": Intent(512, products="UTCHMMA", copies=True),
     "pull": Intent(256, blocks=2),
     "find_coefficients": Intent(256, blocks=2),
     "finish_moments": Intent(32, blocks=2),
@@ -397,8 +396,6 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     """
     if stem(kernel).startswith("warpgroup"):
         return architecture != "90a"
-    if stem(kernel).startswith("tensor_memory"):
-        return architecture not in ("100a", "100f")
     if stem(kernel) != "distances":
         return False
     type_, queries, _, geforce, *_ = _arguments(kernel)

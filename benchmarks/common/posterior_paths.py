@@ -208,7 +208,7 @@ def errors(case: Case, result: Result, exact: Result) -> dict[str, float]:
 
 
 def _field(x: Tensor, z: Tensor, mean: Tensor) -> Tensor:
-    field_x, field_z = normalised_field(x, z, mean, GAMMA)
+    field_x, field_z = normalised_field(x - mean, z, GAMMA)
     return torch.cat([field_x, field_z[:, None]], 1)
 
 

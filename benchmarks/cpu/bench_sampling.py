@@ -40,7 +40,7 @@ def torch_field(references: Tensor, gamma: float) -> Callable[[Tensor, Tensor], 
 
     def field(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         mean, _ = torch_path(Case(x.flatten(1), z, flat))()
-        field_x, field_z = normalised_field(x.flatten(1), z, mean, gamma)
+        field_x, field_z = normalised_field(x.flatten(1) - mean, z, gamma)
         return field_x.view_as(x), field_z
 
     return field

@@ -58,7 +58,7 @@ def training_step(target: str, images: Tensor, B: int, width: int) -> Callable[[
         field_x, field_z = torch.zeros_like(x), torch.zeros_like(z)
         if compute is not None:
             mean, _ = compute(Case(x.flatten(1), z, references))()
-            field_x, field_z = normalised_field(x.flatten(1), z, mean, flow.gamma)
+            field_x, field_z = normalised_field(x.flatten(1) - mean, z, flow.gamma)
             field_x = field_x.view_as(x)
         predicted_x, predicted_z = net(x, z)
         loss = (predicted_x - field_x).square().sum() + (predicted_z - field_z).square().sum()

@@ -315,7 +315,7 @@ def points(B: int, N: int, z: float) -> Points:
     data = torch.rand(16, N, generator=generator) * 2 - 1
     x = data[torch.arange(B) % 16] + z * torch.randn(B, N, generator=generator)
     mean = data[torch.arange(B) % 16]
-    field_x, field_z = normalised_field(x, torch.full((B,), z), mean, GAMMA)
+    field_x, field_z = normalised_field(x - mean, torch.full((B,), z), GAMMA)
     history = mean + 0.01 * torch.randn(B, N, generator=generator)
     return Points(x, field_x, field_z, history)
 

@@ -1,4 +1,4 @@
-// PFGM's normalised field from x, z and the posterior mean, and its gradients:
+// PFGM's normalised field from x − mean and z, and its gradients:
 //     v = −√N E/(|E| + γ),   E = (x − mean, z),   and 0 at E = 0
 // Arguments are raw pointers, as in ode_step.h.
 #pragma once
@@ -10,16 +10,14 @@
 namespace pfgm {
 
 // All tensors but z have one type, float32 or float64. Features are contiguous. A stride is the
-// distance between rows, in elements. field_x may be x or mean itself, but must not overlap them
-// otherwise.
+// distance between rows, in elements. field_x may be the difference itself, but must not overlap
+// it otherwise.
 struct NormalisedField {
   Type type;
   std::int64_t rows, features;
-  const void* x;
-  std::int64_t x_stride;
+  const void* difference;  // x − mean
+  std::int64_t stride;
   const double* z;  // (rows)
-  const void* mean;
-  std::int64_t mean_stride;
   double gamma;
   void* field_x;
   std::int64_t field_x_stride;
@@ -27,13 +25,12 @@ struct NormalisedField {
   int threads;
 };
 
-// Gradients of a function of the field. Rows of grad_x and grad_mean are `features` apart.
+// Gradients of a function of the field. Rows of grad_difference are `features` apart.
 struct NormalisedFieldBackward {
   const void* grad_field_x;
   std::int64_t grad_field_x_stride;
   const void* grad_field_z;  // (rows)
-  void* grad_x;
-  void* grad_mean;
+  void* grad_difference;
   double* grad_z;  // (rows)
 };
 

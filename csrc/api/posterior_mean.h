@@ -40,6 +40,9 @@ struct Problem {
   // References of all calls that continue one result, see below; 0 if it takes one call.
   std::int64_t all_references = 0;
   Precision precision = Precision::high;
+  // Whether the forward pass returns x − mean in place of the mean. Near the mean it has digits
+  // that a rounded mean has lost. `sums` are then of y_j − x. Backward passes ignore it.
+  bool difference = false;
 };
 
 // Memory for what a forward pass keeps for its backward pass, on an 8-byte boundary on the CPU
@@ -55,7 +58,7 @@ struct Kept {
 // mean, may be without references. If each call but the last has a multiple of chunk_rows()
 // references, the result is to the bit that of one call.
 struct Forward {
-  void* mean;              // (queries, features)
+  void* mean;              // (queries, features), or x − mean
   double* logsumexp;       // (queries)
   double* nearest;         // (queries): squared distance of the nearest reference
   double* total;           // (queries): Σ_j exp(l_j − l of the nearest reference)

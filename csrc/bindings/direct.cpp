@@ -4,6 +4,8 @@
 // then undefined, and the caller takes the way through the operators, which says what is wrong.
 #include "bindings/direct.h"
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "api/normalised_field.h"
@@ -31,8 +33,8 @@ std::vector<double> radii(const Level& level, double factor, Index queries) {
 }
 
 Status run_posterior_mean(const Sizes& sizes, Address x, Address y, Address sketch,
-                          const std::vector<double>& radius, double dimensions, int threads,
-                          const Forward& out) {
+                          const std::vector<double>& radius, double dimensions, bool difference,
+                          int threads, const Forward& out) {
   const Problem problem = {sizes.type,
                            sizes.reference_type,
                            sizes.queries,
@@ -45,7 +47,10 @@ Status run_posterior_mean(const Sizes& sizes, Address x, Address y, Address sket
                            radius.data(),
                            dimensions,
                            threads,
-                           pointer<const void>(sketch)};
+                           pointer<const void>(sketch),
+                           0,
+                           Precision::high,
+                           difference};
   const Kernels& kernels = cpu_kernels();
   return run_interruptible(sizes.queries, problem,
                            [&] { return kernels.posterior_mean(problem, out); });
@@ -60,7 +65,8 @@ bool direct_posterior_mean(int type, int reference_type, Index queries, Index re
                        references, features};
   const std::vector<double> radius = radii(level_from(level), factor, queries);
   const Forward out = {pointer<void>(mean), pointer<double>(logsumexp), nullptr, nullptr};
-  const Status status = run_posterior_mean(sizes, x, y, sketch, radius, dimensions, threads, out);
+  const Status status =
+      run_posterior_mean(sizes, x, y, sketch, radius, dimensions, false, threads, out);
   return status.failure == Failure::none;
 }
 
@@ -71,13 +77,14 @@ bool direct_field(int type, int reference_type, Index queries, Index references,
   const Sizes sizes = {static_cast<Type>(type), static_cast<Type>(reference_type), queries,
                        references, features};
   const std::vector<double> radius = radii(level_from(z), 1, queries);
-  const Forward mean = {pointer<void>(field_x), nullptr, nullptr, nullptr};
-  const Status status = run_posterior_mean(sizes, x, y, sketch, radius, 1, threads, mean);
+  const Forward difference = {pointer<void>(field_x), nullptr, nullptr, nullptr};
+  const Status status =
+      run_posterior_mean(sizes, x, y, sketch, radius, 1, true, threads, difference);
   if (status.failure != Failure::none) return false;
   const py::gil_scoped_release released;
-  normalised_field({sizes.type, queries, features, pointer<const void>(x), features, radius.data(),
-                    pointer<const void>(field_x), features, gamma, pointer<void>(field_x), features,
-                    pointer<void>(field_z), threads});
+  normalised_field({sizes.type, queries, features, pointer<const void>(field_x), features,
+                    radius.data(), gamma, pointer<void>(field_x), features, pointer<void>(field_z),
+                    threads});
   return true;
 }
 
@@ -129,6 +136,39 @@ bool direct_all_finite(int type, Address values, Index count) {
                                                   : all_finite(pointer<const float>(values), count);
 }
 
+// ---- a sample of memory ---------------------------------------------------------------------
+
+// A number that changes with any byte of a window of 64 bytes: of the 16 to 256 windows that are
+// spread over the memory, or of all bytes if they are few. Where a window lies in its share of the
+// memory looks random, so that windows do not follow the rows.
+std::uint64_t direct_sample(Address values, Index bytes) {
+  constexpr Index kWindow = 64, kFew = 1024, kShare = 8192, kFewest = kFew / kWindow, kMost = 256;
+  constexpr std::uint64_t kMixing = 0x9e3779b97f4a7c15u;
+  const auto* memory = pointer<const unsigned char>(values);
+  if (memory == nullptr) return 0;
+  std::uint64_t sum = 0;
+  const auto take = [&sum, memory](Index begin, Index end) {
+    for (Index i = begin; i < end; i += sizeof sum) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, memory + i, std::min<Index>(sizeof word, end - i));
+      sum = (sum ^ word) * kMixing;
+      sum ^= sum >> 32;
+    }
+  };
+  if (bytes <= kFew) {
+    take(0, bytes);
+    return sum;
+  }
+  const Index windows = std::clamp(bytes / kShare, kFewest, kMost);
+  for (Index w = 0; w < windows; ++w) {
+    const Index begin = bytes * w / windows, end = bytes * (w + 1) / windows;
+    const Index places = end - begin - kWindow + 1;
+    const Index place = begin + static_cast<Index>((w * kMixing >> 32) % places);
+    take(place, place + kWindow);
+  }
+  return sum;
+}
+
 }  // namespace
 
 void bind_direct(py::module_& module) {
@@ -136,6 +176,7 @@ void bind_direct(py::module_& module) {
   module.def("direct_field", &direct_field);
   module.def("direct_step", &direct_step);
   module.def("direct_all_finite", &direct_all_finite);
+  module.def("direct_sample", &direct_sample);
 }
 
 }  // namespace pfgm

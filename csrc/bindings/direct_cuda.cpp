@@ -41,7 +41,7 @@ class Workspace {
 class MeanCall {
  public:
   MeanCall(int type, int reference_type, Index queries, Index references, Index features, Address x,
-           Address y, double dimensions, int precision, int device, Address stream)
+           Address y, double dimensions, int precision, bool difference, int device, Address stream)
       : place_{device, stream},
         column_((static_cast<std::size_t>(queries) * sizeof(double) + 255) / 256 * 256) {
     problem_ = {static_cast<Type>(type),
@@ -58,7 +58,8 @@ class MeanCall {
                 1,
                 nullptr,
                 0,
-                static_cast<Precision>(precision)};
+                static_cast<Precision>(precision),
+                difference};
   }
 
   std::size_t workspace() const {
@@ -94,7 +95,7 @@ bool direct_posterior_mean_cuda(int type, int reference_type, Index queries, Ind
   if (other_backend()) return false;
   const Level given = level_from(level);
   MeanCall call(type, reference_type, queries, references, features, x, y, dimensions, precision,
-                device, stream);
+                false, device, stream);
   const Workspace memory(allocate, call.workspace());
   const py::gil_scoped_release released;
   call.enqueue(given, factor, mean, logsumexp, memory);
@@ -107,15 +108,15 @@ bool direct_field_cuda(int type, int reference_type, Index queries, Index refere
                        const py::object& allocate) {
   if (other_backend()) return false;
   const Level given = level_from(z);
-  MeanCall call(type, reference_type, queries, references, features, x, y, 1, precision, device,
-                stream);
+  MeanCall call(type, reference_type, queries, references, features, x, y, 1, precision, true,
+                device, stream);
   const Workspace memory(allocate, call.workspace());
   const py::gil_scoped_release released;
   const double* radius = call.enqueue(given, 1, field_x, 0, memory);
-  normalised_field_cuda({static_cast<Type>(type), queries, features, pointer<const void>(x),
-                         features, radius, pointer<const void>(field_x), features, gamma,
-                         pointer<void>(field_x), features, pointer<void>(field_z), 1},
-                        call.place());
+  normalised_field_cuda(
+      {static_cast<Type>(type), queries, features, pointer<const void>(field_x), features, radius,
+       gamma, pointer<void>(field_x), features, pointer<void>(field_z), 1},
+      call.place());
   return true;
 }
 

@@ -26,7 +26,7 @@ using Result = std::pair<int, std::int64_t>;  // failure code, first query that 
 Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, Address x, std::int64_t x_stride, Address y,
                 std::int64_t y_stride, Address radius, double dimensions, int threads,
-                Address sketch, std::int64_t all_references, int precision) {
+                Address sketch, std::int64_t all_references, int precision, bool difference) {
   return {static_cast<Type>(type),
           static_cast<Type>(reference_type),
           queries,
@@ -41,7 +41,8 @@ Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t
           threads,
           pointer<const void>(sketch),
           all_references,
-          static_cast<Precision>(precision)};
+          static_cast<Precision>(precision),
+          difference};
 }
 
 // Memory: address and bytes.
@@ -94,7 +95,7 @@ using StridedRows = std::pair<Address, std::int64_t>;
 Problem outline(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, StridedRows y, int threads) {
   return problem(type, reference_type, queries, references, features, 0, 0, y.first, y.second, 0, 0,
-                 threads, 0, 0, 0);
+                 threads, 0, 0, 0, false);
 }
 
 std::int64_t kept_bytes(int type, int reference_type, std::int64_t queries, std::int64_t references,
@@ -152,17 +153,14 @@ OdeStep step(int type, std::int64_t rows, std::int64_t features, StridedRows x, 
           threads};
 }
 
-NormalisedField field(int type, std::int64_t rows, std::int64_t features, StridedRows x, Address z,
-                      StridedRows mean, double gamma, StridedRows field_x, Address field_z,
-                      int threads) {
+NormalisedField field(int type, std::int64_t rows, std::int64_t features, StridedRows difference,
+                      Address z, double gamma, StridedRows field_x, Address field_z, int threads) {
   return {static_cast<Type>(type),
           rows,
           features,
-          pointer<const void>(x.first),
-          x.second,
+          pointer<const void>(difference.first),
+          difference.second,
           pointer<const double>(z),
-          pointer<const void>(mean.first),
-          mean.second,
           gamma,
           pointer<void>(field_x.first),
           field_x.second,
@@ -171,12 +169,11 @@ NormalisedField field(int type, std::int64_t rows, std::int64_t features, Stride
 }
 
 void run_normalised_field_backward(const NormalisedField& field, StridedRows grad_field_x,
-                                   Address grad_field_z, Address grad_x, Address grad_mean,
-                                   Address grad_z) {
+                                   Address grad_field_z, Address grad_difference, Address grad_z) {
   const py::gil_scoped_release released;
   normalised_field_backward(field, {pointer<const void>(grad_field_x.first), grad_field_x.second,
-                                    pointer<const void>(grad_field_z), pointer<void>(grad_x),
-                                    pointer<void>(grad_mean), pointer<double>(grad_z)});
+                                    pointer<const void>(grad_field_z),
+                                    pointer<void>(grad_difference), pointer<double>(grad_z)});
 }
 
 py::dict build_info() {
@@ -204,7 +201,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
            py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
            py::arg("dimensions"), py::arg("threads"), py::arg("sketch") = 0,
-           py::arg("all_references") = 0, py::arg("precision") = 0);
+           py::arg("all_references") = 0, py::arg("precision") = 0, py::arg("difference") = false);
   py::class_<Forward>(module, "Forward", py::module_local())
       .def(py::init(&forward), py::kw_only(), py::arg("mean"), py::arg("logsumexp"),
            py::arg("nearest"), py::arg("total"), py::arg("sums") = 0, py::arg("kept") = Memory());
@@ -238,12 +235,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("ode_step", &ode_step, released);
   py::class_<NormalisedField>(module, "NormalisedField", py::module_local())
       .def(py::init(&field), py::kw_only(), py::arg("type"), py::arg("rows"), py::arg("features"),
-           py::arg("x"), py::arg("z"), py::arg("mean"), py::arg("gamma"), py::arg("field_x"),
+           py::arg("difference"), py::arg("z"), py::arg("gamma"), py::arg("field_x"),
            py::arg("field_z"), py::arg("threads"));
   module.def("normalised_field", &normalised_field, released);
   module.def("normalised_field_backward", &run_normalised_field_backward, py::arg("field"),
-             py::kw_only(), py::arg("grad_field_x"), py::arg("grad_field_z"), py::arg("grad_x"),
-             py::arg("grad_mean"), py::arg("grad_z"));
+             py::kw_only(), py::arg("grad_field_x"), py::arg("grad_field_z"),
+             py::arg("grad_difference"), py::arg("grad_z"));
   bind_direct(module);
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())

@@ -24,7 +24,9 @@ namespace PFGM_ISA {
 namespace {
 
 // sum + Σ_i u_i q_i over the four unsigned bytes u and the four signed bytes q of each lane.
-// Assembly, because GCC 12 copies the sums between calls of the intrinsic.
+// Assembly, because GCC 12 copies the sums between calls of the intrinsic. AVX2's products of
+// bytes, maddubs and madd, take three instructions, and q may have 7 bits only. On a Zen 3 that is
+// slower than lines (line_screen.h).
 inline Ints plus_products(Ints sum, const Ints& u, const Ints& q) {
 #if defined(__AVX512VNNI__)
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(q));
@@ -162,6 +164,7 @@ class ByteScreen {
   static constexpr double kByteSumError = 1e-14;
   static constexpr Index kLanes = kFloats;
   static constexpr Index kMaxRowBytes = 8 << 20;
+  static constexpr double kSmallest = std::numeric_limits<float>::min();
 
   struct QueryTerms {
     double middle, step;  // b, g
@@ -213,9 +216,11 @@ class ByteScreen {
     double sum = 0, square = 0, lost = 0;
   };
 
-  // Rounds (v − origin)/step to the nearest integers and writes their low bytes in words.
+  // Rounds (v − origin)/step to the nearest integers from `least` to `most` and writes their bytes
+  // in words.
   template <class V>
-  Sums round_values(const V* v, float origin, float step, std::int32_t* words) const {
+  Sums round_values(const V* v, float origin, float step, float least, float most,
+                    std::int32_t* words) const {
     // If the inverse overflows, `lost` becomes NaN.
     const float inverse = step > 0 ? 1 / step : 0;
     Sums found;
@@ -228,7 +233,9 @@ class ByteScreen {
           // Adding `magic` rounds a small number to an integer, which is then in the low bits.
           constexpr float magic = 0x1.8p23f;
           const Floats values = values_at(v, k + part * kLanes, end, origin);
-          const Floats steps = (values - origin) * inverse, shifted = steps + magic;
+          const Floats steps = (values - origin) * inverse;
+          const Floats above = steps < least ? Floats{} + least : steps;
+          const Floats shifted = (above > most ? Floats{} + most : above) + magic;
           const Floats integer = shifted - magic, rest = steps - integer;
           sum += integer;
           square += integer * integer;
@@ -281,10 +288,11 @@ class ByteScreen {
   // At least the length of what is lost, whose square is `square` by computation. In steps, a value
   // is off by less than 5e-5: v − origin, the inverse and the product are each rounded to 2^-24 of
   // at most 255. A sum of 256 squares is off by less than 2e-5 of itself. `rounded` bounds the
-  // rounding of the values themselves.
+  // rounding of the values themselves, kSmallest what underflow takes from them, from v − origin or
+  // from the step.
   double length_of(double square, double step, double rounded) const {
     const double root = std::sqrt(static_cast<double>(problem_.features));
-    return step * (std::sqrt(square) * (1 + 2e-5) + 5e-5 * root) + rounded * root;
+    return step * (std::sqrt(square) * (1 + 2e-5) + 5e-5 * root) + (rounded + kSmallest) * root;
   }
 
   double error_of(double largest) const {
@@ -293,9 +301,12 @@ class ByteScreen {
 
   QueryTerms round(const float* x, std::int32_t* words) const {
     const Range range = range_of(x);
+    // The middle is rounded, so that one side may be larger than the other.
     const float middle = range.low / 2 + range.high / 2;
-    const float step = (range.high / 2 - range.low / 2) / 126.5f;
-    const Sums found = round_values(x, middle, step, words);
+    const float below = middle - range.low, above = range.high - middle;
+    constexpr float most = 127;
+    const float step = (below > above ? below : above) / (most - 0.5f);
+    const Sums found = round_values(x, middle, step, -most, most, words);
     const double b = middle, g = step;
     return {b,
             g,
@@ -345,9 +356,9 @@ class ByteScreen {
       a = low = range.low;
       h = step = (range.high - range.low) / 254.5f;
       if (sizeof(R) > sizeof(float))  // float64 is rounded to float32 first
-        rounded = 6e-8 * (std::fabs(a) + 255 * h) + 1e-45;
+        rounded = 6e-8 * (std::fabs(a) + 255 * h);
     }
-    const Sums found = round_values(y, low, step, words);
+    const Sums found = round_values(y, low, step, 0, 255, words);
     terms.low[r] = a;
     terms.step[r] = h;
     terms.sum[r] = problem_.features * a + h * found.sum;

@@ -26,6 +26,8 @@ constexpr double kSkipped = std::numeric_limits<double>::max();
 constexpr double kUnderflow = 1e-30;  // squared distances below this lose digits to underflow
 // Distances below this share of |x| suffer from the rounding of y.
 constexpr double kCloseShare = 0.1;
+// A query is close if its squared distance from the nearest reference is below this share of |x|².
+constexpr double kCloseSquare = 0.25;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
 
 // Whether T represents every R exactly. If not, distances have an error relative to |y| too.
@@ -45,6 +47,12 @@ double squared_norm(const T* x, Index features) {
   double sum = 0;
   for (Index k = 0; k < features; ++k) sum += static_cast<double>(x[k]) * x[k];
   return sum;
+}
+
+// Whether a query is close to its nearest reference, beside its own size.
+template <class T>
+bool is_close(const T* x, Index features, double nearest) {
+  return nearest < kCloseSquare * squared_norm(x, features);
 }
 
 template <class T, class R>
@@ -252,12 +260,19 @@ class Distances {
       return;
     }
     pad(squared);
-    alive_[b] = screen_.choose(b, farthest(b, known), kSkipped, squared, count_);
+    Index candidate = -1;
+    const double far = farthest(b, known, &candidate);
+    alive_[b] = screen_.choose(b, far, kSkipped, squared, count_);
+    // Whatever the bounds are, a query without known distances gets one.
+    if (candidate < 0 || squared[candidate] == 0) return;
+    squared[candidate] = 0;
+    ++alive_[b];
   }
 
   // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all
   // weights, which is at least the weight of the nearest and at least the sum over earlier chunks.
-  double farthest(Index b, const QueryState& known) const {
+  // If a reference of the chunk may be nearer than all before, `nearest` becomes the likeliest.
+  double farthest(Index b, const QueryState& known, Index* nearest) const {
     const double* bounds = row(b);
     const double lowest = least(bounds).value;
     double far = kInfinity;
@@ -266,9 +281,10 @@ class Distances {
       far =
           known.nearest + law_.excess_at(law_.cutoff - std::log(before), known.nearest, radius(b));
     }
-    if (!(lowest < known.nearest)) return far;
+    if (!(lowest < known.nearest && lowest < kSkipped)) return far;  // padding has kSkipped
     Index candidate = 0;
     while (bounds[candidate] != lowest) ++candidate;
+    *nearest = candidate;
     double upper = exact_distance(query(b), reference(candidate), problem_.features);
     // The candidate itself and what separate() must see stay within reach.
     if (kMayUnderflow<T, R> && upper < least_square(problem_.features))

@@ -10,7 +10,7 @@
 //
 // Rounding: s and ρ have an error of at most 40 epsilon |x_l| (32 additions, and the mean in ρ).
 // The vectors of all s and ρ are off by at most kSketchError |x| and kSketchError |y|, and their
-// distance by the sum of the two.
+// distance by the sum of the two. A square that underflows takes up to kLostDeviation from a ρ.
 //
 // The sketch of a vector is all its s and ρ, in a row of whole cache lines, and its length |v|.
 // Sketches of references are computed in each call, or once for all calls. In the second case
@@ -32,6 +32,9 @@ inline Index sketch_lines(Index features) { return divide_up(features, kLine); }
 inline Index sketch_stride(Index features) { return round_up(2 * sketch_lines(features), 16); }
 
 template <class T> constexpr double kSketchError = 64 * std::numeric_limits<T>::epsilon();
+// The square root of the smallest number, rounded up.
+template <class T> constexpr double kLostDeviation =
+    sizeof(T) == sizeof(float) ? 1.1e-19 : 1.5e-154;
 // Bound of the relative error of sums of squares by DenseTiles, if they do not underflow.
 template <class T> constexpr double kSumError = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
 
@@ -104,7 +107,9 @@ class LineScreen {
   // Replaces bounds of query b by 0 where the squared distance may be at most `far`, and by `skip`
   // elsewhere. Returns the number of zeros.
   Index choose(Index b, double far, double skip, double* bounds, Index count) const {
-    const double loss = kSketchError<T> * (static_cast<double>(query_lengths_[b]) + longest_);
+    const double lost = std::sqrt(static_cast<double>(kLine * lines_)) * kLostDeviation<T>;
+    const double loss =
+        kSketchError<T> * (static_cast<double>(query_lengths_[b]) + longest_) + 2 * lost;
     const double distance = std::sqrt(far) + loss;
     const double limit = distance * distance / (1 - kSumError<T>);
     Index kept = 0;

@@ -1,5 +1,5 @@
 // PFGM's normalised field and its gradients on the CPU, compiled once per instruction set
-// (PFGM_ISA). Differences and sums are in float64, because |E|² may overflow or underflow float32.
+// (PFGM_ISA). They compute in float64, because |E|² may overflow or underflow float32.
 #include "api/normalised_field.h"
 
 #include "cpu/simd.h"
@@ -36,11 +36,10 @@ struct Norm {
 
 template <class T>
 Norm norm_of(const NormalisedField& field, Index row) {
-  const T* x = row_of<T>(field.x, row, field.x_stride);
-  const T* mean = row_of<T>(field.mean, row, field.mean_stride);
+  const T* d = row_of<T>(field.difference, row, field.stride);
   const double squared = sum_features(field.features, [&](Index k) {
-    const double d = static_cast<double>(x[k]) - static_cast<double>(mean[k]);
-    return d * d;
+    const double value = static_cast<double>(d[k]);
+    return value * value;
   });
   const double size = std::hypot(std::sqrt(squared), field.z[row]);  // z² may underflow
   const double norm = size + field.gamma;
@@ -49,58 +48,45 @@ Norm norm_of(const NormalisedField& field, Index row) {
 }
 
 template <class T>
-T scaled_difference(double scale, T x, T mean) {
-  return static_cast<T>(scale * (static_cast<double>(x) - static_cast<double>(mean)));
-}
-
-template <class T>
 void write_row(const NormalisedField& field, Index row) {
   const double scale = norm_of<T>(field, row).scale;
-  const T* x = row_of<T>(field.x, row, field.x_stride);
-  const T* mean = row_of<T>(field.mean, row, field.mean_stride);
+  const T* d = row_of<T>(field.difference, row, field.stride);
   T* out = static_cast<T*>(field.field_x) + row * field.field_x_stride;
-  // out may be x or mean. Local values let the compiler vectorise nevertheless.
+  // out may be d. Local values let the compiler vectorise nevertheless.
   Index k = 0;
   for (; k + kSums <= field.features; k += kSums) {
     T values[kSums];
     for (Index lane = 0; lane < kSums; ++lane)
-      values[lane] = scaled_difference(scale, x[k + lane], mean[k + lane]);
+      values[lane] = static_cast<T>(scale * static_cast<double>(d[k + lane]));
     std::memcpy(out + k, values, sizeof values);
   }
-  for (; k < field.features; ++k) out[k] = scaled_difference(scale, x[k], mean[k]);
+  for (; k < field.features; ++k) out[k] = static_cast<T>(scale * static_cast<double>(d[k]));
   static_cast<T*>(field.field_z)[row] = static_cast<T>(scale * field.z[row]);
 }
 
 // With upstream gradients (G, g), d = x − mean and n = |E|, from ds/dn = s²/√N:
 //     k = (G·d + g z) s²/(√N n), 0 at E = 0
-//     ∂L/∂x = s G + k d = −∂L/∂mean,   ∂L/∂z = s g + k z
+//     ∂L/∂d = s G + k d,   ∂L/∂z = s g + k z
 // At E = 0 the norm has no gradient. With γ = 0 the field has none there either, and 0 is taken.
 template <class T>
 void write_gradients(const NormalisedField& field, const NormalisedFieldBackward& io, Index row) {
   const Norm norm = norm_of<T>(field, row);
   const bool nowhere = norm.size == 0;
   const double scale = nowhere && field.gamma == 0 ? 0 : norm.scale;
-  const T* x = row_of<T>(field.x, row, field.x_stride);
-  const T* mean = row_of<T>(field.mean, row, field.mean_stride);
+  const T* d = row_of<T>(field.difference, row, field.stride);
   const T* upstream = row_of<T>(io.grad_field_x, row, io.grad_field_x_stride);
   const double z = field.z[row];
   const double g = static_cast<double>(static_cast<const T*>(io.grad_field_z)[row]);
   const double along = g * z + sum_features(field.features, [&](Index k) {
-                         return static_cast<double>(upstream[k]) *
-                                (static_cast<double>(x[k]) - static_cast<double>(mean[k]));
+                         return static_cast<double>(upstream[k]) * static_cast<double>(d[k]);
                        });
   // In this order nothing overflows that is multiplied by a small number afterwards.
   const double factor =
       nowhere ? 0 : along / norm.size * scale / std::sqrt(static_cast<double>(field.features));
-  T* grad_x = static_cast<T*>(io.grad_x) + row * field.features;
-  T* grad_mean = static_cast<T*>(io.grad_mean) + row * field.features;
-  for (Index k = 0; k < field.features; ++k) {
-    const double d = static_cast<double>(x[k]) - static_cast<double>(mean[k]);
-    const T gradient =
-        static_cast<T>(scale * static_cast<double>(upstream[k]) + factor * (scale * d));
-    grad_x[k] = gradient;
-    grad_mean[k] = -gradient;
-  }
+  T* out = static_cast<T*>(io.grad_difference) + row * field.features;
+  for (Index k = 0; k < field.features; ++k)
+    out[k] = static_cast<T>(scale * static_cast<double>(upstream[k]) +
+                            factor * (scale * static_cast<double>(d[k])));
   io.grad_z[row] = scale * g + factor * (scale * z);
 }
 

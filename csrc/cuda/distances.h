@@ -122,7 +122,7 @@ struct DistanceMemory {
   static constexpr int kColumns = QUERIES / kSides / 8;  // of 8 queries, of a warp
   static constexpr int kGroups = REFERENCES / 16 / kSlabs;
   static constexpr int kParts = kDistanceThreads / 32 / kGroups / kSides;
-  static constexpr int kSquareParts = kParts, kTurns = 1;
+  static constexpr int kTurns = 1;
   // Two parts in float16 take the place of a value that is converted ahead.
   // Before that, values of short types start in different places of neighbouring rows.
   static constexpr int kSpread = kAhead ? 4 / static_cast<int>(sizeof(R)) : 1;
@@ -146,7 +146,7 @@ struct DistanceMemory {
   };
   struct Sums {
     float2 products[kParts > 1 ? REFERENCES : 1][QUERIES + 1];  // of the other half of the warps
-    double squares[kSquareParts][REFERENCES];
+    double squares[kParts][REFERENCES];
     LeastOfRows<QUERIES, 8 * kGroups> least;
     double farthest[REFERENCES / 16];
   };
@@ -595,8 +595,7 @@ __device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const
     const int thread = static_cast<int>(threadIdx.x);
     if (blockIdx.y == 0 && thread < REFERENCES && reference0 + thread < slices.stride) {
       double sum = shared.sums.squares[0][thread];
-      for (int more = 1; more < Memory::kSquareParts; ++more)
-        sum += shared.sums.squares[more][thread];
+      for (int more = 1; more < Memory::kParts; ++more) sum += shared.sums.squares[more][thread];
       slices.squares[slice * slices.stride + reference0 + thread] = sum;
     }
 #pragma unroll
@@ -632,8 +631,7 @@ __device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const
     for (int e = 0; e < 2; ++e) {
       const int row = row_of(s) + 8 * e;
       double scaled = shared.sums.squares[0][row];
-      for (int more = 1; more < Memory::kSquareParts; ++more)
-        scaled += shared.sums.squares[more][row];
+      for (int more = 1; more < Memory::kParts; ++more) scaled += shared.sums.squares[more][row];
       squared[s][e] = scaled * per_scale * per_scale;
       known[s][e] = reference0 + row < y.count;
       farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));

@@ -1,19 +1,9 @@
 // What CUDA C++ lacks: PTX instructions for asynchronous copies and products in matrix units (PTX
-// ISA, sections 9.7.9 and 9.7.13 to 9.7.16), and an atomic minimum of numbers.
+// ISA, sections 9.7.9 and 9.7.13 to 9.7.15), and an atomic minimum of numbers.
 // host_shim/intrinsics.h defines the same names for the host, and the names of CUDA C++ that the
 // kernels use.
 #pragma once
 #include <cstdint>
-
-// Whether the code that is compiled may multiply in tensor memory, with instructions of the family
-// sm_100f, which sm_100a has too.
-#if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
-#define PFGM_MULTIPLIES_IN_TENSOR_MEMORY
-#elif defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
-#if __CUDA_ARCH_FAMILY_SPECIFIC__ == 1000
-#define PFGM_MULTIPLIES_IN_TENSOR_MEMORY
-#endif
-#endif
 
 #ifdef PFGM_CUDA_SHIM
 #include "host_shim/intrinsics.h"
@@ -157,11 +147,6 @@ __device__ inline void keep_in_place(float (&d)[COLUMNS][4]) {
   for (int n = 0; n < COLUMNS; ++n)
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
 }
-template <int COUNT>
-__device__ inline void keep_in_place(float (&d)[COUNT]) {
-#pragma unroll
-  for (int n = 0; n < COUNT; ++n) asm volatile("" : "+f"(d[n])::"memory");
-}
 // Fields of 14 bits count 16 bytes: where b is, from one eight values of a column to the next ones,
 // from eight columns to the next ones. No swizzle.
 __device__ inline std::uint64_t operand_at(const void* b, int apart) {
@@ -185,162 +170,6 @@ __device__ inline void begin_product(float (&d)[8][4], const std::uint32_t (&a)[
         "+f"(d[7][2]), "+f"(d[7][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand_at(b, apart)),
         "r"(static_cast<int>(adds)));
-}
-
-// Products in tensor memory (tcgen05; sm_100a and sm_100f). A multiprocessor has 128 rows of 512
-// columns of it, each of 32 bits. An address has the row in its upper half and the column in its
-// lower half.
-//
-// take_tensor_memory: all lanes of a warp call it. It takes COLUMNS columns, and writes their
-// address to *at in shared memory. It waits until there are so many. The same warp returns them
-// before the block ends, when no thread uses them any more.
-template <int COLUMNS>
-__device__ inline void take_tensor_memory(std::uint32_t* at) {
-  static_assert(COLUMNS >= 32 && COLUMNS <= 512 && (COLUMNS & (COLUMNS - 1)) == 0);
-  const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
-  asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;" ::"r"(to),
-               "n"(COLUMNS)
-               : "memory");
-  asm volatile("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" ::: "memory");
-}
-template <int COLUMNS>
-__device__ inline void return_tensor_memory(std::uint32_t memory) {
-  asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, %1;" ::"r"(memory), "n"(COLUMNS)
-               : "memory");
-}
-
-// A signal in shared memory, which says that products are done. One thread starts it, and a barrier
-// follows.
-__device__ inline void start_signal(std::uint64_t* signal) {
-  const auto at = static_cast<std::uint32_t>(__cvta_generic_to_shared(signal));
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// Whether this lane begins products. All lanes of a warp call this, and the same lane is chosen
-// each time. The compiler knows that it is one lane, so it makes no loop over lanes.
-__device__ inline bool is_elected() {
-  std::uint32_t elected;
-  asm volatile("{.reg .pred elected; elect.sync _|elected, 0xffffffff; selp.u32 %0, 1, 0, elected;}"
-               : "=r"(elected));
-  return elected != 0;
-}
-
-// What instructions are told of an operand, beside its place, and of a product of 128 rows.
-constexpr std::uint64_t kTensorOperand = std::uint64_t{1} << 46;  // the version of its fields
-template <int COLUMNS>
-constexpr std::uint32_t kTensorProduct =
-    1 << 4 /* sums in float32 */ | COLUMNS / 8 << 17 | 128 / 16 << 24;
-
-// d += a b, or d = a b if it does not add, for 128 rows and COLUMNS columns of d, which begin at an
-// address of tensor memory. a is 128 × 16 and b is 16 × COLUMNS, both float16 in shared memory:
-// eight values of a row of a, or of a column of b, follow each other, for all rows or columns. The
-// next eight values of these are `a_apart` and `b_apart` bytes away. One thread begins products,
-// which are computed one after the other. What was written to a and b must be published
-// (publish_shared) before a barrier that this thread has passed.
-template <int COLUMNS>
-__device__ inline void begin_product_in_memory(std::uint32_t d, const void* a, int a_apart,
-                                               const void* b, int b_apart, bool adds) {
-  asm volatile(
-      "{.reg .pred adds; setp.ne.b32 adds, %4, 0; "
-      "tcgen05.mma.cta_group::1.kind::f16 [%0], %1, %2, %3, adds;}" ::"r"(d),
-      "l"(operand_at(a, a_apart) | kTensorOperand), "l"(operand_at(b, b_apart) | kTensorOperand),
-      "r"(kTensorProduct<COLUMNS>), "r"(static_cast<int>(adds))
-      : "memory");
-}
-// The same with a in tensor memory: 128 rows of 8 columns from this address on, two values in each,
-// the first in its lower half.
-template <int COLUMNS>
-__device__ inline void begin_product_in_memory(std::uint32_t d, std::uint32_t a, const void* b,
-                                               int b_apart, bool adds) {
-  asm volatile(
-      "{.reg .pred adds; setp.ne.b32 adds, %4, 0; "
-      "tcgen05.mma.cta_group::1.kind::f16 [%0], [%1], %2, %3, adds;}" ::"r"(d),
-      "r"(a), "l"(operand_at(b, b_apart) | kTensorOperand), "r"(kTensorProduct<COLUMNS>),
-      "r"(static_cast<int>(adds))
-      : "memory");
-}
-// The signal comes when all products are done that this thread has begun.
-__device__ inline void signal_products(std::uint64_t* signal) {
-  const auto at = static_cast<std::uint32_t>(__cvta_generic_to_shared(signal));
-  asm volatile(
-      "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" ::"r"(at)
-      : "memory");
-}
-// Waits for the signal number `turn`, from 0 on. A thread must wait for each signal before the next
-// one is sent.
-__device__ inline void wait_for_signal(std::uint64_t* signal, int turn) {
-  const auto at = static_cast<std::uint32_t>(__cvta_generic_to_shared(signal));
-  std::uint32_t done = 0;
-  do {
-    asm volatile(
-        "{.reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2; "
-        "selp.u32 %0, 1, 0, done;}"
-        : "=r"(done)
-        : "r"(at), "r"(turn & 1)
-        : "memory");
-  } while (done == 0);
-}
-// Products and accesses of tensor memory keep no order across barriers and signals by themselves.
-// Those before order_before_barrier come before the barrier, and those after order_after_barrier
-// come after the barrier or the signal.
-__device__ inline void order_before_barrier() {
-  asm volatile("tcgen05.fence::before_thread_sync;" ::: "memory");
-}
-__device__ inline void order_after_barrier() {
-  asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory");
-}
-
-// Loads 16 rows and 32 columns of tensor memory, or stores them: d[n] has columns 8n to 8n + 7 as
-// in multiply_add_halves. Warp w of a block has the rows 32(w mod 4) to 32(w mod 4) + 31, and gives
-// the first of 16 of these in the address. d has what is loaded, and others see what is stored,
-// after the wait. A compiler might move uses of d before the wait: see keep_in_place.
-__device__ inline void load_tensor_memory(float (&d)[4][4], std::uint32_t from) {
-  asm volatile(
-      "tcgen05.ld.sync.aligned.16x256b.x4.b32 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, [%16];"
-      : "=f"(d[0][0]), "=f"(d[0][1]), "=f"(d[0][2]), "=f"(d[0][3]), "=f"(d[1][0]), "=f"(d[1][1]),
-        "=f"(d[1][2]), "=f"(d[1][3]), "=f"(d[2][0]), "=f"(d[2][1]), "=f"(d[2][2]), "=f"(d[2][3]),
-        "=f"(d[3][0]), "=f"(d[3][1]), "=f"(d[3][2]), "=f"(d[3][3])
-      : "r"(from)
-      : "memory");
-}
-__device__ inline void store_tensor_memory(std::uint32_t to, const float (&d)[4][4]) {
-  asm volatile(
-      "tcgen05.st.sync.aligned.16x256b.x4.b32 [%16], "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15};" ::"f"(d[0][0]),
-      "f"(d[0][1]), "f"(d[0][2]), "f"(d[0][3]), "f"(d[1][0]), "f"(d[1][1]), "f"(d[1][2]),
-      "f"(d[1][3]), "f"(d[2][0]), "f"(d[2][1]), "f"(d[2][2]), "f"(d[2][3]), "f"(d[3][0]),
-      "f"(d[3][1]), "f"(d[3][2]), "f"(d[3][3]), "r"(to)
-      : "memory");
-}
-// Loads 32 rows and 32 columns: a lane has a row of its warp, from the first one on, which the
-// address gives.
-__device__ inline void load_tensor_memory(float (&d)[32], std::uint32_t from) {
-  asm volatile(
-      "tcgen05.ld.sync.aligned.32x32b.x32.b32 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, [%32];"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]),
-        "=f"(d[7]), "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]),
-        "=f"(d[14]), "=f"(d[15]), "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]),
-        "=f"(d[21]), "=f"(d[22]), "=f"(d[23]), "=f"(d[24]), "=f"(d[25]), "=f"(d[26]), "=f"(d[27]),
-        "=f"(d[28]), "=f"(d[29]), "=f"(d[30]), "=f"(d[31])
-      : "r"(from)
-      : "memory");
-}
-// Stores 32 rows and 16 columns in the same way.
-__device__ inline void store_tensor_memory(std::uint32_t to, const std::uint32_t (&d)[16]) {
-  asm volatile(
-      "tcgen05.st.sync.aligned.32x32b.x16.b32 [%16], "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15};" ::"r"(d[0]),
-      "r"(d[1]), "r"(d[2]), "r"(d[3]), "r"(d[4]), "r"(d[5]), "r"(d[6]), "r"(d[7]), "r"(d[8]),
-      "r"(d[9]), "r"(d[10]), "r"(d[11]), "r"(d[12]), "r"(d[13]), "r"(d[14]), "r"(d[15]), "r"(to)
-      : "memory");
-}
-__device__ inline void wait_loads() { asm volatile("tcgen05.wait::ld.sync.aligned;" ::: "memory"); }
-__device__ inline void wait_stores() {
-  asm volatile("tcgen05.wait::st.sync.aligned;" ::: "memory");
 }
 
 // Two values rounded to float16 in a word, `first` in its lower half. Larger ones become infinite.

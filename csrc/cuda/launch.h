@@ -58,11 +58,6 @@ class Stream {
   bool warpgroups(void (*kernel)(Parameters...)) const {
     return has_warpgroups("warpgroups", reinterpret_cast<const void*>(kernel), device_);
   }
-  // See has_tensor_memory. `kernel` may be any kernel.
-  template <class... Parameters>
-  bool tensor_memory(void (*kernel)(Parameters...)) const {
-    return has_tensor_memory("tensor_memory", reinterpret_cast<const void*>(kernel), device_);
-  }
   // See is_geforce. `kernel` may be any kernel.
   template <class... Parameters>
   bool geforce(void (*kernel)(Parameters...)) const {

@@ -1,7 +1,6 @@
 // Lists of references that blocks share out evenly, for weighted sums of many queries with
-// asynchronous products (cuda/warpgroup_sums.h, cuda/tensor_memory_sums.h). Such a block has more
-// queries and features than one of weighted_sum, so it reads references and weights less often. Its
-// products are the same.
+// asynchronous products (cuda/warpgroup_sums.h). Such a block has more queries and features than
+// one of weighted_sum, so it reads references and weights less often. Its products are the same.
 //
 // A multiprocessor has room for one block. A block may add up the end of one list and the beginning
 // of another.
@@ -76,9 +75,9 @@ struct GroupLists {
 // ---- what a block stages ------------------------------------------------------------------------
 
 // A block has 256 features and all queries of a group.
-template <class R, int ROWS, int THREADS>
+template <class R, int ROWS>
 struct ShareMemory {
-  static constexpr int kFeatures = kShareFeatures, kThreads = THREADS, kStages = 4;
+  static constexpr int kFeatures = kShareFeatures, kThreads = kShareFeatures, kStages = 4;
   static constexpr int kPitch = kFeatures + 8;  // so that a warp reads rows from other banks
   R rows[kStages][kPanel][kPitch];
   float weights[kStages][kPanel * ROWS];
@@ -103,11 +102,11 @@ __device__ inline void find_listed(Memory& shared, const Segment& segment, const
 
 // Copies listed rows, which are aligned, and weights. A thread has the same piece of each of its
 // rows. A panel is copied in kTurns turns, in which there are no branches.
-template <class R, int ROWS, int THREADS>
+template <class R, int ROWS>
 class TurnsOfCopies {
  public:
-  using Memory = ShareMemory<R, ROWS, THREADS>;
-  static constexpr int kTurns = 8 * ROWS / THREADS;
+  using Memory = ShareMemory<R, ROWS>;
+  static constexpr int kTurns = 8 * ROWS / Memory::kThreads;
 
   // `weights` are those of the first panel.
   __device__ TurnsOfCopies(Memory& shared, const Rows<R>& rows, int feature0, int features,

@@ -1,5 +1,5 @@
-// PFGM's normalised field in one launch. Differences and all that follows are in float64: |E|² may
-// overflow or underflow float32.
+// PFGM's normalised field in one launch. It computes in float64: |E|² may overflow or underflow
+// float32.
 #include <cmath>
 #include <cstdint>
 
@@ -11,24 +11,20 @@ namespace {
 
 using Index = std::int64_t;
 
+// Values of x − mean.
 struct Held {
-  float x[kHeldValues], mean[kHeldValues];
-
-  __device__ double difference(int i) const {
-    return static_cast<double>(x[i]) - static_cast<double>(mean[i]);
-  }
+  float values[kHeldValues];
 };
 
 template <int WIDTH>
 __device__ void load(Held& held, const NormalisedField& field, Index row, const RowTile& tile) {
-  load_tile<WIDTH>(held.x, static_cast<const float*>(field.x) + row * field.x_stride, tile);
-  load_tile<WIDTH>(held.mean, static_cast<const float*>(field.mean) + row * field.mean_stride,
+  load_tile<WIDTH>(held.values, static_cast<const float*>(field.difference) + row * field.stride,
                    tile);
 }
 
 __device__ double squared_norm(const Held& held) {
   double sum = 0;
-  for (int i = 0; i < kHeldValues; ++i) sum += held.difference(i) * held.difference(i);
+  for (const double value : held.values) sum += value * value;
   return sum;
 }
 
@@ -36,7 +32,8 @@ template <int WIDTH>
 __device__ void write(const Held& held, const NormalisedField& field, Index row,
                       const RowTile& tile, double scale) {
   float out[kHeldValues];
-  for (int i = 0; i < kHeldValues; ++i) out[i] = static_cast<float>(scale * held.difference(i));
+  for (int i = 0; i < kHeldValues; ++i)
+    out[i] = static_cast<float>(scale * static_cast<double>(held.values[i]));
   store_tile<WIDTH>(static_cast<float*>(field.field_x) + row * field.field_x_stride, tile, out);
 }
 
@@ -83,8 +80,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
 
 void normalised_field_cuda(const NormalisedField& field, const CudaPlace& place) {
   if (field.rows == 0) return;
-  const bool wide = field.features % 4 == 0 && aligned_rows(field.x, field.x_stride) &&
-                    aligned_rows(field.mean, field.mean_stride) &&
+  const bool wide = field.features % 4 == 0 && aligned_rows(field.difference, field.stride) &&
                     aligned_rows(field.field_x, field.field_x_stride);
   const RowCut cut = cut_rows(field.rows, field.features, wide ? 4 : 1, true);
   const auto kernel =

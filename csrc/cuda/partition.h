@@ -32,8 +32,6 @@ constexpr TilingCosts kCosts = {{{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, 
                                 4500};
 constexpr TilingCosts kWarpgroupCosts = {
     {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 1300}, {128, 192, 1680}}, 4500};
-constexpr TilingCosts kTensorMemoryCosts = {
-    {{32, 64, 500}, {64, 64, 800}, {64, 128, 1200}, {128, 128, 1250}}, 4500};
 constexpr TilingCosts kGeforceCosts = {
     {{32, 64, 830}, {64, 64, 1450}, {64, 128, 2480}, {128, 128, 4650}}, 25000};
 constexpr TilingCosts kRoundedCosts = {
@@ -42,8 +40,6 @@ constexpr TilingCosts kRoundedGeforceCosts = {
     {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 1550}}, 25000};
 constexpr TilingCosts kRoundedWarpgroupCosts = {
     {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 980}, {256, 128, 1300}}, 4500};
-constexpr TilingCosts kRoundedTensorMemoryCosts = {
-    {{32, 64, 430}, {64, 64, 600}, {64, 128, 1300}, {128, 128, 950}}, 4500};
 constexpr Index kOncePanels = 6;                    // what a block does once costs as much
 constexpr int kLargestTile = 256;                   // queries
 constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least

@@ -1,14 +1,14 @@
 // The posterior mean and its gradients on CUDA devices.
 //
 // Queries are split into blocks and references into chunks, which bounds the workspace. A chunk
-// goes through distances (cuda/distances.h, warpgroup_distances.h, tensor_memory_distances.h, of
-// data centred by cuda/centering.h) or differences, finish_distances if blocks of distances share
-// out the features, find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h),
-// list_references (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). Other kernels take
-// the place of weighted_sum where products are asynchronous (cuda/warpgroup_sums.h,
-// tensor_memory_sums.h). The backward pass takes the distances that the forward pass kept, or finds
-// them again. Launches depend on shapes, the device and whether distances are kept. Nothing waits
-// for the device, and CUDA graphs can capture the launches.
+// goes through distances (cuda/distances.h, warpgroup_distances.h, of data centred by
+// cuda/centering.h) or differences, finish_distances if blocks of distances share out the features,
+// find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
+// (cuda/lists.h), weighted_sum and merge (cuda/weighted_sums.h). warpgroup_sum
+// (cuda/warpgroup_sums.h) takes the place of weighted_sum where products are asynchronous. The
+// backward pass takes the distances that the forward pass kept, or finds them again. Launches
+// depend on shapes, the device and whether distances are kept. Nothing waits for the device, and
+// CUDA graphs can capture the launches.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -16,8 +16,7 @@
 #include "api/posterior_mean.h"
 #include "cuda/launch.h"
 #include "cuda/partition.h"
-#include "cuda/tensor_memory_distances.h"
-#include "cuda/tensor_memory_sums.h"
+#include "cuda/warpgroup_distances.h"
 #include "cuda/warpgroup_sums.h"
 
 namespace pfgm {
@@ -86,7 +85,6 @@ class Calculation {
         arena_(workspace),
         geforce_(stream.geforce(find_center<Stored<R>>)),
         warpgroups_(stream.warpgroups(find_center<Stored<R>>)),
-        tensor_memory_(stream.tensor_memory(find_center<Stored<R>>)),
         partition_(partition_of(
             problem,
             bounds_of(problem,
@@ -338,10 +336,6 @@ class Calculation {
     if (found.queries == 64) return find_products<PROJECT, 64, 128>(rows, found.slices);
     if constexpr (sizeof(R) == sizeof(float)) {
       if (warpgroups_) return find_in_warpgroups<PROJECT>(rows, found);
-      if (tensor_memory_)
-        return find_products<PROJECT, TensorMemoryTile<R>>(
-            rows, found.slices, tensor_memory_distances<R, PROJECT, false>,
-            tensor_memory_distances<R, false, true>);
     }
     find_products<PROJECT, 128, 128>(rows, found.slices);
   }
@@ -413,14 +407,9 @@ class Calculation {
   // Whether products of the large tiles, and of the sums of many queries, are asynchronous. These
   // take aligned rows alone. One float adds up several panels of such a tile, unless references are
   // Rounded.
-  bool is_asynchronous() const {
-    return sizeof(R) == sizeof(float) && (warpgroups_ || tensor_memory_);
-  }
+  bool is_asynchronous() const { return sizeof(R) == sizeof(float) && warpgroups_; }
   const TilingCosts& costs() const {
-    if (is_asynchronous()) {
-      if (warpgroups_) return kRounded<R> ? kRoundedWarpgroupCosts : kWarpgroupCosts;
-      return kRounded<R> ? kRoundedTensorMemoryCosts : kTensorMemoryCosts;
-    }
+    if (is_asynchronous()) return kRounded<R> ? kRoundedWarpgroupCosts : kWarpgroupCosts;
     if (geforce_) return kRounded<R> ? kRoundedGeforceCosts : kGeforceCosts;
     return kRounded<R> ? kRoundedCosts : kCosts;
   }
@@ -510,17 +499,10 @@ class Calculation {
     parts_.slices = static_cast<int>(divide_up(features_, kShareFeatures));
     parts_.panels = static_cast<int>(partition_.shares.least);
     list<ROWS, true, true>(first_chunk);
-    if (warpgroups_)
-      sum_shares<WarpgroupSumMemory<R, ROWS>, ROWS>(warpgroup_sum<R, ROWS>, divisor);
-    else
-      sum_shares<TensorMemorySumMemory<R, ROWS>, ROWS>(tensor_memory_sum<R, ROWS>, divisor);
-  }
-
-  template <class Memory, int ROWS, class Kernel>
-  void sum_shares(Kernel* kernel, float divisor) const {
-    run("weighted_sum", {partition_.shares.blocks}, Memory::kThreads, sizeof(Memory), kernel,
-        y<R>(), features_, center_.value_scale, 1 / (kWeightUnit * divisor), order_of<ROWS>(),
-        lists_, parts_);
+    using Memory = ShareMemory<R, ROWS>;
+    run("weighted_sum", {partition_.shares.blocks}, Memory::kThreads, sizeof(Memory),
+        warpgroup_sum<R, ROWS>, y<R>(), features_, center_.value_scale, 1 / (kWeightUnit * divisor),
+        order_of<ROWS>(), lists_, parts_);
   }
 
   template <int WIDTH>
@@ -566,7 +548,7 @@ class Calculation {
   const Stream& stream_;
   const bool measures_;  // whether distances are found, and not taken from the forward pass
   Arena arena_;
-  const bool geforce_, warpgroups_, tensor_memory_;  // of the device and its code
+  const bool geforce_, warpgroups_;  // of the device and its code
   const Partition partition_;
   const int features_;
   const WeightLaw law_;
@@ -603,6 +585,19 @@ void with_type(const Problem& problem, Call call) {
     default:
       throw std::invalid_argument("references of this type are not computed on CUDA devices");
   }
+}
+
+// Replaces the mean by x − mean. The mean has been rounded to float32, so the difference has no
+// more digits than that.
+__global__ void __launch_bounds__(kMergeThreads)
+    subtract_mean(const float* x, Index x_stride, Index features, float* mean) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
+  const Index row = blockIdx.x;
+  const Index feature = static_cast<Index>(blockIdx.y) * kMergeThreads + threadIdx.x;
+  if (feature >= features) return;
+  float& value = mean[row * features + feature];
+  value = x[row * x_stride + feature] - value;
 }
 
 }  // namespace
@@ -645,6 +640,12 @@ void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaP
     using R = decltype(value);
     Calculation<R>(problem, stream, workspace, false, out.kept).forward(out);
   });
+  if (problem.difference)
+    stream.launch({"subtract_mean",
+                   {problem.queries, divide_up(problem.features, kMergeThreads)},
+                   kMergeThreads},
+                  subtract_mean, static_cast<const float*>(problem.x), problem.x_stride,
+                  problem.features, static_cast<float*>(out.mean));
 }
 
 void posterior_mean_backward_cuda(const Problem& problem, const Backward& io,

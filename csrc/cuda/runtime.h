@@ -58,35 +58,17 @@ inline int architecture_of(const char* name, const void* kernel) {
   return attributes.ptxVersion;
 }
 
-// Whether the device, which is the current one, is of this generation, and a kernel's code on it is
-// that for this architecture. A driver that is told to compile older code itself takes that in
-// place of the code for the device.
-template <int MAJOR, int ARCHITECTURE>
-inline bool runs_code_for(const char* name, const void* kernel, int device) {
-  static OfDevices known;
-  return known.get(device, [=] {
-    if (attribute_of<cudaDevAttrComputeCapabilityMajor>(device) != MAJOR) return 0;
-    return architecture_of(name, kernel) == ARCHITECTURE ? 1 : 0;
-  }) != 0;
-}
-
-// Whether kernels may multiply with warpgroups: code for sm_90a runs. In other code these kernels
-// are empty.
+// Whether kernels may multiply with warpgroups: the device, which is the current one, runs a
+// kernel's code for sm_90a. In other code these kernels are empty. A driver that is told to compile
+// older code itself takes that in place of the code for the device.
 inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
                            [[maybe_unused]] int device) {
 #ifdef PFGM_WARPGROUPS
-  return runs_code_for<9, 90>(name, kernel, device);
-#else
-  return false;
-#endif
-}
-
-// Whether kernels may multiply in tensor memory: code for sm_100f or sm_100a runs. In other code
-// these kernels are empty.
-inline bool has_tensor_memory([[maybe_unused]] const char* name,
-                              [[maybe_unused]] const void* kernel, [[maybe_unused]] int device) {
-#ifdef PFGM_TENSOR_MEMORY
-  return runs_code_for<10, 100>(name, kernel, device);
+  static OfDevices known;
+  return known.get(device, [=] {
+    if (attribute_of<cudaDevAttrComputeCapabilityMajor>(device) != 9) return 0;
+    return architecture_of(name, kernel) == 90 ? 1 : 0;
+  }) != 0;
 #else
   return false;
 #endif

@@ -14,7 +14,7 @@ template <class R, int QUERIES, int REFERENCES>
 struct WarpgroupMemory {
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = 2 * REFERENCES;
   static constexpr int kStages = kThreads > 256 ? 3 : 4;
-  static constexpr int kSlabs = 1, kSides = 1, kParts = 1, kSquareParts = 1;
+  static constexpr int kSlabs = 1, kSides = 1, kParts = 1;
   static constexpr int kColumns = kQueries / 8;
   // In which all columns are finished. More columns at once would take too many registers.
   static constexpr int kTurns = kColumns > 16 || kThreads > 256 ? 2 : 1;
@@ -33,7 +33,7 @@ struct WarpgroupMemory {
     float totals[kRounded<R> ? 1 : kColumns][kSlabs][4][kThreads];  // unused if Rounded
   };
   struct Sums {
-    double squares[kSquareParts][kReferences];
+    double squares[kParts][kReferences];
     LeastOfRows<kQueries, 8 * kGroups, kThreads> least;
     double farthest[kReferences / 16];
   };
@@ -164,10 +164,10 @@ __device__ inline BlockPanels panels_of_block(int features, const Slices& slices
 
 // What a block copies and computes with, panel after panel of its slice of the features.
 //
-// If ALONE, a warp's references are free when it has converted them, and the centre, which others
-// may still read, comes with the queries. These are free when all products with them are done, so
-// their copies begin later.
-template <class R, class Memory, bool ALONE>
+// A warp's references are free when it has converted them. Others may still read the centre, so it
+// comes with the queries. These are free when all products with them are done, so their copies
+// begin later.
+template <class R, class Memory>
 class WarpgroupStages {
  public:
   __device__ WarpgroupStages(Memory& shared, const Halves& x, int query0, const Rows<R>& y,
@@ -185,8 +185,6 @@ class WarpgroupStages {
     begin_references(0);
     for (int p = 0; p < kStages - 1; ++p) begin_references(p + 1), begin_queries(p);
   }
-  // After start: the references of panel 0 arrive.
-  __device__ void arrive_first() { arrive<2 * kStages - 2>(); }
   // Before panel p: its queries and the references of panel p + 1 arrive. 2·kStages − 4 groups
   // of copies follow them.
   __device__ void arrive_panel() { arrive<2 * kStages - 4>(); }
@@ -203,15 +201,12 @@ class WarpgroupStages {
 
   // A group of copies each, in this order: references of panel p + 1, queries of panel p.
   __device__ void begin_references(int p) {
-    if (p < panels_) {
-      copy_.next_references(at(p));
-      if constexpr (!ALONE) copy_.copy_center(at(p), p);
-    }
+    if (p < panels_) copy_.next_references(at(p));
     commit_copies();
   }
   __device__ void begin_queries(int p) {
     if (p < panels_) {
-      if constexpr (ALONE) copy_.copy_center(at(p), p);
+      copy_.copy_center(at(p), p);
       copy_.copy_queries(at(p), p);
     }
     commit_copies();
@@ -330,7 +325,7 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
   const bool adds = center.features < 0;
   float square[2] = {}, square_lost[2] = {}, squares[2];
   const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
-  WarpgroupStages<R, Memory, true> stages(shared, x, query0, y, reference0, center, panels);
+  WarpgroupStages<R, Memory> stages(shared, x, query0, y, reference0, center, panels);
 
   stages.start();
   stages.arrive_panel();

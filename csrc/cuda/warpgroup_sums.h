@@ -10,8 +10,7 @@ constexpr int kOfSumProduct = 64;  // queries that one instruction multiplies
 
 // A warp has 32 features, and all queries of a group. Lanes with the same g have features 2g,
 // 2g + 1, 16 + 2g and 17 + 2g of their warp.
-template <class R, int ROWS> using WarpgroupSumMemory = ShareMemory<R, ROWS, kShareFeatures>;
-static_assert(sizeof(WarpgroupSumMemory<float, kLargestSumRows>) <= 227 << 10, "it fits on sm_90");
+static_assert(sizeof(ShareMemory<float, kLargestSumRows>) <= 227 << 10, "it fits on sm_90");
 
 // ---- products of a panel -----------------------------------------------------------------------
 
@@ -126,13 +125,13 @@ __device__ inline void store_segment(const Memory& shared, const float (&sum)[2]
 
 // As weighted_sum. The parts of a list are those of the blocks that share it.
 template <class R, int ROWS>
-__global__ void __launch_bounds__((WarpgroupSumMemory<R, ROWS>::kThreads), 1)
+__global__ void __launch_bounds__((ShareMemory<R, ROWS>::kThreads), 1)
     warpgroup_sum(const Rows<R> y, int features, const float* scale, float weight_unit,
                   const int* order, const Lists lists, const Parts parts) {
   wait_for_earlier_launches();
 #if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Memory = WarpgroupSumMemory<R, ROWS>;
-  using Copies = TurnsOfCopies<R, ROWS, Memory::kThreads>;
+  using Memory = ShareMemory<R, ROWS>;
+  using Copies = TurnsOfCopies<R, ROWS>;
   constexpr int kStages = Memory::kStages, kPitch = Memory::kPitch;
   constexpr int kGroups = ROWS / kOfSumProduct;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());

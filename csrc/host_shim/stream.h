@@ -33,10 +33,6 @@ class Stream {
     return shim::device().capability == 90;
   }
   template <class... Parameters>
-  bool tensor_memory(void (*)(Parameters...)) const {
-    return shim::device().capability / 10 == 10;
-  }
-  template <class... Parameters>
   bool geforce(void (*)(Parameters...)) const {
     const int capability = shim::device().capability;
     return capability == 86 || capability == 89 || capability >= 120;

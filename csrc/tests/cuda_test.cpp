@@ -351,21 +351,16 @@ void check_tiles() {
     check_forward({70, kFew ? 140 : 200, 97}, reference_type(multiprocessors % 4),
                   one_of_all(static_cast<std::size_t>(multiprocessors)));
   }
-  // Of warpgroups and of tensor memory, with more panels than one float adds up.
-  for (const int capability : {90, 100}) {
-    const Setting setting(capability, 1);
-    check_forward({100, kFew ? 130 : 190, 452}, Type::float32, one_of_all(1));
-  }
+  // Of warpgroups, with more panels than one float adds up.
+  const Setting setting(90, 1);
+  check_forward({100, kFew ? 130 : 190, 452}, Type::float32, one_of_all(1));
 }
 
-// Weighted sums of warpgroups and in tensor memory, in groups of 64 and of 128 queries. The block
-// has all lists.
+// Weighted sums of warpgroups, in groups of 64 and of 128 queries. The block has all lists.
 void check_shared_sums() {
-  for (const int capability : {90, 100}) {
-    const Setting setting(capability, 1);
-    check_forward({258, kFew ? 70 : 130, 260}, Type::float32, one_of_all(1));
-    check_forward({513, 97, 256}, Type::float32, one_of_all(2));
-  }
+  const Setting setting(90, 1);
+  check_forward({258, kFew ? 70 : 130, 260}, Type::float32, one_of_all(1));
+  check_forward({513, 97, 256}, Type::float32, one_of_all(2));
 }
 
 // Precision "medium", in tiles of 128 references × 128 or 256 queries, whole and with slices of the
@@ -452,7 +447,7 @@ void check_steps() {
 
 struct FieldCase {
   Index rows, features;
-  Output output;  // the input that field_x overwrites; `slope` is the mean
+  bool in_place;  // whether field_x overwrites the difference
   bool aligned;
   double gamma;
 };
@@ -470,28 +465,26 @@ FieldResults run(const std::string& name, const FieldCase& c) {
   const auto rows = [&c](Index gap) {
     return Matrix(Type::float32, c.rows, c.features, c.aligned ? 4 * gap : gap);
   };
-  const Matrix x = rows(1), mean = rows(3), z(Type::float64, c.rows, 1);
+  const Matrix d = rows(1), z(Type::float64, c.rows, 1);
   const Matrix field_z(Type::float32, c.rows, 1);
-  const Matrix field_x = c.output == Output::x ? x : c.output == Output::slope ? mean : rows(2);
-  const Values xs = x.fill([&](Index, Index) { return random.normal(); });
+  const Matrix field_x = c.in_place ? d : rows(2);
   // The first row is at its mean, where the field is 0.
-  const Values means =
-      mean.fill([&](Index i, Index k) { return i == 0 ? xs[k] : random.normal(); });
+  const Values ds = d.fill([&](Index i, Index) { return i == 0 ? 0 : random.normal(); });
   const Values zs = z.fill([&](Index i, Index) { return i == 0 ? 0 : random.uniform(0, 4); });
   normalised_field_cuda(
-      {Type::float32, c.rows, c.features, x.data(), x.stride, z.doubles(), mean.data(), mean.stride,
-       c.gamma, field_x.data(), field_x.stride, field_z.data(), 1},
+      {Type::float32, c.rows, c.features, d.data(), d.stride, z.doubles(), c.gamma, field_x.data(),
+       field_x.stride, field_z.data(), 1},
       kPlace);
   Values wanted_x, wanted_z;
   for (Index i = 0; i < c.rows; ++i) {
     double squared = zs[i] * zs[i];
     for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
-      squared += (xs[k] - means[k]) * (xs[k] - means[k]);
+      squared += ds[k] * ds[k];
     const double length = std::sqrt(squared) + c.gamma;
     const double scale = length == 0 ? 0 : -std::sqrt(static_cast<double>(c.features)) / length;
     wanted_z.push_back(scale * zs[i]);
     for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
-      wanted_x.push_back(scale * (xs[k] - means[k]));
+      wanted_x.push_back(scale * ds[k]);
   }
   const std::string what =
       name + ", a field of " + std::to_string(c.rows) + "×" + std::to_string(c.features);
@@ -503,12 +496,11 @@ FieldResults run(const std::string& name, const FieldCase& c) {
 void check_fields() {
   constexpr Index shapes[][2] = {{5, 7},   {9, 33},   {130, 8}, {2, 256},
                                  {3, 260}, {2, 6145}, {1, 8196}};
-  constexpr Output outputs[] = {Output::apart, Output::x, Output::slope};
   std::size_t turn = 0;
   for (const auto& [rows, features] : shapes)
     for (int i = 0; i < (kFew ? 1 : 6); ++i, ++turn) {
       const double gamma = turn % 4 < 2 ? 0 : 5;
-      const FieldCase c = {rows, features, outputs[turn % 3], turn % 2 == 0, gamma};
+      const FieldCase c = {rows, features, turn % 3 != 0, turn % 2 == 0, gamma};
       run_in(turn % 5 == 0 ? kAllOrders : one_of_all(turn),
              [&](const Implementation& tested) { return run(tested.name, c); });
     }

@@ -189,7 +189,7 @@ void check_overlap() {
   require(overlaps(4) == can, "a refused question was kept");
 }
 
-// The build has code for sm_90a and sm_100f. Each case has a device of its own.
+// The build has code for sm_90a. Each case has a device of its own.
 void check_warpgroups() {
   const char kernel = 0;
   const auto has = [&](int device) { return has_warpgroups("kernel", &kernel, device); };
@@ -202,20 +202,6 @@ void check_warpgroups() {
   require(has(0), "another device changed the answer");
 }
 
-void check_tensor_memory() {
-  const char kernel = 0;
-  const auto has = [&](int device) { return has_tensor_memory("kernel", &kernel, device); };
-  major = 10, compiled_for = 100;
-  require(has(10) && has(10), "an sm_100 has no tensor memory");
-  compiled_for = 80;
-  require(!has(11), "code for sm_80, whose kernels of tensor memory are empty, has some");
-  major = 9, compiled_for = 90;
-  require(!has(12), "an sm_90 has tensor memory");
-  major = 12, compiled_for = 120;
-  require(!has(13), "an sm_120 has tensor memory");
-  require(has(10), "another device changed the answer");
-}
-
 }  // namespace
 
 int main() {
@@ -223,6 +209,5 @@ int main() {
   check_attributes();
   check_overlap();
   check_warpgroups();
-  check_tensor_memory();
   std::printf("devices and attributes are as they should be\n");
 }

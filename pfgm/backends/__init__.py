@@ -65,20 +65,19 @@ class Backend(Protocol):
         """Gradients of x, references and radius; None for those that are not needed."""
 
     def normalised_field(
-        self, x: Tensor, z: Tensor, mean: Tensor, gamma: float
+        self, difference: Tensor, z: Tensor, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        """v_x (B, N) and v_z (B,) from x (B, N), z (B,) in float64 and mean (B, N)."""
+        """v_x (B, N) and v_z (B,) from x − mean (B, N) and z (B,) in float64."""
 
     def normalised_field_backward(
         self,
         grad_field_x: Tensor,
         grad_field_z: Tensor,
-        x: Tensor,
+        difference: Tensor,
         z: Tensor,
-        mean: Tensor,
         gamma: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x (B, N), z (B,) and mean (B, N) from those of v_x and v_z."""
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x − mean (B, N) and z (B,) from those of v_x and v_z."""
 
     def ode_step(
         self,
@@ -117,7 +116,7 @@ class Availability(NamedTuple):
 
 
 def _backend_named(name: str, source: str) -> Backend:
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise ValueError(f"{source} is {name!r}; allowed are {', '.join(sorted(_BACKENDS))}.")
     return _BACKENDS[name]
 
@@ -144,9 +143,17 @@ def available(
     return found
 
 
-def requested() -> str | None:
-    """The name given to the innermost open :func:`use_backend`; None outside of one."""
-    return _requested
+def requested(name: str | None = None) -> str | None:
+    """The name, else the one given to the innermost open :func:`use_backend`; None outside of one.
+
+    Raises:
+        TypeError: the name is no text.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(
+            f"backend is a {type(name).__name__}; allowed are None, {', '.join(sorted(_BACKENDS))}."
+        )
+    return name or _requested
 
 
 def preferred(device: torch.device | str) -> tuple[str, str]:

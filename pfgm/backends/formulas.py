@@ -49,7 +49,7 @@ def posterior_mean_tangent(
         state: the result over all references, in float64.
         tangents: tangents of x, of these references and of radius.
     """
-    x, references, radius, D, _, _ = problem
+    x, references, radius, D = problem[:4]
     mean, nearest, total = state
     N, wide_type = x.shape[1], mean.dtype
     wide, r = x.to(wide_type), radius.to(wide_type)[:, None]
@@ -79,43 +79,43 @@ def posterior_mean_tangent(
     return of_mean, torch.where(flat, math.nan, of_lse).squeeze(1)
 
 
-def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """v_x (B, N) and v_z (B,) from x (B, N), z (B,) and mean (B, N), differentiable."""
-    dtype = wide_dtype(x.device)
-    difference = x.to(dtype) - mean.to(dtype)
-    squared, z_wide = difference.square().sum(1), z.to(dtype)
+def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """v_x (B, N) and v_z (B,) from x − mean (B, N) and z (B,), differentiable."""
+    dtype = wide_dtype(difference.device)
+    wide, z_wide = difference.to(dtype), z.to(dtype)
+    squared = wide.square().sum(1)
     # ‖E‖ has no gradient at E = 0. There v is −√N E/gamma, or 0 if gamma is 0 too.
     at_mean = squared == 0
     at_zero = at_mean & (z_wide == 0)
     distance = torch.where(at_mean, 0.0, torch.where(at_mean, 1.0, squared).sqrt())
     root = torch.where(at_zero, 1.0, distance).hypot(z_wide)  # z² may underflow
     norm = torch.where(at_zero, 0.0 if gamma > 0 else math.inf, root)
-    scale = -math.sqrt(x.shape[1]) / (norm + gamma)
-    return (scale[:, None] * difference).to(x.dtype), (scale * z).to(x.dtype)
+    scale = -math.sqrt(difference.shape[1]) / (norm + gamma)
+    return (scale[:, None] * wide).to(difference.dtype), (scale * z).to(difference.dtype)
 
 
 def normalised_field_backward(
-    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (B, N), z (B,) and mean (B, N) from those of v_x and v_z.
+    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of d = x − mean (B, N) and z (B,) from those of v_x and v_z.
 
-    With E = (x − mean, z), n = ‖E‖ and v = s E, s = −√N/(n + γ), the derivative of s in n is s²/√N:
+    With E = (d, z), n = ‖E‖ and v = s E, s = −√N/(n + γ), the derivative of s in n is s²/√N:
 
-        k = (G·(x − mean) + g z) s / (√N n),   0 at E = 0
-        grad_x = s G + k s (x − mean) = −grad_mean,   grad_z = s g + k s z
+        k = (G·d + g z) s / (√N n),   0 at E = 0
+        grad_d = s G + k s d,   grad_z = s g + k s z
     """
-    dtype, root_N = wide_dtype(x.device), math.sqrt(x.shape[1])
-    difference, height = x.to(dtype) - mean.to(dtype), z.to(dtype)
+    dtype, root_N = wide_dtype(difference.device), math.sqrt(difference.shape[1])
+    wide, height = difference.to(dtype), z.to(dtype)
     G, g = grad_field_x.to(dtype), grad_field_z.to(dtype)
-    norm = difference.square().sum(1).sqrt().hypot(height)  # z² may underflow
+    norm = wide.square().sum(1).sqrt().hypot(height)  # z² may underflow
     at_zero = norm == 0
     # With γ = 0 the field has no gradient at E = 0, and 0 is taken.
     scale = -root_N / torch.where(at_zero, gamma if gamma > 0 else math.inf, norm + gamma)
-    along = (G * difference).sum(1) + g * height
+    along = (G * wide).sum(1) + g * height
     # In this order nothing overflows that is multiplied by a small number afterwards.
     k = torch.where(at_zero, 0.0, along / norm * scale / root_N)
-    grad_x = (scale[:, None] * G + k[:, None] * (scale[:, None] * difference)).to(x.dtype)
-    return grad_x, (scale * g + k * (scale * height)).to(z.dtype), -grad_x
+    grad_difference = scale[:, None] * G + k[:, None] * (scale[:, None] * wide)
+    return grad_difference.to(difference.dtype), (scale * g + k * (scale * height)).to(z.dtype)
 
 
 def ode_step(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,9 +10,11 @@ from .problems import OdeStep, PosteriorMean
 
 def laid_out(problem: PosteriorMean) -> PosteriorMean:
     """The same problem in the layout of the kernels. Only tensors of another layout are copied."""
-    x, references, radius, D, precision, sketch = problem
-    x, references = contiguous_features(x), contiguous_features(references)
-    return PosteriorMean(x, references, contiguous(radius), D, precision, sketch)
+    return problem._replace(
+        x=contiguous_features(problem.x),
+        references=contiguous_features(problem.references),
+        radius=contiguous(problem.radius),
+    )
 
 
 def laid_out_step(step: OdeStep) -> OdeStep:

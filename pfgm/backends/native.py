@@ -149,14 +149,28 @@ def _cuda_supports(
     return _device_reason(device.index) if torch.cuda.is_available() else None
 
 
-@functools.cache
+_able: set[int] = set()
+"""The GPUs that run the kernels. Others may do so later: one may be busy or out of memory."""
+
+
 def _device_reason(index: int | None) -> str | None:
-    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    index = torch.cuda.current_device() if index is None else index
+    if index in _able:
+        return None
+    if torch.cuda.get_device_capability(index) < (8, 0):
         return "its GPU kernels need compute capability 8.0 (Ampere) or later"
-    if problem := extension().cuda_problem(device.index):
-        return f"its GPU kernels cannot run on {device}: {problem}"
+    if problem := extension().cuda_problem(index):
+        reason = f"its GPU kernels cannot run on cuda:{index}: {problem}"
+        _warn_of_unused_gpu(reason)
+        return reason
+    _able.add(index)
     return None
+
+
+@functools.cache
+def _warn_of_unused_gpu(reason: str) -> None:
+    """Warns, once for each reason, that another backend than this one has to compute on a GPU."""
+    warnings.warn(f"the native backend is not used while {reason}", RuntimeWarning, stacklevel=2)
 
 
 def describe() -> str:
@@ -186,7 +200,7 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
 
     all_references is the number in all parts if the references are one part of several.
     """
-    x, references, radius, D, precision, sketch = problem
+    x, references, radius, D, precision, sketch, difference = problem
     if sketch is not None:
         check_sketch(sketch, x, references)
     return extension().Problem(
@@ -205,6 +219,7 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
         sketch=address(sketch),
         all_references=all_references,
         precision=PRECISIONS[precision],
+        difference=difference,
     )
 
 
@@ -219,7 +234,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     if size == 0:
         return None
     references = contiguous_features(references)
-    out = torch.empty(size, dtype=dtype)
+    out = torch.empty(size, dtype=dtype, device=references.device)
     extension().sketch(
         type=TYPES[dtype],
         reference_type=TYPES[references.dtype],
@@ -398,15 +413,14 @@ def posterior_mean_backward(
 
 
 def _native_field(
-    x: Tensor, z: Tensor, mean: Tensor, gamma: float, field_x: Tensor | None, field_z: Tensor | None
+    difference: Tensor, z: Tensor, gamma: float, field_x: Tensor | None, field_z: Tensor | None
 ) -> object:
     return extension().NormalisedField(
-        type=TYPES[x.dtype],
-        rows=x.shape[0],
-        features=x.shape[1],
-        x=address_and_stride(x),
+        type=TYPES[difference.dtype],
+        rows=difference.shape[0],
+        features=difference.shape[1],
+        difference=address_and_stride(difference),
         z=z.data_ptr(),
-        mean=address_and_stride(mean),
         gamma=gamma,
         field_x=address_and_stride(field_x),
         field_z=address(field_z),
@@ -414,36 +428,38 @@ def _native_field(
     )
 
 
-def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
-    field_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    field_z = torch.empty(len(x), dtype=x.dtype, device=x.device)
-    field = _native_field(x, z, mean, gamma, field_x, field_z)
-    if _on_cuda(x.device):
-        extension().normalised_field_cuda(field, _place(x.device))
+def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    difference, z = contiguous_features(difference), z.contiguous()
+    dtype, device = difference.dtype, difference.device
+    field_x = torch.empty(difference.shape, dtype=dtype, device=device)
+    field_z = torch.empty(len(difference), dtype=dtype, device=device)
+    field = _native_field(difference, z, gamma, field_x, field_z)
+    if _on_cuda(device):
+        extension().normalised_field_cuda(field, _place(device))
     else:
         extension().normalised_field(field)
     return field_x, field_z
 
 
 def normalised_field_backward(
-    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _on_cuda(x.device):
-        return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
-    x, mean, z = contiguous_features(x), contiguous_features(mean), z.contiguous()
+    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    if _on_cuda(difference.device):
+        return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
+    difference, z = contiguous_features(difference), z.contiguous()
     grad_field_x, grad_field_z = contiguous_features(grad_field_x), grad_field_z.contiguous()
-    grad_x, grad_mean = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
-    grad_z = torch.empty(len(x), dtype=torch.float64)
+    grad_difference = torch.empty(
+        difference.shape, dtype=difference.dtype, device=difference.device
+    )
+    grad_z = torch.empty(len(difference), dtype=torch.float64, device=difference.device)
     extension().normalised_field_backward(
-        _native_field(x, z, mean, gamma, None, None),
+        _native_field(difference, z, gamma, None, None),
         grad_field_x=address_and_stride(grad_field_x),
         grad_field_z=grad_field_z.data_ptr(),
-        grad_x=grad_x.data_ptr(),
-        grad_mean=grad_mean.data_ptr(),
+        grad_difference=grad_difference.data_ptr(),
         grad_z=grad_z.data_ptr(),
     )
-    return grad_x, grad_z, grad_mean
+    return grad_difference, grad_z
 
 
 def ode_step(

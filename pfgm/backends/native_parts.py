@@ -56,7 +56,7 @@ def chunk_rows(features: int, references: torch.dtype) -> int:
 
 def begin(x: Tensor, references: int) -> RunningMean:
     """The sums for points x (B, N) before the first of this number of references."""
-    nearest = torch.full((len(x),), math.inf, dtype=torch.float64)
+    nearest = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
     return RunningMean(_zeros(x), nearest, torch.zeros_like(nearest), references)
 
 
@@ -68,8 +68,8 @@ def add(problem: PosteriorMean, running: RunningMean) -> None:
 def end(problem: PosteriorMean, running: RunningMean) -> tuple[Tensor, Tensor]:
     """Mean (B, N) and log-sum-exp (B,) over all references. Those of the problem are not used."""
     x = problem.x
-    mean = torch.empty(x.shape, dtype=x.dtype)
-    logsumexp = torch.empty(len(x), dtype=torch.float64)
+    mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    logsumexp = torch.empty(len(x), dtype=torch.float64, device=x.device)
     _run(_without_references(problem), running, mean, logsumexp)
     return mean, logsumexp
 
@@ -95,8 +95,8 @@ def _run(
 
 def begin_gradients(x: Tensor, references: int, needs_x: bool) -> RunningGradient:
     """The sums for points x (B, N) before the first of this number of references."""
-    moments = torch.zeros(len(x), dtype=torch.float64)
-    pulls = torch.zeros(len(x), 2, dtype=torch.float64)
+    moments = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    pulls = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
     return RunningGradient(_zeros(x) if needs_x else None, moments, pulls, references)
 
 
@@ -130,8 +130,9 @@ def end_gradients(
     problem: PosteriorMean, state: State, upstream: Upstream, running: RunningGradient
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients of x (None if it needs none) and radius over all references."""
-    of_x = None if running.sums is None else torch.empty(problem.x.shape, dtype=problem.x.dtype)
-    of_radius = torch.empty(len(problem.x), dtype=torch.float64)
+    x, needs_x = problem.x, running.sums is not None
+    of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+    of_radius = torch.empty(len(x), dtype=torch.float64, device=x.device)
     _run_backward(_without_references(problem), state, upstream, running, of_x, of_radius)
     return of_x, of_radius
 
@@ -180,7 +181,7 @@ def _backward(
 
 
 def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape, dtype=torch.float64)
+    return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
 
 
 def _without_references(problem: PosteriorMean) -> PosteriorMean:

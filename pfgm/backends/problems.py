@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+PRECISIONS = ("high", "medium")
+"""Of matrix products on a GPU."""
+
 
 class PosteriorMean(NamedTuple):
     """A problem: the posterior mean and the log-sum-exp of B points x over M references."""
@@ -23,6 +26,9 @@ class PosteriorMean(NamedTuple):
     sketch: Tensor | None = None
     """The result of the backend's ``sketch`` for these references. It saves time and does not
     change the result."""
+    difference: bool = False
+    """Whether the forward pass returns x − mean in place of the mean. Near the mean it has digits
+    that a rounded mean has lost. Backward passes ignore it."""
 
 
 class State(NamedTuple):
@@ -32,7 +38,7 @@ class State(NamedTuple):
     """
 
     mean: Tensor
-    """(B, N)."""
+    """(B, N); x − mean if the problem asks for the difference, which merges in the same way."""
     nearest: Tensor
     """(B,) in float64: squared distance of the nearest reference."""
     total: Tensor
@@ -46,7 +52,8 @@ class RunningMean(NamedTuple):
     """
 
     sums: Tensor
-    """(B, N) in float64: the references, weighted relative to the nearest."""
+    """(B, N) in float64: the references, or their differences y − x from the points, weighted
+    relative to the nearest."""
     nearest: Tensor
     """(B,) in float64, as in :class:`State`."""
     total: Tensor

@@ -99,22 +99,23 @@ def sketch(references: Tensor, dtype: torch.dtype) -> None:
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, references, radius, D, _, _ = problem
+    x, references, radius, D = problem[:4]
     if checks_values(x.device):
         check_radius(radius, D)
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
     nearest, total, mean = _weighted_average(wide, references, r, D, torch.matmul)
     logsumexp = log_sum_exp(nearest, total, r, D, x.shape[1])
+    result = wide - mean if problem.difference else mean
     if checks_values(x.device):
-        check_range(mean, x, references)
-    return mean.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
+        check_range(result, x, references, problem.difference)
+    return result.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 
 def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, references, radius, D, _, _ = problem
+    x, references, radius, D = problem[:4]
     N = x.shape[1]
     wide = x.to(wide_dtype(x.device))
     r = radius.to(wide.dtype)[:, None]
@@ -170,14 +171,14 @@ def posterior_mean_backward(
     )
 
 
-def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    return formulas.normalised_field(x, z, mean, gamma)
+def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    return formulas.normalised_field(difference, z, gamma)
 
 
 def normalised_field_backward(
-    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
+    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
 
 
 def ode_step(

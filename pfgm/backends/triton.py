@@ -87,22 +87,25 @@ def _kernels(name: str) -> Any:
 
 
 def average(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str
+    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str, difference: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The results of :func:`posterior_mean` for tensors in the layout of the kernels, whose values
     are not checked."""
     kernels = _kernels("posterior_mean")
     with _current_device(x):
-        found: tuple[Tensor, Tensor, Tensor, Tensor]
-        found = kernels.posterior_mean(x, references, radius, D, precision)
-        return found
+        mean, logsumexp, nearest, total = kernels.posterior_mean(
+            x, references, radius, D, precision
+        )
+        # From the mean as rounded to float32, so the difference has no more digits than that.
+        result = torch.sub(x, mean, out=mean) if difference else mean
+        return result, logsumexp, nearest, total
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, references, radius, D, precision, _ = laid_out(problem)
+    x, references, radius, D, precision, _, difference = laid_out(problem)
     if checks_values(x.device):
         check_radius(radius, D)
-    mean, logsumexp, nearest, total = average(x, references, radius, D, precision)
+    mean, logsumexp, nearest, total = average(x, references, radius, D, precision, difference)
     check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total
 
@@ -111,7 +114,7 @@ def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     kernels = _kernels("posterior_mean_backward")
-    x, references, radius, D, precision, _ = laid_out(problem)
+    x, references, radius, D, precision, *_ = laid_out(problem)
     check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
@@ -129,30 +132,31 @@ def posterior_mean_backward(
     return grad_x, grad_references, grad_radius
 
 
-def field_in_place(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> Tensor:
-    """Replaces the mean by the v_x of :func:`normalised_field`, and returns v_z.
+def field_in_place(difference: Tensor, z: Tensor, gamma: float) -> Tensor:
+    """Replaces the difference by the v_x of :func:`normalised_field`, and returns v_z.
 
     The tensors have the layout of the kernels.
     """
-    field_z = x.new_empty(x.shape[0])
-    with _current_device(x):
-        _kernels("normalised_field").launch(x, z, mean, gamma, mean, field_z)
+    field_z = difference.new_empty(difference.shape[0])
+    with _current_device(difference):
+        _kernels("normalised_field").launch(difference, z, gamma, difference, field_z)
     return field_z
 
 
-def normalised_field(x: Tensor, z: Tensor, mean: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     kernels = _kernels("normalised_field")
-    x, mean = contiguous_features(x), contiguous_features(mean)
-    field_x, field_z = x.new_empty(x.shape), x.new_empty(x.shape[0])
-    with _current_device(x):
-        kernels.launch(x, z.contiguous(), mean, gamma, field_x, field_z)
+    difference = contiguous_features(difference)
+    field_x = difference.new_empty(difference.shape)
+    field_z = difference.new_empty(difference.shape[0])
+    with _current_device(difference):
+        kernels.launch(difference, z.contiguous(), gamma, field_x, field_z)
     return field_x, field_z
 
 
 def normalised_field_backward(
-    grad_field_x: Tensor, grad_field_z: Tensor, x: Tensor, z: Tensor, mean: Tensor, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return formulas.normalised_field_backward(grad_field_x, grad_field_z, x, z, mean, gamma)
+    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
 
 
 def ode_step(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common.checks import checks_values
 from ..common.transforms import only_autograd
 from . import choose, requested, triton
-from .problems import OdeStep
+from .problems import PRECISIONS, OdeStep
 
 __all__ = ["enabled", "field", "posterior_mean", "step"]
 
@@ -27,7 +27,6 @@ enabled = True
 """Whether the functions may answer. Tests turn them off."""
 
 _LEVELS = (torch.float32, torch.float64)
-_PRECISIONS = ("high", "medium")
 _NUMBERS = (float, int)
 
 
@@ -43,7 +42,7 @@ def _takes(
     if type(x) is not Tensor or not _on_gpu(x) or not enabled or torch.compiler.is_compiling():
         return False
     device = x.device
-    name = backend or requested() or os.environ.get("PFGM_BACKEND") or None
+    name = requested(backend) or os.environ.get("PFGM_BACKEND") or None
     if (
         name not in (None, "triton")
         or x.dtype is not torch.float32
@@ -121,10 +120,10 @@ def posterior_mean(
 
     D is finite. Diffusion takes the way through torch's operators.
     """
-    found = _mean(x, references, level, factor, float(D), backend, precision)
+    found = _mean(x, references, level, factor, float(D), backend, precision, False)
     if found is None:
         return None
-    _, _, mean, logsumexp = found
+    _, mean, logsumexp = found
     return _shaped(mean, x), logsumexp if with_logsumexp else None
 
 
@@ -136,9 +135,10 @@ def _mean(
     D: float,
     backend: str | None,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Points (B, N), radius (B,), mean (B, N) and log-sum-exp (B,)."""
-    if type(references) is not Tensor or precision not in _PRECISIONS:
+    difference: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Radius (B,), mean or difference (B, N), and log-sum-exp (B,)."""
+    if type(references) is not Tensor or precision not in PRECISIONS:
         return None
     of_level = None if type(level) in _NUMBERS else level
     if not _takes(x, references.dtype, backend, (references, of_level)):
@@ -148,20 +148,20 @@ def _mean(
     rows = _rows(x, references)
     if rows is None or (radius := _radius(level, factor, x)) is None:
         return None
-    mean, logsumexp, _, _ = triton.average(*rows, radius, D, precision)
-    return rows[0], radius, mean, logsumexp
+    mean, logsumexp, _, _ = triton.average(*rows, radius, D, precision, difference)
+    return radius, mean, logsumexp
 
 
 def field(
     x: Tensor, z: Any, references: Any, gamma: Any, backend: str | None, precision: str
 ) -> tuple[Tensor, Tensor] | None:
     """The normalised field v_x (B, *S) and v_z (B,), for a γ that is allowed."""
-    found = _mean(x, references, z, 1.0, 1.0, backend, precision)
+    found = _mean(x, references, z, 1.0, 1.0, backend, precision, True)
     if found is None:
         return None
-    rows, radius, mean, _ = found
-    field_z = triton.field_in_place(rows, radius, mean, float(gamma))
-    return _shaped(mean, x), field_z
+    radius, difference, _ = found
+    field_z = triton.field_in_place(difference, radius, float(gamma))
+    return _shaped(difference, x), field_z
 
 
 def step(

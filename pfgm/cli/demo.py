@@ -121,7 +121,7 @@ def _run(
     _train(trainer, flow, folder / "model.safetensors", report)
     trained = time.perf_counter()
 
-    recorder, labels = _Recorder(), torch.arange(SAMPLES) // _PICTURE_ROW % 10
+    recorder, labels = _Recorder(), torch.arange(SAMPLES, device="cpu") // _PICTURE_ROW % 10
     samples, evaluations = sample_in_batches(
         flow,
         trainer.averaged,
@@ -195,7 +195,7 @@ class _Recorder:
         """Points (levels, n, *S) at no more than eight levels, the samples last, and their z."""
         points = [*self._points, (z_min, samples[:_PICTURE_PATHS])]
         count = min(_PICTURE_LEVELS, len(points))
-        chosen = torch.linspace(0, len(points) - 1, count).round().int().tolist()
+        chosen = torch.linspace(0, len(points) - 1, count, device="cpu").round().int().tolist()
         return torch.stack([points[i][1] for i in chosen]), [points[i][0] for i in chosen]
 
 

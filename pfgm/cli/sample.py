@@ -132,7 +132,7 @@ class Sample:
             draw_prior(flow, self.n, self.seed),
             batch_size=self.sampling.batch_size,
             device=device,
-            labels=None if label is None else torch.full((self.n,), label),
+            labels=None if label is None else torch.full((self.n,), label, device="cpu"),
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
             # A folder of several batches has a bar of its images.

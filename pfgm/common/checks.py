@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -170,6 +171,14 @@ def allocating(what: str) -> Iterator[None]:
         raise MemoryError(f"{what} do not fit into the memory of this machine.") from error
 
 
+def memory_bytes() -> float:
+    """Memory of the machine; infinity where the system does not report it."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
 def usable_device(name: str) -> torch.device:
     """The device of this name; "auto" is cuda if there is a GPU, else cpu.
 
@@ -308,9 +317,15 @@ def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
 
 
 def range_message(x: Tensor, references: Tensor, row: int) -> str:
-    """The error for references that a row of x needs and whose values its dtype cannot hold."""
+    """The error for references that a row of x needs and whose values, or their differences from x,
+    its dtype cannot hold."""
     most = torch.finfo(x.dtype).max
     bad = first_bad_row(references.to(x.dtype))
+    if bad is None and len(references) > 0:
+        return (
+            f"x and references are so far apart that row {row} of x less its mean is beyond the "
+            f"range of {x.dtype}; allowed are differences up to {most:.2g}, or x in torch.float64."
+        )
     where = "" if bad is None else f" (first in row {bad})"
     return (
         f"references holds values beyond the range of {x.dtype}{where}, which row {row} of x "
@@ -345,11 +360,11 @@ def check_underflow(nearest: Tensor, radius: Tensor, x: Tensor) -> None:
         raise ValueError(underflow_message(x, int(low.flatten().nonzero()[0])))
 
 
-def check_range(mean: Tensor, x: Tensor, references: Tensor) -> None:
-    """Raises ValueError if the dtype of x cannot hold a mean over wider references."""
-    if references.dtype.itemsize <= x.dtype.itemsize:
+def check_range(result: Tensor, x: Tensor, references: Tensor, difference: bool = False) -> None:
+    """Raises ValueError if the dtype of x cannot hold a mean over wider references, or x − mean."""
+    if references.dtype.itemsize <= x.dtype.itemsize and not difference:
         return
-    row = first_bad_row(mean.to(x.dtype))
+    row = first_bad_row(result.to(x.dtype))
     if row is not None:
         raise ValueError(range_message(x, references, row))
 
@@ -449,7 +464,7 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} is a tensor that requires grad; allowed is a number.")
-    if _is_boolean(value) or not 0 <= value <= LARGEST:
+    if not (isinstance(value, Tensor) or is_number(value)) or not 0 <= value <= LARGEST:
         raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
 
 
@@ -481,6 +496,18 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
+def as_float(value: Any) -> float:
+    """A number as a float; infinity for an integer beyond the range of float64.
+
+    >>> as_float(7), as_float(-(10**400))
+    (7.0, -inf)
+    """
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def as_number(value: Any) -> float:
     """A number of NumPy, or a tensor or array of one value, as a number of Python.
 
@@ -494,8 +521,8 @@ def as_number(value: Any) -> float:
     if _is_boolean(value):
         return math.nan
     if isinstance(value, (int, float)):
-        return value
-    return float(value) if isinstance(value, Real) else math.nan
+        return value if -LARGEST <= value <= LARGEST else as_float(value)
+    return as_float(value) if isinstance(value, Real) else math.nan
 
 
 def check_bool(name: str, value: object) -> None:
@@ -537,7 +564,7 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
 
 def positive_float(name: str, value: Any) -> float:
     """The value as a float. Raises ValueError unless it is positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < as_float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
     return float(value)
 

@@ -144,14 +144,14 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file.")
     if path.suffix not in _OPENERS:
         table = "; read a table with numpy.loadtxt and write it with numpy.save"
         raise ValueError(
             f"{path} has the suffix {path.suffix!r}; allowed are .npy, .npz, .safetensors, "
             f".zip and folders of images{table if path.suffix in _TABLES else ''}."
         )
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, 0 bytes long.")
     return _OPENERS[path.suffix](path, name, in_place)

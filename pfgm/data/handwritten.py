@@ -44,6 +44,6 @@ def digits() -> Digits:
     levels, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(levels).float().view(-1, 1, 8, 8) / 8 - 1
     labels = torch.from_numpy(classes).long()
-    remainder = torch.arange(len(images)) % 9
+    remainder = torch.arange(len(images), device="cpu") % 9
     held_out = (remainder == 4) | (remainder == 8)
     return Digits(images[~held_out], labels[~held_out], images[held_out], labels[held_out])

@@ -69,7 +69,8 @@ class ImageFiles(ABC):
         if any(len(folder) <= level for folder in folders):
             return None, ()  # some images lie in no class folder
         classes = {name: i for i, name in enumerate(sorted({folder[level] for folder in folders}))}
-        return torch.tensor([classes[folder[level]] for folder in folders]), tuple(classes)
+        labels = torch.tensor([classes[folder[level]] for folder in folders], device="cpu")
+        return labels, tuple(classes)
 
     def _described_labels(self) -> Tensor | None:
         """The labels in dataset.json: {"labels": [[name, label], …]}, or null for none."""
@@ -92,7 +93,7 @@ class ImageFiles(ABC):
                     f"{place} gives {name} the label {str(label)[:40]}; allowed is an integer from "
                     "0 for each image."
                 )
-        return torch.tensor([known[name] for name in self.names])
+        return torch.tensor([known[name] for name in self.names], device="cpu")
 
 
 class FolderFiles(ImageFiles):
@@ -126,7 +127,14 @@ class ZipFiles(ImageFiles):
             raise ValueError(
                 f"{path} is truncated, damaged or not a zip archive; allowed are whole archives."
             ) from error
-        self._members = {m.filename: m for m in self._archive.infolist() if not m.is_dir()}
+        self._members: dict[str, ZipInfo] = {}
+        for member in self._archive.infolist():
+            if member.filename in self._members:
+                raise ValueError(
+                    f"{path} holds two files of the name {member.filename}; allowed is one of each."
+                )
+            if not member.is_dir():
+                self._members[member.filename] = member
         self.names = _images(iter(self._members))
         for name in (*self.names, _DESCRIPTION):
             if name in self._members:

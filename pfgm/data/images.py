@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.checks import allocating, memory_bytes
 from ..common.messages import progress_bar
 from .image_files import ImageFiles, image_files
 
@@ -48,6 +50,7 @@ def load_images(
 
     Raises:
         ImportError: Pillow is not installed.
+        MemoryError: the images do not fit into the memory.
         OSError: a folder or an image cannot be opened, such as the target of a link.
         ValueError: there is no image; an image cannot be read or has more than 8 bits a channel;
             images differ in size; or the archive or dataset.json is damaged.
@@ -55,7 +58,12 @@ def load_images(
     _import_pillow()
     with image_files(path) as files:
         channels, (width, height) = _common_shape(files)
-        images = torch.empty(len(files.names), channels, height, width, dtype=torch.uint8)
+        shape = (len(files.names), channels, height, width)
+        with allocating(f"{path} holds {shape[0]} images of {width} × {height} pixels, which"):
+            # A small file may announce many pixels, and a system promise more memory than it has.
+            if math.prod(shape) > memory_bytes():
+                raise MemoryError
+            images = torch.empty(shape, dtype=torch.uint8, device="cpu")
         bar = progress_bar(files.names, "images", unit="image", disable=not progress)
         for row, name in enumerate(bar):
             with _opened(files, name) as image:

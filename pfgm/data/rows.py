@@ -199,7 +199,7 @@ class OnDisk(Source):
         return found if torch.equal(numbers, rows) else found.index_select(0, places)
 
     def _empty(self, count: int) -> Tensor:
-        return torch.empty(count, *self.shape, dtype=self.dtype)
+        return torch.empty(count, *self.shape, dtype=self.dtype, device="cpu")
 
     def _fill(self, memory: memoryview, row: int) -> None:
         """Fills the memory with bytes of the file, from the beginning of the row on."""

@@ -42,8 +42,8 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
     first, label = _split(dataset[0])
     channels = _image_channels(first, 0)
     row = _row(first, 0, channels)
-    rows = torch.empty(count, *row.shape, dtype=row.dtype)
-    labels = None if label is None else torch.empty(count, dtype=torch.int64)
+    rows = torch.empty(count, *row.shape, dtype=row.dtype, device="cpu")
+    labels = None if label is None else torch.empty(count, dtype=torch.int64, device="cpu")
     rest = (_split(dataset[index]) for index in range(1, count))
     items = progress_bar(
         chain([(first, label)], rest), "dataset", count, unit="item", disable=not progress

@@ -6,13 +6,12 @@ Latents can be interpolated and rescaled.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ..common.checks import is_number
+from ..common.checks import LARGEST, is_number
 from ..common.tensors import over_samples
 from ..solvers import SOLVERS
 from .conditions import Condition, Network, repeat_rows
@@ -214,7 +213,7 @@ class Editing(Sampling):
         tensor([[6.0000, 8.0000],
                 [1.2000, 1.6000]])
         """
-        if not is_number(temperature) or not 0 < temperature < math.inf:
+        if not is_number(temperature) or not 0 < temperature <= LARGEST:
             raise ValueError(
                 f"temperature is {temperature!r}; allowed is any finite number above 0."
             )

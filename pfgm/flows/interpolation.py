@@ -75,7 +75,7 @@ def even_weights(count: int) -> Tensor:
     """count weights, evenly spaced from 0 to 1."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
         raise ValueError(f"count is {count!r}; allowed is an integer of at least 2.")
-    return torch.linspace(0, 1, count, dtype=torch.float64)
+    return torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")
 
 
 def check_pair(a: Tensor, b: Tensor, name_a: str = "a", name_b: str = "b") -> None:
@@ -102,7 +102,7 @@ def _perpendicular(direction: Tensor) -> Tensor:
 
 
 def _checked_weights(weights: Sequence[float] | Tensor) -> Tensor:
-    values = torch.as_tensor(weights, dtype=torch.float64)
+    values = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if values.ndim != 1 or len(values) == 0 or not bool(values.isfinite().all()):
         raise ValueError(f"weights is {weights}; allowed are one or more finite numbers, (W,).")
     return values

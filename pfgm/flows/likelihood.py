@@ -216,7 +216,7 @@ def log_likelihood(
         latent = wide.to(x.dtype).view(x.shape)
         prior = _checked_prior(prior_log_prob(latent), count).to(wide.dtype)
         nats = prior + N * math.log(grid[-1] / grid[0]) - integral
-        bits = -nats / (N * math.log(2)) + math.log2(grey_levels / 2)
+        bits = -nats / (N * math.log(2)) + math.log2(grey_levels) - 1
     return LogLikelihood(nats, bits, latent, evaluate.nfe)
 
 

@@ -418,8 +418,8 @@ def check_steps(name: str, steps: object) -> None:
 
 def check_count(n: object) -> None:
     """Raises ValueError unless n is a number of samples."""
-    if not is_whole(n) or n < 0:
-        raise ValueError(f"n is {n!r}; allowed is an integer of at least 0.")
+    if not is_whole(n) or not 0 <= n < 1 << 63:
+        raise ValueError(f"n is {n!r}; allowed is an integer of at least 0, below 2^63.")
 
 
 def _check_options(solver: str, options: Mapping[str, object]) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import native_direct, triton_direct
-from ..backends.problems import PosteriorMean
+from ..backends.problems import PRECISIONS, PosteriorMean
 from ..common.checks import (
     LARGEST,
+    as_float,
     check_at_least_0,
+    check_choice,
     check_dense,
     is_number,
     is_symbolic,
@@ -76,7 +78,7 @@ def _check_dimensions(D: float, with_r: bool) -> float:
         raise ValueError(
             "D is infinite and r is given; allowed is sigma, as r = sigma * sqrt(D) is infinite."
         )
-    return float(D)
+    return as_float(D)
 
 
 def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D: float) -> Tensor:
@@ -103,21 +105,26 @@ def _flat_mean(
     D: float,
     backend: str | None,
     precision: str,
+    difference: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Points (B, N) in float32 or float64, their mean (B, N), log-sum-exp, nearest and total (B,).
 
-    Nearest and total have no gradient (:class:`~pfgm.backends.problems.State`).
+    With ``difference``, x − mean is in place of the mean. Nearest and total have no gradient
+    (:class:`~pfgm.backends.problems.State`).
     """
+    check_choice("precision", precision, PRECISIONS)
     flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
     if isinstance(references, ReferenceSet):
-        return flat, *over_set.compute(flat, radius, references.part, D, backend, precision)
+        part = references.part
+        return flat, *over_set.compute(flat, radius, part, D, backend, precision, difference)
     if torch.compiler.is_compiling() and not in_torch_func():
         points = x if flat.dtype == x.dtype else x.float()  # see pfgm.ops.posterior_mean
-        problem = PosteriorMean(points, references, radius, D, precision)
+        problem = PosteriorMean(points, references, radius, D, precision, difference=difference)
         return flat, *ops.posterior_mean.compute(problem, backend)
-    problem = PosteriorMean(flat, _flatten(references), radius, D, precision)
+    rows = _flatten(references)
+    problem = PosteriorMean(flat, rows, radius, D, precision, difference=difference)
     found = ops.native_gradients.compute(problem, backend)
     return flat, *(found or ops.posterior_mean.compute(problem, backend))
 
@@ -284,8 +291,8 @@ def field_fn(
     _check_tensors(x, references)
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
-    flat, mean, _, _, _ = _flat_mean(x, references, radius, 1.0, backend, precision)
-    field_x, field_z = ops.normalised_field.compute(flat, radius, mean, gamma, backend)
+    _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, precision, True)
+    field_x, field_z = ops.normalised_field.compute(difference, radius, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
 
@@ -373,7 +380,7 @@ def _log_gamma_ratio(N: int, D: float, like: Tensor) -> float | Tensor:
         )
     if D < 1e6:
         return math.lgamma(a + half) - math.lgamma(a)
-    return _stirling_ratio(torch.tensor(a, dtype=torch.float64), half).item()
+    return _stirling_ratio(torch.tensor(a, dtype=torch.float64, device="cpu"), half).item()
 
 
 def _stirling_ratio(a: Tensor, half: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, checks_values, is_number, is_symbolic
+from ..common.checks import LARGEST, as_float, checks_values, is_number, is_symbolic
 from ..common.tensors import wide_dtype
 from ..common.transforms import batched
 
@@ -30,7 +30,7 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
             )
         if is_symbolic(value):
             return torch.ones(count, dtype=dtype, device=x.device) * value
-        return torch.full((count,), float(value), dtype=dtype, device=x.device)
+        return torch.full((count,), as_float(value), dtype=dtype, device=x.device)
     if value.ndim > 1 and value.ndim == x.ndim and value.shape == (count, *[1] * (x.ndim - 1)):
         value = value.reshape(count)  # EDM's code has levels of this shape
     if value.shape != (count,) and value.ndim != 0:

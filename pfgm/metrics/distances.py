@@ -143,6 +143,7 @@ def kernel_distance(
             for _ in range(subsets)
         ],
         dtype=torch.float64,
+        device="cpu",
     )
     deviation = float(found.std()) if subsets > 1 else math.nan
     if math.isinf(deviation):

@@ -42,7 +42,7 @@ class EDMInterface:
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest level that the network takes, which is sigma itself."""
-        return torch.as_tensor(sigma)
+        return sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, device="cpu")
 
     def _image_shape(self) -> tuple[int, ...]:
         if len(self.shape) != 3 or self.shape[1] != self.shape[2]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..common.checks import allocating
+from ..common.checks import allocating, memory_bytes
 from .denoiser import Denoiser
 from .embedding import NoiseEmbedding
 from .fields import FieldNetwork
@@ -55,7 +53,7 @@ def build(
             # Counted on "meta" first: a system may promise more memory than it has.
             with torch.device("meta"):
                 parameters = kind(**config).parameters()
-            if sum(each.nbytes for each in parameters) > _memory_bytes():
+            if sum(each.nbytes for each in parameters) > memory_bytes():
                 raise MemoryError
         return kind(**config)
 
@@ -65,11 +63,3 @@ def label_count(network: object) -> int:
     parts = network.modules() if isinstance(network, nn.Module) else ()
     known = (part.classes for part in parts if isinstance(part, (NoiseEmbedding, SongUNet)))
     return max(known, default=0)
-
-
-def _memory_bytes() -> float:
-    """Memory of the machine; infinity where the system does not report it."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):
-        return math.inf

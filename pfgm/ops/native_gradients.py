@@ -27,7 +27,8 @@ from . import posterior_mean
 def compute(
     problem: PosteriorMean, backend: str | None, check: Callable[[], None] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Mean (B, N), log-sum-exp, nearest and total (B,), of which the last two have no gradient.
+    """Mean or difference (B, N), log-sum-exp, nearest and total (B,), of which the last two have no
+    gradient.
 
     None where this way is closed or no gradient is wanted.
 
@@ -45,12 +46,12 @@ def compute(
         return None
     posterior_mean.check(problem)
     x, references, _ = tensors
-    backend = backend or requested()
+    backend = requested(backend)
     if len(x) == 0 or choose(backend, x.device, x.dtype, references.dtype) is not native:
         return None
     found = _PosteriorMean.apply(*tensors, problem, check)  # type: ignore[no-untyped-call]
-    mean, logsumexp, nearest, total, _ = found
-    return mean, logsumexp, nearest, total
+    result, logsumexp, nearest, total, _ = found
+    return result, logsumexp, nearest, total
 
 
 def _gpu_of(value: Tensor) -> torch.device | None:
@@ -58,7 +59,7 @@ def _gpu_of(value: Tensor) -> torch.device | None:
 
 
 class _PosteriorMean(torch.autograd.Function):
-    """(x, references, radius, problem, check) → mean, log-sum-exp, nearest, total, kept."""
+    """(x, references, radius, problem, check) → result, log-sum-exp, nearest, total, kept."""
 
     @staticmethod
     def forward(
@@ -71,23 +72,27 @@ class _PosteriorMean(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         problem = problem._replace(x=x, references=references, radius=radius)
         memory = native.room_for_distances(problem)
-        mean, logsumexp, nearest, total = native.posterior_mean(problem, memory)
+        result, logsumexp, nearest, total = native.posterior_mean(problem, memory)
         kept = native.used_room(memory)
         ctx.rest, ctx.check = problem[3:], check
-        ctx.save_for_backward(x, references, radius, mean, nearest, total, kept)
+        ctx.save_for_backward(x, references, radius, result, nearest, total, kept)
         ctx.mark_non_differentiable(*(t for t in (nearest, total, kept) if t is not None))
-        return mean, logsumexp, nearest, total, kept
+        return result, logsumexp, nearest, total, kept
 
     @staticmethod
     def backward(
-        ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor, *_: Tensor
+        ctx: Any, grad_result: Tensor, grad_logsumexp: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         if ctx.check is not None:
             ctx.check()
         needs = ctx.needs_input_grad[:3]
-        x, references, radius, *state, kept = ctx.saved_tensors
+        x, references, radius, result, nearest, total, kept = ctx.saved_tensors
         problem = PosteriorMean(x, references, radius, *ctx.rest)
-        given = (problem, State(*state), Upstream(grad_mean, grad_logsumexp), needs)
+        difference = problem.difference
+        problem = problem._replace(difference=False)
+        mean, grad_mean = posterior_mean.mean_and_gradient(x, result, grad_result, difference)
+        state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
+        given = (problem, state, upstream, needs)
         # What was not at work in the forward pass may be here. The operator refuses a second
         # derivative.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, (grad_mean, grad_logsumexp)))
@@ -100,5 +105,7 @@ class _PosteriorMean(torch.autograd.Function):
             found = posterior_mean.call_backward(*given, "native")
         else:
             found = native.posterior_mean_backward(*given, kept)
-        wanted = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        return (*wanted, None, None)
+        grad_x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
+        if difference and grad_x is not None:
+            grad_x = grad_x + grad_result
+        return (grad_x, *rest, None, None)

@@ -42,7 +42,7 @@ def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor
         _check(step)
         return formulas.ode_step(step, with_mean)
     result, mean = torch.ops.pfgm.ode_step.default(
-        *flat_arguments(step), with_mean, backend or requested()
+        *flat_arguments(step), with_mean, requested(backend)
     )
     return result, mean if with_mean else None
 
@@ -60,9 +60,7 @@ def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
         if mean_out is not None and mean is not None:
             mean_out.copy_(mean)
         return
-    torch.ops.pfgm.ode_step_out.default(
-        *flat_arguments(step), backend or requested(), out, mean_out
-    )
+    torch.ops.pfgm.ode_step_out.default(*flat_arguments(step), requested(backend), out, mean_out)
 
 
 # ---- a step as the arguments of the schema ---------------------------------------------------

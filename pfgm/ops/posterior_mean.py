@@ -2,7 +2,8 @@
 
 It returns the mean, the log-sum-exp, the squared distance of the nearest reference, and the total
 weight relative to that of the nearest. From the last two the backward pass computes the weights in
-one pass.
+one pass. With ``difference`` it returns x − mean in place of the mean: formed before any rounding,
+it keeps its digits where x is near the mean. The operators of the backward pass take the mean.
 
 The operators take points and references of any sample shape and flatten them themselves. In a graph
 of torch.compile a tensor that is flattened outside would be saved for the backward pass as a view
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..backends import choose, formulas, requested
-from ..backends.problems import PosteriorMean, State, Tangents, Upstream
+from ..backends.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
 from ..backends.weights import is_flat
 from ..common import transforms
 from ..common.checks import is_symbolic
@@ -32,13 +33,13 @@ from .library import library, no_gradient, register, save_nothing
 
 R = TypeVar("R")
 
-_PRECISIONS = ("high", "medium")
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 _REST = "str? backend=None, str precision='high', Tensor? sketch=None"
 for _name, _type_of_D in (("posterior_mean", "float"), ("posterior_mean_varying", "Tensor")):
     library.define(
-        f"{_name}(Tensor x, Tensor references, Tensor radius, {_type_of_D} D, {_REST})"
+        f"{_name}(Tensor x, Tensor references, Tensor radius, {_type_of_D} D, {_REST},"
+        " bool difference=False)"
         " -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
     )
     library.define(
@@ -49,11 +50,12 @@ for _name, _type_of_D in (("posterior_mean", "float"), ("posterior_mean_varying"
 
 
 def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean (B, N), log-sum-exp (B,), and nearest and total (B,), which have no gradient.
+    """Mean or difference (B, N), log-sum-exp, and nearest and total (B,), of which the last two
+    have no gradient.
 
     The backward pass uses the backend that is requested now, not the one requested later.
     """
-    backend = backend or requested()
+    backend = requested(backend)
     compiled = torch.compiler.is_compiling()
     if compiled and transforms.forward_mode() and not transforms.in_torch_func():
         raise RuntimeError(
@@ -62,8 +64,9 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
             "the compiled function."
         )
     if is_symbolic(problem.D) and not transforms.in_torch_func():
-        D = torch.ones((), dtype=torch.float64) * problem.D
-        found = torch.ops.pfgm.posterior_mean_varying(*problem[:3], D, backend, problem.precision)
+        D = torch.ones((), dtype=torch.float64, device="cpu") * problem.D
+        flat = _flat(problem._replace(D=D), backend)  # type: ignore[arg-type]
+        found = torch.ops.pfgm.posterior_mean_varying(*flat)
     elif transforms.forward_mode() and not compiled:
         found = _transformed(problem, backend)
     else:
@@ -73,7 +76,7 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
 
 
 def call(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Calls the operator. Returns mean, log-sum-exp, nearest and total."""
+    """Calls the operator. Returns mean or difference, log-sum-exp, nearest and total."""
     found: tuple[Tensor, Tensor, Tensor, Tensor]
     found = torch.ops.pfgm.posterior_mean.default(*_flat(problem, backend))
     return found
@@ -108,8 +111,8 @@ def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
 
 
 def _flat(problem: PosteriorMean, backend: str | None) -> tuple[Any, ...]:
-    x, references, radius, D, precision, sketch = problem
-    return x, references, radius, D, backend, precision, sketch
+    x, references, radius, D, *options = problem
+    return x, references, radius, D, backend, *options
 
 
 def _flat_backward(
@@ -119,7 +122,7 @@ def _flat_backward(
     needs: Sequence[bool],
     backend: str | None,
 ) -> tuple[Any, ...]:
-    x, references, radius, D, precision, sketch = problem
+    x, references, radius, D, precision, sketch, _ = problem
     given = (*upstream, x, references, radius, *state)
     return (*given, D, needs, backend, precision, sketch)
 
@@ -145,9 +148,10 @@ def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callab
         backend: str | None = None,
         precision: str = "high",
         sketch: Tensor | None = None,
+        difference: bool = False,
     ) -> R:
         flat = _flattened(x, references)
-        problem = PosteriorMean(*flat, radius, _number(D), precision, sketch)
+        problem = PosteriorMean(*flat, radius, _number(D), precision, sketch, difference)
         return function(problem, backend)
 
     return implementation
@@ -203,7 +207,7 @@ def _number(D: float | Tensor) -> float:
 
 def check(problem: PosteriorMean) -> None:
     """Raises ValueError or TypeError if the arguments are not allowed."""
-    x, references, radius, D, precision, _ = problem
+    x, references, radius, D, precision = problem[:5]
     if x.ndim != 2 or references.ndim != 2 or x.shape[1] != references.shape[1]:
         raise ValueError(
             f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
@@ -232,8 +236,8 @@ def check(problem: PosteriorMean) -> None:
         )
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(_PRECISIONS)}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
 
 
 def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -297,18 +301,29 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, references, radius, D, ctx.backend, ctx.precision, sketch = inputs
-    mean, _, nearest, total = output
+    x, references, radius, D, ctx.backend, ctx.precision, sketch, ctx.difference = inputs
+    result, _, nearest, total = output
     ctx.D, varying_D = (None, D) if isinstance(D, Tensor) else (D, None)
-    ctx.save_for_backward(x, references, radius, mean, nearest, total, sketch, varying_D)
+    ctx.save_for_backward(x, references, radius, result, nearest, total, sketch, varying_D)
     ctx.mark_non_differentiable(nearest, total)
 
 
+def mean_and_gradient(
+    x: Tensor, result: Tensor, gradient: Tensor, difference: bool
+) -> tuple[Tensor, Tensor]:
+    """The mean and its upstream gradient, from the result of a forward pass and its gradient.
+
+    The gradient of a difference x − mean is one of x too. The caller adds it.
+    """
+    return (flat_rows(x) - result, -gradient) if difference else (result, gradient)
+
+
 def _gradient(
-    ctx: Any, grad_mean: Tensor, grad_logsumexp: Tensor, *_: Tensor
+    ctx: Any, grad_result: Tensor, grad_logsumexp: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    x, references, radius, mean, nearest, total, sketch, varying_D = ctx.saved_tensors
+    x, references, radius, result, nearest, total, sketch, varying_D = ctx.saved_tensors
+    mean, grad_mean = mean_and_gradient(x, result, grad_result, ctx.difference)
     given = (grad_mean, grad_logsumexp, x, references, radius, mean, nearest, total)
     options = (needs, ctx.backend, ctx.precision, sketch)
     if varying_D is None:
@@ -316,8 +331,10 @@ def _gradient(
     else:
         op = torch.ops.pfgm.posterior_mean_varying_backward.default
         gradients = op(*given, varying_D, *options)
-    wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None, None)
+    grad_x, *rest = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    if ctx.difference and grad_x is not None:
+        grad_x = grad_x + grad_result.view(x.shape)
+    return (grad_x, *rest, None, None, None, None, None)
 
 
 # Without this, autograd would treat the gradient as constant and give a wrong second derivative.
@@ -351,12 +368,12 @@ class _PosteriorMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        mean, radius = ctx.saved_tensors[3], ctx.saved_tensors[2]
-        of_mean, of_lse = (
+        result, radius = ctx.saved_tensors[3], ctx.saved_tensors[2]
+        of_result, of_lse = (
             torch.zeros_like(like) if gradient is None else gradient
-            for gradient, like in zip(gradients, (mean, radius), strict=False)
+            for gradient, like in zip(gradients, (result, radius), strict=False)
         )
-        return _gradient(ctx, of_mean, of_lse)
+        return _gradient(ctx, of_result, of_lse)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -364,7 +381,7 @@ class _PosteriorMean(torch.autograd.Function):
         of_mean, of_lse = _Tangent.apply(  # type: ignore[no-untyped-call]
             *inputs, ctx.D, ctx.backend, ctx.precision
         )
-        return of_mean, of_lse, None, None
+        return result_tangent(of_mean, tangents[0], ctx.difference), of_lse, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -425,6 +442,13 @@ class _Tangent(OnceDifferentiable):
         return transforms.map_rows(
             _Tangent.apply, info.batch_size, in_dims, arguments, shared=(1, 4)
         )
+
+
+def result_tangent(of_mean: Tensor, of_x: Tensor | None, difference: bool) -> Tensor:
+    """The tangent of the result of a forward pass, from those of the mean and of x."""
+    if not difference:
+        return of_mean
+    return -of_mean if of_x is None else of_x - of_mean
 
 
 def tangent_dtype(x: Tensor, references: Tensor, backend: str | None) -> torch.dtype:

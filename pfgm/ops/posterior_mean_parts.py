@@ -18,24 +18,26 @@ from .posterior_mean import check
 _RUNNING = "Tensor(a!) sums, Tensor(b!) nearest, Tensor(c!) total, int all_references"
 library.define(
     f"posterior_mean_add(Tensor x, Tensor references, Tensor radius, {_RUNNING}, float D,"
-    " str precision='high', Tensor? sketch=None) -> ()"
+    " str precision='high', Tensor? sketch=None, bool difference=False) -> ()"
 )
 library.define(
     "posterior_mean_end(Tensor x, Tensor radius, Tensor sums, Tensor nearest, Tensor total,"
-    " int all_references, float D) -> (Tensor mean, Tensor logsumexp)"
+    " int all_references, float D, bool difference=False) -> (Tensor mean, Tensor logsumexp)"
 )
 
 
 def add(problem: PosteriorMean, running: RunningMean) -> None:
     """Calls the operator that adds the references of a problem."""
-    x, references, radius, D, precision, sketch = problem
-    torch.ops.pfgm.posterior_mean_add.default(x, references, radius, *running, D, precision, sketch)
+    x, references, radius, *options = problem
+    torch.ops.pfgm.posterior_mean_add.default(x, references, radius, *running, *options)
 
 
-def end(x: Tensor, radius: Tensor, D: float, running: RunningMean) -> tuple[Tensor, Tensor]:
-    """Calls the operator that returns mean and log-sum-exp."""
+def end(
+    x: Tensor, radius: Tensor, D: float, running: RunningMean, difference: bool
+) -> tuple[Tensor, Tensor]:
+    """Calls the operator that returns mean or difference, and log-sum-exp."""
     found: tuple[Tensor, Tensor]
-    found = torch.ops.pfgm.posterior_mean_end.default(x, radius, *running, D)
+    found = torch.ops.pfgm.posterior_mean_end.default(x, radius, *running, D, difference)
     return found
 
 
@@ -50,8 +52,9 @@ def _add(
     D: float,
     precision: str = "high",
     sketch: Tensor | None = None,
+    difference: bool = False,
 ) -> None:
-    problem = PosteriorMean(x, references, radius, D, precision, sketch)
+    problem = PosteriorMean(x, references, radius, D, precision, sketch, difference)
     running = RunningMean(sums, nearest, total, all_references)
     check(problem)
     _check_running(running, x)
@@ -67,9 +70,11 @@ def _end(
     total: Tensor,
     all_references: int,
     D: float,
+    difference: bool = False,
 ) -> tuple[Tensor, Tensor]:
     # One reference stands for all. The last call uses none.
-    problem = PosteriorMean(x, x.new_empty(1, *x.shape[1:]), radius, D)
+    none = x.new_empty(1, *x.shape[1:])
+    problem = PosteriorMean(x, none, radius, D, difference=difference)
     running = RunningMean(sums, nearest, total, all_references)
     check(problem)
     _check_running(running, x)

@@ -121,4 +121,4 @@ def part_of_colormap(name: str, low: float, high: float) -> Any:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap(colormaps[name](torch.linspace(low, high, 256).numpy()))
+    return ListedColormap(colormaps[name](torch.linspace(low, high, 256, device="cpu").numpy()))

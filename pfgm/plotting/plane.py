@@ -194,7 +194,7 @@ def _log_potential(x: Tensor, data: Tensor, sigma: float, D: float) -> Tensor:
 
 def _contour_values(values: Tensor, count: int) -> list[float]:
     """count evenly spaced values between the extremes, without the extremes."""
-    inner: list[float] = torch.linspace(*values.aminmax(), count + 2).tolist()[1:-1]
+    inner: list[float] = torch.linspace(*values.aminmax(), count + 2, device="cpu").tolist()[1:-1]
     return inner
 
 

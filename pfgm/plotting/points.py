@@ -32,8 +32,8 @@ class Window(NamedTuple):
 
     def grid(self) -> tuple[Any, Any, Tensor]:
         """Coordinates along both sides, and the points (GRID², 2), row by row."""
-        x = torch.linspace(self.x - self.half, self.x + self.half, GRID, dtype=torch.float64)
-        y = torch.linspace(self.y - self.half, self.y + self.half, GRID, dtype=torch.float64)
+        unit = torch.linspace(-1, 1, GRID, dtype=torch.float64, device="cpu")
+        x, y = self.x + self.half * unit, self.y + self.half * unit
         rows, columns = torch.meshgrid(y, x, indexing="ij")
         return x.numpy(), y.numpy(), torch.stack([columns, rows], 2).flatten(0, 1)
 

@@ -59,18 +59,18 @@ def _count(given: Given) -> int:
 
 
 def results(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
-    """Mean, log-sum-exp, nearest and total, and the last two with all references as one chunk."""
+    """Mean or difference, log-sum-exp, nearest and total, and the last two as those of a chunk."""
     rows = given.part.in_one()
     if rows is not None:
         rows = flat_rows(rows)
         sketch = given.part.sketch(0, rows, x, "native")
         problem = given.problem(x, rows, radius, sketch)
-        mean, logsumexp, nearest, total = call(problem, "native")
+        result, logsumexp, nearest, total = call(problem, "native")
     else:
         running = _sum_of_chunks(x, radius, given)
         nearest, total = running.nearest, running.total
-        mean, logsumexp = posterior_mean_parts.end(x, radius, given.D, running)
-    return mean, logsumexp, nearest, total, *_as_one_chunk(nearest, total)
+        result, logsumexp = posterior_mean_parts.end(x, radius, given.D, running, given.difference)
+    return result, logsumexp, nearest, total, *_as_one_chunk(nearest, total)
 
 
 def by_tensor(
@@ -88,7 +88,9 @@ def by_tensor(
 def state(x: Tensor, radius: Tensor, given: Given) -> tuple[State, ChunkTotals]:
     """The state over the references of this process, in float64, as one chunk."""
     sums, nearest, total, _ = _sum_of_chunks(x, radius, given)
-    return State(sums / total[:, None], nearest, total), _as_one_chunk(nearest, total)
+    average = sums / total[:, None]
+    result = -average if given.difference else average
+    return State(result, nearest, total), _as_one_chunk(nearest, total)
 
 
 def _as_one_chunk(nearest: Tensor, total: Tensor) -> ChunkTotals:
@@ -129,7 +131,8 @@ def gradients(saved: Saved, given: Given, needs: tuple[bool, bool]) -> tuple[Ten
         needed = [needs[0], False, needs[1]]
         found = call_backward(problem, saved.state, saved.upstream, needed, "native")
         return found[0], found[2]
-    problem = given.problem(saved.x, saved.x, saved.radius)
+    none = saved.x.new_empty(0, *saved.x.shape[1:], dtype=given.part.source.dtype)
+    problem = given.problem(saved.x, none, saved.radius)
     running = native_parts.begin_gradients(saved.x, _count(given), needs[0])
     if native_parts.any_steep(problem, saved.state, saved.upstream):
         for _, part, points in _problems(saved, given):
@@ -143,7 +146,7 @@ def gradients(saved: Saved, given: Given, needs: tuple[bool, bool]) -> tuple[Ten
     if given.ranks is not None:
         running = _over_ranks(running, given.ranks)
     of_x, of_radius = native_parts.end_gradients(problem, saved.state, saved.upstream, running)
-    return torch.empty(0) if of_x is None else of_x, of_radius
+    return torch.empty(0, device=saved.x.device) if of_x is None else of_x, of_radius
 
 
 def _over_ranks(running: RunningGradient, ranks: Ranks) -> RunningGradient:

@@ -24,6 +24,8 @@ class Given(NamedTuple):
     precision: str
     version: object
     """Version of the rows in the forward pass."""
+    difference: bool
+    """Whether the result is x − mean in place of the mean."""
     continues: bool
     """Whether each chunk continues the sums of those before it, by the CPU kernels. If not, each
     chunk has a result of its own, and the results are merged."""
@@ -37,7 +39,8 @@ class Given(NamedTuple):
         self, x: Tensor, chunk: Tensor, radius: Tensor, sketch: Tensor | None = None
     ) -> PosteriorMean:
         """The posterior mean over one chunk (m, N)."""
-        return PosteriorMean(x, chunk, radius, self.D, self.precision, sketch)
+        options = (self.D, self.precision, sketch, self.difference)
+        return PosteriorMean(x, chunk, radius, *options)
 
     def check_version(self) -> None:
         """Raises RuntimeError if the rows are no longer those of the forward pass."""
@@ -74,6 +77,6 @@ class Saved(NamedTuple):
     def upstream(self) -> Upstream:
         return Upstream(self.grad_mean, self.grad_logsumexp)
 
-    def select(self, rows: Tensor) -> Saved:
+    def select(self, rows: Tensor | slice) -> Saved:
         """The same for only the points with these numbers."""
         return Saved(*(each[rows] for each in self))

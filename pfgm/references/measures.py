@@ -62,10 +62,11 @@ class RowSums:
     def __init__(self, features: int) -> None:
         # Number of rows; sums of norms and of squares; numbers of values outside [−1, 1], near −1
         # and near 1; sum of squared deviations.
-        self.sums = torch.zeros(7, dtype=torch.float64)
-        self.deviations = torch.zeros(features, dtype=torch.float64)
+        self.sums = torch.zeros(7, dtype=torch.float64, device="cpu")
+        self.deviations = torch.zeros(features, dtype=torch.float64, device="cpu")
         self.origin: Tensor | None = None
-        self.extremes = torch.full((2, features), math.inf, dtype=torch.float64)  # least, −most
+        # Least, −most.
+        self.extremes = torch.full((2, features), math.inf, dtype=torch.float64, device="cpu")
 
     def add(self, chunk: Tensor) -> None:
         """Adds rows (m, *S); uint8 means u/127.5 − 1."""

@@ -5,7 +5,7 @@ to its weight, two states merge into
 
     n = min(n₁, n₂),  w_i = t_i exp(ℓ(n_i) − ℓ(n)),  t = w₁ + w₂,  mean = (w₁ mean₁ + w₂ mean₂)/t
 
-This holds at the limits too, where scores are infinite.
+This holds at the limits too, where scores are infinite. Differences x − mean merge as means do.
 """
 
 from __future__ import annotations

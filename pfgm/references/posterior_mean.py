@@ -17,7 +17,7 @@ from ..backends import native_parts, requested
 from ..backends.weights import check_singular, is_flat, log_sum_exp
 from ..common.checks import check_range, check_underflow, checks_values
 from ..common.transforms import forward_mode, in_torch_func, map_rows
-from ..ops.posterior_mean import OnceDifferentiable
+from ..ops.posterior_mean import OnceDifferentiable, mean_and_gradient, result_tangent
 from . import continued, merged
 from .given import ChunkTotals, Given, Saved
 from .merging import merge_over_ranks
@@ -25,11 +25,18 @@ from .part import Part
 
 
 def compute(
-    x: Tensor, radius: Tensor, part: Part, D: float, backend: str | None, precision: str
+    x: Tensor,
+    radius: Tensor,
+    part: Part,
+    D: float,
+    backend: str | None,
+    precision: str,
+    difference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean (B, N), log-sum-exp, nearest and total (B,) over the references of all processes.
 
-    The first two are differentiable once in x and radius.
+    With ``difference``, x − mean is in place of the mean. The first two results are differentiable
+    once in x and radius.
     """
     shared, compiled = part.processes > 1, torch.compiler.is_compiling()
     if (shared or compiled) and (forward_mode() or in_torch_func()):
@@ -39,16 +46,17 @@ def compute(
             "backward(), torch.autograd.grad, or a tensor as references."
         )
     wanted = torch.is_grad_enabled() and (x.requires_grad or radius.requires_grad)
-    if compiled and wanted:
-        # A graph knows no version of the rows, by which the backward pass sees that they changed.
-        # So the graph breaks here.
+    if compiled and (wanted or part.source.tensor is None):
+        # A graph knows no version of the rows, by which the backward pass sees that they changed,
+        # and cannot read a file. So the graph breaks here.
         eager: Any = torch.compiler.disable(compute)
-        found = eager(x, radius, part, D, backend, precision)
-        mean, logsumexp, nearest, total = found
-        return mean, logsumexp, nearest, total
-    backend = backend or requested()
+        found = eager(x, radius, part, D, backend, precision, difference)
+        result, logsumexp, nearest, total = found
+        return result, logsumexp, nearest, total
+    backend = requested(backend)
     continues = native_parts.supports(backend, x, part.source.dtype) and part.device == x.device
-    given = Given(part, part.ranks(x), D, backend, precision, part.version(), continues)
+    ranks, version = part.ranks(x), part.version()
+    given = Given(part, ranks, D, backend, precision, version, difference, continues)
     if wanted and (found := continued.by_tensor(x, radius, given)) is not None:
         return found
     if wanted or forward_mode() or in_torch_func():
@@ -56,15 +64,15 @@ def compute(
     else:  # a tenth of a millisecond faster
         with torch.no_grad():  # rows have no gradient, even if their tensor requires one
             found = _PosteriorMean.forward(x, radius, given)
-    mean, logsumexp, nearest, total = found[:4]
-    return mean, logsumexp, nearest, total
+    result, logsumexp, nearest, total = found[:4]
+    return result, logsumexp, nearest, total
 
 
 # ---- torch.autograd --------------------------------------------------------------------------
 
 
 class _PosteriorMean(torch.autograd.Function):
-    """(x, radius, given) → mean (B, N), lse (B,), and the values that the backward pass needs."""
+    """(x, radius, given) → result (B, N), lse (B,), and the values that the backward pass needs."""
 
     @staticmethod
     def forward(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
@@ -83,7 +91,7 @@ class _PosteriorMean(torch.autograd.Function):
                 # Sums that are continued are checked here, other results already in their chunk.
                 check_underflow(state.nearest, radius, x)
                 none = x.new_empty(0, *x.shape[1:], dtype=given.part.source.dtype)
-                check_range(state.mean, x, none)
+                check_range(state.mean, x, none, given.difference)
         nearest, total, column = (t[:, None] for t in (state.nearest, state.total, radius))
         logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
         return state.mean.to(x.dtype), logsumexp, state.nearest, state.total, *chunk_totals
@@ -91,32 +99,39 @@ class _PosteriorMean(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, radius, ctx.given = inputs
-        mean, _, *rest = output
-        ctx.save_for_backward(x, radius, mean, *rest)
+        result, _, *rest = output
+        ctx.save_for_backward(x, radius, result, *rest)
         ctx.save_for_forward(x, radius)
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_mean: Tensor | None, grad_logsumexp: Tensor | None, *_: None
+        ctx: Any, grad_result: Tensor | None, grad_logsumexp: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
-        mean, nearest = ctx.saved_tensors[2:4]
-        grad_mean = torch.zeros_like(mean) if grad_mean is None else grad_mean
+        x, radius, result, *rest = ctx.saved_tensors
+        grad_result = torch.zeros_like(result) if grad_result is None else grad_result
         if grad_logsumexp is None:
-            grad_logsumexp = torch.zeros_like(nearest)
+            grad_logsumexp = torch.zeros_like(radius)
+        difference = ctx.given.difference
+        mean, grad_mean = mean_and_gradient(x, result, grad_result, difference)
+        given = ctx.given._replace(difference=False)
         derived = torch.is_grad_enabled() or forward_mode() or in_torch_func()
         function: Any = _Gradient.apply if derived else _Gradient.forward
-        found = function(*ctx.saved_tensors, grad_mean, grad_logsumexp, ctx.given, needs)
+        found = function(x, radius, mean, *rest, grad_mean, grad_logsumexp, given, needs)
         of_x, of_radius = (g if need else None for g, need in zip(found, needs, strict=True))
+        if difference and of_x is not None:
+            of_x = of_x + grad_result
         return of_x, of_radius, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         x, radius = ctx.saved_tensors[:2]
-        found = _Tangent.apply(x, radius, *tangents[:2], ctx.given)  # type: ignore[no-untyped-call]
-        return (*found, None, None, None, None)
+        given = ctx.given._replace(difference=False)
+        found = _Tangent.apply(x, radius, *tangents[:2], given)  # type: ignore[no-untyped-call]
+        of_result = result_tangent(found[0], tangents[0], ctx.given.difference)
+        return (of_result, found[1], None, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:

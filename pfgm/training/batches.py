@@ -58,7 +58,9 @@ class Batches:
         self._seed, self._device, self._dtype = seed, device, dtype
         self._sharded = isinstance(data, ReferenceSet) and data.sharded
         # With a sharded set each process orders its own rows; otherwise all share one order.
-        self._own_rows = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
+        self._own_rows = (
+            data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data), device="cpu")
+        )
         self._rank, self._processes = (0, 1) if self._sharded else rank_and_size
         self._epoch: tuple[int, Tensor] | None = None
 
@@ -83,7 +85,8 @@ class Batches:
         """The rows of this process in the order of an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, 2))
-            order = self._own_rows[torch.randperm(len(self._own_rows), generator=generator)]
+            places = torch.randperm(len(self._own_rows), generator=generator, device="cpu")
+            order = self._own_rows[places]
             # The order stays on the device of the data, so indexing copies no row numbers.
             device = self._data.device if isinstance(self._data, Tensor) else order.device
             self._epoch = epoch, order.to(device)

@@ -106,9 +106,9 @@ def value_range(data: References) -> tuple[float, float]:
 
 
 def _compared_rows(data: References) -> Tensor:
-    rows = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data))
+    rows = data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data), device="cpu")
     count = min(len(rows), _COMPARED_ROWS)
-    rows = rows[torch.linspace(0, len(rows) - 1, count).long()]
+    rows = rows[torch.linspace(0, len(rows) - 1, count, device="cpu").long()]
     return to_unit(data[rows.to(data.device)])
 
 

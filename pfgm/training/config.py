@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple, get_args
 
-from ..common.checks import check_bool, check_choice, check_seed
+from ..common.checks import LARGEST, as_float, check_bool, check_choice, check_seed
 
 __all__ = ["Schedule", "TrainConfig"]
 
@@ -113,8 +113,9 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             if not values[name] > 0:
                 raise ValueError(f"{name} is {values[name]!r}; allowed is any number above 0.")
-        if math.isinf(values["learning_rate"]):
-            raise ValueError("learning_rate is inf; allowed is any finite number above 0.")
+        if values["learning_rate"] > LARGEST:
+            rate = as_float(values["learning_rate"])
+            raise ValueError(f"learning_rate is {rate}; allowed is any finite number above 0.")
         for name in ("ema", "beta2", "label_dropout"):
             if not 0 <= values[name] < 1:
                 raise ValueError(f"{name} is {values[name]!r}; allowed is 0 to below 1.")

@@ -84,6 +84,11 @@ class _Table:
 
     def add(self, row: Mapping[str, float]) -> None:
         rows: list[Sequence[object]] = []
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(
+                f"{self._path.parent}, the folder of the run, was removed while it trained; "
+                "allowed is to move it after the run."
+            )
         with self._path.open("a", newline="") as file:
             if not self._fields or file.tell() == 0:  # also if the file was removed
                 self._fields = list(row)

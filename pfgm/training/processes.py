@@ -97,7 +97,7 @@ class Processes:
     def _reduce(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         if self.size == 1:
             return value
-        shared = torch.tensor([value], dtype=torch.float64)
+        shared = torch.tensor([value], dtype=torch.float64, device="cpu")
         dist.all_reduce(shared, operation, group=self._group)
         return float(shared)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -94,6 +95,14 @@ class Settings:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "fit_levels", tuple(self.fit_levels))
+        for name in ("data", "init", "teacher"):
+            value, optional = getattr(self, name), name != "data"
+            if not isinstance(value, (str, os.PathLike)) and not (optional and value is None):
+                raise ValueError(f"{name} is {value!r}; allowed is a text, a name or a path.")
+        if not isinstance(self.flow, dict):
+            raise ValueError(
+                f"flow is {self.flow!r}; allowed are hyper-parameters and their values, by name."
+            )
         for name in ("labels", "flips", "shared"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, get_args(Method))

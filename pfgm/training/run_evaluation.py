@@ -34,7 +34,7 @@ class Evaluation:
         if config.teacher is not None:
             self._solver_options = {"solver": "consistency", "steps": 1}
         against = data.held_out or data.train
-        rows = torch.arange(len(against))
+        rows = torch.arange(len(against), device="cpu")
         if len(rows) < MIN_SAMPLES:
             raise ValueError(
                 f"{config.data} has {len(rows)} rows to compare samples with; at least "
@@ -67,7 +67,7 @@ class Evaluation:
         }
 
     def _samples(self, network: nn.Module) -> Tensor:
-        numbers = torch.arange(self._count)
+        numbers = torch.arange(self._count, device="cpu")
         samples, _ = sample_in_batches(
             self._flow,
             network,

@@ -368,7 +368,8 @@ class Trainer:
             torch.manual_seed(seed_of(config.seed, step, 1, *([rank] if rank else [])))
             loss = self._backward(batch, generator)
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
-        self._optimizer.step()
+        with self._device:  # Adam counts its steps in tensors on the default device
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._update_average()
         first_bad = (self._diverged_step == 0) & ~loss.isfinite()

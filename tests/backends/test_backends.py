@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -147,10 +149,37 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     native._native.cuda_problem = lambda index: problem
-    native._device_reason.cache_clear()
-    found = native.supports(CUDA, torch.float32)
-    native._device_reason.cache_clear()
+    monkeypatch.setattr(native, "_able", set())
+    native._warn_of_unused_gpu.cache_clear()
+    with pytest.warns(RuntimeWarning, match=reason) if problem else nullcontext():
+        found = native.supports(CUDA, torch.float32)
     assert found is None if reason is None else reason in found
+    assert native.supports(CUDA, torch.float32) == found  # with no second warning
+
+
+@native_only
+@pytest.mark.usefixtures("with_cuda")
+def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(native, "_able", set())
+    native._warn_of_unused_gpu.cache_clear()
+    problems = ["out of memory", "out of memory", "all devices are busy", "", "out of memory"]
+    native._native.cuda_problem = lambda index: problems.pop(0)
+    gpu = torch.device("cuda", 0)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert "out of memory" in native.supports(gpu, torch.float32)
+        assert not native_direct._runs_on(gpu, torch.float32, None)
+        assert choose(None, gpu, torch.float32) is triton
+        monkeypatch.setattr(native_direct, "_supported", set())
+        assert native_direct._runs_on(gpu, torch.float32, None)
+        assert native_direct._runs_on(gpu, torch.float32, None)
+        assert choose(None, gpu, torch.float32) is native
+    assert problems == ["out of memory"]
+    texts = [str(warning.message) for warning in warned]
+    assert [text.rpartition(": ")[2] for text in texts] == ["out of memory", "all devices are busy"]
+    assert all("native backend is not used while its GPU kernels cannot run" in t for t in texts)
 
 
 @native_only
@@ -281,6 +310,25 @@ def test_use_backend_ends_with_its_context():
     with pytest.raises(ValueError, match="references is empty"), pfgm.use_backend("reference"):
         posterior_mean(torch.zeros(1, 2), torch.zeros(0, 2), r=1.0)
     assert requested() is None
+
+
+@pytest.mark.parametrize("name", [3, True, [], 1.5])
+def test_names_that_are_no_text_are_refused(name):
+    x, message = torch.zeros(2, 2), "backend is a .*; allowed are None, native, reference, triton"
+    for call in (
+        lambda: posterior_mean(x, x, r=1.0, backend=name),
+        lambda: posterior_mean(x, pfgm.ReferenceSet(x), r=1.0, backend=name),
+        lambda: pfgm.field_fn(x, 1.0, x, backend=name),
+        lambda: pfgm.log_density(x, x, sigma=1.0, backend=name),
+        lambda: pfgm.euler_step(x, x, x[:, 0], 2.0, 1.0, backend=name),
+        lambda: pfgm.euler_step_from_mean(x, x, 2.0, 1.0, out=x.clone(), backend=name),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(ValueError, match="use_backend's name is"), pfgm.use_backend(name):
+        pass
+    with pytest.raises(ValueError, match=r"precision is .*; allowed are high, medium"):
+        posterior_mean(x, x, r=1.0, precision=name)
 
 
 def test_unknown_names_are_refused(monkeypatch):

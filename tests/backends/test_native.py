@@ -283,6 +283,20 @@ def test_every_float16_is_read_correctly(isa):
     assert torch.equal(mean[0], values.float())  # one reference is the mean
 
 
+@pytest.mark.parametrize("N", [5, 600])
+def test_small_float16_without_subnormal_numbers(isa, N):
+    # The smallest float16 are subnormal there, but no float32 that holds them is.
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        bits = torch.arange(-N // 2, N - N // 2, dtype=torch.int32)
+        references = (bits * 2.0**-24).to(torch.float64).to(torch.float16).expand(9, N)
+        mean, _ = forward(torch.zeros(60, N), references, torch.ones(60).double(), 1.0)
+        assert torch.equal(mean, (bits.double() * 2.0**-24).float().expand(60, N))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_every_uint8_is_read_correctly(isa):
     values = torch.arange(256).to(torch.uint8)
     for dtype, error in ((torch.float32, 8e-8), (torch.float64, 0)):
@@ -569,6 +583,13 @@ def built_to_defeat(name, N, dtype):
         references = base + 0.05 * steps * noise(900, N)
         references[:, 3] += 1e3
         x[:, 3] += 1e3
+    elif name == "nearly constant beside its offset":  # the middle of a row is rounded
+        references = 1e4 + 0.05 * torch.rand(900, N, generator=generator, dtype=torch.float64)
+        x = references[:48] + 0.015 * noise(48, N)
+        sigma = torch.full((48,), 0.05, dtype=torch.float64)
+    elif name == "two values":  # a row has the range of one unit in the last place
+        x = 1 + 2.0**-23 * (noise(48, N) > 0)
+        references = 1 - 0.001 * steps * noise(900, N).abs()
     elif name == "no spread within a row":  # bytes are all zero
         references = steps.expand(900, N)
         x = (0.5 + sigma[:, None]).expand(48, N)
@@ -614,6 +635,8 @@ def defeat_expected_results(name, N, dtype, D):
         "one is enormous",
         "all count",
         "one feature is enormous",
+        "nearly constant beside its offset",
+        "two values",
         "no spread within a row",
     ],
 )
@@ -651,7 +674,7 @@ def test_bounds_over_several_panels(isa, sizes):
     assert_accurate(forward(x, references, sigma, 1.0), expected, references, 2e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e-21, 1e-20, 1e-19, 1e-12, 1e12, 1e18])
 def test_bounds_at_any_scale(isa, scale):
     x, references, sigma = problem(50, 200, 600)
     wide = tuple(scale * t.double() for t in (x, references, sigma))
@@ -1011,6 +1034,27 @@ def test_threads_do_not_change_a_bit(threads, sizes, D):
     for count in (2, 3, 8):
         threads(count)
         assert_same(everything(*sizes, D), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_few_queries_with_few_features_wake_no_thread():
+    # On a busy machine each of the many short steps would wait for the other thread.
+    script = """
+import os, torch, pfgm
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+short, long = (torch.randn(s, generator=generator) for s in ((200_000, 2), (500, 600)))
+torch.set_num_threads(2)
+counts = [len(os.listdir("/proc/self/task"))]
+for y, B in ((short, 7), (long, 20)):
+    pfgm.posterior_mean(y[:B], y, r=0.5)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(*counts)
+"""
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    before, short, long = map(int, output.split())
+    assert short == before < long
 
 
 def test_calls_from_several_threads_at_once():

@@ -58,7 +58,7 @@ def naive(x, references, sigma, D):
 
 
 def naive_field(x, references, z):
-    return normalised_field(x, z, naive(x, references, z, 1.0)[0], 5.0)
+    return normalised_field(x - naive(x, references, z, 1.0)[0], z, 5.0)
 
 
 def ours(x, references, sigma, D, backend=None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import struct
 import sys
@@ -235,6 +236,34 @@ def test_archives_that_ask_for_too_much_are_refused(tmp_path: Path) -> None:
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=message):
             open_source(path)
+
+
+def test_images_that_announce_more_pixels_than_fit_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pfgm.data.images.memory_bytes", lambda: 2e6)
+    for name in ("a.png", "b.png"):
+        write(tmp_path / "own" / name, np.zeros((1000, 2000), np.uint8))
+    path = zipped(tmp_path / "own", tmp_path / "own.zip")
+    monkeypatch.setattr("pfgm.data.images.pixels", None)
+    with pytest.raises(MemoryError, match=r"own\.zip holds 2 images of 2000 × 1000 pixels, which"):
+        open_source(path)
+
+
+def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", pixels(4, 3))
+    with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
+        archive.write(tmp_path / "a.png")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.write(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"own\.zip holds two files of the name .*a\.png"):
+        open_source(tmp_path / "own.zip")
+
+
+def test_a_pipe_of_the_name_of_an_archive_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.zip")
+    with pytest.raises(ValueError, match=r"a\.zip is not a regular file"):
+        open_source(tmp_path / "a.zip")
 
 
 @pytest.mark.parametrize("name", ["/etc/a.png", "../../a.png", "c:/a.png"])

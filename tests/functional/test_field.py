@@ -516,6 +516,29 @@ def test_precision_changes_nothing_on_the_cpu(backend, function):
         function(x, references, r=1.0, precision="low", backend=backend)
 
 
+def test_integers_beyond_the_range_of_floats_and_texts_are_named():
+    x, huge = torch.zeros(2, 3), 10**400
+    flow = pfgm.PoissonFlowPP((3,), D=16)
+    for call, message in (
+        (lambda: posterior_mean(x, x, r=huge), "z is inf in row 0; only finite values"),
+        (lambda: posterior_mean(x, x, sigma=-huge, backend="reference"), "z is -inf in row 0"),
+        (lambda: posterior_mean(x, x, r=1.0, D=huge), "D is infinite and r is given"),
+        (lambda: posterior_mean(x, x, r=1.0, D=-huge), "D is -10+; allowed is any positive"),
+        (lambda: field_fn(x, huge, x), "z is inf in row 0"),
+        (lambda: field_fn(x, 1.0, x, gamma="5"), "gamma is 5; allowed is any finite number"),
+        (lambda: field_fn(x, 1.0, x, gamma=huge), "gamma is 10+; allowed is any finite"),
+        (lambda: pfgm.PoissonFlow((3,), sigma=huge), "sigma is 10+; allowed is any finite"),
+        (lambda: pfgm.PoissonFlow.from_data(x + 1).rescale(x, huge), "temperature is 10+; allow"),
+        (lambda: flow.empirical(x)(x, huge), "z is inf in row 0"),
+        (lambda: flow.prior(huge), "n is 10+; allowed is an integer of at least 0, below"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    means = (posterior_mean(x + 1, x, sigma=1.0, D=D) for D in (huge, math.inf))
+    assert torch.equal(*means)
+    assert math.isinf(pfgm.PoissonFlowPP((3,), D=huge).D)
+
+
 @pytest.mark.parametrize("number", [np.float64(2), np.float32(2), np.int64(2)])
 def test_numbers_of_numpy_are_numbers(number):
     x, references = torch.zeros(2, 3), torch.ones(4, 3)

@@ -76,7 +76,7 @@ def test_every_kernel_has_an_intent():
 @pytest.mark.parametrize(
     ("built", "expected"),
     [
-        ("80-real 90a-real 100f-real 120", ["80", "90a", "100f", "120"]),
+        ("80-real 90a-real 100-real 120", ["80", "90a", "100", "120"]),
         ("80-virtual 90a", ["90a"]),
         ("the host", []),
         (None, []),
@@ -296,8 +296,6 @@ def test_flaws_are_found(words, symbol, options):
     [
         ("warpgroup_distances<float32, 128, 192, false, true>", "80"),
         ("warpgroup_distances<Rounded, 256, 128, false, true>", "80"),
-        ("tensor_memory_distances<float32, false, true>", "80"),
-        ("tensor_memory_distances<Rounded, false, false>", "100"),
         ("distances<Rounded, 128, 128, false, true, false>", "90a"),
         ("distances<float32, 128, 128, false, true, false>", "90a"),
         ("distances<uint8, 64, 128, true, true, false>", "100"),
@@ -311,8 +309,6 @@ def test_a_kernel_that_another_replaces_must_not_multiply(kernel, where):
     (problem,) = codegen_cuda.problems(kernel, where, multiplies)
     assert "not meant to multiply: it is never launched" in problem
     other = "80" if kernel.startswith("distances") else "90a"
-    if kernel.startswith("tensor_memory"):
-        other = "100f"
     assert "is empty" in " ".join(codegen_cuda.problems(kernel, other, figures))
 
 

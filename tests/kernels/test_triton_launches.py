@@ -464,7 +464,7 @@ def every_call(B):
         posterior_mean_backward.posterior_mean_backward(
             mean, lse, x, references, radius, mean, nearest, total, D, (True, True, True), "high"
         )
-    normalised_field.launch(x, radius, x, 5.0, x, torch.zeros(B))
+    normalised_field.launch(x, radius, 5.0, x, torch.zeros(B))
     for levels in ((1.0, 0.5, 0.0), torch.zeros(3, B).double()):
         for history in (None, x):
             step = OdeStep(x, x, torch.zeros(B), history, levels, 5.0, 2.0, True)
@@ -567,7 +567,7 @@ def operations(B=20, x_at=0, y_at=0, radius_at=0, dtype=torch.float32):
     radius = view(radius_at, torch.float64, B)
     mean, *_ = posterior_mean.posterior_mean(x, y, radius, 1.0, "high")
     field_z = view(length=B)
-    normalised_field.launch(x, radius, mean, 5.0, mean, field_z)
+    normalised_field.launch(mean, radius, 5.0, mean, field_z)
     step = OdeStep(x, mean, field_z, None, (1.0, 0.5, 0.0), 5.0, 2.0, True)
     ode_step.launch(step, x, None)
 

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -128,6 +129,7 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"learning_rate": math.inf}, "learning_rate is inf; allowed is any finite number"),
+        ({"learning_rate": 10**400}, "learning_rate is inf; allowed is any finite number"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"decay": "linear"}, "decay is 'linear'"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
@@ -149,6 +151,17 @@ def test_bad_data(flow, data):
     data[17, 1] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         Trainer(flow, new_network(), data, config(references=50), progress=False).train()
+
+
+def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_path):
+    """The run ends with a checkpoint in a new folder of the same name."""
+    net, folder = new_network(), tmp_path / "run"
+    net.before = lambda call: shutil.rmtree(folder) if call == 12 else None
+    with pytest.raises(FileNotFoundError, match=r"run, the folder of the run, was removed"):
+        Trainer(flow, net, data, config(checkpoint_every=10), folder=folder, progress=False).train()
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+        "step-00000015.safetensors"
+    ]
 
 
 def test_arguments_of_other_types_are_named(flow, data):

@@ -100,7 +100,7 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         x = self._prior(batch_size, generator, device)
         condition = {}
         if class_labels is not None:
-            condition["class_labels"] = _labels(class_labels, batch_size).to(device)
+            condition["class_labels"] = _labels(class_labels, batch_size, device)
         # The timesteps stay on the CPU, where the scheduler compares them without waiting.
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.progress_bar(self.scheduler.timesteps):
@@ -125,9 +125,11 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.cat([self.scheduler.prior(1, each) for each in generator]).to(device)
 
 
-def _labels(class_labels: int | Sequence[int] | Tensor, batch_size: int) -> Tensor:
-    """Labels (B,)."""
-    labels = torch.as_tensor(class_labels)
+def _labels(
+    class_labels: int | Sequence[int] | Tensor, batch_size: int, device: torch.device
+) -> Tensor:
+    """Labels (B,) on the device."""
+    labels = torch.as_tensor(class_labels, device=device)
     if labels.is_floating_point() or labels.shape not in ((), (batch_size,)):
         raise ValueError(
             f"class_labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "

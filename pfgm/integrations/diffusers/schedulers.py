@@ -217,7 +217,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         first, *inner, last = levels
         repeats = self.order
         self._levels = [first, *(level for level in inner for _ in range(repeats)), last]
-        self.sigmas = torch.tensor(self._levels)
+        self.sigmas = torch.tensor(self._levels, device="cpu")
         self.timesteps = self._encoding(self.sigmas[:-1]).to(device=device)
         self._step_index = self._begin_index = self._earlier = None
 
@@ -420,7 +420,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"timesteps has dtype {timestep.dtype}; with level {name!r} allowed are floating "
                 "numbers, such as those of perturb."
             )
-        encoded = torch.as_tensor(timestep).to(x.device, wide_dtype(x.device))
+        encoded = torch.as_tensor(timestep, dtype=wide_dtype(x.device), device=x.device)
         return self._encoding.decode(encoded).to(x.dtype).expand(len(x))
 
 
@@ -513,7 +513,7 @@ class PoissonFlowPPScheduler(FlowScheduler):
         """
         if not isinstance(self._encoding, TimestepEncoding):
             raise AttributeError("alphas_cumprod exists with level 'timestep' only")
-        levels = self._encoding.decode(torch.arange(len(self), dtype=torch.float64))
+        levels = self._encoding.decode(torch.arange(len(self), dtype=torch.float64, device="cpu"))
         return (1 / (1 + levels.square())).float()
 
     def _target(

@@ -197,7 +197,7 @@ class _Interpreter:
     def _storage_bytes(self, key: str) -> Tensor:
         content = bytearray(self._read_record(key))
         # torch.frombuffer refuses an empty buffer.
-        empty = torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(content, dtype=torch.uint8) if content else empty
 
     def load_file(self, file: BinaryIO) -> Any:

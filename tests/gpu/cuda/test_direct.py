@@ -200,7 +200,7 @@ def test_which_kernels_run(given, executor, device, direct_calls):
             executor.names()
             call(name, given(), *((z, z / 2, 2 * z) if rows else ()))
             expected = {
-                "field_fn": ["expand_level", *mean, "normalised_field"],
+                "field_fn": ["expand_level", *mean, "subtract_mean", "normalised_field"],
                 "posterior_mean": ["expand_level", *mean],
             }.get(name, ["find_step_levels", "ode_step"] if rows else ["ode_step"])
             assert executor.names() == expected
@@ -541,7 +541,7 @@ def test_support_is_asked_once(given, monkeypatch, direct_calls):
     values, asked = given(), []
     supports = native.supports
     monkeypatch.setattr(native, "supports", lambda *given: asked.append(given) or supports(*given))
-    native_direct._runs_on.cache_clear()
+    native_direct._supported.clear()
     for _ in range(3):
         call("field_fn", values)
     assert direct_calls == [True] * 3

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from benchmarks.machine_code import data, devices, work
 from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean
 
@@ -22,7 +21,6 @@ PROBLEMS = {
     (128, 128, 80): ((97, 127, 1552), 3),
     (128, 128, 90): ((97, 127, 1552), 3),  # of warpgroups, if references are in float32
     (128, 192, 90): ((97, 190, 1552), 3),
-    (128, 128, 100): ((97, 127, 1552), 3),  # of tensor memory, if references are in float32
 }
 TILES = pytest.mark.parametrize("tile", PROBLEMS, ids=lambda tile: "{}x{}-{}".format(*tile))
 
@@ -202,12 +200,3 @@ def test_workspace_is_bounded(executor, device, backward):
             problem = native.native_problem(PosteriorMean(x, references, radius, 1.0))
             size = native.extension().posterior_mean_workspace_cuda(problem, place, backward)
             assert size <= (480 if backward else 270) << 20
-
-
-def test_the_training_step_has_slices_on_data_centre_cards():
-    """Its blocks are too few for tiles that read each value seldom. test_counts.py checks that the
-    kernels choose what the model does."""
-    for card in (devices.A100, devices.H100):
-        tiling = work.tiling_of(data.C, data.C.B, data.C.M, card)
-        assert tiling.references == 128
-        assert tiling.slices > 1

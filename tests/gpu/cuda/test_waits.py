@@ -15,9 +15,7 @@ from benchmarks.codegen import cuda as codegen_cuda
 # Launches that have another name than their kernel.
 OTHER_NAMES = {
     "warpgroup_distances": "distances",
-    "tensor_memory_distances": "distances",
     "warpgroup_sum": "weighted_sum",
-    "tensor_memory_sum": "weighted_sum",
     "ode_step_kernel": "ode_step",
     "normalised_field_kernel": "normalised_field",
 }
@@ -26,9 +24,7 @@ PROBLEMS = {  # (B, M, N) → the architecture and the multiprocessors
     (40, 129, 1040): (80, 9),  # slices
     (100, 129, 96): (80, 1),  # tiles of 128 × 128
     (97, 127, 1552): (90, 3),  # of warpgroups, in slices
-    (100, 127, 1552): (100, 3),  # of tensor memory, in slices
     (256, 129, 256): (90, 1),  # sums of warpgroups
-    (257, 129, 256): (100, 1),  # sums in tensor memory
     (300, 40, 64): (90, 4),  # so many queries that order_queries sorts them
 }
 
