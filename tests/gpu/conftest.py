@@ -8,6 +8,7 @@ tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from pfgm.common.tensors import dequantise
 def backends() -> list[str]:
     """The backends that run in this process."""
     if ptx.FOLDER is not None:
-        return ["native"]
+        return ["triton" if os.environ.get("PFGM_PTX_TRITON") else "native"]
     if triton.interpreted():
         return ["triton"]
     device = torch.device("cuda")
@@ -39,12 +40,18 @@ collect_ignore_glob = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device():
+def device(session_executor):
     """A GPU, or the CPU in its place."""
-    if ptx.FOLDER is None:
+    if session_executor is None:
         yield torch.device("cpu" if triton.interpreted() else "cuda")
         return
-    with ptx.in_place_of_a_gpu(ptx.FOLDER):
+    if BACKENDS == ["triton"]:
+        from benchmarks.common.triton_executor import in_place_of_a_gpu
+
+        replaced = in_place_of_a_gpu(session_executor)
+    else:
+        replaced = ptx.in_place_of_a_gpu(ptx.FOLDER)
+    with replaced:
         yield torch.device("cpu")
 
 
@@ -122,7 +129,7 @@ def executor(session_executor):
         pytest.skip("a GPU cannot be changed")
     yield session_executor
     session_executor.order(0)
-    session_executor.device(90)
+    session_executor.device(int(os.environ.get("PFGM_PTX_TRITON", "90")))
 
 
 @pytest.fixture

@@ -107,7 +107,6 @@ cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared,
   l.params.resize(k->params_size);
   for (size_t p = 0; p < k->params.size(); ++p)
     std::memcpy(l.params.data() + k->params[p].offset, args[p], k->params[p].size);
-  const u64 before = k->instructions;
   try {
     run_launch(l);
   } catch (const std::exception& e) {
@@ -115,9 +114,10 @@ cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared,
     std::fprintf(stderr, "%s in %s\n", e.what(), k->name.c_str());
     return fail(cudaErrorUnknown);
   }
-  char text[700];
-  std::snprintf(text, sizeof text, "%s %u %u %u %u %zu %llu", k->name.c_str(), grid.x, grid.y,
-                grid.z, threads, shared, (unsigned long long)(k->instructions - before));
+  std::string text = k->name;
+  for (const u64 number : {u64{grid.x}, u64{grid.y}, u64{grid.z}, u64{threads}, u64{shared}})
+    text += " " + std::to_string(number);
+  for (int kind = kOthers + 1; kind < kCounted; ++kind) text += " " + std::to_string(counts[kind]);
   log_lines.push_back(text);
   return cudaSuccess;
 }

@@ -68,11 +68,16 @@ struct Warp;
 struct Ins;
 using Handler = void (*)(Warp&, const Ins&);
 
+// Instructions that are counted in each launch: how often a warp executes them.
+enum Counted : u8 { kOthers, kMma, kMmaToHalf, kMmaOfTf32, kWgmma, kShuffle, kBallot, kCounted };
+extern u64 counts[kCounted];
+
 struct Ins {
   Handler fn = nullptr;
   s32 guard = -1;  // offset of a predicate, or -1
   bool negated = false;
   u8 x = 0, y = 0, z = 0;  // of the handler
+  Counted counted = kOthers;
   u8 vec = 1;
   u16 used = 0;  // bytes of a load that are used (.pragma "used_bytes_mask"); 0 all
   s32 o[6] = {-1, -1, -1, -1, -1, -1};  // offsets of registers

@@ -29,9 +29,9 @@ def sums_of(executor):
         executor.launches()
         run()
         return [
-            (threads, math.prod(grid), any(blocks["begin_product"]))
-            for name, grid, threads, _, blocks in executor.launches()
-            if name == "weighted_sum"
+            (one.threads, math.prod(one.grid), one.kernel == "warpgroup_sum")
+            for one in executor.launches()
+            if one.name == "weighted_sum"
         ]
 
     return sums_of

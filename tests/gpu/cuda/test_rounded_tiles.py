@@ -37,9 +37,9 @@ def run(executor):
         executor.launches()
         result = call()
         found = [
-            (tuple(grid), sum(blocks["begin_product"]), sum(blocks["multiply_add_halves"]))
-            for name, grid, *_, blocks in executor.launches()
-            if name == "distances"
+            (one.grid, one.counts["wgmma"], one.counts["mma"] + one.counts["mma to float16"])
+            for one in executor.launches()
+            if one.name == "distances"
         ]
         assert found
         queries = 128 if B <= 128 else 256
@@ -230,8 +230,7 @@ def test_rows_that_are_not_aligned_take_other_tiles(op, executor, mean_of, devic
         rows[:, gap:] = references
         executor.launches()
         found = mean_of(x, rows[:, gap:], sigma)
-        counts = [blocks for name, *_, blocks in executor.launches() if name == "distances"]
-        assert not any(sum(blocks["begin_product"]) for blocks in counts)
+        assert not any(one.counts["wgmma"] for one in executor.launches())
         op.assert_accurate(found, op.expected(x, references, sigma, 1.0), references, USUAL)
 
 
