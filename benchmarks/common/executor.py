@@ -43,8 +43,8 @@ def why_unbuilt() -> str | None:
 
 
 def build(folder: str = "ptx", architectures: str = _ARCHITECTURES, *options: str) -> Path:
-    """Builds the executor and the extension with the kernels' PTX in a folder of build/. Only changed
-    sources are compiled again.
+    """Builds the executor, and the extension with the kernels' PTX, in a folder of build/. Only
+    changed sources are compiled again.
 
     Args:
         options: further ones of CMake.
@@ -134,6 +134,7 @@ class Launch(NamedTuple):
     shared: int  # bytes of dynamic shared memory
     kernel: str
     counts: dict[str, int]  # how often warps execute some instructions
+    entry: str  # the kernel's name in the PTX
 
 
 # machine.h has them in this order.
@@ -160,7 +161,7 @@ class Executor:
         self.library = ctypes.CDLL(
             str(Path(folder) / "tests/ptx/libptx_executor.so"), mode=ctypes.RTLD_GLOBAL
         )
-        for name in ("ptx_error", "ptx_log", "ptx_text"):
+        for name in ("ptx_error", "ptx_log", "ptx_text", "ptx_reached"):
             getattr(self.library, name).restype = ctypes.c_char_p
         # A sanitizer knows the bounds where they are not known here.
         self.set(anywhere="libptx_memory" not in os.environ.get("LD_PRELOAD", ""))
@@ -172,7 +173,7 @@ class Executor:
                 raise ValueError(f"the executor of PTX has no option {name!r}.")
 
     def order(self, seed: int) -> None:
-        """Of warps and blocks: 0 ascending, 1 descending, others random, a few instructions each."""
+        """Of warps and blocks: 0 ascending, 1 descending, others random, some instructions each."""
         self.set(order=seed, preempt=40 if seed > 1 else 0)
 
     def device(self, capability: int, multiprocessors: int = 4, l2_cache: int = 50 << 20) -> None:
@@ -191,7 +192,7 @@ class Executor:
             x, y, z, threads, shared, *counts = map(int, words)
             kernel, counted = _plain(mangled), dict(zip(_COUNTED, counts, strict=True))
             name = _NAMES.get(kernel, kernel)
-            launches.append(Launch(name, (x, y, z), threads, shared, kernel, counted))
+            launches.append(Launch(name, (x, y, z), threads, shared, kernel, counted, mangled))
         self.library.ptx_clear_log()
         return launches
 
@@ -219,7 +220,7 @@ def _load(folder: str) -> ModuleType:
 
 @contextmanager
 def in_place_of_a_gpu(folder: str) -> Iterator[None]:
-    """The package takes tensors in CPU memory as tensors on a GPU, and calls a build's extension."""
+    """The package takes tensors in CPU memory as those of a GPU, and calls a build's extension."""
     is_plain = transforms.is_plain
     extension = _load(folder)
 

@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: what Triton compiles for one runs in the executor of tests/ptx."""
+"""Triton's kernels without a GPU: what Triton compiles runs in the executor of tests/ptx."""
 
 from __future__ import annotations
 

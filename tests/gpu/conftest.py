@@ -1,8 +1,9 @@
 """Tests of the kernels for GPUs, on a GPU with every backend that can run there.
 
-Without a GPU, Triton's kernels run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is
-imported), and the PTX of the CUDA kernels runs in the executor of the build that ``PFGM_PTX`` names.
-tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one or the other.
+Without a GPU the PTX of the kernels runs in the executor of the build that ``PFGM_PTX`` names: that
+of Triton, compiled for the capability ``PFGM_PTX_TRITON``, or else that of the CUDA kernels. The
+kernels of Triton also run in its interpreter (``TRITON_INTERPRET=1``, set before it is imported).
+tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one of these.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 
@@ -339,6 +340,19 @@ int ptx_load(const char* ptx) {
 // The texts of modules, and other texts in their place, to see what a change does.
 int ptx_modules(void) { return static_cast<int>(modules.size()); }
 const char* ptx_text(int module) { return modules.at(static_cast<size_t>(module))->text.c_str(); }
+// The numbers of the lines of a kernel's instructions that warps have executed.
+const char* ptx_reached(int module, const char* name) {
+  static std::string text;
+  text.clear();
+  const Module& m = *modules.at(static_cast<size_t>(module));
+  const auto f = m.kernels.find(name);
+  if (f == m.kernels.end()) return "";
+  const auto before =
+      std::count(m.text.begin(), m.text.begin() + static_cast<s64>(f->second->header), '\n');
+  for (const Ins& i : f->second->code)
+    if (i.reached) text += std::to_string(before + i.line) + " ";
+  return text.c_str();
+}
 void ptx_reload(int module, const char* ptx) {
   static std::vector<std::unique_ptr<Module>> replaced;  // kernels may still use their memory
   replaced.push_back(load_module(ptx));

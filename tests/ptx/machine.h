@@ -78,6 +78,7 @@ struct Ins {
   bool negated = false;
   u8 x = 0, y = 0, z = 0;  // of the handler
   Counted counted = kOthers;
+  mutable bool reached = false;  // whether a warp has executed it
   u8 vec = 1;
   u16 used = 0;  // bytes of a load that are used (.pragma "used_bytes_mask"); 0 all
   s32 o[6] = {-1, -1, -1, -1, -1, -1};  // offsets of registers

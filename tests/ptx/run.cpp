@@ -223,7 +223,7 @@ static void run_warp(Warp& w) {
       for (int l = 0; l < 32; ++l) holds |= static_cast<u32>((p[l] != 0) != i.negated) << l;
       w.mask &= holds;
     }
-    if (w.mask) ++counts[i.counted], i.fn(w, i);
+    if (w.mask) ++counts[i.counted], i.reached = true, i.fn(w, i);
     if (w.stop) {
       if (!w.select) set_here(w, w.here, w.pc);
       return;
