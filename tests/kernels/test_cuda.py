@@ -63,6 +63,7 @@ def test_host_code_under_sanitizers(run_kernel_tests, name):
     assert process.wait() == 0, output.read_text()
 
 
-def test_the_executor(folder):
-    """What kernels compute in it, and what it finds wrong (executor_test.cu)."""
-    executor.run(folder / "tests/ptx/executor_test")
+@pytest.mark.parametrize("name", ["executor_test", "cuda_arithmetic_test"])
+def test_programs(folder, name):
+    """What kernels compute in the executor, what it finds wrong, the arithmetic of the kernels."""
+    executor.run(folder / "tests/ptx" / name)
