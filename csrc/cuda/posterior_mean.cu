@@ -141,6 +141,7 @@ class Calculation {
     lists_.stride = partition_.stride;
     if (!partition_.few) {
       center_.scattered = kRounded<R> || geforce_;
+      center_.excess = kExcess<R>;
       if (measures_) x_halves_ = take_halves();
       x_halves_.rounded = kRounded<R>;
       if (backward) upstream_halves_ = take_halves();

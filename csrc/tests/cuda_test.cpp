@@ -151,7 +151,7 @@ void check_split_rows(int features, Index gap, bool rounded, float scale, float 
   std::vector<double> units(kSplitRows, NAN), norms(kSplitRows, NAN);
   const Rows<float> rows = rows_of<float>(x.data() + start, stride, kSplitRows);
   const Center center = {at.data(),     spread.data(), largest.data(), scales.data(), &scales[2],
-                         scaled.data(), features,      width,          false};
+                         scaled.data(), features,      width,          false, 0};
   const Halves out = {high.data(), low.data(), units.data(), kSplitRows, rows, rounded};
   Stream(kPlace).launch({"split_rows", {kSplitRows}, kSplitThreads, sizeof(SplitMemory)},
                         split_rows<CENTERED>, rows, center, norms.data(), out);

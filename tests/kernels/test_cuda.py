@@ -1,41 +1,55 @@
-"""The CUDA kernels without a GPU: on the host, compiled as C++ with csrc/host_shim."""
+"""The CUDA kernels without a GPU: their PTX in the executor of tests/ptx."""
 
 from __future__ import annotations
 
+import platform
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common import cuda_shim
+from benchmarks.common import executor
 from pfgm.backends import native
 
 NAMES = ("shared", "cuda")
 
 if native._native is None:
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    pytest.skip("the executor of PTX needs Linux on x86-64", allow_module_level=True)
 
 
-def build() -> Path:
-    """The extension for the host."""
-    if reason := cuda_shim.why_unbuilt():
+def build(*arguments: str) -> Path:
+    if reason := executor.why_unbuilt():
         pytest.skip(f"the CUDA kernels are NOT TESTED: {reason}")
-    return cuda_shim.build("cuda_shim")
+    return executor.build(*arguments)
 
 
 @pytest.fixture(scope="module")
-def running(run_kernel_tests):
+def folder() -> Path:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def running(folder, run_kernel_tests):
     """The running tests of the CUDA kernels."""
-    return run_kernel_tests(NAMES, {"PFGM_CUDA_SHIM": str(build())})
-
-
-@pytest.mark.slow
-def test_slow_tests_on_the_host(run_kernel_tests):
-    environment = {"PFGM_CUDA_SHIM": str(build())}
-    process, output = run_kernel_tests(["cuda"], environment, "-m", "slow")["cuda"]
-    assert process.wait() == 0, output.read_text()
+    return run_kernel_tests(NAMES, executor.environment(folder))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_on_the_host(running, name):
+def test_in_the_executor(running, name):
     process, output = running[name]
     assert process.wait() == 0, output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
+    environment = executor.environment(folder)
+    process, output = run_kernel_tests([name], environment, "-m", "slow")[name]
+    assert process.wait() == 0, output.read_text()
+
+
+def test_the_executor(folder):
+    """What kernels compute in it, and what it finds wrong (executor_test.cu)."""
+    executor.run(folder / "tests/ptx/executor_test")

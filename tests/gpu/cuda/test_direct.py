@@ -190,35 +190,35 @@ def test_levels_of_many_rows(given, device, by_operators, rows):
         assert_close(name, found, expected)
 
 
-def test_which_kernels_run(given, shim, device, direct_calls):
+def test_which_kernels_run(given, executor, device, direct_calls):
     """Levels in tensors are computed on the GPU, in one launch."""
     mean = ["differences", "find_limits", "refine", "weigh", "list_references", "weighted_sum"]
     mean.append("merge")
     z = torch.full((B,), 2.0, device=device)
     for name in FUNCTIONS:
         for rows in (False, True):
-            shim.launches()
+            executor.names()
             call(name, given(), *((z, z / 2, 2 * z) if rows else ()))
             expected = {
                 "field_fn": ["expand_level", *mean, "subtract_mean", "normalised_field"],
                 "posterior_mean": ["expand_level", *mean],
             }.get(name, ["find_step_levels", "ode_step"] if rows else ["ode_step"])
-            assert shim.launches() == expected
+            assert executor.names() == expected
     assert all(direct_calls)
 
 
-def test_launches_that_do_nothing(given, shim):
+def test_launches_that_do_nothing(given, executor):
     """With them the host's time is measured (benchmarks/machine_code/host.py)."""
     values = given()
     out = torch.full_like(values[0], 7.0)
-    shim.idle(True)
-    shim.launches()
+    executor.idle(True)
+    executor.names()
     call("euler_step", values, out=out)
-    assert shim.launches() == []
+    assert executor.names() == []
     assert (out == 7).all()
-    shim.idle(False)
+    executor.idle(False)
     call("euler_step", values, out=out)
-    assert shim.launches() == ["ode_step"]
+    assert executor.names() == ["ode_step"]
 
 
 def test_nothing_waits_for_the_gpu(given, device):

@@ -1,4 +1,4 @@
-"""Every CUDA kernel waits for earlier launches, in all threads and before all that the shim sees.
+"""Every CUDA kernel waits for earlier launches, in all threads and before all that the executor sees.
 
 That it waits before it accesses memory is in its source and its machine code
 (tests/kernels/test_cuda_codegen.py).
@@ -34,20 +34,20 @@ def backend():
     return "native"
 
 
-def test_every_kernel_waits_first(op, shim, device):
-    shim.counts(True)
+def test_every_kernel_waits_first(op, executor, device):
+    executor.launches()
     for sizes, (architecture, multiprocessors) in PROBLEMS.items():
-        shim.device(architecture, multiprocessors)
+        executor.device(architecture, multiprocessors)
         x, references, radius = op.problem(*sizes)
         op.compute(x, references, radius, 1.0)
         op.gradients(x, references, radius, 1.0)
-    shim.device(90, 1)
+    executor.device(90, 1)
     op.compute(*op.problem(129, 129, 96), 1.0, "medium")
     x, slope = torch.randn(2, 70, 20, device=device)
     z = torch.linspace(1, 2, 70, device=device)
     pfgm.field_fn(x, z, slope, backend="native")
     pfgm.euler_step(x, slope, -z, z, z / 2, backend="native")
-    launches = shim.counts(False)
+    launches = executor.launches()
 
     names = {OTHER_NAMES.get(name, name) for name in codegen_cuda.declared()}
     assert {name for name, *_ in launches} == names
