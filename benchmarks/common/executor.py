@@ -31,6 +31,8 @@ _TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH
 # The native backend keeps what it asks devices up to 63, and tests change the device.
 _DEVICE = 100
 _ARCHITECTURES = "80-virtual;90a-virtual"
+# By capability, the KiB of shared memory that a block may have.
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 def why_unbuilt() -> str | None:
@@ -41,8 +43,8 @@ def why_unbuilt() -> str | None:
 
 
 def build(folder: str = "ptx", architectures: str = _ARCHITECTURES, *options: str) -> Path:
-    """Builds the executor and the extension with the kernels' PTX in a folder of build/. Only changed
-    sources are compiled again.
+    """Builds the executor, and the extension with the kernels' PTX, in a folder of build/. Only
+    changed sources are compiled again.
 
     Args:
         options: further ones of CMake.
@@ -106,18 +108,37 @@ def run(program: Path) -> None:
         raise RuntimeError(f"{program.name}: {done.stdout}{done.stderr}")
 
 
+def sanitized_environment(folder: Path) -> dict[str, str]:
+    """The same for a build with ``-DPFGM_SANITIZE=address``.
+
+    Raises:
+        RuntimeError: the compiler has no such sanitizers.
+    """
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(found).is_absolute():
+            raise RuntimeError(f"{command[0]} has no {name}.")
+        libraries.append(found)
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {"PFGM_PTX": str(folder), "LD_PRELOAD": " ".join(libraries)} | options
+
+
 class Launch(NamedTuple):
     """A launch. ``name`` is what the host calls it, ``kernel`` the name in the source."""
 
     name: str
-    kernel: str
     grid: tuple[int, int, int]  # in blocks
     threads: int  # of a block
     shared: int  # bytes of dynamic shared memory
-    instructions: int  # that warps executed
+    kernel: str
+    counts: dict[str, int]  # how often warps execute some instructions
+    entry: str  # the kernel's name in the PTX
 
 
-_LAUNCH = re.compile(r"(\S+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)")
+# machine.h has them in this order.
+_COUNTED = ("mma", "mma to float16", "mma of tf32", "wgmma", "shuffle", "ballot")
 _NAMESPACE = re.compile(r"(\d+)_GLOBAL__N_")
 _IDENTIFIER = re.compile(r"(\d+)")
 
@@ -137,44 +158,42 @@ class Executor:
     """The executor of tests/ptx (``cudart.cpp``)."""
 
     def __init__(self, folder: str):
-        self._library = ctypes.CDLL(
+        self.library = ctypes.CDLL(
             str(Path(folder) / "tests/ptx/libptx_executor.so"), mode=ctypes.RTLD_GLOBAL
         )
-        for name in ("ptx_error", "ptx_log", "ptx_text"):
-            getattr(self._library, name).restype = ctypes.c_char_p
+        for name in ("ptx_error", "ptx_log", "ptx_text", "ptx_reached"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        # A sanitizer knows the bounds where they are not known here.
+        self.set(anywhere="libptx_memory" not in os.environ.get("LD_PRELOAD", ""))
 
     def set(self, **options: int) -> None:
         """Sets options of the machine (``machine.h``) and of its device."""
         for name, value in options.items():
-            if not self._library.ptx_set(name.encode(), int(value)):
+            if not self.library.ptx_set(name.encode(), int(value)):
                 raise ValueError(f"the executor of PTX has no option {name!r}.")
 
     def order(self, seed: int) -> None:
-        """Of warps and blocks: 0 ascending, 1 descending, others random, a few instructions each."""
+        """Of warps and blocks: 0 ascending, 1 descending, others random, some instructions each."""
         self.set(order=seed, preempt=40 if seed > 1 else 0)
 
     def device(self, capability: int, multiprocessors: int = 4, l2_cache: int = 50 << 20) -> None:
-        kibibytes = {80: 163, 90: 227, 100: 227}.get(capability, 99)
         self.set(
             capability=capability,
             multiprocessors=multiprocessors,
             l2=l2_cache,
-            shared=kibibytes << 10,
+            shared=SHARED[capability] << 10,
         )
 
     def launches(self) -> list[Launch]:
         """Those since the last call."""
         launches = []
-        for i in range(self._library.ptx_log_size()):
-            match = _LAUNCH.fullmatch(self._library.ptx_log(i).decode())
-            assert match is not None
-            name, *numbers = match.groups()
-            x, y, z, threads, shared, instructions = map(int, numbers)
-            kernel = _plain(name)
-            launches.append(
-                Launch(_NAMES.get(kernel, kernel), kernel, (x, y, z), threads, shared, instructions)
-            )
-        self._library.ptx_clear_log()
+        for i in range(self.library.ptx_log_size()):
+            mangled, *words = self.library.ptx_log(i).decode().split(" ")
+            x, y, z, threads, shared, *counts = map(int, words)
+            kernel, counted = _plain(mangled), dict(zip(_COUNTED, counts, strict=True))
+            name = _NAMES.get(kernel, kernel)
+            launches.append(Launch(name, (x, y, z), threads, shared, kernel, counted, mangled))
+        self.library.ptx_clear_log()
         return launches
 
     def names(self) -> list[str]:
@@ -183,8 +202,8 @@ class Executor:
 
     def errors(self) -> list[str]:
         """What the machine found wrong since the last call."""
-        errors = [self._library.ptx_error(i).decode() for i in range(self._library.ptx_errors())]
-        self._library.ptx_clear_errors()
+        errors = [self.library.ptx_error(i).decode() for i in range(self.library.ptx_errors())]
+        self.library.ptx_clear_errors()
         return errors
 
 
@@ -201,7 +220,7 @@ def _load(folder: str) -> ModuleType:
 
 @contextmanager
 def in_place_of_a_gpu(folder: str) -> Iterator[None]:
-    """The package takes tensors in CPU memory as tensors on a GPU, and calls a build's extension."""
+    """The package takes tensors in CPU memory as those of a GPU, and calls a build's extension."""
     is_plain = transforms.is_plain
     extension = _load(folder)
 

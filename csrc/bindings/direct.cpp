@@ -4,6 +4,8 @@
 // then undefined, and the caller takes the way through the operators, which says what is wrong.
 #include "bindings/direct.h"
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "api/normalised_field.h"
@@ -134,6 +136,39 @@ bool direct_all_finite(int type, Address values, Index count) {
                                                   : all_finite(pointer<const float>(values), count);
 }
 
+// ---- a sample of memory ---------------------------------------------------------------------
+
+// A number that changes with any byte of a window of 64 bytes: of the 16 to 256 windows that are
+// spread over the memory, or of all bytes if they are few. Where a window lies in its share of the
+// memory looks random, so that windows do not follow the rows.
+std::uint64_t direct_sample(Address values, Index bytes) {
+  constexpr Index kWindow = 64, kFew = 1024, kShare = 8192, kFewest = kFew / kWindow, kMost = 256;
+  constexpr std::uint64_t kMixing = 0x9e3779b97f4a7c15u;
+  const auto* memory = pointer<const unsigned char>(values);
+  if (memory == nullptr) return 0;
+  std::uint64_t sum = 0;
+  const auto take = [&sum, memory](Index begin, Index end) {
+    for (Index i = begin; i < end; i += sizeof sum) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, memory + i, std::min<Index>(sizeof word, end - i));
+      sum = (sum ^ word) * kMixing;
+      sum ^= sum >> 32;
+    }
+  };
+  if (bytes <= kFew) {
+    take(0, bytes);
+    return sum;
+  }
+  const Index windows = std::clamp(bytes / kShare, kFewest, kMost);
+  for (Index w = 0; w < windows; ++w) {
+    const Index begin = bytes * w / windows, end = bytes * (w + 1) / windows;
+    const Index places = end - begin - kWindow + 1;
+    const Index place = begin + static_cast<Index>((w * kMixing >> 32) % places);
+    take(place, place + kWindow);
+  }
+  return sum;
+}
+
 }  // namespace
 
 void bind_direct(py::module_& module) {
@@ -141,6 +176,7 @@ void bind_direct(py::module_& module) {
   module.def("direct_field", &direct_field);
   module.def("direct_step", &direct_step);
   module.def("direct_all_finite", &direct_all_finite);
+  module.def("direct_sample", &direct_sample);
 }
 
 }  // namespace pfgm

@@ -23,36 +23,23 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-// sum + Σ_i u_i q_i over the four unsigned bytes u and the four signed bytes q of each lane, exact
-// for q from −kLargestQuery to kLargestQuery. VNNI has one instruction for it. Without VNNI pairs
-// of products are added in 16 bits, so that q is shorter. Assembly, because GCC 12 copies the sums
-// between calls of the intrinsic.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-constexpr int kLargestQuery = 63;  // 2 · 255 · 63 < 2^15
-#else
-constexpr int kLargestQuery = 127;
-#endif
+// sum + Σ_i u_i q_i over the four unsigned bytes u and the four signed bytes q of each lane.
+// Assembly, because GCC 12 copies the sums between calls of the intrinsic. AVX2's products of
+// bytes, maddubs and madd, take three instructions, and q may have 7 bits only. On a Zen 3 that is
+// slower than lines (line_screen.h).
 inline Ints plus_products(Ints sum, const Ints& u, const Ints& q) {
 #if defined(__AVX512VNNI__)
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(q));
-  return sum;
 #elif defined(__AVXVNNI__)
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(q));
-  return sum;
-#elif defined(__AVX512BW__)
-  const __m512i pairs = _mm512_maddubs_epi16((__m512i)u, (__m512i)q);
-  return sum + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
-  const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)q);
-  return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
   for (int shift = 0; shift < 32; shift += 8)
     sum += ((u >> shift) & 0xff) * ((q << (24 - shift)) >> 24);
-  return sum;
 #endif
+  return sum;
 }
 
-#ifdef __AVX2__
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr bool kByteScreens = true;
 #else
 constexpr bool kByteScreens = false;
@@ -317,7 +304,7 @@ class ByteScreen {
     // The middle is rounded, so that one side may be larger than the other.
     const float middle = range.low / 2 + range.high / 2;
     const float below = middle - range.low, above = range.high - middle;
-    constexpr float most = kLargestQuery;
+    constexpr float most = 127;
     const float step = (below > above ? below : above) / (most - 0.5f);
     const Sums found = round_values(x, middle, step, -most, most, words);
     const double b = middle, g = step;
@@ -326,7 +313,7 @@ class ByteScreen {
             g * found.sum,
             problem_.features * b * b + 2 * b * g * found.sum + g * g * found.square,
             length_of(found.lost, g, 0),
-            error_of(std::fabs(b) + kLargestQuery * g)};
+            error_of(std::fabs(b) + 127 * g)};
   }
 
   // Writes the tiles of the references y(0), …

@@ -160,7 +160,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
     states[b] = state_of(io, first + b);
     moments[b] = io.moments ? io.moments[first + b] : 0;
     row_is_flat[b] = is_flat(law, states[b].nearest, rows.radius(b));
-    row_is_steep[b] = query_is_steep<float>(problem, io, law, first + b);
+    row_is_steep[b] = query_is_steep<float, R>(problem, io, law, first + b);
     if (row_is_steep[b]) steep[steep_count++] = b;
   }
   // Whether the one chunk gives the averages of steep rows itself.
@@ -239,7 +239,7 @@ Status dense_pulls(const Problem& problem, const Backward& io) {
   return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread) {
     Index steep[kMaxRows], steep_count = 0;
     for (Index b = 0; b < count; ++b)
-      if (query_is_steep<float>(problem, io, law, first + b)) steep[steep_count++] = b;
+      if (query_is_steep<float, R>(problem, io, law, first + b)) steep[steep_count++] = b;
     if (steep_count == 0) return Status();
     return add_pulls_of_rows<R>(problem, law, io, first, steep, steep_count,
                                 work.rows.at(thread * work.space), work.lists[thread],

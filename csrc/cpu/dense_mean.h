@@ -161,6 +161,7 @@ template <class R>
 Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& out, Index first,
                      Index count, DenseWork<R>& work, int thread) {
   const Index features = problem.features;
+  const bool difference = problem.difference;
   DenseRows<R> rows(problem, law, first, count, work.rows.at(thread * work.space));
   List& list = work.lists[thread];
   double* sums =
@@ -172,7 +173,7 @@ Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward
 
   by_chunks(problem, [&](Index begin, Index references) {
     rows.set_chunk(begin, references);
-    Index whole[kMaxRows], number = 0;
+    Index whole[kMaxRows], number = 0, close[kMaxRows], close_number = 0;
     for (Index b = 0; b < count; ++b) {
       QueryState& state = states[b];
       double* sum = sums + b * features;
@@ -190,32 +191,41 @@ Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward
       if (list.length > 0) {
         state.total +=
             weigh(law, state.nearest, radius, fall, list.squared, list.weight, list.length);
-        add_list(rows, list, list.weight, nullptr, features, sum);
+        add_list(rows, list, list.weight, difference ? rows.query(b) : nullptr, features, sum);
       }
       if (rest) {
         const FloatWeights weights(law, state.nearest, radius, fall);
-        state.total += weigh_row(weights, rows.row(b), rows.padded());
+        const double weight = weigh_row(weights, rows.row(b), rows.padded());
+        state.total += weight;
+        if (difference && is_close(rows.query(b), features, state.nearest)) {
+          close[close_number++] = b;
+          continue;
+        }
         whole[number++] = b;
+        if (difference)
+          for (Index k = 0; k < features; ++k)
+            sum[k] -= weight * static_cast<double>(rows.query(b)[k]);
       }
     }
-    add_rows<4, false>(
-        rows, whole, number, features, [](Index) { return nullptr; },
-        [](Index) { return static_cast<double>(kChunk); }, sums);
+    const auto scale = [](Index) { return static_cast<double>(kChunk); };
+    add_rows<4, false>(rows, whole, number, features, [](Index) { return nullptr; }, scale, sums);
+    add_rows<2, true>(
+        rows, close, close_number, features, [&](Index b) { return rows.query(b); }, scale, sums);
   });
 
   for (Index b = 0; b < count; ++b) {
     const QueryState& state = states[b];
+    const double inverse = (difference ? -1 : 1) / state.total;
     if (float* mean = static_cast<float*>(out.mean))
-      write_mean(sums + b * features, 1 / state.total, problem.difference ? rows.query(b) : nullptr,
-                 features, mean + (first + b) * features);
+      for (Index k = 0; k < features; ++k)
+        mean[(first + b) * features + k] = static_cast<float>(sums[b * features + k] * inverse);
     if (out.logsumexp) out.logsumexp[first + b] = logsumexp(law, state, rows.radius(b));
     if (out.nearest) out.nearest[first + b] = state.nearest;
     if (out.total) out.total[first + b] = state.total;
     if (!out.mean && !out.logsumexp) continue;
     const float* mean = static_cast<const float*>(out.mean);
-    const Status status = check_result<float, R>(state, rows.radius(b),
-                                                 mean ? mean + (first + b) * features : nullptr,
-                                                 features, first + b, problem.references == 0);
+    const Status status = check_result<float, R>(
+        problem, state, rows.radius(b), mean ? mean + (first + b) * features : nullptr, first + b);
     failed = first_of(failed, status);
   }
   return failed;

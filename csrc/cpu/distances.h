@@ -26,6 +26,8 @@ constexpr double kSkipped = std::numeric_limits<double>::max();
 constexpr double kUnderflow = 1e-30;  // squared distances below this lose digits to underflow
 // Distances below this share of |x| suffer from the rounding of y.
 constexpr double kCloseShare = 0.1;
+// A query is close if its squared distance from the nearest reference is below this share of |x|².
+constexpr double kCloseSquare = 0.25;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
 
 // Whether T represents every R exactly. If not, distances have an error relative to |y| too.
@@ -45,6 +47,12 @@ double squared_norm(const T* x, Index features) {
   double sum = 0;
   for (Index k = 0; k < features; ++k) sum += static_cast<double>(x[k]) * x[k];
   return sum;
+}
+
+// Whether a query is close to its nearest reference, beside its own size.
+template <class T>
+bool is_close(const T* x, Index features, double nearest) {
+  return nearest < kCloseSquare * squared_norm(x, features);
 }
 
 template <class T, class R>

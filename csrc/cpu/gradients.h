@@ -110,12 +110,12 @@ Status check_singular(const Problem& problem, const WeightLaw& law, const Backwa
 // lower, in nats.
 constexpr double kGradientCutoff = 8;
 
-template <class T>
+template <class T, class R>
 bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
   const double radius = problem.radius[query], nearest = io.nearest[query];
   const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
   return !is_flat(law, nearest, radius) &&
-         is_steep(law, nearest, io.total[query], radius, mean, problem.features);
+         is_steep<T, R>(law, nearest, io.total[query], radius, mean, problem.features);
 }
 
 // Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of

@@ -45,9 +45,8 @@ Status check_results(const Problem& problem, const Forward& out, const QueryStat
                      Index count, Index first) {
   const T* mean = static_cast<const T*>(out.mean);
   for (Index b = first; b < first + count && (mean || out.logsumexp); ++b) {
-    const Status status = check_result<T, R>(states[b - first], problem.radius[b],
-                                             mean ? mean + b * problem.features : nullptr,
-                                             problem.features, b, problem.references == 0);
+    const Status status = check_result<T, R>(problem, states[b - first], problem.radius[b],
+                                             mean ? mean + b * problem.features : nullptr, b);
     if (status.failure != Failure::none) return status;
   }
   return {};
@@ -67,6 +66,18 @@ double visible_distance(const WeightLaw& law, QueryState state, double radius,
 }
 
 // ---- forward --------------------------------------------------------------------------------
+
+// Up to so many references of a chunk are added in float64, which takes no longer than a group.
+constexpr Index kFewSummed = 2;
+
+// Whether Σ w (y − x) over a chunk is a sum of differences in float64. Elsewhere it is the sum of
+// references in T less their weight times x, with an error of the size of ε |y|: that loses no
+// digits of x − mean where x is far from all references.
+template <class T>
+bool sums_differences(const T* x, Index features, const QueryState& state) {
+  return sizeof(T) == sizeof(float) &&
+         (state.live <= kFewSummed || is_close(x, features, state.nearest));
+}
 
 template <class T, class R>
 Status forward(const Problem& problem, const Forward& out) {
@@ -106,9 +117,19 @@ Status forward(const Problem& problem, const Forward& out) {
         if (kept)
           kept.add(first + b, begin, distances.row(b), distances.count(),
                    visible_distance(kept_law, states[b], distances.radius(b), nearest));
-        merge<T>(law, states[b], distances.radius(b), nearest, distances.row(b), distances.count());
+        const double weight = merge<T>(law, states[b], distances.radius(b), nearest,
+                                       distances.row(b), distances.count());
+        double* sum = sums + b * features;
         if (states[b].scale != 1)
-          for (Index k = 0; k < features; ++k) sums[b * features + k] *= states[b].scale;
+          for (Index k = 0; k < features; ++k) sum[k] *= states[b].scale;
+        if (!problem.difference || states[b].live == 0) return;
+        const T* x = distances.query(b);
+        if (sums_differences(x, features, states[b])) {
+          add_row(distances, x, features, distances.row(b), distances.row(b), sum);
+          states[b].live = 0;
+        } else {
+          for (Index k = 0; k < features; ++k) sum[k] -= weight * static_cast<double>(x[k]);
+        }
       });
       if (const Status status = check_states(states.data(), count, first);
           status.failure != Failure::none)
@@ -121,11 +142,10 @@ Status forward(const Problem& problem, const Forward& out) {
     }
 
     parallel(count, problem.threads, [&](Index b, int) {
-      if (T* mean = static_cast<T*>(out.mean)) {
-        const T* x = problem.difference ? distances.query(b) : nullptr;
-        write_mean(sums + b * features, 1 / states[b].total, x, features,
-                   mean + (first + b) * features);
-      }
+      const double total = problem.difference ? -states[b].total : states[b].total;
+      if (T* mean = static_cast<T*>(out.mean))
+        for (Index k = 0; k < features; ++k)
+          mean[(first + b) * features + k] = static_cast<T>(sums[b * features + k] / total);
       if (out.logsumexp) out.logsumexp[first + b] = logsumexp(law, states[b], distances.radius(b));
       if (out.nearest) out.nearest[first + b] = states[b].nearest;
       if (out.total) out.total[first + b] = states[b].total;
@@ -204,7 +224,7 @@ Status all_pulls(const Problem& problem, const Backward& io) {
   if (!steep) return {Failure::memory, 0};
   Index count = 0;
   for (Index b = 0; b < problem.queries; ++b)
-    if (query_is_steep<T>(problem, io, law, b)) steep[count++] = b;
+    if (query_is_steep<T, R>(problem, io, law, b)) steep[count++] = b;
   return count == 0 ? Status()
                     : add_pulls<T, R>(problem, io, law, 0, steep.data(), count, io.pulls);
 }
@@ -299,7 +319,7 @@ Status backward(const Problem& problem, const Backward& io) {
       moments[b] = io.moments ? io.moments[first + b] : 0;
       own_pulls[2 * b] = own_pulls[2 * b + 1] = 0;
       states[b] = state_of(io, first + b);
-      row_is_steep[b] = query_is_steep<T>(problem, io, law, first + b);
+      row_is_steep[b] = query_is_steep<T, R>(problem, io, law, first + b);
       if (row_is_steep[b]) steep[steep_count++] = b;
     }
     if (steep_count > 0 && !whole && !io.pulls) {
@@ -426,6 +446,20 @@ Void* at(Void* array, Index index, Type type) {
 // The most threads with a workspace of their own, at most 6 MB each.
 constexpr int kMaxIndependentThreads = 8;
 
+// Below this many queries × references × features a second thread costs more than it saves: it may
+// have to be woken.
+constexpr Index kThreaded = 1 << 20;
+
+// The problem with one thread if it is that small. Threads wait for each other after at most
+// `queries` and `references`.
+Problem with_threads(Problem problem, Index queries, Index references) {
+  const double size = static_cast<double>(smaller(queries, problem.queries)) *
+                      static_cast<double>(smaller(references, problem.references)) *
+                      static_cast<double>(problem.features);
+  if (size < kThreaded) problem.threads = 1;
+  return problem;
+}
+
 // With few features most steps are too short to share between threads. Instead each thread takes
 // whole blocks of queries through all steps. The blocks are the same either way, so the results are
 // the same to the bit.
@@ -434,7 +468,8 @@ Status by_blocks(const Problem& problem, bool independent, const F& run) {
   const Index blocks = divide_up(problem.queries, kSmallBlock);
   const bool few =
       problem.threads > 1 && problem.threads <= kMaxIndependentThreads && problem.threads <= blocks;
-  if (!independent || problem.features >= kListedFeatures || !few) return run(problem, 0);
+  if (problem.features >= kListedFeatures) return run(problem, 0);
+  if (!independent || !few) return run(with_threads(problem, kSmallBlock, kChunk), 0);
   std::vector<Status> found(blocks);
   parallel(blocks, problem.threads, [&](Index task, int) {
     Problem block = problem;
@@ -481,21 +516,9 @@ bool sketch_fits(const Problem& problem) {
   });
 }
 
-// Below this many queries × references × features a second thread costs more than it saves: it may
-// have to be woken.
-constexpr Index kThreaded = 1 << 20;
-
-Problem with_threads(Problem problem) {
-  const double size = static_cast<double>(problem.queries) *
-                      static_cast<double>(problem.references) *
-                      static_cast<double>(problem.features);
-  if (size < kThreaded) problem.threads = 1;
-  return problem;
-}
-
 Status run_forward(const Problem& given, const Forward& out) {
   if (!sketch_fits(given)) return {Failure::sketch, 0};
-  const Problem problem = with_threads(given);
+  const Problem problem = with_threads(given, given.queries, given.references);
   return with_types(problem, [&](auto t, auto r) {
     if (is_dense<decltype(t)>(problem)) return dense_forward<decltype(r)>(problem, out);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
@@ -506,7 +529,7 @@ Status run_forward(const Problem& given, const Forward& out) {
 
 Status run_backward(const Problem& given, const Backward& io) {
   if (!sketch_fits(given)) return {Failure::sketch, 0};
-  const Problem problem = with_threads(given);
+  const Problem problem = with_threads(given, given.queries, given.references);
   return with_types(problem, [&](auto t, auto r) {
     Backward rest = io;
     if (is_dense<decltype(t)>(problem) && (io.grad_x || io.grad_radius || io.moments)) {
@@ -522,7 +545,7 @@ Status run_backward(const Problem& given, const Backward& io) {
 }
 
 Status run_pulls(const Problem& given, const Backward& io) {
-  const Problem problem = with_threads(given);
+  const Problem problem = with_threads(given, given.queries, given.references);
   return with_types(problem, [&](auto t, auto r) {
     if (is_dense<decltype(t)>(problem)) return dense_pulls<decltype(r)>(problem, io);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
@@ -533,11 +556,12 @@ Status run_pulls(const Problem& given, const Backward& io) {
 
 bool any_steep(const Problem& problem, const Backward& io) {
   bool found = false;
-  with_types(problem, [&](auto t, auto) {
+  with_types(problem, [&](auto t, auto r) {
     using T = decltype(t);
+    using R = decltype(r);
     const WeightLaw law = weight_law<T>(problem);
     for (Index b = 0; b < problem.queries && !found; ++b)
-      found = query_is_steep<T>(problem, io, law, b);
+      found = query_is_steep<T, R>(problem, io, law, b);
     return Status();
   });
   return found;

@@ -95,12 +95,13 @@ template <class T> inline T load(BFloat16 v) {
   return static_cast<T>(from_bits(static_cast<std::uint32_t>(v.bits) << 16));
 }
 template <class T> inline T load(Float16 v) {
-  // Moving exponent and mantissa into place gives the value times 2^-112, also for subnormals.
+  // By integers: an operation on a subnormal number may give 0 (torch.set_flush_denormal).
   const std::uint32_t magnitude = v.bits & 0x7fffu, sign = (v.bits & 0x8000u) << 16;
-  const float finite = from_bits(magnitude << 13) * 0x1p112f;
-  std::uint32_t bits;
-  std::memcpy(&bits, &finite, sizeof bits);
-  if (magnitude >= 0x7c00u) bits |= 0x7f800000u;
+  const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
+  std::uint32_t small, bits = (magnitude << 13) + (112u << 23);
+  std::memcpy(&small, &subnormal, sizeof small);
+  bits = magnitude < 0x400u ? small : bits;
+  bits = magnitude >= 0x7c00u ? bits | 0x7f800000u : bits;
   return static_cast<T>(from_bits(bits | sign));
 }
 

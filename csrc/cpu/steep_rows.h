@@ -34,17 +34,17 @@ T largest_of(const T* values, Index n) {
   return found[0];
 }
 
-template <class T>
+template <class T, class R>
 bool is_steep(const WeightLaw& law, double nearest, double total, double radius, const T* mean,
               Index features) {
   // The mean is the nearest reference itself and has no error.
-  if (total == 1) return false;
+  if (total == 1 && kHoldsExactly<T, R>) return false;
   const double sigma =
       law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
   const double distance = std::sqrt(nearest + sigma * sigma);
   const double slope = distance / sigma / sigma, rounding = std::numeric_limits<T>::epsilon() / 2;
   double error = (total - 1) * kMaxSpread * distance;
-  if (total - 1 > rounding / 2) {
+  if (total - 1 > rounding / 2 || !kHoldsExactly<T, R>) {
     // A feature of y_j − mean is about 1/√N of the distance. Over many features rounding averages
     // out.
     const double root = std::sqrt(static_cast<double>(features));

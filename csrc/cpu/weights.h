@@ -58,8 +58,11 @@ struct WeightLaw {
 template <class T>
 WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
   const Index all = larger(problem.references, problem.all_references);
-  return {std::isinf(problem.dimensions), (problem.features + problem.dimensions) / 2,
-          kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff};
+  const double sum = problem.features + problem.dimensions;
+  double cutoff = kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff;
+  // In Σ w (y − x) a weight s^−sum/2 counts times √s, relative to the nearest.
+  if (problem.difference && !std::isinf(sum)) cutoff *= sum / (sum > 2 ? sum - 1 : 1);
+  return {std::isinf(problem.dimensions), sum / 2, cutoff};
 }
 
 constexpr double kSmallestDouble = std::numeric_limits<double>::min();
@@ -275,42 +278,36 @@ inline double visible_fall(const WeightLaw& law, const QueryState& state) {
   return law.cutoff - std::log(state.total > 1 ? state.total : 1);
 }
 
-// Merges a chunk into the state. Its squared distances become weights.
+// Merges a chunk into the state. Its squared distances become weights. Returns their sum.
 template <class T>
-void merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
-           double* squared, Index count) {
+double merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
+             double* squared, Index count) {
   rebase(law, state, radius, chunk_nearest);
   const double fall = visible_fall(law, state);
-  if (chunk_nearest - state.nearest > law.excess_at(fall, state.nearest, radius)) return;
+  if (chunk_nearest - state.nearest > law.excess_at(fall, state.nearest, radius)) return 0;
   const double sum = weigh_for<T>(law, state.nearest, radius, fall, squared, squared, count);
   const double least = std::exp(-law.cutoff) * (state.total + sum);
-  state.total +=
+  const double kept =
       keep_visible(squared, count, least > kSmallestDouble ? least : kSmallestDouble, &state.live);
+  state.total += kept;
+  return kept;
 }
 
 // Fails if the whole result of a query depends on squared distances that underflow, or if its mean,
 // which may be null, has a value that T cannot hold. R is the type of the references, which the
-// `last` of several calls does not know.
+// last of several calls does not know.
 template <class T, class R>
-Status check_result(const QueryState& state, double radius, const T* mean, Index features,
-                    Index query, bool last) {
+Status check_result(const Problem& problem, const QueryState& state, double radius, const T* mean,
+                    Index query) {
+  const Index features = problem.features;
+  const bool last = problem.references == 0;
   if (kMayUnderflow<T, R> || last)
     if (state.nearest > 0 && state.nearest + radius * radius < least_square(features))
       return {Failure::underflow, query};
-  if (mean && (kMayExceed<T, R> || last))
+  if (mean && (kMayExceed<T, R> || last || problem.difference))
     for (Index k = 0; k < features; ++k)
       if (!std::isfinite(mean[k])) return {Failure::range, query};
   return {};
-}
-
-// The mean from its sums, or x − mean if there is an x.
-template <class T>
-void write_mean(const double* sums, double inverse, const T* x, Index features, T* mean) {
-  if (x)
-    for (Index k = 0; k < features; ++k)
-      mean[k] = static_cast<T>(static_cast<double>(x[k]) - sums[k] * inverse);
-  else
-    for (Index k = 0; k < features; ++k) mean[k] = static_cast<T>(sums[k] * inverse);
 }
 
 inline double logsumexp(const WeightLaw& law, const QueryState& state, double radius) {

@@ -149,14 +149,28 @@ def _cuda_supports(
     return _device_reason(device.index) if torch.cuda.is_available() else None
 
 
-@functools.cache
+_able: set[int] = set()
+"""The GPUs that run the kernels. Others may do so later: one may be busy or out of memory."""
+
+
 def _device_reason(index: int | None) -> str | None:
-    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    index = torch.cuda.current_device() if index is None else index
+    if index in _able:
+        return None
+    if torch.cuda.get_device_capability(index) < (8, 0):
         return "its GPU kernels need compute capability 8.0 (Ampere) or later"
-    if problem := extension().cuda_problem(device.index):
-        return f"its GPU kernels cannot run on {device}: {problem}"
+    if problem := extension().cuda_problem(index):
+        reason = f"its GPU kernels cannot run on cuda:{index}: {problem}"
+        _warn_of_unused_gpu(reason)
+        return reason
+    _able.add(index)
     return None
+
+
+@functools.cache
+def _warn_of_unused_gpu(reason: str) -> None:
+    """Warns, once for each reason, that another backend than this one has to compute on a GPU."""
+    warnings.warn(f"the native backend is not used while {reason}", RuntimeWarning, stacklevel=2)
 
 
 def describe() -> str:

@@ -24,7 +24,7 @@ from ..common.transforms import is_ordinary
 from . import native, requested
 from .problems import PRECISIONS
 
-__all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "step"]
+__all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "sample", "step"]
 
 EULER, HEUN, MULTISTEP = 0, 1, 2
 """The methods of :func:`step`."""
@@ -111,10 +111,18 @@ def _takes(backend: str | None, precision: str, gpu: torch.device | None, *value
     )
 
 
-@functools.cache
+_supported: set[tuple[torch.device, torch.dtype, torch.dtype | None]] = set()
+
+
 def _runs_on(gpu: torch.device, dtype: torch.dtype, references: torch.dtype | None) -> bool:
     """Whether the kernels can run on a GPU for points and references of these dtypes."""
-    return native.supports(gpu, dtype, references) is None
+    case = gpu, dtype, references
+    if case in _supported:
+        return True
+    if native.supports(*case) is not None:
+        return False  # which may change
+    _supported.add(case)
+    return True
 
 
 def _allocator(gpu: torch.device) -> Callable[[int], Tensor]:
@@ -308,6 +316,18 @@ def all_finite(values: Tensor) -> bool:
             found: bool = _native.direct_all_finite(kind, values.data_ptr(), values.numel())
             return found
     return bool(values.isfinite().all())
+
+
+def sample(rows: Tensor) -> int:
+    """A number that changes with a sample of the bytes of contiguous rows in the CPU's memory.
+
+    It takes 256 windows of 64 bytes from a large tensor, and all bytes of a tiny one. It is 0 for
+    other rows, and without the extension.
+    """
+    if _native is None or not rows.is_cpu or not rows.is_contiguous():
+        return 0
+    found: int = _native.direct_sample(rows.data_ptr(), rows.nbytes)
+    return found
 
 
 def _mark_written(values: Tensor) -> None:

@@ -106,9 +106,9 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
     r = radius.to(wide.dtype)[:, None]
     nearest, total, mean = _weighted_average(wide, references, r, D, torch.matmul)
     logsumexp = log_sum_exp(nearest, total, r, D, x.shape[1])
-    if checks_values(x.device):
-        check_range(mean, x, references)
     result = wide - mean if problem.difference else mean
+    if checks_values(x.device):
+        check_range(result, x, references, problem.difference)
     return result.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 

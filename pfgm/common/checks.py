@@ -317,9 +317,15 @@ def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
 
 
 def range_message(x: Tensor, references: Tensor, row: int) -> str:
-    """The error for references that a row of x needs and whose values its dtype cannot hold."""
+    """The error for references that a row of x needs and whose values, or their differences from x,
+    its dtype cannot hold."""
     most = torch.finfo(x.dtype).max
     bad = first_bad_row(references.to(x.dtype))
+    if bad is None and len(references) > 0:
+        return (
+            f"x and references are so far apart that row {row} of x less its mean is beyond the "
+            f"range of {x.dtype}; allowed are differences up to {most:.2g}, or x in torch.float64."
+        )
     where = "" if bad is None else f" (first in row {bad})"
     return (
         f"references holds values beyond the range of {x.dtype}{where}, which row {row} of x "
@@ -354,11 +360,11 @@ def check_underflow(nearest: Tensor, radius: Tensor, x: Tensor) -> None:
         raise ValueError(underflow_message(x, int(low.flatten().nonzero()[0])))
 
 
-def check_range(mean: Tensor, x: Tensor, references: Tensor) -> None:
-    """Raises ValueError if the dtype of x cannot hold a mean over wider references."""
-    if references.dtype.itemsize <= x.dtype.itemsize:
+def check_range(result: Tensor, x: Tensor, references: Tensor, difference: bool = False) -> None:
+    """Raises ValueError if the dtype of x cannot hold a mean over wider references, or x − mean."""
+    if references.dtype.itemsize <= x.dtype.itemsize and not difference:
         return
-    row = first_bad_row(mean.to(x.dtype))
+    row = first_bad_row(result.to(x.dtype))
     if row is not None:
         raise ValueError(range_message(x, references, row))
 

@@ -88,9 +88,9 @@ class _PosteriorMean(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         x, references, radius, result, nearest, total, kept = ctx.saved_tensors
         problem = PosteriorMean(x, references, radius, *ctx.rest)
-        mean, grad_mean = posterior_mean.mean_and_gradient(
-            x, result, grad_result, problem.difference
-        )
+        difference = problem.difference
+        problem = problem._replace(difference=False)
+        mean, grad_mean = posterior_mean.mean_and_gradient(x, result, grad_result, difference)
         state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
         given = (problem, state, upstream, needs)
         # What was not at work in the forward pass may be here. The operator refuses a second
@@ -106,6 +106,6 @@ class _PosteriorMean(torch.autograd.Function):
         else:
             found = native.posterior_mean_backward(*given, kept)
         grad_x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        if problem.difference and grad_x is not None:
+        if difference and grad_x is not None:
             grad_x = grad_x + grad_result
         return (grad_x, *rest, None, None)

@@ -131,7 +131,8 @@ def gradients(saved: Saved, given: Given, needs: tuple[bool, bool]) -> tuple[Ten
         needed = [needs[0], False, needs[1]]
         found = call_backward(problem, saved.state, saved.upstream, needed, "native")
         return found[0], found[2]
-    problem = given.problem(saved.x, saved.x, saved.radius)
+    none = saved.x.new_empty(0, *saved.x.shape[1:], dtype=given.part.source.dtype)
+    problem = given.problem(saved.x, none, saved.radius)
     running = native_parts.begin_gradients(saved.x, _count(given), needs[0])
     if native_parts.any_steep(problem, saved.state, saved.upstream):
         for _, part, points in _problems(saved, given):

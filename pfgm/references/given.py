@@ -77,6 +77,6 @@ class Saved(NamedTuple):
     def upstream(self) -> Upstream:
         return Upstream(self.grad_mean, self.grad_logsumexp)
 
-    def select(self, rows: Tensor) -> Saved:
+    def select(self, rows: Tensor | slice) -> Saved:
         """The same for only the points with these numbers."""
         return Saved(*(each[rows] for each in self))

@@ -59,19 +59,35 @@ def _stack(each: list[ChunkTotals]) -> ChunkTotals:
 
 
 class _ChunkShare(NamedTuple):
-    """A chunk, and its share in the total weight of the points where this is not negligible."""
+    """A chunk, and its share in the total weight of the points where this is not negligible.
+
+    On a GPU it holds all points, because the host would have to wait for the numbers of some.
+    """
 
     chunk: Tensor
     """(m, N)."""
-    rows: Tensor
+    rows: Tensor | slice
     """(k,), numbers of these points."""
     share: Tensor
-    """(k,)."""
+    """(k,); 0 where it is negligible."""
 
     def select(self, mask: Tensor) -> _ChunkShare:
         """The same chunk for only those points that the mask (B,) selects."""
         selected = mask[self.rows]
-        return self._replace(rows=self.rows[selected], share=self.share[selected])
+        return self._replace(rows=self.rows[selected], share=self.share[selected])  # type: ignore[index]
+
+    def add(self, values: Tensor, to: Tensor) -> None:
+        """Adds values (k, ...) of these points to the sums of all points (B, ...)."""
+        if isinstance(self.rows, slice):
+            counts = self.share.view(-1, *[1] * (values.ndim - 1)) > 0
+            to += torch.where(counts, values, 0.0)  # the others may be NaN
+        else:
+            to.index_add_(0, self.rows, values.to(to.dtype))
+
+
+def _can_select(device: torch.device) -> bool:
+    """Whether the host knows values on the device without waiting for it."""
+    return device.type == "cpu"
 
 
 def _shares(
@@ -83,8 +99,10 @@ def _shares(
     for chunk, (nearest, total) in zip(given.chunks(x.device), totals, strict=True):
         weight = relative_weight(nearest, state.nearest, radius, given.D, x.shape[1])
         share = weight * total / state.total
-        rows = (regular & (share > _MIN_SHARE)).nonzero().squeeze(1)
-        if len(rows) > 0:
+        counts = regular & (share > _MIN_SHARE)
+        if not _can_select(x.device):
+            yield _ChunkShare(chunk, slice(None), torch.where(counts, share, 0.0))
+        elif len(rows := counts.nonzero().squeeze(1)) > 0:
             yield _ChunkShare(chunk, rows, share[rows])
 
 
@@ -113,7 +131,8 @@ def tangents(
     state = merge(x, radius, given.D, states())
     of_mean, of_lse = torch.zeros_like(state.mean), torch.zeros_like(radius)
     by_formula = math.isinf(given.D) and tangent_radius is not None
-    for chunk, rows, share in _shares(x, radius, state, _stack(each), given):
+    for shared in _shares(x, radius, state, _stack(each), given):
+        chunk, rows, share = shared
         of_x, of_radius = (None if t is None else t[rows] for t in (tangent_x, tangent_radius))
         moved = Tangents(of_x, None, of_radius)
         problem = given.problem(widened(x[rows], chunk), chunk, radius[rows])
@@ -124,8 +143,8 @@ def tangents(
             own = _state(problem, given)
             found = tangent_from_gradients(problem, own, over_all.mean, moved, given.backend)
             found = (share[:, None] * found[0], share * found[1])
-        of_mean.index_add_(0, rows, found[0])
-        of_lse.index_add_(0, rows, found[1])
+        shared.add(found[0], of_mean)
+        shared.add(found[1], of_lse)
     flat = is_flat(state.nearest, radius, given.D, x.shape[1])
     return of_mean, torch.where(flat, math.nan, of_lse)
 
@@ -157,33 +176,36 @@ def _sum_of_gradients(
     of_radius = torch.zeros_like(saved.radius)
     steep = _is_steep(saved, given)
     averages = torch.zeros_like(saved.radius)
-    if bool(steep.any()):
+    if steep is not None:
         averages = _averages(saved, chunk_totals, given, steep)
     for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, given):
-        for share, wide in ((shared.select(~steep), False), (shared.select(steep), True)):
-            rows = share.rows
-            if len(rows) == 0:
+        parts = [(shared, False)]
+        if steep is not None:
+            parts = [(shared.select(~steep), False), (shared.select(steep), True)]
+        for share, wide in parts:
+            if len(share.share) == 0:
                 continue
-            points = saved.select(rows)
+            points = saved.select(share.rows)
             if wide:
                 points = points._replace(x=points.x.double(), grad_mean=points.grad_mean.double())
-            found_x, found_radius = _gradients_of(share, points, averages[rows], given, needs)
+            average = averages[share.rows]
+            found_x, found_radius = _gradients_of(share, points, average, given, needs)
             if needs[0]:
-                of_x.index_add_(0, rows, found_x.to(of_x.dtype))
+                share.add(found_x, of_x)
             if needs[1]:
-                of_radius.index_add_(0, rows, found_radius)
+                share.add(found_radius, of_radius)
     return of_x, of_radius
 
 
-def _is_steep(saved: Saved, given: Given) -> Tensor:
+def _is_steep(saved: Saved, given: Given) -> Tensor | None:
     """Mask (B,) of the steep points, whose gradients would show the rounding of the means.
 
-    The bound is that of csrc/cpu/steep_rows.h.
+    None if there is none. The bound is that of csrc/cpu/steep_rows.h.
     """
     N, wide = saved.x.shape[1], saved.radius.dtype
     # On a GPU the kernels compute in float32 only.
-    if saved.x.device.type != "cpu" or saved.x.dtype == wide:
-        return torch.zeros_like(saved.radius, dtype=torch.bool)
+    if not _can_select(saved.x.device) or saved.x.dtype == wide:
+        return None
     if math.isinf(given.D):
         variance = saved.radius.square()
     else:
@@ -192,7 +214,11 @@ def _is_steep(saved: Saved, given: Given) -> Tensor:
     largest = saved.mean.abs().amax(1).to(wide)
     rounding = torch.finfo(saved.x.dtype).eps / 2
     error = rounding * (largest * (1 + 3 / math.sqrt(N)) + distance / math.sqrt(N))
-    return (saved.total > 1) & (error * distance > _MAX_ERROR * variance)
+    # Where one reference counts alone, the mean is that reference, if its dtype is no wider.
+    dtype = given.part.source.dtype
+    exact = dtype.itemsize <= saved.x.dtype.itemsize and dtype != torch.uint8
+    steep = ((saved.total > 1) | (not exact)) & (error * distance > _MAX_ERROR * variance)
+    return steep if bool(steep.any()) else None
 
 
 def _averages(saved: Saved, chunk_totals: ChunkTotals, given: Given, steep: Tensor) -> Tensor:
@@ -202,12 +228,12 @@ def _averages(saved: Saved, chunk_totals: ChunkTotals, given: Given, steep: Tens
     """
     averages = torch.zeros_like(saved.radius)
     for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, given):
-        chunk, rows, share = shared.select(steep)
-        if len(rows) == 0:
+        selected = shared.select(steep)
+        if len(selected.share) == 0:
             continue
-        points = saved.select(rows)
-        own = _state(given.problem(points.x.double(), chunk, points.radius), given)
-        averages.index_add_(0, rows, share * _pull(own.mean, points))
+        points = saved.select(selected.rows)
+        own = _state(given.problem(points.x.double(), shared.chunk, points.radius), given)
+        selected.add(selected.share * _pull(own.mean, points), averages)
     return averages if given.ranks is None else given.ranks.sum(averages)
 
 

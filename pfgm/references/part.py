@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import native_parts
+from ..backends import native_direct, native_parts
 from ..common.checks import first_bad_row
 from ..common.tensors import flat_rows
 from ..data.rows import Source
@@ -47,8 +47,8 @@ class Part:
     """Whether the rows are in memory, and one call of the CPU kernels for all of them gives the
     bits of one for each chunk."""
     _buffers: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
-    _states: dict[int, tuple[int, int]] = field(init=False, default_factory=dict)
-    _sketches: dict[int, tuple[tuple[int, int], Tensor | None]] = field(
+    _states: dict[int, tuple[int, int, int]] = field(init=False, default_factory=dict)
+    _sketches: dict[int, tuple[tuple[int, int, int], Tensor | None]] = field(
         init=False, default_factory=dict
     )
 
@@ -93,9 +93,15 @@ class Part:
         return Ranks(self.group, x) if self.processes > 1 else None
 
     def version(self) -> object:
-        """A value that changes when the rows change in place; None if changes go unnoticed."""
+        """A value that changes when the rows change in place.
+
+        A change that torch does not count shows in a sample of rows in the CPU's memory.
+        """
         # A compiled graph saves the rows for its backward pass and checks their version itself.
-        return None if torch.compiler.is_compiling() else self.source.version()
+        if torch.compiler.is_compiling():
+            return None
+        held = self.source.tensor
+        return self.source.version(), 0 if held is None else native_direct.sample(held)
 
     def in_one(self) -> Tensor | None:
         """All references (M, *S) as one tensor for the CPU kernels; None if they need several."""
@@ -127,8 +133,10 @@ class Part:
         # A compiled graph cannot keep a sketch. Inference tensors and arrays may change unnoticed.
         if torch.compiler.is_compiling() or held.is_inference() or _shares_an_array(held):
             return None
-        state = id(held), held._version
         known, kept = self._sketches.get(place, (None, None))
+        if known is not None and kept is None:
+            return None  # rows of this shape have none
+        state = id(held), held._version, native_direct.sample(chunk)
         if known == state:
             return kept
         if self._states.get(place) != state:
@@ -149,7 +157,9 @@ class Part:
             ValueError: values that are not finite.
         """
         for _, chunk in self.stored_chunks():
-            chunk = chunk.to(device or self.device, non_blocking=True)
+            # A GPU may read pageable memory itself, as on Grace. A copy that does not wait would
+            # read a buffer into which the next chunk is read, or rows that the caller changes.
+            chunk = chunk.to(device or self.device, non_blocking=chunk.is_pinned())
             yield chunk
             if self.flips:
                 yield chunk.flip(-1)

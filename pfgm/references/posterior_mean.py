@@ -91,7 +91,7 @@ class _PosteriorMean(torch.autograd.Function):
                 # Sums that are continued are checked here, other results already in their chunk.
                 check_underflow(state.nearest, radius, x)
                 none = x.new_empty(0, *x.shape[1:], dtype=given.part.source.dtype)
-                check_range(state.mean, x, none)
+                check_range(state.mean, x, none, given.difference)
         nearest, total, column = (t[:, None] for t in (state.nearest, state.total, radius))
         logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
         return state.mean.to(x.dtype), logsumexp, state.nearest, state.total, *chunk_totals

@@ -32,21 +32,28 @@ class ReferenceSet:
     Operations read the rows in chunks of 32 MiB and merge the results exactly. A file is read one
     chunk ahead, and on the CPU twice with ``flips``. Results are the same to the bit in memory and
     from a file. They are differentiable in the points, not in the references. A function under
-    ``torch.compile`` that wants a gradient or reads a file falls into two graphs around the
+    ``torch.compile`` that wants a gradient or reads a file falls into graphs around the
     operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
     tensor as references, it can.
 
     For a tensor on the CPU with 512 or more values in a row, a summary of each row is kept from the
     second call on. It speeds up calls with points in float32. Summaries take a third of the memory
     of uint8 rows. Of float32 rows they take a twelfth, or a quarter on processors with VNNI, and
-    of 16-bit rows twice these shares. They are computed again when the tensor has changed; a change
-    through its ``data`` is not noticed.
+    of 16-bit rows twice these shares. They are computed again when the tensor has changed.
 
     A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
-    changed in place or a file was written to after the forward pass. These changes are not noticed:
+    changed in place or a file was written to after the forward pass.
 
-    - of a tensor through its ``data``, or of a tensor made under ``torch.inference_mode``;
-    - of an array by code outside torch;
+    torch counts the changes of a tensor. It does not count those through its ``data``, its storage,
+    NumPy or DLPack, by ``torch.distributed.broadcast``, of a tensor made under
+    ``torch.inference_mode``, and by other code that writes to its memory. Such changes show in a
+    sample of contiguous rows in CPU memory: all bytes of up to 1 KiB, else 16 to 256 windows of 64
+    bytes. A change of all values is noticed; so is one of a twentieth of the rows of a large set,
+    but not one of a few values. ``torch.autograd.graph.increment_version(tensor)`` tells the set.
+    These changes are not noticed at all:
+
+    - those that torch does not count, of rows on a GPU or that are not contiguous, or in an
+      installation without the extension;
     - of a file within the resolution of its time stamp, or through a memory map that the system
       has not written to the disk yet.
 
@@ -351,7 +358,7 @@ class ReferenceSet:
     @property
     def measures(self) -> Measures:
         """Statistics over all rows, computed in one pass and kept until the rows change."""
-        version = self.part.source.version()
+        version = self.part.version()
         if self._measured is None or self._measured[0] != version:
             sums = RowSums(math.prod(self.part.shape))
             for _, chunk in self.part.stored_chunks():

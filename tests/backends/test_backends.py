@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -147,10 +149,37 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     native._native.cuda_problem = lambda index: problem
-    native._device_reason.cache_clear()
-    found = native.supports(CUDA, torch.float32)
-    native._device_reason.cache_clear()
+    monkeypatch.setattr(native, "_able", set())
+    native._warn_of_unused_gpu.cache_clear()
+    with pytest.warns(RuntimeWarning, match=reason) if problem else nullcontext():
+        found = native.supports(CUDA, torch.float32)
     assert found is None if reason is None else reason in found
+    assert native.supports(CUDA, torch.float32) == found  # with no second warning
+
+
+@native_only
+@pytest.mark.usefixtures("with_cuda")
+def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(native, "_able", set())
+    native._warn_of_unused_gpu.cache_clear()
+    problems = ["out of memory", "out of memory", "all devices are busy", "", "out of memory"]
+    native._native.cuda_problem = lambda index: problems.pop(0)
+    gpu = torch.device("cuda", 0)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert "out of memory" in native.supports(gpu, torch.float32)
+        assert not native_direct._runs_on(gpu, torch.float32, None)
+        assert choose(None, gpu, torch.float32) is triton
+        monkeypatch.setattr(native_direct, "_supported", set())
+        assert native_direct._runs_on(gpu, torch.float32, None)
+        assert native_direct._runs_on(gpu, torch.float32, None)
+        assert choose(None, gpu, torch.float32) is native
+    assert problems == ["out of memory"]
+    texts = [str(warning.message) for warning in warned]
+    assert [text.rpartition(": ")[2] for text in texts] == ["out of memory", "all devices are busy"]
+    assert all("native backend is not used while its GPU kernels cannot run" in t for t in texts)
 
 
 @native_only

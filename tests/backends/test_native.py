@@ -283,6 +283,20 @@ def test_every_float16_is_read_correctly(isa):
     assert torch.equal(mean[0], values.float())  # one reference is the mean
 
 
+@pytest.mark.parametrize("N", [5, 600])
+def test_small_float16_without_subnormal_numbers(isa, N):
+    # The smallest float16 are subnormal there, but no float32 that holds them is.
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        bits = torch.arange(-N // 2, N - N // 2, dtype=torch.int32)
+        references = (bits * 2.0**-24).to(torch.float64).to(torch.float16).expand(9, N)
+        mean, _ = forward(torch.zeros(60, N), references, torch.ones(60).double(), 1.0)
+        assert torch.equal(mean, (bits.double() * 2.0**-24).float().expand(60, N))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_every_uint8_is_read_correctly(isa):
     values = torch.arange(256).to(torch.uint8)
     for dtype, error in ((torch.float32, 8e-8), (torch.float64, 0)):
@@ -1020,6 +1034,27 @@ def test_threads_do_not_change_a_bit(threads, sizes, D):
     for count in (2, 3, 8):
         threads(count)
         assert_same(everything(*sizes, D), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_few_queries_with_few_features_wake_no_thread():
+    # On a busy machine each of the many short steps would wait for the other thread.
+    script = """
+import os, torch, pfgm
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+short, long = (torch.randn(s, generator=generator) for s in ((200_000, 2), (500, 600)))
+torch.set_num_threads(2)
+counts = [len(os.listdir("/proc/self/task"))]
+for y, B in ((short, 7), (long, 20)):
+    pfgm.posterior_mean(y[:B], y, r=0.5)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(*counts)
+"""
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    before, short, long = map(int, output.split())
+    assert short == before < long
 
 
 def test_calls_from_several_threads_at_once():

@@ -1,13 +1,15 @@
 """Tests of the kernels for GPUs, on a GPU with every backend that can run there.
 
-Without a GPU, Triton's kernels run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is
-imported), and the PTX of the CUDA kernels runs in the executor of the build that ``PFGM_PTX`` names.
-tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one or the other.
+Without a GPU the PTX of the kernels runs in the executor of the build that ``PFGM_PTX`` names: that
+of Triton, compiled for the capability ``PFGM_PTX_TRITON``, or else that of the CUDA kernels. The
+kernels of Triton also run in its interpreter (``TRITON_INTERPRET=1``, set before it is imported).
+tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one of these.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ from pfgm.common.tensors import dequantise
 def backends() -> list[str]:
     """The backends that run in this process."""
     if ptx.FOLDER is not None:
-        return ["native"]
+        return ["triton" if os.environ.get("PFGM_PTX_TRITON") else "native"]
     if triton.interpreted():
         return ["triton"]
     device = torch.device("cuda")
@@ -39,12 +41,18 @@ collect_ignore_glob = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device():
+def device(session_executor):
     """A GPU, or the CPU in its place."""
-    if ptx.FOLDER is None:
+    if session_executor is None:
         yield torch.device("cpu" if triton.interpreted() else "cuda")
         return
-    with ptx.in_place_of_a_gpu(ptx.FOLDER):
+    if BACKENDS == ["triton"]:
+        from benchmarks.common.triton_executor import in_place_of_a_gpu
+
+        replaced = in_place_of_a_gpu(session_executor)
+    else:
+        replaced = ptx.in_place_of_a_gpu(ptx.FOLDER)
+    with replaced:
         yield torch.device("cpu")
 
 
@@ -122,7 +130,7 @@ def executor(session_executor):
         pytest.skip("a GPU cannot be changed")
     yield session_executor
     session_executor.order(0)
-    session_executor.device(90)
+    session_executor.device(int(os.environ.get("PFGM_PTX_TRITON", "90")))
 
 
 @pytest.fixture

@@ -50,6 +50,20 @@ def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
     assert process.wait() == 0, output.read_text()
 
 
-def test_the_executor(folder):
-    """What kernels compute in it, and what it finds wrong (executor_test.cu)."""
-    executor.run(folder / "tests/ptx/executor_test")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_host_code_under_sanitizers(run_kernel_tests, name):
+    """Of addresses and of undefined behaviour. They also see the executor's accesses of tensors."""
+    sanitized = build("ptx_sanitized", "90a-virtual", "-DPFGM_SANITIZE=address")
+    try:
+        environment = executor.sanitized_environment(sanitized)
+    except RuntimeError as error:
+        pytest.skip(f"NOT TESTED with sanitizers: {error}")
+    process, output = run_kernel_tests([name], environment)[name]
+    assert process.wait() == 0, output.read_text()
+
+
+@pytest.mark.parametrize("name", ["executor_test", "cuda_arithmetic_test"])
+def test_programs(folder, name):
+    """What kernels compute in the executor, what it finds wrong, the arithmetic of the kernels."""
+    executor.run(folder / "tests/ptx" / name)

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -187,3 +188,36 @@ def test_every_page_is_in_the_navigation():
     end = next(i for i in range(start, len(lines)) if re.match(r"\S", lines[i]))
     listed = [m[1] for line in lines[start:end] if (m := re.search(r": +(\S+\.md)$", line))]
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES[1:])
+
+
+def stored(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["result"]
+
+
+def test_readme_and_quick_start_have_the_stored_figures():
+    readme, start = (path.read_text() for path in (ROOT / "README.md", DOCS / "index.md"))
+    agreement = {
+        each["method"]: each.get("agreement") for each in reversed(stored("weighting")["means"])
+    }
+    ours, plusplus = agreement["PFGM, balanced"], agreement["PFGM++ 128"]
+    assert (
+        f"{ours:.0%} of samples follow their label, {plusplus:.0%} at D".replace("%", " %")
+        in readme
+    )
+    first = stored("demo")["runs"][0]
+    assert first["seed"] == 0
+    for name, figures in (
+        ("Fréchet distance in pixel space", first["frechet_distance"]),
+        ("precision, k = 3", first["precision"]),
+        ("recall, k = 3", first["recall"]),
+    ):
+        assert f"| {name} | {figures['samples']:.2f} | {figures['train']:.2f} |" in start
+
+
+def test_presets_that_were_run_are_called_so():
+    """Where results of a preset are stored, no page says that it has not been run."""
+    text = " ".join((DOCS / "benchmarks.md").read_text().split())
+    assert (DOCS / "claims" / "fashion-mnist" / "quality.json").exists()
+    assert "Neither preset" not in text
+    assert "`gpu` has not been run" in text
+    assert not any((DOCS / "claims").rglob("*gpu*"))

@@ -6,6 +6,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 
@@ -107,7 +108,6 @@ cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared,
   l.params.resize(k->params_size);
   for (size_t p = 0; p < k->params.size(); ++p)
     std::memcpy(l.params.data() + k->params[p].offset, args[p], k->params[p].size);
-  const u64 before = k->instructions;
   try {
     run_launch(l);
   } catch (const std::exception& e) {
@@ -115,9 +115,10 @@ cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared,
     std::fprintf(stderr, "%s in %s\n", e.what(), k->name.c_str());
     return fail(cudaErrorUnknown);
   }
-  char text[700];
-  std::snprintf(text, sizeof text, "%s %u %u %u %u %zu %llu", k->name.c_str(), grid.x, grid.y,
-                grid.z, threads, shared, (unsigned long long)(k->instructions - before));
+  std::string text = k->name;
+  for (const u64 number : {u64{grid.x}, u64{grid.y}, u64{grid.z}, u64{threads}, u64{shared}})
+    text += " " + std::to_string(number);
+  for (int kind = kOthers + 1; kind < kCounted; ++kind) text += " " + std::to_string(counts[kind]);
   log_lines.push_back(text);
   return cudaSuccess;
 }
@@ -339,6 +340,19 @@ int ptx_load(const char* ptx) {
 // The texts of modules, and other texts in their place, to see what a change does.
 int ptx_modules(void) { return static_cast<int>(modules.size()); }
 const char* ptx_text(int module) { return modules.at(static_cast<size_t>(module))->text.c_str(); }
+// The numbers of the lines of a kernel's instructions that warps have executed.
+const char* ptx_reached(int module, const char* name) {
+  static std::string text;
+  text.clear();
+  const Module& m = *modules.at(static_cast<size_t>(module));
+  const auto f = m.kernels.find(name);
+  if (f == m.kernels.end()) return "";
+  const auto before =
+      std::count(m.text.begin(), m.text.begin() + static_cast<s64>(f->second->header), '\n');
+  for (const Ins& i : f->second->code)
+    if (i.reached) text += std::to_string(before + i.line) + " ";
+  return text.c_str();
+}
 void ptx_reload(int module, const char* ptx) {
   static std::vector<std::unique_ptr<Module>> replaced;  // kernels may still use their memory
   replaced.push_back(load_module(ptx));

@@ -37,7 +37,7 @@ void expect(bool good, const std::string& what) {
 
 void set_order(int order) {
   ptx_set("order", order);
-  ptx_set("preempt", order > 1 ? 7 : 0);
+  ptx_set("preempt", order > 1 ? 40 : 0);
 }
 
 template <class... Parameters, class... Arguments>

@@ -35,7 +35,7 @@ constexpr u32 kReserved =
     1024;  // bytes of shared memory before a block's own, as on sm_80 and later
 constexpr u32 kMostShared = 233472;
 constexpr int kMostWarps = 32;
-constexpr s64 kMostInstructions = 1 << 24;  // of a warp: it would never end
+constexpr s64 kMostInstructions = 1 << 23;  // of a warp: it would never end
 
 enum class Ty : u8 {
   none,
@@ -68,11 +68,17 @@ struct Warp;
 struct Ins;
 using Handler = void (*)(Warp&, const Ins&);
 
+// Instructions that are counted in each launch: how often a warp executes them.
+enum Counted : u8 { kOthers, kMma, kMmaToHalf, kMmaOfTf32, kWgmma, kShuffle, kBallot, kCounted };
+extern u64 counts[kCounted];
+
 struct Ins {
   Handler fn = nullptr;
   s32 guard = -1;  // offset of a predicate, or -1
   bool negated = false;
   u8 x = 0, y = 0, z = 0;  // of the handler
+  Counted counted = kOthers;
+  mutable bool reached = false;  // whether a warp has executed it
   u8 vec = 1;
   u16 used = 0;  // bytes of a load that are used (.pragma "used_bytes_mask"); 0 all
   s32 o[6] = {-1, -1, -1, -1, -1, -1};  // offsets of registers

@@ -372,6 +372,14 @@ s32 Builder::target(int operand) {
   return operands[operand].at;
 }
 
+static Counted kind_of(const Builder& b) {
+  if (b.op[0] == "mma")
+    return b.has("tf32") ? kMmaOfTf32 : b.types() == 4 && b.type(3) == Ty::f16 ? kMmaToHalf : kMma;
+  if (b.op[0] == "wgmma") return b.has("mma_async") ? kWgmma : kOthers;
+  if (b.op[0] == "shfl") return b.has("bfly") ? kShuffle : kOthers;
+  return b.op[0] == "vote" && b.has("ballot") ? kBallot : kOthers;
+}
+
 struct Body {
   Kernel& k;
   Reader r;
@@ -568,6 +576,7 @@ struct Body {
       bad(std::string(e.what()) + " in: " + r.t.substr(start, r.p - start) + " (line " +
           std::to_string(i.line) + ")");
     }
+    i.counted = kind_of(b);
     if (b.op[0] == "bra") jumps.push_back({k.code.size(), b.operands[0].text});
     k.code.push_back(std::move(i));
   }

@@ -11,6 +11,7 @@ namespace ptx {
 
 Options options;
 Device device;
+u64 counts[kCounted];
 std::vector<Error> errors;
 u32 launch_number = 0;
 static u32 clock_floor = 1;  // clocks of earlier blocks are below
@@ -222,7 +223,7 @@ static void run_warp(Warp& w) {
       for (int l = 0; l < 32; ++l) holds |= static_cast<u32>((p[l] != 0) != i.negated) << l;
       w.mask &= holds;
     }
-    if (w.mask) i.fn(w, i);
+    if (w.mask) ++counts[i.counted], i.reached = true, i.fn(w, i);
     if (w.stop) {
       if (!w.select) set_here(w, w.here, w.pc);
       return;
@@ -417,6 +418,7 @@ void run_launch(const Launch& launch) {
   Kernel& k = *launch.kernel;
   parse_kernel(k);
   ++launch_number;
+  std::fill(counts, counts + kCounted, 0);
   const u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
   const int count = static_cast<int>((threads + 31) / 32);
   if (k.dynamic_at + launch.shared > kMostShared + kReserved) {

@@ -199,6 +199,70 @@ def test_sketches_follow_their_rows(wide_chunks, monkeypatch):
         seen = len(counted.seen)
 
 
+UNCOUNTED = {
+    "data": lambda rows, values: rows.data.copy_(values),
+    "storage": lambda rows, values: rows.untyped_storage().copy_(values.untyped_storage()),
+    "dlpack": lambda rows, values: torch.from_dlpack(rows).copy_(values),
+}
+
+
+@native_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("way", UNCOUNTED)
+def test_sketches_and_measures_follow_changes_that_torch_does_not_count(way, dtype):
+    """Of 1000 rows; a backward pass raises an error."""
+    rows = wide_images(1000)
+    rows = rows if dtype == torch.uint8 else pfgm.data.to_unit(rows)
+    held, x = ReferenceSet(rows), pfgm.data.to_unit(rows[:3]) + 0.01
+    for _ in range(3):
+        pfgm.posterior_mean(x, held, sigma=0.05)
+    assert any(kept is not None for _, kept in held.part._sketches.values())
+    before, version = held.norm, rows._version
+    late = pfgm.posterior_mean(x.requires_grad_(), held, sigma=0.05)
+    changed = rows.clone()
+    changed[:200] = 100 if dtype == torch.uint8 else 0.25  # a fifth of the rows
+    UNCOUNTED[way](rows, changed)
+    assert rows._version == version
+    assert torch.equal(rows, changed)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        late.sum().backward()
+    fresh = ReferenceSet(changed)
+    for _ in range(3):
+        found, expected = (pfgm.posterior_mean(x, each, sigma=0.05) for each in (held, fresh))
+        assert torch.equal(found, expected)
+    assert held.norm == fresh.norm != before
+
+
+@native_only
+def test_the_set_is_told_of_a_change_that_nothing_notices():
+    rows = pfgm.data.to_unit(wide_images(1000))
+    held, x = ReferenceSet(rows), rows[500:501].clone()
+    for _ in range(3):
+        pfgm.posterior_mean(x, held, sigma=0.05)
+    rows.data[500] = -rows[500]
+    torch.autograd.graph.increment_version(rows)
+    expected = pfgm.posterior_mean(x, ReferenceSet(rows.clone()), sigma=0.05)
+    for _ in range(3):
+        assert torch.equal(pfgm.posterior_mean(x, held, sigma=0.05), expected)
+
+
+@native_only
+@pytest.mark.parametrize("count", [1, 7, 1024, 1025, 1031, 100_003, 3_000_000])
+def test_a_sample_changes_with_all_bytes_of_few_and_with_many_of_others(count):
+    sample, rows = pfgm.backends.native_direct.sample, torch.zeros(count, dtype=torch.uint8)
+    seen, few = {sample(rows)}, count <= 1024
+    width, step = (1, 1) if few else (count // 4, count // 100)
+    for place in range(0, count - width + 1, step):
+        changed = rows.clone()
+        changed[place : place + width] = 1
+        assert sample(changed) != sample(rows)
+        seen.add(sample(changed))
+    assert not few or len(seen) == count + 1
+    strided = torch.zeros(2, count, dtype=torch.uint8).t()
+    assert sample(strided) == 0 or count == 1
+    assert sample(rows) == sample(torch.zeros_like(rows))
+
+
 @native_only
 def test_a_copy_makes_its_own_sketches(wide_chunks):
     rows = pfgm.data.to_unit(wide_images())
@@ -341,6 +405,90 @@ def test_gradcheck_and_no_second_derivative(small_chunks):
         gradient.sum().backward()
 
 
+class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: reading a value, and sizes that depend on
+    values."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+        if name == "index":
+            assert all(i is None or i.dtype != torch.bool for i in arguments[1]), name
+        return function(*arguments, **(named or {}))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Tensors on the CPU are treated like those on a GPU."""
+    monkeypatch.setattr(pfgm.references.merged, "_can_select", lambda device: False)
+    monkeypatch.setattr(pfgm.common.checks, "_on_cpu", lambda device: False)
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize(
+    ("D", "sigma"), [(1.0, 0.5), (16.0, 0.0), (16.0, 2.0), (math.inf, 0.0), (math.inf, 0.05)]
+)
+def test_gradients_on_a_gpu_wait_for_nothing(small_chunks, as_on_a_gpu, flips, D, sigma):
+    """Some points lie on references, where the mean is flat at sigma = 0."""
+    rows = pfgm.data.to_unit(images()).double()
+    references = ReferenceSet(rows, flips=flips)
+    x, level = points(dtype=torch.float64), torch.full((7,), sigma, dtype=torch.float64)
+    x[2] = rows[5]
+    x.requires_grad_()
+    level.requires_grad_()
+    mean = pfgm.posterior_mean(x, references, sigma=level, D=D, backend="reference")
+    G = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2), dtype=mean.dtype)
+    with NoWaiting():
+        found = torch.autograd.grad(mean, (x, level), G)
+    mean = pfgm.posterior_mean(x, references[:], sigma=level, D=D, backend="reference")
+    for one, other in zip(found, torch.autograd.grad(mean, (x, level), G), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_tangents_on_a_gpu(small_chunks, as_on_a_gpu):
+    references = ReferenceSet(images(), flips=True)
+    x = points(dtype=torch.float64)
+
+    def tangent(references, D):
+        def mean(x, sigma):
+            return pfgm.posterior_mean(x, references, sigma=sigma, D=D, backend="reference")
+
+        sigma = torch.full((7,), 0.3, dtype=torch.float64)
+        return torch.func.jvp(mean, (x, sigma), (x.cos(), sigma))[1]
+
+    whole = references[:]
+    for D in (1.0, math.inf):
+        torch.testing.assert_close(tangent(references, D), tangent(whole, D))
+
+
+class LateCopies(torch.overrides.TorchFunctionMode):
+    """Copies to "meta", which stands for a GPU. Those that do not wait read their memory later."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.late = [], []
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        if function is torch.Tensor.to and str(arguments[1]) == "meta":
+            (self.late if named.get("non_blocking") else self.read).append(arguments[0])
+            if not named.get("non_blocking"):
+                self.read[-1] = arguments[0].clone()
+        return function(*arguments, **named)
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_a_chunk_is_not_overwritten_while_it_is_copied_to_a_gpu(small_chunks, tmp_path, where):
+    rows = images()
+    references = on_disk(rows, tmp_path) if where == "file" else ReferenceSet(rows.clone())
+    with LateCopies() as copies:
+        count = sum(len(chunk) for chunk in references.part.chunks("meta"))
+    assert count == len(rows)
+    if where == "memory":
+        references.part.source.tensor.zero_()  # by the caller, when chunks have been asked for
+    assert torch.equal(torch.cat(copies.read + copies.late), rows)
+
+
 def test_limits_in_parts(small_chunks):
     rows = pfgm.data.to_unit(images(30))
     rows[20] = rows[3]  # a copy in another chunk
@@ -436,13 +584,20 @@ def test_a_compiled_caller(small_chunks):
     assert torch.equal(compiled(points()), expected)
 
 
-def test_a_compiled_caller_reads_a_file_between_two_graphs(small_chunks, tmp_path):
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_caller_reads_a_file_outside_of_its_graphs(small_chunks, tmp_path, whole):
     references = on_disk(images(), tmp_path)
+
+    def function(x):
+        return 2 * pfgm.posterior_mean(x + 1, references, r=1.0)
+
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(
-        lambda x: 2 * pfgm.posterior_mean(x + 1, references, r=1.0),
-    )(points())
-    assert explained.graph_count == 2
+    compiled = torch.compile(function, fullgraph=whole, backend="eager")
+    if whole:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
+            compiled(points())
+    else:
+        assert torch.equal(compiled(points()), function(points()))
 
 
 @pytest.mark.parametrize("where", ["memory", "flips", "file", "other backend"])

@@ -207,20 +207,6 @@ def test_which_kernels_run(given, executor, device, direct_calls):
     assert all(direct_calls)
 
 
-def test_launches_that_do_nothing(given, executor):
-    """With them the host's time is measured (benchmarks/machine_code/host.py)."""
-    values = given()
-    out = torch.full_like(values[0], 7.0)
-    executor.idle(True)
-    executor.names()
-    call("euler_step", values, out=out)
-    assert executor.names() == []
-    assert (out == 7).all()
-    executor.idle(False)
-    call("euler_step", values, out=out)
-    assert executor.names() == ["ode_step"]
-
-
 def test_nothing_waits_for_the_gpu(given, device):
     if device.type != "cuda":
         pytest.skip("only a GPU can be waited for")
@@ -541,7 +527,7 @@ def test_support_is_asked_once(given, monkeypatch, direct_calls):
     values, asked = given(), []
     supports = native.supports
     monkeypatch.setattr(native, "supports", lambda *given: asked.append(given) or supports(*given))
-    native_direct._runs_on.cache_clear()
+    native_direct._supported.clear()
     for _ in range(3):
         call("field_fn", values)
     assert direct_calls == [True] * 3

@@ -26,8 +26,8 @@ def turns(executor):
     def turns(run):
         executor.launches()
         run()
-        launches = [one[-1] for one in executor.launches() if one[0] == "weigh"]
-        return [sum(v - 8 for v in of_blocks["__ballot_sync"]) // 4 for of_blocks in launches]
+        launches = [one for one in executor.launches() if one.name == "weigh"]
+        return [(one.counts["ballot"] - 8 * math.prod(one.grid)) // 4 for one in launches]
 
     return turns
 

@@ -29,9 +29,9 @@ def sums_of(executor):
         executor.launches()
         run()
         return [
-            (threads, math.prod(grid), any(blocks["begin_product"]))
-            for name, grid, threads, _, blocks in executor.launches()
-            if name == "weighted_sum"
+            (one.threads, math.prod(one.grid), one.kernel == "warpgroup_sum")
+            for one in executor.launches()
+            if one.name == "weighted_sum"
         ]
 
     return sums_of
@@ -69,7 +69,7 @@ def test_medium(op, executor, sums_of, sizes):
 
 @pytest.mark.parametrize("multiprocessors", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("poisoned")
-def test_chunks_and_parts(op, executor, limits, sums_of, multiprocessors):
+def test_chunks_and_parts(op, executor, sums_of, multiprocessors):
     """All but the first 200 queries need one reference, so most of their lists are empty."""
     x, references, sigma = op.problem(520, 1200, 256)
     x[200:] = references[0]
@@ -77,7 +77,7 @@ def test_chunks_and_parts(op, executor, limits, sums_of, multiprocessors):
     expected = op.expected(x, references, sigma, 1.0)
     executor.device(90, multiprocessors)
     for chunk, parts in ((1200, 1 << 23), (1200, 400_000), (512, 1 << 23)):
-        limits(references=chunk, parts=parts, queries=520)
+        executor.limits(references=chunk, parts=parts, queries=520)
         found = []
         sums = sums_of(lambda found=found: found.append(op.compute(x, references, sigma, 1.0)))
         assert shared(multiprocessors) in sums

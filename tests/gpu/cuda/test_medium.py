@@ -165,8 +165,9 @@ def products(executor):
         executor.launches()
         run()
         found: dict[str, int] = {}
-        for name, *_, blocks in executor.launches():
-            found[name] = found.get(name, 0) + sum(blocks["multiply_add_halves"])
+        for one in executor.launches():
+            count = one.counts["mma"] + one.counts["mma to float16"]
+            found[one.name] = found.get(one.name, 0) + count
         return found
 
     return products

@@ -26,8 +26,8 @@ def refined(executor):
     def refined(run):
         executor.launches()
         run()
-        launches = [one[-1] for one in executor.launches() if one[0] == "refine"]
-        return [sum(blocks["__shfl_xor_sync"]) // 10 for blocks in launches]  # 5 of two floats
+        launches = [one for one in executor.launches() if one.name == "refine"]
+        return [one.counts["shuffle"] // 10 for one in launches]  # 5 of two floats
 
     return refined
 
