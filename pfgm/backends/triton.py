@@ -93,12 +93,10 @@ def average(
     are not checked."""
     kernels = _kernels("posterior_mean")
     with _current_device(x):
-        mean, logsumexp, nearest, total = kernels.posterior_mean(
-            x, references, radius, D, precision
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.posterior_mean(
+            x, references, radius, D, precision, difference
         )
-        # From the mean as rounded to float32, so the difference has no more digits than that.
-        result = torch.sub(x, mean, out=mean) if difference else mean
-        return result, logsumexp, nearest, total
+        return result
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
