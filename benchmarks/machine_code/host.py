@@ -123,7 +123,7 @@ def measure() -> dict[str, float]:
             x, y, radius, 1.0, "high"
         ),
         "euler_step, triton": lambda: pfgm.euler_step(
-            x, slope, field_z, 1.0, 0.9, backend="triton"
+            x, pfgm.Field(slope, field_z), 1.0, 0.9, backend="triton"
         ),
     }
     with torch.no_grad():
@@ -158,17 +158,17 @@ def native_calls(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> dict[str,
 
 
 def _calls(x: torch.Tensor, z: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    field_x, field_z, before = torch.randn_like(x), -torch.rand(len(x)) - 0.1, torch.randn_like(x)
-    field, to, since = (x, field_x, field_z), z / 2, 2 * z
+    field = pfgm.Field(torch.randn_like(x), -torch.rand(len(x)) - 0.1)
+    before, to, since = torch.randn_like(x), z / 2, 2 * z
     return {
         "posterior_mean": lambda: pfgm.posterior_mean(x, y, r=z, return_logsumexp=True),
         "field_fn": lambda: pfgm.field_fn(x, z, y),
-        "euler_step": lambda: pfgm.euler_step(*field, 2.0, 1.0),
-        "euler_step with levels in tensors": lambda: pfgm.euler_step(*field, z, to),
-        "heun_step": lambda: pfgm.heun_step(x, before, field_x, field_z, 2.0, 1.0),
-        "multistep_step": lambda: pfgm.multistep_step(*field, 2.0, 1.0, before, 4.0),
+        "euler_step": lambda: pfgm.euler_step(x, field, 2.0, 1.0),
+        "euler_step with levels in tensors": lambda: pfgm.euler_step(x, field, z, to),
+        "heun_step": lambda: pfgm.heun_step(x, before, field, 2.0, 1.0),
+        "multistep_step": lambda: pfgm.multistep_step(x, field, 2.0, 1.0, before, 4.0),
         "multistep_step with levels in tensors": lambda: pfgm.multistep_step(
-            *field, z, to, before, since
+            x, field, z, to, before, since
         ),
     }
 
