@@ -3,7 +3,6 @@
 - :mod:`benchmarks.cpu`: operations on the CPU, by pytest-benchmark;
 - :mod:`benchmarks.gpu`: operations on a GPU;
 - :mod:`benchmarks.codegen`: what the GPU kernels compile to;
-- :mod:`benchmarks.machine_code`: predicted times of the GPU kernels;
 - :mod:`benchmarks.claims`: the papers' claims;
 - :mod:`benchmarks.studies`: single questions, such as quality by solver;
 - :mod:`benchmarks.report`: the stored results as tables.

@@ -63,7 +63,7 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
-@pytest.fixture(params=["native", "reference"] if NATIVE else ["reference"])
+@pytest.fixture(params=["native", "torch", "reference"] if NATIVE else ["torch", "reference"])
 def backend(request):
     return request.param
 
@@ -228,6 +228,35 @@ def _all_squared_distances(x, references):
 
 # The same for all radii, D and upstreams.
 _squared_distances = _remembering(_all_squared_distances, most=32)
+
+
+@pytest.fixture(scope="session")
+def stress():
+    """Digits, enlarged and made distinct, and points at and between them: (x, references, name)."""
+    from sklearn.datasets import load_digits
+
+    digits = torch.from_numpy(load_digits().data[:160]).float() / 8 - 1
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    cases = []
+    for N in (64, 784, 3072):
+        references = digits.repeat(1, -(-N // 64))[:, :N]
+        references = references + (0.05 * noise(160, N) if N > 64 else 0)
+        first, second = references[:9], references[60:69]
+        perturbed = first + noise(9, N) * torch.logspace(-2, 1, 9)[:, None]
+        twins = torch.cat([references, references + 1e-5 * noise(160, N)])
+        cases += [
+            (first + 1e-3 * noise(9, N), references, f"{N} near"),
+            (perturbed, references, f"{N} perturbed"),
+            ((first + second) / 2, references, f"{N} tie"),
+            ((first + second) / 2 + 1e-4 * noise(9, N), references, f"{N} near tie"),
+            (first + 1e3 * noise(9, N), references, f"{N} far"),
+            (first + 0.1 * noise(9, N), twins, f"{N} twins"),
+        ]
+    return cases
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""What the GPU kernels compile to, read from their machine code."""
+"""What the GPU kernels compile to, read from the machine code. Needs no GPU."""

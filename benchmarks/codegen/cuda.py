@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -19,22 +20,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from benchmarks.codegen import summary
-from benchmarks.codegen.cuobjdump import (
-    instructions,
-    is_matrix_instruction,
-    read_usage,
-    waits,
-    waits_first,
-)
+from benchmarks.codegen import rows as shown
+from benchmarks.codegen.rows import Figures, Row, capability
 from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import ROOT
 from benchmarks.common.machine import store
-from benchmarks.common.tables import table
 
 CSRC = ROOT / "csrc" / "cuda"
 HOW_TO_BUILD = (
@@ -47,12 +40,19 @@ _REGISTERS = 1 << 16  # of a multiprocessor
 _MOST_REGISTERS = 255  # of a thread
 _EMPTY = 4  # instructions of an empty kernel, at most, and two more if it waits
 
-_COPY = re.compile(r"LDGSTS\.E(?:\.\w+)*\.128(?:\.|$)")
-_WIDE_LOAD = re.compile(r"LDG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
-_WIDE_STORE = re.compile(r"STG\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_COPY, _WIDE = r"LDGSTS\.E(?:\.\w+)*\.128(?:\.|$)", r"\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)"
 # A load of what must not change while the kernel runs. Waiting does not make it see new values.
-_UNCHANGING_LOAD = re.compile(r"LDG(?:\.\w+)*\.CONSTANT(?:\.|$)")
-_FLUSHING = re.compile(r"F(?:ADD|MUL|FMA|SETP)(?:\.\w+)*\.FTZ(?:\.|$)")
+_UNCHANGING_LOAD = r"LDG(?:\.\w+)*\.CONSTANT(?:\.|$)"
+_FLUSHING = r"F(?:ADD|MUL|FMA|SETP)(?:\.\w+)*\.FTZ(?:\.|$)"
+# A wait for earlier launches, without a predicate.
+_WAIT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+ACQBULK\b")
+# What may access global memory, let the next launch start, jump or end. Other LD… and ST… are of
+# shared, local or constant memory.
+_MATTERS = re.compile(
+    r"LD(?![CLS])|ST(?![LS])|ATOM(?!S)|RED(?!UX)|CCTL|TEX|TLD|SU(?:LD|ST|RED)|U\w*TMA|UBLK"
+    r"|PREEXIT|BRA|BRX|JM[PX]|CALL|RET|EXIT|KILL|BREAK|BPT"
+)
 
 _USAGE = re.compile(r"^ Function (\S+):\n(.*)$", re.MULTILINE)
 _THREADS = re.compile(
@@ -63,54 +63,14 @@ _UNWANTED = re.compile(r"(?<!\S)-(?:O ?[0-2]|g|maxrregcount)(?!\S)")
 _DECLARED = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
 )
-_TYPES = {"f": "float32", "h": "uint8"}
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Resources and instructions of one kernel on one architecture."""
-
-    registers: int
-    spills: int
-    """Bytes of stack and local memory per thread."""
-    shared: int
-    """Bytes of static shared memory per block."""
-    threads: int | None
-    """The most threads of a block, by the kernel's launch bounds."""
-    instructions: int
-    """Without padding."""
-    matrix_instructions: dict[str, int]
-    """Instruction with its modifiers → its number in the code."""
-    copies: int
-    """Asynchronous copies of 16 bytes."""
-    wide_loads: int
-    wide_stores: int
-    flushing: int
-    """Float32 instructions that flush subnormal numbers to zero."""
-    unchanging_loads: int
-    """Loads of global memory as if nothing wrote it while the kernel is resident."""
-    waits: bool
-    """Whether it waits for earlier launches."""
-    waits_first: bool
-    """Whether it does so before all that matters to other launches."""
-
-
-class Row(NamedTuple):
-    """One kernel on one architecture, and what is wrong with it."""
-
-    architecture: str
-    kernel: str
-    figures: Figures
-    problems: list[str]
+_ARGUMENT = r"L[bi](\d+)E|NS\w*?_\d+([A-Z]\w*?)E|[fh]"  # of a template, mangled
 
 
 @dataclass(frozen=True)
 class Intent:
     """What a kernel should compile to."""
 
-    threads: int
-    """Threads of the largest block that it is launched with."""
-    blocks: int = 1
+    blocks: int
     """Blocks that the registers of a multiprocessor must hold at once."""
     products: str | None = None
     """What the names of its matrix instructions contain: ".TF32", or "16816" for products of
@@ -121,68 +81,21 @@ class Intent:
     """Whether it loads and stores 16 bytes at a time."""
 
 
-_BY_ROW = {
-    "4, true": Intent(1024, wide=True),
-    "4, false": Intent(512, wide=True),
-    "1, true": Intent(768),
-    "1, false": Intent(512),
-}
-# By name, or by name and template arguments.
+# By patterns of whole names, the first that matches.
 INTENTS = {
-    "find_center": Intent(256, blocks=2),
-    "split_rows": Intent(256, blocks=2),
-    "distances": Intent(256, products="16816", copies=True),
-    "warpgroup_distances": Intent(256, products="64x64x16", copies=True),
-    **{
-        f"warpgroup_distances<float32, 128, 192, {how}>": Intent(
-            384, products="64x64x16", copies=True
-        )
-        for how in ("false, false", "false, true", "true, false")
-    },
-    "finish_distances": Intent(128, blocks=4),
-    **{
-        f"finish_distances<{type_}, {geforce}, false>": Intent(128, blocks=4, wide=True)
-        for type_ in ("float32", "Rounded", "BFloat16", "Float16", "uint8")
-        for geforce in ("true", "false")
-    },
-    "differences": Intent(256, blocks=2, copies=True),
-    **{
-        f"find_limits<{products}, {warps}>": Intent(32 * warps, blocks=2)
-        for products in ("true", "false")
-        for warps in (4, 8)
-    },
-    "refine": Intent(512, blocks=2),
-    "weigh": Intent(256, blocks=6),
-    "order_queries": Intent(256, blocks=2),
-    "weighted_sum": Intent(128, blocks=2, products=".TF32", copies=True),
-    **{
-        f"weighted_sum<{type_}, {rows}, true>": Intent(128, blocks=2, products="16816", copies=True)
-        for type_ in ("float32", "Rounded", "BFloat16", "Float16", "uint8")
-        for rows in (32, 64)
-    },
-    "merge": Intent(256, blocks=2),
-    "subtract_mean": Intent(256, blocks=2),
-    **{
-        f"list_references<{rows}, {uneven}, {halves}, false>": Intent(8 * rows, blocks=2)
-        for rows in (32, 64)
-        for uneven in ("true, true", "true, false", "false, false")
-        for halves in ("true", "false")
-    },
-    **{
-        f"list_references<{rows}, {uneven}, true, true>": Intent(512, blocks=2)
-        for rows in (64, 128)
-        for uneven in ("true, true", "true, false", "false, false")
-    },
-    "warpgroup_sum": Intent(256, products="64x64x16", copies=True),
-    "pull": Intent(256, blocks=2),
-    "find_coefficients": Intent(256, blocks=2),
-    "finish_moments": Intent(32, blocks=2),
-    "merge_gradient": Intent(256, blocks=2),
-    "expand_level": Intent(128, blocks=2),
-    "find_step_levels": Intent(128, blocks=2),
-    "reference_gradient": Intent(128, blocks=2, products=".TF32", copies=True),
-    **{f"ode_step_kernel<{arguments}>": intent for arguments, intent in _BY_ROW.items()},
-    **{f"normalised_field_kernel<{arguments}>": intent for arguments, intent in _BY_ROW.items()},
+    r"distances<.*": Intent(1, "16816", copies=True),
+    r"warpgroup_(distances|sum)<.*": Intent(1, "64x64x16", copies=True),
+    r"finish_distances<.*, false>": Intent(4, wide=True),
+    r"finish_distances<.*": Intent(4),
+    r"differences<.*": Intent(2, copies=True),
+    r"weigh<.*": Intent(6),
+    r"weighted_sum<\w+, \d+, true>": Intent(2, "16816", copies=True),
+    r"(weighted_sum|reference_gradient)<.*": Intent(2, ".TF32", copies=True),
+    r"(ode_step|normalised_field)_kernel<4, .*": Intent(1, wide=True),
+    r"(ode_step|normalised_field)_kernel<1, .*": Intent(1),
+    r"(find_center|find_limits|refine|list_references|merge|subtract_mean)(<.*)?": Intent(2),
+    r"(pull|find_coefficients|split_rows|order_queries|finish_moments)(<.*)?": Intent(2),
+    r"merge_gradient|expand_level|find_step_levels": Intent(2),
 }
 
 
@@ -248,38 +161,23 @@ def short_name(symbol: str) -> str:
     """The readable form of a mangled name, such as ``distances<uint8, 64, true>``.
 
     Knows only the rules that the kernels need. c++filt is not installed everywhere.
+
+    Raises:
+        ValueError: the name follows other rules.
     """
-    name, rest = _last_name(re.sub("^_ZN?", "", symbol))
-    if not rest.startswith("I"):
-        return name
-    rest, arguments = rest[1:], []
-    while not rest.startswith("E"):
-        argument, rest = _argument(rest)
-        arguments.append(argument)
-    return f"{name}<{', '.join(arguments)}>"
-
-
-def _last_name(text: str) -> tuple[str, str]:
-    """The last of nested names, each written behind its length, and the rest of the text."""
-    name = ""
-    while found := re.match(r"(?:S[0-9A-Z]*_)?(\d+)", text):
-        end = found.end() + int(found[1])
-        name, text = text[found.end() : end], text[end:]
-    if not name:
-        raise ValueError(f"no mangled name: {text!r}")
-    return name, text
-
-
-def _argument(text: str) -> tuple[str, str]:
-    if literal := re.match(r"L([a-z])(\d+)E", text):
-        value = {"0": "false", "1": "true"}[literal[2]] if literal[1] == "b" else literal[2]
-        return value, text[literal.end() :]
-    if text.startswith("N"):
-        name, rest = _last_name(text[1:])
-        return name, rest.removeprefix("E")
-    if text[:1] in _TYPES:
-        return _TYPES[text[0]], text[1:]
-    raise ValueError(f"unknown template argument: {text!r}")
+    name, rest = "", re.sub("^_ZN?", "", symbol)
+    while found := re.match(r"\d+", rest):  # nested names, each behind its length
+        end = found.end() + int(found[0])
+        name, rest = rest[found.end() : end], rest[end:]
+    found = re.match(rf"I((?:{_ARGUMENT})+)E", rest)
+    if not name or (rest.startswith("I") and not found):
+        raise ValueError(f"no name of a kernel: {symbol!r}.")
+    words = {"Lb0E": "false", "Lb1E": "true", "f": "float32", "h": "uint8"}
+    arguments = [
+        words.get(each[0]) or each[1] or each[2]
+        for each in re.finditer(_ARGUMENT, found[1] if found else "")
+    ]
+    return f"{name}<{', '.join(arguments)}>" if arguments else name
 
 
 def dump(file: Path, architecture: str) -> str:
@@ -303,21 +201,13 @@ def read(text: str, architecture: str) -> list[Row]:
     """Every kernel of this architecture in a dump, which for sm_90 also contains sm_90a."""
     rows = []
     for part in text.split("\nFatbin elf code:\n"):
-        if f"arch = sm_{architecture}\n" in part[:200]:
-            rows += _rows_of_part(part, architecture)
-    return rows
-
-
-def _rows_of_part(part: str, architecture: str) -> list[Row]:
-    usages = dict(_USAGE.findall(part))
-    codes = _after(part, "\tFunction : ")
-    about = _after(part, "\n.nv.info.")
-    rows = []
-    for symbol, usage in usages.items():
-        threads = _bound(about.get(symbol, ""))
-        figures = _figures(usage, codes.get(symbol, ""), threads, architecture)
-        kernel = short_name(symbol)
-        rows.append(Row(architecture, kernel, figures, problems(kernel, architecture, figures)))
+        if f"arch = sm_{architecture}\n" not in part[:200]:
+            continue
+        codes, about = _after(part, "\tFunction : "), _after(part, "\n.nv.info.")
+        for symbol, usage in _USAGE.findall(part):
+            figures = _figures(usage, codes.get(symbol, ""), about.get(symbol, ""), architecture)
+            kernel = short_name(symbol)
+            rows.append(Row(kernel, architecture, figures, problems(kernel, architecture, figures)))
     return rows
 
 
@@ -327,41 +217,16 @@ def _after(part: str, heading: str) -> dict[str, str]:
     return {symbol: rest for symbol, _, rest in pieces}
 
 
-def _bound(information: str) -> int | None:
-    found = _THREADS.search(information)
-    if found is None:
-        return None
-    x, y, z = (int(n, 16) for n in found.groups())
-    return x * y * z
-
-
-def _figures(usage: str, code: str, threads: int | None, architecture: str) -> Figures:
-    registers, spills, shared = read_usage(usage, capability(architecture))
-    counts = Counter(instructions(code))
-
-    def count(kind: re.Pattern[str]) -> int:
-        return sum(n for instruction, n in counts.items() if kind.match(instruction))
-
+def _figures(usage: str, code: str, about: str, architecture: str) -> Figures:
+    bound, wait = _THREADS.search(about), _WAIT.search(code)
+    # As nothing jumps before the wait, it is on every path.
+    before = _INSTRUCTION.findall(code[: wait.start()]) if wait else []
     return Figures(
-        registers=registers,
-        spills=spills,
-        shared=shared,
-        threads=threads,
-        instructions=counts.total() - counts["NOP"],
-        matrix_instructions={name: n for name, n in counts.items() if is_matrix_instruction(name)},
-        copies=count(_COPY),
-        wide_loads=count(_WIDE_LOAD),
-        wide_stores=count(_WIDE_STORE),
-        flushing=count(_FLUSHING),
-        unchanging_loads=count(_UNCHANGING_LOAD),
-        waits=waits(code),
-        waits_first=waits_first(code),
+        *shown.read_usage(usage, architecture),
+        Counter(_INSTRUCTION.findall(code)),
+        math.prod(int(n, 16) for n in bound.groups()) if bound else None,
+        wait is not None and not any(map(_MATTERS.match, before)),
     )
-
-
-def capability(architecture: str) -> int:
-    """The number of an architecture: 90 of "90a"."""
-    return int(architecture.rstrip("af"))
 
 
 def compiler_version(file: Path) -> str | None:
@@ -375,17 +240,12 @@ def compiler_version(file: Path) -> str | None:
 
 def intent_of(kernel: str) -> Intent | None:
     """What a kernel should compile to."""
-    return INTENTS.get(kernel) or INTENTS.get(stem(kernel))
+    return next((intent for names, intent in INTENTS.items() if re.fullmatch(names, kernel)), None)
 
 
 def stem(kernel: str) -> str:
     """The name without template arguments."""
     return kernel.split("<")[0]
-
-
-def register_limit(intent: Intent) -> int:
-    """The most registers per thread with which the intended blocks fit, a multiple of 8."""
-    return min(_REGISTERS // (intent.threads * intent.blocks) // 8 * 8, _MOST_REGISTERS)
 
 
 def is_replaced(kernel: str, architecture: str) -> bool:
@@ -398,8 +258,8 @@ def is_replaced(kernel: str, architecture: str) -> bool:
         return architecture != "90a"
     if stem(kernel) != "distances":
         return False
-    type_, queries, _, geforce, *_ = _arguments(kernel)
-    newest = int(architecture.rstrip("af"))
+    type_, queries, _, geforce, *_ = kernel.partition("<")[2].rstrip(">").split(", ")
+    newest = capability(architecture)
     if newest >= 120:
         return geforce == "false"
     if newest < 90:
@@ -408,9 +268,9 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     return geforce == "true" or (architecture == "90a" and of_warpgroups)
 
 
-def _arguments(kernel: str) -> list[str]:
-    """The template arguments of a name."""
-    return kernel.partition("<")[2].rstrip(">").split(", ")
+def register_limit(threads: int, blocks: int) -> int:
+    """The most registers per thread with which so many blocks fit, a multiple of 8."""
+    return min(_REGISTERS // (threads * blocks) // 8 * 8, _MOST_REGISTERS)
 
 
 def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
@@ -418,69 +278,61 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
     where, intent = f"{kernel} on sm_{architecture}", intent_of(kernel)
     if intent is None:
         return [f"{where} is not listed in INTENTS of codegen/cuda.py; it is not checked."]
-    found = [f"{where} {what}." for what in _waits(capability(architecture), figures)]
-    if is_replaced(kernel, architecture):
-        if figures.matrix_instructions:
-            found.append(f"{where} is not meant to multiply: it is never launched.")
-        return found
-    found += [f"{where} {what}." for what in _resources(intent, figures)]
-    return found + [f"{where} {what}." for what in _instructions(intent, figures)]
-
-
-def _waits(capability: int, figures: Figures) -> Iterable[str]:
-    if capability < 90:
-        if figures.waits:
-            yield "waits for earlier launches, which its devices cannot"
-        return
-    if not figures.waits_first:
-        yield (
+    matrix, count = figures.matrix_instructions, figures.count
+    can_wait, waits, unchanging = (
+        capability(architecture) >= 90,
+        count("ACQBULK"),
+        count(_UNCHANGING_LOAD),
+    )
+    found: list[tuple[object, str]] = [
+        (
+            waits and not can_wait,
+            "waits for earlier launches, which its devices cannot",
+        ),
+        (
+            can_wait and not figures.waits_first,
             "does not wait for earlier launches before it accesses global memory, jumps or ends: "
-            "its first statement must be wait_for_earlier_launches()"
-        )
-    if figures.unchanging_loads:
-        yield (
-            f"loads global memory as unchanging {figures.unchanging_loads} times, but the launch "
-            "before may still write it: leave __restrict__ away from what it reads"
-        )
-
-
-def _resources(intent: Intent, figures: Figures) -> Iterable[str]:
-    if figures.spills:
-        yield f"spills {figures.spills} bytes per thread"
-    if figures.threads is None:
-        yield f"has no launch bounds; it is launched with blocks of {intent.threads} threads"
-    elif figures.threads != intent.threads:
-        yield (
-            f"is compiled for blocks of up to {figures.threads} threads, "
-            f"and launched with up to {intent.threads}"
-        )
-    if figures.registers > register_limit(intent):
-        yield (
-            f"uses {figures.registers} registers per thread; "
-            f"{intent.blocks} × {intent.threads} threads allow {register_limit(intent)}"
-        )
-
-
-def _instructions(intent: Intent, figures: Figures) -> Iterable[str]:
-    matrix = figures.matrix_instructions
+            "its first statement must be wait_for_earlier_launches()",
+        ),
+        (
+            can_wait and unchanging,
+            f"loads global memory as unchanging {unchanging} times, but the launch "
+            "before may still write it: leave __restrict__ away from what it reads",
+        ),
+    ]
+    if is_replaced(kernel, architecture):
+        found.append((matrix, "is not meant to multiply: it is never launched"))
+        return [f"{where} {what}." for wrong, what in found if wrong]
     seen = ", ".join(matrix) or "no matrix instructions"
-    if figures.instructions <= _EMPTY + 2 * figures.waits:
-        yield "is empty"
-    if intent.products and not (matrix and all(intent.products in name for name in matrix)):
-        yield f"is meant to have matrix instructions with {intent.products}; it has {seen}"
-    if matrix and not intent.products:
-        yield f"is not meant to multiply in matrix units; it has {seen}"
-    if intent.copies and not figures.copies:
-        yield "has no asynchronous copies of 16 bytes"
-    if intent.wide and not figures.wide_loads:
-        yield "has no 16-byte loads from global memory"
-    if intent.wide and not figures.wide_stores:
-        yield "has no 16-byte stores to global memory"
-    if figures.flushing:
-        yield (
-            f"flushes subnormal numbers to zero in {figures.flushing} instructions: "
-            "compile it without --use_fast_math and --ftz=true"
-        )
+    limit = register_limit(figures.threads or 32, intent.blocks)
+    products = matrix and all((intent.products or "") in name for name in matrix)
+    found += [
+        (figures.spills, f"spills {figures.spills} bytes per thread"),
+        (figures.threads is None, "has no launch bounds"),
+        (
+            figures.registers > limit,
+            f"uses {figures.registers} registers per thread; "
+            f"{intent.blocks} × {figures.threads} threads allow {limit}",
+        ),
+        (count("(?!NOP)") <= _EMPTY + 2 * bool(waits), "is empty"),
+        (
+            intent.products and not products,
+            f"is meant to have matrix instructions with {intent.products}; it has {seen}",
+        ),
+        (
+            matrix and not intent.products,
+            f"is not meant to multiply in matrix units; it has {seen}",
+        ),
+        (intent.copies and not count(_COPY), "has no asynchronous copies of 16 bytes"),
+        (intent.wide and not count("LDG" + _WIDE), "has no 16-byte loads from global memory"),
+        (intent.wide and not count("STG" + _WIDE), "has no 16-byte stores to global memory"),
+        (
+            count(_FLUSHING),
+            f"flushes subnormal numbers to zero in {count(_FLUSHING)} instructions: "
+            "compile it without --use_fast_math and --ftz=true",
+        ),
+    ]
+    return [f"{where} {what}." for wrong, what in found if wrong]
 
 
 def missing(rows: list[Row], expected: Iterable[str]) -> list[str]:
@@ -499,61 +351,15 @@ def unwanted_options(text: str) -> list[str]:
     return sorted({word for line in _OPTIONS.findall(text) for word in _UNWANTED.findall(line)})
 
 
-class Check(NamedTuple):
-    """All kernels of an extension, and what is wrong with them."""
-
-    rows: list[Row]
-    problems: list[str]
-
-
-def check(file: Path, expected: list[str]) -> Check:
-    """Reads and checks an extension for the expected architectures."""
+def check(file: Path, expected: list[str]) -> tuple[list[Row], list[str]]:
+    """All kernels of an extension for the expected architectures, and what is wrong with them."""
     with ThreadPoolExecutor(PROCESSES) as pool:
-        parts = list(pool.map(lambda architecture: _check(file, architecture), expected))
-    rows = [row for part in parts for row in part.rows]
-    found = [problem for part in parts for problem in part.problems]
-    return Check(rows, missing(rows, expected) + found)
-
-
-def _check(file: Path, architecture: str) -> Check:
-    text = dump(file, architecture)
-    rows = read(text, architecture)
-    found = [problem for row in rows for problem in row.problems]
-    found += [f"sm_{architecture} is assembled with {o}." for o in unwanted_options(text)]
-    return Check(rows, found)
-
-
-# ---- the command -------------------------------------------------------------------------------
-
-
-def report(rows: list[Row]) -> str:
-    """One line per kernel and architecture."""
-    header = ["kernel", "architecture", "registers", "limit", "spills", "shared"]
-    header += ["matrix instructions", "16-byte copies", "loads", "stores"]
-    return table(header, [_cells(row) for row in rows])
-
-
-def _cells(row: Row) -> list[str]:
-    figures, intent = row.figures, intent_of(row.kernel)
-    matrix = ", ".join(f"{count} {name}" for name, count in figures.matrix_instructions.items())
-    limit = register_limit(intent) if intent else ""
-    counts = [figures.registers, limit, figures.spills, figures.shared, matrix, figures.copies]
-    counts += [figures.wide_loads, figures.wide_stores]
-    return [row.kernel, f"sm_{row.architecture}", *map(str, counts)]
-
-
-def stored(rows: list[Row]) -> list[summary.Summary]:
-    """What is stored: one row for all instances of a kernel's template on an architecture."""
-    variants = [
-        summary.Variant(stem(row.kernel), f"sm_{row.architecture}", asdict(row.figures))
-        for row in rows
-    ]
-    counts = {
-        "copies": "16-byte copies",
-        "wide_loads": "16-byte loads",
-        "wide_stores": "16-byte stores",
-    }
-    return summary.summarise(variants, counts)
+        texts = list(pool.map(lambda architecture: dump(file, architecture), expected))
+    rows, found = [], []
+    for architecture, text in zip(expected, texts, strict=True):
+        rows += read(text, architecture)
+        found += [f"sm_{architecture} is assembled with {o}." for o in unwanted_options(text)]
+    return rows, missing(rows, expected) + [p for row in rows for p in row.problems] + found
 
 
 def main() -> int:
@@ -565,11 +371,9 @@ def main() -> int:
     if file is None or reason is not None:
         parser.error(reason or "")
     rows, found = check(file, architectures())
-    print(report([row for row in rows if options.only in row.kernel]))
     if options.store:
-        store("codegen_cuda", {"nvcc": compiler_version(file), "rows": stored(rows)})
-    print("\n".join(found), file=sys.stderr)
-    return 1 if found else 0
+        store("codegen_cuda", {"nvcc": compiler_version(file), "rows": shown.summaries(rows)})
+    return shown.finish(rows, found, options.only)
 
 
 if __name__ == "__main__":

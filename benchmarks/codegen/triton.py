@@ -1,12 +1,11 @@
-"""What the Triton kernels compile to, read from the machine code. Needs no GPU.
+"""What the Triton kernels compile to. Needs no GPU.
 
     python -m benchmarks.codegen.triton [--only SUBSTRING] [--capability 90] [--store]
 
 Compiles every variant that the kernel modules list for sm_80, sm_90, sm_100 and sm_120, prints
-registers, spills, shared memory, matrix instructions and 16-byte loads, and ends with status 1 if a
+registers, spills, shared memory and the matrix instructions of its PTX, and ends with status 1 if a
 kernel spills, needs more shared memory than a block can have, or lacks instructions that it should
-have.
-``--store`` keeps a row for each kernel and architecture in results/codegen_triton.json.
+have. ``--store`` keeps a row for each kernel and architecture in results/codegen_triton.json.
 """
 
 from __future__ import annotations
@@ -14,24 +13,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
 import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.codegen import summary
-from benchmarks.codegen.cuobjdump import instructions, is_matrix_instruction, read_usage
-from benchmarks.codegen.disassembly import disassemble, machine_code
+from benchmarks.codegen import rows as shown
+from benchmarks.codegen.rows import Figures, Row
 from benchmarks.common.commands import new_parser
 from benchmarks.common.machine import store
-from benchmarks.common.tables import table
 from pfgm.backends.triton import interpreted
 
 if TYPE_CHECKING:  # in the tree, which is what mypy sees, pfgm.kernels is called kernels
@@ -40,68 +36,20 @@ if TYPE_CHECKING:  # in the tree, which is what mypy sees, pfgm.kernels is calle
 MODULES = tuple(
     f"pfgm.kernels.{name}"
     for name in (
-        "centering",
-        "distances",
-        "normalised_field",
-        "ode_step",
-        "posterior_mean",
-        "posterior_mean_backward",
-        "refinement",
-        "weights",
+        "centering", "distances", "normalised_field", "ode_step", "posterior_mean",
+        "posterior_mean_backward", "refinement", "weights",
     )
-)
-_ARCHITECTURES = {80: "80", 90: "90a", 100: "100a", 120: "120"}  # names for nvdisasm
-_SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB of a block, at most
-CAPABILITIES = tuple(_ARCHITECTURES)
+)  # fmt: skip
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Architecture → bytes of shared memory that a block can have."""
 PROCESSES = 2
 
-_KIB = 1024
-# Loads of a thread into registers or, asynchronously, into shared memory, and bulk copies.
-_WIDE_LOAD = re.compile(r"LDG(?:STS)?\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)|UBLKCP|UTMALDG")
+# In PTX: of a thread into registers or, asynchronously, into shared memory, and bulk copies.
+_WIDE_LOAD = r"ld\.global[\w.:]*\.v(?:[48]\.b32|[24]\.b64)|cp\.async\.(?:cg|bulk)"
+_INSTRUCTION = re.compile(rf"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|{_WIDE_LOAD})\b")
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Resources and instructions of one compiled kernel."""
-
-    registers: int
-    spills: int
-    """Bytes of local memory per thread."""
-    shared: int
-    """Bytes of shared memory per block, static and dynamic."""
-    matrix_instructions: dict[str, int]
-    """Instruction without its modifiers → its number in the code."""
-    wide_loads: int
-
-
-class Row(NamedTuple):
-    """One variant on one architecture, and what is wrong with it."""
-
-    module: str
-    kernel: str
-    capability: int
-    figures: Figures | None
-    problems: list[str]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One variant for one architecture."""
-
-    usage: str
-    """Its resources, as cuobjdump prints them."""
-    code: bytes
-    """Its instructions."""
-    shared: int
-    """Bytes of dynamic shared memory per block."""
-
-
-def shared_memory_limit(capability: int) -> int:
-    """Bytes of shared memory that one block can have."""
-    return _SHARED_MEMORY[capability] * _KIB
-
-
-def compile_variant(variant: Variant, capability: int) -> Compiled:
+def compile_variant(variant: Variant, capability: int) -> Figures:
     """Compiles for sm_CAPABILITY.
 
     Raises:
@@ -111,16 +59,24 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
         raise RuntimeError("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
     # Imported here, so that the rest of this module works without Triton.
     from triton import compile as triton_compile
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
 
-    compiled = triton_compile(
-        source_of(variant),
-        target=GPUTarget("cuda", capability, 32),
-        options=variant.options,
-    )
-    cubin = compiled.asm["cubin"]
-    usage = _cuobjdump(cubin, "--dump-resource-usage")
-    return Compiled(usage, machine_code(cubin), compiled.metadata.shared)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton_compile(source_of(variant), target=target, options=variant.options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return read_figures(usage, compiled.asm["ptx"], compiled.metadata.shared, capability)
+
+
+def read_figures(usage: str, ptx: str, dynamic_shared: int, capability: int) -> Figures:
+    """The figures of one kernel, from its resources as cuobjdump prints them and its PTX."""
+    registers, spills, shared = shown.read_usage(usage, str(capability))
+    counts = Counter(_INSTRUCTION.findall(ptx))
+    return Figures(registers, spills, shared + dynamic_shared, counts)
 
 
 def source_of(variant: Variant) -> Any:
@@ -147,63 +103,27 @@ def source_of(variant: Variant) -> Any:
     return ASTSource(variant.kernel, signature, dict(variant.constants), divisible)
 
 
-def dump_cubin(cubin: bytes) -> str:
-    """What cuobjdump prints about a compiled kernel."""
-    return _cuobjdump(cubin, "--dump-resource-usage", "--dump-sass")
-
-
-def _cuobjdump(cubin: bytes, *options: str) -> str:
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, *options, str(file)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def read_figures(dump: str, dynamic_shared: int, capability: int) -> Figures:
-    """The figures in a dump of one kernel."""
-    usage = read_usage(dump, capability)
-    matrix: dict[str, int] = {}
-    wide_loads = 0
-    for instruction in instructions(dump):
-        if is_matrix_instruction(instruction):
-            base = instruction.split(".")[0]
-            matrix[base] = matrix.get(base, 0) + 1
-        wide_loads += _WIDE_LOAD.match(instruction) is not None
-    return Figures(
-        registers=usage.registers,
-        spills=usage.spills,
-        shared=usage.shared + dynamic_shared,
-        matrix_instructions=matrix,
-        wide_loads=wide_loads,
-    )
-
-
 def problems(variant: Variant, capability: int, figures: Figures) -> list[str]:
     """What is wrong with a compiled variant, in sentences."""
     where, found = f"{variant.name} on sm_{capability}", []
-    limit = shared_memory_limit(capability)
+    limit, matrix = SHARED_MEMORY[capability], figures.matrix_instructions
+    # On Hopper the older matrix instructions have half of the rate.
+    full_rate = "wgmma.mma_async" in matrix if capability == 90 else bool(matrix)
     if figures.spills:
         found.append(f"{where} spills {figures.spills} bytes per thread.")
     if figures.shared > limit:
         found.append(f"{where} wants {figures.shared} bytes of shared memory; a block has {limit}.")
-    if variant.products and not _full_rate(figures.matrix_instructions, capability):
-        seen = ", ".join(figures.matrix_instructions) or "no matrix instructions"
+    if variant.products and not full_rate:
+        seen = ", ".join(matrix) or "no matrix instructions"
         found.append(f"{where} is meant to multiply in tensor cores at full rate; it has {seen}.")
-    if variant.wide_loads and not figures.wide_loads:
+    if variant.wide_loads and not figures.count(_WIDE_LOAD):
         found.append(f"{where} has no 16-byte loads from global memory.")
     return found
 
 
-def _full_rate(matrix_instructions: dict[str, int], capability: int) -> bool:
-    """Whether matrix instructions have the full rate. On Hopper the older ones have half of it."""
-    return "HGMMA" in matrix_instructions if capability == 90 else bool(matrix_instructions)
-
-
 @functools.cache
-def _variants(module: str) -> list[Variant]:
+def variants(module: str) -> list[Variant]:
+    """Those that a module lists, and the smallest of each kernel."""
     listed: list[Variant] = importlib.import_module(module).variants()
     kernels = {variant.kernel: variant for variant in reversed(listed)}
     return [*listed, *map(smallest, kernels.values())]
@@ -231,132 +151,52 @@ def smallest(variant: Variant) -> Variant:
     )
 
 
-class Job(NamedTuple):
-    """A variant, by its place in the module's list because kernels cannot be pickled."""
-
-    module: str
-    place: int
-    capability: int
-
-    @property
-    def variant(self) -> Variant:
-        return _variants(self.module)[self.place]
-
-
-def _compile(job: Job) -> Compiled | str:
-    """What a variant compiles to, or why it does not compile."""
+def row_of(variant: Variant, capability: int) -> Row:
+    """Compiles and checks a variant."""
     try:
-        return compile_variant(job.variant, job.capability)
+        figures = compile_variant(variant, capability)
     except Exception as error:  # a kernel that does not compile is a problem to report
-        return f"{type(error).__name__}: {error}"
-
-
-def _row(job: Job, compiled: Compiled | str, code: str) -> Row:
-    module, _, capability = job
-    variant = job.variant
-    if isinstance(compiled, str):
-        found = [f"{variant.name} on sm_{capability} does not compile: {compiled}"]
-        return Row(module, variant.name, capability, None, found)
-    figures = read_figures(compiled.usage + code, compiled.shared, capability)
+        why = f"{variant.name} on sm_{capability} does not compile: {type(error).__name__}: {error}"
+        return Row(variant.name, str(capability), None, [why])
     found = problems(variant, capability, figures)
-    return Row(module, variant.name, capability, figures, found)
+    return Row(variant.name, str(capability), figures, found)
 
 
-def _disassembled(jobs: Sequence[Job], compiled: Sequence[Compiled | str]) -> list[str]:
-    """The instructions of each job, or "" where it does not compile."""
-    found = [""] * len(jobs)
-    for capability in {job.capability for job in jobs}:
-        codes = {
-            place: one.code
-            for place, (job, one) in enumerate(zip(jobs, compiled, strict=True))
-            if job.capability == capability and isinstance(one, Compiled)
-        }
-        texts = disassemble(list(codes.values()), _ARCHITECTURES[capability])
-        for place, text in zip(codes, texts, strict=True):
-            found[place] = text
-    return found
+def _row_at(module: str, place: int, capability: int) -> Row:
+    """The row of a variant by its place in the module's list: kernels cannot be pickled."""
+    return row_of(variants(module)[place], capability)
 
 
-def rows_of(
-    modules: Iterable[str],
-    capabilities: Iterable[int],
-    only: str = "",
-    processes: int = PROCESSES,
-) -> list[Row]:
-    """Compiles every variant whose name contains ``only``, here or in several processes."""
+def rows_of(capabilities: Iterable[int], only: str = "") -> list[Row]:
+    """Compiles every variant whose name contains ``only``, in several processes."""
     jobs = [
-        Job(module, place, capability)
-        for module in modules
-        for place, variant in enumerate(_variants(module))
+        (module, place, capability)
+        for module in MODULES
+        for place, variant in enumerate(variants(module))
         if only in variant.name
         for capability in capabilities
     ]
-    if processes == 1:
-        compiled = list(map(_compile, jobs))
-    else:
-        # Not by fork, because torch's threads do not survive it.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context) as pool:
-            compiled = list(pool.map(_compile, jobs))
-    return list(map(_row, jobs, compiled, _disassembled(jobs, compiled)))
-
-
-def report(rows: list[Row]) -> str:
-    """One line per variant and architecture."""
-    header = ["kernel", "architecture", "registers", "spills", "shared"]
-    header += ["matrix instructions", "16-byte loads"]
-    return table(header, [_cells(row) for row in rows])
-
-
-def _cells(row: Row) -> list[str]:
-    start = [row.kernel, f"sm_{row.capability}"]
-    if row.figures is None:
-        return [*start, *[""] * 5]
-    figures = row.figures
-    matrix = ", ".join(f"{count} {name}" for name, count in figures.matrix_instructions.items())
-    counts = (figures.registers, figures.spills, figures.shared, matrix, figures.wide_loads)
-    return [*start, *map(str, counts)]
-
-
-def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows for JSON."""
-    return [
-        {**row._asdict(), "figures": None if row.figures is None else asdict(row.figures)}
-        for row in rows
-    ]
-
-
-def stored(rows: list[Row]) -> list[summary.Summary]:
-    """What is stored: one row for all variants of a kernel that compile on an architecture."""
-    variants = [
-        summary.Variant(row.kernel.split(",")[0], f"sm_{row.capability}", asdict(row.figures))
-        for row in rows
-        if row.figures is not None
-    ]
-    return summary.summarise(variants, {"wide_loads": "16-byte loads"})
+    # Not by fork, because torch's threads do not survive it.
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_row_at, *zip(*jobs, strict=True)))
 
 
 def main() -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the variant's name")
-    parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="default: all")
-    parser.add_argument("--modules", nargs="+", default=MODULES, help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=PROCESSES, help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON, not a table")
+    parser.add_argument("--capability", type=int, choices=SHARED_MEMORY, help="default: all")
     parser.add_argument("--store", action="store_true", help="write results/codegen_triton.json")
     options = parser.parse_args()
     if interpreted():
         parser.error("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
-    capabilities = CAPABILITIES if options.capability is None else (options.capability,)
-    rows = rows_of(options.modules, capabilities, options.only, options.processes)
-    print(json.dumps(as_json(rows)) if options.json else report(rows))
+    chosen = SHARED_MEMORY if options.capability is None else (options.capability,)
+    rows = rows_of(chosen, options.only)
     if options.store:
         import triton
 
-        store("codegen_triton", {"triton": triton.__version__, "rows": stored(rows)})
-    found = [problem for row in rows for problem in row.problems]
-    print("\n".join(found), file=sys.stderr)
-    return 1 if found else 0
+        result = {"triton": triton.__version__, "rows": shown.summaries(rows)}
+        store("codegen_triton", result)
+    return shown.finish(rows, [problem for row in rows for problem in row.problems])
 
 
 if __name__ == "__main__":

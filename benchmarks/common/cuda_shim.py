@@ -34,19 +34,16 @@ def why_unbuilt() -> str | None:
     return f"no {' and no '.join(missing)} on PATH" if missing else None
 
 
-def build(folder: str, *options: str) -> Path:
-    """Builds the extension in a folder of build/. Only changed sources are compiled again.
-
-    Args:
-        options: further ones of CMake.
+def build() -> Path:
+    """Builds the extension in build/cuda_shim. Only changed sources are compiled again.
 
     Raises:
         RuntimeError: it could not be built. The message has the compiler's output.
     """
     if reason := why_unbuilt():
         raise RuntimeError(f"the host shim is not built: {reason}.")
-    path = _ROOT / "build" / folder
-    options = ("-DPFGM_CUDA_SHIM=ON", f"-DPython_EXECUTABLE={sys.executable}", *options)
+    path = _ROOT / "build" / "cuda_shim"
+    options = ("-DPFGM_CUDA_SHIM=ON", f"-DPython_EXECUTABLE={sys.executable}")
     for command in (
         ["cmake", "-S", str(_ROOT), "-B", str(path), "-G", "Ninja", *options],
         ["cmake", "--build", str(path)],

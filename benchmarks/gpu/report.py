@@ -12,7 +12,6 @@ from benchmarks.common.tables import format_seconds, table
 from benchmarks.gpu.clock import Device
 from benchmarks.gpu.measure import Row, implementation, lost
 from benchmarks.gpu.subjects import BACKENDS, PLAIN_COPY
-from benchmarks.machine_code import page, results
 
 OURS = tuple(BACKENDS)
 TORCH = ("torch", "torch, tf32", "compiled", "compiled, tf32", "published")
@@ -157,46 +156,6 @@ def floors(rows: list[Row]) -> str:
     return f"{title}\n\n{table(['', 'path', 'floor', 'time', 'in a graph'], lines)}"
 
 
-# ---- predicted and measured --------------------------------------------------------------------
-
-CARDS = {"A100": "A100 SXM", "H100": "H100 SXM", "B200": "B200"}
-CARDS |= {"RTX 4090": "RTX 4090", "RTX 5090": "RTX 5090"}
-COUNTED = {
-    "forward, CIFAR-10 shape, 128 × 4096": "C: photographs",
-    "forward, Fashion-MNIST, 256 × 60000": "F: Fashion-MNIST",
-    "forward, digits, 128 × 1437": "G: digits",
-}
-AS_PREDICTED = {"torch": "torch, float32", "torch, tf32": "torch, TF32"}
-AS_PREDICTED |= {"compiled": "compiled, float32", "compiled, tf32": "compiled, TF32"}
-
-
-def beside_predicted(rows: list[Row], card: str) -> str:
-    """Predicted and measured times, for the shapes and cards that were predicted.
-
-    The measured time is that within a graph if there is one: the prediction leaves out the host.
-    """
-    name = next((known for word, known in CARDS.items() if word in card), None)
-    totals = page.predicted(results.load()) if name else {}
-    lines = []
-    for row in rows:
-        path, shape = AS_PREDICTED.get(row.path, row.path), COUNTED.get(row.subject, "")
-        expected = totals.get((shape, name or "", path))
-        measured = row.graph.get("median", row.seconds.get("median"))
-        if expected is not None and measured is not None:
-            cells = [
-                format_seconds(expected),
-                format_seconds(measured),
-                f"{measured / expected:.2f}",
-            ]
-            lines.append([row.subject, row.path, *cells])
-    if not lines:
-        return ""
-    title = f"Predicted by benchmarks/machine_code for the {name}, and measured:"
-    return (
-        f"{title}\n\n{table(['', 'path', 'predicted', 'measured', 'measured / predicted'], lines)}"
-    )
-
-
 # ---- the page ---------------------------------------------------------------------------------
 
 
@@ -216,8 +175,6 @@ def report(rows: list[Row], left_out: list[str], device: Device) -> str:
     if found := faster(rows):
         parts.append(tally(found))
     parts.append(floors(rows))
-    if device.real:
-        parts.append(beside_predicted(rows, torch.cuda.get_device_name()))
     if not device.real:
         parts.append("A dry run with a few digits: the times mean nothing.")
     if left_out:

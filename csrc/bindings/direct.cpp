@@ -138,11 +138,11 @@ bool direct_all_finite(int type, Address values, Index count) {
 
 // ---- a sample of memory ---------------------------------------------------------------------
 
-// A number that changes with any byte of a window of 64 bytes: of the 16 to 256 windows that are
+// A number that changes with any byte of a window of 64 bytes: of the 16 to 64 windows that are
 // spread over the memory, or of all bytes if they are few. Where a window lies in its share of the
 // memory looks random, so that windows do not follow the rows.
 std::uint64_t direct_sample(Address values, Index bytes) {
-  constexpr Index kWindow = 64, kFew = 1024, kShare = 8192, kFewest = kFew / kWindow, kMost = 256;
+  constexpr Index kWindow = 64, kFew = 1024, kShare = 8192, kFewest = kFew / kWindow, kMost = 64;
   constexpr std::uint64_t kMixing = 0x9e3779b97f4a7c15u;
   const auto* memory = pointer<const unsigned char>(values);
   if (memory == nullptr) return 0;

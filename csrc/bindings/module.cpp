@@ -268,7 +268,6 @@ PYBIND11_MODULE(_native, module) {
 #endif
 #ifdef PFGM_CUDA_SHIM
   module.def("shim_order", &shim::set_order);
-  module.def("shim_idle", &shim::set_idle);
   module.def("shim_device", &shim::set_device, py::arg("multiprocessors"), py::arg("capability"),
              py::arg("shared_limit"), py::arg("l2_cache") = shim::kCache);
   module.def(
@@ -289,27 +288,6 @@ PYBIND11_MODULE(_native, module) {
       launches.append(py::make_tuple(one.kernel, one.grid, one.threads, one.shared, one.blocks));
     return launches;
   });
-#ifdef PFGM_SHIM_ACCESSES
-  const auto taken = [](shim::Traffic (*of)(const shim::LaneAddresses&, int)) {
-    return [of](const shim::LaneAddresses& at, int bytes) {
-      const shim::Traffic found = of(at, bytes);
-      return py::make_tuple(found.least, found.all);
-    };
-  };
-  module.def("shim_wavefronts", taken(shim::wavefronts));
-  module.def("shim_transfers", taken(shim::transfers));
-  module.def("shim_accesses", [](bool on) {
-    py::list launches;
-    for (const shim::LaunchCounts& one : shim::count(on)) {
-      py::list accesses;
-      for (const auto& [place, kind, bytes, traffic] : one.accesses)
-        accesses.append(
-            py::make_tuple(place, static_cast<int>(kind), bytes, traffic.least, traffic.all));
-      launches.append(py::make_tuple(one.code, accesses));
-    }
-    return launches;
-  });
-#endif
 #endif
   module.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   module.def("cuda_devices", [] {

@@ -18,8 +18,9 @@ struct Tiling {
   Index clocks;             // predicted
 };
 
-// A tile of distances, and the predicted clocks of a panel of its features. There is none if these
-// are 0.
+// A tile of distances, and the clocks that a panel of its features takes. There is none if these
+// are 0. No GPU has measured them: they are predictions from machine code (docs/roofline.md; commit
+// d021624 has the model), as are the other costs here.
 struct TileCost {
   int queries, references;
   Index clocks;

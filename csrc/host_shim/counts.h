@@ -7,8 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "host_shim/accesses.h"
-
 namespace pfgm {
 namespace shim {
 
@@ -23,10 +21,6 @@ struct LaunchCounts {
   // multiply_add_halves. "wait_for_earlier_launches" counts threads, but not those that met others
   // or copied before.
   std::map<std::string, std::vector<std::int64_t>> blocks;
-  // Where the kernel is, and what it accesses in memory. Without PFGM_SHIM_ACCESSES they are
-  // 0 and empty.
-  std::size_t code;
-  std::vector<AccessCounts> accesses;
 };
 
 // Starts or stops to count. Returns what was counted since the last call, launches in order.

@@ -17,7 +17,6 @@
 #include <utility>
 
 #include "cuda/launch.h"
-#include "host_shim/accesses.h"
 #include "host_shim/counts.h"
 #include "host_shim/intrinsics.h"
 
@@ -261,7 +260,6 @@ std::uint64_t random_state = 0;
 std::vector<std::string> launched;
 bool counting = false;
 std::vector<LaunchCounts> counted;
-std::atomic<bool> idle_now{false};
 
 const Launch* shape;
 const std::function<void()>* body;
@@ -428,7 +426,6 @@ NO_TSAN unsigned meet(Meeting& meeting, Call call) {
     die("threads wait at different barriers: " + name(meeting.call) + " and " + name(call));
   meeting.call = current->waits = call;
   current->began = true;
-  if (counting) end_of_stretch(current->thread);
   if (++meeting.arrived == meeting.size) {
     meeting.arrived = 0;
     ++block->counts.calls[static_cast<int>(call)];
@@ -543,7 +540,6 @@ bool on_boundary(const void* address, int bytes) {
 
 NO_TSAN void end() {
   publish(end_of_grid);
-  if (counting) end_of_stretch(current->thread);
   current->waits = Call::end;
   --block->running;
   go_on(true);
@@ -677,15 +673,9 @@ std::vector<std::int64_t> ordered(std::int64_t n) {
   return result;
 }
 
-void begin_counts(const void* code) {
+void begin_counts() {
   const Grid& grid = shape->grid;
-  counted.push_back({shape->kernel,
-                     {grid.x, grid.y, grid.z},
-                     shape->threads,
-                     shape->shared,
-                     {},
-                     place_of_code(code),
-                     {}});
+  counted.push_back({shape->kernel, {grid.x, grid.y, grid.z}, shape->threads, shape->shared, {}});
   const std::vector<std::int64_t> zeros(static_cast<std::size_t>(grid.x * grid.y * grid.z));
   for (int call = 1; call < kEnd; ++call) counted.back().blocks[kCalls[call]] = zeros;
   for (const char* other : {"copied", "wait_for_earlier_launches"})
@@ -694,7 +684,7 @@ void begin_counts(const void* code) {
 
 }  // namespace
 
-void run(const Launch& launch, const void* code, const std::function<void()>& thread) {
+void run(const Launch& launch, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
   shape = &launch;
   body = &thread;
@@ -708,9 +698,8 @@ void run(const Launch& launch, const void* code, const std::function<void()>& th
 #ifdef __SANITIZE_THREAD__
   host.sanitizer = __tsan_get_current_fiber();
 #endif
-  if (counting) begin_counts(code);
+  if (counting) begin_counts();
   for (const std::int64_t number : ordered(grid.x * grid.y * grid.z)) run_block(number);
-  if (counting) counted.back().accesses = take_accesses();
 #ifdef __SANITIZE_THREAD__
   forget_fibers(0);
 #endif
@@ -750,23 +739,6 @@ std::vector<LaunchCounts> count(bool on) {
   return std::exchange(counted, {});
 }
 
-bool counts_accesses() { return counting && current != &host; }
-
-bool is_on_stack(const void* address) {
-  const auto* at = static_cast<const char*>(address);
-  return at >= current->stack && at < current->stack + current->stack_size;
-}
-
-std::int64_t place_in_shared(const void* address, std::size_t bytes) {
-  return is_shared(address, bytes) ? static_cast<const char*>(address) - block->memory : -1;
-}
-
-unsigned running_thread() { return current->thread; }
-
-void set_idle(bool idle) { idle_now = idle; }
-
-bool idle() { return idle_now; }
-
 // ---- what kernels call ----------------------------------------------------------------------
 
 NO_TSAN std::uint64_t exchange(Call call, unsigned mask, std::uint64_t mine, unsigned source) {
@@ -798,14 +770,6 @@ void begin_copy(void* to, const void* from, int bytes, int valid) {
   if (!is_shared(to, bytes)) die(who() + "copies to what is not its block's shared memory");
   std::memset(to, 0xff, bytes);
   count_copy(valid);
-  if (counting) {
-    const void* const code = __builtin_return_address(0);
-    note_access(AccessKind::copy, code, current->thread,
-                static_cast<std::size_t>(static_cast<char*>(to) - block->memory), bytes);
-    if (valid > 0)
-      note_access(AccessKind::global_copy, code, current->thread,
-                  reinterpret_cast<std::size_t>(from), valid);
-  }
   Copies& mine = copies();
   mine.begun.push_back(
       {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid, mine.groups});

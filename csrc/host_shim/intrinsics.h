@@ -62,9 +62,6 @@ void set_device(int multiprocessors, int capability, std::size_t shared_limit,
 std::vector<std::string> launches();
 void clear_launches();
 
-// From now on launches do nothing, or run. Without them only the host's work takes time.
-void set_idle(bool idle);
-
 enum class Call {
   none,
   syncthreads,
@@ -123,10 +120,9 @@ inline void let_next_launch_start() {}
 
 char* shared_memory();
 
-// The bytes arrive when the thread waits for them and not before. Until then they are NaN. Inlined,
-// so that the code that calls begin_copy is that of the kernel.
+// The bytes arrive when the thread waits for them and not before. Until then they are NaN.
 template <int BYTES>
-__forceinline__ void copy_async(void* to, const void* from, int valid = BYTES) {
+void copy_async(void* to, const void* from, int valid = BYTES) {
   static_assert(BYTES == 4 || BYTES == 16);
   shim::begin_copy(to, from, BYTES, valid);
 }

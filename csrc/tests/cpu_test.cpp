@@ -271,8 +271,8 @@ void check_field(std::int64_t rows, std::int64_t features, int threads) {
                            gamma, field_x.data(), features, field_z.data(), threads};
   normalised_field(field);  // onto the difference
   field.difference = d.data();
-  normalised_field_backward(field, {upstream.data(), features, upstream_z.data(), grad_d.data(),
-                                    grad_z.data()});
+  normalised_field_backward(
+      field, {upstream.data(), features, upstream_z.data(), grad_d.data(), grad_z.data()});
   const auto same = [](double found, double wanted, double tolerance) {
     if (!(std::fabs(found - wanted) <= tolerance * (1 + std::fabs(wanted))))
       fail("a normalised field");

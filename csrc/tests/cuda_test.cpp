@@ -471,20 +471,17 @@ FieldResults run(const std::string& name, const FieldCase& c) {
   // The first row is at its mean, where the field is 0.
   const Values ds = d.fill([&](Index i, Index) { return i == 0 ? 0 : random.normal(); });
   const Values zs = z.fill([&](Index i, Index) { return i == 0 ? 0 : random.uniform(0, 4); });
-  normalised_field_cuda(
-      {Type::float32, c.rows, c.features, d.data(), d.stride, z.doubles(), c.gamma, field_x.data(),
-       field_x.stride, field_z.data(), 1},
-      kPlace);
+  normalised_field_cuda({Type::float32, c.rows, c.features, d.data(), d.stride, z.doubles(),
+                         c.gamma, field_x.data(), field_x.stride, field_z.data(), 1},
+                        kPlace);
   Values wanted_x, wanted_z;
   for (Index i = 0; i < c.rows; ++i) {
     double squared = zs[i] * zs[i];
-    for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
-      squared += ds[k] * ds[k];
+    for (Index k = i * c.features; k < (i + 1) * c.features; ++k) squared += ds[k] * ds[k];
     const double length = std::sqrt(squared) + c.gamma;
     const double scale = length == 0 ? 0 : -std::sqrt(static_cast<double>(c.features)) / length;
     wanted_z.push_back(scale * zs[i]);
-    for (Index k = i * c.features; k < (i + 1) * c.features; ++k)
-      wanted_x.push_back(scale * ds[k]);
+    for (Index k = i * c.features; k < (i + 1) * c.features; ++k) wanted_x.push_back(scale * ds[k]);
   }
   const std::string what =
       name + ", a field of " + std::to_string(c.rows) + "×" + std::to_string(c.features);

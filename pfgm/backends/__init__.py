@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from . import native, reference, triton
+from . import native, products, reference, triton
 from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 
 __all__ = [
@@ -95,6 +95,7 @@ class Backend(Protocol):
 _BACKENDS: dict[str, Backend] = {
     "native": cast(Backend, native),
     "triton": cast(Backend, triton),
+    "torch": cast(Backend, products),
     "reference": cast(Backend, reference),
 }
 _ON_GPU = (
@@ -196,7 +197,7 @@ def choose(
     references: torch.dtype | None = None,
 ) -> Backend:
     """The backend called ``name``, else the one in ``PFGM_BACKEND``, else the first that can run of
-    native, triton and reference.
+    native, triton and torch.
 
     Raises:
         ValueError: no backend has that name.

@@ -16,17 +16,24 @@ from ..common.tensors import dequantise, wide_dtype
 from .problems import OdeStep, PosteriorMean, State, Tangents
 from .weights import at_limit, is_flat, log_weight
 
-_MAX_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
-_MAX_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
+MAX_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
+MAX_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
 # A field has v_z < 0 and ‖v_x‖ < √N. A network's prediction is clamped to these bounds.
 _MAX_V_Z = -1e-5  # a positive v_z would reverse the flow
 _MAX_NORM = 1 - 1e-6  # of v_x, over √N
 
 
-def chunks(x: Tensor, references: Tensor) -> Iterator[slice]:
+def chunks(
+    x: Tensor, references: Tensor, max_pairs: int = MAX_PAIRS, max_values: int = MAX_VALUES
+) -> Iterator[slice]:
     """Slices of the references, short enough that a matrix (B, chunk) stays small."""
-    rows = min(_MAX_PAIRS // max(len(x), 1), _MAX_VALUES // max(x.shape[1], 1))
-    for start in range(0, len(references), max(rows, 1)):
+    rows = min(max_pairs // max(len(x), 1), max_values // max(x.shape[1], 1))
+    return blocks(len(references), rows)
+
+
+def blocks(count: int, rows: int) -> Iterator[slice]:
+    """Slices of some rows, of one at least, that cover a number of rows."""
+    for start in range(0, count, max(rows, 1)):
         yield slice(start, start + max(rows, 1))
 
 

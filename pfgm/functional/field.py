@@ -199,7 +199,7 @@ def posterior_mean(
         sigma: noise level, given instead of r: r = sigma · √D.
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
-        backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
+        backend: "native", "triton", "torch" or "reference"; None lets :mod:`pfgm.backends` choose.
         precision: precision of matrix products on a GPU. "high" has the accuracy of float32.
             "medium" multiplies values of 11 bits, which changes the weights of references at almost
             equal distances by up to a few per cent. The native backend does so for references in
@@ -259,6 +259,10 @@ def field_fn(
     and Algorithm 1). v points toward the data, so field_z ≤ 0. v = 0 where E = 0. The function is
     differentiable once in x, z and references.
 
+    On the CPU x − mean is formed before it is rounded. The error is below 2e-5 of ‖v‖ wherever sums
+    of differences x − x_j in float32 have no larger one, near references and far from the origin.
+    On a GPU the mean is rounded to float32 first.
+
     Args:
         x: (B, *S) perturbed points, float32 or float64; half precision is computed in float32.
         z: augmented coordinate, at least 0, in the units of x: a number, (B,), or (B, 1, …, 1).
@@ -272,7 +276,8 @@ def field_fn(
         field_x (B, *S) and field_z (B,), in the dtype of x, or float32 if x has half precision.
 
     Raises:
-        ValueError, TypeError: as for :func:`posterior_mean`; or gamma is negative or not finite.
+        ValueError, TypeError: as for :func:`posterior_mean`; or gamma is negative or not finite. On
+            the CPU also a difference x − mean beyond the range of the dtype of x.
 
     >>> import torch
     >>> field_x, field_z = field_fn(torch.tensor([[3.0, 3.0]]), 4.0, torch.zeros(1, 2))

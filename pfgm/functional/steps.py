@@ -125,7 +125,7 @@ def euler_step(
         return_mean: return the mean too; a predicted mean is returned itself.
         out: (B, *S) in the dtype of x, to which the result is written. It may be an input.
         mean_out: as out, but for the mean of a field. It must not overlap out.
-        backend: "native", "triton" or "reference"; None lets :mod:`pfgm.backends` choose.
+        backend: "native", "triton", "torch" or "reference"; None lets :mod:`pfgm.backends` choose.
 
     Returns:
         x_next (B, *S), and with ``return_mean`` also the mean (B, *S), in the dtype of x.

@@ -47,8 +47,8 @@ class ReferenceSet:
     torch counts the changes of a tensor. It does not count those through its ``data``, its storage,
     NumPy or DLPack, by ``torch.distributed.broadcast``, of a tensor made under
     ``torch.inference_mode``, and by other code that writes to its memory. Such changes show in a
-    sample of contiguous rows in CPU memory: all bytes of up to 1 KiB, else 16 to 256 windows of 64
-    bytes. A change of all values is noticed; so is one of a twentieth of the rows of a large set,
+    sample of contiguous rows in CPU memory: all bytes of up to 1 KiB, else 16 to 64 windows of 64
+    bytes. A change of all values is noticed; so is one of a tenth of the rows of a large set,
     but not one of a few values. ``torch.autograd.graph.increment_version(tensor)`` tells the set.
     These changes are not noticed at all:
 

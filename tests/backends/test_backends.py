@@ -26,6 +26,7 @@ from pfgm.backends import (
     native,
     native_direct,
     preferred,
+    products,
     reference,
     requested,
     triton,
@@ -48,7 +49,7 @@ def _environment(monkeypatch):
 def used(monkeypatch):
     """The names of the backends that computed, in order."""
     names = []
-    for name, module in (("native", native), ("reference", reference)):
+    for name, module in (("native", native), ("torch", products), ("reference", reference)):
 
         def spy(*args, name=name, original=module.posterior_mean):
             names.append(name)
@@ -86,7 +87,7 @@ def compute(**arguments):
 @native_only
 def test_available_describes_every_backend_on_the_cpu():
     found = available()
-    assert set(found) == {"native", "triton", "reference"}
+    assert set(found) == {"native", "triton", "torch", "reference"}
     assert all(isinstance(answer, Availability) for answer in found.values())
     assert found["native"].usable
     assert f", {torch.get_num_threads()} thread" in found["native"].detail
@@ -112,9 +113,11 @@ def test_a_backend_that_cannot_run_says_why(device, dtype, name, reason):
     assert reason in answer.detail
 
 
-def test_reference_runs_on_every_device():
+def test_torch_and_reference_run_on_every_device():
     for device in ("cpu", "cuda", "mps", "meta"):
-        assert available(device)["reference"].usable
+        found = available(device)
+        assert found["torch"].usable
+        assert found["reference"].usable
 
 
 @native_only
@@ -197,8 +200,10 @@ def test_order():
     assert choose(None, CPU, torch.float64) is native
     assert choose(None, CUDA, torch.float32) is native
     assert choose(None, CUDA, torch.float32, torch.uint8) is native
-    assert choose(None, CUDA, torch.float32, torch.float64) is reference
-    assert choose(None, CUDA, torch.float64) is reference
+    assert choose(None, CUDA, torch.float32, torch.float64) is products
+    assert choose(None, CUDA, torch.float64) is products
+    assert choose(None, META, torch.float32) is products
+    assert choose("reference", CUDA, torch.float64) is reference
     with pytest.raises(TypeError, match=r"x has dtype torch\.float16"):
         choose(None, CPU, torch.float16)
 
@@ -222,7 +227,7 @@ def test_without_triton(monkeypatch, device, architectures):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     built_for(monkeypatch, architectures)
     assert available(device)["triton"] == Availability(False, "the package triton is not installed")
-    assert choose(None, CUDA, torch.float32) is (native if architectures else reference)
+    assert choose(None, CUDA, torch.float32) is (native if architectures else products)
 
 
 def test_an_old_triton_is_refused_in_a_sentence(monkeypatch):
@@ -244,7 +249,7 @@ def test_an_old_triton_is_refused_in_a_sentence(monkeypatch):
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
     monkeypatch.setattr(native_direct, "enabled", False)
-    assert choose(None, CPU, torch.float32) is reference
+    assert choose(None, CPU, torch.float32) is products
     assert not available()["native"].usable
     assert "PFGM_NATIVE=0" in available()["native"].detail
     with pytest.raises(RuntimeError, match="PFGM_NATIVE=0"):
@@ -332,7 +337,7 @@ def test_names_that_are_no_text_are_refused(name):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    allowed = "allowed are native, reference, triton"
+    allowed = "allowed are native, reference, torch, triton"
     with (
         pytest.raises(ValueError, match=f"use_backend's name is 'numpy'; {allowed}"),
         pfgm.use_backend("numpy"),

@@ -285,16 +285,17 @@ def test_every_float16_is_read_correctly(isa):
 
 @pytest.mark.parametrize("N", [5, 600])
 def test_small_float16_without_subnormal_numbers(isa, N):
-    # The smallest float16 are subnormal there, but no float32 that holds them is.
+    # The smallest float16 are subnormal, but no float32 that holds them is.
+    bits = torch.arange(-(N // 2), N - N // 2).to(torch.float32)
+    values = bits * 2.0**-24
+    references = values.to(torch.float16).expand(9, N)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
     try:
-        bits = torch.arange(-N // 2, N - N // 2, dtype=torch.int32)
-        references = (bits * 2.0**-24).to(torch.float64).to(torch.float16).expand(9, N)
         mean, _ = forward(torch.zeros(60, N), references, torch.ones(60).double(), 1.0)
-        assert torch.equal(mean, (bits.double() * 2.0**-24).float().expand(60, N))
     finally:
         torch.set_flush_denormal(False)
+    torch.testing.assert_close(mean, values.expand(60, N), rtol=1e-6, atol=0)
 
 
 def test_every_uint8_is_read_correctly(isa):
@@ -322,35 +323,6 @@ def test_references_that_float32_does_not_hold(dtype, N, copies):
 
 
 # ---- the accuracy contract ----
-
-
-@pytest.fixture(scope="module")
-def stress():
-    """Digits, enlarged and made distinct, and points at and between them: (x, references, name)."""
-    from sklearn.datasets import load_digits
-
-    digits = torch.from_numpy(load_digits().data[:160]).float() / 8 - 1
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    cases = []
-    for N in (64, 784, 3072):
-        references = digits.repeat(1, -(-N // 64))[:, :N]
-        references = references + (0.05 * noise(160, N) if N > 64 else 0)
-        first, second = references[:9], references[60:69]
-        perturbed = first + noise(9, N) * torch.logspace(-2, 1, 9)[:, None]
-        twins = torch.cat([references, references + 1e-5 * noise(160, N)])
-        cases += [
-            (first + 1e-3 * noise(9, N), references, f"{N} near"),
-            (perturbed, references, f"{N} perturbed"),
-            ((first + second) / 2, references, f"{N} tie"),
-            ((first + second) / 2 + 1e-4 * noise(9, N), references, f"{N} near tie"),
-            (first + 1e3 * noise(9, N), references, f"{N} far"),
-            (first + 0.1 * noise(9, N), twins, f"{N} twins"),
-        ]
-    return cases
 
 
 @pytest.mark.parametrize("D", [1.0, 2048.0, 1e6, math.inf])

@@ -1,9 +1,8 @@
-"""benchmarks/gpu and the roofline sheet, without a GPU."""
+"""benchmarks/gpu, without a GPU."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 import math
 import os
@@ -24,7 +23,6 @@ from benchmarks.gpu import measure as gpu_measure
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import smoke
 from benchmarks.gpu import subjects as gpu_subjects
-from benchmarks.machine_code import roofline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -557,46 +555,3 @@ def test_errors_are_those_of_the_result():
         0.1,
         rel_tol=1e-6,
     )
-
-
-# ---- the roofline sheet -----------------------------------------------------------------------
-
-
-def test_the_page_is_what_the_script_writes():
-    text = roofline.SECTION.page.read_text()
-    assert roofline.SECTION.replaced(text, roofline.report()) == text
-
-
-def test_products_are_counted_as_a_loop_counts_them():
-    shape = roofline.Shape("tiny", 2, 3, 5)
-    products = sums = 0
-    for _pair in itertools.product(range(shape.B), range(shape.M)):
-        for _feature in range(shape.N):
-            products += 2  # x·y
-            sums += 2  # w y
-    assert roofline.distances(shape, products=1).tensor == products
-    assert roofline.distances(shape).tensor == 3 * products
-    assert roofline.weighted_sum(shape, products=1).tensor == sums
-    assert roofline.distances_and_projections(shape, products=1).tensor == 2 * products
-    assert roofline.gradient_of_references(shape, products=1).tensor == 2 * sums
-
-
-def test_bytes_are_those_of_the_tensors():
-    B, M, N = 2, 3, 5
-    shape = roofline.Shape("tiny", B, M, N)
-    x, references, bytes_ = torch.zeros(B, N), torch.zeros(M, N), torch.zeros(M, N).byte()
-    squared, weights = torch.zeros(B, M, dtype=torch.float64), torch.zeros(B, M)
-    moved = x.nbytes + squared.nbytes
-    assert roofline.distances(shape).moved == moved + references.nbytes
-    assert roofline.distances(shape, reference_bytes=1).moved == moved + bytes_.nbytes
-    assert roofline.weights(shape).moved == squared.nbytes + weights.nbytes
-    for solver, passes in {"euler": 3, "heun": 4, "multistep": 5}.items():
-        assert roofline.ode_step(solver, B, N).moved == passes * x.nbytes
-        assert gpu_subjects.step_bytes(solver, B * N) == passes * x.nbytes
-
-
-def test_the_slowest_unit_is_the_bound():
-    work = roofline.Work(tensor=495e9, single=67e6, double=34e6, moved=3.35e6)
-    assert work.bound() == "tensor cores"
-    assert math.isclose(work.floor(), 1e-3)
-    assert roofline.ode_step("euler", 128).bound() == "memory"

@@ -17,7 +17,7 @@ from pfgm.references import part as references_module
 ONCE = "can be differentiated once"
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=["native", "torch", "reference"])
 def backend(request):
     if not pfgm.backends.available()[request.param].usable:
         pytest.skip("no native extension")

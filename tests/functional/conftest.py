@@ -8,9 +8,10 @@ import torch
 from pfgm.backends import native, native_direct
 
 NATIVE = native.supports(torch.device("cpu"), torch.float32) is None
+BACKENDS = [*(["native", "native, by operators"] if NATIVE else []), "torch", "reference"]
 
 
-@pytest.fixture(params=["native", "native, by operators", "reference"] if NATIVE else ["reference"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """The name of a backend: the native one by one call, and by the operators of torch."""
     name, _, by_operators = request.param.partition(", ")

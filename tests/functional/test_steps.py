@@ -399,7 +399,7 @@ def unpacked(dtype=torch.float32, rows=False, mean_form=False, history=True):
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("mean_form", [False, True])
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", ["native", "torch", "reference"])
 def test_opcheck(name, mean_form, rows):
     if name == "native" and not NATIVE:
         pytest.skip("no native extension")

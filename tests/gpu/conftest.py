@@ -110,9 +110,7 @@ def shim():
         limits=module.shim_limits,
         launches=module.shim_launches,
         counts=module.shim_counts,
-        idle=module.shim_idle,
     )
-    module.shim_idle(False)
     module.shim_order(0)
     module.shim_device(4, 90, 227 << 10)
     module.shim_limits()

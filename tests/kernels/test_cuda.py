@@ -19,7 +19,7 @@ def build() -> Path:
     """The extension for the host."""
     if reason := cuda_shim.why_unbuilt():
         pytest.skip(f"the CUDA kernels are NOT TESTED: {reason}")
-    return cuda_shim.build("cuda_shim")
+    return cuda_shim.build()
 
 
 @pytest.fixture(scope="module")

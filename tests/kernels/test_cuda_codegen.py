@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 
 import pytest
 
 from benchmarks.codegen import cuda as codegen_cuda
+from benchmarks.codegen.rows import Figures, Row, capability, report, summaries
 
 REASON = codegen_cuda.why_unchecked()
 shipped = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -26,7 +28,7 @@ def check():
 def test_every_kernel(check, stem, architecture):
     rows = [
         row
-        for row in check.rows
+        for row in check[0]
         if (codegen_cuda.stem(row.kernel), row.architecture) == (stem, architecture)
     ]
     assert rows, f"{stem} is not in the extension for sm_{architecture}."
@@ -37,14 +39,15 @@ def test_every_kernel(check, stem, architecture):
 @shipped
 def test_the_extension_as_a_whole(check):
     """Also checks the options of the compiler."""
-    assert not check.problems, "\n" + "\n".join(check.problems)
+    _, problems = check
+    assert not problems, "\n" + "\n".join(problems)
     assert codegen_cuda.compiler_version(codegen_cuda.extension()) is not None
 
 
 @shipped
 def test_architectures_have_the_same_kernels(check):
     kernels = {
-        architecture: {row.kernel for row in check.rows if row.architecture == architecture}
+        architecture: {row.kernel for row in check[0] if row.architecture == architecture}
         for architecture in ARCHITECTURES
     }
     assert all(kernels[architecture] == kernels[ARCHITECTURES[0]] for architecture in kernels)
@@ -56,7 +59,7 @@ def test_small_products_have_sums_in_float16(check, architecture):
     """Those are two of three products."""
     found = [
         row.figures.matrix_instructions
-        for row in check.rows
+        for row in check[0]
         if row.architecture == architecture
         and re.match(r"distances<\w+, \d+, \d+, true,", row.kernel)
         and "Rounded" not in row.kernel
@@ -67,7 +70,8 @@ def test_small_products_have_sums_in_float16(check, architecture):
 
 
 def test_every_kernel_has_an_intent():
-    assert {codegen_cuda.stem(kernel) for kernel in codegen_cuda.INTENTS} == set(STEMS)
+    for stem in STEMS:
+        assert codegen_cuda.intent_of(stem) or codegen_cuda.intent_of(f"{stem}<4, true>"), stem
 
 
 # ---- the extension ------------------------------------------------------------------------------
@@ -152,7 +156,7 @@ WAIT = ["LDC R1, c[0x0][0x28]", "ACQBULK", "S2R R0, SR_TID.X", "PREEXIT"]
 def part(symbol, *, architecture="90a", usage="", threads="0x80", code=(), options="", start=None):
     """Text that cuobjdump prints for a file with one kernel, which waits where it should."""
     if start is None:
-        start = WAIT if codegen_cuda.capability(architecture) >= 90 else []
+        start = WAIT if capability(architecture) >= 90 else []
     code = [*start, *code]
     lines = "\n".join(
         f"        /*{16 * i:04x}*/                   {line} ;          /* 0x0000000000007919 */\n"
@@ -217,14 +221,16 @@ def test_the_dump_is_read():
     code = [UNCHANGING, WIDE[1], COPY, MULTIPLY, MULTIPLY, "LDGSTS.E [R3], [R2]", *REST]
     code += ["@!UP0 FADD.FTZ R1, R1, R2", "F2I.FTZ.U32.TRUNC.NTZ R3, R2", "@!PT LDS RZ, [RZ]"]
     text = part(TILES, code=code, threads="0x100", usage="SHARED:1536")
-    figures = codegen_cuda.Figures(
-        registers=124, spills=0, shared=512, threads=256, instructions=len(WAIT) + len(code) - 2,
-        matrix_instructions={"HMMA.1688.F32.TF32": 2}, copies=1, wide_loads=1, wide_stores=1,
-        flushing=1, unchanging_loads=1, waits=True, waits_first=True,
+    row = only(text)
+    assert (row.kernel, row.architecture) == (
+        "distances<uint8, 64, 128, false, false, false>", "90a",
     )  # fmt: skip
-    assert only(text) == codegen_cuda.Row(
-        "90a", "distances<uint8, 64, 128, false, false, false>", figures, only(text).problems
-    )
+    counts = row.figures.counts
+    assert row.figures == Figures(124, 0, 512, counts, threads=256, waits_first=True)
+    assert counts.total() == len(WAIT) + len(code)
+    assert row.figures.matrix_instructions == {"HMMA.1688.F32.TF32": 2}
+    assert counts["LDG.E.128.CONSTANT"] == counts["STG.E.128"] == counts["FADD.FTZ"] == 1
+    assert (row.figures.count("LDGSTS"), counts["LDGSTS.E"]) == (2, 1)
 
 
 def test_files_for_several_architectures_are_told_apart():
@@ -273,7 +279,6 @@ def test_kernels_as_intended_pass(architecture, text):
         ("no 16-byte loads", STEP, {"code": ["LDG.E.64 R4, [R2]", WIDE[1], *REST]}),
         ("is empty", NARROW, {"code": REST[4:]}),
         ("no launch bounds", SUM, {"threads": None}),
-        ("blocks of up to 512 threads, and launched with up to 1024", STEP, {"threads": "0x200"}),
         ("1 × 1024 threads allow 64", STEP, {"usage": "REG:65"}),
         ("without --use_fast_math", NARROW, {"code": ["FFMA.FTZ R1, R2, R3, R4", *REST]}),
     ],
@@ -305,7 +310,7 @@ def test_flaws_are_found(words, symbol, options):
 def test_a_kernel_that_another_replaces_must_not_multiply(kernel, where):
     figures = only(part(TILES, architecture=where, code=REST[4:]), where).figures
     assert codegen_cuda.problems(kernel, where, figures) == []
-    multiplies = dataclasses.replace(figures, matrix_instructions={"HMMA.16816.F32": 1})
+    multiplies = dataclasses.replace(figures, counts=Counter(["HMMA.16816.F32"]))
     (problem,) = codegen_cuda.problems(kernel, where, multiplies)
     assert "not meant to multiply: it is never launched" in problem
     other = "80" if kernel.startswith("distances") else "90a"
@@ -406,15 +411,30 @@ def test_options_that_make_slow_code_are_found(options, unwanted):
     [(1024, 1, 64), (768, 1, 80), (512, 1, 128), (256, 2, 128), (128, 2, 255)],
 )
 def test_registers_have_a_limit(threads, blocks, limit):
-    intent = codegen_cuda.Intent(threads, blocks)
-    assert codegen_cuda.register_limit(intent) == limit
+    assert codegen_cuda.register_limit(threads, blocks) == limit
 
 
 def test_the_report_has_a_line_for_each_kernel():
     row = only(part(SUM, code=[COPY, MULTIPLY, *REST]))
     unknown = row._replace(kernel="new_name", figures=dataclasses.replace(row.figures, shared=7))
-    lines = codegen_cuda.report([row, unknown]).splitlines()[2:]
-    assert lines == [
-        "| weighted_sum<float32> | sm_90a | 124 | 255 | 0 | 0 | 1 HMMA.1688.F32.TF32 | 1 | 0 | 0 |",
-        "| new_name | sm_90a | 124 |  | 0 | 7 | 1 HMMA.1688.F32.TF32 | 1 | 0 | 0 |",
+    lost = Row("lost", "90", None, ["lost does not compile."])
+    assert report([row, unknown, lost]).splitlines()[2:] == [
+        "| weighted_sum<float32> | sm_90a | 124 | 0 | 0 | 1 HMMA.1688.F32.TF32 |",
+        "| new_name | sm_90a | 124 | 0 | 7 | 1 HMMA.1688.F32.TF32 |",
+        "| lost | sm_90 |  |  |  |  |",
     ]
+
+
+def test_a_summary_has_the_most_of_all_variants():
+    row = only(part(SUM, code=[COPY, MULTIPLY, *REST]))
+    other = Row(
+        "weighted_sum<Rounded, 32>", "90a", Figures(130, 0, 7, Counter(["HMMA.16816.F32"])), []
+    )
+    lost = Row("lost", "90a", None, [])
+    assert summaries([row, other, lost]) == [
+        {
+            "kernel": "weighted_sum", "architecture": "sm_90a", "variants": 2, "registers": 130,
+            "spilled bytes": 0, "shared bytes": 7,
+            "matrix instructions": "HMMA.16816.F32, HMMA.1688.F32.TF32",
+        }
+    ]  # fmt: skip

@@ -37,10 +37,12 @@ if importlib.util.find_spec("triton") is not None:
     )
     from pfgm.kernels.launching import Launch, Launcher, size_class
     from pfgm.kernels.tuning import Config
+    from triton.backends.compiler import GPUTarget
 
     import pfgm
     from benchmarks.codegen import triton as codegen
-    from benchmarks.machine_code import host
+    from pfgm.backends import triton as triton_backend
+    from pfgm.backends import triton_direct
     from pfgm.backends.problems import OdeStep
     from pfgm.ops import posterior_mean as posterior_mean_op
 
@@ -105,11 +107,18 @@ def recorder(monkeypatch):
     from triton.runtime import driver
 
     found = Recorder()
-    active = host.Driver()
-    active.launcher_cls = found.launcher
-    active.utils.load_binary = found.load_binary
-    monkeypatch.setattr(active, "get_current_device", lambda: found.device + 5000)
-    monkeypatch.setattr(active, "get_current_stream", lambda device: found.stream + device)
+    properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+    active = SimpleNamespace(
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=found.load_binary,
+            unload_module=lambda module: None,
+        ),
+        launcher_cls=found.launcher,
+        get_current_device=lambda: found.device + 5000,  # no GPU has such a number
+        get_current_stream=lambda device: found.stream + device,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
     monkeypatch.setattr(driver, "_active", active)
     monkeypatch.setattr(loading, "_exchange_mode", lambda: None)
     kernel.device_caches.clear()
@@ -609,10 +618,17 @@ def test_chunks_blocks_and_gradients(monkeypatch, twice):
     assert all(prepared for _, _, prepared in twice)
 
 
-def test_a_second_call_needs_neither_triton_nor_the_operators(monkeypatch):
-    """What benchmarks.machine_code.host measures."""
+@pytest.mark.usefixtures("recorder")
+def test_a_second_call_needs_neither_triton_nor_the_operators(monkeypatch, request):
+    """On tensors in CPU memory, which pass for tensors on a GPU."""
+    request.addfinalizer(triton_direct._chosen.cache_clear)
+    triton_direct._chosen.cache_clear()
+    monkeypatch.setattr(triton_backend, "supports", lambda *_: None)
+    monkeypatch.setattr(triton_direct, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(triton_direct, "checks_values", lambda _: False)
+    monkeypatch.setenv("PFGM_TUNE", "0")
     x, z, references = torch.zeros(32, 64), torch.ones(32), torch.zeros(256, 64)
-    with host.no_driver(), torch.no_grad():
+    with torch.no_grad():
         pfgm.field_fn(x, z, references, backend="triton")
         monkeypatch.setattr(Launch, "by_triton", None)
         monkeypatch.setattr(posterior_mean_op, "compute", None)

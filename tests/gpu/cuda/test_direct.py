@@ -208,20 +208,6 @@ def test_which_kernels_run(given, shim, device, direct_calls):
     assert all(direct_calls)
 
 
-def test_launches_that_do_nothing(given, shim):
-    """With them the host's time is measured (benchmarks/machine_code/host.py)."""
-    values = given()
-    out = torch.full_like(values[0], 7.0)
-    shim.idle(True)
-    shim.launches()
-    call("euler_step", values, out=out)
-    assert shim.launches() == []
-    assert (out == 7).all()
-    shim.idle(False)
-    call("euler_step", values, out=out)
-    assert shim.launches() == ["ode_step"]
-
-
 def test_nothing_waits_for_the_gpu(given, device):
     if device.type != "cuda":
         pytest.skip("only a GPU can be waited for")

@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 
-from benchmarks.machine_code import data, devices, work
-
 ANY, USUAL = 2e-2, 3e-3  # errors of a mean, as in test_medium.py
 SAME = 1e-5  # the largest difference to tiles of warps, which add up a panel in another order
 # Queries, references and features at the edges of tiles, groups of queries and panels. On one
@@ -246,11 +244,3 @@ def test_the_order_of_threads_does_not_change_a_bit(op, shim, run, mean_of, size
         results.append(run(lambda: mean_of(x, references, sigma), sizes)[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_the_benchmarks_take_these_tiles_on_an_h100():
-    """test_counts.py checks that the kernels choose what the model does."""
-    for shape, queries in ((data.C, 128), (data.F, 256), (data.BIG, 256)):
-        rounded = shape._replace(type="Rounded")
-        tiling = work.tiling_of(rounded, shape.block, shape.chunk, devices.H100)
-        assert (tiling.queries, tiling.references) == (queries, 128)

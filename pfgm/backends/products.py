@@ -1,0 +1,253 @@
+"""The backend ``torch``: the operations by matrix products of torch, on any device.
+
+References and points are taken relative to an origin among the references, so that little cancels
+in ‖x‖² + ‖y‖² − 2 x·y. The products have float64, or exact pieces of float32 where the device is
+slow at float64 or has none. References that may be nearest get exact differences, so that ties and
+limits are those of :mod:`pfgm.backends.reference`. On the CPU these are all within the rounding of
+the nearest. Elsewhere nothing waits for the device: a fixed number are computed again, and others
+within the rounding count as equally near.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.tensors import dequantise, wide_dtype
+from . import chunked, formulas
+from .chunked import Arithmetic, Chunk
+from .problems import Needs, PosteriorMean, State, Upstream
+from .reference import (
+    normalised_field,
+    normalised_field_backward,
+    ode_step,
+    sketch,
+    supports,
+)
+
+__all__ = [
+    "describe",
+    "normalised_field",
+    "normalised_field_backward",
+    "ode_step",
+    "posterior_mean",
+    "posterior_mean_backward",
+    "sketch",
+    "supports",
+]
+
+_SAMPLES = 9  # references whose median is the origin: four of them may be anywhere
+_AGAIN = 16  # references with exact differences on a device that must not be waited for
+_PANEL = 1024  # features for which products of whole numbers up to 2^7 add up to 2^24 at most
+_PIECE = 2.0**7
+_SMALLEST = torch.finfo(torch.float32).tiny  # a scale that can be divided by
+_PIECES_ROUND = 2.0**-29  # rounding of products by pieces, relative to squared norms
+# GPUs that compute float64 at half the rate of float32 or better.
+_NVIDIA = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+_AMD = ("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95")
+
+
+def describe() -> str:
+    return f"matrix products in torch {torch.__version__}, chunked"
+
+
+def _may_wait(device: torch.device) -> bool:
+    """Whether values may decide what is computed next."""
+    return device.type == "cpu"
+
+
+@functools.cache
+def _has_fast_float64(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return device.type == "cpu"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.startswith(_AMD)
+    return torch.cuda.get_device_capability(device) in _NVIDIA
+
+
+def _rounds_float32(device: torch.device) -> bool:
+    """Whether torch may round float32 to fewer bits in a product, as its user has allowed."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # an older torch
+        return torch.get_float32_matmul_precision() != "highest"
+    return precision not in ("none", "ieee")
+
+
+class _Products(Arithmetic):
+    """Products in float64; averages in float32 where the points are, on the CPU."""
+
+    # Pairs and values in a chunk: what stays in the caches of a processor, what keeps a GPU busy.
+    most, most_on_device = (1 << 18, 1 << 21), (1 << 21, 1 << 24)
+
+    def __init__(self, x: Tensor, references: Tensor) -> None:
+        super().__init__(x, references)
+        device, wide = x.device, self.x.dtype
+        some = references[:: max(len(references) // _SAMPLES, 1)][:_SAMPLES]
+        self.origin = dequantise(some, wide).T.sort(1).values[:, len(some) // 2]
+        self.placed = self.x - self.origin
+        self.norms = self.placed.square().sum(1, keepdim=True)
+        self.rounding = (x.shape[1] + 4) * torch.finfo(torch.float64).eps
+        self.waits = _may_wait(device)
+        self.max_pairs, self.max_values = self.most if self.waits else self.most_on_device
+        self.narrow = self.waits and x.dtype == torch.float32 and not _rounds_float32(device)
+        self._room = self.x.new_empty(0, x.shape[1])
+
+    def chunk(self, references: Tensor) -> Chunk:
+        # In memory that is used for each chunk again: new memory takes longer.
+        if len(self._room) < len(references):
+            self._room = self.x.new_empty(references.shape)
+        placed = self._room[: len(references)].copy_(references)
+        if references.dtype == torch.uint8:
+            placed.div_(127.5).sub_(1)
+        return Chunk(references, placed.sub_(self.origin))
+
+    def squared(self, chunk: Chunk, known: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(chunk.placed, dim=1).square()
+        squared = torch.addmm(norms, self.placed, chunk.placed.T, alpha=-2).add_(self.norms)
+        return self._exact_near(squared, chunk, known) if self.waits else squared
+
+    def _exact_near(self, squared: Tensor, chunk: Chunk, known: Tensor) -> Tensor:
+        """The same with exact differences for all that may be nearest."""
+        least = squared.amin(1, keepdim=True).minimum(known)
+        near = squared <= least + 8 * self.rounding * (self.norms + least)
+        for pairs in near.nonzero().split(max(self.max_values // self.x.shape[1], 1)):
+            b, j = pairs.unbind(1)
+            y = dequantise(chunk.references[j], squared.dtype)
+            squared[b, j] = formulas.squared_distances(self.x[b, None], y[:, None]).flatten()
+        return squared
+
+    def distances(self, chunk: Chunk, radius: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        if self.waits:
+            return super().distances(chunk, radius, known)
+        squared = self.squared(chunk, known)
+        return self._some_exact(squared - squared.amin(1, keepdim=True), chunk)
+
+    def _some_exact(self, excess: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """As :meth:`distances`, from how much squared distances exceed the least, with rounding."""
+        B, N = self.x.shape
+        count = min(_AGAIN, excess.shape[1])
+        again = excess.topk(count, largest=False).indices
+        nearest, exact = torch.empty_like(self.norms), torch.empty_like(again, dtype=excess.dtype)
+        for rows in formulas.blocks(B, self.max_values // (count * N)):
+            y = dequantise(chunk.references[again[rows]], self.x.dtype)
+            squares = (self.x[rows, None] - y).square()
+            # Sums of differences: without float64 those of squares would lose digits.
+            relative = (squares - squares[:, :1]).sum(2)
+            least = relative.amin(1, keepdim=True)
+            exact[rows] = relative - least
+            nearest[rows] = squares[:, 0].sum(1, keepdim=True) + least
+        tied = excess <= 8 * self.rounding * (self.norms + nearest)
+        return nearest, torch.where(tied, 0.0, excess).scatter(1, again, exact)
+
+    def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
+        if self.narrow:
+            y = chunk.references
+            if y.dtype != torch.float32:
+                y = dequantise(y, weights.dtype).float()
+            found = weights.float() @ y
+            if bool(found.isfinite().all()):
+                return found.to(weights.dtype)
+        return super().average(weights, chunk)
+
+
+class _Pieces(_Products):
+    """Products of float32 by pieces, whose errors are 2^8 times smaller than in float32."""
+
+    def __init__(self, x: Tensor, references: Tensor) -> None:
+        super().__init__(x, references)
+        self.rounding = _PIECES_ROUND
+
+    def distances(self, chunk: Chunk, radius: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        y = chunk.placed
+        terms, scale = _terms(self.placed, y)
+        if y.dtype == torch.float64:
+            squared = y.square().sum(1) - 2 * scale * terms.sum(0, dtype=y.dtype)
+            return self._some_exact(squared - squared.amin(1, keepdim=True), chunk)
+        # float32 has too few digits for a sum, but enough for its difference from another one.
+        terms = terms * (-2 * scale)
+        terms[:-1] += _panels(y).square().sum(2)[:, None]
+        base = terms.sum(0).argmin(1)[None, :, None].expand(len(terms), -1, 1)
+        return self._some_exact((terms - terms.gather(2, base)).sum(0), chunk)
+
+    def inner(self, G: Tensor, chunk: Chunk) -> Tensor:
+        return _product(G, chunk.placed)
+
+    def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
+        y = dequantise(chunk.references, weights.dtype)
+        scale = _power_of_two(y.abs().amax())
+        return (weights.float() @ (y / scale).float()).to(weights.dtype) * scale
+
+    def sums(self, factors: Tensor, chunk: Chunk) -> Tensor:
+        return _product(factors, chunk.placed.T)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (R, K) times b (C, K) transposed."""
+    terms, scale = _terms(a, b)
+    return terms.sum(0, dtype=a.dtype) * scale
+
+
+def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms (P, R, C) in float32 and their scale (R, C): a (R, K) times b (C, K) transposed.
+
+    All but the last are sums over panels of K that have no rounding.
+    """
+    (a_first, a_rest, a_scale), (b_first, b_rest, b_scale) = _pieces(a), _pieces(b)
+    exact = torch.bmm(_panels(a_first), _panels(b_first).mT)
+    rest = torch.cat([a_first, a_rest], 1) @ torch.cat([b_rest, b_first + b_rest], 1).T
+    return torch.cat([exact, rest[None]]), a_scale * b_scale.T
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (R, K) as whole numbers of 8 bits and the rest, both in float32, and a scale (R, 1)."""
+    scale = _power_of_two(rows.abs().amax(1, keepdim=True)) / _PIECE
+    values = rows / scale
+    first = values.round()
+    return first.float(), (values - first).float(), scale
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """Powers of two that are not smaller. A division by them does not round."""
+    return values.clamp(min=_SMALLEST).log2().ceil().exp2()
+
+
+def _panels(rows: Tensor) -> Tensor:
+    """Rows (R, K) as panels (P, R, k), with zeros at the end."""
+    R, K = rows.shape
+    count = -(-K // _PANEL)
+    k = -(-K // count)
+    return F.pad(rows, (0, count * k - K)).view(R, count, k).transpose(0, 1)
+
+
+def _arithmetic(problem: PosteriorMean) -> Arithmetic:
+    x, references = problem.x, problem.references
+    in_float64 = wide_dtype(x.device) == torch.float64 and (
+        x.dtype == torch.float64 or _has_fast_float64(x.device) or _rounds_float32(x.device)
+    )
+    return _Products(x, references) if in_float64 else _Pieces(x, references)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps autocast from rounding float32 in products."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _without_autocast(problem.x.device):
+        return chunked.posterior_mean(problem, _arithmetic(problem))
+
+
+def posterior_mean_backward(
+    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    with _without_autocast(problem.x.device):
+        by = _arithmetic(problem)
+        return chunked.posterior_mean_backward(problem, state, upstream, needs, by)
