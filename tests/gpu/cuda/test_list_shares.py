@@ -56,16 +56,17 @@ def test_sizes(op, executor, sums_of, sizes):
 @pytest.mark.parametrize("sizes", SIZES[1:3])
 @pytest.mark.usefixtures("poisoned")
 def test_medium(op, executor, sums_of, sizes):
-    """The sums alone are as accurate as those of warps. Distances differ by some rounding, because
-    each of both kernels is compiled in its own way."""
+    """The sums alone are as accurate as those of warps, which more multiprocessors take. Both have
+    the same distances: another rounding of them would change the last of the 11 bits of a weight.
+    """
     x, references, sigma = op.problem(*sizes)
     found = []
-    for architecture in (90, 80):
-        executor.device(architecture, 1)
+    for multiprocessors in (1, 4):
+        executor.device(90, multiprocessors)
         sums = sums_of(lambda: found.append(op.compute(x, references, sigma, 1.0, "medium")))
-        assert (sums == [shared()]) == (architecture == 90)
+        assert (sums == [shared()]) == (multiprocessors == 1)
     (mean, _), (of_warps, _) = found
-    assert (mean - of_warps).norm(dim=1).max() <= 1e-4 * references.norm(dim=1).max()
+    assert (mean - of_warps).norm(dim=1).max() <= 1e-6 * references.norm(dim=1).max()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, pytest.param(3, marks=pytest.mark.slow)])

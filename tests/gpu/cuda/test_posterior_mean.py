@@ -402,7 +402,10 @@ def test_features_of_different_sizes(op, dtype):
     references = (references.float() * sizes).to(dtype)
     x = x * sizes
     sigma = sigma.clamp(min=1) * sizes.max().item()
-    assert feature_errors(op, x, references, sigma, 96.0).max() <= 1e-5
+    op.check(x, references, sigma, 96.0)
+    # Where a few features hold the distances, the 22 bits of these leave errors of 1e-5 in weights
+    # that fall steeply. Here they fall less, and sums have less.
+    assert feature_errors(op, x, references, op.radius_of(sigma, 96.0), 96.0).max() <= 1e-6
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
