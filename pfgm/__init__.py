@@ -27,14 +27,12 @@ from .flows.likelihood import LogLikelihood
 from .flows.plusplus import PoissonFlowPP
 from .flows.poisson import PoissonFlow
 from .functional import (
+    Field,
     euler_step,
-    euler_step_from_mean,
     field_fn,
     heun_step,
-    heun_step_from_mean,
     log_density,
     multistep_step,
-    multistep_step_from_mean,
     posterior_mean,
 )
 from .integrations.k_diffusion import as_k_diffusion
@@ -45,6 +43,7 @@ from .training.checkpoint import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "Field",
     "Flow",
     "LogLikelihood",
     "PoissonFlow",
@@ -57,18 +56,15 @@ __all__ = [
     "debug_checks",
     "distillation",
     "euler_step",
-    "euler_step_from_mean",
     "evaluation",
     "field_fn",
     "heun_step",
-    "heun_step_from_mean",
     "interpolate",
     "load",
     "load_pretrained",
     "log_density",
     "metrics",
     "multistep_step",
-    "multistep_step_from_mean",
     "networks",
     "plotting",
     "posterior_mean",

@@ -20,7 +20,7 @@ from .common.checks import check_not_empty
 from .common.tensors import flat_rows
 from .flows import Condition, Flow, Network
 from .flows.conditions import given_condition, select_rows
-from .functional import steps as ode_steps
+from .functional import euler_step, multistep_step
 from .references import References
 
 __all__ = ["Consistency"]
@@ -157,10 +157,10 @@ class Consistency:
                 continue
             rows = slice(begin, end)
             mean = self.flow.denoise(self.teacher, x[rows], z, select_rows(condition, rows))
-            moved, _ = ode_steps.euler(x[rows], mean, z, z_next)
+            moved = euler_step(x[rows], mean, z, z_next)
             if begin < new and i < count - 1:
                 old, before = slice(begin, new), self.levels[i - 1]
-                moved[: new - begin], _ = ode_steps.multistep(
+                moved[: new - begin], _ = multistep_step(
                     x[old], mean[: new - begin], z, z_next, means[old], before
                 )
             means[rows], x[rows] = mean, moved

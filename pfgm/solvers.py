@@ -3,7 +3,7 @@
 All solvers have the signature ``solver(denoise, x, grid, callback=None) -> (x, nfe)``:
 
 - ``denoise(x, z)`` returns the posterior mean of points x (B, *S) at the level z, a float, or the
-  :class:`pfgm.functional.Field` that implies it.
+  :class:`pfgm.Field` that implies it.
 - ``grid`` holds the levels: decreasing, or rising to go from data to the prior.
 - ``callback`` receives a :class:`StepInfo` before each step, and stops the run by returning True.
 - ``nfe`` is the number of evaluations of ``denoise``.
@@ -29,8 +29,7 @@ from torch import Tensor
 from .backends.native_direct import all_finite
 from .common import transforms
 from .common.checks import checks_values, non_negative, untouched
-from .functional import steps
-from .functional.steps import Field
+from .functional.steps import Field, euler_step, heun_step, implied_mean, multistep_step
 
 __all__ = [
     "SAMPLERS",
@@ -118,7 +117,7 @@ class _Run:
         return prediction
 
     def mean(self, x: Tensor, z: float, step: int) -> Tensor:
-        return steps.mean_of(x, self.evaluate(x, z, step), z)
+        return implied_mean(x, self.evaluate(x, z, step), z)
 
     def own_copy(
         self, mean: Tensor | None, prediction: Tensor | Field, spare: Tensor | None = None
@@ -145,9 +144,7 @@ class _Run:
     ) -> tuple[Tensor, bool]:
         """The points after an Euler step, in ``spare`` if possible, and whether the run ends."""
         prediction = self.evaluate(x, z, step)
-        moved, mean = steps.euler(
-            x, prediction, z, next_z, return_mean=self.watched, out=self.reusable(spare)
-        )
+        moved, mean = _euler_step(x, prediction, z, next_z, self.watched, self.reusable(spare))
         return moved, self.stops(step, z, x, self.own_copy(mean, prediction))
 
     def stops(self, step: int, z: float, x: Tensor, mean: Tensor | None) -> bool:
@@ -156,6 +153,20 @@ class _Run:
             return False
         assert mean is not None
         return self._callback(StepInfo(step=step, z=z, x=x, mean=mean, nfe=self.nfe)) is True
+
+
+def _euler_step(
+    x: Tensor,
+    prediction: Tensor | Field,
+    z: float,
+    next_z: float,
+    with_mean: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The next points, and the mean if it is wanted."""
+    if with_mean:
+        return euler_step(x, prediction, z, next_z, return_mean=True, out=out)
+    return euler_step(x, prediction, z, next_z, out=out), None
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -210,7 +221,7 @@ def heun(
             x = moved
         else:
             prediction = run.evaluate(moved, next_z, step)
-            start, x = x, steps.heun(x, moved, prediction, z, next_z, out=run.reusable(moved))
+            start, x = x, heun_step(x, moved, prediction, z, next_z, out=run.reusable(moved))
             own = start if step > 0 else None
     return x, run.nfe
 
@@ -236,20 +247,12 @@ def multistep(
         read = () if isinstance(prediction, Field) else (prediction,)
         out = run.reusable(own, *read)
         if earlier is None or step == last:
-            moved, mean = steps.euler(x, prediction, z, next_z, return_mean=needed, out=out)
+            moved, mean = _euler_step(x, prediction, z, next_z, needed, out)
         else:
             earlier_mean, earlier_z = earlier
             mean_out = run.reusable(earlier_mean) if isinstance(prediction, Field) else None
-            moved, mean = steps.multistep(
-                x,
-                prediction,
-                z,
-                next_z,
-                earlier_mean,
-                earlier_z,
-                return_mean=needed,
-                out=out,
-                mean_out=mean_out,
+            moved, mean = multistep_step(
+                x, prediction, z, next_z, earlier_mean, earlier_z, out=out, mean_out=mean_out
             )
         mean = run.own_copy(mean, prediction, None if earlier is None else earlier[0])
         if run.stops(step, z, x, mean):

@@ -121,11 +121,11 @@ def nan_stays_in_its_row(x, field_x, field_z, backend):
     """Steps of three finite rows, of which one after the other gets NaN in its field."""
     field_x[1, 4] = math.nan
     for z in (2.0, 7.0):
-        result = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend)
+        result = pfgm.euler_step(x, pfgm.Field(field_x, field_z), z, 1.0, backend=backend)
         assert torch.isfinite(result[[0, 2]]).all()
         assert result[1].isnan().any()
     field_z[0] = math.nan
-    result = pfgm.euler_step(x, field_x, field_z, 7.0, 1.0, backend=backend)
+    result = pfgm.euler_step(x, pfgm.Field(field_x, field_z), 7.0, 1.0, backend=backend)
     assert result[0].isnan().all()
 
 
@@ -136,9 +136,9 @@ def only_outputs_are_written(x, field_x, field_z, form, backend):
     memory = torch.full((rows + 2, columns + 13), math.nan, device=x.device)
     out = memory[1:-1, 2 : columns + 2]
     if form == "field":
-        pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, out=out, backend=backend)
+        pfgm.euler_step(x, pfgm.Field(field_x, field_z), 2.0, 1.0, out=out, backend=backend)
     else:
-        pfgm.euler_step_from_mean(x, field_x, 2.0, 1.0, out=out, backend=backend)
+        pfgm.euler_step(x, field_x, 2.0, 1.0, out=out, backend=backend)
     assert torch.isfinite(out).all()
     assert int(memory.isnan().sum()) == memory.numel() - out.numel()
     for before, after in zip(kept, (x, field_x, field_z), strict=True):

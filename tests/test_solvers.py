@@ -178,7 +178,7 @@ def test_rk45_starts_where_the_slope_is_nearly_zero(dtype):
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 def test_a_mean_of_another_shape_is_refused(solver):
     for shape in ((1, 3), (2, 1), ()):
-        with pytest.raises(ValueError, match=r"mean has shape .*; allowed is \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"prediction has shape .*; allowed is \(2, 3\)"):
             solver(lambda x, z, shape=shape: torch.ones(shape), torch.zeros(2, 3), [3.0, 1.0, 0.1])
 
 

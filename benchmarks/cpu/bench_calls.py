@@ -26,8 +26,8 @@ from torch import Tensor
 import pfgm
 from benchmarks.common.posterior_paths import GAMMA
 from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
+from pfgm import Field
 from pfgm.backends import native_direct
-from pfgm.functional.steps import Field
 from pfgm.solvers import euler, log_grid
 
 pytestmark = pytest.mark.benchmark(timer=replay)
@@ -119,19 +119,21 @@ def subjects(t: Tensors, long: Tensors) -> dict[str, tuple[Call, Call | None]]:
             lambda: torch_mean(t),
         ),
         "euler_step": (
-            lambda: pfgm.euler_step(t.x, t.field_x, t.field_z, Z, Z_NEXT),
+            lambda: pfgm.euler_step(t.x, Field(t.field_x, t.field_z), Z, Z_NEXT),
             lambda: torch_euler(t.x, t.field_x, Z, Z_NEXT),
         ),
         "euler_step, levels in tensors": (
-            lambda: pfgm.euler_step(t.x, t.field_x, t.field_z, z, z_next),
+            lambda: pfgm.euler_step(t.x, Field(t.field_x, t.field_z), z, z_next),
             None,
         ),
         "heun_step": (
-            lambda: pfgm.heun_step(t.x, t.before, t.field_x, t.field_z, Z, Z_NEXT),
+            lambda: pfgm.heun_step(t.x, t.before, Field(t.field_x, t.field_z), Z, Z_NEXT),
             None,
         ),
         "multistep_step": (
-            lambda: pfgm.multistep_step(t.x, t.field_x, t.field_z, Z, Z_NEXT, t.before, Z_PREVIOUS),
+            lambda: pfgm.multistep_step(
+                t.x, Field(t.field_x, t.field_z), Z, Z_NEXT, t.before, Z_PREVIOUS
+            ),
             lambda: torch_multistep(t),
         ),
         f"{STEPS} Euler steps, {LONG_B} × {LONG_N}": (

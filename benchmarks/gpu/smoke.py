@@ -93,12 +93,12 @@ def field(small: Small, backend: str, features: int) -> None:
 def steps(small: Small, backend: str, features: int) -> None:
     """A step of each solver: with field_z substituted, without, and with a level for each row."""
     x, history = small.normal(2, ROWS, features)
-    field_x, field_z = 0.3 * small.normal(ROWS, features), -small.normal(ROWS).abs() - 1
+    field = pfgm.Field(0.3 * small.normal(ROWS, features), -small.normal(ROWS).abs() - 1)
     for z in (1.0, 20.0, small.levels(ROWS, 8.0)):
-        at, then, before = (x, field_x, field_z, z), 0.9 * z, 1.1 * z
-        pfgm.euler_step(*at, then, backend=backend)
-        pfgm.heun_step(history, x, field_x, field_z, before, z, backend=backend)
-        pfgm.multistep_step(*at, then, history, before, backend=backend)
+        then, before = 0.9 * z, 1.1 * z
+        pfgm.euler_step(x, field, z, then, backend=backend)
+        pfgm.heun_step(history, x, field, before, z, backend=backend)
+        pfgm.multistep_step(x, field, z, then, history, before, backend=backend)
 
 
 def parts(small: Small, backend: str) -> Iterator[tuple[str, Callable[[], None]]]:

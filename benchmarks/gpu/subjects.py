@@ -322,12 +322,14 @@ def points(B: int, N: int, z: float) -> Points:
 def our_step(step: Step, backend: str, at: Points) -> Any:
     """The step by the library, in place."""
     solver, z, z_next, z_previous = step
+    field = pfgm.Field(at.field_x, at.field_z)
     if solver == "euler":
-        return pfgm.euler_step(*at[:3], z, z_next, out=at.x, backend=backend)
+        return pfgm.euler_step(at.x, field, z, z_next, out=at.x, backend=backend)
     if solver == "heun":
-        return pfgm.heun_step(at.history, *at[:3], z, z_next, out=at.x, backend=backend)
+        return pfgm.heun_step(at.history, at.x, field, z, z_next, out=at.x, backend=backend)
     return pfgm.multistep_step(
-        *at[:3],
+        at.x,
+        field,
         z,
         z_next,
         at.history,

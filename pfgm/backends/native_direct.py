@@ -239,6 +239,7 @@ def step(
     if (
         type(x) is not Tensor
         or type(slope) is not Tensor
+        or (history is None) != (method == EULER)
         or not _takes(backend, "high", gpu, *given)
     ):
         return None

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..common.checks import checks_values
 from ..common.tensors import flat_rows, wide_dtype
-from ..functional import steps
-from ..functional.steps import Field
+from ..functional import Field, euler_step
 from ..solvers import DenoiseFunction
 
 __all__ = ["ESTIMATORS", "MeanAndDivergence"]
@@ -135,5 +134,5 @@ class MeanAndDivergence:
         if not any(part.requires_grad for part in parts):
             raise ValueError(_NO_DERIVATIVE)
         if isinstance(prediction, Field):
-            return steps.euler(points, prediction, level, 0.0)[0]
+            return euler_step(points, prediction, level, 0.0)
         return prediction

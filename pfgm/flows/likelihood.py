@@ -21,7 +21,7 @@ from torch import Tensor
 from ..common.checks import check_choice, positive
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
-from ..functional import log_density, steps
+from ..functional import euler_step, heun_step, log_density
 from ..solvers import DenoiseFunction, dormand_prince
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
@@ -271,7 +271,7 @@ def _euler(
     mean, divergence = evaluate(x, levels[0])
     integral = torch.zeros_like(divergence)
     for level, following in pairwise(levels):
-        x, _ = steps.euler(x, mean, level, following)
+        x = euler_step(x, mean, level, following)
         earlier = divergence
         mean, divergence = evaluate(x, following)
         integral = integral + math.log(following / level) * (earlier + divergence) / 2
@@ -285,9 +285,9 @@ def _heun(
     integral = x.new_zeros(len(x))
     for level, following in pairwise(levels):
         mean, earlier = evaluate(x, level)
-        predicted, _ = steps.euler(x, mean, level, following)
+        predicted = euler_step(x, mean, level, following)
         mean, divergence = evaluate(predicted, following)
-        x = steps.heun(x, predicted, mean, level, following)
+        x = heun_step(x, predicted, mean, level, following)
         integral = integral + math.log(following / level) * (earlier + divergence) / 2
     return x, integral
 

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from ..common.checks import check_dimensions, check_dtype, check_floating, is_whole, layout_hint
 from ..common.tensors import dequantise, over_samples
-from ..functional import steps as ode_steps
-from ..functional.steps import Field, Level
+from ..functional.steps import Field, Level, implied_mean
 from .conditions import Condition, Network, given_condition
 
 __all__ = ["Defaults", "Parametrisation"]
@@ -153,7 +152,7 @@ class Parametrisation(ABC):
         in the network's parameters. It never shares memory with what the network returned.
         """
         prediction = self._predict(net, x, level, given_condition("condition", condition))
-        return ode_steps.mean_of(x, prediction, level)
+        return implied_mean(x, prediction, level)
 
     def _check_x(self, x: Tensor, name: str = "x", hint: str = "") -> None:
         """Raises an error unless x is floating point of shape (B, *S)."""

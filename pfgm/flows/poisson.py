@@ -24,8 +24,7 @@ from ..common.checks import (
 )
 from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
-from ..functional import field_fn, posterior_mean
-from ..functional import steps as ode_steps
+from ..functional import euler_step, field_fn, posterior_mean
 from ..functional.steps import Field, Level
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
@@ -515,7 +514,7 @@ class PoissonFlow(Flow):
         if self.spread is None:
             return self.field(net, x, z, condition)
         points, z = self._move_inside(x, z)
-        mean = ode_steps.euler(points, self.field(net, points, z, condition), z, 0.0)[0]
+        mean = euler_step(points, self.field(net, points, z, condition), z, 0.0)
         return self._move_inside(mean, z)[0]  # no data lie beyond, whatever the network says
 
     def field(

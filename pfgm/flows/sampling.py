@@ -25,8 +25,7 @@ from ..common.checks import (
 )
 from ..common.messages import progress_bar
 from ..common.tensors import evaluating, network_device
-from ..functional import steps as ode_steps
-from ..functional.steps import Field
+from ..functional.steps import Field, euler_step, implied_mean
 from ..solvers import SAMPLERS, SCHEDULES, Callback, DenoiseFunction, StepInfo
 from .conditions import (
     Condition,
@@ -360,7 +359,7 @@ def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction
                 f"are those of x, {tuple(x.shape)} and {x.dtype}."
             )
         found = predict(points, level)
-        return ode_steps.euler(points, found, level, 0.0)[0] if isinstance(found, Field) else found
+        return euler_step(points, found, level, 0.0) if isinstance(found, Field) else found
 
     return evaluate
 
@@ -370,7 +369,7 @@ def _relative(predict: DenoiseFunction, center: Tensor) -> DenoiseFunction:
 
     def evaluate(x: Tensor, level: float) -> Tensor:
         points = x + center
-        return ode_steps.mean_of(points, predict(points, level), level) - center
+        return implied_mean(points, predict(points, level), level) - center
 
     return evaluate
 

@@ -48,14 +48,11 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
     return value.expand(count) if value.ndim == 0 else value
 
 
-def step_levels(
-    x: Tensor, symbol: str, *values: Level, next_may_be_zero: bool = False
-) -> Sequence[Any]:
+def step_levels(x: Tensor, *values: Level, next_may_be_zero: bool = False) -> Sequence[Any]:
     """Checks the levels of a step. Returns all as floats, or all as (B,) in float64.
 
     Args:
         x: (B, *S), the points.
-        symbol: name of the level of x in errors, "z" or "sigma".
         values: levels of x, of the next points and, for a multistep step, of the previous points.
         next_may_be_zero: whether the level of the next points may be 0.
 
@@ -68,7 +65,7 @@ def step_levels(
     if all(type(value) is float and 0 < value <= most for value in values):
         levels: Sequence[Any] = values
     else:
-        levels = _converted(x, symbol, values, next_may_be_zero, most)
+        levels = _converted(x, values, next_may_be_zero, most)
     if any(not isinstance(level, Tensor) and is_symbolic(level) for level in levels):
         levels = [per_query("level", level, x) for level in levels]
     # A compiled graph cannot look at values.
@@ -77,14 +74,14 @@ def step_levels(
         and not torch.compiler.is_compiling()
         and _holds_anywhere(levels[2] == levels[0])
     ):
-        raise ValueError(f"{symbol}_previous equals {symbol}; they must differ.")
+        raise ValueError("z_previous equals z; they must differ.")
     return levels
 
 
 def _converted(
-    x: Tensor, symbol: str, values: Sequence[Level], next_may_be_zero: bool, most: float
+    x: Tensor, values: Sequence[Level], next_may_be_zero: bool, most: float
 ) -> list[Any]:
-    names = (symbol, f"{symbol}_next", f"{symbol}_previous")[: len(values)]
+    names = ("z", "z_next", "z_previous")[: len(values)]
     may_be_zero = (False, next_may_be_zero, False)[: len(values)]
     if not any(isinstance(value, Tensor) for value in values):
         for name, value, zero in zip(names, values, may_be_zero, strict=True):

@@ -1,14 +1,29 @@
-"""One step of the flow's ODE, for the solvers and for the public functions.
+"""Steps of the flow's ODE: from a network's prediction to the next points in one pass.
 
-The argument slope is what the network predicts: a field, or the mean itself. Both give dx/dz.
-Every step has the form next = x + toward (mean − x) + blend (history − x). It returns the next
-points, and the mean if it is wanted. :mod:`pfgm.functional.ode_step` has the formulas.
+The ODE is dx/dz = (x − mean)/z for every number of augmented dimensions, with z = sigma at D = ∞
+(PFGM++, arXiv 2302.04265, section 3.3). Only ratios of levels matter to a mean, so r can be given
+too. A network predicts the mean itself (a denoiser), or PFGM's field (v_x, v_z), which gives
+
+    mean = x − z v_x/v_z
+
+For z < z_exp the network's error is large compared with v_z. There v_z is replaced by the value
+that v_x implies (PFGM, arXiv 2209.11178, appendix B.2.3). With n = ‖v_x‖/√N,
+
+    e_x = n (γ + √(n²γ² + (1 − n²) z²)) / (1 − n²)     substitution "exact"
+    e_x = γ n / (1 − n)                                substitution "published"
+    v_z = −√N z / (√(e_x² + z²) + γ)
+
+"exact" inverts the normalisation of the field. n is kept below 1 and v_z below 0, so that every
+step is finite and follows the field, whatever the network predicts. The points are read once and
+written once; only the norm of v_x needs a second pass.
+
+Every step has the form next = x + toward (mean − x) + blend (history − x).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,25 +34,29 @@ from ..backends.problems import OdeStep
 from ..common.checks import check_at_least_0, check_dense
 from .levels import Level, per_query, step_levels
 
-__all__ = ["Field", "Level", "euler", "heun", "mean_of", "multistep"]
+__all__ = ["Field", "Level", "euler_step", "heun_step", "implied_mean", "multistep_step"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 _SUBSTITUTIONS = ("exact", "published")
-_NO_FIELD = (0.0, 0.0, "exact")  # γ, z_exp and substitution of a step from a mean
 
 
 class Field(NamedTuple):
-    """A predicted field, with the settings that turn it into the posterior mean."""
+    """A predicted field, with the settings that turn it into the posterior mean.
 
-    x: Tensor
-    """(B, *S), v_x."""
-    z: Tensor
-    """(B,), v_z."""
+    >>> import torch
+    >>> field = Field(torch.zeros(1, 2), -torch.ones(1), gamma=3.0)
+    """
+
+    field_x: Tensor
+    """(B, *S), the field in the data space."""
+    field_z: Tensor
+    """(B,), the field along z."""
     gamma: float = 5.0
-    """Softening in the field's normalisation."""
+    """Softening in the field's normalisation, at least 0; of a flow, ``flow.gamma``."""
     z_exp: float = 5.0
-    """Below this z, v_z is replaced by the value that v_x implies."""
+    """Below this z, field_z is replaced by the value that field_x implies; of a flow,
+    ``flow.z_exp``."""
     substitution: str = "exact"
     """Formula of the replacement, "exact" or "published"."""
 
@@ -45,9 +64,37 @@ class Field(NamedTuple):
 # ---- the steps -------------------------------------------------------------------------------
 
 
-def euler(
+@overload
+def euler_step(
     x: Tensor,
-    slope: Field | Tensor,
+    prediction: Field | Tensor,
+    z: Level,
+    z_next: Level,
+    *,
+    return_mean: Literal[False] = ...,
+    out: Tensor | None = ...,
+    mean_out: None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def euler_step(
+    x: Tensor,
+    prediction: Field | Tensor,
+    z: Level,
+    z_next: Level,
+    *,
+    return_mean: Literal[True],
+    out: Tensor | None = ...,
+    mean_out: Tensor | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def euler_step(
+    x: Tensor,
+    prediction: Field | Tensor,
     z: Level,
     z_next: Level,
     *,
@@ -55,109 +102,250 @@ def euler(
     out: Tensor | None = None,
     mean_out: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """An Euler step: along the straight line from x at level z to the mean at level 0."""
-    given = (z, z_next, 1.0)
-    found = _take_directly(
-        native_direct.EULER, x, slope, None, given, return_mean, out, mean_out, backend
-    )
-    if found is not None:
-        return found
-    z, z_next = step_levels(x, _level_symbol(slope), z, z_next, next_may_be_zero=True)
-    levels = (z, (z - z_next) / z, 0.0)
-    return _take(x, slope, None, levels, return_mean, out, mean_out, backend)
+) -> Tensor | tuple[Tensor, Tensor]:
+    """An Euler step from a network's prediction at (x, z).
 
+        x_next = mean + (z_next/z)(x − mean) = x + (z_next − z) dx/dz
 
-def mean_of(x: Tensor, slope: Field | Tensor, z: Level) -> Tensor:
-    """The posterior mean (B, *S) that the slope at points x implies, in new memory.
+    On a grid uniform in log z this is the published "forward Euler" (PFGM, arXiv 2209.11178,
+    section 3.3). :mod:`pfgm.functional.steps` has the mean that a field implies. z_next = 0 gives
+    the mean.
 
-    A network may return x itself, or the same memory at each call, as CUDA graphs do.
+    Without ``out`` the step is differentiable any number of times, in x, the prediction and levels
+    that are tensors. On every backend its gradient is that of the formula in plain torch. NaN in
+    the prediction becomes NaN in x_next.
+
+    Args:
+        x: (B, *S) points, float32 or float64; half precision is computed in float32 and returned
+            in half precision.
+        prediction: a :class:`pfgm.Field` at (x, z), or the posterior mean (B, *S). It is converted
+            to the dtype of x.
+        z: level of x, above 0, in the units of x: a number or (B,). For a mean it may be sigma.
+        z_next: level of the result, at least 0: a number or (B,).
+        return_mean: return the mean too; a predicted mean is returned itself.
+        out: (B, *S) in the dtype of x, to which the result is written. It may be an input.
+        mean_out: as out, but for the mean of a field. It must not overlap out.
+        backend: "native", "triton", "torch" or "reference"; None lets :mod:`pfgm.backends` choose.
+
+    Returns:
+        x_next (B, *S), and with ``return_mean`` also the mean (B, *S), in the dtype of x.
+
+    Raises:
+        ValueError: shapes or devices differ; a level, gamma, z_exp or substitution is not allowed
+            (levels in tensors are checked on the CPU and outside torch.compile); mean_out overlaps
+            out, or is given without return_mean, or with a predicted mean.
+        TypeError: an argument has a wrong type or dtype.
+        RuntimeError: out is given and an input requires grad; the requested backend cannot run.
+
+    >>> import torch
+    >>> x = torch.tensor([[3.0, 3.0]])
+    >>> field = Field(torch.tensor([[-0.3917, -0.3917]]), torch.tensor([-0.5223]))
+    >>> euler_step(x, field, 4.0, 2.0).round(decimals=2)  # the data is at 0
+    tensor([[1.5000, 1.5000]])
+    >>> euler_step(x, torch.zeros(1, 2), 4.0, 2.0)
+    tensor([[1.5000, 1.5000]])
     """
-    if isinstance(slope, Field):
-        return euler(x, slope, z, 0.0)[0]
-    _check_tensor("mean", slope, x, x.shape)
-    return slope.clone()
+    given = (z, z_next, 1.0)
+    result, mean = _step(
+        native_direct.EULER, x, prediction, None, given, return_mean, out, mean_out, backend
+    )
+    return result if mean is None else (result, mean)
 
 
-def heun(
+def heun_step(
     x: Tensor,
-    predicted: Tensor,
-    slope: Field | Tensor,
+    x_next: Tensor,
+    prediction: Field | Tensor,
     z: Level,
     z_next: Level,
     *,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The second half of a Heun step: from x, with the average of dx/dz at both ends.
+    """The second half of a Heun step: from x, with the average of the slopes at both ends.
 
-    The argument slope is that at predicted. dx/dz at x is (predicted − x)/(z_next − z), so
-    next = ½ (x + predicted) + ½ (z/z_next − 1)(mean − predicted).
+        x + (z_next − z)/2 · ((x − mean)/z + (x_next − mean_next)/z_next)
+
+    This is the published "improved Euler". The mean at x is not an argument, because its slope is
+    (x_next − x)/(z_next − z).
+
+    Args:
+        x: (B, *S), the points at z.
+        x_next: (B, *S), the result of :func:`euler_step` from x to z_next.
+        prediction: a :class:`pfgm.Field` at (x_next, z_next), or the posterior mean there (B, *S).
+        z: level of x, above 0: a number or (B,).
+        z_next: level of x_next and of the result, above 0: a number or (B,).
+        out, backend: as :func:`euler_step`.
+
+    Returns:
+        The corrected x_next (B, *S), in the dtype of x_next.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`euler_step`.
+
+    >>> import torch
+    >>> x, mean = torch.tensor([[4.0]]), torch.tensor([[2.0]])
+    >>> x_next = euler_step(x, mean, 1.0, 0.5)
+    >>> heun_step(x, x_next, mean, 1.0, 0.5)
+    tensor([[3.]])
     """
     given = (z, z_next, 1.0)
-    found = _take_directly(
-        native_direct.HEUN, predicted, slope, x, given, False, out, None, backend
-    )
-    if found is not None:
-        return found[0]
-    z, z_next = step_levels(x, _level_symbol(slope), z, z_next)
-    levels = (z_next, (z - z_next) / (2 * z_next), 0.5)
-    _check_tensor("x", x, predicted, predicted.shape)
-    result, _ = _take(predicted, slope, x, levels, False, out, None, backend)
-    return result
+    return _step(native_direct.HEUN, x_next, prediction, x, given, False, out, None, backend)[0]
 
 
-def multistep(
+def multistep_step(
     x: Tensor,
-    slope: Field | Tensor,
+    prediction: Field | Tensor,
     z: Level,
     z_next: Level,
     previous_mean: Tensor,
     z_previous: Level,
     *,
-    return_mean: bool = False,
     out: Tensor | None = None,
     mean_out: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """An Euler step toward mean + w (mean − previous_mean), an estimate of the mean at midstep.
+) -> tuple[Tensor, Tensor]:
+    """A second-order step with one evaluation of the network.
 
-    w = log(z/z_next) / (2 log(z_previous/z)) extrapolates linearly in log z.
+    The mean is extrapolated linearly in log z from the mean of the previous step:
+
+        d = mean + w (mean − previous_mean),   w = log(z/z_next) / (2 log(z_previous/z))
+        x_next = d + (z_next/z)(x − d)
+
+    (DPM-Solver++(2M), arXiv 2211.01095, algorithm 2, in the variable z). The first step of a run
+    is :func:`euler_step` with ``return_mean=True``.
+
+    Args:
+        x: (B, *S) points at z.
+        prediction: a :class:`pfgm.Field` at (x, z), or the posterior mean there (B, *S).
+        z: level of x, above 0: a number or (B,).
+        z_next: level of the result, above 0: a number or (B,).
+        previous_mean: (B, *S), the mean of the previous step.
+        z_previous: level at the start of the previous step, not equal to z: a number or (B,).
+        out, mean_out, backend: as :func:`euler_step`. mean_out may be previous_mean; a whole run
+            then needs the memory of two tensors.
+
+    Returns:
+        x_next (B, *S) and the mean (B, *S) for the next step, in the dtype of x; a predicted mean
+        is returned itself.
+
+    Raises:
+        ValueError: z_previous equals z. Where levels are tensors on a GPU, this is not checked, and
+            the result is NaN or infinite (:func:`pfgm.debug_checks` checks it).
+        ValueError, TypeError, RuntimeError: as :func:`euler_step`.
+
+    >>> import torch
+    >>> x, mean, before = torch.tensor([[4.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0]])
+    >>> x, mean = multistep_step(x, mean, 1.0, 0.5, before, 2.0)
+    >>> x
+    tensor([[3.2500]])
     """
     given = (z, z_next, z_previous)
-    found = _take_directly(
-        native_direct.MULTISTEP,
-        x,
-        slope,
-        previous_mean,
-        given,
-        return_mean,
-        out,
-        mean_out,
-        backend,
+    result, mean = _step(
+        native_direct.MULTISTEP, x, prediction, previous_mean, given, True, out, mean_out, backend
     )
-    if found is not None:
-        return found
-    z, z_next, z_previous = step_levels(x, _level_symbol(slope), z, z_next, z_previous)
+    assert mean is not None
+    return result, mean
+
+
+def implied_mean(x: Tensor, prediction: Field | Tensor, z: Level) -> Tensor:
+    """The posterior mean (B, *S) that the prediction at points x implies, in new memory.
+
+    A network may return x itself, or the same memory at each call, as CUDA graphs do.
+    """
+    if isinstance(prediction, Field):
+        return euler_step(x, prediction, z, 0.0)
+    _check_tensor("prediction", prediction, x, x.shape)
+    return prediction.clone()
+
+
+def _step(
+    method: int,
+    x: Tensor,
+    prediction: Field | Tensor,
+    history: Tensor | None,
+    given: tuple[Level, Level, Level],
+    return_mean: bool,
+    out: Tensor | None,
+    mean_out: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The next points, and the mean if it is wanted. Levels are z, z_next and z_previous.
+
+    In a Heun step x are the points at z_next, and history those at z.
+    """
+    arguments = (method, x, prediction, history, given, return_mean, out, mean_out, backend)
+    found = _step_directly(*arguments)
+    if found is None:
+        levels = _coefficients(method, x, *given)
+        _check(method, x, prediction, history)
+        if mean_out is not None and not return_mean:
+            raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
+        step = _flat_step(x, prediction, history, levels)
+        with_mean = return_mean and isinstance(prediction, Field)
+        found = _compute(x, step, with_mean, out, mean_out, backend)
+    return (found[0], prediction) if return_mean and isinstance(prediction, Tensor) else found
+
+
+def _coefficients(
+    method: int, x: Tensor, z: Level, z_next: Level, z_previous: Level
+) -> tuple[Any, Any, Any]:
+    """z, toward and blend of :class:`~pfgm.backends.problems.OdeStep`."""
+    if method == native_direct.EULER:
+        z, z_next = step_levels(x, z, z_next, next_may_be_zero=True)
+        return z, (z - z_next) / z, 0.0
+    if method == native_direct.HEUN:
+        # dx/dz at x is (x_next − x)/(z_next − z), so the result is
+        # ½ (x + x_next) + ½ (z/z_next − 1)(mean − x_next).
+        z, z_next = step_levels(x, z, z_next)
+        return z_next, (z - z_next) / (2 * z_next), 0.5
+    z, z_next, z_previous = step_levels(x, z, z_next, z_previous)
     w = _log(z / z_next) / (2 * _log(z_previous / z))
     length = (z - z_next) / z
-    levels = (z, length * (1 + w), -length * w)
-    _check_tensor("previous_mean", previous_mean, x, x.shape)
-    return _take(x, slope, previous_mean, levels, return_mean, out, mean_out, backend)
+    return z, length * (1 + w), -length * w
 
 
 def _log(value: Any) -> Any:
     return value.log() if isinstance(value, Tensor) else math.log(value)
 
 
-def _level_symbol(slope: Field | Tensor) -> str:
-    return "z" if isinstance(slope, Field) else "sigma"
-
-
 # ---- checks ----------------------------------------------------------------------------------
 
+_HISTORY = {native_direct.HEUN: "x", native_direct.MULTISTEP: "previous_mean"}
 
-def _check_tensor(name: str, value: Tensor, x: Tensor, shape: torch.Size) -> None:
+
+def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor | None) -> None:
+    name = "x_next" if method == native_direct.HEUN else "x"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
+    check_dense(name, x)
+    if x.ndim == 0 or math.prod(x.shape[1:]) == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; allowed is (B, *S) with at least one value in S."
+        )
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed are {', '.join(map(str, _DTYPES))}.")
+    if method in _HISTORY:
+        _check_tensor(_HISTORY[method], history, x, x.shape)
+    if not isinstance(prediction, Field):
+        if not isinstance(prediction, Tensor):
+            raise TypeError(
+                f"prediction is a {type(prediction).__name__}; allowed are a pfgm.Field and a "
+                "torch.Tensor, the mean."
+            )
+        _check_tensor("prediction", prediction, x, x.shape)
+        return
+    _check_tensor("field_x", prediction.field_x, x, x.shape)
+    _check_tensor("field_z", prediction.field_z, x, x.shape[:1])
+    for name, value in (("gamma", prediction.gamma), ("z_exp", prediction.z_exp)):
+        check_at_least_0(name, value)
+    if prediction.substitution not in _SUBSTITUTIONS:
+        raise ValueError(
+            f"substitution is {prediction.substitution!r}; allowed are 'exact' and 'published'."
+        )
+
+
+def _check_tensor(name: str, value: object, x: Tensor, shape: torch.Size) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor.")
     if value.shape != shape:
@@ -170,106 +358,64 @@ def _check_tensor(name: str, value: Tensor, x: Tensor, shape: torch.Size) -> Non
         )
 
 
-def _check(x: Tensor, slope: Field | Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; allowed is a torch.Tensor.")
-    check_dense("x", x)
-    if x.ndim == 0 or math.prod(x.shape[1:]) == 0:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; allowed is (B, *S) with at least one value in S."
-        )
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, _DTYPES))}.")
-    if not isinstance(slope, Field):
-        _check_tensor("mean", slope, x, x.shape)
-        return
-    _check_tensor("field_x", slope.x, x, x.shape)
-    _check_tensor("field_z", slope.z, x, x.shape[:1])
-    for name, value in (("gamma", slope.gamma), ("z_exp", slope.z_exp)):
-        check_at_least_0(name, value)
-    if slope.substitution not in _SUBSTITUTIONS:
-        raise ValueError(
-            f"substitution is {slope.substitution!r}; allowed are 'exact' and 'published'."
-        )
-
-
 # ---- a step in one call ----------------------------------------------------------------------
 
 
-def _take_directly(
+def _step_directly(
     method: int,
     x: Tensor,
-    slope: Field | Tensor,
+    prediction: Field | Tensor,
     history: Tensor | None,
-    levels: tuple[Level, Level, Level],
+    given: tuple[Level, Level, Level],
     return_mean: bool,
     out: Tensor | None,
     mean_out: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """The step by :mod:`pfgm.backends.native_direct`, or None where that does not answer."""
-    if isinstance(slope, Field):
+    field_z: Tensor | None
+    if isinstance(prediction, Field):
         if mean_out is not None and not return_mean:
             return None
-        return native_direct.step(
-            method,
-            x,
-            slope.x,
-            slope.z,
-            history,
-            levels,
-            (slope.gamma, slope.z_exp, slope.substitution),
-            return_mean,
-            out,
-            mean_out,
-            backend,
-        )
-    if mean_out is not None:
+        slope, field_z = prediction.field_x, prediction.field_z
+        law = prediction.gamma, prediction.z_exp, prediction.substitution
+    elif mean_out is None:
+        slope, field_z, law, return_mean = prediction, None, (0.0, 0.0, "exact"), False
+    else:
         return None
-    found = native_direct.step(
-        method, x, slope, None, history, levels, _NO_FIELD, False, out, None, backend
-    )
-    return (found[0], slope) if found is not None and return_mean else found
+    arguments = (history, given, law, return_mean, out, mean_out, backend)
+    return native_direct.step(method, x, slope, field_z, *arguments)
 
 
 # ---- steps on flat rows ----------------------------------------------------------------------
 
 
-def _take(
+def _compute(
     x: Tensor,
-    slope: Field | Tensor,
-    history: Tensor | None,
-    levels: tuple[Any, Any, Any],
-    return_mean: bool,
+    step: OdeStep,
+    with_mean: bool,
     out: Tensor | None,
     mean_out: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(x, slope)
-    if mean_out is not None and not return_mean:
-        raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
-    step = _flat_step(x, slope, history, levels)
-    with_mean = return_mean and isinstance(slope, Field)
-    if out is None and mean_out is None:
-        found = triton_direct.step(step, with_mean, None, None, backend)
-        result, mean = found or ops.ode_step.compute(step, with_mean, backend)
-        result = result.reshape(x.shape).to(x.dtype)
-        mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
-    else:
-        result, mean = _take_into(out, mean_out, x, step, with_mean, backend)
-    return result, slope if return_mean and isinstance(slope, Tensor) else mean
+    if out is not None or mean_out is not None:
+        return _compute_into(out, mean_out, x, step, with_mean, backend)
+    found = triton_direct.step(step, with_mean, None, None, backend)
+    result, mean = found or ops.ode_step.compute(step, with_mean, backend)
+    mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
+    return result.reshape(x.shape).to(x.dtype), mean
 
 
 def _flat_step(
-    x: Tensor, slope: Field | Tensor, history: Tensor | None, levels: tuple[Any, Any, Any]
+    x: Tensor, prediction: Field | Tensor, history: Tensor | None, levels: tuple[Any, Any, Any]
 ) -> OdeStep:
     """The step on rows (B, N), in float32 where x has half precision."""
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
-    field = slope if isinstance(slope, Field) else None
+    field = prediction if isinstance(prediction, Field) else None
     return OdeStep(
         x=_flat(x, dtype),
-        slope=_flat(slope.x if isinstance(slope, Field) else slope, dtype),
-        field_z=None if field is None else _typed(field.z, dtype),
+        slope=_flat(prediction.field_x if isinstance(prediction, Field) else prediction, dtype),
+        field_z=None if field is None else _typed(field.field_z, dtype),
         history=None if history is None else _flat(history, dtype),
         levels=_stacked(x, levels),
         gamma=5.0 if field is None else float(field.gamma),
@@ -278,7 +424,7 @@ def _flat_step(
     )
 
 
-def _take_into(
+def _compute_into(
     out: Tensor | None,
     mean_out: Tensor | None,
     x: Tensor,

@@ -325,8 +325,8 @@ def test_names_that_are_no_text_are_refused(name):
         lambda: posterior_mean(x, pfgm.ReferenceSet(x), r=1.0, backend=name),
         lambda: pfgm.field_fn(x, 1.0, x, backend=name),
         lambda: pfgm.log_density(x, x, sigma=1.0, backend=name),
-        lambda: pfgm.euler_step(x, x, x[:, 0], 2.0, 1.0, backend=name),
-        lambda: pfgm.euler_step_from_mean(x, x, 2.0, 1.0, out=x.clone(), backend=name),
+        lambda: pfgm.euler_step(x, pfgm.Field(x, x[:, 0]), 2.0, 1.0, backend=name),
+        lambda: pfgm.euler_step(x, x, 2.0, 1.0, out=x.clone(), backend=name),
     ):
         with pytest.raises(TypeError, match=message):
             call()

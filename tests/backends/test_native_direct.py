@@ -33,12 +33,13 @@ def inputs(B=5, shape=(3,), dtype=torch.float32, seed=0):
 def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
     """A function of the package on these inputs, as a tuple of tensors."""
     x, references, predicted, slope, field_z, before = given
+    field = pfgm.Field(slope, field_z)
     arguments = {
         "field_fn": (x, z, references),
         "posterior_mean": (x, references),
-        "euler_step": (x, slope, field_z, z, z_next),
-        "heun_step": (x, predicted, slope, field_z, z, z_next),
-        "multistep_step": (x, slope, field_z, z, z_next, before, z_previous),
+        "euler_step": (x, field, z, z_next),
+        "heun_step": (x, predicted, field, z, z_next),
+        "multistep_step": (x, field, z, z_next, before, z_previous),
     }[name]
     options |= {"r": z} if name == "posterior_mean" else {}
     found = getattr(pfgm, name)(*arguments, **options)
@@ -245,28 +246,26 @@ def test_a_change_that_autograd_must_see_is_seen():
     x, _, _, slope, field_z, _ = inputs()
     weight = torch.ones(3, requires_grad=True)
     product = (weight * x).sum()
-    functional.euler_step(x, slope, field_z, 2.0, 1.0, out=x)
+    functional.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, out=x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
 
 
 def test_an_output_that_overlaps_an_input_in_part(direct_calls):
     x, _, _, slope, field_z, _ = inputs()
-    expected = pfgm.euler_step(x, slope, field_z, 2.0, 1.0)
+    expected = pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0)
     memory = torch.empty(6, 3)
     memory[:5] = slope
-    found = pfgm.euler_step(x, memory[:5], field_z, 2.0, 1.0, out=memory[1:])
+    found = pfgm.euler_step(x, pfgm.Field(memory[:5], field_z), 2.0, 1.0, out=memory[1:])
     assert found.equal(expected)
     assert direct_calls == [True, False]
 
 
 def test_a_mean_that_overlaps_out_is_refused():
-    x, _, _, slope, field_z, _ = inputs()
+    given = inputs()
     memory = torch.empty(6, 3)
     with pytest.raises(ValueError, match="mean_out overlaps out"):
-        pfgm.euler_step(
-            x, slope, field_z, 2.0, 1.0, return_mean=True, out=memory[:5], mean_out=memory[1:]
-        )
+        call("euler_step", given, return_mean=True, out=memory[:5], mean_out=memory[1:])
 
 
 def test_in_inference_mode(direct_calls):

@@ -244,10 +244,11 @@ def test_transforms_of_the_steps(backend, z):
     directions = tangents(given)
 
     def steps(x, field_x, field_z, history, backend=backend):
-        one = pfgm.euler_step(x, field_x, field_z, z, z / 2, backend=backend)
-        two = pfgm.heun_step(x, one, field_x, field_z, z, z / 2, backend=backend)
+        field = pfgm.Field(field_x, field_z)
+        one = pfgm.euler_step(x, field, z, z / 2, backend=backend)
+        two = pfgm.heun_step(x, one, field, z, z / 2, backend=backend)
         law = {"backend": backend}
-        return (*pfgm.multistep_step(two, field_x, field_z, z, z / 2, history, 2 * z, **law), one)
+        return (*pfgm.multistep_step(two, field, z, z / 2, history, 2 * z, **law), one)
 
     def difference(size=1e-6):
         ends = (
@@ -262,16 +263,17 @@ def test_transforms_of_the_steps(backend, z):
     second = hessian(lambda x: steps(*given[:1], x, *given[2:])[0].square().sum())(field_x)
     assert torch.allclose(second, second.permute(2, 3, 0, 1))
     levels = torch.tensor([z, 2 * z]).double()
-    by_level = vmap(lambda z: pfgm.euler_step(*given[:3], z, z / 2, backend=backend))(levels)
+    field = pfgm.Field(*given[1:3])
+    by_level = vmap(lambda z: pfgm.euler_step(x, field, z, z / 2, backend=backend))(levels)
     for found, level in zip(by_level, levels, strict=True):
-        close(found, pfgm.euler_step(*given[:3], level, level / 2, backend=backend))
+        close(found, pfgm.euler_step(x, field, level, level / 2, backend=backend))
 
 
 def test_an_output_is_refused_under_transforms():
     x = torch.ones(2, 3)
 
     def in_place(x):
-        return pfgm.euler_step_from_mean(x, 2 * x, 2.0, 1.0, out=torch.empty_like(x))
+        return pfgm.euler_step(x, 2 * x, 2.0, 1.0, out=torch.empty_like(x))
 
     for call in (lambda: jvp(in_place, (x,), (x,)), lambda: vmap(in_place)(x[None])):
         with pytest.raises(RuntimeError, match="call the step without out"):

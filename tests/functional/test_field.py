@@ -549,7 +549,7 @@ def test_numbers_of_numpy_are_numbers(number):
         field_fn(x, number, references), field_fn(x, 2.0, references), strict=True
     ):
         assert torch.equal(one, other)
-    step, expected = (pfgm.euler_step_from_mean(x, x + 1, z, 1.0) for z in (number, 2.0))
+    step, expected = (pfgm.euler_step(x, x + 1, z, 1.0) for z in (number, 2.0))
     assert torch.equal(step, expected)
 
 
@@ -630,5 +630,5 @@ def test_levels_that_broadcast_with_samples(shape):
         field_fn(x, wide, references), field_fn(x, level, references), strict=True
     ):
         assert torch.equal(found, expected)
-    stepped = pfgm.euler_step_from_mean(x, x.cos(), wide + 1, wide)
-    assert torch.equal(stepped, pfgm.euler_step_from_mean(x, x.cos(), level + 1, level))
+    stepped = pfgm.euler_step(x, x.cos(), wide + 1, wide)
+    assert torch.equal(stepped, pfgm.euler_step(x, x.cos(), level + 1, level))

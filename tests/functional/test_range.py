@@ -292,6 +292,8 @@ def test_a_level_of_a_step_beyond_float32(backend):
         with pytest.raises(
             ValueError, match=r"z is 1e.39; .* at most 3.4e.38, the limit of float32"
         ):
-            pfgm.euler_step(x, v, v_z, z, 1.0, backend=backend)
-        found = pfgm.euler_step(x.double(), v.double(), v_z.double(), z, 1.0, backend=backend)
+            pfgm.euler_step(x, pfgm.Field(v, v_z), z, 1.0, backend=backend)
+        found = pfgm.euler_step(
+            x.double(), pfgm.Field(v.double(), v_z.double()), z, 1.0, backend=backend
+        )
         assert torch.equal(found, x.double())

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import pfgm
-from pfgm import backends
+from pfgm import Field, backends
 from pfgm.backends import native, native_direct
 from pfgm.backends.problems import OdeStep
 from pfgm.functional.levels import step_levels
-from pfgm.functional.steps import Field, euler, heun, multistep
 from pfgm.ops.ode_step import flat_arguments
 
 ISAS = ["portable", "avx2", "avx512"]
@@ -134,14 +133,12 @@ SHAPES = [(0, 5), (1, 1), (1, 16), (3, 37), (7, 3072), (70, 513), (2, 70_001)]
 def test_euler_step(backend, B, N, dtype, z, substitution):
     x, field_x, field_z = problem(B, (N,), z, dtype)
     mean = implied_mean(x, field_x, field_z, z, substitution=substitution)
-    arguments = {"substitution": substitution, "backend": backend}
+    field = Field(field_x, field_z, substitution=substitution)
     for z_next in (0.6 * z, 0.0, 1.5 * z):
-        result = pfgm.euler_step(x, field_x, field_z, z, z_next, **arguments)
+        result = pfgm.euler_step(x, field, z, z_next, backend=backend)
         assert result.dtype == dtype
         close(result, euler_oracle(x, mean, z, z_next), x)
-        again, found = pfgm.euler_step(
-            x, field_x, field_z, z, z_next, return_mean=True, **arguments
-        )
+        again, found = pfgm.euler_step(x, field, z, z_next, return_mean=True, backend=backend)
         assert torch.equal(again, result)  # asking for the mean changes nothing
         close(found, mean, x)
 
@@ -155,15 +152,15 @@ def test_heun_and_multistep(backend, B, N, dtype, z):
     mean = implied_mean(x, field_x, field_z, z)
     previous = other(x).to(dtype)
     result, found = pfgm.multistep_step(
-        x, field_x, field_z, z, z_next, previous, z_previous, backend=backend
+        x, Field(field_x, field_z), z, z_next, previous, z_previous, backend=backend
     )
     close(result, multistep_oracle(x, mean, z, z_next, previous, z_previous), x)
     close(found, mean, x)
 
-    predicted = pfgm.euler_step(x, field_x, field_z, z, z_next, backend=backend)
+    predicted = pfgm.euler_step(x, Field(field_x, field_z), z, z_next, backend=backend)
     _, end_x, end_z = problem(B, (N,), z_next, dtype, seed=3)
     mean_next = implied_mean(predicted, end_x, end_z, z_next)
-    result = pfgm.heun_step(x, predicted, end_x, end_z, z, z_next, backend=backend)
+    result = pfgm.heun_step(x, predicted, Field(end_x, end_z), z, z_next, backend=backend)
     # The mean at the start, recovered from the rounded predicted point.
     start = wide(x) + z / (z - z_next) * (wide(predicted) - wide(x))
     close(result, heun_oracle(x, start, predicted, mean_next, z, z_next), x)
@@ -176,17 +173,16 @@ def test_steps_from_the_mean(backend, B, N, dtype):
     x, mean, previous = (other(torch.empty(B, N), seed).to(dtype) for seed in range(3))
     x = 40 * x
     arguments = {"backend": backend}
-    result = pfgm.euler_step_from_mean(x, mean, 8.0, 3.0, **arguments)
+    result = pfgm.euler_step(x, mean, 8.0, 3.0, **arguments)
     close(result, euler_oracle(x, mean, 8.0, 3.0), x)
-    assert torch.equal(pfgm.euler_step_from_mean(x, mean, 8.0, 0.0, **arguments), mean)
-    close(
-        pfgm.multistep_step_from_mean(x, mean, 8.0, 3.0, previous, 11.0, **arguments),
-        multistep_oracle(x, mean, 8.0, 3.0, previous, 11.0),
-        x,
-    )
+    assert torch.equal(pfgm.euler_step(x, mean, 8.0, 0.0, **arguments), mean)
+    moved, found = pfgm.multistep_step(x, mean, 8.0, 3.0, previous, 11.0, **arguments)
+    close(moved, multistep_oracle(x, mean, 8.0, 3.0, previous, 11.0), x)
+    assert found is mean
+    assert pfgm.euler_step(x, mean, 8.0, 3.0, return_mean=True, **arguments)[1] is mean
     mean_next = previous
     close(
-        pfgm.heun_step_from_mean(x, result, mean_next, 8.0, 3.0, **arguments),
+        pfgm.heun_step(x, result, mean_next, 8.0, 3.0, **arguments),
         heun_oracle(x, mean, result, mean_next, 8.0, 3.0),
         x,
     )
@@ -199,28 +195,28 @@ def test_levels_of_each_row(backend, dtype):
     z_next, z_previous = 0.5 * z, 2.5 * z
     x, field_x, field_z = problem(5, (37,), z, dtype)
     mean = implied_mean(x, field_x, field_z, z)
-    result = pfgm.euler_step(x, field_x, field_z, z, z_next, backend=backend)
+    result = pfgm.euler_step(x, Field(field_x, field_z), z, z_next, backend=backend)
     close(result, euler_oracle(x, mean, z, z_next), x)
     previous = other(x).to(dtype)
     result, _ = pfgm.multistep_step(
-        x, field_x, field_z, z, z_next, previous, z_previous, backend=backend
+        x, Field(field_x, field_z), z, z_next, previous, z_previous, backend=backend
     )
     close(result, multistep_oracle(x, mean, z, z_next, previous, z_previous), x)
-    result = pfgm.heun_step(previous, x, field_x, field_z, 2 * z, z, backend=backend)
+    result = pfgm.heun_step(previous, x, Field(field_x, field_z), 2 * z, z, backend=backend)
     start = wide(previous) + 2 * (wide(x) - wide(previous))
     close(result, heun_oracle(previous, start, x, mean, 2 * z, z), x)
 
 
 def test_forms_of_the_levels_agree(backend):
     x, field_x, field_z = problem(4, (6,), 2.0)
-    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    expected = pfgm.euler_step(x, Field(field_x, field_z), 2.0, 1.0, backend=backend)
     for z, z_next in [
         (2, 1),
         (torch.tensor(2.0), 1.0),
         (torch.full((4,), 2.0), torch.ones(4)),
         (2, torch.ones(4, dtype=torch.int64)),
     ]:
-        result = pfgm.euler_step(x, field_x, field_z, z, z_next, backend=backend)
+        result = pfgm.euler_step(x, Field(field_x, field_z), z, z_next, backend=backend)
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
 
 
@@ -231,9 +227,11 @@ def test_an_unphysical_field_stays_finite_and_is_not_reversed(backend, scale, z,
     """‖v_x‖/√N ≥ 1 and a positive v_z."""
     x = torch.ones(3, 37)
     field_x = torch.full_like(x, scale)
-    arguments = {"substitution": substitution, "backend": backend, "return_mean": True}
+    arguments = {"backend": backend, "return_mean": True}
     for field_z in (torch.full((3,), 0.1), torch.zeros(3)):
-        result, mean = pfgm.euler_step(x, field_x, field_z, z, 0.5 * z, **arguments)
+        result, mean = pfgm.euler_step(
+            x, Field(field_x, field_z, substitution=substitution), z, 0.5 * z, **arguments
+        )
         expected = implied_mean(x, field_x, field_z, z, substitution=substitution)
         assert ((torch.from_numpy(expected.astype(np.float64)) / mean.double()) - 1).abs().max() < (
             1e-2 if z < 5 else 1e-5  # 1 − n² is 2e-6 there: a float32 n would be off by a tenth
@@ -246,7 +244,7 @@ def test_gamma_and_z_exp(backend):
     x, field_x, field_z = problem(5, (37,), 3.0, torch.float64)
     for gamma, z_exp in [(0.0, 5.0), (2.0, 5.0), (5.0, 0.0), (5.0, 3.0), (5.0, 3.1)]:
         _, mean = pfgm.euler_step(
-            x, field_x, field_z, 3.0, 1.0, gamma=gamma, z_exp=z_exp, return_mean=True,
+            x, Field(field_x, field_z, gamma=gamma, z_exp=z_exp), 3.0, 1.0, return_mean=True,
             backend=backend,
         )  # fmt: skip
         close(mean, implied_mean(x, field_x, field_z, 3.0, gamma, z_exp), x)
@@ -261,19 +259,28 @@ def test_sample_shapes_and_mixed_dtypes(backend, shape):
     x, field_x, field_z = problem(4, shape, 2.0, torch.float64)
     flat = [v.reshape(4, -1) for v in (x, field_x)]
     expected = euler_oracle(flat[0], implied_mean(*flat, field_z, 2.0), 2.0, 1.0)
-    result = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    result = pfgm.euler_step(x, Field(field_x, field_z), 2.0, 1.0, backend=backend)
     assert result.shape == x.shape
     close(result.reshape(4, -1), expected)
-    narrow = pfgm.euler_step(x.float(), field_x, field_z, 2.0, 1.0, backend=backend)
+    narrow = pfgm.euler_step(x.float(), Field(field_x, field_z), 2.0, 1.0, backend=backend)
     assert narrow.dtype == torch.float32
     close(narrow.reshape(4, -1), expected)
     for half in (torch.bfloat16, torch.float16):
         out = torch.full(x.shape, math.nan, dtype=half)
         result = pfgm.euler_step(
-            x.to(half), field_x.float(), field_z.float(), 2.0, 1.0, out=out, backend=backend
+            x.to(half),
+            Field(field_x.float(), field_z.float()),
+            2.0,
+            1.0,
+            out=out,
+            backend=backend,
         )
         again = pfgm.euler_step(
-            x.to(half).float(), field_x.float(), field_z.float(), 2.0, 1.0, backend=backend
+            x.to(half).float(),
+            Field(field_x.float(), field_z.float()),
+            2.0,
+            1.0,
+            backend=backend,
         )
         assert result is out
         assert torch.equal(out, again.to(half))
@@ -288,7 +295,7 @@ def test_threads_change_nothing_but_the_norms_last_digit(B, N):
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend="native"))
+            results.append(pfgm.euler_step(x, Field(field_x, field_z), 2.0, 1.0, backend="native"))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -302,12 +309,14 @@ def test_threads_change_nothing_but_the_norms_last_digit(B, N):
 def test_strided_tensors(backend, strided, kind):
     x, field_x, field_z = problem(5, (37,), 2.0)
     previous = other(x).float()
-    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
+    expected = pfgm.multistep_step(
+        x, Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
+    )
     inputs = [strided(v, kind) for v in (x, field_x)]
     field_z = torch.stack([field_z, field_z], 1)[:, 0]
     out, mean_out = (strided(torch.full_like(x, math.nan), kind) for _ in range(2))
     results = pfgm.multistep_step(
-        *inputs, field_z, 2.0, 1.0, strided(previous, kind), 3.0,
+        inputs[0], Field(inputs[1], field_z), 2.0, 1.0, strided(previous, kind), 3.0,
         out=out, mean_out=mean_out, backend=backend,
     )  # fmt: skip
     assert results[0] is out
@@ -315,9 +324,11 @@ def test_strided_tensors(backend, strided, kind):
     for result, correct in zip(results, expected, strict=True):
         torch.testing.assert_close(result, correct, rtol=1e-6, atol=1e-6)
     expanded = previous[:1].expand_as(previous)
-    results = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, expanded, 3.0, backend=backend)
+    results = pfgm.multistep_step(
+        x, Field(field_x, field_z), 2.0, 1.0, expanded, 3.0, backend=backend
+    )
     expected = pfgm.multistep_step(
-        x, field_x, field_z, 2.0, 1.0, expanded.clone(), 3.0, backend=backend
+        x, Field(field_x, field_z), 2.0, 1.0, expanded.clone(), 3.0, backend=backend
     )
     assert torch.equal(results[0], expected[0])
 
@@ -326,13 +337,15 @@ def test_strided_tensors(backend, strided, kind):
 def test_out_may_be_any_input(backend, shape):
     x, field_x, field_z = problem(5, shape, 2.0)
     previous = other(x).float()
-    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
+    expected = pfgm.multistep_step(
+        x, Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
+    )
     pairs = [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]
     for of_result, of_mean in pairs:
         inputs = [x.clone(), field_x.clone(), previous.clone()]
         out, mean_out = inputs[of_result], inputs[of_mean]
         pfgm.multistep_step(
-            inputs[0], inputs[1], field_z, 2.0, 1.0, inputs[2], 3.0,
+            inputs[0], Field(inputs[1], field_z), 2.0, 1.0, inputs[2], 3.0,
             out=out, mean_out=mean_out, backend=backend,
         )  # fmt: skip
         assert torch.equal(out, expected[0])
@@ -341,28 +354,28 @@ def test_out_may_be_any_input(backend, shape):
 
 def test_channels_last(backend):
     x, field_x, field_z = problem(5, (3, 4, 4), 2.0)
-    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    expected = pfgm.euler_step(x, Field(field_x, field_z), 2.0, 1.0, backend=backend)
     inputs = [v.to(memory_format=torch.channels_last) for v in (x, field_x)]
-    pfgm.euler_step(*inputs, field_z, 2.0, 1.0, out=inputs[0], backend=backend)
+    pfgm.euler_step(inputs[0], Field(inputs[1], field_z), 2.0, 1.0, out=inputs[0], backend=backend)
     assert torch.equal(inputs[0], expected)
 
 
 def test_an_overlapping_out_is_right(backend):
     memory = torch.zeros(6 * 37 + 5)
     x, field_x, field_z = problem(5, (37,), 2.0)
-    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, backend=backend)
+    expected = pfgm.euler_step(x, Field(field_x, field_z), 2.0, 1.0, backend=backend)
     inside, shifted = memory[: 5 * 37].view(5, 37), memory[5 : 5 * 37 + 5].view(5, 37)
     inside.copy_(x)
-    pfgm.euler_step(inside, field_x, field_z, 2.0, 1.0, out=shifted, backend=backend)
+    pfgm.euler_step(inside, Field(field_x, field_z), 2.0, 1.0, out=shifted, backend=backend)
     assert torch.equal(shifted, expected)
 
 
 def test_an_out_that_holds_the_field_z_of_other_rows_is_right(backend):
     x, field_x, field_z = problem(5, (37,), 6.0)  # above z_exp, where field_z counts
-    expected = pfgm.euler_step(x, field_x, field_z, 6.0, 3.0, backend=backend)
+    expected = pfgm.euler_step(x, Field(field_x, field_z), 6.0, 3.0, backend=backend)
     out = torch.zeros(5, 37)
     field_z = out.view(-1)[:5].copy_(field_z)
-    pfgm.euler_step(x, field_x, field_z, 6.0, 3.0, out=out, backend=backend)
+    pfgm.euler_step(x, Field(field_x, field_z), 6.0, 3.0, out=out, backend=backend)
     assert torch.equal(out, expected)
 
 
@@ -402,16 +415,20 @@ def test_compile():
     previous = other(x).float()
 
     def steps(x, field_x, field_z, z, z_next):
-        x = pfgm.euler_step(x, field_x, field_z, z, z_next)
-        x, mean = pfgm.multistep_step(x, field_x, field_z, z, z_next, previous, 2 * z)
-        x = pfgm.heun_step(x, mean, field_x, field_z, z, z_next)
-        return pfgm.euler_step_from_mean(x, mean, z, z_next)
+        x = pfgm.euler_step(x, Field(field_x, field_z), z, z_next)
+        x, mean = pfgm.multistep_step(x, Field(field_x, field_z), z, z_next, previous, 2 * z)
+        x = pfgm.heun_step(x, mean, Field(field_x, field_z), z, z_next)
+        return pfgm.euler_step(x, mean, z, z_next)
 
     def in_place(x, field_x, field_z, z, z_next):
         x = x.clone()
         mean = torch.empty_like(x)
-        pfgm.euler_step(x, field_x, field_z, z, z_next, return_mean=True, out=x, mean_out=mean)
-        pfgm.multistep_step(x, field_x, field_z, z, z_next, mean, 2 * z, out=x, mean_out=mean)
+        pfgm.euler_step(
+            x, Field(field_x, field_z), z, z_next, return_mean=True, out=x, mean_out=mean
+        )
+        pfgm.multistep_step(
+            x, Field(field_x, field_z), z, z_next, mean, 2 * z, out=x, mean_out=mean
+        )
         return x + mean
 
     for function in (steps, in_place):
@@ -428,15 +445,16 @@ def test_compile():
 def test_gradients(backend, z, substitution):
     x, field_x, field_z = problem(3, (4,), z, torch.float64)
     previous = other(x)
-    law = {"substitution": substitution, "backend": backend}
+    law = {"backend": backend}
     inputs = [v.clone().requires_grad_() for v in (x, field_x, field_z, previous)]
     levels = [torch.full((3,), s * z, dtype=torch.float64).requires_grad_() for s in (1, 0.5, 2)]
 
     def three(x, field_x, field_z, previous, z, z_next, z_previous):
-        first = pfgm.euler_step(x, field_x, field_z, z, z_next, **law)
-        second = pfgm.heun_step(previous, x, field_x, field_z, z_previous, z, **law)
-        third = pfgm.multistep_step(x, field_x, field_z, z, z_next, previous, z_previous, **law)
-        fourth = pfgm.euler_step_from_mean(x, previous, z, z_next, backend=backend)
+        field = Field(field_x, field_z, substitution=substitution)
+        first = pfgm.euler_step(x, field, z, z_next, **law)
+        second = pfgm.heun_step(previous, x, field, z_previous, z, **law)
+        third = pfgm.multistep_step(x, field, z, z_next, previous, z_previous, **law)
+        fourth = pfgm.euler_step(x, previous, z, z_next, backend=backend)
         return first, second, *third, fourth
 
     assert torch.autograd.gradcheck(three, (*inputs, *levels))
@@ -467,11 +485,12 @@ def test_out_refuses_gradients(backend):
     for index in range(4):
         inputs = [v.clone() for v in (x, field_x, field_z, torch.empty_like(x))]
         inputs[index].requires_grad_()
-        *inputs, out = inputs
+        start, *field, out = inputs
+        field = Field(*field)
         with pytest.raises(RuntimeError, match="out is given, but an input or out requires grad"):
-            pfgm.euler_step(*inputs, 2.0, 1.0, out=out, backend=backend)
+            pfgm.euler_step(start, field, 2.0, 1.0, out=out, backend=backend)
         with torch.no_grad():
-            pfgm.euler_step(*inputs, 2.0, 1.0, out=out, backend=backend)
+            pfgm.euler_step(start, field, 2.0, 1.0, out=out, backend=backend)
 
 
 def test_the_op_itself_has_no_gradient():
@@ -498,6 +517,13 @@ X, V, VZ = torch.zeros(3, 4), torch.zeros(3, 4), -torch.ones(3)
         ({"field_x": V.int()}, TypeError, "field_x has dtype torch.int32"),
         ({"field_x": V.to("meta")}, ValueError, "field_x is on meta"),
         ({"field_x": None}, TypeError, "field_x is a NoneType"),
+        ({"prediction": (V, VZ)}, TypeError, "prediction is a tuple; allowed are a pfgm.Field and"),
+        ({"prediction": V[:2]}, ValueError, r"prediction has shape \(2, 4\); allowed is \(3, 4\)"),
+        (
+            {"prediction": V, "mean_out": X, "return_mean": True},
+            ValueError,
+            "mean_out is given, but",
+        ),
         ({"field_z": VZ[:, None]}, ValueError, "field_z has shape"),
         ({"z": 0.0}, ValueError, "z is 0.0; allowed is any finite number above 0"),
         ({"z": math.nan}, ValueError, "z is nan"),
@@ -526,7 +552,10 @@ X, V, VZ = torch.zeros(3, 4), torch.zeros(3, 4), -torch.ones(3)
     ],
 )
 def test_bad_arguments(changed, error, message):
-    arguments = {"x": X, "field_x": V, "field_z": VZ, "z": 2.0, "z_next": 1.0}
+    field = Field(V, VZ)
+    field = field._replace(**{k: changed[k] for k in Field._fields if k in changed})
+    arguments = {"x": X, "prediction": field, "z": 2.0, "z_next": 1.0}
+    changed = {k: value for k, value in changed.items() if k not in Field._fields}
     with pytest.raises(error, match=message):
         pfgm.euler_step(**{**arguments, **changed})
 
@@ -535,7 +564,7 @@ def test_levels_on_a_device_are_not_read():
     """The host would wait for a GPU, and a CUDA graph could not be captured."""
     x = torch.zeros(3, 4, device="meta")  # whose values cannot be read
     z = torch.ones(3, device="meta")
-    found = step_levels(x, "z", 2 * z, z, 3 * z)
+    found = step_levels(x, 2 * z, z, 3 * z)
     assert [level.device.type for level in found] == ["meta"] * 3
 
 
@@ -544,11 +573,11 @@ def test_levels_on_a_device_are_not_read():
 def test_outputs_with_common_memory_are_refused(shape, dtype):
     x = torch.arange(12.0).view(shape).to(dtype)
     field_x, field_z = (-x / 20).flip(0), VZ.to(dtype)
-    expected = pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, return_mean=True)
+    expected = pfgm.euler_step(x, Field(field_x, field_z), 2.0, 1.0, return_mean=True)
 
     def write(out, mean_out):
         options = {"return_mean": True, "out": out, "mean_out": mean_out}
-        return pfgm.euler_step(x, field_x, field_z, 2.0, 1.0, **options)
+        return pfgm.euler_step(x, Field(field_x, field_z), 2.0, 1.0, **options)
 
     memory = torch.zeros(4, *shape[1:], dtype=dtype)
     reversed_axes = torch.zeros(*shape[:0:-1], 3, dtype=dtype).permute(*range(len(shape))[::-1])
@@ -563,23 +592,23 @@ def test_outputs_with_common_memory_are_refused(shape, dtype):
 def test_more_bad_arguments():
     out = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="mean_out overlaps out"):
-        pfgm.euler_step(X, V, VZ, 2.0, 1.0, return_mean=True, out=out, mean_out=out)
+        pfgm.euler_step(X, Field(V, VZ), 2.0, 1.0, return_mean=True, out=out, mean_out=out)
     for z_next in (0.0, torch.zeros(3)):
         with pytest.raises(ValueError, match=r"z_next is 0.0; allowed is any finite number above"):
-            pfgm.heun_step(X, X, V, VZ, 2.0, z_next)
+            pfgm.heun_step(X, X, Field(V, VZ), 2.0, z_next)
         with pytest.raises(ValueError, match=r"z_next is 0.0; allowed is any finite number above"):
-            pfgm.multistep_step(X, V, VZ, 2.0, z_next, X, 3.0)
+            pfgm.multistep_step(X, Field(V, VZ), 2.0, z_next, X, 3.0)
     for z_previous in (2.0, torch.tensor([3.0, 2.0, 4.0])):
         with pytest.raises(ValueError, match="z_previous equals z; they must differ"):
-            pfgm.multistep_step(X, V, VZ, 2.0, 1.0, X, z_previous)
+            pfgm.multistep_step(X, Field(V, VZ), 2.0, 1.0, X, z_previous)
     with pytest.raises(ValueError, match="previous_mean has shape"):
-        pfgm.multistep_step(X, V, VZ, 2.0, 1.0, X[:2], 3.0)
+        pfgm.multistep_step(X, Field(V, VZ), 2.0, 1.0, X[:2], 3.0)
     with pytest.raises(ValueError, match="x has shape"):
-        pfgm.heun_step(X[:2], X, V, VZ, 2.0, 1.0)
-    with pytest.raises(ValueError, match="mean has shape"):
-        pfgm.euler_step_from_mean(X, V[:2], 2.0, 1.0)
-    with pytest.raises(ValueError, match=r"sigma_next is -1.0"):
-        pfgm.euler_step_from_mean(X, V, 2.0, -1.0)
+        pfgm.heun_step(X[:2], X, Field(V, VZ), 2.0, 1.0)
+    with pytest.raises(TypeError, match=r"previous_mean is a NoneType"):
+        pfgm.multistep_step(X, V, 2.0, 1.0, None, 3.0)
+    with pytest.raises(ValueError, match=r"z_next is -1.0"):
+        pfgm.euler_step(X, V, 2.0, -1.0)
 
 
 # ---- as the solvers use them -----------------------------------------------------------------
@@ -588,18 +617,15 @@ def test_more_bad_arguments():
 def test_field_and_mean_give_the_same_step():
     x, field_x, field_z = problem(5, (37,), 2.0, torch.float64)
     field = Field(field_x, field_z)
-    _, mean = euler(x, field, 2.0, 1.0, return_mean=True)
+    _, mean = pfgm.euler_step(x, field, 2.0, 1.0, return_mean=True)
     previous = other(x)
-    pairs = [
-        (euler(x, field, 2.0, 1.0)[0], euler(x, mean, 2.0, 1.0)[0]),
-        (heun(previous, x, field, 4.0, 2.0), heun(previous, x, mean, 4.0, 2.0)),
-        (
-            multistep(x, field, 2.0, 1.0, previous, 3.0)[0],
-            multistep(x, mean, 2.0, 1.0, previous, 3.0)[0],
-        ),
+    steps = [
+        lambda prediction: pfgm.euler_step(x, prediction, 2.0, 1.0),
+        lambda prediction: pfgm.heun_step(previous, x, prediction, 4.0, 2.0),
+        lambda prediction: pfgm.multistep_step(x, prediction, 2.0, 1.0, previous, 3.0)[0],
     ]
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    for step in steps:
+        torch.testing.assert_close(step(field), step(mean), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "multistep"])

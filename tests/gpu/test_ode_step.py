@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import pfgm
 from pfgm.backends.problems import OdeStep
@@ -35,7 +36,7 @@ def problem(B, N, device, seed=0):
 
 def exact(function, *arguments, **law):
     """The result of the reference backend for the same values in float64."""
-    wide = [a.double().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    wide = tree_map_only(torch.Tensor, lambda a: a.double().cpu(), arguments)
     return function(*wide, backend="reference", **law)
 
 
@@ -58,7 +59,7 @@ def close(actual, expected, *inputs):
 @pytest.mark.parametrize(("B", "N"), SHAPES)
 def test_field_steps(device, backend, B, N, z):
     x, field_x, field_z, predicted, previous = problem(B, N, device)
-    field, end = (x, field_x, field_z, z), 0.6 * z
+    field, end = (x, pfgm.Field(field_x, field_z), z), 0.6 * z
     result, mean = pfgm.euler_step(*field, end, return_mean=True, backend=backend)
     expected, expected_mean = exact(pfgm.euler_step, *field, end, return_mean=True)
     close(mean, expected_mean, x)
@@ -71,7 +72,7 @@ def test_field_steps(device, backend, B, N, z):
     close(results[0], expected[0], x, expected_mean, previous)
     close(results[1], expected_mean, x)
 
-    arguments = (x, predicted, field_x, field_z, 1.5 * z, z)
+    arguments = (x, predicted, field[1], 1.5 * z, z)
     result = pfgm.heun_step(*arguments, backend=backend)
     _, mean = exact(pfgm.euler_step, predicted, *field[1:], end, return_mean=True)
     close(result, exact(pfgm.heun_step, *arguments), x, predicted, mean)
@@ -83,14 +84,16 @@ def test_steps_from_the_mean(device, backend, B, N):
     x, mean, _, predicted, previous = problem(B, N, device)
     for sigma, sigma_next, sigma_previous in [(8.0, 3.0, 11.0), levels_by_row(B, device)]:
         for function, inputs, levels in [
-            (pfgm.euler_step_from_mean, (x, mean), ()),
-            (pfgm.heun_step_from_mean, (x, predicted, mean), ()),
-            (pfgm.multistep_step_from_mean, (x, mean), (previous, sigma_previous)),
+            (pfgm.euler_step, (x, mean), ()),
+            (pfgm.heun_step, (x, predicted, mean), ()),
+            (pfgm.multistep_step, (x, mean), (previous, sigma_previous)),
         ]:
             arguments = (*inputs, sigma, sigma_next, *levels)
-            result = function(*arguments, backend=backend)
-            close(result, exact(function, *arguments), x, mean, predicted, previous)
-    assert torch.equal(pfgm.euler_step_from_mean(x, mean, 8.0, 0.0, backend=backend), mean)
+            result, expected = function(*arguments, backend=backend), exact(function, *arguments)
+            if function is pfgm.multistep_step:
+                result, expected = result[0], expected[0]
+            close(result, expected, x, mean, predicted, previous)
+    assert torch.equal(pfgm.euler_step(x, mean, 8.0, 0.0, backend=backend), mean)
 
 
 def levels_by_row(B, device):
@@ -105,31 +108,28 @@ def levels_by_row(B, device):
 def test_levels_of_each_row(device, backend, B, N, substitution):
     x, field_x, field_z, predicted, previous = problem(B, N, device)
     z, z_next, z_previous = levels_by_row(B, device)
-    law = {"substitution": substitution}
-    arguments = (x, field_x, field_z, z, z_next, previous, z_previous)
-    result, mean = pfgm.multistep_step(*arguments, backend=backend, **law)
-    expected, expected_mean = exact(pfgm.multistep_step, *arguments, **law)
+    field = pfgm.Field(field_x, field_z, substitution=substitution)
+    arguments = (x, field, z, z_next, previous, z_previous)
+    result, mean = pfgm.multistep_step(*arguments, backend=backend)
+    expected, expected_mean = exact(pfgm.multistep_step, *arguments)
     close(mean, expected_mean, x)
     close(result, expected, x, expected_mean, previous)
-    arguments = (x, predicted, field_x, field_z, z_previous, z)
-    result = pfgm.heun_step(*arguments, backend=backend, **law)
-    _, mean = exact(
-        pfgm.euler_step, predicted, field_x, field_z, z, z_next, return_mean=True, **law
-    )
-    close(result, exact(pfgm.heun_step, *arguments, **law), x, predicted, mean)
+    arguments = (x, predicted, field, z_previous, z)
+    result = pfgm.heun_step(*arguments, backend=backend)
+    _, mean = exact(pfgm.euler_step, predicted, field, z, z_next, return_mean=True)
+    close(result, exact(pfgm.heun_step, *arguments), x, predicted, mean)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("N", [37, 9000])
 def test_laws(device, backend, N):
     x, field_x, field_z, _, _ = problem(5, N, device)
-    for gamma, z_exp, substitution in [
+    for law in [
         (0.0, 5.0, "exact"), (2.0, 3.1, "exact"), (5.0, 3.1, "published"), (5.0, 0.0, "exact"),
     ]:  # fmt: skip
-        law = {"gamma": gamma, "z_exp": z_exp, "substitution": substitution, "return_mean": True}
-        arguments = (x, field_x, field_z, 3.0, 1.0)
-        result, mean = pfgm.euler_step(*arguments, backend=backend, **law)
-        expected, expected_mean = exact(pfgm.euler_step, *arguments, **law)
+        arguments = (x, pfgm.Field(field_x, field_z, *law), 3.0, 1.0)
+        result, mean = pfgm.euler_step(*arguments, return_mean=True, backend=backend)
+        expected, expected_mean = exact(pfgm.euler_step, *arguments, return_mean=True)
         close(mean, expected_mean, x)
         close(result, expected, x, expected_mean)
 
@@ -137,18 +137,18 @@ def test_laws(device, backend, N):
 def test_levels_are_compared_with_z_exp_in_float64(device, backend):
     """Also where float32 would call them equal."""
     x, field_x, field_z, _, _ = problem(2, 37, device)
-    law = {"return_mean": True}
+    law, field = {"return_mean": True}, pfgm.Field(field_x, field_z)
     levels = [5.0 * (1 - 1e-12), 5.0]
     rows = torch.tensor(levels, dtype=torch.float64, device=device)
-    below = exact(pfgm.euler_step, x, field_x, field_z, levels[0], 1.0, **law)[1]
-    above = exact(pfgm.euler_step, x, field_x, field_z, levels[1], 1.0, **law)[1]
+    below = exact(pfgm.euler_step, x, field, levels[0], 1.0, **law)[1]
+    above = exact(pfgm.euler_step, x, field, levels[1], 1.0, **law)[1]
     assert ((below - above).abs().amax(1) > 0.1).all()
     for z, expected in [
         (levels[0], below),
         (levels[1], above),
         (rows, torch.stack([below[0], above[1]])),
     ]:
-        _, mean = pfgm.euler_step(x, field_x, field_z, z, 1.0, backend=backend, **law)
+        _, mean = pfgm.euler_step(x, field, z, 1.0, backend=backend, **law)
         close(mean, expected, x)
 
 
@@ -162,9 +162,9 @@ def test_an_unphysical_field_stays_finite_and_is_not_reversed(device, backend, N
     for scale in (1.0, 1.5, 1e6, 1e20):
         field_x = torch.full_like(x, scale)
         for z in (1e-3, 4.0, 10.0, torch.tensor([1e-3, 4.0, 10.0, 40.0], device=device)):
-            law = {"substitution": substitution, "return_mean": True}
-            result, mean = pfgm.euler_step(x, field_x, field_z, z, z / 2, backend=backend, **law)
-            expected, expected_mean = exact(pfgm.euler_step, x, field_x, field_z, z, z / 2, **law)
+            arguments = (x, pfgm.Field(field_x, field_z, substitution=substitution), z, z / 2)
+            result, mean = pfgm.euler_step(*arguments, return_mean=True, backend=backend)
+            expected, expected_mean = exact(pfgm.euler_step, *arguments, return_mean=True)
             close(mean, expected_mean, x)
             close(result, expected, x, expected_mean)
             assert (result >= x).all()
@@ -181,10 +181,13 @@ def test_non_finite_fields_stay_in_their_row(device, backend, step_checks):
 @pytest.mark.parametrize("N", [1, 37, 3072, 8193])
 def test_strided_tensors(device, backend, strided, N, kind):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
+    expected = pfgm.multistep_step(
+        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
+    )
     out, mean_out = (strided(torch.full_like(x, math.nan), kind) for _ in range(2))
     results = pfgm.multistep_step(
-        strided(x, kind), strided(field_x, kind), torch.stack([field_z, field_z], 1)[:, 0],
+        strided(x, kind),
+        pfgm.Field(strided(field_x, kind), torch.stack([field_z, field_z], 1)[:, 0]),
         2.0, 1.0, strided(previous, kind), 3.0, out=out, mean_out=mean_out, backend=backend,
     )  # fmt: skip
     assert results[0] is out
@@ -196,14 +199,16 @@ def test_strided_tensors(device, backend, strided, N, kind):
 @pytest.mark.parametrize("N", [37, 3072, 8193])
 def test_each_tensor_has_its_own_stride(device, backend, strided, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend)
+    expected = pfgm.multistep_step(
+        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
+    )
     outputs = (torch.full_like(x, math.nan), torch.full_like(x, math.nan))
     for k in range(5):
         given = [x, field_x, previous, *(values.clone() for values in outputs)]
         given[k] = strided(given[k], "rows apart")
         out, mean_out = given[3:]
         pfgm.multistep_step(
-            *given[:2], field_z, 2.0, 1.0, given[2], 3.0,
+            given[0], pfgm.Field(given[1], field_z), 2.0, 1.0, given[2], 3.0,
             out=out, mean_out=mean_out, backend=backend,
         )  # fmt: skip
         assert torch.equal(out, expected[0])
@@ -215,7 +220,9 @@ def test_expanded_tensors(device, backend, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
     inputs = [values[:1].expand_as(values) for values in (x, field_x, field_z, previous)]
     results, expected = (
-        pfgm.multistep_step(*values[:3], 2.0, 1.0, values[3], 3.0, backend=backend)
+        pfgm.multistep_step(
+            values[0], pfgm.Field(*values[1:3]), 2.0, 1.0, values[3], 3.0, backend=backend
+        )
         for values in (inputs, [values.contiguous() for values in inputs])
     )
     for result, correct in zip(results, expected, strict=True):
@@ -227,20 +234,22 @@ def test_expanded_tensors(device, backend, N):
 @pytest.mark.parametrize("z", [2.0, 7.0])
 def test_outputs_may_be_inputs(device, backend, N, z):
     x, field_x, field_z, predicted, previous = problem(5 if N < 8193 else 2, N, device)
-    expected = pfgm.multistep_step(x, field_x, field_z, z, 1.0, previous, 9.0, backend=backend)
+    expected = pfgm.multistep_step(
+        x, pfgm.Field(field_x, field_z), z, 1.0, previous, 9.0, backend=backend
+    )
     for of_result, of_mean in [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]:
         inputs = [x.clone(), field_x.clone(), previous.clone()]
         out, mean_out = inputs[of_result], inputs[of_mean]
         pfgm.multistep_step(
-            inputs[0], inputs[1], field_z, z, 1.0, inputs[2], 9.0,
+            inputs[0], pfgm.Field(inputs[1], field_z), z, 1.0, inputs[2], 9.0,
             out=out, mean_out=mean_out, backend=backend,
         )  # fmt: skip
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
-    expected = pfgm.heun_step_from_mean(x, predicted, field_x, z, 1.0, backend=backend)
+    expected = pfgm.heun_step(x, predicted, field_x, z, 1.0, backend=backend)
     for of_result in range(3):
         inputs = [x.clone(), predicted.clone(), field_x.clone()]
-        pfgm.heun_step_from_mean(*inputs, z, 1.0, out=inputs[of_result], backend=backend)
+        pfgm.heun_step(*inputs, z, 1.0, out=inputs[of_result], backend=backend)
         assert torch.equal(inputs[of_result], expected)
 
 
@@ -256,7 +265,7 @@ def test_half_precision_and_sample_shapes(device, backend):
     x, field_x, field_z, _, previous = problem(4, 24, device)
     x, field_x, previous = (v.half().view(4, 2, 3, 4) for v in (x, field_x, previous))
     result, mean = pfgm.multistep_step(
-        x, field_x, field_z, 2.0, 1.0, previous, 3.0, backend=backend
+        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
     )
     expected = exact(pfgm.multistep_step, x, field_x, field_z, 2.0, 1.0, previous, 3.0)
     for found, correct in zip((result, mean), expected, strict=True):
@@ -287,16 +296,22 @@ def test_compile(device, backend):
 
     def steps(x, field_x, field_z, z):
         law = {"backend": backend}
-        x = pfgm.euler_step(x, field_x, field_z, z, z / 2, **law)
-        x, mean = pfgm.multistep_step(x, field_x, field_z, z, z / 2, previous, 2 * z, **law)
+        x = pfgm.euler_step(x, pfgm.Field(field_x, field_z), z, z / 2, **law)
+        x, mean = pfgm.multistep_step(
+            x, pfgm.Field(field_x, field_z), z, z / 2, previous, 2 * z, **law
+        )
         field = torch.ops.pfgm.normalised_field(x - mean, field_z.double(), 5.0, backend)
-        return pfgm.heun_step(x, mean, *field, z, z / 2, **law)
+        return pfgm.heun_step(x, mean, pfgm.Field(*field), z, z / 2, **law)
 
     def in_place(x, field_x, field_z, z):
         x, mean = x.clone(), torch.empty_like(x)
         law = {"out": x, "backend": backend}
-        pfgm.euler_step(x, field_x, field_z, z, z / 2, return_mean=True, mean_out=mean, **law)
-        pfgm.multistep_step(x, field_x, field_z, z, z / 2, mean, 2 * z, mean_out=mean, **law)
+        pfgm.euler_step(
+            x, pfgm.Field(field_x, field_z), z, z / 2, return_mean=True, mean_out=mean, **law
+        )
+        pfgm.multistep_step(
+            x, pfgm.Field(field_x, field_z), z, z / 2, mean, 2 * z, mean_out=mean, **law
+        )
         return x + mean
 
     for function in (steps, in_place):
@@ -337,8 +352,7 @@ def test_graph_capture(device, backend):
     x, field_x, field_z, _, previous = problem(5, 3072, device)
     arguments = (
         x,
-        field_x,
-        field_z,
+        pfgm.Field(field_x, field_z),
         *levels_by_row(5, device)[:2],
         previous,
         levels_by_row(5, device)[2],

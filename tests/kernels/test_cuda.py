@@ -52,6 +52,15 @@ def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+def test_matrix_units_that_cut(folder, run_kernel_tests, name):
+    """Every addend of an instruction, as those of an A100, a GeForce card and an H100 do."""
+    environment = executor.environment(folder) | {"PFGM_PTX_TRUNCATE": "1"}
+    process, output = run_kernel_tests([name], environment)[name]
+    assert process.wait() == 0, output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_host_code_under_sanitizers(run_kernel_tests, name):
     """Of addresses and of undefined behaviour. They also see the executor's accesses of tensors."""
     sanitized = build("ptx_sanitized", "90a-virtual", "-DPFGM_SANITIZE=address")

@@ -336,26 +336,22 @@ VARYING = {
     "steps": lambda x, y, z, gamma, D: varying_steps(x, z, gamma),
     "in place": lambda x, y, z, gamma, D: pfgm.euler_step(
         x,
-        x.sin(),
-        -1 - x.square().sum(1),
+        pfgm.Field(x.sin(), -1 - x.square().sum(1), gamma=gamma, z_exp=2 * gamma),
         z,
         z / 2,
-        gamma=gamma,
-        z_exp=2 * gamma,
         out=torch.empty_like(x),
     ),
-    "from mean": lambda x, y, z, gamma, D: pfgm.multistep_step_from_mean(
-        pfgm.heun_step_from_mean(x, 2 * x, 3 * x, z, z / 2), x.sin(), z, z / 2, x.cos(), 2 * z
-    ),
+    "from mean": lambda x, y, z, gamma, D: pfgm.multistep_step(
+        pfgm.heun_step(x, 2 * x, 3 * x, z, z / 2), x.sin(), z, z / 2, x.cos(), 2 * z
+    )[0],
 }
 
 
 def varying_steps(x, z, gamma):
-    field_x, field_z = x.sin(), -1 - x.square().sum(1)
-    law = {"gamma": gamma, "z_exp": 2 * gamma}
-    x = pfgm.heun_step(x, 2 * x, field_x, field_z, z, z / 2, **law)
-    x, mean = pfgm.multistep_step(x, field_x, field_z, z, z / 2, x.cos(), 2 * z, **law)
-    return pfgm.euler_step(x, field_x, field_z, z, z / 2, **law) + mean
+    field = pfgm.Field(x.sin(), -1 - x.square().sum(1), gamma=gamma, z_exp=2 * gamma)
+    x = pfgm.heun_step(x, 2 * x, field, z, z / 2)
+    x, mean = pfgm.multistep_step(x, field, z, z / 2, x.cos(), 2 * z)
+    return pfgm.euler_step(x, field, z, z / 2) + mean
 
 
 @pytest.mark.skipif(

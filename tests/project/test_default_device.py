@@ -61,9 +61,9 @@ def of_operations(references):
         density = pfgm.log_density(x, references, sigma=0.5, D=math.inf)
         (mean.sum() + lse.sum() + field_x.sum() + field_z.sum() + density.sum()).backward()
         yield from (mean, lse, field_x, field_z, density, x.grad)
-        field = field_x.detach(), field_z.detach()
-        yield pfgm.euler_step(x.detach(), *field, 2.0, 1.0)
-        yield pfgm.euler_step_from_mean(x.detach(), mean.detach(), 1.0, 0.5)
+        field = pfgm.Field(field_x.detach(), field_z.detach())
+        yield pfgm.euler_step(x.detach(), field, 2.0, 1.0)
+        yield pfgm.euler_step(x.detach(), mean.detach(), 1.0, 0.5)
 
 
 def of_a_set(folder):

@@ -76,9 +76,9 @@ void mma(Warp& w, const Ins& i) {
   }
   const int k = i.y;
   const bool tf32 = i.x == 0;
-  const int na = k / (tf32 ? 2 : 4), nb = na / 2, nd = i.z ? 2 : 4;
+  const int na = k / (tf32 ? 2 : 4), nb = na / 2, count_d = i.z ? 2 : 4;
   static thread_local double A[16][16], B[8][16];
-  const s32 *d = i.regs.data(), *a = d + nd, *b = a + na, *c = b + nb;
+  const s32 *d = i.regs.data(), *a = d + count_d, *b = a + na, *c = b + nb;
   const auto number = [&](u32 word, int half) -> double {
     if (tf32) return as_float(word & ~0x1fffu);
     const u16 bits = static_cast<u16>(word >> (16 * half));

@@ -19,13 +19,13 @@ from ...flows.flow import Flow
 from ...flows.plusplus import PoissonFlowPP
 from ...flows.poisson import PoissonFlow
 from ...functional import (
-    euler_step_from_mean,
+    euler_step,
     field_fn,
-    heun_step_from_mean,
-    multistep_step_from_mean,
+    heun_step,
+    multistep_step,
     posterior_mean,
 )
-from ...functional.steps import mean_of
+from ...functional.steps import implied_mean
 from ...networks.level_encodings import (
     IdentityEncoding,
     LogEncoding,
@@ -302,7 +302,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not isinstance(self._flow, PoissonFlow):
             return self._flow.denoise(network, sample, level)
         field = self._flow.field(network, sample, per_row(level, sample))
-        return mean_of(sample, field, level)
+        return implied_mean(sample, field, level)
 
     def index_for_timestep(self, timestep: Tensor | float) -> int:
         """The index of the call that starts a step at a timestep.
@@ -316,7 +316,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int(found[0] if found[0] == 0 else found[self.order - 1])
 
     def _euler(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
-        return euler_step_from_mean(x, mean, self._levels[call], self._levels[call + 1])
+        return euler_step(x, mean, self._levels[call], self._levels[call + 1])
 
     def _heun(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
         if call % 2 == 0:
@@ -325,16 +325,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return self._euler(call, x, mean)
         assert self._earlier is not None
         start, level = self._earlier
-        return heun_step_from_mean(start, x, mean, level, self._levels[call])
+        return heun_step(start, x, mean, level, self._levels[call])
 
     def _multistep(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
         # Cloned, because a loop may clamp its prediction in place, and a network its output.
         earlier, self._earlier = self._earlier, (mean.clone(), self._levels[call])
         if earlier is None or call == len(self.timesteps) - 1:
             return self._euler(call, x, mean)
-        return multistep_step_from_mean(
-            x, mean, self._levels[call], self._levels[call + 1], *earlier
-        )
+        return multistep_step(x, mean, self._levels[call], self._levels[call + 1], *earlier)[0]
 
     # ---- training ----
 

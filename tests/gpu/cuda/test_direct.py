@@ -43,12 +43,13 @@ def given(device):
 def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
     """A function of the package on these inputs, as a tuple of tensors."""
     x, references, predicted, slope, field_z, before = given
+    field = pfgm.Field(slope, field_z)
     arguments = {
         "field_fn": (x, z, references),
         "posterior_mean": (x, references),
-        "euler_step": (x, slope, field_z, z, z_next),
-        "heun_step": (x, predicted, slope, field_z, z, z_next),
-        "multistep_step": (x, slope, field_z, z, z_next, before, z_previous),
+        "euler_step": (x, field, z, z_next),
+        "heun_step": (x, predicted, field, z, z_next),
+        "multistep_step": (x, field, z, z_next, before, z_previous),
     }[name]
     options = {"backend": "native"} | options | ({"r": z} if name == "posterior_mean" else {})
     found = getattr(pfgm, name)(*arguments, **options)
@@ -469,13 +470,15 @@ def test_out_is_written_and_marked(given, device, direct_calls, name, rows):
 def test_an_output_that_overlaps_an_input_in_part(given, device, direct_calls):
     x, _, _, slope, field_z, _ = given()
     law = {"backend": "native"}
-    expected = pfgm.euler_step(x, slope, field_z, 2.0, 1.0, **law)
+    expected = pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, **law)
     memory = torch.empty(6, 3, device=device)
     memory[:5] = slope
-    found = pfgm.euler_step(x, memory[:5], field_z, 2.0, 1.0, out=memory[1:], **law)
+    found = pfgm.euler_step(x, pfgm.Field(memory[:5], field_z), 2.0, 1.0, out=memory[1:], **law)
     assert torch.equal(found, expected)
     memory = torch.cat([field_z, torch.zeros(10, device=device)])
-    found = pfgm.euler_step(x, slope, memory[:5], 2.0, 1.0, out=memory.view(5, 3), **law)
+    found = pfgm.euler_step(
+        x, pfgm.Field(slope, memory[:5]), 2.0, 1.0, out=memory.view(5, 3), **law
+    )
     assert torch.equal(found, expected)
     assert direct_calls == [True, False, False]
 
@@ -484,10 +487,10 @@ def test_an_output_that_overlaps_a_level(given, device, direct_calls):
     """Levels are read before the step is written."""
     x, _, _, slope, field_z, _ = given()
     z = torch.linspace(2, 3, B, device=device)
-    expected = pfgm.euler_step(x, slope, field_z, z, 1.0, backend="native")
+    expected = pfgm.euler_step(x, pfgm.Field(slope, field_z), z, 1.0, backend="native")
     memory = torch.cat([z, torch.zeros(10, device=device)])
     out = memory.view(5, 3)
-    pfgm.euler_step(x, slope, field_z, memory[:5], 1.0, out=out, backend="native")
+    pfgm.euler_step(x, pfgm.Field(slope, field_z), memory[:5], 1.0, out=out, backend="native")
     assert torch.equal(out, expected)
     assert direct_calls == [True, True]
 
@@ -498,7 +501,7 @@ def test_a_mean_that_overlaps_out_is_refused(given, device, by_operators):
 
     def step():
         given = {"return_mean": True, "out": memory[:5], "mean_out": memory[1:]}
-        pfgm.euler_step(x, slope, field_z, 2.0, 1.0, backend="native", **given)
+        pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, backend="native", **given)
 
     assert error_of(step) == by_operators(lambda: error_of(step))
 

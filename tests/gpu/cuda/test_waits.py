@@ -35,7 +35,7 @@ def test_every_kernel_waits_first(op, executor, device):
     x, slope = torch.randn(2, 70, 20, device=device)
     z = torch.linspace(1, 2, 70, device=device)
     pfgm.field_fn(x, z, slope, backend="native")
-    pfgm.euler_step(x, slope, -z, z, z / 2, backend="native")
+    pfgm.euler_step(x, pfgm.Field(slope, -z), z, z / 2, backend="native")
     kernels = {launch.kernel for launch in executor.launches()}
     assert kernels == set(codegen_cuda.declared())
     assert executor.errors() == []

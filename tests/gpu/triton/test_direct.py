@@ -34,12 +34,13 @@ def given(device):
 def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
     """A function of the package on these inputs, as a tuple of tensors."""
     x, predicted, slope, before, references, field_z = given
+    field = pfgm.Field(slope, field_z)
     arguments = {
         "field_fn": (x, z, references),
         "posterior_mean": (x, references),
-        "euler_step": (x, slope, field_z, z, z_next),
-        "heun_step": (x, predicted, slope, field_z, z, z_next),
-        "multistep_step": (x, slope, field_z, z, z_next, before, z_previous),
+        "euler_step": (x, field, z, z_next),
+        "heun_step": (x, predicted, field, z, z_next),
+        "multistep_step": (x, field, z, z_next, before, z_previous),
     }[name]
     if name == "posterior_mean":
         options = {"r": z, "return_logsumexp": True} | options
