@@ -369,7 +369,12 @@ def steps(block: Block, M: int, tiles: int, first: bool, last: bool, difference:
 
 
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str, difference: bool
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    precision: str,
+    difference: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean or x − mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest
     reference and total weight relative to it, each (B,). All tensors are on one device; rows have
