@@ -264,10 +264,9 @@ def test_only_the_outputs_are_written(device, backend, N, form, step_checks):
 def test_half_precision_and_sample_shapes(device, backend):
     x, field_x, field_z, _, previous = problem(4, 24, device)
     x, field_x, previous = (v.half().view(4, 2, 3, 4) for v in (x, field_x, previous))
-    result, mean = pfgm.multistep_step(
-        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
-    )
-    expected = exact(pfgm.multistep_step, x, field_x, field_z, 2.0, 1.0, previous, 3.0)
+    given = (x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0)
+    result, mean = pfgm.multistep_step(*given, backend=backend)
+    expected = exact(pfgm.multistep_step, *given)
     for found, correct in zip((result, mean), expected, strict=True):
         assert found.dtype == torch.float16
         scale = float(correct.abs().max())
