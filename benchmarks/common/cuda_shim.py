@@ -17,8 +17,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pfgm.backends import native, native_direct
-from pfgm.common import checks, transforms
+from pfgm.backends import native, native_calls
+from pfgm.common import checks
+from pfgm.ops import eager
 
 PATH = os.environ.get("PFGM_CUDA_SHIM")
 """The extension, built with ``cmake -DPFGM_CUDA_SHIM=ON``."""
@@ -69,7 +70,7 @@ def load(path: str) -> ModuleType:
 @contextmanager
 def in_place_of_a_gpu(extension: ModuleType) -> Iterator[None]:
     """The package takes tensors in CPU memory as tensors on a GPU, and calls the extension."""
-    is_plain = transforms.is_plain
+    is_plain = eager.is_plain
 
     def is_plain_on_gpu(value: Tensor, gpu: torch.device | None = None) -> bool:
         return gpu is not None and is_plain(value, gpu)
@@ -79,9 +80,9 @@ def in_place_of_a_gpu(extension: ModuleType) -> Iterator[None]:
         (native, "_on_cuda", lambda device: True),
         (native, "on_gpu", lambda value: True),
         (native, "current_stream", lambda device: (0, 0)),
-        (native_direct, "_native", extension),
+        (native_calls, "_native", extension),
         (checks, "_on_cpu", lambda device: False),
-        (transforms, "is_plain", is_plain_on_gpu),
+        (eager, "is_plain", is_plain_on_gpu),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
