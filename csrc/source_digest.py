@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Not host_shim and tests: only builds for tests hold them.
+# Not tests: only builds for tests hold them.
 FOLDERS = ("api", "bindings", "cpu", "cuda")
 
 

@@ -9,7 +9,7 @@ For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.042
 4. ``weighted_sum`` computes Σ_j w_j y_j over several stretches of the chunk at once. It skips tiles
    whose weights are all zero.
 5. ``merge`` adds the stretches to the running mean, and in float64 the chunk's sum of weights to
-   that of earlier chunks.
+   that of earlier chunks. Where x − mean is wanted, and is small, it sums differences instead.
 
 Launches depend on shapes alone. Nothing waits for the device, and CUDA graphs can capture them.
 """
@@ -39,12 +39,15 @@ from .problem import (
     part,
     power_of_two,
 )
+from .refinement import two_floats
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
 
 MIN_SORTED_QUERIES = 256  # from here on queries are sorted by their number of nonzero weights
-MERGE = Config({"BLOCK": 1024})  # features for a program
+# From this (x − mean)² on, relative to the size of what is summed, sums over references leave
+# enough digits of it.
+ENOUGH = tl.constexpr(2.0**-6)
 
 
 @triton.jit(do_not_specialize=["B", "M"])
@@ -103,7 +106,43 @@ def weighted_sum(
     tl.store(out, tl.trans(total), mask=present[:, None] & (feature < N))
 
 
-@triton.jit(do_not_specialize=["pieces"])
+@triton.jit
+def sum_of_differences(
+    a,
+    y,
+    weights,
+    live,
+    feature,
+    row,
+    M,
+    N,
+    y_stride,
+    pieces,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Σ_j w_j (a − y_j) of one query, whose row of weights begins at ``weights``. Only tiles with a
+    weight are read."""
+    total = tl.zeros_like(a)
+    index = tl.arange(0, SIZE)
+    for piece in range(0, pieces):
+        if tl.load(live + row * pieces + piece) > 0:
+            column = piece * SIZE + index
+            has = tl.load(weights + column, mask=column < M, other=0.0) != 0.0
+            first = tl.min(tl.where(has, index, SIZE), 0)
+            while first < SIZE:
+                tile = first // TILE * TILE
+                j = piece * SIZE + tile + tl.arange(0, TILE)
+                w = tl.load(weights + j, mask=j < M, other=0.0)
+                mask = (w != 0.0)[:, None] & (feature < N)[None, :]
+                place = y + j.to(tl.int64)[:, None] * y_stride + feature[None, :]
+                high, low = two_floats(place, mask)
+                total += tl.sum(tl.where(mask, w[:, None] * (a[None, :] - high - low), 0.0), 0)
+                first = tl.min(tl.where(has & (index >= tile + TILE), index, SIZE), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "pieces"])
 def merge(
     mean,
     parts,
@@ -114,20 +153,31 @@ def merge(
     nearest,
     total,
     logsumexp,
+    x,
+    y,
+    weights,
+    live,
     B,
+    M,
     N,
     stretches,
     pieces,
+    x_stride,
+    y_stride,
+    pairs_stride,
     divisor,
     exponent: tl.float64,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
     PIECES: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The running mean: that of earlier chunks, with weight kept[row], and the stretches of this
-    one, times ``divisor``.
+    one, times ``divisor``. DIFFERENCE subtracts it from x, and x, y, weights and live are read.
 
     One program of each query also writes the state (nearest, total), and for the LAST chunk the
     log-sum-exp.
@@ -144,9 +194,26 @@ def merge(
         value += tl.load(source, mask=feature < N, other=0.0)
         source += B * N
     value *= divisor / weight
+    before = tl.zeros([BLOCK], tl.float32)
     if not FIRST:
         before = tl.load(mean + row * N + feature, mask=feature < N, other=0.0)
-        value += (carried.to(tl.float32) / weight) * before
+        before *= carried.to(tl.float32) / weight
+    if DIFFERENCE:
+        a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+        value = tl.sum(of_pieces, 0) / weight * a - value
+        # Sums over references lose digits of a difference that is small beside the size of these,
+        # which is about |x| and the distance at which weights become small.
+        r = tl.load(radius + row)
+        unit = 1.0 / tl.sqrt(tl.load(closest + row) + r * r / exponent).to(tl.float32)
+        apart = (before + value) * unit
+        size = 1.0 + tl.sum((a * unit) * (a * unit), 0)
+        if (tl.sum(apart * apart, 0) >= ENOUGH * size) == 0:  # also if a number is out of range
+            of_row = weights + row * pairs_stride
+            value = sum_of_differences(
+                a, y, of_row, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
+            )
+            value /= weight
+    value += before
     tl.store(mean + row * N + feature, value, mask=feature < N)
     if tl.program_id(1) == 0:
         least = tl.load(closest + row)
@@ -179,6 +246,13 @@ def sum_configs(shape: Shape) -> list[Config]:
         return [small if shape.references == torch.uint8 else medium]
     large = Config({"ROWS": 64, "TILE": 32, "FEATURES": 128}, num_warps=8)
     return [small, large] if shape.rows <= 256 else [large, small]
+
+
+@functools.cache
+def merge_config(features: int) -> Config:
+    """Features for a program of ``merge``, and references whose differences it sums at a time."""
+    block = min(1024, max(16, power_of_two(features)))
+    return Config({"BLOCK": block, "TILE": 4096 // block})
 
 
 SUMS = Choice(sum_configs)
@@ -258,36 +332,46 @@ class Steps(NamedTuple):
 
 
 @functools.lru_cache(KEPT)
-def steps(block: Block, M: int, tiles: int, first: bool, last: bool) -> Steps:
+def steps(block: Block, M: int, tiles: int, first: bool, last: bool, difference: bool) -> Steps:
     pieces, divisor = pieces_of(M), float(power_of_two(M))
+    cutoff = weight_cutoff(block.references)
+    if difference and not block.gaussian:
+        # A weight counts by the distance of its reference, relative to that of the nearest one:
+        # (s/s₀)^½ w = w^(1 − 1/(N + D)). e^-80 is a normal float32.
+        cutoff = min(80.0, cutoff / max(1 - 0.5 / block.exponent, 0.1))
     stretches = stretches_of(block.rows, M, block.N, block.device)
     weigh = _weigh(
         (block.rows, pieces, 1),
         (padded(M), block.pairs_stride, tiles, pieces),
-        (block.exponent, math.exp(-weight_cutoff(block.references))),
+        (block.exponent, math.exp(-cutoff)),
         (first, block.gaussian, minima_of(tiles)),
         WEIGH,
     )
     read = ("radius", "lowest", "nearest", "total", "squared")
     written = ("weights", "sums", "closest", "kept", "live")
+    config = merge_config(block.N)
     merge = _merge(
-        (block.rows, cdiv(block.N, MERGE["BLOCK"]), 1),
-        (block.rows, block.N, stretches, pieces),
+        (block.rows, cdiv(block.N, config["BLOCK"]), 1),
+        (
+            *(block.rows, M, block.N, stretches, pieces),
+            *(block.x_stride, block.y_stride, block.pairs_stride),
+        ),
         (divisor, block.exponent),
-        (first, last, block.gaussian, PIECES),
-        MERGE,
+        (first, last, block.gaussian, difference, PIECES, WEIGH["BLOCK"]),
+        config,
     )
     state = ("radius", "nearest", "total", "logsumexp")
-    merged = ("mean", "parts", "sums", "closest", "kept", *state)
+    summed = ("x", "y", "weights", "live") if difference else (NOTHING,) * 4
+    merged = ("mean", "parts", "sums", "closest", "kept", *state, *summed)
     return Steps(pieces, divisor, Step(weigh, (*read, *written)), Step(merge, merged))
 
 
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str
+    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str, difference: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest reference and total
-    weight relative to it, each (B,). All tensors are on one device; rows have contiguous
-    features."""
+    """Mean or x − mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest
+    reference and total weight relative to it, each (B,). All tensors are on one device; rows have
+    contiguous features."""
     problem = Problem(x, references, radius, D, precision)
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
     logsumexp, nearest, total = (torch.empty_like(radius) for _ in range(3))
@@ -302,16 +386,16 @@ def posterior_mean(
             total=part(total, rows),
         )
         for chunk in problem.chunks():
-            _average(pairs, chunk)
+            _average(pairs, chunk, difference)
     return mean, logsumexp, nearest, total
 
 
-def _average(pairs: Pairs, chunk: slice) -> None:
+def _average(pairs: Pairs, chunk: slice, difference: bool) -> None:
     """Merges a chunk into the results of one block of queries."""
     block, space = pairs.block, pairs.space
     M, first, last = chunk.stop - chunk.start, chunk.start == 0, chunk.stop == block.references
     pairs.measure(chunk, first)
-    found = steps(block, M, pairs.steps.tiles, first, last)
+    found = steps(block, M, pairs.steps.tiles, first, last, difference)
     space.run(found.weigh)
     ordered = block.rows >= MIN_SORTED_QUERIES
     if ordered:
@@ -333,8 +417,14 @@ def variants() -> list[Variant]:
                 constants = {"PRECISION": input_precision(shape.precision)} | config.options
                 constants["ORDERED"] = shape.rows >= MIN_SORTED_QUERIES and dtype == torch.float32
                 found.append(variant(weighted_sum, constants, dtype, products=True))
+    unread: dict[str, Any] = dict.fromkeys(("x", "y", "weights", "live"))
     for first in (False, True):
         for last, gaussian in ((False, False), (True, False), (True, True)):
-            constants = {"FIRST": first, "LAST": last, "GAUSSIAN": gaussian, "PIECES": PIECES}
-            found.append(variant(merge, constants | MERGE.options))
+            constants = {"FIRST": first, "LAST": last, "GAUSSIAN": gaussian, "DIFFERENCE": False}
+            constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(1024).options
+            found.append(variant(merge, unread | constants))
+            for dtype in REFERENCES:
+                for features in (16, 1024) if last else ():
+                    constants |= {"DIFFERENCE": True} | merge_config(features).options
+                    found.append(variant(merge, constants, dtype))
     return list({each.name: each for each in found}.values())

@@ -219,9 +219,10 @@ def refine(
                     # A reference with larger differences is too far away to have a weight.
                     cut = (tl.abs(high) > 2.0**55) & (rest == rest)
                     high, rest = tl.where(cut, 2.0**55, high), tl.where(cut, 0.0, rest)
-                    value = tl.where(mask, high * high + 2.0 * high * rest, 0.0)
+                    value = tl.where(mask, high * high + rest * (2.0 * high + rest), 0.0)
                     total, lost = add_compensated(total, lost, value)
                 exact = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0) * back * back
+                exact = tl.where(exact < 0.0, 0.0, exact)
                 # Infinite only if the input is not finite. NaN reaches the result; infinity would
                 # not.
                 finite = exact < float("inf")

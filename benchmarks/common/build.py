@@ -51,7 +51,7 @@ def architecture(capability: str) -> str:
     digits = capability.replace(".", "")
     if not digits.isdigit():
         return ""
-    return f"{digits}a-real" if digits in ("90", "100") else f"{digits}-real"
+    return "90a-real" if digits == "90" else f"{digits}-real"
 
 
 def setup_command(folder: Path) -> list[str]:

@@ -15,10 +15,6 @@
 #include "api/posterior_mean.h"
 #include "bindings/direct.h"
 #include "bindings/interruptible.h"
-#ifdef PFGM_CUDA_SHIM
-#include "host_shim/counts.h"
-#include "host_shim/intrinsics.h"
-#endif
 
 namespace py = pybind11;
 
@@ -265,29 +261,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("ode_step_cuda", &ode_step_cuda, released);
   module.def("normalised_field_cuda", &normalised_field_cuda, released);
   bind_direct_cuda(module);
-#endif
-#ifdef PFGM_CUDA_SHIM
-  module.def("shim_order", &shim::set_order);
-  module.def("shim_device", &shim::set_device, py::arg("multiprocessors"), py::arg("capability"),
-             py::arg("shared_limit"), py::arg("l2_cache") = shim::kCache);
+  // For tests: smaller blocks and chunks.
   module.def(
-      "shim_limits",
+      "limit_cuda",
       [](std::int64_t pairs, std::int64_t parts, std::int64_t queries, std::int64_t references,
          std::int64_t halved) { limit_cuda({pairs, parts, queries, references, halved}); },
       py::kw_only(), py::arg("pairs") = CudaLimits().pairs, py::arg("parts") = CudaLimits().parts,
       py::arg("queries") = CudaLimits().queries, py::arg("references") = CudaLimits().references,
       py::arg("halved") = CudaLimits().halved);
-  module.def("shim_launches", [] {
-    const auto launches = shim::launches();
-    shim::clear_launches();
-    return launches;
-  });
-  module.def("shim_counts", [](bool on) {
-    py::list launches;
-    for (const shim::LaunchCounts& one : shim::count(on))
-      launches.append(py::make_tuple(one.kernel, one.grid, one.threads, one.shared, one.blocks));
-    return launches;
-  });
 #endif
   module.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   module.def("cuda_devices", [] {

@@ -29,7 +29,14 @@ struct Center {
   float* scaled;            // (width): `at` times `scale`
   int features, width;
   bool scattered;  // by `scatter`: because sums or differences to the centre are rounded to float16
+  float excess;    // distances are those of (1 + excess) x and (1 + excess) y
 };
+
+// In products the unit of bytes is 1/255 as float32 has it, so that they are a little too large.
+template <class R> constexpr float kExcess = 0;
+template <>
+constexpr float kExcess<std::uint8_t> =
+    static_cast<float>(255 * static_cast<double>(kUnit<std::uint8_t>) - 1);
 
 // Rows times a power of two as high + low. If `rounded`, only high is multiplied.
 struct Halves {
@@ -70,28 +77,44 @@ __device__ inline float scatter(int feature) {
   return static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-32f;
 }
 
-// The mean of evenly spaced references, and how far they are from it.
+// The mean of evenly spaced references, and how far they are from it. One of them may be far from
+// all others, so in the mean the smallest and the largest value count as the next ones. If the
+// largest distance is more than kFar times what it is without these, it does not count.
+constexpr float kFar = 1 << 12;
+
 template <class R>
 __global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
   wait_for_earlier_launches();
   let_next_launch_start();
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int feature = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  float mean = 0, spread = 0, largest = 0;
+  float mean = 0, spread = 0, near = 0, largest = 0;
   if (feature < out.features) {
+    const int count = static_cast<int>(smaller(y.count, kSamples));
     float values[kSamples];
+    float least = INFINITY, most = -INFINITY, second = INFINITY, last = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kSamples; ++i) {
-      values[i] = load_float(y.row(static_cast<Index>(i) * y.count / kSamples) + feature);
-      mean += values[i] * (1.0f / kSamples);
+      if (i >= count) continue;
+      const float v = values[i] =
+          load_float(y.row(static_cast<Index>(i) * y.count / count) + feature);
+      second = fminf(second, fmaxf(least, v)), least = fminf(least, v);
+      last = fmaxf(last, fminf(most, v)), most = fmaxf(most, v);
+      largest = fmaxf(largest, fabsf(v));
     }
-    // Equal samples say nothing about the others. Their own size is a guess.
-    spread = fabsf(mean) * 0x1p-10f;
+    if (count < 3) second = least, last = most;
+    const float share = reciprocal(static_cast<float>(count));
 #pragma unroll
-    for (float v : values)
-      spread = fmaxf(spread, fabsf(v - mean)), largest = fmaxf(largest, fabsf(v));
+    for (int i = 0; i < kSamples; ++i)
+      if (i < count) mean += fminf(fmaxf(values[i], second), last) * share;
+    // Equal samples say nothing about the others. Their own size is a guess.
+    const float guess = fabsf(mean) * 0x1p-10f;
+    near = fmaxf(guess, fmaxf(last - mean, mean - second));
+    spread = fmaxf(guess, fmaxf(most - mean, mean - least));
   }
   spread = over_block<kCenterThreads>(spread, scratch, Most());
+  near = over_block<kCenterThreads>(near, scratch, Most());
+  if (near > 0 && spread > kFar * near) spread = near;
   if (out.scattered && feature < out.features) mean += spread * 0x1p-7f * scatter(feature);
   if (feature < out.width) out.at[feature] = mean;
   largest = over_block<kCenterThreads>(largest, scratch, Most());
@@ -145,6 +168,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       rows.aligned ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
   const float own_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
   const float own_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
+  const auto centered = [&](float v, float of_center) {
+    return (v - of_center) + center.excess * v;
+  };
   float2 first[kHeld] = {};  // of the pairs
   if (held > 0) {
     float2 of_center[kHeld];
@@ -156,11 +182,13 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       if (CENTERED) of_center[i] = reinterpret_cast<const float2*>(center.at)[known];
     }
     if (CENTERED)
-      for (int i = 0; i < kHeld; ++i) first[i].x -= of_center[i].x, first[i].y -= of_center[i].y;
+      for (int i = 0; i < kHeld; ++i)
+        first[i].x = centered(first[i].x, of_center[i].x),
+        first[i].y = centered(first[i].y, of_center[i].y);
   }
   const auto value = [&](int feature) {
     if (feature >= center.features) return 0.0f;
-    return CENTERED ? x[feature] - center.at[feature] : x[feature];
+    return CENTERED ? centered(x[feature], center.at[feature]) : x[feature];
   };
   const auto values = [&](int pair) { return float2{value(2 * pair), value(2 * pair + 1)}; };
   float largest = 0;

@@ -1,14 +1,9 @@
 // What CUDA C++ lacks: PTX instructions for asynchronous copies and products in matrix units (PTX
 // ISA, sections 9.7.9 and 9.7.13 to 9.7.15), and an atomic minimum of numbers.
-// host_shim/intrinsics.h defines the same names for the host, and the names of CUDA C++ that the
-// kernels use.
 #pragma once
-#include <cstdint>
-
-#ifdef PFGM_CUDA_SHIM
-#include "host_shim/intrinsics.h"
-#else
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 namespace pfgm {
 
@@ -255,4 +250,3 @@ __device__ inline double double_of(std::int64_t bits) { return __longlong_as_dou
 __device__ inline std::int64_t bits_of(double v) { return __double_as_longlong(v); }
 
 }  // namespace pfgm
-#endif

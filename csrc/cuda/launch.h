@@ -6,7 +6,9 @@
 #include <string>
 
 #include "api/cuda_place.h"
+#include "cuda/current_device.h"
 #include "cuda/intrinsics.h"
+#include "cuda/runtime.h"
 
 namespace pfgm {
 
@@ -20,16 +22,6 @@ struct Launch {
   int threads;             // in a block
   std::size_t shared = 0;  // bytes of dynamic shared memory
 };
-
-#ifdef PFGM_CUDA_SHIM
-}  // namespace pfgm
-#include "host_shim/stream.h"
-#else
-}  // namespace pfgm
-#include "cuda/current_device.h"
-#include "cuda/runtime.h"
-
-namespace pfgm {
 
 // A stream. Its device is current while this object lives. Launching may load a kernel; the relaxed
 // capture mode allows this while a CUDA graph is captured.
@@ -108,4 +100,3 @@ class Stream {
 };
 
 }  // namespace pfgm
-#endif

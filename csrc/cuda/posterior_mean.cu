@@ -65,6 +65,15 @@ double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
 }
 
+// The same for x − mean, in which a weight counts by the distance of its reference, relative to
+// that of the nearest: (s/s₀)^½ w = w^(1 − 1/(N + D)), where D is finite. exp(−80) is a normal
+// float32.
+double difference_floor(const Problem& problem) {
+  const double power = static_cast<double>(problem.features) + problem.dimensions;
+  const double part = std::fmax(1 - 1 / power, 0.1);  // 1 at D = ∞
+  return std::fmax(std::pow(weight_floor(problem), 1 / part), std::exp(-80.0));
+}
+
 // The type by which kernels read references that they do not multiply in float16.
 template <class R>
 using Stored = std::conditional_t<kRounded<R>, float, R>;
@@ -141,6 +150,7 @@ class Calculation {
     lists_.stride = partition_.stride;
     if (!partition_.few) {
       center_.scattered = kRounded<R> || geforce_;
+      center_.excess = kExcess<R>;
       if (measures_) x_halves_ = take_halves();
       x_halves_.rounded = kRounded<R>;
       if (backward) upstream_halves_ = take_halves();
@@ -169,7 +179,7 @@ class Calculation {
 
   void forward(const Forward& out) {
     find_references_center();
-    const double floor = weight_floor(problem_);
+    const double floor = problem_.difference ? difference_floor(problem_) : weight_floor(problem_);
     for (first_ = 0; first_ < problem_.queries; first_ += partition_.queries) {
       const QueryStates state = {out.nearest + first_, out.total + first_, out.logsumexp + first_};
       float* mean = static_cast<float*>(out.mean) + first_ * problem_.features;
@@ -190,7 +200,9 @@ class Calculation {
           sum<true>(first_chunk, divisor);
         else
           sum<false>(first_chunk, divisor);
-        if (features_ % 4 == 0 && reinterpret_cast<std::uintptr_t>(out.mean) % 16 == 0)
+        if (problem_.difference)
+          merge_differences(mean, divisor, first_chunk, state);
+        else if (features_ % 4 == 0 && reinterpret_cast<std::uintptr_t>(out.mean) % 16 == 0)
           merge_parts<4>(mean, divisor, first_chunk, state);
         else
           merge_parts<1>(mean, divisor, first_chunk, state);
@@ -510,6 +522,16 @@ class Calculation {
         merge<WIDTH>, law_, radius(), mean, parts_, sums_, divisor, features_, first_chunk, state);
   }
 
+  void merge_differences(float* difference, float divisor, bool first_chunk,
+                         const QueryStates& state) const {
+    using T = Stored<R>;
+    run("merge_difference", {queries(), divide_up(features_, kMergeFeatures)}, kMergeThreads,
+        sizeof(MergeMemory), merge_difference<T>, law_, radius(), x(), y(), difference, parts_,
+        weights_, partition_.stride, partition_.halves,
+        partition_.halves ? 1 / kWeightUnit : divisor, sums_, divisor, features_, first_chunk,
+        state);
+  }
+
   void differentiate(const Backward& io) {
     const bool first_chunk = begin_ == 0;
     const bool last_chunk = begin_ + references() == problem_.references;
@@ -586,19 +608,6 @@ void with_type(const Problem& problem, Call call) {
   }
 }
 
-// Replaces the mean by x − mean. The mean has been rounded to float32, so the difference has no
-// more digits than that.
-__global__ void __launch_bounds__(kMergeThreads)
-    subtract_mean(const float* x, Index x_stride, Index features, float* mean) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
-  const Index row = blockIdx.x;
-  const Index feature = static_cast<Index>(blockIdx.y) * kMergeThreads + threadIdx.x;
-  if (feature >= features) return;
-  float& value = mean[row * features + feature];
-  value = x[row * x_stride + feature] - value;
-}
-
 }  // namespace
 
 void limit_cuda(const CudaLimits& to) { limits = to; }
@@ -639,12 +648,6 @@ void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaP
     using R = decltype(value);
     Calculation<R>(problem, stream, workspace, false, out.kept).forward(out);
   });
-  if (problem.difference)
-    stream.launch({"subtract_mean",
-                   {problem.queries, divide_up(problem.features, kMergeThreads)},
-                   kMergeThreads},
-                  subtract_mean, static_cast<const float*>(problem.x), problem.x_stride,
-                  problem.features, static_cast<float*>(out.mean));
 }
 
 void posterior_mean_backward_cuda(const Problem& problem, const Backward& io,

@@ -395,7 +395,9 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
         const bool cut = finite && fabsf(high) > 0x1p55f;
         high = cut ? 0x1p55f : high, rest = cut ? 0 : rest;
       }
-      add_compensated(total, lost, high * high + high * rest);
+      // Beside a byte that the query is rounded from, the rest is not small: its square counts.
+      const float more = std::is_same_v<R, std::uint8_t> ? high + 0.25f * rest : high;
+      add_compensated(total, lost, high * high + more * rest);
     }
   }
   return {total, -lost};
@@ -419,7 +421,8 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
       127 - static_cast<std::int64_t>(bits_of(unit) >> 23);  // 1/unit = 2^power
   const double factor = double_of((1023 + 2 * power + 6) << 52);
   const double sum = (static_cast<double>(part.high) + part.low) * factor;
-  return is_finite(sum) ? sum : NAN;
+  // Rounding may leave less than 0, which would say that a distance is NaN.
+  return is_finite(sum) ? (sum < 0 ? 0 : sum) : NAN;
 }
 
 // Computes the listed distances of a chunk again. The minima of their tiles get to know the new

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThr
     warpgroup_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
                         const Slices slices) {
   wait_for_earlier_launches();
-#if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Memory = WarpgroupMemory<R, QUERIES, REFERENCES>;
   constexpr int kQueryGroups = QUERIES / kOfProduct;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());

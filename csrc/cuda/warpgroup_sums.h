@@ -129,7 +129,7 @@ __global__ void __launch_bounds__((ShareMemory<R, ROWS>::kThreads), 1)
     warpgroup_sum(const Rows<R> y, int features, const float* scale, float weight_unit,
                   const int* order, const Lists lists, const Parts parts) {
   wait_for_earlier_launches();
-#if defined(PFGM_CUDA_SHIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Memory = ShareMemory<R, ROWS>;
   using Copies = TurnsOfCopies<R, ROWS>;
   constexpr int kStages = Memory::kStages, kPitch = Memory::kPitch;

@@ -238,8 +238,32 @@ __device__ inline void sum_parts(const Parts& parts, Index query, int feature, I
   }
 }
 
+// The weights by which merge multiplies: of earlier chunks, of this one, and 1 over their sum.
+struct MergedWeights {
+  float kept, own, per_weight;
+
+  // The first thread of one block of each query also writes the state.
+  __device__ MergedWeights(const WeightLaw& law, double r, const PieceSums& sums,
+                           const QueryStates& state) {
+    const Index query = blockIdx.x;
+    const float* const of_pieces = sums.sum + query * sums.pieces;
+    kept = static_cast<float>(sums.kept[query]), own = 0;
+#pragma unroll 4
+    for (int piece = 0; piece < sums.pieces; ++piece) own += of_pieces[piece];
+    per_weight = reciprocal(kept + own);
+    if (blockIdx.y > 0 || threadIdx.x > 0) return;
+    const double nearest = sums.closest[query];
+    double total = sums.kept[query];
+#pragma unroll 1
+    for (int piece = 0; piece < sums.pieces; ++piece) total += of_pieces[piece];
+    state.nearest[query] = nearest;
+    state.total[query] = total;
+    state.logsumexp[query] = law.logsumexp(nearest, total, r);
+  }
+};
+
 // The running mean: that of earlier chunks, with their weight, and the parts of this chunk, times
-// `divisor`. A thread has WIDTH features. One block of each query also writes the state.
+// `divisor`. A thread has WIDTH features.
 template <int WIDTH>
 __global__ void __launch_bounds__(kMergeThreads)
     merge(const WeightLaw law, const double* radius, float* mean, const Parts parts,
@@ -248,31 +272,129 @@ __global__ void __launch_bounds__(kMergeThreads)
   wait_for_earlier_launches();
   let_next_launch_start();
   const Index query = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x);
-  const float* const of_pieces = sums.sum + query * sums.pieces;
-  const float kept = static_cast<float>(sums.kept[query]);
-  float weight = kept;
-#pragma unroll 4
-  for (int piece = 0; piece < sums.pieces; ++piece) weight += of_pieces[piece];
-  if (blockIdx.y == 0 && thread == 0) {
-    const double nearest = sums.closest[query];
-    double total = sums.kept[query];
-#pragma unroll 1
-    for (int piece = 0; piece < sums.pieces; ++piece) total += of_pieces[piece];
-    state.nearest[query] = nearest;
-    state.total[query] = total;
-    state.logsumexp[query] = law.logsumexp(nearest, total, radius[query]);
-  }
-  const int feature = WIDTH * (static_cast<int>(blockIdx.y) * kMergeThreads + thread);
+  const MergedWeights weights(law, radius[query], sums, state);
+  const int feature = WIDTH * static_cast<int>(blockIdx.y * kMergeThreads + threadIdx.x);
   if (feature >= features) return;
   const Index at = query * features + feature;
-  const float per_weight = reciprocal(weight);
   float sum[WIDTH], before[WIDTH] = {};
   sum_parts(parts, query, feature, features, sum);
   if (!first_chunk) load_values(mean + at, before);
   for (int f = 0; f < WIDTH; ++f)
-    sum[f] = kept * per_weight * before[f] + divisor * per_weight * sum[f];
+    sum[f] = weights.kept * weights.per_weight * before[f] + divisor * weights.per_weight * sum[f];
   store_values(mean + at, sum);
+}
+
+// Features of a thread and of a block of merge_difference. The thread's lie kMergeThreads apart.
+constexpr int kHeldFeatures = 4, kMergeFeatures = kHeldFeatures * kMergeThreads;
+// From this (x − mean)² on, relative to the size of what is summed, sums over references leave
+// enough digits of it.
+constexpr float kEnough = 0x1p-6f;
+
+struct MergeMemory {
+  int listed[kPiece];
+  float sums[kMergeThreads];
+  float scratch[kMergeThreads / 32];
+  int before[kMergeThreads / 32];
+};
+
+// value[k] = Σ_j w_j (x_i − y_ji) over the chunk, i = k·kMergeThreads + thread < features. `x` and
+// the rows of `y` begin at the first of these features, `weights` at those of the query, which are
+// words of both_halves if `halves`, and `counts` at how many of each `size` of them are not zero.
+// If there are few features, threads share out the references.
+template <class R>
+__device__ inline void sum_differences(MergeMemory& shared, const float* x, const Rows<R>& y,
+                                       int features, const ChunkWeights& weights, bool halves,
+                                       const int* counts, int size, float (&value)[kHeldFeatures]) {
+  const int thread = static_cast<int>(threadIdx.x);
+  int width = 1;  // threads with features of their own
+  while (width < features && width < kMergeThreads) width *= 2;
+  const int first_feature = thread % width;
+  const auto each_feature = [&](const auto& body) {
+#pragma unroll
+    for (int k = 0; k < kHeldFeatures; ++k) {
+      const int feature = k * kMergeThreads + first_feature;
+      if (feature < features) body(k, feature);
+    }
+  };
+  float point[kHeldFeatures];
+  each_feature([&](int k, int feature) { point[k] = x[feature]; });
+  for (float& v : value) v = 0;
+#pragma unroll 1
+  for (int start = 0; start < y.count; start += kPiece) {
+    if (counts[start / size] == 0) continue;
+    const int words = static_cast<int>(divide_up(smaller(kPiece, y.count - start), 32));
+    const int count = list<kMergeThreads>(shared.listed, shared.before, words,
+                                          [&](int w) { return weights.live[start / 32 + w]; });
+    float sum[kHeldFeatures] = {};
+#pragma unroll 4
+    for (int i = thread / width; i < count; i += kMergeThreads / width) {
+      const int j = start + shared.listed[i];
+      const std::uint32_t word = bits_of(weights.weight[j]);
+      const float w = halves ? half_of_word(word, 0) + half_of_word(word, 1) : float_of(word);
+      const R* const row = y.row(j);
+      each_feature([&](int k, int feature) {
+        const TwoFloats of_y = two_floats(row + feature);
+        sum[k] += w * ((point[k] - of_y.high) - of_y.low);
+      });
+    }
+    for (int k = 0; k < kHeldFeatures; ++k) value[k] += sum[k];
+  }
+#pragma unroll 1
+  for (int half = kMergeThreads / 2; half >= width; half /= 2) {
+    shared.sums[thread] = value[0];
+    __syncthreads();
+    if (thread < half) value[0] += shared.sums[thread + half];
+    __syncthreads();
+  }
+}
+
+// The running x − mean, like the mean in `merge`. Sums over references lose digits of a difference
+// that is small beside the size of these, which is about |x| and the distance at which weights
+// become small. Then the block sums differences. `unit` turns the stored weights into those of
+// `sums`.
+template <class R>
+__global__ void __launch_bounds__(kMergeThreads, 4)
+    merge_difference(const WeightLaw law, const double* radius, const Rows<float> x, Rows<R> y,
+                     float* difference, const Parts parts, ChunkWeights chunk, Index stride,
+                     bool halves, float unit, const PieceSums sums, float divisor, int features,
+                     bool first_chunk, const QueryStates state) {
+  wait_for_earlier_launches();
+  let_next_launch_start();
+  auto& shared = *reinterpret_cast<MergeMemory*>(shared_memory());
+  const Index query = blockIdx.x;
+  const double r = radius[query];
+  const MergedWeights weights(law, r, sums, state);
+  const int feature0 = static_cast<int>(blockIdx.y) * kMergeFeatures, left = features - feature0;
+  const float* const point = x.row(query) + feature0;
+  float* const out = difference + query * features + feature0;
+  const double reach = sums.closest[query] + r * r * law.per_exponent;
+  const float per_reach = reciprocal(static_cast<float>(square_root64(reach)));
+  const float share = weights.own * weights.per_weight;
+  float before[kHeldFeatures] = {}, value[kHeldFeatures] = {}, apart = 0, size = 0;
+#pragma unroll
+  for (int k = 0; k < kHeldFeatures; ++k) {
+    const int feature = k * kMergeThreads + static_cast<int>(threadIdx.x);
+    if (feature >= left) continue;
+    float sum[1];
+    sum_parts(parts, query, feature0 + feature, features, sum);
+    if (!first_chunk) before[k] = weights.kept * weights.per_weight * out[feature];
+    value[k] = share * point[feature] - divisor * weights.per_weight * sum[0];
+    const float scaled = (before[k] + value[k]) * per_reach, of_x = point[feature] * per_reach;
+    apart += scaled * scaled, size += of_x * of_x;
+  }
+  apart = over_block<kMergeThreads>(apart, shared.scratch, Sum());
+  size = over_block<kMergeThreads>(size, shared.scratch, Sum());
+  if (!(apart >= kEnough * (1 + size))) {  // also if a number is out of range
+    chunk.weight += query * stride, chunk.live += query * (stride / 32), y.at += feature0;
+    sum_differences(shared, point, y, left, chunk, halves, sums.live + query * sums.pieces,
+                    sums.size, value);
+    for (float& v : value) v *= unit * weights.per_weight;
+  }
+#pragma unroll
+  for (int k = 0; k < kHeldFeatures; ++k) {
+    const int feature = k * kMergeThreads + static_cast<int>(threadIdx.x);
+    if (feature < left) out[feature] = before[k] + value[k];
+  }
 }
 
 // Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x.

@@ -365,7 +365,7 @@ struct RowCoefficients {
   }
 };
 
-struct CoefficientMemory {
+struct alignas(16) CoefficientMemory {
   RowCoefficients row;
   TwoFloats sums[2 * kQueryThreads / 32];
   int live[kQueryThreads / 32];

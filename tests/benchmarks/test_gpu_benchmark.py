@@ -280,7 +280,7 @@ def test_the_forward_pass_is_compared_with_the_memory_floor():
 
 @pytest.mark.parametrize(
     ("capability", "architecture"),
-    [("9.0", "90a-real"), ("10.0", "100a-real"), ("8.6", "86-real"), ("", ""), ("?", "")],
+    [("9.0", "90a-real"), ("10.0", "100-real"), ("8.6", "86-real"), ("", ""), ("?", "")],
 )
 def test_the_extension_is_built_for_the_device(capability, architecture, monkeypatch, tmp_path):
     assert build.architecture(capability) == architecture

@@ -1,31 +1,31 @@
 """Tests of the kernels for GPUs, on a GPU with every backend that can run there.
 
-Without a GPU, Triton's kernels run in its interpreter (``TRITON_INTERPRET=1``, set before Triton is
-imported), and the CUDA kernels run on the host, in the extension that ``PFGM_CUDA_SHIM`` names.
-tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one or the other.
+Without a GPU the PTX of the kernels runs in the executor of the build that ``PFGM_PTX`` names: that
+of Triton, compiled for the capability ``PFGM_PTX_TRITON``, or else that of the CUDA kernels. The
+kernels of Triton also run in its interpreter (``TRITON_INTERPRET=1``, set before it is imported).
+tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one of these.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.common import cuda_shim
+from benchmarks.common import executor as ptx
 from pfgm.backends import native, triton
 from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
 from pfgm.ops import eager
 
-SHIM = cuda_shim.PATH
-
 
 def backends() -> list[str]:
     """The backends that run in this process."""
-    if SHIM is not None:
-        return ["native"]
+    if ptx.FOLDER is not None:
+        return ["triton" if os.environ.get("PFGM_PTX_TRITON") else "native"]
     if triton.interpreted():
         return ["triton"]
     device = torch.device("cuda")
@@ -42,13 +42,32 @@ collect_ignore_glob = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device():
+def device(session_executor):
     """A GPU, or the CPU in its place."""
-    if SHIM is None:
+    if session_executor is None:
         yield torch.device("cpu" if triton.interpreted() else "cuda")
         return
-    with cuda_shim.in_place_of_a_gpu(cuda_shim.load(SHIM)):
+    if BACKENDS == ["triton"]:
+        from benchmarks.common.triton_executor import in_place_of_a_gpu
+
+        replaced = in_place_of_a_gpu(session_executor)
+    else:
+        replaced = ptx.in_place_of_a_gpu(ptx.FOLDER)
+    with replaced:
         yield torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def session_executor():
+    return None if ptx.FOLDER is None else ptx.Executor(ptx.FOLDER)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_wrong(session_executor):
+    """The executor has found no access out of bounds, no race and nothing else that is wrong."""
+    yield
+    if session_executor is not None:
+        assert session_executor.errors() == []
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,24 +117,21 @@ def way(request, monkeypatch):
 
 
 @pytest.fixture
-def shim():
-    """The host shim: the device, the order of threads, the limits, and what ran."""
-    if SHIM is None:
+def limits():
+    """limits(…): smaller blocks and chunks of the CUDA kernels."""
+    limit = native.extension().limit_cuda
+    yield limit
+    limit()
+
+
+@pytest.fixture
+def executor(session_executor):
+    """The executor, whose device and order of threads a test may change."""
+    if session_executor is None:
         pytest.skip("a GPU cannot be changed")
-    module = native.extension()
-    yield SimpleNamespace(
-        order=module.shim_order,
-        device=lambda capability, multiprocessors=4, **more: module.shim_device(
-            multiprocessors, capability, (163 if capability < 90 else 227) << 10, **more
-        ),
-        limits=module.shim_limits,
-        launches=module.shim_launches,
-        counts=module.shim_counts,
-    )
-    module.shim_order(0)
-    module.shim_device(4, 90, 227 << 10)
-    module.shim_limits()
-    module.shim_counts(False)
+    yield session_executor
+    session_executor.order(0)
+    session_executor.device(int(os.environ.get("PFGM_PTX_TRITON", "90")))
 
 
 @pytest.fixture
@@ -138,7 +154,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 128 references, blocks of 17 queries, and few partial sums."""
     if backend == "native":
-        limits = request.getfixturevalue("shim").limits
+        limits = request.getfixturevalue("limits")
         limits(pairs=600, parts=1, queries=17, references=128)
         return
     from pfgm.kernels import problem

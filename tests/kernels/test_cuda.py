@@ -1,41 +1,78 @@
-"""The CUDA kernels without a GPU: on the host, compiled as C++ with csrc/host_shim."""
+"""The CUDA kernels without a GPU: their PTX in the executor of tests/ptx."""
 
 from __future__ import annotations
 
+import platform
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common import cuda_shim
+from benchmarks.common import executor
 from pfgm.backends import native
 
 NAMES = ("shared", "cuda")
 
 if native._native is None:
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    pytest.skip("the executor of PTX needs Linux on x86-64", allow_module_level=True)
 
 
-def build() -> Path:
-    """The extension for the host."""
-    if reason := cuda_shim.why_unbuilt():
+def build(*arguments: str) -> Path:
+    if reason := executor.why_unbuilt():
         pytest.skip(f"the CUDA kernels are NOT TESTED: {reason}")
-    return cuda_shim.build()
+    return executor.build(*arguments)
 
 
 @pytest.fixture(scope="module")
-def running(run_kernel_tests):
+def folder() -> Path:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def running(folder, run_kernel_tests):
     """The running tests of the CUDA kernels."""
-    return run_kernel_tests(NAMES, {"PFGM_CUDA_SHIM": str(build())})
-
-
-@pytest.mark.slow
-def test_slow_tests_on_the_host(run_kernel_tests):
-    environment = {"PFGM_CUDA_SHIM": str(build())}
-    process, output = run_kernel_tests(["cuda"], environment, "-m", "slow")["cuda"]
-    assert process.wait() == 0, output.read_text()
+    return run_kernel_tests(NAMES, executor.environment(folder))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_on_the_host(running, name):
+def test_in_the_executor(running, name):
     process, output = running[name]
     assert process.wait() == 0, output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
+    environment = executor.environment(folder)
+    process, output = run_kernel_tests([name], environment, "-m", "slow")[name]
+    assert process.wait() == 0, output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_matrix_units_that_cut(folder, run_kernel_tests, name):
+    """Every addend of an instruction, as those of an A100, a GeForce card and an H100 do."""
+    environment = executor.environment(folder) | {"PFGM_PTX_TRUNCATE": "1"}
+    process, output = run_kernel_tests([name], environment)[name]
+    assert process.wait() == 0, output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_host_code_under_sanitizers(run_kernel_tests, name):
+    """Of addresses and of undefined behaviour. They also see the executor's accesses of tensors."""
+    sanitized = build("ptx_sanitized", "90a-virtual", "-DPFGM_SANITIZE=address")
+    try:
+        environment = executor.sanitized_environment(sanitized)
+    except RuntimeError as error:
+        pytest.skip(f"NOT TESTED with sanitizers: {error}")
+    process, output = run_kernel_tests([name], environment)[name]
+    assert process.wait() == 0, output.read_text()
+
+
+@pytest.mark.parametrize("name", ["executor_test", "cuda_arithmetic_test"])
+def test_programs(folder, name):
+    """What kernels compute in the executor, what it finds wrong, the arithmetic of the kernels."""
+    executor.run(folder / "tests/ptx" / name)

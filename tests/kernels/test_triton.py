@@ -1,4 +1,5 @@
-"""The Triton kernels in the interpreter, where there is no GPU."""
+"""The Triton kernels where there is no GPU: in the interpreter, and as compiled, in the executor of
+tests/ptx."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import sys
 
 import pytest
 import torch
+
+from benchmarks.common import executor
 
 NAMES = ("shared", "triton")
 triton_only = pytest.mark.skipif(
@@ -27,6 +30,25 @@ def running(run_kernel_tests):
 @pytest.mark.parametrize("name", NAMES)
 def test_in_the_interpreter(running, name):
     process, output = running[name]
+    assert process.wait() == 0, output.read_text()
+
+
+@triton_only
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
+@pytest.mark.parametrize(
+    ("capability", "options"),
+    [
+        (80, ("-k", "test_problem")),
+        *(pytest.param(c, ("-m", ""), marks=pytest.mark.slow) for c in (80, 90, 120)),
+    ],
+)
+def test_in_the_executor(run_kernel_tests, capability, options):
+    """Triton compiles for a GPU of this capability."""
+    if reason := executor.why_unbuilt():
+        pytest.skip(f"Triton's kernels are NOT TESTED as compiled: {reason}")
+    environment = executor.environment(executor.build())
+    environment |= {"PFGM_PTX_TRITON": str(capability), "PFGM_TUNE": "0"}
+    process, output = run_kernel_tests(["shared"], environment, *options)["shared"]
     assert process.wait() == 0, output.read_text()
 
 

@@ -26,13 +26,13 @@ def backend():
 
 
 @pytest.fixture
-def grids_of(shim):
+def grids_of(executor):
     """grids_of(run) calls run() and returns the grids of its launches of ``distances``."""
 
     def grids_of(run):
-        shim.counts(True)
+        executor.launches()
         run()
-        return [tuple(grid[:2]) for name, grid, *_ in shim.counts(False) if name == "distances"]
+        return [tuple(grid[:2]) for name, grid, *_ in executor.launches() if name == "distances"]
 
     return grids_of
 
@@ -42,7 +42,7 @@ def tiles(references, queries, M, B):
 
 
 @pytest.fixture(params=[80, 89, 90], ids=["warps", "GeForce", "warpgroups"])
-def large(request, shim, grids_of):
+def large(request, executor, grids_of):
     """large(run, sizes) calls run() and makes sure that it takes large tiles.
 
     Warpgroups multiply on an sm_90, if references are in float32. Rows of these that are not
@@ -50,7 +50,7 @@ def large(request, shim, grids_of):
     lie after the last query or reference.
     """
     architecture = request.param
-    shim.device(architecture, 1)
+    executor.device(architecture, 1)
 
     def large(run, sizes):
         B, M, N = sizes
@@ -93,7 +93,7 @@ def test_gradients(op, large, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("sizes", "capability"), [((100, 127, 97), 89), ((241, 129, 65), 80)])
-def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, capability, dtype):
+def test_products_have_the_bits_of_other_tiles(op, executor, grids_of, sizes, capability, dtype):
     """Those of 64 queries × 128 references add up panels in the same order.
 
     Only the sums over references depend on the number of multiprocessors. The log-sum-exp and the
@@ -103,7 +103,7 @@ def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, capabi
     x, references, sigma = op.problem(*sizes, dtype=dtype)
     found = []
     for queries, multiprocessors in ((128, 1), (64, math.prod(tiles(128, 64, M, B)))):
-        shim.device(capability, multiprocessors)
+        executor.device(capability, multiprocessors)
         grids = grids_of(lambda: found.append(op.everything(x, references, sigma, 1.0)))
         assert set(grids) == {tiles(128, queries, M, B)}
     (_, lse, *_, of_radius), (_, other_lse, *_, of_other) = found
@@ -113,25 +113,25 @@ def test_products_have_the_bits_of_other_tiles(op, shim, grids_of, sizes, capabi
 
 @pytest.mark.parametrize("M", [127, 129])
 @pytest.mark.usefixtures("poisoned")
-def test_no_value_is_read_before_it_has_arrived(op, shim, M):
+def test_no_value_is_read_before_it_has_arrived(op, executor, M):
     """It would be NaN, and its distances would be refined. Here no distance needs that, in tiles of
     128 and of 192 references."""
     x, references, _ = op.problem(100, M, 452)
     radius = torch.full((100,), 30.0, dtype=torch.float64, device=x.device)
-    shim.device(90, 1)
+    executor.device(90, 1)
     for order in (0, 1, 77):
-        shim.order(order)
-        shim.counts(True)
+        executor.order(order)
+        executor.launches()
         op.check(x, references, radius, 1.0)
-        counts = {name: blocks for name, *_, blocks in shim.counts(False)}
-        assert sum(counts["distances"]["begin_product"]) > 0
-        assert sum(counts["refine"]["__shfl_xor_sync"]) == 0
+        counts = {one.name: one.counts for one in executor.launches()}
+        assert counts["distances"]["wgmma"] > 0
+        assert counts["refine"]["shuffle"] == 0
 
 
-def test_features_that_decay(op, shim, device):
+def test_features_that_decay(op, executor, device):
     """Most of a sum is in its first panels, so each addition of another one in the same float
     rounds nearly all of it. Weights fall between the two nearest references."""
-    shim.device(90, 1)
+    executor.device(90, 1)
     decay = 1 / (1 + torch.arange(3072, device=device) / 32)
     x, references, _ = op.problem(100, 129, 3072)
     x, references = decay * x, decay * references
@@ -209,11 +209,11 @@ def test_queries_that_are_not_finite(op, large):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(100, 129, 97), (100, 129, 452), (100, 127, 452)])
-def test_the_order_of_threads_does_not_change_a_bit(op, shim, large, sizes):
+def test_the_order_of_threads_does_not_change_a_bit(op, executor, large, sizes):
     x, references, sigma = op.problem(*sizes)
     results = []
     for order in (0, 1, 2, 3):
-        shim.order(order)
+        executor.order(order)
         large(lambda: results.append(op.everything(x, references, sigma, 1.0)), sizes)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -66,11 +66,11 @@ def check(op, x, references, radius, D, tolerance=None, change=1e-6):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [90, 100])
-def test_shares_of_lists(op, shim, architecture):
+def test_shares_of_lists(op, executor, limits, architecture):
     """Distances are the same in both passes, though only the forward pass has these sums. If their
     parts had twice the room, and slices of the features could take it, they would differ."""
-    shim.device(architecture, 32)
-    shim.limits(parts=3 * 256 * 1536)
+    executor.device(architecture, 32)
+    limits(parts=3 * 256 * 1536)
     x, references, sigma = op.problem(256, 700, 1536)
     given = x, references, op.radius_of(sigma.clamp(min=0.05), 1.0), 1.0
     results, kept = keeping(*given)
@@ -81,8 +81,8 @@ def test_shares_of_lists(op, shim, architecture):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 8])
 @pytest.mark.usefixtures("poisoned")
-def test_gradients_are_the_same_to_the_bit(op, shim, multiprocessors, dtype):
-    shim.device(90, multiprocessors)
+def test_gradients_are_the_same_to_the_bit(op, executor, multiprocessors, dtype):
+    executor.device(90, multiprocessors)
     for seed, sizes in enumerate(SIZES):
         x, references, sigma = op.problem(*sizes, dtype=dtype, seed=seed)
         D = (1.0, math.inf)[seed % 2]
@@ -100,8 +100,8 @@ def test_near_ties(op, D):
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
-def test_near_ties_with_two_floats(op, shim, D):
-    shim.device(80, 4)
+def test_near_ties_with_two_floats(op, executor, D):
+    executor.device(80, 4)
     x, references = op.near_ties(18, 300, 40, 3.0)
     radius = op.radius_of(torch.full((18,), 1e-3, dtype=torch.float64, device=op.device), D)
     check(op, x, references, radius, D)
@@ -139,9 +139,9 @@ def test_values_that_are_not_finite(op, bad, N):
 
 @pytest.mark.parametrize("multiprocessors", [1, 8])
 @pytest.mark.parametrize("sizes", [(20, 190, 64), (40, 300, 97), (100, 130, 65)])
-def test_references_that_float16_cannot_hold(op, shim, sizes, multiprocessors):
+def test_references_that_float16_cannot_hold(op, executor, sizes, multiprocessors):
     """Points lie between two of these, and their gradients depend on both."""
-    shim.device(90, multiprocessors)
+    executor.device(90, multiprocessors)
     x, references, sigma = op.problem(*sizes)
     B, M, _ = sizes
     large = torch.tensor([3, 50, 64, 111, M - 1])
@@ -155,20 +155,20 @@ def test_references_that_float16_cannot_hold(op, shim, sizes, multiprocessors):
 # ---- what runs, and what is kept ----
 
 
-def names_of(shim, run):
-    shim.counts(True)
+def names_of(executor, run):
+    executor.launches()
     run()
-    return [name for name, *_ in shim.counts(False)]
+    return [name for name, *_ in executor.launches()]
 
 
 @pytest.mark.parametrize("N", [20, 40])
-def test_the_backward_pass_measures_nothing_again(op, shim, N):
+def test_the_backward_pass_measures_nothing_again(op, executor, N):
     given = *op.problem(40, 300, N), 1.0
     results, kept = keeping(*given)
     of_products = "differences" if N < 32 else "distances"
-    measured = names_of(shim, lambda: gradients(op, results, *given, None))
+    measured = names_of(executor, lambda: gradients(op, results, *given, None))
     assert measured.count(of_products) == 2
-    found = names_of(shim, lambda: gradients(op, results, *given, kept))
+    found = names_of(executor, lambda: gradients(op, results, *given, kept))
     assert found.count(of_products) == 1
     assert not MEASURED & set(found)
     assert found.count("split_rows") == (0 if N < 32 else 1)
@@ -187,16 +187,16 @@ def test_what_is_kept_is_bounded(device, B, most):
             assert 8 * B * M <= room.nbytes <= (32 << 20) + 4096
 
 
-def test_problems_of_several_parts_keep_nothing(op, shim):
+def test_problems_of_several_parts_keep_nothing(op, limits):
     given = op.problem(40, 300, 40)
-    for limits in ({"pairs": 20_480}, {"queries": 17}, {"references": 128}):
-        shim.limits(**limits)
+    for each in ({"pairs": 20_480}, {"queries": 17}, {"references": 128}):
+        limits(**each)
         assert native.room_for_distances(PosteriorMean(*given, 1.0)) is None
-    shim.limits()
+    limits()
     assert native.room_for_distances(PosteriorMean(*given, 1.0)) is not None
 
 
-def test_what_another_problem_kept_is_refused(op, shim):
+def test_what_another_problem_kept_is_refused(op, limits):
     given = *op.problem(40, 300, 40), 1.0
     results, kept = keeping(*given)
     x, references, radius, D = given
@@ -204,7 +204,7 @@ def test_what_another_problem_kept_is_refused(op, shim):
         gradients(op, results, x, references[:200], radius, D, kept)
     with pytest.raises(ValueError, match="kept is of another problem"):
         gradients(op, results, *given, kept[:-8])
-    shim.limits(references=128)
+    limits(references=128)
     with pytest.raises(ValueError, match="kept is of another problem"):
         gradients(op, results, *given, kept)
 

@@ -19,15 +19,15 @@ def backend():
 
 
 @pytest.fixture
-def turns(shim):
+def turns(executor):
     """turns(run) are the turns of warps in each launch of ``weigh`` in run(), if a block has at
     most 8192 references. A warp takes up to four words in a turn, and votes for each of them."""
 
     def turns(run):
-        shim.counts(True)
+        executor.launches()
         run()
-        launches = [one[-1] for one in shim.counts(False) if one[0] == "weigh"]
-        return [sum(v - 8 for v in of_blocks["__ballot_sync"]) // 4 for of_blocks in launches]
+        launches = [one for one in executor.launches() if one.name == "weigh"]
+        return [(one.counts["ballot"] - 8 * math.prod(one.grid)) // 4 for one in launches]
 
     return turns
 
@@ -65,9 +65,9 @@ def test_all_tiles_but_one(op, turns, M, near, N, D):
 
 @pytest.mark.parametrize("N", FEATURES)
 @pytest.mark.usefixtures("poisoned")
-def test_all_tiles_of_a_later_chunk(op, shim, turns, N):
+def test_all_tiles_of_a_later_chunk(op, limits, turns, N):
     """What one chunk says of the nearest reference holds for the next ones."""
-    shim.limits(references=128)
+    limits(references=128)
     for near, expected in ((0, [36, 0, 0]), (1, [36, 0, 0])):
         problem = tiles(op, 18, 300, N, near)
         assert turns(lambda problem=problem: op.check(*problem, math.inf)) == expected
@@ -134,10 +134,10 @@ def test_precision_medium(op, turns, D):
 @pytest.mark.parametrize("N", FEATURES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.usefixtures("poisoned")
-def test_values_that_are_not_finite(op, shim, N, bad):
+def test_values_that_are_not_finite(op, limits, N, bad):
     """Of a point, its result is NaN. Of a reference, all are, wherever it is."""
     for chunk in (300, 128):
-        shim.limits(references=chunk)
+        limits(references=chunk)
         x, references, sigma = tiles(op, 18, 300, N, 2)
         expected, _ = op.expected(x, references, sigma, 1.0)
         x[3, 1] = bad
@@ -156,9 +156,9 @@ def test_values_that_are_not_finite(op, shim, N, bad):
 
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 @pytest.mark.usefixtures("poisoned")
-def test_several_rounds(op, shim, multiprocessors):
+def test_several_rounds(op, executor, multiprocessors):
     """Blocks with more words than a warp looks at together, and the last references of a chunk."""
-    shim.device(90, multiprocessors)
+    executor.device(90, multiprocessors)
     generator = torch.Generator().manual_seed(7)
     x, references, sigma = op.problem(4, 20_011, 3)
     # Tiles become near each other, so that some are left out.

@@ -21,17 +21,17 @@ def backend():
 
 
 @pytest.fixture
-def sums_of(shim):
+def sums_of(executor):
     """sums_of(run) calls run() and returns the threads and blocks of each of its weighted sums, and
     whether these have products of warpgroups."""
 
     def sums_of(run):
-        shim.counts(True)
+        executor.launches()
         run()
         return [
-            (threads, math.prod(grid), any(blocks["begin_product"]))
-            for name, grid, threads, _, blocks in shim.counts(False)
-            if name == "weighted_sum"
+            (one.threads, math.prod(one.grid), one.kernel == "warpgroup_sum")
+            for one in executor.launches()
+            if one.name == "weighted_sum"
         ]
 
     return sums_of
@@ -44,23 +44,23 @@ def shared(multiprocessors=1):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.usefixtures("poisoned")
-def test_sizes(op, shim, sums_of, sizes):
+def test_sizes(op, executor, sums_of, sizes):
     seed = SIZES.index(sizes)
     D = (1.0, math.inf)[seed % 2]
     x, references, sigma = op.problem(*sizes, seed=seed)
-    shim.device(90, 1)
+    executor.device(90, 1)
     sums = sums_of(lambda: op.check(x, references, op.radius_of(sigma, D), D))
     assert sums == [shared()]
 
 
 @pytest.mark.parametrize("sizes", SIZES[1:3])
 @pytest.mark.usefixtures("poisoned")
-def test_medium(op, shim, sums_of, sizes):
+def test_medium(op, executor, sums_of, sizes):
     """The sums alone are as accurate as those of warps."""
     x, references, sigma = op.problem(*sizes)
     found = []
     for architecture in (90, 80):
-        shim.device(architecture, 1)
+        executor.device(architecture, 1)
         sums = sums_of(lambda: found.append(op.compute(x, references, sigma, 1.0, "medium")))
         assert (sums == [shared()]) == (architecture == 90)
     (mean, _), (of_warps, _) = found
@@ -69,15 +69,15 @@ def test_medium(op, shim, sums_of, sizes):
 
 @pytest.mark.parametrize("multiprocessors", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("poisoned")
-def test_chunks_and_parts(op, shim, sums_of, multiprocessors):
+def test_chunks_and_parts(op, executor, sums_of, multiprocessors):
     """All but the first 200 queries need one reference, so most of their lists are empty."""
     x, references, sigma = op.problem(520, 1200, 256)
     x[200:] = references[0]
     sigma[200:] = 1e-5
     expected = op.expected(x, references, sigma, 1.0)
-    shim.device(90, multiprocessors)
+    executor.device(90, multiprocessors)
     for chunk, parts in ((1200, 1 << 23), (1200, 400_000), (512, 1 << 23)):
-        shim.limits(references=chunk, parts=parts, queries=520)
+        executor.limits(references=chunk, parts=parts, queries=520)
         found = []
         sums = sums_of(lambda found=found: found.append(op.compute(x, references, sigma, 1.0)))
         assert shared(multiprocessors) in sums
@@ -85,8 +85,8 @@ def test_chunks_and_parts(op, shim, sums_of, multiprocessors):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_references_that_float16_cannot_hold(op, shim, sums_of):
-    shim.device(90, 1)
+def test_references_that_float16_cannot_hold(op, executor, sums_of):
+    executor.device(90, 1)
     x, references, sigma = op.problem(512, 150, 256)
     references[70] *= 1e20  # it is not in the sample that finds the power of two
     x[3] = references[70] * 1.001
@@ -98,11 +98,11 @@ def test_references_that_float16_cannot_hold(op, shim, sums_of):
     assert (errors / expected.norm(dim=1)).max() <= 1e-5
 
 
-def test_features_of_different_sizes(op, shim, sums_of):
+def test_features_of_different_sizes(op, executor, sums_of):
     """Each feature relative to its own size."""
     x, references, sigma = op.problem(512, 150, 256)
     size = torch.logspace(-9, 0, 256).to(references.device)
-    shim.device(90, 1)
+    executor.device(90, 1)
     found = []
     sums = sums_of(lambda: found.append(op.compute(x * size, references * size, sigma, 1.0)))
     assert sums == [shared()]
@@ -112,12 +112,12 @@ def test_features_of_different_sizes(op, shim, sums_of):
 
 
 @pytest.mark.parametrize(("gap", "aligned"), [(4, True), (3, False)])
-def test_rows_that_lie_apart(op, shim, sums_of, device, gap, aligned):
+def test_rows_that_lie_apart(op, executor, sums_of, device, gap, aligned):
     """Warps add up rows that are not aligned."""
     x, references, sigma = op.problem(512, 150, 260)
     wide = torch.full((150, 260 + gap), math.nan, device=device)
     wide[:, :260] = references
-    shim.device(90, 1)
+    executor.device(90, 1)
     sums = sums_of(lambda: op.check(x, wide[:, :260], sigma, 1.0))
     if aligned:
         assert sums == [shared()]
@@ -127,22 +127,22 @@ def test_rows_that_lie_apart(op, shim, sums_of, device, gap, aligned):
 
 @pytest.mark.parametrize("N", [257, 258, pytest.param(515, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("poisoned")
-def test_features_that_are_no_whole_pieces(op, shim, sums_of, device, N):
+def test_features_that_are_no_whole_pieces(op, executor, sums_of, device, N):
     """Rows are aligned, but copies of 16 bytes have some features more."""
     x, references, sigma = op.problem(513 if N > 512 else 256, 150, N)
     wide = torch.full((150, N + -N % 4), math.nan, device=device)
     wide[:, :N] = references
-    shim.device(90, 1)
+    executor.device(90, 1)
     sums = sums_of(lambda: op.check(x, wide[:, :N], sigma, 1.0))
     assert sums == [shared()]
 
 
-def test_the_order_of_threads_does_not_change_a_bit(op, shim):
+def test_the_order_of_threads_does_not_change_a_bit(op, executor):
     x, references, sigma = op.problem(515, 140, 256)
-    shim.device(90, 1)
+    executor.device(90, 1)
     found = []
     for order in (0, 1, 77):
-        shim.order(order)
+        executor.order(order)
         found.append(op.compute(x, references, sigma, 1.0)[0])
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

@@ -56,9 +56,9 @@ def two_vectors(B, M, N):
 @pytest.mark.parametrize("D", D_VALUES)
 @pytest.mark.parametrize("sizes", [*TILES, (20, 150, 1100, 4)])
 @pytest.mark.usefixtures("poisoned")
-def test_error(op, shim, check, sizes, D):
+def test_error(op, executor, check, sizes, D):
     B, M, N, multiprocessors = sizes
-    shim.device(90, multiprocessors)
+    executor.device(90, multiprocessors)
     x, references, sigma = op.problem(B, M, N)
     check(x, references, op.radius_of(sigma, D), D, USUAL)
 
@@ -146,8 +146,8 @@ def test_rows_that_are_not_aligned(op, check):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4])
-def test_gradients(op, shim, multiprocessors):
-    shim.device(90, multiprocessors)
+def test_gradients(op, executor, multiprocessors):
+    executor.device(90, multiprocessors)
     x, references, sigma = op.problem(100, 150, 97)
     given = x, references, sigma.clamp(min=0.05), 1.0
     found, wanted = op.gradients(*given, precision="medium"), op.expected_gradients(*given)
@@ -159,25 +159,26 @@ def test_gradients(op, shim, multiprocessors):
 
 
 @pytest.fixture
-def products(shim):
+def products(executor):
     """products(run): matrix instructions for float16 in run(), by kernel."""
 
     def products(run):
-        shim.counts(True)
+        executor.launches()
         run()
         found: dict[str, int] = {}
-        for name, *_, blocks in shim.counts(False):
-            found[name] = found.get(name, 0) + sum(blocks["multiply_add_halves"])
+        for one in executor.launches():
+            count = one.counts["mma"] + one.counts["mma to float16"]
+            found[one.name] = found.get(one.name, 0) + count
         return found
 
     return products
 
 
 @pytest.mark.parametrize("sizes", [TILES[0], TILES[1], TILES[3]])
-def test_one_product_in_place_of_three(op, shim, products, sizes):
+def test_one_product_in_place_of_three(op, executor, products, sizes):
     """Tiles are of the same size in both. Weighted sums leave out one product of three."""
     B, M, N, multiprocessors = sizes
-    shim.device(80, multiprocessors)
+    executor.device(80, multiprocessors)
     given = *op.problem(B, M, N), 1.0
     high, medium = (
         products(functools.partial(op.compute, *given, precision))
@@ -201,13 +202,13 @@ def test_differences_are_the_same(op, mean_of, sizes):
         assert torch.equal(found, wanted)
 
 
-def test_the_order_of_threads_does_not_change_a_bit(op, shim, mean_of):
+def test_the_order_of_threads_does_not_change_a_bit(op, executor, mean_of):
     given = *op.problem(100, 129, 97), 1.0
     for multiprocessors in (1, 4):
-        shim.device(90, multiprocessors)
+        executor.device(90, multiprocessors)
         results = []
         for order in (0, 1, 2, 3):
-            shim.order(order)
+            executor.order(order)
             results.append(mean_of(*given))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

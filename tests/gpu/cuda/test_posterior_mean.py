@@ -40,11 +40,11 @@ def test_forward(op, sizes, dtype):
         op.check(x, references, op.radius_of(sigma, D), D)
 
 
-def test_which_kernels_run(op, shim):
+def test_which_kernels_run(op, executor):
     def kernels(B, M, N):
-        shim.launches()
+        executor.names()
         op.compute(*op.problem(B, M, N), 1.0)
-        return shim.launches()
+        return executor.names()
 
     in_order = [*AFTER[:3], "order_queries", *AFTER[3:]]
     assert kernels(15, 40, 600) == ["differences", *AFTER]
@@ -56,9 +56,9 @@ def test_which_kernels_run(op, shim):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 10, 1000])
-def test_tiles_of_different_sizes(op, shim, multiprocessors):
+def test_tiles_of_different_sizes(op, executor, multiprocessors):
     """128 × 64, 64 × 64 and 64 × 32 references and queries: 6, 9 and 15 blocks."""
-    shim.device(90, multiprocessors)
+    executor.device(90, multiprocessors)
     x, references, sigma = op.problem(130, 190, 97)
     op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
@@ -77,12 +77,12 @@ def test_randomised_shapes(op, D):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("sizes", [(5, 70, 33), (20, 150, 97), (20, 70, 520)])
-def test_the_order_of_threads_does_not_change_a_bit(op, shim, sizes, capability):
-    shim.device(capability, multiprocessors=20)
+def test_the_order_of_threads_does_not_change_a_bit(op, executor, sizes, capability):
+    executor.device(capability, multiprocessors=20)
     x, references, sigma = op.problem(*sizes)
     results = []
     for order in (0, 1, 2, 3):
-        shim.order(order)
+        executor.order(order)
         results.append(op.everything(x, references, sigma, 1.0))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -101,34 +101,34 @@ def test_chunks_and_blocks(op, N, D):
 @pytest.mark.parametrize("B", [70, 256, 300])
 @pytest.mark.parametrize("N", [20, 40, 66])
 @pytest.mark.usefixtures("poisoned")
-def test_sorted_queries_in_chunks(op, shim, B, N):
+def test_sorted_queries_in_chunks(op, executor, limits, B, N):
     """Radii differ much, so that groups of queries list very different numbers of references. The
     order is found by list_references, or by order_queries."""
-    shim.limits(references=256)
+    limits(references=256)
     x, references, sigma = op.problem(B, 600, N)
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
     sigma = torch.logspace(-3, 1, B, dtype=sigma.dtype)[order]
-    shim.launches()
+    executor.names()
     op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
-    assert ("order_queries" in shim.launches()) == (B > 256)
+    assert ("order_queries" in executor.names()) == (B > 256)
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_parts_of_lists(op, shim):
+def test_parts_of_lists(op, executor, limits):
     """Lists of more panels than a part has, and of none."""
     x, references, sigma = op.problem(64, 2048, 40)
     x[32:] = references[0]  # they need one reference of the first chunk
     sigma[32:] = 1e-5
     for multiprocessors, parts, chunk in ((1, 1 << 23, 2048), (1000, 1 << 23, 256), (1, 1, 2048)):
-        shim.device(90, multiprocessors)
-        shim.limits(parts=parts, queries=64, references=chunk)
+        executor.device(90, multiprocessors)
+        limits(parts=parts, queries=64, references=chunk)
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("halved", [0, 1 << 20])
 @pytest.mark.parametrize("sizes", [(31, 65, 33), (33, 31, 40), (70, 333, 40), (97, 1000, 36)])
-def test_gathered_weights(op, shim, sizes, halved):
+def test_gathered_weights(op, executor, limits, sizes, halved):
     """Weights in halves and in float32, of groups and panels that are not full. All but the first
     32 queries need one reference, so that their lists are empty in later chunks."""
     B, M, N = sizes
@@ -137,14 +137,14 @@ def test_gathered_weights(op, shim, sizes, halved):
     sigma[32:] = 1e-5
     radius = op.radius_of(sigma, 1.0)
     for multiprocessors, chunk in ((1, M), (1000, M), (40, 128)):
-        shim.device(90, multiprocessors)
-        shim.limits(references=chunk, halved=halved)
+        executor.device(90, multiprocessors)
+        limits(references=chunk, halved=halved)
         op.check(x, references, radius, 1.0)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("B", "N"), [(257, 36), pytest.param(320, 133, marks=pytest.mark.slow)])
-def test_large_groups(op, shim, B, N):
+def test_large_groups(op, executor, limits, B, N):
     """Groups of 64 queries, the last of which may not be full, in one chunk and in three. All but
     the first 100 queries need one reference."""
     x, references, sigma = op.problem(B, 290, N)
@@ -152,23 +152,23 @@ def test_large_groups(op, shim, B, N):
     sigma[100:] = 1e-5
     radius = op.radius_of(sigma, 1.0)
     for chunk in (290, 128):
-        shim.device(90, 1)
-        shim.limits(references=chunk)
-        shim.counts(True)
+        executor.device(90, 1)
+        limits(references=chunk)
+        executor.launches()
         op.check(x, references, radius, 1.0)
-        (threads, *_) = (one[2] for one in shim.counts(False) if one[0] == "list_references")
+        (threads, *_) = (one[2] for one in executor.launches() if one[0] == "list_references")
         assert threads == 8 * 64
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_large_groups_of_references_that_float16_cannot_hold(op, shim):
-    shim.device(90, 1)
+def test_large_groups_of_references_that_float16_cannot_hold(op, executor):
+    executor.device(90, 1)
     x, references, sigma = op.problem(256, 150, 96)
     references[70] *= 1e20  # it is not in the sample that finds the power of two
     x[3] = references[70] * 1.001
-    shim.counts(True)
+    executor.launches()
     mean, _ = op.compute(x, references, sigma, 1.0)
-    (threads,) = (one[2] for one in shim.counts(False) if one[0] == "list_references")
+    (threads,) = (one[2] for one in executor.launches() if one[0] == "list_references")
     assert threads == 8 * 64
     expected, _ = op.expected(x, references, sigma, 1.0)
     rows = expected.norm(dim=1)
@@ -176,31 +176,31 @@ def test_large_groups_of_references_that_float16_cannot_hold(op, shim):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_gathered_coefficients(op, shim):
+def test_gathered_coefficients(op, executor, limits):
     """Those of the gradient, over several chunks and groups that are not full."""
     x, references, sigma = op.problem(70, 333, 40)
     for multiprocessors, chunk in ((1, 333), (40, 128)):
-        shim.device(90, multiprocessors)
-        shim.limits(references=chunk)
+        executor.device(90, multiprocessors)
+        limits(references=chunk)
         op.check_gradients(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_blocks_that_share_a_list(op, shim):
+def test_blocks_that_share_a_list(op, executor):
     """There are more of them if there are more multiprocessors, at most one for each of the 193
     panels of both groups, and enough that none has more than 192."""
     x, references, sigma = op.problem(40, 6176, 64)
     for multiprocessors, blocks in ((1, 6), (20, 20), (1000, 386)):
-        shim.device(90, multiprocessors)
-        shim.counts(True)
+        executor.device(90, multiprocessors)
+        executor.launches()
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
-        (grid,) = (one[1] for one in shim.counts(False) if one[0] == "list_references")
+        (grid,) = (one[1] for one in executor.launches() if one[0] == "list_references")
         assert tuple(grid) == (blocks, 1, 1)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("B", [200, *(pytest.param(B, marks=pytest.mark.slow) for B in (64, 256))])
-def test_uneven_shares_of_blocks(op, shim, B):
+def test_uneven_shares_of_blocks(op, executor, limits, B):
     """One group needs all references, the others one each, in chunks with a part of these or none.
     So few blocks that shares are as large as they can be, and so many that most have no panel."""
     x, references, sigma = op.problem(B, 4200, 40)
@@ -208,8 +208,8 @@ def test_uneven_shares_of_blocks(op, shim, B):
     sigma[: B - 32] = 1e-5
     sigma[B - 32 :] = 1e3
     for multiprocessors, chunk in ((1, 4200), (1000, 4200), (30, 2048)):
-        shim.device(90, multiprocessors)
-        shim.limits(references=chunk)
+        executor.device(90, multiprocessors)
+        limits(references=chunk)
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
@@ -275,8 +275,8 @@ def photographs():
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("D", [1.0, 2048.0, math.inf])
-def test_accuracy_contract_on_photographs(op, device, shim, photographs, D, capability):
-    shim.device(capability, multiprocessors=16)
+def test_accuracy_contract_on_photographs(op, device, executor, photographs, D, capability):
+    executor.device(capability, multiprocessors=16)
     generator = torch.Generator().manual_seed(0)
     as_float = dequantise(photographs, torch.float32)
     for references in (photographs, as_float):
@@ -305,9 +305,9 @@ def test_very_small_and_very_large_values(op, sizes, scale, D):
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("far", [5e9, 1e12, 1e30])
-def test_a_far_reference_changes_no_other_distance(op, shim, far, capability):
+def test_a_far_reference_changes_no_other_distance(op, executor, far, capability):
     """Some lanes find the distances to two references together."""
-    shim.device(capability)
+    executor.device(capability)
     for at, sizes in ((69, (20, 200, 40)), (101, (40, 200, 97)), (68, (20, 200, 1024))):
         x, references, _ = op.problem(*sizes)
         references[at] = far
@@ -419,15 +419,15 @@ def test_a_reference_that_float16_cannot_hold_in_sums(op, factor, D):
     assert rows[3] > 10 * rows[4]
 
 
-def test_sums_over_very_many_references(op, shim):
+def test_sums_over_very_many_references(op, executor, limits):
     """Weights below 2^-39 have no halves. Beyond a limit they could matter together."""
     x, references, sigma = op.problem(20, 300, 96)
     for limit in (300, 299):
-        shim.limits(halved=limit)
-        shim.counts(True)
+        limits(halved=limit)
+        executor.launches()
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
-        (blocks,) = (one[-1] for one in shim.counts(False) if one[0] == "weighted_sum")
-        assert (sum(blocks["multiply_add"]) == 0) == (limit == 300)
+        (counts,) = (one.counts for one in executor.launches() if one.name == "weighted_sum")
+        assert (counts["mma of tf32"] == 0) == (limit == 300)
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 1e36])

@@ -20,14 +20,14 @@ def backend():
 
 
 @pytest.fixture
-def refined(shim):
+def refined(executor):
     """refined(run) is the number of pairs that each launch of ``refine`` takes in run()."""
 
     def refined(run):
-        shim.counts(True)
+        executor.launches()
         run()
-        launches = [one[-1] for one in shim.counts(False) if one[0] == "refine"]
-        return [sum(blocks["__shfl_xor_sync"]) // 10 for blocks in launches]  # 5 of two floats
+        launches = [one for one in executor.launches() if one.name == "refine"]
+        return [one.counts["shuffle"] // 10 for one in launches]  # 5 of two floats
 
     return refined
 
@@ -227,22 +227,22 @@ def test_differences_too_large_for_float32_are_cut_off(op, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("N", [20, 40, 600])
 @pytest.mark.parametrize("problem", [two_vectors, all_near_but_one, one_near_tile, None])
-def test_the_list_does_not_change_a_bit(op, shim, problem, N):
+def test_the_list_does_not_change_a_bit(op, executor, limits, problem, N):
     """Sums over references have one part each, whatever the number of multiprocessors."""
-    shim.limits(parts=1)
+    limits(parts=1)
     given = problem(op, 18, 300, N) if problem else op.problem(18, 300, N)
     results = []
     for order, multiprocessors in enumerate(MULTIPROCESSORS):
-        shim.order(order)
-        shim.device(90, multiprocessors)
+        executor.order(order)
+        executor.device(90, multiprocessors)
         results.append(op.everything(*given, math.inf))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_too_many_pairs_are_refused(op, shim):
+def test_too_many_pairs_are_refused(op, limits):
     # A chunk has at most 2^16 references.
-    shim.limits(pairs=2**40, references=2**40, queries=2**40)
+    limits(pairs=2**40, references=2**40, queries=2**40)
     x = torch.zeros(1, 1, device=op.device).expand(2**15 + 1, 1)
     references = torch.zeros(1, 1, device=op.device).expand(2**20, 1)
     radius = torch.ones(len(x), dtype=torch.float64, device=op.device)

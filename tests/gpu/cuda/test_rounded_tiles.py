@@ -25,7 +25,7 @@ def backend():
 
 
 @pytest.fixture
-def run(shim):
+def run(executor):
     """run(call, sizes, multiprocessors) calls call() and makes sure that it takes such tiles.
 
     It returns what the call does, and the slices of the features.
@@ -33,13 +33,13 @@ def run(shim):
 
     def run(call, sizes, multiprocessors=1):
         B, M, N = sizes
-        shim.device(90, multiprocessors)
-        shim.counts(True)
+        executor.device(90, multiprocessors)
+        executor.launches()
         result = call()
         found = [
-            (tuple(grid), sum(blocks["begin_product"]), sum(blocks["multiply_add_halves"]))
-            for name, grid, *_, blocks in shim.counts(False)
-            if name == "distances"
+            (one.grid, one.counts["wgmma"], one.counts["mma"] + one.counts["mma to float16"])
+            for one in executor.launches()
+            if one.name == "distances"
         ]
         assert found
         queries = 128 if B <= 128 else 256
@@ -62,14 +62,14 @@ def mean_of(op):
 
 
 @pytest.fixture
-def check(op, shim, run, mean_of):
+def check(op, executor, run, mean_of):
     """Results are accurate, and those of the tiles of warps."""
 
     def check(x, references, radius, D, multiprocessors=1):
         sizes = len(x), *references.shape
         found, slices = run(lambda: mean_of(x, references, radius, D), sizes, multiprocessors)
         op.assert_accurate(found, op.expected(x, references, radius, D), references, ANY)
-        shim.device(80, multiprocessors)
+        executor.device(80, multiprocessors)
         of_warps = mean_of(x, references, radius, D)
         op.assert_accurate(found, [each.double() for each in of_warps], references, SAME)
         return slices
@@ -119,16 +119,16 @@ def test_gradients_with_slices(op, run, queries):
 
 
 @pytest.mark.parametrize("sizes", [(200, 129, 36), (129, 100, 100)])
-def test_both_tiles_have_the_same_bits(op, shim, sizes):
+def test_both_tiles_have_the_same_bits(op, executor, sizes):
     """Panels are added up in the same order. The number of multiprocessors decides which tiles."""
     B, M, _ = sizes
     x, references, sigma = op.problem(*sizes)
     results = []
     for queries, multiprocessors in ((256, 1), (128, 2 * -(-M // 128))):
-        shim.device(90, multiprocessors)
-        shim.counts(True)
+        executor.device(90, multiprocessors)
+        executor.launches()
         results.append(op.compute(x, references, sigma, 1.0, "medium"))
-        grids = [tuple(grid) for name, grid, *_ in shim.counts(False) if name == "distances"]
+        grids = [tuple(grid) for name, grid, *_ in executor.launches() if name == "distances"]
         assert grids == [(-(-M // 128), -(-B // queries), 1)]
     (_, lse), (_, other) = results
     assert torch.equal(lse, other)
@@ -209,38 +209,37 @@ def test_queries_that_are_not_finite(op, run, mean_of, at, bad):
     assert lse.isnan().nonzero().flatten().tolist() == [at]
 
 
-def test_chunks_and_blocks(op, shim, mean_of):
+def test_chunks_and_blocks(op, executor, limits, mean_of):
     """The last chunk and the last block are smaller."""
     x, references, sigma = op.problem(300, 300, 100)
-    shim.limits(queries=150, references=256)
-    shim.device(90, 1)
-    shim.counts(True)
+    limits(queries=150, references=256)
+    executor.device(90, 1)
+    executor.launches()
     found = mean_of(x, references, sigma)
-    grids = [tuple(grid) for name, grid, *_ in shim.counts(False) if name == "distances"]
+    grids = [tuple(grid) for name, grid, *_ in executor.launches() if name == "distances"]
     assert grids == [(2, 1, 1), (1, 1, 1)] * 2
     op.assert_accurate(found, op.expected(x, references, sigma, 1.0), references, USUAL)
 
 
-def test_rows_that_are_not_aligned_take_other_tiles(op, shim, mean_of, device):
+def test_rows_that_are_not_aligned_take_other_tiles(op, executor, mean_of, device):
     B, M, N = 200, 129, 66
     x, references, sigma = op.problem(B, M, N)
-    shim.device(90, 1)
+    executor.device(90, 1)
     for gap in (1, 2, 3):
         rows = torch.full((M, N + gap), math.nan, device=device)
         rows[:, gap:] = references
-        shim.counts(True)
+        executor.launches()
         found = mean_of(x, rows[:, gap:], sigma)
-        counts = [blocks for name, *_, blocks in shim.counts(False) if name == "distances"]
-        assert not any(sum(blocks["begin_product"]) for blocks in counts)
+        assert not any(one.counts["wgmma"] for one in executor.launches())
         op.assert_accurate(found, op.expected(x, references, sigma, 1.0), references, USUAL)
 
 
 @pytest.mark.parametrize("sizes", [(100, 129, 100), (200, 129, 100)])
-def test_the_order_of_threads_does_not_change_a_bit(op, shim, run, mean_of, sizes):
+def test_the_order_of_threads_does_not_change_a_bit(op, executor, run, mean_of, sizes):
     x, references, sigma = op.problem(*sizes)
     results = []
     for order in (0, 1, 2, 3):
-        shim.order(order)
+        executor.order(order)
         results.append(run(lambda: mean_of(x, references, sigma), sizes)[0])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -31,16 +31,16 @@ def backend():
 
 
 @pytest.fixture
-def sliced(shim):
+def sliced(executor):
     """sliced(tile, run) calls run() on a device whose blocks take these tiles and slices."""
 
     def sliced(tile, run):
         (B, M, _), multiprocessors = PROBLEMS[tile]
         queries, references, architecture = tile
-        shim.device(architecture, multiprocessors)
-        shim.counts(True)
+        executor.device(architecture, multiprocessors)
+        executor.launches()
         result = run()
-        launches = [(name, tuple(grid)) for name, grid, *_ in shim.counts(False)]
+        launches = [(name, tuple(grid)) for name, grid, *_ in executor.launches()]
         grids = [grid for name, grid in launches if name == "distances"]
         assert grids
         assert {grid[:2] for grid in grids} == {(-(-M // references), -(-B // queries))}
@@ -77,15 +77,15 @@ def test_gradients(op, sliced, tile):
 
 @pytest.mark.slow
 @TILES
-def test_slices_change_no_more_than_rounding(op, shim, sliced, tile):
+def test_slices_change_no_more_than_rounding(op, executor, sliced, tile):
     """On one multiprocessor there are none."""
     sizes, _ = PROBLEMS[tile]
     x, references, sigma = op.problem(*sizes)
     found = sliced(tile, lambda: op.everything(x, references, sigma, 1.0))
-    shim.device(tile[2], 1)
-    shim.launches()
+    executor.device(tile[2], 1)
+    executor.names()
     whole = op.everything(x, references, sigma, 1.0)
-    assert "finish_distances" not in shim.launches()
+    assert "finish_distances" not in executor.names()
     (mean, lse, nearest, _, *gradients) = found
     (whole_mean, whole_lse, whole_nearest, _, *whole_gradients) = whole
     op.assert_accurate((mean, lse), (whole_mean.double(), whole_lse), references, 2e-6)
@@ -95,15 +95,15 @@ def test_slices_change_no_more_than_rounding(op, shim, sliced, tile):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_chunks(op, shim):
+def test_chunks(op, executor, limits):
     """A smaller last chunk has slices of its own, in the memory of the others."""
     x, references, sigma = op.problem(40, 300, 1040)
-    shim.limits(references=128)
+    limits(references=128)
     for multiprocessors in (8, 16):
-        shim.device(90, multiprocessors)
-        shim.counts(True)
+        executor.device(90, multiprocessors)
+        executor.launches()
         op.check(x, references, sigma, 1.0)
-        counts = shim.counts(False)
+        counts = executor.launches()
         grids = [tuple(grid) for name, grid, *_ in counts if name == "distances"]
         assert len(grids) == 3
         assert all(grid[2] > 1 for grid in grids)
@@ -173,22 +173,22 @@ def test_tiny_and_huge_values(op, sliced, scale):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tile", [(32, 64, 80), (64, 128, 80)])
-def test_the_order_of_threads_does_not_change_a_bit(op, shim, sliced, tile):
+def test_the_order_of_threads_does_not_change_a_bit(op, executor, sliced, tile):
     sizes, _ = PROBLEMS[tile]
     x, references, sigma = op.problem(*sizes)
     results = []
     for order in (0, 1, 2):
-        shim.order(order)
+        executor.order(order)
         results.append(sliced(tile, lambda: op.everything(x, references, sigma, 1.0)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_workspace_is_bounded(shim, device, backward):
+def test_workspace_is_bounded(executor, device, backward):
     """Slices take the memory of weighted sums, which is at most 48 MiB."""
     for multiprocessors in (108, 132, 170):
-        shim.device(90, multiprocessors)
+        executor.device(90, multiprocessors)
         for B, M, N in (
             (16, 4096, 3072), (128, 4096, 3072), (128, 9000, 3072), (512, 4096, 3072),
             (700, 2048, 3072), (16, 60_000, 40_000), (32, 70_000, 3072),

@@ -1,0 +1,120 @@
+"""The digits of x − mean in every backend, where x is near its mean.
+
+The published formula in float32 sums differences x − x_j. It is the yardstick: wherever its error
+is within the tolerance, so is that of the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pfgm.backends.problems import PosteriorMean
+from pfgm.common.tensors import dequantise
+
+TOLERANCE = 2e-5
+OFFSETS = [0.0, 10.0, 100.0, 1e4]
+
+
+def problem(B, M, N, z, offset=0.0):
+    """Points at distances of the size of z from references of unit size, far from the origin."""
+    generator = torch.Generator().manual_seed(0)
+    references = offset + torch.randn(M, N, generator=generator)
+    noise = torch.randn(B, N, generator=generator, dtype=torch.float64)
+    x = references[torch.arange(B) % M].double() + z * noise
+    return x.float(), references, torch.full((B,), z, dtype=torch.float64)
+
+
+def formula(x, references, radius, D):
+    """Σ p_j (x − y_j), in the dtype of x."""
+    differences = x[:, None] - dequantise(references, x.dtype)
+    squared = differences.square().sum(2)
+    r = radius.to(x.dtype)[:, None]
+    if math.isinf(D):
+        p = (-squared / (2 * r * r)).softmax(1)
+    else:
+        s = squared + r * r
+        p = (s.amin(1, keepdim=True) / s) ** ((x.shape[1] + D) / 2)
+        p = p / p.sum(1, keepdim=True)
+    return (p[:, :, None] * differences).sum(1)
+
+
+def relative_error(difference, exact, radius):
+    """Of the field E = (x − mean, r)."""
+    size = (exact.square().sum(1) + radius.square()).sqrt()
+    return float(((difference.double().cpu() - exact).norm(dim=1) / size).max())
+
+
+def check(op, x, references, radius, D=1.0):
+    exact = formula(x.double(), references, radius, D)
+    assert relative_error(formula(x, references, radius, D), exact, radius) < TOLERANCE
+    tensors = (t.to(op.device) for t in (x, references, radius))
+    given = PosteriorMean(*tensors, D, "high", difference=True)
+    assert relative_error(op.module.posterior_mean(given)[0], exact, radius) < TOLERANCE
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize(
+    ("B", "M", "N", "z"),
+    [
+        (16, 700, 2, 1e-3), (3, 2500, 1, 1e-2), (16, 500, 8, 0.1), (3, 300, 33, 0.03),
+        (16, 300, 64, 1e-3), (16, 150, 512, 1e-3), (16, 40, 3072, 1e-3), (2, 40, 1030, 1e-2),
+    ],
+)  # fmt: skip
+def test_near_references(op, B, M, N, z, offset):
+    check(op, *problem(B, M, N, z, offset))
+
+
+@pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
+@pytest.mark.parametrize(("B", "N"), [(3, 8), (20, 40)])
+def test_near_and_far(op, B, N, D):
+    """Rows of one launch, with one weight and with many."""
+    x, references, radius = problem(B, 300, N, 1e-2)
+    radius = torch.logspace(-3, 1, B, dtype=torch.float64)
+    x += (radius[:, None] * torch.randn(B, N, generator=torch.Generator().manual_seed(1))).float()
+    check(op, x, references, radius * (1 if math.isinf(D) else math.sqrt(D)), D)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize(("B", "N"), [(3, 64), (20, 64)])
+def test_between_two_references_that_are_close(op, B, N, offset):
+    """Both count, and x − mean is small beside either."""
+    x, references, radius = problem(B, 40, N, 1e-2, offset)
+    step = 1e-2 * torch.randn(B, N, generator=torch.Generator().manual_seed(1))
+    references = torch.cat([references, references[:B] + step])
+    check(op, ((x + references[-B:]) / 2).float(), references, radius)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize(("B", "N", "z"), [(9, 2, 1e-3), (20, 8, 0.1), (20, 40, 2.0)])
+def test_chunks(op, B, N, z, offset):
+    check(op, *problem(B, 300, N, z, offset))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+@pytest.mark.parametrize("N", [2, 40])
+def test_types_of_references(op, N, dtype):
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randint(0, 256, (300, N), generator=generator, dtype=torch.uint8)
+    references = references if dtype == torch.uint8 else (references / 127.5 - 1).to(dtype)
+    exact = dequantise(references, torch.float64)
+    x = (exact[:20] + 1e-6 * torch.randn(20, N, generator=generator).double()).float()
+    radius = torch.full((20,), 1e-6, dtype=torch.float64)
+    expected = formula(x.double(), references, radius, 1.0)
+    tensors = (t.to(op.device) for t in (x, references, radius))
+    given = PosteriorMean(*tensors, 1.0, "high", difference=True)
+    assert relative_error(op.module.posterior_mean(given)[0], expected, radius) < TOLERANCE
+
+
+@pytest.mark.parametrize("times", [1e-30, 1e15])
+@pytest.mark.parametrize(("B", "N"), [(3, 8), (20, 40)])
+def test_tiny_and_huge_values(op, B, N, times):
+    x, references, radius = problem(B, 60, N, 1e-3)
+    exact = formula((x * times).double(), references * times, radius * times, math.inf)
+    tensors = (t.to(op.device) for t in (x * times, references * times, radius * times))
+    given = PosteriorMean(*tensors, math.inf, "high", difference=True)
+    found = op.module.posterior_mean(given)[0]
+    assert relative_error(found, exact, radius * times) < TOLERANCE

@@ -1,0 +1,288 @@
+"""Problems of all kinds: every result and gradient beside float64, and the same bits in each order
+in which the executor runs warps and blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from pfgm.backends import native, triton
+from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.common.tensors import dequantise
+
+pytestmark = pytest.mark.skipif(triton.interpreted(), reason="the executor runs what is compiled")
+
+INF = math.inf
+SINGLE, BFLOAT, HALF, BYTE = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+ORDERS = (0, 1, 7)  # ascending, descending, random
+TOLERANCE = {"high": 5e-6, "medium": 2e-3}
+LIMITS = {  # of the CUDA kernels' blocks and chunks
+    "parts": {"pairs": 600, "parts": 1, "queries": 17, "references": 128},
+    "chunks": {"references": 128},
+    "halved": {"halved": 10},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int
+    M: int
+    N: int
+    D: float
+    dtype: torch.dtype = SINGLE
+    gap: int = 0  # values between rows, which then start off boundaries
+    sigma: float | None = None  # None: another one for each query
+    shift: float = 0.0  # of all values
+    precision: str = "high"
+    exact: bool = False  # queries are references
+    gradients: bool = True
+    kind: str = ""  # of values
+    times: float = 1.0  # all values
+    limits: str = ""
+    multiprocessors: int = 108
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        words = [f"{self.B}x{self.M}x{self.N}", f"D={self.D:g}", dtype, self.kind, self.limits]
+        words += ["exact"] * self.exact + ["medium"] * (self.precision == "medium")
+        words += [f"sigma={self.sigma:g}"] if self.sigma else []
+        words += [f"times={self.times:g}"] if self.times != 1 else []
+        return " ".join(filter(None, words))
+
+
+def laid_out(values: Tensor, dtype: torch.dtype, gap: int) -> Tensor:
+    rows, columns = values.shape
+    stride = columns + gap
+    memory = torch.empty(gap + (rows - 1) * stride + columns, dtype=dtype)
+    return torch.as_strided(memory, (rows, columns), (stride, 1), gap).copy_(values)
+
+
+class Problem:
+    """A case with its results in float64."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int = 0):
+        self.case = case
+        B, M, N, D = case.B, case.M, case.N, case.D
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        size = 0.4 if case.dtype == BYTE else 1.0
+        features = torch.full((1, N), case.times, dtype=torch.float64)
+        if case.kind == "scaled":
+            features = features * torch.logspace(-5, 2, N, dtype=torch.float64)
+        y = (size * normal(M, N) + case.shift) * features
+        if case.kind == "outlier":
+            y[M // 2] *= 1e5
+        if case.kind == "constant":
+            y[:] = y[0]
+        if case.kind == "twice":
+            y[M // 2 : 2 * (M // 2)] = y[: M // 2]
+        if case.dtype == BYTE:
+            y = ((y + 1) * 127.5).round().clamp(0, 255)
+            if case.kind == "near":  # one value in each row differs from those of the other rows
+                y[:] = y[0]
+                y[torch.arange(M), torch.arange(M) % N] += 1
+                y.clamp_(max=255)
+        self.references = laid_out(y, case.dtype, case.gap).to(device)
+        self.y = dequantise(self.references.cpu(), torch.float64)
+        sigma = torch.rand(B, 1, generator=generator, dtype=torch.float64) * 1.3 + 0.2
+        sigma = size * sigma if case.sigma is None else torch.full_like(sigma, case.sigma)
+        noise = 0.0 if case.exact else sigma * features * normal(B, N)
+        x = self.y[torch.randint(M, (B,), generator=generator)] + noise
+        self.x = laid_out(x, SINGLE, case.gap).to(device)
+        self.radius = (sigma * case.times * (1 if math.isinf(D) else math.sqrt(D))).squeeze(1)
+        if case.kind == "scaled":
+            self.radius *= 20
+        self.radius = self.radius.to(device)
+        self.G, self.g = normal(B, N).float().to(device), normal(B).to(device)
+        self.problem = PosteriorMean(self.x, self.references, self.radius, D, case.precision)
+        self._find_truth()
+
+    def _find_truth(self) -> None:
+        N, D, y = self.case.N, self.case.D, self.y
+        x, r = self.x.double().cpu(), self.radius.cpu()[:, None]
+        squared = torch.stack([(row - y).square().sum(1) for row in x])
+        if math.isinf(D):
+            score, slope, by_r = -squared / (2 * r**2), -1 / r**2, squared / r**3
+        else:
+            s = squared + r**2
+            score, slope, by_r = -(N + D) / 2 * s.log(), -(N + D) / s, -(N + D) * r / s
+        lse = score.logsumexp(1)
+        p = (score - lse[:, None]).exp()
+        mean = p @ y
+        nearest, index = squared.min(1)
+        G, g = self.G.double().cpu(), self.g.cpu()
+        q = p * (G @ y.T - (G * mean).sum(1, keepdim=True) + g[:, None])
+        by_distance = q * slope
+        self.truth = {
+            "mean": mean,
+            "lse": lse,
+            "nearest": nearest,
+            "total": (lse - score.gather(1, index[:, None]).squeeze(1)).exp(),
+            "grad_x": by_distance.sum(1, keepdim=True) * x - by_distance @ y,
+            "grad_references": p.T @ G - by_distance.T @ x + by_distance.sum(0)[:, None] * y,
+            "grad_radius": (q * by_r).sum(1),
+        }
+
+    def run(self, module, keeps: bool) -> dict[str, Tensor]:
+        kept = (native.room_for_distances(self.problem),) if keeps else ()
+        mean, lse, nearest, total = module.posterior_mean(self.problem, *kept)
+        results = {"mean": mean, "lse": lse, "nearest": nearest, "total": total}
+        if not self.case.gradients:
+            return results
+        needs = (True, self.case.dtype != BYTE, True)  # bytes have no gradient
+        gradients = module.posterior_mean_backward(
+            self.problem, State(mean, nearest, total), Upstream(self.G, self.g), needs, *kept
+        )
+        names = "grad_x", "grad_references", "grad_radius"
+        return results | {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
+
+    def errors(self, results: dict[str, Tensor]) -> dict[str, float]:
+        """Relative to the values: the mean's to references, a gradient's to its largest."""
+        size = self.y.abs().max()
+        if self.case.kind == "scaled":
+            size = self.y.abs().amax(0)
+        if self.case.kind == "outlier":
+            size = self.y.abs().sort(0)[0][-2].max()
+        found = {}
+        for name, value in results.items():
+            truth = self.truth[name]
+            of = {
+                "mean": size,
+                "lse": truth.abs().clamp(min=1),
+                "nearest": truth.clamp(min=1e-30),
+                "total": truth,
+            }.get(name, truth.abs().max())
+            error = ((value.double().cpu() - truth).abs() / of).max().item()
+            found[name] = error
+        return found
+
+
+def slow(*cases: Case) -> list:
+    return [pytest.param(case, marks=pytest.mark.slow, id=str(case)) for case in cases]
+
+
+def fast(*cases: Case) -> list:
+    return [pytest.param(case, id=str(case)) for case in cases]
+
+
+def kinds() -> list[Case]:
+    sizes = [(40, 130, 96), (258, 130, 260), (9, 70, 33)]
+    cases = [
+        Case(*s, INF, sigma=2.0, kind=k)
+        for s in sizes
+        for k in ("scaled", "outlier", "constant", "twice")
+    ]
+    cases += [
+        Case(*sizes[1], INF, sigma=2.0, kind=k, precision="medium") for k in ("scaled", "constant")
+    ]
+    cases += [Case(70, 140, 97, INF, BFLOAT, sigma=2.0, kind=k) for k in ("outlier", "constant")]
+    cases += [
+        Case(40, 130, 96, INF, BYTE, sigma=s, kind=k)
+        for k in ("constant", "near")
+        for s in (1e-3, 1e-2, 0.1)
+    ]
+    return cases
+
+
+CASES = [
+    # differences
+    *fast(Case(1, 1, 1, 1.0), Case(9, 65, 97, 128.0, BYTE), Case(40, 300, 2, INF, sigma=0.3)),
+    *slow(
+        Case(8, 31, 32, INF), Case(15, 130, 31, INF, BFLOAT, gap=1), Case(1, 1000, 96, 2048.0),
+        Case(3, 70, 33, 1.0, HALF, gap=2), Case(20, 2300, 40, 128.0), Case(3, 2300, 7, INF, BYTE),
+    ),
+    # tiles of products
+    *fast(
+        Case(16, 63, 33, 1.0, gap=1), Case(40, 300, 96, INF, BYTE),
+        Case(17, 200, 36, 128.0, BFLOAT),
+        Case(65, 130, 129, 1.0, gap=2),
+    ),
+    *slow(
+        Case(40, 300, 96, 2048.0), Case(17, 1000, 33, INF, HALF, gap=1), Case(129, 257, 100, 128.0),
+        Case(129, 257, 100, INF, BFLOAT, gap=3), Case(129, 257, 100, 128.0, BYTE),
+        Case(100, 40, 36, 1.0, precision="medium"), Case(129, 130, 68, 128.0, precision="medium"),
+        Case(20, 60, 1028, 128.0), Case(20, 60, 1028, INF, BYTE),
+        Case(100, 60, 516, 1.0, precision="medium"),
+    ),
+    # large tiles, sums that blocks share
+    *fast(Case(70, 100, 97, 128.0, multiprocessors=1), Case(100, 130, 100, INF, multiprocessors=1)),
+    *slow(
+        Case(130, 200, 484, INF, sigma=1.0, multiprocessors=1),
+        Case(130, 200, 484, 128.0, precision="medium", multiprocessors=1),
+        Case(70, 200, 97, INF, BYTE, multiprocessors=2),
+        Case(70, 140, 97, 1.0, HALF, multiprocessors=2),
+        Case(70, 140, 96, 1.0, BFLOAT, multiprocessors=2),
+        Case(258, 130, 260, 128.0, multiprocessors=1),
+        Case(513, 97, 256, INF, sigma=1.5, multiprocessors=1),
+        Case(258, 130, 260, 128.0, precision="medium", multiprocessors=1),
+        Case(600, 300, 64, INF, sigma=4.0, multiprocessors=1),
+    ),
+    # blocks and chunks
+    *fast(Case(36, 300, 40, INF, HALF, limits="parts")),
+    *slow(
+        Case(36, 300, 40, 128.0, limits="parts"), Case(9, 140, 5, 1.0, limits="parts"),
+        Case(40, 300, 64, INF, sigma=6.0, limits="chunks"),
+        Case(258, 300, 260, INF, sigma=8.0, limits="chunks", multiprocessors=1),
+        Case(40, 90, 40, 128.0, limits="halved"), Case(40, 90, 40, INF, BYTE, limits="halved"),
+        Case(40, 90, 40, 1.0, precision="medium", limits="halved"),
+    ),
+    # near and broad
+    *fast(Case(40, 100, 64, INF, sigma=0.001, gradients=False), Case(40, 100, 96, INF, sigma=6.0)),
+    *slow(
+        Case(40, 300, 64, 1.0, sigma=0.0001, shift=1000.0, gradients=False),
+        Case(40, 300, 64, 2048.0, sigma=20.0),
+        Case(9, 300, 64, 2048.0, sigma=20.0), Case(258, 130, 260, INF, sigma=10.0),
+        Case(40, 300, 96, 128.0, BYTE, sigma=8.0), Case(70, 140, 97, INF, HALF, sigma=6.0, gap=1),
+    ),
+    # tiny and huge values
+    *slow(*(
+        Case(*size, INF, sigma=2.0, times=times)
+        for size in ((40, 130, 96), (258, 130, 260), (9, 130, 33)) for times in (1e-17, 1e-15, 1e15)
+    )),
+    # references of unusual values; queries at references
+    *fast(
+        Case(40, 100, 96, INF, sigma=2.0, kind="outlier"),
+        Case(40, 60, 96, INF, BYTE, sigma=1e-2, kind="near"),
+    ),
+    *slow(*kinds()),
+    *fast(Case(40, 130, 40, INF, BYTE, exact=True, gradients=False)),
+    *slow(
+        Case(40, 130, 40, 128.0, exact=True, gradients=False),
+        Case(5, 130, 3, 1.0, exact=True, gradients=False),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_problem(op, backend, device, request, case):
+    if backend == "triton" and (case.limits or case.multiprocessors < 108):
+        pytest.skip("of the CUDA kernels alone")
+    executor = None
+    if request.getfixturevalue("session_executor") is not None:
+        executor = request.getfixturevalue("executor")
+        if backend == "native":
+            executor.device(90 if case.N % 4 == 0 else 80, case.multiprocessors)
+    if case.limits:
+        request.getfixturevalue("limits")(**LIMITS[case.limits])
+    problem = Problem(case, device, seed=sum(str(case).encode()))
+    bits = None
+    for order in ORDERS if executor else ORDERS[:1]:
+        if executor:
+            executor.order(order)
+        results = problem.run(op.module, keeps=backend == "native" and case.B % 2 == 0)
+        errors = problem.errors(results)
+        tolerance = TOLERANCE[case.precision]
+        if case.dtype != SINGLE:  # of which the gradient is rounded
+            errors.pop("grad_references", None)
+        assert {name: error for name, error in errors.items() if not error <= tolerance} == {}
+        found = {name: value.contiguous().view(torch.uint8) for name, value in results.items()}
+        if bits is None:
+            bits = found
+        assert all(torch.equal(found[name], bits[name]) for name in bits), order
