@@ -74,8 +74,8 @@ def _runs_on(gpu: torch.device, dtype: torch.dtype, references: torch.dtype | No
     return True
 
 
-def _address_of_sketch(sketch_of: SketchOf | None, x: Tensor, references: Tensor) -> int:
-    if sketch_of is None or (sketch := sketch_of(0, references, x, "native")) is None:
+def _address_of_sketch(sketch_of: SketchOf, x: Tensor, references: Tensor) -> int:
+    if (sketch := sketch_of(0, references, x, "native")) is None:
         return 0
     native.check_sketch(sketch, x, references)
     return sketch.data_ptr()
@@ -110,17 +110,19 @@ def _problem(
     B, M, values = shape[0], other[0], x.numel()
     if not values or not M or (radius := _level(level, B, len(shape))) is None:
         return None
-    end: tuple[Any, ...]
+    sketch, place = 0, None
     if gpu is None:
-        end = _address_of_sketch(sketch_of, x, references), torch.get_num_threads()
+        if sketch_of is not None:
+            sketch = _address_of_sketch(sketch_of, x, references)
     # A set on a GPU is computed in chunks, of which the results are merged.
     elif sketch_of is not None or not _runs_on(gpu, dtype, reference_dtype):
         return None
     else:
         allocate = functools.partial(torch.empty, dtype=torch.uint8, device=gpu)
-        end = native.PRECISIONS[precision], *native.current_stream(gpu), allocate
-    sizes = kind, reference_kind, B, M, values // B
-    return (*sizes, x.data_ptr(), references.data_ptr(), radius), end
+        place = *native.current_stream(gpu), allocate
+    addresses = x.data_ptr(), references.data_ptr()
+    end = native.PRECISIONS[precision], sketch, torch.get_num_threads(), place
+    return (kind, reference_kind, B, M, values // B, *addresses, radius), end
 
 
 def posterior_mean(
@@ -144,8 +146,8 @@ def posterior_mean(
     begin, end = problem
     mean = torch.empty_like(x)
     logsumexp = x.new_empty(len(x), dtype=torch.float64) if with_logsumexp else None
-    call = _native.direct_posterior_mean if gpu is None else _native.direct_posterior_mean_cuda
-    done = call(*begin, factor, D, mean.data_ptr(), native.address(logsumexp), *end)
+    results = mean.data_ptr(), native.address(logsumexp), 0
+    done = _native.direct_mean(*begin, factor, D, 0.0, *results, *end)
     return (mean, logsumexp) if done else None
 
 
@@ -164,8 +166,8 @@ def field(
         return None
     begin, end = problem
     field_x, field_z = torch.empty_like(x), x.new_empty(len(x))
-    call = _native.direct_field if gpu is None else _native.direct_field_cuda
-    done = call(*begin, gamma, field_x.data_ptr(), field_z.data_ptr(), *end)
+    results = field_x.data_ptr(), 0, field_z.data_ptr()
+    done = _native.direct_mean(*begin, 1.0, 1.0, gamma, *results, *end)
     return (field_x, field_z) if done else None
 
 
@@ -209,51 +211,48 @@ def step(
         or substitution not in _SUBSTITUTIONS
         or type(gamma) not in _NUMBERS
         or type(z_exp) not in _NUMBERS
-        or not all(_like(x, rows, shape) for rows in (x, slope, history, out, mean_out))
-        or not _like(x, field_z, shape[:1])
+        or not x.is_contiguous()
         or (gpu is not None and not _runs_on(gpu, x.dtype, None))
     ):
         return None
-    B = shape[0]
+    dtype, B = x.dtype, shape[0]
+    for rows in (slope, history, out, mean_out, field_z):
+        if rows is not None and (
+            type(rows) is not Tensor
+            or rows.dtype is not dtype
+            or rows.shape != (shape if rows is not field_z else shape[:1])
+            or not rows.is_contiguous()
+        ):
+            return None
     levels = [_level(level, B, len(shape)) for level in (z, z_next, z_previous)]
     if None in levels:
         return None
     result = torch.empty_like(x) if out is None else out
     mean = torch.empty_like(x) if with_mean and mean_out is None else mean_out
-    begin = (
+    by_row = gpu is not None and tuple in map(type, levels)
+    row_levels = torch.empty(3, B, dtype=torch.float64, device=gpu) if by_row else None
+    done = _native.direct_step(
         method,
         kind,
         B,
         x.numel() // B,
-        *map(native.address, (x, slope, field_z, history)),
+        x.data_ptr(),
+        slope.data_ptr(),
+        0 if field_z is None else field_z.data_ptr(),
+        0 if history is None else history.data_ptr(),
         *levels,
         gamma,
         z_exp,
         substitution == "exact",
         result.data_ptr(),
-        native.address(mean),
+        0 if mean is None else mean.data_ptr(),
+        torch.get_num_threads(),
+        None if gpu is None else (*native.current_stream(gpu), native.address(row_levels)),
     )
-    if gpu is None:
-        done = _native.direct_step(*begin, torch.get_num_threads())
-    else:
-        by_row = tuple in map(type, levels)
-        rows = torch.empty(3, B, dtype=torch.float64, device=gpu) if by_row else None
-        place = native.current_stream(gpu)
-        done = _native.direct_step_cuda(*begin, *place, native.address(rows))
     if not done:
         return None
     mark_written(out, mean_out)
     return result, mean
-
-
-def _like(x: Tensor, values: Any, shape: tuple[int, ...]) -> bool:
-    """Whether values are absent, or contiguous, of the dtype of x and of this shape."""
-    return values is None or (
-        type(values) is Tensor
-        and values.dtype is x.dtype
-        and values.shape == shape
-        and values.is_contiguous()
-    )
 
 
 # ---- values ----------------------------------------------------------------------------------
@@ -264,7 +263,7 @@ def all_finite(values: Tensor) -> bool | None:
     kind = _POINTS.get(values.dtype)
     if kind is None or not available or not values.is_contiguous():
         return None
-    found: bool = _native.direct_all_finite(kind, values.data_ptr(), values.numel())
+    found: bool = _native.all_finite(kind, values.data_ptr(), values.numel())
     return found
 
 
@@ -276,5 +275,5 @@ def sample(rows: Tensor) -> int:
     """
     if _native is None or not rows.is_cpu or not rows.is_contiguous():
         return 0
-    found: int = _native.direct_sample(rows.data_ptr(), rows.nbytes)
+    found: int = _native.sample(rows.data_ptr(), rows.nbytes)
     return found

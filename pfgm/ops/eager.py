@@ -82,23 +82,9 @@ def only_autograd(gpu: torch.device | None = None) -> bool:
     )
 
 
-def is_plain(value: Tensor, gpu: torch.device | None = None) -> bool:
-    """True if the values of a tensor lie in the memory of the CPU, or of a GPU, as they are.
-
-    A view may stand for its negated memory, and zeros may have no memory.
-    """
-    return (
-        type(value) is Tensor
-        and (value.is_cpu if gpu is None else value.device == gpu)
-        and value.layout is _strided
-        and not value.is_neg()
-        and not value._is_zerotensor()
-    )
-
-
 def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> bool:
-    """True if the dispatcher can be skipped: only numbers, None and plain tensors in the memory of
-    the CPU or of the given GPU, and nothing but autograd is active.
+    """True if the dispatcher can be skipped: only numbers, None and plain tensors, whose values lie
+    in the memory of the CPU or of the given GPU as they are, and nothing but autograd is active.
 
     Unless ``gradients`` is set, none may be wanted.
     """
@@ -107,7 +93,13 @@ def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> b
     differentiates = not gradients and torch.is_grad_enabled()
     for value in values:
         if type(value) is Tensor:
-            if not is_plain(value, gpu) or (differentiates and value.requires_grad):
+            if (
+                not (value.is_cpu if gpu is None else value.device == gpu)
+                or value.layout is not _strided
+                or (differentiates and value.requires_grad)
+                or value.is_neg()  # a view that stands for its negated memory
+                or value._is_zerotensor()  # zeros without memory
+            ):
                 return False
         elif value is not None and type(value) not in _NUMBERS:
             return False
@@ -278,7 +270,8 @@ def one_call(name: str, backend: str | None, operands: tuple[Any, ...], *options
 
 def all_finite(values: Tensor) -> bool:
     """True if no value of a tensor is NaN or infinite."""
-    if values.numel() <= _MAX_CHECKED and passes(None, values, gradients=True):
+    few = values.numel() <= _MAX_CHECKED and not native.on_gpu(values)
+    if few and passes(None, values, gradients=True):
         found = native_calls.all_finite(values)
         if found is not None:
             return found
