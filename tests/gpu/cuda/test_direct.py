@@ -196,7 +196,7 @@ def test_which_kernels_run(given, executor, device, one_calls):
             executor.names()
             call(name, given(), *((z, z / 2, 2 * z) if rows else ()))
             expected = {
-                "field_fn": ["expand_level", *mean, "subtract_mean", "normalised_field"],
+                "field_fn": ["expand_level", *mean[:-1], "merge_difference", "normalised_field"],
                 "posterior_mean": ["expand_level", *mean],
             }.get(name, ["find_step_levels", "ode_step"] if rows else ["ode_step"])
             assert executor.names() == expected
