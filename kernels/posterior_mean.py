@@ -17,6 +17,7 @@ Launches depend on shapes alone. Nothing waits for the device, and CUDA graphs c
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from .problem import (
     part,
     power_of_two,
 )
-from .refinement import two_floats
+from .refinement import MAX_REGISTERS, two_floats
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
@@ -252,7 +253,8 @@ def sum_configs(shape: Shape) -> list[Config]:
 def merge_config(features: int) -> Config:
     """Features for a program of ``merge``, and references whose differences it sums at a time."""
     block = min(1024, max(16, power_of_two(features)))
-    return Config({"BLOCK": block, "TILE": 4096 // block})
+    sizes = {"BLOCK": block, "TILE": 2048 // block}
+    return Config(sizes, num_warps=8, maxnreg=MAX_REGISTERS)
 
 
 SUMS = Choice(sum_configs)
@@ -367,7 +369,12 @@ def steps(block: Block, M: int, tiles: int, first: bool, last: bool, difference:
 
 
 def posterior_mean(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str, difference: bool
+    x: Tensor,
+    references: Tensor,
+    radius: Tensor,
+    D: float,
+    precision: str,
+    difference: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean or x − mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest
     reference and total weight relative to it, each (B,). All tensors are on one device; rows have
@@ -423,8 +430,8 @@ def variants() -> list[Variant]:
             constants = {"FIRST": first, "LAST": last, "GAUSSIAN": gaussian, "DIFFERENCE": False}
             constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(1024).options
             found.append(variant(merge, unread | constants))
-            for dtype in REFERENCES:
-                for features in (16, 1024) if last else ():
-                    constants |= {"DIFFERENCE": True} | merge_config(features).options
-                    found.append(variant(merge, constants, dtype))
+        for dtype, features in itertools.product(REFERENCES, (16, 1024)):
+            constants = {"FIRST": first, "LAST": True, "GAUSSIAN": False, "DIFFERENCE": True}
+            constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(features).options
+            found.append(variant(merge, constants, dtype))
     return list({each.name: each for each in found}.values())

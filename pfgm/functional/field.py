@@ -256,9 +256,8 @@ def field_fn(
     and Algorithm 1). v points toward the data, so field_z ≤ 0. v = 0 where E = 0. The function is
     differentiable once in x, z and references.
 
-    On the CPU x − mean is formed before it is rounded. The error is below 2e-5 of ‖v‖ wherever sums
-    of differences x − x_j in float32 have no larger one, near references and far from the origin.
-    On a GPU the mean is rounded to float32 first.
+    x − mean is formed before it is rounded. The error is below 2e-5 of ‖v‖ wherever sums of
+    differences x − x_j in float32 have no larger one, near references and far from the origin.
 
     Args:
         x: (B, *S) perturbed points, float32 or float64; half precision is computed in float32.

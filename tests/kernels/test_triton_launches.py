@@ -470,6 +470,7 @@ def every_call(B):
     x, references, radius = torch.zeros(B, 64), torch.zeros(40, 64), torch.zeros(B).double()
     for D in (1.0, math.inf):
         mean, lse, nearest, total = posterior_mean.posterior_mean(x, references, radius, D, "high")
+        posterior_mean.posterior_mean(x, references, radius, D, "high", True)
         posterior_mean_backward.posterior_mean_backward(
             mean, lse, x, references, radius, mean, nearest, total, D, (True, True, True), "high"
         )

@@ -154,6 +154,7 @@ def test_values_that_are_not_finite(op, limits, N, bad):
             assert lse.isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 @pytest.mark.usefixtures("poisoned")
 def test_several_rounds(op, executor, multiprocessors):

@@ -56,7 +56,8 @@ def test_sizes(op, executor, sums_of, sizes):
 @pytest.mark.parametrize("sizes", SIZES[1:3])
 @pytest.mark.usefixtures("poisoned")
 def test_medium(op, executor, sums_of, sizes):
-    """The sums alone are as accurate as those of warps."""
+    """The sums alone are as accurate as those of warps. Distances differ by some rounding, because
+    each of both kernels is compiled in its own way."""
     x, references, sigma = op.problem(*sizes)
     found = []
     for architecture in (90, 80):
@@ -64,12 +65,12 @@ def test_medium(op, executor, sums_of, sizes):
         sums = sums_of(lambda: found.append(op.compute(x, references, sigma, 1.0, "medium")))
         assert (sums == [shared()]) == (architecture == 90)
     (mean, _), (of_warps, _) = found
-    assert (mean - of_warps).norm(dim=1).max() <= 1e-5 * references.norm(dim=1).max()
+    assert (mean - of_warps).norm(dim=1).max() <= 1e-4 * references.norm(dim=1).max()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("poisoned")
-def test_chunks_and_parts(op, executor, sums_of, multiprocessors):
+def test_chunks_and_parts(op, executor, limits, sums_of, multiprocessors):
     """All but the first 200 queries need one reference, so most of their lists are empty."""
     x, references, sigma = op.problem(520, 1200, 256)
     x[200:] = references[0]
@@ -77,7 +78,7 @@ def test_chunks_and_parts(op, executor, sums_of, multiprocessors):
     expected = op.expected(x, references, sigma, 1.0)
     executor.device(90, multiprocessors)
     for chunk, parts in ((1200, 1 << 23), (1200, 400_000), (512, 1 << 23)):
-        executor.limits(references=chunk, parts=parts, queries=520)
+        limits(references=chunk, parts=parts, queries=520)
         found = []
         sums = sums_of(lambda found=found: found.append(op.compute(x, references, sigma, 1.0)))
         assert shared(multiprocessors) in sums

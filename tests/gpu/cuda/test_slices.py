@@ -95,6 +95,7 @@ def test_slices_change_no_more_than_rounding(op, executor, sliced, tile):
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.slow
 def test_chunks(op, executor, limits):
     """A smaller last chunk has slices of its own, in the memory of the others."""
     x, references, sigma = op.problem(40, 300, 1040)
