@@ -26,10 +26,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .backends.native_direct import all_finite
 from .common import transforms
 from .common.checks import checks_values, non_negative, untouched
 from .functional.steps import Field, euler_step, heun_step, implied_mean, multistep_step
+from .ops.eager import all_finite
 
 __all__ = [
     "SAMPLERS",

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import pfgm
+from pfgm.ops import eager, normalised_field, ode_step, posterior_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 # For benchmarks/. Last, so that an installed pfgm is found before the bare source tree.
@@ -260,26 +261,36 @@ def stress():
 
 
 @pytest.fixture
-def answers_of(monkeypatch):
-    """A function that watches a module's direct way. It returns a list, which gets True for each
-    call that the direct way answers and False for others."""
+def one_calls(monkeypatch):
+    """True for each public function that was computed in one call of the native kernels, and False
+    for each other."""
+    answers, call = [], eager.one_call
 
-    def watch(module):
-        answers = []
+    def watched(*arguments):
+        found = call(*arguments)
+        answers.append(found is not None)
+        return found
 
-        def watched(function):
-            def call(*arguments):
-                found = function(*arguments)
-                answers.append(found is not None)
-                return found
+    monkeypatch.setattr(eager, "one_call", watched)
+    return answers
 
-            return call
 
-        for name in ("posterior_mean", "field", "step"):
-            monkeypatch.setattr(module, name, watched(getattr(module, name)))
-        return answers
+@pytest.fixture
+def operators(monkeypatch):
+    """The operators that the functions of :mod:`pfgm.ops.eager` called, by name."""
+    names = []
+    for module in (posterior_mean, normalised_field, ode_step):
+        for name in ("compute", "compute_into"):
+            if not hasattr(module, name):
+                continue
+            call, operator = getattr(module, name), module.__name__.rpartition(".")[2]
 
-    return watch
+            def watched(*arguments, call=call, operator=operator):
+                names.append(operator)
+                return call(*arguments)
+
+            monkeypatch.setattr(module, name, watched)
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
-from torch import Tensor
-
-from pfgm.backends import native, native_direct
-from pfgm.common import checks, transforms
+from pfgm.backends import native, native_calls
+from pfgm.common import checks
 
 FOLDER = os.environ.get("PFGM_PTX")
 """The folder of a build with ``cmake -DPFGM_PTX=ON``."""
@@ -223,20 +220,14 @@ def _load(folder: str) -> ModuleType:
 @contextmanager
 def in_place_of_a_gpu(folder: str) -> Iterator[None]:
     """The package takes tensors in CPU memory as those of a GPU, and calls a build's extension."""
-    is_plain = transforms.is_plain
     extension = _load(folder)
-
-    def is_plain_on_gpu(value: Tensor, gpu: torch.device | None = None) -> bool:
-        return gpu is not None and is_plain(value, gpu)
-
     replaced: list[tuple[Any, str, Any]] = [
         (native, "_native", extension),
         (native, "_on_cuda", lambda device: True),
         (native, "on_gpu", lambda value: True),
         (native, "current_stream", lambda device: (_DEVICE, 0)),
-        (native_direct, "_native", extension),
+        (native_calls, "_native", extension),
         (checks, "_on_cpu", lambda device: False),
-        (transforms, "is_plain", is_plain_on_gpu),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:

@@ -27,7 +27,7 @@ import pfgm
 from benchmarks.common.posterior_paths import GAMMA
 from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
 from pfgm import Field
-from pfgm.backends import native_direct
+from pfgm.ops import eager
 from pfgm.solvers import euler, log_grid
 
 pytestmark = pytest.mark.benchmark(timer=replay)
@@ -147,11 +147,11 @@ def by_operators(call: Call) -> Call:
     """The same call without the direct way to the kernels."""
 
     def run() -> Any:
-        native_direct.enabled = False
+        eager.enabled = False
         try:
             return call()
         finally:
-            native_direct.enabled = True
+            eager.enabled = True
 
     return run
 

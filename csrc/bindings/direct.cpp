@@ -1,182 +1,236 @@
 // posterior_mean, field_fn and a step of the ODE, each from its arguments to its result in one
-// call. pfgm/backends/native_direct.py calls them with positional arguments, which cost least.
-// Tensors are contiguous. A call returns false where an argument is not allowed; its outputs are
-// then undefined, and the caller takes the way through the operators, which says what is wrong.
+// call, on the CPU, or on a CUDA device if a place is given.
+// pfgm/backends/native_calls.py calls them with positional arguments, which cost least. Tensors are
+// contiguous; 0 is the address of one that is absent.
+//
+// A call returns false where an argument is not allowed. Its outputs are then undefined, and the
+// caller takes the way through the operators, which says what is wrong. Values on a device are not
+// checked.
 #include "bindings/direct.h"
 
-#include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <tuple>
 #include <vector>
 
-#include "api/normalised_field.h"
-#include "api/ode_step.h"
-#include "bindings/direct_arguments.h"
+#include "api/levels.h"
 #include "bindings/interruptible.h"
+#include "bindings/structs.h"
 
 namespace pfgm {
 namespace {
 
 using Index = std::int64_t;
 
+// Whether the environment names another backend.
+bool other_backend() {
+  const char* name = std::getenv("PFGM_BACKEND");
+  return name != nullptr && *name != '\0' && std::strcmp(name, "native") != 0;
+}
+
+// From a number, or from (address, type, distance between rows).
+Level level_from(const py::handle& given) {
+  if (PyFloat_Check(given.ptr())) return {PyFloat_AS_DOUBLE(given.ptr()), nullptr, Type(), 0};
+  const auto values = py::reinterpret_borrow<py::tuple>(given);
+  return {0, pointer<const void>(values[0].cast<Address>()),
+          static_cast<Type>(values[1].cast<int>()), values[2].cast<Index>()};
+}
+
+// A level in host memory, which need not be aligned.
+double level_of(const Level& level, Index row) {
+  if (level.values == nullptr) return level.number;
+  const auto read = [&](auto value) {
+    const auto at = row * level.stride * static_cast<Index>(sizeof value);
+    std::memcpy(&value, static_cast<const char*>(level.values) + at, sizeof value);
+    return static_cast<double>(value);
+  };
+  return level.type == Type::float64 ? read(double()) : read(float());
+}
+
 // ---- the posterior mean and the field -------------------------------------------------------
 
-struct Sizes {
-  Type type, reference_type;
-  Index queries, references, features;
+// Where results go: the mean, or the field's v_x and v_z.
+struct Results {
+  Address mean_or_field_x, logsumexp, field_z;
+  double gamma;
+
+  // The field from x − mean, which it replaces.
+  NormalisedField field(const Problem& given) const {
+    const StridedRows rows = {mean_or_field_x, given.features};
+    return pfgm::field(static_cast<int>(given.type), given.queries, given.features, rows,
+                       reinterpret_cast<Address>(given.radius), gamma, rows, field_z,
+                       given.threads);
+  }
 };
 
-// Level times `factor`, as the radius of every query.
-std::vector<double> radii(const Level& level, double factor, Index queries) {
-  std::vector<double> radius(queries);
-  for (Index b = 0; b < queries; ++b) radius[b] = level_of(level, b) * factor;
-  return radius;
-}
-
-Status run_posterior_mean(const Sizes& sizes, Address x, Address y, Address sketch,
-                          const std::vector<double>& radius, double dimensions, bool difference,
-                          int threads, const Forward& out) {
-  const Problem problem = {sizes.type,
-                           sizes.reference_type,
-                           sizes.queries,
-                           sizes.references,
-                           sizes.features,
-                           pointer<const void>(x),
-                           sizes.features,
-                           pointer<const void>(y),
-                           sizes.features,
-                           radius.data(),
-                           dimensions,
-                           threads,
-                           pointer<const void>(sketch),
-                           0,
-                           Precision::high,
-                           difference};
+bool mean_on_cpu(Problem given, const Level& level, double factor, const Results& out) {
+  std::vector<double> radius(given.queries);
+  for (Index b = 0; b < given.queries; ++b) radius[b] = level_of(level, b) * factor;
+  given.radius = radius.data();
+  const Forward io = {pointer<void>(out.mean_or_field_x), pointer<double>(out.logsumexp), nullptr,
+                      nullptr};
   const Kernels& kernels = cpu_kernels();
-  return run_interruptible(sizes.queries, problem,
-                           [&] { return kernels.posterior_mean(problem, out); });
-}
-
-bool direct_posterior_mean(int type, int reference_type, Index queries, Index references,
-                           Index features, Address x, Address y, const py::handle& level,
-                           double factor, double dimensions, Address mean, Address logsumexp,
-                           Address sketch, int threads) {
-  if (other_backend()) return false;
-  const Sizes sizes = {static_cast<Type>(type), static_cast<Type>(reference_type), queries,
-                       references, features};
-  const std::vector<double> radius = radii(level_from(level), factor, queries);
-  const Forward out = {pointer<void>(mean), pointer<double>(logsumexp), nullptr, nullptr};
   const Status status =
-      run_posterior_mean(sizes, x, y, sketch, radius, dimensions, false, threads, out);
-  return status.failure == Failure::none;
-}
-
-bool direct_field(int type, int reference_type, Index queries, Index references, Index features,
-                  Address x, Address y, const py::handle& z, double gamma, Address field_x,
-                  Address field_z, Address sketch, int threads) {
-  if (other_backend()) return false;
-  const Sizes sizes = {static_cast<Type>(type), static_cast<Type>(reference_type), queries,
-                       references, features};
-  const std::vector<double> radius = radii(level_from(z), 1, queries);
-  const Forward difference = {pointer<void>(field_x), nullptr, nullptr, nullptr};
-  const Status status =
-      run_posterior_mean(sizes, x, y, sketch, radius, 1, true, threads, difference);
+      run_interruptible(given.queries, given, [&] { return kernels.posterior_mean(given, io); });
   if (status.failure != Failure::none) return false;
-  const py::gil_scoped_release released;
-  normalised_field({sizes.type, queries, features, pointer<const void>(field_x), features,
-                    radius.data(), gamma, pointer<void>(field_x), features, pointer<void>(field_z),
-                    threads});
+  if (out.field_z != 0) {
+    const py::gil_scoped_release released;
+    normalised_field(out.field(given));
+  }
   return true;
+}
+
+#ifdef PFGM_HAS_CUDA
+// `allocate` returns a tensor of so many bytes, in memory of torch's allocator. It may be freed as
+// soon as the kernels are enqueued: the allocator gives it only to work that follows on the same
+// stream. It begins with columns of a double for each query: radius, nearest, total and, where it
+// is not wanted, the log-sum-exp.
+void mean_on_gpu(Problem given, const Level& level, double factor, const Results& out,
+                 const CudaPlace& place, const py::object& allocate) {
+  const std::size_t column = (given.queries * sizeof(double) + 255) / 256 * 256;
+  const std::size_t bytes = posterior_mean_workspace_cuda(given, place, false);
+  const py::object memory = allocate(4 * column + bytes);
+  const auto begin = memory.attr("data_ptr")().cast<Address>();
+  const auto doubles = [&](int k) { return pointer<double>(begin + k * column); };
+  const py::gil_scoped_release released;
+  expand_level_cuda(level, factor, given.queries, doubles(0), place);
+  given.radius = doubles(0);
+  const Forward io = {pointer<void>(out.mean_or_field_x),
+                      out.logsumexp != 0 ? pointer<double>(out.logsumexp) : doubles(3), doubles(1),
+                      doubles(2)};
+  posterior_mean_cuda(given, io, place, {doubles(4), bytes});
+  if (out.field_z != 0) normalised_field_cuda(out.field(given), place);
+}
+#endif
+
+// The mean, or the field if `field_z` is given. Radii are level × factor. `place` is None, or a
+// device, a stream and the function that allocates.
+bool direct_mean(int type, int reference_type, Index queries, Index references, Index features,
+                 Address x, Address y, const py::handle& level, double factor, double dimensions,
+                 double gamma, Address result, Address logsumexp, Address field_z, int precision,
+                 Address sketch, int threads, [[maybe_unused]] const py::object& place) {
+  if (other_backend()) return false;
+  const Problem given =
+      problem(type, reference_type, queries, references, features, x, features, y, features, 0,
+              dimensions, threads, sketch, 0, precision, field_z != 0);
+  const Results out = {result, logsumexp, field_z, gamma};
+#ifdef PFGM_HAS_CUDA
+  if (!place.is_none()) {
+    const auto [device, stream, allocate] = place.cast<std::tuple<int, Address, py::object>>();
+    mean_on_gpu(given, level_from(level), factor, out, {device, stream}, allocate);
+    return true;
+  }
+#endif
+  return mean_on_cpu(given, level_from(level), factor, out);
 }
 
 // ---- a step of the ODE ----------------------------------------------------------------------
 
+// The levels of a step. A method with two levels has a third that it does not use.
+struct GivenLevels {
+  Method method;
+  Level z, z_next, z_previous;
+
+  bool are_numbers() const {
+    return z.values == nullptr && z_next.values == nullptr && z_previous.values == nullptr;
+  }
+
+  // What the step computes from the levels of a row in host memory, if they are allowed: positive
+  // and within the range of the points' type.
+  bool find(Index row, Type type, StepLevels* out) const {
+    const double most = type == Type::float64
+                            ? std::numeric_limits<double>::max()
+                            : static_cast<double>(std::numeric_limits<float>::max());
+    const auto positive = [&](double level) { return level > 0 && level <= most; };
+    const double at = level_of(z, row), to = level_of(z_next, row),
+                 from = level_of(z_previous, row);
+    if (!positive(at) || !(positive(to) || (method == Method::euler && to == 0))) return false;
+    if (method == Method::multistep && (!positive(from) || from == at)) return false;
+    *out = step_levels(method, at, to, from);
+    return true;
+  }
+};
+
+bool finite_and_not_negative(double value) { return value >= 0 && std::isfinite(value); }
+
+// Whether each output is one of the inputs or separate from it, and separate from the other.
+bool outputs_allowed(const OdeStep& step) {
+  const std::size_t of_z =
+      step.rows * (step.type == Type::float64 ? sizeof(double) : sizeof(float));
+  const std::size_t bytes = step.features * of_z;
+  const auto apart = [](const void* a, std::size_t bytes_of_a, const void* b,
+                        std::size_t bytes_of_b) {
+    const auto first = reinterpret_cast<Address>(a), second = reinterpret_cast<Address>(b);
+    return first + bytes_of_a <= second || second + bytes_of_b <= first;
+  };
+  for (const void* out : {step.next, step.mean}) {
+    if (out == nullptr) continue;
+    for (const void* in : {step.x, step.slope, step.history})
+      if (in != nullptr && in != out && !apart(out, bytes, in, bytes)) return false;
+    if (step.field_z != nullptr && !apart(out, bytes, step.field_z, of_z)) return false;
+  }
+  return step.mean == nullptr || apart(step.next, bytes, step.mean, bytes);
+}
+
+// `place` is None, or a device, a stream and memory for the levels of each row, (3, rows); 0 where
+// all levels are numbers.
 bool direct_step(int method, int type, Index rows, Index features, Address x, Address slope,
                  Address field_z, Address history, const py::handle& z, const py::handle& z_next,
                  const py::handle& z_previous, double gamma, double z_exp, bool exact, Address next,
-                 Address mean, int threads) {
-  if (other_backend()) return false;
-  const StepTensors tensors = {
-      static_cast<Type>(type), rows, features, x, slope, field_z, history, next, mean};
-  const StepLaw law = {gamma, z_exp, exact};
-  if (!law.allowed() || !tensors.outputs_allowed()) return false;
-  const GivenLevels given = {static_cast<Method>(method), level_from(z), level_from(z_next),
-                             level_from(z_previous)};
-  const bool shared = given.are_numbers();
-  const Index count = shared ? 1 : rows;
-  std::vector<double> levels(3 * count);
+                 Address mean, int threads, [[maybe_unused]] const py::object& place) {
+  if (other_backend() || !finite_and_not_negative(gamma) || !finite_and_not_negative(z_exp))
+    return false;
+  OdeStep given =
+      step(type, rows, features, {x, features}, {slope, features}, field_z, {history, features}, 0,
+           1, gamma, z_exp, exact, {next, features}, {mean, features}, threads);
+  if (!outputs_allowed(given)) return false;
+  const GivenLevels levels = {static_cast<Method>(method), level_from(z), level_from(z_next),
+                              level_from(z_previous)};
+#ifdef PFGM_HAS_CUDA
+  CudaPlace gpu{};
+  if (!place.is_none()) {
+    const auto [device, stream, row_levels] = place.cast<std::tuple<int, Address, Address>>();
+    gpu = {device, stream};
+    if (!levels.are_numbers()) {
+      given.levels = pointer<double>(row_levels);
+      const py::gil_scoped_release released;
+      step_levels_cuda(levels.method, levels.z, levels.z_next, levels.z_previous, rows,
+                       pointer<double>(row_levels), gpu);
+      ode_step_cuda(given, gpu);
+      return true;
+    }
+  }
+  const bool on_gpu = !place.is_none();
+#endif
+  given.level_stride = levels.are_numbers() ? 0 : 1;
+  const Index count = levels.are_numbers() ? 1 : rows;
+  std::vector<double> values(3 * count);
   for (Index b = 0; b < count; ++b) {
     StepLevels found;
-    if (!given.find(b, tensors.type, &found)) return false;
-    levels[b] = found.z;
-    levels[count + b] = found.toward;
-    levels[2 * count + b] = found.blend;
+    if (!levels.find(b, given.type, &found)) return false;
+    values[b] = found.z;
+    values[count + b] = found.toward;
+    values[2 * count + b] = found.blend;
   }
+  given.levels = values.data();
   const py::gil_scoped_release released;
-  ode_step(tensors.step(levels.data(), shared ? 0 : 1, law, threads));
+#ifdef PFGM_HAS_CUDA
+  if (on_gpu) {
+    ode_step_cuda(given, gpu);
+    return true;
+  }
+#endif
+  ode_step(given);
   return true;
-}
-
-// ---- finite values --------------------------------------------------------------------------
-
-// Whether x − x is 0 for all values: it is NaN for NaN and for infinity.
-template <class T>
-bool all_finite(const T* values, Index count) {
-  constexpr Index kLanes = 16;
-  T off[kLanes] = {};
-  Index i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (Index lane = 0; lane < kLanes; ++lane) off[lane] += values[i + lane] - values[i + lane];
-  for (; i < count; ++i) off[0] += values[i] - values[i];
-  for (Index lane = 1; lane < kLanes; ++lane) off[0] += off[lane];
-  return off[0] == 0;
-}
-
-bool direct_all_finite(int type, Address values, Index count) {
-  return static_cast<Type>(type) == Type::float64 ? all_finite(pointer<const double>(values), count)
-                                                  : all_finite(pointer<const float>(values), count);
-}
-
-// ---- a sample of memory ---------------------------------------------------------------------
-
-// A number that changes with any byte of a window of 64 bytes: of the 16 to 64 windows that are
-// spread over the memory, or of all bytes if they are few. Where a window lies in its share of the
-// memory looks random, so that windows do not follow the rows.
-std::uint64_t direct_sample(Address values, Index bytes) {
-  constexpr Index kWindow = 64, kFew = 1024, kShare = 8192, kFewest = kFew / kWindow, kMost = 64;
-  constexpr std::uint64_t kMixing = 0x9e3779b97f4a7c15u;
-  const auto* memory = pointer<const unsigned char>(values);
-  if (memory == nullptr) return 0;
-  std::uint64_t sum = 0;
-  const auto take = [&sum, memory](Index begin, Index end) {
-    for (Index i = begin; i < end; i += sizeof sum) {
-      std::uint64_t word = 0;
-      std::memcpy(&word, memory + i, std::min<Index>(sizeof word, end - i));
-      sum = (sum ^ word) * kMixing;
-      sum ^= sum >> 32;
-    }
-  };
-  if (bytes <= kFew) {
-    take(0, bytes);
-    return sum;
-  }
-  const Index windows = std::clamp(bytes / kShare, kFewest, kMost);
-  for (Index w = 0; w < windows; ++w) {
-    const Index begin = bytes * w / windows, end = bytes * (w + 1) / windows;
-    const Index places = end - begin - kWindow + 1;
-    const Index place = begin + static_cast<Index>((w * kMixing >> 32) % places);
-    take(place, place + kWindow);
-  }
-  return sum;
 }
 
 }  // namespace
 
 void bind_direct(py::module_& module) {
-  module.def("direct_posterior_mean", &direct_posterior_mean);
-  module.def("direct_field", &direct_field);
+  module.def("direct_mean", &direct_mean);
   module.def("direct_step", &direct_step);
-  module.def("direct_all_finite", &direct_all_finite);
-  module.def("direct_sample", &direct_sample);
 }
 
 }  // namespace pfgm

@@ -1,5 +1,5 @@
 // The extension module pfgm._native: it takes raw addresses and sizes and returns a status. Only
-// pfgm/backends/native.py, native_direct.py and native_parts.py call it, after checking every
+// pfgm/backends/native.py, native_calls.py and native_parts.py call it, after checking every
 // shape, type and device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +15,7 @@
 #include "api/posterior_mean.h"
 #include "bindings/direct.h"
 #include "bindings/interruptible.h"
+#include "bindings/structs.h"
 
 namespace py = pybind11;
 
@@ -22,28 +23,6 @@ namespace pfgm {
 namespace {
 
 using Result = std::pair<int, std::int64_t>;  // failure code, first query that failed
-
-Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
-                std::int64_t features, Address x, std::int64_t x_stride, Address y,
-                std::int64_t y_stride, Address radius, double dimensions, int threads,
-                Address sketch, std::int64_t all_references, int precision, bool difference) {
-  return {static_cast<Type>(type),
-          static_cast<Type>(reference_type),
-          queries,
-          references,
-          features,
-          pointer<const void>(x),
-          x_stride,
-          pointer<const void>(y),
-          y_stride,
-          pointer<const double>(radius),
-          dimensions,
-          threads,
-          pointer<const void>(sketch),
-          all_references,
-          static_cast<Precision>(precision),
-          difference};
-}
 
 // Memory: address and bytes.
 using Memory = std::pair<Address, std::int64_t>;
@@ -88,9 +67,6 @@ Result run_posterior_mean_pulls(const Problem& problem, const Backward& io) {
   return {static_cast<int>(status.failure), status.row};
 }
 
-// Address of a tensor and the distance between its rows.
-using StridedRows = std::pair<Address, std::int64_t>;
-
 // A problem of which only sizes, types and references matter.
 Problem outline(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, StridedRows y, int threads) {
@@ -125,47 +101,6 @@ void run_sketch(int type, int reference_type, std::int64_t references, std::int6
   const Status status =
       run_interruptible(1, of, [&] { return kernels.sketch(of, pointer<void>(out)); });
   if (status.failure == Failure::memory) throw std::bad_alloc();
-}
-
-OdeStep step(int type, std::int64_t rows, std::int64_t features, StridedRows x, StridedRows slope,
-             Address field_z, StridedRows history, Address levels, std::int64_t level_stride,
-             double gamma, double z_exp, bool exact, StridedRows next, StridedRows mean,
-             int threads) {
-  return {static_cast<Type>(type),
-          rows,
-          features,
-          pointer<const void>(x.first),
-          x.second,
-          pointer<const void>(slope.first),
-          slope.second,
-          pointer<const void>(field_z),
-          pointer<const void>(history.first),
-          history.second,
-          pointer<const double>(levels),
-          level_stride,
-          gamma,
-          z_exp,
-          exact,
-          pointer<void>(next.first),
-          next.second,
-          pointer<void>(mean.first),
-          mean.second,
-          threads};
-}
-
-NormalisedField field(int type, std::int64_t rows, std::int64_t features, StridedRows difference,
-                      Address z, double gamma, StridedRows field_x, Address field_z, int threads) {
-  return {static_cast<Type>(type),
-          rows,
-          features,
-          pointer<const void>(difference.first),
-          difference.second,
-          pointer<const double>(z),
-          gamma,
-          pointer<void>(field_x.first),
-          field_x.second,
-          pointer<void>(field_z),
-          threads};
 }
 
 void run_normalised_field_backward(const NormalisedField& field, StridedRows grad_field_x,
@@ -242,6 +177,7 @@ PYBIND11_MODULE(_native, module) {
              py::kw_only(), py::arg("grad_field_x"), py::arg("grad_field_z"),
              py::arg("grad_difference"), py::arg("grad_z"));
   bind_direct(module);
+  bind_values(module);
 #ifdef PFGM_HAS_CUDA
   py::class_<CudaPlace>(module, "CudaPlace", py::module_local())
       .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("stream"));
@@ -260,7 +196,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_problem", &cuda_problem);
   module.def("ode_step_cuda", &ode_step_cuda, released);
   module.def("normalised_field_cuda", &normalised_field_cuda, released);
-  bind_direct_cuda(module);
   // For tests: smaller blocks and chunks.
   module.def(
       "limit_cuda",

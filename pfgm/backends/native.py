@@ -1,6 +1,6 @@
 """The operations in C++ and CUDA (csrc/): SIMD kernels on the CPU, and kernels for NVIDIA GPUs.
 
-This module, :mod:`pfgm.backends.native_direct` and :mod:`pfgm.backends.native_parts` are the only
+This module, :mod:`pfgm.backends.native_calls` and :mod:`pfgm.backends.native_parts` are the only
 callers of ``pfgm._native``, which takes raw addresses. The functions here bring tensors into the
 layout of the kernels and keep them alive during the call. On a GPU the kernels run on torch's
 current stream, with workspace from torch's allocator.

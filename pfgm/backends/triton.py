@@ -86,26 +86,16 @@ def _kernels(name: str) -> Any:
     return importlib.import_module(f"..kernels.{name}", __package__)
 
 
-def average(
-    x: Tensor, references: Tensor, radius: Tensor, D: float, precision: str, difference: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of :func:`posterior_mean` for tensors in the layout of the kernels, whose values
-    are not checked."""
-    kernels = _kernels("posterior_mean")
-    with _current_device(x):
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.posterior_mean(
-            x, references, radius, D, precision, difference
-        )
-        return result
-
-
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, references, radius, D, precision, _, difference = laid_out(problem)
     if checks_values(x.device):
         check_radius(radius, D)
-    mean, logsumexp, nearest, total = average(x, references, radius, D, precision, difference)
+    with _current_device(x):
+        result, logsumexp, nearest, total = _kernels("posterior_mean").posterior_mean(
+            x, references, radius, D, precision, difference
+        )
     check_distances(nearest, x, references)
-    return mean, logsumexp, nearest, total
+    return result, logsumexp, nearest, total
 
 
 def posterior_mean_backward(
@@ -128,17 +118,6 @@ def posterior_mean_backward(
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
-
-
-def field_in_place(difference: Tensor, z: Tensor, gamma: float) -> Tensor:
-    """Replaces the difference by the v_x of :func:`normalised_field`, and returns v_z.
-
-    The tensors have the layout of the kernels.
-    """
-    field_z = difference.new_empty(difference.shape[0])
-    with _current_device(difference):
-        _kernels("normalised_field").launch(difference, z, gamma, difference, field_z)
-    return field_z
 
 
 def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,13 @@ def contiguous_features(rows: Tensor) -> Tensor:
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
+def mark_written(*outputs: Tensor | None) -> None:
+    """Tells torch that tensors were written to, as its own operators do."""
+    for values in outputs:
+        if values is not None and not values.is_inference():
+            torch.autograd.graph.increment_version(values)
+
+
 def flat_rows(samples: Tensor) -> Tensor:
     """Samples (B, *S) as (B, N). Samples without dimensions, (B,), become (B, 1).
 

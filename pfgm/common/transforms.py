@@ -19,7 +19,6 @@ __all__ = [
     "check_no_tangent",
     "forward_mode",
     "in_torch_func",
-    "is_ordinary",
     "map_rows",
 ]
 
@@ -36,64 +35,6 @@ def in_torch_func() -> bool:
 def forward_mode() -> bool:
     """Whether the call is in forward-mode differentiation, by torch.func.jvp or dual numbers."""
     return forward_ad._current_level >= 0
-
-
-_NUMBERS = (float, int)
-# Names that are looked up once: a call of the CPU kernels on small tensors takes microseconds.
-_strided = torch.strided
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_tracing_state = torch._C._get_tracing_state
-_autocasting = torch.is_autocast_enabled  # of the type of device, "cuda" if none is given
-_profiling = torch._C._autograd._profiler_enabled
-
-
-def only_autograd(gpu: torch.device | None = None) -> bool:
-    """Whether no mode, transform, trace, autocast, profiler or forward-mode differentiation is at
-    work, for tensors in the memory of the CPU, or of the given GPU."""
-    return not (
-        _dispatch_modes()
-        or _function_modes()
-        or in_torch_func()
-        or forward_mode()
-        or _tracing_state() is not None
-        or _autocasting("cpu")
-        or (gpu is not None and _autocasting())
-        or _profiling()
-    )
-
-
-def is_plain(value: Tensor, gpu: torch.device | None = None) -> bool:
-    """Whether the values of a tensor lie in the memory of the CPU, or of a GPU, as they are.
-
-    A view may stand for its negated memory, and zeros may have no memory.
-    """
-    return (
-        type(value) is Tensor
-        and (value.is_cpu if gpu is None else value.device == gpu)
-        and value.layout is _strided
-        and not value.is_neg()
-        and not value._is_zerotensor()
-    )
-
-
-def is_ordinary(*values: Any, gpu: torch.device | None = None) -> bool:
-    """Whether nothing but the result of an operation on these values is wanted.
-
-    Then it may be computed without the dispatcher of torch. The values are numbers of Python, None
-    or plain tensors in the memory of the CPU, or of the given GPU. No gradient is wanted, and no
-    mode, transform, trace, autocast, profiler or forward-mode differentiation is at work.
-    """
-    if not only_autograd(gpu):
-        return False
-    differentiates = torch.is_grad_enabled()
-    for value in values:
-        if type(value) is Tensor:
-            if not is_plain(value, gpu) or (differentiates and value.requires_grad):
-                return False
-        elif value is not None and type(value) not in _NUMBERS:
-            return False
-    return True
 
 
 def check_no_tangent(name: str, *values: Any) -> None:

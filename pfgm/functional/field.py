@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import native_direct, triton_direct
-from ..backends.problems import PRECISIONS, PosteriorMean
 from ..common.checks import (
     LARGEST,
     as_float,
@@ -22,6 +21,7 @@ from ..common.checks import (
     layout_hint,
 )
 from ..common.transforms import in_torch_func
+from ..ops import PRECISIONS, PosteriorMean, eager
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
@@ -62,7 +62,7 @@ def _streams(references: References) -> bool:
     return isinstance(references, ReferenceSet) and references.device.type == "cpu"
 
 
-def _in_one(references: Any) -> tuple[Any, native_direct.SketchOf | None]:
+def _in_one(references: Any) -> tuple[Any, Callable[..., Tensor | None] | None]:
     """The references as one tensor, None if a set needs chunks, and the function of its sketch."""
     if type(references) is not ReferenceSet:
         return references, None
@@ -125,8 +125,7 @@ def _flat_mean(
         return flat, *ops.posterior_mean.compute(problem, backend)
     rows = _flatten(references)
     problem = PosteriorMean(flat, rows, radius, D, precision, difference=difference)
-    found = ops.native_gradients.compute(problem, backend)
-    return flat, *(found or ops.posterior_mean.compute(problem, backend))
+    return flat, *eager.posterior_mean(problem, backend)
 
 
 @overload
@@ -223,14 +222,12 @@ def posterior_mean(
     >>> posterior_mean(torch.tensor([[0.5, 2.0]]), references, r=1.0)
     tensor([[0.5000, 0.0000]])
     """
-    # First the short way, which answers None wherever it does not apply or an argument is wrong.
+    # First in one call, which answers None wherever it does not apply or an argument is wrong.
     if (r is None) != (sigma is None) and type(D) in (float, int) and 0 < D <= LARGEST:
         level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
         rows, sketch_of = _in_one(references)
-        given = (x, rows, level, factor, D, return_logsumexp, backend, precision)
-        found = native_direct.posterior_mean(*given, sketch_of)
-        if found is None and sketch_of is None:
-            found = triton_direct.posterior_mean(*given)
+        options = factor, D, return_logsumexp, precision, sketch_of
+        found = eager.one_call("posterior_mean", backend, (x, rows, level), *options)
         if found is not None:
             mean, logsumexp = found
             return mean if logsumexp is None else (mean, logsumexp)
@@ -283,20 +280,18 @@ def field_fn(
     >>> field_x, field_z
     (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
     """
-    # First the short way, as in posterior_mean.
+    # First in one call, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _in_one(references)
-        given = (x, z, rows, gamma, backend, precision)
-        found = native_direct.field(*given, sketch_of)
-        if found is None and sketch_of is None:
-            found = triton_direct.field(*given)
+        found: tuple[Tensor, Tensor] | None
+        found = eager.one_call("field", backend, (x, rows, z), gamma, precision, sketch_of)
         if found is not None:
             return found
     _check_tensors(x, references)
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
     _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, precision, True)
-    field_x, field_z = ops.normalised_field.compute(difference, radius, gamma, backend)
+    field_x, field_z = eager.normalised_field(difference, radius, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
 

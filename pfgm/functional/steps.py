@@ -28,10 +28,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..backends import native_direct, triton_direct
-from ..backends.problems import OdeStep
 from ..common.checks import check_at_least_0, check_dense
+from ..ops import OdeStep, eager, ode_step
+from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
 
 __all__ = ["Field", "Level", "euler_step", "heun_step", "implied_mean", "multistep_step"]
@@ -146,9 +145,7 @@ def euler_step(
     tensor([[1.5000, 1.5000]])
     """
     given = (z, z_next, 1.0)
-    result, mean = _step(
-        native_direct.EULER, x, prediction, None, given, return_mean, out, mean_out, backend
-    )
+    result, mean = _step(EULER, x, prediction, None, given, return_mean, out, mean_out, backend)
     return result if mean is None else (result, mean)
 
 
@@ -190,7 +187,7 @@ def heun_step(
     tensor([[3.]])
     """
     given = (z, z_next, 1.0)
-    return _step(native_direct.HEUN, x_next, prediction, x, given, False, out, None, backend)[0]
+    return _step(HEUN, x_next, prediction, x, given, False, out, None, backend)[0]
 
 
 def multistep_step(
@@ -242,7 +239,7 @@ def multistep_step(
     """
     given = (z, z_next, z_previous)
     result, mean = _step(
-        native_direct.MULTISTEP, x, prediction, previous_mean, given, True, out, mean_out, backend
+        MULTISTEP, x, prediction, previous_mean, given, True, out, mean_out, backend
     )
     assert mean is not None
     return result, mean
@@ -291,10 +288,10 @@ def _coefficients(
     method: int, x: Tensor, z: Level, z_next: Level, z_previous: Level
 ) -> tuple[Any, Any, Any]:
     """z, toward and blend of :class:`~pfgm.backends.problems.OdeStep`."""
-    if method == native_direct.EULER:
+    if method == EULER:
         z, z_next = step_levels(x, z, z_next, next_may_be_zero=True)
         return z, (z - z_next) / z, 0.0
-    if method == native_direct.HEUN:
+    if method == HEUN:
         # dx/dz at x is (x_next − x)/(z_next − z), so the result is
         # ½ (x + x_next) + ½ (z/z_next − 1)(mean − x_next).
         z, z_next = step_levels(x, z, z_next)
@@ -311,11 +308,11 @@ def _log(value: Any) -> Any:
 
 # ---- checks ----------------------------------------------------------------------------------
 
-_HISTORY = {native_direct.HEUN: "x", native_direct.MULTISTEP: "previous_mean"}
+_HISTORY = {HEUN: "x", MULTISTEP: "previous_mean"}
 
 
 def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor | None) -> None:
-    name = "x_next" if method == native_direct.HEUN else "x"
+    name = "x_next" if method == HEUN else "x"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
     check_dense(name, x)
@@ -372,7 +369,7 @@ def _step_directly(
     mean_out: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The step by :mod:`pfgm.backends.native_direct`, or None where that does not answer."""
+    """The step in one call, or None where that is not possible."""
     field_z: Tensor | None
     if isinstance(prediction, Field):
         if mean_out is not None and not return_mean:
@@ -383,8 +380,10 @@ def _step_directly(
         slope, field_z, law, return_mean = prediction, None, (0.0, 0.0, "exact"), False
     else:
         return None
-    arguments = (history, given, law, return_mean, out, mean_out, backend)
-    return native_direct.step(method, x, slope, field_z, *arguments)
+    operands = (x, slope, field_z, history, out, mean_out, *given)
+    found: tuple[Tensor, Tensor | None] | None
+    found = eager.one_call("step", backend, operands, method, law, return_mean)
+    return found
 
 
 # ---- steps on flat rows ----------------------------------------------------------------------
@@ -400,8 +399,7 @@ def _compute(
 ) -> tuple[Tensor, Tensor | None]:
     if out is not None or mean_out is not None:
         return _compute_into(out, mean_out, x, step, with_mean, backend)
-    found = triton_direct.step(step, with_mean, None, None, backend)
-    result, mean = found or ops.ode_step.compute(step, with_mean, backend)
+    result, mean = eager.ode_step(step, with_mean, None, None, backend)
     mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
     return result.reshape(x.shape).to(x.dtype), mean
 
@@ -441,9 +439,8 @@ def _compute_into(
     flat_out = step.x if out is x and _is_flat(x, dtype) else _flat_output("out", out, x, dtype)
     flat_mean = None if mean_out is None else _flat_output("mean_out", mean_out, x, dtype)
     if mean_out is not None:  # flat_out and flat_mean may be other memory
-        ops.ode_step.check_separate(out, mean_out)
-    if triton_direct.step(step, with_mean, flat_out, flat_mean, backend) is None:
-        ops.ode_step.compute_into(step, flat_out, flat_mean, backend)
+        ode_step.check_separate(out, mean_out)
+    eager.ode_step(step, with_mean, flat_out, flat_mean, backend)
     if not _is_flat(out, dtype):
         out.copy_(flat_out.view(x.shape))
     if mean_out is not None and flat_mean is not None and not _is_flat(mean_out, dtype):

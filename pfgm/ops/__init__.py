@@ -1,11 +1,12 @@
 """The operators of torch.library, the same for all backends: schema, shapes, gradients, transforms.
 
 Samples are rows (B, N), and levels are float64. :mod:`pfgm.functional` brings arguments into this
-form.
+form. It calls :mod:`pfgm.ops.eager`, which leaves the operators out where nothing needs them.
 """
 
+from ..backends.problems import PRECISIONS, OdeStep, PosteriorMean
 from . import (
-    native_gradients,
+    eager,
     normalised_field,
     ode_step,
     posterior_mean,
@@ -13,7 +14,10 @@ from . import (
 )
 
 __all__ = [
-    "native_gradients",
+    "PRECISIONS",
+    "OdeStep",
+    "PosteriorMean",
+    "eager",
     "normalised_field",
     "ode_step",
     "posterior_mean",

@@ -52,9 +52,10 @@ def _check(difference: Tensor, z: Tensor) -> None:
     check_like("z", z, difference, difference.shape[:1], wide_dtype(difference.device))
 
 
-def _forward(
+def forward(
     difference: Tensor, z: Tensor, gamma: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
+    """The implementation of normalised_field."""
     _check(difference, z)
     transforms.check_no_tangent("normalised_field", difference, z)
     if difference.shape[0] == 0:
@@ -135,7 +136,7 @@ def _gradient(ctx: Any, grad_field_x: Tensor, grad_field_z: Tensor) -> tuple[Ten
 
 register(
     "normalised_field",
-    _forward,
+    forward,
     fake=_fake,
     transformed=_transformed,
     gradient=_gradient,

@@ -39,7 +39,7 @@ def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor
     or z_exp is symbolic in a compiled graph.
     """
     if transforms.forward_mode() or is_symbolic(step.gamma, step.z_exp) or _wants_gradient(step):
-        _check(step)
+        check(step)
         return formulas.ode_step(step, with_mean)
     result, mean = torch.ops.pfgm.ode_step.default(
         *flat_arguments(step), with_mean, requested(backend)
@@ -53,7 +53,7 @@ def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
     out may be any input.
     """
     if is_symbolic(step.gamma, step.z_exp):
-        _check(step)
+        check(step)
         _check_outputs(step, out, mean_out, fake=True)
         result, mean = formulas.ode_step(step, mean_out is not None)
         out.copy_(result)
@@ -94,13 +94,14 @@ def _takes_step(function: Callable[Concatenate[OdeStep, P], R]) -> Callable[...,
     ) -> R:
         levels = (z, toward, blend) if row_levels is None else row_levels
         step = OdeStep(x, slope, field_z, history, levels, gamma, z_exp, exact)
-        _check(step)
+        check(step)
         return function(step, *rest, **named)
 
     return implementation
 
 
-def _check(step: OdeStep) -> None:
+def check(step: OdeStep) -> None:
+    """Raises ValueError or TypeError if a tensor of the step is not allowed."""
     x = step.x
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64.")
@@ -124,7 +125,8 @@ def _wants_gradient(step: OdeStep) -> bool:
 # ---- ode_step --------------------------------------------------------------------------------
 
 
-def _forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    """The implementation of ode_step."""
     transforms.check_no_tangent("ode_step", *step)
     chosen = choose(backend, step.x.device, step.x.dtype)
     result, mean = chosen.ode_step(step, with_mean)
@@ -145,7 +147,8 @@ def _transformed(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[T
 # ---- ode_step_out ----------------------------------------------------------------------------
 
 
-def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
+def forward_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: str | None) -> None:
+    """The implementation of ode_step_out."""
     _check_outputs(step, out, mean_out)
     if step.x.shape[0] == 0:
         return
@@ -165,6 +168,10 @@ def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tens
         out.copy_(result)
     if mean_out is not None and mean is not None and direct_mean is None:
         mean_out.copy_(mean)
+
+
+def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
+    forward_into(step, out, mean_out, backend)
 
 
 def _fake_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
@@ -260,7 +267,7 @@ def _addresses(values: Tensor) -> tuple[int, int]:
 
 register(
     "ode_step",
-    _takes_step(_forward),
+    _takes_step(forward),
     fake=_takes_step(_fake),
     transformed=_takes_step(_transformed),
     gradient=no_gradient(

@@ -240,7 +240,8 @@ def check(problem: PosteriorMean) -> None:
         raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
 
 
-def _forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The implementation of posterior_mean, for rows (B, N) and (M, N)."""
     check(problem)
     x, references, radius = problem[:3]
     transforms.check_no_tangent("posterior_mean", x, references, radius)
@@ -526,7 +527,7 @@ for _name in ("posterior_mean", "posterior_mean_varying"):
     _D_is_number = _name == "posterior_mean"
     register(
         _name,
-        _takes_problem(_forward),
+        _takes_problem(forward),
         fake=_takes_problem(_fake),
         transformed=_takes_problem(_transformed) if _D_is_number else None,
         gradient=_gradient,

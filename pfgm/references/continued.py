@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import native_parts
 from ..backends.problems import PosteriorMean, RunningGradient, RunningMean, State
 from ..common.tensors import flat_rows
-from ..ops import native_gradients, posterior_mean_parts
+from ..ops import eager, posterior_mean_parts
 from ..ops.posterior_mean import call, call_backward
 from .given import ChunkTotals, Given, Saved
 from .ranks import Ranks
@@ -76,13 +76,13 @@ def results(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
 def by_tensor(
     x: Tensor, radius: Tensor, given: Given
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The results of :func:`pfgm.ops.native_gradients.compute`; None where that is not open."""
+    """The results of :func:`pfgm.ops.eager.differentiated`; None where that is not open."""
     rows = given.part.in_one() if given.continues and given.ranks is None else None
     if rows is None or torch.compiler.is_compiling():
         return None
     sketch = given.part.sketch(0, rows, x, "native")
     problem = given.problem(x, flat_rows(rows.detach()), radius, sketch)
-    return native_gradients.compute(problem, "native", given.check_version)
+    return eager.differentiated(problem, "native", given.check_version)
 
 
 def state(x: Tensor, radius: Tensor, given: Given) -> tuple[State, ChunkTotals]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import native_direct, native_parts
+from ..backends import native_calls, native_parts
 from ..common.checks import first_bad_row
 from ..common.tensors import flat_rows
 from ..data.rows import Source
@@ -101,7 +101,7 @@ class Part:
         if torch.compiler.is_compiling():
             return None
         held = self.source.tensor
-        return self.source.version(), 0 if held is None else native_direct.sample(held)
+        return self.source.version(), 0 if held is None else native_calls.sample(held)
 
     def in_one(self) -> Tensor | None:
         """All references (M, *S) as one tensor for the CPU kernels; None if they need several."""
@@ -136,7 +136,7 @@ class Part:
         known, kept = self._sketches.get(place, (None, None))
         if known is not None and kept is None:
             return None  # rows of this shape have none
-        state = id(held), held._version, native_direct.sample(chunk)
+        state = id(held), held._version, native_calls.sample(chunk)
         if known == state:
             return kept
         if self._states.get(place) != state:

@@ -24,7 +24,7 @@ from pfgm.backends import (
     available,
     choose,
     native,
-    native_direct,
+    native_calls,
     preferred,
     products,
     reference,
@@ -57,13 +57,13 @@ def used(monkeypatch):
 
         monkeypatch.setattr(module, "posterior_mean", spy)
 
-    def direct(*args, original=native_direct.posterior_mean):
+    def direct(*args, original=native_calls.posterior_mean):
         found = original(*args)
         if found is not None:
             names.append("native")
         return found
 
-    monkeypatch.setattr(native_direct, "posterior_mean", direct)
+    monkeypatch.setattr(native_calls, "posterior_mean", direct)
     return names
 
 
@@ -173,11 +173,11 @@ def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert "out of memory" in native.supports(gpu, torch.float32)
-        assert not native_direct._runs_on(gpu, torch.float32, None)
+        assert not native_calls._runs_on(gpu, torch.float32, None)
         assert choose(None, gpu, torch.float32) is triton
-        monkeypatch.setattr(native_direct, "_supported", set())
-        assert native_direct._runs_on(gpu, torch.float32, None)
-        assert native_direct._runs_on(gpu, torch.float32, None)
+        monkeypatch.setattr(native_calls, "_supported", set())
+        assert native_calls._runs_on(gpu, torch.float32, None)
+        assert native_calls._runs_on(gpu, torch.float32, None)
         assert choose(None, gpu, torch.float32) is native
     assert problems == ["out of memory"]
     texts = [str(warning.message) for warning in warned]
@@ -248,7 +248,7 @@ def test_an_old_triton_is_refused_in_a_sentence(monkeypatch):
 
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(native_direct, "enabled", False)
+    monkeypatch.setattr(native_calls, "available", False)
     assert choose(None, CPU, torch.float32) is products
     assert not available()["native"].usable
     assert "PFGM_NATIVE=0" in available()["native"].detail
@@ -319,7 +319,10 @@ def test_use_backend_ends_with_its_context():
 
 @pytest.mark.parametrize("name", [3, True, [], 1.5])
 def test_names_that_are_no_text_are_refused(name):
-    x, message = torch.zeros(2, 2), "backend is a .*; allowed are None, native, reference, triton"
+    x, message = (
+        torch.zeros(2, 2),
+        "backend is a .*; allowed are None, native, reference, torch, triton",
+    )
     for call in (
         lambda: posterior_mean(x, x, r=1.0, backend=name),
         lambda: posterior_mean(x, pfgm.ReferenceSet(x), r=1.0, backend=name),

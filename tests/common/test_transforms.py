@@ -11,7 +11,6 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import pfgm
 from pfgm.backends.reference import normalised_field
-from pfgm.common import transforms
 from pfgm.references import part as references_module
 
 ONCE = "can be differentiated once"
@@ -319,20 +318,3 @@ def test_transforms_within_a_graph():
             lambda x: ours(x, references, sigma, 4.5)[0], fullgraph=True, backend="aot_eager"
         )(forward_ad.make_dual(x, x))
     torch._dynamo.reset()
-
-
-def test_values_of_a_gpu_are_ordinary_on_it_alone():
-    """A device without memory stands for the GPU."""
-    gpu = torch.device("meta")
-    there, here = torch.empty(3, device=gpu), torch.empty(3)
-    assert transforms.is_ordinary(there, 2.0, None, gpu=gpu)
-    assert not transforms.is_ordinary(there)
-    assert transforms.is_ordinary(here)
-    assert not transforms.is_ordinary(here, gpu=gpu)
-    assert not transforms.is_ordinary(there, here, gpu=gpu)
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        assert transforms.is_ordinary(here)
-        assert not transforms.is_ordinary(there, gpu=gpu)
-    finally:
-        torch.set_autocast_enabled("cuda", False)

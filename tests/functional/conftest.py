@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pfgm.backends import native, native_direct
+from pfgm.backends import native
+from pfgm.ops import eager
 
 NATIVE = native.supports(torch.device("cpu"), torch.float32) is None
 BACKENDS = [*(["native", "native, by operators"] if NATIVE else []), "torch", "reference"]
@@ -16,5 +17,5 @@ def backend(request, monkeypatch):
     """The name of a backend: the native one by one call, and by the operators of torch."""
     name, _, by_operators = request.param.partition(", ")
     if by_operators:
-        monkeypatch.setattr(native_direct, "enabled", False)
+        monkeypatch.setattr(eager, "enabled", False)
     return name

@@ -10,9 +10,10 @@ import torch
 
 import pfgm
 from pfgm import Field, backends
-from pfgm.backends import native, native_direct
+from pfgm.backends import native
 from pfgm.backends.problems import OdeStep
 from pfgm.functional.levels import step_levels
+from pfgm.ops import eager
 from pfgm.ops.ode_step import flat_arguments
 
 ISAS = ["portable", "avx2", "avx512"]
@@ -42,7 +43,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"no {name} kernels here")
     monkeypatch.setenv("PFGM_CPU_ISA", name)
     if by_operators:
-        monkeypatch.setattr(native_direct, "enabled", False)
+        monkeypatch.setattr(eager, "enabled", False)
     return "native"
 
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from benchmarks.common import executor as ptx
-from pfgm.backends import native, native_direct, triton
+from pfgm.backends import native, triton
 from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.ops import eager
 
 
 def backends() -> list[str]:
@@ -111,7 +112,7 @@ def backend(request):
 def way(request, monkeypatch):
     """The native backend's two ways: one call of the extension, and torch's operators."""
     if request.param == "operators":
-        monkeypatch.setattr(native_direct, "enabled", False)
+        monkeypatch.setattr(eager, "enabled", False)
     return request.param
 
 

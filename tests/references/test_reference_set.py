@@ -249,7 +249,7 @@ def test_the_set_is_told_of_a_change_that_nothing_notices():
 @native_only
 @pytest.mark.parametrize("count", [1, 7, 1024, 1025, 1031, 100_003, 3_000_000])
 def test_a_sample_changes_with_all_bytes_of_few_and_with_many_of_others(count):
-    sample, rows = pfgm.backends.native_direct.sample, torch.zeros(count, dtype=torch.uint8)
+    sample, rows = pfgm.backends.native_calls.sample, torch.zeros(count, dtype=torch.uint8)
     seen, few = {sample(rows)}, count <= 1024
     width, step = (1, 1) if few else (count // 4, count // 100)
     for place in range(0, count - width + 1, step):

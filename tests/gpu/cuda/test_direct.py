@@ -11,7 +11,8 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
-from pfgm.backends import native, native_direct
+from pfgm.backends import native, native_calls
+from pfgm.ops import eager
 
 FUNCTIONS = ("field_fn", "posterior_mean", "euler_step", "heun_step", "multistep_step")
 STEPS = FUNCTIONS[2:]
@@ -57,18 +58,12 @@ def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
 
 
 @pytest.fixture
-def direct_calls(answers_of):
-    """The answers of the direct way: True for each call that it answered."""
-    return answers_of(native_direct)
-
-
-@pytest.fixture
 def by_operators(monkeypatch):
     """A function that calls another one with the direct way closed."""
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(native_direct, "enabled", False)
+            patch.setattr(eager, "enabled", False)
             return function()
 
     return run
@@ -96,10 +91,10 @@ def assert_close(name, found, expected):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5, 5), (700,)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_both_ways_give_the_same_bits(given, by_operators, direct_calls, name, shape):
+def test_both_ways_give_the_same_bits(given, by_operators, one_calls, name, shape):
     values = given(shape)
     found = call(name, values)
-    assert direct_calls == [True]
+    assert one_calls == [True]
     assert_same(found, by_operators(lambda: call(name, values)))
 
 
@@ -109,7 +104,7 @@ def test_both_ways_give_the_same_bits(given, by_operators, direct_calls, name, s
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str
 )
-def test_references_of_every_dtype(given, by_operators, direct_calls, sizes, precision, dtype):
+def test_references_of_every_dtype(given, by_operators, one_calls, sizes, precision, dtype):
     rows, references, features = sizes
     values = given((features,), rows, references)
     values[1] = (100 * values[1].abs()).to(dtype)
@@ -120,14 +115,14 @@ def test_references_of_every_dtype(given, by_operators, direct_calls, sizes, pre
         return *mean, *call("field_fn", values, **options)
 
     found = both()
-    assert direct_calls == [True, True]
+    assert one_calls == [True, True]
     assert_same(found, by_operators(both))
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["number", "rows"])
 @pytest.mark.parametrize(("level", "D"), [("r", 1), ("r", 4.5), ("sigma", 1.0), ("sigma", 128)])
-def test_the_log_sum_exp(given, device, by_operators, direct_calls, level, D, form):
+def test_the_log_sum_exp(given, device, by_operators, one_calls, level, D, form):
     x, references = given()[:2]
     value = 0.7 if form == "number" else torch.linspace(0.1, 1, B, device=device)
 
@@ -136,7 +131,7 @@ def test_the_log_sum_exp(given, device, by_operators, direct_calls, level, D, fo
         return pfgm.posterior_mean(x, references, **options)
 
     found = both()
-    assert direct_calls == [True]
+    assert one_calls == [True]
     assert found[1].dtype == torch.float64
     assert_same(found, by_operators(both))
 
@@ -172,10 +167,10 @@ def levels(form, shape, device):
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(3,), (2, 5, 5)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_levels_of_every_form(given, device, by_operators, direct_calls, name, shape, form):
+def test_levels_of_every_form(given, device, by_operators, one_calls, name, shape, form):
     values, forms = given(shape), levels(form, shape, device)
     found = call(name, values, **forms)
-    assert direct_calls == [True]
+    assert one_calls == [True]
     assert_close(name, found, by_operators(lambda: call(name, values, **forms)))
 
 
@@ -191,7 +186,7 @@ def test_levels_of_many_rows(given, device, by_operators, rows):
         assert_close(name, found, expected)
 
 
-def test_which_kernels_run(given, executor, device, direct_calls):
+def test_which_kernels_run(given, executor, device, one_calls):
     """Levels in tensors are computed on the GPU, in one launch."""
     mean = ["differences", "find_limits", "refine", "weigh", "list_references", "weighted_sum"]
     z = torch.full((B,), 2.0, device=device)
@@ -204,7 +199,7 @@ def test_which_kernels_run(given, executor, device, direct_calls):
                 "posterior_mean": ["expand_level", *mean, "merge"],
             }.get(name, ["find_step_levels", "ode_step"] if rows else ["ode_step"])
             assert executor.names() == expected
-    assert all(direct_calls)
+    assert all(one_calls)
 
 
 def test_nothing_waits_for_the_gpu(given, device):
@@ -223,7 +218,7 @@ def test_nothing_waits_for_the_gpu(given, device):
 @pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bad_levels_in_tensors_give_what_the_operators_give(
-    given, device, by_operators, direct_calls, name, bad
+    given, device, by_operators, one_calls, name, bad
 ):
     values = given()
     for key in ("z", "z_next", "z_previous"):
@@ -234,7 +229,7 @@ def test_bad_levels_in_tensors_give_what_the_operators_give(
         for value, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=3e-7, atol=1e-6, equal_nan=True)
             assert value[[0, 1, 3, 4]].isfinite().all()
-    assert any(direct_calls)
+    assert any(one_calls)
 
 
 def test_a_previous_level_equal_to_the_level(given, device):
@@ -246,14 +241,14 @@ def test_a_previous_level_equal_to_the_level(given, device):
     assert result[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_values_that_are_not_finite_stay_in_their_row(given, direct_calls):
+def test_values_that_are_not_finite_stay_in_their_row(given, one_calls):
     values = given()
     values[0][2, 1] = math.nan
     for name in ("field_fn", "posterior_mean"):
         mean = call(name, values)[0]
         assert mean[2].isnan().all()
         assert mean[[0, 1, 3, 4]].isfinite().all()
-    assert direct_calls == [True, True]
+    assert one_calls == [True, True]
 
 
 # ---- where the operators are needed ----------------------------------------------------------
@@ -270,7 +265,7 @@ class Seeing(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_gradient_takes_the_operators(given, direct_calls, name):
+def test_a_gradient_takes_the_operators(given, one_calls, name):
     values = given()
     values[0].requires_grad_()
     assert call(name, values)[0].requires_grad
@@ -280,11 +275,11 @@ def test_a_gradient_takes_the_operators(given, direct_calls, name):
     if name != "posterior_mean":
         level = torch.tensor(2.0, device=values[0].device, requires_grad=True)
         assert call(name, values, z=level)[0].requires_grad
-        assert direct_calls == [False, True, False]
+        assert one_calls == [False, True, False]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_modes_and_transforms_take_the_operators(given, direct_calls, name):
+def test_modes_and_transforms_take_the_operators(given, one_calls, name):
     values = given()
     mode = Seeing()
     with mode:
@@ -303,7 +298,7 @@ def test_modes_and_transforms_take_the_operators(given, direct_calls, name):
         values[0]
     )
     call(name, (values[0].as_subclass(Doubled), *values[1:]))
-    assert direct_calls == [False] * 6
+    assert one_calls == [False] * 6
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -316,7 +311,7 @@ def test_a_compiled_graph_holds_the_operators(given, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_backends_are_not_preempted(given, monkeypatch, direct_calls, name):
+def test_other_backends_are_not_preempted(given, monkeypatch, one_calls, name):
     values = given()
     call(name, values, backend="reference")
     with pfgm.use_backend("reference"):
@@ -325,21 +320,21 @@ def test_other_backends_are_not_preempted(given, monkeypatch, direct_calls, name
     call(name, values, backend=None)
     monkeypatch.setenv("PFGM_BACKEND", "native")
     call(name, values, backend=None)
-    assert direct_calls == [False, False, False, True]
+    assert one_calls == [False, False, False, True]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_debug_checks_take_the_operators(given, device, direct_calls, name):
+def test_debug_checks_take_the_operators(given, device, one_calls, name):
     values = given()
     with pfgm.debug_checks():
         call(name, values)
         with pytest.raises(ValueError, match=r"is -1\.0"):
             call(name, values, torch.full((B,), -1.0, device=device))
-    assert direct_calls == [False, False]
+    assert one_calls == [False, False]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_unusual_tensors_take_the_operators(given, device, direct_calls, name):
+def test_unusual_tensors_take_the_operators(given, device, one_calls, name):
     values = given()
     expected = call(name, values)
     x = values[0]
@@ -352,33 +347,33 @@ def test_unusual_tensors_take_the_operators(given, device, direct_calls, name):
         assert_same(call(name, (unusual, *values[1:])), expected)
     zeros = call(name, (torch._efficientzerotensor(B, 3, device=device), *values[1:]))
     assert_same(zeros, call(name, (torch.zeros(B, 3, device=device), *values[1:])))
-    assert direct_calls == [True, False, False, False, False, False, True]
+    assert one_calls == [True, False, False, False, False, False, True]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_dtypes_of_points(given, by_operators, direct_calls, name):
+def test_other_dtypes_of_points(given, by_operators, one_calls, name):
     for dtype in (torch.float16, torch.bfloat16):
         values = given(dtype=dtype)
         assert_same(call(name, values), by_operators(lambda values=values: call(name, values)))
     with pytest.raises(pfgm.backends.Unavailable, match="float32 on a GPU"):
         call(name, given(dtype=torch.float64))
-    assert not any(direct_calls)
+    assert not any(one_calls)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_empty_batch(given, direct_calls, name):
+def test_an_empty_batch(given, one_calls, name):
     found = call(name, given(rows=0))
     assert found[0].shape == (0, 3)
-    assert direct_calls == [False]
+    assert one_calls == [False]
 
 
 @pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
-def test_a_set_takes_the_operators(given, direct_calls, name):
+def test_a_set_takes_the_operators(given, one_calls, name):
     """Its chunks have results of their own, which are merged."""
     values = given()
     values[1] = pfgm.ReferenceSet(values[1])
     call(name, values)
-    assert direct_calls == [False]
+    assert one_calls == [False]
 
 
 # ---- errors ----------------------------------------------------------------------------------
@@ -451,7 +446,7 @@ def test_errors_are_those_of_the_operators(given, device, by_operators, name, ch
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("name", STEPS)
-def test_out_is_written_and_marked(given, device, direct_calls, name, rows):
+def test_out_is_written_and_marked(given, device, one_calls, name, rows):
     values, forms = given(), levels("float32", (3,), device) if rows else {}
     expected = call(name, values, **forms)
     out = torch.empty_like(values[0])
@@ -463,10 +458,10 @@ def test_out_is_written_and_marked(given, device, direct_calls, name, rows):
     in_place = call(name, values, out=values[0], **forms)
     assert in_place[0] is values[0]
     assert torch.equal(values[0], expected[0])
-    assert direct_calls == [True] * 3
+    assert one_calls == [True] * 3
 
 
-def test_an_output_that_overlaps_an_input_in_part(given, device, direct_calls):
+def test_an_output_that_overlaps_an_input_in_part(given, device, one_calls):
     x, _, _, slope, field_z, _ = given()
     law = {"backend": "native"}
     expected = pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, **law)
@@ -479,10 +474,10 @@ def test_an_output_that_overlaps_an_input_in_part(given, device, direct_calls):
         x, pfgm.Field(slope, memory[:5]), 2.0, 1.0, out=memory.view(5, 3), **law
     )
     assert torch.equal(found, expected)
-    assert direct_calls == [True, False, False]
+    assert one_calls == [True, False, False]
 
 
-def test_an_output_that_overlaps_a_level(given, device, direct_calls):
+def test_an_output_that_overlaps_a_level(given, device, one_calls):
     """Levels are read before the step is written."""
     x, _, _, slope, field_z, _ = given()
     z = torch.linspace(2, 3, B, device=device)
@@ -491,7 +486,7 @@ def test_an_output_that_overlaps_a_level(given, device, direct_calls):
     out = memory.view(5, 3)
     pfgm.euler_step(x, pfgm.Field(slope, field_z), memory[:5], 1.0, out=out, backend="native")
     assert torch.equal(out, expected)
-    assert direct_calls == [True, True]
+    assert one_calls == [True, True]
 
 
 def test_a_mean_that_overlaps_out_is_refused(given, device, by_operators):
@@ -505,11 +500,11 @@ def test_a_mean_that_overlaps_out_is_refused(given, device, by_operators):
     assert error_of(step) == by_operators(lambda: error_of(step))
 
 
-def test_in_inference_mode(given, direct_calls):
+def test_in_inference_mode(given, one_calls):
     with torch.inference_mode():
         values = given()
         call("euler_step", values, out=torch.empty_like(values[0]))
-    assert direct_calls == [True]
+    assert one_calls == [True]
 
 
 def test_a_workspace_is_not_used_by_two_calls(given, by_operators):
@@ -525,24 +520,24 @@ def test_a_workspace_is_not_used_by_two_calls(given, by_operators):
 # ---- the GPU ---------------------------------------------------------------------------------
 
 
-def test_support_is_asked_once(given, monkeypatch, direct_calls):
+def test_support_is_asked_once(given, monkeypatch, one_calls):
     values, asked = given(), []
     supports = native.supports
     monkeypatch.setattr(native, "supports", lambda *given: asked.append(given) or supports(*given))
-    native_direct._supported.clear()
+    native_calls._supported.clear()
     for _ in range(3):
         call("field_fn", values)
-    assert direct_calls == [True] * 3
+    assert one_calls == [True] * 3
     assert len(asked) == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_another_device_than_the_current_one(given, by_operators, direct_calls, name):
+def test_another_device_than_the_current_one(given, by_operators, one_calls, name):
     values = [value.to("cuda:1") for value in given()]
     found = call(name, values)
     assert torch.cuda.current_device() == 0
-    assert direct_calls == [True]
+    assert one_calls == [True]
     assert_same(found, by_operators(lambda: call(name, values)))
     on_the_first = values[1].to("cuda:0")
     with pytest.raises(ValueError, match="must be on one device"):

@@ -9,8 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pfgm
-from pfgm.backends import native, native_direct
+from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.ops import eager
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # Products, in tiles of each size on one multiprocessor or eight, and differences.
@@ -260,7 +261,7 @@ def test_gradients_are_those_of_the_operator(op, kept, monkeypatch, D):
     found = through(*given, D)
     assert kept["forward"] == kept["backward"]
     assert kept["backward"][0] > 8 * 18 * 300
-    monkeypatch.setattr(native_direct, "enabled", False)
+    monkeypatch.setattr(eager, "enabled", False)
     assert_same(found, through(*given, D))
     assert kept["backward"][1] == kept["forward"][1] == 0
 
@@ -285,7 +286,7 @@ def test_the_field_has_gradients_from_what_is_kept(op, kept, monkeypatch):
 
     found = of_field()
     assert kept["backward"][0] > 0
-    monkeypatch.setattr(native_direct, "enabled", False)
+    monkeypatch.setattr(eager, "enabled", False)
     assert_same(found, of_field())
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.backends import native, native_direct
+from pfgm.backends import native
+from pfgm.ops import eager
 
 D_VALUES = [1.0, math.inf]
 ANY, USUAL = 2e-2, 3e-3
@@ -218,7 +219,7 @@ def test_the_order_of_threads_does_not_change_a_bit(op, executor, mean_of):
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_field_fn(op, monkeypatch, direct):
-    monkeypatch.setattr(native_direct, "enabled", direct)
+    monkeypatch.setattr(eager, "enabled", direct)
     x, references, z = op.problem(40, 129, 97)
     fields = {
         precision: pfgm.field_fn(x, z, references, backend="native", precision=precision)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.backends import native, native_direct
+from pfgm.backends import native
 from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.ops import eager
 
 if not native.has_extension():
     pytest.skip("the C++ kernels were not built", allow_module_level=True)
@@ -81,7 +82,7 @@ def test_gradients_are_those_of_the_operator_and_the_oracle(
     given = problem(dtype=dtype, reference_dtype=reference_dtype)
     found = gradients(*given, D)
     assert kept[-1] > 0
-    monkeypatch.setattr(native_direct, "enabled", False)
+    monkeypatch.setattr(eager, "enabled", False)
     by_operator = gradients(*given, D)
     assert kept[-1] == 0
     assert_close(found, by_operator, 1e-6 if dtype == torch.float32 else 1e-12)
@@ -96,7 +97,7 @@ def test_gradients_of_references(kept, monkeypatch, M):
     given = problem(B=min(M, 50), M=M, N=1030)
     found = gradients(*given, 1.0, of_references=True)
     assert kept[-1] > 0
-    monkeypatch.setattr(native_direct, "enabled", False)
+    monkeypatch.setattr(eager, "enabled", False)
     assert_close(found, gradients(*given, 1.0, of_references=True), 1e-6)
 
 
@@ -118,7 +119,7 @@ def test_too_little_memory_keeps_nothing(kept, monkeypatch, room):
     )
     found = gradients(*given, 1.0)
     assert kept == [0]
-    monkeypatch.setattr(native_direct, "enabled", False)
+    monkeypatch.setattr(eager, "enabled", False)
     assert all(map(torch.equal, found, gradients(*given, 1.0)))
 
 

@@ -1,4 +1,4 @@
-"""Calls of the CPU kernels without the operators: when they are made, and that they agree."""
+"""Operations without the dispatcher: when they pass it, and that results are the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
 from pfgm import functional
-from pfgm.backends import native, native_direct
+from pfgm.backends import native
+from pfgm.ops import eager
 
 pytestmark = pytest.mark.skipif(not native.has_extension(), reason="no native extension")
 
@@ -46,25 +47,19 @@ def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
     return found if isinstance(found, tuple) else (found,)
 
 
-@pytest.fixture
-def direct_calls(answers_of):
-    """The answers of the direct way: True for each call that it answered."""
-    return answers_of(native_direct)
-
-
 def by_operators(monkeypatch, function):
     with monkeypatch.context() as patch:
-        patch.setattr(native_direct, "enabled", False)
+        patch.setattr(eager, "enabled", False)
         return function()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5, 5), (700,)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_both_ways_give_the_same_bits(monkeypatch, direct_calls, name, shape, dtype):
+def test_both_ways_give_the_same_bits(monkeypatch, one_calls, name, shape, dtype):
     given = inputs(shape=shape, dtype=dtype)
     found = call(name, given)
-    assert direct_calls == [True]
+    assert one_calls == [True]
     expected = by_operators(monkeypatch, lambda: call(name, given))
     for value, wanted in zip(found, expected, strict=True):
         assert value.dtype == wanted.dtype
@@ -73,7 +68,7 @@ def test_both_ways_give_the_same_bits(monkeypatch, direct_calls, name, shape, dt
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, "scalar", "strided", "int"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_levels_of_every_form(monkeypatch, direct_calls, name, kind):
+def test_levels_of_every_form(monkeypatch, one_calls, name, kind):
     given = inputs()
 
     def level(value):
@@ -87,7 +82,7 @@ def test_levels_of_every_form(monkeypatch, direct_calls, name, kind):
 
     levels = {"z": level(3), "z_next": level(2), "z_previous": level(4)}
     found = call(name, given, **levels)
-    assert direct_calls == [True]
+    assert one_calls == [True]
     expected = by_operators(monkeypatch, lambda: call(name, given, **levels))
     for value, wanted in zip(found, expected, strict=True):
         # The logarithm of a tensor may differ from that of a number in the last bit.
@@ -95,17 +90,17 @@ def test_levels_of_every_form(monkeypatch, direct_calls, name, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.uint8])
-def test_references_of_every_dtype(monkeypatch, direct_calls, dtype):
+def test_references_of_every_dtype(monkeypatch, one_calls, dtype):
     given = list(inputs())
     given[1] = (100 * given[1].abs()).to(dtype)
     found = call("field_fn", given)
-    assert direct_calls == [True]
+    assert one_calls == [True]
     expected = by_operators(monkeypatch, lambda: call("field_fn", given))
     assert all(value.equal(wanted) for value, wanted in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("level", "D"), [("r", 1), ("r", 4.5), ("sigma", 1.0), ("sigma", 128)])
-def test_the_log_sum_exp(monkeypatch, direct_calls, level, D):
+def test_the_log_sum_exp(monkeypatch, one_calls, level, D):
     x, references = inputs()[:2]
 
     def both():
@@ -113,7 +108,7 @@ def test_the_log_sum_exp(monkeypatch, direct_calls, level, D):
         return pfgm.posterior_mean(x, references, **options)
 
     found, expected = both(), by_operators(monkeypatch, both)
-    assert direct_calls == [True, False]
+    assert one_calls == [True, False]
     assert found[0].equal(expected[0])
     assert found[1].equal(expected[1])
     assert found[1].dtype == torch.float64
@@ -133,19 +128,19 @@ class Seeing(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_gradient_takes_the_operators(direct_calls, name):
+def test_a_gradient_takes_the_operators(one_calls, name):
     given = inputs()
     given[0].requires_grad_()
     found = call(name, given)
     assert found[0].requires_grad
-    assert direct_calls == [False]
+    assert one_calls == [False]
     with torch.no_grad():
         call(name, given)
-    assert direct_calls == [False, True]
+    assert one_calls == [False, True]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_modes_and_transforms_take_the_operators(direct_calls, name):
+def test_modes_and_transforms_take_the_operators(one_calls, name):
     given = inputs()
     mode = Seeing()
     with mode:
@@ -165,11 +160,11 @@ def test_modes_and_transforms_take_the_operators(direct_calls, name):
     )
     subclassed = given[0].as_subclass(Doubled)
     call(name, (subclassed, *given[1:]))
-    assert direct_calls == [False] * 7
+    assert one_calls == [False] * 7
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_backends_are_not_preempted(monkeypatch, direct_calls, name):
+def test_other_backends_are_not_preempted(monkeypatch, one_calls, name):
     given = inputs()
     call(name, given, backend="reference")
     with pfgm.use_backend("reference"):
@@ -178,13 +173,13 @@ def test_other_backends_are_not_preempted(monkeypatch, direct_calls, name):
     call(name, given)
     monkeypatch.setenv("PFGM_BACKEND", "native")
     call(name, given)
-    assert direct_calls == [False, False, False, True]
+    assert one_calls == [False, False, False, True]
     with pytest.raises(ValueError, match="backend is 'fast'"):
         call(name, given, backend="fast")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_unusual_tensors_take_the_operators(monkeypatch, direct_calls, name):
+def test_unusual_tensors_take_the_operators(monkeypatch, one_calls, name):
     given = inputs()
     expected = call(name, given)
     negative = torch._neg_view(-given[0])
@@ -195,7 +190,7 @@ def test_unusual_tensors_take_the_operators(monkeypatch, direct_calls, name):
     zeros = call(name, (torch._efficientzerotensor(5, 3), *given[1:]))
     wanted = call(name, (torch.zeros(5, 3), *given[1:]))
     assert all(value.equal(other) for value, other in zip(zeros, wanted, strict=True))
-    assert direct_calls == [True, False, False, False, True]
+    assert one_calls == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -227,7 +222,7 @@ def test_values_that_are_not_finite_are_named(name, value):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS[2:])
-def test_out_is_written_and_marked(direct_calls, name):
+def test_out_is_written_and_marked(one_calls, name):
     given = inputs()
     expected = call(name, given)
     out = torch.empty_like(given[0])
@@ -239,7 +234,7 @@ def test_out_is_written_and_marked(direct_calls, name):
     in_place = call(name, given, out=given[0])
     assert in_place[0] is given[0]
     assert given[0].equal(expected[0])
-    assert direct_calls == [True] * 3
+    assert one_calls == [True] * 3
 
 
 def test_a_change_that_autograd_must_see_is_seen():
@@ -251,14 +246,14 @@ def test_a_change_that_autograd_must_see_is_seen():
         product.backward()
 
 
-def test_an_output_that_overlaps_an_input_in_part(direct_calls):
+def test_an_output_that_overlaps_an_input_in_part(one_calls):
     x, _, _, slope, field_z, _ = inputs()
     expected = pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0)
     memory = torch.empty(6, 3)
     memory[:5] = slope
     found = pfgm.euler_step(x, pfgm.Field(memory[:5], field_z), 2.0, 1.0, out=memory[1:])
     assert found.equal(expected)
-    assert direct_calls == [True, False]
+    assert one_calls == [True, False]
 
 
 def test_a_mean_that_overlaps_out_is_refused():
@@ -268,12 +263,12 @@ def test_a_mean_that_overlaps_out_is_refused():
         call("euler_step", given, return_mean=True, out=memory[:5], mean_out=memory[1:])
 
 
-def test_in_inference_mode(direct_calls):
+def test_in_inference_mode(one_calls):
     with torch.inference_mode():
         given = inputs()
         out = torch.empty_like(given[0])
         call("euler_step", given, out=out)
-    assert direct_calls == [True]
+    assert one_calls == [True]
 
 
 def test_threads_do_not_change_bits():
@@ -299,25 +294,25 @@ def test_threads_do_not_change_bits():
 def test_values_that_are_not_finite_are_found(dtype, count):
     largest = torch.finfo(dtype).max
     values = torch.full((count,), largest, dtype=dtype)
-    assert native_direct.all_finite(values)
+    assert eager.all_finite(values)
     for place in {0, count // 2, count - 1} if count else ():
         for bad in (math.nan, math.inf, -math.inf):
             wrong = values.clone()
             wrong[place] = bad
-            assert not native_direct.all_finite(wrong)
-            assert not native_direct.all_finite(wrong.requires_grad_())
+            assert not eager.all_finite(wrong)
+            assert not eager.all_finite(wrong.requires_grad_())
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 5, 5), (700,)])
 @pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
-def test_a_set_in_memory(monkeypatch, direct_calls, name, shape):
+def test_a_set_in_memory(monkeypatch, one_calls, name, shape):
     given = list(inputs(shape=shape))
     rows = given[1]
     expected = by_operators(monkeypatch, lambda: call(name, given))
     given[1] = pfgm.ReferenceSet(rows)
     for _ in range(3):  # the second call makes a sketch
         assert all(map(torch.equal, call(name, given), expected))
-    assert direct_calls == [False, True, True, True]
+    assert one_calls == [False, True, True, True]
     sketched = any(kept is not None for _, kept in given[1].part._sketches.values())
     assert sketched == (math.prod(shape) >= 512)
     rows.neg_()
@@ -326,7 +321,7 @@ def test_a_set_in_memory(monkeypatch, direct_calls, name, shape):
 
 
 @pytest.mark.parametrize("kind", ["flips", "file", "half precision"])
-def test_a_set_that_needs_the_operators(direct_calls, tmp_path, kind):
+def test_a_set_that_needs_the_operators(one_calls, tmp_path, kind):
     given = list(inputs())
     rows = given[1]
     if kind == "flips":
@@ -338,4 +333,88 @@ def test_a_set_that_needs_the_operators(direct_calls, tmp_path, kind):
         given[0], given[1] = given[0].half(), pfgm.ReferenceSet(rows)
     for name in ("field_fn", "posterior_mean"):
         call(name, given)
-    assert direct_calls == [False, False]
+    assert one_calls == [False, False]
+
+
+def test_values_of_a_gpu_pass_on_it_alone():
+    """A device without memory stands for the GPU."""
+    gpu = torch.device("meta")
+    there, here = torch.empty(3, device=gpu), torch.empty(3)
+    assert eager.passes(gpu, there, 2.0, None)
+    assert not eager.passes(None, there)
+    assert eager.passes(None, here)
+    assert not eager.passes(gpu, here)
+    assert not eager.passes(gpu, there, here)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert eager.passes(None, here)
+        assert not eager.passes(gpu, there)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+# ---- an operator without the dispatcher ------------------------------------------------------
+
+
+def every_operation(given, backend, **levels):
+    """Results that no single call can have: of strided points."""
+    x = torch.stack([given[0], given[0]], -1)[..., 0]
+    options = {"backend": backend, **levels}
+    return [value for name in FUNCTIONS for value in call(name, (x, *given[1:]), **options)]
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_no_backend_needs_the_operators(monkeypatch, operators, backend, rows):
+    given = inputs()
+    levels = {"z": torch.linspace(2, 3, 5)} if rows else {}
+    found = every_operation(given, backend, **levels)
+    assert operators == []
+    expected = by_operators(monkeypatch, lambda: every_operation(given, backend, **levels))
+    assert set(operators) == {"posterior_mean", "normalised_field", "ode_step"}
+    for value, wanted in zip(found, expected, strict=True):
+        assert value.equal(wanted)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+@pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
+def test_gradients_need_no_operator_of_the_mean(monkeypatch, operators, name, backend):
+    x, references, *rest = inputs(shape=(2, 3))
+
+    def gradients():
+        inputs = [x.clone().requires_grad_(), references.clone().requires_grad_()]
+        found = call(name, (*inputs, *rest), backend=backend)
+        return torch.autograd.grad(sum(value.cos().sum() for value in found), inputs)
+
+    found = gradients()
+    assert "posterior_mean" not in operators
+    expected = by_operators(monkeypatch, gradients)
+    assert "posterior_mean" in operators
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_modes_take_the_operators_of_every_backend(operators, name):
+    given = inputs()
+    for mode in (Seeing, BaseTorchFunctionMode, forward_ad.dual_level):
+        with mode():
+            call(name, given, backend="reference")
+        assert operators
+        operators.clear()
+
+
+def test_outputs_of_every_backend_are_written_and_marked(operators):
+    x, _, _, slope, field_z, _ = inputs()
+    field = pfgm.Field(slope, field_z)
+    expected = pfgm.euler_step(x, field, 2.0, 1.0, backend="reference")
+    version = x._version
+    assert pfgm.euler_step(x, field, 2.0, 1.0, out=x, backend="reference") is x
+    assert x.equal(expected)
+    assert x._version > version
+    assert operators == []
+
+
+def test_an_operation_that_has_a_mean_to_continue_from_needs_one():
+    x, _, _, slope, field_z, _ = inputs()
+    with pytest.raises(TypeError, match="previous_mean is a NoneType"):
+        pfgm.multistep_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, None, 4.0)

@@ -1,0 +1,279 @@
+"""posterior_mean, field_fn and the steps of the ODE, each in one call of the extension.
+
+:mod:`pfgm.ops.eager` decides whether they may be called. The functions here bring the arguments of
+the public functions into the form that the extension takes. They return None for arguments that are
+not allowed and for layouts that the kernels do not read.
+
+On a GPU, values are not checked and nothing waits for it. Levels in tensors on the GPU stay there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.checks import as_float
+from ..common.tensors import mark_written
+from . import native
+from .problems import PRECISIONS
+
+__all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "sample", "step"]
+
+EULER, HEUN, MULTISTEP = 0, 1, 2
+"""The methods of :func:`step`."""
+
+SketchOf = Callable[[int, Tensor, Tensor, str], Tensor | None]
+"""The function :meth:`pfgm.references.part.Part.sketch` of references in a set."""
+
+available = native.has_extension()
+"""Whether there is an extension to call."""
+
+_native: Any = native.extension() if available else None
+_POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}
+_SUBSTITUTIONS = ("exact", "published")
+_NUMBERS = (float, int)
+
+
+# ---- arguments -------------------------------------------------------------------------------
+
+
+def _level(value: Any, B: int, dimensions: int) -> float | tuple[int, int, int] | None:
+    """A level of points (B, *S) as the extension takes it: a number, or address, type and stride.
+
+    A tensor is one value, (B,), or (B, 1, …, 1) with as many dimensions as the points.
+    """
+    if type(value) is float:
+        return value
+    if type(value) is int:
+        return as_float(value)
+    if type(value) is not Tensor or (kind := _POINTS.get(value.dtype)) is None:
+        return None
+    own = value.ndim
+    if own == 0:
+        return value.data_ptr(), kind, 0
+    if value.numel() != B or not (own == 1 or (own == dimensions and value.shape[0] == B)):
+        return None
+    return value.data_ptr(), kind, 1 if value.is_contiguous() else value.stride()[0]
+
+
+_supported: set[tuple[torch.device, torch.dtype, torch.dtype | None]] = set()
+
+
+def _runs_on(gpu: torch.device, dtype: torch.dtype, references: torch.dtype | None) -> bool:
+    """Whether the kernels can run on a GPU for points and references of these dtypes."""
+    case = gpu, dtype, references
+    if case in _supported:
+        return True
+    if native.supports(*case) is not None:
+        return False  # which may change
+    _supported.add(case)
+    return True
+
+
+def _address_of_sketch(sketch_of: SketchOf, x: Tensor, references: Tensor) -> int:
+    if (sketch := sketch_of(0, references, x, "native")) is None:
+        return 0
+    native.check_sketch(sketch, x, references)
+    return sketch.data_ptr()
+
+
+# ---- the posterior mean and the field --------------------------------------------------------
+
+
+def _problem(
+    gpu: torch.device | None,
+    x: Tensor,
+    references: Any,
+    level: Any,
+    precision: str,
+    sketch_of: SketchOf | None,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """What the calls begin with (types, B, M, N, addresses, level), and what they end with."""
+    if type(x) is not Tensor or type(references) is not Tensor or precision not in PRECISIONS:
+        return None
+    dtype, reference_dtype, shape, other = x.dtype, references.dtype, x.shape, references.shape
+    kind, reference_kind = _POINTS.get(dtype), native.TYPES.get(reference_dtype)
+    if (
+        kind is None
+        or reference_kind is None
+        or not shape
+        or not other
+        or shape[1:] != other[1:]
+        or not x.is_contiguous()
+        or not references.is_contiguous()
+    ):
+        return None
+    B, M, values = shape[0], other[0], x.numel()
+    if not values or not M or (radius := _level(level, B, len(shape))) is None:
+        return None
+    sketch, place = 0, None
+    if gpu is None:
+        if sketch_of is not None:
+            sketch = _address_of_sketch(sketch_of, x, references)
+    # A set on a GPU is computed in chunks, of which the results are merged.
+    elif sketch_of is not None or not _runs_on(gpu, dtype, reference_dtype):
+        return None
+    else:
+        allocate = functools.partial(torch.empty, dtype=torch.uint8, device=gpu)
+        place = *native.current_stream(gpu), allocate
+    addresses = x.data_ptr(), references.data_ptr()
+    end = native.PRECISIONS[precision], sketch, torch.get_num_threads(), place
+    return (kind, reference_kind, B, M, values // B, *addresses, radius), end
+
+
+def posterior_mean(
+    gpu: torch.device | None,
+    x: Tensor,
+    references: Any,
+    level: Any,
+    factor: float,
+    D: Any,
+    with_logsumexp: bool,
+    precision: str,
+    sketch_of: SketchOf | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r is the level times the factor.
+
+    D is finite. Diffusion takes the way through the operator.
+    """
+    problem = _problem(gpu, x, references, level, precision, sketch_of)
+    if problem is None:
+        return None
+    begin, end = problem
+    mean = torch.empty_like(x)
+    logsumexp = x.new_empty(len(x), dtype=torch.float64) if with_logsumexp else None
+    results = mean.data_ptr(), native.address(logsumexp), 0
+    done = _native.direct_mean(*begin, factor, D, 0.0, *results, *end)
+    return (mean, logsumexp) if done else None
+
+
+def field(
+    gpu: torch.device | None,
+    x: Tensor,
+    references: Any,
+    z: Any,
+    gamma: Any,
+    precision: str,
+    sketch_of: SketchOf | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The normalised field v_x (B, *S) and v_z (B,), for a γ that is allowed."""
+    problem = _problem(gpu, x, references, z, precision, sketch_of)
+    if problem is None:
+        return None
+    begin, end = problem
+    field_x, field_z = torch.empty_like(x), x.new_empty(len(x))
+    results = field_x.data_ptr(), 0, field_z.data_ptr()
+    done = _native.direct_mean(*begin, 1.0, 1.0, gamma, *results, *end)
+    return (field_x, field_z) if done else None
+
+
+# ---- a step ----------------------------------------------------------------------------------
+
+
+def step(
+    gpu: torch.device | None,
+    x: Tensor,
+    slope: Tensor,
+    field_z: Tensor | None,
+    history: Tensor | None,
+    out: Tensor | None,
+    mean_out: Tensor | None,
+    z: Any,
+    z_next: Any,
+    z_previous: Any,
+    method: int,
+    law: tuple[Any, Any, str],
+    with_mean: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """The next points (B, *S), and the mean (B, *S) if it is wanted.
+
+    Args:
+        x, slope, field_z, history: those of :class:`~pfgm.backends.problems.OdeStep`, of shape
+            (B, *S) and (B,).
+        out, mean_out: tensors to write to, or None.
+        z, z_next, z_previous: levels, of which EULER and HEUN do not use the last.
+        method: EULER, HEUN or MULTISTEP.
+        law: γ, z_exp and the formula of the substitution.
+        with_mean: whether the mean is wanted, from a field.
+    """
+    gamma, z_exp, substitution = law
+    kind, shape = _POINTS.get(x.dtype) if type(x) is Tensor else None, getattr(x, "shape", ())
+    if (
+        kind is None
+        or not shape
+        or slope is None
+        or (history is None) != (method == EULER)
+        or not x.numel()
+        or substitution not in _SUBSTITUTIONS
+        or type(gamma) not in _NUMBERS
+        or type(z_exp) not in _NUMBERS
+        or not x.is_contiguous()
+        or (gpu is not None and not _runs_on(gpu, x.dtype, None))
+    ):
+        return None
+    dtype, B = x.dtype, shape[0]
+    for rows in (slope, history, out, mean_out, field_z):
+        if rows is not None and (
+            type(rows) is not Tensor
+            or rows.dtype is not dtype
+            or rows.shape != (shape if rows is not field_z else shape[:1])
+            or not rows.is_contiguous()
+        ):
+            return None
+    levels = [_level(level, B, len(shape)) for level in (z, z_next, z_previous)]
+    if None in levels:
+        return None
+    result = torch.empty_like(x) if out is None else out
+    mean = torch.empty_like(x) if with_mean and mean_out is None else mean_out
+    by_row = gpu is not None and tuple in map(type, levels)
+    row_levels = torch.empty(3, B, dtype=torch.float64, device=gpu) if by_row else None
+    done = _native.direct_step(
+        method,
+        kind,
+        B,
+        x.numel() // B,
+        x.data_ptr(),
+        slope.data_ptr(),
+        0 if field_z is None else field_z.data_ptr(),
+        0 if history is None else history.data_ptr(),
+        *levels,
+        gamma,
+        z_exp,
+        substitution == "exact",
+        result.data_ptr(),
+        0 if mean is None else mean.data_ptr(),
+        torch.get_num_threads(),
+        None if gpu is None else (*native.current_stream(gpu), native.address(row_levels)),
+    )
+    if not done:
+        return None
+    mark_written(out, mean_out)
+    return result, mean
+
+
+# ---- values ----------------------------------------------------------------------------------
+
+
+def all_finite(values: Tensor) -> bool | None:
+    """Whether no value is NaN or infinite; None for values that are not contiguous floats."""
+    kind = _POINTS.get(values.dtype)
+    if kind is None or not available or not values.is_contiguous():
+        return None
+    found: bool = _native.all_finite(kind, values.data_ptr(), values.numel())
+    return found
+
+
+def sample(rows: Tensor) -> int:
+    """A number that changes with a sample of the bytes of contiguous rows in the CPU's memory.
+
+    It takes 64 windows of 64 bytes from a large tensor, and all bytes of a tiny one. It is 0 for
+    other rows, and without the extension.
+    """
+    if _native is None or not rows.is_cpu or not rows.is_contiguous():
+        return 0
+    found: int = _native.sample(rows.data_ptr(), rows.nbytes)
+    return found
