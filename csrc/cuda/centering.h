@@ -83,7 +83,8 @@ __device__ inline float scatter(int feature) {
 constexpr float kFar = 1 << 12;
 
 template <class R>
-__global__ void __launch_bounds__(kCenterThreads) find_center(const Rows<R> y, const Center out) {
+__global__ void __launch_bounds__(kCenterThreads, 2)
+    find_center(const Rows<R> y, const Center out) {
   wait_for_earlier_launches();
   let_next_launch_start();
   float* scratch = reinterpret_cast<float*>(shared_memory());
