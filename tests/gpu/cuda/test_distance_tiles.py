@@ -16,6 +16,7 @@ SIZES = [
     (100, 129, 36), (241, 129, 100), (97, 300, 164), (97, 193, 448), (100, 255, 452),
     (100, 127, 900), (99, 191, 900),
 ]  # fmt: skip
+FAST = (1, 4, 8, 9)  # of these
 # References of a tile of warpgroups for 128 queries → its clocks a panel (csrc/cuda/partition.h).
 WARPGROUP_TILES = {128: 1300, 192: 1680}
 
@@ -73,7 +74,10 @@ def large(request, executor, grids_of):
     indirect=["large"],
     ids=str,
 )
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(s, marks=[] if i in FAST else pytest.mark.slow) for i, s in enumerate(SIZES)],
+)
 @pytest.mark.usefixtures("poisoned")
 def test_forward(op, large, sizes, dtype):
     seed = SIZES.index(sizes) + DTYPES.index(dtype)

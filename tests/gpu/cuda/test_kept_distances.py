@@ -147,7 +147,7 @@ def test_values_that_are_not_finite(op, bad, N):
 # ---- references that have no products ----
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 8])
+@pytest.mark.parametrize("multiprocessors", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("sizes", [(20, 190, 64), (40, 300, 97), (100, 130, 65)])
 def test_references_that_float16_cannot_hold(op, executor, sizes, multiprocessors):
     """Points lie between two of these, and their gradients depend on both."""

@@ -14,6 +14,8 @@ SIZES = [
     (256, 257, 256), (290, 190, 300), (511, 65, 516),
 ]  # fmt: skip
 
+SLOW_SIZES = [*SIZES[2:5], SIZES[7]]
+
 
 @pytest.fixture
 def backend():
@@ -42,7 +44,10 @@ def shared(multiprocessors=1):
     return 256, multiprocessors, True
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    "sizes",
+    [*SIZES[:2], *SIZES[5:7], *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW_SIZES)],
+)
 @pytest.mark.usefixtures("poisoned")
 def test_sizes(op, executor, sums_of, sizes):
     seed = SIZES.index(sizes)
@@ -69,7 +74,8 @@ def test_medium(op, executor, sums_of, sizes):
     assert (mean - of_warps).norm(dim=1).max() <= 1e-6 * references.norm(dim=1).max()
 
 
-@pytest.mark.parametrize("multiprocessors", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("multiprocessors", [1, 3])
 @pytest.mark.usefixtures("poisoned")
 def test_chunks_and_parts(op, executor, limits, sums_of, multiprocessors):
     """All but the first 200 queries need one reference, so most of their lists are empty."""
@@ -139,6 +145,7 @@ def test_features_that_are_no_whole_pieces(op, executor, sums_of, device, N):
     assert sums == [shared()]
 
 
+@pytest.mark.slow
 def test_the_order_of_threads_does_not_change_a_bit(op, executor):
     x, references, sigma = op.problem(515, 140, 256)
     executor.device(90, 1)

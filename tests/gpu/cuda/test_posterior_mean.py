@@ -185,6 +185,7 @@ def test_gathered_coefficients(op, executor, limits):
         op.check_gradients(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 def test_blocks_that_share_a_list(op, executor):
     """There are more of them if there are more multiprocessors, at most one for each of the 193
@@ -199,7 +200,8 @@ def test_blocks_that_share_a_list(op, executor):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("B", [200, *(pytest.param(B, marks=pytest.mark.slow) for B in (64, 256))])
+@pytest.mark.slow
+@pytest.mark.parametrize("B", [64, 200, 256])
 def test_uneven_shares_of_blocks(op, executor, limits, B):
     """One group needs all references, the others one each, in chunks with a part of these or none.
     So few blocks that shares are as large as they can be, and so many that most have no panel."""
@@ -321,7 +323,7 @@ def test_one_reference_out_of_range(op):
         assert op.mean_error(x, references, sigma, 1.0) <= 1e-4
 
 
-@pytest.mark.parametrize("B", [1, 20])
+@pytest.mark.parametrize("B", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_every_value_of_narrow_references_is_read_correctly(op, device, B):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
