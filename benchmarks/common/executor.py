@@ -105,23 +105,6 @@ def run(program: Path) -> None:
         raise RuntimeError(f"{program.name}: {done.stdout}{done.stderr}")
 
 
-def sanitized_environment(folder: Path) -> dict[str, str]:
-    """The same for a build with ``-DPFGM_SANITIZE=address``.
-
-    Raises:
-        RuntimeError: the compiler has no such sanitizers.
-    """
-    libraries = []
-    for name in ("libasan.so", "libubsan.so"):
-        command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if not Path(found).is_absolute():
-            raise RuntimeError(f"{command[0]} has no {name}.")
-        libraries.append(found)
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return {"PFGM_PTX": str(folder), "LD_PRELOAD": " ".join(libraries)} | options
-
-
 class Launch(NamedTuple):
     """A launch. ``name`` is what the host calls it, ``kernel`` the name in the source."""
 
@@ -160,7 +143,7 @@ class Executor:
         )
         for name in ("ptx_error", "ptx_log", "ptx_text", "ptx_reached"):
             getattr(self.library, name).restype = ctypes.c_char_p
-        # A sanitizer knows the bounds where they are not known here.
+        # Without that library the bounds of memory are not known.
         self.set(anywhere="libptx_memory" not in os.environ.get("LD_PRELOAD", ""))
         # Sums of matrix units are cut in all tests.
         self.set(truncate="PFGM_PTX_TRUNCATE" in os.environ)

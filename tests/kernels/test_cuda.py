@@ -19,15 +19,11 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("the executor of PTX needs Linux on x86-64", allow_module_level=True)
 
 
-def build(*arguments: str) -> Path:
-    if reason := executor.why_unbuilt():
-        pytest.skip(f"the CUDA kernels are NOT TESTED: {reason}")
-    return executor.build(*arguments)
-
-
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return build()
+    if reason := executor.why_unbuilt():
+        pytest.skip(f"the CUDA kernels are NOT TESTED: {reason}")
+    return executor.build()
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +51,8 @@ def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
 def test_matrix_units_that_cut(folder, run_kernel_tests, name):
     """Every addend of an instruction, as those of an A100, a GeForce card and an H100 do."""
     environment = executor.environment(folder) | {"PFGM_PTX_TRUNCATE": "1"}
-    process, output = run_kernel_tests([name], environment)[name]
-    assert process.wait() == 0, output.read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_host_code_under_sanitizers(run_kernel_tests, name):
-    """Of addresses and of undefined behaviour. They also see the executor's accesses of tensors."""
-    sanitized = build("ptx_sanitized", "90a-virtual", "-DPFGM_SANITIZE=address")
-    try:
-        environment = executor.sanitized_environment(sanitized)
-    except RuntimeError as error:
-        pytest.skip(f"NOT TESTED with sanitizers: {error}")
-    process, output = run_kernel_tests([name], environment)[name]
+    some = ("-k", "near_ties or different_sizes or photographs")
+    process, output = run_kernel_tests([name], environment, *some)[name]
     assert process.wait() == 0, output.read_text()
 
 

@@ -76,7 +76,9 @@ def test_randomised_shapes(op, D):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("sizes", [(5, 70, 33), (20, 150, 97), (20, 70, 520)])
+@pytest.mark.parametrize(
+    "sizes", [(5, 70, 33), (20, 150, 97), pytest.param((20, 70, 520), marks=pytest.mark.slow)]
+)
 def test_the_order_of_threads_does_not_change_a_bit(op, executor, sizes, capability):
     executor.device(capability, multiprocessors=20)
     x, references, sigma = op.problem(*sizes)
@@ -126,7 +128,7 @@ def test_parts_of_lists(op, executor, limits):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("halved", [0, 1 << 20])
+@pytest.mark.parametrize("halved", [pytest.param(0, marks=pytest.mark.slow), 1 << 20])
 @pytest.mark.parametrize("sizes", [(31, 65, 33), (33, 31, 40), (70, 333, 40), (97, 1000, 36)])
 def test_gathered_weights(op, executor, limits, sizes, halved):
     """Weights in halves and in float32, of groups and panels that are not full. All but the first
@@ -215,6 +217,7 @@ def test_uneven_shares_of_blocks(op, executor, limits, B):
         op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
 
 
+@pytest.mark.slow
 def test_more_references_than_a_chunk_can_have(op):
     x, references, sigma = op.problem(2, 66_000, 3)
     op.check(x, references, op.radius_of(sigma, 1.0), 1.0)
