@@ -48,7 +48,7 @@ EXAMPLES = [(path, path.read_text()) for path in sorted((ROOT / "examples").glob
 FIELDS_OF_FLOWS = [
     pytest.param(code, id=f"{name(page)}-{index}")
     for index, (page, code) in enumerate([*(block.values for block in BLOCKS), *EXAMPLES])
-    if ("perturb(" in code and "field_fn(" in code) or ("flow" in code and "euler_step(" in code)
+    if ("perturb(" in code and "field_fn(" in code) or ("flow" in code and "pfgm.Field(" in code)
 ]
 
 
@@ -59,8 +59,8 @@ def test_fields_of_flows_are_found():
 @pytest.mark.parametrize("code", FIELDS_OF_FLOWS)
 def test_fields_have_the_gamma_of_their_flow(code):
     """The default gamma is right only for some flows."""
-    for line in re.findall(r"^.*\b(?:field_fn|euler_step)\(.*$", code, flags=re.MULTILINE):
-        assert "gamma=" in line or "**of_flow" in line, line
+    for line in re.findall(r"^.*\b(?:field_fn|pfgm\.Field)\(.*$", code, flags=re.MULTILINE):
+        assert "gamma=" in line or "flow.gamma" in line or "**of_flow" in line, line
 
 
 def published_losses():
