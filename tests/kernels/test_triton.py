@@ -36,19 +36,15 @@ def test_in_the_interpreter(running, name):
 @triton_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
 @pytest.mark.parametrize(
-    ("capability", "options"),
-    [
-        (80, ("-k", "test_problem")),
-        *(pytest.param(c, ("-m", ""), marks=pytest.mark.slow) for c in (80, 90, 120)),
-    ],
+    "capability", [80, *(pytest.param(c, marks=pytest.mark.slow) for c in (90, 120))]
 )
-def test_in_the_executor(run_kernel_tests, capability, options):
+def test_in_the_executor(run_kernel_tests, capability):
     """Triton compiles for a GPU of this capability."""
     if reason := executor.why_unbuilt():
         pytest.skip(f"Triton's kernels are NOT TESTED as compiled: {reason}")
     environment = executor.environment(executor.build())
     environment |= {"PFGM_PTX_TRITON": str(capability), "PFGM_TUNE": "0"}
-    process, output = run_kernel_tests(["shared"], environment, *options)["shared"]
+    process, output = run_kernel_tests(["shared"], environment, "-k", "test_problem")["shared"]
     assert process.wait() == 0, output.read_text()
 
 
