@@ -35,15 +35,12 @@ def test_in_the_interpreter(running, name):
 
 @triton_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
-@pytest.mark.parametrize(
-    "capability", [80, *(pytest.param(c, marks=pytest.mark.slow) for c in (90, 120))]
-)
-def test_in_the_executor(run_kernel_tests, capability):
-    """Triton compiles for a GPU of this capability."""
+def test_in_the_executor(run_kernel_tests):
+    """Triton compiles for a GPU of capability 8.0."""
     if reason := executor.why_unbuilt():
         pytest.skip(f"Triton's kernels are NOT TESTED as compiled: {reason}")
     environment = executor.environment(executor.build())
-    environment |= {"PFGM_PTX_TRITON": str(capability), "PFGM_TUNE": "0"}
+    environment |= {"PFGM_PTX_TRITON": "80", "PFGM_TUNE": "0"}
     process, output = run_kernel_tests(["shared"], environment, "-k", "test_problem")["shared"]
     assert process.wait() == 0, output.read_text()
 
