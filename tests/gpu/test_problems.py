@@ -178,15 +178,13 @@ def kinds() -> list[Case]:
         Case(*s, INF, sigma=2.0, kind=k)
         for s in sizes
         for k in ("scaled", "outlier", "constant", "twice")
+        if s != sizes[1] or k in ("constant", "twice")
     ]
-    cases += [
-        Case(*sizes[1], INF, sigma=2.0, kind=k, precision="medium") for k in ("scaled", "constant")
-    ]
+    cases += [Case(*sizes[1], INF, sigma=2.0, kind="constant", precision="medium")]
     cases += [Case(70, 140, 97, INF, BFLOAT, sigma=2.0, kind=k) for k in ("outlier", "constant")]
     cases += [
         Case(40, 130, 96, INF, BYTE, sigma=s, kind=k)
-        for k in ("constant", "near")
-        for s in (1e-3, 1e-2, 0.1)
+        for s, k in ((1e-2, "constant"), (0.1, "constant"), (0.1, "near"))
     ]
     return cases
 
@@ -253,10 +251,7 @@ CASES = [
     ),
     *slow(*kinds()),
     *fast(Case(40, 130, 40, INF, BYTE, exact=True, gradients=False)),
-    *slow(
-        Case(40, 130, 40, 128.0, exact=True, gradients=False),
-        Case(5, 130, 3, 1.0, exact=True, gradients=False),
-    ),
+    *slow(Case(5, 130, 3, 1.0, exact=True, gradients=False)),
 ]  # fmt: skip
 
 

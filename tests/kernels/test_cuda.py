@@ -46,16 +46,6 @@ def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
     assert process.wait() == 0, output.read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_matrix_units_that_cut(folder, run_kernel_tests, name):
-    """Every addend of an instruction, as those of an A100, a GeForce card and an H100 do."""
-    environment = executor.environment(folder) | {"PFGM_PTX_TRUNCATE": "1"}
-    some = ("-k", "near_ties or different_sizes or photographs")
-    process, output = run_kernel_tests([name], environment, *some)[name]
-    assert process.wait() == 0, output.read_text()
-
-
 @pytest.mark.parametrize("name", ["executor_test", "cuda_arithmetic_test"])
 def test_programs(folder, name):
     """What kernels compute in the executor, what it finds wrong, the arithmetic of the kernels."""
