@@ -123,7 +123,8 @@ struct QueryLimit {
     const float of_score = fmaxf(1, score) * 0x1p-4f;
     const double most = one * fminf(square_root(averaged), of_score);
     const auto matters = [&](double v) { return v > most || near == INFINITY; };
-    if (!matters(error)) return -1;
+    if (!matters(error))  // The smallest distance is a result itself.
+      return error > law.tolerance * kDigits * base ? base + bound : -1;
     const double allowed = one * fminf(1, of_score);
     float nats = law.others + logarithm_of_ratio(biased, allowed);
     if (PRODUCTS && law.added > 0) {

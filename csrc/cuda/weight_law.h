@@ -15,8 +15,9 @@ constexpr double kOthers = 2;
 // How much less the sum over a panel is through the cuts of matrix units, relative to it. Models of
 // the units of sm_80, sm_89 and sm_90 (tests/ptx) have up to so much.
 constexpr double kBias = 0x1p-24;
-// Relative error of a weight that needs no refinement.
-constexpr double kTolerance = 1.5e-4, kRoundedTolerance = 2e-2;
+// Relative error of a weight that needs no refinement. That of the smallest distance is kDigits of
+// it.
+constexpr double kTolerance = 1.5e-4, kRoundedTolerance = 2e-2, kDigits = 0x1p-5;
 
 // How much a squared distance exceeds that of the nearest reference, times a rate. On GeForce cards
 // float64 runs at 1/64 of the rate of float32. So the difference is taken of two floats, which the
