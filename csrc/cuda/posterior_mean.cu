@@ -103,7 +103,7 @@ class Calculation {
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few,
                         is_asynchronous() && !kRounded<R> && !partition_.few,
-                        backward || kept.bytes > 0)) {
+                        backward || kept.bytes > 0, stream.major() < 9 ? kEarlierBias : kBias)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
     const Index gathered = round_up(queries, most_rows()) * partition_.stride;

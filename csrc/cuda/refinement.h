@@ -120,7 +120,7 @@ struct QueryLimit {
     // allows.
     const double one = law.tolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
-    const float of_score = fmaxf(1, score) * 0x1p-4f;
+    const float of_score = fmaxf(1, score) * static_cast<float>(kDigits);
     const double most = one * fminf(square_root(averaged), of_score);
     const auto matters = [&](double v) { return v > most || near == INFINITY; };
     if (!matters(error))  // The smallest distance is a result itself.

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+import pfgm
 from pfgm.backends.problems import PosteriorMean
 from pfgm.common.tensors import dequantise
 
@@ -119,3 +120,13 @@ def test_tiny_and_huge_values(op, B, N, times):
     given = PosteriorMean(*tensors, math.inf, "high", difference=True)
     found = op.module.posterior_mean(given)[0]
     assert relative_error(found, exact, radius * times) < TOLERANCE
+
+
+@pytest.mark.parametrize(("B", "N"), [(3, 8), (20, 40)])
+def test_difference_beyond_float32(op, B, N):
+    """Finite points and references may be further apart than float32 holds."""
+    x = torch.full((B, N), 3e38, device=op.device)
+    radius = torch.ones(B, dtype=torch.float64, device=op.device)
+    given = PosteriorMean(x, -x[:2], radius, 1.0, "high", difference=True)
+    with pfgm.debug_checks(), pytest.raises(ValueError, match="so far apart"):
+        op.module.posterior_mean(given)
