@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.backends.problems import PosteriorMean
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
 
 TOLERANCE = 2e-5
@@ -109,6 +109,28 @@ def test_types_of_references(op, N, dtype):
     tensors = (t.to(op.device) for t in (x, references, radius))
     given = PosteriorMean(*tensors, 1.0, "high", difference=True)
     assert relative_error(op.module.posterior_mean(given)[0], expected, radius) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("N", [2, 40])
+def test_score(op, N, dtype):
+    """∂ log-sum-exp/∂x = −(N + D) Σ p_j (x − y_j)/s_j, far above the distance."""
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randint(0, 256, (70, N), generator=generator, dtype=torch.uint8).to(dtype)
+    exact = dequantise(references, torch.float64)
+    x = (exact[:20] + 1e-5 * exact.abs().max() * torch.randn(20, N, generator=generator)).float()
+    differences = x.double()[:, None] - exact
+    radius = differences.norm(dim=2).amin(1)
+    s = differences.square().sum(2) + radius[:, None] ** 2
+    p = (-(N + 1) / 2 * s.log()).softmax(1)
+    expected = -(N + 1) * ((p / s)[:, :, None] * differences).sum(1)
+    given = PosteriorMean(*(t.to(op.device) for t in (x, references, radius)), 1.0, "high")
+    mean, _, nearest, total = op.module.posterior_mean(given)
+    upstream = Upstream(torch.zeros_like(mean), torch.ones_like(nearest))
+    state = State(mean, nearest, total)
+    found, _, _ = op.module.posterior_mean_backward(given, state, upstream, (True, False, False))
+    error = (found.double().cpu() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < TOLERANCE
 
 
 @pytest.mark.parametrize("times", [1e-30, 1e15])
