@@ -49,10 +49,10 @@ def near_references(values, N, apart):
 
 @pytest.mark.parametrize("N", [256, 3072])
 def test_bias(capability, device, N):
-    """It is that of weight_law, which has the largest of these."""
+    """weight_law has that of points close to references, where more products have one sign."""
     biases = []
     for values in (smooth, decaying):
-        x, y = near_references(values, N, 0.7)  # far enough that no distance is refined
+        x, y = near_references(values, N, 0.7)  # if closer, distances would be refined
         radius = torch.full((16,), 1e3 * float(y.norm()), dtype=torch.float64)
         given = PosteriorMean(x.to(device), y.to(device), radius.to(device), math.inf)
         memory = native.room_for_distances(given)
@@ -65,7 +65,7 @@ def test_bias(capability, device, N):
         products = ((x - center) * (y - center)).sum(1)
         # A product counts twice, of the three that 2|x||y| + |y|² has where x is close to y.
         biases.append((found - (x - y).square().sum(1)).sum() / (3 * products.sum()))
-    assert 0.5 * BIAS[capability] < max(biases) <= BIAS[capability]
+    assert 0.4 * BIAS[capability] < max(biases) <= BIAS[capability]
 
 
 @pytest.mark.parametrize(("values", "apart"), [(smooth, 0.095), (decaying, 0.2)])
