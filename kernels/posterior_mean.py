@@ -40,7 +40,7 @@ from .problem import (
     part,
     power_of_two,
 )
-from .refinement import MAX_REGISTERS, two_floats
+from .refinement import MAX_REGISTERS, exact_difference
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
@@ -137,8 +137,8 @@ def sum_of_differences(
                 w = tl.load(weights + j, mask=j < M, other=0.0)
                 mask = (w != 0.0)[:, None] & (feature < N)[None, :]
                 place = y + j.to(tl.int64)[:, None] * y_stride + feature[None, :]
-                high, low = two_floats(place, mask)
-                total += tl.sum(tl.where(mask, w[:, None] * (a[None, :] - high - low), 0.0), 0)
+                apart, _ = exact_difference(a[None, :], place, mask)
+                total += tl.sum(tl.where(mask, w[:, None] * apart, 0.0), 0)
                 first = tl.min(tl.where(has & (index >= tile + TILE), index, SIZE), 0)
     return total
 

@@ -47,7 +47,7 @@ from .posterior_mean import (
     sum_of_references,
 )
 from .problem import Problem, cdiv, input_precision, padded, part
-from .refinement import two_floats
+from .refinement import exact_difference
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 from .weights import relative_weight, score_rate, weight_cutoff
@@ -321,7 +321,6 @@ def reference_gradient(
     scaled = of_c[:, None] * b
     again = (tl.sum(gradient * gradient, 1) >= ENOUGH * tl.sum(scaled * scaled, 1)) == 0
     if tl.max(again.to(tl.int32), 0) > 0:
-        high, low = two_floats(y_rows + feature, known)
         exact = tl.zeros([TILE, FEATURES], tl.float32)
         for query in range(0, B):
             place = query.to(tl.int64) * pairs_stride + column
@@ -336,7 +335,8 @@ def reference_gradient(
                 g = tl.load(
                     upstream + query.to(tl.int64) * N + feature, mask=feature < N, other=0.0
                 )
-                exact += p[:, None] * g - c[:, None] * (a - high - low)
+                apart, _ = exact_difference(a, y_rows + feature, known)
+                exact += p[:, None] * g - c[:, None] * apart
         gradient = tl.where(again[:, None], exact, gradient)
     out = grad_references + column.to(tl.int64)[:, None] * N + feature
     if not FIRST:
