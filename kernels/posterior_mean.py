@@ -259,10 +259,10 @@ def sum_configs(shape: Shape) -> list[Config]:
 @functools.cache
 def merge_config(features: int) -> Config:
     """Features for a program of ``merge``, and references whose differences it sums at a time. No
-    two threads have the same feature, or as few as can be."""
+    two warps have the same feature."""
     block = min(1024, max(16, power_of_two(features)))
-    warps = min(8, max(1, block // 32))
-    sizes = {"BLOCK": block, "TILE": max(1, 256 * warps // block)}
+    warps = 8 if block >= 256 else 1
+    sizes = {"BLOCK": block, "TILE": 256 * warps // block}
     return Config(sizes, num_warps=warps, maxnreg=MAX_REGISTERS)
 
 

@@ -488,9 +488,9 @@ def variants() -> list[Variant]:
         constants |= PER_QUERY.options
         found += [variant(kernel, constants) for kernel in (pull, find_coefficients)]
     for dtype in REFERENCES:
-        for first, last in itertools.product((False, True), repeat=2):
-            constants = {"FIRST": first, "LAST": last, "SIZE": PER_QUERY["BLOCK"]}
-            constants |= merge_config(1024).options
+        for first, features in itertools.product((False, True), (16, 1024)):
+            constants = {"FIRST": first, "LAST": not first, "SIZE": PER_QUERY["BLOCK"]}
+            constants |= merge_config(features).options
             found.append(variant(merge_gradient, constants, dtype))
         constants = {"FIRST": False, "PRECISION": input_precision("high")}
         constants |= REFERENCE_GRADIENT.options
