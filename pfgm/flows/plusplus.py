@@ -365,7 +365,7 @@ class PoissonFlowPP(Flow):
             labels = condition.get("labels")
             with torch.no_grad():
                 (target,) = targets_by_label(
-                    self._target, x_perturbed, sigma, references, labels, reference_labels
+                    self._target, (x_perturbed, sigma), references, labels, reference_labels
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition, self.D)
         wide = torch.promote_types(mean.dtype, torch.float32)
