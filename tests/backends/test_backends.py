@@ -161,7 +161,7 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
 
 
 @native_only
-@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.usefixtures("with_cuda", "proven")
 def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -186,6 +186,7 @@ def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
 
 
 @native_only
+@pytest.mark.usefixtures("proven")
 def test_an_extension_without_cuda(monkeypatch):
     built_for(monkeypatch, None)
     assert "built without CUDA" in available("cuda")["native"].detail
@@ -194,7 +195,7 @@ def test_an_extension_without_cuda(monkeypatch):
 
 
 @native_only
-@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.usefixtures("with_cuda", "proven")
 def test_order():
     assert choose(None, CPU, torch.float32) is native
     assert choose(None, CPU, torch.float64) is native
@@ -209,20 +210,24 @@ def test_order():
 
 
 @native_only
-def test_the_preferred_backend_has_a_reason(monkeypatch):
-    built_for(monkeypatch, "90a-real")
+@pytest.mark.usefixtures("proven")
+def test_the_preferred_backend_has_a_reason(monkeypatch, gpu):
+    for architectures, name in (("90a-real", "native"), (None, "triton")):
+        built_for(monkeypatch, architectures)
+        assert preferred("cuda") == (name, "the fastest of those that passed pfgm check")
+    gpu(None)
     name, reason = preferred("cuda")
-    assert name == "native"
-    assert "predicted" in reason
-    assert "neither was measured" in reason
-    built_for(monkeypatch, None)
-    assert preferred("cuda") == ("triton", "the first that can run")
+    assert name == "torch"
+    assert "have not proved themselves" in reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert preferred("cuda") == ("torch", "the first that can run")
     assert preferred("cpu") == ("native", "the first that can run")
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("architectures", ["90a-real", None])
 @native_only
+@pytest.mark.usefixtures("proven")
 def test_without_triton(monkeypatch, device, architectures):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     built_for(monkeypatch, architectures)
