@@ -100,6 +100,9 @@ class Report(NamedTuple):
         return "\n".join([*lines, *([self.kept] if self.kept else [])])
 
 
+_NOTHING = (
+    "There is no verdict, as nothing was computed: the GPU may be busy, or have no free memory."
+)
 _ERRORS, _TIMES = "largest error", "time, and speed beside plain torch"
 
 
@@ -229,4 +232,6 @@ def check(
     result = Report(verdicts.title(place), reasons, list(_rows(able, place, quick, report)), quick)
     if place.type != "cuda":
         return result
+    if all(row.error is None for row in result.rows):
+        return result._replace(kept=_NOTHING)
     return result._replace(kept=verdicts.keep(place, result.verdict))

@@ -298,14 +298,24 @@ def _in_chunks(place: Place) -> Results:
             limit()
 
 
-def _with_small_tiles(place: Place) -> Results:
-    """The other tiles that a measurement may choose in Triton's kernels."""
-    if place.backend is EXACT.backend:
+def _in_each_tile(place: Place) -> Results:
+    """Each of the tiles that a measurement may choose in Triton's kernels."""
+    found = []
+    for index in range(2):
         forced: AbstractContextManager[object] = nullcontext()
-    else:
-        forced = importlib.import_module("pfgm.kernels.tuning").forced(1)
-    with forced:
-        return _stacked(_shape(place, sizes, 1.0) for sizes in ((130, 500, 100), (590, 500, 100)))
+        if place.backend is not EXACT.backend:
+            forced = importlib.import_module("pfgm.kernels.tuning").forced(index)
+        with forced:
+            found += [_shape(place, sizes, 1.0) for sizes in ((130, 500, 100), (590, 500, 100))]
+    return _stacked(found)
+
+
+def _at_many_sizes(
+    place: Place, dtype: torch.dtype = torch.float32, precision: str = "high"
+) -> Results:
+    """From few blocks to many, so that a GPU takes each size of tiles that is best somewhere."""
+    pairs = itertools.product((40, 590), (300, 1200, 5000))
+    return _stacked(_shape(place, (B, M, 36), 1.0, dtype, precision) for B, M in pairs)
 
 
 def _on_another_stream(place: Place) -> Results:
@@ -390,7 +400,16 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         yield f"steps, {features}", Trial(part(_steps, features=features), quick)
     yield f"{_IN_A_ROW} launches in a row", Trial(_in_a_row, quick=True)
     yield "in small chunks", Trial(_in_chunks, quick=True)
-    yield "in small tiles", Trial(_with_small_tiles, only="triton")
+    yield "in each tile", Trial(_in_each_tile, only="triton")
+    yield "many sizes", Trial(_at_many_sizes, large=True)
+    yield (
+        "many sizes, medium",
+        Trial(part(_at_many_sizes, precision="medium"), medium=True, large=True),
+    )
+    for name, dtype in _TYPES.items():
+        if dtype != torch.float64:
+            compute = part(_at_many_sizes, dtype=dtype)
+            yield f"many sizes, {name}", Trial(compute, references=dtype, large=True)
     yield "another stream", Trial(_on_another_stream, quick=True, gpus=1)
     yield "a CUDA graph", Trial(_in_a_graph, quick=True, gpus=1)
     yield "the second GPU", Trial(_on_the_second_gpu, quick=True, gpus=2)

@@ -54,10 +54,12 @@ def proven_device(name: str) -> torch.device:
             with locked(verdicts.folder()):
                 if verdicts.needed(device):  # another process may have checked before the lock
                     _check_first(device)
+            return device
         except FolderInUse:
             time.sleep(_PAUSE)
         except OSError:  # nothing can be kept there, which the check says
             _check_first(device)
+            return device
     return device
 
 

@@ -173,6 +173,22 @@ def test_after_its_time_nothing_more_is_run(asked, monkeypatch):
     assert all(row.failure == "not run: the check has taken 0 s" for row in report.rows)
 
 
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_gpu_that_computes_nothing_has_no_verdict(asked, gpu, monkeypatch, busy):
+    """It may be busy. One that computes wrong numbers has a verdict by which nothing passed."""
+    wrong = (
+        Answer(problem="AcceleratorError: all devices are busy") if busy else Answer({"mean": 1.0})
+    )
+    monkeypatch.setattr(asked.worker, "reply", staticmethod(lambda task: wrong))
+    monkeypatch.setattr(checking, "usable_device", lambda name: CUDA)
+    monkeypatch.setattr(checking.torch, "empty", lambda n, device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    report = checking.check("cuda")
+    assert report.passed == ()
+    assert report.kept.startswith("There is no verdict" if busy else "The verdict is kept in")
+    assert (verdicts.find(CUDA) is None) == busy
+
+
 def test_an_error_ends_the_process_on_a_gpu_alone():
     assert checking._code(CPU).endswith("True)")
     assert checking._code(CUDA).endswith("False)")
@@ -210,8 +226,8 @@ def test_a_trial_is_for_devices_that_have_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert graph.applies("torch", CUDA)
     assert not second.applies("torch", CUDA)
-    assert not TRIALS["in small tiles"].applies("torch", CUDA)
-    assert TRIALS["in small tiles"].applies("triton", CUDA)
+    assert not TRIALS["in each tile"].applies("torch", CUDA)
+    assert TRIALS["in each tile"].applies("triton", CUDA)
     wide = [trial for trial in TRIALS.values() if trial.references == torch.float64]
     assert wide
     assert not any(trial.applies("triton", CUDA) for trial in wide)

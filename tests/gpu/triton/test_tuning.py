@@ -65,6 +65,17 @@ def test_configurations_that_do_not_fit_the_device_are_skipped():
 
 
 @pytest.mark.usefixtures("timed")
+def test_a_forced_configuration_is_not_measured():
+    recorder = Recorder()
+    with tuning.forced(1):
+        recorder.launch(3)
+        recorder.launch(1)  # of which there is one alone
+    assert (recorder.measured, recorder.ran) == ([], [32, 16])
+    recorder.launch(3)
+    assert recorder.measured == [16, 32, 64]
+
+
+@pytest.mark.usefixtures("timed")
 def test_deterministic_algorithms_take_the_first():
     recorder = Recorder()
     before = torch.are_deterministic_algorithms_enabled()
