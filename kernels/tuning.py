@@ -82,7 +82,8 @@ def median_seconds(run: Callable[[], Any]) -> float:
         for _ in range(RUNS):
             run()
         mark.record()
-    torch.cuda.synchronize()
+    # Not for the whole device, on which another thread may be capturing a graph.
+    marks[-1].synchronize()
     times: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     return statistics.median(times) / RUNS * 1e-3
 

@@ -6,6 +6,7 @@ is a row of the table, and a GPU's error does not outlast that process.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,17 @@ class Report(NamedTuple):
                 speeds[row.problem][row.backend] = row.speed
         return Verdict(self.passed, failures, speeds, self.quick)
 
+    def _failure_lines(self) -> list[str]:
+        """What failed. Problems of a backend that were not run for one reason share a line."""
+        lines = []
+        for (backend, why), rows in itertools.groupby(
+            self.failures, lambda row: (row.backend, row.failure)
+        ):
+            problems = [row.problem for row in rows]
+            what = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
+            lines.append(f"FAILED: {backend}, {what}: {why}")
+        return lines
+
     def __str__(self) -> str:
         names = [name for name, why in self.backends.items() if why is None]
         lines = [self.device]
@@ -95,7 +107,7 @@ class Report(NamedTuple):
             lines += [_line(p, [row.get(name, "-") for name in names]) for p, row in cells.items()]
         lines.append("")
         lines += [f"{name} cannot run: {why}" for name, why in self.backends.items() if why]
-        lines += [f"FAILED: {row.backend}, {row.problem}: {row.failure}" for row in self.failures]
+        lines += self._failure_lines()
         lines.append(f"passed: {', '.join(self.passed) or 'none'}")
         return "\n".join([*lines, *([self.kept] if self.kept else [])])
 
@@ -103,16 +115,17 @@ class Report(NamedTuple):
 _NOTHING = (
     "There is no verdict, as nothing was computed: the GPU may be busy, or have no free memory."
 )
+_NOT_RUN = "not run"
 _ERRORS, _TIMES = "largest error", "time, and speed beside plain torch"
 
 
 def _line(first: str, cells: list[str]) -> str:
-    return (f"{first:50}" + "".join(f"{cell:20}" for cell in cells)).rstrip()
+    return (f"{first:56}" + "".join(f"{cell:18}" for cell in cells)).rstrip()
 
 
 def _cell(row: Row) -> str:
     if row.failure is not None:
-        return "FAILED"
+        return "not run" if row.failure.startswith(_NOT_RUN) else "FAILED"
     if row.seconds is None:
         return f"{row.error:.1e}"
     ms = 1e3 * row.seconds
@@ -148,9 +161,9 @@ class _Asker:
     def __call__(self, kind: str, name: str, *rest: float) -> Answer:
         left = self._end - time.monotonic()
         if left <= 0:
-            return Answer(problem=f"not run: the check has taken {_MOST:.0f} s")
+            return Answer(problem=f"{_NOT_RUN}: the check has taken {_MOST:.0f} s")
         if self._losses >= _LOSSES:
-            return Answer(problem=f"not run, after {_LOSSES} lost processes")
+            return Answer(problem=f"{_NOT_RUN}, after {_LOSSES} lost processes")
         found = self._ask([kind, name, self._backend, self._device, *rest], min(_LIMIT, left))
         self._losses += found.lost
         return found
@@ -232,6 +245,7 @@ def check(
     result = Report(verdicts.title(place), reasons, list(_rows(able, place, quick, report)), quick)
     if place.type != "cuda":
         return result
-    if all(row.error is None for row in result.rows):
+    torch_is_wrong = any(row.failure and row.error for row in result.rows if row.backend == "torch")
+    if not result.passed and not torch_is_wrong:
         return result._replace(kept=_NOTHING)
     return result._replace(kept=verdicts.keep(place, result.verdict))

@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import platform
 import warnings
 from pathlib import Path
@@ -84,6 +85,9 @@ def folder() -> Path:
     return Path(platformdirs.user_cache_dir("pfgm")) / "verdicts"
 
 
+_SWITCHES = ("PFGM_CUDA_OVERLAP", "PFGM_CUDA_WARPGROUPS")
+
+
 @functools.cache
 def _sources() -> str:
     """The digest of the Python sources of the backends and of Triton's kernels."""
@@ -118,6 +122,7 @@ def _conditions(name: str) -> dict[str, Any]:
         "triton": triton.installed(),
         "sources": _sources(),
         "extension": build,
+        "switches": {name: os.environ.get(name) for name in _SWITCHES},
     }
 
 

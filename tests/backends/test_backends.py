@@ -160,6 +160,42 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
     assert native.supports(CUDA, torch.float32) == found  # with no second warning
 
 
+@pytest.mark.parametrize(
+    ("capability", "architectures", "has"),
+    [
+        ((8, 0), "80 90a-real", True),
+        ((8, 9), "80 90a-real", True),
+        ((9, 0), "80 90a-real", True),
+        ((10, 0), "80 90a-real 100-real 120", True),
+        ((10, 3), "80 90a-real 100-real 120", True),
+        ((12, 1), "80 90a-real 100-real 120", True),
+        ((10, 0), "80 90a-real", False),
+        ((9, 0), "80-virtual", False),
+        ((8, 0), "86", False),
+        ((10, 3), "100a-real", False),
+        ((11, 0), "80 90a-real 100-real 120", False),
+    ],
+)
+def test_the_gpus_for_which_a_build_has_code(capability, architectures, has):
+    assert native._has_code_for(capability, architectures) == has
+
+
+@native_only
+@pytest.mark.usefixtures("with_cuda")
+def test_a_gpu_for_which_the_driver_compiles_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    native._native.cuda_problem = lambda index: ""
+    native._warn_of_compilation.cache_clear()
+    for expected in (1, 0):
+        monkeypatch.setattr(native, "_able", set())
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert native.supports(torch.device("cuda", 0), torch.float32) is None
+        assert len(warned) == expected
+        assert all("sm_120" in str(warning.message) for warning in warned)
+
+
 @native_only
 @pytest.mark.usefixtures("with_cuda", "proven")
 def test_a_gpu_that_was_busy_is_used_again(monkeypatch):

@@ -171,6 +171,9 @@ def test_after_its_time_nothing_more_is_run(asked, monkeypatch):
     assert asked.tasks == []
     assert report.passed == ()
     assert all(row.failure == "not run: the check has taken 0 s" for row in report.rows)
+    count = len([row for row in report.rows if row.backend == "torch"])
+    assert f"FAILED: torch, {count} problems: not run: the check has taken 0 s" in str(report)
+    assert "FAILED" not in str(report).partition("triton cannot run")[0]
 
 
 @pytest.mark.parametrize("busy", [True, False])
@@ -185,6 +188,7 @@ def test_a_gpu_that_computes_nothing_has_no_verdict(asked, gpu, monkeypatch, bus
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     report = checking.check("cuda")
     assert report.passed == ()
+    assert "FAILED: torch, " in str(report)
     assert report.kept.startswith("There is no verdict" if busy else "The verdict is kept in")
     assert (verdicts.find(CUDA) is None) == busy
 

@@ -135,8 +135,7 @@ def test_processes_that_train_together_choose_alike(monkeypatch, processes, ran)
 
 def test_the_time_of_a_run_is_that_between_marks(monkeypatch):
     """Each round takes longer by 8 ms than the one before; the median of five is the third."""
-    clock = [0.0]
-    runs = []
+    clock, runs, waited = [0.0], [], []
 
     class Event:
         def __init__(self, enable_timing):
@@ -144,6 +143,9 @@ def test_the_time_of_a_run_is_that_between_marks(monkeypatch):
 
         def record(self):
             self.at = clock[0]
+
+        def synchronize(self):
+            waited.append(self.at)
 
         def elapsed_time(self, end):
             return end.at - self.at
@@ -153,8 +155,8 @@ def test_the_time_of_a_run_is_that_between_marks(monkeypatch):
         clock[0] += (len(runs) + 6) // tuning.RUNS  # 0 for the first, which compiles
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert tuning.median_seconds(run) == pytest.approx(3e-3)
+    assert waited == [clock[0]]  # and for nothing else on the device
     assert len(runs) == 1 + tuning.ROUNDS * tuning.RUNS
 
 
