@@ -298,7 +298,9 @@ def shown_help(capsys, *arguments):
     return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "convert", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "sample", "evaluate", "convert", "check", "info"]
+)
 def test_the_help_shows_no_default_where_there_is_none(command, capsys):
     shown = shown_help(capsys, command)
     assert "None" not in shown
