@@ -21,6 +21,7 @@ from ..training.processes import ProcessLost
 from .convert import Convert
 from .demo import Demo
 from .evaluate import Evaluate
+from .features import Features
 from .help import readable_help
 from .info import Info
 from .sample import Sample
@@ -30,7 +31,7 @@ _DESCRIPTION = (
     "Poisson flow generative models. pfgm COMMAND --help shows the options of a command, pfgm "
     "--version the version."
 )
-_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Convert, Info)
+_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Features, Convert, Info)
 _EXPECTED_ERRORS = (
     ValueError,
     TypeError,
