@@ -17,6 +17,7 @@ from .variant import REFERENCES, Variant, variant
 CENTER_PROGRAMS = 64  # at most, of ``find_center``
 CENTER_FEATURES = tl.constexpr(64)  # that ``find_center`` reads at a time
 SAMPLES = tl.constexpr(16)  # references whose mean is the centre
+FAR = tl.constexpr(1 << 12)
 # Powers of two of the largest centred values as float16, which holds less than 2^16. References
 # outside of the sample may be larger by 2^11.
 QUERY_POWER = tl.constexpr(12)
@@ -30,22 +31,37 @@ def find_center(y, center, spread, M, N, y_stride, width, portion):
 
     spread[i] is the largest |y − center| of the sample among the features of program i. A program
     takes ``portion`` features. ``center`` has ``width`` ≥ N features, zero from N on.
+
+    One reference may be far from all others, so in the mean the smallest and the largest value
+    count as the next ones. If the spread is more than FAR times what it is without these, they do
+    not count.
     """
     row = (tl.arange(0, SAMPLES).to(tl.int64) * M) // SAMPLES
     first = tl.program_id(0) * portion
-    largest = tl.zeros([CENTER_FEATURES], tl.float32)
+    index = tl.arange(0, SAMPLES)[:, None]
+    near = tl.zeros([CENTER_FEATURES], tl.float32)
+    far = tl.zeros([CENTER_FEATURES], tl.float32)
     for start in range(first, min(first + portion, width), CENTER_FEATURES):
         feature = start + tl.arange(0, CENTER_FEATURES)
         mask = (row >= 0)[:, None] & (feature < N)[None, :]
         place = y + row[:, None] * y_stride + feature[None, :]
         values = load_references(place, mask, tl.float32)
-        mean = tl.sum(values * (1.0 / SAMPLES), 0)
+        least, most = tl.argmin(values, 0)[None, :], tl.argmax(values, 0)[None, :]
+        second = tl.min(tl.where(index == least, float("inf"), values), 0)
+        last = tl.max(tl.where(index == most, float("-inf"), values), 0)
+        inner = tl.minimum(tl.maximum(values, second[None, :]), last[None, :])
+        mean = tl.sum(inner * (1.0 / SAMPLES), 0)
         tl.store(center + feature, mean, mask=feature < width)
-        away = tl.where(mask, tl.abs(values - mean[None, :]), 0.0)
         # Equal samples say nothing about the others. Their own size is a guess.
-        guess = tl.where(feature < N, tl.abs(mean) * 2.0**-10, 0.0)
-        largest = tl.maximum(largest, tl.maximum(tl.max(away, 0), guess))
-    tl.store(spread + tl.program_id(0), tl.max(largest, 0))
+        guess = tl.abs(mean) * 2.0**-10
+        near = tl.maximum(near, tl.maximum(guess, tl.max(tl.abs(inner - mean[None, :]), 0)))
+        far = tl.maximum(far, tl.max(tl.abs(values - mean[None, :]), 0))
+    of_near = tl.max(near, 0)
+    of_far = tl.maximum(tl.max(far, 0), of_near)
+    tl.store(
+        spread + tl.program_id(0),
+        tl.where((of_near > 0) & (of_far > FAR * of_near), of_near, of_far),
+    )
 
 
 @triton.jit
