@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": (
         "Measure samples, of a checkpoint or those in a file or folder, against held-out data."
     ),
+    "features": "Train a small classifier of labelled images, for the features of pfgm evaluate.",
     "convert": "Make a checkpoint from a published file of PFGM, PFGM++ or EDM.",
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
