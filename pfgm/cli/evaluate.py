@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from .. import evaluation
-from ..common.checks import check_seed, usable_device
+from ..common.checks import check_seed
 from ..common.files import output_folder, write_atomic, write_json
 from ..common.versions import versions
 from ..data import to_unit
@@ -32,6 +32,7 @@ from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
+from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
 
 __all__ = ["Evaluate"]
@@ -113,7 +114,7 @@ class Evaluate:
 
     def run(self) -> None:
         self._check()
-        device = usable_device(self.sampling.device)
+        device = proven_device(self.sampling.device)
         if self.fid:
             find_inception_weights(self.fid_weights)
         name, value_range = self.data, self.range

@@ -89,10 +89,18 @@ class Preconditioned(nn.Module):
 
     def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
         """c_skip(σ) x + c_out(σ) F, where F (B, *S) is the output of the backbone."""
-        s = over_samples(sigma, x).to(x.dtype)
-        total = self._total(s)
-        skip = self.sigma_data**2 / total
-        return skip * x + s * self.sigma_data * total.rsqrt() * predicted
+        kept, _, factor = self.shares(over_samples(sigma, x).to(x.dtype))
+        return kept * x + factor * predicted
+
+    def shares(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """c_skip(σ), 1 − c_skip(σ) and c_out(σ).
+
+        With the last two, x − mean = (1 − c_skip) x − c_out F keeps its digits where the mean is
+        near x.
+        """
+        total = self._total(sigma)
+        factor = sigma * self.sigma_data * total.rsqrt()
+        return self.sigma_data**2 / total, sigma.square() / total, factor
 
     def _total(self, sigma: Tensor) -> Tensor:
         return sigma.square() + self.sigma_data**2
@@ -354,7 +362,7 @@ class PoissonFlowPP(Flow):
             labels = condition.get("labels")
             with torch.no_grad():
                 (target,) = targets_by_label(
-                    self._target, x_perturbed, sigma, references, labels, reference_labels
+                    self._target, (x_perturbed, sigma), references, labels, reference_labels
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition, self.D)
         wide = torch.promote_types(mean.dtype, torch.float32)

@@ -415,7 +415,7 @@ class PoissonFlow(Flow):
         x_perturbed, z = self.perturb(x, generator)
         with torch.no_grad():
             target_x, target_z = targets_by_label(
-                self._target, x_perturbed, z, references, labels, reference_labels
+                self._target, (x_perturbed, z), references, labels, reference_labels
             )
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
         error_x = flat_rows(field_x.to(target_x.dtype) - target_x).square().sum(1)

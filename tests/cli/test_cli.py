@@ -367,7 +367,7 @@ def shown_help(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "sample", "evaluate", "features", "convert", "info"]
+    "command", ["demo", "train", "sample", "evaluate", "features", "convert", "check", "info"]
 )
 def test_the_help_shows_no_default_where_there_is_none(command, capsys):
     shown = shown_help(capsys, command)
