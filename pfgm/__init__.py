@@ -40,7 +40,7 @@ from .pretrained import load_pretrained
 from .references import ReferenceSet
 from .training.checkpoint import load, save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Field",
