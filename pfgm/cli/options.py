@@ -10,6 +10,7 @@ from torch import nn
 from ..evaluation import default_steps
 from ..flows.flow import Flow
 from ..networks.registry import label_count
+from ..solvers import SolverName
 
 PretrainedName = Literal["digits", "fashion-mnist"]
 """The networks that come with the package."""
@@ -19,7 +20,7 @@ PretrainedName = Literal["digits", "fashion-mnist"]
 class SamplingOptions:
     """How and where samples are drawn."""
 
-    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    solver: SolverName = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
     steps: int | None = None
     """Number of solver steps; by default 10, or more for samples of few values. rk45 chooses its

@@ -20,6 +20,7 @@ from ..common.checks import check_seed, usable_device
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
+from ..datasets import open_data
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
@@ -60,6 +61,9 @@ class Sample:
     guidance: float | None = None
     """Weight of classifier-free guidance, which exaggerates the label, so it needs --label. 1 is
     none; any other value takes twice as long."""
+    round_to: str | None = None
+    """The table that the network was trained on, such as a .csv file. Columns of at most 20
+    different values are rounded to these values."""
     seed: int = 0
     """Seed of the prior, and of the noise that some solvers add."""
 
@@ -76,8 +80,9 @@ class Sample:
             )
         if self.out.suffix == ".png":
             require_matplotlib()
+        table = None if self.round_to is None else self._table(self.round_to, flow)
         with output_folder(self.out.parent):
-            batches = self._draw(flow, network, device)
+            batches = self._rounded(self._draw(flow, network, device), table)
             if self._is_folder():
                 self._write_images(batches)
             else:
@@ -140,6 +145,21 @@ class Sample:
             **self.sampling.solver_arguments(flow),
         )
         return (samples for samples, _ in batches)
+
+    def _table(self, source: str, flow: Flow) -> Tensor:
+        rows = open_data(source).train
+        if rows.ndim != 2 or tuple(rows.shape[1:]) != flow.shape:
+            raise ValueError(
+                f"round-to is {source}, with rows of shape {tuple(rows.shape[1:])}; allowed is a "
+                f"table whose rows have the shape of the samples, {flow.shape}."
+            )
+        return rows[torch.arange(len(rows), device="cpu")]
+
+    @staticmethod
+    def _rounded(batches: Iterator[Tensor], table: Tensor | None) -> Iterator[Tensor]:
+        if table is None:
+            return batches
+        return (data.round_columns(samples.cpu(), table) for samples in batches)
 
     def _label(self, network: nn.Module) -> int | None:
         """The number of the label. A name that is a number, such as a folder 7, goes before it."""

@@ -38,6 +38,10 @@ class Defaults(NamedTuple):
     schedule: str
 
 
+def _shortened(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else reprlib.repr(value)
+
+
 class Parametrisation(ABC):
     """Shape, levels and noise of a flow, and how the output of its networks is read."""
 
@@ -108,8 +112,14 @@ class Parametrisation(ABC):
 
     def __repr__(self) -> str:
         config = {name: value for name, value in self.config.items() if name != "shape"}
-        named = (f"{name}={reprlib.repr(value)}" for name, value in config.items())
-        return f"{type(self).__name__}({self.shape}, {', '.join(named)})"
+        named = (f"{name}={_shortened(value)}" for name, value in config.items())
+        solver, steps, schedule = self.defaults
+        return (
+            f"{type(self).__name__}({self.shape}, {', '.join(named)})\n"
+            f"  levels {self.first_level:.4g} to {self.last_level:.4g}, N = {self.N}, "
+            f"D = {self.D:g}\n"
+            f"  samples by {solver} in {steps} steps on {schedule!r}"
+        )
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.config == other.config

@@ -40,7 +40,7 @@ def test_importing_needs_no_optional_package():
     code = "import sys, pfgm, pfgm.kernels; print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     optional = {"triton", "sklearn", "matplotlib", "PIL", "tyro", "pytest"}
-    optional |= {"diffusers", "k_diffusion", "torchcfm", "lightning", "accelerate"}
+    optional |= {"diffusers", "k_diffusion", "torchcfm", "lightning", "accelerate", "pandas"}
     optional |= {"scipy", "torchdiffeq"}
     assert optional & set(shown.stdout.split()) == set()
 
