@@ -24,6 +24,10 @@ COMMANDS = {
         "Measure samples, of a checkpoint or those in a file or folder, against held-out data."
     ),
     "convert": "Make a checkpoint from a published file of PFGM, PFGM++ or EDM.",
+    "check": (
+        "Compare the backends with exact results, time them, and let a GPU's kernels prove "
+        "themselves."
+    ),
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
 DESCRIPTION = (

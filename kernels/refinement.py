@@ -20,6 +20,7 @@ from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 
 NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
+DIGITS = tl.constexpr(2.0**-4)  # of ``tolerance``, for the smallest distance and for scores
 OTHERS = 2.0  # nats: M weights that are smaller by log M and so much count e^-2 together
 MAX_REFINE_PROGRAMS = 256  # for a query
 MIN_REFINE_TILES = 2  # tiles of references for a program of ``refine``
@@ -145,7 +146,7 @@ def find_limits(
         # The rounding errors of single differences mostly average out.
         error = smallest + 2.0**-26 * base + noise * (norm + base)
     averaged = tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
-    of_score = tl.maximum(1.0, score) / 16.0
+    of_score = tl.maximum(1.0, score) * DIGITS
     allowed = tolerance * tl.minimum(averaged, of_score)
     times = error / (tolerance * tl.minimum(1.0, of_score) * within)
     nats = tl.log(times.to(tl.float32)).to(tl.float64) + others
@@ -158,7 +159,9 @@ def find_limits(
     last = tl.where(fewer & (near < float("inf")), base + bound + last, near)
     unit = tl.where(near < float("inf"), scale_to(tl.sqrt(near).to(tl.float32), 0), 2.0**-76)
     matters = (error > allowed * within) | (near == float("inf"))
-    tl.store(limits + 2 * row, tl.where(matters, last, -1.0))
+    # The smallest distance is a result itself.
+    other = tl.where(error > tolerance * DIGITS * base, base + bound, -1.0)
+    tl.store(limits + 2 * row, tl.where(matters, last, other))
     tl.store(limits + 2 * row + 1, unit.to(tl.float64))
 
 

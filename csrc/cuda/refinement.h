@@ -120,10 +120,11 @@ struct QueryLimit {
     // allows.
     const double one = law.tolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
-    const float of_score = fmaxf(1, score) * 0x1p-4f;
+    const float of_score = fmaxf(1, score) * static_cast<float>(kDigits);
     const double most = one * fminf(square_root(averaged), of_score);
     const auto matters = [&](double v) { return v > most || near == INFINITY; };
-    if (!matters(error)) return -1;
+    if (!matters(error))  // The smallest distance is a result itself.
+      return error > law.tolerance * kDigits * base ? base + bound : -1;
     const double allowed = one * fminf(1, of_score);
     float nats = law.others + logarithm_of_ratio(biased, allowed);
     if (PRODUCTS && law.added > 0) {

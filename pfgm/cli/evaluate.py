@@ -16,14 +16,14 @@ import tyro
 from torch import Tensor
 
 from .. import evaluation
-from ..common.checks import check_seed, usable_device
+from ..common.checks import check_seed
 from ..common.files import output_folder, write_atomic, write_json
 from ..common.versions import versions
 from ..data import to_unit
 from ..datasets import Data, Layout, Range, open_data, open_samples
 from ..evaluation import Point
 from ..flows.sampling import check_steps
-from ..metrics import inception_metrics
+from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
@@ -32,6 +32,7 @@ from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
+from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
 
 __all__ = ["Evaluate"]
@@ -39,6 +40,8 @@ __all__ = ["Evaluate"]
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
 _FEATURES = 2048  # of Inception v3
+_NO_FEATURES = "none"
+_WIDTH = {"samples": 12, "train": 12, "in features: samples": 24}  # of columns of the table
 _SPLITS = 10  # of the Inception score, as published
 _TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
@@ -83,6 +86,9 @@ class Evaluate:
     are used, else auto."""
     resize: int | None = None
     """Height and width to which images are scaled, likewise."""
+    features: str | None = None
+    """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
+    features, or none. The default is the classifier of the data, if one comes with the package."""
     n: int = 1000
     """Number of samples to draw, or the most to take from a file or folder."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
@@ -113,7 +119,7 @@ class Evaluate:
 
     def run(self) -> None:
         self._check()
-        device = usable_device(self.sampling.device)
+        device = proven_device(self.sampling.device)
         if self.fid:
             find_inception_weights(self.fid_weights)
         given: dict[str, Any] = {
@@ -131,14 +137,20 @@ class Evaluate:
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
             warn_of_range(rows)
         self._check_data(name, data, source)
+        classifier = self._classifier(name, data, device)
         if _are_images(data.train) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
-            self._measure(name, data, source, device)
+            self._measure(name, data, source, classifier, device)
         print(self.out)
 
     def _measure(
-        self, name: str, data: Data, source: Loaded | ReferenceSet, device: torch.device
+        self,
+        name: str,
+        data: Data,
+        source: Loaded | ReferenceSet,
+        classifier: Classifier | None,
+        device: torch.device,
     ) -> None:
         real = _Real.of(data, self.against, self.seed, device)
         figures: dict[str, Any] = {"data": name}
@@ -153,6 +165,11 @@ class Evaluate:
             samples = samples.to(real.train.device)
         figures |= described
         figures |= evaluation.evaluate_samples(samples, real.held_out, real.train, progress=True)
+        if classifier is not None:
+            held_out = None if real.held_out is None else classifier.rows(real.held_out)
+            rows, train = classifier.rows(samples), classifier.rows(real.train)
+            found = evaluation.evaluate_samples(rows, held_out, train, progress=True)
+            figures["features"] = {"of": self.features or name, **found}
         if self.fid:
             figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
@@ -255,6 +272,21 @@ class Evaluate:
                 f"likelihood is {self.likelihood}; allowed are at most {len(real)}, the "
                 f"{_part(data).replace('_', '-')} samples of {name}."
             )
+
+    def _classifier(self, name: str, data: Data, device: torch.device) -> Classifier | None:
+        """The classifier in whose features samples are compared too."""
+        known = name.partition(":")[0]
+        chosen = self.features or (known if known in CLASSIFIERS else _NO_FEATURES)
+        if chosen == _NO_FEATURES:
+            return None
+        place = device if device.type == "cuda" else torch.device("cpu")
+        classifier = load_classifier(chosen, device=place)
+        if (shape := tuple(data.train.shape[1:])) != classifier.shape:
+            raise ValueError(
+                f"features is {chosen}, of images of shape {classifier.shape}; allowed is a "
+                f"classifier of the data {name}, which have the shape {shape}."
+            )
+        return classifier
 
     # ---- figures ----
 
@@ -379,13 +411,14 @@ def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: fl
 
 def _table(figures: dict[str, Any]) -> str:
     counts, against = figures["counts"], figures["against"].replace("_", "-")
+    spaces = [figures, *([figures["features"]] if "features" in figures else [])]
     title = f"against {counts['against']} {against} rows"
-    lines = [f"{title:30}{'samples':>12}{'train':>12}"]
+    columns = ["samples", "train", "in features: samples", "train"][: 2 * len(spaces)]
+    lines = [f"{title:30}" + "".join(f"{column:>{_WIDTH[column]}}" for column in columns)]
     for name in _TABLE_ROWS:
-        values = figures[name]
-        lines.append(
-            f"{name.replace('_', ' '):30}{values['samples']:>12.4g}{values['train']:>12.4g}"
-        )
+        values = [space[name][of] for space in spaces for of in ("samples", "train")]
+        cells = (f"{v:>{_WIDTH[c]}.4g}" for v, c in zip(values, columns, strict=True))
+        lines.append(f"{name.replace('_', ' '):30}" + "".join(cells))
     nearest = figures["median_distance_to_train"]
     lines.append(
         f"median distance to the nearest of {counts['searched']} training rows: samples "

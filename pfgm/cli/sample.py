@@ -6,7 +6,7 @@ It writes an array, a picture or single images.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor, nn
 
 from .. import data
-from ..common.checks import check_seed, usable_device
+from ..common.checks import check_seed
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
@@ -26,13 +26,16 @@ from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
-from ..pretrained import pretrained_path
+from ..pretrained import PRETRAINED, pretrained_path
 from ..training import checkpoint
+from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
 
 __all__ = ["Sample"]
 
 _SHOWN_NAMES = 20  # of labels, in an error
+_NO_LABEL = "none"
+_COLUMNS = 32  # of a picture at most, that stand for labels
 _FILES = (".npy", ".png")
 _DIGITS = 6  # of the numbers in the names of single images, at least
 
@@ -55,11 +58,11 @@ class Sample:
         default_factory=SamplingOptions
     )
     """How and where samples are drawn."""
-    label: str | None = None
-    """Label of the samples, a number or a name, for a network that was trained with labels. By
-    default any label."""
+    label: tuple[str, ...] = ()
+    """Labels of the samples, numbers or names, in turn, so that a picture has one in each column;
+    none draws without labels. By default all labels of the network."""
     guidance: float | None = None
-    """Weight of classifier-free guidance, which exaggerates the label, so it needs --label. 1 is
+    """Weight of classifier-free guidance, which exaggerates the label, so it needs labels. 1 is
     none; any other value takes twice as long."""
     round_to: str | None = None
     """The table that the network was trained on, such as a .csv file. Columns of at most 20
@@ -69,7 +72,7 @@ class Sample:
 
     def run(self) -> None:
         self._check()
-        device = usable_device(self.sampling.device)
+        device = proven_device(self.sampling.device)
         if notice := checkpoint.check_solver(self._weights, self.sampling.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self._weights, device=device)
@@ -82,11 +85,12 @@ class Sample:
             require_matplotlib()
         table = None if self.round_to is None else self._table(self.round_to, flow)
         with output_folder(self.out.parent):
-            batches = self._rounded(self._draw(flow, network, device), table)
+            labels = self._labels(network)
+            batches = self._rounded(self._draw(flow, network, labels, device), table)
             if self._is_folder():
                 self._write_images(batches)
             else:
-                self._write(torch.cat(list(batches)))
+                self._write(torch.cat(list(batches)), labels)
         print(self.out)
 
     @property
@@ -122,22 +126,24 @@ class Sample:
             )
         check_seed(self.seed)
 
-    def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Iterator[Tensor]:
-        """The samples, a batch at a time."""
-        label = self._label(network)
+    def _draw(
+        self, flow: Flow, network: nn.Module, labels: Sequence[int], device: torch.device
+    ) -> Iterator[Tensor]:
+        """The samples, a batch at a time. Sample i has the label i mod the number of labels."""
         check_guidance(self.guidance, network)
-        if self.guidance not in (None, 1.0) and label is None:
+        if self.guidance not in (None, 1.0) and not labels:
             raise ValueError(
-                f"guidance is {self.guidance}, but no label is given, which it would exaggerate; "
-                "give one with --label."
+                f"guidance is {self.guidance}, but label is none, which it would exaggerate; give "
+                "labels, or leave --label out for all."
             )
+        each = torch.tensor(labels, device="cpu")
         batches = sample_batches(
             flow,
             network,
             draw_prior(flow, self.n, self.seed),
             batch_size=self.sampling.batch_size,
             device=device,
-            labels=None if label is None else torch.full((self.n,), label, device="cpu"),
+            labels=each[torch.arange(self.n, device="cpu") % len(each)] if labels else None,
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
             # A folder of several batches has a bar of its images.
@@ -161,33 +167,36 @@ class Sample:
             return batches
         return (data.round_columns(samples.cpu(), table) for samples in batches)
 
-    def _label(self, network: nn.Module) -> int | None:
-        """The number of the label. A name that is a number, such as a folder 7, goes before it."""
-        if self.label is None:
-            return None
-        classes = label_count(network)
-        if not classes:
+    def _labels(self, network: nn.Module) -> list[int]:
+        """The numbers of the labels; empty for samples without labels."""
+        classes, names = label_count(network), self._names()
+        if self.label == (_NO_LABEL,) and _NO_LABEL not in names:
+            return []
+        if self.label and not classes:
             raise ValueError(
-                f"label is {self.label}, but the network was trained without labels; leave it out."
+                f"label is {' '.join(self.label)}, but the network was trained without labels; "
+                "leave it out."
             )
-        names = checkpoint.label_names(self._weights)
-        if self.label in names:
-            return names.index(self.label)
-        if self.label.isdecimal() and int(self.label) < classes:
-            return int(self.label)
-        known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
-        raise ValueError(
-            f"label is {self.label}; allowed are the labels of the network, numbers from 0 to "
-            f"{classes - 1}" + (f" or names: {known}." if names else ".")
-        )
+        return [_number(label, names, classes) for label in self.label] or list(range(classes))
 
-    def _write(self, samples: Tensor) -> None:
+    def _names(self) -> Sequence[str]:
+        """The names of the labels 0, 1, …; empty if they have none."""
+        if self.pretrained is not None:
+            return PRETRAINED[self.pretrained].classes
+        return checkpoint.label_names(self._weights)
+
+    def _write(self, samples: Tensor, labels: Sequence[int]) -> None:
         if self.out.suffix == ".npy":
             data.save_array(self.out, samples)
-        else:
-            from ..plotting import image_grid
+            return
+        from ..plotting import image_grid
 
+        if not 1 < len(labels) <= min(self.n, _COLUMNS):
             image_grid(samples, self.out)
+            return
+        names = self._names() or [str(label) for label in range(max(labels) + 1)]
+        header = [names[label] for label in labels]
+        image_grid(samples, self.out, columns=len(labels), header=header)
 
     def _write_images(self, batches: Iterator[Tensor]) -> None:
         """Writes single images; the folder appears when all of them are written."""
@@ -200,3 +209,16 @@ class Sample:
             for number, image in enumerate(images):
                 save_image(folder / f"{number:0{digits}d}.png", image)
                 bar.update()
+
+
+def _number(label: str, names: Sequence[str], classes: int) -> int:
+    """The number of a label. A name that is a number, such as a folder 7, goes before it."""
+    if label in names:
+        return names.index(label)
+    if label.isdecimal() and int(label) < classes:
+        return int(label)
+    known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+    raise ValueError(
+        f"label is {label}; allowed are the labels of the network, numbers from 0 to "
+        f"{classes - 1}" + (f" or names: {known}." if names else ".")
+    )

@@ -135,7 +135,7 @@ def check_dimensions(shape: Sequence[object]) -> None:
 
 def check_seed(seed: object) -> None:
     """Raises ValueError unless the generators of torch accept this seed."""
-    if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
+    if not is_whole(seed) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; allowed is an integer from -2^63 to below 2^64.")
 
 

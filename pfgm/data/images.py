@@ -189,11 +189,17 @@ def _import_pillow() -> Any:
 @contextmanager
 def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
     """Opens an image. Turns the many types of error on damaged bytes into one ValueError."""
+    pillow = _import_pillow()
     try:
-        with files.open(name) as file, _import_pillow().open(file, formats=_FORMATS) as image:
+        with files.open(name) as file, pillow.open(file, formats=_FORMATS) as image:
             yield image
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
+    except pillow.DecompressionBombError as error:
+        raise ValueError(
+            f"{files.place(name)} announces more pixels than Pillow decodes; allowed are up to "
+            f"{2 * pillow.MAX_IMAGE_PIXELS}, twice PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
     except Exception as error:
         raise ValueError(
             f"{files.place(name)} is truncated, damaged or not an image; allowed are whole files "

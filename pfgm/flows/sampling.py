@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ _INSTEAD = {
     **dict.fromkeys(["label", "labels"], "Labels are given as condition={'labels': labels}."),
 }
 _SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
+_LONGEST_HEUN_STEP = 25  # ratio of levels; of 5 steps from 80 to 0.002 the longest has 85
 _MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 
 Projection = Callable[[Tensor, float], Tensor]
@@ -113,7 +115,8 @@ class Sampling(Parametrisation):
             solver: "euler", "heun", "multistep", "rk45", or "consistency" for few-step models
                 (:mod:`pfgm.solvers`). Other networks give averages of the data with "consistency";
                 this is not checked. Also a function with the signature of :mod:`pfgm.solvers`.
-            steps: the number of solver steps; rk45 chooses its own.
+            steps: the number of solver steps; rk45 chooses its own. None is
+                :meth:`default_steps`.
             schedule: the spacing of the levels, "log" (published for PFGM), "rho" or "fitted" (by
                 :meth:`fit_levels`), or the levels themselves, decreasing from the first level of
                 the flow, or from that of x_init. None is "fitted" if levels were fitted for this
@@ -142,6 +145,9 @@ class Sampling(Parametrisation):
             ValueError: an argument is out of range, or the network's results have wrong shapes or
                 are not finite.
 
+        Warns:
+            UserWarning: the solver is heun, and its steps are so few that samples would be poor.
+
         >>> import pfgm, torch
         >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
         >>> net = flow.empirical(torch.eye(2))
@@ -155,6 +161,8 @@ class Sampling(Parametrisation):
             self.check_from_prior(grid)
         x, nfe = self._start(net, n, generator, device, x_init), 0
         solver_function(solver)
+        if solver == "heun":
+            _warn_of_long_steps(grid)
         if solver == "consistency":
             options["noise"] = functools.partial(self._add_noise, generator=generator)
         if n > 0:
@@ -192,7 +200,7 @@ class Sampling(Parametrisation):
         >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log", last=0.1)]
         [40.0, 2.0, 0.1, 0.001]
         """
-        steps = self.defaults.steps if steps is None else steps
+        steps = self.default_steps(solver or self.defaults.solver) if steps is None else steps
         if schedule is None:
             schedule = self.schedule_for(solver, steps, last)
         if not isinstance(schedule, str):
@@ -444,6 +452,22 @@ def _check_options(solver: str | Solver, options: Mapping[str, object]) -> None:
             raise TypeError(
                 f"solver {solver!r} takes no option {name!r}; allowed are: {own}.{hint}"
             )
+
+
+def _warn_of_long_steps(grid: Sequence[float]) -> None:
+    """Warns the caller of ``sample`` if a step of heun, all but the last, is too long.
+
+    The slope at the end of a step is (x − mean)/level: far below the first level it is wrong by
+    the error of the Euler step many times over.
+    """
+    longest = max(pairwise(grid[:-1]), key=lambda ends: ends[0] / ends[1], default=(1.0, 1.0))
+    if longest[0] > _LONGEST_HEUN_STEP * longest[1]:
+        warnings.warn(
+            f"heun takes a step from level {longest[0]:.3g} to {longest[1]:.3g}, which is too long "
+            f"for it: {len(grid) - 1} steps are too few. multistep, with as many evaluations, "
+            "gives better samples.",
+            stacklevel=3,
+        )
 
 
 def _checked_levels(levels: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ def image_grid(
     columns: int | None = None,
     scale: int | None = None,
     title: str | None = None,
+    header: Sequence[str] = (),
 ) -> Figure:
     """Images side by side on white, in reading order, enlarged without smoothing.
 
@@ -42,6 +43,7 @@ def image_grid(
         columns: images per row; by default the grid is about square.
         scale: picture pixels per image pixel; by default an image is about 72 pixels wide.
         title: a line above the grid.
+        header: texts above the columns, one for each.
 
     Returns:
         A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
@@ -49,7 +51,8 @@ def image_grid(
     Raises:
         ImportError: matplotlib is not installed.
         TypeError: images are neither floating point nor uint8.
-        ValueError: another shape, NaN or infinity, columns or scale below 1, another suffix.
+        ValueError: another shape, NaN or infinity, columns or scale below 1, another suffix, or
+            another number of texts than columns.
         OSError: the picture cannot be written.
 
     >>> figure = image_grid(torch.rand(10, 1, 8, 8) * 2 - 1, columns=5, title="noise")
@@ -60,7 +63,12 @@ def image_grid(
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
     check_at_least_one("columns", columns)
     columns = min(columns, len(images))
-    figure, _ = _draw(_tile(images, columns, _scale(images, scale)), title, header=0)
+    if header and len(header) != columns:
+        raise ValueError(f"header has {len(header)} texts; allowed are {columns}, the columns.")
+    scale = _scale(images, scale)
+    figure, axes = _draw(_tile(images, columns, scale), title, _HEADER + _GAP if header else 0)
+    if header:
+        _write_header(axes, header, width=images.shape[-1] * scale)
     save(figure, path)
     return figure
 
@@ -172,7 +180,7 @@ def _draw(picture: np.ndarray[Any, Any], title: str | None, header: int) -> tupl
     return figure, axes
 
 
-def _write_header(axes: Any, labels: list[str], width: int) -> None:
+def _write_header(axes: Any, labels: Sequence[str], width: int) -> None:
     """Writes a label above each column of this width."""
     longest = max(labels, key=len)
     size = _HEADER * min(1.0, width / text_width(longest, _HEADER))

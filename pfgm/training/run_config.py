@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -10,11 +11,21 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..common.checks import check_bool, check_choice, is_number, positive_int
+from ..common.checks import (
+    as_number,
+    check_bool,
+    check_choice,
+    int_tuple,
+    is_number,
+    is_whole,
+    positive_int,
+)
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.versions import versions
 from ..datasets import Layout, Range, absolute_source
 from ..flows.fitting import check_fitted_steps
+from ..flows.plusplus import PoissonFlowPP
+from ..flows.poisson import PoissonFlow
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
@@ -98,9 +109,18 @@ class Settings:
     def __post_init__(self) -> None:
         if self.range is not None:
             _check_range(self.range)
-        for name in ("multipliers", "range"):  # JSON has lists
+            object.__setattr__(self, "range", tuple(self.range))  # JSON has lists
+        for name, checked in (
+            ("width", positive_int),
+            ("multipliers", int_tuple),
+            ("blocks", positive_int),
+        ):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, checked(name, value))
+        if not isinstance(self.fit_levels, (list, tuple)):
+            raise ValueError(
+                f"fit_levels is {self.fit_levels!r}; allowed are numbers of steps in a list."
+            )
         object.__setattr__(self, "fit_levels", tuple(self.fit_levels))
         for name in ("data", "init", "teacher"):
             value, optional = getattr(self, name), name != "data"
@@ -113,6 +133,8 @@ class Settings:
         for name in ("labels", "flips", "shared"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, get_args(Method))
+        if self.teacher is None:
+            _check_hyper_parameters(self.flow, self.method)
         check_choice("network", self.network, get_args(Network))
         check_choice("layout", self.layout, get_args(Layout))
         if self.resize is not None:
@@ -124,14 +146,15 @@ class Settings:
                 f"weighting is {self.weighting!r} with method {self.method!r}; allowed is auto, as "
                 "the loss of this method has one weight."
             )
-        if not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
+        if not is_whole(self.samples) or not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
             raise ValueError(
-                f"samples is {self.samples}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
+                f"samples is {self.samples!r}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
             )
         if self.init is not None and self.teacher is not None:
             raise ValueError("init and teacher are both given; allowed is one of them.")
-        if not self.D > 0:
-            raise ValueError(f"D is {self.D}; allowed is any positive number.")
+        if not as_number(self.D) > 0:
+            raise ValueError(f"D is {self.D!r}; allowed is any positive number.")
+        object.__setattr__(self, "D", as_number(self.D))
         own = _DIMENSIONS.get(self.method, self.D)
         if self.D not in (_DEFAULT_D, own) and self.teacher is None:
             raise ValueError(
@@ -241,6 +264,16 @@ def _check_range(value: Any) -> None:
     pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
     if not pair or not -math.inf < value[0] < value[1] < math.inf:
         raise ValueError(f"range is {value!r}; allowed are two numbers, the lower first.")
+
+
+def _check_hyper_parameters(flow: dict[str, Any], method: str) -> None:
+    kind = PoissonFlow if method == "pfgm" else PoissonFlowPP
+    known = inspect.signature(kind).parameters.keys() - {"shape", "D"}
+    for name in flow:
+        if name not in known:
+            raise ValueError(
+                f"flow has {name!r}; allowed with method {method!r} are {', '.join(sorted(known))}."
+            )
 
 
 def teacher_checksum(folder: Path) -> str | None:

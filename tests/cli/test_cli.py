@@ -87,6 +87,54 @@ def test_samples_of_a_network_that_comes_with_the_package(run, tmp_path, capsys)
     assert not (tmp_path / "none.npy").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "labels"),
+    [
+        ([], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]),
+        (["--label", "7", "3"], [7, 3, 7, 3, 7, 3, 7, 3, 7, 3, 7, 3]),
+        (["--label", "none"], None),
+    ],
+)
+def test_the_labels_of_samples(tmp_path, option, labels):
+    out = tmp_path / "x.npy"
+    arguments = ["sample", "--pretrained", "digits", "--n", "12", "--steps", "2", *option]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    flow, net = pfgm.load_pretrained("digits")
+    start = flow.prior(12, generator=torch.Generator().manual_seed(0))
+    condition = None if labels is None else {"labels": torch.tensor(labels)}
+    samples = flow.sample(net, 12, steps=2, x_init=start, condition=condition)
+    np.testing.assert_allclose(np.load(out), samples.numpy(), atol=1e-5)
+
+
+def test_a_picture_has_a_column_for_each_label(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pfgm.plotting, "image_grid", lambda *given, **named: drawn.append(named))
+    for options in ([], ["--label", "bag", "1"], ["--label", "7"], ["--label", "none"]):
+        arguments = ["sample", "--pretrained", "fashion-mnist", "--n", "12", "--steps", "1"]
+        assert cli.main([*arguments, *options, "--out", str(tmp_path / "x.png")]) == 0
+    classes = list(pfgm.pretrained.PRETRAINED["fashion-mnist"].classes)
+    of_two = {"columns": 2, "header": ["bag", "trouser"]}
+    assert drawn == [{"columns": 10, "header": classes}, of_two, {}, {}]
+
+
+def test_the_command_samples_as_python_does(tmp_path):
+    """Solver, schedule and steps that are not given are the same."""
+    draw = torch.Generator().manual_seed(0)
+    for N in (1, 20, 64):
+        data = torch.randn(30, N, generator=draw)
+        for flow in (
+            pfgm.PoissonFlow.from_data(data),
+            pfgm.PoissonFlowPP.from_data(data, D=128),
+            pfgm.PoissonFlowPP.from_data(data, D=float("inf")),
+        ):
+            chosen = cli.options.SamplingOptions().solver_arguments(flow)
+            assert (chosen["solver"], chosen["steps"], chosen["schedule"]) == flow.defaults
+            for solver in ("euler", "heun", "consistency"):
+                found = cli.options.SamplingOptions(solver=solver).solver_arguments(flow)
+                grid = flow.grid(found["steps"], found["schedule"], solver=solver)
+                assert grid == flow.grid(solver=solver)
+
+
 def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
     def sample(name, *options):
         out = tmp_path / name
@@ -217,9 +265,11 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     assert "guidance is 2.0, but the network was trained without labels" in fails(
         capsys, *sample, tmp_path / "x.npy", "--guidance", 2
     )
-    assert "guidance is 2.0, but no label is given" in fails(
+    assert "guidance is 2.0, but label is none" in fails(
         capsys,
         *sample[:1],
+        "--label",
+        "none",
         "--pretrained",
         "digits",
         *sample[3:],
@@ -351,7 +401,9 @@ def shown_help(capsys, *arguments):
     return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "convert", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "sample", "evaluate", "features", "convert", "check", "info"]
+)
 def test_the_help_shows_no_default_where_there_is_none(command, capsys):
     shown = shown_help(capsys, command)
     assert "None" not in shown
@@ -371,7 +423,7 @@ def test_the_help_shows_the_other_defaults(tmp_path, capsys):
     shown = shown_help(capsys, "sample")
     for part in ("Number of samples. (default: 64)", "(default: multistep)", "(default: auto)"):
         assert part in shown
-    assert "By default any label. --guidance" in shown
+    assert "By default all labels of the network. --guidance" in shown
     assert "(required)" in shown
     assert "(default: 0.9)" not in shown_help(capsys, "train")
     RunConfig(training=TrainConfig(ema=0.9)).save(tmp_path / "recipe.json")

@@ -251,6 +251,16 @@ def test_images_that_announce_more_pixels_than_fit_are_refused_before_they_are_d
         open_source(path)
 
 
+def test_an_image_with_more_pixels_than_pillow_decodes_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    write(tmp_path / "own" / "a.png", pixels(20, 20))
+    for source in (tmp_path / "own", zipped(tmp_path / "own", tmp_path / "own.zip")):
+        with pytest.raises(ValueError, match=r"a\.png.* more pixels than .* are up to 200, twice"):
+            open_source(source)
+
+
 def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.png", pixels(4, 3))
     with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:

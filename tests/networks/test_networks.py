@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -114,6 +115,22 @@ def test_the_field_gives_back_the_mean(name: str) -> None:
         scale = x.abs().flatten(1).amax(1).clamp_min(1.0)
         error = (recovered - mean).abs().flatten(1).amax(1)
         assert (error <= 2e-6 * scale).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
+def test_the_field_has_the_digits_of_x_minus_mean(name: str, offset: float) -> None:
+    """Far from the origin and close to the data, where a rounded mean has lost them."""
+    shape = (3,) if name == "mlp" else (1, 4, 4)
+    net = make(name, shape=shape, center=offset)
+    scramble(net, 0.02)
+    x = offset + torch.randn(20, *shape)
+    z = torch.logspace(-4, 0, 20)
+    found = net(x, z)[0].flatten(1).double()
+    wide = copy.deepcopy(net).double()
+    expected = wide(x.double(), z.double())[0].flatten(1)
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 2e-5
 
 
 @pytest.mark.parametrize("name", FIELD_NETWORKS)
