@@ -200,8 +200,8 @@ class Sampling(Parametrisation):
         >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log", last=0.1)]
         [40.0, 2.0, 0.1, 0.001]
         """
-        if solver is not None and not callable(solver):
-            check_choice("solver", solver, SAMPLERS)
+        if solver is not None:
+            solver_function(solver)  # refuses an unknown name
         steps = self.default_steps(solver or self.defaults.solver) if steps is None else steps
         if schedule is None or isinstance(schedule, str):
             check_steps("steps", steps)
