@@ -323,18 +323,15 @@ def reference_gradient(
     if tl.max(again.to(tl.int32), 0) > 0:
         exact = tl.zeros([TILE, FEATURES], tl.float32)
         for query in range(0, B):
-            place = query.to(tl.int64) * pairs_stride + column
+            row = query.to(tl.int64)  # type: ignore[attr-defined]
+            place = row * pairs_stride + column
             p = tl.load(probabilities + place, mask=column < width, other=0.0)
             if tl.max((p != 0.0).to(tl.int32), 0) > 0:
                 c = tl.load(coefficients + place, mask=column < width, other=0.0)
                 F = tl.load(unit + query)
                 c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * F).to(tl.float32)
-                a = tl.load(
-                    x + query.to(tl.int64) * x_stride + feature, mask=feature < N, other=0.0
-                )
-                g = tl.load(
-                    upstream + query.to(tl.int64) * N + feature, mask=feature < N, other=0.0
-                )
+                a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+                g = tl.load(upstream + row * N + feature, mask=feature < N, other=0.0)
                 apart, _ = exact_difference(a, y_rows + feature, known)
                 exact += p[:, None] * g - c[:, None] * apart
         gradient = tl.where(again[:, None], exact, gradient)
@@ -409,8 +406,8 @@ class Gradients:
         )
         read = ("radius", "nearest", "total", "grad_logsumexp", "pulled", "mass", "squared")
         written = ("coefficients", "probabilities", "moment", "summed", "of_chunk", "squares")
-        written += ("live", "whole", "unit", "grad_radius")
-        self.space.run(Step(launch, (*read, "projected", *written)))
+        totals = ("live", "whole", "unit", "grad_radius")
+        self.space.run(Step(launch, (*read, "projected", *written, *totals)))
 
     def _merge(self, chunk: slice) -> None:
         block, N = self.block, self.block.N
