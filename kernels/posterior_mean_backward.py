@@ -323,12 +323,12 @@ def reference_gradient(
     if tl.max(again.to(tl.int32), 0) > 0:
         exact = tl.zeros([TILE, FEATURES], tl.float32)
         for query in range(0, B):
-            row = query.to(tl.int64)  # type: ignore[attr-defined]
+            row = tl.full((), query, tl.int64)
             place = row * pairs_stride + column
             p = tl.load(probabilities + place, mask=column < width, other=0.0)
             if tl.max((p != 0.0).to(tl.int32), 0) > 0:
                 c = tl.load(coefficients + place, mask=column < width, other=0.0)
-                F = tl.load(unit + query)
+                F = tl.load(unit + row)
                 c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * F).to(tl.float32)
                 a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
                 g = tl.load(upstream + row * N + feature, mask=feature < N, other=0.0)
