@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.common.machine import describe, store
+from pfgm import use_backend
 
 Rows = dict[str, list[dict[str, Any]]]
 _FIGURES: pytest.StashKey[Rows] = pytest.StashKey()
@@ -25,6 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["pfgm"] = describe()
+
+
+@pytest.fixture(autouse=True)
+def _native_unless_named() -> Any:
+    """A benchmark that names no backend is one of the native kernels."""
+    with use_backend("native"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pfgm.common.tensors import unfilled
+
 from .launching import Launch, current_place, look_at
 from .variant import TYPES
 
@@ -57,7 +59,7 @@ class Space:
     def __init__(self, layout: Layout, **given: Tensor) -> None:
         self._layout, self._place = layout, current_place()
         like = next(iter(given.values()))
-        self._memory = like.new_empty(layout.size, dtype=torch.uint8)
+        self._memory = unfilled(layout.size, like.device)
         self._given: dict[str, Tensor | None] = {NOTHING: None, **given}
         start = self._memory.data_ptr()
         self._addresses: dict[str, int | None]

@@ -6,7 +6,8 @@ import functools
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,8 @@ def median_seconds(run: Callable[[], Any]) -> float:
         for _ in range(RUNS):
             run()
         mark.record()
-    torch.cuda.synchronize()
+    # Not for the whole device, on which another thread may be capturing a graph.
+    marks[-1].synchronize()
     times: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     return statistics.median(times) / RUNS * 1e-3
 
@@ -123,6 +125,20 @@ def kind_of(device: torch.device) -> Hashable:
     return properties.name, properties.major, properties.minor, properties.multi_processor_count
 
 
+_forced: int | None = None
+
+
+@contextmanager
+def forced(index: int) -> Iterator[None]:
+    """Takes the configuration of this index, or the last, in place of a measured one."""
+    global _forced
+    _forced = index
+    try:
+        yield
+    finally:
+        _forced = None
+
+
 class Choice:
     """Chooses among a few configurations: the fastest, measured once per shape class and kind of
     device, or the first if timings must not choose. A launch must be repeatable: it overwrites its
@@ -140,8 +156,8 @@ class Choice:
     def launch(self, shape: Hashable, device: torch.device, run: Callable[[Config], Any]) -> None:
         """Runs with the configuration for this shape class, a NamedTuple."""
         configs = self.configs(shape)
-        best = configs[0]
-        if len(configs) > 1 and not may_not_measure():
+        best = configs[min(_forced or 0, len(configs) - 1)]
+        if _forced is None and len(configs) > 1 and not may_not_measure():
             key = shape, kind_of(device)
             if key not in self.chosen and not capturing():
                 self.chosen[key] = min(configs, key=lambda config: self._seconds(config, run))

@@ -40,8 +40,9 @@ MODULES = tuple(
         "posterior_mean_backward", "refinement", "weights",
     )
 )  # fmt: skip
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Architecture → bytes of shared memory that a block can have."""
+SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Architecture → bytes of shared memory that a block can have. sm_86 and sm_89 have those of sm_80
+compiled for them, but less memory, which counts."""
 PROCESSES = 2
 
 # In PTX: of a thread into registers or, asynchronously, into shared memory, and bulk copies.

@@ -16,21 +16,9 @@ from torch import Tensor
 
 import pfgm
 from benchmarks.common.commands import new_parser
+from pfgm.backends.trials import SHAPES
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-# Queries, references, features. They decide which kernels a posterior mean runs, and with how many
-# blocks in which tiles. No size is a multiple of a tile's.
-SHAPES = {
-    "few queries": (5, 70, 37),
-    "products, 32 queries a tile": (20, 70, 100),
-    "products, 64 queries a tile": (590, 1030, 100),
-    "products, 128 references a tile": (590, 4100, 484),  # more panels than one float adds up
-    "products, 128 references and queries a tile": (1020, 2040, 100),
-    "products, 128 references and 256 queries a tile": (1020, 4100, 36),
-    "slices of the features, 32 queries a tile": (66, 33, 3070),
-    "slices of the features, 64 queries a tile": (40, 1500, 2070),
-    "slices of the features, 128 queries a tile": (97, 4100, 3076),
-}
 # Rows for part of a warp, a block, and longer ones. Odd lengths are read value by value.
 WIDTHS = (36, 37, 1040, 1041, 6150, 8200)
 ROWS = 3

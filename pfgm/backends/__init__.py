@@ -1,107 +1,43 @@
 """The choice of the implementation that computes the operations.
 
 Every backend is a module with the same functions. Its ``supports`` returns None, or the reason why
-it cannot run. :func:`choose` takes the first backend that can run. A backend can be requested by
-name: by ``backend=``, else by :func:`use_backend`, else by the environment variable
-``PFGM_BACKEND``. If the requested backend cannot run, an error gives the reason; no other backend
-takes its place.
+it cannot run. :func:`choose` takes the first backend that can run; on a GPU, where kernels must
+have proved themselves, the fastest that passed :func:`check` (:mod:`pfgm.backends.verdicts`). A
+backend can be requested by name: by ``backend=``, else by :func:`use_backend`, else by the
+environment variable ``PFGM_BACKEND``. If the requested backend cannot run, an error gives the
+reason; no other backend takes its place.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native, products, reference, triton
-from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
+from . import reference, verdicts
+from .backend import BACKENDS, Backend
+from .checking import Report, Row, check
 
 __all__ = [
     "Availability",
     "Backend",
+    "Report",
+    "Row",
     "Unavailable",
     "available",
+    "check",
     "choose",
+    "choose_for",
     "preferred",
     "requested",
     "use_backend",
 ]
 
 
-class Backend(Protocol):
-    """What every backend module provides; shapes as in :mod:`pfgm.ops`."""
-
-    def supports(
-        self, device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
-    ) -> str | None:
-        """None if the backend can compute, else the reason why not.
-
-        device and dtype are those of x; references is the dtype of the references.
-        """
-
-    def describe(self) -> str:
-        """One line on how the backend computes, for ``pfgm info``."""
-
-    def sketch(self, references: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """A tensor that saves time at later calls over the same references (M, N).
-
-        dtype is that of x in those calls. The sketch is valid while the references stay the same.
-        It is None if the backend has no use for one.
-        """
-
-    def posterior_mean(self, problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean (B, N) in the dtype of x, and log-sum-exp, nearest and total (B,) in float64.
-
-        Nearest and total are those of :class:`~pfgm.backends.problems.State`.
-        """
-
-    def posterior_mean_backward(
-        self, problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, references and radius; None for those that are not needed."""
-
-    def normalised_field(
-        self, difference: Tensor, z: Tensor, gamma: float
-    ) -> tuple[Tensor, Tensor]:
-        """v_x (B, N) and v_z (B,) from x − mean (B, N) and z (B,) in float64."""
-
-    def normalised_field_backward(
-        self,
-        grad_field_x: Tensor,
-        grad_field_z: Tensor,
-        difference: Tensor,
-        z: Tensor,
-        gamma: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of x − mean (B, N) and z (B,) from those of v_x and v_z."""
-
-    def ode_step(
-        self,
-        step: OdeStep,
-        with_mean: bool,
-        out: Tensor | None = None,
-        mean_out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The next points (B, N), and the mean (B, N) if with_mean is set and the step has a field.
-
-        out and mean_out have contiguous features. Each is one of the inputs, or overlaps none.
-        """
-
-
-_BACKENDS: dict[str, Backend] = {
-    "native": cast(Backend, native),
-    "triton": cast(Backend, triton),
-    "torch": cast(Backend, products),
-    "reference": cast(Backend, reference),
-}
-_ON_GPU = (
-    "its calls are predicted from machine code to take less time than Triton's at most shapes; "
-    "neither was measured on a GPU (docs/roofline.md)"
-)
 _requested: str | None = None
 
 
@@ -117,9 +53,9 @@ class Availability(NamedTuple):
 
 
 def _backend_named(name: str, source: str) -> Backend:
-    if not isinstance(name, str) or name not in _BACKENDS:
-        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(sorted(_BACKENDS))}.")
-    return _BACKENDS[name]
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(sorted(BACKENDS))}.")
+    return BACKENDS[name]
 
 
 def available(
@@ -138,7 +74,7 @@ def available(
     True
     """
     found = {}
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         reason = backend.supports(torch.device(device), dtype, references)
         found[name] = Availability(reason is None, reason or backend.describe())
     return found
@@ -152,20 +88,29 @@ def requested(name: str | None = None) -> str | None:
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(
-            f"backend is a {type(name).__name__}; allowed are None, {', '.join(sorted(_BACKENDS))}."
+            f"backend is a {type(name).__name__}; allowed are None, {', '.join(sorted(BACKENDS))}."
         )
     return name or _requested
 
 
-def preferred(device: torch.device | str) -> tuple[str, str]:
+def preferred(device: torch.device | str, work: int = 0) -> tuple[str, str]:
     """The backend that computes in float32 on this device unless one is requested, and why it.
+
+    Args:
+        device: device of the points.
+        work: the product of the sizes of the problem, B·M·N.
 
     >>> preferred("cpu")[1]
     'the first that can run'
     """
-    name = next(name for name, found in available(device).items() if found.usable)
-    native_on_gpu = name == "native" and torch.device(device).type == "cuda"
-    return name, _ON_GPU if native_on_gpu else "the first that can run"
+    device = torch.device(device)
+    usable = available(device)
+    name = next((name for name in _candidates(device, work) if usable[name].usable), "none")
+    if verdicts.needed(device):
+        return name, "as the kernels have not proved themselves here: pfgm check does that"
+    if verdicts.find(device) is not None:
+        return name, "the fastest of those that passed pfgm check"
+    return name, "the first that can run"
 
 
 @contextmanager
@@ -195,13 +140,23 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     references: torch.dtype | None = None,
+    work: int = 0,
 ) -> Backend:
     """The backend called ``name``, else the one in ``PFGM_BACKEND``, else the first that can run of
     native, triton and torch.
 
+    On a GPU the last is the fastest that can run of those that passed :func:`check`, or torch.
+
+    Args:
+        name: a backend, or None.
+        device: device of the points.
+        dtype: dtype of the points.
+        references: dtype of the references; None means any.
+        work: the product of the sizes of the problem, B·M·N, which matters on a GPU.
+
     Raises:
         ValueError: no backend has that name.
-        Unavailable: the requested backend cannot run; the message says why.
+        Unavailable: the requested backend cannot run, or none that passed; the message says why.
     """
     source = "backend"
     if not name and (name := os.environ.get("PFGM_BACKEND")):
@@ -211,7 +166,26 @@ def choose(
         if reason := backend.supports(device, dtype, references):
             raise Unavailable(f"{source}={name!r} cannot run here: {reason}.")
         return backend
-    for backend in _BACKENDS.values():
+    for name in _candidates(device, work):
+        backend = BACKENDS[name]
         if backend.supports(device, dtype, references) is None:
             return backend
+    if reference.supports(device, dtype, references) is None:
+        raise Unavailable(
+            f"no backend that computes in {dtype} has passed pfgm check on {device}; allowed is a "
+            "backend that is named (backend=, PFGM_BACKEND)."
+        )
     raise TypeError(f"x has dtype {dtype}; allowed are torch.float32 and torch.float64.")
+
+
+def choose_for(name: str | None, x: Tensor, references: Tensor | None = None) -> Backend:
+    """As :func:`choose`, for points x (B, N) and references (M, N) if the operation has some."""
+    if references is None:
+        return choose(name, x.device, x.dtype, work=x.numel() if x.is_cuda else 0)
+    work = x.numel() * references.shape[0] if x.is_cuda else 0
+    return choose(name, x.device, x.dtype, references.dtype, work)
+
+
+def _candidates(device: torch.device, work: int) -> Iterable[str]:
+    """The backends in the order in which they are tried."""
+    return verdicts.order(device, work) if device.type == "cuda" else BACKENDS

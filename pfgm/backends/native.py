@@ -27,7 +27,7 @@ from ..common.checks import (
     range_message,
     underflow_message,
 )
-from ..common.tensors import contiguous, contiguous_features
+from ..common.tensors import contiguous, contiguous_features, unfilled
 from . import formulas
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
@@ -159,12 +159,40 @@ def _device_reason(index: int | None) -> str | None:
         return None
     if torch.cuda.get_device_capability(index) < (8, 0):
         return "its GPU kernels need compute capability 8.0 (Ampere) or later"
+    architectures = str(extension().build_info()["cuda_architectures"])
+    if not _has_code_for(torch.cuda.get_device_capability(index), architectures):
+        _warn_of_compilation(index)
     if problem := extension().cuda_problem(index):
         reason = f"its GPU kernels cannot run on cuda:{index}: {problem}"
         _warn_of_unused_gpu(reason)
         return reason
     _able.add(index)
     return None
+
+
+def _has_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a build for these architectures has machine code for a GPU, as "80 90a-real" has for
+    8.0, 8.6, 8.9 and 9.0. For others the driver compiles PTX."""
+    for each in architectures.split():
+        number, _, kind = each.partition("-")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        # Code for sm_90a runs there alone.
+        same = minor == capability[1] if number.endswith("a") else minor <= capability[1]
+        if kind != "virtual" and major == capability[0] and same:
+            return True
+    return False
+
+
+@functools.cache
+def _warn_of_compilation(index: int) -> None:
+    """Warns, once for each GPU, of a first call that takes long."""
+    major, minor = torch.cuda.get_device_capability(index)
+    warnings.warn(
+        f"the driver compiles the CUDA kernels for cuda:{index} (sm_{major}{minor}), which takes "
+        f"some 20 seconds; CMAKE_CUDA_ARCHITECTURES={major}{minor} at installation does it there",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache
@@ -307,7 +335,7 @@ def _run_on_cuda(
 ) -> None:
     place, keeps = _place(x.device), 0 if kept is None else len(kept)
     size = extension().posterior_mean_workspace_cuda(problem, place, backward, keeps)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    workspace = unfilled(size, x.device)
     name = "posterior_mean_backward_cuda" if backward else "posterior_mean_cuda"
     at = extension().CudaWorkspace(at=workspace.data_ptr(), bytes=size)
     getattr(extension(), name)(problem, io, place, at)
@@ -327,7 +355,7 @@ def room_for_distances(problem: PosteriorMean) -> Tensor | None:
         references=len(references),
         features=x.shape[1],
     )
-    return torch.empty(size, dtype=torch.uint8, device=x.device) if size > 0 else None
+    return unfilled(size, x.device) if size > 0 else None
 
 
 def used_room(memory: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import as_float
-from ..common.tensors import mark_written
+from ..common.tensors import mark_written, unfilled
 from . import native
 from .problems import PRECISIONS
 
@@ -118,7 +118,7 @@ def _problem(
     elif sketch_of is not None or not _runs_on(gpu, dtype, reference_dtype):
         return None
     else:
-        allocate = functools.partial(torch.empty, dtype=torch.uint8, device=gpu)
+        allocate = functools.partial(unfilled, device=gpu)
         place = *native.current_stream(gpu), allocate
     addresses = x.data_ptr(), references.data_ptr()
     end = native.PRECISIONS[precision], sketch, torch.get_num_threads(), place

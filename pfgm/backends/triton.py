@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -33,18 +33,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def installed() -> str | None:
+    """The version of the installed Triton, read without importing it if possible; None if none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for package in ("triton", "pytorch-triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return str(importlib.import_module("triton").__version__)
+
+
 @functools.cache
 def _version() -> tuple[int, ...]:
-    """Major and minor version of the installed Triton, read without importing it if possible."""
-    for package in ("triton", "pytorch-triton"):
-        try:
-            found = importlib.metadata.version(package)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    else:
-        found = str(importlib.import_module("triton").__version__)
-    return tuple(int(part) for part in found.split(".")[:2])
+    """Major and minor version of the installed Triton."""
+    return tuple(int(part) for part in str(installed()).split(".")[:2])
 
 
 def supports(

@@ -18,9 +18,11 @@ from ..common.files import reserve_standard_descriptors
 from ..common.messages import print_result, unfailing_streams
 from ..training import Diverged
 from ..training.processes import ProcessLost
+from .check import Check
 from .convert import Convert
 from .demo import Demo
 from .evaluate import Evaluate
+from .features import Features
 from .help import readable_help
 from .info import Info
 from .sample import Sample
@@ -30,7 +32,16 @@ _DESCRIPTION = (
     "Poisson flow generative models. pfgm COMMAND --help shows the options of a command, pfgm "
     "--version the version."
 )
-_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Convert, Info)
+_COMMANDS: tuple[type, ...] = (
+    Demo,
+    Train,
+    Sample,
+    Evaluate,
+    Features,
+    Convert,
+    Check,
+    Info,
+)
 _EXPECTED_ERRORS = (
     ValueError,
     TypeError,
@@ -43,7 +54,9 @@ _EXPECTED_ERRORS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Returns 0, or prints one sentence about what is wrong and returns 2.
+    """Runs one command. Returns 0, or 1 if a check failed.
+
+    If something is wrong, it prints one sentence about it and returns 2.
 
     If stdout or stderr is closed, messages are dropped and the work is still done.
     """
@@ -59,7 +72,7 @@ def _run(arguments: list[str]) -> int:
         if arguments == ["--version"]:
             print_result(f"pfgm {importlib.metadata.version('pfgm')}")
         else:
-            _parse(arguments).run()
+            return _parse(arguments).run() or 0
     except _EXPECTED_ERRORS as error:
         print(f"pfgm: error: {error}", file=sys.stderr)
         return 2

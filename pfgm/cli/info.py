@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import backends
-from ..backends import native
+from ..backends import native, verdicts
 from ..common.messages import print_result
 
 __all__ = ["Info"]
@@ -34,6 +34,7 @@ class Info:
                 lines.append(f"{device:10} {name}: {state}")
             name, reason = backends.preferred(device)
             lines.append(f"{device:10} default: {name}, {reason}")
+        lines += verdicts.lines()
         if not torch.cuda.is_available():
             lines.append(f"{'cuda':10} torch finds no GPU that it can use; the CPU computes")
         print_result("\n".join([*lines, *native.build_lines()]))

@@ -17,6 +17,18 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def unfilled(size: int, device: torch.device) -> Tensor:
+    """Bytes (size,) that are written before they are read.
+
+    Under :func:`torch.use_deterministic_algorithms` torch fills new tensors, which takes as long as
+    a kernel.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    storage = torch.UntypedStorage(size, device=device)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
 def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
     """References in a floating-point dtype. A byte u becomes u/127.5 − 1."""
     values = references.to(dtype)

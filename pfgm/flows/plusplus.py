@@ -31,7 +31,6 @@ from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
 from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
-from .parametrisation import Defaults
 from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
 
@@ -134,8 +133,6 @@ class PoissonFlowPP(Flow):
     >>> bool((samples.norm(dim=1) - 1).abs().max() < 0.01)
     True
     """
-
-    defaults = Defaults(solver="heun", steps=18, schedule="rho")
 
     def __init__(
         self,
@@ -397,7 +394,7 @@ class PoissonFlowPP(Flow):
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 
     def sample(self, net: Network, n: int, **options: Any) -> Any:
-        """Samples (n, *S); the default solver is heun, as published.
+        """Samples (n, *S).
 
         This is :meth:`pfgm.Flow.sample` with churn, which makes euler and heun stochastic
         (EDM, algorithm 2): before each step the level is raised and noise is added. The noise is
@@ -409,7 +406,8 @@ class PoissonFlowPP(Flow):
             **options: those of :meth:`pfgm.Flow.sample`, and three for churn. churn (S_churn,
                 0 unless given) raises the level by the factor 1 + min(churn/steps, √2 − 1).
                 churn_range gives the lowest and the highest level that is raised. churn_noise
-                (S_noise, 1 unless given) multiplies the standard deviation of the noise.
+                (S_noise, 1 unless given) multiplies the standard deviation of the noise. With churn
+                the solver is heun unless given.
 
         Raises:
             ValueError: as :meth:`pfgm.Flow.sample`, or churn with another solver.
@@ -425,12 +423,12 @@ class PoissonFlowPP(Flow):
             )
         if non_negative("churn", amount) == 0:
             return super().sample(net, n, **options)
-        solver = options.get("solver") or self.defaults.solver
+        solver = options["solver"] = options.get("solver") or "heun"
         if solver not in ("euler", "heun"):
             raise ValueError(f"solver is {solver!r}; with churn allowed are euler and heun.")
         if options.get("schedule") is None:
             options["schedule"] = self.defaults.schedule  # levels are fitted without churn
-        count = len(self.grid(options.get("steps"), options["schedule"])) - 1
+        count = len(self.grid(options.get("steps"), options["schedule"], solver=solver)) - 1
         churn = functools.partial(
             self._churn,
             growth=min(amount / count, _LARGEST_CHURN),

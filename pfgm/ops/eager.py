@@ -16,6 +16,7 @@ them, in one of two ways:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import Backend, choose, native, native_calls, requested
+from ..backends import Backend, choose_for, native, native_calls, requested, verdicts
 from ..backends.native_calls import EULER, HEUN, MULTISTEP
 from ..backends.problems import OdeStep, PosteriorMean, State, Upstream
 from ..common.checks import debugging
@@ -176,7 +177,7 @@ def differentiated(
     mean_operator.check(problem)
     x, references, _ = tensors
     backend = requested(backend)
-    chosen = choose(backend, x.device, x.dtype, references.dtype)
+    chosen = choose_for(backend, x, references)
     if len(x) == 0:
         return None
     found = _PosteriorMean.apply(*tensors, problem, chosen, backend, check)  # type: ignore[no-untyped-call]
@@ -263,9 +264,19 @@ def one_call(name: str, backend: str | None, operands: tuple[Any, ...], *options
         or not native_calls.available
         or (gpu is not None and debugging())
         or not passes(gpu, *operands)
+        or (gpu is not None and not chosen and not _takes_native(gpu, name, operands))
     ):
         return None
     return getattr(native_calls, name)(gpu, *operands, *options)
+
+
+def _takes_native(gpu: torch.device, name: str, operands: tuple[Any, ...]) -> bool:
+    """Whether a GPU computes with the native kernels unless the environment names others."""
+    x, references, *_ = operands
+    has_rows = name != "step" and type(references) is Tensor and references.ndim > 0
+    work = x.numel() * (references.shape[0] if has_rows else 1)
+    native_first = verdicts.known_order(gpu, work)[:1] == ("native",)
+    return native_first or bool(os.environ.get("PFGM_BACKEND"))
 
 
 def all_finite(values: Tensor) -> bool:

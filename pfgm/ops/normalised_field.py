@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, formulas, requested
+from ..backends import choose_for, formulas, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
@@ -60,9 +60,7 @@ def forward(
     transforms.check_no_tangent("normalised_field", difference, z)
     if difference.shape[0] == 0:
         return _fake(difference, z, gamma)
-    return choose(backend, difference.device, difference.dtype).normalised_field(
-        difference, z, gamma
-    )
+    return choose_for(backend, difference).normalised_field(difference, z, gamma)
 
 
 def _fake(
@@ -95,9 +93,7 @@ def _backward(
     transforms.check_no_tangent("normalised_field_backward", *given)
     if difference.shape[0] == 0:
         return _fake_backward(*given, gamma)
-    return choose(backend, difference.device, difference.dtype).normalised_field_backward(
-        *given, gamma
-    )
+    return choose_for(backend, difference).normalised_field_backward(*given, gamma)
 
 
 def _fake_backward(

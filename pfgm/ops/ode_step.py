@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import choose, formulas, requested
+from ..backends import choose_for, formulas, requested
 from ..backends.problems import OdeStep
 from ..common import transforms
 from ..common.checks import is_symbolic
@@ -128,7 +128,7 @@ def _wants_gradient(step: OdeStep) -> bool:
 def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
     """The implementation of ode_step."""
     transforms.check_no_tangent("ode_step", *step)
-    chosen = choose(backend, step.x.device, step.x.dtype)
+    chosen = choose_for(backend, step.x)
     result, mean = chosen.ode_step(step, with_mean)
     return result, step.x.new_empty(0) if mean is None else mean
 
@@ -162,7 +162,7 @@ def forward_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
     # Where the kernels cannot write to the layout of an output, the result is copied to it.
     direct = out if _writable(out, inputs) else None
     direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None
-    chosen = choose(backend, step.x.device, step.x.dtype)
+    chosen = choose_for(backend, step.x)
     result, mean = chosen.ode_step(step, mean_out is not None, direct, direct_mean)
     if direct is None:
         out.copy_(result)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..backends import choose, formulas, requested
+from ..backends import choose_for, formulas, requested
 from ..backends.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
 from ..backends.weights import is_flat
 from ..common import transforms
@@ -104,7 +104,7 @@ def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
 
     It is valid while the references stay the same. It is None if the backend makes none.
     """
-    return choose(backend, x.device, x.dtype, references.dtype).sketch(references, x.dtype)
+    return choose_for(backend, x, references).sketch(references, x.dtype)
 
 
 # ---- a problem as the arguments of the schema ------------------------------------------------
@@ -245,7 +245,7 @@ def forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     check(problem)
     x, references, radius = problem[:3]
     transforms.check_no_tangent("posterior_mean", x, references, radius)
-    chosen = choose(backend, x.device, x.dtype, references.dtype)
+    chosen = choose_for(backend, x, references)
     if x.shape[0] == 0:
         return _empty(problem)
     return chosen.posterior_mean(problem)
@@ -276,7 +276,7 @@ def _backward(
     if x.shape[0] == 0:
         gradients = tuple(torch.zeros_like(value) for value in (x, references, radius))
     else:
-        chosen = choose(backend, x.device, x.dtype, references.dtype)
+        chosen = choose_for(backend, x, references)
         gradients = chosen.posterior_mean_backward(
             problem, state, upstream, (needs[0], needs[1], needs[2])
         )
@@ -454,7 +454,7 @@ def result_tangent(of_mean: Tensor, of_x: Tensor | None, difference: bool) -> Te
 
 def tangent_dtype(x: Tensor, references: Tensor, backend: str | None) -> torch.dtype:
     """float64, or the dtype of x if the backend does not compute in float64."""
-    chosen = choose(backend, x.device, x.dtype, references.dtype)
+    chosen = choose_for(backend, x, references)
     wide = wide_dtype(x.device)
     return x.dtype if chosen.supports(x.device, wide, references.dtype) else wide
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+
 from torch import nn
 
+from ..backends import preferred, requested
 from ..datasets import Data
 from ..references import ReferenceSet
 from .checks import value_range
@@ -23,6 +27,7 @@ def summary(config: RunConfig, data: Data, rows: ReferenceSet, trainer: Trainer)
             ("data", _data(config, data, rows)),
             ("network", _network(trainer.network)),
             ("training", _training(trainer)),
+            ("backend", _backend(trainer)),
             ("writes", _files(trainer)),
         )
     )
@@ -62,6 +67,18 @@ def _training(trainer: Trainer) -> str:
         + f", learning rate {schedule.learning_rate:.4g} (warm-up {schedule.warmup} steps, decay "
         f"{schedule.decay}), weights averaged with decay {schedule.ema:.6g}"
     )
+
+
+def _backend(trainer: Trainer) -> str:
+    """The backend that computes the loss, and why it."""
+    device = next(trainer.network.parameters()).device
+    name = requested() or os.environ.get("PFGM_BACKEND")
+    if name:
+        return f"{name} on {device}, as requested"
+    config, features = trainer.config, math.prod(trainer.data.shape[1:])
+    references = max(min(config.references, len(trainer.data)), 1)
+    name, reason = preferred(device, config.batch_size * references * features)
+    return f"{name} on {device}, {reason}"
 
 
 def _files(trainer: Trainer) -> str:

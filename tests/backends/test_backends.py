@@ -160,8 +160,44 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
     assert native.supports(CUDA, torch.float32) == found  # with no second warning
 
 
+@pytest.mark.parametrize(
+    ("capability", "architectures", "has"),
+    [
+        ((8, 0), "80 90a-real", True),
+        ((8, 9), "80 90a-real", True),
+        ((9, 0), "80 90a-real", True),
+        ((10, 0), "80 90a-real 100-real 120", True),
+        ((10, 3), "80 90a-real 100-real 120", True),
+        ((12, 1), "80 90a-real 100-real 120", True),
+        ((10, 0), "80 90a-real", False),
+        ((9, 0), "80-virtual", False),
+        ((8, 0), "86", False),
+        ((10, 3), "100a-real", False),
+        ((11, 0), "80 90a-real 100-real 120", False),
+    ],
+)
+def test_the_gpus_for_which_a_build_has_code(capability, architectures, has):
+    assert native._has_code_for(capability, architectures) == has
+
+
 @native_only
 @pytest.mark.usefixtures("with_cuda")
+def test_a_gpu_for_which_the_driver_compiles_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    native._native.cuda_problem = lambda index: ""
+    native._warn_of_compilation.cache_clear()
+    for expected in (1, 0):
+        monkeypatch.setattr(native, "_able", set())
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert native.supports(torch.device("cuda", 0), torch.float32) is None
+        assert len(warned) == expected
+        assert all("sm_120" in str(warning.message) for warning in warned)
+
+
+@native_only
+@pytest.mark.usefixtures("with_cuda", "proven")
 def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -186,6 +222,7 @@ def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
 
 
 @native_only
+@pytest.mark.usefixtures("proven")
 def test_an_extension_without_cuda(monkeypatch):
     built_for(monkeypatch, None)
     assert "built without CUDA" in available("cuda")["native"].detail
@@ -194,7 +231,7 @@ def test_an_extension_without_cuda(monkeypatch):
 
 
 @native_only
-@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.usefixtures("with_cuda", "proven")
 def test_order():
     assert choose(None, CPU, torch.float32) is native
     assert choose(None, CPU, torch.float64) is native
@@ -209,20 +246,24 @@ def test_order():
 
 
 @native_only
-def test_the_preferred_backend_has_a_reason(monkeypatch):
-    built_for(monkeypatch, "90a-real")
+@pytest.mark.usefixtures("proven")
+def test_the_preferred_backend_has_a_reason(monkeypatch, gpu):
+    for architectures, name in (("90a-real", "native"), (None, "triton")):
+        built_for(monkeypatch, architectures)
+        assert preferred("cuda") == (name, "the fastest of those that passed pfgm check")
+    gpu(None)
     name, reason = preferred("cuda")
-    assert name == "native"
-    assert "predicted" in reason
-    assert "neither was measured" in reason
-    built_for(monkeypatch, None)
-    assert preferred("cuda") == ("triton", "the first that can run")
+    assert name == "torch"
+    assert "have not proved themselves" in reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert preferred("cuda") == ("torch", "the first that can run")
     assert preferred("cpu") == ("native", "the first that can run")
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("architectures", ["90a-real", None])
 @native_only
+@pytest.mark.usefixtures("proven")
 def test_without_triton(monkeypatch, device, architectures):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     built_for(monkeypatch, architectures)

@@ -658,7 +658,7 @@ def test_a_run_takes_no_new_memory_for_each_step(name, most, monkeypatch):
     """Only x, and the predicted point or the mean, are allocated. Later results reuse their
     memory."""
     seen = set()
-    exact = backends._BACKENDS["reference"].ode_step
+    exact = backends.BACKENDS["reference"].ode_step
 
     def watch(step, with_mean, out=None, mean_out=None):
         result = exact(step, with_mean, out, mean_out)

@@ -132,7 +132,7 @@ def test_flaws_are_found(flawed, kernel, words):
 
 @pytest.mark.parametrize(
     ("capability", "limit"),
-    [(80, 166912), (90, 232448), (100, 232448), (120, 101376)],
+    [(80, 101376), (90, 232448), (100, 232448), (120, 101376)],
 )
 def test_shared_memory_has_a_limit(capability, limit):
     variant, counts = _variant(), Counter(["ld.global.v4.b32"])

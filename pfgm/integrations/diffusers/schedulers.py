@@ -201,7 +201,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: steps or levels are out of range, or both are given.
         """
         if sigmas is None:
-            levels = self._flow.grid(num_inference_steps, self.config["schedule"])
+            levels = self._flow.grid(
+                num_inference_steps, self.config["schedule"], solver=self.config["solver"]
+            )
         elif num_inference_steps is None:
             levels = self._flow.grid(schedule=[float(sigma) for sigma in sigmas])
         else:

@@ -65,6 +65,17 @@ def test_configurations_that_do_not_fit_the_device_are_skipped():
 
 
 @pytest.mark.usefixtures("timed")
+def test_a_forced_configuration_is_not_measured():
+    recorder = Recorder()
+    with tuning.forced(1):
+        recorder.launch(3)
+        recorder.launch(1)  # of which there is one alone
+    assert (recorder.measured, recorder.ran) == ([], [32, 16])
+    recorder.launch(3)
+    assert recorder.measured == [16, 32, 64]
+
+
+@pytest.mark.usefixtures("timed")
 def test_deterministic_algorithms_take_the_first():
     recorder = Recorder()
     before = torch.are_deterministic_algorithms_enabled()
@@ -124,8 +135,7 @@ def test_processes_that_train_together_choose_alike(monkeypatch, processes, ran)
 
 def test_the_time_of_a_run_is_that_between_marks(monkeypatch):
     """Each round takes longer by 8 ms than the one before; the median of five is the third."""
-    clock = [0.0]
-    runs = []
+    clock, runs, waited = [0.0], [], []
 
     class Event:
         def __init__(self, enable_timing):
@@ -133,6 +143,9 @@ def test_the_time_of_a_run_is_that_between_marks(monkeypatch):
 
         def record(self):
             self.at = clock[0]
+
+        def synchronize(self):
+            waited.append(self.at)
 
         def elapsed_time(self, end):
             return end.at - self.at
@@ -142,8 +155,8 @@ def test_the_time_of_a_run_is_that_between_marks(monkeypatch):
         clock[0] += (len(runs) + 6) // tuning.RUNS  # 0 for the first, which compiles
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert tuning.median_seconds(run) == pytest.approx(3e-3)
+    assert waited == [clock[0]]  # and for nothing else on the device
     assert len(runs) == 1 + tuning.ROUNDS * tuning.RUNS
 
 

@@ -1,0 +1,17 @@
+"""Trials of pfgm check by Triton's kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from pfgm.backends.trials import TRIALS, errors
+
+FAST = ["few points, 5 × 70 × 37", "bytes, 5 × 70 × 37", "ties and limits", "steps, 37"]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_trial_passes(device, name):
+    found = errors(name, "triton", device)
+    trial = TRIALS[name]
+    assert trial.applies("triton", device)
+    assert {each: error for each, error in found.items() if not error <= trial.allowed(each)} == {}
