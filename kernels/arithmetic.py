@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+EXCESS = tl.constexpr(127 * 2.0**-31)  # 255 times 1/255 as float32 has it, less 1
+
 
 @triton.jit
 def load_references(pointers, mask, dtype: tl.constexpr):
@@ -16,6 +18,22 @@ def load_references(pointers, mask, dtype: tl.constexpr):
     else:
         floating = values.to(dtype)
     return floating
+
+
+@triton.jit
+def centered_references(pointers, mask, scale, center):
+    """References times a power of two, minus the centre times it; rounded once.
+
+    The unit 1/255 of bytes is that of float32, so that they are (1 + EXCESS) times too large.
+    """
+    values = tl.load(pointers, mask=mask, other=0)
+    unit = scale
+    if values.dtype == tl.uint8:
+        whole = tl.where(mask, 2.0 * values.to(tl.float32) - 255.0, 0.0)
+        unit *= 1.0 / 255.0
+    else:
+        whole = values.to(tl.float32)
+    return tl.fma(whole, tl.broadcast_to(unit, whole.shape), tl.broadcast_to(-center, whole.shape))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .arithmetic import load_references, scale_to
+from .arithmetic import EXCESS, load_references, scale_to
 from .launching import Launcher
 from .memory import Step
 from .problem import cdiv, padded
@@ -49,6 +49,15 @@ def find_center(y, center, spread, M, N, y_stride, width, portion):
 
 
 @triton.jit
+def centered(a, c, BYTES: tl.constexpr):
+    """Queries minus the centre, of references that ``centered_references`` finds."""
+    difference = a - c
+    if BYTES:
+        difference += EXCESS * a
+    return difference
+
+
+@triton.jit
 def split_rows(
     x,
     center,
@@ -64,14 +73,15 @@ def split_rows(
     width,
     programs,
     CENTERED: tl.constexpr,
+    BYTES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Two float16 parts, high + low, of a row of queries times a power of two.
 
-    Rows are centred if CENTERED. units[row] turns a product with scaled references into x·y,
-    ``scale`` is the power of two of the references, scaled_center the centre times that, and
-    norms[row] = |x − center|².
+    Rows are centred if CENTERED; BYTES says that references are. units[row] turns a product with
+    scaled references into x·y, ``scale`` is the power of two of the references, scaled_center the
+    centre times that, and norms[row] = |x − center|².
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PROGRAMS)
@@ -84,7 +94,7 @@ def split_rows(
         feature = start + tl.arange(0, BLOCK)
         a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
         if CENTERED:
-            a -= tl.load(center + feature, mask=feature < N, other=0.0)
+            a = centered(a, tl.load(center + feature, mask=feature < N, other=0.0), BYTES)
         norm += a.to(tl.float64) * a.to(tl.float64)
         largest = tl.maximum(largest, tl.abs(a))
     of_x = scale_to(tl.max(largest, 0), QUERY_POWER)
@@ -94,7 +104,7 @@ def split_rows(
         if CENTERED:
             c = tl.load(center + feature, mask=feature < N, other=0.0)
             tl.store(scaled_center + feature, c * of_y, mask=feature < tl.where(row == 0, width, 0))
-            a -= c
+            a = centered(a, c, BYTES)
         a *= of_x
         h = a.to(tl.float16)
         tl.store(high + row * width + feature, h, mask=feature < width)
@@ -124,7 +134,7 @@ def memory(rows: int, N: int, project: bool) -> dict[str, int]:
 
 
 def steps(
-    rows: int, M: int, N: int, x_stride: int, y_stride: int, project: bool
+    rows: int, M: int, N: int, x_stride: int, y_stride: int, project: bool, of_bytes: bool
 ) -> tuple[Step, ...]:
     """How a block of queries is centred, and with ``project`` how G is split (B, N), contiguous."""
     width = padded(N)
@@ -134,7 +144,7 @@ def steps(
     found = [Step(center, ("references", "center", "spread"))]
     for prefix, rows_of, stride in (("", "x", x_stride), ("upstream_", "upstream", N)):
         if rows_of == "x" or project:
-            flags = rows_of == "x", CENTER_PROGRAMS
+            flags = rows_of == "x", rows_of == "x" and of_bytes, CENTER_PROGRAMS
             split = _split_rows((rows, 1, 1), (N, stride, width, programs), (), flags, SPLIT)
             parts = f"{prefix}high", f"{prefix}low", "norms", f"{prefix}units"
             read = rows_of, "center", "spread"
@@ -145,7 +155,8 @@ def steps(
 def variants() -> list[Variant]:
     """Every type of references, and rows that are centred or not."""
     found = [variant(find_center, {}, dtype, wide_loads=False) for dtype in REFERENCES]
-    for centered in (False, True):
-        constants: dict[str, Any] = {"CENTERED": centered, "PROGRAMS": CENTER_PROGRAMS}
+    for centers, of_bytes in ((False, False), (True, False), (True, True)):
+        constants: dict[str, Any] = {"CENTERED": centers, "BYTES": of_bytes}
+        constants["PROGRAMS"] = CENTER_PROGRAMS
         found.append(variant(split_rows, constants | SPLIT.options))
     return found

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import centering
-from .arithmetic import add_compensated, load_references
+from .arithmetic import add_compensated, centered_references, load_references
 from .launching import KEPT, Launcher
 from .memory import NOTHING, Layout, Space, Step
 from .problem import Errors, Problem, Shape, cdiv, padded, part
@@ -120,9 +120,8 @@ def distances(
     for k in range(0, N, PANEL):
         feature = k + tl.arange(0, PANEL)
         known = (column < M)[:, None] & (feature < N)[None, :]
-        b = load_references(y_rows + feature[None, :], known, tl.float32)
         c = tl.load(scaled_center + feature, mask=feature < x_stride, other=0.0)
-        b = b * of_y - c[None, :]
+        b = centered_references(y_rows + feature[None, :], known, of_y, c[None, :])
         square, square_lost = add_compensated(square, square_lost, tl.sum(b * b, 1))
         b_high = b.to(tl.float16)
         b_low = (b - b_high.to(tl.float32)).to(tl.float16)
@@ -281,7 +280,8 @@ def centering_steps(block: Block) -> tuple[Step, ...]:
         return ()
     strides = block.x_stride, block.y_stride
     project = block.shape.project
-    return centering.steps(block.rows, block.references, block.N, *strides, project)
+    of_bytes = block.shape.references == torch.uint8
+    return centering.steps(block.rows, block.references, block.N, *strides, project, of_bytes)
 
 
 class Steps(NamedTuple):

@@ -40,7 +40,7 @@ from .problem import (
     part,
     power_of_two,
 )
-from .refinement import MAX_REGISTERS, two_floats
+from .refinement import MAX_REGISTERS, exact_difference
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
@@ -122,8 +122,8 @@ def sum_of_differences(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Σ_j w_j (a − y_j) of one query, whose row of weights begins at ``weights``. Only tiles with a
-    weight are read."""
+    """Σ_j w_j (a − y_j) of one query, whose row of weights begins at ``weights``. ``live`` says how
+    many of each SIZE of them are not zero. Only tiles with a weight are read."""
     total = tl.zeros_like(a)
     index = tl.arange(0, SIZE)
     for piece in range(0, pieces):
@@ -137,10 +137,20 @@ def sum_of_differences(
                 w = tl.load(weights + j, mask=j < M, other=0.0)
                 mask = (w != 0.0)[:, None] & (feature < N)[None, :]
                 place = y + j.to(tl.int64)[:, None] * y_stride + feature[None, :]
-                high, low = two_floats(place, mask)
-                total += tl.sum(tl.where(mask, w[:, None] * (a[None, :] - high - low), 0.0), 0)
+                apart, _ = exact_difference(a[None, :], place, mask)
+                total += tl.sum(tl.where(mask, w[:, None] * apart, 0.0), 0)
                 first = tl.min(tl.where(has & (index >= tile + TILE), index, SIZE), 0)
     return total
+
+
+@triton.jit
+def has_digits(value, a, reach, size):
+    """Whether sums over references leave enough digits of ``value``, a sum of differences w_j
+    (a − y_j). Their errors are relative to the ``size`` of the w_j and to that of what is summed,
+    which is about |a| and √reach, the distance at which weights become small."""
+    unit = 1.0 / tl.sqrt(reach).to(tl.float32)
+    apart = value * (unit / size)
+    return tl.sum(apart * apart, 0) >= ENOUGH * (1.0 + tl.sum((a * unit) * (a * unit), 0))
 
 
 @triton.jit(do_not_specialize=["M", "pieces"])
@@ -201,14 +211,11 @@ def merge(
         before *= carried.to(tl.float32) / weight
     if DIFFERENCE:
         a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
-        value = tl.sum(of_pieces, 0) / weight * a - value
-        # Sums over references lose digits of a difference that is small beside the size of these,
-        # which is about |x| and the distance at which weights become small.
+        share = tl.sum(of_pieces, 0) / weight
+        value = share * a - value
         r = tl.load(radius + row)
-        unit = 1.0 / tl.sqrt(tl.load(closest + row) + r * r / exponent).to(tl.float32)
-        apart = (before + value) * unit
-        size = 1.0 + tl.sum((a * unit) * (a * unit), 0)
-        if (tl.sum(apart * apart, 0) >= ENOUGH * size) == 0:  # also if a number is out of range
+        reach = tl.load(closest + row) + r * r / exponent
+        if has_digits(before + value, a, reach, share) == 0:  # also if a number is out of range
             of_row = weights + row * pairs_stride
             value = sum_of_differences(
                 a, y, of_row, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
@@ -251,10 +258,12 @@ def sum_configs(shape: Shape) -> list[Config]:
 
 @functools.cache
 def merge_config(features: int) -> Config:
-    """Features for a program of ``merge``, and references whose differences it sums at a time."""
+    """Features for a program of ``merge``, and references whose differences it sums at a time. No
+    two warps have the same feature."""
     block = min(1024, max(16, power_of_two(features)))
-    sizes = {"BLOCK": block, "TILE": 2048 // block}
-    return Config(sizes, num_warps=8, maxnreg=MAX_REGISTERS)
+    warps = 8 if block >= 256 else 1
+    sizes = {"BLOCK": block, "TILE": 256 * warps // block}
+    return Config(sizes, num_warps=warps, maxnreg=MAX_REGISTERS)
 
 
 SUMS = Choice(sum_configs)

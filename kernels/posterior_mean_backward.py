@@ -13,17 +13,19 @@ nearest reference and e_j = d_j² − d²:
 
     moment = Σ_j p_j t_j e_j / s_j,   C = −(g − moment)                 D finite
     moment = Σ_j p_j t_j e_j / σ²,    C = −g                            D = ∞
-    ∂L/∂x  = F [C (x − mean) − Σ_j c_j (y_j − mean)]
+    ∂L/∂x  = F [Σ_j c_j (x − y_j) + (C − Σ_j c_j) (x − mean)], C − Σ c_j from rounding c_j
     ∂L/∂r  = r F C,   ∂L/∂σ = (g d²/σ² + moment)/σ
 
 ``pull`` computes Σ p_j G·y_j, which t_j needs, and ``find_coefficients`` the c_j. ``weighted_sum``
 of the forward pass sums c_j y_j, and ``merge_gradient`` turns the sum into ∂L/∂x.
-``reference_gradient`` sums over the queries. F is applied last, in float64, because it may be huge.
+``reference_gradient`` sums over the queries. Where such sums lose digits, because x is close to
+y_j, differences x − y_j are summed. F is applied last, in float64, because it may be huge.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -36,8 +38,16 @@ from .arithmetic import load_references
 from .distances import Block, Pairs, memory
 from .launching import KEPT, Launcher
 from .memory import Layout, Step
-from .posterior_mean import memory_of_sums, sum_of_references
+from .posterior_mean import (
+    ENOUGH,
+    has_digits,
+    memory_of_sums,
+    merge_config,
+    sum_of_differences,
+    sum_of_references,
+)
 from .problem import Problem, cdiv, input_precision, padded, part
+from .refinement import exact_difference
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 from .weights import relative_weight, score_rate, weight_cutoff
@@ -45,7 +55,6 @@ from .weights import relative_weight, score_rate, weight_cutoff
 GRADIENT_CUTOFF = 8.0  # nats below WEIGHT_CUTOFF, because (y_j − mean)²/s may be large
 PER_QUERY = Config({"BLOCK": 2048}, num_warps=8)  # for kernels that take a row of weights
 REFERENCE_GRADIENT = Config({"ROWS": 16, "TILE": 64, "FEATURES": 64}, num_warps=8)
-MERGE_GRADIENT = Config({"BLOCK": 1024})
 
 
 @triton.jit
@@ -119,11 +128,15 @@ def find_coefficients(
     probabilities,
     moment,
     summed,
+    of_chunk,
+    squares,
+    live,
     whole,
     unit,
     grad_radius,
     width,
     pairs_stride,
+    pieces,
     exponent: tl.float64,
     floor: tl.float64,
     FIRST: tl.constexpr,
@@ -131,7 +144,7 @@ def find_coefficients(
     BLOCK: tl.constexpr,
 ):
     """c_j and p_j of one query over the chunk, the moment and Σ c_j so far, and from them C, F and
-    ∂L/∂radius."""
+    ∂L/∂radius. Of the chunk alone Σ c_j, Σ c_j², and how many of each BLOCK are not zero."""
     row = tl.program_id(0).to(tl.int64)
     r, least, weights = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
     g = tl.load(grad_logsumexp + row)
@@ -140,6 +153,7 @@ def find_coefficients(
     center = tl.load(pulled + row) / tl.where(weight == 0.0, 1.0, weight)
     of_moment = tl.zeros([BLOCK], tl.float64)
     of_sum = tl.zeros([BLOCK], tl.float64)
+    of_squares = tl.zeros([BLOCK], tl.float64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         place = row * pairs_stride + column
@@ -158,9 +172,13 @@ def find_coefficients(
             of_moment += pt * (excess / s)
         rounded = c.to(tl.float32)
         of_sum += rounded.to(tl.float64)
+        of_squares += c * c
+        tl.store(live + row * pieces + start // BLOCK, tl.sum((rounded != 0.0).to(tl.int32), 0))
         tl.store(coefficients + place, rounded, mask=column < width)
         tl.store(probabilities + place, p.to(tl.float32), mask=column < width)
     so_far, of_c = tl.sum(of_moment, 0), tl.sum(of_sum, 0)
+    tl.store(of_chunk + row, of_c)
+    tl.store(squares + row, tl.sum(of_squares, 0))
     if not FIRST:
         so_far += tl.load(moment + row)
         of_c += tl.load(summed + row)
@@ -180,39 +198,65 @@ def find_coefficients(
     tl.store(grad_radius + row, tl.where(limit, 0.0, of_radius))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "pieces"])
 def merge_gradient(
     x,
+    y,
     mean,
+    coefficients,
+    live,
+    radius,
+    nearest,
     whole,
     unit,
     summed,
+    of_chunk,
+    squares,
     parts,
     grad_x,
     B,
+    M,
     N,
-    x_stride,
     stretches,
+    pieces,
+    x_stride,
+    y_stride,
+    pairs_stride,
+    exponent: tl.float64,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x."""
+    """Adds the chunk's Σ c_j (x − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. What c_j
+    lose where they are rounded counts as if it were at the mean."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.zeros([BLOCK], tl.float32)
+    a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+    before = tl.zeros([BLOCK], tl.float32)
     if not FIRST:
-        value += tl.load(grad_x + row * N + feature, mask=feature < N, other=0.0)
+        before += tl.load(grad_x + row * N + feature, mask=feature < N, other=0.0)
+    value = tl.zeros([BLOCK], tl.float32)
     source = parts + row * N + feature
     for _ in range(0, stretches):
         value += tl.load(source, mask=feature < N, other=0.0)
         source += B * N
+    of_c, r = tl.load(of_chunk + row), tl.load(radius + row)
+    value = of_c.to(tl.float32) * a - value
+    size = tl.sqrt(of_c * of_c + tl.load(squares + row)).to(tl.float32)
+    reach = tl.load(nearest + row) + r * r / exponent
+    if has_digits(before + value, a, reach, size) == 0:  # also if a number is out of range
+        of_row = coefficients + row * pairs_stride
+        value = sum_of_differences(
+            a, y, of_row, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
+        )
+    value += before
     if LAST:
-        point = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0).to(tl.float64)
-        center = tl.load(mean + row * N + feature, mask=feature < N, other=0.0).to(tl.float64)
-        apart = value.to(tl.float64) - tl.load(summed + row) * center
-        F = tl.load(unit + row)
-        gradient = F * (tl.load(whole + row) * (point - center) - apart)
+        center = tl.load(mean + row * N + feature, mask=feature < N, other=0.0)
+        apart = a.to(tl.float64) - center.to(tl.float64)
+        F, rest = tl.load(unit + row), tl.load(whole + row) - tl.load(summed + row)
+        gradient = F * (value.to(tl.float64) + rest * apart)
         gradient = tl.where(F == 0.0, 0.0, gradient)
         value = gradient.to(tl.float32)
     tl.store(grad_x + row * N + feature, value, mask=feature < N)
@@ -240,11 +284,15 @@ def reference_gradient(
     TILE: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Adds ∂L/∂y of TILE references over all queries of the block to that of earlier blocks."""
+    """Adds ∂L/∂y of TILE references over all queries of the block to that of earlier blocks.
+
+    Products with x and y lose digits where these are close. Then differences are summed."""
     feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     gradient = tl.zeros([TILE, FEATURES], tl.float32)
     of_c = tl.zeros([TILE, ROWS], tl.float32)
+    size = tl.zeros([TILE, ROWS], tl.float32)
+    largest = tl.zeros([TILE, ROWS], tl.float32)
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
@@ -261,9 +309,32 @@ def reference_gradient(
             gradient += 2.0 * tl.dot(tl.trans(0.5 * p), g, input_precision=PRECISION)
             gradient -= 2.0 * tl.dot(tl.trans(0.5 * c), a, input_precision=PRECISION)
             of_c += tl.trans(c)
+            size += tl.trans(tl.abs(c))
+            largest = tl.maximum(largest, tl.trans(tl.abs(c)))
     known = (column < M)[:, None] & (feature < N)
     y_rows = y + column.to(tl.int64)[:, None] * y_stride
-    gradient += tl.sum(of_c, 1)[:, None] * load_references(y_rows + feature, known, tl.float32)
+    b = load_references(y_rows + feature, known, tl.float32)
+    total = tl.sum(of_c, 1)
+    gradient += total[:, None] * b
+    # Sums of numbers of both signs have errors relative to the root of the sum of their squares.
+    of_c = tl.maximum(tl.abs(total), tl.sqrt(tl.sum(size, 1)) * tl.sqrt(tl.max(largest, 1)))
+    scaled = of_c[:, None] * b
+    again = (tl.sum(gradient * gradient, 1) >= ENOUGH * tl.sum(scaled * scaled, 1)) == 0
+    if tl.max(again.to(tl.int32), 0) > 0:
+        exact = tl.zeros([TILE, FEATURES], tl.float32)
+        for query in range(0, B):
+            row = query.to(tl.int64)  # type: ignore[attr-defined]
+            place = row * pairs_stride + column
+            p = tl.load(probabilities + place, mask=column < width, other=0.0)
+            if tl.max((p != 0.0).to(tl.int32), 0) > 0:
+                c = tl.load(coefficients + place, mask=column < width, other=0.0)
+                F = tl.load(unit + query)
+                c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * F).to(tl.float32)
+                a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+                g = tl.load(upstream + row * N + feature, mask=feature < N, other=0.0)
+                apart, _ = exact_difference(a, y_rows + feature, known)
+                exact += p[:, None] * g - c[:, None] * apart
+        gradient = tl.where(again[:, None], exact, gradient)
     out = grad_references + column.to(tl.int64)[:, None] * N + feature
     if not FIRST:
         gradient += tl.load(out, mask=known, other=0.0)
@@ -281,8 +352,14 @@ def layout(block: Block) -> Layout:
     """The temporary tensors of the backward pass."""
     pairs, rows = block.rows * block.pairs_stride, block.rows
     own = dict.fromkeys(("pulled", "mass", "moment", "summed", "whole", "unit"), rows)
-    own |= {"coefficients": pairs, "probabilities": pairs}
+    own |= dict.fromkeys(("of_chunk", "squares"), rows)
+    own |= {"coefficients": pairs, "probabilities": pairs, "live": rows * pieces_of(block.chunk)}
     return Layout(memory(block) | memory_of_sums(block) | own)
+
+
+def pieces_of(references: int) -> int:
+    """Of the references of a chunk, whose coefficients that are not zero are counted."""
+    return cdiv(padded(references), PER_QUERY["BLOCK"])
 
 
 class Gradients:
@@ -319,29 +396,36 @@ class Gradients:
         self.space.run(Step(launch, (*state, "squared", "projected", "pulled", "mass")))
 
     def _coefficients(self, chunk: slice) -> None:
+        M = chunk.stop - chunk.start
         launch = _find_coefficients(
             (self.block.rows, 1, 1),
-            (padded(chunk.stop - chunk.start), self.block.pairs_stride),
+            (padded(M), self.block.pairs_stride, pieces_of(M)),
             (self.block.exponent, self.floor),
             (chunk.start == 0, self.block.gaussian),
             PER_QUERY,
         )
         read = ("radius", "nearest", "total", "grad_logsumexp", "pulled", "mass", "squared")
-        written = ("coefficients", "probabilities", "moment", "summed", "whole", "unit")
-        self.space.run(Step(launch, (*read, "projected", *written, "grad_radius")))
+        written = ("coefficients", "probabilities", "moment", "summed", "of_chunk", "squares")
+        totals = ("live", "whole", "unit", "grad_radius")
+        self.space.run(Step(launch, (*read, "projected", *written, *totals)))
 
     def _merge(self, chunk: slice) -> None:
         block, N = self.block, self.block.N
         M = chunk.stop - chunk.start
         stretches = sum_of_references(self.pairs, M, "coefficients", ordered=False)
+        config = merge_config(N)
         launch = _merge_gradient(
-            (block.rows, cdiv(N, MERGE_GRADIENT["BLOCK"]), 1),
-            (block.rows, N, block.x_stride, stretches),
-            (),
-            (chunk.start == 0, chunk.stop == block.references),
-            MERGE_GRADIENT,
+            (block.rows, cdiv(N, config["BLOCK"]), 1),
+            (
+                *(block.rows, M, N, stretches, pieces_of(M)),
+                *(block.x_stride, block.y_stride, block.pairs_stride),
+            ),
+            (block.exponent,),
+            (chunk.start == 0, chunk.stop == block.references, PER_QUERY["BLOCK"]),
+            config,
         )
-        names = ("x", "mean", "whole", "unit", "summed", "parts", "grad_x")
+        of_row = ("radius", "nearest", "whole", "unit", "summed", "of_chunk", "squares")
+        names = ("x", "y", "mean", "coefficients", "live", *of_row, "parts", "grad_x")
         self.space.run(Step(launch, names))
 
     def _reference_gradient(self, chunk: slice, first_block: bool) -> None:
@@ -400,10 +484,11 @@ def variants() -> list[Variant]:
         constants: dict[str, Any] = {"FIRST": first, "GAUSSIAN": first}
         constants |= PER_QUERY.options
         found += [variant(kernel, constants) for kernel in (pull, find_coefficients)]
-        for last in (False, True):
-            constants = {"FIRST": first, "LAST": last} | MERGE_GRADIENT.options
-            found.append(variant(merge_gradient, constants))
     for dtype in REFERENCES:
+        for first, features in itertools.product((False, True), (16, 1024)):
+            constants = {"FIRST": first, "LAST": not first, "SIZE": PER_QUERY["BLOCK"]}
+            constants |= merge_config(features).options
+            found.append(variant(merge_gradient, constants, dtype))
         constants = {"FIRST": False, "PRECISION": input_precision("high")}
         constants |= REFERENCE_GRADIENT.options
         found.append(variant(reference_gradient, constants, dtype, products=True))

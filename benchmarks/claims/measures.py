@@ -11,21 +11,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from benchmarks.claims.presets import Preset
 from pfgm import metrics
-from pfgm.common.files import write_atomic
 from pfgm.data import to_unit
 from pfgm.datasets import open_data
 from pfgm.evaluation import evenly_spaced
 
 __all__ = [
     "FIGURES",
-    "Classifier",
     "Data",
     "accuracy",
     "classifier_path",
@@ -72,41 +67,6 @@ def data_of(preset: Preset) -> Data:
     )
 
 
-class Classifier(nn.Module):
-    """Three convolutions and a hidden layer, whose outputs are the features."""
-
-    def __init__(self, channels: int, classes: int, features: int = 32) -> None:
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-        )
-        self.hidden = nn.Linear(256, features)
-        self.last = nn.Linear(features, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, features)."""
-        return F.relu(self.hidden(self.convolutions(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to logits (B, classes)."""
-        logits: Tensor = self.last(self.features(x))
-        return logits
-
-
-def _classifier(preset: Preset) -> Classifier:
-    data = data_of(preset)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Classifier(data.train.shape[1], int(data.train_labels.max()) + 1)
-
-
 def classifier_path(folder: Path) -> Path:
     """The file of the classifier's weights."""
     return folder / "classifier.safetensors"
@@ -114,35 +74,27 @@ def classifier_path(folder: Path) -> Path:
 
 def train_classifier(preset: Preset, folder: Path) -> None:
     """Trains the classifier on the real training data."""
-    data, classifier = data_of(preset), _classifier(preset).to(preset.device)
-    optimiser = torch.optim.Adam(classifier.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(preset.classifier_epochs):
-        for rows in torch.randperm(len(data.train), generator=generator).split(64):
-            logits = classifier(data.train[rows].to(preset.device))
-            loss = F.cross_entropy(logits, data.train_labels[rows].to(preset.device))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    content = safetensors.torch.save(classifier.cpu().state_dict())
-    write_atomic(classifier_path(folder), lambda file: file.write(content))
+    data = data_of(preset)
+    classifier = metrics.train_classifier(
+        data.train,
+        data.train_labels,
+        epochs=preset.classifier_epochs,
+        decay=False,  # as for the figures that are stored
+        device=preset.device,
+    )
+    metrics.save_classifier(classifier_path(folder), classifier)
 
 
 @lru_cache
-def load_classifier(preset: Preset, folder: Path) -> Classifier:
+def load_classifier(preset: Preset, folder: Path) -> metrics.Classifier:
     """The classifier, on the preset's device."""
-    classifier = _classifier(preset)
-    classifier.load_state_dict(safetensors.torch.load_file(classifier_path(folder)))
-    return classifier.to(preset.device).eval()
+    return metrics.load_classifier(classifier_path(folder), device=preset.device)
 
 
-@torch.no_grad()
 def accuracy(preset: Preset, folder: Path) -> float:
     """Share of the held-out data that the classifier labels correctly."""
     data = data_of(preset)
-    classifier = load_classifier(preset, folder)
-    parts = [classifier(part.to(preset.device)).argmax(1) for part in data.held_out.split(500)]
-    return float((torch.cat(parts).cpu() == data.held_out_labels).float().mean())
+    return load_classifier(preset, folder).accuracy(data.held_out, data.held_out_labels)
 
 
 class _Real(NamedTuple):
@@ -157,12 +109,8 @@ def _real(preset: Preset, folder: Path, space: str) -> _Real:
     return _Real(rows, metrics.neighbour_distances(rows, 3))
 
 
-@torch.no_grad()
 def _in_space(rows: Tensor, preset: Preset, folder: Path, space: str) -> Tensor:
-    if space == "pixels":
-        return rows
-    classifier = load_classifier(preset, folder)
-    return torch.cat([classifier.features(part) for part in rows.split(500)])
+    return rows if space == "pixels" else load_classifier(preset, folder).rows(rows)
 
 
 def figures_of(samples: Tensor, preset: Preset, folder: Path) -> dict[str, float]:

@@ -93,9 +93,10 @@ INTENTS = {
     r"(weighted_sum|reference_gradient)<.*": Intent(2, ".TF32", copies=True),
     r"(ode_step|normalised_field)_kernel<4, .*": Intent(1, wide=True),
     r"(ode_step|normalised_field)_kernel<1, .*": Intent(1),
-    r"(find_center|find_limits|refine|list_references|merge|merge_difference)(<.*)?": Intent(2),
-    r"(pull|find_coefficients|split_rows|order_queries|finish_moments)(<.*)?": Intent(2),
-    r"merge_gradient|expand_level|find_step_levels": Intent(2),
+    r"(find_center|find_limits|refine|list_references|order_queries)(<.*)?": Intent(2),
+    r"(pull|find_coefficients|split_rows|finish_moments)(<.*)?": Intent(2),
+    r"merge(_difference|_gradient)?(<.*)?": Intent(2),
+    r"expand_level|find_step_levels": Intent(2),
 }
 
 

@@ -45,15 +45,6 @@ def nvidia_smi(field: str) -> str:
     return done.stdout.strip().split("\n")[0].strip()
 
 
-def architecture(capability: str) -> str:
-    """CMake's name of the architecture of one device. "" keeps the architectures of
-    CMakeLists.txt."""
-    digits = capability.replace(".", "")
-    if not digits.isdigit():
-        return ""
-    return "90a-real" if digits == "90" else f"{digits}-real"
-
-
 def setup_command(folder: Path) -> list[str]:
     """The command that builds the package into folder/lib."""
     build = ["build", "--build-base", str(folder), "--build-lib", str(folder / "lib")]
@@ -68,10 +59,9 @@ def assemble(folder: Path) -> Path:
 
 
 def assemble_with_cuda(folder: Path, nvcc: str, log: Path, limit: float) -> tuple[Path, int]:
-    """Builds the package with its extension and CUDA kernels; returns its folder and the status."""
+    """Builds the package with its extension and CUDA kernels for the GPUs of this machine; returns
+    its folder and the status."""
     environment = {**os.environ, "PFGM_NATIVE": "1", "PFGM_CUDA": "1", "CUDACXX": nvcc}
-    if found := architecture(nvidia_smi("compute_cap")):
-        environment["CMAKE_CUDA_ARCHITECTURES"] = found
     status = run_logged(setup_command(folder), log, environment, limit, ROOT)
     return folder / "lib", status
 

@@ -24,7 +24,7 @@ constexpr Index kFewReferences = 64;           // up to this many are a list rat
 constexpr Index kSumSegment = 1024;            // references summed in float32 before float64
 
 // Whether the kernels for few features take the problem. Few queries leave too few blocks
-// for the threads, which share the references instead (posterior_mean.cpp).
+// for the threads, which share the references instead (cpu/blocks.h).
 template <class T>
 bool is_dense(const Problem& problem) {
   return std::is_same_v<T, float> && problem.features < kListedFeatures &&

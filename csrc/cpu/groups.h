@@ -14,6 +14,9 @@ constexpr Index kBatch = 512;  // references that a weighted sum packs at a time
 constexpr Index kSegment = 128;
 constexpr Index kMaxSegments = kChunk / kBatch * (kBatch / kSegment);  // in a chunk
 
+// Whether a reference with this weight counts.
+constexpr auto counts = [](double weight) { return weight != 0; };
+
 // The references that count for a group of rows. index[i] counts from the first of the chunk.
 // weights[i] holds one weight per row, divided by the `scale` of the row, a bound of Σ |weight|.
 // Unscaled weights of the backward pass may exceed float32, and a sum over many large references

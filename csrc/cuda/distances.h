@@ -281,7 +281,8 @@ __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float*
       }
     } else {
       load8(rows[e] + 8 * lane.t, known - 8 * lane.t, v);
-      for (int k = 0; k < 8; ++k) v[k] = v[k] * scale - c[k];
+      // Rounded once: a byte's product with the scale is not exact.
+      for (int k = 0; k < 8; ++k) v[k] = fmaf(v[k], scale, -c[k]);
     }
     squares[e] = 0;
     if constexpr (!kRounded<R>)

@@ -40,6 +40,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return multiprocessors_of(device_); }
+  int major() const { return attribute_of<cudaDevAttrComputeCapabilityMajor>(device_); }
   int l2_cache() const { return attribute_of<cudaDevAttrL2CacheSize>(device_); }  // bytes
   // See architecture_of.
   template <class... Parameters>

@@ -103,7 +103,7 @@ class Calculation {
         features_(static_cast<int>(problem.features)),
         law_(weight_law(problem, !partition_.few, kRounded<R> && !partition_.few,
                         is_asynchronous() && !kRounded<R> && !partition_.few,
-                        backward || kept.bytes > 0)) {
+                        backward || kept.bytes > 0, stream.major() < 9 ? kEarlierBias : kBias)) {
     const Index queries = partition_.queries, pairs = queries * partition_.stride;
     const Index tiles = divide_up(partition_.references, kTileReferences);
     const Index gathered = round_up(queries, most_rows()) * partition_.stride;
@@ -167,7 +167,8 @@ class Calculation {
     }
     probability_ = arena_.take<float>(pairs);
     scaled_ = arena_.take<float>(pairs);
-    for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum})
+    for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum,
+                          &moments_.of_chunk, &moments_.squares})
       *each = arena_.take<double>(queries * pieces);
     for (double** each : {&moments_.total, &moments_.exact_sum, &moments_.unit, &spare_})
       *each = arena_.take<double>(queries);
@@ -552,9 +553,11 @@ class Calculation {
     if (io.grad_x) {
       const Index at = first_ * problem_.features;
       sum<false>(first_chunk, 1);
-      run("merge_gradient", {queries(), divide_up(features_, kMergeThreads)}, kMergeThreads, 0,
-          merge_gradient, static_cast<float*>(io.grad_x) + at, parts_, x(),
-          static_cast<const float*>(io.mean) + at, moments_, features_, first_chunk, last_chunk);
+      using T = Stored<R>;
+      run("merge_gradient", {queries(), divide_up(features_, kMergeFeatures)}, kMergeThreads,
+          sizeof(MergeMemory), merge_gradient<T>, law_, radius(), nearest, x(), y(),
+          static_cast<float*>(io.grad_x) + at, static_cast<const float*>(io.mean) + at, parts_,
+          weights_, partition_.stride, sums_, moments_, features_, first_chunk, last_chunk);
     }
     if (io.grad_y) {
       const Grid grid = {divide_up(features_, kSumFeatures), divide_up(references(), kSumRows)};

@@ -120,10 +120,11 @@ struct QueryLimit {
     // allows.
     const double one = law.tolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
-    const float of_score = fmaxf(1, score) * 0x1p-4f;
+    const float of_score = fmaxf(1, score) * static_cast<float>(kDigits);
     const double most = one * fminf(square_root(averaged), of_score);
     const auto matters = [&](double v) { return v > most || near == INFINITY; };
-    if (!matters(error)) return -1;
+    if (!matters(error))  // The smallest distance is a result itself.
+      return error > law.tolerance * kDigits * base ? base + bound : -1;
     const double allowed = one * fminf(1, of_score);
     float nats = law.others + logarithm_of_ratio(biased, allowed);
     if (PRODUCTS && law.added > 0) {
@@ -347,7 +348,7 @@ __device__ inline TwoFloats two_floats(const R* from) {
 }
 __device__ inline TwoFloats two_floats(const std::uint8_t* from) {
   const float whole = static_cast<float>(2 * static_cast<int>(*from) - 255);
-  const float high = whole * (1 / 255.0f);
+  const float high = rounded_product(whole, 1 / 255.0f);  // the same wherever it is used
   // The remainder in products of few digits, which are exact without a fused operation.
   const float front = float_of(bits_of(high) & 0xfffff000u);
   return {high, ((whole - front * 255) - (high - front) * 255) * (1 / 255.0f)};

@@ -12,11 +12,15 @@ namespace {
 constexpr double kNear = 20, kRoundedNear = 10;
 // nats: weights that are smaller than one by log M and so much count e^-kOthers of it together.
 constexpr double kOthers = 2;
-// How much less the sum over a panel is through the cuts of matrix units, relative to it. Models of
-// the units of sm_80, sm_89 and sm_90 (tests/ptx) have up to so much.
-constexpr double kBias = 0x1p-24;
-// Relative error of a weight that needs no refinement.
-constexpr double kTolerance = 1.5e-4, kRoundedTolerance = 2e-2;
+// How much larger distances are through the cuts of matrix units, relative to 2|x||y| + |y|², where
+// x is close to y. With the units of the executor (tests/ptx) products over 256 and 3072 features
+// are 2^-24 of them too small, up to 1.9·2^-24 if most of them is in one panel. Before sm_90 units
+// add up half of the terms at a time and keep a digit less: there it is 2.2·2^-24 and 4.4·2^-24. A
+// product counts twice, of three.
+constexpr double kBias = 0x1.4p-24, kEarlierBias = 0x1.8p-23;
+// Relative error of a weight that needs no refinement. That of the smallest distance and of scores
+// is kDigits of it.
+constexpr double kTolerance = 1.5e-4, kRoundedTolerance = 2e-2, kDigits = 0x1p-4;
 
 // How much a squared distance exceeds that of the nearest reference, times a rate. On GeForce cards
 // float64 runs at 1/64 of the rate of float32. So the difference is taken of two floats, which the
@@ -141,9 +145,9 @@ struct WeightLaw {
 
 // `products` says whether distances are computed from products instead of differences, `rounded`
 // whether of values rounded to float16, `in_one_float` whether one float adds up several panels of
-// others, and `gradient` whether a gradient may take them.
+// others, and `gradient` whether a gradient may take them. `bias` is that of the matrix units.
 WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool in_one_float,
-                     bool gradient) {
+                     bool gradient, double bias) {
   const bool gaussian = std::isinf(problem.dimensions);
   const double features = static_cast<double>(problem.features);
   const double exponent = gaussian ? 0.5 : (features + problem.dimensions) / 2;
@@ -152,7 +156,7 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool i
   // addend of an instruction toward zero, which is a bias that does not.
   const double root = std::sqrt(std::fmax(1.0, features / kPanel));  // of the number of panels
   // Products of rounded values are added up in one float.
-  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + kBias;
+  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + bias;
   // If kAddedPanels panels of others are, each addition rounds a sum that may be nearly the whole
   // one, if few features hold most of it.
   const double added = in_one_float ? 0x3p-27 : 0;

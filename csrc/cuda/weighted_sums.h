@@ -51,6 +51,7 @@ struct GradientMemory {
   float weights[kStages][kPanel * (kSumRows + 8)];
   Place listed[kPanel * kPartPanels];
   int scratch[kSumThreads / 32];
+  float2 squares[kSumThreads / 32][kSumRows];  // of results, and of what is summed
 };
 static_assert(sizeof(GradientMemory) <= kSharedLimit, "a block fits everywhere");
 
@@ -284,10 +285,10 @@ __global__ void __launch_bounds__(kMergeThreads)
   store_values(mean + at, sum);
 }
 
-// Features of a thread and of a block of merge_difference. The thread's lie kMergeThreads apart.
+// Features of a thread and of a block that sums differences. The thread's lie kMergeThreads apart.
 constexpr int kHeldFeatures = 4, kMergeFeatures = kHeldFeatures * kMergeThreads;
-// From this (x − mean)² on, relative to the size of what is summed, sums over references leave
-// enough digits of it.
+// From this square of a sum of differences on, relative to the size of what is summed, sums over
+// references leave enough digits of it.
 constexpr float kEnough = 0x1p-6f;
 
 struct MergeMemory {
@@ -297,41 +298,73 @@ struct MergeMemory {
   int before[kMergeThreads / 32];
 };
 
-// value[k] = Σ_j w_j (x_i − y_ji) over the chunk, i = k·kMergeThreads + thread < features. `x` and
-// the rows of `y` begin at the first of these features, `weights` at those of the query, which are
-// words of both_halves if `halves`, and `counts` at how many of each `size` of them are not zero.
-// If there are few features, threads share out the references.
+// The features from the first one of a block on, of a query and of a chunk of references, and their
+// weights, which are words of both_halves if `halves`. `counts` says how many of each `size` of
+// them are not zero.
 template <class R>
-__device__ inline void sum_differences(MergeMemory& shared, const float* x, const Rows<R>& y,
-                                       int features, const ChunkWeights& weights, bool halves,
-                                       const int* counts, int size, float (&value)[kHeldFeatures]) {
+struct QueryChunk {
+  const float* x;
+  Rows<R> y;
+  ChunkWeights weights;
+  bool halves;
+  const int* counts;
+  int size, feature0, left;  // features from the first one on
+
+  __device__ QueryChunk(const Rows<float>& points, const Rows<R>& references,
+                        const ChunkWeights& all, Index stride, bool halves, const PieceSums& sums,
+                        int features)
+      : y(references), weights(all), halves(halves), size(sums.size) {
+    const Index query = blockIdx.x;
+    feature0 = static_cast<int>(blockIdx.y) * kMergeFeatures, left = features - feature0;
+    x = points.row(query) + feature0, y.at += feature0;
+    weights.weight += query * stride, weights.live += query * (stride / 32);
+    counts = sums.live + query * sums.pieces;
+  }
+
+  // Calls body(k, feature) for the features of the thread.
+  template <class Body>
+  __device__ void each_feature(const Body& body) const {
+#pragma unroll
+    for (int k = 0; k < kHeldFeatures; ++k) {
+      const int feature = k * kMergeThreads + static_cast<int>(threadIdx.x);
+      if (feature < left) body(k, feature);
+    }
+  }
+};
+
+// value[k] = Σ_j w_j (x_i − y_ji) over the chunk, i = k·kMergeThreads + thread. If there are few
+// features, threads share out the references.
+template <class R>
+__device__ inline void sum_differences(MergeMemory& shared, const QueryChunk<R>& chunk,
+                                       float (&value)[kHeldFeatures]) {
   const int thread = static_cast<int>(threadIdx.x);
   int width = 1;  // threads with features of their own
-  while (width < features && width < kMergeThreads) width *= 2;
+  while (width < chunk.left && width < kMergeThreads) width *= 2;
   const int first_feature = thread % width;
   const auto each_feature = [&](const auto& body) {
 #pragma unroll
     for (int k = 0; k < kHeldFeatures; ++k) {
       const int feature = k * kMergeThreads + first_feature;
-      if (feature < features) body(k, feature);
+      if (feature < chunk.left) body(k, feature);
     }
   };
   float point[kHeldFeatures];
-  each_feature([&](int k, int feature) { point[k] = x[feature]; });
+  each_feature([&](int k, int feature) { point[k] = chunk.x[feature]; });
   for (float& v : value) v = 0;
 #pragma unroll 1
-  for (int start = 0; start < y.count; start += kPiece) {
-    if (counts[start / size] == 0) continue;
-    const int words = static_cast<int>(divide_up(smaller(kPiece, y.count - start), 32));
-    const int count = list<kMergeThreads>(shared.listed, shared.before, words,
-                                          [&](int w) { return weights.live[start / 32 + w]; });
+  for (int start = 0; start < chunk.y.count; start += kPiece) {
+    if (chunk.counts[start / chunk.size] == 0) continue;
+    const int words = static_cast<int>(divide_up(smaller(kPiece, chunk.y.count - start), 32));
+    const int count = list<kMergeThreads>(shared.listed, shared.before, words, [&](int w) {
+      return chunk.weights.live[start / 32 + w];
+    });
     float sum[kHeldFeatures] = {};
 #pragma unroll 4
     for (int i = thread / width; i < count; i += kMergeThreads / width) {
       const int j = start + shared.listed[i];
-      const std::uint32_t word = bits_of(weights.weight[j]);
-      const float w = halves ? half_of_word(word, 0) + half_of_word(word, 1) : float_of(word);
-      const R* const row = y.row(j);
+      const std::uint32_t word = bits_of(chunk.weights.weight[j]);
+      const float w = chunk.halves ? half_of_word(word, 0) + half_of_word(word, 1) : float_of(word);
+      const R* const row = chunk.y.row(j);
       each_feature([&](int k, int feature) {
         const TwoFloats of_y = two_floats(row + feature);
         sum[k] += w * ((point[k] - of_y.high) - of_y.low);
@@ -348,79 +381,108 @@ __device__ inline void sum_differences(MergeMemory& shared, const float* x, cons
   }
 }
 
-// The running x − mean, like the mean in `merge`. Sums over references lose digits of a difference
-// that is small beside the size of these, which is about |x| and the distance at which weights
-// become small. Then the block sums differences. `unit` turns the stored weights into those of
+// The weights w_j that a sum of differences has of a chunk.
+struct DifferenceWeights {
+  float sum;        // Σ w_j
+  float size;       // of w_j, to which errors of sums over references are relative
+  float of_parts;   // w_j over the weights that parts.sums have
+  float of_stored;  // the same of those that are stored
+};
+
+// value[k] = Σ_j w_j (x_i − y_ji) of a query, computed by a block. Sums over references lose digits
+// where this and `before`, that of earlier chunks, are small beside the size of what is summed,
+// which is about |x| and `reach`, the distance at which weights become small, squared. Then the
+// block sums differences.
+template <class R>
+__device__ inline void find_differences(MergeMemory& shared, const QueryChunk<R>& chunk,
+                                        const Parts& parts, int features, double reach,
+                                        const DifferenceWeights& w,
+                                        const float (&before)[kHeldFeatures],
+                                        float (&value)[kHeldFeatures]) {
+  const float per_reach = reciprocal(static_cast<float>(square_root64(reach)));
+  const float per_size = reciprocal(w.size) * per_reach;
+  float apart = 0, size = 0;
+  for (float& v : value) v = 0;
+  chunk.each_feature([&](int k, int feature) {
+    float sum[1];
+    sum_parts(parts, blockIdx.x, chunk.feature0 + feature, features, sum);
+    value[k] = w.sum * chunk.x[feature] - w.of_parts * sum[0];
+    const float scaled = (before[k] + value[k]) * per_size, of_x = chunk.x[feature] * per_reach;
+    apart += scaled * scaled, size += of_x * of_x;
+  });
+  apart = over_block<kMergeThreads>(apart, shared.scratch, Sum());
+  size = over_block<kMergeThreads>(size, shared.scratch, Sum());
+  if (apart >= kEnough * (1 + size)) return;  // no, if a number is out of range
+  sum_differences(shared, chunk, value);
+  for (float& v : value) v *= w.of_stored;
+}
+
+// The running x − mean, like the mean in `merge`. `unit` turns the stored weights into those of
 // `sums`.
 template <class R>
 __global__ void __launch_bounds__(kMergeThreads, 4)
-    merge_difference(const WeightLaw law, const double* radius, const Rows<float> x, Rows<R> y,
-                     float* difference, const Parts parts, ChunkWeights chunk, Index stride,
-                     bool halves, float unit, const PieceSums sums, float divisor, int features,
-                     bool first_chunk, const QueryStates state) {
+    merge_difference(const WeightLaw law, const double* radius, const Rows<float> x,
+                     const Rows<R> y, float* difference, const Parts parts,
+                     const ChunkWeights weights, Index stride, bool halves, float unit,
+                     const PieceSums sums, float divisor, int features, bool first_chunk,
+                     const QueryStates state) {
   wait_for_earlier_launches();
   let_next_launch_start();
   auto& shared = *reinterpret_cast<MergeMemory*>(shared_memory());
   const Index query = blockIdx.x;
   const double r = radius[query];
-  const MergedWeights weights(law, r, sums, state);
-  const int feature0 = static_cast<int>(blockIdx.y) * kMergeFeatures, left = features - feature0;
-  const float* const point = x.row(query) + feature0;
-  float* const out = difference + query * features + feature0;
-  const double reach = sums.closest[query] + r * r * law.per_exponent;
-  const float per_reach = reciprocal(static_cast<float>(square_root64(reach)));
-  const float share = weights.own * weights.per_weight;
-  float before[kHeldFeatures] = {}, value[kHeldFeatures] = {}, apart = 0, size = 0;
-#pragma unroll
-  for (int k = 0; k < kHeldFeatures; ++k) {
-    const int feature = k * kMergeThreads + static_cast<int>(threadIdx.x);
-    if (feature >= left) continue;
-    float sum[1];
-    sum_parts(parts, query, feature0 + feature, features, sum);
-    if (!first_chunk) before[k] = weights.kept * weights.per_weight * out[feature];
-    value[k] = share * point[feature] - divisor * weights.per_weight * sum[0];
-    const float scaled = (before[k] + value[k]) * per_reach, of_x = point[feature] * per_reach;
-    apart += scaled * scaled, size += of_x * of_x;
-  }
-  apart = over_block<kMergeThreads>(apart, shared.scratch, Sum());
-  size = over_block<kMergeThreads>(size, shared.scratch, Sum());
-  if (!(apart >= kEnough * (1 + size))) {  // also if a number is out of range
-    chunk.weight += query * stride, chunk.live += query * (stride / 32), y.at += feature0;
-    sum_differences(shared, point, y, left, chunk, halves, sums.live + query * sums.pieces,
-                    sums.size, value);
-    for (float& v : value) v *= unit * weights.per_weight;
-  }
-#pragma unroll
-  for (int k = 0; k < kHeldFeatures; ++k) {
-    const int feature = k * kMergeThreads + static_cast<int>(threadIdx.x);
-    if (feature < left) out[feature] = before[k] + value[k];
-  }
+  const MergedWeights merged(law, r, sums, state);
+  const QueryChunk<R> chunk(x, y, weights, stride, halves, sums, features);
+  float* const out = difference + query * features + chunk.feature0;
+  const float share = merged.own * merged.per_weight;
+  float before[kHeldFeatures] = {}, value[kHeldFeatures];
+  if (!first_chunk)
+    chunk.each_feature(
+        [&](int k, int feature) { before[k] = merged.kept * merged.per_weight * out[feature]; });
+  find_differences(shared, chunk, parts, features, sums.closest[query] + r * r * law.per_exponent,
+                   {share, share, divisor * merged.per_weight, unit * merged.per_weight}, before,
+                   value);
+  chunk.each_feature([&](int k, int feature) { out[feature] = before[k] + value[k]; });
 }
 
-// Adds the chunk's Σ c_j y_j to grad_x. The last chunk turns the sum into ∂L/∂x.
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_gradient(float* grad_x, const Parts parts, const Rows<float> x, const float* mean,
-                   const Moments moments, int features, bool first_chunk, bool last_chunk) {
+// Adds the chunk's Σ c_j (x − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. What c_j
+// lose where they are rounded counts as if it were at the mean.
+template <class R>
+__global__ void __launch_bounds__(kMergeThreads, 4)
+    merge_gradient(const WeightLaw law, const double* radius, const double* nearest,
+                   const Rows<float> x, const Rows<R> y, float* grad_x, const float* mean,
+                   const Parts parts, const ChunkWeights weights, Index stride,
+                   const PieceSums sums, const Moments moments, int features, bool first_chunk,
+                   bool last_chunk) {
   wait_for_earlier_launches();
   let_next_launch_start();
+  auto& shared = *reinterpret_cast<MergeMemory*>(shared_memory());
   const Index query = blockIdx.x;
-  const int feature = static_cast<int>(blockIdx.y) * kMergeThreads + static_cast<int>(threadIdx.x);
-  if (feature >= features) return;
-  const Index at = query * features + feature;
-  float sums[1];
-  sum_parts(parts, query, feature, features, sums);
-  float sum = sums[0] + (first_chunk ? 0 : grad_x[at]);
-  if (last_chunk) {
-    const double point = x.row(query)[feature], center = mean[at], unit = moments.unit[query];
-    const double apart = sum - moments.total[query] * center;
-    const double gradient = unit * (moments.exact_sum[query] * (point - center) - apart);
-    sum = unit == 0 ? 0 : static_cast<float>(gradient);
-  }
-  grad_x[at] = sum;
+  const double r = radius[query], sum = moments.over_pieces(moments.of_chunk, query, sums.pieces);
+  const QueryChunk<R> chunk(x, y, weights, stride, false, sums, features);
+  const Index at = query * features + chunk.feature0;
+  float before[kHeldFeatures] = {}, value[kHeldFeatures];
+  if (!first_chunk)
+    chunk.each_feature([&](int k, int feature) { before[k] = grad_x[at + feature]; });
+  const double squares = moments.over_pieces(moments.squares, query, sums.pieces);
+  const double size = square_root64(sum * sum + squares);
+  find_differences(shared, chunk, parts, features, nearest[query] + r * r * law.per_exponent,
+                   {static_cast<float>(sum), static_cast<float>(size), 1, 1}, before, value);
+  const double unit = moments.unit[query];
+  const double rest = moments.exact_sum[query] - moments.total[query];
+  chunk.each_feature([&](int k, int feature) {
+    float result = before[k] + value[k];
+    if (last_chunk) {
+      const double apart = static_cast<double>(chunk.x[feature]) - mean[at + feature];
+      result = unit == 0 ? 0 : static_cast<float>(unit * (result + rest * apart));
+    }
+    grad_x[at + feature] = result;
+  });
 }
 
 // Adds Σ_b p_bj G_b − F c_bj (x_b − y_j) over a block of queries to grad_y of 32 references. Here
-// references are the rows of the result, and queries are listed.
+// references are the rows of the result, and queries are listed. Products with x_b and y_j lose
+// digits where these are close: then the block sums differences for a reference.
 template <class R>
 __global__ void __launch_bounds__(kSumThreads)
     reference_gradient(const Rows<float> upstream, const Rows<float> x, const Rows<R> y,
@@ -430,12 +492,14 @@ __global__ void __launch_bounds__(kSumThreads)
   using Memory = GradientMemory;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
+  const int thread = static_cast<int>(threadIdx.x);
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
   const Index reference0 = static_cast<Index>(blockIdx.y) * kSumRows;
-  float sum[2][kSumRows / 8][4] = {}, of_y[kSumRows / 8][2] = {};
 
   constexpr int kListed = kPanel * kPartPanels;
   for (Index first = 0; first < x.count; first += kListed) {
+    float sum[2][kSumRows / 8][4] = {}, of_y[kSumRows / 8][2] = {};
+    float size[kSumRows / 8][2] = {}, largest[kSumRows / 8][2] = {};  // of −F c
     const Index left = x.count - first;
     const int words = static_cast<int>(divide_up(smaller(kListed, left), 32));
     const int count = list<kSumThreads>(shared.listed, shared.scratch, words, [&](int w) {
@@ -460,7 +524,7 @@ __global__ void __launch_bounds__(kSumThreads)
           else
             of_upstream.panel(shared, slot, shared.listed + listed);
           const float* weights = second ? coefficients.scaled : coefficients.probability;
-          for (int i = static_cast<int>(threadIdx.x); i < kSumRows * kPanel; i += kSumThreads) {
+          for (int i = thread; i < kSumRows * kPanel; i += kSumThreads) {
             const int k = i / kSumRows, j = i % kSumRows;
             const bool known = listed + k < count;
             const Index row = known ? first + shared.listed[listed + k] : 0;
@@ -474,8 +538,11 @@ __global__ void __launch_bounds__(kSumThreads)
 #pragma unroll
             for (int n = 0; n < kSumRows / 8; ++n)
               for (int odd = 0; odd < 2; ++odd)
-                for (int k = lane.g; k < kPanel; k += 8)
-                  of_y[n][odd] -= weights[k * (kSumRows + 8) + 8 * n + 2 * lane.t + odd];
+                for (int k = lane.g; k < kPanel; k += 8) {
+                  const float w = weights[k * (kSumRows + 8) + 8 * n + 2 * lane.t + odd];
+                  of_y[n][odd] -= w, size[n][odd] += fabsf(w);
+                  largest[n][odd] = fmaxf(largest[n][odd], fabsf(w));
+                }
           add_weighted<kPanel, kSumRows / 8, kSumPitch<float>>(
               sum, shared.rows[slot][0] + 32 * lane.warp,
               [&](int n, int s) {
@@ -485,24 +552,70 @@ __global__ void __launch_bounds__(kSumThreads)
               },
               lane);
         });
-  }
 
-#pragma unroll
-  for (int n = 0; n < kSumRows / 8; ++n)
-    for (int odd = 0; odd < 2; ++odd) {
-      for (int apart = 4; apart < 32; apart *= 2)
-        of_y[n][odd] += __shfl_xor_sync(kAll, of_y[n][odd], apart);
+    const bool begins = first_block && first == 0;
+    const auto store = [&](Index j, int feature, float gradient) {
+      float& out = grad_y[j * features + feature];
+      out = begins ? gradient : out + gradient;
+    };
+    // Calls body(n, odd, f, j, feature) for the results of this thread.
+    const auto each_result = [&](int n, int odd, const auto& body) {
       const Index j = reference0 + 8 * n + 2 * lane.t + odd;
-      if (j >= y.count) continue;
       for (int f = 0; f < 4; ++f) {
         const int feature = feature0 + 32 * lane.warp + 4 * lane.g + f;
-        if (feature >= features) continue;
-        float gradient =
-            sum[f / 2][n][f % 2 * 2 + odd] + of_y[n][odd] * load_float(y.row(j) + feature);
-        float& out = grad_y[j * features + feature];
-        out = first_block ? gradient : out + gradient;
+        if (j < y.count && feature < features) body(j, feature, sum[f / 2][n][f % 2 * 2 + odd]);
       }
+    };
+#pragma unroll
+    for (int n = 0; n < kSumRows / 8; ++n)
+      for (int odd = 0; odd < 2; ++odd) {
+        float total = of_y[n][odd], weights = size[n][odd], most = largest[n][odd];
+        for (int apart = 4; apart < 32; apart *= 2) {
+          total += __shfl_xor_sync(kAll, total, apart);
+          weights += __shfl_xor_sync(kAll, weights, apart);
+          most = fmaxf(most, __shfl_xor_sync(kAll, most, apart));
+        }
+        const float of_weights = fmaxf(fabsf(total), square_root(weights) * square_root(most));
+        float of_result = 0, of_sums = 0;  // squares
+        each_result(n, odd, [&](Index j, int feature, float& result) {
+          const float v = load_float(y.row(j) + feature), scaled = of_weights * v;
+          result += total * v;
+          of_result += result * result, of_sums += scaled * scaled;
+        });
+        for (int apart = 4; apart < 32; apart *= 2) {
+          of_result += __shfl_xor_sync(kAll, of_result, apart);
+          of_sums += __shfl_xor_sync(kAll, of_sums, apart);
+        }
+        if (lane.g == 0) shared.squares[lane.warp][8 * n + 2 * lane.t + odd] = {of_result, of_sums};
+      }
+    __syncthreads();
+    float of_result = 0, of_sums = 0;  // of the reference with the lane's number
+    for (const auto& row : shared.squares)
+      of_result += row[lane.lane].x, of_sums += row[lane.lane].y;
+    unsigned again =
+        __ballot_sync(kAll, reference0 + lane.lane < y.count && !(of_result >= kEnough * of_sums));
+#pragma unroll
+    for (int n = 0; n < kSumRows / 8; ++n)
+      for (int odd = 0; odd < 2; ++odd)
+        if ((again >> (8 * n + 2 * lane.t + odd) & 1u) == 0)
+          each_result(n, odd,
+                      [&](Index j, int feature, float result) { store(j, feature, result); });
+#pragma unroll 1
+    for (const int feature = feature0 + thread; again != 0; again &= again - 1) {
+      if (feature >= features) break;
+      const Index j = reference0 + __ffs(static_cast<int>(again)) - 1;
+      const TwoFloats of_y = two_floats(y.row(j) + feature);
+      float result = 0;
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const Index query = first + shared.listed[i], place = query * stride + j;
+        const float apart = (x.row(query)[feature] - of_y.high) - of_y.low;
+        result += coefficients.probability[place] * upstream.row(query)[feature] +
+                  coefficients.scaled[place] * apart;
+      }
+      store(j, feature, result);
     }
+  }
 }
 
 }  // namespace

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
 // The following form avoids the cancellation. With e_j = d_j² − d₀² and moment = Σ p_j t_j e_j/s_j
 // (D = ∞: Σ p_j t_j e_j/σ²):
 //     C = moment − g                             D = ∞: C = −g
-//     ∂L/∂x = F (C (x − mean) − Σ_j c_j (y_j − mean))
+//     ∂L/∂x = F (Σ_j c_j (x − y_j) + (C − Σ_j c_j) (x − mean)), C − Σ c_j from rounding c_j
 //     ∂L/∂r = r F C                              D = ∞: ∂L/∂σ = (g d₀²/σ² + moment)/σ
 //     ∂L/∂y_j = Σ_b (p_bj G_b − F_b c_bj (x_b − y_j))
 
@@ -228,6 +228,8 @@ struct Moments {
   double* mass;
   double* moment;     // (queries, pieces): moment times law.exponent
   double* sum;        // (queries, pieces): Σ c_j of the rounded c_j
+  double* of_chunk;   // (queries, pieces): the same of the last chunk alone
+  double* squares;    // (queries, pieces): at least Σ c_j² of the last chunk
   double* total;      // (queries): Σ c_j over all pieces
   double* exact_sum;  // (queries): C, without rounding
   double* unit;       // (queries): F, 0 at a limit
@@ -242,9 +244,13 @@ struct Moments {
   }
   // The sum over all pieces.
   __device__ double over_pieces(const double* sums, Index query) const {
+    return over_pieces(sums, query, pieces);
+  }
+  // The same over the first ones, which are those of a chunk.
+  __device__ double over_pieces(const double* sums, Index query, int count) const {
     double sum = 0;
 #pragma unroll 4
-    for (int piece = 0; piece < pieces; ++piece) sum += sums[query * pieces + piece];
+    for (int piece = 0; piece < count; ++piece) sum += sums[query * pieces + piece];
     return sum;
   }
 };
@@ -367,7 +373,8 @@ struct RowCoefficients {
 
 struct alignas(16) CoefficientMemory {
   RowCoefficients row;
-  TwoFloats sums[2 * kQueryThreads / 32];
+  TwoFloats sums[3 * kQueryThreads / 32];
+  float largest[kQueryThreads / 32];
   int live[kQueryThreads / 32];
 };
 
@@ -399,6 +406,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   const float* const products = pairs.projected + at;
   std::uint32_t* const words = out.c.live + query * (stride / 32) + lane.warp;
   CompensatedSum moment, sum;
+  float size = 0, largest = 0;  // of c_j
   int live = 0;
 #pragma unroll 1
   for (int start = first; start < first + moments.size && start < stride; start += kPiece) {
@@ -423,6 +431,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
           p == 0 ? 0 : -rounded_product(pt, ratios.nearest);  // G·y_j is undefined where p = 0
       moment.add(p == 0 ? 0 : pt * ratios.excess);
       sum.add(c);
+      size += fabsf(c), largest = fmaxf(largest, fabsf(c));
       if (step < columns) {
         out.c.weight[at + start + step] = c;
         if (REFERENCES) {
@@ -434,13 +443,17 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
     }
   }
   if (lane.lane == 0) shared.live[lane.warp] = live;
-  TwoFloats sums[] = {moment.result(), sum.result()};
+  largest = over_block<kQueryThreads>(largest, shared.largest, Most());
+  TwoFloats sums[] = {moment.result(), sum.result(), {size, 0}};
   sum_over_block<kQueryThreads>(sums, shared.sums);
   if (threadIdx.x > 0) return;
   for (int w = 1; w < kQueryThreads / 32; ++w) live += shared.live[w];
   out.live[query * static_cast<int>(gridDim.y) + piece] = live;
   moments.add(moments.moment, query, piece, sums[0], first_chunk);
   moments.add(moments.sum, query, piece, sums[1], first_chunk);
+  moments.add(moments.of_chunk, query, piece, sums[1], true);
+  const double of_size = static_cast<double>(sums[2].high) + sums[2].low;
+  moments.squares[query * moments.pieces + piece] = of_size * largest;
 }
 
 // After the last chunk: what the sums over all references say.

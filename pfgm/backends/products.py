@@ -44,6 +44,7 @@ _SAMPLES = 9  # references whose median is the origin: four of them may be anywh
 _AGAIN = 16  # references with exact differences on a device that must not be waited for
 _PANEL = 1024  # features for which products of whole numbers up to 2^7 add up to 2^24 at most
 _PIECE = 2.0**7
+_ROWS = 512  # references in a sum of float32
 _SMALLEST = torch.finfo(torch.float32).tiny  # a scale that can be divided by
 _PIECES_ROUND = 2.0**-29  # rounding of products by pieces, relative to squared norms
 # GPUs that compute float64 at half the rate of float32 or better.
@@ -149,10 +150,21 @@ class _Products(Arithmetic):
             y = chunk.references
             if y.dtype != torch.float32:
                 y = dequantise(y, weights.dtype).float()
-            found = weights.float() @ y
+            found = _sum_by_panels(weights, y)
             if bool(found.isfinite().all()):
-                return found.to(weights.dtype)
+                return found
         return super().average(weights, chunk)
+
+
+def _sum_by_panels(weights: Tensor, y: Tensor) -> Tensor:
+    """weights (B, m) times y (m, N) in the dtype of the weights, from sums over panels in float32.
+
+    The rounding error of a sum in float32 grows with the number of its terms.
+    """
+    whole, narrow = len(y) // _ROWS * _ROWS, weights.float()
+    of_panels = narrow[:, :whole].unflatten(1, (-1, _ROWS)).transpose(0, 1)
+    sums = torch.bmm(of_panels, y[:whole].unflatten(0, (-1, _ROWS)))
+    return sums.sum(0, dtype=weights.dtype).add_(narrow[:, whole:] @ y[whole:])
 
 
 class _Pieces(_Products):
@@ -180,7 +192,7 @@ class _Pieces(_Products):
     def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
         y = dequantise(chunk.references, weights.dtype)
         scale = _power_of_two(y.abs().amax())
-        return (weights.float() @ (y / scale).float()).to(weights.dtype) * scale
+        return _sum_by_panels(weights, (y / scale).float()) * scale
 
     def sums(self, factors: Tensor, chunk: Chunk) -> Tensor:
         return _product(factors, chunk.placed.T)

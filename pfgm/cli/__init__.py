@@ -22,6 +22,7 @@ from .check import Check
 from .convert import Convert
 from .demo import Demo
 from .evaluate import Evaluate
+from .features import Features
 from .help import readable_help
 from .info import Info
 from .sample import Sample
@@ -31,7 +32,16 @@ _DESCRIPTION = (
     "Poisson flow generative models. pfgm COMMAND --help shows the options of a command, pfgm "
     "--version the version."
 )
-_COMMANDS: tuple[type, ...] = (Demo, Train, Sample, Evaluate, Convert, Check, Info)
+_COMMANDS: tuple[type, ...] = (
+    Demo,
+    Train,
+    Sample,
+    Evaluate,
+    Features,
+    Convert,
+    Check,
+    Info,
+)
 _EXPECTED_ERRORS = (
     ValueError,
     TypeError,

@@ -20,10 +20,10 @@ from ..common.checks import check_seed
 from ..common.files import output_folder, write_atomic, write_json
 from ..common.versions import versions
 from ..data import to_unit
-from ..datasets import Data, Range, open_data, open_samples
+from ..datasets import Data, Layout, Range, open_data, open_samples
 from ..evaluation import Point
 from ..flows.sampling import check_steps
-from ..metrics import inception_metrics
+from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
@@ -40,6 +40,8 @@ __all__ = ["Evaluate"]
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
 _FEATURES = 2048  # of Inception v3
+_NO_FEATURES = "none"
+_WIDTH = {"samples": 12, "train": 12, "in features: samples": 24}  # of columns of the table
 _SPLITS = 10  # of the Inception score, as published
 _TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
@@ -71,7 +73,7 @@ class Evaluate:
     pretrained: PretrainedName | None = None
     """A network that comes with the package, in place of a checkpoint."""
     samples: Path | None = None
-    """A .npy, .npz or .safetensors file of samples, or a folder of images."""
+    """A .csv, .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
     """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. The default is
     the data of the checkpoint's training run, those of the network that comes with the package, or
@@ -79,6 +81,14 @@ class Evaluate:
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, as for train. The
     default is that of the training run if its data are used."""
+    layout: Layout | None = None
+    """What arrays in files are, as for train. The default is that of the training run if its data
+    are used, else auto."""
+    resize: int | None = None
+    """Height and width to which images are scaled, likewise."""
+    features: str | None = None
+    """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
+    features, or none. The default is the classifier of the data, if one comes with the package."""
     n: int = 1000
     """Number of samples to draw, or the most to take from a file or folder."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
@@ -112,23 +122,35 @@ class Evaluate:
         device = proven_device(self.sampling.device)
         if self.fid:
             find_inception_weights(self.fid_weights)
-        name, value_range = self.data, self.range
+        given: dict[str, Any] = {
+            "value_range": self.range,
+            "layout": self.layout,
+            "resize": self.resize,
+        }
+        reading = {option: value for option, value in given.items() if value is not None}
+        name = self.data
         if name is None:
             name, of_run = self._data_of_source()
-            value_range = value_range or of_run
-        data = open_data(name, value_range=value_range, progress=True)
+            reading = {**of_run, **reading}
+        data = open_data(name, **reading, progress=True)
         source = self._open(device)
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
             warn_of_range(rows)
         self._check_data(name, data, source)
+        classifier = self._classifier(name, data, device)
         if _are_images(data.train) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
-            self._measure(name, data, source, device)
+            self._measure(name, data, source, classifier, device)
         print(self.out)
 
     def _measure(
-        self, name: str, data: Data, source: Loaded | ReferenceSet, device: torch.device
+        self,
+        name: str,
+        data: Data,
+        source: Loaded | ReferenceSet,
+        classifier: Classifier | None,
+        device: torch.device,
     ) -> None:
         real = _Real.of(data, self.against, self.seed, device)
         figures: dict[str, Any] = {"data": name}
@@ -143,6 +165,11 @@ class Evaluate:
             samples = samples.to(real.train.device)
         figures |= described
         figures |= evaluation.evaluate_samples(samples, real.held_out, real.train, progress=True)
+        if classifier is not None:
+            held_out = None if real.held_out is None else classifier.rows(real.held_out)
+            rows, train = classifier.rows(samples), classifier.rows(real.train)
+            found = evaluation.evaluate_samples(rows, held_out, train, progress=True)
+            figures["features"] = {"of": self.features or name, **found}
         if self.fid:
             figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
@@ -204,7 +231,7 @@ class Evaluate:
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.samples is not None:
-            return open_samples(self.samples, progress=True)
+            return open_samples(self.samples, layout=self.layout or "auto", progress=True)
         weights = self.checkpoint
         if self.pretrained is not None:
             weights = pretrained_path(self.pretrained)
@@ -213,16 +240,16 @@ class Evaluate:
             print(f"pfgm: {notice}", file=sys.stderr)
         return load(weights, device=device)
 
-    def _data_of_source(self) -> tuple[str, Range | None]:
-        """The data that the network was trained on, and their range; digits if not known."""
+    def _data_of_source(self) -> tuple[str, dict[str, Any]]:
+        """The data that the network was trained on, and how to read them; digits if not known."""
         if self.pretrained is not None:
-            return self.pretrained, None  # the networks have the names of their data
+            return self.pretrained, {}  # the networks have the names of their data
         if self.checkpoint is not None:
             folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
             with suppress(FileNotFoundError):
                 config = RunConfig.load(folder)
-                return config.data, config.range
-        return "digits", None
+                return config.data, config.reading
+        return "digits", {}
 
     def _check_data(self, name: str, data: Data, source: Loaded | ReferenceSet) -> None:
         if isinstance(source, Loaded):
@@ -245,6 +272,21 @@ class Evaluate:
                 f"likelihood is {self.likelihood}; allowed are at most {len(real)}, the "
                 f"{_part(data).replace('_', '-')} samples of {name}."
             )
+
+    def _classifier(self, name: str, data: Data, device: torch.device) -> Classifier | None:
+        """The classifier in whose features samples are compared too."""
+        known = name.partition(":")[0]
+        chosen = self.features or (known if known in CLASSIFIERS else _NO_FEATURES)
+        if chosen == _NO_FEATURES:
+            return None
+        place = device if device.type == "cuda" else torch.device("cpu")
+        classifier = load_classifier(chosen, device=place)
+        if (shape := tuple(data.train.shape[1:])) != classifier.shape:
+            raise ValueError(
+                f"features is {chosen}, of images of shape {classifier.shape}; allowed is a "
+                f"classifier of the data {name}, which have the shape {shape}."
+            )
+        return classifier
 
     # ---- figures ----
 
@@ -369,13 +411,14 @@ def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: fl
 
 def _table(figures: dict[str, Any]) -> str:
     counts, against = figures["counts"], figures["against"].replace("_", "-")
+    spaces = [figures, *([figures["features"]] if "features" in figures else [])]
     title = f"against {counts['against']} {against} rows"
-    lines = [f"{title:30}{'samples':>12}{'train':>12}"]
+    columns = ["samples", "train", "in features: samples", "train"][: 2 * len(spaces)]
+    lines = [f"{title:30}" + "".join(f"{column:>{_WIDTH[column]}}" for column in columns)]
     for name in _TABLE_ROWS:
-        values = figures[name]
-        lines.append(
-            f"{name.replace('_', ' '):30}{values['samples']:>12.4g}{values['train']:>12.4g}"
-        )
+        values = [space[name][of] for space in spaces for of in ("samples", "train")]
+        cells = (f"{v:>{_WIDTH[c]}.4g}" for v, c in zip(values, columns, strict=True))
+        lines.append(f"{name.replace('_', ' '):30}" + "".join(cells))
     nearest = figures["median_distance_to_train"]
     lines.append(
         f"median distance to the nearest of {counts['searched']} training rows: samples "

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..evaluation import default_steps
 from ..flows.flow import Flow
 from ..networks.registry import label_count
+from ..solvers import SolverName
 
 PretrainedName = Literal["digits", "fashion-mnist"]
 """The networks that come with the package."""
@@ -19,11 +19,11 @@ PretrainedName = Literal["digits", "fashion-mnist"]
 class SamplingOptions:
     """How and where samples are drawn."""
 
-    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    solver: SolverName = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
     steps: int | None = None
-    """Number of solver steps; by default 10, or more for samples of few values. rk45 chooses its
-    own."""
+    """Number of solver steps. By default 10, more for samples of few values, at least 18 for heun
+    and 1 for consistency. rk45 chooses its own."""
     schedule: Literal["fitted", "rho", "log"] | None = None
     """Spacing of the steps. By default fitted, if the checkpoint has levels for this solver and
     number of steps and no last is given, else rho."""
@@ -36,7 +36,7 @@ class SamplingOptions:
 
     def solver_arguments(self, flow: Flow) -> dict[str, Any]:
         """The keyword arguments of :meth:`pfgm.Flow.sample` that choose the solver."""
-        steps = default_steps(flow, self.solver) if self.steps is None else self.steps
+        steps = flow.default_steps(self.solver) if self.steps is None else self.steps
         return {
             "solver": self.solver,
             "steps": steps,

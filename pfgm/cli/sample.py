@@ -5,11 +5,12 @@ It writes an array, a picture or single images.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -20,12 +21,14 @@ from ..common.checks import check_seed
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
+from ..datasets import open_data
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
-from ..pretrained import pretrained_path
+from ..pretrained import PRETRAINED, pretrained_path
+from ..solvers import StepInfo
 from ..training import checkpoint
 from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
@@ -33,6 +36,8 @@ from .options import PretrainedName, SamplingOptions, check_guidance
 __all__ = ["Sample"]
 
 _SHOWN_NAMES = 20  # of labels, in an error
+_NO_LABEL = "none"
+_COLUMNS = 32  # of a picture at most, that stand for labels
 _FILES = (".npy", ".png")
 _DIGITS = 6  # of the numbers in the names of single images, at least
 
@@ -55,12 +60,18 @@ class Sample:
         default_factory=SamplingOptions
     )
     """How and where samples are drawn."""
-    label: str | None = None
-    """Label of the samples, a number or a name, for a network that was trained with labels. By
-    default any label."""
+    label: tuple[str, ...] = ()
+    """Labels of the samples, numbers or names, in turn, so that a picture has one in each column;
+    none draws without labels. By default all labels of the network."""
     guidance: float | None = None
-    """Weight of classifier-free guidance, which exaggerates the label, so it needs --label. 1 is
+    """Weight of classifier-free guidance, which exaggerates the label, so it needs labels. 1 is
     none; any other value takes twice as long."""
+    animate: Path | None = None
+    """A .gif file of the samples on their field lines from the prior to data, with a frame for each
+    step (images only, at most --batch-size)."""
+    round_to: str | None = None
+    """The table that the network was trained on, such as a .csv file. Columns of at most 20
+    different values are rounded to these values."""
     seed: int = 0
     """Seed of the prior, and of the noise that some solvers add."""
 
@@ -70,19 +81,26 @@ class Sample:
         if notice := checkpoint.check_solver(self._weights, self.sampling.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self._weights, device=device)
-        if self.out.suffix != ".npy" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
+        images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
+        if not images and (self.out.suffix != ".npy" or self.animate):
             raise ValueError(
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
-                "a name that ends in .npy."
+                "a name that ends in .npy, without --animate."
             )
-        if self.out.suffix == ".png":
+        if self.out.suffix == ".png" or self.animate:
             require_matplotlib()
+        table = None if self.round_to is None else self._table(self.round_to, flow)
         with output_folder(self.out.parent):
-            batches = self._draw(flow, network, device)
+            labels = self._labels(network)
+            path: list[tuple[float, Tensor]] = []
+            drawn = self._draw(flow, network, labels, device, path if self.animate else None)
+            batches = self._rounded(drawn, table)
             if self._is_folder():
                 self._write_images(batches)
             else:
-                self._write(torch.cat(list(batches)))
+                self._write(torch.cat(list(batches)), labels)
+            if self.animate is not None:
+                self._animate(self.animate, flow, path, labels)
         print(self.out)
 
     @property
@@ -112,63 +130,112 @@ class Sample:
         elif self.out.is_dir():
             raise ValueError(f"out is {self.out}, a folder; allowed is the name of a file.")
         batch_size = self.sampling.batch_size
+        if self.animate is not None and (self.animate.suffix != ".gif" or self.n > batch_size):
+            raise ValueError(
+                f"animate is {self.animate} with {self.n} samples; allowed is a name that ends in "
+                f".gif, and at most {batch_size} samples, the batch size."
+            )
         if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
             raise ValueError(
                 f"n is {self.n} and batch-size is {batch_size}; allowed is at least 1, below 2^63."
             )
         check_seed(self.seed)
 
-    def _draw(self, flow: Flow, network: nn.Module, device: torch.device) -> Iterator[Tensor]:
-        """The samples, a batch at a time."""
-        label = self._label(network)
+    def _draw(
+        self,
+        flow: Flow,
+        network: nn.Module,
+        labels: Sequence[int],
+        device: torch.device,
+        path: list[tuple[float, Tensor]] | None,
+    ) -> Iterator[Tensor]:
+        """The samples, a batch at a time. Sample i has the label i mod the number of labels.
+
+        The levels and points of each step, and of the end, are appended to the path.
+        """
         check_guidance(self.guidance, network)
-        if self.guidance not in (None, 1.0) and label is None:
+        if self.guidance not in (None, 1.0) and not labels:
             raise ValueError(
-                f"guidance is {self.guidance}, but no label is given, which it would exaggerate; "
-                "give one with --label."
+                f"guidance is {self.guidance}, but label is none, which it would exaggerate; give "
+                "labels, or leave --label out for all."
             )
+        each = torch.tensor(labels, device="cpu")
         batches = sample_batches(
             flow,
             network,
             draw_prior(flow, self.n, self.seed),
             batch_size=self.sampling.batch_size,
             device=device,
-            labels=None if label is None else torch.full((self.n,), label, device="cpu"),
+            labels=each[torch.arange(self.n, device="cpu") % len(each)] if labels else None,
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
             # A folder of several batches has a bar of its images.
             progress=not self._is_folder() or self.n <= self.sampling.batch_size,
+            callback=None if path is None else functools.partial(_record, path),
             **self.sampling.solver_arguments(flow),
         )
-        return (samples for samples, _ in batches)
+        for samples, _ in batches:
+            if path is not None:
+                path.append((0.0, samples.cpu()))
+            yield samples
 
-    def _label(self, network: nn.Module) -> int | None:
-        """The number of the label. A name that is a number, such as a folder 7, goes before it."""
-        if self.label is None:
-            return None
-        classes = label_count(network)
-        if not classes:
+    def _table(self, source: str, flow: Flow) -> Tensor:
+        rows = open_data(source).train
+        if rows.ndim != 2 or tuple(rows.shape[1:]) != flow.shape:
             raise ValueError(
-                f"label is {self.label}, but the network was trained without labels; leave it out."
+                f"round-to is {source}, with rows of shape {tuple(rows.shape[1:])}; allowed is a "
+                f"table whose rows have the shape of the samples, {flow.shape}."
             )
-        names = checkpoint.label_names(self._weights)
-        if self.label in names:
-            return names.index(self.label)
-        if self.label.isdecimal() and int(self.label) < classes:
-            return int(self.label)
-        known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
-        raise ValueError(
-            f"label is {self.label}; allowed are the labels of the network, numbers from 0 to "
-            f"{classes - 1}" + (f" or names: {known}." if names else ".")
-        )
+        return rows[torch.arange(len(rows), device="cpu")]
 
-    def _write(self, samples: Tensor) -> None:
+    @staticmethod
+    def _rounded(batches: Iterator[Tensor], table: Tensor | None) -> Iterator[Tensor]:
+        if table is None:
+            return batches
+        return (data.round_columns(samples.cpu(), table) for samples in batches)
+
+    def _labels(self, network: nn.Module) -> list[int]:
+        """The numbers of the labels; empty for samples without labels."""
+        classes, names = label_count(network), self._names()
+        if self.label == (_NO_LABEL,) and _NO_LABEL not in names:
+            return []
+        if self.label and not classes:
+            raise ValueError(
+                f"label is {' '.join(self.label)}, but the network was trained without labels; "
+                "leave it out."
+            )
+        return [_number(label, names, classes) for label in self.label] or list(range(classes))
+
+    def _names(self) -> Sequence[str]:
+        """The names of the labels 0, 1, …; empty if they have none."""
+        if self.pretrained is not None:
+            return PRETRAINED[self.pretrained].classes
+        return checkpoint.label_names(self._weights)
+
+    def _write(self, samples: Tensor, labels: Sequence[int]) -> None:
         if self.out.suffix == ".npy":
             data.save_array(self.out, samples)
-        else:
-            from ..plotting import image_grid
+            return
+        from ..plotting import image_grid
 
-            image_grid(samples, self.out)
+        image_grid(samples, self.out, **self._columns(labels))
+
+    def _columns(self, labels: Sequence[int]) -> dict[str, Any]:
+        """The options of a picture with a column for each label."""
+        if not 1 < len(labels) <= min(self.n, _COLUMNS):
+            return {}
+        names = self._names() or [str(label) for label in range(max(labels) + 1)]
+        return {"columns": len(labels), "header": [names[label] for label in labels]}
+
+    def _animate(
+        self, out: Path, flow: Flow, path: list[tuple[float, Tensor]], labels: Sequence[int]
+    ) -> None:
+        from ..plotting import animation
+
+        symbol = "z" if flow.D == 1 else "σ"
+        titles = [*(f"{symbol} = {level:.2g}" for level, _ in path[:-1]), "samples"]
+        with output_folder(out.parent):
+            animation(torch.stack([x for _, x in path]), titles, out, **self._columns(labels))
 
     def _write_images(self, batches: Iterator[Tensor]) -> None:
         """Writes single images; the folder appears when all of them are written."""
@@ -181,3 +248,21 @@ class Sample:
             for number, image in enumerate(images):
                 save_image(folder / f"{number:0{digits}d}.png", image)
                 bar.update()
+
+
+def _record(path: list[tuple[float, Tensor]], info: StepInfo) -> None:
+    """The callback that appends the level and the points of a step."""
+    path.append((info["z"], info["x"].cpu()))
+
+
+def _number(label: str, names: Sequence[str], classes: int) -> int:
+    """The number of a label. A name that is a number, such as a folder 7, goes before it."""
+    if label in names:
+        return names.index(label)
+    if label.isdecimal() and int(label) < classes:
+        return int(label)
+    known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+    raise ValueError(
+        f"label is {label}; allowed are the labels of the network, numbers from 0 to "
+        f"{classes - 1}" + (f" or names: {known}." if names else ".")
+    )

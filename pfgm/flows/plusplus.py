@@ -31,7 +31,6 @@ from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
 from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
-from .parametrisation import Defaults
 from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
 
@@ -90,10 +89,18 @@ class Preconditioned(nn.Module):
 
     def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
         """c_skip(σ) x + c_out(σ) F, where F (B, *S) is the output of the backbone."""
-        s = over_samples(sigma, x).to(x.dtype)
-        total = self._total(s)
-        skip = self.sigma_data**2 / total
-        return skip * x + s * self.sigma_data * total.rsqrt() * predicted
+        kept, _, factor = self.shares(over_samples(sigma, x).to(x.dtype))
+        return kept * x + factor * predicted
+
+    def shares(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """c_skip(σ), 1 − c_skip(σ) and c_out(σ).
+
+        With the last two, x − mean = (1 − c_skip) x − c_out F keeps its digits where the mean is
+        near x.
+        """
+        total = self._total(sigma)
+        factor = sigma * self.sigma_data * total.rsqrt()
+        return self.sigma_data**2 / total, sigma.square() / total, factor
 
     def _total(self, sigma: Tensor) -> Tensor:
         return sigma.square() + self.sigma_data**2
@@ -127,8 +134,6 @@ class PoissonFlowPP(Flow):
     True
     """
 
-    defaults = Defaults(solver="heun", steps=18, schedule="rho")
-
     def __init__(
         self,
         shape: Sequence[int],
@@ -149,7 +154,7 @@ class PoissonFlowPP(Flow):
                 "file of EDM."
             )
         given: Any = D  # a config has the text "inf", because JSON has no infinity
-        self.D = float(given if isinstance(given, str) else as_number(given))
+        self.D = math.inf if isinstance(given, str) and given == "inf" else float(as_number(given))
         if not self.D > 0:
             shown = D if math.isnan(self.D) else self.D
             raise ValueError(f"D is {shown}; allowed is any positive number or infinity.")
@@ -357,7 +362,7 @@ class PoissonFlowPP(Flow):
             labels = condition.get("labels")
             with torch.no_grad():
                 (target,) = targets_by_label(
-                    self._target, x_perturbed, sigma, references, labels, reference_labels
+                    self._target, (x_perturbed, sigma), references, labels, reference_labels
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition, self.D)
         wide = torch.promote_types(mean.dtype, torch.float32)
@@ -389,7 +394,7 @@ class PoissonFlowPP(Flow):
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 
     def sample(self, net: Network, n: int, **options: Any) -> Any:
-        """Samples (n, *S); the default solver is heun, as published.
+        """Samples (n, *S).
 
         This is :meth:`pfgm.Flow.sample` with churn, which makes euler and heun stochastic
         (EDM, algorithm 2): before each step the level is raised and noise is added. The noise is
@@ -401,7 +406,8 @@ class PoissonFlowPP(Flow):
             **options: those of :meth:`pfgm.Flow.sample`, and three for churn. churn (S_churn,
                 0 unless given) raises the level by the factor 1 + min(churn/steps, √2 − 1).
                 churn_range gives the lowest and the highest level that is raised. churn_noise
-                (S_noise, 1 unless given) multiplies the standard deviation of the noise.
+                (S_noise, 1 unless given) multiplies the standard deviation of the noise. With churn
+                the solver is heun unless given.
 
         Raises:
             ValueError: as :meth:`pfgm.Flow.sample`, or churn with another solver.
@@ -410,17 +416,19 @@ class PoissonFlowPP(Flow):
         between = options.pop("churn_range", (0.0, math.inf))
         scale = options.pop("churn_noise", 1.0)
         scale = positive("churn_noise", scale)
-        low, high = between
-        if not low <= high:
-            raise ValueError(f"churn_range is {between}; allowed are two levels, the lower first.")
+        pair = isinstance(between, (list, tuple)) and len(between) == 2
+        if not pair or not as_number(between[0]) <= as_number(between[1]):
+            raise ValueError(
+                f"churn_range is {between!r}; allowed are two levels, the lower first."
+            )
         if non_negative("churn", amount) == 0:
             return super().sample(net, n, **options)
-        solver = options.get("solver") or self.defaults.solver
+        solver = options["solver"] = options.get("solver") or "heun"
         if solver not in ("euler", "heun"):
             raise ValueError(f"solver is {solver!r}; with churn allowed are euler and heun.")
         if options.get("schedule") is None:
             options["schedule"] = self.defaults.schedule  # levels are fitted without churn
-        count = len(self.grid(options.get("steps"), options["schedule"])) - 1
+        count = len(self.grid(options.get("steps"), options["schedule"], solver=solver)) - 1
         churn = functools.partial(
             self._churn,
             growth=min(amount / count, _LARGEST_CHURN),

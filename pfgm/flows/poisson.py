@@ -30,7 +30,6 @@ from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
-from .parametrisation import Defaults
 from .poisson_rules import (
     MEAN_NORMAL,
     Center,
@@ -58,7 +57,6 @@ _SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in the prior; 8e-7 of all draws
 _FEWEST_IMAGE_VALUES = 64  # samples with fewer values take the rules with spread
 _NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reach
 _SAME_GAMMA = 1e-6  # relative; the same data in float32 and float64 differ by less
-_FEW_VALUES = 8  # samples with at most this many values take more steps
 
 
 class EmpiricalField(ExactNetwork):
@@ -187,15 +185,6 @@ class PoissonFlow(Flow):
                 f"substitution is {substitution!r}; allowed are 'exact' and 'published'."
             )
         self.substitution = substitution
-
-    @property
-    def defaults(self) -> Defaults:  # type: ignore[override]
-        """multistep on the rho schedule: 10 steps with the published rules, else 20 or 40.
-
-        Few dimensions need more steps, because their noise has heavier tails.
-        """
-        steps = 10 if self.spread is None else 20 if self.N > _FEW_VALUES else 40
-        return Defaults(solver="multistep", steps=steps, schedule="rho")
 
     @classmethod
     def from_data(
@@ -426,7 +415,7 @@ class PoissonFlow(Flow):
         x_perturbed, z = self.perturb(x, generator)
         with torch.no_grad():
             target_x, target_z = targets_by_label(
-                self._target, x_perturbed, z, references, labels, reference_labels
+                self._target, (x_perturbed, z), references, labels, reference_labels
             )
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
         error_x = flat_rows(field_x.to(target_x.dtype) - target_x).square().sum(1)

@@ -70,25 +70,27 @@ class ExactNetwork(nn.Module):
 
 
 def targets_by_label(
-    target: Callable[[Tensor, Tensor, References], tuple[Tensor, ...]],
-    x: Tensor,
-    level: Tensor,
+    target: Callable[..., tuple[Tensor, ...]],
+    given: tuple[Tensor, ...],
     references: References,
     labels: Tensor | None,
     reference_labels: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """``target(x, level, references)``, where each point sees the references of its own label.
+    """``target(*given, references)``, where each point sees the references of its own label.
+
+    Given are the points (B, *S) and what else each of them has, such as levels (B,).
 
     A point whose label is below 0 has no label and sees all references, as do all points where
     labels is None.
     """
+    x = given[0]
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(
             f"condition['labels'] is a {type(labels).__name__}; allowed is a torch.Tensor of "
             f"integers, of shape ({len(x)},)."
         )
     if labels is None or len(labels) == 0:
-        return target(x, level, references)
+        return target(*given, references)
     if isinstance(references, ReferenceSet):
         if references.sharded:
             raise ValueError(
@@ -97,9 +99,9 @@ def targets_by_label(
             )
         reference_labels = references.labels if reference_labels is None else reference_labels
     if reference_labels is None or reference_labels.shape != references.shape[:1]:
-        given = None if reference_labels is None else tuple(reference_labels.shape)
+        shape = None if reference_labels is None else tuple(reference_labels.shape)
         raise ValueError(
-            f"reference_labels has shape {given}; allowed with labels in the condition is "
+            f"reference_labels has shape {shape}; allowed with labels in the condition is "
             f"({len(references)},), so that each point sees the references of its label."
         )
     results: tuple[Tensor, ...] | None = None
@@ -110,7 +112,7 @@ def targets_by_label(
             raise ValueError(
                 f"labels holds {label}; allowed are those in reference_labels, or below 0 for none."
             )
-        found = target(x[rows], level[rows], seen)
+        found = target(*(each[rows] for each in given), seen)
         if results is None:
             results = tuple(each.new_empty(len(x), *each.shape[1:]) for each in found)
         for whole, part in zip(results, found, strict=True):

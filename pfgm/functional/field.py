@@ -16,10 +16,12 @@ from ..common.checks import (
     check_at_least_0,
     check_choice,
     check_dense,
+    checks_values,
     is_number,
     is_symbolic,
     layout_hint,
 )
+from ..common.tensors import flat_rows, over_samples
 from ..common.transforms import in_torch_func
 from ..ops import PRECISIONS, PosteriorMean, eager
 from ..references import References, ReferenceSet
@@ -293,6 +295,41 @@ def field_fn(
     _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, precision, True)
     field_x, field_z = eager.normalised_field(difference, radius, gamma, backend)
     return field_x.reshape(x.shape), field_z
+
+
+def mean_from(
+    origin: Tensor, away: Tensor, x: Tensor, references: References, *, sigma: Tensor, D: float
+) -> Tensor:
+    """mean − origin (B, *S), with the posterior mean at x = origin + away, all (B, *S).
+
+    Where the origin is nearer to x than to 0 this is away − (x − mean), whose numbers are smaller
+    and so are rounded less.
+    """
+    _check_tensors(x, references)
+    radius = _radius(x, None, sigma, D)
+    near = is_nearer(away, origin)
+
+    def form(difference: bool, rows: Tensor | slice) -> Tensor:
+        given = (references, radius[rows], D, None, "high", difference)
+        found = _flat_mean(x[rows], *given)[1].view(origin[rows].shape)
+        return away[rows] - found if difference else found - origin[rows]
+
+    # Where rows cannot be told apart, or not without waiting for a GPU or for other processes.
+    shared = isinstance(references, ReferenceSet) and references.sharded
+    if shared or in_torch_func() or torch.compiler.is_compiling() or not checks_values(x.device):
+        every = slice(None)
+        return torch.where(over_samples(near, x), form(True, every), form(False, every))
+    if bool(near.all()) or not bool(near.any()):
+        return form(bool(near.all()), slice(None))
+    result = torch.empty_like(origin)
+    result[near], result[~near] = form(True, near), form(False, ~near)
+    return result
+
+
+def is_nearer(away: Tensor, origin: Tensor) -> Tensor:
+    """Whether x = origin + away is nearer to its origin than that is to 0, (B,)."""
+    norms = (torch.linalg.vector_norm(flat_rows(each), dim=1) for each in (away, origin))
+    return torch.le(*norms)
 
 
 def log_density(

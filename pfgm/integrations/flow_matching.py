@@ -25,7 +25,7 @@ from ..common.checks import check_dtype, checks_values, is_number, untouched
 from ..common.tensors import common_device, dequantise, over_samples
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.targets import targets_by_label
-from ..functional import posterior_mean
+from ..functional.field import mean_from
 from ..functional.levels import per_query
 from ..references import References
 
@@ -157,8 +157,8 @@ class PoissonFlowMatcher:
         ut = x1 - x0
         if self.references is not None:
             with torch.no_grad():
-                mean = self._mean(t, xt, self.references, labels)
-                ut = ut + (mean - x1) / (1 - weight).clamp(min=_MIN_REMAINING)
+                ahead = self._mean_from(x1, t, xt, self.references, labels)
+                ut = ut + ahead / (1 - weight).clamp(min=_MIN_REMAINING)
         return t, xt, ut
 
     def velocity(self, t: Tensor | float, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -200,26 +200,30 @@ class PoissonFlowMatcher:
             raise TypeError(f"x has dtype {x.dtype}; allowed is floating point.")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = per_query("t", t, x).to(x.dtype).clamp(0, 1)
-        mean = self._mean(t, x, self.references, labels)
-        return (mean - x) / (1 - over_samples(t, x)).clamp(min=_MIN_REMAINING)
+        ahead = self._mean_from(x, t, x, self.references, labels)
+        return ahead / (1 - over_samples(t, x)).clamp(min=_MIN_REMAINING)
 
-    def _mean(self, t: Tensor, x: Tensor, references: References, labels: Tensor | None) -> Tensor:
-        """The posterior mean at points x and times t."""
+    def _mean_from(
+        self,
+        origin: Tensor,
+        t: Tensor,
+        x: Tensor,
+        references: References,
+        labels: Tensor | None,
+    ) -> Tensor:
+        """The posterior mean at points x and times t, less an origin (B, *S)."""
         if labels is not None and labels.shape != x.shape[:1]:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is ({len(x)},).")
         t = t.clamp(min=_MIN_T)
-        (mean,) = targets_by_label(
-            self._target,
-            x / over_samples(t, x),
-            (1 - t) / t,
-            references,
-            labels,
-            self.reference_labels,
-        )
-        return mean
+        points = x / over_samples(t, x)
+        given = (points, (1 - t) / t, origin, points - origin)
+        (ahead,) = targets_by_label(self._target, given, references, labels, self.reference_labels)
+        return ahead
 
-    def _target(self, x: Tensor, sigma: Tensor, references: References) -> tuple[Tensor]:
-        return (posterior_mean(x, references, sigma=sigma, D=self.D),)
+    def _target(
+        self, x: Tensor, sigma: Tensor, origin: Tensor, away: Tensor, references: References
+    ) -> tuple[Tensor]:
+        return (mean_from(origin, away, x, references, sigma=sigma, D=self.D),)
 
 
 class _Denoiser(nn.Module):

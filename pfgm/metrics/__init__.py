@@ -6,9 +6,17 @@ differences, because dot products lose accuracy near zero, where it matters most
 The argument ``features`` of a metric is a function from (n, *S) to (n, F). None compares the
 samples themselves. The function gets at most 64 samples at a time, without gradients. A module, or
 the module of a bound method, is in evaluation mode during the call. With features, samples may have
-any dtype that the function takes.
+any dtype that the function takes. Pixels say little about what an image shows: the features of a
+:class:`Classifier` say more.
 """
 
+from .classifier import (
+    CLASSIFIERS,
+    Classifier,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
 from .distances import (
     DensityCoverage,
     KernelDistance,
@@ -23,6 +31,8 @@ from .distances import (
 from .inception import InceptionMetrics, inception_metrics
 
 __all__ = [
+    "CLASSIFIERS",
+    "Classifier",
     "DensityCoverage",
     "InceptionMetrics",
     "KernelDistance",
@@ -31,7 +41,10 @@ __all__ = [
     "frechet_distance",
     "inception_metrics",
     "kernel_distance",
+    "load_classifier",
     "nearest_distance",
     "neighbour_distances",
     "precision_recall",
+    "save_classifier",
+    "train_classifier",
 ]

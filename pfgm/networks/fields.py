@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import int_tuple, layout_hint, positive_float
+from ..common.checks import finite_values, int_tuple, layout_hint, positive_float
 from ..common.tensors import is_wider, over_samples, per_row
 
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
@@ -38,11 +38,15 @@ def field_from_mean(
     >>> [round(v, 4) for v in (*field_x[0].tolist(), field_z.item())]
     [-0.8485, -0.0, -1.1314]
     """
-    z = per_row(z, x, "z")
-    e_x = (x - mean).flatten(1)
+    return field_from_difference(x - mean, per_row(z, x, "z"), gamma)
+
+
+def field_from_difference(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """As :func:`field_from_mean`, from x − mean (B, *S) and z (B,)."""
+    e_x = difference.flatten(1)
     norm = torch.linalg.vector_norm(torch.cat([e_x, z[:, None]], 1), dim=1)
     scale = -math.sqrt(e_x.shape[1]) / (norm + gamma).clamp_min(torch.finfo(norm.dtype).tiny)
-    return (e_x * scale[:, None]).view_as(x), z * scale
+    return (e_x * scale[:, None]).view_as(difference), z * scale
 
 
 def root_mean_square(x: Tensor) -> Tensor:
@@ -51,12 +55,31 @@ def root_mean_square(x: Tensor) -> Tensor:
     return norm / math.sqrt(math.prod(x.shape[1:]))
 
 
+class MeanParts(NamedTuple):
+    """A predicted mean, kept·x + added, and x − mean = dropped·x − added, with kept + dropped = 1.
+
+    x and the results are relative to a network's center and in units of its scale. The shares are
+    formed one by one, so that neither result is the small difference of large numbers.
+    """
+
+    x: Tensor
+    kept: Tensor | float
+    dropped: Tensor | float
+    added: Tensor
+
+    def mean(self) -> Tensor:
+        return self.kept * self.x + self.added
+
+    def difference(self) -> Tensor:
+        return self.dropped * self.x - self.added
+
+
 class FieldNetwork(nn.Module):
     """Base of the networks that map (x, z) to the normalised Poisson field.
 
-    The network predicts a posterior mean, and :func:`field_from_mean` turns the mean into the
-    field. So field_x and field_z are always consistent, field_z is never positive, and far from the
-    data the direction is right before any training.
+    The network predicts a posterior mean, which implies the field (:func:`field_from_mean`). So
+    field_x and field_z are always consistent, field_z is never positive, and far from the data the
+    direction is right before any training. x − mean is formed before the mean is rounded.
 
     The backbone sees x scaled to order one. It returns an output, which is added to x, and a gate,
     the share of x to drop. Both fade out as z → 0, where the mean is x itself. This is EDM's
@@ -93,7 +116,7 @@ class FieldNetwork(nn.Module):
         self.data_std = positive_float("data_std", data_std)
         self.gamma = positive_float("gamma", gamma)
         self.scale = positive_float("scale", scale)
-        found = torch.as_tensor(center, dtype=torch.float32, device="cpu")
+        found = finite_values("center", center).float()
         if found.shape not in (torch.Size([]), torch.Size(self.shape)):
             raise ValueError(
                 f"center has shape {tuple(found.shape)}; only {self.shape} and () are allowed."
@@ -113,16 +136,21 @@ class FieldNetwork(nn.Module):
 
     def mean(self, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The predicted posterior mean (B, *S) at x (B, *S) and z (B,), given labels (B,)."""
-        z = self._checked_level(x, z)
+        parts = self._parts(x, self._checked_level(x, z), labels)
+        return self._from_unit(parts.mean()).to(x.dtype)
+
+    def _parts(self, x: Tensor, z: Tensor, labels: Tensor | None) -> MeanParts:
         if is_wider(self, x):
-            return self.mean(x.double(), z.double(), labels).to(x.dtype)
+            x, z = x.double(), z.double()
         x, z = self._to_unit(x, z)
         rms = root_mean_square(x)
         condition = {} if labels is None else {"labels": labels}
         output, gate = self.backbone(x * over_samples(self._c_in(rms), x), rms, z, **condition)
         change = over_samples(self._c_change(z), x)
-        kept = x * over_samples(self._c_skip(rms, z), x) * (1 - change * gate.sigmoid())
-        return self._from_unit(kept + self._unit_std * change * output)
+        skip, rest = (over_samples(share, x) for share in self._skip_and_rest(rms, z))
+        gated = change * gate.sigmoid()
+        added = self._unit_std * change * output
+        return MeanParts(x, skip * (1 - gated), rest + skip * gated, added)
 
     # The factors below take x and z relative to center and in units of scale.
 
@@ -132,12 +160,18 @@ class FieldNetwork(nn.Module):
     def _from_unit(self, mean: Tensor) -> Tensor:
         return self.center + self.scale * mean
 
+    def _field(self, parts: MeanParts, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        difference = (self.scale * parts.difference()).to(x.dtype)
+        return field_from_difference(difference, z, self.gamma)
+
     def _c_in(self, rms: Tensor) -> Tensor:
         return (rms.square() + self._unit_std**2).rsqrt()
 
-    def _c_skip(self, rms: Tensor, z: Tensor) -> Tensor:
-        # EDM's weight of x at noise level z, reduced where ‖x‖ shows more noise than z.
-        return self._unit_std**2 / (self._unit_std**2 + z.square() + self._excess_noise(rms))
+    def _skip_and_rest(self, rms: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """EDM's weight of x at noise level z, reduced where ‖x‖ shows more noise than z; and 1 less
+        this weight."""
+        noise, data = z.square() + self._excess_noise(rms), self._unit_std**2
+        return data / (data + noise), noise / (data + noise)
 
     def _excess_noise(self, rms: Tensor) -> Tensor:
         return (rms.square() - (2 * self._unit_std) ** 2).clamp_min(0)
@@ -153,7 +187,8 @@ class FieldNetwork(nn.Module):
         label below 0, or None, is no label. A network in float64 takes narrower x too; the field
         has the dtype of x.
         """
-        return field_from_mean(x, z, self.mean(x, z, labels), gamma=self.gamma)
+        z = self._checked_level(x, z)
+        return self._field(self._parts(x, z, labels), x, z)
 
     def _checked_level(self, x: Tensor, z: Tensor) -> Tensor:
         """z as (B,). Raises ValueError if x or z has a wrong shape."""

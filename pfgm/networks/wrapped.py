@@ -15,7 +15,7 @@ from ..common.tensors import over_samples, per_row
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned
 from ..flows.poisson import PoissonFlow
-from .fields import FieldNetwork, field_from_mean, root_mean_square
+from .fields import FieldNetwork, MeanParts, root_mean_square
 from .level_encodings import LevelFunction, level_encoding
 
 __all__ = ["Wrapped", "WrappedDenoiser", "WrappedField", "WrappedMeanField", "from_module"]
@@ -96,13 +96,11 @@ def _prediction(x: Tensor, output: Tensor) -> Tensor:
     )
 
 
-def _mean(predicts: str, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
-    """The posterior mean that an output implies, at levels sigma that broadcast with x."""
+def _shares(predicts: str, sigma: Tensor) -> tuple[float, float, Tensor | float]:
+    """Factors with which mean = kept x + factor F and x − mean = dropped x − factor F."""
     if predicts == "mean":
-        return output
-    if predicts == "noise":
-        return x - sigma * output
-    return x + sigma.square() * output
+        return 0.0, 1.0, 1.0
+    return 1.0, 0.0, -sigma if predicts == "noise" else sigma.square()
 
 
 # ---- networks of the flows --------------------------------------------------------------------
@@ -135,10 +133,13 @@ class WrappedDenoiser(Preconditioned):
 
     def interpret(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor:
         """The posterior mean (B, *S) that the output of the wrapped network implies."""
-        output = _prediction(x, output)
+        return self.mean(x, sigma, _prediction(x, output))
+
+    def shares(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """The factors of x in mean and in x − mean, and that of the output in the mean."""
         if self._predicts == "residual":
-            return self.mean(x, sigma, output)
-        return _mean(self._predicts, x, over_samples(sigma, x).to(x.dtype), output)
+            return super().shares(sigma)
+        return _shares(self._predicts, sigma)
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The posterior mean (B, *S) at x (B, *S) and sigma (B,)."""
@@ -181,27 +182,30 @@ class WrappedMeanField(FieldNetwork):
 
     def interpret(self, x: Tensor, z: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), (B, *S) and (B,), that the network's output implies."""
-        return field_from_mean(x, z, self._mean_from(x, z, output), gamma=self.gamma)
+        return self._field(self._parts_of(x, z, output), x, z)
 
     def mean(self, x: Tensor, z: Tensor, **condition: Any) -> Tensor:  # type: ignore[override]
         """The posterior mean (B, *S) at x (B, *S) and z (B,)."""
         z = self._checked_level(x, z)
-        return self._mean_from(x, z, self.net(*self.inputs(x, z), **condition))
+        output = self.net(*self.inputs(x, z), **condition)
+        return self._from_unit(self._parts_of(x, z, output).mean())
 
     def forward(  # type: ignore[override]
         self, x: Tensor, z: Tensor, **condition: Any
     ) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), of shapes (B, *S) and (B,), at x (B, *S) and z (B,)."""
-        return field_from_mean(x, z, self.mean(x, z, **condition), gamma=self.gamma)
+        z = self._checked_level(x, z)
+        return self.interpret(x, z, self.net(*self.inputs(x, z), **condition))
 
-    def _mean_from(self, x: Tensor, z: Tensor, output: Tensor) -> Tensor:
+    def _parts_of(self, x: Tensor, z: Tensor, output: Tensor) -> MeanParts:
         output, (x, z) = _prediction(x, output), self._to_unit(x, z)
         apparent = self._apparent_level(x, z)
         if self._predicts != "residual":
-            return self._from_unit(_mean(self._predicts, x, over_samples(apparent, x), output))
-        skip = (self._unit_std * self._c_in(apparent)).square()
-        added = self._unit_std * over_samples(self._c_change(apparent), x) * output
-        return self._from_unit(over_samples(skip, x) * x + added)
+            kept, dropped, factor = _shares(self._predicts, over_samples(apparent, x))
+            return MeanParts(x, kept, dropped, factor * output)
+        skip, rest = (over_samples(s, x) for s in self._skip_and_rest(root_mean_square(x), z))
+        factor = self._unit_std * over_samples(self._c_change(apparent), x)
+        return MeanParts(x, skip, rest, factor * output)
 
     def _apparent_level(self, x: Tensor, z: Tensor) -> Tensor:
         return (z.square() + self._excess_noise(root_mean_square(x))).sqrt()

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import natural, usable_device
+from ..common.checksums import checksum_of
 from ..common.files import MALFORMED, StrPath, write_atomic
 from ..flows.flow import Flow
-from .checksums import checksum_of
 from .compiled import load_plain_state
 from .weights_file import (
     flow_in,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from typing import Literal, NamedTuple, get_args
 
-from ..common.checks import LARGEST, as_float, check_bool, check_choice, check_seed
+from ..common.checks import LARGEST, as_number, check_bool, check_choice, check_seed
 
 __all__ = ["Schedule", "TrainConfig"]
 
@@ -110,14 +111,12 @@ class TrainConfig:
             _check_integer(name, values[name], least)
         check_seed(self.seed)
         check_bool("compile", self.compile)
-        for name in ("learning_rate", "clip"):
-            if not values[name] > 0:
-                raise ValueError(f"{name} is {values[name]!r}; allowed is any number above 0.")
-        if values["learning_rate"] > LARGEST:
-            rate = as_float(values["learning_rate"])
-            raise ValueError(f"learning_rate is {rate}; allowed is any finite number above 0.")
+        for name, finite, most in (("learning_rate", "finite ", LARGEST), ("clip", "", math.inf)):
+            if not 0 < as_number(values[name]) <= most:
+                shown = reprlib.repr(values[name])
+                raise ValueError(f"{name} is {shown}; allowed is any {finite}number above 0.")
         for name in ("ema", "beta2", "label_dropout"):
-            if not 0 <= values[name] < 1:
+            if not 0 <= as_number(values[name]) < 1:
                 raise ValueError(f"{name} is {values[name]!r}; allowed is 0 to below 1.")
         check_choice("decay", values["decay"], get_args(Decay))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
@@ -168,7 +167,7 @@ class TrainConfig:
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or not least <= value < 2**63:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
         raise ValueError(
             f"{name} is {value!r}; allowed is an integer of at least {least}, below 2^63."
         )

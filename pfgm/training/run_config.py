@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -10,11 +11,21 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..common.checks import check_bool, check_choice, is_number
+from ..common.checks import (
+    as_number,
+    check_bool,
+    check_choice,
+    int_tuple,
+    is_number,
+    is_whole,
+    positive_int,
+)
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.versions import versions
-from ..datasets import Range, absolute_source
+from ..datasets import Layout, Range, absolute_source
 from ..flows.fitting import check_fitted_steps
+from ..flows.plusplus import PoissonFlowPP
+from ..flows.poisson import PoissonFlow
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
@@ -39,11 +50,18 @@ class Settings:
 
     data: str = "digits"
     """digits, fashion-mnist, cifar10, folder:PATH of images, the path of a .zip archive of images,
-    or of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point (images
-    in [-1, 1], or see range)."""
+    of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point (images in
+    [-1, 1], or see range), or of a .csv file."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, such as 0 255 or
     0 1; they become -1 and 1. By default the data are in [-1, 1] already."""
+    layout: Layout = "auto"
+    """What arrays (n, H, W) and (n, H, W, C) are. images: grey images, and images with their
+    channels last. as-is: nothing is changed, as for signals. auto: bytes are images, other numbers
+    stay as they are."""
+    resize: int | None = None
+    """Height and width to which the central square of each image is scaled, for folders and
+    archives of images."""
     method: Method = "pfgm"
     """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
     D: float = _DEFAULT_D
@@ -54,8 +72,8 @@ class Settings:
     """Weights of the levels in the loss of pfgm. auto: balanced for unet and mlp, published for the
     published networks."""
     network: Network = "auto"
-    """auto: unet for images of at least 4 x 4, else mlp. ddpmpp and ncsnpp are the published ones,
-    for square images."""
+    """auto: unet for images of at least 4 x 4 and signals (C, L) of at least 4 values, else mlp.
+    ddpmpp and ncsnpp are the published ones, for square images."""
     width: int | None = None
     """Width of the network; the network's default unless given."""
     multipliers: tuple[int, ...] | None = None
@@ -91,9 +109,18 @@ class Settings:
     def __post_init__(self) -> None:
         if self.range is not None:
             _check_range(self.range)
-        for name in ("multipliers", "range"):  # JSON has lists
+            object.__setattr__(self, "range", tuple(self.range))  # JSON has lists
+        for name, checked in (
+            ("width", positive_int),
+            ("multipliers", int_tuple),
+            ("blocks", positive_int),
+        ):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, checked(name, value))
+        if not isinstance(self.fit_levels, (list, tuple)):
+            raise ValueError(
+                f"fit_levels is {self.fit_levels!r}; allowed are numbers of steps in a list."
+            )
         object.__setattr__(self, "fit_levels", tuple(self.fit_levels))
         for name in ("data", "init", "teacher"):
             value, optional = getattr(self, name), name != "data"
@@ -106,7 +133,12 @@ class Settings:
         for name in ("labels", "flips", "shared"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, get_args(Method))
+        if self.teacher is None:
+            _check_hyper_parameters(self.flow, self.method)
         check_choice("network", self.network, get_args(Network))
+        check_choice("layout", self.layout, get_args(Layout))
+        if self.resize is not None:
+            positive_int("resize", self.resize)
         check_choice("hold", self.hold, get_args(Place))
         check_choice("weighting", self.weighting, get_args(Weighting))
         if self.weighting != "auto" and self.method != "pfgm":
@@ -114,14 +146,15 @@ class Settings:
                 f"weighting is {self.weighting!r} with method {self.method!r}; allowed is auto, as "
                 "the loss of this method has one weight."
             )
-        if not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
+        if not is_whole(self.samples) or not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
             raise ValueError(
-                f"samples is {self.samples}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
+                f"samples is {self.samples!r}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
             )
         if self.init is not None and self.teacher is not None:
             raise ValueError("init and teacher are both given; allowed is one of them.")
-        if not self.D > 0:
-            raise ValueError(f"D is {self.D}; allowed is any positive number.")
+        if not as_number(self.D) > 0:
+            raise ValueError(f"D is {self.D!r}; allowed is any positive number.")
+        object.__setattr__(self, "D", as_number(self.D))
         own = _DIMENSIONS.get(self.method, self.D)
         if self.D not in (_DEFAULT_D, own) and self.teacher is None:
             raise ValueError(
@@ -152,6 +185,11 @@ class RunConfig(Settings):
         """The configuration of these settings."""
         named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
         return cls(**named, training=training)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How :func:`pfgm.datasets.open_data` reads the data, as keyword arguments."""
+        return {"value_range": self.range, "layout": self.layout, "resize": self.resize}
 
     @property
     def settings(self) -> Settings:
@@ -206,6 +244,8 @@ class RunConfig(Settings):
             if of_a_run and content.get("method", "pfgm") == "pfgm":
                 # A run from before there was a choice goes on with the published loss.
                 content.setdefault("weighting", "published")
+            if of_a_run:
+                content.setdefault("layout", "images")  # all that runs from before could read
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
             config = cls(**content, training=TrainConfig(**training))
@@ -224,6 +264,16 @@ def _check_range(value: Any) -> None:
     pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
     if not pair or not -math.inf < value[0] < value[1] < math.inf:
         raise ValueError(f"range is {value!r}; allowed are two numbers, the lower first.")
+
+
+def _check_hyper_parameters(flow: dict[str, Any], method: str) -> None:
+    kind = PoissonFlow if method == "pfgm" else PoissonFlowPP
+    known = inspect.signature(kind).parameters.keys() - {"shape", "D"}
+    for name in flow:
+        if name not in known:
+            raise ValueError(
+                f"flow has {name!r}; allowed with method {method!r} are {', '.join(sorted(known))}."
+            )
 
 
 def teacher_checksum(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import usable_device
+from ..common.checksums import checksum_of_weights
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
 from ..datasets import Data, is_missing, open_data
@@ -22,7 +23,6 @@ from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import load
 from .checks import other_setting
-from .checksums import checksum_of_weights
 from .locks import locked_for_all
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, Settings, teacher_checksum
@@ -136,7 +136,7 @@ def _run(
 ) -> nn.Module:
     report = report if processes.leads else _report_nothing
     shown = progress and processes.leads
-    data = open_data(config.data, value_range=config.range, progress=shown)
+    data = open_data(config.data, **config.reading, progress=shown)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)

@@ -6,7 +6,6 @@ used alone. Nothing in it is ever executed.
 
 from __future__ import annotations
 
-import json
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..common.files import StrPath, write_atomic
+from ..common.files import StrPath
+from ..common.tensor_files import read_tensors, write_tensors
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks import NETWORKS, build
-from .checksums import BLANK, fill_in_checksum, verify_checksum
 from .compiled import plain_names, plain_state, without_compile
 
 __all__ = [
     "check_savable",
+    "describe_network",
     "flow_in",
     "network_in",
     "read_weights",
@@ -58,22 +57,14 @@ def write_weights(
         "format": _FORMAT,
         "kind": type(flow).__name__,
         "flow": flow.config,
-        "network": _describe_network(network),
-        # Distinguishes a file that has lost its checksum from an older one that had none.
-        "checksum": "crc32",
+        "network": describe_network(network),
         **facts,
     }
     if flow.fitted_levels:
         description["fitted_levels"] = flow.describe_fitted()
     if distilled is not None:
         description["distilled"] = distilled
-    tensors = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in plain_state(network).items()
-    }
-    metadata = {"pfgm": json.dumps(description), "checksum": BLANK}
-    parts = fill_in_checksum(memoryview(safetensors.torch.save(tensors, metadata=metadata)))
-    write_atomic(path, lambda file: file.writelines(parts))
+    write_tensors(path, plain_state(network), description)
 
 
 def check_savable(flow: Flow, network: nn.Module) -> None:
@@ -114,32 +105,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, damaged, or not from this library.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}.")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            recorded = metadata.get("checksum")
-            if recorded is not None:
-                verify_checksum(path, recorded)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        if _is_pickled(path):
+        return read_tensors(path, _FORMAT)
+    except ValueError as error:
+        if isinstance(error.__cause__, safetensors.SafetensorError) and _is_pickled(path):
             raise ValueError(
                 f"{path} is not a checkpoint of pfgm but a pickled file; `pfgm convert {path} "
                 "--out NAME.safetensors` makes one from a published file of PFGM, PFGM++ or EDM."
             ) from error
-        raise ValueError(f"{path} is not a complete safetensors file ({error}).") from error
-    try:
-        description = json.loads(metadata.get("pfgm", ""))
-        version = description["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} was not written by pfgm: it describes no flow.") from error
-    if version != _FORMAT:
-        raise ValueError(f"{path} has format {version}; this version reads format {_FORMAT}.")
-    if recorded is None and "checksum" in description:
-        raise ValueError(f"{path} is damaged: it has lost its checksum.")
-    return tensors, description
+        raise
 
 
 def _is_pickled(path: Path) -> bool:
@@ -205,7 +179,8 @@ def _widen(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             own.data = own.data.to(torch.promote_types(own.dtype, tensors[name].dtype))
 
 
-def _describe_network(network: nn.Module) -> dict[str, Any] | None:
+def describe_network(network: nn.Module) -> dict[str, Any] | None:
+    """The name and the config of a network of :mod:`pfgm.networks`; None for any other."""
     network = without_compile(network)
     for name, kind in NETWORKS.items():
         if type(network) is kind:

@@ -145,6 +145,16 @@ def test_one_reference_far_away(oracle, form, row):
     assert_accurate(solve(x, references, sigma, 1.0, form), wanted, references[1:100], 1e-3)
 
 
+@pytest.mark.parametrize("queries", [1, 5])
+def test_sums_over_many_equal_references_do_not_drift(form, queries):
+    """A sum of float32 over all of them was off by 4e-5."""
+    generator = torch.Generator().manual_seed(0)
+    references = 1 + 1e-3 * torch.randn(30_000, 1, generator=generator)
+    radius = torch.full((queries,), 10.0, dtype=torch.float64)
+    mean = solve(references[:queries], references, radius, math.inf, form)[0].double()
+    assert (mean - references.double().mean()).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("offset", [1e2, 1e4])
 def test_far_from_the_origin(oracle, form, offset):
     x, references, sigma = problem(6, 300, 300)

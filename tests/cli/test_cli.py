@@ -87,6 +87,72 @@ def test_samples_of_a_network_that_comes_with_the_package(run, tmp_path, capsys)
     assert not (tmp_path / "none.npy").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "labels"),
+    [
+        ([], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]),
+        (["--label", "7", "3"], [7, 3, 7, 3, 7, 3, 7, 3, 7, 3, 7, 3]),
+        (["--label", "none"], None),
+    ],
+)
+def test_the_labels_of_samples(tmp_path, option, labels):
+    out = tmp_path / "x.npy"
+    arguments = ["sample", "--pretrained", "digits", "--n", "12", "--steps", "2", *option]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    flow, net = pfgm.load_pretrained("digits")
+    start = flow.prior(12, generator=torch.Generator().manual_seed(0))
+    condition = None if labels is None else {"labels": torch.tensor(labels)}
+    samples = flow.sample(net, 12, steps=2, x_init=start, condition=condition)
+    np.testing.assert_allclose(np.load(out), samples.numpy(), atol=1e-5)
+
+
+def test_a_picture_has_a_column_for_each_label(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pfgm.plotting, "image_grid", lambda *given, **named: drawn.append(named))
+    for options in ([], ["--label", "bag", "1"], ["--label", "7"], ["--label", "none"]):
+        arguments = ["sample", "--pretrained", "fashion-mnist", "--n", "12", "--steps", "1"]
+        assert cli.main([*arguments, *options, "--out", str(tmp_path / "x.png")]) == 0
+    classes = list(pfgm.pretrained.PRETRAINED["fashion-mnist"].classes)
+    of_two = {"columns": 2, "header": ["bag", "trouser"]}
+    assert drawn == [{"columns": 10, "header": classes}, of_two, {}, {}]
+
+
+def test_an_animation_of_samples(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(pfgm.plotting, "animation", lambda *given, **named: drawn.append(given))
+    gif, out = tmp_path / "a" / "x.gif", tmp_path / "x.npy"
+    sample = ["sample", "--pretrained", "digits", "--steps", "3", "--out", out, "--animate"]
+    assert cli.main([*map(str, sample), str(gif), "--n", "4"]) == 0
+    ((frames, titles, path),) = drawn
+    flow = pfgm.load_pretrained("digits").flow
+    start = flow.prior(4, generator=torch.Generator().manual_seed(0))
+    assert path == gif
+    assert torch.equal(frames[0], start)
+    np.testing.assert_array_equal(frames[-1], np.load(out))
+    assert titles == [*(f"z = {z:.2g}" for z in flow.grid(3, "rho")[:-1]), "samples"]
+    for name, count in (("x.png", "4"), ("x.gif", "2000")):
+        message = fails(capsys, *sample, tmp_path / name, "--n", count)
+        assert f"{name} with {count} samples; allowed is a name that ends in .gif" in message
+
+
+def test_the_command_samples_as_python_does(tmp_path):
+    """Solver, schedule and steps that are not given are the same."""
+    draw = torch.Generator().manual_seed(0)
+    for N in (1, 20, 64):
+        data = torch.randn(30, N, generator=draw)
+        for flow in (
+            pfgm.PoissonFlow.from_data(data),
+            pfgm.PoissonFlowPP.from_data(data, D=128),
+            pfgm.PoissonFlowPP.from_data(data, D=float("inf")),
+        ):
+            chosen = cli.options.SamplingOptions().solver_arguments(flow)
+            assert (chosen["solver"], chosen["steps"], chosen["schedule"]) == flow.defaults
+            for solver in ("euler", "heun", "consistency"):
+                found = cli.options.SamplingOptions(solver=solver).solver_arguments(flow)
+                grid = flow.grid(found["steps"], found["schedule"], solver=solver)
+                assert grid == flow.grid(solver=solver)
+
+
 def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
     def sample(name, *options):
         out = tmp_path / name
@@ -121,6 +187,59 @@ def test_training_on_files(kind, tmp_path):
     expected = {"vectors.npy": (3,), "grey.npz": (1, 5, 6), "colour.safetensors": (3, 6, 5)}[kind]
     assert flow.shape == expected
     assert type(network).__name__ == ("MLP" if kind == "vectors.npy" else "UNet")
+
+
+@pytest.mark.parametrize("method", ["pfgm", "pfgm++"])
+def test_signals_from_a_file_to_samples(method, tmp_path):
+    signals = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "signals.npy", signals.numpy())
+    out = str(tmp_path / "run")
+    arguments = ["train", "--data", str(tmp_path / "signals.npy"), "--method", method]
+    assert cli.main([*arguments, "--width", "16", "--out", out, *TRAIN]) == 0
+    _, network = pfgm.load(out)
+    assert any(isinstance(part, torch.nn.Conv1d) for part in network.modules())
+    path = tmp_path / "samples.npy"
+    assert cli.main(["sample", "--checkpoint", out, "--n", "5", "--out", str(path)]) == 0
+    samples = np.load(path)
+    assert samples.shape == (5, 2, 16)
+    assert np.isfinite(samples).all()
+    evaluate = ["evaluate", "--checkpoint", out, "--n", "20", "--out", str(tmp_path / "e")]
+    assert cli.main(evaluate) == 0
+
+
+def test_a_table_to_rounded_samples(tmp_path, capsys):
+    pytest.importorskip("pandas")
+    generator = np.random.default_rng(0)
+    rows = [f"{generator.normal():.4f},{i % 2},{'ab'[i % 2]}" for i in range(40)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["size,flag,label", *rows]))
+    out = str(tmp_path / "run")
+    arguments = ["train", "--data", str(table), "--labels", "--width", "16", "--out", out]
+    assert cli.main([*arguments, *TRAIN]) == 0
+    path = tmp_path / "samples.npy"
+    sample = ["sample", "--checkpoint", out, "--n", "30", "--label", "b", "--out", str(path)]
+    assert cli.main([*sample, "--round-to", str(table)]) == 0
+    rounded = np.load(path)
+    assert set(rounded[:, 1]) <= {0.0, 1.0}
+    assert cli.main(sample) == 0
+    assert not set(np.load(path)[:, 1]) <= {0.0, 1.0}
+    np.testing.assert_array_equal(rounded[:, 0], np.load(path)[:, 0])
+    assert "whose rows have the shape of the samples" in fails(
+        capsys, *sample, "--round-to", "digits"
+    )
+
+
+def test_photographs_of_many_sizes(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for number, size in enumerate([(9, 12), (20, 8), (16, 16)] * 4):
+        Image.new("L", size, 20 * number).save(tmp_path / f"{number}.png")
+    out = str(tmp_path / "run")
+    arguments = ["train", "--data", f"folder:{tmp_path}", "--resize", "6", "--width", "16"]
+    train = ["--steps", "2", "--batch-size", "4", "--references", "8"]
+    assert cli.main([*arguments, "--out", out, *train]) == 0
+    assert pfgm.load(out)[0].shape == (1, 6, 6)
+    evaluate = ["evaluate", "--checkpoint", out, "--n", "12", "--out", str(tmp_path / "e")]
+    assert cli.main(evaluate) == 0
 
 
 def test_resuming(run, tmp_path, capsys):
@@ -164,9 +283,11 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     assert "guidance is 2.0, but the network was trained without labels" in fails(
         capsys, *sample, tmp_path / "x.npy", "--guidance", 2
     )
-    assert "guidance is 2.0, but no label is given" in fails(
+    assert "guidance is 2.0, but label is none" in fails(
         capsys,
         *sample[:1],
+        "--label",
+        "none",
         "--pretrained",
         "digits",
         *sample[3:],
@@ -299,7 +420,7 @@ def shown_help(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "sample", "evaluate", "convert", "check", "info"]
+    "command", ["demo", "train", "sample", "evaluate", "features", "convert", "check", "info"]
 )
 def test_the_help_shows_no_default_where_there_is_none(command, capsys):
     shown = shown_help(capsys, command)
@@ -320,7 +441,7 @@ def test_the_help_shows_the_other_defaults(tmp_path, capsys):
     shown = shown_help(capsys, "sample")
     for part in ("Number of samples. (default: 64)", "(default: multistep)", "(default: auto)"):
         assert part in shown
-    assert "By default any label. --guidance" in shown
+    assert "By default all labels of the network. --guidance" in shown
     assert "(required)" in shown
     assert "(default: 0.9)" not in shown_help(capsys, "train")
     RunConfig(training=TrainConfig(ema=0.9)).save(tmp_path / "recipe.json")

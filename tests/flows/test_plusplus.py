@@ -272,7 +272,7 @@ def test_evaluations_are_counted(data):
     for solver, nfe in (("euler", 9), ("heun", 17), ("multistep", 9)):
         assert flow.sample(net, 3, solver=solver, steps=9, return_nfe=True)[1] == nfe
     options = {"condition": {"labels": torch.tensor([0, 1, 0])}, "guidance": 2.0}
-    assert flow.sample(conditional, 3, steps=9, return_nfe=True, **options)[1] == 34
+    assert flow.sample(conditional, 3, steps=9, return_nfe=True, **options)[1] == 18
 
 
 @pytest.mark.parametrize("D", [1.0, 16.0])

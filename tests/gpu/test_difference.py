@@ -11,11 +11,12 @@ import math
 import pytest
 import torch
 
-from pfgm.backends.problems import PosteriorMean
+import pfgm
+from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
 
 TOLERANCE = 2e-5
-OFFSETS = [0.0, 10.0, 100.0, 1e4]
+OFFSETS = [0.0, 1e4]
 
 
 def problem(B, M, N, z, offset=0.0):
@@ -110,6 +111,28 @@ def test_types_of_references(op, N, dtype):
     assert relative_error(op.module.posterior_mean(given)[0], expected, radius) < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("N", [2, 40])
+def test_score(op, N, dtype):
+    """∂ log-sum-exp/∂x = −(N + D) Σ p_j (x − y_j)/s_j, far above the distance."""
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randint(0, 256, (70, N), generator=generator, dtype=torch.uint8).to(dtype)
+    exact = dequantise(references, torch.float64)
+    x = (exact[:20] + 1e-5 * exact.abs().max() * torch.randn(20, N, generator=generator)).float()
+    differences = x.double()[:, None] - exact
+    radius = differences.norm(dim=2).amin(1)
+    s = differences.square().sum(2) + radius[:, None] ** 2
+    p = (-(N + 1) / 2 * s.log()).softmax(1)
+    expected = -(N + 1) * ((p / s)[:, :, None] * differences).sum(1)
+    given = PosteriorMean(*(t.to(op.device) for t in (x, references, radius)), 1.0, "high")
+    mean, _, nearest, total = op.module.posterior_mean(given)
+    upstream = Upstream(torch.zeros_like(mean), torch.ones_like(nearest))
+    state = State(mean, nearest, total)
+    found, _, _ = op.module.posterior_mean_backward(given, state, upstream, (True, False, False))
+    error = (found.double().cpu() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < TOLERANCE
+
+
 @pytest.mark.parametrize("times", [1e-30, 1e15])
 @pytest.mark.parametrize(("B", "N"), [(3, 8), (20, 40)])
 def test_tiny_and_huge_values(op, B, N, times):
@@ -119,3 +142,13 @@ def test_tiny_and_huge_values(op, B, N, times):
     given = PosteriorMean(*tensors, math.inf, "high", difference=True)
     found = op.module.posterior_mean(given)[0]
     assert relative_error(found, exact, radius * times) < TOLERANCE
+
+
+@pytest.mark.parametrize(("B", "N"), [(3, 8), (20, 40)])
+def test_difference_beyond_float32(op, B, N):
+    """Finite points and references may be further apart than float32 holds."""
+    x = torch.full((B, N), 3e38, device=op.device)
+    radius = torch.ones(B, dtype=torch.float64, device=op.device)
+    given = PosteriorMean(x, -x[:2], radius, 1.0, "high", difference=True)
+    with pfgm.debug_checks(), pytest.raises(ValueError, match="so far apart"):
+        op.module.posterior_mean(given)

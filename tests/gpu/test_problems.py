@@ -39,7 +39,6 @@ class Case:
     shift: float = 0.0  # of all values
     precision: str = "high"
     exact: bool = False  # queries are references
-    gradients: bool = True
     kind: str = ""  # of values
     times: float = 1.0  # all values
     limits: str = ""
@@ -134,8 +133,6 @@ class Problem:
         kept = (native.room_for_distances(self.problem),) if keeps else ()
         mean, lse, nearest, total = module.posterior_mean(self.problem, *kept)
         results = {"mean": mean, "lse": lse, "nearest": nearest, "total": total}
-        if not self.case.gradients:
-            return results
         needs = (True, self.case.dtype != BYTE, True)  # bytes have no gradient
         gradients = module.posterior_mean_backward(
             self.problem, State(mean, nearest, total), Upstream(self.G, self.g), needs, *kept
@@ -144,7 +141,8 @@ class Problem:
         return results | {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
 
     def errors(self, results: dict[str, Tensor]) -> dict[str, float]:
-        """Relative to the values: the mean's to references, a gradient's to its largest."""
+        """Relative to the values: the mean's to references and to itself, a gradient's to its
+        largest."""
         size = self.y.abs().max()
         if self.case.kind == "scaled":
             size = self.y.abs().amax(0)
@@ -154,13 +152,26 @@ class Problem:
         for name, value in results.items():
             truth = self.truth[name]
             of = {
-                "mean": size,
+                "mean": self.truth["mean"].abs().clamp(min=size),  # that of an outlier is rounded
                 "lse": truth.abs().clamp(min=1),
                 "nearest": truth.clamp(min=1e-30),
                 "total": truth,
             }.get(name, truth.abs().max())
             error = ((value.double().cpu() - truth).abs() / of).max().item()
             found[name] = error
+        return found
+
+    def tolerances(self) -> dict[str, float]:
+        """Of the results by name, as docs/backends.md states them."""
+        case = self.case
+        found = dict.fromkeys(self.truth, TOLERANCE[case.precision])
+        if case.dtype != SINGLE:  # of which the gradient is rounded
+            del found["grad_references"]
+        if case.kind == "scaled":  # scores are hundreds of nats
+            score = (self.truth["nearest"] / (2 * self.radius.cpu() ** 2)).max().item()
+            found["total"] = max(found["total"], 2**-24 * score)
+            if case.precision == "medium":
+                found |= {name: 2e-2 for name in found if name not in ("lse", "nearest")}
         return found
 
 
@@ -178,13 +189,15 @@ def kinds() -> list[Case]:
         Case(*s, INF, sigma=2.0, kind=k)
         for s in sizes
         for k in ("scaled", "outlier", "constant", "twice")
-        if s != sizes[1] or k in ("constant", "twice")
     ]
-    cases += [Case(*sizes[1], INF, sigma=2.0, kind="constant", precision="medium")]
+    cases += [
+        Case(*sizes[1], INF, sigma=2.0, kind=k, precision="medium") for k in ("scaled", "constant")
+    ]
     cases += [Case(70, 140, 97, INF, BFLOAT, sigma=2.0, kind=k) for k in ("outlier", "constant")]
     cases += [
         Case(40, 130, 96, INF, BYTE, sigma=s, kind=k)
-        for s, k in ((1e-2, "constant"), (0.1, "constant"), (0.1, "near"))
+        for k in ("constant", "near")
+        for s in (1e-3, 1e-2, 0.1)
     ]
     return cases
 
@@ -232,9 +245,9 @@ CASES = [
         Case(40, 90, 40, 1.0, precision="medium", limits="halved"),
     ),
     # near and broad
-    *fast(Case(40, 100, 64, INF, sigma=0.001, gradients=False), Case(40, 100, 96, INF, sigma=6.0)),
+    *fast(Case(40, 100, 64, INF, sigma=0.001), Case(40, 100, 96, INF, sigma=6.0)),
     *slow(
-        Case(40, 300, 64, 1.0, sigma=0.0001, shift=1000.0, gradients=False),
+        Case(40, 300, 64, 1.0, sigma=0.0001, shift=1000.0),
         Case(40, 300, 64, 2048.0, sigma=20.0),
         Case(9, 300, 64, 2048.0, sigma=20.0), Case(258, 130, 260, INF, sigma=10.0),
         Case(40, 300, 96, 128.0, BYTE, sigma=8.0), Case(70, 140, 97, INF, HALF, sigma=6.0, gap=1),
@@ -250,8 +263,11 @@ CASES = [
         Case(40, 60, 96, INF, BYTE, sigma=1e-2, kind="near"),
     ),
     *slow(*kinds()),
-    *fast(Case(40, 130, 40, INF, BYTE, exact=True, gradients=False)),
-    *slow(Case(5, 130, 3, 1.0, exact=True, gradients=False)),
+    *fast(Case(40, 130, 40, INF, BYTE, exact=True)),
+    *slow(
+        Case(40, 130, 40, 128.0, exact=True),
+        Case(5, 130, 3, 1.0, exact=True),
+    ),
 ]  # fmt: skip
 
 
@@ -266,8 +282,6 @@ def test_problem(op, backend, device, request, case):
             executor.device(90 if case.N % 4 == 0 else 80, case.multiprocessors)
     if case.limits:
         request.getfixturevalue("limits")(**LIMITS[case.limits])
-    if executor and backend == "triton" and (case.kind in ("outlier", "near") or case.exact):
-        pytest.skip("as compiled, Triton's kernels lose digits here (docs/backends.md)")
     problem = Problem(case, device, seed=sum(str(case).encode()))
     bits = None
     for order in ORDERS if executor else ORDERS[:1]:
@@ -275,10 +289,12 @@ def test_problem(op, backend, device, request, case):
             executor.order(order)
         results = problem.run(op.module, keeps=backend == "native" and case.B % 2 == 0)
         errors = problem.errors(results)
-        tolerance = TOLERANCE[case.precision]
-        if case.dtype != SINGLE:  # of which the gradient is rounded
-            errors.pop("grad_references", None)
-        assert {name: error for name, error in errors.items() if not error <= tolerance} == {}
+        wrong = {
+            name: errors[name]
+            for name, tolerance in problem.tolerances().items()
+            if not errors[name] <= tolerance
+        }
+        assert wrong == {}
         found = {name: value.contiguous().view(torch.uint8) for name, value in results.items()}
         if bits is None:
             bits = found

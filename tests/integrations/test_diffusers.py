@@ -299,6 +299,23 @@ def test_the_target_of_a_denoiser_means_the_posterior_mean(schedulers, predicts,
     same(scheduler.step(target, t, noisy).pred_original_sample, correct, 1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("predicts", ["residual", "noise", "score"])
+def test_targets_have_the_digits_of_x_minus_mean(schedulers, predicts, offset):
+    """Far from the origin and close to the data, where a rounded mean has lost them."""
+    flow = pfgm.PoissonFlowPP((1, 2, 2), D=1, sigma_min=1e-4)
+    scheduler = schedulers.plus.from_flow(flow, prediction_type=predicts, level="sigma")
+    data = offset + torch.randn(300, 1, 2, 2, generator=seeded())
+    sigma = torch.logspace(-3, 1.9, 200)
+    noisy = scheduler.add_noise(data[:200], flow.noise(torch.ones(200), seeded(1)), sigma)
+    for references in (None, data):
+        found = scheduler.target(noisy, sigma, data[:200], references).flatten(1).double()
+        given = (None if each is None else each.double() for each in (data[:200], references))
+        expected = scheduler.target(noisy.double(), sigma.double(), *given).flatten(1)
+        error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.max() < 2e-5
+
+
 def test_the_target_of_a_field_is_the_field(schedulers):
     scheduler = schedulers.field.from_flow(FIELD)
     noisy, t = scheduler.perturb(DATA[:8], seeded())

@@ -149,6 +149,24 @@ def test_targets_keep_their_digits_near_the_data():
         torch.testing.assert_close(ut, x1 - x0, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_velocity_has_the_digits_of_x_minus_mean(at_once, monkeypatch):
+    """Close to the data, where a rounded mean has lost them, and far away, where it has them."""
+    if not at_once:  # as on a GPU, where rows are not told apart
+        monkeypatch.setattr("pfgm.functional.field.checks_values", lambda device: False)
+    data = torch.randn(300, 2, generator=seeded())
+    matcher, wide = PoissonFlowMatcher(1, data), PoissonFlowMatcher(1, data.double())
+    t = torch.tensor([0.0, 1e-4, 0.3, 0.7, 0.999]).repeat_interleave(60)
+    noise = matcher.noise(data.shape, generator=seeded(1))
+    given = (noise, data, t)
+    _, x, target = matcher.sample_location_and_conditional_flow(*given)
+    _, _, wide_target = wide.sample_location_and_conditional_flow(*(g.double() for g in given))
+    velocities = matcher.velocity(t, x), wide.velocity(t.double(), x.double())
+    for found, expected in (velocities, (target, wide_target)):
+        error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.max() < 2e-5
+
+
 @pytest.mark.parametrize("D", DS)
 def test_both_ends(D):
     matcher = PoissonFlowMatcher(D, POINTS)

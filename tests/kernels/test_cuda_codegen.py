@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +98,29 @@ def test_architectures(monkeypatch, built, expected):
     monkeypatch.setattr(codegen_cuda, "extension", lambda: "_native.so")
     monkeypatch.setattr(codegen_cuda.importlib, "import_module", lambda name: Built)
     assert codegen_cuda.architectures() == expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ("", "80;90a-real"),
+        ("No devices were found", "80;90a-real"),
+        ("7.5", "80;90a-real"),
+        ("9.0\n9.0", "90a-real"),
+        ("8.6\n12.0", "86;120"),
+        ("13.0\n8.0", "80"),
+    ],
+)
+def test_the_build_is_for_the_gpus_of_the_machine(tmp_path, capabilities, expected):
+    known = "\n".join(f"compute_{n}" for n in (75, 80, 86, 90, 100, 120))
+    script = tmp_path / "choose.cmake"
+    script.write_text(
+        f"include({codegen_cuda.CSRC.parent / 'architectures.cmake'})\n"
+        f'pfgm_architectures(result "{capabilities}" "{known}")\nmessage("${{result}}")\n'
+    )
+    cmake = Path(sys.executable).parent / "cmake"
+    done = subprocess.run([cmake, "-P", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == expected
 
 
 def test_unchecked_kernels_are_reported_with_the_remedy(monkeypatch):

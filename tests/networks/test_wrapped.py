@@ -101,6 +101,22 @@ def test_residual_of_the_field_is_at_the_apparent_level(generator):
     torch.testing.assert_close(field, field_from_mean(x, z, mean, gamma=IMAGES.gamma))
 
 
+@pytest.mark.parametrize("predicts", ["residual", "noise", "score"])
+def test_the_field_has_the_digits_of_x_minus_mean(generator, predicts):
+    """Far from the origin and close to the data, where a rounded mean has lost them."""
+    center = 1e4 if predicts == "residual" else 0.0
+    data = center + torch.randn(50, 1, 4, 4, generator=generator)
+    flow = pfgm.PoissonFlow((1, 4, 4), spread=1.0, center=center)
+    net = from_module(Sines(), flow, predicts=predicts, level="log", data_std=1.0)
+    z = torch.logspace(-4, 0, 50)
+    found = net(data, z)[0].double()
+    net.double()
+    net.net.net.frequencies = net.net.net.frequencies.double()
+    expected = net(data.double(), z.double())[0]
+    error = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.max() < 2e-5
+
+
 @pytest.mark.parametrize(
     ("predicts", "output"),
     [

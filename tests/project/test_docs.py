@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 import pfgm
+from pfgm import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -33,7 +35,7 @@ def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     """Each block runs as printed, with the file that the demo would have written."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    for package in ("accelerate", "diffusers", "k_diffusion", "lightning"):
+    for package in ("accelerate", "diffusers", "k_diffusion", "lightning", "pandas"):
         if re.search(rf"^(import|from) .*\b{package}\b", code, flags=re.MULTILINE):
             pytest.importorskip(package)
     if "runs/demo" in code:
@@ -194,16 +196,149 @@ def stored(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["result"]
 
 
-def test_readme_and_quick_start_have_the_stored_figures():
-    readme, start = (path.read_text() for path in (ROOT / "README.md", DOCS / "index.md"))
-    agreement = {
-        each["method"]: each.get("agreement") for each in reversed(stored("weighting")["means"])
-    }
-    ours, plusplus = agreement["PFGM, balanced"], agreement["PFGM++ 128"]
-    assert (
-        f"{ours:.0%} of samples follow their label, {plusplus:.0%} at D".replace("%", " %")
-        in readme
+def means(path, **chosen):
+    """The one row of a table of docs/claims with these values."""
+    with (DOCS / "claims" / path).open() as file:
+        rows = [row for row in csv.DictReader(file) if chosen.items() <= row.items()]
+    assert len(rows) == 1, chosen
+    return rows[0]
+
+
+def distances(row):
+    return tuple(float(row[f"frechet_{space}"]) for space in ("pixels", "features"))
+
+
+def span(values, digits):
+    """The least and the most of values, as README writes them."""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def figures_of_readme():
+    """Phrases of README with figures, made from stored results."""
+    losses = stored("published_losses")["rows"]
+    assert max(row["relative difference"] for row in losses) < 1e-6
+    yield "are the same to 6 digits"
+    yield f"{span([row['times as long'] for row in losses], 0)} times as fast on one thread"
+    subjects = [
+        row["times as long"]
+        for row in stored("posterior_mean")
+        if row.get("path") == "native"
+        and row["subject"].startswith("forward,")
+        and ("CIFAR-10" in row["subject"] or "Fashion" in row["subject"])
+    ]
+    plain, compiled = (
+        span([row[f"torch path{kind}"] for row in subjects], 1) for kind in ("", ", compiled")
     )
+    yield f"is {plain} times as fast on photographs and Fashion-MNIST, and {compiled} times"
+    yield "below 2e-5 of its size"  # the limit that bench_posterior_mean.py checks
+
+    table = "fashion-mnist/quality-means.csv"
+    at = {
+        (method, count): distances(
+            means(
+                table,
+                method=method,
+                sampler="multistep, log",
+                evaluations=count,
+                series=f"{method}, multistep, log",
+            )
+        )
+        for method in ("PFGM balanced", "PFGM++ 128", "EDM")
+        for count in ("5", "8", "10")
+    }
+    pfgm_5, other_5 = at["PFGM balanced", "5"], at["PFGM++ 128", "5"]
+    yield f"{pfgm_5[0]:.1f} in pixels, {pfgm_5[1]:.1f} in features"
+    yield f"PFGM++ 128 has {other_5[0]:.1f} and {other_5[1]:.1f}"
+    yield f"{at['PFGM balanced', '8'][1]:.1f} and {at['PFGM++ 128', '8'][1]:.1f}"
+    ten = {method: at[method, "10"] for method in ("PFGM balanced", "PFGM++ 128", "EDM")}
+    ours, plusplus, edm = (ten[method][1] for method in ("PFGM balanced", "PFGM++ 128", "EDM"))
+    yield f"{plusplus:.1f} in features, PFGM {ours:.1f}, EDM {edm:.1f}"
+    yield f"{ten['PFGM balanced'][0]:.1f} to {ten['PFGM++ 128'][0]:.1f}"
+
+    labelled = {
+        each["method"]: each for each in stored("weighting")["means"] if "agreement" in each
+    }
+    ours, plusplus = labelled["PFGM, balanced"], labelled["PFGM++ 128"]
+    yield f"{ours['agreement']:.0%} of samples follow their label".replace("%", " %")
+    yield f"{plusplus['agreement']:.0%} at D = 128".replace("%", " %")
+    yield f"recall {ours['recall']:.2f}, at D = 128 {plusplus['recall']:.2f}"
+
+    table = "dimensions-means.csv"
+    bits = {D: distances(means(table, D=D, error="bits", size="3")) for D in ("16", "64", "128")}
+    edm = distances(means(table, D="inf", error="bits", size="3"))
+    pixels, features = zip(*bits.values(), strict=True)
+    yield f"{span(pixels, 1)} in pixels, {edm[0]:.1f} at D = ∞"
+    yield f"in features {span(features, 0)} and {edm[1]:.0f}"
+    plain = [means(table, D=D, error="none") for D in ("64", "128", "2048", "inf")]
+    yield f"{span([distances(row)[0] for row in plain], 2)} in pixels"
+    likelihood = {
+        model: float(means("likelihood-means.csv", model=model, data="held out")["bits_per_dim"])
+        for model in ("PFGM", "EDM")
+    }
+    yield f"{likelihood['EDM']:.2f} bits a pixel"
+    yield f"PFGM {likelihood['PFGM']:.2f}"
+
+
+def test_the_figures_of_readme_are_stored_results():
+    text = " ".join(text_without_code(ROOT / "README.md").split())
+    for phrase in figures_of_readme():
+        assert phrase in text, phrase
+        text = text.replace(phrase, " ")
+    text = re.sub(r"\]\([^)]*\)|<img[^>]*>|Python 3\.10|Apache-2\.0", " ", text)
+    assert not re.findall(r"\d+\.\d+|\d+ %|\d+ times", text)
+
+
+def test_the_published_losses_of_the_page_are_stored():
+    page = (DOCS / "benchmarks.md").read_text()
+    for row in stored("published_losses")["rows"]:
+        cells = (
+            f"{1e3 * row['seconds before']:.0f} ms",
+            f"{1e3 * row['seconds after']:.1f} ms",
+            f"{row['times as long']:.0f}",
+            f"{row['relative difference']:.1e}".replace("e-0", "e-"),
+            str(row["lines of the target before"]),
+        )
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def test_the_command_of_readme_draws_its_picture(tmp_path, monkeypatch):
+    """Within 2 grey levels in 99 % of the pixels."""
+    image = pytest.importorskip("matplotlib.image")
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^    \.venv/bin/pfgm (sample --pretrained .*)$", readme, flags=re.M)[1]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command.split()) == 0
+    drawn, shown = (
+        255 * torch.from_numpy(image.imread(path)[..., :3])
+        for path in (tmp_path / "samples.png", DOCS / "images" / "fashion-mnist.png")
+    )
+    assert drawn.shape == shown.shape
+    assert float(((drawn - shown).abs().amax(2) <= 2).double().mean()) >= 0.99
+
+
+def test_the_tables_of_sampling_have_the_stored_figures():
+    page = (DOCS / "howto" / "sampling.md").read_text()
+    names = {"labels": "labels (schedule `rho`, the default)"}
+    names |= {f"labels, log to {last}": f"labels, `log` to {last}" for last in (0.1, 0.3)}
+    names |= {"labels, guidance 1.5": "labels, guidance 1.5 (20 evaluations)"}
+    for row in stored("pretrained"):
+        if row["network"] == "digits":
+            cells = [names.get(row["run"], row["run"])]
+            for space, digits in (("pixels", 3), ("features", 1)):
+                cells.append(f"{row[f'frechet_distance_{space}']:.{digits}f}")
+                cells += [f"{row[f'{each}_{space}']:.2f}" for each in ("precision", "recall")]
+            assert f"| {' | '.join(cells)} |" in page, row["run"]
+    few, more, multistep = (
+        distances(means("quality-means.csv", series=f"PFGM++ 128, {sampler}, rho", setting=setting))
+        for sampler, setting in (("heun", "10"), ("heun", "20"), ("multistep", "10"))
+    )
+    text = " ".join(page.split())
+    assert f"has a distance of {few[0]:.1f} on digits, with 19 it has {more[0]:.2f}" in text
+    assert f"`multistep` has {multistep[0]:.2f} with 10" in text
+
+
+def test_quick_start_has_the_stored_figures():
+    start = (DOCS / "index.md").read_text()
     first = stored("demo")["runs"][0]
     assert first["seed"] == 0
     for name, figures in (

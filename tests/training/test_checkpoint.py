@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import pfgm
+from pfgm.common import tensor_files
 from pfgm.training import checkpoint, weights_file
 from pfgm.training.checkpoint import load_run, save_run
 
@@ -329,7 +330,7 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(
             raise OSError(f"{path} cannot be written: no space.")
         write(path, content)
 
-    for module in (checkpoint, weights_file):
+    for module in (checkpoint, tensor_files):
         monkeypatch.setattr(module, "write_atomic", fails)
     with pytest.raises(OSError, match="no space"):
         run_checkpoint(tmp_path, flow, network, 10)

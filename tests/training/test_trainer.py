@@ -129,7 +129,7 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"learning_rate": math.inf}, "learning_rate is inf; allowed is any finite number"),
-        ({"learning_rate": 10**400}, "learning_rate is inf; allowed is any finite number"),
+        ({"learning_rate": 10**400}, r"learning_rate is 10\S+; allowed is any finite number"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"decay": "linear"}, "decay is 'linear'"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),

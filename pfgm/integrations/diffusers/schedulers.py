@@ -18,13 +18,8 @@ from ...common.tensors import dequantise, over_samples, per_row, wide_dtype
 from ...flows.flow import Flow
 from ...flows.plusplus import PoissonFlowPP
 from ...flows.poisson import PoissonFlow
-from ...functional import (
-    euler_step,
-    field_fn,
-    heun_step,
-    multistep_step,
-    posterior_mean,
-)
+from ...functional import euler_step, field_fn, heun_step, multistep_step
+from ...functional.field import is_nearer, mean_from
 from ...functional.steps import implied_mean
 from ...networks.level_encodings import (
     IdentityEncoding,
@@ -206,7 +201,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: steps or levels are out of range, or both are given.
         """
         if sigmas is None:
-            levels = self._flow.grid(num_inference_steps, self.config["schedule"])
+            levels = self._flow.grid(
+                num_inference_steps, self.config["schedule"], solver=self.config["solver"]
+            )
         elif num_inference_steps is None:
             levels = self._flow.grid(schedule=[float(sigma) for sigma in sigmas])
         else:
@@ -518,11 +515,12 @@ class PoissonFlowPPScheduler(FlowScheduler):
         self, x: Tensor, sigma: Tensor, original: Tensor, references: References | None
     ) -> Tensor:
         """The output (B, *S) that implies the original samples, or the posterior mean."""
-        if references is None:
-            mean = dequantise(original, x.dtype)
-        else:
-            mean = posterior_mean(x, references, sigma=sigma, D=self._flow.D)
-        # The mean is linear in the points and in the output.
-        zeros = torch.zeros_like(x)
-        from_points = self._wrapped.interpret(x, sigma, zeros)
-        return (mean - from_points) / self._wrapped.interpret(zeros, sigma, torch.ones_like(x))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        kept, dropped, factor = self._wrapped.shares(over_samples(sigma.to(x.dtype), x))
+        from_points, rest = kept * x, dropped * x
+        if references is not None:
+            D = self._flow.D
+            return mean_from(from_points, rest, x, references, sigma=sigma, D=D) / factor
+        mean = dequantise(original, x.dtype)
+        near = over_samples(is_nearer(rest, from_points), x)
+        return torch.where(near, rest - (x - mean), mean - from_points) / factor

@@ -1,0 +1,59 @@
+"""``pfgm features``: trains the classifier in whose features ``pfgm evaluate`` judges samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..common.checks import check_seed, usable_device
+from ..common.files import check_folder
+from ..common.messages import print_result
+from ..data import to_unit
+from ..datasets import open_data
+from ..metrics import save_classifier, train_classifier
+
+__all__ = ["Features"]
+
+
+@dataclass
+class Features:
+    """Train a small classifier of labelled images, for the features of pfgm evaluate."""
+
+    out: Path
+    """The .safetensors file of the classifier."""
+    data: str
+    """Images with labels: digits, fashion-mnist, cifar10 or a path, as for train."""
+    epochs: int | None = None
+    """Passes over the training images. By default about 3000 batches of 64, in 3 to 20 passes."""
+    seed: int = 0
+    """Seed of the classifier's weights, and of the order of images."""
+    device: str = "auto"
+    """auto: cuda if there is a GPU, else cpu."""
+
+    def run(self) -> None:
+        if self.out.suffix != ".safetensors":
+            raise ValueError(f"out is {self.out}; allowed is a name that ends in .safetensors.")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs is {self.epochs}; allowed is at least 1.")
+        check_seed(self.seed)
+        device = usable_device(self.device)
+        data = open_data(self.data, progress=True)
+        if data.train.labels is None or data.train.ndim != 4:
+            raise ValueError(f"data is {self.data}; allowed are images with labels.")
+        check_folder(self.out.parent)
+        classifier = train_classifier(
+            to_unit(data.train[:]),
+            data.train.labels,
+            epochs=self.epochs,
+            seed=self.seed,
+            device=device,
+            progress=True,
+        )
+        facts: dict[str, str | float] = {"data": self.data}
+        shown = str(self.out)
+        if data.held_out is not None and data.held_out.labels is not None:
+            accuracy = classifier.accuracy(to_unit(data.held_out[:]), data.held_out.labels)
+            facts["accuracy"] = accuracy
+            shown += f": right on {accuracy:.1%} of the held-out images".replace("%", " %")
+        save_classifier(self.out, classifier, **facts)
+        print_result(shown)

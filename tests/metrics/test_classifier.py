@@ -1,0 +1,162 @@
+"""The classifiers in whose features samples are judged, and their files."""
+
+import json
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import pfgm
+from pfgm import cli
+from pfgm.datasets import open_data
+from pfgm.metrics import (
+    CLASSIFIERS,
+    Classifier,
+    frechet_distance,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return pfgm.data.digits()
+
+
+def same_weights(a, b):
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(x == y and torch.equal(u, v) for (x, u), (y, v) in pairs)
+
+
+def test_the_classifier_of_digits_knows_them(digits):
+    net = load_classifier("digits")
+    assert not net.training
+    assert net.accuracy(digits.held_out, digits.held_out_labels) > 0.97
+
+
+def test_the_classifier_of_clothes_is_small():
+    net = load_classifier("fashion-mnist")
+    assert net.shape == (1, 28, 28)
+    assert sum(each.nbytes for each in net.parameters()) < 150_000
+    images = torch.zeros(3, 1, 28, 28)
+    assert net.rows(images).shape == (3, 32)
+    assert net(images).shape == (3, 10)
+
+
+def test_features_tell_mirrored_digits_from_real_ones(digits):
+    net = load_classifier("digits")
+    half, other = digits.train[::2], net.rows(digits.train[1::2])
+    real, mirrored = (frechet_distance(net.rows(x), other) for x in (half, half.flip(3)))
+    assert mirrored > 10 * real
+
+
+def test_training_is_the_same_for_the_same_seed(digits):
+    few = digits.train[:64], digits.train_labels[:64]
+    first, same, other = (train_classifier(*few, epochs=1, seed=seed) for seed in (0, 0, 1))
+    assert same_weights(first, same)
+    assert not same_weights(first, other)
+
+
+def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
+    path = tmp_path / "new" / "digits.safetensors"
+    arguments = ["features", "--data", "digits", "--epochs", "2", "--out", str(path)]
+    assert cli.main(arguments) == 0
+    assert "right on" in capsys.readouterr().out
+    found = {}
+    for features in (str(path), "none", None):
+        out = tmp_path / "evaluation"
+        options = [] if features is None else ["--features", features]
+        sampling = ["--pretrained", "digits", "--n", "60", "--steps", "2", "--against", "300"]
+        assert cli.main(["evaluate", *sampling, *options, "--out", str(out)]) == 0
+        found[features] = json.loads((out / "metrics.json").read_text())
+        shown = capsys.readouterr().out
+        assert ("in features: samples" in shown) == (features != "none")
+    assert "features" not in found["none"]
+    assert found[None]["features"]["of"] == "digits"
+    given = found[str(path)]["features"]
+    assert given["frechet_distance"] != found[None]["features"]["frechet_distance"]
+    assert given["against"] == "held_out"
+    data = open_data("digits")
+    draw = torch.Generator().manual_seed(0)
+    real = data.held_out[data.held_out.draw(300, generator=draw)]
+    flow, net = pfgm.load_pretrained("digits")
+    samples, _ = pfgm.evaluation.draw_samples(flow, net, 60, steps=2)
+    features = load_classifier(path).features
+    distance = frechet_distance(samples.clamp(-1, 1), real, features=features)
+    assert given["frechet_distance"]["samples"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_one_sentence_for_bad_input(tmp_path, capsys):
+    def fails(*arguments):
+        capsys.readouterr()
+        assert cli.main([str(each) for each in arguments]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    out = tmp_path / "x.safetensors"
+    evaluate = ["evaluate", "--pretrained", "digits", "--out", tmp_path / "e", "--features"]
+    assert "there is no classifier at" in fails(*evaluate, out)
+    assert "allowed is a classifier of the data digits" in fails(*evaluate, "fashion-mnist")
+    network = pfgm.pretrained.pretrained_path("digits")
+    assert "holds no classifier" in fails(*evaluate, network)
+    assert "ends in .safetensors" in fails("features", "--data", "digits", "--out", "x.pt")
+    assert "epochs is 0" in fails("features", "--data", "digits", "--out", out, "--epochs", 0)
+    torch.save({}, tmp_path / "x.pt")
+    assert "not a complete safetensors file" in fails(*evaluate, tmp_path / "x.pt")
+    unlabelled = tmp_path / "x.npy"
+    pfgm.data.save_array(unlabelled, torch.zeros(9, 1, 8, 8))
+    assert "images with labels" in fails("features", "--data", unlabelled, "--out", out)
+    assert not out.exists()
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncated", "config", "classes"])
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = tmp_path / "x.safetensors"
+    save_classifier(path, Classifier((1, 8, 8), 3))
+    content = bytearray(path.read_bytes())
+    if damage == "bit":
+        content[-5] ^= 4
+        path.write_bytes(content)
+    elif damage == "truncated":
+        path.write_bytes(content[:-9])
+    else:  # written by something else, with other tensors than it describes
+        with safetensors.safe_open(path, framework="pt") as file:
+            described = json.loads(file.metadata()["pfgm"])
+        del described["checksum"]
+        config = {"config": "no", "classes": {**described["config"], "classes": 65536}}[damage]
+        metadata = {"pfgm": json.dumps({**described, "config": config})}
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    message = "checksum is|not a complete safetensors file|other tensors than the classifier"
+    with pytest.raises(ValueError, match=message):
+        load_classifier(path)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "message"),
+    [
+        (torch.zeros(2, 8, 8), torch.zeros(2).long(), ValueError, "images has shape"),
+        (torch.zeros(2, 1, 8, 8).byte(), torch.zeros(2).long(), TypeError, "images has dtype"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(2), TypeError, "labels has dtype"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(3).long(), ValueError, "labels has shape"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]), ValueError, "values from -1"),
+    ],
+)
+def test_training_refuses_what_does_not_fit(images, labels, error, message):
+    with pytest.raises(error, match=message):
+        train_classifier(images, labels)
+
+
+def test_images_of_another_shape_are_refused():
+    net = load_classifier("digits")
+    with pytest.raises(ValueError, match=r"allowed is \(B, 1, 8, 8\)"):
+        net.features(torch.zeros(2, 1, 28, 28))
+    with pytest.raises(TypeError, match="x has dtype"):
+        net.rows(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_they_come_with_the_package():
+    assert CLASSIFIERS == ("digits", "fashion-mnist")
+    assert set(CLASSIFIERS) == set(pfgm.pretrained.PRETRAINED)
