@@ -352,6 +352,13 @@ def test_the_tables_of_sampling_have_the_stored_figures():
     assert f"`multistep` has {multistep[0]:.2f} with 10" in text
 
 
+def test_the_page_of_plusplus_has_the_stored_figures():
+    one, four = (distances(means("dimensions-means.csv", D=D, error="none")) for D in "14")
+    expected = f"is {one[0]:.2f} at D = 1 and {four[0]:.2f} at D = 4, in features {one[1]:.1f} and"
+    text = " ".join((DOCS / "howto" / "plusplus.md").read_text().split())
+    assert f"{expected} {four[1]:.1f} (" in text
+
+
 def test_quick_start_has_the_stored_figures():
     start = (DOCS / "index.md").read_text()
     first = stored("demo")["runs"][0]
