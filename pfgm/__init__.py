@@ -39,8 +39,9 @@ from .integrations.k_diffusion import as_k_diffusion
 from .pretrained import load_pretrained
 from .references import ReferenceSet
 from .training.checkpoint import load, save
+from .training.pretrained_folder import from_pretrained, save_pretrained
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Field",
@@ -58,6 +59,7 @@ __all__ = [
     "euler_step",
     "evaluation",
     "field_fn",
+    "from_pretrained",
     "heun_step",
     "interpolate",
     "load",
@@ -70,6 +72,7 @@ __all__ = [
     "posterior_mean",
     "pretrained",
     "save",
+    "save_pretrained",
     "solvers",
     "training",
     "use_backend",

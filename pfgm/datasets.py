@@ -5,34 +5,38 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .common.checks import check_choice
 from .common.files import StrPath, absolute_path
 from .data import digits
 from .data.arrays import array_names, from_numpy, open_array, read_integers
+from .data.images import load_images
 from .data.opening import open_source
 from .data.rows import InMemory, OnDisk, Scaled, Source
+from .data.tables import LABEL_NAMES
 from .references import ReferenceSet
 
-__all__ = ["Data", "Range", "absolute_source", "is_missing", "open_data", "open_samples"]
+__all__ = ["Data", "Layout", "Range", "absolute_source", "is_missing", "open_data", "open_samples"]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-_FILE_SUFFIXES = (".npy", ".npz", ".safetensors", ".zip")
+_FILE_SUFFIXES = (".csv", ".npy", ".npz", ".safetensors", ".zip")
 _KINDS_OF_PATHS = ("folder", "npz")  # written before a path
-_LABEL_NAMES = ("labels", "label", "y")
 _HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
     "digits, fashion-mnist[:FOLDER], cifar10[:FOLDER], folder:PATH (of images), npz:PATH, or the "
-    "path of a folder or of a file that ends in .npy, .npz, .safetensors or .zip (of images)"
+    "path of a folder or of a file that ends in .csv, .npy, .npz, .safetensors or .zip (of images)"
 )
+_SMALLEST_IMAGE = 8  # height and width of what is taken for a grey image
 _PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
 _MAX_DEFLATE_RATIO = 1032  # deflate compresses at most by this factor
 _TRAIN_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
@@ -60,8 +64,20 @@ class Data(NamedTuple):
 Range = tuple[float, float]
 """The values of data that stand for −1 and 1."""
 
+Layout = Literal["auto", "images", "as-is"]
+"""What arrays (n, H, W) and (n, H, W, C) in a file are. images: grey images, which get a channel,
+and images whose channels, 1 or 3, move to the front. as-is: nothing is changed. auto: bytes are
+images, and floating-point numbers stay as they are."""
 
-def open_data(source: str, *, value_range: Range | None = None, progress: bool = False) -> Data:
+
+def open_data(
+    source: str,
+    *,
+    value_range: Range | None = None,
+    layout: Layout = "auto",
+    resize: int | None = None,
+    progress: bool = False,
+) -> Data:
     """Opens data by name or path. Nothing is downloaded or unpickled.
 
     - ``digits``: :func:`pfgm.data.digits`.
@@ -76,16 +92,22 @@ def open_data(source: str, *, value_range: Range | None = None, progress: bool =
       ``dataset.json``, as in the data sets of EDM and StyleGAN.
     - ``npz:PATH``, or a path: a ``.npy``, ``.npz`` or ``.safetensors`` file of samples (n, ...),
       which is read in place if possible.
+    - the path of a ``.csv`` file, a table of numbers with a line of names. A column named labels,
+      label or y has the labels, integers or names.
 
     A file of several arrays has its samples in the array images, data or x. Optional arrays are the
     integer labels (n,) in labels, label or y; held-out samples in held_out or test; and their
-    labels in held_out_labels or test_labels. Grey images (n, H, W) get a channel. Images
-    (n, H, W, C) are copied into memory with their channels moved to the front.
+    labels in held_out_labels or test_labels. The layout says whether arrays (n, H, W) are grey
+    images, which get a channel, and arrays (n, H, W, C) images, which are copied into memory with
+    their channels moved to the front.
 
     Args:
         source: one of the names, or a path. For a file or folder named digits, write ./digits.
         value_range: the values of floating-point data that stand for −1 and 1, such as (0, 255).
             They are converted; the default converts nothing.
+        layout: what arrays in a file are, see :data:`Layout`.
+        resize: the height and width of images in a folder or an archive. Their largest central
+            square is scaled to it. None takes images of one size as they are.
         progress: show a progress bar while images are read.
 
     Raises:
@@ -93,14 +115,18 @@ def open_data(source: str, *, value_range: Range | None = None, progress: bool =
         ImportError: digits need scikit-learn, and images Pillow.
         TypeError: samples are neither floating nor uint8, or uint8 where a range is given; or
             labels are not integers.
-        ValueError: the name is unknown, a file is damaged, or arrays do not fit together.
+        ValueError: the name is unknown, a file is damaged, arrays do not fit together, or resize
+            is given for what is no folder of images.
 
     >>> found = open_data("digits")
     >>> found.train, found.classes, found.levels
     (ReferenceSet((1398, 1, 8, 8), torch.float32, cpu), 10, 17)
     """
+    check_choice("layout", layout, get_args(Layout))
     name, place = _name_and_path(source)
     path = Path(place).expanduser()
+    if name in _NAMED and resize is not None:
+        raise ValueError(f"resize is {resize}, but data is {source}, of one size; leave it out.")
     if name in _NAMED:
         if value_range is not None:
             raise ValueError(
@@ -113,9 +139,9 @@ def open_data(source: str, *, value_range: Range | None = None, progress: bool =
             f"data is {source!r}, but {path} is neither an existing folder nor a .zip archive."
         )
     if name in _KINDS_OF_PATHS:
-        return _from_path(path, value_range, progress)
+        return _from_path(path, value_range, layout, resize, progress)
     if source and (Path(source).exists() or Path(source).suffix in _FILE_SUFFIXES):
-        return _from_path(Path(source), value_range, progress)
+        return _from_path(Path(source), value_range, layout, resize, progress)
     raise ValueError(
         f"data is {source!r}, which is neither a name nor an existing path; allowed are {_ALLOWED}."
     )
@@ -155,12 +181,15 @@ def _name_and_path(source: str) -> tuple[str, str]:
     return "", source
 
 
-def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
-    """Opens the samples in an array file or a folder of images. Images get their channels first.
+def open_samples(
+    path: StrPath, *, layout: Layout = "auto", resize: int | None = None, progress: bool = False
+) -> ReferenceSet:
+    """Opens the samples in an array file, a table or a folder of images.
 
     Args:
-        path: a ``.npy``, ``.npz`` or ``.safetensors`` file, or a folder or ``.zip`` archive of
-            images.
+        path: a ``.csv``, ``.npy``, ``.npz`` or ``.safetensors`` file, or a folder or ``.zip``
+            archive of images.
+        layout, resize: as for :func:`open_data`.
         progress: show a progress bar while images are read.
 
     Raises:
@@ -172,7 +201,7 @@ def open_samples(path: StrPath, *, progress: bool = False) -> ReferenceSet:
     ...     open_samples(f"{folder}/grey.npy")
     ReferenceSet((5, 1, 8, 8), torch.uint8, file)
     """
-    return ReferenceSet(_channels_first(open_source(path, progress=progress)))
+    return ReferenceSet(_channels_first(_opened(Path(path), resize, progress), layout))
 
 
 # ---- files and folders ------------------------------------------------------------------------
@@ -182,16 +211,30 @@ def _holds_images(path: Path) -> bool:
     return path.is_dir() or (path.suffix == ".zip" and path.is_file())
 
 
-def _from_path(path: Path, value_range: Range | None, progress: bool) -> Data:
-    source = open_source(path, progress=progress)
+def _opened(path: Path, resize: int | None, progress: bool) -> Source:
+    if resize is None:
+        return open_source(path, progress=progress)
+    if not _holds_images(path):
+        raise ValueError(
+            f"resize is {resize}, but {path} is neither a folder nor a .zip archive of images; "
+            "leave it out."
+        )
+    return InMemory(*load_images(path, resize=resize, progress=progress))
+
+
+def _from_path(
+    path: Path, value_range: Range | None, layout: Layout, resize: int | None, progress: bool
+) -> Data:
+    source = _opened(path, resize, progress)
     names = array_names(path) if path.is_file() else []
     if len(names) == 1:  # a single array holds the samples, whatever its name
         names = []
-    train = _rows(source, path, [name for name in _LABEL_NAMES if name in names], value_range)
+    label_names = [name for name in LABEL_NAMES if name in names]
+    train = _rows(source, path, label_names, value_range, layout)
     held_out = None
     for name in [name for name in _HELD_OUT_NAMES if name in names][:1]:
         labels = [label for label in (f"{name}_labels",) if label in names]
-        held_out = _rows(open_array(path, name), path, labels, value_range)
+        held_out = _rows(open_array(path, name), path, labels, value_range, layout)
         if (held_out.shape[1:], held_out.dtype) != (train.shape[1:], train.dtype):
             raise ValueError(
                 f"{path} holds {name}, {held_out.dtype} of shape {tuple(held_out.shape)}; allowed "
@@ -203,16 +246,20 @@ def _from_path(path: Path, value_range: Range | None, progress: bool) -> Data:
 
 
 def _rows(
-    source: Source, path: Path, label_names: list[str], value_range: Range | None
+    source: Source,
+    path: Path,
+    label_names: list[str],
+    value_range: Range | None,
+    layout: Layout,
 ) -> ReferenceSet:
     """The rows, with the labels in the array of the first name if there is a name."""
-    labels = read_integers(path, label_names[0]) if label_names else None
+    labels = read_integers(path, label_names[0]) if label_names else source.labels
     if labels is not None and labels.shape != (len(source),):
         raise ValueError(
             f"{path} holds {label_names[0]} of shape {tuple(labels.shape)}; allowed is "
             f"({len(source)},), a label for each sample."
         )
-    source = _channels_first(source)
+    source = _channels_first(source, layout)
     return ReferenceSet(_scaled(source, value_range), labels=labels)
 
 
@@ -235,9 +282,18 @@ def _levels(train: ReferenceSet) -> int:
     return 256 if train.dtype == torch.uint8 else 0
 
 
-def _channels_first(source: Source) -> Source:
+def _channels_first(source: Source, layout: Layout) -> Source:
     """Images as (n, C, H, W), and other samples unchanged. A new shape alone needs no copy."""
     shape = source.shape
+    if layout == "as-is" or (layout == "auto" and source.dtype != torch.uint8):
+        if layout == "auto" and _looks_like_images(shape):
+            warnings.warn(
+                f"the samples have the shape {shape} and stay as they are; if they are images, "
+                "whose channels come first in networks, give --layout images, and if not, "
+                "--layout as-is.",
+                stacklevel=2,
+            )
+        return source
     if len(shape) == 2:
         if isinstance(source, OnDisk):
             return OnDisk(source.path, source.offset, source.dtype, (1, *shape), len(source))
@@ -249,6 +305,13 @@ def _channels_first(source: Source) -> Source:
         stop = min(start + _PERMUTE_ROWS, len(source))
         moved[start:stop] = source.read(start, stop).permute(0, 3, 1, 2)
     return InMemory(moved)
+
+
+def _looks_like_images(shape: tuple[int, ...]) -> bool:
+    """Whether floating-point samples are probably grey images, or have their channels last."""
+    if len(shape) == 2:
+        return min(shape) >= _SMALLEST_IMAGE and max(shape) <= 2 * min(shape)
+    return len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3)
 
 
 # ---- digits -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ All solvers have the signature ``solver(denoise, x, grid, callback=None) -> (x, 
 
 - ``denoise(x, z)`` returns the posterior mean of points x (B, *S) at the level z, a float, or the
   :class:`pfgm.Field` that implies it.
-- ``grid`` holds the levels: decreasing, or rising to go from data to the prior.
+- ``grid`` holds the levels: decreasing, or rising to go from data to the prior. The last may be 0.
 - ``callback`` receives a :class:`StepInfo` before each step, and stops the run by returning True.
 - ``nfe`` is the number of evaluations of ``denoise``.
 
@@ -21,22 +21,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from .common import transforms
-from .common.checks import checks_values, non_negative, untouched
+from .common.checks import check_choice, checks_values, non_negative, untouched
 from .functional.steps import Field, euler_step, heun_step, implied_mean, multistep_step
 from .ops.eager import all_finite
 
 __all__ = [
+    "GRID_SOLVERS",
     "SAMPLERS",
     "SCHEDULES",
     "SOLVERS",
     "Callback",
     "DenoiseFunction",
+    "Solver",
+    "SolverName",
     "StepInfo",
     "consistency",
     "euler",
@@ -45,6 +48,7 @@ __all__ = [
     "multistep",
     "rho_grid",
     "rk45",
+    "solver_function",
 ]
 
 
@@ -69,6 +73,9 @@ DenoiseFunction = Callable[[Tensor, float], Tensor | Field]
 """From points (B, *S) and their level to their posterior mean, or the field that implies it."""
 Callback = Callable[[StepInfo], object]
 Solver = Callable[..., tuple[Tensor, int]]
+"""A function with the signature of this module. Keyword-only parameters are its options."""
+SolverName = Literal["euler", "heun", "multistep", "rk45", "consistency"]
+"""The solvers by name; consistency is for few-step models."""
 Churn = Callable[[Tensor, float], tuple[Tensor, float]]
 """From points and their level to noisier points and their level, before each step."""
 Noise = Callable[[Tensor, float], Tensor]
@@ -411,10 +418,27 @@ def consistency(
     return x, run.nfe
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "multistep": multistep, "rk45": rk45}
-# The solvers of the ODE, and the one that samples in another way.
+# The solvers of the ODE that take one step between two levels of a grid.
+GRID_SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "multistep": multistep}
+# All solvers of the ODE, and with the one that samples in another way.
+SOLVERS: dict[str, Solver] = {**GRID_SOLVERS, "rk45": rk45}
 SAMPLERS: dict[str, Solver] = {**SOLVERS, "consistency": consistency}
 SCHEDULES: dict[str, Callable[[float, float, int], list[float]]] = {
     "log": log_grid,
     "rho": rho_grid,
 }
+
+
+def solver_function(solver: str | Solver) -> Solver:
+    """The solver of a name in ``SAMPLERS``, or the function itself.
+
+    Raises:
+        ValueError: no solver has that name.
+
+    >>> solver_function("heun") is solver_function(heun)
+    True
+    """
+    if callable(solver):
+        return solver
+    check_choice("solver", solver, SAMPLERS)
+    return SAMPLERS[solver]

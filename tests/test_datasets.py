@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -302,13 +303,13 @@ def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
 def test_grey_images_get_a_channel_in_place(tmp_path: Path, dtype: torch.dtype) -> None:
     images = torch.arange(60).view(5, 3, 4).to(dtype)
     save_file({"images": images}, tmp_path / "grey.safetensors")
-    found = open_data(str(tmp_path / "grey.safetensors"))
+    found = open_data(str(tmp_path / "grey.safetensors"), layout="images")
     assert found.train.shape == (5, 1, 3, 4)
     assert in_file(found.train)
     assert torch.equal(whole(found.train)[:, 0], images)
     assert found.levels == (256 if dtype == torch.uint8 else 0)
     np.savez_compressed(tmp_path / "grey.npz", images.float().numpy())
-    compressed = open_samples(tmp_path / "grey.npz")
+    compressed = open_samples(tmp_path / "grey.npz", layout="images")
     assert not in_file(compressed)
     assert torch.equal(whole(compressed)[:, 0], images.float())
 
@@ -328,7 +329,7 @@ def test_channels_come_first(
 ) -> None:
     array = ramp(*shape, dtype=np.float32)
     np.save(tmp_path / "a.npy", array)
-    rows = open_data(str(tmp_path / "a.npy")).train
+    rows = open_data(str(tmp_path / "a.npy"), layout="images").train
     assert rows.shape == becomes
     assert in_file(rows) == (shape == becomes)
     expected = array if shape == becomes else np.moveaxis(array, -1, 1)
@@ -432,6 +433,47 @@ def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
     assert open_samples(tmp_path / "pets.zip").shape == (3, 1, 4, 5)
 
 
+# ---- layouts ----------------------------------------------------------------------------------
+
+
+def test_signals_keep_their_shape(tmp_path: Path) -> None:
+    """No axis is added to floating-point samples, and none moves; bytes are images."""
+    for shape in ((2, 64), (5, 6), (64, 1), (3, 4, 5), (64, 64, 4)):
+        np.save(tmp_path / "a.npy", ramp(3, *shape, dtype=np.float32))
+        assert open_data(str(tmp_path / "a.npy")).train.shape == (3, *shape)
+        assert open_samples(tmp_path / "a.npy").shape == (3, *shape)
+    np.save(tmp_path / "a.npy", np.zeros((3, 2, 64), np.uint8))
+    assert open_data(str(tmp_path / "a.npy")).train.shape == (3, 1, 2, 64)
+    assert open_data(str(tmp_path / "a.npy"), layout="as-is").train.shape == (3, 2, 64)
+
+
+@pytest.mark.parametrize(("shape", "images"), [((12, 9), (1, 12, 9)), ((12, 9, 3), (3, 12, 9))])
+def test_floats_that_look_like_images_are_asked_about(
+    tmp_path: Path, shape: tuple[int, ...], images: tuple[int, ...]
+) -> None:
+    array = ramp(4, *shape, dtype=np.float32)
+    np.save(tmp_path / "a.npy", array)
+    path = str(tmp_path / "a.npy")
+    with pytest.warns(UserWarning, match="stay as they are; if they are images"):
+        assert open_data(path).train.shape == (4, *shape)
+    moved = torch.from_numpy(array).reshape(4, 12, 9, -1).permute(0, 3, 1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(whole(open_data(path, layout="images").train), moved)
+        assert torch.equal(whole(open_samples(path, layout="images")), moved)
+        assert open_data(path, layout="as-is").train.shape == (4, *shape)
+    assert moved.shape[1:] == images
+    with pytest.raises(ValueError, match="layout is 'hwc'"):
+        open_data(path, layout="hwc")  # type: ignore[arg-type]
+
+
+def test_resize_is_for_folders_of_images(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", ramp(3, 4, 4))
+    for source in ("digits", str(tmp_path / "a.npy")):
+        with pytest.raises(ValueError, match="resize is 8, but"):
+            open_data(source, resize=8)
+
+
 # ---- ranges of values -------------------------------------------------------------------------
 
 
@@ -440,7 +482,7 @@ def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
 def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, suffix: str) -> None:
     path, images = tmp_path / f"a{suffix}", ramp(16, 4, 4, dtype=dtype)
     np.save(path, images) if suffix == ".npy" else np.savez_compressed(path, images)
-    train = open_data(str(path), value_range=(0.0, 255.0)).train
+    train = open_data(str(path), value_range=(0.0, 255.0), layout="images").train
     assert in_file(train) == (suffix == ".npy")
     assert train.dtype == torch.float32
     expected = torch.from_numpy(images.astype(np.float32)).unsqueeze(1) / 127.5 - 1

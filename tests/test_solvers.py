@@ -1,12 +1,23 @@
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 
 import pfgm
 from pfgm.networks import field_from_mean
-from pfgm.solvers import SOLVERS, euler, heun, log_grid, multistep, rho_grid, rk45
+from pfgm.solvers import (
+    SAMPLERS,
+    SOLVERS,
+    SolverName,
+    euler,
+    heun,
+    log_grid,
+    multistep,
+    rho_grid,
+    rk45,
+)
 
 DTYPE = torch.float64
 
@@ -347,3 +358,94 @@ def test_a_network_that_changes_its_input_is_refused(which, inference, labelled)
         flow.loss(changing("x"), torch.randn(4, 3), condition=condition)
     with pytest.raises(ValueError, match="denoise changed x in place"):
         euler(lambda x, z: x.mul_(0.5), torch.ones(2, 2), [2.0, 1.0])
+
+
+# ---- solvers of one's own ----------------------------------------------------------------------
+
+
+def midpoint(denoise, x, grid, callback=None, *, weight=1.0):
+    """Second order: a step in log z with the slope at its middle. A function as users write it."""
+    nfe = 0
+    for z, next_z in pairwise(grid):
+        mean = pfgm.functional.steps.implied_mean(x, denoise(x, z), z)
+        nfe += 1
+        if next_z == 0:
+            return mean, nfe
+        h = math.log(next_z / z)
+        middle = z * math.exp(h / 2)
+        half = x + h / 2 * (x - mean)
+        mean = pfgm.functional.steps.implied_mean(half, denoise(half, middle), middle)
+        nfe += 1
+        x = x + weight * h * (half - mean)
+    return x, nfe
+
+
+def flows_of_a_gaussian(scale):
+    """PFGM++ with D = ∞ and its network for N(0, scale²), whose lines and densities are known."""
+    flow = pfgm.PoissonFlowPP((2,), D=math.inf, sigma_data=scale, sigma_min=0.01, sigma_max=20.0)
+    return flow, lambda x, sigma: x * (scale**2 / (scale**2 + sigma.square()))[:, None]
+
+
+def test_names_are_those_of_the_table():
+    assert get_args(SolverName) == tuple(SAMPLERS)
+
+
+@pytest.mark.parametrize("solver", [heun, midpoint])
+def test_a_function_solves_in_all_methods(solver):
+    """Against the known solutions; the function heun against the name to the bit."""
+    flow, net = flows_of_a_gaussian(0.7)
+    x = torch.randn(6, 2, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
+    levels = log_grid(20.0, 0.01, 1000)
+    latent = flow.encode(net, x, solver=solver, schedule=levels)
+    expected = gaussian_solution(x, 0.01, 20.0, 0.7)
+    torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-5)
+    back = flow.decode(net, latent, solver=solver, schedule=levels)
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-5)
+    samples, nfe = flow.sample(
+        net, 6, solver=solver, schedule=levels, x_init=latent, return_nfe=True
+    )
+    torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-5)
+    assert nfe == (2000 if solver is midpoint else 1999)
+    if solver is heun:
+        for method, start in ((flow.encode, x), (flow.decode, latent)):
+            assert torch.equal(
+                method(net, start, solver=solver, steps=9),
+                method(net, start, solver="heun", steps=9),
+            )
+
+
+@pytest.mark.parametrize("solver", [heun, midpoint])
+def test_a_function_computes_likelihoods(solver):
+    """The density of N(0, 0.7² + 0.01²), whose divergence is the same everywhere."""
+    flow, net = flows_of_a_gaussian(0.7)
+    x = torch.randn(5, 2, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
+
+    def prior(latent):
+        wide = 0.7**2 + 20.0**2
+        return -latent.double().square().sum(1) / (2 * wide) - math.log(2 * math.pi * wide)
+
+    options = {"steps": 400, "estimator": "exact", "prior_log_prob": prior}
+    nats = flow.log_likelihood(net, x, solver=solver, **options).nats
+    variance = 0.7**2 + 0.01**2
+    expected = -x.square().sum(1) / (2 * variance) - math.log(2 * math.pi * variance)
+    torch.testing.assert_close(nats, expected, rtol=0, atol=2e-3)
+
+
+def test_levels_are_fitted_for_a_function_and_not_kept():
+    data = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
+    flow = pfgm.PoissonFlow.from_data(data)
+    levels = flow.fit_levels(data, 4, solver=heun, points=64)
+    assert flow.fitted_levels == {}
+    assert levels == pfgm.PoissonFlow.from_data(data).fit_levels(data, 4, solver="heun", points=64)
+    assert flow.sample(flow.empirical(data), 3, solver=heun, schedule=levels).shape == (3, 2)
+
+
+def test_options_of_a_function_are_checked():
+    flow, net = flows_of_a_gaussian(0.7)
+    assert flow.sample(net, 2, solver=midpoint, steps=3, weight=0.9).shape == (2, 2)
+    with pytest.raises(TypeError, match="takes no option 'rtol'; allowed are: weight"):
+        flow.sample(net, 2, solver=midpoint, steps=3, rtol=1e-3)
+    with pytest.raises(ValueError, match="solver is 'midpoint'"):
+        flow.sample(net, 2, solver="midpoint", steps=3)
+    with pytest.raises(ValueError, match="no levels were fitted"):
+        flow.sample(net, 2, solver=midpoint, steps=3, schedule="fitted")

@@ -11,8 +11,15 @@
 #include <vector>
 
 #include "api/watch.h"
-#ifdef _OPENMP
-#include <omp.h>
+
+// The OpenMP runtime that torch has loaded, found when the extension is loaded. Linked libraries
+// could bring a second one with threads of its own. Null if there is none, as in the tests for
+// sanitizers, which do not see how OpenMP synchronises.
+#ifdef __ELF__
+extern "C" {
+[[gnu::weak]] void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+[[gnu::weak]] int omp_get_thread_num();
+}
 #endif
 
 namespace pfgm {
@@ -86,6 +93,21 @@ class Team {
   std::condition_variable all_ended_;
 };
 
+void run_threads(Team& team, int threads) {
+#ifdef __ELF__
+  if (GOMP_parallel != nullptr && omp_get_thread_num != nullptr) {
+    const auto work = [](void* team) { static_cast<Team*>(team)->work(omp_get_thread_num()); };
+    GOMP_parallel(work, &team, static_cast<unsigned>(threads), 0);
+    return;
+  }
+#endif
+  std::vector<std::thread> pool;
+  for (int thread = 1; thread < threads; ++thread)
+    pool.emplace_back([&team, thread] { team.work(thread); });
+  team.work(0);
+  for (auto& thread : pool) thread.join();
+}
+
 void run_alone(std::int64_t tasks, Task run, void* context, Watch* watch) {
   for (std::int64_t task = 0; task < tasks; ++task) {
     if (watch != nullptr && watch->ask()) throw Stopped();
@@ -118,16 +140,7 @@ void run_parallel(std::int64_t tasks, int threads, Task run, void* context) {
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, tasks)));
   if (threads == 1 || in_forked_child) return run_alone(tasks, run, context, watch);
   Team team(tasks, run, context, watch);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-  team.work(omp_get_thread_num());
-#else
-  std::vector<std::thread> pool;
-  for (int thread = 1; thread < threads; ++thread)
-    pool.emplace_back([&team, thread] { team.work(thread); });
-  team.work(0);
-  for (auto& thread : pool) thread.join();
-#endif
+  run_threads(team, threads);
   if (watch != nullptr && watch->stopped()) throw Stopped();
 }
 

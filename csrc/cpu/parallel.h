@@ -10,7 +10,7 @@ using Task = void (*)(void* context, std::int64_t task, int thread);
 // when all are done. Two calls that run at once have different values of `thread`, all below
 // `threads`. Throws Stopped if a Watch stops it (api/watch.h).
 //
-// Uses the OpenMP pool that torch uses, if OpenMP was found, else std::thread. A forked child lacks
+// Uses the pool of torch's OpenMP if there is one, else std::thread. A forked child lacks
 // the threads of that pool; there the calling thread runs all tasks.
 void run_parallel(std::int64_t tasks, int threads, Task run, void* context);
 

@@ -20,7 +20,7 @@ from ..common.checks import check_seed
 from ..common.files import output_folder, write_atomic, write_json
 from ..common.versions import versions
 from ..data import to_unit
-from ..datasets import Data, Range, open_data, open_samples
+from ..datasets import Data, Layout, Range, open_data, open_samples
 from ..evaluation import Point
 from ..flows.sampling import check_steps
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
@@ -73,7 +73,7 @@ class Evaluate:
     pretrained: PretrainedName | None = None
     """A network that comes with the package, in place of a checkpoint."""
     samples: Path | None = None
-    """A .npy, .npz or .safetensors file of samples, or a folder of images."""
+    """A .csv, .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
     """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. The default is
     the data of the checkpoint's training run, those of the network that comes with the package, or
@@ -81,6 +81,11 @@ class Evaluate:
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, as for train. The
     default is that of the training run if its data are used."""
+    layout: Layout | None = None
+    """What arrays in files are, as for train. The default is that of the training run if its data
+    are used, else auto."""
+    resize: int | None = None
+    """Height and width to which images are scaled, likewise."""
     features: str | None = None
     """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
     features, or none. The default is the classifier of the data, if one comes with the package."""
@@ -117,11 +122,17 @@ class Evaluate:
         device = proven_device(self.sampling.device)
         if self.fid:
             find_inception_weights(self.fid_weights)
-        name, value_range = self.data, self.range
+        given: dict[str, Any] = {
+            "value_range": self.range,
+            "layout": self.layout,
+            "resize": self.resize,
+        }
+        reading = {option: value for option, value in given.items() if value is not None}
+        name = self.data
         if name is None:
             name, of_run = self._data_of_source()
-            value_range = value_range or of_run
-        data = open_data(name, value_range=value_range, progress=True)
+            reading = {**of_run, **reading}
+        data = open_data(name, **reading, progress=True)
         source = self._open(device)
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
             warn_of_range(rows)
@@ -220,7 +231,7 @@ class Evaluate:
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.samples is not None:
-            return open_samples(self.samples, progress=True)
+            return open_samples(self.samples, layout=self.layout or "auto", progress=True)
         weights = self.checkpoint
         if self.pretrained is not None:
             weights = pretrained_path(self.pretrained)
@@ -229,16 +240,16 @@ class Evaluate:
             print(f"pfgm: {notice}", file=sys.stderr)
         return load(weights, device=device)
 
-    def _data_of_source(self) -> tuple[str, Range | None]:
-        """The data that the network was trained on, and their range; digits if not known."""
+    def _data_of_source(self) -> tuple[str, dict[str, Any]]:
+        """The data that the network was trained on, and how to read them; digits if not known."""
         if self.pretrained is not None:
-            return self.pretrained, None  # the networks have the names of their data
+            return self.pretrained, {}  # the networks have the names of their data
         if self.checkpoint is not None:
             folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
             with suppress(FileNotFoundError):
                 config = RunConfig.load(folder)
-                return config.data, config.range
-        return "digits", None
+                return config.data, config.reading
+        return "digits", {}
 
     def _check_data(self, name: str, data: Data, source: Loaded | ReferenceSet) -> None:
         if isinstance(source, Loaded):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..flows.flow import Flow
 from ..networks.registry import label_count
+from ..solvers import SolverName
 
 PretrainedName = Literal["digits", "fashion-mnist"]
 """The networks that come with the package."""
@@ -18,7 +19,7 @@ PretrainedName = Literal["digits", "fashion-mnist"]
 class SamplingOptions:
     """How and where samples are drawn."""
 
-    solver: Literal["euler", "heun", "multistep", "rk45", "consistency"] = "multistep"
+    solver: SolverName = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
     steps: int | None = None
     """Number of solver steps. By default 10, more for samples of few values, at least 18 for heun

@@ -21,6 +21,7 @@ from ..common.checks import check_seed
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
+from ..datasets import open_data
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
@@ -68,6 +69,9 @@ class Sample:
     animate: Path | None = None
     """A .gif file of the samples on their field lines from the prior to data, with a frame for each
     step (images only, at most --batch-size)."""
+    round_to: str | None = None
+    """The table that the network was trained on, such as a .csv file. Columns of at most 20
+    different values are rounded to these values."""
     seed: int = 0
     """Seed of the prior, and of the noise that some solvers add."""
 
@@ -85,10 +89,12 @@ class Sample:
             )
         if self.out.suffix == ".png" or self.animate:
             require_matplotlib()
+        table = None if self.round_to is None else self._table(self.round_to, flow)
         with output_folder(self.out.parent):
             labels = self._labels(network)
             path: list[tuple[float, Tensor]] = []
-            batches = self._draw(flow, network, labels, device, path if self.animate else None)
+            drawn = self._draw(flow, network, labels, device, path if self.animate else None)
+            batches = self._rounded(drawn, table)
             if self._is_folder():
                 self._write_images(batches)
             else:
@@ -172,6 +178,21 @@ class Sample:
             if path is not None:
                 path.append((0.0, samples.cpu()))
             yield samples
+
+    def _table(self, source: str, flow: Flow) -> Tensor:
+        rows = open_data(source).train
+        if rows.ndim != 2 or tuple(rows.shape[1:]) != flow.shape:
+            raise ValueError(
+                f"round-to is {source}, with rows of shape {tuple(rows.shape[1:])}; allowed is a "
+                f"table whose rows have the shape of the samples, {flow.shape}."
+            )
+        return rows[torch.arange(len(rows), device="cpu")]
+
+    @staticmethod
+    def _rounded(batches: Iterator[Tensor], table: Tensor | None) -> Iterator[Tensor]:
+        if table is None:
+            return batches
+        return (data.round_columns(samples.cpu(), table) for samples in batches)
 
     def _labels(self, network: nn.Module) -> list[int]:
         """The numbers of the labels; empty for samples without labels."""

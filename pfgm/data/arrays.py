@@ -37,7 +37,7 @@ _SAFETENSORS_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_TABLES = (".csv", ".tsv", ".txt")  # suffixes of tables as text, which are not read
+_TABLES = (".tsv", ".txt")  # suffixes of tables as text, which are not read
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
 
@@ -147,9 +147,9 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file.")
     if path.suffix not in _OPENERS:
-        table = "; read a table with numpy.loadtxt and write it with numpy.save"
+        table = "; a table is read from a .csv file"
         raise ValueError(
-            f"{path} has the suffix {path.suffix!r}; allowed are .npy, .npz, .safetensors, "
+            f"{path} has the suffix {path.suffix!r}; allowed are .csv, .npy, .npz, .safetensors, "
             f".zip and folders of images{table if path.suffix in _TABLES else ''}."
         )
     if path.stat().st_size == 0:

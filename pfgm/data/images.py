@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checks import allocating, memory_bytes
+from ..common.checks import allocating, memory_bytes, positive_int
 from ..common.messages import progress_bar
 from .image_files import ImageFiles, image_files
 
@@ -25,13 +25,15 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 3, "CMYK": 3}
 _CHANNELS |= {"YCbCr": 3, "HSV": 3}
 
+_MAX_SIDE = 1 << 16  # pixels
+
 # Pillow's raw modes of 16 bits a channel end in a letter, as in RGB;16B. In modes without the
 # letter, as in BGR;16, a whole pixel has 16 bits.
 _16_BITS_A_CHANNEL = re.compile(r";16[BLNS]")
 
 
 def load_images(
-    path: Path, *, progress: bool = False
+    path: Path, *, resize: int | None = None, progress: bool = False
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
     """Decodes all images in a folder and its subfolders, or in a zip archive.
 
@@ -44,6 +46,12 @@ def load_images(
     in ``cat/1.png``, have the number of their class folder as label, in alphabetical order. Folders
     that all images have in common do not count.
 
+    Args:
+        path: the folder or the archive.
+        resize: height and width to which the largest central square of each image is scaled. None
+            keeps the pixels, and all images must have one size.
+        progress: show a progress bar.
+
     Returns:
         The images, uint8 (n, C, H, W), where C = 1 if all images are grey, else 3; their labels
         (n,), int64, or None; and the names of the classes, if they have names.
@@ -53,11 +61,12 @@ def load_images(
         MemoryError: the images do not fit into the memory.
         OSError: a folder or an image cannot be opened, such as the target of a link.
         ValueError: there is no image; an image cannot be read or has more than 8 bits a channel;
-            images differ in size; or the archive or dataset.json is damaged.
+            images differ in size without resize; or the archive or dataset.json is damaged.
     """
     _import_pillow()
+    size = None if resize is None else (positive_int("resize", resize, _MAX_SIDE),) * 2
     with image_files(path) as files:
-        channels, (width, height) = _common_shape(files)
+        channels, (width, height) = _common_shape(files, size)
         shape = (len(files.names), channels, height, width)
         with allocating(f"{path} holds {shape[0]} images of {width} × {height} pixels, which"):
             # A small file may announce many pixels, and a system promise more memory than it has.
@@ -67,7 +76,7 @@ def load_images(
         bar = progress_bar(files.names, "images", unit="image", disable=not progress)
         for row, name in enumerate(bar):
             with _opened(files, name) as image:
-                images[row] = pixels(image, channels)
+                images[row] = pixels(image, channels, resize)
         return images, *files.labels()
 
 
@@ -101,14 +110,27 @@ def save_image(path: Path, image: Tensor) -> None:
     pillow.fromarray(values[:, :, 0] if len(image) == 1 else values).save(path, format="PNG")
 
 
-def pixels(image: Image, channels: int) -> Tensor:
+def pixels(image: Image, channels: int, resize: int | None = None) -> Tensor:
     """The pixels of a Pillow image, uint8 (channels, H, W), grey for one channel, else RGB.
 
-    A transparent image is composed on white.
+    A transparent image is composed on white. With resize its largest central square is scaled to
+    that height and width.
     """
     opaque = _on_white(image) if image.has_transparency_data else image
-    values = torch.from_numpy(np.array(opaque.convert("L" if channels == 1 else "RGB")))
-    return values.view(image.height, image.width, channels).permute(2, 0, 1)
+    plain = opaque.convert("L" if channels == 1 else "RGB")
+    if resize is not None:
+        plain = _central_square(plain, resize)
+    values = torch.from_numpy(np.array(plain))
+    return values.view(plain.height, plain.width, channels).permute(2, 0, 1)
+
+
+def _central_square(image: Image, side: int) -> Image:
+    """The largest central square, scaled with a filter that averages where it shrinks."""
+    width, height = image.size
+    square = min(width, height)
+    left, top = (width - square) // 2, (height - square) // 2
+    box = (left, top, left + square, top + square)
+    return image.resize((side, side), _import_pillow().Resampling.LANCZOS, box=box)
 
 
 def _on_white(image: Image) -> Image:
@@ -185,9 +207,11 @@ def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
         ) from error
 
 
-def _common_shape(files: ImageFiles) -> tuple[int, tuple[int, int]]:
-    """The channels and (width, height) of all images. Only headers are read."""
-    channels, expected = 1, None
+def _common_shape(
+    files: ImageFiles, resized: tuple[int, int] | None
+) -> tuple[int, tuple[int, int]]:
+    """The channels and (width, height) of all images, which are resized. Only headers are read."""
+    channels, expected = 1, resized
     for name in files.names:
         with _opened(files, name) as image:
             mode, size, is_16_bit = image.mode, image.size, has_16_bits(image)
@@ -195,10 +219,11 @@ def _common_shape(files: ImageFiles) -> tuple[int, tuple[int, int]]:
         channels = max(channels, channel_count(mode, place))
         check_depth(is_16_bit, place)
         expected = expected or size
-        if size != expected:
+        if resized is None and size != expected:
             raise ValueError(
                 f"{place} is an image of {size[0]} × {size[1]} pixels; allowed are images of one "
-                f"size, and {files.place(files.names[0])} has {expected[0]} × {expected[1]}."
+                f"size, and {files.place(files.names[0])} has {expected[0]} × {expected[1]}; "
+                "--resize scales them all to one."
             )
     assert expected is not None  # there is an image
     return channels, expected

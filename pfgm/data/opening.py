@@ -15,6 +15,7 @@ from ..common.files import StrPath
 from .arrays import from_numpy, open_array, open_mapped
 from .images import load_images
 from .rows import InMemory, Source, check_samples
+from .tables import is_frame, is_series, load_table
 from .torch_datasets import load_dataset
 
 
@@ -36,6 +37,8 @@ def open_source(
               place. An array is loaded if it is compressed, in Fortran order, in another byte order
               or of a width that is not in ``DTYPES``. Of several arrays in a file,
               :func:`pfgm.data.load_array` tells which one is read;
+            - a DataFrame of pandas, or the path of a ``.csv`` file: see
+              :func:`pfgm.data.tables.load_table`;
             - the path of a folder or a ``.zip`` archive, whose PNG, JPEG, BMP and WebP images are
               decoded: see :func:`pfgm.data.images.load_images`;
             - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
@@ -48,7 +51,7 @@ def open_source(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: images need Pillow, and it is not installed.
+        ImportError: images need Pillow or tables pandas, and it is not installed.
         TypeError: the numbers are neither floating nor uint8, or source has another type.
         ValueError: the suffix is not allowed; the file is empty, truncated or damaged; there are
             no numbers, or only (n,) in a file or a dataset; images or items differ in shape or
@@ -70,8 +73,14 @@ def open_source(
         return open_mapped(source)
     if isinstance(source, np.ndarray):
         return InMemory(from_numpy(source, "source"))
+    if is_frame(source):
+        return InMemory(*load_table(source))
+    if is_series(source):
+        raise TypeError("source is a Series of pandas; allowed is its array, series.to_numpy().")
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
+        if path.suffix == ".csv" and path.is_file():
+            return InMemory(*load_table(path))
         if path.is_dir() or (path.suffix == ".zip" and path.is_file()):
             return InMemory(*load_images(path, progress=progress))
         return open_array(path)
@@ -80,6 +89,6 @@ def open_source(
         check_samples(rows.shape, "source")
         return InMemory(rows, labels)
     raise TypeError(
-        f"source is a {type(source).__name__}; allowed are a tensor, a NumPy array, the path of a "
-        "file or a folder of images, and a dataset with __len__ and __getitem__."
+        f"source is a {type(source).__name__}; allowed are a tensor, a NumPy array, a DataFrame, "
+        "the path of a file or a folder of images, and a dataset with __len__ and __getitem__."
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.checks import LARGEST, is_number
 from ..common.tensors import over_samples
-from ..solvers import SOLVERS
+from ..solvers import SOLVERS, Solver
 from .conditions import Condition, Network, repeat_rows
 from .interpolation import check_pair, even_weights, interpolate
 from .sampling import Sampling
@@ -39,7 +39,7 @@ class Editing(Sampling):
         net: Network,
         x: Tensor,
         *,
-        solver: str = "rk45",
+        solver: str | Solver = "rk45",
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         rtol: float = 1e-5,
@@ -105,7 +105,7 @@ class Editing(Sampling):
         net: Network,
         latent: Tensor,
         *,
-        solver: str = "rk45",
+        solver: str | Solver = "rk45",
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         rtol: float = 1e-5,
@@ -242,14 +242,14 @@ class Editing(Sampling):
         net: Network,
         x: Tensor,
         grid: Sequence[float],
-        solver: str,
+        solver: str | Solver,
         rtol: float,
         atol: float | None,
         **options: Any,
     ) -> tuple[Tensor, int]:
         """:meth:`solve` for data of any allowed dtype or no rows, with the tolerances of rk45."""
         x = self._to_floating(x).detach()
-        if len(x) == 0 and solver in SOLVERS:
+        if len(x) == 0 and (callable(solver) or solver in SOLVERS):
             return x, 0
         if solver == "rk45":
             options |= {"rtol": rtol, "atol": 2e-5 * self.unit if atol is None else atol}

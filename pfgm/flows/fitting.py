@@ -13,12 +13,12 @@ from ..common.checks import check_choice, check_seed, positive_int
 from ..common.messages import progress_bar
 from ..common.tensors import dequantise, flat_rows
 from ..references import References, ReferenceSet
+from ..solvers import GRID_SOLVERS, Solver
 from .sampling import Sampling, check_steps, checked_grid
 from .targets import Targets
 
 __all__ = ["Fitting"]
 
-FITTED_SOLVERS = ("euler", "heun", "multistep")
 _MOST_REFERENCES = 10_000
 _EXACT_STEPS = 200
 _MOST_STEPS = 100
@@ -35,7 +35,7 @@ class Fitting(Sampling, Targets):
         references: References,
         steps: int,
         *,
-        solver: str | None = None,
+        solver: str | Solver | None = None,
         points: int = 512,
         seed: int = 0,
         progress: bool = False,
@@ -62,7 +62,9 @@ class Fitting(Sampling, Targets):
         Args:
             references: (M, *S), the training data. Of more than 10 000, that many are drawn.
             steps: the number of solver steps, 1 to 100.
-            solver: "euler", "heun" or "multistep"; None is the default of the flow.
+            solver: "euler", "heun" or "multistep"; None is the default of the flow. Also a function
+                (:mod:`pfgm.solvers`), whose levels are returned and not kept: they are the schedule
+                of :meth:`sample`.
             points: the number of points of the prior.
             seed: seed of the points and of the references that are drawn.
             progress: whether to show a progress bar.
@@ -82,7 +84,8 @@ class Fitting(Sampling, Targets):
         True
         """
         solver = self.defaults.solver if solver is None else solver
-        check_choice("solver", solver, FITTED_SOLVERS)
+        if not callable(solver):
+            check_choice("solver", solver, GRID_SOLVERS)
         check_fitted_steps("steps", steps)
         points = positive_int("points", points)
         check_seed(seed)
@@ -91,11 +94,12 @@ class Fitting(Sampling, Targets):
         with torch.no_grad():
             error = self._error_of(rows, solver, points, seed)
             levels = self._search(error, steps, rows, progress)
-        self.fitted_levels.setdefault(solver, {})[steps] = levels
+        if isinstance(solver, str):
+            self.fitted_levels.setdefault(solver, {})[steps] = levels
         return list(levels)
 
     def _error_of(
-        self, rows: Tensor, solver: str, points: int, seed: int
+        self, rows: Tensor, solver: str | Solver, points: int, seed: int
     ) -> Callable[[Sequence[float]], float]:
         """The mean log error of the solver's ends as a function of its levels."""
         net = self.empirical(rows)
@@ -146,7 +150,7 @@ class Fitting(Sampling, Targets):
         """
         _check_mapping(described)
         for solver, found in described.items():
-            check_choice("the solver of fitted levels", solver, FITTED_SOLVERS)
+            check_choice("the solver of fitted levels", solver, GRID_SOLVERS)
             _check_mapping(found)
             for steps, levels in found.items():
                 self._restore(solver, int(steps), checked_grid(levels))

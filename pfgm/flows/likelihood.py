@@ -22,10 +22,10 @@ from ..common.checks import check_choice, positive
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import euler_step, heun_step, log_density
-from ..solvers import DenoiseFunction, dormand_prince
+from ..solvers import DenoiseFunction, Solver, dormand_prince
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
-from .sampling import Sampling
+from .sampling import Sampling, check_steps
 
 __all__ = ["SOLVERS", "Likelihood", "LogLikelihood", "centred_prior", "log_likelihood"]
 
@@ -52,7 +52,7 @@ class Likelihood(Sampling):
         x: Tensor,
         *,
         estimator: str = "rademacher",
-        solver: str = "rk45",
+        solver: str | Solver = "rk45",
         rtol: float = 1e-5,
         atol: float = 1e-5,
         steps: int = 256,
@@ -89,11 +89,12 @@ class Likelihood(Sampling):
             solver: "rk45", or "euler" or "heun" on the flow's grid, which integrate the divergence
                 by the trapezoidal rule. If x is many σ_last away from all data that the network
                 knows, the ODE is stiff. rk45 then takes thousands of steps and stays inaccurate,
-                and a fixed grid is worse. A higher last level helps.
+                and a fixed grid is worse. A higher last level helps. Also a function with the
+                signature of :mod:`pfgm.solvers`, on the flow's grid.
             rtol, atol: tolerances of rk45 for the density and for (x_t − x)/σ_t, which is in units
                 of the noise. The sample with the largest error counts, so the steps and the last
                 digits of the results depend on the batch.
-            steps: of euler and heun; rk45 chooses its own.
+            steps: of euler, heun and functions; rk45 chooses its own.
             levels: the number of grey levels of the data, for bits per dimension.
             prior_log_prob: from latent (B, *S) to log-densities (B,), in place of the prior.
             condition: keyword arguments of the network, such as {"labels": labels}, labels (B,).
@@ -127,7 +128,9 @@ class Likelihood(Sampling):
                 "precision changes the density by tenths of a nat."
             )
         check_choice("estimator", estimator, ESTIMATORS)
-        check_choice("solver", solver, SOLVERS)
+        if not callable(solver):
+            check_choice("solver", solver, SOLVERS)
+        check_steps("steps", steps)
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
             raise ValueError(f"levels is {levels!r}; allowed is an integer of at least 2.")
         common_device(x.device, generator)
@@ -180,7 +183,7 @@ def log_likelihood(
     prior_log_prob: Callable[[Tensor], Tensor],
     *,
     estimator: str = "rademacher",
-    solver: str = "rk45",
+    solver: str | Solver = "rk45",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     grey_levels: int = 256,
@@ -211,7 +214,8 @@ def log_likelihood(
         evaluate = MeanAndDivergence(denoise, x, divergence, differentiable, report)
         integral = wide.new_zeros(count)
         if count > 0:
-            wide, integral = SOLVERS[solver](evaluate, wide, grid, rtol, atol)
+            carry = _jointly(solver) if callable(solver) else SOLVERS[solver]
+            wide, integral = carry(evaluate, wide, grid, rtol, atol)
             _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
         latent = wide.to(x.dtype).view(x.shape)
         prior = _checked_prior(prior_log_prob(latent), count).to(wide.dtype)
@@ -225,7 +229,7 @@ def log_likelihood(
 # Each carries flat points x (B, N) of the wide dtype up the levels. It returns the points and
 # ∫ div mean dt (B,).
 
-Solver = Callable[[MeanAndDivergence, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]]
+Carry = Callable[[MeanAndDivergence, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -292,7 +296,26 @@ def _heun(
     return x, integral
 
 
-SOLVERS: dict[str, Solver] = {"euler": _euler, "heun": _heun, "rk45": _rk45}
+def _jointly(solver: Solver) -> Carry:
+    """A solver of :mod:`pfgm.solvers`, which carries the points and the integral I as one.
+
+    It solves ds/dt = s − mean(s) for s = (x, I). So the mean of I is I − div mean.
+    """
+
+    def carry(
+        evaluate: MeanAndDivergence, x: Tensor, levels: Sequence[float], rtol: float, atol: float
+    ) -> tuple[Tensor, Tensor]:
+        def joint_mean(state: Tensor, level: float) -> Tensor:
+            mean, divergence = evaluate(state[:, :-1].contiguous(), level)
+            return torch.cat([mean, (state[:, -1] - divergence).unsqueeze(1)], 1)
+
+        state, _ = solver(joint_mean, torch.cat([x, x.new_zeros(len(x), 1)], 1), levels)
+        return state[:, :-1].contiguous(), state[:, -1]
+
+    return carry
+
+
+SOLVERS: dict[str, Carry] = {"euler": _euler, "heun": _heun, "rk45": _rk45}
 
 
 # ---- checks and progress -----------------------------------------------------------------------
@@ -316,13 +339,14 @@ def _check_each(name: str, values: Tensor, allowed: Callable[[Tensor], Tensor]) 
 
 @contextmanager
 def _progress_reported(
-    count: int, solver: str, progress: bool
+    count: int, solver: str | Solver, progress: bool
 ) -> Iterator[Callable[[float], None]]:
     """A function that moves a progress bar by one evaluation. For rk45 the total is unknown."""
     if not progress:
         yield lambda level: None
         return
-    total = {"euler": count, "heun": 2 * (count - 1)}.get(solver)
+    totals = {"euler": count, "heun": 2 * (count - 1)}
+    total = totals.get(solver) if isinstance(solver, str) else None
     with progress_bar(total=total, desc="likelihood", unit="evaluation") as bar:
 
         def show(level: float) -> None:

@@ -41,6 +41,10 @@ class Defaults(NamedTuple):
     schedule: str
 
 
+def _shortened(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else reprlib.repr(value)
+
+
 class Parametrisation(ABC):
     """Shape, levels and noise of a flow, and how the output of its networks is read."""
 
@@ -116,8 +120,8 @@ class Parametrisation(ABC):
         """
         return Defaults(solver="multistep", steps=self.default_steps("multistep"), schedule="rho")
 
-    def default_steps(self, solver: str) -> int:
-        """The number of steps of a solver unless it is given.
+    def default_steps(self, solver: object) -> int:
+        """The number of steps of a solver, by name or a function, unless it is given.
 
         They are those of :attr:`defaults`, but at least 18 for heun, as published for EDM, and 1
         for consistency.
@@ -129,8 +133,14 @@ class Parametrisation(ABC):
 
     def __repr__(self) -> str:
         config = {name: value for name, value in self.config.items() if name != "shape"}
-        named = (f"{name}={reprlib.repr(value)}" for name, value in config.items())
-        return f"{type(self).__name__}({self.shape}, {', '.join(named)})"
+        named = (f"{name}={_shortened(value)}" for name, value in config.items())
+        solver, steps, schedule = self.defaults
+        return (
+            f"{type(self).__name__}({self.shape}, {', '.join(named)})\n"
+            f"  levels {self.first_level:.4g} to {self.last_level:.4g}, N = {self.N}, "
+            f"D = {self.D:g}\n"
+            f"  samples by {solver} in {steps} steps on {schedule!r}"
+        )
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.config == other.config
@@ -147,6 +157,8 @@ class Parametrisation(ABC):
         degrees of freedom. That is p_r(x̃ | x) ∝ 1/(‖x̃ − x‖² + r²)^((N + D)/2) with r = σ √D
         (PFGM++, equation 3).
         """
+        if not isinstance(sigma, Tensor):
+            raise TypeError(f"sigma is a {type(sigma).__name__}; allowed is a torch.Tensor, (B,).")
         if sigma.ndim == 1 + len(self.shape) and sigma.numel() == len(sigma):
             sigma = sigma.flatten()
         if sigma.ndim != 1:

@@ -7,7 +7,7 @@ import inspect
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, overload
@@ -27,7 +27,14 @@ from ..common.checks import (
 from ..common.messages import progress_bar
 from ..common.tensors import evaluating, network_device
 from ..functional.steps import Field, euler_step, implied_mean
-from ..solvers import SAMPLERS, SCHEDULES, Callback, DenoiseFunction, StepInfo
+from ..solvers import (
+    SCHEDULES,
+    Callback,
+    DenoiseFunction,
+    Solver,
+    StepInfo,
+    solver_function,
+)
 from .conditions import (
     Condition,
     Network,
@@ -85,7 +92,7 @@ class Sampling(Parametrisation):
         net: Network,
         n: int,
         *,
-        solver: str | None = None,
+        solver: str | Solver | None = None,
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         last: float | None = None,
@@ -107,7 +114,7 @@ class Sampling(Parametrisation):
             n: the number of samples.
             solver: "euler", "heun", "multistep", "rk45", or "consistency" for few-step models
                 (:mod:`pfgm.solvers`). Other networks give averages of the data with "consistency";
-                this is not checked.
+                this is not checked. Also a function with the signature of :mod:`pfgm.solvers`.
             steps: the number of solver steps; rk45 chooses its own. None is
                 :meth:`default_steps`.
             schedule: the spacing of the levels, "log" (published for PFGM), "rho" or "fitted" (by
@@ -153,7 +160,7 @@ class Sampling(Parametrisation):
         if x_init is None:
             self.check_from_prior(grid)
         x, nfe = self._start(net, n, generator, device, x_init), 0
-        check_choice("solver", solver, SAMPLERS)
+        solver_function(solver)
         if solver == "heun":
             _warn_of_long_steps(grid)
         if solver == "consistency":
@@ -179,7 +186,7 @@ class Sampling(Parametrisation):
         schedule: str | Sequence[float] | None = None,
         last: float | None = None,
         *,
-        solver: str | None = None,
+        solver: str | Solver | None = None,
     ) -> list[float]:
         """The levels of a run, from the first to the last: ``steps`` + 1 levels of a schedule.
 
@@ -193,7 +200,11 @@ class Sampling(Parametrisation):
         >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log", last=0.1)]
         [40.0, 2.0, 0.1, 0.001]
         """
+        if solver is not None:
+            solver_function(solver)  # refuses an unknown name
         steps = self.default_steps(solver or self.defaults.solver) if steps is None else steps
+        if schedule is None or isinstance(schedule, str):
+            check_steps("steps", steps)
         if schedule is None:
             schedule = self.schedule_for(solver, steps, last)
         if not isinstance(schedule, str):
@@ -203,7 +214,6 @@ class Sampling(Parametrisation):
                 )
             return checked_grid(schedule)
         check_choice("schedule", schedule, [*SCHEDULES, "fitted"])
-        check_steps("steps", steps)
         if schedule == "fitted":
             return self._fitted_grid(solver or self.defaults.solver, steps, last)
         if last is None:
@@ -223,15 +233,18 @@ class Sampling(Parametrisation):
                 "level of schedule."
             )
 
-    def schedule_for(self, solver: str | None, steps: int, last: float | None = None) -> str:
+    def schedule_for(
+        self, solver: str | Solver | None, steps: int, last: float | None = None
+    ) -> str:
         """The schedule of a run unless one is given: "fitted" if there are such levels."""
-        fitted = last is None and steps in self.fitted_levels.get(solver or "", {})
+        levels = self.fitted_levels.get(solver, {}) if isinstance(solver, str) else {}
+        fitted = last is None and steps in levels
         return "fitted" if fitted else self.defaults.schedule
 
-    def _fitted_grid(self, solver: str, steps: int, last: float | None) -> list[float]:
+    def _fitted_grid(self, solver: str | Solver, steps: int, last: float | None) -> list[float]:
         if last is not None:
             raise ValueError(f"last is {last}, but fitted levels include it; give one of them.")
-        found = self.fitted_levels.get(solver, {})
+        found = self.fitted_levels.get(solver, {}) if isinstance(solver, str) else {}
         if steps not in found:
             known = ", ".join(map(str, sorted(found))) or "none"
             raise ValueError(
@@ -246,7 +259,7 @@ class Sampling(Parametrisation):
         x: Tensor,
         grid: Sequence[float],
         *,
-        solver: str = "rk45",
+        solver: str | Solver = "rk45",
         condition: Condition | None = None,
         guidance: float | None = None,
         unconditional: Condition | None = None,
@@ -271,7 +284,7 @@ class Sampling(Parametrisation):
         Returns:
             The points at the last level of the grid, and the number of network evaluations.
         """
-        check_choice("solver", solver, SAMPLERS)
+        function = solver_function(solver)
         _check_options(solver, options)
         self._check_x(x)
         grid = _checked_levels(grid)
@@ -286,10 +299,10 @@ class Sampling(Parametrisation):
             if solver == "rk45" and isinstance(center, Tensor):
                 # The relative tolerance is meant for the distance from the center.
                 predict, shown = _relative(predict, center), _absolute(shown, center)
-                x, nfe = SAMPLERS[solver](predict, x - center, grid, shown, **options)
+                x, nfe = function(predict, x - center, grid, shown, **options)
                 x = x + center
             else:
-                x, nfe = SAMPLERS[solver](predict, x, grid, shown, **options)
+                x, nfe = function(predict, x, grid, shown, **options)
         return x, nfe if guidance is None else 2 * nfe
 
     def _predictor(
@@ -429,9 +442,11 @@ def check_count(n: object) -> None:
         raise ValueError(f"n is {n!r}; allowed is an integer of at least 0, below 2^63.")
 
 
-def _check_options(solver: str, options: Mapping[str, object]) -> None:
+def _check_options(solver: str | Solver, options: Mapping[str, object]) -> None:
     """Raises TypeError unless the solver takes these options."""
-    parameters = inspect.signature(SAMPLERS[solver]).parameters.values()
+    parameters = inspect.signature(solver_function(solver)).parameters.values()
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        return  # it takes any, such as a functools.wraps or a partial of another function
     taken = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
     for name, value in options.items():
         if name not in taken or (name in _OF_METHODS and not callable(value)):
@@ -471,7 +486,11 @@ def _checked_levels(levels: Sequence[float]) -> list[float]:
 
 def checked_grid(levels: Sequence[float]) -> list[float]:
     """The levels as a list. Raises ValueError unless they are decreasing and above 0."""
-    grid = [float(level) for level in levels]
+    if not isinstance(levels, Iterable):
+        raise ValueError(
+            f"schedule is {levels!r}; allowed are {', '.join(SCHEDULES)}, fitted, and levels."
+        )
+    grid = [float(as_number(level)) for level in levels]
     inner = grid[:-1]
     if len(grid) < 2 or not all(0 < level < math.inf for level in inner) or not grid[-1] >= 0:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""A small U-Net for images."""
+"""A small U-Net for signals, images and volumes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,20 @@ from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
 from .fields import Center, FieldNetwork
 
+_CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _convolution(
+    axes: int, inputs: int, outputs: int, size: int = 3
+) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """A convolution over the last 1, 2 or 3 axes that keeps their lengths."""
+    return _CONVOLUTIONS[axes](inputs, outputs, size, padding=size // 2)
+
 
 def _norm(channels: int) -> nn.GroupNorm:
     # At least four channels in a group: a group of one value would be normalised to zero, which
@@ -22,7 +37,7 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+def _zeroed(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -40,22 +55,33 @@ def _check_heads(heads: int, channels: int) -> int:
     return heads
 
 
-class ConvBlock(nn.Module):
-    """Residual block of two 3×3 convolutions, with scale and shift from the embedding."""
+def takes_shape(shape: Sequence[int]) -> bool:
+    """Whether :class:`UNet` takes samples of a shape: channels and 1 to 3 axes of at least 4.
 
-    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+    >>> takes_shape((2, 64)), takes_shape((1, 8, 8)), takes_shape((2,)), takes_shape((3, 2, 2))
+    (True, True, False, False)
+    """
+    return len(shape) - 1 in _CONVOLUTIONS and min(shape[1:]) >= 4
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two convolutions of width 3, with scale and shift from the embedding."""
+
+    def __init__(self, axes: int, inputs: int, outputs: int, embedding: int) -> None:
         super().__init__()
         self.norm1 = _norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = _convolution(axes, inputs, outputs)
         self.modulation = nn.Linear(embedding, 2 * outputs)
         self.norm2 = _norm(outputs)
-        self.conv2 = _zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.conv2 = _zeroed(_convolution(axes, outputs, outputs))
+        self.skip = _convolution(axes, inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """(B, inputs, H, W) and (B, embedding) to (B, outputs, H, W)."""
+        """(B, inputs, *L) and (B, embedding) to (B, outputs, *L)."""
         inner = self.conv1(F.silu(self.norm1(h)))
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, 1)
+        modulation = self.modulation(embedding)
+        modulation = modulation.view(*modulation.shape, *[1] * (h.ndim - 2))
+        scale, shift = modulation.chunk(2, 1)
         inner = F.silu(self.norm2(inner) * (1 + scale) + shift)
         outputs: Tensor = self.skip(h) + self.conv2(inner)
         return outputs
@@ -64,20 +90,20 @@ class ConvBlock(nn.Module):
 class Attention(nn.Module):
     """Residual self-attention over the pixels."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, axes: int, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.projection = _zeroed(nn.Conv2d(channels, channels, 1))
+        self.qkv = _convolution(axes, channels, 3 * channels, 1)
+        self.projection = _zeroed(_convolution(axes, channels, channels, 1))
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
-        b, c, height, width = h.shape
-        qkv = self.qkv(self.norm(h)).view(b, 3, self.heads, c // self.heads, height * width)
+        """(B, C, *L) to (B, C, *L)."""
+        b, c = h.shape[:2]
+        qkv = self.qkv(self.norm(h)).view(b, 3, self.heads, c // self.heads, math.prod(h.shape[2:]))
         q, k, v = qkv.transpose(-1, -2).unbind(1)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
-        projected: Tensor = self.projection(mixed.reshape(b, c, height, width))
+        projected: Tensor = self.projection(mixed.reshape(h.shape))
         return h + projected
 
 
@@ -85,17 +111,17 @@ class Stage(nn.Module):
     """The blocks of one level; the first may change the number of channels."""
 
     def __init__(
-        self, inputs: int, outputs: int, embedding: int, *, blocks: int, heads: int
+        self, axes: int, inputs: int, outputs: int, embedding: int, *, blocks: int, heads: int
     ) -> None:
         super().__init__()
         sizes = [inputs] + [outputs] * blocks
         self.blocks = nn.ModuleList(
-            ConvBlock(a, b, embedding) for a, b in itertools.pairwise(sizes)
+            ConvBlock(axes, a, b, embedding) for a, b in itertools.pairwise(sizes)
         )
-        self.attention = Attention(outputs, heads) if heads else nn.Identity()
+        self.attention = Attention(axes, outputs, heads) if heads else nn.Identity()
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """(B, inputs, H, W) and (B, embedding) to (B, outputs, H, W)."""
+        """(B, inputs, *L) and (B, embedding) to (B, outputs, *L)."""
         for block in self.blocks:
             h = block(h, embedding)
         attended: Tensor = self.attention(h)
@@ -103,14 +129,15 @@ class Stage(nn.Module):
 
 
 class UNet(FieldNetwork):
-    """U-Net that predicts the normalised Poisson field of images of at least 4×4 pixels.
+    """U-Net that predicts the normalised Poisson field of signals, images or volumes.
 
-    There is one level for each multiplier. Each level halves height and width, rounding up, so odd
-    sizes work. The coarsest level has self-attention. The network predicts the posterior mean
-    (:class:`FieldNetwork`).
+    The shape says which: (C, L), (C, H, W) or (C, D, H, W), with axes of at least 4 values after
+    the channels. There is one level for each multiplier. Each level halves the axes, rounding up,
+    so odd sizes work. The coarsest level has self-attention. The network predicts the posterior
+    mean (:class:`FieldNetwork`).
 
     Args:
-        shape: sample shape (C, H, W), H and W at least 4.
+        shape: sample shape (C, L), (C, H, W) or (C, D, H, W).
         width: channels of the finest level.
         multipliers: channels of each level, finest first, in units of width; (1, 2) suits 8×8,
             (1, 2, 2) suits 28×28 and 32×32.
@@ -145,7 +172,7 @@ class UNet(FieldNetwork):
         scale: float = 1.0,
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
-        self._check_image_shape()
+        self._check_axes()
         width = positive_int("width", width, MAX_WIDTH)
         blocks = positive_int("blocks", blocks, MAX_DEPTH)
         levels = [width * m for m in int_tuple("multipliers", multipliers, MAX_WIDTH)]
@@ -165,46 +192,51 @@ class UNet(FieldNetwork):
         )
         self._build(width, levels, blocks, heads)
 
-    def _check_image_shape(self) -> None:
-        if len(self.shape) != 3 or min(self.shape[1:]) < 4:
+    def _check_axes(self) -> None:
+        if not takes_shape(self.shape):
             raise ValueError(
-                f"shape is {self.shape}; only (C, H, W) with H and W of at least 4 is allowed."
+                f"shape is {self.shape}; only (C, L), (C, H, W) and (C, D, H, W) with L, D, H and "
+                "W of at least 4 are allowed."
             )
 
     def _build(self, width: int, levels: list[int], blocks: int, heads: int) -> None:
+        axes = len(self.shape) - 1
         embedding = 4 * width
         self.embedding = NoiseEmbedding(embedding, classes=self.config["classes"])
-        self.stem = nn.Conv2d(self.shape[0] + 1, width, 3, padding=1)
+        self.stem = _convolution(axes, self.shape[0] + 1, width)
         self.down = nn.ModuleList()
         above = width
         for i, channels in enumerate(levels):
             attends = heads if i == len(levels) - 1 else 0
-            self.down.append(Stage(above, channels, embedding, blocks=blocks, heads=attends))
+            self.down.append(Stage(axes, above, channels, embedding, blocks=blocks, heads=attends))
             above = channels
-        self.middle = ConvBlock(above, above, embedding)
+        self.middle = ConvBlock(axes, above, above, embedding)
         self.up = nn.ModuleList()
         for channels in reversed(levels):
-            self.up.append(Stage(above + channels, channels, embedding, blocks=blocks, heads=0))
+            self.up.append(
+                Stage(axes, above + channels, channels, embedding, blocks=blocks, heads=0)
+            )
             above = channels
         self.norm = _norm(above)
-        self.head = _zeroed(nn.Conv2d(above, 2 * self.shape[0], 3, padding=1))
+        self.head = _zeroed(_convolution(axes, above, 2 * self.shape[0]))
 
     def backbone(
         self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Maps scaled x, (B, C, H, W), ‖x‖/√N (B,) and z (B,) to output and gate logits, as x."""
+        """Maps scaled x, (B, C, *L), ‖x‖/√N (B,) and z (B,) to output and gate logits, as x."""
         embedding = self.embedding(rms, z, labels)
         # A channel of ones shows the border to the convolutions, whose padding is zero.
-        h = self.stem(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))
+        axes = x.ndim - 2
+        h = self.stem(F.pad(x, (0, 0) * axes + (0, 1), value=1.0))
         skips = []
         for i, stage in enumerate(self.down):
-            h = stage(F.avg_pool2d(h, 2, ceil_mode=True) if i else h, embedding)
+            h = stage(_POOLS[axes](h, 2, ceil_mode=True) if i else h, embedding)
             skips.append(h)
         h = self.middle(h, embedding)
         for stage in self.up:
             skip = skips.pop()
-            if h.shape[-2:] != skip.shape[-2:]:
-                h = F.interpolate(h, size=skip.shape[-2:], mode="nearest")
+            if h.shape[2:] != skip.shape[2:]:
+                h = F.interpolate(h, size=skip.shape[2:], mode="nearest")
             h = stage(torch.cat([h, skip], 1), embedding)
         output, gate = self.head(F.silu(self.norm(h))).chunk(2, 1)
         return output, gate

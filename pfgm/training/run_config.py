@@ -22,7 +22,7 @@ from ..common.checks import (
 )
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.versions import versions
-from ..datasets import Range, absolute_source
+from ..datasets import Layout, Range, absolute_source
 from ..flows.fitting import check_fitted_steps
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
@@ -50,11 +50,18 @@ class Settings:
 
     data: str = "digits"
     """digits, fashion-mnist, cifar10, folder:PATH of images, the path of a .zip archive of images,
-    or of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point (images
-    in [-1, 1], or see range)."""
+    of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point (images in
+    [-1, 1], or see range), or of a .csv file."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, such as 0 255 or
     0 1; they become -1 and 1. By default the data are in [-1, 1] already."""
+    layout: Layout = "auto"
+    """What arrays (n, H, W) and (n, H, W, C) are. images: grey images, and images with their
+    channels last. as-is: nothing is changed, as for signals. auto: bytes are images, other numbers
+    stay as they are."""
+    resize: int | None = None
+    """Height and width to which the central square of each image is scaled, for folders and
+    archives of images."""
     method: Method = "pfgm"
     """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
     D: float = _DEFAULT_D
@@ -65,8 +72,8 @@ class Settings:
     """Weights of the levels in the loss of pfgm. auto: balanced for unet and mlp, published for the
     published networks."""
     network: Network = "auto"
-    """auto: unet for images of at least 4 x 4, else mlp. ddpmpp and ncsnpp are the published ones,
-    for square images."""
+    """auto: unet for images of at least 4 x 4 and signals (C, L) of at least 4 values, else mlp.
+    ddpmpp and ncsnpp are the published ones, for square images."""
     width: int | None = None
     """Width of the network; the network's default unless given."""
     multipliers: tuple[int, ...] | None = None
@@ -129,6 +136,9 @@ class Settings:
         if self.teacher is None:
             _check_hyper_parameters(self.flow, self.method)
         check_choice("network", self.network, get_args(Network))
+        check_choice("layout", self.layout, get_args(Layout))
+        if self.resize is not None:
+            positive_int("resize", self.resize)
         check_choice("hold", self.hold, get_args(Place))
         check_choice("weighting", self.weighting, get_args(Weighting))
         if self.weighting != "auto" and self.method != "pfgm":
@@ -175,6 +185,11 @@ class RunConfig(Settings):
         """The configuration of these settings."""
         named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
         return cls(**named, training=training)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How :func:`pfgm.datasets.open_data` reads the data, as keyword arguments."""
+        return {"value_range": self.range, "layout": self.layout, "resize": self.resize}
 
     @property
     def settings(self) -> Settings:
@@ -229,6 +244,8 @@ class RunConfig(Settings):
             if of_a_run and content.get("method", "pfgm") == "pfgm":
                 # A run from before there was a choice goes on with the published loss.
                 content.setdefault("weighting", "published")
+            if of_a_run:
+                content.setdefault("layout", "images")  # all that runs from before could read
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
             config = cls(**content, training=TrainConfig(**training))

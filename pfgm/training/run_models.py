@@ -12,6 +12,7 @@ from .. import networks
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
+from ..networks.unet import takes_shape
 from ..references import ReferenceSet
 from .run_config import RunConfig
 
@@ -38,7 +39,7 @@ def build_network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: in
     """The network that the configuration asks for, initialised from its seed."""
     name = config.network
     if name == "auto":
-        name = "unet" if len(flow.shape) == 3 and min(flow.shape[1:]) >= 4 else "mlp"
+        name = "unet" if takes_shape(flow.shape) else "mlp"
     settings = _size_settings(config, name, flow)
     if config.labels:
         settings["classes"] = classes

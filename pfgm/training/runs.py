@@ -136,7 +136,7 @@ def _run(
 ) -> nn.Module:
     report = report if processes.leads else _report_nothing
     shown = progress and processes.leads
-    data = open_data(config.data, value_range=config.range, progress=shown)
+    data = open_data(config.data, **config.reading, progress=shown)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)

@@ -27,6 +27,7 @@ from .compiled import plain_names, plain_state, without_compile
 
 __all__ = [
     "check_savable",
+    "describe_network",
     "flow_in",
     "network_in",
     "read_weights",
@@ -56,7 +57,7 @@ def write_weights(
         "format": _FORMAT,
         "kind": type(flow).__name__,
         "flow": flow.config,
-        "network": _describe_network(network),
+        "network": describe_network(network),
         **facts,
     }
     if flow.fitted_levels:
@@ -178,7 +179,8 @@ def _widen(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             own.data = own.data.to(torch.promote_types(own.dtype, tensors[name].dtype))
 
 
-def _describe_network(network: nn.Module) -> dict[str, Any] | None:
+def describe_network(network: nn.Module) -> dict[str, Any] | None:
+    """The name and the config of a network of :mod:`pfgm.networks`; None for any other."""
     network = without_compile(network)
     for name, kind in NETWORKS.items():
         if type(network) is kind:

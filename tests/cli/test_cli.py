@@ -189,6 +189,59 @@ def test_training_on_files(kind, tmp_path):
     assert type(network).__name__ == ("MLP" if kind == "vectors.npy" else "UNet")
 
 
+@pytest.mark.parametrize("method", ["pfgm", "pfgm++"])
+def test_signals_from_a_file_to_samples(method, tmp_path):
+    signals = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "signals.npy", signals.numpy())
+    out = str(tmp_path / "run")
+    arguments = ["train", "--data", str(tmp_path / "signals.npy"), "--method", method]
+    assert cli.main([*arguments, "--width", "16", "--out", out, *TRAIN]) == 0
+    _, network = pfgm.load(out)
+    assert any(isinstance(part, torch.nn.Conv1d) for part in network.modules())
+    path = tmp_path / "samples.npy"
+    assert cli.main(["sample", "--checkpoint", out, "--n", "5", "--out", str(path)]) == 0
+    samples = np.load(path)
+    assert samples.shape == (5, 2, 16)
+    assert np.isfinite(samples).all()
+    evaluate = ["evaluate", "--checkpoint", out, "--n", "20", "--out", str(tmp_path / "e")]
+    assert cli.main(evaluate) == 0
+
+
+def test_a_table_to_rounded_samples(tmp_path, capsys):
+    pytest.importorskip("pandas")
+    generator = np.random.default_rng(0)
+    rows = [f"{generator.normal():.4f},{i % 2},{'ab'[i % 2]}" for i in range(40)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["size,flag,label", *rows]))
+    out = str(tmp_path / "run")
+    arguments = ["train", "--data", str(table), "--labels", "--width", "16", "--out", out]
+    assert cli.main([*arguments, *TRAIN]) == 0
+    path = tmp_path / "samples.npy"
+    sample = ["sample", "--checkpoint", out, "--n", "30", "--label", "b", "--out", str(path)]
+    assert cli.main([*sample, "--round-to", str(table)]) == 0
+    rounded = np.load(path)
+    assert set(rounded[:, 1]) <= {0.0, 1.0}
+    assert cli.main(sample) == 0
+    assert not set(np.load(path)[:, 1]) <= {0.0, 1.0}
+    np.testing.assert_array_equal(rounded[:, 0], np.load(path)[:, 0])
+    assert "whose rows have the shape of the samples" in fails(
+        capsys, *sample, "--round-to", "digits"
+    )
+
+
+def test_photographs_of_many_sizes(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for number, size in enumerate([(9, 12), (20, 8), (16, 16)] * 4):
+        Image.new("L", size, 20 * number).save(tmp_path / f"{number}.png")
+    out = str(tmp_path / "run")
+    arguments = ["train", "--data", f"folder:{tmp_path}", "--resize", "6", "--width", "16"]
+    train = ["--steps", "2", "--batch-size", "4", "--references", "8"]
+    assert cli.main([*arguments, "--out", out, *train]) == 0
+    assert pfgm.load(out)[0].shape == (1, 6, 6)
+    evaluate = ["evaluate", "--checkpoint", out, "--n", "12", "--out", str(tmp_path / "e")]
+    assert cli.main(evaluate) == 0
+
+
 def test_resuming(run, tmp_path, capsys):
     arguments = ["train", "--data", "digits", "--out", str(tmp_path), "--width", "16", *TRAIN]
     assert cli.main(arguments) == 0

@@ -274,11 +274,11 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'\.png'; allowed are \.npy, \.npz and \.safetensors"):
         data.load_array(path)
     path.write_bytes(b"content")
-    message = r"allowed are \.npy, \.npz, \.safetensors, \.zip and folders of images"
+    message = r"allowed are \.csv, \.npy, \.npz, \.safetensors, \.zip and folders of images"
     with pytest.raises(ValueError, match=rf"'\.png'; {message}\.$"):
         open_source(path)
-    table = path.rename(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match=rf"'\.csv'; {message}; read a table with numpy\.loadtxt"):
+    table = path.rename(tmp_path / "a.tsv")
+    with pytest.raises(ValueError, match=rf"'\.tsv'; {message}; a table is read from a \.csv file"):
         open_source(table)
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from pfgm.data.images import load_images
 from pfgm.data.opening import open_source
 from pfgm.data.rows import InMemory, Source
 
@@ -585,3 +586,29 @@ def test_16_bits_a_channel_in_a_dataset_are_refused(content: bytes) -> None:
     image = Image.open(io.BytesIO(content))
     with pytest.raises(ValueError, match=r"Item 0 of the dataset has pixels of 16 bits a channel"):
         open_source(Items([image]))
+
+
+def test_images_of_many_sizes_become_squares_of_one(tmp_path: Path) -> None:
+    """Against means of blocks, which the filter keeps in smooth images, and against the crop."""
+    slope = np.add.outer(np.arange(48), 2 * np.arange(32)).astype(np.uint8)  # 48 high, 32 wide
+    write(tmp_path / "tall.png", slope)
+    write(tmp_path / "wide.png", np.ascontiguousarray(slope.T))
+    with pytest.raises(ValueError, match=r"allowed are images of one size.*--resize scales"):
+        load_images(tmp_path)
+    tall, wide = load_images(tmp_path, resize=8)[0]
+    assert tall.shape == (1, 8, 8)
+    square = slope[8:40].reshape(8, 4, 8, 4).mean((1, 3))
+    inner = tall[0, 1:-1, 1:-1].numpy().astype(float)
+    np.testing.assert_allclose(inner, square[1:-1, 1:-1], atol=1)
+    assert (tall[0].int() - wide[0].T.int()).abs().max() <= 1
+    same = load_images(tmp_path, resize=32)[0]
+    np.testing.assert_array_equal(same[0, 0].numpy(), slope[8:40])
+    assert load_images(tmp_path, resize=50)[0].shape == (2, 1, 50, 50)
+    with pytest.raises(ValueError, match="resize is 0"):
+        load_images(tmp_path, resize=0)
+
+
+def test_transparent_images_are_composed_before_they_are_scaled(tmp_path: Path) -> None:
+    hidden = np.zeros((6, 6, 4), np.uint8)  # black, and invisible
+    write(tmp_path / "a.png", hidden)
+    assert load_images(tmp_path, resize=3)[0].unique().tolist() == [255]

@@ -260,8 +260,8 @@ def test_an_empty_batch_gives_an_empty_field(name: str) -> None:
         (MLP, {"shape": (3,), "depth": 1.5}, r"^depth is 1.5; only an integer"),
         (MLP, {"shape": (3,), "data_std": 0}, r"^data_std is 0; only a positive"),
         (MLP, {"shape": (3,), "gamma": math.nan}, r"^gamma is nan; only a positive"),
-        (UNet, {"shape": (8, 8)}, r"^shape is \(8, 8\); only \(C, H, W\)"),
-        (UNet, {"shape": (1, 8, 3)}, r"^shape is \(1, 8, 3\); only \(C, H, W\)"),
+        (UNet, {"shape": (8,)}, r"^shape is \(8,\); only \(C, L\), \(C, H, W\)"),
+        (UNet, {"shape": (1, 8, 3)}, r"^shape is \(1, 8, 3\); only \(C, L\), \(C, H, W\)"),
         (UNet, {"shape": (1, 8, 8), "width": 0}, r"^width is 0; only an integer"),
         (UNet, {"shape": (1, 8, 8), "blocks": 0}, r"^blocks is 0; only an integer"),
         (UNet, {"shape": (1, 8, 8), "multipliers": ()}, r"^multipliers is \(\); only a non-empty"),
@@ -403,3 +403,44 @@ def test_bad_denoisers() -> None:
         Denoiser("vit", {})
     with pytest.raises(ValueError, match="sigma_data"):
         Denoiser("mlp", {"shape": (2,)}, sigma_data=0.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (1, 5), (2, 4, 7), (1, 5, 4, 6)])
+def test_unet_of_signals_images_and_volumes(shape: tuple[int, ...]) -> None:
+    """Odd lengths, gradients in all parameters, and refused shapes."""
+    net = UNet(shape, width=16, multipliers=(1, 2, 2), classes=3)
+    scramble(net)
+    x = torch.randn(3, *shape, requires_grad=True)
+    field_x, field_z = net(x, torch.rand(3), torch.tensor([0, 1, 2]))
+    assert field_x.shape == x.shape
+    assert field_z.shape == (3,)
+    (field_x.square().sum() + field_z.sum()).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+def test_unet_of_a_signal_is_that_of_an_image_constant_across() -> None:
+    """A 1-D convolution is a 2-D one whose kernel has one row that is not zero."""
+    signal, image = UNet((2, 8), width=16, heads=0), UNet((2, 8, 8), width=16, heads=0)
+    scramble(signal)
+    weights = {}
+    for (name, value), like in zip(
+        signal.state_dict().items(), image.state_dict().values(), strict=True
+    ):
+        if value.ndim == 3:
+            wide = torch.zeros_like(like)
+            wide[:, :, like.shape[2] // 2] = value
+            value = wide
+        weights[name] = value
+    image.load_state_dict(weights)
+    x, z = torch.randn(4, 2, 8), torch.rand(4)
+    wide_x = x[:, :, None].expand(-1, -1, 8, -1).contiguous()
+    output, gate = signal.backbone(x, x.flatten(1).norm(dim=1) / 4, z)
+    wide_output, wide_gate = image.backbone(wide_x, x.flatten(1).norm(dim=1) / 4, z)
+    torch.testing.assert_close(wide_output, output[:, :, None].expand_as(wide_output))
+    torch.testing.assert_close(wide_gate, gate[:, :, None].expand_as(wide_gate))
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 3), (2, 8, 3), (1, 4, 4, 4, 4)])
+def test_unet_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"only \(C, L\), \(C, H, W\) and \(C, D, H, W\)"):
+        UNet(shape, width=16)

@@ -36,7 +36,7 @@ def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     """Each block runs as printed, with the file that the demo would have written."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    for package in ("accelerate", "diffusers", "k_diffusion", "lightning"):
+    for package in ("accelerate", "diffusers", "k_diffusion", "lightning", "pandas"):
         if re.search(rf"^(import|from) .*\b{package}\b", code, flags=re.MULTILINE):
             pytest.importorskip(package)
     if "runs/demo" in code:

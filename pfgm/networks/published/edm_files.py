@@ -35,7 +35,8 @@ def module_in(content: Mapping[str, Any], *, ema: bool) -> StandIn:
     name, other = ("ema", False) if ema else ("net", True)
     module = content.get(name)
     if not isinstance(module, StandIn):
-        raise ValueError(f"it has no {name!r}; ema={other} takes the other weights.")
+        option = "--ema" if other else "--no-ema"
+        raise ValueError(f"it has no {name!r}; ema={other} ({option}) takes the other weights.")
     inner = _parts(module)["_modules"].get("model")
     kinds = [part.name if isinstance(part, StandIn) else "none" for part in (module, inner)]
     if kinds != ["EDMPrecond", "SongUNet"]:

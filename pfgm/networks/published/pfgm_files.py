@@ -42,7 +42,7 @@ def load_averages(network: Published, ema: Any) -> None:
         count = len(averages) if isinstance(averages, list) else "no"
         raise ValueError(
             f"it has {count} averaged weights (ema, shadow_params); needed are {len(trained)}. "
-            "ema=False takes the other weights."
+            "ema=False (--no-ema) takes the other weights."
         )
     with torch.no_grad():
         for (name, parameter), average in zip(trained, averages, strict=True):

@@ -290,7 +290,7 @@ def inner(content, *path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("ema"), "it has no 'ema'; ema=False takes the other weights"),
+        (lambda c: c.pop("ema"), r"it has no 'ema'; ema=False \(--no-ema\) takes the other"),
         (lambda c: inner(c)["_modules"].pop("map_layer1"), r"has no model\.map_layer1\.weight"),
         (lambda c: inner(c)["_modules"].pop("map_layer0"), r"has no model\.map_layer0\.weight"),
         (lambda c: inner(c, "enc")["_modules"].pop("8x8_conv"), "the first convolution"),
