@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": (
         "Measure samples, of a checkpoint or those in a file or folder, against held-out data."
     ),
+    "features": "Train a small classifier of labelled images, for the features of pfgm evaluate.",
     "convert": "Make a checkpoint from a published file of PFGM, PFGM++ or EDM.",
     "check": (
         "Compare the backends with exact results, time them, and let a GPU's kernels prove "

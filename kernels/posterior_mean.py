@@ -40,7 +40,7 @@ from .problem import (
     part,
     power_of_two,
 )
-from .refinement import MAX_REGISTERS, two_floats
+from .refinement import MAX_REGISTERS, exact_difference
 from .tuning import Choice, Config, multiprocessors
 from .variant import REFERENCES, Variant, variant
 from .weights import PIECES, WEIGH, minima_of, pieces_of, weigh, weight_cutoff
@@ -137,8 +137,8 @@ def sum_of_differences(
                 w = tl.load(weights + j, mask=j < M, other=0.0)
                 mask = (w != 0.0)[:, None] & (feature < N)[None, :]
                 place = y + j.to(tl.int64)[:, None] * y_stride + feature[None, :]
-                high, low = two_floats(place, mask)
-                total += tl.sum(tl.where(mask, w[:, None] * (a[None, :] - high - low), 0.0), 0)
+                apart, _ = exact_difference(a[None, :], place, mask)
+                total += tl.sum(tl.where(mask, w[:, None] * apart, 0.0), 0)
                 first = tl.min(tl.where(has & (index >= tile + TILE), index, SIZE), 0)
     return total
 
@@ -259,10 +259,10 @@ def sum_configs(shape: Shape) -> list[Config]:
 @functools.cache
 def merge_config(features: int) -> Config:
     """Features for a program of ``merge``, and references whose differences it sums at a time. No
-    two threads have the same feature, or as few as can be."""
+    two warps have the same feature."""
     block = min(1024, max(16, power_of_two(features)))
-    warps = min(8, max(1, block // 32))
-    sizes = {"BLOCK": block, "TILE": max(1, 256 * warps // block)}
+    warps = 8 if block >= 256 else 1
+    sizes = {"BLOCK": block, "TILE": 256 * warps // block}
     return Config(sizes, num_warps=warps, maxnreg=MAX_REGISTERS)
 
 

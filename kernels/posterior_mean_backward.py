@@ -47,7 +47,7 @@ from .posterior_mean import (
     sum_of_references,
 )
 from .problem import Problem, cdiv, input_precision, padded, part
-from .refinement import two_floats
+from .refinement import exact_difference
 from .tuning import Config
 from .variant import REFERENCES, Variant, variant
 from .weights import relative_weight, score_rate, weight_cutoff
@@ -321,22 +321,19 @@ def reference_gradient(
     scaled = of_c[:, None] * b
     again = (tl.sum(gradient * gradient, 1) >= ENOUGH * tl.sum(scaled * scaled, 1)) == 0
     if tl.max(again.to(tl.int32), 0) > 0:
-        high, low = two_floats(y_rows + feature, known)
         exact = tl.zeros([TILE, FEATURES], tl.float32)
         for query in range(0, B):
-            place = query.to(tl.int64) * pairs_stride + column
+            row = query.to(tl.int64)  # type: ignore[attr-defined]
+            place = row * pairs_stride + column
             p = tl.load(probabilities + place, mask=column < width, other=0.0)
             if tl.max((p != 0.0).to(tl.int32), 0) > 0:
                 c = tl.load(coefficients + place, mask=column < width, other=0.0)
                 F = tl.load(unit + query)
                 c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * F).to(tl.float32)
-                a = tl.load(
-                    x + query.to(tl.int64) * x_stride + feature, mask=feature < N, other=0.0
-                )
-                g = tl.load(
-                    upstream + query.to(tl.int64) * N + feature, mask=feature < N, other=0.0
-                )
-                exact += p[:, None] * g - c[:, None] * (a - high - low)
+                a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
+                g = tl.load(upstream + row * N + feature, mask=feature < N, other=0.0)
+                apart, _ = exact_difference(a, y_rows + feature, known)
+                exact += p[:, None] * g - c[:, None] * apart
         gradient = tl.where(again[:, None], exact, gradient)
     out = grad_references + column.to(tl.int64)[:, None] * N + feature
     if not FIRST:
@@ -409,8 +406,8 @@ class Gradients:
         )
         read = ("radius", "nearest", "total", "grad_logsumexp", "pulled", "mass", "squared")
         written = ("coefficients", "probabilities", "moment", "summed", "of_chunk", "squares")
-        written += ("live", "whole", "unit", "grad_radius")
-        self.space.run(Step(launch, (*read, "projected", *written)))
+        totals = ("live", "whole", "unit", "grad_radius")
+        self.space.run(Step(launch, (*read, "projected", *written, *totals)))
 
     def _merge(self, chunk: slice) -> None:
         block, N = self.block, self.block.N
@@ -488,9 +485,9 @@ def variants() -> list[Variant]:
         constants |= PER_QUERY.options
         found += [variant(kernel, constants) for kernel in (pull, find_coefficients)]
     for dtype in REFERENCES:
-        for first, last in itertools.product((False, True), repeat=2):
-            constants = {"FIRST": first, "LAST": last, "SIZE": PER_QUERY["BLOCK"]}
-            constants |= merge_config(1024).options
+        for first, features in itertools.product((False, True), (16, 1024)):
+            constants = {"FIRST": first, "LAST": not first, "SIZE": PER_QUERY["BLOCK"]}
+            constants |= merge_config(features).options
             found.append(variant(merge_gradient, constants, dtype))
         constants = {"FIRST": False, "PRECISION": input_precision("high")}
         constants |= REFERENCE_GRADIENT.options

@@ -29,27 +29,22 @@ LIMITS = Config({"SWEEP": 256}, num_warps=2)
 
 
 @triton.jit
-def two_floats(pointers, mask):
-    """References as high + low in float32, exact; a uint8 value u means (2u − 255)/255."""
+def exact_difference(a, pointers, mask):
+    """a − y for references y, as high + low. It is exact in floats. In bytes, where a value u means
+    (2u − 255)/255, it has the digits of float32: y itself is not rounded, which the compiler could
+    do in one place and not in another."""
     values = tl.load(pointers, mask=mask, other=0)
     if values.dtype == tl.uint8:
         whole = 2.0 * values.to(tl.float32) - 255.0
-        high = whole * (1.0 / 255.0)
-        # The remainder in products of few digits, which are exact without a fused operation.
-        front = (high.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-        low = ((whole - front * 255.0) - (high - front) * 255.0) * (1.0 / 255.0)
-    else:
-        high = values.to(tl.float32)
+        high = tl.fma(a + tl.zeros_like(whole), tl.full(whole.shape, 255.0, tl.float32), -whole)
+        high *= 1.0 / 255.0
         low = high * 0.0
+    else:
+        b = values.to(tl.float32)
+        high = a - b
+        of_b = high - a
+        low = (a - (high - of_b)) - (b + of_b)
     return high, low
-
-
-@triton.jit
-def exact_difference(a, b):
-    """a − b as high + low, exact."""
-    high = a - b
-    of_b = high - a
-    return high, (a - (high - of_b)) - (b + of_b)
 
 
 @triton.jit
@@ -216,9 +211,8 @@ def refine(
                     feature = k + tl.arange(0, PANEL)
                     mask = feature < N
                     a = tl.load(x + row * x_stride + feature, mask=mask, other=0.0)
-                    b, b_rest = two_floats(y_row + feature, mask)
-                    high, rest = exact_difference(a, b)
-                    high, rest = high * power, (rest - b_rest) * power
+                    high, rest = exact_difference(a, y_row + feature, mask)
+                    high, rest = high * power, rest * power
                     # A reference with larger differences is too far away to have a weight.
                     cut = (tl.abs(high) > 2.0**55) & (rest == rest)
                     high, rest = tl.where(cut, 2.0**55, high), tl.where(cut, 0.0, rest)

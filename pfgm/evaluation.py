@@ -110,7 +110,7 @@ def draw_samples(
     >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
     >>> samples, nfe = draw_samples(flow, flow.empirical(torch.eye(2)), 5, batch_size=2)
     >>> samples.shape, nfe
-    (torch.Size([5, 2]), 10)
+    (torch.Size([5, 2]), 40)
     """
     for name, value in (("n", n), ("batch_size", batch_size)):
         if not 1 <= value < 2**63:

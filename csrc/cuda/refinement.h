@@ -348,7 +348,7 @@ __device__ inline TwoFloats two_floats(const R* from) {
 }
 __device__ inline TwoFloats two_floats(const std::uint8_t* from) {
   const float whole = static_cast<float>(2 * static_cast<int>(*from) - 255);
-  const float high = whole * (1 / 255.0f);
+  const float high = rounded_product(whole, 1 / 255.0f);  // the same wherever it is used
   // The remainder in products of few digits, which are exact without a fused operation.
   const float front = float_of(bits_of(high) & 0xfffff000u);
   return {high, ((whole - front * 255) - (high - front) * 255) * (1 / 255.0f)};

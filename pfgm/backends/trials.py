@@ -37,7 +37,7 @@ ALLOWED = {
 }
 """The largest error by the first word of a result's name. That of a mean or field is relative to
 √N, which no reference exceeds. All others are relative to their rows."""
-_MEDIUM = 150  # times as large with precision "medium"
+_MEDIUM = 300  # times as large with precision "medium"
 
 # Points, references and features. They decide which kernels a GPU runs, and with how many blocks
 # in which tiles. No size is a multiple of a tile's.
@@ -99,7 +99,7 @@ class Trial(NamedTuple):
     gpus: int = 0
     """How many GPUs it needs."""
     large: bool = False
-    """Whether it would take the backend ``reference`` too long."""
+    """Whether the backend ``reference`` is left out: it would take too long."""
 
     def applies(self, backend: str, device: torch.device) -> bool:
         """Whether a backend computes it on a device."""
@@ -423,7 +423,8 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     compute = part(_at_many_sizes, dtype=torch.uint8)
     yield "many sizes, bytes", Trial(compute, references=torch.uint8, large=True)
     yield "another stream", Trial(_on_another_stream, quick=True, gpus=1)
-    yield "a CUDA graph", Trial(_in_a_graph, quick=True, gpus=1)
+    # Nothing promises that a graph can capture the backend reference.
+    yield "a CUDA graph", Trial(_in_a_graph, quick=True, gpus=1, large=True)
     yield "the second GPU", Trial(_on_the_second_gpu, quick=True, gpus=2)
     for name, sizes in SIZES.items():
         compute = part(_rows_of_size, sizes=sizes)

@@ -5,11 +5,12 @@ It writes an array, a picture or single images.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -27,6 +28,7 @@ from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..pretrained import PRETRAINED, pretrained_path
+from ..solvers import StepInfo
 from ..training import checkpoint
 from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
@@ -64,6 +66,9 @@ class Sample:
     guidance: float | None = None
     """Weight of classifier-free guidance, which exaggerates the label, so it needs labels. 1 is
     none; any other value takes twice as long."""
+    animate: Path | None = None
+    """A .gif file of the samples on their field lines from the prior to data, with a frame for each
+    step (images only, at most --batch-size)."""
     round_to: str | None = None
     """The table that the network was trained on, such as a .csv file. Columns of at most 20
     different values are rounded to these values."""
@@ -76,21 +81,26 @@ class Sample:
         if notice := checkpoint.check_solver(self._weights, self.sampling.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self._weights, device=device)
-        if self.out.suffix != ".npy" and (len(flow.shape) != 3 or flow.shape[0] not in (1, 3)):
+        images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
+        if not images and (self.out.suffix != ".npy" or self.animate):
             raise ValueError(
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
-                "a name that ends in .npy."
+                "a name that ends in .npy, without --animate."
             )
-        if self.out.suffix == ".png":
+        if self.out.suffix == ".png" or self.animate:
             require_matplotlib()
         table = None if self.round_to is None else self._table(self.round_to, flow)
         with output_folder(self.out.parent):
             labels = self._labels(network)
-            batches = self._rounded(self._draw(flow, network, labels, device), table)
+            path: list[tuple[float, Tensor]] = []
+            drawn = self._draw(flow, network, labels, device, path if self.animate else None)
+            batches = self._rounded(drawn, table)
             if self._is_folder():
                 self._write_images(batches)
             else:
                 self._write(torch.cat(list(batches)), labels)
+            if self.animate is not None:
+                self._animate(self.animate, flow, path, labels)
         print(self.out)
 
     @property
@@ -120,6 +130,11 @@ class Sample:
         elif self.out.is_dir():
             raise ValueError(f"out is {self.out}, a folder; allowed is the name of a file.")
         batch_size = self.sampling.batch_size
+        if self.animate is not None and (self.animate.suffix != ".gif" or self.n > batch_size):
+            raise ValueError(
+                f"animate is {self.animate} with {self.n} samples; allowed is a name that ends in "
+                f".gif, and at most {batch_size} samples, the batch size."
+            )
         if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
             raise ValueError(
                 f"n is {self.n} and batch-size is {batch_size}; allowed is at least 1, below 2^63."
@@ -127,9 +142,17 @@ class Sample:
         check_seed(self.seed)
 
     def _draw(
-        self, flow: Flow, network: nn.Module, labels: Sequence[int], device: torch.device
+        self,
+        flow: Flow,
+        network: nn.Module,
+        labels: Sequence[int],
+        device: torch.device,
+        path: list[tuple[float, Tensor]] | None,
     ) -> Iterator[Tensor]:
-        """The samples, a batch at a time. Sample i has the label i mod the number of labels."""
+        """The samples, a batch at a time. Sample i has the label i mod the number of labels.
+
+        The levels and points of each step, and of the end, are appended to the path.
+        """
         check_guidance(self.guidance, network)
         if self.guidance not in (None, 1.0) and not labels:
             raise ValueError(
@@ -148,9 +171,13 @@ class Sample:
             generator=noise_generator(self.seed, device),
             # A folder of several batches has a bar of its images.
             progress=not self._is_folder() or self.n <= self.sampling.batch_size,
+            callback=None if path is None else functools.partial(_record, path),
             **self.sampling.solver_arguments(flow),
         )
-        return (samples for samples, _ in batches)
+        for samples, _ in batches:
+            if path is not None:
+                path.append((0.0, samples.cpu()))
+            yield samples
 
     def _table(self, source: str, flow: Flow) -> Tensor:
         rows = open_data(source).train
@@ -191,12 +218,24 @@ class Sample:
             return
         from ..plotting import image_grid
 
+        image_grid(samples, self.out, **self._columns(labels))
+
+    def _columns(self, labels: Sequence[int]) -> dict[str, Any]:
+        """The options of a picture with a column for each label."""
         if not 1 < len(labels) <= min(self.n, _COLUMNS):
-            image_grid(samples, self.out)
-            return
+            return {}
         names = self._names() or [str(label) for label in range(max(labels) + 1)]
-        header = [names[label] for label in labels]
-        image_grid(samples, self.out, columns=len(labels), header=header)
+        return {"columns": len(labels), "header": [names[label] for label in labels]}
+
+    def _animate(
+        self, out: Path, flow: Flow, path: list[tuple[float, Tensor]], labels: Sequence[int]
+    ) -> None:
+        from ..plotting import animation
+
+        symbol = "z" if flow.D == 1 else "σ"
+        titles = [*(f"{symbol} = {level:.2g}" for level, _ in path[:-1]), "samples"]
+        with output_folder(out.parent):
+            animation(torch.stack([x for _, x in path]), titles, out, **self._columns(labels))
 
     def _write_images(self, batches: Iterator[Tensor]) -> None:
         """Writes single images; the folder appears when all of them are written."""
@@ -209,6 +248,11 @@ class Sample:
             for number, image in enumerate(images):
                 save_image(folder / f"{number:0{digits}d}.png", image)
                 bar.update()
+
+
+def _record(path: list[tuple[float, Tensor]], info: StepInfo) -> None:
+    """The callback that appends the level and the points of a step."""
+    path.append((info["z"], info["x"].cpu()))
 
 
 def _number(label: str, names: Sequence[str], classes: int) -> int:

@@ -464,6 +464,10 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} is a tensor that requires grad; allowed is a number.")
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+        raise ValueError(
+            f"{name} is a tensor of {value.dtype}, {tuple(value.shape)}; allowed is a number."
+        )
     if not (isinstance(value, Tensor) or is_number(value)) or not 0 <= value <= LARGEST:
         raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
 
@@ -525,6 +529,22 @@ def as_number(value: Any) -> float:
     return as_float(value) if isinstance(value, Real) else math.nan
 
 
+def finite_values(name: str, value: Any) -> Tensor:
+    """A number, nested lists of numbers, or a tensor or array of them, in float64 on the CPU.
+
+    Raises TypeError if it is something else, and ValueError unless all are finite.
+    """
+    try:
+        if np.iscomplexobj(value) or (isinstance(value, Tensor) and value.is_complex()):
+            raise TypeError("complex")
+        found = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} is {value!r:.80}; allowed are real numbers.") from error
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
+    return found
+
+
 def check_bool(name: str, value: object) -> None:
     """Raises ValueError unless the value is True or False, such as for the text "false" of JSON."""
     if not isinstance(value, bool):
@@ -532,7 +552,7 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
 
 

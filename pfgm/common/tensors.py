@@ -78,18 +78,23 @@ def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
         name: the name of the level in the error.
 
     Raises:
-        TypeError: x is not floating point.
-        ValueError: the level has another shape, or is no number that the dtype of x can hold.
+        TypeError: x is not floating point, or the level is complex.
+        ValueError: the level has another shape, or is no number of at least 0 that the dtype of x
+            can hold.
 
     >>> per_row(torch.ones(2, 1, 1, 1), torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2])
     """
     check_floating("x", x)
     if not isinstance(level, Tensor):
-        too_large = is_number(level) and not is_symbolic(level) and level > torch.finfo(x.dtype).max
-        if not is_number(level) or too_large:
-            raise ValueError(f"{name} is {level!r}; allowed is a number that {x.dtype} can hold.")
+        most = torch.finfo(x.dtype).max
+        if not is_number(level) or not (is_symbolic(level) or 0 <= level <= most):
+            raise ValueError(
+                f"{name} is {level!r}; allowed is a number of at least 0 that {x.dtype} can hold."
+            )
         return x.new_full((len(x),), level)
+    if level.is_complex():
+        raise TypeError(f"{name} has dtype {level.dtype}; allowed are real numbers.")
     if level.ndim > 1 and level.shape == (len(x), *[1] * (x.ndim - 1)):
         level = level.flatten()
     if level.shape not in ((), (len(x),)):

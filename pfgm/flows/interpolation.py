@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating
+from ..common.checks import check_floating, finite_values
 from ..common.tensors import wide_dtype
 
 __all__ = ["interpolate"]
@@ -102,7 +102,7 @@ def _perpendicular(direction: Tensor) -> Tensor:
 
 
 def _checked_weights(weights: Sequence[float] | Tensor) -> Tensor:
-    values = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
-    if values.ndim != 1 or len(values) == 0 or not bool(values.isfinite().all()):
+    values = finite_values("weights", weights)
+    if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"weights is {weights}; allowed are one or more finite numbers, (W,).")
     return values

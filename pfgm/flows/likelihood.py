@@ -25,7 +25,7 @@ from ..functional import euler_step, heun_step, log_density
 from ..solvers import DenoiseFunction, Solver, dormand_prince
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
-from .sampling import Sampling
+from .sampling import Sampling, check_steps
 
 __all__ = ["SOLVERS", "Likelihood", "LogLikelihood", "centred_prior", "log_likelihood"]
 
@@ -130,6 +130,7 @@ class Likelihood(Sampling):
         check_choice("estimator", estimator, ESTIMATORS)
         if not callable(solver):
             check_choice("solver", solver, SOLVERS)
+        check_steps("steps", steps)
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
             raise ValueError(f"levels is {levels!r}; allowed is an integer of at least 2.")
         common_device(x.device, generator)

@@ -157,6 +157,8 @@ class Parametrisation(ABC):
         degrees of freedom. That is p_r(x̃ | x) ∝ 1/(‖x̃ − x‖² + r²)^((N + D)/2) with r = σ √D
         (PFGM++, equation 3).
         """
+        if not isinstance(sigma, Tensor):
+            raise TypeError(f"sigma is a {type(sigma).__name__}; allowed is a torch.Tensor, (B,).")
         if sigma.ndim == 1 + len(self.shape) and sigma.numel() == len(sigma):
             sigma = sigma.flatten()
         if sigma.ndim != 1:

@@ -154,7 +154,7 @@ class PoissonFlowPP(Flow):
                 "file of EDM."
             )
         given: Any = D  # a config has the text "inf", because JSON has no infinity
-        self.D = float(given if isinstance(given, str) else as_number(given))
+        self.D = math.inf if isinstance(given, str) and given == "inf" else float(as_number(given))
         if not self.D > 0:
             shown = D if math.isnan(self.D) else self.D
             raise ValueError(f"D is {shown}; allowed is any positive number or infinity.")
@@ -416,9 +416,11 @@ class PoissonFlowPP(Flow):
         between = options.pop("churn_range", (0.0, math.inf))
         scale = options.pop("churn_noise", 1.0)
         scale = positive("churn_noise", scale)
-        low, high = between
-        if not low <= high:
-            raise ValueError(f"churn_range is {between}; allowed are two levels, the lower first.")
+        pair = isinstance(between, (list, tuple)) and len(between) == 2
+        if not pair or not as_number(between[0]) <= as_number(between[1]):
+            raise ValueError(
+                f"churn_range is {between!r}; allowed are two levels, the lower first."
+            )
         if non_negative("churn", amount) == 0:
             return super().sample(net, n, **options)
         solver = options["solver"] = options.get("solver") or "heun"

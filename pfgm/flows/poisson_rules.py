@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import positive
+from ..common.checks import finite_values, positive
 
 __all__ = ["Center", "Rules", "published_rules", "spread_rules"]
 
@@ -101,16 +101,9 @@ def checked_spread(spread: float) -> float:
 
 def checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
     """The center as float64 of shape S."""
-    try:
-        found = torch.as_tensor(center, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"center is {center!r:.80}; allowed are a number and numbers of shape {shape}."
-        ) from error
+    found = finite_values("center", center)
     if found.shape not in (torch.Size([]), torch.Size(shape)):
         raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
-    if not bool(found.isfinite().all()):
-        raise ValueError("center holds NaN or infinity; only finite values are allowed.")
     if spread is None and bool((found != 0).any()):
         raise ValueError("center is given without spread; the published rules centre data at 0.")
     return found.expand(shape).clone()

@@ -7,7 +7,7 @@ import inspect
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, overload
@@ -200,7 +200,11 @@ class Sampling(Parametrisation):
         >>> [round(z, 3) for z in pfgm.PoissonFlow.cifar10().grid(3, "log", last=0.1)]
         [40.0, 2.0, 0.1, 0.001]
         """
+        if solver is not None:
+            solver_function(solver)  # refuses an unknown name
         steps = self.default_steps(solver or self.defaults.solver) if steps is None else steps
+        if schedule is None or isinstance(schedule, str):
+            check_steps("steps", steps)
         if schedule is None:
             schedule = self.schedule_for(solver, steps, last)
         if not isinstance(schedule, str):
@@ -210,7 +214,6 @@ class Sampling(Parametrisation):
                 )
             return checked_grid(schedule)
         check_choice("schedule", schedule, [*SCHEDULES, "fitted"])
-        check_steps("steps", steps)
         if schedule == "fitted":
             return self._fitted_grid(solver or self.defaults.solver, steps, last)
         if last is None:
@@ -483,7 +486,11 @@ def _checked_levels(levels: Sequence[float]) -> list[float]:
 
 def checked_grid(levels: Sequence[float]) -> list[float]:
     """The levels as a list. Raises ValueError unless they are decreasing and above 0."""
-    grid = [float(level) for level in levels]
+    if not isinstance(levels, Iterable):
+        raise ValueError(
+            f"schedule is {levels!r}; allowed are {', '.join(SCHEDULES)}, fitted, and levels."
+        )
+    grid = [float(as_number(level)) for level in levels]
     inner = grid[:-1]
     if len(grid) < 2 or not all(0 < level < math.inf for level in inner) or not grid[-1] >= 0:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import int_tuple, layout_hint, positive_float
+from ..common.checks import finite_values, int_tuple, layout_hint, positive_float
 from ..common.tensors import is_wider, over_samples, per_row
 
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
@@ -116,7 +116,7 @@ class FieldNetwork(nn.Module):
         self.data_std = positive_float("data_std", data_std)
         self.gamma = positive_float("gamma", gamma)
         self.scale = positive_float("scale", scale)
-        found = torch.as_tensor(center, dtype=torch.float32, device="cpu")
+        found = finite_values("center", center).float()
         if found.shape not in (torch.Size([]), torch.Size(self.shape)):
             raise ValueError(
                 f"center has shape {tuple(found.shape)}; only {self.shape} and () are allowed."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,6 +80,15 @@ def save(figure: Figure, path: StrPath | None) -> None:
         path,
         lambda file: figure.savefig(file, format="png", dpi=DPI, facecolor="white"),
     )
+
+
+def raster(figure: Figure) -> Any:
+    """The figure as an image of Pillow, which matplotlib needs too."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, facecolor="white")
+    return Image.open(content).convert("RGB")
 
 
 def square_panels(

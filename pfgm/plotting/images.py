@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_at_least_one
-from ..common.files import StrPath
+from ..common.checks import check_at_least_one, positive
+from ..common.files import StrPath, write_atomic
 from ..data import to_unit
-from .figures import MARGIN, TITLE, add_axes, add_title, new_figure, save, style, text_width
+from .figures import (
+    MARGIN,
+    TITLE,
+    add_axes,
+    add_title,
+    new_figure,
+    raster,
+    save,
+    style,
+    text_width,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,13 +128,66 @@ def trajectory_grid(
     labels = [f"{symbol} = {float(value):.3g}" for value in z]
     if len(labels) != len(images):
         raise ValueError(f"z has {len(labels)} values; allowed are {len(images)}, one for a step.")
-    largest = images.abs().flatten(2).amax(2).clamp(min=1)
-    panels = (images / largest[..., None, None, None]).transpose(0, 1).flatten(0, 1)
+    panels = _shrunk(images).transpose(0, 1).flatten(0, 1)
     scale = _scale(panels, scale)
     figure, axes = _draw(_tile(panels, len(labels), scale), title, header=_HEADER + _GAP)
     _write_header(axes, labels, width=panels.shape[-1] * scale)
     save(figure, path)
     return figure
+
+
+def animation(
+    images: Tensor,
+    titles: Sequence[str],
+    path: StrPath,
+    *,
+    columns: int | None = None,
+    header: Sequence[str] = (),
+    seconds: float = 0.15,
+) -> None:
+    """Samples on their way from noise to data, as an animated GIF that repeats.
+
+    Panels are shown as by :func:`trajectory_grid`, each frame is an :func:`image_grid`.
+
+    Args:
+        images: (frames, n, C, H, W) with C = 1 (grey) or 3 (RGB), or (frames, n, H, W) grey;
+            floating or uint8.
+        titles: (frames,), above each frame, such as its level.
+        path: where to save the animation, a name ending in .gif.
+        columns: images per row; by default the grid is about square.
+        header: texts above the columns, one for each.
+        seconds: how long a frame is shown; the last is shown ten times as long.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: images are neither floating point nor uint8.
+        ValueError: another shape, NaN or infinity, another number of titles than frames or of texts
+            than columns, columns below 1, seconds that are not positive, another suffix.
+        OSError: the animation cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     animation(torch.rand(3, 4, 8, 8), ["a", "b", "c"], f"{folder}/x.gif")
+    """
+    if Path(path).suffix.lower() != ".gif":
+        raise ValueError(f"path is {path}; allowed is a name ending in .gif.")
+    positive("seconds", seconds)
+    images = _shrunk(_checked(images, "(frames, n, C, H, W) or (frames, n, H, W)", (4, 5)))
+    if len(titles) != len(images):
+        raise ValueError(f"titles has {len(titles)} texts; allowed are {len(images)}, the frames.")
+    longest = max(map(len, titles))  # frames of one width
+    frames = []
+    for frame, title in zip(images, titles, strict=True):
+        title = title.center(longest)
+        frames.append(raster(image_grid(frame, columns=columns, title=title, header=header)))
+    milliseconds = [round(1000 * seconds)] * (len(frames) - 1) + [round(10_000 * seconds)]
+    shown = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+    write_atomic(path, lambda file: frames[0].save(file, format="GIF", **shown))
+
+
+def _shrunk(images: Tensor) -> Tensor:
+    """Images (k, n, C, H, W), of which those with values beyond 1 are divided by the largest."""
+    return images / images.abs().flatten(2).amax(2).clamp(min=1)[..., None, None, None]
 
 
 def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:

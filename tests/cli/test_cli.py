@@ -117,6 +117,24 @@ def test_a_picture_has_a_column_for_each_label(tmp_path, monkeypatch):
     assert drawn == [{"columns": 10, "header": classes}, of_two, {}, {}]
 
 
+def test_an_animation_of_samples(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(pfgm.plotting, "animation", lambda *given, **named: drawn.append(given))
+    gif, out = tmp_path / "a" / "x.gif", tmp_path / "x.npy"
+    sample = ["sample", "--pretrained", "digits", "--steps", "3", "--out", out, "--animate"]
+    assert cli.main([*map(str, sample), str(gif), "--n", "4"]) == 0
+    ((frames, titles, path),) = drawn
+    flow = pfgm.load_pretrained("digits").flow
+    start = flow.prior(4, generator=torch.Generator().manual_seed(0))
+    assert path == gif
+    assert torch.equal(frames[0], start)
+    np.testing.assert_array_equal(frames[-1], np.load(out))
+    assert titles == [*(f"z = {z:.2g}" for z in flow.grid(3, "rho")[:-1]), "samples"]
+    for name, count in (("x.png", "4"), ("x.gif", "2000")):
+        message = fails(capsys, *sample, tmp_path / name, "--n", count)
+        assert f"{name} with {count} samples; allowed is a name that ends in .gif" in message
+
+
 def test_the_command_samples_as_python_does(tmp_path):
     """Solver, schedule and steps that are not given are the same."""
     draw = torch.Generator().manual_seed(0)

@@ -839,7 +839,7 @@ def test_a_spread_for_images_and_settings_that_are_refused():
     for spread in (1e-20, 1e20):
         with pytest.raises(ValueError, match="spread is"):
             PoissonFlow((2,), spread=spread)
-    with pytest.raises(TypeError, match="center is 'x'; allowed are a number"):
+    with pytest.raises(TypeError, match="center is 'x'; allowed are real numbers"):
         PoissonFlow((2,), spread=1.0, center="x")
     with torch.device("meta"):
         assert PoissonFlow((2,), spread=1.0, center=3.0).center.device.type == "cpu"
@@ -857,6 +857,62 @@ def test_a_flow_used_in_a_transform_can_be_stored():
     assert pickle.loads(pickle.dumps(flow)) == flow
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda flow, net: flow.sample(net, 2, steps=[1]),
+            r"steps is \[1\]; allowed is an integer",
+        ),
+        (
+            lambda flow, net: flow.sample(net, 2, solver=["euler"]),
+            r"solver is \['euler'\]; allowed",
+        ),
+        (lambda flow, net: flow.sample(net, 2, schedule=5), "schedule is 5; allowed are log, rho"),
+        (
+            lambda flow, net: flow.sample(net, 2, schedule=["a", 0]),
+            r"schedule is \[nan, 0.0\]; all",
+        ),
+        (lambda flow, net: flow.noise(0.5), r"sigma is a float; allowed is a torch\.Tensor"),
+        (lambda flow, net: flow.denoise(net, torch.ones(1, 2), 1j * torch.ones(1)), "real numbers"),
+        (lambda flow, net: net(torch.ones(1, 2), math.nan), "z is nan; allowed is a number"),
+        (lambda flow, net: net(torch.ones(1, 2), -1.0), r"z is -1\.0; allowed is a number"),
+        (lambda flow, net: pfgm.networks.MLP((2,), center=math.nan), "center holds NaN"),
+        (lambda flow, net: pfgm.networks.MLP((2,), center="a"), "center is 'a'; allowed are real"),
+        (lambda flow, net: PoissonFlow((2,), spread=1.0, center=10**400), "center is 10+; allowed"),
+        (lambda flow, net: flow.log_likelihood(net, torch.ones(1, 2), steps=None), "steps is None"),
+        (
+            lambda flow, net: flow.interpolate(net, *torch.ones(2, 1, 2), weights="a"),
+            "weights is 'a'; allowed are real numbers",
+        ),
+        (
+            lambda flow, net: flow.inpaint(
+                net, torch.ones(1, 2), torch.ones(2) > 0, resample=10**9
+            ),
+            "resample is 10+; allowed is an integer from 0",
+        ),
+        (
+            lambda flow, net: pfgm.field_fn(
+                torch.ones(1, 2), 1.0, torch.ones(1, 2), gamma=torch.ones(2)
+            ),
+            r"gamma is a tensor of torch\.float32, \(2,\); allowed is a number",
+        ),
+        (
+            lambda flow, net: pfgm.PoissonFlowPP((2,), D="a"),
+            "D is a; allowed is any positive number or infinity",
+        ),
+        (
+            lambda flow, net: pfgm.PoissonFlowPP((2,), D=1).sample(net, 2, churn=1, churn_range=5),
+            "churn_range is 5; allowed are two levels",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_one_sentence(call, message):
+    flow = PoissonFlow((2,), spread=1.0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(flow, pfgm.networks.MLP((2,), **flow.scaling))
+
+
 def test_networks_levels_and_guidance_of_other_types_are_refused():
     data = torch.randn(20, 2, generator=seeded(0))
     flow = PoissonFlow.from_data(data)
@@ -870,7 +926,7 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
         flow.sample(net, 2, guidance=3.0)
     assert torch.equal(flow.sample(net, 3, x_init=x, guidance=1.0), flow.sample(net, 3, x_init=x))
     for level in ("a", 1e39):
-        with pytest.raises(ValueError, match=r"allowed is a number that torch.float32 can hold"):
+        with pytest.raises(ValueError, match=r"is a number of at least 0 that torch.float32 can"):
             flow.denoise(net, x, level)
     for level in (math.nan, math.inf, -1.0, "1"):
         with pytest.raises(ValueError, match=f"grid holds {level!r}; allowed are finite levels"):

@@ -167,6 +167,48 @@ def test_long_labels_do_not_run_into_each_other(steps: int) -> None:
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
+def test_texts_above_the_columns_of_a_grid() -> None:
+    axes = plotting.image_grid(uniform(5, 8, 8), columns=2, header=["a", "b"]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["a", "b"]
+    with pytest.raises(ValueError, match="header has 2 texts; allowed are 3"):
+        plotting.image_grid(uniform(5, 8, 8), columns=3, header=["a", "b"])
+
+
+def test_an_animation_ends_with_the_picture_of_its_samples(tmp_path: Path) -> None:
+    images = uniform(4, 6, 1, 8, 8) * torch.tensor([40.0, 5.0, 1.0, 1.0]).view(4, 1, 1, 1, 1)
+    words: dict[str, Any] = {"columns": 3, "header": ["a", "b", "c"]}
+    titles = ["z = 40", "z = 5", "z = 0.0123", "end"]
+    plotting.animation(images, titles, tmp_path / "x.gif", **words)
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.n_frames == 4  # type: ignore[attr-defined]
+        frames = []
+        for number in range(4):
+            gif.seek(number)
+            frames.append(np.asarray(gif.convert("RGB")).astype(int))
+    title = "end".center(len(titles[2]))
+    plotting.image_grid(images[-1], tmp_path / "x.png", title=title, **words)
+    with Image.open(tmp_path / "x.png") as picture:
+        expected = np.asarray(picture.convert("RGB")).astype(int)
+    assert {frame.shape for frame in frames} == {expected.shape}
+    assert np.abs(frames[-1] - expected).max() <= 8  # a GIF has 256 colours
+    assert np.abs(frames[0] - expected).max() > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "x.png"}, "path is x.png; allowed is a name ending in .gif"),
+        ({"titles": ["a"]}, "titles has 1 texts; allowed are 2"),
+        ({"seconds": 0.0}, "seconds is 0.0"),
+        ({"images": torch.zeros(2, 8, 8)}, "images has shape"),
+    ],
+)
+def test_an_animation_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+    given = {"images": torch.zeros(2, 3, 8, 8), "titles": ["a", "b"], "path": "x.gif"}
+    with pytest.raises(ValueError, match=message):
+        plotting.animation(**{**given, **options})
+
+
 def test_arguments_are_unchanged() -> None:
     images = uniform(2, 2, 1, 8, 8) * 100
     before = images.clone()

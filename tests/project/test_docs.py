@@ -316,6 +316,27 @@ def test_the_command_of_readme_draws_its_picture(tmp_path, monkeypatch):
     assert float(((drawn - shown).abs().amax(2) <= 2).double().mean()) >= 0.99
 
 
+def test_the_tables_of_sampling_have_the_stored_figures():
+    page = (DOCS / "howto" / "sampling.md").read_text()
+    names = {"labels": "labels (schedule `rho`, the default)"}
+    names |= {f"labels, log to {last}": f"labels, `log` to {last}" for last in (0.1, 0.3)}
+    names |= {"labels, guidance 1.5": "labels, guidance 1.5 (20 evaluations)"}
+    for row in stored("pretrained"):
+        if row["network"] == "digits":
+            cells = [names.get(row["run"], row["run"])]
+            for space, digits in (("pixels", 3), ("features", 1)):
+                cells.append(f"{row[f'frechet_distance_{space}']:.{digits}f}")
+                cells += [f"{row[f'{each}_{space}']:.2f}" for each in ("precision", "recall")]
+            assert f"| {' | '.join(cells)} |" in page, row["run"]
+    few, more, multistep = (
+        distances(means("quality-means.csv", series=f"PFGM++ 128, {sampler}, rho", setting=setting))
+        for sampler, setting in (("heun", "10"), ("heun", "20"), ("multistep", "10"))
+    )
+    text = " ".join(page.split())
+    assert f"has a distance of {few[0]:.1f} on digits, with 19 it has {more[0]:.2f}" in text
+    assert f"`multistep` has {multistep[0]:.2f} with 10" in text
+
+
 def test_quick_start_has_the_stored_figures():
     start = (DOCS / "index.md").read_text()
     first = stored("demo")["runs"][0]
